@@ -1,0 +1,66 @@
+"""Moving averages of model weights at the speed of memory, in place, for a whole model in one call.
+
+>>> import fastema
+>>> import numpy as np
+>>> weights = {"w": np.ones(3, np.float32)}
+>>> ema = fastema.EMA(weights, decay=0.9)
+>>> weights["w"] += 1
+>>> ema.update()
+>>> ema.shadow["w"]
+array([1.1, 1.1, 1.1], dtype=float32)
+
+Names are looked up on first use: importing fastema loads neither Numba nor any framework.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastema import engine, errors, rules
+    from fastema.engine.cpu import get_num_threads, set_num_threads
+    from fastema.plan import Plan, copy_, lerp_, swap_
+    from fastema.shadow import EMA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "Plan",
+    "__version__",
+    "copy_",
+    "engine",
+    "errors",
+    "get_num_threads",
+    "lerp_",
+    "rules",
+    "set_num_threads",
+    "swap_",
+]
+
+_HOMES = {
+    "EMA": "fastema.shadow",
+    "Plan": "fastema.plan",
+    "copy_": "fastema.plan",
+    "get_num_threads": "fastema.engine.cpu",
+    "lerp_": "fastema.plan",
+    "set_num_threads": "fastema.engine.cpu",
+    "swap_": "fastema.plan",
+}
+
+_ROOMS = {"engine", "errors", "rules"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"fastema.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastema' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

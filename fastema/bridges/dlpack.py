@@ -1,0 +1,39 @@
+"""DLPack's C exchange interface, which describes a tensor without a capsule or a sync."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Final
+
+__all__ = ["exchange_address"]
+
+_HEADER_WORDS: Final = 2
+"""Version (two uint32), address of an earlier version's table."""
+
+_DLTENSOR_FROM_OBJECT: Final = _HEADER_WORDS + 3
+"""After allocate, managed tensor from object, managed tensor to object."""
+
+
+def exchange_address(array: object) -> int:
+    """Address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 where it has none.
+
+    The function has the C signature ``int (PyObject *, DLTensor *)``, needs the GIL, and fills in a
+    description that borrows from the array. See the DLPack C interface, version 1.
+    """
+    return _address(type(array))
+
+
+@cache
+def _address(array_type: type[object]) -> int:
+    capsule = getattr(array_type, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return 0
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    table = pointer(capsule, b"dlpack_exchange_api")
+    major = ctypes.c_uint32.from_address(table).value
+    if major != 1:
+        return 0
+    words = (ctypes.c_void_p * (_DLTENSOR_FROM_OBJECT + 1)).from_address(table)
+    return words[_DLTENSOR_FROM_OBJECT] or 0

@@ -1,0 +1,29 @@
+"""Names of tensors without what wrappers add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+__all__ = ["plain_names"]
+
+_WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Path components that compile, sharding and checkpointing wrappers put into names."""
+
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """The names a module would give without wrappers around it or inside it.
+
+    A leading ``module.`` goes where every name has it (data parallel wrappers). Names stay as they
+    are where that would make two of them equal.
+
+    Examples
+    --------
+    >>> plain_names(["_orig_mod.module.fc.weight", "_orig_mod.module.fc.bias"])
+    ['fc.weight', 'fc.bias']
+    """
+    paths = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
+    while paths and all(len(path) > 1 and path[0] == "module" for path in paths):
+        paths = [path[1:] for path in paths]
+    plain = [".".join(path) for path in paths]
+    return plain if len(set(plain)) == len(plain) else list(names)

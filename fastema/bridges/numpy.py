@@ -1,0 +1,119 @@
+"""NumPy arrays."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.errors import BridgeError, DTypeError
+from fastema.layout.dtypes import DTYPES
+from fastema.layout.spec import Leaves, TensorSpec
+
+__all__ = ["code", "describe", "empty", "exchange", "native", "owns", "transfer", "view", "walk"]
+
+_NAMES: Final = {
+    "float64": "f64",
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",  # from ml_dtypes
+    "complex64": "c64",
+    "complex128": "c128",
+    "bool": "bool",
+    **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
+    **{f"uint{n}": f"u{n}" for n in (8, 16, 32, 64)},
+}
+_CODES: Final = {code: name for name, code in _NAMES.items()}
+
+
+def owns(obj: Any) -> bool:
+    """Whether a NumPy array."""
+    return isinstance(obj, np.ndarray)
+
+
+def code(dtype: Any) -> str:
+    """The code of a NumPy dtype.
+
+    Raises
+    ------
+    DTypeError
+        For one that has no kernel, or is not in the machine's byte order.
+    """
+    found = np.dtype(dtype)
+    if found.name not in _NAMES or not found.isnative:
+        raise DTypeError(f"NumPy dtype {found!r} is not known; known are {', '.join(_NAMES)}")
+    return _NAMES[found.name]
+
+
+def native(code: str) -> np.dtype[Any]:
+    """The NumPy dtype of a code; bfloat16 needs ml_dtypes to be imported."""
+    if code == "bf16":
+        if "ml_dtypes" not in sys.modules:
+            raise DTypeError("NumPy has no bfloat16 of its own: import ml_dtypes first")
+        bfloat16: np.dtype[Any] = np.dtype(sys.modules["ml_dtypes"].bfloat16)
+        return bfloat16
+    return np.dtype(_CODES[code])
+
+
+def describe(array: NDArray[Any]) -> TensorSpec:
+    """Where an array lies now.
+
+    Raises
+    ------
+    DTypeError
+        For a dtype that has no kernel.
+    BridgeError
+        If strides or address are no multiples of the element.
+    """
+    kind = DTYPES[code(array.dtype)]
+    interface = array.__array_interface__
+    itemsize = kind.itemsize
+    if any(step % itemsize for step in array.strides):
+        raise BridgeError(f"strides {array.strides} are no multiples of {itemsize} bytes")
+    return TensorSpec(
+        address=interface["data"][0],
+        shape=array.shape,
+        strides=tuple(step // itemsize for step in array.strides),
+        dtype=kind.code,
+        device="cpu",
+        writable=array.flags.writeable,
+        owner=array,
+    )
+
+
+def exchange(array: Any) -> int:
+    """NumPy has no DLPack exchange function."""
+    return 0
+
+
+def empty(length: int, code: str, device: str) -> NDArray[Any]:
+    """A new flat array, uninitialised."""
+    return np.empty(length, native(code))
+
+
+def transfer(array: NDArray[Any], device: str) -> NDArray[Any]:
+    """The array itself: NumPy knows one device.
+
+    Raises
+    ------
+    BridgeError
+        For any other.
+    """
+    if device != "cpu":
+        raise BridgeError(f"NumPy arrays are on the CPU, not on {device}")
+    return array
+
+
+def view(
+    flat: NDArray[Any], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> NDArray[Any]:
+    """A tensor within a flat array."""
+    steps = tuple(s * flat.itemsize for s in strides)
+    return np.ndarray(shape, flat.dtype, flat, offset * flat.itemsize, steps)
+
+
+def walk(container: Any) -> Leaves | None:
+    """NumPy has no containers of its own."""
+    return None

@@ -1,0 +1,1 @@
+"""What writes memory: kernels looked up, run over tables, on threads."""

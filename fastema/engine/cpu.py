@@ -1,0 +1,123 @@
+"""CPU launches: serial kernels that release the GIL, on a small pool of threads of our own.
+
+Numba's parallel layers abort when two Python threads enter them and are killed or hang after a
+fork. Here every thread of a launch runs the same serial kernel and takes rows from one shared
+cursor, so work is balanced by what is done, not by how many tensors there are, and a thread that
+starts late finds nothing left.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Final
+
+from fastema.engine.registry import Kernel
+from fastema.errors import ArgumentError
+
+__all__ = ["get_num_threads", "launch", "set_num_threads"]
+
+BYTES_PER_THREAD: Final = 1 << 20
+"""Least work for a helper: waking one takes 20-50 microseconds, in which a core moves about 1 MB.
+Smaller launches stay on the calling thread."""
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Pool:
+    """The helpers beside the calling thread; started when first needed."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.lock = threading.Lock()
+        self.executor: ThreadPoolExecutor | None = None
+
+    def submit(self, helpers: int, task: Callable[..., None], *args: int) -> list[Future[None]]:
+        # At interpreter shutdown no thread can be started: the caller then does all the work.
+        futures: list[Future[None]] = []
+        with suppress(RuntimeError), self.lock:
+            if self.executor is None:
+                self.executor = ThreadPoolExecutor(self.threads - 1, "fastema")
+            # extend() keeps those started before one that could not be
+            futures.extend(self.executor.submit(task, *args) for _ in range(helpers))
+        return futures
+
+    def close(self) -> None:
+        with self.lock:
+            executor, self.executor = self.executor, None
+        if executor is not None:
+            executor.shutdown(wait=False)
+
+
+_pool = _Pool(_cores())
+
+
+def _after_fork() -> None:
+    # The parent's threads, and perhaps a lock one of them held, do not exist in the child.
+    global _pool
+    _pool = _Pool(_pool.threads)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def set_num_threads(threads: int) -> None:
+    """Use at most this many threads for an update, the calling thread included.
+
+    Parameters
+    ----------
+    threads : int
+        At least 1. The default is the number of cores the process may run on.
+
+    Raises
+    ------
+    ArgumentError
+        If it is not a whole number of at least 1.
+    """
+    global _pool
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ArgumentError(f"threads={threads!r}: expected a whole number of at least 1")
+    before, _pool = _pool, _Pool(threads)
+    before.close()
+
+
+def get_num_threads() -> int:
+    """The most threads an update uses, the calling thread included."""
+    return _pool.threads
+
+
+def launch(kernel: Kernel, table: int, rows: int, scalars: int, cursor: int, nbytes: int) -> None:
+    """Run a kernel over a table, on as many threads as its bytes are worth.
+
+    On return no thread is in the kernel any more, also if an interrupt arrives meanwhile.
+    """
+    pool = _pool
+    helpers = min(pool.threads, nbytes // BYTES_PER_THREAD, rows) - 1
+    if helpers < 1:
+        kernel(table, rows, scalars, cursor)
+        return
+    futures = pool.submit(helpers, kernel, table, rows, scalars, cursor)
+    try:
+        kernel(table, rows, scalars, cursor)
+    finally:
+        _await(futures)
+
+
+def _await(futures: list[Future[None]]) -> None:
+    interrupt: BaseException | None = None
+    for future in futures:
+        while not (future.cancel() or future.done()):
+            try:
+                future.result()
+            except BaseException as raised:
+                interrupt = raised
+    if interrupt is not None:
+        raise interrupt

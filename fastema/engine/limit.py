@@ -1,0 +1,69 @@
+"""Memory bandwidth of the machine, by kernels that only move bytes: the limit of an update.
+
+The fair limit of an in-place update is the better of the two yardsticks. ``torch.Tensor.copy_``
+is none: it reads the destination's lines before it writes them, without counting that.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.engine import cpu
+from fastema.engine.program import Program
+from fastema.layout.group import Pair
+from fastema.layout.spec import TensorSpec
+
+__all__ = ["ReadReadWrite", "StreamCopy"]
+
+
+def _spec(words: NDArray[np.int64]) -> TensorSpec:
+    return TensorSpec(words.ctypes.data, words.shape, (1,), "i64", "cpu", owner=words)
+
+
+class ReadReadWrite:
+    """Reads two arrays and writes one (``a ^= b``), ``nbytes`` in total per call, on all threads.
+
+    Parameters
+    ----------
+    nbytes : int
+        Counted as read plus written: the arrays hold a third of it each.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        generator = np.random.default_rng(0)
+        words = max(nbytes // 24, 1)
+        self._arrays = [generator.integers(1, 2**62, words) for _ in range(2)]
+        dst, src = (_spec(array) for array in self._arrays)
+        self._program = Program({"all": [Pair("limit", dst, src)]})
+        self._program.prepare({"all": "read_read_write"})
+
+    def __call__(self) -> None:
+        """Move the bytes once."""
+        self._program.run({"all": "read_read_write"})
+
+
+class StreamCopy:
+    """Copies an array by ``numpy.copyto``, ``nbytes`` read plus written per call, on all threads.
+
+    On large arrays the C library writes past the cache, which saves reading the destination.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        words = max(nbytes // 16, 1)
+        source = np.random.default_rng(0).integers(1, 2**62, words)
+        target = np.ones_like(source)
+        pieces = 4 * cpu.get_num_threads()
+        parts = zip(np.array_split(target, pieces), np.array_split(source, pieces), strict=True)
+        self._parts = list(parts)
+        self._nbytes = nbytes
+
+    def __call__(self) -> None:
+        """Move the bytes once."""
+        left = iter(self._parts)  # shared by the threads as the cursor of a kernel is
+
+        def copy_parts(*_: int) -> None:
+            for target, source in left:
+                np.copyto(target, source)
+
+        cpu.launch(copy_parts, 0, len(self._parts), 0, 0, self._nbytes)

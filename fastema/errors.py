@@ -1,0 +1,70 @@
+"""The errors fastema raises: one base, each class also the built-in that fits.
+
+::
+
+    FastemaError
+    ├── ArgumentError   (ValueError)    a parameter has no valid value
+    ├── BridgeError     (TypeError)     an object that no bridge knows, or that cannot be used
+    ├── DTypeError      (TypeError)     a dtype, or a pair of dtypes, that has no kernel
+    ├── LayoutError     (ValueError)    tensors that do not match, overlap, or have changed
+    ├── StateError      (RuntimeError)  a call in the wrong state (swapped, not swapped)
+    └── CheckpointError (ValueError)    a saved state that does not fit
+
+Every check comes before the first write: a call that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "BridgeError",
+    "CheckpointError",
+    "DTypeError",
+    "FastemaError",
+    "LayoutError",
+    "PrecisionWarning",
+    "StateError",
+]
+
+
+class FastemaError(Exception):
+    """Base of every error that fastema raises on purpose."""
+
+
+class ArgumentError(FastemaError, ValueError):
+    """A parameter has no valid value."""
+
+
+class BridgeError(FastemaError, TypeError):
+    """An object that no bridge knows, or that cannot be read or written."""
+
+
+class DTypeError(FastemaError, TypeError):
+    """A dtype, or a pair of dtypes, that has no kernel."""
+
+
+class LayoutError(FastemaError, ValueError):
+    """Tensors that do not match each other, overlap, or are not what they were."""
+
+
+class StateError(FastemaError, RuntimeError):
+    """A call in the wrong state: swapped when it must not be, or the reverse."""
+
+
+class CheckpointError(FastemaError, ValueError):
+    """A saved state that does not fit what it is loaded into."""
+
+
+class PrecisionWarning(UserWarning):
+    """The chosen precision loses what the average is meant to collect."""
+
+
+def listed(problems: Iterable[str], limit: int = 20) -> str:
+    """Problems as the lines of one message, the rest counted."""
+    lines = list(problems)
+    shown = [f"  - {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  ... and {len(lines) - limit} more")
+    return "\n".join(shown)

@@ -1,0 +1,1 @@
+"""Where the bytes are: dtypes, tensor descriptions, groups and chunk tables."""

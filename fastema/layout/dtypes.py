@@ -1,0 +1,110 @@
+"""The dtypes fastema knows, by code, and what kernels see of each."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from fastema.errors import DTypeError
+
+__all__ = ["DTYPES", "DType", "average_of", "dtype", "parse", "raw"]
+
+
+class DType(NamedTuple):
+    """One dtype: its code, bytes per element, and what it is to a kernel.
+
+    ``real`` is the float format an element is made of (``parts`` of them), None where the dtype is
+    not averaged but copied bit for bit.
+    """
+
+    code: str
+    itemsize: int
+    real: str | None
+    parts: int = 1
+
+
+_FLOATS: Final = (
+    DType("f64", 8, "f64"),
+    DType("f32", 4, "f32"),
+    DType("f16", 2, "f16"),
+    DType("bf16", 2, "bf16"),
+    DType("c64", 8, "f32", parts=2),
+    DType("c128", 16, "f64", parts=2),
+)
+_EXACT: Final = (
+    DType("i8", 1, None),
+    DType("i16", 2, None),
+    DType("i32", 4, None),
+    DType("i64", 8, None),
+    DType("u8", 1, None),
+    DType("u16", 2, None),
+    DType("u32", 4, None),
+    DType("u64", 8, None),
+    DType("bool", 1, None),
+)
+
+DTYPES: Final = {one.code: one for one in (*_FLOATS, *_EXACT)}
+"""Code to dtype."""
+
+
+_ALIASES: Final = {
+    "float64": "f64",
+    "double": "f64",
+    "float32": "f32",
+    "float": "f32",
+    "float16": "f16",
+    "half": "f16",
+    "bfloat16": "bf16",
+    "complex64": "c64",
+    "complex128": "c128",
+}
+
+_COMPLEX: Final = {"f32": "c64", "f64": "c128"}
+
+
+def parse(name: str) -> DType:
+    """The dtype of a code or a framework-neutral name such as ``"bfloat16"``.
+
+    Raises
+    ------
+    DTypeError
+        For any other name.
+    """
+    return dtype(_ALIASES.get(name, name))
+
+
+def average_of(weights: DType, wanted: DType | None) -> DType:
+    """The dtype of an average of such weights: the wanted one, complex where the weights are.
+
+    Raises
+    ------
+    DTypeError
+        If an average of that dtype cannot hold them.
+    """
+    if wanted is None or wanted == weights:
+        return weights
+    if wanted.real is None:
+        raise DTypeError(f"an average cannot be {wanted.code}; expected a float dtype")
+    if weights.parts == wanted.parts:
+        return wanted
+    if weights.parts == 2 and wanted.code in _COMPLEX:
+        return DTYPES[_COMPLEX[wanted.code]]
+    raise DTypeError(f"an average of {weights.code} weights cannot be {wanted.code}")
+
+
+def dtype(code: str) -> DType:
+    """The dtype of a code such as ``"bf16"``.
+
+    Raises
+    ------
+    DTypeError
+        For a code that is not in :data:`DTYPES`.
+    """
+    try:
+        return DTYPES[code]
+    except KeyError:
+        raise DTypeError(f"unknown dtype {code!r}; known are {', '.join(DTYPES)}") from None
+
+
+def raw(one: DType) -> str:
+    """The kernel format that moves a dtype's bits unchanged."""
+    return f"raw{one.itemsize // one.parts}"

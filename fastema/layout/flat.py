@@ -1,0 +1,41 @@
+"""Flat buffers: many tensors of one dtype in one allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from fastema.layout.spec import TensorSpec
+
+__all__ = ["ALIGNMENT", "Placement", "dense_strides", "place"]
+
+ALIGNMENT: Final = 64
+"""Bytes: every tensor begins at a cache line of its own, so that threads never share one."""
+
+
+class Placement(NamedTuple):
+    """Where tensors go in a flat buffer: the buffer's length and each one's offset, in elements."""
+
+    length: int
+    offsets: list[int]
+
+
+def dense_strides(spec: TensorSpec) -> tuple[int, ...]:
+    """Strides of a gapless copy in the same order of axes (row-major where the spec has gaps)."""
+    if spec.dense:
+        return spec.strides
+    strides, step = [0] * len(spec.shape), 1
+    for axis in reversed(range(len(spec.shape))):
+        strides[axis] = step
+        step *= max(spec.shape[axis], 1)
+    return tuple(strides)
+
+
+def place(sizes: Sequence[int], itemsize: int) -> Placement:
+    """Offsets for tensors of these sizes (in elements), each aligned to :data:`ALIGNMENT` bytes."""
+    unit = max(ALIGNMENT // itemsize, 1)
+    offsets, length = [], 0
+    for size in sizes:
+        offsets.append(length)
+        length += -(-size // unit) * unit
+    return Placement(length, offsets)

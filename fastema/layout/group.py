@@ -1,0 +1,122 @@
+"""Pairs of tensors: which may be worked on together, and what may not lie where.
+
+Nothing here touches memory; every refusal names the tensor and comes before the first write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastema.errors import DTypeError, LayoutError
+from fastema.layout.spec import TensorSpec
+
+__all__ = ["Pair", "check_pair", "refuse_overlap", "refuse_unwritable", "unique"]
+
+
+class Pair(NamedTuple):
+    """A tensor that is written and the tensor it is written from, under one name."""
+
+    name: str
+    dst: TensorSpec
+    src: TensorSpec
+
+
+def check_pair(pair: Pair) -> None:
+    """Refuse a pair that no kernel can work on.
+
+    Raises
+    ------
+    LayoutError
+        If shapes or devices differ, or either side names one element by several indices where it
+        would be written.
+    DTypeError
+        If one side is complex and the other is not, or an integer meets another dtype.
+    BridgeError
+        If the written side is read-only.
+    """
+    name, dst, src = pair
+    if dst.shape != src.shape:
+        raise LayoutError(
+            f"{name}: shapes differ, {list(dst.shape)} is written from {list(src.shape)}; "
+            "both sides must have the same shape"
+        )
+    if dst.device != src.device:
+        raise LayoutError(
+            f"{name}: the average is on {dst.device}, the weights on {src.device}; "
+            "move one of them (ema.to(device=...))"
+        )
+    if dst.kind.parts != src.kind.parts:
+        raise DTypeError(f"{name}: {dst.dtype} and {src.dtype} mix complex and real numbers")
+    if dst.dtype != src.dtype and (dst.kind.real is None or src.kind.real is None):
+        raise DTypeError(
+            f"{name}: {src.dtype} cannot become {dst.dtype}; integers and booleans are only "
+            "copied and swapped within their own dtype"
+        )
+
+
+def refuse_unwritable(name: str, spec: TensorSpec) -> None:
+    """Refuse to write where the framework, or the strides, do not allow it."""
+    if not spec.writable:
+        raise LayoutError(f"{name}: {spec} is read-only; pass a writable copy")
+    if spec.size and any(n > 1 and s == 0 for n, s in zip(spec.shape, spec.strides, strict=True)):
+        raise LayoutError(
+            f"{name}: {spec} is expanded (stride 0), several indices share one element; "
+            "call .clone() or .contiguous() on it"
+        )
+
+
+def unique(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs without repetitions of the same memory (tied weights), first name kept."""
+    kept: dict[tuple[TensorSpec, TensorSpec], Pair] = {}
+    for pair in pairs:
+        kept.setdefault((pair.dst, pair.src), pair)
+    return list(kept.values())
+
+
+class _Array:
+    """A spec as NumPy sees memory, for its exact overlap test."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        itemsize = spec.kind.itemsize
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{itemsize}",
+            "shape": spec.shape,
+            "strides": tuple(s * itemsize for s in spec.strides),
+            "data": (spec.address, True),
+        }
+
+
+def _share_an_element(one: TensorSpec, other: TensorSpec) -> bool:
+    if one.dense and other.dense:
+        return True
+    if one.device != "cpu":
+        return True  # cannot be looked at cheaply: refuse rather than corrupt
+    return np.shares_memory(np.asarray(_Array(one)), np.asarray(_Array(other)))
+
+
+def refuse_overlap(
+    written: Sequence[tuple[str, TensorSpec]], read: Sequence[tuple[str, TensorSpec]] = ()
+) -> None:
+    """Refuse tensors of which one is written where another is written or read.
+
+    Raises
+    ------
+    LayoutError
+        Naming both tensors.
+    """
+    entries = [(spec.device, *spec.span(), True, name, spec) for name, spec in written]
+    entries += [(spec.device, *spec.span(), False, name, spec) for name, spec in read]
+    entries = sorted((e for e in entries if e[2] > e[1]), key=lambda e: e[:3])
+    for i, (device, _, end, writes, name, spec) in enumerate(entries):
+        for other in entries[i + 1 :]:
+            if other[0] != device or other[1] >= end:
+                break
+            if (writes or other[3]) and _share_an_element(spec, other[5]):
+                raise LayoutError(
+                    f"{name} ({spec}) and {other[4]} ({other[5]}) overlap in memory; "
+                    "give each its own storage (.clone())"
+                )

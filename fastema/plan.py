@@ -1,0 +1,178 @@
+"""The low-level interface: three operations in place over any two matching sets of arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastema.bridges.registry import leaves_of, materialised
+from fastema.engine.program import Program
+from fastema.engine.watch import Watch, watch
+from fastema.errors import ArgumentError, LayoutError, listed
+from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
+from fastema.layout.spec import Leaves
+
+__all__ = ["Plan", "copy_", "lerp_", "swap_"]
+
+_TAG = "all"
+
+
+def matched(dst: Leaves, src: Leaves) -> list[Pair]:
+    """Leaves of two containers paired by name, checked.
+
+    Raises
+    ------
+    LayoutError
+        Naming every tensor that only one side has.
+    """
+    sources = {leaf.name: leaf.spec for leaf in src.items}
+    problems = [f"{name!r} is only in the second" for name in sources if name not in set(dst.names)]
+    problems += [f"{name!r} is only in the first" for name in dst.names if name not in sources]
+    if problems:
+        raise LayoutError("the two containers hold different tensors:\n" + listed(problems))
+    pairs = [Pair(leaf.name, leaf.spec, sources[leaf.name]) for leaf in dst.items]
+    for pair in pairs:
+        check_pair(pair)
+    return unique(pairs)
+
+
+class Plan:
+    """A cached plan over two parallel containers, for the same operation at every step.
+
+    Where the tensors lie is looked up once; each call checks that it is still so and looks again
+    if not (``p.data = ...``, a replaced dict entry, ``array.resize``).
+
+    Parameters
+    ----------
+    avg, x : array, list, tuple, dict or torch module
+        Any mix of frameworks, same names or positions and same shapes. ``avg`` is written; ``x``
+        only by :meth:`swap_`. Dtypes may differ: float64, float32, float16, bfloat16, complex64
+        and complex128 with their own kind; integers and booleans only with themselves, and not in
+        :meth:`lerp_`.
+
+    Raises
+    ------
+    LayoutError
+        If names, shapes or devices differ, if ``avg`` overlaps ``x`` or itself, or is expanded or
+        read-only.
+    DTypeError
+        For a dtype or a pair of dtypes without a kernel.
+    BridgeError
+        For an object of no known framework.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> avg, x = [np.zeros(2, np.float32)], [np.ones(2, np.float32)]
+    >>> plan = Plan(avg, x)
+    >>> plan.lerp_(0.25); plan.lerp_(0.25)
+    >>> avg[0]
+    array([0.4375, 0.4375], dtype=float32)
+    """
+
+    def __init__(self, avg: Any, x: Any) -> None:
+        self._containers = (materialised(avg), materialised(x))
+        self._build()
+
+    def _build(self) -> None:
+        dst, src = (leaves_of(container) for container in self._containers)
+        self._pairs = matched(dst, src)
+        for name, spec, _ in self._pairs:
+            refuse_unwritable(name, spec)
+        refuse_overlap(
+            [(f"avg {name}", spec) for name, spec, _ in self._pairs],
+            [(f"x {name}", spec) for name, _, spec in self._pairs],
+        )
+        self._swappable = False
+        self._program = Program({_TAG: self._pairs})
+        self._watches: tuple[Watch, Watch] = (watch(dst), watch(src))
+
+    def _run(self, operation: str, weight: float = 0.0) -> None:
+        if any(watched.changed() for watched in self._watches):
+            self._build()
+        if operation == "swap" and not self._swappable:
+            for name, _, spec in self._pairs:
+                refuse_unwritable(name, spec)
+            refuse_overlap([(f"x {name}", spec) for name, _, spec in self._pairs])
+            self._swappable = True
+        self._program.run({_TAG: operation}, weight)
+
+    def lerp_(self, weight: float) -> None:
+        """``avg += weight * (x - avg)``, computed in float32 (float64 where either side is).
+
+        Parameters
+        ----------
+        weight : float
+            Of the new value: ``1 - decay``. At 1 the result is ``x`` itself.
+
+        Raises
+        ------
+        ArgumentError
+            If it is not a finite number.
+        DTypeError
+            If a tensor is of an integer or boolean dtype.
+        """
+        if not math.isfinite(weight):
+            raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")
+        self._run("lerp", weight)
+
+    def swap_(self) -> None:
+        """Exchange the contents, each rounded to the other's dtype where they differ.
+
+        Raises
+        ------
+        LayoutError
+            If ``x`` is read-only, expanded or overlaps itself.
+        """
+        self._run("swap")
+
+    def copy_(self) -> None:
+        """``avg = x``, rounded to the dtype of ``avg``."""
+        self._run("copy")
+
+
+def lerp_(avg: Any, x: Any, weight: float) -> None:
+    """``avg += weight * (x - avg)`` in place, once; see :class:`Plan` for the same at every step.
+
+    Parameters
+    ----------
+    avg, x : array, list, tuple, dict or torch module
+    weight : float
+        Of the new value, ``1 - decay``.
+
+    Raises
+    ------
+    LayoutError, DTypeError, BridgeError, ArgumentError
+        As :class:`Plan` and :meth:`Plan.lerp_`; nothing is written then.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> avg = np.array([1.0, 2.0])
+    >>> lerp_(avg, np.array([3.0, 2.0]), 0.5)
+    >>> avg
+    array([2., 2.])
+    """
+    Plan(avg, x).lerp_(weight)
+
+
+def swap_(a: Any, b: Any) -> None:
+    """Exchange the contents of two containers in place; see :meth:`Plan.swap_`.
+
+    Raises
+    ------
+    LayoutError, DTypeError, BridgeError
+        As :class:`Plan`; nothing is written then.
+    """
+    Plan(a, b).swap_()
+
+
+def copy_(dst: Any, src: Any) -> None:
+    """Copy a container's contents into another in place; see :meth:`Plan.copy_`.
+
+    Raises
+    ------
+    LayoutError, DTypeError, BridgeError
+        As :class:`Plan`; nothing is written then.
+    """
+    Plan(dst, src).copy_()

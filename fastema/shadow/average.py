@@ -1,0 +1,493 @@
+"""Averages of a model's weights: update, apply for evaluation, take back, save and load."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised
+from fastema.engine.program import Program
+from fastema.errors import LayoutError, PrecisionWarning, StateError, listed
+from fastema.layout.dtypes import average_of
+from fastema.layout.group import Pair, check_pair, refuse_unwritable
+from fastema.layout.spec import Leaves
+from fastema.rules import Constant, Rule, Schedule
+from fastema.shadow.binding import Binding
+from fastema.shadow.entries import (
+    Entry,
+    Policy,
+    allocate,
+    checked_policy,
+    dtype_of,
+    kinds,
+    select,
+)
+from fastema.shadow.exchange import APPLY, FOLLOW, RESTORE, UPDATE, Spares, recovered
+from fastema.shadow.state import pack, unpack
+
+__all__ = ["EMA", "Shadow"]
+
+
+class Shadow(Mapping[str, Any]):
+    """The averaged tensors by name; the mapping cannot be changed.
+
+    While training, each is a view of the average's memory: read it, do not write it. While the
+    average is applied to the model, each is a copy.
+    """
+
+    def __init__(self, average: EMA) -> None:
+        self._average = average
+
+    def __getitem__(self, name: str) -> Any:
+        return self._average._tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._average._entries)
+
+    def __len__(self) -> int:
+        return len(self._average._entries)
+
+    def __repr__(self) -> str:
+        return f"Shadow({', '.join(self)})"
+
+
+class EMA:
+    """Exponential moving average of weights, kept in flat buffers and updated in one call.
+
+    At the n-th update ``avg += w(n) * (x - avg)`` with ``w(n) = 1 - decay(n)``, computed in float32
+    (float64 where either side is) and rounded to nearest even. The average begins as a copy of the
+    weights, so build it when the weights are as training starts from them.
+
+    Parameters
+    ----------
+    weights : torch module, array, or list, tuple, dict or iterator of arrays
+        What is averaged. A module's own structure is watched: a parameter that was re-pointed
+        (``p.data = ...``, ``.to()``, ``load_state_dict(assign=True)``) is found again, one that was
+        added, removed, renamed, reshaped or untied is an error. Tied weights are averaged once.
+    decay : float or rule
+        Weight of the old average, in [0, 1), or a schedule of :mod:`fastema.rules`.
+    shadow_dtype : dtype or str, optional
+        Of the averaged tensors, such as ``torch.float32`` or ``"float32"``; by default that of the
+        weights. For 16-bit weights ask for float32: a 16-bit average stops moving once
+        ``(1 - decay) * |x - avg|`` is below half its last place.
+    update_every : int
+        Work only at every k-th call, with ``decay ** k``: the same horizon in steps.
+    start_after : int
+        Until this many calls the average is the weights themselves.
+    frozen : {"skip", "copy", "average"}
+        What is done with parameters that need no gradient. Skipped ones take no memory and no time,
+        and are not part of the average; one that is unfrozen later is then an error.
+    buffers : {"copy", "average", "skip"}
+        What is done with buffers, such as BatchNorm statistics: ``copy`` keeps those of the latest
+        update, ``average`` averages floats. Integers and booleans are always copied exactly.
+
+    Attributes
+    ----------
+    shadow : Mapping of str to array
+        The averaged tensors.
+    num_updates : int
+        Calls of :meth:`update` so far.
+
+    Raises
+    ------
+    ArgumentError
+        For a parameter without a valid value.
+    LayoutError
+        If there is nothing to average, or a tensor is expanded, read-only or partly shares memory
+        with another.
+    DTypeError, BridgeError
+        For tensors that no kernel can average: integers as weights, sparse, on the meta device.
+
+    Notes
+    -----
+    Bytes moved per element and update: the weights once, the average twice (12 for float32, 10 for
+    bfloat16 weights with a float32 average). A call on other threads while one runs waits; weights
+    must not be re-pointed by another thread during a call. Denormal values cost up to a hundred
+    times as much as normal ones, in any package.
+
+    Examples
+    --------
+    >>> import numpy as np, fastema
+    >>> w = np.array([1.0, 2.0], np.float32)
+    >>> ema = fastema.EMA([w], decay=0.5)
+    >>> w += 1
+    >>> ema.update()
+    >>> with ema.swapped():
+    ...     w.copy()
+    array([1.5, 2.5], dtype=float32)
+    >>> w
+    array([2., 3.], dtype=float32)
+
+    References
+    ----------
+    B. Polyak and A. Juditsky, Acceleration of stochastic approximation by averaging, 1992,
+    https://doi.org/10.1137/0330046
+    """
+
+    def __init__(
+        self,
+        weights: Any,
+        decay: float | Rule = 0.999,
+        *,
+        shadow_dtype: Any = None,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+    ) -> None:
+        rule = decay if isinstance(decay, Rule) else Constant(decay)
+        self._schedule = Schedule(rule, update_every, start_after)
+        frozen = checked_policy(frozen, "frozen")
+        buffers = checked_policy(buffers, "buffers")
+        container = materialised(weights)
+        leaves = leaves_of(container)
+        selection = select(leaves, frozen, buffers)
+        entries = allocate(kinds(selection, dtype_of(shadow_dtype, leaves)))
+        self._entries = {entry.name: entry for entry in entries}
+        self._aliases = selection.aliases
+        self._skipped = {leaf.name for leaf in selection.skipped}
+        self._num_updates = 0
+        self._lock = threading.RLock()
+        self._swapped: Program | None = None
+        self._spares: Spares | None = None
+        self._home = container
+        self._binding = self._bound(container, leaves)
+        self._binding.program.run(FOLLOW)
+        self.shadow = Shadow(self)
+        self._warn_of_stalls()
+
+    # -- the weights ------------------------------------------------------------------------------
+
+    def _bound(self, container: Any, leaves: Leaves) -> Binding:
+        return Binding(container, leaves, self._entries, self._aliases, self._skipped)
+
+    def _current(self, model: Any) -> Binding:
+        """The binding to a model's memory as it is now; all checks, nothing written."""
+        container = self._home if model is None else materialised(model)
+        if not self._binding.holds(container) or self._binding.changed():
+            self._binding = self._bound(container, leaves_of(container))
+        return self._binding
+
+    def _warn_of_stalls(self) -> None:
+        narrow = {e.spec.dtype for e in self._entries.values() if e.averaged} & {"bf16", "f16"}
+        if narrow and self._schedule.weight(self._schedule.start_after + 10**6) < 2**-7:
+            warnings.warn(
+                f"a {' and '.join(sorted(narrow))} average with decay {self.decay} loses most "
+                "updates to rounding; pass shadow_dtype='float32'",
+                PrecisionWarning,
+                stacklevel=3,
+            )
+
+    # -- training ---------------------------------------------------------------------------------
+
+    @property
+    def num_updates(self) -> int:
+        """Calls of :meth:`update` so far."""
+        return self._num_updates
+
+    @property
+    def decay(self) -> float:
+        """Decay per step in force at the latest update (at the first, before any)."""
+        return self._schedule.decay(max(self._num_updates, 1))
+
+    @property
+    def schedule(self) -> Schedule:
+        """When the average is updated and with what weight."""
+        return self._schedule
+
+    def update(self, model: Any = None) -> None:
+        """Take the current weights into the average; call it after ``optimizer.step()``.
+
+        Parameters
+        ----------
+        model : optional
+            The weights, where they are not those the average was built from: the same names and
+            shapes. Names may differ by what wrappers add (``module.``, ``_orig_mod.``).
+
+        Raises
+        ------
+        StateError
+            While the average is applied.
+        LayoutError
+            If the model's tensors are no longer the same by name and shape; nothing was written.
+        """
+        with self._lock:
+            self._refuse_applied("update")
+            binding = self._current(model)
+            step = self._num_updates + 1
+            weight = self._schedule.weight(step)
+            if not weight:
+                self._num_updates = step
+                return
+            program = binding.program
+            program.prepare(UPDATE)
+            finished = program.completed + 1
+            try:
+                program.run(UPDATE, weight)
+            finally:
+                if program.completed == finished:
+                    self._num_updates = step
+
+    def _follow(self) -> None:
+        """Until ``start_after`` the average is the weights: bring it up to date where seen."""
+        if self._swapped is None and self._schedule.follows(self._num_updates):
+            self._current(None).program.run(FOLLOW)
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    @property
+    def applied(self) -> bool:
+        """Whether the model holds the average now."""
+        return self._swapped is not None
+
+    def _refuse_applied(self, call: str) -> None:
+        if self._swapped is not None:
+            raise StateError(
+                f"{call}() while the average is applied to the model: call restore() first, or "
+                "leave the swapped() block"
+            )
+
+    def apply_shadow(self, model: Any = None) -> None:
+        """Put the average into the model, in place, and keep the raw weights for :meth:`restore`.
+
+        Nothing is lost or copied where average and weights have one dtype, or are float32 and
+        bfloat16 (the model then gets the nearest bfloat16, ties away from zero); for other pairs of
+        dtypes the raw weights take a spare buffer meanwhile. Before the first update the model gets
+        the weights the average was built from, before ``start_after`` those it has.
+
+        Parameters
+        ----------
+        model : optional
+            See :meth:`update`.
+
+        Raises
+        ------
+        StateError
+            If the average is applied already.
+        LayoutError
+            If the model's tensors are no longer the same; nothing was written.
+        """
+        with self._lock:
+            self._refuse_applied("apply_shadow")
+            binding = self._current(model)
+            if self._schedule.follows(self._num_updates):
+                binding.program.run(FOLLOW)
+            spares = (
+                Spares(binding.tagged) if {"spare", "converted"} & set(binding.tagged) else None
+            )
+            program = binding.program if spares is None else spares.program(binding.tagged)
+            program.prepare(APPLY)
+            program.prepare(RESTORE)
+            finished = program.completed + 1
+            try:
+                program.run(APPLY)
+            finally:
+                if program.completed == finished:
+                    self._swapped, self._spares = program, spares
+
+    def restore(self, model: Any = None) -> None:
+        """Put the raw weights back, bit for bit, and the average where it was.
+
+        What the model holds by then is taken for the average: do not train while it is applied.
+
+        Parameters
+        ----------
+        model : optional
+            The model given to :meth:`apply_shadow`.
+
+        Raises
+        ------
+        StateError
+            If the average is not applied, or the model's dtypes changed meanwhile.
+        LayoutError
+            If the model's tensors are no longer the same.
+        """
+        with self._lock:
+            if self._swapped is None:
+                raise StateError(
+                    "restore() without apply_shadow(): the model holds its own weights"
+                )
+            program = self._restoring(model)
+            finished = program.completed + 1
+            try:
+                program.run(RESTORE)
+            finally:
+                if program.completed == finished:
+                    self._swapped = self._spares = None
+
+    def _restoring(self, model: Any) -> Program:
+        """The program that takes the average back, rebuilt if the model moved meanwhile."""
+        before = self._binding
+        assert self._swapped is not None
+        container = before.container if model is None else materialised(model)
+        if before.holds(container) and not before.changed():
+            return self._swapped
+        binding = self._bound(container, leaves_of(container))
+        was = {pair.name: pair.src.dtype for pair, _ in before.pairs}
+        problems = [
+            f"{pair.name!r} was {was[pair.name]} and is {pair.src.dtype}"
+            for pair, _ in binding.pairs
+            if pair.src.dtype != was[pair.name]
+        ]
+        if problems:
+            raise StateError(
+                "the model changed its dtype while the average was applied:\n"
+                + listed(problems)
+                + "\nChange it back, then restore()."
+            )
+        program = binding.program if self._spares is None else self._spares.program(binding.tagged)
+        program.prepare(RESTORE)
+        self._binding, self._swapped = binding, program
+        return program
+
+    @contextmanager
+    def swapped(self, model: Any = None) -> Iterator[None]:
+        """A block in which the model holds the average; the raw weights come back however it ends.
+
+        Parameters
+        ----------
+        model : optional
+            See :meth:`update`.
+
+        Raises
+        ------
+        StateError
+            If the average is applied already.
+        """
+        self.apply_shadow(model)
+        try:
+            yield
+        finally:
+            if self._swapped is not None:
+                self.restore(model)
+
+    def copy_to(self, model: Any) -> None:
+        """Write the average into a model, rounded to its dtypes, and keep nothing of what it held.
+
+        Parameters
+        ----------
+        model : module, array, list, tuple or dict
+            The same names and shapes; further frozen tensors and buffers are left alone.
+
+        Raises
+        ------
+        StateError
+            While the average is applied.
+        LayoutError
+            Naming every tensor that the model lacks or that differs in shape; nothing was written.
+        """
+        with self._lock:
+            self._refuse_applied("copy_to")
+            self._follow()
+            leaves = leaves_of(materialised(model))
+            found = {leaf.name: leaf.spec for leaf in leaves.items}
+            missing = [f"{name!r} is missing" for name in self._entries if name not in found]
+            if missing:
+                raise LayoutError("the model lacks tensors of the average:\n" + listed(missing))
+            pairs = [Pair(name, found[name], e.spec) for name, e in self._entries.items()]
+            for pair in pairs:
+                check_pair(pair)
+                refuse_unwritable(pair.name, pair.dst)
+            Program({"all": pairs}).run({"all": "copy"})
+
+    # -- the average ------------------------------------------------------------------------------
+
+    def _tensor(self, name: str) -> Any:
+        with self._lock:
+            name = self._aliases.get(name, name)
+            entry = self._entries[name]
+            if self._swapped is not None:
+                return recovered(*self._binding.pair(name))
+            self._follow()
+            return entry.shadow
+
+    def to(self, device: str | None = None, dtype: Any = None) -> EMA:
+        """Move the average to a device, or change the dtype of its averaged tensors; returns it.
+
+        Parameters
+        ----------
+        device : str or device, optional
+        dtype : dtype or str, optional
+
+        Raises
+        ------
+        StateError
+            While the average is applied.
+        DTypeError
+            If an average cannot have the dtype.
+        """
+        with self._lock:
+            self._refuse_applied("to")
+            wanted = dtype_of(dtype, leaves_of([e.shadow for e in self._entries.values()]))
+            moved = []
+            for entry in self._entries.values():
+                bridge = bridge_of(entry.shadow)
+                there = describe(bridge.transfer(entry.shadow, device or entry.spec.device))
+                kind = average_of(there.kind, wanted) if entry.averaged else there.kind
+                moved.append((entry.name, entry.averaged, there, kind))
+            entries = allocate(moved)
+            pairs = [
+                Pair(entry.name, entry.spec, like)
+                for entry, (_, _, like, _) in zip(entries, moved, strict=True)
+            ]
+            Program({"all": pairs}).run({"all": "copy"})
+            self._replace_entries(entries)
+            return self
+
+    def _replace_entries(self, entries: list[Entry]) -> None:
+        container = self._binding.container
+        self._entries = {entry.name: entry for entry in entries}
+        self._binding = self._bound(container, leaves_of(container))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on: counters, schedule, and the averaged tensors by name.
+
+        Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. The tensors share
+        the average's memory, as those of a module's state dict do; while the average is applied
+        they are copies of it, so that a checkpoint never holds the raw weights in its place.
+        """
+        with self._lock:
+            tensors = {name: self._tensor(name) for name in self._entries}
+            return pack(type(self).__name__, self._num_updates, self._schedule, tensors)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved average: a run goes on to the bit as if it had not been interrupted.
+
+        The schedule is the saved one. Tensors are copied into the average's memory.
+
+        Parameters
+        ----------
+        state : mapping
+            Of :meth:`state_dict`.
+
+        Raises
+        ------
+        StateError
+            While the average is applied.
+        CheckpointError
+            Listing every mismatch of names, shapes, dtypes and schedule; nothing was changed.
+        """
+        with self._lock:
+            self._refuse_applied("load_state_dict")
+            expected = {name: entry.spec for name, entry in self._entries.items()}
+            saved = unpack(state, type(self).__name__, expected)
+            arrays = {
+                name: bridge_of(array).transfer(array, expected[name].device)
+                for name, array in saved.tensors.items()
+            }
+            pairs = [Pair(name, expected[name], describe(a)) for name, a in arrays.items()]
+            Program({"all": pairs}).run({"all": "copy"})
+            self._num_updates, self._schedule = saved.num_updates, saved.schedule
+
+    def __repr__(self) -> str:
+        averaged = [entry for entry in self._entries.values() if entry.averaged]
+        elements = sum(entry.spec.size for entry in averaged)
+        dtypes = "/".join(sorted({entry.spec.dtype for entry in averaged}))
+        state = ", applied" if self.applied else ""
+        return (
+            f"{type(self).__name__}({elements:,} weights in {len(averaged)} tensors, {dtypes}, "
+            f"decay {self.decay:g}, {self._num_updates:,} updates{state})"
+        )

@@ -1,0 +1,115 @@
+"""How kernels are compiled and where their machine code is kept.
+
+Numba's on-disk cache does not notice an edit in another file, so shared scalar maths would go stale
+after an upgrade, and its default place leaves files behind an uninstall. Kernels therefore go to a
+folder of our own, named by the hash of all kernel sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba import types
+from numba.core import config
+from numba.extending import register_jitable
+
+from fastema.kernels import scalar
+
+device_fn = register_jitable
+"""Marks scalar maths for use inside kernels; the function stays plain Python outside."""
+
+for _function in vars(scalar).values():
+    if getattr(_function, "__module__", None) == scalar.__name__:
+        device_fn(_function)
+
+KERNEL = types.void(types.int64, types.int64, types.int64, types.int64)
+"""``kernel(table, rows, scalars, cursor)``, see :mod:`fastema.kernels.table`."""
+
+_cache_switch = threading.Lock()
+
+
+@functools.cache
+def source_stamp() -> str:
+    """Sixteen hex digits that change with any edit to any kernel source."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _roots() -> Iterator[Path]:
+    # Numba itself reads NUMBA_CACHE_DIR at import; honour what it took.
+    if config.CACHE_DIR:
+        yield Path(config.CACHE_DIR) / "fastema"
+    if sys.platform == "win32":
+        variable, default = "LOCALAPPDATA", Path("~", "AppData", "Local")
+    else:
+        variable, default = "XDG_CACHE_HOME", Path("~", ".cache")
+    with suppress(RuntimeError):  # a user without a home
+        yield Path(os.environ.get(variable) or default).expanduser() / "fastema"
+    owner = os.getuid() if hasattr(os, "getuid") else "user"
+    yield Path(tempfile.gettempdir()) / f"fastema-{owner}"
+
+
+def _private(folder: Path) -> bool:
+    """Whether nobody else can write here: cache entries are code."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """The first place that can be written and is ours alone; None where there is none."""
+    for root in _roots():
+        folder = root / source_stamp()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if _private(folder):
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+@contextmanager
+def _cache_directory(folder: Path) -> Iterator[None]:
+    with _cache_switch:
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(folder)
+        try:
+            yield
+        finally:
+            config.CACHE_DIR = before
+
+
+def cpu_kernel(signature: Any = KERNEL, *, nogil: bool = True) -> Callable[[Any], Any]:
+    """Compile a function for the host now, or load it from the cache.
+
+    No fast-math: every rounding is written out, so that results do not depend on the vector width.
+    ``nogil=False`` is for kernels that call into Python's C interface.
+    """
+
+    def compiled(function: Any) -> Any:
+        folder = cache_folder()
+        if folder is None:
+            return numba.njit(signature, nogil=nogil, error_model="numpy")(function)
+        with _cache_directory(folder):
+            return numba.njit(signature, nogil=nogil, error_model="numpy", cache=True)(function)
+
+    return compiled

@@ -1,0 +1,371 @@
+"""The words that kernel maths is written in, each with a Python and a CPU meaning.
+
+Numba widens ``uint32 op uint32`` to 64 bits, which halves the lanes of a vector loop, and it knows
+neither bfloat16 nor half precision, fma, prefetch or an atomic add on the CPU. A word closes one of
+these gaps: an ordinary Python function on NumPy scalars, which is its definition and what runs
+under ``NUMBA_DISABLE_JIT=1``, and beside it the one LLVM instruction it stands for in a kernel.
+
+Bits are ``uint16``/``uint32``; floats are ``float32``/``float64`` and keep their type.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from fractions import Fraction
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.typing import signature
+from numba.core.typing.templates import AbstractTemplate, ConcreteTemplate, infer_global
+from numba.extending import lower_builtin
+
+_u8, _u16, _u32, _i32, _i64 = types.uint8, types.uint16, types.uint32, types.int32, types.int64
+_f32, _f64, _bool = types.float32, types.float64, types.boolean
+_I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+_HALF, _FLOAT = ir.HalfType(), ir.FloatType()
+
+
+def _word(*signatures, llvm):
+    """Give a Python function its typing and its instruction in CPU kernels.
+
+    ``llvm(builder, *values)`` emits the instruction and returns its value, ``None`` for a void.
+    """
+
+    def register(python):
+        _type(python, ConcreteTemplate, cases=list(signatures))
+        for one in signatures:
+            _lower(python, one.args, llvm)
+        return python
+
+    return register
+
+
+def _type(python, template, **members):
+    made = type(python.__name__, (template,), {"key": python, **members})
+    infer_global(python, types.Function(made))
+
+
+def _lower(python, arg_types, llvm):
+    @lower_builtin(python, *arg_types)
+    def emit(context, builder, sig, args):
+        value = llvm(builder, *args)
+        return context.get_dummy_value() if value is None else value
+
+
+def _address(builder, value, pointee):
+    return builder.inttoptr(value, pointee.as_pointer())
+
+
+# -- 32-bit integers that stay 32 bits ------------------------------------------------------------
+
+
+@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.add(x, y))
+def add32(x, y):
+    """``x + y`` modulo 2**32."""
+    return np.uint32((int(x) + int(y)) & 0xFFFFFFFF)
+
+
+@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.sub(x, y))
+def sub32(x, y):
+    """``x - y`` modulo 2**32."""
+    return np.uint32((int(x) - int(y)) & 0xFFFFFFFF)
+
+
+@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.and_(x, y))
+def and32(x, y):
+    """Bitwise and."""
+    return np.uint32(int(x) & int(y))
+
+
+@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.or_(x, y))
+def or32(x, y):
+    """Bitwise or."""
+    return np.uint32(int(x) | int(y))
+
+
+@_word(_u32(_u32, _u32), llvm=lambda b, x, n: b.shl(x, n))
+def shl32(x, n):
+    """Shift left by ``n < 32`` bits."""
+    return np.uint32((int(x) << int(n)) & 0xFFFFFFFF)
+
+
+@_word(_u32(_u32, _u32), llvm=lambda b, x, n: b.lshr(x, n))
+def shr32(x, n):
+    """Shift right by ``n < 32`` bits, zeros coming in."""
+    return np.uint32(int(x) >> int(n))
+
+
+@_word(_bool(_u32, _u32), llvm=lambda b, x, y: b.icmp_unsigned(">", x, y))
+def above32(x, y):
+    """``x > y``, unsigned."""
+    return int(x) > int(y)
+
+
+@_word(_u32(_bool, _u32, _u32), llvm=lambda b, c, x, y: b.select(c, x, y))
+def select32(condition, x, y):
+    """``x`` where the condition holds, else ``y``; both are evaluated."""
+    return x if condition else y
+
+
+@_word(_u32(_u16), llvm=lambda b, x: b.zext(x, _I32))
+def widen16(x):
+    """A 16-bit word as a 32-bit one."""
+    return np.uint32(x)
+
+
+@_word(_u16(_u32), llvm=lambda b, x: b.trunc(x, _I16))
+def narrow16(x):
+    """The low 16 bits."""
+    return np.uint16(int(x) & 0xFFFF)
+
+
+# -- floats and their bits ------------------------------------------------------------------------
+
+
+@_word(_u32(_f32), llvm=lambda b, x: b.bitcast(x, _I32))
+def bits32(x):
+    """The bits of a float32."""
+    return np.float32(x).view(np.uint32)
+
+
+@_word(_f32(_u32), llvm=lambda b, x: b.bitcast(x, _FLOAT))
+def float_of_bits32(x):
+    """The float32 that has these bits."""
+    return np.uint32(x).view(np.float32)
+
+
+@_word(_f32(_u16), llvm=lambda b, x: b.fpext(b.bitcast(x, _HALF), _FLOAT))
+def half_to_float(x):
+    """The float32 equal to the half-precision number with these bits (a hardware conversion)."""
+    return np.float32(np.uint16(x).view(np.float16))
+
+
+@_word(_u16(_f32), llvm=lambda b, x: b.bitcast(b.fptrunc(x, _HALF), _I16))
+def float_to_half(x):
+    """The bits of the nearest half-precision number, ties to even (a hardware conversion)."""
+    with np.errstate(over="ignore"):
+        return np.float16(np.float32(x)).view(np.uint16)
+
+
+def _round_to_odd_sum(x: float, y: float) -> float:
+    """``x + y`` in float64, an inexact result forced to an odd last bit.
+
+    Rounding that once more, to float32, equals rounding the exact sum (53 >= 2 * 24 + 2 bits).
+    """
+    total = x + y
+    if not math.isfinite(total):
+        return total
+    part = total - x
+    error = (x - (total - part)) + (y - part)
+    if error and not np.float64(total).view(np.uint64) & np.uint64(1):
+        return math.nextafter(total, math.copysign(math.inf, error))
+    return total
+
+
+def _fma64(x: float, y: float, z: float) -> float:
+    if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(z)):
+        with np.errstate(invalid="ignore"):
+            return float(np.float64(x) * np.float64(y) + np.float64(z))
+    exact = Fraction(x) * Fraction(y) + Fraction(z)
+    try:
+        return float(exact) if exact else x * y + z
+    except OverflowError:
+        return math.copysign(math.inf, exact)
+
+
+@_word(_f32(_f32, _f32, _f32), _f64(_f64, _f64, _f64), llvm=lambda b, x, y, z: b.fma(x, y, z))
+def fma(x, y, z):
+    """``x * y + z`` rounded once, in the type of the arguments."""
+    if isinstance(x, np.float32):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.float32(_round_to_odd_sum(float(x) * float(y), float(z)))
+    return np.float64(_fma64(float(x), float(y), float(z)))
+
+
+# -- memory ---------------------------------------------------------------------------------------
+# The written side and the other side never overlap (the layout refuses it). Saying so on every load
+# and store spares the vector loops a run-time test per block.
+
+
+class _Pointer:
+    """A typed address in the Python meaning of a kernel."""
+
+    def __init__(self, address, c_type, scalar):
+        self.cells = ctypes.cast(int(address), ctypes.POINTER(c_type))
+        self.scalar = scalar
+
+    def load(self, i):
+        return self.scalar(self.cells[int(i)])
+
+    def store(self, i, value):
+        self.cells[int(i)] = value.item()
+
+
+def _pointer_word(numba_type, pointee):
+    return _word(
+        types.CPointer(numba_type)(_i64), llvm=lambda b, address: _address(b, address, pointee)
+    )
+
+
+@_pointer_word(_u8, _I8)
+def pointer_u8(address):
+    """An address of bytes."""
+    return _Pointer(address, ctypes.c_uint8, np.uint8)
+
+
+@_pointer_word(_u16, _I16)
+def pointer_u16(address):
+    """An address of 16-bit words."""
+    return _Pointer(address, ctypes.c_uint16, np.uint16)
+
+
+@_pointer_word(_u32, _I32)
+def pointer_u32(address):
+    """An address of 32-bit words."""
+    return _Pointer(address, ctypes.c_uint32, np.uint32)
+
+
+@_pointer_word(_i64, _I64)
+def pointer_i64(address):
+    """An address of 64-bit integers (tables)."""
+    return _Pointer(address, ctypes.c_int64, np.int64)
+
+
+@_pointer_word(_f32, _FLOAT)
+def pointer_f32(address):
+    """An address of float32."""
+    return _Pointer(address, ctypes.c_float, np.float32)
+
+
+@_pointer_word(_f64, ir.DoubleType())
+def pointer_f64(address):
+    """An address of float64."""
+    return _Pointer(address, ctypes.c_double, np.float64)
+
+
+def _tag(builder, instruction, side):
+    module = builder.module
+    domain = module.add_metadata(["fastema"])
+    scopes = [module.add_metadata([module.add_metadata([name, domain])]) for name in ("dst", "src")]
+    instruction.set_metadata("alias.scope", scopes[side])
+    instruction.set_metadata("noalias", scopes[1 - side])
+
+
+def _load_word(side):
+    def register(python):
+        def generic(self, args, kws):
+            return signature(args[0].dtype, args[0], _i64)
+
+        _type(python, AbstractTemplate, generic=generic)
+
+        def llvm(builder, pointer, i):
+            value = builder.load(builder.gep(pointer, [i]))
+            if side is not None:
+                _tag(builder, value, side)
+            return value
+
+        _lower(python, (types.CPointer, _i64), llvm)
+        return python
+
+    return register
+
+
+def _store_word(side):
+    def register(python):
+        def generic(self, args, kws):
+            return signature(types.void, args[0], _i64, args[0].dtype)
+
+        _type(python, AbstractTemplate, generic=generic)
+
+        def llvm(builder, pointer, i, value):
+            _tag(builder, builder.store(value, builder.gep(pointer, [i])), side)
+
+        _lower(python, (types.CPointer, _i64, types.Any), llvm)
+        return python
+
+    return register
+
+
+@_load_word(side=None)
+def load(pointer, i):
+    """Element ``i`` of a table or a scalar block."""
+    return pointer.load(i)
+
+
+@_load_word(side=0)
+def load_dst(pointer, i):
+    """Element ``i`` of the written side."""
+    return pointer.load(i)
+
+
+@_load_word(side=1)
+def load_src(pointer, i):
+    """Element ``i`` of the other side."""
+    return pointer.load(i)
+
+
+@_store_word(side=0)
+def store_dst(pointer, i, value):
+    """Write element ``i`` of the written side."""
+    pointer.store(i, value)
+
+
+@_store_word(side=1)
+def store_src(pointer, i, value):
+    """Write element ``i`` of the other side (a swap)."""
+    pointer.store(i, value)
+
+
+def _prefetch(builder, address):
+    byte_pointer = _I8.as_pointer()
+    function = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [byte_pointer, _I32, _I32, _I32]),
+        "llvm.prefetch.p0",
+    )
+    read, keep, data = _I32(0), _I32(3), _I32(1)
+    builder.call(function, [builder.inttoptr(address, byte_pointer), read, keep, data])
+
+
+@_word(types.void(_i64), llvm=_prefetch)
+def prefetch(address):
+    """Ask for the cache line at an address; any address is harmless."""
+
+
+@_word(
+    _i64(_i64, _i64),
+    llvm=lambda b, address, n: b.atomic_rmw("add", _address(b, address, _I64), n, "monotonic"),
+)
+def fetch_add(address, n):
+    """Add ``n`` to the int64 at an address and return what it was, as one atomic step."""
+    cell = ctypes.c_int64.from_address(int(address))
+    before = cell.value
+    cell.value = before + int(n)
+    return before
+
+
+# -- calls into C ---------------------------------------------------------------------------------
+
+
+def _call(result):
+    def llvm(builder, function, x, y):
+        kind = ir.FunctionType(result, [_I64, _I64])
+        return builder.call(_address(builder, function, kind), [x, y])
+
+    return llvm
+
+
+@_word(_i64(_i64, _i64, _i64), llvm=_call(_I64))
+def call_pointer(function, x, y):
+    """Call a C function of two pointers that returns a pointer; the GIL must be held."""
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return prototype(int(function))(int(x), int(y)) or 0
+
+
+@_word(_i32(_i64, _i64, _i64), llvm=_call(_I32))
+def call_int(function, x, y):
+    """Call a C function of two pointers that returns an int; the GIL must be held."""
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    return prototype(int(function))(int(x), int(y))
