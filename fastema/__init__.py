@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastema import engine, errors, rules
+    from fastema import errors, rules
     from fastema.engine.cpu import get_num_threads, set_num_threads
     from fastema.plan import Plan, copy_, lerp_, swap_
     from fastema.shadow import EMA
@@ -30,7 +30,6 @@ __all__ = [
     "Plan",
     "__version__",
     "copy_",
-    "engine",
     "errors",
     "get_num_threads",
     "lerp_",
@@ -49,7 +48,7 @@ _HOMES = {
     "swap_": "fastema.plan",
 }
 
-_ROOMS = {"engine", "errors", "rules"}
+_ROOMS = {"errors", "rules"}
 
 
 def __getattr__(name: str) -> Any:

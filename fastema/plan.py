@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fastema.bridges.registry import leaves_of, materialised
+from fastema.bridges.registry import leaves_of, materialised, written
 from fastema.engine.program import Program
 from fastema.engine.watch import Watch, watch
-from fastema.errors import ArgumentError, LayoutError, listed
+from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
 
@@ -85,6 +85,8 @@ class Plan:
         )
         self._swappable = False
         self._program = Program({_TAG: self._pairs})
+        self._written = written(spec.owner for _, spec, _ in self._pairs)
+        self._swapped = written(spec.owner for _, _, spec in self._pairs)
         self._watches: tuple[Watch, Watch] = (watch(dst), watch(src))
 
     def _run(self, operation: str, weight: float = 0.0) -> None:
@@ -96,6 +98,8 @@ class Plan:
             refuse_overlap([(f"x {name}", spec) for name, _, spec in self._pairs])
             self._swappable = True
         self._program.run({_TAG: operation}, weight)
+        for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
+            tell(arrays)
 
     def lerp_(self, weight: float) -> None:
         """``avg += weight * (x - avg)``, computed in float32 (float64 where either side is).
@@ -114,6 +118,13 @@ class Plan:
         """
         if not math.isfinite(weight):
             raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")
+        exact = [f"{name!r} is {dst.dtype}" for name, dst, _ in self._pairs if not dst.kind.real]
+        if exact:
+            raise DTypeError(
+                "only floats are averaged:\n"
+                + listed(exact)
+                + "\nLeave them out, or use fastema.EMA, which copies integers exactly."
+            )
         self._run("lerp", weight)
 
     def swap_(self) -> None:

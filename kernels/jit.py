@@ -64,7 +64,7 @@ def _roots() -> Iterator[Path]:
 
 
 def _private(folder: Path) -> bool:
-    """Whether nobody else can write here: cache entries are code."""
+    """Whether nobody else can write here: cache entries are code that will be run."""
     if not hasattr(os, "getuid"):
         return True
     found = folder.stat()
@@ -77,10 +77,11 @@ def cache_folder() -> Path | None:
     for root in _roots():
         folder = root / source_stamp()
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
-            if _private(folder):
+            if _private(root) and _private(folder):
                 return folder
         except OSError:
             continue

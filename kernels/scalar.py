@@ -28,7 +28,8 @@ def lerp(avg, x, w):
     """``avg + w * (x - avg)``: two roundings, one in the difference and one in the fma.
 
     With ``u`` half a unit in the last place of 1, the error is at most
-    ``u * |result| + w * u * |x - avg|``. ``x == avg`` is a fixed point, and ``w == 1`` gives ``x``
+    ``u * |result| + w * u * |x - avg|`` for the ``w`` given (which a caller has rounded to the same
+    type, an error of the same size as the second). ``x == avg`` is a fixed point, and ``w == 1`` gives ``x``
     itself whatever ``avg`` holds.
     """
     return x if w == 1 else fma(w, x - avg, avg)

@@ -8,6 +8,7 @@
 ``view(flat, offset, shape, strides)``  a tensor within a flat array, sharing its memory
 ``transfer(array, device)``       the array on a device
 ``native(code)``                  the framework's dtype object of a code, ``code(native)`` back
+``written(arrays)``               tells the framework that fastema wrote these
 ``walk(container)``               leaves, links and sizes of a container class of its own, or None
 ================================  ================================================================
 

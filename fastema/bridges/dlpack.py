@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Final
 
 __all__ = ["exchange_address"]
@@ -14,6 +13,8 @@ _HEADER_WORDS: Final = 2
 _DLTENSOR_FROM_OBJECT: Final = _HEADER_WORDS + 3
 """After allocate, managed tensor from object, managed tensor to object."""
 
+_addresses: dict[type[object], int] = {}
+
 
 def exchange_address(array: object) -> int:
     """Address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 where it has none.
@@ -21,10 +22,12 @@ def exchange_address(array: object) -> int:
     The function has the C signature ``int (PyObject *, DLTensor *)``, needs the GIL, and fills in a
     description that borrows from the array. See the DLPack C interface, version 1.
     """
-    return _address(type(array))
+    kind = type(array)
+    if kind not in _addresses:
+        _addresses[kind] = _address(kind)
+    return _addresses[kind]
 
 
-@cache
 def _address(array_type: type[object]) -> int:
     capsule = getattr(array_type, "__dlpack_c_exchange_api__", None)
     if capsule is None:

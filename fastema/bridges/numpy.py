@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +13,18 @@ from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.spec import Leaves, TensorSpec
 
-__all__ = ["code", "describe", "empty", "exchange", "native", "owns", "transfer", "view", "walk"]
+__all__ = [
+    "code",
+    "describe",
+    "empty",
+    "exchange",
+    "native",
+    "owns",
+    "transfer",
+    "view",
+    "walk",
+    "written",
+]
 
 _NAMES: Final = {
     "float64": "f64",
@@ -112,6 +124,10 @@ def view(
     """A tensor within a flat array."""
     steps = tuple(s * flat.itemsize for s in strides)
     return np.ndarray(shape, flat.dtype, flat, offset * flat.itemsize, steps)
+
+
+def written(arrays: Sequence[NDArray[Any]]) -> None:
+    """NumPy keeps no record of writes."""
 
 
 def walk(container: Any) -> Leaves | None:

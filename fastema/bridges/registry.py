@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
@@ -11,7 +11,7 @@ from typing import Any, Final
 from fastema.errors import BridgeError
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
-__all__ = ["bridge_of", "describe", "leaves_of", "materialised"]
+__all__ = ["bridge_of", "describe", "leaves_of", "materialised", "written"]
 
 _BRIDGES: Final = {"torch": "fastema.bridges.torch", "numpy": "fastema.bridges.numpy"}
 """Framework's import name to its bridge. A framework nobody imported owns nothing."""
@@ -44,6 +44,14 @@ def describe(array: Any) -> TensorSpec:
     """Where an array lies now."""
     spec: TensorSpec = bridge_of(array).describe(array)
     return spec
+
+
+def written(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any]]]:
+    """The arrays by the function to call with them after each write."""
+    found: dict[Callable[[Any], None], list[Any]] = {}
+    for array in arrays:
+        found.setdefault(bridge_of(array).written, []).append(array)
+    return list(found.items())
 
 
 def _is_array(obj: Any) -> bool:

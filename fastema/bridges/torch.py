@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import plain_names
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
 
-__all__ = ["code", "describe", "empty", "exchange", "native", "owns", "transfer", "view", "walk"]
+__all__ = [
+    "code",
+    "describe",
+    "empty",
+    "exchange",
+    "native",
+    "owns",
+    "transfer",
+    "view",
+    "walk",
+    "written",
+]
 
 _NATIVE: Final = {
     "f64": torch.float64,
@@ -75,8 +88,14 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
             "memory to average; materialise it first (.to_dense(), .to_empty(device=...), "
             ".resolve_conj())"
         )
+    address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    if not address and tensor.numel():
+        raise BridgeError(
+            f"a {type(tensor).__name__} of shape {list(tensor.shape)} has no memory of its own "
+            "(a distributed or fake tensor, or freed storage)"
+        )
     return TensorSpec(
-        address=tensor.data_ptr(),
+        address=address,
         shape=tuple(tensor.shape),
         strides=tensor.stride(),
         dtype=code(tensor.dtype),
@@ -116,6 +135,14 @@ def _named(name: str, tensor: torch.Tensor) -> TensorSpec:
         return describe(tensor)
     except (BridgeError, DTypeError) as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def written(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell autograd that these tensors were written, as torch's own in-place operations do."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # tensors of inference mode keep no version
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def walk(container: Any) -> Leaves | None:

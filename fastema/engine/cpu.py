@@ -25,6 +25,10 @@ BYTES_PER_THREAD: Final = 1 << 20
 Smaller launches stay on the calling thread."""
 
 
+MOST_THREADS: Final = 32
+"""Unless told otherwise. A few cores saturate a memory controller, and each costs a wake-up."""
+
+
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -56,7 +60,7 @@ class _Pool:
             executor.shutdown(wait=False)
 
 
-_pool = _Pool(_cores())
+_pool = _Pool(min(_cores(), MOST_THREADS))
 
 
 def _after_fork() -> None:
@@ -75,7 +79,7 @@ def set_num_threads(threads: int) -> None:
     Parameters
     ----------
     threads : int
-        At least 1. The default is the number of cores the process may run on.
+        At least 1. The default is the number of cores the process may run on, 32 at most.
 
     Raises
     ------

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised
+from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
 from fastema.engine.program import Program
 from fastema.errors import LayoutError, PrecisionWarning, StateError, listed
 from fastema.layout.dtypes import average_of
-from fastema.layout.group import Pair, check_pair, refuse_unwritable
+from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
 from fastema.rules import Constant, Rule, Schedule
 from fastema.shadow.binding import Binding
@@ -234,7 +234,7 @@ class EMA:
     def _follow(self) -> None:
         """Until ``start_after`` the average is the weights: bring it up to date where seen."""
         if self._swapped is None and self._schedule.follows(self._num_updates):
-            self._current(None).program.run(FOLLOW)
+            self._current(self._binding.container).program.run(FOLLOW)
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -287,6 +287,7 @@ class EMA:
             finally:
                 if program.completed == finished:
                     self._swapped, self._spares = program, spares
+                    binding.written()
 
     def restore(self, model: Any = None) -> None:
         """Put the raw weights back, bit for bit, and the average where it was.
@@ -317,6 +318,7 @@ class EMA:
             finally:
                 if program.completed == finished:
                     self._swapped = self._spares = None
+                    self._binding.written()
 
     def _restoring(self, model: Any) -> Program:
         """The program that takes the average back, rebuilt if the model moved meanwhile."""
@@ -357,11 +359,14 @@ class EMA:
         StateError
             If the average is applied already.
         """
-        self.apply_shadow(model)
+        outside = (
+            self.applied
+        )  # an outer block's: apply_shadow() refuses, and it is not ours to end
         try:
+            self.apply_shadow(model)
             yield
         finally:
-            if self._swapped is not None:
+            if self.applied and not outside:
                 self.restore(model)
 
     def copy_to(self, model: Any) -> None:
@@ -388,10 +393,22 @@ class EMA:
             if missing:
                 raise LayoutError("the model lacks tensors of the average:\n" + listed(missing))
             pairs = [Pair(name, found[name], e.spec) for name, e in self._entries.items()]
+            pairs += [
+                Pair(name, found[name], self._entries[kept].spec)
+                for name, kept in self._aliases.items()
+                if name in found
+            ]
             for pair in pairs:
                 check_pair(pair)
                 refuse_unwritable(pair.name, pair.dst)
+            pairs = unique(pairs)
+            refuse_overlap(
+                [(pair.name, pair.dst) for pair in pairs],
+                [(f"average of {pair.name}", pair.src) for pair in pairs],
+            )
             Program({"all": pairs}).run({"all": "copy"})
+            for tell, arrays in written(pair.dst.owner for pair in pairs):
+                tell(arrays)
 
     # -- the average ------------------------------------------------------------------------------
 

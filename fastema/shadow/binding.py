@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastema.bridges.registry import written
 from fastema.engine.program import Program
 from fastema.engine.watch import watch
 from fastema.errors import LayoutError, listed
@@ -83,6 +84,7 @@ class Binding:
         )
         self.tagged = tagged(self.pairs)
         self.program = Program(self.tagged)
+        self._written = written(pair.src.owner for pair, _ in self.pairs)
         self._owners = [leaf.spec.owner for leaf in leaves.items]
         self._skipped = [leaf for leaf in leaves.items if leaf.name in skipped]
         self._watch = watch(leaves)
@@ -104,6 +106,11 @@ class Binding:
             and len(container) == len(self._owners)
             and all(one is other for one, other in zip(container, self._owners, strict=True))
         )
+
+    def written(self) -> None:
+        """Tell the weights' framework that they were written."""
+        for tell, arrays in self._written:
+            tell(arrays)
 
     def changed(self) -> bool:
         """Whether the model's tensors are no longer where they were, or one was unfrozen."""
