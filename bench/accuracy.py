@@ -100,8 +100,9 @@ def markdown(result: dict[str, Any]) -> str:
         "# Error against extended precision",
         "",
         f"`{header['command']}`, rounding to nearest even. One update: largest of {ELEMENTS:,} "
-        f"random weights at each of w = {', '.join(map(str, WEIGHTS))}, in units of the last place of the "
-        f"larger of the two. {UPDATES:,} updates: decay {DECAY}, noise of a tenth of the weights.",
+        f"random weights at each of w = {', '.join(map(str, WEIGHTS))}, in units of the last place "
+        f"of the larger of the two. {UPDATES:,} updates: decay {DECAY}, noise of a tenth of the "
+        "weights.",
         "",
         "| average | weights | one update, ulp | 1,000 updates, relative |",
         "|---|---|---|---|",

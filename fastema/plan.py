@@ -170,6 +170,11 @@ def lerp_(avg: Any, x: Any, weight: float) -> None:
 def swap_(a: Any, b: Any) -> None:
     """Exchange the contents of two containers in place; see :meth:`Plan.swap_`.
 
+    Parameters
+    ----------
+    a, b : array, list, tuple, dict or torch module
+        Each takes the other's contents, rounded to its own dtype.
+
     Raises
     ------
     LayoutError, DTypeError, BridgeError
@@ -180,6 +185,11 @@ def swap_(a: Any, b: Any) -> None:
 
 def copy_(dst: Any, src: Any) -> None:
     """Copy a container's contents into another in place; see :meth:`Plan.copy_`.
+
+    Parameters
+    ----------
+    dst, src : array, list, tuple, dict or torch module
+        ``dst`` takes the contents of ``src``, rounded to its own dtype.
 
     Raises
     ------

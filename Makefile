@@ -1,0 +1,94 @@
+# From a fresh clone, with nothing else done: `make demo` or `make test`.
+# Every target makes .venv and installs what it needs there, under constraints.txt, once.
+#
+#   make test PYTHON=python3.12 VENV=.venv312     another interpreter, in its own environment
+#   make test ARGS="-k rounding"                  options for the command that is run
+#
+# Paths are relative and programs run as `python -m`, so a checkout may lie below a folder
+# with spaces in its name.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+# A stamp is younger than these exactly when the environment was installed from them.
+PINS := pyproject.toml constraints.txt Makefile
+SAY = @printf '\n==> %s\n'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two pips at once in one environment break it.
+.NOTPARALLEL:
+.PHONY: help demo test bench bench-quick lint format dev clean
+
+help:
+	@echo "make demo         train a small model on real data, with and without its average"
+	@echo "make test         the whole test suite"
+	@echo "make bench-quick  the benchmarks in short, under three minutes"
+	@echo "make bench        the benchmarks in full"
+	@echo "make lint         ruff check, ruff format --check, mypy"
+	@echo "make format       let ruff rewrite what it can"
+	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
+	@echo "make clean        remove $(VENV), caches and build products"
+
+demo: $(VENV)/.demo
+	$(SAY) "fastema demo $(ARGS)"
+	@$(VENV)/bin/fastema demo $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.timm
+	$(SAY) "pytest $(ARGS)"
+	@$(PY) -m pytest $(ARGS)
+
+bench-quick: $(VENV)/.bench $(VENV)/.timm
+	$(SAY) "python -m bench --quick $(ARGS)"
+	@$(PY) -m bench --quick $(ARGS)
+
+bench: $(VENV)/.bench $(VENV)/.timm
+	$(SAY) "python -m bench $(ARGS)"
+	@$(PY) -m bench $(ARGS)
+
+lint: $(VENV)/.dev
+	$(SAY) "ruff check"
+	@$(PY) -m ruff check .
+	$(SAY) "ruff format --check"
+	@$(PY) -m ruff format --check .
+	$(SAY) "mypy (half a minute where there is no cache yet)"
+	@$(PY) -m mypy
+
+format: $(VENV)/.dev
+	$(SAY) "ruff check --fix, ruff format"
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+dev: $(VENV)/.dev
+	$(SAY) "pre-commit install"
+	@$(PY) -m pre_commit install
+
+clean:
+	$(SAY) "removing $(VENV), caches and build products"
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	$(SAY) "making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make a virtual environment: install its venv module" \
+	       "(python3-venv on Debian), or name another one: make PYTHON=python3.12"; exit 1; }
+	@touch "$@"
+
+# The peers that the benchmarks race against are also what some tests compare with.
+$(VENV)/.test: EXTRAS = test,bench
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made
+	$(SAY) "installing fastema[$(or $(EXTRAS),$*)] into $(VENV), pinned by constraints.txt"
+	@$(PY) -m pip install -c constraints.txt -e ".[$(or $(EXTRAS),$*)]"
+	@touch "$@"
+
+# timm asks for torchvision, which its averages do not use, and of which a build for another
+# torch breaks the import of diffusers: hence without its dependencies, and last, lest pip
+# complain about it.
+$(VENV)/.timm: constraints.txt | $(VENV)/.made
+	$(SAY) "installing timm without its dependencies"
+	@$(PY) -m pip install -c constraints.txt --no-deps timm
+	@touch "$@"

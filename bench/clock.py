@@ -1,0 +1,97 @@
+"""Timing: jobs in turn, and a clock that plays recorded durations to pytest-benchmark."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import quantiles
+
+SETTLE_S = 0.005
+"""Pause before each timed call. OpenMP threads spin for some milliseconds after torch's parallel
+regions; without the pause whoever comes next, on other threads, shares its cores with them."""
+
+MIN_ROUNDS = 3
+
+
+def interleave(
+    jobs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    hot: bool = False,
+    budget_s: float = float("inf"),
+    settle_s: float = SETTLE_S,
+) -> dict[str, list[float]]:
+    """Time all jobs in turn, A B C A B C ..., so that whatever disturbs the machine hits all.
+
+    Parameters
+    ----------
+    jobs
+        Name -> call.
+    rounds
+        Timed rounds at most; one untimed warm-up round comes first.
+    hot
+        Call each job once, untimed, directly before its timed call.
+    budget_s
+        No new round begins after this time, in seconds, unless fewer than `MIN_ROUNDS` are done.
+    settle_s
+        Pause before each call, in seconds.
+
+    Returns
+    -------
+    dict
+        Name -> durations in seconds, one per round, as many for each name.
+    """
+    for job in jobs.values():
+        job()
+    durations: dict[str, list[float]] = {name: [] for name in jobs}
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + budget_s
+        for done in range(rounds):
+            if done >= MIN_ROUNDS and time.perf_counter() > end:
+                break
+            for name, job in jobs.items():
+                time.sleep(settle_s)
+                if hot:
+                    job()
+                start = time.perf_counter()
+                job()
+                durations[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    return durations
+
+
+def spread(durations: Sequence[float]) -> tuple[float, float]:
+    """Return the 20th and the 80th percentile, between neighbours by interpolation."""
+    if len(durations) == 1:
+        return durations[0], durations[0]
+    p20, *_, p80 = quantiles(durations, n=5, method="inclusive")
+    return p20, p80
+
+
+class Replay:
+    """A clock that shows recorded durations: each pair of readings lies one of them apart.
+
+    pytest-benchmark reads its timer twice a round, before and after the target. Given this timer
+    and a target that does nothing, it reports the durations recorded in an interleaved race, with
+    all that it can do: statistics, JSON, saving, comparing.
+    """
+
+    def __init__(self) -> None:
+        self._readings: Iterator[float] = iter(())
+
+    def load(self, durations: Sequence[float]) -> None:
+        """Set the durations, in seconds, that the next readings will lie apart."""
+        readings = []
+        now = 0.0
+        for duration in durations:
+            readings += [now, now + duration]
+            now += duration
+        self._readings = iter(readings)
+
+    def read(self) -> float:
+        """Return the next reading, in seconds."""
+        return next(self._readings)

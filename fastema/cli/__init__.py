@@ -1,0 +1,104 @@
+"""The ``fastema`` command: one module or package per subcommand, registered in `COMMANDS`.
+
+A command module stays light (argparse only): it declares its arguments here and imports what it
+works with inside ``run``, so ``fastema --help`` answers at once and without any extra installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import fastema
+from fastema.cli import demo
+
+
+class Command(Protocol):
+    """What a command module offers to the front end."""
+
+    @property
+    def SUMMARY(self) -> str:
+        """One line for ``fastema --help``."""
+
+    @property
+    def EXTRA(self) -> str:
+        """The extra of the fastema distribution that installs what the command needs."""
+
+    @property
+    def NEEDS(self) -> Mapping[str, str]:
+        """Import name -> distribution name of every package of that extra."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's options."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work; the exit code."""
+
+
+COMMANDS: dict[str, Command] = {"demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``fastema``.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    int
+        The exit code: 0 for success, 2 for a usage error or a package that is not installed,
+        130 after an interrupt from the keyboard.
+
+    Raises
+    ------
+    SystemExit
+        From argparse: code 0 for ``--help`` and ``--version``, code 2 for invalid arguments.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    command = COMMANDS[args.command]
+    missing = [package for module, package in command.NEEDS.items() if not _installed(module)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        print(
+            f"fastema {args.command}: {' and '.join(missing)} {verb} not installed; get what "
+            f'this command needs with: pip install "fastema[{command.EXTRA}]"',
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return command.run(args)
+    except KeyboardInterrupt:
+        print(f"fastema {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastema",
+        description="In-place moving averages of model weights at the speed of memory.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastema {fastema.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
+        )
+    return parser
+
+
+def _installed(module: str) -> bool:
+    """Whether `module` can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # an import hook that refuses the name
+        return False

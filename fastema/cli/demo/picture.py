@@ -1,0 +1,245 @@
+"""The figure: loss and accuracy of raw and averaged weights, and the digits they disagree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from fastema.cli.demo import summary
+from fastema.cli.demo.speed import Machine
+from fastema.cli.demo.summary import Level, Tail
+from fastema.cli.demo.train import MOMENTUM, History, Score, Setup
+
+RAW = "#e07b27"
+EMA = "#1b5fa6"
+INK = "#20242a"
+GREY = "#6b7280"
+PALE = "#f2f4f7"
+TILES = 14
+MARGIN = 0.045  # of the figure's width, left of all text
+LABEL_HEIGHT = 0.19  # of an axes' height: three lines of text and some air
+ACCURACIES = (0, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8)  # percent
+# Any: newer stubs of matplotlib list every key by name, older ones ask for strings.
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": "#b6bcc4",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e3e7ec",
+    "axes.axisbelow": True,
+}
+
+
+def draw(setup: Setup, machine: Machine, history: History, out: Path) -> None:
+    """Write the picture of a run to `out`; the suffix chooses the format."""
+    seen = summary.tail(history)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.5, 7.6), dpi=150, facecolor="white")
+        rows = figure.add_gridspec(
+            2,
+            2,
+            left=MARGIN + 0.03,
+            right=0.885,
+            top=0.80,
+            bottom=0.135,
+            height_ratios=(4.6, 1),
+            hspace=0.5,
+            wspace=0.46,
+        )
+        _headline(figure, seen)
+        _loss(figure.add_subplot(rows[0, 0]), history, seen)
+        _accuracy(figure.add_subplot(rows[0, 1]), history, seen)
+        _disagreements(figure, rows[1, :], setup, history)
+        _footer(figure, setup, machine, history)
+        figure.savefig(out)
+
+
+def _headline(figure: Figure, seen: Tail) -> None:
+    figure.text(MARGIN, 0.945, summary.takeaway(seen), fontsize=20, fontweight="bold", va="center")
+    figure.text(
+        MARGIN,
+        0.893,
+        "A small network learns to read handwritten digits with a learning rate that stays high. "
+        "Thick line: the same network, its weights averaged.",
+        fontsize=11,
+        color=GREY,
+        va="center",
+    )
+
+
+def _loss(axes: Axes, history: History, seen: Tail) -> None:
+    _title(axes, "Test loss", "log scale")
+    axes.set_yscale("log")
+    _curves(axes, history, seen, lambda score: score.loss, remark_at=0.96)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    _levels(axes, (seen.raw_loss.mean, seen.ema_loss.mean), seen.raw_loss, seen.ema_loss, ".3f")
+
+
+def _accuracy(axes: Axes, history: History, seen: Tail) -> None:
+    """Accuracy, drawn as errors on a falling log scale: 98 and 99 % are as far apart as 80, 90."""
+    _title(axes, "Test images read right", "log scale of the errors")
+    least = 50.0 / len(history.raw_answers)  # half an image, since no errors have no logarithm
+
+    def errors(accuracy: float) -> float:
+        return max(100.0 - accuracy, least)
+
+    axes.set_yscale("log")
+    _curves(axes, history, seen, lambda score: errors(score.accuracy), remark_at=0.04)
+    axes.yaxis.set_inverted(True)
+    axes.yaxis.set_major_locator(FixedLocator([100.0 - accuracy for accuracy in ACCURACIES]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda wrong, _: f"{100.0 - wrong:g} %"))
+    heights = (errors(seen.raw_accuracy.mean), errors(seen.ema_accuracy.mean))
+    _levels(axes, heights, seen.raw_accuracy, seen.ema_accuracy, ".1f", " %")
+
+
+def _title(axes: Axes, title: str, remark: str) -> None:
+    bold = axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
+    _beside(axes, bold, remark)
+
+
+def _beside(axes: Axes, text: Text, remark: str) -> None:
+    """Continue a bold text in grey on the same line."""
+    axes.annotate(
+        remark,
+        xy=(1, 0),
+        xycoords=text,
+        xytext=(8, 0),
+        textcoords="offset points",
+        fontsize=10,
+        color=GREY,
+        va="bottom",
+        annotation_clip=False,
+    )
+
+
+def _curves(
+    axes: Axes, history: History, seen: Tail, pick: Callable[[Score], float], *, remark_at: float
+) -> None:
+    epochs = [evaluation.epoch for evaluation in history.evaluations]
+    end = len(history.times)
+    start = end - seen.epochs
+    axes.axvspan(start, end, color=PALE, zorder=0, linewidth=0)
+    axes.annotate(
+        "last epoch" if seen.epochs == 1 else f"last {seen.epochs} epochs",
+        xy=((start + end) / 2, remark_at),
+        xycoords=("data", "axes fraction"),
+        fontsize=8.5,
+        color=GREY,
+        ha="center",
+        va="center",
+    )
+    raw = [pick(evaluation.raw) for evaluation in history.evaluations]
+    ema = [pick(evaluation.ema) for evaluation in history.evaluations]
+    axes.plot(epochs, raw, color=RAW, linewidth=1.2)
+    axes.plot(epochs, ema, color=EMA, linewidth=2.8, solid_capstyle="round")
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("epoch")
+
+
+def _levels(
+    axes: Axes,
+    heights: tuple[float, float],
+    raw: Level,
+    ema: Level,
+    digits: str,
+    unit: str = "",
+) -> None:
+    """Name both curves beside their ends, with mean and spread over the shaded part."""
+    if not all(map(math.isfinite, heights)):
+        return
+    axes.get_ylim()  # settles the limits, which the transformation below takes as they are
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    fractions = [float(to_fraction.transform((0.0, height))[1]) for height in heights]
+    middle = sum(fractions) / 2
+    apart = max(abs(fractions[0] - fractions[1]), LABEL_HEIGHT) / 2
+    raw_above = fractions[0] > fractions[1]
+    for name, level, color, above in (
+        ("raw weights", raw, RAW, raw_above),
+        ("EMA weights", ema, EMA, not raw_above),
+    ):
+        axes.annotate(
+            f"{name}\n{level.mean:{digits}}{unit}\n± {level.std:{digits}}",
+            xy=(1.0, middle + (apart if above else -apart)),
+            xycoords="axes fraction",
+            xytext=(9, 0),
+            textcoords="offset points",
+            color=color,
+            fontweight="bold",
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def _disagreements(figure: Figure, place: SubplotSpec, setup: Setup, history: History) -> None:
+    """Show the test images that only one of the two sets of weights reads right."""
+    labels = setup.digits.test_labels
+    raw_right = history.raw_answers == labels
+    ema_right = history.ema_answers == labels
+    shown = (raw_right != ema_right).nonzero().flatten().tolist()[:TILES]
+
+    strip = figure.add_subplot(place)
+    strip.set_axis_off()
+    _title(
+        strip,
+        "After the last step",
+        f"the average reads {int((ema_right & ~raw_right).sum())} test images right that the raw "
+        f"weights misread, and misreads {int((raw_right & ~ema_right).sum())} that they read right",
+    )
+    tiles = place.subgridspec(1, TILES, wspace=0.3)
+    for column, index in enumerate(shown):
+        tile = figure.add_subplot(tiles[0, column])
+        tile.imshow(setup.digits.test_images[index, 0].numpy(), cmap="gray_r")
+        tile.set(xticks=[], yticks=[])
+        tile.spines[:].set(visible=True, color="#d5dae0")
+        for row, (answers, color) in enumerate(
+            ((history.raw_answers, RAW), (history.ema_answers, EMA))
+        ):
+            right = bool(answers[index] == labels[index])
+            tile.text(
+                0.5,
+                -0.12 - 0.29 * row,
+                f"{int(answers[index])} {'✓' if right else '✗'}",
+                transform=tile.transAxes,
+                color=color,
+                fontweight="bold" if right else "normal",
+                ha="center",
+                va="top",
+            )
+
+
+def _footer(figure: Figure, setup: Setup, machine: Machine, history: History) -> None:
+    recipe = setup.recipe
+    cost = summary.cost(history)
+    figure.text(
+        MARGIN,
+        0.03,
+        f"{recipe.model}, {setup.num_parameters / 1e6:.2f} M parameters · SGD, constant learning "
+        f"rate {recipe.lr:g}, momentum {MOMENTUM:g}, batches of {recipe.batch_size} · decay "
+        f"{recipe.decay:g}, warmed up · seed {recipe.seed} · an EMA update takes "
+        f"{1e3 * cost.update_s:.2f} of {1e3 * cost.step_s:.1f} ms "
+        f"({machine.gbps(cost.update_s):.0f} GB/s)",
+        fontsize=8.5,
+        color=GREY,
+        va="center",
+    )

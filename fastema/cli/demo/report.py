@@ -1,0 +1,150 @@
+"""What the demo prints: an introduction, a progress bar, the table and the closing words.
+
+The text is plain ASCII, so that it survives whatever terminal, pipe or log it ends up in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fastema
+from fastema.cli.demo import summary
+from fastema.cli.demo.speed import Machine
+from fastema.cli.demo.train import MOMENTUM, Evaluation, History, Setup
+
+
+class Reporter:
+    """Prints one run to standard output.
+
+    Parameters
+    ----------
+    setup : Setup
+        What is trained.
+    machine : Machine
+        How fast bytes move here.
+    quiet : bool
+        Print the closing words only.
+    """
+
+    def __init__(self, setup: Setup, machine: Machine, *, quiet: bool) -> None:
+        self._setup = setup
+        self._machine = machine
+        self._quiet = quiet
+        self._console = Console(highlight=False)
+
+    def introduce(self) -> None:
+        """Say what is about to happen."""
+        if self._quiet:
+            return
+        setup, recipe = self._setup, self._setup.recipe
+        self._console.print(
+            f"[bold]fastema {fastema.__version__}[/bold]: the {recipe.model}, "
+            f"{setup.num_parameters / 1e6:.2f} M parameters in {setup.num_tensors} tensors, "
+            f"learns to read {len(setup.digits.labels)} handwritten digits and is tested on "
+            f"{len(setup.digits.test_labels)} others.\n"
+            f"SGD: constant learning rate {recipe.lr:g}, momentum {MOMENTUM:g}, batch size "
+            f"{recipe.batch_size}, epochs {recipe.epochs}, seed {recipe.seed}. "
+            f"EMA: decay {recipe.decay:g}, warmed up.\n"
+            f"The average and its first update took {self._machine.start_s:.2f} s "
+            "(the kernel is compiled once, then kept on disk).\n"
+        )
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Callable[[Evaluation], None]]:
+        """Show a progress bar, where there is a terminal, fed by the function given."""
+        progress = Progress(
+            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("right: raw {task.fields[raw]:5.1f} %, EMA {task.fields[ema]:5.1f} %"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            expand=True,
+            disable=self._quiet or not self._console.is_terminal,
+        )
+        task = progress.add_task("", total=self._setup.recipe.epochs, raw=0.0, ema=0.0)
+
+        def show(seen: Evaluation) -> None:
+            progress.update(
+                task, completed=seen.epoch, raw=seen.raw.accuracy, ema=seen.ema.accuracy
+            )
+
+        with progress:
+            yield show
+
+    def conclude(self, history: History, picture: Path) -> None:
+        """Print the table and say in words what was seen."""
+        if not self._quiet:
+            self._console.print(self._table(history))
+        self._console.print(self._words(history))
+        # One line whatever its length, and no markup: a path is there to be copied.
+        self._console.print(f"Picture: {picture}", soft_wrap=True, markup=False)
+
+    def _table(self, history: History) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("\nepoch", justify="right")
+        for name, style in (
+            ("raw\nloss", "yellow"),
+            ("EMA\nloss", "bold cyan"),
+            ("raw\nright %", "yellow"),
+            ("EMA\nright %", "bold cyan"),
+            ("step\nms", ""),
+            ("update\nms", ""),
+            ("share\nof step", ""),
+            ("moves\nGB/s", ""),
+            ("of the\nlimit", ""),
+        ):
+            table.add_column(name, justify="right", style=style, no_wrap=True)
+        for number, (seen, times) in enumerate(
+            zip(history.epoch_ends, history.times, strict=True), start=1
+        ):
+            table.add_row(
+                str(number),
+                f"{seen.raw.loss:.3f}",
+                f"{seen.ema.loss:.3f}",
+                f"{seen.raw.accuracy:.1f}",
+                f"{seen.ema.accuracy:.1f}",
+                f"{1e3 * times.step_s:.2f}",
+                f"{1e3 * times.update_s:.3f}",
+                f"{times.update_s / times.step_s:.1%}",
+                f"{self._machine.gbps(times.update_s):.1f}",
+                f"{times.limit_s / times.update_s:.0%}",
+            )
+        return table
+
+    def _words(self, history: History) -> str:
+        seen = summary.tail(history)
+        last = history.evaluations[-1]
+        best_raw, best_ema = summary.best(history.evaluations)
+        cost = summary.cost(history)
+        machine = self._machine
+        return (
+            f"[bold]{summary.takeaway(seen)}.[/bold]\n"
+            f"Test images read right, mean and spread over the last "
+            f"{_counted(seen.epochs, 'epoch')}:\n"
+            f"  raw weights  {seen.raw_accuracy.mean:5.1f} +/- {seen.raw_accuracy.std:.1f} %, "
+            f"loss {seen.raw_loss.mean:.3f}; at the end {last.raw.accuracy:.1f} %, "
+            f"best {best_raw:.1f} %\n"
+            f"  EMA weights  {seen.ema_accuracy.mean:5.1f} +/- {seen.ema_accuracy.std:.1f} %, "
+            f"loss {seen.ema_loss.mean:.3f}; at the end {last.ema.accuracy:.1f} %, "
+            f"best {best_ema:.1f} %\n"
+            f"The EMA update takes {cost.update_s / cost.step_s:.1%} of a step: "
+            f"{1e3 * cost.update_s:.3f} of {1e3 * cost.step_s:.2f} ms (medians); "
+            f"in all {sum(cost.updates_s):.2f} of {sum(cost.steps_s):.1f} s.\n"
+            f"It moves {machine.update_bytes / 1e6:.1f} MB, amid the training at "
+            f"{machine.gbps(cost.update_s):.0f} GB/s where a kernel that only moves as many bytes "
+            f"reaches {machine.gbps(cost.limit_s):.0f}, and undisturbed at "
+            f"{machine.gbps(machine.update_s):.0f} GB/s against "
+            f"{machine.gbps(machine.limit_s):.0f}."
+        )
+
+
+def _counted(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,90 @@
+"""What a run showed, in a few numbers and one sentence; shared by the report and the picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from itertools import chain
+
+from fastema.cli.demo.train import Evaluation, History, Times
+
+LEVEL = 0.05  # relative differences in errors below this are called equal
+
+
+@dataclass(frozen=True)
+class Level:
+    """Mean and standard deviation of a quantity over the last part of a run."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last third of a run, over all of its evaluations."""
+
+    epochs: int
+    raw_loss: Level
+    ema_loss: Level
+    raw_accuracy: Level  # percent
+    ema_accuracy: Level  # percent
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither the raw nor the averaged loss ran away."""
+        return math.isfinite(self.raw_loss.mean) and math.isfinite(self.ema_loss.mean)
+
+
+def tail(history: History) -> Tail:
+    """Summarise the last third of a run, at least its last epoch."""
+    epochs = max(1, len(history.times) // 3)
+    first = len(history.times) - epochs
+    last = [evaluation for evaluation in history.evaluations if evaluation.epoch > first]
+    return Tail(
+        epochs=epochs,
+        raw_loss=_level([evaluation.raw.loss for evaluation in last]),
+        ema_loss=_level([evaluation.ema.loss for evaluation in last]),
+        raw_accuracy=_level([evaluation.raw.accuracy for evaluation in last]),
+        ema_accuracy=_level([evaluation.ema.accuracy for evaluation in last]),
+    )
+
+
+def takeaway(seen: Tail) -> str:
+    """The outcome in one sentence, whatever it is."""
+    if not seen.finite:
+        return "The training diverged: its loss is no longer a finite number"
+    raw_errors = 100.0 - seen.raw_accuracy.mean
+    ema_errors = 100.0 - seen.ema_accuracy.mean
+    if math.isclose(raw_errors, ema_errors, rel_tol=LEVEL):
+        return "Raw and averaged weights do equally well in this run"
+    if ema_errors < raw_errors:
+        removed = 100.0 * (1.0 - ema_errors / raw_errors)
+        return f"Averaging the weights removes {removed:.0f} % of the test errors"
+    return (
+        "The average has not caught up with the raw weights: "
+        f"{100.0 - ema_errors:.1f} % against {100.0 - raw_errors:.1f} % right"
+    )
+
+
+def best(evaluations: list[Evaluation]) -> tuple[float, float]:
+    """The highest raw and the highest averaged accuracy of any evaluation, percent."""
+    return (
+        max(evaluation.raw.accuracy for evaluation in evaluations),
+        max(evaluation.ema.accuracy for evaluation in evaluations),
+    )
+
+
+def cost(history: History) -> Times:
+    """The times of the whole run."""
+    return Times(
+        tuple(chain.from_iterable(times.steps_s for times in history.times)),
+        tuple(chain.from_iterable(times.updates_s for times in history.times)),
+        tuple(chain.from_iterable(times.limits_s for times in history.times)),
+    )
+
+
+def _level(values: list[float]) -> Level:
+    if not all(map(math.isfinite, values)):
+        return Level(math.nan, math.nan)
+    return Level(statistics.fmean(values), statistics.pstdev(values))

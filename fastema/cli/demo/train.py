@@ -1,0 +1,213 @@
+"""The training loop: plain PyTorch, and `fastema.EMA` as one would use it in one's own script.
+
+The recipe is deliberately a noisy one: small batches and a learning rate that stays high, so
+that the weights keep jumping around the minimum they cannot settle in. This is where averages
+of weights help most; with a learning rate that decays to zero the two curves meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastema
+from fastema.cli.demo import data, models
+
+MOMENTUM = 0.9
+EVALUATIONS_PER_EPOCH = 2
+STEPS_PER_LIMIT = 4
+THREADS = 1
+"""Torch's threads. Steps this small gain little from more, lose tenfold where somebody else uses a
+core, and sums over several threads would depend on how many there are."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the command line asked for; the meaning and range of each field are told there."""
+
+    model: str = "cnn"
+    decay: float = 0.99
+    epochs: int = 30
+    batch_size: int = 16
+    lr: float = 0.02
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one set of weights does on the test images."""
+
+    loss: float  # mean cross-entropy, nats
+    accuracy: float  # percent
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Raw and averaged weights at one moment of the training."""
+
+    epoch: float  # passes over the data so far; whole numbers are ends of epochs
+    raw: Score
+    ema: Score
+
+
+@dataclass(frozen=True)
+class Times:
+    """Wall times within the training, evaluations left out."""
+
+    steps_s: tuple[float, ...]  # batch, forward, backward, optimizer and EMA update
+    updates_s: tuple[float, ...]  # the EMA update alone, which is a part of the step
+    limits_s: tuple[float, ...]  # the yardstick, run beside the steps; not a part of them
+
+    @property
+    def step_s(self) -> float:
+        """Median step."""
+        return statistics.median(self.steps_s)
+
+    @property
+    def update_s(self) -> float:
+        """Median EMA update."""
+        return statistics.median(self.updates_s)
+
+    @property
+    def limit_s(self) -> float:
+        """Median run of the yardstick."""
+        return statistics.median(self.limits_s)
+
+
+@dataclass
+class History:
+    """All that a run leaves behind for the table, the words and the picture."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+    times: list[Times] = field(default_factory=list)  # one per epoch
+    raw_answers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    ema_answers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @property
+    def epoch_ends(self) -> list[Evaluation]:
+        """The evaluation at the end of each epoch."""
+        return [evaluation for evaluation in self.evaluations if evaluation.epoch.is_integer()]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe with its data and its freshly initialised model."""
+
+    recipe: Recipe
+    digits: data.Digits
+    model: nn.Module
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of parameter tensors."""
+        return sum(1 for _ in self.model.parameters())
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """Torch settings under which one machine gives the same numbers again; undone on exit."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def prepare(recipe: Recipe) -> Setup:
+    """Load the data and initialise the model from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = models.build(recipe.model)
+    return Setup(recipe, data.load(recipe.seed), model)
+
+
+def train(
+    setup: Setup, yardstick: Callable[[], None], on_evaluation: Callable[[Evaluation], None]
+) -> History:
+    """Train the model in place and evaluate raw and averaged weights as it goes.
+
+    Parameters
+    ----------
+    setup : Setup
+        From `prepare`; its model ends up with the last raw weights.
+    yardstick : callable
+        Moves as many bytes as an EMA update does. Timed after every few updates, where it meets
+        the caches and the threads in the state in which the update meets them.
+    on_evaluation : callable
+        Called `EVALUATIONS_PER_EPOCH` times per epoch (less often where an epoch has fewer
+        steps) with what was found.
+
+    Returns
+    -------
+    History
+        All evaluations, the times of all steps, and both final answers to the test images.
+    """
+    recipe, digits, model = setup.recipe, setup.digits, setup.model
+    generator = torch.Generator().manual_seed(recipe.seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=MOMENTUM)
+    ema = fastema.EMA(model, decay=fastema.rules.warmup(recipe.decay))
+    history = History()
+
+    steps = len(digits.labels) // recipe.batch_size  # in an epoch
+    parts = range(1, EVALUATIONS_PER_EPOCH + 1)
+    pauses = {math.ceil(steps * part / EVALUATIONS_PER_EPOCH) for part in parts}
+    for epoch in range(recipe.epochs):
+        steps_s: list[float] = []
+        updates_s: list[float] = []
+        limits_s: list[float] = []
+        batches = data.batches(digits, recipe.batch_size, generator)
+        for step in range(1, steps + 1):
+            began = time.perf_counter()
+            images, labels = next(batches)
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            trained = time.perf_counter()
+            ema.update()
+            averaged = time.perf_counter()
+
+            steps_s.append(averaged - began)
+            updates_s.append(averaged - trained)
+            if step % STEPS_PER_LIMIT == 1:
+                yardstick()
+                limits_s.append(time.perf_counter() - averaged)
+            if step in pauses:
+                raw, _ = evaluate(model, digits)
+                with ema.swapped():
+                    averaged_score, _ = evaluate(model, digits)
+                history.evaluations.append(Evaluation(epoch + step / steps, raw, averaged_score))
+                on_evaluation(history.evaluations[-1])
+        history.times.append(Times(tuple(steps_s), tuple(updates_s), tuple(limits_s)))
+
+    _, history.raw_answers = evaluate(model, digits)
+    with ema.swapped():
+        _, history.ema_answers = evaluate(model, digits)
+    return history
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, digits: data.Digits) -> tuple[Score, Tensor]:
+    """Score of the model's present weights on the test images, and its answers, (test,) i64."""
+    logits = model(digits.test_images)  # (test, classes)
+    answers = logits.argmax(dim=1)
+    loss = F.cross_entropy(logits, digits.test_labels)
+    accuracy = 100.0 * (answers == digits.test_labels).double().mean()
+    return Score(loss.item(), accuracy.item()), answers

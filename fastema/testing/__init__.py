@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: shape inventories of real models and reference results."""

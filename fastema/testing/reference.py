@@ -1,0 +1,235 @@
+"""What every kernel must give, in plain NumPy: the specification.
+
+It shares no code with the kernels and rounds by other means: a number is rounded to a format by
+scaling it until the format's last digit is the unit, ``rint`` and scaling back, all of which is
+exact in float64.
+
+Arrays are as stored: ``f64``, ``f32`` and ``f16`` are NumPy's floats, ``bf16`` is ``uint16`` bits,
+``c64`` and ``c128`` NumPy's complex numbers, which count as pairs of reals. Every NaN is as good as
+any other.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FLOATS", "Float", "cast", "decode", "encode", "lerp", "real_of", "swap"]
+
+Array = NDArray[Any]
+Reals = NDArray[np.float64]
+
+
+class Float(NamedTuple):
+    """A binary floating-point format: significant bits, range of exponents, NumPy storage."""
+
+    digits: int
+    lowest: int
+    highest: int
+    storage: str
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        return math.ldexp(2.0 - math.ldexp(1.0, 1 - self.digits), self.highest)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest positive number, a subnormal one."""
+        return math.ldexp(1.0, self.lowest - self.digits + 1)
+
+
+FLOATS: Final = {
+    "f64": Float(53, -1022, 1023, "float64"),
+    "f32": Float(24, -126, 127, "float32"),
+    "f16": Float(11, -14, 15, "float16"),
+    "bf16": Float(8, -126, 127, "uint16"),
+}
+"""Code to format."""
+
+_PARTS: Final = {"c64": "f32", "c128": "f64"}
+
+
+def real_of(code: str) -> str:
+    """The format of an element's reals: ``f32`` for ``c64``, else the code itself."""
+    return _PARTS.get(code, code)
+
+
+def decode(stored: Array, code: str) -> Reals:
+    """The float64 numbers that stored reals stand for, exactly.
+
+    Parameters
+    ----------
+    stored : array of any shape
+        As the module says.
+    code : str
+        One of :data:`FLOATS`.
+    """
+    if code == "bf16":
+        stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return stored.astype(np.float64)
+
+
+def _last_place(values: Reals, form: Float) -> NDArray[np.intc]:
+    """The exponent of the last digit that the format has at each value."""
+    _, exponent = np.frexp(values)
+    return (np.maximum(exponent, form.lowest + 1) - form.digits).astype(np.intc)
+
+
+def _nearest(values: Reals, form: Float) -> Reals:
+    place = _last_place(values, form)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ldexp(np.rint(np.ldexp(values, -place)), place)
+
+
+def _bounded(values: Reals, form: Float) -> Reals:
+    return np.where(np.abs(values) > form.largest, np.copysign(np.inf, values), values)
+
+
+def encode(values: Reals, code: str) -> Array:
+    """The nearest numbers of a format, ties to even, as stored.
+
+    Parameters
+    ----------
+    values : float64 array of any shape
+    code : str
+        One of :data:`FLOATS`.
+    """
+    form = FLOATS[code]
+    if code == "f64":
+        return values
+    rounded = _bounded(_nearest(values, form), form)
+    if code == "bf16":
+        return (rounded.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return rounded.astype(form.storage)
+
+
+def cast(x: Array, src: str, dst: str) -> Array:
+    """``x`` in another format, rounded once to nearest even; bit for bit within one format.
+
+    Parameters
+    ----------
+    x : array of any shape
+        Stored as ``src``.
+    src, dst : str
+        Codes; any code where both are the same, else floats or complex numbers with their own
+        kind.
+    """
+    if src == dst:
+        return x.copy()
+    if src in _PARTS:
+        parts = encode(decode(x.view(real_of_storage(src)), _PARTS[src]), _PARTS[dst])
+        return parts.view(np.complex64 if dst == "c64" else np.complex128)
+    return encode(decode(x, src), dst)
+
+
+def real_of_storage(code: str) -> str:
+    """NumPy's name of the reals that an element is stored as."""
+    return FLOATS[real_of(code)].storage
+
+
+def swap(a: Array, b: Array, dst: str, src: str) -> tuple[Array, Array]:
+    """What ``a`` (stored as ``dst``) and ``b`` (as ``src``) hold after they were exchanged."""
+    return cast(b, src, dst), cast(a, dst, src)
+
+
+def lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> Array:
+    """``avg + w * (x - avg)`` as the kernels promise it, to the bit.
+
+    In float64 where either side is, else in float32: the weight is rounded, then the difference,
+    then ``w * difference + avg`` once, and what comes out once more to the format of ``avg``. At
+    ``w == 1`` it is ``x``. Infinities and NaN follow from the formula: an infinite average stays
+    infinite only against finite ``x`` of weight 1.
+
+    Parameters
+    ----------
+    avg, x : arrays of one shape
+        Stored as ``dst`` and ``src``.
+    w : float
+        Weight of ``x``.
+    dst, src : str
+        Codes, both real or both complex.
+    """
+    if dst in _PARTS:
+        storage = real_of_storage(dst), real_of_storage(src)
+        parts = lerp(avg.view(storage[0]), x.view(storage[1]), w, _PARTS[dst], _PARTS[src])
+        return parts.view(avg.dtype)
+    old, new = decode(avg, dst), decode(x, src)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if "f64" in (dst, src):
+            result = _fma64(w, new - old, old) if w != 1 else new
+        else:
+            weight = float(np.float32(w))
+            difference = new.astype(np.float32) - old.astype(np.float32)
+            result = _fma32(weight, difference.astype(np.float64), old) if weight != 1 else new
+    return encode(result, dst)
+
+
+def _two_sum(x: Reals, y: Reals) -> tuple[Reals, Reals]:
+    """``x + y`` rounded, and exactly what the rounding left out."""
+    total = x + y
+    part = total - x
+    return total, (x - (total - part)) + (y - part)
+
+
+def _fma32(w: float, d: Reals, z: Reals) -> Reals:
+    """``w * d + z`` rounded once to float32; all are float32 numbers.
+
+    The product is exact in float64 and the sum nearly so: rounding it again to float32 goes wrong
+    only where it lies halfway between two float32 numbers without the exact sum doing so.
+    """
+    form = FLOATS["f32"]
+    total, rest = _two_sum(w * d, z)
+    rounded = _nearest(total, form)
+    half = np.ldexp(0.5, _last_place(total, form))
+    halfway = (np.abs(total - rounded) == half) & (rest != 0)
+    return _bounded(np.where(halfway, total + np.copysign(half, rest), rounded), form)
+
+
+def _fma64(w: float, d: Reals, z: Reals) -> Reals:
+    """``w * d + z`` rounded once to float64.
+
+    The exact value is ``total + tail`` with a tail known to 51 bits. Where both ends of what the
+    tail may be give the same sum, that is the result; the rest is done in fractions.
+    """
+    product = w * d
+    wide = _split(np.array(w)), _split(d)
+    (w_high, w_low), (d_high, d_low) = wide
+    left_out = w_low * d_low - (((product - w_high * d_high) - w_low * d_high) - w_high * d_low)
+    total, rest = _two_sum(product, z)
+    tail = rest + left_out
+    spread = np.abs(tail) * 2.0**-51
+    low, high = total + (tail - spread), total + (tail + spread)
+    sizes = np.abs(np.stack(np.broadcast_arrays(w, d, z, product)))
+    plain = ((sizes == 0) | ((sizes > 2.0**-400) & (sizes < 2.0**400))).all(axis=0)
+    result = np.where(tail == 0, total, total + tail)  # a zero total keeps its sign
+    for i in np.argwhere(~(plain & (low == high))):
+        at = tuple(i)
+        result[at] = _exactly(w, float(d[at]), float(z[at]))
+    return result
+
+
+def _split(values: Reals) -> tuple[Reals, Reals]:
+    """Two halves of 26 bits each that add up to the value."""
+    scaled = values * (2.0**27 + 1)
+    high = scaled - (scaled - values)
+    return high, values - high
+
+
+def _exactly(w: float, d: float, z: float) -> float:
+    if not (math.isfinite(w) and math.isfinite(d)):
+        return w * d + z
+    if not math.isfinite(z):
+        return z
+    exact = Fraction(w) * Fraction(d) + Fraction(z)
+    if not exact:
+        return w * d + z  # a zero has the sign that IEEE 754 gives it
+    try:
+        return float(exact)
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf

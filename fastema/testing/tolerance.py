@@ -1,0 +1,77 @@
+"""How far a result may be from the exact one, for each pair of formats.
+
+Every bound follows from the roundings that :mod:`fastema.testing.reference` lists; none is a
+measured number with a margin. ``u`` is a format's unit roundoff, half the distance from 1 to the
+next number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.testing.reference import FLOATS, decode, real_of, real_of_storage
+
+__all__ = ["cast_bound", "exact_lerp", "lerp_bound", "unit_roundoff"]
+
+Array = NDArray[Any]
+Reals = NDArray[np.float64]
+
+
+def unit_roundoff(code: str) -> float:
+    """The largest relative error of rounding a number to a format."""
+    return float(2.0 ** -FLOATS[real_of(code)].digits)
+
+
+def cast_bound(exact: Reals, code: str) -> Reals:
+    """The largest error of rounding to a format: ``u * |exact|``, or half a subnormal step."""
+    form = FLOATS[real_of(code)]
+    return np.maximum(unit_roundoff(code) * np.abs(exact), form.smallest / 2)
+
+
+def _reals(stored: Array, code: str) -> NDArray[np.longdouble]:
+    return decode(stored.view(real_of_storage(code)), real_of(code)).astype(np.longdouble)
+
+
+def exact_lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> NDArray[np.longdouble]:
+    """``avg + w * (x - avg)`` of stored arrays, in the widest floats that NumPy has.
+
+    Complex numbers come as pairs of reals along the last axis.
+    """
+    old, new = _reals(avg, dst), _reals(x, src)
+    return old + np.longdouble(w) * (new - old)
+
+
+def lerp_bound(avg: Array, x: Array, w: float, dst: str, src: str) -> Reals:
+    """The largest error of an update against the exact ``r = avg + w * d``, ``d = x - avg``.
+
+    With ``u`` of the format computed in (float64 where either side is, else float32), rounding the
+    weight and the difference costs ``2 * u * |w * d|``, the fused multiply-add ``u * |r|``, and
+    storing the result in a 16-bit format its own ``u * |r|``. It holds where nothing overflows.
+
+    Parameters
+    ----------
+    avg, x : arrays of one shape
+        As stored, before the update.
+    w : float
+    dst, src : str
+
+    Returns
+    -------
+    float64 array
+        Of the shape of :func:`exact_lerp`.
+    """
+    computed = "f64" if "f64" in (real_of(dst), real_of(src)) else "f32"
+    u = unit_roundoff(computed)
+    old, new = _reals(avg, dst), _reals(x, src)
+    moved = np.abs(w * (new - old)).astype(np.float64)
+    result = np.abs(exact_lerp(avg, x, w, dst, src)).astype(np.float64)
+    bound = 2 * u * moved + cast_bound(result, computed)
+    if real_of(dst) != computed:
+        bound += cast_bound(result + bound, dst)
+    # What exact_lerp itself may be off by, where long double is no wider than double.
+    bound += 2 * float(np.finfo(np.longdouble).eps) * (np.abs(old).astype(np.float64) + moved)
+    # Products of two roundings: u and the other errors are all far below 2 ** -6.
+    return np.asarray(bound * (1 + 2.0**-6), np.float64)

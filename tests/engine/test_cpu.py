@@ -1,0 +1,213 @@
+"""Launches: who works, how the work is shared, and what is left when a launch returns."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.engine import cpu
+from fastema.errors import ArgumentError
+from fastema.kernels.table import COUNT
+from fastema.layout.group import Pair
+from fastema.layout.spec import TensorSpec
+from fastema.layout.table import chunk_tables
+
+PLENTY = 64 * cpu.BYTES_PER_THREAD
+
+
+class Rows:
+    """A kernel in Python: takes rows as a compiled one does, and notes who took them."""
+
+    def __init__(self, work: Callable[[int], None] = lambda row: None) -> None:
+        self.work = work
+        self.next = itertools.count()
+        self.taken: dict[int, list[int]] = {}
+        self.inside = 0
+        self.entered = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, table: int, rows: int, scalars: int, cursor: int) -> None:
+        with self.lock:
+            self.inside += 1
+            self.entered += 1
+        mine = self.taken.setdefault(threading.get_ident(), [])
+        while (row := next(self.next)) < rows:
+            self.work(row)
+            mine.append(row)
+        with self.lock:
+            self.inside -= 1
+
+    def rows(self) -> list[int]:
+        return sorted(row for taken in self.taken.values() for row in taken)
+
+
+def nap(row: int) -> None:
+    time.sleep(0.002)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_row_is_taken_once(count: int, threads: Callable[[int], None]) -> None:
+    threads(count)
+    assert fastema.get_num_threads() == count
+    kernel = Rows(nap)
+    cpu.launch(kernel, 0, 40, 0, 0, PLENTY)
+    assert kernel.inside == 0
+    assert kernel.rows() == list(range(40))
+    assert 1 <= kernel.entered <= count
+    if count > 1:
+        assert len(kernel.taken) > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "nbytes", "most"),
+    [
+        (100, cpu.BYTES_PER_THREAD - 1, 1),
+        (100, 2 * cpu.BYTES_PER_THREAD - 1, 1),
+        (100, 3 * cpu.BYTES_PER_THREAD, 3),
+        (2, PLENTY, 2),
+        (1, PLENTY, 1),
+        (0, 0, 1),
+    ],
+)
+def test_helpers_are_woken_for_their_worth(
+    rows: int, nbytes: int, most: int, threads: Callable[[int], None]
+) -> None:
+    threads(4)
+    kernel = Rows(nap)
+    cpu.launch(kernel, 0, rows, 0, 0, nbytes)
+    assert kernel.entered <= most
+    assert kernel.rows() == list(range(rows))
+    if most == 1:
+        assert set(kernel.taken) == {threading.get_ident()}
+
+
+def test_one_large_tensor_beside_many_small_ones_is_balanced(
+    threads: Callable[[int], None],
+) -> None:
+    threads(2)
+    # Nothing is touched: the kernel only reads how much there is to do.
+    sizes = [20_000_000] + [768] * 1000
+    ends = np.cumsum(sizes) * 4
+    pairs = [
+        Pair(f"t{i}", *(TensorSpec(int(end), (n,), (1,), "f32", "cpu") for _ in range(2)))
+        for i, (n, end) in enumerate(zip(sizes, ends, strict=True))
+    ]
+    (table,) = chunk_tables(pairs).values()
+    counts = table[:, COUNT].tolist()
+    kernel = Rows(lambda row: time.sleep(counts[row] * 4e-9))
+    cpu.launch(kernel, 0, len(table), 0, 0, 8 * sum(sizes))
+    assert kernel.rows() == list(range(len(table)))
+    done = [sum(counts[row] for row in taken) for taken in kernel.taken.values()]
+    assert len(done) == 2
+    assert sum(done) == sum(sizes)
+    assert all(0.25 < part / sum(sizes) < 0.75 for part in done)
+
+
+def test_launches_of_several_threads_do_not_mix(threads: Callable[[int], None]) -> None:
+    threads(3)
+    kernels = [Rows(nap) for _ in range(4)]
+    callers = [
+        threading.Thread(target=cpu.launch, args=(kernel, 0, 30, 0, 0, PLENTY))
+        for kernel in kernels
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(30)
+        assert not caller.is_alive()
+    for kernel in kernels:
+        assert kernel.rows() == list(range(30))
+        assert kernel.inside == 0
+
+
+def test_threads_may_be_set_while_others_work(threads: Callable[[int], None]) -> None:
+    stop = threading.Event()
+    failed: list[Counter[int] | BaseException] = []
+
+    def update() -> None:
+        while not stop.is_set():
+            kernel = Rows()
+            try:
+                cpu.launch(kernel, 0, 50, 0, 0, PLENTY)
+            except BaseException as raised:
+                failed.append(raised)
+            if kernel.inside or kernel.rows() != list(range(50)):
+                failed.append(Counter(kernel.rows()))
+
+    callers = [threading.Thread(target=update) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for i in range(60):
+        threads(1 + i % 3)
+    stop.set()
+    for caller in callers:
+        caller.join(30)
+        assert not caller.is_alive()
+    assert failed == []
+
+
+def test_helpers_are_let_go(threads: Callable[[int], None]) -> None:
+    def ours() -> list[threading.Thread]:
+        return [one for one in threading.enumerate() if one.name.startswith("fastema")]
+
+    for _ in range(5):
+        threads(4)
+        cpu.launch(Rows(nap), 0, 40, 0, 0, PLENTY)
+    threads(1)
+    deadline = time.monotonic() + 10
+    while ours() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ours() == []
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_caller_works_alone_where_no_thread_can_be_started(
+    started: int, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(4)
+    start, starts = threading.Thread.start, itertools.count()
+
+    def refuse(thread: threading.Thread) -> None:
+        if next(starts) >= started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    first, second = Rows(nap), Rows(nap)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        cpu.launch(first, 0, 30, 0, 0, PLENTY)
+    assert first.rows() == list(range(30))
+    assert first.inside == 0
+    entered = first.entered
+    # What could not be started must not be started later either: its table may be gone by then.
+    cpu.launch(second, 0, 30, 0, 0, PLENTY)
+    time.sleep(0.05)
+    assert second.rows() == list(range(30))
+    assert first.entered == entered
+
+
+@pytest.mark.parametrize("count", [0, -1, True, False, 1.5, 2.0, "2", None])
+def test_numbers_of_threads_that_are_none(count: object) -> None:
+    before = fastema.get_num_threads()
+    with pytest.raises(ArgumentError, match=f"threads={count!r}"):
+        fastema.set_num_threads(count)
+    assert fastema.get_num_threads() == before
+
+
+def test_default_is_what_the_process_may_run_on(python: Callable[..., str]) -> None:
+    script = """
+        import os
+        import fastema
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+            assert fastema.get_num_threads() == 1
+        assert 1 <= fastema.get_num_threads() <= 32
+    """
+    python(script)

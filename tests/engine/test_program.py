@@ -1,0 +1,269 @@
+"""Whole runs through layout, threads and kernels: every dtype, every way to lie in memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastema.engine import registry
+from fastema.engine.program import Program
+from fastema.errors import DTypeError
+from fastema.kernels.table import CHUNK
+from fastema.layout.dtypes import DTYPES
+from fastema.layout.group import Pair
+from fastema.layout.spec import TensorSpec
+from fastema.testing import reference
+
+REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
+COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
+EXACT = [code for code, kind in DTYPES.items() if not kind.real]
+PAIRS = [*product(REAL, REAL), *product(COMPLEX, COMPLEX)]
+PAIR_IDS = ["-".join(pair) for pair in PAIRS]
+SIZES = [0, 1, 65, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+W = 0.125
+
+Check = Callable[..., None]
+Make = Callable[..., np.ndarray]
+
+
+def expected(
+    operation: str, a: np.ndarray, b: np.ndarray, dst: str, src: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """What both sides hold afterwards."""
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    if operation == "lerp":
+        return reference.lerp(a.reshape(-1), b.reshape(-1), W, dst, src).reshape(a.shape), b
+    if operation == "copy":
+        return reference.cast(b.reshape(-1), src, dst).reshape(a.shape), b
+    new_a, new_b = reference.swap(a.reshape(-1), b.reshape(-1), dst, src)
+    return new_a.reshape(a.shape), new_b.reshape(a.shape)
+
+
+@pytest.mark.parametrize("operation", ["lerp", "copy", "swap"])
+@pytest.mark.parametrize(("dst", "src"), PAIRS, ids=PAIR_IDS)
+def test_every_pair_of_floats(
+    dst: str,
+    src: str,
+    operation: str,
+    numbers: Make,
+    guarded: Callable[..., object],
+    assert_same: Check,
+    run_pairs: Callable[..., Program],
+    threads: Callable[[int], None],
+) -> None:
+    threads(2)
+    sizes = SIZES if dst in ("f32", "bf16", "c64") else [0, 1, 65, CHUNK + 1]
+    sides = [
+        (guarded(numbers(n, dst, i), start=i % 3), guarded(numbers(n, src, 50 + i), start=8))
+        for i, n in enumerate(sizes)
+    ]
+    want = [expected(operation, to.array, of.array, dst, src) for to, of in sides]
+    run_pairs(operation, [(to.array, of.array) for to, of in sides], dst, src, W)
+    for (to, of), (new, other) in zip(sides, want, strict=True):
+        assert_same(to.array, new, dst)
+        assert_same(of.array, other, src)
+        to.assert_rest_untouched()
+        of.assert_rest_untouched()
+
+
+@pytest.mark.parametrize("code", [*EXACT, *REAL, *COMPLEX])
+def test_equal_dtypes_are_moved_to_the_bit(
+    code: str, numbers: Make, bits: Make, run_pairs: Callable[..., Program]
+) -> None:
+    a, b = numbers(700, code, 1, "bits"), numbers(700, code, 2, "bits")
+    old = a.copy()
+    run_pairs("swap", [(a, b)], code, code)
+    np.testing.assert_array_equal(bits(b), bits(old))
+    b[:] = numbers(700, code, 3, "bits")
+    run_pairs("copy", [(a, b)], code, code)
+    np.testing.assert_array_equal(bits(a), bits(b))
+
+
+# shape, then strides of both sides in elements.
+LAYOUTS = {
+    "row-major": ((6, 5, 8), (40, 8, 1), (40, 8, 1)),
+    "transposed": ((6, 80), (1, 6), (1, 6)),
+    "channels last": ((4, 6, 5, 7), (210, 1, 42, 6), (210, 1, 42, 6)),
+    "permuted": ((6, 5, 8), (1, 48, 6), (1, 48, 6)),
+    "differently permuted": ((6, 5, 8), (40, 8, 1), (1, 48, 6)),
+    "0-dim": ((), (), ()),
+    "ones": ((1, 1, 1), (1, 1, 1), (9, 4, 7)),
+    "every second": ((70,), (2,), (2,)),
+    "rows of a matrix": ((7, 30), (90, 1), (60, 1)),
+    "few columns": ((70, 3), (9, 1), (3, 1)),
+    "gaps on one side": ((7, 30), (30, 1), (64, 1)),
+    "backwards": ((65,), (-1,), (1,)),
+    "backwards on both": ((9, 31), (-40, -1), (-35, -1)),
+    "backwards rows": ((9, 70), (70, 1), (-70, 1)),
+    "expanded source": ((9, 70), (70, 1), (0, 1)),
+    "one source element": ((9, 70), (70, 1), (0, 0)),
+    "long and strided": ((CHUNK + 3,), (2,), (1,)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operation", ["lerp", "copy", "swap"])
+@pytest.mark.parametrize(("dst", "src"), [("f32", "bf16"), ("c64", "c64"), ("i16", "i16")])
+def test_every_way_to_lie_in_memory(
+    dst: str,
+    src: str,
+    operation: str,
+    layout: str,
+    numbers: Make,
+    guarded: Callable[..., object],
+    assert_same: Check,
+    run_pairs: Callable[..., Program],
+) -> None:
+    shape, *strides = LAYOUTS[layout]
+    if operation == "swap" and "source" in layout:
+        pytest.skip("an expanded tensor is not written")
+    if operation == "lerp" and dst == "i16":
+        pytest.skip("integers are not averaged")
+    size = int(np.prod(shape))
+    to = guarded(numbers(size, dst, 1).reshape(shape), 1, strides[0])
+    of = guarded(numbers(size, src, 2).reshape(shape), 2, strides[1])
+    new, other = expected(operation, to.array, of.array, dst, src)
+    run_pairs(operation, [(to.array, of.array)], dst, src, W)
+    assert_same(np.ascontiguousarray(to.array), new, dst)
+    assert_same(np.ascontiguousarray(of.array), other, src)
+    to.assert_rest_untouched()
+    of.assert_rest_untouched()
+
+
+@pytest.mark.parametrize(("dst", "src"), [("f32", "bf16"), ("bf16", "bf16"), ("f64", "f32")])
+def test_threads_layout_and_grouping_do_not_change_a_bit(
+    dst: str,
+    src: str,
+    numbers: Make,
+    bits: Make,
+    run_pairs: Callable[..., Program],
+    threads: Callable[[int], None],
+) -> None:
+    avg, x = numbers(5 * CHUNK + 11, dst, 1), numbers(5 * CHUNK + 11, src, 2)
+
+    def result(count: int, cuts: list[int], step: int = 1, order: int = 1) -> np.ndarray:
+        threads(count)
+        spaced = np.empty(len(avg) * step, avg.dtype)[::step]
+        spaced[:] = avg
+        sides = list(zip(np.split(spaced, cuts), np.split(x, cuts), strict=True))[::order]
+        run_pairs("lerp", sides, dst, src, 0.3)
+        return bits(spaced)
+
+    want = result(1, [])
+    np.testing.assert_array_equal(result(2, []), want)
+    np.testing.assert_array_equal(result(3, [1, 2, 66, CHUNK + 7]), want)
+    np.testing.assert_array_equal(result(2, [1, 2, 66, CHUNK + 7], order=-1), want)
+    np.testing.assert_array_equal(result(2, [77], step=2), want)
+
+
+FINITE = st.floats(-(2.0**50), 2.0**50, width=32)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=130),
+    st.floats(0, 1, width=32),
+    st.sampled_from(REAL),
+    st.sampled_from(REAL),
+)
+def test_properties_of_an_update(
+    run_pairs: Callable[..., Program],
+    bits: Make,
+    values: list[tuple[float, float]],
+    w: float,
+    dst: str,
+    src: str,
+) -> None:
+    wide = np.array(values, np.float64)
+    avg, x = reference.encode(wide[:, 0], dst), reference.encode(wide[:, 1], src)
+
+    def lerp(a: np.ndarray, b: np.ndarray, weight: float, code: str = src) -> np.ndarray:
+        out = a.copy()
+        run_pairs("lerp", [(out, b)], dst, code, weight)
+        return out
+
+    # A weight of 1 copies, 0 keeps (but for the sign of a zero), equals stay.
+    np.testing.assert_array_equal(bits(lerp(avg, x, 1.0)), bits(reference.cast(x, src, dst)))
+    finite = np.isfinite(reference.decode(avg, dst)) & np.isfinite(reference.decode(x, src))
+    avg, x = avg[finite], x[finite]
+    kept = reference.decode(avg, dst)
+    np.testing.assert_array_equal(reference.decode(lerp(avg, x, 0.0), dst), kept)
+    np.testing.assert_array_equal(reference.decode(lerp(avg, avg, w, dst), dst), kept)
+    # The order of the elements is of no account.
+    np.testing.assert_array_equal(
+        bits(lerp(avg[::-1].copy(), x[::-1].copy(), w))[::-1], bits(lerp(avg, x, w))
+    )
+
+
+def test_only_the_tags_of_a_run_are_touched(
+    numbers: Make, spec_of: Callable[..., TensorSpec]
+) -> None:
+    sides = {tag: (numbers(90, "f32", i), numbers(90, "f32", 9 + i)) for i, tag in enumerate("abc")}
+    program = Program(
+        {tag: [Pair(tag, spec_of(a, "f32"), spec_of(x, "f32"))] for tag, (a, x) in sides.items()}
+    )
+    before = {tag: (a.copy(), x.copy()) for tag, (a, x) in sides.items()}
+    program.run({"a": "lerp", "c": "swap"}, 1.0)
+    np.testing.assert_array_equal(sides["a"], [before["a"][1], before["a"][1]])
+    np.testing.assert_array_equal(sides["b"], before["b"])
+    np.testing.assert_array_equal(sides["c"], before["c"][::-1])
+    assert program.completed == 1
+
+
+def test_integers_are_not_averaged(numbers: Make, spec_of: Callable[..., TensorSpec]) -> None:
+    floats, whole = numbers(9, "f32", 1), numbers(9, "i32", 2)
+    pairs = [
+        Pair("f", spec_of(floats, "f32"), spec_of(floats + 1, "f32")),
+        Pair("i", spec_of(whole, "i32"), spec_of(whole + 1, "i32")),
+    ]
+    before = floats.copy()
+    program = Program({"all": pairs})
+    with pytest.raises(DTypeError, match="i32"):
+        program.run({"all": "lerp"}, 0.5)
+    np.testing.assert_array_equal(floats, before)
+    assert program.completed == 0
+
+
+def test_devices_without_kernels_are_refused() -> None:
+    spec = TensorSpec(64, (3,), (1,), "f32", "tpu:0")
+    with pytest.raises(DTypeError, match=r"layer.*tpu:0"):
+        Program({"all": [Pair("layer", spec, spec)]})
+
+
+def test_nothing_to_do() -> None:
+    program = Program({"all": []})
+    program.run({"all": "lerp"}, 0.5)
+    assert program.completed == 1
+
+
+def test_later_runs_compile_nothing_and_keep_no_memory(
+    numbers: Make,
+    run_pairs: Callable[..., Program],
+    threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads(2)
+    sides = [(numbers(n, "f32", n), numbers(n, "f32", n + 1)) for n in (5, 1000, 3 * CHUNK)]
+    program = run_pairs("lerp", sides, "f32", "f32", W)
+    made = dict(registry._made)
+    monkeypatch.setattr("fastema.engine.program.kernel", None)  # asked for once only
+    monkeypatch.setattr("fastema.engine.program.chunk_tables", None)
+    for _ in range(20):
+        program.run({"all": "lerp"}, W)
+    assert registry._made == made
+    tracemalloc.start()
+    try:
+        held = []
+        for _ in range(3):
+            for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
+                program.run({"all": "lerp"}, W)
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert held[2] - held[1] < 2500  # bytes, in as many runs

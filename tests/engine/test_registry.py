@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from fastema.engine import registry
+from fastema.errors import DTypeError
+
+
+@pytest.mark.parametrize(("device", "operation"), [("cpu", "median"), ("tpu", "lerp")])
+def test_what_has_no_kernel_is_refused_with_what_has(device: str, operation: str) -> None:
+    with pytest.raises(DTypeError, match=rf"{device}/{operation}.*cpu/copy.*cpu/lerp"):
+        registry.kernel(device, operation, "f32", "f32", "flat")
+
+
+def test_a_kernel_is_made_once_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_made", {})
+    made = []
+    begun = threading.Barrier(4)
+
+    def ask() -> None:
+        begun.wait(10)
+        made.append(registry.kernel("cpu", "copy", "raw1", "raw1", "flat"))
+
+    callers = [threading.Thread(target=ask) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert len(made) == 4
+    assert len({id(one) for one in made}) == 1
+    assert len(registry._made) == 1

@@ -1,0 +1,170 @@
+"""Where machine code is kept: found again, never stale, never trusted blindly, never required."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+import fastema
+from fastema.kernels import jit
+
+KERNELS = Path(fastema.__file__).parent / "kernels"
+
+UPDATE = """
+    import time
+    start = time.perf_counter()
+    import numpy as np
+    import fastema
+    avg = [np.arange(1, 101, dtype=np.float32)]
+    x = [np.arange(2, 202, 2).astype(np.float16)]
+    fastema.lerp_(avg, x, 0.5)
+    elapsed = time.perf_counter() - start
+    np.testing.assert_array_equal(avg[0], 1.5 * np.arange(1, 101))
+    from fastema.engine import registry
+    (made,) = registry._made.items()
+    assert made[0] == ("cpu", "lerp", "f32", "f16", "flat"), made
+    print(sum(made[1].stats.cache_hits.values()), elapsed)
+"""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_only_what_is_used_is_compiled_and_only_once(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    cache = tmp_path / "cache"
+    hits, cold_s = python(UPDATE, NUMBA_CACHE_DIR=str(cache)).split()
+    assert hits == "0"
+    assert float(cold_s) < 10  # 2 s is asked for; the bound allows for a busy machine
+    made = _files(cache)
+    assert sorted(path.suffix for path in made) == [".nbc", ".nbi"]
+    assert all(path.is_relative_to(cache / "fastema" / jit.source_stamp()) for path in made)
+    times = [path.stat().st_mtime_ns for path in made]
+    hits, _ = python(UPDATE, NUMBA_CACHE_DIR=str(cache)).split()
+    assert hits == "1"
+    assert _files(cache) == made
+    assert [path.stat().st_mtime_ns for path in made] == times
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "garbage"])
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_damaged_entries_are_compiled_anew(
+    suffix: str, damage: str, warm_cache: Path, python: Callable[..., str]
+) -> None:
+    (entry,) = (path for path in _files(warm_cache) if path.suffix == suffix)
+    content = entry.read_bytes()
+    entry.write_bytes(
+        {"empty": b"", "truncated": content[: len(content) // 2], "garbage": b"\x80\x04junk" * 99}[
+            damage
+        ]
+    )
+    python(UPDATE, NUMBA_CACHE_DIR=str(warm_cache))
+
+
+@pytest.fixture(scope="module")
+def filled_cache(tmp_path_factory: pytest.TempPathFactory, python: Callable[..., str]) -> Path:
+    cache = tmp_path_factory.mktemp("warm")
+    python(UPDATE, NUMBA_CACHE_DIR=str(cache))
+    return cache
+
+
+@pytest.fixture
+def warm_cache(filled_cache: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(filled_cache, tmp_path / "copy"))
+
+
+def test_four_processes_may_fill_the_cache_at_once(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    together = """
+        import subprocess, sys
+        runs = [subprocess.Popen([sys.executable, "-c", sys.argv[1]]) for _ in range(4)]
+        assert [run.wait() for run in runs] == [0] * 4
+    """
+    python(together, dedent(UPDATE), NUMBA_CACHE_DIR=str(tmp_path))
+    hits, _ = python(UPDATE, NUMBA_CACHE_DIR=str(tmp_path)).split()
+    assert hits == "1"
+
+
+def test_the_stamp_covers_every_kernel_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "kernels"
+    shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(jit, "__file__", str(copy / "jit.py"))
+    stamp = jit.source_stamp.__wrapped__
+    assert stamp() == jit.source_stamp()
+    seen = {stamp()}
+    for source in sorted(copy.glob("*.py")):
+        with source.open("a") as file:
+            file.write("# \n")
+        assert stamp() not in seen, source.name
+        seen.add(stamp())
+    (copy / "new.py").write_text("")
+    assert stamp() not in seen
+
+
+def test_an_edit_is_never_answered_with_old_code(tmp_path: Path) -> None:
+    package = tmp_path / "fastema"
+    shutil.copytree(
+        Path(fastema.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    script = (
+        "import numpy as np, fastema; a = np.ones(3, np.float32); "
+        "fastema.lerp_(a, a * 3, 0.25); print(*a)"
+    )
+
+    def run() -> str:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(tmp_path),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        }
+        command = [sys.executable, "-c", script]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+        ).stdout.strip()
+
+    assert run() == "1.5 1.5 1.5"
+    source = package / "kernels" / "scalar.py"
+    text = source.read_text()
+    assert "fma(w, x - avg, avg)" in text
+    source.write_text(text.replace("fma(w, x - avg, avg)", "fma(w, x - avg, avg) + avg"))
+    assert run() == "2.5 2.5 2.5"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="modes of files are those of POSIX")
+@pytest.mark.parametrize("open_to", [stat.S_IWGRP, stat.S_IWOTH])
+@pytest.mark.parametrize("level", ["root", "folder"])
+def test_a_folder_that_others_can_write_is_not_used(
+    level: str, open_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, private = tmp_path / "shared", tmp_path / "private"
+    monkeypatch.setattr(jit, "_roots", lambda: iter([shared, private]))
+    folder = shared / jit.source_stamp()
+    folder.mkdir(mode=0o700, parents=True)
+    exposed = shared if level == "root" else folder
+    exposed.chmod(0o700 | open_to)
+    assert jit.cache_folder.__wrapped__() == private / jit.source_stamp()
+    exposed.chmod(0o700)
+    assert jit.cache_folder.__wrapped__() == folder
+
+
+def test_the_setting_of_numba_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core import config
+
+    monkeypatch.setattr(config, "CACHE_DIR", "elsewhere")
+    with jit._cache_directory(tmp_path):
+        assert str(tmp_path) == config.CACHE_DIR
+    assert config.CACHE_DIR == "elsewhere"

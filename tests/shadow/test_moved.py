@@ -1,0 +1,347 @@
+"""Weights that lie elsewhere than before are found again; what they left is neither read nor kept.
+
+Each way of moving leaves NaN behind in the memory that the model had, so that a stale read shows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import StateError  # noqa: E402
+
+from .weights import (  # noqa: E402
+    Net,
+    assert_average,
+    assert_bits,
+    net,
+    poison_,
+    refresh_,
+    snapshot,
+    tensors_of,
+    values,
+)
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(params=["exchange", "attributes"], autouse=True)
+def kind_of_watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch tensors are watched through DLPack; frameworks without it by their attributes."""
+    if request.param == "attributes":
+        monkeypatch.setattr("fastema.bridges.torch.exchange", lambda tensor: 0)
+
+
+# -- ways of moving: each takes a model and returns the tensors that it no longer uses -------------
+
+Move = Callable[[Net], list[torch.Tensor]]
+
+
+def old_memory(model: Net) -> list[torch.Tensor]:
+    return [tensor.data for _, tensor in tensors_of(model)]
+
+
+def data_assigned(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    for _, tensor in tensors_of(model):
+        tensor.data = tensor.data.clone()
+    return left
+
+
+def storage_set(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    for _, tensor in tensors_of(model):
+        with torch.no_grad():
+            tensor.set_(tensor.detach().clone())
+    return left
+
+
+def one_of_many(model: Net) -> list[torch.Tensor]:
+    left = [model.hidden.bias.data]
+    model.hidden.bias.data = left[0].clone()
+    return left
+
+
+def applied_to_each(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    model._apply(lambda tensor: tensor.clone())
+    return left
+
+
+def state_dict_assigned(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+    return left
+
+
+def module_replaced(model: Net) -> list[torch.Tensor]:
+    left = [model.hidden.weight.data, model.hidden.bias.data]
+    replacement = nn.Linear(6, 12)
+    replacement.load_state_dict(model.hidden.state_dict())
+    model.hidden = replacement
+    return left
+
+
+def all_modules_replaced(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    fresh = Net()
+    fresh.load_state_dict(model.state_dict())
+    for name, child in fresh.named_children():
+        setattr(model, name, child)
+    model.scale = fresh.scale
+    return left
+
+
+def parameters_replaced(model: Net) -> list[torch.Tensor]:
+    left = [model.head.weight.data, model.scale.data]
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.scale = nn.Parameter(model.scale.detach().clone())
+    return left
+
+
+def buffers_replaced(model: Net) -> list[torch.Tensor]:
+    left = [model.norm.running_mean, model.norm.num_batches_tracked]
+    model.norm.running_mean = model.norm.running_mean.clone()
+    model.norm.num_batches_tracked = model.norm.num_batches_tracked + 0
+    return left
+
+
+def tensors_swapped(model: Net) -> list[torch.Tensor]:
+    other = nn.Parameter(model.conv.weight.detach().clone())
+    torch.utils.swap_tensors(model.conv.weight, other)
+    return [other.data]
+
+
+def memory_shared(model: Net) -> list[torch.Tensor]:
+    model.share_memory()
+    return []  # the same storage object, its memory elsewhere
+
+
+def overwriting_conversion(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model._apply(lambda tensor: tensor.clone())
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    return left
+
+
+def swapping_conversion(model: Net) -> list[torch.Tensor]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model._apply(lambda tensor: tensor.clone())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return []
+
+
+def channels_last(model: Net) -> list[torch.Tensor]:
+    left = [model.conv.weight.data]
+    model.to(memory_format=torch.channels_last)
+    assert not model.conv.weight.is_contiguous()
+    return left
+
+
+def transposed_storage(model: Net) -> list[torch.Tensor]:
+    left = [model.hidden.weight.data]
+    model.hidden.weight.data = left[0].t().contiguous().t()
+    return left
+
+
+def one_big_storage(model: Net) -> list[torch.Tensor]:
+    left = [p.data for p in model.parameters()]
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for p, piece in zip(
+        model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True
+    ):
+        p.data = piece.view(p.shape)
+    return left
+
+
+def strided_slices(model: Net) -> list[torch.Tensor]:
+    left = [model.hidden.weight.data]
+    wide = torch.full((12, 20), float("nan"))
+    wide[:, 3:9] = left[0]
+    model.hidden.weight.data = wide[:, 3:9]
+    return left
+
+
+def called_functionally(model: Net) -> list[torch.Tensor]:
+    model.eval()  # BatchNorm would write the buffers
+    swapped = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, swapped, torch.randn(2, 3, 6, 6))
+    return list(swapped.values())
+
+
+SAME_DTYPE = [
+    data_assigned,
+    storage_set,
+    one_of_many,
+    applied_to_each,
+    state_dict_assigned,
+    module_replaced,
+    all_modules_replaced,
+    parameters_replaced,
+    buffers_replaced,
+    tensors_swapped,
+    memory_shared,
+    overwriting_conversion,
+    swapping_conversion,
+    channels_last,
+    transposed_storage,
+    one_big_storage,
+    strided_slices,
+    called_functionally,
+]
+
+
+def converted(dtype: torch.dtype) -> Move:
+    def convert(model: Net) -> list[torch.Tensor]:
+        left = [p.data for p in model.parameters()]
+        model.to(dtype)
+        return left
+
+    convert.__name__ = str(dtype).removeprefix("torch.")
+    return convert
+
+
+CONVERSIONS = [converted(d) for d in (torch.float64, torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("move", [*SAME_DTYPE, *CONVERSIONS])
+def test_update_follows_the_weights(move: Move) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.75)
+    for n in (1, 2):
+        refresh_(model, n)
+        ema.update()
+    old = values(dict(ema.shadow))
+    poison_(move(model))
+    refresh_(model, 3)
+    new = values(model)
+    ema.update()
+    assert_average(ema, old, new, 0.25)
+    assert_bits(model, snapshot(new))
+
+
+@pytest.mark.parametrize("move", [*SAME_DTYPE, *CONVERSIONS])
+def test_apply_follows_the_weights(move: Move) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.75)
+    refresh_(model, 1)
+    ema.update()
+    average = snapshot(dict(ema.shadow))
+    poison_(move(model))
+    refresh_(model, 2)
+    raw = snapshot(model)
+    with ema.swapped():
+        held = values(model)
+        for name, tensor in values(ema.state_dict()["shadow"]).items():
+            torch.testing.assert_close(held[name], tensor.to(held[name].dtype), msg=name)
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("shadow_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("move", SAME_DTYPE)
+def test_move_while_applied(move: Move, shadow_dtype: str) -> None:
+    """The values stay what they are and lie elsewhere; nothing is lost on either side."""
+    model = net()
+    ema = fastema.EMA(model, 0.75, shadow_dtype=shadow_dtype)
+    refresh_(model, 1)
+    ema.update()
+    refresh_(model, 2)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with ema.swapped():
+        poison_(move(model))
+        assert_bits(dict(ema.shadow), average)
+        assert_bits(ema.state_dict()["shadow"], average)
+    assert not ema.applied
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+    ema.update()
+
+
+@pytest.mark.parametrize("move", [data_assigned, state_dict_assigned, module_replaced])
+def test_move_while_a_float32_average_is_in_a_bfloat16_model(move: Move) -> None:
+    model = net(0, torch.bfloat16)
+    ema = fastema.EMA(model, 0.75, shadow_dtype=torch.float32)
+    refresh_(model, 1)
+    ema.update()
+    refresh_(model, 2)
+    if move is module_replaced:
+        torch.set_default_dtype(torch.bfloat16)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    try:
+        with ema.swapped():
+            poison_(move(model))
+            assert_bits(ema.state_dict()["shadow"], average)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("shadow_dtype", ["float32", "float64"])
+def test_dtype_changed_while_applied(shadow_dtype: str) -> None:
+    """Restoring is refused; the raw weights are still there once the dtype is what it was."""
+    model = net()
+    ema = fastema.EMA(model, 0.75, shadow_dtype=shadow_dtype)
+    refresh_(model, 1)
+    ema.update()
+    refresh_(model, 2)
+    raw = snapshot(model)
+    ema.apply_shadow()
+    average = snapshot(dict(ema.shadow))
+    left = [p.data for p in model.parameters()]
+    model.double()
+    poison_(left)
+    with suppress(StateError):  # it may refuse, but not read what was left
+        assert_bits(dict(ema.shadow), average)
+    with pytest.raises(StateError, match=r"conv\.weight(.|\n)*head\.weight"):
+        ema.restore()
+    assert ema.applied
+    model.float()
+    ema.restore()
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+def test_replaced_dict_entries_are_followed() -> None:
+    weights = {"a": torch.randn(70), "b": torch.randn(3, 4)}
+    ema = fastema.EMA(weights, 0.75)
+    old = values(weights)
+    left = weights["a"]
+    weights["a"] = torch.randn(70)
+    poison_([left])
+    ema.update()
+    assert_average(ema, old, weights, 0.25)
+
+
+KEPT_BY_OTHERS = {memory_shared, called_functionally}
+
+
+@pytest.mark.parametrize("move", [m for m in SAME_DTYPE if m not in KEPT_BY_OTHERS])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_old_memory_is_let_go_by_the_next_update(move: Move, swapped: bool) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.75)
+    ema.update()
+    memory = [weakref.ref(t.untyped_storage()) for _, t in tensors_of(model)]
+    if swapped:
+        with ema.swapped():
+            move(model)
+    else:
+        move(model)
+        ema.update()
+    live = {t.untyped_storage().data_ptr() for _, t in tensors_of(model)}
+    kept = [ref() for ref in memory]
+    assert all(s.data_ptr() in live for s in kept if s is not None)

@@ -1,0 +1,165 @@
+"""What is averaged, copied and left out: frozen parameters, buffers, tensors no kernel knows."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError  # noqa: E402
+
+from .weights import (  # noqa: E402
+    BUFFERS,
+    assert_average,
+    assert_bits,
+    bits,
+    net,
+    refresh_,
+    snapshot,
+    values,
+)
+
+pytestmark = pytest.mark.torch
+
+FROZEN = {"conv.weight", "conv.bias"}
+
+
+def half_frozen(seed: int = 0) -> nn.Module:
+    model = net(seed)
+    model.conv.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
+def test_buffers(buffers: str) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.75, buffers=buffers)
+    for n in range(1, 4):
+        old = values(dict(ema.shadow))
+        refresh_(model, n)
+        ema.update()
+        copied = BUFFERS if buffers == "copy" else {"norm.num_batches_tracked"}
+        assert_average(ema, old, values(model), 0.25, copied)
+    assert ("norm.running_mean" in ema.shadow) == (buffers != "skip")
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_integer_buffers_are_exact(buffers: str) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.75, buffers=buffers, shadow_dtype=torch.bfloat16)
+    model.norm.num_batches_tracked.fill_(2**53 + 1)
+    ema.update()
+    model.norm.num_batches_tracked.add_(1)
+    assert ema.shadow["norm.num_batches_tracked"].dtype == torch.int64
+    assert ema.shadow["norm.num_batches_tracked"].item() == 2**53 + 1
+    with ema.swapped():
+        assert model.norm.num_batches_tracked.item() == 2**53 + 1
+    assert model.norm.num_batches_tracked.item() == 2**53 + 2
+
+
+def test_skipped_buffers_stay_in_the_model() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5, buffers="skip")
+    refresh_(model, 1)
+    ema.update()
+    refresh_(model, 2)
+    mean = bits(model.norm.running_mean)
+    with ema.swapped():
+        assert torch.equal(bits(model.norm.running_mean), mean)
+        model.norm.running_mean.add_(1)  # and what is done to them stays done
+    assert not torch.equal(bits(model.norm.running_mean), mean)
+    assert BUFFERS.isdisjoint(ema.state_dict()["shadow"])
+
+
+def test_batch_norm_in_training_updates_its_own_buffers() -> None:
+    torch.manual_seed(0)
+    model = net()
+    model.norm.reset_running_stats()
+    ema = fastema.EMA(model, 0.9)
+    for n in range(1, 6):
+        model.train()(torch.randn(4, 3, 6, 6))
+        ema.update()
+        assert model.norm.num_batches_tracked.item() == n
+        assert ema.shadow["norm.num_batches_tracked"].item() == n
+        assert torch.equal(ema.shadow["norm.running_var"], model.norm.running_var)
+
+
+def test_buffers_keep_their_dtype() -> None:
+    model = net(0, torch.bfloat16)
+    model.norm.float()
+    ema = fastema.EMA(model, 0.5, shadow_dtype=torch.float32)
+    assert ema.shadow["conv.weight"].dtype == torch.float32
+    copied = {name: ema.shadow[name].dtype for name in BUFFERS}
+    assert copied == {name: values(model)[name].dtype for name in BUFFERS}
+
+
+@pytest.mark.parametrize("frozen", ["skip", "copy", "average"])
+def test_frozen_parameters(frozen: str) -> None:
+    model = half_frozen()
+    ema = fastema.EMA(model, 0.75, frozen=frozen)
+    old = values(dict(ema.shadow))
+    assert FROZEN.isdisjoint(old) == (frozen == "skip")
+    refresh_(model, 1)
+    ema.update()
+    copied = BUFFERS | FROZEN if frozen == "copy" else BUFFERS
+    assert_average(ema, old, values(model), 0.25, copied)
+
+
+@pytest.mark.parametrize("frozen", ["skip", "copy", "average"])
+def test_frozen_parameters_swap_by_policy(frozen: str) -> None:
+    model = half_frozen()
+    ema = fastema.EMA(model, 0.5, frozen=frozen)
+    refresh_(model, 1)
+    ema.update()
+    refresh_(model, 2)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with ema.swapped():
+        held = snapshot(model)
+        for name in FROZEN:
+            assert torch.equal(held[name], raw[name] if frozen == "skip" else average[name])
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+def test_skipped_parameters_take_no_memory() -> None:
+    model = nn.Sequential(nn.Linear(1000, 1000).requires_grad_(False), nn.Linear(1000, 2))
+    ema = fastema.EMA(model)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ema.shadow.values()}
+    assert sum(held.values()) < 10_000
+
+
+def test_all_frozen() -> None:
+    model = net().requires_grad_(False)
+    for frozen in ("skip", "copy"):
+        with pytest.raises(LayoutError, match="frozen='average'"):
+            fastema.EMA(model, frozen=frozen)
+    old = values(model)
+    ema = fastema.EMA(model, 0.5, frozen="average")
+    refresh_(model, 1)
+    ema.update()
+    assert_average(ema, old, values(model), 0.5)
+
+
+def test_low_rank_adapters_are_averaged_alone() -> None:
+    model = nn.Module()
+    model.base = nn.Parameter(torch.randn(50, 50), requires_grad=False)
+    model.down, model.up = nn.Parameter(torch.randn(50, 2)), nn.Parameter(torch.randn(2, 50))
+    ema = fastema.EMA(model)
+    assert list(ema.shadow) == ["down", "up"]
+
+
+def unknown_tensors() -> dict[str, torch.Tensor]:
+    found = {
+        "sparse": torch.eye(3).to_sparse(),
+        "csr": torch.eye(3).to_sparse_csr(),
+        "meta": torch.ones(3, device="meta"),
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+        "uint16": torch.ones(3).to(torch.uint16),
+        "conj": torch.randn(3, dtype=torch.complex64).conj(),
+    }
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        with pytest.warns(UserWarning, match="deprecated") if _warns() else _nothing():
+            found["quantized"] = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    return found

@@ -1,0 +1,336 @@
+"""A model whose tensors are no longer the same is an error that names each, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import LayoutError, StateError  # noqa: E402
+
+from .weights import Net, assert_bits, net, refresh_, snapshot  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+Change = Callable[[Net], None]
+
+
+class Shared(nn.Module):
+    """Two parameters in one memory, and one of its own that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 5))
+        self.head = nn.Parameter(self.table.data)
+        self.still = nn.Parameter(torch.randn(3), requires_grad=False)
+        self.own = nn.Parameter(torch.randn(4))
+
+
+def added(model: Net) -> None:
+    model.extra = nn.Parameter(torch.randn(3))
+
+
+def added_module(model: Net) -> None:
+    model.more = nn.Linear(2, 2)
+
+
+def added_buffer(model: Net) -> None:
+    model.register_buffer("mean", torch.randn(3))
+
+
+def removed(model: Net) -> None:
+    del model.scale
+
+
+def removed_module(model: Net) -> None:
+    del model.hidden
+
+
+def set_to_none(model: Net) -> None:
+    model.conv.bias = None
+
+
+def renamed(model: Net) -> None:
+    model.gain = model.scale
+    del model.scale
+
+
+def reshaped(model: Net) -> None:
+    model.hidden.bias.data = torch.randn(13)
+
+
+def flattened(model: Net) -> None:
+    model.hidden.weight.data = model.hidden.weight.data.reshape(-1)
+
+
+def grown_axis(model: Net) -> None:
+    model.scale.data = model.scale.data[None]
+
+
+def emptied(model: Net) -> None:
+    model.hidden.bias.data = torch.empty(0)
+
+
+def replaced_by_another_shape(model: Net) -> None:
+    model.head = nn.Linear(12, 6, bias=False)
+
+
+def parametrised(model: Net) -> None:
+    nn.utils.parametrizations.weight_norm(model.head)
+
+
+def tied(model: Net) -> None:
+    memory = torch.randn(72)
+    model.hidden.weight.data = memory.view(12, 6)
+    model.head.weight.data = memory[:60].view(5, 12)
+
+
+def counter_as_int32(model: Net) -> None:
+    model.norm.num_batches_tracked = model.norm.num_batches_tracked.int()
+
+
+CHANGES: dict[Change, list[str]] = {
+    added: ["'extra'"],
+    added_module: ["'more.weight'", "'more.bias'"],
+    added_buffer: ["'mean'"],
+    removed: ["'scale'"],
+    removed_module: ["'hidden.weight'", "'hidden.bias'"],
+    set_to_none: ["'conv.bias'"],
+    renamed: ["'scale'", "'gain'"],
+    reshaped: ["'hidden.bias'", "[13]", "[12]"],
+    flattened: ["'hidden.weight'", "[72]", "[12, 6]"],
+    grown_axis: ["'scale'", "[1]", "[]"],
+    emptied: ["'hidden.bias'", "[0]"],
+    replaced_by_another_shape: ["'head.weight'", "[6, 12]", "[5, 12]"],
+    parametrised: ["'head.weight'", "'head.parametrizations.weight.original0'"],
+    tied: ["hidden.weight", "head.weight"],
+    counter_as_int32: ["norm.num_batches_tracked", "i32", "i64"],
+}
+
+CALLS = {
+    "update": lambda ema, model: ema.update(),
+    "update model": lambda ema, model: ema.update(model),
+    "apply": lambda ema, model: ema.apply_shadow(),
+    "swapped": lambda ema, model: ema.swapped().__enter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_model_is_refused_by_name(change: Change, call: str) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    refresh_(model, 1)
+    ema.update()
+    change(model)
+    weights, average = snapshot(model), snapshot(dict(ema.shadow))
+    with pytest.raises((LayoutError, TypeError)) as caught:
+        CALLS[call](ema, model)
+    assert isinstance(caught.value, fastema.errors.FastemaError)
+    for part in CHANGES[change]:
+        assert part in str(caught.value)
+    assert_bits(model, weights)
+    assert_bits(dict(ema.shadow), average)
+    assert ema.num_updates == 1
+    assert not ema.applied
+
+
+def test_all_changes_are_named_at_once() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    changes = [added, removed_module, renamed, set_to_none, replaced_by_another_shape, added_buffer]
+    for change in changes:
+        change(model)
+    average = snapshot(dict(ema.shadow))
+    with pytest.raises(LayoutError) as caught:
+        ema.update()
+    for change in changes:
+        for part in CHANGES[change]:
+            assert part in str(caught.value)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("shadow_dtype", ["float32", "float64", "bfloat16"])
+def test_once_the_model_is_as_before_the_average_goes_on(shadow_dtype: str) -> None:
+    model, twin = net(), net()
+    ema, other = (fastema.EMA(m, 0.5, shadow_dtype=shadow_dtype) for m in (model, twin))
+    for n in range(1, 6):
+        refresh_(model, n)
+        refresh_(twin, n)
+        added(model)
+        for call in CALLS.values():
+            with pytest.raises(LayoutError, match="extra"):
+                call(ema, model)
+        del model.extra
+        ema.update()
+        other.update()
+    assert ema.shadow["scale"].dtype == other.shadow["scale"].dtype
+    assert_bits(dict(ema.shadow), snapshot(dict(other.shadow)))
+
+
+def test_conversion_beside_a_changed_model_leaves_one_average() -> None:
+    """Refused or not: what is updated afterwards is what is shown."""
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    added(model)
+    with suppress(LayoutError):
+        ema.to(dtype=torch.float64)
+    del model.extra
+    refresh_(model, 1)
+    before = snapshot(dict(ema.shadow))
+    ema.update()
+    after = snapshot(dict(ema.shadow))
+    assert not torch.equal(before["hidden.bias"], after["hidden.bias"])
+    with ema.swapped():
+        assert torch.equal(model.hidden.bias, ema.shadow["hidden.bias"].float())
+
+
+@pytest.mark.parametrize("shadow_dtype", ["float32", "bfloat16"])
+def test_structure_changed_while_applied(shadow_dtype: str) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
+    refresh_(model, 1)
+    ema.update()
+    refresh_(model, 2)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with pytest.raises(LayoutError, match="extra"), ema.swapped():
+        added(model)
+    assert ema.applied
+    with pytest.raises(LayoutError, match="extra"):
+        ema.restore()
+    with pytest.raises(StateError):
+        ema.update()
+    del model.extra
+    ema.restore()
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_untied_weights(call: str) -> None:
+    model = Shared()
+    ema = fastema.EMA(model, 0.5)
+    model.head.data = model.head.data.clone()
+    average = snapshot(dict(ema.shadow))
+    with pytest.raises(LayoutError, match=r"'head' was tied to 'table'"):
+        CALLS[call](ema, model)
+    assert_bits(dict(ema.shadow), average)
+    model.head.data = model.table.data
+    ema.update()
+
+
+def test_untied_parameter_that_was_one_object() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 5)
+            self.head = nn.Linear(5, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    ema = fastema.EMA(model, 0.5)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    with pytest.raises(LayoutError, match=r"'head\.weight'"):
+        ema.update()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("frozen", ["skip", "copy"])
+def test_unfrozen_weights(call: str, frozen: str) -> None:
+    """A weight that trains must not be left out, or be copied raw, without a word."""
+    model = Shared()
+    ema = fastema.EMA(model, 0.5, frozen=frozen)
+    model.still.requires_grad_(True)
+    refresh_(model, 1)
+    average = snapshot(dict(ema.shadow))
+    with pytest.raises(LayoutError, match="'still'"):
+        CALLS[call](ema, model)
+    assert_bits(dict(ema.shadow), average)
+    model.still.requires_grad_(False)
+    ema.update()
+
+
+def test_unfreezing_what_is_averaged_anyway() -> None:
+    model = Shared()
+    ema = fastema.EMA(model, 0.5, frozen="average")
+    model.still.requires_grad_(True)
+    ema.update()
+
+
+def test_freezing_later_changes_nothing() -> None:
+    model = Shared()
+    ema = fastema.EMA(model, 0.5)
+    old = model.own.detach().clone()
+    model.own.requires_grad_(False)
+    refresh_(model, 1)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["own"], (old + model.own.detach()) / 2)
+
+
+def test_copy_to_a_model_that_lacks_tensors() -> None:
+    ema = fastema.EMA(net(), 0.5)
+    target = net(1)
+    removed(target)
+    set_to_none(target)
+    before = snapshot(target)
+    with pytest.raises(LayoutError) as caught:
+        ema.copy_to(target)
+    assert "'scale'" in str(caught.value)
+    assert "'conv.bias'" in str(caught.value)
+    assert_bits(target, before)
+
+
+def test_copy_to_a_model_of_other_shapes() -> None:
+    ema = fastema.EMA(net(), 0.5)
+    target = net(1)
+    reshaped(target)
+    before = snapshot(target)
+    with pytest.raises(LayoutError, match=r"hidden\.bias"):
+        ema.copy_to(target)
+    assert_bits(target, before)
+
+
+def test_copy_to_a_model_that_trains_more() -> None:
+    """Its further weights would stay raw among averaged ones."""
+    ema = fastema.EMA(net(), 0.5)
+    target = net(1)
+    added(target)
+    before = snapshot(target)
+    with pytest.raises(LayoutError, match="extra"):
+        ema.copy_to(target)
+    assert_bits(target, before)
+
+
+def test_copy_to_leaves_further_frozen_tensors_and_buffers_alone() -> None:
+    ema = fastema.EMA(net(), 0.5, buffers="skip")
+    target = net(1)
+    target.extra = nn.Parameter(torch.randn(3), requires_grad=False)
+    before = snapshot(target)
+    ema.copy_to(target)
+    after = snapshot(target)
+    for name in ("extra", "norm.running_mean", "norm.num_batches_tracked"):
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+def test_a_model_without_memory_is_refused_not_read(python: Callable[..., str]) -> None:
+    """Sharding frees the storage under a parameter and leaves its shape."""
+    out = python("""
+        import torch, fastema
+        model = torch.nn.Linear(300, 400)
+        ema = fastema.EMA(model, 0.5)
+        before = ema.shadow["weight"].clone()
+        model.weight.data.untyped_storage().resize_(0)
+        for call in (ema.update, ema.apply_shadow, lambda: ema.copy_to(model),
+                     lambda: fastema.EMA(model)):
+            try:
+                call()
+            except fastema.errors.FastemaError as error:
+                print("weight" in str(error), torch.equal(ema.shadow["weight"], before))
+    """)
+    assert out.split() == ["True", "True"] * 4

@@ -1,0 +1,355 @@
+"""Apply and restore: exact round trips, errors in the wrong state, what is seen meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+from fastema.errors import LayoutError, StateError  # noqa: E402
+
+from .weights import (  # noqa: E402
+    FLOATS,
+    Net,
+    assert_bits,
+    assert_same,
+    bits,
+    net,
+    poison_,
+    refresh_,
+    snapshot,
+    values,
+)
+
+pytestmark = pytest.mark.torch
+
+PAIRS = list(itertools.product(FLOATS, FLOATS))
+
+
+def ready(
+    model_dtype: str = "f32", shadow_dtype: str = "f32", **options: object
+) -> tuple[Net, fastema.EMA]:
+    """A model after two updates, its weights, average and first weights all different."""
+    model = net(0, FLOATS[model_dtype])
+    ema = fastema.EMA(model, 0.5, shadow_dtype=FLOATS[shadow_dtype], **options)
+    for n in (1, 2):
+        refresh_(model, n)
+        ema.update()
+    refresh_(model, 3)
+    return model, ema
+
+
+@pytest.mark.parametrize(("model_dtype", "shadow_dtype"), PAIRS)
+def test_round_trip_is_exact(model_dtype: str, shadow_dtype: str) -> None:
+    model, ema = ready(model_dtype, shadow_dtype)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    as_held = {name: t.to(FLOATS[model_dtype]).clone() for name, t in ema.shadow.items()}
+    for _ in range(2):
+        assert not ema.applied
+        ema.apply_shadow()
+        assert ema.applied
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), as_held[name], msg=name)
+        ema.restore()
+        assert_bits(model, raw)
+        assert_bits(dict(ema.shadow), average)
+        with ema.swapped():
+            assert not torch.equal(bits(model.conv.weight), raw["conv.weight"])
+        assert_bits(model, raw)
+        assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_model_holds_the_average_itself_where_the_dtypes_agree(dtype: str) -> None:
+    model, ema = ready(dtype, dtype)
+    average = snapshot(dict(ema.shadow))
+    with ema.swapped():
+        assert_bits(model, average)
+
+
+def every_float32() -> torch.Tensor:
+    """All upper halves of a float32, each with the lower halves at which rounding turns."""
+    high = torch.arange(2**16, dtype=torch.int64)
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    words = (high[:, None] << 16 | low).reshape(-1)
+    return (words - (words >> 31 << 32)).to(torch.int32).view(torch.float32)
+
+
+def quiet(values_: torch.Tensor) -> torch.Tensor:
+    words = values_.view(torch.int32)
+    return torch.where(values_.isnan(), words | 0x400000, words)
+
+
+def test_every_bit_pattern_survives_in_a_float32_average_of_bfloat16_weights() -> None:
+    average = every_float32()
+    raw = torch.arange(2**16).repeat_interleave(6).flip(0).to(torch.uint16).view(torch.bfloat16)
+    weights = torch.ones(len(average), dtype=torch.bfloat16)
+    ema = fastema.EMA([weights], shadow_dtype=torch.float32)
+    ema.shadow["0"].copy_(average)
+    weights.copy_(raw)
+    before = bits(raw)
+    ema.apply_shadow()
+    held = weights.float()
+    ema.restore()
+    assert torch.equal(bits(weights), before)
+    assert torch.equal(ema.shadow["0"].view(torch.int32), quiet(average))
+    finite = average.isfinite()
+    assert torch.equal(held.isnan(), average.isnan())
+    off = (held.double() - average.double()).abs()[finite & held.isfinite()]
+    other = (average.bfloat16().double() - average.double()).abs()[finite & held.isfinite()]
+    assert torch.equal(off, other)  # as near as rounding to nearest even comes
+    assert torch.equal(held.isinf(), average.bfloat16().isinf())
+
+
+@pytest.mark.parametrize(("model_dtype", "shadow_dtype"), PAIRS)
+def test_special_values_survive(model_dtype: str, shadow_dtype: str) -> None:
+    weights_dtype, average_dtype = FLOATS[model_dtype], FLOATS[shadow_dtype]
+
+    def special(dtype: torch.dtype) -> torch.Tensor:
+        info = torch.finfo(dtype)
+        found = [0.0, -0.0, 1.0, float("inf"), float("nan"), info.max, info.tiny]
+        found += [info.tiny / 4, info.smallest_normal * info.eps, 1 + info.eps]
+        return torch.tensor([*found, *(-x for x in found)], dtype=torch.float64).to(dtype)
+
+    raw, average = special(weights_dtype), special(average_dtype).roll(7)
+    weights = torch.ones(len(raw), dtype=weights_dtype)
+    ema = fastema.EMA({"w": weights}, 0.5, shadow_dtype=average_dtype)
+    ema.shadow["w"].copy_(average)
+    weights.copy_(raw)
+    with ema.swapped():
+        torch.testing.assert_close(weights, average.to(weights_dtype), equal_nan=True)
+    assert torch.equal(bits(weights), bits(raw))
+    assert torch.equal(bits(ema.shadow["w"]), bits(average))
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, Stop, GeneratorExit])
+def test_raw_weights_come_back_after_an_exception(
+    shadow_dtype: str, error: type[BaseException]
+) -> None:
+    model, ema = ready("bf16", shadow_dtype)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+
+    def body() -> None:
+        with ema.swapped():
+            raise error
+
+    with pytest.raises(error):
+        body()
+    assert not ema.applied
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+    ema.update()
+
+
+def test_restore_within_the_block() -> None:
+    model, ema = ready()
+    raw = snapshot(model)
+    with ema.swapped():
+        ema.restore()
+        assert_bits(model, raw)
+        ema.update()
+    assert_bits(model, raw)
+    assert not ema.applied
+
+
+def test_nested_blocks_are_refused_and_the_outer_one_goes_on() -> None:
+    model, ema = ready()
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with ema.swapped():
+        held = snapshot(model)
+        with pytest.raises(StateError, match="restore"), ema.swapped():
+            pytest.fail("entered twice")
+        assert ema.applied
+        assert_bits(model, held)
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+def test_error_handling_within_the_block() -> None:
+    model, ema = ready()
+    raw = snapshot(model)
+    with ema.swapped():
+        try:
+            raise ValueError
+        except ValueError:
+            held = snapshot(model)
+            assert ema.applied
+        assert_bits(model, held)
+    assert_bits(model, raw)
+
+
+def test_block_as_a_decorator() -> None:
+    model, ema = ready()
+    raw = snapshot(model)
+
+    @ema.swapped()
+    def evaluate() -> bool:
+        return ema.applied
+
+    assert evaluate()
+    assert evaluate()
+    assert not ema.applied
+    assert_bits(model, raw)
+
+
+def test_restore_without_apply() -> None:
+    model, ema = ready()
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with pytest.raises(StateError, match="apply_shadow"):
+        ema.restore()
+    ema.apply_shadow()
+    ema.restore()
+    with pytest.raises(StateError, match="apply_shadow"):
+        ema.restore()
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ema, model: ema.apply_shadow(),
+        lambda ema, model: ema.apply_shadow(net(9)),
+        lambda ema, model: ema.update(),
+        lambda ema, model: ema.update(net(9)),
+        lambda ema, model: ema.copy_to(net(9)),
+        lambda ema, model: ema.copy_to(model),
+        lambda ema, model: ema.to(dtype=torch.float64),
+        lambda ema, model: ema.to("cpu"),
+        lambda ema, model: ema.load_state_dict(ema.state_dict()),
+    ],
+    ids=["apply", "apply other", "update", "update other", "copy_to", "copy_to own", "to dtype",
+         "to device", "load"],
+)  # fmt: skip
+def test_calls_refused_while_applied(call: object, shadow_dtype: str) -> None:
+    model, ema = ready("f32", shadow_dtype)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    ema.apply_shadow()
+    held = snapshot(model)
+    with pytest.raises(StateError, match=r"restore\(\)"):
+        call(ema, model)
+    assert ema.applied
+    assert ema.num_updates == 2
+    assert_bits(model, held)
+    ema.restore()
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize(("model_dtype", "shadow_dtype"), PAIRS)
+def test_shadow_and_state_dict_hold_the_average_while_applied(
+    model_dtype: str, shadow_dtype: str
+) -> None:
+    model, ema = ready(model_dtype, shadow_dtype)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with ema.swapped():
+        state, shadow = ema.state_dict(), dict(ema.shadow)
+        assert_bits(state["shadow"], average)
+        assert_bits(shadow, average)
+    # They stay what they were: after the block, and when the model trains on.
+    refresh_(model, 9)
+    ema.update()
+    assert_bits(state["shadow"], average)
+    assert_bits(shadow, average)
+    for name, one in average.items():
+        if name in raw and "num_batches" not in name:
+            assert not torch.equal(one, raw[name])
+
+
+@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
+def test_copies_taken_while_applied_are_not_the_model(shadow_dtype: str) -> None:
+    model, ema = ready("bf16", shadow_dtype)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with ema.swapped():
+        poison_(dict(ema.shadow).values())
+        poison_(ema.state_dict()["shadow"].values())
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
+def test_swap_on_another_model_of_the_same_names(shadow_dtype: str) -> None:
+    model, ema = ready("f32", shadow_dtype)
+    other = net(77, torch.bfloat16)
+    raw, others, average = snapshot(model), snapshot(other), snapshot(dict(ema.shadow))
+    rounded = ema.shadow["head.weight"].clone().bfloat16()
+    with ema.swapped(other):
+        assert_bits(model, raw)
+        assert_bits(dict(ema.shadow), average)
+        assert_bits(ema.state_dict()["shadow"], average)
+        torch.testing.assert_close(other.head.weight.detach(), rounded)
+    assert_bits(model, raw)
+    assert_bits(other, others)
+    assert_bits(dict(ema.shadow), average)
+    ema.apply_shadow(other)
+    ema.restore()  # without saying of which model
+    assert_bits(other, others)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
+def test_restoring_another_model_than_the_applied_one_is_refused(shadow_dtype: str) -> None:
+    model, ema = ready("f32", shadow_dtype)
+    other = net(77)
+    raw, others, average = snapshot(model), snapshot(other), snapshot(dict(ema.shadow))
+    ema.apply_shadow(model)
+    with pytest.raises((StateError, LayoutError)):
+        ema.restore(other)
+    assert_bits(other, others)
+    ema.restore(model)
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+def test_a_generator_of_parameters_swaps_and_comes_back() -> None:
+    model = net()
+    ema = fastema.EMA(model.parameters(), 0.5)
+    refresh_(model, 1)
+    ema.update(model.parameters())
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    with ema.swapped(model.parameters()):
+        assert torch.equal(bits(model.scale), average["0"])
+    assert not ema.applied
+    assert_bits(model, raw)
+    ema.apply_shadow(model.parameters())
+    ema.restore(model.parameters())
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+def test_copy_to_writes_the_average_and_keeps_nothing() -> None:
+    model, ema = ready("bf16", "f32")
+    raw, average = snapshot(model), values(dict(ema.shadow))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        other = net(5, dtype)
+        ema.copy_to(other)
+        for name, tensor in values(other).items():
+            assert torch.equal(tensor, average[name].to(tensor.dtype)), name
+    assert_bits(dict(ema.shadow), snapshot(average))
+    assert_bits(model, raw)
+    ema.copy_to(model)
+    assert torch.equal(model.head.weight, average["head.weight"].bfloat16())
+
+
+def test_swapping_between_updates_changes_nothing_later() -> None:
+    def run(look: bool) -> dict[str, torch.Tensor]:
+        model = net(0, torch.bfloat16)
+        ema = fastema.EMA(model, 0.9, shadow_dtype="float32")
+        for n in range(1, 8):
+            refresh_(model, n)
+            if look:
+                with ema.swapped():
+                    ema.state_dict()
+            ema.update()
+        return snapshot(dict(ema.shadow))
+
+    assert_same(run(look=True), run(look=False))

@@ -1,0 +1,213 @@
+"""Weights under several names are averaged once, swapped once, and found under all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import LayoutError  # noqa: E402
+
+from .weights import assert_bits, bits, poison_, snapshot  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+class Lang(nn.Module):
+    """An embedding and an output projection, tied in one of three ways or not at all."""
+
+    def __init__(self, tie: str) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.body = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        if tie == "parameter":
+            self.head.weight = self.embed.weight
+        elif tie == "storage":
+            self.head.weight.data = self.embed.weight.data
+        elif tie == "module":
+            self.again = self.embed
+
+
+TIES = ["parameter", "storage", "module"]
+OTHER_NAME = {"parameter": "head.weight", "storage": "head.weight", "module": "again.weight"}
+
+
+def train_(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("tie", TIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averaged_once(tie: str, dtype: torch.dtype) -> None:
+    model = Lang(tie).to(dtype)
+    ema = fastema.EMA(model, 0.5, shadow_dtype=torch.float32)
+    expected = model.embed.weight.detach().double()
+    for n in range(1, 6):
+        train_(model, n)
+        ema.update()
+        expected = expected.lerp(model.embed.weight.detach().double(), 0.5)
+    torch.testing.assert_close(
+        ema.shadow["embed.weight"].double(), expected, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("tie", TIES)
+@pytest.mark.parametrize("shadow_dtype", ["float32", "bfloat16"])
+def test_swapped_once(tie: str, shadow_dtype: str) -> None:
+    model = Lang(tie)
+    ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
+    train_(model, 1)
+    ema.update()
+    train_(model, 2)
+    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    held = ema.shadow["embed.weight"].clone().float()
+    with ema.swapped():
+        torch.testing.assert_close(model.embed.weight.detach(), held, rtol=0, atol=0)
+        if tie != "module":
+            torch.testing.assert_close(model.head.weight.detach(), held, rtol=0, atol=0)
+    assert_bits(model, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_kept_once(tie: str) -> None:
+    model = Lang(tie)
+    ema = fastema.EMA(model, 0.5)
+    names = list(ema.shadow)
+    assert "embed.weight" in names
+    assert OTHER_NAME[tie] not in names
+    assert list(ema.state_dict()["shadow"]) == names
+    ema.load_state_dict(ema.state_dict())
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_shadow_answers_to_every_name(tie: str) -> None:
+    model = Lang(tie)
+    ema = fastema.EMA(model, 0.5)
+    one, other = ema.shadow["embed.weight"], ema.shadow[OTHER_NAME[tie]]
+    assert torch.equal(one, other)
+    with ema.swapped():
+        assert torch.equal(ema.shadow["embed.weight"], ema.shadow[OTHER_NAME[tie]])
+
+
+@pytest.mark.parametrize("tie", TIES)
+def test_tied_memory_that_moves_together_is_followed(tie: str) -> None:
+    model = Lang(tie)
+    ema = fastema.EMA(model, 0.0)
+    left = model.embed.weight.data
+    moved = torch.randn(11, 6)
+    model.embed.weight.data = moved
+    if tie == "storage":
+        model.head.weight.data = moved
+    poison_([left])
+    ema.update()
+    assert torch.equal(ema.shadow["embed.weight"], moved)
+
+
+@pytest.mark.parametrize("tie", ["parameter", "storage"])
+def test_copy_to_an_untied_model_fills_both(tie: str) -> None:
+    """Left out, one of them would keep whatever the model was built with."""
+    ema = fastema.EMA(Lang(tie), 0.5)
+    target = Lang("none")
+    ema.copy_to(target)
+    assert torch.equal(target.embed.weight, ema.shadow["embed.weight"])
+    assert torch.equal(target.head.weight, ema.shadow["embed.weight"])
+
+
+@pytest.mark.parametrize("tie", ["parameter", "storage"])
+@pytest.mark.parametrize("call", ["update", "apply_shadow", "copy_to"])
+def test_average_of_untied_weights_does_not_fit_a_tied_model(tie: str, call: str) -> None:
+    ema = fastema.EMA(Lang("none"), 0.5)
+    target = Lang(tie)
+    before, average = snapshot(target), snapshot(dict(ema.shadow))
+    with pytest.raises(LayoutError, match=r"head\.weight"):
+        getattr(ema, call)(target)
+    assert_bits(target, before)
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("tie", ["parameter", "storage"])
+@pytest.mark.parametrize("call", ["update", "apply_shadow"])
+def test_average_of_tied_weights_does_not_fit_an_untied_model(tie: str, call: str) -> None:
+    ema = fastema.EMA(Lang(tie), 0.5)
+    target = Lang("none")
+    before, average = snapshot(target), snapshot(dict(ema.shadow))
+    with pytest.raises(LayoutError, match=r"head\.weight"):
+        getattr(ema, call)(target)
+    assert_bits(target, before)
+    assert_bits(dict(ema.shadow), average)
+
+
+def test_one_tensor_several_times_in_a_list() -> None:
+    w = torch.randn(70)
+    old = w.clone()
+    ema = fastema.EMA([w, torch.ones(2), w], 0.5)
+    w.add_(1)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["0"], old + 0.5)
+    raw = bits(w)
+    with ema.swapped():
+        torch.testing.assert_close(w, old + 0.5)
+    assert torch.equal(bits(w), raw)
+
+
+@pytest.mark.parametrize("frozen", ["skip", "copy", "average"])
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_a_trained_weight_that_shares_the_memory_of_a_frozen_one(
+    frozen: str, frozen_first: bool
+) -> None:
+    """It trains, so it is averaged, whichever name comes first."""
+    memory = torch.randn(70)
+    model = nn.ParameterDict()
+    for name in ("still", "live") if frozen_first else ("live", "still"):
+        model[name] = nn.Parameter(memory, requires_grad=name == "live")
+    model["other"] = nn.Parameter(torch.randn(3))
+    ema = fastema.EMA(model, 0.5, frozen=frozen)
+    old = memory.clone()
+    memory.add_(1)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["live"], old + 0.5)
+
+
+def test_partly_shared_memory_is_refused_by_name() -> None:
+    memory = torch.randn(10)
+    with pytest.raises(LayoutError, match=r"'?first'?(.|\n)*'?second'?"):
+        fastema.EMA({"first": memory[:6], "second": memory[4:]})
+    with pytest.raises(LayoutError, match="overlap"):
+        fastema.EMA([memory.view(2, 5), memory])
+    square = torch.randn(3, 3)
+    with pytest.raises(LayoutError, match="overlap"):
+        fastema.EMA([square, square.t()])
+    with pytest.raises(LayoutError, match="overlap"):
+        fastema.EMA([memory[0:4].view(torch.complex64), memory[0:4]])
+
+
+def test_interleaved_tensors_share_no_element() -> None:
+    memory = torch.randn(8, 6)
+    old = memory.clone()
+    ema = fastema.EMA({"left": memory[:, :3], "right": memory[:, 3:]}, 0.5)
+    memory.add_(1)
+    ema.update()
+    expected = old + 0.5
+    torch.testing.assert_close(ema.shadow["left"], expected[:, :3])
+    torch.testing.assert_close(ema.shadow["right"], expected[:, 3:])
+    raw = bits(memory)
+    with ema.swapped():
+        torch.testing.assert_close(memory, expected)
+    assert torch.equal(bits(memory), raw)
+
+
+def test_weights_that_alias_the_average_are_refused() -> None:
+    model = Lang("none")
+    ema = fastema.EMA(model, 0.5)
+    model.load_state_dict(dict(ema.shadow), assign=True)
+    with pytest.raises(LayoutError, match="average of"):
+        ema.update()
+    with pytest.raises(LayoutError, match="average of"):
+        ema.apply_shadow()

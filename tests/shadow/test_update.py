@@ -1,0 +1,341 @@
+"""The update: schedules against float64 loops, counters, and what is seen before an average begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+from fastema import rules  # noqa: E402
+from fastema.errors import ArgumentError, FastemaError, LayoutError  # noqa: E402
+
+from .truth import Loop  # noqa: E402
+from .weights import (  # noqa: E402
+    Net,
+    assert_average,
+    assert_bits,
+    assert_same,
+    net,
+    refresh_,
+    snapshot,
+    values,
+)
+
+pytestmark = pytest.mark.torch
+
+# Each schedule beside its decay at update n, written out once more.
+SCHEDULES = {
+    "number": (0.95, lambda n: 0.95),
+    "constant": (rules.constant(0.9), lambda n: 0.9),
+    "zero": (0.0, lambda n: 0.0),
+    "warmup": (rules.warmup(0.9), lambda n: min(0.9, (1 + n) / (10 + n))),
+    "half_life": (rules.half_life(8), lambda n: 0.5 ** (1 / 8)),
+    "inverse_gamma": (
+        rules.inverse_gamma(0.9, inv_gamma=2.0, power=0.75, minimum=0.1),
+        lambda n: min(0.9, max(0.1, 1 - (1 + (n - 1) / 2) ** -0.75)),
+    ),
+    "mean": (rules.inverse_gamma(0.9999, power=1.0), lambda n: 1 - 1 / n),
+}
+
+
+def loops_of(model: Net) -> dict[str, Loop]:
+    return {
+        name: Loop(parameter.detach().numpy(), "f32", "f32")
+        for name, parameter in model.named_parameters()
+    }
+
+
+def step(model: Net, loops: dict[str, Loop], weight: float) -> None:
+    for name, parameter in model.named_parameters():
+        loops[name].step(parameter.detach().numpy(), weight)
+
+
+def check(ema: fastema.EMA, loops: dict[str, Loop]) -> None:
+    for name, loop in loops.items():
+        loop.check(ema.shadow[name].numpy(), name)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_equals_a_float64_loop(schedule: str) -> None:
+    decay, formula = SCHEDULES[schedule]
+    model = net()
+    ema = fastema.EMA(model, decay)
+    loops = loops_of(model)
+    for n in range(1, 101):
+        refresh_(model, n)
+        ema.update()
+        step(model, loops, 1 - formula(n))
+        assert ema.num_updates == n
+        assert math.isclose(ema.decay, formula(n), rel_tol=1e-12, abs_tol=1e-12)
+    check(ema, loops)
+
+
+@pytest.mark.parametrize("schedule", ["number", "warmup", "inverse_gamma"])
+@pytest.mark.parametrize("every", [2, 3, 10])
+def test_update_every_takes_the_decay_to_the_kth_power(schedule: str, every: int) -> None:
+    decay, formula = SCHEDULES[schedule]
+    model = net()
+    ema = fastema.EMA(model, decay, update_every=every)
+    loops = loops_of(model)
+    for n in range(1, 51):
+        refresh_(model, n)
+        ema.update()
+        if n % every == 0:
+            step(model, loops, 1 - formula(n) ** every)
+    check(ema, loops)
+
+
+@pytest.mark.parametrize("every", [2, 5, 10])
+def test_update_every_keeps_the_horizon(every: int) -> None:
+    model = net()
+    often, seldom = fastema.EMA(model, 0.97), fastema.EMA(model, 0.97, update_every=every)
+    refresh_(model, 1)
+    for _ in range(60):
+        often.update()
+        seldom.update()
+    for name in dict(model.named_parameters()):
+        torch.testing.assert_close(seldom.shadow[name], often.shadow[name])
+
+
+def test_between_updates_nothing_is_written() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5, update_every=3)
+    before = snapshot(dict(ema.shadow))
+    for n in (1, 2):
+        refresh_(model, n)
+        ema.update()
+        assert_bits(dict(ema.shadow), before)
+    ema.update()
+    assert not torch.equal(snapshot(dict(ema.shadow))["conv.bias"], before["conv.bias"])
+
+
+@pytest.mark.parametrize(("start", "every"), [(1, 1), (5, 1), (4, 3), (7, 2)])
+def test_start_after_begins_the_average_there(start: int, every: int) -> None:
+    model = net()
+    ema = fastema.EMA(model, rules.warmup(0.9), start_after=start, update_every=every)
+    loops: dict[str, Loop] = {}
+    for n in range(1, 31):
+        refresh_(model, n)
+        ema.update()
+        m = n - start
+        if m == 0:
+            loops = loops_of(model)
+        elif m > 0 and m % every == 0:
+            step(model, loops, 1 - min(0.9, (1 + m) / (10 + m)) ** every)
+    check(ema, loops)
+
+
+def read_shadow(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
+    return values(dict(ema.shadow))
+
+
+def read_state(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
+    return values(ema.state_dict()["shadow"])
+
+
+def read_swapped(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
+    with ema.swapped():
+        return values(model)
+
+
+def read_applied(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
+    ema.apply_shadow(model)
+    found = values(model)
+    ema.restore(model)
+    return found
+
+
+def read_state_swapped(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
+    with ema.swapped():
+        return values(ema.state_dict()["shadow"])
+
+
+def read_copied(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
+    other = net(999)
+    ema.copy_to(other)
+    return values(other)
+
+
+READERS = [
+    read_shadow,
+    read_state,
+    read_swapped,
+    read_applied,
+    read_state_swapped,
+    read_copied,
+]
+Reader = Callable[[fastema.EMA, Net], dict[str, torch.Tensor]]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("every", [1, 2])
+def test_until_start_after_the_average_is_the_weights(read: Reader, every: int) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.9, start_after=4, update_every=every)
+    for n in range(5):
+        if n:
+            ema.update()
+        for seed in (10 + n, 20 + n):  # also as they are between two updates, but not at the last
+            assert_bits(read(ema, model), snapshot(model))
+            if n < 4:
+                refresh_(model, seed)
+    begun = snapshot(model)
+    refresh_(model, 5)
+    assert_bits(read(ema, model), begun)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("start", [0, 1, 4])
+@pytest.mark.parametrize("every", [1, 3])
+def test_looking_changes_nothing_later(read: Reader, start: int, every: int) -> None:
+    def run(look: bool) -> dict[str, torch.Tensor]:
+        model = net()
+        ema = fastema.EMA(model, rules.warmup(0.9), start_after=start, update_every=every)
+        for n in range(1, 11):
+            if look:
+                read(ema, model)
+            refresh_(model, n)
+            if look:
+                read(ema, model)
+            ema.update()
+        return snapshot(dict(ema.shadow))
+
+    assert_same(run(look=True), run(look=False))
+
+
+def test_before_the_first_update_it_is_the_weights_it_was_built_from() -> None:
+    model = net()
+    initial = snapshot(model)
+    ema = fastema.EMA(model)
+    assert ema.num_updates == 0
+    refresh_(model, 1)
+    with ema.swapped():
+        assert_bits(model, initial)
+    assert_bits(dict(ema.shadow), initial)
+
+
+def test_update_from_another_model_of_the_same_names() -> None:
+    model, other = net(), net(5)
+    ema = fastema.EMA(model, 0.75)
+    old = values(model)
+    ema.update(other)
+    assert_average(ema, old, values(other), 0.25)
+    old = values(dict(ema.shadow))
+    refresh_(model, 2)
+    ema.update()  # without an argument: its own model again
+    assert_average(ema, old, values(model), 0.25)
+
+
+def test_update_leaves_the_weights_alone() -> None:
+    model = net()
+    ema = fastema.EMA(model)
+    refresh_(model, 1)
+    before = snapshot(model)
+    ema.update()
+    assert_bits(model, before)
+
+
+def train(average: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(3)
+    model = Net()
+    ema = fastema.EMA(model, 0.9) if average else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(15):
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.randn(8, 3, 6, 6)), torch.randint(5, (8,))
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if ema is not None:
+            ema.update()
+            with ema.swapped(), torch.no_grad():
+                model.eval()(torch.ones(2, 3, 6, 6))
+            model.train()
+    return losses, snapshot(model)
+
+
+def test_training_is_the_same_to_the_bit_with_and_without_an_average() -> None:
+    with_losses, with_weights = train(average=True)
+    losses, weights = train(average=False)
+    assert with_losses == losses
+    assert_same(with_weights, weights)
+
+
+def test_the_average_is_no_part_of_the_graph() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    ema.update()
+    for tensor in ema.shadow.values():
+        assert not tensor.requires_grad
+        assert tensor.grad_fn is None
+    assert model.conv.weight.requires_grad
+    assert model.conv.weight.is_leaf
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_updates_in_any_autograd_mode(context: Callable[[], object]) -> None:
+    model = net()
+    old = values(model)
+    with context():
+        ema = fastema.EMA(model, 0.5)
+    refresh_(model, 1)
+    with context():
+        ema.update()
+    assert_average(ema, old, values(model), 0.5)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"decay": 1.0},
+        {"decay": -0.1},
+        {"decay": float("nan")},
+        {"decay": None},
+        {"decay": "fast"},
+        {"decay": [0.9]},
+        {"update_every": 0},
+        {"update_every": 1.5},
+        {"update_every": True},
+        {"start_after": -1},
+        {"start_after": None},
+        {"frozen": "drop"},
+        {"buffers": None},
+    ],
+    ids=str,
+)
+def test_arguments_without_a_valid_value(arguments: dict[str, object]) -> None:
+    (name,) = arguments
+    with pytest.raises(ArgumentError, match=name):
+        fastema.EMA(net(), **arguments)
+
+
+@pytest.mark.parametrize("weights", [None, 3, "weights", object(), [1.0, 2.0], {"a": None}])
+def test_weights_that_no_bridge_knows(weights: object) -> None:
+    with pytest.raises(FastemaError):
+        fastema.EMA(weights)
+
+
+@pytest.mark.parametrize("weights", [[], {}, (), torch.nn.Module(), [[], {}]], ids=repr)
+def test_empty_containers(weights: object) -> None:
+    with pytest.raises(LayoutError, match="nothing to average"):
+        fastema.EMA(weights)
+
+
+def test_repr_says_what_it_is() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.9, shadow_dtype="float64")
+    ema.update()
+    elements = sum(p.numel() for p in model.parameters())
+    for part in (f"{elements:,}", "f64", "0.9", "1 update"):
+        assert part in repr(ema)
+    with ema.swapped():
+        assert "applied" in repr(ema)
+    assert "conv.weight" in repr(ema.shadow)

@@ -1,0 +1,61 @@
+"""An average as a float64 loop, and how far one that is computed and kept in floats may be off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUNDOFF = {"f64": 2.0**-53, "f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+"""Half a unit in the last place of 1: the largest relative error of one rounding."""
+
+SMALLEST = {"f64": 0.0, "f32": 2.0**-150, "f16": 2.0**-25, "bf16": 2.0**-134}
+"""Half the smallest subnormal: the largest absolute error of one rounding near zero."""
+
+
+class Loop:
+    """The truth for one tensor and, beside it, a bound on the error of an average.
+
+    With ``e`` the error so far, ``u`` the roundoff of the arithmetic and ``v`` that of the dtype
+    the average is kept in, one update ``avg + w * (x - avg)`` leaves at most
+    ``(1 - w) |e| + 3 u w |x - avg| + u |avg| + v |avg|``: three roundings in the product (of ``w``,
+    the difference and, in the fma, none, so this is generous), one in the sum and one in storing.
+
+    Parameters
+    ----------
+    weights
+        What the average begins as.
+    stored, arithmetic
+        dtype codes of the average and of the computation.
+    """
+
+    def __init__(self, weights: NDArray[Any], stored: str, arithmetic: str) -> None:
+        self._u, self._v = ROUNDOFF[arithmetic], ROUNDOFF[stored]
+        self._least = SMALLEST[stored]
+        self.value = np.asarray(weights, np.float64).copy()
+        self.error = self._v * np.abs(self.value) + self._least
+
+    def step(self, weights: NDArray[Any], weight: float) -> None:
+        """Take in new weights."""
+        change = weight * (np.asarray(weights, np.float64) - self.value)
+        self.value = self.value + change
+        self.error = (
+            (1 - weight) * self.error
+            + 3 * self._u * (np.abs(change) + weight * self.error)
+            + (self._u + self._v) * (np.abs(self.value) + self.error)
+            + self._least
+        )
+
+    def check(self, average: NDArray[Any], name: str = "") -> None:
+        """Assert that an average is within the bound everywhere."""
+        # The loop itself rounds to float64 at each step, by no more than the bound allows.
+        off = np.abs(np.asarray(average, np.float64) - self.value)
+        worst = np.max(off - 2 * self.error, initial=-1.0)
+        assert np.isfinite(off).all(), f"{name}: not finite"
+        assert worst <= 0, f"{name}: {worst} beyond the bound"
+
+
+def arithmetic_of(weights: str, stored: str) -> str:
+    """float64 where either side is, float32 otherwise."""
+    return "f64" if "f64" in (weights, stored) else "f32"

@@ -1,0 +1,131 @@
+"""Models with fresh random weights, and comparison of tensors bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import Tensor, nn  # noqa: E402
+
+FLOATS = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+BUFFERS = frozenset({"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"})
+"""Those of a `Net`."""
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, linear layers: 1 to 4 dimensions, buffers, an integer counter."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+        self.hidden = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(2 * width, 5, bias=False)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.scale * self.head(torch.relu(self.hidden(features)))
+
+
+def net(seed: int = 0, dtype: torch.dtype | None = None) -> Net:
+    """A `Net` no tensor of which is zero or constant."""
+    model = Net()
+    if dtype is not None:
+        model.to(dtype)
+    refresh_(model, seed)
+    return model
+
+
+def tensors_of(weights: Any) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers of a module, or the entries of a dict or a list."""
+    if isinstance(weights, nn.Module):
+        yield from weights.named_parameters(remove_duplicate=False)
+        yield from weights.named_buffers(remove_duplicate=False)
+    elif isinstance(weights, dict):
+        yield from weights.items()
+    else:
+        yield from ((str(i), tensor) for i, tensor in enumerate(weights))
+
+
+def refresh_(weights: Any, seed: int) -> None:
+    """Fill every tensor with fresh numbers, as if a training step had been done."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, tensor in tensors_of(weights):
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                wide = torch.complex128 if tensor.is_complex() else torch.float64
+                values = torch.randn(tensor.shape, generator=generator, dtype=wide)
+                tensor.copy_(values)
+            elif tensor.dtype == torch.bool:
+                tensor.copy_(torch.randint(0, 2, tensor.shape, generator=generator))
+            else:
+                tensor.copy_(torch.randint(1, 100, tensor.shape, generator=generator))
+
+
+def poison_(tensors: Iterable[Tensor]) -> None:
+    """Fill memory that nobody should read any more: NaN, and for integers all bits set."""
+    for tensor in tensors:
+        tensor.detach().reshape(-1).view(torch.uint8).fill_(0xFF)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A copy of a tensor's bytes, in the order of its indices."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+
+
+def snapshot(weights: Any) -> dict[str, Tensor]:
+    """The bytes of every tensor, by name."""
+    return {name: bits(tensor) for name, tensor in tensors_of(weights)}
+
+
+def values(weights: Any) -> dict[str, Tensor]:
+    """Copies of every tensor, by name."""
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(weights)}
+
+
+def assert_bits(actual: Any, expected: dict[str, Tensor]) -> None:
+    """Every tensor has exactly the bytes that a snapshot holds."""
+    assert_same(snapshot(actual), expected)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Two snapshots are equal."""
+    assert actual.keys() == expected.keys()
+    differing = [name for name in actual if not torch.equal(actual[name], expected[name])]
+    assert not differing
+
+
+def assert_average(
+    ema: Any,
+    old: dict[str, Tensor],
+    new: dict[str, Tensor],
+    weight: float,
+    copied: Collection[str] = BUFFERS,
+) -> None:
+    """Tensors are ``old + weight * (new - old)`` within a few roundings, copied ones are ``new``."""
+    for name, tensor in ema.shadow.items():
+        if name in copied or not tensor.is_floating_point():
+            assert torch.equal(tensor, new[name].to(tensor.dtype)), f"{name} is no copy"
+            continue
+        expected = old[name].double().lerp(new[name].double(), weight)
+        last_place = 4 * torch.finfo(tensor.dtype).eps
+        torch.testing.assert_close(tensor.double(), expected, rtol=last_place, atol=last_place)
+
+
+def moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
+    """Point every parameter and buffer at new memory, and poison what it had."""
+    for _, tensor in tensors_of(model):
+        before = tensor.data
+        tensor.data = move(before)
+        poison_([before])

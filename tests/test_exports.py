@@ -1,0 +1,96 @@
+"""What the package says it exports is there, and is documented."""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+
+import fastema
+from fastema import errors
+
+# Plain values: a docstring of their type would say nothing about them.
+VALUES = {"__version__"}
+
+
+def _modules() -> Iterator[ModuleType]:
+    """Yield the package and every module below it that can be imported here."""
+    yield fastema
+    for info in pkgutil.walk_packages(fastema.__path__, "fastema."):
+        if info.name.startswith("fastema.kernels") or info.name.endswith("__main__"):
+            continue
+        try:
+            yield importlib.import_module(info.name)
+        except ModuleNotFoundError as error:
+            # A surface for a framework that is not installed; our own modules must be there.
+            if (error.name or "").startswith("fastema"):
+                raise
+
+
+def _is_public(name: str) -> bool:
+    return not name.startswith("_")
+
+
+def test_every_exported_name_resolves() -> None:
+    for module in _modules():
+        names = list(getattr(module, "__all__", []))
+        assert len(names) == len(set(names)), f"{module.__name__}.__all__ repeats a name"
+        missing = [name for name in names if not hasattr(module, name)]
+        assert missing == [], f"{module.__name__}.__all__ promises what is not there"
+
+
+def test_every_public_module_is_documented() -> None:
+    assert [m.__name__ for m in _modules() if not (m.__doc__ or "").strip()] == []
+
+
+@pytest.mark.parametrize("name", sorted(set(fastema.__all__) - VALUES))
+def test_exported_name_is_documented(name: str) -> None:
+    exported = getattr(fastema, name)
+    doc = inspect.getdoc(exported)
+    assert doc, f"fastema.{name} has no docstring"
+    if inspect.isclass(exported):
+        members = [m for m in dir(exported) if _is_public(m)]
+        bare = [m for m in members if not inspect.getdoc(inspect.getattr_static(exported, m))]
+        assert bare == [], f"methods of fastema.{name} without a docstring"
+    if inspect.isclass(exported) or inspect.isroutine(exported):
+        parameters = inspect.signature(exported).parameters
+        unnamed = [p for p in parameters if _is_public(p) and p not in doc]
+        assert unnamed == [], f"parameters that the docstring of fastema.{name} does not name"
+
+
+def test_dir_lists_the_exported_names() -> None:
+    assert set(fastema.__all__) <= set(dir(fastema))
+
+
+def test_star_import() -> None:
+    space: dict[str, object] = {}
+    exec("from fastema import *", space)
+    assert set(fastema.__all__) <= set(space)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        fastema.no_such_name  # noqa: B018 - the access is the test
+
+
+def test_version_is_a_release_number() -> None:
+    parts = fastema.__version__.split(".")
+    assert len(parts) >= 3
+    assert all(part.isdigit() for part in parts[:2])
+
+
+def test_each_error_is_also_the_builtin_that_fits() -> None:
+    found = [c for c in vars(errors).values() if inspect.isclass(c)]
+    classes = [c for c in found if issubclass(c, Exception) and not issubclass(c, Warning)]
+    assert errors.FastemaError in classes
+    standard = {value for value in vars(builtins).values() if inspect.isclass(value)}
+    for one in classes:
+        assert issubclass(one, errors.FastemaError)
+        assert one.__doc__
+        if one is not errors.FastemaError and not one.__subclasses__():
+            assert (set(one.__mro__) & standard) - {Exception, BaseException, object}, one

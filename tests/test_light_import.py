@@ -1,0 +1,76 @@
+"""`import fastema` is light: it brings in nothing but the standard library and itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastema
+
+LIMIT_MS = 100.0
+TRIES = 7
+
+PROBE = """
+import json, sys, time
+before = set(sys.modules)
+start = time.perf_counter()
+{statement}
+elapsed_ms = 1e3 * (time.perf_counter() - start)
+print(json.dumps([elapsed_ms, sorted(set(sys.modules) - before)]))
+"""
+
+
+def _fresh_import(statement: str) -> tuple[float, set[str]]:
+    """Run it in a new interpreter; return its time in ms and the packages it brought in."""
+    # The same fastema, whichever way this one was found.
+    root = str(Path(fastema.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(statement=statement)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    elapsed_ms, modules = json.loads(done.stdout)
+    return elapsed_ms, {module.split(".")[0] for module in modules}
+
+
+def test_import_brings_in_nothing_heavy() -> None:
+    _, packages = _fresh_import("import fastema")
+    assert "fastema" in packages
+    assert packages - sys.stdlib_module_names - {"fastema"} == set()
+
+
+def test_listing_names_brings_in_nothing_heavy() -> None:
+    _, packages = _fresh_import("import fastema; dir(fastema); fastema.__all__")
+    assert packages - sys.stdlib_module_names - {"fastema"} == set()
+
+
+def test_import_time() -> None:
+    # The best of several is what the import costs; the rest is what else the machine did.
+    best_ms = min(_fresh_import("import fastema")[0] for _ in range(TRIES))
+    assert best_ms < LIMIT_MS
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import fastema.errors", {"numba", "llvmlite", "torch"}),
+        ("import fastema.rules", {"numba", "llvmlite", "torch"}),
+        ("import fastema.layout", {"numba", "llvmlite", "torch"}),
+        ("import fastema.bridges", {"numba", "llvmlite", "torch"}),
+        ("import fastema.engine.limit", {"torch"}),
+        ("import fastema; fastema.EMA, fastema.Plan, fastema.lerp_", {"torch"}),
+        ("import fastema.cli", {"numba", "llvmlite", "torch", "matplotlib", "rich", "sklearn"}),
+    ],
+)
+def test_rooms_stay_light(statement: str, absent: set[str]) -> None:
+    _, packages = _fresh_import(statement)
+    assert packages & absent == set()
