@@ -9,7 +9,8 @@ from statistics import quantiles
 
 SETTLE_S = 0.005
 """Pause before each timed call. OpenMP threads spin for some milliseconds after torch's parallel
-regions; without the pause whoever comes next, on other threads, shares its cores with them."""
+regions; whoever comes next, on other threads, shares its cores with them. On two cores, ResNet-50
+shapes, the read-read-write limit took 6.0 to 6.7 ms without the pause and 5.1 ms with it."""
 
 MIN_ROUNDS = 3
 

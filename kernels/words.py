@@ -200,7 +200,7 @@ class _Pointer:
         return self.scalar(self.cells[int(i)])
 
     def store(self, i, value):
-        self.cells[int(i)] = value.item()
+        self.cells[int(i)] = getattr(value, "item", lambda: value)()
 
 
 def _pointer_word(numba_type, pointee):
@@ -280,7 +280,9 @@ def _store_word(side):
         _type(python, AbstractTemplate, generic=generic)
 
         def llvm(builder, pointer, i, value):
-            _tag(builder, builder.store(value, builder.gep(pointer, [i])), side)
+            written = builder.store(value, builder.gep(pointer, [i]))
+            if side is not None:
+                _tag(builder, written, side)
 
         _lower(python, (types.CPointer, _i64, types.Any), llvm)
         return python
@@ -304,6 +306,12 @@ def load_dst(pointer, i):
 def load_src(pointer, i):
     """Element ``i`` of the other side."""
     return pointer.load(i)
+
+
+@_store_word(side=None)
+def store(pointer, i, value):
+    """Write element ``i`` of a scratch area."""
+    pointer.store(i, value)
 
 
 @_store_word(side=0)
@@ -349,23 +357,13 @@ def fetch_add(address, n):
 # -- calls into C ---------------------------------------------------------------------------------
 
 
-def _call(result):
-    def llvm(builder, function, x, y):
-        kind = ir.FunctionType(result, [_I64, _I64])
-        return builder.call(_address(builder, function, kind), [x, y])
-
-    return llvm
+def _call(builder, function, *args):
+    kind = ir.FunctionType(_I32, [_I64] * len(args))
+    return builder.call(_address(builder, function, kind), args)
 
 
-@_word(_i64(_i64, _i64, _i64), llvm=_call(_I64))
-def call_pointer(function, x, y):
-    """Call a C function of two pointers that returns a pointer; the GIL must be held."""
-    prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    return prototype(int(function))(int(x), int(y)) or 0
-
-
-@_word(_i32(_i64, _i64, _i64), llvm=_call(_I32))
-def call_int(function, x, y):
-    """Call a C function of two pointers that returns an int; the GIL must be held."""
-    prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-    return prototype(int(function))(int(x), int(y))
+@_word(_i32(_i64, _i64, _i64, _i64, _i64), llvm=_call)
+def call(function, a, b, c, d):
+    """Call a C function of up to four pointers that returns an int; the GIL must be held."""
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+    return prototype(int(function))(int(a), int(b), int(c), int(d))

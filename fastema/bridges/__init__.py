@@ -9,7 +9,7 @@
 ``transfer(array, device)``       the array on a device
 ``native(code)``                  the framework's dtype object of a code, ``code(native)`` back
 ``written(arrays)``               tells the framework that fastema wrote these
-``walk(container)``               leaves, links and sizes of a container class of its own, or None
+``walk(container)``               the leaves of a container class of its own, or None
 ================================  ================================================================
 
 No framework is imported before one of its objects is seen.

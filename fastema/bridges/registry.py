@@ -54,10 +54,6 @@ def written(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any
     return list(found.items())
 
 
-def _is_array(obj: Any) -> bool:
-    return any(bridge.owns(obj) for bridge in _loaded())
-
-
 def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[dict[str, Any]]) -> None:
     if isinstance(tree, Mapping):
         entries = [(str(key), value) for key, value in tree.items()]
@@ -108,6 +104,5 @@ def leaves_of(container: Any) -> Leaves:
         items,
         describe,
         exchange=exchanges.pop() if len(exchanges) == 1 else 0,
-        links=[(d, key, value) for d in held for key, value in d.items() if _is_array(value)],
-        sizes=[(d, len(d)) for d in held],
+        dicts=held,
     )

@@ -170,6 +170,5 @@ def walk(container: Any) -> Leaves | None:
         items,
         describe,
         exchange=exchanges.pop() if len(exchanges) == 1 else 0,
-        links=[(entries, key, value) for entries in held for key, value in entries.items()],
-        sizes=[(entries, len(entries)) for entries in held],
+        dicts=held,
     )

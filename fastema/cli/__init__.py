@@ -68,10 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[args.command]
     missing = [package for module, package in command.NEEDS.items() if not _installed(module)]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
         print(
-            f"fastema {args.command}: {' and '.join(missing)} {verb} not installed; get what "
-            f'this command needs with: pip install "fastema[{command.EXTRA}]"',
+            f"fastema {args.command}: {_listed(missing)} not installed; get what this command "
+            f'needs with: pip install "fastema[{command.EXTRA}]"',
             file=sys.stderr,
         )
         return 2
@@ -94,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
             subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
         )
     return parser
+
+
+def _listed(names: Sequence[str]) -> str:
+    """``a is``, ``a and b are``, ``a, b and c are``."""
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{', '.join(names[:-1])} and {names[-1]} are"
 
 
 def _installed(module: str) -> bool:

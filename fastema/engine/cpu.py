@@ -20,8 +20,8 @@ from fastema.errors import ArgumentError
 
 __all__ = ["get_num_threads", "launch", "set_num_threads"]
 
-BYTES_PER_THREAD: Final = 1 << 20
-"""Least work for a helper: waking one takes 20-50 microseconds, in which a core moves about 1 MB.
+BYTES_PER_THREAD: Final = 8 << 20
+"""Least work for a helper: waking one takes 20-200 microseconds, in which a core moves 1-8 MB.
 Smaller launches stay on the calling thread."""
 
 

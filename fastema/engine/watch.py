@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastema.layout.spec import Leaves
 
@@ -25,14 +26,18 @@ class _ByAttributes:
 
     def __init__(self, leaves: Leaves) -> None:
         self._leaves = leaves
+        self._entries = [list(held.items()) for held in leaves.dicts]
 
     def changed(self) -> bool:
         leaves = self._leaves
-        return (
-            any(len(held) != size for held, size in leaves.sizes)
-            or any(held.get(key) is not value for held, key, value in leaves.links)
-            or any(leaves.describe(leaf.spec.owner) != leaf.spec for leaf in leaves.items)
-        )
+        return any(
+            len(held) != len(entries)
+            or any(
+                key is not was or value is not object_was
+                for (key, value), (was, object_was) in zip(held.items(), entries, strict=True)
+            )
+            for held, entries in zip(leaves.dicts, self._entries, strict=True)
+        ) or any(leaves.describe(leaf.spec.owner) != leaf.spec for leaf in leaves.items)
 
 
 def _c_address(function: Any) -> int:
@@ -45,29 +50,38 @@ class _ByExchange:
     def __init__(self, leaves: Leaves) -> None:
         from fastema.kernels import cpu_watch
 
-        self._check = cpu_watch.first_change
-        self._leaves = leaves  # keeps every object alive whose address is noted below
-        scratch = np.zeros(cpu_watch.DLTENSOR_WORDS, np.int64)
-        links = _table(
-            [(id(held), id(key), id(value)) for held, key, value in leaves.links], cpu_watch.LINK
+        self._check = cpu_watch.any_change
+        scratch = np.zeros(cpu_watch.SCRATCH_WORDS, np.int64)
+        held_entries = [list(held.items()) for held in leaves.dicts]
+        firsts = np.cumsum([0, *map(len, held_entries)]).tolist()
+        dicts = _table(
+            [
+                (id(held), len(members), first)
+                for held, members, first in zip(leaves.dicts, held_entries, firsts, strict=False)
+            ],
+            cpu_watch.DICT,
         )
-        sizes = _table([(id(held), size) for held, size in leaves.sizes], cpu_watch.SIZE)
+        entries = _table(
+            [(id(key), id(value)) for members in held_entries for key, value in members],
+            cpu_watch.ENTRY,
+        )
         rows, dims = self._snapshot(leaves, scratch)
         tensors = _table(rows, cpu_watch.TENSOR)
-        self._arrays = (links, sizes, tensors, dims, scratch)
-        python = ctypes.pythonapi
+        # Everything whose address is noted must outlive this.
+        self._kept = (leaves, held_entries, dicts, entries, tensors, dims, scratch)
         self._args = (
-            *(links.ctypes.data, len(links), sizes.ctypes.data, len(sizes)),
+            *(dicts.ctypes.data, len(dicts), entries.ctypes.data),
             *(tensors.ctypes.data, len(tensors), dims.ctypes.data),
-            _c_address(python.PyDict_GetItemWithError),
-            _c_address(python.PyDict_Size),
+            _c_address(ctypes.pythonapi.PyDict_Next),
             leaves.exchange,
-            _c_address(python.PyErr_Clear),
+            _c_address(ctypes.pythonapi.PyErr_Clear),
             scratch.ctypes.data,
         )
 
     @staticmethod
-    def _snapshot(leaves: Leaves, scratch: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    def _snapshot(
+        leaves: Leaves, scratch: NDArray[np.int64]
+    ) -> tuple[list[tuple[int, ...]], NDArray[np.int64]]:
         prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)
         describe = prototype(leaves.exchange)
         rows: list[tuple[int, ...]] = []
@@ -85,7 +99,7 @@ class _ByExchange:
         return bool(self._check(*self._args))
 
 
-def _table(rows: Sequence[tuple[int, ...]], columns: int) -> np.ndarray:
+def _table(rows: Sequence[tuple[int, ...]], columns: int) -> NDArray[np.int64]:
     return np.array(rows, np.int64).reshape(-1, columns)
 
 
@@ -93,6 +107,6 @@ def watch(leaves: Leaves) -> Watch:
     """Begin to watch the tensors of a container.
 
     They must be as ``leaves`` describes them. With an exchange function (torch from 2.10) the check
-    costs about 50 nanoseconds per tensor.
+    costs about 40 nanoseconds per tensor.
     """
     return _ByExchange(leaves) if leaves.exchange and leaves.items else _ByAttributes(leaves)

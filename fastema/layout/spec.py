@@ -106,17 +106,15 @@ class Leaves:
         ``owner -> TensorSpec``, as it is now.
     exchange : int
         Address of the owners' DLPack exchange function, 0 where they have none in common.
-    links : list of (dict, key, object)
-        Entries by which the container holds its tensors; each must stay the same object.
-    sizes : list of (dict, int)
-        Dicts that must keep their number of entries.
+    dicts : list of dict
+        Those through which the container holds its tensors; their entries must stay the same
+        objects in the same order.
     """
 
     items: Sequence[Leaf]
     describe: Callable[[Any], TensorSpec]
     exchange: int = 0
-    links: Sequence[tuple[dict[str, Any], str, Any]] = ()
-    sizes: Sequence[tuple[dict[str, Any], int]] = ()
+    dicts: Sequence[dict[Any, Any]] = ()
 
     @property
     def names(self) -> list[str]:

@@ -74,7 +74,9 @@ def test_one_average_of_many_dtypes() -> None:
     refresh_(params, 0)
     ema = fastema.EMA(params, DECAY)
     loops = {
-        code: Loop(real(p), REAL_PART.get(code, code), "f32" if code not in ("f64", "c128") else "f64")
+        code: Loop(
+            real(p), REAL_PART.get(code, code), "f32" if code not in ("f64", "c128") else "f64"
+        )
         for code, p in params.items()
         if code != "count"
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -126,7 +128,9 @@ def test_frozen_parameters_swap_by_policy(frozen: str) -> None:
 def test_skipped_parameters_take_no_memory() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000).requires_grad_(False), nn.Linear(1000, 2))
     ema = fastema.EMA(model)
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ema.shadow.values()}
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ema.shadow.values()
+    }
     assert sum(held.values()) < 10_000
 
 
@@ -150,16 +154,104 @@ def test_low_rank_adapters_are_averaged_alone() -> None:
     assert list(ema.shadow) == ["down", "up"]
 
 
-def unknown_tensors() -> dict[str, torch.Tensor]:
-    found = {
-        "sparse": torch.eye(3).to_sparse(),
-        "csr": torch.eye(3).to_sparse_csr(),
-        "meta": torch.ones(3, device="meta"),
-        "float8": torch.ones(3).to(torch.float8_e4m3fn),
-        "uint16": torch.ones(3).to(torch.uint16),
-        "conj": torch.randn(3, dtype=torch.complex64).conj(),
-    }
-    if "fbgemm" in torch.backends.quantized.supported_engines:
-        with pytest.warns(UserWarning, match="deprecated") if _warns() else _nothing():
-            found["quantized"] = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
-    return found
+UNKNOWN = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "uint16": lambda: torch.ones(3).to(torch.uint16),
+    "conjugate": lambda: torch.randn(3, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
+    "expanded": lambda: torch.randn(3).expand(4, 3),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.fixture(params=UNKNOWN)
+def unknown(request: pytest.FixtureRequest) -> torch.Tensor:
+    """A tensor that no kernel can average."""
+    if request.param == "quantized" and torch.backends.quantized.engine == "none":
+        pytest.skip("this torch has no quantized tensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compressed ones are new, quantized ones deprecated
+        return UNKNOWN[request.param]()
+
+
+REFUSALS = (BridgeError, DTypeError, LayoutError)
+
+
+def test_unknown_buffers_are_refused_by_name(unknown: torch.Tensor) -> None:
+    model = net()
+    model.register_buffer("graph", unknown)
+    with pytest.raises(REFUSALS, match="graph"):
+        fastema.EMA(model)
+
+
+def test_unknown_buffers_may_be_skipped(unknown: torch.Tensor) -> None:
+    model = net()
+    model.register_buffer("graph", unknown)
+    ema = fastema.EMA(model, 0.5, buffers="skip")
+    old = values(dict(ema.shadow))
+    refresh_(dict(model.named_parameters()), 1)
+    ema.update()
+    assert_average(ema, old, dict(model.named_parameters()), 0.5)
+    with ema.swapped():
+        pass
+
+
+def test_unknown_frozen_parameters_are_skipped(unknown: torch.Tensor) -> None:
+    """Adapters are trained on a base of 8-bit or offloaded weights."""
+    model = net()
+    model.base = nn.Parameter(unknown, requires_grad=False)
+    ema = fastema.EMA(model, 0.5)
+    assert "base" not in ema.shadow
+    ema.update()
+    with ema.swapped():
+        pass
+    with pytest.raises(REFUSALS, match="base"):
+        fastema.EMA(model, frozen="average")
+
+
+def test_unknown_tensors_in_a_list_are_refused(unknown: torch.Tensor) -> None:
+    with pytest.raises(REFUSALS):
+        fastema.EMA([torch.randn(3), unknown])
+
+
+def test_lazy_modules_are_refused_until_they_have_a_shape() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    with pytest.raises(BridgeError, match=r"0\.weight.*run the model once"):
+        fastema.EMA(model)
+    with pytest.raises(BridgeError, match="lazy|shape"):
+        fastema.EMA(model.parameters())
+    model(torch.randn(3, 5))
+    ema = fastema.EMA(model, 0.5)
+    assert ema.shadow["0.weight"].shape == (4, 5)
+
+
+def test_weights_that_go_to_the_meta_device_are_refused() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    average = snapshot(dict(ema.shadow))
+    model.hidden.to("meta")
+    for call in (ema.update, ema.apply_shadow):
+        with pytest.raises(BridgeError, match=r"hidden\.weight.*meta"):
+            call()
+    assert_bits(dict(ema.shadow), average)
+
+
+def test_weights_that_become_a_conjugate_view_are_refused() -> None:
+    """They keep their address; read as they lie, every imaginary part would be wrong."""
+    model = nn.ParameterDict({"phase": nn.Parameter(torch.randn(9, dtype=torch.complex64))})
+    ema = fastema.EMA(model, 0.5)
+    average = snapshot(dict(ema.shadow))
+    model["phase"].data = model["phase"].data.conj()
+    for call in (ema.update, ema.apply_shadow):
+        with pytest.raises(BridgeError, match="phase"):
+            call()
+    assert_bits(dict(ema.shadow), average)
+
+
+@pytest.mark.parametrize("name", ["frozen", "buffers"])
+def test_unknown_policies(name: str) -> None:
+    with pytest.raises(ArgumentError, match=r"average, copy, skip"):
+        fastema.EMA(net(), **{name: "mean"})

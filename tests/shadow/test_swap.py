@@ -173,19 +173,6 @@ def test_nested_blocks_are_refused_and_the_outer_one_goes_on() -> None:
     assert_bits(dict(ema.shadow), average)
 
 
-def test_error_handling_within_the_block() -> None:
-    model, ema = ready()
-    raw = snapshot(model)
-    with ema.swapped():
-        try:
-            raise ValueError
-        except ValueError:
-            held = snapshot(model)
-            assert ema.applied
-        assert_bits(model, held)
-    assert_bits(model, raw)
-
-
 def test_block_as_a_decorator() -> None:
     model, ema = ready()
     raw = snapshot(model)

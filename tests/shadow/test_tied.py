@@ -52,9 +52,7 @@ def test_averaged_once(tie: str, dtype: torch.dtype) -> None:
         train_(model, n)
         ema.update()
         expected = expected.lerp(model.embed.weight.detach().double(), 0.5)
-    torch.testing.assert_close(
-        ema.shadow["embed.weight"].double(), expected, rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(ema.shadow["embed.weight"].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tie", TIES)

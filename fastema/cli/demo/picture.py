@@ -171,7 +171,7 @@ def _levels(
     axes.get_ylim()  # settles the limits, which the transformation below takes as they are
     to_fraction = axes.transData + axes.transAxes.inverted()
     fractions = [float(to_fraction.transform((0.0, height))[1]) for height in heights]
-    middle = sum(fractions) / 2
+    middle = min(max(sum(fractions) / 2, LABEL_HEIGHT), 1.0 - LABEL_HEIGHT)
     apart = max(abs(fractions[0] - fractions[1]), LABEL_HEIGHT) / 2
     raw_above = fractions[0] > fractions[1]
     for name, level, color, above in (
@@ -196,18 +196,21 @@ def _disagreements(figure: Figure, place: SubplotSpec, setup: Setup, history: Hi
     labels = setup.digits.test_labels
     raw_right = history.raw_answers == labels
     ema_right = history.ema_answers == labels
-    shown = (raw_right != ema_right).nonzero().flatten().tolist()[:TILES]
-
+    differ = (raw_right != ema_right).nonzero().flatten().tolist()
+    if differ:
+        remark = (
+            f"the average reads {int((ema_right & ~raw_right).sum())} test images right that the "
+            f"raw weights misread, and misreads {int((raw_right & ~ema_right).sum())} that they "
+            "read right"
+        )
+    else:
+        remark = "the average and the raw weights read the same test images right"
     strip = figure.add_subplot(place)
     strip.set_axis_off()
-    _title(
-        strip,
-        "After the last step",
-        f"the average reads {int((ema_right & ~raw_right).sum())} test images right that the raw "
-        f"weights misread, and misreads {int((raw_right & ~ema_right).sum())} that they read right",
-    )
+    _title(strip, "After the last step", remark)
+
     tiles = place.subgridspec(1, TILES, wspace=0.3)
-    for column, index in enumerate(shown):
+    for column, index in enumerate(differ[:TILES]):
         tile = figure.add_subplot(tiles[0, column])
         tile.imshow(setup.digits.test_images[index, 0].numpy(), cmap="gray_r")
         tile.set(xticks=[], yticks=[])

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastema.errors import BridgeError, DTypeError
+from fastema.layout.dtypes import DTYPES
+
+torch = pytest.importorskip("torch")
+bridge = pytest.importorskip("fastema.bridges.torch")
+nn = torch.nn
+
+pytestmark = pytest.mark.torch
+
+
+@pytest.mark.parametrize("code", DTYPES)
+def test_codes_and_dtypes_go_both_ways(code: str) -> None:
+    native = bridge.native(code)
+    assert bridge.code(native) == code
+    assert native.itemsize == DTYPES[code].itemsize
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.quint8, torch.complex32])
+def test_dtypes_without_kernels(dtype: Any) -> None:
+    with pytest.raises(DTypeError, match=r"torch\.float32"):
+        bridge.code(dtype)
+    with pytest.raises(DTypeError, match="f8"):
+        bridge.native("f8")
+
+
+BASE = torch.arange(1.0, 121.0).view(4, 5, 6)
+TENSORS = {
+    "plain": BASE,
+    "parameter": nn.Parameter(BASE),
+    "transposed": BASE.permute(2, 0, 1),
+    "slice": BASE[1:, ::2, 3],
+    "empty": BASE[:, :0],
+    "0-dim": torch.tensor(3.5),
+    "expanded": BASE[0, 0].expand(3, 6),
+    "channels last": torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "bool": torch.ones(7, dtype=torch.bool),
+    "c128": torch.ones(2, 3, dtype=torch.complex128)[:, 1],
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_description_of_where_a_tensor_lies(case: str) -> None:
+    tensor = TENSORS[case]
+    spec = bridge.describe(tensor)
+    assert spec.address == tensor.data_ptr()
+    assert spec.shape == tuple(tensor.shape)
+    assert spec.strides == tensor.stride()
+    assert (spec.dtype, spec.device) == (bridge.code(tensor.dtype), "cpu")
+    assert spec.writable
+    assert spec.owner is tensor
+
+
+def _freed() -> Any:
+    tensor = torch.ones(30)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+UNUSABLE = {
+    "sparse": lambda: torch.ones(3, 3).to_sparse(),
+    "compressed": lambda: torch.ones(3, 3).to_sparse_csr(),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    "freed": _freed,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates some of these kinds
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_tensors_without_plain_memory_are_refused(case: str) -> None:
+    tensor = UNUSABLE[case]()
+    with pytest.raises(BridgeError):
+        bridge.describe(tensor)
+
+
+def test_fake_tensors_are_refused() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensor = torch.ones(3)
+    with pytest.raises(BridgeError, match="fake"):
+        bridge.describe(tensor)
+
+
+@pytest.mark.parametrize("code", DTYPES)
+def test_new_tensors_and_views(code: str) -> None:
+    flat = bridge.empty(40, code, "cpu")
+    assert bridge.owns(flat)
+    assert flat.dtype == bridge.native(code)
+    flat.copy_(torch.arange(1, 41))
+    view = bridge.view(flat, 3, (4, 5), (1, 4))
+    assert view.data_ptr() == flat.data_ptr() + 3 * flat.element_size()
+    assert torch.equal(view, flat[3:23].view(5, 4).t())
+
+
+def test_transfer_is_no_copy_where_nothing_moves() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    there = bridge.transfer(parameter, "cpu")
+    assert there.data_ptr() == parameter.data_ptr()
+    assert not there.requires_grad
+
+
+def test_writing_is_told_to_autograd() -> None:
+    tensors = [torch.ones(3), nn.Parameter(torch.ones(2))]
+    before = [tensor._version for tensor in tensors]
+    bridge.written(tensors)
+    assert [tensor._version for tensor in tensors] == [version + 1 for version in before]
+    with torch.inference_mode():
+        silent = torch.ones(2)
+    bridge.written([silent, tensors[0]])
+    assert tensors[0]._version == before[0] + 2
+
+
+def network() -> Any:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3, bias=False))
+    net[0].bias.requires_grad_(False)
+    net[2].weight = nn.Parameter(torch.ones(3, 4))
+    return net
+
+
+def test_walk_of_a_module() -> None:
+    net = network()
+    leaves = bridge.walk(net)
+    named = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    assert leaves.names == list(named)
+    assert all(leaf.spec.owner is named[leaf.name] for leaf in leaves.items)
+    roles = {leaf.name: leaf.role for leaf in leaves.items}
+    assert roles["0.weight"] == "weight"
+    assert roles["0.bias"] == "frozen"
+    assert roles["1.running_mean"] == roles["1.num_batches_tracked"] == "buffer"
+    assert leaves.describe(named["0.weight"]) == bridge.describe(named["0.weight"])
+    assert bridge.walk([net]) is None
+    assert bridge.walk(named) is None
+
+
+def test_tied_parameters_are_listed_once() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    assert bridge.walk(net).names == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_wrappers_do_not_show_in_names() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.module = inner
+
+    assert bridge.walk(Wrapper(network())).names == bridge.walk(network()).names
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("make", "name", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight", "no shape yet"),
+        (lambda: nn.Sequential(nn.Linear(2, 2, device="meta")), "0.weight", "no plain memory"),
+    ],
+)
+def test_tensors_of_a_module_are_refused_by_name(make: Any, name: str, message: str) -> None:
+    with pytest.raises(BridgeError, match=f"{name}.*{message}"):
+        bridge.walk(make())
+
+
+def test_dtypes_of_a_module_are_refused_by_name() -> None:
+    net = network()
+    net.register_buffer("scale", torch.ones(3).to(torch.float8_e5m2))
+    with pytest.raises(DTypeError, match=r"scale.*float8_e5m2"):
+        bridge.walk(net)

@@ -1,0 +1,140 @@
+"""The front end: light, clear about what is missing, and with the exit codes it documents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import fastema
+from fastema import cli
+
+ROOT = str(Path(fastema.__file__).parents[1])
+
+# The names are refused as an import hook, or an installation without the extra, would do it.
+WITHOUT = """
+import sys
+from fastema.cli import main
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+sys.exit(main({arguments!r}))
+"""
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+class _Interrupted:
+    """A command that the user stops."""
+
+    SUMMARY = "Never ends."
+    EXTRA = "none"
+    NEEDS: Mapping[str, str] = {}
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--forever", action="store_true")
+
+    def run(self, args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"fastema {fastema.__version__}\n"
+
+
+def test_python_m_fastema() -> None:
+    done = _python("-m", "fastema", "--version")
+    assert (done.returncode, done.stdout) == (0, f"fastema {fastema.__version__}\n")
+
+
+def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "demo" in capsys.readouterr().err
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["polish"])
+    assert stopped.value.code == 2
+    assert "polish" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    assert "".join(cli.COMMANDS[command].SUMMARY.split()) in "".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_the_front_end_is_light() -> None:
+    done = _python(
+        "-c",
+        "import json, sys; before = set(sys.modules); from fastema.cli import main\n"
+        "try: main(['demo', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))",
+    )
+    assert done.returncode == 0, done.stderr
+    packages = {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert packages - sys.stdlib_module_names - {"fastema"} == set()
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        (["sklearn"], "scikit-learn is not installed"),
+        (["matplotlib", "rich"], "matplotlib and rich are not installed"),
+        (
+            ["matplotlib", "rich", "sklearn", "torch"],
+            "torch, scikit-learn, matplotlib and rich are not installed",
+        ),
+    ],
+    ids=["one", "two", "all"],
+)
+def test_missing_packages_are_named_with_the_way_to_get_them(
+    missing: list[str], named: str
+) -> None:
+    done = _python("-c", WITHOUT.format(missing=missing, arguments=["demo"]))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f'fastema demo: {named}; get what this command needs with: pip install "fastema[demo]"\n'
+    )
+
+
+def test_help_needs_no_extra() -> None:
+    missing = ["matplotlib", "rich", "sklearn", "torch", "numba", "numpy"]
+    done = _python("-c", WITHOUT.format(missing=missing, arguments=["demo", "--help"]))
+    assert done.returncode == 0, done.stderr
+    assert "--decay" in done.stdout
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "wait", _Interrupted())
+    assert cli.main(["wait", "--forever"]) == 130
+    assert capsys.readouterr().err == "fastema wait: interrupted\n"

@@ -1,0 +1,295 @@
+"""The demo: what it prints and draws, and that a seed fixes every number but the times."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastema.cli import demo, main
+
+torch = pytest.importorskip("torch")
+for _needed in ("sklearn", "matplotlib", "rich"):
+    pytest.importorskip(_needed)
+
+from fastema.cli.demo import data, models, picture, speed, summary, train  # noqa: E402
+from fastema.cli.demo.train import Evaluation, History, Recipe, Score, Times  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+SHORT = ["demo", "--model", "mlp", "--epochs", "2", "--batch-size", "64"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _rows(printed: str) -> list[list[str]]:
+    """The cells of the table, without the epoch: scores of raw and average, then times."""
+    return [row.split() for row in re.findall(r"^ +\d+ (.* \d+%) *$", printed, re.MULTILINE)]
+
+
+def _train(recipe: Recipe) -> tuple[train.Setup, History]:
+    with train.reproducible():
+        setup = train.prepare(recipe)
+        return setup, train.train(setup, lambda: None, lambda _: None)
+
+
+def _history(pairs: list[tuple[float, float]], loss: float = 0.1) -> History:
+    """One evaluation per epoch with these raw and averaged accuracies."""
+    history = History()
+    for epoch, (raw, ema) in enumerate(pairs, start=1):
+        history.evaluations.append(Evaluation(float(epoch), Score(loss, raw), Score(loss, ema)))
+        history.times.append(Times((2e-3,), (1e-3,), (1e-3,)))
+    return history
+
+
+# The command
+
+
+def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a [bold]picture.png"
+    assert main([*SHORT, "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed  # not a terminal: no colours, no moving cursor
+    assert printed.splitlines()[-1] == f"Picture: {out}"
+    assert [len(row) for row in _rows(printed)] == [9, 9]
+    assert "GB/s" in printed
+    assert max(map(len, printed.splitlines()[:-1])) <= 80
+
+
+def test_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SHORT, "--quiet", "--out", str(tmp_path / "a.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "epoch   loss" not in printed
+    assert printed.count("\n") < 10
+
+
+@pytest.mark.slow
+def test_again_in_a_new_process_it_says_the_same(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    script = "import sys; from fastema.cli import main; sys.exit(main(sys.argv[1:]))"
+    said = []
+    # Another number of threads is another order of sums, unless the demo sees to it.
+    for threads in ("1", "4"):
+        printed = python(script, *SHORT, "--out", str(tmp_path / "a.png"), OMP_NUM_THREADS=threads)
+        scores = [row[:4] for row in _rows(printed)]
+        words = re.findall(r"^  (?:raw|EMA) weights .*$", printed, re.MULTILINE)
+        assert (len(scores), len(words)) == (2, 2)
+        said.append((scores, words))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--decay", "1"], "--decay: expected a number in [0, 1), got 1"),
+        (["--decay", "-0.1"], "--decay: expected a number in [0, 1), got -0.1"),
+        (["--decay", "nan"], "--decay: expected a number in [0, 1), got nan"),
+        (["--decay", "high"], "--decay: expected a number in [0, 1), got high"),
+        (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
+        (["--epochs", "1.5"], "--epochs: expected a whole number of at least 1, got 1.5"),
+        (["--batch-size", "899"], "--batch-size: expected a whole number from 1 to 898, got 899"),
+        (["--lr", "0"], "--lr: expected a number above 0, got 0"),
+        (["--lr", "inf"], "--lr: expected a number above 0, got inf"),
+        (["--seed", "-1"], "--seed: expected a whole number in [0, 2**32), got -1"),
+        (["--model", "gpt"], "--model: invalid choice: 'gpt'"),
+        (["--out", "a.txt"], "--out: expected a name that ends in .png, .svg, .pdf, got a.txt"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments])
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for out in (tmp_path / "nowhere" / "a.png", tmp_path / "folder.png"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["demo", "--out", str(out)])
+        assert stopped.value.code == 2
+        assert f"--out: cannot write {out}: " in capsys.readouterr().err
+
+
+def test_checking_a_path_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.png"
+    kept.write_bytes(b"an older picture")
+    for out in (kept, tmp_path / "new.png"):
+        with pytest.raises(SystemExit):
+            main(["demo", "--out", str(out), "--epochs", "0"])
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
+    assert kept.read_bytes() == b"an older picture"
+
+
+# Training
+
+
+def test_a_seed_fixes_all_numbers() -> None:
+    recipe = Recipe(model="cnn", epochs=1, batch_size=64, seed=3)
+    setup, history = _train(recipe)
+    again_setup, again = _train(recipe)
+    assert again.evaluations == history.evaluations
+    torch.testing.assert_close(again.ema_answers, history.ema_answers, rtol=0, atol=0)
+    for ours, theirs in zip(setup.model.parameters(), again_setup.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    _, other = _train(Recipe(model="cnn", epochs=1, batch_size=64, seed=4))
+    assert other.evaluations != history.evaluations
+
+
+def test_averaging_does_not_disturb_the_training() -> None:
+    _, slow = _train(Recipe(model="mlp", epochs=2, batch_size=64, decay=0.99))
+    _, quick = _train(Recipe(model="mlp", epochs=2, batch_size=64, decay=0.5))
+    assert [seen.raw for seen in slow.evaluations] == [seen.raw for seen in quick.evaluations]
+    assert [seen.ema for seen in slow.evaluations] != [seen.ema for seen in quick.evaluations]
+
+
+def test_without_decay_the_average_is_the_weights() -> None:
+    _, history = _train(Recipe(model="mlp", epochs=1, batch_size=64, decay=0.0))
+    for seen in history.evaluations:
+        assert seen.ema == seen.raw
+
+
+def test_the_average_wins_by_the_default_recipe() -> None:
+    _, history = _train(Recipe(model="mlp", epochs=12))
+    seen = summary.tail(history)
+    assert seen.ema_accuracy.mean > seen.raw_accuracy.mean
+    assert seen.ema_loss.mean < seen.raw_loss.mean
+    assert seen.ema_accuracy.std < seen.raw_accuracy.std
+
+
+def test_evaluations_and_times_of_each_epoch() -> None:
+    _, history = _train(Recipe(model="mlp", epochs=3, batch_size=64))
+    ends = [seen.epoch for seen in history.epoch_ends]
+    assert ends == [1.0, 2.0, 3.0]
+    assert len(history.evaluations) == 3 * train.EVALUATIONS_PER_EPOCH
+    assert [len(times.steps_s) for times in history.times] == [898 // 64] * 3
+    for times in history.times:
+        assert 0 < times.update_s < times.step_s
+        assert times.limits_s
+
+
+def test_one_step_per_epoch_is_enough() -> None:
+    _, history = _train(Recipe(model="mlp", epochs=2, batch_size=898))
+    assert [seen.epoch for seen in history.evaluations] == [1.0, 2.0]
+
+
+def test_torch_settings_and_random_numbers_are_left_alone() -> None:
+    threads = torch.get_num_threads()
+    state = torch.random.get_rng_state()
+    with train.reproducible():
+        assert torch.are_deterministic_algorithms_enabled()
+        train.prepare(Recipe(model="mlp"))
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# Models and data
+
+
+@pytest.mark.parametrize("name", demo.MODEL_NAMES)
+def test_models(name: str) -> None:
+    model = models.build(name)
+    assert 500_000 < sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, models.CLASSES)
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(ValueError, match="gpt"):
+        models.build("gpt")
+
+
+def test_the_split() -> None:
+    digits = data.load(seed=0)
+    assert digits.shifted.shape == (9, demo.TRAIN_IMAGES, 1, 8, 8)
+    assert digits.test_images.shape == (1797 - demo.TRAIN_IMAGES, 1, 8, 8)
+    assert digits.shifted.dtype == digits.test_images.dtype == torch.float32
+    assert digits.labels.bincount().min() >= 80  # stratified: about 90 of each
+    train_images = {image.numpy().tobytes() for image in digits.shifted[4]}
+    test_images = {image.numpy().tobytes() for image in digits.test_images}
+    assert not train_images & test_images
+    assert not torch.equal(data.load(seed=1).labels, digits.labels)
+
+
+def test_shifts_move_the_image_by_one_pixel() -> None:
+    digits = data.load(seed=0)
+    unmoved, up_left = digits.shifted[4], digits.shifted[8]
+    assert torch.equal(up_left[:, :, :7, :7], unmoved[:, :, 1:, 1:])
+    assert torch.equal(up_left[:, :, 7], torch.full_like(up_left[:, :, 7], unmoved.min()))
+
+
+def test_batches_see_each_image_at_most_once() -> None:
+    digits = data.load(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    seen = list(data.batches(digits, 100, generator))
+    assert [images.shape for images, _ in seen] == [(100, 1, 8, 8)] * 8
+    counts = torch.cat([labels for _, labels in seen]).bincount(minlength=10)
+    assert bool((counts <= digits.labels.bincount()).all())
+
+
+# Speed, words, picture
+
+
+def test_measuring_leaves_the_model_alone() -> None:
+    model = models.build("mlp")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    machine = speed.measure(model)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert machine.update_bytes == 12 * sum(parameter.numel() for parameter in before)
+    assert machine.gbps(machine.update_s) > 0.1
+    assert machine.gbps(machine.limit_s) > 0.1
+    machine.yardstick()
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema", "said"),
+    [
+        (98.0, 99.0, "Averaging the weights removes 50 % of the test errors"),
+        (98.0, 100.0, "Averaging the weights removes 100 % of the test errors"),
+        (100.0, 100.0, "Raw and averaged weights do equally well in this run"),
+        (98.0, 98.05, "Raw and averaged weights do equally well in this run"),
+        (60.0, 20.0, "The average has not caught up with the raw weights: 20.0 % against 60.0 %"),
+        (100.0, 99.0, "The average has not caught up with the raw weights: 99.0 % against 100.0"),
+    ],
+)
+def test_the_takeaway_says_what_happened(raw: float, ema: float, said: str) -> None:
+    assert summary.takeaway(summary.tail(_history([(raw, ema)]))).startswith(said)
+
+
+def test_a_diverged_run_is_called_so() -> None:
+    seen = summary.tail(_history([(10.0, 10.0)], loss=math.nan))
+    assert "diverged" in summary.takeaway(seen)
+
+
+def test_the_tail_is_the_last_third() -> None:
+    seen = summary.tail(_history([(0.0, 0.0)] * 4 + [(96.0, 99.0), (98.0, 99.0)]))
+    assert seen.epochs == 2
+    assert (seen.raw_accuracy.mean, seen.raw_accuracy.std) == (97.0, 1.0)
+    assert (seen.ema_accuracy.mean, seen.ema_accuracy.std) == (99.0, 0.0)
+
+
+@pytest.mark.parametrize("suffix", demo.PICTURE_SUFFIXES)
+def test_pictures_of_odd_runs(suffix: str, tmp_path: Path) -> None:
+    with train.reproducible():
+        setup = train.prepare(Recipe(model="mlp", epochs=1, batch_size=898))
+        machine = speed.measure(setup.model)
+    labels = setup.digits.test_labels
+    for name, history in {
+        "diverged": _history([(10.0, 10.0)] * 2, loss=math.nan),
+        "perfect": _history([(100.0, 100.0)]),
+        "crossing": _history([(20.0, 10.0), (60.0, 70.0)]),
+    }.items():
+        history.raw_answers = labels.clone()
+        history.ema_answers = labels.roll(1) if name == "crossing" else labels.clone()
+        out = tmp_path / f"{name}{suffix}"
+        picture.draw(setup, machine, history, out)
+        assert out.stat().st_size > 5_000

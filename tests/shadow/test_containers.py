@@ -1,0 +1,305 @@
+"""What weights may come in: modules in wrappers, lists, dicts, iterators; any dense or odd layout."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import BridgeError, LayoutError  # noqa: E402
+
+from .weights import (  # noqa: E402
+    FLOATS,
+    Net,
+    assert_average,
+    assert_bits,
+    bits,
+    net,
+    poison_,
+    refresh_,
+    snapshot,
+    values,
+)
+
+pytestmark = pytest.mark.torch
+
+Pair = namedtuple("Pair", "left right")
+
+
+class Wrapper(nn.Module):
+    """What ``DataParallel`` and its kind do to names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_inside(model: nn.Module) -> nn.Module:
+    model.hidden = torch.compile(model.hidden, backend="eager")
+    return model
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "none": lambda model: model,
+    "parallel": Wrapper,
+    "DataParallel": lambda model: nn.DataParallel(model),
+    "compiled": compiled,
+    "compiled parallel": lambda model: compiled(Wrapper(model)),
+    "parallel compiled": lambda model: Wrapper(compiled(model)),
+    "parallel twice": lambda model: Wrapper(Wrapper(model)),
+    "compiled inside": compiled_inside,
+}
+
+
+@pytest.mark.parametrize("built", WRAPPERS)
+@pytest.mark.parametrize("used", WRAPPERS)
+def test_wrappers_do_not_matter(built: str, used: str) -> None:
+    """Build from one, update from, apply to, copy to and load into another."""
+    first, second = WRAPPERS[built](net(1)), WRAPPERS[used](net(2))
+    ema = fastema.EMA(first, 0.5)
+    old = values(dict(ema.shadow))
+    assert old.keys() == values(Net()).keys()
+    plain = dict(zip(values(Net()), values(second).values(), strict=True))
+    ema.update(second)
+    assert_average(ema, old, plain, 0.5)
+    raw, average = snapshot(second), snapshot(dict(ema.shadow))
+    with ema.swapped(second):
+        assert [*snapshot(second).values()][0].equal([*average.values()][0])
+    assert_bits(second, raw)
+    resumed = fastema.EMA(second, 0.9)
+    resumed.load_state_dict(ema.state_dict())
+    assert_bits(dict(resumed.shadow), average)
+    ema.copy_to(second)
+    assert [*snapshot(second).values()] and all(
+        one.equal(other)
+        for one, other in zip(snapshot(second).values(), average.values(), strict=True)
+    )
+
+
+def test_a_child_called_module_beside_others_keeps_its_name() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(2, 3), "head": nn.Linear(3, 2)})
+    model["head"].requires_grad_(False)
+    ema = fastema.EMA(model, 0.5)
+    assert list(ema.shadow) == ["module.weight", "module.bias"]
+    state = ema.state_dict()
+    refresh_(model, 1)
+    ema.update()
+    ema.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"module.a": 0, "module.b": 0},
+        {"module": {"a": 0, "b": 0}},
+        {"_orig_mod.a": 0, "a": 0},
+        {"": 0, "b": 0},
+        {"a.b": 0, "a": {"c": 0}},
+        {1: 0, 2: 0},
+    ],
+    ids=str,
+)
+def test_names_of_a_dict_load_as_they_were_saved(weights: dict[object, object]) -> None:
+    def filled(tree: object) -> object:
+        if isinstance(tree, dict):
+            return {key: filled(value) for key, value in tree.items()}
+        return torch.randn(3)
+
+    ema = fastema.EMA(filled(weights), 0.5)
+    average = snapshot(dict(ema.shadow))
+    ema.load_state_dict(ema.state_dict())
+    assert_bits(dict(ema.shadow), average)
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+CONTAINERS = {
+    "tensor": (lambda: numbers(5), [""]),
+    "list": (lambda: [numbers(2), numbers(3)], ["0", "1"]),
+    "tuple": (lambda: (numbers(2), numbers(3)), ["0", "1"]),
+    "namedtuple": (lambda: Pair(numbers(2), numbers(3)), ["0", "1"]),
+    "dict": (lambda: {"a": numbers(2), "b": numbers(3)}, ["a", "b"]),
+    "ordered": (lambda: OrderedDict(b=numbers(2), a=numbers(3)), ["b", "a"]),
+    "mapping": (lambda: UserDict(b=numbers(2), a=numbers(3)), ["b", "a"]),
+    "nested": (
+        lambda: {"a": [numbers(2), {"b": numbers(3)}], "c": (numbers(1), [])},
+        ["a.0", "a.1.b", "c.0"],
+    ),
+    "generator": (lambda: net().parameters(), [str(i) for i in range(8)]),
+    "map": (lambda: map(numbers, [2, 3]), ["0", "1"]),
+    "state_dict": (lambda: net().state_dict(), list(values(Net()))),
+    "ParameterList": (lambda: nn.ParameterList([numbers(2), numbers(3)]), ["0", "1"]),
+    "ParameterDict": (lambda: nn.ParameterDict({"a": numbers(2)}), ["a"]),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_containers(container: str) -> None:
+    made, names = CONTAINERS[container]
+    weights = made()
+    ema = fastema.EMA(weights, 0.5)
+    assert sorted(ema.shadow) == sorted(names)
+    for tensor in ema.shadow.values():
+        assert tensor.is_floating_point() or tensor.dtype == torch.int64
+    ema.update()
+    with ema.swapped():
+        pass
+
+
+def replace_in(weights: object, key: object) -> None:
+    weights[key] = torch.full_like(weights[key], 3.0)
+
+
+# A container and what replaces its first tensor, of ones, by one of threes.
+REPLACEMENTS = {
+    "dict": (lambda w: {"a": w}, lambda c: replace_in(c, "a")),
+    "list": (lambda w: [w], lambda c: replace_in(c, 0)),
+    "mapping": (lambda w: UserDict(a=w), lambda c: replace_in(c, "a")),
+    "dict in a dict": (lambda w: {"a": {"b": w}}, lambda c: replace_in(c["a"], "b")),
+    "whole dict in a dict": (
+        lambda w: {"a": {"b": w}},
+        lambda c: c.update(a={"b": torch.full((4,), 3.0)}),
+    ),
+    "list in a dict": (lambda w: {"a": [w]}, lambda c: replace_in(c["a"], 0)),
+    "whole list in a dict": (
+        lambda w: {"a": [w]},
+        lambda c: c.update(a=[torch.full((4,), 3.0)]),
+    ),
+    "dict in a list": (lambda w: [{"a": w}], lambda c: replace_in(c[0], "a")),
+    "list in a tuple": (lambda w: ([w],), lambda c: replace_in(c[0], 0)),
+}
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("kind", REPLACEMENTS)
+def test_replaced_entries_are_followed(kind: str, explicit: bool) -> None:
+    """``w[i] = w[i] - step`` is how plain tensors are trained."""
+    make, replace = REPLACEMENTS[kind]
+    weights = torch.ones(4)
+    container = make(weights)
+    ema = fastema.EMA(container, 0.5)
+    replace(container)
+    poison_([weights])
+    ema.update(*([container] if explicit else []))
+    (average,) = ema.shadow.values()
+    torch.testing.assert_close(average, torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.append(torch.ones(2)),
+        lambda c: c.pop(),
+        lambda c: c.clear(),
+        lambda c: c.__setitem__(0, torch.ones(5)),
+    ],
+    ids=["append", "pop", "clear", "reshape"],
+)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_lists_that_changed_are_refused(change: Callable[[object], None], explicit: bool) -> None:
+    container = [torch.ones(4), torch.ones(3)]
+    ema = fastema.EMA(container, 0.5)
+    change(container)
+    with pytest.raises(LayoutError):
+        ema.update(*([container] if explicit else []))
+
+
+def test_a_new_list_of_the_same_parameters_is_the_same_weights() -> None:
+    model = net()
+    ema = fastema.EMA(model.parameters(), 0.5)
+    old = [p.detach().clone() for p in model.parameters()]
+    refresh_(model, 1)
+    ema.update(model.parameters())
+    for i, (before, p) in enumerate(zip(old, model.parameters(), strict=True)):
+        torch.testing.assert_close(ema.shadow[str(i)], before.lerp(p.detach(), 0.5))
+
+
+def test_two_entries_of_one_name() -> None:
+    with pytest.raises(BridgeError, match=r"a\.b"):
+        fastema.EMA({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}})
+
+
+# -- layouts --------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
+    "scalar": lambda d: torch.ones((), dtype=d),
+    "one": lambda d: torch.ones(1, 1, 1, dtype=d),
+    "empty": lambda d: torch.ones(0, 5, dtype=d),
+    "channels_last": lambda d: torch.ones(4, 3, 5, 7, dtype=d).to(
+        memory_format=torch.channels_last
+    ),
+    "transposed": lambda d: torch.ones(40, 30, dtype=d).t(),
+    "permuted": lambda d: torch.ones(4, 5, 6, dtype=d).permute(2, 0, 1),
+    "rows": lambda d: torch.ones(30, 8, dtype=d)[10:20],
+    "columns": lambda d: torch.ones(30, 24, dtype=d)[:, 8:16],
+    "every other": lambda d: torch.ones(301, dtype=d)[::2],
+    "column": lambda d: torch.ones(300, 3, dtype=d)[:, 1],
+    "grid": lambda d: torch.ones(9, 9, 9, dtype=d)[::2, 1::3, ::4],
+    "offset": lambda d: torch.ones(131, dtype=d)[1:],
+    "diagonal": lambda d: torch.ones(20, 20, dtype=d).diagonal(),
+    "expanded by one": lambda d: torch.ones(1, 7, dtype=d).expand(1, 7),
+    "sliding": lambda d: torch.ones(12, dtype=d).as_strided((3, 4), (4, 1)),
+}
+
+
+@pytest.mark.parametrize("dtypes", [("f32", "f32"), ("bf16", "f32"), ("f16", "f64")], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, dtypes: tuple[str, str]) -> None:
+    """The right elements are averaged and swapped, and nothing around them is touched."""
+    weights = LAYOUTS[layout](FLOATS[dtypes[0]])
+    whole = weights if weights._base is None else weights._base
+    refresh_([whole], 0)
+    ema = fastema.EMA({"w": weights}, 0.5, shadow_dtype=FLOATS[dtypes[1]])
+    old = values({"w": weights})
+    refresh_([whole], 1)
+    raw = bits(whole)
+    ema.update()
+    assert ema.shadow["w"].shape == weights.shape
+    assert_average(ema, old, {"w": weights}, 0.5)
+    assert torch.equal(bits(whole), raw)
+    inside = torch.zeros(whole.shape, dtype=torch.bool)
+    inside.as_strided(weights.shape, weights.stride(), weights.storage_offset()).fill_(True)
+    outside = whole[~inside].clone()
+    expected = ema.shadow["w"].to(weights.dtype, copy=True)
+    with ema.swapped():
+        torch.testing.assert_close(weights, expected)
+        assert torch.equal(bits(whole[~inside]), bits(outside))
+    assert torch.equal(bits(whole), raw)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fused_projection_as_three_parameters(axis: int) -> None:
+    fused = torch.randn(24, 24)
+    model = nn.ParameterDict(dict(zip("qkv", fused.chunk(3, axis), strict=True)))
+    assert model["k"].untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+    old = fused.clone()
+    ema = fastema.EMA(model, 0.5)
+    fused.add_(1)
+    raw = bits(fused)
+    ema.update()
+    with ema.swapped():
+        torch.testing.assert_close(fused, old + 0.5)
+    assert torch.equal(bits(fused), raw)
+
+
+def test_dense_averages_keep_the_order_of_axes() -> None:
+    model = net().to(memory_format=torch.channels_last)
+    ema = fastema.EMA(model)
+    assert ema.shadow["conv.weight"].stride() == model.conv.weight.stride()
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
+def test_expanded_weights_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LayoutError, match=r"bias.*expanded(.|\n)*clone"):
+        fastema.EMA({"fine": torch.randn(3), "bias": torch.randn(3).expand(shape)})

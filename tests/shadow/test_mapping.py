@@ -1,0 +1,108 @@
+"""``ema.shadow``: a read-only mapping; nothing done to it or its tensors' shells loses an average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+
+from .weights import assert_bits, net, refresh_, snapshot, values  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def test_it_is_a_mapping_in_the_order_of_the_model() -> None:
+    model = net()
+    shadow = fastema.EMA(model).shadow
+    assert isinstance(shadow, Mapping)
+    assert list(shadow) == list(values(model)) == [name for name, _ in shadow.items()]
+    assert len(shadow) == len(values(model))
+    assert "scale" in shadow
+    assert "nothing" not in shadow
+    assert shadow.get("nothing") is None
+    with pytest.raises(KeyError, match="nothing"):
+        shadow["nothing"]
+
+
+def test_it_cannot_be_changed() -> None:
+    ema = fastema.EMA(net())
+    with pytest.raises(TypeError):
+        ema.shadow["scale"] = torch.ones(())
+    with pytest.raises(TypeError):
+        del ema.shadow["scale"]
+    for method in ("update", "pop", "clear", "setdefault"):
+        assert not hasattr(ema.shadow, method)
+
+
+def test_missing_names_while_applied() -> None:
+    ema = fastema.EMA(net())
+    with ema.swapped():
+        assert "scale" in ema.shadow
+        assert "nothing" not in ema.shadow
+
+
+def test_it_holds_the_tensors_dtypes_shapes_and_values() -> None:
+    model = net(0, torch.bfloat16)
+    shadow = fastema.EMA(model, shadow_dtype=torch.float32).shadow
+    for name, tensor in values(model).items():
+        assert shadow[name].shape == tensor.shape
+        assert torch.equal(shadow[name], tensor.to(shadow[name].dtype))
+
+
+def test_it_is_live_while_training() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    tensor = ema.shadow["scale"]
+    refresh_(model, 1)
+    ema.update()
+    assert torch.equal(tensor, ema.shadow["scale"])
+
+
+def exchanged(tensor: torch.Tensor) -> None:
+    tensor.data = torch.full_like(tensor, 9.0)
+
+
+def reset(tensor: torch.Tensor) -> None:
+    tensor.set_(torch.full_like(tensor, 9.0))
+
+
+def flattened(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.reshape(-1)
+
+
+def transposed(tensor: torch.Tensor) -> None:
+    tensor.t_()
+
+
+def narrowed(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data.to(torch.float16)
+
+
+def trained(tensor: torch.Tensor) -> None:
+    tensor.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "change", [exchanged, reset, flattened, transposed, narrowed, trained]
+)
+def test_what_is_done_to_a_tensor_it_handed_out_is_not_done_to_the_average(
+    change: Callable[[torch.Tensor], object],
+) -> None:
+    """Other than writing its elements, which are the average's own."""
+    model, twin = net(), net()
+    ema, other = fastema.EMA(model, 0.5), fastema.EMA(twin, 0.5)
+    change(ema.shadow["hidden.weight"])
+    assert_bits(dict(ema.shadow), snapshot(dict(other.shadow)))
+    for n in (1, 2):
+        for weights, average in ((model, ema), (twin, other)):
+            refresh_(weights, n)
+            average.update()
+    assert_bits(dict(ema.shadow), snapshot(dict(other.shadow)))
+    assert ema.shadow["hidden.weight"].shape == model.hidden.weight.shape
+    assert not ema.shadow["hidden.weight"].requires_grad
+    with ema.swapped():
+        assert torch.equal(model.hidden.weight, other.shadow["hidden.weight"])

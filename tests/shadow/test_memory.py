@@ -1,0 +1,188 @@
+"""What an average costs in memory, measured: one shadow, and nothing at update or evaluation."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+
+from .weights import FLOATS, refresh_  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+# Resident memory is measured by the kernel's own high-water mark, in a process that has imported
+# and compiled everything before. The allocator gives back at once what is freed, lest a heap that
+# has grown before hide the next call's temporaries.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+import torch, fastema
+
+def status(field):
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\\s+(\\d+) kB$", text, re.M)[1])
+
+def peak(call):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    call()
+    return max(status("VmHWM") - before, 0)
+
+def build(width, layers, dtype):
+    made = [torch.nn.Linear(width, width, dtype=dtype) for _ in range(layers)]
+    return torch.nn.Sequential(*made)
+
+def swap(ema):
+    ema.apply_shadow()
+    ema.restore()
+
+def block(ema):
+    with ema.swapped():
+        pass
+
+dtype = getattr(torch, sys.argv[1])
+warm = fastema.EMA(build(700, 2, dtype), shadow_dtype=torch.float32)
+for call in (warm.update, lambda: swap(warm), lambda: block(warm)):
+    call()  # compiles, starts the threads
+model = build(2560, 8 if dtype == torch.float32 else 16, dtype)
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+shadow = sum(p.numel() * 4 for p in model.parameters())
+made = []
+construction = peak(lambda: made.append(fastema.EMA(model, shadow_dtype=torch.float32)))
+ema = made[0]
+for p in model.parameters():
+    p.data.add_(1)
+costs = [peak(ema.update), peak(lambda: swap(ema)), peak(lambda: block(ema))]
+state = peak(ema.state_dict)
+print(size, shadow, construction, *costs, state)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resident_memory(dtype: str, python: Callable[..., str]) -> None:
+    """A 200 MB model: construction costs one shadow, all else less than 1 % of the model."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        pytest.skip(f"the high-water mark cannot be reset here: {error}")
+    out = python(MEASURED, dtype, **ALLOCATOR)
+    size, shadow, construction, *costs = map(int, out.split())
+    assert size > 200e6
+    assert 0.99 * shadow < construction < 1.02 * shadow
+    assert all(cost < 0.01 * size for cost in costs), costs
+
+
+class Uncopyable(nn.Linear):
+    """A model that must not be duplicated."""
+
+    def refuse(self, *_: Any) -> NoReturn:
+        raise AssertionError("copied")
+
+    __deepcopy__ = __copy__ = __reduce_ex__ = __getstate__ = refuse
+
+
+def test_the_model_is_not_copied() -> None:
+    model = Uncopyable(3, 4)
+    ema = fastema.EMA(model, 0.5)
+    refresh_(model, 1)
+    ema.update()
+    with ema.swapped():
+        ema.state_dict()
+    ema.load_state_dict(ema.state_dict())
+    ema.to(dtype=torch.float64)
+    ema.copy_to(model)
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize("shadow_dtype", FLOATS)
+def test_the_average_takes_one_buffer_of_its_size(shadow_dtype: str) -> None:
+    model = nn.Sequential(*(nn.Linear(40, 30) for _ in range(20)))
+    ema = fastema.EMA(model, 0.5, shadow_dtype=FLOATS[shadow_dtype])
+    held = storages(ema.shadow.values())
+    assert len(held) == 1
+    elements = sum(p.numel() for p in model.parameters())
+    itemsize = FLOATS[shadow_dtype].itemsize
+    # Each tensor begins at a cache line: at most 63 bytes more.
+    assert elements * itemsize <= sum(held.values()) <= elements * itemsize + 63 * 40
+
+
+def test_every_tensor_of_the_average_begins_at_a_cache_line() -> None:
+    ema = fastema.EMA([torch.randn(n) for n in (1, 15, 16, 17, 1000)])
+    starts = {tensor.data_ptr() % 64 for tensor in ema.shadow.values()}
+    assert len(starts) == 1
+
+
+@pytest.mark.parametrize("model_dtype", ["f32", "bf16"])
+def test_python_objects_of_an_update_and_a_swap(model_dtype: str) -> None:
+    """Per call less than 1 % of a model of 1,000 tensors, and nothing that stays."""
+    params = [torch.randn(50, 50, dtype=FLOATS[model_dtype]) for _ in range(1000)]
+    ema = fastema.EMA(params, 0.9, shadow_dtype=torch.float32)
+    size = sum(p.numel() * p.element_size() for p in params)
+
+    def calls() -> None:
+        ema.update()
+        ema.apply_shadow()
+        ema.restore()
+        with ema.swapped():
+            pass
+
+    calls()
+    tracemalloc.start()
+    try:
+        calls()
+        first, peak = tracemalloc.get_traced_memory()
+        for _ in range(20):
+            calls()
+        last, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.01 * size
+    assert last - first < 2048
+
+
+@pytest.mark.parametrize("model_dtype", ["f32", "bf16"])
+def test_no_tensor_is_allocated_by_an_update_or_a_swap(model_dtype: str) -> None:
+    params = [torch.randn(300, dtype=FLOATS[model_dtype]) for _ in range(5)]
+    ema = fastema.EMA(params, 0.9, shadow_dtype=torch.float32)
+    ema.update()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        ema.update()
+        with ema.swapped():
+            pass
+    assert sum(event.cpu_memory_usage for event in profile.key_averages()) == 0
+
+
+def big_tensors_alive() -> int:
+    """How many pieces of memory of a quarter of a million elements there are."""
+    found = [obj for obj in gc.get_objects() if type(obj) is torch.Tensor]
+    return len({t.untyped_storage().data_ptr() for t in found if t.numel() >= 250_000})
+
+
+def test_spare_buffer_is_let_go_after_the_block() -> None:
+    """Where dtypes have no exact exchange, the raw weights take one buffer, for the block only."""
+    gc.collect()
+    before = big_tensors_alive()
+    params = [torch.randn(250_000, dtype=torch.float16)]
+    ema = fastema.EMA(params, 0.9, shadow_dtype=torch.float32)
+    ema.update()
+    assert big_tensors_alive() == before + 2
+    with ema.swapped():
+        assert big_tensors_alive() == before + 3
+    assert big_tensors_alive() == before + 2

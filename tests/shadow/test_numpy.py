@@ -1,0 +1,237 @@
+"""Averages of NumPy arrays, without any other framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.errors import BridgeError, DTypeError, LayoutError, StateError
+
+from .truth import Loop, arithmetic_of
+
+DTYPES = {"f64": np.float64, "f32": np.float32, "f16": np.float16}
+DECAY = 0.9
+
+
+def fill_(weights: dict[str, np.ndarray], seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    for array in weights.values():
+        if array.dtype.kind in "fc":
+            array[...] = generator.normal(size=array.shape)
+            if array.dtype.kind == "c":
+                array.imag[...] = generator.normal(size=array.shape)
+        else:
+            array[...] = generator.integers(0, 2, array.shape)
+
+
+def bits(weights: Any) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in weights.items()}
+
+
+def small(dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    shapes = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2)}
+    weights = {name: np.empty(shape, dtype) for name, shape in shapes.items()}
+    fill_(weights, 0)
+    return weights
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("weights", DTYPES)
+def test_equals_a_float64_loop(weights: str, stored: str) -> None:
+    arrays = small(DTYPES[weights])
+    ema = fastema.EMA(arrays, DECAY, shadow_dtype=DTYPES[stored])
+    loops = {
+        name: Loop(array, stored, arithmetic_of(weights, stored)) for name, array in arrays.items()
+    }
+    for n in range(1, 41):
+        fill_(arrays, n)
+        ema.update()
+        for name, loop in loops.items():
+            loop.step(arrays[name], 1 - DECAY)
+    for name, loop in loops.items():
+        assert ema.shadow[name].dtype == DTYPES[stored]
+        assert type(ema.shadow[name]) is np.ndarray
+        loop.check(ema.shadow[name], name)
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_complex(dtype: Any) -> None:
+    weights = small(dtype)
+    old = {name: array.copy() for name, array in weights.items()}
+    ema = fastema.EMA(weights, 0.5)
+    fill_(weights, 1)
+    ema.update()
+    for name, average in ema.shadow.items():
+        np.testing.assert_allclose(average, (old[name] + weights[name]) / 2, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8, np.uint16, np.uint64, np.bool_])
+def test_integers_are_copied_exactly(dtype: Any) -> None:
+    weights = {"w": np.ones(3, np.float32), "n": np.zeros(100, dtype)}
+    ema = fastema.EMA(weights, DECAY, shadow_dtype="float64")
+    weights["n"][...] = np.iinfo(dtype).max if dtype is not np.bool_ else True
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["n"], weights["n"])
+    assert ema.shadow["n"].dtype == dtype
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("weights", DTYPES)
+def test_swap_is_exact(weights: str, stored: str) -> None:
+    arrays = small(DTYPES[weights])
+    ema = fastema.EMA(arrays, 0.5, shadow_dtype=DTYPES[stored])
+    fill_(arrays, 1)
+    ema.update()
+    fill_(arrays, 2)
+    raw, average = bits(arrays), bits(ema.shadow)
+    held = {name: array.astype(DTYPES[weights]).tobytes() for name, array in ema.shadow.items()}
+    with ema.swapped():
+        assert bits(arrays) == held
+        assert bits(ema.shadow) == average
+        assert bits(ema.state_dict()["shadow"]) == average
+        with pytest.raises(StateError):
+            ema.update()
+    assert bits(arrays) == raw
+    assert bits(ema.shadow) == average
+
+
+VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "fortran": lambda a: np.asfortranarray(a),
+    "reversed": lambda a: a[::-1, ::-1],
+    "columns": lambda a: a[:, 3:9],
+    "steps": lambda a: a[::3, ::2],
+    "transposed": lambda a: a.T,
+    "flat": lambda a: a.reshape(-1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view: str) -> None:
+    whole = np.random.default_rng(0).normal(size=(30, 20)).astype(np.float32)
+    weights = VIEWS[view](whole)
+    ema = fastema.EMA([weights], 0.5)
+    old = weights.copy()
+    weights += 1
+    rest = whole.copy()
+    ema.update()
+    np.testing.assert_allclose(ema.shadow["0"], old + 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(whole, rest)
+    with ema.swapped():
+        np.testing.assert_allclose(weights, old + 0.5, rtol=1e-6)
+        weights += 1
+        assert np.count_nonzero(whole != rest) == (weights.size if view != "fortran" else 0)
+        weights -= 1
+    np.testing.assert_array_equal(whole, rest)
+
+
+def test_unaligned_memory() -> None:
+    memory = np.zeros(4 * 100 + 1, np.uint8)
+    weights = memory[1:].view(np.float32)
+    weights[...] = np.arange(100)
+    ema = fastema.EMA([weights], 0.5)
+    weights += 1
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["0"], np.arange(100) + 0.5)
+
+
+def test_memory_mapped_file(tmp_path: Any) -> None:
+    weights = np.memmap(tmp_path / "w.bin", np.float32, "w+", shape=(50,))
+    weights[...] = 1
+    ema = fastema.EMA({"w": weights}, 0.5)
+    weights[...] = 3
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["w"], np.full(50, 2, np.float32))
+    with ema.swapped():
+        np.testing.assert_array_equal(weights, np.full(50, 2, np.float32))
+
+
+def read_only() -> np.ndarray:
+    array = np.ones(3, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (read_only, LayoutError),
+        (lambda: np.broadcast_to(np.ones(3, np.float32), (2, 3)), LayoutError),
+        (lambda: np.ones(3, ">f4"), DTypeError),
+        (lambda: np.ones(3, np.longdouble), DTypeError),
+        (lambda: np.array(["a"]), DTypeError),
+        (lambda: np.array([object()]), DTypeError),
+        (lambda: np.zeros(3, "M8[s]"), DTypeError),
+        (lambda: np.zeros(3, [("x", "f4"), ("y", "i1")])["x"], BridgeError),
+        (lambda: np.float32(1.0), BridgeError),
+    ],
+    ids=["read-only", "broadcast", "byte order", "longdouble", "text", "object", "date", "record",
+         "scalar"],
+)  # fmt: skip
+def test_arrays_that_cannot_be_averaged(make: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        fastema.EMA({"fine": np.ones(2), "odd": make()})
+
+
+def test_foreign_dtype_objects() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(DTypeError):
+        fastema.EMA([np.ones(3, np.float16)], shadow_dtype=torch.float32)
+
+
+def test_array_that_was_reshaped_or_grown_in_place() -> None:
+    for change in (
+        lambda a: a.resize((9, 9), refcheck=False),
+        lambda a: a.__setattr__("shape", (6,)),
+    ):
+        weights = np.ones((2, 3), np.float32)
+        ema = fastema.EMA({"w": weights}, 0.5)
+        change(weights)
+        for call in (ema.update, ema.apply_shadow):
+            with pytest.raises(LayoutError, match="'w'"):
+                call()
+
+
+def test_array_that_was_moved_in_place() -> None:
+    weights = np.arange(6, dtype=np.float32)
+    ema = fastema.EMA({"w": weights}, 0.5)
+    weights.resize(100_000, refcheck=False)
+    weights.resize(6, refcheck=False)
+    weights += 1
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["w"], np.arange(6) + 0.5)
+
+
+def test_state_round_trip() -> None:
+    weights = small()
+    ema = fastema.EMA(weights, fastema.rules.warmup(0.9))
+    fill_(weights, 1)
+    ema.update()
+    state = {**ema.state_dict()}
+    state["shadow"] = {name: array.copy() for name, array in state["shadow"].items()}
+    other = fastema.EMA(small(), 0.5)
+    other.load_state_dict(state)
+    assert bits(other.shadow) == bits(ema.shadow)
+    assert other.num_updates == 1
+    fill_(weights, 2)
+    ema.update()
+    other.update(weights)
+    assert bits(other.shadow) == bits(ema.shadow)
+
+
+def test_copy_to_and_to() -> None:
+    weights = small()
+    ema = fastema.EMA(weights, 0.5)
+    fill_(weights, 1)
+    ema.update()
+    target = small(np.float64)
+    ema.copy_to(target)
+    for name, array in target.items():
+        np.testing.assert_array_equal(array, ema.shadow[name].astype(np.float64))
+    assert ema.to(dtype=np.float64).shadow["a"].dtype == np.float64
+    with pytest.raises(BridgeError, match="cuda"):
+        ema.to("cuda")
+    ema.update()

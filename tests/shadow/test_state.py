@@ -1,0 +1,345 @@
+"""Saving and loading: strict, all or nothing, and a resumed run equal to the bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema import rules  # noqa: E402
+from fastema.errors import CheckpointError  # noqa: E402
+
+from .weights import Net, assert_bits, assert_same, bits, net, refresh_, snapshot  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+State = dict[str, Any]
+
+
+def through_a_file(state: State) -> State:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: State = torch.load(file, weights_only=True)
+    return loaded
+
+
+def trained(updates: int = 3, dtype: torch.dtype | None = None, **options: Any) -> fastema.EMA:
+    model = net(0, dtype)
+    ema = fastema.EMA(model, options.pop("decay", 0.9), **options)
+    for n in range(1, updates + 1):
+        refresh_(model, n)
+        ema.update()
+    return ema
+
+
+def everything(ema: fastema.EMA) -> State:
+    return {
+        "updates": ema.num_updates,
+        "decay": ema.decay,
+        "schedule": ema.schedule.to_dict(),
+        "dtypes": {name: tensor.dtype for name, tensor in ema.shadow.items()},
+        "bits": snapshot(dict(ema.shadow)),
+    }
+
+
+def assert_unchanged(ema: fastema.EMA, before: State) -> None:
+    after = everything(ema)
+    assert_same(after.pop("bits"), before["bits"])
+    assert after == {key: value for key, value in before.items() if key != "bits"}
+
+
+# -- resuming -------------------------------------------------------------------------------------
+
+RUNS: dict[str, State] = {
+    "constant": {"decay": 0.9},
+    "warmup": {"decay": rules.warmup(0.99)},
+    "inverse_gamma": {"decay": rules.inverse_gamma(0.99, 3.0, 0.75, 0.05)},
+    "half_life": {"decay": rules.half_life(11)},
+    "every third": {"decay": rules.warmup(0.99), "update_every": 3},
+    "starts later": {"decay": rules.warmup(0.9), "start_after": 9},
+    "started": {"decay": rules.warmup(0.9), "start_after": 4, "update_every": 2},
+    "wide": {"decay": 0.9, "shadow_dtype": torch.float64},
+    "narrow": {"decay": 0.9, "shadow_dtype": torch.bfloat16},
+    "policies": {"decay": 0.9, "buffers": "average", "frozen": "average"},
+}
+
+
+def run(model: Net, ema: fastema.EMA, first: int, last: int) -> None:
+    for n in range(first, last + 1):
+        refresh_(model, n)
+        ema.update()
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_resumed_run_is_equal_to_the_bit(options: State, applied: bool) -> None:
+    def build() -> tuple[Net, fastema.EMA]:
+        model = net(0, torch.bfloat16 if options.get("shadow_dtype") == torch.float64 else None)
+        model.conv.requires_grad_(options.get("frozen") != "average")
+        return model, fastema.EMA(model, **options)
+
+    model, ema = build()
+    run(model, ema, 1, 14)
+
+    first_model, first = build()
+    run(first_model, first, 1, 7)
+    raw = copy.deepcopy(first_model.state_dict())
+    if applied:
+        with first.swapped():
+            saved = through_a_file(first.state_dict())
+    else:
+        saved = through_a_file(first.state_dict())
+
+    second_model, second = build()
+    refresh_(second_model, 99)
+    second_model.load_state_dict(raw)
+    second.load_state_dict(saved)
+    assert_unchanged(second, everything(first))
+    run(second_model, second, 8, 14)
+    assert_unchanged(second, everything(ema))
+
+
+def test_the_saved_schedule_counts() -> None:
+    saved = trained(5, decay=rules.warmup(0.99), update_every=2, start_after=3).state_dict()
+    ema = fastema.EMA(net(4), 0.5)
+    ema.load_state_dict(through_a_file(saved))
+    assert ema.schedule == fastema.rules.Schedule(rules.warmup(0.99), 2, 3)
+    assert ema.num_updates == 5
+    assert ema.decay == pytest.approx(3 / 12)
+
+
+def test_saved_while_applied_it_never_holds_raw_weights() -> None:
+    for shadow_dtype in ("float32", "bfloat16", "float64"):
+        ema = trained(3, torch.bfloat16, shadow_dtype=shadow_dtype)
+        before = through_a_file(ema.state_dict())
+        with ema.swapped():
+            during = through_a_file(ema.state_dict())
+        assert_same(snapshot(during["shadow"]), snapshot(before["shadow"]))
+        assert {k: v for k, v in during.items() if k != "shadow"} == {
+            k: v for k, v in before.items() if k != "shadow"
+        }
+
+
+def test_state_is_plain() -> None:
+    """Nothing but what ``weights_only=True`` loads, and the head fits into JSON."""
+    state = trained(3, decay=rules.inverse_gamma(0.99)).state_dict()
+    assert all(type(tensor) is torch.Tensor for tensor in state["shadow"].values())
+    head = {key: value for key, value in state.items() if key != "shadow"}
+    assert json.loads(json.dumps(head)) == head
+
+
+def test_loading_copies_and_keeps_the_memory_of_the_average() -> None:
+    ema, state = trained(), through_a_file(trained(6).state_dict())
+    places = {name: tensor.data_ptr() for name, tensor in ema.shadow.items()}
+    ema.load_state_dict(state)
+    assert {name: tensor.data_ptr() for name, tensor in ema.shadow.items()} == places
+    loaded = snapshot(dict(ema.shadow))
+    refresh_(state["shadow"], 5)
+    assert_bits(dict(ema.shadow), loaded)
+
+
+def test_loading_leaves_the_model_alone() -> None:
+    model = net(3)
+    ema = fastema.EMA(model)
+    before = snapshot(model)
+    ema.load_state_dict(trained().state_dict())
+    assert_bits(model, before)
+
+
+def test_tensors_may_lie_in_any_order_and_layout() -> None:
+    ema, state = trained(), trained(6).state_dict()
+    expected = snapshot(state["shadow"])
+    tensors = {
+        name: state["shadow"][name].t().contiguous().t()
+        if state["shadow"][name].ndim == 2
+        else state["shadow"][name].clone()
+        for name in reversed(state["shadow"])
+    }
+    ema.load_state_dict({**state, "shadow": tensors})
+    assert_bits(dict(ema.shadow), expected)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module.module."])
+def test_names_of_a_wrapped_model_load(prefix: str) -> None:
+    state = trained(6).state_dict()
+    wrapped = {prefix + name: tensor for name, tensor in state["shadow"].items()}
+    ema = trained()
+    ema.load_state_dict({**state, "shadow": wrapped})
+    assert_bits(dict(ema.shadow), snapshot(state["shadow"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtype_of_the_average_is_kept(dtype: torch.dtype) -> None:
+    state = through_a_file(trained(3, torch.bfloat16, shadow_dtype=dtype).state_dict())
+    ema = fastema.EMA(net(1, torch.bfloat16), 0.9, shadow_dtype=dtype)
+    ema.load_state_dict(state)
+    assert ema.shadow["conv.weight"].dtype == dtype
+    other = torch.float32 if dtype != torch.float32 else torch.float64
+    wrong = fastema.EMA(net(1, torch.bfloat16), 0.9, shadow_dtype=other)
+    with pytest.raises(CheckpointError, match="shadow_dtype"):
+        wrong.load_state_dict(state)
+    wrong.to(dtype=dtype)
+    wrong.load_state_dict(state)
+    assert_same(snapshot(dict(wrong.shadow)), snapshot(dict(ema.shadow)))
+
+
+# -- what does not fit ----------------------------------------------------------------------------
+
+
+def test_every_mismatch_is_reported_at_once() -> None:
+    ema = trained()
+    state = through_a_file(ema.state_dict())
+    shadow = state["shadow"]
+    del shadow["scale"], shadow["conv.bias"]
+    shadow["gain"] = torch.ones(1)
+    shadow["hidden.weight"] = torch.ones(12, 7)
+    shadow["hidden.bias"] = shadow["hidden.bias"].double()
+    shadow["head.weight"] = shadow["head.weight"].to_sparse()
+    shadow["norm.weight"] = 3.0
+    state["schedule"]["rule"]["value"] = 1.5
+    before = everything(ema)
+    with pytest.raises(CheckpointError) as caught:
+        ema.load_state_dict(state)
+    for part in (
+        *("'scale' is missing", "'conv.bias' is missing", "'gain' is unexpected"),
+        *("[12, 7]", "[12, 6]", "'hidden.bias' is f64, expected f32"),
+        *("'head.weight'", "'norm.weight'", "schedule", "1.5"),
+    ):
+        assert part in str(caught.value)
+    assert_unchanged(ema, before)
+
+
+def broken(**changes: Any) -> Callable[[State], object]:
+    def change(state: State) -> object:
+        return {**state, **changes}
+
+    return change
+
+
+def without(key: str) -> Callable[[State], object]:
+    def change(state: State) -> object:
+        return {k: v for k, v in state.items() if k != key}
+
+    return change
+
+
+def scheduled(**changes: Any) -> Callable[[State], object]:
+    def change(state: State) -> object:
+        return {**state, "schedule": {**state["schedule"], **changes}}
+
+    return change
+
+
+BROKEN: dict[str, tuple[Callable[[State], object], str]] = {
+    "nothing": (lambda state: None, "not a fastema state"),
+    "a list": (lambda state: [state], "not a fastema state"),
+    "empty": (lambda state: {}, "not a fastema state"),
+    "the weights": (lambda state: net().state_dict(), "not a fastema state"),
+    "the average": (lambda state: state["shadow"], "not a fastema state"),
+    "format": (broken(format="other"), "not a fastema state"),
+    "version": (broken(version=2), "version 2"),
+    "no version": (without("version"), "version None"),
+    "kind": (broken(kind="SWA"), "'SWA'"),
+    "negative": (broken(num_updates=-1), "num_updates is -1"),
+    "fraction": (broken(num_updates=2.5), "num_updates is 2.5"),
+    "truth": (broken(num_updates=True), "num_updates is True"),
+    "no count": (without("num_updates"), "num_updates is None"),
+    "no shadow": (without("shadow"), "shadow"),
+    "shadow list": (lambda state: {**state, "shadow": [*state["shadow"].values()]}, "shadow"),
+    "empty shadow": (broken(shadow={}), "'conv.weight' is missing"),
+    "no schedule": (without("schedule"), "schedule"),
+    "schedule text": (broken(schedule="constant"), "schedule"),
+    "schedule none": (broken(schedule=None), "schedule"),
+    "rule text": (scheduled(rule="constant"), "schedule"),
+    "rule list": (scheduled(rule=["Constant", 0.9]), "schedule"),
+    "rule none": (scheduled(rule=None), "schedule"),
+    "rule number": (scheduled(rule=0.9), "schedule"),
+    "rule unknown": (scheduled(rule={"rule": "Cosine"}), "Cosine"),
+    "rule odd": (scheduled(rule={"rule": ["Constant"]}), "schedule"),
+    "rule parts": (scheduled(rule={"rule": "Constant"}), "Constant"),
+    "rule more": (scheduled(rule={"rule": "Constant", "value": 0.5, "k": 1}), "Constant"),
+    "rule value": (scheduled(rule={"rule": "Constant", "value": "often"}), "often"),
+    "every": (scheduled(update_every=0), "update_every=0"),
+    "start": (scheduled(start_after="x"), "start_after='x'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_no_state_is_refused_whole(case: str) -> None:
+    change, message = BROKEN[case]
+    ema = trained()
+    before = everything(ema)
+    with pytest.raises(CheckpointError) as caught:
+        ema.load_state_dict(change(trained(7).state_dict()))
+    assert message in str(caught.value)
+    assert_unchanged(ema, before)
+    ema.update()
+
+
+def test_all_of_a_wrong_head_is_reported_at_once() -> None:
+    state = trained().state_dict() | {"version": 9, "kind": "SWA", "num_updates": -4}
+    with pytest.raises(CheckpointError) as caught:
+        trained().load_state_dict(state)
+    for part in ("version 9", "'SWA'", "-4"):
+        assert part in str(caught.value)
+
+
+def test_a_state_of_another_model() -> None:
+    other = fastema.EMA(nn.Linear(3, 2))
+    with pytest.raises(CheckpointError) as caught:
+        trained().load_state_dict(other.state_dict())
+    for part in ("'weight' is unexpected", "'bias' is unexpected", "'conv.weight' is missing"):
+        assert part in str(caught.value)
+
+
+class Halving:
+    """A rule of the user's own."""
+
+    def decay(self, n: int) -> float:
+        return 1 - 0.5**n
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rule": "Halving"}
+
+
+def test_a_run_with_a_rule_of_the_users_own_resumes() -> None:
+    ema, resumed = trained(decay=Halving()), trained(0, decay=Halving())
+    resumed.load_state_dict(through_a_file(ema.state_dict()))
+    assert resumed.num_updates == 3
+    assert resumed.decay == 0.875
+    assert_same(snapshot(dict(resumed.shadow)), snapshot(dict(ema.shadow)))
+
+
+def test_a_rule_that_nobody_knows_is_refused() -> None:
+    saved = through_a_file(trained(decay=Halving()).state_dict())
+    ema = trained()
+    before = everything(ema)
+    with pytest.raises(CheckpointError, match="Halving"):
+        ema.load_state_dict(saved)
+    assert_unchanged(ema, before)
+
+
+def test_state_dict_of_several_dtypes_goes_through_a_file() -> None:
+    weights = {
+        "a": torch.randn(5, dtype=torch.complex64),
+        "b": torch.randn(5).bfloat16(),
+        "c": torch.tensor([True, False]),
+        "d": torch.randn(()).double(),
+    }
+    ema = fastema.EMA(weights, 0.5)
+    saved = through_a_file(ema.state_dict())
+    before = snapshot(dict(ema.shadow))
+    refresh_(weights, 1)
+    ema.update()
+    assert not torch.equal(bits(ema.shadow["a"]), before["a"])
+    ema.load_state_dict(saved)
+    assert_bits(dict(ema.shadow), before)

@@ -1,0 +1,294 @@
+"""The low-level interface: what people call, on the containers they have."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema import plan as plan_module
+from fastema.errors import ArgumentError, DTypeError, FastemaError
+from fastema.testing import reference
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+pytestmark = pytest.mark.torch
+
+
+def network(seed: int, dtype: Any = None) -> Any:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Linear(7, 4), nn.LayerNorm(4, bias=False))
+    net[2].weight.data.uniform_(0.5, 1.5)
+    net[0].to(memory_format=torch.channels_last)
+    return net.to(dtype) if dtype else net
+
+
+def averages(net: Any, dtype: Any = torch.float32) -> dict[str, Any]:
+    return {name: torch.randn_like(p, dtype=dtype) for name, p in net.named_parameters()}
+
+
+def snapshot(container: Any) -> dict[str, Any]:
+    items = container.named_parameters() if isinstance(container, nn.Module) else container.items()
+    return {name: tensor.detach().clone() for name, tensor in items}
+
+
+def assert_equal(got: Any, want: dict[str, Any]) -> None:
+    now = snapshot(got)
+    assert list(now) == list(want)
+    for name, tensor in want.items():
+        assert now[name].dtype == tensor.dtype, name
+        assert torch.equal(now[name], tensor), name
+
+
+def lerped(avg: dict[str, Any], net: Any, weight: float) -> dict[str, Any]:
+    """The specification's update; bfloat16 goes as bits."""
+
+    def stored(tensor: Any) -> tuple[np.ndarray, str]:
+        flat = tensor.detach().reshape(-1)
+        if flat.dtype == torch.bfloat16:
+            return flat.view(torch.int16).numpy().view(np.uint16), "bf16"
+        return flat.numpy(), {torch.float32: "f32", torch.float64: "f64"}[flat.dtype]
+
+    result = {}
+    for name, x in snapshot(net).items():
+        (a, dst), (b, src) = stored(avg[name]), stored(x)
+        value = torch.from_numpy(reference.lerp(a, b, weight, dst, src).copy())
+        if dst == "bf16":
+            value = torch.from_numpy(value.numpy().view(np.int16)).view(torch.bfloat16)
+        result[name] = value.view(x.shape)
+    return result
+
+
+@pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_lerp_of_a_module(average: Any, weights: Any) -> None:
+    net = network(1, weights)
+    avg = averages(net, average)
+    before, old = snapshot(net), snapshot(avg)
+    plan = fastema.Plan(avg, net)
+    plan.lerp_(0.25)
+    first = lerped(old, net, 0.25)
+    assert_equal(avg, first)
+    plan.lerp_(0.5)
+    assert_equal(avg, lerped(first, net, 0.5))
+    assert_equal(net, before)
+
+
+def test_swap_and_copy() -> None:
+    net = network(2)
+    avg = averages(net)
+    old, weights = snapshot(avg), snapshot(net)
+    plan = fastema.Plan(avg, net)
+    plan.swap_()
+    assert_equal(avg, weights)
+    assert_equal(net, old)
+    plan.swap_()
+    assert_equal(avg, old)
+    plan.copy_()
+    assert_equal(avg, weights)
+    assert_equal(net, weights)
+
+
+def test_containers_of_every_kind() -> None:
+    def ones() -> tuple[Any, ...]:
+        return np.full(3, 2.0), torch.full((2, 2), 2.0), np.full((), 2.0, np.float32)
+
+    for pack in (list, tuple, lambda arrays: {"a": arrays[0], "b": list(arrays[1:])}):
+        avg, x = ones(), tuple(array.__imul__(3) for array in ones())
+        fastema.lerp_(pack(avg), pack(x), 0.5)
+        assert all((array == 4).all() for array in avg)
+        fastema.swap_(pack(avg), pack(x))
+        assert all((array == 6).all() for array in avg)
+        fastema.copy_(pack(avg), pack(x))
+        assert all((array == 4).all() for array in avg)
+
+
+def test_iterators_are_walked_once_and_kept() -> None:
+    net = network(3)
+    avg = [torch.ones_like(p) for p in net.parameters()]
+    plan = fastema.Plan(iter(avg), net.parameters())
+    for _ in range(2):
+        plan.lerp_(1.0)
+    assert all(torch.equal(a, p) for a, p in zip(avg, net.parameters(), strict=True))
+
+
+def test_tied_tensors_are_updated_once() -> None:
+    avg, x = torch.full((5,), 4.0), torch.full((5,), 8.0)
+    fastema.Plan({"a": avg, "b": avg}, {"a": x, "b": x}).lerp_(0.5)
+    assert torch.equal(avg, torch.full((5,), 6.0))
+
+
+def test_nothing_to_average() -> None:
+    for empty in ([], {}, [np.ones((0, 3))], nn.Identity()):
+        plan = fastema.Plan(empty, empty)
+        plan.lerp_(0.5)
+        plan.swap_()
+
+
+def test_autograd_is_told_of_writes() -> None:
+    net = network(4)
+    avg = averages(net)
+    plan = fastema.Plan(avg, net)
+    versions = [[t._version for t in side] for side in (avg.values(), net.parameters())]
+    plan.lerp_(0.5)
+    assert [t._version for t in avg.values()] == [v + 1 for v in versions[0]]
+    assert [t._version for t in net.parameters()] == versions[1]
+    plan.swap_()
+    assert all(t._version > v for t, v in zip(net.parameters(), versions[1], strict=True))
+
+
+def replace_data(net: Any) -> None:
+    for parameter in net.parameters():
+        parameter.data = parameter.data * 2 + 1
+
+
+def convert(net: Any) -> None:
+    net.to(torch.bfloat16)
+
+
+def widen(net: Any) -> None:
+    net.double()
+
+
+def assign(net: Any) -> None:
+    state = {name: 3 - 2 * value for name, value in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+
+
+def replace_module(net: Any) -> None:
+    net[1] = nn.Linear(7, 4)
+
+
+def replace_parameter(net: Any) -> None:
+    net[1].weight = nn.Parameter(torch.randn(4, 7))
+
+
+def other_strides(net: Any) -> None:
+    net[0].weight.data = net[0].weight.data.contiguous()
+    net[1].weight.data = net[1].weight.data.t().contiguous().t()
+
+
+def same_storage_other_strides(net: Any) -> None:
+    weight = net[1].weight
+    weight.data = weight.data.view(-1).view(7, 4).t()
+
+
+def move_within_storage(net: Any) -> None:
+    weight = net[1].weight
+    weight.data = torch.cat([torch.randn(3, 7), weight.data])[2:6]
+
+
+MOVES = [
+    *(replace_data, convert, widen, assign, replace_module, replace_parameter),
+    *(other_strides, same_storage_other_strides, move_within_storage),
+]
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_weights_that_moved_are_found_again(move: Callable[[Any], None]) -> None:
+    net = network(5)
+    avg = averages(net)
+    plan = fastema.Plan(avg, net)
+    plan.lerp_(0.5)
+    move(net)
+    gc.collect()
+    old = snapshot(avg)
+    plan.lerp_(0.25)
+    assert_equal(avg, lerped(old, net, 0.25))
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_averages_that_moved_are_written_where_they_are(move: Callable[[Any], None]) -> None:
+    net = network(6)
+    weights = averages(net)
+    plan = fastema.Plan(net, weights)
+    plan.lerp_(0.5)
+    left = [parameter.data for parameter in net.parameters()]
+    move(net)
+    kept, old = [tensor.clone() for tensor in left], snapshot(net)
+    plan.copy_()
+    assert_equal(net, {name: weights[name].to(old[name].dtype) for name in old})
+    now = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    for tensor, before in zip(left, kept, strict=True):
+        if tensor.untyped_storage().data_ptr() not in now:
+            assert torch.equal(tensor, before)
+
+
+def test_entries_of_dicts_are_looked_up_again() -> None:
+    avg = {"a": np.full(4, 2.0), "inner": {"b": torch.full((3,), 2.0)}}
+    x = {"a": np.full(4, 4.0), "inner": {"b": torch.full((3,), 4.0)}}
+    plan = fastema.Plan(avg, x)
+    plan.lerp_(0.5)
+    gone = avg["a"]
+    avg["a"], x["inner"]["b"] = np.full(4, 8.0), torch.full((3,), 7.0)
+    plan.lerp_(0.5)
+    np.testing.assert_array_equal(gone, np.full(4, 3.0))
+    np.testing.assert_array_equal(avg["a"], np.full(4, 6.0))
+    assert torch.equal(avg["inner"]["b"], torch.full((3,), 5.0))
+    x["inner"] = {"b": torch.full((3,), 15.0)}
+    plan.lerp_(0.5)
+    assert torch.equal(avg["inner"]["b"], torch.full((3,), 10.0))
+
+
+def test_dtypes_may_change_from_whole_to_float() -> None:
+    avg, x = {"a": np.arange(1, 4)}, {"a": np.arange(3, 6)}
+    plan = fastema.Plan(avg, x)
+    plan.copy_()
+    with pytest.raises(DTypeError, match="'a'"):
+        plan.lerp_(0.5)
+    avg["a"], x["a"] = np.full(2, 2.0), np.full(2, 4.0)
+    plan.lerp_(0.5)
+    np.testing.assert_array_equal(avg["a"], [3.0, 3.0])
+
+
+def test_a_container_that_no_longer_fits_is_refused_until_it_does() -> None:
+    avg, x = {"a": np.full(4, 2.0)}, {"a": np.full(4, 4.0)}
+    plan = fastema.Plan(avg, x)
+    good = x["a"]
+    for bad in (np.full(5, 4.0), np.full(4, 4), np.full(4, "b")):
+        x["a"] = bad
+        for _ in range(2):
+            with pytest.raises(FastemaError, match="a"):
+                plan.lerp_(0.5)
+    np.testing.assert_array_equal(avg["a"], np.full(4, 2.0))
+    x["a"] = good
+    plan.lerp_(0.5)
+    np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
+
+
+def test_later_calls_look_nothing_up_and_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network(7)
+    plan = fastema.Plan(averages(net), net)
+    plan.lerp_(0.5)
+    plan.swap_()
+    for name in ("leaves_of", "Program", "watch", "matched", "refuse_overlap", "written"):
+        monkeypatch.setattr(plan_module, name, None)
+    for _ in range(20):
+        plan.lerp_(0.5)
+        plan.swap_()
+    tracemalloc.start()
+    try:
+        held = []
+        for _ in range(3):
+            for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
+                plan.lerp_(0.5)
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert held[2] - held[1] < 2500
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers(weight: float) -> None:
+    avg = np.full(3, 2.0)
+    plan = fastema.Plan([avg], [np.full(3, 4.0)])
+    with pytest.raises(ArgumentError, match=f"weight={weight!r}"):
+        plan.lerp_(weight)
+    np.testing.assert_array_equal(avg, np.full(3, 2.0))
