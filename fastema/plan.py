@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from fastema.bridges.registry import leaves_of, materialised, written
+from fastema.engine.locks import rlock
 from fastema.engine.program import Program
 from fastema.engine.watch import Watch, watch
 from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
@@ -25,6 +26,8 @@ def matched(dst: Leaves, src: Leaves) -> list[Pair]:
     LayoutError
         Naming every tensor that only one side has.
     """
+    dst.refuse_opaque()
+    src.refuse_opaque()
     sources = {leaf.name: leaf.spec for leaf in src.items}
     problems = [f"{name!r} is only in the second" for name in sources if name not in set(dst.names)]
     problems += [f"{name!r} is only in the first" for name in dst.names if name not in sources]
@@ -72,6 +75,7 @@ class Plan:
 
     def __init__(self, avg: Any, x: Any) -> None:
         self._containers = (materialised(avg), materialised(x))
+        self._lock = rlock()
         self._build()
 
     def _build(self) -> None:
@@ -83,6 +87,7 @@ class Plan:
             [(f"avg {name}", spec) for name, spec, _ in self._pairs],
             [(f"x {name}", spec) for name, _, spec in self._pairs],
         )
+        self._exact = [pair for pair in self._pairs if not pair.dst.kind.real]
         self._swappable = False
         self._program = Program({_TAG: self._pairs})
         self._written = written(spec.owner for _, spec, _ in self._pairs)
@@ -90,16 +95,26 @@ class Plan:
         self._watches: tuple[Watch, Watch] = (watch(dst), watch(src))
 
     def _run(self, operation: str, weight: float = 0.0) -> None:
-        if any(watched.changed() for watched in self._watches):
-            self._build()
+        with self._lock:
+            if any(watched.changed() for watched in self._watches):
+                self._build()
+            self._check(operation)
+            self._program.run({_TAG: operation}, weight)
+            for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
+                tell(arrays)
+
+    def _check(self, operation: str) -> None:
+        if self._exact and operation == "lerp":
+            raise DTypeError(
+                "only floats are averaged:\n"
+                + listed(f"{name!r} is {dst.dtype}" for name, dst, _ in self._exact)
+                + "\nLeave them out, or use fastema.EMA, which copies integers exactly."
+            )
         if operation == "swap" and not self._swappable:
             for name, _, spec in self._pairs:
                 refuse_unwritable(name, spec)
             refuse_overlap([(f"x {name}", spec) for name, _, spec in self._pairs])
             self._swappable = True
-        self._program.run({_TAG: operation}, weight)
-        for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
-            tell(arrays)
 
     def lerp_(self, weight: float) -> None:
         """``avg += weight * (x - avg)``, computed in float32 (float64 where either side is).
@@ -118,13 +133,6 @@ class Plan:
         """
         if not math.isfinite(weight):
             raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")
-        exact = [f"{name!r} is {dst.dtype}" for name, dst, _ in self._pairs if not dst.kind.real]
-        if exact:
-            raise DTypeError(
-                "only floats are averaged:\n"
-                + listed(exact)
-                + "\nLeave them out, or use fastema.EMA, which copies integers exactly."
-            )
         self._run("lerp", weight)
 
     def swap_(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -37,6 +38,8 @@ KERNEL = types.void(types.int64, types.int64, types.int64, types.int64)
 """``kernel(table, rows, scalars, cursor)``, see :mod:`fastema.kernels.table`."""
 
 _cache_switch = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_cache_switch._at_fork_reinit)
 
 
 @functools.cache
@@ -60,7 +63,8 @@ def _roots() -> Iterator[Path]:
     with suppress(RuntimeError):  # a user without a home
         yield Path(os.environ.get(variable) or default).expanduser() / "fastema"
     owner = os.getuid() if hasattr(os, "getuid") else "user"
-    yield Path(tempfile.gettempdir()) / f"fastema-{owner}"
+    with suppress(OSError):  # no folder for temporary files
+        yield Path(tempfile.gettempdir()) / f"fastema-{owner}"
 
 
 def _private(folder: Path) -> bool:
@@ -107,10 +111,14 @@ def cpu_kernel(signature: Any = KERNEL, *, nogil: bool = True) -> Callable[[Any]
     """
 
     def compiled(function: Any) -> Any:
+        compiler = functools.partial(numba.njit, signature, nogil=nogil, error_model="numpy")
         folder = cache_folder()
-        if folder is None:
-            return numba.njit(signature, nogil=nogil, error_model="numpy")(function)
-        with _cache_directory(folder):
-            return numba.njit(signature, nogil=nogil, error_model="numpy", cache=True)(function)
+        if folder is not None:
+            try:
+                with _cache_directory(folder):
+                    return compiler(cache=True)(function)
+            except Exception:  # a damaged entry raises whatever unpickling it comes upon
+                shutil.rmtree(folder, ignore_errors=True)
+        return compiler()(function)
 
     return compiled

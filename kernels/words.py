@@ -172,7 +172,7 @@ def _fma64(x: float, y: float, z: float) -> float:
     try:
         return float(exact) if exact else x * y + z
     except OverflowError:
-        return math.copysign(math.inf, exact)
+        return math.inf if exact > 0 else -math.inf
 
 
 @_word(_f32(_f32, _f32, _f32), _f64(_f64, _f64, _f64), llvm=lambda b, x, y, z: b.fma(x, y, z))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 import fastema
 from fastema.engine import cpu
@@ -22,6 +23,10 @@ from fastema.kernels.table import COLUMNS
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
+
+# The first example of a kernel may take as long as compiling it.
+settings.register_profile("fastema", deadline=None)
+settings.load_profile("fastema")
 
 ROOT = Path(fastema.__file__).parents[1]
 
@@ -210,6 +215,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = cpu.get_num_threads()
     yield cpu.set_num_threads
     cpu.set_num_threads(before)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Helpers are woken for a few kilobytes, so that small tensors are shared out too."""
+    monkeypatch.setattr(cpu, "BYTES_PER_THREAD", 1 << 12)
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:

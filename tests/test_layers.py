@@ -78,7 +78,9 @@ TABLE = {
     # Bridges meet in the registry, which imports one when its framework is there, and do not
     # know each other. DLPack and what wrappers do to names is what they share.
     "bridges": Room(ours="layout errors typing", own_room=False),
-    "bridges.registry": Room(ours="layout errors typing", lazy_ours="bridges", own_room=False),
+    "bridges.registry": Room(
+        ours="layout errors typing bridges.names", lazy_ours="bridges", own_room=False
+    ),
     **{
         f"bridges.{name}": Room(
             ours="layout errors typing bridges.registry bridges.dlpack bridges.names",

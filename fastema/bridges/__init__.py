@@ -3,8 +3,8 @@
 ================================  ================================================================
 ``owns(obj)``                     whether this framework's array
 ``describe(array)``               its :class:`~fastema.layout.spec.TensorSpec`, as it is now
-``exchange(array)``               address of its DLPack exchange function, 0 where there is none
-``empty(length, code, device)``   a new flat array
+``zeros(length, code, device)``   a new flat array
+``alias(array)``                  another array object of the same memory
 ``view(flat, offset, shape, strides)``  a tensor within a flat array, sharing its memory
 ``transfer(array, device)``       the array on a device
 ``native(code)``                  the framework's dtype object of a code, ``code(native)`` back

@@ -1,14 +1,25 @@
-"""Names of tensors without what wrappers add to them."""
+"""Names of tensors: in errors, and without what wrappers add to them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
-__all__ = ["plain_names"]
+from fastema.errors import BridgeError, DTypeError
+from fastema.layout.spec import TensorSpec
+
+__all__ = ["named", "plain_names"]
 
 _WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Path components that compile, sharding and checkpointing wrappers put into names."""
+
+
+def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> TensorSpec:
+    """Describe an array; an error says which one it was (nothing, for a lone array)."""
+    try:
+        return describe(array)
+    except (BridgeError, DTypeError) as error:
+        raise type(error)(f"{name}: {error}" if name else str(error)) from None
 
 
 def plain_names(names: Sequence[str]) -> list[str]:

@@ -14,16 +14,16 @@ from fastema.layout.dtypes import DTYPES
 from fastema.layout.spec import Leaves, TensorSpec
 
 __all__ = [
+    "alias",
     "code",
     "describe",
-    "empty",
-    "exchange",
     "native",
     "owns",
     "transfer",
     "view",
     "walk",
     "written",
+    "zeros",
 ]
 
 _NAMES: Final = {
@@ -82,8 +82,11 @@ def describe(array: NDArray[Any]) -> TensorSpec:
     kind = DTYPES[code(array.dtype)]
     interface = array.__array_interface__
     itemsize = kind.itemsize
-    if any(step % itemsize for step in array.strides):
-        raise BridgeError(f"strides {array.strides} are no multiples of {itemsize} bytes")
+    if not array.flags.aligned or any(step % itemsize for step in array.strides):
+        raise BridgeError(
+            f"address or strides {array.strides} are no multiples of {itemsize} bytes; "
+            "pass a copy (np.array(...))"
+        )
     return TensorSpec(
         address=interface["data"][0],
         shape=array.shape,
@@ -95,14 +98,9 @@ def describe(array: NDArray[Any]) -> TensorSpec:
     )
 
 
-def exchange(array: Any) -> int:
-    """NumPy has no DLPack exchange function."""
-    return 0
-
-
-def empty(length: int, code: str, device: str) -> NDArray[Any]:
-    """A new flat array, uninitialised."""
-    return np.empty(length, native(code))
+def zeros(length: int, code: str, device: str) -> NDArray[Any]:
+    """A new flat array."""
+    return np.zeros(length, native(code))
 
 
 def transfer(array: NDArray[Any], device: str) -> NDArray[Any]:
@@ -116,6 +114,11 @@ def transfer(array: NDArray[Any], device: str) -> NDArray[Any]:
     if device != "cpu":
         raise BridgeError(f"NumPy arrays are on the CPU, not on {device}")
     return array
+
+
+def alias(array: NDArray[Any]) -> NDArray[Any]:
+    """Another array object of the same memory."""
+    return array.view()
 
 
 def view(

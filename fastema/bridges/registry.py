@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
 
-from fastema.errors import BridgeError
+from fastema.bridges.names import named
+from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
-__all__ = ["bridge_of", "describe", "leaves_of", "materialised", "written"]
+__all__ = ["bridge_of", "describe", "dtype_code", "leaves_of", "materialised", "written"]
 
 _BRIDGES: Final = {"torch": "fastema.bridges.torch", "numpy": "fastema.bridges.numpy"}
 """Framework's import name to its bridge. A framework nobody imported owns nothing."""
@@ -54,19 +56,33 @@ def written(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any
     return list(found.items())
 
 
-def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[dict[str, Any]]) -> None:
+def dtype_code(value: Any) -> str:
+    """The code of a dtype object of any framework.
+
+    Raises
+    ------
+    ArgumentError
+        For an object that is no dtype.
+    """
+    for bridge in _loaded():
+        with suppress(DTypeError, TypeError):
+            code: str = bridge.code(value)
+            return code
+    raise ArgumentError(f"dtype={value!r}: expected a float dtype, or a name such as 'float32'")
+
+
+def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[Any]) -> None:
     if isinstance(tree, Mapping):
         entries = [(str(key), value) for key, value in tree.items()]
-        if isinstance(tree, dict):
-            held.append(tree)
     elif isinstance(tree, list | tuple):
         entries = [(str(i), value) for i, value in enumerate(tree)]
     elif path in found:
         raise BridgeError(f"two entries are called {path!r}; give them distinct names")
     else:
-        bridge_of(tree)
         found[path] = tree
         return
+    if not isinstance(tree, tuple):
+        held.append(tree)
     for key, value in entries:
         _flatten(value, f"{path}.{key}" if path else key, found, held)
 
@@ -82,9 +98,7 @@ def leaves_of(container: Any) -> Leaves:
     Parameters
     ----------
     container : module, array, or lists, tuples and dicts of arrays, nested
-        Names are the framework's own for modules, else keys and positions joined by dots. A list
-        is taken as it is now: tensors appended later are not seen, while a dict's entries are
-        looked up again at every check.
+        Names are the framework's own for modules, else keys and positions joined by dots.
 
     Raises
     ------
@@ -96,13 +110,7 @@ def leaves_of(container: Any) -> Leaves:
         if leaves is not None:
             return leaves
     found: dict[str, Any] = {}
-    held: list[dict[str, Any]] = []
+    held: list[Any] = []
     _flatten(container, "", found, held)
-    items = [Leaf(name, describe(array)) for name, array in found.items()]
-    exchanges = {bridge_of(array).exchange(array) for array in found.values()}
-    return Leaves(
-        items,
-        describe,
-        exchange=exchanges.pop() if len(exchanges) == 1 else 0,
-        dicts=held,
-    )
+    items = [Leaf(name, named(name, describe, array)) for name, array in found.items()]
+    return Leaves(items, describe, held)

@@ -9,24 +9,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastema.bridges.dlpack import exchange_address
-from fastema.bridges.names import plain_names
-from fastema.errors import BridgeError, DTypeError
-from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
+from fastema.bridges.names import named, plain_names
+from fastema.errors import BridgeError, DTypeError, FastemaError
+from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
 
 __all__ = [
+    "alias",
     "code",
     "describe",
-    "empty",
-    "exchange",
     "native",
     "owns",
     "transfer",
     "view",
     "walk",
     "written",
+    "zeros",
 ]
 
-_NATIVE: Final = {
+_NATIVE: Final[dict[str, torch.dtype]] = {
     "f64": torch.float64,
     "f32": torch.float32,
     "f16": torch.float16,
@@ -39,6 +39,8 @@ _NATIVE: Final = {
     "i64": torch.int64,
     "u8": torch.uint8,
     "bool": torch.bool,
+    # from torch 2.3
+    **{f"u{n}": getattr(torch, f"uint{n}") for n in (16, 32, 64) if hasattr(torch, f"uint{n}")},
 }
 _CODES: Final = {native: code for code, native in _NATIVE.items()}
 
@@ -81,6 +83,8 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     BridgeError
         For a tensor without plain strided memory (sparse, quantized, meta, conjugate view).
     """
+    if torch.nn.parameter.is_lazy(tensor):
+        raise BridgeError("no shape yet (a lazy module); run the model once before averaging it")
     plain = tensor.layout == torch.strided and tensor.device.type != "meta"
     if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
         raise BridgeError(
@@ -89,29 +93,39 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
             ".resolve_conj())"
         )
     address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
-    if not address and tensor.numel():
-        raise BridgeError(
-            f"a {type(tensor).__name__} of shape {list(tensor.shape)} has no memory of its own "
-            "(a distributed or fake tensor, or freed storage)"
-        )
-    return TensorSpec(
+    spec = TensorSpec(
         address=address,
         shape=tuple(tensor.shape),
         strides=tensor.stride(),
         dtype=code(tensor.dtype),
         device=str(tensor.device),
         owner=tensor,
+        exchange=exchange_address(tensor),
     )
+    if spec.size and not (address and _within_storage(tensor, spec)):
+        raise BridgeError(
+            f"a {type(tensor).__name__} of shape {list(tensor.shape)} has no memory of its own "
+            "(a distributed or fake tensor, or freed storage)"
+        )
+    if address % min(spec.kind.itemsize, 8):
+        raise BridgeError(f"the address of a {spec} is no multiple of its element; pass a clone")
+    return spec
 
 
-def exchange(tensor: Any) -> int:
-    """Address of the DLPack exchange function of the tensor's class (torch from 2.10)."""
-    return exchange_address(tensor)
+def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
+    storage = tensor.untyped_storage()
+    first, end = spec.span()
+    return storage.data_ptr() <= first and end <= storage.data_ptr() + storage.nbytes()
 
 
-def empty(length: int, code: str, device: str) -> torch.Tensor:
-    """A new flat tensor, uninitialised."""
-    return torch.empty(length, dtype=native(code), device=device)
+def zeros(length: int, code: str, device: str) -> torch.Tensor:
+    """A new flat tensor."""
+    return torch.zeros(length, dtype=native(code), device=device)
+
+
+def alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor object of the same memory."""
+    return tensor.detach()
 
 
 def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
@@ -126,17 +140,6 @@ def view(
     return flat.as_strided(shape, strides, offset)
 
 
-def _named(name: str, tensor: torch.Tensor) -> TensorSpec:
-    if torch.nn.parameter.is_lazy(tensor):
-        raise BridgeError(
-            f"{name} has no shape yet (a lazy module); run the model once before averaging it"
-        )
-    try:
-        return describe(tensor)
-    except (BridgeError, DTypeError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
 def written(tensors: Sequence[torch.Tensor]) -> None:
     """Tell autograd that these tensors were written, as torch's own in-place operations do."""
     try:
@@ -148,27 +151,25 @@ def written(tensors: Sequence[torch.Tensor]) -> None:
 def walk(container: Any) -> Leaves | None:
     """The parameters and buffers of a module; None for anything else.
 
-    A parameter that does not require a gradient is ``frozen``; tied ones are listed once.
+    A parameter that does not require a gradient is ``frozen``; a tied one has every name.
     """
     if not isinstance(container, torch.nn.Module):
         return None
     found: list[tuple[str, torch.Tensor, Role]] = [
         (name, parameter, "weight" if parameter.requires_grad else "frozen")
-        for name, parameter in container.named_parameters()
+        for name, parameter in container.named_parameters(remove_duplicate=False)
     ]
-    found += [(name, buffer, "buffer") for name, buffer in container.named_buffers()]
+    buffers = container.named_buffers(remove_duplicate=False)
+    found += [(name, buffer, "buffer") for name, buffer in buffers]
     plain = plain_names([name for name, _, _ in found])
-    items = [
-        Leaf(name, _named(name, tensor), role)
-        for name, (_, tensor, role) in zip(plain, found, strict=True)
-    ]
+    items: list[Leaf] = []
+    opaque: list[Opaque] = []
+    for name, (_, tensor, role) in zip(plain, found, strict=True):
+        try:
+            items.append(Leaf(name, named(name, describe, tensor), role))
+        except FastemaError as error:
+            opaque.append(Opaque(name, error, role))
     held: list[dict[str, Any]] = []
     for module in container.modules():
         held += (module._parameters, module._buffers, module._modules)
-    exchanges = {exchange(tensor) for _, tensor, _ in found}
-    return Leaves(
-        items,
-        describe,
-        exchange=exchanges.pop() if len(exchanges) == 1 else 0,
-        dicts=held,
-    )
+    return Leaves(items, describe, held, opaque)

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import Final
 
 from fastema.engine.registry import Kernel
@@ -44,13 +43,19 @@ class _Pool:
         self.executor: ThreadPoolExecutor | None = None
 
     def submit(self, helpers: int, task: Callable[..., None], *args: int) -> list[Future[None]]:
-        # At interpreter shutdown no thread can be started: the caller then does all the work.
+        """Start a task on helpers; fewer, or none, where no thread can be started."""
         futures: list[Future[None]] = []
-        with suppress(RuntimeError), self.lock:
+        with self.lock:
             if self.executor is None:
                 self.executor = ThreadPoolExecutor(self.threads - 1, "fastema")
-            # extend() keeps those started before one that could not be
-            futures.extend(self.executor.submit(task, *args) for _ in range(helpers))
+            try:
+                for _ in range(helpers):
+                    futures.append(self.executor.submit(task, *args))  # noqa: PERF401 (keeps those)
+            except RuntimeError:
+                # The last task was queued all the same, and its table may be gone when a thread
+                # takes it up: drop the queue. (At shutdown of the interpreter nothing was queued.)
+                self.executor.shutdown(wait=False, cancel_futures=True)
+                self.executor = None
         return futures
 
     def close(self) -> None:

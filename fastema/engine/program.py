@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.engine import cpu
+from fastema.engine.locks import lock
 from fastema.engine.registry import kernel
 from fastema.errors import DTypeError
 from fastema.kernels.table import SCALARS, WEIGHT
@@ -73,7 +73,7 @@ class Program:
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         self.completed = 0
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._scalars = np.zeros(SCALARS)
         self._launches: dict[tuple[tuple[str, str], ...], list[_Launch]] = {}
         kinds: dict[tuple[str, str, str, str], list[Pair]] = {}

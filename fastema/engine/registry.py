@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
 
+from fastema.engine.locks import lock
 from fastema.errors import DTypeError
 
 __all__ = ["Kernel", "kernel"]
@@ -26,7 +25,7 @@ _FACTORIES: Final = {
 """(device, operation) to the kernel module whose function of that name makes the kernels."""
 
 _made: dict[tuple[str, str, str, str, str], Any] = {}
-_making = threading.Lock()
+_making = lock()
 
 
 def kernel(device: str, operation: str, dst: str, src: str, layout: str) -> Kernel:
@@ -49,13 +48,3 @@ def kernel(device: str, operation: str, dst: str, src: str, layout: str) -> Kern
             _made[key] = factory(dst, src, layout)
         made: Kernel = _made[key]
         return made
-
-
-def _after_fork() -> None:
-    # Another thread of the parent may have held it.
-    global _making
-    _making = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

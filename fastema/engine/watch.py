@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.layout.spec import Leaves
+from fastema.errors import FastemaError
+from fastema.layout.spec import Leaf, Leaves
 
 __all__ = ["Watch", "watch"]
 
@@ -21,23 +23,44 @@ class Watch(Protocol):
         """Whether any tensor moved, changed shape or dtype, or was replaced."""
 
 
+def _members(container: Any) -> list[Any]:
+    """Keys and values of a mapping, or a list's elements."""
+    if isinstance(container, Mapping):
+        return [part for entry in container.items() for part in entry]
+    return list(container)
+
+
+class _Members:
+    """Containers whose members must stay the same objects."""
+
+    def __init__(self, containers: Sequence[Any]) -> None:
+        self._containers = containers
+        self._members = [_members(one) for one in containers]
+
+    def changed(self) -> bool:
+        for container, members in zip(self._containers, self._members, strict=True):
+            now = _members(container)
+            if len(now) != len(members) or not all(map(is_, now, members)):
+                return True
+        return False
+
+
 class _ByAttributes:
     """Describes every tensor again: about a microsecond each, for any framework."""
 
     def __init__(self, leaves: Leaves) -> None:
         self._leaves = leaves
-        self._entries = [list(held.items()) for held in leaves.dicts]
+        self._held = _Members(leaves.held)
 
     def changed(self) -> bool:
-        leaves = self._leaves
-        return any(
-            len(held) != len(entries)
-            or any(
-                key is not was or value is not object_was
-                for (key, value), (was, object_was) in zip(held.items(), entries, strict=True)
-            )
-            for held, entries in zip(leaves.dicts, self._entries, strict=True)
-        ) or any(leaves.describe(leaf.spec.owner) != leaf.spec for leaf in leaves.items)
+        return self._held.changed() or any(_moved(self._leaves, one) for one in self._leaves.items)
+
+
+def _moved(leaves: Leaves, leaf: Leaf) -> bool:
+    try:
+        return leaves.describe(leaf.spec.owner) != leaf.spec
+    except FastemaError:  # it cannot be described any more: whoever looks again says why
+        return True
 
 
 def _c_address(function: Any) -> int:
@@ -51,13 +74,15 @@ class _ByExchange:
         from fastema.kernels import cpu_watch
 
         self._check = cpu_watch.any_change
+        held = [one for one in leaves.held if type(one) is dict]
+        self._others = _Members([one for one in leaves.held if type(one) is not dict])
         scratch = np.zeros(cpu_watch.SCRATCH_WORDS, np.int64)
-        held_entries = [list(held.items()) for held in leaves.dicts]
+        held_entries = [list(one.items()) for one in held]
         firsts = np.cumsum([0, *map(len, held_entries)]).tolist()
         dicts = _table(
             [
-                (id(held), len(members), first)
-                for held, members, first in zip(leaves.dicts, held_entries, firsts, strict=False)
+                (id(one), len(members), first)
+                for one, members, first in zip(held, held_entries, firsts, strict=False)
             ],
             cpu_watch.DICT,
         )
@@ -73,7 +98,7 @@ class _ByExchange:
             *(dicts.ctypes.data, len(dicts), entries.ctypes.data),
             *(tensors.ctypes.data, len(tensors), dims.ctypes.data),
             _c_address(ctypes.pythonapi.PyDict_Next),
-            leaves.exchange,
+            leaves.items[0].spec.exchange,
             _c_address(ctypes.pythonapi.PyErr_Clear),
             scratch.ctypes.data,
         )
@@ -83,7 +108,7 @@ class _ByExchange:
         leaves: Leaves, scratch: NDArray[np.int64]
     ) -> tuple[list[tuple[int, ...]], NDArray[np.int64]]:
         prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)
-        describe = prototype(leaves.exchange)
+        describe = prototype(leaves.items[0].spec.exchange)
         rows: list[tuple[int, ...]] = []
         dims: list[int] = []
         for leaf in leaves.items:
@@ -96,7 +121,7 @@ class _ByExchange:
         return rows, np.array(dims, np.int64)
 
     def changed(self) -> bool:
-        return bool(self._check(*self._args))
+        return bool(self._check(*self._args)) or self._others.changed()
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> NDArray[np.int64]:
@@ -109,4 +134,8 @@ def watch(leaves: Leaves) -> Watch:
     They must be as ``leaves`` describes them. With an exchange function (torch from 2.10) the check
     costs about 40 nanoseconds per tensor.
     """
-    return _ByExchange(leaves) if leaves.exchange and leaves.items else _ByAttributes(leaves)
+    exchanges = {leaf.spec.exchange for leaf in leaves.items}
+    # The exchange function does not tell a conjugated view from a plain tensor.
+    plain = all(leaf.spec.kind.parts == 1 for leaf in leaves.items)
+    compiled = plain and len(exchanges) == 1 and 0 not in exchanges
+    return _ByExchange(leaves) if compiled else _ByAttributes(leaves)

@@ -61,10 +61,10 @@ def refuse_unwritable(name: str, spec: TensorSpec) -> None:
     """Refuse to write where the framework, or the strides, do not allow it."""
     if not spec.writable:
         raise LayoutError(f"{name}: {spec} is read-only; pass a writable copy")
-    if spec.size and any(n > 1 and s == 0 for n, s in zip(spec.shape, spec.strides, strict=True)):
+    if spec.overlaps_itself:
         raise LayoutError(
-            f"{name}: {spec} is expanded (stride 0), several indices share one element; "
-            "call .clone() or .contiguous() on it"
+            f"{name}: several indices of {spec} share one element (expanded, or strides "
+            f"{list(spec.strides)}); call .clone() or .contiguous() on it"
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastema.errors import FastemaError
 from fastema.layout.dtypes import DType, dtype
 
-__all__ = ["Leaf", "Leaves", "Role", "TensorSpec"]
+__all__ = ["Leaf", "Leaves", "Opaque", "Role", "TensorSpec"]
 
 Role = Literal["weight", "frozen", "buffer"]
 
@@ -32,6 +33,8 @@ class TensorSpec:
         Whether the framework allows writing.
     owner : object
         Keeps the memory alive; not compared.
+    exchange : int
+        Address of the owner's DLPack exchange function, 0 where it has none; not compared.
     """
 
     address: int
@@ -41,6 +44,7 @@ class TensorSpec:
     device: str
     writable: bool = True
     owner: Any = field(default=None, compare=False, repr=False)
+    exchange: int = field(default=0, compare=False, repr=False)
 
     @property
     def kind(self) -> DType:
@@ -72,6 +76,16 @@ class TensorSpec:
             expected *= extent
         return True
 
+    @property
+    def overlaps_itself(self) -> bool:
+        """Whether several indices may share an element: stride 0, or strides within each other."""
+        reach = 0
+        for extent, stride in reversed(self.axes()):
+            if abs(stride) <= reach:
+                return self.size > 0
+            reach += (extent - 1) * abs(stride)
+        return False
+
     def span(self) -> tuple[int, int]:
         """First byte and the byte after the last, whatever the strides; empty if no element."""
         if not self.size:
@@ -95,28 +109,47 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
+class Opaque:
+    """A named tensor that cannot be described, and why; no harm where it is skipped."""
+
+    name: str
+    error: FastemaError
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
 class Leaves:
     """All tensors of a container, and how to notice that they are no longer the same.
 
     Attributes
     ----------
     items : list of Leaf
-        In the container's order, every name once.
+        In the container's order. Tied weights of a module appear under every name.
     describe : callable
         ``owner -> TensorSpec``, as it is now.
-    exchange : int
-        Address of the owners' DLPack exchange function, 0 where they have none in common.
-    dicts : list of dict
-        Those through which the container holds its tensors; their entries must stay the same
-        objects in the same order.
+    held : list of containers
+        Dicts, mappings and lists through which the tensors are held; their entries must stay the
+        same objects in the same order.
+    opaque : list of Opaque
+        Tensors without a description.
     """
 
     items: Sequence[Leaf]
     describe: Callable[[Any], TensorSpec]
-    exchange: int = 0
-    dicts: Sequence[dict[Any, Any]] = ()
+    held: Sequence[Any] = ()
+    opaque: Sequence[Opaque] = ()
 
     @property
     def names(self) -> list[str]:
         """The names in order."""
         return [leaf.name for leaf in self.items]
+
+    def only(self, names: Container[str]) -> Leaves:
+        """The leaves of these names, in the same containers."""
+        kept = [leaf for leaf in self.items if leaf.name in names]
+        return Leaves(kept, self.describe, self.held)
+
+    def refuse_opaque(self) -> None:
+        """Raise what is wrong with the first tensor that cannot be described."""
+        for one in self.opaque:
+            raise one.error

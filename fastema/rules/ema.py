@@ -219,9 +219,9 @@ def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
     ArgumentError
         For an unknown rule or wrong parameters.
     """
-    values = dict(plain)
+    values = dict(plain) if isinstance(plain, Mapping) else {}
     name = values.pop("rule", None)
-    if name not in _RULES:
+    if not isinstance(name, str) or name not in _RULES:
         raise ArgumentError(f"unknown rule {name!r}; known are {', '.join(_RULES)}")
     try:
         rule: Rule = _RULES[name](**values)

@@ -89,6 +89,6 @@ class Schedule:
         """
         try:
             rule, every, start = plain["rule"], plain["update_every"], plain["start_after"]
-        except KeyError as missing:
-            raise ArgumentError(f"a schedule needs {missing}") from None
+        except (KeyError, TypeError, IndexError) as error:
+            raise ArgumentError(f"no description of a schedule: {error}") from None
         return cls(rule_from_dict(rule), every, start)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
+from fastema.engine.locks import rlock
 from fastema.engine.program import Program
 from fastema.errors import LayoutError, PrecisionWarning, StateError, listed
 from fastema.layout.dtypes import average_of
@@ -17,7 +17,6 @@ from fastema.layout.spec import Leaves
 from fastema.rules import Constant, Rule, Schedule
 from fastema.shadow.binding import Binding
 from fastema.shadow.entries import (
-    Entry,
     Policy,
     allocate,
     checked_policy,
@@ -143,37 +142,35 @@ class EMA:
         frozen = checked_policy(frozen, "frozen")
         buffers = checked_policy(buffers, "buffers")
         container = materialised(weights)
-        leaves = leaves_of(container)
-        selection = select(leaves, frozen, buffers)
-        entries = allocate(kinds(selection, dtype_of(shadow_dtype, leaves)))
+        selection = select(leaves_of(container), frozen, buffers)
+        entries = allocate(kinds(selection, dtype_of(shadow_dtype)))
         self._entries = {entry.name: entry for entry in entries}
-        self._aliases = selection.aliases
-        self._skipped = {leaf.name for leaf in selection.skipped}
+        self._names = selection.names
         self._num_updates = 0
-        self._lock = threading.RLock()
+        self._lock = rlock()
         self._swapped: Program | None = None
         self._spares: Spares | None = None
         self._home = container
-        self._binding = self._bound(container, leaves)
+        self._binding = Binding(container, self._entries, self._names)
         self._binding.program.run(FOLLOW)
         self.shadow = Shadow(self)
         self._warn_of_stalls()
 
     # -- the weights ------------------------------------------------------------------------------
 
-    def _bound(self, container: Any, leaves: Leaves) -> Binding:
-        return Binding(container, leaves, self._entries, self._aliases, self._skipped)
-
     def _current(self, model: Any) -> Binding:
         """The binding to a model's memory as it is now; all checks, nothing written."""
         container = self._home if model is None else materialised(model)
-        if not self._binding.holds(container) or self._binding.changed():
-            self._binding = self._bound(container, leaves_of(container))
+        binding = self._binding
+        if binding.lenient or not binding.holds(container) or binding.changed():
+            self._binding = Binding(container, self._entries, self._names)
         return self._binding
 
     def _warn_of_stalls(self) -> None:
         narrow = {e.spec.dtype for e in self._entries.values() if e.averaged} & {"bf16", "f16"}
-        if narrow and self._schedule.weight(self._schedule.start_after + 10**6) < 2**-7:
+        schedule = self._schedule
+        in_the_long_run = 1.0 - schedule.rule.decay(10**6) ** schedule.update_every
+        if narrow and in_the_long_run < 2**-7:
             warnings.warn(
                 f"a {' and '.join(sorted(narrow))} average with decay {self.decay} loses most "
                 "updates to rounding; pass shadow_dtype='float32'",
@@ -311,7 +308,7 @@ class EMA:
                 raise StateError(
                     "restore() without apply_shadow(): the model holds its own weights"
                 )
-            program = self._restoring(model)
+            program = self._applied_program(model)
             finished = program.completed + 1
             try:
                 program.run(RESTORE)
@@ -320,14 +317,22 @@ class EMA:
                     self._swapped = self._spares = None
                     self._binding.written()
 
-    def _restoring(self, model: Any) -> Program:
+    def _applied_program(self, model: Any = None) -> Program:
         """The program that takes the average back, rebuilt if the model moved meanwhile."""
-        before = self._binding
-        assert self._swapped is not None
-        container = before.container if model is None else materialised(model)
-        if before.holds(container) and not before.changed():
-            return self._swapped
-        binding = self._bound(container, leaves_of(container))
+        before, program = self._binding, self._swapped
+        assert program is not None
+        if model is not None:
+            container = materialised(model)
+            if not before.holds(container) and not before.same_memory(
+                Binding(container, self._entries, self._names, lenient=True)
+            ):
+                raise StateError(
+                    "the average is applied to another model; restore() without an argument takes "
+                    "it back from there"
+                )
+        if not before.changed():
+            return program
+        binding = Binding(before.container, self._entries, self._names, lenient=True)
         was = {pair.name: pair.src.dtype for pair, _ in before.pairs}
         problems = [
             f"{pair.name!r} was {was[pair.name]} and is {pair.src.dtype}"
@@ -340,7 +345,9 @@ class EMA:
                 + listed(problems)
                 + "\nChange it back, then restore()."
             )
-        program = binding.program if self._spares is None else self._spares.program(binding.tagged)
+        program = binding.program
+        if self._spares is not None:
+            program = self._spares.program(binding.tagged)
         program.prepare(RESTORE)
         self._binding, self._swapped = binding, program
         return program
@@ -359,9 +366,9 @@ class EMA:
         StateError
             If the average is applied already.
         """
-        outside = (
-            self.applied
-        )  # an outer block's: apply_shadow() refuses, and it is not ours to end
+        # An outer block's average is not ours to take back: apply_shadow() refuses.
+        model = None if model is None else materialised(model)
+        outside = self.applied
         try:
             self.apply_shadow(model)
             yield
@@ -387,21 +394,10 @@ class EMA:
         with self._lock:
             self._refuse_applied("copy_to")
             self._follow()
-            leaves = leaves_of(materialised(model))
-            found = {leaf.name: leaf.spec for leaf in leaves.items}
-            missing = [f"{name!r} is missing" for name in self._entries if name not in found]
-            if missing:
-                raise LayoutError("the model lacks tensors of the average:\n" + listed(missing))
-            pairs = [Pair(name, found[name], e.spec) for name, e in self._entries.items()]
-            pairs += [
-                Pair(name, found[name], self._entries[kept].spec)
-                for name, kept in self._aliases.items()
-                if name in found
-            ]
+            pairs = unique(self._pairs_to(leaves_of(materialised(model))))
             for pair in pairs:
                 check_pair(pair)
                 refuse_unwritable(pair.name, pair.dst)
-            pairs = unique(pairs)
             refuse_overlap(
                 [(pair.name, pair.dst) for pair in pairs],
                 [(f"average of {pair.name}", pair.src) for pair in pairs],
@@ -410,16 +406,38 @@ class EMA:
             for tell, arrays in written(pair.dst.owner for pair in pairs):
                 tell(arrays)
 
+    def _pairs_to(self, leaves: Leaves) -> list[Pair]:
+        """Every name of the average, with what it is written to."""
+        found = {leaf.name: leaf for leaf in leaves.items}
+        names = {name: name for name in self._entries} | {
+            name: kept for name, kept in self._names.aliases.items() if name in found
+        }
+        for one in leaves.opaque:
+            if one.name in names:
+                raise one.error
+        problems = [f"{name!r} is missing" for name in names if name not in found]
+        problems += [
+            f"{leaf.name!r} is trained and has no average"
+            for leaf in leaves.items
+            if leaf.role == "weight" and leaf.name not in {*names, *self._names.skipped}
+        ]
+        if problems:
+            raise LayoutError("the model does not match the average:\n" + listed(problems))
+        return [
+            Pair(name, found[name].spec, self._entries[kept].spec) for name, kept in names.items()
+        ]
+
     # -- the average ------------------------------------------------------------------------------
 
     def _tensor(self, name: str) -> Any:
         with self._lock:
-            name = self._aliases.get(name, name)
+            name = self._names.aliases.get(name, name)
             entry = self._entries[name]
             if self._swapped is not None:
+                self._applied_program()
                 return recovered(*self._binding.pair(name))
             self._follow()
-            return entry.shadow
+            return bridge_of(entry.shadow).alias(entry.shadow)
 
     def to(self, device: str | None = None, dtype: Any = None) -> EMA:
         """Move the average to a device, or change the dtype of its averaged tensors; returns it.
@@ -438,7 +456,7 @@ class EMA:
         """
         with self._lock:
             self._refuse_applied("to")
-            wanted = dtype_of(dtype, leaves_of([e.shadow for e in self._entries.values()]))
+            wanted = dtype_of(dtype)
             moved = []
             for entry in self._entries.values():
                 bridge = bridge_of(entry.shadow)
@@ -451,24 +469,37 @@ class EMA:
                 for entry, (_, _, like, _) in zip(entries, moved, strict=True)
             ]
             Program({"all": pairs}).run({"all": "copy"})
-            self._replace_entries(entries)
+            named = {entry.name: entry for entry in entries}
+            self._binding = Binding(self._binding.container, named, self._names)
+            self._entries = named
             return self
 
-    def _replace_entries(self, entries: list[Entry]) -> None:
-        container = self._binding.container
-        self._entries = {entry.name: entry for entry in entries}
-        self._binding = self._bound(container, leaves_of(container))
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """What is needed to go on: counters, schedule, and the averaged tensors by name.
 
-        Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. The tensors share
-        the average's memory, as those of a module's state dict do; while the average is applied
-        they are copies of it, so that a checkpoint never holds the raw weights in its place.
+        Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. It holds the
+        average also while that is applied to the model, never the raw weights in its place.
+
+        Parameters
+        ----------
+        copy : bool
+            False saves the memory of a copy: the tensors are then the average's own, to be written
+            out before anything else is called (while the average is applied they are copies).
         """
         with self._lock:
-            tensors = {name: self._tensor(name) for name in self._entries}
+            if copy and self._swapped is None:
+                self._follow()
+                tensors = self._copies()
+            else:
+                tensors = {name: self._tensor(name) for name in self._entries}
             return pack(type(self).__name__, self._num_updates, self._schedule, tensors)
+
+    def _copies(self) -> dict[str, Any]:
+        entries = self._entries.values()
+        copies = allocate([(e.name, e.averaged, e.spec, e.spec.kind) for e in entries])
+        pairs = [Pair(c.name, c.spec, e.spec) for c, e in zip(copies, entries, strict=True)]
+        Program({"all": pairs}).run({"all": "copy"})
+        return {entry.name: entry.shadow for entry in copies}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved average: a run goes on to the bit as if it had not been interrupted.
@@ -490,7 +521,7 @@ class EMA:
         with self._lock:
             self._refuse_applied("load_state_dict")
             expected = {name: entry.spec for name, entry in self._entries.items()}
-            saved = unpack(state, type(self).__name__, expected)
+            saved = unpack(state, type(self).__name__, self._schedule, expected)
             arrays = {
                 name: bridge_of(array).transfer(array, expected[name].device)
                 for name, array in saved.tensors.items()

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fastema.bridges.registry import written
+from fastema.bridges.registry import leaves_of, written
 from fastema.engine.program import Program
 from fastema.engine.watch import watch
 from fastema.errors import LayoutError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaf, Leaves
-from fastema.shadow.entries import Entry
+from fastema.shadow.entries import Entry, Names
 from fastema.shadow.exchange import tag_of, tagged
 
 __all__ = ["Binding"]
 
 
-def _mismatches(
-    leaves: Leaves, entries: Mapping[str, Entry], aliases: Mapping[str, str], skipped: set[str]
-) -> list[str]:
-    found = {leaf.name: leaf for leaf in leaves.items}
+def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> list[str]:
     problems = [f"{name!r} is gone from the model" for name in entries if name not in found]
-    for name, leaf in found.items():
-        if name in entries:
-            expected = entries[name].spec.shape
-            if leaf.spec.shape != expected:
-                problems.append(f"{name!r} is now {list(leaf.spec.shape)}, was {list(expected)}")
-        elif name in aliases:
-            if aliases[name] in found and leaf.spec != found[aliases[name]].spec:
-                problems.append(f"{name!r} was tied to {aliases[name]!r} and no longer is")
-        elif name not in skipped:
-            problems.append(f"{name!r} is new in the model")
-        elif leaf.role == "weight":
-            problems.append(f"{name!r} is trained now but was frozen when the average was built")
+    for name, entry in entries.items():
+        if name in found and found[name].spec.shape != entry.spec.shape:
+            now, was = list(found[name].spec.shape), list(entry.spec.shape)
+            problems.append(f"{name!r} is now {now}, was {was}")
     return problems
+
+
+def _untied(found: Mapping[str, Leaf], aliases: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name!r} was tied to {kept!r} and no longer is"
+        for name, kept in aliases.items()
+        if name in found and kept in found and found[name].spec != found[kept].spec
+    ]
+
+
+def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[str]:
+    known = {*entries, *names.aliases, *names.skipped}
+    present = [*leaves.names, *(one.name for one in leaves.opaque)]
+    problems = [f"{name!r} is new in the model" for name in present if name not in known]
+    frozen = {*names.skipped, *names.frozen}
+    return problems + [
+        f"{leaf.name!r} is trained now but was frozen when the average was built"
+        for leaf in leaves.items
+        if leaf.role == "weight" and leaf.name in frozen
+    ]
 
 
 class Binding:
@@ -42,27 +51,39 @@ class Binding:
 
     Parameters
     ----------
-    container : module, list, tuple or dict
+    container : module, list, tuple or mapping
         Holds the weights.
     entries : mapping of name to Entry
         The average.
-    aliases, skipped : see :class:`~fastema.shadow.entries.Selection`
+    names : Names
+        What became of the other names when the average was built.
+    lenient : bool
+        Accept tensors that are new or unfrozen: to take back an average that was applied before.
 
     Raises
     ------
     LayoutError
         Naming every tensor that was added, removed, renamed, reshaped, untied, or unfrozen.
+    BridgeError, DTypeError
+        For a tensor of the average that cannot be described any more.
     """
 
     def __init__(
         self,
         container: Any,
-        leaves: Leaves,
         entries: Mapping[str, Entry],
-        aliases: Mapping[str, str],
-        skipped: set[str],
+        names: Names,
+        *,
+        lenient: bool = False,
     ) -> None:
-        problems = _mismatches(leaves, entries, aliases, skipped)
+        leaves = leaves_of(container)
+        for one in leaves.opaque:
+            if one.name in entries:
+                raise one.error
+        found = {leaf.name: leaf for leaf in leaves.items}
+        problems = _gone_or_reshaped(found, entries) + _untied(found, names.aliases)
+        if not lenient:
+            problems += _new_or_unfrozen(leaves, entries, names)
         if problems:
             raise LayoutError(
                 "the model no longer matches the average:\n"
@@ -70,9 +91,9 @@ class Binding:
                 + "\nBuild a new average for the changed model."
             )
         self.container = container
-        held = {leaf.name: leaf for leaf in leaves.items if leaf.name in entries}
+        self.lenient = lenient
         self.pairs = [
-            (Pair(name, entry.spec, held[name].spec), entry.averaged)
+            (Pair(name, entry.spec, found[name].spec), entry.averaged)
             for name, entry in entries.items()
         ]
         for pair, _ in self.pairs:
@@ -86,8 +107,13 @@ class Binding:
         self.program = Program(self.tagged)
         self._written = written(pair.src.owner for pair, _ in self.pairs)
         self._owners = [leaf.spec.owner for leaf in leaves.items]
-        self._skipped = [leaf for leaf in leaves.items if leaf.name in skipped]
-        self._watch = watch(leaves)
+        self._watch = watch(leaves.only({*entries, *names.aliases}))
+        frozen = {*names.skipped, *names.frozen}
+        self._frozen = [
+            leaf.spec.owner
+            for leaf in leaves.items
+            if leaf.name in frozen and leaf.role == "frozen"
+        ]
 
     def pair(self, name: str) -> tuple[str, Pair]:
         """A tensor's pair, with its tag."""
@@ -107,6 +133,10 @@ class Binding:
             and all(one is other for one, other in zip(container, self._owners, strict=True))
         )
 
+    def same_memory(self, other: Binding) -> bool:
+        """Whether another container's weights are these."""
+        return [pair.src for pair, _ in self.pairs] == [pair.src for pair, _ in other.pairs]
+
     def written(self) -> None:
         """Tell the weights' framework that they were written."""
         for tell, arrays in self._written:
@@ -114,11 +144,4 @@ class Binding:
 
     def changed(self) -> bool:
         """Whether the model's tensors are no longer where they were, or one was unfrozen."""
-        return self._watch.changed() or _any_unfrozen(self._skipped)
-
-
-def _any_unfrozen(skipped: Sequence[Leaf]) -> bool:
-    return any(
-        leaf.role == "frozen" and getattr(leaf.spec.owner, "requires_grad", False)
-        for leaf in skipped
-    )
+        return self._watch.changed() or any(one.requires_grad for one in self._frozen)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from fastema.bridges.registry import bridge_of, describe
+from fastema.bridges.registry import bridge_of, describe, dtype_code
 from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.flat import dense_strides, place
 from fastema.layout.group import refuse_overlap, refuse_unwritable
-from fastema.layout.spec import Leaf, Leaves, TensorSpec
+from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
 
-__all__ = ["Entry", "Policy", "Selection", "allocate", "checked_policy", "dtype_of", "select"]
+__all__ = [
+    "Entry",
+    "Names",
+    "Policy",
+    "Selection",
+    "allocate",
+    "checked_policy",
+    "dtype_of",
+    "kinds",
+    "select",
+]
 
 Policy = Literal["average", "copy", "skip"]
 
@@ -25,15 +35,11 @@ def checked_policy(value: Any, name: str) -> Policy:
     return value  # type: ignore[no-any-return]
 
 
-def dtype_of(value: Any, leaves: Leaves) -> DType | None:
+def dtype_of(value: Any) -> DType | None:
     """The dtype a user named: None, a name such as ``"float32"``, or a framework's own object."""
     if value is None:
         return None
-    if isinstance(value, str):
-        return parse(value)
-    for leaf in leaves.items:
-        return parse(bridge_of(leaf.spec.owner).code(value))
-    return None
+    return parse(value if isinstance(value, str) else dtype_code(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +57,30 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """Which leaves an average holds.
+class Names:
+    """What became of the names that are not averaged under their own.
 
     Attributes
     ----------
-    averaged, copied, skipped : list of Leaf
-        By policy.
+    skipped : set of str
+        What is left out.
+    frozen : set of str
+        What is copied because it is frozen.
     aliases : dict of str to str
         Further names of the same memory (tied weights), to the name that is kept.
     """
 
-    averaged: list[Leaf]
-    copied: list[Leaf]
-    skipped: list[Leaf]
+    skipped: set[str]
+    frozen: set[str]
     aliases: dict[str, str]
 
 
-def _policy(leaf: Leaf, frozen: Policy, buffers: Policy) -> Policy:
-    chosen: Policy = {"weight": "average", "frozen": frozen, "buffer": buffers}[leaf.role]
-    exact = leaf.spec.kind.real is None
-    return "copy" if chosen == "average" and exact else chosen
+class Selection(NamedTuple):
+    """Which leaves an average holds: by policy, each memory once."""
+
+    averaged: list[Leaf]
+    copied: list[Leaf]
+    names: Names
 
 
 def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
@@ -82,33 +91,50 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
     LayoutError
         If nothing is left to average, or a tensor cannot be swapped: expanded, read-only, or
         partly sharing memory with another.
+    BridgeError, DTypeError
+        For a tensor that cannot be described and is not skipped.
     """
-    by_policy: dict[Policy, list[Leaf]] = {"average": [], "copy": [], "skip": []}
+    policies: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
+    for one in leaves.opaque:
+        if policies[one.role] != "skip":
+            raise one.error
+    skipped = {one.name for one in leaves.opaque}
+    skipped |= {leaf.name for leaf in leaves.items if policies[leaf.role] == "skip"}
+    held = [leaf for leaf in leaves.items if leaf.name not in skipped]
+    averages = {
+        leaf.name
+        for leaf in held
+        if policies[leaf.role] == "average" and leaf.spec.kind.real is not None
+    }
+    # Of several names of one memory, one that is averaged is kept.
     first: dict[TensorSpec, str] = {}
-    aliases: dict[str, str] = {}
-    for leaf in leaves.items:
-        policy = _policy(leaf, frozen, buffers)
-        if policy != "skip" and leaf.spec.size:
-            kept = first.setdefault(leaf.spec, leaf.name)
-            if kept != leaf.name:
-                aliases[leaf.name] = kept
-                continue
-        by_policy[policy].append(leaf)
-    if not by_policy["average"]:
+    for leaf in sorted(held, key=lambda leaf: leaf.name not in averages):
+        if leaf.spec.size:
+            first.setdefault(leaf.spec, leaf.name)
+    aliases = {
+        leaf.name: first[leaf.spec]
+        for leaf in held
+        if leaf.spec.size and first[leaf.spec] != leaf.name
+    }
+    held = [leaf for leaf in held if leaf.name not in aliases]
+    averaged = [leaf for leaf in held if leaf.name in averages]
+    copied = [leaf for leaf in held if leaf.name not in averages]
+    if not averaged:
+        count = len(leaves.items) + len(leaves.opaque)
         raise LayoutError(
             "nothing to average: "
             + (
-                f"all {len(leaves.items)} tensors are frozen, buffers or integers; "
-                "pass frozen='average' to average parameters that need no gradient"
-                if leaves.items
+                f"all {count} tensors are frozen, buffers or integers; pass frozen='average' to "
+                "average parameters that need no gradient"
+                if count
                 else "the container holds no tensors"
             )
         )
-    held = by_policy["average"] + by_policy["copy"]
     for leaf in held:
         refuse_unwritable(leaf.name, leaf.spec)
     refuse_overlap([(leaf.name, leaf.spec) for leaf in held])
-    return Selection(by_policy["average"], by_policy["copy"], by_policy["skip"], aliases)
+    still = {leaf.name for leaf in copied if leaf.role == "frozen"}
+    return Selection(averaged, copied, Names(skipped, still, aliases))
 
 
 def allocate(wanted: Iterable[tuple[str, bool, TensorSpec, DType]]) -> list[Entry]:
@@ -127,7 +153,7 @@ def allocate(wanted: Iterable[tuple[str, bool, TensorSpec, DType]]) -> list[Entr
         bridge = bridge_of(wanted[members[0]][2].owner)
         itemsize = wanted[members[0]][3].itemsize
         placed = place([wanted[i][2].size for i in members], itemsize)
-        flat = bridge.empty(placed.length, code, device)
+        flat = bridge.zeros(placed.length, code, device)
         for i, offset in zip(members, placed.offsets, strict=True):
             name, averaged, like, _ = wanted[i]
             view = bridge.view(flat, offset, like.shape, dense_strides(like))

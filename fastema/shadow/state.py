@@ -76,8 +76,13 @@ def _body(expected: Mapping[str, TensorSpec], tensors: Mapping[str, Any]) -> lis
     return problems
 
 
-def unpack(state: Any, kind: str, expected: Mapping[str, TensorSpec]) -> Saved:
-    """A state dict's contents, if every part fits.
+def _schedule(plain: Any, own: Schedule) -> Schedule:
+    # A rule of the user's own cannot be rebuilt from its description, but recognised by it.
+    return own if plain == own.to_dict() else Schedule.from_dict(plain)
+
+
+def unpack(state: Any, kind: str, own: Schedule, expected: Mapping[str, TensorSpec]) -> Saved:
+    """A state dict's contents, if every part fits an average with this schedule and tensors.
 
     Raises
     ------
@@ -88,10 +93,12 @@ def unpack(state: Any, kind: str, expected: Mapping[str, TensorSpec]) -> Saved:
     schedule = tensors = None
     if not problems:
         try:
-            schedule = Schedule.from_dict(state["schedule"])
-        except (ArgumentError, KeyError, TypeError) as error:
+            schedule = _schedule(state.get("schedule"), own)
+        except ArgumentError as error:
             problems.append(f"schedule: {error}")
-        names = plain_names(list(state["shadow"]))
+        names = list(state["shadow"])
+        if set(names) != set(expected):
+            names = plain_names(names)
         tensors = dict(zip(names, state["shadow"].values(), strict=True))
         problems += _body(expected, tensors)
     if problems or schedule is None or tensors is None:

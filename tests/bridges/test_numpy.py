@@ -78,7 +78,7 @@ def test_description_of_where_an_array_lies(array: np.ndarray) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_new_arrays_and_views(code: str, numbers: Callable[..., np.ndarray]) -> None:
-    flat = bridge.empty(40, code, "cpu")
+    flat = bridge.zeros(40, code, "cpu")
     flat[:] = numbers(40, code, 1)
     assert bridge.owns(flat)
     view = bridge.view(flat, 3, (4, 5), (1, 4))
@@ -112,4 +112,4 @@ def test_what_belongs_to_the_bridge() -> None:
     for other in (1.5, [1.0], np.float32(1.0), memoryview(b"ab")):
         assert not bridge.owns(other)
     assert bridge.walk(np.ones(2)) is None
-    assert bridge.exchange(np.ones(2)) == 0
+    assert bridge.describe(np.ones(2)).exchange == 0

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 
 from fastema.bridges import numpy as numpy_bridge
-from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
-from fastema.errors import BridgeError, DTypeError, FastemaError
+from fastema.bridges.registry import (
+    bridge_of,
+    describe,
+    dtype_code,
+    leaves_of,
+    materialised,
+    written,
+)
+from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError
 
 ONE, TWO, THREE = np.ones(2), np.ones(3, np.float32), np.array(2.5)
 
@@ -80,6 +87,14 @@ def test_what_cannot_be_used_is_named(case: str, wrap: Callable[[Any], Any], nam
         leaves_of(wrap(make()))
 
 
+def test_dtypes_of_any_framework() -> None:
+    assert dtype_code(np.float16) == "f16"
+    assert dtype_code(np.dtype("c16")) == "c128"
+    for wrong in (3, "no such dtype", object(), np.dtype("O")):
+        with pytest.raises(ArgumentError, match="dtype="):
+            dtype_code(wrong)
+
+
 def test_iterators_are_kept_as_lists() -> None:
     kept = materialised(iter([ONE, TWO]))
     assert isinstance(kept, list)
@@ -116,5 +131,5 @@ def test_frameworks_may_be_mixed() -> None:
     tensor = torch.ones(3)
     leaves = leaves_of({"n": ONE, "t": tensor})
     assert [leaf.spec.address for leaf in leaves.items] == [ONE.ctypes.data, tensor.data_ptr()]
-    assert leaves.exchange == 0
-    assert leaves_of([tensor]).exchange == leaves_of([torch.nn.Parameter(tensor)]).exchange
+    assert leaves.items[0].spec.exchange == 0
+    assert leaves.items[1].spec.exchange == describe(torch.nn.Parameter(tensor)).exchange

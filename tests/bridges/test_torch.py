@@ -70,6 +70,7 @@ UNUSABLE = {
     "negative": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
     "freed": _freed,
+    "unaligned": lambda: torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1),
 }
 
 
@@ -92,7 +93,7 @@ def test_fake_tensors_are_refused() -> None:
 
 @pytest.mark.parametrize("code", DTYPES)
 def test_new_tensors_and_views(code: str) -> None:
-    flat = bridge.empty(40, code, "cpu")
+    flat = bridge.zeros(40, code, "cpu")
     assert bridge.owns(flat)
     assert flat.dtype == bridge.native(code)
     flat.copy_(torch.arange(1, 41))
@@ -141,10 +142,13 @@ def test_walk_of_a_module() -> None:
     assert bridge.walk(named) is None
 
 
-def test_tied_parameters_are_listed_once() -> None:
+def test_tied_parameters_have_every_name() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight
-    assert bridge.walk(net).names == ["0.weight", "0.bias", "1.bias"]
+    leaves = bridge.walk(net)
+    assert leaves.names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    specs = {leaf.name: leaf.spec for leaf in leaves.items}
+    assert specs["0.weight"] == specs["1.weight"]
 
 
 def test_wrappers_do_not_show_in_names() -> None:
@@ -156,21 +160,43 @@ def test_wrappers_do_not_show_in_names() -> None:
     assert bridge.walk(Wrapper(network())).names == bridge.walk(network()).names
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
-@pytest.mark.parametrize(
-    ("make", "name", "message"),
-    [
-        (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight", "no shape yet"),
-        (lambda: nn.Sequential(nn.Linear(2, 2, device="meta")), "0.weight", "no plain memory"),
-    ],
-)
-def test_tensors_of_a_module_are_refused_by_name(make: Any, name: str, message: str) -> None:
-    with pytest.raises(BridgeError, match=f"{name}.*{message}"):
-        bridge.walk(make())
-
-
-def test_dtypes_of_a_module_are_refused_by_name() -> None:
+def _small() -> Any:
     net = network()
     net.register_buffer("scale", torch.ones(3).to(torch.float8_e5m2))
-    with pytest.raises(DTypeError, match=r"scale.*float8_e5m2"):
-        bridge.walk(net)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize(
+    ("make", "name", "error", "message"),
+    [
+        (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight", BridgeError, "no shape yet"),
+        (lambda: nn.Linear(2, 2, device="meta"), "weight", BridgeError, "no plain memory"),
+        (_small, "scale", DTypeError, "float8_e5m2"),
+    ],
+    ids=["lazy", "meta", "float8"],
+)
+def test_tensors_of_a_module_that_cannot_be_used(
+    make: Any, name: str, error: type[Exception], message: str
+) -> None:
+    # A container may hold them where nobody asks for them; who does is told which one it is.
+    leaves = bridge.walk(make())
+    opaque = {one.name: one for one in leaves.opaque}
+    assert name not in leaves.names
+    assert isinstance(opaque[name].error, error)
+    with pytest.raises(error, match=f"{name}.*{message}"):
+        leaves.refuse_opaque()
+
+
+def test_an_alias_shares_memory() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    other = bridge.alias(parameter)
+    assert other is not parameter
+    assert bridge.describe(other) == bridge.describe(parameter)
+
+
+def test_tensors_beyond_their_storage_are_refused() -> None:
+    tensor = torch.ones(30)
+    tensor.untyped_storage().resize_(64)
+    with pytest.raises(BridgeError, match="memory"):
+        bridge.describe(tensor)

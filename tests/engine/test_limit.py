@@ -7,6 +7,8 @@ import pytest
 
 from fastema.engine.limit import ReadReadWrite, StreamCopy
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SIZES = [1, 1000, 6 << 20]
 
 

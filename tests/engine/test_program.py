@@ -28,6 +28,8 @@ PAIR_IDS = ["-".join(pair) for pair in PAIRS]
 SIZES = [0, 1, 65, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 W = 0.125
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 Check = Callable[..., None]
 Make = Callable[..., np.ndarray]
 

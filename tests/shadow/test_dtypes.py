@@ -91,9 +91,11 @@ def test_one_average_of_many_dtypes() -> None:
     assert torch.equal(ema.shadow["count"], params["count"])
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool]
-)
+SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", [*SIGNED, *UNSIGNED])
 def test_integers_and_booleans_are_copied_exactly(dtype: torch.dtype) -> None:
     params = {"w": torch.randn(5), "n": torch.randint(0, 2, (333,)).to(dtype)}
     ema = fastema.EMA(params, 0.999, shadow_dtype=torch.float64)

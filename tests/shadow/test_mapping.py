@@ -1,4 +1,4 @@
-"""``ema.shadow``: a read-only mapping; nothing done to it or its tensors' shells loses an average."""
+"""``ema.shadow`` is a read-only mapping, and its tensors are no way to lose the average."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def trained(tensor: torch.Tensor) -> None:
     tensor.requires_grad_(True)
 
 
-@pytest.mark.parametrize(
-    "change", [exchanged, reset, flattened, transposed, narrowed, trained]
-)
+@pytest.mark.parametrize("change", [exchanged, reset, flattened, transposed, narrowed, trained])
 def test_what_is_done_to_a_tensor_it_handed_out_is_not_done_to_the_average(
     change: Callable[[torch.Tensor], object],
 ) -> None:

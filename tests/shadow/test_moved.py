@@ -36,7 +36,7 @@ pytestmark = pytest.mark.torch
 def kind_of_watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch tensors are watched through DLPack; frameworks without it by their attributes."""
     if request.param == "attributes":
-        monkeypatch.setattr("fastema.bridges.torch.exchange", lambda tensor: 0)
+        monkeypatch.setattr("fastema.bridges.torch.exchange_address", lambda tensor: 0)
 
 
 # -- ways of moving: each takes a model and returns the tensors that it no longer uses -------------

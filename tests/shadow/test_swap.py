@@ -21,7 +21,6 @@ from .weights import (  # noqa: E402
     poison_,
     refresh_,
     snapshot,
-    values,
 )
 
 pytestmark = pytest.mark.torch
@@ -311,20 +310,6 @@ def test_a_generator_of_parameters_swaps_and_comes_back() -> None:
     ema.restore(model.parameters())
     assert_bits(model, raw)
     assert_bits(dict(ema.shadow), average)
-
-
-def test_copy_to_writes_the_average_and_keeps_nothing() -> None:
-    model, ema = ready("bf16", "f32")
-    raw, average = snapshot(model), values(dict(ema.shadow))
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        other = net(5, dtype)
-        ema.copy_to(other)
-        for name, tensor in values(other).items():
-            assert torch.equal(tensor, average[name].to(tensor.dtype)), name
-    assert_bits(dict(ema.shadow), snapshot(average))
-    assert_bits(model, raw)
-    ema.copy_to(model)
-    assert torch.equal(model.head.weight, average["head.weight"].bfloat16())
 
 
 def test_swapping_between_updates_changes_nothing_later() -> None:

@@ -1,4 +1,4 @@
-"""The update: schedules against float64 loops, counters, and what is seen before an average begins."""
+"""The update: schedules against float64 loops, counters, what is seen before the average begins."""
 
 from __future__ import annotations
 

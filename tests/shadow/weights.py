@@ -81,7 +81,8 @@ def poison_(tensors: Iterable[Tensor]) -> None:
 
 def bits(tensor: Tensor) -> Tensor:
     """A copy of a tensor's bytes, in the order of its indices."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return copied.reshape(-1).view(torch.uint8)
 
 
 def snapshot(weights: Any) -> dict[str, Tensor]:
@@ -113,7 +114,7 @@ def assert_average(
     weight: float,
     copied: Collection[str] = BUFFERS,
 ) -> None:
-    """Tensors are ``old + weight * (new - old)`` within a few roundings, copied ones are ``new``."""
+    """Tensors are ``old + weight * (new - old)`` within a few roundings, or copies of ``new``."""
     for name, tensor in ema.shadow.items():
         if name in copied or not tensor.is_floating_point():
             assert torch.equal(tensor, new[name].to(tensor.dtype)), f"{name} is no copy"

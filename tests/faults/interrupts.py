@@ -1,0 +1,108 @@
+"""KeyboardInterrupt at chosen moments: at every place where Python may deliver it, or by a timer.
+
+Python runs signal handlers at certain instructions only: when a function begins, after a call, and
+at the end of a loop's round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import itertools
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import fastema
+
+OURS = str(Path(fastema.__file__).parent)
+ALSO = contextlib.__file__  # what makes a generator a context manager
+CHECKED_AFTER = ("CALL", "RESUME")
+NEAR_THE_ENDS = 200
+
+
+@functools.cache
+def places(code: CodeType) -> frozenset[int]:
+    """Offsets of a function's instructions before which a signal handler may run."""
+    instructions = list(dis.get_instructions(code))
+    found = {instructions[0].offset}
+    for one, following in itertools.pairwise(instructions):
+        if one.opname.startswith(CHECKED_AFTER):
+            found.add(following.offset)
+        target = one.argval if one.opcode in dis.hasjrel or one.opcode in dis.hasjabs else None
+        if target is not None and target <= one.offset:
+            found.add(target)
+    return frozenset(found)
+
+
+class At:
+    """A tracer that raises KeyboardInterrupt at the k-th place it comes to."""
+
+    def __init__(self, k: int) -> None:
+        self.left = k
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        if not (name.startswith(OURS) or name == ALSO):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and frame.f_lasti in places(frame.f_code):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted(k: int, call: Callable[[], object]) -> int:
+    """Interrupt a call at its k-th place; return how many places it fell short of that."""
+    before = sys.gettrace()
+    tracer = At(k)
+    sys.settrace(tracer)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return tracer.left
+
+
+def count(call: Callable[[], object]) -> int:
+    """How many places a call comes to, negative."""
+    return interrupted(0, call)
+
+
+def every_place(call: Callable[[], object], check: Callable[[], object]) -> None:
+    """Interrupt a call everywhere; of a long one's middle, at every tenth place."""
+    many = -count(call)
+    check()
+    assert many > 20
+    for k in range(1, many + 1):
+        if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % 10 == 0:
+            interrupted(k, call)
+            check()
+
+
+def rung_during(seconds: float, call: Callable[[], object]) -> bool:
+    """Whether a timer rang, as KeyboardInterrupt in this thread, before the call was over."""
+    armed = [True]
+
+    def ring(*_: object) -> None:
+        if armed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        call()
+        armed.clear()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return False

@@ -1,0 +1,122 @@
+"""The interpreter shuts down cleanly whatever is still being updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+PREAMBLE = """
+import atexit
+import sys
+import threading
+import time
+import numpy as np
+import fastema
+from fastema.engine import cpu
+fastema.set_num_threads(3)
+cpu.BYTES_PER_THREAD = 1 << 12  # helpers are woken for little
+SIZE = 700_000
+avg, x = np.full(SIZE, 2.0, np.float32), np.full(SIZE, 4.0, np.float32)
+plan = fastema.Plan([avg], [x])
+
+def update():
+    avg[:] = 2
+    plan.lerp_(0.5)
+    assert (avg == 3).all()
+    print("updated", flush=True)
+"""
+
+CASES = {
+    "after updates": "update()",
+    "in an exit handler": "atexit.register(update)",
+    "in an exit handler, after updates": "atexit.register(update)\nupdate()",
+    "while threads are joined": "threading._register_atexit(update)",
+    "while a thread updates": """
+def loop():
+    for _ in range(3):
+        update()
+threading.Thread(target=loop).start()
+sys.exit(0)
+""",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exit(case: str, python: Callable[..., str]) -> None:
+    out = python(PREAMBLE + CASES[case], timeout=30)
+    assert "updated" in out
+
+
+@pytest.mark.parametrize("during", ["main", "handler"])
+def test_daemon_thread_that_never_stops(during: str, python: Callable[..., str]) -> None:
+    script = """
+def loop():
+    while True:
+        plan.lerp_(0.5)
+
+threading.Thread(target=loop, daemon=True).start()
+time.sleep(0.2)
+if sys.argv[1] == "handler":
+    other = fastema.Plan([avg.copy()], [x.copy()])
+    atexit.register(lambda: [other.lerp_(0.5) for _ in range(20)])
+print("end", flush=True)
+"""
+    for _ in range(4):
+        assert python(PREAMBLE + script, during, timeout=30).strip() == "end"
+
+
+def test_threads_that_begin_at_the_end(python: Callable[..., str]) -> None:
+    # From Python 3.12 on no thread can be started by then; before, the pool refuses work.
+    script = """
+def late():
+    thread = threading.Thread(target=update)
+    try:
+        thread.start()
+    except RuntimeError:
+        update()
+    else:
+        thread.join()
+
+atexit.register(late)
+update()
+"""
+    assert python(PREAMBLE + script, timeout=30).split() == ["updated"] * 2
+
+
+def test_number_of_threads_is_set_at_the_end(python: Callable[..., str]) -> None:
+    script = """
+atexit.register(update)
+atexit.register(fastema.set_num_threads, 2)
+update()
+"""
+    assert python(PREAMBLE + script, timeout=30).split() == ["updated"] * 2
+
+
+def test_finaliser_of_an_object_that_dies_with_its_module(python: Callable[..., str]) -> None:
+    script = """
+class Holder:
+    def __init__(self):
+        self.update = update
+    def __del__(self):
+        self.update()
+
+holder = Holder()
+update()
+"""
+    # Most modules are gone by then, so an error may be reported; it may neither hang nor crash.
+    python(PREAMBLE + script, timeout=30, quiet=False)
+
+
+def test_finaliser_of_an_object_that_dies_before(python: Callable[..., str]) -> None:
+    script = """
+class Holder:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        update()
+
+Holder()
+atexit.register(__import__("gc").collect)
+"""
+    assert python(PREAMBLE + script, timeout=30).strip() == "updated"

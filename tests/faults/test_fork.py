@@ -1,0 +1,220 @@
+"""Forked children use what their parent has used: pools, plans, locks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
+    # From Python 3.12 on, forking beside other threads is warned of; here that is the point.
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+PREAMBLE = """
+import os
+import sys
+import threading
+import time
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import numpy as np
+import fastema
+from fastema.engine import cpu
+fastema.set_num_threads(3)
+cpu.BYTES_PER_THREAD = 1 << 12  # helpers are woken for little
+SIZE = 700_000
+
+def arrays(value):
+    return np.full(SIZE, value, np.float32), np.full(SIZE, value + 2, np.float32)
+
+def in_child(task):
+    '''Run a task in a forked child, which must end well within 20 s.'''
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            task()
+            code = 0
+        except BaseException as error:
+            print("in the child:", repr(error), file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0, f"the child ended with status {status}"
+            return
+        time.sleep(0.002)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise SystemExit("the child hangs")
+
+def update(plan, avg, value):
+    avg[:] = value
+    plan.lerp_(0.5)
+    assert (avg == value + 1).all(), avg[:3]
+
+avg, x = arrays(2)
+shared = fastema.Plan([avg], [x])
+update(shared, avg, 2)
+"""
+
+
+def test_child_updates_after_its_parent_did(python: Callable[..., str]) -> None:
+    python(
+        PREAMBLE
+        + """
+def task():
+    own, weights = arrays(4)
+    update(fastema.Plan([own], [weights]), own, 4)
+    x[:] = 6
+    update(shared, avg, 4)
+    assert fastema.get_num_threads() == 3
+
+for _ in range(3):
+    in_child(task)
+update(shared, avg, 2)  # and the parent goes on
+"""
+    )
+
+
+def test_grandchild_updates_too(python: Callable[..., str]) -> None:
+    python(
+        PREAMBLE
+        + """
+def task():
+    update(shared, avg, 2)
+    in_child(lambda: update(shared, avg, 2))
+
+in_child(task)
+"""
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["own", "shared"])
+def test_fork_while_another_thread_is_in_an_update(which: str, python: Callable[..., str]) -> None:
+    python(
+        PREAMBLE
+        + """
+which = sys.argv[1]
+stop = threading.Event()
+
+def busy():
+    while not stop.is_set():
+        shared.lerp_(0.5)
+
+def task():
+    if which == "own":
+        own, weights = arrays(4)
+        update(fastema.Plan([own], [weights]), own, 4)
+    else:
+        update(shared, avg, 2)
+
+thread = threading.Thread(target=busy, daemon=True)
+thread.start()
+try:
+    for _ in range(30):
+        in_child(task)
+finally:
+    stop.set()
+thread.join(20)
+assert not thread.is_alive()
+update(shared, avg, 2)
+""",
+        which,
+    )
+
+
+@pytest.mark.slow
+def test_fork_while_another_thread_compiles(python: Callable[..., str]) -> None:
+    python(
+        PREAMBLE
+        + """
+stop = threading.Event()
+
+def compiles():
+    for dtype in ("f2", "f8", "c8", "c16"):
+        a = np.full(10, 2, dtype)
+        fastema.lerp_([a], [np.full(10, 4, dtype)], 0.5)
+        assert (a == 3).all()
+    stop.set()
+
+thread = threading.Thread(target=compiles)
+thread.start()
+while not stop.is_set():
+    in_child(lambda: update(shared, avg, 2))
+    time.sleep(0.05)
+thread.join()
+""",
+        NUMBA_CACHE_DIR="/dev/null/nowhere",
+        XDG_CACHE_HOME="/dev/null/nowhere",
+        TMPDIR="/dev/null/nowhere",
+    )
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_workers_of_a_data_loader(python: Callable[..., str]) -> None:
+    pytest.importorskip("torch")
+    script = """
+        import torch
+        import fastema
+        from fastema.engine import cpu
+        from torch.utils.data import DataLoader, Dataset
+
+        fastema.set_num_threads(2)
+        cpu.BYTES_PER_THREAD = 1 << 12
+        SIZE = 700_000
+
+        def averaged(value):
+            avg, x = torch.full((SIZE,), float(value)), torch.full((SIZE,), value + 2.0)
+            fastema.lerp_([avg], [x], 0.5)
+            assert (avg == value + 1).all()
+            return avg[:3]
+
+        model = torch.nn.Linear(800, 800)
+        ema = fastema.EMA(model, decay=0.5)
+
+        class Items(Dataset):
+            def __len__(self):
+                return 8
+            def __getitem__(self, i):
+                ema.update()
+                return averaged(i)
+
+        if __name__ == "__main__":
+            averaged(1)
+            ema.update()
+            loader = DataLoader(
+                Items(), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=30
+            )
+            for _ in range(2):
+                rows = torch.cat(list(loader))
+                assert torch.equal(rows[:, 0], torch.arange(1.0, 9.0)), rows
+                averaged(1)
+                ema.update()
+            print("done")
+    """
+    assert python(script, quiet=False).strip() == "done"
+
+
+def test_pool_of_processes(python: Callable[..., str]) -> None:
+    python(
+        PREAMBLE
+        + """
+import multiprocessing
+
+def task(value):
+    own, weights = arrays(value)
+    update(fastema.Plan([own], [weights]), own, value)
+    return float(own[0])
+
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(task, range(6)).get(20) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+"""
+    )

@@ -1,0 +1,195 @@
+"""Several Python threads at once, and thread pools larger than the machine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import fastema
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+SIZE = 700_000
+STEPS = 60
+W = 0.125
+
+
+def serial(avg: np.ndarray, x: np.ndarray, steps: int) -> np.ndarray:
+    result = avg.copy()
+    plan = fastema.Plan([result], [x])
+    for _ in range(steps):
+        plan.lerp_(W)
+    return result
+
+
+def together(tasks: list[Callable[[], None]]) -> None:
+    """Run all tasks at once, each in a thread; fail where one hangs or raises."""
+    raised: list[BaseException] = []
+    begun = threading.Barrier(len(tasks))
+
+    def guarded(task: Callable[[], None]) -> None:
+        try:
+            begun.wait(30)
+            task()
+        except BaseException as error:
+            raised.append(error)
+
+    callers = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+        assert not caller.is_alive()
+    assert raised == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("callers", [2, 3])
+def test_threads_with_plans_of_their_own(
+    callers: int, count: int, numbers: Callable[..., np.ndarray], threads: Callable[[int], None]
+) -> None:
+    threads(count)
+    sides = [(numbers(SIZE, "f32", i), numbers(SIZE, "f32", 9 + i)) for i in range(callers)]
+    want = [serial(avg, x, STEPS // 3) for avg, x in sides]
+    plans = [fastema.Plan([avg], [x]) for avg, x in sides]
+
+    def update(plan: fastema.Plan) -> None:
+        for _ in range(STEPS // 3):
+            plan.lerp_(W)
+
+    together([lambda plan=plan: update(plan) for plan in plans])
+    for (avg, _), expected in zip(sides, want, strict=True):
+        np.testing.assert_array_equal(avg, expected)
+
+
+@pytest.mark.parametrize("callers", [2, 3])
+def test_threads_that_share_a_plan(
+    callers: int, numbers: Callable[..., np.ndarray], threads: Callable[[int], None]
+) -> None:
+    threads(2)
+    avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)
+    want = serial(avg, x, callers * STEPS // 6)
+    plan = fastema.Plan([avg], [x])
+
+    def update() -> None:
+        for _ in range(STEPS // 6):
+            plan.lerp_(W)
+
+    together([update] * callers)
+    # Each call is whole, whatever their order.
+    np.testing.assert_array_equal(avg, want)
+
+
+def test_threads_that_share_a_plan_and_move_its_tensors(python: Callable[..., str]) -> None:
+    # What one thread is still reading must outlive the other's rebuilding of the plan. Large enough
+    # for freed memory to go back to the system: reading it then ends the process.
+    script = """
+        import threading
+        import numpy as np
+        import fastema
+        fastema.set_num_threads(2)
+        SIZE = 12_000_000
+        avg, x = {"w": np.full(SIZE, 2, np.float32)}, {"w": np.full(SIZE, 3, np.float32)}
+        plan = fastema.Plan(avg, x)
+        stop = threading.Event()
+        def update():
+            while not stop.is_set():
+                plan.lerp_(1.0)
+        thread = threading.Thread(target=update)
+        thread.start()
+        for i in range(25):
+            x["w"] = np.full(SIZE, i + 1, np.float32)
+            plan.lerp_(1.0)
+        stop.set()
+        thread.join()
+        assert (avg["w"] == 25).all()
+    """
+    python(script)
+
+
+def test_kernels_are_asked_for_by_many_threads_at_once(python: Callable[..., str]) -> None:
+    script = """
+        import threading
+        import numpy as np
+        import fastema
+        done = []
+        def update(dtype):
+            avg = np.full(100, 2, dtype)
+            fastema.lerp_([avg], [np.full(100, 4.0, np.float32)], 0.5)
+            assert (avg == 3).all()
+            done.append(dtype)
+        dtypes = ("f4", "f8", "f2") * 2
+        threads = [threading.Thread(target=update, args=(dtype,)) for dtype in dtypes]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join(50)
+        assert len(done) == 6
+    """
+    python(script, NUMBA_CACHE_DIR="")
+
+
+def test_the_gil_is_free_during_an_update(
+    numbers: Callable[..., np.ndarray], threads: Callable[[int], None]
+) -> None:
+    threads(1)
+    avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)
+    plan = fastema.Plan([np.tile(avg, 40)], [np.tile(x, 40)])
+    plan.lerp_(W)
+    seen: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            seen.append(time.perf_counter())
+            time.sleep(0.0002)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    spans = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        plan.lerp_(W)
+        spans.append((begin, time.perf_counter()))
+    stop.set()
+    ticker.join()
+    assert any(begin < moment < end for moment in seen for begin, end in spans)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_an_oversubscribed_pool_of_torch(python: Callable[..., str]) -> None:
+    pytest.importorskip("torch")
+    script = """
+        import threading
+        import torch
+        import fastema
+        from fastema.engine import cpu
+        torch.set_num_threads(16)
+        fastema.set_num_threads(8)
+        cpu.BYTES_PER_THREAD = 1 << 12
+        stop = threading.Event()
+        a = torch.randn(300, 300)
+        want = a @ a
+        wrong = []
+        def work():
+            while not stop.is_set():
+                if not torch.allclose(a @ a, want, rtol=1e-3, atol=1e-3):
+                    wrong.append("torch")
+        worker = threading.Thread(target=work)
+        worker.start()
+        x = torch.randn(1 << 20)
+        avg, expected = torch.zeros(1 << 20), torch.zeros(1 << 20)
+        plan = fastema.Plan([avg], [x])
+        for _ in range(100):
+            plan.lerp_(0.0625)
+            expected.add_(x - expected, alpha=0.0625)
+        stop.set()
+        worker.join(50)
+        assert not worker.is_alive()
+        assert wrong == []
+        torch.testing.assert_close(avg, expected)
+    """
+    python(script)

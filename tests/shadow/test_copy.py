@@ -1,0 +1,110 @@
+"""Copying an average into a model for good: what fits, what is left alone, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import DTypeError, LayoutError  # noqa: E402
+
+from .weights import assert_bits, net, refresh_, snapshot, values  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def test_copy_to_writes_the_average_and_keeps_nothing() -> None:
+    model = net(0, torch.bfloat16)
+    ema = fastema.EMA(model, 0.5, shadow_dtype=torch.float32)
+    refresh_(model, 1)
+    ema.update()
+    refresh_(model, 2)
+    raw, average = snapshot(model), values(dict(ema.shadow))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        other = net(5, dtype)
+        ema.copy_to(other)
+        for name, tensor in values(other).items():
+            assert torch.equal(tensor, average[name].to(tensor.dtype)), name
+    assert_bits(dict(ema.shadow), snapshot(average))
+    assert_bits(model, raw)
+    ema.copy_to(model)
+    assert torch.equal(model.head.weight, average["head.weight"].bfloat16())
+
+
+def test_copy_to_a_model_that_lacks_tensors() -> None:
+    ema = fastema.EMA(net(), 0.5)
+    target = net(1)
+    del target.scale
+    target.conv.bias = None
+    before = snapshot(target)
+    with pytest.raises(LayoutError) as caught:
+        ema.copy_to(target)
+    assert "'scale'" in str(caught.value)
+    assert "'conv.bias'" in str(caught.value)
+    assert_bits(target, before)
+
+
+def test_copy_to_a_model_of_other_shapes() -> None:
+    ema = fastema.EMA(net(), 0.5)
+    target = net(1)
+    target.hidden.bias.data = torch.randn(13)
+    before = snapshot(target)
+    with pytest.raises(LayoutError, match=r"hidden\.bias"):
+        ema.copy_to(target)
+    assert_bits(target, before)
+
+
+def test_copy_to_a_model_that_trains_more() -> None:
+    """Its further weights would stay raw among averaged ones."""
+    ema = fastema.EMA(net(), 0.5)
+    target = net(1)
+    target.extra = nn.Parameter(torch.randn(3))
+    before = snapshot(target)
+    with pytest.raises(LayoutError, match="extra"):
+        ema.copy_to(target)
+    assert_bits(target, before)
+
+
+def test_copy_to_leaves_further_frozen_tensors_and_buffers_alone() -> None:
+    ema = fastema.EMA(net(), 0.5, buffers="skip")
+    target = net(1)
+    target.extra = nn.Parameter(torch.randn(3), requires_grad=False)
+    before = snapshot(target)
+    ema.copy_to(target)
+    after = snapshot(target)
+    for name in ("extra", "norm.running_mean", "norm.num_batches_tracked"):
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+def test_copy_to_weights_that_cannot_be_written() -> None:
+    ema = fastema.EMA({"a": torch.randn(4, 3), "b": torch.randn(2)}, 0.5)
+    before = torch.randn(2)
+    for odd in (torch.randn(3).expand(4, 3), torch.randn(4, 3, dtype=torch.complex64)):
+        target = {"b": before.clone(), "a": odd}
+        with pytest.raises((LayoutError, DTypeError), match="a"):
+            ema.copy_to(target)
+        assert torch.equal(target["b"], before)
+
+
+def test_copy_to_overlapping_weights() -> None:
+    ema = fastema.EMA({"a": torch.randn(4), "b": torch.randn(4)}, 0.5)
+    memory = torch.randn(6)
+    before = memory.clone()
+    with pytest.raises(LayoutError, match="overlap"):
+        ema.copy_to({"a": memory[:4], "b": memory[2:]})
+    assert torch.equal(memory, before)
+
+
+def test_copy_to_tells_autograd() -> None:
+    """A graph built on the weights that were there is refused, as after torch's own writes."""
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    refresh_(model, 1)
+    for write in (lambda: ema.copy_to(model), ema.apply_shadow, ema.restore):
+        loss = model.head(torch.randn(2, 12, requires_grad=True)).square().sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

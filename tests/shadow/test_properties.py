@@ -1,0 +1,192 @@
+"""Properties of averages over random sets of tensors: shapes, layouts, dtypes, orders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+
+from .weights import FLOATS, assert_bits, bits, refresh_, snapshot, values  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+MIXED = {**FLOATS, "c64": torch.complex64, "c128": torch.complex128, "i64": torch.int64}
+
+# The first example of a dtype pair compiles its kernel.
+small = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+
+Weights = dict[str, torch.Tensor]
+
+
+def laid_out(shape: tuple[int, ...], code: str, layout: str) -> torch.Tensor:
+    dtype = MIXED[code]
+    if layout == "transposed":
+        return torch.zeros(shape[::-1], dtype=dtype).permute(tuple(range(len(shape)))[::-1])
+    if layout == "spaced":
+        whole = torch.zeros([2 * n for n in shape], dtype=dtype)
+        return whole[tuple(slice(0, 2 * n, 2) for n in shape)]
+    if layout == "offset":
+        length = torch.Size(shape).numel()
+        return torch.zeros(length + 3, dtype=dtype)[3:].view(shape)
+    return torch.zeros(shape, dtype=dtype)
+
+
+shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple) | st.tuples(st.integers(60, 200))
+layouts = st.sampled_from(["plain", "transposed", "spaced", "offset"])
+
+
+def tensors(codes: st.SearchStrategy[str]) -> st.SearchStrategy[torch.Tensor]:
+    return st.builds(laid_out, shapes, codes, layouts)
+
+
+def weights_of(*codes: str) -> st.SearchStrategy[Weights]:
+    sets = st.lists(tensors(st.sampled_from(codes)), min_size=1, max_size=6)
+    return sets.filter(lambda found: any(t.dtype != torch.int64 for t in found)).map(
+        lambda found: {f"t{i}": tensor for i, tensor in enumerate(found)}
+    )
+
+
+seeds = st.integers(0, 2**31)
+decays = st.floats(0.0, 0.99)
+stored = st.sampled_from([None, *FLOATS.values()]).filter(lambda d: d is None or d.itemsize > 2)
+
+
+def run(weights: Weights, seed: int, updates: int, ema: fastema.EMA) -> Iterator[Weights]:
+    for n in range(1, updates + 1):
+        refresh_(weights, seed + n)
+        ema.update()
+        yield values(weights)
+
+
+@small
+@given(weights_of(*MIXED), decays, seeds)
+def test_constant_weights_are_a_fixed_point(weights: Weights, decay: float, seed: int) -> None:
+    refresh_(weights, seed)
+    ema = fastema.EMA(weights, min(decay, 0.9))
+    for _ in range(3):
+        ema.update()
+    assert_bits(dict(ema.shadow), snapshot(weights))
+
+
+@small
+@given(weights_of(*FLOATS), st.floats(0.0, 0.9), seeds, st.integers(1, 8))
+def test_the_average_stays_between_the_weights_it_has_seen(
+    weights: Weights, decay: float, seed: int, updates: int
+) -> None:
+    refresh_(weights, seed)
+    low = {name: tensor.clone() for name, tensor in weights.items()}
+    high = values(weights)
+    ema = fastema.EMA(weights, decay)
+    for seen in run(weights, seed, updates, ema):
+        for name, tensor in seen.items():
+            low[name], high[name] = low[name].minimum(tensor), high[name].maximum(tensor)
+    for name, average in ema.shadow.items():
+        # One rounding at each update may step out, by half a unit in the last place of the bounds.
+        room = updates * torch.finfo(average.dtype).eps * high[name].abs().maximum(low[name].abs())
+        assert (average >= low[name] - room).all()
+        assert (average <= high[name] + room).all()
+
+
+@small
+@given(weights_of(*MIXED), decays.map(lambda d: min(d, 0.9)), seeds, st.data())
+def test_order_and_grouping_do_not_matter(
+    weights: Weights, decay: float, seed: int, data: st.DataObject
+) -> None:
+    """One average of all tensors equals an average of each, to the bit, in whatever order."""
+    refresh_(weights, seed)
+    order = data.draw(st.permutations(list(weights)))
+    together = fastema.EMA(weights, decay)
+    shuffled = fastema.EMA({name: weights[name] for name in order}, decay)
+    alone = {
+        name: fastema.EMA([tensor], decay)
+        for name, tensor in weights.items()
+        if tensor.dtype != torch.int64
+    }
+    for _ in run(weights, seed, 3, together):
+        shuffled.update()
+        for one in alone.values():
+            one.update()
+    expected = snapshot(dict(together.shadow))
+    assert_bits({name: shuffled.shadow[name] for name in weights}, expected)
+    for name, one in alone.items():
+        assert torch.equal(bits(one.shadow["0"]), expected[name])
+
+
+@small
+@given(weights_of(*FLOATS), decays.map(lambda d: min(d, 0.9)), seeds)
+def test_layout_does_not_matter(weights: Weights, decay: float, seed: int) -> None:
+    refresh_(weights, seed)
+    plain = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+    one, other = fastema.EMA(weights, decay), fastema.EMA(plain, decay)
+    for seen in run(weights, seed, 3, one):
+        for name, tensor in seen.items():
+            plain[name].copy_(tensor)
+        other.update()
+    assert_bits(dict(one.shadow), snapshot(dict(other.shadow)))
+
+
+@small
+@given(weights_of(*MIXED), stored, decays.map(lambda d: min(d, 0.9)), seeds)
+def test_apply_and_restore_are_the_identity(
+    weights: Weights, dtype: torch.dtype | None, decay: float, seed: int
+) -> None:
+    refresh_(weights, seed)
+    ema = fastema.EMA(weights, decay, shadow_dtype=dtype)
+    for _ in run(weights, seed, 2, ema):
+        pass
+    refresh_(weights, seed + 9)
+    raw, average = snapshot(weights), snapshot(dict(ema.shadow))
+    with ema.swapped():
+        assert_bits(ema.state_dict()["shadow"], average)
+    assert_bits(weights, raw)
+    assert_bits(dict(ema.shadow), average)
+
+
+@small
+@given(weights_of(*MIXED), stored, seeds)
+def test_state_round_trip_is_the_identity(
+    weights: Weights, dtype: torch.dtype | None, seed: int
+) -> None:
+    refresh_(weights, seed)
+    ema = fastema.EMA(weights, 0.5, shadow_dtype=dtype)
+    for _ in run(weights, seed, 2, ema):
+        pass
+    state = ema.state_dict()
+    state["shadow"] = values(state["shadow"])
+    expected = snapshot(dict(ema.shadow))
+    refresh_(weights, seed + 9)
+    ema.update()
+    ema.load_state_dict(state)
+    assert_bits(dict(ema.shadow), expected)
+    assert ema.num_updates == 2
+
+
+@small
+@given(weights_of(*FLOATS), seeds)
+def test_decay_zero_copies(weights: Weights, seed: int) -> None:
+    ema = fastema.EMA(weights, 0.0)
+    for _ in run(weights, seed, 2, ema):
+        assert_bits(dict(ema.shadow), snapshot(weights))
+
+
+@small
+@given(weights_of(*FLOATS), seeds, st.integers(1, 4), st.integers(0, 4))
+def test_update_every_and_start_after_only_choose_the_steps(
+    weights: Weights, seed: int, every: int, start: int
+) -> None:
+    """The same as calling ``update`` at those steps only, with the decay to the k-th power."""
+    refresh_(weights, seed)
+    ema = fastema.EMA(weights, 0.5, update_every=every, start_after=start)
+    by_hand = fastema.EMA(weights, 0.5**every)
+    for n, _ in enumerate(run(weights, seed, 9, ema), 1):
+        if n == start:
+            by_hand = fastema.EMA(weights, 0.5**every)
+        elif n > start and (n - start) % every == 0:
+            by_hand.update()
+    assert_bits(dict(ema.shadow), snapshot(dict(by_hand.shadow)))
