@@ -165,9 +165,11 @@ def _round_to_odd_sum(x: float, y: float) -> float:
 
 
 def _fma64(x: float, y: float, z: float) -> float:
-    if not (math.isfinite(x) and math.isfinite(y) and math.isfinite(z)):
+    if not (math.isfinite(x) and math.isfinite(y)):
         with np.errstate(invalid="ignore"):
             return float(np.float64(x) * np.float64(y) + np.float64(z))
+    if not math.isfinite(z):
+        return z  # the product is finite, though it may be too large for a float64
     exact = Fraction(x) * Fraction(y) + Fraction(z)
     try:
         return float(exact) if exact else x * y + z

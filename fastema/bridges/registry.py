@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
@@ -88,8 +88,8 @@ def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[Any]) -> No
 
 
 def materialised(container: Any) -> Any:
-    """A container that can be walked again: an iterator (``model.parameters()``) as a list."""
-    return list(container) if isinstance(container, Iterator) else container
+    """A container that can be walked again: ``model.parameters()``, ``d.values()`` as a list."""
+    return list(container) if isinstance(container, Iterator | ValuesView) else container
 
 
 def leaves_of(container: Any) -> Leaves:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
+from fastema.engine.interrupts import deferred
 from fastema.engine.registry import Kernel
 from fastema.errors import ArgumentError
 
@@ -106,27 +107,16 @@ def get_num_threads() -> int:
 def launch(kernel: Kernel, table: int, rows: int, scalars: int, cursor: int, nbytes: int) -> None:
     """Run a kernel over a table, on as many threads as its bytes are worth.
 
-    On return no thread is in the kernel any more, also if an interrupt arrives meanwhile.
+    On return no thread is in the kernel any more; an interrupt waits for that.
     """
     pool = _pool
     helpers = min(pool.threads, nbytes // BYTES_PER_THREAD, rows) - 1
     if helpers < 1:
         kernel(table, rows, scalars, cursor)
         return
-    futures = pool.submit(helpers, kernel, table, rows, scalars, cursor)
-    try:
+    with deferred():
+        futures = pool.submit(helpers, kernel, table, rows, scalars, cursor)
         kernel(table, rows, scalars, cursor)
-    finally:
-        _await(futures)
-
-
-def _await(futures: list[Future[None]]) -> None:
-    interrupt: BaseException | None = None
-    for future in futures:
-        while not (future.cancel() or future.done()):
-            try:
+        for future in futures:
+            if not future.cancel():
                 future.result()
-            except BaseException as raised:
-                interrupt = raised
-    if interrupt is not None:
-        raise interrupt

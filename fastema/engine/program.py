@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.engine import cpu
+from fastema.engine.interrupts import deferred
 from fastema.engine.locks import lock
 from fastema.engine.registry import kernel
 from fastema.errors import DTypeError
@@ -26,9 +27,6 @@ _BITS: Final = {"park", "unpark", "read_read_write"}
 
 _CONVERTING: Final = {"copy", "swap"}
 """Operations that move bits unchanged between equal dtypes."""
-
-_TRIES: Final = 8
-"""How often an interrupted run is taken up again before the interrupt is let through."""
 
 
 def _formats(operation: str, dst: DType, src: DType) -> tuple[str, str]:
@@ -56,23 +54,17 @@ _Launch = tuple[Callable[..., None], tuple[Any, ...]]
 class Program:
     """Runs operations over a fixed set of pairs.
 
-    The pairs' owners must outlive it: it holds addresses. A run that an interrupt cuts short is
-    carried to its end before the interrupt is raised, so that no tensor is left half done.
+    The pairs' owners must outlive it: it holds addresses. An interrupt waits for the end of a run,
+    so that no tensor is left half done.
 
     Parameters
     ----------
     pairs : mapping of str to sequence of Pair
         Checked pairs, each memory once, under tags of the caller's; a run gives each tag its
         operation.
-
-    Attributes
-    ----------
-    completed : int
-        Runs that reached their end.
     """
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
-        self.completed = 0
         self._lock = lock()
         self._scalars = np.zeros(SCALARS)
         self._launches: dict[tuple[tuple[str, str], ...], list[_Launch]] = {}
@@ -119,22 +111,12 @@ class Program:
             Weight of the new value in ``"lerp"``.
         """
         launches = self.prepare(operations)
-        with self._lock:
-            finished = self.completed + 1
+        with self._lock, deferred():
             self._scalars[WEIGHT] = weight
             for group in self._groups:
                 group.cursor[0] = 0
-            interrupt: BaseException | None = None
-            for _ in range(_TRIES):
-                try:
-                    for launch, args in launches:
-                        launch(*args)
-                    self.completed = finished
-                    break
-                except BaseException as raised:  # the cursors know what is done: take it up again
-                    interrupt = raised
-            if interrupt is not None:
-                raise interrupt
+            for launch, args in launches:
+                launch(*args)
 
 
 def _groups(tag: str, members: Sequence[Pair]) -> list[_Group]:

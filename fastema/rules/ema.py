@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 from fastema.errors import ArgumentError
@@ -46,10 +47,8 @@ def checked_decay(decay: Any, name: str = "decay") -> float:
     ArgumentError
         For anything else.
     """
-    try:
-        value = float(decay)
-    except (TypeError, ValueError):
-        raise ArgumentError(f"{name}={decay!r}: expected a number in [0, 1)") from None
+    number = isinstance(decay, Real) and not isinstance(decay, bool)
+    value = float(decay) if number else math.nan
     if not 0.0 <= value < 1.0:
         raise ArgumentError(
             f"{name}={decay!r}: expected a number in [0, 1); it is the weight of the old average, "

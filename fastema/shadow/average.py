@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
+from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
-from fastema.errors import LayoutError, PrecisionWarning, StateError, listed
+from fastema.errors import ArgumentError, LayoutError, PrecisionWarning, StateError, listed
 from fastema.layout.dtypes import average_of
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
@@ -81,7 +82,8 @@ class EMA:
         and are not part of the average; one that is unfrozen later is then an error.
     buffers : {"copy", "average", "skip"}
         What is done with buffers, such as BatchNorm statistics: ``copy`` keeps those of the latest
-        update, ``average`` averages floats. Integers and booleans are always copied exactly.
+        update that did work, ``average`` averages floats. Integers and booleans are always copied
+        exactly.
 
     Attributes
     ----------
@@ -102,6 +104,9 @@ class EMA:
 
     Notes
     -----
+    Two averages of one model are independent of each other, but only one can be applied at a time:
+    the second would average, or keep, the first one's average.
+
     Bytes moved per element and update: the weights once, the average twice (12 for float32, 10 for
     bfloat16 weights with a float32 average). A call on other threads while one runs waits; weights
     must not be re-pointed by another thread during a call. Denormal values cost up to a hundred
@@ -216,17 +221,16 @@ class EMA:
             binding = self._current(model)
             step = self._num_updates + 1
             weight = self._schedule.weight(step)
+            if not 0.0 <= weight <= 1.0:
+                raise ArgumentError(f"{self._schedule.rule!r} gives weight {weight} at {step}")
             if not weight:
                 self._num_updates = step
                 return
             program = binding.program
             program.prepare(UPDATE)
-            finished = program.completed + 1
-            try:
+            with deferred():
                 program.run(UPDATE, weight)
-            finally:
-                if program.completed == finished:
-                    self._num_updates = step
+                self._num_updates = step
 
     def _follow(self) -> None:
         """Until ``start_after`` the average is the weights: bring it up to date where seen."""
@@ -278,13 +282,10 @@ class EMA:
             program = binding.program if spares is None else spares.program(binding.tagged)
             program.prepare(APPLY)
             program.prepare(RESTORE)
-            finished = program.completed + 1
-            try:
+            with deferred():
                 program.run(APPLY)
-            finally:
-                if program.completed == finished:
-                    self._swapped, self._spares = program, spares
-                    binding.written()
+                self._swapped, self._spares = program, spares
+                binding.written()
 
     def restore(self, model: Any = None) -> None:
         """Put the raw weights back, bit for bit, and the average where it was.
@@ -309,13 +310,10 @@ class EMA:
                     "restore() without apply_shadow(): the model holds its own weights"
                 )
             program = self._applied_program(model)
-            finished = program.completed + 1
-            try:
+            with deferred():
                 program.run(RESTORE)
-            finally:
-                if program.completed == finished:
-                    self._swapped = self._spares = None
-                    self._binding.written()
+                self._swapped = self._spares = None
+                self._binding.written()
 
     def _applied_program(self, model: Any = None) -> Program:
         """The program that takes the average back, rebuilt if the model moved meanwhile."""
@@ -343,7 +341,8 @@ class EMA:
             raise StateError(
                 "the model changed its dtype while the average was applied:\n"
                 + listed(problems)
-                + "\nChange it back, then restore()."
+                + "\nChange it back, then restore(): the raw weights are kept exactly, the average "
+                "only as the other dtype left it."
             )
         program = binding.program
         if self._spares is not None:
@@ -373,8 +372,13 @@ class EMA:
             self.apply_shadow(model)
             yield
         finally:
-            if self.applied and not outside:
-                self.restore(model)
+            try:
+                if self.applied and not outside:
+                    self.restore(model)
+            except BaseException:  # an interrupt, before anything was taken back
+                if self.applied and not outside:
+                    self.restore(model)
+                raise
 
     def copy_to(self, model: Any) -> None:
         """Write the average into a model, rounded to its dtypes, and keep nothing of what it held.
@@ -527,8 +531,13 @@ class EMA:
                 for name, array in saved.tensors.items()
             }
             pairs = [Pair(name, expected[name], describe(a)) for name, a in arrays.items()]
-            Program({"all": pairs}).run({"all": "copy"})
-            self._num_updates, self._schedule = saved.num_updates, saved.schedule
+            with deferred():
+                Program({"all": pairs}).run({"all": "copy"})
+                self._num_updates, self._schedule = saved.num_updates, saved.schedule
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: a copy would share, or double, the memory of a model it is not bound to."""
+        raise StateError("an average is not copied or pickled; build another and load state_dict()")
 
     def __repr__(self) -> str:
         averaged = [entry for entry in self._entries.values() if entry.averaged]

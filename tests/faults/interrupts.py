@@ -40,7 +40,7 @@ def places(code: CodeType) -> frozenset[int]:
 
 
 class At:
-    """A tracer that raises KeyboardInterrupt at the k-th place it comes to."""
+    """A tracer that sends SIGINT at the k-th place it comes to: Ctrl-C, there."""
 
     def __init__(self, k: int) -> None:
         self.left = k
@@ -53,7 +53,7 @@ class At:
         if event == "opcode" and frame.f_lasti in places(frame.f_code):
             self.left -= 1
             if self.left == 0:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
         return self
 
 

@@ -61,7 +61,7 @@ def test_interrupted_updates_are_whole(
     interrupted = 0
     with Alarms() as alarms:
         for _ in range(150):
-            before, runs = whole.copy(), plan._program.completed
+            before = whole.copy()
             after = before + np.float32(0.25) * (x - before)  # a power of two: rounded alike
             try:
                 alarms.armed = True
@@ -69,7 +69,7 @@ def test_interrupted_updates_are_whole(
                 alarms.armed = False
             except KeyboardInterrupt:
                 interrupted += 1
-            done = plan._program.completed != runs
+            done = whole[-1] == after[-1]
             np.testing.assert_array_equal(whole, after if done else before)
     assert interrupted > 20
 
@@ -82,6 +82,7 @@ import concurrent.futures.thread
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -105,7 +106,7 @@ class InterruptAt:
         self.seen += 1
         if self.seen == self.n:
             self.place = f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
 def everywhere(task, check):
     '''The places at which an interrupt of task makes check fail.'''
@@ -191,30 +192,3 @@ everywhere(task, check)
     places, wrong = json.loads(python(PREAMBLE + script, quiet=False))
     assert places > 20
     assert wrong == [], "interrupted there, an update is left half done"
-
-
-def test_an_update_that_was_carried_on_can_be_told_from_one_that_never_began(
-    numbers: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastema.engine import program
-
-    avg, x = numbers(100, "f32", 1), numbers(100, "f32", 2)
-    plan = fastema.Plan([avg], [x])
-    plan.lerp_(0.5)
-    want = avg + np.float32(0.5) * (x - avg)
-    ((launch, arguments),) = plan._program.prepare({"all": "lerp"})
-    calls = []
-
-    def interrupted(*args: int) -> None:
-        launch(*args)
-        calls.append(args)
-        if len(calls) < 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(plan._program, "prepare", lambda operations: [(interrupted, arguments)])
-    runs = plan._program.completed
-    with pytest.raises(KeyboardInterrupt):
-        plan.lerp_(0.5)
-    np.testing.assert_array_equal(avg, want)
-    assert plan._program.completed == runs + 1
-    assert len(calls) == 3 <= program._TRIES
