@@ -226,10 +226,8 @@ class EMA:
             if not weight:
                 self._num_updates = step
                 return
-            program = binding.program
-            program.prepare(UPDATE)
             with deferred():
-                program.run(UPDATE, weight)
+                binding.program.run(UPDATE, weight)
                 self._num_updates = step
 
     def _follow(self) -> None:
