@@ -276,13 +276,15 @@ def test_later_calls_look_nothing_up_and_keep_no_memory(monkeypatch: pytest.Monk
     tracemalloc.start()
     try:
         held = []
-        for _ in range(3):
+        for _ in range(4):
             for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
                 plan.lerp_(0.5)
+            gc.collect()
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert held[2] - held[1] < 2500
+    # What a call keeps, every round keeps; what else grows and shrinks, the least of them does not.
+    assert min(np.diff(held)) < 2500
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -20,6 +21,20 @@ _SIGNALS: Final = tuple(
 # long, and an update is timed in microseconds.
 _in_c: Any = sys.modules.get("_signal", signal)
 _set, _get = _in_c.signal, _in_c.getsignal
+
+
+_active: list[deferred] = []
+"""Blocks of the main thread, the innermost last."""
+
+
+def _put_back_in_child() -> None:
+    # Forked by another thread, the child never comes to the end of these blocks.
+    while _active:
+        _active.pop()._put_back()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_put_back_in_child)
 
 
 class deferred:
@@ -47,6 +62,7 @@ class deferred:
         """Begin to hold signals back."""
         if threading.current_thread() is not threading.main_thread():
             return
+        _active.append(self)
         try:
             for number in _SIGNALS:
                 handler = _get(number)
@@ -54,13 +70,15 @@ class deferred:
                     self._before.append((number, handler))
                     _set(number, self._note)
         except BaseException:
+            _active.remove(self)
             self._put_back()
             raise
 
     def __exit__(self, *_: object) -> None:
         """Let them through: what was noted is handled now."""
-        if not self._before:
+        if self not in _active:
             return
+        _active.remove(self)
         try:
             self._put_back()
         except BaseException:  # one that came as soon as it could

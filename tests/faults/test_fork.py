@@ -218,3 +218,38 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     assert pool.map_async(task, range(6)).get(20) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 """
     )
+
+
+def test_child_of_another_thread_can_be_interrupted(python: Callable[..., str]) -> None:
+    # Interrupts wait while the main thread updates; in a child forked meanwhile nobody ends that.
+    python(
+        PREAMBLE
+        + """
+import signal
+begun, forked = threading.Event(), threading.Event()
+problems = []
+
+def kernel(*_):
+    begun.set()
+    forked.wait(20)
+
+def task():
+    handler = signal.getsignal(signal.SIGINT)
+    assert handler is signal.default_int_handler, handler
+
+def fork():
+    begun.wait(20)
+    try:
+        in_child(task)
+    except BaseException as error:
+        problems.append(error)
+    finally:
+        forked.set()
+
+thread = threading.Thread(target=fork)
+thread.start()
+cpu.launch(kernel, 0, 2, 0, 0, 2 * cpu.BYTES_PER_THREAD)
+thread.join()
+assert not problems, problems
+"""
+    )
