@@ -30,8 +30,8 @@ def lerp(avg, x, w):
     With ``u`` half a unit in the last place of 1, the error is at most
     ``u * |result| + w * u * |x - avg|`` for the ``w`` given (which a caller has rounded to the same
     type, an error of the size of the second term). ``x == avg`` is a fixed point, and ``w == 1``
-    gives ``x`` itself whatever ``avg`` holds. An infinite ``avg`` becomes NaN, as in any such formula
-    (infinity minus infinity, or times zero).
+    gives ``x`` itself whatever ``avg`` holds. An infinite ``avg`` becomes NaN (infinity minus
+    infinity), unless ``w == 1``.
     """
     return x if w == 1 else fma(w, x - avg, avg)
 
