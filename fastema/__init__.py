@@ -18,37 +18,49 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastema import errors, rules
+    from fastema import errors, posthoc, rules
     from fastema.engine.cpu import get_num_threads, set_num_threads
-    from fastema.plan import Plan, copy_, lerp_, swap_
-    from fastema.shadow import EMA
+    from fastema.plan import Plan, copy_, lerp_, mean_between, swap_
+    from fastema.shadow import EMA, SMA, SWA, PowerEMA
+    from fastema.torch import update_bn
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EMA",
+    "SMA",
+    "SWA",
     "Plan",
+    "PowerEMA",
     "__version__",
     "copy_",
     "errors",
     "get_num_threads",
     "lerp_",
+    "mean_between",
+    "posthoc",
     "rules",
     "set_num_threads",
     "swap_",
+    "update_bn",
 ]
 
 _HOMES = {
     "EMA": "fastema.shadow",
+    "SMA": "fastema.shadow",
+    "SWA": "fastema.shadow",
     "Plan": "fastema.plan",
+    "PowerEMA": "fastema.shadow",
     "copy_": "fastema.plan",
     "get_num_threads": "fastema.engine.cpu",
     "lerp_": "fastema.plan",
+    "mean_between": "fastema.plan",
     "set_num_threads": "fastema.engine.cpu",
     "swap_": "fastema.plan",
+    "update_bn": "fastema.torch",
 }
 
-_ROOMS = {"errors", "rules"}
+_ROOMS = {"errors", "posthoc", "rules"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,8 @@
     ├── DTypeError      (TypeError)     a dtype, or a pair of dtypes, that has no kernel
     ├── LayoutError     (ValueError)    tensors that do not match, overlap, or have changed
     ├── StateError      (RuntimeError)  a call in the wrong state (swapped, not swapped)
-    └── CheckpointError (ValueError)    a saved state that does not fit
+    ├── CheckpointError (ValueError)    a saved state that does not fit
+    └── NonFiniteError  (FloatingPointError)  weights with a NaN or an infinity, where asked for
 
 Every check comes before the first write: a call that raises has changed nothing.
 """
@@ -24,7 +25,7 @@ __all__ = [
     "DTypeError",
     "FastemaError",
     "LayoutError",
-    "PrecisionWarning",
+    "NonFiniteError",
     "StateError",
 ]
 
@@ -57,8 +58,8 @@ class CheckpointError(FastemaError, ValueError):
     """A saved state that does not fit what it is loaded into."""
 
 
-class PrecisionWarning(UserWarning):
-    """The chosen precision loses what the average is meant to collect."""
+class NonFiniteError(FastemaError, FloatingPointError):
+    """Weights hold a NaN or an infinity, and the average was told to raise."""
 
 
 def listed(problems: Iterable[str], limit: int = 20) -> str:

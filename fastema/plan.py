@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, materialised, written
 from fastema.engine.locks import rlock
-from fastema.engine.program import Program
+from fastema.engine.program import Moment, Program
 from fastema.engine.watch import Watch, watch
 from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
+from fastema.layout.dtypes import average_of, parse
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
 
-__all__ = ["Plan", "copy_", "lerp_", "swap_"]
+__all__ = ["Plan", "copy_", "lerp_", "mean_between", "swap_"]
 
 _TAG = "all"
 
@@ -81,17 +83,17 @@ class Plan:
     def _build(self) -> None:
         dst, src = (leaves_of(container) for container in self._containers)
         self._pairs = matched(dst, src)
-        for name, spec, _ in self._pairs:
+        for name, spec, *_ in self._pairs:
             refuse_unwritable(name, spec)
         refuse_overlap(
-            [(f"avg {name}", spec) for name, spec, _ in self._pairs],
-            [(f"x {name}", spec) for name, _, spec in self._pairs],
+            [(f"avg {name}", spec) for name, spec, *_ in self._pairs],
+            [(f"x {name}", spec) for name, _, spec, *_ in self._pairs],
         )
         self._exact = [pair for pair in self._pairs if not pair.dst.kind.real]
         self._swappable = False
         self._program = Program({_TAG: self._pairs})
-        self._written = written(spec.owner for _, spec, _ in self._pairs)
-        self._swapped = written(spec.owner for _, _, spec in self._pairs)
+        self._written = written(spec.owner for _, spec, *_ in self._pairs)
+        self._swapped = written(spec.owner for _, _, spec, *_ in self._pairs)
         self._watches: tuple[Watch, Watch] = (watch(dst), watch(src))
 
     def _run(self, operation: str, weight: float = 0.0) -> None:
@@ -99,7 +101,7 @@ class Plan:
             if any(watched.changed() for watched in self._watches):
                 self._build()
             self._check(operation)
-            self._program.run({_TAG: operation}, weight)
+            self._program.run({_TAG: operation}, Moment((weight,)))
             for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
                 tell(arrays)
 
@@ -107,13 +109,13 @@ class Plan:
         if self._exact and operation == "lerp":
             raise DTypeError(
                 "only floats are averaged:\n"
-                + listed(f"{name!r} is {dst.dtype}" for name, dst, _ in self._exact)
+                + listed(f"{name!r} is {dst.dtype}" for name, dst, *_ in self._exact)
                 + "\nLeave them out, or use fastema.EMA, which copies integers exactly."
             )
         if operation == "swap" and not self._swappable:
-            for name, _, spec in self._pairs:
+            for name, _, spec, *_ in self._pairs:
                 refuse_unwritable(name, spec)
-            refuse_overlap([(f"x {name}", spec) for name, _, spec in self._pairs])
+            refuse_overlap([(f"x {name}", spec) for name, _, spec, *_ in self._pairs])
             self._swappable = True
 
     def lerp_(self, weight: float) -> None:
@@ -205,3 +207,51 @@ def copy_(dst: Any, src: Any) -> None:
         As :class:`Plan`; nothing is written then.
     """
     Plan(dst, src).copy_()
+
+
+def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
+    """The mean of the weights between two states of a cumulative mean, in float64.
+
+    ``(n * later - m * earlier) / (n - m)``, for means of the first ``n`` and ``m`` updates of one
+    run: any window of a run from two saved means. The difference of two long means loses digits:
+    keep them in float64 (``SWA(..., shadow_dtype="float64")``), the error is then about
+    ``2 * n / (n - m)`` units in the last place of a float64.
+
+    Parameters
+    ----------
+    later, earlier : array, list, tuple, dict or torch module
+        Such as ``swa.shadow`` then, and a copy of it earlier (``swa.state_dict()["shadow"][0]``).
+    n, m : int
+        How many updates each is the mean of, ``n > m >= 1``.
+
+    Returns
+    -------
+    dict of str to array
+        New arrays in float64 (complex128 for complex weights), by name; without the integers,
+        of which there is no mean.
+
+    Raises
+    ------
+    ArgumentError
+        If not ``n > m >= 1``.
+    LayoutError, DTypeError
+        If the two do not match.
+    """
+    if not (isinstance(n, int) and isinstance(m, int) and n > m >= 1):
+        raise ArgumentError(f"n={n!r}, m={m!r}: expected whole numbers with n > m >= 1")
+    means = leaves_of(materialised(later))
+    floats = [leaf for leaf in means.items if leaf.spec.kind.real is not None]
+    kinds = [average_of(leaf.spec.kind, parse("f64")) for leaf in floats]
+    memories = allocate(zip((leaf.spec for leaf in floats), kinds, strict=True))
+    found = {leaf.name: array for leaf, (array, _) in zip(floats, memories, strict=True)}
+    last = {leaf.name: leaf.spec.owner for leaf in floats}
+    others = {leaf.name for leaf in means.items} - set(found)
+    first = {
+        leaf.name: leaf.spec.owner
+        for leaf in leaves_of(materialised(earlier)).items
+        if leaf.name not in others
+    }
+    difference = Plan(found, first)
+    copy_(found, last)
+    difference.lerp_(-m / (n - m))
+    return found

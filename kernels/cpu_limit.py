@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastema.kernels.cpu_loops import LOOPS
+import numpy as np
+
+from fastema.kernels.cpu_loops import NOTHING, elementwise
 from fastema.kernels.jit import device_fn
 from fastema.kernels.words import load_dst, load_src, store_dst
 
@@ -11,7 +13,8 @@ def read_read_write(dst: str, src: str, layout: str):
     """``dst ^= src``: the traffic of an update with the least arithmetic there is."""
 
     @device_fn
-    def element(to, i, of, j, w):
+    def element(to, low, ring, of, i, j, w, word):
         store_dst(to, i, load_dst(to, i) ^ load_src(of, j))
+        return NOTHING
 
-    return LOOPS[layout](element, float, dst, src)
+    return elementwise(element, np.float32, dst, src, layout)

@@ -8,23 +8,24 @@ from __future__ import annotations
 import numpy as np
 
 from fastema.kernels import scalar
-from fastema.kernels.cpu_loops import LOOPS
-from fastema.kernels.formats import arithmetic
+from fastema.kernels.cpu_loops import NOTHING, elementwise
+from fastema.kernels.formats import access
 from fastema.kernels.jit import device_fn
 from fastema.kernels.words import load_dst, load_src, store_dst, store_src
 
 
 def swap(dst: str, src: str, layout: str):
     """Exchange the sides, each rounded to the other's format (nothing is, in raw formats)."""
-    real, decode_dst, decode_src, encode_dst, encode_src = arithmetic(dst, src)
+    real, read, write, read_src, write_src = access(dst, src)
 
     @device_fn
-    def element(to, i, of, j, w):
-        kept, given = load_dst(to, i), load_src(of, j)
-        store_dst(to, i, encode_dst(decode_src(given)))
-        store_src(of, j, encode_src(decode_dst(kept)))
+    def element(to, low, ring, of, i, j, w, word):
+        kept, given = read(to, low, i), read_src(of, j)
+        write(to, low, i, given, word)
+        write_src(of, j, kept)
+        return NOTHING
 
-    return LOOPS[layout](element, real, dst, src)
+    return elementwise(element, real, dst, src, layout)
 
 
 def park(dst: str, src: str, layout: str):
@@ -35,21 +36,23 @@ def park(dst: str, src: str, layout: str):
     """
 
     @device_fn
-    def element(to, i, of, j, w):
+    def element(to, low, ring, of, i, j, w, word):
         avg, weight = load_dst(to, i), load_src(of, j)
         store_src(of, j, scalar.park_model(avg))
         store_dst(to, i, scalar.park_shadow(avg, weight))
+        return NOTHING
 
-    return LOOPS[layout](element, np.float32, dst, src)
+    return elementwise(element, np.float32, dst, src, layout)
 
 
 def unpark(dst: str, src: str, layout: str):
     """Undo :func:`park`."""
 
     @device_fn
-    def element(to, i, of, j, w):
+    def element(to, low, ring, of, i, j, w, word):
         parked, model = load_dst(to, i), load_src(of, j)
         store_src(of, j, scalar.unpark_model(parked))
         store_dst(to, i, scalar.unpark_shadow(model, parked))
+        return NOTHING
 
-    return LOOPS[layout](element, np.float32, dst, src)
+    return elementwise(element, np.float32, dst, src, layout)

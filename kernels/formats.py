@@ -19,9 +19,12 @@ from fastema.kernels.jit import device_fn
 class Format(NamedTuple):
     """One stored format.
 
-    ``decode(stored)`` gives a float32 (a float64 for f64); ``encode(value)`` takes a float32 and
-    ``encode_wide(value)`` a float64, each rounding once to nearest even. Raw formats are moved, not
-    computed with.
+    ``decode(stored)`` gives a float32 (a float64 for f64). ``encode(value, word)`` takes a float32
+    and ``encode_wide(value, word)`` a float64; they round once to nearest even, or, in the formats
+    called ``~``, by the 16 random bits of ``word``. Raw formats are moved, not computed with.
+
+    A format in two parts names the format of its companion in ``low`` and has in ``complete`` the
+    functions ``join(stored, low)`` and ``rest(value)``, around ``encode``.
     """
 
     itemsize: int
@@ -29,6 +32,8 @@ class Format(NamedTuple):
     decode: Callable[..., Any]
     encode: Callable[..., Any]
     encode_wide: Callable[..., Any]
+    low: str | None = None
+    complete: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
 def _converts_half() -> bool:
@@ -51,68 +56,136 @@ def _same(value):
 
 
 @device_fn
-def _narrow(value):
+def _keep(value, word):
+    return value
+
+
+@device_fn
+def _narrow(value, word):
     return np.float32(value)
 
 
 @device_fn
-def _widen(value):
+def _widen(value, word):
     return np.float64(value)
 
 
-@device_fn
-def _wide_to_bf16(value):
-    return scalar.encode_bf16(scalar.round_to_odd(value))
+def _nearest(encode):
+    """An encoding that needs no random bits."""
+
+    @device_fn
+    def nearest(value, word):
+        return encode(value)
+
+    return nearest
 
 
-@device_fn
-def _wide_to_half(value):
-    return _encode_half(scalar.round_to_odd(value))
+def _from_wide(encode):
+    """The encoding of a float64 that rounds as if there were no float32 between."""
+
+    @device_fn
+    def from_wide(value, word):
+        return encode(scalar.round_to_odd(value), word)
+
+    return from_wide
+
+
+def _sixteen(decode, encode):
+    return Format(2, words.pointer_u16, decode, encode, _from_wide(encode))
 
 
 def _raw(itemsize, pointer):
-    return Format(itemsize, pointer, _same, _same, _same)
+    return Format(itemsize, pointer, _same, _keep, _keep)
 
 
 FORMATS = {
-    "f64": Format(8, words.pointer_f64, _same, _widen, _same),
-    "f32": Format(4, words.pointer_f32, _same, _same, _narrow),
-    "f16": Format(2, words.pointer_u16, _decode_half, _encode_half, _wide_to_half),
-    "bf16": Format(2, words.pointer_u16, scalar.decode_bf16, scalar.encode_bf16, _wide_to_bf16),
+    "f64": Format(8, words.pointer_f64, _same, _widen, _keep),
+    "f32": Format(4, words.pointer_f32, _same, _keep, _narrow),
+    "f16": _sixteen(_decode_half, _nearest(_encode_half)),
+    "f16~": _sixteen(_decode_half, scalar.encode_f16_random),
+    "bf16": _sixteen(scalar.decode_bf16, _nearest(scalar.encode_bf16)),
+    "bf16~": _sixteen(scalar.decode_bf16, scalar.encode_bf16_random),
+    "bf16+16": _sixteen(scalar.decode_bf16, _nearest(scalar.split_high))._replace(
+        low="raw2", complete=(scalar.join_halves, scalar.split_low)
+    ),
     "raw1": _raw(1, words.pointer_u8),
     "raw2": _raw(2, words.pointer_u16),
     "raw4": _raw(4, words.pointer_u32),
     "raw8": _raw(8, words.pointer_i64),
 }
 
+_FROM_BF16 = {
+    "bf16": _nearest(scalar.encode_bf16_of_bf16),
+    "bf16~": scalar.encode_bf16_of_bf16_random,
+}
+"""Cheaper encodings for averages of bfloat16 weights."""
 
-class Arithmetic(NamedTuple):
-    """The float type that a pair of formats is computed in, and each side's way to and from it."""
+
+class Access(NamedTuple):
+    """The float type that a pair of formats is computed in, and each side's way to and from it.
+
+    ``read(to, low, i)`` and ``write(to, low, i, value, word)`` serve the written side, the two
+    others the other side.
+    """
 
     real: Callable[..., Any]
-    decode_dst: Callable[..., Any]
-    decode_src: Callable[..., Any]
-    encode_dst: Callable[..., Any]
-    encode_src: Callable[..., Any]
+    read: Callable[..., Any]
+    write: Callable[..., Any]
+    read_src: Callable[..., Any]
+    write_src: Callable[..., Any]
 
 
-def _widened(decode):
-    @device_fn
-    def widened(stored):
-        return np.float64(decode(stored))
-
-    return widened
-
-
-def arithmetic(dst: str, src: str) -> Arithmetic:
+def access(dst: str, src: str) -> Access:
     """float64 where either side is f64, float32 otherwise."""
     one, other = FORMATS[dst], FORMATS[src]
-    if "f64" not in (dst, src):
-        return Arithmetic(np.float32, one.decode, other.decode, one.encode, other.encode)
-    return Arithmetic(
-        np.float64,
-        _widened(one.decode),
-        _widened(other.decode),
-        one.encode_wide,
-        other.encode_wide,
-    )
+    wide = "f64" in (dst, src)
+    real = np.float64 if wide else np.float32
+    as_real = _same if dst.startswith("raw") else real
+    encode = one.encode_wide if wide else one.encode
+    if src == "bf16":
+        encode = _FROM_BF16.get(dst, encode)
+    encode_src = other.encode_wide if wide else other.encode
+    decode_src = other.decode
+    read, write = (_single if one.complete is None else _double)(one, as_real, encode)
+
+    @device_fn
+    def read_src(of, j):
+        return as_real(decode_src(words.load_src(of, j)))
+
+    @device_fn
+    def write_src(of, j, value):
+        words.store_src(of, j, encode_src(value, np.uint32(0)))
+
+    return Access(real, read, write, read_src, write_src)
+
+
+def _single(form, as_real, encode):
+    """Access to one stored number."""
+    decode = form.decode
+
+    @device_fn
+    def read(to, low, i):
+        return as_real(decode(words.load_dst(to, i)))
+
+    @device_fn
+    def write(to, low, i, value, word):
+        words.store_dst(to, i, encode(value, word))
+
+    return read, write
+
+
+def _double(form, as_real, encode):
+    """Access to a float32 in two parts."""
+    join, rest = form.complete
+
+    @device_fn
+    def read(to, low, i):
+        return as_real(join(words.load_dst(to, i), words.load_low(low, i)))
+
+    @device_fn
+    def write(to, low, i, value, word):
+        narrow = np.float32(value)
+        words.store_dst(to, i, encode(narrow, word))
+        words.store_low(low, i, rest(narrow))
+
+    return read, write

@@ -23,6 +23,7 @@ from typing import Any
 import numba
 from numba import types
 from numba.core import config
+from numba.core.serialize import dumps
 from numba.extending import register_jitable
 
 from fastema.kernels import scalar
@@ -35,7 +36,7 @@ for _function in vars(scalar).values():
         device_fn(_function)
 
 KERNEL = types.void(types.int64, types.int64, types.int64, types.int64)
-"""``kernel(table, rows, scalars, cursor)``, see :mod:`fastema.kernels.table`."""
+"""``kernel(table, rows, numbers, control)``, see :mod:`fastema.kernels.table`."""
 
 _cache_switch = threading.Lock()
 if hasattr(os, "register_at_fork"):
@@ -92,6 +93,18 @@ def cache_folder() -> Path | None:
     return None
 
 
+def _entry_folder(folder: Path, function: Any) -> Path:
+    """A folder for one kernel alone.
+
+    Numba keeps one index for all closures of a function, and numbers their files. Two processes
+    that compile different ones at a time can come to give one number to both: either would then
+    load the other's machine code.
+    """
+    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    content = function.__code__.co_code + dumps(cells)
+    return folder / hashlib.sha256(content).hexdigest()[:16]
+
+
 @contextmanager
 def _cache_directory(folder: Path) -> Iterator[None]:
     with _cache_switch:
@@ -114,11 +127,12 @@ def cpu_kernel(signature: Any = KERNEL, *, nogil: bool = True) -> Callable[[Any]
         compiler = functools.partial(numba.njit, signature, nogil=nogil, error_model="numpy")
         folder = cache_folder()
         if folder is not None:
+            entry = _entry_folder(folder, function)
             try:
-                with _cache_directory(folder):
+                with _cache_directory(entry):
                     return compiler(cache=True)(function)
             except Exception:  # a damaged entry raises whatever unpickling it comes upon
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(entry, ignore_errors=True)
         return compiler()(function)
 
     return compiled

@@ -14,6 +14,10 @@ from fastema.kernels.words import (
     bits32,
     float_of_bits32,
     fma,
+    high32,
+    low32,
+    mul32,
+    nan_to_zero,
     narrow16,
     or32,
     select32,
@@ -21,6 +25,7 @@ from fastema.kernels.words import (
     shr32,
     sub32,
     widen16,
+    xor32,
 )
 
 
@@ -79,6 +84,91 @@ def encode_f16(value):
     return narrow16(or32(sign, select32(above32(magnitude, 0x7F800000), quiet, finite)))
 
 
+def mix32(x):
+    """A permutation of 32-bit words in which every bit depends on every other.
+
+    Two rounds of xor-shift and multiply; the constants are C. Wellons' (hash-prospector).
+    """
+    x = mul32(xor32(x, shr32(x, 16)), 0x7FEB352D)
+    x = mul32(xor32(x, shr32(x, 15)), 0x846CA68B)
+    return xor32(x, shr32(x, 16))
+
+
+def random_key(seed, step, tensor, index):
+    """What the random bits of a row begin with; of the index only the high half enters here."""
+    key = xor32(mix32(xor32(low32(seed), 0x9E3779B9)), high32(seed))
+    key = xor32(mix32(key), low32(step))
+    key = xor32(mix32(key), high32(step))
+    key = xor32(mix32(key), low32(tensor))
+    return mix32(xor32(mix32(key), high32(index)))
+
+
+def random_word(index, key, second):
+    """Sixteen random bits for an element, a function of its index and the keys alone.
+
+    :func:`mix32` without its last step, whose place the top half of the product takes. The second
+    key enters between the rounds: with the first alone, two steps would use the same words in
+    another order.
+    """
+    x = xor32(index, key)
+    x = mul32(xor32(x, shr32(x, 16)), 0x7FEB352D)
+    return shr32(mul32(xor32(xor32(x, shr32(x, 15)), second), 0x846CA68B), 16)
+
+
+def encode_bf16_random(value, word):
+    """One of the two bfloat16 around a float32, each as likely as the other one is far.
+
+    ``word`` holds 16 random bits, as many as are rounded off: the expected value is the float32
+    itself. Infinities stay, NaN stays a NaN, and a finite number stays finite.
+    """
+    bits = bits32(value)
+    magnitude = and32(bits, 0x7FFFFFFF)
+    carried = add32(magnitude, word)
+    rounded = select32(above32(carried, 0x7F7FFFFF), 0x7F7FFFFF, carried)
+    quiet = select32(above32(magnitude, 0x7F800000), or32(magnitude, 0x400000), magnitude)
+    kept = select32(above32(magnitude, 0x7F7FFFFF), quiet, rounded)
+    return narrow16(shr32(or32(and32(bits, 0x80000000), kept), 16))
+
+
+def encode_bf16_of_bf16(value):
+    """:func:`encode_bf16` for what arithmetic on bfloat16 numbers gives on a CPU.
+
+    The low half of a NaN is zero there, so that rounding cannot carry out of it.
+    """
+    bits = bits32(value)
+    return narrow16(shr32(add32(bits, add32(and32(shr32(bits, 16), 1), 0x7FFF)), 16))
+
+
+def encode_bf16_of_bf16_random(value, word):
+    """:func:`encode_bf16_random` under the same condition.
+
+    A weighted mean of two bfloat16 numbers is no larger than they are: it cannot carry to infinity.
+    """
+    return narrow16(shr32(add32(bits32(value), word), 16))
+
+
+def encode_f16_random(value, word):
+    """One of the two half-precision numbers around a float32, each as likely as the other is far.
+
+    Of the 16 random bits it takes 13, as many as are rounded off. Below the normal range the number
+    is first rounded to 2**-37, which shifts the expected value by 2**-14 of the last place at most.
+    Beyond the largest number it rounds to nearest.
+    """
+    bits = bits32(value)
+    sign = shr32(and32(bits, 0x80000000), 16)
+    magnitude = and32(bits, 0x7FFFFFFF)
+    noise = shr32(word, 3)
+    normal = shr32(add32(sub32(magnitude, 0x38000000), noise), 13)
+    # Adding 2**-14 lines the bits of a subnormal result up.
+    aligned = bits32(float_of_bits32(magnitude) + np.float32(2.0**-14))
+    subnormal = shr32(add32(sub32(aligned, 0x38800000), noise), 13)
+    rounded = select32(above32(0x38800000, magnitude), subnormal, normal)
+    beyond = select32(above32(magnitude, 0x477FEFFF), 0x7C00, 0x7BFF)
+    finite = select32(above32(magnitude, 0x477FE000), beyond, rounded)
+    quiet = or32(0x7E00, and32(shr32(magnitude, 13), 0x3FF))
+    return narrow16(or32(sign, select32(above32(magnitude, 0x7F800000), quiet, finite)))
+
+
 def round_to_odd(value):
     """A float64 as float32, an inexact result forced to an odd last bit.
 
@@ -123,6 +213,41 @@ def unpark_shadow(model, parked):
     return or32(shl32(sub32(rounded, up), 16), and32(parked, 0xFFFF))
 
 
+def join_halves(high, low):
+    """The float32 that :func:`split_high` and :func:`split_low` took apart."""
+    return float_of_bits32(unpark_shadow(high, widen16(low)))
+
+
+def split_high(value):
+    """The bfloat16 nearest to a float32, ties away from zero: the half that is used by itself."""
+    return park_model(bits32(value))
+
+
+def split_low(value):
+    """The half that completes it to the float32, bit for bit (a signalling NaN comes back quiet)."""
+    return narrow16(bits32(value))
+
+
 def unpark_model(parked):
     """The raw bfloat16 weight again."""
     return narrow16(shr32(parked, 16))
+
+
+def two_sum(x, y):
+    """``x + y`` rounded, and exactly what the rounding left out (Knuth)."""
+    total = x + y
+    part = total - x
+    return total, (x - (total - part)) + (y - part)
+
+
+def mean_step(avg, rest, x, old, old_rest, n, inverse):
+    """``avg + rest + (x - old - old_rest) / n`` as a sum of two floats.
+
+    ``inverse`` is ``1 / n`` rounded. With ``u`` half a unit in the last place of 1, the result is
+    off by a few ``u * u`` of the largest number involved. An infinity comes through as one.
+    """
+    difference, left = two_sum(x, -old)
+    quotient = difference * inverse
+    small = (fma(-quotient, n, difference) + (left - old_rest)) * inverse
+    total, error = two_sum(avg, quotient)
+    return two_sum(total, nan_to_zero(rest + (error + small)))

@@ -1,24 +1,46 @@
-"""The contract between host and kernels: what a chunk table and a scalar block hold.
+"""The contract between host and kernels: what a chunk table and its two blocks hold.
 
-A kernel is called as ``kernel(table, rows, scalars, cursor)``: four integers, of which ``table``,
-``scalars`` and ``cursor`` are addresses. It takes rows from the table until none is left, so any
-number of threads may run the same call at once, and a call that was cut short is finished by
-making it again.
+A kernel is called as ``kernel(table, rows, numbers, control)``: four integers, of which all but
+``rows`` are addresses. It takes rows from the table until none is left, so any number of threads
+may run the same call at once, and a thread that comes late finds nothing to do.
 
 Chunk table, ``int64[rows, COLUMNS]``:
 
-=============  =====================================================================
-``DST``        address of the first element written (the average, for an update)
-``SRC``        address of the first element read (the weights)
-``COUNT``      elements in this row
-``DST_STEP``   elements from one to the next on the written side (1 in flat tables)
-``SRC_STEP``   the same on the other side
-=============  =====================================================================
+===============  ==================================================================================
+``DST``          address of the first element written (the average, for an update)
+``SRC``          address of the first element read (the weights)
+``COUNT``        elements in this row
+``DST_STEP``     elements from one to the next on the written side (1 in flat tables)
+``SRC_STEP``     the same on the other side
+``WHICH``        which of the weights applies: averages updated together have one each
+``INDEX``        place of the first element in its whole tensor, in the order of the written side
+``INDEX_STEP``   places from one element to the next
+``KEY``          32 bits that tell this tensor from others, for random bits
+``LOW``          address of the written side's companion, which lies as the written side does
+``RING``         address of the first element in slot 0 of a ring, which lies so too
+``RING_STRIDE``  bytes from one slot to the next
+===============  ==================================================================================
 
-Scalar block, ``float64[SCALARS]``: ``WEIGHT`` is the weight ``w = 1 - decay`` of the new value.
-Strides and counts are in elements of the kernel's formats (a complex number is two).
+Numbers, ``float64[...]``: by ``WHICH``, the weight ``w = 1 - decay`` of the new value (for a
+windowed mean, how many values it is of).
 
-Cursor, ``int64[1]``: the next row to take; every thread advances it atomically.
+Control, ``int64[CONTROLS]``:
+
+===============  ==================================================================================
+``NEXT``         the next row to take; every thread advances it atomically
+``CLAIM``        rows taken at once, a divisor of their number: those that read the same chunk
+``SEED, STEP``   what random bits depend on besides the place of the element
+``RESULTS``      address of ``float64[rows, MEASURES]``, for kernels that measure
+``WINDOW``       slots of the ring
+``SLOT``         the slot that is overwritten
+``TURN``         values that went into the ring so far, this update's included
+===============  ==================================================================================
+
+Measures, per row: ``DISTANCE`` and ``SQUARE``, the sums of squares of weights minus average and of
+the average after the update, and ``STILL``, the number of elements that did not change; a kernel
+that only looks for what is not finite leaves a NaN in ``DISTANCE`` where it found any.
+
+Steps and counts are in elements of the kernel's formats (a complex number is two).
 """
 
 from __future__ import annotations
@@ -30,14 +52,36 @@ SRC: Final = 1
 COUNT: Final = 2
 DST_STEP: Final = 3
 SRC_STEP: Final = 4
-COLUMNS: Final = 5
+WHICH: Final = 5
+INDEX: Final = 6
+INDEX_STEP: Final = 7
+KEY: Final = 8
+LOW: Final = 9
+RING: Final = 10
+RING_STRIDE: Final = 11
+COLUMNS: Final = 12
 
-WEIGHT: Final = 0
-SCALARS: Final = 1
+NEXT: Final = 0
+CLAIM: Final = 1
+SEED: Final = 2
+STEP: Final = 3
+RESULTS: Final = 4
+WINDOW: Final = 5
+SLOT: Final = 6
+TURN: Final = 7
+CONTROLS: Final = 8
+
+DISTANCE: Final = 0
+SQUARE: Final = 1
+STILL: Final = 2
+MEASURES: Final = 3
 
 CHUNK: Final = 1 << 16
 """Most elements in one row: small enough that the threads finish together, large enough that the
-atomic step on the cursor (about 20 ns) is lost in the work."""
+atomic step on the control block (about 20 ns) is lost in the work."""
+
+SHARED_CHUNK: Final = 1 << 14
+"""The same where several rows work on one chunk, which must stay in the second-level cache."""
 
 BLOCK: Final = 64
 """Elements in the inner loop of constant length: a whole number of cache lines for every dtype."""

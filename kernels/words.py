@@ -73,6 +73,12 @@ def sub32(x, y):
     return np.uint32((int(x) - int(y)) & 0xFFFFFFFF)
 
 
+@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.mul(x, y))
+def mul32(x, y):
+    """``x * y`` modulo 2**32."""
+    return np.uint32((int(x) * int(y)) & 0xFFFFFFFF)
+
+
 @_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.and_(x, y))
 def and32(x, y):
     """Bitwise and."""
@@ -83,6 +89,12 @@ def and32(x, y):
 def or32(x, y):
     """Bitwise or."""
     return np.uint32(int(x) | int(y))
+
+
+@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.xor(x, y))
+def xor32(x, y):
+    """Bitwise exclusive or."""
+    return np.uint32(int(x) ^ int(y))
 
 
 @_word(_u32(_u32, _u32), llvm=lambda b, x, n: b.shl(x, n))
@@ -113,6 +125,18 @@ def select32(condition, x, y):
 def widen16(x):
     """A 16-bit word as a 32-bit one."""
     return np.uint32(x)
+
+
+@_word(_u32(_i64), llvm=lambda b, x: b.trunc(x, _I32))
+def low32(x):
+    """The low half of a 64-bit integer."""
+    return np.uint32(int(x) & 0xFFFFFFFF)
+
+
+@_word(_u32(_i64), llvm=lambda b, x: b.trunc(b.lshr(x, _I64(32)), _I32))
+def high32(x):
+    """The high half of a 64-bit integer."""
+    return np.uint32((int(x) >> 32) & 0xFFFFFFFF)
 
 
 @_word(_u16(_u32), llvm=lambda b, x: b.trunc(x, _I16))
@@ -186,9 +210,30 @@ def fma(x, y, z):
     return np.float64(_fma64(float(x), float(y), float(z)))
 
 
+@_word(
+    _f32(_f32),
+    _f64(_f64),
+    llvm=lambda b, x: b.select(b.fcmp_ordered("==", x, x), x, ir.Constant(x.type, 0.0)),
+)
+def nan_to_zero(x):
+    """``x``, or a zero of its type where it is not a number."""
+    return x if x == x else type(x)(0)
+
+
+@_word(
+    _f32(_f32, _f32),
+    _f64(_f64, _f64),
+    llvm=lambda b, x, y: b.fadd(x, y, flags=("reassoc", "nsz")),
+)
+def sum_any_order(x, y):
+    """``x + y`` in a sum whose order does not matter: the only place where vectors may regroup."""
+    return x + y
+
+
 # -- memory ---------------------------------------------------------------------------------------
-# The written side and the other side never overlap (the layout refuses it). Saying so on every load
-# and store spares the vector loops a run-time test per block.
+# The streams of a kernel never overlap (the layout refuses it): the written side, the other side,
+# the written side's companion, and the ring. Saying so on every load and store spares the vector
+# loops a run-time test per block.
 
 
 class _Pointer:
@@ -247,15 +292,19 @@ def pointer_f64(address):
     return _Pointer(address, ctypes.c_double, np.float64)
 
 
-def _tag(builder, instruction, side):
+_STREAMS = ("dst", "src", "low", "ring")
+
+
+def _tag(builder, instruction, stream):
     module = builder.module
     domain = module.add_metadata(["fastema"])
-    scopes = [module.add_metadata([module.add_metadata([name, domain])]) for name in ("dst", "src")]
-    instruction.set_metadata("alias.scope", scopes[side])
-    instruction.set_metadata("noalias", scopes[1 - side])
+    scopes = {name: module.add_metadata([name, domain]) for name in _STREAMS}
+    others = [scope for name, scope in scopes.items() if name != stream]
+    instruction.set_metadata("alias.scope", module.add_metadata([scopes[stream]]))
+    instruction.set_metadata("noalias", module.add_metadata(others))
 
 
-def _load_word(side):
+def _load_word(stream):
     def register(python):
         def generic(self, args, kws):
             return signature(args[0].dtype, args[0], _i64)
@@ -264,8 +313,8 @@ def _load_word(side):
 
         def llvm(builder, pointer, i):
             value = builder.load(builder.gep(pointer, [i]))
-            if side is not None:
-                _tag(builder, value, side)
+            if stream is not None:
+                _tag(builder, value, stream)
             return value
 
         _lower(python, (types.CPointer, _i64), llvm)
@@ -274,7 +323,7 @@ def _load_word(side):
     return register
 
 
-def _store_word(side):
+def _store_word(stream):
     def register(python):
         def generic(self, args, kws):
             return signature(types.void, args[0], _i64, args[0].dtype)
@@ -283,8 +332,8 @@ def _store_word(side):
 
         def llvm(builder, pointer, i, value):
             written = builder.store(value, builder.gep(pointer, [i]))
-            if side is not None:
-                _tag(builder, written, side)
+            if stream is not None:
+                _tag(builder, written, stream)
 
         _lower(python, (types.CPointer, _i64, types.Any), llvm)
         return python
@@ -292,39 +341,63 @@ def _store_word(side):
     return register
 
 
-@_load_word(side=None)
+@_load_word(stream=None)
 def load(pointer, i):
     """Element ``i`` of a table or a scalar block."""
     return pointer.load(i)
 
 
-@_load_word(side=0)
+@_load_word(stream="dst")
 def load_dst(pointer, i):
     """Element ``i`` of the written side."""
     return pointer.load(i)
 
 
-@_load_word(side=1)
+@_load_word(stream="src")
 def load_src(pointer, i):
     """Element ``i`` of the other side."""
     return pointer.load(i)
 
 
-@_store_word(side=None)
+@_load_word(stream="low")
+def load_low(pointer, i):
+    """Element ``i`` of the written side's companion."""
+    return pointer.load(i)
+
+
+@_load_word(stream="ring")
+def load_ring(pointer, i):
+    """Element ``i`` of a slot of the ring."""
+    return pointer.load(i)
+
+
+@_store_word(stream=None)
 def store(pointer, i, value):
     """Write element ``i`` of a scratch area."""
     pointer.store(i, value)
 
 
-@_store_word(side=0)
+@_store_word(stream="dst")
 def store_dst(pointer, i, value):
     """Write element ``i`` of the written side."""
     pointer.store(i, value)
 
 
-@_store_word(side=1)
+@_store_word(stream="src")
 def store_src(pointer, i, value):
     """Write element ``i`` of the other side (a swap)."""
+    pointer.store(i, value)
+
+
+@_store_word(stream="low")
+def store_low(pointer, i, value):
+    """Write element ``i`` of the written side's companion."""
+    pointer.store(i, value)
+
+
+@_store_word(stream="ring")
+def store_ring(pointer, i, value):
+    """Write element ``i`` of a slot of the ring."""
     pointer.store(i, value)
 
 

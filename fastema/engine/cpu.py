@@ -104,7 +104,7 @@ def get_num_threads() -> int:
     return _pool.threads
 
 
-def launch(kernel: Kernel, table: int, rows: int, scalars: int, cursor: int, nbytes: int) -> None:
+def launch(kernel: Kernel, table: int, rows: int, numbers: int, control: int, nbytes: int) -> None:
     """Run a kernel over a table, on as many threads as its bytes are worth.
 
     On return no thread is in the kernel any more; an interrupt waits for that.
@@ -112,11 +112,11 @@ def launch(kernel: Kernel, table: int, rows: int, scalars: int, cursor: int, nby
     pool = _pool
     helpers = min(pool.threads, nbytes // BYTES_PER_THREAD, rows) - 1
     if helpers < 1:
-        kernel(table, rows, scalars, cursor)
+        kernel(table, rows, numbers, control)
         return
     with deferred():
-        futures = pool.submit(helpers, kernel, table, rows, scalars, cursor)
-        kernel(table, rows, scalars, cursor)
+        futures = pool.submit(helpers, kernel, table, rows, numbers, control)
+        kernel(table, rows, numbers, control)
         for future in futures:
             if not future.cancel():
                 future.result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -13,38 +14,107 @@ from fastema.engine.interrupts import deferred
 from fastema.engine.locks import lock
 from fastema.engine.registry import kernel
 from fastema.errors import DTypeError
-from fastema.kernels.table import SCALARS, WEIGHT
-from fastema.layout.dtypes import DType, raw
+from fastema.kernels.table import (
+    CLAIM,
+    CONTROLS,
+    DISTANCE,
+    MEASURES,
+    NEXT,
+    RESULTS,
+    SEED,
+    SLOT,
+    SQUARE,
+    STEP,
+    STILL,
+    TURN,
+    WHICH,
+    WINDOW,
+)
+from fastema.layout.dtypes import raw
 from fastema.layout.group import Pair
 from fastema.layout.table import Table, chunk_tables, moved_bytes
 
-__all__ = ["Program"]
+__all__ = ["Measured", "Moment", "Program"]
 
 _LAUNCHERS: Final[dict[str, Callable[..., None]]] = {"cpu": cpu.launch}
 
 _BITS: Final = {"park", "unpark", "read_read_write"}
 """Operations on bits, whatever they stand for."""
 
-_CONVERTING: Final = {"copy", "swap"}
+_CONVERTING: Final = {"copy", "swap", "give"}
 """Operations that move bits unchanged between equal dtypes."""
 
+_WITH_RING: Final = {"window"}
 
-def _formats(operation: str, dst: DType, src: DType) -> tuple[str, str]:
-    if operation in _BITS or (operation in _CONVERTING and dst == src):
+_MEASURING: Final = {"lerp_measured", "finite"}
+"""Operations that write measures of every row."""
+
+
+class Moment(NamedTuple):
+    """What changes from run to run.
+
+    Attributes
+    ----------
+    numbers : sequence of float
+        Weights of the new value, by the pairs' ``which``; for a windowed mean, how many values it
+        is of.
+    seed, step : int
+        What random bits depend on besides the place of an element.
+    window, slot, turn : int
+        Slots of the ring, the one to overwrite, and values put in so far, this one included.
+    """
+
+    numbers: Sequence[float] = (0.0,)
+    seed: int = 0
+    step: int = 0
+    window: int = 0
+    slot: int = 0
+    turn: int = 0
+
+
+class Measured(NamedTuple):
+    """Sums over the elements of one average.
+
+    Attributes
+    ----------
+    distance : float
+        Norm of the weights minus the average.
+    size : float
+        Norm of the average.
+    still : int
+        Elements that did not change.
+    """
+
+    distance: float
+    size: float
+    still: int
+
+
+def _formats(operation: str, pair: Pair) -> tuple[str, ...]:
+    dst, src = pair.dst.kind, pair.src.kind
+    if operation in _BITS:
+        return raw(dst), raw(src)
+    if operation in _CONVERTING and dst == src and pair.low is None:
         return raw(dst), raw(src)
     if dst.real is None or src.real is None:
         raise DTypeError(f"{operation}: {dst.code} is not averaged, only copied and swapped")
-    return dst.real, src.real
+    form = pair.form or dst.real
+    if operation in _CONVERTING:
+        form = form.removesuffix("~")  # a copy is best rounded to nearest
+    if operation not in _WITH_RING:
+        return form, src.real
+    assert pair.ring is not None
+    return form, src.real, str(pair.ring[0].kind.real)
 
 
 class _Group(NamedTuple):
     tag: str
     device: str
-    dst: DType
-    src: DType
+    like: Pair
     layout: str
     table: Table
-    cursor: NDArray[np.int64]
+    control: NDArray[np.int64]
+    results: NDArray[np.float64]
     nbytes: int
 
 
@@ -61,17 +131,19 @@ class Program:
     ----------
     pairs : mapping of str to sequence of Pair
         Checked pairs, each memory once, under tags of the caller's; a run gives each tag its
-        operation.
+        operation. Averages that are updated together follow each other, tensor by tensor.
     """
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         self._lock = lock()
-        self._scalars = np.zeros(SCALARS)
+        together = 1 + max((p.which for members in pairs.values() for p in members), default=0)
+        self._numbers = np.zeros(together)
         self._launches: dict[tuple[tuple[str, str], ...], list[_Launch]] = {}
-        kinds: dict[tuple[str, str, str, str], list[Pair]] = {}
+        kinds: dict[tuple[str, ...], list[Pair]] = {}
         for tag, members in pairs.items():
             for pair in members:
-                key = (tag, pair.dst.device, pair.dst.dtype, pair.src.dtype)
+                ring = "" if pair.ring is None else pair.ring[0].dtype
+                key = (tag, pair.dst.device, pair.dst.dtype, pair.src.dtype, pair.form, ring)
                 kinds.setdefault(key, []).append(pair)
         self._groups = [
             group for (tag, *_), members in kinds.items() for group in _groups(tag, members)
@@ -91,32 +163,54 @@ class Program:
         return launches
 
     def _launch(self, group: _Group, operation: str) -> _Launch:
-        formats = _formats(operation, group.dst, group.src)
-        compiled = kernel(group.device, operation, *formats, group.layout)
-        table, cursor = group.table.ctypes.data, group.cursor.ctypes.data
-        scalars = self._scalars.ctypes.data
+        compiled = kernel(group.device, operation, _formats(operation, group.like), group.layout)
+        if operation in _MEASURING and not len(group.results):
+            group.results.resize((len(group.table), MEASURES), refcheck=False)
+            group.control[RESULTS] = group.results.ctypes.data
+        table, control = group.table.ctypes.data, group.control.ctypes.data
+        numbers = self._numbers.ctypes.data
         return _LAUNCHERS[group.device], (
-            *(compiled, table, len(group.table), scalars, cursor, group.nbytes),
+            *(compiled, table, len(group.table), numbers, control, group.nbytes),
         )
 
-    def run(self, operations: Mapping[str, str], weight: float = 0.0) -> None:
+    def run(self, operations: Mapping[str, str], moment: Moment = Moment()) -> None:  # noqa: B008
         """Run one operation per tag over all its pairs.
 
         Parameters
         ----------
         operations : mapping of tag to operation
-            ``"lerp"``, ``"copy"``, ``"swap"``, ``"park"`` or ``"unpark"``; pairs under other tags
-            are left alone.
-        weight : float
-            Weight of the new value in ``"lerp"``.
+            Such as ``"lerp"``, ``"copy"`` or ``"swap"``; pairs under other tags are left alone.
+        moment : Moment
         """
         launches = self.prepare(operations)
         with self._lock, deferred():
-            self._scalars[WEIGHT] = weight
+            self._numbers[:] = moment.numbers
+            settings = moment[1:]
             for group in self._groups:
-                group.cursor[0] = 0
+                group.control[NEXT] = 0
+                group.control[_SETTINGS] = settings
             for launch, args in launches:
                 launch(*args)
+
+    def measured(self, which: int) -> Measured:
+        """What the latest run of a measuring operation found of one of the averages."""
+        distance = square = 0.0
+        still = 0
+        for group in self._groups:
+            if len(group.results):
+                rows = group.results[group.table[:, WHICH] == which]
+                distance += float(rows[:, DISTANCE].sum())
+                square += float(rows[:, SQUARE].sum())
+                still += int(rows[:, STILL].sum())
+        return Measured(math.sqrt(distance), math.sqrt(square), still)
+
+    def all_finite(self) -> bool:
+        """Whether the latest run of ``"finite"`` found nothing else."""
+        return not any(np.isnan(group.results[:, DISTANCE]).any() for group in self._groups)
+
+
+_SETTINGS: Final = np.array([SEED, STEP, WINDOW, SLOT, TURN])
+"""Columns of the control block that a moment gives, in its order."""
 
 
 def _groups(tag: str, members: Sequence[Pair]) -> list[_Group]:
@@ -125,10 +219,11 @@ def _groups(tag: str, members: Sequence[Pair]) -> list[_Group]:
     if device not in _LAUNCHERS:
         raise DTypeError(f"{first.name}: no kernels for device {first.dst.device}")
     nbytes = moved_bytes(members)
-    return [
-        _Group(
-            *(tag, device, first.dst.kind, first.src.kind),
-            *(layout, table, np.zeros(1, np.int64), nbytes),
-        )
-        for layout, table in chunk_tables(members).items()
-    ]
+    together = 1 + max(pair.which for pair in members)
+    groups = []
+    for layout, table in chunk_tables(members, together).items():
+        control = np.zeros(CONTROLS, np.int64)
+        control[CLAIM] = together
+        results = np.empty((0, MEASURES))
+        groups.append(_Group(tag, device, first, layout, table, control, results, nbytes))
+    return groups

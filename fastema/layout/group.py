@@ -17,11 +17,30 @@ __all__ = ["Pair", "check_pair", "refuse_overlap", "refuse_unwritable", "unique"
 
 
 class Pair(NamedTuple):
-    """A tensor that is written and the tensor it is written from, under one name."""
+    """A tensor that is written and the tensor it is written from, under one name.
+
+    Attributes
+    ----------
+    name : str
+    dst, src : TensorSpec
+    form : str
+        The kernel format of ``dst`` where it is not that of its dtype: rounded by random bits, or
+        completed by ``low``.
+    low : TensorSpec, optional
+        A companion of ``dst``, with its shape and strides.
+    ring : (TensorSpec, int), optional
+        The first slot of a ring that lies as ``dst`` does, and the bytes from slot to slot.
+    which : int
+        Which of the averages that are updated together this is.
+    """
 
     name: str
     dst: TensorSpec
     src: TensorSpec
+    form: str = ""
+    low: TensorSpec | None = None
+    ring: tuple[TensorSpec, int] | None = None
+    which: int = 0
 
 
 def check_pair(pair: Pair) -> None:
@@ -37,7 +56,7 @@ def check_pair(pair: Pair) -> None:
     BridgeError
         If the written side is read-only.
     """
-    name, dst, src = pair
+    name, dst, src = pair.name, pair.dst, pair.src
     if dst.shape != src.shape:
         raise LayoutError(
             f"{name}: shapes differ, {list(dst.shape)} is written from {list(src.shape)}; "

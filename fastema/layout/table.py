@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.kernels.table import CHUNK, COLUMNS, COUNT, DST, DST_STEP, SRC, SRC_STEP
+from fastema.kernels.table import (
+    CHUNK,
+    COLUMNS,
+    COUNT,
+    DST,
+    DST_STEP,
+    INDEX,
+    INDEX_STEP,
+    KEY,
+    LOW,
+    RING,
+    RING_STRIDE,
+    SHARED_CHUNK,
+    SRC,
+    SRC_STEP,
+    WHICH,
+)
 from fastema.layout.group import Pair
-from fastema.layout.spec import TensorSpec
 
-__all__ = ["Table", "chunk_tables"]
+__all__ = ["Table", "chunk_tables", "moved_bytes"]
 
 Table = NDArray[np.int64]
 
-_Axis = tuple[int, int, int]
-"""Extent, stride of the written side, stride of the other side; in elements of the format."""
+_Axis = tuple[int, int, int, int]
+"""Extent, stride of the written side, stride of the other side, places in the tensor; in elements
+of the format."""
 
 
-def _joint_axes(dst: TensorSpec, src: TensorSpec) -> list[_Axis]:
+def _joint_axes(pair: Pair) -> list[_Axis]:
     """The axes of both sides, outermost of the written side first, merged where both allow it."""
+    _, dst, src, *_ = pair
     parts = dst.kind.parts
     axes = [
         (n, d * parts, s * parts)
@@ -31,66 +49,100 @@ def _joint_axes(dst: TensorSpec, src: TensorSpec) -> list[_Axis]:
     axes.sort(key=lambda axis: (-abs(axis[1]), -abs(axis[2])))
     if parts > 1:
         axes.append((parts, 1, 1))
+    placed: list[_Axis] = []
+    places = 1
+    for n, d, s in reversed(axes):
+        placed.append((n, d, s, places))
+        places *= n
     merged: list[_Axis] = []
-    for n, d, s in axes:
+    for n, d, s, place in reversed(placed):
         if merged:
-            outer, outer_d, outer_s = merged[-1]
+            outer, outer_d, outer_s, _ = merged[-1]
             if outer_d == n * d and outer_s == n * s:
-                merged[-1] = (outer * n, d, s)
+                merged[-1] = (outer * n, d, s, place)
                 continue
-        merged.append((n, d, s))
-    return merged or [(1, 1, 1)]
+        merged.append((n, d, s, place))
+    return merged or [(1, 1, 1, 1)]
+
+
+def _key(pair: Pair) -> int:
+    """32 bits that tell a tensor's average from others, wherever and in what order they lie."""
+    return zlib.crc32(f"{pair.which}/{pair.name}".encode())
 
 
 def _rows(pair: Pair) -> Table:
     """Rows of one pair: the axis that is walked inside a row, the others spread out over rows."""
-    _, dst, src = pair
-    axes = _joint_axes(dst, src)
-    adjacent = [axis for axis in axes if axis[1:] == (1, 1)]
+    dst, src = pair.dst, pair.src
+    axes = _joint_axes(pair)
+    adjacent = [axis for axis in axes if axis[1:3] == (1, 1)]
     # A long axis in a row beats adjacent elements in rows of a few.
     inner = adjacent[0] if adjacent and adjacent[0][0] >= 16 else max(axes)
     axes.remove(inner)
-    offsets = np.zeros((1, 2), np.int64)
-    for n, d, s in axes:
-        steps = np.arange(n, dtype=np.int64)[:, None] * np.array([d, s], np.int64)
-        offsets = (offsets[:, None, :] + steps[None, :, :]).reshape(-1, 2)
-    parts = dst.kind.parts
-    sizes = np.array([dst.kind.itemsize // parts, src.kind.itemsize // parts], np.int64)
-    rows = np.empty((len(offsets), COLUMNS), np.int64)
-    rows[:, [DST, SRC]] = np.array([dst.address, src.address], np.int64) + offsets * sizes
-    rows[:, [COUNT, DST_STEP, SRC_STEP]] = inner
+    offsets = np.zeros((1, 3), np.int64)
+    for n, *strides in axes:
+        steps = np.arange(n, dtype=np.int64)[:, None] * np.array(strides, np.int64)
+        offsets = (offsets[:, None, :] + steps[None, :, :]).reshape(-1, 3)
+    rows = np.zeros((len(offsets), COLUMNS), np.int64)
+    dst_size, src_size = dst.kind.itemsize // dst.kind.parts, src.kind.itemsize // src.kind.parts
+    rows[:, DST] = dst.address + offsets[:, 0] * dst_size
+    rows[:, SRC] = src.address + offsets[:, 1] * src_size
+    rows[:, [COUNT, DST_STEP, SRC_STEP, INDEX_STEP]] = inner
+    rows[:, INDEX] = offsets[:, 2]
+    rows[:, WHICH], rows[:, KEY] = pair.which, _key(pair)
+    if pair.low is not None:
+        size = pair.low.kind.itemsize // pair.low.kind.parts
+        rows[:, LOW] = pair.low.address + offsets[:, 0] * size
+    if pair.ring is not None:
+        slot, stride = pair.ring
+        size = slot.kind.itemsize // slot.kind.parts
+        rows[:, RING] = slot.address + offsets[:, 0] * size
+        rows[:, RING_STRIDE] = stride
     return rows
 
 
-def _chunked(rows: Table, dst_size: int, src_size: int) -> Table:
-    """The rows cut into pieces of at most ``CHUNK`` elements."""
-    pieces = -(-rows[:, COUNT] // CHUNK)
+def _chunked(rows: Table, pair: Pair, most: int) -> Table:
+    """The rows cut into pieces of at most ``most`` elements."""
+    if rows[0, COUNT] <= most:  # all rows of a tensor are of one length
+        return rows
+    pieces = -(-rows[:, COUNT] // most)
     cut = np.repeat(rows, pieces, axis=0)
     first = np.arange(len(cut)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    done = first * CHUNK
-    cut[:, COUNT] = np.minimum(CHUNK, cut[:, COUNT] - done)
-    cut[:, DST] += done * cut[:, DST_STEP] * dst_size
-    cut[:, SRC] += done * cut[:, SRC_STEP] * src_size
+    done = first * most
+    cut[:, COUNT] = np.minimum(most, cut[:, COUNT] - done)
+    cut[:, INDEX] += done * cut[:, INDEX_STEP]
+    slot = None if pair.ring is None else pair.ring[0]
+    sides = [(DST, DST_STEP, pair.dst), (SRC, SRC_STEP, pair.src)]
+    sides += [(LOW, DST_STEP, pair.low), (RING, DST_STEP, slot)]  # type: ignore[list-item]
+    for column, step, spec in sides:
+        if spec is not None:
+            cut[:, column] += done * cut[:, step] * (spec.kind.itemsize // spec.kind.parts)
     return cut
 
 
-def chunk_tables(pairs: Iterable[Pair]) -> dict[str, Table]:
+def chunk_tables(pairs: Iterable[Pair], together: int = 1) -> dict[str, Table]:
     """The tables of pairs of one dtype pair: ``"flat"`` (adjacent elements) and ``"strided"``.
 
     A layout without rows is left out. Dense tensors give flat rows whatever their order of axes, as
     long as both sides share it.
+
+    Parameters
+    ----------
+    pairs : iterable of Pair
+    together : int
+        Averages of one tensor that follow each other among the pairs: the rows that read one chunk
+        of it then follow each other too, so that it comes from memory once.
     """
     kept = [pair for pair in pairs if pair.dst.size]
-    if not kept:
-        return {}
-    kind, other = kept[0].dst.kind, kept[0].src.kind
-    rows = np.concatenate([_rows(pair) for pair in kept])
-    rows = _chunked(rows, kind.itemsize // kind.parts, other.itemsize // other.parts)
-    adjacent = (rows[:, DST_STEP] == 1) & (rows[:, SRC_STEP] == 1)
-    split = {"flat": rows[adjacent], "strided": rows[~adjacent]}
-    return {layout: np.ascontiguousarray(part) for layout, part in split.items() if len(part)}
+    tables: dict[str, list[Table]] = {"flat": [], "strided": []}
+    for first in range(0, len(kept), together):
+        members = kept[first : first + together]
+        most = SHARED_CHUNK if together > 1 or members[0].ring is not None else CHUNK
+        rows = np.stack([_chunked(_rows(pair), pair, most) for pair in members], axis=1)
+        adjacent = (rows[0, 0, DST_STEP] == 1) & (rows[0, 0, SRC_STEP] == 1)
+        tables["flat" if adjacent else "strided"].append(rows.reshape(-1, COLUMNS))
+    return {layout: np.concatenate(parts) for layout, parts in tables.items() if parts}
 
 
-def moved_bytes(pairs: Iterable[Pair]) -> int:
+def moved_bytes(pairs: Sequence[Pair]) -> int:
     """Bytes of both sides together, by which work is shared out over threads."""
     return sum(math.prod(p.dst.shape) * (p.dst.kind.itemsize + p.src.kind.itemsize) for p in pairs)

@@ -1,27 +1,48 @@
-"""How much of the new value an average takes in at each step: pure maths, no arrays."""
+"""How much of the new value an average takes in at each step: pure maths, no arrays.
 
+Profiles of averages and their synthesis from snapshots are in :mod:`fastema.rules.posthoc`.
+"""
+
+from fastema.rules import units
+from fastema.rules.debias import Debiased, debiased
 from fastema.rules.ema import (
     Constant,
     InverseGamma,
-    Rule,
     Warmup,
     constant,
     half_life,
     inverse_gamma,
-    rule_from_dict,
     warmup,
 )
+from fastema.rules.power import Power, gamma_of, power, sigma_rel_of
+from fastema.rules.reach import Reach, effective_steps
+from fastema.rules.rule import Rule, rule_from_dict
 from fastema.rules.schedule import Schedule
+from fastema.rules.sma import Window, window
+from fastema.rules.swa import CumulativeMean, cumulative_mean
 
 __all__ = [
     "Constant",
+    "CumulativeMean",
+    "Debiased",
     "InverseGamma",
+    "Power",
+    "Reach",
     "Rule",
     "Schedule",
     "Warmup",
+    "Window",
     "constant",
+    "cumulative_mean",
+    "debiased",
+    "effective_steps",
+    "gamma_of",
     "half_life",
     "inverse_gamma",
+    "power",
     "rule_from_dict",
+    "sigma_rel_of",
+    "units",
     "warmup",
+    "window",
 ]

@@ -1,5 +1,9 @@
 """Shadow weights: averages of a model that are kept, applied for evaluation and taken back."""
 
-from fastema.shadow.average import EMA
+from fastema.shadow.average import Average, Drift
+from fastema.shadow.ema import EMA
+from fastema.shadow.power import PowerEMA
+from fastema.shadow.sma import SMA
+from fastema.shadow.swa import SWA
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "SMA", "SWA", "Average", "Drift", "PowerEMA"]

@@ -1,34 +1,69 @@
-"""Averages of a model's weights: update, apply for evaluation, take back, save and load."""
+"""What every average of weights does: update, apply for evaluation, take back, save and load."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypedDict, get_args
 
-from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
+from fastema.bridges.registry import bridge_of, leaves_of, materialised, written
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
-from fastema.engine.program import Program
-from fastema.errors import ArgumentError, LayoutError, PrecisionWarning, StateError, listed
-from fastema.layout.dtypes import average_of
+from fastema.engine.program import Moment, Program
+from fastema.errors import ArgumentError, LayoutError, NonFiniteError, StateError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
-from fastema.rules import Constant, Rule, Schedule
-from fastema.shadow.binding import Binding
-from fastema.shadow.entries import (
-    Policy,
-    allocate,
-    checked_policy,
-    dtype_of,
-    kinds,
-    select,
-)
-from fastema.shadow.exchange import APPLY, FOLLOW, RESTORE, UPDATE, Spares, recovered
+from fastema.rules import Rule, Schedule
+from fastema.shadow.binding import FOLLOW, Binding
+from fastema.shadow.entries import SPLIT, Policy, Wish, checked_policy, dtype_of, select
+from fastema.shadow.exchange import APPLY, RESTORE, Spares, recovered
+from fastema.shadow.reports import report
 from fastema.shadow.state import pack, unpack
+from fastema.shadow.store import Store, Tensors
 
-__all__ = ["EMA", "Shadow"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Average", "Drift", "Options", "Shadow"]
+
+Rounding = Literal["nearest", "stochastic"]
+OnNonFinite = Literal["propagate", "skip", "raise"]
+
+_UPDATE: Final = {"averaged": "lerp", "copied": "copy"}
+_MEASURED: Final = {"averaged": "lerp_measured", "copied": "copy"}
+
+
+class Options(TypedDict, total=False):
+    """What all averages take by keyword, see :class:`Average`."""
+
+    shadow_dtype: Any
+    rounding: Rounding
+    seed: int
+    update_every: int
+    start_after: int
+    frozen: Policy
+    buffers: Policy
+    on_nonfinite: OnNonFinite
+    drift: bool
+
+
+class Drift(NamedTuple):
+    """How an average stood to the weights after an update.
+
+    Attributes
+    ----------
+    distance : float
+        Euclidean norm of the weights minus the average.
+    relative : float
+        The same, divided by the norm of the average.
+    still : float
+        The share of elements that the update did not change, in [0, 1].
+    """
+
+    distance: float
+    relative: float
+    still: float
 
 
 class Shadow(Mapping[str, Any]):
@@ -38,28 +73,56 @@ class Shadow(Mapping[str, Any]):
     average is applied to the model, each is a copy.
     """
 
-    def __init__(self, average: EMA) -> None:
-        self._average = average
+    def __init__(self, average: Average, which: int) -> None:
+        self._average, self._which = average, which
 
     def __getitem__(self, name: str) -> Any:
-        return self._average._tensor(name)
+        return self._average._tensor(name, self._which)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._average._entries)
+        return iter(self._average._store.sets[self._which])
 
     def __len__(self) -> int:
-        return len(self._average._entries)
+        return len(self._average._store.sets[self._which])
 
     def __repr__(self) -> str:
         return f"Shadow({', '.join(self)})"
 
 
-class EMA:
-    """Exponential moving average of weights, kept in flat buffers and updated in one call.
+class _Applied(NamedTuple):
+    """An average that is in the model, and how it is taken back."""
 
-    At the n-th update ``avg += w(n) * (x - avg)`` with ``w(n) = 1 - decay(n)``, computed in float32
-    (float64 where either side is) and rounded to nearest even. The average begins as a copy of the
-    weights, so build it when the weights are as training starts from them.
+    which: int
+    program: Program
+    spares: Spares | None
+
+
+def _checked(value: Any, name: str, known: Any) -> Any:
+    if value not in get_args(known):
+        raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(get_args(known))}")
+    return value
+
+
+def _checked_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
+    return seed
+
+
+def _wish(shadow_dtype: Any, rounding: Rounding | None, count: int) -> Wish:
+    split = isinstance(shadow_dtype, str) and shadow_dtype == SPLIT
+    if rounding is not None:
+        _checked(rounding, "rounding", Rounding)
+    wanted = dtype_of("bf16" if split else shadow_dtype)
+    return Wish(wanted, split, rounding != "nearest", count)
+
+
+class Average:
+    """Averages of weights in flat buffers, updated in one call: what all kinds have in common.
+
+    At the n-th update ``avg += w(n) * (x - avg)``, computed in float32 (float64 where either side
+    is). An average begins as a copy of the weights, so build it when the weights are as training
+    starts from them.
 
     Parameters
     ----------
@@ -67,14 +130,22 @@ class EMA:
         What is averaged. A module's own structure is watched: a parameter that was re-pointed
         (``p.data = ...``, ``.to()``, ``load_state_dict(assign=True)``) is found again, one that was
         added, removed, renamed, reshaped or untied is an error. Tied weights are averaged once.
-    decay : float or rule
-        Weight of the old average, in [0, 1), or a schedule of :mod:`fastema.rules`.
+    rules : rule or sequence of rules
+        Of :mod:`fastema.rules`; several are followed in one pass over the weights.
     shadow_dtype : dtype or str, optional
         Of the averaged tensors, such as ``torch.float32`` or ``"float32"``; by default that of the
-        weights. For 16-bit weights ask for float32: a 16-bit average stops moving once
-        ``(1 - decay) * |x - avg|`` is below half its last place.
+        weights. ``"bf16+16"`` is a float32 in two halves: ``shadow`` holds the nearest bfloat16,
+        ready to be used or saved as it is, another buffer the 16 bits that complete it; a swap with
+        bfloat16 weights touches the first alone.
+    rounding : {"stochastic", "nearest"}, optional
+        Of 16-bit averages, stochastic by default: to nearest, an average stops moving once
+        ``w * |x - avg|`` is below half its last place. The random bits are a function of ``seed``,
+        the step, the tensor's name and the element's place in it, so that a run gives the same bits
+        however it is resumed or divided. Averages of other dtypes round to nearest even.
+    seed : int
+        Of the random bits, at least 0.
     update_every : int
-        Work only at every k-th call, with ``decay ** k``: the same horizon in steps.
+        Work only at every k-th call, as the rule says for steps of length k: the same horizon.
     start_after : int
         Until this many calls the average is the weights themselves.
     frozen : {"skip", "copy", "average"}
@@ -84,13 +155,13 @@ class EMA:
         What is done with buffers, such as BatchNorm statistics: ``copy`` keeps those of the latest
         update that did work, ``average`` averages floats. Integers and booleans are always copied
         exactly.
-
-    Attributes
-    ----------
-    shadow : Mapping of str to array
-        The averaged tensors.
-    num_updates : int
-        Calls of :meth:`update` so far.
+    on_nonfinite : {"propagate", "skip", "raise"}
+        What is done with a NaN or an infinity in the weights: average it, leave out the whole call
+        and count it in ``num_skipped``, or raise. The last two read the weights once more first.
+    drift : bool
+        Measure in the same pass how far the weights are from the average, see :attr:`drift`.
+    ring : (int, dtype), optional
+        Slots and dtype of the ring that a windowed mean needs.
 
     Raises
     ------
@@ -104,62 +175,52 @@ class EMA:
 
     Notes
     -----
-    Two averages of one model are independent of each other, but only one can be applied at a time:
-    the second would average, or keep, the first one's average.
+    Two objects that average one model are independent of each other, but only one can be applied at
+    a time: the second would average, or keep, the first one's average.
 
-    Bytes moved per element and update: the weights once, the average twice (12 for float32, 10 for
-    bfloat16 weights with a float32 average). A call on other threads while one runs waits; weights
-    must not be re-pointed by another thread during a call. Denormal values cost up to a hundred
-    times as much as normal ones, in any package.
-
-    Examples
-    --------
-    >>> import numpy as np, fastema
-    >>> w = np.array([1.0, 2.0], np.float32)
-    >>> ema = fastema.EMA([w], decay=0.5)
-    >>> w += 1
-    >>> ema.update()
-    >>> with ema.swapped():
-    ...     w.copy()
-    array([1.5, 2.5], dtype=float32)
-    >>> w
-    array([2., 3.], dtype=float32)
-
-    References
-    ----------
-    B. Polyak and A. Juditsky, Acceleration of stochastic approximation by averaging, 1992,
-    https://doi.org/10.1137/0330046
+    A call on other threads while one runs waits; weights must not be re-pointed by another thread
+    during a call. Denormal values cost up to a hundred times as much as normal ones, in any
+    package.
     """
 
     def __init__(
         self,
         weights: Any,
-        decay: float | Rule = 0.999,
+        rules: Rule | Sequence[Rule],
         *,
-        shadow_dtype: Any = None,
-        update_every: int = 1,
-        start_after: int = 0,
-        frozen: Policy = "skip",
-        buffers: Policy = "copy",
+        ring: tuple[int, Any] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        rule = decay if isinstance(decay, Rule) else Constant(decay)
-        self._schedule = Schedule(rule, update_every, start_after)
-        frozen = checked_policy(frozen, "frozen")
-        buffers = checked_policy(buffers, "buffers")
+        unknown = set(options) - set(Options.__annotations__)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}"
+            )
+        get = options.get
+        every, start = get("update_every", 1), get("start_after", 0)
+        self._schedule = Schedule(rules, every, start)  # type: ignore[arg-type]
+        frozen = checked_policy(get("frozen", "skip"), "frozen")
+        buffers = checked_policy(get("buffers", "copy"), "buffers")
+        self._on_nonfinite = _checked(
+            get("on_nonfinite", "propagate"), "on_nonfinite", OnNonFinite
+        )
+        self._seed = _checked_seed(get("seed", 0))
+        self._operations = _MEASURED if get("drift", False) else _UPDATE
+        self._wish = _wish(get("shadow_dtype"), get("rounding"), len(self._schedule.rules))
+        if ring is not None:
+            self._wish = self._wish._replace(window=ring[0], ring=dtype_of(ring[1]))
         container = materialised(weights)
         selection = select(leaves_of(container), frozen, buffers)
-        entries = allocate(kinds(selection, dtype_of(shadow_dtype)))
-        self._entries = {entry.name: entry for entry in entries}
+        self._store = Store.of(selection, self._wish)
         self._names = selection.names
-        self._num_updates = 0
+        self._num_updates = self._num_skipped = 0
         self._lock = rlock()
-        self._swapped: Program | None = None
-        self._spares: Spares | None = None
+        self._applied: _Applied | None = None
+        self._measured: Program | None = None
         self._home = container
-        self._binding = Binding(container, self._entries, self._names)
+        self._binding = Binding(container, self._store, self._names)
         self._binding.program.run(FOLLOW)
-        self.shadow = Shadow(self)
-        self._warn_of_stalls()
+        self.shadows = tuple(Shadow(self, which) for which in range(len(self._store.sets)))
 
     # -- the weights ------------------------------------------------------------------------------
 
@@ -168,32 +229,26 @@ class EMA:
         container = self._home if model is None else materialised(model)
         binding = self._binding
         if binding.lenient or not binding.holds(container) or binding.changed():
-            self._binding = Binding(container, self._entries, self._names)
+            self._binding = Binding(container, self._store, self._names)
         return self._binding
-
-    def _warn_of_stalls(self) -> None:
-        narrow = {e.spec.dtype for e in self._entries.values() if e.averaged} & {"bf16", "f16"}
-        schedule = self._schedule
-        in_the_long_run = 1.0 - schedule.rule.decay(10**6) ** schedule.update_every
-        if narrow and in_the_long_run < 2**-7:
-            warnings.warn(
-                f"a {' and '.join(sorted(narrow))} average with decay {self.decay} loses most "
-                "updates to rounding; pass shadow_dtype='float32'",
-                PrecisionWarning,
-                stacklevel=3,
-            )
 
     # -- training ---------------------------------------------------------------------------------
 
     @property
     def num_updates(self) -> int:
-        """Calls of :meth:`update` so far."""
+        """Calls of :meth:`update` so far, without those that were skipped."""
         return self._num_updates
 
     @property
-    def decay(self) -> float:
+    def num_skipped(self) -> int:
+        """Calls of :meth:`update` that changed nothing because a weight was not finite."""
+        return self._num_skipped
+
+    @property
+    def decay(self) -> float | tuple[float, ...]:
         """Decay per step in force at the latest update (at the first, before any)."""
-        return self._schedule.decay(max(self._num_updates, 1))
+        decays = self._schedule.decays(max(self._num_updates, 1))
+        return decays[0] if len(decays) == 1 else decays
 
     @property
     def schedule(self) -> Schedule:
@@ -215,24 +270,46 @@ class EMA:
             While the average is applied.
         LayoutError
             If the model's tensors are no longer the same by name and shape; nothing was written.
+        NonFiniteError
+            With ``on_nonfinite="raise"``, naming the tensors; nothing was written.
         """
         with self._lock:
             self._refuse_applied("update")
             binding = self._current(model)
             step = self._num_updates + 1
-            weight = self._schedule.weight(step)
-            if not 0.0 <= weight <= 1.0:
-                raise ArgumentError(f"{self._schedule.rule!r} gives weight {weight} at {step}")
-            if not weight:
+            weights = self._schedule.weights(step)
+            if not weights:
                 self._num_updates = step
                 return
+            if self._on_nonfinite != "propagate" and not self._accepts(binding, step):
+                return
+            begins = step <= self._schedule.start_after
+            operations = FOLLOW if begins else self._operations
+            moment = self._moment(step, weights)
             with deferred():
-                binding.program.run(UPDATE, weight)
+                binding.program.run(operations, moment)
                 self._num_updates = step
+                self._measured = None if begins else binding.program
+
+    def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
+        return Moment(weights, self._seed, step)
+
+    def _accepts(self, binding: Binding, step: int) -> bool:
+        """Whether all weights are finite; what is to be done where they are not."""
+        names = binding.not_finite()
+        if not names:
+            return True
+        if self._on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"weights are not finite at update {step}; the average is as it was:\n"
+                + listed(f"{name!r} holds a NaN or an infinity" for name in names)
+            )
+        self._num_skipped += 1
+        return False
 
     def _follow(self) -> None:
         """Until ``start_after`` the average is the weights: bring it up to date where seen."""
-        if self._swapped is None and self._schedule.follows(self._num_updates):
+        if self._applied is None and self._schedule.follows(self._num_updates):
             self._current(self._binding.container).program.run(FOLLOW)
 
     # -- evaluation -------------------------------------------------------------------------------
@@ -240,16 +317,26 @@ class EMA:
     @property
     def applied(self) -> bool:
         """Whether the model holds the average now."""
-        return self._swapped is not None
+        return self._applied is not None
 
     def _refuse_applied(self, call: str) -> None:
-        if self._swapped is not None:
+        if self._applied is not None:
             raise StateError(
                 f"{call}() while the average is applied to the model: call restore() first, or "
                 "leave the swapped() block"
             )
 
-    def apply_shadow(self, model: Any = None) -> None:
+    def _chosen(self, which: int | None) -> int:
+        """The average that a call is about."""
+        count = len(self._store.sets)
+        if which is None and count == 1:
+            return 0
+        if isinstance(which, bool) or not isinstance(which, int) or not -count <= which < count:
+            rules = ", ".join(f"{i}: {rule!r}" for i, rule in enumerate(self._schedule.rules))
+            raise ArgumentError(f"which={which!r}: say which of the averages is meant ({rules})")
+        return which % count
+
+    def apply_shadow(self, model: Any = None, *, which: int | None = None) -> None:
         """Put the average into the model, in place, and keep the raw weights for :meth:`restore`.
 
         Nothing is lost or copied where average and weights have one dtype, or are float32 and
@@ -261,28 +348,30 @@ class EMA:
         ----------
         model : optional
             See :meth:`update`.
+        which : int, optional
+            The average, by its place among the rules; needed where there are several.
 
         Raises
         ------
         StateError
-            If the average is applied already.
+            If an average is applied already.
         LayoutError
             If the model's tensors are no longer the same; nothing was written.
         """
         with self._lock:
             self._refuse_applied("apply_shadow")
+            which = self._chosen(which)
             binding = self._current(model)
             if self._schedule.follows(self._num_updates):
                 binding.program.run(FOLLOW)
-            spares = (
-                Spares(binding.tagged) if {"spare", "converted"} & set(binding.tagged) else None
-            )
-            program = binding.program if spares is None else spares.program(binding.tagged)
+            pairs = binding.exchanged(which)
+            spares = Spares(pairs) if "spare" in pairs else None
+            program = Program(pairs) if spares is None else spares.program(pairs)
             program.prepare(APPLY)
             program.prepare(RESTORE)
             with deferred():
                 program.run(APPLY)
-                self._swapped, self._spares = program, spares
+                self._applied = _Applied(which, program, spares)
                 binding.written()
 
     def restore(self, model: Any = None) -> None:
@@ -303,37 +392,36 @@ class EMA:
             If the model's tensors are no longer the same.
         """
         with self._lock:
-            if self._swapped is None:
+            if self._applied is None:
                 raise StateError(
                     "restore() without apply_shadow(): the model holds its own weights"
                 )
             program = self._applied_program(model)
             with deferred():
                 program.run(RESTORE)
-                self._swapped = self._spares = None
+                self._applied = None
                 self._binding.written()
 
     def _applied_program(self, model: Any = None) -> Program:
         """The program that takes the average back, rebuilt if the model moved meanwhile."""
-        before, program = self._binding, self._swapped
-        assert program is not None
+        before, applied = self._binding, self._applied
+        assert applied is not None
         if model is not None:
             container = materialised(model)
             if not before.holds(container) and not before.same_memory(
-                Binding(container, self._entries, self._names, lenient=True)
+                Binding(container, self._store, self._names, lenient=True)
             ):
                 raise StateError(
                     "the average is applied to another model; restore() without an argument takes "
                     "it back from there"
                 )
         if not before.changed():
-            return program
-        binding = Binding(before.container, self._entries, self._names, lenient=True)
-        was = {pair.name: pair.src.dtype for pair, _ in before.pairs}
+            return applied.program
+        binding = Binding(before.container, self._store, self._names, lenient=True)
         problems = [
-            f"{pair.name!r} was {was[pair.name]} and is {pair.src.dtype}"
-            for pair, _ in binding.pairs
-            if pair.src.dtype != was[pair.name]
+            f"{name!r} was {was.dtype} and is {binding.weights[name].dtype}"
+            for name, was in before.weights.items()
+            if binding.weights[name].dtype != was.dtype
         ]
         if problems:
             raise StateError(
@@ -342,32 +430,33 @@ class EMA:
                 + "\nChange it back, then restore(): the raw weights are kept exactly, the average "
                 "only as the other dtype left it."
             )
-        program = binding.program
-        if self._spares is not None:
-            program = self._spares.program(binding.tagged)
+        pairs = binding.exchanged(applied.which)
+        program = Program(pairs) if applied.spares is None else applied.spares.program(pairs)
         program.prepare(RESTORE)
-        self._binding, self._swapped = binding, program
+        self._binding, self._applied = binding, applied._replace(program=program)
         return program
 
     @contextmanager
-    def swapped(self, model: Any = None) -> Iterator[None]:
+    def swapped(self, model: Any = None, *, which: int | None = None) -> Iterator[None]:
         """A block in which the model holds the average; the raw weights come back however it ends.
 
         Parameters
         ----------
         model : optional
             See :meth:`update`.
+        which : int, optional
+            See :meth:`apply_shadow`.
 
         Raises
         ------
         StateError
-            If the average is applied already.
+            If an average is applied already.
         """
         # An outer block's average is not ours to take back: apply_shadow() refuses.
         model = None if model is None else materialised(model)
         outside = self.applied
         try:
-            self.apply_shadow(model)
+            self.apply_shadow(model, which=which)
             yield
         finally:
             try:
@@ -378,40 +467,44 @@ class EMA:
                     self.restore(model)
                 raise
 
-    def copy_to(self, model: Any) -> None:
+    def copy_to(self, model: Any, *, which: int | None = None) -> None:
         """Write the average into a model, rounded to its dtypes, and keep nothing of what it held.
 
         Parameters
         ----------
         model : module, array, list, tuple or dict
             The same names and shapes; further frozen tensors and buffers are left alone.
+        which : int, optional
+            See :meth:`apply_shadow`.
 
         Raises
         ------
         StateError
-            While the average is applied.
+            While an average is applied.
         LayoutError
             Naming every tensor that the model lacks or that differs in shape; nothing was written.
         """
         with self._lock:
             self._refuse_applied("copy_to")
+            which = self._chosen(which)
             self._follow()
-            pairs = unique(self._pairs_to(leaves_of(materialised(model))))
+            pairs = unique(self._pairs_to(leaves_of(materialised(model)), which))
             for pair in pairs:
                 check_pair(pair)
-                refuse_unwritable(pair.name, pair.dst)
+                refuse_unwritable(pair.name, pair.src)
             refuse_overlap(
-                [(pair.name, pair.dst) for pair in pairs],
-                [(f"average of {pair.name}", pair.src) for pair in pairs],
+                [(pair.name, pair.src) for pair in pairs],
+                [(f"average of {pair.name}", pair.dst) for pair in pairs],
             )
-            Program({"all": pairs}).run({"all": "copy"})
-            for tell, arrays in written(pair.dst.owner for pair in pairs):
+            Program({"all": pairs}).run({"all": "give"})
+            for tell, arrays in written(pair.src.owner for pair in pairs):
                 tell(arrays)
 
-    def _pairs_to(self, leaves: Leaves) -> list[Pair]:
+    def _pairs_to(self, leaves: Leaves, which: int) -> list[Pair]:
         """Every name of the average, with what it is written to."""
+        entries = self._store.sets[which]
         found = {leaf.name: leaf for leaf in leaves.items}
-        names = {name: name for name in self._entries} | {
+        names = {name: name for name in entries} | {
             name: kept for name, kept in self._names.aliases.items() if name in found
         }
         for one in leaves.opaque:
@@ -426,54 +519,88 @@ class EMA:
         if problems:
             raise LayoutError("the model does not match the average:\n" + listed(problems))
         return [
-            Pair(name, found[name].spec, self._entries[kept].spec) for name, kept in names.items()
+            entries[kept].pair(found[name].spec, 0)._replace(name=name, ring=None)
+            for name, kept in names.items()
         ]
 
     # -- the average ------------------------------------------------------------------------------
 
-    def _tensor(self, name: str) -> Any:
+    @property
+    def shadow(self) -> Shadow:
+        """The averaged tensors by name; where there are several averages, see :attr:`shadows`."""
+        return self.shadows[self._chosen(None)]
+
+    def _tensor(self, name: str, which: int) -> Any:
         with self._lock:
             name = self._names.aliases.get(name, name)
-            entry = self._entries[name]
-            if self._swapped is not None:
+            entry = self._store.sets[which][name]
+            array, _ = entry.parts["shadow"]
+            applied = self._applied
+            # What is only copied is in all averages, and out with any of them.
+            if applied is not None and (which == applied.which or not entry.averaged):
                 self._applied_program()
-                return recovered(*self._binding.pair(name))
+                return recovered(self._binding.pair(name, which)).shadow
             self._follow()
-            return bridge_of(entry.shadow).alias(entry.shadow)
+            return bridge_of(array).alias(array)
 
-    def to(self, device: str | None = None, dtype: Any = None) -> EMA:
+    @property
+    def drifts(self) -> tuple[Drift, ...]:
+        """:attr:`drift` of every average."""
+        program = self._measured
+        if program is None or self._operations is not _MEASURED:
+            raise StateError("no drift was measured: build with drift=True, and update first")
+        return tuple(self._drift(program, which) for which in range(len(self._store.sets)))
+
+    @property
+    def drift(self) -> Drift:
+        """How the average stood to the weights after the latest update.
+
+        Raises
+        ------
+        StateError
+            If it was not built with ``drift=True``, or before the first update.
+        """
+        return self.drifts[self._chosen(None)]
+
+    def _drift(self, program: Program, which: int) -> Drift:
+        distance, size, still = program.measured(which)
+        entries = self._store.sets[which].values()
+        reals = sum(e.spec.size * e.spec.kind.parts for e in entries if e.averaged)
+        return Drift(distance, distance / size if size else math.inf, still / max(reals, 1))
+
+    def report(self) -> str:
+        """In words, what the average averages over at this point of the run."""
+        return report(type(self).__name__, self._schedule, self._num_updates, self._num_skipped)
+
+    def to(self, device: str | None = None, dtype: Any = None) -> Average:
         """Move the average to a device, or change the dtype of its averaged tensors; returns it.
 
         Parameters
         ----------
         device : str or device, optional
         dtype : dtype or str, optional
+            As ``shadow_dtype``.
 
         Raises
         ------
         StateError
-            While the average is applied.
+            While an average is applied.
         DTypeError
             If an average cannot have the dtype.
         """
         with self._lock:
             self._refuse_applied("to")
-            wanted = dtype_of(dtype)
-            moved = []
-            for entry in self._entries.values():
-                bridge = bridge_of(entry.shadow)
-                there = describe(bridge.transfer(entry.shadow, device or entry.spec.device))
-                kind = average_of(there.kind, wanted) if entry.averaged else there.kind
-                moved.append((entry.name, entry.averaged, there, kind))
-            entries = allocate(moved)
-            pairs = [
-                Pair(entry.name, entry.spec, like)
-                for entry, (_, _, like, _) in zip(entries, moved, strict=True)
-            ]
-            Program({"all": pairs}).run({"all": "copy"})
-            named = {entry.name: entry for entry in entries}
-            self._binding = Binding(self._binding.container, named, self._names)
-            self._entries = named
+            store, wish = self._store, self._wish
+            if device is not None:
+                store = store.on(device)
+            if dtype is not None:
+                rounding = None if wish.random else "nearest"
+                wish = _wish(dtype, rounding, wish.count)._replace(
+                    window=wish.window, ring=wish.ring
+                )
+                store = store.cast(wish)
+            self._binding = Binding(self._binding.container, store, self._names)
+            self._store, self._wish = store, wish
             return self
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
@@ -481,32 +608,44 @@ class EMA:
 
         Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. It holds the
         average also while that is applied to the model, never the raw weights in its place.
+        ``"shadow"`` is a list with a mapping of names to tensors for each average; ``"low"`` and
+        ``"ring"`` are lists of the same kind, of what an average in two halves, or a windowed mean,
+        needs besides.
 
         Parameters
         ----------
         copy : bool
             False saves the memory of a copy: the tensors are then the average's own, to be written
-            out before anything else is called (while the average is applied they are copies).
+            out before anything else is called (while an average is applied they are copies).
         """
         with self._lock:
-            if copy and self._swapped is None:
-                self._follow()
-                tensors = self._copies()
-            else:
-                tensors = {name: self._tensor(name) for name in self._entries}
-            return pack(type(self).__name__, self._num_updates, self._schedule, tensors)
+            counters = {
+                "num_updates": self._num_updates,
+                "num_skipped": self._num_skipped,
+                "seed": self._seed,
+            }
+            return pack(type(self).__name__, counters, self._schedule, self._saved(copy))
 
-    def _copies(self) -> dict[str, Any]:
-        entries = self._entries.values()
-        copies = allocate([(e.name, e.averaged, e.spec, e.spec.kind) for e in entries])
-        pairs = [Pair(c.name, c.spec, e.spec) for c, e in zip(copies, entries, strict=True)]
-        Program({"all": pairs}).run({"all": "copy"})
-        return {entry.name: entry.shadow for entry in copies}
+    def _saved(self, copy: bool) -> Tensors:
+        self._follow()
+        if self._applied is None:
+            return (self._store.duplicate() if copy else self._store).tensors()
+        self._applied_program()
+        tensors = self._store.duplicate().tensors()
+        out = self._applied.which
+        for which, entries in enumerate(self._store.sets):
+            for name, entry in entries.items():
+                if which == out or not entry.averaged:
+                    whole = recovered(self._binding.pair(name, which))
+                    tensors["shadow"][which][name] = whole.shadow
+                    if whole.low is not None:
+                        tensors["low"][which][name] = whole.low
+        return tensors
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved average: a run goes on to the bit as if it had not been interrupted.
 
-        The schedule is the saved one. Tensors are copied into the average's memory.
+        The schedule and the seed are the saved ones. Tensors are copied into the average's memory.
 
         Parameters
         ----------
@@ -516,33 +655,33 @@ class EMA:
         Raises
         ------
         StateError
-            While the average is applied.
+            While an average is applied.
         CheckpointError
             Listing every mismatch of names, shapes, dtypes and schedule; nothing was changed.
         """
         with self._lock:
             self._refuse_applied("load_state_dict")
-            expected = {name: entry.spec for name, entry in self._entries.items()}
-            saved = unpack(state, type(self).__name__, self._schedule, expected)
-            arrays = {
-                name: bridge_of(array).transfer(array, expected[name].device)
-                for name, array in saved.tensors.items()
-            }
-            pairs = [Pair(name, expected[name], describe(a)) for name, a in arrays.items()]
+            saved = unpack(state, type(self).__name__, self._schedule, self._store.specs())
+            program = self._store.load(saved.tensors)
             with deferred():
-                Program({"all": pairs}).run({"all": "copy"})
-                self._num_updates, self._schedule = saved.num_updates, saved.schedule
+                program.run({"all": "copy"})
+                self._num_updates = saved.counters["num_updates"]
+                self._num_skipped = saved.counters["num_skipped"]
+                self._seed, self._schedule = saved.counters["seed"], saved.schedule
+                self._measured = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: a copy would share, or double, the memory of a model it is not bound to."""
         raise StateError("an average is not copied or pickled; build another and load state_dict()")
 
     def __repr__(self) -> str:
-        averaged = [entry for entry in self._entries.values() if entry.averaged]
+        averaged = [entry for entry in self._store.sets[0].values() if entry.averaged]
         elements = sum(entry.spec.size for entry in averaged)
-        dtypes = "/".join(sorted({entry.spec.dtype for entry in averaged}))
+        dtypes = "/".join(sorted({e.form.strip("~") or e.spec.dtype for e in averaged}))
+        decays = self._schedule.decays(max(self._num_updates, 1))
+        decay = ", ".join(f"{one:g}" for one in decays)
         state = ", applied" if self.applied else ""
         return (
             f"{type(self).__name__}({elements:,} weights in {len(averaged)} tensors, {dtypes}, "
-            f"decay {self.decay:g}, {self._num_updates:,} updates{state})"
+            f"decay {decay}, {self._num_updates:,} updates{state})"
         )

@@ -1,9 +1,9 @@
-"""An average bound to the memory of one model: pairs, the program over them, and the watch."""
+"""Averages bound to the memory of one model: pairs, the programs over them, and the watch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from fastema.bridges.registry import leaves_of, written
 from fastema.engine.program import Program
@@ -11,10 +11,14 @@ from fastema.engine.watch import watch
 from fastema.errors import LayoutError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaf, Leaves
-from fastema.shadow.entries import Entry, Names
-from fastema.shadow.exchange import tag_of, tagged
+from fastema.shadow.entries import Names
+from fastema.shadow.exchange import Tagged, exchanged
+from fastema.shadow.store import Entry, Store
 
-__all__ = ["Binding"]
+__all__ = ["FOLLOW", "Binding"]
+
+FOLLOW: Final = {"averaged": "copy", "copied": "copy"}
+"""What makes the averages, and what is only copied, the weights themselves."""
 
 
 def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> list[str]:
@@ -46,6 +50,12 @@ def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names)
     ]
 
 
+def _is_finite(pair: Pair) -> bool:
+    program = Program({"averaged": [pair]})
+    program.run({"averaged": "finite"})
+    return program.all_finite()
+
+
 class Binding:
     """Where an average's tensors and a model's tensors lie.
 
@@ -53,8 +63,8 @@ class Binding:
     ----------
     container : module, list, tuple or mapping
         Holds the weights.
-    entries : mapping of name to Entry
-        The average.
+    store : Store
+        The averages.
     names : Names
         What became of the other names when the average was built.
     lenient : bool
@@ -71,12 +81,13 @@ class Binding:
     def __init__(
         self,
         container: Any,
-        entries: Mapping[str, Entry],
+        store: Store,
         names: Names,
         *,
         lenient: bool = False,
     ) -> None:
         leaves = leaves_of(container)
+        entries = store.sets[0]
         for one in leaves.opaque:
             if one.name in entries:
                 raise one.error
@@ -92,20 +103,21 @@ class Binding:
             )
         self.container = container
         self.lenient = lenient
-        self.pairs = [
-            (Pair(name, entry.spec, found[name].spec), entry.averaged)
-            for name, entry in entries.items()
-        ]
-        for pair, _ in self.pairs:
+        pairs = store.pairs({name: found[name].spec for name in entries})
+        for pair in pairs:
             check_pair(pair)
             refuse_unwritable(pair.name, pair.src)
-        refuse_overlap(
-            [(f"average of {pair.name}", pair.dst) for pair, _ in self.pairs]
-            + [(pair.name, pair.src) for pair, _ in self.pairs]
+        weights = [(pair.name, pair.src) for pair in pairs if not pair.which]
+        refuse_overlap([(f"average of {pair.name}", pair.dst) for pair in pairs] + weights)
+        self.weights = dict(weights)
+        self._pairs = pairs
+        self._averaged = {name for name, entry in entries.items() if entry.averaged}
+        averaged = [pair for pair in pairs if pair.name in self._averaged]
+        self.program = Program(
+            {"averaged": averaged, "copied": [p for p in pairs if p.name not in self._averaged]}
         )
-        self.tagged = tagged(self.pairs)
-        self.program = Program(self.tagged)
-        self._written = written(pair.src.owner for pair, _ in self.pairs)
+        self._look: Program | None = None
+        self._written = written(spec.owner for spec in self.weights.values())
         self._owners = [leaf.spec.owner for leaf in leaves.items]
         self._watch = watch(leaves.only({*entries, *names.aliases}))
         frozen = {*names.skipped, *names.frozen}
@@ -115,12 +127,32 @@ class Binding:
             if leaf.name in frozen and leaf.role == "frozen"
         ]
 
-    def pair(self, name: str) -> tuple[str, Pair]:
-        """A tensor's pair, with its tag."""
-        for pair, averaged in self.pairs:
-            if pair.name == name:
-                return tag_of(pair, averaged), pair
-        raise KeyError(name)
+    def pair(self, name: str, which: int) -> Pair:
+        """A tensor's pair in one of the averages."""
+        number = which if name in self._averaged else 0
+        return next(p for p in self._pairs if p.name == name and p.which == number)
+
+    def exchanged(self, which: int) -> Tagged:
+        """The pairs of one average, as they are exchanged with the model."""
+        return exchanged(
+            pair for pair in self._pairs if pair.name not in self._averaged or pair.which == which
+        )
+
+    def not_finite(self) -> list[str]:
+        """Names of averaged weights that hold a NaN or an infinity."""
+        if self._look is None:
+            self._look = Program({"averaged": self._sources()})
+        self._look.run({"averaged": "finite"})
+        if self._look.all_finite():
+            return []
+        return [pair.name for pair in self._sources() if not _is_finite(pair)]
+
+    def _sources(self) -> list[Pair]:
+        return [
+            Pair(p.name, p.dst, p.src)
+            for p in self._pairs
+            if p.name in self._averaged and not p.which
+        ]
 
     def holds(self, container: Any) -> bool:
         """Whether this is the container, or a list of the same tensor objects."""
@@ -135,7 +167,7 @@ class Binding:
 
     def same_memory(self, other: Binding) -> bool:
         """Whether another container's weights are these."""
-        return [pair.src for pair, _ in self.pairs] == [pair.src for pair, _ in other.pairs]
+        return self.weights == other.weights
 
     def written(self) -> None:
         """Tell the weights' framework that they were written."""

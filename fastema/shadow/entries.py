@@ -1,31 +1,33 @@
-"""What is averaged: which tensors of a model, by which policy, and the memory of the average."""
+"""What is averaged: which tensors of a model, by which policy, in memory of which kind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
-from fastema.bridges.registry import bridge_of, describe, dtype_code
+from fastema.bridges.registry import dtype_code
 from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
 from fastema.layout.dtypes import DType, average_of, parse
-from fastema.layout.flat import dense_strides, place
 from fastema.layout.group import refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
 
 __all__ = [
-    "Entry",
+    "SPLIT",
     "Names",
     "Policy",
     "Selection",
-    "allocate",
+    "Wish",
     "checked_policy",
+    "companion",
     "dtype_of",
-    "kinds",
     "select",
 ]
 
 Policy = Literal["average", "copy", "skip"]
+
+SPLIT: Final = "bf16+16"
+"""A float32 average in two halves, of which the first is the nearest bfloat16."""
 
 
 def checked_policy(value: Any, name: str) -> Policy:
@@ -40,20 +42,6 @@ def dtype_of(value: Any) -> DType | None:
     if value is None:
         return None
     return parse(value if isinstance(value, str) else dtype_code(value))
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of the average.
-
-    ``shadow`` is a view into a flat buffer, with the weights' shape and order of axes; ``spec``
-    describes it. ``averaged`` is False where the weights are copied instead.
-    """
-
-    name: str
-    averaged: bool
-    shadow: Any
-    spec: TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,45 +124,51 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     return Selection(averaged, copied, Names(skipped, still, aliases))
 
+def companion(kind: DType, weights: DType, form: str) -> DType:
+    """The dtype of what an average keeps beside itself: its other half, or a mean's remainder."""
+    if form == SPLIT:
+        return parse("i16")
+    real = "f64" if "f64" in (kind.real, weights.real) else "f32"
+    return average_of(kind, parse(real))
 
-def allocate(wanted: Iterable[tuple[str, bool, TensorSpec, DType]]) -> list[Entry]:
-    """Entries for tensors like these: (name, averaged, spec to be like, dtype).
 
-    One flat buffer per framework, device and dtype; dense tensors keep their order of axes, others
-    become row-major.
+class Wish(NamedTuple):
+    """How averages are to be stored.
+
+    Attributes
+    ----------
+    dtype : DType, optional
+        None for that of the weights.
+    split : bool
+        As a float32 in two halves.
+    random : bool
+        16-bit averages are rounded by random bits.
+    count : int
+        Averages that are kept together.
+    window : int
+        Slots of a ring; 0 for none.
+    ring : DType, optional
+        Of the ring; None for that of the weights.
     """
-    wanted = list(wanted)
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for i, (_, _, like, kind) in enumerate(wanted):
-        key = (bridge_of(like.owner).__name__, like.device, kind.code)
-        groups.setdefault(key, []).append(i)
-    made: dict[int, Entry] = {}
-    for (_, device, code), members in groups.items():
-        bridge = bridge_of(wanted[members[0]][2].owner)
-        itemsize = wanted[members[0]][3].itemsize
-        placed = place([wanted[i][2].size for i in members], itemsize)
-        flat = bridge.zeros(placed.length, code, device)
-        for i, offset in zip(members, placed.offsets, strict=True):
-            name, averaged, like, _ = wanted[i]
-            view = bridge.view(flat, offset, like.shape, dense_strides(like))
-            made[i] = Entry(name, averaged, view, describe(view))
-    return [made[i] for i in range(len(wanted))]
 
+    dtype: DType | None = None
+    split: bool = False
+    random: bool = True
+    count: int = 1
+    window: int = 0
+    ring: DType | None = None
 
-def kinds(selection: Selection, wanted: DType | None) -> list[tuple[str, bool, TensorSpec, DType]]:
-    """What :func:`allocate` needs for a selection.
+    def stored(self, weights: DType) -> tuple[DType, str]:
+        """The dtype and the kernel format of an average of such weights.
 
-    Raises
-    ------
-    DTypeError
-        Naming every tensor whose average cannot have the wanted dtype.
-    """
-    found, problems = [], []
-    for leaf in selection.averaged:
-        try:
-            found.append((leaf.name, True, leaf.spec, average_of(leaf.spec.kind, wanted)))
-        except DTypeError as error:
-            problems.append(f"{leaf.name}: {error}")
-    if problems:
-        raise DTypeError("shadow_dtype does not fit:\n" + listed(problems))
-    return found + [(leaf.name, False, leaf.spec, leaf.spec.kind) for leaf in selection.copied]
+        Raises
+        ------
+        DTypeError
+            If there is none.
+        """
+        kind = average_of(weights, self.dtype)
+        if self.split:
+            if weights.parts > 1:
+                raise DTypeError(f"an average of {weights.code} weights cannot be in two halves")
+            return kind, SPLIT
+        return kind, f"{kind.code}~" if self.random and kind.code in ("f16", "bf16") else ""

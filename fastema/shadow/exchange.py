@@ -3,90 +3,98 @@
 =============  ===================================  ===============================================
 tag            average and weights                  how
 =============  ===================================  ===============================================
-``swap``       of one dtype                         their bits change places
+``swap``       of one dtype, or a float32 in two    their bits change places; of an average in two
+               halves and float32 weights           halves and bfloat16 weights, the high half's
 ``park``       float32 average, bfloat16 weights    the model takes the rounded average; the
                                                     average's storage keeps the raw weights and the
                                                     bits that the model has no room for (48 bits
                                                     in, 48 out)
-``spare``      any other two dtypes                 the raw weights go into a spare buffer while
-                                                    the average is applied: there are more pairs of
+``spare``      any other two dtypes, and what is    the raw weights go into a spare buffer while
+               copied, not averaged, and differs    the average is applied: there are more pairs of
                                                     values than the two storages have states
-``exact``      copied, not averaged                 as ``swap``
-``converted``  copied, of two dtypes                as ``spare``
 =============  ===================================  ===============================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from fastema.bridges.memory import allocate
 from fastema.engine.program import Program
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
-from fastema.shadow.entries import Entry, allocate
+from fastema.shadow.entries import SPLIT
 
-__all__ = ["APPLY", "FOLLOW", "RESTORE", "UPDATE", "Spares", "recovered", "tag_of", "tagged"]
+__all__ = ["APPLY", "RESTORE", "Recovered", "Spares", "exchanged", "recovered"]
 
-UPDATE: Final = {
-    **dict.fromkeys(("swap", "park", "spare"), "lerp"),
-    **dict.fromkeys(("exact", "converted"), "copy"),
-}
-FOLLOW: Final = dict.fromkeys(UPDATE, "copy")
-APPLY: Final = {"swap": "swap", "park": "park", "exact": "swap", "cast": "copy"}
-RESTORE: Final = {"swap": "swap", "park": "unpark", "exact": "swap", "back": "copy"}
+APPLY: Final = {"swap": "swap", "park": "park", "cast": "give"}
+RESTORE: Final = {"swap": "swap", "park": "unpark", "back": "copy"}
 
-_IN_PLACE: Final = {"swap", "park", "exact"}
+Tagged = dict[str, list[Pair]]
 
 
-def tag_of(pair: Pair, averaged: bool) -> str:
-    """How a pair of average and weights is exchanged."""
-    if pair.dst.dtype == pair.src.dtype:
-        return "swap" if averaged else "exact"
-    if not averaged:
-        return "converted"
-    return "park" if (pair.dst.dtype, pair.src.dtype) == ("f32", "bf16") else "spare"
+def _tag(pair: Pair) -> str:
+    dtypes = pair.dst.dtype, pair.src.dtype
+    if dtypes[0] == dtypes[1] or (pair.form == SPLIT and dtypes[1] == "f32"):
+        return "swap"
+    return "park" if pair.form != SPLIT and dtypes == ("f32", "bf16") else "spare"
 
 
-def tagged(pairs: Iterable[tuple[Pair, bool]]) -> dict[str, list[Pair]]:
-    """(pair, whether averaged) by tag."""
-    found: dict[str, list[Pair]] = {}
-    for pair, averaged in pairs:
-        found.setdefault(tag_of(pair, averaged), []).append(pair)
+def exchanged(pairs: Iterable[Pair]) -> Tagged:
+    """Pairs of one average by tag, with those companions that are exchanged too."""
+    found: Tagged = {}
+    for pair in pairs:
+        whole = pair.form == SPLIT and pair.dst.dtype != pair.src.dtype
+        bare = pair if whole else Pair(pair.name, pair.dst, pair.src)
+        found.setdefault(_tag(pair), []).append(bare)
     return found
 
 
 class Spares:
     """Raw weights of the pairs that cannot change places, kept while the average is applied."""
 
-    def __init__(self, pairs: dict[str, list[Pair]]) -> None:
-        outside = [p for tag, members in pairs.items() if tag not in _IN_PLACE for p in members]
-        entries = allocate([(p.name, False, p.src, p.src.kind) for p in outside])
-        self._kept = {entry.name: entry for entry in entries}
-        save = [Pair(p.name, self._kept[p.name].spec, p.src) for p in outside]
+    def __init__(self, pairs: Tagged) -> None:
+        outside = pairs.get("spare", [])
+        views = allocate([(p.src, p.src.kind) for p in outside])
+        self._kept = {p.name: spec for p, (_, spec) in zip(outside, views, strict=True)}
+        save = [Pair(p.name, self._kept[p.name], p.src) for p in outside]
         Program({"save": save}).run({"save": "copy"})
 
-    def program(self, pairs: dict[str, list[Pair]]) -> Program:
+    def program(self, pairs: Tagged) -> Program:
         """A program for :data:`APPLY` and :data:`RESTORE` over these pairs."""
-        parts = {tag: members for tag, members in pairs.items() if tag in _IN_PLACE}
-        outside = [p for tag, members in pairs.items() if tag not in _IN_PLACE for p in members]
-        parts["cast"] = [Pair(p.name, p.src, p.dst) for p in outside]
-        parts["back"] = [Pair(p.name, p.src, self._kept[p.name].spec) for p in outside]
+        outside = pairs.get("spare", [])
+        parts = {tag: members for tag, members in pairs.items() if tag != "spare"}
+        parts["cast"] = outside
+        parts["back"] = [Pair(p.name, p.src, self._kept[p.name]) for p in outside]
         return Program(parts)
 
 
-def _duplicate(name: str, like: TensorSpec) -> Entry:
-    (entry,) = allocate([(name, False, like, like.kind)])
-    Program({"all": [Pair(name, entry.spec, like)]}).run({"all": "copy"})
-    return entry
+class Recovered(NamedTuple):
+    """A copy of an average that is applied, and of its companion where that belongs to it."""
+
+    shadow: Any
+    low: Any
 
 
-def recovered(tag: str, pair: Pair) -> Any:
+def _duplicate(like: TensorSpec) -> tuple[Any, TensorSpec]:
+    ((array, spec),) = allocate([(like, like.kind)])
+    Program({"all": [Pair("copy", spec, like)]}).run({"all": "copy"})
+    return array, spec
+
+
+def recovered(pair: Pair) -> Recovered:
     """A copy of an average that is applied: where it is, whole, depends on the tag."""
-    if tag in ("swap", "exact"):
-        return _duplicate(pair.name, pair.src).shadow
-    average = _duplicate(pair.name, pair.dst)
+    tag = _tag(pair)
+    low = None if pair.low is None else _duplicate(pair.low)
+    if tag == "swap" and pair.dst.dtype != pair.src.dtype:
+        assert low is not None
+        shadow, spec = _duplicate(pair.dst)
+        halves = Pair(pair.name, spec, pair.src, pair.form, low[1])
+        Program({"all": [halves]}).run({"all": "copy"})
+    else:
+        shadow, spec = _duplicate(pair.src if tag == "swap" else pair.dst)
     if tag == "park":
-        model = _duplicate(pair.name, pair.src)
-        Program({"all": [Pair(pair.name, average.spec, model.spec)]}).run({"all": "unpark"})
-    return average.shadow
+        _, model = _duplicate(pair.src)
+        Program({"all": [Pair(pair.name, spec, model)]}).run({"all": "unpark"})
+    return Recovered(shadow, None if low is None else low[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.names import plain_names
@@ -10,6 +10,7 @@ from fastema.bridges.registry import describe
 from fastema.errors import ArgumentError, CheckpointError, FastemaError, listed
 from fastema.layout.spec import TensorSpec
 from fastema.rules import Schedule
+from fastema.shadow.store import PARTS, Tensors
 
 __all__ = ["Saved", "pack", "unpack"]
 
@@ -20,26 +21,24 @@ VERSION: Final = 1
 class Saved(NamedTuple):
     """A state dict's contents, checked."""
 
-    num_updates: int
+    counters: dict[str, int]
     schedule: Schedule
-    tensors: dict[str, Any]
+    tensors: Tensors
+
+
+COUNTERS: Final = ("num_updates", "num_skipped", "seed")
+"""Whole numbers of at least 0 that a state holds."""
 
 
 def pack(
-    kind: str, num_updates: int, schedule: Schedule, tensors: Mapping[str, Any]
+    kind: str, counters: Mapping[str, int], schedule: Schedule, tensors: Tensors
 ) -> dict[str, Any]:
     """A state dict: strings, numbers and tensors only, so that ``weights_only=True`` loads it."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "kind": kind,
-        "num_updates": num_updates,
-        "schedule": schedule.to_dict(),
-        "shadow": dict(tensors),
-    }
+    head = {"format": FORMAT, "version": VERSION, "kind": kind}
+    return {**head, **counters, "schedule": schedule.to_dict(), **tensors}
 
 
-def _head(state: Any, kind: str) -> list[str]:
+def _head(state: Any, kind: str, expected: Tensors) -> list[str]:
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         return ["it is not a fastema state dict"]
     problems = []
@@ -47,33 +46,51 @@ def _head(state: Any, kind: str) -> list[str]:
         problems.append(f"version {state.get('version')!r} is not known, only {VERSION}")
     if state.get("kind") != kind:
         problems.append(f"it was saved by {state.get('kind')!r}, not by {kind!r}")
-    updates = state.get("num_updates")
-    if isinstance(updates, bool) or not isinstance(updates, int) or updates < 0:
-        problems.append(f"num_updates is {updates!r}")
-    if not isinstance(state.get("shadow"), Mapping):
-        problems.append("it has no 'shadow' mapping of names to tensors")
+    for name in COUNTERS:
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            problems.append(f"{name} is {value!r}")
+    for part in PARTS:
+        problems += _part(state.get(part), part, len(expected.get(part, ())))
     return problems
 
 
-def _body(expected: Mapping[str, TensorSpec], tensors: Mapping[str, Any]) -> list[str]:
-    problems = [f"{name!r} is missing" for name in expected if name not in tensors]
-    problems += [f"{name!r} is unexpected" for name in tensors if name not in expected]
+def _part(found: Any, part: str, count: int) -> list[str]:
+    if found is None and not count:
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+        return [f"it has no {part!r}, a list with a mapping of names to tensors for each average"]
+    if not count:
+        return [f"{part!r} is unexpected: the average is stored in another way"]
+    if len(found) != count:
+        return [f"{part!r} holds {len(found)} averages, expected {count}"]
+    return []
+
+
+def _body(
+    expected: Mapping[str, TensorSpec], tensors: Mapping[str, Any], label: str
+) -> Iterator[str]:
+    for name in expected:
+        if name not in tensors:
+            yield f"{name!r} is missing{label}"
+    for name in tensors:
+        if name not in expected:
+            yield f"{name!r} is unexpected{label}"
     for name, spec in expected.items():
         if name not in tensors:
             continue
         try:
             found = describe(tensors[name])
         except FastemaError as error:
-            problems.append(f"{name!r}: {error}")
+            yield f"{name!r}: {error}"
             continue
         if found.shape != spec.shape:
-            problems.append(f"{name!r} is {list(found.shape)}, expected {list(spec.shape)}")
+            yield f"{name!r} is {list(found.shape)}, expected {list(spec.shape)}{label}"
         if found.dtype != spec.dtype:
-            problems.append(
-                f"{name!r} is {found.dtype}, expected {spec.dtype} (build the average with the "
-                "saved shadow_dtype, or convert it with .to(dtype=...) first)"
+            yield (
+                f"{name!r} is {found.dtype}, expected {spec.dtype}{label} (build the average with "
+                "the saved shadow_dtype, or convert it with .to(dtype=...) first)"
             )
-    return problems
 
 
 def _schedule(plain: Any, own: Schedule) -> Schedule:
@@ -81,26 +98,48 @@ def _schedule(plain: Any, own: Schedule) -> Schedule:
     return own if plain == own.to_dict() else Schedule.from_dict(plain)
 
 
-def unpack(state: Any, kind: str, own: Schedule, expected: Mapping[str, TensorSpec]) -> Saved:
+def _named(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors by the average's own names: what wrappers put before them does not count."""
+    names = list(tensors)
+    if set(names) != set(expected):
+        names = plain_names(names)
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+def unpack(state: Any, kind: str, own: Schedule, expected: Tensors) -> Saved:
     """A state dict's contents, if every part fits an average with this schedule and tensors.
+
+    Parameters
+    ----------
+    state : mapping
+    kind : str
+        The class that it must have been saved by.
+    own : Schedule
+    expected : Tensors
+        Of descriptions.
 
     Raises
     ------
     CheckpointError
         Listing every mismatch: names, shapes, dtypes, counters, schedule.
     """
-    problems = _head(state, kind)
-    schedule = tensors = None
+    problems = _head(state, kind, expected)
+    schedule = None
+    tensors: Tensors = {}
     if not problems:
         try:
             schedule = _schedule(state.get("schedule"), own)
         except ArgumentError as error:
             problems.append(f"schedule: {error}")
-        names = list(state["shadow"])
-        if set(names) != set(expected):
-            names = plain_names(names)
-        tensors = dict(zip(names, state["shadow"].values(), strict=True))
-        problems += _body(expected, tensors)
-    if problems or schedule is None or tensors is None:
+        else:
+            if len(schedule.rules) != len(own.rules):
+                problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")
+        for part, of_part in expected.items():
+            tensors[part] = []
+            for i, specs in enumerate(of_part):
+                label = "" if part == "shadow" and len(of_part) == 1 else f" in {part}[{i}]"
+                tensors[part].append(_named(state[part][i], specs))
+                problems += _body(specs, tensors[part][-1], label)
+    if problems or schedule is None:
         raise CheckpointError("the saved state does not fit:\n" + listed(problems))
-    return Saved(state["num_updates"], schedule, tensors)
+    return Saved({name: state[name] for name in COUNTERS}, schedule, tensors)

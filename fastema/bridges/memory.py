@@ -1,0 +1,49 @@
+"""New memory for tensors, in a few flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastema.bridges.registry import bridge_of, describe
+from fastema.layout.dtypes import DType
+from fastema.layout.flat import dense_strides, place
+from fastema.layout.spec import TensorSpec
+
+__all__ = ["Memory", "allocate"]
+
+Memory = tuple[Any, TensorSpec]
+"""A view into a flat buffer, and its description."""
+
+
+def allocate(wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0) -> list[Memory]:
+    """Memory for tensors like these, each with its own dtype: a view and its description.
+
+    One flat buffer per framework, device and dtype; dense tensors keep their order of axes, others
+    become row-major.
+
+    Parameters
+    ----------
+    wanted : iterable of (TensorSpec, DType)
+    slots : int
+        Where it is given, each tensor has so many of its kind along a new first axis, at equal
+        distances.
+    """
+    wanted = list(wanted)
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for i, (like, kind) in enumerate(wanted):
+        key = (bridge_of(like.owner).__name__, like.device, kind.code)
+        groups.setdefault(key, []).append(i)
+    made: dict[int, Memory] = {}
+    for (_, device, code), members in groups.items():
+        bridge = bridge_of(wanted[members[0]][0].owner)
+        itemsize = wanted[members[0]][1].itemsize
+        placed = place([wanted[i][0].size for i in members], itemsize)
+        flat = bridge.zeros(placed.length * max(slots, 1), code, device)
+        for i, offset in zip(members, placed.offsets, strict=True):
+            shape, strides = wanted[i][0].shape, dense_strides(wanted[i][0])
+            if slots:
+                shape, strides = (slots, *shape), (placed.length, *strides)
+            view = bridge.view(flat, offset, shape, strides)
+            made[i] = view, describe(view)
+    return [made[i] for i in range(len(wanted))]

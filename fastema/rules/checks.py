@@ -1,0 +1,99 @@
+"""Checks of the numbers that rules are made of and of those that they give."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from fastema.errors import ArgumentError
+
+__all__ = ["checked_decay", "checked_least", "checked_positive", "checked_weight", "checked_whole"]
+
+
+def _number(value: Any) -> float:
+    """A real number as a float; NaN for anything else, so that every comparison fails."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def checked_decay(decay: Any, name: str = "decay") -> float:
+    """A decay as a float in [0, 1).
+
+    Raises
+    ------
+    ArgumentError
+        For anything else.
+    """
+    value = _number(decay)
+    if not 0.0 <= value < 1.0:
+        raise ArgumentError(
+            f"{name}={decay!r}: expected a number in [0, 1); it is the weight of the old average, "
+            "for example 0.999"
+        )
+    return value
+
+
+def checked_positive(number: Any, name: str) -> float:
+    """A finite number above 0 as a float.
+
+    Raises
+    ------
+    ArgumentError
+        For anything else.
+    """
+    value = _number(number)
+    if not 0.0 < value < math.inf:
+        raise ArgumentError(f"{name}={number!r}: expected a finite number above 0")
+    return value
+
+
+def checked_least(number: Any, name: str, least: float) -> float:
+    """A finite number of at least ``least`` as a float.
+
+    Raises
+    ------
+    ArgumentError
+        For anything else.
+    """
+    value = _number(number)
+    if not least <= value < math.inf:
+        raise ArgumentError(f"{name}={number!r}: expected a finite number of at least {least:g}")
+    return value
+
+
+def checked_whole(number: Any, name: str, least: int) -> int:
+    """A whole number of at least ``least`` as an int.
+
+    Raises
+    ------
+    ArgumentError
+        For anything else, floats with a whole value too.
+    """
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
+        raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
+    return int(number)
+
+
+def checked_weight(weight: Any, rule: object, step: int) -> float:
+    """A weight of the new value as a float in [0, 1].
+
+    Raises
+    ------
+    ArgumentError
+        For anything else; the message names the rule and the step.
+    """
+    # The first line is the one that runs at every step of a training run.
+    if type(weight) is float and 0.0 <= weight <= 1.0:
+        return weight
+    value = _number(weight)
+    if not 0.0 <= value <= 1.0:
+        raise ArgumentError(
+            f"{rule!r} gives the new value the weight {weight!r} at step {step}: expected a number "
+            "in [0, 1], which is 1 - decay"
+        )
+    return value

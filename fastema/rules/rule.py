@@ -1,0 +1,171 @@
+"""What every average is made of: a rule, which maps a step to the weight of the new value.
+
+The average does ``avg += w * (x - avg)``. A rule gives the ``decay`` per step, the weight of the
+*old* average (what mmengine and optax call momentum or step size is ``1 - decay``), and from it the
+weight ``w`` of the new value where only every k-th step updates the average.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from fastema.errors import ArgumentError
+
+__all__ = ["Rule", "rule_from_dict"]
+
+_RULES: dict[str, type[Rule]] = {}
+
+
+class Rule(ABC):
+    """Base of every rule; subclass it for a schedule of your own.
+
+    A rule is a pure function of the step: the same step gives the same number, in any order of
+    calls, on any machine. Make it a frozen dataclass whose fields are plain values, tuples of them
+    or other rules; it then is hashable, and ``repr``, :meth:`to_dict` and :func:`rule_from_dict`
+    rebuild it, which is what resuming from a checkpoint needs. :meth:`decay` is all that has to be
+    written.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Linear(Rule):
+    ...     last: float
+    ...     steps: int
+    ...     def decay(self, n):
+    ...         return self.last * min(n / self.steps, 1.0)
+    >>> rule = Linear(0.999, 1000)
+    >>> rule.decay(500)
+    0.4995
+    >>> rule_from_dict(rule.to_dict()) == rule
+    True
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _RULES[_name_of(cls)] = cls
+
+    @abstractmethod
+    def decay(self, n: int) -> float:
+        """Weight of the old average in a step.
+
+        Parameters
+        ----------
+        n : int
+            The step, from 1, counted from where the average begins.
+
+        Returns
+        -------
+        float
+            In [0, 1].
+        """
+
+    def weight(self, n: int, every: int = 1) -> float:
+        """Weight of the new value in a step: ``1 - decay(n) ** every``.
+
+        A rule overrides it where the product of the decays of the ``every`` steps is known better.
+
+        Parameters
+        ----------
+        n : int
+            The step, from 1: a multiple of ``every``.
+        every : int
+            Steps since the previous update.
+
+        Returns
+        -------
+        float
+            In [0, 1].
+        """
+        decay = self.decay(n)
+        if every == 1:
+            return 1.0 - decay
+        # Near 1 the power is too close to 1 for the difference to keep its digits.
+        return -math.expm1(every * math.log(decay)) if decay > 0.0 else 1.0 - decay**every
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that :func:`rule_from_dict` rebuilds the rule from.
+
+        Returns
+        -------
+        dict
+            ``{"rule": name}`` and the dataclass fields that the constructor takes; rules among
+            them are described in turn, tuples become lists. The name is the class's own for rules
+            of fastema and ``module.qualified_name`` for others.
+
+        Raises
+        ------
+        ArgumentError
+            For a class that is no dataclass and does not override this method.
+        """
+        if not is_dataclass(self):
+            raise ArgumentError(
+                f"{type(self).__name__} cannot be described: make it a frozen dataclass, or "
+                "override to_dict() to return {'rule': ..., and the constructor's arguments}"
+            )
+        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.init}
+        if "rule" in plain:
+            raise ArgumentError(
+                f"{type(self).__name__}: rename the field 'rule'; a description holds the name of "
+                "the class under it"
+            )
+        return {"rule": _name_of(type(self)), **plain}
+
+
+def _name_of(kind: type[Rule]) -> str:
+    ours = kind.__module__.startswith("fastema.rules.")
+    return kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Rule):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
+
+
+def _rebuilt(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if "rule" in value:
+            return rule_from_dict(value)
+        return {key: _rebuilt(one) for key, one in value.items()}
+    return tuple(_rebuilt(one) for one in value) if isinstance(value, tuple | list) else value
+
+
+def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
+    """The rule that :meth:`Rule.to_dict` described.
+
+    Parameters
+    ----------
+    plain : Mapping
+        Holds the rule's name under ``"rule"`` and its parameters. Lists become tuples.
+
+    Returns
+    -------
+    Rule
+        A rule equal to the one described.
+
+    Raises
+    ------
+    ArgumentError
+        For wrong parameters, or an unknown rule: a class of your own has to be defined, under the
+        name it had, before it is loaded.
+    """
+    values = dict(plain) if isinstance(plain, Mapping) else {}
+    name = values.pop("rule", None)
+    if not isinstance(name, str) or name not in _RULES:
+        raise ArgumentError(
+            f"unknown rule {name!r}; known are {', '.join(sorted(_RULES))}. A rule of your own has "
+            "to be defined, or imported, before it is loaded"
+        )
+    try:
+        return _RULES[name](**{key: _rebuilt(value) for key, value in values.items()})
+    except TypeError as error:
+        raise ArgumentError(f"rule {name}: {error}") from None

@@ -1,0 +1,89 @@
+"""The mean of the last W weights, streamed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from fastema.engine.program import Moment
+from fastema.errors import ArgumentError
+from fastema.rules import Window
+from fastema.shadow.average import Average, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SMA"]
+
+_WINDOW: Final = {"averaged": "window", "copied": "copy"}
+
+
+class SMA(Average):
+    """Mean of the weights of the last ``window`` updates, in one pass whose cost does not depend on it.
+
+    ``avg += (x - oldest) / W`` over flat buffers, the oldest slot of a ring of W copies of the
+    weights being overwritten by the newest; until there are W it is the mean of those there are.
+    The mean is kept as a sum of two floats, and every update computes one W-th of its elements
+    afresh from the whole ring: no error is older than ``2 * W`` updates, and it is below
+    ``8 * W * u**2`` of the largest weight among those (``u = 2**-24`` in float32), which is far
+    below the last place of the mean.
+
+    Parameters
+    ----------
+    weights : torch module, array, or list, tuple, dict or iterator of arrays
+        See :class:`Average`.
+    window : int
+        Updates, at least 1. With ``update_every=k`` it reaches back ``k * window`` steps.
+    ring_dtype : dtype or str, optional
+        Of the ring, by default that of the weights. A narrower one, such as ``"bfloat16"``, takes
+        less memory; the mean is then that of the weights as they are stored there.
+    **options
+        See :class:`Average`, without ``drift``.
+
+    Notes
+    -----
+    Memory: ``window + 2`` times that of the weights. Bytes moved per element and update, in
+    float32: 4 of the weights, 8 of the slot, 16 of the mean, 4 of what is computed afresh.
+
+    A NaN or an infinity stays in the mean while it is in the window, and for at most ``window``
+    updates more; ``on_nonfinite="skip"`` keeps it out.
+
+    Examples
+    --------
+    >>> import numpy as np, fastema
+    >>> w = np.array([0.0])
+    >>> sma = fastema.SMA([w], window=2)
+    >>> for value in (1.0, 2.0, 5.0):
+    ...     w[:] = value
+    ...     sma.update()
+    >>> sma.shadow["0"]
+    array([3.5])
+
+    References
+    ----------
+    J. Kaddour, Stop wasting my time! Saving days of ImageNet and BERT training with latest weight
+    averaging, 2022, https://arxiv.org/abs/2209.14981
+    """
+
+    def __init__(
+        self,
+        weights: Any,
+        window: int = 10,
+        *,
+        ring_dtype: Any = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if options.get("drift"):
+            raise ArgumentError("drift=True: a windowed mean measures no drift")
+        rule = Window(window)
+        super().__init__(weights, rule, ring=(window, ring_dtype), **options)
+        self._operations = _WINDOW
+
+    def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
+        schedule = self._schedule
+        (rule,) = schedule.rules
+        assert isinstance(rule, Window)
+        n, every = step - schedule.start_after, schedule.update_every
+        if not n:
+            return Moment()
+        filled = float(rule.filled(n, every))
+        return Moment((filled,), 0, 0, rule.size, rule.slot(n, every), n // every)

@@ -1,0 +1,224 @@
+"""The memory of averages: for every tensor the averages of it, and what they keep beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from fastema.bridges.memory import Memory, allocate
+from fastema.bridges.registry import bridge_of, describe
+from fastema.engine.program import Program
+from fastema.errors import DTypeError, listed
+from fastema.layout.dtypes import DType
+from fastema.layout.group import Pair
+from fastema.layout.spec import TensorSpec
+from fastema.shadow.entries import SPLIT, Selection, Wish, companion
+
+__all__ = ["PARTS", "Entry", "Store", "Tensors"]
+
+PARTS: Final = ("shadow", "low", "ring")
+"""What an average of a tensor may consist of: itself, its companion, the ring of a window."""
+
+Tensors = dict[str, list[dict[str, Any]]]
+"""Part to one mapping of names to something, for each of the averages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One average of one tensor.
+
+    Attributes
+    ----------
+    name : str
+    averaged : bool
+        False where the weights are copied instead.
+    form : str
+        The kernel format of the average where it is not that of its dtype.
+    parts : dict of str to Memory
+        By :data:`PARTS`; ``"shadow"`` has the weights' shape and order of axes.
+    """
+
+    name: str
+    averaged: bool
+    form: str
+    parts: dict[str, Memory]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The description of the average."""
+        return self.parts["shadow"][1]
+
+    def pair(self, weights: TensorSpec, which: int) -> Pair:
+        """The average and the weights it is written from."""
+        low, ring = self.parts.get("low"), self.parts.get("ring")
+        slots = None
+        if ring is not None:
+            _, spec = ring
+            stride = spec.strides[0] * spec.kind.itemsize
+            one = replace(spec, shape=spec.shape[1:], strides=spec.strides[1:])
+            slots = one, stride
+        companion = None if low is None else low[1]
+        return Pair(self.name, self.spec, weights, self.form, companion, slots, which)
+
+
+class Store:
+    """Averages by name: one mapping for each that is kept; what is only copied is in all of them.
+
+    Parameters
+    ----------
+    sets : list of dict of str to Entry
+    """
+
+    def __init__(self, sets: list[dict[str, Entry]]) -> None:
+        self.sets = sets
+
+    @classmethod
+    def of(cls, selection: Selection, wish: Wish) -> Store:
+        """Memory for the averages of a selection.
+
+        Raises
+        ------
+        DTypeError
+            Naming every tensor whose average cannot have the wanted dtype.
+        """
+        problems = []
+        kinds = {}
+        for leaf in selection.averaged:
+            try:
+                kinds[leaf.name] = wish.stored(leaf.spec.kind)
+            except DTypeError as error:
+                problems.append(f"{leaf.name}: {error}")
+        if problems:
+            raise DTypeError("shadow_dtype does not fit:\n" + listed(problems))
+        likes = {leaf.name: leaf.spec for leaf in selection.averaged}
+        copied = {leaf.name: (leaf.spec, leaf.spec.kind) for leaf in selection.copied}
+        held = {
+            name: Entry(name, False, "", {"shadow": memory})
+            for name, memory in zip(copied, allocate(copied.values()), strict=True)
+        }
+        return cls([{**_averages(likes, kinds, wish), **held} for _ in range(wish.count)])
+
+    def __iter__(self) -> Iterator[tuple[int, Entry]]:
+        """Every entry once, with the number of its average; averages of a tensor together."""
+        for entries in zip(*(one.values() for one in self.sets), strict=True):
+            yield from enumerate(entries if entries[0].averaged else entries[:1])
+
+    def pairs(self, weights: Mapping[str, TensorSpec]) -> list[Pair]:
+        """Every entry with the weights of its name."""
+        return [entry.pair(weights[entry.name], which) for which, entry in self]
+
+    def specs(self) -> Tensors:
+        """Descriptions of all memory, as :meth:`tensors` has the arrays."""
+        return self._collect(lambda memory: memory[1])
+
+    def tensors(self) -> Tensors:
+        """The arrays, as a state dict holds them; parts that no entry has are left out."""
+        return self._collect(lambda memory: bridge_of(memory[0]).alias(memory[0]))
+
+    def _collect(self, what: Any) -> Tensors:
+        found: Tensors = {}
+        for part in PARTS:
+            of_part = [
+                {name: what(e.parts[part]) for name, e in one.items() if part in e.parts}
+                for one in self.sets
+            ]
+            if any(of_part):
+                found[part] = of_part
+        return found
+
+    def duplicate(self) -> Store:
+        """A copy with memory of its own."""
+        return self._remade(lambda memory: memory[1])
+
+    def on(self, device: str) -> Store:
+        """The same on a device."""
+
+        def there(memory: Memory) -> TensorSpec:
+            array, _ = memory
+            return describe(bridge_of(array).transfer(array, device))
+
+        return self._remade(there)
+
+    def _remade(self, source: Any) -> Store:
+        """New memory of the same kinds, filled from what ``source`` makes of the old."""
+        old = {id(entry): entry for _, entry in self}
+        keys = [(key, part) for key, entry in old.items() for part in entry.parts]
+        sources = [source(old[key].parts[part]) for key, part in keys]
+        memories = allocate([(spec, spec.kind) for spec in sources])
+        copies = [
+            Pair(part, new, of)
+            for (_, part), (_, new), of in zip(keys, memories, sources, strict=True)
+        ]
+        Program({"all": copies}).run({"all": "copy"})
+        made: dict[int, dict[str, Memory]] = {key: {} for key in old}
+        for (key, part), memory in zip(keys, memories, strict=True):
+            made[key][part] = memory
+        entries = {key: Entry(e.name, e.averaged, e.form, made[key]) for key, e in old.items()}
+        return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
+
+    def cast(self, wish: Wish) -> Store:
+        """The averages in another dtype.
+
+        Raises
+        ------
+        DTypeError
+            If an average cannot have it.
+        """
+        sets = []
+        for one in self.sets:
+            likes = {name: e.spec for name, e in one.items() if e.averaged}
+            kinds = {name: wish.stored(spec.kind) for name, spec in likes.items()}
+            made = _averages(likes, kinds, wish)
+            for name, entry in made.items():
+                _convert(one[name], entry)
+            sets.append({name: made.get(name, e) for name, e in one.items()})
+        return Store(sets)
+
+    def load(self, tensors: Mapping[str, Iterable[Mapping[str, Any]]]) -> Program:
+        """A program whose ``{"all": "copy"}`` copies a state's tensors, which fit, in here."""
+        pairs = []
+        for part, of_part in self.specs().items():
+            for specs, arrays in zip(of_part, tensors[part], strict=True):
+                for name, spec in specs.items():
+                    array = bridge_of(arrays[name]).transfer(arrays[name], spec.device)
+                    pairs.append(Pair(name, spec, describe(array)))
+        return Program({"all": pairs})
+
+
+def _averages(
+    likes: Mapping[str, TensorSpec], kinds: Mapping[str, tuple[DType, str]], wish: Wish
+) -> dict[str, Entry]:
+    """Memory for one average of each tensor."""
+    parts: dict[str, dict[str, Memory]] = {name: {} for name in likes}
+
+    def add(part: str, wanted: Mapping[str, DType], slots: int = 0) -> None:
+        memories = allocate([(likes[name], kind) for name, kind in wanted.items()], slots)
+        for name, memory in zip(wanted, memories, strict=True):
+            parts[name][part] = memory
+
+    add("shadow", {name: kind for name, (kind, _) in kinds.items()})
+    beside = {
+        name: companion(kind, likes[name].kind, form)
+        for name, (kind, form) in kinds.items()
+        if form == SPLIT or wish.window
+    }
+    add("low", beside)
+    if wish.window:
+        rings = {
+            name: wish._replace(dtype=wish.ring, split=False, random=False).stored(spec.kind)[0]
+            for name, spec in likes.items()
+        }
+        add("ring", rings, wish.window)
+    return {name: Entry(name, True, kinds[name][1], parts[name]) for name in likes}
+
+
+def _convert(old: Entry, new: Entry) -> None:
+    """Fill an average from one of another kind."""
+    if old.form == SPLIT and new.form == SPLIT:
+        pairs = [Pair(part, new.parts[part][1], old.parts[part][1]) for part in new.parts]
+        Program({"all": pairs}).run({"all": "copy"})
+    elif old.form == SPLIT:
+        Program({"all": [old.pair(new.spec, 0)]}).run({"all": "give"})
+    else:
+        Program({"all": [new.pair(old.spec, 0)]}).run({"all": "copy"})

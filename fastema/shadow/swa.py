@@ -1,0 +1,53 @@
+"""The mean of all weights since a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastema.rules import CumulativeMean
+from fastema.shadow.average import Average, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["SWA"]
+
+
+class SWA(Average):
+    """Mean of the weights of all updates: stochastic weight averaging.
+
+    At the n-th update ``avg += (x - avg) / n``; the first takes the weights over. With
+    ``start_after`` and ``update_every`` it is the mean of every k-th step from there on.
+
+    Parameters
+    ----------
+    weights : torch module, array, or list, tuple, dict or iterator of arrays
+        See :class:`Average`.
+    **options
+        See :class:`Average`. ``shadow_dtype="float64"`` keeps long means fit for
+        :func:`fastema.mean_between`.
+
+    Notes
+    -----
+    BatchNorm statistics belong to weights: recompute them for the average, with
+    ``with swa.swapped(): fastema.update_bn(loader, model)``.
+
+    Examples
+    --------
+    >>> import numpy as np, fastema
+    >>> w = np.array([1.0])
+    >>> swa = fastema.SWA([w])
+    >>> for value in (2.0, 3.0, 7.0):
+    ...     w[:] = value
+    ...     swa.update()
+    >>> swa.shadow["0"]
+    array([4.])
+
+    References
+    ----------
+    P. Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
+    https://arxiv.org/abs/1803.05407
+    """
+
+    def __init__(self, weights: Any, **options: Unpack[Options]) -> None:
+        super().__init__(weights, CumulativeMean(), **options)
