@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastema import errors, posthoc, rules
+    from fastema import errors, rules
     from fastema.engine.cpu import get_num_threads, set_num_threads
     from fastema.plan import Plan, copy_, lerp_, mean_between, swap_
     from fastema.shadow import EMA, SMA, SWA, PowerEMA

@@ -24,7 +24,7 @@ def lerp(dst: str, src: str, layout: str):
 
 
 def lerp_measured(dst: str, src: str, layout: str):
-    """:func:`lerp`, and what it left: how far the weights are, and how many elements stood still."""
+    """:func:`lerp`, and how far the weights are then, and how many elements stood still."""
     real, read, write, read_src, _ = access(dst, src)
 
     @device_fn

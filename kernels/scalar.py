@@ -224,7 +224,7 @@ def split_high(value):
 
 
 def split_low(value):
-    """The half that completes it to the float32, bit for bit (a signalling NaN comes back quiet)."""
+    """What completes it to the float32, bit for bit (a signalling NaN comes back quiet)."""
     return narrow16(bits32(value))
 
 

@@ -17,9 +17,9 @@ from hypothesis import settings
 
 import fastema
 from fastema.engine import cpu
-from fastema.engine.program import Program
+from fastema.engine.program import Moment, Program
 from fastema.engine.registry import kernel
-from fastema.kernels.table import COLUMNS
+from fastema.kernels import table as abi
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
@@ -184,13 +184,14 @@ def run_rows() -> Callable[..., None]:
     def run(
         operation: str, dst: str, src: str, layout: str, rows: Any, weight: float = 0.0
     ) -> None:
-        table = np.zeros((len(rows), COLUMNS), np.int64)
+        table = np.zeros((len(rows), abi.COLUMNS), np.int64)
         for cells, (to, of, *steps) in zip(table, rows, strict=True):
-            cells[:3] = to.ctypes.data, of.ctypes.data, to.size
-            cells[3:] = steps or (1, 1)
-        scalars, cursor = np.array([weight]), np.zeros(1, np.int64)
-        made = kernel("cpu", operation, dst, src, layout)
-        made(table.ctypes.data, len(table), scalars.ctypes.data, cursor.ctypes.data)
+            cells[[abi.DST, abi.SRC, abi.COUNT]] = to.ctypes.data, of.ctypes.data, to.size
+            cells[[abi.DST_STEP, abi.SRC_STEP]] = steps or (1, 1)
+        numbers, control = np.array([weight]), np.zeros(abi.CONTROLS, np.int64)
+        control[abi.CLAIM] = 1
+        made = kernel("cpu", operation, (dst, src), layout)
+        made(table.ctypes.data, len(table), numbers.ctypes.data, control.ctypes.data)
 
     return run
 
@@ -204,7 +205,7 @@ def run_pairs() -> Callable[..., Program]:
             Pair(f"t{i}", _spec_of(a, dst), _spec_of(b, src)) for i, (a, b) in enumerate(sides)
         ]
         program = Program({"all": pairs})
-        program.run({"all": operation}, weight)
+        program.run({"all": operation}, Moment((weight,)))
         return program
 
     return run

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["ALIGNMENT", "Placement", "dense_strides", "place"]
+__all__ = ["ALIGNMENT", "Placement", "dense_strides", "place", "row_major"]
 
 ALIGNMENT: Final = 64
 """Bytes: every tensor begins at a cache line of its own, so that threads never share one."""
@@ -22,12 +22,15 @@ class Placement(NamedTuple):
 
 def dense_strides(spec: TensorSpec) -> tuple[int, ...]:
     """Strides of a gapless copy in the same order of axes (row-major where the spec has gaps)."""
-    if spec.dense:
-        return spec.strides
-    strides, step = [0] * len(spec.shape), 1
-    for axis in reversed(range(len(spec.shape))):
+    return spec.strides if spec.dense else row_major(spec.shape)
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of an array without gaps whose last axis is adjacent, in elements."""
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(range(len(shape))):
         strides[axis] = step
-        step *= max(spec.shape[axis], 1)
+        step *= max(shape[axis], 1)
     return tuple(strides)
 
 

@@ -260,7 +260,9 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
         Of the averages that were kept. Those newer than the target are left out, with coefficient
         0: they hold weights that the target has not seen.
     target : Profile
-        Of the average wanted. If it is among the snapshots, its coefficient is 1 and the others 0.
+        Of the average wanted, best at a step at which snapshots were taken: between two, the
+        weights since the last one are missing, and the error says how much they would count. If it
+        is among the snapshots, its coefficient is 1 and the others 0.
     noise : float
         How much a coefficient of 1 costs, at least 0. Snapshots are rounded when they are stored,
         and coefficients that grow and cancel magnify that; with the default they grow only where

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Final, NamedTuple
 
 from fastema.bridges.registry import bridge_of, leaves_of, materialised, written
 from fastema.engine.interrupts import deferred
@@ -16,36 +16,25 @@ from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwrit
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.shadow.binding import FOLLOW, Binding
-from fastema.shadow.entries import SPLIT, Policy, Wish, checked_policy, dtype_of, select
+from fastema.shadow.entries import select
 from fastema.shadow.exchange import APPLY, RESTORE, Spares, recovered
+from fastema.shadow.options import (
+    OnNonFinite,
+    Policy,
+    Rounding,
+    checked,
+    checked_seed,
+    dtype_of,
+    wish_of,
+)
 from fastema.shadow.reports import report
 from fastema.shadow.state import pack, unpack
 from fastema.shadow.store import Store, Tensors
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-__all__ = ["Average", "Drift", "Options", "Shadow"]
-
-Rounding = Literal["nearest", "stochastic"]
-OnNonFinite = Literal["propagate", "skip", "raise"]
+__all__ = ["Average", "Drift", "Shadow"]
 
 _UPDATE: Final = {"averaged": "lerp", "copied": "copy"}
 _MEASURED: Final = {"averaged": "lerp_measured", "copied": "copy"}
-
-
-class Options(TypedDict, total=False):
-    """What all averages take by keyword, see :class:`Average`."""
-
-    shadow_dtype: Any
-    rounding: Rounding
-    seed: int
-    update_every: int
-    start_after: int
-    frozen: Policy
-    buffers: Policy
-    on_nonfinite: OnNonFinite
-    drift: bool
 
 
 class Drift(NamedTuple):
@@ -95,26 +84,6 @@ class _Applied(NamedTuple):
     which: int
     program: Program
     spares: Spares | None
-
-
-def _checked(value: Any, name: str, known: Any) -> Any:
-    if value not in get_args(known):
-        raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(get_args(known))}")
-    return value
-
-
-def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
-    return seed
-
-
-def _wish(shadow_dtype: Any, rounding: Rounding | None, count: int) -> Wish:
-    split = isinstance(shadow_dtype, str) and shadow_dtype == SPLIT
-    if rounding is not None:
-        _checked(rounding, "rounding", Rounding)
-    wanted = dtype_of("bf16" if split else shadow_dtype)
-    return Wish(wanted, split, rounding != "nearest", count)
 
 
 class Average:
@@ -188,25 +157,24 @@ class Average:
         weights: Any,
         rules: Rule | Sequence[Rule],
         *,
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        on_nonfinite: OnNonFinite = "propagate",
+        drift: bool = False,
         ring: tuple[int, Any] | None = None,
-        **options: Unpack[Options],
     ) -> None:
-        unknown = set(options) - set(Options.__annotations__)
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}"
-            )
-        get = options.get
-        every, start = get("update_every", 1), get("start_after", 0)
-        self._schedule = Schedule(rules, every, start)  # type: ignore[arg-type]
-        frozen = checked_policy(get("frozen", "skip"), "frozen")
-        buffers = checked_policy(get("buffers", "copy"), "buffers")
-        self._on_nonfinite = _checked(
-            get("on_nonfinite", "propagate"), "on_nonfinite", OnNonFinite
-        )
-        self._seed = _checked_seed(get("seed", 0))
-        self._operations = _MEASURED if get("drift", False) else _UPDATE
-        self._wish = _wish(get("shadow_dtype"), get("rounding"), len(self._schedule.rules))
+        self._schedule = Schedule(rules, update_every, start_after)
+        frozen = checked(frozen, "frozen", Policy)
+        buffers = checked(buffers, "buffers", Policy)
+        self._on_nonfinite = checked(on_nonfinite, "on_nonfinite", OnNonFinite)
+        self._seed = checked_seed(seed)
+        self._operations = _MEASURED if drift else _UPDATE
+        self._wish = wish_of(shadow_dtype, rounding, len(self._schedule.rules))
         if ring is not None:
             self._wish = self._wish._replace(window=ring[0], ring=dtype_of(ring[1]))
         container = materialised(weights)
@@ -544,6 +512,11 @@ class Average:
             return bridge_of(array).alias(array)
 
     @property
+    def averaged_names(self) -> set[str]:
+        """Names of the tensors that are averaged; the others are copied."""
+        return {name for name, entry in self._store.sets[0].items() if entry.averaged}
+
+    @property
     def drifts(self) -> tuple[Drift, ...]:
         """:attr:`drift` of every average."""
         program = self._measured
@@ -594,10 +567,8 @@ class Average:
             if device is not None:
                 store = store.on(device)
             if dtype is not None:
-                rounding = None if wish.random else "nearest"
-                wish = _wish(dtype, rounding, wish.count)._replace(
-                    window=wish.window, ring=wish.ring
-                )
+                wanted = wish_of(dtype, "stochastic" if wish.random else "nearest", wish.together)
+                wish = wanted._replace(window=wish.window, ring=wish.ring)
                 store = store.cast(wish)
             self._binding = Binding(self._binding.container, store, self._names)
             self._store, self._wish = store, wish

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple
 
-from fastema.bridges.registry import dtype_code
-from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
+from fastema.errors import DTypeError, LayoutError
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
@@ -18,9 +16,7 @@ __all__ = [
     "Policy",
     "Selection",
     "Wish",
-    "checked_policy",
     "companion",
-    "dtype_of",
     "select",
 ]
 
@@ -28,20 +24,6 @@ Policy = Literal["average", "copy", "skip"]
 
 SPLIT: Final = "bf16+16"
 """A float32 average in two halves, of which the first is the nearest bfloat16."""
-
-
-def checked_policy(value: Any, name: str) -> Policy:
-    """A policy, or an :class:`ArgumentError` that lists the known ones."""
-    if value not in get_args(Policy):
-        raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(get_args(Policy))}")
-    return value  # type: ignore[no-any-return]
-
-
-def dtype_of(value: Any) -> DType | None:
-    """The dtype a user named: None, a name such as ``"float32"``, or a framework's own object."""
-    if value is None:
-        return None
-    return parse(value if isinstance(value, str) else dtype_code(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +106,7 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     return Selection(averaged, copied, Names(skipped, still, aliases))
 
+
 def companion(kind: DType, weights: DType, form: str) -> DType:
     """The dtype of what an average keeps beside itself: its other half, or a mean's remainder."""
     if form == SPLIT:
@@ -143,7 +126,7 @@ class Wish(NamedTuple):
         As a float32 in two halves.
     random : bool
         16-bit averages are rounded by random bits.
-    count : int
+    together : int
         Averages that are kept together.
     window : int
         Slots of a ring; 0 for none.
@@ -154,7 +137,7 @@ class Wish(NamedTuple):
     dtype: DType | None = None
     split: bool = False
     random: bool = True
-    count: int = 1
+    together: int = 1
     window: int = 0
     ring: DType | None = None
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastema.rules import power
-from fastema.shadow.average import Average, Options
+from fastema.shadow.average import Average
+from fastema.shadow.options import Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

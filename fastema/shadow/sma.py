@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 from fastema.engine.program import Moment
 from fastema.errors import ArgumentError
 from fastema.rules import Window
-from fastema.shadow.average import Average, Options
+from fastema.shadow.average import Average
+from fastema.shadow.options import Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -18,7 +19,7 @@ _WINDOW: Final = {"averaged": "window", "copied": "copy"}
 
 
 class SMA(Average):
-    """Mean of the weights of the last ``window`` updates, in one pass whose cost does not depend on it.
+    """Mean of the weights of the last ``window`` updates, at a cost that does not depend on it.
 
     ``avg += (x - oldest) / W`` over flat buffers, the oldest slot of a ring of W copies of the
     weights being overwritten by the newest; until there are W it is the mean of those there are.

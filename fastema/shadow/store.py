@@ -97,7 +97,7 @@ class Store:
             name: Entry(name, False, "", {"shadow": memory})
             for name, memory in zip(copied, allocate(copied.values()), strict=True)
         }
-        return cls([{**_averages(likes, kinds, wish), **held} for _ in range(wish.count)])
+        return cls([{**_averages(likes, kinds, wish), **held} for _ in range(wish.together)])
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
         """Every entry once, with the number of its average; averages of a tensor together."""

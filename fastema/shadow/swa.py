@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastema.rules import CumulativeMean
-from fastema.shadow.average import Average, Options
+from fastema.shadow.average import Average
+from fastema.shadow.options import Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from fastema.kernels import formats, scalar, words
+from fastema.kernels.jit import device_fn
 from fastema.testing import reference
 
 HALVES = np.arange(1 << 16, dtype=np.uint16)
@@ -121,6 +122,22 @@ def test_f32_is_rounded_to_nearest_even(
     assert_same(got.view(storage), want[some].view(storage), code)
 
 
+def test_what_comes_of_bf16_is_rounded_as_any_float(numbers: Callable[..., np.ndarray]) -> None:
+    """But for its NaN, of which only those with nothing in their low half come up there."""
+    quiet = np.array([0x7FC00000, 0xFFC00000, 0x7FFF0000, 0xFF810000], np.uint32).view(np.float32)
+    random = numbers(50_000, "f32", 5, "bits")
+    values = np.concatenate([around(midpoints("bf16"), np.float32), random])
+    values = np.concatenate([values[~np.isnan(values)], quiet])
+    want = compiled(scalar.encode_bf16, np.uint16, values)
+    want[-1] = 0xFF81  # signalling, and left so
+    np.testing.assert_array_equal(
+        compiled(scalar.encode_bf16_of_bf16, np.uint16, values), want
+    )
+    some = slice(None, None, 97)
+    got = np.array([scalar.encode_bf16_of_bf16(value) for value in values[some]])
+    np.testing.assert_array_equal(got, want[some])
+
+
 @pytest.mark.parametrize("code", CODES)
 def test_f64_is_rounded_once(
     code: str, numbers: Callable[..., np.ndarray], assert_same: Callable[..., None]
@@ -138,7 +155,12 @@ def test_f64_is_rounded_once(
     with np.errstate(all="ignore"):
         twice = reference.cast(values.astype(np.float32), "f32", code)
     assert np.count_nonzero(twice.view(np.uint16) != want.view(np.uint16)) > 10_000
-    encode = formats.FORMATS[code].encode_wide
+    encode_wide = formats.FORMATS[code].encode_wide
+
+    @device_fn
+    def encode(value):
+        return encode_wide(value, np.uint32(0xFFFF))  # not rounded by random bits
+
     assert_same(compiled(encode, np.uint16, values).view(want.dtype), want, code)
     some = slice(None, None, 71)
     with np.errstate(all="ignore"):

@@ -8,11 +8,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fastema.kernels.formats import FORMATS
 from fastema.kernels.table import BLOCK
 from fastema.testing import reference
 
-FLOATS = [code for code in FORMATS if not code.startswith("raw")]
+FLOATS = list(reference.FLOATS)
 PAIRS = [pytest.param(dst, src, id=f"{dst}-{src}") for dst, src in product(FLOATS, FLOATS)]
 RAW = {"raw1": "u8", "raw2": "u16", "raw4": "u32", "raw8": "i64"}
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7]

@@ -67,8 +67,10 @@ def _in_python(word: Callable[..., object], result: np.dtype, *columns: np.ndarr
 INTEGER_WORDS = {
     "add32": (lambda x, y: (x + y) % 2**32, EDGES),
     "sub32": (lambda x, y: (x - y) % 2**32, EDGES),
+    "mul32": (lambda x, y: (x * y) % 2**32, [*EDGES, 0x7FEB352D, 0x846CA68B]),
     "and32": (lambda x, y: x & y, EDGES),
     "or32": (lambda x, y: x | y, EDGES),
+    "xor32": (lambda x, y: x ^ y, EDGES),
     "shl32": (lambda x, y: (x << y) % 2**32, SHIFTS),
     "shr32": (lambda x, y: x >> y, SHIFTS),
     "above32": (lambda x, y: x > y, EDGES),
@@ -102,6 +104,59 @@ def test_widths_change_without_loss_of_the_low_bits() -> None:
         np.testing.assert_array_equal(run(words.widen16, wide, words16), words16.astype(wide))
         x, _ = _pairs([0])
         np.testing.assert_array_equal(run(words.narrow16, narrow, x), x.astype(narrow))
+
+
+def test_halves_of_64_bits() -> None:
+    x, y = (column.astype(np.int64) for column in _pairs(EDGES))
+    whole = (x << 32) | y  # of both signs
+    assert (whole < 0).any()
+    kind = np.dtype(np.uint32)
+    for run in (_in_python, _in_kernel):
+        np.testing.assert_array_equal(run(words.low32, kind, whole), y.astype(kind))
+        np.testing.assert_array_equal(run(words.high32, kind, whole), x.astype(kind))
+
+
+@pytest.mark.parametrize("code", ["f32", "f64"])
+def test_nan_becomes_zero(
+    code: str, numbers: Callable[..., np.ndarray], bits: Callable[..., np.ndarray]
+) -> None:
+    kind = np.dtype(np.float32 if code == "f32" else np.float64)
+    values = np.concatenate([np.array([*REALS, -np.nan], kind), numbers(3000, code, 1)])
+    want = np.where(np.isnan(values), kind.type(0), values)
+    assert np.isnan(values).sum() == 2
+    for run in (_in_python, _in_kernel):
+        np.testing.assert_array_equal(bits(run(words.nan_to_zero, kind, values)), bits(want))
+
+
+@pytest.mark.parametrize("code", ["f32", "f64"])
+def test_sum_in_any_order(code: str, numbers: Callable[..., np.ndarray]) -> None:
+    # Of small whole numbers, every order gives the same.
+    kind = np.dtype(np.float32 if code == "f32" else np.float64)
+    sum_any_order = words.sum_any_order
+    values = np.random.default_rng(3).integers(-1000, 1000, 4001).astype(kind)
+
+    def total(values):
+        found = kind.type(0)
+        for i in range(len(values)):
+            found = sum_any_order(found, values[i])
+        return found
+
+    assert total(values) == values.sum()
+
+    real = np.float32 if code == "f32" else np.float64
+
+    @njit
+    def compiled(values):
+        found = real(0)
+        for i in range(len(values)):
+            found = sum_any_order(found, values[i])
+        return found
+
+    assert compiled(values) == values.sum()
+    assert np.isnan(compiled(np.append(values, kind.type(np.nan))))
+    x, y = numbers(900, code, 1), numbers(900, code, 2)
+    np.testing.assert_array_equal(_in_kernel(sum_any_order, kind, x, y), x + y)
+    np.testing.assert_array_equal(_in_python(sum_any_order, kind, x, y), x + y)
 
 
 def test_bits_of_floats(
@@ -182,24 +237,32 @@ POINTERS = {
 @pytest.mark.parametrize("name", POINTERS)
 def test_memory_words(name: str) -> None:
     pointer = getattr(words, f"pointer_{name}")
-    load, load_dst, load_src = words.load, words.load_dst, words.load_src
+    load, store = words.load, words.store
+    load_dst, load_src = words.load_dst, words.load_src
+    load_low, load_ring = words.load_low, words.load_ring
     store_dst, store_src = words.store_dst, words.store_src
+    store_low, store_ring = words.store_low, words.store_ring
 
-    def exchange(one, other, n):
-        to, of = pointer(one), pointer(other)
+    def rotate(one, two, three, four, n):
+        to, of, low, ring = pointer(one), pointer(two), pointer(three), pointer(four)
         for i in range(n):
-            kept, given = load_dst(to, i), load_src(of, i)
-            store_dst(to, i, given)
-            store_src(of, i, kept)
+            a, b, c, d = load_dst(to, i), load_src(of, i), load_low(low, i), load_ring(ring, i)
+            store_dst(to, i, b)
+            store_src(of, i, c)
+            store_low(low, i, d)
+            store_ring(ring, i, a)
+        store(of, n, load(to, 0))
         return load(to, 0)
 
-    for run in (exchange, njit(exchange)):
-        values = np.arange(3, 23).astype(POINTERS[name])
-        a, b = values[:10].copy(), values[10:].copy()
-        first = run(a.ctypes.data, b.ctypes.data, 9)
-        assert first == values[10]
-        np.testing.assert_array_equal(a, [*values[10:19], values[9]])
-        np.testing.assert_array_equal(b, [*values[:9], values[19]])
+    for run in (rotate, njit(rotate)):
+        values = np.arange(3, 43).astype(POINTERS[name]).reshape(4, 10)
+        sides = [row.copy() for row in values]
+        first = run(*(side.ctypes.data for side in sides), 9)
+        assert first == values[1, 0]
+        want = np.roll(values, -1, axis=0)
+        want[:, 9] = values[:, 9]
+        want[1, 9] = values[1, 0]
+        np.testing.assert_array_equal(sides, want)
 
 
 def test_prefetch_of_any_address_is_harmless() -> None:

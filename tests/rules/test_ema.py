@@ -1,8 +1,7 @@
-"""Decay schedules as pure functions: formulas, limits, monotony, descriptions."""
+"""Decay schedules as pure functions: formulas, limits, monotony."""
 
 from __future__ import annotations
 
-import json
 import math
 from fractions import Fraction
 from typing import Any
@@ -41,15 +40,6 @@ def test_rules_are_pure(rule: rules.Rule, n: int) -> None:
     first = rule.decay(n)
     rule.decay(n + 1)
     assert rule.decay(n) == first
-
-
-@given(anything)
-def test_description_and_repr_rebuild_the_rule(rule: rules.Rule) -> None:
-    plain = json.loads(json.dumps(rule.to_dict()))
-    assert rules.rule_from_dict(plain) == rule
-    assert eval(repr(rule), vars(rules)) == rule
-    assert isinstance(rule, rules.Rule)
-    assert hash(rule) == hash(rules.rule_from_dict(plain))
 
 
 @given(decays, updates)
@@ -172,31 +162,6 @@ def test_numbers_of_other_libraries() -> None:
     numpy = pytest.importorskip("numpy")
     assert rules.constant(numpy.float32(0.5)).to_dict() == {"rule": "Constant", "value": 0.5}
     assert type(rules.constant(numpy.float64(0.5)).decay(1)) is float
-
-
-@pytest.mark.parametrize(
-    "plain",
-    [
-        {},
-        {"rule": None},
-        {"rule": "constant"},
-        {"rule": "Rule"},
-        {"rule": ["Constant"]},
-        {"rule": "Constant"},
-        {"rule": "Constant", "value": 1.0},
-        {"rule": "Constant", "value": 0.5, "more": 1},
-        {"rule": "InverseGamma", "limit": 0.9},
-        "Constant",
-        ["Constant"],
-        [("rule", "Constant", 3)],
-        None,
-        5,
-    ],
-    ids=repr,
-)
-def test_descriptions_of_no_rule(plain: Any) -> None:
-    with pytest.raises(ArgumentError):
-        rules.rule_from_dict(plain)
 
 
 def test_rules_cannot_be_changed() -> None:

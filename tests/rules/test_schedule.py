@@ -1,9 +1,10 @@
-"""When an average is updated and with what weight."""
+"""When averages are updated and with what weights."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -20,24 +21,54 @@ made = st.one_of(
     st.builds(rules.constant, decays),
     st.builds(rules.warmup, decays),
     st.builds(rules.inverse_gamma, decays),
+    st.builds(rules.power, st.floats(0.01, 0.28)),
+    st.builds(rules.cumulative_mean),
+    st.builds(rules.window, st.integers(1, 20)),
+    st.builds(rules.debiased, st.builds(rules.warmup, decays)),
 )
+sets = st.lists(made, min_size=1, max_size=4).map(tuple)
 every = st.integers(1, 50)
 starts = st.integers(0, 200)
 steps = st.integers(1, 1000)
-schedules = st.builds(Schedule, made, every, starts)
+schedules = st.builds(Schedule, sets, every, starts)
+
+
+@dataclass(frozen=True)
+class Given(rules.Rule):
+    value: Any
+
+    def decay(self, n: int) -> Any:
+        return self.value
+
+    def weight(self, n: int, every: int = 1) -> Any:
+        return self.value
 
 
 @given(schedules, steps)
-def test_weight_lies_between_zero_and_one(schedule: Schedule, step: int) -> None:
-    assert 0.0 <= schedule.weight(step) <= 1.0
+def test_weights_lie_between_zero_and_one(schedule: Schedule, step: int) -> None:
+    weights = schedule.weights(step)
+    assert type(weights) is tuple
+    assert all(type(w) is float and 0.0 <= w <= 1.0 for w in weights)
+    assert len(weights) in (0, len(schedule.rules))
+    assert len(schedule.decays(step)) == len(schedule.rules)
 
 
 @given(made, steps)
 def test_without_options_it_is_the_rule(rule: rules.Rule, step: int) -> None:
-    assert Schedule(rule).weight(step) == 1.0 - rule.decay(step)
-    assert Schedule(rule).decay(step) == rule.decay(step)
+    assert Schedule(rule).weights(step) == (rule.weight(step),)
+    assert Schedule(rule).decays(step) == (rule.decay(step),)
     assert not Schedule(rule).follows(step)
     assert not Schedule(rule).follows(0)
+
+
+@given(sets, every, starts, steps)
+def test_each_rule_has_its_weight(
+    several: tuple[rules.Rule, ...], k: int, start: int, step: int
+) -> None:
+    alone = [Schedule(rule, k, start).weights(step) for rule in several]
+    assert Schedule(several, k, start).weights(step) == sum(alone, ())
+    assert Schedule(list(several), k, start) == Schedule(several, k, start)
+    assert Schedule(iter(several), k, start) == Schedule(several, k, start)
 
 
 @given(schedules, steps)
@@ -46,36 +77,41 @@ def test_memory_is_touched_at_every_kth_step_from_the_start(schedule: Schedule, 
     due = (step - schedule.start_after) % schedule.update_every == 0
     copies = step == schedule.start_after > 0
     if not (begun and due):
-        assert schedule.weight(step) == 0.0
+        assert schedule.weights(step) == ()
     elif copies:
-        assert schedule.weight(step) == 1.0
+        assert schedule.weights(step) == (1.0,) * len(schedule.rules)
     else:
-        m = step - schedule.start_after
-        expected = 1.0 - schedule.rule.decay(m) ** schedule.update_every
-        assert schedule.weight(step) == expected
+        m, k = step - schedule.start_after, schedule.update_every
+        assert schedule.weights(step) == tuple(rule.weight(m, k) for rule in schedule.rules)
+
+
+@given(schedules)
+def test_nothing_is_due_before_the_first_step(schedule: Schedule) -> None:
+    assert schedule.weights(0) == ()
 
 
 @given(schedules, st.integers(0, 1000))
 def test_until_the_start_it_follows(schedule: Schedule, step: int) -> None:
     assert schedule.follows(step) == (step < schedule.start_after)
     if schedule.follows(step) and step:
-        assert schedule.weight(step) == 0.0
-        assert schedule.decay(step) == 0.0
+        assert schedule.weights(step) == ()
+        assert set(schedule.decays(step)) == {0.0}
 
 
 @given(schedules, steps)
-def test_a_start_shifts_the_rule(schedule: Schedule, step: int) -> None:
-    plain = Schedule(schedule.rule, schedule.update_every)
+def test_a_start_shifts_the_rules(schedule: Schedule, step: int) -> None:
+    plain = Schedule(schedule.rules, schedule.update_every)
     shifted = step + schedule.start_after
-    assert schedule.weight(shifted) == plain.weight(step)
-    assert schedule.decay(shifted) == plain.decay(step)
+    assert schedule.weights(shifted) == plain.weights(step)
+    assert schedule.decays(shifted) == plain.decays(step)
 
 
 def remaining(schedule: Schedule, step: int) -> Fraction:
     """Weight of the first value after so many steps."""
     left = Fraction(1)
     for n in range(1, step + 1):
-        left *= 1 - Fraction(schedule.weight(n))
+        for w in schedule.weights(n):
+            left *= 1 - Fraction(w)
     return left
 
 
@@ -89,19 +125,41 @@ def test_the_horizon_does_not_depend_on_how_often_memory_is_touched(
     assert float(one) == pytest.approx(decay ** (k * times), rel=1e-9)
 
 
+@pytest.mark.parametrize("step", [1, 5, 30])
+@pytest.mark.parametrize("value", [-1e-9, 1.0000001, math.nan, math.inf, None, "x", True, 1j])
+def test_a_rule_that_gives_no_weight_is_named(value: Any, step: int) -> None:
+    schedule = Schedule((rules.constant(), Given(value)))
+    with pytest.raises(ArgumentError, match=rf"Given\(value=(.|\n)*step {step}:"):
+        schedule.weights(step)
+
+
+def test_whole_weights_and_numbers_of_other_libraries() -> None:
+    numpy = pytest.importorskip("numpy")
+    for value in (0, 1, numpy.float32(0.5), numpy.float64(0.25)):
+        (weight,) = Schedule(Given(value)).weights(1)
+        assert type(weight) is float
+        assert weight == value
+
+
 @given(schedules)
 def test_description_and_repr_rebuild_it(schedule: Schedule) -> None:
     plain = json.loads(json.dumps(schedule.to_dict()))
     assert Schedule.from_dict(plain) == schedule
     assert eval(repr(schedule), vars(rules)) == schedule
+    assert hash(Schedule.from_dict(plain)) == hash(schedule)
 
 
 def test_description_holds_plain_values() -> None:
-    assert Schedule(rules.warmup(0.99), 3, 7).to_dict() == {
-        "rule": {"rule": "Warmup", "limit": 0.99},
+    assert Schedule((rules.warmup(0.99), rules.window(3)), 3, 7).to_dict() == {
+        "rules": [{"rule": "Warmup", "limit": 0.99}, {"rule": "Window", "size": 3}],
         "update_every": 3,
         "start_after": 7,
     }
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises((AttributeError, TypeError)):
+        Schedule(rules.constant()).update_every = 2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, math.nan, None, "2", True], ids=repr)
@@ -116,22 +174,33 @@ def test_start_after_that_is_no_whole_number(value: Any) -> None:
         Schedule(rules.constant(), 1, value)
 
 
-@pytest.mark.parametrize("rule", [0.9, None, "constant", object()], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [0.9, None, "constant", object(), (0.9,), (rules.constant(), None), (), {}, rules.Constant],
+    ids=str,
+)
 def test_what_is_no_rule(rule: Any) -> None:
     with pytest.raises(ArgumentError, match="rule"):
         Schedule(rule)
+
+
+CONSTANT = {"rule": "Constant", "value": 0.5}
 
 
 @pytest.mark.parametrize(
     "plain",
     [
         {},
-        {"rule": {"rule": "Constant", "value": 0.5}},
-        {"rule": {"rule": "Constant", "value": 0.5}, "update_every": 0, "start_after": 0},
-        {"rule": {"rule": "Constant", "value": 0.5}, "update_every": 1, "start_after": -1},
-        {"rule": {"rule": "?"}, "update_every": 1, "start_after": 0},
-        {"rule": None, "update_every": 1, "start_after": 0},
-        {"rule": "Constant", "update_every": 1, "start_after": 0},
+        {"rules": [CONSTANT]},
+        {"rules": [CONSTANT], "update_every": 0, "start_after": 0},
+        {"rules": [CONSTANT], "update_every": 1, "start_after": -1},
+        {"rules": [{"rule": "?"}], "update_every": 1, "start_after": 0},
+        {"rules": [], "update_every": 1, "start_after": 0},
+        {"rules": CONSTANT, "update_every": 1, "start_after": 0},
+        {"rules": None, "update_every": 1, "start_after": 0},
+        {"rules": "Constant", "update_every": 1, "start_after": 0},
+        None,
+        [],
     ],
     ids=repr,
 )

@@ -1,0 +1,1 @@
+"""Averages in files: safetensors, written whole or not at all, read as they lie on disk."""

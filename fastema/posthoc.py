@@ -1,0 +1,433 @@
+"""Averages chosen after training: snapshots of power-function averages, and what is made of them.
+
+Keep snapshots of two power-function averages during a run, and any other average at any step of it
+can be put together afterwards: no length has to be chosen beforehand.
+
+>>> import fastema
+>>> ema = fastema.PowerEMA(model, sigma_rels=(0.05, 0.10))          # doctest: +SKIP
+>>> fastema.posthoc.save_snapshot(ema, "snapshots")                 # now and then, doctest: +SKIP
+>>> fastema.posthoc.synthesize("snapshots", sigma_rel=0.15, into=model)        # doctest: +SKIP
+
+T. Karras et al., Analyzing and improving the training dynamics of diffusion models, 2023, section
+3.2, https://arxiv.org/abs/2312.02696
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from fastema.bridges.memory import Memory, allocate
+from fastema.bridges.registry import describe
+from fastema.checkpoint.files import File, read, write
+from fastema.engine.program import Moment, Program
+from fastema.errors import ArgumentError, CheckpointError, StateError, listed
+from fastema.layout.dtypes import DType, average_of, parse
+from fastema.layout.flat import row_major
+from fastema.layout.group import Pair
+from fastema.layout.spec import TensorSpec
+from fastema.plan import Plan
+from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
+from fastema.rules.power import Power, gamma_of
+from fastema.shadow.average import Average
+from fastema.shadow.entries import SPLIT
+from fastema.shadow.options import dtype_of
+
+__all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthesize"]
+
+_KIND: Final = "fastema power snapshot"
+
+_PIECE: Final = 1 << 22
+"""Elements summed at a time: 32 MB of float64, whatever the size of the model."""
+
+
+class Snapshot(NamedTuple):
+    """One average at one step, in a file.
+
+    Attributes
+    ----------
+    path : Path
+    step : int
+        Of the run.
+    start, every : int
+        The step at which the average began, and the steps from update to update.
+    gamma : float
+        Exponent of its profile.
+    """
+
+    path: Path
+    step: int
+    start: int
+    every: int
+    gamma: float
+
+    @property
+    def profile(self) -> PowerProfile:
+        """How the average weighs the steps since its start."""
+        return PowerProfile(self.step - self.start, self.gamma)
+
+
+class Synthesized(NamedTuple):
+    """An average put together from snapshots.
+
+    Attributes
+    ----------
+    tensors : dict of str to array
+        NumPy arrays by name.
+    error : float
+        L2 distance of the profile from the wanted one, relative to the norm of that.
+    coefficients : dict of Path to float
+        What each snapshot was multiplied by; they sum to 1.
+    step : int
+        Of the run, that the average is of.
+    """
+
+    tensors: dict[str, Any]
+    error: float
+    coefficients: dict[Path, float]
+    step: int
+
+
+# -- snapshots ------------------------------------------------------------------------------------
+
+
+def save_snapshot(
+    average: Average, folder: str | os.PathLike[str], *, dtype: Any = None
+) -> list[Path]:
+    """Write every power-function average of a set to a safetensors file of its own.
+
+    The names in a file are those of the weights: each is also a checkpoint to be used as it is.
+
+    Parameters
+    ----------
+    average : PowerEMA, or another average with power-function rules
+    folder : path
+        Made if it does not exist. Files are called by step and sigma_rel, and replace older ones of
+        that name; a write that is cut short leaves the old one.
+    dtype : dtype or str, optional
+        Of the averaged tensors in the file; by default that of the average. ``"float16"`` and
+        ``"bfloat16"`` halve a float32 snapshot.
+
+    Returns
+    -------
+    list of Path
+
+    Raises
+    ------
+    ArgumentError
+        If there is no power-function average.
+    StateError
+        Before the first update.
+    """
+    rules = average.schedule.rules
+    chosen = [i for i, rule in enumerate(rules) if isinstance(rule, Power)]
+    if not chosen:
+        raise ArgumentError(
+            "no power-function average to save: build it with fastema.PowerEMA, or with rules of "
+            "fastema.rules.power"
+        )
+    schedule = average.schedule
+    start, every = schedule.start_after, schedule.update_every
+    step = start + (average.num_updates - start) // every * every
+    if step <= start:
+        raise StateError("nothing is averaged yet: save a snapshot after the first update")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    state = average.state_dict(copy=False)
+    paths = []
+    for which in chosen:
+        rule = rules[which]
+        assert isinstance(rule, Power)
+        low = state["low"][which] if "low" in state else {}
+        averaged = average.averaged_names
+        tensors = _to_write(state["shadow"][which], low, averaged, dtype_of(dtype))
+        path = target / f"step{step:09d}-{rule.sigma_rel:.3f}.safetensors"
+        write(
+            path,
+            {name: spec for name, (_, spec) in tensors.items()},
+            kind=_KIND,
+            step=str(step),
+            start=str(start),
+            every=str(every),
+            gamma=repr(rule.gamma),
+            copied=json.dumps(sorted(set(tensors) - averaged)),
+        )
+        paths.append(path)
+    return paths
+
+
+def _to_write(
+    arrays: Mapping[str, Any], low: Mapping[str, Any], averaged: Iterable[str], wanted: DType | None
+) -> dict[str, Memory]:
+    """The tensors row-major and in the wanted dtype: as they lie in memory where they are so."""
+    averaged = set(averaged)
+    found: dict[str, Memory] = {}
+    others: list[tuple[str, TensorSpec, DType]] = []
+    for name, array in arrays.items():
+        spec = describe(array)
+        kind = average_of(spec.kind, wanted) if name in averaged else spec.kind
+        if name in low and wanted is None:
+            kind = parse("f32")
+        if kind == spec.kind and spec.strides == row_major(spec.shape) and name not in low:
+            found[name] = array, spec
+        else:
+            others.append((name, spec, kind))
+    flat = [(replace(s, strides=row_major(s.shape)), kind) for _, s, kind in others]
+    memories = allocate(flat)
+    pairs = []
+    for (name, spec, _), (array, new) in zip(others, memories, strict=True):
+        found[name] = array, new
+        half = describe(low[name]) if name in low else None
+        pairs.append(Pair(name, spec, new, SPLIT if half else "", half))
+    Program({"all": pairs}).run({"all": "give"})
+    return {name: found[name] for name in arrays}
+
+
+def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
+    """The snapshots in a folder, by step and width.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or a file is no snapshot.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"no snapshots in {folder}; fastema.posthoc.save_snapshot makes them")
+    return [_snapshot(read(path)) for path in files]
+
+
+def _snapshot(file: File) -> Snapshot:
+    values = file.metadata
+    try:
+        if values["kind"] != _KIND:
+            raise ValueError(values["kind"])
+        step, start, every = (int(values[name]) for name in ("step", "start", "every"))
+        return Snapshot(file.path, step, start, every, float(values["gamma"]))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{file.path} is no snapshot of a power-function average ({error})"
+        ) from None
+
+
+# -- synthesis ------------------------------------------------------------------------------------
+
+
+def synthesize(
+    snapshots: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    sigma_rel: float | None = None,
+    half_life: float | None = None,
+    step: int | None = None,
+    dtype: Any = None,
+    into: Any = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Synthesized:
+    """Put an average that nobody tracked together from snapshots.
+
+    The coefficients are those whose sum of profiles is nearest to the wanted profile, least squares
+    in float64 under the condition that they sum to 1; the tensors are summed in float64, 32 MB at a
+    time, straight from the files.
+
+    Parameters
+    ----------
+    snapshots : path, or iterable of paths
+        A folder, or files of :func:`save_snapshot`.
+    sigma_rel : float, optional
+        Relative width of a power profile, in (0, 0.288].
+    half_life : float, optional
+        In steps, of an exponential average (without the share of the initial weights). One of the
+        two must be given.
+    step : int, optional
+        Of the run; the latest snapshot's by default. Snapshots that are newer are left out; between
+        two updates the average is that of the earlier one.
+    dtype : dtype or str, optional
+        Of the averaged tensors in the result; float32 by default, float64 where the snapshots are.
+    into : module, list, tuple or dict, optional
+        Where the average is written too, rounded to its dtypes.
+    out : path, optional
+        A safetensors file to write it to.
+    progress : bool
+        Show a progress bar (needs rich).
+
+    Returns
+    -------
+    Synthesized
+        With the relative error of the profile: a large one says that the snapshots cannot give the
+        wanted average.
+
+    Raises
+    ------
+    ArgumentError
+        If not exactly one width is given, or no snapshot is old enough.
+    CheckpointError
+        If the files do not belong together.
+    """
+    found = _given(snapshots)
+    start, every = found[0].start, found[0].every
+    last = found[-1].step if step is None else step
+    if last < found[0].step:
+        raise ArgumentError(f"step={last}: the first snapshot is of step {found[0].step}")
+    last = start + (last - start) // every * every  # the average stands still in between
+    target = _target(sigma_rel, half_life, last - start)
+    solution = solve([one.profile for one in found], target)
+    used = [
+        (one, c)
+        for one, c in zip(found, solution.coefficients, strict=True)
+        if c != 0 and one.step <= last
+    ]
+    files = [read(one.path) for one, _ in used]
+    result = _memory(files, dtype_of(dtype))
+    averaged = set(result) - _copied(files[-1])
+    nbytes = sum(file.tensors[name].nbytes for file in files for name in averaged)
+    with _shown(progress, nbytes) as advance:
+        _sum(files, [c for _, c in used], result, advance)
+    tensors = {name: array for name, (array, _) in result.items()}
+    if out is not None:
+        write(out, {name: spec for name, (_, spec) in result.items()}, step=str(last))
+    if into is not None:
+        Plan(into, tensors).copy_()
+    return Synthesized(tensors, solution.error, {one.path: c for one, c in used}, last)
+
+
+def _given(snapshots: Any) -> list[Snapshot]:
+    if isinstance(snapshots, str | os.PathLike):
+        path = Path(snapshots)
+        found = find_snapshots(path) if path.is_dir() else [_snapshot(read(path))]
+    else:
+        found = [_snapshot(read(path)) for path in snapshots]
+    if not found:
+        raise ArgumentError("snapshots: no files were given")
+    if len({(one.start, one.every) for one in found}) > 1:
+        raise CheckpointError(
+            "the snapshots are of runs with different start_after or update_every"
+        )
+    return sorted(found, key=lambda one: (one.step, one.gamma))
+
+
+def _target(sigma_rel: float | None, half_life: float | None, steps: int) -> Profile:
+    if (sigma_rel is None) == (half_life is None):
+        raise ArgumentError(
+            f"sigma_rel={sigma_rel!r}, half_life={half_life!r}: give one of the two"
+        )
+    if sigma_rel is not None:
+        return PowerProfile(steps, gamma_of(sigma_rel))
+    assert half_life is not None
+    return ExponentialProfile(steps, half_life)
+
+
+def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
+    """Memory for the result, if all files hold the same tensors."""
+    first = files[-1]
+    problems = []
+    for file in files:
+        for name in {*first.tensors, *file.tensors}:
+            ours, theirs = first.tensors.get(name), file.tensors.get(name)
+            if ours is None or theirs is None or ours.shape != theirs.shape:
+                problems.append(f"{name!r} in {file.path.name} and {first.path.name}")
+    if problems:
+        raise CheckpointError("the snapshots hold different tensors:\n" + listed(problems))
+    copied = _copied(first)
+    least = parse("f32")
+    kinds = {
+        name: spec.kind
+        if name in copied
+        else average_of(spec.kind, wanted or (spec.kind if spec.dtype == "f64" else least))
+        for name, spec in first.tensors.items()
+    }
+    memories = allocate((first.tensors[name], kind) for name, kind in kinds.items())
+    return dict(zip(kinds, memories, strict=True))
+
+
+def _copied(file: File) -> set[str]:
+    return set(json.loads(file.metadata["copied"]))
+
+
+def _sum(
+    files: Sequence[File],
+    coefficients: Sequence[float],
+    result: Mapping[str, Memory],
+    advance: Callable[[int], None],
+) -> None:
+    """The averaged tensors as sums, the others as they are in the newest file."""
+    newest = files[-1]
+    copied = _copied(newest)
+    plain = [Pair(name, result[name][1], newest.tensors[name]) for name in copied]
+    Program({"all": plain}).run({"all": "copy"})
+    moment = Moment(coefficients)
+    for batch in _batches([name for name in result if name not in copied], newest.tensors):
+        total = np.zeros(sum(piece.parts * piece.size for piece in batch))
+        terms, roundings, at = [], [], total.ctypes.data
+        for piece in batch:
+            kind = average_of(newest.tensors[piece.name].kind, parse("f64"))
+            spec = TensorSpec(at, (piece.size,), (1,), kind.code, "cpu", owner=total)
+            terms += [
+                Pair(piece.name, spec, piece.of(file.tensors[piece.name]), which=which)
+                for which, file in enumerate(files)
+            ]
+            roundings.append(Pair(piece.name, piece.of(result[piece.name][1]), spec))
+            at += spec.nbytes
+        Program({"all": terms}).run({"all": "add"}, moment)
+        Program({"all": roundings}).run({"all": "copy"})
+        advance(sum(pair.src.nbytes for pair in terms))
+
+
+class _Piece(NamedTuple):
+    """Some adjacent elements of a tensor that is row-major without gaps."""
+
+    name: str
+    first: int
+    size: int
+    parts: int
+
+    def of(self, spec: TensorSpec) -> TensorSpec:
+        """The same elements of another tensor."""
+        address = spec.address + self.first * spec.kind.itemsize
+        return replace(spec, address=address, shape=(self.size,), strides=(1,))
+
+
+def _batches(names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    room = _PIECE
+    for name in names:
+        spec = tensors[name]
+        done = 0
+        while done < spec.size:
+            count = min(spec.size - done, room)
+            batch.append(_Piece(name, done, count, spec.kind.parts))
+            done, room = done + count, room - count
+            if not room:
+                yield batch
+                batch, room = [], _PIECE
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _shown(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over so many bytes, if it is wanted."""
+    if not progress:
+        yield lambda n: None
+        return
+    try:
+        from rich import progress as bars
+    except ImportError:
+        raise ArgumentError("progress=True needs rich: pip install rich") from None
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns) as bar:
+        task = bar.add_task("synthesising", total=nbytes)
+        yield lambda n: bar.advance(task, n)

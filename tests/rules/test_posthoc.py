@@ -1,0 +1,460 @@
+"""Averages from snapshots: dot products by other means, and the averages that were really kept."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastema import rules
+from fastema.errors import ArgumentError
+from fastema.rules import gamma_of, posthoc
+from fastema.rules.posthoc import (
+    ExponentialProfile,
+    PowerProfile,
+    Profile,
+    Synthesis,
+    dot,
+    solve,
+)
+
+steps = st.floats(1.0, 1e7)
+powers = st.builds(PowerProfile, steps, st.one_of(st.floats(0.0, 5.0), st.floats(5.0, 500.0)))
+exponentials = st.builds(
+    lambda step, part: ExponentialProfile(step, step * part), steps, st.floats(1e-4, 1e3)
+)
+profiles = st.one_of(powers, exponentials)
+
+
+def snapshots(
+    sigma_rels: Sequence[float], last: float, count: int, first: float = 0.0
+) -> list[PowerProfile]:
+    return [
+        PowerProfile(first + (last - first) * k / count, gamma_of(sigma_rel))
+        for k in range(1, count + 1)
+        for sigma_rel in sigma_rels
+    ]
+
+
+# -- Profiles -------------------------------------------------------------------------------------
+
+
+def masses(profile: Profile, step: int) -> np.ndarray:
+    """Integrals of the density over each step, from its closed form."""
+    edges = np.arange(step + 1)
+    if isinstance(profile, PowerProfile):
+        return np.diff((edges / step) ** (profile.gamma + 1))
+    assert isinstance(profile, ExponentialProfile)
+    whole = np.exp2((edges - step) / profile.half_life)
+    return np.diff(whole) / (1 - whole[0])
+
+
+@given(profiles)
+def test_a_density_integrates_to_one(profile: Profile) -> None:
+    # Finer towards the end, where both kinds have their weight.
+    ages = np.concatenate([[0.0], profile.step * np.logspace(-9, 0, 40_001)])
+    times = np.clip(profile.step - ages, 0.0, None)
+    values = profile.density(times)
+    middles = (values[1:] + values[:-1]) / 2
+    assert float(middles @ -np.diff(times)) == pytest.approx(1.0, rel=1e-3)
+    assert np.all(values >= 0)
+    assert profile.density([-1.0, profile.step * 1.001]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_power_profile_is_that_of_the_rule(every: int) -> None:
+    step, rule = 400, rules.power(0.12)
+    found = shares(rule, step, every)
+    profile = masses(PowerProfile(step, rule.gamma), step)
+    np.testing.assert_allclose(found, profile.reshape(-1, every).sum(1), rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("half_life", [3.0, 80.0, 2000.0])
+def test_an_exponential_profile_is_that_of_the_corrected_rule(half_life: float, every: int) -> None:
+    step, rule = 400, rules.half_life(half_life)
+    profile = ExponentialProfile(step, half_life)
+    expected = masses(profile, step).reshape(-1, every).sum(1)
+    np.testing.assert_allclose(shares(rules.debiased(rule), step, every), expected, rtol=1e-8)
+    plain = shares(rule, step, every)
+    np.testing.assert_allclose(plain, expected * (1 - profile.initial_share), rtol=1e-8)
+    assert 1 - plain.sum() == pytest.approx(profile.initial_share, rel=1e-6, abs=1e-12)
+
+
+def shares(rule: rules.Rule, step: int, every: int) -> np.ndarray:
+    found = np.zeros(0)
+    for n in range(every, step + 1, every):
+        w = rule.weight(n, every)
+        found = np.append(found * (1 - w), w)
+    return found
+
+
+def test_widths() -> None:
+    assert PowerProfile(7, gamma_of(0.13)).sigma_rel == pytest.approx(0.13)
+
+
+# -- Dot products ---------------------------------------------------------------------------------
+
+
+@given(profiles, profiles)
+def test_dot_is_symmetric_and_obeys_cauchy_and_schwarz(one: Profile, other: Profile) -> None:
+    assert dot(one, other) == pytest.approx(dot(other, one), rel=1e-13)
+    assert dot(one, one) > 0
+    assert 0 <= dot(one, other) <= math.sqrt(dot(one, one) * dot(other, other)) * (1 + 1e-12)
+
+
+@given(profiles, profiles, st.sampled_from([1e-3, 256.0]))
+def test_dot_scales_with_the_unit(one: Profile, other: Profile, unit: float) -> None:
+    def in_unit(profile: Profile) -> Profile:
+        if isinstance(profile, ExponentialProfile):
+            return ExponentialProfile(profile.step * unit, profile.half_life * unit)
+        assert isinstance(profile, PowerProfile)
+        return PowerProfile(profile.step * unit, profile.gamma)
+
+    scaled = dot(in_unit(one), in_unit(other)) * unit
+    # A profile far older than the other's reach has next to no product with it.
+    assert scaled == pytest.approx(dot(one, other), rel=1e-9, abs=1e-200)
+
+
+@settings(deadline=None)
+@given(profiles, profiles)
+def test_dot_against_quadrature(one: Profile, other: Profile) -> None:
+    integrate = pytest.importorskip("scipy.integrate")
+    shared = min(one.step, other.step)
+
+    def product(age: float) -> float:
+        time = shared - age
+        return float(one.density(time) * other.density(time))
+
+    # The product falls with the age: panels that shrink towards the shared end. full_output keeps
+    # quiet where rounding stops the quadrature short of what it was asked for.
+    edges = [0.0, *(shared * np.logspace(-8, 0, 30))]
+    pieces = [
+        integrate.quad(product, a, b, epsabs=0, epsrel=1e-12, limit=200, full_output=1)[0]
+        if product(a) > 1e-30 * product(0.0)
+        else 0.0
+        for a, b in itertools.pairwise(edges)
+    ]
+    expected = math.fsum(pieces)
+    if expected > 1e-250:
+        assert dot(one, other) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 6.94, 16.97, 300.0, 1e5])
+@pytest.mark.parametrize("rate", [1e-9, 1e-3, 1.0, 10.0, 300.0, 1e4, 1e7])
+def test_the_quadrature_against_its_special_function(gamma: float, rate: float) -> None:
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(40):
+        exact = float(mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(rate)))
+    assert posthoc._moment(gamma, rate) == pytest.approx(exact, rel=1e-12)
+
+
+@given(powers, powers)
+def test_power_products_by_hand(one: PowerProfile, other: PowerProfile) -> None:
+    a, b = sorted((one, other), key=lambda p: p.step)
+    log = (
+        math.log(a.gamma + 1)
+        + math.log(b.gamma + 1)
+        - math.log(a.gamma + b.gamma + 1)
+        + b.gamma * (math.log(a.step) - math.log(b.step))
+        - math.log(b.step)
+    )
+    assert dot(one, other) == pytest.approx(math.exp(log), rel=1e-10, abs=1e-300)
+
+
+def test_a_half_life_far_beyond_the_run_is_the_uniform_profile() -> None:
+    flat, other = ExponentialProfile(500.0, 1e12), PowerProfile(700.0, 3.3)
+    assert dot(flat, flat) == pytest.approx(1 / 500, rel=1e-9)
+    assert dot(flat, other) == pytest.approx(dot(PowerProfile(500.0, 0.0), other), rel=1e-9)
+
+
+@given(st.lists(profiles, min_size=1, max_size=6))
+def test_all_products_at_once(several: list[Profile]) -> None:
+    expected = [[dot(one, other) for other in several] for one in several]
+    np.testing.assert_allclose(posthoc._products(several), expected, rtol=1e-12)
+
+
+# -- Synthesis ------------------------------------------------------------------------------------
+
+
+def distance(found: Synthesis, kept: Sequence[Profile], target: Profile, step: int) -> float:
+    """Relative L2 distance of the profiles' masses in single steps."""
+
+    def padded(profile: Profile) -> np.ndarray:
+        own = masses(profile, int(profile.step))
+        return np.append(own, np.zeros(step - len(own)))
+
+    wanted = padded(target)
+    made = sum(c * padded(p) for c, p in zip(found.coefficients, kept, strict=True) if c)
+    return float(np.linalg.norm(made - wanted) / np.linalg.norm(wanted))
+
+
+TARGETS: list[Profile] = [
+    PowerProfile(20_000, gamma_of(0.07)),
+    PowerProfile(20_000, gamma_of(0.15)),
+    PowerProfile(20_000, gamma_of(0.03)),
+    PowerProfile(11_111, gamma_of(0.08)),
+    ExponentialProfile(20_000, 1_000),
+    ExponentialProfile(13_000, 400),
+    ExponentialProfile(20_000, 9_000),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=repr)
+def test_the_error_is_that_of_the_profile(target: Profile) -> None:
+    kept = snapshots((0.05, 0.10), 20_000, 20)
+    found = solve(kept, target)
+    assert sum(found.coefficients) == pytest.approx(1.0, abs=1e-12)
+    assert found.error == pytest.approx(distance(found, kept, target, 20_000), rel=2e-2)
+    assert found.error < (0.5 if target.step % 1000 else 0.15)
+    newer = [c for c, p in zip(found.coefficients, kept, strict=True) if p.step > target.step]
+    assert newer == [0.0] * len(newer)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=repr)
+def test_nothing_near_is_better(target: Profile) -> None:
+    """A minimum under the constraint: no step along it lowers the cost."""
+    kept, noise = snapshots((0.05, 0.10), 20_000, 8), 1e-3
+    found = np.array(solve(kept, target, noise=noise).coefficients)
+    products = posthoc._products([*kept, target])
+
+    def cost(c: np.ndarray) -> float:
+        whole = np.append(c, -1.0)
+        return float(whole @ products @ whole / products[-1, -1] + noise**2 * c @ c)
+
+    random = np.random.default_rng(0)
+    free = np.array([p.step <= target.step for p in kept])
+    for size in (1e-3, 1e-2, 1e-1):
+        for _ in range(50):
+            move = random.standard_normal(len(kept)) * free
+            move -= free * (move.sum() / free.sum())
+            assert cost(found + size * move) > cost(found)
+
+
+def test_more_snapshots_come_nearer() -> None:
+    target = PowerProfile(10_000, gamma_of(0.08))
+    errors = [solve(snapshots((0.05, 0.1), 10_000, n), target).error for n in (4, 8, 16, 32, 64)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 1e-2
+    assert errors[-1] < 5e-4
+
+
+@given(st.integers(1, 20), st.integers(0, 39))
+def test_what_was_kept_is_itself(count: int, index: int) -> None:
+    kept = snapshots((0.05, 0.10), 1000, count)
+    index %= len(kept)
+    found = solve(kept, kept[index])
+    assert found == Synthesis(tuple(float(i == index) for i in range(len(kept))), 0.0)
+
+
+@given(profiles, st.floats(1.0, 10.0))
+def test_a_single_snapshot_is_taken_as_it_is(kept: Profile, later: float) -> None:
+    target = PowerProfile(kept.step * later, 3.21)
+    found = solve([kept], target)
+    assert found.coefficients == (1.0,)
+    square = dot(kept, kept) - 2 * dot(kept, target) + dot(target, target)
+    assert found.error == pytest.approx(math.sqrt(square / dot(target, target)), rel=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(1.0, 1e6), min_size=2, max_size=30, unique=True),
+    st.floats(0.01, 0.28),
+    st.floats(0.3, 1.0),
+)
+def test_any_snapshots(times: list[float], sigma_rel: float, part: float) -> None:
+    kept = [PowerProfile(t, gamma_of(s)) for t in times for s in (0.05, 0.10)]
+    target = PowerProfile(max(times) * part, gamma_of(sigma_rel))
+    if min(times) > target.step:
+        with pytest.raises(ArgumentError, match="no snapshot"):
+            solve(kept, target)
+        return
+    found = solve(kept, target)
+    assert sum(found.coefficients) == pytest.approx(1.0, abs=1e-9)
+    # The newest alone is one choice, so the best is no worse than that, with what noise costs.
+    used = [p for p in kept if p.step <= target.step]
+    alone = min(solve([p], target).error for p in used)
+    assert found.error <= alone + 2e-4
+
+
+def test_order_does_not_matter() -> None:
+    kept = snapshots((0.05, 0.10), 5000, 9)
+    target = PowerProfile(4000, gamma_of(0.2))
+    order = np.random.default_rng(1).permutation(len(kept))
+    one = np.array(solve(kept, target).coefficients)
+    other = solve([kept[i] for i in order], target).coefficients
+    np.testing.assert_allclose(other, one[order], rtol=1e-6, atol=1e-9)
+
+
+# -- Coefficients that do not explode -------------------------------------------------------------
+
+
+def test_snapshots_that_are_nearly_the_same() -> None:
+    """Near singular: their difference would be a derivative, at the price of huge coefficients."""
+    gamma = gamma_of(0.05)
+    kept = [PowerProfile(1000 + k * 1e-6, gamma) for k in range(20)]
+    found = solve(kept, PowerProfile(1001, gamma_of(0.051)))
+    assert max(map(abs, found.coefficients)) < 1.0
+    assert found.error == pytest.approx(
+        solve([kept[0]], PowerProfile(1001, gamma_of(0.051))).error, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.07, 0.12, 0.25])
+def test_many_snapshots(sigma_rel: float) -> None:
+    kept = snapshots((0.05, 0.10), 100_000, 100)
+    found = solve(kept, PowerProfile(100_000, gamma_of(sigma_rel)))
+    assert math.hypot(*found.coefficients) < 25
+    assert found.error < 0.02
+    careful = solve(kept, PowerProfile(100_000, gamma_of(sigma_rel)), noise=0.1)
+    assert math.hypot(*careful.coefficients) < math.hypot(*found.coefficients)
+    assert careful.error > found.error
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-2, 10.0])
+def test_any_noise(noise: float) -> None:
+    kept = [*snapshots((0.05, 0.10), 10_000, 30), PowerProfile(9000 * (1 + 1e-15), gamma_of(0.07))]
+    found = solve(kept, PowerProfile(9000 * (1 + 1e-15) * (1 + 1e-15), gamma_of(0.07)), noise=noise)
+    assert all(map(math.isfinite, found.coefficients))
+    assert sum(found.coefficients) == pytest.approx(1.0, abs=1e-9)
+    if noise >= 10:
+        # Then only the number of snapshots counts, and each gets its part.
+        used = [c for c in found.coefficients if c]
+        assert max(used) < 1.0
+
+
+# -- The averages themselves ----------------------------------------------------------------------
+
+STEPS = 3000
+WIDTH = 20_000  # elements: the mean over them is within about 1 % of the expectation
+
+
+def tracked(every: int, rough: float) -> dict[str, Any]:
+    """Averages of weights that wander, kept as a user would: two by power, and the wanted ones."""
+    random = np.random.default_rng(7)
+    kept_rules = {sigma_rel: rules.power(sigma_rel) for sigma_rel in (0.05, 0.10)}
+    wanted: dict[str, tuple[int, rules.Rule, Profile]] = {
+        "narrower": (3000, rules.power(0.04), PowerProfile(3000, gamma_of(0.04))),
+        "between": (3000, rules.power(0.07), PowerProfile(3000, gamma_of(0.07))),
+        "wider, earlier": (2000, rules.power(0.15), PowerProfile(2000, gamma_of(0.15))),
+        "exponential": (
+            3000,
+            rules.debiased(rules.half_life(150)),
+            ExponentialProfile(3000, 150),
+        ),
+    }
+    averages: dict[Any, np.ndarray] = {key: np.zeros(WIDTH) for key in (*kept_rules, *wanted)}
+    weights, kept, results = np.zeros(WIDTH), {}, {}
+    path = 0.0
+    for n in range(every, STEPS + 1, every):
+        # White noise and a random walk, in parts.
+        path = path + random.standard_normal(WIDTH)
+        weights = rough * random.standard_normal(WIDTH) + (1 - rough) * path
+        for key, average in averages.items():
+            rule = kept_rules[key] if key in kept_rules else wanted[key][1]
+            average += rule.weight(n, every) * (weights - average)
+            if key in kept_rules and n % 100 == 0:
+                kept[n, key] = average.copy()
+            elif key in wanted and n == wanted[key][0]:
+                results[key] = average.copy()
+    return {
+        "kept": [PowerProfile(n, gamma_of(s)) for n, s in kept],
+        "arrays": list(kept.values()),
+        "wanted": {key: profile for key, (_, _, profile) in wanted.items()},
+        "results": results,
+    }
+
+
+@pytest.mark.parametrize("every", [10, 50])
+def test_averages_of_noise_are_found_with_the_error_that_is_stated(every: int) -> None:
+    run = tracked(every, rough=1.0)
+    for name, target in run["wanted"].items():
+        found = solve(run["kept"], target)
+        made = sum(c * a for c, a in zip(found.coefficients, run["arrays"], strict=True) if c)
+        size = np.linalg.norm(run["results"][name])
+        measured = np.linalg.norm(made - run["results"][name]) / size
+        # The integral over `every` steps smooths what the densities differ in, and no more.
+        assert measured <= found.error * 1.1, name
+        if every == 10 and name != "exponential":
+            assert measured >= found.error * 0.7, name
+
+
+@pytest.mark.parametrize("every", [10, 50])
+def test_averages_of_a_random_walk_are_found(every: int) -> None:
+    run = tracked(every, rough=0.0)
+    for name, target in run["wanted"].items():
+        found = solve(run["kept"], target)
+        made = sum(c * a for c, a in zip(found.coefficients, run["arrays"], strict=True) if c)
+        wanted = run["results"][name]
+        measured = np.linalg.norm(made - wanted)
+        # Slow movement is averaged better than noise is.
+        assert measured / np.linalg.norm(wanted) < found.error / 5, name
+        # As expected: each step of the walk counts with what the profiles differ in after it.
+        cells = np.zeros(STEPS)
+        for c, profile in zip(found.coefficients, run["kept"], strict=True):
+            if c:
+                cells[: int(profile.step)] += c * masses(profile, int(profile.step))
+        cells[: int(target.step)] -= masses(target, int(target.step))
+        after = np.cumsum(cells.reshape(-1, every).sum(1)[::-1])
+        assert measured / math.sqrt(WIDTH) == pytest.approx(np.linalg.norm(after), rel=0.05), name
+
+
+# -- Refusals -------------------------------------------------------------------------------------
+
+
+def test_no_snapshot_that_is_old_enough() -> None:
+    kept = snapshots((0.05, 0.10), 1000, 4)
+    with pytest.raises(ArgumentError, match=r"at or before step 100:.*oldest is of step 250"):
+        solve(kept, PowerProfile(100, 1.0))
+    with pytest.raises(ArgumentError, match="there are none"):
+        solve([], PowerProfile(100, 1.0))
+
+
+def test_the_same_profile_twice() -> None:
+    kept = snapshots((0.05, 0.10), 1000, 4)
+    with pytest.raises(ArgumentError, match="snapshots 3 and 8"):
+        solve([*kept, kept[3]], PowerProfile(1000, 1.0))
+
+
+@pytest.mark.parametrize("value", [None, 5, (1000, 0.5), rules.power(0.1)], ids=repr)
+def test_what_is_no_profile(value: Any) -> None:
+    good = PowerProfile(10, 1)
+    for call in (
+        lambda: solve([good, value], good),
+        lambda: solve([good], value),
+        lambda: dot(good, value),
+        lambda: dot(value, ExponentialProfile(10, 1)),
+    ):
+        with pytest.raises(ArgumentError, match="profile"):
+            call()
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, None, "x", True], ids=repr)
+def test_what_is_no_number(value: Any) -> None:
+    for kind in (PowerProfile, ExponentialProfile):
+        with pytest.raises(ArgumentError, match="step"):
+            kind(value, 1.0)
+    with pytest.raises(ArgumentError, match="half_life"):
+        ExponentialProfile(10, value)
+    if value != 0 or value is True:
+        with pytest.raises(ArgumentError, match="gamma"):
+            PowerProfile(10, value)
+        with pytest.raises(ArgumentError, match="noise"):
+            solve([PowerProfile(10, 1)], PowerProfile(20, 1), noise=value)
+
+
+def test_profiles_and_results_are_values() -> None:
+    one, other = PowerProfile(10, 1), PowerProfile(10.0, 1.0)
+    assert one == other
+    assert hash(one) == hash(other)
+    assert eval(repr(one)) == one
+    assert one != PowerProfile(10, 2)
+    assert isinstance(one, Profile)
+    with pytest.raises(AttributeError):
+        one.step = 3  # type: ignore[misc]

@@ -1,0 +1,221 @@
+"""How far back averages look, against the shares of all their values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastema import rules
+from fastema.errors import ArgumentError
+from fastema.rules import Reach, effective_steps, reach, units
+
+decays = st.floats(0.0, 0.9999)
+made = st.one_of(
+    st.builds(rules.constant, decays),
+    st.builds(rules.warmup, decays),
+    st.builds(rules.inverse_gamma, decays, st.floats(0.1, 100), st.floats(0.1, 3)),
+    st.builds(rules.Power, st.floats(0.0, 100.0)),
+    st.builds(rules.cumulative_mean),
+)
+anything = st.one_of(made, st.builds(rules.debiased, made))
+
+
+@dataclass(frozen=True)
+class Wave(rules.Rule):
+    """No rule that anything is known about."""
+
+    def decay(self, n: int) -> float:
+        return 0.99 + 0.009 * math.sin(n)
+
+
+@dataclass(frozen=True)
+class Hidden(rules.Rule):
+    """Another rule, of which only the numbers are seen."""
+
+    other: rules.Rule
+
+    def decay(self, n: int) -> float:
+        return self.other.decay(n)
+
+    def weight(self, n: int, every: int = 1) -> float:
+        return self.other.weight(n, every)
+
+
+@dataclass(frozen=True)
+class Still(rules.Rule):
+    def decay(self, n: int) -> float:
+        return 1.0
+
+
+def by_shares(rule: rules.Rule, n: int, every: int) -> Reach:
+    """From the share of each value and of the beginning: the definition."""
+    shares, ages, left = [], [], 1.0
+    last = n - n % every
+    for step in range(last, 0, -every):
+        w = rule.weight(step, every)
+        shares.append(left * w)
+        ages.append(n - step)
+        left *= 1.0 - w
+    shares.append(left)
+    ages.append(n)
+    mean = math.fsum(s * a for s, a in zip(shares, ages, strict=True))
+    square = math.fsum(s * (a - mean) ** 2 for s, a in zip(shares, ages, strict=True))
+    return Reach(mean, math.sqrt(square), left)
+
+
+def assert_near(found: Reach, expected: Reach, rel: float = 1e-9) -> None:
+    assert found.mean_age == pytest.approx(expected.mean_age, rel=rel, abs=1e-9)
+    assert found.std_age == pytest.approx(expected.std_age, rel=rel, abs=1e-6)
+    assert found.initial_share == pytest.approx(expected.initial_share, rel=rel, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(anything, st.integers(1, 1500), st.integers(1, 30))
+def test_against_all_shares(rule: rules.Rule, n: int, every: int) -> None:
+    if n < every:
+        assert effective_steps(rule, n, every) == Reach(n, 0.0, 1.0)
+    else:
+        assert_near(effective_steps(rule, n, every), by_shares(rule, n, every))
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Wave(),
+        rules.constant(0.9999),
+        rules.debiased(rules.constant(0.99999)),
+        rules.debiased(Wave()),
+        rules.power(0.28),
+        rules.power(0.2),
+        rules.power(0.02),
+        rules.Power(0.0),
+        rules.Power(1.0),
+        rules.Power(60.5),
+        rules.cumulative_mean(),
+        rules.warmup(0.9999),
+        Still(),
+    ],
+    ids=repr,
+)
+def test_long_runs_against_all_shares(rule: rules.Rule, every: int) -> None:
+    assert_near(effective_steps(rule, 20_003, every), by_shares(rule, 20_003, every))
+
+
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(1, 9))
+def test_a_window_is_as_old_as_its_ring(size: int, n: int, every: int) -> None:
+    found = effective_steps(rules.window(size), n, every)
+    ages = [n - step for step in range(every, n + 1, every)][-size:]
+    if not ages:
+        assert found == Reach(n, 0.0, 1.0)
+        return
+    mean = sum(ages) / len(ages)
+    spread = math.sqrt(sum((a - mean) ** 2 for a in ages) / len(ages))
+    assert_near(found, Reach(mean, spread, 0.0))
+
+
+@given(st.floats(0.9, 1.0 - 1e-12), st.sampled_from([1, 10, 10**3, 10**6, 10**9]))
+def test_the_initial_share_of_a_constant(decay: float, n: int) -> None:
+    expected = math.exp(n * math.log(decay))
+    assert effective_steps(rules.constant(decay), n).initial_share == pytest.approx(
+        expected, rel=1e-6, abs=1e-18
+    )
+
+
+@given(st.floats(0.0, 0.99999))
+def test_in_the_long_run_the_mean_age_is_the_window_less_a_step(decay: float) -> None:
+    found = effective_steps(rules.constant(decay), 10**8)
+    assert found.mean_age == pytest.approx(units.effective_window(decay) - 1, rel=1e-9, abs=1e-9)
+    # That of the geometric distribution.
+    assert found.std_age == pytest.approx(math.sqrt(decay) / (1 - decay), rel=1e-9, abs=1e-9)
+    assert found.initial_share == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_constant_that_has_hardly_begun() -> None:
+    # Of n updates with a tiny weight w: nearly all is the beginning, and the rest as in a mean.
+    n, w = 10**6, 1e-12
+    found = effective_steps(rules.constant(1 - w), n)
+    w = 1 - (1 - w)
+    assert n - found.mean_age == pytest.approx(w * n * (n + 1) / 2, rel=1e-4)
+    assert found.std_age == pytest.approx(math.sqrt(w * n**3 / 3), rel=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.8, 6.94, 16.97, 1000.0, 1e5])
+@pytest.mark.parametrize("n", [10**5, 10**7])
+def test_a_power_average_in_the_limit(gamma: float, n: int) -> None:
+    found = effective_steps(rules.Power(gamma), n)
+    # A value stands for the step before it, half a step older than it is.
+    if n > 1000 * gamma:
+        assert found.mean_age == pytest.approx(n / (gamma + 2) - 0.5, rel=1e-3)
+        assert found.std_age == pytest.approx(n * rules.sigma_rel_of(gamma), rel=1e-3)
+    assert found.initial_share == 0.0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rules.power(0.25),
+        rules.power(0.05),
+        rules.cumulative_mean(),
+        rules.constant(1 - 1e-6),
+        rules.debiased(rules.constant(1 - 1e-8)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(("n", "every"), [(2_000_000, 1), (30_000_000, 10)])
+def test_a_rule_of_which_only_numbers_are_seen(rule: rules.Rule, n: int, every: int) -> None:
+    """The walk with its sampled part against the closed forms."""
+    assert n // every > reach._EXACT
+    known = effective_steps(rule, n, every)
+    assert_near(effective_steps(Hidden(rule), n, every), known, rel=1e-5)
+
+
+def test_the_walk_looks_at_a_bounded_number_of_steps() -> None:
+    class Counting(rules.Rule):
+        calls = 0
+
+        def decay(self, n: int) -> float:
+            Counting.calls += 1
+            return 1.0 - 1.0 / n
+
+    found = effective_steps(Counting(), 10**9)
+    assert found.mean_age == pytest.approx((10**9 - 1) / 2, rel=1e-5)
+    assert Counting.calls < 200_000
+
+
+@given(anything, st.integers(1, 300), st.integers(1, 20))
+def test_between_updates_the_average_ages(rule: rules.Rule, updates: int, every: int) -> None:
+    at = effective_steps(rule, updates * every, every)
+    later = effective_steps(rule, updates * every + every - 1, every)
+    assert later.mean_age == pytest.approx(at.mean_age + every - 1)
+    assert later[1:] == at[1:]
+
+
+def test_at_the_beginning() -> None:
+    assert effective_steps(rules.constant(0.9), 0) == Reach(0.0, 0.0, 1.0)
+    assert effective_steps(rules.power(0.1), 1) == Reach(0.0, 0.0, 0.0)
+
+
+def test_units_has_it_too() -> None:
+    assert units.effective_steps is effective_steps
+    assert units.Reach is Reach
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, None, True], ids=repr)
+def test_what_is_no_step(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^n="):
+        effective_steps(rules.constant(), value)
+    with pytest.raises(ArgumentError, match="every"):
+        effective_steps(rules.constant(), 10, value)
+    with pytest.raises(ArgumentError, match="every"):
+        effective_steps(rules.constant(), 10, 0)
+
+
+def test_what_is_no_rule() -> None:
+    with pytest.raises(ArgumentError, match="rule"):
+        effective_steps(0.9, 10)  # type: ignore[arg-type]

@@ -1,0 +1,222 @@
+"""What all rules share: weights from decays, descriptions, classes of one's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastema import rules
+from fastema.errors import ArgumentError
+
+decays = st.floats(0.0, 1.0, exclude_max=True)
+positive = st.floats(1e-3, 1e3)
+plain_rules = st.one_of(
+    st.builds(rules.constant, decays),
+    st.builds(rules.warmup, decays),
+    st.builds(rules.half_life, st.floats(1e-3, 1e9)),
+    st.builds(rules.inverse_gamma, decays, positive, positive),
+    st.builds(rules.cumulative_mean),
+    st.builds(rules.Power, st.floats(0.0, 1e3)),
+    st.builds(rules.window, st.integers(1, 100)),
+)
+every_rule = st.one_of(
+    plain_rules,
+    st.builds(rules.debiased, plain_rules),
+    st.builds(rules.debiased, st.builds(rules.debiased, plain_rules)),
+)
+counts = st.integers(1, 300)
+strides = st.integers(1, 50)
+
+
+@dataclass(frozen=True)
+class Steps(rules.Rule):
+    """A rule as a user writes one, with parameters that hold others."""
+
+    parts: tuple[tuple[int, rules.Rule], ...]
+    last: rules.Rule
+    names: tuple[str, ...] = ()
+
+    def decay(self, n: int) -> float:
+        for until, rule in self.parts:
+            if n <= until:
+                return rule.decay(n)
+        return self.last.decay(n)
+
+
+@dataclass(frozen=True)
+class Given(rules.Rule):
+    value: Any
+
+    def decay(self, n: int) -> float:
+        return self.value
+
+
+class Bare(rules.Rule):
+    def decay(self, n: int) -> float:
+        return 0.5
+
+
+@dataclass(frozen=True)
+class Named(rules.Rule):
+    rule: str
+
+    def decay(self, n: int) -> float:
+        return 0.5
+
+
+@given(every_rule, counts, strides)
+def test_weights_and_decays_lie_between_zero_and_one(rule: rules.Rule, k: int, every: int) -> None:
+    for number in (rule.weight(k * every, every), rule.weight(k), rule.decay(k)):
+        assert type(number) is float
+        assert 0.0 <= number <= 1.0
+
+
+@given(every_rule, counts)
+def test_the_weight_of_a_step_is_what_the_decay_leaves(rule: rules.Rule, n: int) -> None:
+    assert rule.weight(n) == pytest.approx(1.0 - rule.decay(n), rel=1e-13, abs=2e-16)
+
+
+@given(every_rule, counts, strides)
+def test_rules_are_pure(rule: rules.Rule, k: int, every: int) -> None:
+    first = rule.weight(k * every, every)
+    for other in (1, k + 1, k + 299, max(k - 1, 1)):
+        rule.weight(other * every, every)
+        rule.weight(other)
+    assert rule.weight(k * every, every) == first
+
+
+@given(every_rule)
+def test_description_and_repr_rebuild_the_rule(rule: rules.Rule) -> None:
+    rule.weight(7)
+    plain = json.loads(json.dumps(rule.to_dict()))
+    for other in (
+        rules.rule_from_dict(plain),
+        eval(repr(rule), vars(rules)),
+        pickle.loads(pickle.dumps(rule)),
+        copy.deepcopy(rule),
+    ):
+        assert other == rule
+        assert hash(other) == hash(rule)
+        assert repr(other) == repr(rule)
+        assert other.weight(20, 4) == rule.weight(20, 4)
+    assert isinstance(rule, rules.Rule)
+
+
+@given(every_rule, every_rule)
+def test_rules_with_different_descriptions_differ(one: rules.Rule, other: rules.Rule) -> None:
+    assert (one == other) == (one.to_dict() == other.to_dict())
+
+
+@given(
+    st.sampled_from([1e-12, 1e-9, 1e-6, 1e-3, 0.3, 0.9]),
+    st.integers(1, 10**6),
+)
+def test_a_power_of_a_decay_near_one_keeps_its_digits(distance: float, every: int) -> None:
+    decay = 1.0 - distance
+    with localcontext() as context:
+        context.prec = 50
+        exact = float(1 - Decimal(decay) ** every)
+    assert Given(decay).weight(every, every) == pytest.approx(exact, rel=1e-13)
+
+
+@given(strides)
+def test_the_ends_of_the_range(every: int) -> None:
+    assert Given(0.0).weight(every, every) == 1.0
+    assert Given(1.0).weight(every, every) == 0.0
+    assert Given(0).weight(every, every) == 1
+    assert Given(1).weight(every, every) == 0
+
+
+def test_a_rule_of_ones_own_is_described_and_rebuilt() -> None:
+    rule = Steps(
+        ((10, rules.warmup(0.9)), (20, rules.debiased(rules.power(0.1)))),
+        Steps((), rules.constant(0.99)),
+        ("a", "b"),
+    )
+    plain = rule.to_dict()
+    assert plain["rule"].endswith("Steps")
+    assert plain["rule"] != "Steps"  # so it cannot be taken for one of ours
+    rebuilt = rules.rule_from_dict(json.loads(json.dumps(plain)))
+    assert rebuilt == rule
+    assert hash(rebuilt) == hash(rule)
+    assert [rebuilt.decay(n) for n in (5, 15, 25)] == [rule.decay(n) for n in (5, 15, 25)]
+
+
+def test_mappings_of_rules_are_rebuilt() -> None:
+    rule = Given({"first": rules.warmup(0.9), "numbers": (1, 2.5)})
+    assert rules.rule_from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+
+
+def test_a_class_that_bears_the_name_of_one_of_ours_leaves_it_alone() -> None:
+    @dataclass(frozen=True)
+    class Constant(rules.Rule):
+        value: float
+
+        def decay(self, n: int) -> float:
+            return 0.0
+
+    ours, theirs = rules.constant(0.9), Constant(0.9)
+    assert type(rules.rule_from_dict(ours.to_dict())) is rules.Constant
+    assert rules.rule_from_dict(theirs.to_dict()) == theirs
+
+
+def test_what_cannot_be_described() -> None:
+    with pytest.raises(ArgumentError, match=r"Bare.*dataclass"):
+        Bare().to_dict()
+    with pytest.raises(ArgumentError, match=r"Named.*rename"):
+        Named("x").to_dict()
+
+
+def test_a_rule_needs_a_decay() -> None:
+    class Nothing(rules.Rule):
+        pass
+
+    for kind in (Nothing, rules.Rule):
+        with pytest.raises(TypeError, match="decay"):
+            kind()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {},
+        {"rule": None},
+        {"rule": "constant"},
+        {"rule": "Rule"},
+        {"rule": ["Constant"]},
+        {"rule": "Constant"},
+        {"rule": "Constant", "value": 1.0},
+        {"rule": "Constant", "value": 0.5, "more": 1},
+        {"rule": "InverseGamma", "limit": 0.9},
+        {"rule": "Debiased"},
+        {"rule": "Debiased", "inner": 0.9},
+        {"rule": "Debiased", "inner": {"rule": "Constant"}},
+        {"rule": "Debiased", "inner": {"rule": "Constant", "value": 0.9}, "_taken": {}},
+        {"rule": "Power", "gamma": -1},
+        {"rule": "Window", "size": 0},
+        {"rule": "CumulativeMean", "n": 1},
+        {"rule": "some.module.Rule"},
+        "Constant",
+        ["Constant"],
+        [("rule", "Constant", 3)],
+        None,
+        5,
+    ],
+    ids=repr,
+)
+def test_descriptions_of_no_rule(plain: Any) -> None:
+    with pytest.raises(ArgumentError):
+        rules.rule_from_dict(plain)
+
+
+def test_an_unknown_rule_says_which_are_known() -> None:
+    with pytest.raises(ArgumentError, match=r"'Cosine'(.|\n)*Constant(.|\n)*Warmup(.|\n)*defined"):
+        rules.rule_from_dict({"rule": "Cosine"})

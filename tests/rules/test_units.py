@@ -1,0 +1,124 @@
+"""Decays, windows and half-lives, in steps, samples and tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastema import rules
+from fastema.errors import ArgumentError
+from fastema.rules import units
+
+decays = st.floats(1e-6, 1.0 - 1e-9)
+lengths = st.floats(1.0, 1e9)
+per_steps = st.floats(1e-3, 1e7)
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps"), [(0.0, 1), (0.9, 10), (0.99, 100), (0.999, 1_000), (0.9999, 10_000)]
+)
+def test_the_table(decay: float, steps: int) -> None:
+    assert units.effective_window(decay) == pytest.approx(steps, rel=1e-11)
+    assert units.decay_of_window(steps) == pytest.approx(decay, abs=1e-16)
+    assert units.effective_window(decay, per_step=256) == pytest.approx(256 * steps, rel=1e-11)
+
+
+@given(decays, per_steps)
+def test_round_trip_of_a_window(decay: float, per_step: float) -> None:
+    length = units.effective_window(decay, per_step)
+    assert units.decay_of_window(length, per_step) == pytest.approx(decay, rel=1e-9, abs=1e-15)
+
+
+@given(decays, per_steps)
+def test_round_trip_of_a_half_life(decay: float, per_step: float) -> None:
+    length = units.half_life_of_decay(decay, per_step)
+    assert units.decay_of_half_life(length, per_step) == pytest.approx(decay, rel=1e-14)
+
+
+@given(lengths)
+def test_a_half_life_halves(length: float) -> None:
+    # Beyond this the decay itself has too few digits left below 1.
+    decay = units.decay_of_half_life(length)
+    assert length * math.log(decay) == pytest.approx(-math.log(2), rel=1e-15 * length + 1e-12)
+    assert units.decay_of_half_life(length) == rules.half_life(length).decay(1)
+
+
+@given(lengths, st.integers(1, 4096))
+def test_samples_are_steps_times_the_batch(steps: float, batch: int) -> None:
+    samples = steps * batch
+    assert units.decay_of_half_life(samples, batch) == pytest.approx(
+        units.decay_of_half_life(steps), rel=1e-12
+    )
+    assert units.decay_of_window(samples, batch) == pytest.approx(
+        units.decay_of_window(steps), rel=1e-12, abs=1e-15
+    )
+
+
+@given(st.floats(0.5, 0.999999), st.integers(1, 64))
+def test_rescaled_is_so_many_steps_in_one(decay: float, factor: int) -> None:
+    once = math.prod([decay] * factor)
+    assert units.rescaled(decay, factor) == pytest.approx(once, rel=1e-12)
+    assert units.rescaled(units.rescaled(decay, factor), 1 / factor) == pytest.approx(
+        decay, rel=1e-10
+    )
+
+
+@given(st.floats(0.5, 0.99999), st.sampled_from([0.5, 2.0, 8.0]), st.integers(1, 512))
+def test_rescaled_keeps_the_half_life_in_samples(decay: float, factor: float, batch: int) -> None:
+    before = units.half_life_of_decay(decay, batch)
+    after = units.half_life_of_decay(units.rescaled(decay, factor), batch * factor)
+    assert after == pytest.approx(before, rel=1e-9)
+
+
+def test_no_memory() -> None:
+    assert units.half_life_of_decay(0.0) == 0.0
+    assert units.effective_window(0.0) == 1.0
+    assert units.rescaled(0.0, 8) == 0.0
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, None, "x", True], ids=repr)
+def test_what_is_no_length(value: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"window.*above 0"):
+        units.decay_of_window(value)
+    with pytest.raises(ArgumentError, match=r"half_life.*above 0"):
+        units.decay_of_half_life(value)
+    with pytest.raises(ArgumentError, match=r"factor.*above 0"):
+        units.rescaled(0.9, value)
+    functions: list[Callable[..., float]] = [
+        units.effective_window,
+        units.half_life_of_decay,
+        units.decay_of_window,
+        units.decay_of_half_life,
+    ]
+    for function, first in zip(functions, (0.9, 0.9, 10, 10), strict=True):
+        with pytest.raises(ArgumentError, match=r"per_step.*above 0"):
+            function(first, per_step=value)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, math.nan, None], ids=repr)
+def test_what_is_no_decay(value: Any) -> None:
+    for call in (units.effective_window, units.half_life_of_decay):
+        with pytest.raises(ArgumentError, match=r"\[0, 1\)"):
+            call(value)
+    with pytest.raises(ArgumentError, match=r"\[0, 1\)"):
+        units.rescaled(value, 2)
+
+
+def test_decays_that_would_be_one() -> None:
+    for call, name in (
+        (lambda: units.decay_of_window(1e18), "window"),
+        (lambda: units.decay_of_half_life(1e18), "half_life"),
+        (lambda: units.rescaled(0.9, 1e-18), "factor"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"{name}.*would be 1"):
+            call()
+
+
+def test_a_window_shorter_than_a_step() -> None:
+    with pytest.raises(ArgumentError, match="at least one step"):
+        units.decay_of_window(100, per_step=256)
