@@ -25,8 +25,8 @@ SAY = @printf '\n==> %s\n'
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
 	@echo "make test         the whole test suite"
-	@echo "make bench-quick  the benchmarks in short, under three minutes"
-	@echo "make bench        the benchmarks in full"
+	@echo "make bench-quick  the benchmarks in short, under five minutes"
+	@echo "make bench        the benchmarks in full: speed, accuracy, quality; half an hour"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
@@ -43,10 +43,16 @@ test: $(VENV)/.test $(VENV)/.timm
 bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench --quick $(ARGS)"
 	@$(PY) -m bench --quick $(ARGS)
+	$(SAY) "python -m bench.averages --quick"
+	@$(PY) -m bench.averages --quick
 
 bench: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench $(ARGS)"
 	@$(PY) -m bench $(ARGS)
+	$(SAY) "python -m bench.averages, bench.accuracy, bench.quality"
+	@$(PY) -m bench.averages
+	@$(PY) -m bench.accuracy
+	@$(PY) -m bench.quality
 
 lint: $(VENV)/.dev
 	$(SAY) "ruff check"

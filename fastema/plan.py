@@ -8,7 +8,7 @@ from typing import Any
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, materialised, written
 from fastema.engine.locks import rlock
-from fastema.engine.program import Moment, Program
+from fastema.engine.program import Moment, Program, checked_seed
 from fastema.engine.watch import Watch, watch
 from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
 from fastema.layout.dtypes import average_of, parse
@@ -18,6 +18,9 @@ from fastema.layout.spec import Leaves
 __all__ = ["Plan", "copy_", "lerp_", "mean_between", "swap_"]
 
 _TAG = "all"
+
+_MARKS = {"nearest": "", "stochastic": "~"}
+"""How a kernel's format says how it rounds."""
 
 
 def matched(dst: Leaves, src: Leaves) -> list[Pair]:
@@ -54,6 +57,12 @@ class Plan:
         only by :meth:`swap_`. Dtypes may differ: float64, float32, float16, bfloat16, complex64
         and complex128 with their own kind; integers and booleans only with themselves, and not in
         :meth:`lerp_`.
+    rounding : {"nearest", "stochastic"}
+        Of 16-bit floats in :meth:`lerp_`. To nearest, what is smaller than half the last place of
+        ``avg`` is lost; at random it is not, on average.
+    seed : int
+        Of the random bits, at least 0. They also depend on the number of the call, the tensor's
+        name and the element's place in it.
 
     Raises
     ------
@@ -75,14 +84,17 @@ class Plan:
     array([0.4375, 0.4375], dtype=float32)
     """
 
-    def __init__(self, avg: Any, x: Any) -> None:
+    def __init__(self, avg: Any, x: Any, *, rounding: str = "nearest", seed: int = 0) -> None:
+        if rounding not in _MARKS:
+            raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
+        self._mark, self._seed, self._calls = _MARKS[rounding], checked_seed(seed), 0
         self._containers = (materialised(avg), materialised(x))
         self._lock = rlock()
         self._build()
 
     def _build(self) -> None:
         dst, src = (leaves_of(container) for container in self._containers)
-        self._pairs = matched(dst, src)
+        self._pairs = [self._rounded(pair) for pair in matched(dst, src)]
         for name, spec, *_ in self._pairs:
             refuse_unwritable(name, spec)
         refuse_overlap(
@@ -96,12 +108,17 @@ class Plan:
         self._swapped = written(spec.owner for _, _, spec, *_ in self._pairs)
         self._watches: tuple[Watch, Watch] = (watch(dst), watch(src))
 
+    def _rounded(self, pair: Pair) -> Pair:
+        narrow = pair.dst.dtype in ("f16", "bf16")
+        return pair._replace(form=f"{pair.dst.dtype}{self._mark}") if narrow else pair
+
     def _run(self, operation: str, weight: float = 0.0) -> None:
         with self._lock:
             if any(watched.changed() for watched in self._watches):
                 self._build()
             self._check(operation)
-            self._program.run({_TAG: operation}, Moment((weight,)))
+            self._program.run({_TAG: operation}, Moment((weight,), self._seed, self._calls))
+            self._calls += 1
             for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
                 tell(arrays)
 

@@ -26,8 +26,9 @@ import numpy as np
 
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import describe
+from fastema.checkpoint.average import weighted_sum
 from fastema.checkpoint.files import File, read, write
-from fastema.engine.program import Moment, Program
+from fastema.engine.program import Program
 from fastema.errors import ArgumentError, CheckpointError, StateError, listed
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.flat import row_major
@@ -43,9 +44,6 @@ from fastema.shadow.options import dtype_of
 __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthesize"]
 
 _KIND: Final = "fastema power snapshot"
-
-_PIECE: Final = 1 << 22
-"""Elements summed at a time: 32 MB of float64, whatever the size of the model."""
 
 
 class Snapshot(NamedTuple):
@@ -234,8 +232,8 @@ def synthesize(
     """Put an average that nobody tracked together from snapshots.
 
     The coefficients are those whose sum of profiles is nearest to the wanted profile, least squares
-    in float64 under the condition that they sum to 1; the tensors are summed in float64, 32 MB at a
-    time, straight from the files.
+    in float64 under the condition that they sum to 1; the tensors are summed in float64 while they
+    are read, a few MB at a time whatever the size of the model.
 
     Parameters
     ----------
@@ -289,7 +287,7 @@ def synthesize(
     averaged = set(result) - _copied(files[-1])
     nbytes = sum(file.tensors[name].nbytes for file in files for name in averaged)
     with _shown(progress, nbytes) as advance:
-        _sum(files, [c for _, c in used], result, advance)
+        weighted_sum(files, [c for _, c in used], result, averaged, advance)
     tensors = {name: array for name, (array, _) in result.items()}
     if out is not None:
         write(out, {name: spec for name, (_, spec) in result.items()}, step=str(last))
@@ -325,90 +323,30 @@ def _target(sigma_rel: float | None, half_life: float | None, steps: int) -> Pro
 
 
 def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
-    """Memory for the result, if all files hold the same tensors."""
-    first = files[-1]
+    """NumPy memory for the result, if all files hold the same tensors."""
+    newest = files[-1]
     problems = []
     for file in files:
-        for name in {*first.tensors, *file.tensors}:
-            ours, theirs = first.tensors.get(name), file.tensors.get(name)
-            if ours is None or theirs is None or ours.shape != theirs.shape:
-                problems.append(f"{name!r} in {file.path.name} and {first.path.name}")
+        for name in {*newest.tensors, *file.tensors}:
+            ours, theirs = newest.tensors.get(name), file.tensors.get(name)
+            if ours is None or theirs is None or ours[:2] != theirs[:2]:
+                problems.append(f"{name!r} in {file.path.name} and {newest.path.name}")
     if problems:
         raise CheckpointError("the snapshots hold different tensors:\n" + listed(problems))
-    copied = _copied(first)
+    copied = _copied(newest)
     least = parse("f32")
-    kinds = {
-        name: spec.kind
-        if name in copied
-        else average_of(spec.kind, wanted or (spec.kind if spec.dtype == "f64" else least))
-        for name, spec in first.tensors.items()
-    }
-    memories = allocate((first.tensors[name], kind) for name, kind in kinds.items())
-    return dict(zip(kinds, memories, strict=True))
+    owner = np.empty(0)
+    wanted_memory = []
+    for name, (kind, shape, _) in newest.tensors.items():
+        like = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
+        if name not in copied:
+            kind = average_of(kind, wanted or (kind if kind.real == "f64" else least))
+        wanted_memory.append((like, kind))
+    return dict(zip(newest.tensors, allocate(wanted_memory), strict=True))
 
 
 def _copied(file: File) -> set[str]:
     return set(json.loads(file.metadata["copied"]))
-
-
-def _sum(
-    files: Sequence[File],
-    coefficients: Sequence[float],
-    result: Mapping[str, Memory],
-    advance: Callable[[int], None],
-) -> None:
-    """The averaged tensors as sums, the others as they are in the newest file."""
-    newest = files[-1]
-    copied = _copied(newest)
-    plain = [Pair(name, result[name][1], newest.tensors[name]) for name in copied]
-    Program({"all": plain}).run({"all": "copy"})
-    moment = Moment(coefficients)
-    for batch in _batches([name for name in result if name not in copied], newest.tensors):
-        total = np.zeros(sum(piece.parts * piece.size for piece in batch))
-        terms, roundings, at = [], [], total.ctypes.data
-        for piece in batch:
-            kind = average_of(newest.tensors[piece.name].kind, parse("f64"))
-            spec = TensorSpec(at, (piece.size,), (1,), kind.code, "cpu", owner=total)
-            terms += [
-                Pair(piece.name, spec, piece.of(file.tensors[piece.name]), which=which)
-                for which, file in enumerate(files)
-            ]
-            roundings.append(Pair(piece.name, piece.of(result[piece.name][1]), spec))
-            at += spec.nbytes
-        Program({"all": terms}).run({"all": "add"}, moment)
-        Program({"all": roundings}).run({"all": "copy"})
-        advance(sum(pair.src.nbytes for pair in terms))
-
-
-class _Piece(NamedTuple):
-    """Some adjacent elements of a tensor that is row-major without gaps."""
-
-    name: str
-    first: int
-    size: int
-    parts: int
-
-    def of(self, spec: TensorSpec) -> TensorSpec:
-        """The same elements of another tensor."""
-        address = spec.address + self.first * spec.kind.itemsize
-        return replace(spec, address=address, shape=(self.size,), strides=(1,))
-
-
-def _batches(names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    room = _PIECE
-    for name in names:
-        spec = tensors[name]
-        done = 0
-        while done < spec.size:
-            count = min(spec.size - done, room)
-            batch.append(_Piece(name, done, count, spec.kind.parts))
-            done, room = done + count, room - count
-            if not room:
-                yield batch
-                batch, room = [], _PIECE
-    if batch:
-        yield batch
 
 
 @contextmanager

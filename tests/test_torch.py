@@ -13,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from hypothesis import given  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim import swa_utils  # noqa: E402
@@ -96,6 +96,7 @@ def test_statistics_equal_torchs(norm: type[nn.Module], momentum: float | None) 
     assert momenta(model) == [momentum] * 2
 
 
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), sizes=st.lists(st.integers(2, 9), min_size=1, max_size=6))
 def test_statistics_are_means_over_the_batches(seed: int, sizes: list[int]) -> None:
     torch.manual_seed(seed)
@@ -473,7 +474,9 @@ def test_progress_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- with an average ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [fastema.EMA], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [fastema.EMA, fastema.SWA, fastema.SMA], ids=lambda make: make.__name__
+)
 def test_the_average_keeps_its_statistics_and_the_weights_get_theirs(
     make: Callable[..., Any],
 ) -> None:

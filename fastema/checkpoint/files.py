@@ -1,4 +1,4 @@
-"""safetensors files: written under another name and moved into place, read by mapping them.
+"""safetensors files: written under another name and moved into place, read in parts.
 
 The format is eight bytes with the length of a JSON header, the header, and the tensors' bytes in
 row-major order; see https://huggingface.co/docs/safetensors.
@@ -7,21 +7,21 @@ row-major order; see https://huggingface.co/docs/safetensors.
 from __future__ import annotations
 
 import json
-import mmap
+import math
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-
 from fastema.errors import CheckpointError
+from fastema.layout.dtypes import DType, dtype
 from fastema.layout.flat import row_major
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["File", "read", "write"]
+__all__ = ["File", "Stored", "read", "write"]
 
 _NAMES: Final = {
     "f64": ("F64", "float64"),
@@ -45,13 +45,62 @@ _CODES: Final = {in_header: code for code, (in_header, _) in _NAMES.items()}
 
 _LONGEST_HEADER: Final = 100_000_000
 
+_seeking = threading.Lock()
+"""Where a file cannot be read at an offset without moving in it."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: dtype code, shape, and where its row-major bytes begin."""
+
+    kind: DType
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return self.size * self.kind.itemsize
+
 
 class File(NamedTuple):
-    """A mapped file: the tensors, which stay valid as long as it is held, and the annotations."""
+    """What a file holds: its tensors, and the annotations."""
 
     path: Path
-    tensors: dict[str, TensorSpec]
+    tensors: dict[str, Stored]
     metadata: dict[str, str]
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
+        """A function that fills a buffer with the bytes from an offset on; threads may share it.
+
+        Raises
+        ------
+        CheckpointError
+            If the file has become shorter meanwhile.
+        """
+        with self.path.open("rb", buffering=0) as opened:
+
+            def fill(offset: int, buffer: memoryview) -> None:
+                while buffer:
+                    count = _read_at(opened, offset, buffer)
+                    if not count:
+                        raise CheckpointError(f"{self.path} was cut short")
+                    offset, buffer = offset + count, buffer[count:]
+
+            yield fill
+
+
+def _read_at(opened: Any, offset: int, buffer: memoryview) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(opened.fileno(), [buffer], offset)
+    with _seeking:
+        opened.seek(offset)
+        return int(opened.readinto(buffer))
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **metadata: str) -> None:
@@ -116,7 +165,7 @@ def _settle(path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> File:
-    """Map a file into memory: nothing is read before it is used.
+    """What a file holds; of the tensors nothing is read.
 
     Raises
     ------
@@ -134,26 +183,16 @@ def read(path: str | os.PathLike[str]) -> File:
         try:
             header = json.loads(opened.read(length))
             metadata = dict(header.pop("__metadata__", {}))
-            whole = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            data = np.frombuffer(whole, np.uint8)
-            tensors = {key: _spec(data, 8 + length, entry) for key, entry in header.items()}
+            tensors = {key: _stored(entry, 8 + length, size) for key, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{name} is not a safetensors file: {error}") from None
     return File(name, tensors, metadata)
 
 
-def _spec(data: np.ndarray[Any, np.dtype[np.uint8]], start: int, entry: Any) -> TensorSpec:
+def _stored(entry: Any, start: int, size: int) -> Stored:
     shape = tuple(int(extent) for extent in entry["shape"])
     first, end = (start + int(offset) for offset in entry["data_offsets"])
-    spec = TensorSpec(
-        address=data.ctypes.data + first,
-        shape=shape,
-        strides=row_major(shape),
-        dtype=_CODES[entry["dtype"]],
-        device="cpu",
-        writable=False,
-        owner=data,
-    )
-    if not start <= first <= end <= len(data) or end - first != spec.nbytes:
+    found = Stored(dtype(_CODES[entry["dtype"]]), shape, first)
+    if not start <= first <= end <= size or end - first != found.nbytes:
         raise ValueError("a tensor lies outside the file; it was cut short")
-    return spec
+    return found

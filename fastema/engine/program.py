@@ -13,7 +13,7 @@ from fastema.engine import cpu
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import lock
 from fastema.engine.registry import kernel
-from fastema.errors import DTypeError
+from fastema.errors import ArgumentError, DTypeError
 from fastema.kernels.table import (
     CLAIM,
     CONTROLS,
@@ -34,7 +34,7 @@ from fastema.layout.dtypes import raw
 from fastema.layout.group import Pair
 from fastema.layout.table import Table, chunk_tables, moved_bytes
 
-__all__ = ["Measured", "Moment", "Program"]
+__all__ = ["Measured", "Moment", "Program", "checked_seed"]
 
 _LAUNCHERS: Final[dict[str, Callable[..., None]]] = {"cpu": cpu.launch}
 
@@ -70,6 +70,19 @@ class Moment(NamedTuple):
     window: int = 0
     slot: int = 0
     turn: int = 0
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed that fits the control block.
+
+    Raises
+    ------
+    ArgumentError
+        For anything but a whole number from 0 to 2**63 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
+    return seed
 
 
 class Measured(NamedTuple):

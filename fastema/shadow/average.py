@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from fastema.bridges.registry import bridge_of, leaves_of, materialised, written
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
-from fastema.engine.program import Moment, Program
+from fastema.engine.program import Moment, Program, checked_seed
 from fastema.errors import ArgumentError, LayoutError, NonFiniteError, StateError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
@@ -23,7 +23,6 @@ from fastema.shadow.options import (
     Policy,
     Rounding,
     checked,
-    checked_seed,
     dtype_of,
     wish_of,
 )

@@ -15,7 +15,6 @@ __all__ = [
     "Policy",
     "Rounding",
     "checked",
-    "checked_seed",
     "dtype_of",
     "wish_of",
 ]
@@ -43,13 +42,6 @@ def checked(value: Any, name: str, known: Any) -> Any:
     if value not in get_args(known):
         raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(get_args(known))}")
     return value
-
-
-def checked_seed(seed: Any) -> int:
-    """A seed that fits a kernel's control block."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
-    return seed
 
 
 def dtype_of(value: Any) -> DType | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -30,8 +31,23 @@ UPDATE = """
     np.testing.assert_array_equal(avg[0], 1.5 * np.arange(1, 101))
     from fastema.engine import registry
     (made,) = registry._made.items()
-    assert made[0] == ("cpu", "lerp", "f32", "f16", "flat"), made
+    assert made[0] == ("cpu", "lerp", ("f32", "f16"), "flat"), made
     print(sum(made[1].stats.cache_hits.values()), elapsed)
+"""
+
+# Kernels of one function, told apart by what it closes over: which of them come from the cache.
+SEVERAL = """
+    import sys
+    import numpy as np
+    import fastema
+    from fastema.engine.registry import kernel
+    FORMS = {"f2": "f16", "f4": "f32", "f8": "f64"}
+    for dtype in sys.argv[1:]:
+        avg, x = np.arange(1, 101, dtype=np.float32), np.arange(2, 202, 2).astype(dtype)
+        fastema.lerp_([avg], [x], 0.5)
+        np.testing.assert_array_equal(avg, 1.5 * np.arange(1, 101))
+        made = kernel("cpu", "lerp", ("f32", FORMS[dtype]), "flat")
+        print(f"{dtype}:{sum(made.stats.cache_hits.values())}")
 """
 
 
@@ -68,7 +84,19 @@ def test_damaged_entries_are_compiled_anew(
             damage
         ]
     )
-    python(UPDATE, NUMBA_CACHE_DIR=str(warm_cache))
+    hits, _ = python(UPDATE, NUMBA_CACHE_DIR=str(warm_cache)).split()
+    assert hits == "0"
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+def test_damaged_entries_are_made_good_and_others_kept(
+    suffix: str, warm_cache: Path, python: Callable[..., str]
+) -> None:
+    (entry,) = (path for path in _files(warm_cache) if path.suffix == suffix)
+    python(SEVERAL, "f8", NUMBA_CACHE_DIR=str(warm_cache))
+    entry.write_bytes(b"junk")
+    seen = [python(SEVERAL, "f2", "f8", NUMBA_CACHE_DIR=str(warm_cache)).split() for _ in range(3)]
+    assert seen == [["f2:0", "f8:1"], ["f2:0", "f8:1"], ["f2:1", "f8:1"]]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +122,128 @@ def test_four_processes_may_fill_the_cache_at_once(
     python(together, dedent(UPDATE), NUMBA_CACHE_DIR=str(tmp_path))
     hits, _ = python(UPDATE, NUMBA_CACHE_DIR=str(tmp_path)).split()
     assert hits == "1"
+
+
+def test_processes_that_compile_different_kernels_at_once_do_not_mix_them_up(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    together = """
+        import subprocess, sys
+        runs = [subprocess.Popen([sys.executable, "-c", *sys.argv[1:2], dtype])
+                for dtype in sys.argv[2:]]
+        assert [run.wait() for run in runs] == [0] * len(runs)
+    """
+    dtypes = ("f2", "f4", "f8")
+    python(together, dedent(SEVERAL), *dtypes, NUMBA_CACHE_DIR=str(tmp_path))
+    found = python(SEVERAL, *dtypes, NUMBA_CACHE_DIR=str(tmp_path)).split()
+    assert found == [f"{dtype}:1" for dtype in dtypes]
+
+
+# Numba reads the index, writes it with a new number, and then the machine code under that number.
+# Both processes read it while it is empty; the second writes all, then the first its code.
+RACE = """
+    import sys
+    import time
+    from pathlib import Path
+    from numba.core.caching import IndexDataCacheFile as File
+
+    folder, me, other = Path(sys.argv.pop(1)), sys.argv.pop(1), sys.argv.pop(1)
+    save_index, save_data = File._save_index, File._save_data
+
+    def say(what):
+        (folder / f"{me} {what}").touch()
+
+    def wait_for(what):
+        for _ in range(4000):
+            if (folder / f"{other} {what}").exists():
+                return
+            time.sleep(0.01)
+        raise SystemExit(f"{other} has not {what}")
+
+    def slow_index(file, overloads):
+        say("read the index")
+        wait_for("read the index" if me == "first" else "written the index")
+        save_index(file, overloads)
+        say("written the index")
+
+    def slow_data(file, name, data):
+        if me == "first":
+            wait_for("written its code")
+        save_data(file, name, data)
+        say("written its code")
+
+    File._save_index, File._save_data = slow_index, slow_data
+"""
+
+
+def test_no_kernel_is_given_the_code_of_another_one(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    cache, signs = tmp_path / "cache", tmp_path / "signs"
+    signs.mkdir()
+    both = """
+        import subprocess, sys
+        script, signs = sys.argv[1:]
+        runs = [
+            subprocess.Popen([sys.executable, "-c", script, signs, me, other, dtype])
+            for me, other, dtype in (("first", "second", "f2"), ("second", "first", "f4"))
+        ]
+        assert [run.wait() for run in runs] == [0, 0]
+    """
+    script = dedent(RACE) + dedent(SEVERAL)
+    python(both, script, str(signs), NUMBA_CACHE_DIR=str(cache))
+    assert len(_files(signs)) == 6
+    for dtype in ("f2", "f4"):
+        found = python(SEVERAL, dtype, NUMBA_CACHE_DIR=str(cache))
+        assert found.strip() == f"{dtype}:1"
+
+
+FOLDERS = """
+    import json
+    import sys
+    from pathlib import Path
+    from fastema.engine import registry
+    from fastema.kernels import jit
+
+    of, made = jit._entry_folder, []
+    jit._entry_folder = lambda folder, function: made.append(of(folder, function)) or made[-1]
+    jit.cache_folder = lambda: Path("nowhere")
+    jit.numba.njit = lambda *arguments, **options: lambda function: function
+    found = {}
+    for key in json.loads(sys.argv[1]):
+        operation, formats, layout = key
+        registry.kernel("cpu", operation, tuple(formats), layout)
+        found[str(key)] = made[-1].name
+    print(json.dumps(found))
+"""
+KEYS = [
+    [operation, formats, layout]
+    for operation, *several in (
+        ("lerp", ["f32", "f32"], ["f32", "bf16"], ["bf16", "bf16"], ["bf16~", "bf16"]),
+        ("lerp", ["f16~", "f64"], ["f16", "f64"], ["bf16+16", "f32"], ["bf16+16", "bf16"]),
+        ("lerp_measured", ["f32", "f32"], ["bf16~", "bf16"]),
+        ("add", ["f32", "f32"], ["f64", "f32"]),
+        ("copy", ["f32", "f16"], ["raw1", "raw1"], ["raw2", "raw2"]),
+        ("give", ["f32", "bf16"], ["bf16+16", "bf16"]),
+        ("finite", ["f32", "f32"], ["f32", "bf16"]),
+        ("window", ["f32", "f32", "f32"], ["f32", "f32", "bf16"], ["f64", "f32", "f32"]),
+        ("swap", ["f32", "f32"], ["raw4", "raw4"], ["raw8", "raw8"]),
+        ("park", ["raw4", "raw2"]),
+        ("unpark", ["raw4", "raw2"]),
+        ("read_read_write", ["raw8", "raw8"]),
+    )
+    for formats in several
+    for layout in ("flat", "strided")
+]
+
+
+def test_every_kernel_has_a_folder_of_its_own_the_same_in_every_process(
+    python: Callable[..., str],
+) -> None:
+    one = json.loads(python(FOLDERS, json.dumps(KEYS), PYTHONHASHSEED="1"))
+    assert len(one) == len(set(one.values())) == len(KEYS)
+    # Neither the seed of hashes nor what was made before has a say.
+    assert json.loads(python(FOLDERS, json.dumps(KEYS[::-1]), PYTHONHASHSEED="2")) == one
 
 
 def test_the_stamp_covers_every_kernel_source(

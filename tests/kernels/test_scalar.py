@@ -130,9 +130,7 @@ def test_what_comes_of_bf16_is_rounded_as_any_float(numbers: Callable[..., np.nd
     values = np.concatenate([values[~np.isnan(values)], quiet])
     want = compiled(scalar.encode_bf16, np.uint16, values)
     want[-1] = 0xFF81  # signalling, and left so
-    np.testing.assert_array_equal(
-        compiled(scalar.encode_bf16_of_bf16, np.uint16, values), want
-    )
+    np.testing.assert_array_equal(compiled(scalar.encode_bf16_of_bf16, np.uint16, values), want)
     some = slice(None, None, 97)
     got = np.array([scalar.encode_bf16_of_bf16(value) for value in values[some]])
     np.testing.assert_array_equal(got, want[some])

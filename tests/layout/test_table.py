@@ -11,7 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastema.kernels.table import CHUNK, COLUMNS, COUNT, DST, DST_STEP, SRC, SRC_STEP
+from fastema.kernels.table import (
+    CHUNK,
+    COLUMNS,
+    COUNT,
+    DST,
+    DST_STEP,
+    INDEX,
+    INDEX_STEP,
+    KEY,
+    LOW,
+    RING,
+    RING_STRIDE,
+    SHARED_CHUNK,
+    SRC,
+    SRC_STEP,
+    WHICH,
+)
 from fastema.layout import table
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
@@ -59,7 +75,24 @@ def check(pairs: list[Pair], chunk: int = CHUNK) -> dict[str, np.ndarray]:
         assert (rows[:, COUNT] <= chunk).all()
         adjacent = (rows[:, DST_STEP] == 1) & (rows[:, SRC_STEP] == 1)
         assert adjacent.all() if layout == "flat" else not adjacent.any()
+        assert not rows[:, [LOW, RING, RING_STRIDE]].any()
     return tables
+
+
+def columns(rows: np.ndarray, base: int, size: int, step: int) -> list[int]:
+    """What a column of addresses, and how far they are apart, make of every element."""
+    return [int(row[base] + i * row[step] * size) for row in rows for i in range(row[COUNT])]
+
+
+def places(pair: Pair) -> dict[int, int]:
+    """Address of each written element to its place in the tensor, if none is written twice."""
+    size = pair.dst.kind.itemsize // pair.dst.kind.parts
+    found: dict[int, int] = {}
+    for rows in table.chunk_tables([pair]).values():
+        addresses = columns(rows, DST, size, DST_STEP)
+        found |= dict(zip(addresses, columns(rows, INDEX, 1, INDEX_STEP), strict=True))
+    assert sorted(found.values()) == list(range(pair.dst.size * pair.dst.kind.parts))
+    return found
 
 
 def dense(shape: tuple[int, ...], order: tuple[int, ...], code: str, address: int) -> TensorSpec:
@@ -82,9 +115,49 @@ def test_any_strides(axes: list[tuple[int, int, int]], codes: tuple[str, str], c
     shape = tuple(n for n, _, _ in axes)
     dst = TensorSpec(1 << 20, shape, tuple(d for _, d, _ in axes), codes[0], "cpu")
     src = TensorSpec(1 << 30, shape, tuple(s for _, _, s in axes), codes[1], "cpu")
+    pair = Pair("t", dst, src)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "CHUNK", chunk)
-        check([Pair("t", dst, src)], chunk)
+        check([pair], chunk)
+        if not dst.overlaps_itself:
+            cut = places(pair)
+    if not dst.overlaps_itself:
+        # However the tensor is cut, and whatever it is written from, a place is the same.
+        assert cut == places(pair) == places(pair._replace(src=dst))
+        if all(d > 0 for n, d, _ in axes if n > 1):
+            assert list(dict(sorted(cut.items())).values()) == list(range(len(cut)))
+
+
+@given(AXES, st.sampled_from(CODES[:4]), st.sampled_from([3, 7, CHUNK]))
+def test_companion_and_ring_lie_as_the_average_does(
+    axes: list[tuple[int, int, int]], codes: tuple[str, str], chunk: int
+) -> None:
+    shape = tuple(n for n, _, _ in axes)
+    strides = tuple(d for _, d, _ in axes)
+    dst = TensorSpec(1 << 20, shape, strides, codes[0], "cpu")
+    src = TensorSpec(1 << 30, shape, tuple(s for _, _, s in axes), codes[1], "cpu")
+    low = TensorSpec(1 << 40, shape, strides, "c128" if dst.kind.parts == 2 else "f64", "cpu")
+    slot = TensorSpec(1 << 50, shape, strides, "c64" if dst.kind.parts == 2 else "bf16", "cpu")
+    pair = Pair("t", dst, src, low=low, ring=(slot, 4000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "SHARED_CHUNK", chunk)
+        tables = table.chunk_tables([pair])
+    found = Counter()
+    for rows in tables.values():
+        assert (rows[:, COUNT] <= chunk).all()
+        assert (rows[:, RING_STRIDE] == 4000).all()
+        parts = [
+            columns(rows, base, spec.kind.itemsize // spec.kind.parts, step)
+            for base, step, spec in (
+                (DST, DST_STEP, dst),
+                (SRC, SRC_STEP, src),
+                (LOW, DST_STEP, low),
+                (RING, DST_STEP, slot),
+            )
+        ]
+        found += Counter(zip(*parts, strict=True))
+    want = Counter(zip(*(elements(spec) for spec in (dst, src, low, slot)), strict=True))
+    assert found == want
 
 
 @given(st.permutations(range(3)), st.permutations(range(3)), st.sampled_from(CODES))
@@ -117,6 +190,49 @@ def test_dense_tensors_are_one_stretch_in_any_order(order: tuple[int, ...]) -> N
     tables = check([pair])
     assert list(tables) == ["flat"]
     np.testing.assert_array_equal(tables["flat"][:, COUNT], [math.prod(shape)])
+
+
+def averages(count: int, shape: tuple[int, ...], name: str, address: int) -> list[Pair]:
+    """Several averages of one tensor."""
+    order = tuple(range(len(shape)))
+    src = dense(shape, order, "f32", address)
+    return [
+        Pair(name, dense(shape, order, "f32", address + (1 + which << 30)), src, which=which)
+        for which in range(count)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, SHARED_CHUNK, 3 * SHARED_CHUNK + 5])
+def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
+    pairs = averages(3, (size,), "a", 1 << 40) + averages(3, (0,), "none", 1 << 43)
+    pairs += averages(3, (2, 7), "b", 1 << 44)
+    (rows,) = table.chunk_tables(pairs, together=3).values()
+    assert len(rows) == 3 * (-(-size // SHARED_CHUNK) + 1)
+    for first in range(0, len(rows), 3):
+        claimed = rows[first : first + 3]
+        np.testing.assert_array_equal(claimed[:, WHICH], [0, 1, 2])
+        assert len({*claimed[:, DST].tolist()}) == len({*claimed[:, KEY].tolist()}) == 3
+        for column in (SRC, COUNT, INDEX, INDEX_STEP):
+            assert len({*claimed[:, column].tolist()}) == 1
+    for pair in pairs:
+        mine = rows[(rows[:, KEY] == table._key(pair))]
+        assert mine[:, COUNT].sum() == pair.dst.size
+        assert columns(mine, DST, 4, DST_STEP) == elements(pair.dst)
+        assert columns(mine, SRC, 4, SRC_STEP) == elements(pair.src)
+
+
+def test_keys_tell_tensors_apart_and_nothing_else() -> None:
+    def key(pair: Pair) -> int:
+        (rows,) = table.chunk_tables([pair]).values()
+        (found,) = {*rows[:, KEY].tolist()}
+        return int(found)
+
+    one = Pair("layer.weight", dense((70,), (0,), "f32", 1 << 20), dense((70,), (0,), "f32", 64))
+    assert 0 < key(one) < 1 << 32
+    elsewhere = dense((2 * CHUNK,), (0,), "bf16", 1 << 40)
+    assert key(one._replace(dst=elsewhere, src=elsewhere)) == key(one)
+    others = [one._replace(name=f"layer.{i}.weight", which=w) for i in range(50) for w in range(3)]
+    assert len({key(one), *map(key, others)}) == 151
 
 
 def test_what_is_empty_takes_no_row() -> None:

@@ -84,7 +84,7 @@ def test_a_constant_in_closed_form(distance: float, count: int, every: int) -> N
         context.prec = 60
         exact = (1 - Decimal(decay) ** every) / (1 - Decimal(decay) ** (count * every))
     found = rules.debiased(rules.constant(decay)).weight(count * every, every)
-    assert found == pytest.approx(float(exact), rel=1e-13)
+    assert found == pytest.approx(float(exact), rel=1e-13, abs=0.0)
 
 
 def test_a_decay_of_zero_copies() -> None:
@@ -92,8 +92,9 @@ def test_a_decay_of_zero_copies() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 10])
-def test_a_growing_rule_against_exact_products(every: int) -> None:
-    rule = Slow(0.3)
+@pytest.mark.parametrize("scale", [0.3, 1e-9])
+def test_a_growing_rule_against_exact_products(scale: float, every: int) -> None:
+    rule = Slow(scale)
     corrected = rules.debiased(rule)
     with localcontext() as context:
         context.prec = 40
@@ -102,7 +103,7 @@ def test_a_growing_rule_against_exact_products(every: int) -> None:
             w = rule.weight(k * every, every)
             left *= 1 - Decimal(w)
             exact = float(Decimal(w) / (1 - left))
-            assert corrected.weight(k * every, every) == pytest.approx(exact, rel=1e-12)
+            assert corrected.weight(k * every, every) == pytest.approx(exact, rel=1e-12, abs=0.0)
 
 
 def test_a_running_mean_stays_one() -> None:
@@ -171,7 +172,7 @@ def test_twice_is_once() -> None:
     once = rules.debiased(rules.warmup(0.99))
     twice = rules.debiased(once)
     for n in (1, 2, 10, 1000):
-        assert twice.weight(n) == pytest.approx(once.weight(n), rel=1e-14)
+        assert twice.weight(n) == pytest.approx(once.weight(n), rel=1e-14, abs=0.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -0.5, 1.5, "x"], ids=repr)

@@ -79,7 +79,7 @@ def test_inverse_gamma_stays_above_its_minimum(one: float, other: float, n: int)
 @given(st.integers(1, 10**6))
 def test_inverse_gamma_with_power_one_is_the_running_mean(n: int) -> None:
     rule = rules.inverse_gamma(1 - 1e-12, power=1.0)
-    assert 1 - rule.decay(n) == pytest.approx(1 / n, rel=1e-9)
+    assert 1 - rule.decay(n) == pytest.approx(1 / n, rel=1e-9, abs=0.0)
 
 
 @pytest.mark.parametrize(("power", "n"), [(2 / 3, 31_623), (3 / 4, 10_000)])
@@ -94,13 +94,13 @@ def test_inverse_gamma_reaches_0_999_where_it_says(power: float, n: int) -> None
 def test_half_life_halves(count: float) -> None:
     decay = rules.half_life(count).decay(1)
     if decay > 0.0:
-        assert count * math.log2(decay) == pytest.approx(-1.0, rel=1e-6)
+        assert count * math.log2(decay) == pytest.approx(-1.0, rel=1e-6, abs=0.0)
 
 
 @given(st.integers(1, 100), st.integers(0, 100))
 def test_half_life_in_a_sum_of_weights(count: int, more: int) -> None:
     decay = rules.half_life(count).decay(1)
-    assert decay ** (more + count) == pytest.approx(decay**more / 2, rel=1e-9)
+    assert decay ** (more + count) == pytest.approx(decay**more / 2, rel=1e-9, abs=0.0)
 
 
 def test_constant_in_closed_form() -> None:

@@ -62,7 +62,7 @@ def test_a_density_integrates_to_one(profile: Profile) -> None:
     times = np.clip(profile.step - ages, 0.0, None)
     values = profile.density(times)
     middles = (values[1:] + values[:-1]) / 2
-    assert float(middles @ -np.diff(times)) == pytest.approx(1.0, rel=1e-3)
+    assert float(middles @ -np.diff(times)) == pytest.approx(1.0, rel=1e-3, abs=0.0)
     assert np.all(values >= 0)
     assert profile.density([-1.0, profile.step * 1.001]).tolist() == [0.0, 0.0]
 
@@ -104,7 +104,7 @@ def test_widths() -> None:
 
 @given(profiles, profiles)
 def test_dot_is_symmetric_and_obeys_cauchy_and_schwarz(one: Profile, other: Profile) -> None:
-    assert dot(one, other) == pytest.approx(dot(other, one), rel=1e-13)
+    assert dot(one, other) == pytest.approx(dot(other, one), rel=1e-13, abs=0.0)
     assert dot(one, one) > 0
     assert 0 <= dot(one, other) <= math.sqrt(dot(one, one) * dot(other, other)) * (1 + 1e-12)
 
@@ -143,7 +143,7 @@ def test_dot_against_quadrature(one: Profile, other: Profile) -> None:
     ]
     expected = math.fsum(pieces)
     if expected > 1e-250:
-        assert dot(one, other) == pytest.approx(expected, rel=1e-10)
+        assert dot(one, other) == pytest.approx(expected, rel=1e-10, abs=0.0)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 6.94, 16.97, 300.0, 1e5])
@@ -152,7 +152,7 @@ def test_the_quadrature_against_its_special_function(gamma: float, rate: float) 
     mpmath = pytest.importorskip("mpmath")
     with mpmath.workdps(40):
         exact = float(mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(rate)))
-    assert posthoc._moment(gamma, rate) == pytest.approx(exact, rel=1e-12)
+    assert posthoc._moment(gamma, rate) == pytest.approx(exact, rel=1e-12, abs=0.0)
 
 
 @given(powers, powers)
@@ -170,8 +170,10 @@ def test_power_products_by_hand(one: PowerProfile, other: PowerProfile) -> None:
 
 def test_a_half_life_far_beyond_the_run_is_the_uniform_profile() -> None:
     flat, other = ExponentialProfile(500.0, 1e12), PowerProfile(700.0, 3.3)
-    assert dot(flat, flat) == pytest.approx(1 / 500, rel=1e-9)
-    assert dot(flat, other) == pytest.approx(dot(PowerProfile(500.0, 0.0), other), rel=1e-9)
+    assert dot(flat, flat) == pytest.approx(1 / 500, rel=1e-9, abs=0.0)
+    assert dot(flat, other) == pytest.approx(
+        dot(PowerProfile(500.0, 0.0), other), rel=1e-9, abs=0.0
+    )
 
 
 @given(st.lists(profiles, min_size=1, max_size=6))
@@ -211,7 +213,7 @@ def test_the_error_is_that_of_the_profile(target: Profile) -> None:
     kept = snapshots((0.05, 0.10), 20_000, 20)
     found = solve(kept, target)
     assert sum(found.coefficients) == pytest.approx(1.0, abs=1e-12)
-    assert found.error == pytest.approx(distance(found, kept, target, 20_000), rel=2e-2)
+    assert found.error == pytest.approx(distance(found, kept, target, 20_000), rel=2e-2, abs=0.0)
     assert found.error < (0.5 if target.step % 1000 else 0.15)
     newer = [c for c, p in zip(found.coefficients, kept, strict=True) if p.step > target.step]
     assert newer == [0.0] * len(newer)
@@ -259,7 +261,7 @@ def test_a_single_snapshot_is_taken_as_it_is(kept: Profile, later: float) -> Non
     found = solve([kept], target)
     assert found.coefficients == (1.0,)
     square = dot(kept, kept) - 2 * dot(kept, target) + dot(target, target)
-    assert found.error == pytest.approx(math.sqrt(square / dot(target, target)), rel=1e-6)
+    assert found.error == pytest.approx(math.sqrt(square / dot(target, target)), rel=1e-6, abs=0.0)
 
 
 @settings(deadline=None)
@@ -302,7 +304,7 @@ def test_snapshots_that_are_nearly_the_same() -> None:
     found = solve(kept, PowerProfile(1001, gamma_of(0.051)))
     assert max(map(abs, found.coefficients)) < 1.0
     assert found.error == pytest.approx(
-        solve([kept[0]], PowerProfile(1001, gamma_of(0.051))).error, rel=1e-3
+        solve([kept[0]], PowerProfile(1001, gamma_of(0.051))).error, rel=1e-3, abs=0.0
     )
 
 
@@ -402,7 +404,9 @@ def test_averages_of_a_random_walk_are_found(every: int) -> None:
                 cells[: int(profile.step)] += c * masses(profile, int(profile.step))
         cells[: int(target.step)] -= masses(target, int(target.step))
         after = np.cumsum(cells.reshape(-1, every).sum(1)[::-1])
-        assert measured / math.sqrt(WIDTH) == pytest.approx(np.linalg.norm(after), rel=0.05), name
+        assert measured / math.sqrt(WIDTH) == pytest.approx(
+            np.linalg.norm(after), rel=0.05, abs=0.0
+        ), name
 
 
 # -- Refusals -------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def test_the_profile_has_the_width_that_was_asked_for(sigma_rel: float, every: i
     mean = float(found @ place)
     std = math.sqrt(float(found @ (place - mean) ** 2))
     gamma = rules.gamma_of(sigma_rel)
-    assert std == pytest.approx(sigma_rel, rel=1e-5)
-    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-6)
+    assert std == pytest.approx(sigma_rel, rel=1e-5, abs=0.0)
+    assert mean == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-6, abs=0.0)
 
 
 @given(st.floats(0.0, 50.0), st.integers(1, 200), st.integers(1, 100))
@@ -54,7 +54,9 @@ def test_weights_keep_their_digits(updates: int, every: int, gamma: int) -> None
     with localcontext() as context:
         context.prec = 60
         exact = float(1 - (1 - Decimal(1) / Decimal(updates)) ** (gamma + 1))
-    assert rules.Power(gamma).weight(updates * every, every) == pytest.approx(exact, rel=1e-13)
+    assert rules.Power(gamma).weight(updates * every, every) == pytest.approx(
+        exact, rel=1e-13, abs=0.0
+    )
 
 
 @given(gammas, st.integers(1, 10**6))
@@ -68,7 +70,7 @@ def test_decay_formula(gamma: float, n: int) -> None:
 def test_gamma_zero_is_the_cumulative_mean(updates: int, every: int) -> None:
     n = updates * every
     mean = rules.cumulative_mean().weight(n, every)
-    assert rules.Power(0).weight(n, every) == pytest.approx(mean, rel=1e-13)
+    assert rules.Power(0).weight(n, every) == pytest.approx(mean, rel=1e-13, abs=0.0)
 
 
 def test_the_first_update_copies() -> None:
@@ -86,20 +88,20 @@ def test_round_trip_of_gamma(gamma: float) -> None:
 def test_round_trip_of_sigma_rel(width: float) -> None:
     gamma = rules.gamma_of(width)
     assert gamma >= 0.0
-    assert rules.sigma_rel_of(gamma) == pytest.approx(width, rel=1e-14)
-    assert rules.power(width).sigma_rel == pytest.approx(width, rel=1e-14)
+    assert rules.sigma_rel_of(gamma) == pytest.approx(width, rel=1e-14, abs=0.0)
+    assert rules.power(width).sigma_rel == pytest.approx(width, rel=1e-14, abs=0.0)
 
 
 @given(st.floats(1e-300, 1e-6))
 def test_the_narrowest_profiles(width: float) -> None:
-    assert rules.gamma_of(width) == pytest.approx(1 / width, rel=1e-5)
+    assert rules.gamma_of(width) == pytest.approx(1 / width, rel=1e-5, abs=0.0)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.1, 0.15, 0.25])
 def test_gamma_is_the_largest_root_of_the_cubic(sigma_rel: float) -> None:
     s = sigma_rel**-2
     roots = np.roots([1, 7, 16 - s, 12 - s])
-    assert rules.gamma_of(sigma_rel) == pytest.approx(max(roots.real), rel=1e-10)
+    assert rules.gamma_of(sigma_rel) == pytest.approx(max(roots.real), rel=1e-10, abs=0.0)
 
 
 def test_the_values_of_the_paper() -> None:
@@ -113,7 +115,9 @@ def test_the_width_is_that_of_the_density() -> None:
     for gamma in (0, 1, 2, 7, 17):
         # Moments of (gamma + 1) s**gamma on [0, 1].
         mean, square = Fraction(gamma + 1, gamma + 2), Fraction(gamma + 1, gamma + 3)
-        assert rules.sigma_rel_of(gamma) == pytest.approx(math.sqrt(square - mean**2), rel=1e-15)
+        assert rules.sigma_rel_of(gamma) == pytest.approx(
+            math.sqrt(square - mean**2), rel=1e-15, abs=0.0
+        )
 
 
 def test_the_widest() -> None:

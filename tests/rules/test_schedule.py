@@ -121,8 +121,8 @@ def test_the_horizon_does_not_depend_on_how_often_memory_is_touched(
 ) -> None:
     often, seldom = Schedule(rules.constant(decay)), Schedule(rules.constant(decay), k)
     one, other = remaining(often, k * times), remaining(seldom, k * times)
-    assert float(one) == pytest.approx(float(other), rel=1e-9)
-    assert float(one) == pytest.approx(decay ** (k * times), rel=1e-9)
+    assert float(one) == pytest.approx(float(other), rel=1e-9, abs=0.0)
+    assert float(one) == pytest.approx(decay ** (k * times), rel=1e-9, abs=0.0)
 
 
 @pytest.mark.parametrize("step", [1, 5, 30])

@@ -25,7 +25,9 @@ per_steps = st.floats(1e-3, 1e7)
 def test_the_table(decay: float, steps: int) -> None:
     assert units.effective_window(decay) == pytest.approx(steps, rel=1e-11)
     assert units.decay_of_window(steps) == pytest.approx(decay, abs=1e-16)
-    assert units.effective_window(decay, per_step=256) == pytest.approx(256 * steps, rel=1e-11)
+    assert units.effective_window(decay, per_step=256) == pytest.approx(
+        256 * steps, rel=1e-11, abs=0.0
+    )
 
 
 @given(decays, per_steps)
@@ -37,14 +39,16 @@ def test_round_trip_of_a_window(decay: float, per_step: float) -> None:
 @given(decays, per_steps)
 def test_round_trip_of_a_half_life(decay: float, per_step: float) -> None:
     length = units.half_life_of_decay(decay, per_step)
-    assert units.decay_of_half_life(length, per_step) == pytest.approx(decay, rel=1e-14)
+    assert units.decay_of_half_life(length, per_step) == pytest.approx(decay, rel=1e-14, abs=0.0)
 
 
 @given(lengths)
 def test_a_half_life_halves(length: float) -> None:
     # Beyond this the decay itself has too few digits left below 1.
     decay = units.decay_of_half_life(length)
-    assert length * math.log(decay) == pytest.approx(-math.log(2), rel=1e-15 * length + 1e-12)
+    assert length * math.log(decay) == pytest.approx(
+        -math.log(2), rel=1e-15 * length + 1e-12, abs=0.0
+    )
     assert units.decay_of_half_life(length) == rules.half_life(length).decay(1)
 
 
@@ -52,7 +56,7 @@ def test_a_half_life_halves(length: float) -> None:
 def test_samples_are_steps_times_the_batch(steps: float, batch: int) -> None:
     samples = steps * batch
     assert units.decay_of_half_life(samples, batch) == pytest.approx(
-        units.decay_of_half_life(steps), rel=1e-12
+        units.decay_of_half_life(steps), rel=1e-12, abs=0.0
     )
     assert units.decay_of_window(samples, batch) == pytest.approx(
         units.decay_of_window(steps), rel=1e-12, abs=1e-15
@@ -62,9 +66,9 @@ def test_samples_are_steps_times_the_batch(steps: float, batch: int) -> None:
 @given(st.floats(0.5, 0.999999), st.integers(1, 64))
 def test_rescaled_is_so_many_steps_in_one(decay: float, factor: int) -> None:
     once = math.prod([decay] * factor)
-    assert units.rescaled(decay, factor) == pytest.approx(once, rel=1e-12)
+    assert units.rescaled(decay, factor) == pytest.approx(once, rel=1e-12, abs=0.0)
     assert units.rescaled(units.rescaled(decay, factor), 1 / factor) == pytest.approx(
-        decay, rel=1e-10
+        decay, rel=1e-10, abs=0.0
     )
 
 
@@ -72,7 +76,7 @@ def test_rescaled_is_so_many_steps_in_one(decay: float, factor: int) -> None:
 def test_rescaled_keeps_the_half_life_in_samples(decay: float, factor: float, batch: int) -> None:
     before = units.half_life_of_decay(decay, batch)
     after = units.half_life_of_decay(units.rescaled(decay, factor), batch * factor)
-    assert after == pytest.approx(before, rel=1e-9)
+    assert after == pytest.approx(before, rel=1e-9, abs=0.0)
 
 
 def test_no_memory() -> None:
