@@ -227,7 +227,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM)
     per_epoch = len(data.x) // task.batch_size  # what is left over waits for the next shuffle
     steps = epochs * per_epoch
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     kept = averages(model, steps)
     for _ in range(epochs):
         order = torch.randperm(len(data.x))
@@ -236,7 +236,7 @@ def train(
             loss_of(task, model(data.x[rows]), data.y[rows]).backward()
             optimizer.step()
             if schedule == "cosine":
-                decay.step()
+                annealing.step()
             for average in kept.values():
                 average.update()
     scores = {RAW: evaluate(task, model, data)}

@@ -88,7 +88,10 @@ def window(dst: str, src: str, ring: str, layout: str):
         n = real(weight(cells, at, numbers))
         slots, slot = load(settings, WINDOW), load(settings, SLOT)
         turn = load(settings, TURN)
-        if turn <= slots:
+        if turn == 1:  # whatever the mean held before
+            put_all(cells, at, n, settings, slot)
+            begin_all(cells, at, n, settings, slot)
+        elif turn <= slots:
             grow_all(cells, at, n, settings, slot)
         elif (at // COLUMNS + turn) % slots:
             slide_all(cells, at, n, settings, slot)

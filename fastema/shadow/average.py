@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from fastema.bridges.registry import bridge_of, leaves_of, materialised, written
 from fastema.engine.interrupts import deferred
@@ -17,7 +17,7 @@ from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.shadow.binding import FOLLOW, Binding
 from fastema.shadow.entries import select
-from fastema.shadow.exchange import APPLY, RESTORE, Spares, recovered
+from fastema.shadow.exchange import Exchange, recovered
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
@@ -29,60 +29,12 @@ from fastema.shadow.options import (
 from fastema.shadow.reports import report
 from fastema.shadow.state import pack, unpack
 from fastema.shadow.store import Store, Tensors
+from fastema.shadow.views import Drift, Shadow
 
-__all__ = ["Average", "Drift", "Shadow"]
+__all__ = ["Average"]
 
 _UPDATE: Final = {"averaged": "lerp", "copied": "copy"}
 _MEASURED: Final = {"averaged": "lerp_measured", "copied": "copy"}
-
-
-class Drift(NamedTuple):
-    """How an average stood to the weights after an update.
-
-    Attributes
-    ----------
-    distance : float
-        Euclidean norm of the weights minus the average.
-    relative : float
-        The same, divided by the norm of the average.
-    still : float
-        The share of elements that the update did not change, in [0, 1].
-    """
-
-    distance: float
-    relative: float
-    still: float
-
-
-class Shadow(Mapping[str, Any]):
-    """The averaged tensors by name; the mapping cannot be changed.
-
-    While training, each is a view of the average's memory: read it, do not write it. While the
-    average is applied to the model, each is a copy.
-    """
-
-    def __init__(self, average: Average, which: int) -> None:
-        self._average, self._which = average, which
-
-    def __getitem__(self, name: str) -> Any:
-        return self._average._tensor(name, self._which)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._average._store.sets[self._which])
-
-    def __len__(self) -> int:
-        return len(self._average._store.sets[self._which])
-
-    def __repr__(self) -> str:
-        return f"Shadow({', '.join(self)})"
-
-
-class _Applied(NamedTuple):
-    """An average that is in the model, and how it is taken back."""
-
-    which: int
-    program: Program
-    spares: Spares | None
 
 
 class Average:
@@ -182,7 +134,7 @@ class Average:
         self._names = selection.names
         self._num_updates = self._num_skipped = 0
         self._lock = rlock()
-        self._applied: _Applied | None = None
+        self._applied: Exchange | None = None
         self._measured: Program | None = None
         self._home = container
         self._binding = Binding(container, self._store, self._names)
@@ -331,14 +283,10 @@ class Average:
             binding = self._current(model)
             if self._schedule.follows(self._num_updates):
                 binding.program.run(FOLLOW)
-            pairs = binding.exchanged(which)
-            spares = Spares(pairs) if "spare" in pairs else None
-            program = Program(pairs) if spares is None else spares.program(pairs)
-            program.prepare(APPLY)
-            program.prepare(RESTORE)
+            exchange = Exchange(which, binding.exchanged(which))
             with deferred():
-                program.run(APPLY)
-                self._applied = _Applied(which, program, spares)
+                exchange.apply()
+                self._applied = exchange
                 binding.written()
 
     def restore(self, model: Any = None) -> None:
@@ -363,14 +311,14 @@ class Average:
                 raise StateError(
                     "restore() without apply_shadow(): the model holds its own weights"
                 )
-            program = self._applied_program(model)
+            exchange = self._still_applied(model)
             with deferred():
-                program.run(RESTORE)
+                exchange.restore()
                 self._applied = None
                 self._binding.written()
 
-    def _applied_program(self, model: Any = None) -> Program:
-        """The program that takes the average back, rebuilt if the model moved meanwhile."""
+    def _still_applied(self, model: Any = None) -> Exchange:
+        """What takes the average back, made anew if the model moved meanwhile."""
         before, applied = self._binding, self._applied
         assert applied is not None
         if model is not None:
@@ -383,7 +331,7 @@ class Average:
                     "it back from there"
                 )
         if not before.changed():
-            return applied.program
+            return applied
         binding = Binding(before.container, self._store, self._names, lenient=True)
         problems = [
             f"{name!r} was {was.dtype} and is {binding.weights[name].dtype}"
@@ -397,11 +345,9 @@ class Average:
                 + "\nChange it back, then restore(): the raw weights are kept exactly, the average "
                 "only as the other dtype left it."
             )
-        pairs = binding.exchanged(applied.which)
-        program = Program(pairs) if applied.spares is None else applied.spares.program(pairs)
-        program.prepare(RESTORE)
-        self._binding, self._applied = binding, applied._replace(program=program)
-        return program
+        applied.follow(binding.exchanged(applied.which))
+        self._binding = binding
+        return applied
 
     @contextmanager
     def swapped(self, model: Any = None, *, which: int | None = None) -> Iterator[None]:
@@ -505,7 +451,7 @@ class Average:
             applied = self._applied
             # What is only copied is in all averages, and out with any of them.
             if applied is not None and (which == applied.which or not entry.averaged):
-                self._applied_program()
+                self._still_applied()
                 return recovered(self._binding.pair(name, which)).shadow
             self._follow()
             return bridge_of(array).alias(array)
@@ -557,12 +503,16 @@ class Average:
         ------
         StateError
             While an average is applied.
-        DTypeError
-            If an average cannot have the dtype.
+        DTypeError, ArgumentError
+            If the average cannot have the dtype.
         """
         with self._lock:
             self._refuse_applied("to")
             store, wish = self._store, self._wish
+            if dtype is not None and wish.window:
+                raise ArgumentError(
+                    f"dtype={dtype!r}: a windowed mean keeps its dtype; build another one"
+                )
             if device is not None:
                 store = store.on(device)
             if dtype is not None:
@@ -600,7 +550,7 @@ class Average:
         self._follow()
         if self._applied is None:
             return (self._store.duplicate() if copy else self._store).tensors()
-        self._applied_program()
+        self._still_applied()
         tensors = self._store.duplicate().tensors()
         out = self._applied.which
         for which, entries in enumerate(self._store.sets):

@@ -26,12 +26,13 @@ from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.shadow.entries import SPLIT
 
-__all__ = ["APPLY", "RESTORE", "Recovered", "Spares", "exchanged", "recovered"]
+__all__ = ["Exchange", "Recovered", "Tagged", "exchanged", "recovered"]
 
-APPLY: Final = {"swap": "swap", "park": "park", "cast": "give"}
-RESTORE: Final = {"swap": "swap", "park": "unpark", "back": "copy"}
+_APPLY: Final = {"swap": "swap", "park": "park", "cast": "give"}
+_RESTORE: Final = {"swap": "swap", "park": "unpark", "back": "copy"}
 
 Tagged = dict[str, list[Pair]]
+"""Pairs by the way they change places."""
 
 
 def _tag(pair: Pair) -> str:
@@ -51,23 +52,49 @@ def exchanged(pairs: Iterable[Pair]) -> Tagged:
     return found
 
 
-class Spares:
-    """Raw weights of the pairs that cannot change places, kept while the average is applied."""
+class Exchange:
+    """An average that changes places with the weights of a model, and the way back.
 
-    def __init__(self, pairs: Tagged) -> None:
+    Parameters
+    ----------
+    which : int
+        The average.
+    pairs : Tagged
+        Of :func:`exchanged`. What has to be kept of the weights is copied here, nothing is written
+        to them before :meth:`apply`.
+    """
+
+    def __init__(self, which: int, pairs: Tagged) -> None:
+        self.which = which
         outside = pairs.get("spare", [])
-        views = allocate([(p.src, p.src.kind) for p in outside])
-        self._kept = {p.name: spec for p, (_, spec) in zip(outside, views, strict=True)}
-        save = [Pair(p.name, self._kept[p.name], p.src) for p in outside]
-        Program({"save": save}).run({"save": "copy"})
+        views = allocate([(pair.src, pair.src.kind) for pair in outside])
+        self._kept = {pair.name: spec for pair, (_, spec) in zip(outside, views, strict=True)}
+        if outside:
+            save = [Pair(pair.name, self._kept[pair.name], pair.src) for pair in outside]
+            Program({"save": save}).run({"save": "copy"})
+        self._program = self._prepared(pairs)
 
-    def program(self, pairs: Tagged) -> Program:
-        """A program for :data:`APPLY` and :data:`RESTORE` over these pairs."""
+    def _prepared(self, pairs: Tagged) -> Program:
         outside = pairs.get("spare", [])
         parts = {tag: members for tag, members in pairs.items() if tag != "spare"}
         parts["cast"] = outside
-        parts["back"] = [Pair(p.name, p.src, self._kept[p.name]) for p in outside]
-        return Program(parts)
+        parts["back"] = [Pair(pair.name, pair.src, self._kept[pair.name]) for pair in outside]
+        program = Program(parts)
+        program.prepare(_APPLY)
+        program.prepare(_RESTORE)
+        return program
+
+    def apply(self) -> None:
+        """Put the average into the model."""
+        self._program.run(_APPLY)
+
+    def restore(self) -> None:
+        """Put the weights back."""
+        self._program.run(_RESTORE)
+
+    def follow(self, pairs: Tagged) -> None:
+        """Go on with the same tensors in other memory."""
+        self._program = self._prepared(pairs)
 
 
 class Recovered(NamedTuple):
