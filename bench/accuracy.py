@@ -1,26 +1,33 @@
-"""``python -m bench.accuracy``: the error of an update against extended precision, per dtype pair.
+"""``python -m bench.accuracy [--quick] [--out DIR]``: how far averages are from exact ones.
 
-Two figures for each pair of dtypes, both on random weights:
-
-- the largest error of one update, in units of the last place that the larger of average and weight
-  has in the average's dtype (the result itself may be near zero);
-- the error of the average after 1,000 updates, as root mean square relative to the average's own,
-  against a recursion in extended precision over the same (rounded) weights.
+One update: the largest error for each pair of dtypes, against extended precision. A long run: the
+error of a whole average after 10,000 and 100,000 updates, against the same recursion in float64
+over the same weights; fastema in every precision, beside the peers.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 import fastema
-from bench import machine, report
+from bench import machine, peers, report
+from bench.flatmodule import STD, FlatModule
 
 DTYPES = {
     "f64": torch.float64,
@@ -30,15 +37,34 @@ DTYPES = {
 }
 MANTISSA = {"f64": 52, "f32": 23, "f16": 10, "bf16": 7}
 SMALLEST_EXPONENT = {"f64": -1022, "f32": -126, "f16": -14, "bf16": -126}
+SIXTEEN_BITS = ("f16", "bf16")
+
+Row = dict[str, Any]
+Wide = NDArray[np.longdouble]
+Reals = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is run."""
+
+    elements: int  # of the one-update table
+    short: int  # updates of that table's last column
+    run_elements: int
+    marks: tuple[int, ...]  # updates after which a long run is looked at
+
+
+FULL = Settings(elements=100_000, short=1_000, run_elements=4_096, marks=(10_000, 100_000))
+QUICK = Settings(elements=4_000, short=50, run_elements=512, marks=(100, 500))
+
+
+# -- one update -----------------------------------------------------------------------------------
+
 WEIGHTS = (0.5, 0.1, 0.001)
-ELEMENTS = 100_000
-UPDATES = 1_000
 DECAY = 0.999
 
-Wide = NDArray[np.longdouble]
 
-
-def wide(tensor: torch.Tensor) -> Wide:
+def wide(tensor: Tensor) -> Wide:
     """Return a tensor's values in extended precision."""
     return tensor.double().numpy().astype(np.longdouble)
 
@@ -49,83 +75,422 @@ def last_place(values: Wide, dtype: str) -> Wide:
     return np.ldexp(np.longdouble(1), exponent - MANTISSA[dtype])
 
 
-def one_update(avg_dtype: str, dtype: str, generator: torch.Generator) -> float:
+def rounding_at_random(start: Tensor, dtype: str, decay: float) -> tuple[fastema.EMA, Tensor]:
+    """Return an average of `start`, and its tensor."""
+    ema = fastema.EMA([start], decay, shadow_dtype=DTYPES[dtype], rounding="stochastic")
+    (avg,) = ema.shadow.values()
+    return ema, avg
+
+
+def one_update(
+    avg_dtype: str, dtype: str, rounding: str, elements: int, generator: torch.Generator
+) -> float:
     """Return the largest error of one update, in units of the last place of the larger side."""
     worst = 0.0
     for weight in WEIGHTS:
-        avg = torch.randn(ELEMENTS, generator=generator).to(DTYPES[avg_dtype])
-        x = torch.randn(ELEMENTS, generator=generator).to(DTYPES[dtype])
+        avg = torch.randn(elements, generator=generator).to(DTYPES[avg_dtype])
+        x = torch.randn(elements, generator=generator).to(DTYPES[dtype])
+        if rounding == "nearest":
+            update = partial(fastema.lerp_, avg, x, weight)
+        else:
+            held = avg.to(DTYPES[dtype])
+            ema, avg = rounding_at_random(held, avg_dtype, 1 - weight)
+            held.copy_(x)
+            update = ema.update
         larger = np.maximum(np.abs(wide(avg)), np.abs(wide(x)))
         exact = wide(avg) + np.longdouble(weight) * (wide(x) - wide(avg))
-        fastema.lerp_(avg, x, weight)
+        update()
         worst = max(worst, float(np.max(np.abs(wide(avg) - exact) / last_place(larger, avg_dtype))))
     return worst
 
 
-def many_updates(avg_dtype: str, dtype: str, generator: torch.Generator) -> float:
+def many_updates(
+    avg_dtype: str,
+    dtype: str,
+    rounding: str,
+    elements: int,
+    updates: int,
+    generator: torch.Generator,
+) -> float:
     """Return the relative error of an average after many updates of noisy weights."""
-    size = ELEMENTS // 10
-    target = torch.randn(size, generator=generator)
-    x = torch.zeros(size, dtype=DTYPES[dtype])
-    avg = target.to(DTYPES[avg_dtype])
+    target = torch.randn(elements, generator=generator)
+    x = target.to(DTYPES[dtype])
+    if rounding == "nearest":
+        avg = target.to(DTYPES[avg_dtype])
+        plan = fastema.Plan(avg, x)
+        update: Callable[[], object] = partial(plan.lerp_, 1 - DECAY)
+    else:
+        ema, avg = rounding_at_random(x, avg_dtype, DECAY)
+        update = ema.update
     exact = wide(avg)
-    plan = fastema.Plan(avg, x)
-    weight = 1 - DECAY
-    for _ in range(UPDATES):
-        x.copy_(target + 0.1 * torch.randn(size, generator=generator))
-        exact += np.longdouble(weight) * (wide(x) - exact)
-        plan.lerp_(weight)
-    error = np.sqrt(np.mean((wide(avg) - exact) ** 2))
-    return float(error / np.sqrt(np.mean(exact**2)))
+    for _ in range(updates):
+        x.copy_(target + 0.1 * torch.randn(elements, generator=generator))
+        exact += np.longdouble(1 - DECAY) * (wide(x) - exact)
+        update()
+    return root_mean_square(wide(avg) - exact) / root_mean_square(exact)
 
 
-def measure() -> list[dict[str, Any]]:
-    """Return one row for each pair of dtypes."""
+def measure_updates(settings: Settings) -> list[Row]:
+    """Return one row for each pair of dtypes and way to round."""
     generator = torch.Generator().manual_seed(0)
+    cases = [(*pair, "nearest") for pair in product(DTYPES, DTYPES)]
+    cases += [(*pair, "stochastic") for pair in product(SIXTEEN_BITS, DTYPES)]
     return [
         {
-            "avg": avg_dtype,
+            "avg": avg,
             "weights": dtype,
-            "one_update_ulp": one_update(avg_dtype, dtype, generator),
-            "many_updates_relative": many_updates(avg_dtype, dtype, generator),
+            "rounding": rounding,
+            "one_update_ulp": one_update(avg, dtype, rounding, settings.elements, generator),
+            "many_updates_relative": many_updates(
+                *(avg, dtype, rounding, settings.elements // 10, settings.short, generator)
+            ),
         }
-        for avg_dtype, dtype in product(DTYPES, DTYPES)
+        for avg, dtype, rounding in cases
     ]
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Return the rows as a table."""
-    header = result["header"]
-    lines = [
-        "# Error against extended precision",
-        "",
-        f"`{header['command']}`, rounding to nearest even. One update: largest of {ELEMENTS:,} "
-        f"random weights at each of w = {', '.join(map(str, WEIGHTS))}, in units of the last place "
-        f"of the larger of the two. {UPDATES:,} updates: decay {DECAY}, noise of a tenth of the "
-        "weights.",
-        "",
-        "| average | weights | one update, ulp | 1,000 updates, relative |",
-        "|---|---|---|---|",
+# -- the weights of a long run --------------------------------------------------------------------
+
+DECAYS = (0.999, 0.9999, 0.99999)
+MODELS = ("f32", "bf16")
+SEED = 0
+DRIFT = 0.01  # of the weights' scale, in one averaging horizon
+NOISE = 0.1  # of their scale
+MEMORY = 0.9  # of the noise from one step to the next
+
+
+def horizon_of(decay: float) -> int:
+    """Return the steps that an average reaches back."""
+    return round(1 / (1 - decay))
+
+
+class Walk:
+    """Weights as a training run might give them: a target that drifts, and noise about it.
+
+    ``target_n = scale * (a + DRIFT * n / horizon * b)`` with normal ``a`` and ``b``; the noise is
+    autoregressive, ``e_n = MEMORY * e_(n-1) + sqrt(1 - MEMORY**2) * NOISE * scale * z_n``, and
+    begins at zero.
+    """
+
+    def __init__(self, elements: int, horizon: int, seed: int = SEED) -> None:
+        self._generator = np.random.default_rng(seed)
+        self.start = STD * self._normal(elements)
+        self._velocity = DRIFT * STD / horizon * self._normal(elements)
+        self._noise = np.zeros_like(self.start)
+        self._step = 0
+
+    def _normal(self, elements: int) -> NDArray[np.float32]:
+        return self._generator.standard_normal(elements, dtype=np.float32)
+
+    def advance(self) -> NDArray[np.float32]:
+        """Return the weights after one more step."""
+        self._step += 1
+        self._noise *= MEMORY
+        self._noise += math.sqrt(1 - MEMORY**2) * NOISE * STD * self._normal(len(self._noise))
+        return self.start + self._step * self._velocity + self._noise
+
+
+# -- the averages ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An average whose error is measured: `setup` takes the model and the decay."""
+
+    package: str
+    average: str
+    rounding: str
+    setup: Callable[[nn.Module, float], peers.Running]
+    missing: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How tables show it."""
+        rounding = f", {self.rounding}" if self.average in SIXTEEN_BITS else ""
+        return f"{self.average}{rounding}: {self.package}"
+
+
+def _ours(dtype: Any, rounding: Any, model: nn.Module, decay: float) -> peers.Running:
+    ema = fastema.EMA(model, decay, shadow_dtype=dtype, rounding=rounding)
+    return peers.Running(ema.update, lambda: list(ema.shadow.values()))
+
+
+def _whole(model: nn.Module, decay: float) -> peers.Running:
+    """Both halves of a ``bf16+16`` average as the float32 that they are."""
+    ema = fastema.EMA(model, decay, shadow_dtype="bf16+16")
+    seen = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
+
+    def average() -> list[Tensor]:
+        ema.copy_to(seen)
+        return list(seen.values())
+
+    return peers.Running(ema.update, average)
+
+
+OURS = "fastema"
+ONCE = "the exact average, rounded once"
+HALF = "fastema, the bf16 half alone"
+COMPARED = {
+    "AveragedModel multi_avg_fn",
+    "AveragedModel avg_fn",
+    "torch_ema",
+    "ema_pytorch",
+    "timm ModelEmaV3",
+    "timm ModelEmaV3, stochastic",
+    "diffusers EMAModel",
+}
+
+
+def _of_peers(dtype: str, rounding: str) -> Iterator[Subject]:
+    """The peers' averages in one dtype that round as told; in float32 nothing is random."""
+    for peer in peers.PEERS:
+        if peer.name in COMPARED and peer.stochastic == (rounding == "stochastic"):
+
+            def setup(
+                model: nn.Module, decay: float, peer: peers.Peer[peers.Running] = peer
+            ) -> peers.Running:
+                return peer.setup(model, decay, DTYPES[dtype])
+
+            package = peer.name.removesuffix(", stochastic")
+            yield Subject(package, dtype, rounding, setup, peer.missing())
+
+
+def _subject(dtype: str, rounding: str = "nearest") -> Subject:
+    return Subject(OURS, dtype, rounding, partial(_ours, DTYPES[dtype], rounding))
+
+
+SUBJECTS = (
+    _subject("f32"),
+    Subject(OURS, "bf16+16", "nearest", _whole),
+    *_of_peers("f32", "nearest"),
+    Subject(HALF, "bf16+16", "nearest", partial(_ours, "bf16+16", None)),
+    _subject("bf16", "stochastic"),
+    *_of_peers("bf16", "stochastic"),
+    _subject("bf16"),
+    *_of_peers("bf16", "nearest"),
+    _subject("f16", "stochastic"),
+    _subject("f16"),
+)
+
+
+# -- a long run -----------------------------------------------------------------------------------
+
+
+def root_mean_square(values: NDArray[Any]) -> float:
+    """Return the root of the mean of squares."""
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def values_of(tensor: Tensor) -> Reals:
+    """Return a copy of a tensor's values in float64."""
+    return np.array(tensor.detach().double().numpy())
+
+
+class Exact:
+    """The recursion in float64, over the weights as the model holds them."""
+
+    def __init__(self, weights: Tensor, decay: float) -> None:
+        self.average = values_of(weights)
+        self._start = self.average.copy()
+        self._weight = 1 - decay
+
+    def update(self, weights: Tensor) -> None:
+        """Do one step."""
+        self.average += self._weight * (values_of(weights) - self.average)
+
+    def compare(self, start: Reals, average: Reals) -> dict[str, float]:
+        """Return what sets an average apart that began at `start`.
+
+        ``relative`` and ``of_movement`` are its root-mean-square error over that of the exact
+        average and over how far the exact average is from its own start; ``followed`` is the part
+        of that way that it went, the slope of a least-squares fit: 0 if it stands still, 1 if it is
+        right but for noise.
+        """
+        way = self.average - self._start
+        error = root_mean_square(average - self.average)
+        return {
+            "relative": error / root_mean_square(self.average),
+            "of_movement": error / root_mean_square(way),
+            "followed": float(np.sum((average - start) * way) / np.sum(way**2)),
+        }
+
+
+class Track:
+    """An average at work, and which of its elements changed at any step so far."""
+
+    def __init__(self, subject: Subject, model: nn.Module, decay: float) -> None:
+        self.subject = subject
+        self._running = subject.setup(model, decay)
+        self._begin = self._now().clone()
+        self._changed = torch.zeros(self._begin.shape, dtype=torch.bool)
+        self._all_changed = False
+
+    def _now(self) -> Tensor:
+        (average,) = self._running.average()
+        return average.detach()
+
+    def update(self) -> None:
+        """Do one step."""
+        self._running.update()
+        if not self._all_changed:
+            self._changed |= self._now() != self._begin
+            self._all_changed = bool(self._changed.all())
+
+    def compare(self, exact: Exact) -> dict[str, float]:
+        """Return its errors, and ``still``: the share of elements that never changed."""
+        found = exact.compare(values_of(self._begin), values_of(self._now()))
+        return found | {"still": 1 - float(self._changed.double().mean())}
+
+
+def refusal(subject: Subject, weights: str) -> str | None:
+    """Return why a subject does not average weights of a dtype, None if it does."""
+    if subject.missing is not None:
+        return subject.missing
+    model = model_of(np.ones(4, np.float32), weights)
+    try:
+        subject.setup(model, 0.5).update()
+    except RuntimeError as error:
+        return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def model_of(weights: NDArray[np.float32], dtype: str) -> FlatModule:
+    """Return a model that is one tensor."""
+    model = FlatModule([("weights", weights.shape)], DTYPES[dtype])
+    model.weights.detach().copy_(torch.from_numpy(weights))
+    return model
+
+
+class Run:
+    """A model in one dtype, its exact average, and those that are compared with it."""
+
+    def __init__(
+        self, weights: str, start: NDArray[np.float32], decay: float, subjects: Iterable[Subject]
+    ) -> None:
+        self._about = {"weights": weights, "decay": decay}
+        self._model = model_of(start, weights)
+        self._weights = self._model.weights.detach()
+        self._exact = Exact(self._weights, decay)
+        self._tracks = [Track(subject, self._model, decay) for subject in subjects]
+
+    def advance(self, weights: Tensor) -> None:
+        """Give the model new weights and update everything."""
+        self._weights.copy_(weights)
+        self._exact.update(self._weights)
+        for track in self._tracks:
+            track.update()
+
+    def rows(self, updates: int) -> Iterator[Row]:
+        """How every average stands now."""
+        about = self._about | {"updates": updates}
+        for track in self._tracks:
+            subject = track.subject
+            yield {
+                **about,
+                "average": subject.average,
+                "rounding": subject.rounding,
+                "package": subject.package,
+                "name": subject.name,
+                **track.compare(self._exact),
+            }
+        for dtype in ("f32", *SIXTEEN_BITS):
+            stored, begin = (
+                values_of(torch.from_numpy(exact).to(DTYPES[dtype]))
+                for exact in (self._exact.average, self._exact._start)
+            )
+            yield {
+                **about,
+                "average": dtype,
+                "rounding": "once",
+                "package": None,
+                "name": f"{dtype}: {ONCE}",
+                **self._exact.compare(begin, stored),
+                "still": None,
+            }
+
+
+def long_run(
+    decay: float, settings: Settings, subjects: dict[str, list[Subject]]
+) -> Iterator[Row]:
+    """Yield how all averages stand at the marks of one run; `subjects` by dtype of the weights."""
+    walk = Walk(settings.run_elements, horizon_of(decay))
+    runs = [Run(weights, walk.start, decay, those) for weights, those in subjects.items()]
+    for step in range(1, max(settings.marks) + 1):
+        weights = torch.from_numpy(walk.advance())
+        for run in runs:
+            run.advance(weights)
+        if step in settings.marks:
+            for run in runs:
+                yield from run.rows(step)
+
+
+def measure_runs(settings: Settings, subjects: Sequence[Subject] = SUBJECTS) -> dict[str, Any]:
+    """Return the rows of all runs, and what does not run with the reason."""
+    reasons = {(w, subject): refusal(subject, w) for w in MODELS for subject in subjects}
+    running = {
+        w: [subject for subject in subjects if reasons[w, subject] is None] for w in MODELS
+    }
+    rows = []
+    for decay in DECAYS:
+        begin = time.perf_counter()
+        rows += long_run(decay, settings, running)
+        took = time.perf_counter() - begin
+        print(f"decay {decay}: {max(settings.marks):,} updates, {took:.0f} s", file=sys.stderr)
+    refused = [
+        {"weights": w, "name": subject.name, "reason": reason}
+        for (w, subject), reason in reasons.items()
+        if reason is not None
     ]
-    lines += [
-        f"| {row['avg']} | {row['weights']} | {row['one_update_ulp']:.3f} "
-        f"| {row['many_updates_relative']:.1e} |"
-        for row in result["rows"]
+    return {"rows": rows, "refused": refused}
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage with two significant digits."""
+    value = 100 * share
+    if value == 0:
+        return "0 %"
+    if value < 0.001:
+        return "< 0.001 %"
+    digits = max(0, 1 - math.floor(math.log10(value)))
+    return f"{value:,.{digits}f} %"
+
+
+def _at_a_glance(row: Row) -> str:
+    still = f" ({percent(row['still'])})" if row["still"] else ""
+    return percent(row["of_movement"]) + still
+
+
+def _relative(row: Row) -> str:
+    return f"{row['relative']:.1e}"
+
+
+def _followed(row: Row) -> str:
+    return f"{row['followed']:.2f}"
+
+
+def _run_table(rows: list[Row], refused: list[Row], cell: Callable[[Row], str]) -> str:
+    columns = dict.fromkeys((row["decay"], row["updates"]) for row in rows)
+    cells = {(row["name"], (row["decay"], row["updates"])): cell(row) for row in rows}
+    body = [
+        [name, *(cells[name, column] for column in columns)]
+        for name in dict.fromkeys(row["name"] for row in rows)
     ]
-    return "\n".join(lines) + "\n"
+    body += [[row["name"], *(["raises"] * len(columns))] for row in refused]
+    head = [f"decay {decay}, {updates:,}" for decay, updates in columns]
+    return report.aligned(["average: package", *head], body)
 
 
-def main() -> int:
-    """Measure, print and keep the table."""
-    result = {"header": machine.header("python -m bench.accuracy", "accuracy"), "rows": measure()}
-    text = markdown(result)
-    print(text)
-    report.RESULTS.mkdir(parents=True, exist_ok=True)
-    path = report.RESULTS / "accuracy"
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main():
+    import pickle
+    torch.set_num_threads(1); fastema.set_num_threads(1)
+    r=measure_runs(Settings(4000,50,int(sys.argv[1]),tuple(map(int,sys.argv[2].split(",")))))
+    pickle.dump(r,open("/tmp/w/h3/r.pkl","wb"))
+    for w in MODELS:
+        rows=[x for x in r["rows"] if x["weights"]==w]; ref=[x for x in r["refused"] if x["weights"]==w]
+        for c in (_at_a_glance,_relative,_followed):
+            print(_run_table(rows,ref,c)); print()
+    print(r["refused"])
+if __name__=="__main__": main()

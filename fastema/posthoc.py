@@ -3,10 +3,18 @@
 Keep snapshots of two power-function averages during a run, and any other average at any step of it
 can be put together afterwards: no length has to be chosen beforehand.
 
->>> import fastema
->>> ema = fastema.PowerEMA(model, sigma_rels=(0.05, 0.10))          # doctest: +SKIP
->>> fastema.posthoc.save_snapshot(ema, "snapshots")                 # now and then, doctest: +SKIP
->>> fastema.posthoc.synthesize("snapshots", sigma_rel=0.15, into=model)        # doctest: +SKIP
+>>> import tempfile, numpy as np, fastema
+>>> weights = {"w": np.zeros(3)}
+>>> ema = fastema.PowerEMA(weights, sigma_rels=(0.05, 0.10))
+>>> with tempfile.TemporaryDirectory() as folder:
+...     for step in range(100):
+...         weights["w"] += 1
+...         ema.update()
+...         if step % 10 == 9:
+...             paths = save_snapshot(ema, folder)
+...     found = synthesize(folder, sigma_rel=0.15)
+>>> [round(float(value), 1) for value in found.tensors["w"]], round(found.error, 2)
+([82.5, 82.5, 82.5], 0.02)
 
 T. Karras et al., Analyzing and improving the training dynamics of diffusion models, 2023, section
 3.2, https://arxiv.org/abs/2312.02696

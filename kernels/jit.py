@@ -23,13 +23,34 @@ from typing import Any
 import numba
 from numba import types
 from numba.core import config
+from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 from numba.extending import register_jitable
 
 from fastema.kernels import scalar
 
-device_fn = register_jitable
-"""Marks scalar maths for use inside kernels; the function stays plain Python outside."""
+
+def _content(function: Any) -> str:
+    """Sixteen hex digits that tell a closure from others of the same function."""
+    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    return hashlib.sha256(function.__code__.co_code + dumps(cells)).hexdigest()[:16]
+
+
+def _named(function: Any) -> Any:
+    """Make what a closure closes over part of its name, which its machine code is called by.
+
+    Numba numbers the closures of a process. Two that were compiled by two processes, and come from
+    the cache into a third, would be of one name, and one of them be run in place of the other.
+    """
+    if function.__closure__:
+        function.__qualname__ += f"_{_content(function)}"
+    return function
+
+
+def device_fn(function: Any) -> Any:
+    """Mark scalar maths for use inside kernels; the function stays plain Python outside."""
+    return register_jitable(_named(function))
+
 
 for _function in vars(scalar).values():
     if getattr(_function, "__module__", None) == scalar.__name__:
@@ -43,14 +64,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_cache_switch._at_fork_reinit)
 
 
-@functools.cache
-def source_stamp() -> str:
+def _source_stamp() -> str:
     """Sixteen hex digits that change with any edit to any kernel source."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+SOURCE_STAMP = _source_stamp()
+"""Of the sources as they were imported: an upgrade under a running process changes nothing."""
 
 
 def _roots() -> Iterator[Path]:
@@ -80,7 +104,7 @@ def _private(folder: Path) -> bool:
 def cache_folder() -> Path | None:
     """The first place that can be written and is ours alone; None where there is none."""
     for root in _roots():
-        folder = root / source_stamp()
+        folder = root / SOURCE_STAMP
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -94,15 +118,15 @@ def cache_folder() -> Path | None:
 
 
 def _entry_folder(folder: Path, function: Any) -> Path:
-    """A folder for one kernel alone.
+    """A folder for one kernel alone, of one Numba and one kind of CPU.
 
     Numba keeps one index for all closures of a function, and numbers their files. Two processes
     that compile different ones at a time can come to give one number to both: either would then
     load the other's machine code.
     """
-    cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
-    content = function.__code__.co_code + dumps(cells)
-    return folder / hashlib.sha256(content).hexdigest()[:16]
+    compiler = numba.__version__, cpu_target.target_context.codegen().magic_tuple()
+    stamp = hashlib.sha256(repr(compiler).encode()).hexdigest()[:8]
+    return folder / f"{_content(function)}-{stamp}"
 
 
 @contextmanager
@@ -130,7 +154,7 @@ def cpu_kernel(signature: Any = KERNEL, *, nogil: bool = True) -> Callable[[Any]
             entry = _entry_folder(folder, function)
             try:
                 with _cache_directory(entry):
-                    return compiler(cache=True)(function)
+                    return compiler(cache=True)(_named(function))
             except Exception:  # a damaged entry raises whatever unpickling it comes upon
                 shutil.rmtree(entry, ignore_errors=True)
         return compiler()(function)

@@ -137,8 +137,7 @@ _Launch = tuple[Callable[..., None], tuple[Any, ...]]
 class Program:
     """Runs operations over a fixed set of pairs.
 
-    The pairs' owners must outlive it: it holds addresses. An interrupt waits for the end of a run,
-    so that no tensor is left half done.
+    An interrupt waits for the end of a run, so that no tensor is left half done.
 
     Parameters
     ----------
@@ -149,6 +148,7 @@ class Program:
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         self._lock = lock()
+        self._pairs = pairs  # the owners of the addresses in the tables
         together = 1 + max((p.which for members in pairs.values() for p in members), default=0)
         self._numbers = np.zeros(together)
         self._launches: dict[tuple[tuple[str, str], ...], list[_Launch]] = {}

@@ -93,6 +93,17 @@ class Average:
     DTypeError, BridgeError
         For tensors that no kernel can average: integers as weights, sparse, on the meta device.
 
+    Examples
+    --------
+    >>> import numpy as np, fastema
+    >>> w = np.array([1.0, 2.0])
+    >>> mean = Average([w], fastema.rules.cumulative_mean())
+    >>> for _ in range(3):
+    ...     w += 1
+    ...     mean.update()
+    >>> mean.shadow["0"]
+    array([3., 4.])
+
     Notes
     -----
     Two objects that average one model are independent of each other, but only one can be applied at
