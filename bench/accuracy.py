@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -91,9 +91,9 @@ def one_update(
         avg = torch.randn(elements, generator=generator).to(DTYPES[avg_dtype])
         x = torch.randn(elements, generator=generator).to(DTYPES[dtype])
         if rounding == "nearest":
-            update = partial(fastema.lerp_, avg, x, weight)
+            update: Callable[[], object] = partial(fastema.lerp_, avg, x, weight)
         else:
-            held = avg.to(DTYPES[dtype])
+            held = avg.to(DTYPES[dtype], copy=True)
             ema, avg = rounding_at_random(held, avg_dtype, 1 - weight)
             held.copy_(x)
             update = ema.update
@@ -114,9 +114,9 @@ def many_updates(
 ) -> float:
     """Return the relative error of an average after many updates of noisy weights."""
     target = torch.randn(elements, generator=generator)
-    x = target.to(DTYPES[dtype])
+    x = target.to(DTYPES[dtype], copy=True)
     if rounding == "nearest":
-        avg = target.to(DTYPES[avg_dtype])
+        avg = target.to(DTYPES[avg_dtype], copy=True)
         plan = fastema.Plan(avg, x)
         update: Callable[[], object] = partial(plan.lerp_, 1 - DECAY)
     else:
@@ -157,6 +157,7 @@ SEED = 0
 DRIFT = 0.01  # of the weights' scale, in one averaging horizon
 NOISE = 0.1  # of their scale
 MEMORY = 0.9  # of the noise from one step to the next
+LOOK_EVERY = 10  # updates; an element that changes and is back sooner is taken to have stood still
 
 
 def horizon_of(decay: float) -> int:
@@ -169,12 +170,13 @@ class Walk:
 
     ``target_n = scale * (a + DRIFT * n / horizon * b)`` with normal ``a`` and ``b``; the noise is
     autoregressive, ``e_n = MEMORY * e_(n-1) + sqrt(1 - MEMORY**2) * NOISE * scale * z_n``, and
-    begins at zero.
+    begins at zero. The start is rounded to bfloat16, so that every average can begin there.
     """
 
     def __init__(self, elements: int, horizon: int, seed: int = SEED) -> None:
         self._generator = np.random.default_rng(seed)
-        self.start = STD * self._normal(elements)
+        start = torch.from_numpy(STD * self._normal(elements))
+        self.start = start.bfloat16().float().numpy()
         self._velocity = DRIFT * STD / horizon * self._normal(elements)
         self._noise = np.zeros_like(self.start)
         self._step = 0
@@ -204,10 +206,15 @@ class Subject:
     missing: str | None = None
 
     @property
-    def name(self) -> str:
-        """How tables show it."""
+    def about(self) -> Row:
+        """What its rows begin with; `name` is how tables show it."""
         rounding = f", {self.rounding}" if self.average in SIXTEEN_BITS else ""
-        return f"{self.average}{rounding}: {self.package}"
+        return {
+            "average": self.average,
+            "rounding": self.rounding,
+            "package": self.package,
+            "name": f"{self.average}{rounding}: {self.package}",
+        }
 
 
 def _ours(dtype: Any, rounding: Any, model: nn.Module, decay: float) -> peers.Running:
@@ -229,7 +236,8 @@ def _whole(model: nn.Module, decay: float) -> peers.Running:
 
 OURS = "fastema"
 ONCE = "the exact average, rounded once"
-HALF = "fastema, the bf16 half alone"
+NONE = "no average: the weights themselves"
+HALF = "fastema bf16+16, its bf16 half"
 COMPARED = {
     "AveragedModel multi_avg_fn",
     "AveragedModel avg_fn",
@@ -263,7 +271,7 @@ SUBJECTS = (
     _subject("f32"),
     Subject(OURS, "bf16+16", "nearest", _whole),
     *_of_peers("f32", "nearest"),
-    Subject(HALF, "bf16+16", "nearest", partial(_ours, "bf16+16", None)),
+    Subject(HALF, "bf16", "nearest", partial(_ours, "bf16+16", None)),
     _subject("bf16", "stochastic"),
     *_of_peers("bf16", "stochastic"),
     _subject("bf16"),
@@ -290,8 +298,8 @@ class Exact:
     """The recursion in float64, over the weights as the model holds them."""
 
     def __init__(self, weights: Tensor, decay: float) -> None:
-        self.average = values_of(weights)
-        self._start = self.average.copy()
+        self.start = values_of(weights)
+        self.average = self.start.copy()
         self._weight = 1 - decay
 
     def update(self, weights: Tensor) -> None:
@@ -306,7 +314,7 @@ class Exact:
         of that way that it went, the slope of a least-squares fit: 0 if it stands still, 1 if it is
         right but for noise.
         """
-        way = self.average - self._start
+        way = self.average - self.start
         error = root_mean_square(average - self.average)
         return {
             "relative": error / root_mean_square(self.average),
@@ -316,14 +324,13 @@ class Exact:
 
 
 class Track:
-    """An average at work, and which of its elements changed at any step so far."""
+    """An average at work, and which of its elements were ever seen changed."""
 
     def __init__(self, subject: Subject, model: nn.Module, decay: float) -> None:
         self.subject = subject
         self._running = subject.setup(model, decay)
         self._begin = self._now().clone()
         self._changed = torch.zeros(self._begin.shape, dtype=torch.bool)
-        self._all_changed = False
 
     def _now(self) -> Tensor:
         (average,) = self._running.average()
@@ -332,12 +339,14 @@ class Track:
     def update(self) -> None:
         """Do one step."""
         self._running.update()
-        if not self._all_changed:
+
+    def look(self) -> None:
+        """Note what has changed."""
+        if not self._changed.all():
             self._changed |= self._now() != self._begin
-            self._all_changed = bool(self._changed.all())
 
     def compare(self, exact: Exact) -> dict[str, float]:
-        """Return its errors, and ``still``: the share of elements that never changed."""
+        """Return its errors, and ``still``: the share of elements never seen changed."""
         found = exact.compare(values_of(self._begin), values_of(self._now()))
         return found | {"still": 1 - float(self._changed.double().mean())}
 
@@ -345,12 +354,12 @@ class Track:
 def refusal(subject: Subject, weights: str) -> str | None:
     """Return why a subject does not average weights of a dtype, None if it does."""
     if subject.missing is not None:
-        return subject.missing
+        return f"absent: {subject.missing}"
     model = model_of(np.ones(4, np.float32), weights)
     try:
         subject.setup(model, 0.5).update()
     except RuntimeError as error:
-        return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"raises: {type(error).__name__}, {str(error).splitlines()[0]}"
     return None
 
 
@@ -368,6 +377,7 @@ class Run:
         self, weights: str, start: NDArray[np.float32], decay: float, subjects: Iterable[Subject]
     ) -> None:
         self._about = {"weights": weights, "decay": decay}
+        self._step = 0
         self._model = model_of(start, weights)
         self._weights = self._model.weights.detach()
         self._exact = Exact(self._weights, decay)
@@ -375,43 +385,31 @@ class Run:
 
     def advance(self, weights: Tensor) -> None:
         """Give the model new weights and update everything."""
+        self._step += 1
         self._weights.copy_(weights)
         self._exact.update(self._weights)
         for track in self._tracks:
             track.update()
+            if self._step % LOOK_EVERY == 0:
+                track.look()
 
-    def rows(self, updates: int) -> Iterator[Row]:
-        """How every average stands now."""
-        about = self._about | {"updates": updates}
+    def rows(self) -> Iterator[Row]:
+        """How every average stands now; beside them the least that storing one costs, and none."""
+        about = self._about | {"updates": self._step}
         for track in self._tracks:
-            subject = track.subject
-            yield {
-                **about,
-                "average": subject.average,
-                "rounding": subject.rounding,
-                "package": subject.package,
-                "name": subject.name,
-                **track.compare(self._exact),
-            }
-        for dtype in ("f32", *SIXTEEN_BITS):
-            stored, begin = (
-                values_of(torch.from_numpy(exact).to(DTYPES[dtype]))
-                for exact in (self._exact.average, self._exact._start)
-            )
-            yield {
-                **about,
-                "average": dtype,
-                "rounding": "once",
-                "package": None,
-                "name": f"{dtype}: {ONCE}",
-                **self._exact.compare(begin, stored),
-                "still": None,
-            }
+            yield about | track.subject.about | track.compare(self._exact)
+        bounds = {
+            dtype: (f"{dtype}: {ONCE}", torch.from_numpy(self._exact.average).to(DTYPES[dtype]))
+            for dtype in ("f32", *SIXTEEN_BITS)
+        }
+        bounds[NONE] = (NONE, self._weights)
+        for average, (name, values) in bounds.items():
+            found = self._exact.compare(self._exact.start, values_of(values))
+            bound = {"average": average, "rounding": None, "package": None, "name": name}
+            yield about | bound | found | {"still": None}
 
 
-def long_run(
-    decay: float, settings: Settings, subjects: dict[str, list[Subject]]
-) -> Iterator[Row]:
+def long_run(decay: float, settings: Settings, subjects: dict[str, list[Subject]]) -> Iterator[Row]:
     """Yield how all averages stand at the marks of one run; `subjects` by dtype of the weights."""
     walk = Walk(settings.run_elements, horizon_of(decay))
     runs = [Run(weights, walk.start, decay, those) for weights, those in subjects.items()]
@@ -421,23 +419,21 @@ def long_run(
             run.advance(weights)
         if step in settings.marks:
             for run in runs:
-                yield from run.rows(step)
+                yield from run.rows()
 
 
 def measure_runs(settings: Settings, subjects: Sequence[Subject] = SUBJECTS) -> dict[str, Any]:
     """Return the rows of all runs, and what does not run with the reason."""
     reasons = {(w, subject): refusal(subject, w) for w in MODELS for subject in subjects}
-    running = {
-        w: [subject for subject in subjects if reasons[w, subject] is None] for w in MODELS
-    }
-    rows = []
+    running = {w: [subject for subject in subjects if reasons[w, subject] is None] for w in MODELS}
+    rows: list[Row] = []
     for decay in DECAYS:
         begin = time.perf_counter()
         rows += long_run(decay, settings, running)
         took = time.perf_counter() - begin
         print(f"decay {decay}: {max(settings.marks):,} updates, {took:.0f} s", file=sys.stderr)
     refused = [
-        {"weights": w, "name": subject.name, "reason": reason}
+        {"weights": w, **subject.about, "reason": reason}
         for (w, subject), reason in reasons.items()
         if reason is not None
     ]
@@ -446,9 +442,11 @@ def measure_runs(settings: Settings, subjects: Sequence[Subject] = SUBJECTS) -> 
 
 # -- tables ---------------------------------------------------------------------------------------
 
+ORDER = ("f32", "bf16+16", "bf16", "f16", NONE)
+
 
 def percent(share: float) -> str:
-    """Return a share as a percentage with two significant digits."""
+    """Return a share as a percentage with two significant digits, from 1 % on without fractions."""
     value = 100 * share
     if value == 0:
         return "0 %"
@@ -458,39 +456,226 @@ def percent(share: float) -> str:
     return f"{value:,.{digits}f} %"
 
 
-def _at_a_glance(row: Row) -> str:
+def at_a_glance(row: Row) -> str:
+    """Return the error over the movement, and in brackets what stood still."""
     still = f" ({percent(row['still'])})" if row["still"] else ""
     return percent(row["of_movement"]) + still
 
 
-def _relative(row: Row) -> str:
+def relative(row: Row) -> str:
+    """Return the error over the average."""
     return f"{row['relative']:.1e}"
 
 
-def _followed(row: Row) -> str:
+def followed(row: Row) -> str:
+    """Return the part of the way that was gone."""
     return f"{row['followed']:.2f}"
 
 
-def _run_table(rows: list[Row], refused: list[Row], cell: Callable[[Row], str]) -> str:
+def run_table(rows: list[Row], refused: list[Row], cell: Callable[[Row], str]) -> str:
+    """Return a table of the averages of one model: decay and updates across."""
     columns = dict.fromkeys((row["decay"], row["updates"]) for row in rows)
-    cells = {(row["name"], (row["decay"], row["updates"])): cell(row) for row in rows}
+    lines = {row["name"]: row["average"] for row in [*rows, *refused]}
+    cells = {(row["name"], row["decay"], row["updates"]): cell(row) for row in rows}
+    absent = {row["name"]: row["reason"].partition(":")[0] for row in refused}
+    names = sorted(lines, key=lambda name: ORDER.index(lines[name]))
     body = [
-        [name, *(cells[name, column] for column in columns)]
-        for name in dict.fromkeys(row["name"] for row in rows)
+        [name, *(cells.get((name, *column)) or absent[name] for column in columns)]
+        for name in names
     ]
-    body += [[row["name"], *(["raises"] * len(columns))] for row in refused]
-    head = [f"decay {decay}, {updates:,}" for decay, updates in columns]
-    return report.aligned(["average: package", *head], body)
+    head = [f"{decay}, {updates:,}" for decay, updates in columns]
+    return report.aligned(["decay, updates", *head], body)
 
 
-def main():
-    import pickle
-    torch.set_num_threads(1); fastema.set_num_threads(1)
-    r=measure_runs(Settings(4000,50,int(sys.argv[1]),tuple(map(int,sys.argv[2].split(",")))))
-    pickle.dump(r,open("/tmp/w/h3/r.pkl","wb"))
-    for w in MODELS:
-        rows=[x for x in r["rows"] if x["weights"]==w]; ref=[x for x in r["refused"] if x["weights"]==w]
-        for c in (_at_a_glance,_relative,_followed):
-            print(_run_table(rows,ref,c)); print()
-    print(r["refused"])
-if __name__=="__main__": main()
+def span(rows: Iterable[Row], key: str, show: Callable[[float], str] = percent) -> str:
+    """Return the least and the largest of a figure at each decay."""
+    by_decay: dict[float, list[float]] = {}
+    for row in rows:
+        by_decay.setdefault(row["decay"], []).append(row[key])
+    ranges = [(show(min(values)), show(max(values))) for values in by_decay.values()]
+    return " / ".join(low if low == high else f"{low} to {high}" for low, high in ranges)
+
+
+def in_short(rows: list[Row]) -> str:
+    """Return what the rows say after the most updates, group by group."""
+    last = max(row["updates"] for row in rows)
+    rows = [row for row in rows if row["updates"] == last]
+
+    def of(average: str, rounding: str | None, ours: bool | None = None) -> list[Row]:
+        return [
+            row
+            for row in rows
+            if (row["average"], row["rounding"]) == (average, rounding)
+            and row["package"] != HALF
+            and ours in (None, row["package"] == OURS)
+        ]
+
+    def rounded(average: str, rounding: str) -> str:
+        group = of(average, rounding)
+        packages = len({row["package"] for row in group})
+        return (
+            f"{average} averages, {rounding} rounding ({packages} "
+            f"package{'s' if packages > 1 else ''}): error {span(group, 'of_movement')}; "
+            f"{span(group, 'still')} of the elements never changed; the average went "
+            f"{span(group, 'followed', '{:.2f}'.format)} of the way."
+        )
+
+    halves = [row for row in rows if row["package"] == HALF]
+    lines = [
+        "f32 averages of fastema: error "
+        f"{span(of('f32', 'nearest', True), 'of_movement')}; bf16+16: "
+        f"{span(of('bf16+16', 'nearest'), 'of_movement')}; the bf16 half of it by itself: "
+        f"{span(halves, 'of_movement')}, where the exact average rounded once to bf16 has "
+        f"{span(of('bf16', None), 'of_movement')}.",
+    ]
+    if peers_f32 := of("f32", "nearest", False):
+        worst = max(peers_f32, key=lambda row: row["of_movement"])
+        lines.append(
+            f"f32 averages of the peers: error {span(peers_f32, 'of_movement')}, the largest by "
+            f"{worst['package']} of {worst['weights']} weights."
+        )
+    lines += [rounded(*pair) for pair in product(SIXTEEN_BITS[::-1], ("nearest", "stochastic"))]
+    lines.append(f"The weights themselves: error {span(of(NONE, None), 'of_movement')}.")
+    decays = " / ".join(str(decay) for decay in dict.fromkeys(row["decay"] for row in rows))
+    return (
+        f"In short, after {last:,} updates, at decay {decays}, least to largest over both models "
+        "and over packages:\n\n" + "\n".join(f"- {line}" for line in lines)
+    )
+
+
+def long_run_text(result: dict[str, Any]) -> list[str]:
+    """Return the section on long runs."""
+    settings, rows, refused = result["settings"], result["rows"], result["refused"]
+    models = list(dict.fromkeys(row["weights"] for row in rows))
+
+    def tables(title: str, cell: Callable[[Row], str]) -> list[str]:
+        return [
+            part
+            for model in models
+            for part in (
+                f"### {title.format(model)}",
+                run_table(
+                    [row for row in rows if row["weights"] == model],
+                    [row for row in refused if row["weights"] == model],
+                    cell,
+                ),
+            )
+        ]
+
+    method = f"""\
+Root-mean-square error of an average of {settings["run_elements"]:,} weights against the same
+recursion in float64, over the weights as the model holds them (f32, or rounded to bf16); all
+averages side by side over the same weights. Each weight follows a target that drifts, by a speed
+of its own, {DRIFT:.0%} of the weights' scale in one averaging horizon of 1 / (1 - decay) updates, with
+noise of {NOISE:.0%} of the scale about it (autoregressive, {MEMORY} from step to step). Averages
+begin as a copy of the weights, at values that bf16 holds exactly."""
+    reading = """\
+**Error as a share of how far the exact average has moved since the start**: an average that stands
+still has 100 %. In brackets, where there are any: elements of the average that were never seen to
+change. *Rounded once* is the exact average stored in that dtype without any recursion, the least
+error that the dtype allows."""
+    parts = ["## A long run", method, in_short(rows), reading]
+    parts += tables("{} weights", at_a_glance)
+    if refused:
+        parts.append(
+            "Not run:\n\n"
+            + "\n".join(
+                f"- {row['name']}, {row['weights']} weights: {row['reason']}." for row in refused
+            )
+        )
+    parts += tables("{} weights: error as a share of the average itself", relative)
+    parts.append(
+        "**How much of the way an average went**: the slope of its movement over the exact one's, "
+        "by least squares. 0 stands still, 1 is right but for noise that differs from element to "
+        "element; above 1 only noise leads."
+    )
+    parts += tables("{} weights: part of the way", followed)
+    return parts
+
+
+def one_update_text(result: dict[str, Any]) -> list[str]:
+    """Return the section on single updates."""
+    settings = result["settings"]
+    head = ["average", "weights", "rounding", "one update, ulp", f"{settings['short']:,} updates"]
+    body = [
+        [
+            row["avg"],
+            row["weights"],
+            row["rounding"],
+            f"{row['one_update_ulp']:.3f}",
+            f"{row['many_updates_relative']:.1e}",
+        ]
+        for row in result["updates"]
+    ]
+    weights = ", ".join(map(str, WEIGHTS))
+    method = f"""\
+Largest error of one update against extended precision, of {settings["elements"]:,} random weights
+at each of w = {weights}, in units of the last place that the larger of average and weight has in
+the average's dtype (the result itself may be near zero): rounding to nearest costs a half,
+stochastic rounding up to one. Then the root-mean-square error relative to the average's own after
+{settings["short"]:,} updates at decay {DECAY}, with white noise of a tenth of the weights."""
+    return ["## One update", method, report.aligned(head, body)]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return everything as text."""
+    quick = " (quick mode: few weights, few updates)" if result["header"]["mode"] == "quick" else ""
+    return (
+        "\n\n".join(
+            [
+                f"# Accuracy of averages{quick}",
+                report.provenance(result["header"]),
+                *long_run_text(result),
+                *one_update_text(result),
+            ]
+        )
+        + "\n"
+    )
+
+
+# -- command --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run a block on one thread, of torch and of fastema."""
+    before = torch.get_num_threads(), fastema.get_num_threads()
+    torch.set_num_threads(1)
+    fastema.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        fastema.set_num_threads(before[1])
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Return all that is measured."""
+    return {
+        "settings": asdict(settings),
+        "updates": measure_updates(settings),
+        **measure_runs(settings),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print and keep the tables."""
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few weights and updates, seconds")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
+    options = parser.parse_args(arguments)
+    command = "python -m bench.accuracy" + (" --quick" if options.quick else "")
+    with one_thread():
+        header = machine.header(command, "quick" if options.quick else "accuracy")
+        result = {"header": header, **measure(QUICK if options.quick else FULL)}
+    text = markdown(result)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / ("quick-accuracy" if options.quick else "accuracy")
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

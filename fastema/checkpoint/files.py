@@ -132,7 +132,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
     for name, spec in tensors.items():
         if spec.dtype not in _NAMES:
             raise CheckpointError(f"{name}: safetensors has no dtype for {spec}")
-        if spec.device != "cpu" or spec.strides != row_major(spec.shape):
+        if spec.device != "cpu" or (spec.size and spec.strides != row_major(spec.shape)):
             raise CheckpointError(f"{name}: {spec} is not row-major memory of the CPU")
         entries[name] = safetensors.TensorSpec(
             dtype=_NAMES[spec.dtype][1],

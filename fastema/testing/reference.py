@@ -12,13 +12,28 @@ any other.
 from __future__ import annotations
 
 import math
+import zlib
 from fractions import Fraction
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FLOATS", "Float", "cast", "decode", "encode", "lerp", "real_of", "swap"]
+__all__ = [
+    "FLOATS",
+    "Float",
+    "cast",
+    "decode",
+    "encode",
+    "encode_random",
+    "lerp",
+    "random_words",
+    "real_of",
+    "split",
+    "swap",
+    "tensor_key",
+    "windowed_mean",
+]
 
 Array = NDArray[Any]
 Reals = NDArray[np.float64]
@@ -133,12 +148,129 @@ def real_of_storage(code: str) -> str:
     return FLOATS[real_of(code)].storage
 
 
+def encode_random(values: Reals, words: Array, code: str) -> Array:
+    """One of the two 16-bit numbers around each value, as stored; the random word says which.
+
+    With ``f`` the share of the way from the neighbour nearer to zero to the other one, in units of
+    the bits that are rounded off (``2**-16`` for bf16, ``2**-13`` for f16), it is the other one
+    where ``f`` plus the word's highest bits reaches 1. A value is taken as a float32 first, rounded
+    to odd, and below the normal range of f16 as a multiple of ``2**-37``. A finite value becomes
+    no infinity in bf16; beyond the largest number f16 rounds to nearest.
+
+    Parameters
+    ----------
+    values : float64 array of any shape
+    words : array of that shape
+        Whole numbers below ``2**16``.
+    code : str
+        ``"bf16"`` or ``"f16"``.
+    """
+    form = FLOATS[code]
+    bits = FLOATS["f32"].digits - form.digits
+    sizes = np.abs(to_odd(values))
+    place = _last_place(sizes, form)
+    with np.errstate(over="ignore", invalid="ignore"):
+        units = np.rint(np.ldexp(sizes, bits - place))  # whole but for subnormal results in f16
+        units += np.asarray(words, np.uint16) >> np.uint16(16 - bits)
+        rounded = np.ldexp(np.floor(np.ldexp(units, -bits)), place)
+    if code == "bf16":
+        rounded = np.where(np.isfinite(sizes), np.minimum(rounded, form.largest), sizes)
+    else:
+        rounded = np.where(sizes > form.largest, _bounded(_nearest(sizes, form), form), rounded)
+    return encode(np.copysign(rounded, values), code)
+
+
+def to_odd(values: Reals) -> Reals:
+    """The float32 numbers equal to values, or the odd one of the two around each."""
+    form = FLOATS["f32"]
+    place = _last_place(values, form)
+    with np.errstate(over="ignore", invalid="ignore"):
+        units = np.abs(np.ldexp(values, -place))
+        whole = np.floor(units)
+        whole += (units != whole) & (whole % 2 == 0)
+        rounded = np.copysign(np.ldexp(whole, place), values)
+    largest = np.copysign(form.largest, values)
+    beyond = np.isfinite(values) & (np.abs(values) > form.largest)
+    return np.where(np.isfinite(values), np.where(beyond, largest, rounded), values)
+
+
+def tensor_key(name: str, which: int = 0) -> int:
+    """32 bits that tell the ``which``-th average of a tensor from those of others."""
+    return zlib.crc32(f"{which}/{name}".encode())
+
+
+def _mixed(x: Array) -> Array:
+    """A permutation of 32-bit words: xor-shift and multiply, twice, and a last xor-shift."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
+
+
+def random_words(seed: int, step: int, key: int, index: Array) -> Array:
+    """Sixteen random bits for each element of a tensor.
+
+    Parameters
+    ----------
+    seed, step : int
+        At least 0; 64 bits count.
+    key : int
+        Of the tensor, see :func:`tensor_key`.
+    index : int array of any shape
+        Places of elements in the whole tensor, in the order in which its average lies in memory.
+
+    Returns
+    -------
+    uint16 array
+    """
+    index = np.asarray(index, np.uint64)
+    halves = [number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32)]
+    first, second = (np.full(index.shape, halves[0] ^ 0x9E3779B9, np.uint32) for _ in range(2))
+    for number in (*halves[1:], key):
+        first = _mixed(first) ^ np.uint32(number)
+    first = _mixed(_mixed(first) ^ (index >> np.uint64(32)).astype(np.uint32))
+    second = _mixed(first)
+    x = ((index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ first) * np.uint32(0x7FEB352D)
+    x ^= (x >> np.uint32(16)) ^ second
+    return ((x * (x + x + np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def split(values: Array) -> tuple[Array, Array]:
+    """A float32 in two halves: the nearest bfloat16, ties away from zero, and the low 16 bits.
+
+    Parameters
+    ----------
+    values : float32 array of any shape
+    """
+    form = FLOATS["bf16"]
+    wide = values.astype(np.float64)
+    place = _last_place(wide, form)
+    with np.errstate(invalid="ignore"):
+        away = np.ldexp(np.floor(np.ldexp(np.abs(wide), -place) + 0.5), place)
+        high = _bounded(np.where(np.isinf(wide), np.inf, away), form)
+    low = values.view(np.uint32) & np.uint32(0xFFFF)
+    return encode(np.copysign(high, wide), "bf16"), low.astype(np.uint16)
+
+
+def windowed_mean(history: Array, size: int) -> Reals:
+    """The mean of the last ``size`` rows of a history, or of all there are, rounded to float64.
+
+    Parameters
+    ----------
+    history : float array, (steps, ...)
+    size : int
+    """
+    last = history[-size:].astype(np.longdouble)
+    return np.asarray(last.sum(axis=0) / len(last), np.float64)
+
+
 def swap(a: Array, b: Array, dst: str, src: str) -> tuple[Array, Array]:
     """What ``a`` (stored as ``dst``) and ``b`` (as ``src``) hold after they were exchanged."""
     return cast(b, src, dst), cast(a, dst, src)
 
 
-def lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> Array:
+def lerp(
+    avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None = None
+) -> Array:
     """``avg + w * (x - avg)`` as the kernels promise it, to the bit.
 
     In float64 where either side is, else in float32: the weight is rounded, then the difference,
@@ -154,6 +286,8 @@ def lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> Array:
         Weight of ``x``.
     dst, src : str
         Codes, both real or both complex.
+    words : array of that shape, optional
+        Of :func:`random_words`: the result is rounded to 16 bits as they say.
     """
     if dst in _PARTS:
         storage = real_of_storage(dst), real_of_storage(src)
@@ -167,7 +301,7 @@ def lerp(avg: Array, x: Array, w: float, dst: str, src: str) -> Array:
             weight = float(np.float32(w))
             difference = new.astype(np.float32) - old.astype(np.float32)
             result = _fma32(weight, difference.astype(np.float64), old) if weight != 1 else new
-    return encode(result, dst)
+    return encode(result, dst) if words is None else encode_random(result, words, dst)
 
 
 def _two_sum(x: Reals, y: Reals) -> tuple[Reals, Reals]:

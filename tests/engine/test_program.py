@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastema.engine import registry
-from fastema.engine.program import Program
+from fastema.engine.program import Moment, Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import CHUNK
 from fastema.layout.dtypes import DTYPES
@@ -250,7 +250,7 @@ def test_only_the_tags_of_a_run_are_touched(
         {tag: [Pair(tag, spec_of(a, "f32"), spec_of(x, "f32"))] for tag, (a, x) in sides.items()}
     )
     before = {tag: (a.copy(), x.copy()) for tag, (a, x) in sides.items()}
-    program.run({"a": "lerp", "c": "swap"}, 1.0)
+    program.run({"a": "lerp", "c": "swap"}, Moment((1.0,)))
     np.testing.assert_array_equal(sides["a"], [before["a"][1], before["a"][1]])
     np.testing.assert_array_equal(sides["b"], before["b"])
     np.testing.assert_array_equal(sides["c"], before["c"][::-1])
@@ -265,7 +265,7 @@ def test_integers_are_not_averaged(numbers: Make, spec_of: Callable[..., TensorS
     before = floats.copy()
     program = Program({"all": pairs})
     with pytest.raises(DTypeError, match="i32"):
-        program.run({"all": "lerp"}, 0.5)
+        program.run({"all": "lerp"}, Moment((0.5,)))
     np.testing.assert_array_equal(floats, before)
 
 
@@ -276,7 +276,7 @@ def test_devices_without_kernels_are_refused() -> None:
 
 
 def test_nothing_to_do() -> None:
-    Program({"all": []}).run({"all": "lerp"}, 0.5)
+    Program({"all": []}).run({"all": "lerp"}, Moment((0.5,)))
 
 
 def test_later_runs_compile_nothing_and_keep_no_memory(
@@ -292,14 +292,14 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
     monkeypatch.setattr("fastema.engine.program.kernel", None)  # asked for once only
     monkeypatch.setattr("fastema.engine.program.chunk_tables", None)
     for _ in range(20):
-        program.run({"all": "lerp"}, W)
+        program.run({"all": "lerp"}, Moment((W,)))
     assert registry._made == made
     tracemalloc.start()
     try:
         held = []
         for _ in range(4):
             for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
-                program.run({"all": "lerp"}, W)
+                program.run({"all": "lerp"}, Moment((W,)))
             time.sleep(0.3)  # helpers that came too late still clear their queue
             gc.collect()
             held.append(tracemalloc.get_traced_memory()[0])

@@ -13,12 +13,14 @@ SCRIPT = """
     import numpy as np
     np.seterr(all="ignore")
     import fastema
-    from fastema.engine.program import Program
+    from fastema.engine.program import Moment, Program
     from fastema.engine import registry
     from fastema.layout.group import Pair
     from fastema.layout.spec import TensorSpec
 
-    STORAGE = {"f64": "f8", "f32": "f4", "f16": "f2", "bf16": "u2", "c64": "c8", "i32": "i4"}
+    STORAGE = {
+        "f64": "f8", "f32": "f4", "f16": "f2", "bf16": "u2", "c64": "c8", "i32": "i4", "i16": "i2"
+    }
 
     def numbers(code, seed):
         dtype = np.dtype(STORAGE[code])
@@ -33,23 +35,56 @@ SCRIPT = """
         return TensorSpec(array.ctypes.data, (size,), (step,), code, "cpu", owner=array)
 
     results = []
+    FLOATS = (
+        ("f32", "f32"), ("f32", "bf16"), ("bf16", "f16"), ("f16", "f64"), ("f64", "f64"),
+        ("c64", "c64"),
+    )
+    # operation, dtypes, step between elements, format of the average
     CASES = [
-        *[(op, *pair, 1) for op in ("lerp", "copy", "swap") for pair in (
-            ("f32", "f32"), ("f32", "bf16"), ("bf16", "f16"), ("f16", "f64"), ("f64", "f64"),
-            ("c64", "c64"))],
-        ("lerp", "f32", "bf16", 2), ("swap", "i32", "i32", 3), ("park", "f32", "bf16", 1),
-        ("unpark", "f32", "bf16", 1),
+        *[(op, *pair, 1, "") for op in ("lerp", "copy", "swap") for pair in FLOATS],
+        ("add", "f32", "bf16", 1, ""), ("add", "f64", "f64", 1, ""),
+        ("lerp", "f32", "bf16", 2, ""), ("swap", "i32", "i32", 3, ""),
+        ("park", "f32", "bf16", 1, ""), ("unpark", "f32", "bf16", 1, ""),
+        ("lerp", "bf16", "bf16", 1, "bf16~"), ("lerp", "bf16", "f32", 2, "bf16~"),
+        ("lerp", "f16", "f32", 1, "f16~"), ("lerp", "f16", "f64", 1, "f16~"),
+        ("lerp", "bf16", "f32", 1, "bf16+16"), ("lerp", "bf16", "bf16", 2, "bf16+16"),
+        ("lerp", "bf16", "f64", 1, "bf16+16"),
+        ("copy", "bf16", "f32", 1, "bf16+16"), ("give", "bf16", "f32", 1, "bf16+16"),
+        ("window", "f32", "bf16", 1, ""), ("window", "bf16", "bf16", 2, ""),
+        ("window", "f64", "f32", 1, ""),
     ]
-    for i, (operation, dst, src, step) in enumerate(CASES):
+
+    def plain(side, code):
+        # Any NaN is as good as another.
+        if code == "bf16":
+            side[(side & 0x7FFF) > 0x7F80] = 0x7FC0
+        elif side.dtype.kind in "fc":
+            side.view(side.real.dtype)[np.isnan(side.view(side.real.dtype))] = np.nan
+        return side.tobytes().hex()
+
+    for i, (operation, dst, src, step, form) in enumerate(CASES):
         a, b = numbers(dst, i), numbers(src, 100 + i)
-        program = Program({"all": [Pair("t", spec(a, dst, step), spec(b, src, step))]})
-        program.run({"all": operation}, 0.3)
-        for side, code in ((a, dst), (b, src)):
-            if code == "bf16":
-                side[(side & 0x7FFF) > 0x7F80] = 0x7FC0  # any NaN is as good as another
-            elif side.dtype.kind in "fc" and not operation.endswith("park"):
-                side.view(side.real.dtype)[np.isnan(side.view(side.real.dtype))] = np.nan
-            results.append([operation, dst, src, step, side.tobytes().hex()])
+        sides = [(a, dst), (b, src)]
+        low = ring = None
+        if form == "bf16+16":
+            sides.append((numbers("i16", 200 + i), "i16"))
+            low = spec(*sides[-1], step)
+        elif operation == "window":
+            wide = "f64" if dst == "f64" else "f32"
+            sides.append((np.random.default_rng(i).normal(size=90).astype(STORAGE[wide]), wide))
+            low = spec(*sides[-1], step)
+            sides.append((np.concatenate([numbers(src, 300 + i), numbers(src, 301 + i)]), src))
+            slots = sides[-1][0]
+            ring = spec(slots[:90], src, step), 90 * slots.itemsize
+        pair = Pair("t", spec(a, dst, step), spec(b, src, step), form, low, ring)
+        program = Program({"all": [pair]})
+        for turn in (1, 2, 3, 4) if ring else (7,):
+            moment = Moment((min(turn, 2) if ring else 0.3,), 5, turn, 2, (turn - 1) % 2, turn)
+            program.run({"all": operation}, moment)
+        for side, code in sides:
+            exact = operation.endswith("park")
+            held = side.tobytes().hex() if exact else plain(side, code)
+            results.append([operation, dst, src, step, form, held])
     python_mode = os.environ.get("NUMBA_DISABLE_JIT") == "1"
     kernels = list(registry._made.values())
     assert all(hasattr(one, "signatures") != python_mode for one in kernels)
@@ -59,9 +94,10 @@ SCRIPT = """
 
 @pytest.mark.slow
 def test_the_same_bits_without_the_compiler(python: Callable[..., str]) -> None:
-    compiled = json.loads(python(SCRIPT, NUMBA_DISABLE_JIT="0"))
+    # Forty kernels to compile, where none is in the cache.
+    compiled = json.loads(python(SCRIPT, timeout=240, NUMBA_DISABLE_JIT="0"))
     plain = json.loads(python(SCRIPT, NUMBA_DISABLE_JIT="1"))
-    assert len(compiled) == len(plain) > 40
+    assert len(compiled) == len(plain) > 70
     for one, other in zip(compiled, plain, strict=True):
         assert one == other
 

@@ -319,6 +319,23 @@ def test_many_snapshots(sigma_rel: float) -> None:
     assert careful.error > found.error
 
 
+def test_very_early_snapshots_do_no_harm() -> None:
+    """Their norm is 1e5 times the others', and rounding must not be measured by theirs."""
+    kept, target = snapshots((0.05, 0.10), 1e10, 20), PowerProfile(1e10, gamma_of(0.07))
+    early = snapshots((0.05, 0.10), 10, 10)
+    found = solve([*early, *kept], target)
+    assert found.error == pytest.approx(solve(kept, target).error, rel=1e-3)
+    assert max(map(abs, found.coefficients[: len(early)])) < 1e-3
+
+
+def test_without_noise_rounding_sets_the_limit() -> None:
+    gamma, target = gamma_of(0.05), PowerProfile(1001, gamma_of(0.06))
+    kept = [PowerProfile(1000 + k * 1e-4, gamma) for k in range(40)]
+    found = solve(kept, target, noise=0.0)
+    assert found.error <= solve(kept[-1:], target).error * 1.001
+    assert math.hypot(*found.coefficients) < 1e7
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-2, 10.0])
 def test_any_noise(noise: float) -> None:
     kept = [*snapshots((0.05, 0.10), 10_000, 30), PowerProfile(9000 * (1 + 1e-15), gamma_of(0.07))]

@@ -123,7 +123,7 @@ def test_a_window_is_as_old_as_its_ring(size: int, n: int, every: int) -> None:
 def test_the_initial_share_of_a_constant(decay: float, n: int) -> None:
     expected = math.exp(n * math.log(decay))
     assert effective_steps(rules.constant(decay), n).initial_share == pytest.approx(
-        expected, rel=1e-6, abs=1e-18
+        expected, rel=1e-12, abs=1e-18
     )
 
 
@@ -144,6 +144,14 @@ def test_a_constant_that_has_hardly_begun() -> None:
     w = 1 - (1 - w)
     assert n - found.mean_age == pytest.approx(w * n * (n + 1) / 2, rel=1e-4, abs=0.0)
     assert found.std_age == pytest.approx(math.sqrt(w * n**3 / 3), rel=1e-4, abs=0.0)
+
+
+@pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0, 3.0, 7.94, 20.0, 64.0])
+@pytest.mark.parametrize("updates", [4097, 30_000])
+def test_sums_of_powers(exponent: float, updates: int) -> None:
+    expected = math.fsum((j / updates) ** exponent for j in range(1, updates))
+    found = reach._power_sum(exponent, updates)
+    assert found == pytest.approx(expected, rel=1e-12, abs=0.0)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.8, 6.94, 16.97, 1000.0, 1e5])

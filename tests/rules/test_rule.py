@@ -127,6 +127,11 @@ def test_a_power_of_a_decay_near_one_keeps_its_digits(distance: float, every: in
     assert Given(decay).weight(every, every) == pytest.approx(exact, rel=1e-13, abs=0.0)
 
 
+@given(decays)
+def test_the_weight_of_one_step_is_exact(decay: float) -> None:
+    assert Given(decay).weight(3) == 1.0 - decay
+
+
 @given(strides)
 def test_the_ends_of_the_range(every: int) -> None:
     assert Given(0.0).weight(every, every) == 1.0

@@ -1,0 +1,173 @@
+"""safetensors files: what others write we read, what we write they read; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastema.bridges.registry import describe
+from fastema.checkpoint import files
+from fastema.errors import CheckpointError
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
+
+
+def some_arrays(seed: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return {
+        "layer.weight": generator.standard_normal((3, 5)).astype(np.float32),
+        "layer.bias": generator.standard_normal(7),
+        "half": generator.standard_normal((2, 1, 3)).astype(np.float16),
+        "count": np.array(generator.integers(1, 1000)),
+        "mask": generator.integers(0, 2, 5).astype(bool),
+        "empty": np.empty((0, 4), np.float32),
+    }
+
+
+def content(path: Path) -> dict[str, bytes]:
+    found = files.read(path)
+    read = {}
+    with found.opened() as fill:
+        for name, tensor in found.tensors.items():
+            buffer = bytearray(tensor.nbytes)
+            fill(tensor.offset, memoryview(buffer))
+            read[name] = bytes(buffer)
+    return read
+
+
+def test_what_is_written_is_read_by_the_package(tmp_path: Path) -> None:
+    arrays = some_arrays(1)
+    path = tmp_path / "a.safetensors"
+    files.write(path, {name: describe(array) for name, array in arrays.items()}, note="x", n="3")
+    loaded = safetensors_numpy.load_file(path)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)
+        assert loaded[name].dtype == array.dtype
+    assert files.read(path).metadata == {"note": "x", "n": "3"}
+
+
+def test_what_the_package_writes_is_read(tmp_path: Path) -> None:
+    arrays = some_arrays(2)
+    path = tmp_path / "a.safetensors"
+    safetensors_numpy.save_file(arrays, path, metadata={"who": "them"})
+    found = files.read(path)
+    assert found.metadata == {"who": "them"}
+    for name, array in arrays.items():
+        assert found.tensors[name].shape == array.shape
+        assert found.tensors[name].size == array.size
+    assert content(path) == {name: array.tobytes() for name, array in arrays.items()}
+
+
+def test_bfloat16_from_torch(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    tensor = torch.randn(5, 3).bfloat16()
+    path = tmp_path / "a.safetensors"
+    files.write(path, {"x": describe(tensor)})
+    assert torch.equal(load_file(path)["x"], tensor)
+    assert files.read(path).tensors["x"].kind.code == "bf16"
+
+
+@pytest.mark.parametrize("array", [np.ones((4, 6)).T, np.ones(8)[::2], np.ones(3, np.complex128)])
+def test_what_the_format_cannot_hold_is_refused_before_a_file_is_made(
+    array: np.ndarray, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="x: "):
+        files.write(tmp_path / "a.safetensors", {"x": describe(array)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def damaged(kind: str, whole: bytes) -> bytes:
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    if kind == "far":
+        header["layer.weight"]["data_offsets"] = [10**6, 10**6 + 60]
+    elif kind == "size":
+        header["layer.weight"]["shape"] = [3, 6]
+    elif kind == "dtype":
+        header["layer.weight"]["dtype"] = "F4"
+    elif kind == "negative":
+        header["layer.weight"]["data_offsets"] = [-60, 0]
+    elif kind == "entry":
+        header["layer.weight"] = 3
+    else:
+        cuts = {"empty": 0, "few": 5, "head": 40, "data": len(whole) - 3}
+        return whole[: cuts[kind]]
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "few", "head", "data", "far", "size", "dtype", "negative", "entry"]
+)
+def test_damage_is_found_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    files.write(path, {name: describe(array) for name, array in some_arrays(3).items()})
+    path.write_bytes(damaged(kind, path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        files.read(path)
+
+
+def test_a_file_cut_short_later_is_found_when_it_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    array = np.arange(100.0)
+    files.write(path, {"x": describe(array)})
+    found = files.read(path)
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(CheckpointError, match="cut short"), found.opened() as fill:
+        fill(found.tensors["x"].offset, memoryview(bytearray(800)))
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    old = np.arange(3.0)
+    files.write(path, {"x": describe(old)})
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_settle", full)
+    new = np.arange(5.0)
+    with pytest.raises(OSError, match="No space"):
+        files.write(path, {"x": describe(new)})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    files.write(path, {"x": describe(np.arange(3.0))})
+    before = path.read_bytes()
+    script = f"""
+        import os, signal
+        import numpy as np
+        from fastema.bridges.registry import describe
+        from fastema.checkpoint import files
+        files._settle = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        array = np.arange(1000.0)
+        files.write({str(path)!r}, {{"x": describe(array)}})
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert killed.returncode != 0
+    assert path.read_bytes() == before
+    assert sorted(tmp_path.glob("*.safetensors")) == [path]
+
+
+def test_without_the_package_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(CheckpointError, match=r"pip install safetensors"):
+        files.write(tmp_path / "a.safetensors", {})
