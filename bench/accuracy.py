@@ -55,7 +55,7 @@ class Settings:
 
 
 FULL = Settings(elements=100_000, short=1_000, run_elements=4_096, marks=(10_000, 100_000))
-QUICK = Settings(elements=4_000, short=50, run_elements=512, marks=(100, 500))
+QUICK = Settings(elements=4_000, short=50, run_elements=512, marks=(50, 250))
 
 
 # -- one update -----------------------------------------------------------------------------------
@@ -249,18 +249,18 @@ COMPARED = {
 }
 
 
+def _peer(
+    peer: peers.Peer[peers.Running], dtype: str, model: nn.Module, decay: float
+) -> peers.Running:
+    return peer.setup(model, decay, DTYPES[dtype])
+
+
 def _of_peers(dtype: str, rounding: str) -> Iterator[Subject]:
-    """The peers' averages in one dtype that round as told; in float32 nothing is random."""
+    """The peers' averages in one dtype that round as told."""
     for peer in peers.PEERS:
         if peer.name in COMPARED and peer.stochastic == (rounding == "stochastic"):
-
-            def setup(
-                model: nn.Module, decay: float, peer: peers.Peer[peers.Running] = peer
-            ) -> peers.Running:
-                return peer.setup(model, decay, DTYPES[dtype])
-
             package = peer.name.removesuffix(", stochastic")
-            yield Subject(package, dtype, rounding, setup, peer.missing())
+            yield Subject(package, dtype, rounding, partial(_peer, peer, dtype), peer.missing())
 
 
 def _subject(dtype: str, rounding: str = "nearest") -> Subject:
@@ -446,12 +446,14 @@ ORDER = ("f32", "bf16+16", "bf16", "f16", NONE)
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage with two significant digits, from 1 % on without fractions."""
+    """Return a share as a percentage with two significant digits; what is not all never has 100."""
     value = 100 * share
     if value == 0:
         return "0 %"
     if value < 0.001:
         return "< 0.001 %"
+    if 99 < value < 100:
+        return f"{math.floor(10 * value) / 10} %"
     digits = max(0, 1 - math.floor(math.log10(value)))
     return f"{value:,.{digits}f} %"
 
@@ -468,8 +470,8 @@ def relative(row: Row) -> str:
 
 
 def followed(row: Row) -> str:
-    """Return the part of the way that was gone."""
-    return f"{row['followed']:.2f}"
+    """Return the part of the way that was gone; of noisy weights it says nothing."""
+    return "–" if row["average"] == NONE else f"{row['followed']:.2f}"
 
 
 def run_table(rows: list[Row], refused: list[Row], cell: Callable[[Row], str]) -> str:
@@ -488,58 +490,60 @@ def run_table(rows: list[Row], refused: list[Row], cell: Callable[[Row], str]) -
 
 
 def span(rows: Iterable[Row], key: str, show: Callable[[float], str] = percent) -> str:
-    """Return the least and the largest of a figure at each decay."""
-    by_decay: dict[float, list[float]] = {}
-    for row in rows:
-        by_decay.setdefault(row["decay"], []).append(row[key])
-    ranges = [(show(min(values)), show(max(values))) for values in by_decay.values()]
-    return " / ".join(low if low == high else f"{low} to {high}" for low, high in ranges)
+    """Return the least and the largest of a figure."""
+    values = [row[key] for row in rows]
+    least, most = show(min(values)), show(max(values))
+    return least if least == most else f"{least} to {most}"
 
 
 def in_short(rows: list[Row]) -> str:
-    """Return what the rows say after the most updates, group by group."""
+    """Return in sentences what the rows say after the most updates."""
     last = max(row["updates"] for row in rows)
     rows = [row for row in rows if row["updates"] == last]
 
-    def of(average: str, rounding: str | None, ours: bool | None = None) -> list[Row]:
+    def of(average: str, rounding: str | None) -> list[Row]:
         return [
             row
             for row in rows
-            if (row["average"], row["rounding"]) == (average, rounding)
-            and row["package"] != HALF
-            and ours in (None, row["package"] == OURS)
+            if (row["average"], row["rounding"]) == (average, rounding) and row["package"] != HALF
         ]
 
-    def rounded(average: str, rounding: str) -> str:
-        group = of(average, rounding)
-        packages = len({row["package"] for row in group})
-        return (
-            f"{average} averages, {rounding} rounding ({packages} "
-            f"package{'s' if packages > 1 else ''}): error {span(group, 'of_movement')}; "
-            f"{span(group, 'still')} of the elements never changed; the average went "
-            f"{span(group, 'followed', '{:.2f}'.format)} of the way."
-        )
+    def packages(group: list[Row]) -> str:
+        return ", ".join(dict.fromkeys(row["package"] for row in group))
 
-    halves = [row for row in rows if row["package"] == HALF]
+    wide = [*of("f32", "nearest"), *of("bf16+16", "nearest")]
+    ours = [row for row in wide if row["package"] == OURS]
+    theirs = [row for row in wide if row["package"] != OURS]
     lines = [
-        "f32 averages of fastema: error "
-        f"{span(of('f32', 'nearest', True), 'of_movement')}; bf16+16: "
-        f"{span(of('bf16+16', 'nearest'), 'of_movement')}; the bf16 half of it by itself: "
-        f"{span(halves, 'of_movement')}, where the exact average rounded once to bf16 has "
-        f"{span(of('bf16', None), 'of_movement')}.",
+        f"f32 and bf16+16 of fastema: the error is {span(ours, 'of_movement')} of the movement"
+        + (f"; f32 of the peers: {span(theirs, 'of_movement')}." if theirs else ".")
     ]
-    if peers_f32 := of("f32", "nearest", False):
-        worst = max(peers_f32, key=lambda row: row["of_movement"])
+    once = {(row["weights"], row["decay"]): row["of_movement"] for row in of("bf16", None)}
+    excess = max(
+        row["of_movement"] / once[row["weights"], row["decay"]]
+        for row in rows
+        if row["package"] == HALF
+    )
+    lines.append(
+        "The bf16 half of bf16+16, which a bf16 model takes as it is: at most "
+        f"{excess:.3f} times the error of rounding the exact average once."
+    )
+    for dtype in ("bf16", "f16"):
+        nearest, at_random = of(dtype, "nearest"), of(dtype, "stochastic")
+        way = "{:.2f}".format
         lines.append(
-            f"f32 averages of the peers: error {span(peers_f32, 'of_movement')}, the largest by "
-            f"{worst['package']} of {worst['weights']} weights."
+            f"{dtype} rounded to nearest ({packages(nearest)}): {span(nearest, 'still')} of the "
+            f"elements never changed, and the average went {span(nearest, 'followed', way)} of the "
+            f"way. Rounded at random ({packages(at_random)}): {span(at_random, 'still')}, and "
+            f"{span(at_random, 'followed', way)} of the way, with an error of "
+            f"{span(at_random, 'relative')} of the average."
         )
-    lines += [rounded(*pair) for pair in product(SIXTEEN_BITS[::-1], ("nearest", "stochastic"))]
-    lines.append(f"The weights themselves: error {span(of(NONE, None), 'of_movement')}.")
-    decays = " / ".join(str(decay) for decay in dict.fromkeys(row["decay"] for row in rows))
+    lines.append(
+        f"The weights themselves: {span(of(NONE, None), 'relative')} of the average away from it."
+    )
     return (
-        f"In short, after {last:,} updates, at decay {decays}, least to largest over both models "
-        "and over packages:\n\n" + "\n".join(f"- {line}" for line in lines)
+        f"After {last:,} updates, least to largest over all decays, both models and the packages "
+        "named:\n\n" + "\n".join(f"- {line}" for line in lines)
     )
 
 
@@ -566,14 +570,14 @@ def long_run_text(result: dict[str, Any]) -> list[str]:
 Root-mean-square error of an average of {settings["run_elements"]:,} weights against the same
 recursion in float64, over the weights as the model holds them (f32, or rounded to bf16); all
 averages side by side over the same weights. Each weight follows a target that drifts, by a speed
-of its own, {DRIFT:.0%} of the weights' scale in one averaging horizon of 1 / (1 - decay) updates, with
-noise of {NOISE:.0%} of the scale about it (autoregressive, {MEMORY} from step to step). Averages
-begin as a copy of the weights, at values that bf16 holds exactly."""
+of its own, {100 * DRIFT:g} % of the weights' scale in one averaging horizon of 1 / (1 - decay)
+updates, with noise of {100 * NOISE:g} % of the scale about it (autoregressive, {MEMORY} from step
+to step). Averages begin as a copy of the weights, at values that bf16 holds exactly."""
     reading = """\
-**Error as a share of how far the exact average has moved since the start**: an average that stands
-still has 100 %. In brackets, where there are any: elements of the average that were never seen to
-change. *Rounded once* is the exact average stored in that dtype without any recursion, the least
-error that the dtype allows."""
+**Error as a share of how far the exact average has moved since the start.** An average that stands
+still has 100 %; one that has more is further from the exact average than the start is. In brackets,
+where there are any: elements that were never seen to change. *Rounded once* is the exact average
+stored in that dtype without any recursion: what the dtype itself costs."""
     parts = ["## A long run", method, in_short(rows), reading]
     parts += tables("{} weights", at_a_glance)
     if refused:
@@ -587,7 +591,7 @@ error that the dtype allows."""
     parts.append(
         "**How much of the way an average went**: the slope of its movement over the exact one's, "
         "by least squares. 0 stands still, 1 is right but for noise that differs from element to "
-        "element; above 1 only noise leads."
+        "element."
     )
     parts += tables("{} weights: part of the way", followed)
     return parts

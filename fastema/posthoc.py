@@ -53,6 +53,9 @@ __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthe
 
 _KIND: Final = "fastema power snapshot"
 
+_NOISE: Final = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 1e-2}
+"""Large coefficients multiply the rounding of the snapshots: how far they are held down."""
+
 
 class Snapshot(NamedTuple):
     """One average at one step, in a file.
@@ -253,8 +256,9 @@ def synthesize(
         In steps, of an exponential average (without the share of the initial weights). One of the
         two must be given.
     step : int, optional
-        Of the run; the latest snapshot's by default. Snapshots that are newer are left out; between
-        two updates the average is that of the earlier one.
+        Of the run; the latest snapshot's by default. Best one at which a snapshot was taken: newer
+        ones are left out, and what came after the last before it is missing. Between two updates
+        the average is that of the earlier one.
     dtype : dtype or str, optional
         Of the averaged tensors in the result; float32 by default, float64 where the snapshots are.
     into : module, list, tuple or dict, optional
@@ -284,7 +288,8 @@ def synthesize(
         raise ArgumentError(f"step={last}: the first snapshot is of step {found[0].step}")
     last = start + (last - start) // every * every  # the average stands still in between
     target = _target(sigma_rel, half_life, last - start)
-    solution = solve([one.profile for one in found], target)
+    noise = max(_NOISE[kind] for kind in _dtypes(read(found[-1].path)))
+    solution = solve([one.profile for one in found], target, noise=noise)
     used = [
         (one, c)
         for one, c in zip(found, solution.coefficients, strict=True)
@@ -302,6 +307,12 @@ def synthesize(
     if into is not None:
         Plan(into, tensors).copy_()
     return Synthesized(tensors, solution.error, {one.path: c for one, c in used}, last)
+
+
+def _dtypes(file: File) -> set[str]:
+    """The float formats of the averaged tensors in a snapshot."""
+    averaged = set(file.tensors) - _copied(file)
+    return {str(file.tensors[name].kind.real) for name in averaged}
 
 
 def _given(snapshots: Any) -> list[Snapshot]:

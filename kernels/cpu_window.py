@@ -10,6 +10,8 @@ rows computed afresh: 32, whatever the window.
 
 from __future__ import annotations
 
+import numpy as np
+
 from fastema.kernels import scalar
 from fastema.kernels.cpu_loops import NOTHING, WALKS, Streams, over_rows, weight
 from fastema.kernels.formats import FORMATS, access
@@ -25,8 +27,11 @@ from fastema.kernels.words import (
 )
 
 
-def window(dst: str, src: str, ring: str, layout: str):
+def window(dst: str, src: str, ring: str, low: str, layout: str):
     """The mean of the last ``WINDOW`` values of ``src``, as they are stored in the ring.
+
+    ``low`` is what the companion is made of, f32 or f64: memory of its own, which does not become
+    wider with the weights.
 
     The number of a row is how many values the mean is of: those there are, while the ring fills.
     """
@@ -34,15 +39,16 @@ def window(dst: str, src: str, ring: str, layout: str):
     wide = "f64" in (dst, src)
     recall = FORMATS[ring].decode
     keep = FORMATS[ring].encode_wide if wide else FORMATS[ring].encode
-    streams = Streams(dst, src, low="f64" if wide else "f32", ring=ring)
+    as_rest = np.float64 if low == "f64" else np.float32
+    streams = Streams(dst, src, low=low, ring=ring)
 
     @device_fn
     def step(to, low, i, x, old, old_rest, n, word):
         """``mean += (x - old) / n``; the companion keeps what the mean has no room for."""
-        avg, rest = read(to, low, i), load_low(low, i)
+        avg, rest = read(to, low, i), real(load_low(low, i))
         mean, left = scalar.mean_step(avg, rest, x, old, old_rest, n, real(1) / n)
         write(to, low, i, mean, word)
-        store_low(low, i, nan_to_zero((mean - read(to, low, i)) + left))
+        store_low(low, i, as_rest(nan_to_zero((mean - read(to, low, i)) + left)))
 
     @device_fn
     def store_newest(ring, of, i, j, word):
@@ -59,7 +65,7 @@ def window(dst: str, src: str, ring: str, layout: str):
     @device_fn
     def grow(to, low, ring, of, i, j, n, word):
         x = store_newest(ring, of, i, j, word)
-        step(to, low, i, x, read(to, low, i), load_low(low, i), n, word)
+        step(to, low, i, x, read(to, low, i), real(load_low(low, i)), n, word)
         return NOTHING
 
     @device_fn
@@ -69,14 +75,15 @@ def window(dst: str, src: str, ring: str, layout: str):
 
     @device_fn
     def begin(to, low, ring, of, i, j, n, word):
-        write(to, low, i, real(recall(load_ring(ring, i))), word)
-        store_low(low, i, real(recall(load_ring(ring, i))) - read(to, low, i))
+        x = real(recall(load_ring(ring, i)))
+        write(to, low, i, x, word)
+        store_low(low, i, as_rest(nan_to_zero(x - read(to, low, i))))
         return NOTHING
 
     @device_fn
     def fold(to, low, ring, of, i, j, n, word):
         x = real(recall(load_ring(ring, i)))
-        step(to, low, i, x, read(to, low, i), load_low(low, i), n, word)
+        step(to, low, i, x, read(to, low, i), real(load_low(low, i)), n, word)
         return NOTHING
 
     slide_all, grow_all, put_all, begin_all, fold_all = (

@@ -106,13 +106,13 @@ def random_key(seed, step, tensor, index):
 def random_word(index, key, second):
     """Sixteen random bits for an element, a function of its index and the keys alone.
 
-    :func:`mix32` without its last step, whose place the top half of the product takes. The second
-    key enters between the rounds: with the first alone, two steps would use the same words in
-    another order.
+    The top half of ``x * (2 * x + 1)``, a permutation whose top bits depend on all others, of ``x``
+    mixed by a multiplication and an xor-shift. The second key enters between them: with the first
+    alone, two steps would use the same words in another order.
     """
-    x = xor32(index, key)
-    x = mul32(xor32(x, shr32(x, 16)), 0x7FEB352D)
-    return shr32(mul32(xor32(xor32(x, shr32(x, 15)), second), 0x846CA68B), 16)
+    x = mul32(xor32(index, key), 0x7FEB352D)
+    x = xor32(xor32(x, shr32(x, 16)), second)
+    return shr32(mul32(x, or32(add32(x, x), 1)), 16)
 
 
 def encode_bf16_random(value, word):

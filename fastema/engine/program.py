@@ -117,7 +117,8 @@ def _formats(operation: str, pair: Pair) -> tuple[str, ...]:
     if operation not in _WITH_RING:
         return form, src.real
     assert pair.ring is not None
-    return form, src.real, str(pair.ring[0].kind.real)
+    assert pair.low is not None
+    return form, src.real, str(pair.ring[0].kind.real), str(pair.low.kind.real)
 
 
 class _Group(NamedTuple):
@@ -156,7 +157,8 @@ class Program:
         for tag, members in pairs.items():
             for pair in members:
                 ring = "" if pair.ring is None else pair.ring[0].dtype
-                key = (tag, pair.dst.device, pair.dst.dtype, pair.src.dtype, pair.form, ring)
+                low = "" if pair.low is None else pair.low.dtype
+                key = (tag, pair.dst.device, pair.dst.dtype, pair.src.dtype, pair.form, ring, low)
                 kinds.setdefault(key, []).append(pair)
         self._groups = [
             group for (tag, *_), members in kinds.items() for group in _groups(tag, members)

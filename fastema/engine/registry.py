@@ -36,7 +36,8 @@ _making = lock()
 def kernel(device: str, operation: str, formats: tuple[str, ...], layout: str) -> Kernel:
     """The kernel for a key; the first request compiles it or loads it from disk.
 
-    ``formats`` are those of the written side, the other side and, where there is one, the ring.
+    ``formats`` are those of the written side, the other side and, for a windowed mean, the ring and
+    the companion.
 
     Raises
     ------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastema.rules import Constant, Rule, debiased
+from fastema.errors import ArgumentError
+from fastema.rules import Constant, Rule, Window, debiased
 from fastema.shadow.average import Average
 from fastema.shadow.options import Options
 
@@ -81,6 +82,8 @@ class EMA(Average):
     ) -> None:
         several = decay if isinstance(decay, Sequence) else (decay,)
         rules = [one if isinstance(one, Rule) else Constant(one) for one in several]
+        if any(isinstance(rule, Window) for rule in rules):
+            raise ArgumentError("a windowed mean needs a ring: build fastema.SMA(weights, window)")
         if zero_debias:
             rules = [debiased(rule) for rule in rules]
         super().__init__(weights, rules, **options)

@@ -151,6 +151,10 @@ class Wish(NamedTuple):
         """
         kind = average_of(weights, self.dtype)
         if self.split:
+            if self.window:
+                raise DTypeError(
+                    "a windowed mean keeps a remainder of its own and cannot be in two halves"
+                )
             if weights.parts > 1:
                 raise DTypeError(f"an average of {weights.code} weights cannot be in two halves")
             return kind, SPLIT

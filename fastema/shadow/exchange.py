@@ -47,7 +47,10 @@ def exchanged(pairs: Iterable[Pair]) -> Tagged:
     found: Tagged = {}
     for pair in pairs:
         whole = pair.form == SPLIT and pair.dst.dtype != pair.src.dtype
-        bare = pair if whole else Pair(pair.name, pair.dst, pair.src)
+        # One average alone: it is not to be worked on together with others of its tensor.
+        bare = Pair(pair.name, pair.dst, pair.src)
+        if whole:
+            bare = bare._replace(form=pair.form, low=pair.low)
         found.setdefault(_tag(pair), []).append(bare)
     return found
 

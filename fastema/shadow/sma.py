@@ -87,4 +87,4 @@ class SMA(Average):
         if not n:
             return Moment()
         filled = float(rule.filled(n, every))
-        return Moment((filled,), 0, 0, rule.size, rule.slot(n, every), n // every)
+        return Moment((filled,), self._seed, step, rule.size, rule.slot(n, every), n // every)

@@ -37,6 +37,7 @@ __all__ = [
 
 Array = NDArray[Any]
 Reals = NDArray[np.float64]
+Words = NDArray[np.uint32]
 
 
 class Float(NamedTuple):
@@ -167,7 +168,7 @@ def encode_random(values: Reals, words: Array, code: str) -> Array:
     """
     form = FLOATS[code]
     bits = FLOATS["f32"].digits - form.digits
-    sizes = np.abs(to_odd(values))
+    sizes = np.abs(_to_odd(values))
     place = _last_place(sizes, form)
     with np.errstate(over="ignore", invalid="ignore"):
         units = np.rint(np.ldexp(sizes, bits - place))  # whole but for subnormal results in f16
@@ -180,7 +181,7 @@ def encode_random(values: Reals, words: Array, code: str) -> Array:
     return encode(np.copysign(rounded, values), code)
 
 
-def to_odd(values: Reals) -> Reals:
+def _to_odd(values: Reals) -> Reals:
     """The float32 numbers equal to values, or the odd one of the two around each."""
     form = FLOATS["f32"]
     place = _last_place(values, form)
@@ -199,11 +200,12 @@ def tensor_key(name: str, which: int = 0) -> int:
     return zlib.crc32(f"{which}/{name}".encode())
 
 
-def _mixed(x: Array) -> Array:
+def _mixed(x: Words) -> Words:
     """A permutation of 32-bit words: xor-shift and multiply, twice, and a last xor-shift."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
-    return x ^ (x >> np.uint32(16))
+    mixed: Words = x ^ (x >> np.uint32(16))
+    return mixed
 
 
 def random_words(seed: int, step: int, key: int, index: Array) -> Array:
@@ -223,15 +225,17 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
     uint16 array
     """
     index = np.asarray(index, np.uint64)
-    halves = [number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32)]
-    first, second = (np.full(index.shape, halves[0] ^ 0x9E3779B9, np.uint32) for _ in range(2))
-    for number in (*halves[1:], key):
+    low, *others = (number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32))
+    first = np.full(index.shape, low ^ 0x9E3779B9, np.uint32)
+    for number in (*others, key):
         first = _mixed(first) ^ np.uint32(number)
     first = _mixed(_mixed(first) ^ (index >> np.uint64(32)).astype(np.uint32))
     second = _mixed(first)
     x = ((index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ first) * np.uint32(0x7FEB352D)
     x ^= (x >> np.uint32(16)) ^ second
-    return ((x * (x + x + np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    x *= x + x + np.uint32(1)
+    words: Array = (x >> np.uint32(16)).astype(np.uint16)
+    return words
 
 
 def split(values: Array) -> tuple[Array, Array]:
@@ -268,9 +272,7 @@ def swap(a: Array, b: Array, dst: str, src: str) -> tuple[Array, Array]:
     return cast(b, src, dst), cast(a, dst, src)
 
 
-def lerp(
-    avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None = None
-) -> Array:
+def lerp(avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None = None) -> Array:
     """``avg + w * (x - avg)`` as the kernels promise it, to the bit.
 
     In float64 where either side is, else in float32: the weight is rounded, then the difference,

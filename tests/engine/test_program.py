@@ -171,6 +171,137 @@ def test_threads_layout_and_grouping_do_not_change_a_bit(
     np.testing.assert_array_equal(result(2, [77], step=2), want)
 
 
+@pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f64")])
+def test_random_bits_belong_to_elements_not_to_chunks_threads_or_places(
+    dst: str,
+    src: str,
+    numbers: Make,
+    bits: Make,
+    spec_of: Callable[..., TensorSpec],
+    threads: Callable[[int], None],
+) -> None:
+    size = 3 * CHUNK + 11
+    avg, x = numbers(size, dst, 1), numbers(size, src, 2)
+    other = numbers(500, dst, 3), numbers(500, src, 4)
+
+    def result(
+        count: int, space: int = 1, among: bool = False, seed: int = 5, step: int = 9
+    ) -> np.ndarray:
+        threads(count)
+        spaced = np.empty(size * abs(space), avg.dtype)[::space]
+        spaced[:] = avg
+        pairs = [Pair("t", spec_of(spaced, dst), spec_of(x, src), f"{dst}~")]
+        if among:
+            first = Pair("a", spec_of(other[0].copy(), dst), spec_of(other[1], src), f"{dst}~")
+            pairs.insert(0, first)
+        program = Program({"all": pairs})
+        program.run({"all": "lerp"}, Moment((0.3,), seed, step))
+        return bits(spaced)
+
+    want = result(1)
+    for got in (result(2), result(3, among=True), result(2, space=2), result(1, space=-1)):
+        np.testing.assert_array_equal(got, want)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastema.layout.table.CHUNK", 1000)
+        np.testing.assert_array_equal(result(2), want)
+    exact = bits(reference.lerp(avg, x, 0.3, dst, src))
+    unlike = [np.mean(want != bits_) for bits_ in (exact, result(1, seed=6), result(1, step=10))]
+    assert all(0.2 < share < 0.8 for share in unlike)
+
+
+@pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("f32", "bf16"), ("c64", "c64")])
+@pytest.mark.parametrize("count", [1, 3])
+def test_averages_updated_together_are_those_updated_apart(
+    dst: str,
+    src: str,
+    count: int,
+    numbers: Make,
+    guarded: Callable[..., object],
+    assert_same: Check,
+    spec_of: Callable[..., TensorSpec],
+    threads: Callable[[int], None],
+) -> None:
+    """Tensors of many sizes and layouts, three averages of each."""
+    threads(count)
+    weights = (0.5, 0.125, 1.0)
+    sizes = [(0,), (1,), (65,), (CHUNK + 1,), (7, 30), (3, 5)]
+    strides = [None, None, None, None, (90, 1), (1, 3)]
+    pairs, sides = [], []
+    for i, (shape, steps) in enumerate(zip(sizes, strides, strict=True)):
+        x = guarded(numbers(int(np.prod(shape)), src, i).reshape(shape), i % 3)
+        for which in range(3):
+            values = numbers(int(np.prod(shape)), dst, 10 * i + which).reshape(shape)
+            to = guarded(values, which, steps)
+            pair = Pair(f"t{i}", spec_of(to.array, dst), spec_of(x.array, src), which=which)
+            pairs.append(pair)
+            want = reference.lerp(values.reshape(-1), x.array.reshape(-1), weights[which], dst, src)
+            sides.append((to, x, want))
+    program = Program({"all": pairs})
+    program.run({"all": "lerp"}, Moment(weights))
+    for to, x, want in sides:
+        assert_same(np.ascontiguousarray(to.array).reshape(-1), want, dst)
+        to.assert_rest_untouched()
+        x.assert_untouched()
+
+
+@pytest.mark.parametrize("dst", ["f32", "f64", "bf16"])
+def test_measures_are_those_of_each_average(
+    dst: str, numbers: Make, spec_of: Callable[..., TensorSpec], threads: Callable[[int], None]
+) -> None:
+    threads(3)
+    sizes = [5, 1000, 3 * CHUNK + 5]
+    weights = (0.25, 0.0)
+    pairs, found = [], [[0.0, 0.0, 0.0] for _ in weights]
+    for i, size in enumerate(sizes):
+        x = numbers(size, "f32", i)
+        for which, weight in enumerate(weights):
+            avg = numbers(size, dst, 50 + i)
+            after = reference.decode(reference.lerp(avg, x, weight, dst, "f32"), dst)
+            found[which][0] += np.sum((x - after) ** 2)
+            found[which][1] += np.sum(after**2)
+            found[which][2] += np.sum(after == reference.decode(avg, dst))
+            pairs.append(Pair(f"t{i}", spec_of(avg, dst), spec_of(x, "f32"), which=which))
+    program = Program({"all": pairs})
+    program.run({"all": "lerp_measured"}, Moment(weights))
+    for which, (distance, square, still) in enumerate(found):
+        measured = program.measured(which)
+        np.testing.assert_allclose(measured[:2], np.sqrt([distance, square]), rtol=1e-4)
+        assert measured.still == still
+    assert program.measured(1).still == sum(sizes)
+
+
+def test_what_is_not_finite_is_found_wherever_it_is(
+    numbers: Make, spec_of: Callable[..., TensorSpec], threads: Callable[[int], None]
+) -> None:
+    threads(2)
+    avg, x = numbers(3 * CHUNK, "f32", 1), numbers(3 * CHUNK, "bf16", 2)
+    other = numbers(9, "f64", 3), numbers(9, "f64", 4)
+    program = Program(
+        {
+            "all": [
+                Pair("t", spec_of(avg, "f32"), spec_of(x, "bf16")),
+                Pair("u", spec_of(other[0], "f64"), spec_of(other[1], "f64")),
+            ]
+        }
+    )
+
+    def finite() -> bool:
+        program.run({"all": "finite"})
+        return program.all_finite()
+
+    before = avg.copy()
+    assert finite()
+    for place in (0, 63, CHUNK, 3 * CHUNK - 1):
+        for pattern in (0x7F80, 0xFF80, 0x7FC0, 0x7F81):
+            kept, x[place] = x[place], pattern
+            assert not finite(), (place, pattern)
+            x[place] = kept
+            assert finite()
+    other[1][8] = np.nan
+    assert not finite()
+    np.testing.assert_array_equal(avg, before)
+
+
 FINITE = st.floats(-(2.0**50), 2.0**50, width=32)
 
 

@@ -62,7 +62,7 @@ class Case:
     def settle(self) -> None:
         """Both sides agree with what the average says it is; then bring it back to rest."""
         assert bits(self.ema.shadow) == self.average
-        assert bits(self.ema.state_dict()["shadow"]) == self.average
+        assert bits(self.ema.state_dict()["shadow"][0]) == self.average
         if self.ema.applied:
             assert bits(self.weights) == self.held
             self.ema.restore()

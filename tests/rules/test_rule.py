@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from typing import Any
@@ -225,3 +226,8 @@ def test_descriptions_of_no_rule(plain: Any) -> None:
 def test_an_unknown_rule_says_which_are_known() -> None:
     with pytest.raises(ArgumentError, match=r"'Cosine'(.|\n)*Constant(.|\n)*Warmup(.|\n)*defined"):
         rules.rule_from_dict({"rule": "Cosine"})
+
+
+def test_rules_need_no_arrays(python: Callable[..., str]) -> None:
+    script = "import sys, fastema.rules.units; print(sorted({'numpy', 'numba'} & set(sys.modules)))"
+    assert python(script).strip() == "[]"

@@ -55,7 +55,7 @@ def test_the_shadow_loads_into_a_module() -> None:
     model.load_state_dict(dict(ema.shadow))
     assert_bits(model, snapshot(dict(ema.shadow)))
     other = net(9)
-    other.load_state_dict(ema.state_dict()["shadow"], assign=True)
+    other.load_state_dict(ema.state_dict()["shadow"][0], assign=True)
     assert_bits(other, snapshot(dict(ema.shadow)))
 
 

@@ -244,7 +244,7 @@ def test_apply_follows_the_weights(move: Move) -> None:
     raw = snapshot(model)
     with ema.swapped():
         held = values(model)
-        for name, tensor in values(ema.state_dict()["shadow"]).items():
+        for name, tensor in values(ema.state_dict()["shadow"][0]).items():
             torch.testing.assert_close(held[name], tensor.to(held[name].dtype), msg=name)
     assert_bits(model, raw)
     assert_bits(dict(ema.shadow), average)
@@ -263,7 +263,7 @@ def test_move_while_applied(move: Move, shadow_dtype: str) -> None:
     with ema.swapped():
         poison_(move(model))
         assert_bits(dict(ema.shadow), average)
-        assert_bits(ema.state_dict()["shadow"], average)
+        assert_bits(ema.state_dict()["shadow"][0], average)
     assert not ema.applied
     assert_bits(model, raw)
     assert_bits(dict(ema.shadow), average)
@@ -283,7 +283,7 @@ def test_move_while_a_float32_average_is_in_a_bfloat16_model(move: Move) -> None
     try:
         with ema.swapped():
             poison_(move(model))
-            assert_bits(ema.state_dict()["shadow"], average)
+            assert_bits(ema.state_dict()["shadow"][0], average)
     finally:
         torch.set_default_dtype(torch.float32)
     assert_bits(model, raw)

@@ -257,7 +257,7 @@ def test_copies_taken_while_applied_are_not_the_model(shadow_dtype: str) -> None
     raw, average = snapshot(model), snapshot(dict(ema.shadow))
     with ema.swapped():
         poison_(dict(ema.shadow).values())
-        poison_(ema.state_dict()["shadow"].values())
+        poison_(ema.state_dict()["shadow"][0].values())
     assert_bits(model, raw)
     assert_bits(dict(ema.shadow), average)
 
@@ -271,7 +271,7 @@ def test_swap_on_another_model_of_the_same_names(shadow_dtype: str) -> None:
     with ema.swapped(other):
         assert_bits(model, raw)
         assert_bits(dict(ema.shadow), average)
-        assert_bits(ema.state_dict()["shadow"], average)
+        assert_bits(ema.state_dict()["shadow"][0], average)
         torch.testing.assert_close(other.head.weight.detach(), rounded)
     assert_bits(model, raw)
     assert_bits(other, others)

@@ -134,7 +134,7 @@ def read_shadow(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
 
 
 def read_state(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
-    return values(ema.state_dict()["shadow"])
+    return values(ema.state_dict()["shadow"][0])
 
 
 def read_swapped(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def read_applied(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
 
 def read_state_swapped(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
     with ema.swapped():
-        return values(ema.state_dict()["shadow"])
+        return values(ema.state_dict()["shadow"][0])
 
 
 def read_copied(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:

@@ -146,3 +146,113 @@ def test_complex_numbers_are_pairs(numbers: Callable[..., np.ndarray]) -> None:
         want = reference.lerp(*pieces, 0.3, "f32", "f64")
         np.testing.assert_array_equal(getattr(got, part), want)
     np.testing.assert_array_equal(reference.cast(x, "c128", "c64"), x.astype(np.complex64))
+
+
+ALL_WORDS = np.arange(1 << 16, dtype=np.uint16)
+SIXTEEN = {"bf16": [1.7, 3.3895e38, 1e-39, 2.0**-133], "f16": [1.7, 60000.3, 3e-5, 5e-8, 65504.0]}
+
+
+def _grid(values: np.ndarray, code: str) -> np.ndarray:
+    """Numbers as random rounding sees them: float32, and whole multiples of 2**-37 in f16."""
+    narrow = values.astype(np.float32).astype(np.float64)
+    small = np.abs(narrow) < 2.0**-14
+    return (
+        np.where(small, np.rint(narrow * 2.0**37) * 2.0**-37, narrow) if code == "f16" else narrow
+    )
+
+
+@pytest.mark.parametrize("code", SIXTEEN)
+def test_random_rounding_takes_a_neighbour_and_has_the_value_as_its_mean(code: str) -> None:
+    random = np.random.default_rng(3).normal(size=40) * 2.0 ** np.arange(-20, 20) * 0.05
+    grid = _grid(np.array([*SIXTEEN[code], *random, *(-random)]), code)
+    for value in grid[np.abs(grid) <= reference.FLOATS[code].largest]:
+        stored = reference.encode_random(np.full(1 << 16, value), ALL_WORDS, code)
+        got = reference.decode(stored, code)
+        below, above = got.min(), got.max()
+        assert below <= value <= above
+        patterns = np.unique(stored.view(np.uint16)).astype(int)
+        assert len(patterns) <= 2
+        assert np.ptp(patterns) <= 1
+        # Sums of such numbers are exact, so the mean over all words is, too.
+        np.testing.assert_array_equal(got.mean(), value)
+        # A larger word never takes a value nearer to zero.
+        assert (np.diff(np.abs(got)) >= 0).all()
+
+
+def test_random_rounding_at_the_ends_of_the_range() -> None:
+    values = np.array([3.395e38, -3.4028e38, 1e39, np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-60])
+    for words in (np.zeros(9, np.uint16), np.full(9, 0xFFFF, np.uint16)):
+        got = reference.encode_random(values, words, "bf16")
+        most = 0x7F7F
+        np.testing.assert_array_equal(got[:5], [most, most | 0x8000, most, 0x7F80, 0xFF80])
+        assert got[5] & 0x7FFF > 0x7F80
+        np.testing.assert_array_equal(got[6:8], [0, 0x8000])
+    values = np.array([65504.0, 65519.9, 65520.0, 1e9, np.inf, np.nan, 0.0, -0.0, -1e-60])
+    want = np.array([65504.0, 65504.0, np.inf, np.inf, np.inf, np.nan, 0.0, -0.0, -0.0], np.float16)
+    for words in (np.zeros(9, np.uint16), np.full(9, 0xFFFF, np.uint16)):
+        got = reference.encode_random(values, words, "f16")
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(np.signbit(got[6:]), np.signbit(want[6:]))
+
+
+def test_a_float64_is_rounded_at_random_once() -> None:
+    # A hair above and below a bfloat16: rounded to float32 first they would be that number itself.
+    values = np.array([1 + 2.0**-40, 1 - 2.0**-40, -1 - 2.0**-40])
+    words = np.full(3, 0xFFFF, np.uint16)
+    got = reference.decode(reference.encode_random(values, words, "bf16"), "bf16")
+    np.testing.assert_array_equal(got, [1 + 2.0**-7, 1, -1 - 2.0**-7])
+    none = reference.decode(reference.encode_random(values, words * 0, "bf16"), "bf16")
+    np.testing.assert_array_equal(none, [1, 1 - 2.0**-8, -1])
+
+
+def _mixed(x: int) -> int:
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def test_random_words_in_whole_numbers() -> None:
+    for seed, step, key in ((0, 1, 5), (2**63 - 1, 2**40 + 3, 2**32 - 1), (17, 10**6, 123456789)):
+        places = [0, 1, 63, 64, 65536, 2**32 - 1, 2**32, 3 * 2**33 + 7]
+        got = reference.random_words(seed, step, key, np.array(places))
+        for place, word in zip(places, got.tolist(), strict=True):
+            first = seed % 2**32 ^ 0x9E3779B9
+            for number in (seed >> 32, step % 2**32, step >> 32, key):
+                first = _mixed(first) ^ number
+            first = _mixed(_mixed(first) ^ place >> 32)
+            x = (place % 2**32 ^ first) * 0x7FEB352D % 2**32
+            x ^= x >> 16 ^ _mixed(first)
+            assert word == x * (2 * x + 1) % 2**32 >> 16
+
+
+def test_keys_of_tensors_are_told_apart() -> None:
+    names = [f"layers.{i}.{kind}" for i in range(200) for kind in ("weight", "bias")]
+    keys = [reference.tensor_key(name, which) for name in names for which in range(3)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_split_halves_are_the_nearest_and_the_rest(numbers: Callable[..., np.ndarray]) -> None:
+    values = np.concatenate([numbers(20_000, "f32", 1), numbers(20_000, "f32", 2, "bits")])
+    ties = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view("f4")
+    values = np.concatenate([values, ties])
+    values = values[~np.isnan(values)]
+    high, low = reference.split(values)
+    bits = values.view(np.uint32)
+    wide = high.astype(np.uint32) << np.uint32(16)
+    borrowed = (low.astype(np.uint32) >> np.uint32(15)) << np.uint32(16)
+    np.testing.assert_array_equal(wide - borrowed + low, bits)
+    tie = (bits & 0xFFFF) == 0x8000
+    nearest = reference.encode(values.astype(np.float64), "bf16")
+    np.testing.assert_array_equal(high[~tie], nearest[~tie])
+    np.testing.assert_array_equal(high[tie], (bits[tie] >> 16) + 1)
+    infinite = reference.split(np.array([np.inf, -np.inf], np.float32))
+    np.testing.assert_array_equal(infinite, [[0x7F80, 0xFF80], [0, 0]])
+
+
+def test_windowed_mean_is_exact() -> None:
+    history = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    for steps in (1, 4, 5, 6, 50):
+        got = reference.windowed_mean(history[:steps], 5)
+        for i, value in enumerate(got):
+            last = [Fraction(float(x)) for x in history[:steps][-5:, i]]
+            assert value == pytest.approx(float(sum(last) / len(last)), rel=1e-15)

@@ -1,0 +1,286 @@
+"""``bench.accuracy`` measures what it says: against exact recursions, and it sees what stalls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "bench" / "accuracy.py").exists():
+    pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
+torch = pytest.importorskip("torch")
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
+
+import fastema  # noqa: E402
+from bench import accuracy, peers  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+TINY = accuracy.Settings(elements=2_000, short=20, run_elements=256, marks=(40, 200))
+FEW_DECAYS = (0.999, 0.9999)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(11)
+
+
+# -- one update -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("average", "weights"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f32"), ("f16", "f64")]
+)
+def test_one_update_in_units_of_the_last_place(average: str, weights: str) -> None:
+    nearest, at_random = (
+        accuracy.one_update(average, weights, rounding, 5_000, generator())
+        for rounding in ("nearest", "stochastic")
+    )
+    # What is rounded is off by up to a unit in the last place of a float32 itself.
+    assert 0.45 < nearest <= 0.5 + 2.0**-12
+    assert 0.9 < at_random <= 1 + 2.0**-12
+
+
+def test_an_update_that_does_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastema, "lerp_", lambda avg, x, weight: None)
+    assert accuracy.one_update("f32", "f32", "nearest", 1_000, generator()) > 1_000
+
+
+@pytest.mark.parametrize(
+    ("average", "rounding", "least", "most"),
+    [
+        ("f64", "nearest", 0.0, 1e-15),
+        ("f32", "nearest", 1e-8, 1e-6),
+        ("bf16", "nearest", 1e-4, 1e-2),
+        ("bf16", "stochastic", 1e-4, 1e-2),
+    ],
+)
+def test_many_updates(average: str, rounding: str, least: float, most: float) -> None:
+    error = accuracy.many_updates(average, "bf16", rounding, 500, 60, generator())
+    assert least <= error <= most
+
+
+# -- the weights ----------------------------------------------------------------------------------
+
+
+def test_weights_drift_and_shake_as_told() -> None:
+    horizon, elements = 20, 40_000
+    walk, same = (accuracy.Walk(elements, horizon, seed=7) for _ in range(2))
+    start = torch.from_numpy(walk.start)
+    assert torch.equal(start, start.bfloat16().float())
+    path = np.stack([walk.start, *(walk.advance().copy() for _ in range(10 * horizon))])
+    for row in path[1:]:
+        assert np.array_equal(same.advance(), row)
+    moved = (path - path[0]).astype(np.float64) / accuracy.STD
+    # Ten horizons of 1 %, and noise of 10 %, are independent of each other.
+    expected = (10 * accuracy.DRIFT) ** 2 + accuracy.NOISE**2
+    assert np.mean(moved[-1] ** 2) == pytest.approx(expected, rel=0.03)
+    steps = np.diff(moved[-50:], axis=0)
+    expected = 2 * (1 - accuracy.MEMORY) * accuracy.NOISE**2 + (accuracy.DRIFT / horizon) ** 2
+    assert np.mean(steps**2) == pytest.approx(expected, rel=0.03)
+
+
+# -- what is compared -----------------------------------------------------------------------------
+
+
+def test_exact_average_is_the_sum_in_closed_form() -> None:
+    decay, path = 0.9, np.random.default_rng(5).normal(size=(31, 17)) + 3.0
+    exact = accuracy.Exact(torch.from_numpy(path[0]), decay)
+    for row in path[1:]:
+        exact.update(torch.from_numpy(row))
+    powers = decay ** np.arange(29, -1, -1)
+    closed = decay**30 * path[0] + (1 - decay) * powers @ path[1:]
+    np.testing.assert_allclose(exact.average, closed, rtol=1e-14)
+    assert np.array_equal(exact.start, path[0])
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0, 3.0])
+def test_an_average_that_went_a_part_of_the_way(part: float) -> None:
+    draw = np.random.default_rng(6)
+    exact = accuracy.Exact(torch.from_numpy(draw.normal(size=400)), 0.5)
+    exact.update(torch.from_numpy(draw.normal(size=400)))
+    average = exact.start + part * (exact.average - exact.start)
+    found = exact.compare(exact.start, average)
+    assert found["followed"] == pytest.approx(part, abs=1e-14)
+    assert found["of_movement"] == pytest.approx(abs(1 - part), abs=1e-14)
+    rms = np.linalg.norm(average - exact.average) / np.linalg.norm(exact.average)
+    assert found["relative"] == pytest.approx(rms, rel=1e-12, abs=1e-15)
+
+
+def scripted(steps: list[list[float]]) -> accuracy.Subject:
+    """An average that takes the given values one after the other."""
+
+    def setup(model: torch.nn.Module, decay: float) -> peers.Running:
+        average, rest = torch.tensor(steps[0]), iter(steps[1:])
+        return peers.Running(lambda: average.copy_(torch.tensor(next(rest))), lambda: [average])
+
+    return accuracy.Subject("scripted", "f32", "nearest", setup)
+
+
+def test_elements_that_were_seen_to_change_stay_changed() -> None:
+    subject = scripted([[1, 1, 1, 1], [2, 1, 1, 1], [1, 1, 5, 1]])
+    model = accuracy.model_of(np.ones(4, np.float32), "f32")
+    track = accuracy.Track(subject, model, 0.5)
+    exact = accuracy.Exact(model.weights.detach(), 0.5)
+    exact.update(torch.full((4,), 2.0))
+    shares = []
+    for _ in range(2):
+        track.update()
+        track.look()
+        shares.append(track.compare(exact)["still"])
+    assert shares == [0.75, 0.5]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def setup(model: torch.nn.Module, decay: float) -> peers.Running:
+        raise error
+
+    return setup
+
+
+def test_a_refusal_is_told_from_a_mistake() -> None:
+    def of(error: Exception, missing: str | None = None) -> accuracy.Subject:
+        return accuracy.Subject("peer", "f32", "nearest", raising(error), missing)
+
+    refused = accuracy.refusal(of(RuntimeError("expected dtype float\nand more")), "f32")
+    assert refused == "raises: RuntimeError, expected dtype float"
+    assert accuracy.refusal(of(RuntimeError(), "peer is not installed"), "f32") == (
+        "absent: peer is not installed"
+    )
+    with pytest.raises(KeyError):
+        accuracy.refusal(of(KeyError("a mistake of ours")), "f32")
+
+
+# -- everything, small ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch, accuracy.one_thread():
+        patch.setattr(accuracy, "DECAYS", FEW_DECAYS)
+        return {"settings": vars(TINY), "updates": [], **accuracy.measure_runs(TINY)}
+
+
+def figures(measured: dict[str, Any], name: str, key: str) -> list[float]:
+    found = [row[key] for row in measured["rows"] if row["name"] == name]
+    assert len(found) == len(accuracy.MODELS) * len(FEW_DECAYS) * len(TINY.marks)
+    return found
+
+
+@pytest.mark.slow
+def test_long_run_sees_what_precision_does(measured: dict[str, Any]) -> None:
+    assert max(figures(measured, "f32: fastema", "of_movement")) < 0.005
+    # Two halves of a float32 are that float32; what is stored of it is its nearest bfloat16.
+    whole = figures(measured, "bf16+16: fastema", "relative")
+    assert whole == figures(measured, "f32: fastema", "relative")
+    half = figures(measured, f"bf16, nearest: {accuracy.HALF}", "relative")
+    once = figures(measured, f"bf16: {accuracy.ONCE}", "relative")
+    assert half == pytest.approx(once, rel=1e-3)
+    for dtype, stalled in (("bf16", 0.8), ("f16", 0.3)):
+        nearest, at_random = (f"{dtype}, {how}: fastema" for how in ("nearest", "stochastic"))
+        assert min(figures(measured, nearest, "still")) > stalled
+        assert max(figures(measured, nearest, "followed")) < 0.5
+        stalled_shares, moving_shares = (
+            figures(measured, name, "still") for name in (nearest, at_random)
+        )
+        for still, moving in zip(stalled_shares, moving_shares, strict=True):
+            assert still > moving + 0.1
+
+
+@pytest.mark.slow
+def test_a_decay_of_its_own_gives_other_figures(measured: dict[str, Any]) -> None:
+    assert len(set(figures(measured, "f32: fastema", "relative"))) == 8
+
+
+@pytest.mark.slow
+def test_peers_are_there_or_it_is_said_why_not(measured: dict[str, Any]) -> None:
+    compared = {subject.package for subject in accuracy.SUBJECTS}
+    assert {name.removesuffix(", stochastic") for name in accuracy.COMPARED} < compared
+    refused = {
+        (row["weights"], row["name"])
+        for row in measured["refused"]
+        if row["reason"].startswith("raises")
+    }
+    assert refused == {
+        ("f32", "bf16, nearest: AveragedModel multi_avg_fn"),
+        ("bf16", "f32: AveragedModel multi_avg_fn"),
+    }
+    ran = {(row["weights"], row["name"]) for row in measured["rows"]}
+    for weights in accuracy.MODELS:
+        for subject in accuracy.SUBJECTS:
+            entry = (weights, subject.about["name"])
+            assert (entry in ran) != (entry in refused or subject.missing is not None)
+
+
+@pytest.mark.slow
+def test_tables_show_every_row(measured: dict[str, Any]) -> None:
+    header = {
+        "mode": "accuracy",
+        "cpu": "A CPU",
+        "cores": 2,
+        "system": "Linux",
+        "machine": "x86_64",
+        "threads": {"torch": 1},
+        "versions": {"python": "3.11"},
+        "command": "python -m bench.accuracy",
+        "date_utc": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789ab",
+    }
+    update = {
+        "avg": "bf16",
+        "weights": "f32",
+        "rounding": "stochastic",
+        "one_update_ulp": 0.987,
+        "many_updates_relative": 0.0042,
+    }
+    result = json.loads(json.dumps({**measured, "updates": [update], "header": header}))
+    lines = accuracy.markdown(result).splitlines()
+    assert not any("nan" in line for line in lines)
+    entries = {(row["weights"], row["name"]) for row in measured["rows"] + measured["refused"]}
+    for name in {name for _, name in entries}:
+        shown = [line for line in lines if line.startswith(f"| {name}") and line.count("|") == 6]
+        shown = [line for line in shown if line.split("|")[1].strip() == name]
+        models = [weights for weights, other in entries if other == name]
+        assert len(shown) == 3 * len(models), name  # three tables of each model
+    assert any("0.987" in line and "4.2e-03" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0 %"),
+        (3e-6, "< 0.001 %"),
+        (0.00012, "0.012 %"),
+        (0.0345, "3.5 %"),
+        (0.5, "50 %"),
+        (0.9996, "99.9 %"),
+        (1.0, "100 %"),
+        (37.7, "3,770 %"),
+    ],
+)
+def test_percentages(share: float, text: str) -> None:
+    assert accuracy.percent(share) == text
+
+
+@pytest.mark.slow
+def test_command_keeps_its_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = accuracy.Settings(elements=200, short=3, run_elements=32, marks=(10, 20))
+    monkeypatch.setattr(accuracy, "QUICK", small)
+    monkeypatch.setattr(accuracy, "DECAYS", (0.9,))
+    threads = torch.get_num_threads(), fastema.get_num_threads()
+    assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert threads == (torch.get_num_threads(), fastema.get_num_threads())
+    text = (tmp_path / "quick-accuracy.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    result = json.loads((tmp_path / "quick-accuracy.json").read_text(encoding="utf-8"))
+    assert accuracy.markdown(result) == text
+    assert result["header"]["threads"] == {"torch": 1, "fastema": 1}
+    kinds = {(row["avg"], row["weights"], row["rounding"]) for row in result["updates"]}
+    assert len(kinds) == len(result["updates"]) == 4 * 4 + 2 * 4
