@@ -219,7 +219,7 @@ class Average:
             with deferred():
                 binding.program.run(operations, moment)
                 self._num_updates = step
-                self._measured = None if begins else binding.program
+                self._measured = binding.program if operations is _MEASURED else None
 
     def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
         return Moment(weights, self._seed, step)

@@ -61,6 +61,8 @@ def interrupted(k: int, call: Callable[[], object]) -> int:
     """Interrupt a call at its k-th place; return how many places it fell short of that."""
     before = sys.gettrace()
     tracer = At(k)
+    # Where the tests run in the background, a shell has SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.settrace(tracer)
     try:
         call()
@@ -68,6 +70,7 @@ def interrupted(k: int, call: Callable[[], object]) -> int:
         pass
     finally:
         sys.settrace(before)
+        signal.signal(signal.SIGINT, handler)
     return tracer.left
 
 

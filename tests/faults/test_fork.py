@@ -280,6 +280,7 @@ def test_child_of_another_thread_can_be_interrupted(python: Callable[..., str]) 
         PREAMBLE
         + """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 begun, forked = threading.Event(), threading.Event()
 problems = []
 

@@ -89,6 +89,7 @@ import numpy as np
 import fastema
 from fastema.engine import cpu, program
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 HOME = os.path.dirname(fastema.__file__)
 POOL = {concurrent.futures.thread.__file__, concurrent.futures._base.__file__}
 faulthandler.dump_traceback_later(40, exit=True)

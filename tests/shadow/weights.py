@@ -74,9 +74,13 @@ def refresh_(weights: Any, seed: int) -> None:
 
 
 def poison_(tensors: Iterable[Tensor]) -> None:
-    """Fill memory that nobody should read any more: NaN, and for integers all bits set."""
+    """Fill memory that nobody should read any more: NaN, and for integers the largest."""
     for tensor in tensors:
-        tensor.detach().reshape(-1).view(torch.uint8).fill_(0xFF)
+        if tensor.is_floating_point() or tensor.is_complex():
+            value = float("nan")
+        else:
+            value = True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max
+        tensor.detach().fill_(value)
 
 
 def bits(tensor: Tensor) -> Tensor:
