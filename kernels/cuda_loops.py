@@ -1,14 +1,17 @@
 """The loops of the GPU kernels: a block of threads per row, 128 bits per thread and stream.
 
-``row_body`` makes what one thread does with one row, without a word of threads and blocks: a kernel
+``row_bodies`` makes what one thread does with one row, without a word of threads and blocks: a kernel
 gives it its number among the block's, and a test on the host runs all numbers in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastema.kernels import cuda_memory, scalar
+from fastema.kernels.cpu_loops import single
 from fastema.kernels.formats import FORMATS
 from fastema.kernels.jit import device_fn
 from fastema.kernels.steps import Step
@@ -32,17 +35,12 @@ _STEP = (
 )
 
 
-def lanes(step: Step) -> int:
-    """Elements that fill 128 bits of the widest stream."""
-    return 16 // max(FORMATS[name].itemsize for name in _names(step) if name)
-
-
-def _names(step: Step):
-    """Formats by stream that the step touches: written side, companion, ring, other side."""
-    touched = step.reads + step.writes
-    formats = step.formats
+def _streams(steps: Sequence[Step]):
+    """Formats that any of the steps touches: written side, companion, ring, other side."""
+    touched = "".join(step.reads + step.writes for step in steps)
+    formats = steps[0].formats
     by_letter = zip("dlrs", (formats.dst, formats.low, formats.ring, formats.src), strict=True)
-    return tuple(name if letter in touched else None for letter, name in by_letter)
+    return [name if letter in touched else None for letter, name in by_letter]
 
 
 def _vector(step: Step, n: int):
@@ -81,18 +79,24 @@ def _vector(step: Step, n: int):
     return device_fn(names["vector"])
 
 
-def row_body(step: Step, element, layout: str):
-    """``body(cells, at, w, settings, slot, thread, threads) -> sums`` for one row.
+def row_bodies(steps: Sequence[Step], layout: str):
+    """For every step, ``body(cells, at, w, settings, slot, thread, threads) -> sums`` for one row.
 
-    ``element`` is the step on single elements: for tails, spaced elements, and addresses that are
-    no multiples of what a thread moves.
+    Steps that follow each other on a row are given together: a thread then has the same elements
+    in all of them, and need not wait for others. A thread takes as many elements at a time as fill
+    128 bits of the widest stream; tails, spaced elements, and addresses that are no multiples of
+    what it moves are done one by one.
     """
-    n = lanes(step)
-    vector = _vector(step, n)
-    names = _names(step)
-    forms = [FORMATS[name or "raw1"] for name in names]
-    to_pointer, low_pointer, ring_pointer, of_pointer = (form.pointer for form in forms)
-    sizes = [form.itemsize if name else 0 for form, name in zip(forms, names, strict=True)]
+    names = _streams(steps)
+    sizes = [FORMATS[name].itemsize if name else 0 for name in names]
+    pointers = [FORMATS[name or "raw1"].pointer for name in names]
+    n = 16 // max(sizes)
+    return [_row_body(step, layout, n, sizes, pointers) for step in steps]
+
+
+def _row_body(step: Step, layout: str, n: int, sizes, pointers):
+    vector, element = _vector(step, n), single(step)
+    to_pointer, low_pointer, ring_pointer, of_pointer = pointers
     to_size, low_size, ring_size, of_size = sizes
     # Bits of an address that must be clear; none for a stream that is not there.
     to_mask, low_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
