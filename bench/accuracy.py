@@ -615,9 +615,11 @@ def one_update_text(result: dict[str, Any]) -> list[str]:
     method = f"""\
 Largest error of one update against extended precision, of {settings["elements"]:,} random weights
 at each of w = {weights}, in units of the last place that the larger of average and weight has in
-the average's dtype (the result itself may be near zero): rounding to nearest costs a half,
-stochastic rounding up to one. Then the root-mean-square error relative to the average's own after
-{settings["short"]:,} updates at decay {DECAY}, with white noise of a tenth of the weights."""
+the average's dtype (the result itself may be near zero). Storing to nearest costs a half, at random
+up to one; where weights and average are computed with in the average's own precision, the
+difference of the two is rounded as well. Then the root-mean-square error relative to the average's
+own after {settings["short"]:,} updates at decay {DECAY}, with white noise of a tenth of the
+weights."""
     return ["## One update", method, report.aligned(head, body)]
 
 

@@ -38,7 +38,7 @@ Control, ``int64[CONTROLS]``:
 
 Measures, per row: ``DISTANCE`` and ``SQUARE``, the sums of squares of weights minus average and of
 the average after the update, and ``STILL``, the number of elements that did not change; a kernel
-that only looks for what is not finite leaves a NaN in ``DISTANCE`` where it found any.
+that only looks for what is not finite leaves its number in ``DISTANCE``.
 
 Steps and counts are in elements of the kernel's formats (a complex number is two).
 """

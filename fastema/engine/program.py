@@ -221,7 +221,7 @@ class Program:
 
     def all_finite(self) -> bool:
         """Whether the latest run of ``"finite"`` found nothing else."""
-        return not any(np.isnan(group.results[:, DISTANCE]).any() for group in self._groups)
+        return not any(group.results[:, DISTANCE].any() for group in self._groups)
 
 
 _SETTINGS: Final = np.array([SEED, STEP, WINDOW, SLOT, TURN])
