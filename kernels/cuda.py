@@ -33,9 +33,8 @@ from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 THREADS = 256
 """Threads per block."""
 
-_BLOCKS, _FEWER = 8, {"~": 6, "lerp_measured": 6, "window": 4}
-"""Blocks that a multiprocessor must be able to hold: 8 leave each thread 32 registers, 6 leave it
-40 and 4 leave it 64. Fewer for what would spill otherwise."""
+_REGISTERS, _MORE = 32, {"~": 40, "f64": 40, "lerp_measured": 40, "window": 64}
+"""Registers per thread: 32 let a multiprocessor be full; more for what would spill otherwise."""
 
 MEASURING = {"lerp_measured", "finite"}
 
@@ -155,25 +154,24 @@ def compile_kernel(
     from numba import cuda
     from numba.cuda import dispatcher
 
-    blocks = min([_BLOCKS, *(n for what, n in _FEWER.items() if what in (operation, formats[0][-1]))])
+    asking = (operation, formats[0][-1], *formats)
+    most = max(_REGISTERS, *(_MORE.get(what, 0) for what in asking))
     int64 = types.int64
     with _compiling:
         # A device function asks which GPU there is, which also would take a context on it.
         asked = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(
-            compute_capability=capability, id=0
-        )
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability, id=0)
         try:
             ptx, _ = cuda.compile_ptx(
                 _kernel(operation, formats, layout),
                 types.void(int64, int64, int64, int64),
                 cc=capability,
-                launch_bounds=(THREADS, blocks),
             )
         finally:
             dispatcher.get_current_device = asked
     major, minor = capability
-    options = LinkerOptions(arch=f"sm_{major}{minor}", ptxas_options=["-v"])
+    arch = f"sm_{major}{minor}"
+    options = LinkerOptions(arch=arch, max_register_count=most, ptxas_options=["-v"])
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     linked = linker.link("cubin")
     log = linker.get_info_log()

@@ -1,7 +1,7 @@
 """The loops of the GPU kernels: a block of threads per row, 128 bits per thread and stream.
 
-``row_bodies`` makes what one thread does with one row, without a word of threads and blocks: a kernel
-gives it its number among the block's, and a test on the host runs all numbers in turn.
+``row_bodies`` makes what one thread does with one row; a kernel gives it its number among the
+block's, and a test on the host runs all numbers in turn.
 """
 
 from __future__ import annotations
@@ -15,8 +15,21 @@ from fastema.kernels.cpu_loops import single
 from fastema.kernels.formats import FORMATS
 from fastema.kernels.jit import device_fn
 from fastema.kernels.steps import Step
-from fastema.kernels.table import COUNT, DST, DST_STEP, INDEX, INDEX_STEP, KEY, LOW, SEED, SRC
-from fastema.kernels.table import RING, RING_STRIDE, SRC_STEP, STEP
+from fastema.kernels.table import (
+    COUNT,
+    DST,
+    DST_STEP,
+    INDEX,
+    INDEX_STEP,
+    KEY,
+    LOW,
+    RING,
+    RING_STRIDE,
+    SEED,
+    SRC,
+    SRC_STEP,
+    STEP,
+)
 from fastema.kernels.words import add32, load, low32
 
 _VECTOR = """

@@ -230,9 +230,7 @@ def window(dst: str, src: str, ring: str, low: str, device: str) -> Window:
     @device_fn
     def moved(d, low, x, old, old_rest, n, word):
         """``mean += (x - old) / n``; the companion keeps what the mean has no room for."""
-        mean, left = scalar.mean_step(
-            read(d, low), real(low), x, old, old_rest, n, real(1) / n
-        )
+        mean, left = scalar.mean_step(read(d, low), real(low), x, old, old_rest, n, real(1) / n)
         new, _ = write(mean, word)
         return new, as_rest(nan_to_zero((mean - read(new, low)) + left))
 
