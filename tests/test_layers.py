@@ -21,8 +21,8 @@ FRAMEWORKS = (
     " tensorflow timm torch torch_ema transformers"
 )
 ROOMS_BELOW_CLI = (
-    "bridges checkpoint compat distributed engine errors keras layout lightning plan rules"
-    " shadow tensorflow testing tracking transformers typing"
+    "bridges checkpoint compat distributed engine errors keras layout lightning plan posthoc"
+    " rules shadow tensorflow testing torch tracking transformers typing"
 )
 
 
@@ -81,6 +81,8 @@ TABLE = {
     "bridges.registry": Room(
         ours="layout errors typing bridges.names", lazy_ours="bridges", own_room=False
     ),
+    # New memory is asked of the bridge that an array has.
+    "bridges.memory": Room(ours="layout errors typing bridges.registry", own_room=False),
     **{
         f"bridges.{name}": Room(
             ours="layout errors typing bridges.registry bridges.dlpack bridges.names",
@@ -98,7 +100,11 @@ TABLE = {
         }.items()
     },
     "plan": Room(ours="engine bridges layout errors typing"),
-    "shadow": Room(ours="rules engine bridges layout errors typing", theirs="numpy"),
+    "shadow": Room(
+        ours="rules engine bridges layout errors typing",
+        theirs="numpy",
+        lazy_theirs="typing_extensions",  # which type checkers bring along
+    ),
     "tracking": Room(ours="rules engine errors typing", theirs="numpy matplotlib"),
     **{
         name: Room(ours="shadow tracking rules bridges errors typing", theirs=f"numpy {packages}")
@@ -109,12 +115,22 @@ TABLE = {
             "transformers": "transformers torch",
         }.items()
     },
-    "checkpoint": Room(ours="shadow layout errors typing", theirs="numpy safetensors"),
-    "checkpoint.formats": Room(
-        ours="shadow layout errors typing",
-        theirs="numpy safetensors",
-        lazy_theirs=FRAMEWORKS,
+    "checkpoint": Room(
+        ours="engine bridges layout errors typing", theirs="numpy", lazy_theirs="safetensors"
     ),
+    "checkpoint.formats": Room(
+        ours="engine bridges layout errors typing",
+        theirs="numpy",
+        lazy_theirs=f"safetensors {FRAMEWORKS}",
+    ),
+    # What is made of averages and files together.
+    "posthoc": Room(
+        ours="shadow checkpoint plan rules engine bridges layout errors typing",
+        theirs="numpy",
+        lazy_theirs="rich",
+    ),
+    # What a framework's users import besides: its own, and errors.
+    "torch": Room(ours="errors typing", theirs="torch", lazy_theirs="rich"),
     "compat": Room(ours="shadow rules bridges errors typing", theirs=f"numpy {FRAMEWORKS}"),
     "distributed": Room(ours="shadow rules bridges errors typing", theirs="numpy torch"),
     # A reference shares no code with what it checks.
@@ -274,6 +290,7 @@ def test_the_walk_sees_the_whole_house() -> None:
     sources = _package_sources()
     rooms = {path.split("/")[0] for path in sources if "/" in path}
     assert {"kernels", "rules", "layout", "engine", "bridges", "shadow", "cli"} <= rooms
+    assert {"checkpoint", "posthoc.py", "torch.py", "plan.py"} <= rooms | sources.keys()
     targets = {(module, found.target) for _, module, found in imports(sources)}
     assert any(module.startswith("engine") and "kernels." in name for module, name in targets)
 
@@ -295,10 +312,16 @@ HOUSE = {
     "engine/ops.py": "",
     "bridges/__init__.py": "",
     "bridges/registry.py": "",
+    "bridges/memory.py": "",
     "bridges/numpy.py": "",
     "bridges/torch.py": "",
     "shadow/__init__.py": "",
     "shadow/average.py": "",
+    "plan.py": "",
+    "checkpoint/__init__.py": "",
+    "checkpoint/files.py": "",
+    "posthoc.py": "",
+    "torch.py": "",
     "keras.py": "",
     "tensorflow.py": "",
     "testing/__init__.py": "",
@@ -348,6 +371,11 @@ HOUSE = {
         ("bridges/registry.py", "from fastema.bridges import torch"),
         ("bridges/registry.py", "torch = import_module('fastema.bridges.torch')"),
         ("bridges/registry.py", "def f():\n    import torch"),
+        ("bridges/memory.py", "from fastema.bridges import torch"),
+        ("bridges/memory.py", "def f():\n    from fastema.engine import ops"),
+        ("bridges/memory.py", "import numpy"),
+        ("bridges/registry.py", "from fastema.bridges import memory"),
+        ("bridges/torch.py", "from fastema.bridges.memory import allocate"),
         ("bridges/torch.py", "def f():\n    import jax"),
         ("bridges/torch.py", "from fastema.bridges.numpy import specs"),
         ("bridges/torch.py", "from . import numpy"),
@@ -356,6 +384,21 @@ HOUSE = {
         ("shadow/average.py", "def f():\n    import torch"),
         ("shadow/average.py", "from fastema.kernels.table import CHUNK"),
         ("shadow/average.py", "from fastema.cli import demo"),
+        ("shadow/average.py", "def f():\n    from fastema import posthoc"),
+        ("shadow/average.py", "from fastema.checkpoint import files"),
+        ("shadow/average.py", "from fastema.plan import Plan"),
+        ("plan.py", "from fastema.shadow import average"),
+        ("checkpoint/files.py", "from fastema.shadow import average"),
+        ("checkpoint/files.py", "import safetensors"),
+        ("checkpoint/files.py", "def f():\n    import torch"),
+        ("checkpoint/files.py", "from fastema.kernels import table"),
+        ("posthoc.py", "from fastema.kernels import table"),
+        ("posthoc.py", "def f():\n    import torch"),
+        ("posthoc.py", "import rich"),
+        ("torch.py", "from fastema.shadow import average"),
+        ("torch.py", "from fastema.bridges import torch"),
+        ("torch.py", "import numpy"),
+        ("rules/ema.py", "from fastema.posthoc import synthesize"),
         ("keras.py", "from fastema import tensorflow"),
         ("keras.py", "from fastema.engine import ops"),
         ("testing/reference.py", "from fastema.kernels import scalar"),
@@ -390,6 +433,14 @@ def test_planted_violation_is_caught(path: str, line: str) -> None:
         ("bridges/torch.py", "from fastema.bridges.dlpack import exchange_address"),
         ("bridges/registry.py", "def f(): return import_module(f'fastema.bridges.{name}')"),
         ("shadow/average.py", "from fastema.engine import ops\nfrom fastema.bridges import x"),
+        ("bridges/memory.py", "from fastema.bridges.registry import bridge_of"),
+        ("shadow/average.py", "from fastema.bridges import memory"),
+        ("plan.py", "from fastema.bridges.memory import allocate\nfrom fastema.engine import ops"),
+        ("checkpoint/files.py", "import numpy\ndef f():\n    import safetensors"),
+        ("checkpoint/files.py", "from fastema.engine import ops\nfrom .files import x"),
+        ("posthoc.py", "from fastema.shadow import average\nfrom fastema.checkpoint import files"),
+        ("posthoc.py", "import numpy\nfrom fastema.plan import Plan\ndef f():\n    import rich"),
+        ("torch.py", "import torch\nfrom fastema.errors import FastemaError"),
         ("keras.py", "import keras\nfrom fastema.shadow import average"),
         ("cli/demo.py", "import fastema, torch\nfrom rich.table import Table"),
         ("__init__.py", "if TYPE_CHECKING:\n    from fastema.shadow.average import EMA"),

@@ -68,6 +68,10 @@ def test_import_time() -> None:
         ("import fastema.bridges", {"numba", "llvmlite", "torch"}),
         ("import fastema.engine.limit", {"torch"}),
         ("import fastema; fastema.EMA, fastema.Plan, fastema.lerp_", {"torch"}),
+        ("import fastema; fastema.SMA, fastema.PowerEMA", {"torch", "safetensors", "rich"}),
+        ("import fastema; fastema.posthoc", {"torch", "safetensors", "rich", "matplotlib"}),
+        ("import fastema.checkpoint", {"torch", "safetensors"}),
+        ("import fastema.torch", {"numba", "llvmlite", "rich"}),
         ("import fastema.cli", {"numba", "llvmlite", "torch", "matplotlib", "rich", "sklearn"}),
     ],
 )

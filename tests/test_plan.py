@@ -294,3 +294,52 @@ def test_weights_that_are_no_numbers(weight: float) -> None:
     with pytest.raises(ArgumentError, match=f"weight={weight!r}"):
         plan.lerp_(weight)
     np.testing.assert_array_equal(avg, np.full(3, 2.0))
+
+
+def test_random_rounding_on_request() -> None:
+    """Of 16-bit averages: what rounding to nearest loses is not lost on average."""
+    size, steps, weight = 20_000, 200, 1e-3
+    x = torch.full((size,), 1.0625)
+
+    def run(**options: Any) -> Any:
+        avg = torch.ones(size, dtype=torch.bfloat16)
+        plan = fastema.Plan({"w": avg}, {"w": x}, **options)
+        for _ in range(steps):
+            plan.lerp_(weight)
+        return avg
+
+    nearest, random = run(), run(rounding="stochastic", seed=3)
+    assert torch.equal(nearest, torch.ones_like(nearest))
+    exact = 1 + 0.0625 * (1 - (1 - weight) ** steps)
+    # Each update leaves a variance of at most a quarter of the last place squared.
+    room = 6 * (steps / size) ** 0.5 * 2.0**-8
+    assert abs(random.double().mean().item() - exact) < room < (exact - 1) / 2
+    assert torch.equal(run(rounding="stochastic", seed=3), random)
+    assert not torch.equal(run(rounding="stochastic", seed=4), random)
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_random_bits_go_on_where_weights_moved(move: Callable[[Any], None]) -> None:
+    net, still = network(5), network(5)
+    averaged = [averages(one, torch.bfloat16) for one in (net, still)]
+    averaged[1] = snapshot(averaged[0])
+    plans = [
+        fastema.Plan(avg, one, rounding="stochastic")
+        for avg, one in zip(averaged, (net, still), strict=True)
+    ]
+    for n in range(4):
+        if n == 2:
+            move(net)
+        still.load_state_dict(net.state_dict())
+        for plan in plans:
+            plan.lerp_(0.25)
+        assert_equal(averaged[0], snapshot(averaged[1]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounding": "up"}, {"rounding": None}, {"seed": -1}, {"seed": 1.0}], ids=str
+)
+def test_options_without_a_valid_value(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ArgumentError, match=name):
+        fastema.Plan([np.ones(2)], [np.ones(2)], **options)

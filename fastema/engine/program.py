@@ -234,7 +234,7 @@ def _groups(tag: str, members: Sequence[Pair]) -> list[_Group]:
     if device not in _LAUNCHERS:
         raise DTypeError(f"{first.name}: no kernels for device {first.dst.device}")
     nbytes = moved_bytes(members)
-    together = 1 + max(pair.which for pair in members)
+    together = len({pair.which for pair in members})
     groups = []
     for layout, table in chunk_tables(members, together).items():
         control = np.zeros(CONTROLS, np.int64)

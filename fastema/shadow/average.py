@@ -495,7 +495,8 @@ class Average:
         distance, size, still = program.measured(which)
         entries = self._store.sets[which].values()
         reals = sum(e.spec.size * e.spec.kind.parts for e in entries if e.averaged)
-        return Drift(distance, distance / size if size else math.inf, still / max(reals, 1))
+        relative = distance / size if size else math.inf if distance else 0.0
+        return Drift(distance, relative, still / max(reals, 1))
 
     def report(self) -> str:
         """In words, what the average averages over at this point of the run."""

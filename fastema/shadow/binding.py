@@ -148,8 +148,9 @@ class Binding:
         return [pair.name for pair in self._sources() if not _is_finite(pair)]
 
     def _sources(self) -> list[Pair]:
+        # On both sides: a kernel asks ahead for the memory of both, whether it needs it or not.
         return [
-            Pair(p.name, p.dst, p.src)
+            Pair(p.name, p.src, p.src)
             for p in self._pairs
             if p.name in self._averaged and not p.which
         ]

@@ -149,7 +149,6 @@ class Wish(NamedTuple):
         DTypeError
             If there is none.
         """
-        kind = average_of(weights, self.dtype)
         if self.split:
             if self.window:
                 raise DTypeError(
@@ -157,5 +156,7 @@ class Wish(NamedTuple):
                 )
             if weights.parts > 1:
                 raise DTypeError(f"an average of {weights.code} weights cannot be in two halves")
+        kind = average_of(weights, self.dtype)
+        if self.split:
             return kind, SPLIT
         return kind, f"{kind.code}~" if self.random and kind.code in ("f16", "bf16") else ""

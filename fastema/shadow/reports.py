@@ -2,42 +2,70 @@
 
 from __future__ import annotations
 
-from fastema.rules import Rule, Schedule
+from fastema.rules import Constant, CumulativeMean, Debiased, Power, Rule, Schedule, Window
 from fastema.rules.units import effective_steps
 
 __all__ = ["report"]
 
-
-def _steps(count: float) -> str:
-    rounded = f"{count:,.0f}" if count >= 10 else f"{count:.2g}"
-    return f"{rounded} step{'' if rounded == '1' else 's'}"
+_NEGLIGIBLE = 0.0005
+"""Shares below this one are called nothing."""
 
 
-def _share(part: float) -> str:
-    return "no" if part < 0.0005 else f"{100 * part:.3g} %"
+def _count(number: float, thing: str) -> str:
+    rounded = f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
+    return f"{rounded} {thing}{'' if rounded == '1' else 's'}"
+
+
+def _named(rule: Rule) -> str:
+    if isinstance(rule, Constant):
+        return f"decay {rule.value!r}"
+    if isinstance(rule, Debiased):
+        return f"{_named(rule.inner)}, bias-corrected"
+    if isinstance(rule, CumulativeMean):
+        return "mean of all weights"
+    if isinstance(rule, Window):
+        return "mean of the " + (
+            "last weights" if rule.size == 1 else f"last {rule.size:,} weights"
+        )
+    if isinstance(rule, Power):
+        return f"power function of sigma_rel {rule.sigma_rel:.3g}"
+    return repr(rule)
 
 
 def _of_rule(rule: Rule, n: int, every: int) -> str:
     reach = effective_steps(rule, n, every)
-    text = (
-        f"{rule!r}: the averaged weights are {_steps(reach.mean_age)} old on average "
-        f"(standard deviation {_steps(reach.std_age)})"
-    )
-    if reach.initial_share:
-        text += f"; the weights it was built from have {_share(reach.initial_share)} share in it"
+    age, spread = (_count(steps, "step") for steps in (reach.mean_age, reach.std_age))
+    text = f"{_named(rule)}: "
+    if reach.mean_age or reach.std_age:
+        text += f"its weights are {age} old on average (standard deviation {spread})"
+    else:
+        text += "it is the latest weights"
+    if reach.initial_share >= _NEGLIGIBLE:
+        text += f"; {100 * reach.initial_share:.3g} % of it is the weights it was built from"
+    elif reach.initial_share:
+        text += "; nothing is left of the weights it was built from"
     return text
 
 
 def report(kind: str, schedule: Schedule, step: int, skipped: int) -> str:
     """Lines that say what each average of a schedule averages over at a step."""
     every, start = schedule.update_every, schedule.start_after
-    n = (step - start) // every * every
-    how = "every step" if every == 1 else f"every {every} steps"
-    lines = [f"{kind} after {step:,} updates, which takes the weights in {how}"]
+    lines = [f"{kind} after {_count(step, 'update')}"]
+    if every > 1:
+        lines[0] += f", one in {every:,} of which is taken in"
     if start:
-        lines[0] += f" from step {start:,} on"
+        lines[0] += f"{',' if every > 1 else ', averaged'} from step {start:,} on"
     if skipped:
-        lines.append(f"{skipped:,} calls were skipped because a weight was not finite")
-    if n <= 0:
-        return "\n".join([*lines, "nothing is averaged yet: it is the weights themselves"])
-    return "\n".join([*lines, *(_of_rule(rule, n, every) for rule in schedule.rules)])
+        were = "was" if skipped == 1 else "were"
+        lines.append(f"{_count(skipped, 'call')} {were} skipped: a weight was not finite")
+    n = step - start
+    if n < 0:
+        lines.append(f"nothing is averaged yet: until step {start:,} it is the weights themselves")
+    elif n < every:
+        lines.append(
+            "nothing is averaged yet: it is the weights "
+            + (f"of step {start:,}" if start else "it was built from")
+        )
+    else:
+        lines += [_of_rule(rule, n, every) for rule in schedule.rules]
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ from fastema.bridges.names import plain_names
 from fastema.bridges.registry import describe
 from fastema.errors import ArgumentError, CheckpointError, FastemaError, listed
 from fastema.layout.spec import TensorSpec
-from fastema.rules import Schedule
+from fastema.rules import Rule, Schedule, Window
 from fastema.shadow.store import PARTS, Tensors
 
 __all__ = ["Saved", "pack", "unpack"]
@@ -48,7 +48,7 @@ def _head(state: Any, kind: str, expected: Tensors) -> list[str]:
         problems.append(f"it was saved by {state.get('kind')!r}, not by {kind!r}")
     for name in COUNTERS:
         value = state.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             problems.append(f"{name} is {value!r}")
     for part in PARTS:
         problems += _part(state.get(part), part, len(expected.get(part, ())))
@@ -98,6 +98,11 @@ def _schedule(plain: Any, own: Schedule) -> Schedule:
     return own if plain == own.to_dict() else Schedule.from_dict(plain)
 
 
+def _windows(schedule: Schedule) -> list[Rule | None]:
+    """The rules that have a ring of their size."""
+    return [rule if isinstance(rule, Window) else None for rule in schedule.rules]
+
+
 def _named(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors by the average's own names: what wrappers put before them does not count."""
     names = list(tensors)
@@ -134,6 +139,8 @@ def unpack(state: Any, kind: str, own: Schedule, expected: Tensors) -> Saved:
         else:
             if len(schedule.rules) != len(own.rules):
                 problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")
+            elif _windows(schedule) != _windows(own):
+                problems.append(f"{schedule.rules} need other rings than {own.rules}")
         for part, of_part in expected.items():
             tensors[part] = []
             for i, specs in enumerate(of_part):

@@ -145,15 +145,22 @@ class Store:
         old = {id(entry): entry for _, entry in self}
         keys = [(key, part) for key, entry in old.items() for part in entry.parts]
         sources = [source(old[key].parts[part]) for key, part in keys]
-        memories = allocate([(spec, spec.kind) for spec in sources])
+        made: dict[int, dict[str, Memory]] = {key: {} for key in old}
+        slots = {of.shape[0] for (_, part), of in zip(keys, sources, strict=True) if part == "ring"}
+        for count in (0, *slots):  # a ring lies as its average does, slot after slot
+            chosen = [
+                (key, part, of)
+                for (key, part), of in zip(keys, sources, strict=True)
+                if (of.shape[0] if part == "ring" else 0) == count
+            ]
+            likes = [(made[k]["shadow"][1] if count else of, of.kind) for k, _, of in chosen]
+            for (key, part, _), memory in zip(chosen, allocate(likes, count), strict=True):
+                made[key][part] = memory
         copies = [
-            Pair(part, new, of)
-            for (_, part), (_, new), of in zip(keys, memories, sources, strict=True)
+            Pair(part, made[key][part][1], of)
+            for (key, part), of in zip(keys, sources, strict=True)
         ]
         Program({"all": copies}).run({"all": "copy"})
-        made: dict[int, dict[str, Memory]] = {key: {} for key in old}
-        for (key, part), memory in zip(keys, memories, strict=True):
-            made[key][part] = memory
         entries = {key: Entry(e.name, e.averaged, e.form, made[key]) for key, e in old.items()}
         return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
 

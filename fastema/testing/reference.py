@@ -201,7 +201,10 @@ def tensor_key(name: str, which: int = 0) -> int:
 
 
 def _mixed(x: Words) -> Words:
-    """A permutation of 32-bit words: xor-shift and multiply, twice, and a last xor-shift."""
+    """A permutation of 32-bit words: xor-shift and multiply, twice, and a last xor-shift.
+
+    Of one word or more along axes: NumPy warns where a number without axes overflows.
+    """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     mixed: Words = x ^ (x >> np.uint32(16))
@@ -224,7 +227,8 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
     -------
     uint16 array
     """
-    index = np.asarray(index, np.uint64)
+    shape = np.shape(index)
+    index = np.atleast_1d(np.asarray(index, np.uint64))
     low, *others = (number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32))
     first = np.full(index.shape, low ^ 0x9E3779B9, np.uint32)
     for number in (*others, key):
@@ -234,7 +238,7 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
     x = ((index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ first) * np.uint32(0x7FEB352D)
     x ^= (x >> np.uint32(16)) ^ second
     x *= x + x + np.uint32(1)
-    words: Array = (x >> np.uint32(16)).astype(np.uint16)
+    words: Array = (x >> np.uint32(16)).astype(np.uint16).reshape(shape)
     return words
 
 
@@ -246,7 +250,7 @@ def split(values: Array) -> tuple[Array, Array]:
     values : float32 array of any shape
     """
     form = FLOATS["bf16"]
-    wide = values.astype(np.float64)
+    wide = decode(values, "f32")
     place = _last_place(wide, form)
     with np.errstate(invalid="ignore"):
         away = np.ldexp(np.floor(np.ldexp(np.abs(wide), -place) + 0.5), place)
@@ -255,8 +259,8 @@ def split(values: Array) -> tuple[Array, Array]:
     return encode(np.copysign(high, wide), "bf16"), low.astype(np.uint16)
 
 
-def windowed_mean(history: Array, size: int) -> Reals:
-    """The mean of the last ``size`` rows of a history, or of all there are, rounded to float64.
+def windowed_mean(history: Array, size: int) -> NDArray[np.longdouble]:
+    """The mean of the last ``size`` rows of a history, or of all there are, in the widest floats.
 
     Parameters
     ----------
@@ -264,7 +268,7 @@ def windowed_mean(history: Array, size: int) -> Reals:
     size : int
     """
     last = history[-size:].astype(np.longdouble)
-    return np.asarray(last.sum(axis=0) / len(last), np.float64)
+    return np.asarray(last.sum(axis=0) / len(last), np.longdouble)
 
 
 def swap(a: Array, b: Array, dst: str, src: str) -> tuple[Array, Array]:

@@ -82,6 +82,60 @@ update(shared, avg, 2)  # and the parent goes on
     )
 
 
+def test_child_goes_on_with_averages_of_its_parent(python: Callable[..., str]) -> None:
+    """Of every way to lie in memory, and while one of them is applied."""
+    python(
+        PREAMBLE
+        + """
+def averages(weights):
+    return [
+        fastema.EMA(weights, (0.5, 0.9)),
+        fastema.SMA(weights, 2),
+        fastema.EMA(weights, 0.75, shadow_dtype="float16"),
+        fastema.EMA(weights, 0.75, on_nonfinite="skip", drift=True),
+    ]
+
+def step(weights, several, n):
+    for i, array in enumerate(weights.values()):
+        array[:] = np.random.default_rng([n, i]).normal(size=array.shape)
+    for one in several:
+        one.update()
+
+def held(several):
+    return [
+        array.tobytes()
+        for one in several
+        for part in ("shadow", "low", "ring")
+        for tensors in one.state_dict().get(part, ())
+        for array in tensors.values()
+    ]
+
+def fresh():
+    weights = {"w": np.ones(SIZE // 4, np.float32), "v": np.ones(9, np.float32)}
+    return weights, averages(weights)
+
+weights, several = fresh()
+for n in range(5):
+    step(weights, several, n)
+third = several[2]
+third.apply_shadow()
+
+def task():
+    third.restore()
+    for n in range(5, 8):
+        step(weights, several, n)
+    other_weights, others = fresh()
+    for n in range(8):
+        step(other_weights, others, n)
+    assert held(several) == held(others)
+
+for _ in range(2):
+    in_child(task)
+task()
+"""
+    )
+
+
 def test_grandchild_updates_too(python: Callable[..., str]) -> None:
     python(
         PREAMBLE

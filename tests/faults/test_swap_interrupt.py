@@ -6,7 +6,7 @@ import contextlib
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 import fastema  # noqa: E402
 
+from ..shadow.kinds import KINDS, all_of, last, which  # noqa: E402
 from .interrupts import every_place, rung_during  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -28,74 +29,92 @@ def bits(weights: Any) -> dict[str, bytes]:
     }
 
 
-DTYPES = {
-    "f32 in f32": (torch.float32, torch.float32),
-    "f32 in bf16": (torch.bfloat16, torch.float32),
-    "f64 in f16": (torch.float16, torch.float64),
+# Dtype of the weights, and what is built of them: one of each way to lie in memory, to be updated,
+# and to change places with the weights.
+CASES: dict[str, tuple[torch.dtype, Callable[..., Any]]] = {
+    "f32 in bf16": (torch.bfloat16, lambda w: fastema.EMA(w, 0.75, shadow_dtype="float32")),
+    "f64 in f16": (torch.float16, lambda w: fastema.EMA(w, 0.75, shadow_dtype="float64")),
+    "mean": (torch.float32, KINDS["SMA"]),
+    "two halves": (torch.float32, KINDS["split"]),
+    "three halves": (torch.bfloat16, KINDS["three split"]),
 }
 
 
 class Case:
     """A dict of weights and its average, each with numbers of its own, and what they should be."""
 
-    def __init__(self, weights: torch.dtype, stored: torch.dtype, sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self, weights: torch.dtype, build: Callable[..., Any], sizes: tuple[int, ...]
+    ) -> None:
         torch.manual_seed(0)
         self.weights = {f"w{i}": torch.randn(size).to(weights) for i, size in enumerate(sizes)}
         self.weights["n"] = torch.arange(5)
-        self.ema = fastema.EMA(self.weights, 0.75, shadow_dtype=stored)
-        self.change_()
-        self.ema.update()
+        self.build = build
+        self.average = build(self.weights)
+        for _ in range(5):
+            self.change_()
+            self.average.update()
         self.change_()
         self.note()
 
     def change_(self) -> None:
         for tensor in self.weights.values():
-            tensor.copy_(tensor * -2 + 1)
+            tensor.copy_((tensor * -2 + 1).clamp(-99, 99))
+
+    def apply(self) -> None:
+        self.average.apply_shadow(**which(self.average))
+
+    def swapped(self) -> Any:
+        return self.average.swapped(**which(self.average))
 
     def note(self) -> None:
-        self.raw, self.average = bits(self.weights), bits(self.ema.shadow)
-        self.updates = self.ema.num_updates
-        with self.ema.swapped():
+        self.raw, self.all = bits(self.weights), all_of(self.average)
+        with self.swapped():
             self.held = bits(self.weights)
-        assert len({*map(str, (self.raw, self.average, self.held))}) >= 2
+        assert self.held != self.raw
 
     def settle(self) -> None:
         """Both sides agree with what the average says it is; then bring it back to rest."""
-        assert bits(self.ema.shadow) == self.average
-        assert bits(self.ema.state_dict()["shadow"][0]) == self.average
-        if self.ema.applied:
+        assert all_of(self.average) == self.all
+        if self.average.applied:
             assert bits(self.weights) == self.held
-            self.ema.restore()
+            self.average.restore()
         assert bits(self.weights) == self.raw
-        assert bits(self.ema.shadow) == self.average
-        assert self.ema.num_updates == self.updates
+        assert all_of(self.average) == self.all
         self.usable_elsewhere()
 
     def usable_elsewhere(self) -> None:
         """No lock was left behind: another thread gets through."""
-        thread = threading.Thread(target=lambda: (self.ema.apply_shadow(), self.ema.restore()))
+        thread = threading.Thread(target=lambda: (self.apply(), self.average.restore()))
         thread.start()
         thread.join(20)
         assert not thread.is_alive()
-        assert not self.ema.applied
+        assert not self.average.applied
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
-    return Case(*DTYPES[request.param], sizes=(3, 70))
+    return Case(*CASES[request.param], sizes=(3, 70))
+
+
+single = pytest.mark.parametrize("case", [c for c in CASES if c != "three halves"], indirect=True)
+convertible = pytest.mark.parametrize(
+    "case", ["f32 in bf16", "f64 in f16", "two halves"], indirect=True
+)
+"""A windowed mean keeps its dtype."""
 
 
 def test_apply_interrupted_at_every_place(case: Case) -> None:
-    every_place(case.ema.apply_shadow, case.settle)
+    every_place(case.apply, case.settle)
 
 
 def test_restore_interrupted_at_every_place(case: Case) -> None:
     def check() -> None:
         case.settle()
-        case.ema.apply_shadow()
+        case.apply()
 
-    case.ema.apply_shadow()
-    every_place(case.ema.restore, check)
+    case.apply()
+    every_place(case.average.restore, check)
 
 
 def test_block_interrupted_at_every_place(case: Case) -> None:
@@ -104,15 +123,15 @@ def test_block_interrupted_at_every_place(case: Case) -> None:
     entered = []
 
     def block() -> None:
-        with case.ema.swapped():
+        with case.swapped():
             entered.append(bits(case.weights) == case.held)
 
     late = []
 
     def check() -> None:
-        late.append(case.ema.applied)
-        if case.ema.applied:
-            case.ema.restore()
+        late.append(case.average.applied)
+        if case.average.applied:
+            case.average.restore()
         assert bits(case.weights) == case.raw
         case.settle()
 
@@ -123,28 +142,28 @@ def test_block_interrupted_at_every_place(case: Case) -> None:
 
 
 def test_update_interrupted_at_every_place(case: Case) -> None:
+    """It was done, all parts of it, or it was not."""
+
+    def both() -> tuple[dict[str, Any], dict[str, Any]]:
+        twin = case.build(case.weights)
+        twin.load_state_dict(case.average.state_dict())
+        before = all_of(twin)
+        twin.update()
+        return before, all_of(twin)
+
+    states = [both()]
+
     def check() -> None:
-        done = case.ema.num_updates
-        assert done in (case.updates, case.updates + 1)
-        if done == case.updates:
-            assert bits(case.ema.shadow) == case.average
-        else:
-            assert bits(case.ema.shadow) == expected()
+        (before, after), now = states.pop(), all_of(case.average)
+        done = now["num_updates"] - before["num_updates"]
+        assert now == (after if done else before)
         assert bits(case.weights) == case.raw
-        assert not case.ema.applied
+        assert not case.average.applied
         case.change_()
         case.note()
+        states.append(both())
 
-    def expected() -> dict[str, bytes]:
-        twin = fastema.EMA(case.weights, 0.75, shadow_dtype=case.ema.shadow["w0"].dtype)
-        state = twin.state_dict()
-        for name, tensor in state["shadow"].items():
-            tensor.copy_(torch.frombuffer(bytearray(case.average[name]), dtype=tensor.dtype))
-        twin.load_state_dict(state)
-        twin.update()
-        return bits(twin.shadow)
-
-    every_place(case.ema.update, check)
+    every_place(case.average.update, check)
 
 
 def test_update_without_work_interrupted_at_every_place() -> None:
@@ -161,45 +180,73 @@ def test_update_without_work_interrupted_at_every_place() -> None:
     every_place(ema.update, check)
 
 
-def test_load_interrupted_at_every_place(case: Case) -> None:
-    """Tensors and counters are both the old ones or both the new ones."""
-    old = case.ema.state_dict()
-    old["shadow"] = {name: tensor.clone() for name, tensor in old["shadow"].items()}
-    case.ema.update()
-    new = case.ema.state_dict()
-    new["shadow"] = {name: tensor.clone() for name, tensor in new["shadow"].items()}
-    states = {old["num_updates"]: bits(old["shadow"]), new["num_updates"]: bits(new["shadow"])}
-    case.ema.load_state_dict(old)
+def test_skipped_update_interrupted_at_every_place() -> None:
+    """Nothing is written; that it was skipped is counted once at most."""
+    weights = {"w": torch.randn(70), "n": torch.arange(5)}
+    ema = fastema.EMA(weights, 0.5, on_nonfinite="skip")
+    before = bits(ema.shadow)
+    weights["w"][69] = float("nan")
+    weights["n"] += 1
+    seen = [0]
 
     def check() -> None:
-        assert bits(case.ema.shadow) == states[case.ema.num_updates]
-        case.ema.load_state_dict(old)
+        assert ema.num_skipped - seen[0] in (0, 1)
+        seen[0] = ema.num_skipped
+        assert ema.num_updates == 0
+        assert bits(ema.shadow) == before
 
-    every_place(lambda: case.ema.load_state_dict(new), check)
+    every_place(ema.update, check)
+    assert seen[0] > 20
 
 
+@single
+def test_load_interrupted_at_every_place(case: Case) -> None:
+    """Tensors and counters are all the old ones or all the new ones."""
+    old, before = case.average.state_dict(), all_of(case.average)
+    case.average.update()
+    new, after = case.average.state_dict(), all_of(case.average)
+    states = {before["num_updates"]: before, after["num_updates"]: after}
+    case.average.load_state_dict(old)
+
+    def check() -> None:
+        assert all_of(case.average) == states[case.average.num_updates]
+        case.average.load_state_dict(old)
+
+    every_place(lambda: case.average.load_state_dict(new), check)
+
+
+@convertible
 def test_conversion_interrupted_at_every_place(case: Case) -> None:
     """The average is of the one dtype or of the other, and what is shown is what is updated."""
-    dtypes = [case.ema.shadow["w0"].dtype, torch.float64]
-    if dtypes[0] == torch.float64:
-        dtypes[1] = torch.complex64  # is refused
-    old = {name: tensor.double() for name, tensor in case.ema.shadow.items()}
+    average = case.average
+    kept = average.state_dict()
+    old = kept["shadow"][-1]["w0"].dtype
+    back = "bf16+16" if "low" in kept else old
+    new = torch.float64
+    if old == torch.float64:
+        new = torch.complex64  # is refused
+
+    def exact() -> dict[str, bytes]:
+        target = {name: tensor.double() for name, tensor in case.weights.items() if name != "n"}
+        target["n"] = case.weights["n"].clone()
+        average.copy_to(target, **which(average))
+        return bits(target)
+
+    values = exact()
 
     def convert() -> None:
         with contextlib.suppress(fastema.errors.DTypeError):
-            case.ema.to(dtype=dtypes[1])
+            average.to(dtype=new)
 
     def check() -> None:
-        for name, tensor in case.ema.shadow.items():
-            assert tensor.dtype in (*dtypes, torch.int64)
-            assert torch.equal(tensor.double(), old[name])
-        state = case.ema.state_dict()
-        before = bits(case.ema.shadow)
-        state["shadow"] = {name: tensor.clone() for name, tensor in state["shadow"].items()}
-        case.ema.update()
-        assert bits(case.ema.shadow)["w1"] != before["w1"]
-        case.ema.load_state_dict(state)
-        case.ema.to(dtype=dtypes[0])
+        assert exact() == values
+        for name, tensor in last(average).items():
+            assert tensor.dtype in (old, new) if name != "n" else torch.int64
+        before = bits(last(average))
+        average.update()
+        assert bits(last(average))["w1"] != before["w1"]
+        average.to(dtype=back)
+        average.load_state_dict(kept)
 
     every_place(convert, check)
 
@@ -224,25 +271,25 @@ def two_threads() -> Iterator[None]:
 @needs_timers
 @may_be_dropped
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-def test_timers(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    case = Case(*dtypes, sizes=MEGABYTE_SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_timers(name: str) -> None:
+    case = Case(*CASES[name], sizes=MEGABYTE_SIZES)
     chance = random.Random(0)
 
     def several() -> None:
         for _ in range(3):
-            case.ema.apply_shadow()
-            case.ema.restore()
-            with case.ema.swapped():
+            case.apply()
+            case.average.restore()
+            with case.swapped():
                 pass
 
     rung = 0
     for _ in range(40):
         rung += rung_during(chance.uniform(1e-5, 8e-3), several)
-        assert bits(case.ema.shadow) == case.average
-        if case.ema.applied:
+        assert all_of(case.average) == case.all
+        if case.average.applied:
             assert bits(case.weights) == case.held
-            case.ema.restore()
+            case.average.restore()
         assert bits(case.weights) == case.raw
     assert rung
     case.settle()

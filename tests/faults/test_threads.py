@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,48 @@ def test_threads_that_share_a_plan(
     together([update] * callers)
     # Each call is whole, whatever their order.
     np.testing.assert_array_equal(avg, want)
+
+
+BUILDS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
+    "three": lambda w: fastema.EMA(w, (0.5, 0.9, 0.99)),
+    "mean": lambda w: fastema.SMA(w, 3),
+    "random": lambda w: fastema.EMA(w, 0.9, shadow_dtype="float16"),
+    "guarded": lambda w: fastema.EMA(w, 0.9, on_nonfinite="skip", drift=True),
+}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_threads_that_share_an_average(
+    build: Callable[[dict[str, np.ndarray]], Any],
+    numbers: Callable[..., np.ndarray],
+    threads: Callable[[int], None],
+) -> None:
+    """Every call is whole and counted, whatever else is called meanwhile."""
+    threads(3)
+    weights = {"w": numbers(SIZE // 4, "f32", 1), "small": numbers(70, "f32", 2)}
+    average, twin = build(weights), build(weights)
+    for array in weights.values():
+        array *= -0.5
+    for _ in range(30):
+        twin.update()
+
+    def update() -> None:
+        for _ in range(10):
+            average.update()
+
+    def look() -> None:
+        for _ in range(10):
+            average.state_dict()
+            for shadow in average.shadows:
+                assert np.isfinite(shadow["w"]).all()
+
+    together([update, update, update, look])
+    assert average.num_updates == 30
+    found, want = average.state_dict(), twin.state_dict()
+    for part in ("shadow", "low", "ring"):
+        for one, other in zip(found.get(part, ()), want.get(part, ()), strict=True):
+            for name, array in one.items():
+                np.testing.assert_array_equal(array, other[name])
 
 
 def test_threads_that_share_a_plan_and_move_its_tensors(python: Callable[..., str]) -> None:

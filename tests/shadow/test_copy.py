@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 import fastema  # noqa: E402
 from fastema.errors import DTypeError, LayoutError  # noqa: E402
 
+from .kinds import KINDS, all_of  # noqa: E402
 from .weights import assert_bits, net, refresh_, snapshot, values  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -31,6 +32,34 @@ def test_copy_to_writes_the_average_and_keeps_nothing() -> None:
     assert_bits(model, raw)
     ema.copy_to(model)
     assert torch.equal(model.head.weight, average["head.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copy_to_of_every_kind(kind: str) -> None:
+    """Of an average in two halves the float32 that they are, rounded once."""
+    model = net()
+    average = KINDS[kind](model)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
+    raw, held = snapshot(model), all_of(average)
+    for i, shadow in enumerate(average.shadows):
+        wide = net(5, torch.float64)
+        average.copy_to(wide, which=i)
+        exact = values(wide)
+        for name, half in shadow.items():
+            if "split" in kind and name in exact and exact[name].is_floating_point():
+                assert torch.equal(exact[name], exact[name].float().double())
+                torch.testing.assert_close(half.double(), exact[name], rtol=2.0**-8, atol=0)
+            else:
+                assert torch.equal(exact[name], half.to(exact[name].dtype))
+        for dtype in (torch.float32, torch.bfloat16):
+            other = net(5, dtype)
+            average.copy_to(other, which=i)
+            for name, tensor in values(other).items():
+                assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
+    assert_bits(model, raw)
+    assert all_of(average) == held
 
 
 def test_copy_to_a_model_that_lacks_tensors() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,7 +51,7 @@ def run(
     """Average one model by both, and compare at every tenth step."""
     model = net(0, dtype)
     update, average = peer(model)
-    ema = fastema.EMA(model, **options)
+    ema = options.pop("kind", fastema.EMA)(model, **options)
     for n in range(1, STEPS + 1):
         refresh_(model, n)
         update()
@@ -65,17 +66,14 @@ def run(
                 )
 
 
-class Later:
+@dataclass(frozen=True)
+class Later(rules.Rule):
     """A rule that has one update behind it."""
 
-    def __init__(self, rule: rules.Rule) -> None:
-        self.rule = rule
+    inner: rules.Rule
 
     def decay(self, n: int) -> float:
-        return self.rule.decay(n + 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"rule": "Later"}
+        return self.inner.decay(n + 1)
 
 
 def named(model: nn.Module, tensors: list[torch.Tensor]) -> Average:
@@ -109,7 +107,7 @@ def test_averaged_model(multi: bool, use_buffers: bool) -> None:
 
 @pytest.mark.parametrize("multi", [True, False])
 def test_averaged_model_that_takes_the_mean(multi: bool) -> None:
-    """Of the weights of each update: the running mean is ``inverse_gamma`` with power 1."""
+    """Of the weights of each update; ``inverse_gamma`` with power 1 is the running mean too."""
 
     def peer(model: Net) -> tuple[Callable[[], object], Callable[[], Average]]:
         function = {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()} if multi else {}
@@ -120,6 +118,7 @@ def test_averaged_model_that_takes_the_mean(multi: bool) -> None:
         )
 
     run(peer, decay=rules.inverse_gamma(1 - 1e-9, power=1.0))
+    run(peer, kind=fastema.SWA)
 
 
 @pytest.mark.parametrize("warmup", [True, False])

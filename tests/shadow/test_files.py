@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from torch import nn  # noqa: E402
 
 import fastema  # noqa: E402
 
+from .kinds import KINDS, all_of, which  # noqa: E402
 from .weights import assert_bits, net, refresh_, snapshot  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -23,31 +25,63 @@ def file_of(state: object) -> bytes:
     return file.getvalue()
 
 
-def trained(shadow_dtype: str = "float32") -> fastema.EMA:
+def trained() -> fastema.EMA:
     model = net()
-    ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
+    ema = fastema.EMA(model, 0.5)
     refresh_(model, 1)
     ema.update()
     refresh_(model, 2)
     return ema
 
 
-def test_a_file_holds_one_average() -> None:
+def trained_kind(kind: str) -> Any:
+    model = net()
+    average = KINDS[kind](model)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
+    return average
+
+
+# What a file holds, in bytes for each byte of a float32 model.
+SIZES = {
+    "EMA": 1.0,
+    "three": 3.0,
+    "SWA": 1.0,
+    "SMA": 5.0,  # the mean, its remainder and three slots
+    "PowerEMA": 2.0,
+    "split": 1.0,
+    "three split": 3.0,
+    "random": 0.5,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_holds_the_average_once(kind: str) -> None:
     model = nn.Sequential(*(nn.Linear(200, 200) for _ in range(10)))
-    ema = fastema.EMA(model)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert size < len(file_of(ema.state_dict())) < 1.05 * size
-    with ema.swapped():
-        assert size < len(file_of(ema.state_dict())) < 1.05 * size
+    average = KINDS[kind](model)
+    size = SIZES[kind] * sum(p.numel() * p.element_size() for p in model.parameters())
+    assert size < len(file_of(average.state_dict())) < 1.05 * size
+    with average.swapped(**which(average)):
+        assert size < len(file_of(average.state_dict())) < 1.05 * size
 
 
-def test_the_same_run_writes_the_same_file() -> None:
+def test_what_is_only_copied_is_in_a_file_once() -> None:
+    """However many averages there are."""
+    model = nn.Linear(3, 2)
+    model.register_buffer("table", torch.randn(50_000))
+    size = len(file_of(fastema.EMA(model, (0.5, 0.9, 0.99)).state_dict()))
+    assert 200_000 < size < 220_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_run_writes_the_same_file(kind: str) -> None:
     """No memory that nobody wrote gets into it, such as gaps between tensors."""
-    first = file_of(trained().state_dict())
+    first = file_of(trained_kind(kind).state_dict())
     for n in range(10):
         left = [torch.full((64 * n + 7,), float(n)) for _ in range(20)]
         del left
-        assert file_of(trained().state_dict()) == first
+        assert file_of(trained_kind(kind).state_dict()) == first
 
 
 def test_the_shadow_loads_into_a_module() -> None:
@@ -67,12 +101,15 @@ def test_safetensors(tmp_path: Path) -> None:
     assert_bits(found, snapshot(dict(ema.shadow)))
 
 
-@pytest.mark.parametrize("shadow_dtype", ["float32", "bfloat16"])
-def test_a_state_taken_before_a_block_and_written_within_it(shadow_dtype: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_taken_before_a_block_and_written_within_it(kind: str) -> None:
     """A thread that writes checkpoints may come to it while the average is evaluated."""
-    ema = trained(shadow_dtype)
-    average = snapshot(dict(ema.shadow))
-    state = ema.state_dict()
-    with ema.swapped():
+    average = trained_kind(kind)
+    state = average.state_dict()
+    with average.swapped(**which(average)):
         written = torch.load(io.BytesIO(file_of(state)), weights_only=True)
-    assert_bits(written["shadow"], average)
+    held = all_of(average)
+    average.update()
+    assert all_of(average) != held
+    average.load_state_dict(written)
+    assert all_of(average) == held

@@ -9,7 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastema  # noqa: E402
+from fastema.errors import ArgumentError  # noqa: E402
 
+from .kinds import KINDS, VARIED, all_of, last, which  # noqa: E402
 from .weights import assert_bits, net, refresh_, snapshot, values  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -86,21 +88,40 @@ def trained(tensor: torch.Tensor) -> None:
     tensor.requires_grad_(True)
 
 
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
 @pytest.mark.parametrize("change", [exchanged, reset, flattened, transposed, narrowed, trained])
 def test_what_is_done_to_a_tensor_it_handed_out_is_not_done_to_the_average(
-    change: Callable[[torch.Tensor], object],
+    change: Callable[[torch.Tensor], object], kind: str
 ) -> None:
     """Other than writing its elements, which are the average's own."""
     model, twin = net(), net()
-    ema, other = fastema.EMA(model, 0.5), fastema.EMA(twin, 0.5)
-    change(ema.shadow["hidden.weight"])
-    assert_bits(dict(ema.shadow), snapshot(dict(other.shadow)))
-    for n in (1, 2):
-        for weights, average in ((model, ema), (twin, other)):
+    average, other = KINDS[kind](model), KINDS[kind](twin)
+    change(last(average)["hidden.weight"])
+    state = average.state_dict(copy=False)
+    for tensors in (*state["shadow"], *state.get("low", ()), *state.get("ring", ())):
+        exchanged(tensors["hidden.bias"])
+    assert all_of(average) == all_of(other)
+    for n in range(1, 6):
+        for weights, one in ((model, average), (twin, other)):
             refresh_(weights, n)
-            average.update()
-    assert_bits(dict(ema.shadow), snapshot(dict(other.shadow)))
-    assert ema.shadow["hidden.weight"].shape == model.hidden.weight.shape
-    assert not ema.shadow["hidden.weight"].requires_grad
-    with ema.swapped():
-        assert torch.equal(model.hidden.weight, other.shadow["hidden.weight"])
+            one.update()
+    assert all_of(average) == all_of(other)
+    assert last(average)["hidden.weight"].shape == model.hidden.weight.shape
+    assert not last(average)["hidden.weight"].requires_grad
+    with average.swapped(**which(average)), other.swapped(**which(other)):
+        assert_bits(model, snapshot(twin))
+
+
+def test_the_mappings_of_several_averages() -> None:
+    model = net()
+    average = fastema.EMA(model, (0.5, 0.9))
+    refresh_(model, 1)
+    average.update()
+    one, other = average.shadows
+    assert list(one) == list(other) == list(values(model))
+    assert not torch.equal(one["scale"], other["scale"])
+    # What is only copied is one and the same.
+    counter = "norm.num_batches_tracked"
+    assert one[counter].data_ptr() == other[counter].data_ptr()
+    with pytest.raises(ArgumentError, match="which"):
+        _ = average.shadow

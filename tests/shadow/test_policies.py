@@ -12,6 +12,7 @@ from torch import nn  # noqa: E402
 import fastema  # noqa: E402
 from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError  # noqa: E402
 
+from .kinds import KINDS, all_of  # noqa: E402
 from .weights import (  # noqa: E402
     BUFFERS,
     assert_average,
@@ -47,18 +48,66 @@ def test_buffers(buffers: str) -> None:
     assert ("norm.running_mean" in ema.shadow) == (buffers != "skip")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_integer_buffers_are_exact(buffers: str) -> None:
+def test_integer_buffers_are_exact(buffers: str, kind: str) -> None:
     model = net()
-    ema = fastema.EMA(model, 0.75, buffers=buffers, shadow_dtype=torch.bfloat16)
+    average = KINDS[kind](model, buffers=buffers)
     model.norm.num_batches_tracked.fill_(2**53 + 1)
-    ema.update()
+    average.update()
     model.norm.num_batches_tracked.add_(1)
-    assert ema.shadow["norm.num_batches_tracked"].dtype == torch.int64
-    assert ema.shadow["norm.num_batches_tracked"].item() == 2**53 + 1
-    with ema.swapped():
-        assert model.norm.num_batches_tracked.item() == 2**53 + 1
-    assert model.norm.num_batches_tracked.item() == 2**53 + 2
+    for i, shadow in enumerate(average.shadows):
+        assert shadow["norm.num_batches_tracked"].dtype == torch.int64
+        assert shadow["norm.num_batches_tracked"].item() == 2**53 + 1
+        with average.swapped(which=i):
+            assert model.norm.num_batches_tracked.item() == 2**53 + 1
+            assert shadow["norm.num_batches_tracked"].item() == 2**53 + 1
+        assert model.norm.num_batches_tracked.item() == 2**53 + 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
+def test_buffers_of_every_kind(buffers: str, kind: str) -> None:
+    """Copied by the updates that do work, averaged as weights are, or left alone."""
+    model = net()
+    average = KINDS[kind](model, buffers=buffers, update_every=2)
+    as_weights = KINDS[kind]({"norm.running_mean": model.norm.running_mean}, update_every=2)
+    latest = model.norm.running_mean.clone()
+    for n in range(1, 12):
+        refresh_(model, n)
+        average.update()
+        as_weights.update()
+        if n % 2 == 0:
+            latest = model.norm.running_mean.clone()
+        for i, shadow in enumerate(average.shadows):
+            if buffers == "skip":
+                assert BUFFERS.isdisjoint(shadow)
+                continue
+            held = shadow["norm.running_mean"]
+            want = latest if buffers == "copy" else as_weights.shadows[i]["norm.running_mean"]
+            assert torch.equal(bits(held), bits(want))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["skip", "copy", "average"])
+def test_frozen_parameters_of_every_kind_swap_by_policy(policy: str, kind: str) -> None:
+    model = half_frozen()
+    average = KINDS[kind](model, frozen=policy)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
+    latest = snapshot(model)
+    refresh_(model, 7)
+    raw, held = snapshot(model), all_of(average)
+    for i in range(len(average.shadows)):
+        with average.swapped(which=i):
+            now = snapshot(model)
+            for name in FROZEN:
+                assert torch.equal(now[name], raw[name]) == (policy == "skip")
+                assert torch.equal(now[name], latest[name]) == (policy == "copy")
+            assert all_of(average) == held
+        assert_bits(model, raw)
+        assert all_of(average) == held
 
 
 def test_skipped_buffers_stay_in_the_model() -> None:

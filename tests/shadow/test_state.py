@@ -6,6 +6,8 @@ import copy
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import fastema  # noqa: E402
 from fastema import rules  # noqa: E402
 from fastema.errors import CheckpointError  # noqa: E402
 
+from .kinds import KINDS, all_of, which  # noqa: E402
 from .weights import Net, assert_bits, assert_same, bits, net, refresh_, snapshot  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -39,6 +42,15 @@ def trained(updates: int = 3, dtype: torch.dtype | None = None, **options: Any) 
         refresh_(model, n)
         ema.update()
     return ema
+
+
+def trained_kind(kind: str, updates: int = 5, **options: Any) -> Any:
+    model = net()
+    average = KINDS[kind](model, **options)
+    for n in range(1, updates + 1):
+        refresh_(model, n)
+        average.update()
+    return average
 
 
 def everything(ema: fastema.EMA) -> State:
@@ -108,6 +120,37 @@ def test_resumed_run_is_equal_to_the_bit(options: State, applied: bool) -> None:
     assert_unchanged(second, everything(ema))
 
 
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("cut", [0, 2, 8])
+@pytest.mark.parametrize("options", [{}, {"update_every": 2, "start_after": 3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_of_every_kind_is_equal_to_the_bit(
+    kind: str, dtype: torch.dtype, options: State, cut: int, applied: bool
+) -> None:
+    def build(**other: Any) -> tuple[Net, Any]:
+        model = net(0, dtype)
+        return model, KINDS[kind](model, **{**options, **other})
+
+    model, average = build(seed=5)
+    run(model, average, 1, 14)
+
+    first_model, first = build(seed=5)
+    run(first_model, first, 1, cut)
+    raw = copy.deepcopy(first_model.state_dict())
+    with first.swapped(**which(first)) if applied else nullcontext():
+        saved = through_a_file(first.state_dict())
+
+    # It has the weights of its own beginning, another past, another seed.
+    second_model, second = build(seed=99, update_every=1)
+    run(second_model, second, 20, 26)
+    second_model.load_state_dict(raw)
+    second.load_state_dict(saved)
+    assert all_of(second) == all_of(first)
+    run(second_model, second, cut + 1, 14)
+    assert all_of(second) == all_of(average)
+
+
 def test_the_saved_schedule_counts() -> None:
     saved = trained(5, decay=rules.warmup(0.99), update_every=2, start_after=3).state_dict()
     ema = fastema.EMA(net(4), 0.5)
@@ -123,7 +166,7 @@ def test_saved_while_applied_it_never_holds_raw_weights() -> None:
         before = through_a_file(ema.state_dict())
         with ema.swapped():
             during = through_a_file(ema.state_dict())
-        assert_same(snapshot(during["shadow"]), snapshot(before["shadow"]))
+        assert_same(snapshot(during["shadow"][0]), snapshot(before["shadow"][0]))
         assert {k: v for k, v in during.items() if k != "shadow"} == {
             k: v for k, v in before.items() if k != "shadow"
         }
@@ -131,10 +174,16 @@ def test_saved_while_applied_it_never_holds_raw_weights() -> None:
 
 def test_state_is_plain() -> None:
     """Nothing but what ``weights_only=True`` loads, and the head fits into JSON."""
-    state = trained(3, decay=rules.inverse_gamma(0.99)).state_dict()
-    assert all(type(tensor) is torch.Tensor for tensor in state["shadow"].values())
-    head = {key: value for key, value in state.items() if key != "shadow"}
-    assert json.loads(json.dumps(head)) == head
+    for average in (
+        trained(3, decay=rules.inverse_gamma(0.99)),
+        *(trained_kind(kind) for kind in KINDS),
+    ):
+        state = average.state_dict()
+        parts = {key: state.pop(key) for key in ("shadow", "low", "ring") if key in state}
+        for tensors in parts.values():
+            assert type(tensors) is list
+            assert all(type(tensor) is torch.Tensor for one in tensors for tensor in one.values())
+        assert json.loads(json.dumps(state)) == state
 
 
 def test_loading_copies_and_keeps_the_memory_of_the_average() -> None:
@@ -143,7 +192,7 @@ def test_loading_copies_and_keeps_the_memory_of_the_average() -> None:
     ema.load_state_dict(state)
     assert {name: tensor.data_ptr() for name, tensor in ema.shadow.items()} == places
     loaded = snapshot(dict(ema.shadow))
-    refresh_(state["shadow"], 5)
+    refresh_(state["shadow"][0], 5)
     assert_bits(dict(ema.shadow), loaded)
 
 
@@ -157,24 +206,23 @@ def test_loading_leaves_the_model_alone() -> None:
 
 def test_tensors_may_lie_in_any_order_and_layout() -> None:
     ema, state = trained(), trained(6).state_dict()
-    expected = snapshot(state["shadow"])
+    (held,) = state["shadow"]
+    expected = snapshot(held)
     tensors = {
-        name: state["shadow"][name].t().contiguous().t()
-        if state["shadow"][name].ndim == 2
-        else state["shadow"][name].clone()
-        for name in reversed(state["shadow"])
+        name: held[name].t().contiguous().t() if held[name].ndim == 2 else held[name].clone()
+        for name in reversed(held)
     }
-    ema.load_state_dict({**state, "shadow": tensors})
+    ema.load_state_dict({**state, "shadow": [tensors]})
     assert_bits(dict(ema.shadow), expected)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module.module."])
 def test_names_of_a_wrapped_model_load(prefix: str) -> None:
     state = trained(6).state_dict()
-    wrapped = {prefix + name: tensor for name, tensor in state["shadow"].items()}
+    wrapped = {prefix + name: tensor for name, tensor in state["shadow"][0].items()}
     ema = trained()
-    ema.load_state_dict({**state, "shadow": wrapped})
-    assert_bits(dict(ema.shadow), snapshot(state["shadow"]))
+    ema.load_state_dict({**state, "shadow": [wrapped]})
+    assert_bits(dict(ema.shadow), snapshot(state["shadow"][0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -192,20 +240,46 @@ def test_dtype_of_the_average_is_kept(dtype: torch.dtype) -> None:
     assert_same(snapshot(dict(wrong.shadow)), snapshot(dict(ema.shadow)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_what_was_saved_before_takes_all_of_it_back(kind: str) -> None:
+    average = trained_kind(kind, seed=11)
+    before = all_of(average)
+    saved = average.state_dict()
+    model = net(7)
+    for _ in range(5):
+        refresh_(model, 8)
+        average.update(model)
+    assert all_of(average) != before
+    average.load_state_dict(saved)
+    assert all_of(average) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_without_a_copy_is_that_state(kind: str) -> None:
+    average = trained_kind(kind)
+    state, alias = average.state_dict(), average.state_dict(copy=False)
+    assert state.keys() == alias.keys()
+    for part in ("shadow", "low", "ring"):
+        for one, other in zip(state.get(part, ()), alias.get(part, ()), strict=True):
+            assert_same(snapshot(one), snapshot(other))
+            own = {tensor.data_ptr() for tensor in other.values()}
+            assert own.isdisjoint(tensor.data_ptr() for tensor in one.values())
+
+
 # -- what does not fit ----------------------------------------------------------------------------
 
 
 def test_every_mismatch_is_reported_at_once() -> None:
     ema = trained()
     state = through_a_file(ema.state_dict())
-    shadow = state["shadow"]
+    (shadow,) = state["shadow"]
     del shadow["scale"], shadow["conv.bias"]
     shadow["gain"] = torch.ones(1)
     shadow["hidden.weight"] = torch.ones(12, 7)
     shadow["hidden.bias"] = shadow["hidden.bias"].double()
     shadow["head.weight"] = shadow["head.weight"].to_sparse()
     shadow["norm.weight"] = 3.0
-    state["schedule"]["rule"]["value"] = 1.5
+    state["schedule"]["rules"][0]["value"] = 1.5
     before = everything(ema)
     with pytest.raises(CheckpointError) as caught:
         ema.load_state_dict(state)
@@ -244,7 +318,8 @@ BROKEN: dict[str, tuple[Callable[[State], object], str]] = {
     "a list": (lambda state: [state], "not a fastema state"),
     "empty": (lambda state: {}, "not a fastema state"),
     "the weights": (lambda state: net().state_dict(), "not a fastema state"),
-    "the average": (lambda state: state["shadow"], "not a fastema state"),
+    "the average": (lambda state: state["shadow"][0], "not a fastema state"),
+    "the averages": (lambda state: state["shadow"], "not a fastema state"),
     "format": (broken(format="other"), "not a fastema state"),
     "version": (broken(version=2), "version 2"),
     "no version": (without("version"), "version None"),
@@ -253,21 +328,48 @@ BROKEN: dict[str, tuple[Callable[[State], object], str]] = {
     "fraction": (broken(num_updates=2.5), "num_updates is 2.5"),
     "truth": (broken(num_updates=True), "num_updates is True"),
     "no count": (without("num_updates"), "num_updates is None"),
+    "huge": (broken(num_updates=2**63), f"num_updates is {2**63}"),
+    "no skips": (without("num_skipped"), "num_skipped is None"),
+    "no seed": (without("seed"), "seed is None"),
+    "seed": (broken(seed=-1), "seed is -1"),
+    "huge seed": (broken(seed=2**63), f"seed is {2**63}"),
     "no shadow": (without("shadow"), "shadow"),
-    "shadow list": (lambda state: {**state, "shadow": [*state["shadow"].values()]}, "shadow"),
-    "empty shadow": (broken(shadow={}), "'conv.weight' is missing"),
+    "one shadow": (lambda state: {**state, "shadow": state["shadow"][0]}, "shadow"),
+    "shadow tensors": (
+        lambda state: {**state, "shadow": [*state["shadow"][0].values()]},
+        "shadow",
+    ),
+    "no averages": (broken(shadow=[]), "holds 0 averages, expected 1"),
+    "two averages": (
+        lambda state: {**state, "shadow": state["shadow"] * 2},
+        "holds 2 averages, expected 1",
+    ),
+    "empty shadow": (broken(shadow=[{}]), "'conv.weight' is missing"),
+    "low": (lambda state: {**state, "low": state["shadow"]}, "'low' is unexpected"),
+    "ring": (lambda state: {**state, "ring": state["shadow"]}, "'ring' is unexpected"),
+    "two rules": (
+        lambda state: {
+            **state,
+            "schedule": {**state["schedule"], "rules": state["schedule"]["rules"] * 2},
+        },
+        "2 averages, not 1",
+    ),
     "no schedule": (without("schedule"), "schedule"),
     "schedule text": (broken(schedule="constant"), "schedule"),
     "schedule none": (broken(schedule=None), "schedule"),
-    "rule text": (scheduled(rule="constant"), "schedule"),
-    "rule list": (scheduled(rule=["Constant", 0.9]), "schedule"),
-    "rule none": (scheduled(rule=None), "schedule"),
-    "rule number": (scheduled(rule=0.9), "schedule"),
-    "rule unknown": (scheduled(rule={"rule": "Cosine"}), "Cosine"),
-    "rule odd": (scheduled(rule={"rule": ["Constant"]}), "schedule"),
-    "rule parts": (scheduled(rule={"rule": "Constant"}), "Constant"),
-    "rule more": (scheduled(rule={"rule": "Constant", "value": 0.5, "k": 1}), "Constant"),
-    "rule value": (scheduled(rule={"rule": "Constant", "value": "often"}), "often"),
+    "no rules": (scheduled(rules=[]), "schedule"),
+    "rules none": (scheduled(rules=None), "schedule"),
+    "rules bare": (scheduled(rules={"rule": "Constant", "value": 0.5}), "schedule"),
+    "rule text": (scheduled(rules=["constant"]), "schedule"),
+    "rule list": (scheduled(rules=[["Constant", 0.9]]), "schedule"),
+    "rule none": (scheduled(rules=[None]), "schedule"),
+    "rule number": (scheduled(rules=[0.9]), "schedule"),
+    "rule unknown": (scheduled(rules=[{"rule": "Cosine"}]), "Cosine"),
+    "rule odd": (scheduled(rules=[{"rule": ["Constant"]}]), "schedule"),
+    "rule parts": (scheduled(rules=[{"rule": "Constant"}]), "Constant"),
+    "rule more": (scheduled(rules=[{"rule": "Constant", "value": 0.5, "k": 1}]), "Constant"),
+    "rule value": (scheduled(rules=[{"rule": "Constant", "value": "often"}]), "often"),
+    "rule of a window": (scheduled(rules=[{"rule": "Window", "size": 3}]), "Window"),
     "every": (scheduled(update_every=0), "update_every=0"),
     "start": (scheduled(start_after="x"), "start_after='x'"),
 }
@@ -293,6 +395,80 @@ def test_all_of_a_wrong_head_is_reported_at_once() -> None:
         assert part in str(caught.value)
 
 
+def renamed(part: str, index: int) -> Callable[[State], object]:
+    def change(state: State) -> object:
+        tensors = dict(state[part][index])
+        tensors["gain"] = tensors.pop("scale")
+        return {**state, part: [*state[part][:index], tensors, *state[part][index + 1 :]]}
+
+    return change
+
+
+def narrowed(part: str) -> Callable[[State], object]:
+    def change(state: State) -> object:
+        (tensors,) = state[part]
+        return {**state, part: [{**tensors, "scale": tensors["scale"].half()}]}
+
+    return change
+
+
+WRONG_PARTS: dict[str, tuple[str, Callable[[State], object], list[str]]] = {
+    "no low": ("split", without("low"), ["no 'low'"]),
+    "low names": ("split", renamed("low", 0), ["'scale' is missing in low[0]", "'gain' is unex"]),
+    "low dtype": ("split", narrowed("low"), ["'scale' is f16, expected i16 in low[0]"]),
+    "low of two": (
+        "three split",
+        lambda state: {**state, "low": state["low"][:2]},
+        ["'low' holds 2 averages, expected 3"],
+    ),
+    "one of three": ("three", renamed("shadow", 1), ["'scale' is missing in shadow[1]"]),
+    "no ring": ("SMA", without("ring"), ["no 'ring'"]),
+    "ring dtype": ("SMA", narrowed("ring"), ["'scale' is f16, expected f32 in ring[0]"]),
+    "no remainder": ("SMA", without("low"), ["no 'low'"]),
+    "a shorter window": (
+        "SMA",
+        lambda state: {**state, "ring": [{n: t[:2] for n, t in state["ring"][0].items()}]},
+        ["'scale' is [2], expected [3] in ring[0]", "[2, 5, 12], expected [3, 5, 12]"],
+    ),
+    "a rule without a window": (
+        "SMA",
+        scheduled(rules=[{"rule": "Constant", "value": 0.5}]),
+        ["Constant"],
+    ),
+    "a rule of another window": ("SMA", scheduled(rules=[{"rule": "Window", "size": 4}]), ["4"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_parts_that_do_not_fit_are_refused_whole(case: str) -> None:
+    kind, change, messages = WRONG_PARTS[case]
+    average = trained_kind(kind)
+    before = all_of(average)
+    with pytest.raises(CheckpointError) as caught:
+        average.load_state_dict(change(trained_kind(kind, 7).state_dict()))
+    for part in messages:
+        assert part in str(caught.value)
+    assert all_of(average) == before
+    average.update()
+
+
+NAMES = {"EMA": "EMA", "three": "EMA", "SWA": "SWA", "SMA": "SMA", "PowerEMA": "PowerEMA"}
+
+
+@pytest.mark.parametrize("saved", NAMES)
+@pytest.mark.parametrize("loading", NAMES)
+def test_a_state_of_another_kind(saved: str, loading: str) -> None:
+    if saved == loading:
+        return
+    average = trained_kind(loading)
+    before = all_of(average)
+    with pytest.raises(CheckpointError) as caught:
+        average.load_state_dict(trained_kind(saved).state_dict())
+    if NAMES[saved] != NAMES[loading]:
+        assert f"it was saved by {NAMES[saved]!r}, not by {NAMES[loading]!r}" in str(caught.value)
+    assert all_of(average) == before
+
+
 def test_a_state_of_another_model() -> None:
     other = fastema.EMA(nn.Linear(3, 2))
     with pytest.raises(CheckpointError) as caught:
@@ -301,29 +477,32 @@ def test_a_state_of_another_model() -> None:
         assert part in str(caught.value)
 
 
-class Halving:
+@dataclass(frozen=True)
+class Halving(rules.Rule):
     """A rule of the user's own."""
 
     def decay(self, n: int) -> float:
         return 1 - 0.5**n
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"rule": "Halving"}
-
 
 def test_a_run_with_a_rule_of_the_users_own_resumes() -> None:
-    ema, resumed = trained(decay=Halving()), trained(0, decay=Halving())
+    ema = trained(decay=Halving())
+    resumed = trained(0, decay=0.5)
     resumed.load_state_dict(through_a_file(ema.state_dict()))
     assert resumed.num_updates == 3
     assert resumed.decay == 0.875
+    assert resumed.schedule.rules == (Halving(),)
     assert_same(snapshot(dict(resumed.shadow)), snapshot(dict(ema.shadow)))
 
 
 def test_a_rule_that_nobody_knows_is_refused() -> None:
     saved = through_a_file(trained(decay=Halving()).state_dict())
+    (rule,) = saved["schedule"]["rules"]
+    assert rule["rule"].endswith(".Halving")
+    rule["rule"] = "of.another.program.Halving"
     ema = trained()
     before = everything(ema)
-    with pytest.raises(CheckpointError, match="Halving"):
+    with pytest.raises(CheckpointError, match=r"program\.Halving.*defined, or imported"):
         ema.load_state_dict(saved)
     assert_unchanged(ema, before)
 

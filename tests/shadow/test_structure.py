@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from torch import nn  # noqa: E402
 import fastema  # noqa: E402
 from fastema.errors import LayoutError, StateError  # noqa: E402
 
+from .kinds import KINDS, VARIED, all_of, which  # noqa: E402
 from .weights import Net, assert_bits, assert_same, net, refresh_, snapshot  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -113,31 +115,32 @@ CHANGES: dict[Change, list[str]] = {
 }
 
 CALLS = {
-    "update": lambda ema, model: ema.update(),
-    "update model": lambda ema, model: ema.update(model),
-    "apply": lambda ema, model: ema.apply_shadow(),
-    "swapped": lambda ema, model: ema.swapped().__enter__(),
+    "update": lambda average, model: average.update(),
+    "update model": lambda average, model: average.update(model),
+    "apply": lambda average, model: average.apply_shadow(**which(average)),
+    "swapped": lambda average, model: average.swapped(**which(average)).__enter__(),
 }
 
 
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_model_is_refused_by_name(change: Change, call: str) -> None:
+def test_changed_model_is_refused_by_name(change: Change, call: str, kind: str) -> None:
     model = net()
-    ema = fastema.EMA(model, 0.5)
-    refresh_(model, 1)
-    ema.update()
+    average = KINDS[kind](model)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
     change(model)
-    weights, average = snapshot(model), snapshot(dict(ema.shadow))
+    weights, held = snapshot(model), all_of(average)
     with pytest.raises((LayoutError, TypeError)) as caught:
-        CALLS[call](ema, model)
+        CALLS[call](average, model)
     assert isinstance(caught.value, fastema.errors.FastemaError)
     for part in CHANGES[change]:
         assert part in str(caught.value)
     assert_bits(model, weights)
-    assert_bits(dict(ema.shadow), average)
-    assert ema.num_updates == 1
-    assert not ema.applied
+    assert all_of(average) == held
+    assert not average.applied
 
 
 def test_all_changes_are_named_at_once() -> None:
@@ -155,22 +158,23 @@ def test_all_changes_are_named_at_once() -> None:
     assert_bits(dict(ema.shadow), average)
 
 
-@pytest.mark.parametrize("shadow_dtype", ["float32", "float64", "bfloat16"])
-def test_once_the_model_is_as_before_the_average_goes_on(shadow_dtype: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip"}, {"start_after": 2}], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "double"])
+def test_once_the_model_is_as_before_the_average_goes_on(kind: str, options: dict) -> None:
     model, twin = net(), net()
-    ema, other = (fastema.EMA(m, 0.5, shadow_dtype=shadow_dtype) for m in (model, twin))
-    for n in range(1, 6):
+    build = KINDS.get(kind, lambda w, **o: fastema.EMA(w, 0.5, shadow_dtype="float64", **o))
+    average, other = (build(m, **options) for m in (model, twin))
+    for n in range(1, 8):
         refresh_(model, n)
         refresh_(twin, n)
         added(model)
         for call in CALLS.values():
             with pytest.raises(LayoutError, match="extra"):
-                call(ema, model)
+                call(average, model)
         del model.extra
-        ema.update()
+        average.update()
         other.update()
-    assert ema.shadow["scale"].dtype == other.shadow["scale"].dtype
-    assert_bits(dict(ema.shadow), snapshot(dict(other.shadow)))
+    assert all_of(average) == all_of(other)
 
 
 def test_conversion_beside_a_changed_model_leaves_one_average() -> None:
@@ -190,66 +194,71 @@ def test_conversion_beside_a_changed_model_leaves_one_average() -> None:
         assert torch.equal(model.hidden.bias, ema.shadow["hidden.bias"].float())
 
 
-@pytest.mark.parametrize("shadow_dtype", ["float32", "bfloat16"])
-def test_tensor_removed_while_applied(shadow_dtype: str) -> None:
+def ready_kind(model: nn.Module, kind: str) -> Any:
+    average = KINDS[kind](model)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
+    refresh_(model, 7)
+    return average
+
+
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
+def test_tensor_removed_while_applied(kind: str) -> None:
     """Its raw value has nowhere to go; nothing is lost once it is there again."""
     model = net()
-    ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
-    refresh_(model, 1)
-    ema.update()
-    refresh_(model, 2)
-    raw, average, scale = snapshot(model), snapshot(dict(ema.shadow)), model.scale
-    with pytest.raises(LayoutError, match="'scale'"), ema.swapped():
+    average = ready_kind(model, kind)
+    raw, held, scale = snapshot(model), all_of(average), model.scale
+    with pytest.raises(LayoutError, match="'scale'"), average.swapped(**which(average)):
         removed(model)
-    assert ema.applied
+    assert average.applied
     with pytest.raises(LayoutError, match="'scale'"):
-        ema.restore()
+        average.restore()
     with pytest.raises(StateError):
-        ema.update()
+        average.update()
     model.scale = scale
-    ema.restore()
+    assert all_of(average) == held
+    average.restore()
     assert_bits(model, raw)
-    assert_bits(dict(ema.shadow), average)
+    assert all_of(average) == held
 
 
 def unfrozen(model: Net) -> None:
     model.conv.requires_grad_(True)
 
 
-@pytest.mark.parametrize("shadow_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
 @pytest.mark.parametrize("change", [added, added_buffer, unfrozen])
 def test_what_is_new_while_applied_does_not_keep_the_raw_weights_away(
-    change: Change, shadow_dtype: str
+    change: Change, kind: str
 ) -> None:
     """An evaluation may cache a buffer or end in ``requires_grad_(True)``: that is for update()."""
     model = net()
     model.conv.requires_grad_(False)
-    ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
-    refresh_(model, 1)
-    ema.update()
-    refresh_(model, 2)
-    raw, average = snapshot(model), snapshot(dict(ema.shadow))
-    with ema.swapped():
+    average = ready_kind(model, kind)
+    raw, held = snapshot(model), all_of(average)
+    with average.swapped(**which(average)):
         change(model)
-    assert not ema.applied
+    assert not average.applied
     found = snapshot(model)
     assert_same({name: found[name] for name in raw}, raw)
-    assert_bits(dict(ema.shadow), average)
+    assert all_of(average) == held
     with pytest.raises(LayoutError):
-        ema.update()
+        average.update()
 
 
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
 @pytest.mark.parametrize("call", CALLS)
-def test_untied_weights(call: str) -> None:
+def test_untied_weights(call: str, kind: str) -> None:
     model = Shared()
-    ema = fastema.EMA(model, 0.5)
+    average = KINDS[kind](model)
     model.head.data = model.head.data.clone()
-    average = snapshot(dict(ema.shadow))
+    held = all_of(average)
     with pytest.raises(LayoutError, match=r"'head' was tied to 'table'"):
-        CALLS[call](ema, model)
-    assert_bits(dict(ema.shadow), average)
+        CALLS[call](average, model)
+    assert all_of(average) == held
     model.head.data = model.table.data
-    ema.update()
+    average.update()
 
 
 def test_untied_parameter_that_was_one_object() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import fastema  # noqa: E402
-from fastema.errors import LayoutError, StateError  # noqa: E402
+from fastema.errors import ArgumentError, LayoutError, StateError  # noqa: E402
 
+from .kinds import KINDS, all_of, last, which  # noqa: E402
 from .weights import (  # noqa: E402
     FLOATS,
     Net,
@@ -61,6 +63,90 @@ def test_round_trip_is_exact(model_dtype: str, shadow_dtype: str) -> None:
         assert_bits(dict(ema.shadow), average)
 
 
+def ready_kind(kind: str, model_dtype: str) -> tuple[Net, Any]:
+    """The same for an average of any kind, its window full."""
+    model = net(0, FLOATS[model_dtype])
+    average = KINDS[kind](model)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
+    refresh_(model, 9)
+    return model, average
+
+
+@pytest.mark.parametrize("model_dtype", FLOATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_of_every_kind_is_exact(kind: str, model_dtype: str) -> None:
+    """Whichever of several is applied, and also all that is beside the one that is seen."""
+    model, average = ready_kind(kind, model_dtype)
+    raw, held = snapshot(model), all_of(average)
+    for i, shadow in enumerate(average.shadows):
+        # In two halves it is a float32, which copy_to() puts together.
+        whole = net(3, torch.float32) if "split" in kind else net(3, shadow["scale"].dtype)
+        average.copy_to(whole, which=i)
+        with average.swapped(which=i):
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(
+                    parameter.detach(),
+                    whole.get_parameter(name).detach().to(parameter.dtype),
+                    msg=name,
+                )
+            # Nothing of it is seen as changed, neither where it is nor beside it.
+            assert all_of(average) == held
+            assert not torch.equal(bits(model.conv.weight), raw["conv.weight"])
+        assert_bits(model, raw)
+        assert all_of(average) == held
+        average.apply_shadow(which=i - len(average.shadows))
+        average.restore()
+        assert_bits(model, raw)
+        assert all_of(average) == held
+    average.update()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_swapping_any_kind_between_updates_changes_nothing_later(kind: str) -> None:
+    def run(look: bool) -> dict[str, Any]:
+        model = net(0, torch.bfloat16)
+        average = KINDS[kind](model)
+        for n in range(1, 10):
+            refresh_(model, n)
+            for i in range(len(average.shadows) if look else 0):
+                with average.swapped(which=i):
+                    average.state_dict()
+            average.update()
+        return all_of(average)
+
+    assert run(look=True) == run(look=False)
+
+
+@pytest.mark.parametrize("call", ["apply_shadow", "swapped", "copy_to"])
+@pytest.mark.parametrize("chosen", [None, 3, -4, True, 1.0, "0"])
+def test_which_of_several_has_to_be_said(call: str, chosen: object) -> None:
+    model, average = ready_kind("three", "f32")
+    raw, held = snapshot(model), all_of(average)
+    made = getattr(average, call)
+    arguments = (model,) if call == "copy_to" else ()
+    with pytest.raises(ArgumentError, match=r"which=.*0: .*0\.5.*1: .*0\.75.*2: .*0\.875"):
+        made(*arguments, which=chosen).__enter__()
+    assert_bits(model, raw)
+    assert all_of(average) == held
+
+
+@pytest.mark.parametrize("kind", ["three", "three split"])
+def test_while_one_is_applied_the_others_are_where_they_were(kind: str) -> None:
+    model, average = ready_kind(kind, "bf16")
+    raw, held = snapshot(model), all_of(average)
+    average.apply_shadow(which=1)
+    assert all_of(average) == held
+    with pytest.raises(StateError, match="restore"):
+        average.apply_shadow(which=2)
+    with pytest.raises(StateError, match="restore"):
+        average.copy_to(net(7), which=0)
+    average.restore()
+    assert_bits(model, raw)
+    assert all_of(average) == held
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_model_holds_the_average_itself_where_the_dtypes_agree(dtype: str) -> None:
     model, ema = ready(dtype, dtype)
@@ -103,6 +189,28 @@ def test_every_bit_pattern_survives_in_a_float32_average_of_bfloat16_weights() -
     assert torch.equal(held.isinf(), average.bfloat16().isinf())
 
 
+@pytest.mark.parametrize("model_dtype", ["f32", "bf16"])
+def test_every_bit_pattern_survives_in_an_average_in_two_halves(model_dtype: str) -> None:
+    average = every_float32()
+    weights = average.clone()
+    ema = fastema.EMA([weights], shadow_dtype="bf16+16")
+    # Of what a bfloat16 model has, the average was made as a float32 all the same.
+    model = [weights if model_dtype == "f32" else weights.bfloat16()]
+    raw = average.flip(0) if model_dtype == "f32" else average.flip(0).bfloat16()
+    model[0].copy_(raw)
+    held, half = all_of(ema), ema.shadow["0"].clone()
+    with ema.swapped(model):
+        if model_dtype == "f32":
+            assert torch.equal(model[0].view(torch.int32), quiet(average))
+        else:
+            assert torch.equal(bits(model[0]), bits(half))
+    if model_dtype == "f32":
+        assert torch.equal(model[0].view(torch.int32), quiet(raw))
+    else:
+        assert torch.equal(bits(model[0]), bits(raw))
+    assert all_of(ema) == held
+
+
 @pytest.mark.parametrize(("model_dtype", "shadow_dtype"), PAIRS)
 def test_special_values_survive(model_dtype: str, shadow_dtype: str) -> None:
     weights_dtype, average_dtype = FLOATS[model_dtype], FLOATS[shadow_dtype]
@@ -128,24 +236,28 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, Stop, GeneratorExit])
+ERRORS = [ValueError, KeyboardInterrupt, SystemExit, Stop, GeneratorExit]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("error", ERRORS)
 def test_raw_weights_come_back_after_an_exception(
-    shadow_dtype: str, error: type[BaseException]
+    kind: str, model_dtype: str, error: type[BaseException]
 ) -> None:
-    model, ema = ready("bf16", shadow_dtype)
-    raw, average = snapshot(model), snapshot(dict(ema.shadow))
+    model, average = ready_kind(kind, model_dtype)
+    raw, held = snapshot(model), all_of(average)
 
     def body() -> None:
-        with ema.swapped():
+        with average.swapped(**which(average)):
             raise error
 
     with pytest.raises(error):
         body()
-    assert not ema.applied
+    assert not average.applied
     assert_bits(model, raw)
-    assert_bits(dict(ema.shadow), average)
-    ema.update()
+    assert all_of(average) == held
+    average.update()
 
 
 def test_restore_within_the_block() -> None:
@@ -239,27 +351,32 @@ def test_shadow_and_state_dict_hold_the_average_while_applied(
     raw, average = snapshot(model), snapshot(dict(ema.shadow))
     with ema.swapped():
         state, shadow = ema.state_dict(), dict(ema.shadow)
-        assert_bits(state["shadow"], average)
+        assert_bits(state["shadow"][0], average)
         assert_bits(shadow, average)
     # They stay what they were: after the block, and when the model trains on.
     refresh_(model, 9)
     ema.update()
-    assert_bits(state["shadow"], average)
+    assert_bits(state["shadow"][0], average)
     assert_bits(shadow, average)
     for name, one in average.items():
         if name in raw and "num_batches" not in name:
             assert not torch.equal(one, raw[name])
 
 
-@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
-def test_copies_taken_while_applied_are_not_the_model(shadow_dtype: str) -> None:
-    model, ema = ready("bf16", shadow_dtype)
-    raw, average = snapshot(model), snapshot(dict(ema.shadow))
-    with ema.swapped():
-        poison_(dict(ema.shadow).values())
-        poison_(ema.state_dict()["shadow"][0].values())
+@pytest.mark.parametrize("model_dtype", ["f32", "bf16", "f64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_taken_while_applied_are_not_the_model(kind: str, model_dtype: str) -> None:
+    model, average = ready_kind(kind, model_dtype)
+    raw, held = snapshot(model), all_of(average)
+    with average.swapped(**which(average)):
+        poison_(last(average).values())
+        state = average.state_dict()
+        for tensors in (*state["shadow"], *state.get("low", ())):
+            poison_(tensors.values())
+        for tensors in state.get("ring", ()):
+            poison_(slot for slots in tensors.values() for slot in slots)
     assert_bits(model, raw)
-    assert_bits(dict(ema.shadow), average)
+    assert all_of(average) == held
 
 
 @pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])

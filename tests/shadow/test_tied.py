@@ -10,6 +10,7 @@ from torch import nn  # noqa: E402
 import fastema  # noqa: E402
 from fastema.errors import LayoutError  # noqa: E402
 
+from .kinds import KINDS, all_of, last, which  # noqa: E402
 from .weights import assert_bits, bits, poison_, snapshot  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -55,43 +56,67 @@ def test_averaged_once(tie: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ema.shadow["embed.weight"].double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", TIES)
-@pytest.mark.parametrize("shadow_dtype", ["float32", "bfloat16"])
-def test_swapped_once(tie: str, shadow_dtype: str) -> None:
+def test_a_tied_weight_of_every_kind_is_one_that_stands_alone(tie: str, kind: str) -> None:
+    """Averaged, kept in the ring and given random bits once, and under its first name."""
+    model, alone = Lang(tie), Lang("none")
+    alone.load_state_dict(model.state_dict(), strict=False)
+    average, other = KINDS[kind](model), KINDS[kind](alone)
+    for n in range(1, 8):
+        train_(model, n)
+        alone.load_state_dict(model.state_dict(), strict=False)
+        average.update()
+        other.update()
+    found, want = all_of(average), all_of(other)
+    assert {*want} >= {*found}
+    assert found == {name: want[name] for name in found}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tie", TIES)
+def test_swapped_once(tie: str, kind: str) -> None:
     model = Lang(tie)
-    ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
-    train_(model, 1)
-    ema.update()
-    train_(model, 2)
-    raw, average = snapshot(model), snapshot(dict(ema.shadow))
-    held = ema.shadow["embed.weight"].clone().float()
-    with ema.swapped():
-        torch.testing.assert_close(model.embed.weight.detach(), held, rtol=0, atol=0)
+    average = KINDS[kind](model)
+    for n in range(1, 6):
+        train_(model, n)
+        average.update()
+    train_(model, 6)
+    raw, held = snapshot(model), all_of(average)
+    whole = Lang("none")
+    average.copy_to(whole, **which(average))
+    with average.swapped(**which(average)):
+        assert torch.equal(model.embed.weight, whole.embed.weight)
         if tie != "module":
-            torch.testing.assert_close(model.head.weight.detach(), held, rtol=0, atol=0)
+            assert torch.equal(model.head.weight, whole.embed.weight)
+        assert all_of(average) == held
     assert_bits(model, raw)
-    assert_bits(dict(ema.shadow), average)
+    assert all_of(average) == held
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", TIES)
-def test_kept_once(tie: str) -> None:
+def test_kept_once(tie: str, kind: str) -> None:
     model = Lang(tie)
-    ema = fastema.EMA(model, 0.5)
-    names = list(ema.shadow)
+    average = KINDS[kind](model)
+    names = list(last(average))
     assert "embed.weight" in names
     assert OTHER_NAME[tie] not in names
-    assert list(ema.state_dict()["shadow"][0]) == names
-    ema.load_state_dict(ema.state_dict())
+    state = average.state_dict()
+    for part in ("shadow", "low", "ring"):
+        assert all(list(tensors) == names for tensors in state.get(part, ()))
+    average.load_state_dict(state)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", TIES)
-def test_shadow_answers_to_every_name(tie: str) -> None:
+def test_shadow_answers_to_every_name(tie: str, kind: str) -> None:
     model = Lang(tie)
-    ema = fastema.EMA(model, 0.5)
-    one, other = ema.shadow["embed.weight"], ema.shadow[OTHER_NAME[tie]]
-    assert torch.equal(one, other)
-    with ema.swapped():
-        assert torch.equal(ema.shadow["embed.weight"], ema.shadow[OTHER_NAME[tie]])
+    average = KINDS[kind](model)
+    for shadow in average.shadows:
+        assert torch.equal(shadow["embed.weight"], shadow[OTHER_NAME[tie]])
+        with average.swapped(**which(average)):
+            assert torch.equal(shadow["embed.weight"], shadow[OTHER_NAME[tie]])
 
 
 @pytest.mark.parametrize("tie", TIES)
@@ -108,14 +133,16 @@ def test_tied_memory_that_moves_together_is_followed(tie: str) -> None:
     assert torch.equal(ema.shadow["embed.weight"], moved)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", ["parameter", "storage"])
-def test_copy_to_an_untied_model_fills_both(tie: str) -> None:
+def test_copy_to_an_untied_model_fills_both(tie: str, kind: str) -> None:
     """Left out, one of them would keep whatever the model was built with."""
-    ema = fastema.EMA(Lang(tie), 0.5)
+    average = KINDS[kind](Lang(tie))
     target = Lang("none")
-    ema.copy_to(target)
-    assert torch.equal(target.embed.weight, ema.shadow["embed.weight"])
-    assert torch.equal(target.head.weight, ema.shadow["embed.weight"])
+    average.copy_to(target, **which(average))
+    half = last(average)["embed.weight"]
+    assert torch.equal(target.embed.weight.to(half.dtype), half)
+    assert torch.equal(target.head.weight, target.embed.weight)
 
 
 @pytest.mark.parametrize("tie", ["parameter", "storage"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,6 +15,7 @@ import fastema  # noqa: E402
 from fastema import rules  # noqa: E402
 from fastema.errors import ArgumentError, FastemaError, LayoutError  # noqa: E402
 
+from .kinds import KINDS, all_of, last, which  # noqa: E402
 from .truth import Loop  # noqa: E402
 from .weights import (  # noqa: E402
     Net,
@@ -40,6 +43,9 @@ SCHEDULES = {
     ),
     "mean": (rules.inverse_gamma(0.9999, power=1.0), lambda n: 1 - 1 / n),
 }
+
+
+WINDOW = {"decay": rules.window(3)}
 
 
 def loops_of(model: Net) -> dict[str, Loop]:
@@ -89,6 +95,88 @@ def test_update_every_takes_the_decay_to_the_kth_power(schedule: str, every: int
     check(ema, loops)
 
 
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a profile of this width: a root of the paper's cubic equation."""
+    t = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+# Averages beside the weight of the new value at step m of the average, after k steps without.
+OTHERS = {
+    "SWA": (fastema.SWA, lambda m, k: k / m),
+    "PowerEMA": (
+        lambda weights, **options: fastema.PowerEMA(weights, 0.1, **options),
+        lambda m, k: 1 - (1 - k / m) ** (gamma_of(0.1) + 1),
+    ),
+    "debiased": (
+        lambda weights, **options: fastema.EMA(weights, 0.9, zero_debias=True, **options),
+        lambda m, k: (1 - 0.9**k) / (1 - 0.9**m),
+    ),
+}
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (0, 3), (4, 1), (4, 3)])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_averages_equal_a_float64_loop(kind: str, start: int, every: int) -> None:
+    build, weight = OTHERS[kind]
+    model = net()
+    average = build(model, start_after=start, update_every=every)
+    loops = loops_of(model)
+    for n in range(1, 51):
+        refresh_(model, n)
+        average.update()
+        m = n - start
+        if start and not m:
+            loops = loops_of(model)
+        elif m > 0 and m % every == 0:
+            step(model, loops, weight(m, every))
+            check(average, loops)
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (0, 3), (4, 1), (4, 3)])
+@pytest.mark.parametrize("window", [1, 2, 7, 100])
+def test_a_windowed_mean_is_the_mean_of_the_window(window: int, start: int, every: int) -> None:
+    model = net()
+    average = fastema.SMA(model, window, start_after=start, update_every=every)
+    seen: list[dict[str, torch.Tensor]] = []
+    for n in range(1, 41):
+        refresh_(model, n)
+        average.update()
+        if n > start and (n - start) % every == 0:
+            seen.append({name: p.double() for name, p in values(model).items()})
+            for name, _ in model.named_parameters():
+                want = torch.stack([one[name] for one in seen[-window:]]).mean(0)
+                torch.testing.assert_close(
+                    average.shadow[name].double(), want, rtol=2.0**-23, atol=2.0**-30
+                )
+
+
+@pytest.mark.parametrize("kind", ["SWA", "PowerEMA", "EMA"])
+def test_several_averages_are_each_as_it_is_alone(kind: str) -> None:
+    """One pass over the weights, any set of rules, and the same bits."""
+    together = {
+        "SWA": [rules.cumulative_mean(), rules.warmup(0.99), rules.constant(0.5)],
+        "PowerEMA": [rules.power(0.05), rules.power(0.1)],
+        "EMA": [rules.constant(0.5), rules.constant(0.9), rules.debiased(rules.constant(0.999))],
+    }[kind]
+    model = net()
+    average = fastema.EMA(model, together, update_every=2, start_after=3)
+    alone = [fastema.EMA(model, rule, update_every=2, start_after=3) for rule in together]
+    for n in range(1, 20):
+        refresh_(model, n)
+        average.update()
+        for one in alone:
+            one.update()
+        assert average.decay == tuple(one.decay for one in alone)
+        for shadow, one in zip(average.shadows, alone, strict=True):
+            assert_bits(dict(shadow), snapshot(dict(one.shadow)))
+    with pytest.raises(ArgumentError, match="which"):
+        _ = average.shadow
+    for call in (average.apply_shadow, average.swapped().__enter__):
+        with pytest.raises(ArgumentError, match=r"which=None.*0: .*1: "):
+            call()
+
+
 @pytest.mark.parametrize("every", [2, 5, 10])
 def test_update_every_keeps_the_horizon(every: int) -> None:
     model = net()
@@ -129,34 +217,34 @@ def test_start_after_begins_the_average_there(start: int, every: int) -> None:
     check(ema, loops)
 
 
-def read_shadow(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
-    return values(dict(ema.shadow))
+def read_shadow(average: Any, model: Net) -> dict[str, torch.Tensor]:
+    return values(last(average))
 
 
-def read_state(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
-    return values(ema.state_dict()["shadow"][0])
+def read_state(average: Any, model: Net) -> dict[str, torch.Tensor]:
+    return values(average.state_dict()["shadow"][-1])
 
 
-def read_swapped(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
-    with ema.swapped():
+def read_swapped(average: Any, model: Net) -> dict[str, torch.Tensor]:
+    with average.swapped(**which(average)):
         return values(model)
 
 
-def read_applied(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
-    ema.apply_shadow(model)
+def read_applied(average: Any, model: Net) -> dict[str, torch.Tensor]:
+    average.apply_shadow(model, **which(average))
     found = values(model)
-    ema.restore(model)
+    average.restore(model)
     return found
 
 
-def read_state_swapped(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
-    with ema.swapped():
-        return values(ema.state_dict()["shadow"][0])
+def read_state_swapped(average: Any, model: Net) -> dict[str, torch.Tensor]:
+    with average.swapped(**which(average)):
+        return values(average.state_dict()["shadow"][-1])
 
 
-def read_copied(ema: fastema.EMA, model: Net) -> dict[str, torch.Tensor]:
+def read_copied(average: Any, model: Net) -> dict[str, torch.Tensor]:
     other = net(999)
-    ema.copy_to(other)
+    average.copy_to(other, **which(average))
     return values(other)
 
 
@@ -168,54 +256,63 @@ READERS = [
     read_state_swapped,
     read_copied,
 ]
-Reader = Callable[[fastema.EMA, Net], dict[str, torch.Tensor]]
+WHOLE = [read_swapped, read_applied, read_copied]
+"""Those that show float32 also where it is kept in two halves."""
+Reader = Callable[[Any, Net], dict[str, torch.Tensor]]
+PLAIN = ["EMA", "three", "SWA", "SMA", "PowerEMA"]
+READ = [(kind, read) for kind in PLAIN for read in READERS]
+READ += [(kind, read) for kind in ("split", "three split") for read in WHOLE]
 
 
-@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize(("kind", "read"), READ)
 @pytest.mark.parametrize("every", [1, 2])
-def test_until_start_after_the_average_is_the_weights(read: Reader, every: int) -> None:
+def test_until_start_after_the_average_is_the_weights(kind: str, read: Reader, every: int) -> None:
     model = net()
-    ema = fastema.EMA(model, 0.9, start_after=4, update_every=every)
+    average = KINDS[kind](model, start_after=4, update_every=every)
     for n in range(5):
         if n:
-            ema.update()
+            average.update()
         for seed in (10 + n, 20 + n):  # also as they are between two updates, but not at the last
-            assert_bits(read(ema, model), snapshot(model))
+            assert_bits(read(average, model), snapshot(model))
             if n < 4:
                 refresh_(model, seed)
     begun = snapshot(model)
     refresh_(model, 5)
-    assert_bits(read(ema, model), begun)
+    assert_bits(read(average, model), begun)
 
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("start", [0, 1, 4])
 @pytest.mark.parametrize("every", [1, 3])
-def test_looking_changes_nothing_later(read: Reader, start: int, every: int) -> None:
-    def run(look: bool) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize("kind", KINDS)
+def test_looking_changes_nothing_later(kind: str, read: Reader, start: int, every: int) -> None:
+    def run(look: bool) -> dict[str, Any]:
         model = net()
-        ema = fastema.EMA(model, rules.warmup(0.9), start_after=start, update_every=every)
+        average = KINDS[kind](model, start_after=start, update_every=every)
         for n in range(1, 11):
             if look:
-                read(ema, model)
+                read(average, model)
             refresh_(model, n)
             if look:
-                read(ema, model)
-            ema.update()
-        return snapshot(dict(ema.shadow))
+                read(average, model)
+            average.update()
+        return all_of(average)
 
-    assert_same(run(look=True), run(look=False))
+    assert run(look=True) == run(look=False)
 
 
-def test_before_the_first_update_it_is_the_weights_it_was_built_from() -> None:
+@pytest.mark.parametrize("kind", [*PLAIN, "split"])
+def test_before_the_first_update_it_is_the_weights_it_was_built_from(kind: str) -> None:
     model = net()
     initial = snapshot(model)
-    ema = fastema.EMA(model)
-    assert ema.num_updates == 0
+    average = KINDS[kind](model)
+    assert average.num_updates == 0
     refresh_(model, 1)
-    with ema.swapped():
-        assert_bits(model, initial)
-    assert_bits(dict(ema.shadow), initial)
+    for i, shadow in enumerate(average.shadows):
+        with average.swapped(which=i):
+            assert_bits(model, initial)
+        if kind != "split":
+            assert_bits(dict(shadow), initial)
 
 
 def test_update_from_another_model_of_the_same_names() -> None:
@@ -230,19 +327,37 @@ def test_update_from_another_model_of_the_same_names() -> None:
     assert_average(ema, old, values(model), 0.25)
 
 
-def test_update_leaves_the_weights_alone() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_from_another_model_is_as_from_its_own(kind: str) -> None:
+    model, other = net(), net()
+    one, twin = KINDS[kind](model), KINDS[kind](other)
+    for n in range(1, 8):
+        refresh_(other, n)
+        if n % 3:
+            one.update(other)
+        else:
+            refresh_(model, n)
+            one.update()
+        twin.update()
+    assert all_of(one) == all_of(twin)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip"}, {"start_after": 2}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_leaves_the_weights_alone(kind: str, options: dict[str, Any]) -> None:
     model = net()
-    ema = fastema.EMA(model)
-    refresh_(model, 1)
-    before = snapshot(model)
-    ema.update()
-    assert_bits(model, before)
+    average = KINDS[kind](model, **options)
+    for n in range(1, 6):
+        refresh_(model, n)
+        before = snapshot(model)
+        average.update()
+        assert_bits(model, before)
 
 
-def train(average: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(kind: str | None) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.manual_seed(3)
     model = Net()
-    ema = fastema.EMA(model, 0.9) if average else None
+    ema = None if kind is None else KINDS[kind](model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     losses = []
     for _ in range(15):
@@ -255,15 +370,16 @@ def train(average: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         losses.append(loss.item())
         if ema is not None:
             ema.update()
-            with ema.swapped(), torch.no_grad():
+            with ema.swapped(**which(ema)), torch.no_grad():
                 model.eval()(torch.ones(2, 3, 6, 6))
             model.train()
     return losses, snapshot(model)
 
 
-def test_training_is_the_same_to_the_bit_with_and_without_an_average() -> None:
-    with_losses, with_weights = train(average=True)
-    losses, weights = train(average=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_the_same_to_the_bit_with_and_without_an_average(kind: str) -> None:
+    with_losses, with_weights = train(kind)
+    losses, weights = train(None)
     assert with_losses == losses
     assert_same(with_weights, weights)
 
@@ -300,7 +416,10 @@ def test_updates_in_any_autograd_mode(context: Callable[[], object]) -> None:
         {"decay": float("nan")},
         {"decay": None},
         {"decay": "fast"},
-        {"decay": [0.9]},
+        {"decay": []},
+        {"decay": (0.9, 1.0)},
+        {"decay": (0.9, None)},
+        WINDOW,
         {"update_every": 0},
         {"update_every": 1.5},
         {"update_every": True},
@@ -308,13 +427,26 @@ def test_updates_in_any_autograd_mode(context: Callable[[], object]) -> None:
         {"start_after": None},
         {"frozen": "drop"},
         {"buffers": None},
+        {"rounding": "up"},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 1.0},
+        {"seed": None},
+        {"on_nonfinite": "ignore"},
+        {"on_nonfinite": None},
     ],
     ids=str,
 )
 def test_arguments_without_a_valid_value(arguments: dict[str, object]) -> None:
     (name,) = arguments
-    with pytest.raises(ArgumentError, match=name):
+    with pytest.raises(ArgumentError, match=name if arguments != WINDOW else "SMA"):
         fastema.EMA(net(), **arguments)
+
+
+@pytest.mark.parametrize("build", [fastema.EMA, fastema.SWA, fastema.SMA, fastema.PowerEMA])
+def test_arguments_that_nobody_knows(build: Callable[..., object]) -> None:
+    with pytest.raises(TypeError, match="update_evry"):
+        build(net(), update_evry=3)
 
 
 @pytest.mark.parametrize("weights", [None, 3, "weights", object(), [1.0, 2.0], {"a": None}])

@@ -28,11 +28,17 @@ class Loop:
         What the average begins as.
     stored, arithmetic
         dtype codes of the average and of the computation.
+    random
+        Whether it is stored by random bits: off by up to a whole unit in the last place then.
     """
 
-    def __init__(self, weights: NDArray[Any], stored: str, arithmetic: str) -> None:
-        self._u, self._v = ROUNDOFF[arithmetic], ROUNDOFF[stored]
-        self._least = SMALLEST[stored]
+    def __init__(
+        self, weights: NDArray[Any], stored: str, arithmetic: str, random: bool = False
+    ) -> None:
+        self._u = ROUNDOFF[arithmetic]
+        self._v, self._least = ROUNDOFF[stored], SMALLEST[stored]
+        if random:
+            self._v, self._least = 2 * self._v, 2 * self._least
         self.value = np.asarray(weights, np.float64).copy()
         self.error = self._v * np.abs(self.value) + self._least
 

@@ -255,4 +255,4 @@ def test_windowed_mean_is_exact() -> None:
         got = reference.windowed_mean(history[:steps], 5)
         for i, value in enumerate(got):
             last = [Fraction(float(x)) for x in history[:steps][-5:, i]]
-            assert value == pytest.approx(float(sum(last) / len(last)), rel=1e-15)
+            assert float(value) == pytest.approx(float(sum(last) / len(last)), rel=1e-15)

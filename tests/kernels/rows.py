@@ -1,0 +1,67 @@
+"""Kernels on tables made by hand, every column of which a test may set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.engine.registry import kernel
+from fastema.kernels import table as abi
+
+Array = NDArray[np.generic]
+
+
+class Row(NamedTuple):
+    """One row: arrays give addresses and counts, the rest is as the table has it."""
+
+    dst: Array
+    src: Array
+    dst_step: int = 1
+    src_step: int = 1
+    which: int = 0
+    index: int = 0
+    index_step: int = 1
+    key: int = 0
+    low: Array | None = None
+    ring: Array | None = None
+    ring_stride: int = 0
+
+
+def table_of(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """The chunk table."""
+    cells = np.zeros((len(rows), abi.COLUMNS), np.int64)
+    for one, row in zip(cells, rows, strict=True):
+        one[[abi.DST, abi.SRC, abi.COUNT]] = row.dst.ctypes.data, row.src.ctypes.data, row.dst.size
+        one[[abi.DST_STEP, abi.SRC_STEP, abi.WHICH]] = row.dst_step, row.src_step, row.which
+        one[[abi.INDEX, abi.INDEX_STEP, abi.KEY]] = row.index, row.index_step, row.key
+        one[abi.LOW] = 0 if row.low is None else row.low.ctypes.data
+        one[abi.RING] = 0 if row.ring is None else row.ring.ctypes.data
+        one[abi.RING_STRIDE] = row.ring_stride
+    return cells
+
+
+def run(
+    operation: str,
+    formats: tuple[str, ...],
+    rows: Sequence[Row],
+    weights: Sequence[float] = (0.0,),
+    *,
+    layout: str = "flat",
+    claim: int = 1,
+    **settings: int,
+) -> NDArray[np.float64]:
+    """Run a kernel over rows; ``settings`` are columns of the control block. Returns the measures.
+
+    Measures that no kernel writes stay -1.
+    """
+    cells, numbers = table_of(rows), np.array(weights, np.float64)
+    control, results = np.zeros(abi.CONTROLS, np.int64), np.full((len(rows), abi.MEASURES), -1.0)
+    control[[abi.CLAIM, abi.RESULTS]] = claim, results.ctypes.data
+    for name, value in settings.items():
+        control[getattr(abi, name.upper())] = value
+    made = kernel("cpu", operation, formats, layout)
+    made(cells.ctypes.data, len(cells), numbers.ctypes.data, control.ctypes.data)
+    return results

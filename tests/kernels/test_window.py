@@ -1,0 +1,209 @@
+"""The windowed mean in one pass: exact at every step, for a million of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from numba import njit
+
+from fastema.engine.registry import kernel
+from fastema.kernels import table as abi
+from fastema.kernels.table import BLOCK
+from fastema.testing import reference
+from fastema.testing.tolerance import cast_bound, unit_roundoff
+
+from .rows import Row, run, table_of
+
+Make = Callable[..., np.ndarray]
+
+# Formats of the mean, the weights, the ring and the remainder.
+FORMATS = [
+    ("f32", "f32", "f32", "f32"),
+    ("f64", "f64", "f64", "f64"),
+    ("f32", "bf16", "bf16", "f32"),
+    ("bf16", "bf16", "bf16", "f32"),
+    ("bf16~", "bf16", "bf16", "f32"),
+    ("f16~", "f16", "f16", "f32"),
+    ("f64", "f32", "f32", "f64"),
+    ("f32", "f32", "bf16", "f32"),
+    ("f32", "f64", "f32", "f32"),
+]
+
+
+class Mean(NamedTuple):
+    """The memory of a windowed mean of ``rows * size`` elements."""
+
+    mean: np.ndarray
+    rest: np.ndarray
+    ring: np.ndarray  # (window, rows * size)
+    rows: list[Row]
+    formats: tuple[str, ...]
+
+    def step(self, turn: int, layout: str = "flat") -> None:
+        window = len(self.ring)
+        number, slot = float(min(turn, window)), (turn - 1) % window
+        moment = {"window": window, "slot": slot, "turn": turn, "seed": 1, "step": turn}
+        run("window", self.formats, self.rows, [number], layout=layout, **moment)
+
+
+def memory(formats: tuple[str, ...], x: np.ndarray, window: int, rows: int = 3) -> Mean:
+    """Nothing in it is zero at first: the first update must not look at what was there."""
+    dst, _, ring_format, rest_format = (code.strip("~") for code in formats)
+    storage = [reference.FLOATS[code].storage for code in (dst, rest_format, ring_format)]
+    mean, rest = (np.full(x.size, 7, one) for one in storage[:2])
+    ring = np.full((window, x.size), 7, storage[2])
+    cuts = [slice(i * x.size // rows, (i + 1) * x.size // rows) for i in range(rows)]
+    stride = ring.strides[0]
+    table = [
+        Row(mean[c], x[c], low=rest[c], ring=ring[0, c], ring_stride=stride, index=c.start)
+        for c in cuts
+    ]
+    return Mean(mean, rest, ring, table, formats)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+def test_the_mean_of_what_is_in_the_ring(
+    formats: tuple[str, ...], window: int, numbers: Make
+) -> None:
+    dst, src, ring, rest = formats
+    code, size = dst.strip("~"), 3 * (BLOCK + 5)
+    x = numbers(size, src, 0)
+    held = memory(formats, x, window)
+    seen: list[np.ndarray] = []
+    u = unit_roundoff("f64" if "f64" in (dst, src) else "f32")
+    for turn in range(1, 2 * window + 9):
+        x[:] = numbers(size, src, turn)
+        seen.append(reference.decode(reference.cast(x, src, ring), ring))
+        held.step(turn)
+        history = np.array(seen[-window:])
+        want = reference.windowed_mean(history, window)
+        got = reference.decode(held.mean, code)
+        # What the mean and its remainder are off by together: what arithmetic leaves out, and the
+        # rounding of the remainder, in two windows of updates. Long doubles have 64 bits.
+        largest = np.abs(np.array(seen[-2 * window :])).max()
+        once = cast_bound(np.abs(want).astype(float), code) * (2 if "~" in dst else 1)
+        slack = 8 * window * u * u * largest + 2 * window * unit_roundoff(rest) * once.max()
+        slack += 2.0**-62 * window * largest
+        pair = got + reference.decode(held.rest, rest).astype(np.longdouble)
+        assert np.abs(pair - want).max() <= slack
+        np.testing.assert_array_less(np.abs(got - want).astype(float), once * (1 + 1e-3) + slack)
+        slots = reference.decode(held.ring, ring)
+        for age, values in enumerate(reversed(seen[-window:])):
+            np.testing.assert_array_equal(slots[(turn - 1 - age) % window], values)
+
+
+@pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[4]], ids="-".join)
+def test_spaced_elements(
+    formats: tuple[str, ...], numbers: Make, bits: Make, guarded: Callable[..., object]
+) -> None:
+    dst, src, ring, rest = formats
+    window, n, code = 3, 70, dst.strip("~")
+    sevens = [np.full(n, 7, reference.FLOATS[c].storage) for c in (code, rest)]
+    mean, low = (guarded(seven, 1, (3,)) for seven in sevens)
+    slots = guarded(np.full((window, n), 7, reference.FLOATS[ring].storage), 2, (3 * n + 5, 3))
+    of = guarded(numbers(n, src, 1), 0, (2,))
+    stride = slots.array.strides[0]
+    row = Row(mean.array, of.array, 3, 2, low=low.array, ring=slots.array[0], ring_stride=stride)
+    spaced = Mean(mean.array, low.array, slots.array, [row], formats)
+    x = of.array.copy()
+    dense = memory(formats, x, window, 1)
+    for turn in range(1, 9):
+        of.array[:] = x[:] = numbers(n, src, turn)
+        spaced.step(turn, "strided")
+        dense.step(turn)
+        for one, other in zip(spaced[:3], dense[:3], strict=True):
+            np.testing.assert_array_equal(bits(one), bits(other))
+    for side in (mean, low, slots):
+        side.assert_rest_untouched()
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("window", [1, 2, 5, 16])
+def test_what_is_not_finite_passes_through(window: int, bad: float, numbers: Make) -> None:
+    x = numbers(3 * BLOCK, "f32", 0)
+    held, clean = memory(FORMATS[0], x, window), x.copy()
+    mirror = memory(FORMATS[0], clean, window)
+    for arrival in (1, window, 2 * window + 3):
+        for turn in range(1, arrival + 2 * window + 1):
+            x[:] = clean[:] = numbers(3 * BLOCK, "f32", turn)
+            if turn == arrival:
+                x[::2] = bad
+            held.step(turn)
+            mirror.step(turn)
+            within = arrival <= turn < arrival + window
+            assert not np.isfinite(held.mean[::2]).any() or not within
+            np.testing.assert_array_equal(held.mean[1::2], mirror.mean[1::2])
+        # Two windows later nothing is left of it: neither in the mean nor in the remainder.
+        np.testing.assert_array_equal(held.mean, mirror.mean)
+        np.testing.assert_array_equal(held.rest, mirror.rest)
+
+
+# -- a million updates -----------------------------------------------------------------------------
+
+UPDATES = 1_000_000
+SCALES = {
+    "steady": np.ones(UPDATES),
+    "gradual fall": 10.0 ** (-6 * np.arange(UPDATES) / UPDATES),
+    "sudden fall": np.where(np.arange(UPDATES) < UPDATES // 2, 1.0, 1e-6),
+    "spikes": np.where(np.arange(UPDATES) % 1009 == 0, 1e6, 1.0),
+}
+
+
+@njit
+def steps(made, table, rows, number, numbers, settings, control, x, mean, history, at):
+    """Run the kernel over a history; the means after the updates ``at``."""
+    window, slot, turn, cursor = settings
+    kept = np.empty((len(at), x.size))
+    number_of = 0
+    for i in range(len(history)):
+        x[:] = history[i]
+        number[0] = min(i + 1, control[window])
+        control[slot], control[turn], control[cursor] = i % control[window], i + 1, 0
+        made(table, rows, numbers, control.ctypes.data)
+        if number_of < len(at) and at[number_of] == i:
+            kept[number_of] = mean
+            number_of += 1
+    return kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("course", SCALES)
+@pytest.mark.parametrize("window", [10, 100])
+def test_a_million_updates_leave_no_drift(window: int, course: str) -> None:
+    history = np.random.default_rng(3).standard_normal((UPDATES, 8), np.float32)
+    history = (history * SCALES[course][:, None]).astype(np.float32)
+    x = history[0].copy()
+    held = memory(FORMATS[0], x, window, 2)
+    table, number = table_of(held.rows), np.zeros(1)
+    control = np.zeros(abi.CONTROLS, np.int64)
+    control[[abi.CLAIM, abi.WINDOW]] = 1, window
+    # Every hundredth update or so, and all around the fall and at the end.
+    around = UPDATES // 2 + np.arange(-5, 3 * window)
+    at = np.unique(np.r_[0 : 3 * window, 0:UPDATES:97, around, UPDATES - 500 : UPDATES])
+    settings = np.array([abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT])
+    made = kernel("cpu", "window", held.formats, "flat")
+    got = steps(
+        made,
+        *(table.ctypes.data, len(table), number, number.ctypes.data, settings, control),
+        *(x, held.mean, history, at),
+    )
+    first = np.maximum(at + 1 - window, 0)
+    sums = np.array([history[i : n + 1].sum(0, np.float64) for i, n in zip(first, at, strict=True)])
+    want = sums / (at + 1 - first)[:, None]
+    oldest = np.maximum(at + 1 - 2 * window, 0)
+    largest = np.array([np.abs(history[i : n + 1]).max() for i, n in zip(oldest, at, strict=True)])[
+        :, None
+    ]
+    # As promised: half a unit in the last place, and 8 W u**2 of the largest in two windows.
+    u = 2.0**-24
+    bound = cast_bound(want, "f32") * (1 + u) + 8 * window * u * u * largest
+    np.testing.assert_array_less(np.abs(got - want), bound)
+    # Where the largest and the mean are of one size, that is a few units in the last place.
+    off = np.abs(got - want) / np.spacing(np.abs(want.astype(np.float32)))
+    settled = np.broadcast_to(np.abs(want) > largest / 1000, off.shape)
+    assert settled.mean() > 0.9 or course == "spikes"
+    assert off[settled].max() < 2

@@ -1,0 +1,67 @@
+"""Averages of every kind, for what has to hold for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import fastema
+
+from .weights import Tensor, bits
+
+Kind = Callable[..., Any]
+"""``kind(weights, **options)`` builds an average."""
+
+
+def three(weights: Any, **options: Any) -> fastema.EMA:
+    return fastema.EMA(weights, (0.5, 0.75, 0.875), **options)
+
+
+KINDS: dict[str, Kind] = {
+    "EMA": lambda weights, **options: fastema.EMA(weights, 0.75, **options),
+    "three": three,
+    "SWA": fastema.SWA,
+    "SMA": lambda weights, **options: fastema.SMA(weights, 3, **options),
+    "PowerEMA": fastema.PowerEMA,
+    "split": lambda weights, **options: fastema.EMA(
+        weights, 0.75, **{"shadow_dtype": "bf16+16", **options}
+    ),
+    "three split": lambda weights, **options: three(
+        weights, **{"shadow_dtype": "bf16+16", **options}
+    ),
+    "random": lambda weights, **options: fastema.EMA(
+        weights, 0.75, **{"shadow_dtype": "bfloat16", **options}
+    ),
+}
+
+VARIED = ("three", "SMA", "split", "three split", "random")
+"""Kinds that differ in how they lie in memory; the others are an EMA with another rule."""
+
+
+def which(average: Any) -> dict[str, int]:
+    """The argument that names the last of several averages; none where there is one."""
+    count = len(average.shadows)
+    return {"which": count - 1} if count > 1 else {}
+
+
+def last(average: Any) -> dict[str, Tensor]:
+    """The tensors of that one."""
+    return dict(average.shadows[-1])
+
+
+def all_of(average: Any) -> dict[str, Any]:
+    """All that an average holds, bit for bit: averages, companions, rings and counters."""
+    state = average.state_dict(copy=False)
+    found = {
+        f"{part} {i}: {name}": bits(tensor).numpy().tobytes()
+        for part in ("shadow", "low", "ring")
+        for i, tensors in enumerate(state.get(part, ()))
+        for name, tensor in tensors.items()
+    }
+    seen = {
+        f"shadows[{i}]: {name}": bits(tensor).numpy().tobytes()
+        for i, shadow in enumerate(average.shadows)
+        for name, tensor in shadow.items()
+    }
+    counters = {key: state[key] for key in ("kind", "num_updates", "num_skipped", "seed")}
+    return {**found, **seen, **counters}

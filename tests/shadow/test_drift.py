@@ -1,0 +1,161 @@
+"""How far the weights are from their average, measured while it is updated."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+from fastema.errors import StateError  # noqa: E402
+
+from .kinds import KINDS, all_of  # noqa: E402
+from .stored import CODES, exact  # noqa: E402
+from .weights import net, refresh_  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def reals(tensors: Any, names: list[str]) -> np.ndarray:
+    """All elements of some tensors as float64, complex ones in pairs."""
+    parts = [tensors[name].detach() for name in names]
+    parts = [torch.view_as_real(p) if p.is_complex() else p for p in parts]
+    return np.concatenate([exact(part).reshape(-1) for part in parts])
+
+
+def check(average: Any, weights: Any, before: list[np.ndarray]) -> None:
+    names = sorted(average.averaged_names)
+    x = reals(weights, names)
+    assert len(average.drifts) == len(average.shadows)
+    for drift, shadow, old in zip(average.drifts, average.shadows, before, strict=True):
+        value = reals(shadow, names)
+        distance = math.sqrt(np.square(x - value).sum())
+        size = math.sqrt(np.square(value).sum())
+        assert drift.distance == pytest.approx(distance, rel=1e-5)
+        assert drift.relative == pytest.approx(distance / size, rel=1e-5)
+        assert drift.still == pytest.approx((value == old).mean(), abs=1e-12)
+
+
+def before_of(average: Any) -> list[np.ndarray]:
+    return [reals(shadow, sorted(average.averaged_names)) for shadow in average.shadows]
+
+
+def assorted() -> dict[str, torch.Tensor]:
+    weights = {code: torch.empty(1003, dtype=dtype) for dtype, code in CODES.items()}
+    weights |= {"gaps": torch.empty(900)[::3], "matrix": torch.empty(40, 70).t()}
+    weights |= {"empty": torch.empty(0), "count": torch.empty(5, dtype=torch.int64)}
+    refresh_(weights, 0)
+    return weights
+
+
+@pytest.mark.parametrize("decay", [0.9, (0.9, 0.999, 0.5)], ids=["one", "three"])
+def test_of_weights_of_every_dtype(decay: Any) -> None:
+    weights = assorted()
+    ema = fastema.EMA(weights, decay, drift=True)
+    plain = fastema.EMA(weights, decay)
+    for step in range(1, 6):
+        refresh_(weights, step)
+        before = before_of(ema)
+        ema.update()
+        plain.update()
+        check(ema, weights, before)
+    assert all_of(ema) == all_of(plain)  # measuring changes no bit
+
+
+# A windowed mean measures none, and what is seen of one in two halves is not the average itself.
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"SMA", "split", "three split"}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_averages_of_every_kind(kind: str, dtype: torch.dtype) -> None:
+    model = net(0, dtype)
+    average = KINDS[kind](model, drift=True)
+    parameters = dict(model.named_parameters())
+    for step in range(1, 4):
+        refresh_(model, step)
+        before = before_of(average)
+        average.update()
+        check(average, parameters, before)
+
+
+def test_of_an_average_in_two_halves() -> None:
+    model = net(0)
+    split = fastema.EMA(model, 0.9, shadow_dtype="bf16+16", drift=True)
+    wide = fastema.EMA(model, 0.9, drift=True)
+    for step in range(1, 4):
+        refresh_(model, step)
+        split.update()
+        wide.update()
+        np.testing.assert_allclose(split.drift, wide.drift, rtol=1e-6)
+
+
+def test_stalls_show() -> None:
+    start = torch.randn(5000).bfloat16()
+    weights = {"w": start.clone(), "equal": torch.ones(5000)}
+    nearest = fastema.EMA(weights, 0.999, rounding="nearest", drift=True)
+    random = fastema.EMA(weights, 0.999, drift=True)
+    weights["w"].mul_(1.01)
+    nearest.update()
+    random.update()
+    assert nearest.drift.still == 1
+    assert 0.5 < random.drift.still < 1
+    for one in (nearest, random):
+        assert one.drift.distance > 0
+    weights["w"].copy_(start)
+    again = fastema.EMA(weights, 0.9, drift=True)
+    again.update()
+    assert again.drift == (0.0, 0.0, 1.0)
+
+
+def test_of_the_latest_update_that_did_work() -> None:
+    weights = {"w": torch.randn(300)}
+    ema = fastema.EMA(weights, 0.9, update_every=3, drift=True, on_nonfinite="skip")
+    for step in range(1, 4):
+        refresh_(weights, step)
+        before = before_of(ema)
+        ema.update()
+    check(ema, weights, before)
+    drift = ema.drift
+    for value in (5.0, 6.0):
+        weights["w"].fill_(value)
+        ema.update()
+        assert ema.drift == drift
+    weights["w"].fill_(torch.nan)
+    ema.update()
+    assert ema.num_skipped == 1
+    assert ema.drift == drift
+    with ema.swapped():
+        assert ema.drift == drift
+    weights["w"] = torch.randn(300)  # elsewhere
+    before = before_of(ema)
+    ema.update()
+    check(ema, weights, before)
+
+
+def test_there_is_none_before_the_first_and_without_asking() -> None:
+    weights = {"w": torch.randn(300)}
+    ema = fastema.EMA(weights, 0.9, drift=True, start_after=2)
+    for _ in range(3):
+        with pytest.raises(StateError, match="drift"):
+            _ = ema.drift
+        ema.update()
+    assert ema.drift.still == 1
+    ema.load_state_dict(ema.state_dict())
+    with pytest.raises(StateError, match="drift"):
+        _ = ema.drift
+    plain = fastema.EMA(weights, 0.9)
+    plain.update()
+    with pytest.raises(StateError, match="drift=True"):
+        _ = plain.drifts
+
+
+def test_of_an_average_of_zeros() -> None:
+    weights = {"w": torch.zeros(100, dtype=torch.float16)}
+    ema = fastema.EMA(weights, 0.9, drift=True, rounding="nearest")
+    ema.update()
+    assert ema.drift == (0.0, 0.0, 1.0)
+    weights["w"].fill_(2.0**-24)  # a tenth of the smallest number rounds to nothing
+    ema.update()
+    assert ema.drift == (10 * 2.0**-24, math.inf, 1.0)

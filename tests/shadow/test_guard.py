@@ -1,0 +1,234 @@
+"""Weights that are not finite: averaged, left out or refused, all or nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+from fastema.errors import ArgumentError, NonFiniteError  # noqa: E402
+
+from .kinds import KINDS, all_of  # noqa: E402
+from .stored import CODES  # noqa: E402
+from .weights import net, refresh_  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+DTYPES = [*CODES]
+BAD = [float("nan"), float("inf"), float("-inf")]
+PLACES = {"first": 0, "last": -1, "in the middle": 301}
+
+
+def weights_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    weights = {
+        "a": torch.empty(700, dtype=dtype),
+        "b": torch.empty(1400, dtype=dtype)[::2],
+        "c": torch.empty(70, 10, dtype=dtype).t(),
+        "other": torch.empty(9),
+    }
+    refresh_(weights, 0)
+    return weights
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Its elements in the order of memory, as a view."""
+    return tensor.t().reshape(-1) if tensor.dim() == 2 else tensor
+
+
+def spoil(tensor: torch.Tensor, place: int, value: float) -> None:
+    if tensor.is_complex():
+        torch.view_as_real(flat(tensor))[place, 1] = value
+    else:
+        flat(tensor)[place] = value
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=CODES.values())
+def test_one_bad_element_leaves_everything_as_it_was(dtype: torch.dtype, place: int) -> None:
+    weights = weights_of(dtype)
+    skipping = fastema.EMA(weights, (0.5, 0.9), on_nonfinite="skip")
+    raising = fastema.EMA(weights, (0.5, 0.9), on_nonfinite="raise")
+    refresh_(weights, 1)
+    for one in (skipping, raising):
+        one.update()
+    before = all_of(skipping)
+    cases = [(name, value) for name in "abc" for value in BAD]
+    for count, (name, value) in enumerate(cases, 1):
+        refresh_(weights, 1 + count)
+        spoil(weights[name], place, value)
+        with pytest.raises(NonFiniteError, match=f"'{name}'"):
+            raising.update()
+        skipping.update()
+        assert skipping.num_skipped == count
+        assert all_of(skipping) == {**before, "num_skipped": count}
+        assert all_of(raising) == before
+    # And it goes on as if those calls had not been.
+    clean = weights_of(dtype)
+    mirror = fastema.EMA(clean, (0.5, 0.9))
+    for step in (1, 99):
+        refresh_(clean, step)
+        mirror.update()
+    refresh_(weights, 99)
+    for one in (skipping, raising):
+        one.update()
+        assert one.num_updates == 2
+    assert all_of(raising) == all_of(mirror)
+    assert all_of(skipping) == {**all_of(mirror), "num_skipped": len(cases)}
+
+
+def test_the_largest_numbers_are_no_fault() -> None:
+    weights = {
+        code: torch.full((200,), torch.finfo(dtype).max, dtype=dtype)
+        for dtype, code in CODES.items()
+        if not dtype.is_complex
+    }
+    ema = fastema.EMA(weights, 0.5, on_nonfinite="raise")
+    weights["f32"].neg_()
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (1, 0)
+
+
+def test_an_overflow_in_half_precision() -> None:
+    weights = {"w": torch.full((300,), 60000.0, dtype=torch.float16)}
+    ema = fastema.EMA(weights, 0.5, on_nonfinite="skip", shadow_dtype="float32")
+    weights["w"].mul_(2)
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (0, 1)
+    assert torch.equal(ema.shadow["w"], torch.full((300,), 60000.0))
+
+
+def test_the_error_names_every_bad_tensor_and_no_other() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.9, on_nonfinite="raise")
+    with torch.no_grad():
+        model.conv.bias[2] = torch.nan
+        model.scale.fill_(torch.inf)
+    with pytest.raises(NonFiniteError) as caught:
+        ema.update()
+    text = str(caught.value)
+    assert isinstance(caught.value, ValueError | ArithmeticError)
+    assert "'conv.bias'" in text
+    assert "'scale'" in text
+    assert "conv.weight" not in text
+    assert "update 1" in text
+    assert ema.num_updates == ema.num_skipped == 0
+
+
+@pytest.mark.parametrize("guard", ["skip", "raise"])
+@pytest.mark.parametrize("buffers", ["copy", "skip", "average"])
+def test_only_what_is_averaged_is_looked_at(buffers: Any, guard: Any) -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5, buffers=buffers, on_nonfinite=guard)
+    refresh_(model, 1)
+    model.norm.running_mean.fill_(torch.nan)
+    if buffers == "average" and guard == "raise":
+        with pytest.raises(NonFiniteError, match=r"norm\.running_mean"):
+            ema.update()
+    else:
+        ema.update()
+    assert (ema.num_updates == 1) == (buffers != "average")
+    if buffers == "copy":
+        assert torch.isnan(ema.shadow["norm.running_mean"]).all()
+        assert torch.isfinite(ema.shadow["norm.weight"]).all()
+
+
+def test_frozen_weights_are_not_looked_at() -> None:
+    model = net()
+    model.conv.requires_grad_(False)
+    ema = fastema.EMA(model, 0.5, on_nonfinite="raise")
+    model.conv.weight.fill_(torch.nan)
+    ema.update()
+    assert ema.num_updates == 1
+
+
+def test_propagate_is_the_default_and_averages_everything() -> None:
+    weights = weights_of(torch.float32)
+    ema = fastema.EMA(weights, 0.5)
+    weights["a"][5] = torch.nan
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (1, 0)
+    bad = ~torch.isfinite(ema.shadow["a"])
+    assert bad.sum() == 1
+    assert bad[5]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_averages_of_every_kind_skip(kind: str) -> None:
+    model, clean = net(0), net(0)
+    guarded = KINDS[kind](model, on_nonfinite="skip")
+    mirror = KINDS[kind](clean)
+    for step in range(1, 12):
+        refresh_(model, step)
+        if step in (1, 4, 5, 9):
+            with torch.no_grad():
+                model.head.weight[0, 0] = torch.nan
+        else:
+            refresh_(clean, step)
+            mirror.update()
+        guarded.update()
+    assert all_of(guarded) == {**all_of(mirror), "num_skipped": 4}
+
+
+@pytest.mark.parametrize("guard", ["skip", "raise"])
+def test_where_nothing_is_taken_in_nothing_is_looked_at(guard: Any) -> None:
+    weights = {"w": torch.ones(100)}
+    ema = fastema.EMA(weights, 0.5, on_nonfinite=guard, update_every=3, start_after=2)
+    seen = []
+    for step in range(1, 12):
+        works = step >= 2 and (step - 2) % 3 == 0
+        weights["w"].fill_(float(step) if works else torch.nan)
+        ema.update()
+        seen.append(ema.num_updates)
+    assert seen == list(range(1, 12))
+    assert torch.isfinite(ema.shadow["w"]).all()
+
+
+def test_the_weights_that_an_average_begins_with_are_looked_at() -> None:
+    weights = {"w": torch.ones(100)}
+    ema = fastema.EMA(weights, 0.5, on_nonfinite="skip", start_after=2)
+    ema.update()
+    weights["w"].fill_(torch.nan)
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (1, 1)
+    weights["w"].fill_(7)
+    ema.update()
+    weights["w"].fill_(9)
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (3, 1)
+    assert torch.equal(ema.shadow["w"], torch.full((100,), 8.0))
+
+
+def test_the_count_is_saved() -> None:
+    weights = weights_of(torch.float32)
+    ema = fastema.EMA(weights, 0.5, on_nonfinite="skip")
+    for step in range(6):
+        refresh_(weights, step)
+        weights["a"][0] = torch.nan if step % 2 else 1.0
+        ema.update()
+    state = ema.state_dict()
+    assert (state["num_updates"], state["num_skipped"]) == (3, 3)
+    resumed = fastema.EMA(weights_of(torch.float32), 0.5, on_nonfinite="skip")
+    resumed.load_state_dict(state)
+    assert (resumed.num_updates, resumed.num_skipped) == (3, 3)
+    assert "3 calls were skipped" in resumed.report()
+
+
+def test_weights_that_moved_are_looked_at_where_they_are() -> None:
+    weights = weights_of(torch.float32)
+    ema = fastema.EMA(weights, 0.5, on_nonfinite="skip")
+    ema.update()
+    weights["a"].data = torch.full((700,), torch.nan)
+    ema.update()
+    assert ema.num_skipped == 1
+    weights["a"].data = torch.ones(700)
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (2, 1)
+
+
+def test_a_policy_that_nobody_knows() -> None:
+    with pytest.raises(ArgumentError, match="on_nonfinite"):
+        fastema.EMA([np.ones(3)], on_nonfinite="ignore")  # type: ignore[arg-type]

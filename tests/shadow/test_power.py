@@ -1,0 +1,89 @@
+"""Power-function averages: their profile is the closed form, however often they are updated."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.errors import ArgumentError
+
+from .truth import Loop
+
+SIGMAS = (0.05, 0.10, 0.2)
+
+
+def gamma_of(sigma: float) -> float:
+    """The root of the paper's cubic, found by halving."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        gamma = (low + high) / 2
+        width = math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+        low, high = (gamma, high) if width > sigma else (low, gamma)
+    return low
+
+
+@pytest.mark.parametrize("start", [0, 30])
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_profile_is_the_closed_form(every: int, start: int) -> None:
+    """Weights that are 1 in one element after another show the share that each step has."""
+    updates = 120
+    x = np.zeros(updates)
+    average = fastema.PowerEMA([x], SIGMAS, update_every=every, start_after=start)
+    n = updates * every
+    for step in range(1, start + n + 1):
+        x[:] = 0
+        x[max(step - start - 1, 0) // every] = 1
+        average.update()
+    last = np.arange(1, updates + 1) * every
+    for sigma, shadow in zip(SIGMAS, average.shadows, strict=True):
+        power = gamma_of(sigma) + 1
+        share = (last / n) ** power - ((last - every) / n) ** power
+        profile = shadow["0"]
+        np.testing.assert_allclose(profile, share, rtol=1e-9, atol=1e-14)
+        assert profile.sum() == pytest.approx(1, abs=1e-12)
+        # Its width is the one that was asked for, to the coarseness of the steps.
+        ages = n - last
+        mean = (profile * ages).sum()
+        std = math.sqrt((profile * (ages - mean) ** 2).sum())
+        assert std / n == pytest.approx(sigma, abs=1 / updates)
+        assert mean / n == pytest.approx(1 / (power + 1), abs=1 / updates)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_it_is_the_recursion(every: int) -> None:
+    x = np.random.default_rng(0).normal(size=200).astype(np.float32)
+    average = fastema.PowerEMA([x], SIGMAS, update_every=every)
+    loops = [Loop(x, "f32", "f32") for _ in SIGMAS]
+    for step in range(1, 301):
+        x[:] = np.random.default_rng(step).normal(size=200)
+        average.update()
+        if step % every == 0:
+            for loop, sigma in zip(loops, SIGMAS, strict=True):
+                beta = (1 - every / step) ** (gamma_of(sigma) + 1)
+                loop.step(x, 1 - beta)
+    for loop, shadow in zip(loops, average.shadows, strict=True):
+        loop.check(shadow["0"])
+
+
+def test_the_first_update_takes_the_weights_over() -> None:
+    for every in (1, 10):
+        x = np.full(9, np.inf)
+        average = fastema.PowerEMA([x], update_every=every)
+        for step in range(1, every + 1):
+            x[:] = step
+            average.update()
+        for shadow in average.shadows:
+            np.testing.assert_array_equal(shadow["0"], every)
+
+
+def test_widths_by_default_and_one_alone() -> None:
+    average = fastema.PowerEMA([np.ones(3)])
+    widths = [rule.sigma_rel for rule in average.schedule.rules]
+    assert widths == pytest.approx([0.05, 0.10])
+    assert fastema.PowerEMA([np.ones(3)], 0.15).shadow.keys() == {"0"}
+    for wrong in (0.0, 0.3, -0.1, math.nan):
+        with pytest.raises(ArgumentError, match="sigma_rel"):
+            fastema.PowerEMA([np.ones(3)], (0.05, wrong))

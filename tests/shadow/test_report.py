@@ -1,0 +1,141 @@
+"""What an average says of itself: plain sentences, true at every point of a run."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema import rules
+from fastema.rules.units import effective_steps
+
+KINDS: dict[str, Any] = {
+    "ema": lambda x, **o: fastema.EMA(x, 0.99, **o),
+    "several": lambda x, **o: fastema.EMA(x, (0.9, 0.999), **o),
+    "debiased": lambda x, **o: fastema.EMA(x, 0.99, zero_debias=True, **o),
+    "warmup": lambda x, **o: fastema.EMA(x, rules.warmup(0.9999), **o),
+    "swa": fastema.SWA,
+    "sma": lambda x, **o: fastema.SMA(x, 5, **o),
+    "power": fastema.PowerEMA,
+}
+
+
+def after(kind: str, updates: int, **options: Any) -> Any:
+    average = KINDS[kind]([np.ones(3)], **options)
+    for _ in range(updates):
+        average.update()
+    return average
+
+
+AT_100 = {
+    "ema": "EMA after 100 updates\n"
+    "decay 0.99: its weights are 63 steps old on average (standard deviation 36 steps); "
+    "36.6 % of it is the weights it was built from",
+    "several": "EMA after 100 updates\n"
+    "decay 0.9: its weights are 9 steps old on average (standard deviation 9.5 steps); "
+    "nothing is left of the weights it was built from\n"
+    "decay 0.999: its weights are 95 steps old on average (standard deviation 18 steps); "
+    "90.5 % of it is the weights it was built from",
+    "debiased": "EMA after 100 updates\n"
+    "decay 0.99, bias-corrected: its weights are 41 steps old on average "
+    "(standard deviation 28 steps)",
+    "warmup": "EMA after 100 updates\n"
+    "Warmup(limit=0.9999): its weights are 10 steps old on average "
+    "(standard deviation 9.6 steps); nothing is left of the weights it was built from",
+    "swa": "SWA after 100 updates\n"
+    "mean of all weights: its weights are 50 steps old on average (standard deviation 29 steps)",
+    "sma": "SMA after 100 updates\n"
+    "mean of the last 5 weights: its weights are 2 steps old on average "
+    "(standard deviation 1.4 steps)",
+    "power": "PowerEMA after 100 updates\n"
+    "power function of sigma_rel 0.05: its weights are 4.8 steps old on average "
+    "(standard deviation 5 steps)\n"
+    "power function of sigma_rel 0.1: its weights are 11 steps old on average "
+    "(standard deviation 10 steps)",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_many_updates(kind: str) -> None:
+    assert after(kind, 100).report() == AT_100[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_the_first(kind: str) -> None:
+    first, second = after(kind, 0).report().split("\n")
+    assert first.endswith(" after 0 updates")
+    assert second == "nothing is averaged yet: it is the weights it was built from"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_one(kind: str) -> None:
+    first, *lines = after(kind, 1).report().split("\n")
+    assert first.endswith(" after 1 update")
+    assert len(lines) == (2 if kind in ("several", "power") else 1)
+    if kind in ("swa", "sma", "power", "debiased"):
+        assert all(line.endswith(": it is the latest weights") for line in lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("updates", [3, 9, 10, 57, 2003])
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_numbers_are_those_of_the_rules(kind: str, updates: int, every: int) -> None:
+    average = after(kind, updates, update_every=every)
+    _, *lines = average.report().split("\n")
+    if updates < every:
+        assert lines == ["nothing is averaged yet: it is the weights it was built from"]
+        return
+    for line, rule in zip(lines, average.schedule.rules, strict=True):
+        reach = effective_steps(rule, updates, every)
+        said = re.search(r"weights are ([\d.,]+) steps? old .*deviation ([\d.,]+) steps?\)", line)
+        if said is None:
+            assert line.endswith("it is the latest weights")
+            assert reach.mean_age == 0
+            continue
+        numbers = [float(number.replace(",", "")) for number in said.groups()]
+        np.testing.assert_allclose(numbers, reach[:2], rtol=0.06)
+        share = re.search(r"([\d.]+) % of it is the weights it was built from", line)
+        assert (share is not None) == (reach.initial_share >= 0.0005)
+        if share is not None:
+            assert float(share[1]) == pytest.approx(100 * reach.initial_share, rel=0.01)
+
+
+def test_where_only_some_updates_work_and_it_begins_later() -> None:
+    first, second = after("ema", 40, start_after=100, update_every=10).report().split("\n")
+    assert first == "EMA after 40 updates, one in 10 of which is taken in, from step 100 on"
+    assert second == "nothing is averaged yet: until step 100 it is the weights themselves"
+    assert (
+        after("ema", 105, start_after=100, update_every=10)
+        .report()
+        .endswith("nothing is averaged yet: it is the weights of step 100")
+    )
+    report = after("swa", 1100, start_after=100).report()
+    assert report == (
+        "SWA after 1,100 updates, averaged from step 100 on\n"
+        "mean of all weights: its weights are 500 steps old on average "
+        "(standard deviation 289 steps)"
+    )
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_what_was_skipped(skipped: int) -> None:
+    x = np.ones(3)
+    ema = fastema.EMA([x], 0.9, on_nonfinite="skip")
+    x[0] = np.nan
+    for _ in range(skipped):
+        ema.update()
+    x[0] = 1
+    ema.update()
+    lines = ema.report().split("\n")
+    said = {1: ["1 call was skipped: a weight was not finite"]}
+    said[2] = ["2 calls were skipped: a weight was not finite"]
+    assert lines[1:-1] == said.get(skipped, [])
+
+
+def test_a_rule_of_the_users_own_is_called_by_its_name() -> None:
+    ema = fastema.EMA([np.ones(2)], rules.inverse_gamma(0.9, power=0.5))
+    ema.update()
+    assert repr(ema.schedule.rules[0]) in ema.report()

@@ -1,0 +1,244 @@
+"""Random rounding of whole averages: by definition, wherever they run, and no stalls."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fastema.kernels.table import CHUNK
+from fastema.testing import reference
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import ArgumentError  # noqa: E402
+
+from .stored import Specified, exact, same, stored  # noqa: E402
+from .weights import FLOATS, net, refresh_  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+DECAY = 0.99
+NARROW = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def weights_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Odd sizes, odd beginnings, gaps and orders of axes."""
+    base = torch.empty(40_001, dtype=dtype)
+    image = torch.empty(3, 5, 7, 9, dtype=dtype)
+    weights = {
+        "scalar": torch.empty((), dtype=dtype),
+        "odd": base[3:1000],
+        "gaps": base[1001:3001:2],
+        "rows": torch.empty(31, 90, dtype=dtype)[:, 1:70],
+        "transposed": torch.empty(37, 129, dtype=dtype).t(),
+        "channels last": image.to(memory_format=torch.channels_last),
+        "permuted": torch.empty(6, 33, 20, dtype=dtype).permute(2, 0, 1),
+        "empty": torch.empty(0, 3, dtype=dtype),
+    }
+    refresh_(weights, 0)
+    return weights
+
+
+@pytest.mark.parametrize("average", NARROW)
+@pytest.mark.parametrize("model", FLOATS)
+def test_every_tensor_is_rounded_as_specified(model: str, average: str) -> None:
+    weights = weights_of(FLOATS[model])
+    ema = fastema.EMA(weights, DECAY, shadow_dtype=NARROW[average], seed=2**35 + 3)
+    specified = {
+        name: Specified(tensor, name, seed=2**35 + 3) for name, tensor in ema.shadow.items()
+    }
+    for step in range(1, 5):
+        refresh_(weights, step)
+        ema.update()
+        for name, one in specified.items():
+            one.update(weights[name], 1 - DECAY, step)
+            one.check(ema.shadow[name])
+
+
+def test_places_are_counted_as_the_average_lies_in_memory() -> None:
+    """One model in two memory formats is averaged with other bits: each has its own order."""
+    rows = torch.randn(8, 16, 5, 5).bfloat16()
+    last = rows.clone(memory_format=torch.channels_last)
+    averages = [fastema.EMA({"w": x}, 0.999) for x in (rows, last)]
+    starts = [Specified(one.shadow["w"], "w") for one in averages]
+    for x, one, start in zip((rows, last), averages, starts, strict=True):
+        x.mul_(1.5)
+        one.update()
+        start.update(x, 0.001, 1)
+        start.check(one.shadow["w"])
+    assert not same(averages[0].shadow, averages[1].shadow)
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 3), (2, 1), (3, 2)])
+def test_the_step_is_the_number_of_the_call(start: int, every: int) -> None:
+    weights = {"w": torch.randn(333).bfloat16()}
+    ema = fastema.EMA(weights, DECAY, start_after=start, update_every=every)
+    specified = Specified(ema.shadow["w"], "w")
+    for step in range(1, 12):
+        refresh_(weights, step)
+        ema.update()
+        if step <= start:
+            specified = Specified(weights["w"], "w")
+        elif (step - start) % every == 0:
+            specified.update(weights["w"], -math.expm1(every * math.log(DECAY)), step)
+    specified.check(ema.shadow["w"])
+
+
+def test_other_dtypes_have_no_random_bits() -> None:
+    weights = {"a": torch.randn(500), "b": torch.randn(500).double()}
+    averages = [
+        fastema.EMA(weights, DECAY, seed=1),
+        fastema.EMA(weights, DECAY, seed=2),
+        fastema.EMA(weights, DECAY, rounding="nearest"),
+    ]
+    refresh_(weights, 1)
+    for one in averages:
+        one.update()
+        assert same(one.shadow, averages[0].shadow)
+
+
+def test_seeds_tensors_and_rounding() -> None:
+    start = torch.randn(2000).bfloat16()
+    weights = {"a": start.clone(), "b": start.clone()}
+    options = [{}, {"seed": 0}, {"seed": 1}, {"rounding": "stochastic"}, {"rounding": "nearest"}]
+    default, again, other, named, nearest = (fastema.EMA(weights, DECAY, **one) for one in options)
+    for tensor in weights.values():
+        tensor.add_(1)
+    for one in (default, again, other, named, nearest):
+        one.update()
+    assert same(default.shadow, again.shadow)
+    assert same(default.shadow, named.shadow)
+    assert not same(default.shadow, other.shadow)
+    assert not torch.equal(default.shadow["a"], default.shadow["b"])
+    assert torch.equal(nearest.shadow["a"], nearest.shadow["b"])
+    specified = Specified(start, "a", random=False)
+    specified.update(weights["a"], 1 - DECAY, 1)
+    specified.check(nearest.shadow["a"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounding": "up"}, {"seed": -1}, {"seed": 2**63}, {"seed": True}]
+)
+def test_what_is_no_rounding_and_no_seed(options: dict[str, object]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        fastema.EMA([torch.ones(3)], **options)
+
+
+# -- the same bits wherever and however it runs ----------------------------------------------------
+
+
+def run(ema: fastema.EMA, weights: dict[str, torch.Tensor], steps: range) -> None:
+    for step in steps:
+        refresh_(weights, step)
+        ema.update()
+
+
+@pytest.mark.usefixtures("eager")
+def test_threads_and_company_do_not_matter(threads: Callable[[int], None]) -> None:
+    shapes = {"large": (3 * CHUNK + 5,), "matrix": (300, 700), "small": (9,)}
+    weights = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    start = {name: tensor.clone() for name, tensor in weights.items()}
+
+    def of(names: list[str], count: int, **options: object) -> dict[str, torch.Tensor]:
+        threads(count)
+        for name, tensor in weights.items():
+            tensor.copy_(start[name])
+        ema = fastema.EMA({name: weights[name] for name in names}, **options)
+        for step in range(3):
+            for name, tensor in weights.items():
+                tensor.copy_(start[name] * (1.3 + step))
+            ema.update()
+        return dict(ema.shadows[0])
+
+    whole = of(list(shapes), 1)
+    assert same(of(list(shapes), 2), whole)
+    assert same(of(list(shapes), 4), whole)
+    several = of(list(shapes), 3, decay=(0.999, 0.9, 0.5))  # in chunks of another size
+    assert same(several, whole)
+    backwards = of(list(shapes)[::-1], 2)
+    for name in shapes:
+        assert torch.equal(of([name], 2)[name], whole[name])
+        assert torch.equal(backwards[name], whole[name])
+
+
+def test_a_resumed_run_has_the_same_bits() -> None:
+    weights = weights_of(torch.bfloat16)
+    ema = fastema.EMA(weights, (DECAY, fastema.rules.warmup()), seed=7)
+    run(ema, weights, range(1, 6))
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    file.seek(0)
+    run(ema, weights, range(6, 11))
+    elsewhere = weights_of(torch.bfloat16)
+    resumed = fastema.EMA(elsewhere, (0.5, 0.5), seed=1)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    run(resumed, elsewhere, range(6, 11))
+    assert resumed.state_dict()["seed"] == 7
+    for one, other in zip(resumed.shadows, ema.shadows, strict=True):
+        assert same(one, other)
+
+
+def test_weights_that_move_change_no_bit() -> None:
+    weights, twins = weights_of(torch.bfloat16), weights_of(torch.bfloat16)
+    ema, moving = fastema.EMA(weights, DECAY), fastema.EMA(twins, DECAY)
+    for step in range(1, 9):
+        run(ema, weights, range(step, step + 1))
+        if step % 2:
+            # To gaps, to another order of axes, and back: the average stays where it is.
+            for tensor in twins.values():
+                if tensor.dim() == 1:
+                    tensor.data = torch.empty(3 * len(tensor), dtype=tensor.dtype)[::3]
+                elif tensor.dim() > 1:
+                    tensor.data = torch.empty_like(tensor.mT.contiguous()).mT
+        run(moving, twins, range(step, step + 1))
+        assert same(moving.shadow, ema.shadow)
+
+
+def test_a_wrapped_model_has_the_bits_of_the_model() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    model = net(0, torch.bfloat16)
+    averages = [fastema.EMA(one, DECAY) for one in (model, Wrapper(model))]
+    refresh_(model, 1)
+    for one in averages:
+        one.update()
+    bare, wrapped = ([stored(t) for t in one.shadow.values()] for one in averages)
+    for one, other in zip(bare, wrapped, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# -- nearest stalls, random does not ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_nearest_never_moves_where_random_follows(dtype: str) -> None:
+    """Decay 0.999 and weights that move by 1 %: 1,500 updates."""
+    start = torch.randn(20_000, dtype=torch.float64).add_(3).to(NARROW[dtype])
+    weights = {"w": start.clone()}
+    nearest = fastema.EMA(weights, 0.999, rounding="nearest")
+    random = fastema.EMA(weights, 0.999)
+    wide = fastema.EMA(weights, 0.999, shadow_dtype="float64")
+    weights["w"].mul_(1.01)
+    for _ in range(1500):
+        for one in (nearest, random, wide):
+            one.update()
+    assert torch.equal(nearest.shadow["w"], start)
+    went = exact(random.shadow["w"]) - exact(start)
+    should = exact(wide.shadow["w"]) - exact(start)
+    # Elements round independently of each other: their mean has a known standard error.
+    error = went - should
+    assert abs(error.mean()) < 5 * error.std() / math.sqrt(error.size)
+    assert abs(went.sum() / should.sum() - 1) < 0.02
+    # No element is far off: some units in the last place, of which it makes one step at a time.
+    unit = 2.0 * np.abs(exact(start)) * 2.0 ** -reference.FLOATS[dtype].digits
+    assert (np.abs(error) / unit).max() < 6
+    assert np.median(np.abs(error) / unit) < 1

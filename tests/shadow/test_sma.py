@@ -1,0 +1,260 @@
+"""The windowed mean of weights: that of the window, at every step, for every dtype."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastema.testing import reference
+from fastema.testing.tolerance import cast_bound, unit_roundoff
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
+
+from .kinds import all_of  # noqa: E402
+from .stored import CODES, code_of, exact, stored, tensor_of  # noqa: E402
+from .weights import net, refresh_  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+
+
+def reals(tensor: torch.Tensor) -> np.ndarray:
+    """The float64 numbers of a tensor, a complex one's in pairs."""
+    return exact(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+
+
+class History:
+    """What went into the ring, and what the mean of it may be off by."""
+
+    def __init__(self, window: int, average: str, arithmetic: str, random: bool) -> None:
+        self.window, self.average = window, average
+        self.u, self.share = unit_roundoff(arithmetic), 2 if random else 1
+        self.seen: list[np.ndarray] = []
+
+    def check(self, got: np.ndarray) -> None:
+        want = reference.windowed_mean(np.array(self.seen[-self.window :]), self.window)
+        once = self.share * cast_bound(np.abs(want).astype(float), self.average)
+        # As documented, and what rounding the remainder of a 16-bit mean costs.
+        largest = np.abs(self.seen[-2 * self.window :]).max()
+        slack = 8 * self.window * self.u**2 * largest + 2.0**-62 * self.window * largest
+        slack += 2 * self.window * self.u * once.max()
+        np.testing.assert_array_less(np.abs(got - want).astype(float), once * (1 + 1e-3) + slack)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 10, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: CODES[dtype])
+def test_it_is_the_mean_of_the_window(dtype: torch.dtype, window: int) -> None:
+    weights = {
+        "odd": torch.empty(131, dtype=dtype),
+        "matrix": torch.empty(40, 7, dtype=dtype).t(),
+        "gaps": torch.empty(200, dtype=dtype)[1::3],
+    }
+    refresh_(weights, 99)
+    sma = fastema.SMA(weights, window)
+    code = {"c64": "f32"}.get(CODES[dtype], CODES[dtype])
+    narrow = code in ("f16", "bf16")
+    arithmetic = "f32" if narrow else code
+    histories = {name: History(window, code, arithmetic, narrow) for name in weights}
+    for step in range(1, 2 * window + 6):
+        refresh_(weights, step)
+        sma.update()
+        for name, history in histories.items():
+            history.seen.append(reals(weights[name]))
+            history.check(reals(sma.shadow[name]))
+    assert sma.num_updates == 2 * window + 5
+
+
+@pytest.mark.parametrize("ring", ["bfloat16", torch.float16, "float64"])
+def test_a_ring_of_another_dtype(ring: Any) -> None:
+    weights = {"w": torch.empty(300)}
+    sma = fastema.SMA(weights, 5, ring_dtype=ring)
+    code = {"bfloat16": "bf16", torch.float16: "f16", "float64": "f64"}[ring]
+    history = History(5, "f32", "f32", False)
+    for step in range(1, 20):
+        refresh_(weights, step)
+        sma.update()
+        kept = reference.cast(stored(weights["w"]), "f32", code)
+        history.seen.append(reference.decode(kept, code))
+        history.check(exact(sma.shadow["w"]))
+    assert code_of(sma.state_dict()["ring"][0]["w"]) == code
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+@pytest.mark.parametrize("every", [1, 3])
+def test_update_every_and_start_after(start: int, every: int) -> None:
+    weights = {"w": torch.empty(200)}
+    refresh_(weights, 99)
+    sma = fastema.SMA(weights, 3, update_every=every, start_after=start)
+    history, before = History(3, "f32", "f32", False), exact(weights["w"])
+    for step in range(1, 30):
+        refresh_(weights, step)
+        sma.update()
+        if step <= start:
+            before = exact(weights["w"])
+        elif (step - start) % every == 0:
+            history.seen.append(exact(weights["w"]))
+        if history.seen:
+            history.check(exact(sma.shadow["w"]))
+        else:
+            np.testing.assert_array_equal(exact(sma.shadow["w"]), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stop", [2, 5, 17])
+def test_a_resumed_run_is_equal_to_the_bit(dtype: torch.dtype, stop: int) -> None:
+    model, twin = net(0, dtype), net(7, dtype)
+    sma = fastema.SMA(model, 5, seed=3)
+    for step in range(stop):
+        refresh_(model, step)
+        sma.update()
+    with sma.swapped():
+        state = sma.state_dict()
+    resumed = fastema.SMA(twin, 5)
+    resumed.load_state_dict(state)
+    for step in range(stop, stop + 12):
+        for one, average in ((model, sma), (twin, resumed)):
+            refresh_(one, step)
+            average.update()
+    assert all_of(resumed) == all_of(sma)
+
+
+def test_a_state_of_another_window_is_refused() -> None:
+    model = net()
+    saved = fastema.SMA(model, 4).state_dict()
+    with pytest.raises(CheckpointError):
+        fastema.SMA(model, 5).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_seed_and_the_step_choose_the_random_bits(dtype: str) -> None:
+    weights = {"w": torch.full((4000,), 1 + 2.0**-12)}
+    averages = [fastema.SMA(weights, 2, shadow_dtype=dtype, seed=seed) for seed in (0, 0, 1)]
+    seen = []
+    for _ in range(6):
+        for one in averages:
+            one.update()
+        seen.append(averages[0].shadow["w"].clone())
+    one, same, other = (average.shadow["w"] for average in averages)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not any(torch.equal(seen[-1], earlier) for earlier in seen[:-1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_not_finite_is_forgotten_within_two_windows(dtype: torch.dtype, bad: float) -> None:
+    window = 4
+    weights, clean = ({"w": torch.empty(5000, dtype=dtype)} for _ in range(2))
+    sma, mirror = (fastema.SMA(one, window, rounding="nearest") for one in (weights, clean))
+    for step in range(30):
+        refresh_(weights, step)
+        refresh_(clean, step)
+        if step == 11:
+            weights["w"][::2] = bad
+        sma.update()
+        mirror.update()
+        got, want = exact(sma.shadow["w"]), exact(mirror.shadow["w"])
+        np.testing.assert_array_equal(got[1::2], want[1::2])
+        if 11 <= step < 11 + window:
+            assert not np.isfinite(got[::2]).any()
+        if not 11 <= step < 11 + 2 * window:
+            np.testing.assert_array_equal(got, want)
+    assert all_of(sma) == all_of(mirror)
+
+
+def test_weights_that_were_not_finite_before_the_first_update() -> None:
+    weights = {"w": torch.full((50,), torch.inf)}
+    sma = fastema.SMA(weights, 3)
+    for step in range(1, 5):
+        weights["w"].fill_(float(step))
+        sma.update()
+    assert torch.equal(sma.shadow["w"], torch.full((50,), 3.0))
+
+
+@pytest.mark.parametrize(("window", "expected"), [(3, 5), (10, 12)])
+def test_memory_is_that_of_the_window_and_two_more(window: int, expected: int) -> None:
+    arrays = [np.ones((500, 1000), np.float32), np.ones(300_000, np.float32)]
+    fastema.SMA([np.ones(10, np.float32)], window).update()  # the kernel is compiled before
+    nbytes = sum(array.nbytes for array in arrays)
+    gc.collect()
+    tracemalloc.start()
+    sma = fastema.SMA(arrays, window)
+    for _ in range(2):
+        sma.update()
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert expected * nbytes <= held < (expected + 0.1) * nbytes
+    assert most < (expected + 0.1) * nbytes
+    state = sma.state_dict(copy=False)
+    parts = [state[part][0][name] for part in ("shadow", "low", "ring") for name in state[part][0]]
+    assert sum(part.nbytes for part in parts) == expected * nbytes
+
+
+CHANGED = """
+    import torch
+    import fastema
+
+    # Sizes that fill their memory, so that what is written beyond is somebody else's.
+    for before, after in (("float32", "float64"), ("float64", "float32")):
+        model = {"w": torch.zeros(4096, dtype=getattr(torch, before))}
+        several = [fastema.SMA(model, 3, shadow_dtype="float32") for _ in range(8)]
+        for step in range(1, 14):
+            if step == 6:
+                model["w"] = model["w"].to(getattr(torch, after))
+            model["w"].fill_(step)
+            for one in several:
+                one.update()
+            for one in several:
+                mean = one.shadow["w"]
+                want = sum(range(max(step - 2, 1), step + 1)) / min(step, 3)
+                assert torch.equal(mean, torch.full_like(mean, want)), (before, after, step)
+    print("done")
+"""
+
+
+def test_a_model_that_changes_its_dtype(python: Callable[..., str]) -> None:
+    """What a mean keeps beside itself does not become wider, and is not written as if it did."""
+    assert python(CHANGED).strip() == "done"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_and_copied_it_is_the_mean(dtype: torch.dtype) -> None:
+    model, other = net(0, dtype), net(4, dtype)
+    sma = fastema.SMA(model, 3, shadow_dtype="float32")
+    for step in range(5):
+        refresh_(model, step)
+        sma.update()
+    before = all_of(sma)
+    mean = {name: stored(tensor) for name, tensor in sma.shadow.items()}
+    sma.copy_to(other)
+    with sma.swapped():
+        assert all_of(sma) == before
+        for name, tensor in model.named_parameters():
+            nearest = reference.cast(mean[name], "f32", CODES[dtype])
+            split, _ = reference.split(mean[name])
+            want = nearest if dtype == torch.float32 else split
+            assert torch.equal(tensor, tensor_of(want, dtype))
+    for name, tensor in other.named_parameters():
+        want = reference.cast(mean[name], "f32", CODES[dtype])
+        assert torch.equal(tensor, tensor_of(want, dtype))
+    assert all_of(sma) == before
+
+
+def test_what_it_does_not_do() -> None:
+    weights = [torch.ones(3)]
+    for window in (0, -1, 2.5, True):
+        with pytest.raises(ArgumentError, match="window"):
+            fastema.SMA(weights, window)
+    with pytest.raises(ArgumentError, match="drift"):
+        fastema.SMA(weights, drift=True)
+    with pytest.raises(ArgumentError, match="dtype"):
+        fastema.SMA(weights).to(dtype="float64")

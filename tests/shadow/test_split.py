@@ -1,0 +1,276 @@
+"""Averages in two halves: a float32 run to the bit, of which one half is a bfloat16 checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastema.testing import reference
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import DTypeError  # noqa: E402
+
+from .kinds import all_of  # noqa: E402
+from .stored import exact, stored, tensor_of  # noqa: E402
+from .weights import FLOATS, assert_bits, net, refresh_, snapshot, values  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+DECAY = 0.97
+SPLIT = "bf16+16"
+
+
+def halves(ema: fastema.EMA, name: str, which: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    state = ema.state_dict()
+    low = state["low"][which][name]
+    assert low.dtype == torch.int16
+    return stored(state["shadow"][which][name]), low.numpy().view(np.uint16)
+
+
+def assert_is_split(ema: fastema.EMA, wide: fastema.EMA, which: int = 0) -> None:
+    """The two halves are what a float32 average comes apart into."""
+    for name in ema.averaged_names:
+        high, low = reference.split(stored(wide.shadows[which][name]))
+        got = halves(ema, name, which)
+        np.testing.assert_array_equal(got[0], high)
+        np.testing.assert_array_equal(got[1], low)
+        assert ema.shadows[which][name].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_it_is_a_float32_run_to_the_bit(dtype: str) -> None:
+    model = net(0, FLOATS[dtype])
+    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
+    wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
+    assert_is_split(ema, wide)
+    for step in range(200):
+        refresh_(model, step)
+        ema.update()
+        wide.update()
+    assert_is_split(ema, wide)
+    # The half that is used alone is the nearest bfloat16: half a unit in the last place at most.
+    for name in ema.averaged_names:
+        high, value = exact(ema.shadow[name]), exact(wide.shadow[name])
+        assert (np.abs(high - value) <= 2.0**-8 * np.abs(value)).all()
+
+
+def test_the_high_half_is_a_checkpoint() -> None:
+    model = net(0, torch.bfloat16)
+    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
+    refresh_(model, 1)
+    ema.update()
+    ready = net(9, torch.bfloat16)
+    ready.load_state_dict(dict(ema.shadow))
+    with ema.swapped():
+        assert_bits(model, snapshot(ready))
+
+
+def test_a_bfloat16_model_takes_the_high_half_and_no_more() -> None:
+    model = net(0, torch.bfloat16)
+    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
+    for step in range(5):
+        refresh_(model, step)
+        ema.update()
+    raw, before = snapshot(model), all_of(ema)
+    high = {name: stored(tensor) for name, tensor in ema.shadow.items()}
+    lows = {name: entry.parts["low"][0] for name, entry in ema._store.sets[0].items() if entry.form}
+    bytes_of = {name: low.numpy().tobytes() for name, low in lows.items()}
+    with ema.swapped():
+        for name, tensor in model.named_parameters():
+            np.testing.assert_array_equal(stored(tensor), high[name])
+        for name, low in lows.items():
+            assert low.numpy().tobytes() == bytes_of[name]
+        assert all_of(ema) == before
+    assert_bits(model, raw)
+    assert all_of(ema) == before
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_model_holds_the_whole_average_rounded_once(dtype: str) -> None:
+    model = net(0, FLOATS[dtype])
+    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
+    wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
+    for step in range(5):
+        refresh_(model, step)
+        ema.update()
+        wide.update()
+    raw, before = snapshot(model), all_of(ema)
+    with ema.swapped():
+        assert all_of(ema) == before
+        for name, tensor in model.named_parameters():
+            average = stored(wide.shadow[name])
+            want = reference.encode(reference.decode(average, "f32"), dtype)
+            if dtype == "bf16":
+                want, _ = reference.split(average)
+            np.testing.assert_array_equal(stored(tensor), want)
+    assert_bits(model, raw)
+    assert all_of(ema) == before
+    # A copy is rounded to nearest even from the whole, also to bfloat16.
+    other = net(3, FLOATS[dtype])
+    ema.copy_to(other)
+    for name, tensor in other.named_parameters():
+        average = reference.decode(stored(wide.shadow[name]), "f32")
+        np.testing.assert_array_equal(stored(tensor), reference.encode(average, dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("applied", [False, True])
+def test_saved_and_resumed_inside_and_outside_of_the_block(dtype: str, applied: bool) -> None:
+    model = net(0, FLOATS[dtype])
+    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
+    for step in range(4):
+        refresh_(model, step)
+        ema.update()
+    if applied:
+        with ema.swapped():
+            state = ema.state_dict()
+    else:
+        state = ema.state_dict()
+    twin = net(5, FLOATS[dtype])
+    resumed = fastema.EMA(twin, 0.5, shadow_dtype=SPLIT)
+    resumed.load_state_dict(state)
+    for step in range(4, 8):
+        for one, average in ((model, ema), (twin, resumed)):
+            refresh_(one, step)
+            average.update()
+    assert all_of(resumed) == all_of(ema)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_several_at_once(dtype: str) -> None:
+    decays = (0.9, 0.99, 0.5)
+    model = net(0, FLOATS[dtype])
+    ema = fastema.EMA(model, decays, shadow_dtype=SPLIT)
+    wide = fastema.EMA(model, decays, shadow_dtype="float32")
+    for step in range(1, 6):
+        refresh_(model, step)
+        ema.update()
+        wide.update()
+    for which in range(3):
+        assert_is_split(ema, wide, which)
+    raw, before = snapshot(model), all_of(ema)
+    for which in range(3):
+        with ema.swapped(which=which):
+            held = {name: stored(tensor) for name, tensor in model.named_parameters()}
+            assert all_of(ema) == before
+        if dtype != "bf16":
+            with wide.swapped(which=which):
+                for name, tensor in model.named_parameters():
+                    np.testing.assert_array_equal(stored(tensor), held[name])
+        assert_bits(model, raw)
+        assert all_of(ema) == before
+
+
+def test_to_another_dtype_and_back() -> None:
+    model = net(0)
+    ema = fastema.EMA(model, DECAY)
+    wide = fastema.EMA(model, DECAY)
+    for step in range(9):
+        refresh_(model, step)
+        ema.update()
+        wide.update()
+        assert ema.to(dtype=(SPLIT, "float32", "float64")[step % 3]) is ema
+        if step % 3 == 0:
+            assert_is_split(ema, wide)
+        if step % 3 == 1:
+            for name in ema.averaged_names:
+                assert torch.equal(ema.shadow[name], wide.shadow[name])
+        if step % 3 == 2:
+            ema.to(dtype="float32")  # what it was before a float64 came of it
+
+
+def test_from_and_to_bfloat16() -> None:
+    model = net(0, torch.bfloat16)
+    ema = fastema.EMA(model, DECAY)
+    refresh_(model, 1)
+    ema.update()
+    before = values(dict(ema.shadow))
+    ema.to(dtype=SPLIT)
+    for name in ema.averaged_names:
+        high, low = halves(ema, name)
+        np.testing.assert_array_equal(high, stored(before[name]))
+        assert not low.any()
+    wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
+    wide.load_state_dict({**ema.to(dtype="float32").state_dict()})
+    ema.to(dtype=SPLIT)
+    refresh_(model, 2)
+    ema.update()
+    wide.update()
+    assert_is_split(ema, wide)
+    ema.to(dtype="bfloat16")
+    for name in ema.averaged_names:
+        nearest = reference.encode(exact(wide.shadow[name]), "bf16")
+        np.testing.assert_array_equal(stored(ema.shadow[name]), nearest)
+
+
+def special(dtype: torch.dtype) -> torch.Tensor:
+    most = 3.4028234663852886e38
+    numbers = [0.0, 1.0, most, 3.3961775e38, 3.3895e38, 1e-45, 1e-39, float("inf"), float("nan")]
+    both = np.array([*numbers, *(-x for x in numbers)], np.float32)
+    return torch.from_numpy(both).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ends_of_the_range(dtype: torch.dtype) -> None:
+    start = special(dtype)
+    weights = {"w": start.clone()}
+    ema = fastema.EMA(weights, 0.5, shadow_dtype=SPLIT)
+    wide = fastema.EMA(weights, 0.5, shadow_dtype="float32")
+
+    def check() -> None:
+        value = stored(wide.shadow["w"])
+        high, low = reference.split(value)
+        got = halves(ema, "w")
+        nan = np.isnan(value)
+        np.testing.assert_array_equal(got[0][~nan], high[~nan])
+        np.testing.assert_array_equal(got[1][~nan], low[~nan])
+        assert np.isnan(reference.decode(got[0], "bf16"))[nan].all()
+        for average in (ema, wide):
+            with average.swapped():
+                held = exact(weights["w"])
+                want = reference.decode(high, "bf16") if dtype == torch.bfloat16 else value
+                np.testing.assert_array_equal(held, want)
+
+    check()
+    for x in (start, start.flip(0), start * 0.5):
+        weights["w"].copy_(x)
+        ema.update()
+        wide.update()
+        check()
+
+
+def test_complex_weights_and_windows_have_no_halves() -> None:
+    with pytest.raises(DTypeError, match="halves"):
+        fastema.EMA({"w": torch.ones(3, dtype=torch.complex64)}, shadow_dtype=SPLIT)
+    with pytest.raises(DTypeError, match="halves"):
+        fastema.SMA({"w": torch.ones(3)}, shadow_dtype=SPLIT)
+
+
+@pytest.mark.parametrize("kind", [fastema.SWA, fastema.PowerEMA])
+def test_other_averages(kind: Any) -> None:
+    model = nn.Linear(30, 20)
+    ema, wide = (kind(model, shadow_dtype=one) for one in (SPLIT, "float32"))
+    for step in range(1, 20):
+        refresh_(model, step)
+        ema.update()
+        wide.update()
+    for which in range(len(ema.shadows)):
+        assert_is_split(ema, wide, which)
+
+
+def test_its_random_numbers_stay_out_of_it() -> None:
+    weights = {"w": tensor_of(np.arange(9, dtype=np.float32), torch.float32)}
+    averages = [
+        fastema.EMA(weights, DECAY, shadow_dtype=SPLIT, rounding=one, seed=i)
+        for i, one in enumerate([None, "nearest", "stochastic"])
+    ]
+    weights["w"].add_(0.1)
+    for one in averages:
+        one.update()
+    for one in averages[1:]:
+        np.testing.assert_array_equal(halves(one, "w"), halves(averages[0], "w"))
