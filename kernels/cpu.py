@@ -14,7 +14,8 @@ _MEASURING = {steps.lerp_measured, steps.finite}
 def kernel(operation: str, formats: tuple[str, ...], layout: str):
     """Compile one operation for the formats of the written side, the other side, and so on."""
     if operation == "window":
-        return _window(steps.window(*formats, device="cpu"), layout)
+        dst, src, ring, low = formats
+        return _window(steps.window(dst, src, ring, low, "cpu"), layout)
     make = getattr(steps, operation)
     loop = measuring if make in _MEASURING else elementwise
     return loop(make(*formats, device="cpu"), layout)

@@ -59,7 +59,8 @@ def bodies(operation: str, formats: tuple[str, ...], layout: str):
     where there is none.
     """
     if operation == "window":
-        return _window(steps.window(*formats, device="cuda"), layout)
+        dst, src, ring, low = formats
+        return _window(steps.window(dst, src, ring, low, "cuda"), layout)
     step = getattr(steps, operation)(*formats, device="cuda")
     (walk,) = row_bodies([step], layout)
     real = step.real

@@ -98,7 +98,7 @@ def row_bodies(steps: Sequence[Step], layout: str):
     Steps that follow each other on a row are given together: a thread then has the same elements
     in all of them, and need not wait for others. A thread takes as many elements at a time as fill
     128 bits of the widest stream; tails, spaced elements, and addresses that are no multiples of
-    what it moves are done one by one.
+    what it moves are done one by one. All slots of a ring must lie alike in this respect.
     """
     names = _streams(steps)
     sizes = [FORMATS[name].itemsize if name else 0 for name in names]

@@ -134,7 +134,7 @@ def finite(dst: str, src: str, device: str) -> Step:
     Bytes moved: the source once.
     """
     real, _, _, read_src, _ = access(dst, src, device)
-    largest = real(np.finfo(real).max)
+    largest = real(np.finfo(np.float64 if "f64" in (dst, src) else np.float32).max)
 
     @device_fn
     def apply(d, low, s, r, w, word):
