@@ -1,25 +1,18 @@
 """The loops of the CPU kernels: over rows of a table, and over the elements of a row.
 
-A kernel is ``over_rows(body)``. Its body is mostly a walk, which calls
-
-``element(to, low, ring, of, i, j, w, word)``
-
-for every element: ``to``, ``low`` and ``ring`` are the written side, its companion and a slot of
-its ring, all at ``i``; ``of`` is the other side, at ``j``; ``w`` is the weight and ``word`` holds
-16 random bits, which cost nothing where they are not used. An element returns three numbers, and a
-walk their sums; where those are not used they cost nothing either.
+A kernel is ``over_rows(body)``. Its body is mostly a walk, which loads what a step reads, applies
+it, stores what it writes, and returns the sums of its three numbers; what a step does not use, the
+random bits and the sums too, costs nothing.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastema.kernels import scalar
 from fastema.kernels.formats import FORMATS
 from fastema.kernels.jit import cpu_kernel, device_fn
+from fastema.kernels.steps import Formats, Step
 from fastema.kernels.table import (
     BLOCK,
     CLAIM,
@@ -31,6 +24,7 @@ from fastema.kernels.table import (
     INDEX,
     INDEX_STEP,
     KEY,
+    LINE,
     LOW,
     MEASURES,
     NEXT,
@@ -50,11 +44,19 @@ from fastema.kernels.words import (
     add32,
     fetch_add,
     load,
+    load_dst,
+    load_low,
+    load_ring,
+    load_src,
     low32,
     pointer_f64,
     pointer_i64,
     prefetch,
     store,
+    store_dst,
+    store_low,
+    store_ring,
+    store_src,
     sum_any_order,
 )
 
@@ -80,32 +82,55 @@ def over_rows(body):
     return rows_loop
 
 
-NOTHING = (np.float32(0), np.float32(0), np.float32(0))
-"""What the elements of kernels that measure nothing return."""
+@device_fn
+def _skip_load(pointer, i):
+    return np.uint8(0)
 
 
-class Streams(NamedTuple):
-    """Formats of the memory a walk touches, and the float type of the sums over a block."""
-
-    dst: str
-    src: str
-    low: str | None = None
-    ring: str | None = None
-    total: Callable[..., Any] = np.float32
+@device_fn
+def _skip_store(pointer, i, value):
+    pass
 
 
-def _pointers(streams: Streams):
-    """Of the written side, its companion, the ring, and the other side."""
-    low = streams.low or FORMATS[streams.dst].low
-    formats = (FORMATS[name or "raw1"] for name in (streams.dst, low, streams.ring, streams.src))
-    return tuple(one.pointer for one in formats)
+_LOADS = {"d": load_dst, "l": load_low, "s": load_src, "r": load_ring}
+_STORES = {"d": store_dst, "l": store_low, "s": store_src, "r": store_ring}
 
 
-def _sizes(streams: Streams):
-    """Bytes per element of each, 0 for what is not there."""
-    low = streams.low or FORMATS[streams.dst].low
-    names = streams.dst, low, streams.ring, streams.src
-    return tuple(FORMATS[name].itemsize if name else 0 for name in names)
+def single(step: Step):
+    """A step on memory: the other side at ``j``, the rest at ``i``."""
+    load_d, load_l, load_s, load_r = (
+        word if name in step.reads else _skip_load for name, word in _LOADS.items()
+    )
+    store_d, store_l, store_s, store_r = (
+        word if name in step.writes else _skip_store for name, word in _STORES.items()
+    )
+    apply = step.apply
+
+    @device_fn
+    def element(to, low, ring, of, i, j, w, word):
+        d, rest, s, r, one, two, three = apply(
+            load_d(to, i), load_l(low, i), load_s(of, j), load_r(ring, i), w, word
+        )
+        store_r(ring, i, r)
+        store_d(to, i, d)
+        store_l(low, i, rest)
+        store_s(of, j, s)
+        return one, two, three
+
+    return element
+
+
+def _stored(formats: Formats):
+    """Formats of the written side, its companion, the ring and the other side; bytes for none."""
+    names = formats.dst, formats.low, formats.ring, formats.src
+    return tuple(FORMATS[name or "raw1"] for name in names)
+
+
+def _sizes(step: Step):
+    """Bytes per element that a step touches of each, 0 for what it leaves alone."""
+    touched = step.reads + step.writes
+    forms = zip("dlrs", _stored(step.formats), strict=True)
+    return tuple(form.itemsize if name in touched else 0 for name, form in forms)
 
 
 @device_fn
@@ -127,15 +152,19 @@ def slot_address(cells, at, slot):
     return load(cells, at + RING) + slot * load(cells, at + RING_STRIDE)
 
 
-def _flat(element, streams: Streams):
+def _flat(step: Step, size: int = BLOCK):
     """Walk elements that are adjacent on both sides.
 
     Blocks of constant length and a prefetch in each stream keep the arithmetic of 16-bit formats
-    overlapped with memory: measured at 25-45 % there and 5-10 % for f32.
+    overlapped with memory: measured at 25-45 % there and 5-10 % for f32. At the end of a block its
+    sums leave the vectors, for which a larger one pays.
     """
-    to_pointer, low_pointer, ring_pointer, of_pointer = _pointers(streams)
-    to_size, low_size, ring_size, of_size = _sizes(streams)
-    total = streams.total
+    lines = size // BLOCK
+    to_pointer, low_pointer, ring_pointer, of_pointer = (
+        form.pointer for form in _stored(step.formats)
+    )
+    to_size, low_size, ring_size, of_size = _sizes(step)
+    element, total = single(step), step.real
 
     @device_fn
     def walk(cells, at, w, settings, slot):
@@ -148,26 +177,26 @@ def _flat(element, streams: Streams):
         index = low32(load(cells, at + INDEX))
         count = load(cells, at + COUNT)
         one, two, three = 0.0, 0.0, 0.0
-        blocks = count // BLOCK
+        blocks = count // size
         for block in range(blocks):
-            first = block * BLOCK
+            first = block * size
             a_sum, b_sum, c_sum = total(0), total(0), total(0)
-            for line in range(to_size):
-                prefetch(dst_address + first * to_size + PREFETCH + line * BLOCK)
-            for line in range(low_size):
-                prefetch(low_address + first * low_size + PREFETCH + line * BLOCK)
-            for line in range(ring_size):
-                prefetch(ring_address + first * ring_size + PREFETCH + line * BLOCK)
-            for line in range(of_size):
-                prefetch(src_address + first * of_size + PREFETCH + line * BLOCK)
+            for line in range(lines * to_size):
+                prefetch(dst_address + first * to_size + PREFETCH + line * LINE)
+            for line in range(lines * low_size):
+                prefetch(low_address + first * low_size + PREFETCH + line * LINE)
+            for line in range(lines * ring_size):
+                prefetch(ring_address + first * ring_size + PREFETCH + line * LINE)
+            for line in range(lines * of_size):
+                prefetch(src_address + first * of_size + PREFETCH + line * LINE)
             start = add32(index, low32(first))
-            for k in range(BLOCK):
+            for k in range(size):
                 word = scalar.random_word(add32(start, low32(k)), key, second)
                 a, b, c = element(to, low, ring, of, first + k, first + k, w, word)
                 a_sum, b_sum = sum_any_order(a_sum, a), sum_any_order(b_sum, b)
                 c_sum = sum_any_order(c_sum, c)
             one, two, three = one + a_sum, two + b_sum, three + c_sum
-        for i in range(blocks * BLOCK, count):
+        for i in range(blocks * size, count):
             word = scalar.random_word(add32(index, low32(i)), key, second)
             a, b, c = element(to, low, ring, of, i, i, w, word)
             one, two, three = one + a, two + b, three + c
@@ -176,9 +205,12 @@ def _flat(element, streams: Streams):
     return walk
 
 
-def _strided(element, streams: Streams):
+def _strided(step: Step, size: int = BLOCK):
     """Walk elements with any distance between them, given per row and side."""
-    to_pointer, low_pointer, ring_pointer, of_pointer = _pointers(streams)
+    to_pointer, low_pointer, ring_pointer, of_pointer = (
+        form.pointer for form in _stored(step.formats)
+    )
+    element = single(step)
 
     @device_fn
     def walk(cells, at, w, settings, slot):
@@ -201,9 +233,9 @@ def _strided(element, streams: Streams):
 WALKS = {"flat": _flat, "strided": _strided}
 
 
-def elementwise(element, real, dst: str, src: str, layout: str):
+def elementwise(step: Step, layout: str):
     """A kernel that walks every row once."""
-    walk = WALKS[layout](element, Streams(dst, src))
+    walk, real = WALKS[layout](step), step.real
 
     @device_fn
     def body(cells, at, numbers, settings):
@@ -212,9 +244,9 @@ def elementwise(element, real, dst: str, src: str, layout: str):
     return over_rows(body)
 
 
-def measuring(element, real, dst: str, src: str, layout: str):
+def measuring(step: Step, layout: str):
     """The same, with the sums of every row written where the control block says."""
-    walk = WALKS[layout](element, Streams(dst, src, total=real))
+    walk, real = WALKS[layout](step, 4 * BLOCK), step.real
 
     @device_fn
     def body(cells, at, numbers, settings):

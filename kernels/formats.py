@@ -118,14 +118,14 @@ _FROM_BF16 = {
     "bf16": _nearest(scalar.encode_bf16_of_bf16),
     "bf16~": scalar.encode_bf16_of_bf16_random,
 }
-"""Cheaper encodings for averages of bfloat16 weights."""
+"""Cheaper encodings for averages of bfloat16 weights, on the CPU."""
 
 
 class Access(NamedTuple):
     """The float type that a pair of formats is computed in, and each side's way to and from it.
 
-    ``read(to, low, i)`` and ``write(to, low, i, value, word)`` serve the written side, the two
-    others the other side.
+    ``read(d, low)`` and ``write(value, word) -> (d, low)`` serve the written side and its
+    companion, ``read_src(s)`` and ``write_src(value)`` the other side.
     """
 
     real: Callable[..., Any]
@@ -135,26 +135,26 @@ class Access(NamedTuple):
     write_src: Callable[..., Any]
 
 
-def access(dst: str, src: str) -> Access:
+def access(dst: str, src: str, device: str) -> Access:
     """float64 where either side is f64, float32 otherwise."""
     one, other = FORMATS[dst], FORMATS[src]
     wide = "f64" in (dst, src)
     real = np.float64 if wide else np.float32
     as_real = _same if dst.startswith("raw") else real
     encode = one.encode_wide if wide else one.encode
-    if src == "bf16":
+    if src == "bf16" and device == "cpu":
         encode = _FROM_BF16.get(dst, encode)
     encode_src = other.encode_wide if wide else other.encode
     decode_src = other.decode
     read, write = (_single if one.complete is None else _double)(one, as_real, encode)
 
     @device_fn
-    def read_src(of, j):
-        return as_real(decode_src(words.load_src(of, j)))
+    def read_src(s):
+        return as_real(decode_src(s))
 
     @device_fn
-    def write_src(of, j, value):
-        words.store_src(of, j, encode_src(value, np.uint32(0)))
+    def write_src(value):
+        return encode_src(value, np.uint32(0))
 
     return Access(real, read, write, read_src, write_src)
 
@@ -164,12 +164,12 @@ def _single(form, as_real, encode):
     decode = form.decode
 
     @device_fn
-    def read(to, low, i):
-        return as_real(decode(words.load_dst(to, i)))
+    def read(d, low):
+        return as_real(decode(d))
 
     @device_fn
-    def write(to, low, i, value, word):
-        words.store_dst(to, i, encode(value, word))
+    def write(value, word):
+        return encode(value, word), np.uint8(0)
 
     return read, write
 
@@ -179,13 +179,12 @@ def _double(form, as_real, encode):
     join, rest = form.complete
 
     @device_fn
-    def read(to, low, i):
-        return as_real(join(words.load_dst(to, i), words.load_low(low, i)))
+    def read(d, low):
+        return as_real(join(d, low))
 
     @device_fn
-    def write(to, low, i, value, word):
+    def write(value, word):
         narrow = np.float32(value)
-        words.store_dst(to, i, encode(narrow, word))
-        words.store_low(low, i, rest(narrow))
+        return encode(narrow, word), rest(narrow)
 
     return read, write

@@ -34,7 +34,7 @@ def _word(*signatures, llvm):
     """
 
     def register(python):
-        _type(python, ConcreteTemplate, cases=list(signatures))
+        typed(python, ConcreteTemplate, cases=list(signatures))
         for one in signatures:
             _lower(python, one.args, llvm)
         return python
@@ -42,7 +42,8 @@ def _word(*signatures, llvm):
     return register
 
 
-def _type(python, template, **members):
+def typed(python, template, **members):
+    """Make a Python function known to Numba's typing, for every target."""
     made = type(python.__name__, (template,), {"key": python, **members})
     infer_global(python, types.Function(made))
 
@@ -292,16 +293,29 @@ def pointer_f64(address):
     return _Pointer(address, ctypes.c_double, np.float64)
 
 
-_STREAMS = ("dst", "src", "low", "ring")
+STREAMS = ("dst", "src", "low", "ring")
 
 
-def _tag(builder, instruction, stream):
+def tag(builder, instruction, stream):
+    """Say that a load or a store is of one stream and of no other."""
     module = builder.module
     domain = module.add_metadata(["fastema"])
-    scopes = {name: module.add_metadata([name, domain]) for name in _STREAMS}
+    scopes = {name: module.add_metadata([name, domain]) for name in STREAMS}
     others = [scope for name, scope in scopes.items() if name != stream]
     instruction.set_metadata("alias.scope", module.add_metadata([scopes[stream]]))
     instruction.set_metadata("noalias", module.add_metadata(others))
+
+
+def is_cuda(context):
+    """Whether code is made for a GPU (without importing numba-cuda to ask)."""
+    return type(context).__name__ == "CUDATargetContext"
+
+
+def _element_of(context, builder, pointer, i):
+    """The address of an element: on a GPU it is said to be in global memory."""
+    if is_cuda(context):
+        pointer = builder.addrspacecast(pointer, pointer.type.pointee.as_pointer(1))
+    return builder.gep(pointer, [i])
 
 
 def _load_word(stream):
@@ -309,15 +323,15 @@ def _load_word(stream):
         def generic(self, args, kws):
             return signature(args[0].dtype, args[0], _i64)
 
-        _type(python, AbstractTemplate, generic=generic)
+        typed(python, AbstractTemplate, generic=generic)
 
-        def llvm(builder, pointer, i):
-            value = builder.load(builder.gep(pointer, [i]))
+        @lower_builtin(python, types.CPointer, _i64)
+        def emit(context, builder, sig, args):
+            value = builder.load(_element_of(context, builder, *args))
             if stream is not None:
-                _tag(builder, value, stream)
+                tag(builder, value, stream)
             return value
 
-        _lower(python, (types.CPointer, _i64), llvm)
         return python
 
     return register
@@ -328,14 +342,16 @@ def _store_word(stream):
         def generic(self, args, kws):
             return signature(types.void, args[0], _i64, args[0].dtype)
 
-        _type(python, AbstractTemplate, generic=generic)
+        typed(python, AbstractTemplate, generic=generic)
 
-        def llvm(builder, pointer, i, value):
-            written = builder.store(value, builder.gep(pointer, [i]))
+        @lower_builtin(python, types.CPointer, _i64, types.Any)
+        def emit(context, builder, sig, args):
+            pointer, i, value = args
+            written = builder.store(value, _element_of(context, builder, pointer, i))
             if stream is not None:
-                _tag(builder, written, stream)
+                tag(builder, written, stream)
+            return context.get_dummy_value()
 
-        _lower(python, (types.CPointer, _i64, types.Any), llvm)
         return python
 
     return register

@@ -14,20 +14,14 @@ __all__ = ["Kernel", "kernel"]
 Kernel = Callable[[int, int, int, int], None]
 """``kernel(table, rows, numbers, control)``, see :mod:`fastema.kernels.table`."""
 
-_FACTORIES: Final = {
-    ("cpu", "lerp"): "cpu_update",
-    ("cpu", "lerp_measured"): "cpu_update",
-    ("cpu", "add"): "cpu_update",
-    ("cpu", "copy"): "cpu_update",
-    ("cpu", "give"): "cpu_update",
-    ("cpu", "finite"): "cpu_update",
-    ("cpu", "window"): "cpu_window",
-    ("cpu", "swap"): "cpu_swap",
-    ("cpu", "park"): "cpu_swap",
-    ("cpu", "unpark"): "cpu_swap",
-    ("cpu", "read_read_write"): "cpu_limit",
+_OPERATIONS: Final = {
+    *("lerp", "lerp_measured", "add", "copy", "give", "finite"),
+    *("window", "swap", "park", "unpark", "read_read_write"),
 }
-"""(device, operation) to the kernel module whose function of that name makes the kernels."""
+"""What :mod:`fastema.kernels.steps` defines for every device."""
+
+_DEVICES: Final = {"cpu": "fastema.kernels.cpu"}
+"""Device to the module whose ``kernel`` compiles an operation for it."""
 
 _made: dict[tuple[str, str, tuple[str, ...], str], Any] = {}
 _making = lock()
@@ -47,12 +41,10 @@ def kernel(device: str, operation: str, formats: tuple[str, ...], layout: str) -
     key = (device, operation, formats, layout)
     with _making:
         if key not in _made:
-            try:
-                module = _FACTORIES[device, operation]
-            except KeyError:
-                known = ", ".join(sorted({f"{d}/{o}" for d, o in _FACTORIES}))
-                raise DTypeError(f"no kernel for {device}/{operation}; known are {known}") from None
-            factory = getattr(import_module(f"fastema.kernels.{module}"), operation)
-            _made[key] = factory(*formats, layout=layout)
+            if device not in _DEVICES or operation not in _OPERATIONS:
+                known = ", ".join(sorted(f"{d}/{o}" for d in _DEVICES for o in _OPERATIONS))
+                raise DTypeError(f"no kernel for {device}/{operation}; known are {known}")
+            compiler = import_module(_DEVICES[device])
+            _made[key] = compiler.kernel(operation, formats, layout)
         made: Kernel = _made[key]
         return made

@@ -8,7 +8,7 @@ import re
 import llvmlite.binding
 import pytest
 
-from fastema.kernels import cpu_update, jit
+from fastema.kernels import cpu, jit
 
 PAIRS = [("f32", "f32"), ("bf16", "f32"), ("f32", "bf16"), ("bf16", "bf16"), ("f16", "f16")]
 
@@ -21,7 +21,7 @@ def assembly(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
         pytest.skip("the CPU has no fused multiply-add")
     # What is loaded from the cache has no assembly to look at.
     monkeypatch.setattr(jit, "cache_folder", lambda: None)
-    listings = cpu_update.lerp(*request.param, "flat").inspect_asm()
+    listings = cpu.kernel("lerp", request.param, "flat").inspect_asm()
     return "\n".join(listings.values())
 
 

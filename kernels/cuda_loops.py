@@ -1,0 +1,171 @@
+"""The loops of the GPU kernels: a block of threads per row, 128 bits per thread and stream.
+
+``row_bodies`` makes what one thread does with one row; a kernel gives it its number among the
+block's, and a test on the host runs all numbers in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastema.kernels import cuda_memory, scalar
+from fastema.kernels.cpu_loops import single
+from fastema.kernels.formats import FORMATS
+from fastema.kernels.jit import device_fn
+from fastema.kernels.steps import Step
+from fastema.kernels.table import (
+    COUNT,
+    DST,
+    DST_STEP,
+    INDEX,
+    INDEX_STEP,
+    KEY,
+    LOW,
+    RING,
+    RING_STRIDE,
+    SEED,
+    SRC,
+    SRC_STEP,
+    STEP,
+)
+from fastema.kernels.words import add32, load, low32
+
+_VECTOR = """
+def vector(to, low, ring, of, w, index, key, second):
+    d, l, s, r = load_d(to), load_l(low), load_s(of), load_r(ring)
+{steps}
+    store_r(ring, ({r}))
+    store_d(to, ({d}))
+    store_l(low, ({l}))
+    store_s(of, ({s}))
+    return {one}, {two}, {three}
+"""
+_STEP = (
+    "    d{k}, l{k}, s{k}, r{k}, a{k}, b{k}, c{k} = apply(d[{k}], l[{k}], s[{k}], r[{k}], w, "
+    "random_word(add32(index, uint32({k})), key, second))"
+)
+
+
+def _streams(steps: Sequence[Step]):
+    """Formats that any of the steps touches: written side, companion, ring, other side."""
+    touched = "".join(step.reads + step.writes for step in steps)
+    formats = steps[0].formats
+    by_letter = zip("dlrs", (formats.dst, formats.low, formats.ring, formats.src), strict=True)
+    return [name if letter in touched else None for letter, name in by_letter]
+
+
+def _vector(step: Step, n: int):
+    """A step on ``n`` adjacent elements: all loads before the first store.
+
+    Written out by name: an index into a tuple that is not a literal would put it into memory.
+    """
+    streams = {"d": "dst", "l": "low", "s": "src", "r": "ring"}
+    nothing = (np.uint8(0),) * n
+
+    @device_fn
+    def skip_load(pointer):
+        return nothing
+
+    @device_fn
+    def skip_store(pointer, values):
+        pass
+
+    names = {
+        "apply": step.apply,
+        "random_word": scalar.random_word,
+        "add32": add32,
+        "uint32": np.uint32,
+    }
+    for letter, stream in streams.items():
+        reads, writes = letter in step.reads, letter in step.writes
+        names[f"load_{letter}"] = cuda_memory.LOADS[n, stream] if reads else skip_load
+        names[f"store_{letter}"] = cuda_memory.STORES[n, stream] if writes else skip_store
+    parts = {letter: ", ".join(f"{letter}{k}" for k in range(n)) for letter in "dlsr"}
+    sums = {
+        name: " + ".join(f"{letter}{k}" for k in range(n))
+        for name, letter in (("one", "a"), ("two", "b"), ("three", "c"))
+    }
+    steps = "\n".join(_STEP.format(k=k) for k in range(n))
+    exec(_VECTOR.format(steps=steps, **parts, **sums), names)
+    return device_fn(names["vector"])
+
+
+def row_bodies(steps: Sequence[Step], layout: str):
+    """For every step, ``body(cells, at, w, settings, slot, thread, threads) -> sums`` for one row.
+
+    Steps that follow each other on a row are given together: a thread then has the same elements
+    in all of them, and need not wait for others. A thread takes as many elements at a time as fill
+    128 bits of the widest stream; tails, spaced elements, and addresses that are no multiples of
+    what it moves are done one by one. All slots of a ring must lie alike in this respect.
+    """
+    names = _streams(steps)
+    sizes = [FORMATS[name].itemsize if name else 0 for name in names]
+    pointers = [FORMATS[name or "raw1"].pointer for name in names]
+    n = 16 // max(sizes)
+    return [_row_body(step, layout, n, sizes, pointers) for step in steps]
+
+
+def _row_body(step: Step, layout: str, n: int, sizes, pointers):
+    vector, element = _vector(step, n), single(step)
+    to_pointer, low_pointer, ring_pointer, of_pointer = pointers
+    to_size, low_size, ring_size, of_size = sizes
+    # Bits of an address that must be clear; none for a stream that is not there.
+    to_mask, low_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
+
+    @device_fn
+    def start(cells, at, slot):
+        """Addresses of a row's streams."""
+        ring = load(cells, at + RING) + slot * load(cells, at + RING_STRIDE)
+        return load(cells, at + DST), load(cells, at + LOW), ring, load(cells, at + SRC)
+
+    @device_fn
+    def keys(cells, at, settings):
+        seed, now, tensor = load(settings, SEED), load(settings, STEP), load(cells, at + KEY)
+        key = scalar.random_key(seed, now, tensor, load(cells, at + INDEX))
+        return key, scalar.mix32(key)
+
+    @device_fn
+    def one_by_one(cells, at, w, settings, slot, i, threads, dst_step, src_step):
+        """Single elements from a place on; returns the sums."""
+        dst, beside, kept, src = start(cells, at, slot)
+        to, low = to_pointer(dst), low_pointer(beside)
+        ring, of = ring_pointer(kept), of_pointer(src)
+        key, second = keys(cells, at, settings)
+        index, index_step = load(cells, at + INDEX), load(cells, at + INDEX_STEP)
+        one, two, three = 0.0, 0.0, 0.0
+        count = load(cells, at + COUNT)
+        while i < count:
+            word = scalar.random_word(low32(index + i * index_step), key, second)
+            a, b, c = element(to, low, ring, of, i * dst_step, i * src_step, w, word)
+            one, two, three = one + a, two + b, three + c
+            i += threads
+        return one, two, three
+
+    @device_fn
+    def flat(cells, at, w, settings, slot, thread, threads):
+        dst, beside, kept, src = start(cells, at, slot)
+        one, two, three = 0.0, 0.0, 0.0
+        whole = np.int64(0)
+        if (dst & to_mask) | (beside & low_mask) | (kept & ring_mask) | (src & of_mask) == 0:
+            key, second = keys(cells, at, settings)
+            index = load(cells, at + INDEX)
+            whole = load(cells, at + COUNT) // n * n
+            first = thread * n
+            while first < whole:
+                to, low = to_pointer(dst + first * to_size), low_pointer(beside + first * low_size)
+                ring = ring_pointer(kept + first * ring_size)
+                of = of_pointer(src + first * of_size)
+                a, b, c = vector(to, low, ring, of, w, low32(index + first), key, second)
+                one, two, three = one + a, two + b, three + c
+                first += threads * n
+        a, b, c = one_by_one(cells, at, w, settings, slot, whole + thread, threads, 1, 1)
+        return one + a, two + b, three + c
+
+    @device_fn
+    def strided(cells, at, w, settings, slot, thread, threads):
+        dst_step, src_step = load(cells, at + DST_STEP), load(cells, at + SRC_STEP)
+        return one_by_one(cells, at, w, settings, slot, thread, threads, dst_step, src_step)
+
+    return {"flat": flat, "strided": strided}[layout]

@@ -1,0 +1,271 @@
+"""What each operation does with the stored numbers of one element: all that CPU and GPU share.
+
+A step is a function of stored values, written in words, without addresses and loops:
+
+``apply(d, low, s, r, w, word) -> (d, low, s, r, one, two, three)``
+
+of the written side, its companion, the other side and the ring's slot, the row's number and 16
+random bits, to what is stored afterwards and three numbers that are summed. What a step does not
+touch is neither loaded nor stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastema.kernels import scalar
+from fastema.kernels.formats import FORMATS, access
+from fastema.kernels.jit import device_fn
+from fastema.kernels.words import nan_to_zero
+
+_ZERO = np.float32(0)
+
+
+class Formats(NamedTuple):
+    """How the streams of a step are stored; None for what it does not have."""
+
+    dst: str
+    src: str
+    low: str | None = None
+    ring: str | None = None
+
+
+class Step(NamedTuple):
+    """One operation on one set of formats.
+
+    Attributes
+    ----------
+    formats : Formats
+    real : type
+        The float type that it computes in.
+    apply : function
+        See the module.
+    reads, writes : str
+        The streams it touches: letters of ``d``, ``l``, ``s`` and ``r``.
+    """
+
+    formats: Formats
+    real: Callable[..., Any]
+    apply: Callable[..., Any]
+    reads: str
+    writes: str
+
+
+def _step(dst: str, src: str, apply: Any, reads: str, writes: str, real: Any = np.float32) -> Step:
+    """A step on two sides; the companion goes with the written side."""
+    low = FORMATS[dst].low
+    if low is not None:
+        reads, writes = reads.replace("d", "dl"), writes.replace("d", "dl")
+    return Step(Formats(dst, src, low), real, apply, reads, writes)
+
+
+def lerp(dst: str, src: str, device: str) -> Step:
+    """``dst += w * (src - dst)``, equal to ``fastema.testing.reference.lerp``.
+
+    Bytes moved per element: the source once, the average twice.
+    """
+    real, read, write, read_src, _ = access(dst, src, device)
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        new, rest = write(scalar.lerp(read(d, low), read_src(s), w), word)
+        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "ds", "d", real)
+
+
+def lerp_measured(dst: str, src: str, device: str) -> Step:
+    """:func:`lerp`, and how far the weights are then, and how many elements stood still."""
+    real, read, write, read_src, _ = access(dst, src, device)
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        before, x = read(d, low), read_src(s)
+        new, rest = write(scalar.lerp(before, x, w), word)
+        after = read(new, rest)
+        distance = x - after
+        still = real(1) if after == before else real(0)
+        return new, rest, s, r, distance * distance, after * after, still
+
+    return _step(dst, src, apply, "ds", "d", real)
+
+
+def add(dst: str, src: str, device: str) -> Step:
+    """``dst += w * src``: the terms of a weighted sum, one call or row after the other."""
+    real, read, write, read_src, _ = access(dst, src, device)
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        new, rest = write(scalar.fma(w, read_src(s), read(d, low)), word)
+        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "ds", "d", real)
+
+
+def copy(dst: str, src: str, device: str) -> Step:
+    """``dst = src`` in the format of ``dst``, equal to ``fastema.testing.reference.cast``."""
+    real, _, write, read_src, _ = access(dst, src, device)
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        new, rest = write(read_src(s), word)
+        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "s", "d", real)
+
+
+def give(dst: str, src: str, device: str) -> Step:
+    """``src = dst`` in the format of ``src``: the way back, where ``dst`` has a companion."""
+    real, read, _, _, write_src = access(dst, src, device)
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        return d, low, write_src(read(d, low)), r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "d", "s", real)
+
+
+def finite(dst: str, src: str, device: str) -> Step:
+    """How many elements of the source are NaN or infinite, in ``DISTANCE``; nothing is written.
+
+    Bytes moved: the source once.
+    """
+    real, _, _, read_src, _ = access(dst, src, device)
+    largest = real(np.finfo(np.float64 if "f64" in (dst, src) else np.float32).max)
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        x = read_src(s)
+        bad = real(0) if abs(x) <= largest else real(1)
+        return d, low, s, r, bad, real(0), real(0)
+
+    return _step(dst, src, apply, "s", "", real)
+
+
+def swap(dst: str, src: str, device: str) -> Step:
+    """Exchange the sides, each rounded to the other's format (nothing is, in raw formats).
+
+    Bytes moved per element: both sides read and written.
+    """
+    real, read, write, read_src, write_src = access(dst, src, device)
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        new, rest = write(read_src(s), word)
+        return new, rest, write_src(read(d, low)), r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "ds", "ds", real)
+
+
+def park(dst: str, src: str, device: str) -> Step:
+    """Put a float32 average (``raw4``) into bfloat16 weights (``raw2``), losing no bit of either.
+
+    The average's storage holds the raw weights and what the model has no room for until
+    :func:`unpark`.
+    """
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        return scalar.park_shadow(d, s), low, scalar.park_model(d), r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "ds", "ds")
+
+
+def unpark(dst: str, src: str, device: str) -> Step:
+    """Undo :func:`park`."""
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        return scalar.unpark_shadow(s, d), low, scalar.unpark_model(d), r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "ds", "ds")
+
+
+def read_read_write(dst: str, src: str, device: str) -> Step:
+    """``dst ^= src``: the traffic of an update with the least arithmetic there is, a yardstick."""
+
+    @device_fn
+    def apply(d, low, s, r, w, word):
+        return d ^ s, low, s, r, _ZERO, _ZERO, _ZERO
+
+    return _step(dst, src, apply, "ds", "d")
+
+
+class Window(NamedTuple):
+    """The steps of a windowed mean; the number of a row is how many values the mean is of.
+
+    Attributes
+    ----------
+    slide : Step
+        Take the newest value in and the oldest, which it overwrites, out.
+    grow : Step
+        Take the newest value in while there is room.
+    put : Step
+        Store the newest value and leave the mean alone.
+    begin, fold : Step
+        The mean afresh: of one slot, and of one more.
+    """
+
+    slide: Step
+    grow: Step
+    put: Step
+    begin: Step
+    fold: Step
+
+
+def window(dst: str, src: str, ring: str, low: str, device: str) -> Window:
+    """The mean of the last values of ``src``, as they are stored in the ring.
+
+    The mean is a sum of two floats, of which the companion, f32 or f64, holds the second.
+    """
+    real, read, write, read_src, _ = access(dst, src, device)
+    wide = "f64" in (dst, src)
+    recall = FORMATS[ring].decode
+    keep = FORMATS[ring].encode_wide if wide else FORMATS[ring].encode
+    as_rest = np.float64 if low == "f64" else np.float32
+
+    @device_fn
+    def moved(d, low, x, old, old_rest, n, word):
+        """``mean += (x - old) / n``; the companion keeps what the mean has no room for."""
+        mean, left = scalar.mean_step(read(d, low), real(low), x, old, old_rest, n, real(1) / n)
+        new, _ = write(mean, word)
+        return new, as_rest(nan_to_zero((mean - read(new, low)) + left))
+
+    @device_fn
+    def slide(d, low, s, r, n, word):
+        stored = keep(read_src(s), word)
+        new, rest = moved(d, low, real(recall(stored)), real(recall(r)), real(0), n, word)
+        return new, rest, s, stored, _ZERO, _ZERO, _ZERO
+
+    @device_fn
+    def grow(d, low, s, r, n, word):
+        stored = keep(read_src(s), word)
+        new, rest = moved(d, low, real(recall(stored)), read(d, low), real(low), n, word)
+        return new, rest, s, stored, _ZERO, _ZERO, _ZERO
+
+    @device_fn
+    def put(d, low, s, r, n, word):
+        return d, low, s, keep(read_src(s), word), _ZERO, _ZERO, _ZERO
+
+    @device_fn
+    def begin(d, low, s, r, n, word):
+        x = real(recall(r))
+        new, _ = write(x, word)
+        return new, as_rest(nan_to_zero(x - read(new, low))), s, r, _ZERO, _ZERO, _ZERO
+
+    @device_fn
+    def fold(d, low, s, r, n, word):
+        new, rest = moved(d, low, real(recall(r)), read(d, low), real(low), n, word)
+        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+
+    formats = Formats(dst, src, low, ring)
+    return Window(
+        Step(formats, real, slide, "dlsr", "dlr"),
+        Step(formats, real, grow, "dls", "dlr"),
+        Step(formats, real, put, "s", "r"),
+        Step(formats, real, begin, "r", "dl"),
+        Step(formats, real, fold, "dlr", "dl"),
+    )
