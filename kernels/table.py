@@ -90,5 +90,5 @@ LINE: Final = 64
 """Bytes of a cache line."""
 
 PREFETCH: Final = 2048
-"""Bytes a flat kernel asks for ahead of its loads. 1-2 KB measured level on an idle machine and 2 KB
-up to 15 % better on a busy one; from 4 KB it is slower."""
+"""Bytes a flat kernel asks for ahead of its loads. 1-2 KB measured level on an idle machine, 2 KB
+up to 15 % better on a busy one; from 4 KB on it is slower."""
