@@ -11,7 +11,7 @@ import pytest
 
 from fastema.engine import program as programs
 from fastema.engine.program import Moment, Program
-from fastema.kernels import cuda, jit
+from fastema.kernels import cuda
 from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, RESULTS, SQUARE, STILL
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
@@ -52,7 +52,6 @@ def twin(device: str, operation: str, formats: tuple[str, ...], layout: str) -> 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """A function after which programs run the twins."""
-    monkeypatch.setattr(jit, "cache_folder", lambda: None)
     return lambda: monkeypatch.setattr(programs, "kernel", twin)
 
 
@@ -89,10 +88,15 @@ def formats_of(dst: str, src: str, operation: str) -> list[str]:
     return forms
 
 
-@pytest.mark.parametrize("operation", ["lerp", "copy", "swap", "give", "add"])
-@pytest.mark.parametrize("src", FLOATS)
-@pytest.mark.parametrize("dst", FLOATS)
-def test_two_sides(dst: str, src: str, operation: str, as_on_a_gpu: Callable[[], None]) -> None:
+CASES = [("lerp", dst, src) for dst in FLOATS for src in FLOATS] + [
+    (operation, dst, src)
+    for operation in ("copy", "swap", "give", "add")
+    for dst, src in (("f32", "bf16"), ("bf16", "f16"), ("f64", "f32"))
+]
+
+
+@pytest.mark.parametrize(("operation", "dst", "src"), CASES)
+def test_two_sides(operation: str, dst: str, src: str, as_on_a_gpu: Callable[[], None]) -> None:
     for form in formats_of(dst, src, operation):
         runs = []
         for gpu in (False, True):
