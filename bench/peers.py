@@ -196,12 +196,15 @@ def _diffusers(foreach: bool) -> Callable[[nn.Module, float, torch.dtype], Runni
     return setup
 
 
-def _fastema(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-    import fastema
+def _fastema(rounding: str) -> Callable[[nn.Module, float, torch.dtype], Running]:
+    def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+        import fastema
 
-    ema = fastema.EMA(model, decay, shadow_dtype=dtype)
-    names = [name for name, _ in model.named_parameters()]
-    return Running(ema.update, lambda: [ema.shadow[name] for name in names])
+        ema = fastema.EMA(model, decay, shadow_dtype=dtype, rounding=rounding)
+        names = [name for name, _ in model.named_parameters()]
+        return Running(ema.update, lambda: [ema.shadow[name] for name in names])
+
+    return setup
 
 
 def _fastema_plan(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
@@ -221,7 +224,12 @@ _NOTHING_TO_CAST = Refusal("nothing to cast: the same as torch._foreach_lerp_")
 _ONLY_BF16_AVERAGES = Refusal("an f32 average is not rounded: the same as the entry without it")
 
 PEERS: tuple[Peer[Running], ...] = (
-    Peer(OURS, _fastema),
+    Peer(OURS, _fastema("stochastic"), stochastic=True),
+    Peer(
+        "fastema.EMA, nearest",
+        _fastema("nearest"),
+        refusals={"f32/f32": _ONLY_BF16_AVERAGES, "bf16/f32": _ONLY_BF16_AVERAGES},
+    ),
     Peer("fastema.Plan.lerp_", _fastema_plan),
     Peer("torch mul_/add_ loop", _loop),
     Peer("torch._foreach_lerp_", _foreach_lerp, refusals={"bf16/f32": _SAME_DTYPE_ONLY}),

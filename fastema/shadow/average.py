@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from fastema.bridges.registry import bridge_of, leaves_of, materialised, written
+from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
 from fastema.engine.program import Moment, Program, checked_seed
@@ -294,7 +294,7 @@ class Average:
             binding = self._current(model)
             if self._schedule.follows(self._num_updates):
                 binding.program.run(FOLLOW)
-            exchange = Exchange(which, binding.exchanged(which))
+            exchange = binding.exchange(which)
             with deferred():
                 exchange.apply()
                 self._applied = exchange
@@ -563,16 +563,18 @@ class Average:
         if self._applied is None:
             return (self._store.duplicate() if copy else self._store).tensors()
         self._still_applied()
-        tensors = self._store.duplicate().tensors()
-        out = self._applied.which
-        for which, entries in enumerate(self._store.sets):
-            for name, entry in entries.items():
-                if which == out or not entry.averaged:
-                    whole = recovered(self._binding.pair(name, which))
-                    tensors["shadow"][which][name] = whole.shadow
-                    if whole.low is not None:
-                        tensors["low"][which][name] = whole.low
-        return tensors
+        # Written into the copy: beside it, the raw weights there would be saved along.
+        store = self._store.duplicate()
+        pairs = []
+        for which, entry in self._store:
+            if which == self._applied.which or not entry.averaged:
+                whole = recovered(self._binding.pair(entry.name, which))
+                parts = store.sets[which][entry.name].parts
+                pairs.append(Pair(entry.name, parts["shadow"][1], describe(whole.shadow)))
+                if whole.low is not None:
+                    pairs.append(Pair(entry.name, parts["low"][1], describe(whole.low)))
+        Program({"all": pairs}).run({"all": "copy"})
+        return store.tensors()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved average: a run goes on to the bit as if it had not been interrupted.

@@ -12,7 +12,7 @@ from fastema.errors import LayoutError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaf, Leaves
 from fastema.shadow.entries import Names
-from fastema.shadow.exchange import Tagged, exchanged
+from fastema.shadow.exchange import Exchange, Tagged, exchanged
 from fastema.shadow.store import Entry, Store
 
 __all__ = ["FOLLOW", "Binding"]
@@ -117,6 +117,7 @@ class Binding:
             {"averaged": averaged, "copied": [p for p in pairs if p.name not in self._averaged]}
         )
         self._look: Program | None = None
+        self._exchanges: dict[int, Exchange] = {}
         self._written = written(spec.owner for spec in self.weights.values())
         self._owners = [leaf.spec.owner for leaf in leaves.items]
         self._watch = watch(leaves.only({*entries, *names.aliases}))
@@ -137,6 +138,15 @@ class Binding:
         return exchanged(
             pair for pair in self._pairs if pair.name not in self._averaged or pair.which == which
         )
+
+    def exchange(self, which: int) -> Exchange:
+        """What puts one of the averages into the model; kept, where it holds no weights."""
+        found = self._exchanges.get(which)
+        if found is None:
+            found = Exchange(which, self.exchanged(which))
+            if not found.keeps:
+                self._exchanges[which] = found
+        return found
 
     def not_finite(self) -> list[str]:
         """Names of averaged weights that hold a NaN or an infinity."""

@@ -87,6 +87,11 @@ class Exchange:
         program.prepare(_RESTORE)
         return program
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it holds copies of weights, as they were when it was made."""
+        return bool(self._kept)
+
     def apply(self) -> None:
         """Put the average into the model."""
         self._program.run(_APPLY)
