@@ -5,10 +5,8 @@ from __future__ import annotations
 from fastema.kernels import steps
 from fastema.kernels.cpu_loops import WALKS, elementwise, measuring, over_rows, weight
 from fastema.kernels.jit import device_fn
-from fastema.kernels.table import COLUMNS, SLOT, TURN, WINDOW
+from fastema.kernels.table import COLUMNS, MEASURING, SLOT, TURN, WINDOW
 from fastema.kernels.words import load
-
-_MEASURING = {steps.lerp_measured, steps.finite}
 
 
 def kernel(operation: str, formats: tuple[str, ...], layout: str):
@@ -16,9 +14,8 @@ def kernel(operation: str, formats: tuple[str, ...], layout: str):
     if operation == "window":
         dst, src, ring, low = formats
         return _window(steps.window(dst, src, ring, low, "cpu"), layout)
-    make = getattr(steps, operation)
-    loop = measuring if make in _MEASURING else elementwise
-    return loop(make(*formats, device="cpu"), layout)
+    loop = measuring if operation in MEASURING else elementwise
+    return loop(getattr(steps, operation)(*formats, device="cpu"), layout)
 
 
 def _window(parts: steps.Window, layout: str):

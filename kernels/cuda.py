@@ -21,6 +21,7 @@ from fastema.kernels.table import (
     COLUMNS,
     DISTANCE,
     MEASURES,
+    MEASURING,
     RESULTS,
     SLOT,
     SQUARE,
@@ -35,8 +36,6 @@ THREADS = 256
 
 _REGISTERS, _MORE = 32, {"~": 40, "f64": 40, "lerp_measured": 40, "window": 64}
 """Registers per thread: 32 let a multiprocessor be full; more for what would spill otherwise."""
-
-MEASURING = {"lerp_measured", "finite"}
 
 _compiling = threading.Lock()
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastema.kernels import cuda_memory, scalar
-from fastema.kernels.cpu_loops import single
+from fastema.kernels.cpu_loops import row_key, single, slot_address
 from fastema.kernels.formats import FORMATS
 from fastema.kernels.jit import device_fn
 from fastema.kernels.steps import Step
@@ -21,14 +21,9 @@ from fastema.kernels.table import (
     DST_STEP,
     INDEX,
     INDEX_STEP,
-    KEY,
     LOW,
-    RING,
-    RING_STRIDE,
-    SEED,
     SRC,
     SRC_STEP,
-    STEP,
 )
 from fastema.kernels.words import add32, load, low32
 
@@ -117,14 +112,8 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
     @device_fn
     def start(cells, at, slot):
         """Addresses of a row's streams."""
-        ring = load(cells, at + RING) + slot * load(cells, at + RING_STRIDE)
+        ring = slot_address(cells, at, slot)
         return load(cells, at + DST), load(cells, at + LOW), ring, load(cells, at + SRC)
-
-    @device_fn
-    def keys(cells, at, settings):
-        seed, now, tensor = load(settings, SEED), load(settings, STEP), load(cells, at + KEY)
-        key = scalar.random_key(seed, now, tensor, load(cells, at + INDEX))
-        return key, scalar.mix32(key)
 
     @device_fn
     def one_by_one(cells, at, w, settings, slot, i, threads, dst_step, src_step):
@@ -132,7 +121,8 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
         dst, beside, kept, src = start(cells, at, slot)
         to, low = to_pointer(dst), low_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
-        key, second = keys(cells, at, settings)
+        key = row_key(cells, at, settings)
+        second = scalar.mix32(key)
         index, index_step = load(cells, at + INDEX), load(cells, at + INDEX_STEP)
         one, two, three = 0.0, 0.0, 0.0
         count = load(cells, at + COUNT)
@@ -149,7 +139,8 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & low_mask) | (kept & ring_mask) | (src & of_mask) == 0:
-            key, second = keys(cells, at, settings)
+            key = row_key(cells, at, settings)
+            second = scalar.mix32(key)
             index = load(cells, at + INDEX)
             whole = load(cells, at + COUNT) // n * n
             first = thread * n

@@ -76,6 +76,9 @@ SQUARE: Final = 1
 STILL: Final = 2
 MEASURES: Final = 3
 
+MEASURING: Final = frozenset({"lerp_measured", "finite"})
+"""Operations that write measures of every row."""
+
 CHUNK: Final = 1 << 16
 """Most elements in one row: small enough that the threads finish together, large enough that the
 atomic step on the control block (about 20 ns) is lost in the work."""

@@ -19,6 +19,7 @@ from fastema.kernels.table import (
     CONTROLS,
     DISTANCE,
     MEASURES,
+    MEASURING,
     NEXT,
     RESULTS,
     SEED,
@@ -45,9 +46,6 @@ _CONVERTING: Final = {"copy", "swap", "give"}
 """Operations that move bits unchanged between equal dtypes."""
 
 _WITH_RING: Final = {"window"}
-
-_MEASURING: Final = {"lerp_measured", "finite"}
-"""Operations that write measures of every row."""
 
 
 class Moment(NamedTuple):
@@ -179,7 +177,7 @@ class Program:
 
     def _launch(self, group: _Group, operation: str) -> _Launch:
         compiled = kernel(group.device, operation, _formats(operation, group.like), group.layout)
-        if operation in _MEASURING and not len(group.results):
+        if operation in MEASURING and not len(group.results):
             group.results.resize((len(group.table), MEASURES), refcheck=False)
             group.control[RESULTS] = group.results.ctypes.data
         table, control = group.table.ctypes.data, group.control.ctypes.data

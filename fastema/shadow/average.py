@@ -476,7 +476,7 @@ class Average:
     def drifts(self) -> tuple[Drift, ...]:
         """:attr:`drift` of every average."""
         program = self._measured
-        if program is None or self._operations is not _MEASURED:
+        if program is None:
             raise StateError("no drift was measured: build with drift=True, and update first")
         return tuple(self._drift(program, which) for which in range(len(self._store.sets)))
 

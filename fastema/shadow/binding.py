@@ -158,7 +158,7 @@ class Binding:
         return [pair.name for pair in self._sources() if not _is_finite(pair)]
 
     def _sources(self) -> list[Pair]:
-        # On both sides: a kernel asks ahead for the memory of both, whether it needs it or not.
+        # On both sides: the averages have no part in it.
         return [
             Pair(p.name, p.src, p.src)
             for p in self._pairs
