@@ -7,6 +7,7 @@
     ├── BridgeError     (TypeError)     an object that no bridge knows, or that cannot be used
     ├── DTypeError      (TypeError)     a dtype, or a pair of dtypes, that has no kernel
     ├── LayoutError     (ValueError)    tensors that do not match, overlap, or have changed
+    ├── DeviceError     (RuntimeError)  a GPU, its driver or its compilers that cannot be used
     ├── StateError      (RuntimeError)  a call in the wrong state (swapped, not swapped)
     ├── CheckpointError (ValueError)    a saved state that does not fit
     └── NonFiniteError  (FloatingPointError)  weights with a NaN or an infinity, where asked for
@@ -23,6 +24,7 @@ __all__ = [
     "BridgeError",
     "CheckpointError",
     "DTypeError",
+    "DeviceError",
     "FastemaError",
     "LayoutError",
     "NonFiniteError",
@@ -44,6 +46,10 @@ class BridgeError(FastemaError, TypeError):
 
 class DTypeError(FastemaError, TypeError):
     """A dtype, or a pair of dtypes, that has no kernel."""
+
+
+class DeviceError(FastemaError, RuntimeError):
+    """A GPU, its driver or its compilers that are missing or cannot be used."""
 
 
 class LayoutError(FastemaError, ValueError):

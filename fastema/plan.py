@@ -8,7 +8,8 @@ from typing import Any
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, materialised, written
 from fastema.engine.locks import rlock
-from fastema.engine.program import Moment, Program, checked_seed
+from fastema.engine.moment import Moment, checked_seed
+from fastema.engine.program import Program
 from fastema.engine.watch import Watch, watch
 from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
 from fastema.layout.dtypes import average_of, parse

@@ -134,11 +134,9 @@ def _sizes(step: Step):
 
 
 @device_fn
-def row_key(cells, at, settings):
+def row_key(cells, at, seed, step):
     """What the random bits of a row begin with."""
-    return scalar.random_key(
-        load(settings, SEED), load(settings, STEP), load(cells, at + KEY), load(cells, at + INDEX)
-    )
+    return scalar.random_key(seed, step, load(cells, at + KEY), load(cells, at + INDEX))
 
 
 @device_fn
@@ -173,7 +171,7 @@ def _flat(step: Step, size: int = BLOCK):
         low_address, ring_address = load(cells, at + LOW), slot_address(cells, at, slot)
         to, low = to_pointer(dst_address), low_pointer(low_address)
         ring, of = ring_pointer(ring_address), of_pointer(src_address)
-        key = row_key(cells, at, settings)
+        key = row_key(cells, at, load(settings, SEED), load(settings, STEP))
         second = scalar.mix32(key)
         index = low32(load(cells, at + INDEX))
         count = load(cells, at + COUNT)
@@ -218,7 +216,7 @@ def _strided(step: Step, size: int = BLOCK):
         to, low = to_pointer(load(cells, at + DST)), low_pointer(load(cells, at + LOW))
         ring, of = ring_pointer(slot_address(cells, at, slot)), of_pointer(load(cells, at + SRC))
         to_step, of_step = load(cells, at + DST_STEP), load(cells, at + SRC_STEP)
-        key = row_key(cells, at, settings)
+        key = row_key(cells, at, load(settings, SEED), load(settings, STEP))
         second = scalar.mix32(key)
         index, index_step = load(cells, at + INDEX), load(cells, at + INDEX_STEP)
         one, two, three = 0.0, 0.0, 0.0

@@ -13,20 +13,24 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from fastema.kernels import steps
-from fastema.kernels.cpu_loops import weight
+from fastema.kernels import cuda_clock, steps
 from fastema.kernels.cuda_loops import row_bodies
 from fastema.kernels.jit import device_fn
 from fastema.kernels.table import (
     COLUMNS,
     DISTANCE,
+    IDLE,
     MEASURES,
     MEASURING,
-    RESULTS,
+    MOST_TOGETHER,
+    SEED,
     SLOT,
     SQUARE,
+    STEP,
     STILL,
     TURN,
+    WEIGHTS,
+    WHICH,
     WINDOW,
 )
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
@@ -34,7 +38,10 @@ from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 THREADS = 256
 """Threads per block."""
 
-_REGISTERS, _MORE = 32, {"~": 40, "f64": 40, "lerp_measured": 40, "window": 64}
+NOW = SEED, STEP, WINDOW, SLOT, TURN
+"""What a moment has besides its numbers, in the order of the kernels' parameters."""
+
+_REGISTERS, _MORE = 32, {"~": 40, "f64": 40, "lerp_measured": 40, "window": 64, "advance": 64}
 """Registers per thread: 32 let a multiprocessor be full; more for what would spill otherwise."""
 
 _compiling = threading.Lock()
@@ -52,10 +59,10 @@ class Binary(NamedTuple):
 
 
 def bodies(operation: str, formats: tuple[str, ...], layout: str):
-    """``body(cells, at, values, settings, thread, threads) -> sums`` of one thread and row.
+    """``body(cells, at, number, now, thread, threads) -> sums`` of one thread and row.
 
-    The same function runs on host addresses, thread after thread: the test of the GPU's kernels
-    where there is none.
+    ``now`` holds what :data:`NOW` names. The same function runs on host addresses, thread after
+    thread: the test of the GPU's kernels where there is none.
     """
     if operation == "window":
         dst, src, ring, low = formats
@@ -65,8 +72,8 @@ def bodies(operation: str, formats: tuple[str, ...], layout: str):
     real = step.real
 
     @device_fn
-    def body(cells, at, values, settings, thread, threads):
-        return walk(cells, at, real(weight(cells, at, values)), settings, 0, thread, threads)
+    def body(cells, at, number, now, thread, threads):
+        return walk(cells, at, real(number), now, 0, thread, threads)
 
     return body
 
@@ -76,53 +83,107 @@ def _window(parts: steps.Window, layout: str):
     real = parts.slide.real
 
     @device_fn
-    def body(cells, at, values, settings, thread, threads):
-        n = real(weight(cells, at, values))
-        slots, slot = load(settings, WINDOW), load(settings, SLOT)
-        turn = load(settings, TURN)
+    def body(cells, at, number, now, thread, threads):
+        n = real(number)
+        _, _, slots, slot, turn = now
         if turn == 1:
-            put(cells, at, n, settings, slot, thread, threads)
-            begin(cells, at, n, settings, slot, thread, threads)
+            put(cells, at, n, now, slot, thread, threads)
+            begin(cells, at, n, now, slot, thread, threads)
         elif turn <= slots:
-            grow(cells, at, n, settings, slot, thread, threads)
+            grow(cells, at, n, now, slot, thread, threads)
         elif (at // COLUMNS + turn) % slots:
-            slide(cells, at, n, settings, slot, thread, threads)
+            slide(cells, at, n, now, slot, thread, threads)
         else:
-            put(cells, at, n, settings, slot, thread, threads)
-            begin(cells, at, n, settings, 0, thread, threads)
+            put(cells, at, n, now, slot, thread, threads)
+            begin(cells, at, n, now, 0, thread, threads)
             other = np.int64(1)
             while other < slots:
-                fold(cells, at, real(other + 1), settings, other, thread, threads)
+                fold(cells, at, real(other + 1), now, other, thread, threads)
                 other += 1
         return 0.0, 0.0, 0.0
 
     return body
 
 
-def _kernel(operation: str, formats: tuple[str, ...], layout: str):
+@device_fn
+def _choice(which, numbers):
+    """One of the numbers that came as parameters, which cannot be indexed by a variable."""
+    number = numbers[0]
+    number = numbers[1] if which == 1 else number
+    number = numbers[2] if which == 2 else number
+    number = numbers[3] if which == 3 else number
+    number = numbers[4] if which == 4 else number
+    number = numbers[5] if which == 5 else number
+    number = numbers[6] if which == 6 else number
+    return numbers[7] if which == 7 else number
+
+
+@device_fn
+def _number(cells, at, clock, numbers):
+    """The number of a row's average: from the clock, where there is one."""
+    which = load(cells, at + WHICH)
+    if clock:
+        return load(pointer_f64(clock), WEIGHTS + which)
+    return _choice(which, numbers)
+
+
+@device_fn
+def _moment(clock, now):
+    """What :data:`NOW` names: from the clock, where there is one."""
+    if clock:
+        cells = pointer_i64(clock)
+        return (
+            load(cells, SEED),
+            load(cells, STEP),
+            load(cells, WINDOW),
+            load(cells, SLOT),
+            load(cells, TURN),
+        )
+    return now
+
+
+@device_fn
+def _rows(clock, rows):
+    """Rows to work on: none where the clock says that nothing is to be done."""
+    if clock and load(pointer_i64(clock), IDLE):
+        return np.int64(0)
+    return rows
+
+
+def _plain(body):
     from numba import cuda
 
-    body = bodies(operation, formats, layout)
-    if operation not in MEASURING:
+    def kernel(
+        table, rows, results, clock, w0, w1, w2, w3, w4, w5, w6, w7, seed, step, window, slot, turn
+    ):
+        cells = pointer_i64(table)
+        thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
+        row = np.int64(cuda.blockIdx.x)
+        now = _moment(clock, (seed, step, window, slot, turn))
+        rows = _rows(clock, rows)
+        while row < rows:
+            number = _number(cells, row * COLUMNS, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
+            body(cells, row * COLUMNS, number, now, thread, threads)
+            row += np.int64(cuda.gridDim.x)
 
-        def kernel(table, rows, numbers, control):
-            cells, settings, values = pointer_i64(table), pointer_i64(control), pointer_f64(numbers)
-            thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
-            row = np.int64(cuda.blockIdx.x)
-            while row < rows:
-                body(cells, row * COLUMNS, values, settings, thread, threads)
-                row += np.int64(cuda.gridDim.x)
+    return kernel
 
-        return kernel
 
-    def measuring(table, rows, numbers, control):
-        cells, settings, values = pointer_i64(table), pointer_i64(control), pointer_f64(numbers)
-        results = pointer_f64(load(settings, RESULTS))
+def _measuring(body):
+    from numba import cuda
+
+    def kernel(
+        table, rows, results, clock, w0, w1, w2, w3, w4, w5, w6, w7, seed, step, window, slot, turn
+    ):
+        cells, measures = pointer_i64(table), pointer_f64(results)
         thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         sums = cuda.shared.array((MEASURES, THREADS), np.float64)
         row = np.int64(cuda.blockIdx.x)
+        now = _moment(clock, (seed, step, window, slot, turn))
+        rows = _rows(clock, rows)
         while row < rows:
-            one, two, three = body(cells, row * COLUMNS, values, settings, thread, threads)
+            number = _number(cells, row * COLUMNS, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
+            one, two, three = body(cells, row * COLUMNS, number, now, thread, threads)
             sums[DISTANCE, thread], sums[SQUARE, thread], sums[STILL, thread] = one, two, three
             half = THREADS // 2
             while half:  # always in the same order, so that a rerun measures the same
@@ -133,11 +194,26 @@ def _kernel(operation: str, formats: tuple[str, ...], layout: str):
                 half //= 2
             if thread == 0:
                 for measure in range(MEASURES):
-                    store(results, row * MEASURES + measure, sums[measure, 0])
+                    store(measures, row * MEASURES + measure, sums[measure, 0])
             cuda.syncthreads()
             row += np.int64(cuda.gridDim.x)
 
-    return measuring
+    return kernel
+
+
+def _advance():
+    from numba import cuda
+
+    def kernel(clock):
+        thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
+        done = cuda_clock.done(clock)
+        cuda.syncthreads()  # everyone has read what the first thread is going to write
+        cuda_clock.advance(clock, done, thread, threads)
+
+    return kernel
+
+
+_PARAMETERS = types.void(*(types.int64,) * 4, *(types.float64,) * MOST_TOGETHER, *(types.int64,) * 5)
 
 
 def compile_kernel(
@@ -150,28 +226,41 @@ def compile_kernel(
     ImportError
         If numba-cuda, cuda.core or a library that they need is missing.
     """
+    body = bodies(operation, formats, layout)
+    kernel = (_measuring if operation in MEASURING else _plain)(body)
+    asking = (operation, formats[0][-1], *formats)
+    most = max(_REGISTERS, *(_MORE.get(what, 0) for what in asking))
+    return _binary(kernel, _PARAMETERS, most, capability)
+
+
+def compile_clock(capability: tuple[int, int]) -> Binary:
+    """Compile ``advance(clock)``, which takes a clock to the next update with one block.
+
+    Raises
+    ------
+    ImportError
+        As :func:`compile_kernel`.
+    """
+    return _binary(_advance(), types.void(types.int64), _MORE["advance"], capability)
+
+
+def _binary(kernel, signature, most: int, capability: tuple[int, int]) -> Binary:
     from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
     from numba.cuda import dispatcher
 
-    asking = (operation, formats[0][-1], *formats)
-    most = max(_REGISTERS, *(_MORE.get(what, 0) for what in asking))
-    int64 = types.int64
     with _compiling:
         # A device function asks which GPU there is, which also would take a context on it.
         asked = dispatcher.get_current_device
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability, id=0)
         try:
-            ptx, _ = cuda.compile_ptx(
-                _kernel(operation, formats, layout),
-                types.void(int64, int64, int64, int64),
-                cc=capability,
-            )
+            ptx, _ = cuda.compile_ptx(kernel, signature, cc=capability)
         finally:
             dispatcher.get_current_device = asked
     major, minor = capability
-    arch = f"sm_{major}{minor}"
-    options = LinkerOptions(arch=arch, max_register_count=most, ptxas_options=["-v"])
+    options = LinkerOptions(
+        arch=f"sm_{major}{minor}", max_register_count=most, ptxas_options=["-v"]
+    )
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     linked = linker.link("cubin")
     log = linker.get_info_log()

@@ -88,7 +88,7 @@ def _vector(step: Step, n: int):
 
 
 def row_bodies(steps: Sequence[Step], layout: str):
-    """For every step, ``body(cells, at, w, settings, slot, thread, threads) -> sums`` for one row.
+    """For every step, ``body(cells, at, w, now, slot, thread, threads) -> sums`` for one row.
 
     Steps that follow each other on a row are given together: a thread then has the same elements
     in all of them, and need not wait for others. A thread takes as many elements at a time as fill
@@ -116,12 +116,12 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
         return load(cells, at + DST), load(cells, at + LOW), ring, load(cells, at + SRC)
 
     @device_fn
-    def one_by_one(cells, at, w, settings, slot, i, threads, dst_step, src_step):
+    def one_by_one(cells, at, w, now, slot, i, threads, dst_step, src_step):
         """Single elements from a place on; returns the sums."""
         dst, beside, kept, src = start(cells, at, slot)
         to, low = to_pointer(dst), low_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
-        key = row_key(cells, at, settings)
+        key = row_key(cells, at, now[0], now[1])
         second = scalar.mix32(key)
         index, index_step = load(cells, at + INDEX), load(cells, at + INDEX_STEP)
         one, two, three = 0.0, 0.0, 0.0
@@ -134,12 +134,12 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
         return one, two, three
 
     @device_fn
-    def flat(cells, at, w, settings, slot, thread, threads):
+    def flat(cells, at, w, now, slot, thread, threads):
         dst, beside, kept, src = start(cells, at, slot)
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & low_mask) | (kept & ring_mask) | (src & of_mask) == 0:
-            key = row_key(cells, at, settings)
+            key = row_key(cells, at, now[0], now[1])
             second = scalar.mix32(key)
             index = load(cells, at + INDEX)
             whole = load(cells, at + COUNT) // n * n
@@ -151,12 +151,12 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
                 a, b, c = vector(to, low, ring, of, w, low32(index + first), key, second)
                 one, two, three = one + a, two + b, three + c
                 first += threads * n
-        a, b, c = one_by_one(cells, at, w, settings, slot, whole + thread, threads, 1, 1)
+        a, b, c = one_by_one(cells, at, w, now, slot, whole + thread, threads, 1, 1)
         return one + a, two + b, three + c
 
     @device_fn
-    def strided(cells, at, w, settings, slot, thread, threads):
+    def strided(cells, at, w, now, slot, thread, threads):
         dst_step, src_step = load(cells, at + DST_STEP), load(cells, at + SRC_STEP)
-        return one_by_one(cells, at, w, settings, slot, thread, threads, dst_step, src_step)
+        return one_by_one(cells, at, w, now, slot, thread, threads, dst_step, src_step)
 
     return {"flat": flat, "strided": strided}[layout]

@@ -36,6 +36,21 @@ Control, ``int64[CONTROLS]``:
 ``TURN``         values that went into the ring so far, this update's included
 ===============  ==================================================================================
 
+On a GPU the numbers and what the control block has of the moment are parameters of the kernel (up to
+``MOST_TOGETHER`` numbers). Where a captured graph is to run the kernel again at later steps, they
+are in device memory instead and advance there: the *clock*, ``int64[CLOCK_CELLS]``, which begins
+like a control block.
+
+===============  ==================================================================================
+``IDLE``         not 0 where nothing is to be done at this step (in the place of ``NEXT``)
+``WEIGHTS``      the numbers, ``float64[MOST_TOGETHER]``
+``DONE``         updates so far, those that had nothing to do included
+``START``        updates before the averages begin
+``EVERY``        work is done at every so many-th update
+``PIECES``       for each of the averages, the address and the number of rows of the table of its
+                 weights, see :mod:`fastema.engine.pieces`
+===============  ==================================================================================
+
 Measures, per row: ``DISTANCE`` and ``SQUARE``, the sums of squares of weights minus average and of
 the average after the update, and ``STILL``, the number of elements that did not change; a kernel
 that only looks for what is not finite leaves its number in ``DISTANCE``.
@@ -71,6 +86,15 @@ SLOT: Final = 6
 TURN: Final = 7
 CONTROLS: Final = 8
 
+IDLE: Final = NEXT
+MOST_TOGETHER: Final = 8
+WEIGHTS: Final = CONTROLS
+DONE: Final = WEIGHTS + MOST_TOGETHER
+START: Final = DONE + 1
+EVERY: Final = DONE + 2
+PIECES: Final = DONE + 3
+CLOCK_CELLS: Final = PIECES + 2 * MOST_TOGETHER
+
 DISTANCE: Final = 0
 SQUARE: Final = 1
 STILL: Final = 2
@@ -82,6 +106,13 @@ MEASURING: Final = frozenset({"lerp_measured", "finite"})
 CHUNK: Final = 1 << 16
 """Most elements in one row: small enough that the threads finish together, large enough that the
 atomic step on the control block (about 20 ns) is lost in the work."""
+
+GPU_CHUNKS: Final = 1 << 12, 1 << 16
+"""Elements in one row for a GPU, at least and at most. A block of threads takes a row: there should
+be many more of them than run at a time (about a thousand), lest the last ones run alone."""
+
+GPU_ROWS: Final = 1 << 14
+"""Rows that a GPU's table should have at least."""
 
 SHARED_CHUNK: Final = 1 << 14
 """The same where several rows work on one chunk, which must stay in the second-level cache."""

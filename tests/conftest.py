@@ -17,7 +17,8 @@ from hypothesis import settings
 
 import fastema
 from fastema.engine import cpu
-from fastema.engine.program import Moment, Program
+from fastema.engine.moment import Moment
+from fastema.engine.program import Program
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
 from fastema.layout.dtypes import DTYPES

@@ -8,9 +8,11 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fastema.bridges import torch_cuda
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import named, plain_names
-from fastema.errors import BridgeError, DTypeError, FastemaError
+from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
+from fastema.layout.home import Home
 from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
 
 __all__ = [
@@ -101,6 +103,7 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         device=str(tensor.device),
         owner=tensor,
         exchange=exchange_address(tensor),
+        home=_home(tensor.device),
     )
     if spec.size and not (address and _within_storage(tensor, spec)):
         raise BridgeError(
@@ -110,6 +113,12 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     if address % min(spec.kind.itemsize, 8):
         raise BridgeError(f"the address of a {spec} is no multiple of its element; pass a clone")
     return spec
+
+
+def _home(device: torch.device) -> Home | None:
+    if device.type != "cuda":
+        return None
+    return torch_cuda.home(device.index)
 
 
 def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
@@ -129,8 +138,18 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """The tensor on a device: itself where it is there already."""
-    return tensor.detach().to(device)
+    """The tensor on a device: itself where it is there already.
+
+    Raises
+    ------
+    DeviceError
+        If torch cannot use the device.
+    """
+    try:
+        return tensor.detach().to(device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        raise DeviceError(f"torch cannot move a tensor to {device}: {reason}") from error
 
 
 def view(

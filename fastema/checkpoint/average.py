@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from fastema.bridges.memory import Memory
 from fastema.checkpoint.files import File
-from fastema.engine.program import Moment, Program
+from fastema.engine.moment import Moment
+from fastema.engine.program import Program
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fastema.errors import FastemaError
 from fastema.layout.dtypes import DType, dtype
+from fastema.layout.home import Home
 
 __all__ = ["Leaf", "Leaves", "Opaque", "Role", "TensorSpec"]
 
@@ -35,6 +36,8 @@ class TensorSpec:
         Keeps the memory alive; not compared.
     exchange : int
         Address of the owner's DLPack exchange function, 0 where it has none; not compared.
+    home : Home, optional
+        The device, where it is not the host; not compared.
     """
 
     address: int
@@ -45,6 +48,7 @@ class TensorSpec:
     writable: bool = True
     owner: Any = field(default=None, compare=False, repr=False)
     exchange: int = field(default=0, compare=False, repr=False)
+    home: Home | None = field(default=None, compare=False, repr=False)
 
     @property
     def kind(self) -> DType:

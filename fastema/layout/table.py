@@ -15,6 +15,8 @@ from fastema.kernels.table import (
     COUNT,
     DST,
     DST_STEP,
+    GPU_CHUNKS,
+    GPU_ROWS,
     INDEX,
     INDEX_STEP,
     KEY,
@@ -28,7 +30,7 @@ from fastema.kernels.table import (
 )
 from fastema.layout.group import Pair
 
-__all__ = ["Table", "chunk_tables", "moved_bytes"]
+__all__ = ["Table", "chunk_tables", "gpu_chunk", "moved_bytes"]
 
 Table = NDArray[np.int64]
 
@@ -119,7 +121,16 @@ def _chunked(rows: Table, pair: Pair, most: int) -> Table:
     return cut
 
 
-def chunk_tables(pairs: Iterable[Pair], together: int = 1) -> dict[str, Table]:
+def gpu_chunk(pairs: Sequence[Pair]) -> int:
+    """Most elements in a row of a GPU's table: a power of two that gives enough rows."""
+    least, most = GPU_CHUNKS
+    wanted = sum(pair.dst.size for pair in pairs) // GPU_ROWS
+    return min(max(1 << wanted.bit_length(), least), most)
+
+
+def chunk_tables(
+    pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
+) -> dict[str, Table]:
     """The tables of pairs of one dtype pair: ``"flat"`` (adjacent elements) and ``"strided"``.
 
     A layout without rows is left out. Dense tensors give flat rows whatever their order of axes, as
@@ -131,12 +142,15 @@ def chunk_tables(pairs: Iterable[Pair], together: int = 1) -> dict[str, Table]:
     together : int
         Averages of one tensor that follow each other among the pairs: the rows that read one chunk
         of it then follow each other too, so that it comes from memory once.
+    chunk : int, optional
+        Most elements in one row; by default what suits a CPU.
     """
     kept = [pair for pair in pairs if pair.dst.size]
     tables: dict[str, list[Table]] = {"flat": [], "strided": []}
     for first in range(0, len(kept), together):
         members = kept[first : first + together]
-        most = SHARED_CHUNK if together > 1 or members[0].ring is not None else CHUNK
+        shared = together > 1 or members[0].ring is not None
+        most = chunk or (SHARED_CHUNK if shared else CHUNK)
         rows = np.stack([_chunked(_rows(pair), pair, most) for pair in members], axis=1)
         adjacent = (rows[0, 0, DST_STEP] == 1) & (rows[0, 0, SRC_STEP] == 1)
         tables["flat" if adjacent else "strided"].append(rows.reshape(-1, COLUMNS))

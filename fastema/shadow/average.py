@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, ClassVar
 
 from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
-from fastema.engine.program import Moment, Program, checked_seed
+from fastema.engine.moment import Moment, checked_seed
+from fastema.engine.program import Program
 from fastema.errors import ArgumentError, LayoutError, NonFiniteError, StateError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.shadow.binding import FOLLOW, Binding
+from fastema.shadow.counting import DeviceCount, tables_for
 from fastema.shadow.entries import select
 from fastema.shadow.exchange import Exchange, recovered
 from fastema.shadow.options import (
@@ -32,10 +34,6 @@ from fastema.shadow.store import Store, Tensors
 from fastema.shadow.views import Drift, Shadow
 
 __all__ = ["Average"]
-
-_UPDATE: Final = {"averaged": "lerp", "copied": "copy"}
-_MEASURED: Final = {"averaged": "lerp_measured", "copied": "copy"}
-
 
 class Average:
     """Averages of weights in flat buffers, updated in one call: what all kinds have in common.
@@ -80,6 +78,11 @@ class Average:
         and count it in ``num_skipped``, or raise. The last two read the weights once more first.
     drift : bool
         Measure in the same pass how far the weights are from the average, see :attr:`drift`.
+    capturable : bool
+        Count the updates on the GPU, where the weights have to be: :meth:`update` can then be
+        captured in a CUDA graph, whose replays follow the schedule, warm-ups and random bits
+        included. Costs one small kernel more per update; reading :attr:`num_updates` waits for the
+        GPU. Call :meth:`update` once on the capturing stream before, or build the average there.
     ring : (int, dtype), optional
         Slots and dtype of the ring that a windowed mean needs.
 
@@ -114,6 +117,9 @@ class Average:
     package.
     """
 
+    _operation: ClassVar[str] = "lerp"
+    """What the kernels do with what is averaged."""
+
     def __init__(
         self,
         weights: Any,
@@ -128,14 +134,22 @@ class Average:
         buffers: Policy = "copy",
         on_nonfinite: OnNonFinite = "propagate",
         drift: bool = False,
+        capturable: bool = False,
         ring: tuple[int, Any] | None = None,
     ) -> None:
         self._schedule = Schedule(rules, update_every, start_after)
         frozen = checked(frozen, "frozen", Policy)
         buffers = checked(buffers, "buffers", Policy)
         self._on_nonfinite = checked(on_nonfinite, "on_nonfinite", OnNonFinite)
+        if capturable and on_nonfinite != "propagate":
+            raise ArgumentError(
+                f"on_nonfinite={on_nonfinite!r} is decided by the host, which a captured graph does "
+                "not ask; with capturable=True only 'propagate' is possible"
+            )
         self._seed = checked_seed(seed)
-        self._operations = _MEASURED if drift else _UPDATE
+        self._measures = drift
+        averaged = "lerp_measured" if drift else self._operation
+        self._operations = {"averaged": averaged, "copied": "copy"}
         self._wish = wish_of(shadow_dtype, rounding, len(self._schedule.rules))
         if ring is not None:
             self._wish = self._wish._replace(window=ring[0], ring=dtype_of(ring[1]))
@@ -143,13 +157,17 @@ class Average:
         selection = select(leaves_of(container), frozen, buffers)
         self._store = Store.of(selection, self._wish)
         self._names = selection.names
-        self._num_updates = self._num_skipped = 0
+        self._done = self._num_skipped = 0
         self._lock = rlock()
         self._applied: Exchange | None = None
         self._measured: Program | None = None
         self._home = container
         self._binding = Binding(container, self._store, self._names)
         self._binding.program.run(FOLLOW)
+        self._count: DeviceCount | None = None
+        if capturable:
+            self._count = DeviceCount(self._binding.homes, self._schedule, self._seed)
+            self._binding.program.prepare(self._operations)
         self.shadows = tuple(Shadow(self, which) for which in range(len(self._store.sets)))
 
     # -- the weights ------------------------------------------------------------------------------
@@ -167,7 +185,7 @@ class Average:
     @property
     def num_updates(self) -> int:
         """Calls of :meth:`update` so far, without those that were skipped."""
-        return self._num_updates
+        return self._done if self._count is None else self._count.done()
 
     @property
     def num_skipped(self) -> int:
@@ -177,7 +195,7 @@ class Average:
     @property
     def decay(self) -> float | tuple[float, ...]:
         """Decay per step in force at the latest update (at the first, before any)."""
-        decays = self._schedule.decays(max(self._num_updates, 1))
+        decays = self._schedule.decays(max(self.num_updates, 1))
         return decays[0] if len(decays) == 1 else decays
 
     @property
@@ -206,10 +224,18 @@ class Average:
         with self._lock:
             self._refuse_applied("update")
             binding = self._current(model)
-            step = self._num_updates + 1
+            if self._count is not None:
+                self._update_by(self._count, binding)
+                return
+            if binding.capturing():
+                raise StateError(
+                    "update() while the stream is captured: the step and the decay would be those "
+                    "of now at every replay; build the average with capturable=True"
+                )
+            step = self._done + 1
             weights = self._schedule.weights(step)
             if not weights:
-                self._num_updates = step
+                self._done = step
                 return
             if self._on_nonfinite != "propagate" and not self._accepts(binding, step):
                 return
@@ -218,8 +244,16 @@ class Average:
             moment = self._moment(step, weights)
             with deferred():
                 binding.program.run(operations, moment)
-                self._num_updates = step
-                self._measured = binding.program if operations is _MEASURED else None
+                self._done = step
+                self._measured = None if begins or not self._measures else binding.program
+
+    def _update_by(self, count: DeviceCount, binding: Binding) -> None:
+        """An update whose step and weights are looked up on the device, now or in a replay."""
+        binding.program.prepare(self._operations)
+        with deferred():
+            count.advance()
+            binding.program.run(self._operations, count.moment)
+            self._measured = binding.program if self._measures else None
 
     def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
         return Moment(weights, self._seed, step)
@@ -239,8 +273,12 @@ class Average:
 
     def _follow(self) -> None:
         """Until ``start_after`` the average is the weights: bring it up to date where seen."""
-        if self._applied is None and self._schedule.follows(self._num_updates):
+        if self._applied is None and self._follows():
             self._current(self._binding.container).program.run(FOLLOW)
+
+    def _follows(self) -> bool:
+        # Where nothing is waited for, the count need not be fetched from a device.
+        return self._schedule.start_after > 0 and self._schedule.follows(self.num_updates)
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -292,7 +330,7 @@ class Average:
             self._refuse_applied("apply_shadow")
             which = self._chosen(which)
             binding = self._current(model)
-            if self._schedule.follows(self._num_updates):
+            if self._follows():
                 binding.program.run(FOLLOW)
             exchange = binding.exchange(which)
             with deferred():
@@ -500,7 +538,7 @@ class Average:
 
     def report(self) -> str:
         """In words, what the average averages over at this point of the run."""
-        return report(type(self).__name__, self._schedule, self._num_updates, self._num_skipped)
+        return report(type(self).__name__, self._schedule, self.num_updates, self._num_skipped)
 
     def to(self, device: str | None = None, dtype: Any = None) -> Average:
         """Move the average to a device, or change the dtype of its averaged tensors; returns it.
@@ -531,8 +569,12 @@ class Average:
                 wanted = wish_of(dtype, "stochastic" if wish.random else "nearest", wish.together)
                 wish = wanted._replace(window=wish.window, ring=wish.ring)
                 store = store.cast(wish)
-            self._binding = Binding(self._binding.container, store, self._names)
-            self._store, self._wish = store, wish
+            binding = Binding(self._binding.container, store, self._names)
+            if self._count is not None:
+                done = self._count.done()
+                self._count = DeviceCount(binding.homes, self._schedule, self._seed, done)
+                binding.program.prepare(self._operations)
+            self._binding, self._store, self._wish = binding, store, wish
             return self
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
@@ -552,7 +594,7 @@ class Average:
         """
         with self._lock:
             counters = {
-                "num_updates": self._num_updates,
+                "num_updates": self.num_updates,
                 "num_skipped": self._num_skipped,
                 "seed": self._seed,
             }
@@ -597,12 +639,15 @@ class Average:
             self._refuse_applied("load_state_dict")
             saved = unpack(state, type(self).__name__, self._schedule, self._store.specs())
             program = self._store.load(saved.tensors)
+            tables = [] if self._count is None else tables_for(saved.schedule)
             with deferred():
                 program.run({"all": "copy"})
-                self._num_updates = saved.counters["num_updates"]
+                self._done = saved.counters["num_updates"]
                 self._num_skipped = saved.counters["num_skipped"]
                 self._seed, self._schedule = saved.counters["seed"], saved.schedule
                 self._measured = None
+                if self._count is not None:
+                    self._count.set(self._schedule, tables, self._seed, self._done)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: a copy would share, or double, the memory of a model it is not bound to."""
@@ -612,10 +657,11 @@ class Average:
         averaged = [entry for entry in self._store.sets[0].values() if entry.averaged]
         elements = sum(entry.spec.size for entry in averaged)
         dtypes = "/".join(sorted({e.form.strip("~") or e.spec.dtype for e in averaged}))
-        decays = self._schedule.decays(max(self._num_updates, 1))
+        updates = self.num_updates
+        decays = self._schedule.decays(max(updates, 1))
         decay = ", ".join(f"{one:g}" for one in decays)
         state = ", applied" if self.applied else ""
         return (
             f"{type(self).__name__}({elements:,} weights in {len(averaged)} tensors, {dtypes}, "
-            f"decay {decay}, {self._num_updates:,} updates{state})"
+            f"decay {decay}, {updates:,} updates{state})"
         )

@@ -110,6 +110,7 @@ class Binding:
         weights = [(pair.name, pair.src) for pair in pairs if not pair.which]
         refuse_overlap([(f"average of {pair.name}", pair.dst) for pair in pairs] + weights)
         self.weights = dict(weights)
+        self.homes = {pair.src.device: pair.src.home for pair in pairs}
         self._pairs = pairs
         self._averaged = {name for name, entry in entries.items() if entry.averaged}
         averaged = [pair for pair in pairs if pair.name in self._averaged]
@@ -164,6 +165,10 @@ class Binding:
             for p in self._pairs
             if p.name in self._averaged and not p.which
         ]
+
+    def capturing(self) -> bool:
+        """Whether work on the weights' devices is being captured into a graph."""
+        return any(home.capturing() for home in self.homes.values() if home is not None)
 
     def holds(self, container: Any) -> bool:
         """Whether this is the container, or a list of the same tensor objects."""

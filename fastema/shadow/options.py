@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     buffers: Policy
     on_nonfinite: OnNonFinite
     drift: bool
+    capturable: bool
 
 
 def checked(value: Any, name: str, known: Any) -> Any:

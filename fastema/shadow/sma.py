@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastema.engine.program import Moment
+from fastema.engine.moment import Moment
 from fastema.errors import ArgumentError
 from fastema.rules import Window
 from fastema.shadow.average import Average
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["SMA"]
-
-_WINDOW: Final = {"averaged": "window", "copied": "copy"}
-
 
 class SMA(Average):
     """Mean of the weights of the last ``window`` updates, at a cost that does not depend on it.
@@ -65,6 +62,8 @@ class SMA(Average):
     averaging, 2022, https://arxiv.org/abs/2209.14981
     """
 
+    _operation: ClassVar[str] = "window"
+
     def __init__(
         self,
         weights: Any,
@@ -77,7 +76,6 @@ class SMA(Average):
             raise ArgumentError("drift=True: a windowed mean measures no drift")
         rule = Window(window)
         super().__init__(weights, rule, ring=(window, ring_dtype), **options)
-        self._operations = _WINDOW
 
     def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
         schedule = self._schedule

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastema.engine import registry
-from fastema.engine.program import Moment, Program
+from fastema.engine.moment import Moment
+from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import CHUNK
 from fastema.layout.dtypes import DTYPES
@@ -420,8 +421,8 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
     sides = [(numbers(n, "f32", n), numbers(n, "f32", n + 1)) for n in (5, 1000, 3 * CHUNK)]
     program = run_pairs("lerp", sides, "f32", "f32", W)
     made = dict(registry._made)
-    monkeypatch.setattr("fastema.engine.program.kernel", None)  # asked for once only
-    monkeypatch.setattr("fastema.engine.program.chunk_tables", None)
+    monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # asked for once only
+    monkeypatch.setattr("fastema.engine.cpu_group.chunk_tables", None)
     for _ in range(20):
         program.run({"all": "lerp"}, Moment((W,)))
     assert registry._made == made

@@ -9,11 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastema.engine import program as programs
-from fastema.engine.program import Moment, Program
+from fastema.engine import cpu_group
+from fastema.engine.moment import Moment
+from fastema.engine.program import Program
 from fastema.kernels import cuda
 from fastema.kernels.jit import cpu_kernel
-from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, RESULTS, SQUARE, STILL
+from fastema.kernels.table import (
+    COLUMNS,
+    DISTANCE,
+    MEASURES,
+    RESULTS,
+    SEED,
+    SLOT,
+    SQUARE,
+    STEP,
+    STILL,
+    TURN,
+    WHICH,
+    WINDOW,
+)
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
@@ -35,10 +49,18 @@ def twin(device: str, operation: str, formats: tuple[str, ...], layout: str) -> 
     def run(table, rows, numbers, control):  # type: ignore[no-untyped-def]
         cells, settings, values = pointer_i64(table), pointer_i64(control), pointer_f64(numbers)
         results = load(settings, RESULTS)
+        now = (
+            load(settings, SEED),
+            load(settings, STEP),
+            load(settings, WINDOW),
+            load(settings, SLOT),
+            load(settings, TURN),
+        )
         for row in range(rows):
-            one, two, three = 0.0, 0.0, 0.0
+            at = row * COLUMNS
+            number, one, two, three = load(values, load(cells, at + WHICH)), 0.0, 0.0, 0.0
             for thread in range(THREADS):
-                a, b, c = body(cells, row * COLUMNS, values, settings, thread, THREADS)
+                a, b, c = body(cells, at, number, now, thread, THREADS)
                 one, two, three = one + a, two + b, three + c
             if results != 0:
                 measures = pointer_f64(results)
@@ -52,7 +74,7 @@ def twin(device: str, operation: str, formats: tuple[str, ...], layout: str) -> 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """A function after which programs run the twins."""
-    return lambda: monkeypatch.setattr(programs, "kernel", twin)
+    return lambda: monkeypatch.setattr(cpu_group, "kernel", twin)
 
 
 def numbers(generator: np.random.Generator, size: int, off: int, code: str) -> np.ndarray:

@@ -13,7 +13,8 @@ SCRIPT = """
     import numpy as np
     np.seterr(all="ignore")
     import fastema
-    from fastema.engine.program import Moment, Program
+    from fastema.engine.moment import Moment
+    from fastema.engine.program import Program
     from fastema.engine import registry
     from fastema.layout.group import Pair
     from fastema.layout.spec import TensorSpec

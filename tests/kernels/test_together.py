@@ -8,7 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fastema.engine.program import Moment, Program
+from fastema.engine.moment import Moment
+from fastema.engine.program import Program
 from fastema.kernels.table import SHARED_CHUNK
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec

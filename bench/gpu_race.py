@@ -1,0 +1,305 @@
+"""Races on a GPU: entries set up, found right, and timed in turn, as many at once as fit."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.clock import MIN_ROUNDS, spread
+from bench.flatmodule import DTYPES
+from bench.gpu_cases import DeviceCase, build, fill_, least_memory, traffic
+from bench.gpu_clock import Budget, Clock, Job, Memory
+from bench.gpu_peers import COPY, DEVICE_PEERS, refusals
+from bench.jobs import DECAY
+from bench.peers import OURS, Peer, Running
+from bench.verify import assert_averaged, sample
+from fastema.testing.models import total_elements
+
+Row = dict[str, Any]
+
+_COPY_BYTES = 2 << 30
+_WARM_UP, _HOST_ROUNDS = 2, 15
+_OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Started:
+    """An entry that was found right and is ready to be timed."""
+
+    name: str
+    update: Job
+    host_s: float
+    memory: Memory | None
+
+
+@dataclass
+class Outcome:
+    """What is known of the cases so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def skip(self, case: DeviceCase, entry: str, reason: str) -> None:
+        """Note an entry that does not take part."""
+        self.skipped.append({"case": case.name, "mix": case.mix, "entry": entry, "reason": reason})
+
+    def fail(self, case: DeviceCase, entry: str, error: BaseException) -> None:
+        """Note an entry that raised, or computed something else."""
+        text = f"{type(error).__name__}: {error}".splitlines()
+        reason = text[0][:300] if text else ""
+        self.failed.append({"case": case.name, "mix": case.mix, "entry": entry, "reason": reason})
+
+
+def start(peer: Peer[Running], model: nn.Module, case: DeviceCase, clock: Clock, seed: int) -> Started:
+    """Set an entry up, compare its first result with the float64 reference, and warm it up.
+
+    Raises
+    ------
+    AssertionError
+        The result differs.
+    """
+    running = peer.setup(model, DECAY, DTYPES[case.average_dtype])
+    # Whatever set-up did, the averages still equal these weights.
+    before = [sample(p) for p in model.parameters()]
+    fill_(model, seed)
+    running.update()
+    assert_averaged(
+        running.average(),
+        before,
+        list(model.parameters()),
+        DECAY,
+        rounds_weights=peer.rounds_weights,
+        stochastic=peer.stochastic,
+    )
+    for _ in range(_WARM_UP):
+        running.update()
+    memory = clock.memory(running.update)
+    host_s = median(clock.host_time(running.update) for _ in range(_HOST_ROUNDS))
+    return Started(peer.name, running.update, host_s, memory)
+
+
+def heats(
+    peers: Sequence[Peer[Running]],
+    begin: Callable[[Peer[Running]], Started],
+    give_up: Callable[[str, Exception | None], None],
+    clock: Clock,
+    least: int = 0,
+) -> Iterator[list[Started]]:
+    """Yield groups of started entries that fit in memory together, until all have been in one.
+
+    Parameters
+    ----------
+    peers
+        In order of importance.
+    begin
+        Starts one; it may run out of memory.
+    give_up
+        Told the name of each that cannot run, and the error; None where it does not fit even alone.
+    clock
+        Of the device whose memory it is.
+    least
+        Bytes that every entry takes: with fewer free it is not begun beside others.
+    """
+    waiting = list(peers)
+    while waiting:
+        group: list[Started] = []
+        left: list[Peer[Running]] = []
+        for peer in waiting:
+            if group and clock.free_bytes() < least:
+                left.append(peer)
+                continue
+            try:
+                group.append(begin(peer))
+                fits = len(group) == 1 or _room(group, clock)
+            except _OUT_OF_MEMORY:
+                fits = False
+            except Exception as error:
+                give_up(peer.name, error.with_traceback(None))  # the frames hold memory
+                clock.release()
+                continue
+            if not fits:
+                del group[len(waiting) :]
+                left.append(peer)
+                clock.release()
+        if not group:
+            for peer in left:
+                give_up(peer.name, None)
+            return
+        yield group
+        group.clear()
+        clock.release()
+        waiting = left
+
+
+def timed(
+    jobs: Mapping[str, Job],
+    ahead_s: Mapping[str, float],
+    refresh: Job,
+    rounds: int,
+    clock: Clock,
+    budget_s: float,
+) -> dict[str, list[float]]:
+    """Time all jobs in turn, A B C A B C ..., with new weights in every round.
+
+    Parameters
+    ----------
+    jobs, ahead_s
+        Name -> call, and what it takes the host, in seconds.
+    refresh
+        Called at the beginning of each round.
+    rounds
+        At most; the first one is not counted.
+    clock
+        Of the device.
+    budget_s
+        No new round begins after this time, unless fewer than `MIN_ROUNDS` are done.
+    """
+    durations: dict[str, list[float]] = {name: [] for name in jobs}
+    gc.collect()
+    gc.disable()
+    try:
+        end = time.perf_counter() + budget_s
+        for done in range(rounds + 1):
+            if done > MIN_ROUNDS and time.perf_counter() > end:
+                break
+            refresh()
+            for name, job in jobs.items():
+                durations[name].append(clock.device_time(job, 2 * ahead_s[name] + 50e-6))
+    finally:
+        gc.enable()
+    return {name: times[1:] for name, times in durations.items()}
+
+
+class Copy:
+    """The device's own copy from one memory to another.
+
+    Parameters
+    ----------
+    nbytes
+        Read and written together; of the largest cases a part, which is as fast.
+    device
+        Whose memory.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        count = max(min(nbytes // 2, _COPY_BYTES) // 4, 1)
+        self._source = torch.randn(count, device=device)
+        self._target = torch.empty_like(self._source)
+        self.nbytes = 2 * 4 * count
+
+    def __call__(self) -> None:
+        self._target.copy_(self._source)
+
+
+def race(
+    case: DeviceCase,
+    clock: Clock,
+    outcome: Outcome,
+    budget: Budget,
+    peers: Sequence[Peer[Running]] = DEVICE_PEERS,
+) -> None:
+    """Run one case and add what it gives to the outcome."""
+    needed, free = least_memory(case), clock.free_bytes()
+    if needed > 0.95 * free:
+        outcome.skip(case, "all", f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+        return
+    out = refusals(case.mix, len(case.inventory()), clock.device)
+    for name, reason in out.items():
+        outcome.skip(case, name, reason)
+    model = build(case, clock.device)
+    seeds = count(1)
+    nbytes = traffic(case, model)
+
+    def begin(peer: Peer[Running]) -> Started:
+        if not budget.left():
+            raise TimeoutError("no time was left")
+        return start(peer, model, case, clock, next(seeds))
+
+    def give_up(name: str, error: BaseException | None) -> None:
+        if error is None:
+            outcome.skip(case, name, "needs more memory than there is")
+        elif isinstance(error, TimeoutError):
+            outcome.skip(case, name, str(error))
+        else:
+            outcome.fail(case, name, error)
+
+    copy = Copy(nbytes, clock.device)
+    chosen = [peer for peer in peers if peer.name not in out]
+    with torch.no_grad():
+        for heat, group in enumerate(heats(chosen, begin, give_up, clock), 1):
+            _run_heat(case, model, group, copy, nbytes, heat, clock, outcome, budget)
+    torch._dynamo.reset()  # what was compiled holds its tensors
+
+
+def _run_heat(
+    case: DeviceCase,
+    model: nn.Module,
+    group: Sequence[Started],
+    copy: Copy,
+    nbytes: int,
+    heat: int,
+    clock: Clock,
+    outcome: Outcome,
+    budget: Budget,
+) -> None:
+    weights = [p.detach() for p in model.parameters()]
+    hosts = {one.name: one.host_s for one in group}
+    hosts[COPY] = median(clock.host_time(copy) for _ in range(MIN_ROUNDS))
+    jobs = {one.name: one.update for one in group} | {COPY: copy}
+    durations = timed(
+        jobs,
+        hosts,
+        lambda: torch._foreach_neg_(weights),
+        case.rounds,
+        clock,
+        min(case.budget_s, budget.left()),
+    )
+    copied_per_s = copy.nbytes / median(durations[COPY])
+    memories = {one.name: one.memory for one in group}
+    elements = total_elements(case.inventory())
+    for name, times in durations.items():
+        p20, p80 = spread(times)
+        typical = median(times)
+        moved = copy.nbytes if name == COPY else nbytes
+        memory = memories.get(name)
+        outcome.rows.append(
+            {
+                "case": case.name,
+                "mix": case.mix,
+                "entry": name,
+                "heat": heat,
+                "n_tensors": len(case.inventory()),
+                "n_elements": elements,
+                "bytes": moved,
+                "bytes_per_element": nbytes / elements,
+                "rounds": len(times),
+                "device_ms": typical * 1e3,
+                "p20_ms": p20 * 1e3,
+                "p80_ms": p80 * 1e3,
+                "host_us": hosts[name] * 1e6,
+                "tbps": moved / typical / 1e12,
+                "share_of_copy": moved / typical / copied_per_s,
+                "ratio_to_fastema": _ratio(outcome, case, typical),
+                "allocations": None if memory is None else memory.allocations,
+                "peak_bytes": None if memory is None else memory.peak_bytes,
+                "driver_bytes": None if memory is None else memory.driver_bytes,
+            }
+        )
+
+
+def _ratio(outcome: Outcome, case: DeviceCase, seconds: float) -> float | None:
+    """A time over ours, which is the first to be measured; 1 for ours itself."""
+    for row in outcome.rows:
+        if row["case"] == case.name:
+            return seconds * 1e3 / row["device_ms"] if row["entry"] == OURS else None
+    return 1.0

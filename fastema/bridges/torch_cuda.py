@@ -1,0 +1,88 @@
+"""CUDA devices as PyTorch sees them: its streams, its memory, its captures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastema.errors import StateError
+from fastema.layout.group import Pair
+from fastema.layout.home import Substitute
+
+__all__ = ["TorchHome", "home"]
+
+
+def _stream_of(index: int) -> int:
+    stream: int = torch.cuda.current_stream(index).cuda_stream
+    return stream
+
+
+# The handle without an object around it, as torch's own compiler asks for it: a tenth of the time.
+_current = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_of)
+
+
+class TorchHome:
+    """One CUDA device; see :class:`fastema.layout.home.Home`."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.device = f"cuda:{index}"
+
+    def stream(self) -> int:
+        """Handle of torch's current stream of the device."""
+        handle: int = _current(self.index)
+        return handle
+
+    def capturing(self) -> bool:
+        """Whether torch's current stream is being captured; that of the current device."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def upload(self, array: NDArray[Any]) -> tuple[torch.Tensor, int]:
+        """A copy of an array in memory of torch's allocator, and its address."""
+        self._refuse_capture()
+        there = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return there, there.data_ptr()
+
+    def download(self, owner: torch.Tensor) -> NDArray[Any]:
+        """A copy of an uploaded array, after what is on the device's streams now."""
+        self._refuse_capture()
+        torch.cuda.synchronize(self.index)  # whichever stream wrote it last
+        found: NDArray[Any] = owner.cpu().numpy()
+        return found
+
+    def write(self, owner: torch.Tensor, array: NDArray[Any]) -> None:
+        """Overwrite an uploaded array, after what is on the device's streams now."""
+        self._refuse_capture()
+        torch.cuda.synchronize(self.index)
+        owner.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        torch.cuda.synchronize(self.index)
+
+    def _refuse_capture(self) -> None:
+        if self.capturing():
+            raise StateError(
+                f"{self.device}: this needs the host, which is not there while a graph is "
+                "captured; do it before or after"
+            )
+
+    def hold(self, owners: Iterable[torch.Tensor]) -> None:
+        """Note the current stream with torch's allocator: freed memory waits for it."""
+        stream = torch.cuda.current_stream(self.index)
+        for owner in owners:
+            owner.detach().record_stream(stream)
+
+    def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
+        """The operation in torch's own functions."""
+        from fastema.bridges.torch_foreach import substitute
+
+        return substitute(operation, pairs)
+
+
+@cache
+def home(index: int) -> TorchHome:
+    """The device of a number; the same object every time."""
+    return TorchHome(index)

@@ -1,0 +1,202 @@
+"""CUDA launches through the driver: modules, functions and launches on any thread and stream.
+
+The driver is asked with plain numbers, in the primary context of the device, which is the one that
+every framework works in. Nothing here waits for the device or allocates on it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fastema.engine.cubins import INSTALL, Key, Unavailable, cubin
+from fastema.engine.locks import lock
+from fastema.errors import DeviceError
+
+__all__ = ["Device", "Function", "device"]
+
+_devices: dict[int, Device] = {}
+_making = lock()
+_forked = False
+
+
+def _after_fork() -> None:
+    # A context does not survive a fork: every call of the driver would fail, some would hang.
+    global _forked
+    _forked = bool(_devices) or _forked
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _driver() -> Any:
+    """The driver's functions.
+
+    Raises
+    ------
+    Unavailable
+        Without a driver, or the package that calls it.
+    """
+    try:
+        from cuda.bindings import driver
+
+        (error,) = driver.cuInit(0)
+    except Exception as failure:  # of the loader of the library, which has errors of its own
+        raise Unavailable(
+            f"the CUDA driver cannot be called ({type(failure).__name__}: {failure}): it comes "
+            f"with the GPU's display driver, and what calls it with {INSTALL}"
+        ) from failure
+    if error:
+        raise Unavailable(f"the CUDA driver does not start: {error.name}")
+    return driver
+
+
+Function = Any
+"""A kernel that is loaded on a device."""
+
+
+class Device:
+    """One GPU, by its number among those that the process sees.
+
+    Parameters
+    ----------
+    index : int
+
+    Attributes
+    ----------
+    capability : (int, int)
+        Compute capability, such as (9, 0).
+
+    Raises
+    ------
+    DeviceError
+        If the driver does not know it.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._driver = driver = _driver()
+        self._index = index
+        self._functions: dict[Key, Function] = {}
+        self._modules: list[Any] = []
+        self._loading = lock()
+        handle = self._asked(driver.cuDeviceGet(index))
+        names = driver.CUdevice_attribute
+        major, minor = (
+            self._asked(driver.cuDeviceGetAttribute(one, handle))
+            for one in (
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        self.capability = (int(major), int(minor))
+        self._context = self._asked(driver.cuDevicePrimaryCtxRetain(handle))
+        self._context_number = int(self._context)
+
+    def _asked(self, answer: tuple[Any, ...]) -> Any:
+        """What a call of the driver gave.
+
+        Raises
+        ------
+        DeviceError
+            If it failed.
+        """
+        error, *rest = answer
+        if error:
+            raise DeviceError(
+                f"cuda:{self._index}: the driver says {error.name}; after an illegal access or a "
+                "failed kernel, in whichever package, only a new process helps"
+            )
+        return rest[0] if rest else None
+
+    def _enter(self) -> bool:
+        """Make the device's context current where it is not; whether :meth:`_leave` is needed."""
+        if _forked:
+            raise DeviceError(
+                "CUDA was in use before this process was forked and cannot be used in it: start "
+                "workers by 'spawn' (multiprocessing.set_start_method('spawn')), or update the "
+                "average in the parent"
+            )
+        if int(self._asked(self._driver.cuCtxGetCurrent())) == self._context_number:
+            return False
+        self._asked(self._driver.cuCtxPushCurrent(self._context))
+        return True
+
+    def _leave(self) -> None:
+        self._asked(self._driver.cuCtxPopCurrent())
+
+    def function(self, key: Key) -> Function:
+        """A kernel of this device; the first request loads it, and compiles it if need be.
+
+        Raises
+        ------
+        Unavailable
+            If it cannot be compiled, or the driver does not take it.
+        DeviceError
+            In a forked process.
+        """
+        with self._loading:
+            if key not in self._functions:
+                made = cubin(key)
+                entered = self._enter()
+                try:
+                    error, module = self._driver.cuModuleLoadData(made.code)
+                    if error:
+                        raise Unavailable(
+                            f"cuda:{self._index}: the driver does not take the GPU kernel "
+                            f"{key.operation} ({error.name}): it is made with CUDA 13, which needs "
+                            "a driver of version 580 or later"
+                        )
+                    function = self._driver.cuModuleGetFunction(module, made.name.encode())
+                    self._functions[key] = self._asked(function)
+                finally:
+                    if entered:
+                        self._leave()
+                self._modules.append(module)
+            return self._functions[key]
+
+    def launch(
+        self, function: Function, blocks: int, threads: int, stream: int, parameters: int
+    ) -> None:
+        """Put a kernel on a stream.
+
+        Parameters
+        ----------
+        function : Function
+        blocks, threads : int
+        stream : int
+            Its handle.
+        parameters : int
+            Address of an array of the addresses of the kernel's parameters, which are read now.
+
+        Raises
+        ------
+        DeviceError
+            If the driver refuses, or the process was forked.
+        """
+        entered = self._enter()
+        try:
+            launched = self._driver.cuLaunchKernel(
+                function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
+            )
+        finally:
+            if entered:
+                self._leave()
+        if launched[0]:
+            self._asked(launched)
+
+
+def device(index: int) -> Device:
+    """The GPU of a number; the same object every time.
+
+    Raises
+    ------
+    DeviceError
+        As :class:`Device`.
+    """
+    with _making:
+        if index not in _devices:
+            _devices[index] = Device(index)
+        return _devices[index]
+
+

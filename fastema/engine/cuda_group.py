@@ -1,0 +1,196 @@
+"""Launches on a CUDA device: one for all tensors of a dtype pair, on the caller's stream.
+
+The table lies in device memory and is read there; what changes from run to run goes along as
+parameters of the kernel, or is read from a clock on the device. A run touches no other memory of
+the device, allocates nothing and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.engine import cuda
+from fastema.engine.cubins import Key, Unavailable
+from fastema.engine.group import formats_of, nothing_measured
+from fastema.engine.moment import Moment
+from fastema.errors import DTypeError, StateError
+from fastema.kernels.table import MEASURES, MEASURING, MOST_TOGETHER, WHICH
+from fastema.layout.group import Pair
+from fastema.layout.home import Home, Substitute
+from fastema.layout.table import Table, chunk_tables, gpu_chunk
+
+__all__ = ["CudaGroup", "SlowWarning", "groups"]
+
+THREADS: Final = 256
+"""Threads of a block, as the kernels have it."""
+
+_MOST_BLOCKS: Final = 2**31 - 1
+
+_CLOCK, _NUMBERS, _SETTINGS, _PARAMETERS = 3, 4, 4 + MOST_TOGETHER, 9 + MOST_TOGETHER
+"""Places among a kernel's parameters: table, rows, results, clock, numbers, settings."""
+
+
+class SlowWarning(RuntimeWarning):
+    """Something slower stands in for our kernels."""
+
+
+class _Part:
+    """The rows of one layout, and the parameters of a launch over them."""
+
+    def __init__(self, layout: str, table: Table) -> None:
+        self.layout, self.table = layout, table
+        self.owner: Any = None
+        self.values = np.zeros(_PARAMETERS, np.int64)
+        self.numbers = self.values[_NUMBERS:_SETTINGS].view(np.float64)
+        self.values[1] = len(table)
+        places = self.values.ctypes.data + 8 * np.arange(_PARAMETERS, dtype=np.int64)
+        self._places = places  # what the address below is of
+        self.parameters = int(places.ctypes.data)
+        self.blocks = min(len(table), _MOST_BLOCKS)
+
+    def upload(self, home: Home) -> None:
+        """Put the table where the kernels read it."""
+        if self.owner is None:
+            self.owner, self.values[0] = home.upload(self.table)
+
+
+class CudaGroup:
+    """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor."""
+
+    def __init__(self, tag: str, members: Sequence[Pair]) -> None:
+        home = members[0].dst.home
+        if home is None:
+            raise DTypeError(f"{members[0].name}: no kernels for device {members[0].dst.device}")
+        self.tag = tag
+        self._home, self._members = home, members
+        numbers = sorted({pair.which for pair in members})
+        self._first = numbers[0]
+        tables = chunk_tables(members, len(numbers), gpu_chunk(members))
+        parts = [table[:, WHICH] for table in tables.values()]
+        self.which: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *parts])
+        for table in tables.values():
+            table[:, WHICH] -= self._first
+        self._parts = [_Part(layout, table) for layout, table in tables.items()]
+        self._count = len(numbers)
+        self._moment = Moment()
+        self._streams: set[int] = set()
+        self._measures: Any = None
+        self._measured: NDArray[np.float64] | None = None
+
+    def prepare(self, operation: str) -> Callable[[], None]:
+        """Load, and compile where it is new, what an operation needs: the launch.
+
+        Raises
+        ------
+        StateError
+            While the stream is captured: what is prepared must outlive the capture.
+        DeviceError
+            In a forked process.
+        """
+        if self._home.capturing():
+            raise StateError(
+                f"{self._home.device}: {operation} was not prepared before this stream was "
+                "captured; make the same call once before capturing (and again after tensors of "
+                "the model were replaced)"
+            )
+        formats = formats_of(operation, self._members[0])
+        try:
+            gpu = cuda.device(self._home.index)
+            functions = [
+                gpu.function(Key(operation, formats, part.layout, gpu.capability))
+                for part in self._parts
+            ]
+        except Unavailable as error:
+            return self._without_kernels(operation, error)
+        for part in self._parts:
+            part.upload(self._home)
+        if operation in MEASURING and self._measures is None:
+            self._make_measures()
+        launches = [
+            partial(gpu.launch, function, part.blocks, THREADS)
+            for part, function in zip(self._parts, functions, strict=True)
+        ]
+        measures = operation in MEASURING
+        return partial(self._launch, launches, measures)
+
+    def _make_measures(self) -> None:
+        self._measures, address = self._home.upload(np.zeros((len(self.which), MEASURES)))
+        for part in self._parts:
+            part.values[2] = address
+            address += 8 * MEASURES * len(part.table)
+
+    def begin(self, moment: Moment) -> None:
+        """Take over what the next launches are to work with."""
+        self._moment = moment
+        clock = moment.clocks.get(self._home.device, 0)
+        numbers = moment.numbers[self._first : self._first + self._count] or moment.numbers
+        for part in self._parts:
+            part.values[_CLOCK] = clock
+            part.numbers[: self._count] = numbers
+            part.values[_SETTINGS:] = moment[1:6]
+
+    def _launch(self, launches: Sequence[Callable[..., None]], measures: bool) -> None:
+        stream = self._home.stream()
+        if stream not in self._streams and not self._home.capturing():
+            self._hold()
+            self._streams.add(stream)
+        if measures:
+            self._measured = None
+        for part, launch in zip(self._parts, launches, strict=True):
+            launch(stream, part.parameters)
+
+    def _hold(self) -> None:
+        """Keep what this stream works on from being given away while it does."""
+        owners = [part.owner for part in self._parts]
+        if self._measures is not None:
+            owners.append(self._measures)
+        for pair in self._members:
+            others = pair.low, pair.ring and pair.ring[0]
+            owners += [spec.owner for spec in (pair.dst, pair.src, *others) if spec is not None]
+        self._home.hold(owners)
+
+    def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
+        """The operation in the framework's own functions, and a warning that says so."""
+        run = self._home.substitute(operation, self._members)
+        warnings.warn(
+            f"{error}. Until then {operation} on {self._home.device} is done by the framework's "
+            "own functions, several times slower",
+            SlowWarning,
+            stacklevel=2,
+        )
+        return partial(self._substituted, run)
+
+    def _substituted(self, run: Substitute) -> None:
+        moment = self._moment
+        if moment.clocks:
+            raise StateError(
+                "without GPU kernels an average cannot be capturable: build it without "
+                "capturable=True"
+            )
+        measured = run(*moment[:6])
+        if measured is not None:
+            self.which = np.array([pair.which for pair in self._members])
+            self._measured = measured
+
+    def results(self) -> NDArray[np.float64]:
+        """Measures of every row; waits for the device to have made them."""
+        if self._measured is None:
+            if self._measures is None:
+                return nothing_measured()
+            found = self._home.download(self._measures)
+            self._measured = found.reshape(-1, MEASURES)
+        return self._measured
+
+
+def groups(tag: str, members: Sequence[Pair]) -> list[CudaGroup]:
+    """The launches of pairs of one tag and dtype pair."""
+    batches: dict[int, list[Pair]] = {}
+    for pair in members:
+        batches.setdefault(pair.which // MOST_TOGETHER, []).append(pair)
+    return [CudaGroup(tag, batch) for batch in batches.values()]

@@ -1,0 +1,78 @@
+"""Pairs that one launch works on, and which kernel an operation on them needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.engine.moment import Moment
+from fastema.errors import DTypeError
+from fastema.kernels.table import MEASURES
+from fastema.layout.dtypes import raw
+from fastema.layout.group import Pair
+
+__all__ = ["Group", "formats_of", "nothing_measured"]
+
+_BITS: Final = {"park", "unpark", "read_read_write"}
+"""Operations on bits, whatever they stand for."""
+
+_CONVERTING: Final = {"copy", "swap", "give"}
+"""Operations that move bits unchanged between equal dtypes."""
+
+_WITH_RING: Final = {"window"}
+
+
+class Group(Protocol):
+    """Pairs of one tag, device, dtype pair and layout.
+
+    Attributes
+    ----------
+    tag : str
+    which : int64[rows]
+        The average of every row that :meth:`results` has.
+    """
+
+    tag: str
+    which: NDArray[np.int64]
+
+    def prepare(self, operation: str) -> Callable[[], None]:
+        """Compile and set up what an operation needs: the launch."""
+
+    def begin(self, moment: Moment) -> None:
+        """Take over what the next launches are to work with."""
+
+    def results(self) -> NDArray[np.float64]:
+        """``[rows, MEASURES]`` of the latest measuring operation; no rows before any."""
+
+
+def nothing_measured() -> NDArray[np.float64]:
+    """No rows of measures."""
+    return np.empty((0, MEASURES))
+
+
+def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
+    """Formats of the sides of a pair in an operation's kernel.
+
+    Raises
+    ------
+    DTypeError
+        If the operation averages and the dtype is an integer.
+    """
+    dst, src = pair.dst.kind, pair.src.kind
+    if operation in _BITS:
+        return raw(dst), raw(src)
+    if operation in _CONVERTING and dst == src and pair.low is None:
+        return raw(dst), raw(src)
+    if dst.real is None or src.real is None:
+        raise DTypeError(f"{operation}: {dst.code} is not averaged, only copied and swapped")
+    form = pair.form or dst.real
+    if operation in _CONVERTING:
+        form = form.removesuffix("~")  # a copy is best rounded to nearest
+    if operation not in _WITH_RING:
+        return form, src.real
+    assert pair.ring is not None
+    assert pair.low is not None
+    return form, src.real, str(pair.ring[0].kind.real), str(pair.low.kind.real)

@@ -1,0 +1,338 @@
+"""The weights of a whole run as a small table, for kernels that count the updates themselves.
+
+A captured graph runs the same kernels again without the host, so the weight of an update has to be
+found on the device. Whatever the rule is, its weights are smooth or constant over most of a run;
+there a polynomial gives them to the rounding of double precision.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.polynomial import chebyshev
+from numpy.typing import NDArray
+
+from fastema.errors import ArgumentError
+
+__all__ = ["CELLS", "COEFFICIENTS", "DEGREE", "FIRST", "SCALE", "evaluate", "pieces"]
+
+DEGREE: Final = 11
+
+FIRST: Final = 0
+SCALE: Final = 1
+COEFFICIENTS: Final = 2
+CELLS: Final = COEFFICIENTS + DEGREE + 1
+"""Columns of a table: a piece's first update, its scale, its coefficients c0, c1, ..., cDEGREE."""
+
+_SINGLE: Final = 64
+"""So many first updates have a piece each: rules change fastest there."""
+
+_CLOSE: Final = 2e-15
+"""Relative error up to which a polynomial stands for the weights."""
+
+_ROUNDING: Final = 2.0**-40
+"""Most that rounding may leave of doubt about a weight. One minus a decay has an error of 2**-53,
+and over several steps at once so many times as much."""
+
+_GAIN: Final = 2.0
+"""Halving a piece divides its error by thousands where the weights are smooth. Where neither half
+has so many times less, the error is the rounding of the weights themselves."""
+
+_MOST: Final = 4096
+"""Pieces after which the weights count as jumping too often; our rules take about two hundred."""
+
+_WHOLE: Final = 64
+"""Up to this length every update of a piece is looked at."""
+
+_FITTED: Final = 0.5 - 0.5 * np.cos(np.pi * (np.arange(36) + 0.5) / 36)
+"""Where a polynomial is fitted, as shares of a piece: close together towards its ends."""
+
+_CHECKED: Final = (np.arange(1, 25) * 0.6180339887498949) % 1.0
+"""Where it is checked besides: multiples of the golden section, even and without a period."""
+
+_STRETCH: Final = 128
+"""Updates on end, in the middle of a piece, where it is checked in the last place."""
+
+_ALL: Final = 8192
+"""So many first updates are compared with the table one by one when it is made."""
+
+_ADVICE: Final = (
+    "Update the average outside of the captured graph, or use a rule that changes smoothly"
+)
+
+_Weight = Callable[[int], float]
+_Row = NDArray[np.float64]
+_Updates = NDArray[np.int64]
+
+
+def pieces(weight: Callable[[int], float], last: int = 2**31) -> NDArray[np.float64]:
+    """The weights of the updates 1, 2, ... of a run as polynomials, piece by piece.
+
+    The weight of update ``u`` is in the last row whose first update is at most ``u``: with
+    ``t = (u - first) * scale - 1``, in [-1, 1), it is ``c0 + c1 * t + ... + c11 * t**11`` by
+    Horner's scheme, clamped to [0, 1]. :func:`evaluate` is that in Python.
+
+    Parameters
+    ----------
+    weight : callable
+        The weight of the new value at an update, in [0, 1]; a pure function. For a rule and
+        ``update_every = k`` it is ``lambda u: rule.weight(u * k, k)``.
+    last : int
+        From 1 to 2**53 - 1; later updates have the weight of this one.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64[P, CELLS], each row ``first, scale, c0, ..., c11``, with ``first`` ascending from 1.
+        The scale is a power of two, so that t is exact, or 0 for a piece of one weight, which is
+        c0. P is 1 for a constant, up to about 200 for other rules of ours, and at most 4,097.
+
+    Raises
+    ------
+    ArgumentError
+        If a weight is not in [0, 1], or the weights jump too often for a table.
+
+    Notes
+    -----
+    Equal to the bit are the first 64 updates, all from the first on that share one weight, all up
+    to ``last`` that share one and those after it, and any piece that holds only one weight.
+
+    Elsewhere the relative error is at most 4e-15 where the weights are rounded by less. Where they
+    are not, as in one minus a decay that is close to 1, the piece goes through the middle of what
+    they are rounded to: then the error is at most twice their own, and at most 2**-40. Whether a
+    device multiplies and adds at once or one after the other makes no difference to these bounds.
+
+    A piece is halved until it fits wherever it is looked at: at every update of a short one; of a
+    long one at 60 that are spread over it, around multiples of powers of ten, and at 128 on end.
+    The first 8,192 updates are all compared. What a rule does later at few single updates, or once
+    in a long while, may not be seen. For our rules that makes up to 50,000 calls; rules with many
+    kinks, and those that are refused, may take two million.
+    """
+    if not 1 <= last < 2**53:
+        raise ArgumentError(f"last={last!r}: expected a whole number from 1 to 2**53 - 1")
+
+    @functools.cache
+    def at(update: int) -> float:
+        value = float(weight(update))
+        if not 0.0 <= value <= 1.0:
+            raise ArgumentError(
+                f"the weight at update {update} is {value!r}: expected a number in [0, 1]"
+            )
+        return value
+
+    rows = [_constant(1, at(1))]
+    begin = 1 + _same(at, 1, last)
+    if begin <= last:
+        end = last + 1 - _same(at, last, begin)
+        middle = min(max(begin, _SINGLE + 1), end)
+        rows += [_constant(update, at(update)) for update in range(begin, middle)]
+        for first, length in _blocks(middle, end):
+            _refine(at, _fitted(at, first, length), rows)
+        rows.append(_constant(end, at(last)))
+    table = np.array(list(_merged(rows)))
+    _compare(at, table, min(last, _ALL))
+    return table
+
+
+def evaluate(table: NDArray[np.float64], update: int) -> float:
+    """The weight of an update by a table of :func:`pieces`: what a kernel computes.
+
+    Parameters
+    ----------
+    table : numpy.ndarray
+        float64[P, CELLS].
+    update : int
+        From 1, without an upper limit.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+    """
+    row = table[np.searchsorted(table[:, FIRST], update, side="right") - 1].tolist()
+    t = (update - row[FIRST]) * row[SCALE] - 1.0
+    value = 0.0
+    for coefficient in reversed(row[COEFFICIENTS:]):
+        value = value * t + coefficient
+    return float(min(max(value, 0.0), 1.0))
+
+
+def _values(row: _Row, updates: _Updates) -> NDArray[np.float64]:
+    """What :func:`evaluate` gives, at many updates of one piece."""
+    t = (updates - row[FIRST]) * row[SCALE] - 1.0
+    values = np.zeros(len(updates))
+    for coefficient in row[:SCALE:-1]:
+        values = values * t + coefficient
+    return np.clip(values, 0.0, 1.0)
+
+
+def _constant(first: int, value: float) -> _Row:
+    row = np.zeros(CELLS)
+    row[FIRST], row[COEFFICIENTS] = first, value
+    return row
+
+
+def _merged(rows: list[_Row]) -> Iterator[_Row]:
+    """The rows but those that only go on with the one weight of the row before."""
+    yield rows[0]
+    for before, row in pairwise(rows):
+        if before[SCALE] or row[SCALE] or before[COEFFICIENTS] != row[COEFFICIENTS]:
+            yield row
+
+
+def _blocks(first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Updates from first up to stop as pieces, first and length, the longest that are aligned.
+
+    Counted from 0, a piece begins at a multiple of its length, a power of two, but not at 0: most
+    rules are powers of the update, and of those all octaves are alike.
+    """
+    start = first - 1
+    while start < stop - 1:
+        length = start & -start
+        while start + length > stop - 1:
+            length //= 2
+        yield start + 1, length
+        start += length
+
+
+def _same(at: _Weight, start: int, toward: int) -> int:
+    """How many updates on end have the weight of the first of them, from start towards another."""
+    value, sign = at(start), 1 if toward >= start else -1
+    # The run is longer than good and at most bad.
+    good, bad, reach = 0, abs(toward - start) + 1, 1
+    while reach < bad and at(start + sign * reach) == value:
+        good, reach = reach, 2 * reach
+    bad = min(bad, reach)
+    while True:
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if at(start + sign * middle) == value:
+                good = middle
+            else:
+                bad = middle
+        first = min(start, start + sign * (bad - 1))
+        looked_at = [_fit_points(bad) + first, _check_points(first, bad), _stretch(first, bad)]
+        others = [
+            abs(update - start)
+            for update in np.concatenate(looked_at).tolist()
+            if at(update) != value
+        ]
+        if not others:
+            return bad
+        good, bad = 0, min(others)
+
+
+def _fit_points(length: int) -> _Updates:
+    """Where a piece is fitted, counted from its first update."""
+    if length <= _WHOLE:
+        return np.arange(length)
+    return np.unique((_FITTED * length).astype(np.int64))
+
+
+def _check_points(first: int, length: int) -> _Updates:
+    """Updates of a piece at which it is checked besides."""
+    if length <= _WHOLE:
+        return np.arange(0)
+    points = [first, first + length - 1]
+    # Where rules of people's own are likely to jump.
+    ten = 10
+    while ten <= length:
+        turn = -(-first // ten) * ten
+        points += range(max(turn - 1, first), min(turn + 2, first + length))
+        ten *= 10
+    return np.concatenate((points, first + (_CHECKED * length).astype(np.int64)))
+
+
+def _stretch(first: int, length: int) -> _Updates:
+    """Updates on end in the middle of a piece."""
+    count = 0 if length <= _WHOLE else min(length, _STRETCH)
+    return first + (length - count) // 2 + np.arange(count)
+
+
+@functools.cache
+def _solution(length: int) -> NDArray[np.float64]:
+    """The matrix from the weights at a piece's points to its coefficients, by least squares.
+
+    There are more points than coefficients, so that the rounding of the weights evens out. It goes
+    by Chebyshev polynomials, as powers of t are too much alike to be told apart.
+    """
+    t = _fit_points(length) * (2.0 / length) - 1.0
+    degree = min(DEGREE, len(t) - 1)
+    powers = np.zeros((DEGREE + 1, degree + 1))
+    for k, one in enumerate(np.eye(degree + 1)):
+        powers[: k + 1, k] = chebyshev.cheb2poly(one)
+    matrix: NDArray[np.float64] = powers @ np.linalg.pinv(chebyshev.chebvander(t, degree))
+    return matrix
+
+
+class _Piece(NamedTuple):
+    """A polynomial over some updates, and how well it fits where it has been looked at."""
+
+    first: int
+    length: int
+    row: _Row
+    close: bool
+    error: float  # the largest, absolute
+
+    def checked(self, at: _Weight, updates: _Updates) -> _Piece:
+        """The same, looked at in more places."""
+        if not len(updates):
+            return self
+        weights = np.array([at(update) for update in updates.tolist()])
+        errors = np.abs(_values(self.row, updates) - weights)
+        close = self.close and bool((errors <= _CLOSE * weights).all())
+        return self._replace(close=close, error=max(self.error, float(errors.max())))
+
+
+def _fitted(at: _Weight, first: int, length: int) -> _Piece:
+    points = first + _fit_points(length)
+    weights = np.array([at(update) for update in points.tolist()])
+    row = _constant(first, weights[0])
+    if (weights != weights[0]).any():
+        row[SCALE] = 2.0 / length
+        # The second time takes up what the first was rounded by.
+        for _ in range(2):
+            row[COEFFICIENTS:] += _solution(length) @ (weights - _values(row, points))
+    piece = _Piece(first, length, row, True, 0.0).checked(at, points)
+    piece = piece.checked(at, _check_points(first, length))
+    # Not worth the calls where the piece is going to be halved anyway.
+    if piece.close or piece.error <= _ROUNDING:
+        piece = piece.checked(at, _stretch(first, length))
+    return piece
+
+
+def _refine(at: _Weight, piece: _Piece, rows: list[_Row]) -> None:
+    """Append a piece to the rows, or its halves, or theirs."""
+    if not piece.close:
+        length = piece.length // 2
+        halves = [_fitted(at, first, length) for first in (piece.first, piece.first + length)]
+        gained = any(half.close or half.error * _GAIN < piece.error for half in halves)
+        if gained or piece.error > _ROUNDING:
+            for half in halves:
+                _refine(at, half, rows)
+            return
+    rows.append(piece.row)
+    if len(rows) > _MOST:
+        raise ArgumentError(
+            "the weights of this rule jump too often to be put down for a captured graph: "
+            f"{_MOST} polynomials reach up to update {piece.first - 1}. {_ADVICE}"
+        )
+
+
+def _compare(at: _Weight, table: NDArray[np.float64], last: int) -> None:
+    """Raise if a weight up to an update is not what the table says."""
+    stops = [*table[1:, FIRST], last + 1]
+    for row, stop in zip(table, stops, strict=True):
+        updates = np.arange(row[FIRST], min(stop, last + 1), dtype=np.int64)
+        weights = np.array([at(update) for update in updates.tolist()])
+        wrong = np.abs(_values(row, updates) - weights) > _ROUNDING
+        if wrong.any():
+            raise ArgumentError(
+                "the weights of this rule cannot be put down for a captured graph: that of update "
+                f"{updates[wrong][0]} stands out from those around it, and there may be more such. "
+                f"{_ADVICE}"
+            )

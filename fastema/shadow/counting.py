@@ -1,0 +1,91 @@
+"""An average's count of updates on the GPU, where a captured graph finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.engine.clock import Clock, homes_of, tables_of
+from fastema.engine.moment import Moment
+from fastema.layout.home import Home
+from fastema.rules import Rule, Schedule, Window
+
+__all__ = ["DeviceCount", "Tables", "tables_for"]
+
+Tables = list[NDArray[np.float64]]
+
+
+def _by_update(rule: Rule, every: int) -> Callable[[int], float]:
+    return lambda update: rule.weight(update * every, every)
+
+
+def _window(schedule: Schedule) -> int:
+    """Slots of the ring of a windowed mean, 0 for other averages."""
+    first = schedule.rules[0]
+    return first.size if isinstance(first, Window) else 0
+
+
+def tables_for(schedule: Schedule) -> Tables:
+    """What a clock needs to know of a schedule.
+
+    Raises
+    ------
+    ArgumentError
+        If it cannot be put down in a table.
+    """
+    if _window(schedule):
+        return []
+    return tables_of([_by_update(rule, schedule.update_every) for rule in schedule.rules])
+
+
+class DeviceCount:
+    """Counts updates by a schedule on every device that holds a part of an average.
+
+    Parameters
+    ----------
+    homes : mapping of device to Home
+    schedule : Schedule
+    seed : int
+    done : int
+        Updates so far.
+
+    Raises
+    ------
+    ArgumentError
+        For a schedule that cannot be put down in a table, or a device that is the host.
+    DeviceError
+        If the kernels cannot be had.
+    """
+
+    def __init__(
+        self, homes: Mapping[str, Home | None], schedule: Schedule, seed: int, done: int = 0
+    ) -> None:
+        tables = tables_for(schedule)
+        self._clock = Clock(homes_of(homes))
+        self.set(schedule, tables, seed, done)
+
+    @property
+    def moment(self) -> Moment:
+        """What a program runs by."""
+        return self._clock.moment
+
+    def advance(self) -> None:
+        """Put the step to the next update on the current streams."""
+        self._clock.advance()
+
+    def done(self) -> int:
+        """Updates so far; waits for the device."""
+        return self._clock.done()
+
+    def set(self, schedule: Schedule, tables: Tables, seed: int, done: int) -> None:
+        """Go on from another update, by another schedule whose tables these are."""
+        self._clock.set(
+            tables,
+            done=done,
+            seed=seed,
+            start=schedule.start_after,
+            every=schedule.update_every,
+            window=_window(schedule),
+        )

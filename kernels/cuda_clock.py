@@ -1,0 +1,98 @@
+"""A clock on the GPU: the step of a run and the weights of its averages, which advance there.
+
+A captured graph runs the same launches again and again; what changes from step to step has to be
+found in device memory. One block of threads takes it to the next update.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastema.kernels.jit import device_fn
+from fastema.kernels.table import (
+    DONE,
+    EVERY,
+    IDLE,
+    MOST_TOGETHER,
+    PIECES,
+    SLOT,
+    START,
+    STEP,
+    TURN,
+    WEIGHTS,
+    WINDOW,
+)
+from fastema.kernels.words import load, pointer_f64, pointer_i64, store
+
+FIRST, SCALE, COEFFICIENTS, DEGREE = 0, 1, 2, 11
+"""Columns of a table of weights, see :func:`fastema.engine.pieces.pieces`."""
+
+PIECE = COEFFICIENTS + DEGREE + 1
+
+
+@device_fn
+def done(clock):
+    """Updates so far."""
+    return load(pointer_i64(clock), DONE)
+
+
+@device_fn
+def _evaluate(table, at, count):
+    """The polynomial of a piece, by Horner's rule."""
+    t = (float(count) - load(table, at + FIRST)) * load(table, at + SCALE) - 1.0
+    value = load(table, at + COEFFICIENTS + DEGREE)
+    k = np.int64(DEGREE - 1)
+    while k >= 0:
+        value = value * t + load(table, at + COEFFICIENTS + k)
+        k -= 1
+    return min(max(value, 0.0), 1.0)
+
+
+@device_fn
+def _look_up(address, rows, count, thread, threads):
+    """The weight of an update, for the thread that finds its piece; -1 for the others."""
+    table = pointer_f64(address)
+    found = -1.0
+    row = thread
+    while row < rows:
+        at = row * PIECE
+        begins = load(table, at + FIRST) <= count
+        if begins and (row + 1 == rows or load(table, at + PIECE + FIRST) > count):
+            found = _evaluate(table, at, count)
+        row += threads
+    return found
+
+
+@device_fn
+def advance(clock, done, thread, threads):
+    """What one thread does to take the clock from ``done`` updates to the next.
+
+    As :meth:`fastema.rules.Schedule.weights`: nothing before ``START`` and between the steps that
+    work; at ``START`` the averages become the weights; then each has the weight of its table.
+    """
+    cells, numbers = pointer_i64(clock), pointer_f64(clock)
+    step = done + 1
+    m, every = step - load(cells, START), load(cells, EVERY)
+    begins = m == 0
+    idle = m < 0 or m % every != 0
+    count = max(m // every, 1)
+    slots = load(cells, WINDOW)
+    if thread == 0:
+        store(cells, DONE, step)
+        store(cells, STEP, step)
+        store(cells, IDLE, np.int64(1) if idle else np.int64(0))
+        if slots:
+            store(numbers, WEIGHTS, float(min(count, slots)))
+            store(cells, SLOT, (count - 1) % slots)
+            store(cells, TURN, count)
+    if not (idle or slots):
+        for which in range(MOST_TOGETHER):
+            rows = load(cells, PIECES + 2 * which + 1)
+            if begins:
+                weight = 1.0 if thread == 0 else -1.0
+            else:
+                weight = _look_up(
+                    load(cells, PIECES + 2 * which), rows, count, thread, threads
+                )
+            if weight >= 0.0 and rows:
+                store(numbers, WEIGHTS + which, weight)
