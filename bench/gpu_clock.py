@@ -59,14 +59,16 @@ def _host_time(job: Job) -> float:
 class EventClock:
     """A GPU's clock: device events.
 
-    Before every call memory larger than the caches is written, so that nothing of what the call
-    needs lies there, and a kernel that only waits keeps the device until the call is queued.
+    Before every call memory larger than the caches is read, so that nothing of what the call needs
+    lies there, nor anything that is still to be written back, and a kernel that only waits keeps
+    the device until the call is queued.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         caches = torch.cuda.get_device_properties(device).L2_cache_size
         self._scratch = torch.randn(max(4 * caches, _SCRATCH_BYTES) // 4, device=device)
+        self._total = torch.zeros((), device=device)
         self._cycles_per_s = 0.0
         for _ in range(2):  # the first time it is loaded, too
             seconds = self._between_events(lambda: torch.cuda._sleep(_CYCLES))
@@ -82,7 +84,7 @@ class EventClock:
         return start.elapsed_time(stop) * 1e-3
 
     def device_time(self, job: Job, ahead_s: float) -> float:
-        self._scratch.neg_()
+        torch.sum(self._scratch, dim=0, out=self._total)
         torch.cuda._sleep(int(min(ahead_s, _MOST_AHEAD_S) * self._cycles_per_s))
         return self._between_events(job)
 

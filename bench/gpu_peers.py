@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from bench.gpu_cases import DeviceCase
 from bench.peers import PEERS, Peer, Refusal, Running, copies
 
 COPY = "device-to-device copy"
@@ -71,9 +72,7 @@ def _apex(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
     def update() -> None:
         # out = a * x + b * y, without a look at what is finite
         lists = [weights, averages, averages]
-        multi_tensor_applier(
-            amp_C.multi_tensor_axpby, overflow, lists, 1 - decay, decay, -1
-        )
+        multi_tensor_applier(amp_C.multi_tensor_axpby, overflow, lists, 1 - decay, decay, -1)
 
     return Running(update, lambda: averages)
 
@@ -111,16 +110,19 @@ def _rank(peer: Peer[Running]) -> int:
 DEVICE_PEERS: tuple[Peer[Running], ...] = tuple(sorted((*PEERS, *_HERE), key=_rank))
 
 
-def refusals(mix: str, tensors: int, device: torch.device) -> dict[str, str]:
+def refusals(case: DeviceCase, device: torch.device) -> dict[str, str]:
     """Return name -> reason of the peers that do not take part in a case."""
     reasons = {}
+    tensors = len(case.inventory())
     for peer in DEVICE_PEERS:
-        if mix in peer.refusals:
-            reasons[peer.name] = peer.refusals[mix].reason
+        if case.mix in peer.refusals:
+            reasons[peer.name] = peer.refusals[case.mix].reason
         elif (missing := peer.missing()) is not None:
             reasons[peer.name] = missing
         elif peer.name == CAPTURED and device.type != "cuda":
             reasons[peer.name] = "only a GPU has graphs"
         elif peer.name == COMPILED and tensors > _FEW:
             reasons[peer.name] = f"compiling {tensors} tensors takes minutes"
+        elif case.entries and peer.name not in case.entries:
+            reasons[peer.name] = "left out of this case, which takes long to set up"
     return reasons

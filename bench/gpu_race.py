@@ -60,7 +60,9 @@ class Outcome:
         self.failed.append({"case": case.name, "mix": case.mix, "entry": entry, "reason": reason})
 
 
-def start(peer: Peer[Running], model: nn.Module, case: DeviceCase, clock: Clock, seed: int) -> Started:
+def start(
+    peer: Peer[Running], model: nn.Module, case: DeviceCase, clock: Clock, seed: int
+) -> Started:
     """Set an entry up, compare its first result with the float64 reference, and warm it up.
 
     Raises
@@ -120,17 +122,16 @@ def heats(
                 continue
             try:
                 group.append(begin(peer))
-                fits = len(group) == 1 or _room(group, clock)
             except _OUT_OF_MEMORY:
-                fits = False
+                left.append(peer)
             except Exception as error:
                 give_up(peer.name, error.with_traceback(None))  # the frames hold memory
-                clock.release()
-                continue
-            if not fits:
-                del group[len(waiting) :]
+            else:
+                if len(group) == 1 or _room(group, clock):
+                    continue
+                group.pop()
                 left.append(peer)
-                clock.release()
+            clock.release()
         if not group:
             for peer in left:
                 give_up(peer.name, None)
@@ -139,6 +140,14 @@ def heats(
         group.clear()
         clock.release()
         waiting = left
+
+
+def _room(group: Sequence[Started], clock: Clock) -> bool:
+    """Whether there is memory for what each of a group allocates in passing."""
+    passing = max((one.memory.peak_bytes for one in group if one.memory is not None), default=0)
+    if passing > clock.free_bytes():
+        clock.release()
+    return passing <= clock.free_bytes()
 
 
 def timed(
@@ -213,19 +222,19 @@ def race(
     if needed > 0.95 * free:
         outcome.skip(case, "all", f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
         return
-    out = refusals(case.mix, len(case.inventory()), clock.device)
+    out = refusals(case, clock.device)
     for name, reason in out.items():
         outcome.skip(case, name, reason)
     model = build(case, clock.device)
+    field = _Field(case, model, Copy(traffic(case, model), clock.device), clock, budget)
     seeds = count(1)
-    nbytes = traffic(case, model)
 
     def begin(peer: Peer[Running]) -> Started:
         if not budget.left():
             raise TimeoutError("no time was left")
         return start(peer, model, case, clock, next(seeds))
 
-    def give_up(name: str, error: BaseException | None) -> None:
+    def give_up(name: str, error: Exception | None) -> None:
         if error is None:
             outcome.skip(case, name, "needs more memory than there is")
         elif isinstance(error, TimeoutError):
@@ -233,73 +242,77 @@ def race(
         else:
             outcome.fail(case, name, error)
 
-    copy = Copy(nbytes, clock.device)
     chosen = [peer for peer in peers if peer.name not in out]
+    average = total_elements(case.inventory()) * DTYPES[case.average_dtype].itemsize
+    rows: list[Row] = []
     with torch.no_grad():
-        for heat, group in enumerate(heats(chosen, begin, give_up, clock), 1):
-            _run_heat(case, model, group, copy, nbytes, heat, clock, outcome, budget)
+        for heat, group in enumerate(heats(chosen, begin, give_up, clock, average), 1):
+            rows += field.run(group, heat)
+    ours = next((row["device_ms"] for row in rows if row["entry"] == OURS), None)
+    for row in rows:
+        row["ratio_to_fastema"] = None if ours is None else row["device_ms"] / ours
+    outcome.rows += rows
     torch._dynamo.reset()  # what was compiled holds its tensors
 
 
-def _run_heat(
-    case: DeviceCase,
-    model: nn.Module,
-    group: Sequence[Started],
-    copy: Copy,
-    nbytes: int,
-    heat: int,
-    clock: Clock,
-    outcome: Outcome,
-    budget: Budget,
-) -> None:
-    weights = [p.detach() for p in model.parameters()]
-    hosts = {one.name: one.host_s for one in group}
-    hosts[COPY] = median(clock.host_time(copy) for _ in range(MIN_ROUNDS))
-    jobs = {one.name: one.update for one in group} | {COPY: copy}
-    durations = timed(
-        jobs,
-        hosts,
-        lambda: torch._foreach_neg_(weights),
-        case.rounds,
-        clock,
-        min(case.budget_s, budget.left()),
-    )
-    copied_per_s = copy.nbytes / median(durations[COPY])
-    memories = {one.name: one.memory for one in group}
-    elements = total_elements(case.inventory())
-    for name, times in durations.items():
+@dataclass(frozen=True)
+class _Field:
+    """What the entries of a case race on: the weights, and the copy that they are set against."""
+
+    case: DeviceCase
+    model: nn.Module
+    copy: Copy
+    clock: Clock
+    budget: Budget
+
+    def run(self, group: Sequence[Started], heat: int) -> list[Row]:
+        """Time a group of entries and the copy in turn, and return their rows."""
+        weights = [p.detach() for p in self.model.parameters()]
+        hosts = {one.name: one.host_s for one in group}
+        hosts[COPY] = median(self.clock.host_time(self.copy) for _ in range(MIN_ROUNDS))
+        durations = timed(
+            {one.name: one.update for one in group} | {COPY: self.copy},
+            hosts,
+            lambda: torch._foreach_neg_(weights),
+            self.case.rounds,
+            self.clock,
+            min(self.case.budget_s, self.budget.left()),
+        )
+        per_second = self.copy.nbytes / median(durations[COPY])
+        memories = {one.name: one.memory for one in group}
+        return [
+            {
+                "heat": heat,
+                "host_us": hosts[name] * 1e6,
+                **self._row(name, times, per_second, memories.get(name)),
+            }
+            for name, times in durations.items()
+        ]
+
+    def _row(
+        self, name: str, times: Sequence[float], per_second: float, memory: Memory | None
+    ) -> Row:
+        inventory = self.case.inventory()
+        elements = total_elements(inventory)
+        nbytes = traffic(self.case, self.model)
+        moved = self.copy.nbytes if name == COPY else nbytes
         p20, p80 = spread(times)
         typical = median(times)
-        moved = copy.nbytes if name == COPY else nbytes
-        memory = memories.get(name)
-        outcome.rows.append(
-            {
-                "case": case.name,
-                "mix": case.mix,
-                "entry": name,
-                "heat": heat,
-                "n_tensors": len(case.inventory()),
-                "n_elements": elements,
-                "bytes": moved,
-                "bytes_per_element": nbytes / elements,
-                "rounds": len(times),
-                "device_ms": typical * 1e3,
-                "p20_ms": p20 * 1e3,
-                "p80_ms": p80 * 1e3,
-                "host_us": hosts[name] * 1e6,
-                "tbps": moved / typical / 1e12,
-                "share_of_copy": moved / typical / copied_per_s,
-                "ratio_to_fastema": _ratio(outcome, case, typical),
-                "allocations": None if memory is None else memory.allocations,
-                "peak_bytes": None if memory is None else memory.peak_bytes,
-                "driver_bytes": None if memory is None else memory.driver_bytes,
-            }
-        )
-
-
-def _ratio(outcome: Outcome, case: DeviceCase, seconds: float) -> float | None:
-    """A time over ours, which is the first to be measured; 1 for ours itself."""
-    for row in outcome.rows:
-        if row["case"] == case.name:
-            return seconds * 1e3 / row["device_ms"] if row["entry"] == OURS else None
-    return 1.0
+        return {
+            "case": self.case.name,
+            "mix": self.case.mix,
+            "entry": name,
+            "n_tensors": len(inventory),
+            "n_elements": elements,
+            "bytes": moved,
+            "bytes_per_element": nbytes / elements,
+            "rounds": len(times),
+            "device_ms": typical * 1e3,
+            "p20_ms": p20 * 1e3,
+            "p80_ms": p80 * 1e3,
+            "tbps": moved / typical / 1e12,
+            "share_of_copy": moved / typical / per_second,
+            "allocations": None if memory is None else memory.allocations,
+            "peak_bytes": None if memory is None else memory.peak_bytes,
+            "driver_bytes": None if memory is None else memory.driver_bytes,
+        }

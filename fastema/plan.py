@@ -11,7 +11,7 @@ from fastema.engine.locks import rlock
 from fastema.engine.moment import Moment, checked_seed
 from fastema.engine.program import Program
 from fastema.engine.watch import Watch, watch
-from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
+from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, listed
 from fastema.layout.dtypes import average_of, parse
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
@@ -118,6 +118,8 @@ class Plan:
             if any(watched.changed() for watched in self._watches):
                 self._build()
             self._check(operation)
+            if operation == "lerp" and self._mark:
+                self._refuse_capture()
             self._program.run({_TAG: operation}, Moment((weight,), self._seed, self._calls))
             self._calls += 1
             for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
@@ -136,6 +138,14 @@ class Plan:
             refuse_overlap([(f"x {name}", spec) for name, _, spec, *_ in self._pairs])
             self._swappable = True
 
+    def _refuse_capture(self) -> None:
+        homes = {pair.dst.device: pair.dst.home for pair in self._pairs}
+        if any(home is not None and home.capturing() for home in homes.values()):
+            raise StateError(
+                "random bits captured in a graph would be the same at every replay: use "
+                "fastema.EMA(..., capturable=True), whose steps advance on the GPU"
+            )
+
     def lerp_(self, weight: float) -> None:
         """``avg += weight * (x - avg)``, computed in float32 (float64 where either side is).
 
@@ -150,6 +160,8 @@ class Plan:
             If it is not a finite number.
         DTypeError
             If a tensor is of an integer or boolean dtype.
+        StateError
+            With ``rounding="stochastic"`` while the stream is captured into a CUDA graph.
         """
         if not math.isfinite(weight):
             raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")

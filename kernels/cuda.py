@@ -213,7 +213,9 @@ def _advance():
     return kernel
 
 
-_PARAMETERS = types.void(*(types.int64,) * 4, *(types.float64,) * MOST_TOGETHER, *(types.int64,) * 5)
+_PARAMETERS = types.void(
+    *(types.int64,) * 4, *(types.float64,) * MOST_TOGETHER, *(types.int64,) * 5
+)
 
 
 def compile_kernel(

@@ -91,8 +91,6 @@ def advance(clock, done, thread, threads):
             if begins:
                 weight = 1.0 if thread == 0 else -1.0
             else:
-                weight = _look_up(
-                    load(cells, PIECES + 2 * which), rows, count, thread, threads
-                )
+                weight = _look_up(load(cells, PIECES + 2 * which), rows, count, thread, threads)
             if weight >= 0.0 and rows:
                 store(numbers, WEIGHTS + which, weight)

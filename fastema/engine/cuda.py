@@ -198,5 +198,3 @@ def device(index: int) -> Device:
         if index not in _devices:
             _devices[index] = Device(index)
         return _devices[index]
-
-

@@ -40,6 +40,10 @@ class SlowWarning(RuntimeWarning):
     """Something slower stands in for our kernels."""
 
 
+_warned: set[str] = set()
+"""Devices of which it was said."""
+
+
 class _Part:
     """The rows of one layout, and the parameters of a launch over them."""
 
@@ -156,14 +160,17 @@ class CudaGroup:
         self._home.hold(owners)
 
     def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
-        """The operation in the framework's own functions, and a warning that says so."""
+        """The operation in the framework's own functions, and a warning, once for a device."""
         run = self._home.substitute(operation, self._members)
-        warnings.warn(
-            f"{error}. Until then {operation} on {self._home.device} is done by the framework's "
-            "own functions, several times slower",
-            SlowWarning,
-            stacklevel=2,
-        )
+        device = self._home.device
+        if device not in _warned:
+            _warned.add(device)
+            warnings.warn(
+                f"{error}. Until then work on {device} is done by the framework's own functions, "
+                "several times slower",
+                SlowWarning,
+                stacklevel=2,
+            )
         return partial(self._substituted, run)
 
     def _substituted(self, run: Substitute) -> None:

@@ -33,7 +33,7 @@ class Moment(NamedTuple):
     window: int = 0
     slot: int = 0
     turn: int = 0
-    clocks: Mapping[str, int] = {}  # noqa: RUF012 (a default that nobody writes to)
+    clocks: Mapping[str, int] = {}
 
 
 def checked_seed(seed: Any) -> int:

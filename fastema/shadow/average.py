@@ -35,6 +35,7 @@ from fastema.shadow.views import Drift, Shadow
 
 __all__ = ["Average"]
 
+
 class Average:
     """Averages of weights in flat buffers, updated in one call: what all kinds have in common.
 
@@ -143,8 +144,8 @@ class Average:
         self._on_nonfinite = checked(on_nonfinite, "on_nonfinite", OnNonFinite)
         if capturable and on_nonfinite != "propagate":
             raise ArgumentError(
-                f"on_nonfinite={on_nonfinite!r} is decided by the host, which a captured graph does "
-                "not ask; with capturable=True only 'propagate' is possible"
+                f"on_nonfinite={on_nonfinite!r} is decided by the host, which a captured graph "
+                "does not ask; with capturable=True only 'propagate' is possible"
             )
         self._seed = checked_seed(seed)
         self._measures = drift

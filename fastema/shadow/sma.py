@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SMA"]
 
+
 class SMA(Average):
     """Mean of the weights of the last ``window`` updates, at a cost that does not depend on it.
 

@@ -1,0 +1,260 @@
+"""A GPU that is not there: host memory, a driver that records its calls, kernels run by the host.
+
+What is launched is the real thing: the parameters are read from where the driver is told they are,
+and the threads' own code runs on them, one thread after the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import types
+
+from fastema.bridges import torch as bridge
+from fastema.bridges.torch_foreach import substitute
+from fastema.engine import cuda as engine
+from fastema.engine import cuda_group
+from fastema.engine.cubins import CLOCK, Cubin, Key
+from fastema.kernels import cuda, cuda_clock
+from fastema.kernels.jit import cpu_kernel
+from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, MEASURING, SQUARE, STILL
+from fastema.kernels.words import pointer_f64, pointer_i64, store
+from fastema.layout.spec import TensorSpec
+
+THREADS = 7
+"""Few and odd, so that every thread has vectors, elements of the tail, or neither."""
+
+SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64,) * 5)
+
+
+@cache
+def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
+    """A kernel with the parameters it has on a GPU, its blocks and threads in a row."""
+    body, measures = cuda.bodies(operation, formats, layout), operation in MEASURING
+    number_of, moment_of, rows_of = cuda._number, cuda._moment, cuda._rows
+
+    def run(  # type: ignore[no-untyped-def]
+        table, rows, results, clock, w0, w1, w2, w3, w4, w5, w6, w7, seed, step, window, slot, turn
+    ):
+        cells = pointer_i64(table)
+        now = moment_of(clock, (seed, step, window, slot, turn))
+        for row in range(rows_of(clock, rows)):
+            at = row * COLUMNS
+            number = number_of(cells, at, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
+            one, two, three = 0.0, 0.0, 0.0
+            for thread in range(THREADS):
+                a, b, c = body(cells, at, number, now, thread, THREADS)
+                one, two, three = one + a, two + b, three + c
+            if measures:
+                found = pointer_f64(results)
+                store(found, row * MEASURES + DISTANCE, one)
+                store(found, row * MEASURES + SQUARE, two)
+                store(found, row * MEASURES + STILL, three)
+
+    return cpu_kernel(SIGNATURE)(run)
+
+
+@cache
+def clock_twin() -> Any:
+    """The kernel that advances a clock."""
+    done, advance = cuda_clock.done, cuda_clock.advance
+
+    def run(clock):  # type: ignore[no-untyped-def]
+        before = done(clock)
+        for thread in range(THREADS):
+            advance(clock, before, thread, THREADS)
+
+    return cpu_kernel(types.void(types.int64))(run)
+
+
+def read(address: int, kinds: Sequence[type]) -> list[Any]:
+    """The parameters of a launch."""
+    places = (ctypes.c_void_p * len(kinds)).from_address(address)
+    return [kind.from_address(place).value for kind, place in zip(kinds, places, strict=True)]
+
+
+PARAMETERS = [ctypes.c_int64] * 4 + [ctypes.c_double] * 8 + [ctypes.c_int64] * 5
+
+
+@dataclass
+class StubDriver:
+    """The calls of the driver that are made, as `cuda.bindings.driver` has them."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    launches: list[tuple[str, int, int]] = field(default_factory=list)  # operation, blocks, stream
+    current: list[int] = field(default_factory=lambda: [1000])
+    pending: list[Callable[[], None]] | None = None
+    """Where it is a list, launches wait in it: a device is later than the host."""
+    refused: int = 0
+    modules: dict[int, bytes] = field(default_factory=dict)
+    CUdevice_attribute = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1,
+    )
+
+    def cuDeviceGet(self, index: int) -> tuple[int, int]:
+        return 0, index
+
+    def cuDeviceGetAttribute(self, which: int, device: int) -> tuple[int, int]:
+        return 0, (9, 0)[which]
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[int, int]:
+        return 0, 1000 + device
+
+    def cuCtxGetCurrent(self) -> tuple[int, int]:
+        self.calls["cuCtxGetCurrent"] += 1
+        return 0, self.current[-1]
+
+    def cuCtxPushCurrent(self, context: int) -> tuple[int]:
+        self.calls["cuCtxPushCurrent"] += 1
+        self.current.append(context)
+        return (0,)
+
+    def cuCtxPopCurrent(self) -> tuple[int, int]:
+        self.calls["cuCtxPopCurrent"] += 1
+        return 0, self.current.pop()
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[int, int]:
+        self.calls["cuModuleLoadData"] += 1
+        self.modules[len(self.modules)] = code
+        return 0, len(self.modules) - 1
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[int, Key]:
+        assert self.modules[module] == name
+        return 0, KEYS[name.decode()]
+
+    def cuLaunchKernel(self, key: Key, *rest: int) -> tuple[Any, ...]:
+        blocks, _, _, threads, _, _, shared, stream, parameters, extra = rest
+        self.calls["cuLaunchKernel"] += 1
+        assert (threads, shared, extra) == (256, 0, 0)
+        if self.refused:
+            self.refused -= 1
+            return (SimpleNamespace(name="CUDA_ERROR_LAUNCH_FAILED"),)
+        self.launches.append((key.operation, blocks, stream))
+        if key.operation == CLOCK:
+            job = self.bound(clock_twin(), read(parameters, [ctypes.c_int64]))
+        else:
+            values = read(parameters, PARAMETERS)
+            assert blocks == values[1]
+            job = self.bound(twin(key.operation, key.formats, key.layout), values)
+        if self.pending is None:
+            job()
+        else:
+            self.pending.append(job)
+        return (0,)
+
+    @staticmethod
+    def bound(kernel: Callable[..., None], values: Sequence[Any]) -> Callable[[], None]:
+        return lambda: kernel(*values)
+
+    def finish(self) -> None:
+        """Run what waits."""
+        pending, self.pending = self.pending or [], []
+        for job in pending:
+            job()
+
+    def take(self) -> list[tuple[str, int, int]]:
+        """The launches since the last time."""
+        found, self.launches = self.launches, []
+        return found
+
+
+KEYS: dict[str, Key] = {}
+
+
+def compiled(key: Key) -> Cubin:
+    """In place of machine code, the name of the kernel."""
+    name = repr(key)
+    KEYS[name] = key
+    return Cubin(name, name.encode())
+
+
+@dataclass
+class StubHome:
+    """A device in the memory of the host."""
+
+    index: int
+    driver: StubDriver
+    handle: int = 77
+    captured: bool = False
+    calls: Counter[str] = field(default_factory=Counter)
+    held: list[Any] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        return f"cuda:{self.index}"
+
+    def stream(self) -> int:
+        return self.handle
+
+    def capturing(self) -> bool:
+        return self.captured
+
+    def upload(self, array: np.ndarray) -> tuple[np.ndarray, int]:
+        assert not self.captured
+        self.calls["upload"] += 1
+        there = np.array(array, order="C", copy=True)
+        return there, there.ctypes.data
+
+    def download(self, owner: np.ndarray) -> np.ndarray:
+        assert not self.captured
+        self.calls["download"] += 1
+        if self.driver.pending is not None:
+            self.driver.finish()
+        return owner.copy()
+
+    def write(self, owner: np.ndarray, array: np.ndarray) -> None:
+        assert not self.captured
+        self.calls["write"] += 1
+        owner[...] = array
+
+    def hold(self, owners: Iterable[Any]) -> None:
+        self.calls["hold"] += 1
+        self.held += owners
+
+    def substitute(self, operation: str, pairs: Sequence[Any]) -> Any:
+        return substitute(operation, pairs)
+
+
+@dataclass
+class StubGpu:
+    driver: StubDriver
+    homes: dict[int, StubHome]
+    place: Callable[[torch.Tensor], int | None] = lambda tensor: 0
+    """The device that a tensor passes for; None for the host."""
+
+    @property
+    def home(self) -> StubHome:
+        return self.homes[0]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> StubGpu:
+    """Torch's tensors pass for tensors on GPUs."""
+    driver = StubDriver()
+    stub = StubGpu(driver, {index: StubHome(index, driver) for index in range(2)})
+    describe, zeros = bridge.describe, bridge.zeros
+
+    def described(tensor: torch.Tensor) -> TensorSpec:
+        spec, index = describe(tensor), stub.place(tensor)
+        if index is None:
+            return spec
+        return replace(spec, device=f"cuda:{index}", home=stub.homes[index])
+
+    monkeypatch.setattr(bridge, "describe", described)
+    monkeypatch.setattr(bridge, "zeros", lambda length, code, _: zeros(length, code, "cpu"))
+    monkeypatch.setattr(bridge, "transfer", lambda tensor, _: tensor.detach())
+    monkeypatch.setattr(engine, "_driver", lambda: driver)
+    monkeypatch.setattr(engine, "_devices", {})
+    monkeypatch.setattr(engine, "cubin", compiled)
+    monkeypatch.setattr(cuda_group, "_warned", set())
+    return stub
