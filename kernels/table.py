@@ -36,8 +36,8 @@ Control, ``int64[CONTROLS]``:
 ``TURN``         values that went into the ring so far, this update's included
 ===============  ==================================================================================
 
-On a GPU the numbers and what the control block has of the moment are parameters of the kernel (up to
-``MOST_TOGETHER`` numbers). Where a captured graph is to run the kernel again at later steps, they
+On a GPU the numbers, up to ``MOST_TOGETHER``, and what the control block has of the moment are
+parameters of the kernel. Where a captured graph is to run the kernel again at later steps, they
 are in device memory instead and advance there: the *clock*, ``int64[CLOCK_CELLS]``, which begins
 like a control block.
 
