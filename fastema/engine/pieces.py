@@ -17,16 +17,9 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 
 from fastema.errors import ArgumentError
+from fastema.kernels.cuda_clock import COEFFICIENTS, DEGREE, FIRST, PIECE, SCALE
 
-__all__ = ["CELLS", "COEFFICIENTS", "DEGREE", "FIRST", "SCALE", "evaluate", "pieces"]
-
-DEGREE: Final = 11
-
-FIRST: Final = 0
-SCALE: Final = 1
-COEFFICIENTS: Final = 2
-CELLS: Final = COEFFICIENTS + DEGREE + 1
-"""Columns of a table: a piece's first update, its scale, its coefficients c0, c1, ..., cDEGREE."""
+__all__ = ["evaluate", "pieces"]
 
 _SINGLE: Final = 64
 """So many first updates have a piece each: rules change fastest there."""
@@ -87,7 +80,7 @@ def pieces(weight: Callable[[int], float], last: int = 2**31) -> NDArray[np.floa
     Returns
     -------
     numpy.ndarray
-        float64[P, CELLS], each row ``first, scale, c0, ..., c11``, with ``first`` ascending from 1.
+        float64[P, PIECE], each row ``first, scale, c0, ..., c11``, with ``first`` ascending from 1.
         The scale is a power of two, so that t is exact, or 0 for a piece of one weight, which is
         c0. P is 1 for a constant, up to about 200 for other rules of ours, and at most 4,097.
 
@@ -144,7 +137,7 @@ def evaluate(table: NDArray[np.float64], update: int) -> float:
     Parameters
     ----------
     table : numpy.ndarray
-        float64[P, CELLS].
+        float64[P, PIECE].
     update : int
         From 1, without an upper limit.
 
@@ -171,7 +164,7 @@ def _values(row: _Row, updates: _Updates) -> NDArray[np.float64]:
 
 
 def _constant(first: int, value: float) -> _Row:
-    row = np.zeros(CELLS)
+    row = np.zeros(PIECE)
     row[FIRST], row[COEFFICIENTS] = first, value
     return row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from operator import is_
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from fastema.errors import FastemaError
 from fastema.layout.spec import Leaf, Leaves
 
-__all__ = ["Watch", "watch"]
+__all__ = ["SHARES", "Watch", "watch"]
+
+SHARES: Final = 16
+"""Parts of a container that may be looked at in turn."""
 
 
 class Watch(Protocol):
@@ -21,6 +24,9 @@ class Watch(Protocol):
 
     def changed(self) -> bool:
         """Whether any tensor moved, changed shape or dtype, or was replaced."""
+
+    def changed_in(self, share: int) -> bool:
+        """The same of one share of :data:`SHARES`, from 0."""
 
 
 def _members(container: Any) -> list[Any]:
@@ -54,6 +60,16 @@ class _ByAttributes:
 
     def changed(self) -> bool:
         return self._held.changed() or any(_moved(self._leaves, one) for one in self._leaves.items)
+
+    def changed_in(self, share: int) -> bool:
+        if not share and self._held.changed():
+            return True
+        begin, end = _bounds(len(self._leaves.items), share)
+        return any(_moved(self._leaves, one) for one in self._leaves.items[begin:end])
+
+
+def _bounds(count: int, share: int) -> tuple[int, int]:
+    return count * share // SHARES, count * (share + 1) // SHARES
 
 
 def _moved(leaves: Leaves, leaf: Leaf) -> bool:
@@ -94,14 +110,24 @@ class _ByExchange:
         tensors = _table(rows, cpu_watch.TENSOR)
         # Everything whose address is noted must outlive this.
         self._kept = (leaves, held_entries, dicts, entries, tensors, dims, scratch)
-        self._args = (
-            *(dicts.ctypes.data, len(dicts), entries.ctypes.data),
-            *(tensors.ctypes.data, len(tensors), dims.ctypes.data),
+        functions = (
             _c_address(ctypes.pythonapi.PyDict_Next),
             leaves.items[0].spec.exchange,
             _c_address(ctypes.pythonapi.PyErr_Clear),
-            scratch.ctypes.data,
         )
+
+        def args(held: NDArray[np.int64], found: NDArray[np.int64]) -> tuple[int, ...]:
+            return (
+                *(held.ctypes.data, len(held), entries.ctypes.data),
+                *(found.ctypes.data, len(found), dims.ctypes.data),
+                *(*functions, scratch.ctypes.data),
+            )
+
+        self._args = args(dicts, tensors)
+        self._shares = [
+            args(dicts[slice(*_bounds(len(dicts), k))], tensors[slice(*_bounds(len(tensors), k))])
+            for k in range(SHARES)
+        ]
 
     @staticmethod
     def _snapshot(
@@ -122,6 +148,11 @@ class _ByExchange:
 
     def changed(self) -> bool:
         return bool(self._check(*self._args)) or self._others.changed()
+
+    def changed_in(self, share: int) -> bool:
+        if not share and self._others.changed():
+            return True
+        return bool(self._check(*self._shares[share]))
 
 
 def _table(rows: Sequence[tuple[int, ...]], columns: int) -> NDArray[np.int64]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fastema.bridges.registry import leaves_of, written
+from fastema.bridges.registry import bridge_of, leaves_of, written
 from fastema.engine.program import Program
-from fastema.engine.watch import watch
+from fastema.engine.watch import SHARES, watch
 from fastema.errors import LayoutError, listed
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable
 from fastema.layout.spec import Leaf, Leaves
@@ -122,6 +122,8 @@ class Binding:
         self._written = written(spec.owner for spec in self.weights.values())
         self._owners = [leaf.spec.owner for leaf in leaves.items]
         self._watch = watch(leaves.only({*entries, *names.aliases}))
+        self._share = 0
+        self._kept: list[Any] = []
         frozen = {*names.skipped, *names.frozen}
         self._frozen = [
             leaf.spec.owner
@@ -193,3 +195,13 @@ class Binding:
     def changed(self) -> bool:
         """Whether the model's tensors are no longer where they were, or one was unfrozen."""
         return self._watch.changed() or any(one.requires_grad for one in self._frozen)
+
+    def sampled(self) -> bool:
+        """The same of a share of the tensors, the next one at every call."""
+        if not self._kept:
+            # What is not looked at may have been replaced: the memory that it had must stay.
+            self._kept = [bridge_of(one).alias(one) for one in self._owners]
+            return self.changed()
+        share, self._share = self._share, (self._share + 1) % SHARES
+        frozen = self._frozen[share::SHARES]
+        return self._watch.changed_in(share) or any(one.requires_grad for one in frozen)

@@ -34,7 +34,8 @@ class EMA(Average):
         share in the average, which is that of the weights seen so far.
     **options
         ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``frozen``,
-        ``buffers``, ``on_nonfinite``, ``drift`` and ``capturable``, see :class:`Average`.
+        ``buffers``, ``on_nonfinite``, ``drift``, ``capturable`` and ``watch``, see
+        :class:`Average`.
 
     Attributes
     ----------

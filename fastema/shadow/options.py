@@ -14,6 +14,7 @@ __all__ = [
     "Options",
     "Policy",
     "Rounding",
+    "Watched",
     "checked",
     "dtype_of",
     "wish_of",
@@ -21,6 +22,7 @@ __all__ = [
 
 Rounding = Literal["nearest", "stochastic"]
 OnNonFinite = Literal["propagate", "skip", "raise"]
+Watched = Literal["all", "sample"]
 
 
 class Options(TypedDict, total=False):
@@ -36,6 +38,7 @@ class Options(TypedDict, total=False):
     on_nonfinite: OnNonFinite
     drift: bool
     capturable: bool
+    watch: Watched
 
 
 def checked(value: Any, name: str, known: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastema.bridges.registry import leaves_of
-from fastema.engine.watch import _ByAttributes, _ByExchange, watch
+from fastema.engine.watch import SHARES, _ByAttributes, _ByExchange, watch
 from fastema.errors import FastemaError
 
 torch = pytest.importorskip("torch")
@@ -251,3 +251,24 @@ def test_what_is_watched_is_kept_alive() -> None:
     del one
     gc.collect()
     assert old() is None
+
+
+def test_a_share_at_a_time_sees_everything_in_turn() -> None:
+    """Each change is seen in one share, and in all of them together nothing is looked at twice."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 2) for _ in range(40)))
+    for leaves in (leaves_of(model), leaves_of([p.detach().numpy() for p in model.parameters()])):
+        watching = watch(leaves)
+        assert not any(watching.changed_in(share) for share in range(SHARES))
+    watching = watch(leaves_of(model))
+    for k in (0, 17, 39):
+        before = model[k].weight.data
+        model[k].weight.data = before.clone()
+        assert sum(watching.changed_in(share) for share in range(SHARES)) == 1
+        model[k].weight.data = before
+        before = model[k].bias
+        model[k].bias = torch.nn.Parameter(before.detach().clone())
+        assert sum(watching.changed_in(share) for share in range(SHARES)) == 1
+        model[k].bias = before
+    assert not any(watching.changed_in(share) for share in range(SHARES))
+    model.to(torch.float64)
+    assert all(watching.changed_in(share) for share in range(SHARES))

@@ -1,0 +1,397 @@
+"""Tables of weights against the rules that they are made of, at every kind of update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastema import rules
+from fastema.engine.pieces import evaluate, pieces
+from fastema.errors import ArgumentError
+from fastema.kernels import cuda_clock
+from fastema.kernels.table import CLOCK_CELLS, DONE, EVERY, PIECES, WEIGHTS
+
+LAST = 2**31
+CLOSE = 4e-15  # relative, where the rule is rounded by less
+
+Weight = Callable[[int], float]
+
+# Weights that are one minus a decay, which is rounded by up to 2**-54.
+BY_DECAY = [
+    rules.constant(0.999),
+    rules.constant(0.0),
+    rules.half_life(693),
+    rules.warmup(0.999),
+    rules.warmup(0.9999999),
+    rules.warmup(0.3),
+    rules.inverse_gamma(0.9999),
+    rules.inverse_gamma(0.999, power=0.75),
+    rules.inverse_gamma(0.99999, inv_gamma=1.0, power=1.0),
+    rules.inverse_gamma(0.9999, inv_gamma=5000.0, power=2.0, minimum=0.9),
+    rules.inverse_gamma(1 - 2**-53, power=3.0),
+    rules.debiased(rules.warmup(0.99999)),
+    rules.debiased(rules.inverse_gamma(0.9999)),
+    rules.debiased(rules.inverse_gamma(0.9999, minimum=0.99)),
+]
+# Weights that have all their digits.
+DIRECT = [
+    rules.power(0.05),
+    rules.power(0.10),
+    rules.power(0.001),
+    rules.power(1 / math.sqrt(12)),
+    rules.cumulative_mean(),
+    rules.window(1),
+    rules.window(10),
+    rules.window(123_457),
+    rules.debiased(rules.constant(0.0)),
+    rules.debiased(rules.constant(0.999)),
+    rules.debiased(rules.constant(0.9999999)),
+    rules.debiased(rules.cumulative_mean()),
+    rules.debiased(rules.power(0.05)),
+]
+
+
+def weight_of(rule: rules.Rule, every: int = 1) -> Weight:
+    return lambda update: rule.weight(update * every, every)
+
+
+def asked(weight: Weight, updates: np.ndarray) -> np.ndarray:
+    return np.array([weight(update) for update in updates.tolist()])
+
+
+def looked_up(table: np.ndarray, updates: np.ndarray) -> np.ndarray:
+    """What the table says of many updates at once, as the contract has it."""
+    rows = table[np.searchsorted(table[:, 0], updates, side="right") - 1]
+    t = (updates - rows[:, 0]) * rows[:, 1] - 1.0
+    value = rows[:, 13]
+    for k in range(12, 1, -1):
+        value = value * t + rows[:, k]
+    return np.minimum(np.maximum(value, 0.0), 1.0)
+
+
+def fused(table: np.ndarray, update: int) -> float:
+    """The same by fused multiplications and additions: exact, and rounded once."""
+    first, scale, *coefficients = next(row for row in table[::-1] if row[0] <= update).tolist()
+    t = Fraction(float(Fraction(update - int(first)) * Fraction(scale) - 1))
+    value = Fraction(0)
+    for coefficient in reversed(coefficients):
+        value = Fraction(float(value * t + Fraction(coefficient)))
+    return min(max(float(value), 0.0), 1.0)
+
+
+def some_updates(seed: int, count: int) -> np.ndarray:
+    """Random updates, half of them evenly, half of them evenly by their logarithm."""
+    generator = np.random.default_rng(seed)
+    even = generator.integers(1, LAST, count // 2, endpoint=True)
+    return np.concatenate((even, (2.0 ** generator.uniform(0, 31, count // 2)).astype(np.int64)))
+
+
+def borders(table: np.ndarray) -> np.ndarray:
+    first = table[:, 0].astype(np.int64)
+    return np.concatenate((first, first[1:] - 1))
+
+
+def assert_close(table: np.ndarray, weight: Weight, updates: np.ndarray, rounding: float) -> None:
+    want = asked(weight, updates)
+    errors = np.abs(looked_up(table, updates) - want)
+    allowed = CLOSE * want + rounding
+    worst = np.argmax(errors - allowed)
+    assert (errors <= allowed).all(), (
+        f"update {updates[worst]}: {want[worst]!r} is {errors[worst]:.2e} off, "
+        f"{allowed[worst]:.2e} allowed"
+    )
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+@pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
+def test_every_rule_at_every_update(rule: rules.Rule, every: int) -> None:
+    calls = 0
+
+    def weight(update: int) -> float:
+        nonlocal calls
+        calls += 1
+        return rule.weight(update * every, every)
+
+    table = pieces(weight)
+    assert calls < 60_000
+    assert table.dtype == np.float64
+    assert table.shape == (len(table), cuda_clock.PIECE)
+    assert len(table) < 300
+    assert table[0, 0] == 1
+    assert (np.diff(table[:, 0]) > 0).all()
+    assert np.isfinite(table).all()
+    updates = np.concatenate(
+        (
+            np.arange(1, 5001),
+            some_updates(every, 100_000 if every == 1 else 10_000),
+            borders(table),
+            LAST - np.arange(100),
+        )
+    )
+    rounding = 0.0 if rule in DIRECT else every * 2.0**-52
+    assert_close(table, weight_of(rule, every), updates, rounding)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
+def test_the_first_updates_are_exact(rule: rules.Rule, every: int) -> None:
+    weight = weight_of(rule, every)
+    table = pieces(weight)
+    for update in range(1, 65):
+        assert evaluate(table, update) == weight(update)
+
+
+@pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
+def test_evaluate_and_fused_arithmetic_agree_with_it(rule: rules.Rule) -> None:
+    weight = weight_of(rule)
+    table = pieces(weight)
+    rounding = 0.0 if rule in DIRECT else 2.0**-52
+    updates = np.concatenate((np.arange(60, 400, 7), some_updates(3, 200)))
+    for update, value in zip(updates.tolist(), looked_up(table, updates), strict=True):
+        assert evaluate(table, update) == value
+        want = weight(update)
+        assert abs(fused(table, update) - want) <= CLOSE * want + rounding
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("rule", [rules.power(0.1), rules.warmup(0.999)], ids=str)
+def test_the_kernel_looks_up_the_same(rule: rules.Rule, every: int) -> None:
+    table = pieces(weight_of(rule, every))
+    cells = np.zeros(CLOCK_CELLS, np.int64)
+    cells[EVERY], cells[PIECES], cells[PIECES + 1] = every, table.ctypes.data, len(table)
+    weights = cells.view(np.float64)
+    for update in [*range(60, 70), *some_updates(7, 40).tolist()]:
+        cells[DONE] = update * every - 1
+        for thread in range(2):
+            cuda_clock.advance(cells.ctypes.data, update * every - 1, thread, 2)
+        assert cells[DONE] == update * every
+        assert weights[WEIGHTS] == evaluate(table, update)
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999, 0.9999999])
+def test_a_constant_is_one_piece(decay: float, every: int) -> None:
+    weight = weight_of(rules.constant(decay), every)
+    table = pieces(weight)
+    assert len(table) == 1
+    assert table[0].tolist() == [1.0, 0.0, weight(1), *[0.0] * cuda_clock.DEGREE]
+    for update in (1, 2, 1000, LAST, 2**40):
+        assert evaluate(table, update) == weight(1)
+
+
+def first_where(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first update for which something holds that goes on to hold, by bisection."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rules.warmup(0.999),
+        rules.warmup(0.99999),
+        rules.warmup(0.9999999),
+        rules.inverse_gamma(0.9999),
+        rules.inverse_gamma(0.999, 20.0, 0.75, 0.5),
+        rules.inverse_gamma(1 - 1e-10, power=2.0),
+        rules.window(1_234_567),
+        rules.debiased(rules.warmup(0.999)),
+    ],
+    ids=str,
+)
+def test_a_rule_is_exact_from_its_limit_on(rule: rules.Rule, every: int) -> None:
+    weight = weight_of(rule, every)
+    limit = weight(LAST)
+    begins = first_where(lambda update: weight(update) == limit, 1, LAST)
+    assert weight(begins - 1) != limit
+    table = pieces(weight)
+    assert table[-1, :3].tolist() == [begins, 0.0, limit]
+    for update in (begins, begins + 1, 2 * begins, LAST, LAST + 1, 2**40):
+        assert evaluate(table, update) == limit
+    assert evaluate(table, begins - 1) == pytest.approx(weight(begins - 1), rel=1e-6)
+
+
+def test_a_lower_limit_is_exact_to_its_end() -> None:
+    weight = weight_of(rules.inverse_gamma(0.9999, inv_gamma=5000.0, power=0.75, minimum=0.9))
+    ends = first_where(lambda update: weight(update) != weight(1), 1, LAST)
+    assert ends > 64
+    table = pieces(weight)
+    assert table[0, :3].tolist() == [1.0, 0.0, weight(1)]
+    assert table[1, 0] == ends
+    assert evaluate(table, ends - 1) == weight(1)
+    assert evaluate(table, ends) == weight(ends)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999, 0.99999])
+def test_a_debiased_rule_is_exact_once_nothing_of_the_start_is_left(decay: float) -> None:
+    weight = weight_of(rules.debiased(rules.constant(decay)))
+    table = pieces(weight)
+    # From here on decay**n is below 2**-60, and a sum of 1 and it is 1.
+    gone = math.ceil(-60 * math.log(2) / math.log(decay))
+    assert table[-1, 1] == 0.0
+    assert table[-1, 0] <= gone
+    for update in (gone, gone + 1, gone + 12_345, LAST, 2**50):
+        assert evaluate(table, update) == weight(update) == weight(LAST)
+
+
+def test_a_jump_is_exact_on_both_sides() -> None:
+    def weight(update: int) -> float:
+        return 0.0 if update < 123_456_789 else 0.5
+
+    table = pieces(weight)
+    assert table[:, :3].tolist() == [[1.0, 0.0, 0.0], [123_456_789.0, 0.0, 0.5]]
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 63, 64, 65, 66, 67, 100, 1000, 8191, 12_345])
+@pytest.mark.parametrize("rule", [rules.power(0.1), rules.constant(0.9), rules.warmup(0.99)])
+def test_the_last_weight_is_held(rule: rules.Rule, last: int) -> None:
+    weight = weight_of(rule)
+
+    def limited(update: int) -> float:
+        assert 1 <= update <= last
+        return weight(update)
+
+    table = pieces(limited, last)
+    assert_close(table, weight, np.arange(1, last + 1), 2.0**-52)
+    for update in (last, last + 1, 2 * last, LAST, 2**52):
+        assert evaluate(table, update) == weight(last)
+
+
+def half_cosine(update: int) -> float:
+    return 1e-4 + 0.01 * (1 + math.cos(math.pi * min(update / 300_000, 1.0)))
+
+
+def ramp(update: int) -> float:
+    return 0.5 - 0.499 * min(update / 100_000, 1.0)
+
+
+def three_ramps(update: int) -> float:
+    return float(np.interp(update, [0, 1000, 77_777, 5_000_000], [1.0, 0.1, 0.01, 0.001]))
+
+
+def slow_wave(update: int) -> float:
+    return 0.01 + 0.005 * math.sin(update / 3e7)
+
+
+@pytest.mark.parametrize("weight", [half_cosine, ramp, three_ramps, slow_wave])
+def test_smooth_rules_of_ones_own(weight: Weight) -> None:
+    table = pieces(weight)
+    updates = np.concatenate((np.arange(1, 5001), some_updates(1, 20_000), borders(table)))
+    assert_close(table, weight, updates, 2.0**-52)
+
+
+def test_steps_of_ones_own_are_exact() -> None:
+    def weight(update: int) -> float:
+        return 0.1 - 0.0009 * min(update // 391, 100)
+
+    table = pieces(weight)
+    assert len(table) == 101
+    updates = np.concatenate((np.arange(1, 45_000), some_updates(2, 1000)))
+    np.testing.assert_array_equal(looked_up(table, updates), asked(weight, updates))
+
+
+def alternating(update: int) -> float:
+    return 0.1 if update % 2 else 0.01
+
+
+def wave(update: int) -> float:
+    return 0.5 + 0.4 * math.sin(update)
+
+
+def single(update: int) -> float:
+    return float(np.float32(1.0) / np.float32(update + 9))
+
+
+def every_thousandth(update: int) -> float:
+    return 1.0 if update % 1000 == 0 else 0.01
+
+
+def every_epoch(update: int) -> float:
+    return 1.0 if update % 391 == 0 else 0.01
+
+
+@pytest.mark.parametrize("weight", [alternating, wave, single, every_thousandth, every_epoch])
+def test_weights_that_jump_are_refused(weight: Weight) -> None:
+    calls = 0
+
+    def counted(update: int) -> float:
+        nonlocal calls
+        calls += 1
+        return weight(update)
+
+    with pytest.raises(ArgumentError, match="captured graph.*outside of the captured graph"):
+        pieces(counted)
+    assert calls < 1_000_000
+
+
+def test_a_rule_of_ones_own_that_jumps_is_refused() -> None:
+    class Alternating(rules.Rule):
+        def decay(self, n: int) -> float:
+            return 0.9 if n % 2 else 0.99
+
+    with pytest.raises(ArgumentError, match="jump too often"):
+        pieces(weight_of(Alternating()))
+    table = pieces(weight_of(Alternating(), 2))  # only the even steps count
+    assert len(table) == 1
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
+def test_a_number_that_is_no_weight_is_named(value: float) -> None:
+    with pytest.raises(ArgumentError, match=r"weight at update 70 is .*\[0, 1\]"):
+        pieces(lambda update: value if update == 70 else 1 / (update + 1))
+
+
+@pytest.mark.parametrize("last", [0, -1, 2**53])
+def test_a_last_update_out_of_range_is_refused(last: int) -> None:
+    with pytest.raises(ArgumentError, match="last="):
+        pieces(lambda update: 0.5, last)
+
+
+decays = st.one_of(
+    st.floats(0.0, 1.0, exclude_max=True),
+    st.floats(0.0, 15.0).map(lambda digits: 1.0 - 10.0**-digits),
+)
+inverse_gammas = st.builds(
+    lambda decay, inv_gamma, power, share: rules.inverse_gamma(
+        decay, inv_gamma, power, decay * share
+    ),
+    decays,
+    st.floats(1e-3, 1e6),
+    st.floats(0.01, 10.0),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+by_decay = st.one_of(st.builds(rules.warmup, decays), inverse_gammas)
+direct = st.one_of(
+    st.builds(rules.Power, st.floats(0.0, 1e6)),
+    decays.map(lambda decay: rules.debiased(rules.constant(decay))),
+    st.builds(rules.window, st.integers(1, 10**9)),
+)
+everies = st.integers(1, 1000)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=50)
+@given(by_decay, everies, seeds)
+def test_any_rule_of_a_decay(rule: rules.Rule, every: int, seed: int) -> None:
+    weight = weight_of(rule, every)
+    table = pieces(weight)
+    updates = np.concatenate((some_updates(seed, 1000), borders(table)))
+    assert_close(table, weight, updates, every * 2.0**-52)
+
+
+@settings(max_examples=50)
+@given(direct, everies, seeds)
+def test_any_rule_with_all_its_digits(rule: rules.Rule, every: int, seed: int) -> None:
+    weight = weight_of(rule, every)
+    table = pieces(weight)
+    updates = np.concatenate((some_updates(seed, 1000), borders(table)))
+    assert_close(table, weight, updates, 0.0)

@@ -1,0 +1,85 @@
+"""`watch="sample"`: a sixteenth of the tensors is looked at in each update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastema
+from fastema.engine.watch import SHARES
+from fastema.errors import ArgumentError
+
+
+def model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(32)))
+
+
+def test_one_moved_tensor_is_noticed_within_a_turn() -> None:
+    net = model()
+    ema = fastema.EMA(net, 0.5, watch="sample")
+    ema.update()
+    weight = net[20].weight
+    old = weight.data
+    start = ema.shadow["20.weight"].clone()
+    weight.data = old + 1.0
+    for _ in range(SHARES):
+        ema.update()
+    # However late it was noticed, the average has moved towards the new memory.
+    assert (ema.shadow["20.weight"] - start).abs().max() > 0.4
+    for _ in range(60):
+        ema.update()
+    torch.testing.assert_close(ema.shadow["20.weight"], weight.detach())
+
+
+def test_the_memory_it_had_is_kept_until_then() -> None:
+    net = model()
+    ema = fastema.EMA(net, 0.5, watch="sample")
+    ema.update()
+    with torch.no_grad():
+        net[31].bias += 1.0
+    before, old = ema.shadow["31.bias"].clone(), net[31].bias.detach().clone()
+    net[31].bias.data = torch.full((4,), 7.0)
+    poison = [torch.full((4,), torch.nan) for _ in range(1000)]  # would take freed memory
+    ema.update()  # looks at the first tensors
+    assert len(poison) == 1000
+    torch.testing.assert_close(ema.shadow["31.bias"], before.lerp(old, 0.5))
+
+
+def test_what_moves_everything_is_noticed_at_once() -> None:
+    net = model()
+    ema = fastema.EMA(net, 0.5, watch="sample")
+    for _ in range(3):
+        ema.update()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.data = parameter.data + 2.0
+    before = ema.shadow["7.bias"].clone()
+    ema.update()
+    torch.testing.assert_close(ema.shadow["7.bias"], before.lerp(net[7].bias.detach(), 0.5))
+
+
+def test_moved_before_the_first_update() -> None:
+    """The first look is at all of them: memory that was freed meanwhile is never read."""
+    net = model()
+    ema = fastema.EMA(net, 0.5, watch="sample")
+    before = ema.shadow["31.bias"].clone()
+    net[31].bias.data = torch.full((4,), 7.0)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["31.bias"], before.lerp(torch.full((4,), 7.0), 0.5))
+
+
+def test_the_evaluation_looks_at_all_of_them() -> None:
+    net = model()
+    ema = fastema.EMA(net, 0.5, watch="sample")
+    ema.update()
+    net[30].bias.data = torch.full((4,), 7.0)
+    average = ema.shadow["30.bias"].clone()
+    with ema.swapped():
+        assert torch.equal(net[30].bias.detach(), average)
+    assert torch.equal(net[30].bias.detach(), torch.full((4,), 7.0))
+
+
+def test_other_words_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="watch='none'"):
+        fastema.EMA(model(), watch="none")
