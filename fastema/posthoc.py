@@ -33,7 +33,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from fastema.bridges.memory import Memory, allocate
-from fastema.bridges.registry import describe
+from fastema.bridges.registry import bridge_of, describe
 from fastema.checkpoint.average import weighted_sum
 from fastema.checkpoint.files import File, read, write
 from fastema.engine.program import Program
@@ -172,11 +172,16 @@ def save_snapshot(
     return paths
 
 
+def _on_the_host(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: bridge_of(array).transfer(array, "cpu") for name, array in arrays.items()}
+
+
 def _to_write(
     arrays: Mapping[str, Any], low: Mapping[str, Any], averaged: Iterable[str], wanted: DType | None
 ) -> dict[str, Memory]:
     """The tensors row-major and in the wanted dtype: as they lie in memory where they are so."""
     averaged = set(averaged)
+    arrays, low = _on_the_host(arrays), _on_the_host(low)
     found: dict[str, Memory] = {}
     others: list[tuple[str, TensorSpec, DType]] = []
     for name, array in arrays.items():

@@ -231,6 +231,8 @@ class StubGpu:
     homes: dict[int, StubHome]
     place: Callable[[torch.Tensor], int | None] = lambda tensor: 0
     """The device that a tensor passes for; None for the host."""
+    on_host: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Storages that were moved to the host, or made there, by address."""
 
     @property
     def home(self) -> StubHome:
@@ -246,13 +248,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StubGpu:
 
     def described(tensor: torch.Tensor) -> TensorSpec:
         spec, index = describe(tensor), stub.place(tensor)
-        if index is None:
+        if index is None or tensor.untyped_storage().data_ptr() in stub.on_host:
             return spec
         return replace(spec, device=f"cuda:{index}", home=stub.homes[index])
 
     monkeypatch.setattr(bridge, "describe", described)
-    monkeypatch.setattr(bridge, "zeros", lambda length, code, _: zeros(length, code, "cpu"))
-    monkeypatch.setattr(bridge, "transfer", lambda tensor, _: tensor.detach())
+
+    def kept(tensor: torch.Tensor, device: str) -> torch.Tensor:
+        if device == "cpu":
+            stub.on_host[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
+        there = described(tensor).device == device
+        return tensor.detach() if there else kept(tensor.detach().clone(), device)
+
+    monkeypatch.setattr(bridge, "zeros", lambda n, code, device: kept(zeros(n, code, "cpu"), device))
+    monkeypatch.setattr(bridge, "transfer", transfer)
     monkeypatch.setattr(engine, "_driver", lambda: driver)
     monkeypatch.setattr(engine, "_devices", {})
     monkeypatch.setattr(engine, "cubin", compiled)

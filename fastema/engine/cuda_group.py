@@ -40,6 +40,9 @@ class SlowWarning(RuntimeWarning):
     """Something slower stands in for our kernels."""
 
 
+_in_graphs: list[Any] = []
+"""Tables that captured graphs read at every replay, of which nobody tells when they are gone."""
+
 _warned: set[str] = set()
 """Devices of which it was said."""
 
@@ -141,23 +144,26 @@ class CudaGroup:
 
     def _launch(self, launches: Sequence[Callable[..., None]], measures: bool) -> None:
         stream = self._home.stream()
-        if stream not in self._streams and not self._home.capturing():
-            self._hold()
-            self._streams.add(stream)
+        if stream not in self._streams:
+            self._begin_on(stream)
         if measures:
             self._measured = None
         for part, launch in zip(self._parts, launches, strict=True):
             launch(stream, part.parameters)
 
-    def _hold(self) -> None:
-        """Keep what this stream works on from being given away while it does."""
+    def _begin_on(self, stream: int) -> None:
+        """Keep what a stream is going to work on from being given away while it does."""
         owners = [part.owner for part in self._parts]
         if self._measures is not None:
             owners.append(self._measures)
+        if self._home.capturing():
+            _in_graphs.extend(owners)
+            return  # not noted as known: a graph may be captured there again
         for pair in self._members:
             others = pair.low, pair.ring and pair.ring[0]
             owners += [spec.owner for spec in (pair.dst, pair.src, *others) if spec is not None]
         self._home.hold(owners)
+        self._streams.add(stream)
 
     def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
         """The operation in the framework's own functions, and a warning, once for a device."""

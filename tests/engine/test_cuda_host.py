@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -427,3 +428,32 @@ def test_torch_without_cuda_says_so() -> None:
     with pytest.raises(DeviceError, match="cannot move a tensor to cuda"):
         ema.to("cuda")
     ema.update()
+
+
+def test_an_average_moves_between_devices(gpu: StubGpu) -> None:
+    model = Model()
+    ema = fastema.EMA(model, 0.5)
+    step(model)
+    ema.update()
+    before = shadow(ema)
+    gpu.place = lambda tensor: None  # the model was moved; the average still is on the GPU
+    there = {t.untyped_storage().data_ptr() for t in ema.shadow.values()}
+    gpu.place = lambda tensor: 0 if tensor.untyped_storage().data_ptr() in there else None
+    ema.to("cpu")
+    assert_same(before, shadow(ema))
+    gpu.driver.take()
+    ema.update()
+    assert not gpu.driver.take()
+
+
+def test_snapshots_of_an_average_on_a_gpu(gpu: StubGpu, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = Model()
+    ema = fastema.PowerEMA(model)
+    for _ in range(3):
+        step(model)
+        ema.update()
+    paths = fastema.posthoc.save_snapshot(ema, tmp_path)
+    for path, average in zip(paths, ema.shadows, strict=True):
+        assert_same(load_file(path), dict(average))
