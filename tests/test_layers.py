@@ -76,6 +76,9 @@ TABLE = {
     "rules.posthoc": Room(ours="errors typing", theirs="numpy", never="time datetime"),
     "layout": Room(ours="errors typing kernels.table", theirs="numpy"),
     "engine": Room(ours="layout errors typing kernels", theirs="numpy"),
+    "engine.cuda": Room(
+        ours="layout errors typing kernels engine", theirs="numpy", lazy_theirs="cuda"
+    ),
     # Bridges meet in the registry, which imports one when its framework is there, and do not
     # know each other. DLPack and what wrappers do to names is what they share.
     "bridges": Room(ours="layout errors typing", own_room=False),
@@ -97,9 +100,23 @@ TABLE = {
             "names": "",
             "numpy": "",
             "tensorflow": "tensorflow",
-            "torch": "torch",
         }.items()
     },
+    # Of torch's bridge: its GPUs, and what its own functions do where our kernels are missing.
+    "bridges.torch": Room(
+        ours="layout errors typing bridges.dlpack bridges.names bridges.torch_cuda",
+        theirs="numpy torch",
+        own_room=False,
+    ),
+    "bridges.torch_cuda": Room(
+        ours="layout errors typing",
+        theirs="numpy torch",
+        lazy_ours="bridges.torch_foreach",
+        own_room=False,
+    ),
+    "bridges.torch_foreach": Room(
+        ours="layout errors typing kernels.table", theirs="numpy torch", own_room=False
+    ),
     "plan": Room(ours="engine bridges layout errors typing"),
     "shadow": Room(
         ours="rules engine bridges layout errors typing",

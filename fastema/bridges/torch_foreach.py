@@ -121,8 +121,7 @@ def _to_odd(values: Tensor) -> Tensor:
     nearest = values.to(torch.float32)
     back = nearest.to(torch.float64)
     bits = nearest.view(torch.int32)
-    inexact = (back != values).logical_and_(values == values)
-    wrong = inexact.logical_and_((bits & 1) == 0)
+    wrong = (back != values).logical_and_((bits & 1) == 0)  # a NaN stays one with any odd bits
     # One step of the bits is one step away from zero, whatever the sign.
     bits.add_(wrong)
     bits.add_(wrong.logical_and_(back.abs_() > values.abs()), alpha=-2)
@@ -174,7 +173,6 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
         values = _to_odd(values) if values.dtype == torch.float64 else values
         size = values.abs()
         shift = (size < lift).to(torch.float32).mul_(lift)
-        # Shared by both: the float32, and its bits as an integer.
         lifted = size + shift
         bits = lifted.view(torch.int32)
         bits.add_(_words(batch, moment, dropped)).clamp_(max=beyond).bitwise_and_(~rest)

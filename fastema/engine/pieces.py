@@ -207,11 +207,11 @@ def _same(at: _Weight, start: int, toward: int) -> int:
                 good = middle
             else:
                 bad = middle
-        first = min(start, start + sign * (bad - 1))
-        looked_at = [_fit_points(bad) + first, _check_points(first, bad), _stretch(first, bad)]
+        lower, upper = sorted((start, start + sign * (bad - 1)))
         others = [
             abs(update - start)
-            for update in np.concatenate(looked_at).tolist()
+            for first, length in _blocks(max(lower, 2), upper + 1)
+            for update in _points(first, length)
             if at(update) != value
         ]
         if not others:
@@ -231,12 +231,12 @@ def _check_points(first: int, length: int) -> _Updates:
     if length <= _WHOLE:
         return np.arange(0)
     points = [first, first + length - 1]
-    # Where rules of people's own are likely to jump.
-    ten = 10
-    while ten <= length:
-        turn = -(-first // ten) * ten
-        points += range(max(turn - 1, first), min(turn + 2, first + length))
-        ten *= 10
+    # Where rules of people's own are likely to jump: the roundest numbers, and one of each kind.
+    for digits in range(1, len(str(length))):
+        ten = 10**digits
+        turns = range(-(-first // ten) * ten, first + length, ten)
+        for turn in turns if 10 * ten > length else turns[:1]:
+            points += range(max(turn - 1, first), min(turn + 2, first + length))
     return np.concatenate((points, first + (_CHECKED * length).astype(np.int64)))
 
 
@@ -244,6 +244,13 @@ def _stretch(first: int, length: int) -> _Updates:
     """Updates on end in the middle of a piece."""
     count = 0 if length <= _WHOLE else min(length, _STRETCH)
     return first + (length - count) // 2 + np.arange(count)
+
+
+def _points(first: int, length: int) -> Iterator[int]:
+    """All updates at which a piece is looked at."""
+    yield from (first + _fit_points(length)).tolist()
+    yield from _check_points(first, length).tolist()
+    yield from _stretch(first, length).tolist()
 
 
 @functools.cache

@@ -124,11 +124,16 @@ def run_both(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *sett
     return others
 
 
+def memory(one: Any) -> Any:
+    """The whole storage of a tensor, gaps included, in bytes."""
+    return torch.empty(0, dtype=torch.uint8).set_(one.untyped_storage())
+
+
 def assert_same_bits(pairs: Sequence[Pair], others: Sequence[Pair]) -> None:
     """Every byte of their storages is equal, gaps included."""
     for pair, other in zip(pairs, others, strict=True):
         for one, two in zip(owners(pair), owners(other), strict=True):
-            assert bytes(one.untyped_storage()) == bytes(two.untyped_storage()), pair.name
+            assert torch.equal(memory(one), memory(two)), pair.name
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]
@@ -165,11 +170,16 @@ def assert_lerped(
     np.testing.assert_array_equal(value[infinite], theirs[infinite])
     finite = np.isfinite(theirs)
     assert finite.sum() > 500
+    computed = "f64" if "f64" in map(reference.real_of, (dst, src)) else "f32"
+    if reference.decode(reference.encode(np.array([w]), computed), computed) == 1:
+        want = reference.cast(x, src, dst)  # whatever the average held
+        np.testing.assert_array_equal(value, values_of(want, dst))
+        return
     with np.errstate(all="ignore"):
         exact = exact_lerp(before, x, w, dst, src)
         moved = np.abs(exact - values_of(before, dst)).astype(float)
-        u = unit_roundoff("f64" if "f64" in map(reference.real_of, (dst, src)) else "f32")
-        bound = lerp_bound(before, x, w, dst, src) + 2 * u * moved + cast_bound(0 * moved, dst)
+        bound = lerp_bound(before, x, w, dst, src) + 2 * unit_roundoff(computed) * moved
+        bound += reference.FLOATS[computed].smallest
         assert np.all(np.abs(value - exact)[finite] <= bound[finite])
 
 
@@ -187,10 +197,10 @@ def test_average_of_every_pair_of_floats(dst: str, src: str, numbers: Make) -> N
             (other,) = run_both("lerp", [pair], (w,))
             got, theirs = stored(pair.dst.owner), stored(other.dst.owner)
             assert_lerped(got, *sides, w, dst, src, theirs)
-            if w in (0.0, 1.0):
+            if w == 0:
                 np.testing.assert_array_equal(values_of(got, dst), values_of(theirs, dst))
             if dst in STEPS:
-                assert np.mean(got == theirs) > 0.99
+                assert np.mean(got[:1500] == theirs[:1500]) > 0.99
             np.testing.assert_array_equal(words(pair.src.owner), words(other.src.owner))
 
 
@@ -365,9 +375,8 @@ def test_average_rounded_by_random_bits(code: str, src: str, numbers: Make) -> N
         among = (got == low) | (got == high)
         assert among.mean() > 0.99
         # Of the others the value before it was rounded was on the other side of a number.
-        assert np.all(
-            np.abs(got - exact) <= 1.01 * 2 * cast_bound(np.abs(exact).astype(float), code)
-        )
+        bound = 2 * lerp_bound(before, x, w, code, src)
+        assert np.all(np.abs(got - exact) <= bound)
         inner = among & (low != high) & (share > 0.01) & (share < 0.99)
         z = ((got == high) - share)[inner].sum() / np.sqrt((share * (1 - share))[inner].sum())
         assert abs(z) < 5
@@ -538,8 +547,8 @@ def test_measures_of_each_pair(dst: str, src: str, numbers: Make) -> None:
 @pytest.mark.parametrize("src", [*REAL, *COMPLEX])
 def test_number_of_elements_that_are_not_finite(src: str, numbers: Make) -> None:
     wide = {"c64": "c64", "c128": "c128"}.get(src, "f32")
-    arrays = [numbers(n, src, n, "bits") for n in (900, 0, 3)]
-    arrays += [numbers(n, src, n) for n in (900, 7)]
+    arrays = [with_specials(*[numbers(n, src, n, "bits")] * 2, src, src)[0] for n in (900, 5)]
+    arrays += [numbers(n, src, n) for n in (0, 900, 7)]
     pairs = [
         pair_of(torch.zeros(len(x), dtype=bridge.native(wide)), tensor(x, src)) for x in arrays
     ]
@@ -547,10 +556,11 @@ def test_number_of_elements_that_are_not_finite(src: str, numbers: Make) -> None
     found = run("finite", pairs)
     with np.errstate(invalid="ignore"):
         bad = [(~np.isfinite(values_of(x, src))).sum() for x in arrays]
-    assert sum(bad) > 0
+    assert np.all(np.array(bad[:2]) > 20)
+    assert not any(bad[2:])
     np.testing.assert_array_equal(found[:, DISTANCE], bad)
     assert_same_bits(pairs, before)
-    assert not run("finite", pairs[3:]).any()
+    assert not run("finite", pairs[2:]).any()
     # Both sides the same tensor, as a guard has them.
     same = [pair_of(pair.src.owner, pair.src.owner) for pair in pairs]
     np.testing.assert_array_equal(run("finite", same)[:, DISTANCE], bad)
@@ -681,7 +691,7 @@ LAYOUTS = {
 
 def laid_out(values: Array, code: str, strides: tuple[int, ...], start: int = 3) -> Any:
     """A tensor of these values and strides within memory that holds something else."""
-    source = tensor(np.ascontiguousarray(values), code)
+    source = tensor(values.copy(), code)
     length = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True) if n)
     filler = torch.full((start + length + 9,), 85, dtype=torch.uint8).to(source.dtype)
     placed = filler.as_strided(values.shape, strides, start)
@@ -700,56 +710,55 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("operation", "dst", "src"), MOVES)
+CASES = [
+    pytest.param(*move, layout, id="-".join([*move, layout]))
+    for move, layout in product(MOVES, LAYOUTS)
+    if not ("source" in layout and move[0] in ("swap", "park"))  # which would write it
+]
+
+
+def gaps(one: Any) -> Any:
+    """The memory around a tensor's elements."""
+    whole = torch.empty(0, dtype=one.dtype).set_(one.untyped_storage()).clone()
+    places = torch.arange(len(whole))
+    whole[places.as_strided(one.shape, one.stride(), one.storage_offset()).reshape(-1)] = 0
+    return words(whole)
+
+
+@pytest.mark.parametrize(("operation", "dst", "src", "layout"), CASES)
 def test_every_way_to_lie_in_memory(
     operation: str, dst: str, src: str, layout: str, numbers: Make
 ) -> None:
-    shape, *strides = LAYOUTS[layout]
-    if "source" in layout and operation in ("swap", "park"):
-        pytest.skip("an expanded tensor is not written")
+    shape, to_strides, of_strides = LAYOUTS[layout]
     size = int(np.prod(shape))
-    code = {SPLIT: "bf16"}.get(dst, dst.strip("~"))
-    to = laid_out(numbers(size, code, 1).reshape(shape), code, strides[0])
-    of = laid_out(numbers(size, src, 2).reshape(shape), src, strides[1], 5)
-    low = ring = None
-    settings = (0, 0)
-    if dst == SPLIT:
-        low = laid_out(numbers(size, "i16", 3, "bits").reshape(shape), "i16", strides[0])
+
+    def made(code: str, seed: int, strides: tuple[int, ...], *slots: int) -> Any:
+        values = numbers(size * int(np.prod(slots)), code, seed)
+        return laid_out(values.reshape((*slots, *shape)), code, strides, 2 + seed)
+
+    to = made({SPLIT: "bf16"}.get(dst, dst.strip("~")), 1, to_strides)
+    of = made(src, 2, of_strides)
     if operation == "window":
-        low = laid_out(numbers(size, "f32", 3).reshape(shape), "f32", strides[0])
-        far = (2 + sum(n * s for n, s in zip(shape, strides[0], strict=True)), *strides[0])
-        values = numbers(3 * size, "bf16", 4).reshape(3, *shape)
-        ring = laid_out(values, "bf16", far)
-        settings = (0, 1, 3, 1, 2)
-    form = dst if dst.endswith(("~", "16")) and dst != "i16" else ""
-    pair = pair_of(to, of, low=low, ring=ring, form="" if form == dst.strip("~") else form)
-    number = 2.0 if operation == "window" else 0.25
-    others = run_both(operation, [pair], (number,), *settings)
-    if operation in ("copy", "swap", "park"):
-        assert_same_bits([pair], others)
-        return
-    for one, two in zip(owners(pair), owners(others[0]), strict=True):
-        # What is not an element of the tensor is as it was.
-        kept, others_kept = (
-            torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone() for x in (one, two)
-        )
-        for whole, x in ((kept, one), (others_kept, two)):
-            if one.dtype != torch.int16:
-                whole.as_strided(x.shape, x.stride(), x.storage_offset()).zero_()
-        if one.dtype != torch.int16:
-            assert torch.equal(words(kept), words(others_kept))
-    if operation == "window":  # the kernels add to whatever was there
-        inner = ring.float()
-        want = (inner[0] + of.float()) / 2
-        torch.testing.assert_close(to, want)
-        assert torch.equal(ring[1], of)
-    elif dst == SPLIT:
-        got, want = joined(pair), joined(others[0])
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-9)
+        far = (2 + sum(n * s for n, s in zip(shape, to_strides, strict=True)), *to_strides)
+        ring = made("bf16", 4, far, 3)
+        pair = pair_of(to, of, low=made("f32", 3, to_strides), ring=ring)
+        before, (other,) = ring.clone(), twin([pair])
+        run(operation, [pair], (2.0,), 0, 1, 3, 1, 2)
+        torch.testing.assert_close(to, (before[0].float() + of.float()) / 2)
+        assert torch.equal(ring, torch.stack([before[0], of, before[2]]))
     else:
-        a, b = (x[0].dst.owner.to(torch.complex128) for x in ([pair], others))
-        torch.testing.assert_close(a, b, rtol=2**-6 if "~" in dst else 1e-6, atol=1e-6)
+        low = made("i16", 3, to_strides) if dst == SPLIT else None
+        pair = pair_of(to, of, low=low, form=dst if dst == SPLIT or "~" in dst else "")
+        (other,) = run_both(operation, [pair], (0.25,))
+        if operation != "lerp":
+            assert_same_bits([pair], [other])
+        elif dst == SPLIT:
+            np.testing.assert_allclose(joined(pair), joined(other), rtol=1e-6, atol=1e-9)
+        else:
+            near = 2.0**-6 if "~" in dst else 1e-6
+            torch.testing.assert_close(to, other.dst.owner, rtol=near, atol=1e-6)
+    for one, two in zip(owners(pair), owners(other), strict=True):
+        assert torch.equal(gaps(one), gaps(two))
 
 
 # -- what torch keeps of a tensor ------------------------------------------------------------------
@@ -839,6 +848,18 @@ def test_batches_cover_every_element_once(numbers: Make) -> None:
         )
     # Full ones: no more than twice as many as there have to be, of each kind.
     assert len(made) <= 2 * (sum(sizes.values()) // 100) + 4
+
+
+def test_dense_pieces_are_flat_whatever_the_order_of_axes() -> None:
+    """Lists of tensors that lie alike are what torch takes in one launch."""
+    avg, x = (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2))
+    other = torch.zeros(2, 3, 4, 5, dtype=torch.complex64).permute(3, 0, 2, 1)
+    gapped = torch.zeros(9, 8)[:, :4]
+    pairs = [pair_of(avg, x), pair_of(other, other.clone()), pair_of(gapped, gapped.clone())]
+    made = foreach.batches("lerp", pairs, 1000)
+    assert [[one.shape for one in batch.dst] for batch in made] == [[(120,), (240,), (9, 4)]]
+    (mean,) = foreach.batches("window", [window_pair(WINDOWS[0], 7, 3)], 1000)
+    assert mean.ring[0].shape == (3, 7)
 
 
 def test_pieces_are_those_of_the_whole(numbers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
