@@ -10,11 +10,16 @@ import numpy as np
 
 from fastema.kernels.jit import device_fn
 from fastema.kernels.table import (
+    COEFFICIENTS,
+    DEGREE,
     DONE,
     EVERY,
+    FIRST,
     IDLE,
     MOST_TOGETHER,
+    PIECE,
     PIECES,
+    SCALE,
     SLOT,
     START,
     STEP,
@@ -23,11 +28,6 @@ from fastema.kernels.table import (
     WINDOW,
 )
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
-
-FIRST, SCALE, COEFFICIENTS, DEGREE = 0, 1, 2, 11
-"""Columns of a table of weights, see :func:`fastema.engine.pieces.pieces`."""
-
-PIECE = COEFFICIENTS + DEGREE + 1
 
 
 @device_fn

@@ -48,8 +48,11 @@ like a control block.
 ``START``        updates before the averages begin
 ``EVERY``        work is done at every so many-th update
 ``PIECES``       for each of the averages, the address and the number of rows of the table of its
-                 weights, see :mod:`fastema.engine.pieces`
+                 weights
 ===============  ==================================================================================
+
+That table, ``float64[rows, PIECE]``, is made by :mod:`fastema.engine.pieces`: ``FIRST``, the first
+update of a piece, ``SCALE``, and from ``COEFFICIENTS`` on those of a polynomial of ``DEGREE``.
 
 Measures, per row: ``DISTANCE`` and ``SQUARE``, the sums of squares of weights minus average and of
 the average after the update, and ``STILL``, the number of elements that did not change; a kernel
@@ -94,6 +97,12 @@ START: Final = DONE + 1
 EVERY: Final = DONE + 2
 PIECES: Final = DONE + 3
 CLOCK_CELLS: Final = PIECES + 2 * MOST_TOGETHER
+
+FIRST: Final = 0
+SCALE: Final = 1
+COEFFICIENTS: Final = 2
+DEGREE: Final = 11
+PIECE: Final = COEFFICIENTS + DEGREE + 1
 
 DISTANCE: Final = 0
 SQUARE: Final = 1

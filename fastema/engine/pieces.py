@@ -17,7 +17,7 @@ from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 
 from fastema.errors import ArgumentError
-from fastema.kernels.cuda_clock import COEFFICIENTS, DEGREE, FIRST, PIECE, SCALE
+from fastema.kernels.table import COEFFICIENTS, DEGREE, FIRST, PIECE, SCALE
 
 __all__ = ["evaluate", "pieces"]
 
@@ -96,14 +96,15 @@ def pieces(weight: Callable[[int], float], last: int = 2**31) -> NDArray[np.floa
 
     Elsewhere the relative error is at most 4e-15 where the weights are rounded by less. Where they
     are not, as in one minus a decay that is close to 1, the piece goes through the middle of what
-    they are rounded to: then the error is at most twice their own, and at most 2**-40. Whether a
-    device multiplies and adds at once or one after the other makes no difference to these bounds.
+    they are rounded to: then the error is about twice their own at most, and below 2**-40. Whether
+    a device multiplies and adds at once or one after the other makes no difference to these bounds.
 
     A piece is halved until it fits wherever it is looked at: at every update of a short one; of a
     long one at 60 that are spread over it, around multiples of powers of ten, and at 128 on end.
     The first 8,192 updates are all compared. What a rule does later at few single updates, or once
-    in a long while, may not be seen. For our rules that makes up to 50,000 calls; rules with many
-    kinks, and those that are refused, may take two million.
+    in a long while, may not be seen. For our rules that makes up to 60,000 calls; rules with many
+    kinks, and those that are refused, may take two million. A debiased rule goes through all
+    updates before the one from which on nothing of its start is left, which may be many.
     """
     if not 1 <= last < 2**53:
         raise ArgumentError(f"last={last!r}: expected a whole number from 1 to 2**53 - 1")

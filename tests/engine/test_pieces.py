@@ -15,7 +15,7 @@ from fastema import rules
 from fastema.engine.pieces import evaluate, pieces
 from fastema.errors import ArgumentError
 from fastema.kernels import cuda_clock
-from fastema.kernels.table import CLOCK_CELLS, DONE, EVERY, PIECES, WEIGHTS
+from fastema.kernels.table import CLOCK_CELLS, DEGREE, DONE, EVERY, PIECE, PIECES, WEIGHTS
 
 LAST = 2**31
 CLOSE = 4e-15  # relative, where the rule is rounded by less
@@ -121,7 +121,7 @@ def test_every_rule_at_every_update(rule: rules.Rule, every: int) -> None:
     table = pieces(weight)
     assert calls < 60_000
     assert table.dtype == np.float64
-    assert table.shape == (len(table), cuda_clock.PIECE)
+    assert table.shape == (len(table), PIECE)
     assert len(table) < 300
     assert table[0, 0] == 1
     assert (np.diff(table[:, 0]) > 0).all()
@@ -180,7 +180,7 @@ def test_a_constant_is_one_piece(decay: float, every: int) -> None:
     weight = weight_of(rules.constant(decay), every)
     table = pieces(weight)
     assert len(table) == 1
-    assert table[0].tolist() == [1.0, 0.0, weight(1), *[0.0] * cuda_clock.DEGREE]
+    assert table[0].tolist() == [1.0, 0.0, weight(1), *[0.0] * DEGREE]
     for update in (1, 2, 1000, LAST, 2**40):
         assert evaluate(table, update) == weight(1)
 
@@ -251,6 +251,33 @@ def test_a_jump_is_exact_on_both_sides() -> None:
     assert table[:, :3].tolist() == [[1.0, 0.0, 0.0], [123_456_789.0, 0.0, 0.5]]
 
 
+@pytest.mark.parametrize("span", [(300_000, 300_001), (40_000_000, 50_000_000), (71, 4000)])
+def test_a_while_with_another_weight_is_found(span: tuple[int, int]) -> None:
+    def weight(update: int) -> float:
+        return 0.7 if span[0] <= update < span[1] else 0.5
+
+    table = pieces(weight)
+    want = [[1.0, 0.0, 0.5], [span[0], 0.0, 0.7], [span[1], 0.0, 0.5]]
+    assert table[:, :3].tolist() == want
+
+
+@pytest.mark.parametrize("reset", [20_000, 300_000, 4_000_001])
+def test_a_round_update_that_stands_out_is_found(reset: int) -> None:
+    def weight(update: int) -> float:
+        return 1.0 if update == reset else 1 / (update + 9)
+
+    table = pieces(weight)
+    updates = np.concatenate((np.arange(reset - 1000, reset + 1000), some_updates(4, 10_000)))
+    assert evaluate(table, reset) == 1.0
+    assert_close(table, weight, updates, 0.0)
+
+
+def test_a_polynomial_is_kept_between_0_and_1() -> None:
+    table = np.zeros((2, PIECE))
+    table[:, :4] = [[1.0, 1.0, 0.5, 0.7], [3.0, 0.0, 1.0 + 2**-52, 0.0]]
+    assert [evaluate(table, update) for update in (1, 2, 3)] == [0.0, 0.5, 1.0]
+
+
 @pytest.mark.parametrize("last", [1, 2, 3, 63, 64, 65, 66, 67, 100, 1000, 8191, 12_345])
 @pytest.mark.parametrize("rule", [rules.power(0.1), rules.constant(0.9), rules.warmup(0.99)])
 def test_the_last_weight_is_held(rule: rules.Rule, last: int) -> None:
@@ -319,7 +346,13 @@ def every_epoch(update: int) -> float:
     return 1.0 if update % 391 == 0 else 0.01
 
 
-@pytest.mark.parametrize("weight", [alternating, wave, single, every_thousandth, every_epoch])
+def every_other_while(update: int) -> float:
+    return 1.0 if update > 10_000 and update % 151 == 5 else 1 / (update + 9)
+
+
+@pytest.mark.parametrize(
+    "weight", [alternating, wave, single, every_thousandth, every_epoch, every_other_while]
+)
 def test_weights_that_jump_are_refused(weight: Weight) -> None:
     calls = 0
 

@@ -1,0 +1,378 @@
+"""The GPU's clock, its threads run on the host: when there is work, and with what weights.
+
+It differs from :meth:`fastema.rules.Schedule.weights` in two ways, both bounded here. Its weights
+come from polynomials (:mod:`fastema.engine.pieces`): after the first 64 updates they may be off by
+4e-15 of themselves, or, where the rule's own weight is one minus a decay, by twice the rounding of
+that decay, 2**-53 for each step of an update. And from update 2**31 on the weight stays what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numba import types
+from numpy.typing import NDArray
+
+import fastema
+from fastema.engine.clock import Clock
+from fastema.engine.pieces import evaluate
+from fastema.kernels import cuda_clock
+from fastema.kernels.jit import cpu_kernel
+from fastema.kernels.table import (
+    CLOCK_CELLS,
+    DONE,
+    EVERY,
+    FIRST,
+    IDLE,
+    MOST_TOGETHER,
+    PIECE,
+    PIECES,
+    SCALE,
+    SEED,
+    SLOT,
+    START,
+    STEP,
+    TURN,
+    WEIGHTS,
+    WINDOW,
+)
+from fastema.kernels.words import load, pointer_i64
+from fastema.rules import (
+    Rule,
+    Schedule,
+    constant,
+    cumulative_mean,
+    debiased,
+    half_life,
+    inverse_gamma,
+    power,
+    warmup,
+)
+from fastema.shadow.counting import tables_for
+
+from ..stubgpu import StubGpu, clock_twin, gpu
+
+__all__ = ["gpu"]
+
+Table = NDArray[np.float64]
+
+LAST = 2**31
+"""Updates that a table of weights reaches."""
+
+POISON = -0x0123456789ABCDEF
+AROUND = 16
+"""Cells of poison on either side of a clock."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp(Rule):
+    """A rule of somebody's own: a decay that rises in a straight line, and a jump on the way."""
+
+    steps: int
+
+    def decay(self, n: int) -> float:
+        if n >= self.steps:
+            return 0.9995
+        return 0.5 + 0.4 * n / self.steps
+
+
+RULES: tuple[Rule, ...] = (
+    constant(0.999),
+    warmup(0.999),
+    inverse_gamma(0.9999),
+    inverse_gamma(0.999, inv_gamma=3.0, power=0.75, minimum=0.1),
+    power(0.05),
+    power(0.2),
+    cumulative_mean(),
+    debiased(constant(0.999)),
+    debiased(warmup(0.99)),
+    constant(0.0),
+    half_life(500),
+    Ramp(700),
+)
+
+
+@functools.cache
+def tables_of(rules: tuple[Rule, ...], every: int) -> list[Table]:
+    return tables_for(Schedule(rules, every))
+
+
+@functools.cache
+def threads_twin() -> Any:
+    """The kernel with any number of threads, in any order: ``run(clock, order, threads)``."""
+    done, advance = cuda_clock.done, cuda_clock.advance
+
+    def run(clock, order, threads):  # type: ignore[no-untyped-def]
+        before = done(clock)
+        for k in range(threads):
+            advance(clock, before, load(pointer_i64(order), k), threads)
+
+    return cpu_kernel(types.void(types.int64, types.int64, types.int64))(run)
+
+
+class Face:
+    """A clock in poisoned memory."""
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        *,
+        done: int = 0,
+        start: int = 0,
+        every: int = 1,
+        window: int = 0,
+        seed: int = 5,
+    ) -> None:
+        self._whole = np.full(CLOCK_CELLS + 2 * AROUND, POISON, np.int64)
+        self.cells = self._whole[AROUND:-AROUND]
+        self.address = self.cells.ctypes.data
+        self.tables = [np.ascontiguousarray(table) for table in tables]
+        for place, value in {
+            **{DONE: done, STEP: done, SEED: seed, START: start, EVERY: every, WINDOW: window},
+            **{PIECES + 2 * which + 1: 0 for which in range(MOST_TOGETHER)},
+        }.items():
+            self.cells[place] = value
+        for which, table in enumerate(self.tables):
+            self.cells[PIECES + 2 * which] = table.ctypes.data
+            self.cells[PIECES + 2 * which + 1] = len(table)
+
+    def advance(self, run: Callable[[int], None] | None = None) -> None:
+        """The next update; asserts that it writes what it has to, and nothing else."""
+        before = self._whole.copy()
+        done = int(self.cells[DONE])
+        written = [IDLE, STEP, *range(WEIGHTS, WEIGHTS + MOST_TOGETHER)]
+        if self.cells[WINDOW]:
+            written += [SLOT, TURN]
+        self.cells[written] = POISON
+        (run or clock_twin())(self.address)
+        assert self.cells[DONE] == self.cells[STEP] == done + 1
+        assert self.cells[IDLE] in (0, 1)
+        rest = np.ones(len(before), bool)
+        rest[AROUND + np.array([DONE, *written])] = False
+        np.testing.assert_array_equal(self._whole[rest], before[rest])
+        numbers = self.cells[WEIGHTS : WEIGHTS + MOST_TOGETHER]
+        kept = numbers == POISON
+        expected = 0 if self.cells[IDLE] else 1 if self.cells[WINDOW] else len(self.tables)
+        if not self.cells[WINDOW]:
+            assert kept.tolist() == [k >= expected for k in range(MOST_TOGETHER)]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """What the kernels of this update find; nothing where it is idle."""
+        if self.cells[IDLE]:
+            return ()
+        found = self.cells[WEIGHTS : WEIGHTS + len(self.tables)].view(np.float64)
+        return tuple(found.tolist())
+
+
+def exact(schedule: Schedule, step: int) -> tuple[float, ...]:
+    """The schedule's weights, where the clock's table ends those of its end."""
+    start, every = schedule.start_after, schedule.update_every
+    beyond = (step - start) // every - LAST
+    return schedule.weights(step - max(beyond, 0) * every)
+
+
+def bound(weight: float, every: int) -> float:
+    return 4e-15 * weight + 2 * every * 2.0**-53
+
+
+def check(face: Face, schedule: Schedule, step: int) -> float:
+    """Compare an update's weights; the largest difference as a share of what is allowed."""
+    want = exact(schedule, step)
+    got = face.weights
+    assert len(got) == len(want), step
+    update = (step - schedule.start_after) // schedule.update_every
+    if not want or update <= 64:
+        assert got == want, step
+        return 0.0
+    worst = 0.0
+    for rule, a, b in zip(schedule.rules, got, want, strict=True):
+        share = abs(a - b) / bound(b, schedule.update_every)
+        assert share <= 1.0, (rule, step, a, b)
+        worst = max(worst, share)
+    return worst
+
+
+@pytest.mark.parametrize(
+    ("every", "start", "rules"),
+    [
+        (1, 0, RULES[:8]),
+        (1, 5, RULES[6:]),
+        (3, 0, RULES[4:12]),
+        (10, 7, RULES[:8]),
+        (7, 100, (RULES[11], RULES[2], RULES[5])),
+        *((1, 0, (rule,)) for rule in RULES),
+    ],
+)
+def test_thousands_of_updates(every: int, start: int, rules: tuple[Rule, ...]) -> None:
+    schedule = Schedule(rules, every, start)
+    face = Face(tables_of(rules, every), start=start, every=every)
+    steps = 12_000 if every > 1 else 5_000
+    idle = 0
+    for step in range(1, steps + 1):
+        face.advance()
+        check(face, schedule, step)
+        idle += not face.weights
+    worked = (steps - start) // every + (1 if start else 0)
+    assert idle == steps - worked
+
+
+@given(
+    rules=st.lists(st.sampled_from(RULES), min_size=1, max_size=MOST_TOGETHER, unique=True),
+    every=st.sampled_from([1, 2, 10, 16]),
+    start=st.integers(0, 2**33),
+    power_of_two=st.integers(0, 41),
+    data=st.data(),
+)
+def test_any_update(
+    rules: list[Rule], every: int, start: int, power_of_two: int, data: st.DataObject
+) -> None:
+    near = 2**power_of_two
+    m = data.draw(st.integers(max(near - 70, -start), near + 70))
+    done = max(start + m - 1, 0)
+    schedule = Schedule(rules, every, start)
+    face = Face(tables_of(tuple(rules), every), done=done, start=start, every=every)
+    for step in range(done + 1, done + 2 * every + 2):
+        face.advance()
+        check(face, schedule, step)
+
+
+@pytest.mark.parametrize("done", [2**31, 2**32, 2**40, 2**53])
+@pytest.mark.parametrize("every", [1, 10])
+def test_from_some_update_on_the_weights_stay(done: int, every: int) -> None:
+    rules = RULES[4:9]
+    face = Face(tables_of(rules, every), done=done * every - 1, every=every)
+    face.advance()
+    last = tuple(rule.weight(LAST * every, every) for rule in rules)
+    assert face.weights == last  # to the bit: this update has a piece of its own
+    assert face.cells[DONE] == done * every
+    follow = Schedule(rules, every).weights(done * every)
+    assert (follow == last) == (done == LAST)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 32, 256, 1024])
+def test_any_number_of_threads_in_any_order(threads: int) -> None:
+    generator = np.random.default_rng(threads)
+    rules = RULES[1:9]
+    tables = tables_of(rules, 2)
+    assert max(len(table) for table in tables) > 64
+    schedule = Schedule(rules, 2, 3)
+    for done in (0, 2, 4, 130, 131, 5_000, 10**6 - 1, 2**31 + 2, 2**40):
+        face = Face(tables, done=done, start=3, every=2)
+        for step in range(done + 1, done + 4):
+            order = generator.permutation(threads)
+            face.advance(lambda clock, order=order: twin_of(clock, order))
+            check(face, schedule, step)
+
+
+def twin_of(clock: int, order: NDArray[np.int64]) -> None:
+    threads_twin()(clock, order.ctypes.data, len(order))
+
+
+def random_tables(generator: np.random.Generator, rows: int, last: int) -> Table:
+    """A table of any polynomials, not one that belongs to a rule."""
+    firsts = np.unique(np.concatenate(([1], generator.integers(2, last, rows - 1))))
+    table = generator.uniform(-0.2, 0.2, (len(firsts), PIECE))
+    table[:, FIRST] = firsts
+    lengths = np.diff(np.append(firsts, 2 * last))
+    table[:, SCALE] = 2.0 ** (1 - np.ceil(np.log2(lengths)))
+    table[generator.random(len(firsts)) < 0.2, SCALE] = 0.0
+    return table
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 600),
+    count=st.integers(1, MOST_TOGETHER),
+    last=st.sampled_from([1_000, 2**31, 2**44]),
+    threads=st.sampled_from([1, 7, 256]),
+)
+def test_any_table(seed: int, rows: int, count: int, last: int, threads: int) -> None:
+    generator = np.random.default_rng(seed)
+    tables = [random_tables(generator, max(rows // (k + 1), 1), last) for k in range(count)]
+    edges = tables[0][:, FIRST].astype(np.int64)
+    looked_at = [*generator.choice(edges, 3), *(generator.choice(edges, 3) - 1)]
+    looked_at += [1, 2 * last, int(generator.integers(1, last))]
+    order = generator.permutation(threads)
+    for update in map(int, looked_at):
+        if update < 1:
+            continue
+        face = Face(tables, done=update - 1)
+        face.advance(lambda clock: twin_of(clock, order))
+        want = [evaluate(table, update) for table in tables]
+        np.testing.assert_allclose(face.weights, want, rtol=0, atol=1e-15)
+
+
+def test_tables_of_one_row() -> None:
+    rules = (constant(0.25), constant(0.999), constant(0.0))
+    tables = tables_of(rules, 1)
+    assert [len(table) for table in tables] == [1, 1, 1]
+    face = Face(tables, start=2)
+    seen = []
+    for _ in range(4):
+        face.advance()
+        seen.append(face.weights)
+    weights = tuple(rule.weight(1) for rule in rules)
+    assert seen == [(), (1.0, 1.0, 1.0), weights, weights]
+
+
+@pytest.mark.parametrize("start", [0, 1, 6])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 1000])
+def test_a_windowed_mean_has_its_moment(window: int, every: int, start: int) -> None:
+    sma = fastema.SMA([np.zeros(1)], window=window, update_every=every, start_after=start, seed=3)
+    schedule = sma.schedule
+    for done in (0, 2**31 - 2, 2**40 - 3):
+        face = Face([], done=done, start=start, every=every, window=window, seed=3)
+        for step in range(done + 1, done + 2_500 if not done else done + 30):
+            face.advance()
+            weights = schedule.weights(step)
+            assert bool(face.cells[IDLE]) == (not weights), step
+            if not weights:
+                continue
+            number = float(face.cells[WEIGHTS : WEIGHTS + 1].view(np.float64)[0])
+            found = number, int(face.cells[SLOT]), int(face.cells[TURN])
+            moment = sma._moment(step, weights)
+            if step == start:  # a copy, which on the GPU is the mean of one value
+                assert found == (1.0, 0, 1)
+            else:
+                assert found == (moment.numbers[0], moment.slot, moment.turn)
+                assert face.cells[WINDOW] == moment.window
+                assert (face.cells[SEED], face.cells[STEP]) == (moment.seed, moment.step)
+
+
+def test_a_clock_that_is_set_again(gpu: StubGpu) -> None:
+    """The host's side: the cells that it writes are those that the kernel reads."""
+    clock = Clock([gpu.homes[0], gpu.homes[1]])
+    addresses = [clock.moment.clocks[f"cuda:{index}"] for index in range(2)]
+    generator = np.random.default_rng(8)
+    for _ in range(12):
+        count = int(generator.integers(1, MOST_TOGETHER + 1))
+        rules = tuple(RULES[k] for k in generator.choice(len(RULES), count, replace=False))
+        every, start = int(generator.choice([1, 2, 10])), int(generator.integers(0, 20))
+        schedule, done = Schedule(rules, every, start), int(generator.integers(0, 10_000))
+        clock.set(tables_for(schedule), done=done, seed=9, start=start, every=every)
+        for step in range(done + 1, done + 40):
+            clock.advance()
+            assert clock.done() == step
+            for address in addresses:
+                cells = np.frombuffer(memory(address, CLOCK_CELLS), np.int64)
+                want = schedule.weights(step)
+                assert bool(cells[IDLE]) == (not want)
+                assert (cells[STEP], cells[SEED]) == (step, 9)
+                got = cells[WEIGHTS : WEIGHTS + len(want)].view(np.float64)
+                slack = [bound(weight, every) for weight in want]
+                assert (np.abs(got - want) <= slack).all()
+
+
+def memory(address: int, cells: int) -> Any:
+    import ctypes
+
+    return (ctypes.c_int64 * cells).from_address(address)
