@@ -188,6 +188,8 @@ class StubHome:
     captured: bool = False
     calls: Counter[str] = field(default_factory=Counter)
     held: list[Any] = field(default_factory=list)
+    pinned: set[int] = field(default_factory=set)
+    """Addresses of memory of the host that was asked for, for a device."""
 
     @property
     def device(self) -> str:
@@ -208,8 +210,7 @@ class StubHome:
     def download(self, owner: np.ndarray) -> np.ndarray:
         assert not self.captured
         self.calls["download"] += 1
-        if self.driver.pending is not None:
-            self.driver.finish()
+        self.wait()
         return owner.copy()
 
     def write(self, owner: np.ndarray, array: np.ndarray) -> None:
@@ -217,9 +218,18 @@ class StubHome:
         self.calls["write"] += 1
         owner[...] = array
 
-    def hold(self, owners: Iterable[Any]) -> None:
+    def hold(self, owners: Iterable[Any]) -> bool:
         self.calls["hold"] += 1
         self.held += owners
+        return not any(
+            isinstance(one, torch.Tensor) and one.data_ptr() in self.pinned for one in owners
+        )
+
+    def wait(self) -> None:
+        assert not self.captured
+        self.calls["wait"] += 1
+        if self.driver.pending is not None:
+            self.driver.finish()
 
     def substitute(self, operation: str, pairs: Sequence[Any]) -> Any:
         return substitute(operation, pairs)
@@ -255,7 +265,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StubGpu:
     monkeypatch.setattr(bridge, "describe", described)
 
     def kept(tensor: torch.Tensor, device: str) -> torch.Tensor:
-        if device == "cpu":
+        if device == "pinned":
+            for home in stub.homes.values():
+                home.pinned.add(tensor.data_ptr())
+        if device in ("cpu", "pinned"):
             stub.on_host[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -263,7 +276,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> StubGpu:
         there = described(tensor).device == device
         return tensor.detach() if there else kept(tensor.detach().clone(), device)
 
-    monkeypatch.setattr(bridge, "zeros", lambda n, code, device: kept(zeros(n, code, "cpu"), device))
+    monkeypatch.setattr(
+        bridge, "zeros", lambda n, code, device: kept(zeros(n, code, "cpu"), device)
+    )
     monkeypatch.setattr(bridge, "transfer", transfer)
     monkeypatch.setattr(engine, "_driver", lambda: driver)
     monkeypatch.setattr(engine, "_devices", {})

@@ -16,7 +16,9 @@ Memory = tuple[Any, TensorSpec]
 """A view into a flat buffer, and its description."""
 
 
-def allocate(wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0) -> list[Memory]:
+def allocate(
+    wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0, *, on_host: bool = False
+) -> list[Memory]:
     """Memory for tensors like these, each with its own dtype: a view and its description.
 
     One flat buffer per framework, device and dtype; dense tensors keep their order of axes, others
@@ -28,6 +30,8 @@ def allocate(wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0) -> list
     slots : int
         Where it is given, each tensor has so many of its kind along a new first axis, at equal
         distances.
+    on_host : bool
+        In memory of the host that the tensors' devices can read and write.
     """
     wanted = list(wanted)
     groups: dict[tuple[str, str, str], list[int]] = {}
@@ -39,7 +43,8 @@ def allocate(wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0) -> list
         bridge = bridge_of(wanted[members[0]][0].owner)
         itemsize = wanted[members[0]][1].itemsize
         placed = place([wanted[i][0].size for i in members], itemsize)
-        flat = bridge.zeros(placed.length * max(slots, 1), code, device)
+        where = "pinned" if on_host and device != "cpu" else device
+        flat = bridge.zeros(placed.length * max(slots, 1), code, where)
         for i, offset in zip(members, placed.offsets, strict=True):
             shape, strides = wanted[i][0].shape, dense_strides(wanted[i][0])
             if slots:

@@ -128,7 +128,9 @@ def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
 
 
 def zeros(length: int, code: str, device: str) -> torch.Tensor:
-    """A new flat tensor."""
+    """A new flat tensor; ``"pinned"`` is memory of the host that GPUs read and write directly."""
+    if device == "pinned":
+        return torch.zeros(length, dtype=native(code), pin_memory=True)
     return torch.zeros(length, dtype=native(code), device=device)
 
 

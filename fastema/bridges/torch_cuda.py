@@ -50,17 +50,15 @@ class TorchHome:
 
     def download(self, owner: torch.Tensor) -> NDArray[Any]:
         """A copy of an uploaded array, after what is on the device's streams now."""
-        self._refuse_capture()
-        torch.cuda.synchronize(self.index)  # whichever stream wrote it last
+        self.wait()  # whichever stream wrote it last
         found: NDArray[Any] = owner.cpu().numpy()
         return found
 
     def write(self, owner: torch.Tensor, array: NDArray[Any]) -> None:
         """Overwrite an uploaded array, after what is on the device's streams now."""
-        self._refuse_capture()
-        torch.cuda.synchronize(self.index)
+        self.wait()
         owner.copy_(torch.from_numpy(np.ascontiguousarray(array)))
-        torch.cuda.synchronize(self.index)
+        self.wait()
 
     def _refuse_capture(self) -> None:
         if self.capturing():
@@ -69,11 +67,29 @@ class TorchHome:
                 "captured; do it before or after"
             )
 
-    def hold(self, owners: Iterable[torch.Tensor]) -> None:
-        """Note the current stream with torch's allocator: freed memory waits for it."""
+    def wait(self) -> None:
+        """Wait for all work on the device.
+
+        Raises
+        ------
+        StateError
+            In a capture.
+        """
+        self._refuse_capture()
+        torch.cuda.synchronize(self.index)
+
+    def hold(self, owners: Iterable[torch.Tensor]) -> bool:
+        """Note the current stream with torch's allocator: freed memory waits for it.
+
+        Not so memory of the host, of which the allocator notes only torch's own copies.
+        """
         stream = torch.cuda.current_stream(self.index)
+        everything = True
         for owner in owners:
-            owner.detach().record_stream(stream)
+            if owner.is_cuda:
+                owner.detach().record_stream(stream)
+            everything = everything and owner.is_cuda
+        return everything
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
         """The operation in torch's own functions."""

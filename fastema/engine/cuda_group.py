@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -69,6 +70,8 @@ class _Part:
 
 class CudaGroup:
     """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor."""
+
+    _waits = False
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
         home = members[0].dst.home
@@ -162,8 +165,13 @@ class CudaGroup:
         for pair in self._members:
             others = pair.low, pair.ring and pair.ring[0]
             owners += [spec.owner for spec in (pair.dst, pair.src, *others) if spec is not None]
-        self._home.hold(owners)
+        self._waits = not self._home.hold(owners)
         self._streams.add(stream)
+
+    def __del__(self) -> None:
+        if self._waits:  # what it is working on may be gone next
+            with suppress(Exception):  # at the end of the process, or of the device
+                self._home.wait()
 
     def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
         """The operation in the framework's own functions, and a warning, once for a device."""

@@ -46,8 +46,14 @@ class Home(Protocol):
     def write(self, owner: Any, array: NDArray[Any]) -> None:
         """Overwrite what :meth:`upload` made, after all work so far."""
 
-    def hold(self, owners: Iterable[Any]) -> None:
-        """Do not give memory to others before the work on the current stream is done with it."""
+    def hold(self, owners: Iterable[Any]) -> bool:
+        """Do not give memory to others before the work on the current stream is done with it.
+
+        Whether that is so of all of it; if not, whoever lets go of it has to :meth:`wait`.
+        """
+
+    def wait(self) -> None:
+        """Wait for all work on the device."""
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
         """An operation without our kernels.

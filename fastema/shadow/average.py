@@ -97,8 +97,8 @@ class Average:
         (``.to()``, ``load_state_dict(assign=True)``) is then noticed at once all the same, a single
         ``p.data = ...`` up to 15 updates late; until then the average follows the memory that the
         tensor had, which is kept. Do not use it where storage is freed and filled again (FSDP).
-    ring : (int, dtype), optional
-        Slots and dtype of the ring that a windowed mean needs.
+    ring : (int, dtype, bool), optional
+        Slots and dtype of the ring that a windowed mean needs, and whether it is on the host.
 
     Raises
     ------
@@ -150,7 +150,7 @@ class Average:
         drift: bool = False,
         capturable: bool = False,
         watch: Watched = "all",
-        ring: tuple[int, Any] | None = None,
+        ring: tuple[int, Any, bool] | None = None,
     ) -> None:
         self._schedule = Schedule(rules, update_every, start_after)
         frozen = checked(frozen, "frozen", Policy)
@@ -168,7 +168,10 @@ class Average:
         self._operations = {"averaged": averaged, "copied": "copy"}
         self._wish = wish_of(shadow_dtype, rounding, len(self._schedule.rules))
         if ring is not None:
-            self._wish = self._wish._replace(window=ring[0], ring=dtype_of(ring[1]))
+            window, dtype, on_host = ring
+            self._wish = self._wish._replace(
+                window=window, ring=dtype_of(dtype), ring_on_host=on_host
+            )
         container = materialised(weights)
         selection = select(leaves_of(container), frozen, buffers)
         self._store = Store.of(selection, self._wish)
@@ -575,6 +578,7 @@ class Average:
         with self._lock:
             self._refuse_applied("to")
             store, wish = self._store, self._wish
+            self._wait_for_the_ring()
             if dtype is not None and wish.window:
                 raise ArgumentError(
                     f"dtype={dtype!r}: a windowed mean keeps its dtype; build another one"
@@ -583,7 +587,9 @@ class Average:
                 store = store.on(device)
             if dtype is not None:
                 wanted = wish_of(dtype, "stochastic" if wish.random else "nearest", wish.together)
-                wish = wanted._replace(window=wish.window, ring=wish.ring)
+                wish = wanted._replace(
+                    window=wish.window, ring=wish.ring, ring_on_host=wish.ring_on_host
+                )
                 store = store.cast(wish)
             binding = Binding(self._binding.container, store, self._names)
             if self._count is not None:
@@ -616,8 +622,14 @@ class Average:
             }
             return pack(type(self).__name__, counters, self._schedule, self._saved(copy))
 
+    def _wait_for_the_ring(self) -> None:
+        # Its memory is the host's, the work on it a device's: nothing else puts them in order.
+        if self._store.on_host:
+            self._binding.wait()
+
     def _saved(self, copy: bool) -> Tensors:
         self._follow()
+        self._wait_for_the_ring()
         if self._applied is None:
             return (self._store.duplicate() if copy else self._store).tensors()
         self._still_applied()
@@ -656,6 +668,7 @@ class Average:
             saved = unpack(state, type(self).__name__, self._schedule, self._store.specs())
             program = self._store.load(saved.tensors)
             tables = [] if self._count is None else tables_for(saved.schedule)
+            self._wait_for_the_ring()
             with deferred():
                 program.run({"all": "copy"})
                 self._done = saved.counters["num_updates"]

@@ -172,6 +172,12 @@ class Binding:
         """Whether work on the weights' devices is being captured into a graph."""
         return any(home.capturing() for home in self.homes.values() if home is not None)
 
+    def wait(self) -> None:
+        """Wait for the weights' devices."""
+        for home in self.homes.values():
+            if home is not None:
+                home.wait()
+
     def holds(self, container: Any) -> bool:
         """Whether this is the container, or a list of the same tensor objects."""
         if container is self.container:

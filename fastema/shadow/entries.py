@@ -132,6 +132,8 @@ class Wish(NamedTuple):
         Slots of a ring; 0 for none.
     ring : DType, optional
         Of the ring; None for that of the weights.
+    ring_on_host : bool
+        In the host's memory, wherever the weights are.
     """
 
     dtype: DType | None = None
@@ -140,6 +142,7 @@ class Wish(NamedTuple):
     together: int = 1
     window: int = 0
     ring: DType | None = None
+    ring_on_host: bool = False
 
     def stored(self, weights: DType) -> tuple[DType, str]:
         """The dtype and the kernel format of an average of such weights.

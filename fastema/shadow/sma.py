@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastema.engine.moment import Moment
 from fastema.errors import ArgumentError
@@ -35,6 +35,9 @@ class SMA(Average):
     ring_dtype : dtype or str, optional
         Of the ring, by default that of the weights. A narrower one, such as ``"bfloat16"``, takes
         less memory; the mean is then that of the weights as they are stored there.
+    ring_device : {"cpu"}, optional
+        Keep the ring in the memory of the host, for weights on a GPU that has no room for so many
+        copies of them. The kernel reads and writes one slot of it per update, over the bus.
     **options
         See :class:`Average`, without ``drift``.
 
@@ -71,12 +74,18 @@ class SMA(Average):
         window: int = 10,
         *,
         ring_dtype: Any = None,
+        ring_device: Literal["cpu"] | None = None,
         **options: Unpack[Options],
     ) -> None:
         if options.get("drift"):
             raise ArgumentError("drift=True: a windowed mean measures no drift")
+        if ring_device not in (None, "cpu"):
+            raise ArgumentError(
+                f"ring_device={ring_device!r}: expected 'cpu', or None for that of the weights"
+            )
         rule = Window(window)
-        super().__init__(weights, rule, ring=(window, ring_dtype), **options)
+        ring = window, ring_dtype, ring_device == "cpu"
+        super().__init__(weights, rule, ring=ring, **options)
 
     def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
         schedule = self._schedule

@@ -49,6 +49,11 @@ class Entry:
         """The description of the average."""
         return self.parts["shadow"][1]
 
+    @property
+    def ring_on_host(self) -> bool:
+        """Whether its ring is memory of the host while the average is elsewhere."""
+        return "ring" in self.parts and self.parts["ring"][1].device != self.spec.device
+
     def pair(self, weights: TensorSpec, which: int) -> Pair:
         """The average and the weights it is written from."""
         low, ring = self.parts.get("low"), self.parts.get("ring")
@@ -56,7 +61,14 @@ class Entry:
         if ring is not None:
             _, spec = ring
             stride = spec.strides[0] * spec.kind.itemsize
-            one = replace(spec, shape=spec.shape[1:], strides=spec.strides[1:])
+            # A ring on the host is memory of the average's device as well, by the same addresses.
+            one = replace(
+                spec,
+                shape=spec.shape[1:],
+                strides=spec.strides[1:],
+                device=self.spec.device,
+                home=self.spec.home,
+            )
             slots = one, stride
         companion = None if low is None else low[1]
         return Pair(self.name, self.spec, weights, self.form, companion, slots, which)
@@ -127,15 +139,23 @@ class Store:
                 found[part] = of_part
         return found
 
+    @property
+    def on_host(self) -> bool:
+        """Whether there is a ring on the host for averages elsewhere."""
+        return any(e.ring_on_host for _, e in self)
+
     def duplicate(self) -> Store:
         """A copy with memory of its own."""
         return self._remade(lambda memory: memory[1])
 
     def on(self, device: str) -> Store:
-        """The same on a device."""
+        """The same on a device; a ring on the host stays there."""
+        stays = self.on_host
 
         def there(memory: Memory) -> TensorSpec:
-            array, _ = memory
+            array, spec = memory
+            if stays and spec.device == "cpu":
+                return spec
             return describe(bridge_of(array).transfer(array, device))
 
         return self._remade(there)
@@ -154,7 +174,9 @@ class Store:
                 if (of.shape[0] if part == "ring" else 0) == count
             ]
             likes = [(made[k]["shadow"][1] if count else of, of.kind) for k, _, of in chosen]
-            for (key, part, _), memory in zip(chosen, allocate(likes, count), strict=True):
+            kept = bool(count) and self.on_host
+            memories = allocate(likes, count, on_host=kept)
+            for (key, part, _), memory in zip(chosen, memories, strict=True):
                 made[key][part] = memory
         copies = [
             Pair(part, made[key][part][1], of)
@@ -200,7 +222,9 @@ def _averages(
     parts: dict[str, dict[str, Memory]] = {name: {} for name in likes}
 
     def add(part: str, wanted: Mapping[str, DType], slots: int = 0) -> None:
-        memories = allocate([(likes[name], kind) for name, kind in wanted.items()], slots)
+        on_host = bool(slots) and wish.ring_on_host
+        of = [(likes[name], kind) for name, kind in wanted.items()]
+        memories = allocate(of, slots, on_host=on_host)
         for name, memory in zip(wanted, memories, strict=True):
             parts[name][part] = memory
 

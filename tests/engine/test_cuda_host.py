@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -457,3 +458,56 @@ def test_snapshots_of_an_average_on_a_gpu(gpu: StubGpu, tmp_path: Path) -> None:
     paths = fastema.posthoc.save_snapshot(ema, tmp_path)
     for path, average in zip(paths, ema.shadows, strict=True):
         assert_same(load_file(path), dict(average))
+
+
+def test_a_ring_in_the_memory_of_the_host(gpu: StubGpu) -> None:
+    def make(model: Model, on_gpu: bool) -> fastema.SMA:
+        average = fastema.SMA(model, window=3, ring_device="cpu")
+        if on_gpu:
+            ((_, entry),) = [one for one in average._store if one[1].name == "weights.0"]
+            ring, shadow = entry.parts["ring"][1], entry.parts["shadow"][1]
+            assert (ring.device, shadow.device) == ("cpu", "cuda:0")
+        return average
+
+    assert_same(*on_cpu_too(gpu, make))
+
+
+def test_the_host_waits_before_it_reads_the_ring(gpu: StubGpu) -> None:
+    model = Model()
+    sma = fastema.SMA(model, window=3, ring_device="cpu")
+    gpu.driver.pending = []
+    for _ in range(5):
+        step(model)
+        sma.update()
+        gpu.driver.finish()
+    sma.update()
+    assert gpu.driver.pending
+    state = sma.state_dict()
+    assert gpu.home.calls["wait"]
+    latest = state["ring"][0]["weights.0"][5 % 3]
+    assert torch.equal(latest, model.weights[0].detach())
+    gpu.driver.finish()
+    gpu.driver.pending = None
+    other = fastema.SMA(model, window=3, ring_device="cpu")
+    other.load_state_dict(state)
+    sma.update()
+    other.update()
+    assert_same(shadow(sma), shadow(other))
+    gpu.home.calls.clear()
+    del other, sma
+    gc.collect()
+    assert gpu.home.calls["wait"] >= 2  # nobody else knows that the device works on that memory
+
+
+def test_a_ring_that_is_on_the_host_stays_there(gpu: StubGpu) -> None:
+    model = Model()
+    sma = fastema.SMA(model, window=3, ring_device="cpu")
+    for _ in range(4):
+        step(model)
+        sma.update()
+    before = shadow(sma)
+    sma.to("cuda:0")
+    assert sma._store.on_host
+    assert_same(before, shadow(sma))
+    with pytest.raises(ArgumentError, match="ring_device='cuda:1'"):
+        fastema.SMA(model, ring_device="cuda:1")
