@@ -20,13 +20,14 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-quick lint format dev clean
+.PHONY: help demo test bench bench-quick gpu-check lint format dev clean
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
 	@echo "make test         the whole test suite"
 	@echo "make bench-quick  the benchmarks in short, under five minutes"
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; half an hour"
+	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
@@ -53,6 +54,12 @@ bench: $(VENV)/.bench $(VENV)/.timm
 	@$(PY) -m bench.averages
 	@$(PY) -m bench.accuracy
 	@$(PY) -m bench.quality
+
+# With the Python and the packages that are there, and no environment of its own: GPU machines
+# come with a torch that fits their driver.
+gpu-check:
+	$(SAY) "python -m bench.gpu $(ARGS)"
+	@PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.dev
 	$(SAY) "ruff check"

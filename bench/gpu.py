@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -38,6 +39,8 @@ MINUTES = 7.5
 
 _TESTS = ("tests/gpu", "tests/test_torch.py")
 _SHARE_OF_TESTS = 0.45
+_MOST_WORKERS = 6
+"""Most of the tests' time goes into compiling kernels, on one core each."""
 _SPARE_S = 15.0
 """What is kept for the case that is running when the time is up, and for writing the result."""
 _PACKAGES = ("numba-cuda", "cuda-core", "cuda-bindings", "cuda-toolkit", "triton", "apex")
@@ -96,7 +99,7 @@ def build(clock: Clock) -> list[dict[str, Any]]:
             began = time.perf_counter()
             try:
                 use([whole[:5_000], whole[5_001::2]], options)
-                clock.release()
+                clock.wait()
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 break
@@ -131,13 +134,27 @@ def _reported(path: Path) -> dict[str, Any]:
     }
 
 
-def run_tests(device: torch.device, limit_s: float) -> dict[str, Any]:
-    """Run the tests marked ``gpu`` in a process of their own, for as long as they may take."""
+def run_tests(device: torch.device, limit_s: float, select: str = "") -> dict[str, Any]:
+    """Run the tests marked ``gpu`` in a process of their own, for as long as they may take.
+
+    Parameters
+    ----------
+    device
+        A GPU, or the CPU for those that run there too.
+    limit_s
+        Then they are stopped, and what they found so far is returned.
+    select
+        Only those that pytest's ``-k`` selects by it.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", *_TESTS, "-m", "gpu", "-q", f"--junitxml={path}"]
-        command += ["-p", "no:cacheprovider", "--tb=short"]
+        command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+        if find_spec("xdist") is not None:
+            workers = max(min(machine.cores() // 2, _MOST_WORKERS), 1)
+            command += ["-n", str(workers), "--dist", "loadfile"]
+        command += ["-k", select] if select else []
         # Of whatever versions are here; what they will drop some day is not the question.
         for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
             command += ["-W", f"default::{name}"]
@@ -261,6 +278,12 @@ def succeeded(result: dict[str, Any]) -> bool:
     )
 
 
+def name_toolkit() -> None:
+    """Say where the compiler of GPU kernels may look for its library, where nobody else does."""
+    if _TOOLKIT.is_dir() and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
+        os.environ["CUDA_HOME"] = str(_TOOLKIT)
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu is a dry run")
@@ -268,6 +291,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="only these cases")
+    parser.add_argument("--select", default="", metavar="EXPR", help="only these tests (-k)")
     parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
     options.device = torch.device(options.device)
@@ -295,8 +319,8 @@ def _caught(clock: Clock) -> tuple[list[dict[str, Any]], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rows = build(clock)
-    texts = (str(one.message) for one in caught)
-    return rows, list(dict.fromkeys(text for text in texts if "fastema" in text))
+    ours = (one for one in caught if one.category.__module__.startswith("fastema"))
+    return rows, list(dict.fromkeys(str(one.message) for one in ours))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -305,10 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     device: torch.device = options.device
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    if _TOOLKIT.is_dir() and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
-        os.environ["CUDA_HOME"] = str(_TOOLKIT)
+    name_toolkit()
     total_s = 60 * options.minutes
-    whole = not options.case and set(options.only) == set(STAGES)
+    whole = not options.case and not options.select and set(options.only) == set(STAGES)
     given = " ".join(sys.argv[1:] if arguments is None else arguments)
     result: dict[str, Any] = {
         "dry_run": device.type != "cuda" or options.small,
@@ -340,7 +363,8 @@ def main(arguments: list[str] | None = None) -> int:
         ended("build", began)
     if "test" in options.only:
         began = budget.spent()
-        result["tests"] = run_tests(device, min(_SHARE_OF_TESTS * total_s, total_s - began))
+        limit_s = min(_SHARE_OF_TESTS * total_s, total_s - began)
+        result["tests"] = run_tests(device, limit_s, options.select)
         ended("tests", began)
     if "benchmark" in options.only:
         began = budget.spent()

@@ -46,6 +46,9 @@ class Clock(Protocol):
     def free_bytes(self) -> int:
         """Return the bytes of memory that tensors can still take."""
 
+    def wait(self) -> None:
+        """Return when the device has done all it was given."""
+
     def release(self) -> None:
         """Give back what deleted tensors held."""
 
@@ -81,7 +84,7 @@ class EventClock:
         job()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3
+        return float(start.elapsed_time(stop)) * 1e-3
 
     def device_time(self, job: Job, ahead_s: float) -> float:
         torch.sum(self._scratch, dim=0, out=self._total)
@@ -89,16 +92,16 @@ class EventClock:
         return self._between_events(job)
 
     def host_time(self, job: Job) -> float:
-        torch.cuda.synchronize(self.device)
+        self.wait()
         return _host_time(job)
 
     def memory(self, job: Job) -> Memory:
-        torch.cuda.synchronize(self.device)
+        self.wait()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_stats(self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
         job()
-        torch.cuda.synchronize(self.device)
+        self.wait()
         after = torch.cuda.memory_stats(self.device)
         left, _ = torch.cuda.mem_get_info(self.device)
         requests, held = "allocation.all.allocated", "allocated_bytes.all"
@@ -113,9 +116,12 @@ class EventClock:
         reserved = torch.cuda.memory_reserved(self.device)
         return free + reserved - torch.cuda.memory_allocated(self.device)
 
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
+
     def release(self) -> None:
         gc.collect()
-        torch.cuda.synchronize(self.device)
+        self.wait()
         torch.cuda.empty_cache()
 
 
@@ -136,6 +142,9 @@ class HostClock:
 
     def free_bytes(self) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def wait(self) -> None:
+        pass
 
     def release(self) -> None:
         gc.collect()

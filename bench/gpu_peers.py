@@ -15,6 +15,7 @@ COPY = "device-to-device copy"
 
 PLAN = "fastema.Plan.lerp_"
 CAPTURED = "fastema.EMA, captured"
+SAMPLED = "fastema.EMA, watch=sample"
 COMPILED = "torch.compile of a lerp_ loop"
 
 _FEW = 160
@@ -30,6 +31,13 @@ def _split(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
     import fastema
 
     ema = fastema.EMA(model, decay, shadow_dtype="bf16+16")
+    return Running(ema.update, _shadow(ema, model))
+
+
+def _sampled(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
+    import fastema
+
+    ema = fastema.EMA(model, decay, shadow_dtype=dtype, watch="sample")
     return Running(ema.update, _shadow(ema, model))
 
 
@@ -87,6 +95,7 @@ def _refused(*mixes: str, why: Refusal) -> Mapping[str, Refusal]:
 
 _HERE: tuple[Peer[Running], ...] = (
     Peer(CAPTURED, _captured, stochastic=True),
+    Peer(SAMPLED, _sampled, stochastic=True),
     Peer(
         "fastema.EMA, bf16+16",
         _split,

@@ -13,7 +13,7 @@ from fastema.engine.cubins import INSTALL, Key, Unavailable, cubin
 from fastema.engine.locks import lock
 from fastema.errors import DeviceError
 
-__all__ = ["Device", "Function", "device"]
+__all__ = ["Device", "Function", "device", "refuse_forked"]
 
 _devices: dict[int, Device] = {}
 _making = lock()
@@ -28,6 +28,22 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def refuse_forked() -> None:
+    """Refuse to go on in a process that was forked from one that had used CUDA.
+
+    Raises
+    ------
+    DeviceError
+        Saying what to do instead.
+    """
+    if _forked:
+        raise DeviceError(
+            "CUDA was in use before this process was forked and cannot be used in it: start "
+            "workers by 'spawn' (multiprocessing.set_start_method('spawn')), or update the "
+            "average in the parent"
+        )
 
 
 def _driver() -> Any:
@@ -111,12 +127,7 @@ class Device:
 
     def _enter(self) -> bool:
         """Make the device's context current where it is not; whether :meth:`_leave` is needed."""
-        if _forked:
-            raise DeviceError(
-                "CUDA was in use before this process was forked and cannot be used in it: start "
-                "workers by 'spawn' (multiprocessing.set_start_method('spawn')), or update the "
-                "average in the parent"
-            )
+        refuse_forked()
         if int(self._asked(self._driver.cuCtxGetCurrent())) == self._context_number:
             return False
         self._asked(self._driver.cuCtxPushCurrent(self._context))

@@ -81,7 +81,9 @@ class CudaGroup:
         self._home, self._members = home, members
         numbers = sorted({pair.which for pair in members})
         self._first = numbers[0]
-        tables = chunk_tables(members, len(numbers), gpu_chunk(members))
+        # Which rows of a windowed mean are computed afresh is counted in rows: as on the CPU.
+        chunk = None if members[0].ring else gpu_chunk(members)
+        tables = chunk_tables(members, len(numbers), chunk)
         parts = [table[:, WHICH] for table in tables.values()]
         self.which: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *parts])
         for table in tables.values():
@@ -103,6 +105,7 @@ class CudaGroup:
         DeviceError
             In a forked process.
         """
+        cuda.refuse_forked()
         if self._home.capturing():
             raise StateError(
                 f"{self._home.device}: {operation} was not prepared before this stream was "

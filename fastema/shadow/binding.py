@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastema.bridges.registry import bridge_of, leaves_of, written
+from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.engine.watch import SHARES, watch
 from fastema.errors import LayoutError, listed
@@ -169,8 +170,17 @@ class Binding:
         ]
 
     def capturing(self) -> bool:
-        """Whether work on the weights' devices is being captured into a graph."""
-        return any(home.capturing() for home in self.homes.values() if home is not None)
+        """Whether work on the weights' devices is being captured into a graph.
+
+        Raises
+        ------
+        DeviceError
+            In a forked process that cannot use them.
+        """
+        homes = [home for home in self.homes.values() if home is not None]
+        if homes:
+            refuse_forked()  # a framework that is asked for its stream says it less clearly
+        return any(home.capturing() for home in homes)
 
     def wait(self) -> None:
         """Wait for the weights' devices."""

@@ -53,14 +53,27 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(one[name], other[name]), name
 
 
+class Large(Model):
+    """With tensors of several rows, on both devices."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__(dtype, seed)
+        self.weights.append(torch.nn.Parameter(torch.randn(70_001).to(dtype)))
+        self.weights.append(torch.nn.Parameter(torch.randn(40_000).to(dtype)[::2]))
+
+
 def on_cpu_too(
-    stub: StubGpu, make: Any, steps: int = 12, dtype: torch.dtype = torch.float32
+    stub: StubGpu,
+    make: Any,
+    steps: int = 12,
+    dtype: torch.dtype = torch.float32,
+    kind: type[Model] = Model,
 ) -> Any:
     """The same run on the stub and on the CPU."""
     found = []
     for on_gpu in (True, False):
         stub.place = lambda tensor, on_gpu=on_gpu: 0 if on_gpu else None
-        model = Model(dtype)
+        model = kind(dtype)
         average = make(model, on_gpu)
         torch.manual_seed(9)
         for _ in range(steps):
@@ -103,7 +116,16 @@ def test_a_windowed_mean_is_that_of_the_cpu(
     def make(model: Model, on_gpu: bool) -> fastema.SMA:
         return fastema.SMA(model, window=4, capturable=capturable and on_gpu, **options)
 
-    assert_same(*on_cpu_too(gpu, make))
+    assert_same(*on_cpu_too(gpu, make, kind=Large))
+
+
+def test_large_and_spaced_tensors(gpu: StubGpu) -> None:
+    """Their random bits are those of the CPU, however the two divide them."""
+
+    def make(model: Model, on_gpu: bool) -> fastema.EMA:
+        return fastema.EMA(model, warmup(0.9), shadow_dtype="bfloat16")
+
+    assert_same(*on_cpu_too(gpu, make, kind=Large, steps=4))
 
 
 @pytest.mark.parametrize("capturable", [False, True])

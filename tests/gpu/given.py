@@ -1,0 +1,183 @@
+"""Tensors on a device and their twins on the CPU, with the same numbers and the same layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+
+from fastema.kernels.table import CHUNK
+from fastema.testing import reference
+
+torch = pytest.importorskip("torch")
+from torch import Tensor  # noqa: E402
+
+from ..shadow.stored import code_of, places, stored  # noqa: E402
+
+ON = os.environ.get("FASTEMA_GPU_TESTS_ON", "cuda")
+"""Type of the device that the tests run on."""
+
+if ON == "cuda" and not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+FLOATS = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+Tensors = dict[str, Tensor]
+Layout = Callable[..., Tensor]
+
+_POISON = float("nan")
+
+# Each takes `new(*shape)`, which gives poisoned memory, and returns a view of it: what lies around
+# the view must stay as it is.
+FLAT: dict[str, Layout] = {
+    "whole": lambda new: new(1_024),
+    "odd": lambda new: new(1_200)[3:1_002],
+    "one": lambda new: new(9)[5:6],
+    "scalar": lambda new: new(7)[2],
+    "empty": lambda new: new(0, 3),
+    "chunks": lambda new: new(2 * CHUNK + 300)[1 : 2 * CHUNK + 8],
+    "matrix": lambda new: new(40, 67)[1:38],
+}
+SPACED: dict[str, Layout] = {
+    "gaps": lambda new: new(3_001)[1::2],
+    "columns": lambda new: new(31, 90)[:, 1:70],
+    "transposed": lambda new: new(129, 37).t(),
+    "channels last": lambda new: new(3, 7, 9, 5).permute(0, 3, 1, 2),
+    "permuted": lambda new: new(6, 33, 20).permute(2, 0, 1),
+    "everywhere": lambda new: new(9, 10, 11)[::2, 1:, ::3],
+}
+
+
+class Given:
+    """Named tensors on a device, each a view of poisoned memory, and their twins on the CPU.
+
+    Parameters
+    ----------
+    layouts
+        Name -> view, such as :data:`FLAT`.
+    dtype
+        Of all of them.
+    device
+        Of `there`; `here` are the twins.
+    """
+
+    def __init__(
+        self, layouts: Mapping[str, Layout], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._bases: list[tuple[Tensor, Tensor]] = []
+        self._dtype = dtype
+        self.here = {name: self._view(make, torch.device("cpu")) for name, make in layouts.items()}
+        self.there = {name: self._view(make, device) for name, make in layouts.items()}
+
+    def _view(self, make: Layout, device: torch.device) -> Tensor:
+        def new(*shape: int) -> Tensor:
+            base = torch.full(shape, _POISON, dtype=self._dtype, device=device)
+            self._bases.append((base, torch.zeros(shape, dtype=torch.bool, device=device)))
+            return base
+
+        view = make(new)
+        base, owned = self._bases[-1]
+        owned.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+        assert base.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+        return view
+
+    def refresh(self, seed: int, kind: str = "weights") -> None:
+        """Give both the same fresh numbers; ``kind="bits"`` draws from every pattern there is."""
+        generator = np.random.default_rng([seed, 7])
+        for name, tensor in self.here.items():
+            values = fresh(tuple(tensor.shape), self._dtype, generator, kind)
+            for side in (self.here, self.there):
+                side[name].copy_(values)
+
+    def assert_rest_untouched(self) -> None:
+        """Assert that nothing was written around the tensors."""
+        for base, owned in self._bases:
+            assert bool(base[~owned].isnan().all()), "written outside of a tensor"
+
+
+def fresh(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: np.random.Generator, kind: str
+) -> Tensor:
+    """New numbers as a tensor on the CPU, none of them zero, or any pattern of bits."""
+    if kind == "bits":
+        size = int(np.prod(shape)) * dtype.itemsize
+        raw = torch.from_numpy(generator.integers(0, 256, size, np.uint8))
+        return raw.view(dtype).reshape(shape)
+    values = generator.normal(size=shape) * 2.0 ** generator.integers(-6, 3, shape)
+    return torch.from_numpy(np.asarray(values)).to(dtype)
+
+
+def host(tensor: Tensor) -> np.ndarray:
+    """What a tensor on any device holds, as stored."""
+    return stored(tensor.detach().cpu())
+
+
+def assert_equal(one: Tensor, other: Tensor, name: str = "") -> None:
+    """Assert that tensors of one dtype are equal, bit for bit, except that any NaN equals any."""
+    assert one.dtype == other.dtype, (name, one.dtype, other.dtype)
+    assert one.shape == other.shape, (name, one.shape, other.shape)
+    a, b = host(one).reshape(-1), host(other).reshape(-1)
+    if one.is_floating_point():
+        code = code_of(one)
+        nan = np.isnan(reference.decode(a, code))
+        np.testing.assert_array_equal(nan, np.isnan(reference.decode(b, code)), name)
+        a, b = a[~nan], b[~nan]
+    wrong = np.flatnonzero(a.view(f"V{a.itemsize}") != b.view(f"V{b.itemsize}"))
+    assert not wrong.size, (
+        f"{name}: {wrong.size} of {a.size} {one.dtype} differ, the first at {wrong[0]}: "
+        f"{a[wrong[0]]!r} and {b[wrong[0]]!r}"
+    )
+
+
+def assert_all_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Assert that two mappings hold equal tensors under equal names."""
+    assert list(one) == list(other)
+    for name in one:
+        assert_equal(one[name], other[name], name)
+
+
+class Expected:
+    """What an average of one tensor must be, by the specification, whatever device it is on.
+
+    Parameters
+    ----------
+    average
+        As it is before the first update.
+    name, which, seed
+        What its random bits depend on.
+    random
+        Whether it is rounded by them, where it has 16 bits.
+    """
+
+    def __init__(
+        self, average: Tensor, name: str, *, which: int = 0, seed: int = 0, random: bool = True
+    ) -> None:
+        self.value, self.code = host(average), code_of(average)
+        self._dtype = average.dtype
+        self._key, self._seed = reference.tensor_key(name, which), seed
+        narrow = self.code in ("bf16", "f16")
+        self._places = places(average) if random and narrow else None
+
+    def update(self, weights: Tensor, weight: float, step: int) -> None:
+        """Follow an update with the weights as they are now."""
+        words = None
+        if self._places is not None:
+            words = reference.random_words(self._seed, step, self._key, self._places)
+        x = host(weights)
+        self.value = reference.lerp(self.value, x, weight, self.code, code_of(weights), words)
+
+    def check(self, average: Tensor, name: str = "") -> None:
+        """Assert that the average is that, bit for bit; any NaN equals any."""
+        value = np.ascontiguousarray(self.value)
+        if self._dtype == torch.bfloat16:
+            want = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+        else:
+            want = torch.from_numpy(value)
+        assert_equal(average.reshape(want.shape), want, name)

@@ -1,0 +1,117 @@
+"""Several GPUs in one model, and one that is not the first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+
+from .given import FLAT, Given, assert_all_equal, assert_equal  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+
+@pytest.fixture
+def two(gpu: torch.device) -> list[torch.device]:
+    """Two GPUs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("only one GPU")
+    return [torch.device("cuda", index) for index in range(2)]
+
+
+def spread(two: list[torch.device], dtype: torch.dtype) -> tuple[list[Given], dict, dict]:
+    """Tensors on both, and their twins, under one set of names."""
+    givens = [Given(FLAT, dtype, device) for device in two]
+    there = {f"{i} {n}": t for i, given in enumerate(givens) for n, t in given.there.items()}
+    here = {f"{i} {n}": t for i, given in enumerate(givens) for n, t in given.here.items()}
+    for given in givens:
+        given.refresh(0)
+    return givens, there, here
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_one_model_on_two_devices(two: list[torch.device], current: int) -> None:
+    givens, there, here = spread(two, torch.bfloat16)
+    with torch.cuda.device(current):
+        ema, twin = (fastema.EMA(side, (0.9, 0.99)) for side in (there, here))
+        for step in range(1, 5):
+            for number, given in enumerate(givens):
+                given.refresh(10 * step + number)
+            ema.update()
+            twin.update()
+        assert torch.cuda.current_device() == current
+        for one, other in zip(ema.shadows, twin.shadows, strict=True):
+            assert_all_equal(one, other)
+        with ema.swapped(which=1), twin.swapped(which=1):
+            assert_all_equal(there, here)
+    for name, tensor in ema.shadows[0].items():
+        assert tensor.device == two[int(name[0])]
+
+
+def test_streams_of_both_devices(two: list[torch.device]) -> None:
+    givens, there, here = spread(two, torch.float32)
+    ema, twin = fastema.EMA(there, 0.9), fastema.EMA(here, 0.9)
+    streams = [torch.cuda.Stream(device) for device in two]
+    for device in two:
+        torch.cuda.synchronize(device)
+    with torch.cuda.stream(streams[0]), torch.cuda.stream(streams[1]):
+        for number, given in enumerate(givens):
+            with torch.cuda.stream(streams[number]):
+                torch.cuda._sleep(100_000_000)
+                given.refresh(number + 1)
+        # A stream's block makes its device the current one: both are current streams here.
+        ema.update()
+    twin.update()
+    for device in two:
+        torch.cuda.synchronize(device)
+    assert_all_equal(ema.shadow, twin.shadow)
+
+
+def test_a_capturable_average_counts_on_both(two: list[torch.device]) -> None:
+    givens, there, here = spread(two, torch.bfloat16)
+    rule = fastema.rules.warmup(0.99)
+    ema, twin = fastema.EMA(there, rule, capturable=True), fastema.EMA(here, rule)
+    for step in range(1, 8):
+        for number, given in enumerate(givens):
+            given.refresh(10 * step + number)
+        ema.update()
+        twin.update()
+    assert ema.num_updates == 7
+    assert_all_equal(ema.shadow, twin.shadow)
+
+
+def test_the_second_device_alone(two: list[torch.device]) -> None:
+    given = Given(FLAT, torch.float32, two[1])
+    given.refresh(0)
+    ema, twin = fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)
+    given.refresh(1)
+    ema.update()
+    twin.update()
+    assert_all_equal(ema.shadow, twin.shadow)
+    assert_equal(given.there["odd"], given.here["odd"])
+
+
+def test_visible_devices(gpu: torch.device, python: Callable[..., str]) -> None:
+    """Numbers count among the devices that the process sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    last = seen.split(",")[-1] if seen else str(torch.cuda.device_count() - 1)
+    said = python(
+        """
+        import torch, fastema
+
+        weights = [torch.full((1000,), 2.0, device="cuda")]
+        ema = fastema.EMA(weights, 0.5)
+        weights[0].fill_(4.0)
+        ema.update()
+        print(torch.cuda.device_count(), float(ema.shadow["0"].mean()))
+        """,
+        timeout=120.0,
+        quiet=False,
+        CUDA_VISIBLE_DEVICES=last,
+    )
+    assert said.split() == ["1", "3.0"]

@@ -1,0 +1,230 @@
+"""Updates captured in CUDA graphs: replays follow the schedule as if each were a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastema import rules
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import ArgumentError, StateError  # noqa: E402
+
+from .given import FLAT, FLOATS, SPACED, Expected, Given, assert_all_equal, host  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+STEPS = 1_000
+LAYOUTS = {**FLAT, **SPACED}
+
+
+def capture(update: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """One call in a graph; nothing of it happens now."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    return graph
+
+
+class Moving:
+    """Weights that move from step to step without the host: one of a few sets, scaled."""
+
+    def __init__(self, given: Given) -> None:
+        self._weights = given.there
+        self._seen = []
+        for seed in range(5):
+            given.refresh(seed)
+            self._seen.append({name: tensor.clone() for name, tensor in given.there.items()})
+
+    def to(self, step: int) -> None:
+        """Put the weights to those of a step."""
+        for name, tensor in self._weights.items():
+            tensor.copy_(self._seen[step % 5][name]).mul_(1 + step / 256)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("bf16", {"decay": rules.warmup(0.9999), "seed": 2**40 + 9}),
+        ("bf16", {"decay": rules.warmup(0.999), "shadow_dtype": "float32"}),
+        ("f32", {"decay": (0.9, rules.warmup(0.99), rules.power(0.1)), "shadow_dtype": "bf16"}),
+        ("f16", {"decay": rules.inverse_gamma(0.999), "update_every": 3, "start_after": 7}),
+        ("bf16", {"decay": 0.99, "shadow_dtype": "bf16+16", "zero_debias": True}),
+        ("f64", {"decay": 0.99, "drift": True}),
+    ],
+    ids=["stochastic", "warm-up", "three", "every third", "two halves", "measured"],
+)
+def test_replays_are_the_eager_run(gpu: torch.device, model: str, options: dict[str, Any]) -> None:
+    """To the bit: the weights that the device looks up differ by less than float32 shows."""
+    given = Given(LAYOUTS, FLOATS[model], gpu)
+    moving = Moving(given)
+    eager = fastema.EMA(given.there, **options)
+    replayed = fastema.EMA(given.there, **options, capturable=True)
+    moving.to(1)
+    eager.update()
+    replayed.update()
+    graph = capture(replayed.update)
+    for step in range(2, STEPS + 1):
+        moving.to(step)
+        eager.update()
+        graph.replay()
+        if step in (2, 3, 10, 100, 500):
+            for one, other in zip(replayed.shadows, eager.shadows, strict=True):
+                assert_all_equal(one, other)
+    assert replayed.num_updates == eager.num_updates == STEPS
+    assert replayed.decay == eager.decay
+    for one, other in zip(replayed.shadows, eager.shadows, strict=True):
+        assert_all_equal(one, other)
+    if options.get("drift"):
+        assert replayed.drift == eager.drift
+    given.assert_rest_untouched()
+
+
+def test_replayed_windowed_mean(gpu: torch.device) -> None:
+    given = Given(LAYOUTS, torch.float32, gpu)
+    moving = Moving(given)
+    eager = fastema.SMA(given.there, 5)
+    replayed = fastema.SMA(given.there, 5, capturable=True)
+    graph = capture(replayed.update)
+    for step in range(1, 30):
+        moving.to(step)
+        eager.update()
+        graph.replay()
+        assert_all_equal(replayed.shadow, eager.shadow)
+
+
+def test_calls_and_replays_in_any_order(gpu: torch.device) -> None:
+    """On several streams, with swaps, saving and loading in between."""
+    given = Given(FLAT, torch.bfloat16, gpu)
+    moving = Moving(given)
+    options: dict[str, Any] = {"decay": rules.warmup(0.999), "shadow_dtype": "float32"}
+    eager = fastema.EMA(given.there, **options)
+    replayed = fastema.EMA(given.there, **options, capturable=True)
+    graph = capture(replayed.update)
+    side = torch.cuda.Stream()
+    for step in range(1, 60):
+        moving.to(step)
+        eager.update()
+        if step % 3 == 0:
+            replayed.update()
+        elif step % 3 == 1:
+            graph.replay()
+        else:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                graph.replay()
+            torch.cuda.current_stream().wait_stream(side)
+        if step == 20:
+            before = {name: host(tensor).tobytes() for name, tensor in given.there.items()}
+            with replayed.swapped():
+                assert {n: host(t).tobytes() for n, t in given.there.items()} != before
+            assert {n: host(t).tobytes() for n, t in given.there.items()} == before
+        if step == 40:
+            state = replayed.state_dict()
+            assert state["num_updates"] == 40
+            graph.replay()  # forgotten by what follows
+            replayed.load_state_dict(state)
+        assert_all_equal(replayed.shadow, eager.shadow)
+    assert replayed.num_updates == 59
+    assert replayed.report() == eager.report()
+
+
+@pytest.mark.filterwarnings("ignore:.*AccumulateGrad.*:UserWarning")
+def test_a_whole_training_step(gpu: torch.device) -> None:
+    """Forward, backward, optimizer and average in one graph."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 33), nn.ReLU(), nn.Linear(33, 5)).to(gpu)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    rule = rules.warmup(0.99)
+    ema = fastema.EMA(net, rule, capturable=True)
+    expected = {name: Expected(tensor, name) for name, tensor in ema.shadow.items()}
+    x = torch.randn(8, 16, device=gpu)
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        net(x).square().mean().backward()
+        optimizer.step()
+        ema.update()
+
+    def follow(step: int) -> None:
+        for name, parameter in net.named_parameters():
+            expected[name].update(parameter, rule.weight(step), step)
+            expected[name].check(ema.shadow[name], name)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for step in range(1, 4):
+            train()
+            side.synchronize()
+            follow(step)
+    torch.cuda.current_stream().wait_stream(side)
+    optimizer.zero_grad(set_to_none=True)
+    graph = capture(train)
+    for step in range(4, 40):
+        x.normal_()
+        graph.replay()
+        follow(step)
+
+
+@pytest.mark.filterwarnings("ignore:.*AccumulateGrad.*:UserWarning")
+def test_graphed_callables(gpu: torch.device) -> None:
+    """A module whose forward and backward are graphs is averaged like any other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 33), nn.ReLU(), nn.Linear(33, 5)).to(gpu)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    graphed = torch.cuda.make_graphed_callables(net, (torch.randn(8, 16, device=gpu),))
+    ema = fastema.EMA(net, 0.9)
+    expected = {name: Expected(tensor, name) for name, tensor in ema.shadow.items()}
+    for step in range(1, 8):
+        optimizer.zero_grad(set_to_none=True)
+        graphed(torch.randn(8, 16, device=gpu)).square().mean().backward()
+        optimizer.step()
+        ema.update()
+        for name, parameter in net.named_parameters():
+            expected[name].update(parameter, 1 - 0.9, step)
+            expected[name].check(ema.shadow[name], name)
+
+
+def test_a_captured_plan(gpu: torch.device) -> None:
+    """A plan's weight is what it was at the capture."""
+    given = Given(FLAT, torch.float32, gpu)
+    given.refresh(0)
+    avg = {name: tensor.clone() for name, tensor in given.there.items()}
+    expected = {name: Expected(tensor, name) for name, tensor in avg.items()}
+    plan = fastema.Plan(avg, given.there)
+    plan.lerp_(0.25)  # of equal sides: nothing changes
+    graph = capture(lambda: plan.lerp_(0.25))
+    for seed in range(1, 5):
+        given.refresh(seed)
+        graph.replay()
+        for name, tensor in given.there.items():
+            expected[name].update(tensor, 0.25, seed)
+            expected[name].check(avg[name], name)
+
+
+def test_what_cannot_be_captured_says_so(gpu: torch.device) -> None:
+    weights = [torch.randn(5, device=gpu)]
+    ema, plan = fastema.EMA(weights, 0.9), fastema.Plan([torch.randn(5, device=gpu)], weights)
+    graph = torch.cuda.CUDAGraph()
+    other = torch.zeros(1, device=gpu)
+    with torch.cuda.graph(graph):
+        other += 1  # an empty graph is warned of
+        with pytest.raises(StateError, match="capturable=True"):
+            ema.update()
+        with pytest.raises(StateError, match="before"):
+            plan.lerp_(0.5)
+    assert ema.num_updates == 0
+    ema.update()
+    plan.lerp_(0.5)
+    assert ema.num_updates == 1
+
+
+def test_capturable_is_for_gpus() -> None:
+    with pytest.raises(ArgumentError, match="GPU"):
+        fastema.EMA([torch.randn(3)], 0.9, capturable=True)

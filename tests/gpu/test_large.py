@@ -1,0 +1,126 @@
+"""Tensors of more elements than 32 bits count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastema.testing import reference
+from fastema.testing.tolerance import unit_roundoff
+
+torch = pytest.importorskip("torch")
+from torch import Tensor  # noqa: E402
+
+import fastema  # noqa: E402
+
+from .given import assert_equal, host  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+DECAY = 0.9
+PART = 1 << 26
+
+
+def elements_of(device: torch.device) -> int:
+    """Just above 2**31 on a GPU; a CPU has no such limit, and other tests."""
+    return 2**31 + 12_345 if device.type == "cuda" else 300_007
+
+
+def need(device: torch.device, nbytes: int) -> None:
+    """Skip where the device has less memory free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < nbytes:
+            pytest.skip(f"needs {nbytes / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB are free")
+
+
+def random_(tensor: Tensor, seed: int) -> None:
+    """Fill a large tensor with normal numbers."""
+    tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(seed))
+
+
+def parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The same slices of each, none of them large."""
+    length = tensors[0].numel()
+    return [
+        tuple(t[start : min(start + PART, length)] for t in tensors)
+        for start in range(0, length, PART)
+    ]
+
+
+@pytest.mark.parametrize("average", ["f32", "bf16"])
+def test_every_element_is_averaged(device: torch.device, average: str) -> None:
+    """Stochastically where the average is narrow: within a unit in the last place."""
+    count = elements_of(device)
+    need(device, count * (2 + 2 * (4 if average == "f32" else 2)) + 100 * PART)
+    x = torch.empty(count, dtype=torch.bfloat16, device=device)
+    random_(x, 1)
+    ema = fastema.EMA({"w": x}, DECAY, shadow_dtype=average)
+    before = ema.shadow["w"].clone()
+    random_(x, 2)
+    ema.update()
+    unit = unit_roundoff(average) * (2 if average == "bf16" else 1)
+    for old, new, weights in parts(before, ema.shadow["w"], x):
+        wide, target = old.double(), weights.double()
+        want = wide + (1 - DECAY) * (target - wide)
+        # Three roundings in float32 and one to the average's format.
+        bound = unit * want.abs() + 4 * 2.0**-24 * (wide.abs() + target.abs())
+        assert not bool(((new.double() - want).abs() > bound).any())
+
+
+def test_random_bits_of_places_beyond_32_bits(device: torch.device) -> None:
+    count = elements_of(device)
+    need(device, 6 * count)
+    x = torch.empty(count, dtype=torch.bfloat16, device=device)
+    random_(x, 3)
+    ema = fastema.EMA({"w": x}, DECAY, seed=11)
+    windows = [slice(at, at + 999) for at in (0, count // 3, count - 13_344, count - 999)]
+    before = [host(ema.shadow["w"][window]) for window in windows]
+    random_(x, 4)
+    ema.update()
+    for window, old in zip(windows, before, strict=True):
+        places = np.arange(window.start, window.stop)
+        words = reference.random_words(11, 1, reference.tensor_key("w"), places)
+        want = reference.lerp(old, host(x[window]), 1 - DECAY, "bf16", "bf16", words)
+        assert (host(ema.shadow["w"][window]) == want).all()
+
+
+def test_exchange_and_back(device: torch.device) -> None:
+    """A float32 average in bfloat16 weights, and both back to the bit."""
+    count = elements_of(device)
+    need(device, count * (2 + 2 + 4 + 4) + 100 * PART)
+    x = torch.empty(count, dtype=torch.bfloat16, device=device)
+    random_(x, 5)
+    ema = fastema.EMA({"w": x}, DECAY, shadow_dtype="f32")
+    random_(x, 6)
+    ema.update()
+    weights, shadow = x.clone(), ema.shadow["w"].clone()
+    with ema.swapped():
+        for given, average in parts(x, shadow):
+            off = (given.double() - average.double()).abs()
+            assert bool((off <= 2.0**-8 * average.double().abs()).all())
+    for now, then in (*parts(x, weights), *parts(ema.shadow["w"], shadow)):
+        assert torch.equal(now, then)
+
+
+def test_many_elements_in_many_tensors(device: torch.device) -> None:
+    """Together more than 32 bits count, each of them small, of odd sizes."""
+    count = elements_of(device)
+    need(device, 6 * count)
+    sizes = [count // 64 + 2 * i + 1 for i in range(64)]
+    weights = {
+        f"w{i}": torch.empty(n, dtype=torch.bfloat16, device=device) for i, n in enumerate(sizes)
+    }
+    for i, tensor in enumerate(weights.values()):
+        random_(tensor, i)
+    ema = fastema.EMA(weights, DECAY, rounding="nearest")
+    ends = {name: tensor[-500:].cpu().clone() for name, tensor in weights.items()}
+    for i, tensor in enumerate(weights.values()):
+        random_(tensor, 100 + i)
+    twin = fastema.EMA(ends, DECAY, rounding="nearest")
+    for name, tensor in ends.items():
+        tensor.copy_(weights[name][-500:])
+    ema.update()
+    twin.update()
+    for name, tensor in twin.shadow.items():
+        assert_equal(ema.shadow[name][-500:], tensor, name)

@@ -1,0 +1,139 @@
+"""An update takes no memory of the device, and a swap is in place."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+
+from .given import FLOATS  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+
+def taken(job: Callable[[], object]) -> tuple[int, int, int]:
+    """Requests to torch's allocator, bytes at their peak, and bytes it asked the driver for."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()
+    job()
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()
+    requests, held, reserved = (
+        "allocation.all.allocated",
+        "allocated_bytes.all",
+        "reserved_bytes.all",
+    )
+    return (
+        after[requests] - before[requests],
+        after[f"{held}.peak"] - before[f"{held}.current"],
+        after[f"{reserved}.current"] - before[f"{reserved}.current"],
+    )
+
+
+def weights_of(dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Some tensors of several megabytes and many small ones."""
+    sizes = [3_000_001, 1_000_000, *range(1, 200)]
+    return {f"w{i}": torch.randn(n, device=device).to(dtype) for i, n in enumerate(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("f32", {}),
+        ("f64", {}),
+        ("bf16", {"shadow_dtype": "float32"}),
+        ("bf16", {}),
+        ("bf16", {"shadow_dtype": "bf16+16"}),
+        ("f16", {"decay": (0.9, 0.99, 0.999), "shadow_dtype": "float32"}),
+        ("bf16", {"drift": True}),
+        ("bf16", {"capturable": True}),
+        ("f32", {"on_nonfinite": "propagate", "update_every": 2}),
+    ],
+)
+def test_updates(gpu: torch.device, model: str, options: dict[str, Any]) -> None:
+    ema = fastema.EMA(weights_of(FLOATS[model], gpu), **options)
+
+    def updates() -> None:
+        for _ in range(4):
+            ema.update()
+
+    updates()
+    assert taken(updates) == (0, 0, 0)
+
+
+def test_windowed_means_and_plans(gpu: torch.device) -> None:
+    weights = weights_of(torch.float32, gpu)
+    sma = fastema.SMA(weights, 3)
+    plan = fastema.Plan({name: tensor.clone() for name, tensor in weights.items()}, weights)
+
+    def work() -> None:
+        for _ in range(7):
+            sma.update()
+        plan.lerp_(0.5)
+        plan.copy_()
+        plan.swap_()
+
+    work()
+    assert taken(work) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "average"),
+    [("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("bf16", "bf16+16"), ("f64", "f64")],
+)
+def test_swaps_are_in_place(gpu: torch.device, model: str, average: str) -> None:
+    ema = fastema.EMA(weights_of(FLOATS[model], gpu), 0.9, shadow_dtype=average)
+
+    def there_and_back() -> None:
+        with ema.swapped():
+            pass
+
+    there_and_back()
+    assert taken(there_and_back) == (0, 0, 0)
+
+
+def test_replays(gpu: torch.device) -> None:
+    ema = fastema.EMA(weights_of(torch.bfloat16, gpu), 0.9, capturable=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema.update()
+    graph.replay()
+    assert taken(graph.replay) == (0, 0, 0)
+
+
+def test_memory_comes_back(gpu: torch.device) -> None:
+    """Of averages that are gone, whatever streams and calls they saw."""
+    weights = weights_of(torch.bfloat16, gpu)
+
+    def live() -> None:
+        ema = fastema.EMA(weights, (0.9, 0.99), shadow_dtype="float32", drift=True)
+        sma = fastema.SMA(weights, 4)
+        side = torch.cuda.Stream()
+        for one in (ema, sma):
+            one.update()
+            with torch.cuda.stream(side):
+                side.wait_stream(torch.cuda.default_stream())
+                one.update()
+            torch.cuda.synchronize()
+            with one.swapped(which=0):
+                pass
+        _ = ema.drifts, ema.state_dict()
+
+    def held() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+
+    live()
+    before = held()
+    for _ in range(3):
+        live()
+    assert held() == before

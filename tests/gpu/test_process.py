@@ -1,0 +1,101 @@
+"""Processes: forked ones, and fresh ones that find their kernels on the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_is_told(gpu: torch.device, python: Callable[..., str]) -> None:
+    """An error that names the fork instead of one of the driver's, or a process that hangs."""
+    said = python(
+        """
+        import os, sys, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch, fastema
+        from fastema.errors import FastemaError
+
+        weights = [torch.randn(1000, device="cuda")]
+        ema = fastema.EMA(weights, 0.9)
+        ema.update()
+        torch.cuda.synchronize()
+        child = os.fork()
+        if not child:
+            code = 3
+            try:
+                ema.update()
+            except FastemaError as error:
+                code = 0 if "fork" in str(error) else 4
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print("child", os.waitstatus_to_exitcode(status))
+        weights[0].normal_()
+        ema.update()  # the parent goes on
+        print(bool(ema.shadow["0"].isfinite().all()), ema.num_updates)
+        """,
+        timeout=120.0,
+        quiet=False,
+    )
+    assert said.split() == ["child", "0", "True", "2"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_averages_on_the_cpu(
+    device: torch.device, python: Callable[..., str]
+) -> None:
+    said = python(
+        """
+        import os, sys, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch, fastema
+
+        weights = [torch.randn(1000, device=sys.argv[1])]
+        fastema.EMA(weights, 0.9).update()
+        child = os.fork()
+        if not child:
+            code = 3
+            try:
+                own = [torch.full((1000,), 4.0)]
+                ema = fastema.EMA(own, 0.5)
+                own[0].fill_(6.0)
+                ema.update()
+                code = 0 if bool((ema.shadow["0"] == 5.0).all()) else 4
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print("child", os.waitstatus_to_exitcode(status))
+        """,
+        str(device),
+        timeout=120.0,
+        quiet=False,
+    )
+    assert said.split() == ["child", "0"]
+
+
+def test_a_fresh_process_finds_its_kernels(
+    device: torch.device, python: Callable[..., str]
+) -> None:
+    """The same numbers again, from kernels that lie on the disk."""
+    script = """
+    import sys, warnings
+    warnings.simplefilter("error", RuntimeWarning)  # slower functions in place of our kernels
+    import torch, fastema
+
+    torch.manual_seed(3)
+    weights = [torch.randn(70_001).bfloat16().to(sys.argv[1])]
+    ema = fastema.EMA(weights, 0.9)
+    weights[0].mul_(1.5)
+    ema.update()
+    print(ema.shadow["0"].view(torch.int16).long().cpu().mul(torch.arange(70_001)).sum().item())
+    """
+    once, again = (python(script, str(device), timeout=120.0, quiet=False) for _ in range(2))
+    assert once == again
+    assert int(once)

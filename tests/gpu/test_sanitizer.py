@@ -1,0 +1,91 @@
+"""Under NVIDIA's checker of memory and races, where it is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastema
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+ROOT = Path(fastema.__file__).parents[1]
+
+WATCHED = """
+import sys
+import torch
+import fastema
+
+device = sys.argv[1]
+
+def tensors(dtype):
+    base = torch.randn(9_000, device=device).to(dtype)
+    return {"whole": torch.randn(70_001, device=device).to(dtype), "odd": base[3:1_000],
+            "gaps": base[1_001::2], "one": base[1_000:1_001]}
+
+for dtype, options in (
+    (torch.float32, {}),
+    (torch.bfloat16, {}),
+    (torch.bfloat16, {"shadow_dtype": "float32", "drift": True}),
+    (torch.bfloat16, {"shadow_dtype": "bf16+16", "on_nonfinite": "skip"}),
+    (torch.float16, {"decay": (0.9, 0.99)}),
+):
+    weights = tensors(dtype)
+    ema = fastema.EMA(weights, **options)
+    for _ in range(2):
+        ema.update()
+    with ema.swapped(which=0):
+        pass
+    ema.state_dict()
+sma = fastema.SMA(tensors(torch.float32), 2)
+for _ in range(5):
+    sma.update()
+print("done", float(sma.shadow["odd"].sum().isfinite()))
+"""
+
+
+def checker() -> str | None:
+    """NVIDIA's checker, where it is installed."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=f"{home}/bin{os.pathsep}{home}/compute-sanitizer"
+    )
+
+
+def watched(command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+    """Run the script under a command; skip where that takes too long."""
+    # Without a pool of memory, what lies beside a tensor belongs to nobody.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=limit_s
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{command[0]} did not end within {limit_s:.0f} s")
+
+
+def test_the_watched_script(device: torch.device) -> None:
+    done = watched([sys.executable, "-c", WATCHED, str(device)], 120.0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["done", "1.0"]
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_access_is_out_of_place(gpu: torch.device, tool: str) -> None:
+    path = checker()
+    if path is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [path, "--tool", tool, "--error-exitcode", "86", sys.executable, "-c", WATCHED]
+    done = watched([*command, str(gpu)], 60.0)
+    said = done.stdout + done.stderr
+    if "not supported" in said.lower() and "done" not in said:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0, said[-4_000:]
+    assert "done 1.0" in said

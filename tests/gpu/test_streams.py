@@ -1,0 +1,247 @@
+"""On the caller's stream, without waiting, with memory that is freed while work is pending."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import Tensor  # noqa: E402
+
+import fastema  # noqa: E402
+
+from .given import FLAT, Expected, Given, assert_all_equal  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.torch]
+
+CYCLES = 300_000_000
+"""Of a kernel that only waits: a fifth of a second or so."""
+
+COUNT = 1_000_003
+
+
+def busy() -> None:
+    """Keep the current stream from what is queued next."""
+    torch.cuda._sleep(CYCLES)
+
+
+def of(tensor: Tensor, name: str = "w") -> Expected:
+    """What follows an average of one tensor."""
+    return Expected(tensor, name)
+
+
+def test_the_current_stream(gpu: torch.device) -> None:
+    """What is queued there before the update is seen by it, and it by what is queued after."""
+    weights = {"w": torch.randn(COUNT, device=gpu)}
+    ema = fastema.EMA(weights, 0.9)
+    expected = of(ema.shadow["w"])
+    new = torch.randn(COUNT, device=gpu)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        busy()
+        weights["w"].copy_(new)
+        ema.update()
+        seen = ema.shadow["w"].clone()
+        weights["w"].fill_(float("nan"))
+    side.synchronize()
+    expected.update(new, 1 - 0.9, 1)
+    expected.check(seen)
+    expected.check(ema.shadow["w"])
+
+
+def test_a_stream_for_each_call(gpu: torch.device) -> None:
+    given = Given(FLAT, torch.bfloat16, gpu)
+    given.refresh(0)
+    ema, twin = fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)
+    streams = [torch.cuda.Stream() for _ in range(3)] + [torch.cuda.default_stream()]
+    before = torch.cuda.current_stream()
+    for step in range(1, 13):
+        stream = streams[step % 4]
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            given.refresh(step)
+            ema.update()
+        twin.update()
+        before = stream
+    torch.cuda.synchronize()
+    assert_all_equal(ema.shadow, twin.shadow)
+
+
+def test_weights_freed_before_the_update_has_run(gpu: torch.device) -> None:
+    """Their memory goes to nobody else until it has."""
+    x = torch.randn(COUNT, device=gpu)
+    avg = torch.randn(COUNT, device=gpu)
+    expected, values = of(avg), x.clone()
+    plan = fastema.Plan([avg], [x])
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        busy()
+        plan.lerp_(0.5)
+    del x, plan
+    gc.collect()
+    taken = [torch.full((COUNT,), float("nan"), device=gpu) for _ in range(4)]
+    torch.cuda.synchronize()
+    expected.update(values, 0.5, 1)
+    expected.check(avg)
+    assert all(bool(one.isnan().all()) for one in taken)
+
+
+def test_weights_replaced_before_the_update_has_run(gpu: torch.device) -> None:
+    """The average found the new memory; the old was given back with an update pending on it."""
+    parameter = torch.nn.Parameter(torch.randn(COUNT, device=gpu))
+    ema = fastema.EMA({"w": parameter}, 0.9)
+    expected = of(ema.shadow["w"])
+    values = [torch.randn(COUNT, device=gpu) for _ in range(3)]
+    for step, one in enumerate(values, 1):
+        expected.update(one, 1 - 0.9, step)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    taken = []
+    for one in values:
+        parameter.data = one.clone()  # from memory of the current stream
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            busy()
+            ema.update()
+        parameter.data = parameter.data.clone()
+        taken.append(torch.full((COUNT,), float("nan"), device=gpu))
+    torch.cuda.synchronize()
+    expected.check(ema.shadow["w"])
+    assert len(taken) == 3
+
+
+def test_an_average_given_up_before_its_update_has_run(gpu: torch.device) -> None:
+    """Its tables go with it, and what is left of it is right."""
+    weights = {f"w{i}": torch.randn(1_000 + i, device=gpu) for i in range(50)}
+    ema = fastema.EMA(weights, 0.9)
+    ema.update()
+    shadows = dict(ema.shadow)
+    expected = {name: of(tensor, name) for name, tensor in shadows.items()}
+    for name, tensor in weights.items():
+        tensor.normal_()
+        expected[name].update(tensor, 1 - 0.9, 2)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        busy()
+        ema.update()
+    del ema
+    gc.collect()
+    taken = [torch.full((256 * size,), -1, device=gpu) for size in range(1, 200)]
+    torch.cuda.synchronize()
+    for name, tensor in shadows.items():
+        expected[name].check(tensor, name)
+    assert len(taken) == 199
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """A block in which whatever waits for the device through torch raises."""
+
+    def switch(mode: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does not see everything
+            torch.cuda.set_sync_debug_mode(mode)
+
+    switch("error")
+    try:
+        yield
+    finally:
+        switch("default")
+
+
+def test_nothing_waits_for_the_device(gpu: torch.device) -> None:
+    """Neither by torch's own account, nor by that of an event that lies before the calls."""
+    weights = {f"w{i}": torch.randn(1_000 + i, device=gpu) for i in range(100)}
+    narrow = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    averages = [
+        fastema.EMA(weights, 0.9),
+        fastema.EMA(narrow, (0.9, 0.99), shadow_dtype="float32"),
+        fastema.EMA(narrow, 0.9),
+        fastema.EMA(weights, 0.9, drift=True),
+        fastema.EMA(narrow, 0.9, capturable=True),
+        fastema.SMA(weights, 3),
+    ]
+    plan = fastema.Plan({name: x.clone() for name, x in narrow.items()}, weights)
+
+    def all_calls() -> None:
+        for one in averages:
+            one.update()
+        plan.lerp_(0.5)
+        averages[0].apply_shadow()
+        averages[0].restore()
+
+    all_calls()  # compiles, and uploads what the calls read from then on
+    torch.cuda.synchronize()
+    before = torch.cuda.Event()
+    with no_sync():
+        for _ in range(3):
+            busy()
+        before.record()
+        all_calls()
+        assert not before.query()
+
+
+def test_threads_with_streams_of_their_own(gpu: torch.device) -> None:
+    """Each a thread that has not used the device before."""
+    givens = [Given(FLAT, torch.bfloat16, gpu) for _ in range(4)]
+    pairs = []
+    for number, given in enumerate(givens):
+        given.refresh(number)
+        pairs.append((fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)))
+    torch.cuda.synchronize()
+    errors: list[BaseException] = []
+    together = threading.Barrier(len(givens))
+
+    def work(number: int) -> None:
+        try:
+            together.wait(30)
+            ema, twin = pairs[number]
+            with torch.cuda.stream(torch.cuda.Stream(gpu)):
+                for step in range(20):
+                    givens[number].refresh(100 * number + step)
+                    ema.update()
+                    twin.update()
+                torch.cuda.current_stream().synchronize()
+        except BaseException as error:
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(givens))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not errors
+    for ema, twin in pairs:
+        assert ema.num_updates == 20
+        assert_all_equal(ema.shadow, twin.shadow)
+
+
+def test_a_thread_whose_first_work_is_an_update(device: torch.device) -> None:
+    given = Given(FLAT, torch.float32, device)
+    given.refresh(0)
+    ema, twin = fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)
+    given.refresh(1)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            ema.update()
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join(60)
+    assert not errors
+    twin.update()
+    assert_all_equal(ema.shadow, twin.shadow)
