@@ -69,9 +69,7 @@ def main() -> int:
     print(text)
     # A part of the cases must not replace the result of all of them.
     name = mode + ("-part" if options.case else "")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (options.out / f"{name}.md").write_text(text, encoding="utf-8")
+    report.store(options.out, name, result, text)
     return 0
 
 

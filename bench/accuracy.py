@@ -8,7 +8,6 @@ over the same weights; fastema in every precision, beside the peers.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -676,10 +675,8 @@ def main(arguments: list[str] | None = None) -> int:
         result = {"header": header, **measure(QUICK if options.quick else FULL)}
     text = markdown(result)
     print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / ("quick-accuracy" if options.quick else "accuracy")
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    name = "quick-accuracy" if options.quick else "accuracy"
+    report.store(options.out, name, result, text)
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 import tempfile
@@ -495,10 +494,8 @@ def main() -> int:
     }
     text = markdown(result)
     print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / ("averages-quick" if options.quick else "averages")
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    name = "averages-quick" if options.quick else "averages"
+    report.store(options.out, name, result, text)
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import signal
@@ -260,10 +259,7 @@ def stem(device: torch.device, part: bool) -> str:
 
 def _write(result: dict[str, Any], folder: Path, name: str) -> str:
     text = gpu_report.markdown(result)
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    (folder / f"{name}.json").write_text(stored, encoding="utf-8")
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    report.store(folder, name, result, text)
     return text
 
 

@@ -9,7 +9,6 @@ weights, on validation rows of other seeds; what the averages do is fixed in adv
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -679,11 +678,8 @@ def main(arguments: list[str] | None = None) -> int:
     result = {"header": header, **measure(QUICK if options.quick else FULL)}
     text = markdown(result)
     print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / name
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    draw(result, path.with_suffix(".png"))
+    report.store(options.out, name, result, text)
+    draw(result, options.out / f"{name}.png")
     return 0
 
 

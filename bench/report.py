@@ -37,6 +37,14 @@ _README_TABLES = (
 )
 
 
+def store(folder: Path, name: str, result: Result, text: str) -> None:
+    """Write a result and its tables side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    (folder / f"{name}.json").write_text(stored, encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
 def number(value: float | None) -> str:
     """Return a number with three significant digits, a dash for None."""
     if value is None:
