@@ -114,8 +114,8 @@ def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
 
 _METHOD = (
     "The real bindings call a driver that does nothing, PyTorch's CPU tensors pass for tensors on "
-    "a GPU: what is missing is the time inside the real driver, about 2 µs per launch. Tensors of 64 "
-    "elements in a `torch.nn.ParameterList`; medians of rounds of 1,000 updates. *All* looks at "
+    "a GPU: what is missing is the time inside the real driver, about 2 µs per launch. Tensors of "
+    "64 elements in a `torch.nn.ParameterList`; medians of rounds of 1,000 updates. *All* looks at "
     "every tensor for one that moved, *sample* at a sixteenth of them in turn. Calls of the driver "
     "per update: one launch for the weights, one that advances the clock where there is one, and "
     "before each the question which context is current."

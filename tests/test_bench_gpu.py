@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from bench import gpu, gpu_cases, gpu_clock, gpu_peers, gpu_race, gpu_report  # 
 from bench.flatmodule import DTYPES  # noqa: E402
 from bench.peers import OURS, Peer, Running  # noqa: E402
 from fastema.testing import models  # noqa: E402
+
+from .needed import modules, needed  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -436,3 +439,16 @@ def test_what_makes_the_check_fail(change: dict[str, Any], fine: bool) -> None:
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, bench.gpu_report; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_host_time_of_an_update(tmp_path: Path) -> None:
+    """Against a driver that does nothing: one launch, and the question which context is current."""
+    modules("cuda.bindings.driver")
+    needed(shutil.which("cc") is not None, "a C compiler")
+    command = [sys.executable, "-m", "bench.launch", "--quick", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "launch-quick.json").read_text())["rows"]
+    assert {row["tensors"] for row in rows} == {10, 100, 1_000}
+    for row in rows:
+        assert row["us"] > 0
+        assert row["driver_calls"] == (4 if "capturable" in row["entry"] else 2)
