@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import threading
+from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -41,8 +43,12 @@ THREADS = 256
 NOW = SEED, STEP, WINDOW, SLOT, TURN
 """What a moment has besides its numbers, in the order of the kernels' parameters."""
 
-_REGISTERS, _MORE = 32, {"~": 40, "f64": 40, "lerp_measured": 40, "window": 64, "advance": 64}
+_REGISTERS, _MORE = 32, {"~": 40, "f64": 40, "lerp_measured": 64, "window": 64, "advance": 64}
 """Registers per thread: 32 let a multiprocessor be full; more for what would spill otherwise."""
+
+_SMALLER = {(8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1)}
+"""Capabilities whose multiprocessors have 1,536 threads, not 2,048, for as many registers: there
+40 let them be full."""
 
 _compiling = threading.Lock()
 
@@ -231,7 +237,8 @@ def compile_kernel(
     body = bodies(operation, formats, layout)
     kernel = (_measuring if operation in MEASURING else _plain)(body)
     asking = (operation, formats[0][-1], *formats)
-    most = max(_REGISTERS, *(_MORE.get(what, 0) for what in asking))
+    least = 40 if capability in _SMALLER else _REGISTERS
+    most = max(least, *(_MORE.get(what, 0) for what in asking))
     return _binary(kernel, _PARAMETERS, most, capability)
 
 
@@ -247,18 +254,22 @@ def compile_clock(capability: tuple[int, int]) -> Binary:
 
 
 def _binary(kernel, signature, most: int, capability: tuple[int, int]) -> Binary:
+    import_module("numba_cuda")  # numba has a GPU target of its own, of long ago: not that one
     from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
     from numba.cuda import dispatcher
+    from numba.cuda.cudadrv import nvvm
 
     with _compiling:
         # A device function asks which GPU there is, which also would take a context on it.
-        asked = dispatcher.get_current_device
+        asked, compiled = dispatcher.get_current_device, nvvm.compile_ir
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability, id=0)
+        # A product and a sum are rounded twice, as on the CPU, unless the kernel says fma.
+        nvvm.compile_ir = partial(compiled, fma=False)
         try:
             ptx, _ = cuda.compile_ptx(kernel, signature, cc=capability)
         finally:
-            dispatcher.get_current_device = asked
+            dispatcher.get_current_device, nvvm.compile_ir = asked, compiled
     major, minor = capability
     options = LinkerOptions(
         arch=f"sm_{major}{minor}", max_register_count=most, ptxas_options=["-v"]

@@ -28,6 +28,21 @@ def _vector_pointer(context, builder, pointer, lanes):
     return cast, size, word
 
 
+def _opaque(builder, vector):
+    """The same vector, which the compiler does not see through to the load.
+
+    It would load narrower parts of it, or some twice. The assembler drops the moves.
+    """
+    kind = vector.type.element
+    if kind.width != 32:
+        return vector
+    move = ir.InlineAsm(ir.FunctionType(kind, [kind]), "mov.b32 $0, $1;", "=r,r")
+    for i in range(vector.type.count):
+        word = builder.call(move, [builder.extract_element(vector, _I32(i))])
+        vector = builder.insert_element(vector, word, _I32(i))
+    return vector
+
+
 def _taken_apart(builder, vector, element, size, word, lanes):
     """The elements of a vector of words."""
     for i in range(lanes):
@@ -81,6 +96,8 @@ def _load_word(lanes, stream):
         address, size, word = _vector_pointer(context, builder, args[0], lanes)
         whole = builder.load(address, align=size * lanes)
         words.tag(builder, whole, stream)
+        if words.is_cuda(context):
+            whole = _opaque(builder, whole)
         element = args[0].type.pointee
         parts = list(_taken_apart(builder, whole, element, size, word, lanes))
         return context.make_tuple(builder, sig.return_type, parts)

@@ -114,11 +114,22 @@ FORMATS = {
     "raw8": _raw(8, words.pointer_i64),
 }
 
-_FROM_BF16 = {
-    "bf16": _nearest(scalar.encode_bf16_of_bf16),
-    "bf16~": scalar.encode_bf16_of_bf16_random,
+_GPU_BF16 = _nearest(words.float_to_bf16)
+
+_CHEAPER = {
+    "cpu": {},
+    "cuda": {"bf16": FORMATS["bf16"]._replace(encode=_GPU_BF16, encode_wide=_from_wide(_GPU_BF16))},
 }
-"""Cheaper encodings for averages of bfloat16 weights, on the CPU."""
+"""By device, formats in which it has instructions that others have not."""
+
+_FROM_BF16 = {
+    "cpu": {
+        "bf16": _nearest(scalar.encode_bf16_of_bf16),
+        "bf16~": scalar.encode_bf16_of_bf16_random,
+    },
+    "cuda": {"bf16~": scalar.encode_bf16_of_bf16_random_gpu},
+}
+"""By device, cheaper encodings for averages of bfloat16 weights."""
 
 
 class Access(NamedTuple):
@@ -137,13 +148,13 @@ class Access(NamedTuple):
 
 def access(dst: str, src: str, device: str) -> Access:
     """float64 where either side is f64, float32 otherwise."""
-    one, other = FORMATS[dst], FORMATS[src]
+    one, other = (_CHEAPER[device].get(name, FORMATS[name]) for name in (dst, src))
     wide = "f64" in (dst, src)
     real = np.float64 if wide else np.float32
     as_real = _same if dst.startswith("raw") else real
     encode = one.encode_wide if wide else one.encode
-    if src == "bf16" and device == "cpu":
-        encode = _FROM_BF16.get(dst, encode)
+    if src == "bf16":
+        encode = _FROM_BF16[device].get(dst, encode)
     encode_src = other.encode_wide if wide else other.encode
     decode_src = other.decode
     read, write = (_single if one.complete is None else _double)(one, as_real, encode)

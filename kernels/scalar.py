@@ -147,6 +147,12 @@ def encode_bf16_of_bf16_random(value, word):
     return narrow16(shr32(add32(bits32(value), word), 16))
 
 
+def encode_bf16_of_bf16_random_gpu(value, word):
+    """The same for what arithmetic gives on a GPU, where all bits of a NaN are ones."""
+    rounded = shr32(add32(bits32(value), word), 16)
+    return narrow16(select32(value != value, 0x7FFF, rounded))
+
+
 def encode_f16_random(value, word):
     """One of the two half-precision numbers around a float32, each as likely as the other is far.
 

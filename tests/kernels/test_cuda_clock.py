@@ -2,12 +2,14 @@
 
 It differs from :meth:`fastema.rules.Schedule.weights` in two ways, both bounded here. Its weights
 come from polynomials (:mod:`fastema.engine.pieces`): after the first 64 updates they may be off by
-4e-15 of themselves, or, where the rule's own weight is one minus a decay, by twice the rounding of
-that decay, 2**-53 for each step of an update. And from update 2**31 on the weight stays what it is.
+4e-15 of themselves and, where the rule's own weight is one minus a decay that changes, by twice the
+rounding of that decay, 2**-53 for each step of an update. And from update 2**31 on the weight stays
+what it is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -45,6 +47,9 @@ from fastema.kernels.table import (
 )
 from fastema.kernels.words import load, pointer_i64
 from fastema.rules import (
+    Constant,
+    CumulativeMean,
+    Power,
     Rule,
     Schedule,
     constant,
@@ -156,12 +161,13 @@ class Face:
         assert self.cells[IDLE] in (0, 1)
         rest = np.ones(len(before), bool)
         rest[AROUND + np.array([DONE, *written])] = False
-        np.testing.assert_array_equal(self._whole[rest], before[rest])
-        numbers = self.cells[WEIGHTS : WEIGHTS + MOST_TOGETHER]
-        kept = numbers == POISON
-        expected = 0 if self.cells[IDLE] else 1 if self.cells[WINDOW] else len(self.tables)
-        if not self.cells[WINDOW]:
-            assert kept.tolist() == [k >= expected for k in range(MOST_TOGETHER)]
+        assert np.array_equal(self._whole[rest], before[rest])
+        kept = self.cells[WEIGHTS : WEIGHTS + MOST_TOGETHER] == POISON
+        if self.cells[WINDOW]:
+            assert kept[1:].all()
+        else:
+            count = 0 if self.cells[IDLE] else len(self.tables)
+            assert kept.tolist() == [k >= count for k in range(MOST_TOGETHER)]
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -179,25 +185,25 @@ def exact(schedule: Schedule, step: int) -> tuple[float, ...]:
     return schedule.weights(step - max(beyond, 0) * every)
 
 
-def bound(weight: float, every: int) -> float:
-    return 4e-15 * weight + 2 * every * 2.0**-53
+def bound(rule: Rule, weight: float, every: int) -> float:
+    """Most that a weight may be off."""
+    if isinstance(rule, Constant):
+        return 0.0
+    exact = isinstance(rule, Power | CumulativeMean) or rule == debiased(constant(0.999))
+    return 4e-15 * weight + (0.0 if exact else 2 * every * 2.0**-53)
 
 
-def check(face: Face, schedule: Schedule, step: int) -> float:
-    """Compare an update's weights; the largest difference as a share of what is allowed."""
+def check(face: Face, schedule: Schedule, step: int) -> None:
+    """Compare an update's weights, the first ones to the bit."""
     want = exact(schedule, step)
     got = face.weights
     assert len(got) == len(want), step
     update = (step - schedule.start_after) // schedule.update_every
     if not want or update <= 64:
         assert got == want, step
-        return 0.0
-    worst = 0.0
+        return
     for rule, a, b in zip(schedule.rules, got, want, strict=True):
-        share = abs(a - b) / bound(b, schedule.update_every)
-        assert share <= 1.0, (rule, step, a, b)
-        worst = max(worst, share)
-    return worst
+        assert abs(a - b) <= bound(rule, b, schedule.update_every), (rule, step, a, b)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +232,7 @@ def test_thousands_of_updates(every: int, start: int, rules: tuple[Rule, ...]) -
 
 @given(
     rules=st.lists(st.sampled_from(RULES), min_size=1, max_size=MOST_TOGETHER, unique=True),
-    every=st.sampled_from([1, 2, 10, 16]),
+    every=st.sampled_from([1, 2, 10]),
     start=st.integers(0, 2**33),
     power_of_two=st.integers(0, 41),
     data=st.data(),
@@ -239,7 +245,7 @@ def test_any_update(
     done = max(start + m - 1, 0)
     schedule = Schedule(rules, every, start)
     face = Face(tables_of(tuple(rules), every), done=done, start=start, every=every)
-    for step in range(done + 1, done + 2 * every + 2):
+    for step in range(done + 1, done + every + 2):
         face.advance()
         check(face, schedule, step)
 
@@ -363,16 +369,11 @@ def test_a_clock_that_is_set_again(gpu: StubGpu) -> None:
             clock.advance()
             assert clock.done() == step
             for address in addresses:
-                cells = np.frombuffer(memory(address, CLOCK_CELLS), np.int64)
+                memory = (ctypes.c_int64 * CLOCK_CELLS).from_address(address)
+                cells = np.frombuffer(memory, np.int64)
                 want = schedule.weights(step)
                 assert bool(cells[IDLE]) == (not want)
                 assert (cells[STEP], cells[SEED]) == (step, 9)
                 got = cells[WEIGHTS : WEIGHTS + len(want)].view(np.float64)
-                slack = [bound(weight, every) for weight in want]
+                slack = [bound(*one, every) for one in zip(rules, want, strict=False)]
                 assert (np.abs(got - want) <= slack).all()
-
-
-def memory(address: int, cells: int) -> Any:
-    import ctypes
-
-    return (ctypes.c_int64 * cells).from_address(address)

@@ -2,76 +2,294 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("numba.cuda.core", reason="numba-cuda is not installed")
-pytest.importorskip("cuda.core")
+from ..needed import modules, needed
 
-from fastema.kernels import cuda
+modules("numba_cuda", "cuda.core")
 
-CAPABILITIES = [(8, 0), (9, 0), (10, 0), (12, 0)]
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "bench" / "sass.py").exists():
+    pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-PLAIN = [
-    ("lerp", ("f32", "f32")),
-    ("lerp", ("f32", "bf16")),
-    ("lerp", ("f32", "f16")),
-    ("lerp", ("bf16", "bf16")),
-    ("lerp", ("f16", "f16")),
+from bench import kernels_gpu, machine, sass  # noqa: E402
+from fastema.kernels import cuda  # noqa: E402
+
+needed(sass.disassembler(), "nvdisasm")
+
+pytestmark = pytest.mark.slow
+
+ARCHITECTURES = (80, 90, 100, 120)
+USUAL = 90
+
+REALS = ("f64", "f32", "f16", "bf16")
+NARROW = ("f32", "f16", "bf16")
+FORMS = (*REALS, "f16~", "bf16~", "bf16+16")
+RAW = ("raw1", "raw2", "raw4", "raw8")
+
+Kernel = tuple[str, tuple[str, ...]]
+"""An operation and its formats."""
+
+PLAIN: list[Kernel] = [
+    *(("lerp", (dst, src)) for dst in NARROW for src in NARROW),
+    *((operation, (raw, raw)) for operation in ("copy", "swap") for raw in RAW),
+    *((operation, ("raw4", "raw2")) for operation in ("park", "unpark")),
+]
+"""What most launches are: for every architecture."""
+
+EACH_KIND: list[Kernel] = [
+    ("lerp", ("f64", "f64")),
+    ("lerp", ("bf16~", "bf16")),
+    ("lerp", ("f16~", "f32")),
     ("lerp", ("bf16+16", "bf16")),
+    ("lerp_measured", ("f32", "bf16")),
     ("copy", ("f32", "bf16")),
     ("give", ("bf16+16", "f32")),
-    ("swap", ("raw4", "raw4")),
-    ("swap", ("raw2", "raw2")),
-    ("park", ("raw4", "raw2")),
-    ("unpark", ("raw4", "raw2")),
+    ("swap", ("bf16+16", "f32")),
+    ("add", ("f64", "f32")),
     ("finite", ("f32", "bf16")),
+    ("window", ("f32", "f32", "f32", "f32")),
 ]
-OTHERS = [
-    ("lerp", ("f64", "f64"), 40),
-    ("lerp", ("bf16~", "bf16"), 40),
-    ("lerp", ("f16~", "f16"), 40),
-    ("lerp", ("bf16~", "f32"), 40),
-    ("lerp_measured", ("f32", "bf16"), 40),
-    ("window", ("f32", "f32", "f32", "f32"), 64),
+"""So are these, one of each kind of the others."""
+
+OTHERS: list[Kernel] = [
+    *(("lerp", (dst, src)) for dst in FORMS for src in REALS),
+    *(("lerp_measured", (dst, "bf16")) for dst in FORMS),
+    ("lerp_measured", ("f32", "f32")),
+    *(("copy", (dst, src)) for dst in (*REALS, "bf16+16") for src in REALS if dst != src),
+    *(("give", ("bf16+16", src)) for src in REALS),
+    *(
+        ("give", pair)
+        for pair in (("f64", "f32"), ("f32", "f16"), ("f16", "bf16"), ("bf16", "f32"))
+    ),
+    *(("swap", (dst, src)) for dst in REALS for src in REALS if dst != src),
+    ("swap", ("bf16+16", "f32")),
+    *(("add", ("f64", src)) for src in REALS),
+    ("add", ("f32", "bf16")),
+    *(("finite", ("f64", src)) for src in ("f64", "bf16")),
+    *(("finite", ("f32", src)) for src in NARROW),
+    *(("window", (f"{real}~", real, real, "f32")) for real in ("f16", "bf16")),
+    ("window", ("f64", "f64", "f64", "f64")),
+    ("window", ("f32", "bf16", "bf16", "f32")),
+    ("window", ("f32", "f32", "bf16", "f32")),
+    ("window", ("f32", "f64", "f64", "f64")),
 ]
 
+ROUNDED_APART: list[Kernel] = [
+    ("lerp", ("f32", "bf16")),
+    ("lerp", ("f64", "f64")),
+    ("lerp", ("f16~", "f32")),
+    ("copy", ("f32", "bf16")),
+    ("add", ("f64", "f32")),
+    ("window", ("f32", "f32", "f32", "f32")),
+    ("window", ("f64", "f64", "f64", "f64")),
+]
 
-def moved(ptx: str) -> list[int]:
-    """Bits of every vector access to global memory."""
-    found = re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*?\.v([24])\.[a-z]+(\d+)", ptx)
-    return [int(lanes) * int(bits) for lanes, bits in found]
+READS_AND_WRITES = {
+    "lerp": ("ds", "d"),
+    "lerp_measured": ("ds", "d"),
+    "add": ("ds", "d"),
+    "copy": ("s", "d"),
+    "give": ("d", "s"),
+    "swap": ("ds", "ds"),
+    "park": ("ds", "ds"),
+    "unpark": ("ds", "ds"),
+    "finite": ("s", ""),
+}
+"""Of d, the written side (with its companion, where it has one), and s, the other side."""
+
+SIZES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "raw1": 1, "raw2": 2, "raw4": 4, "raw8": 8}
+
+VARIANT = re.compile(r"(\w+)-(\S+)-(flat|strided)-sm_(\d+)(\d)")
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
-@pytest.mark.parametrize(("operation", "formats"), PLAIN, ids=str)
-def test_plain_kernels(
-    operation: str, formats: tuple[str, ...], capability: tuple[int, int]
-) -> None:
-    made = cuda.compile_kernel(operation, formats, "flat", capability)
+def variants(kernels: Sequence[Kernel], layout: str, architectures: Sequence[int]) -> list[str]:
+    return [
+        f"{operation}-{'-'.join(formats)}-{layout}-sm_{architecture}"
+        for operation, formats in kernels
+        for architecture in architectures
+    ]
+
+
+def parts_of(variant: str) -> tuple[str, tuple[str, ...], str, tuple[int, int]]:
+    """Operation, formats, layout and compute capability."""
+    found = VARIANT.fullmatch(variant)
+    assert found
+    operation, formats, layout, major, minor = found.groups()
+    return operation, tuple(formats.split("-")), layout, (int(major), int(minor))
+
+
+def most_registers(operation: str, formats: Sequence[str], capability: tuple[int, int]) -> int:
+    """With 32, or 40 where there are fewer threads, a multiprocessor can be full.
+
+    What more buys is that nothing is spilled.
+    """
+    if operation in ("window", "advance", "lerp_measured"):
+        return 64
+    if "f64" in formats or formats[0].endswith("~") or capability == (12, 0):
+        return 40
+    return 32
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[str], cuda.Binary]]:
+    """Kernels by variant, each compiled once, by processes that go ahead of the tests."""
+    asked = dict.fromkeys(
+        item.callspec.params["variant"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module
+        if hasattr(item, "callspec") and "variant" in item.callspec.params
+    )
+    with multiprocessing.get_context("spawn").Pool(
+        machine.cores(),
+        initializer=gc.disable,  # a tenth of the time would be spent on looking for garbage
+    ) as pool:
+        made = {name: pool.apply_async(cuda.compile_kernel, parts_of(name)) for name in asked}
+        yield lambda variant: made[variant].get(timeout=300)
+
+
+@cache
+def disassembled(cubin: bytes) -> sass.Code:
+    return sass.disassembled(cubin)
+
+
+def bits_moved(sides: str, formats: Sequence[str], elements: int = 1) -> Counter[int]:
+    """The accesses that some adjacent elements need, by their bits."""
+    moved: Counter[int] = Counter()
+    for side, form in zip("ds", formats, strict=True):
+        if side in sides:
+            size = SIZES[form.partition("+")[0].strip("~")]
+            moved[8 * elements * size] += 2 if "+" in form else 1
+    return moved
+
+
+def times(part: Counter[int], moved: Counter[int]) -> int:
+    """How many times a part makes up all that is moved; 0 if it does not."""
+    for bits, count in part.items():
+        many = moved[bits] // count
+        return many if moved == Counter({b: many * n for b, n in part.items()}) else 0
+    return 0
+
+
+def check_report(made: cuda.Binary, variant: str) -> None:
+    operation, formats, _, capability = parts_of(variant)
     assert made.cubin[:4] == b"\x7fELF"
-    assert made.registers <= 32
     assert (made.stack, made.spilled) == (0, 0)
-    assert 128 in moved(made.ptx)
+    assert 0 < made.registers <= most_registers(operation, formats, capability)
 
 
-@pytest.mark.parametrize(("operation", "formats", "registers"), OTHERS, ids=str)
-def test_kernels_that_do_more(operation: str, formats: tuple[str, ...], registers: int) -> None:
-    made = cuda.compile_kernel(operation, formats, "flat", (12, 0))
-    assert made.registers <= registers
-    assert (made.stack, made.spilled) == (0, 0)
-    assert 128 in moved(made.ptx)
+def wide_loops(made: cuda.Binary) -> list[list[sass.Instruction]]:
+    """The loops that move 128 bits at a time; nothing may be in local memory."""
+    code = disassembled(made.cubin)
+    assert not [one for one in code.instructions if one.name in ("LDL", "STL")]
+    found = [
+        loop
+        for loop in code.loops()
+        if any(one.bits == 128 for one in loop if one.name in ("LDG", "STG"))
+    ]
+    assert found
+    return found
 
 
-def test_spaced_elements() -> None:
-    made = cuda.compile_kernel("lerp", ("f32", "bf16"), "strided", (9, 0))
-    assert made.registers <= 32
-    assert (made.stack, made.spilled) == (0, 0)
+def check_code(made: cuda.Binary, variant: str) -> None:
+    """A loop moves every stream at once, of as many elements as fill 128 bits of the widest."""
+    operation, formats, *_ = parts_of(variant)
+    reads, writes = READS_AND_WRITES[operation]
+    elements = 128 // max(bits_moved(reads + writes, formats))
+    full = 0
+    for loop in wide_loops(made):
+        loads, stores = sass.accesses(loop, "LDG"), sass.accesses(loop, "STG")
+        unrolled = times(bits_moved(reads, formats, elements), loads)
+        if unrolled:
+            assert not writes or times(bits_moved(writes, formats, elements), stores) == unrolled
+            assert bool(writes) == bool(stores)
+            full += 1
+            if operation == "lerp":
+                check_lerp(loop, formats, unrolled * elements)
+        else:  # with a weight of 1 it is a copy
+            assert operation == "lerp"
+            assert times(bits_moved("s", formats, elements), loads)
+            assert times(bits_moved("d", formats, elements), stores)
+    assert full
 
 
-def test_rounding_is_written_out() -> None:
-    """One fused multiply-add per element, as on the CPU, and no contraction besides."""
-    made = cuda.compile_kernel("lerp", ("f32", "f32"), "flat", (9, 0))
-    assert re.search(r"\bfma\.rn\.f32\b", made.ptx)
-    assert not re.search(r"\bmul(\.rn)?\.f32\b", made.ptx)
+def check_lerp(loop: list[sass.Instruction], formats: Sequence[str], elements: int) -> None:
+    """One subtraction and one fused multiply-add per element, and no other product."""
+    count = Counter(one.name for one in loop)
+    kind = "D" if "f64" in formats else "F"
+    assert count[f"{kind}FMA"] == elements
+    assert not count[f"{kind}MUL"]
+    if formats[0] != "f16~":  # whose rounding adds too
+        assert count[f"{kind}ADD"] == elements
+
+
+FLAT = dict.fromkeys(
+    variants(PLAIN + EACH_KIND, "flat", ARCHITECTURES) + variants(OTHERS, "flat", [USUAL])
+)
+SPACED = dict.fromkeys(
+    variants([*PLAIN, *EACH_KIND, *(one for one in OTHERS if one[0] == "lerp")], "strided", [USUAL])
+)
+APART = variants(ROUNDED_APART, "flat", [USUAL])
+
+
+@pytest.mark.parametrize("variant", FLAT)
+def test_adjacent_elements(variant: str, compiled: Callable[[str], cuda.Binary]) -> None:
+    made = compiled(variant)
+    check_report(made, variant)
+    if not variant.startswith("window"):
+        check_code(made, variant)
+    else:  # many loops, each with streams of its own
+        kinds = [{one.name for one in loop if one.bits == 128} for loop in wide_loops(made)]
+        assert any(kind >= {"LDG", "STG"} for kind in kinds)
+
+
+@pytest.mark.parametrize("variant", SPACED)
+def test_spaced_elements(variant: str, compiled: Callable[[str], cuda.Binary]) -> None:
+    check_report(compiled(variant), variant)
+
+
+@pytest.mark.parametrize("variant", APART)
+def test_what_is_not_written_fused_is_rounded_twice(
+    variant: str, compiled: Callable[[str], cuda.Binary]
+) -> None:
+    """Sums and products that say how they are rounded may not be fused; on the CPU they are not."""
+    ptx = compiled(variant).ptx
+    assert not re.search(r"\b(add|sub|mul)\.f(32|64)\b", ptx)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_clock(architecture: int) -> None:
+    made = cuda.compile_clock(divmod(architecture, 10))
+    check_report(made, f"advance-none-flat-sm_{architecture}")
+    names = {one.name for one in disassembled(made.cubin).instructions}
+    assert "BAR" in names
+    assert not names & {"LDL", "STL"}
+
+
+@pytest.mark.parametrize("variant", variants([("lerp", ("f32", "bf16"))], "flat", [USUAL]))
+def test_the_table_of_the_benchmarks(variant: str, compiled: Callable[[str], cuda.Binary]) -> None:
+    operation, formats, _, capability = parts_of(variant)
+    row = kernels_gpu.row((operation, formats), capability, compiled(variant))
+    assert (row["bytes_per_element"], row["loop_elements"]) == (10, 4)
+    assert (row["loads"], row["stores"]) == ({64: 1, 128: 1}, {128: 1})
+    assert row["loop"]["FFMA"] == row["loop"]["FADD"] == 4
+    assert sum(row["loop"].values()) == row["loop_instructions"] < row["instructions"]
+    line = kernels_gpu.table([row]).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[1:6]] == [
+        "lerp f32/bf16",
+        "10",
+        "4",
+        "128 + 64",
+        "128",
+    ]
+    assert f"{row['registers']}; {row['loop_instructions'] / 4:.2f}" in line

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numba import njit, types
 
-from fastema.kernels import words
+from fastema.kernels import scalar, words
 from fastema.testing import reference
 
 EDGES = [0, 1, 2, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
@@ -297,3 +297,33 @@ def test_fetch_add_is_atomic() -> None:
         thread.join()
     # Every number was handed out once.
     np.testing.assert_array_equal(np.sort(np.concatenate(taken)), 7 + np.arange(threads * times))
+
+
+def test_float_to_bf16_is_the_nearest() -> None:
+    generator = np.random.default_rng(5)
+    bits = generator.integers(0, 1 << 32, 200_000, dtype=np.uint32)
+    ties = np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000
+    floats = np.concatenate((bits, ties, ties - 1, ties + 1, ties & 0xFFFF0000)).view(np.float32)
+    found = _in_kernel(words.float_to_bf16, np.uint16, floats)
+    nan = np.isnan(floats)
+    assert (found[nan] == 0x7FFF).all()
+    np.testing.assert_array_equal(found[~nan], reference.cast(floats[~nan], "f32", "bf16"))
+    for x, want in zip(floats[::997], found[::997], strict=True):
+        assert words.float_to_bf16(x) == want
+
+
+def test_random_rounding_on_a_gpu_is_that_of_the_cpu() -> None:
+    """Of what arithmetic on bfloat16 numbers gives; a NaN there has all bits set, and stays one."""
+    generator = np.random.default_rng(6)
+    bits = generator.integers(0, 1 << 32, 100_000, dtype=np.uint32)
+    floats = bits.view(np.float32)
+    noise = generator.integers(0, 1 << 16, len(bits), dtype=np.uint32)
+    there = _in_kernel(scalar.encode_bf16_of_bf16_random_gpu, np.uint16, floats, noise)
+    here = _in_kernel(scalar.encode_bf16_of_bf16_random, np.uint16, floats, noise)
+    nan = np.isnan(floats)
+    np.testing.assert_array_equal(there[~nan], here[~nan])
+    canonical = np.full(100, 0x7FFFFFFF, np.uint32).view(np.float32)
+    assert (
+        _in_kernel(scalar.encode_bf16_of_bf16_random_gpu, np.uint16, canonical, noise[:100])
+        == 0x7FFF
+    ).all()

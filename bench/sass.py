@@ -1,0 +1,123 @@
+"""The machine code of a cubin as a list of instructions, by nvdisasm, and the loops in it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+_LABEL = re.compile(r"^(\.L_\w+):")
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;"
+)
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+_WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+
+
+class Instruction(NamedTuple):
+    """One machine instruction.
+
+    Attributes
+    ----------
+    offset : int
+        Bytes from the kernel's beginning.
+    opcode : str
+        With its modifiers, such as ``LDG.E.128``.
+    operands : str
+    """
+
+    offset: int
+    opcode: str
+    operands: str
+
+    @property
+    def name(self) -> str:
+        """The opcode alone."""
+        return self.opcode.partition(".")[0]
+
+    @property
+    def bits(self) -> int:
+        """What a load or a store moves."""
+        return next((_WIDTHS[part] for part in self.opcode.split(".") if part in _WIDTHS), 32)
+
+
+class Code(NamedTuple):
+    """The instructions of a kernel, and the offsets of its labels."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+    def loops(self) -> list[list[Instruction]]:
+        """The innermost loops: from a label to the last branch back to it.
+
+        All that stands between is part of it, what is jumped over included.
+        """
+        ends: dict[int, int] = {}
+        for one in self.instructions:
+            target = _TARGET.search(one.operands) if one.name == "BRA" else None
+            begin = self.labels.get(target.group(1), one.offset) if target else one.offset
+            if begin < one.offset:
+                ends[begin] = one.offset
+        spans = sorted(ends.items())
+        inner = [
+            (begin, end)
+            for begin, end in spans
+            if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
+        ]
+        return [[one for one in self.instructions if b <= one.offset <= e] for b, e in inner]
+
+
+def accesses(instructions: Iterable[Instruction], name: str) -> Counter[int]:
+    """How many loads (``LDG``) or stores (``STG``) there are, by the bits that each moves."""
+    return Counter(one.bits for one in instructions if one.name == name)
+
+
+def disassembler() -> str | None:
+    """Where nvdisasm is: on the path, or in the wheel nvidia-cuda-nvdisasm."""
+    found = shutil.which("nvdisasm")
+    places = (Path(entry, "nvidia") for entry in sys.path if entry)
+    wheels = (path for place in places for path in place.glob("*/bin/nvdisasm"))
+    return found or next((str(path) for path in wheels), None)
+
+
+def disassembled(cubin: bytes) -> Code:
+    """The instructions of a cubin's one kernel.
+
+    Raises
+    ------
+    FileNotFoundError
+        Without nvdisasm.
+    subprocess.CalledProcessError
+        If it does not understand the cubin.
+    """
+    program = disassembler()
+    if program is None:
+        raise FileNotFoundError("nvdisasm: pip install nvidia-cuda-nvdisasm")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [program, "--print-code", "--no-dataflow", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parsed(text)
+
+
+def parsed(text: str) -> Code:
+    """The instructions of a listing by nvdisasm."""
+    code = Code([], {})
+    open_labels: list[str] = []
+    for line in text.splitlines():
+        label, found = _LABEL.match(line), _INSTRUCTION.match(line)
+        if label:
+            open_labels.append(label.group(1))
+        elif found:
+            offset, _, opcode, operands = found.groups()
+            code.labels.update(dict.fromkeys(open_labels, int(offset, 16)))
+            open_labels.clear()
+            code.instructions.append(Instruction(int(offset, 16), opcode, operands))
+    return code

@@ -1,0 +1,468 @@
+"""The real bindings of the CUDA driver, over a driver that notes down its calls.
+
+The scripts run in processes of their own, where the bindings load the stub as `libcuda.so.1`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..needed import modules, needed
+
+modules("cuda.bindings.driver")
+needed(sys.platform == "linux", "a libcuda.so.1, which is Linux's,")
+
+SOURCE = Path(__file__).with_name("stub_libcuda.c")
+
+Script = Callable[..., str]
+
+PREPARED = """
+    import ctypes, os, threading
+    from ctypes import c_char, c_int64, c_ubyte, c_uint64
+
+    import numpy as np
+    from cuda.bindings import driver
+
+    from fastema.engine import cuda as engine
+    from fastema.engine.clock import Clock
+    from fastema.engine.cubins import Cubin, Key, Unavailable
+    from fastema.engine.cuda import Device, device
+    from fastema.engine.moment import Moment
+    from fastema.engine.program import Program
+    from fastema.errors import DeviceError
+    from fastema.layout.group import Pair
+    from fastema.layout.spec import TensorSpec
+
+    class Call(ctypes.Structure):
+        _fields_ = [("function", c_char * 40), ("text", c_char * 200), ("count", c_int64),
+                    ("values", c_uint64 * 40)]
+
+    library = ctypes.CDLL("libcuda.so.1")
+    noted = (Call * 4096).in_dll(library, "stub_calls")
+    count = c_int64.in_dll(library, "stub_count")
+    parameters = c_int64.in_dll(library, "stub_parameters")
+    image = (c_ubyte * (1 << 20)).in_dll(library, "stub_image")
+    image_size = c_int64.in_dll(library, "stub_image_size")
+    failing = (c_char * 40).in_dll(library, "stub_failing")
+    error = c_int64.in_dll(library, "stub_error")
+    parameters.value = 17
+
+    def take():
+        '''The calls since the last time: function, text, values.'''
+        found = [(c.function.decode(), c.text.decode(), list(c.values[:c.count]))
+                 for c in noted[:count.value]]
+        count.value = 0
+        return found
+
+    def names():
+        return [function for function, _, _ in take()]
+
+    def fail(function, code):
+        failing.value, error.value = function.encode(), code
+
+    FIRST, SECOND = 0xC0000, 0xC0001  # the contexts of the devices
+    KEY = Key("lerp", ("f32", "bf16"), "flat", (9, 0))
+    CODE = np.random.default_rng(3).bytes(50_001)  # with any bytes, zeros too
+    assert b"\\0" in CODE
+
+    def compiled(key):
+        return Cubin(f"kernel_of_{key.operation}_{key.layout}", CODE)
+
+    engine.cubin = compiled
+    image_size.value = len(CODE)
+
+    class Home:
+        '''A device whose memory is the host's.'''
+
+        def __init__(self, index, handle):
+            self.index, self.device, self.handle = index, f"cuda:{index}", handle
+            self.uploaded = []
+
+        def stream(self):
+            return self.handle
+
+        def capturing(self):
+            return False
+
+        def upload(self, array):
+            there = array.copy()
+            self.uploaded.append(there)
+            return there, there.ctypes.data
+
+        def download(self, owner):
+            return owner.copy()
+
+        def write(self, owner, array):
+            owner[...] = array
+
+        def hold(self, owners):
+            return True
+
+        def wait(self):
+            pass
+
+    def spec(array, home, code="f32"):
+        steps = tuple(step // array.itemsize for step in array.strides)
+        return TensorSpec(array.ctypes.data, array.shape, steps, code, home.device, owner=array,
+                          home=home)
+
+    def pairs(home, *shapes):
+        return [Pair(f"t{k}", spec(np.zeros(shape, np.float32), home),
+                     spec(np.ones(shape, np.float32), home)) for k, shape in enumerate(shapes)]
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the stub."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    needed(compiler, "a C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    subprocess.run(
+        [
+            *(str(compiler), "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror"),
+            *("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"),
+            *("-o", str(folder / "libcuda.so.1"), str(SOURCE), "-ldl"),
+        ],
+        check=True,
+    )
+    return folder
+
+
+@pytest.fixture
+def run(driver: Path, python: Script) -> Script:
+    """What a script prints, after :data:`PREPARED`."""
+    path = os.pathsep.join(filter(None, [str(driver), os.environ.get("LD_LIBRARY_PATH", "")]))
+    return lambda script, **more: python(PREPARED + script, LD_LIBRARY_PATH=path, **more)
+
+
+def test_a_device_is_asked_for(run: Script) -> None:
+    run("""
+    one = device(0)
+    assert one.capability == (9, 0)
+    assert take() == [
+        ("cuInit", "", [0]),
+        ("cuDeviceGet", "", [0]),
+        ("cuDeviceGetAttribute", "", [75, 0]),
+        ("cuDeviceGetAttribute", "", [76, 0]),
+        ("cuDevicePrimaryCtxRetain", "", [0]),
+    ]
+    assert device(0) is one
+    assert take() == []
+    assert device(1).capability == (12, 0)
+    """)
+
+
+def test_a_kernel_arrives_whole_and_once(run: Script) -> None:
+    run("""
+    one = device(0)
+    take()
+    function = one.function(KEY)
+    calls = take()
+    assert [name for name, _, _ in calls] == [
+        "cuCtxGetCurrent", "cuCtxPushCurrent", "cuModuleLoadData", "cuModuleGetFunction",
+        "cuCtxPopCurrent",
+    ]
+    assert calls[1][2] == [FIRST]
+    assert calls[2][2] == [FIRST]  # loaded into the device's context
+    assert bytes(image[:len(CODE)]) == CODE
+    assert calls[3][1] == "kernel_of_lerp_flat"
+    assert calls[3][2] == [0xD0001]  # the module that was loaded
+    assert int(function) == 0xF0001
+    assert one.function(KEY) is function
+    assert take() == []
+    other = one.function(KEY._replace(layout="strided"))
+    assert int(other) == 0xF0002
+    assert [text for name, text, _ in take() if name == "cuModuleGetFunction"] == [
+        "kernel_of_lerp_strided"
+    ]
+    """)
+
+
+def test_a_launch_passes_on_what_it_is_given(run: Script) -> None:
+    run("""
+    generator = np.random.default_rng(5)
+    one = device(0)
+    function = one.function(KEY)
+    driver.cuCtxPushCurrent(one._context)
+    for _ in range(200):
+        take()
+        values = generator.integers(-2**63, 2**63 - 1, 17, np.int64)
+        values[4:12] = generator.standard_normal(8).view(np.int64)
+        places = values.ctypes.data + 8 * np.arange(17)
+        blocks = int(2 ** generator.uniform(0, 31)) - 1 or 1
+        threads = int(generator.integers(1, 1025))
+        stream = int(generator.integers(0, 2**63))  # an address, as frameworks give it
+        one.launch(function, blocks, threads, stream, int(places.ctypes.data))
+        asked, (name, _, given) = take()
+        assert asked[0] == "cuCtxGetCurrent"
+        assert name == "cuLaunchKernel"
+        assert given[:9] == [int(function), blocks, 1, 1, threads, 1, 1, 0, stream]
+        assert given[9:11] == [0, FIRST]  # no extra options; launched in the device's context
+        assert given[11:] == values.view(np.uint64).tolist()
+    """)
+
+
+def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
+    """From a program down to the driver: what the kernel finds in its seventeen parameters."""
+    run("""
+    home = Home(0, 0x7F00DEADBEE0)
+    members = pairs(home, (3, 5), (70_000,), (), (33,))
+    program = Program({"all": members})
+    program.run({"all": "lerp"}, Moment((0.25,), 11, 2**40 + 7, 3, 2, 9))
+    first = take()
+    program.run({"all": "lerp"}, Moment((-0.5,), 12, 13))
+    second = take()
+    assert [name for name, _, _ in second] == ["cuCtxGetCurrent", "cuCtxPushCurrent",
+                                               "cuLaunchKernel", "cuCtxPopCurrent"]
+    (table,) = home.uploaded
+    for calls, number, now in ((first, 0.25, [11, 2**40 + 7, 3, 2, 9]),
+                               (second, -0.5, [12, 13, 0, 0, 0])):
+        (given,) = [values for name, _, values in calls if name == "cuLaunchKernel"]
+        function, blocks, _, _, threads, _, _, shared, stream, extra, context, *rest = given
+        assert (blocks, threads, shared, stream) == (len(table), 256, 0, home.handle)
+        assert (extra, context) == (0, FIRST)
+        assert rest[:4] == [table.ctypes.data, len(table), 0, 0]
+        numbers = np.array(rest[4:12], np.uint64).view(np.float64)
+        assert numbers.tolist() == [number] + [0.0] * 7
+        assert rest[12:] == now
+    """)
+
+
+def test_several_averages_layouts_measures_and_a_clock(run: Script) -> None:
+    run("""
+    home = Home(0, 5)
+    x = np.ones((40, 6), np.float32)[:, ::2]
+    members = [Pair("x", spec(np.zeros((40, 3), np.float32), home), spec(x, home), which=k)
+               for k in range(3)]
+    members += [pair._replace(which=k) for pair in pairs(home, (5000,)) for k in (0, 1)]
+    program = Program({"all": members})
+    numbers = (0.5, 0.25, 0.125)
+    program.prepare({"all": "lerp_measured"})
+    loaded = [text for name, text, _ in take() if name == "cuModuleGetFunction"]
+    assert sorted(loaded) == ["kernel_of_lerp_measured_flat", "kernel_of_lerp_measured_strided"]
+    program.run({"all": "lerp_measured"}, Moment(numbers))
+    launches = [values[11:] for name, _, values in take() if name == "cuLaunchKernel"]
+    assert len(launches) == 2
+    *tables, measures = home.uploaded
+    assert {rest[0] for rest in launches} == {table.ctypes.data for table in tables}
+    assert {rest[1] for rest in launches} == {len(table) for table in tables}
+    begins = sorted(rest[2] for rest in launches)
+    assert begins[0] == measures.ctypes.data
+    assert (begins[1] - begins[0]) // 24 in {len(table) for table in tables}
+    for rest in launches:
+        found = np.array(rest[4:12], np.uint64).view(np.float64)
+        assert found.tolist() == [*numbers, 0, 0, 0, 0, 0]
+
+    clock = Clock([home])
+    take()
+    parameters.value = 1
+    clock.advance()
+    ((name, _, values),) = [call for call in take() if call[0] == "cuLaunchKernel"]
+    assert values[1:9] == [1, 1, 1, 256, 1, 1, 0, home.handle]
+    assert values[11:] == [home.uploaded[-1].ctypes.data] == [clock.moment.clocks["cuda:0"]]
+    parameters.value = 17
+    program.run({"all": "lerp_measured"}, clock.moment)
+    for name, _, values in take():
+        if name == "cuLaunchKernel":
+            assert values[11 + 3] == clock.moment.clocks["cuda:0"]
+    """)
+
+
+def test_the_context_of_others_comes_back(run: Script) -> None:
+    run("""
+    one, two = device(0), device(1)
+    functions = [one.function(KEY), two.function(KEY)]
+    values = np.arange(17)
+    places = values.ctypes.data + 8 * np.arange(17)
+    address = int(places.ctypes.data)
+
+    def launched_in():
+        take()
+        one.launch(functions[0], 1, 256, 0, address)
+        two.launch(functions[1], 1, 256, 0, address)
+        calls = take()
+        contexts = [values[10] for name, _, values in calls if name == "cuLaunchKernel"]
+        pushes = [values[0] for name, _, values in calls if name == "cuCtxPushCurrent"]
+        assert sum(name == "cuCtxPopCurrent" for name, _, _ in calls) == len(pushes)
+        return contexts, pushes
+
+    def current():
+        return int(driver.cuCtxGetCurrent()[1])
+
+    assert current() == 0
+    assert launched_in() == ([FIRST, SECOND], [FIRST, SECOND])
+    assert current() == 0
+    for held, pushed in ((one._context, [SECOND]), (two._context, [FIRST]),
+                         (driver.CUcontext(0xABC), [FIRST, SECOND])):
+        driver.cuCtxPushCurrent(held)
+        assert launched_in() == ([FIRST, SECOND], pushed)
+        assert current() == int(held)
+        driver.cuCtxPopCurrent()
+
+    found = []
+
+    def in_a_thread():
+        found.append(launched_in())
+        found.append(current())
+
+    driver.cuCtxPushCurrent(one._context)
+    thread = threading.Thread(target=in_a_thread)  # has no current context, whatever we have
+    thread.start()
+    thread.join()
+    assert found == [([FIRST, SECOND], [FIRST, SECOND]), 0]
+    assert current() == FIRST
+    """)
+
+
+def test_errors_name_what_the_driver_says(run: Script) -> None:
+    run("""
+    def refused(kind, call, *words):
+        try:
+            call()
+        except kind as caught:
+            for word in words:
+                assert word in str(caught), str(caught)
+            assert type(caught) is kind
+        else:
+            raise AssertionError(f"no {kind.__name__}")
+
+    for code, word in ((100, "CUDA_ERROR_NO_DEVICE"), (803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"),
+                       (999, "CUDA_ERROR_UNKNOWN")):
+        fail("cuInit", code)
+        refused(Unavailable, lambda: device(0), word)
+    for function, code, word in (("cuDeviceGet", 101, "CUDA_ERROR_INVALID_DEVICE"),
+                                 ("cuDeviceGetAttribute", 1, "CUDA_ERROR_INVALID_VALUE"),
+                                 ("cuDevicePrimaryCtxRetain", 2, "CUDA_ERROR_OUT_OF_MEMORY")):
+        fail(function, code)
+        refused(DeviceError, lambda: device(0), word, "cuda:0")
+    refused(DeviceError, lambda: device(2), "CUDA_ERROR_INVALID_DEVICE", "cuda:2")
+    assert not engine._devices
+
+    one = device(0)
+    current = lambda: int(driver.cuCtxGetCurrent()[1])
+    for code, word in ((209, "CUDA_ERROR_NO_BINARY_FOR_GPU"), (218, "CUDA_ERROR_INVALID_PTX"),
+                       (222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"), (200, "INVALID_IMAGE")):
+        fail("cuModuleLoadData", code)
+        refused(Unavailable, lambda: one.function(KEY), word, "lerp", "580")
+        assert current() == 0
+    fail("cuModuleGetFunction", 500)
+    refused(DeviceError, lambda: one.function(KEY), "CUDA_ERROR_NOT_FOUND")
+    assert current() == 0
+    fail("cuCtxGetCurrent", 4)
+    refused(DeviceError, lambda: one.function(KEY), "CUDA_ERROR_DEINITIALIZED")
+
+    function = one.function(KEY)
+    values = np.arange(17)
+    places = values.ctypes.data + 8 * np.arange(17)
+    launch = lambda: one.launch(function, 1, 256, 0, int(places.ctypes.data))
+    for code, word in ((700, "CUDA_ERROR_ILLEGAL_ADDRESS"), (719, "CUDA_ERROR_LAUNCH_FAILED"),
+                       (701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"),
+                       (900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"),
+                       (400, "CUDA_ERROR_INVALID_HANDLE")):
+        fail("cuLaunchKernel", code)
+        refused(DeviceError, launch, word, "cuda:0", "new process")
+        assert current() == 0
+    for name in ("cuCtxGetCurrent", "cuCtxPushCurrent"):
+        take()
+        fail(name, 700)
+        refused(DeviceError, launch, "CUDA_ERROR_ILLEGAL_ADDRESS")
+        assert "cuLaunchKernel" not in names()
+        assert current() == 0
+    launch()
+    """)
+
+
+def test_without_a_driver_a_sentence_says_so(python: Script, tmp_path: Path) -> None:
+    (tmp_path / "libcuda.so.1").write_text("no library")
+    message = python(
+        """
+    from fastema.engine.cubins import Unavailable
+    from fastema.engine.cuda import device
+    try:
+        device(0)
+    except Unavailable as error:
+        print(str(error).replace(chr(10), "<newline>"))
+    """,
+        LD_LIBRARY_PATH=str(tmp_path),
+    ).strip()
+    if message:  # there may be a driver elsewhere
+        assert message.startswith("the CUDA driver ")
+        assert "<newline>" not in message
+
+
+def test_after_a_fork_the_child_makes_no_call(run: Script) -> None:
+    run("""
+    one = device(0)
+    function = one.function(KEY)
+    values = np.arange(17)
+    places = values.ctypes.data + 8 * np.arange(17)
+    launch = lambda: one.launch(function, 1, 256, 0, int(places.ctypes.data))
+    launch()
+    take()
+    pid = os.fork()
+    if not pid:
+        refusals = 0
+        for call in (launch, lambda: one.function(KEY._replace(layout="strided"))):
+            try:
+                call()
+            except DeviceError as error:
+                refusals += "spawn" in str(error)
+        os._exit(0 if refusals == 2 and take() == [] else 1)
+    launch()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert names() == ["cuCtxGetCurrent", "cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"]
+    """)
+
+
+def test_a_fork_before_the_first_call_does_no_harm(run: Script) -> None:
+    run("""
+    pid = os.fork()
+    if not pid:
+        function = device(0).function(KEY)
+        os._exit(0 if names()[-1] == "cuCtxPopCurrent" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert take() == []
+    device(0).function(KEY)
+    """)
+
+
+@pytest.mark.slow
+def test_what_a_launch_costs_the_host(run: Script) -> None:
+    """For information: the calls of the bindings, and nothing of a GPU's driver."""
+    out = run("""
+    import time
+    home = Home(0, 5)
+    one = device(0)
+    function = one.function(KEY)
+    values = np.arange(17)
+    places = values.ctypes.data + 8 * np.arange(17)
+    address = int(places.ctypes.data)
+    program = Program({"all": pairs(home, *[(7,)] * 1000)})
+    operations, moment = {"all": "lerp"}, Moment((0.1,))
+    program.run(operations, moment)
+    driver.cuCtxPushCurrent(one._context)
+
+    def per_call(call, times):
+        for _ in range(times // 10):
+            call()
+        before = count.value
+        begin = time.perf_counter()
+        for _ in range(times):
+            call()
+        elapsed = time.perf_counter() - begin
+        assert count.value - before == 2 * times  # is the context ours, and the launch
+        return 1e6 * elapsed / times
+
+    launch = per_call(lambda: one.launch(function, 1, 256, 0, address), 100_000)
+    update = per_call(lambda: program.run(operations, moment), 20_000)
+    print(f"Device.launch: {launch:.2f} us; a run over 1,000 tensors: {update:.2f} us")
+    """)
+    print(out)
