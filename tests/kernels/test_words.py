@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numba import njit, types
 
+import fastema.kernels.jit  # noqa: F401 (makes the scalar maths known to Numba)
 from fastema.kernels import scalar, words
 from fastema.testing import reference
 
