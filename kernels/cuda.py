@@ -5,6 +5,7 @@ numba-cuda makes PTX, cuda.core links it to a cubin; both are imported when a ke
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from functools import partial
@@ -51,6 +52,8 @@ _SMALLER = {(8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1)}
 40 let them be full."""
 
 _compiling = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compiling._at_fork_reinit)
 
 
 class Binary(NamedTuple):
@@ -72,7 +75,8 @@ def bodies(operation: str, formats: tuple[str, ...], layout: str):
     """
     if operation == "window":
         dst, src, ring, low = formats
-        return _window(steps.window(dst, src, ring, low, "cuda"), layout)
+        start = steps.copy(dst.removesuffix("~"), src, "cuda")
+        return _window(steps.window(dst, src, ring, low, "cuda"), start, layout)
     step = getattr(steps, operation)(*formats, device="cuda")
     (walk,) = row_bodies([step], layout)
     real = step.real
@@ -84,15 +88,18 @@ def bodies(operation: str, formats: tuple[str, ...], layout: str):
     return body
 
 
-def _window(parts: steps.Window, layout: str):
+def _window(parts: steps.Window, start: steps.Step, layout: str):
     slide, grow, put, begin, fold = row_bodies(parts, layout)
+    (copy,) = row_bodies([start], layout)
     real = parts.slide.real
 
     @device_fn
     def body(cells, at, number, now, thread, threads):
         n = real(number)
         _, _, slots, slot, turn = now
-        if turn == 1:
+        if turn == 0:  # where the averages begin: the weights, whatever a ring would keep of them
+            copy(cells, at, n, now, 0, thread, threads)
+        elif turn == 1:
             put(cells, at, n, now, slot, thread, threads)
             begin(cells, at, n, now, slot, thread, threads)
         elif turn <= slots:

@@ -84,7 +84,7 @@ def advance(clock, done, thread, threads):
         if slots:
             store(numbers, WEIGHTS, float(min(count, slots)))
             store(cells, SLOT, (count - 1) % slots)
-            store(cells, TURN, count)
+            store(cells, TURN, np.int64(0) if begins else count)
     if not (idle or slots):
         for which in range(MOST_TOGETHER):
             rows = load(cells, PIECES + 2 * which + 1)

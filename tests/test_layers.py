@@ -70,7 +70,7 @@ TABLE = {
     "kernels.table": Room(theirs="numpy", own_room=False),
     "kernels.words": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
     "kernels.jit": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
-    "kernels.cuda": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda"),
+    "kernels.cuda": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
     "kernels.cuda_": Room(theirs="numba numpy llvmlite cuda numba_cuda"),
     "rules": Room(ours="errors typing", never="time datetime"),
     "rules.posthoc": Room(ours="errors typing", theirs="numpy", never="time datetime"),

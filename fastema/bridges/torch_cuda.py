@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastema.errors import StateError
+from fastema.errors import DeviceError, StateError
 from fastema.layout.group import Pair
 from fastema.layout.home import Substitute
 
@@ -39,13 +40,39 @@ class TorchHome:
         return handle
 
     def capturing(self) -> bool:
-        """Whether torch's current stream is being captured; that of the current device."""
-        return torch.cuda.is_current_stream_capturing()
+        """Whether torch's current stream of the device is being captured.
+
+        Raises
+        ------
+        DeviceError
+            In a process that was forked from one that had used CUDA.
+        StateError
+            If that of the current device is, and not this one: what is done now is not captured,
+            and CUDA allows nothing else meanwhile.
+        """
+        if torch.cuda._is_in_bad_fork():
+            raise DeviceError(
+                "torch used CUDA before this process was forked, and it cannot be used in it: "
+                "start workers by 'spawn' (multiprocessing.set_start_method('spawn'))"
+            )
+        found = torch.cuda.is_current_stream_capturing()  # on the current device
+        current = torch.cuda.current_device()
+        if current == self.index:
+            return found
+        with torch.cuda.device(self.index):
+            captured = torch.cuda.is_current_stream_capturing()
+        if found and not captured:
+            raise StateError(
+                f"a graph is captured on cuda:{current}, and {self.device} has no part in it: "
+                f"capture with torch.cuda.device({self.index}) as the current one"
+            )
+        return captured
 
     def upload(self, array: NDArray[Any]) -> tuple[torch.Tensor, int]:
         """A copy of an array in memory of torch's allocator, and its address."""
         self._refuse_capture()
-        there = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        with torch.inference_mode(False):  # it may have to be written outside of that
+            there = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return there, there.data_ptr()
 
     def download(self, owner: torch.Tensor) -> NDArray[Any]:
@@ -81,14 +108,22 @@ class TorchHome:
     def hold(self, owners: Iterable[torch.Tensor]) -> bool:
         """Note the current stream with torch's allocator: freed memory waits for it.
 
-        Not so memory of the host, of which the allocator notes only torch's own copies.
+        Not so memory of the host, of which the allocator notes only torch's own copies, and memory
+        that an allocator does not know: some refuse what comes from another package.
         """
         stream = torch.cuda.current_stream(self.index)
         everything = True
-        for owner in owners:
-            if owner.is_cuda:
-                owner.detach().record_stream(stream)
-            everything = everything and owner.is_cuda
+        with warnings.catch_warnings():
+            # cudaMallocAsync finds fault with the stream that the memory is of, which is harmless.
+            warnings.simplefilter("ignore")
+            for owner in owners:
+                noted = owner.is_cuda
+                try:
+                    if noted:
+                        owner.detach().record_stream(stream)
+                except RuntimeError:
+                    noted = False
+                everything = everything and noted
         return everything
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:

@@ -100,10 +100,10 @@ def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [piece.view(one.shape) for piece, one in zip(pieces, like, strict=True)]
 
 
-def _flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The elements of tensors in one flat copy."""
+def _flat(tensors: list[Tensor], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """The elements of tensors in one flat copy, by default where they are."""
     size = sum(one.numel() for one in tensors)
-    flat = torch.empty(size, dtype=dtype, device=tensors[0].device)
+    flat = torch.empty(size, dtype=dtype, device=device or tensors[0].device)
     torch._foreach_copy_(_parts(flat, tensors), tensors)
     return flat
 
@@ -330,7 +330,8 @@ def _window(batch: Batch, moment: Moment) -> None:
     _assign([slots[moment.slot] for slots in batch.ring], batch.src)
     count = int(moment.numbers[batch.which])
     filled = [(moment.slot - age) % moment.window for age in range(count)]
-    history = (_flat([slots[i] for slots in batch.ring], torch.float64) for i in filled)
+    device = batch.dst[0].device  # a ring may be on the host
+    history = (_flat([slots[i] for slots in batch.ring], torch.float64, device) for i in filled)
     exact = batch.real == torch.float64
     mean, left = (_exact_mean if exact else _mean)(history, count)
     batch.form.store(batch, mean, moment)

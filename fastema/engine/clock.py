@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastema.engine import cuda
 from fastema.engine.cubins import CLOCK, Key
+from fastema.engine.held import Held
 from fastema.engine.moment import Moment
 from fastema.engine.pieces import pieces
 from fastema.errors import ArgumentError
@@ -44,11 +45,14 @@ class _Hand:
         self._places = np.array([self._values.ctypes.data], np.int64)
         self._gpu, self._function = gpu, function
         self._tables: list[Any] = []
+        self._held = Held(home, self._owners, lambda: [self])
+
+    def _owners(self) -> list[Any]:
+        return [self.owner, *(owner for owner, _ in self._tables)]
 
     def advance(self) -> None:
-        self._gpu.launch(
-            self._function, 1, _THREADS, self.home.stream(), int(self._places.ctypes.data)
-        )
+        stream = self._held.stream()
+        self._gpu.launch(self._function, 1, _THREADS, stream, int(self._places.ctypes.data))
 
     def set(self, cells: NDArray[np.int64], tables: Sequence[NDArray[np.float64]]) -> None:
         uploaded = [self.home.upload(table) for table in tables]
@@ -56,6 +60,8 @@ class _Hand:
             cells[PIECES + 2 * which], cells[PIECES + 2 * which + 1] = address, len(table)
         self.home.write(self.owner, cells)
         self._tables = uploaded  # only now nobody reads the ones before
+        self._held.renew()
+        self._held.stream()
 
 
 class Clock:

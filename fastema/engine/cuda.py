@@ -7,9 +7,9 @@ every framework works in. Nothing here waits for the device or allocates on it.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
-from fastema.engine.cubins import INSTALL, Key, Unavailable, cubin
+from fastema.engine.cubins import INSTALL, Cubin, Key, Unavailable, cubin
 from fastema.engine.locks import lock
 from fastema.errors import DeviceError
 
@@ -71,6 +71,19 @@ def _driver() -> Any:
 Function = Any
 """A kernel that is loaded on a device."""
 
+_LEGACY_STREAM: Final = 1
+"""The default stream of all threads by a name of its own: 0 is another one, for each thread, where
+the bindings are told so (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM)."""
+
+_NOT_TAKEN: Final = frozenset(
+    f"CUDA_ERROR_{reason}"
+    for reason in (
+        *("INVALID_IMAGE", "INVALID_PTX", "INVALID_SOURCE", "NO_BINARY_FOR_GPU"),
+        *("NOT_SUPPORTED", "UNSUPPORTED_PTX_VERSION"),
+    )
+)
+"""What a driver says of code that it will never take."""
+
 
 class Device:
     """One GPU, by its number among those that the process sees.
@@ -94,6 +107,7 @@ class Device:
         self._driver = driver = _driver()
         self._index = index
         self._functions: dict[Key, Function] = {}
+        self._unavailable: dict[Key, Unavailable] = {}
         self._modules: list[Any] = []
         self._loading = lock()
         handle = self._asked(driver.cuDeviceGet(index))
@@ -119,10 +133,13 @@ class Device:
         """
         error, *rest = answer
         if error:
-            raise DeviceError(
-                f"cuda:{self._index}: the driver says {error.name}; after an illegal access or a "
-                "failed kernel, in whichever package, only a new process helps"
+            advice = (
+                "free some of its memory, also what a framework holds in reserve, and call again"
+                if error.name == "CUDA_ERROR_OUT_OF_MEMORY"
+                else "after an illegal access or a failed kernel, in whichever package, only a new "
+                "process helps"
             )
+            raise DeviceError(f"cuda:{self._index}: the driver says {error.name}; {advice}")
         return rest[0] if rest else None
 
     def _enter(self) -> bool:
@@ -144,27 +161,41 @@ class Device:
         Unavailable
             If it cannot be compiled, or the driver does not take it.
         DeviceError
-            In a forked process.
+            In a forked process, or where there is no room for it.
         """
+        refuse_forked()
         with self._loading:
             if key not in self._functions:
-                made = cubin(key)
-                entered = self._enter()
-                try:
-                    error, module = self._driver.cuModuleLoadData(made.code)
-                    if error:
-                        raise Unavailable(
-                            f"cuda:{self._index}: the driver does not take the GPU kernel "
-                            f"{key.operation} ({error.name}): it is made with CUDA 13, which needs "
-                            "a driver of version 580 or later"
-                        )
-                    function = self._driver.cuModuleGetFunction(module, made.name.encode())
-                    self._functions[key] = self._asked(function)
-                finally:
-                    if entered:
-                        self._leave()
-                self._modules.append(module)
+                self._functions[key] = self._loaded(key, self._compiled(key))
             return self._functions[key]
+
+    def _compiled(self, key: Key) -> Cubin:
+        """The machine code; where it cannot be had, the same error again, without the compilers."""
+        if key in self._unavailable:
+            raise self._unavailable[key].with_traceback(None)
+        try:
+            return cubin(key)
+        except Unavailable as error:
+            self._unavailable[key] = error
+            raise
+
+    def _loaded(self, key: Key, made: Cubin) -> Function:
+        entered = self._enter()
+        try:
+            answer = self._driver.cuModuleLoadData(made.code)
+            if answer[0] and answer[0].name in _NOT_TAKEN:
+                raise Unavailable(
+                    f"cuda:{self._index}: the driver does not take the GPU kernel "
+                    f"{key.operation} ({answer[0].name}): it is made with CUDA 13, which needs a "
+                    "driver of version 580 or later"
+                )
+            module = self._asked(answer)
+            function = self._asked(self._driver.cuModuleGetFunction(module, made.name.encode()))
+        finally:
+            if entered:
+                self._leave()
+        self._modules.append(module)
+        return function
 
     def launch(
         self, function: Function, blocks: int, threads: int, stream: int, parameters: int
@@ -188,7 +219,7 @@ class Device:
         entered = self._enter()
         try:
             launched = self._driver.cuLaunchKernel(
-                function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0
+                function, blocks, 1, 1, threads, 1, 1, 0, stream or _LEGACY_STREAM, parameters, 0
             )
         finally:
             if entered:

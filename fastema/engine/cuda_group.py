@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from fastema.engine import cuda
 from fastema.engine.cubins import Key, Unavailable
 from fastema.engine.group import formats_of, nothing_measured
+from fastema.engine.held import Held, keep
 from fastema.engine.moment import Moment
 from fastema.errors import DTypeError, StateError
 from fastema.kernels.table import MEASURES, MEASURING, MOST_TOGETHER, WHICH
@@ -40,9 +40,6 @@ _CLOCK, _NUMBERS, _SETTINGS, _PARAMETERS = 3, 4, 4 + MOST_TOGETHER, 9 + MOST_TOG
 class SlowWarning(RuntimeWarning):
     """Something slower stands in for our kernels."""
 
-
-_in_graphs: list[Any] = []
-"""Tables that captured graphs read at every replay, of which nobody tells when they are gone."""
 
 _warned: set[str] = set()
 """Devices of which it was said."""
@@ -71,7 +68,7 @@ class _Part:
 class CudaGroup:
     """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor."""
 
-    _waits = False
+    _held: Held | None = None
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
         home = members[0].dst.home
@@ -91,7 +88,7 @@ class CudaGroup:
         self._parts = [_Part(layout, table) for layout, table in tables.items()]
         self._count = len(numbers)
         self._moment = Moment()
-        self._streams: set[int] = set()
+        self._held = Held(home, self._owners, self._tables)
         self._measures: Any = None
         self._measured: NDArray[np.float64] | None = None
 
@@ -109,8 +106,9 @@ class CudaGroup:
         if self._home.capturing():
             raise StateError(
                 f"{self._home.device}: {operation} was not prepared before this stream was "
-                "captured; make the same call once before capturing (and again after tensors of "
-                "the model were replaced)"
+                "captured; make the same call of an average or a Plan once before capturing (and "
+                "again after tensors of the model were replaced). What looks its tensors up at "
+                "every call, as copy_to(), state_dict() and fastema.lerp_(), cannot be captured"
             )
         formats = formats_of(operation, self._members[0])
         try:
@@ -129,10 +127,11 @@ class CudaGroup:
             partial(gpu.launch, function, part.blocks, THREADS)
             for part, function in zip(self._parts, functions, strict=True)
         ]
-        measures = operation in MEASURING
-        return partial(self._launch, launches, measures)
+        return partial(self._launch, launches)
 
     def _make_measures(self) -> None:
+        assert self._held is not None
+        self._held.renew()  # known streams do not know of these
         self._measures, address = self._home.upload(np.zeros((len(self.which), MEASURES)))
         for part in self._parts:
             part.values[2] = address
@@ -148,46 +147,44 @@ class CudaGroup:
             part.numbers[: self._count] = numbers
             part.values[_SETTINGS:] = moment[1:6]
 
-    def _launch(self, launches: Sequence[Callable[..., None]], measures: bool) -> None:
-        stream = self._home.stream()
-        if stream not in self._streams:
-            self._begin_on(stream)
-        if measures:
-            self._measured = None
+    def _launch(self, launches: Sequence[Callable[..., None]]) -> None:
+        assert self._held is not None
+        stream = self._held.stream()
         for part, launch in zip(self._parts, launches, strict=True):
             launch(stream, part.parameters)
 
-    def _begin_on(self, stream: int) -> None:
-        """Keep what a stream is going to work on from being given away while it does."""
+    def _tables(self) -> list[Any]:
+        """Owners of what only the kernels know."""
         owners = [part.owner for part in self._parts]
-        if self._measures is not None:
-            owners.append(self._measures)
-        if self._home.capturing():
-            _in_graphs.extend(owners)
-            return  # not noted as known: a graph may be captured there again
+        return [one for one in (*owners, self._measures) if one is not None]
+
+    def _owners(self) -> list[Any]:
+        """Owners of all memory that is worked on."""
+        owners = self._tables()
         for pair in self._members:
             others = pair.low, pair.ring and pair.ring[0]
             owners += [spec.owner for spec in (pair.dst, pair.src, *others) if spec is not None]
-        self._waits = not self._home.hold(owners)
-        self._streams.add(stream)
+        return owners
 
     def __del__(self) -> None:
-        if self._waits:  # what it is working on may be gone next
-            with suppress(Exception):  # at the end of the process, or of the device
+        if self._held is not None and self._held.waits:  # what it works on may be gone next
+            try:
                 self._home.wait()
+            except Exception:  # in a capture; at the end of the process, or of the device
+                keep(self._owners())
 
     def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
         """The operation in the framework's own functions, and a warning, once for a device."""
         run = self._home.substitute(operation, self._members)
         device = self._home.device
         if device not in _warned:
-            _warned.add(device)
             warnings.warn(
                 f"{error}. Until then work on {device} is done by the framework's own functions, "
                 "several times slower",
                 SlowWarning,
                 stacklevel=2,
             )
+            _warned.add(device)  # only now: where warnings are errors, the next call warns as well
         return partial(self._substituted, run)
 
     def _substituted(self, run: Substitute) -> None:
@@ -197,6 +194,8 @@ class CudaGroup:
                 "without GPU kernels an average cannot be capturable: build it without "
                 "capturable=True"
             )
+        assert self._held is not None
+        self._held.stream()
         measured = run(*moment[:6])
         if measured is not None:
             self.which = np.array([pair.which for pair in self._members])
@@ -204,12 +203,12 @@ class CudaGroup:
 
     def results(self) -> NDArray[np.float64]:
         """Measures of every row; waits for the device to have made them."""
-        if self._measured is None:
-            if self._measures is None:
-                return nothing_measured()
-            found = self._home.download(self._measures)
-            self._measured = found.reshape(-1, MEASURES)
-        return self._measured
+        if self._measured is not None:
+            return self._measured
+        if self._measures is None:
+            return nothing_measured()
+        # Asked for anew each time: a graph may have been replayed since.
+        return self._home.download(self._measures).reshape(-1, MEASURES)
 
 
 def groups(tag: str, members: Sequence[Pair]) -> list[CudaGroup]:

@@ -12,9 +12,11 @@ from typing import Any, Final
 __all__ = ["deferred"]
 
 _SIGNALS: Final = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
 )
-"""Signals whose handlers, where they are Python functions, are likely to raise."""
+"""Signals whose handlers, where they are Python functions, are likely to raise, or to save."""
 
 
 # The functions in C: what the signal module puts around them, to make enums, takes ten times as

@@ -13,7 +13,7 @@ from fastema.engine.group import Group
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import lock
 from fastema.engine.moment import Moment
-from fastema.errors import DTypeError
+from fastema.errors import DTypeError, StateError
 from fastema.kernels.table import DISTANCE, SQUARE, STILL
 from fastema.layout.group import Pair
 
@@ -62,6 +62,7 @@ class Program:
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         self._lock = lock()
         self._pairs = pairs  # the owners of the addresses in the tables
+        self._homes = {p.dst.device: p.dst.home for members in pairs.values() for p in members}
         self._launches: dict[tuple[tuple[str, str], ...], list[Callable[[], None]]] = {}
         kinds: dict[tuple[str, ...], list[Pair]] = {}
         for tag, members in pairs.items():
@@ -75,15 +76,25 @@ class Program:
         ]
 
     def prepare(self, operations: Mapping[str, str]) -> list[Callable[[], None]]:
-        """Compile what a run needs; called by :meth:`run`, or earlier to fail before writing."""
+        """Compile what a run needs; called by :meth:`run`, or earlier to fail before writing.
+
+        Raises
+        ------
+        StateError
+            In a capture of a part of the devices, or of one that was not prepared for it.
+        """
+        if len(self._homes) > 1:
+            self._refuse_half_a_capture()
         key = tuple(operations.items())
         launches = self._launches.get(key)
         if launches is None:
-            launches = [
-                group.prepare(operations[group.tag])
-                for group in self._groups
-                if group.tag in operations
-            ]
+            # A signal's handler that saves an average would wait for the compiler's lock for ever.
+            with deferred():
+                launches = [
+                    group.prepare(operations[group.tag])
+                    for group in self._groups
+                    if group.tag in operations
+                ]
             self._launches[key] = launches
         return launches
 
@@ -97,11 +108,22 @@ class Program:
         moment : Moment
         """
         launches = self.prepare(operations)
-        with self._lock, deferred():
+        with deferred(), self._lock:  # in this order: no handler runs while the lock is held
             for group in self._groups:
                 group.begin(moment)
             for launch in launches:
                 launch()
+
+    def _refuse_half_a_capture(self) -> None:
+        captured = {
+            device: home is not None and home.capturing() for device, home in self._homes.items()
+        }
+        if len(set(captured.values())) > 1:
+            others = ", ".join(device for device, is_so in captured.items() if not is_so)
+            raise StateError(
+                f"a graph is captured, and the work on {others} would not be part of it: let the "
+                "streams of all devices join the capture, and work on the CPU's tensors outside"
+            )
 
     def measured(self, which: int) -> Measured:
         """What the latest run of a measuring operation found of one of the averages."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
 from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
+from fastema.engine.held import keep
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
 from fastema.engine.moment import Moment, checked_seed
@@ -184,10 +185,20 @@ class Average:
         self._binding = Binding(container, self._store, self._names)
         self._binding.program.run(FOLLOW)
         self._count: DeviceCount | None = None
+        self._captured = False
         if capturable:
             self._count = DeviceCount(self._binding.homes, self._schedule, self._seed)
-            self._binding.program.prepare(self._operations)
-        self.shadows = tuple(Shadow(self, which) for which in range(len(self._store.sets)))
+            self._try(self._count, self._binding)
+
+    def _try(self, count: DeviceCount, binding: Binding) -> None:
+        """An update of which the clock says that nothing is to be done: all its kernels are there.
+
+        Raises
+        ------
+        StateError
+            Where something slower stands in for one of them.
+        """
+        binding.program.run(self._operations, count.moment)
 
     # -- the weights ------------------------------------------------------------------------------
 
@@ -259,7 +270,9 @@ class Average:
             if self._on_nonfinite != "propagate" and not self._accepts(binding, step):
                 return
             begins = step <= self._schedule.start_after
-            operations = FOLLOW if begins else self._operations
+            # The weights are 1 then: rounded as on a device that counts by itself. Only a mean of
+            # none has no slot yet.
+            operations = FOLLOW if begins and self._wish.window else self._operations
             moment = self._moment(step, weights)
             with deferred():
                 binding.program.run(operations, moment)
@@ -269,6 +282,7 @@ class Average:
     def _update_by(self, count: DeviceCount, binding: Binding) -> None:
         """An update whose step and weights are looked up on the device, now or in a replay."""
         binding.program.prepare(self._operations)
+        self._captured = self._captured or binding.capturing()
         with deferred():
             count.advance()
             binding.program.run(self._operations, count.moment)
@@ -293,7 +307,16 @@ class Average:
     def _follow(self) -> None:
         """Until ``start_after`` the average is the weights: bring it up to date where seen."""
         if self._applied is None and self._follows():
-            self._current(self._binding.container).program.run(FOLLOW)
+            self._follow_in(self._current(self._binding.container))
+
+    @staticmethod
+    def _follow_in(binding: Binding) -> None:
+        if binding.capturing():
+            raise StateError(
+                "until start_after the average is the weights, and a graph that copies them now "
+                "would do so at every replay: capture it after that, or without the average"
+            )
+        binding.program.run(FOLLOW)
 
     def _follows(self) -> bool:
         # Where nothing is waited for, the count need not be fetched from a device.
@@ -350,7 +373,7 @@ class Average:
             which = self._chosen(which)
             binding = self._current(model)
             if self._follows():
-                binding.program.run(FOLLOW)
+                self._follow_in(binding)
             exchange = binding.exchange(which)
             with deferred():
                 exchange.apply()
@@ -507,6 +530,12 @@ class Average:
     # -- the average ------------------------------------------------------------------------------
 
     @property
+    def shadows(self) -> tuple[Shadow, ...]:
+        """:attr:`shadow` of every average."""
+        # Made anew: kept, they and the average would keep each other, and memory of a GPU with it.
+        return tuple(Shadow(self, which) for which in range(len(self._store.sets)))
+
+    @property
     def shadow(self) -> Shadow:
         """The averaged tensors by name; where there are several averages, see :attr:`shadows`."""
         return self.shadows[self._chosen(None)]
@@ -562,6 +591,8 @@ class Average:
     def to(self, device: str | None = None, dtype: Any = None) -> Average:
         """Move the average to a device, or change the dtype of its averaged tensors; returns it.
 
+        A graph in which an update was captured goes on with the average as it was: capture it anew.
+
         Parameters
         ----------
         device : str or device, optional
@@ -584,7 +615,7 @@ class Average:
                     f"dtype={dtype!r}: a windowed mean keeps its dtype; build another one"
                 )
             if device is not None:
-                store = store.on(device)
+                store = store.on(device, ring_on_host=wish.ring_on_host)
             if dtype is not None:
                 wanted = wish_of(dtype, "stochastic" if wish.random else "nearest", wish.together)
                 wish = wanted._replace(
@@ -592,11 +623,15 @@ class Average:
                 )
                 store = store.cast(wish)
             binding = Binding(self._binding.container, store, self._names)
-            if self._count is not None:
-                done = self._count.done()
-                self._count = DeviceCount(binding.homes, self._schedule, self._seed, done)
-                binding.program.prepare(self._operations)
+            count = self._count
+            if count is not None:
+                done = count.done()
+                count = DeviceCount(binding.homes, self._schedule, self._seed, done)
+                self._try(count, binding)
+            if self._captured:  # its replays must not write where others are
+                keep(self._store, self._count)
             self._binding, self._store, self._wish = binding, store, wish
+            self._count, self._captured = count, False
             return self
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
@@ -668,15 +703,16 @@ class Average:
             saved = unpack(state, type(self).__name__, self._schedule, self._store.specs())
             program = self._store.load(saved.tensors)
             tables = [] if self._count is None else tables_for(saved.schedule)
+            program.prepare({"all": "copy"})  # nothing is changed where it fails
             self._wait_for_the_ring()
             with deferred():
-                program.run({"all": "copy"})
                 self._done = saved.counters["num_updates"]
                 self._num_skipped = saved.counters["num_skipped"]
                 self._seed, self._schedule = saved.counters["seed"], saved.schedule
                 self._measured = None
-                if self._count is not None:
+                if self._count is not None:  # first: it waits for replays that are still to come
                     self._count.set(self._schedule, tables, self._seed, self._done)
+                program.run({"all": "copy"})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: a copy would share, or double, the memory of a model it is not bound to."""

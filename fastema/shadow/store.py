@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -146,25 +146,24 @@ class Store:
 
     def duplicate(self) -> Store:
         """A copy with memory of its own."""
-        return self._remade(lambda memory: memory[1])
+        return self._remade(lambda part, memory: memory[1], self.on_host)
 
-    def on(self, device: str) -> Store:
-        """The same on a device; a ring on the host stays there."""
-        stays = self.on_host
+    def on(self, device: str, *, ring_on_host: bool = False) -> Store:
+        """The same on a device, but for a ring that is to be on the host."""
 
-        def there(memory: Memory) -> TensorSpec:
+        def there(part: str, memory: Memory) -> TensorSpec:
             array, spec = memory
-            if stays and spec.device == "cpu":
+            if part == "ring" and ring_on_host:
                 return spec
             return describe(bridge_of(array).transfer(array, device))
 
-        return self._remade(there)
+        return self._remade(there, ring_on_host)
 
-    def _remade(self, source: Any) -> Store:
+    def _remade(self, source: Callable[[str, Memory], TensorSpec], ring_on_host: bool) -> Store:
         """New memory of the same kinds, filled from what ``source`` makes of the old."""
         old = {id(entry): entry for _, entry in self}
         keys = [(key, part) for key, entry in old.items() for part in entry.parts]
-        sources = [source(old[key].parts[part]) for key, part in keys]
+        sources = [source(part, old[key].parts[part]) for key, part in keys]
         made: dict[int, dict[str, Memory]] = {key: {} for key in old}
         slots = {of.shape[0] for (_, part), of in zip(keys, sources, strict=True) if part == "ring"}
         for count in (0, *slots):  # a ring lies as its average does, slot after slot
@@ -174,8 +173,7 @@ class Store:
                 if (of.shape[0] if part == "ring" else 0) == count
             ]
             likes = [(made[k]["shadow"][1] if count else of, of.kind) for k, _, of in chosen]
-            kept = bool(count) and self.on_host
-            memories = allocate(likes, count, on_host=kept)
+            memories = allocate(likes, count, on_host=bool(count) and ring_on_host)
             for (key, part, _), memory in zip(chosen, memories, strict=True):
                 made[key][part] = memory
         copies = [

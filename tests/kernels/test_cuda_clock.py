@@ -346,8 +346,8 @@ def test_a_windowed_mean_has_its_moment(window: int, every: int, start: int) -> 
             number = float(face.cells[WEIGHTS : WEIGHTS + 1].view(np.float64)[0])
             found = number, int(face.cells[SLOT]), int(face.cells[TURN])
             moment = sma._moment(step, weights)
-            if step == start:  # a copy, which on the GPU is the mean of one value
-                assert found == (1.0, 0, 1)
+            if step == start:  # a copy
+                assert found == (1.0, 0, 0)
             else:
                 assert found == (moment.numbers[0], moment.slot, moment.turn)
                 assert face.cells[WINDOW] == moment.window
