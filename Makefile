@@ -47,11 +47,14 @@ bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench.averages --quick"
 	@$(PY) -m bench.averages --quick
 
-bench: $(VENV)/.bench $(VENV)/.timm
+# What is said of GPU kernels needs their compilers, which the tests bring along.
+bench: $(VENV)/.test $(VENV)/.timm
 	$(SAY) "python -m bench $(ARGS)"
 	@$(PY) -m bench $(ARGS)
-	$(SAY) "python -m bench.averages, bench.accuracy, bench.quality"
+	$(SAY) "python -m bench.averages, bench.launch, bench.kernels_gpu, bench.accuracy, bench.quality"
 	@$(PY) -m bench.averages
+	@$(PY) -m bench.launch
+	@$(PY) -m bench.kernels_gpu
 	@$(PY) -m bench.accuracy
 	@$(PY) -m bench.quality
 

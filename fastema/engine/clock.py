@@ -45,13 +45,17 @@ class _Hand:
         self._places = np.array([self._values.ctypes.data], np.int64)
         self._gpu, self._function = gpu, function
         self._tables: list[Any] = []
-        self._held = Held(home, self._owners, lambda: [self])
+        self._held = Held(home)
 
-    def _owners(self) -> list[Any]:
-        return [self.owner, *(owner for owner, _ in self._tables)]
+    def _stream(self) -> int:
+        def owners() -> list[Any]:
+            return [self.owner, *(owner for owner, _ in self._tables)]
+
+        # A graph needs whatever tables there will be.
+        return self._held.stream(owners, lambda: [self])
 
     def advance(self) -> None:
-        stream = self._held.stream()
+        stream = self._stream()
         self._gpu.launch(self._function, 1, _THREADS, stream, int(self._places.ctypes.data))
 
     def set(self, cells: NDArray[np.int64], tables: Sequence[NDArray[np.float64]]) -> None:
@@ -61,7 +65,7 @@ class _Hand:
         self.home.write(self.owner, cells)
         self._tables = uploaded  # only now nobody reads the ones before
         self._held.renew()
-        self._held.stream()
+        self._stream()
 
 
 class Clock:

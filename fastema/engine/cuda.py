@@ -107,7 +107,7 @@ class Device:
         self._driver = driver = _driver()
         self._index = index
         self._functions: dict[Key, Function] = {}
-        self._unavailable: dict[Key, Unavailable] = {}
+        self._unavailable: dict[Key, str] = {}
         self._modules: list[Any] = []
         self._loading = lock()
         handle = self._asked(driver.cuDeviceGet(index))
@@ -172,11 +172,11 @@ class Device:
     def _compiled(self, key: Key) -> Cubin:
         """The machine code; where it cannot be had, the same error again, without the compilers."""
         if key in self._unavailable:
-            raise self._unavailable[key].with_traceback(None)
+            raise Unavailable(self._unavailable[key])
         try:
             return cubin(key)
         except Unavailable as error:
-            self._unavailable[key] = error
+            self._unavailable[key] = str(error)  # itself it would keep what its frames hold
             raise
 
     def _loaded(self, key: Key, made: Cubin) -> Function:

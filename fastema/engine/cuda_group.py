@@ -88,7 +88,7 @@ class CudaGroup:
         self._parts = [_Part(layout, table) for layout, table in tables.items()]
         self._count = len(numbers)
         self._moment = Moment()
-        self._held = Held(home, self._owners, self._tables)
+        self._held = Held(home)
         self._measures: Any = None
         self._measured: NDArray[np.float64] | None = None
 
@@ -149,7 +149,7 @@ class CudaGroup:
 
     def _launch(self, launches: Sequence[Callable[..., None]]) -> None:
         assert self._held is not None
-        stream = self._held.stream()
+        stream = self._held.stream(self._owners, self._tables)
         for part, launch in zip(self._parts, launches, strict=True):
             launch(stream, part.parameters)
 
@@ -195,7 +195,7 @@ class CudaGroup:
                 "capturable=True"
             )
         assert self._held is not None
-        self._held.stream()
+        self._held.stream(self._owners, self._tables)
         measured = run(*moment[:6])
         if measured is not None:
             self.which = np.array([pair.which for pair in self._members])

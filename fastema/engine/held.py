@@ -24,10 +24,6 @@ class Held:
     Parameters
     ----------
     home : Home
-    noted : callable
-        The owners of all memory that is worked on.
-    kept : callable
-        What a captured graph needs besides the tensors that its user keeps for it.
 
     Attributes
     ----------
@@ -35,23 +31,29 @@ class Held:
         Whether some of the memory cannot be noted: who lets go of it has to wait for the device.
     """
 
-    def __init__(
-        self, home: Home, noted: Callable[[], Sequence[Any]], kept: Callable[[], Sequence[Any]]
-    ) -> None:
-        self._home, self._noted, self._kept = home, noted, kept
+    def __init__(self, home: Home) -> None:
+        self._home = home
         self._streams: set[int] = set()
         self._captured = False
         self.waits = False
 
-    def stream(self) -> int:
-        """Handle of the current stream, for a launch that follows at once."""
+    def stream(self, noted: Callable[[], Sequence[Any]], kept: Callable[[], Sequence[Any]]) -> int:
+        """Handle of the current stream, for a launch that follows at once.
+
+        Parameters
+        ----------
+        noted : callable
+            The owners of all memory that is worked on.
+        kept : callable
+            What a captured graph needs besides the tensors that its user keeps for it.
+        """
         stream = self._home.stream()
         if self._home.capturing():  # perhaps on a stream that is known, from a call before
             if not self._captured:
-                keep(*self._kept())
+                keep(*kept())
                 self._captured = True
         elif stream not in self._streams:
-            self.waits = not self._home.hold(self._noted())
+            self.waits = not self._home.hold(noted())
             self._streams.add(stream)
         return stream
 

@@ -245,9 +245,11 @@ class Average:
         Raises
         ------
         StateError
-            While the average is applied.
+            While the average is applied, or in a capture without ``capturable=True``.
         LayoutError
             If the model's tensors are no longer the same by name and shape; nothing was written.
+        DeviceError
+            If the GPU's driver refuses, or in a process forked after CUDA was used.
         NonFiniteError
             With ``on_nonfinite="raise"``, naming the tensors; nothing was written.
         """

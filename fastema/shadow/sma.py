@@ -37,7 +37,8 @@ class SMA(Average):
         less memory; the mean is then that of the weights as they are stored there.
     ring_device : {"cpu"}, optional
         Keep the ring in the memory of the host, for weights on a GPU that has no room for so many
-        copies of them. The kernel reads and writes one slot of it per update, over the bus.
+        copies of them. The kernel reads and writes one slot of it per update, over the bus. (Torch
+        takes a power of two of such memory: 70 GB become 128.)
     **options
         See :class:`Average`, without ``drift``.
 

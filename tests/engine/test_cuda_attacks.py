@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,10 +50,6 @@ MAIN, SIDE, THIRD = 77, 78, 79
 
 PINNED = -1
 """In the place of a stream: memory of the host is given away at once."""
-
-
-unfixed = partial(pytest.mark.xfail, strict=True)
-"""A defect that is known."""
 
 
 # -- a hostile device ------------------------------------------------------------------------------
@@ -403,7 +398,6 @@ def test_an_average_is_taken_back_on_another_stream(late: Late, dtype: torch.dty
     assert_same(shadow(ema), average)
 
 
-@unfixed(reason="the clock is not noted with the streams that advance it")
 def test_a_clock_is_not_given_away_while_a_stream_advances_it(late: Late) -> None:
     weights = [late.random(300)]
     ema = fastema.EMA(weights, warmup(0.9), capturable=True)
@@ -414,7 +408,6 @@ def test_a_clock_is_not_given_away_while_a_stream_advances_it(late: Late) -> Non
     late.settle()
 
 
-@unfixed(reason="measures are made after a stream was noted, and not noted")
 def test_measures_are_not_given_away_while_a_stream_writes_them(late: Late) -> None:
     """They are made after the first stream is known, on another one."""
     weights = [late.random(300)]
@@ -430,17 +423,7 @@ def test_measures_are_not_given_away_while_a_stream_writes_them(late: Late) -> N
 # -- graphs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "warm",
-    [
-        pytest.param(
-            True,
-            id="warmed up there",
-            marks=unfixed(reason="a known stream is taken for one that is not captured"),
-        ),
-        pytest.param(False, id="fresh stream"),
-    ],
-)
+@pytest.mark.parametrize("warm", [True, False], ids=["warmed up there", "fresh stream"])
 def test_a_graph_outlives_the_tables_it_was_captured_with(late: Late, warm: bool) -> None:
     """The model moves, the average looks again; the graph still has tables, and its old weights."""
     model = torch.nn.ParameterList([late.random(300)])
@@ -493,7 +476,6 @@ def test_a_graph_goes_on_after_loading(late: Late) -> None:
     late.settle()
 
 
-@unfixed(reason="what a graph works on is freed by to()")
 def test_a_graph_of_an_average_that_was_moved(late: Late) -> None:
     """Its replays no longer count, but they must not write where others are now."""
     weights = [late.random(300)]
@@ -509,7 +491,6 @@ def test_a_graph_of_an_average_that_was_moved(late: Late) -> None:
     assert ema.num_updates == 1
 
 
-@unfixed(reason="measures that were read once are kept, whatever is replayed")
 def test_drift_is_that_of_the_latest_replay(late: Late) -> None:
     weights = [late.random(300)]
     ema = fastema.EMA(weights, 0.5, drift=True, capturable=True)
@@ -561,7 +542,6 @@ def test_a_captured_swap(late: Late) -> None:
     late.settle()
 
 
-@unfixed(reason="the copy of the weights is captured")
 @pytest.mark.parametrize(
     "call", [lambda ema: ema.shadow["0"], fastema.EMA.apply_shadow], ids=["shadow", "apply"]
 )
@@ -589,10 +569,7 @@ def test_what_is_copied_until_a_start_is_not_captured(
     "options",
     [
         {"start_after": 3, "update_every": 2},
-        pytest.param(
-            {"start_after": 3, "shadow_dtype": "bfloat16"},
-            marks=unfixed(reason="at its start a call copies to nearest, a device at random"),
-        ),
+        {"start_after": 3, "shadow_dtype": "bfloat16"},
         {"start_after": 2, "shadow_dtype": "bfloat16", "rounding": "nearest", "drift": True},
         {"start_after": 1, "shadow_dtype": "bf16+16", "update_every": 3},
     ],
@@ -620,7 +597,6 @@ def test_every_step_of_a_capturable_run(late: Late, options: dict[str, Any]) -> 
         assert ema.num_updates == step
 
 
-@unfixed(reason="on a device it goes by way of the ring")
 def test_a_windowed_mean_at_its_start(late: Late) -> None:
     """There it is the weights, not what a narrower ring has of them."""
     weights = [late.random(50)]
@@ -631,7 +607,6 @@ def test_a_windowed_mean_at_its_start(late: Late) -> None:
     assert torch.equal(sma.shadow["0"], weights[0])
 
 
-@unfixed(reason="the other device's half is done at once, and not captured")
 def test_a_capture_of_half_a_model_is_refused(late: Late) -> None:
     """The other half would be averaged now, once, and never by a replay."""
     first = late.random(30)
@@ -651,7 +626,6 @@ def test_a_capture_of_half_a_model_is_refused(late: Late) -> None:
     assert all(map(torch.equal, before, avg))
 
 
-@unfixed(reason="weights are loaded before the device is waited for")
 def test_a_state_is_loaded_while_a_replay_waits(late: Late) -> None:
     """As one is saved: after all work, so that weights and counters are of one step."""
     weights = [late.random(300)]
@@ -685,7 +659,6 @@ def test_a_ring_on_the_host_outlives_what_waits(late: Late) -> None:
     late.settle()
 
 
-@unfixed(reason="waiting is refused there, and the ring given away")
 def test_a_ring_on_the_host_is_dropped_in_a_capture(late: Late) -> None:
     """Where nobody may wait for the device."""
     weights = [late.random(300)]
@@ -698,7 +671,6 @@ def test_a_ring_on_the_host_is_dropped_in_a_capture(late: Late) -> None:
     late.settle()
 
 
-@unfixed(reason="the ring goes along to the GPU")
 def test_a_ring_stays_on_the_host_where_an_average_moves(gpu: StubGpu) -> None:
     """To a GPU that has no room for it, too."""
     gpu.place = lambda tensor: None
@@ -719,7 +691,6 @@ def test_a_ring_stays_on_the_host_where_an_average_moves(gpu: StubGpu) -> None:
     assert sma._store.sets[0]["0"].parts["ring"][0].data_ptr() in gpu.home.pinned
 
 
-@unfixed(reason="the mean is on the CPU, the average on the GPU")
 def test_a_ring_on_the_host_without_kernels() -> None:
     """Torch's functions have their operands on one device: looked at with tensors without data."""
     with FakeTensorMode():
@@ -736,7 +707,6 @@ def test_a_ring_on_the_host_without_kernels() -> None:
 # -- exceptions ------------------------------------------------------------------------------------
 
 
-@unfixed(reason="the new clock is taken over before the kernels are there")
 def test_moving_an_average_fails_as_a_whole(late: Late, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was there before goes on counting and averaging."""
     weights = [late.random(30)]
@@ -829,7 +799,6 @@ HANDLERS = """
 """
 
 
-@unfixed(reason="a handler runs while the lock is held that it needs")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_handler_that_saves_does_not_wait_for_itself(
     name: str, python: Callable[..., str]
@@ -841,7 +810,6 @@ def test_a_handler_that_saves_does_not_wait_for_itself(
 # -- a driver that refuses -------------------------------------------------------------------------
 
 
-@unfixed(reason="any error of loading counts as an old driver")
 def test_no_room_for_a_kernel_is_not_an_old_driver(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -859,7 +827,6 @@ def test_no_room_for_a_kernel_is_not_an_old_driver(
     assert gpu.driver.take() == [("lerp", 1, 77)]
 
 
-@unfixed(reason="handle 0 is passed on")
 def test_the_stream_of_all_threads_is_named(gpu: StubGpu) -> None:
     """Handle 0 is another stream where CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM is set."""
     gpu.home.handle = 0
@@ -868,7 +835,6 @@ def test_the_stream_of_all_threads_is_named(gpu: StubGpu) -> None:
     assert stream == 1  # CU_STREAM_LEGACY, under either default
 
 
-@unfixed(reason="it is tried again for every program")
 def test_what_cannot_be_compiled_is_tried_once(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -889,7 +855,6 @@ def test_what_cannot_be_compiled_is_tried_once(
     assert len(tried) == len(set(tried))
 
 
-@unfixed(reason="it is noted as said before it is said")
 def test_a_warning_that_is_an_error_is_one_every_time(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -904,7 +869,6 @@ def test_a_warning_that_is_an_error_is_one_every_time(
             fastema.EMA([torch.randn(5)], 0.5)
 
 
-@unfixed(reason="it is found out at the first update")
 def test_a_capturable_average_needs_all_its_kernels(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -920,7 +884,6 @@ def test_a_capturable_average_needs_all_its_kernels(
         fastema.EMA([torch.randn(5)], 0.5, capturable=True)
 
 
-@unfixed(reason="only launches note their memory")
 def test_memory_is_held_without_kernels_too(late: Late, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(key: Key) -> None:
         raise Unavailable("no compiler")
@@ -1020,7 +983,6 @@ def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@unfixed(reason="torch answers for the current device")
 def test_a_capture_is_one_of_a_device(monkeypatch: pytest.MonkeyPatch, current: list[int]) -> None:
     """Torch answers for the current device; a model may be on another."""
     captured: set[int] = set()
@@ -1037,7 +999,6 @@ def test_a_capture_is_one_of_a_device(monkeypatch: pytest.MonkeyPatch, current: 
         assert TorchHome(1).capturing()
 
 
-@unfixed(reason="torch answers for the current device")
 def test_a_capture_on_another_device_is_refused(
     monkeypatch: pytest.MonkeyPatch, current: list[int]
 ) -> None:
@@ -1049,7 +1010,6 @@ def test_a_capture_on_another_device_is_refused(
     assert current == [0]
 
 
-@unfixed(reason="torch is asked, and fails")
 def test_a_capture_in_a_forked_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's own question fails there, before anything could be said of the fork."""
 
@@ -1063,7 +1023,6 @@ def test_a_capture_in_a_forked_process(monkeypatch: pytest.MonkeyPatch) -> None:
         TorchHome(0).capturing()
 
 
-@unfixed(reason="the fork is noticed after compiling")
 def test_nothing_is_compiled_in_a_forked_process(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1090,7 +1049,6 @@ def test_a_forked_process_averages_on_the_cpu(
     assert ema.shadow["0"].tolist() == [0.5] * 5
 
 
-@unfixed(reason="the upload is a tensor of inference mode")
 def test_an_upload_in_inference_mode_can_be_written_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -1127,7 +1085,6 @@ class Foreign:
         self.noted.append(stream)
 
 
-@unfixed(reason="what an allocator says of its memory is an error")
 @pytest.mark.parametrize("known", [True, False])
 def test_other_allocators(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     """As with backend:cudaMallocAsync, and weights that came by DLPack: waited for, no error."""
@@ -1296,7 +1253,6 @@ def test_a_run_is_continued_on_the_other_device(gpu: StubGpu, there: bool) -> No
         assert_same(dict(one), dict(other))
 
 
-@unfixed(reason="the average and its views hold each other")
 def test_an_average_is_gone_with_its_last_name(late: Late) -> None:
     """Its memory on a GPU is not left to a collection of garbage that may come late."""
     weights = [late.random(5)]
@@ -1314,7 +1270,6 @@ def test_an_average_is_gone_with_its_last_name(late: Late) -> None:
         gc.enable()
 
 
-@unfixed(reason="the CPU's part is done at once, and not captured")
 def test_a_captured_plan_has_nothing_on_the_host(gpu: StubGpu) -> None:
     """What is on the CPU would be done now, once, and never by a replay."""
     there = torch.zeros(3)
