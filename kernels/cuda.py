@@ -22,6 +22,7 @@ from fastema.kernels.jit import device_fn
 from fastema.kernels.table import (
     COLUMNS,
     DISTANCE,
+    GPU_THREADS,
     IDLE,
     MEASURES,
     MEASURING,
@@ -37,9 +38,6 @@ from fastema.kernels.table import (
     WINDOW,
 )
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
-
-THREADS = 256
-"""Threads per block."""
 
 NOW = SEED, STEP, WINDOW, SLOT, TURN
 """What a moment has besides its numbers, in the order of the kernels' parameters."""
@@ -190,7 +188,7 @@ def _measuring(body):
     ):
         cells, measures = pointer_i64(table), pointer_f64(results)
         thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
-        sums = cuda.shared.array((MEASURES, THREADS), np.float64)
+        sums = cuda.shared.array((MEASURES, GPU_THREADS), np.float64)
         row = np.int64(cuda.blockIdx.x)
         now = _moment(clock, (seed, step, window, slot, turn))
         rows = _rows(clock, rows)
@@ -198,7 +196,7 @@ def _measuring(body):
             number = _number(cells, row * COLUMNS, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
             one, two, three = body(cells, row * COLUMNS, number, now, thread, threads)
             sums[DISTANCE, thread], sums[SQUARE, thread], sums[STILL, thread] = one, two, three
-            half = THREADS // 2
+            half = GPU_THREADS // 2
             while half:  # always in the same order, so that a rerun measures the same
                 cuda.syncthreads()
                 if thread < half:

@@ -116,6 +116,9 @@ CHUNK: Final = 1 << 16
 """Most elements in one row: small enough that the threads finish together, large enough that the
 atomic step on the control block (about 20 ns) is lost in the work."""
 
+GPU_THREADS: Final = 256
+"""Threads of a block on a GPU."""
+
 GPU_CHUNKS: Final = 1 << 12, 1 << 16
 """Elements in one row for a GPU, at least and at most. A block of threads takes a row: there should
 be many more of them than run at a time (about a thousand), lest the last ones run alone."""

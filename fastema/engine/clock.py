@@ -18,6 +18,7 @@ from fastema.kernels.table import (
     CLOCK_CELLS,
     DONE,
     EVERY,
+    GPU_THREADS,
     IDLE,
     MOST_TOGETHER,
     PIECES,
@@ -29,8 +30,6 @@ from fastema.kernels.table import (
 from fastema.layout.home import Home
 
 __all__ = ["Clock", "homes_of", "tables_of"]
-
-_THREADS = 256
 
 
 class _Hand:
@@ -56,7 +55,7 @@ class _Hand:
 
     def advance(self) -> None:
         stream = self._stream()
-        self._gpu.launch(self._function, 1, _THREADS, stream, int(self._places.ctypes.data))
+        self._gpu.launch(self._function, 1, GPU_THREADS, stream, int(self._places.ctypes.data))
 
     def set(self, cells: NDArray[np.int64], tables: Sequence[NDArray[np.float64]]) -> None:
         uploaded = [self.home.upload(table) for table in tables]

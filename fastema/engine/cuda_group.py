@@ -21,15 +21,12 @@ from fastema.engine.group import formats_of, nothing_measured
 from fastema.engine.held import Held, keep
 from fastema.engine.moment import Moment
 from fastema.errors import DTypeError, StateError
-from fastema.kernels.table import MEASURES, MEASURING, MOST_TOGETHER, WHICH
+from fastema.kernels.table import GPU_THREADS, MEASURES, MEASURING, MOST_TOGETHER, WHICH
 from fastema.layout.group import Pair
 from fastema.layout.home import Home, Substitute
 from fastema.layout.table import Table, chunk_tables, gpu_chunk
 
 __all__ = ["CudaGroup", "SlowWarning", "groups"]
-
-THREADS: Final = 256
-"""Threads of a block, as the kernels have it."""
 
 _MOST_BLOCKS: Final = 2**31 - 1
 
@@ -124,7 +121,7 @@ class CudaGroup:
         if operation in MEASURING and self._measures is None:
             self._make_measures()
         launches = [
-            partial(gpu.launch, function, part.blocks, THREADS)
+            partial(gpu.launch, function, part.blocks, GPU_THREADS)
             for part, function in zip(self._parts, functions, strict=True)
         ]
         return partial(self._launch, launches)
