@@ -18,9 +18,9 @@ from bench.flatmodule import DTYPES
 from bench.gpu_cases import DeviceCase, build, fill_, least_memory, traffic
 from bench.gpu_clock import Budget, Clock, Job, Memory
 from bench.gpu_peers import COPY, DEVICE_PEERS, refusals
-from bench.jobs import DECAY
+from bench.jobs import DECAY, check_update
 from bench.peers import OURS, Peer, Running
-from bench.verify import assert_averaged, sample
+from bench.verify import sample
 from fastema.testing.models import total_elements
 
 Row = dict[str, Any]
@@ -74,15 +74,7 @@ def start(
     # Whatever set-up did, the averages still equal these weights.
     before = [sample(p) for p in model.parameters()]
     fill_(model, seed)
-    running.update()
-    assert_averaged(
-        running.average(),
-        before,
-        list(model.parameters()),
-        DECAY,
-        rounds_weights=peer.rounds_weights,
-        stochastic=peer.stochastic,
-    )
+    check_update(peer, running, model, before)
     for _ in range(_WARM_UP):
         running.update()
     memory = clock.memory(running.update)

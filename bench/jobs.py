@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.flatmodule import DTYPES, FlatModule, build, randomise_
@@ -73,9 +73,10 @@ def naming(case: Case, peer: str) -> Iterator[None]:
         raise AssertionError(f"{case.name}, {peer}: {error}") from error
 
 
-def _check_update(
-    peer: Peer[Running] | Peer[Swapping], running: Running, model: FlatModule, before: list[Tensor]
+def check_update(
+    peer: Peer[Running] | Peer[Swapping], running: Running, model: nn.Module, before: list[Tensor]
 ) -> None:
+    """Update once from averages that equal ``before``, and refuse a result that differs."""
     running.update()
     assert_averaged(
         running.average(),
@@ -138,7 +139,7 @@ def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[
             if isinstance(state, Swapping):
                 _check_swap(state, model, before)
             else:
-                _check_update(peer, state, model, before)
+                check_update(peer, state, model, before)
     return {
         peer.name: _there_and_back(state) if isinstance(state, Swapping) else state.update
         for peer, state in states.items()

@@ -108,7 +108,6 @@ class Device:
         self._index = index
         self._functions: dict[Key, Function] = {}
         self._unavailable: dict[Key, str] = {}
-        self._modules: list[Any] = []
         self._loading = lock()
         handle = self._asked(driver.cuDeviceGet(index))
         names = driver.CUdevice_attribute
@@ -190,12 +189,10 @@ class Device:
                     "driver of version 580 or later"
                 )
             module = self._asked(answer)
-            function = self._asked(self._driver.cuModuleGetFunction(module, made.name.encode()))
+            return self._asked(self._driver.cuModuleGetFunction(module, made.name.encode()))
         finally:
             if entered:
                 self._leave()
-        self._modules.append(module)
-        return function
 
     def launch(
         self, function: Function, blocks: int, threads: int, stream: int, parameters: int
