@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastema.bridges.memory import allocate
+from fastema.bridges.moving import Located, Locator
 from fastema.bridges.registry import leaves_of, materialised, written
 from fastema.engine.locks import rlock
 from fastema.engine.moment import Moment, checked_seed
@@ -13,8 +15,15 @@ from fastema.engine.program import Program
 from fastema.engine.watch import Watch, watch
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, listed
 from fastema.layout.dtypes import average_of, parse
-from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
-from fastema.layout.spec import Leaves
+from fastema.layout.group import (
+    Guard,
+    Pair,
+    check_pair,
+    refuse_overlap,
+    refuse_unwritable,
+    unique,
+)
+from fastema.layout.spec import Leaves, TensorSpec
 
 __all__ = ["Plan", "copy_", "lerp_", "mean_between", "swap_"]
 
@@ -49,15 +58,16 @@ class Plan:
     """A cached plan over two parallel containers, for the same operation at every step.
 
     Where the tensors lie is looked up once; each call checks that it is still so and looks again
-    if not (``p.data = ...``, a replaced dict entry, ``array.resize``).
+    if not (``p.data = ...``, a replaced dict entry, ``array.resize``). JAX arrays and TensorFlow
+    variables, which lie elsewhere after every step, are looked up at every call.
 
     Parameters
     ----------
-    avg, x : array, list, tuple, dict or torch module
+    avg, x : array, list, tuple, dict, JAX pytree, module or model
         Any mix of frameworks, same names or positions and same shapes. ``avg`` is written; ``x``
-        only by :meth:`swap_`. Dtypes may differ: float64, float32, float16, bfloat16, complex64
-        and complex128 with their own kind; integers and booleans only with themselves, and not in
-        :meth:`lerp_`.
+        only by :meth:`swap_`. JAX arrays, TensorFlow tensors and read-only NumPy arrays can only
+        be ``x``. Dtypes may differ: float64, float32, float16, bfloat16, complex64 and complex128
+        with their own kind; integers and booleans only with themselves, and not in :meth:`lerp_`.
     rounding : {"nearest", "stochastic"}
         Of 16-bit floats in :meth:`lerp_`. To nearest, what is smaller than half the last place of
         ``avg`` is lost; at random it is not, on average.
@@ -89,41 +99,82 @@ class Plan:
         if rounding not in _MARKS:
             raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
         self._mark, self._seed, self._calls = _MARKS[rounding], checked_seed(seed), 0
-        self._containers = (materialised(avg), materialised(x))
+        self._avg, self._x = materialised(avg), materialised(x)
         self._lock = rlock()
         self._build()
 
     def _build(self) -> None:
-        dst, src = (leaves_of(container) for container in self._containers)
-        self._pairs = [self._rounded(pair) for pair in matched(dst, src)]
-        for name, spec, *_ in self._pairs:
-            refuse_unwritable(name, spec)
-        refuse_overlap(
-            [(f"avg {name}", spec) for name, spec, *_ in self._pairs],
-            [(f"x {name}", spec) for name, _, spec, *_ in self._pairs],
-        )
-        self._exact = [pair for pair in self._pairs if not pair.dst.kind.real]
+        dst, src = leaves_of(self._avg), leaves_of(self._x)
+        pairs = [self._rounded(pair) for pair in matched(dst, src)]
+        for pair in pairs:
+            refuse_unwritable(pair.name, pair.dst)
+        avg, x = [(p.name, p.dst) for p in pairs], [(p.name, p.src) for p in pairs]
+        _refuse_overlap(avg, x)
+        sides = (dst, self._avg), (src, self._x)
+        watches = [None if leaves.moving else watch(leaves) for leaves, _ in sides]
+        locators = [Locator(*side) if side[0].moving else None for side in sides]
+        tell = [written(spec.owner for _, spec in side) for side in (avg, x)]
+        if src.moving:  # what never changes is not to be kept: the next step has other arrays
+            pairs = [pair._replace(src=pair.src.kept_by(None)) for pair in pairs]
+        self._program = Program({_TAG: pairs})
+        self._pairs, self._guard = pairs, Guard(avg, x)
+        self._watches: Sequence[Watch | None] = watches
+        self._locators: Sequence[Locator | None] = locators
+        self._written, self._swapped = tell
+        self._exact = [pair for pair in pairs if not pair.dst.kind.real]
         self._swappable = False
-        self._program = Program({_TAG: self._pairs})
-        self._written = written(spec.owner for _, spec, *_ in self._pairs)
-        self._swapped = written(spec.owner for _, _, spec, *_ in self._pairs)
-        self._watches: tuple[Watch, Watch] = (watch(dst), watch(src))
+
+    def _found(self, x: Any, swap: bool) -> list[Located | None]:
+        """Where everything lies that moves; what else moved is an occasion to look again."""
+        if x is not None and x is not self._x:
+            before, self._x = self._x, materialised(x)
+            try:
+                return self._looked_up(swap, anew=self._locators[1] is None)
+            except BaseException:
+                self._x = before
+                raise
+        return self._looked_up(swap)
+
+    def _looked_up(self, swap: bool, anew: bool = False) -> list[Located | None]:
+        if anew or any(watched is not None and watched.changed() for watched in self._watches):
+            self._build()
+        for _ in range(2):
+            sides = zip(self._locators, (self._avg, self._x), (True, swap), strict=True)
+            found = [
+                None if locator is None else locator.locate(container, write=write)
+                for locator, container, write in sides
+            ]
+            located = zip(found, self._locators, strict=True)
+            if all(one is not None or locator is None for one, locator in located):
+                return found
+            self._build()
+        raise LayoutError("the tensors change while they are looked at, by another thread")
 
     def _rounded(self, pair: Pair) -> Pair:
         narrow = pair.dst.dtype in ("f16", "bf16")
         return pair._replace(form=f"{pair.dst.dtype}{self._mark}") if narrow else pair
 
-    def _run(self, operation: str, weight: float = 0.0) -> None:
+    def _run(self, operation: str, x: Any = None, weight: float = 0.0) -> None:
         with self._lock:
-            if any(watched.changed() for watched in self._watches):
-                self._build()
+            found = self._found(x, operation == "swap")
             self._check(operation)
+            if any(found):
+                self._relocate(*found)
             if operation == "lerp" and self._mark:
                 self._refuse_capture()
             self._program.run({_TAG: operation}, Moment((weight,), self._seed, self._calls))
             self._calls += 1
             for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
                 tell(arrays)
+
+    def _relocate(self, dst: Located | None, src: Located | None) -> None:
+        there = [None if one is None else one.addresses for one in (dst, src)]
+        if self._guard.touched(*there):
+            _refuse_overlap(
+                [(pair.name, _at(pair.dst, pair.name, there[0])) for pair in self._pairs],
+                [(pair.name, _at(pair.src, pair.name, there[1])) for pair in self._pairs],
+            )
+        self._program.relocate(*there)
 
     def _check(self, operation: str) -> None:
         if self._exact and operation == "lerp":
@@ -146,13 +197,16 @@ class Plan:
                 "fastema.EMA(..., capturable=True), whose steps advance on the GPU"
             )
 
-    def lerp_(self, weight: float) -> None:
+    def lerp_(self, weight: float, x: Any = None) -> None:
         """``avg += weight * (x - avg)``, computed in float32 (float64 where either side is).
 
         Parameters
         ----------
         weight : float
             Of the new value: ``1 - decay``. At 1 the result is ``x`` itself.
+        x : optional
+            Where it is not the one of before, from here on: the same names and shapes. JAX users
+            give it at every step.
 
         Raises
         ------
@@ -165,7 +219,7 @@ class Plan:
         """
         if not math.isfinite(weight):
             raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")
-        self._run("lerp", weight)
+        self._run("lerp", x, weight)
 
     def swap_(self) -> None:
         """Exchange the contents, each rounded to the other's dtype where they differ.
@@ -177,9 +231,27 @@ class Plan:
         """
         self._run("swap")
 
-    def copy_(self) -> None:
-        """``avg = x``, rounded to the dtype of ``avg``."""
-        self._run("copy")
+    def copy_(self, x: Any = None) -> None:
+        """``avg = x``, rounded to the dtype of ``avg``.
+
+        Parameters
+        ----------
+        x : optional
+            See :meth:`lerp_`.
+        """
+        self._run("copy", x)
+
+
+def _at(spec: TensorSpec, name: str, addresses: Mapping[str, int] | None) -> TensorSpec:
+    return spec if addresses is None else spec.at(addresses[name])
+
+
+def _refuse_overlap(
+    avg: Sequence[tuple[str, TensorSpec]], x: Sequence[tuple[str, TensorSpec]]
+) -> None:
+    refuse_overlap(
+        [(f"avg {name}", spec) for name, spec in avg], [(f"x {name}", spec) for name, spec in x]
+    )
 
 
 def lerp_(avg: Any, x: Any, weight: float) -> None:
@@ -187,7 +259,7 @@ def lerp_(avg: Any, x: Any, weight: float) -> None:
 
     Parameters
     ----------
-    avg, x : array, list, tuple, dict or torch module
+    avg, x : array, list, tuple, dict, JAX pytree, module or model
     weight : float
         Of the new value, ``1 - decay``.
 
@@ -212,7 +284,7 @@ def swap_(a: Any, b: Any) -> None:
 
     Parameters
     ----------
-    a, b : array, list, tuple, dict or torch module
+    a, b : array, list, tuple, dict, JAX pytree, module or model
         Each takes the other's contents, rounded to its own dtype.
 
     Raises
@@ -228,7 +300,7 @@ def copy_(dst: Any, src: Any) -> None:
 
     Parameters
     ----------
-    dst, src : array, list, tuple, dict or torch module
+    dst, src : array, list, tuple, dict, JAX pytree, module or model
         ``dst`` takes the contents of ``src``, rounded to its own dtype.
 
     Raises
@@ -249,7 +321,7 @@ def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
 
     Parameters
     ----------
-    later, earlier : array, list, tuple, dict or torch module
+    later, earlier : array, list, tuple, dict, JAX pytree, module or model
         Such as ``swa.shadow`` then, and a copy of it earlier (``swa.state_dict()["shadow"][0]``).
     n, m : int
         How many updates each is the mean of, ``n > m >= 1``.

@@ -94,14 +94,23 @@ TABLE = {
             own_room=False,
         )
         for name, packages in {
-            "cupy": "cupy",
             "dlpack": "",
-            "jax": "jax jaxlib",
+            "moving": "",
             "names": "",
             "numpy": "",
-            "tensorflow": "tensorflow",
         }.items()
     },
+    # Frameworks whose arrays lie elsewhere after every step.
+    **{
+        f"bridges.{name}": Room(
+            ours="layout errors typing bridges.registry bridges.dlpack bridges.moving"
+            " bridges.names",
+            theirs=f"numpy {name}",
+            own_room=False,
+        )
+        for name in ("jax", "keras", "tensorflow")
+    },
+    "bridges.cupy": Room(ours="layout errors typing", theirs="numpy cupy", own_room=False),
     # Of torch's bridge: its GPUs, and what its own functions do where our kernels are missing.
     "bridges.torch": Room(
         ours="layout errors typing bridges.dlpack bridges.names bridges.torch_cuda",
@@ -125,7 +134,10 @@ TABLE = {
     ),
     "tracking": Room(ours="rules engine errors typing", theirs="numpy matplotlib"),
     **{
-        name: Room(ours="shadow tracking rules bridges errors typing", theirs=f"numpy {packages}")
+        name: Room(
+            ours="shadow plan checkpoint tracking rules bridges errors typing",
+            theirs=f"numpy {packages}",
+        )
         for name, packages in {
             "keras": "keras",
             "lightning": "lightning pytorch_lightning torch",

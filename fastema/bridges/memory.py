@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fastema.bridges.registry import bridge_of, describe
+from fastema.bridges.registry import describe, memory_of
 from fastema.layout.dtypes import DType
 from fastema.layout.flat import dense_strides, place
 from fastema.layout.spec import TensorSpec
@@ -36,11 +36,11 @@ def allocate(
     wanted = list(wanted)
     groups: dict[tuple[str, str, str], list[int]] = {}
     for i, (like, kind) in enumerate(wanted):
-        key = (bridge_of(like.owner).__name__, like.device, kind.code)
+        key = (memory_of(like.owner).__name__, like.device, kind.code)
         groups.setdefault(key, []).append(i)
     made: dict[int, Memory] = {}
     for (_, device, code), members in groups.items():
-        bridge = bridge_of(wanted[members[0]][0].owner)
+        bridge = memory_of(wanted[members[0]][0].owner)
         itemsize = wanted[members[0]][1].itemsize
         placed = place([wanted[i][0].size for i in members], itemsize)
         where = "pinned" if on_host and device != "cpu" else device

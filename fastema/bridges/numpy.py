@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.errors import BridgeError, DTypeError
-from fastema.layout.dtypes import DTYPES
+from fastema.layout.dtypes import DTYPES, NAMES
 from fastema.layout.spec import Leaves, TensorSpec
 
 __all__ = [
@@ -26,18 +26,7 @@ __all__ = [
     "zeros",
 ]
 
-_NAMES: Final = {
-    "float64": "f64",
-    "float32": "f32",
-    "float16": "f16",
-    "bfloat16": "bf16",  # from ml_dtypes
-    "complex64": "c64",
-    "complex128": "c128",
-    "bool": "bool",
-    **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
-    **{f"uint{n}": f"u{n}" for n in (8, 16, 32, 64)},
-}
-_CODES: Final = {code: name for name, code in _NAMES.items()}
+_NATIVE: Final = {code: name for name, code in NAMES.items()}
 
 
 def owns(obj: Any) -> bool:
@@ -54,9 +43,9 @@ def code(dtype: Any) -> str:
         For one that has no kernel, or is not in the machine's byte order.
     """
     found = np.dtype(dtype)
-    if found.name not in _NAMES or not found.isnative:
-        raise DTypeError(f"NumPy dtype {found!r} is not known; known are {', '.join(_NAMES)}")
-    return _NAMES[found.name]
+    if found.name not in NAMES or not found.isnative:
+        raise DTypeError(f"NumPy dtype {found!r} is not known; known are {', '.join(NAMES)}")
+    return NAMES[found.name]
 
 
 def native(code: str) -> np.dtype[Any]:
@@ -66,7 +55,7 @@ def native(code: str) -> np.dtype[Any]:
             raise DTypeError("NumPy has no bfloat16 of its own: import ml_dtypes first")
         bfloat16: np.dtype[Any] = np.dtype(sys.modules["ml_dtypes"].bfloat16)
         return bfloat16
-    return np.dtype(_CODES[code])
+    return np.dtype(_NATIVE[code])
 
 
 def describe(array: NDArray[Any]) -> TensorSpec:

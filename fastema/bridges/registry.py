@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
@@ -13,10 +13,22 @@ from fastema.bridges.names import named
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
-__all__ = ["bridge_of", "describe", "dtype_code", "leaves_of", "materialised", "written"]
+__all__ = [
+    "bridge_of",
+    "describe",
+    "dtype_code",
+    "leaves_of",
+    "materialised",
+    "memory_of",
+    "written",
+]
 
-_BRIDGES: Final = {"torch": "fastema.bridges.torch", "numpy": "fastema.bridges.numpy"}
-"""Framework's import name to its bridge. A framework nobody imported owns nothing."""
+_BRIDGES: Final = {
+    name: f"fastema.bridges.{name}"
+    for name in ("keras", "torch", "tensorflow", "jax", "cupy", "numpy")
+}
+"""Framework's import name to its bridge. A framework nobody imported owns nothing. Keras comes
+first: its models are modules of its backends too."""
 
 
 def _loaded() -> Iterator[ModuleType]:
@@ -38,8 +50,16 @@ def bridge_of(array: Any) -> ModuleType:
             return bridge
     raise BridgeError(
         f"cannot average a {type(array).__module__}.{type(array).__qualname__}; expected an array "
-        f"of {', '.join(_BRIDGES)}, a list, tuple or dict of them, or a torch module"
+        f"of {', '.join(_BRIDGES)}, a list, tuple or dict of them, a JAX pytree, or a module or "
+        "model of torch, Keras or TensorFlow"
     )
+
+
+def memory_of(array: Any) -> ModuleType:
+    """The bridge of the framework whose arrays hold averages of such an array."""
+    bridge = bridge_of(array)
+    other = getattr(bridge, "MEMORY", None)
+    return bridge if other is None else import_module(_BRIDGES[other])
 
 
 def describe(array: Any) -> TensorSpec:
@@ -49,10 +69,12 @@ def describe(array: Any) -> TensorSpec:
 
 
 def written(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any]]]:
-    """The arrays by the function to call with them after each write."""
+    """The arrays by the function to call with them after each write, where there is one."""
     found: dict[Callable[[Any], None], list[Any]] = {}
     for array in arrays:
-        found.setdefault(bridge_of(array).written, []).append(array)
+        tell = getattr(bridge_of(array), "written", None)
+        if tell is not None:
+            found.setdefault(tell, []).append(array)
     return list(found.items())
 
 
@@ -65,9 +87,10 @@ def dtype_code(value: Any) -> str:
         For an object that is no dtype.
     """
     for bridge in _loaded():
-        with suppress(DTypeError, TypeError):
-            code: str = bridge.code(value)
-            return code
+        if hasattr(bridge, "code"):
+            with suppress(DTypeError, TypeError):
+                code: str = bridge.code(value)
+                return code
     raise ArgumentError(f"dtype={value!r}: expected a float dtype, or a name such as 'float32'")
 
 
@@ -87,6 +110,34 @@ def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[Any]) -> No
         _flatten(value, f"{path}.{key}" if path else key, found, held)
 
 
+class _Tree:
+    """The structure of nested lists, tuples and dicts."""
+
+    def __init__(self, container: Any, names: list[str]) -> None:
+        self._names = names
+        self._places = _rebuilt(container, iter(range(len(names))))
+
+    def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
+        found: dict[str, Any] = {}
+        _flatten(container, "", found, [])
+        return list(found.values()) if list(found) == self._names else None
+
+    def rebuild(self, tensors: Sequence[Any]) -> Any:
+        return _rebuilt(self._places, iter(tensors))
+
+
+def _rebuilt(tree: Any, leaves: Iterator[Any]) -> Any:
+    """A tree of the same form with other leaves, taken in turn."""
+    if isinstance(tree, Mapping):
+        return {key: _rebuilt(value, leaves) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        parts = [_rebuilt(value, leaves) for value in tree]
+        if hasattr(tree, "_fields"):
+            return type(tree)(*parts)
+        return tuple(parts) if isinstance(tree, tuple) else parts
+    return next(leaves)
+
+
 def materialised(container: Any) -> Any:
     """A container that can be walked again: ``model.parameters()``, ``d.values()`` as a list."""
     return list(container) if isinstance(container, Iterator | ValuesView) else container
@@ -97,7 +148,7 @@ def leaves_of(container: Any) -> Leaves:
 
     Parameters
     ----------
-    container : module, array, or lists, tuples and dicts of arrays, nested
+    container : module, model, pytree, array, or lists, tuples and dicts of arrays, nested
         Names are the framework's own for modules, else keys and positions joined by dots.
 
     Raises
@@ -113,4 +164,5 @@ def leaves_of(container: Any) -> Leaves:
     held: list[Any] = []
     _flatten(container, "", found, held)
     items = [Leaf(name, named(name, describe, array)) for name, array in found.items()]
-    return Leaves(items, describe, held)
+    moving = any(hasattr(bridge_of(array), "finder") for array in found.values())
+    return Leaves(items, describe, held, structure=_Tree(container, list(found)), moving=moving)

@@ -8,7 +8,7 @@ the device, allocates nothing and waits for nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -197,6 +197,9 @@ class CudaGroup:
         if measured is not None:
             self.which = np.array([pair.which for pair in self._members])
             self._measured = measured
+
+    def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
+        """Nothing: only frameworks in the memory of the host have tensors that move."""
 
     def results(self) -> NDArray[np.float64]:
         """Measures of every row; waits for the device to have made them."""

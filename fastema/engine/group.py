@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 import numpy as np
@@ -43,6 +43,9 @@ class Group(Protocol):
 
     def begin(self, moment: Moment) -> None:
         """Take over what the next launches are to work with."""
+
+    def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
+        """Go on with the same tensors at other addresses, by the pairs' names."""
 
     def results(self) -> NDArray[np.float64]:
         """``[rows, MEASURES]`` of the latest measuring operation; no rows before any."""

@@ -114,6 +114,22 @@ class Program:
             for launch in launches:
                 launch()
 
+    def relocate(
+        self, dst: Mapping[str, int] | None = None, src: Mapping[str, int] | None = None
+    ) -> None:
+        """Go on with the same tensors at other addresses.
+
+        Whoever calls it keeps the memory alive until the runs that follow are over.
+
+        Parameters
+        ----------
+        dst, src : mapping of str to int, optional
+            Address of every pair's side by the pair's name; a side that is not given stays.
+        """
+        with self._lock:
+            for group in self._groups:
+                group.relocate(dst, src)
+
     def _refuse_half_a_capture(self) -> None:
         captured = {
             device: home is not None and home.capturing() for device, home in self._homes.items()

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from fastema.errors import DTypeError
 
-__all__ = ["DTYPES", "DType", "average_of", "dtype", "parse", "raw"]
+__all__ = ["DTYPES", "NAMES", "DType", "average_of", "dtype", "parse", "raw"]
 
 
 class DType(NamedTuple):
@@ -46,17 +46,20 @@ DTYPES: Final = {one.code: one for one in (*_FLOATS, *_EXACT)}
 """Code to dtype."""
 
 
-_ALIASES: Final = {
+NAMES: Final = {
     "float64": "f64",
-    "double": "f64",
     "float32": "f32",
-    "float": "f32",
     "float16": "f16",
-    "half": "f16",
     "bfloat16": "bf16",
     "complex64": "c64",
     "complex128": "c128",
+    "bool": "bool",
+    **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
+    **{f"uint{n}": f"u{n}" for n in (8, 16, 32, 64)},
 }
+"""What frameworks call a dtype, to its code."""
+
+_ALIASES: Final = {**NAMES, "double": "f64", "float": "f32", "half": "f16"}
 
 _COMPLEX: Final = {"f32": "c64", "f64": "c128"}
 

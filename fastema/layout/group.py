@@ -5,15 +5,24 @@ Nothing here touches memory; every refusal names the tensor and comes before the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastema.errors import DTypeError, LayoutError
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["Pair", "check_pair", "refuse_overlap", "refuse_unwritable", "unique"]
+__all__ = [
+    "Guard",
+    "Pair",
+    "check_pair",
+    "refuse_overlap",
+    "refuse_shared_elements",
+    "refuse_unwritable",
+    "unique",
+]
 
 
 class Pair(NamedTuple):
@@ -79,7 +88,15 @@ def check_pair(pair: Pair) -> None:
 def refuse_unwritable(name: str, spec: TensorSpec) -> None:
     """Refuse to write where the framework, or the strides, do not allow it."""
     if not spec.writable:
-        raise LayoutError(f"{name}: {spec} is read-only; pass a writable copy")
+        raise LayoutError(
+            f"{name}: {spec} is read-only (so are all arrays of JAX, and tensors of TensorFlow); "
+            "pass a writable copy"
+        )
+    refuse_shared_elements(name, spec)
+
+
+def refuse_shared_elements(name: str, spec: TensorSpec) -> None:
+    """Refuse a tensor of which several indices are one element: it cannot take an average."""
     if spec.overlaps_itself:
         raise LayoutError(
             f"{name}: several indices of {spec} share one element (expanded, or strides "
@@ -139,3 +156,55 @@ def refuse_overlap(
                     f"{name} ({spec}) and {other[4]} ({other[5]}) overlap in memory; "
                     "give each its own storage (.clone())"
                 )
+
+
+class Guard:
+    """Notices, in a few NumPy calls, that tensors which moved may lie where others are written.
+
+    Parameters
+    ----------
+    written, read : sequence of (str, TensorSpec)
+    """
+
+    def __init__(
+        self,
+        written: Sequence[tuple[str, TensorSpec]],
+        read: Sequence[tuple[str, TensorSpec]],
+    ) -> None:
+        self._written, self._read = _Spans(written), _Spans(read)
+
+    def touched(self, written: Mapping[str, int] | None, read: Mapping[str, int] | None) -> bool:
+        """Whether spans of the two sides meet: there the exact test has to decide.
+
+        Parameters
+        ----------
+        written, read : mapping of str to int, optional
+            Addresses by name; a side that is not given is where it was.
+        """
+        begin, end = self._written.now(written)
+        order = np.argsort(begin)
+        begin, end = begin[order], np.maximum.accumulate(end[order])
+        low, high = self._read.now(read)
+        # The last of those that begin before the end of what is read.
+        before = np.searchsorted(begin, high) - 1
+        return bool(np.any((before >= 0) & (end[before] > low))) if len(end) else False
+
+
+class _Spans:
+    """First byte, and byte after the last, of the tensors of the host that have elements."""
+
+    def __init__(self, specs: Sequence[tuple[str, TensorSpec]]) -> None:
+        kept = [(name, spec) for name, spec in specs if spec.size and spec.device == "cpu"]
+        self._names = [name for name, _ in kept]
+        spans = np.array([spec.span() for _, spec in kept], np.int64).reshape(-1, 2)
+        addresses = np.array([spec.address for _, spec in kept], np.int64)
+        self._begin, self._end = spans[:, 0], spans[:, 1]
+        self._low, self._high = self._begin - addresses, self._end - addresses
+
+    def now(
+        self, addresses: Mapping[str, int] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if addresses is None:
+            return self._begin, self._end
+        first = np.array([addresses[name] for name in self._names], np.int64)
+        return first + self._low, first + self._high

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 from fastema.errors import FastemaError
 from fastema.layout.dtypes import DType, dtype
 from fastema.layout.home import Home
 
-__all__ = ["Leaf", "Leaves", "Opaque", "Role", "TensorSpec"]
+__all__ = ["Leaf", "Leaves", "Opaque", "Role", "Structure", "TensorSpec"]
 
 Role = Literal["weight", "frozen", "buffer"]
 
@@ -49,6 +49,14 @@ class TensorSpec:
     owner: Any = field(default=None, compare=False, repr=False)
     exchange: int = field(default=0, compare=False, repr=False)
     home: Home | None = field(default=None, compare=False, repr=False)
+
+    def kept_by(self, owner: Any) -> TensorSpec:
+        """The same with another owner."""
+        return replace(self, owner=owner)
+
+    def at(self, address: int) -> TensorSpec:
+        """The same elsewhere."""
+        return replace(self, address=address)
 
     @property
     def kind(self) -> DType:
@@ -121,6 +129,25 @@ class Opaque:
     role: Role
 
 
+class Structure(Protocol):
+    """How a container holds its tensors, without the tensors."""
+
+    def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
+        """The tensors of a container, in the leaves' order; None if it is built in another way.
+
+        ``write`` says that they are about to be written.
+        """
+
+    def rebuild(self, tensors: Sequence[Any]) -> Any:
+        """A new container that holds other tensors.
+
+        Raises
+        ------
+        BridgeError
+            If there can be only one of it.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Leaves:
     """All tensors of a container, and how to notice that they are no longer the same.
@@ -136,12 +163,19 @@ class Leaves:
         same objects in the same order.
     opaque : list of Opaque
         Tensors without a description.
+    structure : Structure, optional
+        How the container holds them; None where only its owner knows (a torch module).
+    moving : bool
+        Whether some are of a framework whose tensors lie elsewhere after every step, so that they
+        are looked up at every call.
     """
 
     items: Sequence[Leaf]
     describe: Callable[[Any], TensorSpec]
     held: Sequence[Any] = ()
     opaque: Sequence[Opaque] = ()
+    structure: Structure | None = None
+    moving: bool = False
 
     @property
     def names(self) -> list[str]:

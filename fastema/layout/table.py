@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,17 @@ from fastema.kernels.table import (
 )
 from fastema.layout.group import Pair
 
-__all__ = ["Table", "chunk_tables", "gpu_chunk", "moved_bytes"]
+__all__ = ["Rows", "Table", "chunk_tables", "gpu_chunk", "moved_bytes", "numbered_tables"]
 
 Table = NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """A table, and for each of its rows the place of its pair among the pairs."""
+
+    table: Table
+    pair: NDArray[np.int64]
+
 
 _Axis = tuple[int, int, int, int]
 """Extent, stride of the written side, stride of the other side, places in the tensor; in elements
@@ -128,9 +137,9 @@ def gpu_chunk(pairs: Sequence[Pair]) -> int:
     return min(max(1 << wanted.bit_length(), least), most)
 
 
-def chunk_tables(
+def numbered_tables(
     pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
-) -> dict[str, Table]:
+) -> dict[str, Rows]:
     """The tables of pairs of one dtype pair: ``"flat"`` (adjacent elements) and ``"strided"``.
 
     A layout without rows is left out. Dense tensors give flat rows whatever their order of axes, as
@@ -145,16 +154,31 @@ def chunk_tables(
     chunk : int, optional
         Most elements in one row; by default what suits a CPU.
     """
-    kept = [pair for pair in pairs if pair.dst.size]
+    kept = [(place, pair) for place, pair in enumerate(pairs) if pair.dst.size]
     tables: dict[str, list[Table]] = {"flat": [], "strided": []}
+    places: dict[str, list[NDArray[np.int64]]] = {"flat": [], "strided": []}
     for first in range(0, len(kept), together):
-        members = kept[first : first + together]
+        numbers, members = zip(*kept[first : first + together], strict=True)
         shared = together > 1 or members[0].ring is not None
         most = chunk or (SHARED_CHUNK if shared else CHUNK)
         rows = np.stack([_chunked(_rows(pair), pair, most) for pair in members], axis=1)
         adjacent = (rows[0, 0, DST_STEP] == 1) & (rows[0, 0, SRC_STEP] == 1)
-        tables["flat" if adjacent else "strided"].append(rows.reshape(-1, COLUMNS))
-    return {layout: np.concatenate(parts) for layout, parts in tables.items() if parts}
+        layout = "flat" if adjacent else "strided"
+        tables[layout].append(rows.reshape(-1, COLUMNS))
+        places[layout].append(np.tile(np.array(numbers, np.int64), len(rows)))
+    return {
+        layout: Rows(np.concatenate(parts), np.concatenate(places[layout]))
+        for layout, parts in tables.items()
+        if parts
+    }
+
+
+def chunk_tables(
+    pairs: Iterable[Pair], together: int = 1, chunk: int | None = None
+) -> dict[str, Table]:
+    """The tables of :func:`numbered_tables` alone."""
+    found = numbered_tables(pairs, together, chunk)
+    return {layout: rows.table for layout, rows in found.items()}
 
 
 def moved_bytes(pairs: Sequence[Pair]) -> int:

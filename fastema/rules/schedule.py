@@ -53,17 +53,20 @@ class Schedule:
         object.__setattr__(self, "update_every", checked_whole(update_every, "update_every", 1))
         object.__setattr__(self, "start_after", checked_whole(start_after, "start_after", 0))
 
-    def weights(self, step: int) -> tuple[float, ...]:
+    def weights(self, step: int, steps: int = 1) -> tuple[float, ...]:
         """Weights of the new value at a step; empty where nothing is to be done.
 
         With ``m = step - start_after``: none for ``m < 0``; 1 (a copy) for ``m = 0``, if there is
         a start to wait for; else ``rule.weight(m, k)`` where ``m`` is a multiple of
-        ``k = update_every``, and none between.
+        ``k = update_every``, and none between. Of several steps that are taken at once, those
+        multiples count together.
 
         Parameters
         ----------
         step : int
             From 1.
+        steps : int
+            Since the previous call.
 
         Returns
         -------
@@ -83,11 +86,15 @@ class Schedule:
         [[1.0], [], [0.19], [], [0.19]]
         """
         m, every = step - self.start_after, self.update_every
-        if m < 0 or m % every:
+        if m < 0 or not step:
             return ()
-        if not m:
-            return (1.0,) * len(self.rules) if self.start_after else ()
-        return tuple([checked_weight(rule.weight(m, every), rule, step) for rule in self.rules])
+        if m < steps and self.start_after:  # they begin here, or did since the previous call
+            return (1.0,) * len(self.rules)
+        due = m // every - (m - steps) // every
+        if not due:
+            return ()
+        last, length = m - m % every, due * every
+        return tuple([checked_weight(rule.weight(last, length), rule, step) for rule in self.rules])
 
     def decays(self, step: int) -> tuple[float, ...]:
         """Decay per step of each rule that is in force at a step; 0 until the averages begin."""

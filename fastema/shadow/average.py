@@ -7,20 +7,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Final
 
-from fastema.bridges.registry import bridge_of, describe, leaves_of, materialised, written
+from fastema.bridges.registry import describe, leaves_of, materialised, written
 from fastema.engine.held import keep
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
 from fastema.engine.moment import Moment, checked_seed
 from fastema.engine.program import Program
-from fastema.errors import ArgumentError, LayoutError, NonFiniteError, StateError, listed
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    LayoutError,
+    NonFiniteError,
+    StateError,
+    listed,
+)
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
+from fastema.rules.checks import checked_whole
 from fastema.shadow.binding import FOLLOW, Binding
 from fastema.shadow.counting import DeviceCount, tables_for
 from fastema.shadow.entries import select
-from fastema.shadow.exchange import Exchange, recovered
+from fastema.shadow.exchange import Assignment, Exchange, can_be_assigned, recovered, rounded
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
@@ -53,7 +61,7 @@ class Average:
 
     Parameters
     ----------
-    weights : torch module, array, or list, tuple, dict or iterator of arrays
+    weights : torch module, Keras model, JAX pytree, array, or list, tuple, dict of arrays
         What is averaged. A module's own structure is watched: a parameter that was re-pointed
         (``p.data = ...``, ``.to()``, ``load_state_dict(assign=True)``) is found again, one that was
         added, removed, renamed, reshaped or untied is an error. Tied weights are averaged once.
@@ -184,6 +192,7 @@ class Average:
         self._home = container
         self._binding = Binding(container, self._store, self._names)
         self._binding.program.run(FOLLOW)
+        self._binding.release()
         self._count: DeviceCount | None = None
         self._captured = False
         if capturable:
@@ -202,13 +211,28 @@ class Average:
 
     # -- the weights ------------------------------------------------------------------------------
 
-    def _current(self, model: Any, changed: Callable[[Binding], bool] = Binding.changed) -> Binding:
+    def _current(
+        self,
+        model: Any,
+        changed: Callable[[Binding], bool] = Binding.changed,
+        *,
+        write: bool = False,
+    ) -> Binding:
         """The binding to a model's memory as it is now; all checks, nothing written."""
         container = self._home if model is None else materialised(model)
         binding = self._binding
-        if binding.lenient or not binding.holds(container) or changed(binding):
-            self._binding = Binding(container, self._store, self._names)
-        return self._binding
+        if binding.moving:
+            stale = binding.lenient or not binding.locate(container, write=write)
+        else:
+            stale = binding.lenient or not binding.holds(container) or changed(binding)
+        if stale:
+            binding = Binding(container, self._store, self._names)
+            if binding.moving and write:
+                binding.locate(container, write=True)
+            self._binding = binding
+        if binding.fixed:  # weights that are never written are those that came last
+            self._home = container
+        return binding
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -233,53 +257,75 @@ class Average:
         """When the average is updated and with what weight."""
         return self._schedule
 
-    def update(self, model: Any = None) -> None:
+    def update(self, model: Any = None, *, steps: int = 1) -> None:
         """Take the current weights into the average; call it after ``optimizer.step()``.
 
         Parameters
         ----------
         model : optional
             The weights, where they are not those the average was built from: the same names and
-            shapes. Names may differ by what wrappers add (``module.``, ``_orig_mod.``).
+            shapes. Names may differ by what wrappers add (``module.``, ``_orig_mod.``). Users of
+            JAX give the new arrays at every step; without them those given last are taken again.
+        steps : int
+            Steps of training since the previous call, where not every one can be seen: they are
+            taken in at once, with ``decay ** steps``.
 
         Raises
         ------
         StateError
             While the average is applied, or in a capture without ``capturable=True``.
+        ArgumentError
+            For more than one step of a windowed mean, or of an average that counts on the GPU.
         LayoutError
             If the model's tensors are no longer the same by name and shape; nothing was written.
+        BridgeError
+            Inside a function that JAX or TensorFlow traces; for arrays that were donated.
         DeviceError
             If the GPU's driver refuses, or in a process forked after CUDA was used.
         NonFiniteError
             With ``on_nonfinite="raise"``, naming the tensors; nothing was written.
         """
+        steps = checked_whole(steps, "steps", 1)
         with self._lock:
             self._refuse_applied("update")
+            if steps != 1:
+                self._refuse_long_steps(steps)
             binding = self._current(model, self._changed)
-            if self._count is not None:
-                self._update_by(self._count, binding)
-                return
-            if binding.capturing():
-                raise StateError(
-                    "update() while the stream is captured: the step and the decay would be those "
-                    "of now at every replay; build the average with capturable=True"
-                )
-            step = self._done + 1
-            weights = self._schedule.weights(step)
-            if not weights:
-                self._done = step
-                return
-            if self._on_nonfinite != "propagate" and not self._accepts(binding, step):
-                return
-            begins = step <= self._schedule.start_after
-            # The weights are 1 then: rounded as on a device that counts by itself. Only a mean of
-            # none has no slot yet.
-            operations = FOLLOW if begins and self._wish.window else self._operations
-            moment = self._moment(step, weights)
-            with deferred():
-                binding.program.run(operations, moment)
-                self._done = step
-                self._measured = None if begins or not self._measures else binding.program
+            try:
+                self._update(binding, steps)
+            finally:
+                binding.release()
+
+    def _refuse_long_steps(self, steps: int) -> None:
+        if self._count is not None or self._wish.window:
+            reason = "counts on the GPU" if self._count is not None else "holds one entry per step"
+            raise ArgumentError(f"steps={steps}: this average {reason}; call update() each step")
+
+    def _update(self, binding: Binding, steps: int) -> None:
+        if self._count is not None:
+            self._update_by(self._count, binding)
+            return
+        if binding.capturing():
+            raise StateError(
+                "update() while the stream is captured: the step and the decay would be those "
+                "of now at every replay; build the average with capturable=True"
+            )
+        step = self._done + steps
+        weights = self._schedule.weights(step, steps)
+        if not weights:
+            self._done = step
+            return
+        if self._on_nonfinite != "propagate" and not self._accepts(binding, step):
+            return
+        begins = step <= self._schedule.start_after
+        # The weights are 1 then: rounded as on a device that counts by itself. Only a mean of
+        # none has no slot yet.
+        operations = FOLLOW if begins and self._wish.window else self._operations
+        moment = self._moment(step, weights)
+        with deferred():
+            binding.program.run(operations, moment)
+            self._done = step
+            self._measured = None if begins or not self._measures else binding.program
 
     def _update_by(self, count: DeviceCount, binding: Binding) -> None:
         """An update whose step and weights are looked up on the device, now or in a replay."""
@@ -309,7 +355,11 @@ class Average:
     def _follow(self) -> None:
         """Until ``start_after`` the average is the weights: bring it up to date where seen."""
         if self._applied is None and self._follows():
-            self._follow_in(self._current(self._binding.container))
+            binding = self._current(self._binding.container)
+            try:
+                self._follow_in(binding)
+            finally:
+                binding.release()
 
     @staticmethod
     def _follow_in(binding: Binding) -> None:
@@ -373,14 +423,17 @@ class Average:
         with self._lock:
             self._refuse_applied("apply_shadow")
             which = self._chosen(which)
-            binding = self._current(model)
-            if self._follows():
-                self._follow_in(binding)
-            exchange = binding.exchange(which)
-            with deferred():
-                exchange.apply()
-                self._applied = exchange
-                binding.written()
+            binding = self._current(model, write=True)
+            try:
+                if self._follows():
+                    self._follow_in(binding)
+                exchange = binding.exchange(which)
+                with deferred():
+                    exchange.apply()
+                    self._applied = exchange
+                    binding.written()
+            finally:
+                binding.release()
 
     def restore(self, model: Any = None) -> None:
         """Put the raw weights back, bit for bit, and the average where it was.
@@ -405,10 +458,13 @@ class Average:
                     "restore() without apply_shadow(): the model holds its own weights"
                 )
             exchange = self._still_applied(model)
-            with deferred():
-                exchange.restore()
-                self._applied = None
-                self._binding.written()
+            try:
+                with deferred():
+                    exchange.restore()
+                    self._applied = None
+                    self._binding.written()
+            finally:
+                self._binding.release()
 
     def _still_applied(self, model: Any = None) -> Exchange:
         """What takes the average back, made anew if the model moved meanwhile."""
@@ -423,7 +479,11 @@ class Average:
                     "the average is applied to another model; restore() without an argument takes "
                     "it back from there"
                 )
-        if not before.changed():
+        if before.moving:
+            if before.locate(before.container, write=True):
+                applied.follow(before.exchanged(applied.which))
+                return applied
+        elif not before.changed():
             return applied
         binding = Binding(before.container, self._store, self._names, lenient=True)
         problems = [
@@ -438,13 +498,65 @@ class Average:
                 + "\nChange it back, then restore(): the raw weights are kept exactly, the average "
                 "only as the other dtype left it."
             )
+        if binding.moving:
+            binding.locate(binding.container, write=True)
         applied.follow(binding.exchanged(applied.which))
         self._binding = binding
         return applied
 
+    def averaged(self, *, which: int | None = None) -> Any:
+        """The average in a new container like that of the weights, in new arrays of their dtypes.
+
+        What frameworks whose arrays never change are evaluated and saved with; the average goes on
+        as it is.
+
+        Parameters
+        ----------
+        which : int, optional
+            See :meth:`apply_shadow`.
+
+        Returns
+        -------
+        pytree, list, tuple, dict or array
+            What the average was built from, or was given last, with other arrays.
+
+        Raises
+        ------
+        StateError
+            While an average is applied.
+        BridgeError
+            For a module or model, of which there is only one.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> ema = fastema.EMA({"w": np.array([1.0])}, decay=0.5)
+        >>> ema.averaged()
+        {'w': array([1.])}
+        """
+        with self._lock:
+            self._refuse_applied("averaged")
+            which = self._chosen(which)
+            self._follow()
+            binding = self._binding
+            if binding.structure is None:
+                raise BridgeError(
+                    "a module is not made anew: use swapped(), or copy_to(other_module)"
+                )
+            pairs = binding.of(which)
+            shown = {
+                pair.name: self._store.sets[which][pair.name].shown(array)
+                for pair, array in zip(pairs, rounded(pairs), strict=True)
+            }
+            names = [self._names.aliases.get(name, name) for name in binding.names]
+            return binding.structure.rebuild([shown[name] for name in names])
+
     @contextmanager
-    def swapped(self, model: Any = None, *, which: int | None = None) -> Iterator[None]:
+    def swapped(self, model: Any = None, *, which: int | None = None) -> Iterator[Any]:
         """A block in which the model holds the average; the raw weights come back however it ends.
+
+        ``with ema.swapped() as weights:`` names what holds the average in the block: the model, or,
+        where arrays never change (JAX), a new container of :meth:`averaged`.
 
         Parameters
         ----------
@@ -460,10 +572,13 @@ class Average:
         """
         # An outer block's average is not ours to take back: apply_shadow() refuses.
         model = None if model is None else materialised(model)
+        if self._binding.fixed:
+            yield self.averaged(which=which)
+            return
         outside = self.applied
         try:
             self.apply_shadow(model, which=which)
-            yield
+            yield self._home if model is None else model
         finally:
             try:
                 if self.applied and not outside:
@@ -495,6 +610,8 @@ class Average:
             which = self._chosen(which)
             self._follow()
             pairs = unique(self._pairs_to(leaves_of(materialised(model)), which))
+            assigned = [pair for pair in pairs if can_be_assigned(pair.src)]
+            pairs = [pair for pair in pairs if not can_be_assigned(pair.src)]
             for pair in pairs:
                 check_pair(pair)
                 refuse_unwritable(pair.name, pair.src)
@@ -502,6 +619,7 @@ class Average:
                 [(pair.name, pair.src) for pair in pairs],
                 [(f"average of {pair.name}", pair.dst) for pair in pairs],
             )
+            Assignment(assigned).apply()
             Program({"all": pairs}).run({"all": "give"})
             for tell, arrays in written(pair.src.owner for pair in pairs):
                 tell(arrays)
@@ -551,9 +669,11 @@ class Average:
             # What is only copied is in all averages, and out with any of them.
             if applied is not None and (which == applied.which or not entry.averaged):
                 self._still_applied()
-                return recovered(self._binding.pair(name, which)).shadow
-            self._follow()
-            return bridge_of(array).alias(array)
+                array = recovered(self._binding.pair(name, which)).shadow
+                self._binding.release()
+            else:
+                self._follow()
+            return entry.shown(array)
 
     @property
     def averaged_names(self) -> set[str]:
@@ -632,6 +752,7 @@ class Average:
                 self._try(count, binding)
             if self._captured:  # its replays must not write where others are
                 keep(self._store, self._count)
+            binding.release()
             self._binding, self._store, self._wish = binding, store, wish
             self._count, self._captured = count, False
             return self
@@ -681,6 +802,7 @@ class Average:
                 if whole.low is not None:
                     pairs.append(Pair(entry.name, parts["low"][1], describe(whole.low)))
         Program({"all": pairs}).run({"all": "copy"})
+        self._binding.release()
         return store.tensors()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

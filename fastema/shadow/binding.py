@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from fastema.bridges.moving import Located, Locator
 from fastema.bridges.registry import bridge_of, leaves_of, written
 from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.engine.watch import SHARES, watch
 from fastema.errors import LayoutError, listed
-from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable
+from fastema.layout.group import (
+    Guard,
+    Pair,
+    check_pair,
+    refuse_overlap,
+    refuse_shared_elements,
+)
 from fastema.layout.spec import Leaf, Leaves
 from fastema.shadow.entries import Names
-from fastema.shadow.exchange import Exchange, Tagged, exchanged
+from fastema.shadow.exchange import Exchange, Tagged, can_be_assigned, exchanged
 from fastema.shadow.store import Entry, Store
 
 __all__ = ["FOLLOW", "Binding"]
@@ -49,6 +56,10 @@ def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names)
         for leaf in leaves.items
         if leaf.role == "weight" and leaf.name in frozen
     ]
+
+
+def _let_go(pair: Pair) -> Pair:
+    return pair._replace(src=pair.src.kept_by(None))
 
 
 def _is_finite(pair: Pair) -> bool:
@@ -107,10 +118,25 @@ class Binding:
         pairs = store.pairs({name: found[name].spec for name in entries})
         for pair in pairs:
             check_pair(pair)
-            refuse_unwritable(pair.name, pair.src)
+            refuse_shared_elements(pair.name, pair.src)
         weights = [(pair.name, pair.src) for pair in pairs if not pair.which]
-        refuse_overlap([(f"average of {pair.name}", pair.dst) for pair in pairs] + weights)
-        self.weights = dict(weights)
+        averages = [(f"average of {pair.name}", pair.dst) for pair in pairs]
+        refuse_overlap(
+            averages + [one for one in weights if one[1].writable],
+            [one for one in weights if not one[1].writable],
+        )
+        self.fixed = [
+            name for name, spec in weights if not (spec.writable or can_be_assigned(spec))
+        ]
+        self.structure = leaves.structure
+        self.names = leaves.names
+        self._written = written(spec.owner for _, spec in weights if spec.writable)
+        self._locator = Locator(leaves, container) if leaves.moving else None
+        self._located: Located | None = None
+        if leaves.moving:  # what is only ever replaced must not be kept: a copy of the model
+            pairs = [_let_go(pair) if pair.name in self.fixed else pair for pair in pairs]
+        self.weights = {pair.name: pair.src for pair in pairs if not pair.which}
+        self._guard = Guard(averages, weights)
         self.homes = {pair.src.device: pair.src.home for pair in pairs}
         self._pairs = pairs
         self._averaged = {name for name, entry in entries.items() if entry.averaged}
@@ -120,9 +146,9 @@ class Binding:
         )
         self._look: Program | None = None
         self._exchanges: dict[int, Exchange] = {}
-        self._written = written(spec.owner for spec in self.weights.values())
-        self._owners = [leaf.spec.owner for leaf in leaves.items]
-        self._watch = watch(leaves.only({*entries, *names.aliases}))
+        self._owners = [] if leaves.moving else [leaf.spec.owner for leaf in leaves.items]
+        watched = leaves.only({*entries, *names.aliases})
+        self._watch = None if leaves.moving else watch(watched)
         self._share = 0
         self._kept: list[Any] = []
         frozen = {*names.skipped, *names.frozen}
@@ -131,24 +157,89 @@ class Binding:
             for leaf in leaves.items
             if leaf.name in frozen and leaf.role == "frozen"
         ]
+        if leaves.moving and not self.locate(container):
+            raise LayoutError("the tensors change while they are looked at, by another thread")
+
+    # -- tensors that move ------------------------------------------------------------------------
+
+    @property
+    def moving(self) -> bool:
+        """Whether the tensors have to be located before every use."""
+        return self._locator is not None
+
+    def locate(self, container: Any, *, write: bool = False) -> bool:
+        """Find the tensors where they are now, until :meth:`release`; False if they are others.
+
+        Parameters
+        ----------
+        container : object
+            This binding's, or one of its structure.
+        write : bool
+            They are about to be written.
+
+        Raises
+        ------
+        LayoutError
+            If one of them has come to lie in an average's memory.
+        """
+        assert self._locator is not None
+        located = self._locator.locate(container, write=write)
+        if located is None:
+            return False
+        if self._guard.touched(None, located.addresses):
+            here = {name: spec.at(located.addresses[name]) for name, spec in self.weights.items()}
+            averages = [(f"average of {pair.name}", pair.dst) for pair in self._pairs]
+            refuse_overlap(averages, list(here.items()))
+        self.container, self._located = container, located
+        self.program.relocate(src=located.addresses)
+        return True
+
+    def release(self) -> None:
+        """Let go of memory that is the framework's to reuse."""
+        self._located = None
+
+    def _now(self, pair: Pair) -> Pair:
+        if self._located is None:
+            return pair
+        return pair._replace(src=pair.src.at(self._located.addresses[pair.name]))
+
+    # -- pairs ------------------------------------------------------------------------------------
 
     def pair(self, name: str, which: int) -> Pair:
         """A tensor's pair in one of the averages."""
         number = which if name in self._averaged else 0
-        return next(p for p in self._pairs if p.name == name and p.which == number)
+        return self._now(next(p for p in self._pairs if p.name == name and p.which == number))
+
+    def of(self, which: int) -> list[Pair]:
+        """The pairs of one average, with those that are only copied."""
+        return [
+            self._now(pair)
+            for pair in self._pairs
+            if pair.name not in self._averaged or pair.which == which
+        ]
 
     def exchanged(self, which: int) -> Tagged:
-        """The pairs of one average, as they are exchanged with the model."""
-        return exchanged(
-            pair for pair in self._pairs if pair.name not in self._averaged or pair.which == which
-        )
+        """The pairs of one average, as they are exchanged with the model.
+
+        Raises
+        ------
+        LayoutError
+            For weights that cannot be written.
+        """
+        if self.fixed:
+            raise LayoutError(
+                "arrays that never change (of JAX, read-only NumPy) cannot hold the average in "
+                "turn: 'with ema.swapped() as weights:' and ema.averaged() give new arrays\n"
+                + listed(repr(name) for name in self.fixed)
+            )
+        return exchanged(self.of(which))
 
     def exchange(self, which: int) -> Exchange:
         """What puts one of the averages into the model; kept, where it holds no weights."""
         found = self._exchanges.get(which)
         if found is None:
             found = Exchange(which, self.exchanged(which))
-            if not found.keeps:
+            if not (found.keeps or self.moving):
                 self._exchanges[which] = found
         return found
 
@@ -156,6 +247,8 @@ class Binding:
         """Names of averaged weights that hold a NaN or an infinity."""
         if self._look is None:
             self._look = Program({"averaged": self._sources()})
+        elif self._located is not None:
+            self._look.relocate(self._located.addresses, self._located.addresses)
         self._look.run({"averaged": "finite"})
         if self._look.all_finite():
             return []
@@ -163,11 +256,8 @@ class Binding:
 
     def _sources(self) -> list[Pair]:
         # On both sides: the averages have no part in it.
-        return [
-            Pair(p.name, p.src, p.src)
-            for p in self._pairs
-            if p.name in self._averaged and not p.which
-        ]
+        now = [self._now(p) for p in self._pairs if p.name in self._averaged and not p.which]
+        return [Pair(p.name, p.src, p.src) for p in now]
 
     def capturing(self) -> bool:
         """Whether work on the weights' devices is being captured into a graph.
@@ -192,6 +282,8 @@ class Binding:
         """Whether this is the container, or a list of the same tensor objects."""
         if container is self.container:
             return True
+        if self.moving:
+            return False
         return (
             isinstance(container, list)
             and isinstance(self.container, list)
@@ -201,6 +293,9 @@ class Binding:
 
     def same_memory(self, other: Binding) -> bool:
         """Whether another container's weights are these."""
+        if self.moving:  # where they lie says nothing
+            ours, theirs = self.weights.values(), other.weights.values()
+            return all(one.owner is two.owner for one, two in zip(ours, theirs, strict=True))
         return self.weights == other.weights
 
     def written(self) -> None:
@@ -210,6 +305,7 @@ class Binding:
 
     def changed(self) -> bool:
         """Whether the model's tensors are no longer where they were, or one was unfrozen."""
+        assert self._watch is not None
         return self._watch.changed() or any(one.requires_grad for one in self._frozen)
 
     def sampled(self) -> bool:
@@ -218,6 +314,7 @@ class Binding:
             # What is not looked at may have been replaced: the memory that it had must stay.
             self._kept = [bridge_of(one).alias(one) for one in self._owners]
             return self.changed()
+        assert self._watch is not None
         share, self._share = self._share, (self._share + 1) % SHARES
         frozen = self._frozen[share::SHARES]
         return self._watch.changed_in(share) or any(one.requires_grad for one in frozen)

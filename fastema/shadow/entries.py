@@ -7,7 +7,7 @@ from typing import Final, Literal, NamedTuple
 
 from fastema.errors import DTypeError, LayoutError
 from fastema.layout.dtypes import DType, average_of, parse
-from fastema.layout.group import refuse_overlap, refuse_unwritable
+from fastema.layout.group import refuse_overlap, refuse_shared_elements
 from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
 
 __all__ = [
@@ -59,8 +59,8 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
     Raises
     ------
     LayoutError
-        If nothing is left to average, or a tensor cannot be swapped: expanded, read-only, or
-        partly sharing memory with another.
+        If nothing is left to average, or a tensor cannot be swapped: expanded, or partly sharing
+        memory with another.
     BridgeError, DTypeError
         For a tensor that cannot be described and is not skipped.
     """
@@ -79,12 +79,12 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
     # Of several names of one memory, one that is averaged is kept.
     first: dict[TensorSpec, str] = {}
     for leaf in sorted(held, key=lambda leaf: leaf.name not in averages):
-        if leaf.spec.size:
+        if leaf.spec.size and leaf.spec.writable:  # what never changes is tied to nothing
             first.setdefault(leaf.spec, leaf.name)
     aliases = {
         leaf.name: first[leaf.spec]
         for leaf in held
-        if leaf.spec.size and first[leaf.spec] != leaf.name
+        if leaf.spec in first and first[leaf.spec] != leaf.name
     }
     held = [leaf for leaf in held if leaf.name not in aliases]
     averaged = [leaf for leaf in held if leaf.name in averages]
@@ -101,8 +101,8 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
             )
         )
     for leaf in held:
-        refuse_unwritable(leaf.name, leaf.spec)
-    refuse_overlap([(leaf.name, leaf.spec) for leaf in held])
+        refuse_shared_elements(leaf.name, leaf.spec)
+    refuse_overlap([(leaf.name, leaf.spec) for leaf in held if leaf.spec.writable])
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     return Selection(averaged, copied, Names(skipped, still, aliases))
 

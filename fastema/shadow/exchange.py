@@ -12,21 +12,33 @@ tag            average and weights                  how
 ``spare``      any other two dtypes, and what is    the raw weights go into a spare buffer while
                copied, not averaged, and differs    the average is applied: there are more pairs of
                                                     values than the two storages have states
+``assign``     weights that change by being given   they are given a copy of the average; their raw
+               another array                        array is kept meanwhile, not copied
 =============  ===================================  ===============================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import allocate
+from fastema.bridges.registry import bridge_of
 from fastema.engine.program import Program
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.shadow.entries import SPLIT
 
-__all__ = ["Exchange", "Recovered", "Tagged", "exchanged", "recovered"]
+__all__ = [
+    "Assignment",
+    "Exchange",
+    "Recovered",
+    "Tagged",
+    "can_be_assigned",
+    "exchanged",
+    "recovered",
+    "rounded",
+]
 
 _APPLY: Final = {"swap": "swap", "park": "park", "cast": "give"}
 _RESTORE: Final = {"swap": "swap", "park": "unpark", "back": "copy"}
@@ -36,6 +48,8 @@ Tagged = dict[str, list[Pair]]
 
 
 def _tag(pair: Pair) -> str:
+    if not pair.src.writable:
+        return "assign"
     dtypes = pair.dst.dtype, pair.src.dtype
     if dtypes[0] == dtypes[1] or (pair.form == SPLIT and dtypes[1] == "f32"):
         return "swap"
@@ -75,11 +89,12 @@ class Exchange:
         if outside:
             save = [Pair(pair.name, self._kept[pair.name], pair.src) for pair in outside]
             Program({"save": save}).run({"save": "copy"})
+        self._assigned = Assignment(pairs.get("assign", []))
         self._program = self._prepared(pairs)
 
     def _prepared(self, pairs: Tagged) -> Program:
         outside = pairs.get("spare", [])
-        parts = {tag: members for tag, members in pairs.items() if tag != "spare"}
+        parts = {tag: members for tag, members in pairs.items() if tag not in ("spare", "assign")}
         parts["cast"] = outside
         parts["back"] = [Pair(pair.name, pair.src, self._kept[pair.name]) for pair in outside]
         program = Program(parts)
@@ -94,15 +109,64 @@ class Exchange:
 
     def apply(self) -> None:
         """Put the average into the model."""
+        self._assigned.apply()
         self._program.run(_APPLY)
 
     def restore(self) -> None:
         """Put the weights back."""
+        self._assigned.restore()
         self._program.run(_RESTORE)
 
     def follow(self, pairs: Tagged) -> None:
         """Go on with the same tensors in other memory."""
         self._program = self._prepared(pairs)
+
+
+def can_be_assigned(spec: TensorSpec) -> bool:
+    """Whether what holds a tensor can be given another array in its place, but not written."""
+    return not spec.writable and hasattr(bridge_of(spec.owner), "assign")
+
+
+class Assignment:
+    """Averages given as new arrays to weights that hold another array whenever they change.
+
+    Parameters
+    ----------
+    pairs : sequence of Pair
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
+        self._raw: list[Any] = []
+
+    def apply(self) -> None:
+        """Give all of them their average, or none."""
+        arrays = rounded(self._pairs)
+        self._raw = [bridge_of(pair.src.owner).value(pair.src.owner) for pair in self._pairs]
+        try:
+            for pair, array in zip(self._pairs, arrays, strict=True):
+                bridge = bridge_of(pair.src.owner)
+                bridge.assign(pair.src.owner, bridge.shown(array))
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Give them the arrays back that they had."""
+        for pair, raw in zip(self._pairs, self._raw, strict=True):
+            bridge_of(pair.src.owner).assign(pair.src.owner, raw)
+        self._raw = []
+
+
+def rounded(pairs: Sequence[Pair]) -> list[Any]:
+    """New memory that holds averages as their weights would, in the weights' dtypes."""
+    memories = allocate([(pair.dst, pair.src.kind) for pair in pairs])
+    given = [
+        Pair(pair.name, pair.dst, spec, pair.form, pair.low)
+        for pair, (_, spec) in zip(pairs, memories, strict=True)
+    ]
+    Program({"all": given}).run({"all": "give"})
+    return [array for array, _ in memories]
 
 
 class Recovered(NamedTuple):

@@ -35,6 +35,8 @@ class Entry:
         False where the weights are copied instead.
     form : str
         The kernel format of the average where it is not that of its dtype.
+    shown : callable
+        What users get to see of such memory: an array of the weights' framework.
     parts : dict of str to Memory
         By :data:`PARTS`; ``"shadow"`` has the weights' shape and order of axes.
     """
@@ -42,6 +44,7 @@ class Entry:
     name: str
     averaged: bool
     form: str
+    shown: Callable[[Any], Any]
     parts: dict[str, Memory]
 
     @property
@@ -106,7 +109,7 @@ class Store:
         likes = {leaf.name: leaf.spec for leaf in selection.averaged}
         copied = {leaf.name: (leaf.spec, leaf.spec.kind) for leaf in selection.copied}
         held = {
-            name: Entry(name, False, "", {"shadow": memory})
+            name: Entry(name, False, "", _shown(copied[name][0]), {"shadow": memory})
             for name, memory in zip(copied, allocate(copied.values()), strict=True)
         }
         return cls([{**_averages(likes, kinds, wish), **held} for _ in range(wish.together)])
@@ -181,7 +184,7 @@ class Store:
             for (key, part), of in zip(keys, sources, strict=True)
         ]
         Program({"all": copies}).run({"all": "copy"})
-        entries = {key: Entry(e.name, e.averaged, e.form, made[key]) for key, e in old.items()}
+        entries = {key: replace(e, parts=made[key]) for key, e in old.items()}
         return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
 
     def cast(self, wish: Wish) -> Store:
@@ -198,6 +201,7 @@ class Store:
             kinds = {name: wish.stored(spec.kind) for name, spec in likes.items()}
             made = _averages(likes, kinds, wish)
             for name, entry in made.items():
+                made[name] = replace(entry, shown=one[name].shown)
                 _convert(one[name], entry)
             sets.append({name: made.get(name, e) for name, e in one.items()})
         return Store(sets)
@@ -239,7 +243,15 @@ def _averages(
             for name, spec in likes.items()
         }
         add("ring", rings, wish.window)
-    return {name: Entry(name, True, kinds[name][1], parts[name]) for name in likes}
+    return {
+        name: Entry(name, True, kinds[name][1], _shown(likes[name]), parts[name]) for name in likes
+    }
+
+
+def _shown(like: TensorSpec) -> Callable[[Any], Any]:
+    bridge = bridge_of(like.owner)
+    shown: Callable[[Any], Any] = getattr(bridge, "shown", None) or bridge.alias
+    return shown
 
 
 def _convert(old: Entry, new: Entry) -> None:

@@ -422,7 +422,7 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
     program = run_pairs("lerp", sides, "f32", "f32", W)
     made = dict(registry._made)
     monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # asked for once only
-    monkeypatch.setattr("fastema.engine.cpu_group.chunk_tables", None)
+    monkeypatch.setattr("fastema.engine.cpu_group.numbered_tables", None)
     for _ in range(20):
         program.run({"all": "lerp"}, Moment((W,)))
     assert registry._made == made

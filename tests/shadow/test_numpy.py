@@ -147,7 +147,6 @@ def read_only() -> np.ndarray:
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (read_only, LayoutError),
         (lambda: np.broadcast_to(np.ones(3, np.float32), (2, 3)), LayoutError),
         (lambda: np.ones(3, ">f4"), DTypeError),
         (lambda: np.ones(3, np.longdouble), DTypeError),
@@ -158,12 +157,37 @@ def read_only() -> np.ndarray:
         (lambda: np.zeros(41, np.uint8)[1:].view(np.float32), BridgeError),
         (lambda: np.float32(1.0), BridgeError),
     ],
-    ids=["read-only", "broadcast", "byte order", "longdouble", "text", "object", "date", "record",
+    ids=["broadcast", "byte order", "longdouble", "text", "object", "date", "record",
          "unaligned", "scalar"],
 )  # fmt: skip
 def test_arrays_that_cannot_be_averaged(make: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         fastema.EMA({"fine": np.ones(2), "odd": make()})
+
+
+def test_read_only_arrays_are_averaged_and_never_written() -> None:
+    weights = {"fixed": read_only(), "free": np.full(2, 5.0)}
+    ema = fastema.EMA(weights, 0.5)
+    later = {"fixed": np.full(3, 2.0, np.float32), "free": np.full(2, 7.0)}
+    later["fixed"].flags.writeable = False
+    ema.update(later)
+    with pytest.raises(LayoutError, match="fixed"):
+        ema.apply_shadow()
+    assert not ema.applied
+    with ema.swapped() as held:
+        np.testing.assert_array_equal(held["fixed"], np.full(3, 1.5, np.float32))
+        np.testing.assert_array_equal(held["free"], np.full(2, 6.0))
+        assert held["fixed"].flags.writeable
+        assert held is not later
+    np.testing.assert_array_equal(later["fixed"], np.full(3, 2.0, np.float32))
+    np.testing.assert_array_equal(later["free"], np.full(2, 7.0))
+    np.testing.assert_array_equal(weights["fixed"], np.ones(3, np.float32))
+
+
+def test_one_array_twice_is_tied_only_where_it_can_be_written() -> None:
+    fixed, free = read_only(), np.ones(3, np.float32)
+    assert len(fastema.EMA([fixed, fixed]).shadow) == 2
+    assert len(fastema.EMA([free, free]).shadow) == 1
 
 
 def test_foreign_dtype_objects() -> None:

@@ -1,0 +1,181 @@
+"""JAX arrays and pytrees of them, in the memory of the host.
+
+Arrays never change, so they are only read: averages of them are NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.errors import ConcretizationTypeError
+from numpy.typing import NDArray
+
+from fastema.bridges.moving import Finder, Found
+from fastema.bridges.names import named
+from fastema.bridges.registry import describe as describe_any
+from fastema.errors import BridgeError, DTypeError
+from fastema.layout.dtypes import NAMES
+from fastema.layout.flat import row_major
+from fastema.layout.spec import Leaf, Leaves, TensorSpec
+
+__all__ = ["MEMORY", "describe", "finder", "owns", "shown", "walk"]
+
+MEMORY: Final = "numpy"
+"""The framework whose arrays hold averages of these."""
+
+_Key: TypeAlias = Any
+"""An entry of a path in a pytree."""
+
+
+def owns(obj: Any) -> bool:
+    """Whether a JAX array, or what stands for one while a function is traced."""
+    return isinstance(obj, jax.Array)
+
+
+def describe(array: jax.Array) -> TensorSpec:
+    """Where an array lies; waits until it is computed.
+
+    Raises
+    ------
+    DTypeError
+        For a dtype that has no kernel.
+    BridgeError
+        Inside a traced function, for an array that was donated or deleted, or that is not in the
+        memory of the host.
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise BridgeError(
+            "a traced JAX array has no memory: call this outside of jit, grad and vmap (inside, "
+            "optax.incremental_update is the right tool)"
+        )
+    if array.is_deleted():
+        raise BridgeError(
+            "this JAX array was donated to a computation, or deleted; pass the arrays that "
+            "came out of it: update(params)"
+        )
+    kind = NAMES.get(array.dtype.name)
+    if kind is None:
+        raise DTypeError(
+            f"JAX dtype {array.dtype} has no kernel; leave such leaves out. Known are "
+            + ", ".join(NAMES)
+        )
+    devices = array.devices()
+    if len(devices) != 1 or next(iter(devices)).platform != "cpu":
+        raise BridgeError(
+            f"a JAX array on {', '.join(sorted(map(str, devices)))}: only arrays on one CPU device "
+            "can be read; average on the accelerator with optax.incremental_update inside jit"
+        )
+    array.block_until_ready()
+    return TensorSpec(
+        address=array.unsafe_buffer_pointer() if array.size else 0,
+        shape=array.shape,
+        strides=_strides(array),
+        dtype=kind,
+        device="cpu",
+        writable=False,
+        owner=array,
+    )
+
+
+def _strides(array: jax.Array) -> tuple[int, ...]:
+    """Row-major, but for arrays that were asked for in another order."""
+    if array.ndim < 2:
+        return row_major(array.shape)
+    order = array.format.layout.major_to_minor
+    within = row_major([array.shape[axis] for axis in order])
+    return tuple(within[order.index(axis)] for axis in range(array.ndim))
+
+
+def _layout(array: Any) -> Any:
+    """What tells two orders of axes apart, at a tenth of the cost of ``format`` where it is there.
+
+    Neither shape nor sharding say it.
+    """
+    return array._pjrt_layout if hasattr(array, "_pjrt_layout") else array.format.layout
+
+
+def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
+    """What finds arrays like these again."""
+    known = [(one.shape, one.dtype, one.sharding, _layout(one)) for one in arrays]
+
+    def find(arrays: Sequence[Any], write: bool) -> Found | None:
+        try:
+            for array, (shape, kind, sharding, layout) in zip(arrays, known, strict=True):
+                if (
+                    array.shape != shape
+                    or array.dtype != kind
+                    or (array.sharding is not sharding and array.sharding != sharding)
+                    or _layout(array) != layout
+                ):
+                    return None
+            jax.block_until_ready(arrays)
+            return [array.unsafe_buffer_pointer() for array in arrays], arrays
+        except (AttributeError, RuntimeError, ConcretizationTypeError):
+            return None  # other arrays, deleted or traced ones: describing them says which
+
+    return find
+
+
+def shown(memory: NDArray[Any]) -> Any:
+    """A JAX array with a copy of NumPy memory; a NumPy copy where JAX would narrow the dtype."""
+    if jax.dtypes.canonicalize_dtype(memory.dtype) != memory.dtype:
+        return memory.copy()
+    return jnp.array(memory)
+
+
+class _Pytree:
+    """The structure of a pytree."""
+
+    def __init__(self, treedef: Any) -> None:
+        self._treedef = treedef
+
+    def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
+        leaves, treedef = jax.tree_util.tree_flatten(container)
+        return leaves if treedef == self._treedef else None
+
+    def rebuild(self, tensors: Sequence[Any]) -> Any:
+        return jax.tree_util.tree_unflatten(self._treedef, tensors)
+
+
+def _part(key: _Key) -> str:
+    """One entry of a path, by whatever it is called there."""
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            return str(getattr(key, name))
+    return str(key)
+
+
+def _named_leaves(container: Any) -> tuple[list[tuple[str, Any]], Any]:
+    found, treedef = jax.tree_util.tree_flatten_with_path(container)
+    return [(".".join(map(_part, path)), array) for path, array in found], treedef
+
+
+def walk(container: Any) -> Leaves | None:
+    """The leaves of a pytree that holds JAX arrays; None for anything else.
+
+    Names are the keys, positions and fields on the way to a leaf, joined by dots.
+
+    Raises
+    ------
+    BridgeError
+        For leaves that are no arrays, or two of one name.
+    """
+    found, treedef = _named_leaves(container)
+    if not any(owns(array) for _, array in found):
+        return None
+    names = [name for name, _ in found]
+    for name in _repeated(names):
+        raise BridgeError(f"two leaves are called {name!r}; give them distinct names")
+    items = [Leaf(name, named(name, describe_any, array)) for name, array in found]
+    return Leaves(items, describe_any, structure=_Pytree(treedef), moving=True)
+
+
+def _repeated(names: Sequence[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            yield name
+        seen.add(name)
