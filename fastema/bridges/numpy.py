@@ -84,7 +84,13 @@ def describe(array: NDArray[Any]) -> TensorSpec:
         device="cpu",
         writable=array.flags.writeable,
         owner=array,
+        glance=_glance,
     )
+
+
+def _glance(array: NDArray[Any]) -> object:
+    address = array.__array_interface__["data"]
+    return address, array.shape, array.strides, array.dtype
 
 
 def zeros(length: int, code: str, device: str) -> NDArray[Any]:

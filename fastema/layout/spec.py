@@ -38,6 +38,9 @@ class TensorSpec:
         Address of the owner's DLPack exchange function, 0 where it has none; not compared.
     home : Home, optional
         The device, where it is not the host; not compared.
+    glance : callable, optional
+        ``owner -> object`` that is another once any of the above is, cheaper than describing it
+        again; not compared.
     """
 
     address: int
@@ -49,6 +52,7 @@ class TensorSpec:
     owner: Any = field(default=None, compare=False, repr=False)
     exchange: int = field(default=0, compare=False, repr=False)
     home: Home | None = field(default=None, compare=False, repr=False)
+    glance: Callable[[Any], object] | None = field(default=None, compare=False, repr=False)
 
     def kept_by(self, owner: Any) -> TensorSpec:
         """The same with another owner."""
