@@ -1,5 +1,6 @@
 # From a fresh clone, with nothing else done: `make demo` or `make test`.
-# Every target makes .venv and installs what it needs there, under constraints.txt, once.
+# Every target makes .venv and installs what it needs there, under constraints.txt, once; test-all
+# makes .venv-numpy besides.
 #
 #   make test PYTHON=python3.12 VENV=.venv312     another interpreter, in its own environment
 #   make test ARGS="-k rounding"                  options for the command that is run
@@ -12,6 +13,7 @@ VENV ?= .venv
 ARGS ?=
 
 PY := $(VENV)/bin/python
+ALONE := $(VENV)-numpy
 # A stamp is younger than these exactly when the environment was installed from them.
 PINS := pyproject.toml constraints.txt Makefile
 SAY = @printf '\n==> %s\n'
@@ -20,18 +22,19 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-quick gpu-check lint format dev clean
+.PHONY: help demo test test-all bench bench-quick gpu-check lint format dev clean
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
-	@echo "make test         the whole test suite"
+	@echo "make test         the test suite: PyTorch, NumPy, JAX, Keras"
+	@echo "make test-all     the same, then with TensorFlow, then with NumPy alone"
 	@echo "make bench-quick  the benchmarks in short, under five minutes"
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; half an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
-	@echo "make clean        remove $(VENV), caches and build products"
+	@echo "make clean        remove $(VENV), $(ALONE), caches and build products"
 
 demo: $(VENV)/.demo
 	$(SAY) "fastema demo $(ARGS)"
@@ -39,7 +42,14 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test $(VENV)/.timm
 	$(SAY) "pytest $(ARGS)"
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -m "not tensorflow" $(ARGS)
+
+# What needs TensorFlow, and what does not need PyTorch where there is none.
+test-all: test $(VENV)/.test-all $(ALONE)/.made
+	$(SAY) "pytest -m tensorflow"
+	@$(PY) -m pytest -m tensorflow
+	$(SAY) "pytest with NumPy alone"
+	@$(ALONE)/bin/python -m pytest tests/bridges tests/layout tests/rules tests/shadow tests/test_light_import.py
 
 bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench --quick $(ARGS)"
@@ -82,8 +92,8 @@ dev: $(VENV)/.dev
 	@$(PY) -m pre_commit install
 
 clean:
-	$(SAY) "removing $(VENV), caches and build products"
-	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	$(SAY) "removing $(VENV), $(ALONE), caches and build products"
+	@rm -rf $(VENV) $(ALONE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -96,7 +106,13 @@ $(VENV)/.made:
 # The peers that the benchmarks race against are also what some tests compare with.
 $(VENV)/.test: EXTRAS = test,bench
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made
+$(ALONE)/.made: $(PINS)
+	$(SAY) "making $(ALONE), with what fastema itself depends on"
+	@$(PYTHON) -m venv $(ALONE)
+	@$(ALONE)/bin/python -m pip install -c constraints.txt -e . hypothesis pytest
+	@touch "$@"
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made
 	$(SAY) "installing fastema[$(or $(EXTRAS),$*)] into $(VENV), pinned by constraints.txt"
 	@$(PY) -m pip install -c constraints.txt -e ".[$(or $(EXTRAS),$*)]"
 	@touch "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,12 +43,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
     """Return the versions of Python, fastema and whatever is compared, as far as installed."""
     import fastema
 
     found = {"python": platform.python_version(), "fastema": fastema.__version__}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -72,7 +73,7 @@ def commit() -> str:
         return ""
 
 
-def header(command: str, mode: str) -> dict[str, object]:
+def header(command: str, mode: str, packages: Iterable[str] = _PACKAGES) -> dict[str, object]:
     """Return the header of a result: machine, threads, versions, command, date, commit."""
     import torch
 
@@ -88,5 +89,5 @@ def header(command: str, mode: str) -> dict[str, object]:
         "cpu": cpu_model(),
         "cores": cores(),
         "threads": {"torch": torch.get_num_threads(), "fastema": fastema.get_num_threads()},
-        "versions": versions(),
+        "versions": versions(packages),
     }

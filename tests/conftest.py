@@ -32,6 +32,13 @@ settings.load_profile("fastema")
 
 ROOT = Path(fastema.__file__).parents[1]
 
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that cannot even be imported without what their tests are marked with."""
+    left_out = "not tensorflow" in config.option.markexpr
+    return True if left_out and "tensorflow" in collection_path.name else None
+
+
 STORAGE = {
     "f64": np.float64,
     "f32": np.float32,

@@ -6,6 +6,7 @@ Arrays never change, so they are only read: averages of them are NumPy arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from operator import attrgetter
 from typing import Any, Final, TypeAlias
 
@@ -27,6 +28,9 @@ __all__ = ["MEMORY", "describe", "finder", "owns", "shown", "walk"]
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
 
+# A hundredth of the cost of the public way to know it, where it is there.
+_at_top_level: Final = getattr(import_module("jax._src.core"), "trace_state_clean", None)
+
 _Key: TypeAlias = Any
 """An entry of a path in a pytree."""
 
@@ -34,6 +38,13 @@ _Key: TypeAlias = Any
 def owns(obj: Any) -> bool:
     """Whether a JAX array, or what stands for one while a function is traced."""
     return isinstance(obj, jax.Array)
+
+
+def _is_traced() -> bool:
+    """Whether a function is being traced now, whatever arrays it is given."""
+    if _at_top_level is not None:
+        return not _at_top_level()
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def describe(array: jax.Array) -> TensorSpec:
@@ -47,10 +58,11 @@ def describe(array: jax.Array) -> TensorSpec:
         Inside a traced function, for an array that was donated or deleted, or that is not in the
         memory of the host.
     """
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, jax.core.Tracer) or _is_traced():
         raise BridgeError(
-            "a traced JAX array has no memory: call this outside of jit, grad and vmap (inside, "
-            "optax.incremental_update is the right tool)"
+            "a traced JAX array has no memory, and this would run once, when the function is "
+            "traced: call it outside of jit, grad and vmap (inside, optax.incremental_update is "
+            "the right tool)"
         )
     if array.is_deleted():
         raise BridgeError(
@@ -85,7 +97,10 @@ def _strides(array: jax.Array) -> tuple[int, ...]:
     """Row-major, but for arrays that were asked for in another order."""
     if array.ndim < 2:
         return row_major(array.shape)
-    order = array.format.layout.major_to_minor
+    form = array.format
+    # Before JAX 0.7 it was called otherwise: the last releases for Python 3.10.
+    layout = form.layout if hasattr(form, "layout") else form.device_local_layout
+    order = layout.major_to_minor
     within = row_major([array.shape[axis] for axis in order])
     return tuple(within[order.index(axis)] for axis in range(array.ndim))
 
@@ -104,6 +119,8 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
     shardings = [one.sharding for one in arrays]
 
     def find(arrays: Sequence[Any], write: bool) -> Found | None:
+        if _is_traced():
+            return None
         try:
             for place, (array, (shape, kind, layout)) in enumerate(zip(arrays, known, strict=True)):
                 if array.shape != shape or array.dtype != kind or layout_of(array) != layout:
@@ -151,7 +168,10 @@ def _part(key: _Key) -> str:
 
 
 def _named_leaves(container: Any) -> tuple[list[tuple[str, Any]], Any]:
-    found, treedef = jax.tree_util.tree_flatten_with_path(container)
+    try:
+        found, treedef = jax.tree_util.tree_flatten_with_path(container)
+    except (TypeError, ValueError):  # keys that cannot be sorted: no pytree, but perhaps a dict
+        return [], None
     return [(".".join(map(_part, path)), array) for path, array in found], treedef
 
 

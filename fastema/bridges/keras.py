@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import is_
 from typing import Any, Final
 
 import keras
@@ -97,15 +98,27 @@ def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:
 class _Model:
     """The structure of a layer or model: its weights in its own order."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, variables: Sequence[Any], names: Sequence[str]) -> None:
+        self._variables, self._names = variables, names
+        self._trained = [one.trainable for one in variables]
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
         if write and hasattr(container, "jax_state_sync"):
             container.jax_state_sync()
+        variables = container.weights
+        if not self._fits(container, variables):
+            return None
         away = _with_the_trainer(container)
-        found = [away[id(one)] if id(one) in away else value(one) for one in container.weights]
-        return found if len(found) == self._count else None
+        return [away[id(one)] if id(one) in away else value(one) for one in variables]
+
+    def _fits(self, container: Any, variables: Sequence[Any]) -> bool:
+        if [one.trainable for one in variables] != self._trained:
+            return False
+        if not all(map(is_, variables, self._variables)):
+            if _names(container, [one.path for one in variables]) != self._names:
+                return False
+            self._variables = variables
+        return True
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         raise BridgeError("a Keras model is not made anew: use swapped(), or copy_to(other_model)")
@@ -156,7 +169,7 @@ def walk(container: Any) -> Leaves | None:
             "before it has seen an input; call build() or run it once"
         )
     names = _names(container, [one.path for one, _ in found])
-    structure = _Model(len(found))
+    structure = _Model([one for one, _ in found], names)
     arrays = structure.flatten(container)
     assert arrays is not None
     items = [

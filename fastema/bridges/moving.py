@@ -70,6 +70,13 @@ class Locator:
         assert leaves.structure is not None
         self._structure = leaves.structure
         self._names = leaves.names
+        first: dict[int, str] = {}
+        for leaf in leaves.items:
+            if leaf.spec.size:
+                first.setdefault(leaf.spec.address, leaf.name)
+        held = [(leaf.name, first[leaf.spec.address]) for leaf in leaves.items if leaf.spec.size]
+        self._tied = [(name, one) for name, one in held if name != one]
+        self._apart = list(first.values())
         arrays = leaves.structure.flatten(container) or ()
         groups: dict[str, list[int]] = {}
         for place, array in enumerate(arrays):
@@ -81,6 +88,8 @@ class Locator:
 
     def locate(self, container: Any, *, write: bool = False) -> Located | None:
         """Where the tensors of a container lie now; None if it is built in another way.
+
+        Other tensors that are one, or that are to be written and have become one, count as such.
 
         Raises
         ------
@@ -100,4 +109,9 @@ class Locator:
             names = self._names if one_kind else [self._names[i] for i in places]
             addresses.update(zip(names, found[0], strict=True))
             kept.append(found[1])
+        if any(addresses[name] != addresses[one] for name, one in self._tied):
+            return None
+        # What is only read may share memory: variables that were assigned one tensor.
+        if write and len({addresses[name] for name in self._apart}) < len(self._apart):
+            return None
         return Located(addresses, kept)

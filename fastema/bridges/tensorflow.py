@@ -89,12 +89,12 @@ def unshare(variable: Any) -> Any:
 
     Copies only where it was shared. To be called again before every write; may be part of a graph.
     """
-    handle, dtype, rank = variable.handle, variable.dtype, variable.shape.rank
+    handle, dtype, shape = variable.handle, variable.dtype, variable.shape
     none = tf.zeros([0], tf.int32)
-    if rank:
-        nothing = tf.zeros([0, *variable.shape[1:]], dtype)
+    if shape.rank and shape[1:].is_fully_defined():
+        nothing = tf.zeros([0, *shape[1:]], dtype)
         tf.raw_ops.ResourceScatterUpdate(resource=handle, indices=none, updates=nothing)
-    else:  # no row to scatter: a slice of no dimensions is the scalar itself
+    else:  # no row to scatter, or of unknown size: a slice of no dimensions is everything
         tf.raw_ops.ResourceStridedSliceAssign(
             ref=handle, begin=none, end=none, strides=none, value=_read(variable)
         )
@@ -135,7 +135,7 @@ def describe(array: Any) -> TensorSpec:
     if isinstance(array, tf.Variable):
         writable = _can_be_written()
         # Two variables may share memory, without being one; not so from here on.
-        tensor = unshare(array) if writable and array.shape.is_fully_defined() else _read(array)
+        tensor = unshare(array) if writable else _read(array)
     else:
         tensor = array.tensor if isinstance(array, Unshared) else array
     if "CPU" not in tensor.backing_device:
@@ -249,8 +249,14 @@ def shown(memory: NDArray[Any]) -> Any:
 class _Module:
     """The structure of a module: its variables by their paths."""
 
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
-        return [variable for _, variable in _variables(container)]
+        found = _variables(container)
+        if [name for name, _ in found] != self._names:
+            return None
+        return [variable for _, variable in found]
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         raise BridgeError("a tf.Module is not made anew: use swapped(), or copy_to(other_module)")
@@ -272,4 +278,5 @@ def walk(container: Any) -> Leaves | None:
         Leaf(name, named(name, describe, variable), "weight" if variable.trainable else "buffer")
         for name, variable in _variables(container)
     ]
-    return Leaves(items, describe, structure=_Module(), moving=True)
+    structure = _Module([leaf.name for leaf in items])
+    return Leaves(items, describe, structure=structure, moving=True)

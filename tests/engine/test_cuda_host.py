@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import fastema
 from fastema.engine import cuda as engine
@@ -20,6 +19,8 @@ from fastema.errors import ArgumentError, DeviceError, StateError
 from fastema.rules import inverse_gamma, power, warmup
 
 from ..stubgpu import StubGpu, gpu
+
+torch = pytest.importorskip("torch")
 
 __all__ = ["gpu"]
 

@@ -1,0 +1,198 @@
+"""``python -m bench.bridges [--quick]``: what each framework's bridge costs, and a large JAX tree.
+
+The cost of a leaf is that of an update of a thousand small arrays: nearly all of it goes into
+finding where they lie. The tree of 100 million weights is averaged by fastema on the host, and by
+``optax.incremental_update`` inside ``jit``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+import fastema
+from bench import machine, report
+from bench.clock import interleave, spread
+from fastema.engine.limit import ReadReadWrite
+
+LEAVES, ELEMENTS, DECAY = 1_000, 64, 0.999
+Job = Callable[[], object]
+
+
+def _torch(rng: np.random.Generator) -> Job:
+    return fastema.EMA([torch.from_numpy(one) for one in _arrays(rng)], DECAY).update
+
+
+def _numpy(rng: np.random.Generator) -> Job:
+    return fastema.EMA(_arrays(rng), DECAY).update
+
+
+def _jax(rng: np.random.Generator) -> Job:
+    ema = fastema.EMA([jnp.array(one) for one in _arrays(rng)], DECAY)
+    # As a step gives them: other arrays, out of a computation of their own.
+    steps = [jax.jit(lambda tree, by=by: jax.tree.map(lambda x: x * by, tree)) for by in (0.9, 1.1)]
+    trees = [step([jnp.array(one) for one in _arrays(rng)]) for step in steps]
+
+    def update() -> None:
+        trees.reverse()
+        ema.update(trees[0])
+
+    return update
+
+
+def _tensorflow(rng: np.random.Generator) -> Job:
+    import tensorflow as tf
+
+    return fastema.EMA([tf.Variable(one) for one in _arrays(rng)], DECAY).update
+
+
+def _arrays(rng: np.random.Generator) -> list[np.ndarray]:
+    return [rng.normal(size=ELEMENTS).astype(np.float32) for _ in range(LEAVES)]
+
+
+BRIDGES: dict[str, Callable[[np.random.Generator], Job]] = {
+    "torch (exchange API, one compiled loop)": _torch,
+    "NumPy (array interface)": _numpy,
+    "JAX (buffer pointers, new arrays at each step)": _jax,
+    "TensorFlow variables (read by a function, DLPack capsules)": _tensorflow,
+}
+
+
+def leaves(rounds: int) -> list[dict[str, Any]]:
+    """Measure the cost of a leaf of every framework that is here."""
+    jobs = {}
+    for name, make in BRIDGES.items():
+        try:
+            jobs[name] = make(np.random.default_rng(0))
+        except ImportError as error:
+            print(f"{name}: left out ({error})")
+    for job in jobs.values():  # TensorFlow traces at the third call
+        for _ in range(4):
+            job()
+    found = interleave(jobs, rounds, hot=True)
+    return [
+        {"bridge": name, "us": 1e6 * median(times) / LEAVES, "spread_us": [
+            1e6 * one / LEAVES for one in spread(times)]}
+        for name, times in found.items()
+    ]  # fmt: skip
+
+
+def _tree(rng: np.random.Generator, elements: int, dtype: Any) -> dict[str, Any]:
+    """Twelve matrices and vectors of a transformer's proportions."""
+    width = round((elements / 12) ** 0.5)
+    shapes = {f"matrix_{i}": (width, width) for i in range(12)}
+    shapes |= {f"vector_{i}": (width,) for i in range(12)}
+    return {
+        name: jnp.array(rng.standard_normal(shape, np.float32), dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def _optax(params: Any, average: Any, **options: Any) -> Job:
+    step = jax.jit(lambda new, old: optax.incremental_update(new, old, 1 - DECAY), **options)
+    held = [jax.tree.map(lambda x: jnp.array(x, average), params)]
+
+    def update() -> None:
+        held[0] = jax.block_until_ready(step(params, held[0]))
+
+    return update
+
+
+def tree(rounds: int, elements: int) -> list[dict[str, Any]]:
+    """Race fastema against optax on one large tree, in two mixes of dtypes."""
+    rows = []
+    for title, weights, average in (
+        ("float32", jnp.float32, jnp.float32),
+        ("bfloat16, average float32", jnp.bfloat16, jnp.float32),
+    ):
+        rng = np.random.default_rng(0)
+        params = _tree(rng, elements, weights)
+        ema = fastema.EMA(params, DECAY, shadow_dtype=np.dtype(average).name)
+        params = jax.tree.map(lambda x: x * 2, params)
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        each = np.dtype(weights).itemsize + 2 * np.dtype(average).itemsize
+        jobs: dict[str, Job] = {
+            "fastema.EMA.update(params)": lambda ema=ema, params=params: ema.update(params),
+            "optax.incremental_update, jit": _optax(params, average),
+            "the same, average donated": _optax(params, average, donate_argnums=1),
+            "limit: read-read-write": ReadReadWrite(each * count),
+        }
+        _agree(ema, params, average)
+        found = interleave(jobs, rounds)
+        rows += [
+            {"weights": title, "entry": name, "ms": 1e3 * median(times), "bytes_per_weight": each,
+             "elements": count, "spread_ms": [1e3 * one for one in spread(times)]}
+            for name, times in found.items()
+        ]  # fmt: skip
+    return rows
+
+
+def _agree(ema: Any, params: Any, average: Any) -> None:
+    """One update of both gives the same."""
+    before = {name: np.asarray(leaf, np.float64) for name, leaf in ema.shadow.items()}
+    ema.update(params)
+    for name, old in before.items():
+        new = np.asarray(params[name], np.float64)
+        expected = old + (1 - DECAY) * (new - old)
+        error = np.abs(np.asarray(ema.shadow[name], np.float64) - expected).max()
+        assert error < 1e-6 * np.abs(expected).max(), (name, error)
+
+
+_METHOD = (
+    "A leaf: an update of {leaves:,} arrays of {elements} float32, medians of interleaved rounds, "
+    "divided by the number of arrays; what the kernel does is included. The tree: {count:,} "
+    "weights in 24 arrays; *limit* moves the same bytes by the best plain memory kernel in the "
+    "same run."
+)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the tables of a result."""
+    parts = ["# What the bridges cost", report.provenance(result["header"])]
+    count = result["tree"][0]["elements"]
+    parts.append(_METHOD.format(leaves=LEAVES, elements=ELEMENTS, count=count))
+    body = [[row["bridge"], f"{row['us']:.2f}"] for row in result["leaves"]]
+    parts.append(report.aligned(["bridge", "µs per leaf"], body))
+    mixes = list(dict.fromkeys(row["weights"] for row in result["tree"]))
+    body = []
+    for name in dict.fromkeys(row["entry"] for row in result["tree"]):
+        of = {row["weights"]: row for row in result["tree"] if row["entry"] == name}
+        body.append([name, *(report.number(of[mix]["ms"]) for mix in mixes)])
+    parts.append(report.aligned(["JAX tree, ms per update", *mixes], body))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.bridges", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few rounds, a small tree")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
+    options = parser.parse_args()
+    name = "bridges-quick" if options.quick else "bridges"
+    packages = ("numpy", "numba", "torch", "jax", "jaxlib", "optax", "tensorflow-cpu", "tensorflow")
+    command = "python -m bench.bridges" + (" --quick" if options.quick else "")
+    result = {
+        "header": machine.header(command, name, packages),
+        "leaves": leaves(20 if options.quick else 200),
+        "tree": tree(*((5, 2_000_000) if options.quick else (25, 100_000_000))),
+    }
+    text = markdown(result)
+    print(text)
+    report.store(options.out, name, result, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
