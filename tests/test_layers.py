@@ -94,6 +94,7 @@ TABLE = {
             own_room=False,
         )
         for name, packages in {
+            "capsule": "",
             "dlpack": "",
             "moving": "",
             "names": "",

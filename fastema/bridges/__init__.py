@@ -1,16 +1,38 @@
 """Foreign arrays described for fastema: one module per framework, the same few names in each.
 
-================================  ================================================================
-``owns(obj)``                     whether this framework's array
-``describe(array)``               its :class:`~fastema.layout.spec.TensorSpec`, as it is now
-``zeros(length, code, device)``   a new flat array
-``alias(array)``                  another array object of the same memory
-``view(flat, offset, shape, strides)``  a tensor within a flat array, sharing its memory
-``transfer(array, device)``       the array on a device
-``native(code)``                  the framework's dtype object of a code, ``code(native)`` back
-``written(arrays)``               tells the framework that fastema wrote these
-``walk(container)``               the leaves of a container class of its own, or None
-================================  ================================================================
+======================================  ==========================================================
+``owns(obj)``                           whether this framework's array
+``describe(array)``                     its :class:`~fastema.layout.spec.TensorSpec`, as it is now
+``walk(container)``                     the leaves of a container class of its own, or None
+======================================  ==========================================================
 
-No framework is imported before one of its objects is seen.
+Frameworks whose arrays can hold averages have
+
+======================================  ==========================================================
+``zeros(length, code, device)``         a new flat array
+``view(flat, offset, shape, strides)``  a tensor within a flat array, sharing its memory
+``alias(array)``                        another array object of the same memory
+``transfer(array, device)``             the array on a device
+``native(code)``                        the framework's dtype object of a code
+======================================  ==========================================================
+
+and the others
+
+======================================  ==========================================================
+``MEMORY``                              the bridge whose arrays hold averages of these
+``shown(memory)``                       an array of this framework with a copy of such memory
+======================================  ==========================================================
+
+Where it applies, there are also
+
+======================================  ==========================================================
+``code(dtype)``                         the code of the framework's dtype object
+``written(arrays)``                     tells the framework that fastema wrote these
+``finder(specs, arrays)``               finds arrays that move, see :mod:`fastema.bridges.moving`
+``value(holder)``,                      what holds an array that is replaced whenever it changes:
+``assign(holder, array)``               its array now, and another one for it
+======================================  ==========================================================
+
+No framework is imported before one of its objects is seen. What no module here owns is read by its
+DLPack capsules, if it gives any.
 """

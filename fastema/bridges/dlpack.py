@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-__all__ = ["capsule_address", "exchange_address"]
+__all__ = ["Described", "capsule_address", "exchange_address", "read_capsule"]
 
 _HEADER_WORDS: Final = 2
 """Version (two uint32), address of an earlier version's table."""
@@ -15,6 +15,15 @@ _DLTENSOR_FROM_OBJECT: Final = _HEADER_WORDS + 3
 
 _addresses: dict[type[object], int] = {}
 
+_FLAGS: Final = 24
+_AFTER_FLAGS: Final = 32
+"""Bytes into a versioned managed tensor: after version, context and deleter."""
+
+_READ_ONLY: Final = 1
+
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_IsValid", ctypes.pythonapi)
+)
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -65,3 +74,33 @@ def capsule_address(capsule: Any) -> int:
     """
     tensor = _Tensor.from_address(_pointer(capsule, b"dltensor"))
     return (tensor.data or 0) + int(tensor.byte_offset)
+
+
+class Described(NamedTuple):
+    """What a capsule says of a tensor; ``dtype`` is (kind of number, bits, lanes)."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: tuple[int, int, int]
+    writable: bool
+
+
+def read_capsule(capsule: Any) -> Described:
+    """Describe the tensor of a capsule of either version; one that says nothing is not writable."""
+    versioned = _is_valid(capsule, b"dltensor_versioned")
+    place = _pointer(capsule, b"dltensor_versioned" if versioned else b"dltensor")
+    flags = ctypes.c_uint64.from_address(place + _FLAGS).value if versioned else _READ_ONLY
+    tensor = _Tensor.from_address(place + _AFTER_FLAGS if versioned else place)
+    kind, bits, *lanes = tensor.dtype
+    return Described(
+        (tensor.data or 0) + int(tensor.byte_offset),
+        _numbers(tensor.shape, tensor.ndim),
+        None if tensor.strides is None else _numbers(tensor.strides, tensor.ndim),
+        (kind, bits, lanes[0] + 256 * lanes[1]),
+        not flags & _READ_ONLY,
+    )
+
+
+def _numbers(address: int | None, count: int) -> tuple[int, ...]:
+    return tuple((ctypes.c_int64 * count).from_address(address)) if address and count else ()

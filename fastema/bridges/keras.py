@@ -141,6 +141,11 @@ def _layers(layer: Any) -> Iterator[Any]:
     yield from layer._flatten_layers(include_self=True, recursive=True)
 
 
+def _parts(layer: Any) -> tuple[Sequence[Any], ...]:
+    """The lists through which a layer holds its variables."""
+    return layer._layers, layer._trainable_variables, layer._non_trainable_variables
+
+
 def _roles(layer: Any) -> Iterator[tuple[Any, Role]]:
     made_to_train = {id(one) for part in _layers(layer) for one in part._trainable_variables}
     for one in layer.weights:
@@ -177,7 +182,8 @@ def walk(container: Any) -> Leaves | None:
         for name, (one, role), array in zip(names, found, arrays, strict=True)
     ]
     moving = any(moves(array) for array in arrays)
-    return Leaves(items, describe_any, structure=structure, moving=moving)
+    held = [] if moving else [part for one in _layers(container) for part in _parts(one)]
+    return Leaves(items, describe_any, held, structure=structure, moving=moving)
 
 
 def _names(layer: Any, paths: Sequence[str]) -> list[str]:

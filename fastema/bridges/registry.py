@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
@@ -23,18 +24,25 @@ __all__ = [
     "written",
 ]
 
-_BRIDGES: Final = {
-    name: f"fastema.bridges.{name}"
-    for name in ("keras", "torch", "tensorflow", "jax", "cupy", "numpy")
-}
-"""Framework's import name to its bridge. A framework nobody imported owns nothing. Keras comes
-first: its models are modules of its backends too."""
+_FRAMEWORKS: Final = ("keras", "torch", "tensorflow", "jax", "cupy", "numpy")
+"""Import names, which are those of their bridges. Keras comes first: its models are modules of its
+backends too."""
+
+_ANY_OTHER: Final = "capsule"
+"""The bridge of what speaks DLPack, whoever made it."""
 
 
 def _loaded() -> Iterator[ModuleType]:
-    for framework, bridge in _BRIDGES.items():
+    """Bridges of the frameworks that somebody imported: the others own nothing."""
+    for framework in _FRAMEWORKS:
         if framework in sys.modules:
-            yield import_module(bridge)
+            yield _bridge(framework)
+    yield _bridge(_ANY_OTHER)
+
+
+@cache
+def _bridge(name: str) -> ModuleType:
+    return import_module(f"fastema.bridges.{name}")
 
 
 def bridge_of(array: Any) -> ModuleType:
@@ -50,8 +58,8 @@ def bridge_of(array: Any) -> ModuleType:
             return bridge
     raise BridgeError(
         f"cannot average a {type(array).__module__}.{type(array).__qualname__}; expected an array "
-        f"of {', '.join(_BRIDGES)}, a list, tuple or dict of them, a JAX pytree, or a module or "
-        "model of torch, Keras or TensorFlow"
+        f"of {', '.join(_FRAMEWORKS)} or anything with __dlpack__, a list, tuple or dict of them, "
+        "a JAX pytree, or a module or model of torch, Keras or TensorFlow"
     )
 
 
@@ -59,7 +67,7 @@ def memory_of(array: Any) -> ModuleType:
     """The bridge of the framework whose arrays hold averages of such an array."""
     bridge = bridge_of(array)
     other = getattr(bridge, "MEMORY", None)
-    return bridge if other is None else import_module(_BRIDGES[other])
+    return bridge if other is None else _bridge(other)
 
 
 def describe(array: Any) -> TensorSpec:

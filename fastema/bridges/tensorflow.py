@@ -9,7 +9,7 @@ point where somebody still holds the old value.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from operator import is_
 from typing import Any, Final, NamedTuple
@@ -190,6 +190,7 @@ class _Finder:
         self._specs = [spec.kept_by(None) for spec in specs]
         self._known: list[Any] = []
         self._readers: dict[bool, _Reader] = {}
+        self._variables: dict[int, Any] = {}
         self._fixed: list[bool] = []
 
     def __call__(self, arrays: Sequence[Any], write: bool) -> Found | None:
@@ -197,8 +198,8 @@ class _Finder:
             return None
         if not self._are_known(arrays) and not self._fit(arrays):
             return None
-        variables = iter(self._readers[write]() if self._readers else ())
-        tensors = [_tensor(one, variables) for one in arrays]
+        values = dict(zip(self._variables, self._readers[write](), strict=True))
+        tensors = [_tensor(one, values) for one in arrays]
         for tensor, spec, fixed in zip(tensors, self._specs, self._fixed, strict=True):
             if not fixed and not _is_like(tensor, spec):
                 return None
@@ -219,10 +220,14 @@ class _Finder:
         for one, spec, fixed in zip(arrays, self._specs, self._fixed, strict=True):
             if not owns(one) or (fixed and not _is_like(one, spec)):
                 return False
-        variables = [one for one in arrays if isinstance(one, tf.Variable)]
+        # Once each: a second tensor of one variable that is to be written would part it from the
+        # first, which is held.
+        self._variables = {id(one): one for one in arrays if isinstance(one, tf.Variable)}
+        variables = list(self._variables.values())
         self._readers = {False: _Reader(variables, _read), True: _Reader(variables, unshare)}
         # Tensors are not kept alive: they are new ones at every call.
-        self._known = list(arrays) if len(variables) == len(arrays) else []
+        every = all(isinstance(one, tf.Variable) for one in arrays)
+        self._known = list(arrays) if every else []
         return True
 
 
@@ -230,9 +235,9 @@ def _is_like(one: Any, spec: TensorSpec) -> bool:
     return one.shape == spec.shape and NAMES.get(one.dtype.name) == spec.dtype
 
 
-def _tensor(array: Any, values: Any) -> Any:
+def _tensor(array: Any, values: Mapping[int, Any]) -> Any:
     if isinstance(array, tf.Variable):
-        return next(values)
+        return values[id(array)]
     return array.tensor if isinstance(array, Unshared) else array
 
 
