@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from jax.experimental import io_callback
 
 import fastema
 from bench import machine, report
@@ -140,6 +141,51 @@ def tree(rounds: int, elements: int) -> list[dict[str, Any]]:
     return rows
 
 
+def within(rounds: int, elements: int) -> list[dict[str, Any]]:
+    """Time a compiled step that does next to nothing, with the average outside and inside of it."""
+    params = _tree(np.random.default_rng(0), elements, jnp.float32)
+    ema = fastema.EMA(params, DECAY)
+    memory = jax.tree.map(lambda x: np.array(x), params)
+    plan = fastema.Plan(memory, params)
+
+    def moved(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x * 1.0001, tree)
+
+    def with_callback(tree: Any) -> Any:
+        tree = moved(tree)
+        io_callback(lambda x: plan.lerp_(1 - DECAY, x), None, tree, ordered=True)
+        return tree
+
+    def with_optax(tree: Any, average: Any) -> Any:
+        tree = moved(tree)
+        return tree, optax.incremental_update(tree, average, 1 - DECAY)
+
+    def job(step: Any, count: int, after: Callable[[Any], object]) -> Job:
+        compiled = jax.jit(step, donate_argnums=tuple(range(count)))
+        held = [jax.tree.map(jnp.copy, params) for _ in range(count)]
+
+        def run() -> None:
+            made = compiled(*held)
+            held[:] = made if count > 1 else [made]
+            jax.effects_barrier()
+            after(jax.block_until_ready(held)[0])
+
+        return run
+
+    jobs = {
+        "the step alone": job(moved, 1, lambda tree: None),
+        "then fastema.EMA.update(params)": job(moved, 1, ema.update),
+        "fastema in the step, by io_callback": job(with_callback, 1, lambda tree: None),
+        "optax.incremental_update in the step": job(with_optax, 2, lambda tree: None),
+    }
+    found = interleave(jobs, rounds)
+    return [
+        {"entry": name, "ms": 1e3 * median(times), "elements": elements,
+         "spread_ms": [1e3 * one for one in spread(times)]}
+        for name, times in found.items()
+    ]  # fmt: skip
+
+
 def _agree(ema: Any, params: Any, average: Any) -> None:
     """One update of both gives the same."""
     before = {name: np.asarray(leaf, np.float64) for name, leaf in ema.shadow.items()}
@@ -155,7 +201,8 @@ _METHOD = (
     "A leaf: an update of {leaves:,} arrays of {elements} float32, medians of interleaved rounds, "
     "divided by the number of arrays; what the kernel does is included. The tree: {count:,} "
     "weights in 24 arrays; *limit* moves the same bytes by the best plain memory kernel in the "
-    "same run."
+    "same run. The compiled step multiplies {step:,} weights by a number and donates them: what "
+    "an average costs outside of it, after waiting for it, and inside."
 )
 
 
@@ -163,7 +210,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the tables of a result."""
     parts = ["# What the bridges cost", report.provenance(result["header"])]
     count = result["tree"][0]["elements"]
-    parts.append(_METHOD.format(leaves=LEAVES, elements=ELEMENTS, count=count))
+    step = result["within"][0]["elements"]
+    parts.append(_METHOD.format(leaves=LEAVES, elements=ELEMENTS, count=count, step=step))
     body = [[row["bridge"], f"{row['us']:.2f}"] for row in result["leaves"]]
     parts.append(report.aligned(["bridge", "µs per leaf"], body))
     mixes = list(dict.fromkeys(row["weights"] for row in result["tree"]))
@@ -172,6 +220,8 @@ def markdown(result: dict[str, Any]) -> str:
         of = {row["weights"]: row for row in result["tree"] if row["entry"] == name}
         body.append([name, *(report.number(of[mix]["ms"]) for mix in mixes)])
     parts.append(report.aligned(["JAX tree, ms per update", *mixes], body))
+    body = [[row["entry"], report.number(row["ms"])] for row in result["within"]]
+    parts.append(report.aligned(["a compiled step of JAX", "ms"], body))
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,6 +237,7 @@ def main() -> int:
         "header": machine.header(command, name, packages),
         "leaves": leaves(20 if options.quick else 200),
         "tree": tree(*((5, 2_000_000) if options.quick else (25, 100_000_000))),
+        "within": within(*((5, 2_000_000) if options.quick else (25, 10_000_000))),
     }
     text = markdown(result)
     print(text)

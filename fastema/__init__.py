@@ -60,7 +60,7 @@ _HOMES = {
     "update_bn": "fastema.torch",
 }
 
-_ROOMS = {"errors", "posthoc", "rules"}
+_ROOMS = {"errors", "keras", "posthoc", "rules", "tensorflow"}
 
 
 def __getattr__(name: str) -> Any:

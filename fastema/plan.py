@@ -75,6 +75,11 @@ class Plan:
         Of the random bits, at least 0. They also depend on the number of the call, the tensor's
         name and the element's place in it.
 
+    Attributes
+    ----------
+    calls : int
+        Operations so far; may be set, to give the random bits of a run that is gone on with.
+
     Raises
     ------
     LayoutError
@@ -98,7 +103,7 @@ class Plan:
     def __init__(self, avg: Any, x: Any, *, rounding: str = "nearest", seed: int = 0) -> None:
         if rounding not in _MARKS:
             raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
-        self._mark, self._seed, self._calls = _MARKS[rounding], checked_seed(seed), 0
+        self._mark, self._seed, self.calls = _MARKS[rounding], checked_seed(seed), 0
         self._avg, self._x = materialised(avg), materialised(x)
         self._lock = rlock()
         self._build()
@@ -126,14 +131,10 @@ class Plan:
 
     def _found(self, x: Any, swap: bool) -> list[Located | None]:
         """Where everything lies that moves; what else moved is an occasion to look again."""
-        if x is not None and x is not self._x:
-            before, self._x = self._x, materialised(x)
-            try:
-                return self._looked_up(swap, anew=self._locators[1] is None)
-            except BaseException:
-                self._x = before
-                raise
-        return self._looked_up(swap)
+        if x is None or x is self._x:
+            return self._looked_up(swap)
+        self._x = materialised(x)
+        return self._looked_up(swap, anew=self._locators[1] is None)
 
     def _looked_up(self, swap: bool, anew: bool = False) -> list[Located | None]:
         if anew or any(watched is not None and watched.changed() for watched in self._watches):
@@ -156,14 +157,19 @@ class Plan:
 
     def _run(self, operation: str, x: Any = None, weight: float = 0.0) -> None:
         with self._lock:
-            found = self._found(x, operation == "swap")
-            self._check(operation)
-            if any(found):
-                self._relocate(*found)
+            before = dict(vars(self))
+            try:
+                found = self._found(x, operation == "swap")
+                self._check(operation)
+                if any(found):
+                    self._relocate(*found)
+            except BaseException:  # the next call goes on as if this one had not been
+                vars(self).update(before)
+                raise
             if operation == "lerp" and self._mark:
                 self._refuse_capture()
-            self._program.run({_TAG: operation}, Moment((weight,), self._seed, self._calls))
-            self._calls += 1
+            self._program.run({_TAG: operation}, Moment((weight,), self._seed, self.calls))
+            self.calls += 1
             for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
                 tell(arrays)
 

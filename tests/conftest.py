@@ -30,6 +30,9 @@ from fastema.layout.spec import TensorSpec
 settings.register_profile("fastema", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("fastema")
 
+# The backend is chosen when Keras is imported: here, one that is there.
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
 ROOT = Path(fastema.__file__).parents[1]
 
 

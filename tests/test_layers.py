@@ -142,10 +142,13 @@ TABLE = {
         for name, packages in {
             "keras": "keras",
             "lightning": "lightning pytorch_lightning torch",
-            "tensorflow": "tensorflow",
             "transformers": "transformers torch",
         }.items()
     },
+    # Its averages and what it notes of them must not be parted by an interrupt.
+    "tensorflow": Room(
+        ours="plan bridges engine.interrupts errors typing", theirs="numpy tensorflow"
+    ),
     "checkpoint": Room(
         ours="engine bridges layout errors typing", theirs="numpy", lazy_theirs="safetensors"
     ),

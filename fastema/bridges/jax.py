@@ -123,7 +123,10 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
             return None
         try:
             for place, (array, (shape, kind, layout)) in enumerate(zip(arrays, known, strict=True)):
-                if array.shape != shape or array.dtype != kind or layout_of(array) != layout:
+                # First: the layout of a deleted array is a crash.
+                if array.is_deleted() or array.shape != shape or array.dtype != kind:
+                    return None
+                if layout_of(array) != layout:
                     return None
                 sharding = array.sharding
                 if sharding is not shardings[place]:

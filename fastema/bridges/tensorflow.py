@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from operator import is_
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import tensorflow as tf
@@ -42,10 +42,18 @@ MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
 
 
-class Unshared(NamedTuple):
-    """A tensor of a variable's own memory, right after :func:`unshare`: it may be written."""
+class Unshared:
+    """A tensor of a variable's own memory, right after :func:`unshare`: it may be written.
 
-    tensor: Any
+    Parameters
+    ----------
+    tensor : tf.Tensor
+    """
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
 
 
 def owns(obj: Any) -> bool:
@@ -169,7 +177,7 @@ class _Reader:
     def __init__(self, variables: Sequence[Any], read: Callable[[Any], Any]) -> None:
         self._variables, self._read = variables, read
         self._calls = 0
-        self._function = tf.function(self._each, autograph=False)
+        self._function: Any = None
 
     def _each(self) -> list[Any]:
         return [self._read(variable) for variable in self._variables]
@@ -179,6 +187,8 @@ class _Reader:
         # Tracing costs as much as hundreds of reads.
         if self._calls < 3 or _is_foreign_thread():
             return self._each()
+        if self._function is None:
+            self._function = tf.function(self._each, autograph=False)
         found: list[Any] = self._function()
         return found
 
@@ -198,7 +208,8 @@ class _Finder:
             return None
         if not self._are_known(arrays) and not self._fit(arrays):
             return None
-        values = dict(zip(self._variables, self._readers[write](), strict=True))
+        read = self._readers[write]() if self._variables else ()
+        values = dict(zip(self._variables, read, strict=True))
         tensors = [_tensor(one, values) for one in arrays]
         for tensor, spec, fixed in zip(tensors, self._specs, self._fixed, strict=True):
             if not fixed and not _is_like(tensor, spec):
@@ -214,25 +225,35 @@ class _Finder:
 
     def _fit(self, arrays: Sequence[Any]) -> bool:
         """Make ready for other arrays, if they are variables and tensors like those of before."""
-        self._fixed = [
-            isinstance(one, tf.Variable) and one.shape.is_fully_defined() for one in arrays
-        ]
-        for one, spec, fixed in zip(arrays, self._specs, self._fixed, strict=True):
+        fixes = [isinstance(one, tf.Variable) and one.shape.is_fully_defined() for one in arrays]
+        for one, spec, fixed in zip(arrays, self._specs, fixes, strict=True):
             if not owns(one) or (fixed and not _is_like(one, spec)):
                 return False
+        self._fixed = fixes
         # Once each: a second tensor of one variable that is to be written would part it from the
         # first, which is held.
         self._variables = {id(one): one for one in arrays if isinstance(one, tf.Variable)}
         variables = list(self._variables.values())
-        self._readers = {False: _Reader(variables, _read), True: _Reader(variables, unshare)}
+        self._readers = {}
+        if variables:
+            self._readers = {write: _Reader(variables, read) for write, read in _READS.items()}
         # Tensors are not kept alive: they are new ones at every call.
-        every = all(isinstance(one, tf.Variable) for one in arrays)
-        self._known = list(arrays) if every else []
+        self._known = list(arrays) if all(id(one) in self._variables for one in arrays) else []
         return True
 
 
+_READS: Final = {False: _read, True: unshare}
+"""How a variable is read, by whether it is about to be written."""
+
+
 def _is_like(one: Any, spec: TensorSpec) -> bool:
-    return one.shape == spec.shape and NAMES.get(one.dtype.name) == spec.dtype
+    # A TensorShape is slow to compare, and one that is not known does not become a list.
+    known = one.shape.is_fully_defined()
+    return (
+        known
+        and tuple(one.shape.as_list()) == spec.shape
+        and NAMES.get(one.dtype.name) == spec.dtype
+    )
 
 
 def _tensor(array: Any, values: Mapping[int, Any]) -> Any:

@@ -1,0 +1,764 @@
+"""For TensorFlow users: ``tf.train.ExponentialMovingAverage`` on our kernels, in checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import tensorflow as tf
+
+# Nothing public says whether a function is being traced for XLA, which has no Python calls.
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from fastema.bridges.tensorflow import Unshared, unshare
+from fastema.engine.interrupts import deferred
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    DTypeError,
+    LayoutError,
+    StateError,
+    listed,
+)
+from fastema.plan import Plan
+
+__all__ = ["ExponentialMovingAverage"]
+
+_FLOATS: Final = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+
+# What Keras appends to the name of a layer when another had that name before, anywhere in the
+# process.
+_COUNTER: Final = re.compile(r"_(\d+)(?=/|$)")
+
+
+class _State(tf.train.experimental.PythonState):  # type: ignore[misc]
+    """What belongs to the averages and is no tensor; a child of the object graph.
+
+    Attributes
+    ----------
+    remaining : dict of str to float
+        By the name of an averaged tensor, the share that zero still has in it: the product of the
+        decays so far.
+    steps : dict of str to int
+        Updates so far of the averages that are rounded at random.
+    swapped : bool
+        Whether variables and averages have changed places.
+    """
+
+    def __init__(self) -> None:
+        self.remaining: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+        self.swapped = False
+
+    def serialize(self) -> str:
+        """What a checkpoint keeps of it."""
+        if self.swapped:
+            raise StateError(
+                "a checkpoint would hold the weights as the averages: save it outside of swapped()"
+            )
+        return json.dumps({"remaining": self.remaining, "steps": self.steps}, sort_keys=True)
+
+    def deserialize(self, string_value: bytes) -> None:
+        """Take over what a checkpoint has; called by TensorFlow while it restores."""
+        if self.swapped:
+            raise StateError("restore a checkpoint outside of swapped()")
+        try:
+            kept = json.loads(string_value)
+            remaining = {str(k): float(v) for k, v in kept["remaining"].items()}
+            steps = {str(k): int(v) for k, v in kept["steps"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                f"the checkpoint's record of an average cannot be read: {string_value[:200]!r}"
+            ) from None
+        self.remaining |= remaining
+        self.steps |= steps
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A list of variables as it was given once, and what updates it.
+
+    Attributes
+    ----------
+    given : list
+        The objects of the list; kept, so that no other object gets the address of one.
+    averages, variables : dict of str to tf.Variable
+        By name in the checkpoint, each variable once.
+    narrow : bool
+        Whether one of them is of 16 bits and rounded at random.
+    plan : Plan, optional
+        Made at the first update: it looks at memory, of which there is none while tracing.
+    """
+
+    given: list[Any]
+    averages: dict[str, Any]
+    variables: dict[str, Any]
+    narrow: bool
+    plan: Plan | None = None
+
+
+@dataclass(eq=False)
+class _Books:
+    """What TensorFlow's tracking of attributes must not see: it would wrap and save it.
+
+    Attributes
+    ----------
+    names : dict of tf.Variable.ref() to str
+        Of each averaged variable, in the order in which they came.
+    entries : dict
+        By the addresses of the objects in a list (with names, where they are given).
+    titles : set of str
+        Names of averages as TensorFlow prints them.
+    """
+
+    names: dict[Any, str] = field(default_factory=dict)
+    entries: dict[Any, _Entry] = field(default_factory=dict)
+    titles: set[str] = field(default_factory=set)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Books:
+        """The books of a copied average, about the copies of the variables."""
+        copies = {deepcopy(ref.deref(), memo).ref(): name for ref, name in self.names.items()}
+        return _Books(copies, titles=set(self.titles))
+
+
+def _inner(obj: Any) -> Any:
+    """The tf.Variable that something is or, as a Keras variable, holds; else None."""
+    if isinstance(obj, tf.Variable):
+        return obj
+    value = getattr(obj, "value", None)
+    return value if isinstance(value, tf.Variable) else None
+
+
+def _called(variable: Any) -> str:
+    return str(variable.name).removesuffix(":0")
+
+
+def _stem(obj: Any) -> tuple[str, list[tuple[str, int]]]:
+    """A variable's name without what depends on other objects, and what to sort its equals by."""
+    if isinstance(obj, tf.Variable):
+        return _called(obj), []
+    path = str(obj.path)
+    found = [(part, _COUNTER.search(part)) for part in path.split("/")]
+    order = [(_COUNTER.sub("", part), int(count[1]) if count else 0) for part, count in found]
+    return _COUNTER.sub("", path), order
+
+
+def _number(source: Any, what: str) -> Any:
+    """A number as a float, a tensor or variable as it is, checked as far as it is known."""
+    variable = _inner(source)
+    if variable is not None:
+        source = variable
+    if not isinstance(source, tf.Variable | tf.Tensor):
+        try:
+            number = float(source)
+        except (TypeError, ValueError):
+            number = math.nan
+        _check(number, what, source)
+        return number
+    real = source.dtype.is_floating or source.dtype.is_integer
+    if source.shape.rank not in (0, None) or not real:
+        raise ArgumentError(
+            f"{what} of shape {source.shape} and dtype {source.dtype.name}: expected a real scalar"
+        )
+    return source
+
+
+def _check(number: float, what: str, given: Any = None) -> None:
+    """Refuse a decay or a number of updates that is none."""
+    highest, words = (1.0, "in [0, 1]") if what == "decay" else (math.inf, "of at least 0")
+    if not 0.0 <= number <= highest or math.isinf(number):
+        shown = number if given is None else given
+        raise ArgumentError(f"{what}={shown!r}: expected a finite number {words}")
+
+
+def _refuse_replicas() -> None:
+    if tf.distribute.has_strategy():
+        strategy = type(tf.distribute.get_strategy()).__name__
+        raise BridgeError(
+            f"apply() within tf.distribute.{strategy}: variables of replicas are not averaged; use "
+            "tf.train.ExponentialMovingAverage there"
+        )
+
+
+class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
+    """Moving averages of variables, as of ``tf.train.ExponentialMovingAverage``.
+
+    ``average -= (1 - decay) * (average - variable)`` at each :meth:`apply`, with
+    ``min(decay, (1 + num_updates) / (10 + num_updates))`` in place of ``decay`` where
+    ``num_updates`` is given. The average of a variable starts at the variable's value, that of a
+    tensor at zero. Averages are ``tf.Variable`` objects that are not trainable, of the variable's
+    dtype, updated in place, all of a list in one call of a compiled kernel.
+
+    It works eagerly and inside ``tf.function``, and is a ``tf.Module``: in
+    ``tf.train.Checkpoint(model=model, ema=ema)``, or as an attribute of a model, its averages are
+    saved and restored with no more done about it. A checkpoint may be restored before the first
+    :meth:`apply`, which then creates the averages with the restored values.
+
+    Parameters
+    ----------
+    decay : float, scalar tensor or variable
+        Weight of the old average, in [0, 1]. A variable is read at each update.
+    num_updates : number, scalar tensor or variable, optional
+        Updates done so far, at least 0, such as ``optimizer.iterations``; a variable is read at
+        each update. At 0 the decay is at most 0.1.
+    zero_debias : bool
+        Divide averages of *tensors* by the share that the tensors have in them,
+        ``1 - product of the decays``, as in Adam: the first update gives the tensor itself.
+        Averages of variables need none.
+    name : str
+        Appended to the names of variables to name their averages.
+    rounding : {"stochastic", "nearest"}
+        Of averages in float16 and bfloat16, which are computed in float32. To nearest, an average
+        in bfloat16 with a decay of 0.999 stands still; at random it moves as it should, on average.
+    seed : int
+        Of the random bits, at least 0; they also depend on the average's name, the element's place
+        in it and the number of the update, which is in the checkpoint.
+
+    Attributes
+    ----------
+    shadow : mapping of str to tf.Variable
+        The averages, by the names that they have in a checkpoint. To be read only.
+
+    Raises
+    ------
+    ArgumentError
+        For a decay or a number of updates out of range. Inside ``tf.function`` TensorFlow gives
+        errors classes of its own, and keeps the message.
+
+    Notes
+    -----
+    *Names in a checkpoint.* Averages are children of the object graph at ``shadow/<name>``. A
+    ``tf.Variable`` gives its own name, a Keras variable its path without the counters that Keras
+    appends to the names of layers (``dense_3/kernel`` is ``dense/kernel``), so that layers created
+    elsewhere in the process change nothing. Variables with one name get ``#1``, ``#2`` after the
+    first: Keras variables in the order of those counters, others in that of the list. Where that is
+    not enough, as with lists that differ from run to run, give names: ``apply({"w": variable})``.
+    Averages that are not created by the time of ``assert_consumed()`` are reported by it, as
+    TensorFlow does with any object.
+
+    *Inside tf.function* an update is a ``tf.py_function`` that takes the handles of all variables
+    and averages, so it comes after the assignments before it and before the reads after it. It
+    therefore runs in this process only: XLA (``jit_compile=True``) is refused while tracing, and a
+    function that calls :meth:`apply` can be exported in a SavedModel, with the averages, but not
+    run where that is loaded. ``num_updates`` and ``decay`` that are numbers or eager tensors
+    are constants; give variables for what changes.
+
+    *Where it differs from* ``tf.train.ExponentialMovingAverage``, of TensorFlow 2.21:
+
+    - There ``decay`` is rounded to float32 first, and so is ``1 - decay``: at 0.9999 the weight of
+      the new value is off by 0.02 %, at 0.999999 by 1.3 %. A decay in float64 raises. Here both
+      are float64.
+    - There averages of 16 bits are computed in 16 bits: a bfloat16 average stands still at any
+      decay above about 0.996. See ``rounding``.
+    - There tensors are refused in TensorFlow 2, so that ``zero_debias`` does nothing; and in graphs
+      of TensorFlow 1 it divides by ``1 - decay**n`` with the newest decay, which is wrong when
+      ``num_updates`` makes the decay grow. Here tensors are averaged by name,
+      ``apply({"loss": loss})``, and what is divided by is exact.
+    - There ``apply()`` without a list does nothing in TensorFlow 2. Here it updates all variables
+      averaged so far.
+    - There a variable that is twice in the list is updated twice. Here once.
+    - There a checkpoint needs the averages gathered by hand.
+    - There XLA and ``tf.distribute`` are supported.
+    - There ``variables_to_restore()`` returns the variables of every such object in the process.
+
+    Examples
+    --------
+    >>> import tensorflow as tf
+    >>> from fastema.tensorflow import ExponentialMovingAverage
+    >>> w = tf.Variable([1.0, 2.0], name="w")
+    >>> ema = ExponentialMovingAverage(decay=0.75)
+    >>> ema.apply([w])
+    >>> _ = w.assign([5.0, 2.0])
+    >>> ema.apply([w])
+    >>> ema.average(w).numpy().tolist()
+    [2.0, 2.0]
+    >>> with ema.swapped():
+    ...     w.numpy().tolist()
+    [2.0, 2.0]
+    >>> checkpoint = tf.train.Checkpoint(w=w, ema=ema)
+
+    References
+    ----------
+    TensorFlow, https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage
+
+    D. Kingma and J. Ba, Adam: A Method for Stochastic Optimization, 2014, section 3,
+    https://arxiv.org/abs/1412.6980
+    """
+
+    def __init__(
+        self,
+        decay: Any,
+        num_updates: Any = None,
+        zero_debias: bool = False,
+        name: str = "ExponentialMovingAverage",
+        *,
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"name={name!r}: expected a name for averages")
+        Plan({}, {}, rounding=rounding, seed=seed)  # refuses what it would refuse later
+        self._title, self._rounding, self._seed = name, rounding, seed
+        self._sources = _Sources(
+            _number(decay, "decay"),
+            None if num_updates is None else _number(num_updates, "num_updates"),
+        )
+        self._zero_debias = bool(zero_debias)
+        self._books = _Books()
+        self._state = _State()
+        self.shadow: Mapping[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """What the names of averages end in."""
+        return self._title
+
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    def apply(self, var_list: Any = None) -> Any:
+        """Update the averages of variables; those that are new get one first.
+
+        Parameters
+        ----------
+        var_list : iterable of variables, or dict of str to variable or tensor, optional
+            Of ``tf.Variable`` or, on the TensorFlow backend, Keras variables, of any shape, in
+            float16, bfloat16, float32 or float64. The keys of a dict are the names in a checkpoint;
+            a tensor needs one, since that is all it has in common with the next step's. Without it,
+            all variables averaged so far.
+
+        Returns
+        -------
+        tf.Operation or None
+            The update's operation while a function is traced; None when it is done.
+
+        Raises
+        ------
+        BridgeError
+            For what is no variable, for those of a ``tf.distribute`` strategy, and inside one,
+            inside ``tf.function(jit_compile=True)`` and in graphs of TensorFlow 1.
+        DTypeError
+            For other dtypes.
+        ArgumentError
+            For a name that is taken.
+        LayoutError
+            If a tensor's shape or dtype is not that of its average, or not known while tracing.
+        StateError
+            Inside :meth:`swapped`; for a variable without a value, such as one created by the
+            function that is traced; without a list before there are averages.
+        """
+        _refuse_replicas()
+        self._refuse_swapped()
+        eager = tf.executing_eagerly()
+        if not eager:
+            self._refuse_graph()
+        entry, tensors = self._parted(var_list)
+        if not eager:
+            return self._traced(entry, tensors)
+        decay = self._sources.now()
+        if entry is not None:
+            self._update(self._plan(entry), entry, decay)
+        for name, tensor in tensors.items():
+            self._update_tensor(name, self.shadow[name], tensor, decay)
+        return None
+
+    def average(self, var: Any) -> Any:
+        """The variable that holds an average.
+
+        Parameters
+        ----------
+        var : variable or str
+            A variable, or a name that :meth:`apply` was given.
+
+        Returns
+        -------
+        tf.Variable or None
+            None if there is no average of it. Inside :meth:`swapped` it holds the weights.
+        """
+        name = var if isinstance(var, str) else self._books.names.get(self._reference(var))
+        return None if name is None else self.shadow.get(name)
+
+    def average_name(self, var: Any) -> str:
+        """The name that TensorFlow shows for an average, which need not exist yet.
+
+        Parameters
+        ----------
+        var : variable or str
+            As in :meth:`average`.
+
+        Returns
+        -------
+        str
+            Such as ``dense/kernel/ExponentialMovingAverage``; the second of one name ends in
+            ``_1``, which is known once it exists.
+        """
+        average = self.average(var)
+        if average is not None:
+            return _called(average)
+        return f"{var if isinstance(var, str) else _called(_inner(var))}/{self._title}"
+
+    def variables_to_restore(self, moving_avg_variables: Any = None) -> dict[str, Any]:
+        """Variables by the names of their averages, to restore averages in their place.
+
+        Parameters
+        ----------
+        moving_avg_variables : iterable of variables, optional
+            All averaged variables, if not given.
+
+        Returns
+        -------
+        dict of str to tf.Variable
+            For a ``tf.compat.v1.train.Saver``. With ``tf.train.Checkpoint`` use :meth:`swapped`.
+        """
+        chosen = self._variables() if moving_avg_variables is None else moving_avg_variables
+        return {self.average_name(variable): _inner(variable) for variable in chosen}
+
+    @contextmanager
+    def swapped(self, var_list: Any = None) -> Iterator[None]:
+        """A block in which variables hold their averages; they come back however it ends.
+
+        Variables and averages change places, in place and bit for bit, without a third copy. What
+        is written to variables within the block is taken for the average.
+
+        Parameters
+        ----------
+        var_list : iterable of variables, optional
+            Of those averaged; all of them, if not given.
+
+        Raises
+        ------
+        StateError
+            Inside another such block or ``tf.function``, or if there are no averages. Inside the
+            block :meth:`apply`, saving this object in a checkpoint and restoring it raise it too.
+        ArgumentError
+            For a variable without an average.
+        """
+        self._refuse_swapped()
+        if not tf.executing_eagerly():
+            raise StateError("swapped() inside tf.function: use it around the call of the function")
+        chosen = self._variables() if var_list is None else self._listed(var_list)
+        strangers = [v for v in chosen if self._reference(v) not in self._books.names]
+        if strangers:
+            raise ArgumentError(
+                "there is no average of\n" + listed(f"{_called(_inner(v))!r}" for v in strangers)
+            )
+        plan = self._plan(self._entry(chosen))
+        try:
+            self._swap(plan, True)
+            yield
+        finally:
+            try:
+                self._swap(plan, False)
+            except BaseException:  # an interrupt, before anything was taken back
+                self._swap(plan, False)
+                raise
+
+    def _swap(self, plan: Plan, swapped: bool) -> None:
+        """Bring variables and averages into a state, if they are not in it."""
+        with deferred():
+            if self._state.swapped != swapped:
+                plan.swap_()
+                self._state.swapped = swapped
+
+    def _refuse_swapped(self) -> None:
+        if self._state.swapped:
+            raise StateError("the variables hold their averages: leave the swapped() block first")
+
+    @staticmethod
+    def _refuse_graph() -> None:
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            raise BridgeError(
+                "apply() in a graph of TensorFlow 1: use tf.train.ExponentialMovingAverage there"
+            )
+        if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            raise BridgeError(
+                "apply() inside tf.function(jit_compile=True): XLA cannot call the kernel; call it "
+                "from a plain tf.function or eagerly (in train_step() of a Keras model: "
+                "compile(jit_compile=False), or fastema.keras.EMAWeights instead)"
+            )
+
+    # -- from what is given to what is updated -----------------------------------------------------
+
+    @staticmethod
+    def _listed(var_list: Any) -> list[Any]:
+        single = isinstance(var_list, tf.Tensor | tf.Module) or _inner(var_list) is not None
+        if single or not isinstance(var_list, Iterable):
+            raise BridgeError(
+                f"var_list is a {type(var_list).__qualname__}: expected a list of variables, such "
+                "as model.trainable_variables"
+            )
+        return list(var_list)
+
+    @staticmethod
+    def _reference(var: Any) -> Any:
+        inner = _inner(var)
+        if inner is None:
+            raise BridgeError(
+                f"cannot average a {type(var).__module__}.{type(var).__qualname__}; expected a "
+                "tf.Variable or a Keras variable on the TensorFlow backend (a tensor needs a name: "
+                'apply({"loss": tensor}))'
+            )
+        return inner.ref()
+
+    def _variables(self) -> list[Any]:
+        if not self._books.names:
+            raise StateError("no variables are averaged yet: call apply() with a list of them")
+        return [reference.deref() for reference in self._books.names]
+
+    def _parted(self, var_list: Any) -> tuple[_Entry | None, dict[str, Any]]:
+        """The entry of the variables in what apply() was given, and the tensors."""
+        if var_list is None:
+            return self._entry(self._variables()), {}
+        if not isinstance(var_list, Mapping):
+            return self._entry(self._listed(var_list)), {}
+        strange = [name for name in var_list if not isinstance(name, str) or not name]
+        if strange:
+            raise ArgumentError(f"{strange[0]!r} is no name: names of averages are strings")
+        tensors = {name: x for name, x in var_list.items() if isinstance(x, tf.Tensor)}
+        variables = {name: x for name, x in var_list.items() if name not in tensors}
+        for name, tensor in tensors.items():
+            self._check_tensor(name, tensor)
+        entry = self._entry(list(variables.values()), list(variables)) if variables else None
+        for name, tensor in tensors.items():
+            if name not in self.shadow:
+                with tf.init_scope():
+                    zero = tf.zeros(tensor.shape, tensor.dtype)
+                    self._create(name, f"{name}/{self._title}", zero)
+        return entry, tensors
+
+    def _check_tensor(self, name: str, tensor: Any) -> None:
+        if name in self._books.names.values():
+            raise ArgumentError(f"{name!r} is the name of a variable's average; choose another")
+        if tensor.dtype not in _FLOATS:
+            raise DTypeError(f"{name!r} is {tensor.dtype.name}: expected a float of 16 to 64 bits")
+        average = self.shadow.get(name)
+        if average is None and not tensor.shape.is_fully_defined():
+            raise LayoutError(f"the shape {tensor.shape} of {name!r} is not known while tracing")
+        if average is not None and not (
+            tensor.dtype == average.dtype and tensor.shape.is_compatible_with(average.shape)
+        ):
+            raise LayoutError(
+                f"{name!r} is {tensor.dtype.name} of shape {tensor.shape}, and its average "
+                f"{average.dtype.name} of shape {average.shape}"
+            )
+
+    def _entry(self, given: list[Any], names: list[str] | None = None) -> _Entry:
+        """The entry of a list of variables, looked up by who they are or made."""
+        key = (tuple(map(id, given)), names and tuple(names))
+        entry = self._books.entries.get(key)
+        if entry is None:
+            variables = {self._reference(one): one for one in given}  # each once
+            wanted = dict(zip(map(self._reference, given), names or [], strict=False))
+            if names is not None and len(wanted) < len(names):
+                raise ArgumentError("var_list has one variable under several names")
+            self._check_names(wanted)
+            new = [ref for ref in variables if ref not in self._books.names]
+            self._check_variables([ref.deref() for ref in new])
+            self._average(self._named([variables[ref] for ref in new], wanted))
+            keys = {self._books.names[ref]: ref.deref() for ref in variables}
+            entry = _Entry(
+                given,
+                {name: self.shadow[name] for name in keys},
+                keys,
+                self._rounding == "stochastic" and any(v.dtype.size == 2 for v in keys.values()),
+            )
+            self._books.entries[key] = entry
+        return entry
+
+    def _check_names(self, wanted: dict[Any, str]) -> None:
+        for reference, name in wanted.items():
+            has = self._books.names.get(reference)
+            if has is None and name in self.shadow:
+                raise ArgumentError(f"{name!r} is the name of another average; choose another")
+            if has not in (None, name):
+                raise ArgumentError(f"{name!r} is averaged already, as {has!r}")
+
+    @staticmethod
+    def _check_variables(variables: list[Any]) -> None:
+        shared = [v for v in variables if isinstance(v, tf.distribute.DistributedValues)]
+        if shared:
+            raise BridgeError(
+                "variables of a tf.distribute strategy are not averaged:\n"
+                + listed(f"{_called(v)!r} is a {type(v).__name__}" for v in shared)
+                + "\nUse tf.train.ExponentialMovingAverage there."
+            )
+        others = [v for v in variables if v.dtype not in _FLOATS]
+        if others:
+            raise DTypeError(
+                "expected floats of 16 to 64 bits:\n"
+                + listed(f"{_called(v)!r} is {v.dtype.name}" for v in others)
+            )
+        with tf.init_scope():
+            empty = [v for v in variables if not v.is_initialized()]
+        if empty:
+            raise StateError(
+                "an average starts at the variable's value, and there is none yet:\n"
+                + listed(f"{_called(v)!r}" for v in empty)
+                + "\nA function creates its variables when its first call has been traced: create "
+                "them, or call apply(), outside of it first."
+            )
+
+    def _named(self, given: list[Any], wanted: dict[Any, str]) -> dict[Any, str]:
+        """Names for new averages: those wanted, or what variables are called, made unique."""
+        stems = {self._reference(one): _stem(one) for one in given}
+        taken, names = {*self.shadow, *wanted.values()}, {}
+        for reference, (stem, _) in sorted(stems.items(), key=lambda item: item[1][1]):
+            name = wanted.get(reference)
+            if name is None:
+                count, name = 0, stem
+                while name in taken:
+                    count += 1
+                    name = f"{stem}#{count}"
+                taken.add(name)
+            names[reference] = name
+        return {reference: names[reference] for reference in stems}
+
+    def _average(self, names: dict[Any, str]) -> None:
+        for reference, name in names.items():
+            variable = reference.deref()
+            with tf.init_scope(), tf.device(variable.device):
+                title = f"{_called(variable)}/{self._title}"
+                self._create(name, title, variable.read_value())
+            self._books.names[reference] = name
+
+    def _create(self, name: str, title: str, value: Any) -> None:
+        """An average that starts at a value, or at what a checkpoint has kept for it."""
+        unique, count = title, 0
+        while unique in self._books.titles:
+            count += 1
+            unique = f"{title}_{count}"
+        self._books.titles.add(unique)
+        # A scope that ends in a slash is all of the name, whatever scope we are called in.
+        scope, _, last = unique.rpartition("/")
+        with tf.name_scope(f"{scope}/"):
+            average = tf.Variable(value, trainable=False, dtype=value.dtype, name=last)
+        self.shadow[name] = average  # type: ignore[index]
+
+    # -- the update --------------------------------------------------------------------------------
+
+    def _plan(self, entry: _Entry) -> Plan:
+        if entry.plan is None:
+            entry.plan = Plan(
+                entry.averages, entry.variables, rounding=self._rounding, seed=self._seed
+            )
+        return entry.plan
+
+    def _lerp(self, plan: Plan, names: Iterable[str], weight: float) -> None:
+        """Update, with the random bits of the step that a checkpoint says it is."""
+        steps = self._state.steps
+        step = max(steps.get(name, 0) for name in names)
+        plan.calls = step  # its own count ends with the process
+        with deferred():  # interrupts wait, so that averages and their record stay together
+            plan.lerp_(weight)
+            steps.update(dict.fromkeys(names, step + 1))
+
+    def _update(self, plan: Plan, entry: _Entry, decay: float) -> None:
+        if entry.narrow:
+            self._lerp(plan, entry.averages, 1.0 - decay)
+        else:
+            plan.lerp_(1.0 - decay)
+
+    def _update_tensor(self, name: str, average: Any, tensor: Any, decay: float) -> None:
+        remaining = self._state.remaining.get(name, 1.0) * decay
+        weight = 1.0 - decay
+        if self._zero_debias:
+            # As long as nothing was taken in, the average is the tensor itself.
+            weight = min(weight / (1.0 - remaining), 1.0) if remaining < 1.0 else 1.0
+        plan = Plan({name: average}, {name: tensor}, rounding=self._rounding, seed=self._seed)
+        with deferred():
+            self._lerp(plan, [name], weight)
+            self._state.remaining[name] = remaining
+
+    def _traced(self, entry: _Entry | None, tensors: dict[str, Any]) -> Any:
+        """The update as an operation of the function that is traced."""
+        numbers, named = self._sources.symbolic(), [self.shadow[name] for name in tensors]
+        averages = [] if entry is None else list(entry.averages.values())
+        variables = [] if entry is None else list(entry.variables.values())
+        call = None if entry is None else _Call(entry, self._rounding, self._seed)
+
+        def update(*values: Any) -> None:
+            rest = iter(values)
+            decay = self._sources.of([float(next(rest)) for _ in numbers])
+            given = [(name, next(rest), Unshared(next(rest))) for name in tensors]
+            written = [Unshared(next(rest)) for _ in averages]
+            read = [next(rest) for _ in variables]
+            self._refuse_swapped()
+            if call is not None and entry is not None:
+                with call.on(written, read) as plan:
+                    self._update(plan, entry, decay)
+            for name, tensor, average in given:
+                self._update_tensor(name, average, tensor, decay)
+
+        # Tensors of the variables' own memory: reading them is quicker in the graph than in the
+        # call, where each of them would be an operation of its own.
+        inputs = [
+            *numbers,
+            *(x for pair in zip(tensors.values(), map(unshare, named), strict=True) for x in pair),
+            *map(unshare, averages),
+            *(tf.raw_ops.ReadVariableOp(resource=v.handle, dtype=v.dtype) for v in variables),
+            # Handles are not looked at. By them TensorFlow's automatic control dependencies order
+            # the call among everything else that touches the variables.
+            *(variable.handle for variable in (*named, *averages, *variables)),
+        ]
+        return tf.py_function(update, inputs, [], name=re.sub(r"[^\w.]", "_", self._title))
+
+
+class _Call:
+    """The update of a list of variables by what one traced function reads of them."""
+
+    def __init__(self, entry: _Entry, rounding: str, seed: int) -> None:
+        self._entry, self._lock = entry, threading.Lock()
+        # The plan looks at these whenever it runs. It is made of the variables, and now: of a
+        # tensor it would keep the first, so that its variable moved; and looking at a variable
+        # takes it away from the tensors that were read of it.
+        self._averages, self._variables = dict(entry.averages), dict(entry.variables)
+        with tf.init_scope():
+            self._plan = Plan(self._averages, self._variables, rounding=rounding, seed=seed)
+
+    @contextmanager
+    def on(self, averages: list[Any], variables: list[Any]) -> Iterator[Plan]:
+        """The plan, for as long as it is to run on these tensors."""
+        with self._lock:
+            self._averages.update(zip(self._averages, averages, strict=True))
+            self._variables.update(zip(self._variables, variables, strict=True))
+            try:
+                yield self._plan
+            finally:
+                self._averages |= self._entry.averages
+                self._variables |= self._entry.variables
+
+
+@dataclass(frozen=True, eq=False)
+class _Sources:
+    """Where the decay comes from: numbers, or tensors and variables read at each update."""
+
+    decay: Any
+    num_updates: Any
+
+    def _changing(self) -> dict[str, Any]:
+        sources = {"decay": self.decay, "num_updates": self.num_updates}
+        return {name: one for name, one in sources.items() if not isinstance(one, float | None)}
+
+    def symbolic(self) -> list[Any]:
+        """What has to be evaluated at run time, as scalars in float64."""
+        return [tf.cast(tf.convert_to_tensor(one), tf.float64) for one in self._changing().values()]
+
+    def now(self) -> float:
+        """The decay, with everything read now."""
+        return self.of([float(one.numpy()) for one in self._changing().values()])
+
+    def of(self, values: list[float]) -> float:
+        """The decay, given the values of :meth:`symbolic`."""
+        found = dict(zip(self._changing(), values, strict=True))
+        for name, value in found.items():
+            _check(value, name)
+        decay: float = found.get("decay", self.decay)
+        count = found.get("num_updates", self.num_updates)
+        return decay if count is None else min(decay, (1.0 + count) / (10.0 + count))
