@@ -54,15 +54,20 @@ test-all: test $(VENV)/.test-all $(ALONE)/.made
 bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench --quick $(ARGS)"
 	@$(PY) -m bench --quick $(ARGS)
-	$(SAY) "python -m bench.averages --quick"
+	$(SAY) "python -m bench.averages --quick, bench.bridges --quick"
 	@$(PY) -m bench.averages --quick
+	@$(PY) -m bench.bridges --quick
 
 # What is said of GPU kernels needs their compilers, which the tests bring along.
-bench: $(VENV)/.test $(VENV)/.timm
+bench: $(VENV)/.test-all $(VENV)/.timm
 	$(SAY) "python -m bench $(ARGS)"
 	@$(PY) -m bench $(ARGS)
-	$(SAY) "python -m bench.averages, bench.launch, bench.kernels_gpu, bench.accuracy, bench.quality"
+	$(SAY) "python -m bench.averages, bench.bridges, bench.tensorflow_apply, bench.keras_step"
 	@$(PY) -m bench.averages
+	@$(PY) -m bench.bridges
+	@$(PY) -m bench.tensorflow_apply
+	@$(PY) -m bench.keras_step
+	$(SAY) "python -m bench.launch, bench.kernels_gpu, bench.accuracy, bench.quality"
 	@$(PY) -m bench.launch
 	@$(PY) -m bench.kernels_gpu
 	@$(PY) -m bench.accuracy

@@ -171,8 +171,8 @@ def _measured(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _header(command: str) -> dict[str, Any]:
-    header: dict[str, Any] = machine.header(command, "tensorflow-apply")
-    header["versions"]["tensorflow"] = tf.__version__
+    packages = ("numpy", "numba", "tensorflow-cpu", "tensorflow")
+    header: dict[str, Any] = machine.header(command, "tensorflow-apply", packages)
     threads = tf.config.threading.get_intra_op_parallelism_threads()
     header["threads"]["tensorflow"] = threads or header["cores"]  # 0: as many as there are
     return header

@@ -247,13 +247,11 @@ _READS: Final = {False: _read, True: unshare}
 
 
 def _is_like(one: Any, spec: TensorSpec) -> bool:
-    # A TensorShape is slow to compare, and one that is not known does not become a list.
-    known = one.shape.is_fully_defined()
-    return (
-        known
-        and tuple(one.shape.as_list()) == spec.shape
-        and NAMES.get(one.dtype.name) == spec.dtype
-    )
+    # The public shape is an object that is slow to make and to compare, and 200 tensors are looked
+    # at in the time of an update.
+    quick = getattr(one, "_shape_tuple", None)
+    shape = tuple(one.shape.as_list()) if quick is None else quick()
+    return shape == spec.shape and NAMES.get(one.dtype.name) == spec.dtype
 
 
 def _tensor(array: Any, values: Mapping[int, Any]) -> Any:
