@@ -1,0 +1,798 @@
+"""For Keras users: the average of a model's weights as a callback, on every backend of Keras 3.
+
+>>> import fastema.keras                                               # doctest: +SKIP
+>>> ema = fastema.keras.EMAWeights(decay=0.999)                        # doctest: +SKIP
+>>> model.fit(x, y, validation_data=held_out, callbacks=[ema])         # doctest: +SKIP
+>>> ema.save_weights("average.weights.h5")                             # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+import keras
+import numpy as np
+
+from fastema.bridges.registry import bridge_of, describe, leaves_of
+from fastema.checkpoint import files
+from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.rules import Rule
+from fastema.shadow import EMA
+
+__all__ = ["EMAWeights"]
+
+Hook: TypeAlias = Literal["test", "predict", "epoch", "block"]
+"""Where in a run the average was put into the model: it is taken back at the end of the same."""
+
+_WEIGHTS: Final = ".weights.h5"
+_BACKUP: Final = ".safetensors"
+
+_in_fit: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.WeakKeyDictionary()
+"""Model to the callback that was last told that its training begins."""
+
+_held_by: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.WeakKeyDictionary()
+"""Model to the callback whose average it holds."""
+
+
+# -- the optimizer's steps ------------------------------------------------------------------------
+
+
+def _inner(optimizer: Any) -> list[Any]:
+    """The optimizers that change weights: those within one that scales losses, or of several."""
+    if hasattr(optimizer, "inner_optimizer"):
+        return _inner(optimizer.inner_optimizer)
+    if hasattr(optimizer, "optimizers"):
+        return [leaf for one in optimizer.optimizers for leaf in _inner(one)]
+    return [optimizer]
+
+
+class _Steps:
+    """How many steps a model's optimizer has taken.
+
+    A batch that only adds to accumulated gradients is none, nor one whose scaled gradients were not
+    finite; an execution of several batches is several.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._counters: list[tuple[Any, int | None, int]] = []
+        optimizer = model.optimizer
+        # Lists of variables are searched by identity: == of variables is that of their values.
+        places = {id(variable): i for i, variable in enumerate(optimizer.variables)}
+        for one in _inner(optimizer):
+            counter = next(v for v in one.variables if v.name == "iteration")
+            k = one.gradient_accumulation_steps or 1
+            self._counters.append((counter, places.get(id(counter)), k))
+        self.one_per_batch = (
+            _inner(optimizer) == [optimizer]
+            and not optimizer.gradient_accumulation_steps
+            and model.steps_per_execution == 1
+            and type(model).train_step is keras.Model.train_step
+            and not {"train_step", "make_train_function"} & vars(model).keys()
+            and type(model).make_train_function is keras.Model.make_train_function
+        )
+        """Whether each batch is a step: a counter need not be fetched from a device then."""
+
+    def done(self) -> int:
+        """Steps so far."""
+        # In an epoch of the JAX backend the variables are empty, and their values on the way.
+        state = getattr(self._model, "_jax_state", None) or {}
+        values = None if not _in_flight(self._model) else state.get("optimizer_variables")
+        done = 0
+        for counter, place, k in self._counters:
+            value = counter if values is None or place is None else values[place]
+            done = max(done, int(value) // k)
+        return done
+
+
+def _in_flight(model: Any) -> bool:
+    """Whether the model's state is not in its variables, as within an epoch of the JAX backend."""
+    return bool(getattr(model, "_jax_state", None)) and not model._jax_state_synced
+
+
+# -- the average in the model ---------------------------------------------------------------------
+
+
+class _Swap:
+    """Average and weights change places: exact, and without a third copy."""
+
+    def __init__(self, model: Any, ema: EMA, which: int | None) -> None:
+        self._ema, self._which = ema, which
+
+    def put(self) -> None:
+        self._ema.apply_shadow(which=self._which)
+
+    def back(self) -> None:
+        if self._ema.applied:
+            self._ema.restore()
+
+
+class _Copies:
+    """The average is copied into the model, and the weights are kept beside.
+
+    For the JAX backend, whose arrays are never written: the weights are kept by reference. An
+    evaluation that fails there leaves variables without a value, or arrays that were donated; what
+    is kept here is neither.
+    """
+
+    def __init__(self, model: Any, ema: EMA, which: int | None) -> None:
+        self._model, self._ema, self._which = model, ema, which
+        self._averaged: list[tuple[Any, Any]] = []
+        self._others: list[tuple[Any, Any]] = []
+
+    def put(self) -> None:
+        if keras.backend.backend() == "jax":
+            self._model.jax_state_sync()
+        names = self._ema.shadows[0].keys()
+        leaves = zip(self._model.weights, leaves_of(self._model).items, strict=True)
+        weights = {id(variable): leaf.name in names for variable, leaf in leaves}
+        for variable in self._model.variables:
+            if weights.get(id(variable)):
+                self._averaged.append((variable, self._keep(variable)))
+            else:
+                # What is no weight, such as the state of random numbers, is small: a copy of it.
+                kept = variable.value if id(variable) in weights else _copied(variable)
+                self._others.append((variable, kept))
+        self._ema.copy_to(self._model, which=self._which)
+
+    @staticmethod
+    def _keep(variable: Any) -> Any:
+        return variable.value
+
+    def back(self) -> None:
+        self._model.jax_state_sync()  # what an evaluation left that failed, if it came so far
+        for variable, value in self._averaged:
+            variable.assign(value)
+        for variable, value in self._others:
+            if _is_gone(variable._value) and not _is_gone(value):
+                variable.assign(value)
+
+
+class _Watched(_Copies):
+    """The same where other callbacks may write weights meanwhile: what they wrote stays."""
+
+    def put(self) -> None:
+        super().put()
+        self._sums = [_checksum(variable) for variable, _ in self._averaged]
+
+    @staticmethod
+    def _keep(variable: Any) -> Any:
+        if keras.backend.backend() == "jax":
+            return variable.value
+        return _copied(variable)
+
+    def back(self) -> None:
+        for (variable, value), before in zip(self._averaged, self._sums, strict=True):
+            if _checksum(variable) == before:
+                variable.assign(value)
+
+
+def _on_host(variable: Any) -> Any:
+    """A variable's value in row-major memory of the host: perhaps its own."""
+    value = variable.value
+    # Of PyTorch it stays a tensor: NumPy has no bfloat16 that both know.
+    return _row_major(value if hasattr(value, "detach") else keras.ops.convert_to_numpy(value))
+
+
+def _copied(variable: Any) -> Any:
+    return deepcopy(_on_host(variable))
+
+
+def _is_gone(array: Any) -> bool:
+    """Whether a variable has no value, or one that was donated."""
+    return array is None or (hasattr(array, "is_deleted") and array.is_deleted())
+
+
+def _checksum(variable: Any) -> int:
+    array = _on_host(variable)
+    return zlib.crc32(_bytes_of(array))
+
+
+class _Guard:
+    """Stands in for a function of a model's: where that raises, the average is taken back."""
+
+    def __init__(self, model: Any, name: str, undo: Callable[[], None]) -> None:
+        self._model, self._name, self._undo = model, name, undo
+        self._own = name in vars(model)
+        self._inner = getattr(model, name)
+        vars(model)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._inner(*args, **kwargs)
+        except BaseException as error:
+            # The end of the data is no failure: JAX iterators end so, and those of TensorFlow.
+            if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
+                self._undo()
+            raise
+
+    def remove(self) -> None:
+        """Give the model its own function back, unless it was given another meanwhile."""
+        if vars(self._model).get(self._name) is not self:
+            return
+        if self._own:
+            vars(self._model)[self._name] = self._inner
+        else:
+            del vars(self._model)[self._name]
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _moved_into_place(final: Path, suffix: str) -> Iterator[str]:
+    """Another name to write to; the whole file gets its own name at the end, or none does."""
+    # Made by whoever writes it, with the rights that a new file has here.
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(6)}{suffix}")
+    try:
+        yield os.fspath(partial)
+        with partial.open("r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _path(value: Any, name: str, suffix: str) -> Path | None:
+    if value is None:
+        return None
+    path = Path(value)
+    if not path.name.endswith(suffix):
+        raise ArgumentError(f"{name}={os.fspath(value)!r}: the name of the file must end {suffix}")
+    return path
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(_BACKUP) + ".previous" + _BACKUP)
+
+
+def _row_major(array: Any) -> Any:
+    there = bridge_of(array).transfer(array, "cpu")
+    return there.contiguous() if hasattr(there, "contiguous") else np.asarray(there, order="C")
+
+
+def _bytes_of(array: Any) -> memoryview:
+    """The memory of a row-major array on the host, for as long as the array is kept."""
+    spec = describe(array)
+    if not spec.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * spec.nbytes).from_address(spec.address)).cast("B")
+
+
+def _write_state(path: Path, ema: EMA, steps: int) -> None:
+    """Write an average's state, and the optimizer's steps that it belongs to."""
+    plain, arrays = {}, {}
+    for key, value in ema.state_dict(copy=False).items():
+        if isinstance(value, list):
+            for i, tensors in enumerate(value):
+                for name, array in tensors.items():
+                    arrays[f"{key}.{i}.{name}"] = _row_major(array)
+        else:
+            plain[key] = value
+    specs = {name: describe(array) for name, array in arrays.items()}
+    files.write(path, specs, state=json.dumps(plain), steps=str(steps))
+
+
+def _read_state(found: files.File, ema: EMA) -> dict[str, Any]:
+    """The state in a file, in arrays such as the average has."""
+    like = ema.state_dict(copy=False)["shadow"][0]
+    bridge = bridge_of(next(iter(like.values())))
+    state: dict[str, Any] = json.loads(found.metadata["state"])
+    with found.opened() as fill:
+        for key, stored in found.tensors.items():
+            part, place, name = key.split(".", 2)
+            array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
+            fill(stored.offset, _bytes_of(array))
+            several = state.setdefault(part, [])
+            several += [{} for _ in range(int(place) + 1 - len(several))]
+            several[int(place)][name] = array
+    return state
+
+
+# -- the callback ---------------------------------------------------------------------------------
+
+
+class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
+    """Averages a model's weights in ``fit``; validation, test and prediction run with the average.
+
+    After the n-th step of the optimizer ``avg += (1 - decay) * (x - avg)`` for every weight ``x``.
+    The average lies beside the model (:attr:`ema`), which keeps its own weights for training.
+
+    Parameters
+    ----------
+    decay : float or rule, or a sequence of them
+        Weight of the old average, per step of the optimizer, see :class:`fastema.EMA`.
+    swap_on_epoch : bool
+        Put the average into the model at the end of each epoch, for the callbacks that come after
+        this one in the list: a ``ModelCheckpoint`` there saves the average. The weights come back
+        as the next epoch begins, and at the end of training, apart from what other callbacks wrote
+        meanwhile. Takes the memory of a copy of the weights then.
+    backup : path, optional
+        A ``.safetensors`` file to which the state of the average is written at the end of each
+        epoch, and from which a new run takes it up, see *Resuming*. Needs the safetensors package.
+    save_path : path, optional
+        A ``.weights.h5`` file for the average at the end of training.
+    which : int, optional
+        With several decays, the place of the one that is evaluated and saved.
+    **options
+        Of :class:`fastema.EMA`: ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``,
+        ``start_after``, ``zero_debias``, ``frozen``, ``buffers``, ``on_nonfinite``, ``drift``.
+
+    Attributes
+    ----------
+    ema : fastema.EMA
+        The average, once training has begun. Names are the variables' paths within the model:
+        ``ema.shadow["dense/kernel"]``.
+    applied : bool
+        Whether the model holds the average now.
+
+    Raises
+    ------
+    ArgumentError
+        For paths with another ending, several decays without ``which``, and, as training begins,
+        whatever :class:`fastema.EMA` says of its options, and a model that is not compiled.
+    StateError
+        In ``fit``: beside another ``EMAWeights`` or an optimizer with ``use_ema=True``, with a
+        model that is not the one averaged so far, or while the model holds an average.
+    CheckpointError
+        If the state in ``backup`` is of another model, naming its tensors, or of another step of
+        the optimizer than the model is at.
+
+    Notes
+    -----
+    **Steps.** The average follows the optimizer's steps, not batches. With
+    ``gradient_accumulation_steps=k`` it moves at each k-th batch, and with a ``LossScaleOptimizer``
+    not at the steps that this leaves out. Of a ``compile(steps_per_execution=n)`` a callback sees
+    only the weights after n steps: they are taken in as if they had stood there for all of the n,
+    with the weight ``1 - decay**n``. The horizon in steps stays what the decay says; the path
+    within the n steps is lost, which puts the average ahead by about ``(n - 1) / 2`` steps.
+
+    **What is evaluated.** The validation in ``fit``, and ``evaluate(callbacks=[ema])`` and
+    ``predict(callbacks=[ema])``. Other calls see the model as it is, and so do these without the
+    callback; ``with ema.swapped():`` is for them. On TensorFlow and PyTorch average and weights
+    change places in place. On JAX, where arrays cannot be written, the weights are kept and the
+    model gets a copy of the average. Either way every bit comes back.
+
+    **Exceptions.** An exception in the validation of ``fit``, wherever it comes from, and an
+    interrupt, take the average back before they leave ``fit``. In ``evaluate`` and ``predict`` this
+    holds for the model's own errors (on JAX also the data's); after one of the data, or of another
+    callback, the average stays until the next ``fit``, ``evaluate`` or ``predict`` with this
+    callback, or :meth:`restore`. A callback that raises after this one in ``on_epoch_end`` with
+    ``swap_on_epoch=True`` leaves it until the next ``fit`` or :meth:`restore`. A block
+    ``with ema.swapped():`` around a call takes the average back whatever happens. On JAX an
+    evaluation that fails leaves a model without weights in Keras itself; those that are averaged
+    come back here.
+
+    **Batch normalisation.** Moving statistics are no weights. ``buffers="copy"``, the default, runs
+    the average with those that the weights had at the latest update, ``"average"`` with their
+    average, and ``"skip"`` with those that the model has. None of them are the statistics of the
+    averaged weights' own activations, which only another pass over data can tell.
+
+    **Other callbacks.** Without ``swap_on_epoch`` all others see the model's own weights at the end
+    of an epoch, wherever they stand, but ``val_loss`` and the like are the average's:
+
+    - ``ModelCheckpoint`` saves the weights, as a resumed run needs them. With
+      ``save_best_only=True`` it saves those whose *average* was best; to save that average, use
+      ``swap_on_epoch=True`` and put it after this callback.
+    - ``BackupAndRestore`` saves the weights, in either order; with ``backup=`` here, the average
+      resumes with it. Never put it after a callback with ``swap_on_epoch=True``: it would resume
+      from the average.
+    - ``EarlyStopping(restore_best_weights=True)`` ends with the weights of the epoch whose average
+      was best; after a callback with ``swap_on_epoch=True``, with that average itself.
+
+    **Resuming.** The state is written beside what continues the model (``BackupAndRestore``, or a
+    saved model and ``initial_epoch=``), and is taken up as the first epoch begins, after all
+    ``on_train_begin``: the average is then, to the bit, that of a run that was not interrupted, as
+    far as the weights are (Keras itself does not take up the random numbers of a ``Dropout``). The
+    state before the latest is kept as ``NAME.previous.safetensors``, in case the run was ended
+    after the one file was written and before the other. It is refused where the model is at another
+    step than both; for a new run delete the files. Without ``backup``, a second ``fit`` with the
+    same callback goes on with its average, and :meth:`state_dict` is for the rest.
+
+    **Speed.** Keras calls callbacks of the JAX backend asynchronously where none of them looks at
+    batches. This one needs the weights after each step, before the next one is given their memory:
+    steps do not run ahead of the host then.
+
+    A model without known input shape has no weights before the first batch on the TensorFlow
+    backend; its average begins with the weights after that. Give it an ``Input``, or build it.
+
+    Examples
+    --------
+    >>> import keras, numpy as np, fastema.keras
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x = np.random.rand(64, 3)
+    >>> ema = fastema.keras.EMAWeights(decay=fastema.rules.warmup(0.999))
+    >>> history = model.fit(x, x.sum(1), validation_split=0.25, verbose=0, callbacks=[ema])
+    >>> ema.ema.num_updates
+    2
+    >>> with ema.swapped():
+    ...     loss = model.evaluate(x, x.sum(1), verbose=0)
+
+    References
+    ----------
+    B. Polyak and A. Juditsky, Acceleration of stochastic approximation by averaging, 1992,
+    https://doi.org/10.1137/0330046
+    """
+
+    def __init__(
+        self,
+        decay: float | Rule | Sequence[float | Rule] = 0.999,
+        *,
+        swap_on_epoch: bool = False,
+        backup: str | os.PathLike[str] | None = None,
+        save_path: str | os.PathLike[str] | None = None,
+        which: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        count = len(decay) if isinstance(decay, Sequence) else 1
+        if which not in range(count) and (which is not None or count > 1):
+            raise ArgumentError(
+                f"which={which!r}: say by a number from 0 to {count - 1} which one of the averages "
+                f"with decay={decay!r} is evaluated and saved"
+            )
+        self._decay, self._options, self._which = decay, options, which
+        self._swap_on_epoch = swap_on_epoch
+        self._backup = _path(backup, "backup", _BACKUP)
+        self._save_path = _path(save_path, "save_path", _WEIGHTS)
+        self._ema: EMA | None = None
+        self._averaged: Any = None
+        self._pending: Mapping[str, Any] | None = None
+        self._steps: _Steps | None = None
+        self._done = 0
+        self._opening = False
+        self._loan: _Swap | _Copies | None = None
+        self._hook: Hook | None = None
+        self._guards: list[_Guard] = []
+        self._fit_guard: _Guard | None = None
+
+    # -- the average ------------------------------------------------------------------------------
+
+    @property
+    def ema(self) -> EMA:
+        """The average itself.
+
+        Raises
+        ------
+        StateError
+            Before there is one.
+        """
+        if self._ema is None:
+            raise StateError(
+                "there is no average yet: it begins with the weights as training begins; call "
+                "model.fit(callbacks=[...]) with this callback, update(), or load_state_dict()"
+            )
+        return self._ema
+
+    @property
+    def applied(self) -> bool:
+        """Whether the model holds the average now."""
+        return self._hook is not None
+
+    def _checked_model(self) -> Any:
+        model = getattr(self, "_model", None)
+        if model is None:
+            raise StateError("the callback has no model yet: fit() gives it one, or set_model()")
+        if self._averaged is not None and model is not self._averaged:
+            raise StateError(
+                f"this EMAWeights averages another model, {self._averaged.name!r}: make one for "
+                "each model (and load_state_dict() to go on in a model that was loaded anew)"
+            )
+        return model
+
+    def _begun(self, model: Any) -> bool:
+        """Build the average, if the model has weights."""
+        if self._ema is None:
+            if not (model.built and model.variables):
+                return False
+            ema = EMA(model, self._decay, **self._options)
+            if self._pending is not None:
+                ema.load_state_dict(self._pending)
+            self._ema, self._averaged, self._pending = ema, model, None
+        return True
+
+    def _counted(self, model: Any) -> _Steps:
+        """The counter of the model's optimizer, and what stands in the way of one."""
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None:
+            raise ArgumentError(
+                f"the model {model.name!r} has no optimizer, whose steps are what is counted: "
+                "compile() it (in a training loop of your own use fastema.EMA(model))"
+            )
+        if any(one.use_ema for one in _inner(optimizer)):
+            raise StateError(
+                "the optimizer has use_ema=True: it would write an average of its own into the "
+                "model, and that would be averaged again; leave out use_ema, or EMAWeights"
+            )
+        return _Steps(model)
+
+    def update(self) -> None:
+        """Take the current weights into the average, if the optimizer has made a step since.
+
+        In ``fit`` this is done after each batch. In a loop over ``train_on_batch`` call
+        ``set_model(model)`` and ``update()`` once before it, with which the average begins, and
+        ``update()`` after each batch.
+
+        Raises
+        ------
+        StateError
+            Without a model with weights, or while it holds the average.
+        """
+        self._refuse_applied("update")
+        model = self._checked_model()
+        if self._steps is None:
+            self._steps = self._counted(model)
+            self._done = self._steps.done()
+        if not self._begun(model):
+            raise StateError(f"the model {model.name!r} has no weights yet: build it first")
+        self._follow(self._steps.done())
+
+    def _follow(self, done: int) -> None:
+        passed, self._done = done - self._done, done
+        if passed == 1:
+            self.ema.update()
+        elif passed > 1:
+            self.ema.update(steps=passed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs: ``ema.state_dict()``."""
+        return self.ema.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved average; before there is a model with weights, as soon as there is one.
+
+        Parameters
+        ----------
+        state : mapping
+            Of :meth:`state_dict`, or of a :class:`fastema.EMA` of the same weights.
+
+        Raises
+        ------
+        StateError
+            While the model holds the average.
+        CheckpointError
+            Listing every mismatch of names, shapes, dtypes and schedule; nothing was changed.
+        """
+        self._refuse_applied("load_state_dict")
+        if self._ema is not None:
+            self._ema.load_state_dict(state)
+            return
+        self._pending = state
+        model = getattr(self, "_model", None)
+        if model is not None:
+            self._begun(self._checked_model())
+
+    # -- the average in the model -----------------------------------------------------------------
+
+    def _refuse_applied(self, call: str) -> None:
+        if self._hook is not None:
+            raise StateError(
+                f"{call} while the model holds the average: leave the swapped() block, or call "
+                "restore(), first"
+            )
+
+    def _put(self, hook: Hook) -> None:
+        """Put the average into the model, unless it is there."""
+        model = self._checked_model()
+        if self._hook is not None:
+            return
+        if self._ema is None and self._pending is not None:
+            self._begun(model)
+        other = _held_by.get(model, lambda: None)()
+        if other is not None and other is not self and other.applied:
+            raise StateError(
+                "the model holds the average of another EMAWeights: call its restore(), or leave "
+                "its swapped() block, first"
+            )
+        if hook == "epoch":
+            kind: type[_Swap | _Copies] = _Watched
+        else:
+            kind = _Copies if keras.backend.backend() == "jax" else _Swap
+        self._loan = kind(model, self.ema, self._which)
+        self._hook = hook
+        _held_by[model] = weakref.ref(self)
+        try:
+            self._loan.put()
+        except BaseException:
+            self.restore()
+            raise
+
+    def _take_back(self, *hooks: Hook) -> None:
+        if self._hook in hooks:
+            self.restore()
+
+    def restore(self) -> None:
+        """Give the model its own weights back, if it holds the average, however it came to it."""
+        if self._loan is not None:
+            self._loan.back()
+        self._loan = self._hook = None
+        while self._guards:
+            self._guards.pop().remove()
+
+    def _guard(self, name: str) -> None:
+        self._guards.append(_Guard(self._checked_model(), name, self.restore))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """A block in which the model holds the average; its weights come back however it ends.
+
+        Within a block, or a call, in which the model holds the average it does nothing.
+
+        Raises
+        ------
+        StateError
+            If there is no average yet, or the model holds another one.
+        """
+        outside = self._hook is None
+        try:
+            self._put("block")
+            yield
+        finally:
+            if outside:
+                try:
+                    self.restore()
+                except BaseException:  # an interrupt, before anything was taken back
+                    self.restore()
+                    raise
+
+    def save_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the average to a file as Keras writes a model's weights.
+
+        ``model.load_weights(path)`` reads it. As with ``model.save_weights`` the state of the
+        optimizer is in the file too, that of the weights in training. Whatever happens, there is
+        the old file or the whole new one.
+
+        Parameters
+        ----------
+        path : path
+            Ends in ``.weights.h5``; its folder must exist.
+
+        Raises
+        ------
+        ArgumentError
+            For another ending.
+        StateError
+            If there is no average yet.
+        """
+        final = _path(path, "path", _WEIGHTS)
+        assert final is not None
+        with self.swapped(), _moved_into_place(final, _WEIGHTS) as partial:
+            self._checked_model().save_weights(partial)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Check that the model can be averaged."""
+        self._take_back("test", "predict", "epoch")
+        self._refuse_applied("fit")
+        model = self._checked_model()
+        self._counted(model)
+        other = _in_fit.get(model, lambda: None)()
+        if other is not None and other is not self:
+            # All callbacks of one call are given the same dict.
+            if other.params is self.params:
+                raise StateError(
+                    "two EMAWeights in one fit(): each would put its average into the model; for "
+                    "several averages give one callback several decays, decay=(0.99, 0.999)"
+                )
+            other._take_back("test", "predict", "epoch")
+            other._refuse_applied("fit with another EMAWeights")
+            other._end_fit()
+        _in_fit[model] = weakref.ref(self)
+        for path in (self._backup, self._save_path):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        self._end_fit()
+        # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
+        self._fit_guard = _Guard(model, "evaluate", self.restore)
+        self._opening = True
+
+    def _end_fit(self) -> None:
+        if self._fit_guard is not None:
+            self._fit_guard.remove()
+            self._fit_guard = None
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Begin the average, or take it up, in the first epoch; the weights come back after it."""
+        self._take_back("epoch")
+        self._open()
+
+    def _open(self) -> None:
+        # Not in on_train_begin: there other callbacks load what they go on with.
+        if not self._opening:
+            return
+        self._opening = False
+        model = self._checked_model()
+        self._steps = self._counted(model)
+        done = self._steps.done()
+        new = self._ema is None and self._pending is None
+        self._begun(model)
+        if self._backup is not None and (new or done != self._done):
+            self._take_up(model, self._backup, done, must_fit=new)
+        self._done = done
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Take the weights into the average if they are those of another step."""
+        if self._steps is None or not self._begun(self._checked_model()):
+            self.update()
+        else:
+            self._follow(self._done + 1 if self._steps.one_per_batch else self._steps.done())
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Write the backup, and put the average into the model where that is wanted."""
+        if self._backup is not None and self._steps is not None:
+            with suppress(FileNotFoundError):
+                os.replace(self._backup, _previous(self._backup))
+            _write_state(self._backup, self.ema, self._steps.done())
+        if self._swap_on_epoch:
+            self._put("epoch")
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Give the model its weights back, and save the average."""
+        self._take_back("epoch")
+        self._end_fit()
+        self._open()  # of a run that had come to its end before
+        if self._save_path is not None and self._ema is not None:
+            self.save_weights(self._save_path)
+
+    def _take_up(self, model: Any, backup: Path, done: int, *, must_fit: bool) -> None:
+        """Load the backup that belongs to the model's step."""
+        found = [files.read(path) for path in (backup, _previous(backup)) if path.exists()]
+        if found and self._ema is None:
+            raise StateError(
+                f"the average in {backup} cannot be taken up: the model has no weights yet; give "
+                "it an Input, or build it, before fit()"
+            )
+        steps = []
+        for file in found:
+            if {"state", "steps"} - file.metadata.keys():
+                raise CheckpointError(f"{file.path} is not a backup of EMAWeights")
+            steps.append(int(file.metadata["steps"]))
+        if done in steps:
+            file = found[steps.index(done)]
+            self.ema.load_state_dict(_read_state(file, self.ema))
+        elif found and must_fit:
+            held = " and ".join(
+                f"{file.path} of step {step}" for file, step in zip(found, steps, strict=True)
+            )
+            raise CheckpointError(
+                f"the model's optimizer is at step {done}, but the backup of the average is {held}:"
+                " continue the model from where the average was saved (BackupAndRestore saves it "
+                "at the end of the same epochs), or delete the backup to begin anew"
+            )
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Put the average into the model."""
+        self._take_back("test", "predict")
+        if self._hook is None:
+            self._put("test")
+            self._guard("test_function")
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Give the model its weights back."""
+        self._take_back("test")
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Put the average into the model."""
+        self._take_back("test", "predict")
+        if self._hook is None:
+            self._put("predict")
+            self._guard("predict_function")
+
+    def on_predict_end(self, logs: Any = None) -> None:
+        """Give the model its weights back."""
+        self._take_back("predict")
