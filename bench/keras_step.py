@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +23,7 @@ from bench import machine, report
 from bench.clock import interleave, spread
 
 BACKENDS = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
-PACKAGES = ("keras", "tensorflow", "tensorflow-cpu", "jax")
+PACKAGES = ("numpy", "numba", "keras", "torch", "tensorflow-cpu", "tensorflow", "jax")
 NONE, OURS, THEIRS = "no average", "fastema.keras.EMAWeights", "use_ema + SwapEMAWeights"
 ENTRIES = (NONE, OURS, THEIRS)
 DECAY = 0.9
@@ -258,16 +257,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _header(command: str) -> dict[str, Any]:
-    header: dict[str, Any] = machine.header(command, "keras_step")
-    for package in PACKAGES:
-        try:
-            header["versions"][package] = version(package)
-        except ImportError:
-            continue
-    return header
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.keras_step", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few steps and rounds")
@@ -283,10 +272,10 @@ def main() -> int:
     rows = []
     for backend in options.backend or BACKENDS:
         rows += measured_apart(backend, options.quick)
-    result = {"header": _header(command), "rows": rows}
+    result = {"header": machine.header(command, "keras-step", PACKAGES), "rows": rows}
     text = markdown(result)
     print(text)
-    report.store(options.out, "keras_step-quick" if options.quick else "keras_step", result, text)
+    report.store(options.out, "keras-step-quick" if options.quick else "keras-step", result, text)
     return 0
 
 

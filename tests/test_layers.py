@@ -86,7 +86,9 @@ TABLE = {
         ours="layout errors typing bridges.names", lazy_ours="bridges", own_room=False
     ),
     # New memory is asked of the bridge that an array has.
-    "bridges.memory": Room(ours="layout errors typing bridges.registry", own_room=False),
+    "bridges.memory": Room(
+        ours="layout errors typing bridges.registry", theirs="numpy", own_room=False
+    ),
     **{
         f"bridges.{name}": Room(
             ours="layout errors typing bridges.registry bridges.dlpack bridges.names",
@@ -407,7 +409,7 @@ HOUSE = {
         ("bridges/registry.py", "def f():\n    import torch"),
         ("bridges/memory.py", "from fastema.bridges import torch"),
         ("bridges/memory.py", "def f():\n    from fastema.engine import ops"),
-        ("bridges/memory.py", "import numpy"),
+        ("bridges/memory.py", "import torch"),
         ("bridges/registry.py", "from fastema.bridges import memory"),
         ("bridges/torch.py", "from fastema.bridges.memory import allocate"),
         ("bridges/torch.py", "def f():\n    import jax"),

@@ -155,7 +155,10 @@ class _Pytree:
         self._treedef = treedef
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
-        leaves, treedef = jax.tree_util.tree_flatten(container)
+        try:
+            leaves, treedef = jax.tree_util.tree_flatten(container)
+        except (TypeError, ValueError):  # keys that cannot be sorted
+            return None
         return leaves if treedef == self._treedef else None
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:

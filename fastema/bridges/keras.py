@@ -82,7 +82,7 @@ def assign(variable: Any, array: Any) -> None:
 
 def shown(memory: NDArray[Any]) -> Any:
     """The backend's array with a copy of NumPy memory."""
-    return keras.ops.convert_to_tensor(memory.copy(), dtype=memory.dtype.name)
+    return keras.ops.copy(memory)
 
 
 def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:
@@ -103,6 +103,8 @@ class _Model:
         self._trained = [one.trainable for one in variables]
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
+        if not isinstance(container, keras.layers.Layer):
+            return None
         if write and hasattr(container, "jax_state_sync"):
             container.jax_state_sync()
         variables = container.weights

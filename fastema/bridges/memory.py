@@ -1,16 +1,19 @@
-"""New memory for tensors, in a few flat buffers."""
+"""Memory of tensors: new, in a few flat buffers, and seen as bytes."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from typing import Any
 
-from fastema.bridges.registry import describe, memory_of
+import numpy as np
+
+from fastema.bridges.registry import bridge_of, describe, memory_of
 from fastema.layout.dtypes import DType
 from fastema.layout.flat import dense_strides, place
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["Memory", "allocate"]
+__all__ = ["Memory", "allocate", "bytes_of", "row_major_on_host"]
 
 Memory = tuple[Any, TensorSpec]
 """A view into a flat buffer, and its description."""
@@ -52,3 +55,17 @@ def allocate(
             view = bridge.view(flat, offset, shape, strides)
             made[i] = view, describe(view)
     return [made[i] for i in range(len(wanted))]
+
+
+def row_major_on_host(array: Any) -> Any:
+    """An array of torch or NumPy in memory of the host, row-major; itself where it is so."""
+    there = bridge_of(array).transfer(array, "cpu")
+    return there.contiguous() if hasattr(there, "contiguous") else np.asarray(there, order="C")
+
+
+def bytes_of(array: Any) -> memoryview:
+    """The bytes of a row-major array on the host, for as long as the array is kept."""
+    spec = describe(array)
+    if not spec.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * spec.nbytes).from_address(spec.address)).cast("B")

@@ -277,6 +277,8 @@ class _Module:
         self._names = names
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
+        if not isinstance(container, tf.Module):
+            return None
         found = _variables(container)
         if [name for name, _ in found] != self._names:
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -140,11 +140,31 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
             data_ptr=spec.address,
             data_len=spec.nbytes,
         )
-    final = Path(path)
-    handle, partial = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
-    os.close(handle)
-    try:
+    with moved_into_place(path) as partial:
         safetensors.serialize_file(entries, partial, dict(metadata))
+
+
+@contextmanager
+def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[str]:
+    """Another name to write to; the whole file gets its own name at the end, or none does.
+
+    Parameters
+    ----------
+    path : path
+        Its folder must exist.
+    suffix : str
+        What the other name ends in.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
+    final = Path(path)
+    # Made by whoever writes it, with the rights that a new file has here.
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(6)}{suffix}")
+    try:
+        yield os.fspath(partial)
         _settle(partial)
         os.replace(partial, final)
     except BaseException:

@@ -141,7 +141,7 @@ class Assignment:
 
     def apply(self) -> None:
         """Give all of them their average, or none."""
-        arrays = rounded(self._pairs)
+        arrays = _as_weights(self._pairs)
         self._raw = [bridge_of(pair.src.owner).value(pair.src.owner) for pair in self._pairs]
         try:
             for pair, array in zip(self._pairs, arrays, strict=True):
@@ -156,6 +156,13 @@ class Assignment:
         for pair, raw in zip(self._pairs, self._raw, strict=True):
             bridge_of(pair.src.owner).assign(pair.src.owner, raw)
         self._raw = []
+
+
+def _as_weights(pairs: Sequence[Pair]) -> list[Any]:
+    """Averages as their weights would be: themselves where they are so already."""
+    differ = [p for p in pairs if p.dst.dtype != p.src.dtype]
+    made = dict(zip((pair.name for pair in differ), rounded(differ), strict=True))
+    return [made.get(pair.name, pair.dst.owner) for pair in pairs]
 
 
 def rounded(pairs: Sequence[Pair]) -> list[Any]:

@@ -1,31 +1,20 @@
-"""For Keras users: the average of a model's weights as a callback, on every backend of Keras 3.
-
->>> import fastema.keras                                               # doctest: +SKIP
->>> ema = fastema.keras.EMAWeights(decay=0.999)                        # doctest: +SKIP
->>> model.fit(x, y, validation_data=held_out, callbacks=[ema])         # doctest: +SKIP
->>> ema.save_weights("average.weights.h5")                             # doctest: +SKIP
-"""
+"""The average of a model's weights as a callback."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-import secrets
 import weakref
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import keras
-import numpy as np
 
-from fastema.bridges.registry import bridge_of, describe, leaves_of
-from fastema.checkpoint import files
+from fastema.checkpoint import files, state
 from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.keras.loans import Copies, Guard, Swap, Watched
+from fastema.keras.steps import Steps, inner
 from fastema.rules import Rule
 from fastema.shadow import EMA
 
@@ -44,206 +33,6 @@ _held_by: weakref.WeakKeyDictionary[Any, weakref.ref[EMAWeights]] = weakref.Weak
 """Model to the callback whose average it holds."""
 
 
-# -- the optimizer's steps ------------------------------------------------------------------------
-
-
-def _inner(optimizer: Any) -> list[Any]:
-    """The optimizers that change weights: those within one that scales losses, or of several."""
-    if hasattr(optimizer, "inner_optimizer"):
-        return _inner(optimizer.inner_optimizer)
-    if hasattr(optimizer, "optimizers"):
-        return [leaf for one in optimizer.optimizers for leaf in _inner(one)]
-    return [optimizer]
-
-
-class _Steps:
-    """How many steps a model's optimizer has taken.
-
-    A batch that only adds to accumulated gradients is none, nor one whose scaled gradients were not
-    finite; an execution of several batches is several.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._counters: list[tuple[Any, int | None, int]] = []
-        optimizer = model.optimizer
-        # Lists of variables are searched by identity: == of variables is that of their values.
-        places = {id(variable): i for i, variable in enumerate(optimizer.variables)}
-        for one in _inner(optimizer):
-            counter = next(v for v in one.variables if v.name == "iteration")
-            k = one.gradient_accumulation_steps or 1
-            self._counters.append((counter, places.get(id(counter)), k))
-        self.one_per_batch = (
-            _inner(optimizer) == [optimizer]
-            and not optimizer.gradient_accumulation_steps
-            and model.steps_per_execution == 1
-            and type(model).train_step is keras.Model.train_step
-            and not {"train_step", "make_train_function"} & vars(model).keys()
-            and type(model).make_train_function is keras.Model.make_train_function
-        )
-        """Whether each batch is a step: a counter need not be fetched from a device then."""
-
-    def done(self) -> int:
-        """Steps so far."""
-        # In an epoch of the JAX backend the variables are empty, and their values on the way.
-        state = getattr(self._model, "_jax_state", None) or {}
-        values = None if not _in_flight(self._model) else state.get("optimizer_variables")
-        done = 0
-        for counter, place, k in self._counters:
-            value = counter if values is None or place is None else values[place]
-            done = max(done, int(value) // k)
-        return done
-
-
-def _in_flight(model: Any) -> bool:
-    """Whether the model's state is not in its variables, as within an epoch of the JAX backend."""
-    return bool(getattr(model, "_jax_state", None)) and not model._jax_state_synced
-
-
-# -- the average in the model ---------------------------------------------------------------------
-
-
-class _Swap:
-    """Average and weights change places: exact, and without a third copy."""
-
-    def __init__(self, model: Any, ema: EMA, which: int | None) -> None:
-        self._ema, self._which = ema, which
-
-    def put(self) -> None:
-        self._ema.apply_shadow(which=self._which)
-
-    def back(self) -> None:
-        if self._ema.applied:
-            self._ema.restore()
-
-
-class _Copies:
-    """The average is copied into the model, and the weights are kept beside.
-
-    For the JAX backend, whose arrays are never written: the weights are kept by reference. An
-    evaluation that fails there leaves variables without a value, or arrays that were donated; what
-    is kept here is neither.
-    """
-
-    def __init__(self, model: Any, ema: EMA, which: int | None) -> None:
-        self._model, self._ema, self._which = model, ema, which
-        self._averaged: list[tuple[Any, Any]] = []
-        self._others: list[tuple[Any, Any]] = []
-
-    def put(self) -> None:
-        if keras.backend.backend() == "jax":
-            self._model.jax_state_sync()
-        names = self._ema.shadows[0].keys()
-        leaves = zip(self._model.weights, leaves_of(self._model).items, strict=True)
-        weights = {id(variable): leaf.name in names for variable, leaf in leaves}
-        for variable in self._model.variables:
-            if weights.get(id(variable)):
-                self._averaged.append((variable, self._keep(variable)))
-            else:
-                # What is no weight, such as the state of random numbers, is small: a copy of it.
-                kept = variable.value if id(variable) in weights else _copied(variable)
-                self._others.append((variable, kept))
-        self._ema.copy_to(self._model, which=self._which)
-
-    @staticmethod
-    def _keep(variable: Any) -> Any:
-        return variable.value
-
-    def back(self) -> None:
-        self._model.jax_state_sync()  # what an evaluation left that failed, if it came so far
-        for variable, value in self._averaged:
-            variable.assign(value)
-        for variable, value in self._others:
-            if _is_gone(variable._value) and not _is_gone(value):
-                variable.assign(value)
-
-
-class _Watched(_Copies):
-    """The same where other callbacks may write weights meanwhile: what they wrote stays."""
-
-    def put(self) -> None:
-        super().put()
-        self._sums = [_checksum(variable) for variable, _ in self._averaged]
-
-    @staticmethod
-    def _keep(variable: Any) -> Any:
-        if keras.backend.backend() == "jax":
-            return variable.value
-        return _copied(variable)
-
-    def back(self) -> None:
-        for (variable, value), before in zip(self._averaged, self._sums, strict=True):
-            if _checksum(variable) == before:
-                variable.assign(value)
-
-
-def _on_host(variable: Any) -> Any:
-    """A variable's value in row-major memory of the host: perhaps its own."""
-    value = variable.value
-    # Of PyTorch it stays a tensor: NumPy has no bfloat16 that both know.
-    return _row_major(value if hasattr(value, "detach") else keras.ops.convert_to_numpy(value))
-
-
-def _copied(variable: Any) -> Any:
-    return deepcopy(_on_host(variable))
-
-
-def _is_gone(array: Any) -> bool:
-    """Whether a variable has no value, or one that was donated."""
-    return array is None or (hasattr(array, "is_deleted") and array.is_deleted())
-
-
-def _checksum(variable: Any) -> int:
-    array = _on_host(variable)
-    return zlib.crc32(_bytes_of(array))
-
-
-class _Guard:
-    """Stands in for a function of a model's: where that raises, the average is taken back."""
-
-    def __init__(self, model: Any, name: str, undo: Callable[[], None]) -> None:
-        self._model, self._name, self._undo = model, name, undo
-        self._own = name in vars(model)
-        self._inner = getattr(model, name)
-        vars(model)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self._inner(*args, **kwargs)
-        except BaseException as error:
-            # The end of the data is no failure: JAX iterators end so, and those of TensorFlow.
-            if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
-                self._undo()
-            raise
-
-    def remove(self) -> None:
-        """Give the model its own function back, unless it was given another meanwhile."""
-        if vars(self._model).get(self._name) is not self:
-            return
-        if self._own:
-            vars(self._model)[self._name] = self._inner
-        else:
-            del vars(self._model)[self._name]
-
-
-# -- files ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _moved_into_place(final: Path, suffix: str) -> Iterator[str]:
-    """Another name to write to; the whole file gets its own name at the end, or none does."""
-    # Made by whoever writes it, with the rights that a new file has here.
-    partial = final.with_name(f".{final.name}.{secrets.token_hex(6)}{suffix}")
-    try:
-        yield os.fspath(partial)
-        with partial.open("r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, final)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _path(value: Any, name: str, suffix: str) -> Path | None:
     if value is None:
         return None
@@ -255,52 +44,6 @@ def _path(value: Any, name: str, suffix: str) -> Path | None:
 
 def _previous(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(_BACKUP) + ".previous" + _BACKUP)
-
-
-def _row_major(array: Any) -> Any:
-    there = bridge_of(array).transfer(array, "cpu")
-    return there.contiguous() if hasattr(there, "contiguous") else np.asarray(there, order="C")
-
-
-def _bytes_of(array: Any) -> memoryview:
-    """The memory of a row-major array on the host, for as long as the array is kept."""
-    spec = describe(array)
-    if not spec.nbytes:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * spec.nbytes).from_address(spec.address)).cast("B")
-
-
-def _write_state(path: Path, ema: EMA, steps: int) -> None:
-    """Write an average's state, and the optimizer's steps that it belongs to."""
-    plain, arrays = {}, {}
-    for key, value in ema.state_dict(copy=False).items():
-        if isinstance(value, list):
-            for i, tensors in enumerate(value):
-                for name, array in tensors.items():
-                    arrays[f"{key}.{i}.{name}"] = _row_major(array)
-        else:
-            plain[key] = value
-    specs = {name: describe(array) for name, array in arrays.items()}
-    files.write(path, specs, state=json.dumps(plain), steps=str(steps))
-
-
-def _read_state(found: files.File, ema: EMA) -> dict[str, Any]:
-    """The state in a file, in arrays such as the average has."""
-    like = ema.state_dict(copy=False)["shadow"][0]
-    bridge = bridge_of(next(iter(like.values())))
-    state: dict[str, Any] = json.loads(found.metadata["state"])
-    with found.opened() as fill:
-        for key, stored in found.tensors.items():
-            part, place, name = key.split(".", 2)
-            array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
-            fill(stored.offset, _bytes_of(array))
-            several = state.setdefault(part, [])
-            several += [{} for _ in range(int(place) + 1 - len(several))]
-            several[int(place)][name] = array
-    return state
-
-
-# -- the callback ---------------------------------------------------------------------------------
 
 
 class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
@@ -450,13 +193,13 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._ema: EMA | None = None
         self._averaged: Any = None
         self._pending: Mapping[str, Any] | None = None
-        self._steps: _Steps | None = None
+        self._steps: Steps | None = None
         self._done = 0
         self._opening = False
-        self._loan: _Swap | _Copies | None = None
+        self._loan: Swap | Copies | None = None
         self._hook: Hook | None = None
-        self._guards: list[_Guard] = []
-        self._fit_guard: _Guard | None = None
+        self._guards: list[Guard] = []
+        self._fit_guard: Guard | None = None
 
     # -- the average ------------------------------------------------------------------------------
 
@@ -503,7 +246,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._ema, self._averaged, self._pending = ema, model, None
         return True
 
-    def _counted(self, model: Any) -> _Steps:
+    def _counted(self, model: Any) -> Steps:
         """The counter of the model's optimizer, and what stands in the way of one."""
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
@@ -511,12 +254,12 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 f"the model {model.name!r} has no optimizer, whose steps are what is counted: "
                 "compile() it (in a training loop of your own use fastema.EMA(model))"
             )
-        if any(one.use_ema for one in _inner(optimizer)):
+        if any(one.use_ema for one in inner(optimizer)):
             raise StateError(
                 "the optimizer has use_ema=True: it would write an average of its own into the "
                 "model, and that would be averaged again; leave out use_ema, or EMAWeights"
             )
-        return _Steps(model)
+        return Steps(model)
 
     def update(self) -> None:
         """Take the current weights into the average, if the optimizer has made a step since.
@@ -597,9 +340,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "its swapped() block, first"
             )
         if hook == "epoch":
-            kind: type[_Swap | _Copies] = _Watched
+            kind: type[Swap | Copies] = Watched
         else:
-            kind = _Copies if keras.backend.backend() == "jax" else _Swap
+            kind = Copies if keras.backend.backend() == "jax" else Swap
         self._loan = kind(model, self.ema, self._which)
         self._hook = hook
         _held_by[model] = weakref.ref(self)
@@ -622,7 +365,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._guards.pop().remove()
 
     def _guard(self, name: str) -> None:
-        self._guards.append(_Guard(self._checked_model(), name, self.restore))
+        self._guards.append(Guard(self._checked_model(), name, self.restore))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -668,7 +411,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         """
         final = _path(path, "path", _WEIGHTS)
         assert final is not None
-        with self.swapped(), _moved_into_place(final, _WEIGHTS) as partial:
+        with self.swapped(), files.moved_into_place(final, _WEIGHTS) as partial:
             self._checked_model().save_weights(partial)
 
     # -- training ---------------------------------------------------------------------------------
@@ -696,7 +439,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 path.parent.mkdir(parents=True, exist_ok=True)
         self._end_fit()
         # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
-        self._fit_guard = _Guard(model, "evaluate", self.restore)
+        self._fit_guard = Guard(model, "evaluate", self.restore)
         self._opening = True
 
     def _end_fit(self) -> None:
@@ -735,7 +478,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._backup is not None and self._steps is not None:
             with suppress(FileNotFoundError):
                 os.replace(self._backup, _previous(self._backup))
-            _write_state(self._backup, self.ema, self._steps.done())
+            saved = self.ema.state_dict(copy=False)
+            state.write_state(self._backup, saved, steps=str(self._steps.done()))
         if self._swap_on_epoch:
             self._put("epoch")
 
@@ -757,12 +501,13 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             )
         steps = []
         for file in found:
-            if {"state", "steps"} - file.metadata.keys():
+            if "steps" not in file.metadata:
                 raise CheckpointError(f"{file.path} is not a backup of EMAWeights")
             steps.append(int(file.metadata["steps"]))
         if done in steps:
             file = found[steps.index(done)]
-            self.ema.load_state_dict(_read_state(file, self.ema))
+            like = next(iter(self.ema.state_dict(copy=False)["shadow"][0].values()))
+            self.ema.load_state_dict(state.read_state(file, like))
         elif found and must_fit:
             held = " and ".join(
                 f"{file.path} of step {step}" for file, step in zip(found, steps, strict=True)
