@@ -27,7 +27,11 @@ NAMES = [
     for node in ast.parse(CASES.read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 ]
-BACKENDS = {"tensorflow": "tensorflow", "torch": "torch", "jax": "jax"}
+BACKENDS = (
+    pytest.param("tensorflow", marks=pytest.mark.tensorflow),
+    "torch",
+    "jax",
+)
 SECONDS = 600
 
 
@@ -98,7 +102,7 @@ def outcome(
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_case(backend: str, case: str, outcome: Callable[[str], Outcome]) -> None:
-    modules("keras", "safetensors", BACKENDS[backend])
+    modules("keras", "safetensors", backend)
     found = outcome(backend)
     if case in found.failed:
         pytest.fail("\n".join(found.failed[case]), pytrace=False)
