@@ -98,6 +98,8 @@ def ids(path: Path) -> str:
 
 
 @pytest.mark.skipif(not PAGES, reason="pages belong to a checkout, not to an install")
+# Of Keras' variables on PyTorch, which NumPy 2 finds fault with.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_python_blocks_of_a_page(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -226,10 +226,7 @@ class Average:
         else:
             stale = binding.lenient or not binding.holds(container) or changed(binding)
         if stale:
-            binding = Binding(container, self._store, self._names)
-            if binding.moving and write:
-                binding.locate(container, write=True)
-            self._binding = binding
+            binding = self._binding = Binding(container, self._store, self._names, write=write)
         if binding.fixed:  # weights that are never written are those that came last
             self._home = container
         return binding
@@ -485,7 +482,7 @@ class Average:
                 return applied
         elif not before.changed():
             return applied
-        binding = Binding(before.container, self._store, self._names, lenient=True)
+        binding = Binding(before.container, self._store, self._names, lenient=True, write=True)
         problems = [
             f"{name!r} was {was.dtype} and is {binding.weights[name].dtype}"
             for name, was in before.weights.items()
@@ -498,8 +495,6 @@ class Average:
                 + "\nChange it back, then restore(): the raw weights are kept exactly, the average "
                 "only as the other dtype left it."
             )
-        if binding.moving:
-            binding.locate(binding.container, write=True)
         applied.follow(binding.exchanged(applied.which))
         self._binding = binding
         return applied

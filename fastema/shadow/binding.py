@@ -81,6 +81,8 @@ class Binding:
         What became of the other names when the average was built.
     lenient : bool
         Accept tensors that are new or unfrozen: to take back an average that was applied before.
+    write : bool
+        The weights are about to be written.
 
     Raises
     ------
@@ -97,6 +99,7 @@ class Binding:
         names: Names,
         *,
         lenient: bool = False,
+        write: bool = False,
     ) -> None:
         leaves = leaves_of(container)
         entries = store.sets[0]
@@ -157,7 +160,7 @@ class Binding:
             for leaf in leaves.items
             if leaf.name in frozen and leaf.role == "frozen"
         ]
-        if leaves.moving and not self.locate(container):
+        if leaves.moving and not self.locate(container, write=write):
             raise LayoutError("the tensors change while they are looked at, by another thread")
 
     # -- tensors that move ------------------------------------------------------------------------

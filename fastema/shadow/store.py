@@ -9,7 +9,7 @@ from typing import Any, Final
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe
 from fastema.engine.program import Program
-from fastema.errors import DTypeError, listed
+from fastema.errors import BridgeError, DTypeError, listed
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
@@ -212,9 +212,22 @@ class Store:
         for part, of_part in self.specs().items():
             for specs, arrays in zip(of_part, tensors[part], strict=True):
                 for name, spec in specs.items():
-                    array = bridge_of(arrays[name]).transfer(arrays[name], spec.device)
+                    array = _brought(arrays[name], spec.device)
                     pairs.append(Pair(name, spec, describe(array)))
         return Program({"all": pairs})
+
+
+def _brought(array: Any, device: str) -> Any:
+    """An array of whatever framework on a device; those that only read are left on the host."""
+    transfer = getattr(bridge_of(array), "transfer", None)
+    if transfer is not None:
+        return transfer(array, device)
+    if device != "cpu":
+        raise BridgeError(
+            f"a {type(array).__module__}.{type(array).__qualname__} cannot be put on {device}; "
+            "pass a NumPy array, or a tensor of the average's framework"
+        )
+    return array
 
 
 def _averages(

@@ -411,6 +411,111 @@ def test_nothing_to_do() -> None:
     Program({"all": []}).run({"all": "lerp"}, Moment((0.5,)))
 
 
+POISON = {"f32": np.float32(np.nan), "f16": np.float16(np.nan), "bf16": np.uint16(0x7FC0)}
+
+RELOCATED = {
+    "flat": ((3 * CHUNK + 5,), (1,), (1,)),
+    "strided": ((7, 30), (90, 1), (1, 7)),
+    "backwards": ((65,), (-1,), (2,)),
+    "one": ((), (), ()),
+    "none": ((0, 3), (3, 1), (3, 1)),
+}
+
+
+@pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("f32", "bf16"), ("f16", "f32")])
+@pytest.mark.parametrize("sides", ["dst", "src", "both"])
+def test_tensors_that_moved_are_worked_on_where_they_are(
+    dst: str,
+    src: str,
+    sides: str,
+    numbers: Make,
+    guarded: Callable[..., object],
+    assert_same: Check,
+    spec_of: Callable[..., TensorSpec],
+    threads: Callable[[int], None],
+) -> None:
+    threads(2)
+
+    def put(values: np.ndarray, side: int, layout: str, move: int) -> object:
+        return guarded(values, start=move % 5, strides=RELOCATED[layout][1 + side])
+
+    def fresh(side: int, code: str, seed: int) -> dict[str, object]:
+        return {
+            name: put(numbers(int(np.prod(shape)), code, seed + i).reshape(shape), side, name, seed)
+            for i, (name, (shape, *_)) in enumerate(RELOCATED.items())
+        }
+
+    avg, x = fresh(0, dst, 1), fresh(1, src, 100)
+    pairs = [Pair(n, spec_of(avg[n].array, dst), spec_of(x[n].array, src)) for n in RELOCATED]
+    program = Program({"one": pairs[::2], "other": pairs[1::2]})
+    operations = {"one": "lerp", "other": "lerp"}
+    for move in range(1, 5):
+        want = {n: expected("lerp", avg[n].array, x[n].array, dst, src)[0] for n in RELOCATED}
+        program.run(operations, Moment((W,)))
+        for n in RELOCATED:
+            assert_same(np.ascontiguousarray(avg[n].array), want[n], dst)
+            avg[n].assert_rest_untouched()
+            x[n].assert_untouched()
+        left = {}
+        if sides != "src":  # the values go along, and the memory that they had must not be touched
+            left["dst"] = avg
+            avg = {n: put(one.array.copy(), 0, n, 10 * move) for n, one in avg.items()}
+        if sides != "dst":
+            left["src"], x = x, fresh(1, src, 100 * (move + 1))
+        for side, old in left.items():
+            for one in old.values():
+                one.array[...] = POISON[dst if side == "dst" else src]
+                one._before[...] = one._poison
+        now = {"dst": avg, "src": x}
+        program.relocate(**{s: {n: now[s][n].array.ctypes.data for n in RELOCATED} for s in left})
+        program.run({}, Moment((W,)))
+        for old in left.values():
+            for one in old.values():
+                one.assert_untouched()
+
+
+def test_averages_updated_together_are_found_in_other_places(
+    numbers: Make, spec_of: Callable[..., TensorSpec], assert_same: Check
+) -> None:
+    weights = (0.5, 0.25, 1.0)
+    avg = [[numbers(n, "f32", 10 * i + w) for w in range(3)] for i, n in enumerate((5, CHUNK + 9))]
+    x = [numbers(len(one[0]), "f32", 90 + i) for i, one in enumerate(avg)]
+    pairs = [
+        Pair(f"t{i}", spec_of(a, "f32"), spec_of(x[i], "f32"), which=w)
+        for i, several in enumerate(avg)
+        for w, a in enumerate(several)
+    ]
+    program = Program({"all": pairs})
+    later = [numbers(len(one), "f32", 70 + i) for i, one in enumerate(x)]
+    want = [
+        reference.lerp(a, later[i], weights[w], "f32", "f32")
+        for i, several in enumerate(avg)
+        for w, a in enumerate(several)
+    ]
+    for one in x:
+        one[...] = np.nan
+    program.relocate(src={f"t{i}": one.ctypes.data for i, one in enumerate(later)})
+    program.run({"all": "lerp"}, Moment(weights))
+    for got, wanted in zip([a for several in avg for a in several], want, strict=True):
+        assert_same(got, wanted, "f32")
+
+
+def test_a_move_is_not_added_to_the_last_one(
+    numbers: Make, spec_of: Callable[..., TensorSpec]
+) -> None:
+    whole = np.full(3000, np.nan, np.float32)
+    avg, x = numbers(1000, "f32", 1), whole[:1000]
+    x[...] = numbers(1000, "f32", 2)
+    program = Program({"all": [Pair("t", spec_of(avg, "f32"), spec_of(x, "f32"))]})
+    for start in (500, 1999, 0, 2000, 2000, 1):
+        values = numbers(1000, "f32", start)
+        whole[:] = np.nan
+        whole[start : start + 1000] = values
+        program.relocate(src={"t": whole[start:].ctypes.data})
+        program.run({"all": "copy"})
+        np.testing.assert_array_equal(avg, values)
+
+
 def test_later_runs_compile_nothing_and_keep_no_memory(
     numbers: Make,
     run_pairs: Callable[..., Program],

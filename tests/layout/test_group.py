@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.errors import DTypeError, LayoutError
-from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
+from fastema.layout.group import (
+    Guard,
+    Pair,
+    check_pair,
+    refuse_overlap,
+    refuse_unwritable,
+    unique,
+)
 from fastema.layout.spec import TensorSpec
 
 
@@ -122,3 +129,81 @@ def test_a_thousand_tensors_are_checked_at_once() -> None:
     refuse_overlap(columns)
     with pytest.raises(LayoutError, match="c7"):
         refuse_overlap(columns, [("again", columns[7][1])])
+
+
+def reach(one: TensorSpec) -> range:
+    """Every byte from the first element's to the last's, gaps included."""
+    found = elements(one)
+    return range(min(found), max(found) + 1) if found else range(0)
+
+
+def meet(one: range, other: range) -> bool:
+    return max(one.start, other.start) < min(one.stop, other.stop)
+
+
+SIDE = st.lists(VIEWS, max_size=5)
+MOVES = st.lists(st.integers(0, 60).map(lambda step: 3584 + 16 * step), min_size=5, max_size=5)
+
+
+def named(label: str, specs: list[TensorSpec]) -> list[tuple[str, TensorSpec]]:
+    return [(f"{label}{i}", one) for i, one in enumerate(specs)]
+
+
+def moved(side: list[tuple[str, TensorSpec]], to: list[int]) -> list[tuple[str, TensorSpec]]:
+    return [(name, one.at(address)) for (name, one), address in zip(side, to, strict=False)]
+
+
+def touched(written: list[tuple[str, TensorSpec]], read: list[tuple[str, TensorSpec]]) -> bool:
+    return any(meet(reach(one), reach(other)) for _, one in written for _, other in read)
+
+
+@given(SIDE, SIDE, MOVES, MOVES)
+def test_a_guard_notices_spans_that_meet_wherever_they_moved(
+    written: list[TensorSpec], read: list[TensorSpec], there: list[int], elsewhere: list[int]
+) -> None:
+    ours, theirs = named("w", written), named("r", read)
+    guard = Guard(ours, theirs)
+    for to_ours, to_theirs in [(None, None), (there, None), (None, there), (there, elsewhere)]:
+        now = ours if to_ours is None else moved(ours, to_ours)
+        then = theirs if to_theirs is None else moved(theirs, to_theirs)
+        given_ = [
+            None if to is None else {name: one.address for name, one in side}
+            for to, side in ((to_ours, now), (to_theirs, then))
+        ]
+        assert guard.touched(*given_) == touched(now, then)
+    assert guard.touched(None, None) == touched(ours, theirs)  # nothing is kept from call to call
+
+
+@given(SIDE, SIDE, MOVES, MOVES)
+def test_what_a_guard_lets_pass_the_exact_test_lets_pass(
+    written: list[TensorSpec], read: list[TensorSpec], there: list[int], elsewhere: list[int]
+) -> None:
+    ours, theirs = moved(named("w", written), there), moved(named("r", read), elsewhere)
+    addresses = [{name: one.address for name, one in side} for side in (ours, theirs)]
+    if not Guard(named("w", written), named("r", read)).touched(*addresses):
+        for one in ours:
+            refuse_overlap([one], theirs)
+
+
+def test_a_guard_sees_what_lies_behind_a_long_tensor() -> None:
+    # The one that begins last before what is read is not the one that reaches it.
+    guard = Guard([("long", spec(4096, (100,))), ("short", spec(4200, (2,)))], [("x", spec(64))])
+    assert not guard.touched(None, None)
+    assert guard.touched(None, {"x": 4400})
+    assert guard.touched(None, {"x": 4096 + 400 - 4})
+    assert not guard.touched(None, {"x": 4096 + 400})
+    assert not guard.touched(None, {"x": 4096 - 12})
+    assert guard.touched(None, {"x": 4096 - 8})
+    assert not guard.touched({"long": 1 << 20, "short": 1 << 21}, {"x": 4400})
+    assert guard.touched({"long": 1 << 20, "short": 1 << 21}, {"x": 1 << 21})
+
+
+def test_a_guard_has_no_eye_for_gpus_nor_for_what_is_empty() -> None:
+    there = [("w", spec(4096, device="cuda:0")), ("e", spec(4096, (0,)))]
+    assert not Guard(there, [("x", spec(4096))]).touched(None, None)
+    assert not Guard([("x", spec(4096))], there).touched(None, {"w": 4096, "e": 4096})
+    assert not Guard([], []).touched({}, {})
+    assert not Guard([], [("x", spec(4096))]).touched({}, {"x": 1})
+    both = Guard([*there, ("f", spec(64))], [*there, ("x", spec(4096))])
+    assert not both.touched(None, None)
+    assert both.touched(None, {"w": 0, "e": 0, "x": 68})

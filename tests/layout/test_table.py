@@ -262,3 +262,43 @@ def test_rows_of_a_slice_are_walked_along_its_long_axis() -> None:
 def test_bytes_of_both_sides() -> None:
     pair = Pair("t", dense((10, 3), (0, 1), "f32", 64), dense((10, 3), (0, 1), "bf16", 4096))
     assert table.moved_bytes([pair, pair]) == 2 * 30 * 6
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([(0,), (1,), (5,), (3, 7), (2, 0), (4, 3, 2), (130,), ()]),
+            st.booleans(),
+        ),
+        max_size=7,
+    ),
+    st.integers(1, 3),
+    st.integers(1, 40),
+)
+def test_every_row_is_numbered_by_its_pair(
+    tensors: list[tuple[tuple[int, ...], bool]], together: int, chunk: int
+) -> None:
+    pairs = []
+    for i, (shape, spread) in enumerate(tensors):
+        order = tuple(range(len(shape)))
+        src = dense(shape, order, "f32", (i + 1) << 40)
+        if spread and len(shape) > 1:
+            src = dense(shape, order[::-1], "f32", (i + 1) << 40)
+        for which in range(together):
+            dst = dense(shape, order, "f32", ((i + 1) << 40) + ((which + 1) << 30))
+            pairs.append(Pair(f"t{i}", dst, src, which=which))
+    tables = table.numbered_tables(pairs, together, chunk)
+    plain = table.chunk_tables(pairs, together, chunk)
+    assert list(tables) == list(plain)
+    seen: Counter[int] = Counter()
+    for layout, (rows, numbers) in tables.items():
+        np.testing.assert_array_equal(rows, plain[layout])
+        assert numbers.shape == (len(rows),)
+        for row, number in zip(rows, numbers, strict=True):
+            pair = pairs[number]
+            assert row[KEY] == table._key(pair)
+            assert row[WHICH] == pair.which
+            for column, side in ((DST, pair.dst), (SRC, pair.src)):
+                assert 0 <= row[column] - side.address < max(side.nbytes, 1)
+            seen[int(number)] += int(row[COUNT])
+    assert seen == {i: pair.dst.size for i, pair in enumerate(pairs) if pair.dst.size}

@@ -207,3 +207,50 @@ CONSTANT = {"rule": "Constant", "value": 0.5}
 def test_descriptions_of_no_schedule(plain: Any) -> None:
     with pytest.raises(ArgumentError):
         Schedule.from_dict(plain)
+
+
+calls = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+def taken_at_once(schedule: Schedule, before: int, steps: int) -> tuple[float, ...]:
+    """The definition, step by step: which of the steps would have touched memory."""
+    seen = range(before + 1, before + steps + 1)
+    start, k = schedule.start_after, schedule.update_every
+    if start and start in seen:
+        return (1.0,) * len(schedule.rules)
+    due = [n - start for n in seen if n > start and (n - start) % k == 0]
+    if not due:
+        return ()
+    return tuple(rule.weight(due[-1], k * len(due)) for rule in schedule.rules)
+
+
+@given(schedules, calls)
+def test_steps_that_are_taken_at_once(schedule: Schedule, cuts: list[int]) -> None:
+    before = 0
+    for steps in cuts:
+        step = before + steps
+        assert schedule.weights(step, steps) == taken_at_once(schedule, before, steps)
+        if steps == 1:
+            assert schedule.weights(step) == schedule.weights(step, 1)
+        before = step
+
+
+@given(st.floats(0.5, 0.9999), every, starts, calls)
+def test_the_horizon_does_not_depend_on_how_steps_are_cut(
+    decay: float, k: int, start: int, cuts: list[int]
+) -> None:
+    schedule = Schedule(rules.constant(decay), k, start)
+    left, step = Fraction(1), start
+    for steps in cuts:
+        step += steps
+        for w in schedule.weights(step, steps):
+            left *= 1 - Fraction(w)
+    done = (step - start) // k * k
+    assert float(left) == pytest.approx(decay**done, rel=1e-9, abs=1e-13)
+
+
+@given(schedules, st.integers(0, 300), st.integers(1, 300))
+def test_what_is_cut_is_not_lost(schedule: Schedule, before: int, steps: int) -> None:
+    # Memory is touched at once exactly where it would be touched in one of the steps.
+    apart = [schedule.weights(n) for n in range(before + 1, before + steps + 1)]
+    assert bool(schedule.weights(before + steps, steps)) == any(apart)

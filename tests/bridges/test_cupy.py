@@ -1,0 +1,299 @@
+"""The CuPy bridge, with arrays in the memory of the host and the kernels' own code run there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.bridges import registry
+from fastema.errors import BridgeError, DeviceError, DTypeError, LayoutError, StateError
+from fastema.layout.dtypes import NAMES
+
+from ..needed import modules
+
+modules("torch", "ml_dtypes")
+
+import ml_dtypes  # noqa: E402
+
+from ..shadow.truth import Loop  # noqa: E402
+from ..stubcupy import Device, Stream, array, cupy, ndarray  # noqa: E402
+from ..stubgpu import StubDriver  # noqa: E402
+
+__all__ = ["cupy"]
+
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("cupy")]
+
+SHAPES = {"a": (37, 11), "b": (5,), "c": (), "d": (0, 3), "e": (1000,)}
+FLOATS = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+
+def values(seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return {n: np.asarray(generator.normal(size=s)).astype(dtype) for n, s in SHAPES.items()}
+
+
+def on_gpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: array(one) for name, one in arrays.items()}
+
+
+def fill(weights: dict[str, Any], new: dict[str, np.ndarray]) -> None:
+    for name, one in weights.items():
+        one.there[...] = new[name]
+
+
+def bits(weights: Any) -> dict[str, bytes]:
+    return {name: one.there.tobytes() for name, one in weights.items()}
+
+
+def bridge() -> Any:
+    return sys.modules["fastema.bridges.cupy"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_dtype_is_described(name: str) -> None:
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+    one = array(np.ones((3, 4), dtype))
+    spec = registry.describe(one)
+    assert (spec.dtype, spec.shape, spec.strides) == (NAMES[name], (3, 4), (4, 1))
+    assert (spec.address, spec.device, spec.writable) == (one.data.ptr, "cuda:0", True)
+    assert spec.owner is one
+    assert bridge().code(dtype) == NAMES[name]
+    assert bridge().native(NAMES[name]) == dtype
+
+
+def test_views_and_devices() -> None:
+    whole = array(np.arange(40.0))
+    rows = ndarray((4, 3), np.float64, whole.data + 16, (80, 8))
+    spec = registry.describe(rows)
+    assert (spec.address, spec.strides) == (whole.data.ptr + 16, (10, 1))
+    with Device(1):
+        other = array(np.ones(3))
+    spec = registry.describe(other)
+    assert spec.device == "cuda:1"
+    assert spec.home is registry.describe(other).home
+    assert spec.home.stream() == 5001
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: array(np.ones(3, ">f4").view("V4")), DTypeError, "no kernel"),
+        (lambda: array(np.zeros(3, "M8[s]")), DTypeError, "datetime64"),
+        (lambda: ndarray((3,), np.float32, array(np.ones(9)).data, (6,)), BridgeError, "strides"),
+    ],
+)
+def test_arrays_that_cannot_be_averaged(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=rf"^odd: .*{message}"):
+        fastema.EMA({"fine": array(np.ones(2)), "odd": make()}, 0.5)
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+def test_equals_a_float64_loop(weights: str, stored: str, cupy: StubDriver) -> None:
+    held = on_gpu(values(0, FLOATS[weights]))
+    ema = fastema.EMA(held, 0.9, shadow_dtype=FLOATS[stored])
+    random = stored in ("f16", "bf16")
+    arithmetic = "f64" if stored == "f64" else "f32"
+    loops = {n: Loop(x.there, stored, arithmetic, random) for n, x in held.items()}
+    cupy.take()
+    for n in range(1, 6):
+        new = values(n, FLOATS[weights])
+        fill(held, new)
+        before = bits(held)
+        ema.update()
+        assert bits(held) == before
+        for name, loop in loops.items():
+            loop.step(new[name], 1 - 0.9)
+    launches = cupy.take()
+    assert {operation for operation, *_ in launches} == {"lerp"}
+    assert {stream for *_, stream in launches} == {5000}
+    for name, loop in loops.items():
+        shadow = ema.shadow[name]
+        assert type(shadow) is ndarray
+        assert shadow.dtype == FLOATS[stored]
+        loop.check(shadow.there.astype(np.float64), name)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "bf16+16", "float64"])
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+def test_swap_is_exact(weights: str, stored: str) -> None:
+    held = on_gpu(values(0, FLOATS[weights]))
+    ema = fastema.EMA(held, 0.5, shadow_dtype=stored)
+    fill(held, values(1, FLOATS[weights]))
+    ema.update()
+    fill(held, values(2, FLOATS[weights]))
+    raw, average = bits(held), bits(ema.shadow)
+    for _ in range(2):
+        with ema.swapped():
+            for name, one in held.items():
+                close = ema.shadow[name].there.astype(np.float64)
+                np.testing.assert_allclose(one.there.astype(np.float64), close, rtol=2**-7)
+            assert bits(ema.shadow) == average
+        assert bits(held) == raw
+        assert bits(ema.shadow) == average
+
+
+def test_bits_survive_a_swap() -> None:
+    raw = np.random.default_rng(1).integers(0, 256, 4000, np.uint8).view(np.float32)
+    weights = [array(np.ones(1000, np.float32))]
+    ema = fastema.EMA(weights, 0.5)
+    weights[0].there[...] = raw
+    with ema.swapped():
+        np.testing.assert_array_equal(weights[0].there, 1)
+    assert weights[0].there.tobytes() == raw.tobytes()
+
+
+def test_state_goes_to_the_host_and_back() -> None:
+    held = on_gpu(values(0))
+    ema = fastema.EMA(held, 0.9)
+    fill(held, values(1))
+    ema.update()
+    state = ema.state_dict()
+    assert all(type(one) is ndarray for one in state["shadow"][0].values())
+    later = on_gpu(values(5))
+    other = fastema.EMA(later, 0.5)
+    other.load_state_dict(state)
+    assert bits(other.shadow) == bits(ema.shadow)
+    fill(held, values(2))
+    fill(later, values(2))
+    ema.update()
+    other.update()
+    assert bits(other.shadow) == bits(ema.shadow)
+
+
+def test_arrays_that_were_replaced_are_found() -> None:
+    held = on_gpu(values(0))
+    ema = fastema.EMA(held, 0.5)
+    for n in range(1, 4):
+        old = dict(held)
+        for name, new in values(n).items():
+            held[name] = array(new)
+        for one in old.values():
+            one.there[...] = np.nan
+        ema.update()
+    want = sum(
+        (np.array([0.125, 0.125, 0.25, 0.5])[n] * values(n)["e"].astype(np.float64))
+        for n in range(4)
+    )
+    np.testing.assert_allclose(ema.shadow["e"].there, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_current_device_and_stream_are_used(cupy: StubDriver) -> None:
+    with Device(1):
+        weights = [array(np.arange(1.0, 9.0, dtype=np.float32))]
+    ema = fastema.EMA(weights, 0.5)
+    cupy.take()
+    weights[0].there[...] = 0
+    ema.update()
+    assert {stream for *_, stream in cupy.take()} == {5001}
+    assert ema.shadow["0"].device.id == 1
+    np.testing.assert_array_equal(ema.shadow["0"].there, np.arange(1.0, 9.0) / 2)
+
+
+def test_an_update_waits_for_nothing() -> None:
+    weights = [array(np.ones(100, np.float32))]
+    ema = fastema.EMA(weights, 0.5)
+    ema.update()
+    before = Stream.waits
+    for _ in range(5):
+        ema.update()
+    assert Stream.waits == before
+
+
+def test_work_that_is_done_later(cupy: StubDriver) -> None:
+    weights = [array(np.full(100, 4.0, np.float32))]
+    ema = fastema.EMA(weights, 0.5)
+    ema.update()
+    cupy.pending = []
+    weights[0].there[...] = 8
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["0"].there, 4)
+    np.testing.assert_array_equal(ema.shadow["0"].get(), 6)
+
+
+def test_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [array(np.full(100, 4.0, np.float32))]
+    ema = fastema.EMA(weights, 0.5)
+    counting = fastema.EMA(weights, 0.5, capturable=True)
+    counting.update()
+    weights[0].there[...] = 8
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "captured", True)
+        with pytest.raises(StateError, match="capturable=True"):
+            ema.update()
+        counting.update()
+    np.testing.assert_array_equal(ema.shadow["0"].there, 4)
+    np.testing.assert_array_equal(counting.shadow["0"].there, 6)
+    assert counting.num_updates == 2
+
+
+def test_plans() -> None:
+    avg, x = on_gpu(values(0)), on_gpu(values(1))
+    plan = fastema.Plan(avg, x)
+    plan.lerp_(0.25)
+    for name, one in avg.items():
+        old, new = values(0)[name].astype(np.float64), values(1)[name]
+        np.testing.assert_allclose(one.there, old + 0.25 * (new - old), rtol=1e-6, atol=1e-6)
+    before = bits(avg), bits(x)
+    plan.swap_()
+    assert (bits(avg), bits(x)) == before[::-1]
+    later = on_gpu(values(2))
+    plan.copy_(later)
+    assert bits(avg) == bits(later)
+    with pytest.raises(LayoutError, match="overlap"):
+        plan.lerp_(0.5, avg)
+
+
+def test_drift_is_measured() -> None:
+    weights = [array(np.zeros(1000, np.float32) + 1)]
+    ema = fastema.EMA(weights, 0.5, drift=True)
+    weights[0].there[...] = 3
+    ema.update()
+    assert ema.drift.distance == pytest.approx(np.sqrt(1000.0), rel=1e-5)
+
+
+def test_two_kinds_of_memory() -> None:
+    there, here = array(np.ones(3, np.float32)), np.ones(3, np.float32)
+    with pytest.raises(LayoutError, match=r"0: the average is on cpu, the weights on cuda:0"):
+        fastema.lerp_([here], [there], 0.5)
+    with pytest.raises(LayoutError, match=r"cuda:0.*cpu"):
+        fastema.lerp_([there], [here], 0.5)
+    ema = fastema.EMA([there], 0.5)
+    with pytest.raises(DeviceError, match=r"use array\.get\(\)"):
+        ema.to("cpu")
+    with pytest.raises(DeviceError, match="not on cpu"):
+        bridge().zeros(3, "f32", "cpu")
+    with pytest.raises(LayoutError, match=r"cuda:1.*cuda:0"):
+        ema.to("cuda:1")
+    moved = bridge().transfer(there, "cuda:1")
+    assert moved.device.id == 1
+    np.testing.assert_array_equal(moved.there, there.there)
+    assert bridge().transfer(there, "cuda:0") is there
+
+
+def test_without_the_compilers_there_is_no_substitute(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastema.engine import cuda as engine
+    from fastema.engine.cubins import Unavailable
+
+    def refused(key: Any) -> Any:
+        raise Unavailable("no compiler")
+
+    monkeypatch.setattr(engine, "cubin", refused)
+    monkeypatch.setattr(engine, "_devices", {})
+    with pytest.raises(DTypeError, match=r"pip install 'fastema\[cuda\]'"):
+        fastema.EMA([array(np.ones(3, np.float32))], 0.5)
+
+
+def test_objects_that_are_not_cupys_are_left_to_others() -> None:
+    assert registry.bridge_of(np.ones(2)).__name__ == "fastema.bridges.numpy"
+    assert bridge().walk([array(np.ones(2))]) is None
+    leaves = registry.leaves_of({"a": [array(np.ones(2)), array(np.ones(3))]})
+    assert leaves.names == ["a.0", "a.1"]
+    assert not leaves.moving

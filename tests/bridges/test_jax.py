@@ -1,0 +1,508 @@
+"""The JAX bridge: where arrays lie, what cannot be read, and arrays that move."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastema.bridges import registry
+from fastema.bridges.moving import Locator
+from fastema.errors import BridgeError, DTypeError
+from fastema.layout.dtypes import NAMES
+from fastema.layout.spec import TensorSpec
+
+from ..needed import modules
+
+modules("jax", "ml_dtypes")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import ml_dtypes  # noqa: E402
+from jax.experimental.layout import Format, Layout  # noqa: E402
+
+from fastema.bridges import jax as bridge  # noqa: E402
+
+CPU = jax.devices("cpu")[0]
+SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,)]
+
+
+@contextmanager
+def all_widths() -> Iterator[None]:
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def numbers(shape: tuple[int, ...], name: str, seed: int = 0) -> np.ndarray:
+    """Random bits of a dtype: NaN and infinities too."""
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+    generator = np.random.default_rng([seed, len(name)])
+    if name == "bool":
+        return generator.integers(0, 2, shape).astype(bool)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return generator.integers(0, 256, size, np.uint8).view(dtype).reshape(shape)
+
+
+def read(spec: TensorSpec, dtype: Any) -> np.ndarray:
+    """What lies where a description says, by its address and strides alone."""
+    size = np.dtype(dtype).itemsize
+    interface = {
+        "version": 3,
+        "typestr": f"|V{size}",
+        "shape": spec.shape,
+        "strides": tuple(step * size for step in spec.strides),
+        "data": (spec.address, True),
+    }
+    holder = type("Holder", (), {"__array_interface__": interface})()
+    return np.asarray(holder).copy()
+
+
+def assert_read(array: Any) -> TensorSpec:
+    spec = bridge.describe(array)
+    assert spec.shape == array.shape
+    assert not spec.writable
+    assert spec.owner is array
+    assert spec.device == "cpu"
+    assert spec.dtype == NAMES[array.dtype.name]
+    if array.size:
+        assert spec.address == array.unsafe_buffer_pointer()
+        assert read(spec, array.dtype).tobytes() == np.asarray(array).tobytes()
+    return spec
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_dtype_is_read_where_it_lies(name: str) -> None:
+    with all_widths():
+        for i, shape in enumerate(SHAPES):
+            values = numbers(shape, name, i)
+            array = jnp.asarray(values)
+            assert array.dtype.name == name
+            assert bridge.owns(array)
+            assert_read(array)
+            assert np.asarray(array).tobytes() == values.tobytes()
+
+
+ORDERS = [order for rank in (2, 3, 4) for order in permutations(range(rank))]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_orders_of_axes_that_were_asked_for(order: tuple[int, ...], name: str) -> None:
+    values = numbers((2, 3, 4, 5)[: len(order)], name)
+    where = jax.sharding.SingleDeviceSharding(CPU)
+    array = jax.device_put(values, Format(Layout(major_to_minor=order), where))
+    spec = assert_read(array)
+    shape = [values.shape[axis] for axis in order]
+    assert spec.dense
+    assert [values.shape[axis] for axis in np.argsort([-s for s in spec.strides])] == shape
+
+
+def test_other_views_of_arrays_are_arrays() -> None:
+    base = jnp.asarray(numbers((6, 8), "float32"))
+    for array in (base.T, base[1:, ::2], base[::-1], base.reshape(-1), base.swapaxes(0, 1)[2]):
+        assert_read(array)
+
+
+@given(st.lists(st.integers(0, 5), max_size=4), st.sampled_from(["float32", "int8", "bool"]))
+def test_any_shape(shape: list[int], name: str) -> None:
+    assert_read(jnp.asarray(numbers(tuple(shape), name)))
+
+
+def test_weak_types_are_plain_arrays() -> None:
+    weak = jnp.asarray(1.5)
+    assert weak.weak_type
+    spec = assert_read(weak)
+    assert (spec.dtype, spec.shape) == ("f32", ())
+    assert_read(jnp.asarray(2.5) * 3)
+
+
+def test_memory_of_numpy_that_jax_borrowed() -> None:
+    whole = np.zeros(400, np.float32)
+    start = -whole.ctypes.data % 64 // 4
+    mine = whole[start : start + 70]
+    mine[...] = numbers((70,), "float32")
+    array = jax.device_put(mine)
+    if array.unsafe_buffer_pointer() == mine.ctypes.data:
+        assert bridge.describe(array).address == mine.ctypes.data
+    assert_read(array)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "key": (lambda: jax.random.key(0), DTypeError, r"key<.*no kernel"),
+    "keys": (lambda: jax.random.split(jax.random.key(1), 3), DTypeError, "no kernel"),
+    "float8": (lambda: jnp.ones(3, jnp.float8_e4m3fn), DTypeError, "float8_e4m3fn"),
+    "int4": (lambda: jnp.ones(3, jnp.int4), DTypeError, "int4"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_dtypes_without_kernels(case: str) -> None:
+    make, error, message = REFUSED[case]
+    with pytest.raises(error, match=rf"^tree\.odd: .*{message}"):
+        registry.leaves_of({"tree": {"even": jnp.ones(2), "odd": make()}})
+
+
+def test_old_style_keys_are_integers() -> None:
+    spec = assert_read(jax.random.PRNGKey(5))
+    assert spec.dtype == "u32"
+
+
+def test_deleted_and_donated_arrays() -> None:
+    deleted = jnp.ones(3)
+    deleted.delete()
+    donated = jnp.ones(5)
+    jax.jit(lambda x: x * 2, donate_argnums=0)(donated).block_until_ready()
+    assert donated.is_deleted()
+    for gone in (deleted, donated):
+        with pytest.raises(BridgeError, match=r"^w: .*donated.*update\(params\)"):
+            registry.leaves_of({"w": gone})
+
+
+def describing(seen: list[Any], given: Any) -> Callable[..., Any]:
+    def function(x: Any) -> Any:
+        try:
+            seen.append(bridge.describe(x if given is None else given))
+        except BridgeError as error:
+            seen.append(str(error))
+        return x * 2.0
+
+    return function
+
+
+TRACED: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
+    "jit": lambda f, x: jax.jit(f)(x),
+    "grad": lambda f, x: jax.grad(lambda y: f(y).sum())(x),
+    "value_and_grad of jit": lambda f, x: jax.value_and_grad(jax.jit(lambda y: f(y).sum()))(x),
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: jax.vmap(f)(x),
+    "eval_shape": lambda f, x: jax.eval_shape(f, x),
+    "make_jaxpr": lambda f, x: jax.make_jaxpr(f)(x),
+    "scan": lambda f, x: jax.lax.scan(lambda carry, y: (carry, f(y)), 0, x),
+    "cond": lambda f, x: jax.lax.cond(x[0] > 0, f, lambda y: y, x),
+    "while_loop": lambda f, x: jax.lax.while_loop(lambda y: y[0] < 10, f, x),
+    "checkpoint": lambda f, x: jax.grad(lambda y: jax.checkpoint(f)(y).sum())(x),
+    "linearize": lambda f, x: jax.linearize(f, x),
+}
+
+
+@pytest.mark.parametrize("transformation", TRACED)
+def test_traced_arrays_have_no_memory(transformation: str) -> None:
+    seen: list[Any] = []
+    TRACED[transformation](describing(seen, None), jnp.arange(1.0, 4.0))
+    assert seen
+    for message in seen:
+        assert isinstance(message, str)
+        assert "jit, grad and vmap" in message
+        assert "optax.incremental_update" in message
+    assert_read(jnp.ones(3))  # and outside all is well again
+
+
+@pytest.mark.parametrize("transformation", ["jit", "scan", "make_jaxpr", "eval_shape"])
+def test_whole_arrays_in_a_traced_function_would_be_read_once(transformation: str) -> None:
+    seen: list[Any] = []
+    TRACED[transformation](describing(seen, jnp.ones(2)), jnp.arange(1.0, 4.0))
+    assert seen
+    assert all(isinstance(message, str) and "would run once" in message for message in seen)
+
+
+def test_it_is_known_without_jax_internals_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "_at_top_level", None)
+    seen: list[Any] = []
+    jax.jit(describing(seen, jnp.ones(2)))(jnp.ones(3))
+    (message,) = seen
+    assert "would run once" in message
+    assert_read(jnp.ones(3))
+
+
+def test_callbacks_from_compiled_code_are_outside() -> None:
+    seen: list[Any] = []
+    weights = jnp.arange(3.0)
+
+    def look(x: np.ndarray) -> np.ndarray:
+        seen.append(bridge.describe(weights))
+        return np.asarray(x)
+
+    @jax.jit
+    def step(x: Any) -> Any:
+        return jax.pure_callback(look, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    step(jnp.ones(2)).block_until_ready()
+    assert [spec.shape for spec in seen] == [(3,)]
+
+
+def test_several_devices_are_refused_by_name(python: Callable[..., str]) -> None:
+    out = python(
+        """
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+        import fastema
+        from fastema.bridges import jax as bridge
+
+        devices = jax.devices()
+        assert len(devices) == 4
+        mesh = Mesh(np.array(devices), ("x",))
+        whole = jnp.arange(8.0)
+        for spec in (P("x"), P()):
+            tree = {"fine": whole, "spread": jax.device_put(whole, NamedSharding(mesh, spec))}
+            for use in (
+                lambda: fastema.EMA(tree, 0.5),
+                lambda: fastema.lerp_([np.ones(8), np.ones(8)], list(tree.values()), 0.5),
+            ):
+                try:
+                    use()
+                except fastema.errors.BridgeError as error:
+                    print(error)
+        ema = fastema.EMA({"w": whole}, 0.5)
+        ema.update({"w": jax.device_put(whole + 2, devices[3])})
+        print(ema.shadow["w"].tolist())
+        try:
+            ema.update({"w": jax.device_put(whole, NamedSharding(mesh, P("x")))})
+        except fastema.errors.BridgeError as error:
+            print(error)
+        print(ema.num_updates, ema.shadow["w"].tolist())
+        """,
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        JAX_PLATFORMS="cpu",
+    )
+    *refused, again = [line for line in out.splitlines() if ": a JAX array on " in line]
+    assert len(refused) == 4
+    for i, line in enumerate(refused):
+        assert line.startswith("1: " if i % 2 else "spread: ")
+        assert line.partition(": only")[0].count(",") == 3
+        assert "only arrays on one CPU device" in line
+    assert again.startswith("w: ")
+    averages = [line for line in out.splitlines() if line not in (*refused, again)]
+    assert averages[0] == str((np.arange(8.0) + 1).tolist())
+    assert averages[1] == f"1 {averages[0]}"
+
+
+# -- trees -----------------------------------------------------------------------------------------
+
+Point = namedtuple("Point", ["x", "y"])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["kernel", "bias"], meta_fields=["kind"])
+@dataclass
+class Dense:
+    kernel: Any
+    bias: Any
+    kind: str = "dense"
+
+
+@jax.tree_util.register_pytree_node_class
+class Bare:
+    """A node that says nothing of its keys."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def tree_flatten(self) -> tuple[Any, None]:
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, parts: Any) -> Bare:
+        return cls(*parts)
+
+
+def tree(one: Callable[[int], Any]) -> Any:
+    return {
+        "params": {"Dense_0": {"kernel": one(0), "bias": one(1)}, "scale": one(2)},
+        "point": Point(one(3), [one(4), None]),
+        "layer": Dense(one(5), (one(6),)),
+        "bare": Bare(one(7), one(8)),
+        "none": None,
+        "empty": {},
+    }
+
+
+NAMES_OF_TREE = {
+    "params.Dense_0.kernel": 0, "params.Dense_0.bias": 1, "params.scale": 2,
+    "point.x": 3, "point.y.0": 4,
+    "layer.kernel": 5, "layer.bias.0": 6,
+    "bare.0": 7, "bare.1": 8,
+}  # fmt: skip
+
+
+def test_leaves_are_named_by_the_way_to_them() -> None:
+    arrays = [jnp.full((i + 1,), float(i + 1)) for i in range(9)]
+    leaves = registry.leaves_of(tree(arrays.__getitem__))
+    assert {leaf.name: leaf.spec.owner.size - 1 for leaf in leaves.items} == NAMES_OF_TREE
+    for leaf in leaves.items:
+        assert leaf.spec.owner is arrays[NAMES_OF_TREE[leaf.name]]
+    assert leaves.moving
+    assert leaves.structure is not None
+    rebuilt = leaves.structure.rebuild([leaf.name for leaf in leaves.items])
+    assert rebuilt["params"]["scale"] == "params.scale"
+    assert isinstance(rebuilt["point"], Point)
+    assert rebuilt["point"].y == ["point.y.0", None]
+    assert isinstance(rebuilt["layer"], Dense)
+    assert (rebuilt["layer"].bias, rebuilt["layer"].kind) == (("layer.bias.0",), "dense")
+    assert rebuilt["bare"].parts == ("bare.0", "bare.1")
+    assert (rebuilt["none"], rebuilt["empty"]) == (None, {})
+
+
+def test_one_array_alone_and_lists() -> None:
+    assert registry.leaves_of(jnp.ones(3)).names == [""]
+    assert registry.leaves_of([jnp.ones(3), (np.ones(2),)]).names == ["0", "1.0"]
+
+
+def test_two_leaves_of_one_name() -> None:
+    with pytest.raises(BridgeError, match=r"'a\.b'"):
+        registry.leaves_of({"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+
+
+def test_what_is_no_array_is_named() -> None:
+    for odd in (3, 2.5, "text", np.float32(1.0)):
+        with pytest.raises(BridgeError, match=r"^step: cannot average"):
+            registry.leaves_of({"w": jnp.ones(2), "step": odd})
+
+
+@pytest.mark.parametrize("make", [np.ones, jnp.ones], ids=["numpy", "jax"])
+def test_keys_that_cannot_be_sorted_are_no_obstacle(make: Callable[..., Any]) -> None:
+    container = {3: make(2), "a": [make(3)], None: make(1)}
+    leaves = registry.leaves_of(container)
+    assert leaves.names == ["3", "a.0", "None"]
+    assert leaves.moving == (make is jnp.ones)
+    assert leaves.structure is not None
+    assert leaves.structure.rebuild([1, 2, 3]) == {3: 1, "a": [2], None: 3}
+
+
+# -- arrays that move ------------------------------------------------------------------------------
+
+
+def locator(container: Any) -> Locator:
+    return Locator(registry.leaves_of(container), container)
+
+
+def arrays_of(seed: int) -> dict[str, Any]:
+    return {
+        "a": jnp.asarray(numbers((70,), "float32", seed)),
+        "b": {"c": jnp.asarray(numbers((3, 4), "bfloat16", seed)), "d": jnp.zeros((0, 2)) + seed},
+    }
+
+
+def test_arrays_are_found_where_they_are() -> None:
+    find = locator(arrays_of(0))
+    for seed in range(1, 6):
+        now = arrays_of(seed)
+        found = find.locate(now)
+        assert found is not None
+        assert found.addresses["a"] == now["a"].unsafe_buffer_pointer()
+        assert found.addresses["b.c"] == now["b"]["c"].unsafe_buffer_pointer()
+
+
+OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "shape": lambda t: {**t, "a": t["a"][:-1]},
+    "rank": lambda t: {**t, "a": t["a"].reshape(10, 7)},
+    "dtype": lambda t: {**t, "a": t["a"].astype(jnp.float16)},
+    "missing": lambda t: {"a": t["a"]},
+    "more": lambda t: {**t, "z": t["a"]},
+    "names": lambda t: {"A": t["a"], "b": t["b"]},
+    "nesting": lambda t: {"a": t["a"], "b": list(t["b"].values())},
+    "numpy": lambda t: {**t, "a": np.asarray(t["a"])},
+    "number": lambda t: {**t, "a": 3.0},
+    "None": lambda t: {**t, "a": None},
+    "order of axes": lambda t: {
+        **t,
+        "b": {
+            **t["b"],
+            "c": jax.device_put(
+                t["b"]["c"],
+                Format(Layout(major_to_minor=(1, 0)), jax.sharding.SingleDeviceSharding(CPU)),
+            ),
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_trees_are_not_taken_for_these(case: str) -> None:
+    find = locator(arrays_of(0))
+    assert find.locate(OTHERS[case](arrays_of(1))) is None
+    assert find.locate(arrays_of(2)) is not None
+
+
+def test_donated_arrays_are_not_found() -> None:
+    find, gone = locator(arrays_of(0)), arrays_of(1)
+    gone["a"].delete()
+    assert find.locate(gone) is None
+
+
+def test_nothing_is_found_while_a_function_is_traced() -> None:
+    whole = arrays_of(0)
+    find = locator(whole)
+    found = []
+    jax.jit(lambda t: found.append((find.locate(t), find.locate(whole))))(arrays_of(1))
+    assert found == [(None, None)]
+
+
+def test_no_array_outlives_its_step() -> None:
+    first = arrays_of(0)
+    find = locator(first)
+    for seed in range(1, 4):
+        now = arrays_of(seed)
+        assert find.locate(now) is not None
+    watched = [weakref.ref(one) for t in (first, now) for one in jax.tree.leaves(t)]
+    del first, now
+    gc.collect()
+    assert [one() for one in watched] == [None] * len(watched)
+
+
+def test_results_that_are_still_being_computed_are_waited_for() -> None:
+    @jax.jit
+    def slow(x: Any) -> Any:
+        return jax.lax.fori_loop(0, 60, lambda _, y: jnp.tanh(y @ y), x) + 3.0
+
+    find = locator([jnp.ones((300, 300))])
+    x = jnp.full((300, 300), 0.01)
+    for _ in range(3):
+        later = slow(x)
+        found = find.locate([later])
+        assert found is not None
+        spec = TensorSpec(found.addresses["0"], (300, 300), (300, 1), "f32", "cpu")
+        seen = read(spec, np.float32).view(np.float32)
+        np.testing.assert_array_equal(seen, np.asarray(later))
+        assert (seen > 2).all()
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "64" not in n and "128" not in n])
+def test_what_is_shown_is_a_copy(name: str) -> None:
+    for shape in ((), (64,), (4096,), (3, 0)):
+        memory = numbers(shape, name)
+        before = memory.tobytes()
+        shown = bridge.shown(memory)
+        assert isinstance(shown, jax.Array)
+        assert shown.dtype.name == name
+        memory[...] = numbers(shape, name, 1)
+        assert np.asarray(shown).tobytes() == before
+
+
+@pytest.mark.parametrize("name", ["float64", "int64", "uint64", "complex128"])
+def test_wide_dtypes_are_shown_as_they_are(name: str) -> None:
+    memory = numbers((33,), name)
+    before = memory.tobytes()
+    shown = bridge.shown(memory)
+    assert type(shown) is np.ndarray
+    with all_widths():
+        wide = bridge.shown(memory)
+    assert isinstance(wide, jax.Array)
+    memory[...] = 7
+    assert shown.tobytes() == np.asarray(wide).tobytes() == before

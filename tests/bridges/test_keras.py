@@ -1,0 +1,541 @@
+"""The Keras bridge, on each backend in a process of its own: what fit and models do to weights.
+
+The backend is taken when Keras is imported. The cases run here on the one of this process, and
+`test_on_another_backend` runs this file again with others.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.bridges import registry
+from fastema.errors import BridgeError, LayoutError, StateError
+
+from ..conftest import ROOT
+from ..needed import modules
+from ..shadow.truth import Loop
+
+modules("keras")
+
+import keras  # noqa: E402
+
+from fastema.bridges import keras as bridge  # noqa: E402
+
+# Keras' own ways to make arrays of NumPy, old ones.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+BACKEND = keras.backend.backend()
+IMMUTABLE = BACKEND == "jax"
+NAMES = [
+    "one/kernel", "one/bias", "batch_normalization/gamma", "batch_normalization/beta",
+    "two/kernel", "two/bias",
+    "batch_normalization/moving_mean", "batch_normalization/moving_variance",
+]  # fmt: skip
+COPIED = set(NAMES[-2:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", ["jax", pytest.param("tensorflow", marks=pytest.mark.tensorflow)]
+)
+def test_on_another_backend(backend: str, tmp_path: Path) -> None:
+    if backend == BACKEND:
+        return  # the cases run here
+    modules(backend)
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "KERAS_HOME": os.fspath(tmp_path),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command += [__file__, "-k", "not on_another_backend"]
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], timeout=240, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+
+
+# -- models and what they hold ---------------------------------------------------------------------
+
+
+def plain(array: Any) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(array))
+
+
+def model(seed: int = 0, names: tuple[str, str] = ("one", "two"), dtype: str = "float32") -> Any:
+    layers = keras.layers
+    made = keras.Sequential(
+        [
+            layers.Input((4,)),
+            layers.Dense(4, name=names[0], dtype=dtype),
+            layers.BatchNormalization(dtype=dtype),
+            layers.Dense(4, name=names[1], dtype=dtype),
+        ]
+    )
+    refresh(made, seed)
+    return made
+
+
+def refresh(made: Any, seed: int) -> None:
+    """New weights, no zero among them."""
+    generator = np.random.default_rng(seed)
+    for one in made.weights:
+        one.assign(generator.normal(size=one.shape) ** 2 + 0.5)
+
+
+def bits(made: Any) -> list[bytes]:
+    return [plain(one).tobytes() for one in made.weights]
+
+
+def shadow(ema: Any) -> dict[str, np.ndarray]:
+    return {name: plain(one).astype(np.float64) for name, one in ema.shadow.items()}
+
+
+def by_name(made: Any) -> dict[str, np.ndarray]:
+    leaves = registry.leaves_of(made)
+    return {
+        name: plain(one).astype(np.float64)
+        for name, one in zip(leaves.names, made.weights, strict=True)
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("stored", [None, "float32"])
+def test_equals_a_float64_loop(dtype: str, stored: str | None) -> None:
+    if IMMUTABLE and dtype == "float64":
+        dtype = "float32"  # as JAX makes of it
+    made = model(dtype=dtype)
+    ema = fastema.EMA(made, 0.9, shadow_dtype=stored)
+    assert list(ema.shadow) == NAMES
+    assert ema.averaged_names == set(NAMES) - COPIED
+    codes = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64"}
+    now = by_name(made)
+    kept = {n: codes[stored or dtype if n not in COPIED else dtype] for n in NAMES}
+    loops = {}
+    for n, x in now.items():
+        code = codes[made.weights[NAMES.index(n)].dtype] if stored is None else "f32"
+        loops[n] = Loop(x, code, "f64" if dtype == "float64" else "f32", code in ("f16", "bf16"))
+    for n in range(1, 8):
+        refresh(made, n)
+        before = bits(made)
+        ema.update()
+        assert bits(made) == before
+        for name, x in by_name(made).items():
+            loops[name].step(x, 0.1)
+    found, last = shadow(ema), by_name(made)
+    assert set(kept) == set(found)
+    for name, loop in loops.items():
+        if name in COPIED:
+            np.testing.assert_array_equal(found[name], last[name])
+        else:
+            loop.check(found[name], name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", [None, "float32", "bf16+16"])
+def test_swaps_come_back_to_the_bit(dtype: str, stored: str | None) -> None:
+    made = model(dtype=dtype)
+    ema = fastema.EMA(made, 0.5, shadow_dtype=stored)
+    for n in range(1, 4):
+        refresh(made, n)
+        ema.update()
+    raw, average = bits(made), shadow(ema)
+    for _ in range(3):
+        ema.apply_shadow()
+        for name, x in by_name(made).items():
+            np.testing.assert_allclose(x, average[name], rtol=2**-7)
+        assert all((shadow(ema)[n] == x).all() for n, x in average.items())
+        with pytest.raises(StateError):
+            ema.update()
+        ema.restore()
+        assert bits(made) == raw
+        assert all((shadow(ema)[n] == x).all() for n, x in average.items())
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        made.evaluated = 1 / 0
+    assert bits(made) == raw
+    with ema.swapped() as given_:
+        assert given_ is made
+        assert bits(made) != raw
+
+
+def test_bits_that_are_no_numbers_survive() -> None:
+    made = model()
+    ema = fastema.EMA(made, 0.5)
+    raw = np.random.default_rng(3).integers(0, 256, 64, np.uint8).view(np.float32).reshape(4, 4)
+    raw[0] = np.array([0x7FC00001, 0xFFC12345, 0x80000000, 0x7F800000], np.uint32).view("f4")
+    made.weights[0].assign(raw)
+    kept = plain(made.weights[0]).tobytes()
+    with ema.swapped():
+        assert plain(made.weights[0]).tobytes() != kept
+    assert plain(made.weights[0]).tobytes() == kept
+
+
+def test_frozen_layers_and_buffers() -> None:
+    made = model()
+    made.layers[-1].trainable = False
+    assert set(fastema.EMA(made, 0.5).shadow) == set(NAMES) - {"two/kernel", "two/bias"}
+    everything = fastema.EMA(made, 0.5, frozen="average", buffers="average")
+    assert everything.averaged_names == set(NAMES)
+    assert set(fastema.EMA(made, 0.5, buffers="skip", frozen="copy").shadow) == (
+        set(NAMES) - COPIED
+    )
+    made.trainable = False
+    with pytest.raises(LayoutError, match="frozen"):
+        fastema.EMA(made, 0.5)
+
+
+def rename(made: Any) -> None:
+    made.pop()
+    made.add(keras.layers.Dense(4, name="three"))
+
+
+def grow(made: Any) -> None:
+    made.add(keras.layers.Dense(4, name="three"))
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "added": (grow, "'three/kernel' is new"),
+    "popped": (lambda made: made.pop(), "'two/kernel' is gone"),
+    "replaced": (rename, "'two/kernel' is gone(.|\n)*'three/kernel' is new"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize("updates", [0, 4])
+def test_models_that_are_built_in_another_way(case: str, updates: int) -> None:
+    made = model()
+    ema = fastema.EMA(made, 0.5)
+    for n in range(updates):
+        refresh(made, n + 1)
+        ema.update()
+    change, message = CHANGES[case]
+    before = shadow(ema)
+    change(made)
+    for call in (ema.update, ema.apply_shadow):
+        with pytest.raises(LayoutError, match=message):
+            call()
+    assert ema.num_updates == updates
+    assert all((shadow(ema)[n] == x).all() for n, x in before.items())
+
+
+def test_layers_that_are_unfrozen() -> None:
+    made = model()
+    made.layers[-1].trainable = False
+    ema = fastema.EMA(made, 0.5)
+    ema.update()
+    made.layers[-1].trainable = True
+    for _ in range(2):
+        with pytest.raises(LayoutError, match="'two/kernel' is trained now but was frozen"):
+            ema.update()
+    made.layers[-1].trainable = False
+    ema.update()
+    assert ema.num_updates == 2
+
+
+def test_layers_that_are_frozen_later_go_on() -> None:
+    made = model()
+    ema = fastema.EMA(made, 0.5)
+    made.layers[-1].trainable = False
+    before = by_name(made)
+    refresh(made, 1)
+    ema.update()
+    for name, x in by_name(made).items():
+        want = x if name in COPIED else (before[name] + x) / 2
+        np.testing.assert_allclose(shadow(ema)[name], want, rtol=1e-6)
+
+
+def test_another_model_is_matched_by_name() -> None:
+    made, other = model(0), model(1, names=("two", "one"))
+    ema = fastema.EMA(made, 0.5)
+    before = by_name(made)
+    for _ in range(2):
+        ema.update(other)
+    for name, x in by_name(other).items():
+        want = x if name in COPIED else 0.25 * before[name] + 0.75 * x
+        np.testing.assert_allclose(shadow(ema)[name], want, rtol=1e-6)
+    raw, theirs = bits(made), bits(other)
+    with ema.swapped(other):
+        assert bits(made) == raw
+        for name, x in by_name(other).items():
+            np.testing.assert_array_equal(x, shadow(ema)[name])
+    assert bits(other) == theirs
+    ema.copy_to(made)
+    for name, x in by_name(made).items():
+        np.testing.assert_array_equal(x, shadow(ema)[name])
+    with pytest.raises(LayoutError, match="'one/kernel' is gone"):
+        ema.update(model(2, names=("x", "y")))
+    assert ema.num_updates == 2
+
+
+def test_what_is_no_model() -> None:
+    made = model()
+    ema = fastema.EMA(made, 0.5)
+    before = shadow(ema)
+    refresh(made, 1)
+    for odd, error in ((made.weights, LayoutError), ({}, LayoutError), (3, BridgeError)):
+        for call in (ema.update, ema.apply_shadow):
+            with pytest.raises(error):
+                call(odd)
+    assert all((shadow(ema)[n] == x).all() for n, x in before.items())
+    assert ema.num_updates == 0
+    of_variables = fastema.EMA(made.weights, 0.5)
+    with pytest.raises(LayoutError):
+        of_variables.update(made)
+    ema.update(dict(zip(registry.leaves_of(made).names, made.weights, strict=True)))
+    assert ema.num_updates == 1
+
+
+def test_models_made_twice_have_the_same_names() -> None:
+    def automatic() -> Any:
+        layers = keras.layers
+        shared = layers.Dense(3)
+        x = keras.Input((3,))
+        return keras.Model(x, layers.Dense(2)(shared(shared(layers.BatchNormalization()(x)))))
+
+    first, second = automatic(), automatic()
+    names = [registry.leaves_of(made).names for made in (first, second)]
+    assert names[0] == names[1]
+    assert len(set(names[0])) == len(names[0]) == 8
+    assert {"dense/kernel", "dense_1/kernel", "batch_normalization/gamma"} <= set(names[0])
+    refresh(first, 1)
+    refresh(second, 2)
+    ema = fastema.EMA(first, 0.5)
+    other = fastema.EMA(second, 0.5)
+    other.load_state_dict(ema.state_dict())
+    assert all((shadow(ema)[n] == x).all() for n, x in shadow(other).items())
+
+
+def test_models_within_models() -> None:
+    layers = keras.layers
+    inner = keras.Sequential([layers.Input((3,)), layers.Dense(3)], name="inner")
+    x = keras.Input((3,))
+    outer = keras.Model(x, layers.Dense(3)(inner(x)))
+    refresh(outer, 0)
+    ema = fastema.EMA(outer, 0.5)
+    assert len(ema.shadow) == 4
+    before = by_name(outer)
+    refresh(inner, 1)
+    ema.update()
+    for name, now in by_name(outer).items():
+        np.testing.assert_allclose(shadow(ema)[name], (before[name] + now) / 2, rtol=1e-6)
+    part = fastema.EMA(inner, 0.5)
+    assert len(part.shadow) == 2
+
+
+def test_models_that_are_not_built() -> None:
+    with pytest.raises(BridgeError, match="is not built"):
+        fastema.EMA(keras.Sequential([keras.layers.Dense(3)]), 0.5)
+
+
+def test_lists_and_dicts_of_variables() -> None:
+    made = model()
+    for container in (made.weights, {one.path: one for one in made.weights}):
+        refresh(made, 0)
+        ema = fastema.EMA(container, 0.5)
+        before = [plain(one) for one in made.weights]
+        refresh(made, 1)
+        raw = bits(made)
+        ema.update()
+        now = [plain(one) for one in made.weights]
+        for x, old, new in zip(shadow(ema).values(), before, now, strict=True):
+            np.testing.assert_allclose(x, (old + new) / 2, rtol=1e-6)
+        with ema.swapped():
+            for x, one in zip(shadow(ema).values(), made.weights, strict=True):
+                np.testing.assert_array_equal(plain(one), x)
+        assert bits(made) == raw
+
+
+def test_variables_alone() -> None:
+    one = keras.Variable(np.arange(1.0, 4.0, dtype="float32"))
+    assert bridge.owns(one)
+    spec = registry.describe(one)
+    assert spec.writable is not IMMUTABLE
+    fastema.lerp_([np.zeros(3, np.float32)], [one], 0.5)
+    if IMMUTABLE:
+        with pytest.raises(LayoutError, match="read-only"):
+            fastema.lerp_([one], [np.zeros(3, np.float32)], 0.5)
+    else:
+        fastema.lerp_([one], [np.zeros(3, np.float32)], 0.5)
+        np.testing.assert_array_equal(plain(one), [0.5, 1.0, 1.5])
+
+
+def test_one_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    ema = fastema.EMA(made, 0.5)
+    refresh(made, 1)
+    ema.update()
+    raw, average = bits(made), shadow(ema)
+    target = model(7)
+    theirs = bits(target)
+    if not IMMUTABLE:
+        bad = {n: np.ones((2, 2)) for n in NAMES}
+        with pytest.raises(LayoutError):
+            ema.copy_to(bad)
+        with pytest.raises(LayoutError):
+            ema.apply_shadow(keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(4)]))
+        assert bits(made) == raw
+        return
+    original = keras.Variable.assign
+    for failing in range(1, 9):
+        for call in (ema.apply_shadow, lambda: ema.copy_to(target)):
+            count = [0]
+
+            def assign(self: Any, value: Any, count: list[int] = count, at: int = failing) -> Any:
+                count[0] += 1
+                if count[0] == at:
+                    raise MemoryError("no room")
+                return original(self, value)
+
+            monkeypatch.setattr(keras.Variable, "assign", assign)
+            with pytest.raises(MemoryError):
+                call()
+            monkeypatch.undo()
+            assert count[0] >= failing
+            assert bits(made) == raw
+            assert bits(target) == theirs
+            assert not ema.applied
+    assert all((shadow(ema)[n] == x).all() for n, x in average.items())
+    with ema.swapped():
+        assert bits(made) != raw
+    assert bits(made) == raw
+
+
+def test_arrays_that_were_replaced_are_let_go_of() -> None:
+    if not IMMUTABLE:
+        return  # variables of other backends keep their memory, or TensorFlow's own tests show it
+    jax = sys.modules["jax"]
+    made = keras.Sequential([keras.layers.Input((97,)), keras.layers.Dense(89)])
+    ema = fastema.EMA(made, 0.5)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(one.size == 97 * 89 for one in jax.live_arrays())
+
+    before = alive()
+    for n in range(3):
+        refresh(made, n)
+        ema.update()
+        assert alive() == before
+    for _ in range(2):
+        with ema.swapped():
+            assert alive() == before + 1  # the raw weights
+        assert alive() == before
+    ema.copy_to(made)
+    assert alive() == before
+
+
+def test_a_run_goes_on_to_the_bit() -> None:
+    made = model()
+    ema = fastema.EMA(made, fastema.rules.warmup(0.99), shadow_dtype="bfloat16", seed=2)
+    for n in range(1, 4):
+        refresh(made, n)
+        ema.update()
+    with ema.swapped():
+        state = ema.state_dict()
+    later = model(9)
+    other = fastema.EMA(later, 0.5, shadow_dtype="bfloat16")
+    other.load_state_dict(state)
+    for n in range(4, 7):
+        refresh(made, n)
+        refresh(later, n)
+        ema.update()
+        other.update()
+    assert all((shadow(ema)[n] == x).all() for n, x in shadow(other).items())
+
+
+class Watch(keras.callbacks.Callback):
+    """Updates after every batch, and notes the weights by other means."""
+
+    def __init__(self, ema: Any, made: Any) -> None:
+        super().__init__()
+        self.ema, self.made, self.away = ema, made, 0
+        self.names = registry.leaves_of(made).names
+        self.loops = {name: Loop(x, "f32", "f32") for name, x in by_name(made).items()}
+        self.last: dict[str, np.ndarray] = {}
+
+    def weights(self, synced: bool) -> dict[str, np.ndarray]:
+        if synced or not IMMUTABLE:
+            return by_name(self.model)  # which brings them back on JAX
+        names = dict(zip(map(id, self.made.weights), self.names, strict=True))
+        found = {}
+        for kind in ("trainable_variables", "non_trainable_variables"):
+            pairs = zip(getattr(self.made, kind), self.made._jax_state[kind], strict=True)
+            found |= {names[id(one)]: np.asarray(x, np.float64) for one, x in pairs}
+        return found
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.away += not getattr(self.made, "_jax_state_synced", True)
+        self.ema.update()
+        now = self.weights(synced=batch % 3 == 2)
+        assert not self.last or any((now[n] != x).any() for n, x in self.last.items())
+        self.last = now
+        for name, x in now.items():
+            self.loops[name].step(x, 0.1)
+
+
+def test_inside_fit_the_weights_of_the_step_are_read() -> None:
+    made = model()
+    made.compile(keras.optimizers.SGD(0.01), "mse")
+    ema = fastema.EMA(made, 0.9)
+    generator = np.random.default_rng(0)
+    x, y = (generator.normal(size=(64, 4)).astype("float32") for _ in range(2))
+    watch = Watch(ema, made)
+    made.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[watch])
+    assert ema.num_updates == 16
+    assert watch.away == 16 * IMMUTABLE
+    for name, found in shadow(ema).items():
+        if name in COPIED:
+            np.testing.assert_array_equal(found, watch.last[name])
+        else:
+            watch.loops[name].check(found, name)
+    raw = bits(made)
+    with ema.swapped():
+        assert bits(made) != raw
+        made.evaluate(x, y, verbose=0)
+    assert bits(made) == raw
+
+
+class SwapInFit(keras.callbacks.Callback):
+    """Swaps in the middle of an epoch: the steps that follow must not notice."""
+
+    def __init__(self, ema: Any, does: bool) -> None:
+        super().__init__()
+        self.ema, self.does = ema, does
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.ema.update()
+        if self.does and batch % 3 == 1:
+            with self.ema.swapped():
+                pass
+
+
+def test_swaps_inside_fit_change_nothing() -> None:
+    generator = np.random.default_rng(0)
+    x, y = (generator.normal(size=(48, 4)).astype("float32") for _ in range(2))
+    found = []
+    for does in (False, True):
+        made = model()
+        made.compile(keras.optimizers.Adam(0.01), "mse")
+        ema = fastema.EMA(made, 0.9)
+        made.fit(x, y, batch_size=6, epochs=2, verbose=0, shuffle=False,
+                 callbacks=[SwapInFit(ema, does)])  # fmt: skip
+        found.append((bits(made), {n: v.tobytes() for n, v in shadow(ema).items()}))
+    assert found[0] == found[1]

@@ -1,0 +1,190 @@
+"""Finding the tensors of a container again, of whatever frameworks they are."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastema.bridges.moving import Locator, finder_of, moves
+from fastema.bridges.registry import describe, leaves_of
+from fastema.errors import BridgeError
+
+from ..needed import modules
+
+modules("jax", "torch")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import torch  # noqa: E402
+
+Point = namedtuple("Point", ["x", "y"])
+
+MAKE: dict[str, Callable[[Any], Any]] = {
+    "numpy": np.array,
+    "torch": torch.tensor,
+    "jax": jnp.asarray,
+}
+"""Each makes an array of its own from values."""
+
+
+def address(array: Any) -> int:
+    if isinstance(array, np.ndarray):
+        return int(array.ctypes.data)
+    return array.data_ptr() if isinstance(array, torch.Tensor) else array.unsafe_buffer_pointer()
+
+
+def locator(container: Any) -> Locator:
+    return Locator(leaves_of(container), container)
+
+
+def values(seed: int, size: int = 7) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
+
+
+def test_what_moves() -> None:
+    assert moves(jnp.ones(2))
+    assert not moves(np.ones(2))
+    assert not moves(torch.ones(2))
+    assert not leaves_of([np.ones(2), torch.ones(2)]).moving
+    assert leaves_of([np.ones(2), {"a": jnp.ones(2)}]).moving
+
+
+@given(st.lists(st.sampled_from(sorted(MAKE)), min_size=1, max_size=7), st.integers(1, 4))
+def test_any_mix_is_found_name_by_name(kinds: list[str], steps: int) -> None:
+    container = {f"n{i}": MAKE[kind](values(i, i + 1)) for i, kind in enumerate(kinds)}
+    find = locator(container)
+    for step in range(steps):
+        for i, kind in enumerate(kinds):
+            if kind == "jax":  # the others stay where they are
+                container[f"n{i}"] = MAKE[kind](values(100 * step + i, i + 1))
+        found = find.locate(container)
+        assert found is not None
+        assert found.addresses == {name: address(one) for name, one in container.items()}
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_what_does_not_move_is_missed_where_it_did(kind: str) -> None:
+    make, held = MAKE[kind], MAKE["jax"]
+    container = {"a": make(values(0)), "b": held(values(1))}
+    find = locator(container)
+    assert find.locate(container) is not None
+    assert find.locate({**container, "a": make(values(2))}) is None
+    assert find.locate({**container, "a": held(values(2))}) is None
+    assert find.locate({**container, "b": make(values(2))}) is None
+    assert find.locate(container) is not None
+
+
+def test_finders_of_arrays_that_stay() -> None:
+    arrays = [values(0), values(1)]
+    find = finder_of([describe(one) for one in arrays], arrays)
+    found = find(arrays, False)
+    assert found is not None
+    assert list(found[0]) == [address(one) for one in arrays]
+    assert find([arrays[0], values(1)], False) is None
+    assert find([arrays[0], arrays[1][:-1]], False) is None
+    assert find([arrays[0], arrays[1].view(np.int32)], False) is None
+    assert find([arrays[0], "text"], False) is None
+    assert find([arrays[0], np.array(["text"])], False) is None
+    arrays[1].flags.writeable = False
+    assert find(arrays, True) is None
+
+
+STRUCTURES: dict[str, Callable[..., Any]] = {
+    "list": lambda a, b, c: [a, b, c],
+    "tuple": lambda a, b, c: (a, (b, c)),
+    "named": lambda a, b, c: {"p": Point(a, [b]), "q": c},
+    "nested": lambda a, b, c: {"m": {"x": a, "y": [b, {"z": c}]}},
+    "unsorted": lambda a, b, c: {"z": a, "a": {"k": b}, "m": c},
+    "keys of two kinds": lambda a, b, c: {1: a, "a": b, None: [c]},
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("kinds", [("jax",) * 3, ("jax", "numpy", "torch")])
+def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str, ...]) -> None:
+    arrays = [MAKE[kind](values(i)) for i, kind in enumerate(kinds)]
+    container = STRUCTURES[structure](*arrays)
+    leaves = leaves_of(container)
+    find = Locator(leaves, container)
+    found = find.locate(container)
+    assert found is not None
+    by_name = {leaf.name: leaf.spec.owner for leaf in leaves.items}
+    assert {name: address(one) for name, one in by_name.items()} == found.addresses
+    for other, build in STRUCTURES.items():
+        assert (find.locate(build(*arrays)) is not None) == (other == structure), other
+    assert leaves.structure is not None
+    rebuilt = leaves.structure.rebuild([leaf.name for leaf in leaves.items])
+    assert leaves_of(rebuilt_with(rebuilt, by_name)).names == leaves.names
+
+
+def rebuilt_with(tree: Any, leaves: dict[str, Any]) -> Any:
+    """The names in a tree replaced by what they name."""
+    if isinstance(tree, dict):
+        return {key: rebuilt_with(one, leaves) for key, one in tree.items()}
+    if isinstance(tree, tuple):
+        parts = [rebuilt_with(one, leaves) for one in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    return [rebuilt_with(one, leaves) for one in tree] if isinstance(tree, list) else leaves[tree]
+
+
+def test_one_array_under_two_names() -> None:
+    one, other = jnp.asarray(values(0)), jnp.asarray(values(1))
+    find = locator([one, other, one])
+    assert find.locate([other, one, other]) is not None
+    assert find.locate([one, other, other]) is None
+    assert find.locate([one, other, jnp.asarray(values(2))]) is None
+    assert find.locate([one, one, one]) is not None  # read only: nothing can go wrong
+    assert find.locate([one, one, one], write=True) is None
+    apart = locator([one, other])
+    assert apart.locate([one, one]) is not None
+    assert apart.locate([one, one], write=True) is None
+
+
+def test_empty_arrays_are_never_one() -> None:
+    empty = [jnp.zeros((0, 3)), jnp.zeros((0, 3)), jnp.asarray(values(0))]
+    find = locator(empty)
+    for write in (False, True):
+        assert find.locate([empty[0], empty[0], empty[2]], write=write) is not None
+
+
+def test_memory_is_kept_as_long_as_what_was_found() -> None:
+    find = locator([jnp.asarray(values(0))])
+    tree = [jnp.asarray(values(1))]
+    watched, where = weakref.ref(tree[0]), address(tree[0])
+    found = find.locate(tree)
+    del tree
+    gc.collect()
+    assert watched() is not None
+    assert found is not None
+    assert found.addresses == {"0": where}
+    del found
+    gc.collect()
+    assert watched() is None
+
+
+@pytest.mark.parametrize("odd", [None, 3, "text", object(), [jnp.ones(3)]], ids=repr)
+def test_what_is_no_array_is_not_found(odd: Any) -> None:
+    find = locator([jnp.ones(7), jnp.ones(7)])
+    try:
+        assert find.locate([jnp.ones(7), odd]) is None
+    except BridgeError as error:
+        pytest.fail(f"whoever describes it says why: {error}")
+    assert find.locate(odd) is None
+
+
+def test_traced_and_deleted_arrays_are_not_found() -> None:
+    find = locator({"w": jnp.ones(7)})
+    found = []
+    jax.jit(lambda t: found.append(find.locate(t)))({"w": jnp.ones(7)})
+    assert found == [None]
+    gone = {"w": jnp.ones(7)}
+    gone["w"].delete()
+    assert find.locate(gone) is None

@@ -1,0 +1,682 @@
+"""Averages of TensorFlow variables: written in place, and nobody else's tensors changed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import tracemalloc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastema
+from fastema.errors import BridgeError, CheckpointError, LayoutError, NonFiniteError, StateError
+
+from ..needed import modules
+from ..peak import forget_peak, peak
+from .truth import Loop, arithmetic_of
+
+modules("tensorflow", "ml_dtypes")
+
+import tensorflow as tf  # noqa: E402
+
+pytestmark = pytest.mark.tensorflow
+
+DECAY = 0.9
+FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (2, 3, 4)}
+
+
+def values(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    kind = tf.as_dtype(dtype).as_numpy_dtype
+    return {n: np.asarray(generator.normal(size=s)).astype(kind) for n, s in SHAPES.items()}
+
+
+def variables(seed: int, dtype: str = "float32") -> dict[str, Any]:
+    return {name: tf.Variable(array) for name, array in values(seed, dtype).items()}
+
+
+def assign(weights: dict[str, Any], seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """As an optimizer's step: every variable is given a new tensor."""
+    new = values(seed, dtype)
+    for name, one in weights.items():
+        one.assign(new[name])
+    return new
+
+
+def plain(one: Any) -> np.ndarray:
+    # NumPy alone cannot make an array of a bfloat16 scalar of TensorFlow.
+    return np.asarray(one.numpy() if hasattr(one, "numpy") else one)
+
+
+def bits(tensors: Any) -> dict[str, bytes]:
+    return {name: plain(one).tobytes() for name, one in tensors.items()}
+
+
+def wide(arrays: Any) -> dict[str, np.ndarray]:
+    return {name: plain(one).astype(np.float64) for name, one in arrays.items()}
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("weights", FLOATS)
+def test_equals_a_float64_loop(weights: str, stored: str) -> None:
+    held = variables(0, FLOATS[weights])
+    ema = fastema.EMA(held, DECAY, shadow_dtype=FLOATS[stored])
+    random, arithmetic = stored in ("f16", "bf16"), arithmetic_of(weights, stored)
+    loops = {n: Loop(x, stored, arithmetic, random) for n, x in wide(held).items()}
+    for n in range(1, 13):
+        new = assign(held, n, FLOATS[weights])
+        before = bits(held)
+        ema.update()
+        assert bits(held) == before
+        for name, x in wide(new).items():
+            loops[name].step(x, 1 - DECAY)
+    for name, loop in loops.items():
+        assert isinstance(ema.shadow[name], tf.Tensor)
+        assert ema.shadow[name].dtype == FLOATS[stored]
+        loop.check(wide(ema.shadow)[name], name)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex(dtype: str) -> None:
+    generator = np.random.default_rng(0)
+    one, two = (
+        (generator.normal(size=(9, 7)) + 1j * generator.normal(size=(9, 7))).astype(dtype)
+        for _ in range(2)
+    )
+    variable = tf.Variable(one)
+    ema = fastema.EMA([variable], 0.5)
+    variable.assign(two)
+    ema.update()
+    np.testing.assert_allclose(ema.shadow["0"].numpy(), (one + two) / 2, rtol=1e-6, atol=1e-6)
+    with ema.swapped():
+        assert variable.numpy().tobytes() == ema.shadow["0"].numpy().tobytes()
+    assert variable.numpy().tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", *(f"{sign}int{n}" for sign in ("", "u") for n in (8, 16, 32, 64))]
+)
+def test_what_is_no_float_is_copied_exactly(dtype: str) -> None:
+    raw = np.random.default_rng(1).integers(0, 256, 80 * np.dtype(dtype).itemsize, np.uint8)
+    new = raw.view(dtype) if dtype != "bool" else raw > 99
+    whole, weight = tf.Variable(np.zeros(80, dtype)), tf.Variable(1.0)
+    ema = fastema.EMA([weight, whole], DECAY)
+    whole.assign(new)
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["1"], new)
+    whole.assign(new[::-1])
+    with ema.swapped():
+        np.testing.assert_array_equal(whole, new)
+    np.testing.assert_array_equal(whole, new[::-1])
+
+
+def patterns(dtype: str, seed: int) -> np.ndarray:
+    kind = np.dtype(tf.as_dtype(dtype).as_numpy_dtype)
+    generator = np.random.default_rng([seed, kind.itemsize])
+    found = generator.integers(0, 256, 900 * kind.itemsize, np.uint8).view(kind)
+    found[:4] = np.array([0.0, -0.0, np.inf, -np.inf], np.float32).astype(kind)
+    return found
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "complex64", "complex128"]
+)
+def test_a_swap_is_exact_to_the_bit(dtype: str) -> None:
+    variable = tf.Variable(patterns(dtype, 0))
+    ema = fastema.EMA([variable], DECAY)
+    raw = patterns(dtype, 1)
+    for n in range(4):
+        variable.assign(raw)
+        held = variable.value()
+        ema.apply_shadow()
+        assert variable.numpy().tobytes() == patterns(dtype, 0).tobytes()
+        assert ema.shadow["0"].numpy().tobytes() == patterns(dtype, 0).tobytes()
+        assert ema.state_dict()["shadow"][0]["0"].tobytes() == patterns(dtype, 0).tobytes()
+        assert held.numpy().tobytes() == raw.tobytes()
+        during = variable.value()
+        ema.restore()
+        assert variable.numpy().tobytes() == raw.tobytes(), n
+        assert during.numpy().tobytes() == patterns(dtype, 0).tobytes()
+
+
+@pytest.mark.parametrize("stored", [*FLOATS.values(), "bf16+16"])
+@pytest.mark.parametrize("weights", FLOATS.values())
+def test_swaps_between_dtypes_come_back(weights: str, stored: str) -> None:
+    held = variables(0, weights)
+    ema = fastema.EMA(held, 0.5, shadow_dtype=stored)
+    for n in range(1, 4):
+        assign(held, n, weights)
+        ema.update()
+    raw, average = bits(held), bits(ema.shadow)
+    for _ in range(3):
+        with ema.swapped() as given_:
+            assert given_ is held
+            assert bits(ema.shadow) == average
+            for name, one in held.items():
+                shadow = plain(ema.shadow[name]).astype(np.float64)
+                got = plain(one).astype(np.float64)
+                np.testing.assert_allclose(got, shadow, rtol=2**-7, atol=1e-6)
+            with pytest.raises(StateError):
+                ema.update()
+        assert bits(held) == raw
+        assert bits(ema.shadow) == average
+
+
+def test_a_model_that_raises_gets_its_weights_back() -> None:
+    held = variables(0)
+    ema = fastema.EMA(held, 0.5)
+    assign(held, 1)
+    ema.update()
+    raw = bits(held)
+    with pytest.raises(ZeroDivisionError), ema.swapped():
+        held["a"].assign(held["a"] / (1 / 0))
+    assert bits(held) == raw
+    assert not ema.applied
+
+
+def test_variables_that_are_given_new_tensors_while_the_average_is_applied() -> None:
+    # What they hold then is taken for the average, as on every framework.
+    variable = tf.Variable([1.0, 2.0])
+    ema = fastema.EMA([variable], 0.5)
+    variable.assign([5.0, 6.0])
+    ema.apply_shadow()
+    variable.assign(tf.constant([7.0, 8.0]))
+    ema.restore()
+    np.testing.assert_array_equal(variable, [5.0, 6.0])
+    np.testing.assert_array_equal(ema.shadow["0"], [7.0, 8.0])
+
+
+# -- nobody else's tensors -------------------------------------------------------------------------
+
+
+def test_variables_that_were_assigned_one_tensor_are_two() -> None:
+    given_ = tf.constant(np.random.default_rng(0).normal(size=5000).astype(np.float32))
+    was = given_.numpy().copy()
+    one, other = tf.Variable(given_), tf.Variable(given_)
+    ema = fastema.EMA({"one": one, "other": other}, 0.5)
+    assert list(ema.shadow) == ["one", "other"]
+    for n in range(1, 5):
+        one.assign(given_)
+        other.assign(given_)
+        ema.update()
+        assert ema.shadow["one"].numpy().tobytes() == was.tobytes()
+        one.assign(given_ + 2.0)
+        ema.update()
+        held = [one.value(), other.value(), given_]
+        before = [tensor.numpy().copy() for tensor in held]
+        with ema.swapped():
+            np.testing.assert_allclose(one, was + 1, rtol=1e-5, atol=1e-5)
+            assert other.numpy().tobytes() == was.tobytes()
+        for tensor, array in zip(held, before, strict=True):
+            assert tensor.numpy().tobytes() == array.tobytes(), n
+        ema.load_state_dict({**ema.state_dict(), "shadow": [{"one": was, "other": was}]})
+
+
+@given(
+    st.lists(st.sampled_from(["assign", "share", "hold", "update", "swap", "tape"]), max_size=14)
+)
+def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None:
+    held: list[tuple[Any, bytes]] = []
+    weights = {name: tf.Variable(values(0)[name]) for name in "abe"}
+    source = tf.constant(values(7)["a"])
+    ema = fastema.EMA(weights, 0.5)
+    loops = {n: Loop(x, "f32", "f32") for n, x in wide(weights).items()}
+    for n, step in enumerate(steps):
+        if step == "assign":
+            for name, one in weights.items():
+                one.assign(values(n + 1)[name])
+        elif step == "share":
+            weights["a"].assign(source)
+            held.append((source, source.numpy().tobytes()))
+        elif step == "hold":
+            held += [(one.value(), one.numpy().tobytes()) for one in weights.values()]
+        elif step == "tape":
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(weights["b"] ** 3)
+                ema.update()
+            grad = tape.gradient(loss, weights["b"])
+            np.testing.assert_allclose(grad, 3 * weights["b"].numpy() ** 2, rtol=1e-5)
+        elif step == "swap":
+            raw = bits(weights)
+            with ema.swapped():
+                held += [(one.value(), one.numpy().tobytes()) for one in weights.values()]
+            assert bits(weights) == raw
+        if step in ("update", "tape"):
+            if step == "update":
+                ema.update()
+            for name, x in wide(weights).items():
+                loops[name].step(x, 0.5)
+        assert all(tensor.numpy().tobytes() == was for tensor, was in held)
+    for name, loop in loops.items():
+        loop.check(wide(ema.shadow)[name], name)
+
+
+def test_the_tape_still_knows_the_values_of_the_forward_pass() -> None:
+    w = tf.Variable([2.0, 3.0])
+    ema = fastema.EMA([w], 0.5)
+    w.assign([4.0, 5.0])
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(w**3)
+    with ema.swapped():
+        np.testing.assert_allclose(tape.gradient(loss, w), [48.0, 75.0])
+        with tf.GradientTape() as inner:
+            loss = tf.reduce_sum(w**2)
+        np.testing.assert_allclose(inner.gradient(loss, w), [4.0, 6.0])
+    np.testing.assert_array_equal(w, [4.0, 5.0])
+
+
+def test_the_shadow_is_a_copy() -> None:
+    w = tf.Variable(np.arange(4096, dtype=np.float32))
+    ema = fastema.EMA([w], 0.5)
+    seen, state = ema.shadow["0"], ema.state_dict()
+    for n in range(3):
+        w.assign(tf.fill([4096], n + 99.0))
+        ema.update()
+    np.testing.assert_array_equal(seen, np.arange(4096))
+    np.testing.assert_array_equal(state["shadow"][0]["0"], np.arange(4096))
+    target = [tf.Variable(tf.zeros(4096))]
+    ema.copy_to(target)
+    after = target[0].value()
+    ema.update()
+    ema.copy_to(target)
+    assert not np.array_equal(after, target[0])
+
+
+def test_copies_into_variables_that_share_a_tensor() -> None:
+    given_ = tf.constant([9.0, 9.0])
+    targets = [tf.Variable(given_), tf.Variable(given_)]
+    for one in targets:
+        one.assign(given_)
+    ema = fastema.EMA([tf.Variable([1.0, 2.0]), tf.Variable([3.0, 4.0])], 0.5)
+    ema.copy_to(targets)
+    np.testing.assert_array_equal(targets[0], [1.0, 2.0])
+    np.testing.assert_array_equal(targets[1], [3.0, 4.0])
+    np.testing.assert_array_equal(given_, [9.0, 9.0])
+
+
+# -- tied, untied ----------------------------------------------------------------------------------
+
+
+def test_a_variable_that_is_there_twice() -> None:
+    one, other = tf.Variable([1.0, 2.0]), tf.Variable([3.0, 4.0])
+    ema = fastema.EMA([one, one, other], 0.5)
+    assert len(ema.shadow) == 2
+    one.assign([3.0, 4.0])
+    ema.update()
+    for _ in range(4):
+        with ema.swapped():
+            np.testing.assert_array_equal(one, [2.0, 3.0])
+            np.testing.assert_array_equal(other, [3.0, 4.0])
+        np.testing.assert_array_equal(one, [3.0, 4.0])
+        np.testing.assert_array_equal(ema.shadow["1"], [2.0, 3.0])
+    for call in (ema.update, ema.apply_shadow):
+        with pytest.raises(LayoutError, match="'1' was tied to '0' and no longer is"):
+            call([one, other, other])
+    ema.update()
+
+
+def test_variables_that_become_one_are_not_written() -> None:
+    one, other = tf.Variable([1.0, 2.0]), tf.Variable([3.0, 4.0])
+    ema = fastema.EMA([one, other], 0.5)
+    ema.update([one, one])
+    np.testing.assert_array_equal(ema.shadow["1"], [2.0, 3.0])
+    with pytest.raises(LayoutError, match="overlap"):
+        ema.apply_shadow([one, one])
+    assert not ema.applied
+    np.testing.assert_array_equal(one, [1.0, 2.0])
+    np.testing.assert_array_equal(ema.shadow["1"], [2.0, 3.0])
+    ema.update([one, other])
+    np.testing.assert_array_equal(ema.shadow["1"], [2.5, 3.5])
+
+
+# -- optimizers, threads, functions ----------------------------------------------------------------
+
+
+def test_steps_of_an_optimizer(python: Callable[..., str]) -> None:
+    modules("keras")  # whose backend is that of a whole process
+    out = python(
+        """
+        import numpy as np, keras, tensorflow as tf, fastema
+
+        for traced in (False, True):
+            generator = np.random.default_rng(0)
+            w, b = tf.Variable(generator.normal(size=(9, 3)).astype("f4")), tf.Variable(tf.ones(3))
+            optimizer = keras.optimizers.Adam(0.05)
+            optimizer.build([w, b])
+            x = tf.constant(generator.normal(size=(20, 9)).astype("f4"))
+            ema = fastema.EMA([w, b], 0.9)
+            want = [one.numpy().astype(np.float64) for one in (w, b)]
+
+            def step():
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean((x @ w + b - 1.0) ** 2)
+                optimizer.apply_gradients(zip(tape.gradient(loss, [w, b]), [w, b]))
+
+            run = tf.function(step) if traced else step
+            for n in range(12):
+                before = w.numpy()
+                run()
+                assert not np.array_equal(before, w.numpy())
+                ema.update()
+                for i, one in enumerate((w, b)):
+                    want[i] = want[i] + 0.1 * (one.numpy() - want[i])
+                if n % 4 == 3:
+                    raw = [one.numpy().tobytes() for one in (w, b)]
+                    with ema.swapped():
+                        np.testing.assert_allclose(w, want[0], rtol=1e-5, atol=1e-6)
+                    assert [one.numpy().tobytes() for one in (w, b)] == raw
+            for one, shadow in zip(want, ema.shadow.values()):
+                np.testing.assert_allclose(shadow, one, rtol=1e-5, atol=1e-6)
+            print(traced, ema.num_updates)
+        """,
+        KERAS_BACKEND="tensorflow",
+        TF_CPP_MIN_LOG_LEVEL="3",
+        CUDA_VISIBLE_DEVICES="",
+        quiet=False,
+    )
+    assert out.split() == ["False", "12", "True", "12"]
+
+
+def test_inside_functions() -> None:
+    w = tf.Variable([1.0, 2.0])
+    ema = fastema.EMA([w], 0.5)
+    for call in (ema.update, ema.apply_shadow, lambda: ema.update([w]), lambda: ema.copy_to([w])):
+        with pytest.raises(BridgeError, match=r"inside tf\.function"):
+            tf.function(call, autograph=False)()
+    assert (ema.num_updates, ema.applied) == (0, False)
+    w.assign([3.0, 4.0])
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["0"], [2.0, 3.0])
+    np.testing.assert_array_equal(w, [3.0, 4.0])
+
+
+def test_called_from_a_graph() -> None:
+    w = tf.Variable([1.0, 2.0])
+    ema = fastema.EMA([w], 0.5)
+
+    @tf.function
+    def step() -> None:
+        with tf.control_dependencies([w.assign_add([2.0, 2.0])]):
+            tf.py_function(ema.update, [], [])
+
+    want, x = np.array([1.0, 2.0]), np.array([1.0, 2.0])
+    for _ in range(6):
+        step()
+        x = x + 2
+        want = (want + x) / 2
+    np.testing.assert_allclose(ema.shadow["0"], want, rtol=1e-6)
+    assert ema.num_updates == 6
+
+
+def test_other_threads_assign_meanwhile() -> None:
+    weights = [tf.Variable(tf.fill([2000], 1.0)) for _ in range(6)]
+    ema = fastema.EMA(weights, 0.5)
+    stop = threading.Event()
+
+    def train() -> None:
+        n = 1.0
+        while not stop.is_set():
+            n = n % 50 + 1
+            for one in weights:
+                one.assign(tf.fill([2000], n))
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for one in threads:
+        one.start()
+    try:
+        for _ in range(200):
+            ema.update()
+    finally:
+        stop.set()
+        for one in threads:
+            one.join()
+    for shadow in ema.shadow.values():
+        found = shadow.numpy()
+        assert (found >= 1).all()
+        assert (found <= 50).all()
+        assert (found == found[0]).all()  # each was read as one value, not in the middle
+    for one in weights:
+        one.assign(tf.fill([2000], 3.0))
+    for _ in range(40):
+        ema.update()
+    for shadow in ema.shadow.values():
+        np.testing.assert_allclose(shadow, 3.0, rtol=1e-6)
+
+
+# -- lifetimes -------------------------------------------------------------------------------------
+
+
+def test_freed_memory_is_not_read() -> None:
+    w = tf.Variable(tf.ones(50_000))
+    ema = fastema.EMA([w], DECAY)
+    loop = Loop(np.ones(50_000), "f32", "f32")
+    for n in range(20):
+        new = np.random.default_rng(n).normal(size=50_000).astype(np.float32)
+        w.assign(new)
+        poison = [tf.fill([50_000], np.float32(np.nan)) for _ in range(3)]
+        ema.update()
+        loop.step(new, 1 - DECAY)
+        del poison
+    loop.check(ema.shadow["0"].numpy())
+
+
+def test_values_are_not_kept() -> None:
+    w = tf.Variable(tf.ones(5_000_000))  # 20 MB
+    ema = fastema.EMA([w], 0.5)
+    for _ in range(4):
+        ema.update()
+    before = forget_peak()
+    for n in range(10):
+        w.assign(tf.fill([5_000_000], float(n)))
+        ema.update()
+    # The new tensor and the old, and what the allocator makes of it: not one for each step.
+    assert peak() - before < 100e6
+
+
+def test_only_the_tensors_that_came_last_are_kept() -> None:
+    ema = fastema.EMA([tf.fill([1000], 1.0)], 0.5)
+    plan = fastema.Plan([np.ones(1000, np.float32)], [tf.fill([1000], 1.0)])
+    watched = []
+    for n in range(5):
+        tensors = [tf.fill([1000], float(n)), tf.fill([1000], float(n))]
+        watched.append([weakref.ref(one) for one in tensors])
+        ema.update(tensors[:1])
+        plan.lerp_(0.5, tensors[1:])
+        del tensors
+        gc.collect()
+        assert [[one() is None for one in both] for both in watched] == [[True] * 2] * n + [
+            [False] * 2
+        ]
+
+
+def test_weights_are_not_copied() -> None:
+    big = 25_000_000  # 100 MB each
+    weights = [tf.Variable(tf.fill([big], 2.0)), tf.Variable(tf.fill([big], 3.0))]
+    ema = fastema.EMA(weights, DECAY)
+    ema.update()
+    with ema.swapped():
+        pass
+    before = forget_peak()
+    for _ in range(4):
+        ema.update()
+        with ema.swapped():
+            pass
+    assert peak() - before < 10e6
+
+
+def test_updates_keep_no_memory() -> None:
+    weights = [tf.Variable(tf.fill([50], float(i + 1))) for i in range(20)]
+    ema = fastema.EMA(weights, DECAY)
+    for _ in range(50):
+        ema.update()
+    tracemalloc.start()
+    try:
+        held = []
+        for _ in range(4):
+            for _ in range(250):
+                ema.update()
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert min(np.diff(held)) < 2500
+
+
+# -- all or nothing --------------------------------------------------------------------------------
+
+BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "shape": lambda w: {**w, "c": tf.Variable([1.0])},
+    "string": lambda w: {**w, "c": tf.constant("text")},
+    "number": lambda w: {**w, "c": 3.0},
+    "integer": lambda w: {**w, "c": tf.Variable(1)},
+    "complex": lambda w: {**w, "c": tf.Variable(1j)},
+    "missing": lambda w: {n: one for n, one in w.items() if n != "c"},
+    "more": lambda w: {**w, "f": tf.Variable(1.0)},
+    "sparse": lambda w: {**w, "c": tf.sparse.from_dense([1.0])},
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_weights_that_are_refused_change_nothing(case: str) -> None:
+    weights, twin = variables(0), variables(0)
+    ema, other = fastema.EMA(weights, 0.5), fastema.EMA(twin, 0.5)
+    for n in range(1, 4):
+        assign(weights, n)
+        assign(twin, n)
+        ema.update()
+        other.update()
+    bad = BAD[case](variables(9))
+    raw = {
+        name: np.asarray(one).tobytes() for name, one in bad.items() if isinstance(one, tf.Variable)
+    }
+    calls = (ema.update, ema.apply_shadow) if case == "more" else (
+        ema.update, ema.apply_shadow, ema.copy_to)  # fmt: skip
+    for call in calls:
+        with pytest.raises(fastema.errors.FastemaError):
+            call(bad)
+    assert (ema.num_updates, ema.applied) == (3, False)
+    assert {n: np.asarray(bad[n]).tobytes() for n in raw} == raw
+    assign(weights, 5)
+    assign(twin, 5)
+    ema.update()
+    other.update()
+    assert bits(ema.shadow) == bits(other.shadow)
+
+
+def test_weights_that_are_not_finite() -> None:
+    w, v = tf.Variable(tf.fill([90], 3.0)), tf.Variable(1.0)
+    skipping = fastema.EMA([w, v], 0.5, on_nonfinite="skip")
+    raising = fastema.EMA([w, v], 0.5, on_nonfinite="raise")
+    for n in range(3):
+        w.assign(tf.tensor_scatter_nd_update(tf.fill([90], 3.0), [[n]], [np.inf]))
+        skipping.update()
+        with pytest.raises(NonFiniteError, match="'0' holds"):
+            raising.update()
+        w.assign(tf.fill([90], 3.0))
+        for ema in (skipping, raising):
+            ema.update()
+            np.testing.assert_array_equal(ema.shadow["0"], np.full(90, 3.0))
+    assert (skipping.num_updates, skipping.num_skipped) == (3, 3)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [None, "bfloat16", "bf16+16"])
+def test_a_run_goes_on_to_the_bit(stored: str | None, tmp_path: Path) -> None:
+    weights = variables(0)
+    ema = fastema.EMA(weights, fastema.rules.warmup(0.99), shadow_dtype=stored, seed=3)
+    for n in range(1, 5):
+        assign(weights, n)
+        ema.update()
+    state = ema.state_dict()
+    assert all(type(one) is np.ndarray for one in state["shadow"][0].values())
+    with ema.swapped():
+        while_applied = ema.state_dict()
+    assert bits(while_applied["shadow"][0]) == bits(state["shadow"][0])
+    later = variables(99)
+    other = fastema.EMA(later, 0.5, shadow_dtype=stored)
+    other.load_state_dict(while_applied)
+    for n in range(5, 8):
+        assign(weights, n)
+        assign(later, n)
+        ema.update()
+        other.update()
+    assert bits(other.shadow) == bits(ema.shadow)
+
+
+def test_a_state_may_hold_tensors_and_variables() -> None:
+    weights = variables(0)
+    ema = fastema.EMA(weights, 0.5)
+    assign(weights, 1)
+    ema.update()
+    for make in (tf.constant, tf.Variable):
+        state = ema.state_dict()
+        state["shadow"] = [{n: make(x) for n, x in state["shadow"][0].items()}]
+        other = fastema.EMA(variables(2), 0.5)
+        other.load_state_dict(state)
+        assert bits(other.shadow) == bits(ema.shadow)
+    state["shadow"][0]["c"] = tf.constant("text")
+    with pytest.raises(CheckpointError, match="'c'"):
+        other.load_state_dict(state)
+    assert bits(other.shadow) == bits(ema.shadow)
+
+
+@pytest.mark.parametrize("kind", ["SWA", "SMA"])
+def test_the_other_averages(kind: str) -> None:
+    weights = variables(0)
+    made = fastema.SWA(weights) if kind == "SWA" else fastema.SMA(weights, window=3)
+    history = []
+    for n in range(1, 7):
+        history.append(wide(assign(weights, n)))
+        made.update()
+    for name, shadow in made.shadow.items():
+        stack = np.stack([one[name] for one in history[-3 if kind == "SMA" else 0 :]])
+        np.testing.assert_allclose(shadow.numpy(), stack.mean(0), rtol=2e-5, atol=1e-6)
+
+
+def test_several_averages_in_one_pass() -> None:
+    weights = variables(0)
+    ema = fastema.EMA(weights, (0.5, 0.9))
+    loops = [{n: Loop(x, "f32", "f32") for n, x in wide(weights).items()} for _ in range(2)]
+    for n in range(1, 5):
+        new = wide(assign(weights, n))
+        ema.update()
+        for decay, of in zip((0.5, 0.9), loops, strict=True):
+            for name, loop in of.items():
+                loop.step(new[name], 1 - decay)
+    raw = bits(weights)
+    for which in range(2):
+        with ema.swapped(which=which):
+            for name, loop in loops[which].items():
+                loop.check(weights[name].numpy(), name)
+        assert bits(weights) == raw
+
+
+def test_snapshots_on_disk(tmp_path: Path) -> None:
+    """What is written and read again is what NumPy's arrays give, to the bit."""
+    modules("safetensors")
+    found = []
+    for kind, make in (("numpy", np.array), ("tensorflow", tf.Variable)):
+        folder = tmp_path / kind
+        made = fastema.PowerEMA({"w": make(drawn(0)), "v": make(drawn(99))}, sigma_rels=(0.05, 0.1))
+        for n in range(1, 13):
+            made.update({"w": make(drawn(n)), "v": make(drawn(99 + n))})
+            if n % 4 == 0:
+                fastema.posthoc.save_snapshot(made, folder)
+        result = fastema.posthoc.synthesize(folder, sigma_rel=0.12)
+        found.append({name: np.asarray(one).tobytes() for name, one in result.tensors.items()})
+    assert found[0].keys() == {"w", "v"}
+    assert found[0] == found[1]
+
+
+def drawn(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(31, 3)).astype(np.float32)
