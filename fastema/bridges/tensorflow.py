@@ -188,8 +188,11 @@ class _Reader:
         if self._calls < 3 or _is_foreign_thread():
             return self._each()
         if self._function is None:
-            self._function = tf.function(self._each, autograph=False)
-        found: list[Any] = self._function()
+            traced = tf.function(self._each, autograph=False)
+            self._function = traced.get_concrete_function()  # there are no arguments to dispatch on
+        # Handing such small operations to other threads takes longer than the operations.
+        with tf.experimental.function_executor_type("SINGLE_THREADED_EXECUTOR"):
+            found: list[Any] = self._function()
         return found
 
 
