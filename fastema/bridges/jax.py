@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.errors import ConcretizationTypeError
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ from fastema.bridges.names import named
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
-from fastema.layout.flat import row_major
+from fastema.layout.flat import ALIGNMENT, row_major
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
 __all__ = ["MEMORY", "describe", "finder", "owns", "shown", "walk"]
@@ -145,7 +146,13 @@ def shown(memory: NDArray[Any]) -> Any:
     """A JAX array with a copy of NumPy memory; a NumPy copy where JAX would narrow the dtype."""
     if jax.dtypes.canonicalize_dtype(memory.dtype) != memory.dtype:
         return memory.copy()
-    return jnp.array(memory)
+    # jnp.array() would copy later, on a thread of its own, when the average may have moved on. A
+    # copy of ours that nobody else knows becomes the array as it is, if it begins as JAX wants it.
+    raw = np.empty(memory.nbytes + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    copy = raw[first : first + memory.nbytes].view(memory.dtype).reshape(memory.shape)
+    copy[...] = memory
+    return jax.device_put(copy)
 
 
 class _Pytree:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from operator import is_
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fastema.bridges.moving import Finder, Found, finder_of, moves
 from fastema.bridges.names import named
+from fastema.bridges.registry import bridge_of
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
 from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
@@ -82,7 +83,13 @@ def assign(variable: Any, array: Any) -> None:
 
 def shown(memory: NDArray[Any]) -> Any:
     """The backend's array with a copy of NumPy memory."""
-    return keras.ops.copy(memory)
+    made = _made_by_backend()
+    return memory.copy() if made is None else made(memory)
+
+
+@cache
+def _made_by_backend() -> Any:
+    return getattr(bridge_of(keras.ops.zeros(())), "shown", None)
 
 
 def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:

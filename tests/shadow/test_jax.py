@@ -564,3 +564,16 @@ def test_snapshots_on_disk(tmp_path: Path) -> None:
 
 def drawn(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(31, 3)).astype(np.float32)
+
+
+def test_a_given_average_is_not_that_of_later() -> None:
+    """JAX copies NumPy memory when it comes to it, unless it is given memory of its own."""
+    weights = [jnp.full((2048, 2048), 2.0), jnp.arange(3.0)]
+    ema = fastema.EMA(weights, 0.5)
+    for n in range(5):
+        before = [np.asarray(one).copy() for one in ema.state_dict()["shadow"][0].values()]
+        given, shown = ema.averaged(), ema.shadow["0"]
+        ema.update([one + n for one in weights])
+        for one, expected in zip([*given, shown], [*before, before[0]], strict=True):
+            np.testing.assert_array_equal(np.asarray(one), expected)
+        assert not np.array_equal(np.asarray(ema.shadow["0"]), before[0]) or n == 0
