@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1189,3 +1190,12 @@ def test_a_model_is_given_its_own_functions_back() -> None:
     assert "evaluate" not in vars(model)
     assert all(untouched(model, name) for name in before)
     assert keras.models.clone_model(model).name == "net"
+
+
+def test_a_backup_without_its_package_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(CheckpointError, match="pip install safetensors"):
+        EMAWeights(backup=tmp_path / "ema.safetensors")
+    EMAWeights()

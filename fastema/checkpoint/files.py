@@ -13,7 +13,9 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from fastema.errors import CheckpointError
@@ -103,6 +105,22 @@ def _read_at(opened: Any, offset: int, buffer: memoryview) -> int:
         return int(opened.readinto(buffer))
 
 
+def package() -> ModuleType:
+    """The package that writes the files.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing.
+    """
+    try:
+        return import_module("safetensors")
+    except ImportError:
+        raise CheckpointError(
+            "averages are saved in safetensors files: pip install safetensors"
+        ) from None
+
+
 def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **metadata: str) -> None:
     """Write tensors to a file; whatever happens, there is the old file or the whole new one.
 
@@ -122,12 +140,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
     OSError
         If the file cannot be written.
     """
-    try:
-        import safetensors
-    except ImportError:
-        raise CheckpointError(
-            "snapshots are safetensors files: pip install safetensors (or fastema[posthoc])"
-        ) from None
+    safetensors = package()
     entries: dict[str, Any] = {}
     for name, spec in tensors.items():
         if spec.dtype not in _NAMES:
