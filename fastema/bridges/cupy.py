@@ -85,6 +85,16 @@ def describe(array: Any) -> TensorSpec:
     )
 
 
+def _index(device: str) -> int:
+    """The number of a GPU."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        raise DeviceError(
+            f"CuPy arrays are on a GPU, not on {device}; use array.get() for a copy there"
+        )
+    return int(index or 0)
+
+
 def zeros(length: int, code: str, device: str) -> Any:
     """A new flat array on a GPU.
 
@@ -93,10 +103,7 @@ def zeros(length: int, code: str, device: str) -> Any:
     DeviceError
         For any other device.
     """
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        raise DeviceError(f"CuPy arrays are on a GPU, not on {device}")
-    with cupy.cuda.Device(int(index or 0)):
+    with cupy.cuda.Device(_index(device)):
         return cupy.zeros(length, native(code))
 
 
@@ -119,12 +126,10 @@ def transfer(array: Any, device: str) -> Any:
     DeviceError
         For any other device.
     """
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        raise DeviceError(f"CuPy arrays are on a GPU, not on {device}; use array.get()")
-    if int(index or 0) == array.device.id:
+    index = _index(device)
+    if index == array.device.id:
         return array
-    with cupy.cuda.Device(int(index or 0)):
+    with cupy.cuda.Device(index):
         return cupy.array(array)
 
 
