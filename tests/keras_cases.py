@@ -436,8 +436,8 @@ def test_evaluate_and_predict_with_the_average_and_every_bit_comes_back() -> Non
     assert_same(average(ema), avg)
 
 
-def test_keras_leaves_its_average_in_the_model_after_predict() -> None:
-    """What EMAWeights is to do better; when Keras does it too, this test may go."""
+def around_keras_own_swap(call: Callable[[Any, Any], object]) -> tuple[Any, Weights, Weights]:
+    """A model with Keras' own average, and its weights before and after a call in fit."""
     model = build(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=DECAY))
     swap = keras.callbacks.SwapEMAWeights()
     kept: list[Weights] = []
@@ -445,27 +445,27 @@ def test_keras_leaves_its_average_in_the_model_after_predict() -> None:
     class Look(keras.callbacks.Callback):
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             before = weights(self.model)
-            self.model.predict(XV, verbose=0, callbacks=[swap])
+            call(self.model, swap)
             kept.extend([before, weights(self.model)])
 
     fit(model, Look(), epochs=1, validation_data=None)
+    before, after = kept
+    return model, before, after
+
+
+def test_keras_leaves_its_average_in_the_model_after_predict() -> None:
+    """What EMAWeights is to do better; when Keras does it too, this test may go."""
+    model, *kept = around_keras_own_swap(
+        lambda model, swap: model.predict(XV, verbose=0, callbacks=[swap])
+    )
     assert differ(*[{n: one[n] for n in trained(model)} for one in kept])
 
 
 def test_keras_perturbs_weights_by_its_swap_on_tensorflow() -> None:
     """What EMAWeights is to do better; when Keras does it too, this test may go."""
-    model = build(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=DECAY))
-    swap = keras.callbacks.SwapEMAWeights()
-    kept: list[Weights] = []
-
-    class Look(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            before = weights(self.model)
-            self.model.evaluate(XV, YV, verbose=0, callbacks=[swap])
-            kept.extend([before, weights(self.model)])
-
-    fit(model, Look(), epochs=1, validation_data=None)
-    before, after = kept
+    model, before, after = around_keras_own_swap(
+        lambda model, swap: model.evaluate(XV, YV, verbose=0, callbacks=[swap])
+    )
     if BACKEND == "tensorflow":
         assert any(before[name].tobytes() != after[name].tobytes() for name in trained(model))
     else:

@@ -14,6 +14,7 @@ import fastema
 from fastema.errors import BridgeError, DTypeError, FastemaError, LayoutError
 from fastema.testing import reference
 
+from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
 from .needed import modules
 from .shadow.truth import Loop
 
@@ -21,23 +22,9 @@ modules("jax", "torch", "ml_dtypes")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import ml_dtypes  # noqa: E402
 import torch  # noqa: E402
 
 pytestmark = pytest.mark.torch
-
-SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (129,)}
-CODES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-
-PAIRS = [("f32", "f32"), ("f32", "bf16"), ("bf16", "f32"), ("f16", "f16")]
-
-Arrays = dict[str, np.ndarray]
-
-
-def to_torch(array: np.ndarray) -> Any:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -58,33 +45,6 @@ FIXED = ["jax", "read-only"]
 
 def made(kind: str, arrays: Arrays) -> dict[str, Any]:
     return {name: MAKE[kind](one) for name, one in arrays.items()}
-
-
-def plain(one: Any) -> np.ndarray:
-    if isinstance(one, torch.Tensor) and one.dtype == torch.bfloat16:
-        return one.detach().contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return one.detach().numpy() if isinstance(one, torch.Tensor) else np.asarray(one)
-
-
-def bits(container: Any) -> dict[str, bytes]:
-    return {name: plain(one).tobytes() for name, one in container.items()}
-
-
-def numbers(seed: int, code: str = "f32") -> Arrays:
-    generator = np.random.default_rng(seed)
-    return {n: np.asarray(generator.normal(size=s)).astype(CODES[code]) for n, s in SHAPES.items()}
-
-
-def stored(array: np.ndarray) -> np.ndarray:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else flat
-
-
-def lerped(avg: Arrays, x: Arrays, weight: float, codes: tuple[str, str]) -> dict[str, bytes]:
-    """The specification's update."""
-    return {
-        n: reference.lerp(stored(avg[n]), stored(x[n]), weight, *codes).tobytes() for n in SHAPES
-    }
 
 
 @pytest.mark.parametrize("codes", PAIRS)

@@ -12,33 +12,17 @@ from hypothesis import strategies as st
 
 import fastema
 from fastema.errors import BridgeError, FastemaError, LayoutError
-from fastema.testing import reference
 
+from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, to_torch
 from .needed import modules
 from .shadow.truth import Loop
 
 modules("tensorflow", "jax", "torch", "ml_dtypes")
 
 import jax.numpy as jnp  # noqa: E402
-import ml_dtypes  # noqa: E402
 import tensorflow as tf  # noqa: E402
-import torch  # noqa: E402
 
 pytestmark = pytest.mark.tensorflow
-
-SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (129,)}
-CODES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-
-PAIRS = [("f32", "f32"), ("f32", "bf16"), ("bf16", "f32"), ("f16", "f16")]
-
-Arrays = dict[str, np.ndarray]
-
-
-def to_torch(array: np.ndarray) -> Any:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
 
 MAKE: dict[str, Callable[[np.ndarray], Any]] = {
     "numpy": np.array,
@@ -54,34 +38,6 @@ WITH_VARIABLES = [(to, of) for to in WRITABLE for of in MAKE
 
 def made(kind: str, arrays: Arrays) -> dict[str, Any]:
     return {name: MAKE[kind](one) for name, one in arrays.items()}
-
-
-def plain(one: Any) -> np.ndarray:
-    if isinstance(one, torch.Tensor):
-        if one.dtype == torch.bfloat16:
-            return one.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return one.numpy()
-    return np.asarray(one.numpy() if hasattr(one, "numpy") else one)
-
-
-def bits(container: Any) -> dict[str, bytes]:
-    return {name: plain(one).tobytes() for name, one in container.items()}
-
-
-def numbers(seed: int, code: str = "f32") -> Arrays:
-    generator = np.random.default_rng(seed)
-    return {n: np.asarray(generator.normal(size=s)).astype(CODES[code]) for n, s in SHAPES.items()}
-
-
-def stored(array: np.ndarray) -> np.ndarray:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else flat
-
-
-def lerped(avg: Arrays, x: Arrays, weight: float, codes: tuple[str, str]) -> dict[str, bytes]:
-    return {
-        n: reference.lerp(stored(avg[n]), stored(x[n]), weight, *codes).tobytes() for n in SHAPES
-    }
 
 
 @pytest.mark.parametrize("codes", PAIRS)

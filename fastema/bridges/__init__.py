@@ -20,7 +20,8 @@ and the others
 
 ======================================  ==========================================================
 ``MEMORY``                              the bridge whose arrays hold averages of these
-``shown(memory)``                       an array of this framework with a copy of such memory
+``shown(memory)``                       an array of this framework with a copy of such memory,
+                                        where users are not given a view of it
 ======================================  ==========================================================
 
 Where it applies, there are also

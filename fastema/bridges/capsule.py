@@ -10,7 +10,7 @@ from fastema.errors import BridgeError, DTypeError
 from fastema.layout.flat import row_major
 from fastema.layout.spec import Leaves, TensorSpec
 
-__all__ = ["MEMORY", "describe", "owns", "shown", "walk"]
+__all__ = ["MEMORY", "describe", "owns", "walk"]
 
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
@@ -78,11 +78,6 @@ def describe(array: Any) -> TensorSpec:
         writable=found.writable,
         owner=array,
     )
-
-
-def shown(memory: Any) -> Any:
-    """What users get for memory of an average of such arrays: a NumPy view of it."""
-    return memory.view()
 
 
 def walk(container: Any) -> Leaves | None:

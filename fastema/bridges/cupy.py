@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any, Final
+from typing import Any
 
 import cupy
 import numpy as np
 from numpy.typing import NDArray
 
 from fastema.errors import BridgeError, DeviceError, DTypeError
-from fastema.layout.dtypes import NAMES, dtype
+from fastema.layout.dtypes import NAME_OF, NAMES, dtype
 from fastema.layout.group import Pair
 from fastema.layout.home import Home, Substitute
 from fastema.layout.spec import Leaves, TensorSpec
@@ -27,8 +27,6 @@ __all__ = [
     "walk",
     "zeros",
 ]
-
-_NATIVE: Final = {code: name for name, code in NAMES.items()}
 
 
 def owns(obj: Any) -> bool:
@@ -53,7 +51,7 @@ def code(value: Any) -> str:
 def native(code: str) -> np.dtype[Any]:
     """The dtype of a code; bfloat16 needs ml_dtypes."""
     try:
-        return np.dtype(_NATIVE[code])
+        return np.dtype(NAME_OF[code])
     except TypeError:
         raise DTypeError("CuPy has no bfloat16 of its own: import ml_dtypes first") from None
 

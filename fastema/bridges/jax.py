@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from operator import attrgetter
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,6 @@ MEMORY: Final = "numpy"
 
 # A hundredth of the cost of the public way to know it, where it is there.
 _at_top_level: Final = getattr(import_module("jax._src.core"), "trace_state_clean", None)
-
-_Key: TypeAlias = Any
-"""An entry of a path in a pytree."""
 
 
 def owns(obj: Any) -> bool:
@@ -172,7 +169,7 @@ class _Pytree:
         return jax.tree_util.tree_unflatten(self._treedef, tensors)
 
 
-def _part(key: _Key) -> str:
+def _part(key: Any) -> str:
     """One entry of a path, by whatever it is called there."""
     for name in ("key", "idx", "name"):
         if hasattr(key, name):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastema.errors import BridgeError, DTypeError
-from fastema.layout.dtypes import DTYPES, NAMES
+from fastema.layout.dtypes import DTYPES, NAME_OF, NAMES
 from fastema.layout.spec import Leaves, TensorSpec
 
 __all__ = [
@@ -25,8 +25,6 @@ __all__ = [
     "written",
     "zeros",
 ]
-
-_NATIVE: Final = {code: name for name, code in NAMES.items()}
 
 
 def owns(obj: Any) -> bool:
@@ -55,7 +53,7 @@ def native(code: str) -> np.dtype[Any]:
             raise DTypeError("NumPy has no bfloat16 of its own: import ml_dtypes first")
         bfloat16: np.dtype[Any] = np.dtype(sys.modules["ml_dtypes"].bfloat16)
         return bfloat16
-    return np.dtype(_NATIVE[code])
+    return np.dtype(NAME_OF[code])
 
 
 def describe(array: NDArray[Any]) -> TensorSpec:

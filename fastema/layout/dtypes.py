@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from fastema.errors import DTypeError
 
-__all__ = ["DTYPES", "NAMES", "DType", "average_of", "dtype", "parse", "raw"]
+__all__ = ["DTYPES", "NAMES", "NAME_OF", "DType", "average_of", "dtype", "parse", "raw"]
 
 
 class DType(NamedTuple):
@@ -58,6 +58,9 @@ NAMES: Final = {
     **{f"uint{n}": f"u{n}" for n in (8, 16, 32, 64)},
 }
 """What frameworks call a dtype, to its code."""
+
+NAME_OF: Final = {code: name for name, code in NAMES.items()}
+"""The way back."""
 
 _ALIASES: Final = {**NAMES, "double": "f64", "float": "f32", "half": "f16"}
 

@@ -141,6 +141,8 @@ class Assignment:
 
     def apply(self) -> None:
         """Give all of them their average, or none."""
+        if not self._pairs:  # as in every swap in place
+            return
         arrays = _as_weights(self._pairs)
         self._raw = [bridge_of(pair.src.owner).value(pair.src.owner) for pair in self._pairs]
         try:

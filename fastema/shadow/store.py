@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fastema.bridges.memory import Memory, allocate
-from fastema.bridges.registry import bridge_of, describe
+from fastema.bridges.registry import bridge_of, describe, memory_of
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, DTypeError, listed
 from fastema.layout.dtypes import DType
@@ -262,8 +262,8 @@ def _averages(
 
 
 def _shown(like: TensorSpec) -> Callable[[Any], Any]:
-    bridge = bridge_of(like.owner)
-    shown: Callable[[Any], Any] = getattr(bridge, "shown", None) or bridge.alias
+    own = getattr(bridge_of(like.owner), "shown", None)
+    shown: Callable[[Any], Any] = own or memory_of(like.owner).alias
     return shown
 
 

@@ -19,6 +19,7 @@ from fastema.errors import BridgeError, CheckpointError, LayoutError, NonFiniteE
 
 from ..needed import modules
 from ..peak import forget_peak, peak
+from .snapshots import check_snapshots
 from .truth import Loop, arithmetic_of
 
 modules("jax", "ml_dtypes")
@@ -546,24 +547,7 @@ def test_drift_and_report() -> None:
 
 
 def test_snapshots_on_disk(tmp_path: Path) -> None:
-    """What is written and read again is what NumPy's arrays give, to the bit."""
-    modules("safetensors")
-    found = []
-    for kind, make in (("numpy", np.array), ("jax", jnp.asarray)):
-        folder = tmp_path / kind
-        made = fastema.PowerEMA({"w": make(drawn(0)), "v": make(drawn(99))}, sigma_rels=(0.05, 0.1))
-        for n in range(1, 13):
-            made.update({"w": make(drawn(n)), "v": make(drawn(99 + n))})
-            if n % 4 == 0:
-                fastema.posthoc.save_snapshot(made, folder)
-        result = fastema.posthoc.synthesize(folder, sigma_rel=0.12)
-        found.append({name: np.asarray(one).tobytes() for name, one in result.tensors.items()})
-    assert found[0].keys() == {"w", "v"}
-    assert found[0] == found[1]
-
-
-def drawn(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(31, 3)).astype(np.float32)
+    check_snapshots(jnp.asarray, tmp_path)
 
 
 def test_a_given_average_is_not_that_of_later() -> None:

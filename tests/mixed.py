@@ -1,0 +1,59 @@
+"""What tests of several frameworks together share: the same numbers in each, and the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fastema.testing import reference
+
+from .needed import modules
+
+modules("torch", "ml_dtypes")
+
+import ml_dtypes  # noqa: E402
+import torch  # noqa: E402
+
+SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (129,)}
+CODES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+PAIRS = [("f32", "f32"), ("f32", "bf16"), ("bf16", "f32"), ("f16", "f16")]
+
+Arrays = dict[str, np.ndarray]
+
+
+def to_torch(array: np.ndarray) -> Any:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def plain(one: Any) -> np.ndarray:
+    """The numbers of an array or variable of any framework."""
+    if isinstance(one, torch.Tensor):
+        one = one.detach().contiguous()
+        if one.dtype == torch.bfloat16:
+            return one.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(one.numpy() if hasattr(one, "numpy") else one)
+
+
+def bits(container: Any) -> dict[str, bytes]:
+    return {name: plain(one).tobytes() for name, one in container.items()}
+
+
+def numbers(seed: int, code: str = "f32") -> Arrays:
+    generator = np.random.default_rng(seed)
+    return {n: np.asarray(generator.normal(size=s)).astype(CODES[code]) for n, s in SHAPES.items()}
+
+
+def stored(array: np.ndarray) -> np.ndarray:
+    """An array as the reference takes it."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else flat
+
+
+def lerped(avg: Arrays, x: Arrays, weight: float, codes: tuple[str, str]) -> dict[str, bytes]:
+    """The specification's update."""
+    return {
+        n: reference.lerp(stored(avg[n]), stored(x[n]), weight, *codes).tobytes() for n in SHAPES
+    }
