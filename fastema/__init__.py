@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastema import errors, rules
+    from fastema import errors, rules, tracking
     from fastema.engine.cpu import get_num_threads, set_num_threads
     from fastema.plan import Plan, copy_, lerp_, mean_between, swap_
     from fastema.shadow import EMA, SMA, SWA, PowerEMA
@@ -42,6 +42,7 @@ __all__ = [
     "rules",
     "set_num_threads",
     "swap_",
+    "tracking",
     "update_bn",
 ]
 
@@ -60,7 +61,7 @@ _HOMES = {
     "update_bn": "fastema.torch",
 }
 
-_ROOMS = {"errors", "keras", "posthoc", "rules", "tensorflow"}
+_ROOMS = {"errors", "keras", "posthoc", "rules", "tensorflow", "tracking"}
 
 
 def __getattr__(name: str) -> Any:

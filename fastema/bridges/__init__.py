@@ -28,6 +28,8 @@ Where it applies, there are also
 
 ======================================  ==========================================================
 ``code(dtype)``                         the code of the framework's dtype object
+``scalar(array)``                       the number in an array of one element, or what reads it
+                                        later, where reading it now would wait for a device
 ``written(arrays)``                     tells the framework that fastema wrote these
 ``finder(specs, arrays)``               finds arrays that move, see :mod:`fastema.bridges.moving`
 ``value(holder)``,                      what holds an array that is replaced whenever it changes:

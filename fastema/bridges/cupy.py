@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "describe",
     "native",
     "owns",
+    "scalar",
     "transfer",
     "view",
     "walk",
@@ -32,6 +33,12 @@ __all__ = [
 def owns(obj: Any) -> bool:
     """Whether a CuPy array."""
     return isinstance(obj, cupy.ndarray)
+
+
+def scalar(array: cupy.ndarray) -> Callable[[], float]:
+    """Reads the number in an array of one element later; a copy is made in the current stream."""
+    kept = array.copy()
+    return lambda: float(kept.item())
 
 
 def code(value: Any) -> str:

@@ -24,7 +24,15 @@ from fastema.layout.dtypes import NAMES
 from fastema.layout.flat import ALIGNMENT, row_major
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
-__all__ = ["MEMORY", "describe", "finder", "owns", "shown", "walk"]
+__all__ = [
+    "MEMORY",
+    "describe",
+    "finder",
+    "owns",
+    "scalar",
+    "shown",
+    "walk",
+]
 
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
@@ -36,6 +44,31 @@ _at_top_level: Final = getattr(import_module("jax._src.core"), "trace_state_clea
 def owns(obj: Any) -> bool:
     """Whether a JAX array, or what stands for one while a function is traced."""
     return isinstance(obj, jax.Array)
+
+
+def scalar(array: jax.Array) -> float | Callable[[], float]:
+    """The number in an array of one element; where it is not computed yet, what reads it later.
+
+    Raises
+    ------
+    BridgeError
+        For what stands for an array while a function is traced, and for an array that was donated
+        or deleted, in the second case perhaps only when it is read.
+    """
+    if isinstance(array, jax.core.Tracer):
+        raise BridgeError(
+            "a traced JAX array has no value, and this would run once, when the function is traced:"
+            " return it from the function, and call this outside of it"
+        )
+
+    def number() -> float:
+        if array.is_deleted():
+            raise BridgeError(
+                "this JAX array was donated to a computation, or deleted, before it was read"
+            )
+        return float(array.item())
+
+    return number() if array.is_deleted() or array.is_ready() else number
 
 
 def _is_traced() -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "describe",
     "native",
     "owns",
+    "scalar",
     "transfer",
     "view",
     "walk",
@@ -30,6 +31,11 @@ __all__ = [
 def owns(obj: Any) -> bool:
     """Whether a NumPy array."""
     return isinstance(obj, np.ndarray)
+
+
+def scalar(array: NDArray[Any]) -> float:
+    """The number in an array of one element."""
+    return float(array.item())
 
 
 def code(dtype: Any) -> str:

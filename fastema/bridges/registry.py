@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Val
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
+from math import prod
+from numbers import Real
 from types import ModuleType
 from typing import Any, Final
 
@@ -21,6 +23,7 @@ __all__ = [
     "leaves_of",
     "materialised",
     "memory_of",
+    "scalar",
     "written",
 ]
 
@@ -57,7 +60,7 @@ def bridge_of(array: Any) -> ModuleType:
         if bridge.owns(array):
             return bridge
     raise BridgeError(
-        f"cannot average a {type(array).__module__}.{type(array).__qualname__}; expected an array "
+        f"cannot average {_type_of(array)}; expected an array "
         f"of {', '.join(_FRAMEWORKS)} or anything with __dlpack__, a list, tuple or dict of them, "
         "a JAX pytree, or a module or model of torch, Keras or TensorFlow"
     )
@@ -84,6 +87,38 @@ def written(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any
         if tell is not None:
             found.setdefault(tell, []).append(array)
     return list(found.items())
+
+
+def scalar(value: Any) -> float | Callable[[], float]:
+    """A number, or a function that reads it later where reading it now would wait for a device.
+
+    Parameters
+    ----------
+    value : number, or array of one element of any framework
+
+    Raises
+    ------
+    BridgeError
+        For anything else, and for what stands for a number while a function is traced.
+    """
+    if isinstance(value, Real):
+        return float(value)
+    for bridge in _loaded():
+        if hasattr(bridge, "scalar") and bridge.owns(value):
+            if prod(value.shape) != 1:
+                raise BridgeError(
+                    f"expected one number, got {_type_of(value)} of shape {tuple(value.shape)}; "
+                    "take its mean, or give update_many a series"
+                )
+            found: float | Callable[[], float] = bridge.scalar(value)
+            return found
+    if hasattr(type(value), "__float__"):  # scalars of ml_dtypes, for one
+        return float(value)
+    raise BridgeError(f"expected a number, got {_type_of(value)}")
+
+
+def _type_of(value: Any) -> str:
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
 def dtype_code(value: Any) -> str:

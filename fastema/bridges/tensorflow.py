@@ -33,6 +33,7 @@ __all__ = [
     "describe",
     "finder",
     "owns",
+    "scalar",
     "shown",
     "unshare",
     "walk",
@@ -59,6 +60,21 @@ class Unshared:
 def owns(obj: Any) -> bool:
     """Whether a tensor or a variable of TensorFlow."""
     return isinstance(obj, tf.Variable | tf.Tensor | Unshared)
+
+
+def scalar(value: Any) -> float | Callable[[], float]:
+    """The number in a tensor or a variable of one element; on a GPU, what reads it later.
+
+    Raises
+    ------
+    BridgeError
+        While a function is traced, and for a variable of a distribution strategy.
+    """
+    _refuse(value)
+    tensor = tf.convert_to_tensor(value)  # which never changes
+    if "CPU" in tensor.device:
+        return float(tensor.numpy().item())
+    return lambda: float(tensor.numpy().item())
 
 
 def code(dtype: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "describe",
     "native",
     "owns",
+    "scalar",
     "transfer",
     "view",
     "walk",
@@ -50,6 +51,19 @@ _CODES: Final = {native: code for code, native in _NATIVE.items()}
 def owns(obj: Any) -> bool:
     """Whether a torch tensor."""
     return isinstance(obj, torch.Tensor)
+
+
+def scalar(tensor: torch.Tensor) -> float | Callable[[], float]:
+    """The number in a tensor of one element; on an accelerator, what reads it later.
+
+    A copy is made in the current stream, since what a graph or a step writes to is written again.
+    """
+    if tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor):
+        return float(tensor.item())
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        raise BridgeError("a tensor without data has no value: call this outside of torch.compile")
+    kept = tensor.detach().clone()
+    return lambda: float(kept.item())
 
 
 def code(dtype: Any) -> str:

@@ -1,0 +1,90 @@
+"""Running averages of whole series, compiled."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.engine import cpu
+
+__all__ = ["decayed", "windowed"]
+
+_ROW: Final = 1 << 17
+"""Values in a row of the table, at least where there are so many."""
+
+_WINDOWS: Final = 8
+"""Windows in a row, at least: it begins by adding up those before each of its four lanes."""
+
+
+def windowed(
+    x: NDArray[np.float64], history: NDArray[np.float64], size: int, *, mean: bool
+) -> tuple[NDArray[np.float64], bool]:
+    """Sums, or means, of the last ``size`` values, at every value of a series.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+        float64, one-dimensional, without gaps.
+    history : numpy.ndarray
+        The values before it, the latest last; at most ``size``.
+    size : int
+        At least 1.
+    mean : bool
+        Divide each sum by the number of values there are in its window.
+
+    Returns
+    -------
+    results : numpy.ndarray
+        Of the length of ``x``.
+    finite : bool
+        Whether all of them are.
+    """
+    from fastema.kernels import cpu_series as k
+
+    before = np.concatenate([np.zeros(size - len(history)), history])
+    result = np.empty(len(x))
+    # The first row alone meets the history; the others continue the values before them.
+    starts = np.array([0, *range(size, len(x), max(_ROW, _WINDOWS * size))])[: len(x)]
+    table = np.zeros((len(starts), k.COLUMNS), np.int64)
+    table[:, k.SRC] = x.ctypes.data + 8 * starts
+    table[:, k.PREV] = x.ctypes.data + 8 * (starts - size)
+    table[:1, k.PREV] = before[:size].ctypes.data
+    table[:, k.DST] = result.ctypes.data + 8 * starts
+    table[:, k.COUNT] = np.diff(starts, append=len(x))
+    table[:, k.SEEN] = np.minimum(starts + len(history), size)
+    control = np.zeros(k.CONTROLS, np.int64)
+    control[k.SIZE], control[k.MEAN] = size, mean
+    nbytes = x.nbytes + result.nbytes
+    cpu.launch(k.windowed, table.ctypes.data, len(table), 0, control.ctypes.data, nbytes)
+    return result, not table[:, k.ODD].any()
+
+
+def decayed(
+    x: NDArray[np.float64], decay: float, start: tuple[float, float]
+) -> tuple[NDArray[np.float64], tuple[float, float]]:
+    """``avg = decay avg + (1 - decay) x`` at every value of a series.
+
+    Parameters
+    ----------
+    x : numpy.ndarray
+        float64, one-dimensional, without gaps.
+    decay : float
+        In [0, 1).
+    start : tuple of float
+        The average before, and what it rounded off.
+
+    Returns
+    -------
+    averages : numpy.ndarray
+        Of the length of ``x``.
+    end : tuple of float
+        The start of what comes next.
+    """
+    from fastema.kernels import cpu_series as k
+
+    result = np.empty(len(x))
+    numbers = np.array([decay, *start])
+    k.decayed(x.ctypes.data, len(x), result.ctypes.data, numbers.ctypes.data)
+    return result, (float(numbers[1]), float(numbers[2]))

@@ -1,0 +1,219 @@
+"""The curves of a run's metrics: each as it is, and smoothed."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
+
+from fastema.errors import ArgumentError, CheckpointError, NonFiniteError
+from fastema.rules.checks import checked_least
+from fastema.tracking.deferred import number
+from fastema.tracking.scalar import (
+    MOST_PENDING,
+    ExponentialMovingAverage,
+    MovingAverage,
+    OnNonFinite,
+    SimpleMovingAverage,
+)
+
+__all__ = ["MetricSmoother"]
+
+Averages: TypeAlias = dict[str, MovingAverage]
+
+RAW, SMA, EMA = "raw", "sma", "ema"
+
+
+class MetricSmoother:
+    """Raw value, simple and exponential moving average of every metric it is given.
+
+    For a metric ``loss`` it gives ``loss_raw``, ``loss_sma`` and ``loss_ema``; metrics are taken up
+    as they come. This is what the callbacks for Keras, Lightning and the Hugging Face Trainer, the
+    TensorBoard writer and ``fastema smooth`` have in common.
+
+    Parameters
+    ----------
+    window_size : int, optional
+        Of the simple moving average, in values; None leaves it out.
+    decay : float, optional
+        Of the exponential one, see :class:`ExponentialMovingAverage`; None leaves it out.
+    raw : bool
+        Give the values themselves, too.
+    debias : bool
+        Of the exponential moving average.
+    on_nonfinite : {"show", "skip", "propagate", "raise"}
+        What a NaN or an infinity does, see :class:`MovingAverage`.
+    record : bool
+        Keep all curves in :attr:`history`: 8 bytes per number.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument has no valid value, or nothing is asked for.
+
+    Examples
+    --------
+    >>> smoother = MetricSmoother(window_size=2, decay=0.75)
+    >>> smoother.update({"loss": 2.0})
+    {'loss_raw': 2.0, 'loss_sma': 2.0, 'loss_ema': 2.0}
+    >>> smoother.update({"loss": 1.0})
+    {'loss_raw': 1.0, 'loss_sma': 1.5, 'loss_ema': 1.75}
+    """
+
+    def __init__(
+        self,
+        window_size: int | None = 20,
+        decay: float | None = 0.9,
+        *,
+        raw: bool = True,
+        debias: bool = False,
+        on_nonfinite: OnNonFinite = "show",
+        record: bool = False,
+    ) -> None:
+        self.window_size, self.decay, self.raw = window_size, decay, raw
+        self.debias, self.on_nonfinite, self.record = debias, on_nonfinite, record
+        self._metrics: dict[str, Averages] = {}
+        self._latest: dict[str, float] = {}
+        self._noted: list[tuple[str, float]] = []
+        self._history: dict[str, array[float]] = {}
+        self._steps: dict[str, array[int]] = {}
+        if not (self._made() or raw):
+            raise ArgumentError("window_size=None, decay=None, raw=False: nothing is asked for")
+
+    def _made(self) -> Averages:
+        """The averages of one metric."""
+        averages: Averages = {}
+        if self.window_size is not None:
+            averages[SMA] = SimpleMovingAverage(self.window_size, on_nonfinite=self.on_nonfinite)
+        if self.decay is not None:
+            averages[EMA] = ExponentialMovingAverage(
+                self.decay, self.debias, on_nonfinite=self.on_nonfinite
+            )
+        return averages
+
+    def update(
+        self, metrics: Mapping[str, Any], weight: float = 1.0, step: int | None = None
+    ) -> dict[str, float]:
+        """Take in a value of each metric given.
+
+        Parameters
+        ----------
+        metrics : mapping of str to number
+            Numbers as in :meth:`MovingAverage.update`: what lies on an accelerator is not waited
+            for, but with ``record=True``.
+        weight : float
+            Of these values beside others, such as the size of their batch.
+        step : int, optional
+            Of the training, for :attr:`steps`.
+
+        Returns
+        -------
+        dict of str to float
+            ``{name}_raw``, ``{name}_sma`` and ``{name}_ema`` of these metrics.
+
+        Raises
+        ------
+        ArgumentError, BridgeError, NonFiniteError
+            As in :meth:`MovingAverage.update`.
+        """
+        weight = checked_least(weight, "weight", 0.0)
+        values = {name: cast(float, number(value)) for name, value in metrics.items()}
+        if self.on_nonfinite == "raise":
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise NonFiniteError(f"{name} is {value}: the averages were told to raise")
+        found: dict[str, float] = {}
+        for name, value in values.items():
+            if self.raw:
+                found[f"{name}_{RAW}"] = value
+            for kind, average in self._averages_of(name).items():
+                found[f"{name}_{kind}"] = average.update(value, weight)
+            if self.record:
+                steps = self._steps.setdefault(name, array("q"))
+                steps.append((steps[-1] if steps else 0) + 1 if step is None else step)
+        if self.record:
+            self._noted += found.items()
+            if len(self._noted) >= MOST_PENDING:
+                self._write_down()
+        self._latest |= found
+        return found
+
+    def _averages_of(self, name: str) -> Averages:
+        if name not in self._metrics:
+            self._metrics[name] = self._made()
+        return self._metrics[name]
+
+    def _write_down(self) -> None:
+        while self._noted:
+            name, value = self._noted.pop(0)
+            self._history.setdefault(name, array("d")).append(float(value))
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The latest of all that :meth:`update` gave, as floats."""
+        return {name: float(value) for name, value in self._latest.items()}
+
+    @property
+    def history(self) -> dict[str, array[float]]:
+        """With ``record=True``: by name, such as ``loss_sma``, one float for each value."""
+        self._write_down()
+        return self._history
+
+    @property
+    def steps(self) -> dict[str, array[int]]:
+        """With ``record=True``: by metric, the steps of its values, counted if none were given."""
+        return self._steps
+
+    def reset(self) -> None:
+        """Forget all metrics and what was recorded."""
+        self._metrics.clear()
+        self._latest.clear()
+        self._noted.clear()
+        self._history, self._steps = {}, {}
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in ("window_size", "decay", "debias", "on_nonfinite")
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that goes on from here, as JSON holds it; what was recorded is not part of it."""
+        return {
+            **self._settings(),
+            "latest": self.averages,
+            "metrics": {
+                metric: {kind: one.state_dict() for kind, one in averages.items()}
+                for metric, averages in self._metrics.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another one was. What was recorded here stays.
+
+        Parameters
+        ----------
+        state : mapping
+            Of :meth:`state_dict` of one with the same settings.
+
+        Raises
+        ------
+        CheckpointError
+            For other settings, naming them, or if it is no such state. Nothing has changed.
+        """
+        for name, mine in self._settings().items():
+            if name not in state or state[name] != mine:
+                raise CheckpointError(
+                    f"this state is of {name}={state.get(name)!r}, but {name}={mine!r} here: use "
+                    "the same settings"
+                )
+        metrics: dict[str, Averages] = {}
+        try:
+            latest = {str(name): float(value) for name, value in state["latest"].items()}
+            for metric, states in state["metrics"].items():
+                metrics[metric] = self._made()
+                for kind, average in metrics[metric].items():
+                    average.load_state_dict(states[kind])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"not the state of a MetricSmoother: {error!r}") from None
+        self._metrics, self._latest = metrics, latest

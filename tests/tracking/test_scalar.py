@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
+from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
+from fastema.tracking.scalar import MovingAverage
+
+Made = Callable[..., MovingAverage]
+
+KINDS: dict[str, Made] = {
+    "sma1": lambda **o: SimpleMovingAverage(1, **o),
+    "sma7": lambda **o: SimpleMovingAverage(7, **o),
+    "sma200": lambda **o: SimpleMovingAverage(200, **o),
+    "ema": lambda **o: ExponentialMovingAverage(0.9, **o),
+    "ema0": lambda **o: ExponentialMovingAverage(0.0, **o),
+    "ema_slow": lambda **o: ExponentialMovingAverage(0.9995, **o),
+    "debiased": lambda **o: ExponentialMovingAverage(0.9, True, **o),
+    "debiased_slow": lambda **o: ExponentialMovingAverage(0.9995, True, **o),
+}
+kinds = pytest.mark.parametrize("made", KINDS.values(), ids=KINDS)
+
+
+def exact(average: MovingAverage, x: Sequence[float], weights: Sequence[float]) -> float:
+    """The definition, in rational numbers, rounded once."""
+    w = [Fraction(one) for one in weights]
+    values = [Fraction(one) for one in x]
+    if isinstance(average, SimpleMovingAverage):
+        values, w = values[-average.window_size :], w[-average.window_size :]
+        return float(sum(a * b for a, b in zip(w, values, strict=True)) / sum(w))
+    assert isinstance(average, ExponentialMovingAverage)
+    decay = Fraction(average.decay)
+    product = total = Fraction(0)
+    for i, (one, value) in enumerate(zip(w, values, strict=True)):
+        share = Fraction(1) if i == 0 and not average.debias else 1 - decay
+        product = decay * product + share * one * value
+        total = decay * total + share * one
+        # Enough digits that what is cut off is far below what is compared.
+        product, total = (Fraction(round(q * 2**200), 2**200) for q in (product, total))
+    return float(product / total)
+
+
+def series(n: int, seed: int = 0, sign: bool = False) -> list[float]:
+    rng = np.random.default_rng(seed)
+    x = rng.lognormal(0.0, 2.0, n)
+    return (x * rng.choice([-1.0, 1.0], n) if sign else x).tolist()
+
+
+@kinds
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sign", [False, True])
+def test_every_average_is_the_exact_one(made: Made, weighted: bool, sign: bool) -> None:
+    x = series(450, seed=weighted + 2 * sign, sign=sign)
+    rng = np.random.default_rng(5)
+    weights = rng.integers(1, 65, len(x)).astype(float).tolist() if weighted else [1.0] * len(x)
+    average = made()
+    assert math.isnan(average.average)
+    for i, (value, weight) in enumerate(zip(x, weights, strict=True)):
+        found = average.update(value, weight)
+        assert found == average.average == average.get_average()
+        if i % 37 < 2 or i > 440:
+            expected = exact(average, x[: i + 1], weights[: i + 1])
+            # Of sums with both signs, an error is relative to what is added up.
+            scale = max(abs(expected), max(map(abs, x[: i + 1])) * 1e-2)
+            assert abs(found - expected) <= 4e-16 * scale, i
+    assert average.num_updates == len(x)
+
+
+def test_simple_mean_is_within_one_rounding() -> None:
+    x = series(3_000)
+    average = SimpleMovingAverage(100)
+    for i, value in enumerate(x):
+        window = x[max(0, i - 99) : i + 1]
+        expected = float(sum(map(Fraction, window)) / len(window))
+        assert abs(average.update(value) - expected) <= math.ulp(expected)
+
+
+@kinds
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_series_at_once_is_one_by_one(made: Made, weighted: bool) -> None:
+    rng = np.random.default_rng(11)
+    x = np.array(series(1_500, seed=4, sign=True))
+    weights = rng.uniform(0.1, 3.0, len(x)) if weighted else None
+    whole, parts = made(), made()
+    expected = [
+        whole.update(v, 1.0 if weights is None else float(weights[i]))
+        for i, v in enumerate(x.tolist())
+    ]
+    found: list[float] = []
+    for begin, end in ((0, 0), (0, 1), (1, 4), (4, 205), (205, 206), (206, 1_400)):
+        part = None if weights is None else weights[begin:end]
+        found += parts.update_many(x[begin:end], part).tolist()
+    found += [
+        parts.update(float(x[i]), 1.0 if weights is None else float(weights[i]))
+        for i in range(1_400, 1_500)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=4e-15, atol=1e-15)
+    assert parts.num_updates == whole.num_updates == 1_500
+    if not weighted and isinstance(whole, SimpleMovingAverage):
+        assert found == expected  # to the bit
+
+
+def test_as_pandas_defines_them() -> None:
+    pandas = pytest.importorskip("pandas")
+    x = series(500, seed=9)
+    frame = pandas.Series(x)
+    for average, expected in (
+        (SimpleMovingAverage(13), frame.rolling(13, min_periods=1).mean()),
+        (ExponentialMovingAverage(0.83), frame.ewm(alpha=1 - 0.83, adjust=False).mean()),
+        (ExponentialMovingAverage(0.83, True), frame.ewm(alpha=1 - 0.83, adjust=True).mean()),
+    ):
+        np.testing.assert_allclose(average.update_many(x), expected, rtol=1e-13)
+
+
+@pytest.mark.slow
+def test_no_drift_in_ten_million_values() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.lognormal(0.0, 3.0, 10_000_000)
+    sma, ema = SimpleMovingAverage(1_000), ExponentialMovingAverage(0.999)
+    by_window, by_decay = sma.update_many(x), ema.update_many(x)
+    for end in (1_000, 123_457, 5_000_001, 9_999_999, 10_000_000):
+        mean = math.fsum(x[end - 1_000 : end]) / 1_000
+        assert abs(by_window[end - 1] - mean) <= math.ulp(mean)
+    tail = x[-120_000:]  # 0.999**120_000 is below 1e-52
+    powers = 0.999 ** np.arange(len(tail))[::-1]
+    expected = math.fsum((0.001 * powers * tail).tolist())
+    assert by_decay[-1] == pytest.approx(expected, rel=1e-13)
+    assert sma.update(0.0) == pytest.approx(math.fsum([*x[-999:], 0.0]) / 1_000, rel=3e-16)
+
+
+def test_no_drift_one_by_one() -> None:
+    average = SimpleMovingAverage(10)
+    for x in np.random.default_rng(8).lognormal(0.0, 5.0, 200_000).tolist():
+        average.update(x)
+    for _ in range(9):
+        average.update(0.1)
+    assert average.update(0.1) == 0.1
+
+
+@kinds
+def test_a_constant_stays_what_it_is(made: Made) -> None:
+    average = made()
+    ulp = math.ulp(0.1)
+    assert all(abs(average.update(0.1) - 0.1) <= ulp for _ in range(1_000))
+    assert np.abs(made().update_many(np.full(5_000, 0.1)) - 0.1).max() <= ulp
+
+
+# -- what is not finite ----------------------------------------------------------------------------
+
+ODD = [1.0, math.nan, 3.0, 5.0, math.inf, -math.inf, 2.0, 4.0]
+
+
+def run(average: MovingAverage, x: Sequence[float], at_once: bool) -> list[float]:
+    return average.update_many(x).tolist() if at_once else [average.update(v) for v in x]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@kinds
+def test_shown_and_left_out(made: Made, at_once: bool) -> None:
+    clean = made()
+    kept = [clean.update(v) for v in ODD if math.isfinite(v)]
+    shown, skipping = made(), made(on_nonfinite="skip")
+    expected, latest, rest = [], math.nan, iter(kept)
+    stays = []
+    for v in ODD:
+        latest = next(rest) if math.isfinite(v) else latest
+        expected.append(latest if math.isfinite(v) else v)
+        stays.append(latest)
+    np.testing.assert_allclose(run(shown, ODD, at_once), expected, rtol=5e-16)
+    np.testing.assert_allclose(run(skipping, ODD, at_once), stays, rtol=5e-16)
+    assert shown.num_skipped == skipping.num_skipped == 3
+    assert shown.num_updates == skipping.num_updates == len(ODD) - 3
+    assert shown.update(7.0) == skipping.update(7.0) == pytest.approx(clean.update(7.0), rel=5e-16)
+    shown.update(math.nan)
+    assert math.isnan(shown.average)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_propagates_as_arithmetic_does(at_once: bool) -> None:
+    sma = SimpleMovingAverage(2, on_nonfinite="propagate")
+    found = run(sma, [1.0, math.nan, 3.0, 5.0, math.inf, 2.0, 4.0], at_once)
+    np.testing.assert_equal(found, [1.0, math.nan, math.nan, 4.0, math.inf, math.inf, 3.0])
+    ema = ExponentialMovingAverage(0.5, on_nonfinite="propagate")
+    assert np.isnan(run(ema, [1.0, math.nan, 3.0], at_once)).tolist() == [False, True, True]
+    assert sma.num_skipped == 0
+
+
+@kinds
+def test_raises_before_anything_changes(made: Made) -> None:
+    average, other = made(on_nonfinite="raise"), made()
+    average.update(2.0)
+    other.update(2.0)
+    with pytest.raises(NonFiniteError, match="inf"):
+        average.update(math.inf)
+    with pytest.raises(NonFiniteError, match=r"values\[2\] is nan"):
+        average.update_many([1.0, 2.0, math.nan])
+    assert average.update(5.0) == other.update(5.0)
+    assert average.num_updates == 2
+
+
+@kinds
+def test_weight_zero_leaves_out(made: Made) -> None:
+    average, other = made(), made()
+    for value, weight in ((1.0, 2.0), (math.nan, 0.0), (9.0, 0.0), (4.0, 3.0)):
+        found = average.update(value, weight)
+        if weight:
+            expected = other.update(value, weight)
+        assert found == expected
+    at_once = made().update_many([1.0, math.nan, 9.0, 4.0], [2.0, 0.0, 0.0, 3.0])
+    assert at_once[-1] == pytest.approx(expected, rel=1e-15)
+    assert average.num_updates == 2
+    assert average.num_skipped == 0
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "3", None])
+def test_window_size_is_refused(size: Any) -> None:
+    with pytest.raises(ArgumentError, match="window_size"):
+        SimpleMovingAverage(size)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, math.nan, "0.9", None])
+def test_decay_is_refused(decay: Any) -> None:
+    with pytest.raises(ArgumentError, match="decay"):
+        ExponentialMovingAverage(decay)
+
+
+def test_other_arguments_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="debias"):
+        ExponentialMovingAverage(0.9, 1)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="show, skip, propagate, raise"):
+        SimpleMovingAverage(3, on_nonfinite="ignore")  # type: ignore[arg-type]
+
+
+@kinds
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "2"])
+def test_weight_is_refused(made: Made, weight: Any) -> None:
+    average = made()
+    with pytest.raises(ArgumentError, match="weight"):
+        average.update(1.0, weight)
+    with pytest.raises(ArgumentError, match="weights"):
+        average.update_many([1.0, 2.0], [1.0, weight])
+    assert average.num_updates == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "weights"),
+    [
+        ([[1.0]], None),
+        (1.0, None),
+        ([1.0, 2.0], [1.0]),
+        (["a"], None),
+        ([1j], None),
+        (None, None),
+        ({"a": 1.0}, None),
+    ],
+)
+def test_series_is_refused(values: Any, weights: Any) -> None:
+    average = SimpleMovingAverage(3)
+    with pytest.raises(ArgumentError):
+        average.update_many(values, weights)
+    assert average.num_updates == 0
+
+
+@pytest.mark.parametrize("value", ["1", None, [1.0], np.ones(2), 1j, object()])
+def test_value_is_refused(value: Any) -> None:
+    average = ExponentialMovingAverage(0.9)
+    with pytest.raises(BridgeError, match="expected"):
+        average.update(value)
+    assert average.num_updates == 0
+
+
+@pytest.mark.parametrize(
+    "dtype", ["f8", "f4", "f2", "i8", "u1", "?", ">f8"], ids=lambda d: d.replace(">", "big")
+)
+def test_series_of_any_real_dtype(dtype: str) -> None:
+    x = np.arange(1, 41).astype(dtype)[::2]
+    expected = [SimpleMovingAverage(3).update_many(x.astype(float).tolist())]
+    np.testing.assert_array_equal(SimpleMovingAverage(3).update_many(x), expected[0])
+    one = SimpleMovingAverage(3)
+    assert [one.update(v) for v in x] == expected[0].tolist()
+
+
+def test_a_series_is_not_written() -> None:
+    x = np.random.default_rng(0).normal(size=500)
+    before = x.copy()
+    x.flags.writeable = False
+    for made in KINDS.values():
+        result = made().update_many(x)
+        assert not np.shares_memory(result, x)
+    np.testing.assert_array_equal(x, before)
+
+
+# -- state -----------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 5, 300])
+def test_state_goes_on_to_the_bit(made: Made, weighted: bool, count: int) -> None:
+    x = series(count + 250, seed=count)
+    average = made()
+    for i, value in enumerate(x[:count]):
+        average.update(value, 1.0 + i % 3 if weighted else 1.0)
+    average.update(math.nan)
+    state = json.loads(json.dumps(average.state_dict()))
+    loaded = made()
+    loaded.update(123.0)
+    loaded.load_state_dict(state)
+    others = [
+        loaded,
+        copy.deepcopy(average),
+        copy.copy(average),
+        pickle.loads(pickle.dumps(average)),
+    ]
+    for value in x[count:]:
+        expected = average.update(value, 2.0 if weighted else 1.0)
+        for other in others:
+            found = other.update(value, 2.0 if weighted else 1.0)
+            assert found == pytest.approx(expected, rel=1e-15)
+    for other in others:
+        assert other.num_updates == average.num_updates
+        assert other.num_skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("made", "state"),
+    [
+        (SimpleMovingAverage(3), SimpleMovingAverage(4).state_dict()),
+        (SimpleMovingAverage(3), ExponentialMovingAverage(0.9).state_dict()),
+        (ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.8).state_dict()),
+        (ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9, True).state_dict()),
+        (SimpleMovingAverage(3), {}),
+        (SimpleMovingAverage(3), {**SimpleMovingAverage(3).state_dict(), "products": [1.0]}),
+        (SimpleMovingAverage(3), {**SimpleMovingAverage(3).state_dict(), "average": "x"}),
+        (ExponentialMovingAverage(0.9), {**ExponentialMovingAverage(0.9).state_dict(), "state": 1}),
+    ],
+)
+def test_a_state_that_does_not_fit(made: MovingAverage, state: dict[str, Any]) -> None:
+    made.update(2.0)
+    with pytest.raises(CheckpointError):
+        made.load_state_dict(state)
+    assert made.average == 2.0
+    assert made.num_updates == 1
+    made.reset()
+
+
+@kinds
+def test_reset_is_a_new_one(made: Made) -> None:
+    average = made()
+    average.update_many(series(333), np.arange(1.0, 334.0))
+    average.update(math.nan)
+    average.reset()
+    assert math.isnan(average.average)
+    assert average.num_updates == average.num_skipped == average.count == 0
+    other = made()
+    assert [average.update(v) for v in (3.0, 1.0)] == [other.update(v) for v in (3.0, 1.0)]
+
+
+def test_count_and_repr() -> None:
+    sma = SimpleMovingAverage(3)
+    counts = []
+    for x in range(5):
+        sma.update(float(x))
+        counts.append(sma.count)
+    assert counts == [1, 2, 3, 3, 3]
+    assert repr(sma) == "SimpleMovingAverage(window_size=3, on_nonfinite='show')"
+    ema = ExponentialMovingAverage(0.5, True, on_nonfinite="skip")
+    assert repr(ema) == "ExponentialMovingAverage(decay=0.5, debias=True, on_nonfinite='skip')"
+
+
+# -- algebra ---------------------------------------------------------------------------------------
+
+FLOATS = st.floats(-1e6, 1e6, allow_subnormal=False)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(KINDS)), st.lists(FLOATS, min_size=1, max_size=50), FLOATS)
+def test_moves_with_the_values(kind: str, x: list[float], by: float) -> None:
+    here, there = KINDS[kind](), KINDS[kind]()
+    for value in x:
+        found = there.update(value + by)
+        expected = here.update(value) + by
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-8)
+        assert min(x) - 1e-9 <= here.average <= max(x) + 1e-9
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(sorted(KINDS)),
+    st.lists(FLOATS, min_size=1, max_size=40),
+    st.floats(1e-3, 1e3),
+)
+def test_only_ratios_of_weights_count(kind: str, x: list[float], weight: float) -> None:
+    plain, weighted = KINDS[kind](), KINDS[kind]()
+    for value in x:
+        assert weighted.update(value, weight) == pytest.approx(
+            plain.update(value), rel=1e-12, abs=1e-12
+        )
