@@ -55,19 +55,23 @@ test-all: test $(VENV)/.test-all $(ALONE)/.made
 bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench --quick $(ARGS)"
 	@$(PY) -m bench --quick $(ARGS)
-	$(SAY) "python -m bench.averages --quick, bench.bridges --quick"
+	$(SAY) "python -m bench.averages --quick, bench.bridges --quick, bench.tracking --quick"
 	@$(PY) -m bench.averages --quick
 	@$(PY) -m bench.bridges --quick
+	@$(PY) -m bench.tracking --quick
 
 # What is said of GPU kernels needs their compilers, which the tests bring along.
 bench: $(VENV)/.test-all $(VENV)/.timm
 	$(SAY) "python -m bench $(ARGS)"
 	@$(PY) -m bench $(ARGS)
-	$(SAY) "python -m bench.averages, bench.bridges, bench.tensorflow_apply, bench.keras_step"
+	$(SAY) "python -m bench.averages, bench.bridges, bench.tensorflow_apply, bench.tracking"
 	@$(PY) -m bench.averages
 	@$(PY) -m bench.bridges
 	@$(PY) -m bench.tensorflow_apply
+	@$(PY) -m bench.tracking
+	$(SAY) "python -m bench.keras_step, bench.keras_losses"
 	@$(PY) -m bench.keras_step
+	@$(PY) -m bench.keras_losses
 	$(SAY) "python -m bench.launch, bench.kernels_gpu, bench.accuracy, bench.quality"
 	@$(PY) -m bench.launch
 	@$(PY) -m bench.kernels_gpu

@@ -135,7 +135,15 @@ TABLE = {
         theirs="numpy",
         lazy_theirs="typing_extensions",  # which type checkers bring along
     ),
-    "tracking": Room(ours="rules engine errors typing", theirs="numpy matplotlib"),
+    # Bridges read what frameworks hold in place of numbers.
+    "tracking": Room(ours="rules engine bridges errors typing", theirs="numpy"),
+    "tracking.picture": Room(ours="tracking errors typing", theirs="numpy matplotlib"),
+    "tracking.tensorboard": Room(
+        ours="tracking rules errors typing", theirs="numpy", lazy_theirs="tensorboard"
+    ),
+    "tracking.event_files": Room(
+        ours="tracking errors typing", theirs="numpy", lazy_theirs="tensorboard"
+    ),
     **{
         name: Room(
             ours="shadow plan checkpoint tracking rules bridges errors typing",

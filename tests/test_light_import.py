@@ -75,6 +75,10 @@ def test_import_time() -> None:
         ("import fastema; fastema.posthoc", {"torch", "safetensors", "rich", "matplotlib"}),
         ("import fastema.checkpoint", {"torch", "safetensors"}),
         ("import fastema.torch", {"numba", "llvmlite", "rich"}),
+        (
+            "import fastema.tracking as t; t.SimpleMovingAverage(9).update(1.0); t.MetricSmoother",
+            {"numba", "llvmlite", "torch", "matplotlib", "tensorboard"},
+        ),
         ("import fastema.cli", {"numba", "llvmlite", "torch", "matplotlib", "rich", "sklearn"}),
     ],
 )

@@ -409,3 +409,40 @@ def test_what_is_shown_is_a_copy(name: str) -> None:
         assert shown.dtype.name == name
         memory[...] = numbers(shape, name, 1)
         assert shown.numpy().tobytes() == before
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def test_numbers() -> None:
+    for value in (tf.constant(2.5), tf.Variable([2.5]), tf.constant([[2.5]], tf.bfloat16)):
+        assert registry.scalar(value) == 2.5
+    with pytest.raises(BridgeError, match=r"shape \(3,\)"):
+        registry.scalar(tf.ones(3))
+
+    @tf.function(autograph=False)
+    def traced(x: tf.Tensor) -> tf.Tensor:
+        registry.scalar(x)
+        return x
+
+    with pytest.raises(BridgeError, match="traced"):
+        traced(tf.constant(1.0))
+
+
+def test_numbers_on_a_gpu_are_kept_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfGpu:
+        device = "/job:localhost/replica:0/task:0/device:GPU:0"
+
+        def __init__(self, value: tf.Tensor) -> None:
+            self.value, self.read = value, False
+
+        def numpy(self) -> np.ndarray:
+            self.read = True
+            return self.value.numpy()
+
+    on_gpu = OfGpu(tf.constant(4.0))
+    monkeypatch.setattr(bridge.tf, "convert_to_tensor", lambda value: on_gpu)
+    later = bridge.scalar(tf.constant(4.0))
+    assert not on_gpu.read
+    assert callable(later)
+    assert later() == 4.0

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
+from fastema.tracking import ExponentialMovingAverage, MetricSmoother, SimpleMovingAverage
+
+
+def test_gives_all_three_curves() -> None:
+    rng = np.random.default_rng(0)
+    smoother = MetricSmoother(5, 0.8, debias=True, record=True)
+    sma, ema = SimpleMovingAverage(5), ExponentialMovingAverage(0.8, True)
+    x, weights = rng.lognormal(size=60), rng.integers(1, 9, 60)
+    for i, (value, weight) in enumerate(zip(x.tolist(), weights.tolist(), strict=True)):
+        found = smoother.update({"loss": value}, weight, step=10 * i)
+        assert found == smoother.averages
+        assert found == {
+            "loss_raw": value,
+            "loss_sma": sma.update(value, weight),
+            "loss_ema": ema.update(value, weight),
+        }
+    assert smoother.history["loss_raw"].tolist() == x.tolist()
+    assert smoother.history["loss_sma"][-1] == sma.average
+    assert set(smoother.history) == {"loss_raw", "loss_sma", "loss_ema"}
+    assert smoother.steps["loss"].tolist() == list(range(0, 600, 10))
+
+
+def test_metrics_are_taken_up_as_they_come() -> None:
+    smoother = MetricSmoother(2, None, raw=False, record=True)
+    assert smoother.update({"a": 1.0}) == {"a_sma": 1.0}
+    assert smoother.update({"b": 4.0, "a": 3.0}) == {"b_sma": 4.0, "a_sma": 2.0}
+    assert smoother.averages == {"a_sma": 2.0, "b_sma": 4.0}
+    assert {name: steps.tolist() for name, steps in smoother.steps.items()} == {
+        "a": [1, 2],
+        "b": [1],
+    }
+
+
+def test_nothing_is_recorded_unless_asked_for() -> None:
+    smoother = MetricSmoother()
+    smoother.update({"loss": 1.0})
+    assert smoother.history == {}
+    assert smoother.steps == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_size": 0},
+        {"decay": 1.0},
+        {"window_size": None, "decay": None, "raw": False},
+        {"on_nonfinite": "hide"},
+    ],
+)
+def test_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        MetricSmoother(**options)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "weight", "error"),
+    [
+        ({"a": 1.0, "b": "x"}, 1.0, BridgeError),
+        ({"a": 1.0}, -1.0, ArgumentError),
+        ({"a": 1.0, "b": math.nan}, 1.0, NonFiniteError),
+    ],
+)
+def test_a_refused_update_changes_nothing(
+    metrics: dict[str, Any], weight: float, error: type[Exception]
+) -> None:
+    smoother = MetricSmoother(on_nonfinite="raise", record=True)
+    smoother.update({"a": 2.0})
+    before = smoother.state_dict()
+    with pytest.raises(error):
+        smoother.update(metrics, weight)
+    assert smoother.state_dict() == before
+    assert smoother.history["a_raw"].tolist() == [2.0]
+
+
+def test_state_goes_on_or_changes_nothing() -> None:
+    one, other = MetricSmoother(3, 0.5), MetricSmoother(3, 0.5, record=True)
+    for x in (1.0, 4.0, math.nan, 2.0):
+        one.update({"loss": x, "accuracy": x / 8})
+    other.update({"gone": 1.0})
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.averages == one.averages
+    assert other.update({"loss": 7.0}) == one.update({"loss": 7.0})
+    before = other.state_dict()
+    for state in (MetricSmoother(4, 0.5).state_dict(), {}, {**before, "metrics": {"loss": {}}}):
+        with pytest.raises(CheckpointError):
+            other.load_state_dict(state)
+    assert other.state_dict() == before
+    other.reset()
+    assert other.averages == other.history == other.steps == {}
