@@ -171,7 +171,6 @@ def _scans(new, old, front, back, lane):
 @device_fn
 def _losses(new, old, front, back, rests, first, lane):
     """What the running sums of a lane round off: by difference to ``rests``, and both in total."""
-    x = load_src(new, first)
     behind, y = load_src(back, first), load_src(old, first)
     lost, lost_behind = 0.0, _rounded_off(behind, y, behind + y)
     store_dst(rests, first, lost - lost_behind)
@@ -206,6 +205,7 @@ def _padded(values, count, to, length):
 
 @device_fn
 def _together(cells, at, size, mean, scratch):
+    """The results of a row; a number that is 0 if all are finite, otherwise NaN."""
     src, prev = load(cells, at + SRC), load(cells, at + PREV)
     dst = pointer_f64(load(cells, at + DST))
     count, seen = load(cells, at + COUNT), load(cells, at + SEEN)
@@ -326,13 +326,16 @@ def _slid(dst, at, sums, rests, first, count, n, inverse, least):
 
 @device_fn
 def _slide(cells, at, size, mean, scratch):
-    """The same for a row whose windows are full, and whose ``PREV`` it continues."""
+    """Those of a row whose windows are full and that continues ``PREV``; 0 if all are exact."""
     src, prev = pointer_f64(load(cells, at + SRC)), pointer_f64(load(cells, at + PREV))
     dst, count = pointer_f64(load(cells, at + DST)), load(cells, at + COUNT)
     lane = count // LANES
     part = 8 * LANES * STRETCH
     differences, rests = pointer_f64(scratch), pointer_f64(scratch + part)
-    power = math.frexp(_sizes(prev, 0, size + count))[1]
+    sizes = _sizes(prev, 0, size + count)
+    if not sizes < math.inf:
+        return math.nan
+    power = math.frexp(sizes)[1]
     shift = math.ldexp(1.5, power + 2)
     least = math.ldexp(float(lane) * float(size), power + 2 - 50)
     n = float(size) if mean else 1.0

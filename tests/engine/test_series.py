@@ -146,3 +146,17 @@ def test_memory_before_a_series_is_not_taken_for_its_past() -> None:
     found, _ = series.windowed(x, history[-3:], 100, mean=True)
     expected = windows(x, history[-3:], 100, True)
     np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-17)
+
+
+def test_sums_near_the_largest_float() -> None:
+    x = np.random.default_rng(6).uniform(-1.0, 1.0, 300_000) * 1e307
+    found, finite = series.windowed(x, np.empty(0), 10, mean=True)
+    assert finite
+    expected = windows(x[-5_000:], x[-5_010:-5_000], 10, True)
+    np.testing.assert_allclose(found[-5_000:], expected, rtol=1e-13, atol=1e291)
+
+
+def test_sums_of_the_smallest_floats() -> None:
+    x = np.random.default_rng(6).integers(-9, 10, 300_000) * 5e-324
+    found, _ = series.windowed(x, np.empty(0), 10, mean=False)
+    np.testing.assert_array_equal(found[-5_000:], windows(x[-5_000:], x[-5_010:-5_000], 10, False))
