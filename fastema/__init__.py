@@ -61,7 +61,10 @@ _HOMES = {
     "update_bn": "fastema.torch",
 }
 
-_ROOMS = {"errors", "keras", "posthoc", "rules", "tensorflow", "tracking"}
+_ROOMS = {
+    *("errors", "keras", "lightning", "posthoc", "rules", "tensorflow", "tracking"),
+    "transformers",
+}
 
 
 def __getattr__(name: str) -> Any:

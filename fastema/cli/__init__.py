@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import fastema
-from fastema.cli import demo
+from fastema.cli import demo, smooth
 
 
 class Command(Protocol):
@@ -38,7 +38,7 @@ class Command(Protocol):
         """Do the work; the exit code."""
 
 
-COMMANDS: dict[str, Command] = {"demo": demo}
+COMMANDS: dict[str, Command] = {"demo": demo, "smooth": smooth}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0 for success, 2 for a usage error or a package that is not installed,
-        130 after an interrupt from the keyboard.
+        The exit code: 0 for success, 2 for a usage error, an input that cannot be used or a
+        package that is not installed, 130 after an interrupt from the keyboard.
 
     Raises
     ------

@@ -8,13 +8,10 @@ the machine, `report` puts the outcome into a table and words, `picture` into a 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-_T = TypeVar("_T", int, float)
+from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path
 
 SUMMARY = "Train a small model on handwritten digits and compare raw with averaged weights."
 EXTRA = "demo"
@@ -29,7 +26,6 @@ MODEL_NAMES = ("cnn", "resnet", "mlp")
 TRAIN_IMAGES = (
     898  # half of the 1,797: a large test set, so that 0.1 points of accuracy can be seen
 )
-PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,20 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decay",
-        type=_number(float, lambda decay: 0.0 <= decay < 1.0, "a number in [0, 1)"),
+        type=number(float, lambda decay: 0.0 <= decay < 1.0, "a number in [0, 1)"),
         default=0.99,
         help="weight of the old average in each update, in [0, 1), warmed up: the n-th update "
         "uses (1 + n)/(10 + n) where that is less (%(default)s)",
     )
     parser.add_argument(
         "--epochs",
-        type=_number(int, lambda epochs: epochs >= 1, "a whole number of at least 1"),
+        type=number(int, lambda epochs: epochs >= 1, "a whole number of at least 1"),
         default=30,
         help="passes over the training images (%(default)s)",
     )
     parser.add_argument(
         "--batch-size",
-        type=_number(
+        type=number(
             int, lambda size: 1 <= size <= TRAIN_IMAGES, f"a whole number from 1 to {TRAIN_IMAGES}"
         ),
         default=16,
@@ -60,20 +56,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lr",
-        type=_number(float, lambda lr: 0.0 < lr < math.inf, "a number above 0"),
+        type=number(float, lambda lr: 0.0 < lr < math.inf, "a number above 0"),
         default=0.02,
         help="learning rate, the same in every step (%(default)s)",
     )
     parser.add_argument(
         "--seed",
         # The range that scikit-learn and torch have in common.
-        type=_number(int, lambda seed: 0 <= seed < 2**32, "a whole number in [0, 2**32)"),
+        type=number(int, lambda seed: 0 <= seed < 2**32, "a whole number in [0, 2**32)"),
         default=0,
         help="same seed, same losses and accuracies (%(default)s)",
     )
     parser.add_argument(
         "--out",
-        type=_picture_path,
+        type=picture_path,
         default=Path("fastema-demo.png"),
         help=f"where the picture goes: a {', '.join(PICTURE_SUFFIXES)} file (%(default)s)",
     )
@@ -105,37 +101,3 @@ def run(args: argparse.Namespace) -> int:
     picture.draw(setup, machine, history, args.out)
     reporter.conclude(history, args.out)
     return 0
-
-
-def _number(
-    kind: Callable[[str], _T], accepts: Callable[[_T], bool], expected: str
-) -> Callable[[str], _T]:
-    """A parser for argparse that says what it expected."""
-
-    def parse(text: str) -> _T:
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if accepts(value):
-                return value
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-
-    return parse
-
-
-def _picture_path(text: str) -> Path:
-    """Refuse a path that cannot be written before a minute of training, not after it."""
-    path = Path(text)
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise argparse.ArgumentTypeError(
-            f"expected a name that ends in {', '.join(PICTURE_SUFFIXES)}, got {text}"
-        )
-    existed = path.exists()
-    try:
-        # Only opening the file tells: permission bits say nothing to root or of a read-only disk.
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from None
-    if not existed:
-        path.unlink()
-    return path

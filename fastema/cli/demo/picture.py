@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,34 +17,12 @@ from fastema.cli.demo import summary
 from fastema.cli.demo.speed import Machine
 from fastema.cli.demo.summary import Level, Tail
 from fastema.cli.demo.train import MOMENTUM, History, Score, Setup
+from fastema.tracking.style import EMA, GREY, PALE, RAW, STYLE
 
-RAW = "#e07b27"
-EMA = "#1b5fa6"
-INK = "#20242a"
-GREY = "#6b7280"
-PALE = "#f2f4f7"
 TILES = 14
 MARGIN = 0.045  # of the figure's width, left of all text
 LABEL_HEIGHT = 0.19  # of an axes' height: three lines of text and some air
 ACCURACIES = (0, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8)  # percent
-# Any: newer stubs of matplotlib list every key by name, older ones ask for strings.
-STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": "#b6bcc4",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "ytick.major.size": 0,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e3e7ec",
-    "axes.axisbelow": True,
-}
 
 
 def draw(setup: Setup, machine: Machine, history: History, out: Path) -> None:

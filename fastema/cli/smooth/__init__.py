@@ -1,0 +1,179 @@
+"""``fastema smooth``: moving averages of the metrics in a training log, as columns and a picture.
+
+`averages` computes the columns and writes them, `summary` says in words what came out. The log
+itself is read by `fastema.tracking.logs`, and drawn by `fastema.tracking.picture`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path, writable_path
+from fastema.errors import ArgumentError, FastemaError
+
+_T = TypeVar("_T")
+
+SUMMARY = "Smooth the curves of a training log: CSV, JSON, or TensorBoard event files."
+EXTRA = "tracking"
+NEEDS: dict[str, str] = {}  # each of its packages is needed for some logs and options only
+
+DECAY = 0.9
+WINDOW_SIZE = 20
+STANDARD = Path("-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``fastema smooth``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "examples:\n"
+        "  fastema smooth metrics.csv --ema 0.9 --sma 20 -o smooth.csv --plot smooth.png\n"
+        "  fastema smooth runs/ --metrics 'train/*' --ema 0.9,0.99 --plot runs.png\n"
+        "  fastema smooth trainer_state.json --metrics loss | column -s, -t | less\n"
+    )
+    parser.add_argument(
+        "log",
+        type=Path,
+        help="a CSV file with a line of names, JSON lines, JSON such as trainer_state.json, a "
+        "TensorBoard event file or a folder of them, or - for standard input",
+    )
+    parser.add_argument(
+        "--ema",
+        action="extend",
+        type=_several(number(float, lambda decay: 0.0 <= decay < 1.0, "a number in [0, 1)")),
+        metavar="DECAY",
+        help="weight of the old average in an exponential moving average, in [0, 1); several "
+        f"with commas ({DECAY} and --sma {WINDOW_SIZE} where neither is given)",
+    )
+    parser.add_argument(
+        "--sma",
+        action="extend",
+        type=_several(number(int, lambda size: size >= 1, "a whole number of at least 1")),
+        metavar="WINDOW",
+        help="values in a simple moving average; several with commas",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=_out_path,
+        help="CSV file for the log with the new columns, loss_ema and loss_sma for loss; - for "
+        "standard output (the default, unless --plot is given)",
+    )
+    parser.add_argument(
+        "--plot",
+        type=picture_path,
+        metavar="PICTURE",
+        help=f"draw them: a {', '.join(PICTURE_SUFFIXES)} file",
+    )
+    parser.add_argument(
+        "--metrics",
+        action="extend",
+        type=_several(str),
+        metavar="NAME",
+        help="columns to smooth, with commas; patterns such as 'val_*' do, too (all that are not "
+        "steps, times or learning rates)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="COLUMN",
+        help="column with the weight of each value beside the others, such as the batch size",
+    )
+    parser.add_argument(
+        "--step",
+        metavar="COLUMN",
+        help="column that counts the steps (found by its name: step, global_step, batch, "
+        "iteration, epoch)",
+    )
+    parser.add_argument(
+        "--debias",
+        action="store_true",
+        help="exponential averages start at nothing and are corrected for it, as in Adam, "
+        "rather than start at the first value",
+    )
+    parser.add_argument(
+        "--on-nonfinite",
+        choices=("show", "skip", "propagate", "raise"),
+        default="show",
+        help="what a NaN or an infinity does: show it until the next number and average the "
+        "others, leave it out, spoil the average, or stop (%(default)s)",
+    )
+    parser.add_argument(
+        "--raw",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the metrics themselves beside their averages",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print no summary")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, average, write, draw; the exit code."""
+    try:
+        _run(args)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except FastemaError as error:
+        print(f"fastema smooth: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        about = f"{error.filename}: " if error.filename else ""
+        print(f"fastema smooth: {about}{error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check_paths(args)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentError("--plot takes the matplotlib package: pip install matplotlib")
+    if args.ema is args.sma is None:
+        args.ema, args.sma = [DECAY], [WINDOW_SIZE]
+
+    from fastema.cli.smooth import averages, summary
+    from fastema.tracking import logs, panels
+
+    log = logs.read_table(sys.stdin if args.log == STANDARD else args.log)
+    smoothed = averages.smooth(
+        log,
+        panels.averages(args.sma, args.ema, debias=args.debias, on_nonfinite=args.on_nonfinite),
+        metrics=args.metrics,
+        weights=args.weights,
+    )
+    step = log.step_column(args.step)
+    out = args.out or (None if args.plot else STANDARD)
+    if out == STANDARD:
+        averages.write(sys.stdout, log, smoothed, raw=args.raw)
+        sys.stdout.flush()
+    elif out:
+        averages.save(out, log, smoothed, raw=args.raw)
+    if args.plot:
+        averages.draw(args.plot, log, smoothed, step, raw=args.raw)
+    if not args.quiet:
+        print(summary.summary(log, smoothed, step, out, args.plot), file=sys.stderr)
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """No file may be written over the log, or over the other."""
+    paths = {"--out": args.out, "--plot": args.plot}
+    given = {name: path for name, path in paths.items() if path not in (None, STANDARD)}
+    for name, path in given.items():
+        if path.exists() and args.log.exists() and path.samefile(args.log):
+            raise ArgumentError(f"{name} {path} is the log itself, which is never written over")
+    if len({path.resolve() for path in given.values()}) < len(given):
+        raise ArgumentError(f"--out and --plot are the same file, {args.out}")
+
+
+def _several(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
+    """A parser for argparse of what stands between commas."""
+    return lambda text: [parse(part.strip()) for part in text.split(",")]
+
+
+def _out_path(text: str) -> Path:
+    return STANDARD if text == "-" else writable_path(text)

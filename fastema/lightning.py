@@ -1,0 +1,311 @@
+"""Moving averages of the losses of a Lightning run, in its progress bar and its loggers.
+
+>>> from lightning.pytorch import Trainer                     # doctest: +SKIP
+>>> from fastema.lightning import LossAverages
+>>> trainer = Trainer(callbacks=[LossAverages()])             # doctest: +SKIP
+
+The callback is one of ``lightning`` and of ``pytorch_lightning``, of whichever is installed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, Final
+
+import torch
+
+from fastema.errors import ArgumentError, CheckpointError
+from fastema.tracking import MetricSmoother
+from fastema.tracking.scalar import OnNonFinite
+
+__all__ = ["LossAverages"]
+
+_PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _callback_class() -> Any:
+    """A class of callbacks to every Lightning that is installed.
+
+    Each knows its own class only, and the first brings the second along: which of them a trainer
+    will come from cannot be told before there is one.
+    """
+    found = []
+    for package in _PACKAGES:
+        with suppress(ModuleNotFoundError):
+            found.append(import_module(package).Callback)
+    return type("Callback", tuple(found or [import_module(_PACKAGES[0]).Callback]), {})
+
+
+_Callback = _callback_class()
+
+
+class LossAverages(_Callback):  # type: ignore[misc, valid-type]
+    """Smooths the loss of each training batch, and what the module logs beside it.
+
+    A run with the defaults logs ``train_loss_sma``, the mean over the last 20 batches,
+    ``train_loss_ema``, which averages over about ten, and ``train_loss_raw``, the batch's own loss.
+    A metric that ``training_step`` logs with ``on_step=True``, say ``train_acc``, gets
+    ``train_acc_sma`` and ``train_acc_ema``. All are logged by the module's own ``log``: they
+    stand in the progress bar, in every logger, and in ``trainer.callback_metrics``, so that
+    ``ModelCheckpoint`` and ``EarlyStopping`` may monitor them.
+
+    Parameters
+    ----------
+    window_size : int or None
+        Batches in the simple moving average; None for none.
+    decay : float or None
+        Weight of the old exponential moving average, in [0, 1); None for none.
+    raw : bool
+        Log the loss of the batch itself too, unless the module logs it under that name.
+    metrics : sequence of str, optional
+        Names of the metrics to smooth, as the module logs them. By default all that it logs with
+        ``on_step=True``; ``()`` for the loss alone.
+    loss : str or None
+        What the loss is called; None leaves it out. Where the module logs a metric of this name
+        with ``on_step=True``, that one is smoothed: give the name that the module uses.
+    debias : bool
+        Begin the exponential average with nothing rather than with the first value, see
+        :class:`fastema.tracking.ExponentialMovingAverage`.
+    on_nonfinite : {"show", "skip", "propagate", "raise"}
+        What a NaN or an infinity does, see :class:`fastema.tracking.SimpleMovingAverage`.
+    record : bool
+        Keep the whole curves in memory, as :attr:`history`.
+    prog_bar : bool
+        Show the averages in the progress bar. Losses of single batches are not shown there.
+    sync_dist : bool
+        In distributed training, smooth the mean loss of all processes, at the cost of a reduction
+        per batch, for which the processes wait for each other. By default each smooths its own, and
+        loggers show that of process zero, as they do after ``self.log`` without ``sync_dist=True``.
+        What the module logs is taken as the module logs it.
+    batch_size : callable, optional
+        From a batch to its weight. By default the length of the first tensor found in it, as
+        Lightning takes it; a batch without any weighs 1.
+
+    Attributes
+    ----------
+    averages : dict of str to float
+        The latest of each, by the names that are logged.
+    history : dict of str to array
+        With ``record=True``, each of them at every batch, and so for :func:`fastema.tracking.plot`.
+    steps : dict of str to array
+        With ``record=True``, the numbers of the batches, from 0 and on through all epochs.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument has no valid value.
+
+    Notes
+    -----
+    **The weight of a batch** is its size: a short last batch counts for what it is.
+
+    **Gradient accumulation.** Lightning divides the loss that callbacks see by
+    ``accumulate_grad_batches``. This is undone: the loss of a batch is that of the batch, and the
+    average moves at every batch.
+
+    **Several optimizers.** With manual optimization it is ``"loss"`` in what ``training_step``
+    returns, if there is one; what the module logs is smoothed alike.
+
+    **On an accelerator** nothing waits for a loss until it is shown: losses are read, and the
+    averages logged, at the batches that the trainer logs (``log_every_n_steps``) and the last one
+    of an epoch. For losses on the CPU the averages in the progress bar are those of every batch,
+    which takes Lightning about 0.2 ms each; with ``prog_bar=False`` they wait for the logger too.
+    What the module itself logs with ``prog_bar=True`` is read by Lightning at every batch, with
+    or without this callback.
+
+    **Order.** Callbacks that stand before this one in the list see the averages of the batch
+    before. Lightning's own progress bar and checkpoints come after all others.
+
+    **Resuming.** The state is in the checkpoint: a run that goes on by ``fit(ckpt_path=...)``
+    draws the same curve, to the bit. With ``sync_dist=False`` the processes other than zero go on
+    from the average of zero. If the window or the decay is another one now, a warning says so
+    and the averages begin anew. A ``fit`` from step 0 always begins anew.
+    """
+
+    def __init__(
+        self,
+        window_size: int | None = 20,
+        decay: float | None = 0.9,
+        raw: bool = True,
+        *,
+        metrics: Sequence[str] | None = None,
+        loss: str | None = "train_loss",
+        debias: bool = False,
+        on_nonfinite: OnNonFinite = "show",
+        record: bool = False,
+        prog_bar: bool = True,
+        sync_dist: bool = False,
+        batch_size: Callable[[Any], float] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(metrics, str):
+            raise ArgumentError(f"metrics={metrics!r}: expected names, such as ({metrics!r},)")
+        if loss is None and metrics is not None and not metrics:
+            raise ArgumentError("loss=None, metrics=(): nothing is left to be smoothed")
+        self.metrics = None if metrics is None else tuple(metrics)
+        self.loss = loss
+        self.prog_bar = prog_bar
+        self.sync_dist = sync_dist
+        self.batch_size = batch_size or _first_length
+        self._smoother = MetricSmoother(
+            window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite, record=record
+        )
+        self._before: dict[str, torch.Tensor] = {}
+        self._fresh: dict[str, float] = {}  # averages that are not logged yet
+        self._missing = set(self.metrics or ())
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The latest of each, by the names that are logged."""
+        return self._smoother.averages
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """With ``record=True``, each of them at every batch."""
+        return self._smoother.history
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """With ``record=True``, the numbers of the batches."""
+        return self._smoother.steps
+
+    # -- Lightning's hooks -------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """What the state is called in a checkpoint."""
+        return "fastema.lightning.LossAverages"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begin anew with a new run; a checkpoint is loaded after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._smoother.reset()
+            self._fresh = {}
+            self._missing = set(self.metrics or ())
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what is logged already."""
+        if self.metrics != ():
+            self._before = dict(trainer.callback_metrics)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in the batch's loss and metrics, and log the averages."""
+        logged = self._logged(trainer)
+        values = dict(logged)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if self.loss is not None and self.loss not in logged and loss is not None:
+            values[self.loss] = self._of_batch(loss, trainer)
+        if not values:
+            return
+        averages = self._smoother.update(
+            values, weight=self.batch_size(batch), step=trainer.fit_loop.total_batch_idx
+        )
+        self._fresh |= {key: value for key, value in averages.items() if key not in _raw(logged)}
+        # Lightning's own callbacks ask the same of the trainer, and there is no other way to.
+        if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
+            self._log(trainer, pl_module, self._fresh)
+            self._fresh = {}
+        elif self.prog_bar and all(map(_on_host, values.values())):
+            raw = _raw(values)
+            self._log(trainer, pl_module, {k: v for k, v in averages.items() if k not in raw})
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say which of the metrics that were asked for do not exist."""
+        if self._missing:
+            missing, self._missing = sorted(self._missing), set()
+            warnings.warn(
+                f"LossAverages(metrics={self.metrics!r}): in a whole epoch no training batch "
+                f"logged {', '.join(map(repr, missing))}; it takes "
+                "self.log(name, value, on_step=True) in training_step",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the averages go on from."""
+        return self._smoother.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; from nothing, with a warning, if it is of other settings."""
+        try:
+            self._smoother.load_state_dict(state_dict)
+        except CheckpointError as error:
+            warnings.warn(f"LossAverages begins anew: {error}", stacklevel=2)
+
+    # -- parts of them -----------------------------------------------------------------------------
+
+    def _logged(self, trainer: Any) -> dict[str, torch.Tensor]:
+        """Metrics that were logged with ``on_step=True`` since this batch began.
+
+        ``callback_metrics`` keeps all that was ever logged, and from one batch to the next gives
+        other tensor objects for the same memory. What is logged now has new memory: as long as
+        the old is held, nothing else can lie there.
+        """
+        if self.metrics == ():
+            return {}
+        before, self._before = self._before, {}
+        found = {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name not in before or value.data_ptr() != before[name].data_ptr()
+        }
+        for name in list(found):  # logged per epoch too, a metric has two names for one value
+            if name.removesuffix("_step") != name and name.removesuffix("_step") in found:
+                del found[name]
+        if self.metrics is not None:
+            self._missing -= found.keys()
+            found = {n: v for n, v in found.items() if n in self.metrics or n == self.loss}
+        return found
+
+    def _of_batch(self, loss: Any, trainer: Any) -> Any:
+        """The loss as ``training_step`` returned it, or its mean over all processes."""
+        parts = trainer.accumulate_grad_batches  # 1 with manual optimization, it must be
+        if parts != 1:
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * parts
+        if self.sync_dist:
+            loss = trainer.strategy.reduce(loss.clone(), reduce_op="mean")  # in place
+        return loss
+
+    def _log(self, trainer: Any, pl_module: Any, found: Mapping[str, float]) -> None:
+        if trainer.barebones:  # logs nothing, and warns of those who try
+            return
+        raw = _raw([self.loss])
+        for name, value in found.items():
+            pl_module.log(
+                name,
+                # On the CPU and in double precision: a plain number would be copied to the
+                # accelerator, wait for it, and be read back from there.
+                torch.tensor(float(value), dtype=torch.float64),
+                prog_bar=self.prog_bar and name not in raw,
+                on_step=True,
+                on_epoch=False,
+                batch_size=1,
+            )
+
+
+def _raw(names: Iterable[str | None]) -> set[str]:
+    return {f"{name}_raw" for name in names}
+
+
+def _on_host(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
+
+
+def _first_length(batch: Any) -> int:
+    """Length of the first tensor in a batch of tuples, lists and mappings; 1 without any."""
+    pending = [batch]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, torch.Tensor):
+            return len(part) if part.ndim else 1
+        if isinstance(part, Mapping):
+            part = list(part.values())
+        if isinstance(part, (list, tuple)):
+            pending += reversed(part)
+    return 1

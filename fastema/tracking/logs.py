@@ -1,0 +1,209 @@
+"""Training logs read into curves: CSV files, JSON, JSON lines, TensorBoard event files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from fastema.errors import ArgumentError
+from fastema.tracking import event_files
+from fastema.tracking.table import Curve, Table, of_cells, parsed
+
+__all__ = ["Curve", "Table", "read", "read_table"]
+
+_DELIMITERS: Final = (",", "\t", ";", "|", " ")
+_SAMPLE_LINES: Final = 20
+
+
+def read(source: str | os.PathLike[str] | TextIO, step: str | None = None) -> dict[str, Curve]:
+    r"""The curves of a training log by name.
+
+    Parameters
+    ----------
+    source : path or text file
+        A CSV file with a line of names (Keras' and Lightning's ``CSVLogger``, pandas; any usual
+        separator), JSON lines, JSON (a list of rows, a mapping of names to lists, or the
+        ``trainer_state.json`` of Hugging Face), a TensorBoard event file, or a folder of those;
+        or such text, opened.
+    step : str, optional
+        The column that counts the steps. Found by its name otherwise, see `Table.step_column`.
+
+    Returns
+    -------
+    dict of str to Curve
+        Float64 values over int64 steps (float64 where they are no whole numbers). Where a folder
+        of event files has several runs below it, names begin with the run: ``train/loss``.
+
+    Raises
+    ------
+    ArgumentError
+        If it holds no such log, or the tensorboard package is missing for event files.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> import io
+    >>> log = io.StringIO("epoch,loss,val_loss\n0,2.5,\n1,1.25,1.5\n")
+    >>> read(log)["loss"]
+    Curve(steps=array([0, 1]), values=array([2.5 , 1.25]))
+    """
+    table = read_table(source)
+    return table.curves(table.step_column(step))
+
+
+def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
+    """A training log as a table; parameters and errors are those of `read`."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if path.is_dir() or ".tfevents." in path.name:
+            return event_files.read(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ArgumentError(
+                f"{path} is no text; logs are CSV, JSON, JSON lines, or TensorBoard event files "
+                "(with .tfevents. in their names)"
+            ) from None
+        name = str(path)
+    else:
+        text, name = source.read(), str(getattr(source, "name", "the text"))
+    if not text.strip():
+        raise ArgumentError(f"{name} is empty")
+    return _json(text, name) if text.lstrip()[0] in "{[" else _csv(text, name)
+
+
+def _csv(text: str, source: str) -> Table:
+    if "\0" in text:
+        raise ArgumentError(f"{source} is no text; a log has a name per column in its first line")
+    delimiter = _delimiter(text)
+    rows = _rows(io.StringIO(text), delimiter, source)
+    _, header = next(rows)
+    names = [name.strip() for name in header]
+    # The index of a data frame has no name of its own.
+    names = [name or (f"column {place}" if place else "index") for place, name in enumerate(names)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ArgumentError(f"{source}: two columns are called {', '.join(twice)}")
+    if all(parsed([name]) is not None for name in names):
+        raise ArgumentError(
+            f"{source}: the first line holds numbers; it has to name the columns, such as "
+            f"{delimiter.join(['step', 'loss'])}"
+        )
+    columns: list[list[str]] = [[] for _ in names]
+    for line, row in rows:
+        if len(row) > len(names):
+            raise ArgumentError(
+                f"{source}, line {line}: {len(row)} cells, but the first line names {len(names)} "
+                "columns"
+            )
+        # A run that is still going may be in the middle of its last line.
+        for column, cell in itertools.zip_longest(columns, row, fillvalue=""):
+            column.append(cell)  # type: ignore[union-attr]
+    if not columns[0]:
+        raise ArgumentError(f"{source}: names of columns, but no row yet")
+    return of_cells(dict(zip(names, columns, strict=True)), source, delimiter)
+
+
+def _rows(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[int, list[str]]]:
+    """Each row that is not empty, with the number of its last line from 1."""
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == " ")
+    try:
+        for row in reader:
+            if delimiter == " " and row and not row[-1]:
+                row.pop()  # a blank at the end of a line separates nothing
+            if any(row):
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise ArgumentError(f"{source}, line {reader.line_num}: {error}") from None
+
+
+def _delimiter(text: str) -> str:
+    """The separator that cuts the first lines into the most cells, equally many in each."""
+
+    def cells(delimiter: str) -> tuple[bool, int]:
+        sample = itertools.islice(_rows(io.StringIO(text), delimiter, ""), _SAMPLE_LINES)
+        counts = [len(row) for _, row in sample]
+        return len(set(counts)) == 1 and counts[0] > 1, counts[0]
+
+    # Of equals the first; a comma also where nothing separates anything.
+    return max(_DELIMITERS, key=cells)
+
+
+def _json(text: str, source: str) -> Table:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = _json_lines(text, source)
+    if isinstance(found, dict) and isinstance(found.get("log_history"), list):
+        found = found["log_history"]
+    if isinstance(found, dict) and found and all(isinstance(row, list) for row in found.values()):
+        length = max(map(len, found.values()))
+        return of_cells(
+            {
+                str(name): [_cell(value) for value in (*column, *[None] * (length - len(column)))]
+                for name, column in found.items()
+            },
+            source,
+        )
+    return from_rows([found] if isinstance(found, dict) else found, source)
+
+
+def _json_lines(text: str, source: str) -> list[Any]:
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    rows = []
+    for number, line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == lines[-1][0] and len(rows) > 0 and not text.endswith("\n"):
+                break  # the run is in the middle of it
+            raise ArgumentError(
+                f"{source}, line {number}: neither JSON nor one JSON object per line: {error}"
+            ) from None
+    return rows
+
+
+def from_rows(rows: object, source: str) -> Table:
+    """The table of a list of mappings, such as the ``log_history`` of Hugging Face.
+
+    Raises
+    ------
+    ArgumentError
+        If it is something else, or holds no numbers.
+    """
+    if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
+        raise ArgumentError(
+            f"{source}: expected rows that name their values, such as "
+            '{"step": 10, "loss": 0.5}, or names with lists of values'
+        )
+    flat = [dict(_flat(row)) for row in rows]
+    names = dict.fromkeys(itertools.chain.from_iterable(flat))
+    cells = {name: [row.get(name, "") for row in flat] for name in names}
+    return of_cells(cells, source)
+
+
+def _flat(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and texts of a row; those of a mapping within it as ``outer/inner``."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", _cell(value)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()  # a scalar of NumPy or a framework
+    # float.__repr__ for NumPy's own subclass of float, too.
+    return float.__repr__(value) if isinstance(value, float) else json.dumps(value, default=str)

@@ -1,0 +1,387 @@
+"""Curves of a training run: the numbers thin and pale, their averages over them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import blended_transform_factory
+from numpy.typing import NDArray
+
+from fastema.errors import ArgumentError
+from fastema.tracking.panels import Kind, Line, Panel, averages, last_finite, panels
+from fastema.tracking.style import EMA, GREY, INK, RAW, REPORTED, SMA, STYLE
+from fastema.tracking.table import Curve
+
+__all__ = ["draw", "plot"]
+
+Log = bool | Literal["auto"]
+
+_MOST_PANELS: Final = 24
+_BUCKETS: Final = 2_000  # of points along a panel that is some hundred pixels wide
+_LOG_SPAN: Final = 30.0  # from the least to the greatest value
+_MOST_LABELLED: Final = 1e3  # wider logarithmic scales have a label per decade only
+_LABEL_POINTS: Final = 27.0  # height of the two lines that name a curve
+
+# All in inches.
+_WIDE: Final = (7.4, 4.0)  # of a panel that is alone
+_SMALL: Final = (4.5, 2.7)  # of one among others
+_LEFT: Final = 0.85
+_LABELS: Final = 1.15  # right of a panel
+_ABOVE: Final = 0.55
+_BELOW: Final = 0.65
+_TITLE: Final = 0.5
+
+
+class _Look(NamedTuple):
+    color: str
+    width: float
+    label_color: str
+    order: float
+
+
+_LOOKS: Final[dict[Kind, list[_Look]]] = {
+    "raw": [_Look("#f3c49c", 0.8, RAW, 2.0)],
+    "reported": [_Look(REPORTED, 1.8, REPORTED, 2.4)],
+    # The thinner one above: the two lie close to each other.
+    "sma": [_Look(color, 1.2, color, 2.8) for color in (SMA, "#0c6b50", "#63bfa3")],
+    "ema": [_Look(color, 2.4, color, 2.6) for color in (EMA, "#0d3057", "#6fa3d8")],
+}
+_ALONE: Final = _Look(INK, 1.6, INK, 2.0)
+_SPARSE: Final = 100  # points that a thin line would hardly show
+_CROWDED: Final = 400  # points that a thick line cannot show apart
+
+
+def plot(
+    history: object,
+    metrics: str | Sequence[str] | None = None,
+    *,
+    window_size: int | Sequence[int] | None = 20,
+    decay: float | Sequence[float] | None = 0.9,
+    debias: bool = False,
+    raw: bool = True,
+    log: Log = "auto",
+    title: str | None = None,
+    ax: Axes | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw each metric of a training run with its moving averages, one panel per metric.
+
+    Parameters
+    ----------
+    history : object
+        What ``fit()`` of Keras returns, or a model of Keras; a callback of ours, or a
+        `MetricSmoother`, that records; ``log_history`` of Hugging Face, its state or Trainer; a
+        mapping of names to numbers, or of names to curves (`fastema.tracking.logs.read`); a data
+        frame; numbers; the path of a CSV, JSON or event file, or of a folder of TensorBoard's.
+        Averages that it holds (``loss_raw``, ``loss_sma``, ``loss_ema`` of ``loss``) are drawn as
+        they are. Others are computed here, for metrics of at least three times the points
+        that they are over.
+    metrics : str or sequence of str, optional
+        Which; by default all but those that count steps, tell times or learning rates.
+    window_size : int or sequence of int, optional
+        Of the simple moving averages; None for none.
+    decay : float or sequence of float, optional
+        Weight of the old average in the exponential ones; None for none.
+    debias : bool
+        Exponential averages start at nothing and are corrected for it, as in Adam; they start at
+        the first value otherwise.
+    raw : bool
+        Whether the numbers themselves are drawn too.
+    log : bool or "auto"
+        A logarithmic scale; ``"auto"`` where all numbers are positive and the greatest is 30
+        times the least or more.
+    title : str, optional
+        Above all panels.
+    ax : matplotlib Axes, optional
+        To draw into, for a single metric; its figure is left as it is otherwise.
+    out : path, optional
+        File to write; its ending chooses the format: png, svg, pdf.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Made without pyplot: nothing to close, and no display is needed.
+
+    Raises
+    ------
+    ArgumentError
+        If there are no numbers in it, not the metrics asked for, or several for one ``ax``.
+
+    Notes
+    -----
+    Of a long curve, the least and the greatest value of each of 2,000 stretches are drawn: no
+    spike is lost. Where a value is a NaN or infinite, the line has a gap and the panel a mark.
+    """
+    found = panels(
+        history,
+        metrics,
+        averages=averages(window_size, decay, debias=debias),
+        raw=raw,
+    )
+    return draw(found, log=log, title=title, ax=ax, out=out)
+
+
+def draw(
+    found: Sequence[Panel],
+    *,
+    log: Log = "auto",
+    title: str | None = None,
+    ax: Axes | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw panels; the parameters are those of `plot`."""
+    if ax is not None:
+        if len(found) > 1:
+            names = ", ".join(panel.name for panel in found)
+            raise ArgumentError(f"ax= has room for one metric, name it with metrics=: {names}")
+        within = ax.figure
+        figure = within if isinstance(within, Figure) else within.figure
+        _draw_panel(ax, found[0], log)
+        if title is not None:
+            ax.set_title(title, loc="left", pad=24)
+    else:
+        with matplotlib.rc_context(STYLE):
+            figure = _figure(found, log, title)
+    if out is not None:
+        figure.savefig(out)
+    return figure
+
+
+def _figure(found: Sequence[Panel], log: Log, title: str | None) -> Figure:
+    shown = found[:_MOST_PANELS]
+    columns = 1 if len(shown) == 1 else 2 if len(shown) <= 4 else 3
+    rows = math.ceil(len(shown) / columns)
+    width, height = _WIDE if columns == 1 else _SMALL
+    top = _TITLE if title else 0.0
+    note = 0.25 if len(shown) < len(found) else 0.0
+    across, down = _LEFT + width + _LABELS, _ABOVE + height + _BELOW
+    size = (columns * across, rows * down + top + note)
+    figure = Figure(figsize=size, dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)  # measures texts without drawing everything
+    for place, panel in enumerate(shown):
+        row, column = divmod(place, columns)
+        left = column * across + _LEFT
+        bottom = size[1] - top - (row + 1) * down + _BELOW
+        box = (left / size[0], bottom / size[1], width / size[0], height / size[1])
+        _draw_panel(figure.add_axes(box), panel, log)
+    margin = 0.3 / size[0]
+    if title:
+        figure.text(
+            margin, 1.0 - 0.38 / size[1], title, fontsize=15, fontweight="bold", va="center"
+        )
+    if note:
+        figure.text(
+            margin,
+            0.2 / size[1],
+            f"and {len(found) - len(shown)} more metrics: choose among them by name",
+            color=GREY,
+            fontsize=9,
+        )
+    # Ticks are made when they are first needed, in the style of that moment.
+    figure.draw_without_rendering()
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, log: Log) -> None:
+    alone = len(panel.lines) == 1
+    seen = dict.fromkeys(_LOOKS, 0)
+    drawn: list[tuple[Line, _Look]] = []
+    for line in panel.lines:
+        looks = _LOOKS[line.kind]
+        look = looks[seen[line.kind] % len(looks)]
+        if line.kind == "raw" and len(line.curve.values) < _SPARSE:
+            look = look._replace(width=1.4)
+        if alone:
+            crowded = len(line.curve.values) > _CROWDED
+            look = _ALONE._replace(width=0.8 if crowded else _ALONE.width)
+        seen[line.kind] += 1
+        drawn.append((line, look))
+        _draw_curve(axes, line.curve, look)
+    remarks = [panel.remark] if panel.remark else []
+    if _wants_log(panel, log):
+        axes.set_yscale("log")
+        bottom, top = axes.get_ylim()
+        subs = (1, 2, 5) if top < _MOST_LABELLED * bottom else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        remarks.append("log scale")
+    missing = _mark_nonfinite(axes, panel.lines[0].curve)
+    if missing:
+        remarks.append(f"{missing:,} not finite")
+    axes.margins(x=0.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
+    axes.set_xlabel(panel.axis)
+    bold = axes.set_title(panel.name, loc="left", fontsize=12, fontweight="bold", pad=10)
+    grey = axes.annotate(
+        " · ".join(remarks),
+        xy=(1, 0),
+        xycoords=bold,
+        xytext=(8, 0),
+        textcoords="offset points",
+        fontsize=9,
+        color=GREY,
+        va="bottom",
+        annotation_clip=False,
+    )
+    wide = sum(text.get_window_extent().width for text in (bold, grey)) / axes.figure.dpi
+    room = axes.get_window_extent().width / axes.figure.dpi + _LABELS - 0.2
+    for text in (bold, grey):
+        text.set_fontsize(float(text.get_fontsize()) * min(1.0, room / wide))
+    _label_ends(axes, drawn, named=not alone)
+
+
+def _draw_curve(axes: Axes, curve: Curve, look: _Look) -> None:
+    steps, values = thinned(curve)
+    axes.plot(
+        steps,
+        values,
+        color=look.color,
+        linewidth=look.width,
+        zorder=look.order,
+        solid_capstyle="round",
+        solid_joinstyle="round",
+    )
+    # A line needs two points; what stands alone between gaps would not be seen.
+    finite = np.isfinite(np.concatenate([[np.nan], values, [np.nan]]))
+    alone = finite[1:-1] & ~finite[:-2] & ~finite[2:]
+    axes.plot(
+        steps[alone],
+        values[alone],
+        color=look.color,
+        zorder=look.order,
+        linestyle="none",
+        marker="o",
+        markersize=2.0 + look.width,
+        markeredgewidth=0,
+    )
+
+
+def thinned(curve: Curve, buckets: int = _BUCKETS) -> tuple[NDArray[np.float64], ...]:
+    """Steps and values with the same outline: the extremes of each stretch, in their order.
+
+    Parameters
+    ----------
+    curve : Curve
+        Of any length.
+    buckets : int
+        Stretches, equally long but for the last.
+
+    Returns
+    -------
+    steps, values : ndarray of float64
+        At most two points per stretch and the first and last of all; those of a short curve as
+        they are. What is infinite has become NaN: a gap.
+    """
+    steps = curve.steps.astype(np.float64)
+    values = np.where(np.isfinite(curve.values), curve.values, np.nan)
+    size = -(-len(values) // buckets)  # points of a stretch
+    if size <= 2:
+        return steps, values
+    # To a whole number of stretches, with what is never an extreme.
+    padded = np.full(-(-len(values) // size) * size, np.nan)
+    padded[: len(values)] = values
+    rows = padded.reshape(-1, size)
+    least = np.where(np.isnan(rows), np.inf, rows).argmin(axis=1)
+    greatest = np.where(np.isnan(rows), -np.inf, rows).argmax(axis=1)
+    pair = np.sort(np.stack([least, greatest], axis=1), axis=1)
+    kept = (pair + size * np.arange(len(rows))[:, None]).ravel()
+    kept = np.unique(np.concatenate([[0], kept, [len(values) - 1]]))
+    return steps[kept], values[kept]
+
+
+def _wants_log(panel: Panel, log: Log) -> bool:
+    numbers = [line.curve.values for line in panel.lines]
+    finite = [values[np.isfinite(values)] for values in numbers]
+    everything = np.concatenate(finite)
+    if log is False or not (everything > 0.0).any():
+        return False
+    if log is True:
+        return True
+    least, greatest = float(everything.min()), float(everything.max())
+    return least > 0.0 and greatest >= _LOG_SPAN * least
+
+
+def _mark_nonfinite(axes: Axes, curve: Curve) -> int:
+    """Small triangles at the upper edge where a value is not finite; the number of those."""
+    places = curve.steps[~np.isfinite(curve.values)]
+    if len(places):
+        axes.plot(
+            places[:: -(-len(places) // _BUCKETS)],
+            np.full(len(places[:: -(-len(places) // _BUCKETS)]), 0.985),
+            transform=blended_transform_factory(axes.transData, axes.transAxes),
+            color=REPORTED,
+            linestyle="none",
+            marker="v",
+            markersize=4.5,
+            markeredgewidth=0,
+            zorder=3.0,
+            clip_on=False,
+        )
+    return len(places)
+
+
+def _label_ends(axes: Axes, drawn: Iterable[tuple[Line, _Look]], *, named: bool) -> None:
+    """Name each curve, with its last value, beside its end; names do not touch each other."""
+    axes.get_ylim()  # settles the limits, which the transformation below takes as they are
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    tall = axes.get_window_extent().height * 72.0 / axes.figure.dpi
+    ends = []
+    for line, look in drawn:
+        value = last_finite(line.curve.values)
+        if math.isfinite(value):
+            fraction = float(to_fraction.transform((1.0, value))[1])
+            name = f"{line.label}\n" if named else ""
+            ends.append((fraction, f"{name}{value:.4g}", look.label_color))
+    ends.sort()
+    heights = spread([fraction for fraction, _, _ in ends], _LABEL_POINTS / tall)
+    for height, (_, text, color) in zip(heights, ends, strict=True):
+        axes.annotate(
+            text,
+            xy=(1.0, height),
+            xycoords="axes fraction",
+            xytext=(9, 0),
+            textcoords="offset points",
+            color=color,
+            fontsize=9,
+            fontweight="bold",
+            linespacing=1.1,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def spread(heights: Sequence[float], apart: float) -> list[float]:
+    """Rising heights moved as little as it takes to be `apart` and, if they can, within 0 to 1."""
+    # Each group stands around the mean of where its members would be; groups that touch are one.
+    groups: list[list[float]] = []
+
+    def bottom(group: list[float]) -> float:
+        wide = (len(group) - 1) * apart
+        lowest = sum(group) / len(group) - wide / 2.0
+        return max(min(lowest, 1.0 - apart / 2.0 - wide), apart / 2.0)
+
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and bottom(groups[-1]) < bottom(groups[-2]) + apart * len(groups[-2]):
+            last = groups.pop()
+            groups[-1] += last
+    return [bottom(group) + place * apart for group in groups for place in range(len(group))]
+
+
+def _short(step: float) -> str:
+    """A step as one reads it: 500, 20k, 1.5M."""
+    for limit, unit in ((1e6, "M"), (1e4, "k")):
+        if abs(step) >= limit:
+            return f"{step / (1e6 if unit == 'M' else 1e3):g}{unit}"
+    return f"{step:g}"

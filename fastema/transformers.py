@@ -1,0 +1,175 @@
+"""Moving averages of the losses that the Hugging Face ``Trainer`` logs.
+
+>>> from transformers import Trainer                               # doctest: +SKIP
+>>> from fastema.transformers import LossAverages
+>>> trainer = Trainer(model, args, train_dataset=data)             # doctest: +SKIP
+>>> LossAverages().attach(trainer)                                 # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fastema.errors import ArgumentError
+from fastema.tracking import MetricSmoother
+from fastema.tracking.scalar import OnNonFinite
+
+__all__ = ["LossAverages"]
+
+
+class LossAverages(TrainerCallback):  # type: ignore[misc]
+    """Adds ``loss_sma`` and ``loss_ema`` to what the ``Trainer`` logs.
+
+    They stand beside ``loss`` wherever it stands: in the printed logs and the progress bar, in
+    ``trainer.state.log_history``, and, once :meth:`attach` has put the callback before them, in
+    TensorBoard, Weights & Biases and the other loggers of ``report_to``.
+
+    Parameters
+    ----------
+    window_size : int or None
+        *Logs* in the simple moving average; None for none.
+    decay : float or None
+        Weight of the old exponential moving average per *log*, in [0, 1); None for none.
+    metrics : sequence of str
+        Keys of the logs to smooth: ``("loss", "grad_norm")``, or what a trainer of one's own logs.
+        With ``"eval_loss"`` there is an ``eval_loss_ema`` too, also for
+        ``metric_for_best_model`` (then say ``greater_is_better=False``: the ``Trainer`` takes what
+        does not end in ``loss`` for something to be maximised).
+    debias : bool
+        Begin the exponential average with nothing rather than with the first value, see
+        :class:`fastema.tracking.ExponentialMovingAverage`.
+    on_nonfinite : {"show", "skip", "propagate", "raise"}
+        What a NaN or an infinity does, see :class:`fastema.tracking.SimpleMovingAverage`. The
+        ``Trainer`` leaves them out of its losses itself; with ``logging_nan_inf_filter=False``
+        it logs nothing but NaN from the first one on.
+
+    Attributes
+    ----------
+    averages : dict of str to float
+        The latest of each, by the names that are logged.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument has no valid value.
+
+    Notes
+    -----
+    **What is smoothed.** The ``loss`` that the ``Trainer`` logs is the mean over the
+    ``logging_steps`` steps (and over all processes) since it logged last. These means are
+    what comes in here: with ``logging_steps=10`` a window of 20 covers 200 steps. A mean weighs as
+    many steps as it stands for, a shorter one at the end of an epoch less; the logs of evaluations
+    weigh 1 each. For averages step by step set ``logging_steps=1``. Each log waits for the
+    accelerator; this callback adds nothing to that.
+
+    **Order.** The ``Trainer`` calls the loggers of ``report_to`` before ``callbacks=[...]``, and
+    the progress bar after them. A callback cannot see where it stands: given in ``callbacks=`` it
+    works for the progress bar and ``log_history``, and warns if there are loggers that it
+    comes too late for. :meth:`attach` puts it before all of them, and so does naming
+    the loggers' callbacks after it: ``callbacks=[LossAverages(), TensorBoardCallback()]``.
+
+    **Resuming.** A resumed run has its ``log_history`` in the checkpoint. The averages are worked
+    out again from there as training begins, and so go on to the bit, if the checkpoint was written
+    at a step that was logged (of the steps since the last log the ``Trainer`` itself forgets
+    the loss). The earlier run need not have had this callback, or the same window.
+    """
+
+    def __init__(
+        self,
+        window_size: int | None = 20,
+        decay: float | None = 0.9,
+        *,
+        metrics: Sequence[str] = ("loss",),
+        debias: bool = False,
+        on_nonfinite: OnNonFinite = "show",
+    ) -> None:
+        if isinstance(metrics, str) or not metrics:
+            raise ArgumentError(f"metrics={metrics!r}: expected names, such as ('loss',)")
+        self.metrics = tuple(metrics)
+        # What comes in stands in the logs already: there is nothing raw to add.
+        self._smoother = MetricSmoother(
+            window_size, decay, raw=False, debias=debias, on_nonfinite=on_nonfinite
+        )
+        self._last_step = 0
+        self._is_ahead = False
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The latest of each, by the names that are logged."""
+        return self._smoother.averages
+
+    def attach(self, trainer: Any) -> LossAverages:
+        """Join the callbacks of a trainer, before its loggers.
+
+        Parameters
+        ----------
+        trainer : transformers.Trainer
+            Which may have this callback already: then it moves to the front.
+
+        Returns
+        -------
+        LossAverages
+            This callback.
+
+        Raises
+        ------
+        ArgumentError
+            For what is no ``Trainer``.
+        """
+        handler = getattr(trainer, "callback_handler", None)
+        if handler is None:
+            raise ArgumentError(
+                f"attach({type(trainer).__name__}): expected a transformers.Trainer"
+            )
+        others = [callback for callback in handler.callbacks if callback is not self]
+        handler.callbacks[:] = [self, *others]
+        self._is_ahead = True
+        return self
+
+    # -- the Trainer's events ----------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew, or where the logs of a resumed run end."""
+        self._smoother.reset()
+        self._last_step = 0
+        for entry in state.log_history:
+            self._take(entry, entry.get("step", 0))
+        self._last_step = state.global_step
+        if args.report_to and not self._is_ahead:
+            warnings.warn(
+                f"the loggers of report_to={list(args.report_to)!r} are called before LossAverages "
+                "and will not show its averages: use LossAverages().attach(trainer) in place of "
+                "callbacks=[LossAverages()]",
+                stacklevel=2,
+            )
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the averages to the logs, and to the history that these were copied into."""
+        logs = {} if logs is None else logs
+        averages = self._take(logs, state.global_step)
+        copied = state.log_history[-1] if state.log_history else {}
+        if averages and all(copied.get(name) is value for name, value in logs.items()):
+            copied.update(averages)
+        logs.update(averages)
+
+    def _take(self, logs: Mapping[str, Any], step: int) -> dict[str, float]:
+        values = {name: logs[name] for name in self.metrics if logs.get(name) is not None}
+        if not values:
+            return {}
+        weight = 1
+        if "loss" in logs:  # of training, not of an evaluation
+            weight = max(step - self._last_step, 1)
+            self._last_step = step
+        averages = self._smoother.update(values, weight=weight, step=step)
+        return {name: float(average) for name, average in averages.items()}

@@ -1,0 +1,433 @@
+"""``fastema smooth``: the columns it adds are the moving averages of the others, to the bit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastema
+from fastema.cli import main
+from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
+
+from ..needed import modules
+
+ROOT = str(Path(fastema.__file__).parents[1])
+
+
+def log(count: int = 200, seed: int = 0) -> str:
+    """A log with the validation's loss in every twentieth row, a note and a learning rate."""
+    generator = np.random.default_rng(seed)
+    lines = ["epoch,step,loss,val_loss,lr,note,size"]
+    for step, noise in enumerate(generator.normal(size=count).tolist()):
+        loss = 2.0 * math.exp(-step / 50) + 0.1 * noise
+        val = repr(loss + 0.25) if step % 20 == 19 else ""
+        lines.append(f'{step // 20},{step},{loss!r},{val},0.10,"a, b",{16 + step % 5}')
+    return "\n".join(lines) + "\n"
+
+
+def columns(text: str, delimiter: str = ",") -> dict[str, list[str]]:
+    header, *rows = csv.reader(io.StringIO(text), delimiter=delimiter)
+    return dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def written(average: Any, cells: list[str], weights: list[str] | None = None) -> list[str]:
+    """The column that a tracker makes of the cells of another, each number to the bit."""
+    rows = [row for row, cell in enumerate(cells) if cell]
+    given_ = [float(weights[row]) for row in rows] if weights else None
+    column = [""] * len(cells)
+    series = average.update_many([float(cells[row]) for row in rows], given_)
+    for row, value in zip(rows, series.tolist(), strict=True):
+        column[row] = repr(value)
+    return column
+
+
+def assert_close(column: list[str], reference: list[float]) -> None:
+    np.testing.assert_allclose([float(cell) for cell in column if cell], reference, rtol=1e-12)
+
+
+def ema(cells: list[str], decay: float, sizes: list[str] | None = None) -> list[float]:
+    """From the first value on; where there are sizes, debiased and weighted by them."""
+    values = [float(cell) for cell in cells if cell]
+    if sizes is None:
+        found = values[:1]
+        for value in values[1:]:
+            found.append(decay * found[-1] + (1.0 - decay) * value)
+        return found
+    ages = [np.arange(count, -1, -1.0) for count in range(len(values))]
+    weights = [decay**age * np.array(sizes[: len(age)], float) for age in ages]
+    return [float(np.average(values[: len(w)], weights=w)) for w in weights]
+
+
+def sma(cells: list[str], size: int, sizes: list[str] | None = None) -> list[float]:
+    values = np.array([float(cell) for cell in cells if cell])
+    weights = np.array(sizes, float) if sizes else np.ones(len(values))
+    ends = range(1, len(values) + 1)
+    return [
+        float(
+            np.average(values[max(0, end - size) : end], weights=weights[max(0, end - size) : end])
+        )
+        for end in ends
+    ]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "metrics.csv"
+    file.write_text(log())
+    return file
+
+
+def smooth(*arguments: object) -> int:
+    return main(["smooth", *map(str, arguments)])
+
+
+def test_the_columns(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.csv"
+    assert smooth(path, "--ema", "0.9,0.99", "--ema", "0.5", "--sma", 7, "-o", out) == 0
+    was, got = columns(path.read_text()), columns(out.read_text())
+    assert {name: got[name] for name in was} == was
+    assert list(got)[len(was) :] == [
+        f"{name}_{kind}"
+        for name in ("loss", "val_loss", "size")
+        for kind in ("sma", "ema_0.9", "ema_0.99", "ema_0.5")
+    ]
+    for name in ("loss", "val_loss", "size"):
+        assert got[f"{name}_sma"] == written(SimpleMovingAverage(7), was[name])
+        assert_close(got[f"{name}_sma"], sma(was[name], 7))
+        for decay in ("0.9", "0.99", "0.5"):
+            average = ExponentialMovingAverage(float(decay))
+            assert got[f"{name}_ema_{decay}"] == written(average, was[name])
+            assert_close(got[f"{name}_ema_{decay}"], ema(was[name], float(decay)))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = printed.err.splitlines()
+    assert said[0] == f"{path}: 200 rows, step 0 to 199"
+    assert " ".join(said[1].split()) == "values last SMA 7 EMA 0.9 EMA 0.99 EMA 0.5"
+    last = [float(got[name][-1]) for name in ("loss", "loss_sma", "loss_ema_0.9")]
+    assert said[2].split()[:5] == ["loss", "200", *(f"{value:.5g}" for value in last)]
+    assert said[-2:] == ["Left out, not all numbers: note", f"Averages: {out}"]
+    assert [file.name for file in tmp_path.iterdir()] in (
+        ["metrics.csv", "out.csv"],
+        ["out.csv", "metrics.csv"],
+    )
+
+
+def test_weights_and_debias(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smooth(path, "--weights", "size", "--debias", "--metrics", "loss", "--quiet") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    was, got = columns(path.read_text()), columns(printed.out)
+    assert list(got)[len(was) :] == ["loss_sma", "loss_ema"]
+    average = ExponentialMovingAverage(0.9, debias=True)
+    assert got["loss_ema"] == written(average, was["loss"], was["size"])
+    assert got["loss_sma"] == written(SimpleMovingAverage(20), was["loss"], was["size"])
+    assert_close(got["loss_ema"], ema(was["loss"], 0.9, was["size"]))
+    assert_close(got["loss_sma"], sma(was["loss"], 20, was["size"]))
+
+
+@given(
+    st.lists(st.none() | st.floats(), min_size=2, max_size=40).filter(
+        lambda values: sum(value is not None for value in values) > 1
+    ),
+    st.sampled_from(["show", "skip", "propagate"]),
+    st.integers(1, 5),
+    st.floats(0.0, 1.0, exclude_max=True),
+)
+def test_every_value_and_policy(
+    values: list[float | None], policy: str, size: int, decay: float
+) -> None:
+    cells = ["" if value is None else repr(value) for value in values]
+    text = "".join(f"{row},{cell}\n" for row, cell in enumerate(cells))
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO("row,x\n" + text))
+        patch.setattr(sys, "stdout", out)
+        given_ = ["--ema", repr(decay), "--sma", size, "--on-nonfinite", policy, "--quiet"]
+        assert smooth("-", "--metrics", "x", *given_) == 0
+    got = columns(out.getvalue())
+    assert got["x"] == cells
+    kept: Any = {"on_nonfinite": policy}
+    assert got["x_sma"] == written(SimpleMovingAverage(size, **kept), cells)
+    assert got["x_ema"] == written(ExponentialMovingAverage(decay, **kept), cells)
+
+
+def test_other_separators_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.tsv"
+    path.write_text("step\tloss\n1\t2.0\n2\t1.0\n")
+    assert smooth(path, "--sma", 2) == 0
+    assert capsys.readouterr().out == "step\tloss\tloss_sma\n1\t2.0\t2.0\n2\t1.0\t1.5\n"
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trainer_state.json"
+    rows = [{"loss": 2.0, "step": 10}, {"eval_loss": 3.0, "step": 10}, {"loss": 1.0, "step": 20}]
+    path.write_text(json.dumps({"log_history": rows}))
+    assert smooth(path, "--ema", 0.5) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ("loss,step,eval_loss,loss_ema\n2.0,10,,2.0\n,10,3.0,\n1.0,20,,1.5\n")
+    assert printed.err.startswith(f"{path}: 3 rows, step 10 to 20\n")
+
+
+def test_event_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modules("tensorboard")
+    from fastema.tracking import TensorBoardWriter
+
+    values = np.random.default_rng(0).normal(size=50).astype(np.float32).tolist()
+    for run in ("a", "b"):
+        with TensorBoardWriter(tmp_path / run, window_size=None, decay=None) as writer:
+            for step, value in enumerate(values):
+                writer.add_scalar("loss", value if run == "a" else -value, 2 * step)
+    assert smooth(tmp_path, "--ema", 0.75) == 0
+    got = columns(capsys.readouterr().out)
+    assert got["step"] == [str(2 * step) for step in range(50)]
+    raw = [name for name in got if name.startswith("a/") and not name.endswith("_ema")]
+    assert got[raw[0]] == list(map(repr, values))
+    assert got[f"{raw[0]}_ema"] == written(ExponentialMovingAverage(0.75), got[raw[0]])
+    assert len(got) == 5
+
+
+def test_without_the_raw_columns(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smooth(path, "--no-raw", "--metrics", "*loss", "--ema", 0.9) == 0
+    got = columns(capsys.readouterr().out)
+    assert list(got) == ["epoch", "step", "lr", "note", "size", "loss_ema", "val_loss_ema"]
+
+
+def test_smoothing_what_was_smoothed(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = tmp_path / "once.csv"
+    assert smooth(path, "--metrics", "loss", "--ema", 0.9, "-o", once) == 0
+    assert smooth(once, "--metrics", "loss", "--ema", 0.99) == 0
+    got = columns(capsys.readouterr().out)
+    assert list(got)[-2:] == ["loss_ema", "loss_ema_0.99"]
+    # The averages that are there are not averaged again.
+    assert smooth(once) == 0
+    assert [name for name in columns(capsys.readouterr().out) if name.startswith("loss_ema_")] == [
+        "loss_ema_0.9"
+    ]
+    once.write_text(once.read_text().replace("loss_ema", "loss_ema_0.9,loss_ema", 1))
+    once.write_text("loss,loss_ema,loss_ema_0.5\n1,2,3\n2,3,4\n")
+    assert smooth(once, "--metrics", "loss", "--ema", 0.5) == 2
+    assert "has a column 'loss_ema_0.5' already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture(
+    suffix: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules("matplotlib")
+    picture = tmp_path / f"out.{suffix}"
+    picture.write_text("an older one")
+    assert smooth(path, "--plot", picture) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""  # nobody asked for the columns
+    assert printed.err.splitlines()[-1] == f"Picture: {picture}"
+    assert picture.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
+    assert smooth(path, "--plot", picture, "-o", "-") == 0
+    assert "loss_ema" in capsys.readouterr().out
+
+
+def test_the_picture_shows_the_columns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules("matplotlib")
+    from fastema.tracking import picture
+
+    seen: list[Any] = []
+    monkeypatch.setattr(picture, "draw", lambda panels, **_: seen.extend(panels))
+    target = path.with_suffix(".png")
+    monkeypatch.setattr(os, "replace", lambda *_: None)  # nothing was drawn
+    monkeypatch.setattr("fastema.checkpoint.files._settle", lambda _: None)
+    assert smooth(path, "--plot", target, "--ema", 0.9, "--metrics", "loss,val_loss,lr") == 0
+    loss, val_loss, rate = seen
+    was = columns(path.read_text())
+    raw, ema = loss.lines
+    assert (loss.name, loss.axis) == ("loss", "step")
+    assert raw.curve.values.tolist() == list(map(float, was["loss"]))
+    average = ExponentialMovingAverage(0.9)
+    assert ema.curve.values.tolist() == list(map(float, written(average, was["loss"])))
+    assert ema.curve.steps.tolist() == list(range(200))
+    assert raw.curve.steps.tolist() == list(range(200))
+    assert val_loss.lines[0].curve.steps.tolist() == list(range(19, 200, 20))
+    assert rate.name == "lr"
+
+
+# Refusals: exit code 2, one line on standard error, nothing written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["none.csv"], "none.csv: No such file or directory"),
+        (["--metrics", "los"], "no column 'los'; those with numbers are\n  - epoch"),
+        (["--metrics", "note"], "column 'note' holds no numbers: row 1 has 'a, b'"),
+        (["--weights", "val_loss"], "row 1 has a value of loss, but no weight in val_loss"),
+        (["--weights", "weight"], "no column 'weight'"),
+        (["--step", "val_loss"], "'val_loss' cannot count the steps"),
+        (["--metrics", "size", "--weights", "size"], "no metric besides the weights in size"),
+        (["-o", "metrics.csv"], "metrics.csv is the log itself"),
+        (["-o", "a.png", "--plot", "a.png"], "--out and --plot are the same file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refusals(
+    arguments: list[str],
+    complaint: str,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(path.parent)
+    if arguments[0].startswith("-"):
+        arguments = ["metrics.csv", *arguments]
+    assert smooth(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("fastema smooth: ")
+    assert complaint in printed.err
+    assert os.listdir() == ["metrics.csv"]
+    assert path.read_text() == log()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--ema", "1"], "--ema: expected a number in [0, 1), got 1"),
+        (["--ema", "0.9,x"], "--ema: expected a number in [0, 1), got x"),
+        (["--sma", "0"], "--sma: expected a whole number of at least 1, got 0"),
+        (["--sma", "2.5"], "--sma: expected a whole number of at least 1, got 2.5"),
+        (["--plot", "a.txt"], "--plot: expected a name that ends in .png, .svg, .pdf, got a.txt"),
+        (["-o", "nowhere/a.csv"], "cannot write nowhere/a.csv: No such file or directory"),
+        (["--on-nonfinite", "hide"], "invalid choice: 'hide'"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(
+    arguments: list[str], complaint: str, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        smooth(path, *arguments)
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_value_that_is_not_finite_can_stop_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step,acc,loss\n0,1,2\n1,1,nan\n")
+    out = tmp_path / "out.csv"
+    assert smooth(path, "--on-nonfinite", "raise", "-o", out) == 2
+    assert f"{path}, loss: " in capsys.readouterr().err
+    assert not out.exists()
+    assert smooth(path, "--quiet") == 0
+    assert columns(capsys.readouterr().out)["loss_ema"] == ["2.0", "nan"]
+
+
+def test_a_write_that_fails_leaves_the_older_file(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fastema.cli.smooth import averages
+
+    out = tmp_path / "out.csv"
+    out.write_text("an older one")
+
+    def fail(file: io.TextIOBase, *_: object, **__: object) -> None:
+        file.write("half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(averages, "write", fail)
+    assert smooth(path, "-o", out) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert out.read_text() == "an older one"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_is_followed_and_a_device_is_written_to(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, link = tmp_path / "target.csv", tmp_path / "link.csv"
+    target.write_text("older")
+    link.symlink_to(target)
+    assert smooth(path, "-o", link) == 0
+    assert link.is_symlink()
+    assert "loss_ema" in target.read_text()
+    fifo = tmp_path / "null"
+    fifo.symlink_to(os.devnull)
+    assert smooth(path, "-o", fifo) == 0
+    assert not Path(os.devnull).is_file()
+
+
+def test_no_column_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("batch,loss\n0,3\n1,2\n0,1\n")
+    assert smooth(path) == 0
+    assert "3 rows; no column that counts the steps" in capsys.readouterr().err
+
+
+# As a process
+
+
+def _command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, "-m", "fastema", "smooth", *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def test_in_a_pipe(path: Path) -> None:
+    done = _command("-", "--metrics", "loss", input=path.read_text())
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 201
+    assert "200 rows" in done.stderr
+
+
+def test_whoever_reads_may_stop(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text(log(20_000))
+    command = f'"{sys.executable}" -m fastema smooth "{path}" --quiet | head -n 1'
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        env={**os.environ, "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("epoch,step,loss")
+
+
+def test_without_matplotlib(path: Path) -> None:
+    code = (
+        "import sys, importlib.util as u; found = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else found(name, *rest)\n"
+        "from fastema.cli import main\n"
+        f"sys.exit(main(['smooth', {str(path)!r}, '--plot', {str(path.with_suffix('.png'))!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--plot takes the matplotlib package: pip install matplotlib" in done.stderr

@@ -1,0 +1,86 @@
+"""The examples run, and what they say is so."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.tracking import logs
+
+from .needed import modules
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+if not EXAMPLES.exists():
+    pytest.skip("examples/ belongs to a checkout, not to an install", allow_module_level=True)
+modules("keras", "matplotlib", "sklearn", "tensorboard")
+
+IMAGES = 1797
+
+
+def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    root = str(Path(fastema.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_staircase(tmp_path: Path) -> None:
+    folder, out = tmp_path / "logs", tmp_path / "staircase.png"
+    epochs, size = 3, 32
+    given = ["--epochs", epochs, "--batch-size", size, "--logs", folder, "--out", out]
+    done = run("staircase.py", *given)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+    found = {name.rpartition("/")[2]: curve.values for name, curve in logs.read(folder).items()}
+    shown, raw = found["batch_loss"], found["batch_loss_raw"]
+    sizes = np.array([*[size] * (IMAGES // size), IMAGES % size])
+    assert len(shown) == epochs * len(sizes)
+    # What Keras says as an epoch ends is the mean of its batches.
+    ends = np.arange(1, epochs + 1) * len(sizes) - 1
+    for end in ends:
+        mean = np.average(raw[end + 1 - len(sizes) : end + 1], weights=sizes)
+        np.testing.assert_allclose(shown[end], mean, rtol=1e-5)
+    ema = raw[0]
+    for value, got in zip(raw, found["batch_loss_ema"], strict=True):
+        ema = 0.9 * ema + 0.1 * value
+        np.testing.assert_allclose(got, ema, rtol=1e-5)
+
+    # The table: at the end of each epoch, and over its boundary.
+    rows = re.findall(r"^ +(\d+)  (\S+) +(\S+) +(\S+)%(.*)$", done.stdout, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(1, epochs + 1))
+    for (_, now, last, excess, jumps), end in zip(rows, ends, strict=True):
+        assert float(last) == pytest.approx(shown[end], abs=5.1e-4)
+        assert float(excess) / 100 == pytest.approx(shown[end] / float(now) - 1, abs=0.02)
+        if end == ends[-1]:
+            continue
+        curves = (shown, found["batch_loss_sma"], found["batch_loss_ema"])
+        jumped = [curve[end + 1] - curve[end] for curve in curves]
+        assert list(map(float, jumps.split())) == pytest.approx(jumped, abs=5.1e-4)
+    # The first epoch's mean is far above the loss by then, and falls down; its EMA does neither.
+    _, now, last, excess, jumps = rows[0]
+    keras_jump, sma_jump, ema_jump = map(float, jumps.split())
+    assert float(excess) > 20
+    assert keras_jump < -0.1
+    assert max(abs(sma_jump), abs(ema_jump)) < 0.1
+    assert abs(found["batch_loss_ema"][ends[0]] - float(now)) < 0.6 * (float(last) - float(now))
+
+
+def test_staircase_does_not_mix_runs(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("")
+    done = run("staircase.py", "--logs", tmp_path)
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr

@@ -1,0 +1,514 @@
+"""Real runs of Lightning: what its bar, loggers and checkpoints show of smoothed losses."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .needed import modules
+from .smoothing import assert_close, ema, sma
+
+modules("lightning", "tensorboard")
+
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+import fastema.lightning  # noqa: E402
+from fastema.errors import ArgumentError  # noqa: E402
+from fastema.lightning import LossAverages  # noqa: E402
+
+pytestmark = [
+    pytest.mark.torch,
+    # What Lightning's dependencies say of each other, and its advice.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*ended before the epoch ended and your dataloader is"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+]
+
+WINDOW, DECAY = 5, 0.8
+
+
+class Regression(pl.LightningModule):
+    """Notes the loss and the size of each batch as ``training_step`` sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.seen: list[tuple[float, int]] = []
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def loss_of(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        loss = (self.layer(x) - y).square().mean()
+        self.seen.append((loss.item(), len(x)))
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss_of(batch)
+
+    @property
+    def losses(self) -> list[float]:
+        return [loss for loss, _ in self.seen]
+
+    @property
+    def sizes(self) -> list[float]:
+        return [float(size) for _, size in self.seen]
+
+
+def loader(samples: int = 43, batch: int = 8) -> DataLoader[Any]:
+    """Six batches, the last one short, each with losses of its own."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 3, generator=generator)
+    y = x.sum(1, keepdim=True) + torch.randn(samples, 1, generator=generator)
+    return DataLoader(TensorDataset(x, y), batch)
+
+
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
+    settings: dict[str, Any] = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+
+def made(kind: type[Regression] = Regression) -> Regression:
+    torch.manual_seed(1)
+    return kind()
+
+
+def rows(folder: Path, name: str) -> dict[int, float]:
+    """A column of a CSVLogger, by step."""
+    with open(next(folder.rglob("metrics.csv")), newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def test_loggers_and_history_hold_the_curves_of_the_definition(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    module, averages = made(), LossAverages(WINDOW, DECAY, record=True)
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    trainer(tmp_path, averages, logger=loggers).fit(module, loader())
+    assert len(module.losses) == 18
+    assert len(set(module.sizes)) == 2  # a short last batch
+    want = {
+        "train_loss_raw": np.array(module.losses),
+        "train_loss_sma": sma(module.losses, WINDOW, module.sizes),
+        "train_loss_ema": ema(module.losses, DECAY, module.sizes),
+    }
+    found = EventAccumulator(str(next((tmp_path / "tb").rglob("events.*")).parent)).Reload()
+    for name, curve in want.items():
+        assert_close(averages.history[name], curve)
+        logged = rows(tmp_path / "csv", name)
+        assert list(logged) == list(range(18))
+        assert_close(list(logged.values()), curve)  # in double precision, as they are
+        points = found.Scalars(name)
+        assert [point.step for point in points] == list(range(18))
+        np.testing.assert_array_equal([p.value for p in points], curve.astype(np.float32))
+        assert averages.averages[name] == averages.history[name][-1]
+    assert list(averages.steps["train_loss"]) == list(range(18))
+
+
+class Logging(Regression):
+    """Logs its loss and other metrics, per step, per epoch, both, and now and then."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss_of(batch)
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("error", 4.0 * loss, on_step=True, on_epoch=False)
+        self.log("by_epoch", loss, on_step=False, on_epoch=True)
+        if batch_idx % 2:
+            self.log("odd", -loss, on_step=True, on_epoch=False)
+        return {"loss": loss, "prediction": batch[1]}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", batch[1].square().mean(), on_step=True, on_epoch=True)
+
+
+def test_what_is_logged_per_step_is_smoothed_and_nothing_else(tmp_path: Path) -> None:
+    module, averages = made(Logging), LossAverages(WINDOW, DECAY, record=True)
+    run = trainer(
+        tmp_path, averages, logger=CSVLogger(tmp_path), num_sanity_val_steps=1, val_check_interval=2
+    )
+    run.fit(module, loader(), loader())
+    losses, sizes = np.array(module.losses, np.float32), module.sizes
+    at_odd = [k for k in range(18) if k % 6 % 2]
+    want = {
+        "train_loss": (losses.astype(float), sizes),
+        "error": ((4.0 * losses).astype(float), sizes),
+        "odd": (-losses[at_odd].astype(float), [sizes[k] for k in at_odd]),
+    }
+    assert set(averages.steps) == set(want)
+    for name, (values, weights) in want.items():
+        np.testing.assert_array_equal(averages.history[f"{name}_raw"], values)
+        assert_close(averages.history[f"{name}_sma"], sma(values, WINDOW, weights))
+        assert_close(averages.history[f"{name}_ema"], ema(values, DECAY, weights))
+    assert list(averages.steps["odd"]) == at_odd
+    header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    # What the module logs itself is not logged again, and each of the names is there once.
+    assert not [name for name in header if name.endswith("_raw")]
+    assert sorted(n for n in header if n.endswith("_ema")) == [f"{n}_ema" for n in sorted(want)]
+
+
+def test_metrics_are_chosen_by_name_and_wrong_names_are_told(tmp_path: Path) -> None:
+    averages = LossAverages(metrics=("error", "by_epoch", "nothing"), loss="objective", record=True)
+    with pytest.warns(UserWarning, match=r"logged 'by_epoch', 'nothing'; it takes .*on_step=True"):
+        trainer(tmp_path, averages).fit(made(Logging), loader())
+    assert set(averages.steps) == {"objective", "error"}
+    averages = LossAverages(metrics=(), record=True)
+    trainer(tmp_path, averages).fit(module := made(Logging), loader())
+    assert set(averages.steps) == {"train_loss"}
+    np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
+    averages = LossAverages(loss=None, metrics=("odd",), raw=False, decay=None, record=True)
+    trainer(tmp_path, averages).fit(made(Logging), loader())
+    assert set(averages.averages) == {"odd_sma"}
+
+
+class LoggingAnother(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss_of(batch)
+        self.log("train_loss", 4.0 * loss)
+        return loss
+
+
+def test_what_the_module_calls_its_loss_is_its_loss(tmp_path: Path) -> None:
+    averages = LossAverages(record=True)
+    trainer(tmp_path, averages).fit(module := made(LoggingAnother), loader())
+    four_times = 4.0 * np.array(module.losses)
+    np.testing.assert_array_equal(averages.history["train_loss_raw"], four_times)
+
+
+class Bar(TQDMProgressBar):
+    """Keeps what it shows after each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
+        self.shown.append(dict(self.get_metrics(trainer, pl_module)))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bar_shows_the_averages_of_the_batch(tmp_path: Path, shown: bool, capsys: Any) -> None:
+    module, bar = made(), Bar()
+    averages = LossAverages(WINDOW, DECAY, prog_bar=shown)
+    trainer(tmp_path, averages, bar, enable_progress_bar=True, max_epochs=1).fit(module, loader())
+    out = capsys.readouterr().out
+    assert ("train_loss_ema=" in out) is shown
+    assert not any("train_loss_raw" in metrics for metrics in bar.shown)
+    if shown:
+        smoothed = ema(module.losses, DECAY, module.sizes)
+        assert_close([metrics["train_loss_ema"] for metrics in bar.shown], smoothed)
+        assert f"train_loss_ema={smoothed[-1]:.3f}"[:19] in out
+
+
+def test_accumulated_gradients_leave_the_losses_whole(tmp_path: Path) -> None:
+    module, averages = made(), LossAverages(WINDOW, DECAY, record=True)
+    run = trainer(tmp_path, averages, accumulate_grad_batches=4, logger=CSVLogger(tmp_path))
+    run.fit(module, loader())
+    assert len(module.losses) == 18
+    # A power of two divides exactly: not even a bit is lost on the way.
+    np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
+    smoothed = ema(module.losses, DECAY, module.sizes)
+    assert_close(averages.history["train_loss_ema"], smoothed)
+    # The logger writes once per step of the optimizer: at batches 3 and 5 of 6.
+    logged = rows(tmp_path, "train_loss_ema")
+    assert_close(list(logged.values()), smoothed[[3, 5, 9, 11, 15, 17]])
+    other = LossAverages(record=True)
+    trainer(tmp_path, other, accumulate_grad_batches=3).fit(module := made(), loader())
+    np.testing.assert_allclose(other.history["train_loss_raw"], module.losses, rtol=2e-7)
+
+
+class Adversarial(Regression):
+    """Two optimizers by hand; the loss of the second is logged only."""
+
+    def __init__(self, returned: str) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.returned = returned
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([p], lr=0.05) for p in self.layer.parameters()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for optimizer in self.optimizers():
+            loss = (self.layer(batch[0]) - batch[1]).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.seen.append((loss.item(), len(batch[0])))
+        self.log("g_loss", 2.0 * loss)
+        return {"nothing": None, "tensor": loss, "mapping": {"loss": loss}}[self.returned]
+
+
+@pytest.mark.parametrize("returned", ["nothing", "tensor", "mapping"])
+def test_manual_optimization_with_two_optimizers(tmp_path: Path, returned: str) -> None:
+    torch.manual_seed(1)
+    module, averages = Adversarial(returned), LossAverages(WINDOW, DECAY, record=True)
+    trainer(tmp_path, averages).fit(module, loader())
+    twice = [2.0 * loss for loss in module.losses]
+    assert_close(averages.history["g_loss_sma"], sma(twice, WINDOW, module.sizes))
+    assert ("train_loss_sma" in averages.history) is (returned != "nothing")
+    if returned != "nothing":
+        np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
+
+
+class Skipping(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == 2 else self.loss_of(batch)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_skipped_batches_are_left_out(tmp_path: Path) -> None:
+    module, averages = made(Skipping), LossAverages(WINDOW, DECAY, record=True)
+    trainer(tmp_path, averages, max_epochs=2).fit(module, loader())
+    assert list(averages.steps["train_loss"]) == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11]
+    assert_close(averages.history["train_loss_sma"], sma(module.losses, WINDOW, module.sizes))
+
+
+def test_any_weight_can_be_given_to_a_batch(tmp_path: Path) -> None:
+    module = made()
+    averages = LossAverages(WINDOW, DECAY, record=True, batch_size=lambda b: float(b[0][0, 0] ** 2))
+    trainer(tmp_path, averages, max_epochs=1).fit(module, data := loader())
+    weights = [float(x[0, 0] ** 2) for x, _ in data]
+    assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, weights))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length"),
+    [
+        (torch.ones(3, 2), 3),
+        ({"name": "x", "ids": torch.ones(4, 9), "label": torch.ones(2)}, 4),
+        (("text", [None, (torch.ones(5), torch.ones(6))]), 5),
+        (torch.tensor(2.0), 1),
+        ({"no": "tensor"}, 1),
+        (None, 1),
+    ],
+)
+def test_the_weight_of_a_batch_is_the_length_of_its_first_tensor(batch: Any, length: int) -> None:
+    assert LossAverages().batch_size(batch) == length
+
+
+@pytest.mark.parametrize("stop_after", [6, 8])
+def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -> None:
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "saved", every_n_train_steps=stop_after, save_top_k=-1)
+
+    run = trainer(tmp_path, LossAverages(WINDOW, DECAY), saving(), max_steps=stop_after)
+    run.fit(module := made(), loader())
+    (path,) = (tmp_path / "saved").glob("*.ckpt")
+    torch.load(path, weights_only=True)  # nothing in it that would have to be trusted
+
+    averages = LossAverages(WINDOW, DECAY, record=True)
+    run = trainer(tmp_path, averages, saving())
+    run.fit(resumed := made(), loader(), ckpt_path=path)
+    rest = len(resumed.losses)
+    assert rest >= 10
+    # Within an epoch a plain loader begins again: these are the losses that there were.
+    losses, sizes = module.losses + resumed.losses, module.sizes + resumed.sizes
+    assert_close(averages.history["train_loss_sma"][-rest:], sma(losses, WINDOW, sizes)[-rest:])
+    assert_close(averages.history["train_loss_ema"][-rest:], ema(losses, DECAY, sizes)[-rest:])
+
+    if stop_after == 6:  # between epochs it is the run that there would have been, to the bit
+        whole = LossAverages(WINDOW, DECAY, record=True)
+        trainer(tmp_path, whole).fit(made(), loader())
+        for name, curve in whole.history.items():
+            np.testing.assert_array_equal(averages.history[name][-rest:], curve[-rest:])
+
+    other = LossAverages(WINDOW + 1, DECAY, record=True)
+    with pytest.warns(UserWarning, match="LossAverages begins anew"):
+        trainer(tmp_path, other, saving()).fit(resumed := made(), loader(), ckpt_path=path)
+    curve = ema(resumed.losses, DECAY, resumed.sizes)
+    assert_close(other.history["train_loss_ema"], curve)
+
+
+def test_a_run_from_the_first_step_begins_anew_and_a_continued_one_goes_on(tmp_path: Path) -> None:
+    averages = LossAverages(WINDOW, DECAY, record=True)
+    for _ in range(2):
+        module = made()
+        run = trainer(tmp_path, averages, max_epochs=1)
+        run.fit(module, loader())
+        assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, module.sizes))
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader())
+    assert len(module.losses) == 12
+    assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, module.sizes))
+
+
+def test_checkpoints_and_early_stopping_monitor_the_averages(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="train_loss_ema", save_top_k=1)
+    stop = EarlyStopping("train_loss_sma", patience=0, mode="max", check_on_train_epoch_end=True)
+    averages = LossAverages(WINDOW, DECAY, record=True)
+    run = trainer(tmp_path, averages, best, stop, max_epochs=50)
+    run.fit(module := made(), loader())
+    smoothed = sma(module.losses, WINDOW, module.sizes)
+    assert smoothed[11] < smoothed[5]  # it learns, which this one takes for a reason to stop
+    assert len(module.losses) == 12
+    want = ema(module.losses, DECAY, module.sizes)[[5, 11]].min()
+    assert_close([float(best.best_model_score)], [want])
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": 3}, {"barebones": True, "max_epochs": 1}])
+def test_runs_that_log_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    module, averages = made(), LossAverages(WINDOW, DECAY, record=True)
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*barebones")
+        run = pl.Trainer(callbacks=[averages], accelerator="cpu", logger=False, **quiet, **options)
+        run.fit(module, loader())
+    assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, module.sizes))
+
+
+@pytest.mark.parametrize("where", ["device", "host", "host, bar"])
+def test_averages_are_logged_when_they_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    if where == "device":
+        monkeypatch.setattr(fastema.lightning, "_on_host", lambda value: False)
+    logged: dict[str, list[int]] = {}
+
+    class Watching(Regression):
+        def log(self, name: str, *args: Any, **options: Any) -> None:
+            logged.setdefault(name, []).append(len(self.seen) - 1)
+            super().log(name, *args, **options)
+
+    module, averages = made(Watching), LossAverages(WINDOW, DECAY, prog_bar=where != "host")
+    run = trainer(tmp_path, averages, logger=CSVLogger(tmp_path), log_every_n_steps=4)
+    run.fit(module, loader())
+    shown = [3, 5, 7, 11, 15, 17]  # each fourth, and the last of an epoch
+    assert logged["train_loss_raw"] == shown
+    assert logged["train_loss_ema"] == (list(range(18)) if where == "host, bar" else shown)
+    for name, curve in (
+        ("train_loss_raw", np.array(module.losses)),
+        ("train_loss_sma", sma(module.losses, WINDOW, module.sizes)),
+        ("train_loss_ema", ema(module.losses, DECAY, module.sizes)),
+    ):
+        found = rows(tmp_path, name)
+        assert list(found) == [3, 7, 11, 15]
+        assert_close(list(found.values()), curve[[3, 7, 11, 15]])
+
+
+DISTRIBUTED = """
+    import sys, warnings
+    from pathlib import Path
+    warnings.simplefilter("ignore")
+    import lightning.pytorch as pl, torch
+    from torch.utils.data import DataLoader, TensorDataset
+    from fastema.lightning import LossAverages
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(1.0))
+            self.seen = []
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+        def training_step(self, batch, batch_idx):
+            loss = (self.weight * batch[0] - 3.0).square().mean()
+            self.seen.append(loss.item())
+            return loss
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert outputs["loss"].item() == self.seen[-1]  # nobody else's loss was changed
+        def on_train_end(self):
+            found = [torch.tensor(self.seen), torch.tensor(averages.history["train_loss_raw"])]
+            found = self.all_gather(torch.stack([x.double() for x in found]))
+            if self.global_rank == 0:
+                print(found.tolist())
+
+    if __name__ == "__main__":
+        x = torch.arange(24.0)[:, None] / 10
+        averages = LossAverages(sync_dist=sys.argv[1] == "sync", record=True)
+        trainer = pl.Trainer(
+            callbacks=[averages], accelerator="cpu", devices=2, strategy="ddp_fork", logger=False,
+            max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(), DataLoader(TensorDataset(x), 4))
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["sync", "own"])
+def test_two_processes_smooth_their_own_losses_or_the_mean(python: Any, how: str) -> None:
+    printed = python(DISTRIBUTED, how, quiet=False).splitlines()
+    (first, second) = np.array(eval(printed[-1]))
+    assert not np.allclose(first[0], second[0])
+    mean = (first[0] + second[0]) / 2
+    for losses, smoothed in (first, second):
+        np.testing.assert_allclose(smoothed, mean if how == "sync" else losses, rtol=1e-6)
+
+
+def test_two_of_them_in_one_trainer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match="more than one stateful callback of type `LossAverages`"
+    ):
+        trainer(tmp_path, LossAverages(), LossAverages(50))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": "acc"}, r"metrics='acc': expected names, such as \('acc',\)"),
+        ({"metrics": (), "loss": None}, "nothing is left"),
+        ({"window_size": 0}, "window_size"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        LossAverages(**options)
+
+
+def test_it_is_a_callback_of_both_packages(python: Any) -> None:
+    modules("pytorch_lightning")
+    script = """
+        import warnings
+        warnings.simplefilter("ignore")
+        from fastema.lightning import LossAverages
+        import lightning.pytorch, pytorch_lightning
+        assert isinstance(LossAverages(), lightning.pytorch.Callback)
+        assert isinstance(LossAverages(), pytorch_lightning.Callback)
+        import torch
+        class Module(pytorch_lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(1, 1)
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch).square().mean()
+        averages = LossAverages()
+        trainer = pytorch_lightning.Trainer(
+            fast_dev_run=2, callbacks=[averages], accelerator="cpu", enable_progress_bar=False
+        )
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 1)))
+        print(sorted(averages.averages))
+    """
+    assert "['train_loss_ema', 'train_loss_raw', 'train_loss_sma']" in python(script, quiet=False)

@@ -1,0 +1,261 @@
+"""Real runs of the Hugging Face Trainer: what its logs show of smoothed losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .needed import modules
+from .smoothing import assert_close, ema, sma
+
+modules("transformers", "accelerate", "tensorboard")
+
+import torch  # noqa: E402
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers.integrations import TensorBoardCallback  # noqa: E402
+
+from fastema.errors import ArgumentError  # noqa: E402
+from fastema.transformers import LossAverages  # noqa: E402
+
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning"),
+]
+
+WINDOW, DECAY = 3, 0.7
+STEPS = 18  # three epochs of six
+
+
+class Regression(torch.nn.Module):
+    """Notes the loss of each training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = torch.nn.Linear(3, 1)
+        self.seen: list[float] = []
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = (self.layer(x) - labels).square().mean()
+        if self.training:
+            self.seen.append(loss.item())
+        return {"loss": loss, "logits": self.layer(x)}
+
+
+def data(samples: int = 24) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 3, generator=generator)
+    y = x.sum(1, keepdim=True) + torch.randn(samples, 1, generator=generator)
+    return [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+
+
+def trainer(
+    folder: Path, *callbacks: Any, model: torch.nn.Module | None = None, **options: Any
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "logging_steps": 4,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return Trainer(
+        model or Regression(),
+        TrainingArguments(**{**settings, **options}),
+        train_dataset=data(),
+        eval_dataset=data(8),
+        callbacks=list(callbacks),
+    )
+
+
+def column(run: Trainer, name: str) -> list[float]:
+    return [entry[name] for entry in run.state.log_history if name in entry]
+
+
+class Seeing(TrainerCallback):
+    """Keeps what it is given to log."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.logs.append({**(logs or {}), "step": state.global_step})
+
+
+def test_logs_and_history_hold_the_curves_of_the_definition(tmp_path: Path, capsys: Any) -> None:
+    model, seeing = Regression(), Seeing()
+    run = trainer(tmp_path, LossAverages(WINDOW, DECAY), seeing, model=model)
+    run.train()
+    losses = column(run, "loss")
+    at = [4, 8, 12, 16]
+    assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == at
+    # The Trainer's loss is the mean since it logged last, in float32.
+    means = [np.mean(model.seen[end - 4 : end]) for end in at]
+    np.testing.assert_allclose(losses, means, rtol=1e-6)
+    for name, curve in (("loss_sma", sma(losses, WINDOW)), ("loss_ema", ema(losses, DECAY))):
+        assert_close(column(run, name), curve)
+        assert [logs[name] for logs in seeing.logs if name in logs] == column(run, name)
+    assert not column(run, "loss_raw")
+    printed = capsys.readouterr().out
+    assert f"'loss_ema': '{column(run, 'loss_ema')[-1]:.4g}'" in printed
+    # The summary at the end of the run has no loss of a step.
+    assert not {"loss_sma", "loss_ema"} & run.state.log_history[-1].keys()
+
+
+class AtTheEndOfEpochs(TrainerCallback):
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_log = True
+        return control
+
+
+def test_a_mean_weighs_the_steps_that_it_stands_for(tmp_path: Path) -> None:
+    averages = LossAverages(WINDOW, DECAY, metrics=("loss", "grad_norm"))
+    run = trainer(tmp_path, averages, AtTheEndOfEpochs(), logging_steps=4, logging_first_step=True)
+    run.train()
+    at = [entry["step"] for entry in run.state.log_history if "loss" in entry]
+    assert at == [1, 4, 6, 8, 12, 16, 18]
+    weights = np.diff([0, *at])
+    for name in ("loss", "grad_norm"):
+        values = column(run, name)
+        assert_close(column(run, f"{name}_sma"), sma(values, WINDOW, weights))
+        assert_close(column(run, f"{name}_ema"), ema(values, DECAY, weights))
+        assert averages.averages[f"{name}_ema"] == column(run, f"{name}_ema")[-1]
+
+
+def test_evaluations_are_smoothed_where_asked_and_can_choose_the_best(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        LossAverages(WINDOW, DECAY, metrics=["loss", "eval_loss"]),
+        eval_strategy="steps",
+        eval_steps=6,
+        save_strategy="steps",
+        save_steps=6,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss_ema",
+        greater_is_better=False,
+        logging_steps=5,
+    )
+    run.train()
+    evaluated = column(run, "eval_loss")
+    assert len(evaluated) == 3
+    want = ema(evaluated, DECAY)
+    assert_close(column(run, "eval_loss_ema"), want)
+    assert_close([run.state.best_metric], [want.min()])
+    assert_close(column(run, "loss_ema"), ema(column(run, "loss"), DECAY))
+    plain = trainer(tmp_path, LossAverages(), eval_strategy="epoch")
+    plain.train()
+    assert column(plain, "eval_loss")
+    assert not column(plain, "eval_loss_ema")
+
+
+def logged_by_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(next(folder.rglob("events.*")).parent)).Reload()
+    return {
+        tag: [(point.step, point.value) for point in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
+
+
+@pytest.mark.parametrize("how", ["attached", "moved", "in order", "behind"])
+def test_loggers_see_the_averages_if_they_come_after(tmp_path: Path, how: str) -> None:
+    averages = LossAverages(WINDOW, DECAY)
+    if how == "in order":
+        run = trainer(tmp_path, averages, TensorBoardCallback())
+    elif how == "attached":
+        run = trainer(tmp_path, report_to="tensorboard")
+        assert averages.attach(run) is averages
+    else:
+        run = trainer(tmp_path, averages, report_to="tensorboard")
+        if how == "moved":
+            averages.attach(run)
+    assert sum(callback is averages for callback in run.callback_handler.callbacks) == 1
+    if how == "behind":
+        with pytest.warns(UserWarning, match=r"\['tensorboard'\] are called before.*attach"):
+            run.train()
+    else:
+        run.train()
+    found = logged_by_tensorboard(tmp_path)
+    assert len(found["train/loss"]) == 4
+    assert ("train/loss_ema" in found) is (how != "behind")
+    for name in ("loss", "loss_sma", "loss_ema"):
+        entries = [entry for entry in run.state.log_history if name in entry]
+        if f"train/{name}" in found:
+            want = [(entry["step"], float(np.float32(entry[name]))) for entry in entries]
+            assert found[f"train/{name}"] == want
+    assert_close(column(run, "loss_ema"), ema(column(run, "loss"), DECAY))
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path, restored: bool) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 8, "logging_steps": 2}
+    whole = trainer(tmp_path / "whole", LossAverages(WINDOW, DECAY), **options)
+    whole.train()
+    saved = tmp_path / "whole" / "checkpoint-8"
+    json.loads((saved / "trainer_state.json").read_text())
+
+    averages, seeing = LossAverages(WINDOW, DECAY), Seeing()
+    rest = trainer(
+        tmp_path / "rest",
+        seeing,
+        restore_callback_states_from_checkpoint=restored,
+        **options,
+    )
+    averages.attach(rest).attach(rest)
+    rest.train(resume_from_checkpoint=str(saved))
+    assert column(rest, "loss") == column(whole, "loss")
+    for name in ("loss_sma", "loss_ema"):
+        assert column(rest, name) == column(whole, name)
+        assert [logs[name] for logs in seeing.logs if name in logs] == column(whole, name)[4:]
+        assert averages.averages[name] == column(whole, name)[-1]
+
+    # The first run may have had other averages, or none.
+    wider = trainer(tmp_path / "wider", LossAverages(WINDOW + 2, DECAY), **options)
+    wider.train(resume_from_checkpoint=str(saved))
+    assert_close(column(wider, "loss_sma")[4:], sma(column(whole, "loss"), WINDOW + 2)[4:])
+
+
+def test_after_a_checkpoint_between_logs_a_mean_stands_for_the_steps_since(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6, "logging_steps": 4}
+    trainer(tmp_path, LossAverages(WINDOW, DECAY), **options).train()
+    rest = trainer(tmp_path / "rest", LossAverages(WINDOW, DECAY), **options)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    losses = column(rest, "loss")
+    assert_close(column(rest, "loss_ema"), ema(losses, DECAY, [4, 2, 4, 4]))
+
+
+def test_each_training_begins_anew(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LossAverages(WINDOW, DECAY), num_train_epochs=2)
+    for _ in range(2):
+        run.train()
+        assert len(column(run, "loss")) == 3
+        assert_close(column(run, "loss_ema"), ema(column(run, "loss"), DECAY))
+
+
+def test_it_can_be_given_as_a_class(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LossAverages, max_steps=8)
+    run.train()
+    assert_close(column(run, "loss_ema"), ema(column(run, "loss"), 0.9))
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ArgumentError, match=r"metrics='loss': expected names, such as \('loss',\)"):
+        LossAverages(metrics="loss")
+    with pytest.raises(ArgumentError, match=r"metrics=\(\)"):
+        LossAverages(metrics=())
+    with pytest.raises(ArgumentError, match=r"attach\(Linear\): expected a transformers.Trainer"):
+        LossAverages().attach(torch.nn.Linear(1, 1))
+    with pytest.raises(ArgumentError, match="decay"):
+        LossAverages(decay=1.5)

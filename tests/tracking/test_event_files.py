@@ -1,0 +1,230 @@
+"""Scalars come back out of event files of every writer, as TensorBoard would draw them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastema.errors import ArgumentError
+from fastema.tracking.logs import Curve, read, read_table
+
+from ..needed import modules
+
+modules("tensorboard")
+# Protocol buffers warn of what they will not have in a later version.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+Points = list[tuple[int, float]]
+
+
+def write(
+    folder: Path, tags: dict[str, Points], *, kind: str = "tensor", restart: int | None = None
+) -> None:
+    """One more event file in a folder, by the writer of the tensorboard package."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    number = len(list(folder.glob("*"))) if folder.exists() else 0
+    writer = EventFileWriter(str(folder), filename_suffix=f".{number}")
+    # Names are ordered by the second at which a file was made, and all of these have the same.
+    if restart is not None:
+        log = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(step=restart, session_log=log))
+    for tag, points in tags.items():
+        for place, (step, value) in enumerate(points):
+            if kind == "simple":
+                one = Summary.Value(tag=tag, simple_value=value)
+            else:
+                plugin = SummaryMetadata.PluginData(plugin_name=kind)
+                metadata = SummaryMetadata(plugin_data=plugin) if place == 0 else None
+                tensor = make_tensor_proto(np.float32(value))
+                one = Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
+            writer.add_event(Event(step=step, summary=Summary(value=[one])))
+    writer.close()
+
+
+def points_of(curve: Curve) -> Points:
+    return list(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
+
+
+def rounded(points: Iterable[tuple[int, float]]) -> Points:
+    """As float32, which is what an event file holds."""
+    return [(step, float(np.float32(value))) for step, value in points]
+
+
+def points(count: int, seed: int, start: int = 0, every: int = 1) -> Points:
+    values = np.random.default_rng(seed).normal(size=count).tolist()
+    return [(start + every * place, value) for place, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("kind", ["simple", "scalars"])
+def test_a_run(kind: str, tmp_path: Path) -> None:
+    tags = {"loss": points(200, 1), "val/loss": points(10, 2, start=19, every=20)}
+    write(tmp_path, tags, kind=kind)
+    (file,) = tmp_path.iterdir()
+    for source in (tmp_path, file, str(tmp_path)):
+        curves = read(source)
+        assert {name: points_of(curves[name]) for name in tags} == {
+            name: rounded(tags[name]) for name in tags
+        }
+
+
+def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, {"text": points(3, 1)}, kind="text")
+    with pytest.raises(ArgumentError, match="no scalars in the TensorBoard event files"):
+        read(tmp_path)
+    write(tmp_path, {"loss": points(3, 2)}, kind="scalars")
+    assert set(read(tmp_path)) == {"step", "loss"}
+
+
+def test_several_files_of_a_run_follow_each_other(tmp_path: Path) -> None:
+    first, second = points(5, 1), points(5, 2, start=5)
+    write(tmp_path, {"loss": first}, kind="simple")
+    write(tmp_path, {"loss": second}, kind="simple")
+    assert points_of(read(tmp_path)["loss"]) == rounded([*first, *second])
+
+
+def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
+    first, second = points(8, 1), points(5, 2, start=5)
+    write(tmp_path, {"loss": first, "acc": first}, kind="simple")
+    write(tmp_path, {"loss": second}, kind="simple", restart=5)
+    curves = read(tmp_path)
+    assert points_of(curves["loss"]) == rounded([*first[:5], *second])
+    assert points_of(curves["acc"]) == rounded(first[:5])
+
+
+def test_steps_that_go_back_stay_in_their_order(tmp_path: Path) -> None:
+    first, second = points(6, 1), points(6, 2, start=3)
+    write(tmp_path, {"loss": first, "acc": points(9, 3)}, kind="simple")
+    write(tmp_path, {"loss": second}, kind="simple")
+    table = read_table(tmp_path)
+    assert table.step_column() == "step"
+    assert points_of(table.curves("step")["loss"]) == rounded([*first, *second])
+    # In the table each step is a row, and those that came twice are two.
+    assert table.cells["step"] == list(map(str, [0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8]))
+    third = [float(cell) for cell in table.cells["loss"][3:5]]
+    assert third == [value for _, value in rounded([first[3], second[0]])]
+
+
+def test_runs_in_folders(tmp_path: Path) -> None:
+    tags = {"train": points(4, 1), "validation": points(3, 2), "deep/er": points(2, 3)}
+    for run, its in tags.items():
+        write(tmp_path / run, {"loss": its}, kind="scalars")
+    write(tmp_path, {"loss": points(5, 4)}, kind="scalars")
+    curves = read(tmp_path)
+    assert set(curves) == {"step", "loss", *(f"{run}/loss" for run in tags)}
+    for run, its in tags.items():
+        assert points_of(curves[f"{run}/loss"]) == rounded(its)
+    assert points_of(curves["loss"]) == rounded(points(5, 4))
+
+
+def test_one_run_in_a_folder_needs_no_name(tmp_path: Path) -> None:
+    write(tmp_path / "version_0", {"loss": points(4, 1)}, kind="simple")
+    assert set(read(tmp_path)) == {"step", "loss"}
+
+
+def test_runs_of_our_writer_are_metrics_of_one(tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        for kind in ("raw", "sma", "ema"):
+            write(tmp_path / run / kind, {"loss": points(4, len(run + kind))}, kind="scalars")
+    names = {f"loss_{kind}" for kind in ("raw", "sma", "ema")}
+    assert set(read(tmp_path / "first")) == {"step", *names}
+    assert set(read(tmp_path / "first" / "ema")) == {"step", "loss"}
+    table = read_table(tmp_path)
+    assert set(table.numbers) == {
+        "step",
+        *(f"{run}/{n}" for run in ("first", "second") for n in names),
+    }
+    assert table.metrics() == ["first/loss_raw", "second/loss_raw"]
+
+
+def test_what_our_writer_writes_comes_back(tmp_path: Path) -> None:
+    from fastema.tracking import TensorBoardWriter
+
+    values = points(100, 1)
+    with TensorBoardWriter(tmp_path, window_size=5, decay=0.8) as writer:
+        for step, value in values:
+            writer.add_scalar("train/loss", value, step)
+    curves = read(tmp_path)
+    ema, window, want = None, [], {"raw": values, "sma": [], "ema": []}
+    for step, value in values:
+        ema = value if ema is None else ema + (1 - 0.8) * (value - ema)
+        window = [*window, value][-5:]
+        want["ema"].append((step, ema))
+        want["sma"].append((step, sum(window) / len(window)))
+    for kind, its in want.items():
+        curve = curves[f"train/loss_{kind}"]
+        assert curve.steps.tolist() == [step for step, _ in its]
+        np.testing.assert_allclose(curve.values, [value for _, value in its], rtol=2e-7)
+
+
+def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
+    its = points(50, 1)
+    write(tmp_path, {"loss": its}, kind="simple")
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    assert points_of(read(tmp_path)["loss"]) == rounded(its[:-1])
+
+
+def test_a_file_that_is_damaged_or_something_else(tmp_path: Path) -> None:
+    write(tmp_path, {"loss": points(50, 1)}, kind="simple")
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = content[len(content) // 2 + 1 :]
+    file.write_bytes(content)
+    with pytest.raises(ArgumentError, match=r"tfevents.* or damaged, at byte \d+$"):
+        read(file)
+
+
+def test_a_tag_called_step(tmp_path: Path) -> None:
+    write(tmp_path, {"step": points(3, 1, start=7), "loss": points(3, 2, start=7)}, kind="simple")
+    table = read_table(tmp_path)
+    assert table.step_column() == "global_step"
+    assert points_of(read(tmp_path)["loss"]) == rounded(points(3, 2, start=7))
+
+
+def test_folders_without_event_files(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"no TensorBoard event file in this folder$"):
+        read(tmp_path)
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0" / "metrics.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(ArgumentError, match=r"did you mean\n  - .*version_0.metrics.csv"):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "events.out.tfevents.1")
+
+
+def test_torch_writes_what_is_read(tmp_path: Path) -> None:
+    modules("torch")
+    from torch.utils.tensorboard import SummaryWriter
+
+    its = points(20, 1)
+    for new_style in (False, True):
+        folder = tmp_path / str(new_style)
+        with SummaryWriter(str(folder)) as writer:
+            for step, value in its:
+                writer.add_scalar("loss", value, step, new_style=new_style)
+        assert points_of(read(folder)["loss"]) == rounded(its)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path, {"loss": points(3, 1)})
+    monkeypatch.setitem(sys.modules, "tensorboard.util.tensor_util", None)
+    with pytest.raises(ArgumentError, match="pip install tensorboard"):
+        read(tmp_path)
+
+
+def test_reading_other_logs_does_not_load_it(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,loss\n1,2\n")
+    code = (
+        "import sys; from fastema.tracking.logs import read; read(sys.argv[1])\n"
+        "assert not {'tensorboard', 'matplotlib', 'numba', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "log.csv")], check=True)

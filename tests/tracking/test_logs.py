@@ -1,0 +1,311 @@
+"""Logs of every kind come back as the curves they were written from, to the bit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastema.errors import ArgumentError
+from fastema.tracking import logs
+from fastema.tracking.logs import read, read_table
+
+NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
+# What stands in a header: anything but blanks around it, and not a number alone.
+NAMES = st.text(
+    st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=8
+).map("n{}".format)
+
+
+def same(curve: logs.Curve, steps: Any, values: Any) -> None:
+    np.testing.assert_array_equal(curve.steps, steps)
+    assert curve.values.dtype == np.float64
+    want = np.asarray(values, np.float64)
+    nan = np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(curve.values), nan)
+    # Zeros keep their sign.
+    assert curve.values[~nan].tobytes() == want[~nan].tobytes()
+
+
+def text_of(rows: list[list[str]], delimiter: str = ",") -> str:
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows(rows)
+    return file.getvalue()
+
+
+# CSV
+
+
+@given(
+    names=st.lists(NAMES, min_size=2, max_size=4, unique=True),
+    delimiter=st.sampled_from(",;\t|"),
+    data=st.data(),
+)
+def test_a_csv_file_comes_back(names: list[str], delimiter: str, data: st.DataObject) -> None:
+    cell = st.none() | NUMBERS
+    rows = data.draw(
+        st.lists(st.lists(cell, min_size=len(names), max_size=len(names)), min_size=3, max_size=9)
+    )
+    rows[1] = [1.5] * len(names)  # no column is all blank
+    blank = data.draw(st.sampled_from(["", "NA", "None", "null"]))
+    written = [[blank if cell is None else repr(cell) for cell in row] for row in rows]
+    # A header of names without the separator cannot be mistaken for one of another separator.
+    names = [
+        name.translate(dict.fromkeys(map(ord, ",;\t|"))) + str(i) for i, name in enumerate(names)
+    ]
+    curves = read(io.StringIO(text_of([names, *written], delimiter)))
+    kept = [row for row, cells in enumerate(written) if any(cells)]
+    assert list(curves) == names
+    for column, name in enumerate(names):
+        points = [
+            (place, rows[row][column])
+            for place, row in enumerate(kept)
+            if rows[row][column] is not None
+        ]
+        same(curves[name], [place for place, _ in points], [value for _, value in points])
+
+
+def test_the_cells_stay_as_they_were() -> None:
+    text = 'epoch,"loss, train",note,lr\n0,1.50,a "b",1e-3\n1,,c,NA\n2,+.25e0\n'
+    table = read_table(io.StringIO(text))
+    assert table.cells == {
+        "epoch": ["0", "1", "2"],
+        "loss, train": ["1.50", "", "+.25e0"],
+        "note": ['a "b"', "c", ""],
+        "lr": ["1e-3", "NA", ""],
+    }
+    assert table.num_rows == 3
+    same(table.curves("epoch")["loss, train"], [0, 2], [1.5, 0.25])
+    assert "note" not in table.numbers
+
+
+def test_separated_by_blanks() -> None:
+    curves = read(io.StringIO("step  loss   acc \n  1  0.5   0.25\n 2  0.25  0.5 \n"))
+    same(curves["loss"], [1, 2], [0.5, 0.25])
+    same(curves["acc"], [1, 2], [0.25, 0.5])
+
+
+def test_one_column() -> None:
+    same(read(io.StringIO("loss\n2\n1\n"))["loss"], [0, 1], [2, 1])
+
+
+def test_from_a_file_with_a_byte_order_mark_and_carriage_returns(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"\xef\xbb\xbfstep,loss\r\n5,1\r\n6,2\r\n")
+    for source in (path, str(path)):
+        same(read(source)["loss"], [5, 6], [1, 2])
+
+
+def test_a_nan_is_a_value_and_a_blank_is_none() -> None:
+    curve = read(io.StringIO("step,loss,x\n0,1,0\n1,,0\n2,nan,0\n3,-inf,0\n"))["loss"]
+    same(curve, [0, 2, 3], [1, math.nan, -math.inf])
+
+
+def test_a_last_line_that_is_still_being_written() -> None:
+    curves = read(io.StringIO("step,loss,acc\n0,1,0.5\n1,0.75"))
+    same(curves["loss"], [0, 1], [1, 0.75])
+    same(curves["acc"], [0], [0.5])
+
+
+# Steps
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "counted_by"),
+    [
+        ("epoch,step,loss", [(0, 0, 9), (0, 10, 8), (1, 20, 7)], "step"),
+        ("Epoch,loss", [(0, 9), (1, 8)], "Epoch"),
+        ("global_step,epoch,loss", [(3, 0, 9), (4, 0, 8)], "global_step"),
+        ("iteration,loss", [(3, 1), (1000, 2)], "iteration"),
+        # Begins anew in each epoch, and an epoch has many batches.
+        ("epoch,batch,loss", [(0, 0, 9), (0, 1, 8), (1, 0, 7), (1, 1, 6)], None),
+        # A run that was taken up again.
+        ("step,loss", [(0, 9), (1, 8), (1, 7)], None),
+        ("step,loss", [(0, 9), ("", 8), (2, 7)], None),
+        ("step,loss", [(0, 9), ("nan", 8), (2, 7)], None),
+        ("loss,acc", [(9, 1), (8, 2)], None),
+    ],
+)
+def test_the_column_that_counts(
+    header: str, rows: list[tuple[object, ...]], counted_by: str | None
+) -> None:
+    text = "\n".join([header, *(",".join(map(str, row)) for row in rows)])
+    table = read_table(io.StringIO(text))
+    assert table.step_column() == counted_by
+    place = header.split(",").index(counted_by) if counted_by else None
+    steps = range(len(rows)) if place is None else [row[place] for row in rows]
+    same(read(io.StringIO(text))["loss"], list(steps), table.numbers["loss"].values)
+
+
+def test_metrics_of_one_step_in_rows_of_their_own() -> None:
+    # As Lightning writes them.
+    text = "epoch,step,train_loss,val_loss\n0,9,1.5,\n0,9,,1.25\n1,19,0.5,\n1,19,,0.75\n"
+    curves = read(io.StringIO(text))
+    same(curves["train_loss"], [9, 19], [1.5, 0.5])
+    same(curves["val_loss"], [9, 19], [1.25, 0.75])
+
+
+def test_a_column_named_to_count() -> None:
+    text = "seen,step,loss\n16,0,3\n32,1,2\n"
+    assert read(io.StringIO(text))["loss"].steps.tolist() == [0, 1]
+    assert read(io.StringIO(text), step="seen")["loss"].steps.tolist() == [16, 32]
+    with pytest.raises(ArgumentError, match="no column 'time'"):
+        read(io.StringIO(text), step="time")
+    with pytest.raises(ArgumentError, match="'seen' cannot count the steps"):
+        read(io.StringIO("seen,loss\n1,2\n,3\n"), step="seen")
+
+
+def test_steps_are_whole_where_they_can_be() -> None:
+    whole = read(io.StringIO("epoch,loss\n1.0,3\n2.0,2\n"))["loss"].steps
+    assert whole.dtype == np.int64
+    parts = read(io.StringIO("epoch,loss\n0.5,3\n1,2\n"))["loss"].steps
+    assert (parts.dtype, parts.tolist()) == (np.float64, [0.5, 1.0])
+
+
+# JSON
+
+ROWS: list[dict[str, Any]] = [
+    {"loss": 2.5, "lr": 1e-3, "step": 10, "epoch": 0.5},
+    {"eval_loss": 2.25, "step": 10, "epoch": 0.5, "note": "x"},
+    {"loss": 0.1 + 0.2, "lr": 5e-4, "step": 20, "epoch": 1.0},
+    {"eval_loss": math.nan, "step": 20, "epoch": 1.0},
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"best_metric": None, "log_history": ROWS, "global_step": 20}),
+        json.dumps(ROWS, indent=2),
+        "\n".join(map(json.dumps, ROWS)),
+        "\n\n".join(map(json.dumps, ROWS)) + '\n{"loss": 0.2, "st',
+    ],
+    ids=["trainer_state", "list", "lines", "lines, the last one not done"],
+)
+def test_rows_of_json(text: str) -> None:
+    curves = read(io.StringIO(text))
+    same(curves["loss"], [10, 20], [2.5, 0.1 + 0.2])
+    same(curves["eval_loss"], [10, 20], [2.25, math.nan])
+    same(curves["epoch"], [10, 10, 20, 20], [0.5, 0.5, 1.0, 1.0])
+    assert "note" not in curves
+
+
+def test_columns_of_json() -> None:
+    text = json.dumps({"loss": [3, 2, 1], "val_loss": [2.5, None, 1.5], "name": ["a", "b", "c"]})
+    curves = read(io.StringIO(text))
+    assert set(curves) == {"loss", "val_loss"}
+    same(curves["loss"], [0, 1, 2], [3, 2, 1])
+    same(curves["val_loss"], [0, 2], [2.5, 1.5])
+
+
+def test_values_within_values() -> None:
+    text = '{"step": 1, "train": {"loss": 2.0}}\n{"step": 2, "train": {"loss": 1.0}}\n'
+    same(read(io.StringIO(text))["train/loss"], [1, 2], [2, 1])
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=20))
+def test_every_number_survives_json(values: list[float]) -> None:
+    lines = "\n".join(json.dumps({"x": value}) for value in values)
+    same(read(io.StringIO(lines))["x"], range(len(values)), values)
+
+
+# Which metrics
+
+
+TABLE = (
+    "epoch,step,loss,val_loss,lr,lr-SGD,time,acc,acc_ema,acc_sma_20,grad_ema,once,gain_raw,gain_ema\n"
+    "0,0,3,1,1,1,1,4,4,4,4,1,1,1\n0,1,2,1,1,1,2,5,5,5,5,,1,1\n"
+)
+
+
+def test_metrics_are_what_is_worth_averaging() -> None:
+    table = read_table(io.StringIO(TABLE))
+    # grad_ema is the average of nothing that is here.
+    assert table.metrics() == ["loss", "val_loss", "acc", "grad_ema", "gain_raw"]
+
+
+def test_metrics_by_name_and_pattern() -> None:
+    table = read_table(io.StringIO(TABLE))
+    assert table.metrics(["lr", "*loss", "loss"]) == ["lr", "loss", "val_loss"]
+    assert table.metrics(["once"]) == ["once"]
+    with pytest.raises(ArgumentError, match=r"no column 'los'; those with numbers are\n  - epoch"):
+        table.metrics(["loss", "los"])
+    assert read_table(io.StringIO("a[1],a1\n1,2\n")).metrics(["a[1]"]) == ["a[1]"]
+
+
+def test_nothing_worth_averaging() -> None:
+    with pytest.raises(ArgumentError, match=r"looks like a metric.*\n  - step"):
+        read_table(io.StringIO("step,lr\n1,2\n2,3\n")).metrics()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "is empty"),
+        (" \n\n", "is empty"),
+        ("step,loss\n", "no row yet"),
+        ("1,2\n3,4\n", "the first line holds numbers; it has to name the columns"),
+        ("step,loss\n1,2\n2,3,4\n", "line 3: 3 cells, but the first line names 2"),
+        ("loss,loss,acc\n1,2,3\n", "two columns are called loss"),
+        ("name,note\na,b\n", "no column of numbers among name, note"),
+        ("a,b\n\0,1\n", "is no text"),
+        ('{"loss": 1}\n{"loss": }\n{"loss": 3}\n', "line 2: neither JSON nor"),
+        ('{"loss": 1,\n', "line 1: neither JSON nor"),
+        ("[1, 2]", "expected rows that name their values"),
+        ("[]", "no column of numbers among none"),
+        ('{"loss": "low"}', "no column of numbers among loss"),
+    ],
+)
+def test_what_is_no_log(text: str, complaint: str) -> None:
+    source = io.StringIO(text)
+    source.name = "run.log"
+    with pytest.raises(ArgumentError, match=complaint) as raised:
+        read(source)
+    assert "run.log" in str(raised.value)
+
+
+def test_a_column_that_is_not_all_numbers_is_told() -> None:
+    table = read_table(io.StringIO("step,loss,empty\n0,1,\n1,diverged,\n"))
+    assert "loss" not in table.curves()
+    with pytest.raises(ArgumentError, match="'loss' holds no numbers: row 2 has 'diverged'"):
+        table.column("loss")
+    with pytest.raises(ArgumentError, match="'empty' holds no numbers: all of its cells are blank"):
+        table.column("empty")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none.csv")
+    binary = tmp_path / "weights.bin"
+    binary.write_bytes(bytes(range(256)))
+    with pytest.raises(ArgumentError, match=r"weights.bin is no text.*tfevents"):
+        read(binary)
+
+
+def test_a_long_log_is_read_in_one_pass() -> None:
+    rows = 30_000
+    values = np.random.default_rng(0).normal(size=rows)
+    text = "step,loss\n" + "".join(
+        f"{row},{value!r}\n" for row, value in enumerate(values.tolist())
+    )
+    same(read(io.StringIO(text))["loss"], np.arange(rows), values)
+
+
+# Scalars of frameworks within rows
+
+
+def test_rows_may_hold_scalars_of_numpy() -> None:
+    rows = [{"step": np.int64(3), "loss": np.float32(0.1)}, {"step": 4, "loss": np.float64(0.2)}]
+    table = logs.from_rows(rows, "history")
+    same(table.curves("step")["loss"], [3, 4], [float(np.float32(0.1)), 0.2])

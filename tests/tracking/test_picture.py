@@ -1,0 +1,445 @@
+"""Pictures of curves: what is drawn is what was measured, and its averages."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastema.errors import ArgumentError, BridgeError
+
+from ..needed import modules
+
+modules("matplotlib")
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from fastema.tracking.logs import Curve  # noqa: E402
+from fastema.tracking.panels import Panel, averages, panels  # noqa: E402
+from fastema.tracking.picture import plot, spread, thinned  # noqa: E402
+
+BOTH = averages(20, 0.9)
+
+
+def noisy(count: int, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return 2.0 * np.exp(-np.arange(count) / (1 + count / 3)) + generator.normal(0.5, 0.1, count)
+
+
+def sma(values: np.ndarray, size: int) -> list[float]:
+    ends = range(1, len(values) + 1)
+    return [math.fsum(values[max(0, end - size) : end]) / min(end, size) for end in ends]
+
+
+def ema(values: np.ndarray, decay: float) -> list[float]:
+    found = [float(values[0])]
+    for value in values[1:].tolist():
+        found.append(decay * found[-1] + (1.0 - decay) * value)
+    return found
+
+
+def by_label(panel: Panel) -> dict[str, Curve]:
+    return {line.label: line.curve for line in panel.lines}
+
+
+def drawn(axes: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Steps and values of the lines, without single points and marks."""
+    return [
+        (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
+        for line in axes.get_lines()
+        if line.get_linestyle() == "-"
+    ]
+
+
+def texts(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+# What a history holds
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+def test_a_mapping_of_numbers(kind: Any) -> None:
+    loss, acc = noisy(100), noisy(90, 1)
+    first, second = panels({"loss": kind(loss), "acc": kind(acc)}, averages=BOTH)
+    assert (first.name, second.name, first.axis) == ("loss", "acc", "step")
+    for panel, values in ((first, loss), (second, acc)):
+        lines = by_label(panel)
+        assert list(lines) == ["raw", "SMA 20", "EMA 0.9"]
+        for curve in lines.values():
+            np.testing.assert_array_equal(curve.steps, np.arange(1, len(values) + 1))
+        np.testing.assert_array_equal(lines["raw"].values, values)
+        np.testing.assert_allclose(lines["SMA 20"].values, sma(values, 20), rtol=1e-13)
+        np.testing.assert_allclose(lines["EMA 0.9"].values, ema(values, 0.9), rtol=1e-13)
+
+
+def test_several_windows_and_decays() -> None:
+    values = noisy(400)
+    (panel,) = panels(values, averages=averages([5, 50], (0.5, 0.99)), raw=False)
+    lines = by_label(panel)
+    assert list(lines) == ["SMA 5", "SMA 50", "EMA 0.5", "EMA 0.99"]
+    np.testing.assert_allclose(lines["SMA 50"].values, sma(values, 50), rtol=1e-13)
+    np.testing.assert_allclose(lines["EMA 0.5"].values, ema(values, 0.5), rtol=1e-13)
+
+
+def test_debias() -> None:
+    values = noisy(60)
+    (panel,) = panels(values, averages=averages(None, 0.9, debias=True))
+    total, want = 0.0, []
+    for count, value in enumerate(values, start=1):
+        total = 0.9 * total + 0.1 * value
+        want.append(total / (1 - 0.9**count))
+    np.testing.assert_allclose(by_label(panel)["EMA 0.9"].values, want, rtol=1e-12)
+
+
+def test_curves_shorter_than_an_average_are_not_averaged() -> None:
+    for count in (30, 59):
+        (panel,) = panels(noisy(count), averages=averages(20, 0.9))
+        assert list(by_label(panel)) == ["raw", "EMA 0.9"]
+        assert panel.remark == f"{count} points, too few for SMA 20"
+    (panel,) = panels(noisy(29), averages=BOTH, raw=False)
+    assert list(by_label(panel)) == ["raw"]
+    assert panel.remark == "29 points, not averaged"
+    (panel,) = panels(noisy(60), averages=BOTH)
+    assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
+    assert panel.remark == ""
+
+
+def test_averages_that_are_there_are_not_computed_again() -> None:
+    columns = {
+        "loss": noisy(50, 1),
+        "loss_raw": noisy(50, 2),
+        "loss_sma": noisy(50, 3),
+        "loss_ema_0.99": noisy(50, 4),
+        "acc": noisy(60, 5),
+    }
+    loss, acc = panels(columns, averages=BOTH)
+    lines = by_label(loss)
+    assert list(lines) == ["raw", "as reported", "SMA", "EMA 0.99"]
+    for label, name in zip(lines, ("loss_raw", "loss", "loss_sma", "loss_ema_0.99"), strict=True):
+        np.testing.assert_array_equal(lines[label].values, columns[name])
+    assert list(by_label(acc)) == ["raw", "SMA 20", "EMA 0.9"]
+    (loss,) = panels(columns, "loss", averages=BOTH, raw=False)
+    assert list(by_label(loss)) == ["as reported", "SMA", "EMA 0.99"]
+
+
+def test_names_that_only_look_like_averages() -> None:
+    columns = {"loss_ema": noisy(60), "gain_raw": noisy(60, 1)}
+    found = panels(columns, averages=BOTH)
+    assert [panel.name for panel in found] == ["loss_ema", "gain_raw"]
+    for panel in found:
+        assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
+        np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
+
+
+def test_a_column_of_a_mapping_counts() -> None:
+    history = {"step": [10, 20, 30], "loss": [3.0, 2.0, 1.0], "lr": [0.1] * 3, "note": ["a"] * 3}
+    (panel,) = panels(history, averages=BOTH)
+    assert (panel.name, panel.axis) == ("loss", "step")
+    assert by_label(panel)["raw"].steps.tolist() == [10, 20, 30]
+
+
+def test_what_keras_returns() -> None:
+    # Validated after every second epoch.
+    history = {"loss": [4.0, 3.0, 2.0, 1.0], "val_loss": [3.5, 1.5]}
+    fitted = SimpleNamespace(history=history, epoch=[0, 1, 2, 3], params={})
+    for given_ in (fitted, SimpleNamespace(history=fitted)):  # a model holds it, too
+        loss, val_loss = panels(given_, averages=BOTH)
+        assert loss.axis == "epoch"
+        assert by_label(loss)["raw"].steps.tolist() == [1, 2, 3, 4]
+        assert by_label(val_loss)["raw"].steps.tolist() == [2, 4]
+    resumed = SimpleNamespace(history={"loss": [4.0, 3.0]}, epoch=[7, 8])
+    assert by_label(panels(resumed, averages=BOTH)[0])["raw"].steps.tolist() == [8, 9]
+
+
+def test_what_our_callbacks_record() -> None:
+    raw = noisy(40)
+    recorder = SimpleNamespace(
+        history={"loss_raw": raw, "loss_sma": noisy(40, 1), "loss_ema": noisy(40, 2)},
+        steps={"loss": list(range(5, 205, 5))},
+        window_size=7,
+        decay=0.75,
+    )
+    (panel,) = panels(recorder, averages=BOTH)
+    assert list(by_label(panel)) == ["raw", "SMA 7", "EMA 0.75"]
+    assert by_label(panel)["SMA 7"].steps.tolist() == recorder.steps["loss"]
+
+
+def test_what_a_metric_smoother_records() -> None:
+    from fastema.tracking import MetricSmoother
+
+    smoother = MetricSmoother(window_size=5, decay=0.8, record=True)
+    loss = noisy(60)
+    for step, value in enumerate(loss.tolist()):
+        smoother.update({"loss": value}, step=3 * step)
+    (panel,) = panels(smoother, averages=BOTH)
+    assert panel.name == "loss"
+    raw, its_sma, its_ema = (line.curve for line in panel.lines)
+    np.testing.assert_array_equal(raw.values, loss)
+    np.testing.assert_array_equal(raw.steps, 3 * np.arange(60))
+    np.testing.assert_allclose(its_sma.values, sma(loss, 5), rtol=1e-13)
+    np.testing.assert_allclose(its_ema.values, ema(loss, 0.8), rtol=1e-13)
+
+
+def test_what_hugging_face_logs() -> None:
+    rows = [{"loss": 2.0 - i, "lr": 1e-3, "step": 10 * i, "epoch": i / 2} for i in range(3)]
+    rows.append({"eval_loss": 0.5, "step": 20, "epoch": 1.0})
+    rows.append({"eval_loss": 0.25, "step": 30, "epoch": 1.5})
+    state = SimpleNamespace(log_history=rows)
+    for history in (rows, state, SimpleNamespace(state=state)):
+        loss, eval_loss = panels(history, averages=BOTH)
+        assert (loss.name, eval_loss.name) == ("loss", "eval_loss")
+        assert by_label(loss)["raw"].steps.tolist() == [0, 10, 20]
+        assert by_label(eval_loss)["raw"].values.tolist() == [0.5, 0.25]
+
+
+def test_a_data_frame() -> None:
+    modules("pandas")
+    import pandas
+
+    frame = pandas.DataFrame(
+        {"step": [0, 0, 5, 5], "loss": [2.0, None, 1.0, None], "val": [None, 3.0, None, 2.5]}
+    )
+    loss, val = panels(frame.assign(note="x"), averages=BOTH)
+    assert by_label(loss)["raw"].steps.tolist() == [0, 5]
+    assert by_label(val)["raw"].values.tolist() == [3.0, 2.5]
+
+
+def test_a_log_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"epoch": i, "loss": 9.0 - i}) + "\n" for i in range(4)))
+    (panel,) = panels(path, averages=BOTH)
+    assert (panel.name, panel.axis) == ("loss", "epoch")
+    path.write_text('{"loss": 2}\n{"loss": 1}\n')
+    assert panels(str(path), averages=BOTH)[0].axis == "row"
+
+
+def test_curves() -> None:
+    curve = Curve(np.array([3, 9]), np.array([2.0, 1.0]))
+    assert by_label(panels({"loss": curve}, averages=BOTH)[0])["raw"] is curve
+
+
+def test_chosen_metrics() -> None:
+    columns = {name: noisy(5) for name in ("loss", "loss_raw", "acc", "lr")}
+    assert [panel.name for panel in panels(columns, averages=[])] == ["loss", "acc"]
+    chosen = panels(columns, ["lr", "acc", "lr"], averages=[])
+    assert [panel.name for panel in chosen] == ["lr", "acc"]
+    with pytest.raises(ArgumentError, match=r"no metric los; there are\n  - loss"):
+        panels(columns, "los", averages=[])
+
+
+@pytest.mark.parametrize(
+    ("history", "complaint"),
+    [
+        ({}, "the history is empty"),
+        ([], "the history is empty"),
+        (SimpleNamespace(history={}, epoch=[]), "the history is empty"),
+        (SimpleNamespace(history=None), "nothing recorded yet"),
+        ({"note": ["a"]}, "the history is empty"),
+        (object(), "object: expected a history"),
+        (3.0, "float: expected a history"),
+        ([[1.0], [2.0]], "list: expected a history"),
+    ],
+)
+def test_what_is_no_history(history: object, complaint: str) -> None:
+    with pytest.raises((ArgumentError, BridgeError), match=complaint):
+        panels(history, averages=BOTH)
+
+
+@pytest.mark.parametrize("wrong", [{"window_size": 0}, {"decay": 1.0}, {"decay": [0.9, -1.0]}])
+def test_averages_that_there_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError):
+        plot([1.0, 2.0], **wrong)
+
+
+# The figure
+
+
+def test_the_lines_are_the_curves() -> None:
+    values = noisy(200)
+    figure = plot({"loss": values}, log=False, window_size=9, decay=0.8)
+    (axes,) = figure.axes
+    lines = drawn(axes)
+    assert len(lines) == 3
+    for (steps, got), want in zip(lines, (values, sma(values, 9), ema(values, 0.8)), strict=True):
+        np.testing.assert_array_equal(steps, np.arange(1, 201))
+        np.testing.assert_allclose(got, want, rtol=1e-13)
+    assert axes.get_title(loc="left") == "loss"
+    assert axes.get_xlabel() == "step"
+    ends = [text for text in texts(axes) if "\n" in text]
+    assert sorted(ends) == sorted(
+        f"{name}\n{value:.4g}"
+        for name, value in (
+            ("raw", values[-1]),
+            ("SMA 9", sma(values, 9)[-1]),
+            ("EMA 0.8", ema(values, 0.8)[-1]),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "scale"),
+    [
+        ([100.0, 2.0, 1.0], "auto", "log"),
+        ([20.0, 2.0, 1.0], "auto", "linear"),
+        ([100.0, 0.0, 1.0], "auto", "linear"),
+        ([100.0, math.nan, 1.0], "auto", "log"),
+        ([100.0, 2.0, 1.0], False, "linear"),
+        ([2.0, 1.0], True, "log"),
+        ([-2.0, -1.0], True, "linear"),
+    ],
+)
+def test_the_scale(values: list[float], log: Any, scale: str) -> None:
+    (axes,) = plot(values, log=log).axes
+    assert axes.get_yscale() == scale
+    assert any("log scale" in text for text in texts(axes)) == (scale == "log")
+
+
+def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
+    values = noisy(50)
+    values[[10, 11, 30]] = math.nan, math.inf, -math.inf
+    values[[12, 14]] = values[13], math.nan  # 12 and 13 stand between gaps, 13 alone
+    values[12] = math.nan
+    (axes,) = plot(values, window_size=None, decay=None).axes
+    ((_, got),) = drawn(axes)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(values))
+    points = {
+        line.get_marker(): np.asarray(line.get_xdata()).tolist()
+        for line in axes.get_lines()
+        if line.get_linestyle() == "None"
+    }
+    assert points == {"o": [14.0], "v": [11.0, 12.0, 13.0, 15.0, 31.0]}
+    assert "5 not finite" in texts(axes)
+
+
+def test_nothing_finite_can_be_drawn_too() -> None:
+    (axes,) = plot([math.nan] * 30, window_size=10).axes
+    assert "30 not finite" in texts(axes)
+
+
+def test_names_at_the_ends_do_not_touch() -> None:
+    generator = np.random.default_rng(5)
+    columns = {
+        f"m{i}": generator.normal(size=100).cumsum() * generator.choice([0, 1e-3, 1]) + 1.0
+        for i in range(9)
+    }
+    figure = plot(columns, window_size=[5, 10], decay=[0.5, 0.9])
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts if "\n" in text.get_text()]
+        assert len(boxes) == 5
+        for place, one in enumerate(boxes):
+            assert not any(one.overlaps(other) for other in boxes[place + 1 :])
+
+
+@given(
+    st.lists(st.floats(-0.5, 1.5), max_size=12).map(sorted),
+    st.floats(0.01, 0.3),
+)
+def test_spread(heights: list[float], apart: float) -> None:
+    got = spread(heights, apart)
+    assert len(got) == len(heights)
+    steps = np.diff(got)
+    assert (steps >= apart * (1 - 1e-9)).all()
+    if (len(heights) - 1) * apart <= 1.0 - apart:
+        assert all(apart / 2 - 1e-9 <= height <= 1 - apart / 2 + 1e-9 for height in got)
+    free = (np.diff(heights) >= apart).all()
+    if free and all(apart / 2 <= height <= 1 - apart / 2 for height in heights):
+        np.testing.assert_allclose(got, heights, atol=1e-12)
+
+
+# Long curves
+
+
+@given(
+    st.integers(1, 500),
+    st.integers(1, 60),
+    st.sets(st.integers(0, 499), max_size=40),
+    st.integers(0, 99),
+)
+def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=count)
+    values[[hole for hole in holes if hole < count]] = math.nan
+    steps = np.arange(count) * 3
+    got_steps, got = thinned(Curve(steps, values), buckets)
+    assert (np.diff(got_steps) > 0).all()
+    np.testing.assert_array_equal(got, values[(got_steps / 3).astype(int)])
+    if count <= 2 * buckets:
+        assert len(got) == count
+        return
+    assert len(got) <= 2 * buckets + 2
+    assert (got_steps[0], got_steps[-1]) == (0, 3 * (count - 1))
+    size = -(-count // buckets)
+    for start in range(0, count, size):
+        stretch = values[start : start + size]
+        inside = got[(got_steps >= 3 * start) & (got_steps < 3 * (start + size))]
+        if np.isfinite(stretch).any():
+            assert np.nanmax(inside) == np.nanmax(stretch)
+            assert np.nanmin(inside) == np.nanmin(stretch)
+        else:
+            assert np.isnan(inside).all()
+
+
+def test_of_a_million_values_the_spikes_are_drawn() -> None:
+    values = np.random.default_rng(0).normal(1.0, 0.01, 1_000_000)
+    values[[123_456, 700_001]] = 5.0, -3.0
+    (axes,) = plot(values, window_size=None, decay=None).axes
+    ((steps, got),) = drawn(axes)
+    assert len(got) <= 4_002
+    for step, value in ((123_457, 5.0), (700_002, -3.0)):
+        assert got[steps == step].tolist() == [value]
+
+
+# Where it goes
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_files(suffix: str, start: bytes, tmp_path: Path) -> None:
+    out = tmp_path / f"curves.{suffix}"
+    figure = plot({"loss": noisy(99), "acc": noisy(9)}, title="a run", out=out)
+    assert isinstance(figure, Figure)
+    assert out.read_bytes().startswith(start)
+    assert [text.get_text() for text in figure.texts] == ["a run"]
+
+
+def test_axes_of_another_figure() -> None:
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert plot(noisy(100), ax=right, title="mine") is figure
+    assert len(drawn(right)) == 3
+    assert not left.get_lines()
+    assert right.get_title(loc="left") == "mine"
+    inner = figure.subfigures(1, 1).subplots()
+    assert plot(noisy(100), ax=inner) is figure
+    with pytest.raises(ArgumentError, match=r"one metric, name it with metrics=: a, b"):
+        plot({"a": [1, 2], "b": [2, 1]}, ax=left)
+    assert not left.get_lines()
+
+
+def test_more_metrics_than_a_picture_has_room_for() -> None:
+    figure = plot({f"m{i}": [2.0, 1.0] for i in range(30)})
+    assert len(figure.axes) == 24
+    assert "and 6 more metrics" in figure.texts[0].get_text()
+
+
+def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path: Path) -> None:
+    code = (
+        "import sys, matplotlib\n"
+        "def settings(): return dict(dict.items(matplotlib.rcParams))\n"  # resolves no backend
+        "before = settings()\n"
+        "from fastema.tracking.picture import plot\n"
+        "plot([3.0, 2.0, 1.0] * 20, out=sys.argv[1])\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert settings() == before"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True)

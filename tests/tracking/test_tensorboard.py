@@ -1,0 +1,310 @@
+"""Event files of TensorBoardWriter, read back by TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from ..needed import modules
+from ..smoothing import assert_close, ema, sma
+
+modules("tensorboard")
+
+from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
+    EventAccumulator,
+)
+from tensorboard.backend.event_processing.event_multiplexer import (  # noqa: E402
+    EventMultiplexer,
+)
+from tensorboard.util.tensor_util import make_ndarray  # noqa: E402
+
+from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError  # noqa: E402
+from fastema.tracking import TensorBoardWriter  # noqa: E402
+
+WINDOW, DECAY = 4, 0.8
+
+
+def drawn(count: int, seed: int = 0) -> list[float]:
+    rng = np.random.default_rng(seed)
+    return (np.exp(-np.arange(count) / 30) + rng.normal(size=count) / 5 + 1).tolist()
+
+
+class Point(NamedTuple):
+    step: int
+    value: float
+    wall_time: float
+
+
+def read(folder: Path, run: str, tag: str) -> list[Point]:
+    """All points of a tag, in order."""
+    found = EventAccumulator(str(folder / run), {"tensors": 0}).Reload()
+    if tag not in found.Tags()["tensors"]:
+        return []
+    return [
+        Point(event.step, make_ndarray(event.tensor_proto).item(), event.wall_time)
+        for event in found.Tensors(tag)
+    ]
+
+
+def values(folder: Path, run: str, tag: str) -> np.ndarray:
+    return np.array([point.value for point in read(folder, run, tag)], np.float32)
+
+
+def assert_rounded(got: Any, want: np.ndarray) -> None:
+    """Equal in float32, which event files hold."""
+    np.testing.assert_allclose(got, want, rtol=np.finfo(np.float32).eps / 2 * 1.001)
+
+
+def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) -> None:
+    losses, rates, sizes = drawn(50), drawn(50, 1), np.random.default_rng(2).integers(1, 9, 50)
+    before = time.time()
+    with TensorBoardWriter(tmp_path / "first", WINDOW, DECAY) as writer:
+        for k, (loss, rate, size) in enumerate(zip(losses, rates, sizes, strict=True)):
+            now = writer.add_scalars({"train/loss": loss, "rate_x": rate}, 10 * k, weight=size)
+            assert now["train/loss_raw"] == loss
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
+    assert set(runs) == {"first/raw", "first/sma", "first/ema"}
+    for tag, series in (("train/loss", losses), ("rate_x", rates)):
+        want = {
+            "raw": np.array(series),
+            "sma": sma(series, WINDOW, sizes),
+            "ema": ema(series, DECAY, sizes),
+        }
+        for run, curve in want.items():
+            points = read(tmp_path / "first", run, tag)
+            assert [point.step for point in points] == list(range(0, 500, 10))
+            times = [point.wall_time for point in points]
+            assert before - 1 <= times[0] <= times[-1] <= time.time()
+            assert_rounded([point.value for point in points], curve)
+
+
+def test_the_averages_come_back_in_double_precision(tmp_path: Path) -> None:
+    losses = drawn(30)
+    with TensorBoardWriter(tmp_path, WINDOW, DECAY) as writer:
+        kept = [writer.add_scalar("loss", loss) for loss in losses]
+        assert writer.averages == kept[-1]
+    assert_close([now["loss_sma"] for now in kept], sma(losses, WINDOW))
+    assert_close([now["loss_ema"] for now in kept], ema(losses, DECAY))
+
+
+@pytest.mark.parametrize(
+    ("options", "runs"),
+    [
+        ({"decay": None}, {"raw", "sma"}),
+        ({"window_size": None, "raw": False}, {"ema"}),
+        ({"debias": True}, {"raw", "sma", "ema"}),
+    ],
+)
+def test_what_is_not_wanted_is_not_written(
+    tmp_path: Path, options: dict[str, Any], runs: set[str]
+) -> None:
+    losses = drawn(20)
+    with TensorBoardWriter(tmp_path, **{"window_size": WINDOW, "decay": DECAY, **options}) as w:
+        for loss in losses:
+            w.add_scalar("loss", loss)
+    assert {path.name for path in tmp_path.iterdir()} == runs
+    if "ema" in runs:
+        want = ema(losses, DECAY, debias=options.get("debias", False))
+        assert_rounded(values(tmp_path, "ema", "loss"), want)
+
+
+def test_steps_are_counted_for_each_tag_by_default(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer:
+        for k, loss in enumerate(drawn(9)):
+            writer.add_scalar("often", loss)
+            if k % 3 == 2:
+                writer.add_scalar("seldom", loss)
+    assert [point.step for point in read(tmp_path, "sma", "often")] == list(range(9))
+    assert [point.step for point in read(tmp_path, "sma", "seldom")] == [0, 1, 2]
+
+
+def test_points_are_written_out_when_there_are_many_or_time_has_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written() -> int:
+        return len(read(tmp_path, "raw", "loss"))
+
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    writer = TensorBoardWriter(tmp_path, flush_secs=10.0, max_queue=12)
+    losses = iter(drawn(20))
+    for want in (0, 0, 0, 4):  # three points each
+        writer.add_scalar("loss", next(losses))
+        assert written() == want
+    writer.add_scalar("loss", next(losses))
+    clock[0] += 9.0
+    writer.add_scalar("loss", next(losses))
+    assert written() == 4
+    clock[0] += 1.0
+    writer.add_scalar("loss", next(losses))
+    assert written() == 7
+    writer.add_scalar("loss", next(losses))
+    writer.flush()
+    assert written() == 8
+    writer.add_scalar("loss", next(losses))
+    writer.close()
+    assert written() == 9
+
+
+def test_points_keep_the_time_at_which_they_came(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path) as writer:
+        for loss in drawn(3):
+            writer.add_scalar("loss", loss)
+            time.sleep(0.05)
+    times = [point.wall_time for point in read(tmp_path, "ema", "loss")]
+    assert np.diff(times).min() > 0.04
+
+
+def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> None:
+    modules("torch")
+    import torch
+
+    read: list[int] = []
+
+    class OnDevice(torch.Tensor):
+        """A tensor that says it lies elsewhere, and notes when it is read."""
+
+        @property
+        def device(self) -> Any:
+            return torch.device("cuda")
+
+        @property
+        def is_cuda(self) -> bool:
+            return True
+
+        def item(self) -> Any:
+            read.append(1)
+            return super().item()
+
+        def __float__(self) -> float:
+            read.append(1)
+            return super().__float__()
+
+    losses = drawn(10)
+    writer = TensorBoardWriter(tmp_path, WINDOW, DECAY)
+    for loss in losses:
+        writer.add_scalar("loss", torch.tensor(loss, dtype=torch.float64).as_subclass(OnDevice))
+    assert not read
+    writer.close()
+    assert read
+    for run, curve in (("sma", sma(losses, WINDOW)), ("ema", ema(losses, DECAY))):
+        assert_rounded(values(tmp_path, run, "loss"), curve)
+
+
+SCRIPT = """
+    import os, sys
+    from fastema.tracking import TensorBoardWriter
+    def main():
+        writer = TensorBoardWriter(sys.argv[1])
+        for k in range(50):
+            writer.add_scalar("loss", 1.0 / (k + 1))
+            if k == 29 and sys.argv[2] == "flush and be killed":
+                writer.flush()
+                print("written", flush=True)
+                sys.stdin.read()
+        if sys.argv[2] == "raise":
+            raise SystemExit("stopped")
+        return writer if sys.argv[2] == "keep" else None
+    kept = main()
+"""
+
+
+@pytest.mark.parametrize("how", ["forget", "keep"])
+def test_a_program_that_ends_without_closing_loses_nothing(
+    tmp_path: Path, python: Any, how: str
+) -> None:
+    python(SCRIPT, str(tmp_path), how, quiet=False)  # what TensorFlow says, where it is there
+    assert len(values(tmp_path, "raw", "loss")) == 50
+    assert len(values(tmp_path, "ema", "loss")) == 50
+
+
+def test_what_was_written_out_survives_the_process(tmp_path: Path) -> None:
+    script = textwrap.dedent(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), "flush and be killed"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == b"written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    for run in ("raw", "sma", "ema"):
+        assert len(values(tmp_path, run, "loss")) == 30
+
+
+def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path) -> None:
+    losses = drawn(40)
+    with TensorBoardWriter(tmp_path / "whole", WINDOW, DECAY) as writer:
+        want = [writer.add_scalar("loss", loss) for loss in losses]
+    with TensorBoardWriter(tmp_path / "parts", WINDOW, DECAY) as writer:
+        for loss in losses[:17]:
+            writer.add_scalar("loss", loss)
+        state = json.loads(json.dumps(writer.state_dict()))
+    with TensorBoardWriter(tmp_path / "parts", WINDOW, DECAY) as writer:
+        writer.load_state_dict(state)
+        got = [writer.add_scalar("loss", loss) for loss in losses[17:]]
+    assert got == want[17:]
+    for run in ("raw", "sma", "ema"):
+        whole, parts = read(tmp_path / "whole", run, "loss"), read(tmp_path / "parts", run, "loss")
+        assert [(p.step, p.value) for p in parts] == [(p.step, p.value) for p in whole]
+
+
+def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    with TensorBoardWriter(tmp_path / "a", WINDOW) as writer:
+        writer.add_scalar("loss", 3.0)
+        state = writer.state_dict()
+        with TensorBoardWriter(tmp_path / "b", WINDOW + 1) as other:
+            for wrong in (state, {}, {"averages": state["averages"], "counts": 3}):
+                with pytest.raises(CheckpointError):
+                    other.load_state_dict(wrong)
+            assert other.add_scalar("loss", 5.0)["loss_sma"] == 5.0
+    assert [point.step for point in read(tmp_path / "b", "raw", "loss")] == [0]
+
+
+def test_what_is_not_finite_and_beyond_float32(tmp_path: Path) -> None:
+    series = [1.0, float("nan"), 3.0, 1e300]
+    with TensorBoardWriter(tmp_path, WINDOW, DECAY) as writer:
+        for value in series:
+            writer.add_scalar("loss", value)
+    np.testing.assert_array_equal(values(tmp_path, "raw", "loss"), [1, np.nan, 3, np.inf])
+    np.testing.assert_array_equal(values(tmp_path, "sma", "loss")[:3], [1, np.nan, 2])
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    for options in ({"step": 1.5}, {"weight": -1.0}, {"tag": ""}, {"tag": 3}):
+        with pytest.raises(ArgumentError):
+            writer.add_scalar(**{"tag": "loss", "value": 2.0, **options})
+    with pytest.raises(BridgeError):
+        writer.add_scalar("loss", "much")
+    assert writer.add_scalar("loss", 1.5)["loss_ema"] == 1.5
+    writer.close()
+    writer.close()
+    for call in (lambda: writer.add_scalar("loss", 1.0), writer.flush):
+        with pytest.raises(StateError, match="closed: make another"):
+            call()
+    assert [(point.step, point.value) for point in read(tmp_path, "raw", "loss")] == [(0, 1.5)]
+    for options in ({"flush_secs": -1}, {"max_queue": 0}, {"window_size": 0}, {"decay": 1.0}):
+        with pytest.raises(ArgumentError):
+            TensorBoardWriter(tmp_path / "never", **options)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    with pytest.raises(ArgumentError, match=r"pip install fastema\[tracking\]"):
+        TensorBoardWriter(tmp_path)
