@@ -169,29 +169,36 @@ def _scans(new, old, front, back, lane):
 
 
 @device_fn
-def _losses(new, old, front, back, rests, first, lane):
-    """What the running sums of a lane round off: by difference to ``rests``, and both in total."""
-    behind, y = load_src(back, first), load_src(old, first)
-    lost, lost_behind = 0.0, _rounded_off(behind, y, behind + y)
-    store_dst(rests, first, lost - lost_behind)
+def _losses(new, old, front, back, front_rests, back_rests, first, lane):
+    """What the running sums of a lane round off up to each place, as they run; all of the front's.
+
+    The two are never mixed: what belongs to values that have left the window has to leave with
+    them.
+    """
+    lost = 0.0
+    store_dst(front_rests, first, lost)
     for i in range(first + 1, first + lane):
-        x = _rounded_off(load_src(front, i - 1), load_src(new, i), load_src(front, i))
-        y = _rounded_off(load_src(back, i), load_src(old, i), load_src(back, i - 1))
-        store_dst(rests, i, x - y)
-        lost, lost_behind = sum_any_order(lost, x), sum_any_order(lost_behind, y)
-    return lost, lost_behind
+        lost += _rounded_off(load_src(front, i - 1), load_src(new, i), load_src(front, i))
+        store_dst(front_rests, i, lost)
+    behind = 0.0
+    for i in range(first + lane - 1, first, -1):
+        store_dst(back_rests, i, behind)
+        behind += _rounded_off(load_src(back, i), load_src(old, i), load_src(back, i - 1))
+    store_dst(back_rests, first, behind)
+    return lost
 
 
 @device_fn
-def _combined(front, back, rests, first, lane, base, base_rest):
+def _combined(front, back, rests, back_rests, first, lane, base, base_rest):
     """Sums of whole windows in the place of those from the front."""
     for i in range(first, first + lane):
         x, y = load_dst(front, i), load_src(back, i)
         part = x + y
         total = part + base
         rest = _rounded_off(x, y, part) + _rounded_off(part, base, total)
+        rest += load_dst(rests, i) + load_src(back_rests, i)
         store_dst(front, i, total)
-        store_dst(rests, i, load_dst(rests, i) + rest + base_rest)
+        store_dst(rests, i, rest + base_rest)
 
 
 @device_fn
@@ -213,13 +220,9 @@ def _together(cells, at, size, mean, scratch):
     lane = (size - 1) // (LANES * groups) + 1
     lanes, group = LANES * groups, LANES * lane
     part = 8 * LANES * LANE
-    front, back, rests = (
-        pointer_f64(scratch),
-        pointer_f64(scratch + part),
-        pointer_f64(scratch + 2 * part),
-    )
-    room_new, room_old = scratch + 3 * part, scratch + 4 * part
-    lost, lost_behind = pointer_f64(scratch + 5 * part), pointer_f64(scratch + 5 * part + 64)
+    front, back = pointer_f64(scratch), pointer_f64(scratch + part)
+    rests, back_rests = pointer_f64(scratch + 2 * part), pointer_f64(scratch + 3 * part)
+    room_new, room_old = scratch + 4 * part, scratch + 5 * part
     totals = pointer_f64(scratch + 6 * part)  # of the lanes of a block: sums, what they round off,
     bases = pointer_f64(scratch + 6 * part + 16 * lanes)  # and the same of all lanes behind one
     for i in range(lanes):
@@ -247,27 +250,14 @@ def _together(cells, at, size, mean, scratch):
             new, old = pointer_f64(new_at), pointer_f64(old_at)
             _scans(new, old, front, back, lane)
             for k in range(LANES):
-                one, other = _losses(new, old, front, back, rests, k * lane, lane)
-                store(lost, k, one)
-                store(lost_behind, k, other)
-            _running_sums(
-                rests,
-                rests,
-                lane,
-                lane,
-                load(lost_behind, 0),
-                load(lost_behind, 1),
-                load(lost_behind, 2),
-                load(lost_behind, 3),
-            )
-            for k in range(LANES):
-                i = begin // lane + k
-                last = load(front, (k + 1) * lane - 1)
+                i, at_lane = begin // lane + k, k * lane
+                lost = _losses(new, old, front, back, rests, back_rests, at_lane, lane)
+                last = load(front, at_lane + lane - 1)
                 base, rest = _added(high, low, load(bases, 2 * i), load(bases, 2 * i + 1))
-                high, low = _added(high, low, last, load(lost, k))
+                high, low = _added(high, low, last, lost)
                 store(totals, 2 * i, last)
-                store(totals, 2 * i + 1, load(lost, k))
-                _combined(front, back, rests, k * lane, lane, base, rest)
+                store(totals, 2 * i + 1, lost)
+                _combined(front, back, rests, back_rests, at_lane, lane, base, rest)
             odd += _finished(dst, done + begin, front, rests, 0, results, seen, size, mean)
             begin += group
         prev = src + 8 * done
@@ -333,7 +323,7 @@ def _slide(cells, at, size, mean, scratch):
     part = 8 * LANES * STRETCH
     differences, rests = pointer_f64(scratch), pointer_f64(scratch + part)
     sizes = _sizes(prev, 0, size + count)
-    if not sizes < math.inf:
+    if lane == 0 or not sizes < math.inf:
         return math.nan
     power = math.frexp(sizes)[1]
     shift = math.ldexp(1.5, power + 2)

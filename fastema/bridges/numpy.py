@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,8 +35,17 @@ def owns(obj: Any) -> bool:
 
 
 def scalar(array: NDArray[Any]) -> float:
-    """The number in an array of one element."""
-    return float(array.item())
+    """The number in an array of one element.
+
+    Raises
+    ------
+    TypeError
+        For an array of anything but real numbers.
+    """
+    if array.dtype.kind in "cmMOSUT":
+        raise TypeError(f"dtype {array.dtype}")
+    masked = isinstance(array, np.ma.MaskedArray) and bool(array.mask.any())
+    return math.nan if masked else float(array.item())
 
 
 def code(dtype: Any) -> str:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from math import prod
-from numbers import Real
+from numbers import Complex, Real
 from types import ModuleType
 from typing import Any, Final
 
@@ -101,6 +101,18 @@ def scalar(value: Any) -> float | Callable[[], float]:
     BridgeError
         For anything else, and for what stands for a number while a function is traced.
     """
+    try:
+        found = _scalar(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, BridgeError):
+            raise
+        raise BridgeError(f"expected a number, got {_type_of(value)} ({error})") from None
+    if found is None:
+        raise BridgeError(f"expected a number, got {_type_of(value)}")
+    return found
+
+
+def _scalar(value: Any) -> float | Callable[[], float] | None:
     if isinstance(value, Real):
         return float(value)
     for bridge in _loaded():
@@ -112,9 +124,9 @@ def scalar(value: Any) -> float | Callable[[], float]:
                 )
             found: float | Callable[[], float] = bridge.scalar(value)
             return found
-    if hasattr(type(value), "__float__"):  # scalars of ml_dtypes, for one
-        return float(value)
-    raise BridgeError(f"expected a number, got {_type_of(value)}")
+    if isinstance(value, Complex | str) or not hasattr(type(value), "__float__"):
+        return None
+    return float(value)  # Decimal, scalars of ml_dtypes
 
 
 def _type_of(value: Any) -> str:

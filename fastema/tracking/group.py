@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -124,12 +123,11 @@ class MetricAverages(Mapping[str, MovingAverage]):
         CheckpointError
             For other names, or as in :meth:`MovingAverage.load_state_dict`. Nothing has changed.
         """
-        if set(state) != set(self._averages):
+        if not isinstance(state, Mapping) or set(state) != set(self._averages):
             raise CheckpointError(
-                f"this state is of {sorted(state)}, the averages are of {sorted(self._averages)}"
+                f"not the state of averages of {', '.join(map(repr, self._averages))}: {state!r}"
             )
-        loaded = copy.deepcopy(self._averages)
-        for name, average in loaded.items():
-            average.load_state_dict(state[name])
+        for name, average in self._averages.items():
+            average.alike().load_state_dict(state[name])
         for name, average in self._averages.items():  # now that all of them fit
             average.load_state_dict(state[name])

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
 from array import array
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 from fastema.errors import ArgumentError, CheckpointError, NonFiniteError
-from fastema.rules.checks import checked_least
-from fastema.tracking.deferred import number
+from fastema.tracking.deferred import Deferred, number
 from fastema.tracking.scalar import (
     MOST_PENDING,
     ExponentialMovingAverage,
     MovingAverage,
     OnNonFinite,
     SimpleMovingAverage,
+    check_weight,
 )
 
 __all__ = ["MetricSmoother"]
@@ -78,6 +79,7 @@ class MetricSmoother:
         self._noted: list[tuple[str, float]] = []
         self._history: dict[str, array[float]] = {}
         self._steps: dict[str, array[int]] = {}
+        SimpleMovingAverage(1, on_nonfinite=on_nonfinite)  # that it is one of those known
         if not (self._made() or raw):
             raise ArgumentError("window_size=None, decay=None, raw=False: nothing is asked for")
 
@@ -101,7 +103,7 @@ class MetricSmoother:
         ----------
         metrics : mapping of str to number
             Numbers as in :meth:`MovingAverage.update`: what lies on an accelerator is not waited
-            for, but with ``record=True``.
+            for, but with ``on_nonfinite="raise"``.
         weight : float
             Of these values beside others, such as the size of their batch.
         step : int, optional
@@ -117,11 +119,15 @@ class MetricSmoother:
         ArgumentError, BridgeError, NonFiniteError
             As in :meth:`MovingAverage.update`.
         """
-        weight = checked_least(weight, "weight", 0.0)
+        weight = cast(float, number(weight))
+        if not isinstance(weight, Deferred) and weight:
+            check_weight(weight)
         values = {name: cast(float, number(value)) for name, value in metrics.items()}
+        if step is not None:
+            step = _checked_step(step)
         if self.on_nonfinite == "raise":
             for name, value in values.items():
-                if not math.isfinite(value):
+                if weight and not math.isfinite(value):
                     raise NonFiniteError(f"{name} is {value}: the averages were told to raise")
         found: dict[str, float] = {}
         for name, value in values.items():
@@ -146,13 +152,33 @@ class MetricSmoother:
 
     def _write_down(self) -> None:
         while self._noted:
-            name, value = self._noted.pop(0)
-            self._history.setdefault(name, array("d")).append(float(value))
+            name, value = self._noted[0]
+            try:
+                found = float(value)
+            except Exception:  # which whoever reads the number itself is told
+                found = math.nan
+            del self._noted[0]
+            self._history.setdefault(name, array("d")).append(found)
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest of all that :meth:`update` gave, as floats."""
-        return {name: float(value) for name, value in self._latest.items()}
+        """The latest of all that :meth:`update` gave, as floats.
+
+        Raises
+        ------
+        Exception
+            Once, if one of them could not be read from its device; it is NaN from then on.
+        """
+        errors = []
+        for name, value in self._latest.items():
+            try:
+                self._latest[name] = float(value)
+            except Exception as error:
+                self._latest[name] = math.nan
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return dict(self._latest)
 
     @property
     def history(self) -> dict[str, array[float]]:
@@ -171,6 +197,10 @@ class MetricSmoother:
         self._latest.clear()
         self._noted.clear()
         self._history, self._steps = {}, {}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+        return f"{type(self).__name__}({settings})"
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -201,6 +231,8 @@ class MetricSmoother:
         CheckpointError
             For other settings, naming them, or if it is no such state. Nothing has changed.
         """
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"not the state of a MetricSmoother: {state!r:.80}")
         for name, mine in self._settings().items():
             if name not in state or state[name] != mine:
                 raise CheckpointError(
@@ -217,3 +249,13 @@ class MetricSmoother:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not the state of a MetricSmoother: {error!r}") from None
         self._metrics, self._latest = metrics, latest
+
+
+def _checked_step(step: Any) -> int:
+    try:
+        found = operator.index(step)
+    except TypeError:
+        raise ArgumentError(f"step={step!r}: expected a whole number") from None
+    if not -(2**63) <= found < 2**63:
+        raise ArgumentError(f"step={step!r}: expected a whole number of 64 bits")
+    return found

@@ -50,11 +50,11 @@ class WindowSum:
         kept = numbers[-self.size :]
         self._ring = _floats(np.concatenate([np.zeros(self.size - len(kept)), kept]))
         none = array("d")
-        self._state = (self.size, 0.0, 0.0, none, none)
+        self._state = (self.size, 0.0, 0.0, none, none, len(kept))
 
     def push(self, x: float) -> float:
         """Take in a number; the sum."""
-        at, high, low, back, back_low = self._state
+        at, high, low, back, back_low, count = self._state
         if at == self.size:
             at, high, low, (back, back_low) = 0, 0.0, 0.0, _sums_from_behind(self._ring)
         self._ring[at] = x
@@ -67,14 +67,20 @@ class WindowSum:
         if total - total == 0.0:  # finite; otherwise what was rounded off is no number
             took = total - front
             total += ((front - (total - took)) + (behind - took)) + low + back_low[at]
-        self._state = (at, front, low, back, back_low)
+        if count < self.size:
+            count += 1
+        self._state = (at, front, low, back, back_low, count)
         return total
 
-    def last(self, count: int) -> NDArray[np.float64]:
-        """The last ``count`` numbers, the latest last."""
-        at = self._state[0]
-        ring = np.frombuffer(self._ring)
-        return np.concatenate([ring[at:], ring[:at]])[self.size - count :]
+    @property
+    def count(self) -> int:
+        """How many numbers it is the sum of."""
+        return self._state[5]
+
+    def numbers(self) -> NDArray[np.float64]:
+        """All of them, the latest last."""
+        at, ring = self._state[0], np.frombuffer(self._ring)
+        return np.concatenate([ring[at:], ring[:at]])[self.size - self.count :]
 
 
 def _floats(numbers: NDArray[np.float64]) -> Floats:

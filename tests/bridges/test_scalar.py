@@ -26,7 +26,25 @@ def test_numbers_of_the_host(value: Any) -> None:
     assert type(scalar(value)) is float
 
 
-@pytest.mark.parametrize("value", ["1.0", None, [1.0], (1.0,), {}, 1j, np.ones(2), np.ones((0,))])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "1.0",
+            None,
+            [1.0],
+            (1.0,),
+            {},
+            1j,
+            np.ones(2),
+            np.ones((0,)),
+            np.complex128(1j),
+            10**400,
+        ),
+        *(np.array("1.0"), np.str_("1.0"), np.array(1j), decimal.Decimal("sNaN"), object()),
+    ],
+    ids=str,
+)
 def test_what_is_no_number(value: Any) -> None:
     with pytest.raises(BridgeError, match="expected"):
         scalar(value)

@@ -5,13 +5,14 @@ import json
 import math
 import numbers
 import pickle
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastema.tracking.deferred as module
-from fastema.errors import NonFiniteError
+from fastema.errors import ArgumentError, NonFiniteError
 from fastema.tracking import ExponentialMovingAverage, MetricSmoother, SimpleMovingAverage
 from fastema.tracking.deferred import Deferred
 from fastema.tracking.scalar import MOST_PENDING
@@ -76,8 +77,9 @@ def test_nothing_is_read_before_somebody_looks(made: Any) -> None:
     assert device.reads == 0
     expected = [plain.update(value, 1.0 + i % 2) for i, value in enumerate(x)]
     assert found[20] == expected[20]
-    assert device.reads == sum(1 for i in range(len(x)) if i % 3)
+    assert device.reads == sum(1 for i in range(21) if i % 3)  # those before it, and its own
     assert found == expected
+    assert device.reads == sum(1 for i in range(len(x)) if i % 3)
     assert average.average == plain.average
     assert average.num_updates == len(x)
     assert average.state_dict() == plain.state_dict()
@@ -121,3 +123,112 @@ def test_what_a_framework_keeps_is_deferred(monkeypatch: pytest.MonkeyPatch) -> 
     found = module.number("four")
     assert isinstance(found, Deferred)
     assert found == 4.0
+
+
+def test_weights_on_a_device_are_kept_too() -> None:
+    device, average, plain = Device(), SimpleMovingAverage(3), SimpleMovingAverage(3)
+    for x, weight in ((1.0, 3), (5.0, np.float32(2.0)), (4.0, 0.5)):
+        average.update(x, device.value(float(weight)))
+        expected = plain.update(x, weight)
+    assert device.reads == 0
+    assert average.average == expected
+    refused = average.update(1.0, device.value(-1.0))
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="weight"):
+            float(refused)
+    assert average.average == expected
+
+
+def test_what_is_dropped_is_no_other_number() -> None:
+    device, average = Device(), SimpleMovingAverage(9, on_nonfinite="raise")
+    found = [average.update(device.value(x)) for x in (1.0, math.nan, 3.0, 5.0)]
+    assert found[0] == 1.0
+    for _ in range(2):
+        with pytest.raises(NonFiniteError):
+            float(found[1])
+    assert found[2:] == [2.0, 3.0]
+
+
+def test_an_interrupted_read_has_lost_nothing() -> None:
+    reads = 0
+
+    def read() -> float:
+        nonlocal reads
+        reads += 1
+        if reads == 1:
+            raise KeyboardInterrupt
+        return 9.0
+
+    average = SimpleMovingAverage(2)
+    average.update(1.0)
+    found = average.update(Deferred(read))
+    with pytest.raises(KeyboardInterrupt):
+        float(found)
+    assert found == average.average == 5.0
+
+
+@pytest.mark.parametrize("what", ["reset", "load"])
+def test_results_from_before_stay_what_they_were(what: str) -> None:
+    device, average = Device(), SimpleMovingAverage(2)
+
+    def fail() -> float:
+        raise RuntimeError("device lost")
+
+    found = [average.update(device.value(4.0)), average.update(Deferred(fail))]
+    found.append(average.update(device.value(6.0)))
+    if what == "reset":
+        average.reset()
+        assert average.num_updates == 0
+    else:
+        other = SimpleMovingAverage(2)
+        other.update(100.0)
+        average.load_state_dict(other.state_dict())
+        assert average.average == 100.0
+    assert found[0] == 4.0
+    with pytest.raises(RuntimeError, match="device lost"):
+        float(found[1])
+    assert found[2] == 5.0
+
+
+def test_a_smoother_goes_on_after_a_number_that_cannot_be_read() -> None:
+    def fail() -> float:
+        raise RuntimeError("device lost")
+
+    smoother = MetricSmoother(2, None, record=True)
+    smoother.update({"loss": 1.0})
+    smoother.update({"loss": Deferred(fail)})
+    with pytest.raises(RuntimeError, match="device lost"):
+        smoother.averages  # noqa: B018 - reading is the test
+    smoother.state_dict()
+    assert smoother.update({"loss": 3.0}) == {"loss_raw": 3.0, "loss_sma": 2.0}
+    np.testing.assert_equal(smoother.history["loss_sma"].tolist(), [1.0, math.nan, 2.0])
+    assert len(smoother.steps["loss"]) == 3
+
+
+def test_arrays_and_tensors_calculate_with_it() -> None:
+    x = Device().value(2.0)
+    array = np.array([1.0, 5.0])
+    assert (array - x).tolist() == [-1.0, 3.0]
+    assert (x - array).tolist() == [1.0, -3.0]
+    assert np.array([x, x]).dtype == np.float64
+    assert not np.isnan(x)
+    assert np.exp(x) == math.exp(2.0)
+    assert Fraction(1, 2) + x == 2.5
+    assert x + 1j == 2 + 1j
+    assert (x.real, x.imag, x.item(), complex(x)) == (2.0, 0.0, 2.0, 2 + 0j)
+
+
+def test_tensors_of_torch_calculate_with_it() -> None:
+    torch = pytest.importorskip("torch")
+    x, tensor = Device().value(2.0), torch.tensor([1.0, 5.0])
+    assert (tensor - x).tolist() == [-1.0, 3.0]
+    assert (x - tensor).tolist() == [1.0, -3.0]
+    assert torch.add(tensor, x, alpha=2).tolist() == [5.0, 9.0]
+    assert torch.tensor(float(x)).item() == 2.0
+
+
+def test_arrays_of_jax_calculate_with_it() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    x, array = Device().value(2.0), jnp.array([1.0, 5.0])
+    assert (array - x).tolist() == [-1.0, 3.0]
+    assert (x - array).tolist() == [1.0, -3.0]

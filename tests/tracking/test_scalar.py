@@ -246,10 +246,10 @@ def test_other_arguments_are_refused() -> None:
 
 
 @kinds
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "2"])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, 1e-101, 1e101, "2", np.ones(2)])
 def test_weight_is_refused(made: Made, weight: Any) -> None:
     average = made()
-    with pytest.raises(ArgumentError, match="weight"):
+    with pytest.raises((ArgumentError, BridgeError), match="expected"):
         average.update(1.0, weight)
     with pytest.raises(ArgumentError, match="weights"):
         average.update_many([1.0, 2.0], [1.0, weight])
@@ -346,6 +346,10 @@ def test_state_goes_on_to_the_bit(made: Made, weighted: bool, count: int) -> Non
         (SimpleMovingAverage(3), {}),
         (SimpleMovingAverage(3), {**SimpleMovingAverage(3).state_dict(), "products": [1.0]}),
         (SimpleMovingAverage(3), {**SimpleMovingAverage(3).state_dict(), "average": "x"}),
+        (SimpleMovingAverage(3), {**SimpleMovingAverage(3).state_dict(), "num_updates": math.inf}),
+        (SimpleMovingAverage(3), {**SimpleMovingAverage(3).state_dict(), "products": "7"}),
+        (SimpleMovingAverage(3), None),
+        (ExponentialMovingAverage(0.9), 5),
         (ExponentialMovingAverage(0.9), {**ExponentialMovingAverage(0.9).state_dict(), "state": 1}),
     ],
 )
@@ -410,3 +414,65 @@ def test_only_ratios_of_weights_count(kind: str, x: list[float], weight: float) 
         assert weighted.update(value, weight) == pytest.approx(
             plain.update(value), rel=1e-12, abs=1e-12
         )
+
+
+# -- the ends of the range -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 0.3, 0.499])
+def test_small_decays_are_as_exact(decay: float) -> None:
+    average = ExponentialMovingAverage(decay)
+    x = [1e8, 1.0, 1.0, 3e-7, 1.0, 1e8, 1e-3]
+    for i, value in enumerate(x):
+        expected = exact(average, x[: i + 1], [1.0] * (i + 1))
+        assert average.update(value) == pytest.approx(expected, rel=5e-16)
+
+
+def test_the_largest_floats() -> None:
+    average, at_once = ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9)
+    x = [1.7e308, -1.7e308, 1.0, 1.0]
+    found = [average.update(value) for value in x]
+    np.testing.assert_allclose(found, at_once.update_many(x), rtol=1e-15)
+    assert math.isfinite(average.average)
+
+
+def test_infinities_in_exponential_averages() -> None:
+    x = [1.0, math.inf, 1.0]
+    for at_once in (False, True):
+        average = ExponentialMovingAverage(0.5, on_nonfinite="propagate")
+        assert run(average, x, at_once) == [1.0, math.inf, math.inf]
+
+
+@pytest.mark.parametrize("size", [9, 20, 100, 257])
+def test_spikes_of_all_sizes_leave_no_trace_in_a_series(size: int) -> None:
+    rng = np.random.default_rng(size)
+    x = rng.uniform(0.1, 1.0, 3_000)
+    places = rng.integers(0, len(x), 60)
+    x[places] *= 10.0 ** rng.uniform(0, 60, 60)
+    found = SimpleMovingAverage(size).update_many(x)
+    for end in range(1, len(x) + 1):
+        window = x[max(0, end - size) : end].tolist()
+        mean = math.fsum(window) / len(window)
+        assert abs(found[end - 1] - mean) <= math.ulp(mean), end
+
+
+def test_settings_cannot_be_changed() -> None:
+    for average, name in (
+        (SimpleMovingAverage(3), "window_size"),
+        (SimpleMovingAverage(3), "on_nonfinite"),
+        (ExponentialMovingAverage(0.9), "decay"),
+        (ExponentialMovingAverage(0.9), "debias"),
+    ):
+        with pytest.raises(AttributeError):
+            setattr(average, name, getattr(average, name))
+
+
+def test_masked_values_are_not_finite() -> None:
+    x = np.ma.masked_greater([1.0, 99.0, 3.0], 50.0)
+    found = SimpleMovingAverage(3, on_nonfinite="skip").update_many(x)
+    assert found.tolist() == [1.0, 1.0, 2.0]
+
+
+def test_a_window_that_no_memory_holds() -> None:
+    with pytest.raises(ArgumentError, match=r"window_size=.*at most 1,000,000,000"):
+        SimpleMovingAverage(10**13)

@@ -82,6 +82,18 @@ def test_a_refused_update_changes_nothing(
     assert smoother.history["a_raw"].tolist() == [2.0]
 
 
+@pytest.mark.parametrize("step", [1.5, "3", 2**70, np.float64(2.0)])
+def test_a_refused_step_changes_nothing(step: Any) -> None:
+    smoother = MetricSmoother(record=True)
+    with pytest.raises(ArgumentError, match="step"):
+        smoother.update({"loss": 1.0}, step=step)
+    assert smoother.averages == {}
+
+
+def test_says_what_it_is() -> None:
+    assert repr(MetricSmoother(5, None)).startswith("MetricSmoother(window_size=5, decay=None")
+
+
 def test_state_goes_on_or_changes_nothing() -> None:
     one, other = MetricSmoother(3, 0.5), MetricSmoother(3, 0.5, record=True)
     for x in (1.0, 4.0, math.nan, 2.0):
@@ -91,7 +103,7 @@ def test_state_goes_on_or_changes_nothing() -> None:
     assert other.averages == one.averages
     assert other.update({"loss": 7.0}) == one.update({"loss": 7.0})
     before = other.state_dict()
-    for state in (MetricSmoother(4, 0.5).state_dict(), {}, {**before, "metrics": {"loss": {}}}):
+    for state in (MetricSmoother(4, 0.5).state_dict(), {}, [], {**before, "metrics": {"loss": {}}}):
         with pytest.raises(CheckpointError):
             other.load_state_dict(state)
     assert other.state_dict() == before

@@ -23,8 +23,8 @@ def test_sums_are_those_of_the_window_rounded_once(size: int) -> None:
         assert window.push(value) == pytest.approx(
             math.fsum(x[max(0, i + 1 - size) : i + 1]), rel=3e-16, abs=1e-22
         )
-        count = min(i + 1, size)
-        assert window.last(count).tolist() == x[i + 1 - count : i + 1]
+        assert window.count == min(i + 1, size)
+        assert window.numbers().tolist() == x[i + 1 - window.count : i + 1]
 
 
 @given(

@@ -1,0 +1,275 @@
+"""``python -m bench.keras_losses [--quick]``: what batch losses and their averages cost in Keras.
+
+On each backend, in a process of its own: epochs of ``fit`` without a callback, with
+``fastema.keras.LossAverages``, and with one that does nothing at the end of each batch; and how
+exact the losses of single batches are late in a long epoch, beside what can be told from the values
+that Keras logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import machine, report
+from bench.clock import interleave, spread
+from bench.keras_step import BACKENDS, BATCH, _clock, small
+
+PACKAGES = ("numpy", "numba", "keras", "torch", "tensorflow-cpu", "tensorflow", "jax")
+NONE, OURS, IDLE = "no callback", "fastema.keras.LossAverages", "a callback that does nothing"
+READ = "fastema.keras.LossAverages, each batch looked at"
+ENTRIES = (NONE, OURS, IDLE, READ)
+TIME, ERROR = "time", "error"
+
+
+def linear() -> Any:
+    """The smallest network: next to nothing is computed in a step."""
+    import keras
+
+    return keras.Sequential([keras.Input((784,)), keras.layers.Dense(10)], name="net")
+
+
+MODELS: dict[str, Callable[[], Any]] = {"MLP": small, "linear": linear}
+
+
+def _idle() -> Any:
+    import keras
+
+    class Idle(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            """Have one, which ends asynchronous dispatch on JAX."""
+
+    return Idle()
+
+
+class Race:
+    """A model that is trained with one callback or another: from the same state, on the same data.
+
+    One model, because two of them that are alike differ by several percent: by where their memory
+    lies.
+    """
+
+    def __init__(self, make: Callable[[], Any], steps: int) -> None:
+        import keras
+        import numpy as np
+
+        from fastema.keras import LossAverages
+
+        keras.utils.set_random_seed(0)
+        self.model = make()
+        self.model.compile(
+            keras.optimizers.SGD(1e-3, momentum=0.9),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        self.model.optimizer.build(self.model.trainable_variables)
+        self.variables = [*self.model.weights, *self.model.optimizer.variables]
+        self.first = [np.array(keras.ops.convert_to_numpy(one)) for one in self.variables]
+        draw = np.random.default_rng(1)
+        self.x = draw.normal(size=(steps * BATCH, 784)).astype(np.float32)
+        self.y = draw.integers(0, 10, steps * BATCH)
+        self.steps = steps
+        self.callbacks = {
+            NONE: [],
+            OURS: [LossAverages()],
+            IDLE: [_idle()],
+            READ: [LossAverages(), _idle()],
+        }
+        self.seconds: dict[str, list[float]] = {entry: [] for entry in ENTRIES}
+
+    def epoch(self, entry: str) -> list[float]:
+        """Train for one epoch, and note the time of a step; the loss that Keras logs."""
+        for variable, value in zip(self.variables, self.first, strict=True):
+            variable.assign(value)
+        clock = _clock()
+        options: dict[str, Any] = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+        callbacks = [*self.callbacks[entry], clock]
+        losses: list[float] = self.model.fit(
+            self.x, self.y, callbacks=callbacks, **options
+        ).history["loss"]
+        self.seconds[entry].append(clock.seconds / self.steps)
+        return losses
+
+
+def measured(name: str, quick: bool) -> list[dict[str, Any]]:
+    """The times of a model on this process's backend."""
+    steps = 20 if quick else 200
+    race = Race(MODELS[name], steps)
+    losses = {entry: race.epoch(entry) for entry in ENTRIES}
+    assert losses[OURS] == losses[NONE], f"the losses differ: {losses}"
+    rounds, budget = (5, 3.0) if quick else (60, 60.0)
+    interleave({n: partial(race.epoch, n) for n in ENTRIES}, rounds, budget_s=budget)
+    # Two rounds came before: that of the check, and one of warming up.
+    seconds = {entry: times[2:] for entry, times in race.seconds.items()}
+    rows = []
+    for entry, times in seconds.items():
+        added = [a - b for a, b in zip(times, seconds[NONE], strict=True)]
+        p20, p80 = spread(times)
+        rows.append(
+            {
+                "question": TIME,
+                "model": name,
+                "entry": entry,
+                "steps": steps,
+                "rounds": len(times),
+                "median_us": median(times) * 1e6,
+                "p20_us": p20 * 1e6,
+                "p80_us": p80 * 1e6,
+                "added_us": median(added) * 1e6,
+                "added_share": median(added) / median(seconds[NONE]),
+            }
+        )
+    return rows
+
+
+def errors(quick: bool) -> list[dict[str, Any]]:
+    """The largest relative errors over the last hundredth of a long epoch."""
+    import keras
+    import numpy as np
+
+    from fastema.keras import LossAverages
+    from fastema.tracking import recover
+
+    batches, size = (500, 32) if quick else (10_000, 32)
+    count = (batches - 1) * size + 20  # the last batch is short
+    draw = np.random.default_rng(2)
+    x = draw.normal(size=(count, 8)).astype(np.float32)
+    y = draw.normal(size=(count, 1)).astype(np.float32)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")  # so that the truth is known
+    logged: list[float] = []
+    totals: list[float] = []
+
+    class Logged(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            logged.append(logs["loss"])
+            totals.append(float(self.model.metrics[0].total))
+
+    ours = LossAverages(window_size=None, decay=None)
+    options: dict[str, Any] = {"batch_size": size, "shuffle": False, "verbose": 0}
+    model.fit(x, y, callbacks=[ours, Logged()], **options)
+    kernel, bias = (np.float64(keras.ops.convert_to_numpy(one)) for one in model.weights)
+    squares = (x @ kernel + bias - y)[:, 0] ** 2
+    truth = np.array([squares[i : i + size].mean() for i in range(0, count, size)])
+    seen = np.minimum(np.arange(1, batches + 1) * size, count)
+    means, k = np.array(logged), np.arange(batches)
+    found = {
+        "LossAverages": np.array(ours.history["loss_raw"]),
+        "differences of Keras' sums": recover.from_totals(totals, seen),
+        "differences of Keras' means": recover.from_means(means, seen),
+        "(k + 1) m_k - k m_(k-1)": (k + 1) * means - k * np.concatenate([[0.0], means[:-1]]),
+    }
+    last = slice(-(batches // 100), -1)
+    return [
+        {
+            "question": ERROR,
+            "how": how,
+            "batches": batches,
+            "late": float(np.abs(raw / truth - 1)[last].max()),
+            "short": float(abs(raw[-1] / truth[-1] - 1)),
+        }
+        for how, raw in found.items()
+    ]
+
+
+def measured_apart(backend: str, quick: bool) -> list[dict[str, Any]]:
+    """Measure a backend in its own process: Keras takes one when it is imported, for good."""
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
+    command = [sys.executable, "-m", "bench.keras_losses", "--apart"]
+    done = subprocess.run(
+        command + (["--quick"] if quick else []),
+        check=True,
+        env={**os.environ, **quiet},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return [{"backend": backend, **row} for row in rows]
+
+
+_METHOD = (
+    "Microseconds per step of an epoch, from within; epochs of the entries in turn, medians; "
+    "*added* is the median difference from the epoch without a callback in the same round. Batches "
+    "of 32, 784 features, loss and accuracy, float32. On JAX and PyTorch a callback that "
+    "looks at batches ends asynchronous dispatch, which costs more than it saves on a CPU. Where "
+    "another callback looks at single batches, `LossAverages` works its averages out for each."
+)
+_EXACT = (
+    "Relative errors of the loss of single batches against float64: the largest in the last "
+    "hundredth of an epoch, and that of the short last batch."
+)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the tables of a result."""
+    times = {
+        (row["model"], row["entry"], row["backend"]): row
+        for row in result["rows"]
+        if row["question"] == TIME
+    }
+    exact = {
+        (row["how"], row["backend"]): row for row in result["rows"] if row["question"] == ERROR
+    }
+    backends = [one for one in BACKENDS if any(key[2] == one for key in times)]
+    named = [BACKENDS[one] for one in backends]
+    parts = ["# What batch losses cost in Keras", report.provenance(result["header"]), _METHOD]
+    for model in MODELS:
+        body = []
+        for entry in ENTRIES:
+            cells = []
+            for backend in backends:
+                row = times[model, entry, backend]
+                added = f" ({row['added_us']:+.1f}, {row['added_share']:+.1%})"
+                cells.append(report.number(row["median_us"]) + ("" if entry == NONE else added))
+            body.append([entry, *cells])
+        parts += [f"### {model}", report.aligned(["median µs per step (added)", *named], body)]
+    batches = next(iter(exact.values()))["batches"]
+    body = [
+        [
+            how,
+            *(f"{exact[how, one]['late']:.0e}, {exact[how, one]['short']:.0e}" for one in backends),
+        ]
+        for how in dict.fromkeys(key[0] for key in exact)
+    ]
+    parts += [
+        f"### Error after {batches:,} batches",
+        _EXACT,
+        report.aligned(["late, short last batch", *named], body),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.keras_losses", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few steps and rounds")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this one")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
+    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.apart:
+        rows = [row for name in MODELS for row in measured(name, options.quick)]
+        print(json.dumps(rows + errors(options.quick)))
+        return 0
+    command = "python -m bench.keras_losses" + (" --quick" if options.quick else "")
+    rows = []
+    for backend in options.backend or BACKENDS:
+        rows += measured_apart(backend, options.quick)
+    result = {"header": machine.header(command, "keras-losses", PACKAGES), "rows": rows}
+    text = markdown(result)
+    print(text)
+    name = "keras-losses-quick" if options.quick else "keras-losses"
+    report.store(options.out, name, result, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

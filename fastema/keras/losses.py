@@ -1,0 +1,336 @@
+"""The losses and metrics of single batches, and their moving averages, as a callback."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, Final
+
+import keras
+
+from fastema.errors import ArgumentError, FastemaError
+from fastema.keras.sums import Batch, BatchSums
+from fastema.tracking.scalar import OnNonFinite
+from fastema.tracking.smoother import MetricSmoother
+
+__all__ = ["LossAverages"]
+
+_SUFFIXES: Final = ("_raw", "_sma", "_ema")
+
+_READERS: Final = (
+    keras.callbacks.CSVLogger,
+    keras.callbacks.History,
+    keras.callbacks.ProgbarLogger,
+    keras.callbacks.RemoteMonitor,
+    keras.callbacks.TensorBoard,
+)
+"""Callbacks that show or write whatever is in the logs."""
+
+
+_BATCH_HOOKS: Final = ("on_batch_end", "on_train_batch_end")
+
+_CHUNK: Final = 256
+"""Batches that are taken in at once where no other callback looks at single ones."""
+
+
+def _looks_at_batches(callback: Any) -> bool:
+    if isinstance(callback, keras.callbacks.ProgbarLogger):
+        return bool(callback.verbose == 1)
+    return any(
+        name in vars(callback)
+        or getattr(type(callback), name) is not getattr(keras.callbacks.Callback, name)
+        for name in _BATCH_HOOKS
+    )
+
+
+class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
+    """Adds to the logs of ``fit`` what each batch's loss was, and its moving averages.
+
+    What Keras shows as ``loss`` is the mean since the epoch began: it lags behind at first, hardly
+    moves at the end, and jumps as the next epoch begins. For this and every other metric that is a
+    mean, the logs get, at the end of each batch and each epoch:
+
+    - ``loss_raw``: the value of this batch alone;
+    - ``loss_sma``: the mean of the last ``window_size`` batches;
+    - ``loss_ema``: ``avg += (1 - decay) * (raw - avg)``, beginning with the first batch.
+
+    They run on across epochs. Progress bar, ``History``, ``CSVLogger``, ``TensorBoard`` (per batch
+    with ``update_freq="batch"``), and ``EarlyStopping(monitor="loss_ema")`` see them.
+
+    Parameters
+    ----------
+    window_size : int or None
+        Batches in the simple moving average; None leaves it out.
+    decay : float or None
+        Weight of the old average in the exponential one; None leaves it out.
+    raw : bool
+        Whether the value of the batch itself is logged too.
+    metrics : sequence of str, optional
+        Names in the logs, such as ``("loss",)``; all that are means by default.
+    debias : bool
+        Begin the exponential average at zero and divide it by ``1 - decay**n``, see
+        :class:`fastema.tracking.ExponentialMovingAverage`.
+    on_nonfinite : {"show", "skip", "propagate", "raise"}
+        What the averages do with a NaN or an infinity, see the same.
+    record : bool
+        Keep all values, for :attr:`history`: 8 bytes per value.
+
+    Attributes
+    ----------
+    history : dict of str to array
+        With ``record=True``: the curves, one value per batch, by their names in the logs;
+        ``fastema.tracking.plot(callback.history)`` draws them.
+    averages : dict of str to float
+        The latest values, by their names in the logs.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument has no valid value. In ``fit``, before the first batch, if a callback that
+        reads the logs comes earlier in the list, or another one of these; after it, if one of
+        ``metrics`` is not in the logs, or is no mean.
+    StateError
+        In ``fit``, if the model's train function does not go through ``train_step``.
+    NonFiniteError
+        In ``fit``, with ``on_nonfinite="raise"``.
+
+    Notes
+    -----
+    **Place in the list.** Callbacks are called in the order of the list, and see what was added to
+    the logs before. This one comes first: one that reads the logs and comes earlier is an error as
+    training begins. ``History`` and the progress bar, which Keras adds itself, come last.
+
+    **How exact.** What a batch adds to a metric's sum and count is taken before they round it off,
+    within the compiled step: ``loss_raw`` is the loss that the batch had, to a rounding of float32
+    in sum and count, after a million batches as after ten, also with class and sample weights, a
+    short last batch, several outputs and accumulated gradients. Keras' own values stay the same to
+    the bit. A batch with a NaN spoils its own value, and not the rest of its epoch. With
+    ``compile(steps_per_execution=n)`` callbacks are called once for n batches: the value is the
+    mean of these, as one step of the averages.
+
+    Where a model on JAX has a ``train_step``, ``compute_metrics`` or ``get_metrics_result`` of its
+    own, or a metric does not add to its sums by ``assign_add``, values are the differences of the
+    running sums. In float32 they are off by up to ``6e-8 k |m|`` after k batches with mean m: a
+    thousandth of it after 10,000 batches.
+
+    **Metrics that are no means**, such as AUC, precision, IoU or F1, have no value of a batch that
+    the epoch's would be made of: nothing is added for them. ``RootMeanSquaredError`` is the root of
+    a mean, and its value for a batch the root of that of the batch.
+
+    **Validation.** Values of whole passes over the held-out data are not averaged further;
+    ``val_loss`` stays as it is, and validation leaves the averages alone.
+
+    **Cost.** The step is compiled once more for a model that has been trained before. Everything
+    comes to the host in one small array per step, with the logs that Keras fetches; where no later
+    callback looks at single batches, the averages are worked out for 256 of them at a time, and at
+    the end of the epoch. Where Keras
+    runs callbacks beside the training, on JAX and PyTorch, and an accelerator computes, this one
+    can be run so too.
+
+    **Loops of your own.** ``keras.callbacks.CallbackList([...], model=model)`` calls the same hooks
+    around ``train_on_batch``.
+
+    Examples
+    --------
+    >>> losses = fastema.keras.LossAverages(window_size=50, decay=0.95)     # doctest: +SKIP
+    >>> board = keras.callbacks.TensorBoard("logs", update_freq="batch")    # doctest: +SKIP
+    >>> model.fit(x, y, epochs=5, callbacks=[losses, board])                # doctest: +SKIP
+    >>> fastema.tracking.plot(losses.history)                               # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        window_size: int | None = 20,
+        decay: float | None = 0.9,
+        raw: bool = True,
+        *,
+        metrics: Sequence[str] | None = None,
+        debias: bool = False,
+        on_nonfinite: OnNonFinite = "show",
+        record: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(metrics, str):
+            raise ArgumentError(f"metrics={metrics!r}: expected a sequence: metrics=({metrics!r},)")
+        self._wanted = None if metrics is None else tuple(metrics)
+        self._smoother = MetricSmoother(
+            window_size, decay, raw=raw, debias=debias, on_nonfinite=on_nonfinite, record=record
+        )
+        self._sums: BatchSums | None = None
+        self._lock = threading.Lock()
+        self._thread = 0
+        self._ready: dict[int, dict[str, float]] = {}
+        self._on_nonfinite = on_nonfinite
+        self._chunk = 1
+
+    @property
+    def async_safe(self) -> bool:
+        """Whether Keras may call this from other threads, as it asks on JAX and PyTorch.
+
+        Where an accelerator computes, training need not wait for its results then. On a CPU other
+        threads cost more than they save.
+        """
+        return any(not name.startswith("cpu") for name in keras.distribution.list_devices())
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """Every value so far by its name in the logs, one per batch."""
+        self._take_in()
+        return self._smoother.history
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The latest values by their names in the logs."""
+        self._take_in()
+        return self._smoother.averages
+
+    def reset(self) -> None:
+        """Forget all values."""
+        self._take_in()
+        self._smoother.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the averages go on from: what JSON holds. The history is not part of it."""
+        self._take_in()
+        return self._smoother.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another run was.
+
+        Parameters
+        ----------
+        state : mapping
+            Of :meth:`state_dict`, of a callback with the same arguments.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of other arguments.
+        """
+        self._take_in()
+        self._smoother.load_state_dict(state)
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Check the order of the callbacks, and take the place of the model's train function."""
+        self._take_in()
+        callbacks = self._list()
+        place = next((i for i, one in enumerate(callbacks) if one is self), None)
+        self._chunk = 1
+        if place is not None:
+            self._check_before(callbacks[:place])
+            # An error is to come with its batch.
+            if self._on_nonfinite != "raise":
+                later = callbacks[place + 1 :]
+                self._chunk = 1 if any(map(_looks_at_batches, later)) else _CHUNK
+        if self._sums is None or self._sums.model is not self.model:
+            self._sums = BatchSums(self.model)
+        self._sums.install()
+        self._begin()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Begin to count batches; find a train function again that was made anew meanwhile."""
+        assert self._sums is not None
+        self._take_in()
+        self._sums.install()
+        self._begin()
+
+    def _begin(self) -> None:
+        assert self._sums is not None
+        self._sums.begin()
+        self._ready.clear()
+        self._thread = threading.get_ident()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Add the batch's values and the averages to the logs."""
+        # self.model would end the epoch's state on JAX: that property fetches it for callbacks.
+        sums = self._sums
+        assert sums is not None
+        if self._chunk > 1 and sums.executed > 1 and sums.waiting < self._chunk:
+            return
+        last = sums.executed - 1
+        if threading.get_ident() != self._thread:
+            # Of several threads each has a batch of its own, and they come in any order: the first
+            # one takes in what others need as well.
+            last = batch // sums.model.steps_per_execution
+        with self._lock:
+            self._take_in_until(last)
+            averages = self._ready.pop(last, None)
+            if self._chunk > 1:
+                self._ready.clear()
+        if logs is not None and averages is not None:
+            logs.update(averages)
+
+    def _take_in(self) -> None:
+        """Take in what waits."""
+        if self._sums is not None:
+            with self._lock:
+                self._take_in_until(None)
+
+    def _take_in_until(self, last: int | None) -> None:
+        assert self._sums is not None
+        try:
+            for number, found in self._sums.take(last):
+                self._ready[number] = self._smoother.update(self._chosen(found))
+        except FastemaError:
+            self._sums.remove()  # there will be no on_train_end
+            raise
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Add the latest values to the logs."""
+        if logs is not None:
+            logs.update(self.averages)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Give the model its train function back."""
+        assert self._sums is not None
+        self._take_in()
+        self._sums.remove()
+
+    def _chosen(self, found: Batch) -> dict[str, float]:
+        if self._wanted is None:
+            return found.values
+        for name in self._wanted:
+            if name not in found.means:
+                self._refuse_metric(name, found)
+        return {name: found.values[name] for name in self._wanted if name in found.values}
+
+    def _refuse_metric(self, name: str, found: Batch) -> None:
+        means = ", ".join(map(repr, found.means)) or "none"
+        if name in found.names:
+            problem = "it is no mean over batches, and has no value for a single one"
+        else:
+            problem = "the model logs nothing of this name"
+        raise ArgumentError(f"metrics: {name!r}: {problem}; those that are means: {means}")
+
+    # -- order -------------------------------------------------------------------------------------
+
+    def _check_before(self, callbacks: list[Any]) -> None:
+        for other in callbacks:
+            if isinstance(other, LossAverages):
+                raise ArgumentError(
+                    "callbacks: two LossAverages would log the same names: one of them follows all "
+                    "metrics"
+                )
+            monitor = getattr(other, "monitor", None)
+            waits = isinstance(monitor, str) and monitor.endswith(_SUFFIXES)
+            if waits or isinstance(other, _READERS):
+                what = f"monitors {monitor!r}" if waits else "reads the logs"
+                raise ArgumentError(
+                    f"callbacks: {type(other).__name__} {what}, and comes before LossAverages, "
+                    "which adds to them: put LossAverages first in the list"
+                )
+
+    def _list(self) -> list[Any]:
+        """All callbacks, in the order in which they are called; none if that cannot be told."""
+        # A callback is told nothing of the others, but is called by the list of all of them.
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, keras.callbacks.CallbackList):
+                return list(caller.callbacks)
+            frame = frame.f_back
+        return []

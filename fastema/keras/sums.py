@@ -1,0 +1,490 @@
+"""What each batch adds to the means that a model reports while it trains.
+
+Keras keeps of a metric the sum and the count since the epoch began, in float32. The difference of
+two such sums is off by their rounding, which grows with the epoch. Here what a batch adds is told
+before it is rounded off, within the compiled function, and Keras' own results stay the same to the
+bit. Where variables are written, on TensorFlow and PyTorch, what is added to them is noted. On JAX
+the sums begin at zero in each step: what they hold at its end is what the batch added, and then
+what they had is added back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import reduce
+from operator import add
+from typing import Any, Final, NamedTuple
+
+import keras
+import numpy as np
+
+from fastema.errors import StateError
+
+__all__ = ["Batch", "BatchSums"]
+
+_KEY: Final = "fastema: what the batch added"
+"""Of the entry in a step's logs that is taken out again before anybody sees them."""
+
+_MOST_PENDING: Final = 10_000
+"""Executions that may wait for the callback."""
+
+_LIBRARY_STEP: Final = ("train_step", "compute_metrics", "get_metrics_result")
+"""Methods that make logs of metrics: where they are Keras' own, nothing else looks at a metric."""
+
+
+class Batch(NamedTuple):
+    """One execution of the train function."""
+
+    names: list[str]
+    """Of all values that it logged."""
+    means: list[str]
+    """Of those that are means."""
+    values: dict[str, float]
+    """The means over this execution alone; without those for which nothing was counted."""
+
+
+def _is_mean(metric: Any) -> bool:
+    return (
+        isinstance(metric, keras.metrics.Mean)
+        and type(metric).result in (keras.metrics.Mean.result, _ROOT.result)
+        and len(metric.variables) == 2
+    )
+
+
+_ROOT: Final = keras.metrics.RootMeanSquaredError
+
+
+def _means(model: Any) -> list[Any]:
+    """The metrics of a model that are a sum divided by a count, each once."""
+    found: dict[int, Any] = {}
+    for one in model.metrics:
+        for metric in getattr(one, "metrics", [one]):  # those of compile() are one, with parts
+            if _is_mean(metric):
+                found[id(metric)] = metric
+    return list(found.values())
+
+
+def _sums(metrics: Sequence[Any]) -> list[Any]:
+    """Their variables: all totals, then all counts."""
+    return [one.total for one in metrics] + [one.count for one in metrics]
+
+
+def _is_library_step(model: Any) -> bool:
+    return all(
+        getattr(type(model), name) is getattr(keras.Model, name) and name not in vars(model)
+        for name in _LIBRARY_STEP
+    )
+
+
+def _flat(logs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in logs.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, value
+
+
+@contextmanager
+def _results(metrics: Sequence[Any], result: Callable[[Any], Any]) -> Iterator[None]:
+    """Let metrics report through another function for a while."""
+    for one in metrics:
+        vars(one)["result"] = lambda one=one: result(one)
+    try:
+        yield
+    finally:
+        for one in metrics:
+            del vars(one)["result"]
+
+
+class _Notes:
+    """What is added to a variable, as it is added."""
+
+    def __init__(self, variable: Any) -> None:
+        self._variable = variable
+        self._methods = vars(variable)
+        self._add = variable.assign_add
+        self._added: list[Any] = []
+        self.heard = False
+        """Whether anything was ever added."""
+
+    def begin(self) -> None:
+        """Forget what was added before, and note what will be."""
+        self._added = []
+        self._methods["assign_add"] = self
+
+    def end(self) -> None:
+        """Note no more."""
+        del self._methods["assign_add"]
+
+    def __call__(self, value: Any) -> Any:
+        """Add a value."""
+        self.heard = True
+        self._added.append(value.detach() if hasattr(value, "detach") else value)
+        return self._add(value)
+
+    def total(self) -> Any:
+        """Of all that was added, in the graph that is traced now; None if that cannot be said."""
+        if not self._added:
+            return None
+        if not hasattr(self._added[0], "detach"):  # TensorFlow
+            # What was added in a loop or a branch is another graph's.
+            here = getattr(_read(self._variable), "graph", None)
+            if any(getattr(one, "graph", None) is not here for one in self._added):
+                return None
+            self._added = [keras.ops.cast(one, self._variable.dtype) for one in self._added]
+        return reduce(add, self._added)
+
+
+class BatchSums:
+    """Stands in for a model's train function, and keeps what each execution added to its means.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled.
+
+    Notes
+    -----
+    A step that is not Keras' own may compute with the metrics' results. On JAX its metrics are left
+    as they are, and the differences of their sums are taken, rounded as these are; so they are
+    where a metric does not add to its sums by ``assign_add``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._backend = keras.backend.backend()
+        self._exact = _is_library_step(model)
+        self._step: Callable[..., Any] | None = None
+        self._function: Callable[..., Any] | None = None
+        self._theirs: Callable[..., Any] | None = None
+        self._metrics: list[Any] = []
+        self._sources: list[tuple[str, Any]] = []  # names in the logs, and their means
+        self._names: list[str] = []
+        self._means: list[str] = []
+        self._places: list[tuple[str, int, int, bool]] = []
+        self._results: dict[int, tuple[Any, Any]] = {}
+        self._within = 0
+        self._unpatch = ExitStack()
+        self._notes: list[_Notes] = []
+        self._silent: dict[int, Any] = {}  # variables that may change without a note
+        self._recent: Any = None
+        self._parts: list[Any] = []
+        self.executed = 0
+        """Executions of this epoch."""
+        self._pending: deque[tuple[int, list[Any]]] = deque()
+
+    # -- in the model ------------------------------------------------------------------------------
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model calls this."""
+        return self.model.train_function is self
+
+    def install(self) -> None:
+        """Take the place of the model's train function."""
+        if self.installed:
+            return
+        self.model.make_train_function()  # if there is none yet
+        if isinstance(self.model.train_function, BatchSums):
+            self.model.train_function.remove()  # of a run that failed
+        theirs = self.model.train_function
+        if self._function is None or theirs is not self._theirs:
+            self._metrics, self._sources, self._recent = [], [], None
+            self._function = self._made(theirs)
+            self._theirs = theirs
+        self.model.train_function = self
+        self.begin()
+
+    def remove(self) -> None:
+        """Give the model its own function back, unless it was given another meanwhile."""
+        if self.installed:
+            self.model.train_function = self._theirs
+
+    def _made(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
+        """A train function whose logs hold what the batch added."""
+        model = self.model
+        if self._backend == "torch":
+            self._step = theirs
+            return self._in_place if model.jit_compile else self._noted
+        self._step = model.train_step
+        alone = self._backend == "jax" or model.distribute_strategy.num_replicas_in_sync == 1
+        ours: dict[str, Any] = {"train_step": self._noted if alone else self._in_place}
+        if self._backend == "jax":
+            ours = {"train_step": self._stateless, "_make_function": self._each(model)}
+        before = {name: vars(model)[name] for name in ours if name in vars(model)}
+        vars(model).update(ours)
+        try:
+            model.make_train_function(force=True)
+            function: Callable[..., Any] = model.train_function
+        finally:
+            model.train_function = theirs
+            for name in ours:
+                del vars(model)[name]
+            vars(model).update(before)
+        return function
+
+    def _each(self, model: Any) -> Callable[..., Any]:
+        """On JAX an execution of several steps is a loop that keeps the logs of the last one."""
+        make = model._make_function
+
+        def make_function(step: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            def kept(*arguments: Any) -> Any:
+                logs, state = step(*arguments)
+                return self._taken(logs), state
+
+            return make(kept, *args, **options)
+
+        return make_function
+
+    def _taken(self, logs: Any) -> Any:
+        if isinstance(logs, dict) and _KEY in logs:
+            logs = dict(logs)
+            self._parts.append(logs.pop(_KEY))
+        return logs
+
+    def __call__(self, *args: Any) -> Any:
+        """Train for one execution."""
+        assert self._function is not None
+        self._parts = []
+        try:
+            if self._recent is not None:
+                _clear(self._recent)
+            found = self._function(*args)
+        except BaseException as error:
+            # The end of the data is no failure: JAX iterators end so, and those of TensorFlow.
+            if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
+                self.remove()
+            raise
+        if self._backend == "jax":
+            logs, state = found
+            found = self._taken(logs), state
+        else:
+            found = self._taken(found)
+        self._pending.append((self.executed, self._parts))
+        self.executed += 1
+        if len(self._pending) > _MOST_PENDING:
+            self.remove()  # the callback is gone: another one ended its run by an error
+            self._pending.clear()
+        return found
+
+    # -- within a step -----------------------------------------------------------------------------
+
+    def _in_place(self, data: Any) -> Any:
+        """A step that PyTorch compiles, or of several replicas on TensorFlow: nothing is noted."""
+        self._find(data)
+        sums = _sums(self._metrics)
+        before = [_read(one) for one in sums]
+        if self._exact:
+            for one in sums:
+                _clear(one)
+        logs = self._logged(data)
+        added = [_read(one) for one in sums]
+        if self._exact:
+            for one, old, new in zip(sums, before, added, strict=True):
+                _write(one, old + new)
+            logs.update((name, metric.result()) for name, metric in self._sources)
+        else:
+            added = [new - old for old, new in zip(before, added, strict=True)]
+        logs[_KEY] = self._summed(_stacked(added))
+        return logs
+
+    def _noted(self, data: Any) -> Any:
+        """A step on TensorFlow and PyTorch, where variables are written."""
+        self._find(data)
+        before = {i: _read(one) for i, one in self._silent.items()}
+        for note in self._notes:
+            note.begin()
+        try:
+            logs = self._logged(data)
+        finally:
+            for note in self._notes:
+                note.end()
+        added = [note.total() for note in self._notes]
+        for i, one in self._silent.items():
+            if added[i] is None:
+                added[i] = _read(one) - before[i]
+        if self._backend == "torch":
+            self._silent = {i: one for i, one in self._silent.items() if not self._notes[i].heard}
+            logs[_KEY] = [0.0 if one is None else one for one in added]
+        else:
+            logs[_KEY] = self._summed(_stacked(added))
+        return logs
+
+    def _stateless(self, state: Any, data: Any) -> Any:
+        """A step on JAX, where the sums go in and come out."""
+        self._find(data)
+        *others, given = state
+        places = {id(one): i for i, one in enumerate(self.model.metrics_variables)}
+        where = [places[id(one)] for one in _sums(self._metrics)]
+        before, given = [given[i] for i in where], list(given)
+        if self._exact:
+            for i in where:
+                given[i] = keras.ops.zeros_like(given[i])
+        found: list[Any] = []
+        logs = self._logged((*others, given), data, rest=found)
+        *others, left = found[0]
+        left = list(left)
+        added = [left[i] for i in where]
+        if self._exact:
+            for i, old, new in zip(where, before, added, strict=True):
+                left[i] = old + new
+            for name, metric in self._sources:
+                own = [left[places[id(one)]] for one in metric.variables]
+                logs[name] = metric.stateless_result(own)
+        else:
+            added = [new - old for old, new in zip(before, added, strict=True)]
+        logs[_KEY] = _stacked(added)
+        return logs, (*others, left)
+
+    def _find(self, data: Any) -> None:
+        """Look up the means."""
+        model = self.model
+        if self._metrics and self._backend == "torch":
+            return  # the walk through all layers would be one of each step
+        parts = (model._compile_metrics, model._compile_loss)
+        if self._backend == "tensorflow" and any(one and not one.built for one in parts):
+            # They would be built in the first step, and could not begin it at zero.
+            model._symbolic_build(data_batch=data)
+        self._metrics = _means(model)
+        if self._backend != "jax":
+            sums = _sums(self._metrics)
+            self._notes = [_Notes(one) for one in sums]
+            self._silent = dict(enumerate(sums))
+
+    def _logged(self, *args: Any, rest: list[Any] | None = None) -> dict[str, Any]:
+        """The logs of the model's own step, in which sources are found by their results."""
+        assert self._step is not None
+        if self._backend == "torch" and (self._sources or self.model.jit_compile):
+            logs = dict(_flat(self._step(*args)))
+            if not self._sources:  # what is compiled gives results that are other objects
+                with _results(self._metrics, lambda metric: metric):
+                    named = self.model.get_metrics_result()
+                self._found(logs, {id(logs[name]): named[name] for name in named if name in logs})
+            return logs
+        # On TensorFlow the steps of several replicas are traced in turns.
+        if not self._within:
+            self._results = {}
+            self._unpatch = ExitStack()
+            self._unpatch.enter_context(_results(self._metrics, self._result))
+        self._within += 1
+        try:
+            found = self._step(*args)
+        finally:
+            self._within -= 1
+            if not self._within:
+                self._unpatch.close()
+        if rest is not None:
+            found, *others = found
+            rest.extend(others)
+        logs = dict(_flat(found))
+        self._found(logs, {key: metric for key, (_, metric) in self._results.items()})
+        return logs
+
+    def _result(self, metric: Any) -> Any:
+        value = type(metric).result(metric)
+        self._results[id(value)] = value, metric
+        return value
+
+    def _found(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:
+        """Keep which of the logs are results of which metrics."""
+        self._names = list(logs)
+        self._sources = [
+            (name, metrics[id(value)]) for name, value in logs.items() if id(value) in metrics
+        ]
+        self._means = [name for name, _ in self._sources]
+        place = {id(metric): i for i, metric in enumerate(self._metrics)}
+        self._places = [
+            (name, place[id(one)], place[id(one)] + len(place), isinstance(one, _ROOT))
+            for name, one in self._sources
+        ]
+
+    def _summed(self, added: Any) -> Any:
+        """Over the steps of an execution, of which TensorFlow keeps the logs of the last one."""
+        if self.model.steps_per_execution == 1:
+            return added
+        if self._recent is None:
+            self._recent = keras.Variable(
+                np.zeros(len(self._metrics) * 2),
+                dtype=keras.backend.standardize_dtype(added.dtype),
+                trainable=False,
+                aggregation="sum",
+                synchronization="on_read",
+                name="recent",
+            )
+        self._recent.assign_add(added)
+        return _read(self._recent)
+
+    # -- for the callback --------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Executions that have not been taken."""
+        return len(self._pending)
+
+    def begin(self) -> None:
+        """Begin an epoch."""
+        self._pending.clear()
+        self.executed = 0
+
+    def take(self, last: int | None) -> Iterator[tuple[int, Batch]]:
+        """What has been executed and not been taken, in order, up to one of this epoch's."""
+        while self._pending and (last is None or self._pending[0][0] <= last):
+            number, parts = self._pending.popleft()
+            yield number, self._read_batch(parts)
+
+    def _read_batch(self, parts: list[Any]) -> Batch:
+        rows = [_numbers(one) for one in parts]
+        if not rows:
+            raise StateError(
+                f"the train function of the {type(self.model).__name__} {self.model.name!r} does "
+                "not go through its train_step (a make_train_function of its own, or Flax NNX): "
+                "what a batch adds to its metrics cannot be told"
+            )
+        sums = rows[0]
+        if len(rows) > 1:
+            sums = [math.fsum(column) for column in zip(*rows, strict=True)]
+        values = {}
+        for name, total, count, root in self._places:
+            if sums[count]:
+                mean = sums[total] / sums[count]
+                if root:
+                    # A difference of rounded sums may be below zero.
+                    mean = math.sqrt(0.0 if mean < 0.0 else mean)
+                values[name] = mean
+        return Batch(self._names, self._means, values)
+
+
+def _stacked(sums: Sequence[Any]) -> Any:
+    return keras.ops.stack(sums) if sums else keras.ops.zeros(0)
+
+
+def _read(variable: Any) -> Any:
+    """A copy of a variable's value."""
+    value = variable.value
+    return value.clone() if hasattr(value, "clone") else value.read_value()
+
+
+def _clear(variable: Any) -> None:
+    value = variable.value
+    if hasattr(value, "zero_"):
+        value.zero_()
+    else:
+        variable.assign(keras.ops.zeros_like(variable))
+
+
+def _write(variable: Any, value: Any) -> None:
+    own = variable.value
+    if hasattr(own, "copy_"):
+        own.copy_(value)
+    else:
+        variable.assign(value)
+
+
+def _numbers(vector: Any) -> list[float]:
+    if isinstance(vector, list):
+        return [float(one) for one in vector]
+    numbers: list[float] = (vector if hasattr(vector, "tolist") else vector.numpy()).tolist()
+    return numbers
