@@ -14,7 +14,7 @@ __all__ = ["decayed", "windowed"]
 _ROW: Final = 1 << 17
 """Values in a row of the table, at least where there are so many."""
 
-_WINDOWS: Final = 8
+_WINDOWS: Final = 6
 """Windows in a row, at least: it begins by adding up those before each of its four lanes."""
 
 

@@ -56,8 +56,9 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
     - ``loss_sma``: the mean of the last ``window_size`` batches;
     - ``loss_ema``: ``avg += (1 - decay) * (raw - avg)``, beginning with the first batch.
 
-    They run on across epochs. Progress bar, ``History``, ``CSVLogger``, ``TensorBoard`` (per batch
-    with ``update_freq="batch"``), and ``EarlyStopping(monitor="loss_ema")`` see them.
+    They run on across epochs; a short last batch counts as one of them. Progress bar, ``History``,
+    ``CSVLogger``, ``TensorBoard`` (per batch with ``update_freq="batch"``), and
+    ``EarlyStopping(monitor="loss_ema")`` see them.
 
     Parameters
     ----------
@@ -81,7 +82,9 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
     ----------
     history : dict of str to array
         With ``record=True``: the curves, one value per batch, by their names in the logs;
-        ``fastema.tracking.plot(callback.history)`` draws them.
+        ``fastema.tracking.plot(callback)`` draws them.
+    steps : dict of str to array
+        With ``record=True``: of every metric, the numbers of its batches, from 1.
     averages : dict of str to float
         The latest values, by their names in the logs.
 
@@ -137,7 +140,7 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
     >>> losses = fastema.keras.LossAverages(window_size=50, decay=0.95)     # doctest: +SKIP
     >>> board = keras.callbacks.TensorBoard("logs", update_freq="batch")    # doctest: +SKIP
     >>> model.fit(x, y, epochs=5, callbacks=[losses, board])                # doctest: +SKIP
-    >>> fastema.tracking.plot(losses.history)                               # doctest: +SKIP
+    >>> fastema.tracking.plot(losses)                                       # doctest: +SKIP
     """
 
     def __init__(
@@ -179,6 +182,22 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         """Every value so far by its name in the logs, one per batch."""
         self._take_in()
         return self._smoother.history
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """Of every metric, the numbers of its batches, from 1 and on through all epochs."""
+        self._take_in()
+        return self._smoother.steps
+
+    @property
+    def window_size(self) -> int | None:
+        """Batches in the simple moving average."""
+        return self._smoother.window_size
+
+    @property
+    def decay(self) -> float | None:
+        """Weight of the old average in the exponential one."""
+        return self._smoother.decay
 
     @property
     def averages(self) -> dict[str, float]:
