@@ -38,6 +38,7 @@ from fastema.kernels.words import (
     pointer_i64,
     store,
     store_dst,
+    store_src,
     sum_any_order,
 )
 
@@ -110,21 +111,6 @@ def _finished(dst, first, sums, rests, at, count, before, size, mean):
         store_dst(dst, first + i, result)
         odd = sum_any_order(odd, result * 0.0)
     return odd
-
-
-@device_fn
-def _running_sums(values, sums, stride, count, a, b, c, d):
-    """Of four lanes at a time, since each sum waits for the one before."""
-    for i in range(count):
-        a += load(values, i)
-        b += load(values, stride + i)
-        c += load(values, 2 * stride + i)
-        d += load(values, 3 * stride + i)
-        store(sums, i, a)
-        store(sums, stride + i, b)
-        store(sums, 2 * stride + i, c)
-        store(sums, 3 * stride + i, d)
-    return a, b, c, d
 
 
 @device_fn
@@ -303,6 +289,30 @@ def _split_differences(new, old, at, differences, rests, first, count, shift):
 
 
 @device_fn
+def _running_sums(firsts, rests, count, sums):
+    """Of four lanes and both parts at a time, since each sum waits for the one before; in place."""
+    a, a_rest, b, b_rest, c, c_rest, d, d_rest = sums
+    for i in range(count):
+        a += load_src(firsts, i)
+        b += load_src(firsts, STRETCH + i)
+        c += load_src(firsts, 2 * STRETCH + i)
+        d += load_src(firsts, 3 * STRETCH + i)
+        a_rest += load_dst(rests, i)
+        b_rest += load_dst(rests, STRETCH + i)
+        c_rest += load_dst(rests, 2 * STRETCH + i)
+        d_rest += load_dst(rests, 3 * STRETCH + i)
+        store_src(firsts, i, a)
+        store_src(firsts, STRETCH + i, b)
+        store_src(firsts, 2 * STRETCH + i, c)
+        store_src(firsts, 3 * STRETCH + i, d)
+        store_dst(rests, i, a_rest)
+        store_dst(rests, STRETCH + i, b_rest)
+        store_dst(rests, 2 * STRETCH + i, c_rest)
+        store_dst(rests, 3 * STRETCH + i, d_rest)
+    return a, a_rest, b, b_rest, c, c_rest, d, d_rest
+
+
+@device_fn
 def _slid(dst, at, sums, rests, first, count, n, inverse, least):
     """Write sums divided by ``n``; the number of those that may not be exact, or not finite."""
     odd = 0.0
@@ -334,16 +344,14 @@ def _slide(cells, at, size, mean, scratch):
     b, b_rest = _split_total(prev, lane, size, shift)
     c, c_rest = _split_total(prev, 2 * lane, size, shift)
     d, d_rest = _split_total(prev, 3 * lane, size, shift)
+    sums = a, a_rest, b, b_rest, c, c_rest, d, d_rest
     odd = 0.0
     for first in range(0, lane, STRETCH):
         now = min(STRETCH, lane - first)
         for k in range(LANES):
             place = k * lane + first
             _split_differences(src, prev, place, differences, rests, k * STRETCH, now, shift)
-        a, b, c, d = _running_sums(differences, differences, STRETCH, now, a, b, c, d)
-        a_rest, b_rest, c_rest, d_rest = _running_sums(
-            rests, rests, STRETCH, now, a_rest, b_rest, c_rest, d_rest
-        )
+        sums = _running_sums(differences, rests, now, sums)
         for k in range(LANES):
             place = k * lane + first
             odd += _slid(dst, place, differences, rests, k * STRETCH, now, n, inverse, least)
