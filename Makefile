@@ -29,7 +29,7 @@ help:
 	@echo "make test         the test suite: PyTorch, NumPy, JAX, Keras"
 	@echo "make test-all     the same, then with TensorFlow, then with NumPy alone"
 	@echo "make bench-quick  the benchmarks in short, under five minutes"
-	@echo "make bench        the benchmarks in full: speed, accuracy, quality; three quarters of an hour"
+	@echo "make bench        the benchmarks in full: speed, accuracy, quality; an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       let ruff rewrite what it can"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gc
 import json
 import math
+import pickle
 import re
 import threading
 from functools import partial
@@ -519,6 +521,9 @@ def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
             self.inner.set_model(self.model)
             self.inner.on_train_begin(logs)
 
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self.inner.on_train_batch_begin(batch, logs)
+
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             self.inner.on_train_batch_end(batch, logs)
 
@@ -527,6 +532,13 @@ def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
 
     inner = Inner()
     fit(model, inner, epochs=1)
+    lone = LossAverages()
+    lone.set_model(model)
+    lone.on_train_begin()
+    model.train_on_batch(X, Y)
+    with pytest.raises(StateError, match="on_train_batch_begin"):
+        lone.on_train_batch_end(0, {})
+    lone.on_train_end()
     assert len(inner.inner.history["loss_raw"]) == BATCHES
     # These need nothing of ours.
     fit(
@@ -698,7 +710,7 @@ def test_a_run_that_fails_leaves_the_models_own_function() -> None:
     assert model.train_function is own
 
 
-def test_a_run_that_another_callback_ended_is_no_burden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_another_callback_ended_is_no_burden() -> None:
     class Fails(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if batch == 1:
@@ -707,9 +719,13 @@ def test_a_run_that_another_callback_ended_is_no_burden(monkeypatch: pytest.Monk
     model, losses = build(), LossAverages()
     with pytest.raises(OSError, match="no space"):
         fit(model, losses, Fails())
-    monkeypatch.setattr("fastema.keras.sums._MOST_PENDING", 8)
-    assert fit(model).history.keys() == {"loss"}
+    seen = losses.history["loss_raw"].tolist()
+    assert len(seen) == 2
+    assert fit(model, y=100 * Y).history.keys() == {"loss"}
+    model.train_on_batch(X, 100 * Y)
+    assert losses.history["loss_raw"].tolist() == seen
     own = model.train_function
+    assert "fastema" not in type(own).__module__
     again, errors = LossAverages(), Errors()
     fit(model, again, errors)
     assert_exact(again.history["loss_raw"], errors.losses())
@@ -717,6 +733,45 @@ def test_a_run_that_another_callback_ended_is_no_burden(monkeypatch: pytest.Monk
     with pytest.raises(ArgumentError, match="'acc'"):
         fit(model, LossAverages(metrics=["acc"]))
     assert model.train_function is own
+
+
+def test_what_is_trained_in_a_callback_is_not_of_the_run() -> None:
+    class Trains(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.train_on_batch(X, 100 * Y)
+
+    class Nested(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch == 2:
+                other.train_on_batch(X, Y)
+
+    model, other, losses, errors = build(), build(), LossAverages(), Errors()
+    fit(model, losses, errors, Trains(), Nested())
+    assert_exact(losses.history["loss_raw"], errors.losses())
+    assert "fastema" not in type(model.train_function).__module__
+
+
+def test_copies_hold_the_averages_and_nothing_of_the_run() -> None:
+    model, losses = build(), LossAverages()
+    copy.deepcopy(losses)
+    fit(model, losses)
+    for other in (copy.deepcopy(losses), pickle.loads(pickle.dumps(losses))):
+        assert other.history == losses.history
+        fit(build(), other, epochs=1)
+        assert len(other.history["loss_raw"]) == 3 * BATCHES
+    assert len(losses.history["loss_raw"]) == 2 * BATCHES
+
+
+def test_which_way_is_better_is_said_or_asked_for() -> None:
+    stop = keras.callbacks.EarlyStopping(monitor="loss_ema", patience=1)
+    model = build()
+    history = fit(model, LossAverages(), stop, epochs=3).history
+    assert len(history["loss"]) == 3  # it falls all the time, which is what is wanted
+    stop = keras.callbacks.EarlyStopping(monitor="mae_sma")
+    model = build(metrics=["mae"])
+    with pytest.raises(ArgumentError, match=r"EarlyStopping\(monitor='mae_sma'\): say mode="):
+        fit(model, LossAverages(), stop)
+    assert fit(model).history.keys() == {"loss", "mae"}
 
 
 def test_resumed_run_goes_on_as_if_never_interrupted() -> None:

@@ -870,6 +870,15 @@ def test_a_swap_is_taken_back_after_an_error(rng: np.random.Generator, tmp_path:
     assert len(ema.shadow) == len(weights)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """In the background an interrupt is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_of_a_swap_leaves_the_weights(rng: np.random.Generator) -> None:
     weights = variables(rng)
     ema = ExponentialMovingAverage(0.9)

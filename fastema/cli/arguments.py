@@ -41,7 +41,11 @@ def picture_path(text: str) -> Path:
 def writable_path(text: str) -> Path:
     """Path of a file, refused before the work for it where it cannot be written."""
     path = Path(text)
+    if path.is_symlink():
+        path = path.resolve()  # or the link would be replaced by the file, or taken away
     existed = path.exists()
+    if existed and not path.is_file() and not path.is_dir():
+        return path  # a pipe, whose reader takes its first end for the last
     try:
         # Only opening the file tells: permission bits say nothing to root or of a read-only disk.
         with path.open("ab"):

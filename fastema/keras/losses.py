@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import keras
 
-from fastema.errors import ArgumentError, FastemaError
+from fastema.errors import ArgumentError, FastemaError, StateError
 from fastema.keras.sums import Batch, BatchSums
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother
@@ -43,6 +43,21 @@ def _looks_at_batches(callback: Any) -> bool:
         or getattr(type(callback), name) is not getattr(keras.callbacks.Callback, name)
         for name in _BATCH_HOOKS
     )
+
+
+def _settle_direction(callback: Any) -> None:
+    """Say whether less is better to a callback that is to find out by itself, and could not."""
+    monitor = getattr(callback, "monitor", None)
+    if getattr(callback, "mode", None) != "auto" or not isinstance(monitor, str):
+        return
+    name = next((monitor.removesuffix(one) for one in _SUFFIXES if monitor.endswith(one)), None)
+    if name == "loss":
+        callback.mode = "min"
+    elif name is not None:
+        raise ArgumentError(
+            f"callbacks: {type(callback).__name__}(monitor={monitor!r}): say mode='min' or "
+            "mode='max'; Keras cannot tell which of them is better"
+        )
 
 
 class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
@@ -95,7 +110,8 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         reads the logs comes earlier in the list, or another one of these; after it, if one of
         ``metrics`` is not in the logs, or is no mean.
     StateError
-        In ``fit``, if the model's train function does not go through ``train_step``.
+        In ``fit``, if the model's train function does not go through ``train_step``. In loops of
+        your own, for a batch that was not announced by ``on_train_batch_begin``.
     NonFiniteError
         In ``fit``, with ``on_nonfinite="raise"``.
 
@@ -172,10 +188,21 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
     def async_safe(self) -> bool:
         """Whether Keras may call this from other threads, as it asks on JAX and PyTorch.
 
-        Where an accelerator computes, training need not wait for its results then. On a CPU other
-        threads cost more than they save.
+        Where an accelerator computes, training need not wait for its results then; of PyTorch's
+        devices Keras does not tell. On a CPU other threads cost more than they save.
         """
-        return any(not name.startswith("cpu") for name in keras.distribution.list_devices())
+        return keras.backend.backend() == "jax" and any(
+            not name.startswith("cpu") for name in keras.distribution.list_devices()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the averages, and nothing of a run."""
+        self._take_in()
+        return {**vars(self), "_sums": None, "_lock": None, "_ready": {}, "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     @property
     def history(self) -> dict[str, Any]:
@@ -241,6 +268,8 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         self._chunk = 1
         if place is not None:
             self._check_before(callbacks[:place])
+            for other in callbacks[place + 1 :]:
+                _settle_direction(other)
             # An error is to come with its batch.
             if self._on_nonfinite != "raise":
                 later = callbacks[place + 1 :]
@@ -250,12 +279,25 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         self._sums.install()
         self._begin()
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Expect the batch: what is trained outside of this run is not of this run."""
+        sums = self._sums
+        assert sums is not None
+        if not sums.installed:  # somebody trained the model in a callback
+            self._take_in()
+            sums.install()
+            self._begin()
+        sums.expect()
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Begin to count batches; find a train function again that was made anew meanwhile."""
         assert self._sums is not None
         self._take_in()
         self._sums.install()
         self._begin()
+        self._sums.dispatched = self.async_safe
+        if self.async_safe:
+            self._sums.expect()
 
     def _begin(self) -> None:
         assert self._sums is not None
@@ -268,6 +310,11 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         # self.model would end the epoch's state on JAX: that property fetches it for callbacks.
         sums = self._sums
         assert sums is not None
+        if not sums.executed:
+            raise StateError(
+                "LossAverages: nothing is known of this batch: call on_train_batch_begin before it "
+                "is trained, and train it by fit or train_on_batch"
+            )
         if self._chunk > 1 and sums.executed > 1 and sums.waiting < self._chunk:
             return
         last = sums.executed - 1
@@ -300,6 +347,8 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Add the latest values to the logs."""
+        assert self._sums is not None
+        self._sums.rest()
         if logs is not None:
             logs.update(self.averages)
 

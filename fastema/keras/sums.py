@@ -175,6 +175,9 @@ class BatchSums:
         self.executed = 0
         """Executions of this epoch."""
         self._pending: deque[tuple[int, list[Any]]] = deque()
+        self._expected = False
+        self.dispatched = False
+        """Whether callbacks run beside the training: then they cannot announce each execution."""
 
     # -- in the model ------------------------------------------------------------------------------
 
@@ -197,6 +200,14 @@ class BatchSums:
             self._theirs = theirs
         self.model.train_function = self
         self.begin()
+
+    def expect(self) -> None:
+        """The next execution is one to keep; where callbacks run beside it, so are all others."""
+        self._expected = True
+
+    def rest(self) -> None:
+        """No execution is, until further notice."""
+        self._expected = False
 
     def remove(self) -> None:
         """Give the model its own function back, unless it was given another meanwhile."""
@@ -248,6 +259,12 @@ class BatchSums:
     def __call__(self, *args: Any) -> Any:
         """Train for one execution."""
         assert self._function is not None
+        if not self._expected:
+            # A loop that this was left behind in by an error, or one within a callback.
+            self.remove()
+            assert self._theirs is not None
+            return self._theirs(*args)
+        self._expected = self.dispatched
         self._parts = []
         try:
             if self._recent is not None:

@@ -60,20 +60,21 @@ def read(source: str | os.PathLike[str] | TextIO, step: str | None = None) -> di
 
 def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
     """A training log as a table; parameters and errors are those of `read`."""
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.is_dir() or ".tfevents." in path.name:
-            return event_files.read(path)
-        try:
+    name = str(getattr(source, "name", "the text"))
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            name = str(path)
+            if path.is_dir() or ".tfevents." in path.name:
+                return event_files.read(path)
             text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise ArgumentError(
-                f"{path} is no text; logs are CSV, JSON, JSON lines, or TensorBoard event files "
-                "(with .tfevents. in their names)"
-            ) from None
-        name = str(path)
-    else:
-        text, name = source.read(), str(getattr(source, "name", "the text"))
+        else:
+            text = source.read()
+    except UnicodeDecodeError:
+        raise ArgumentError(
+            f"{name} is no text; logs are CSV, JSON, JSON lines, or TensorBoard event files "
+            "(with .tfevents. in their names)"
+        ) from None
     if not text.strip():
         raise ArgumentError(f"{name} is empty")
     return _json(text, name) if text.lstrip()[0] in "{[" else _csv(text, name)
@@ -82,7 +83,7 @@ def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
 def _csv(text: str, source: str) -> Table:
     if "\0" in text:
         raise ArgumentError(f"{source} is no text; a log has a name per column in its first line")
-    delimiter = _delimiter(text)
+    delimiter = _delimiter(text, source)
     rows = _rows(io.StringIO(text), delimiter, source)
     _, header = next(rows)
     names = [name.strip() for name in header]
@@ -124,11 +125,13 @@ def _rows(lines: Iterable[str], delimiter: str, source: str) -> Iterator[tuple[i
         raise ArgumentError(f"{source}, line {reader.line_num}: {error}") from None
 
 
-def _delimiter(text: str) -> str:
+def _delimiter(text: str, source: str) -> str:
     """The separator that cuts the first lines into the most cells, equally many in each."""
+    # The last line may be in the middle of being written.
+    whole = text[: text.rfind("\n") + 1] or text
 
     def cells(delimiter: str) -> tuple[bool, int]:
-        sample = itertools.islice(_rows(io.StringIO(text), delimiter, ""), _SAMPLE_LINES)
+        sample = itertools.islice(_rows(io.StringIO(whole), delimiter, source), _SAMPLE_LINES)
         counts = [len(row) for _, row in sample]
         return len(set(counts)) == 1 and counts[0] > 1, counts[0]
 

@@ -17,6 +17,7 @@ STYLE: Final[Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar in the name of a metric is one
     "axes.labelcolor": GREY,
     "axes.edgecolor": "#b6bcc4",
     "axes.spines.top": False,

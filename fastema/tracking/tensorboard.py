@@ -221,22 +221,39 @@ class _Points:
                 "event files are written by the tensorboard package: pip install fastema[tracking]"
             ) from None
         self.folder = folder
+        self._process = os.getpid()
         self.waiting: deque[tuple[str, str, float, int, float]] = deque()
         self._files = {kind: new_writer(os.path.join(folder, kind)) for kind in kinds}
 
     def check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise StateError(
+                f"the writer of {self.folder} belongs to the process that made it: make another "
+                "one after a fork"
+            )
         if not self._files:
             raise StateError(f"the writer of {self.folder} is closed: make another one")
 
     def write(self) -> None:
+        """Write all that waits; then raise what the first unreadable value raised."""
+        errors = []
         with np.errstate(over="ignore"):  # of numbers beyond float32
             while self.waiting:
                 kind, tag, value, step, wall_time = self.waiting.popleft()
-                self._files[kind].add_scalar(tag, float(value), step, wall_time=wall_time)
+                try:
+                    number = float(value)
+                except Exception as error:
+                    errors.append(error)
+                    continue
+                self._files[kind].add_scalar(tag, number, step, wall_time=wall_time)
         for file in self._files.values():
             file.flush()
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
+        if os.getpid() != self._process:
+            return  # the threads that write are not in a forked process
         files = self._files
         try:
             self.write()

@@ -431,3 +431,55 @@ def test_without_matplotlib(path: Path) -> None:
     )
     assert done.returncode == 2
     assert "--plot takes the matplotlib package: pip install matplotlib" in done.stderr
+
+
+def test_standard_input_is_read_as_a_file_is() -> None:
+    text = "\ufeffstep,µ\n0,1.0\n1,3.0\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "fastema", "smooth", "-", "--sma", "2"],
+        input=text.encode(),
+        env={**os.environ, "PYTHONPATH": ROOT, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+        capture_output=True,
+        check=True,
+    )
+    assert columns(done.stdout.decode())["µ_sma"] == ["1.0", "2.0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastema", "smooth", "-"],
+        input=b"step,loss\n0,\xff\n",
+        env={**os.environ, "PYTHONPATH": ROOT},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert b"is no text" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_link_to_what_is_not_there_yet_stays_one(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "out.csv"
+    link.symlink_to("real/out.csv")
+    assert smooth(path, "-o", link) == 0
+    assert link.is_symlink()
+    assert "loss_ema" in columns((tmp_path / "real" / "out.csv").read_text())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_named_pipe_is_written_once(path: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        try:
+            done = _command(str(path), "-o", str(pipe), timeout=60)
+            text, _ = reader.communicate(timeout=60)
+        finally:
+            reader.kill()
+    assert done.returncode == 0, done.stderr
+    assert "loss_ema" in columns(text)
+
+
+def test_a_log_that_is_being_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("wall time,loss\n2024-01-01 10:00,2\n2024-01-01 10:01,3\n2024-01-01 10:02")
+    assert smooth(path, "--sma", 2) == 0
+    assert columns(capsys.readouterr().out)["loss_sma"][:2] == ["2.0", "2.5"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from ..needed import modules
 modules("matplotlib")
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 from fastema.tracking.logs import Curve  # noqa: E402
 from fastema.tracking.panels import Panel, averages, panels  # noqa: E402
@@ -443,3 +445,10 @@ def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path
         "assert settings() == before"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True)
+
+
+def test_dollars_in_names_are_dollars() -> None:
+    name = "$\\frac{x$"
+    figure = plot({name: [3.0, 2.0, 1.0]}, title="$\\bad{$ and a$b$")
+    figure.savefig(io.BytesIO())
+    assert any(name in text.get_text() for text in figure.findobj(Text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -302,6 +303,44 @@ def test_wrong_use(tmp_path: Path) -> None:
         with pytest.raises(ArgumentError):
             TensorBoardWriter(tmp_path / "never", **options)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
+def test_a_forked_process_leaves_the_files_alone(tmp_path: Path) -> None:
+    program = f"""
+    import os, sys
+    from fastema.errors import StateError
+    from fastema.tracking import TensorBoardWriter
+    writer = TensorBoardWriter({str(tmp_path)!r})
+    writer.add_scalar("loss", 1.5)
+    if os.fork() == 0:
+        try:
+            writer.add_scalar("loss", 9.0)
+        except StateError as error:
+            assert "fork" in str(error)
+            writer.close()
+            sys.exit(0)
+        sys.exit(1)
+    assert os.wait()[1] == 0
+    writer.add_scalar("loss", 2.5)
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+    subprocess.run(command, check=True, timeout=60)
+    assert values(tmp_path, "raw", "loss").tolist() == [1.5, 2.5]
+
+
+def test_a_value_that_cannot_be_read_takes_no_other_along(tmp_path: Path) -> None:
+    class Lost(float):
+        def __float__(self) -> float:
+            raise RuntimeError("device lost")
+
+    writer = TensorBoardWriter(tmp_path, window_size=None, decay=None)
+    writer.add_scalar("loss", 1.0)
+    writer._points.waiting.append(("raw", "loss", Lost(), 1, time.time()))
+    writer.add_scalar("loss", 3.0, 2)
+    with pytest.raises(RuntimeError, match="device lost"):
+        writer.close()
+    assert [point.step for point in read(tmp_path, "raw", "loss")] == [0, 2]
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path, writable_path
 from fastema.errors import ArgumentError, FastemaError
@@ -139,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
     from fastema.cli.smooth import averages, summary
     from fastema.tracking import logs, panels
 
-    log = logs.read_table(sys.stdin if args.log == STANDARD else args.log)
+    log = logs.read_table(_standard_input() if args.log == STANDARD else args.log)
     smoothed = averages.smooth(
         log,
         panels.averages(args.sma, args.ema, debias=args.debias, on_nonfinite=args.on_nonfinite),
@@ -149,6 +150,8 @@ def _run(args: argparse.Namespace) -> None:
     step = log.step_column(args.step)
     out = args.out or (None if args.plot else STANDARD)
     if out == STANDARD:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as files are, whatever the terminal says
         averages.write(sys.stdout, log, smoothed, raw=args.raw)
         sys.stdout.flush()
     elif out:
@@ -157,6 +160,12 @@ def _run(args: argparse.Namespace) -> None:
         averages.draw(args.plot, log, smoothed, step, raw=args.raw)
     if not args.quiet:
         print(summary.summary(log, smoothed, step, out, args.plot), file=sys.stderr)
+
+
+def _standard_input() -> TextIO:
+    """Read as files are: in UTF-8, with or without a mark at its beginning."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin if buffer is None else io.TextIOWrapper(buffer, encoding="utf-8-sig")
 
 
 def _check_paths(args: argparse.Namespace) -> None:
