@@ -54,9 +54,9 @@ def test_rows_join(size: int, threads: int) -> None:
         fastema.set_num_threads(before)
     rng = np.random.default_rng(threads)
     # Where rows and lanes begin, and anywhere.
-    row = max(1 << 17, 8 * size)
-    edges = [size + k * row + d for k in range(9) for d in (-1, 0, 1)]
-    edges += [size + k * row // 4 + d for k in range(40) for d in (-1, 0, 1)]
+    row = max(series._ROW, series._WINDOWS * size)
+    edges = [size + k * row + d for k in range(50) for d in (-1, 0, 1)]
+    edges += [size + k * row // 4 + d for k in range(200) for d in (-1, 0, 1)]
     for end in [*edges, *rng.integers(1, n, 60).tolist(), n, n - 1, n - 2, n - 3]:
         if 0 < end <= n:
             window = x[max(0, end - size) : end]
@@ -69,7 +69,7 @@ def test_rows_join(size: int, threads: int) -> None:
 def test_a_spike_leaves_no_trace(size: int, spike: float) -> None:
     n = 400_000
     x = np.random.default_rng(1).uniform(1e-3, 1.0, n)
-    places = [3, size, 131_072, 200_001, 399_000]
+    places = [3, size, series._ROW, 131_072, 200_001, 399_000]
     x[places] = spike
     found, finite = series.windowed(x, np.empty(0), size, mean=False)
     assert finite
