@@ -15,7 +15,7 @@ _ROW: Final = 1 << 15
 """Values in a row of the table, at least where there are so many: it is gone through twice, and
 stays in the second-level cache."""
 
-_WINDOWS: Final = 6
+_WINDOWS: Final = 4
 """Windows in a row, at least: it begins by adding up those before each of its four lanes."""
 
 
@@ -55,6 +55,10 @@ def windowed(
     table[:, k.DST] = result.ctypes.data + 8 * starts
     table[:, k.COUNT] = np.diff(starts, append=len(x))
     table[:, k.SEEN] = np.minimum(starts + len(history), size)
+    # Threads take rows in turn: far apart, lest two of them meet in one new page of the results,
+    # which both would then clear.
+    apart = -(-len(starts) // cpu.get_num_threads())
+    table = table[np.argsort(np.arange(len(starts)) % max(apart, 1), kind="stable")]
     control = np.zeros(k.CONTROLS, np.int64)
     control[k.SIZE], control[k.MEAN] = size, mean
     nbytes = x.nbytes + result.nbytes
