@@ -381,6 +381,7 @@ def windowed(table, rows, numbers, control):
             odd = _together(cells, at, size, mean, scratch)
         store(cells, at + ODD, 0 if odd == 0.0 else 1)
         row = fetch_add(control + 8 * NEXT, 1)
+    room[0] = 0.0  # Numba frees an array after its last use, and an address is none
 
 
 # -- exponential averages -------------------------------------------------------------------------
@@ -425,3 +426,4 @@ def decayed(source, count, target, numbers):
         first += now
     store(values, 1, high)
     store(values, 2, low)
+    room[0] = 0.0  # Numba frees an array after its last use, and an address is none

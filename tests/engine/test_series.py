@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,3 +164,45 @@ def test_sums_of_the_smallest_floats() -> None:
     x = np.random.default_rng(6).integers(-9, 10, 300_000) * 5e-324
     found, _ = series.windowed(x, np.empty(0), 10, mean=False)
     np.testing.assert_array_equal(found[-5_000:], windows(x[-5_000:], x[-5_010:-5_000], 10, False))
+
+
+SHARED = """
+import numpy as np
+import fastema
+from concurrent.futures import ThreadPoolExecutor
+from fastema.engine import series
+
+fastema.set_num_threads(1)
+x = np.random.default_rng(0).lognormal(0.0, 2.0, 200_003)
+sizes = (1, 2, 7, 300)
+expected = {size: series.windowed(x, np.empty(0), size, mean=True)[0] for size in sizes}
+decayed, _ = series.decayed(x, 0.9, (0.0, 0.0))
+fastema.set_num_threads(3)
+
+def work(i):
+    size = sizes[i % 4]
+    np.testing.assert_array_equal(
+        series.windowed(x, np.empty(0), size, mean=True)[0], expected[size]
+    )
+    np.testing.assert_array_equal(series.decayed(x, 0.9, (0.0, 0.0))[0], decayed)
+
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(work, range(80)))
+"""
+
+
+@pytest.mark.slow
+def test_scratch_memory_is_not_given_to_others_meanwhile() -> None:
+    """All threads take their memory from one place: what one frees the next one gets."""
+    root = str(Path(fastema.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
