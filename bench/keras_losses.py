@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ from typing import Any
 
 from bench import machine, report
 from bench.clock import interleave, spread
-from bench.keras_step import BACKENDS, BATCH, _clock, small
+from bench.keras_step import BACKENDS, BATCH, _clock, measured_apart, small
 
 PACKAGES = ("numpy", "numba", "keras", "torch", "tensorflow-cpu", "tensorflow", "jax")
 NONE, OURS, IDLE = "no callback", "fastema.keras.LossAverages", "a callback that does nothing"
@@ -181,21 +179,6 @@ def errors(quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-def measured_apart(backend: str, quick: bool) -> list[dict[str, Any]]:
-    """Measure a backend in its own process: Keras takes one when it is imported, for good."""
-    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
-    command = [sys.executable, "-m", "bench.keras_losses", "--apart"]
-    done = subprocess.run(
-        command + (["--quick"] if quick else []),
-        check=True,
-        env={**os.environ, **quiet},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return [{"backend": backend, **row} for row in rows]
-
-
 _METHOD = (
     "Microseconds per step of an epoch, from within; epochs of the entries in turn, medians; "
     "*added* is the median difference from the epoch without a callback in the same round. Batches "
@@ -262,7 +245,7 @@ def main() -> int:
     command = "python -m bench.keras_losses" + (" --quick" if options.quick else "")
     rows = []
     for backend in options.backend or BACKENDS:
-        rows += measured_apart(backend, options.quick)
+        rows += measured_apart("bench.keras_losses", backend, options.quick)
     result = {"header": machine.header(command, "keras-losses", PACKAGES), "rows": rows}
     text = markdown(result)
     print(text)

@@ -206,10 +206,10 @@ def race(name: str, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def measured_apart(backend: str, quick: bool) -> list[dict[str, Any]]:
+def measured_apart(module: str, backend: str, quick: bool) -> list[dict[str, Any]]:
     """Measure a backend in its own process: Keras takes one when it is imported, for good."""
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
-    command = [sys.executable, "-m", "bench.keras_step", "--apart"]
+    command = [sys.executable, "-m", module, "--apart"]
     done = subprocess.run(
         command + (["--quick"] if quick else []),
         check=True,
@@ -271,7 +271,7 @@ def main() -> int:
     command = "python -m bench.keras_step" + (" --quick" if options.quick else "")
     rows = []
     for backend in options.backend or BACKENDS:
-        rows += measured_apart(backend, options.quick)
+        rows += measured_apart("bench.keras_step", backend, options.quick)
     result = {"header": machine.header(command, "keras-step", PACKAGES), "rows": rows}
     text = markdown(result)
     print(text)
