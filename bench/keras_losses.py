@@ -8,20 +8,16 @@ that Keras logs.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import machine, report
+from bench import report
 from bench.clock import interleave, spread
-from bench.keras_step import BACKENDS, BATCH, _clock, measured_apart, small
+from bench.keras_step import BACKENDS, BATCH, _clock, run, small
 
-PACKAGES = ("numpy", "numba", "keras", "torch", "tensorflow-cpu", "tensorflow", "jax")
 NONE, OURS, IDLE = "no callback", "fastema.keras.LossAverages", "a callback that does nothing"
 READ = "fastema.keras.LossAverages, each batch looked at"
 ENTRIES = (NONE, OURS, IDLE, READ)
@@ -231,28 +227,10 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.keras_losses", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few steps and rounds")
-    parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this one")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
-    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.apart:
-        rows = [row for name in MODELS for row in measured(name, options.quick)]
-        print(json.dumps(rows + errors(options.quick)))
-        return 0
-    command = "python -m bench.keras_losses" + (" --quick" if options.quick else "")
-    rows = []
-    for backend in options.backend or BACKENDS:
-        rows += measured_apart("bench.keras_losses", backend, options.quick)
-    result = {"header": machine.header(command, "keras-losses", PACKAGES), "rows": rows}
-    text = markdown(result)
-    print(text)
-    name = "keras-losses-quick" if options.quick else "keras-losses"
-    report.store(options.out, name, result, text)
-    return 0
+def answers(quick: bool) -> list[dict[str, Any]]:
+    """Times and errors on the backend of this process."""
+    return [row for name in MODELS for row in measured(name, quick)] + errors(quick)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("keras-losses", __doc__, answers, markdown))

@@ -257,27 +257,38 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.keras_step", description=__doc__)
+def run(
+    name: str,
+    purpose: str | None,
+    measure: Callable[[bool], list[dict[str, Any]]],
+    tables: Callable[[dict[str, Any]], str],
+) -> int:
+    """Answer the command line of a question that is put to each backend, apart from the others."""
+    module = "bench." + name.replace("-", "_")
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
     parser.add_argument("--quick", action="store_true", help="few steps and rounds")
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this one")
     parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
     parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.apart:
-        rows = [row for name in MODELS for row in race(name, options.quick)]
-        print(json.dumps(rows))
+        print(json.dumps(measure(options.quick)))
         return 0
-    command = "python -m bench.keras_step" + (" --quick" if options.quick else "")
     rows = []
     for backend in options.backend or BACKENDS:
-        rows += measured_apart("bench.keras_step", backend, options.quick)
-    result = {"header": machine.header(command, "keras-step", PACKAGES), "rows": rows}
-    text = markdown(result)
+        rows += measured_apart(module, backend, options.quick)
+    command = f"python -m {module}" + (" --quick" if options.quick else "")
+    result = {"header": machine.header(command, name, PACKAGES), "rows": rows}
+    text = tables(result)
     print(text)
-    report.store(options.out, "keras-step-quick" if options.quick else "keras-step", result, text)
+    report.store(options.out, f"{name}-quick" if options.quick else name, result, text)
     return 0
 
 
+def races(quick: bool) -> list[dict[str, Any]]:
+    """Race the entries on every model, on the backend of this process."""
+    return [row for name in MODELS for row in race(name, quick)]
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("keras-step", __doc__, races, markdown))
