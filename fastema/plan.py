@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from operator import is_
+from typing import Any, Final, Literal, TypeAlias
 
 from fastema.bridges.memory import allocate
 from fastema.bridges.moving import Located, Locator
@@ -23,14 +25,30 @@ from fastema.layout.group import (
     refuse_unwritable,
     unique,
 )
-from fastema.layout.spec import Leaves, TensorSpec
+from fastema.layout.spec import Leaves, Role, TensorSpec
 
-__all__ = ["Plan", "copy_", "lerp_", "mean_between", "swap_"]
+__all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]
 
-_TAG = "all"
+PolicyOf: TypeAlias = Callable[[str, Role], Literal["average", "copy", "skip"]]
+"""What is done with a tensor of ``x``, by its name and what the model uses it for."""
+
+_OPERATIONS: Final = {
+    "lerp": {"averaged": "lerp", "copied": "copy"},
+    "copy": {"averaged": "copy", "copied": "copy"},
+    "swap": {"averaged": "swap", "copied": "swap"},
+}
+"""What each operation of a plan does with the tensors that are averaged, and with the others."""
 
 _MARKS = {"nearest": "", "stochastic": "~"}
 """How a kernel's format says how it rounds."""
+
+
+def _without_skipped(leaves: Leaves, policy: PolicyOf, roles: Mapping[str, Role]) -> Leaves:
+    """The leaves that a policy does not skip, by the role that a name has in ``roles``."""
+    kept = {name for name in leaves.roles if policy(name, roles[name]) != "skip"}
+    items = [leaf for leaf in leaves.items if leaf.name in kept]
+    opaque = [one for one in leaves.opaque if one.name in kept]
+    return replace(leaves, items=items, opaque=opaque)
 
 
 def matched(dst: Leaves, src: Leaves) -> list[Pair]:
@@ -74,6 +92,11 @@ class Plan:
     seed : int
         Of the random bits, at least 0. They also depend on the number of the call, the tensor's
         name and the element's place in it.
+    policy : callable, optional
+        ``policy(name, role)``: ``"average"``, ``"copy"`` or ``"skip"`` for each tensor of ``x``,
+        whose role is ``"weight"``, in a module also ``"frozen"`` or ``"buffer"``. :meth:`lerp_`
+        copies what is to be copied, and integers and booleans; what is skipped may be missing on
+        either side. Asked when the tensors are looked up. Without one all have to be floats.
 
     Attributes
     ----------
@@ -100,40 +123,73 @@ class Plan:
     array([0.4375, 0.4375], dtype=float32)
     """
 
-    def __init__(self, avg: Any, x: Any, *, rounding: str = "nearest", seed: int = 0) -> None:
+    def __init__(
+        self,
+        avg: Any,
+        x: Any,
+        *,
+        rounding: str = "nearest",
+        seed: int = 0,
+        policy: PolicyOf | None = None,
+    ) -> None:
         if rounding not in _MARKS:
             raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
         self._mark, self._seed, self.calls = _MARKS[rounding], checked_seed(seed), 0
         self._avg, self._x = materialised(avg), materialised(x)
+        self._policy = policy
         self._lock = rlock()
         self._build()
 
     def _build(self) -> None:
-        dst, src = leaves_of(self._avg), leaves_of(self._x)
+        whole = leaves_of(self._avg), leaves_of(self._x)
+        dst, src = whole
+        roles = {**dst.roles, **src.roles}
+        if self._policy is not None:
+            dst, src = (_without_skipped(side, self._policy, roles) for side in whole)
         pairs = [self._rounded(pair) for pair in matched(dst, src)]
         for pair in pairs:
             refuse_unwritable(pair.name, pair.dst)
         avg, x = [(p.name, p.dst) for p in pairs], [(p.name, p.src) for p in pairs]
         _refuse_overlap(avg, x)
-        sides = (dst, self._avg), (src, self._x)
-        watches = [None if leaves.moving else watch(leaves) for leaves, _ in sides]
-        locators = [Locator(*side) if side[0].moving else None for side in sides]
+        watches = [None if leaves.moving else watch(leaves) for leaves in (dst, src)]
+        locators = [
+            Locator(leaves, container) if leaves.moving else None
+            for leaves, container in zip(whole, (self._avg, self._x), strict=True)
+        ]
         tell = [written(spec.owner for _, spec in side) for side in (avg, x)]
         if src.moving:  # what never changes is not to be kept: the next step has other arrays
             pairs = [pair._replace(src=pair.src.kept_by(None)) for pair in pairs]
-        self._program = Program({_TAG: pairs})
+        copied = self._copied(pairs, roles)
+        averaged = [pair for pair in pairs if pair.name not in copied]
+        self._program = Program(
+            {"averaged": averaged, "copied": [pair for pair in pairs if pair.name in copied]}
+        )
         self._pairs, self._guard = pairs, Guard(avg, x)
         self._watches: Sequence[Watch | None] = watches
         self._locators: Sequence[Locator | None] = locators
         self._written, self._swapped = tell
-        self._exact = [pair for pair in pairs if not pair.dst.kind.real]
+        self._exact = [pair for pair in averaged if not pair.dst.kind.real]
+        self._random = any(pair.form.endswith("~") for pair in averaged)
         self._swappable = False
+
+    def _copied(self, pairs: Sequence[Pair], roles: Mapping[str, Role]) -> set[str]:
+        """Names of what is copied where the rest is averaged."""
+        policy = self._policy
+        if policy is None:
+            return set()
+        return {
+            pair.name
+            for pair in pairs
+            if not pair.dst.kind.real or policy(pair.name, roles[pair.name]) == "copy"
+        }
 
     def _found(self, x: Any, swap: bool) -> list[Located | None]:
         """Where everything lies that moves; what else moved is an occasion to look again."""
-        if x is None or x is self._x:
+        if x is not None:
+            x = materialised(x)
+        if x is None or x is self._x or _same_list(x, self._x):
             return self._looked_up(swap)
-        self._x = materialised(x)
+        self._x = x
         return self._looked_up(swap, anew=self._locators[1] is None)
 
     def _looked_up(self, swap: bool, anew: bool = False) -> list[Located | None]:
@@ -166,9 +222,10 @@ class Plan:
             except BaseException:  # the next call goes on as if this one had not been
                 vars(self).update(before)
                 raise
-            if operation == "lerp" and self._mark:
+            if operation == "lerp" and self._random:
                 self._refuse_capture()
-            self._program.run({_TAG: operation}, Moment((weight,), self._seed, self.calls))
+            moment = Moment((weight,), self._seed, self.calls)
+            self._program.run(_OPERATIONS[operation], moment)
             self.calls += 1
             for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
                 tell(arrays)
@@ -187,7 +244,7 @@ class Plan:
             raise DTypeError(
                 "only floats are averaged:\n"
                 + listed(f"{name!r} is {dst.dtype}" for name, dst, *_ in self._exact)
-                + "\nLeave them out, or use fastema.EMA, which copies integers exactly."
+                + "\nLeave them out, or give a policy: integers are then copied, as by fastema.EMA."
             )
         if operation == "swap" and not self._swappable:
             for name, _, spec, *_ in self._pairs:
@@ -246,6 +303,13 @@ class Plan:
             See :meth:`lerp_`.
         """
         self._run("copy", x)
+
+
+def _same_list(one: Any, other: Any) -> bool:
+    """Whether both are lists of the same objects, such as of ``model.parameters()`` each time."""
+    if not (isinstance(one, list) and isinstance(other, list) and len(one) == len(other)):
+        return False
+    return all(map(is_, one, other))
 
 
 def _at(spec: TensorSpec, name: str, addresses: Mapping[str, int] | None) -> TensorSpec:

@@ -175,7 +175,14 @@ TABLE = {
     ),
     # What a framework's users import besides: its own, and errors.
     "torch": Room(ours="errors typing", theirs="torch", lazy_theirs="rich"),
-    "compat": Room(ours="shadow rules bridges errors typing", theirs=f"numpy {FRAMEWORKS}"),
+    "compat": Room(
+        ours="shadow rules plan bridges layout checkpoint posthoc torch tensorflow errors typing",
+        theirs=f"numpy {FRAMEWORKS}",
+    ),
+    # What the drop-in classes share takes back the weights whatever interrupts it.
+    "compat.following": Room(
+        ours="shadow plan bridges layout engine.interrupts errors typing", theirs="torch"
+    ),
     "distributed": Room(ours="shadow rules bridges errors typing", theirs="numpy torch"),
     # A reference shares no code with what it checks.
     "testing": Room(ours="layout errors typing", theirs="numpy"),

@@ -343,3 +343,60 @@ def test_options_without_a_valid_value(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ArgumentError, match=name):
         fastema.Plan([np.ones(2)], [np.ones(2)], **options)
+
+
+def policy(name: str, role: str) -> Any:
+    return {"skipped": "skip", "copied": "copy"}.get(name.split(".")[-1], "average")
+
+
+def test_policy_averages_copies_and_skips() -> None:
+    avg = {"w": np.array([1.0, 2.0]), "copied": np.array([3.0]), "n": np.array([4]), "old": {}}
+    x = {"w": np.array([3.0, 2.0]), "copied": np.array([5.0]), "n": np.array([6])}
+    x["skipped"] = np.array([7.0])
+    plan = fastema.Plan(avg, x, policy=policy)
+    plan.lerp_(0.25)
+    assert avg["w"].tolist() == [1.5, 2.0]
+    assert avg["copied"].tolist() == [5.0]
+    assert avg["n"].tolist() == [6]
+    x["n"], x["w"] = np.array([9]), np.array([1.5, 6.0])
+    plan.lerp_(0.5)
+    assert avg["w"].tolist() == [1.5, 4.0]
+    assert avg["n"].tolist() == [9]
+    plan.swap_()
+    assert (avg["n"].tolist(), x["w"].tolist()) == ([9], [1.5, 4.0])
+    assert x["skipped"].tolist() == [7.0]
+
+
+def test_policy_is_told_what_a_module_uses_a_tensor_for() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    net[0].bias.requires_grad_(False)
+    avg = {name: tensor.clone() + 1 for name, tensor in net.state_dict().items()}
+    asked = {}
+
+    def by_role(name: str, role: str) -> Any:
+        asked[name] = role
+        return "copy" if role == "buffer" else "average"
+
+    fastema.Plan(avg, net, policy=by_role).lerp_(0.5)
+    assert asked["0.weight"] == "weight"
+    assert asked["0.bias"] == "frozen"
+    assert torch.equal(avg["1.running_var"], net[1].running_var)
+    assert torch.equal(avg["1.num_batches_tracked"], net[1].num_batches_tracked)
+    assert torch.allclose(avg["0.bias"], net[0].bias + 0.5)
+
+
+def test_policy_with_arrays_that_move() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    avg = {"w": np.array([1.0, 2.0], np.float32), "n": np.array([4], np.int32)}
+    plan = None
+    for step in range(1, 4):
+        x = {
+            "skipped": jnp.full(2, float(step)),
+            "n": jnp.full(1, step, jnp.int32),
+            "w": jnp.full(2, float(step)),
+        }
+        want = avg["w"] + 0.5 * (np.float32(step) - avg["w"])
+        plan = plan or fastema.Plan(avg, x, policy=policy)
+        plan.lerp_(0.5, x)
+        assert np.array_equal(avg["w"], want)
+        assert avg["n"].tolist() == [step]

@@ -186,6 +186,12 @@ class Leaves:
         """The names in order."""
         return [leaf.name for leaf in self.items]
 
+    @property
+    def roles(self) -> dict[str, Role]:
+        """What every tensor is used for, by name; of those without a description too."""
+        items: dict[str, Role] = {leaf.name: leaf.role for leaf in self.items}
+        return {**items, **{one.name: one.role for one in self.opaque}}
+
     def only(self, names: Container[str]) -> Leaves:
         """The leaves of these names, in the same containers."""
         kept = [leaf for leaf in self.items if leaf.name in names]
