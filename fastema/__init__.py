@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastema import errors, rules, tracking
+    from fastema import compat, errors, rules, tracking
     from fastema.engine.cpu import get_num_threads, set_num_threads
     from fastema.plan import Plan, copy_, lerp_, mean_between, swap_
     from fastema.shadow import EMA, SMA, SWA, PowerEMA
@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "PowerEMA",
     "__version__",
+    "compat",
     "copy_",
     "errors",
     "get_num_threads",
@@ -62,7 +63,7 @@ _HOMES = {
 }
 
 _ROOMS = {
-    *("errors", "keras", "lightning", "posthoc", "rules", "tensorflow", "tracking"),
+    *("compat", "errors", "keras", "lightning", "posthoc", "rules", "tensorflow", "tracking"),
     "transformers",
 }
 

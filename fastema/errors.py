@@ -10,7 +10,8 @@
     ├── DeviceError     (RuntimeError)  a GPU, its driver or its compilers that cannot be used
     ├── StateError      (RuntimeError)  a call in the wrong state (swapped, not swapped)
     ├── CheckpointError (ValueError)    a saved state that does not fit
-    └── NonFiniteError  (FloatingPointError)  weights with a NaN or an infinity, where asked for
+    ├── NonFiniteError  (FloatingPointError)  weights with a NaN or an infinity, where asked for
+    └── PeerError       (ImportError)   a peer's package that is missing, or of an unknown interface
 
 Every check comes before the first write: a call that raises has changed nothing.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "FastemaError",
     "LayoutError",
     "NonFiniteError",
+    "PeerError",
     "StateError",
 ]
 
@@ -66,6 +68,10 @@ class CheckpointError(FastemaError, ValueError):
 
 class NonFiniteError(FastemaError, FloatingPointError):
     """Weights hold a NaN or an infinity, and the average was told to raise."""
+
+
+class PeerError(FastemaError, ImportError):
+    """A peer's package is missing, or has an interface that is not known."""
 
 
 def listed(problems: Iterable[str], limit: int = 20) -> str:

@@ -179,6 +179,7 @@ TABLE = {
         ours="shadow rules plan bridges layout checkpoint posthoc torch tensorflow errors typing",
         theirs=f"numpy {FRAMEWORKS}",
     ),
+    "compat.replacing": Room(ours="compat engine.locks errors typing"),
     # What the drop-in classes share takes back the weights whatever interrupts it.
     "compat.following": Room(
         ours="shadow plan bridges layout engine.interrupts errors typing", theirs="torch"

@@ -1,0 +1,191 @@
+"""Ours in the place of a peer's classes: everywhere, and taken back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+from ..needed import needed
+
+import fastema
+from fastema.compat import replacing
+from fastema.errors import ArgumentError, PeerError
+
+
+class Ema:
+    """As ours; theirs are made like it."""
+
+    def __init__(self, model: Any, decay: float = 0.9) -> None:
+        self.model, self.decay = model, decay
+
+    def update(self, model: Any) -> None: ...
+
+
+def theirs(**changes: Any) -> type:
+    own = {"__init__": Ema.__init__, "update": Ema.update, **changes}
+    return type("Ema", (), {**own, "__module__": "fakepeer.ema"})
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
+    made = ModuleType(name)
+    vars(made).update(members)
+    made.__spec__ = import_module("importlib.machinery").ModuleSpec(name, None)
+    monkeypatch.setitem(sys.modules, name, made)
+    return made
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A peer with a class that two of its modules and a script hold; another one beside it."""
+    for name in ("fakepeer", "otherpeer"):
+        original = theirs()
+        module(monkeypatch, name, Ema=original, __path__=[])
+        module(monkeypatch, f"{name}.ema", Ema=original, other=object())
+        module(monkeypatch, f"fastema.compat.{name}", Ema=Ema, their_ema=original)
+        known = [replacing._Peer(name, f"{name}.ema", ("Ema",))]
+        monkeypatch.setitem(replacing._KNOWN, name, known)
+    script = module(monkeypatch, "script", Average=sys.modules["fakepeer"].Ema, number=3)
+    yield script
+    for name in ("fakepeer", "otherpeer"):
+        if name in fastema.compat.installed():
+            fastema.compat.uninstall(name)
+
+
+def test_replaced_wherever_it_was_imported_to_and_given_back(peer: Any) -> None:
+    original = peer.Average
+    fastema.compat.install("fakepeer")
+    assert fastema.compat.installed() == ("fakepeer",)
+    for name in ("fakepeer", "fakepeer.ema"):
+        assert sys.modules[name].Ema is Ema
+    assert peer.Average is Ema
+    assert sys.modules["otherpeer"].Ema is not Ema
+    assert sys.modules["fastema.compat.fakepeer"].their_ema is original  # what ours builds on
+    fastema.compat.uninstall("fakepeer")
+    assert fastema.compat.installed() == ()
+    for holder in (sys.modules["fakepeer"].Ema, sys.modules["fakepeer.ema"].Ema, peer.Average):
+        assert holder is original
+
+
+def test_context_manager_gives_back_what_it_replaced_even_after_an_error(peer: Any) -> None:
+    original = peer.Average
+    fastema.compat.install("otherpeer")
+
+    def train() -> None:
+        with fastema.compat.install("fakepeer", "otherpeer") as installation:
+            assert installation.peers == ("fakepeer",)
+            assert peer.Average is Ema
+            raise RuntimeError("training went wrong")
+
+    with pytest.raises(RuntimeError, match="training went wrong"):
+        train()
+    assert peer.Average is original
+    assert fastema.compat.installed() == ("otherpeer",)
+    with fastema.compat.install("fakepeer"):
+        fastema.compat.uninstall()  # all of them; the end of the block has nothing left to do
+    assert fastema.compat.installed() == ()
+
+
+def test_installed_twice_is_taken_back_once(peer: Any) -> None:
+    original = peer.Average
+    fastema.compat.install("fakepeer", "fakepeer")
+    fastema.compat.install("fakepeer")
+    fastema.compat.uninstall("fakepeer")
+    assert peer.Average is original
+
+
+def test_what_somebody_put_in_its_place_meanwhile_stays(peer: Any) -> None:
+    fastema.compat.install("fakepeer")
+    mine = type("Mine", (), {})
+    peer.Average = mine
+    fastema.compat.uninstall("fakepeer")
+    assert peer.Average is mine
+
+
+def test_names_are_checked(peer: Any) -> None:
+    for names in (("nobody",), (), ("fakepeer", "nobody")):
+        with pytest.raises(ArgumentError, match=r"known are .*timm"):
+            fastema.compat.install(*names)
+    with pytest.raises(ArgumentError, match="'otherpeer' not installed; installed: none"):
+        fastema.compat.uninstall("otherpeer")
+    assert fastema.compat.installed() == ()
+
+
+def more(self: Any, model: Any, decay: float = 0.9, novelty: int = 1) -> None: ...
+
+
+def test_an_unknown_interface_is_refused_by_name_and_version(
+    peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = peer.Average
+    monkeypatch.setattr(replacing.metadata, "version", lambda name: "99.1")
+    monkeypatch.setattr(sys.modules["otherpeer.ema"], "Ema", theirs(__init__=more))
+    with pytest.raises(PeerError, match=r"otherpeer 99\.1 .*\n.*takes 'novelty'"):
+        fastema.compat.install("fakepeer", "otherpeer")
+    assert peer.Average is original
+    assert fastema.compat.installed() == ()
+
+
+def test_a_name_that_is_gone_and_a_peer_that_is_missing(
+    peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sys.modules["otherpeer.ema"], "Ema")
+    with pytest.raises(PeerError, match=r"otherpeer\.ema\.Ema is missing"):
+        fastema.compat.install("otherpeer")
+    absent = [replacing._Peer("no-such-peer", "no_such_peer.ema", ("Ema",))]
+    monkeypatch.setitem(replacing._KNOWN, "absent", absent)
+    with pytest.raises(PeerError, match="no-such-peer is not installed"):
+        fastema.compat.install("absent")
+
+
+SCRIPT = """
+import sys
+early, late = {early!r}, {late!r}
+exec(early)
+import fastema
+fastema.compat.install({peer!r})
+exec(late)
+for name in {names!r}:
+    print(name, globals()[name].__module__)
+fastema.compat.uninstall({peer!r})
+for name in {names!r}:
+    print(name, globals()[name].__module__)
+"""
+
+REAL = {
+    "diffusers": "from diffusers.training_utils import EMAModel",
+    "ema_pytorch": "from ema_pytorch import EMA, PostHocEMA",
+    "keras": "from keras.callbacks import SwapEMAWeights",
+    "lightning": "from lightning.pytorch.callbacks import WeightAveraging, EMAWeightAveraging",
+    "swa_utils": "from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn",
+    "timm": "from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3",
+    "torch_ema": "from torch_ema import ExponentialMovingAverage",
+}
+"""What scripts write, for every peer whose classes can be replaced here."""
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("peer", sorted(REAL))
+@pytest.mark.parametrize("early", [True, False])
+def test_a_script_of_each_peer(peer: str, early: bool) -> None:
+    statement = REAL[peer]
+    package = statement.split()[1].partition(".")[0]
+    needed(import_module("importlib.util").find_spec(package), package)
+    names = [one.strip() for one in statement.partition("import ")[2].split(",")]
+    code = SCRIPT.format(
+        early=statement if early else "", late="" if early else statement, peer=peer, names=names
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _ in shown] == names * 2
+    ours, after = shown[: len(names)], shown[len(names) :]
+    assert all(home.startswith("fastema.") for _, home in ours)
+    if early:  # what was imported before is given back; what came after is the script's own
+        assert not any(home.startswith("fastema.") for _, home in after)
