@@ -211,21 +211,27 @@ class Plan:
         narrow = pair.dst.dtype in ("f16", "bf16")
         return pair._replace(form=f"{pair.dst.dtype}{self._mark}") if narrow else pair
 
+    def _ready(self, operation: str, x: Any) -> list[Located | None]:
+        """All checks; what is returned is to be kept until the operation is done."""
+        before = dict(vars(self))
+        try:
+            found = self._found(x, operation == "swap")
+            self._check(operation)
+            if any(found):
+                self._relocate(*found)
+        except BaseException:  # the next call goes on as if this one had not been
+            vars(self).update(before)
+            raise
+        return found
+
     def _run(self, operation: str, x: Any = None, weight: float = 0.0) -> None:
         with self._lock:
-            before = dict(vars(self))
-            try:
-                found = self._found(x, operation == "swap")
-                self._check(operation)
-                if any(found):
-                    self._relocate(*found)
-            except BaseException:  # the next call goes on as if this one had not been
-                vars(self).update(before)
-                raise
+            located = self._ready(operation, x)
             if operation == "lerp" and self._random:
                 self._refuse_capture()
             moment = Moment((weight,), self._seed, self.calls)
             self._program.run(_OPERATIONS[operation], moment)
+            del located
             self.calls += 1
             for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
                 tell(arrays)

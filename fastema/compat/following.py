@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from fastema.shadow.exchange import Exchange, exchanged, recovered
 
 __all__ = ["Follower"]
 
+Result = TypeVar("Result")
+
 
 def _average(name: str, role: Role) -> Literal["average"]:
     return "average"
@@ -26,12 +28,20 @@ def _average(name: str, role: Role) -> Literal["average"]:
 class _Exchangeable(Plan):
     """A plan whose averages can change places with the weights exactly."""
 
-    def exchange(self) -> Exchange:
+    _exchange: Exchange | None = None
+
+    def _build(self) -> None:
+        super()._build()
+        self._exchange = None
+
+    def exchange(self, x: Any) -> Exchange:
         """What puts the averages into the model and takes them back; all checks, no writing."""
         with self._lock:
-            self._found(None, swap=True)
-            self._check("swap")
-            return Exchange(0, exchanged(self._pairs))
+            self._ready("swap", x)
+            found = self._exchange or Exchange(0, exchanged(self._pairs))
+            if not found.keeps:
+                self._exchange = found
+            return found
 
     def wrote(self) -> None:
         """Tell the frameworks that all of it was written."""
@@ -170,33 +180,33 @@ class Follower:
             Inside :meth:`swapped`.
         """
 
-        def lerp(plan: Plan, weights: Any) -> None:
+        def lerp(plan: _Exchangeable, weights: Any) -> None:
             plan.calls = step
             plan.lerp_(weight, weights)
 
         self._refuse_swapped("update()")
-        self._run(model, lerp)
+        self._tried(materialised(model), lerp)
 
     def copy(self, model: Any) -> None:
         """Make the averages the weights, rounded to nearest; raises as :meth:`update`."""
         self._refuse_swapped("copy()")
-        self._run(model, lambda plan, weights: plan.copy_(weights))
+        self._tried(materialised(model), lambda plan, weights: plan.copy_(weights))
 
     def _refuse_swapped(self, call: str) -> None:
         if self._swapped:
             raise StateError(f"{call} while the model holds the average: leave that block first")
 
-    def _run(self, model: Any, call: Callable[[Plan, Any], None]) -> None:
-        model = materialised(model)
+    def _tried(self, model: Any, call: Callable[[_Exchangeable, Any], Result]) -> Result:
+        """A call with the plan there is; with another one where devices have changed."""
         if self._plan is not None and self._stage is None:
             try:
-                call(self._plan, model)
+                return call(self._plan, model)
             except LayoutError:
                 if not self._is_apart(leaves_of(model)):
                     raise
-            else:
-                return
-        call(*self._looked_up(model))
+        return call(*self._looked_up(model))
+
+    # -- where everything is ----------------------------------------------------------------------
 
     def _is_apart(self, weights: Leaves) -> bool:
         return _apart(_tensors(leaves_of(self._averaged)), _tensors(weights))
@@ -269,10 +279,13 @@ class Follower:
         """
         self._refuse_swapped("swapped()")
         model = materialised(model)
-        plan, source = self._looked_up(model)
-        if source is not model:
-            return self._lent(model)
-        return self._exchanged(plan, plan.exchange())
+
+        def begin(plan: _Exchangeable, source: Any) -> AbstractContextManager[None]:
+            if source is not model:
+                return self._lent(model)
+            return self._exchanged(plan, plan.exchange(model))
+
+        return self._tried(model, begin)
 
     @contextmanager
     def _exchanged(self, plan: _Exchangeable, exchange: Exchange) -> Iterator[None]:

@@ -6,15 +6,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from ..needed import needed
 
 import fastema
 from fastema.compat import replacing
 from fastema.errors import ArgumentError, PeerError
+
+from ..needed import needed
 
 
 class Ema:
@@ -144,6 +146,9 @@ def test_a_name_that_is_gone_and_a_peer_that_is_missing(
 
 SCRIPT = """
 import sys
+if {peer!r} == "timm":
+    from bench.without_torchvision import stand_in
+    stand_in()
 early, late = {early!r}, {late!r}
 exec(early)
 import fastema
@@ -180,7 +185,11 @@ def test_a_script_of_each_peer(peer: str, early: bool) -> None:
         early=statement if early else "", late="" if early else statement, peer=peer, names=names
     )
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     shown = [line.split() for line in done.stdout.splitlines()]
