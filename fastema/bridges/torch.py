@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -204,7 +204,18 @@ def walk(container: Any) -> Leaves | None:
             items.append(Leaf(name, named(name, describe, tensor), role))
         except FastemaError as error:
             opaque.append(Opaque(name, error, role))
-    held: list[dict[str, Any]] = []
+    held: list[Any] = []
     for module in container.modules():
-        held += (module._parameters, module._buffers, module._modules)
+        for members in (module._parameters, module._buffers, module._modules):
+            held.append(members if isinstance(members, dict) else _Scripted(members))
     return Leaves(items, describe, held, opaque)
+
+
+class _Scripted:
+    """What a module compiled by TorchScript holds, which is no dict but has ``values()``."""
+
+    def __init__(self, members: Any) -> None:
+        self._members = members
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._members.values())

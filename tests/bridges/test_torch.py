@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from fastema.engine.watch import watch
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import DTYPES
 
@@ -200,3 +201,15 @@ def test_tensors_beyond_their_storage_are_refused() -> None:
     tensor.untyped_storage().resize_(64)
     with pytest.raises(BridgeError, match="memory"):
         bridge.describe(tensor)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_scripted_modules_are_walked_and_watched() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    leaves = bridge.walk(scripted)
+    assert leaves is not None
+    assert set(leaves.names) == set(scripted.state_dict())
+    watched = watch(leaves)
+    assert not watched.changed()
+    dict(scripted.named_parameters())["0.weight"].data = torch.ones(2, 3)
+    assert watched.changed()

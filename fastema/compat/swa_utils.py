@@ -1,0 +1,541 @@
+"""The names of :mod:`torch.optim.swa_utils` (PyTorch 2.13), on this package's kernels.
+
+The functions work in torch's own ``AveragedModel``, and through it in Lightning's
+``WeightAveraging``, as well as in the one of this module:
+
+>>> import torch
+>>> from fastema.compat import swa_utils
+>>> model = torch.nn.Linear(4, 2)
+>>> averaged = torch.optim.swa_utils.AveragedModel(
+...     model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999)
+... )
+>>> averaged.update_parameters(model)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import swa_utils as peer
+from torch.optim.swa_utils import SWALR
+
+from fastema.bridges.names import plain_names
+from fastema.compat.following import Follower
+from fastema.errors import ArgumentError, LayoutError, listed
+from fastema.plan import Plan
+from fastema.torch import update_bn
+
+__all__ = [
+    "SWALR",
+    "AveragedModel",
+    "get_ema_avg_fn",
+    "get_ema_multi_avg_fn",
+    "get_swa_avg_fn",
+    "get_swa_multi_avg_fn",
+    "update_bn",
+]
+
+AvgFn: TypeAlias = Callable[[Tensor, Tensor, Tensor | int], Tensor]
+MultiAvgFn: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]
+Rounding: TypeAlias = Literal["stochastic", "nearest"]
+
+_NARROW: Final = (torch.float16, torch.bfloat16)
+
+_MOVES: Final = 3
+"""Steps in a row with the weights in other memory, after which they are taken for copies that are
+made for one step each (of a model on another device, say) and are not kept for the next."""
+
+_SPARE_CALLS: Final = 8
+"""Further calls, beyond two for each group, that a group is kept without having a turn."""
+
+
+# -- what is averaged, and how often it was -------------------------------------------------------
+
+
+class _Rule(ABC):
+    """How much of the new weights an update takes in, and how 16-bit averages are rounded."""
+
+    constant: bool
+    """Whether that is the same at every step: the count need not be known then."""
+
+    def __init__(self, rounding: Rounding, seed: int) -> None:
+        Follower({}, rounding=rounding, seed=seed)  # refuses what it would refuse later
+        self.rounding, self.seed = rounding, seed
+
+    @abstractmethod
+    def weight(self, count: int) -> float:
+        """Of the new weights, after ``count`` models were averaged."""
+
+    @abstractmethod
+    def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        """The new average of wide floats of one dtype, without reading the count."""
+
+
+class _Exponential(_Rule):
+    constant = True
+
+    def __init__(self, decay: float, rounding: Rounding, seed: int) -> None:
+        super().__init__(rounding, seed)
+        if not 0.0 <= decay <= 1.0:
+            raise ArgumentError(f"decay={decay!r}: expected a number in [0, 1]")
+        self._decay = decay
+
+    def __repr__(self) -> str:
+        return f"ema, decay={self._decay}"
+
+    def weight(self, count: int) -> float:
+        return 1.0 - self._decay
+
+    def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        return torch.lerp(averaged, current, 1.0 - self._decay)
+
+
+class _Mean(_Rule):
+    constant = False
+
+    def __repr__(self) -> str:
+        return "swa"
+
+    def weight(self, count: int) -> float:
+        return 1.0 / (count + 1)
+
+    def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        return averaged + (current - averaged) / (count + 1)
+
+
+class _Count:
+    """A number that lies in a tensor, read only where it may have changed.
+
+    Reading one from an accelerator waits for all the work that was given to it.
+    """
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+        self._version = self._value = 0
+
+    def of(self, number: Tensor | int) -> int:
+        """The number now."""
+        if not isinstance(number, Tensor) or _is_read_at_once(number):
+            return int(number)
+        if number is not self._tensor or number._version != self._version:
+            self._tensor, self._version, self._value = number, number._version, int(number)
+        return self._value
+
+    def advance(self, number: Tensor) -> None:
+        """Add one to the number that was read last, where it lies."""
+        number.add_(1)
+        if number is self._tensor:
+            self._version, self._value = number._version, self._value + 1
+
+
+def _is_read_at_once(number: Tensor) -> bool:
+    # Tensors of inference mode keep no version, by which a change would be noticed.
+    return number.device.type == "cpu" or number.is_inference()
+
+
+# -- functions for an AveragedModel ---------------------------------------------------------------
+
+
+class _Memory:
+    """Tensors that are kept, and known again under other tensor objects."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self._dtypes = [tensor.dtype for tensor in tensors]
+
+    def is_of(self, others: Sequence[Tensor]) -> bool:
+        """Whether these have the same storages, strides and dtypes."""
+        if [other.dtype for other in others] != self._dtypes:
+            return False
+        try:
+            return all(map(Tensor.is_set_to, others, self.tensors))
+        except RuntimeError:  # of a layout, or on a device, where it is not defined
+            return False
+
+
+class _Group:
+    """Lists of tensors that are averaged together, under new tensor objects at each step."""
+
+    def __init__(self, averaged: Sequence[Tensor], rule: _Rule) -> None:
+        self.averaged = _Memory(averaged)
+        self._follower = Follower(self.averaged.tensors, rounding=rule.rounding, seed=rule.seed)
+        self._current: _Memory | None = None
+        self._moves = 0
+        self.step: int | None = None
+        self.last_call = 0
+
+    def update(self, current: Sequence[Tensor], weight: float, step: int) -> None:
+        same = self._current is not None and self._current.is_of(current)
+        found = self._current if same else _Memory(current)
+        assert found is not None
+        self._follower.update(found.tensors, weight, step)
+        self.step, self._current = step, found
+        self._moves = 0 if same else self._moves + 1
+        if self._moves > _MOVES:
+            self._current = None
+            self._follower.forget()
+
+
+class _MultiAverage:
+    """``fn(averaged, current, num_averaged)``, in place, of lists of tensors."""
+
+    def __init__(self, rule: _Rule) -> None:
+        self.rule = rule
+        self._groups: dict[tuple[object, ...], _Group] = {}
+        self._count = _Count()
+        self._calls = 0
+
+    def __repr__(self) -> str:
+        return f"<multi_avg_fn of fastema: {self.rule!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins without the memory of any model."""
+        return type(self), (self.rule,)
+
+    def __call__(
+        self,
+        averaged: Sequence[Tensor],
+        current: Sequence[Tensor],
+        num_averaged: Tensor | int,
+    ) -> None:
+        if not (averaged and current):
+            _refuse_lengths(averaged, current)
+            return
+        first, last = averaged[0], averaged[-1]
+        key = len(averaged), first.data_ptr(), last.data_ptr(), first.dtype, first.device
+        group = self._groups.get(key)
+        if group is None or not group.averaged.is_of(averaged):
+            group = _Group(averaged, self.rule)
+        step = self._step(group, num_averaged)
+        group.update(current, self.rule.weight(step), step)
+        self._groups[key] = group
+        self._calls = group.last_call = self._calls + 1
+        self._let_go()
+
+    def _step(self, group: _Group, num_averaged: Tensor | int) -> int:
+        if group.step is None or not self.rule.constant:
+            return self._count.of(num_averaged)
+        if isinstance(num_averaged, Tensor) and not _is_read_at_once(num_averaged):
+            return group.step + 1  # only random bits depend on it: not worth waiting for
+        return self._count.of(num_averaged)
+
+    def _let_go(self) -> None:
+        """Drop the memory of averages that are not updated any more, or lie elsewhere by now."""
+        oldest = self._calls - 2 * len(self._groups) - _SPARE_CALLS
+        for key in [key for key, group in self._groups.items() if group.last_call < oldest]:
+            del self._groups[key]
+
+
+def _refuse_lengths(averaged: Sequence[Tensor], current: Sequence[Tensor]) -> None:
+    if len(averaged) != len(current):
+        raise LayoutError(f"{len(averaged)} averages cannot follow {len(current)} tensors")
+
+
+class _SingleAverage:
+    """``fn(averaged, current, num_averaged)``: a new tensor."""
+
+    def __init__(self, rule: _Rule) -> None:
+        self.rule = rule
+        self._calls = 0
+
+    def __repr__(self) -> str:
+        return f"<avg_fn of fastema: {self.rule!r}>"
+
+    @torch.no_grad()
+    def __call__(self, averaged: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+        if not (averaged.is_floating_point() or averaged.is_complex()):
+            return current.clone()
+        if averaged.dtype == current.dtype and averaged.dtype not in _NARROW:
+            return self.rule.average(averaged, current, num_averaged)
+        result = averaged.clone()
+        plan = Plan([result], [current], rounding=self.rule.rounding, seed=self.rule.seed)
+        plan.calls = self._calls
+        plan.lerp_(self.rule.weight(0 if self.rule.constant else int(num_averaged)))
+        self._calls += 1
+        return result
+
+
+def get_ema_multi_avg_fn(
+    decay: float = 0.999, *, rounding: Rounding = "stochastic", seed: int = 0
+) -> MultiAvgFn:
+    """An exponential moving average of lists of tensors, in place.
+
+    ``avg += (1 - decay) * (x - avg)``, in one call per list.
+
+    Parameters
+    ----------
+    decay : float
+        Weight of the old average, in [0, 1].
+    rounding : {"stochastic", "nearest"}
+        Of 16-bit averages; at random they move by what is below their resolution, on average. Not
+        in torch's.
+    seed : int
+        Of the random bits, which also depend on the step, the tensor's place in the list, and the
+        element's place in the tensor. Not in torch's.
+
+    Returns
+    -------
+    callable
+        ``fn(averaged, current, num_averaged)``, for ``AveragedModel(multi_avg_fn=...)`` of torch
+        or of this module. Dtypes of the two lists may differ. It can be pickled.
+
+    Raises
+    ------
+    ArgumentError
+        For a decay outside of [0, 1] (also a ValueError, as torch's).
+
+    Notes
+    -----
+    Where it differs from torch's of that name (PyTorch 2.13):
+
+    - a float32 average of bfloat16 weights, or any other pair of floats, is averaged; torch raises
+      (and its ``AveragedModel`` refuses float32 with float16 before it calls a function; this
+      module's does not);
+    - 16-bit averages move; torch's stand still once an update is below half their last place;
+    - integers and booleans are copied exactly; torch's are truncated towards zero at each step;
+    - a NaN is no decay.
+
+    Where the tensors lie is looked up once, and known again at the next call. For this the function
+    keeps the memory of both lists, until several calls went by without them, or it is dropped.
+    """
+    return _MultiAverage(_Exponential(decay, rounding, seed))
+
+
+def get_swa_multi_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> MultiAvgFn:
+    """The mean of lists of tensors, in place.
+
+    ``avg += (x - avg) / (num_averaged + 1)``, in one call per list.
+
+    Parameters
+    ----------
+    rounding, seed
+        See :func:`get_ema_multi_avg_fn`.
+
+    Returns
+    -------
+    callable
+        ``fn(averaged, current, num_averaged)``, see :func:`get_ema_multi_avg_fn`. A
+        ``num_averaged`` on an accelerator has to be waited for; :class:`AveragedModel` does not.
+
+    Notes
+    -----
+    Differs from torch's of that name as :func:`get_ema_multi_avg_fn` does. Besides, float64 tensors
+    are averaged with a float64 weight; torch's float32 leaves errors of 1e-8.
+    """
+    return _MultiAverage(_Mean(rounding, seed))
+
+
+def get_ema_avg_fn(
+    decay: float = 0.999, *, rounding: Rounding = "stochastic", seed: int = 0
+) -> AvgFn:
+    """An exponential moving average of one tensor, as a new one.
+
+    ``decay * avg + (1 - decay) * x``. In place and for a whole model at once, which is several
+    times as fast, :func:`get_ema_multi_avg_fn` does it; this module's :class:`AveragedModel` does
+    so with either.
+
+    Parameters
+    ----------
+    decay, rounding, seed
+        See :func:`get_ema_multi_avg_fn`; here random bits depend on the number of the call in place
+        of step and position, and are others in a resumed run.
+
+    Returns
+    -------
+    callable
+        ``fn(averaged, current, num_averaged) -> Tensor``, of the dtype of ``averaged``.
+
+    Raises
+    ------
+    ArgumentError
+        For a decay outside of [0, 1] (also a ValueError, as torch's).
+
+    Notes
+    -----
+    Differs from torch's of that name as :func:`get_ema_multi_avg_fn` does, and in that the result
+    for mixed dtypes is not promoted.
+    """
+    return _SingleAverage(_Exponential(decay, rounding, seed))
+
+
+def get_swa_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> AvgFn:
+    """The mean of one tensor, as a new one: ``avg + (x - avg) / (num_averaged + 1)``.
+
+    Parameters
+    ----------
+    rounding, seed
+        See :func:`get_ema_avg_fn`.
+
+    Returns
+    -------
+    callable
+        ``fn(averaged, current, num_averaged) -> Tensor``, of the dtype of ``averaged``.
+
+    Notes
+    -----
+    Differs from torch's of that name as :func:`get_ema_avg_fn` does.
+    """
+    return _SingleAverage(_Mean(rounding, seed))
+
+
+# -- the class ------------------------------------------------------------------------------------
+
+_DEFAULT: Final = _Mean("stochastic", 0)
+
+
+def _everything(name: str, role: str) -> Literal["average"]:
+    return "average"
+
+
+def _parameters(name: str, role: str) -> Literal["average", "copy"]:
+    return "copy" if role == "buffer" else "average"
+
+
+class AveragedModel(peer.AveragedModel):
+    """A copy of a model that holds the average of its weights.
+
+    A subclass of torch's class of that name, with its constructor, attributes and ``state_dict``:
+    checkpoints of either are loaded by the other.
+
+    The first :meth:`update_parameters` makes the average a copy of the weights; each further one
+    is ``avg += w * (x - avg)`` for all tensors in one call, with ``w = 1 / (n_averaged + 1)`` by
+    default and ``1 - decay`` for an exponential moving average.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Is deep-copied.
+    device : torch.device, str or int, optional
+        Where the average is kept; by default where the model is.
+    avg_fn : callable, optional
+        ``avg_fn(averaged, current, num_averaged) -> Tensor``.
+    multi_avg_fn : callable, optional
+        ``multi_avg_fn(averaged, current, num_averaged)``, in place, of lists. One of this module's,
+        of either kind, runs as above; one of your own is called as torch calls it.
+    use_buffers : bool
+        Average buffers of floats as well. Otherwise they are copied at each update.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The averaged copy. Cast it, ``averaged.module.to(torch.float32)``, for a float32 average of
+        16-bit weights.
+    n_averaged : int64 tensor of shape []
+        Updates so far.
+
+    Raises
+    ------
+    AssertionError
+        If both functions are given.
+
+    Notes
+    -----
+    Where it differs from torch's (PyTorch 2.13), which remains its base class:
+
+    - tensors are paired by name, without the prefixes of wrappers; a model with other, missing or
+      reshaped tensors is refused before anything is written. Torch's pairs parameters by position
+      and stops at the end of the shorter list;
+    - the update does not wait for an accelerator: ``n_averaged`` is counted on the host as well,
+      and read only after it was loaded or replaced (written past autograd, through ``.data``, it is
+      not noticed there). Torch's waits twice per update;
+    - integer and boolean buffers are copied exactly, also with ``use_buffers=True``, where torch's
+      truncates them or raises;
+    - dtypes of model and average may differ, and 16-bit averages move, see
+      :func:`get_ema_multi_avg_fn`. The random bits depend on the names of the tensors and on
+      ``n_averaged``, so that a resumed run has the same ones.
+
+    References
+    ----------
+    P. Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
+    https://arxiv.org/abs/1803.05407
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: int | str | torch.device | None = None,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
+        use_buffers: bool = False,
+    ) -> None:
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._count = _Count()
+        self._followed: tuple[_Rule, bool, Follower] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is bound to memory."""
+        return {k: v for k, v in vars(self).items() if k not in ("_count", "_followed")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._begin()
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the weights of a model into the average.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            May be wrapped (``torch.compile``, data parallel), and on another device.
+
+        Raises
+        ------
+        LayoutError
+            Naming the tensors that do not match; nothing was written then.
+        DTypeError, BridgeError
+            For tensors that cannot be averaged; nothing was written then.
+        """
+        rule = self._rule()
+        if rule is None:
+            _refuse_other(self.module, model)
+            super().update_parameters(model)
+            return
+        count = self._count.of(self.n_averaged)
+        follower = self._follower(rule)
+        if count == 0:
+            follower.copy(model)
+        else:
+            follower.update(model, rule.weight(count), count)
+        self._count.advance(self.n_averaged)
+
+    def _rule(self) -> _Rule | None:
+        """What the functions stand for; None for one that is not of this module."""
+        found = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
+        if found is None:
+            return _DEFAULT
+        return found.rule if isinstance(found, _MultiAverage | _SingleAverage) else None
+
+    def _follower(self, rule: _Rule) -> Follower:
+        found = self._followed
+        if found is None or found[0] is not rule or found[1] != self.use_buffers:
+            policy = _everything if self.use_buffers else _parameters
+            follower = Follower(self.module, policy, rounding=rule.rounding, seed=rule.seed)
+            self._followed = found = rule, self.use_buffers, follower
+        return found[2]
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    found = [*module.named_parameters(), *module.named_buffers()]
+    names = plain_names([name for name, _ in found])
+    return {name: list(tensor.shape) for name, (_, tensor) in zip(names, found, strict=True)}
+
+
+def _refuse_other(averaged: nn.Module, model: nn.Module) -> None:
+    """Refuse a model whose tensors are not those of the average."""
+    ours, theirs = _shapes(averaged), _shapes(model)
+    problems = [f"{name!r} is only in the average" for name in ours if name not in theirs]
+    problems += [f"{name!r} is only in the model" for name in theirs if name not in ours]
+    problems += [
+        f"{name!r} is {theirs[name]} in the model, {ours[name]} in the average"
+        for name in ours
+        if name in theirs and ours[name] != theirs[name]
+    ]
+    if problems:
+        raise LayoutError("the model is not the one that is averaged:\n" + listed(problems))

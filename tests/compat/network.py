@@ -1,0 +1,152 @@
+"""A model with one of everything that an average of weights has to cope with, and the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..needed import modules
+from ..shadow.truth import Loop, arithmetic_of
+
+modules("torch")
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+CODES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+
+
+class Network(nn.Module):
+    """Odd shapes and strides, a scalar, nothing at all, tied and frozen weights, all buffers.
+
+    Parameters
+    ----------
+    seed : int
+    dtype : torch.dtype, optional
+        Of everything that is a float; by default one parameter and one buffer are float64.
+    integers : bool
+        With buffers of integers and booleans.
+    """
+
+    def __init__(
+        self, seed: int = 0, dtype: torch.dtype | None = None, integers: bool = True
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.norm: nn.Module = nn.BatchNorm2d(4) if integers else nn.GroupNorm(2, 4)
+        self.head = nn.Linear(5, 7)
+        self.head.weight = self.embed.weight
+        self.frozen = nn.Parameter(torch.empty(33), requires_grad=False)
+        self.transposed = nn.Parameter(torch.empty(6, 4).t())
+        self.scalar = nn.Parameter(torch.empty(()))
+        self.nothing = nn.Parameter(torch.empty(0, 4))
+        self.wide = nn.Parameter(torch.empty(257, dtype=torch.float64))
+        self.register_buffer("scale", torch.empty(3, 2, dtype=torch.float64))
+        self.register_buffer("cache", torch.empty(4), persistent=False)
+        if integers:
+            self.register_buffer("places", torch.zeros(2, 3, dtype=torch.int64))
+            self.register_buffer("mask", torch.zeros(9, dtype=torch.bool))
+        if dtype is not None:
+            self.to(dtype)
+        trained(self, numbers(seed))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens))
+
+
+def numbers(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def trained(model: nn.Module, generator: torch.Generator) -> None:
+    """Other weights, and other buffers; whole numbers that no float32 holds."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+        for buffer in model.buffers():
+            if buffer.dtype == torch.bool:
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) < 0.5)
+            elif buffer.is_floating_point():
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
+            else:
+                buffer.copy_(torch.randint(2**24, 2**52, buffer.shape, generator=generator))
+
+
+def array(tensor: Tensor) -> Any:
+    return tensor.detach().double().numpy()
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    return {
+        name: tensor.detach().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for name, tensor in tensors(model).items()
+        if tensor.numel()
+    }
+
+
+def is_float(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def is_parameter(name: str, tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+class Truth:
+    """The average of a model as float64 loops, beside what is only copied.
+
+    Parameters
+    ----------
+    averaged : nn.Module
+        What the average begins as, in its dtypes.
+    model : nn.Module
+        What it will follow, in its own.
+    which : callable
+        Of a tensor's name and itself: whether it is averaged.
+    random : bool
+        16-bit averages are rounded at random.
+    """
+
+    def __init__(
+        self,
+        averaged: nn.Module,
+        model: nn.Module,
+        which: Callable[[str, Tensor], bool] = is_float,
+        random: bool = True,
+    ) -> None:
+        weights, self.loops = tensors(model), dict[str, Loop]()
+        for name, tensor in tensors(averaged).items():
+            if which(name, tensor) and tensor.is_floating_point():
+                stored = CODES[tensor.dtype]
+                arithmetic = arithmetic_of(CODES[weights[name].dtype], stored)
+                narrow = stored in ("f16", "bf16")
+                self.loops[name] = Loop(array(tensor), stored, arithmetic, random and narrow)
+
+    def step(self, model: nn.Module, weight: float) -> None:
+        for name, tensor in tensors(model).items():
+            if name in self.loops:
+                self.loops[name].step(array(tensor), weight)
+
+    def check(self, averaged: nn.Module, model: nn.Module) -> None:
+        """Averages within their bounds; the rest as in the model, but what ``cache`` may be."""
+        assert self.loops
+        weights = tensors(model)
+        for name, tensor in tensors(averaged).items():
+            if name in self.loops:
+                self.loops[name].check(array(tensor), name)
+            elif name != "cache":
+                assert np.array_equal(array(tensor), array(weights[name])), name
+                assert torch.equal(tensor, weights[name].to(tensor.dtype)), name

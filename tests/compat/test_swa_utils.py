@@ -1,0 +1,848 @@
+"""Beside torch.optim.swa_utils: the same numbers and state, and where it is wrong, ours is not."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastema.errors import ArgumentError, FastemaError, LayoutError
+
+from ..needed import modules
+
+modules("torch")
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+from torch.optim import swa_utils as theirs  # noqa: E402
+
+from fastema.compat import swa_utils as ours  # noqa: E402
+from fastema.compat.interface import differences  # noqa: E402
+from fastema.torch import update_bn  # noqa: E402
+
+from .network import Network, Truth, bits, is_float, is_parameter, numbers, tensors, trained  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+DECAY = 0.9
+FUNCTIONS = ("default", "ema multi", "ema", "swa multi", "swa")
+KINDS = {"mixed": None, "f64": torch.float64, "f32": torch.float32}
+NARROW = [torch.bfloat16, torch.float16]
+
+
+def function(module: Any, kind: str, decay: float = DECAY, **options: Any) -> dict[str, Any]:
+    """The arguments of an AveragedModel for one of the functions of a module."""
+    name, _, multi = kind.partition(" ")
+    if name == "default":
+        return {}
+    arguments = (decay,) if name == "ema" else ()
+    made = getattr(module, f"get_{name}_{'multi_' if multi else ''}avg_fn")(*arguments, **options)
+    return {"multi_avg_fn" if multi else "avg_fn": made}
+
+
+def weight(kind: str, n: int, decay: float = DECAY) -> float:
+    """Of the new weights in update ``n``, from 0."""
+    return 1.0 if not n else 1 - decay if kind.startswith("ema") else 1 / (n + 1)
+
+
+def weight_of_theirs(kind: str, n: int) -> float:
+    """Their lists are averaged with a float32, in float64 too."""
+    found = weight(kind, n)
+    return float(np.float32(found)) if kind == "swa multi" else found
+
+
+def snapshot(averaged: nn.Module) -> tuple[dict[str, bytes], int]:
+    return bits(averaged), int(averaged.n_averaged)
+
+
+def resumed(averaged: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """An average with a state that went through a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    averaged.load_state_dict(torch.load(file, weights_only=True))
+    return averaged
+
+
+# -- the same interface ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", theirs.__all__)
+def test_every_name_is_there_with_the_same_arguments(name: str) -> None:
+    assert sorted(ours.__all__) == sorted(theirs.__all__)
+    assert differences(getattr(theirs, name), getattr(ours, name)) == []
+
+
+def test_it_is_one_of_theirs_with_the_same_state() -> None:
+    model = Network()
+    one, other = ours.AveragedModel(model), theirs.AveragedModel(model)
+    assert isinstance(one, theirs.AveragedModel)
+    one.update_parameters(model)
+    other.update_parameters(model)
+    mine, state = one.state_dict(), other.state_dict()
+    assert list(mine) == list(state)
+    for name, tensor in state.items():
+        assert torch.equal(mine[name], tensor), name
+        assert mine[name].dtype == tensor.dtype
+    assert one.avg_fn is None
+    assert one.multi_avg_fn is None
+    assert one.use_buffers is False
+    tokens = torch.randint(7, (3, 2), generator=numbers(1))
+    assert torch.equal(one(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("module", [ours, theirs])
+@pytest.mark.parametrize("name", ["get_ema_multi_avg_fn", "get_ema_avg_fn"])
+@pytest.mark.parametrize("decay", [-0.1, 1.1])
+def test_a_decay_outside_is_a_value_error(module: Any, name: str, decay: float) -> None:
+    with pytest.raises(ValueError, match="decay"):
+        getattr(module, name)(decay)
+
+
+def test_arguments_that_have_no_meaning() -> None:
+    with pytest.raises(ArgumentError, match="decay="):
+        ours.get_ema_multi_avg_fn(float("nan"))
+    with pytest.raises(ArgumentError, match="rounding="):
+        ours.get_swa_multi_avg_fn(rounding="up")
+    with pytest.raises(ArgumentError, match="seed="):
+        ours.get_ema_avg_fn(seed=-1)
+
+
+@pytest.mark.parametrize("module", [ours, theirs])
+def test_both_functions_at_once(module: Any) -> None:
+    arguments = {**function(module, "ema"), **function(module, "ema multi")}
+    with pytest.raises(AssertionError):
+        module.AveragedModel(nn.Linear(2, 2), **arguments)
+
+
+def test_functions_say_what_they_are() -> None:
+    assert "0.25" in repr(ours.get_ema_multi_avg_fn(0.25))
+    assert "swa" in repr(ours.get_swa_avg_fn())
+
+
+# -- the same numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("use_buffers", [False, True], ids=["weights", "buffers"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_equals_theirs(kind: str, use_buffers: bool, kinds: str) -> None:
+    # Averages of integers are where theirs goes wrong.
+    model = Network(1, KINDS[kinds], integers=not use_buffers)
+    mine, yours = function(ours, kind), function(theirs, kind)
+    averages = {
+        "ours": ours.AveragedModel(model, use_buffers=use_buffers, **mine),
+        "our function in theirs": theirs.AveragedModel(model, use_buffers=use_buffers, **mine),
+        "their function in ours": ours.AveragedModel(model, use_buffers=use_buffers, **yours),
+        "theirs": theirs.AveragedModel(model, use_buffers=use_buffers, **yours),
+    }
+    which = is_float if use_buffers else is_parameter
+    truth, rounded = (Truth(averages["ours"].module, model, which) for _ in range(2))
+    generator = numbers(2)
+    for n in range(15):
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        rounded.step(model, weight_of_theirs(kind, n))
+        for averaged in averages.values():
+            averaged.update_parameters(model)
+    for name, averaged in averages.items():
+        (rounded if name.startswith("their") else truth).check(averaged.module, model)
+        assert int(averaged.n_averaged) == 15, name
+        assert torch.equal(averaged.module.cache, model.cache) is not use_buffers
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["ema", "ema multi"])
+@pytest.mark.parametrize("module", [ours, theirs])
+def test_the_ends_of_the_range(module: Any, kind: str, decay: float) -> None:
+    model = Network(3)
+    averaged = module.AveragedModel(model, **function(ours, kind, decay))
+    averaged.update_parameters(model)
+    before = copy.deepcopy(model)
+    trained(model, numbers(4))
+    averaged.update_parameters(model)
+    expected = before if decay else model
+    for name, tensor in averaged.module.named_parameters():
+        assert torch.equal(tensor, expected.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_not_a_number_goes_in(kind: str) -> None:
+    model = nn.Linear(3, 2)
+    averages = [ours.AveragedModel(model, **function(ours, kind))]
+    averages += [theirs.AveragedModel(model, **function(m, kind)) for m in (ours, theirs)]
+    for n in range(3):
+        with torch.no_grad():
+            model.weight[0, 0] = float("nan") if n == 1 else 1.0
+        for averaged in averages:
+            averaged.update_parameters(model)
+    for averaged in averages:
+        assert averaged.module.weight.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("integers", [False, True], ids=["tensor", "int"])
+@pytest.mark.parametrize("kind", ["ema", "ema multi", "swa", "swa multi"])
+def test_functions_alone(kind: str, integers: bool) -> None:
+    """Mixed lists, new ones at each call, as somebody would use them without an AveragedModel."""
+    model = Network(5, integers=False)
+    averaged = copy.deepcopy(model)
+    truth, generator = Truth(averaged, model, is_parameter), numbers(6)
+    (apply,) = function(ours, kind).values()
+    for n in range(1, 12):
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        count: Any = n if integers else torch.tensor(n)
+        if kind.endswith("multi"):
+            assert apply(list(averaged.parameters()), tuple(model.parameters()), count) is None
+            continue
+        for average, new in zip(averaged.parameters(), model.parameters(), strict=True):
+            before = average.detach().clone()
+            result = apply(average, new, count)
+            assert torch.equal(average, before)
+            assert not result.requires_grad
+            with torch.no_grad():
+                average.copy_(result)
+    for buffer, new in zip(averaged.buffers(), model.buffers(), strict=True):
+        buffer.copy_(new)
+    truth.check(averaged, model)
+
+
+def test_complex_weights() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64, generator=numbers(7)))
+    averages = [
+        container.AveragedModel(model, **function(source, kind))
+        for kind in ("ema multi", "swa")
+        for container, source in ((ours, ours), (theirs, ours), (theirs, theirs))
+    ]
+    generator = numbers(8)
+    for _ in range(6):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(5, 3, dtype=torch.complex64, generator=generator))
+        for averaged in averages:
+            averaged.update_parameters(model)
+    for first in (0, 3):
+        expected = averages[first + 2].module.weight
+        for averaged in averages[first : first + 2]:
+            torch.testing.assert_close(averaged.module.weight, expected)
+
+
+# -- where theirs is wrong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ema multi", "ema"])
+def test_integers_are_copied_exactly(kind: str) -> None:
+    model = Network(9)
+    mine = ours.AveragedModel(model, use_buffers=True, **function(ours, kind))
+    mixed = theirs.AveragedModel(model, use_buffers=True, **function(ours, kind))
+    other = theirs.AveragedModel(model, use_buffers=True, **function(theirs, kind))
+    generator = numbers(10)
+    for _ in range(5):
+        trained(model, generator)
+        for averaged in (mine, mixed, other):
+            averaged.update_parameters(model)
+    for name in ("places", "mask", "norm.num_batches_tracked"):
+        for averaged in (mine, mixed):
+            assert torch.equal(averaged.module.get_buffer(name), model.get_buffer(name)), name
+    assert not torch.equal(other.module.places, model.places)
+
+
+@pytest.mark.parametrize("kind", ["default", "swa multi", "swa"])
+def test_the_mean_of_integers_fails_in_theirs(kind: str) -> None:
+    model = Network(9)
+    other = theirs.AveragedModel(model, use_buffers=True, **function(theirs, kind))
+    mine = ours.AveragedModel(model, use_buffers=True, **function(ours, kind))
+    for averaged in (other, mine):
+        averaged.update_parameters(model)
+    with pytest.raises(RuntimeError):
+        other.update_parameters(model)
+    mine.update_parameters(model)
+    assert torch.equal(mine.module.places, model.places)
+
+
+MIXED = [
+    (container, kind, narrow)
+    for narrow in NARROW
+    for kind in FUNCTIONS
+    for container in (ours, theirs)
+    # Their class refuses lists of float32 and float16 before it calls a function.
+    if container is ours
+    or (kind != "default" and (not kind.endswith("multi") or narrow == torch.bfloat16))
+]
+
+
+@pytest.mark.parametrize(("container", "kind", "narrow"), MIXED)
+def test_a_wide_average_of_narrow_weights(container: Any, kind: str, narrow: torch.dtype) -> None:
+    model = Network(11, narrow)
+    averaged = container.AveragedModel(model, **function(ours, kind))
+    averaged.module.to(torch.float32)
+    truth, generator = Truth(averaged.module, model, is_parameter), numbers(12)
+    for n in range(12):
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        averaged.update_parameters(model)
+    truth.check(averaged.module, model)
+    assert averaged.module.frozen.dtype == torch.float32
+
+
+def test_a_wide_average_of_narrow_weights_fails_in_theirs() -> None:
+    model = Network(11, torch.bfloat16)
+    averaged = theirs.AveragedModel(model, **function(theirs, "ema multi"))
+    averaged.module.to(torch.float32)
+    averaged.update_parameters(model)
+    with pytest.raises(RuntimeError, match="dtype"):
+        averaged.update_parameters(model)
+
+
+@pytest.mark.parametrize("container", [ours, theirs])
+@pytest.mark.parametrize("kind", ["ema multi", "ema"])
+@pytest.mark.parametrize("narrow", NARROW)
+def test_a_narrow_average_moves(narrow: torch.dtype, kind: str, container: Any) -> None:
+    """From 1 towards 1.5, by less than half a unit in the last place of each step."""
+    size, steps, decay = 4096, 60, 0.9998
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(size, dtype=narrow))
+    averages = {
+        name: container.AveragedModel(model, **function(source, kind, decay, **options))
+        for name, container, source, options in (
+            ("moves", container, ours, {}),
+            ("nearest", container, ours, {"rounding": "nearest"}),
+            ("theirs", theirs, theirs, {}),
+        )
+    }
+    for averaged in averages.values():
+        averaged.update_parameters(model)
+    with torch.no_grad():
+        model.weight.fill_(1.5)
+    for _ in range(steps):
+        for averaged in averages.values():
+            averaged.update_parameters(model)
+    for name in ("nearest", "theirs"):
+        assert torch.all(averages[name].module.weight == 1), name
+    # A step is rounded up or down by at most a unit, so without a bias its mean is within
+    # five standard deviations of the truth: half a unit each for `steps` times `size` of them.
+    unit = torch.finfo(narrow).eps
+    expected = 1.5 - 0.5 * decay**steps
+    off = averages["moves"].module.weight.double().mean().item() - expected
+    assert abs(off) < 5 * unit / 2 * (steps / size) ** 0.5
+    assert expected - 1 > 5 * unit / 2 * (steps / size) ** 0.5
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("narrow", NARROW)
+def test_narrow_averages_stay_within_their_bounds(narrow: torch.dtype, kind: str) -> None:
+    model = Network(13, narrow)
+    averages = [ours.AveragedModel(model, **function(ours, kind))]
+    if kind != "default":
+        averages.append(theirs.AveragedModel(model, **function(ours, kind)))
+    truth, generator = Truth(averages[0].module, model, is_parameter), numbers(14)
+    for n in range(10):
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        for averaged in averages:
+            averaged.update_parameters(model)
+    for averaged in averages:
+        truth.check(averaged.module, model)
+
+
+def smaller() -> nn.Module:
+    model = Network(15)
+    model.head.bias = None
+    return model
+
+
+def larger() -> nn.Module:
+    model = Network(15)
+    model.register_parameter("further", nn.Parameter(torch.zeros(3)))
+    return model
+
+
+def reshaped() -> nn.Module:
+    model = Network(15)
+    model.frozen = nn.Parameter(torch.zeros(34))
+    return model
+
+
+def without_a_buffer() -> nn.Module:
+    model = Network(15)
+    del model.places
+    return model
+
+
+@pytest.mark.parametrize("kind", [*FUNCTIONS, "of the user"])
+@pytest.mark.parametrize("updates", [0, 2])
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (smaller, r"head\.bias"),
+        (larger, "further"),
+        (reshaped, "frozen"),
+        (without_a_buffer, "places"),
+    ],
+)
+def test_another_model_is_refused(
+    other: Callable[[], nn.Module], name: str, updates: int, kind: str
+) -> None:
+    model = Network(16)
+    chosen = function(ours if kind in FUNCTIONS else theirs, kind if kind in FUNCTIONS else "ema")
+    averaged = ours.AveragedModel(model, **chosen)
+    for _ in range(updates):
+        averaged.update_parameters(model)
+    before = snapshot(averaged)
+    with pytest.raises(LayoutError, match=name) as caught:
+        averaged.update_parameters(other())
+    assert isinstance(caught.value, FastemaError)
+    assert snapshot(averaged) == before
+    trained(model, numbers(17))
+    averaged.update_parameters(model)
+    assert snapshot(averaged) != before
+
+
+def test_theirs_takes_a_smaller_model() -> None:
+    model = Network(16)
+    averaged = theirs.AveragedModel(model)
+    averaged.update_parameters(smaller())
+    assert int(averaged.n_averaged) == 1
+
+
+# -- states in both directions ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize(("first", "second"), [(ours, theirs), (theirs, ours), (ours, ours)])
+def test_an_interrupted_run_goes_on_in_the_other(
+    first: Any, second: Any, kind: str, kinds: str
+) -> None:
+    model = Network(18, KINDS[kinds])
+    averaged = first.AveragedModel(model, **function(first, kind))
+    truth, generator = Truth(averaged.module, model, is_parameter), numbers(19)
+    for n in range(14):
+        if n == 7:
+            begun = second.AveragedModel(Network(20, KINDS[kinds]), **function(second, kind))
+            averaged = resumed(begun, averaged.state_dict())
+        trained(model, generator)
+        by_theirs = (first if n < 7 else second) is theirs
+        truth.step(model, (weight_of_theirs if by_theirs else weight)(kind, n))
+        averaged.update_parameters(model)
+    truth.check(averaged.module, model)
+    assert int(averaged.n_averaged) == 14
+
+
+@pytest.mark.parametrize("container", [ours, theirs])
+@pytest.mark.parametrize("kind", ["ema multi", "swa multi"])
+def test_a_resumed_run_has_the_same_random_bits(kind: str, container: Any) -> None:
+    results = []
+    for stop in (None, 5):
+        model, generator = Network(21, torch.bfloat16), numbers(22)
+        averaged = container.AveragedModel(model, **function(ours, kind, seed=3))
+        for n in range(10):
+            if n == stop:
+                begun = container.AveragedModel(model, **function(ours, kind, seed=3))
+                averaged = resumed(begun, averaged.state_dict())
+            trained(model, generator)
+            averaged.update_parameters(model)
+        results.append(bits(averaged))
+    assert results[0] == results[1]
+
+
+def test_the_seed_changes_the_random_bits() -> None:
+    model, generator = Network(21, torch.bfloat16), numbers(22)
+    averages = [
+        ours.AveragedModel(model, **function(ours, "ema multi", seed=seed)) for seed in (0, 0, 1)
+    ]
+    for _ in range(3):
+        trained(model, generator)
+        for averaged in averages:
+            averaged.update_parameters(model)
+    same, again, other = map(bits, averages)
+    assert same == again
+    assert same != other
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The host's memory treated as a device's: what is read from it is noted here."""
+    reads: list[int] = []
+
+    def noted(number: Tensor) -> bool:
+        return False
+
+    class Number(int):
+        def __new__(cls, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                reads.append(int.__new__(int, value))
+            return int.__new__(int, value)
+
+    monkeypatch.setattr(ours, "_is_read_at_once", noted)
+    monkeypatch.setattr(ours, "int", Number, raising=False)
+    return reads
+
+
+def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list[int]) -> None:
+    model = Network(23)
+    averaged = ours.AveragedModel(model)
+    truth, generator = Truth(averaged.module, model, is_parameter), numbers(24)
+
+    def update(*counts: int) -> None:
+        for n in counts:
+            trained(model, generator)
+            truth.step(model, weight("swa", n))
+            averaged.update_parameters(model)
+        truth.check(averaged.module, model)
+
+    update(0, 1, 2, 3)
+    assert on_an_accelerator == [0]
+    averaged.load_state_dict({**averaged.state_dict(), "n_averaged": torch.tensor(7)})
+    update(7, 8)
+    assert on_an_accelerator == [0, 7]
+    averaged.n_averaged.fill_(2)
+    update(2, 3)
+    averaged.n_averaged = torch.tensor(11)
+    update(11, 12)
+    averaged.load_state_dict({**averaged.state_dict(), "n_averaged": torch.tensor(4)}, assign=True)
+    averaged.module.head.weight = averaged.module.embed.weight
+    update(4, 5)
+    assert on_an_accelerator == [0, 7, 2, 11, 4]
+    averaged = copy.deepcopy(averaged)
+    update(6, 7)
+    assert on_an_accelerator == [0, 7, 2, 11, 4, 6]
+
+
+def test_a_function_reads_no_count_that_it_does_not_need(on_an_accelerator: list[int]) -> None:
+    model = Network(25, torch.bfloat16)
+    averaged = theirs.AveragedModel(model, **function(ours, "ema multi"))
+    for _ in range(5):
+        averaged.update_parameters(model)
+    assert on_an_accelerator == [1]
+    averaged = theirs.AveragedModel(model, **function(ours, "swa multi"))
+    for _ in range(4):
+        averaged.update_parameters(model)
+    assert on_an_accelerator == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["get_ema_multi_avg_fn", "get_swa_multi_avg_fn"])
+def test_the_random_bits_of_an_accelerator_are_the_same(
+    name: str, on_an_accelerator: list[int]
+) -> None:
+    """Whether the count is given as a number, or in a tensor that is not read."""
+    results = []
+    for counted in (int, torch.tensor):
+        apply, generator = getattr(ours, name)(seed=7), numbers(51)
+        average = [torch.zeros(500, dtype=torch.bfloat16)]
+        weights = [torch.zeros(500, dtype=torch.bfloat16)]
+        for n in range(1, 6):
+            weights[0].copy_(torch.randn(500, generator=generator))
+            apply(average, weights, counted(n))
+        results.append(average[0].tolist())
+    assert results[0] == results[1]
+
+
+# -- models that change ----------------------------------------------------------------------------
+
+
+def repointed(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def assigned(model: nn.Module) -> None:
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    model.head.weight = model.embed.weight
+
+
+def dense(model: nn.Module) -> None:
+    """Other strides in the same places."""
+    for name, parameter in model.named_parameters():
+        if name == "transposed":
+            parameter.data = parameter.data.t().reshape(parameter.shape)
+
+
+@pytest.mark.parametrize("change", [repointed, assigned, dense])
+@pytest.mark.parametrize("side", ["model", "average"])
+@pytest.mark.parametrize("container", [ours, theirs])
+@pytest.mark.parametrize("kind", ["ema multi", "swa multi"])
+def test_tensors_that_move(
+    kind: str, container: Any, side: str, change: Callable[[nn.Module], None]
+) -> None:
+    model = Network(26)
+    averaged = container.AveragedModel(model, **function(ours, kind))
+    truth, generator = Truth(averaged.module, model, is_parameter), numbers(27)
+    for n in range(12):
+        if n in (4, 8):
+            if change is dense and side == "average":
+                for loops in ([truth.loops["transposed"]],):
+                    for loop in loops:
+                        loop.value = loop.value.T.reshape(loop.value.shape)
+                        loop.error = loop.error.T.reshape(loop.error.shape)
+            change(model if side == "model" else averaged.module)
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        averaged.update_parameters(model)
+    truth.check(averaged.module, model)
+
+
+@pytest.mark.parametrize("container", [ours, theirs])
+@pytest.mark.parametrize("kind", ["ema multi", "swa multi"])
+def test_an_average_that_is_cast_on_the_way(kind: str, container: Any) -> None:
+    model = Network(28, torch.float32)
+    averaged = container.AveragedModel(model, **function(ours, kind))
+    truth, generator = Truth(averaged.module, model, is_parameter), numbers(29)
+    for n in range(12):
+        if n == 6:
+            averaged.module.to(torch.float64)
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        averaged.update_parameters(model)
+    truth.check(averaged.module, model)
+    assert averaged.module.scalar.dtype == torch.float64
+
+
+def test_buffers_from_now_on() -> None:
+    model = Network(30)
+    averaged = ours.AveragedModel(model)
+    truth, generator = Truth(averaged.module, model), numbers(31)
+    for n in range(8):
+        averaged.use_buffers = n >= 4
+        trained(model, generator)
+        for name, loop in truth.loops.items():
+            copied = n < 4 and isinstance(tensors(model)[name], nn.Parameter) is False
+            loop.step(
+                tensors(model)[name].detach().double().numpy(), 1.0 if copied else 1 / (n + 1)
+            )
+        averaged.update_parameters(model)
+    truth.check(averaged.module, model)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled], ids=["parallel", "compiled"])
+@pytest.mark.parametrize("which", ["model", "average", "both"])
+def test_wrapped_models(which: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = Network(32)
+    wrapped = wrap(model)
+    averaged = ours.AveragedModel(
+        model if which == "model" else wrapped, **function(ours, "ema multi")
+    )
+    inner = averaged.module if which == "model" else next(averaged.module.children())
+    truth, generator = Truth(inner, model, is_parameter), numbers(33)
+    for n in range(6):
+        trained(model, generator)
+        truth.step(model, weight("ema", n))
+        averaged.update_parameters(model if which == "average" else wrapped)
+    truth.check(inner, model)
+
+
+# -- functions and memory --------------------------------------------------------------------------
+
+
+def test_one_function_for_several_models() -> None:
+    shared = function(ours, "ema multi")
+    models = [Network(34), Network(35), nn.Linear(2, 2)]
+    averages = [theirs.AveragedModel(model, **shared) for model in models]
+    truths = [Truth(a.module, m, is_parameter) for a, m in zip(averages, models, strict=True)]
+    generator, counts = numbers(36), [0, 0, 0]
+    for n in range(60):
+        for at in range(3):
+            if n % (1, 7, 20)[at]:
+                continue
+            trained(models[at], generator)
+            truths[at].step(models[at], weight("ema", counts[at]))
+            averages[at].update_parameters(models[at])
+            counts[at] += 1
+    for averaged, model, truth in zip(averages, models, truths, strict=True):
+        truth.check(averaged.module, model)
+
+
+@pytest.mark.parametrize("side", ["model", "average"])
+def test_memory_that_is_no_longer_averaged_is_let_go(side: str) -> None:
+    model = Network(37)
+    averaged = theirs.AveragedModel(model, **function(ours, "ema multi"))
+    for _ in range(3):
+        averaged.update_parameters(model)
+    changed = model if side == "model" else averaged.module
+    old = [StorageWeakRef(one.untyped_storage()) for one in changed.parameters() if one.numel()]
+    repointed(changed)
+    for _ in range(30):
+        averaged.update_parameters(model)
+    gc.collect()
+    assert [one.expired() for one in old] == [True] * len(old)
+
+
+def test_copies_for_one_step_are_not_kept() -> None:
+    averages = [torch.randn(5, 3, generator=numbers(38)), torch.ones(7)]
+    expected = [one.double() for one in averages]
+    apply, generator = ours.get_ema_multi_avg_fn(DECAY), numbers(39)
+    copies = []
+    for n in range(10):
+        new = [torch.randn(one.shape, generator=generator) for one in averages]
+        copies.append([StorageWeakRef(one.untyped_storage()) for one in new])
+        expected = [a + (1 - DECAY) * (x.double() - a) for a, x in zip(expected, new, strict=True)]
+        apply(averages, new, n)
+        del new
+    gc.collect()
+    assert all(one.expired() for step in copies for one in step)
+    torch.testing.assert_close(averages, [one.float() for one in expected])
+
+
+def test_the_same_place_is_not_the_same_tensor() -> None:
+    """Another shape, other strides and another dtype in the memory of the call before."""
+    memory = torch.randn(4, 4, generator=numbers(40))
+    apply = ours.get_ema_multi_avg_fn(0.5)
+    for new in (memory, memory.t(), memory.view(2, 8), memory.view(torch.float64)):
+        average = torch.zeros(new.shape, dtype=new.dtype)
+        for _ in range(2):
+            apply([average], [new], 1)
+        torch.testing.assert_close(average, 0.75 * new, equal_nan=True)
+    average = torch.zeros(4, 4)
+    for new in (memory, memory.t()):
+        average.zero_()
+        apply([average], [new], 1)
+        torch.testing.assert_close(average, 0.5 * new)
+    wide, bits16 = torch.zeros(4, 8), memory.view(torch.int16)
+    for new in (bits16.view(torch.bfloat16), bits16.view(torch.float16)):
+        wide.zero_()
+        apply([wide], [new], 1)
+        torch.testing.assert_close(wide, 0.5 * new.float(), equal_nan=True)
+    average.zero_()
+    apply([average], [memory], 1)
+    torch.testing.assert_close(average, 0.5 * memory)
+    for seen in (average.t(), average):
+        average.zero_()
+        apply([seen], [memory], 1)
+        torch.testing.assert_close(seen, 0.5 * memory)
+
+
+def test_lists_that_do_not_match() -> None:
+    apply = ours.get_ema_multi_avg_fn(0.5)
+    apply([], [], 1)
+    average = [torch.zeros(3), torch.zeros(2)]
+    for wrong in ([torch.ones(3)], [], [torch.ones(3), torch.ones(4)]):
+        for _ in range(2):
+            with pytest.raises(LayoutError):
+                apply(average, wrong, 1)
+    assert not any(one.any() for one in average)
+    apply(average, [torch.ones(3), torch.ones(2)], 1)
+    assert all(torch.all(one == 0.5) for one in average)
+
+
+def test_integers_and_mixed_dtypes_of_one_tensor() -> None:
+    apply = ours.get_ema_avg_fn(0.5)
+    places = torch.tensor([2**53 + 1, -3])
+    copied = apply(torch.zeros(2, dtype=torch.int64), places, 1)
+    assert torch.equal(copied, places)
+    assert copied.data_ptr() != places.data_ptr()
+    narrow = torch.tensor([1.0, 3.0], dtype=torch.bfloat16)
+    mixed = apply(torch.zeros(2), narrow, torch.tensor(4))
+    assert torch.equal(mixed, torch.tensor([0.5, 1.5]))
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def through_pickle(averaged: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(averaged))
+
+
+def through_a_file(averaged: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(averaged, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, through_pickle, through_a_file])
+@pytest.mark.parametrize("container", [ours, theirs])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_copies_go_on_by_themselves(
+    kind: str, container: Any, way: Callable[[nn.Module], nn.Module]
+) -> None:
+    model, generator = Network(41), numbers(42)
+    averaged = container.AveragedModel(model, **function(ours, kind))
+    truth = Truth(averaged.module, model, is_parameter)
+    for n in range(4):
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        averaged.update_parameters(model)
+    assert b"Follower" not in pickle.dumps(averaged), "what is bound to memory"
+    other = way(averaged)
+    assert type(other) is type(averaged)
+    before = snapshot(averaged)
+    assert snapshot(other) == before
+    for n in range(4, 8):
+        trained(model, generator)
+        truth.step(model, weight(kind, n))
+        other.update_parameters(model)
+    truth.check(other.module, model)
+    assert int(other.n_averaged) == 8
+    assert snapshot(averaged) == before
+
+
+# -- what a user brings ----------------------------------------------------------------------------
+
+
+def test_functions_of_the_user_run_as_in_theirs() -> None:
+    def single(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        return averaged + (current - averaged) / (count + 3)
+
+    def several(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        for one, new in zip(averaged, current, strict=True):
+            one.copy_(single(one, new, count))
+
+    model = Network(43)
+    chosen: list[dict[str, Any]] = [{"avg_fn": single}, {"multi_avg_fn": several}]
+    pairs = [
+        [module.AveragedModel(model, **arguments) for module in (ours, theirs)]
+        for arguments in chosen
+    ]
+    generator = numbers(44)
+    for _ in range(5):
+        trained(model, generator)
+        for averaged in (one for pair in pairs for one in pair):
+            averaged.update_parameters(model)
+    for one, other in pairs:
+        assert snapshot(one) == snapshot(other)
+
+
+def test_from_ours_to_a_function_of_the_user_and_back() -> None:
+    model = Network(45)
+    averaged = ours.AveragedModel(model)
+    truth, generator = Truth(averaged.module, model, is_parameter), numbers(46)
+    for n in range(9):
+        averaged.avg_fn = theirs.get_swa_avg_fn() if 3 <= n < 6 else None
+        trained(model, generator)
+        truth.step(model, weight("swa", n))
+        averaged.update_parameters(model)
+    truth.check(averaged.module, model)
+
+
+def test_gradients_are_not_recorded() -> None:
+    model = nn.Linear(3, 2)
+    averaged = ours.AveragedModel(model, **function(ours, "ema multi"))
+    for _ in range(2):
+        averaged.update_parameters(model)
+    assert averaged.module.weight.requires_grad
+    assert averaged.module.weight.is_leaf
+    assert averaged.module.weight.grad_fn is None
+
+
+def test_the_rest_of_the_module() -> None:
+    assert ours.SWALR is theirs.SWALR
+    assert ours.update_bn is update_bn
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    loader = [torch.randn(8, 3, generator=numbers(n)) for n in range(3)]
+    pair = [module.AveragedModel(model) for module in (ours, theirs)]
+    for module, averaged in zip((ours, theirs), pair, strict=True):
+        averaged.update_parameters(model)
+        module.update_bn(loader, averaged)
+    assert snapshot(pair[0]) == snapshot(pair[1])
+    assert pair[0].module[1].num_batches_tracked == 3
