@@ -206,8 +206,8 @@ def walk(container: Any) -> Leaves | None:
             opaque.append(Opaque(name, error, role))
     held: list[Any] = []
     for module in container.modules():
-        for members in (module._parameters, module._buffers, module._modules):
-            held.append(members if isinstance(members, dict) else _Scripted(members))
+        members = (module._parameters, module._buffers, module._modules)
+        held += (one if isinstance(one, dict) else _Scripted(one) for one in members)
     return Leaves(items, describe, held, opaque)
 
 
