@@ -62,7 +62,8 @@ def matched(dst: Leaves, src: Leaves) -> list[Pair]:
     dst.refuse_opaque()
     src.refuse_opaque()
     sources = {leaf.name: leaf.spec for leaf in src.items}
-    problems = [f"{name!r} is only in the second" for name in sources if name not in set(dst.names)]
+    names = set(dst.names)
+    problems = [f"{name!r} is only in the second" for name in sources if name not in names]
     problems += [f"{name!r} is only in the first" for name in dst.names if name not in sources]
     if problems:
         raise LayoutError("the two containers hold different tensors:\n" + listed(problems))

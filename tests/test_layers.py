@@ -180,6 +180,7 @@ TABLE = {
         theirs=f"numpy {FRAMEWORKS}",
     ),
     "compat.replacing": Room(ours="compat engine.locks errors typing"),
+    "compat.keras": Room(ours="keras plan engine.interrupts errors typing", theirs="keras"),
     # What the drop-in classes share takes back the weights whatever interrupts it.
     "compat.following": Room(
         ours="shadow plan bridges layout engine.interrupts errors typing", theirs="torch"

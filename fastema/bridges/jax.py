@@ -28,6 +28,7 @@ __all__ = [
     "MEMORY",
     "describe",
     "finder",
+    "is_traced",
     "owns",
     "scalar",
     "shown",
@@ -71,7 +72,7 @@ def scalar(array: jax.Array) -> float | Callable[[], float]:
     return number() if array.is_deleted() or array.is_ready() else number
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether a function is being traced now, whatever arrays it is given."""
     if _at_top_level is not None:
         return not _at_top_level()
@@ -89,7 +90,7 @@ def describe(array: jax.Array) -> TensorSpec:
         Inside a traced function, for an array that was donated or deleted, or that is not in the
         memory of the host.
     """
-    if isinstance(array, jax.core.Tracer) or _is_traced():
+    if isinstance(array, jax.core.Tracer) or is_traced():
         raise BridgeError(
             "a traced JAX array has no memory, and this would run once, when the function is "
             "traced: call it outside of jit, grad and vmap (inside, optax.incremental_update is "
@@ -150,7 +151,7 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
     shardings = [one.sharding for one in arrays]
 
     def find(arrays: Sequence[Any], write: bool) -> Found | None:
-        if _is_traced():
+        if is_traced():
             return None
         try:
             for place, (array, (shape, kind, layout)) in enumerate(zip(arrays, known, strict=True)):

@@ -24,7 +24,9 @@ from torch.optim import swa_utils as peer
 from torch.optim.swa_utils import SWALR
 
 from fastema.bridges.names import plain_names
+from fastema.compat import mirrored
 from fastema.compat.following import Follower
+from fastema.compat.mirrored import Mirrored
 from fastema.errors import ArgumentError, LayoutError, listed
 from fastema.plan import Plan
 from fastema.torch import update_bn
@@ -107,36 +109,6 @@ class _Mean(_Rule):
         return averaged + (current - averaged) / (count + 1)
 
 
-class _Count:
-    """A number that lies in a tensor, read only where it may have changed.
-
-    Reading one from an accelerator waits for all the work that was given to it.
-    """
-
-    def __init__(self) -> None:
-        self._tensor: Tensor | None = None
-        self._version = self._value = 0
-
-    def of(self, number: Tensor | int) -> int:
-        """The number now."""
-        if not isinstance(number, Tensor) or _is_read_at_once(number):
-            return int(number)
-        if number is not self._tensor or number._version != self._version:
-            self._tensor, self._version, self._value = number, number._version, int(number)
-        return self._value
-
-    def advance(self, number: Tensor) -> None:
-        """Add one to the number that was read last, where it lies."""
-        number.add_(1)
-        if number is self._tensor:
-            self._version, self._value = number._version, self._value + 1
-
-
-def _is_read_at_once(number: Tensor) -> bool:
-    # Tensors of inference mode keep no version, by which a change would be noticed.
-    return number.device.type == "cpu" or number.is_inference()
-
-
 # -- functions for an AveragedModel ---------------------------------------------------------------
 
 
@@ -186,7 +158,7 @@ class _MultiAverage:
     def __init__(self, rule: _Rule) -> None:
         self.rule = rule
         self._groups: dict[tuple[object, ...], _Group] = {}
-        self._count = _Count()
+        self._count = Mirrored()
         self._calls = 0
 
     def __repr__(self) -> str:
@@ -218,10 +190,13 @@ class _MultiAverage:
 
     def _step(self, group: _Group, num_averaged: Tensor | int) -> int:
         if group.step is None or not self.rule.constant:
-            return self._count.of(num_averaged)
-        if isinstance(num_averaged, Tensor) and not _is_read_at_once(num_averaged):
+            return self._read(num_averaged)
+        if isinstance(num_averaged, Tensor) and not mirrored.is_read_at_once(num_averaged):
             return group.step + 1  # only random bits depend on it: not worth waiting for
-        return self._count.of(num_averaged)
+        return self._read(num_averaged)
+
+    def _read(self, number: Tensor | int) -> int:
+        return int(self._count.read(number) if isinstance(number, Tensor) else number)
 
     def _let_go(self) -> None:
         """Drop the memory of averages that are not updated any more, or lie elsewhere by now."""
@@ -466,7 +441,7 @@ class AveragedModel(peer.AveragedModel):
         self._begin()
 
     def _begin(self) -> None:
-        self._count = _Count()
+        self._count = Mirrored()
         self._followed: tuple[_Rule, bool, Follower] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -497,13 +472,13 @@ class AveragedModel(peer.AveragedModel):
             _refuse_other(self.module, model)
             super().update_parameters(model)
             return
-        count = self._count.of(self.n_averaged)
+        count = int(self._count.read(self.n_averaged))
         follower = self._follower(rule)
         if count == 0:
             follower.copy(model)
         else:
             follower.update(model, rule.weight(count), count)
-        self._count.advance(self.n_averaged)
+        self._count.count(self.n_averaged)
 
     def _rule(self) -> _Rule | None:
         """What the functions stand for; None for one that is not of this module."""

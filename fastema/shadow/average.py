@@ -676,6 +676,16 @@ class Average:
         return {name for name, entry in self._store.sets[0].items() if entry.averaged}
 
     @property
+    def skipped_names(self) -> set[str]:
+        """Names of the tensors that the average leaves out."""
+        return set(self._names.skipped)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of tied weights, to the name that their average has."""
+        return dict(self._names.aliases)
+
+    @property
     def drifts(self) -> tuple[Drift, ...]:
         """:attr:`drift` of every average."""
         program = self._measured

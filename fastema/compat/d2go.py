@@ -1,0 +1,112 @@
+"""D2Go's averages of models: their schedule as a rule, and their checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastema.compat.transfer import averages_of, take_over
+from fastema.errors import ArgumentError, CheckpointError
+from fastema.rules import Constant, Rule
+from fastema.rules.checks import checked_decay
+from fastema.shadow import EMA
+
+__all__ = ["WarmUp", "export", "load", "rule"]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp(Rule):
+    """See :func:`rule`."""
+
+    limit: float
+    factor: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", checked_decay(self.limit))
+        if not self.factor >= 0:
+            raise ArgumentError(f"decay_warm_up_factor={self.factor!r}: expected at least 0")
+
+    def decay(self, n: int) -> float:
+        """``min(limit, (1 + n) / (factor + n))``."""
+        return min(self.limit, (1 + n) / (self.factor + n))
+
+
+def rule(decay: float = 0.999, decay_warm_up_factor: float = -1) -> Rule:
+    """The schedule of D2Go's ``EMAUpdater``: ``min(decay, (1 + n) / (factor + n))``.
+
+    Parameters
+    ----------
+    decay : float
+        ``MODEL_EMA.DECAY``, in [0, 1).
+    decay_warm_up_factor : float
+        ``MODEL_EMA.DECAY_WARM_UP_FACTOR``; below 0 the decay is the same at every step. Up to 1
+        it has no effect either: the fraction is then never below 1.
+
+    Returns
+    -------
+    Rule
+        For ``fastema.EMA(model, decay=rule(...), frozen="average", buffers="average")``: D2Go
+        averages frozen parameters and buffers unless ``INCLUDE_FROZEN`` and ``INCLUDE_BUFFER`` say
+        otherwise (``"skip"``).
+
+    Raises
+    ------
+    ArgumentError
+        For a decay out of range.
+
+    Examples
+    --------
+    >>> [round(rule(0.999, 10).decay(n), 3) for n in (1, 100, 100_000)]
+    [0.182, 0.918, 0.999]
+    """
+    if decay_warm_up_factor < 0:
+        return Constant(decay)
+    return WarmUp(decay, decay_warm_up_factor)
+
+
+def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
+    """Take over the average of a checkpoint of D2Go.
+
+    Parameters
+    ----------
+    ema : EMA
+        Of the same model.
+    checkpoint : mapping
+        With ``"ema_state"``, a mapping of names to tensors; or that mapping itself.
+    num_updates : int, optional
+        Steps of the run, which D2Go does not save: its warm-up begins anew when a run is resumed.
+        By default the number that ``ema`` has.
+
+    Raises
+    ------
+    CheckpointError
+        Naming every tensor that does not fit; nothing was changed.
+    ArgumentError
+        For an ``ema`` with several averages, or one in two halves.
+    StateError
+        While the average is applied.
+
+    Notes
+    -----
+    There integers are averaged and cut off, so that counters lag behind. Here they are taken from
+    the checkpoint as they are, and copied exactly from the next update on.
+    """
+    state = checkpoint.get("ema_state", checkpoint)
+    if not isinstance(state, Mapping) or not all(isinstance(one, Tensor) for one in state.values()):
+        raise CheckpointError("expected a mapping of names to tensors, by itself or as 'ema_state'")
+    take_over(ema, state, num_updates)
+
+
+def export(ema: EMA) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint of D2Go holds of an average.
+
+    Returns
+    -------
+    dict
+        ``{"ema_state": {name: tensor}}``, copies. D2Go asks for every name that it averages: build
+        the average with ``frozen="average", buffers="average"`` for its default configuration.
+    """
+    return {"ema_state": averages_of(ema)}

@@ -1,0 +1,426 @@
+"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it.
+
+Change the import and nothing else:
+
+>>> from fastema.compat.diffusers import EMAModel
+>>> model = torch.nn.Linear(8, 4)
+>>> ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
+>>> ema.step(model.parameters())               # after every optimizer step
+>>> ema.store(model.parameters())              # to validate with the average
+>>> ema.copy_to(model.parameters())
+>>> ema.restore(model.parameters())
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
+from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
+
+__all__ = ["EMAModel"]
+
+_KINDS: Final[dict[str, type]] = {
+    "decay": Real,
+    "min_decay": Real,
+    "optimization_step": Integral,
+    "update_after_step": Integral,
+    "use_ema_warmup": bool,
+    "inv_gamma": Real,
+    "power": Real,
+}
+"""What a state holds besides the tensors; in a saved model, entries of its configuration."""
+
+
+class EMAModel:
+    """Exponential moving average of parameters, with the names and the state of diffusers' class.
+
+    At the n-th step ``shadow += (1 - d) * (x - shadow)``, computed in float32 (float64 where either
+    side is). With ``s = max(0, n - update_after_step - 1)`` the decay ``d`` is 0 as long as
+    ``s = 0``, then ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, else
+    ``(1 + s) / (10 + s)``; never above ``decay``, and never below ``min_decay``.
+
+    Parameters
+    ----------
+    parameters : iterable of Tensor
+        Such as ``model.parameters()``, of any shapes and dtypes. Those that require no gradient
+        are copied at each step, and so are integers. None of them is kept. A module is accepted, as
+        in diffusers, with a ``FutureWarning``, and turns ``use_ema_warmup`` on.
+    decay : float
+        The highest weight of the old average, in [0, 1].
+    min_decay : float
+        The lowest from the second step after ``update_after_step`` on, in [0, 1].
+        ``min_decay=decay`` makes the decay constant, which it never is otherwise.
+    update_after_step : int
+        Steps until which the average is the parameters themselves.
+    use_ema_warmup : bool
+        Let the decay grow as a power of the step.
+    inv_gamma, power : float
+        Of that growth. ``power=1`` and ``inv_gamma=1`` is the mean of all weights; 2/3 reaches
+        0.999 after 31,600 steps, 3/4 after 10,000.
+    foreach : bool
+        Accepted and kept; all tensors are updated in one call in any case.
+    model_cls, model_config : type, dict
+        The diffusers model, for :meth:`save_pretrained`.
+    **kwargs
+        ``max_value``, ``min_value`` and ``device``, with a ``FutureWarning``: use ``decay``,
+        ``min_decay`` and :meth:`to`. Others are ignored, with a warning.
+
+    Attributes
+    ----------
+    decay, min_decay, update_after_step, use_ema_warmup, inv_gamma, power, foreach, model_cls, \
+model_config
+        As given; may be set between steps.
+    optimization_step : int
+        Steps so far.
+    cur_decay_value : float or None
+        Decay of the latest step.
+    shadow_params : list of Tensor
+        The averages, in the order and, until :meth:`to`, with the dtypes of the parameters.
+    temp_stored_params : list of Tensor or None
+        What :meth:`store` stored.
+
+    Raises
+    ------
+    ArgumentError
+        If a decay is not in [0, 1], or ``parameters`` is no iterable of tensors.
+
+    Notes
+    -----
+    Where it differs from diffusers 0.42.1, for the same script:
+
+    - 16-bit averages are rounded at random, without bias; rounded to nearest they stand still as
+      soon as an update is smaller than half their last place. The bits are a function of
+      ``optimization_step``, the parameter's place in the list and the element's in the tensor: a
+      resumed run has the same.
+    - :meth:`load_state_dict` takes copies, keeps the wider of the dtypes that the saved and the
+      present averages have, and the devices that these are on.
+    - Lists of another length and tensors of other shapes are refused, naming them, before anything
+      is written. There, what is too many was left out, and a smaller tensor broadcast.
+    - :meth:`store` refuses to let go of stored weights that :meth:`copy_to` has written over.
+    - A ``min_decay`` of 0, an ``int``, can be saved and loaded again.
+    - A parameter that is twice in the list has one average, and is written once.
+    - Averages on another device than the parameters are updated there, from a copy of these.
+    - The parameters that DeepSpeed's ZeRO-3 spreads over processes are not gathered, there they
+      are: call :meth:`step` within ``deepspeed.zero.GatheredParameters(parameters)``.
+    - A call that fails has changed nothing, and is not counted.
+
+    Source: diffusers 0.42.1, ``diffusers.training_utils.EMAModel``.
+
+    Examples
+    --------
+    >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
+    >>> ema = EMAModel([weight], decay=0.75, min_decay=0.75)
+    >>> for _ in range(2):
+    ...     weight.data += 1.0
+    ...     ema.step([weight])
+    >>> ema.shadow_params, ema.cur_decay_value
+    ([tensor([3.2500])], 0.75)
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        decay: float = 0.9999,
+        min_decay: float = 0.0,
+        update_after_step: int = 0,
+        use_ema_warmup: bool = False,
+        inv_gamma: float | int = 1.0,
+        power: float | int = 2 / 3,
+        foreach: bool = False,
+        model_cls: Any | None = None,
+        model_config: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(parameters, torch.nn.Module):
+            _deprecated("a torch.nn.Module", "EMAModel", "its parameters()")
+            parameters, use_ema_warmup = parameters.parameters(), True
+        unknown = sorted(set(kwargs) - {"max_value", "min_value", "device"})
+        if unknown:
+            warnings.warn(f"EMAModel ignores {', '.join(unknown)}", stacklevel=2)
+        if kwargs.get("max_value") is not None:
+            _deprecated("max_value", "EMAModel", "decay")
+            decay = kwargs["max_value"]
+        if kwargs.get("min_value") is not None:
+            _deprecated("min_value", "EMAModel", "min_decay")
+            min_decay = kwargs["min_value"]
+        _refuse_outside(decay, min_decay, ArgumentError)
+        self.shadow_params = clones(as_list(parameters, "EMAModel(parameters)"))
+        if kwargs.get("device") is not None:
+            _deprecated("device", "EMAModel", "to()")
+            self.to(device=kwargs["device"])
+        self.temp_stored_params: list[Tensor] | None = None
+        self.decay = decay
+        self.min_decay = min_decay
+        self.update_after_step = update_after_step
+        self.use_ema_warmup = use_ema_warmup
+        self.inv_gamma = inv_gamma
+        self.power = power
+        self.optimization_step = 0
+        self.cur_decay_value: float | None = None
+        self.foreach = foreach
+        self.model_cls = model_cls
+        self.model_config = model_config
+        self._follower = ListFollower()
+        self._stored = Stored()
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def get_decay(self, optimization_step: int) -> float:
+        """Weight of the old average at a step.
+
+        Parameters
+        ----------
+        optimization_step : int
+            From 1.
+        """
+        step = max(0, optimization_step - self.update_after_step - 1)
+        if step <= 0:
+            return 0.0
+        if self.use_ema_warmup:
+            grown = 1 - (1 + step / self.inv_gamma) ** -self.power
+        else:
+            grown = (1 + step) / (10 + step)
+        return max(min(grown, self.decay), self.min_decay)
+
+    def step(self, parameters: Iterable[Tensor]) -> None:
+        """Take the current parameters into the average; call it after ``optimizer.step()``.
+
+        Parameters
+        ----------
+        parameters : iterable of Tensor
+            As many as the average was built from, of the same shapes. Whether one requires a
+            gradient is looked at now. A module is accepted with a ``FutureWarning``.
+
+        Raises
+        ------
+        ArgumentError
+            If they are no tensors.
+        LayoutError, DTypeError, BridgeError
+            For parameters of another number, shape or kind; nothing was changed.
+        """
+        if isinstance(parameters, torch.nn.Module):
+            _deprecated("a torch.nn.Module", "EMAModel.step", "its parameters()")
+            parameters = parameters.parameters()
+        weights = as_list(parameters, "step")
+        step = self.optimization_step + 1
+        decay = float(self.get_decay(step))
+        frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)
+        try:
+            self._follower.update(self.shadow_params, weights, 1 - decay, step, frozen)
+        except LayoutError:
+            if any(hasattr(one, "ds_id") for one in weights):
+                raise LayoutError(
+                    "the parameters are spread over processes by DeepSpeed's ZeRO-3: call step() "
+                    "within deepspeed.zero.GatheredParameters(parameters)"
+                ) from None
+            raise
+        self.optimization_step, self.cur_decay_value = step, decay
+
+    # -- the average in the model -----------------------------------------------------------------
+
+    def copy_to(self, parameters: Iterable[Tensor]) -> None:
+        """Write the average into parameters, rounded to their dtypes.
+
+        Parameters
+        ----------
+        parameters : iterable of Tensor
+            See :meth:`step`.
+
+        Raises
+        ------
+        ArgumentError, LayoutError, DTypeError, BridgeError
+            See :meth:`step`.
+        """
+        weights = as_list(parameters, "copy_to")
+        write(self.shadow_params, weights, "copy_to")
+        self._stored.overwritten(weights)
+
+    def store(self, parameters: Iterable[Tensor]) -> None:
+        """Keep a copy of parameters for :meth:`restore`: in the host's memory, as in diffusers.
+
+        Parameters
+        ----------
+        parameters : iterable of Tensor
+
+        Raises
+        ------
+        ArgumentError
+            If they are no tensors.
+        StateError
+            If what was stored before was then written over by :meth:`copy_to`, and would be lost.
+        """
+        weights = as_list(parameters, "store")
+        if self.temp_stored_params is not None:
+            self._stored.refuse_loss("temp_stored_params")
+        self.temp_stored_params = clones(weights, "cpu")
+        self._stored.stored(weights)
+
+    def restore(self, parameters: Iterable[Tensor]) -> None:
+        """Write what :meth:`store` kept into parameters, to the bit, and let go of it.
+
+        Parameters
+        ----------
+        parameters : iterable of Tensor
+            As were stored.
+
+        Raises
+        ------
+        StateError
+            Without :meth:`store`.
+        ArgumentError, LayoutError, DTypeError, BridgeError
+            See :meth:`step`; what was stored is kept.
+        """
+        if self.temp_stored_params is None:
+            raise StateError("restore() without store(): there are no weights to put back")
+        write(self.temp_stored_params, as_list(parameters, "restore"), "restore")
+        self.temp_stored_params = None
+
+    # -- the average ------------------------------------------------------------------------------
+
+    def to(
+        self,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move the averages to a device; cast those that are floats.
+
+        Averages that are not where the parameters are cost a copy of the parameters at each step.
+
+        Parameters
+        ----------
+        device : device, optional
+        dtype : torch.dtype, optional
+        non_blocking : bool
+            As of ``torch.Tensor.to``. What a GPU copies to the host is there once the GPU was
+            waited for, as :meth:`step` does.
+        """
+        self.shadow_params = moved(self.shadow_params, device, dtype, non_blocking)
+
+    def pin_memory(self) -> None:
+        """Move the averages to pinned memory of the host, from where a GPU copies without waiting.
+
+        Raises
+        ------
+        RuntimeError
+            Of torch, without a GPU.
+        """
+        pinned = {id(one): one.pin_memory() for one in self.shadow_params}
+        self.shadow_params = [pinned[id(one)] for one in self.shadow_params]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, the schedule and the tensors themselves, not copies of them.
+
+        Returns
+        -------
+        dict
+            ``"decay"``, ``"min_decay"``, ``"optimization_step"``, ``"update_after_step"``,
+            ``"use_ema_warmup"``, ``"inv_gamma"``, ``"power"``, ``"shadow_params"``.
+        """
+        state = {name: getattr(self, name) for name in _KINDS}
+        # diffusers refuses an int where it loads, though not where it is given.
+        state["min_decay"] = float(self.min_decay)
+        return {**state, "shadow_params": self.shadow_params}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over copies of a saved average, of this class or of diffusers'.
+
+        Parameters
+        ----------
+        state_dict : dict
+            Of :meth:`state_dict`; what is missing stays as it is.
+
+        Raises
+        ------
+        CheckpointError
+            If an entry is not what it should be.
+        LayoutError
+            Listing the tensors that differ in number, shape or kind.
+        """
+        found = {name: state_dict.get(name, getattr(self, name)) for name in _KINDS}
+        for name, value in found.items():
+            if not isinstance(value, _KINDS[name]):
+                raise CheckpointError(
+                    f"{name!r} of the state is {value!r}: expected {_KINDS[name].__name__}"
+                )
+        _refuse_outside(found["decay"], found["min_decay"], CheckpointError)
+        saved = state_dict.get("shadow_params")
+        if saved is not None:
+            self.shadow_params = loaded(saved, self.shadow_params, "shadow_params")
+        vars(self).update(found)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, model_cls: Any, foreach: bool = False) -> EMAModel:
+        """Load an average that :meth:`save_pretrained`, of this class or of diffusers', wrote.
+
+        Parameters
+        ----------
+        path : str or Path
+            The folder, or whatever else ``model_cls.from_pretrained`` takes.
+        model_cls : type
+            Of the diffusers model.
+        foreach : bool
+            Of the constructor.
+
+        Raises
+        ------
+        CheckpointError
+            If a counter in the configuration is not what it should be.
+        """
+        config = model_cls.load_config(path)
+        model = model_cls.from_pretrained(path)
+        ema = cls(
+            model.parameters(), model_cls=model_cls, model_config=model.config, foreach=foreach
+        )
+        ema.load_state_dict({name: config[name] for name in _KINDS if name in config})
+        return ema
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save the average as a diffusers model, with counters and schedule in its ``config.json``.
+
+        Parameters
+        ----------
+        path : str or Path
+            A folder, made where there is none.
+
+        Raises
+        ------
+        ArgumentError
+            Without ``model_cls`` or ``model_config``.
+        LayoutError
+            If the average is of another model; nothing was written.
+        """
+        for name in ("model_cls", "model_config"):
+            if getattr(self, name) is None:
+                raise ArgumentError(f"save_pretrained(): EMAModel was built without {name}")
+        assert self.model_cls is not None
+        model = self.model_cls.from_config(self.model_config)
+        counters = self.state_dict()
+        del counters["shadow_params"]
+        model.register_to_config(**counters)
+        write(self.shadow_params, list(model.parameters()), "save_pretrained")
+        model.save_pretrained(path)
+
+
+def _deprecated(what: str, where: str, instead: str) -> None:
+    warnings.warn(
+        f"{what} given to {where} is deprecated in diffusers: use {instead}",
+        FutureWarning,
+        stacklevel=3,
+    )
+
+
+def _refuse_outside(
+    decay: float, min_decay: float, error: type[ArgumentError | CheckpointError]
+) -> None:
+    for name, value in (("decay", decay), ("min_decay", min_decay)):
+        if not 0.0 <= value <= 1.0:
+            raise error(f"{name}={value!r}: expected a number from 0 to 1")

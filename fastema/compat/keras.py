@@ -1,0 +1,321 @@
+"""``keras.callbacks.SwapEMAWeights``: evaluation with the average of an optimizer's ``use_ema``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Literal, TypeAlias
+
+import keras
+
+from fastema.engine.interrupts import deferred
+from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
+from fastema.keras.loans import Guard
+from fastema.keras.steps import inner
+from fastema.plan import Plan, copy_
+
+__all__ = ["SwapEMAWeights"]
+
+Hook: TypeAlias = Literal["test", "predict", "epoch"]
+"""Where in a run the average was put into the model: it is taken back at the end of the same."""
+
+_FINALIZE: Final = "finalize_variable_values"
+
+_held_by: weakref.WeakKeyDictionary[Any, weakref.ref[SwapEMAWeights]] = weakref.WeakKeyDictionary()
+"""Model to the callback through which it holds the average."""
+
+
+def _optimizers(model: Any) -> list[Any]:
+    """Those of the model that average."""
+    found = [] if model.optimizer is None else inner(model.optimizer)
+    return [one for one in found if one.use_ema]
+
+
+def _averaged(model: Any) -> list[tuple[Any, Any]]:
+    """The model's weights with their averages in the optimizer, those that there are by now."""
+    pairs: list[tuple[Any, Any]] = []
+    for one in _optimizers(model):
+        averages = getattr(one, "_model_variables_moving_average", None)
+        # Before the first step the averages are zeros.
+        if averages is not None and _steps(one):
+            pairs += zip(one._trainable_variables, averages, strict=True)
+    return [(variable, average) for variable, average in pairs if average is not None]
+
+
+def _separate(model: Any) -> None:
+    """Give averages arrays of their own, which Keras lets share those of the model after a fit.
+
+    On the JAX backend the next fit would donate the same array twice, and fail.
+    """
+    if keras.backend.backend() == "jax":
+        for variable, average in _averaged(model):
+            if average.value is variable.value:
+                average.assign(keras.ops.copy(average.value))
+
+
+def _steps(optimizer: Any) -> int:
+    return int(next(one for one in optimizer.variables if one.name == "iteration"))
+
+
+class _Swap:
+    """Weights and averages in each other's places, in memory."""
+
+    def __init__(self, model: Any, pairs: list[tuple[Any, Any]]) -> None:
+        self._variables, self._averages = (list(side) for side in zip(*pairs, strict=True))
+        try:
+            self._exchange: Callable[[], None] = Plan(self._variables, self._averages).swap_
+        except (BridgeError, DTypeError):
+            # Of several replicas, on a device that only the backend reaches, or of 8 bits.
+            self._exchange = self._one_by_one
+
+    def _one_by_one(self) -> None:
+        for variable, average in zip(self._variables, self._averages, strict=True):
+            value = keras.ops.copy(variable)
+            variable.assign(average)
+            average.assign(value)
+
+    def put(self) -> None:
+        """Put the averages into the model."""
+        self._exchange()
+
+    def back(self) -> None:
+        """Give the model its weights back."""
+        self._exchange()
+
+    def keep(self) -> None:
+        """Make the averages, which the model holds, those of the optimizer too."""
+        try:
+            copy_(self._averages, self._variables)
+        except (BridgeError, DTypeError):
+            for variable, average in zip(self._variables, self._averages, strict=True):
+                average.assign(variable)
+
+
+class _References:
+    """The same on the JAX backend, whose arrays are never written: variables change arrays.
+
+    What an evaluation is given it may donate, and a failing one leaves nothing behind. The model
+    gets copies, therefore, and the arrays themselves are kept.
+    """
+
+    def __init__(self, model: Any, pairs: list[tuple[Any, Any]]) -> None:
+        self._model, self._pairs = model, pairs
+        model.jax_state_sync()
+        weights = {id(variable) for variable, _ in pairs}
+        self._kept = [(average, average.value) for _, average in pairs]
+        self._others = [
+            (one, keras.ops.copy(one.value)) for one in model.variables if id(one) not in weights
+        ]
+
+    def put(self) -> None:
+        """Put the averages into the model."""
+        for (variable, average), (_, value) in zip(self._pairs, self._kept, strict=True):
+            weight = variable.value
+            variable.assign(keras.ops.copy(value))
+            average.assign(weight)
+
+    def back(self) -> None:
+        """Give the model its weights back, also where an evaluation left it without any."""
+        self._model.jax_state_sync()
+        for (variable, average), (_, kept) in zip(self._pairs, self._kept, strict=True):
+            held = variable._value
+            variable.assign(average.value)
+            average.assign(kept if _is_gone(held) else held)
+        for variable, value in self._others:
+            if _is_gone(variable._value):
+                variable.assign(value)
+
+    def keep(self) -> None:
+        """Make the averages, which the model holds, those of the optimizer too."""
+        for variable, average in self._pairs:
+            average.assign(keras.ops.copy(variable.value))
+
+
+def _is_gone(array: Any) -> bool:
+    """Whether a variable has no array, or one that was donated."""
+    return array is None or array.is_deleted()
+
+
+class _Finalizer:
+    """Stands in for an optimizer's last word in ``fit``: first the weights are given back."""
+
+    def __init__(self, optimizer: Any, restore: Callable[[], None]) -> None:
+        self._optimizer, self._restore = optimizer, restore
+        vars(optimizer)[_FINALIZE] = self
+
+    def __call__(self, variables: Any) -> None:
+        self._restore()
+        getattr(self._optimizer, _FINALIZE)(variables)
+
+    def remove(self) -> None:
+        if vars(self._optimizer).get(_FINALIZE) is self:
+            del vars(self._optimizer)[_FINALIZE]
+
+
+class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
+    """Validation, test and prediction run with the average that the optimizer keeps.
+
+    For an optimizer with ``use_ema=True``. Average and weights change places before an evaluation
+    and after it: while the model holds the average, the optimizer's variables hold the weights.
+
+    Parameters
+    ----------
+    swap_on_epoch : bool
+        Put the average into the model at the end of each epoch too, for the callbacks that come
+        after this one in the list: a ``ModelCheckpoint`` there saves the average. The weights come
+        back as the next epoch begins.
+
+    Raises
+    ------
+    ArgumentError
+        As an epoch or evaluation begins or ends, if no optimizer of the model has ``use_ema=True``.
+    StateError
+        If the model holds the average through another ``SwapEMAWeights``.
+
+    Notes
+    -----
+    The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15. At the end of ``fit``
+    Keras leaves the average in the model whenever ``use_ema=True``, with this callback or without.
+    It differs:
+
+    - There, on TensorFlow, the exchange is ``a += b; b = a - b; a = a - b``, which rounds: each
+      evaluation changes the weights in training, by 1e-3 of their size in float16. On PyTorch and
+      JAX each variable goes through NumPy. Here it is exact, on the first two one call of a
+      compiled kernel without further memory, on JAX an exchange of arrays, of which the averages
+      are copied once.
+    - There ``predict(callbacks=[...])`` leaves the average in the model, and the next evaluation
+      puts the weights in its place. Here the weights come back.
+    - There an evaluation that raises leaves the average in the model. Here the weights come back,
+      as with :class:`fastema.keras.EMAWeights`, which says where the limits of that are.
+    - There a ``fit`` with ``swap_on_epoch=True`` that ends before its last epoch, by
+      ``EarlyStopping`` for instance, leaves the weights in the model and the average nowhere. Here
+      it ends with the average, like any other.
+    - There an evaluation before the first step runs with weights of zero, or raises on
+      TensorFlow. Here it runs with the model's weights.
+    - On JAX a second ``fit`` with an optimizer that has ``use_ema=True`` fails in Keras: the first
+      one leaves weights and averages in the same arrays, which are then donated twice. Here, with
+      this callback in either, it works.
+    - There two of these callbacks undo each other without a word. Here this is an error.
+
+    What ``use_ema`` averages is Keras' own affair: weights that are trained, at each batch, also
+    where gradients are accumulated over several. :class:`fastema.keras.EMAWeights` counts steps of
+    the optimizer, and averages with any schedule.
+
+    Examples
+    --------
+    >>> import keras, numpy as np
+    >>> from fastema.compat.keras import SwapEMAWeights
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(keras.optimizers.SGD(use_ema=True, ema_momentum=0.9), "mse")
+    >>> x = np.random.rand(64, 3)
+    >>> swap = SwapEMAWeights()
+    >>> history = model.fit(x, x.sum(1), validation_split=0.25, verbose=0, callbacks=[swap])
+    """
+
+    def __init__(self, swap_on_epoch: bool = False) -> None:
+        super().__init__()
+        self.swap_on_epoch = swap_on_epoch
+        self._hook: Hook | None = None
+        self._loan: _Swap | _References | None = None
+        self._guards: list[Guard | _Finalizer] = []
+        self._fit_guard: Guard | None = None
+
+    def _put(self, hook: Hook) -> None:
+        """Put the average into the model, unless it is there or there is none yet."""
+        if self._hook is not None:
+            return
+        model = self.model
+        other = _held_by.get(model, lambda: None)()
+        if other is not None and other is not self and other._hook is not None:
+            raise StateError(
+                "the model holds the average through another SwapEMAWeights: leave one of the two "
+                "out of the list of callbacks"
+            )
+        if not _optimizers(model):
+            raise ArgumentError(
+                f"the model {model.name!r} has no optimizer with use_ema=True, whose average could "
+                "be evaluated: compile it with one, or use fastema.keras.EMAWeights, which "
+                "averages itself"
+            )
+        pairs = _averaged(model)
+        if not pairs:
+            return
+        kind = _References if keras.backend.backend() == "jax" else _Swap
+        loan = kind(model, pairs)
+        with deferred():
+            loan.put()
+            self._loan, self._hook = loan, hook
+            _held_by[model] = weakref.ref(self)
+
+    def _take_back(self, *hooks: Hook) -> None:
+        if self._hook in hooks:
+            self.restore()
+
+    def restore(self) -> None:
+        """Give the model its own weights back, if it holds the average, however it came to it."""
+        with deferred():
+            loan, self._loan, self._hook = self._loan, None, None
+            if loan is not None:
+                loan.back()
+        while self._guards:
+            self._guards.pop().remove()
+
+    def _end_fit(self) -> None:
+        if self._fit_guard is not None:
+            self._fit_guard.remove()
+            self._fit_guard = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Give back what an earlier call left, and watch over the validation."""
+        self.restore()
+        self._end_fit()
+        _separate(self.model)
+        # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
+        self._fit_guard = Guard(self.model, "evaluate", partial(self._take_back, "test"))
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Stop watching."""
+        self._end_fit()
+        _separate(self.model)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Give the model its weights back."""
+        self._take_back("epoch")
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Put the average into the model where that is wanted; after the last epoch for good."""
+        if not self.swap_on_epoch:
+            return
+        self._put("epoch")
+        if self._hook != "epoch" or self._loan is None:
+            return
+        if epoch == self.params["epochs"] - 1:
+            # As Keras is about to do, whose last word would give the model its weights otherwise.
+            self._loan.keep()
+            self._loan = self._hook = None
+        else:
+            self._guards.append(_Finalizer(self.model.optimizer, self.restore))
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Put the average into the model."""
+        self._begin("test")
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Give the model its weights back."""
+        self._take_back("test")
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Put the average into the model."""
+        self._begin("predict")
+
+    def on_predict_end(self, logs: Any = None) -> None:
+        """Give the model its weights back."""
+        self._take_back("predict")
+
+    def _begin(self, hook: Literal["test", "predict"]) -> None:
+        self._take_back("test", "predict")  # of one that was left by an exception
+        if self._hook is None:
+            self._put(hook)
+            if self._hook is not None:
+                self._guards.append(Guard(self.model, f"{hook}_function", self.restore))

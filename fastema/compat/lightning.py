@@ -1,0 +1,462 @@
+"""Lightning's averaging callbacks: ``lightning.pytorch.callbacks.weight_averaging`` of 2.6.6.
+
+>>> from lightning.pytorch import Trainer                              # doctest: +SKIP
+>>> from fastema.compat.lightning import EMAWeightAveraging
+>>> trainer = Trainer(callbacks=[EMAWeightAveraging(decay=0.999)])     # doctest: +SKIP
+
+They are callbacks of ``lightning`` and of ``pytorch_lightning``, of whichever is installed, and
+work with those older versions, too, that have none of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from importlib import import_module
+from typing import Any, Final
+
+import torch
+
+from fastema.compat.following import Follower
+from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from fastema.errors import ArgumentError
+
+__all__ = ["EMAWeightAveraging", "WeightAveraging"]
+
+_PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
+
+_PREFIX: Final = "module."
+"""What an ``AveragedModel`` puts before the names of its model's tensors."""
+
+
+def _installed() -> list[Any]:
+    """The Lightnings there are. Each knows its own classes only, and the first brings the second.
+
+    Which of them a trainer will come from cannot be told before there is one.
+    """
+    found = []
+    for package in _PACKAGES:
+        with suppress(ModuleNotFoundError):
+            found.append(import_module(package))
+    return found or [import_module(_PACKAGES[0])]
+
+
+_LIGHTNINGS: Final = _installed()
+
+
+def _peers(name: str) -> tuple[type, ...]:
+    """Lightning's classes of this name, for ``isinstance``; nothing of them is used."""
+    return tuple(getattr(one.callbacks, name, one.Callback) for one in _LIGHTNINGS)
+
+
+def _warn(message: str) -> None:
+    _LIGHTNINGS[0].utilities.rank_zero_warn(message)
+
+
+def _inform(message: str) -> None:
+    _LIGHTNINGS[0].utilities.rank_zero_info(message)
+
+
+_WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
+
+
+class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
+    """Averages the weights in training; validation, and the model at the end, have the average.
+
+    Parameters
+    ----------
+    device : torch.device, str or int, optional
+        Of the average; by default the model's.
+    use_buffers : bool
+        Average floating-point buffers too; else they are copied at each update.
+    **kwargs
+        Of :class:`fastema.compat.swa_utils.AveragedModel`: ``avg_fn`` or ``multi_avg_fn``. Without
+        either it is the mean of all weights (SWA).
+
+    Raises
+    ------
+    LayoutError
+        At an update, where the model has other tensors than when ``fit`` began, naming them.
+
+    Notes
+    -----
+    Override :meth:`should_update` to say after which steps and epochs the average is updated. The
+    first update copies the weights.
+
+    A checkpoint has the layout of Lightning's own: ``state_dict`` is the average,
+    ``current_model_state`` the weights in training, ``averaging_state`` the number of updates. Each
+    of the two resumes the other's.
+
+    Where it differs from Lightning's callback:
+
+    - Before its first update the average is not used for anything: validation, checkpoints and the
+      model at the end have the weights themselves (Lightning's: those that training began with,
+      so that a run without any update ends where it began; Lightning#21724).
+    - Average and weights change places in place, bit for bit, whatever their dtypes, without a copy
+      of each tensor on the way. Under ``precision="bf16-true"`` the average is float32 and stays
+      so (Lightning's is rounded to bfloat16 by each validation).
+    - An exception or an interrupt in a validation leaves the model with its own weights.
+    - A checkpoint that is written in a validation does not mistake the one for the other.
+    - ``ModelCheckpoint(save_weights_only=True)`` saves the average, whose metrics it monitors
+      (Lightning's: the weights in training).
+    - Outside ``fit`` it leaves the model alone: ``test(ckpt_path="best")`` tests the average,
+      which is what ``state_dict`` holds (Lightning's tests the weights in training if the same
+      trainer has fitted before), ``validate`` what the model holds (Lightning's: the last average,
+      whatever was loaded).
+    - Integer buffers are copied exactly, 16-bit averages do not stall, tied weights are averaged
+      once, a model with other tensors is refused: see ``AveragedModel``.
+    - A second ``fit`` counts its steps anew where its trainer does, and the epoch of the latest
+      update is saved, too (under a name that Lightning's ignores).
+    - ``device=0`` is the first GPU.
+
+    References
+    ----------
+    Lightning 2.6.6, https://lightning.ai/docs/pytorch/stable/api/
+    lightning.pytorch.callbacks.WeightAveraging.html
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        # The names of the attributes are Lightning's: scripts read them.
+        self._device = torch.device(device) if isinstance(device, str) else device
+        self._use_buffers = use_buffers
+        self._kwargs = kwargs
+        self._average_model: AveragedModel | None = None
+        self._latest_update_step = 0
+        self._latest_update_epoch = -1
+        self._follower: Follower | None = None
+        self._exchange: ExitStack | None = None
+        self._unwrap: Callable[[], None] | None = None
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the average was updated yet."""
+        return self._average_model is not None and bool(self._average_model.n_averaged)
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether to update the average now; override it.
+
+        Parameters
+        ----------
+        step_idx : int, optional
+            Of the optimizer's latest step, from 0; None at the end of an epoch.
+        epoch_idx : int, optional
+            Of the epoch that ends, from 0; None after a step.
+
+        Returns
+        -------
+        bool
+            By default True after each step.
+        """
+        return step_idx is not None
+
+    # -- Lightning's hooks -------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Make the average as ``fit`` begins; a checkpoint is loaded after this."""
+        if stage != "fit":
+            return
+        self._take_back()
+        if _overrides_configure_model(pl_module):
+            _warn(
+                "WeightAveraging calls configure_model() before the trainer does, to know all "
+                "layers: they are not sharded, and may not fit in the memory of one device."
+            )
+            pl_module.configure_model()
+        self._average_model = AveragedModel(
+            pl_module,
+            device=pl_module.device if self._device is None else self._device,
+            use_buffers=self._use_buffers,
+            **self._kwargs,
+        )
+        self._follower = Follower(self._average_model.module)
+        self._latest_update_step = trainer.global_step
+        self._latest_update_epoch = trainer.current_epoch - 1
+        self._see_what_is_saved(trainer.strategy)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average, if the optimizer made a step and :meth:`should_update` says so."""
+        done = trainer.global_step
+        if done > self._latest_update_step and self.should_update(step_idx=done - 1):
+            self._update(pl_module, by_step=True)
+            self._latest_update_step = done
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Update the average, if :meth:`should_update` says so for this epoch."""
+        epoch = trainer.current_epoch
+        if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
+            self._update(pl_module, by_step=False)
+            self._latest_update_epoch = epoch
+
+    def _update(self, pl_module: Any, *, by_step: bool) -> None:
+        assert self._average_model is not None
+        self._average_model.update_parameters(pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the model the average for good."""
+        self._take_back()
+        if self._begun:
+            self._copy_average_to_current(pl_module)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the average into the model."""
+        if trainer.state.fn == "fit" and self._begun and self._exchange is None:
+            self._swap_models(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the model its own weights back."""
+        if self._exchange is not None:
+            self._swap_models(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the model its own weights back, wherever the exception came from."""
+        self._take_back()
+        self._see_nothing()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the trainer."""
+        self._take_back()
+        self._see_nothing()
+
+    # -- the average in the model ------------------------------------------------------------------
+
+    def _swap_models(self, pl_module: Any) -> None:
+        """Average and weights change places; a second call undoes it."""
+        if self._exchange is not None:
+            self._take_back()
+            return
+        assert self._follower is not None
+        self._exchange = ExitStack()
+        try:
+            self._exchange.enter_context(self._follower.swapped(pl_module))
+        except BaseException:
+            self._take_back()
+            raise
+
+    def _take_back(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+
+    def _copy_average_to_current(self, pl_module: Any) -> None:
+        assert self._follower is not None
+        self._follower.give(pl_module)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the average was updated last."""
+        return {
+            "latest_update_step": self._latest_update_step,
+            "latest_update_epoch": self._latest_update_epoch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there. Lightning's callback does not save the epoch: then none is assumed."""
+        self._latest_update_step = state_dict["latest_update_step"]
+        self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put the average into ``state_dict``, and what was there into ``current_model_state``."""
+        if self._average_model is None:
+            _inform(
+                "WeightAveraging: there is no average outside fit, and the checkpoint holds none "
+                "besides the model's own weights (after a fit, these are the average)."
+            )
+            return
+        if self._exchange is not None:
+            self._save_in_exchange(trainer, pl_module, checkpoint)
+            return
+        current = checkpoint["state_dict"]
+        average = self._average_model.state_dict()
+        checkpoint["current_model_state"] = current
+        checkpoint["averaging_state"] = {
+            name: value for name, value in average.items() if not name.startswith(_PREFIX)
+        }
+        if self._begun:
+            checkpoint["state_dict"] = _without_prefix(average)
+
+    def _save_in_exchange(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save average and weights from their own places, as copies, and exchange them again."""
+        self._swap_models(pl_module)
+        try:
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            self.on_save_checkpoint(trainer, pl_module, checkpoint)
+            for part in ("state_dict", "current_model_state"):
+                checkpoint[part] = {
+                    name: value.clone() if isinstance(value, torch.Tensor) else value
+                    for name, value in checkpoint[part].items()
+                }
+        finally:
+            self._swap_models(pl_module)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on with the average and the weights of a checkpoint, this one's or Lightning's."""
+        # Elsewhere the model has been given what it needs: the average.
+        if trainer.state.fn != "fit" or self._average_model is None:
+            return
+        if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
+            _warn(
+                "The checkpoint was written without WeightAveraging: the average begins with the "
+                "first update from here."
+            )
+            return
+        _inform("WeightAveraging: the checkpoint has an average, which goes on.")
+        average = {_PREFIX + name: value for name, value in checkpoint["state_dict"].items()}
+        strict = getattr(pl_module, "strict_loading", True)
+        self._average_model.load_state_dict(average | checkpoint["averaging_state"], strict=strict)
+        # It was given the average, which is what "state_dict" holds.
+        pl_module.load_state_dict(checkpoint["current_model_state"], strict=strict)
+
+    def _see_what_is_saved(self, strategy: Any) -> None:
+        """Stand before ``strategy.save_checkpoint``: weights alone are saved without hooks."""
+        self._see_nothing()
+        inner = strategy.save_checkpoint
+        own = "save_checkpoint" in vars(strategy)
+
+        def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return inner(self._averaged(checkpoint), *args, **kwargs)
+
+        def unwrap() -> None:
+            if vars(strategy).get("save_checkpoint") is save_checkpoint:
+                if own:
+                    strategy.save_checkpoint = inner
+                else:
+                    del strategy.save_checkpoint
+
+        strategy.save_checkpoint = save_checkpoint
+        self._unwrap = unwrap
+
+    def _see_nothing(self) -> None:
+        if self._unwrap is not None:
+            self._unwrap()
+            self._unwrap = None
+
+    def _averaged(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint whose ``state_dict`` is the average, if it is one of weights alone."""
+        if "averaging_state" in checkpoint or self._exchange is not None or not self._begun:
+            return checkpoint
+        assert self._average_model is not None
+        average = _without_prefix(self._average_model.state_dict())
+        current = checkpoint["state_dict"]
+        return checkpoint | {
+            "state_dict": {name: average.get(name, value) for name, value in current.items()}
+        }
+
+
+def _without_prefix(average: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name.removeprefix(_PREFIX): value
+        for name, value in average.items()
+        if name.startswith(_PREFIX)
+    }
+
+
+def _overrides_configure_model(pl_module: Any) -> bool:
+    """Whether the user's module, and not Lightning's base class, has the hook."""
+    for kind in type(pl_module).__mro__:
+        if "configure_model" in vars(kind):
+            return not kind.__module__.startswith(_PACKAGES)
+    return False
+
+
+_EMAWeightAveraging: Any = type(
+    "EMAWeightAveraging", (WeightAveraging, *_peers("EMAWeightAveraging")), {}
+)
+
+
+class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
+    """Exponential moving average of the weights.
+
+    ``avg = decay**n * avg + (1 - decay**n) * x`` after every n-th step of the optimizer, the first
+    time ``avg = x``.
+
+    Parameters
+    ----------
+    device, use_buffers
+        See :class:`WeightAveraging`.
+    decay : float
+        Weight of the old average per step, in [0, 1].
+    update_every_n_steps : int
+        The average is updated after the steps whose number, from 0, this divides; 0 for after none.
+    update_starting_at_step : int, optional
+        Number of the first such step, from 0.
+    update_starting_at_epoch : int, optional
+        With this the average is updated at the end of each epoch too, from this one on, with
+        ``decay`` itself as the weight of the old average.
+    peer_exact : bool
+        Lightning's numbers: ``decay`` per update, not per step, so that ``update_every_n_steps=10``
+        averages over ten times as many steps. To resume a run of Lightning's callback.
+    **kwargs
+        Further ones of :class:`fastema.compat.swa_utils.AveragedModel`.
+
+    Raises
+    ------
+    ArgumentError
+        For a decay outside [0, 1], and for an averaging function besides it.
+
+    Notes
+    -----
+    Where it differs from Lightning's callback: ``update_every_n_steps`` does not change over how
+    many steps is averaged, see ``peer_exact``; and in all that :class:`WeightAveraging` lists. An
+    epoch has no number of steps that is known before: at its end the decay is that per epoch, as
+    in Lightning's.
+
+    References
+    ----------
+    Lightning 2.6.6, https://lightning.ai/docs/pytorch/stable/api/
+    lightning.pytorch.callbacks.EMAWeightAveraging.html
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        decay: float = 0.999,
+        update_every_n_steps: int = 1,
+        update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
+        *,
+        peer_exact: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        given = sorted({"avg_fn", "multi_avg_fn"} & kwargs.keys())
+        if given:
+            raise ArgumentError(
+                f"EMAWeightAveraging({given[0]}=...): it averages by decay={decay!r}; for another "
+                f"function use WeightAveraging({given[0]}=...)"
+            )
+        super().__init__(device, use_buffers, **kwargs)
+        # One for each decay in use: at the end of an epoch it may be another one. A wrong one is
+        # refused now, not in the first batch.
+        self._functions = {decay: get_ema_multi_avg_fn(decay)}
+        self.decay = decay
+        self.update_every_n_steps = update_every_n_steps
+        self.update_starting_at_step = update_starting_at_step
+        self.update_starting_at_epoch = update_starting_at_epoch
+        self.peer_exact = peer_exact
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether the arguments of the constructor ask for an update now."""
+        if step_idx is not None:
+            first = self.update_starting_at_step
+            every = self.update_every_n_steps
+            if (first is None or step_idx >= first) and every > 0 and step_idx % every == 0:
+                return True
+        first = self.update_starting_at_epoch
+        return epoch_idx is not None and first is not None and epoch_idx >= first
+
+    def _update(self, pl_module: Any, *, by_step: bool) -> None:
+        assert self._average_model is not None
+        steps = self.update_every_n_steps if by_step and not self.peer_exact else 1
+        decay = self.decay ** max(steps, 1)
+        if decay not in self._functions:
+            self._functions[decay] = get_ema_multi_avg_fn(decay)
+        self._average_model.multi_avg_fn = self._functions[decay]
+        super()._update(pl_module, by_step=by_step)

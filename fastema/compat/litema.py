@@ -1,0 +1,353 @@
+"""``LitEma`` of latent diffusion and Stable Diffusion, and the averages in their checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastema.bridges.names import plain_names
+from fastema.compat.following import Follower
+from fastema.compat.mirrored import Mirrored
+from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError, listed
+from fastema.layout.spec import Role
+from fastema.plan import copy_
+
+__all__ = ["LitEma", "ema_weights", "with_ema_weights"]
+
+_COUNTERS: Final = ("decay", "num_updates")
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Average what was trained when the average was made, and refuse what is trained since."""
+
+    names: frozenset[str]
+
+    def __call__(self, name: str, role: Role) -> Literal["average", "skip"]:
+        return "average" if role == "weight" or name in self.names else "skip"
+
+
+def _dotless(names: Iterable[str]) -> dict[str, str]:
+    """Names to what checkpoints call them: without dots.
+
+    Raises
+    ------
+    LayoutError
+        If two of them become the same name, or that of a counter.
+    """
+    found: dict[str, str] = {}
+    taken = {name: f"the buffer {name!r}" for name in _COUNTERS}
+    problems = []
+    for name in names:
+        short = found[name] = name.replace(".", "")
+        if short in taken:
+            problems.append(f"{name!r} becomes {short!r}, as does {taken[short]}")
+        taken.setdefault(short, repr(name))
+    if problems:
+        raise LayoutError(
+            "LitEma stores averages under names without dots, which would be the same here; rename "
+            "the parameters, or use fastema.EMA:\n" + listed(problems)
+        )
+    return found
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+def _all_names(model: nn.Module, shorts: Mapping[str, str]) -> dict[str, str]:
+    """Names without wrappers' prefixes to those of averages; tied parameters by all their names."""
+    firsts = {id(one): name for name, one in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    plain = plain_names(list(every))
+    found = zip(plain, (firsts[id(one)] for one in every.values()), strict=True)
+    return {name: shorts[first] for name, first in found if first in shorts}
+
+
+class LitEma(nn.Module):
+    """Average of the trained parameters of a model, in buffers: the ``LitEma`` of SGM.
+
+    ``shadow += (1 - d) * (p - shadow)`` at each call, with ``d = decay``, or
+    ``d = min(decay, (1 + n) / (10 + n))`` at the n-th call where updates are counted.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its parameters that require a gradient are averaged, in their dtypes and on their devices.
+    decay : float
+        Weight of the old average, in [0, 1]. Kept in a float32 buffer.
+    use_num_upates : bool
+        Count updates and let the decay grow with their number. The spelling is the peer's.
+
+    Attributes
+    ----------
+    decay : Tensor
+        float32 buffer.
+    num_updates : Tensor
+        int32 buffer, -1 where updates are not counted.
+    m_name2s_name : dict of str to str
+        Names of parameters to those of their averages: buffers whose names have no dots.
+    collected_params : list of Tensor
+        What :meth:`store` keeps.
+
+    Raises
+    ------
+    ArgumentError
+        For a decay outside [0, 1].
+    LayoutError
+        If two parameters have the same name without its dots.
+
+    Notes
+    -----
+    The interface and the checkpoints are those of ``sgm/modules/ema.py`` of Stability AI's
+    generative-models and of ``ldm/modules/ema.py``. It differs from them:
+
+    - There, with averages of another dtype than the parameters, nothing is ever averaged: what is
+      updated is a copy that is thrown away. Here a float32 average of bfloat16 parameters (build
+      it, then ``.float()``) works.
+    - There averages of 16 bits are rounded to nearest and stand still. Here they are rounded at
+      random; the bits are a function of the update's number, the name and the element, so that a
+      resumed run has the same (of the number of calls since it was made or loaded, where
+      updates are not counted).
+    - There each call asks the device for ``num_updates``, and waits for it. Here only after
+      somebody else wrote to the buffer.
+    - There :meth:`store` after :meth:`copy_to` replaces the stored weights by the average, and
+      :meth:`restore` of nothing, or of fewer tensors than were stored, does nothing without a word.
+      Here these are errors.
+    - There :meth:`reset_num_updates` leaves a counter on the CPU. Here it stays on its device.
+    - There a parameter that was frozen after the start is an error. Here it is averaged on.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> model_ema = LitEma(model, decay=0.999)
+    >>> model_ema(model)                            # after each optimizer step
+    >>> model_ema.store(model.parameters())
+    >>> model_ema.copy_to(model)                    # evaluate here
+    >>> model_ema.restore(model.parameters())
+    >>> sorted(model_ema.state_dict())
+    ['bias', 'decay', 'num_updates', 'weight']
+    """
+
+    decay: Tensor
+    num_updates: Tensor
+
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= decay <= 1.0:
+            raise ArgumentError(f"decay={decay!r}: expected a number between 0 and 1")
+        trained = _trained(model)
+        self.m_name2s_name = _dotless(trained)
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        start = 0 if use_num_upates else -1
+        self.register_buffer("num_updates", torch.tensor(start, dtype=torch.int))
+        for name, parameter in trained.items():
+            self.register_buffer(self.m_name2s_name[name], parameter.detach().clone())
+        self.collected_params: list[Tensor] = []
+        self._lenders: list[int] = []
+        self._lent = False
+        self._calls = 0
+        self._limit, self._count = Mirrored(), Mirrored()
+        self._buffer_of = _all_names(model, self.m_name2s_name)
+        self._averages: dict[str, Tensor] = {}
+        self._follower = Follower(self._averages, _Trained(frozenset(self._buffer_of)))
+
+    def _following(self) -> Follower:
+        """The follower of the buffers as they are now: ``.to()`` makes new ones."""
+        for name, short in self._buffer_of.items():
+            self._averages[name] = self._buffers[short]  # type: ignore[assignment]
+        return self._follower
+
+    def reset_num_updates(self) -> None:
+        """Count updates from 0 on, also where they were not counted."""
+        device = self.num_updates.device
+        del self.num_updates
+        self.register_buffer("num_updates", torch.tensor(0, dtype=torch.int, device=device))
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        """Take a model's parameters into the averages; call it after each optimizer step.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            With the parameters that it was built with.
+
+        Raises
+        ------
+        LayoutError
+            If a trained parameter has no average, or an average no parameter, or shapes differ;
+            nothing was written.
+        """
+        done = int(self._count.read(self.num_updates))
+        decay = self._limit.read(self.decay)
+        if done >= 0:
+            decay = min(decay, (2 + done) / (11 + done))
+        step = done + 1 if done >= 0 else self._calls
+        self._following().update(model, 1.0 - decay, step)
+        if done >= 0:
+            self._count.count(self.num_updates)
+        self._calls += 1
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averages into a model's parameters.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+
+        Raises
+        ------
+        LayoutError
+            As :meth:`forward`; nothing was written.
+        """
+        self._following().give(model)
+        written = {id(one) for one in model.parameters()}
+        self._lent = self._lent or not written.isdisjoint(self._lenders)
+
+    def store(self, parameters: Iterable[Tensor]) -> None:
+        """Keep copies of parameters, for :meth:`restore`.
+
+        Parameters
+        ----------
+        parameters : iterable of Tensor
+
+        Raises
+        ------
+        StateError
+            If they hold the average since :meth:`copy_to`: the weights stored before would be lost.
+        """
+        given = list(parameters)
+        if self._lent and not {id(one) for one in given}.isdisjoint(self._lenders):
+            raise StateError(
+                "store() while the parameters hold the average, from copy_to(): the weights that "
+                "were stored would be lost; call restore() first"
+            )
+        self.collected_params = [one.detach().clone() for one in given]
+        self._lenders, self._lent = [id(one) for one in given], False
+
+    def restore(self, parameters: Iterable[Tensor]) -> None:
+        """Write back what :meth:`store` kept; it is kept further.
+
+        Parameters
+        ----------
+        parameters : iterable of Tensor
+            In the order in which they were stored.
+
+        Raises
+        ------
+        StateError
+            If nothing is stored.
+        LayoutError
+            If they are not those that were stored by number and shape; nothing was written.
+        """
+        if not self.collected_params:
+            raise StateError("restore() without stored parameters: call store() before copy_to()")
+        copy_(list(parameters), self.collected_params)
+        self._lent = False
+
+
+def _state_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tensors of a checkpoint: of Lightning, or by themselves."""
+    inner = checkpoint.get("state_dict")
+    return inner if isinstance(inner, Mapping) else checkpoint
+
+
+def ema_weights(
+    checkpoint: Mapping[str, Any], model: nn.Module, prefix: str = "model_ema."
+) -> dict[str, Tensor]:
+    """The averages in a whole Stable Diffusion checkpoint, by the names of the model's parameters.
+
+    Parameters
+    ----------
+    checkpoint : mapping
+        With ``model_ema.<name without dots>`` among its entries, or under ``"state_dict"``.
+    model : torch.nn.Module
+        What was averaged: in latent diffusion ``pipeline.model``, whose entries begin ``model.``.
+    prefix : str
+        What the averages' entries begin with.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The checkpoint's own tensors, for ``model.load_state_dict(..., strict=False)`` where the
+        model has buffers.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the parameters that have no average there, or one of another shape, and the averages
+        that belong to no parameter.
+    """
+    state = _state_of(checkpoint)
+    found: dict[str, Tensor] = {}
+    problems = []
+    parameters = dict(model.named_parameters())
+    names = _dotless(name for name in parameters if prefix + name.replace(".", "") in state)
+    for name, short in names.items():
+        found[name] = state[prefix + short]
+        if found[name].shape != parameters[name].shape:
+            shapes = list(found[name].shape), list(parameters[name].shape)
+            problems.append(f"{prefix + short!r} is {shapes[0]}, expected {shapes[1]}")
+    for name, parameter in parameters.items():
+        if name not in names and parameter.requires_grad:
+            problems.append(f"{prefix + name.replace('.', '')!r} is missing")
+    known = {prefix + short for short in (*names.values(), *_COUNTERS)}
+    problems += [
+        f"{name!r} belongs to no parameter"
+        for name in state
+        if name.startswith(prefix) and name not in known
+    ]
+    if problems:
+        raise CheckpointError(
+            "the averages in the checkpoint are not those of the model:\n" + listed(problems)
+        )
+    return found
+
+
+def with_ema_weights(
+    checkpoint: Mapping[str, Any],
+    averages: Mapping[str, Tensor],
+    *,
+    decay: float = 0.9999,
+    num_updates: int = 0,
+    prefix: str = "model_ema.",
+) -> dict[str, Any]:
+    """A Stable Diffusion checkpoint with these averages in place of those that it has.
+
+    Parameters
+    ----------
+    checkpoint : mapping
+        See :func:`ema_weights`; it stays as it is.
+    averages : mapping of str to Tensor
+        By the names of the averaged model's parameters, such as ``ema.shadow`` of a
+        :class:`fastema.EMA` with ``buffers="skip"``.
+    decay, num_updates : float, int
+        What a :class:`LitEma` that loads it goes on with; -1 updates for a decay that does not
+        grow.
+    prefix : str
+
+    Returns
+    -------
+    dict
+        Of the checkpoint's own tensors and these.
+
+    Raises
+    ------
+    LayoutError
+        If two names are the same without dots.
+    """
+    state = _state_of(checkpoint)
+    kept = {name: one for name, one in state.items() if not name.startswith(prefix)}
+    kept[f"{prefix}decay"] = torch.tensor(decay, dtype=torch.float32)
+    kept[f"{prefix}num_updates"] = torch.tensor(num_updates, dtype=torch.int)
+    for name, short in _dotless(averages).items():
+        kept[prefix + short] = averages[name]
+    return kept if state is checkpoint else {**checkpoint, "state_dict": kept}

@@ -1,0 +1,60 @@
+"""Numbers that a peer keeps in buffers, known to the host without asking the device each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Mirrored", "fetched", "is_read_at_once"]
+
+
+def is_read_at_once(buffer: Tensor) -> bool:
+    """Whether a number is to be read each time: it costs nothing, or nobody counts its writes."""
+    return buffer.device.type == "cpu" or buffer.is_inference()
+
+
+def fetched(buffer: Tensor) -> float:
+    """The number in a tensor of one element; waits for its device."""
+    return buffer.item()
+
+
+class Mirrored:
+    """What a buffer of one element holds; fetched from its device only after somebody wrote to it.
+
+    A buffer that was replaced (``.to()``, assigned) or written (``load_state_dict``, ``fill_``) is
+    noticed by its identity and its version. On an accelerator a write through ``.data`` is not.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, int, float] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy belongs to another buffer."""
+        return Mirrored, ()
+
+    def read(self, buffer: Tensor) -> float:
+        """The number."""
+        if is_read_at_once(buffer):
+            return fetched(buffer)
+        if self._known is not None:
+            known, version, value = self._known
+            if known is buffer and version == buffer._version:
+                return value
+        return self._remember(buffer, fetched(buffer))
+
+    def write(self, buffer: Tensor, value: float) -> None:
+        """Put a number into the buffer; its device is not waited for."""
+        with torch.no_grad():
+            buffer.fill_(value)
+        if not is_read_at_once(buffer):
+            self._remember(buffer, value)
+
+    def count(self, buffer: Tensor) -> None:
+        """Add 1 to it."""
+        self.write(buffer, self.read(buffer) + 1)
+
+    def _remember(self, buffer: Tensor, value: float) -> float:
+        self._known = buffer, buffer._version, value
+        return value

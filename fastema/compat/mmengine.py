@@ -1,0 +1,434 @@
+"""The averaged models of MMEngine, and the averages in its checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastema.bridges.names import plain_names
+from fastema.compat.following import Follower
+from fastema.compat.mirrored import Mirrored
+from fastema.compat.transfer import mismatches
+from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.layout.spec import Role
+from fastema.rules.checks import checked_whole
+
+__all__ = [
+    "BaseAveragedModel",
+    "ExponentialMovingAverage",
+    "MomentumAnnealingEMA",
+    "StochasticWeightAverage",
+    "export",
+    "load",
+]
+
+_INSIDE: Final = "module."
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """Parameters are averaged; buffers too if they are of these names, and copied if None are."""
+
+    averaged: frozenset[str] | None
+
+    def __call__(self, name: str, role: Role) -> Literal["average", "copy", "skip"]:
+        if role != "buffer":
+            return "average"
+        if self.averaged is None:
+            return "copy"
+        return "average" if name in self.averaged else "skip"
+
+
+def _buffers_only(name: str, role: Role) -> Literal["copy", "skip"]:
+    return "copy" if role == "buffer" else "skip"
+
+
+class BaseAveragedModel(nn.Module):
+    """A copy of a model that holds an average of it: the base class of MMEngine's averages.
+
+    The first update copies the model; of those after it, every ``interval``-th averages. Subclasses
+    of the user's write ``avg_func``, which is then called for each tensor.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Copied.
+    interval : int
+        Updates between two that average, at least 1.
+    device : torch.device, optional
+        Where the average is kept.
+    update_buffers : bool
+        Average the buffers that a state dict holds too. Otherwise all buffers are copied at each
+        update.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The average, without gradients.
+    interval : int
+    steps : Tensor
+        int64 buffer: updates so far.
+    update_buffers : bool
+    avg_parameters : dict of str to Tensor
+        What is averaged, by its name in ``module``.
+
+    Raises
+    ------
+    ArgumentError
+        For an ``interval`` that is no whole number of at least 1.
+
+    Notes
+    -----
+    The interface, the numbers and the state dicts (``steps`` and ``module.*``) are those of
+    ``mmengine/model/averaged_model.py``, version 0.10.7. It differs:
+
+    - There each update asks the device for ``steps`` two or three times, and
+      :class:`MomentumAnnealingEMA` once for each tensor. Here only after somebody else wrote to it.
+    - There, with ``update_buffers=True``, tied weights are averaged twice, integers keep the value
+      of the first update, and buffers that :meth:`to` moved are averaged where they were. Here
+      weights are averaged once, integers copied, and buffers found again.
+    - There a model without some of the buffers is accepted without a word; with other parameters it
+      is a ``KeyError``. Here both are errors that name the tensors, before anything is written.
+    - There average and model of different dtypes are an error, and 16-bit averages are rounded to
+      nearest and stand still. Here both work; 16 bits are rounded at random, by bits that are a
+      function of ``steps``, the name and the element.
+    - There an ``interval`` of k makes the average look back k times as far. Here
+      :class:`ExponentialMovingAverage` and :class:`MomentumAnnealingEMA` average with
+      ``1 - (1 - momentum) ** interval``, so that it does not. ``peer_exact=True`` gives the peer's.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.module = deepcopy(model).requires_grad_(False)
+        self.interval = checked_whole(interval, "interval", 1)
+        if device is not None:
+            self.module = self.module.to(device)
+        self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=device))
+        self.update_buffers = update_buffers
+        saved = frozenset(plain_names(list(self.module.state_dict())))
+        self._policy = _Policy(saved if update_buffers else None)
+        self._follower = Follower(self.module, self._policy)
+        self._copier = Follower(self.module, _buffers_only)
+        self._count = Mirrored()
+
+    @property
+    def avg_parameters(self) -> dict[str, Tensor]:
+        """What is averaged, by its name in :attr:`module`."""
+        if self.update_buffers:
+            return dict(self.module.state_dict())
+        return dict(self.module.named_parameters())
+
+    @abstractmethod
+    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
+        """Take a tensor into its average, in place.
+
+        Parameters
+        ----------
+        averaged_param, source_param : Tensor
+        steps : int or Tensor
+            Updates before this one.
+        """
+
+    def _weight(self, steps: int) -> float | None:
+        """Weight of the new value in the update after so many; None where ``avg_func`` says it."""
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the average."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take a model into the average; call it after each optimizer step.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            On any device.
+
+        Raises
+        ------
+        LayoutError
+            Naming the tensors that only one of the two has, or of which the shapes differ; nothing
+            was written or counted.
+        """
+        done = int(self._count.read(self.steps))
+        if done == 0:
+            self._follower.copy(model)
+        elif done % self.interval == 0:
+            self._average(model, done)
+        elif not self.update_buffers and any(True for _ in self.module.buffers()):
+            self._copier.copy(model)
+        self._count.count(self.steps)
+
+    def _average(self, model: nn.Module, done: int) -> None:
+        weight = self._weight(done)
+        if weight is not None:
+            self._follower.update(model, weight, done)
+            return
+        source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
+        for name, average in self.avg_parameters.items():
+            if average.dtype.is_floating_point:
+                self.avg_func(average.data, source[name].data.to(average.device), self.steps)
+        if not self.update_buffers:
+            self._copier.copy(model)
+
+
+def _own(average: BaseAveragedModel, ours: type[BaseAveragedModel]) -> bool:
+    """Whether nobody replaced what a class of ours does with a tensor."""
+    return type(average).avg_func is ours.avg_func
+
+
+class StochasticWeightAverage(BaseAveragedModel):
+    """The mean of a model's weights at every ``interval``-th update: MMEngine's SWA.
+
+    Parameters, attributes, errors and differences are those of :class:`BaseAveragedModel`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> average = StochasticWeightAverage(model)
+    >>> average.update_parameters(model)            # after each optimizer step, or epoch
+    >>> sorted(average.state_dict())
+    ['module.bias', 'module.weight', 'steps']
+
+    References
+    ----------
+    P. Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
+    https://arxiv.org/abs/1803.05407
+    """
+
+    def _share(self, steps: int) -> float:
+        return 1.0 / (steps // self.interval + 1)
+
+    def _weight(self, steps: int) -> float | None:
+        return self._share(steps) if _own(self, StochasticWeightAverage) else None
+
+    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
+        """``averaged += (source - averaged) / (steps // interval + 1)``, in place."""
+        averaged_param.lerp_(source_param, self._share(int(steps)))
+
+
+class ExponentialMovingAverage(BaseAveragedModel):
+    """An exponential moving average of a model: MMEngine's, with ``momentum = 1 - decay``.
+
+    ``average += momentum * (x - average)``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    momentum : float
+        Weight of the *new* value, in (0, 1).
+    interval : int
+    device : torch.device, optional
+    update_buffers : bool
+        See :class:`BaseAveragedModel`.
+    peer_exact : bool
+        Average with ``momentum`` at every ``interval``-th update, as MMEngine does, to go on with a
+        run that began there with an ``interval`` above 1.
+
+    Raises
+    ------
+    ArgumentError
+        For a momentum outside (0, 1), or an invalid ``interval``.
+
+    Warns
+    -----
+    UserWarning
+        For a momentum above 0.5, which is most likely a decay.
+
+    Notes
+    -----
+    Differences are those of :class:`BaseAveragedModel`. In a configuration of MMEngine, register it
+    in the place of its own, with
+    ``MODELS.register_module(module=ExponentialMovingAverage, force=True)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> average = ExponentialMovingAverage(model, momentum=0.001)
+    >>> average.update_parameters(model)            # after each optimizer step
+    >>> int(average.steps)
+    1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+        *,
+        peer_exact: bool = False,
+    ) -> None:
+        if not 0.0 < momentum < 1.0:
+            raise ArgumentError(f"momentum={momentum!r}: expected a number in (0, 1), 1 - decay")
+        if momentum > 0.5:
+            warnings.warn(
+                f"momentum={momentum}: it is the weight of the new value here, 1 - decay, and "
+                "usually small",
+                stacklevel=2,
+            )
+        super().__init__(model, interval, device, update_buffers)
+        self.momentum = momentum
+        self.peer_exact = peer_exact
+
+    def _momentum(self, steps: int) -> float:
+        return self.momentum
+
+    def _share(self, steps: int) -> float:
+        momentum = self._momentum(steps)
+        if self.peer_exact or self.interval == 1:
+            return momentum
+        return 1.0 - (1.0 - momentum) ** self.interval
+
+    def _weight(self, steps: int) -> float | None:
+        return self._share(steps) if _own(self, ExponentialMovingAverage) else None
+
+    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
+        """``averaged += momentum * (source - averaged)``, in place."""
+        averaged_param.lerp_(source_param, self._share(int(steps)))
+
+
+class MomentumAnnealingEMA(ExponentialMovingAverage):
+    """An exponential moving average whose momentum falls to its value: MMEngine's.
+
+    ``average += m * (x - average)`` with ``m = max(momentum, gamma / (gamma + steps))``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    momentum : float
+        Weight of the *new* value that is approached, in (0, 1).
+    gamma : int
+        Updates after which it has fallen to a half, above 0.
+    interval : int
+    device : torch.device, optional
+    update_buffers : bool
+    peer_exact : bool
+        See :class:`ExponentialMovingAverage`.
+
+    Raises
+    ------
+    ArgumentError
+        For a momentum outside (0, 1), a gamma not above 0, or an invalid ``interval``.
+
+    Notes
+    -----
+    Differences are those of :class:`BaseAveragedModel`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        gamma: int = 100,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+        *,
+        peer_exact: bool = False,
+    ) -> None:
+        if not gamma > 0:
+            raise ArgumentError(f"gamma={gamma!r}: expected a number above 0")
+        super().__init__(model, momentum, interval, device, update_buffers, peer_exact=peer_exact)
+        self.gamma = gamma
+
+    def _momentum(self, steps: int) -> float:
+        return max(self.momentum, self.gamma / (self.gamma + steps))
+
+
+def _exchanged(
+    state: Mapping[str, Any], ema_state: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two state dicts with the tensors that they share in name in each other's places."""
+    weights, averages = dict(state), dict(ema_state)
+    names = [name for name in averages if name.startswith(_INSIDE)]
+    missing = [name for name in names if name.removeprefix(_INSIDE) not in weights]
+    if missing:
+        raise CheckpointError(
+            "the average holds tensors that the weights lack:\n" + listed(map(repr, missing))
+        )
+    for name in names:
+        inside = name.removeprefix(_INSIDE)
+        averages[name], weights[inside] = weights[inside], averages[name]
+    return weights, averages
+
+
+def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a checkpoint of MMEngine with an ``EMAHook`` holds of an average and its model.
+
+    Parameters
+    ----------
+    average : BaseAveragedModel
+    model : torch.nn.Module
+        The weights in training.
+
+    Returns
+    -------
+    dict
+        ``"state_dict"``, which is the *average* by the model's names, ready to be used, and
+        ``"ema_state_dict"``: ``steps``, and the weights in training under ``module.*``. The tensors
+        are not copied.
+
+    Raises
+    ------
+    CheckpointError
+        If the model lacks tensors of the average.
+    """
+    state, ema_state = _exchanged(model.state_dict(), average.state_dict())
+    return {"state_dict": state, "ema_state_dict": ema_state}
+
+
+def load(
+    average: BaseAveragedModel, checkpoint: Mapping[str, Any], model: nn.Module | None = None
+) -> None:
+    """Take over the average of a checkpoint that MMEngine's ``EMAHook`` wrote.
+
+    Parameters
+    ----------
+    average : BaseAveragedModel
+    checkpoint : mapping
+        With ``"state_dict"`` and ``"ema_state_dict"``; it stays as it is.
+    model : torch.nn.Module, optional
+        To be given the weights in training.
+
+    Raises
+    ------
+    CheckpointError
+        If one of the two is missing, or they are not of the model, naming the tensors; nothing was
+        changed.
+    """
+    parts = [checkpoint.get(name) for name in ("state_dict", "ema_state_dict")]
+    if not all(isinstance(part, Mapping) for part in parts):
+        raise CheckpointError(
+            "the checkpoint holds no average: expected 'state_dict' and 'ema_state_dict', which "
+            "MMEngine writes with an EMAHook"
+        )
+    weights, averages = _exchanged(parts[0], parts[1])  # type: ignore[arg-type]
+    problems = mismatches(average.state_dict(), averages)
+    if model is not None:
+        problems += mismatches(model.state_dict(), weights)
+    if problems:
+        raise CheckpointError("the checkpoint is not of this model:\n" + listed(problems))
+    average.load_state_dict(averages)
+    if model is not None:
+        model.load_state_dict(weights)

@@ -1,0 +1,313 @@
+"""``optax.incremental_update``, ``periodic_update`` and ``ema`` for trees in the host's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from numpy.typing import NDArray
+from optax import EmaState
+
+from fastema.bridges.jax import is_traced
+from fastema.errors import ArgumentError
+from fastema.layout.dtypes import NAMES, parse
+from fastema.layout.flat import ALIGNMENT
+from fastema.plan import Plan
+
+__all__ = ["EmaState", "ema", "incremental_update", "periodic_update"]
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def _traced(*trees: Any) -> bool:
+    """Whether this runs while a function is traced, or with what stands for arrays then."""
+    leaves = jax.tree.leaves(trees)
+    return is_traced() or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def _on_host(leaf: Any) -> bool:
+    """Whether a leaf's memory can be read: NumPy's, or of a JAX array on one CPU device."""
+    if isinstance(leaf, np.ndarray):
+        return True
+    if not isinstance(leaf, jax.Array) or leaf.is_deleted():
+        return False
+    devices = leaf.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _all_numpy(*operands: Any) -> bool:
+    """Whether none of these makes JAX arrays of the others."""
+    return not any(isinstance(one, jax.Array) for one in operands)
+
+
+@cache
+def _promoted(
+    new: tuple[bool, Hashable], old: tuple[bool, Hashable], weight: Any, of: Any, wide: bool
+) -> np.dtype[Any] | None:
+    """The dtype that Optax gives, asked with nothing in it; None where it gives none.
+
+    Parameters
+    ----------
+    new, old : tuple
+        Whether NumPy's, and the dtype.
+    weight, of : type, dtype or None
+        Of the weight.
+    wide : bool
+        Whether JAX has 64 bits now.
+    """
+    sides: list[Any] = [(np if numpy else jnp).zeros(0, dtype) for numpy, dtype in (new, old)]
+    try:
+        scale = weight(0) if of is None else (jnp if weight is jax.Array else np).zeros((), of)
+        found: Any = optax.incremental_update(*sides, scale)
+    except TypeError:
+        return None
+    dtype: np.dtype[Any] = np.dtype(found.dtype)
+    return dtype
+
+
+def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
+    """The dtype of the average of two leaves; None where it is Optax's affair."""
+    if not (_on_host(new) and _on_host(old) and new.shape == old.shape and old.size):
+        return None
+    if getattr(new, "weak_type", False) or getattr(old, "weak_type", False):
+        return None
+    kind: Any = jax.Array if isinstance(step_size, jax.Array) else type(step_size)
+    sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
+    x64 = bool(jax.config.jax_enable_x64)
+    found = _promoted(*sides, kind, getattr(step_size, "dtype", None), x64)
+    if found is None:
+        return None
+    codes = [NAMES.get(one.name) for one in (found, new.dtype, old.dtype)]
+    return found if all(code is not None and parse(code).real for code in codes) else None
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Memory that JAX takes for an array's as it is: it begins where JAX wants it."""
+    size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)
+
+
+def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    memory = _empty(array.shape, dtype)
+    np.copyto(memory, np.asarray(array), casting="same_kind")
+    return memory
+
+
+def _shown(memory: NDArray[Any], like: Any) -> Any:
+    """Memory that nobody else knows as a JAX array, on the device of another."""
+    (device,) = like.devices() if isinstance(like, jax.Array) else (None,)
+    default = jax.config.jax_default_device or jax.devices()[0]
+    return jax.device_put(memory, None if device == default else device)
+
+
+def _lerp(new: Any, old: Any, weight: Any, step: int | None) -> Any:
+    """``old + weight * (new - old)`` as a new tree: leaves of host memory in one call.
+
+    The old value may be None, which is zero for all leaves.
+    """
+    others, treedef = jax.tree.flatten(new, is_leaf=_is_none)
+    leaves = others if old is None else treedef.flatten_up_to(old)
+    averages: dict[str, NDArray[Any]] = {}
+    xs: dict[str, Any] = {}
+    for place, (x, avg) in enumerate(zip(others, leaves, strict=True)):
+        dtype = _averaged_dtype(x, avg, weight)
+        if dtype is None:
+            continue
+        averages[str(place)] = _copied(avg, dtype) if old is not None else _empty(x.shape, dtype)
+        xs[str(place)] = x
+        if old is None:
+            averages[str(place)].fill(0)
+    if averages:
+        plan = Plan(averages, xs, rounding="nearest" if step is None else "stochastic")
+        plan.calls = step or 0
+        plan.lerp_(float(weight))
+    made = []
+    for place, (x, avg) in enumerate(zip(others, leaves, strict=True)):
+        memory = averages.get(str(place))
+        if memory is None:
+            made.append(optax.incremental_update(x, 0.0 if old is None else avg, weight))
+        elif _all_numpy(x, avg, weight):
+            made.append(memory)
+        else:
+            made.append(_shown(memory, avg if isinstance(avg, jax.Array) else x))
+    return treedef.unflatten(made)
+
+
+def incremental_update(
+    new_tensors: Any, old_tensors: Any, step_size: Any, *, step: int | None = None
+) -> Any:
+    """``step_size * new + (1 - step_size) * old`` of two trees, as a new one.
+
+    Parameters
+    ----------
+    new_tensors, old_tensors : pytree of JAX or NumPy arrays
+        Of one structure; both stay as they are. None stands for what is left out.
+    step_size : float or scalar array
+        Weight of the *new* values, ``1 - decay``.
+    step : int, optional
+        The number of the update: averages in float16 and bfloat16 are then rounded at random, by
+        bits that are a function of it, the leaf's place in the tree and the element. Without it
+        they are rounded to nearest, as by Optax, and stand still at a small ``step_size``.
+
+    Returns
+    -------
+    pytree
+        JAX arrays, and NumPy arrays where both leaves are such, in the dtype that Optax gives.
+
+    Raises
+    ------
+    ArgumentError
+        If ``step_size`` is not finite, or ``step`` is given in a traced function.
+
+    Notes
+    -----
+    ``optax.incremental_update`` of Optax 0.2.8, by one call of a compiled kernel for all leaves in
+    the memory of the host; the difference is one of rounding, since the kernel computes in float32
+    and rounds once. (Optax rounds ``step_size * new`` to the dtype of ``new``: a float32 average of
+    bfloat16 values is off in the fourth digit there.)
+
+    Called in the open, Optax makes two temporaries and three passes per leaf. Within ``jax.jit``,
+    and for leaves on an accelerator, of integers, or that are broadcast, this *is* Optax's
+    function: XLA makes it one pass, as quick as it can be, and without new memory where the old
+    average is donated. If the whole step is one compiled function, leave it there.
+
+    To keep one average in place over a run, without a new tree at each step, use
+    :class:`fastema.EMA`.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> old, new = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+    >>> incremental_update(new, old, 0.25)["w"].tolist()
+    [0.25, 0.25]
+    """
+    if not _traced(new_tensors, old_tensors, step_size):
+        return _lerp(new_tensors, old_tensors, step_size, step)
+    if step is not None:
+        raise ArgumentError(f"step={step!r}: within a traced function Optax rounds, to nearest")
+    return optax.incremental_update(new_tensors, old_tensors, step_size)
+
+
+def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_period: Any) -> Any:
+    """The new tree at every ``update_period``-th step, the old one between.
+
+    Parameters
+    ----------
+    new_tensors, old_tensors : pytree of JAX or NumPy arrays
+        Of one structure, shapes and dtypes.
+    steps, update_period : int or scalar array
+        New where ``steps`` is a multiple of the period.
+
+    Returns
+    -------
+    pytree
+        JAX arrays: those that were given, and copies of NumPy arrays.
+
+    Raises
+    ------
+    ArgumentError
+        For a period below 1.
+    TypeError
+        If the two trees differ in more than their values.
+
+    Notes
+    -----
+    ``optax.periodic_update`` of Optax 0.2.8, without a copy of JAX arrays. Within ``jax.jit`` it
+    *is* that function.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> old, new = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+    >>> [periodic_update(new, old, step, 2)["w"][0].item() for step in (1, 2)]
+    [0.0, 1.0]
+    """
+    trees = new_tensors, old_tensors
+    if _traced(*trees, steps, update_period) or _forms(new_tensors) != _forms(old_tensors):
+        return optax.periodic_update(*trees, steps, update_period)
+    if int(update_period) < 1:
+        raise ArgumentError(f"update_period={update_period!r}: expected at least 1")
+    chosen = old_tensors if int(steps) % int(update_period) else new_tensors
+    return jax.tree.map(_as_jax, chosen)
+
+
+def _forms(tree: Any) -> Any:
+    """What two trees must have in common to be exchanged."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+
+def _as_jax(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array = np.asarray(leaf)
+    return _shown(_copied(array, jnp.result_type(leaf)), None)
+
+
+def ema(
+    decay: Any, debias: bool = True, accumulator_dtype: Any | None = None
+) -> optax.GradientTransformation:
+    """The moving average of updates as a gradient transformation.
+
+    ``ema = decay * ema + (1 - decay) * update`` from zero; the transformed update is
+    ``ema / (1 - decay ** n)`` at the n-th step where it is debiased, and ``ema`` itself otherwise.
+
+    Parameters
+    ----------
+    decay : float or scalar array
+        Weight of the old average.
+    debias : bool
+        Divide by the share that updates have in the average.
+    accumulator_dtype : dtype, optional
+        Of the average in the state; by default that of the parameters.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        ``init`` and ``update``, with Optax's own :class:`EmaState` of ``count`` and ``ema``.
+
+    Notes
+    -----
+    ``optax.ema`` of Optax 0.2.8. Called in the open, on leaves in the host's memory, one call of a
+    compiled kernel averages, and one more divides, computed in float32 and rounded once; averages
+    of float16 and bfloat16 are rounded at random there, by bits that are a function of ``count``,
+    the leaf's place in the tree and the element, where Optax's stand still. Within ``jax.jit``,
+    where optimizers mostly are, this *is* Optax's transformation, which XLA makes one pass.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> transform = ema(0.9)
+    >>> state = transform.init({"w": jnp.zeros(2)})
+    >>> updates, state = transform.update({"w": jnp.ones(2)}, state)
+    >>> updates["w"].tolist(), int(state.count)
+    ([1.0, 1.0], 1)
+    """
+    theirs = optax.ema(decay, debias, accumulator_dtype)
+    if not isinstance(decay, Real):
+        return theirs
+    kept = None if accumulator_dtype is None else jax.dtypes.canonicalize_dtype(accumulator_dtype)
+    old_weight = float(decay)
+
+    def update(updates: Any, state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
+        if _traced(updates, state):
+            found: tuple[Any, EmaState] = theirs.update(updates, state, params)
+            return found
+        count = optax.safe_increment(state.count)
+        steps = int(count)
+        average = _lerp(updates, state.ema, 1.0 - old_weight, steps)
+        share = 1.0 - old_weight**steps
+        shown = _lerp(average, None, 1.0 / share, None) if debias and share else average
+        return shown, EmaState(count, optax.tree.cast(average, kept))
+
+    return optax.GradientTransformation(theirs.init, update)

@@ -1,0 +1,250 @@
+"""``ModelEMA`` of Ultralytics YOLO, its schedule, and the averages in its checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from fastema.bridges.names import plain_names
+from fastema.compat.following import Follower
+from fastema.compat.transfer import mismatches
+from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.layout.spec import Role
+from fastema.rules import Rule
+from fastema.rules.checks import checked_positive
+
+__all__ = ["ModelEMA", "Ramp", "export", "load"]
+
+_TEACHER = "teacher_model"
+"""What a distillation model calls the part of which there is to be no average."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp(Rule):
+    """A decay that grows as ``limit * (1 - exp(-n / tau))``.
+
+    The first step has nearly none, and ``n = 3 * tau`` 95 % of the limit. The schedule of
+    Ultralytics, usable as ``fastema.EMA(model, decay=Ramp())`` too; calling it with a step gives
+    the decay, as the attribute of the peer's class does.
+
+    Parameters
+    ----------
+    limit : float
+        In [0, 1].
+    tau : float
+        Steps, above 0.
+
+    Examples
+    --------
+    >>> [round(Ramp(0.9999, 2000)(n), 4) for n in (1, 2000, 20_000)]
+    [0.0005, 0.6321, 0.9999]
+    """
+
+    limit: float = 0.9999
+    tau: float = 2000.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.limit <= 1.0:
+            raise ArgumentError(f"decay={self.limit!r}: expected a number in [0, 1]")
+        object.__setattr__(self, "tau", checked_positive(self.tau, "tau"))
+
+    def decay(self, n: int) -> float:
+        """``limit * (1 - exp(-n / tau))``."""
+        return self.limit * -math.expm1(-n / self.tau)
+
+    def __call__(self, n: int) -> float:
+        """The same as :meth:`decay`."""
+        return self.decay(n)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in what compiles it or shares it out."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return _unwrapped(inner)
+    return model
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Average whatever a checkpoint of the average holds."""
+
+    saved: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Saved:
+        return cls(frozenset(plain_names(list(model.state_dict()))))
+
+    def __call__(self, name: str, role: Role) -> Literal["average", "skip"]:
+        passing = role == "buffer" and name not in self.saved
+        return "skip" if passing or name.startswith(f"{_TEACHER}.") else "average"
+
+
+class ModelEMA:
+    """Average of a whole model: the ``ModelEMA`` of Ultralytics.
+
+    ``v += (1 - d) * (x - v)`` for all floating-point parameters and buffers at the n-th call of
+    :meth:`update`, with ``d = decay * (1 - exp(-n / tau))``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Copied, without what compiles it or shares it out, and without a ``teacher_model``.
+    decay : float
+        Weight of the old average that is approached, in [0, 1].
+    tau : float
+        Steps over which it grows, above 0.
+    updates : int
+        Calls of :meth:`update` so far.
+
+    Attributes
+    ----------
+    ema : torch.nn.Module
+        The average, in evaluation mode, without gradients.
+    updates : int
+    decay : callable
+        Number of updates to decay; may be replaced.
+    enabled : bool
+        Where False, :meth:`update` and :meth:`update_attr` do nothing.
+
+    Raises
+    ------
+    ArgumentError
+        For a ``decay`` or ``tau`` out of range.
+
+    Notes
+    -----
+    The interface and the numbers are those of ``ultralytics/utils/torch_utils.py``, version 8.4.
+    It differs:
+
+    - There integers, such as BatchNorm's ``num_batches_tracked``, keep the value that they had at
+      the start. Here they are copied at each update.
+    - There tied weights are averaged twice per update. Here once.
+    - There the model of the first update is followed for good, also where its parameters have been
+      re-pointed since or another model is given. Here the model that is given is.
+    - There a model on another device is an error, and so are average and model of different dtypes.
+      Here both work. There tensors that the average lacks are left out without a word; here that is
+      an error that names them.
+    - There 16-bit averages are rounded to nearest and stand still. Here they are rounded at random,
+      by bits that are a function of ``updates``, the name and the element.
+    - There the object cannot be pickled. Here it can.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> ema = ModelEMA(model)
+    >>> ema.update(model)                           # after each optimizer step
+    >>> ema.updates
+    1
+    """
+
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, tau: float = 2000, updates: int = 0
+    ) -> None:
+        self.decay: Callable[[int], float] = Ramp(decay, tau)
+        inner = _unwrapped(model)
+        teacher = getattr(inner, _TEACHER, None)
+        memo = {} if teacher is None else {id(teacher): None}
+        self.ema = deepcopy(inner, memo).eval()
+        if hasattr(inner, _TEACHER):
+            setattr(self.ema, _TEACHER, None)
+        self.ema.requires_grad_(False)
+        self.updates = updates
+        self.enabled = True
+        self._followed: tuple[nn.Module, Follower] | None = None
+
+    def _follower(self) -> Follower:
+        """The follower of :attr:`ema`, which is another model where somebody replaced it."""
+        if self._followed is None or self._followed[0] is not self.ema:
+            self._followed = self.ema, Follower(self.ema, _Saved.of(self.ema))
+        return self._followed[1]
+
+    def update(self, model: nn.Module) -> None:
+        """Take a model into the average; call it after each optimizer step.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+
+        Raises
+        ------
+        LayoutError
+            Naming the tensors that only one of the two has, or of which the shapes differ; nothing
+            was written or counted.
+        """
+        if not self.enabled:
+            return
+        step = self.updates + 1
+        self._follower().update(_unwrapped(model), 1.0 - self.decay(step), step)
+        self.updates = step
+
+    def update_attr(
+        self, model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()
+    ) -> None:
+        """Copy a model's attributes to :attr:`ema`, but for those that begin with an underscore.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+        include : iterable of str
+            Only these; all where it is empty.
+        exclude : iterable of str
+            Not these.
+        """
+        if not self.enabled:
+            return
+        wanted, unwanted = set(include), set(exclude)
+        for name, value in vars(_unwrapped(model)).items():
+            if name.startswith("_") or name in unwanted or (wanted and name not in wanted):
+                continue
+            setattr(self.ema, name, value)
+
+
+def export(ema: ModelEMA) -> dict[str, Any]:
+    """What a checkpoint of Ultralytics holds of the average.
+
+    Returns
+    -------
+    dict
+        ``"ema"``, the averaged model in float16 as Ultralytics saves it, and ``"updates"``. Keep
+        ``ema.ema.state_dict()`` beside it to resume without the loss of 13 bits of each weight.
+    """
+    return {"ema": deepcopy(ema.ema).half(), "updates": ema.updates}
+
+
+def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
+    """Take over the average of a checkpoint of Ultralytics.
+
+    Parameters
+    ----------
+    ema : ModelEMA
+        Of the same model; it keeps its dtypes.
+    checkpoint : mapping
+        With ``"ema"``, a module or a state dict, and ``"updates"``.
+
+    Raises
+    ------
+    CheckpointError
+        If one of the two is missing, or the tensors are not those of the model, naming them;
+        nothing was changed.
+    """
+    saved, updates = checkpoint.get("ema"), checkpoint.get("updates")
+    if isinstance(saved, nn.Module):
+        saved = saved.state_dict()
+    if not isinstance(saved, Mapping) or not isinstance(updates, int):
+        raise CheckpointError(
+            "the checkpoint holds no average with its number of updates under 'ema' and 'updates' "
+            "(one that was stripped at the end of training has none)"
+        )
+    problems = mismatches(ema.ema.state_dict(), saved)
+    if problems:
+        raise CheckpointError("the saved average is not of this model:\n" + listed(problems))
+    ema.ema.load_state_dict(saved)
+    ema.updates = updates

@@ -1,0 +1,268 @@
+"""Composer's compute_ema, its schedule, and its checkpoints to and from a fastema.EMA."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+
+import fastema
+from fastema.compat import composer
+from fastema.errors import ArgumentError, BridgeError, CheckpointError, LayoutError
+
+from .network import Network, Truth, bits, is_float, numbers, tensors, torch, trained
+
+nn = torch.nn
+
+pytestmark = pytest.mark.torch
+
+
+class EMAParameters:
+    """What Composer averages: copies of the trained parameters and of all buffers."""
+
+    def __init__(self, model: Any) -> None:
+        self.named_parameters_dict = {
+            name: one.data.clone() for name, one in model.named_parameters() if one.requires_grad
+        }
+        self.named_buffers_dict = {name: one.data.clone() for name, one in model.named_buffers()}
+
+    def all(self) -> dict[str, Any]:
+        return {**self.named_parameters_dict, **self.named_buffers_dict}
+
+    def step(self, model: Any, smoothing: float) -> None:
+        """As the peer does it."""
+        current = tensors(model)
+        for name, avg in self.all().items():
+            avg.copy_(avg * smoothing + current[name].data * (1.0 - smoothing))
+
+
+def saved_float(name: str, tensor: Any) -> bool:
+    return is_float(name, tensor) and name != "cache"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("smoothing", [0.0, 0.7, 1.0])
+def test_compute_ema_of_a_module(smoothing: float, dtype: Any) -> None:
+    model, generator = Network(1, dtype), numbers(2)
+    ema_model = copy.deepcopy(model)
+    truth = Truth(ema_model, model, saved_float)
+    for _ in range(10):
+        trained(model, generator)
+        composer.compute_ema(model, ema_model, smoothing=smoothing)
+        truth.step(model, 1 - smoothing)
+    truth.check(ema_model, model)
+
+
+def test_compute_ema_of_parameters() -> None:
+    model, generator = Network(1, torch.float32), numbers(2)
+    ours, theirs = EMAParameters(model), EMAParameters(model)
+    for step in range(10):
+        trained(model, generator)
+        composer.compute_ema(nn.DataParallel(model) if step % 2 else model, ours, 0.8)
+        theirs.step(model, 0.8)
+        if step == 4:  # as loading a checkpoint does
+            ours.named_buffers_dict = {k: v.clone() for k, v in ours.named_buffers_dict.items()}
+    for name, one in ours.all().items():
+        if one.is_floating_point():
+            torch.testing.assert_close(one, theirs.all()[name], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(one, tensors(model)[name])
+            assert not torch.equal(one, theirs.all()[name]) or one.dtype == torch.bool
+    assert "frozen" not in ours.all()
+
+
+def test_compute_ema_default_is_the_peers() -> None:
+    model, ema_model = nn.Linear(3, 2), nn.Linear(3, 2)
+    want = ema_model.weight.detach() * 0.99 + model.weight.detach() * 0.01
+    composer.compute_ema(model, ema_model)
+    torch.testing.assert_close(ema_model.weight.detach(), want)
+
+
+def test_compute_ema_keeps_nothing_alive() -> None:
+    model, ema_model = nn.Linear(3, 2), nn.Linear(3, 2)
+    composer.compute_ema(model, ema_model)
+    gone = weakref.ref(ema_model)
+    del ema_model
+    gc.collect()
+    assert gone() is None
+
+
+def test_compute_ema_refuses() -> None:
+    model, ema_model = Network(1), Network(2)
+    before = bits(ema_model)
+    larger, smaller = Network(3), Network(4)
+    larger.more = nn.Linear(2, 2)
+    del smaller.wide
+    for other, name in ((larger, "more.weight"), (smaller, "wide")):
+        with pytest.raises(LayoutError, match=name):
+            composer.compute_ema(other, ema_model)
+    with pytest.raises(ArgumentError, match="smoothing"):
+        composer.compute_ema(model, ema_model, 1.5)
+    with pytest.raises(BridgeError, match="named_parameters_dict"):
+        composer.compute_ema(model, object())
+    assert bits(ema_model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "decay", "interval"),
+    [
+        ({}, 2 ** (-1 / 1000), 1),
+        ({"half_life": "50ba"}, 2 ** (-1 / 50), 1),
+        ({"half_life": "50ba", "update_interval": "5ba"}, 2 ** (-5 / 50), 5),
+        ({"half_life": "3ep", "update_interval": "1ep"}, 2 ** (-1 / 3), 1),
+        ({"half_life": None, "smoothing": 0.9}, 0.9, 1),
+        ({"half_life": None, "smoothing": 0.9, "update_interval": "4ba"}, 0.9, 4),
+    ],
+)
+def test_rule_is_the_schedule(arguments: Any, decay: float, interval: int) -> None:
+    rule = composer.rule(**arguments)
+    assert rule.weight(interval, interval) == pytest.approx(1 - decay, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"smoothing": 0.9},
+        {"half_life": None},
+        {"half_life": "0ba"},
+        {"half_life": "1000"},
+        {"half_life": "10ba", "update_interval": "1ep"},
+        {"half_life": None, "smoothing": 1.0},
+    ],
+)
+def test_rule_refuses(arguments: Any) -> None:
+    with pytest.raises(ArgumentError):
+        composer.rule(**arguments)
+
+
+def average_of(model: Any, k: int = 1) -> fastema.EMA:
+    rule = composer.rule("10ba")
+    return fastema.EMA(model, rule, update_every=k, buffers="average", start_after=1)
+
+
+def state_of(peer: EMAParameters, active: bool = False) -> dict[str, Any]:
+    parts = {
+        "named_parameters_dict": peer.named_parameters_dict,
+        "named_buffers_dict": peer.named_buffers_dict,
+    }
+    return {
+        "repr": "EMA()",
+        "ema_model": parts,
+        "ema_weights_active": active,
+        "ema_started": True,
+    }
+
+
+def run(model: Any, generator: Any, steps: int) -> EMAParameters:
+    """A run of the peer's: it begins anew with the weights after the first batch."""
+    peer = EMAParameters(model)
+    for step in range(steps):
+        trained(model, generator)
+        if not step:
+            peer = EMAParameters(model)
+        peer.step(model, 2 ** (-1 / 10))
+    return peer
+
+
+def assert_close(ema: fastema.EMA, peer: EMAParameters) -> None:
+    found = peer.all()
+    assert ema.averaged_names <= found.keys()
+    for name in ema.averaged_names:
+        torch.testing.assert_close(ema.shadow[name], found[name], rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_and_both_directions() -> None:
+    model = Network(1)
+    ours, generator = average_of(model), numbers(2)
+    peer = EMAParameters(model)
+    for step in range(7):
+        trained(model, generator)
+        ours.update()
+        if not step:
+            peer = EMAParameters(model)
+        peer.step(model, 2 ** (-1 / 10))
+    assert_close(ours, peer)
+
+    resumed = average_of(Network(4))
+    composer.load(resumed, state_of(peer), num_updates=7)
+    assert resumed.num_updates == 7
+    back = EMAParameters(Network(5))
+    saved = composer.export(ours, model)
+    assert saved.keys() == state_of(peer).keys() - {"repr"}
+    for part in ("named_parameters_dict", "named_buffers_dict"):
+        assert saved["ema_model"][part].keys() == getattr(peer, part).keys()
+        setattr(back, part, saved["ema_model"][part])
+    assert not saved["ema_weights_active"]
+    assert saved["ema_started"]
+    for _ in range(5):
+        trained(model, generator)
+        resumed.update(model)
+        for one in (peer, back):
+            one.step(model, 2 ** (-1 / 10))
+    assert_close(resumed, peer)
+    for name in ours.averaged_names:
+        torch.testing.assert_close(back.all()[name], peer.all()[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_checkpoints_of_a_trainer(active: bool) -> None:
+    model = Network(1)
+    peer = run(model, numbers(3), 6)
+    raw = {name: one.detach().clone() for name, one in tensors(model).items()}
+    averages = {name: one.clone() for name, one in peer.all().items()}
+    state = {**raw, **averages} if active else raw
+    if active:  # as it saves while it trains: in each other's places
+        for name, one in peer.all().items():
+            one.copy_(raw[name])
+    checkpoint = {
+        "state": {
+            "model": {f"module.{name}": one for name, one in state.items()},
+            "algorithms": [("Mixup", {}), ("EMA", state_of(peer, active))],
+            "timestamp": {"Timestamp": {"batch": 6, "epoch": 1}},
+        },
+        "rng": [],
+    }
+    ema = average_of(Network(2))
+    composer.load(ema, checkpoint)
+    assert ema.num_updates == 6
+    for name in ema.averaged_names:
+        assert torch.equal(ema.shadow[name], averages[name]), name
+    if active:
+        with pytest.raises(CheckpointError, match="whole checkpoint"):
+            composer.load(ema, state_of(peer, active))
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_checkpoints_from_before_0_13(active: bool) -> None:
+    averages, raw = Network(3), Network(4)
+    old = {
+        "ema_model": averages.state_dict(),
+        "training_model": raw.state_dict(),
+        "ema_weights_active": active,
+        "ema_started": True,
+    }
+    with pytest.raises(CheckpointError, match="'cache' is missing"):  # as in any state dict
+        composer.load(average_of(Network(2)), old)
+    ema = fastema.EMA(Network(2), composer.rule())
+    composer.load(ema, old)
+    assert torch.equal(ema.shadow["wide"], averages.wide)
+    assert ema.num_updates == 0
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    ema, model = average_of(Network(2)), Network(1)
+    before = {name: one.clone() for name, one in ema.shadow.items()}
+    peer = EMAParameters(model)
+    del peer.named_parameters_dict["wide"]
+    with pytest.raises(CheckpointError, match="'wide' is missing"):
+        composer.load(ema, state_of(peer), num_updates=3)
+    with pytest.raises(CheckpointError, match="0 states"):
+        composer.load(ema, {"state": {"algorithms": [("Mixup", {})]}})
+    model.more = nn.Parameter(torch.ones(2))
+    with pytest.raises(CheckpointError, match="not averaged: more"):
+        composer.export(ema, model)
+    assert ema.num_updates == 0
+    assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())

@@ -1,0 +1,168 @@
+"""D2Go's schedule and checkpoints, to and from a fastema.EMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastema
+from fastema.compat import d2go
+from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.rules import rule_from_dict
+
+from .network import Network, Truth, is_float, numbers, tensors, torch, trained
+
+nn = torch.nn
+
+pytestmark = pytest.mark.torch
+
+
+def average_of(model: Any, rule: Any = 0.9, **options: Any) -> fastema.EMA:
+    return fastema.EMA(model, rule, **{"frozen": "average", "buffers": "average", **options})
+
+
+class Peer:
+    """The state of D2Go's EMAState: names of parameters and buffers to tensors, all averaged."""
+
+    def __init__(self, model: Any, decay: float, factor: float) -> None:
+        self.decay, self.factor, self.n = decay, factor, 0
+        self.truth = Truth(model, model, is_float, random=False)
+        self.state = {name: one.detach().clone() for name, one in tensors(model).items()}
+
+    def update(self, model: Any) -> None:
+        decay = self.decay
+        if self.factor >= 0:
+            self.n += 1
+            decay = min(decay, (1 + self.n) / (self.factor + self.n))
+        self.truth.step(model, 1 - decay)
+        for name, one in tensors(model).items():
+            avg = self.state[name]
+            avg.copy_(avg * decay + one * (1 - decay))  # integers are cut off
+
+    def check(self, ema: fastema.EMA, rtol: float = 1e-5) -> None:
+        for name in ema.averaged_names:
+            torch.testing.assert_close(ema.shadow[name], self.state[name], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("factor", [-1, 0, 1, 10, 25.5])
+def test_rule_is_the_schedule(factor: float) -> None:
+    rule = d2go.rule(0.99, factor)
+    for n in (1, 2, 30, 10_000):
+        want = 0.99 if factor < 0 else min(0.99, (1 + n) / (factor + n))
+        assert rule.decay(n) == want
+    assert rule_from_dict(rule.to_dict()) == rule
+    with pytest.raises(ArgumentError):
+        d2go.rule(1.5, factor)
+
+
+@pytest.mark.parametrize("factor", [-1, 10])
+def test_numbers_and_both_directions(factor: float) -> None:
+    model, generator = Network(1), numbers(2)
+    peer, ema = Peer(model, 0.9, factor), average_of(model, d2go.rule(0.9, factor))
+    for _ in range(8):
+        trained(model, generator)
+        peer.update(model)
+        ema.update()
+    peer.check(ema)
+
+    other = average_of(Network(5), d2go.rule(0.9, factor))  # theirs, and on with ours
+    d2go.load(other, {"ema_state": peer.state, "model": {}}, num_updates=8)
+    assert other.num_updates == 8
+    assert all(torch.equal(other.shadow[name], one) for name, one in peer.state.items())
+    saved = d2go.export(ema)["ema_state"]  # ours, and on with theirs
+    assert saved.keys() == peer.state.keys()
+    back = Peer(model, 0.9, factor)
+    back.state, back.n = saved, peer.n
+    for _ in range(5):
+        trained(model, generator)
+        for one in (peer, back):
+            one.update(model)
+        other.update(model)
+    peer.check(other)
+    for name in ema.averaged_names:
+        torch.testing.assert_close(back.state[name], peer.state[name], rtol=1e-5, atol=1e-5)
+
+
+def test_integers_are_exact() -> None:
+    model = Network(1)
+    ema, peer = average_of(model), Peer(model, 0.9, -1)
+    trained(model, numbers(3))
+    ema.update()
+    peer.update(model)
+    assert torch.equal(ema.shadow["places"], model.places)
+    assert not torch.equal(peer.state["places"], model.places)
+
+
+@pytest.mark.parametrize("shadow", ["float64", "bfloat16"])
+def test_dtype_stays_that_of_the_average(shadow: str) -> None:
+    model = Network(1, torch.float32)
+    ema = average_of(Network(2, torch.float32), shadow_dtype=shadow)
+    state = {name: one.detach() for name, one in tensors(model).items()}
+    d2go.load(ema, state)  # without the name, too
+    for name in ema.averaged_names:
+        want = getattr(torch, shadow)
+        assert ema.shadow[name].dtype == want
+        assert torch.equal(ema.shadow[name], state[name].to(want))
+
+
+def test_what_the_average_leaves_out_may_be_there() -> None:
+    model = Network(1)
+    ema = fastema.EMA(Network(2), 0.9, buffers="skip")
+    state = {f"_checkpoint_wrapped_module.{name}": one for name, one in tensors(model).items()}
+    d2go.load(ema, {"ema_state": state}, num_updates=3)
+    assert torch.equal(ema.shadow["wide"], model.wide)
+    assert "frozen" not in ema.shadow
+    assert "scale" not in ema.shadow
+
+
+def test_buffers_may_be_missing_and_stay() -> None:
+    ema = fastema.EMA(Network(2), 0.9)
+    kept = ema.shadow["scale"].clone()
+    state = dict(Network(1).named_parameters())
+    d2go.load(ema, state)
+    assert torch.equal(ema.shadow["wide"], state["wide"])
+    assert torch.equal(ema.shadow["scale"], kept)
+
+
+def changed(**others: Any) -> dict[str, Any]:
+    state = {name: one.detach().clone() for name, one in tensors(Network(1)).items()}
+    state |= others
+    return {name: one for name, one in state.items() if one is not None}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (changed(wide=None), r"'wide' is missing"),
+        (changed(more=torch.ones(2)), r"'more' is unexpected"),
+        (changed(wide=torch.ones(3)), r"'wide' is \[3\], expected \[257\]"),
+        (changed(wide=torch.ones(257, dtype=torch.int64)), r"'wide' is i64, expected f64"),
+        ({"ema_state": [1, 2]}, "mapping of names"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(state: Any, message: str) -> None:
+    ema = average_of(Network(2))
+    before = {name: one.clone() for name, one in ema.shadow.items()}
+    with pytest.raises(CheckpointError, match=message):
+        d2go.load(ema, state, num_updates=7)
+    assert ema.num_updates == 0
+    assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())
+
+
+def test_averages_without_a_counterpart_are_refused() -> None:
+    state = changed()
+    with pytest.raises(ArgumentError, match="2 averages"):
+        d2go.load(average_of(Network(2), (0.9, 0.99)), state)
+    with pytest.raises(ArgumentError, match="2 averages"):
+        d2go.export(average_of(Network(2), (0.9, 0.99)))
+    split = average_of(Network(2, torch.bfloat16), shadow_dtype="bf16+16")
+    with pytest.raises(ArgumentError, match="float32"):
+        d2go.load(split, state)
+    split.to(dtype="float32")
+    d2go.load(split, state)
+    split.to(dtype="bf16+16")
+    assert torch.equal(split.shadow["conv.weight"], state["conv.weight"].bfloat16())
+    ema = average_of(Network(2))
+    with ema.swapped(), pytest.raises(StateError):
+        d2go.load(ema, state)

@@ -1,0 +1,925 @@
+"""Beside diffusers itself: the same numbers, states and folders, and the training scripts' way."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import io
+import json
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
+
+from ..needed import modules
+from ..shadow.truth import Loop
+
+modules("torch", "diffusers", "accelerate")
+
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from diffusers import UNet2DModel  # noqa: E402
+from diffusers.training_utils import EMAModel as Theirs  # noqa: E402
+from torch import nn  # noqa: E402
+
+from fastema.compat.diffusers import EMAModel as Ours  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+Parameters = list[Any]
+
+CODES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+SHAPES = [(5, 7), (3,), (), (0, 4), (1, 1, 33), (257,)]
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "ramp": {},
+    "low": {"decay": 0.5},
+    "floor": {"decay": 0.9, "min_decay": 0.4},
+    "constant": {"decay": 0.95, "min_decay": 0.95},
+    "floor above": {"decay": 0.5, "min_decay": 0.75},
+    "late": {"update_after_step": 7},
+    "warmup": {"use_ema_warmup": True},
+    "mean": {"use_ema_warmup": True, "power": 1, "inv_gamma": 1, "decay": 1.0},
+    "all": {
+        "decay": 0.9,
+        "min_decay": 0.3,
+        "update_after_step": 3,
+        "use_ema_warmup": True,
+        "inv_gamma": 2.5,
+        "power": 0.75,
+        "foreach": True,
+    },
+}
+
+
+def numbers(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parameters(seed: int = 0, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> Parameters:
+    """Odd shapes, a scalar, an empty one, one that is not contiguous, two that are frozen."""
+    generator, kinds = numbers(seed), list(dtypes)
+    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    made.append(torch.randn(6, 4, generator=generator).t())
+    image = torch.randn(2, 3, 4, 5, generator=generator)
+    made.append(image.to(memory_format=torch.channels_last))
+    found = [nn.Parameter(one.to(kinds[at % len(kinds)])) for at, one in enumerate(made)]
+    for at in (1, 6):
+        found[at].requires_grad_(False)
+    return found
+
+
+def trained(weights: Iterable[Any], generator: torch.Generator, size: float = 1.0) -> None:
+    with torch.no_grad():
+        for one in weights:
+            one.add_(size * torch.randn(one.shape, generator=generator).to(one.dtype))
+
+
+def array(one: torch.Tensor) -> np.ndarray:
+    return one.detach().double().numpy()
+
+
+def values(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [one.detach().clone() for one in tensors]
+
+
+def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+    return all(
+        one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
+        for one, other in zip(tensors, others, strict=True)
+    )
+
+
+def put(weights: Parameters, saved: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for one, value in zip(weights, saved, strict=True):
+            one.copy_(value)
+
+
+def decay_of(
+    n: int,
+    decay: float = 0.9999,
+    min_decay: float = 0.0,
+    update_after_step: int = 0,
+    use_ema_warmup: bool = False,
+    inv_gamma: float = 1.0,
+    power: float = 2 / 3,
+    foreach: bool = False,
+) -> float:
+    """The schedule, written down once more."""
+    s = n - update_after_step - 1
+    if s <= 0:
+        return 0.0
+    grown = 1 - (1 + s / inv_gamma) ** -power if use_ema_warmup else (1 + s) / (10 + s)
+    return float(max(min_decay, min(decay, grown)))
+
+
+class Truth:
+    """The averages of parameters as float64 loops; what needs no gradient is copied."""
+
+    def __init__(self, weights: Parameters, random: bool = False) -> None:
+        self.loops = []
+        for one in weights:
+            stored = CODES[one.dtype]
+            arithmetic = "f64" if stored == "f64" else "f32"
+            self.loops.append(Loop(array(one), stored, arithmetic, random and stored != "f64"))
+
+    def step(self, weights: Parameters, weight: float) -> None:
+        for loop, one in zip(self.loops, weights, strict=True):
+            loop.step(array(one), weight if one.requires_grad else 1.0)
+
+    def check(self, averages: Iterable[torch.Tensor]) -> None:
+        for at, (loop, one) in enumerate(zip(self.loops, averages, strict=True)):
+            loop.check(array(one), f"number {at}")
+
+
+# -- the same interface ----------------------------------------------------------------------------
+
+
+def test_every_public_name_is_there_with_the_same_arguments() -> None:
+    def public(cls: type) -> dict[str, list[tuple[str, Any, Any]]]:
+        return {
+            name: [
+                (one.name, one.kind, one.default)
+                for one in inspect.signature(getattr(cls, name)).parameters.values()
+            ]
+            for name in vars(cls)
+            if callable(getattr(cls, name)) and (name == "__init__" or not name.startswith("_"))
+        }
+
+    assert public(Ours) == public(Theirs)
+    one, other = Ours(parameters()), Theirs(parameters())
+    for name, value in vars(other).items():
+        ours = getattr(one, name)
+        assert type(ours) is type(value), name
+        assert name == "shadow_params" or ours == value, name
+
+
+@pytest.mark.parametrize("name", ["decay", "min_decay"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_decay_outside_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}="):
+        Ours(parameters(), **{name: value})
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(3), ["a"], [nn.Linear(2, 2)]])
+def test_what_is_no_list_of_tensors_is_refused(wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"model\.parameters\(\)"):
+        Ours(wrong)
+
+
+def test_a_module_in_place_of_parameters() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    found = []
+    for cls in (Ours, Theirs):
+        with pytest.warns(FutureWarning, match="Module"):
+            ema = cls(net)
+        trained(net.parameters(), numbers(1))
+        with pytest.warns(FutureWarning, match="Module"):
+            ema.step(net)
+        found.append((ema.use_ema_warmup, ema.optimization_step, values(ema.shadow_params)))
+        assert same(ema.shadow_params, net.parameters())
+    assert found[0][:2] == found[1][:2] == (True, 1)
+
+
+def test_arguments_of_old_scripts() -> None:
+    for cls in (Ours, Theirs):
+        with pytest.warns(FutureWarning) as told:
+            ema = cls(parameters(), max_value=0.7, min_value=0.2, device="cpu")
+        assert (ema.decay, ema.min_decay) == (0.7, 0.2)
+        assert len(told) == 3
+        assert cls is Theirs or {one.filename for one in told} == {__file__}
+    with pytest.warns(UserWarning, match="ignores dacay"):
+        Ours(parameters(), dacay=0.9)
+
+
+# -- the same numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_get_decay_is_theirs(schedule: str) -> None:
+    one, other = (cls(parameters(), **SCHEDULES[schedule]) for cls in (Ours, Theirs))
+    for n in [*range(300), 10**4, 10**6]:
+        assert one.get_decay(n) == other.get_decay(n)
+        assert one.get_decay(n) == pytest.approx(decay_of(n, **SCHEDULES[schedule]), rel=2**-50)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kinds", [("f32",), ("f64",), ("f32", "f64")], ids=str)
+def test_equals_theirs(schedule: str, kinds: tuple[str, ...]) -> None:
+    options = SCHEDULES[schedule]
+    dtypes = [dtype for dtype, code in CODES.items() if code in kinds]
+    weights, generator = parameters(2, dtypes), numbers(3)
+    one, other, truth = Ours(weights, **options), Theirs(weights, **options), Truth(weights)
+    for n in range(1, 25):
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, **options))
+        one.step(iter(weights))
+        other.step(iter(weights))
+        assert one.cur_decay_value == other.cur_decay_value
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+    assert one.optimization_step == other.optimization_step == 24
+    for ours, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
+        assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+        assert not ours.requires_grad
+
+
+def test_until_update_after_step_the_average_is_the_weights_exactly() -> None:
+    weights, generator = parameters(4), numbers(5)
+    ema = Ours(weights, update_after_step=3)
+    for _ in range(4):
+        trained(weights, generator)
+        ema.step(weights)
+        assert same(ema.shadow_params, weights)
+    trained(weights, generator)
+    ema.step(weights)
+    assert not same(ema.shadow_params, weights)
+
+
+def test_what_needs_no_gradient_is_looked_at_at_every_step() -> None:
+    weights, generator = parameters(6), numbers(7)
+    one, other, truth = Ours(weights, 0.9), Theirs(weights, 0.9), Truth(weights)
+    for n in range(1, 13):
+        weights[n % 8].requires_grad_(n % 3 > 0)
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, 0.9))
+        one.step(weights)
+        other.step(weights)
+        for at, weight in enumerate(weights):
+            assert weight.requires_grad or torch.equal(one.shadow_params[at], weight)
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+def test_all_parameters_may_be_frozen() -> None:
+    weights = [one.requires_grad_(False) for one in parameters(8)]
+    ema = Ours(weights)
+    for _ in range(4):
+        trained(weights, numbers(9))
+        ema.step(weights)
+    assert same(ema.shadow_params, weights)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_wide_average_of_narrow_weights(narrow: torch.dtype) -> None:
+    weights, generator = parameters(10, [narrow]), numbers(11)
+    one, other = Ours(weights, 0.9), Theirs(weights, 0.9)
+    for ema in (one, other):
+        ema.to(dtype=torch.float32)
+    truth = Truth(one.shadow_params)
+    for n in range(1, 20):
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, 0.9))
+        one.step(weights)
+        other.step(weights)
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+def test_settings_that_are_changed_on_the_way() -> None:
+    weights, generator = parameters(12), numbers(13)
+    one, other = Ours(weights), Theirs(weights)
+    truth = Truth(weights)
+    for n in range(1, 20):
+        if n == 8:
+            for ema in (one, other):
+                ema.decay, ema.use_ema_warmup, ema.power, ema.optimization_step = 0.8, True, 1.5, 2
+        trained(weights, generator)
+        one.step(weights)
+        other.step(weights)
+        truth.step(weights, 1.0 - float(other.cur_decay_value or 0.0))
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+def test_parameters_that_are_cast_or_put_elsewhere_between_steps() -> None:
+    net, generator = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), numbers(14)
+    one, other, truth = (cls(list(net.parameters())) for cls in (Ours, Theirs, Truth))
+    changes: list[Callable[[], Any]] = [
+        lambda: net.to(torch.bfloat16),
+        lambda: net.to(torch.float32),
+        lambda: setattr(net[0].weight, "data", torch.randn(5, 3, generator=generator)),
+        lambda: setattr(net[0].weight, "data", torch.randn(3, 5, generator=generator).t()),
+        lambda: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}, assign=True),
+    ]
+    for n, change in enumerate(changes, 1):
+        change()
+        trained(net.parameters(), generator)
+        truth.step(list(net.parameters()), 1.0 - decay_of(n))
+        one.step(net.parameters())
+        other.step(net.parameters())
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+def test_not_a_number_stays_where_it_was() -> None:
+    weights = [nn.Parameter(torch.randn(50, generator=numbers(15)))]
+    one, other = Ours(weights, min_decay=0.5), Theirs(weights, min_decay=0.5)
+    for value in (float("nan"), 1.0, 1.0):
+        with torch.no_grad():
+            weights[0][7] = value
+        one.step(weights)
+        other.step(weights)
+    ours, theirs = one.shadow_params[0], other.shadow_params[0]
+    assert torch.isfinite(ours).tolist() == torch.isfinite(theirs).tolist()
+    assert torch.isfinite(ours).sum() == 49
+
+
+def test_integers_are_copied() -> None:
+    steps = nn.Parameter(torch.tensor([2**40 + 1, 7]), requires_grad=False)
+    weights = [nn.Parameter(torch.randn(3, generator=numbers(16))), steps]
+    ema = Ours(weights)
+    for _ in range(3):
+        steps.data += 5
+        ema.step(weights)
+    assert ema.shadow_params[1].tolist() == [2**40 + 16, 22]
+    ema.to(dtype=torch.float64)
+    assert [one.dtype for one in ema.shadow_params] == [torch.float64, torch.int64]
+
+
+# -- 16 bits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_narrow_average_moves_where_theirs_stands_still(narrow: torch.dtype) -> None:
+    weights = [nn.Parameter(torch.full((4096,), 1.0, dtype=narrow))]
+    one, other = (cls(weights, 0.999, min_decay=0.999) for cls in (Ours, Theirs))
+    for ema in (one, other):
+        ema.step(weights)
+    with torch.no_grad():
+        weights[0] += 0.0625
+    for _ in range(1000):
+        one.step(weights)
+        other.step(weights)
+    expected = 0.0625 * (1 - 0.999**1000)
+    assert same(other.shadow_params, [torch.ones(4096, dtype=narrow)])
+    assert abs(array(one.shadow_params[0]).mean() - 1.0 - expected) < 0.1 * expected
+
+
+def test_a_narrow_average_is_resumed_to_the_bit() -> None:
+    def run(stop: int | None) -> list[torch.Tensor]:
+        weights, generator = parameters(17, [torch.bfloat16, torch.float16]), numbers(18)
+        ema = Ours(weights, 0.99)
+        for n in range(30):
+            if n == stop:
+                file = io.BytesIO()
+                torch.save(ema.state_dict(), file)
+                file.seek(0)
+                ema = Ours(weights, 0.5)
+                ema.load_state_dict(torch.load(file, weights_only=True))
+            trained(weights, generator, 0.1)
+            ema.step(weights)
+        return ema.shadow_params
+
+    whole = run(None)
+    assert same(run(1), whole)
+    assert same(run(17), whole)
+
+
+def test_narrow_averages_are_within_the_bound() -> None:
+    weights, generator = parameters(19, [torch.bfloat16, torch.float16]), numbers(20)
+    ema, truth = Ours(weights, 0.9), Truth(weights, random=True)
+    for n in range(1, 20):
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, 0.9))
+        ema.step(weights)
+    truth.check(ema.shadow_params)
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [Ours, Theirs], ids=["ours", "theirs"])
+@pytest.mark.parametrize("then", [Ours, Theirs], ids=["ours", "theirs"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_goes_on_in_the_other_library(first: Any, then: Any, schedule: str) -> None:
+    options = SCHEDULES[schedule]
+    weights, generator = parameters(21), numbers(22)
+    ema, truth = first(weights, **options), Truth(weights)
+    for n in range(1, 30):
+        if n == 13:
+            file = io.BytesIO()
+            torch.save(ema.state_dict(), file)
+            file.seek(0)
+            ema = then(parameters(99))
+            ema.load_state_dict(torch.load(file))
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, **options))
+        ema.step(weights)
+        assert ema.cur_decay_value == pytest.approx(decay_of(n, **options), rel=2**-50)
+    truth.check(ema.shadow_params)
+    assert ema.optimization_step == 29
+
+
+def test_the_state_has_their_layout_and_holds_the_tensors_themselves() -> None:
+    one, other = Ours(parameters(23)), Theirs(parameters(23))
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        assert type(ours[name]) is type(value), name
+        assert name == "shadow_params" or ours[name] == value, name
+    assert ours["shadow_params"] is one.shadow_params
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    weights = parameters(24)
+    ema, other = Ours(weights, min_decay=0.5), Ours(weights)
+    trained(weights, numbers(25))
+    ema.step(weights)
+    state = ema.state_dict()
+    before = values(state["shadow_params"])
+    other.load_state_dict(state)
+    trained(weights, numbers(26))
+    other.step(weights)
+    assert same(state["shadow_params"], before)
+    ema.load_state_dict(state)
+    assert same(ema.shadow_params, before)
+
+
+def test_a_part_of_a_state_leaves_the_rest_as_it_is() -> None:
+    for cls in (Ours, Theirs):
+        ema = cls(parameters(27), 0.7, update_after_step=4)
+        before = values(ema.shadow_params)
+        ema.load_state_dict({"optimization_step": 12, "power": 1})
+        assert (ema.decay, ema.update_after_step, ema.optimization_step) == (0.7, 4, 12)
+        assert ema.power == 1
+        assert same(ema.shadow_params, before)
+
+
+def test_the_wider_dtype_is_kept() -> None:
+    weights = parameters(28, [torch.bfloat16])
+    wide = Ours(weights)
+    wide.to(dtype=torch.float32)
+    trained(wide.shadow_params, numbers(29))
+    narrow = Ours(weights)
+    narrow.load_state_dict(wide.state_dict())
+    assert same(narrow.shadow_params, wide.shadow_params)
+    wide.load_state_dict(Ours(weights).state_dict())
+    assert same(wide.shadow_params, [one.float() for one in weights])
+
+
+def test_a_whole_number_as_min_decay_can_be_saved() -> None:
+    """Theirs refuses what it wrote itself."""
+    weights = parameters(30)
+    with pytest.raises(ValueError, match="min_decay"):
+        Theirs(weights).load_state_dict(Theirs(weights, min_decay=0).state_dict())
+    state = Ours(weights, min_decay=0).state_dict()
+    for cls in (Ours, Theirs):
+        cls(weights).load_state_dict(state)
+    Ours(weights).load_state_dict(Theirs(weights, min_decay=0).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"decay": 1.5}, CheckpointError, "decay"),
+        ({"decay": "high"}, CheckpointError, "decay"),
+        ({"min_decay": -1.0}, CheckpointError, "min_decay"),
+        ({"min_decay": None}, CheckpointError, "min_decay"),
+        ({"optimization_step": 1.5}, CheckpointError, "optimization_step"),
+        ({"update_after_step": "7"}, CheckpointError, "update_after_step"),
+        ({"use_ema_warmup": 1}, CheckpointError, "use_ema_warmup"),
+        ({"inv_gamma": "1"}, CheckpointError, "inv_gamma"),
+        ({"power": []}, CheckpointError, "power"),
+        ({"shadow_params": 3}, CheckpointError, "shadow_params"),
+        ({"shadow_params": [1.0]}, CheckpointError, "shadow_params"),
+        ({"shadow_params": []}, LayoutError, "0 tensors, expected 8"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    weights = parameters(31)
+    ema = Ours(weights, 0.9)
+    ema.step(weights)
+    before, settings = values(ema.shadow_params), ema.state_dict()
+    with pytest.raises(error, match=words):
+        ema.load_state_dict({**Ours(parameters(32), 0.5).state_dict(), **change})
+    assert {**ema.state_dict(), "shadow_params": 0} == {**settings, "shadow_params": 0}
+    assert same(ema.shadow_params, before)
+
+
+def test_a_state_of_another_model_is_refused_by_name() -> None:
+    """Theirs takes it, and goes on with what is left of both."""
+    weights = parameters(33)
+    other = parameters(33)
+    other[4] = nn.Parameter(torch.ones(1, 1, 1))
+    theirs, ours = Theirs(weights), Ours(weights)
+    theirs.load_state_dict(Theirs(weights[:3]).state_dict())
+    theirs.step(weights)
+    assert len(theirs.shadow_params) == 3
+    with pytest.raises(LayoutError, match="3 tensors, expected 8"):
+        ours.load_state_dict(Theirs(weights[:3]).state_dict())
+    with pytest.raises(LayoutError, match=r"number 4 has shape \[1, 1, 1\], expected \[1, 1, 33"):
+        ours.load_state_dict(Ours(other).state_dict())
+    assert same(ours.shadow_params, weights)
+
+
+# -- the average in the model ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])
+def test_store_copy_to_restore(narrow: torch.dtype | None) -> None:
+    weights = parameters(34)
+    one, other = Ours(weights), Theirs(weights)
+    if narrow is not None:
+        for ema in (one, other):
+            ema.to(dtype=narrow)
+    trained(weights, numbers(35))
+    raw, versions = values(weights), [weight._version for weight in weights]
+    held = []
+    for ema in (one, other):
+        ema.store(iter(weights))
+        assert same(ema.temp_stored_params or [], raw)
+        assert all(kept.device.type == "cpu" for kept in ema.temp_stored_params or [])
+        ema.copy_to(iter(weights))
+        held.append(values(weights))
+        ema.restore(iter(weights))
+        assert same(weights, raw)
+        assert ema.temp_stored_params is None
+        with pytest.raises((StateError, RuntimeError), match="store"):
+            ema.restore(weights)
+    assert same(held[0], held[1])
+    assert same(held[0], [average.float() for average in one.shadow_params])
+    grown = zip(weights, versions, strict=True)
+    assert all(weight._version > before for weight, before in grown)
+
+
+def test_a_second_store_does_not_lose_the_weights() -> None:
+    weights = parameters(36)
+    ema, theirs = Ours(weights), Theirs(weights)
+    trained(weights, numbers(37))
+    raw = values(weights)
+    theirs.store(weights)
+    theirs.copy_to(weights)
+    theirs.store(weights)
+    theirs.restore(weights)
+    assert not same(weights, raw)  # theirs has lost them
+    put(weights, raw)
+
+    ema.store(weights)
+    ema.store(weights)  # nothing is lost by that
+    ema.copy_to(weights)
+    with pytest.raises(StateError, match="restore"):
+        ema.store(weights)
+    ema.restore(weights)
+    assert same(weights, raw)
+    ema.copy_to(weights)  # for good
+    ema.store(weights)
+    ema.copy_to(weights)
+    ema.temp_stored_params = None
+    ema.store(weights)
+
+
+def test_restore_into_other_shapes_keeps_what_was_stored() -> None:
+    weights = parameters(38)
+    ema = Ours(weights)
+    ema.store(weights)
+    others = parameters(38)
+    others[6] = nn.Parameter(torch.zeros(6, 4))
+    before = values(others)
+    with pytest.raises(LayoutError, match=r"number 6 has shape \[6, 4\], expected \[4, 6\]"):
+        ema.restore(others)
+    with pytest.raises(LayoutError, match="7 tensors, expected 8"):
+        ema.restore(others[:-1])
+    assert same(others, before)
+    trained(weights, numbers(39))
+    ema.restore(weights)
+    assert same(weights, ema.shadow_params)
+
+
+def test_a_parameter_that_is_twice_in_the_list() -> None:
+    weights = parameters(40, [torch.bfloat16])
+    tied = [*weights, weights[0], weights[3]]
+    ema, truth, generator = Ours(tied, 0.9), Truth(tied, random=True), numbers(41)
+    for n in range(1, 10):
+        trained(weights, generator)
+        truth.step(tied, 1.0 - decay_of(n, 0.9))
+        ema.step(tied)
+    truth.check(ema.shadow_params)
+    assert torch.equal(ema.shadow_params[0], ema.shadow_params[8])
+    raw, averages = values(tied), values(ema.shadow_params)
+    ema.store(tied)
+    ema.copy_to(tied)
+    assert same(tied, averages)
+    ema.restore(tied)
+    assert same(tied, raw)
+
+
+# -- folders of a diffusers model ------------------------------------------------------------------
+
+
+def unet(seed: int) -> Any:
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model:FutureWarning")
+@pytest.mark.parametrize("first", [Ours, Theirs], ids=["ours", "theirs"])
+@pytest.mark.parametrize("then", [Ours, Theirs], ids=["ours", "theirs"])
+def test_a_saved_folder_is_read_by_both(first: Any, then: Any, tmp_path: Path) -> None:
+    model, options = unet(42), SCHEDULES["all"]
+    ema = first(model.parameters(), model_cls=UNet2DModel, model_config=model.config, **options)
+    truth, generator = Truth(list(model.parameters())), numbers(43)
+    for n in range(1, 13):
+        if n == 7:
+            ema.save_pretrained(tmp_path)
+            saved = ema.state_dict()
+            config = json.loads((tmp_path / "config.json").read_text())
+            del saved["shadow_params"]
+            assert saved.items() <= config.items()
+            ema = then.from_pretrained(tmp_path, UNet2DModel, foreach=True)
+            assert ema.model_cls is UNet2DModel
+            assert ema.foreach
+        trained(model.parameters(), generator, 0.1)
+        truth.step(list(model.parameters()), 1.0 - decay_of(n, **options))
+        ema.step(model.parameters())
+    truth.check(ema.shadow_params)
+    again = tmp_path / "again"
+    ema.save_pretrained(again)
+    average = UNet2DModel.from_pretrained(again)
+    assert same(average.parameters(), ema.shadow_params)
+
+
+def test_from_pretrained_warns_of_nothing(tmp_path: Path) -> None:
+    model = unet(44)
+    ema = Ours(model.parameters(), model_cls=UNet2DModel, model_config=model.config)
+    ema.save_pretrained(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = Ours.from_pretrained(str(tmp_path), model_cls=UNet2DModel)
+    assert same(loaded.shadow_params, model.parameters())
+
+
+def test_a_model_without_an_average_gives_a_new_one(tmp_path: Path) -> None:
+    model = unet(45)
+    model.save_pretrained(tmp_path)
+    ema = Ours.from_pretrained(tmp_path, UNet2DModel)
+    assert (ema.optimization_step, ema.decay) == (0, 0.9999)
+    assert same(ema.shadow_params, model.parameters())
+
+
+def test_saving_needs_to_know_the_model(tmp_path: Path) -> None:
+    model = unet(46)
+    with pytest.raises(ArgumentError, match="model_cls"):
+        Ours(model.parameters(), model_config=model.config).save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match="model_config"):
+        Ours(model.parameters(), model_cls=UNet2DModel).save_pretrained(tmp_path)
+    ema = Ours(parameters(), model_cls=UNet2DModel, model_config=model.config)
+    with pytest.raises(LayoutError, match="save_pretrained"):
+        ema.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- the training scripts' way ---------------------------------------------------------------------
+
+
+def script(folder: Path, cls: Any, *, stop: int | None = None, resume: Any = None) -> Any:
+    """What diffusers' examples do about the average, on the CPU; an average, or its class."""
+    accelerator = Accelerator(cpu=True)
+    model = unet(47)
+    ema = cls(
+        model.parameters(),
+        decay=0.9,
+        use_ema_warmup=True,
+        model_cls=UNet2DModel,
+        model_config=model.config,
+    )
+
+    def save_hook(models: Any, states: Any, output: str) -> None:
+        ema.save_pretrained(str(Path(output) / "unet_ema"))
+        for one in models:
+            one.save_pretrained(str(Path(output) / "unet"))
+            states.pop()
+
+    def load_hook(models: Any, source: str) -> None:
+        loaded = cls.from_pretrained(str(Path(source) / "unet_ema"), UNet2DModel)
+        ema.load_state_dict(loaded.state_dict())
+        ema.to(accelerator.device)
+        for _ in range(len(models)):
+            one = models.pop()
+            one.load_state_dict(UNet2DModel.from_pretrained(source, subfolder="unet").state_dict())
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema.to(accelerator.device)
+    first = 0
+    if resume is not None:
+        accelerator.load_state(str(resume))
+        first = ema.optimization_step
+    generator = numbers(48)
+    batches = torch.randn(6, 2, 1, 8, 8, generator=generator)
+    for step in range(first, 6):
+        if step == stop:
+            accelerator.save_state(str(folder))
+            break
+        with accelerator.accumulate(model):
+            loss = model(batches[step], torch.tensor([step])).sample.square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            ema.step(model.parameters())
+    else:
+        raw = values(model.parameters())
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+        held = values(model.parameters())
+        assert same(held, ema.shadow_params)
+        ema.restore(model.parameters())
+        assert same(model.parameters(), raw)
+        ema.copy_to(model.parameters())
+    return ema
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model:FutureWarning")
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(Ours, Ours), (Ours, Theirs), (Theirs, Ours)],
+    ids=["ours", "to theirs", "from theirs"],
+)
+def test_a_script_that_is_stopped_and_resumed(first: Any, then: Any, tmp_path: Path) -> None:
+    whole = script(tmp_path / "whole", Theirs)
+    stopped = script(tmp_path / "half", first, stop=3)
+    assert stopped.optimization_step == 3
+    resumed = script(tmp_path / "rest", then, resume=tmp_path / "half")
+    assert resumed.optimization_step == whole.optimization_step == 6
+    for one, other in zip(resumed.shadow_params, whole.shadow_params, strict=True):
+        scale = 6 * 2.0**-23 * float(other.abs().max())
+        np.testing.assert_allclose(array(one), array(other), rtol=0, atol=4 * scale)
+
+
+@pytest.mark.parametrize("first", [Ours, Theirs], ids=["ours", "theirs"])
+def test_accelerate_checkpoints_it(first: Any, tmp_path: Path) -> None:
+    """As an object with a state, without hooks."""
+    weights, generator = parameters(49), numbers(50)
+    ema, truth = first(weights, **SCHEDULES["all"]), Truth(weights)
+    for n in range(1, 20):
+        if n == 9:
+            accelerator = Accelerator(cpu=True)
+            accelerator.register_for_checkpointing(ema)
+            accelerator.save_state(str(tmp_path))
+            ema = Ours(parameters(51))
+            accelerator = Accelerator(cpu=True)
+            accelerator.register_for_checkpointing(ema)
+            accelerator.load_state(str(tmp_path))
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, **SCHEDULES["all"]))
+        ema.step(weights)
+    truth.check(ema.shadow_params)
+
+
+# -- moves and copies ------------------------------------------------------------------------------
+
+
+def test_to_casts_floats_and_keeps_going() -> None:
+    weights, generator = parameters(52), numbers(53)
+    one, other = Ours(weights), Theirs(weights)
+    truth = Truth([one.detach().double() for one in weights])
+    for n in range(1, 7):
+        if n == 3:
+            one.to("cpu", torch.float64, non_blocking=True)
+            other.to("cpu", torch.float64, non_blocking=True)
+            # What was rounded before the cast stays rounded.
+            truth = Truth(one.shadow_params)
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n))
+        one.step(weights)
+        other.step(weights)
+    truth.check(one.shadow_params)
+    for ours, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float64
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=2.0**-20)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_pinning_without_a_gpu_changes_nothing() -> None:
+    ema = Ours(parameters(54))
+    before = list(ema.shadow_params)
+    with pytest.raises(RuntimeError):
+        ema.pin_memory()
+    assert all(one is other for one, other in zip(ema.shadow_params, before, strict=True))
+
+
+def test_pinned_averages_take_the_place_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda one: one.clone())
+    weights = parameters(55)
+    ema = Ours([*weights, weights[0]])
+    before = list(ema.shadow_params)
+    ema.pin_memory()
+    assert same(ema.shadow_params, before)
+    assert not any(one is other for one, other in zip(ema.shadow_params, before, strict=True))
+    assert ema.shadow_params[0] is ema.shadow_params[8]
+    ema.step([*weights, weights[0]])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
+def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any]) -> None:
+    weights, generator = parameters(56), numbers(57)
+    ema, truth = Ours(weights, **SCHEDULES["all"]), Truth(weights)
+    for n in range(1, 10):
+        if n == 5:
+            ema.store(weights)
+            kept, ema = ema, copied(ema)
+            before = values(kept.shadow_params)
+            assert same(ema.temp_stored_params, kept.temp_stored_params or [])
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, **SCHEDULES["all"]))
+        ema.step(weights)
+    truth.check(ema.shadow_params)
+    assert same(kept.shadow_params, before)
+    assert (kept.optimization_step, ema.optimization_step) == (4, 9)
+
+
+def test_a_model_is_not_kept_alive() -> None:
+    net = nn.Linear(3, 4)
+    memory = weakref.ref(net.weight.untyped_storage())
+    ema = Ours(net.parameters())
+    ema.step(net.parameters())
+    ema.store(net.parameters())
+    ema.copy_to(net.parameters())
+    ema.restore(net.parameters())
+    del net
+    gc.collect()
+    assert memory() is None
+    ema.step([nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4))])
+
+
+def test_an_average_goes_with_its_last_reference() -> None:
+    """No cycle: memory of a GPU is not to wait for the garbage collector."""
+    weights = parameters(58)
+    ema = Ours(weights)
+    ema.step(weights)
+    reference = weakref.ref(ema.shadow_params[0])
+    gc.disable()
+    try:
+        del ema
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+# -- calls that fail -------------------------------------------------------------------------------
+
+
+def test_wrong_parameters_are_refused_before_anything_is_written() -> None:
+    weights = parameters(59)
+    ema = Ours(weights)
+    ema.step(weights)
+    averages = values(ema.shadow_params)
+    trained(weights, numbers(60))
+    reshaped = parameters(61)
+    reshaped[5] = nn.Parameter(torch.ones(1))
+    for call in (ema.step, ema.copy_to):
+        for wrong in (weights[:-1], [*weights, weights[0]], reshaped):
+            before = values(wrong)
+            with pytest.raises(LayoutError):
+                call(wrong)
+            assert same(wrong, before)
+    assert same(ema.shadow_params, averages)
+    assert (ema.optimization_step, ema.cur_decay_value) == (1, 0.0)
+    ema.step(weights)
+    assert ema.optimization_step == 2
+
+
+def test_parameters_that_are_spread_over_processes_are_refused_with_advice() -> None:
+    """As DeepSpeed leaves them: empty, with a number of their own."""
+    weights = parameters(62)
+    ema = Ours(weights)
+    averages = values(ema.shadow_params)
+    for number, one in enumerate(weights):
+        one.ds_id = number
+        one.data = torch.empty(0)
+    with pytest.raises(LayoutError, match="GatheredParameters"):
+        ema.step(weights)
+    assert same(ema.shadow_params, averages)
+    assert ema.optimization_step == 0
+    for one, average in zip(weights, averages, strict=True):  # gathered
+        one.data = average + 1
+    ema.step(weights)
+    assert same(ema.shadow_params, weights)

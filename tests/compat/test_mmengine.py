@@ -1,0 +1,297 @@
+"""MMEngine's averaged models: their numbers, their checkpoints, and where ours differ."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastema.compat.mmengine import (
+    BaseAveragedModel,
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+    export,
+    load,
+)
+from fastema.errors import ArgumentError, CheckpointError, LayoutError
+
+from .network import (
+    Network,
+    Truth,
+    bits,
+    is_float,
+    is_parameter,
+    numbers,
+    tensors,
+    torch,
+    trained,
+)
+
+nn = torch.nn
+
+pytestmark = pytest.mark.torch
+
+
+def saved_float(name: str, tensor: Any) -> bool:
+    return is_float(name, tensor) and name != "cache"
+
+
+WHICH = {False: is_parameter, True: saved_float}
+"""What is averaged, by ``update_buffers``."""
+
+Weight = Callable[[int, int], float]
+
+KINDS: dict[str, tuple[Callable[..., Any], Weight]] = {
+    "swa": (StochasticWeightAverage, lambda n, k: 1 / (n // k + 1)),
+    "ema": (lambda model, **o: ExponentialMovingAverage(model, 0.1, **o), lambda n, k: 0.1),
+    "annealing": (
+        lambda model, **o: MomentumAnnealingEMA(model, 0.1, 3, **o),
+        lambda n, k: max(0.1, 3 / (3 + n)),
+    ),
+}
+"""The class, and the weight of the new value as MMEngine has it, by updates so far and interval."""
+
+
+def peer_exact(kind: str) -> dict[str, bool]:
+    return {} if kind == "swa" else {"peer_exact": True}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("update_buffers", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_numbers_are_the_peers(kind: str, interval: int, update_buffers: bool, dtype: Any) -> None:
+    make, weight = KINDS[kind]
+    model, generator = Network(1, dtype), numbers(2)
+    average = make(model, interval=interval, update_buffers=update_buffers, **peer_exact(kind))
+    trained(model, generator)
+    average.update_parameters(model)
+    for name, one in tensors(average.module).items():
+        assert name == "cache" or torch.equal(one, tensors(model)[name]), name  # a copy, at first
+    truth = Truth(average.module, model, WHICH[update_buffers])
+    for n in range(1, 20):
+        trained(model, generator)
+        average.update_parameters(model)
+        if n % interval == 0:
+            truth.step(model, weight(n, interval))
+        # Without update_buffers they are copied at each update; with it, where there is an average.
+        if not update_buffers or n % interval == 0:
+            truth.check(average.module, model)
+    assert int(average.steps) == 20
+    assert not update_buffers or not torch.equal(average.module.cache, model.cache)
+
+
+@pytest.mark.parametrize("kind", ["ema", "annealing"])
+def test_an_interval_keeps_the_horizon(kind: str) -> None:
+    make, weight = KINDS[kind]
+    model, generator = Network(1), numbers(2)
+    average = make(model, interval=4)
+    average.update_parameters(model)
+    truth = Truth(average.module, model, is_parameter)
+    for n in range(1, 25):
+        trained(model, generator)
+        average.update_parameters(model)
+        if n % 4 == 0:
+            truth.step(model, 1 - (1 - weight(n, 4)) ** 4)
+    truth.check(average.module, model)
+
+
+def test_interface() -> None:
+    model = Network()
+    average = ExponentialMovingAverage(model)
+    assert (average.momentum, average.interval, average.update_buffers) == (0.0002, 1, False)
+    assert isinstance(average, BaseAveragedModel)
+    assert issubclass(MomentumAnnealingEMA, ExponentialMovingAverage)
+    assert MomentumAnnealingEMA(model).gamma == 100
+    assert not any(one.requires_grad for one in average.module.parameters())
+    inside = [f"module.{name}" for name in model.state_dict()]
+    assert list(average.state_dict()) == ["steps", *inside]
+    assert average.steps.dtype == torch.int64
+    tokens = torch.tensor([1, 2])
+    assert torch.equal(average(tokens), average.module(tokens))
+    assert list(average.avg_parameters) == [name for name, _ in model.named_parameters()]
+    both = ExponentialMovingAverage(model, update_buffers=True)
+    assert list(both.avg_parameters) == list(model.state_dict())
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for momentum in (0.0, 1.0, -1):
+        with pytest.raises(ArgumentError, match="momentum"):
+            ExponentialMovingAverage(Network(), momentum)
+    with pytest.raises(ArgumentError, match="gamma"):
+        MomentumAnnealingEMA(Network(), gamma=0)
+    with pytest.raises(ArgumentError, match="interval"):
+        StochasticWeightAverage(Network(), interval=0)
+    with pytest.warns(UserWarning, match="1 - decay"):
+        ExponentialMovingAverage(Network(), 0.999)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["state", "deepcopy", "pickle", "double"])
+def test_interrupted_run_goes_on(kind: str, way: str) -> None:
+    make, weight = KINDS[kind]
+    model, generator = Network(1, torch.float32), numbers(3)
+    average = make(model)
+    for _ in range(6):
+        trained(model, generator)
+        average.update_parameters(model)
+    if way == "state":
+        other = make(Network(8, torch.float32))
+        other.load_state_dict(average.state_dict())
+    elif way == "deepcopy":
+        other = copy.deepcopy(average)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(average))
+    else:
+        other = average.double()
+    before = None if other is average else bits(average.module)
+    truth = Truth(other.module, model, is_parameter)
+    for n in range(6, 12):
+        trained(model, generator)
+        other.update_parameters(model)
+        truth.step(model, weight(n, 1))
+    truth.check(other.module, model)
+    assert int(other.steps) == 12
+    assert before is None or bits(average.module) == before
+
+
+def test_avg_func_of_the_users_own() -> None:
+    class Signs(BaseAveragedModel):
+        def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
+            averaged_param.add_(source_param.sign(), alpha=int(steps))
+
+    class Twice(ExponentialMovingAverage):
+        def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
+            averaged_param.lerp_(source_param, 2 * self.momentum)
+
+    model, generator = Network(1), numbers(2)
+    signs, twice = Signs(model), Twice(model, 0.2)
+    for one in (signs, twice):
+        one.update_parameters(model)
+    truth = Truth(twice.module, model, is_parameter)
+    old = model.wide.detach().clone()
+    trained(model, generator)
+    for one in (signs, twice):
+        one.update_parameters(model)
+    truth.step(model, 0.4)
+    truth.check(twice.module, model)
+    assert torch.equal(signs.module.wide, old + model.wide.sign())
+    assert torch.equal(signs.module.places, model.places)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_avg_func_of_one_tensor_is_the_same_average(kind: str) -> None:
+    make, weight = KINDS[kind]
+    average = make(Network(), interval=2, **peer_exact(kind))
+    for steps in (2, torch.tensor(4)):
+        old, new = torch.randn(5), torch.randn(5)
+        got = old.clone()
+        average.avg_func(got, new, steps)
+        torch.testing.assert_close(got, old.lerp(new, weight(int(steps), 2)))
+
+
+def test_average_of_another_dtype() -> None:
+    model, generator = Network(1, torch.bfloat16), numbers(4)
+    average = ExponentialMovingAverage(model, 0.1).float()
+    average.update_parameters(model)
+    truth = Truth(average.module, model, is_parameter)
+    for _ in range(12):
+        trained(model, generator)
+        average.update_parameters(nn.DataParallel(model))
+        truth.step(model, 0.1)
+    truth.check(average.module, model)
+
+
+def test_the_peers_way_with_buffers() -> None:
+    """Twice for tied weights, and integers of the first update."""
+    model, generator = Network(2, torch.float32), numbers(8)
+    average = ExponentialMovingAverage(model, 0.5, update_buffers=True)
+    average.update_parameters(model)
+    theirs, kept = copy.deepcopy(model), model.embed.weight.detach().clone()
+    trained(model, generator)
+    average.update_parameters(model)
+    for name, one in theirs.state_dict().items():
+        if one.is_floating_point():
+            one.lerp_(model.state_dict()[name], 0.5)
+    new = model.embed.weight.detach()
+    torch.testing.assert_close(average.module.embed.weight, kept.lerp(new, 0.5))
+    torch.testing.assert_close(theirs.embed.weight.detach(), kept.lerp(new, 0.75))
+    assert torch.equal(average.module.places, model.places)
+    assert not torch.equal(theirs.places, model.places)
+
+
+def test_other_models_are_refused_and_nothing_is_written() -> None:
+    average = ExponentialMovingAverage(Network(), 0.1, interval=2)
+    larger, reshaped, smaller = Network(1), Network(1), Network(1)
+    larger.more = nn.Linear(2, 2)
+    reshaped.scalar = nn.Parameter(torch.ones(3))
+    del smaller.mask  # a buffer, which the peer would not miss
+    for _ in range(3):  # a copy, buffers alone, an average
+        before, steps = bits(average.module), int(average.steps)
+        others = [(smaller, "mask")]
+        if steps != 1:
+            others += [(larger, "more.weight"), (reshaped, "scalar")]
+        for other, name in others:
+            with pytest.raises(LayoutError, match=name):
+                average.update_parameters(other)
+            assert bits(average.module) == before
+            assert int(average.steps) == steps
+        average.update_parameters(Network(3))
+
+
+def hook_saves(average: Any, model: Any) -> dict[str, Any]:
+    """A checkpoint as the peer's EMAHook leaves it: values of the two states exchanged."""
+    state, ema_state = model.state_dict(), average.state_dict()
+    for name in list(ema_state):
+        if name.startswith("module."):
+            inner = name[len("module.") :]
+            ema_state[name], state[inner] = state[inner], ema_state[name]
+    copied = {name: one.clone() for name, one in state.items()}
+    return {"state_dict": copied, "ema_state_dict": {k: v.clone() for k, v in ema_state.items()}}
+
+
+def test_checkpoints_of_the_hook() -> None:
+    model, generator = Network(1), numbers(3)
+    average = ExponentialMovingAverage(model, 0.3)
+    for _ in range(4):
+        trained(model, generator)
+        average.update_parameters(model)
+    checkpoint, ours = hook_saves(average, model), export(average, model)
+    assert ours.keys() == checkpoint.keys()
+    for part, tensors_of in checkpoint.items():
+        assert ours[part].keys() == tensors_of.keys()
+        assert all(torch.equal(ours[part][name], one) for name, one in tensors_of.items())
+    assert torch.equal(ours["state_dict"]["wide"], average.module.wide)
+    assert torch.equal(ours["ema_state_dict"]["module.wide"], model.wide)
+
+    other, raw = ExponentialMovingAverage(Network(5), 0.3), Network(6)
+    load(other, checkpoint, raw)
+    without = {name: one for name, one in bits(average.module).items() if name != "cache"}
+    assert {name: one for name, one in bits(other.module).items() if name != "cache"} == without
+    assert all(torch.equal(one, model.state_dict()[k]) for k, one in raw.state_dict().items())
+    assert int(other.steps) == 4
+    trained(model, generator)
+    for one in (average, other):
+        one.update_parameters(model)
+    assert torch.equal(average.module.wide, other.module.wide)
+
+
+def test_checkpoints_that_do_not_fit_are_refused() -> None:
+    model = Network(1)
+    average = ExponentialMovingAverage(model, 0.3)
+    before, raw = bits(average.module), bits(model)
+    larger = Network(2)
+    larger.more = nn.Linear(2, 2)
+    checkpoint = hook_saves(ExponentialMovingAverage(larger, 0.3), larger)
+    with pytest.raises(CheckpointError, match=r"module\.more\.weight' is unexpected"):
+        load(average, checkpoint, model)
+    del checkpoint["state_dict"]["wide"]
+    with pytest.raises(CheckpointError, match=r"module\.wide"):
+        load(average, checkpoint, model)
+    with pytest.raises(CheckpointError, match="EMAHook"):
+        load(average, {"state_dict": model.state_dict()})
+    assert (bits(average.module), bits(model)) == (before, raw)

@@ -1,0 +1,157 @@
+"""NeMo's schedule and the states of its EMAOptimizer, to and from a fastema.EMA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastema
+from fastema.compat import nemo
+from fastema.errors import ArgumentError, CheckpointError
+
+from .network import Network, numbers, torch, trained
+
+pytestmark = pytest.mark.torch
+
+
+class Peer:
+    """What NeMo's EMAOptimizer does with averages, and its state."""
+
+    def __init__(self, optimizer: Any, decay: float, every: int) -> None:
+        self.optimizer, self.decay, self.every, self.current_step = optimizer, decay, every, 0
+        self.ema = tuple(one.detach().clone() for one in self.parameters())
+
+    def parameters(self) -> list[Any]:
+        return [one for group in self.optimizer.param_groups for one in group["params"]]
+
+    def step(self) -> None:
+        if self.current_step % self.every == 0:
+            for avg, one in zip(self.ema, self.parameters(), strict=True):
+                avg.mul_(self.decay).add_(one.detach(), alpha=1 - self.decay)
+        self.current_step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "opt": self.optimizer.state_dict(),
+            "ema": self.ema,
+            "current_step": self.current_step,
+            "decay": self.decay,
+            "every_n_steps": self.every,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["opt"])
+        self.ema, self.current_step = tuple(state["ema"]), state["current_step"]
+        self.decay, self.every = state["decay"], state["every_n_steps"]
+
+
+def optimizer_of(model: Any) -> Any:
+    """Another order than the model's, as groups with and without weight decay have."""
+    named = dict(model.named_parameters())
+    one_way = [one for name, one in named.items() if one.ndim < 2]
+    other = [one for name, one in named.items() if one.ndim >= 2]
+    return torch.optim.SGD([{"params": one_way}, {"params": other}], lr=0.1)
+
+
+def average_of(model: Any, decay: float, every: int) -> fastema.EMA:
+    return fastema.EMA(model, nemo.rule(decay, every), update_every=every, frozen="average")
+
+
+def assert_close(ema: fastema.EMA, peer: Peer, model: Any) -> None:
+    places = {id(one): place for place, one in enumerate(peer.parameters())}
+    for name, one in model.named_parameters():
+        want = peer.ema[places[id(one)]]
+        torch.testing.assert_close(ema.shadow[name], want, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_rule_is_the_schedule(every: int) -> None:
+    assert nemo.rule(0.999, every).weight(every, every) == pytest.approx(0.001, rel=1e-9)
+    with pytest.raises(ArgumentError):
+        nemo.rule(1.0, every)
+    with pytest.raises(ArgumentError):
+        nemo.rule(0.9, 0)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("steps", [1, 5, 6, 7])
+def test_both_directions_at_any_step(every: int, steps: int) -> None:
+    model, generator = Network(1), numbers(2)
+    optimizer = optimizer_of(model)
+    peer = Peer(optimizer, 0.8, every)
+    for _ in range(steps):
+        trained(model, generator)
+        peer.step()
+    state = peer.state_dict()
+    ema = average_of(model, state["decay"], state["every_n_steps"])
+    nemo.load(ema, {"optimizer_states": [state], "state_dict": {}}, model, optimizer)
+    assert_close(ema, peer, model)
+    for _ in range(7):  # theirs, and on with ours
+        trained(model, generator)
+        peer.step()
+        ema.update()
+        assert_close(ema, peer, model)
+    saved = nemo.export(ema, model, optimizer)
+    assert saved.keys() == state.keys()
+    assert isinstance(saved["ema"], tuple)
+    assert saved["every_n_steps"] == every
+    assert saved["decay"] == pytest.approx(0.8, rel=1e-12)
+    assert saved["current_step"] == peer.current_step
+    back = Peer(optimizer, 0.1, 1)
+    back.load_state_dict(saved)
+    for _ in range(7):  # and back to theirs
+        trained(model, generator)
+        peer.step()
+        back.step()
+        for one, want in zip(back.ema, peer.ema, strict=True):
+            torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_phase_of_a_run_that_began_here(done: int) -> None:
+    model, generator = Network(1), numbers(2)
+    ema = average_of(model, 0.5, 3)
+    for _ in range(done):
+        ema.update()
+    state = nemo.export(ema, model, optimizer_of(model))
+    peer = Peer(optimizer_of(model), 0.1, 1)
+    peer.load_state_dict(state)
+    for _ in range(7):
+        trained(model, generator)
+        ema.update()
+        peer.step()
+        assert_close(ema, peer, model)
+
+
+def test_order_of_the_model_by_default() -> None:
+    model = Network(1)
+    peer = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 1)
+    trained(model, numbers(1))
+    peer.step()
+    ema = fastema.EMA(Network(3), nemo.rule(0.9))  # which leaves frozen ones out
+    nemo.load(ema, peer.state_dict(), model)
+    assert ema.num_updates == 1
+    for (name, _), one in zip(model.named_parameters(), peer.ema, strict=True):
+        assert name == "frozen" or torch.equal(ema.shadow[name], one), name
+    saved = nemo.export(ema, model, peer.optimizer)["ema"]
+    for (name, raw), one in zip(model.named_parameters(), saved, strict=True):
+        assert torch.equal(one, raw if name == "frozen" else ema.shadow[name]), name
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    model = Network(1)
+    ema, optimizer = average_of(model, 0.9, 1), optimizer_of(model)
+    trained(model, numbers(1))
+    before = {name: one.clone() for name, one in ema.shadow.items()}
+    state = Peer(optimizer, 0.9, 1).state_dict()
+    with pytest.raises(CheckpointError, match="averages, but there are"):
+        nemo.load(ema, {**state, "ema": state["ema"][:-1]}, model, optimizer)
+    with pytest.raises(CheckpointError, match="pass the optimizer"):
+        nemo.load(ema, state, model)  # in another order
+    with pytest.raises(CheckpointError, match="0 states"):
+        nemo.load(ema, {"optimizer_states": [optimizer.state_dict()]}, model, optimizer)
+    with pytest.raises(CheckpointError, match="lacks current_step"):
+        nemo.load(ema, {"ema": state["ema"], "every_n_steps": 1}, model, optimizer)
+    assert ema.num_updates == 0
+    assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())

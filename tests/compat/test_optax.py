@@ -1,0 +1,241 @@
+"""optax's incremental_update, periodic_update and ema: the same numbers, trees and dtypes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from fastema.errors import ArgumentError
+
+from ..needed import modules
+
+modules("jax", "optax")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+
+from fastema.compat import optax as ours  # noqa: E402
+
+DTYPES = ("float32", "bfloat16", "float16")
+BOUND = {"float64": 1e-14, "float32": 4e-7, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+"""Of one rounding, or two, in units of the largest operand."""
+
+
+class Layer(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+def tree(seed: int, dtype: str, numpy: bool = False) -> Any:
+    draw = np.random.default_rng(seed)
+
+    def leaf(*shape: int) -> Any:
+        values = draw.normal(size=shape)
+        return np.asarray(values, jnp.dtype(dtype)) if numpy else jnp.asarray(values, dtype)
+
+    return {
+        "dense": Layer(leaf(33, 7), leaf(7)),
+        "left out": None,
+        "list": [leaf(), leaf(0, 4), leaf(2, 3, 5).T],
+    }
+
+
+def reals(one: Any) -> np.ndarray:
+    return np.asarray(one).astype(np.float64)
+
+
+def assert_near(got: Any, want: Any, bound: float) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert isinstance(one, jax.Array) == isinstance(other, jax.Array)
+        np.testing.assert_allclose(reals(one), reals(other), rtol=bound, atol=4 * bound)
+
+
+@pytest.mark.parametrize("new_dtype", DTYPES)
+@pytest.mark.parametrize("old_dtype", DTYPES)
+@pytest.mark.parametrize("numpy", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_incremental_update_is_optax(new_dtype: str, old_dtype: str, numpy: Any) -> None:
+    if all(numpy) and {new_dtype, old_dtype} == {"bfloat16", "float16"}:
+        new_dtype = old_dtype  # NumPy has no common dtype of these
+    new, old = tree(1, new_dtype, numpy[0]), tree(2, old_dtype, numpy[1])
+    before = jax.tree.map(np.array, (new, old))
+    for step_size in (0.01, 1, jnp.float32(0.3), np.float32(0.3)):
+        got = ours.incremental_update(new, old, step_size)
+        want = optax.incremental_update(new, old, step_size)
+        assert_near(got, want, max(BOUND[new_dtype], BOUND[old_dtype]))
+        for one, x, avg in zip(*map(jax.tree.leaves, (got, new, old)), strict=True):
+            weight = float(step_size)
+            exact = reals(avg) + weight * (reals(x) - reals(avg))
+            rtol = BOUND[str(one.dtype)]
+            np.testing.assert_allclose(reals(one), exact, rtol=rtol, atol=rtol)
+    for one, other in zip(*map(jax.tree.leaves, ((new, old), before)), strict=True):
+        assert np.array_equal(np.asarray(one), other)  # both stay as they were
+
+
+def test_a_run_of_updates() -> None:
+    mine = theirs = tree(0, "float32")
+    for step in range(50):
+        new = tree(step, "float32")
+        mine = ours.incremental_update(new, mine, 0.05)
+        theirs = optax.incremental_update(new, theirs, 0.05)
+    assert_near(mine, theirs, 1e-5)
+
+
+def test_float32_average_of_bfloat16_where_optax_rounds_the_products() -> None:
+    mine = theirs = tree(0, "float32")
+    exact = jax.tree.map(reals, mine)
+    for step in range(50):
+        new = tree(step, "bfloat16")
+        mine = ours.incremental_update(new, mine, 0.05)
+        theirs = optax.incremental_update(new, theirs, 0.05)
+        exact = jax.tree.map(lambda avg, x: avg + 0.05 * (reals(x) - avg), exact, new)
+    for one, other, want in zip(*map(jax.tree.leaves, (mine, theirs, exact)), strict=True):
+        np.testing.assert_allclose(reals(one), want, rtol=1e-5, atol=1e-6)
+        assert want.size < 8 or np.abs(reals(other) - want).max() > 1e-4
+
+
+def test_what_is_not_ours_is_handed_over() -> None:
+    new = {"i": jnp.arange(4), "b": jnp.ones((3, 2)), "n": 2.5, "w": jnp.array(2.0)}
+    old = {"i": jnp.zeros(4, jnp.int32), "b": jnp.zeros(2), "n": 1.0, "w": jnp.asarray(1.5)}
+    got, want = (one.incremental_update(new, old, 0.5) for one in (ours, optax))
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value)
+        assert np.shape(got[name]) == np.shape(value)
+    weak = jnp.asarray(2.0)
+    assert weak.weak_type
+    assert ours.incremental_update(weak, weak, 0.5).weak_type
+
+
+def test_results_are_nobody_elses_memory() -> None:
+    old, new = {"w": np.zeros(64, np.float32)}, {"w": jnp.ones(64)}
+    first = ours.incremental_update(new, old, 0.5)["w"]
+    old["w"][:] = 7
+    assert float(first.max()) == float(first.min()) == 0.5
+    mine = ours.incremental_update({"w": np.ones(3)}, {"w": np.zeros(3)}, 1.0)["w"]
+    mine += 1  # a NumPy array of the caller's
+
+
+def test_traced_is_optax() -> None:
+    new, old = tree(1, "float32"), tree(2, "float32")
+
+    @jax.jit
+    def inside(new: Any, old: Any, weight: Any) -> Any:
+        constant = ours.incremental_update({"c": jnp.ones(3)}, {"c": jnp.zeros(3)}, 0.25)
+        return ours.incremental_update(new, old, weight), constant
+
+    found, constant = inside(new, old, 0.3)
+    assert_near(found, optax.incremental_update(new, old, 0.3), 1e-6)
+    np.testing.assert_array_equal(constant["c"], np.full(3, 0.25, np.float32))
+    gradient = jax.grad(lambda x: ours.incremental_update(x, jnp.ones(3), 0.2).sum())(jnp.ones(3))
+    np.testing.assert_allclose(gradient, 0.2, rtol=1e-6)
+    with pytest.raises(ArgumentError, match="traced"):
+        jax.jit(lambda x: ours.incremental_update(x, x, 0.2, step=3))(jnp.ones(3))
+
+
+def test_numbers_that_are_none() -> None:
+    new, old = {"w": jnp.array([1.0, jnp.nan, jnp.inf])}, {"w": jnp.zeros(3)}
+    got, want = (one.incremental_update(new, old, 0.5)["w"] for one in (ours, optax))
+    np.testing.assert_array_equal(got, want)
+    with pytest.raises(ArgumentError):
+        ours.incremental_update(new, old, float("nan"))
+
+
+def test_structures_that_differ_raise() -> None:
+    with pytest.raises(ValueError, match=r"key|dict"):
+        ours.incremental_update({"a": jnp.ones(2)}, {"b": jnp.ones(2)}, 0.5)
+
+
+def test_a_step_makes_16_bits_move() -> None:
+    new = {"w": jnp.full(20_000, 1.0078125, jnp.bfloat16)}
+    mean = {name: {"w": jnp.ones(20_000, jnp.bfloat16)} for name in ("steps", "none", "optax")}
+    for step in range(1, 301):
+        mean["steps"] = ours.incremental_update(new, mean["steps"], 0.002, step=step)
+        mean["none"] = ours.incremental_update(new, mean["none"], 0.002)
+        mean["optax"] = optax.incremental_update(new, mean["optax"], 0.002)
+    exact = 1 + 0.0078125 * (1 - 0.998**300)
+    assert abs(reals(mean["steps"]["w"]).mean() - exact) < 2e-4
+    assert set(reals(mean["none"]["w"])) == {1.0}  # as they are asked to
+    assert abs(reals(mean["optax"]["w"]).mean() - exact) > 2e-3
+    again = ours.incremental_update(new, {"w": jnp.ones(20_000, jnp.bfloat16)}, 0.5, step=4)
+    other = ours.incremental_update(new, {"w": jnp.ones(20_000, jnp.bfloat16)}, 0.5, step=4)
+    np.testing.assert_array_equal(reals(again["w"]), reals(other["w"]))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, jnp.int32(8)])
+@pytest.mark.parametrize("numpy", [False, True])
+def test_periodic_update_is_optax(steps: Any, numpy: bool) -> None:
+    new, old = tree(1, "float32", numpy), tree(2, "float32", numpy)
+    got, want = (one.periodic_update(new, old, steps, 4) for one in (ours, optax))
+    assert_near(got, want, 0.0)
+    if numpy:  # a slow copy does not follow
+        new["dense"].kernel[:] = old["dense"].kernel[:] = 7
+        assert_near(got, want, 0.0)
+    traced = jax.jit(lambda n: ours.periodic_update(new, old, n, 4))(steps)
+    assert_near(traced, optax.periodic_update(new, old, steps, 4), 0.0)
+
+
+def test_periodic_update_refuses() -> None:
+    with pytest.raises(TypeError):
+        ours.periodic_update({"a": jnp.ones(2)}, {"a": jnp.ones(3)}, 1, 4)
+    with pytest.raises(ArgumentError, match="update_period"):
+        ours.periodic_update({"a": jnp.ones(2)}, {"a": jnp.ones(2)}, 1, 0)
+
+
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("accumulator", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ema_is_optax(debias: bool, accumulator: Any, dtype: str) -> None:
+    mine, theirs = (one.ema(0.8, debias, accumulator) for one in (ours, optax))
+    params = tree(0, dtype)
+    state, their_state = mine.init(params), theirs.init(params)
+    assert isinstance(state, optax.EmaState)
+    narrow = "bfloat16" in (dtype, accumulator)
+    for step in range(1, 8):
+        updates = tree(step, dtype)
+        got, state = mine.update(updates, state, params)
+        want, their_state = theirs.update(updates, their_state, params)
+        assert_near(got, want, 0.06 if narrow else 2e-6)
+        assert_near(state.ema, their_state.ema, 0.06 if narrow else 2e-6)
+        assert int(state.count) == step
+        assert state.count.dtype == jnp.int32
+        if not narrow:  # either's state in the other
+            state, their_state = their_state, state
+
+
+def test_ema_in_a_traced_optimizer() -> None:
+    mine, theirs = (optax.chain(one.ema(0.9), optax.scale(-0.1)) for one in (ours, optax))
+    params = {"w": jnp.ones(5)}
+    states = [one.init(params) for one in (mine, theirs)]
+    for step in range(4):
+        gradient = {"w": jnp.arange(5.0) - step}
+        got, states[0] = jax.jit(mine.update)(gradient, states[0])
+        want, states[1] = theirs.update(gradient, states[1])
+        assert_near(got, want, 1e-6)
+    eager, _ = mine.update(gradient, states[1])
+    assert_near(eager, theirs.update(gradient, states[1])[0], 1e-6)
+
+
+def test_ema_of_16_bits_moves() -> None:
+    transform = ours.ema(0.998, debias=True)
+    params = {"w": jnp.ones(20_000, jnp.bfloat16)}
+    state, theirs = transform.init(params), optax.ema(0.998).init(params)
+    for _ in range(400):
+        _, state = transform.update(params, state)
+        _, theirs = optax.ema(0.998).update(params, theirs)
+    exact = 1 - 0.998**400
+    assert abs(reals(state.ema["w"]).mean() / exact - 1) < 3e-3
+    assert abs(reals(theirs.ema["w"]).mean() / exact - 1) > 0.05
+
+
+def test_ema_with_a_traced_decay_is_optax() -> None:
+    decay = jnp.float32(0.9)
+    got, want = (
+        one.ema(decay).update({"w": jnp.ones(2)}, one.ema(decay).init({"w": jnp.ones(2)}))[0]
+        for one in (ours, optax)
+    )
+    assert_near(got, want, 0.0)

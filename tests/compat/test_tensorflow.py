@@ -1,0 +1,35 @@
+"""The name under which the TensorFlow class stands beside the other drop-in classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ..needed import modules
+
+modules("tensorflow")
+
+import tensorflow as tf  # noqa: E402
+
+from fastema.compat.tensorflow import ExponentialMovingAverage  # noqa: E402
+
+pytestmark = pytest.mark.tensorflow
+
+
+def test_it_is_the_class_and_averages_as_tensorflow_does() -> None:
+    import fastema.tensorflow
+
+    assert ExponentialMovingAverage is fastema.tensorflow.ExponentialMovingAverage
+    draw = np.random.default_rng(0)
+    variable = tf.Variable(draw.normal(size=(5, 3)), dtype=tf.float32)
+    ours, theirs = (
+        kind(0.9, num_updates=4)
+        for kind in (ExponentialMovingAverage, tf.train.ExponentialMovingAverage)
+    )
+    for _ in range(6):
+        ours.apply([variable])
+        theirs.apply([variable])
+        variable.assign(draw.normal(size=(5, 3)))
+    got, want = ours.average(variable).numpy(), theirs.average(variable).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert np.abs(got - variable.numpy()).min() > 0

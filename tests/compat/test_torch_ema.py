@@ -1,0 +1,970 @@
+"""Beside torch_ema itself: the same numbers, the same state, and where it is wrong, ours is not."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    DTypeError,
+    FastemaError,
+    LayoutError,
+    StateError,
+)
+
+from ..needed import modules
+from ..shadow.truth import Loop
+
+modules("torch", "torch_ema")
+
+import torch  # noqa: E402
+import torch_ema  # noqa: E402
+from torch import nn  # noqa: E402
+
+from fastema.compat.torch_ema import ExponentialMovingAverage as Ours  # noqa: E402
+
+Theirs = torch_ema.ExponentialMovingAverage
+
+pytestmark = pytest.mark.torch
+
+Parameters = list[Any]
+
+KINDS: dict[str, tuple[torch.dtype, ...]] = {
+    "f32": (torch.float32,),
+    "f64": (torch.float64,),
+    "mixed": (torch.float32, torch.float64),
+}
+CODES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+SHAPES = [(5, 7), (3,), (), (0, 4), (1, 1, 33), (257,)]
+
+
+def numbers(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parameters(seed: int = 0, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> Parameters:
+    """Odd shapes, a scalar, an empty one, one that is not contiguous, one that is frozen."""
+    generator, kinds = numbers(seed), list(dtypes)
+    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    made.append(torch.randn(6, 4, generator=generator).t())
+    image = torch.randn(2, 3, 4, 5, generator=generator)
+    made.append(image.to(memory_format=torch.channels_last))
+    found = [nn.Parameter(one.to(kinds[at % len(kinds)])) for at, one in enumerate(made)]
+    found[1].requires_grad_(False)
+    return found
+
+
+def trained(weights: Parameters, generator: torch.Generator, size: float = 1.0) -> None:
+    with torch.no_grad():
+        for one in weights:
+            one.add_(size * torch.randn(one.shape, generator=generator).to(one.dtype))
+
+
+def array(one: torch.Tensor) -> np.ndarray:
+    return one.detach().double().numpy()
+
+
+def values(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [one.detach().clone() for one in tensors]
+
+
+def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+    pairs = list(zip(tensors, others, strict=True))
+    return all(
+        one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
+        for one, other in pairs
+    )
+
+
+def decay_of(n: int, decay: float, counted: bool) -> float:
+    return min(decay, (1 + n) / (10 + n)) if counted else decay
+
+
+class Truth:
+    """The averages of parameters as float64 loops."""
+
+    def __init__(self, weights: Parameters, random: bool = False) -> None:
+        self.loops = []
+        for one in weights:
+            stored = CODES[one.dtype]
+            arithmetic = "f64" if stored == "f64" else "f32"
+            self.loops.append(Loop(array(one), stored, arithmetic, random and stored != "f64"))
+
+    def step(self, weights: Parameters, weight: float) -> None:
+        for loop, one in zip(self.loops, weights, strict=True):
+            loop.step(array(one), weight)
+
+    def check(self, averages: Iterable[torch.Tensor]) -> None:
+        for at, (loop, one) in enumerate(zip(self.loops, averages, strict=True)):
+            loop.check(array(one), f"number {at}")
+
+
+# -- the same interface ----------------------------------------------------------------------------
+
+
+def test_every_public_name_is_there_with_the_same_arguments() -> None:
+    def public(cls: type) -> dict[str, list[tuple[str, Any, Any]]]:
+        return {
+            name: [
+                (one.name, one.kind, one.default)
+                for one in inspect.signature(member).parameters.values()
+            ]
+            for name, member in vars(cls).items()
+            if inspect.isfunction(member) and (name == "__init__" or not name.startswith("_"))
+        }
+
+    assert public(Ours) == public(Theirs)
+    one, other = Ours(parameters(), 0.9), Theirs(parameters(), 0.9)
+    for name in [name for name in vars(other) if not name.startswith("_")]:
+        assert type(getattr(one, name)) is type(getattr(other, name)), name
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_a_decay_outside_is_refused(decay: float) -> None:
+    with pytest.raises(ArgumentError, match="decay="):
+        Ours(parameters(), decay)
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), torch.ones(3), ["a"], [nn.Linear(2, 2)]])
+def test_what_is_no_list_of_tensors_is_refused(wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"model\.parameters\(\)"):
+        Ours(wrong, 0.9)
+
+
+def test_no_parameters_at_all() -> None:
+    ema = Ours([], 0.9)
+    ema.update()
+    ema.store()
+    ema.copy_to()
+    ema.restore()
+    with ema.average_parameters():
+        assert ema.shadow_params == []
+    assert ema.num_updates == 1
+
+
+# -- the same numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.995, 1.0])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "kept"])
+def test_equals_theirs(kinds: str, counted: bool, decay: float, given: bool) -> None:
+    weights = parameters(1, KINDS[kinds])
+    one, other = Ours(weights, decay, counted), Theirs(weights, decay, counted)
+    truth, generator = Truth(weights), numbers(2)
+    for n in range(1, 25):
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, decay, counted))
+        for ema in (one, other):
+            ema.update(iter(weights) if given else None)
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+    assert one.num_updates == other.num_updates == (24 if counted else None)
+    for ours, theirs, weight in zip(one.shadow_params, other.shadow_params, weights, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.stride() == theirs.stride()
+        assert not ours.requires_grad
+        assert ours.data_ptr() != weight.data_ptr() or not weight.numel()
+
+
+def test_a_decay_that_is_changed_on_the_way() -> None:
+    weights, generator = parameters(3), numbers(4)
+    one, other = Ours(weights, 0.9, False), Theirs(weights, 0.9, False)
+    truth = Truth(weights)
+    for n in range(20):
+        one.decay = other.decay = 0.9 if n < 10 else 0.5
+        trained(weights, generator)
+        truth.step(weights, 1.0 - one.decay)
+        one.update()
+        other.update()
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_wide_average_of_narrow_weights(narrow: torch.dtype) -> None:
+    weights, generator = parameters(5, [narrow]), numbers(6)
+    one, other = Ours(weights, 0.9), Theirs(weights, 0.9)
+    one.to(dtype=torch.float32)
+    other.to(dtype=torch.float32)
+    truth = Truth(one.shadow_params)
+    for n in range(1, 20):
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, 0.9, True))
+        one.update()
+        other.update()
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+def test_parameters_of_another_dtype_than_they_had() -> None:
+    """Cast, moved or re-pointed between updates."""
+    net, generator = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), numbers(7)
+    one, other = Ours(net.parameters(), 0.7), Theirs(net.parameters(), 0.7)
+    truth = Truth(list(net.parameters()))
+    changes: list[Callable[[], Any]] = [
+        lambda: net.to(torch.bfloat16),
+        lambda: net.to(torch.float32),
+        lambda: setattr(net[0].weight, "data", torch.randn(5, 3, generator=generator)),
+        lambda: setattr(net[0].weight, "data", torch.randn(3, 5, generator=generator).t()),
+        lambda: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()}),
+    ]
+    for n, change in enumerate(changes, 1):
+        change()
+        trained(list(net.parameters()), generator)
+        truth.step(list(net.parameters()), 1.0 - decay_of(n, 0.7, True))
+        one.update()
+        other.update()
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+def test_a_square_parameter_that_is_transposed_in_place() -> None:
+    """The address stays, the order of the elements does not."""
+    weight = nn.Parameter(torch.randn(4, 4, generator=numbers(8)))
+    ema = Ours([weight], 0.0, False)
+    ema.update()
+    weight.data = weight.data.t()
+    ema.update()
+    assert torch.equal(ema.shadow_params[0], weight.detach())
+
+
+def test_a_shadow_that_the_user_puts_elsewhere_is_followed() -> None:
+    weights = parameters(9)
+    ema = Ours(weights, 0.5, False)
+    ema.update()
+    ema.shadow_params = [one.double() for one in ema.shadow_params]
+    ema.shadow_params[0] = torch.zeros(5, 7)
+    truth = Truth(ema.shadow_params)
+    trained(weights, numbers(10))
+    truth.step(weights, 0.5)
+    ema.update()
+    truth.check(ema.shadow_params)
+    assert ema.shadow_params[2].dtype == torch.float64
+
+
+def test_parameters_of_another_model_are_taken_in() -> None:
+    """Also in turn, and of a list that is a view of parameters."""
+    first, second = parameters(11), parameters(12)
+    one, other = Ours(first, 0.8), Theirs(first, 0.8)
+    truth = Truth(first)
+    for n in range(1, 9):
+        weights = [first, second, [p.data for p in second]][n % 3]
+        truth.step(weights, 1.0 - decay_of(n, 0.8, True))
+        one.update(weights)
+        other.update(weights)
+    truth.check(one.shadow_params)
+    truth.check(other.shadow_params)
+
+
+def test_not_a_number_stays_where_it_was() -> None:
+    weights = [nn.Parameter(torch.randn(50, generator=numbers(13)))]
+    one, other = Ours(weights, 0.9), Theirs(weights, 0.9)
+    with torch.no_grad():
+        weights[0][7], weights[0][9] = float("nan"), float("inf")
+    one.update()
+    other.update()
+    with torch.no_grad():
+        weights[0].zero_()
+    one.update()
+    other.update()
+    ours, theirs = one.shadow_params[0], other.shadow_params[0]
+    assert torch.isfinite(ours).tolist() == torch.isfinite(theirs).tolist()
+    assert not torch.isfinite(ours[[7, 9]]).any()
+    assert torch.isfinite(ours).sum() == 48
+
+
+# -- 16 bits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_narrow_average_moves_where_theirs_stands_still(narrow: torch.dtype) -> None:
+    weights = [nn.Parameter(torch.full((4096,), 1.0, dtype=narrow))]
+    one, other = Ours(weights, 0.999, False), Theirs(weights, 0.999, False)
+    with torch.no_grad():
+        weights[0] += 0.0625
+    for _ in range(1000):
+        one.update()
+        other.update()
+    expected = 1.0 + 0.0625 * (1 - 0.999**1000)
+    assert same(other.shadow_params, [torch.ones(4096, dtype=narrow)])
+    mean = array(one.shadow_params[0]).mean()
+    assert abs(mean - expected) < 0.1 * (expected - 1.0)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_narrow_average_is_resumed_to_the_bit(counted: bool) -> None:
+    def run(stop: int | None) -> list[torch.Tensor]:
+        weights, generator = parameters(15, [torch.bfloat16, torch.float32]), numbers(16)
+        ema = Ours(weights, 0.99, counted)
+        for n in range(30):
+            if n == stop:
+                file = io.BytesIO()
+                torch.save(ema.state_dict(), file)
+                file.seek(0)
+                ema = Ours(weights, 0.5, not counted)
+                ema.load_state_dict(torch.load(file, weights_only=True))
+            trained(weights, generator, 0.1)
+            ema.update()
+        return ema.shadow_params
+
+    whole = run(None)
+    assert same(run(11), whole)
+    assert same(run(29), whole)
+
+
+def test_narrow_averages_are_within_the_bound() -> None:
+    weights, generator = parameters(17, [torch.bfloat16, torch.float16]), numbers(18)
+    ema, truth = Ours(weights, 0.9), Truth(weights, random=True)
+    for n in range(1, 20):
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, 0.9, True))
+        ema.update()
+    truth.check(ema.shadow_params)
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [Ours, Theirs], ids=["ours", "theirs"])
+@pytest.mark.parametrize("then", [Ours, Theirs], ids=["ours", "theirs"])
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("kinds", KINDS)
+def test_a_run_goes_on_in_the_other_library(
+    first: Any, then: Any, counted: bool, kinds: str
+) -> None:
+    weights, generator = parameters(19, KINDS[kinds]), numbers(20)
+    ema, truth = first(weights, 0.95, counted), Truth(weights)
+    for n in range(1, 30):
+        if n == 13:
+            file = io.BytesIO()
+            torch.save(ema.state_dict(), file)
+            file.seek(0)
+            ema = then(parameters(99, KINDS[kinds]), 0.1, not counted)
+            ema.load_state_dict(torch.load(file))
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, 0.95, counted))
+        ema.update(weights)
+    truth.check(ema.shadow_params)
+    assert ema.decay == 0.95
+    assert ema.num_updates == (29 if counted else None)
+
+
+def test_the_state_has_their_layout_and_holds_the_tensors_themselves() -> None:
+    weights = parameters(21)
+    one, other = Ours(weights, 0.9), Theirs(weights, 0.9)
+    for ema in (one, other):
+        ema.update()
+        ema.store()
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(type(ours[name]) is type(theirs[name]) for name in theirs)
+    assert ours["shadow_params"] is one.shadow_params
+    assert same(ours["collected_params"], weights)
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    weights = parameters(22)
+    ema, other = Ours(weights, 0.5, False), Ours(weights, 0.5, False)
+    trained(weights, numbers(23))
+    ema.update()
+    state = ema.state_dict()
+    other.load_state_dict(state)
+    before = values(state["shadow_params"])
+    trained(weights, numbers(24))
+    other.update()
+    assert same(state["shadow_params"], before)
+    ema.load_state_dict(state)
+    assert same(ema.shadow_params, before)
+
+
+def test_loading_keeps_a_wide_average() -> None:
+    """Theirs rounds it to the parameters' dtype."""
+    weights = parameters(25, [torch.bfloat16])
+    wide = Ours(weights, 0.9)
+    wide.to(dtype=torch.float32)
+    trained(weights, numbers(26))
+    wide.update()
+    state = wide.state_dict()
+
+    theirs = Theirs(weights, 0.9)
+    theirs.load_state_dict(copy.deepcopy(state))
+    assert {one.dtype for one in theirs.shadow_params} == {torch.bfloat16}
+
+    ours = Ours(weights, 0.9)
+    ours.load_state_dict(state)
+    assert same(ours.shadow_params, state["shadow_params"])
+    assert {one.dtype for one in ours.shadow_params} == {torch.float32}
+
+
+def test_loading_a_narrow_state_keeps_an_average_that_is_wide() -> None:
+    weights = parameters(27)
+    narrow = Ours([one.detach().bfloat16() for one in weights], 0.9)
+    ema = Ours(weights, 0.9)
+    ema.load_state_dict(narrow.state_dict())
+    assert same(ema.shadow_params, [one.float() for one in narrow.shadow_params])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"decay": 1.5}, CheckpointError, "decay"),
+        ({"num_updates": "many"}, CheckpointError, "num_updates"),
+        ({"shadow_params": None}, CheckpointError, "shadow_params"),
+        ({"shadow_params": [1.0]}, CheckpointError, "shadow_params"),
+        ({"shadow_params": []}, LayoutError, "0 tensors, expected 8"),
+        ({"collected_params": 3}, CheckpointError, "collected_params"),
+        ({"collected_params": []}, LayoutError, "collected_params"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    weights = parameters(28)
+    ema = Ours(weights, 0.9)
+    ema.update()
+    before = values(ema.shadow_params)
+    with pytest.raises(error, match=words):
+        ema.load_state_dict({**Ours(weights, 0.5).state_dict(), **change})
+    assert (ema.decay, ema.num_updates, ema.collected_params) == (0.9, 1, None)
+    assert same(ema.shadow_params, before)
+
+
+def test_a_state_without_an_entry_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="'num_updates', 'shadow_params'"):
+        Ours(parameters(), 0.9).load_state_dict({"decay": 0.9})
+
+
+def test_a_state_of_another_model_is_refused_by_name() -> None:
+    weights = parameters(29)
+    other = parameters(29)
+    other[4] = nn.Parameter(torch.ones(1, 1, 32))
+    other[5] = nn.Parameter(torch.ones(257, dtype=torch.int32), requires_grad=False)
+    ema = Ours(weights, 0.9)
+    with pytest.raises(LayoutError, match=r"number 4 has shape \[1, 1, 32\], expected \[1, 1, 33"):
+        ema.load_state_dict(Ours(other, 0.9).state_dict())
+    other[4] = weights[4]
+    with pytest.raises(LayoutError, match=r"number 5 is torch\.int32, expected torch\.float32"):
+        ema.load_state_dict(Ours(other, 0.9).state_dict())
+
+
+def test_a_state_saved_between_store_and_restore_can_be_loaded() -> None:
+    """Theirs keeps the weights as part of autograd's graph, and cannot copy them."""
+    weights = parameters(30)
+    theirs, ours = Theirs(weights, 0.9), Ours(weights, 0.9)
+    for ema in (theirs, ours):
+        ema.store()
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        Theirs(weights, 0.9).load_state_dict(theirs.state_dict())
+    raw = values(weights)
+    trained(weights, numbers(31))
+    resumed = Ours(weights, 0.9)
+    resumed.load_state_dict(ours.state_dict())
+    resumed.restore()
+    assert same(weights, raw)
+    resumed.load_state_dict(theirs.state_dict())
+    assert same(resumed.collected_params or [], raw)
+
+
+# -- the average in the model ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "kept"])
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])
+def test_store_copy_to_restore(given: bool, narrow: torch.dtype | None) -> None:
+    weights = parameters(33)
+    one, other = Ours(weights, 0.7), Theirs(weights, 0.7)
+    if narrow is not None:
+        for ema in (one, other):
+            ema.to(dtype=narrow)
+    trained(weights, numbers(34))
+    raw, versions = values(weights), [weight._version for weight in weights]
+    argument = weights if given else None
+    held = []
+    for ema in (one, other):
+        ema.store(argument)
+        assert same(ema.collected_params or [], raw)
+        ema.copy_to(argument)
+        held.append(values(weights))
+        ema.restore(argument)
+        assert same(weights, raw)
+        assert same(ema.collected_params or [], raw)
+    assert same(held[0], held[1])
+    assert same(held[0], [average.float() for average in one.shadow_params])
+    grown = zip(weights, versions, strict=True)
+    assert all(weight._version > before for weight, before in grown)
+
+
+def test_restore_without_store() -> None:
+    with pytest.raises(StateError, match="store"):
+        Ours(parameters(), 0.9).restore()
+
+
+def test_a_second_store_does_not_lose_the_weights() -> None:
+    weights = parameters(35)
+    ema, theirs = Ours(weights, 0.9), Theirs(weights, 0.9)
+    trained(weights, numbers(36))
+    raw = values(weights)
+    theirs.store()
+    theirs.copy_to()
+    theirs.store()
+    theirs.restore()
+    assert not same(weights, raw)  # theirs has lost them
+    with torch.no_grad():
+        for one, value in zip(weights, raw, strict=True):
+            one.copy_(value)
+
+    ema.store()
+    ema.store()  # nothing is lost by that
+    ema.copy_to()
+    for given in (None, parameters(36)):
+        with pytest.raises(StateError, match="restore"):
+            ema.store(given)
+    ema.restore()
+    assert same(weights, raw)
+    ema.store()
+    ema.restore()
+    ema.copy_to()  # for good, by now
+    ema.store()
+
+
+def test_stored_weights_can_be_given_up() -> None:
+    weights, others = parameters(37), parameters(38)
+    ema = Ours(weights, 0.9)
+    ema.store()
+    ema.copy_to(others)
+    ema.store()  # these were not overwritten
+    ema.copy_to()
+    ema.collected_params = None
+    ema.store()
+    assert same(ema.collected_params or [], ema.shadow_params)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "kept"])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float64])
+def test_average_parameters(given: bool, weight: torch.dtype, average: torch.dtype) -> None:
+    weights = parameters(39, [weight])
+    ema = Ours(weights, 0.7)
+    ema.to(dtype=average)
+    trained(weights, numbers(40))
+    ema.update()
+    raw, averages = values(weights), values(ema.shadow_params)
+    tensors = list(ema.shadow_params)
+    with ema.average_parameters(weights if given else None):
+        for held, expected in zip(weights, averages, strict=True):
+            assert held.dtype == weight
+            # Of a tie either one; torch rounds float64 to 16 bits by way of float32.
+            gap = np.abs(array(held) - array(expected))
+            assert (gap <= np.abs(array(expected.to(weight)) - array(expected))).all()
+        assert same(ema.shadow_params, averages)
+        assert ema.shadow_params is ema.shadow_params
+        assert same(ema.state_dict()["shadow_params"], averages)
+        assert ema.collected_params is None
+    assert same(weights, raw)
+    assert same(ema.shadow_params, averages)
+    assert all(one is other for one, other in zip(ema.shadow_params, tensors, strict=True))
+    ema.update()
+
+
+def test_a_state_saved_inside_the_block_is_loaded_by_both() -> None:
+    weights = parameters(41, [torch.bfloat16])
+    ema = Ours(weights, 0.7)
+    ema.to(dtype=torch.float32)
+    trained(weights, numbers(42))
+    ema.update()
+    averages = values(ema.shadow_params)
+    with ema.average_parameters():
+        file = io.BytesIO()
+        torch.save(ema.state_dict(), file)
+    for cls in (Ours, Theirs):
+        file.seek(0)
+        loaded = cls([one.detach().float() for one in weights], 0.1)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        assert same(loaded.shadow_params, averages)
+
+
+def test_copy_to_inside_the_block_does_nothing() -> None:
+    """Of a tie it would write the other one of the two nearest."""
+    weights = [nn.Parameter(torch.tensor([1.0, 1.5], dtype=torch.bfloat16))]
+    ema = Ours(weights, 0.5)
+    ema.shadow_params = [torch.tensor([1.0 + 2.0**-8, 1.25])]
+    raw, averages = values(weights), values(ema.shadow_params)
+    with ema.average_parameters():
+        ema.copy_to()
+    assert same(weights, raw)
+    assert same(ema.shadow_params, averages)
+
+
+def test_every_block_shows_the_average_of_its_time() -> None:
+    weights, generator = parameters(75), numbers(76)
+    ema = Ours(weights, 0.7)
+    for _ in range(3):
+        trained(weights, generator)
+        ema.update()
+        averages = values(ema.shadow_params)
+        with ema.average_parameters():
+            assert same(ema.shadow_params, averages)
+
+
+def test_the_block_takes_no_third_copy() -> None:
+    weights = parameters(43)
+    ema = Ours(weights, 0.7)
+    trained(weights, numbers(44))
+    raw = values(weights)
+    tensors = list(ema.shadow_params)
+    with ema.average_parameters():
+        assert same(tensors, raw)  # where the averages were
+
+
+def test_the_weights_come_back_from_an_exception() -> None:
+    weights = parameters(45)
+    ema = Ours(weights, 0.7)
+    trained(weights, numbers(46))
+    raw, averages = values(weights), values(ema.shadow_params)
+    with pytest.raises(KeyboardInterrupt), ema.average_parameters():
+        raise KeyboardInterrupt
+    assert same(weights, raw)
+    assert same(ema.shadow_params, averages)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_weights_come_back_into_parameters_that_moved_inside(fails: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    ema = Ours(net.parameters(), 0.5, False)
+    trained(list(net.parameters()), numbers(47))
+    raw, averages = values(net.parameters()), values(ema.shadow_params)
+    try:
+        with ema.average_parameters():
+            net.double()
+            net[0].bias.data = net[0].bias.data.clone()
+            if fails:
+                raise OSError
+    except OSError:
+        pass
+    assert same(net.parameters(), [one.double() for one in raw])
+    assert same(ema.shadow_params, averages)
+
+
+def test_a_block_in_a_block() -> None:
+    """Theirs has lost the weights after it."""
+    weights = parameters(48)
+    theirs, ema = Theirs(weights, 0.7), Ours(weights, 0.7)
+    trained(weights, numbers(49))
+    raw = values(weights)
+    with theirs.average_parameters(), theirs.average_parameters():
+        pass
+    assert not same(weights, raw)
+    with torch.no_grad():
+        for one, value in zip(weights, raw, strict=True):
+            one.copy_(value)
+    with ema.average_parameters():
+        averages = values(weights)
+        with ema.average_parameters(iter(weights)):
+            assert same(weights, averages)
+        assert same(weights, averages)
+        ema.copy_to()
+        assert same(weights, averages)
+        with pytest.raises(StateError), ema.average_parameters(parameters(50)):
+            pass
+    assert same(weights, raw)
+
+
+def test_a_block_between_store_and_restore() -> None:
+    """Theirs puts the weights of the block's beginning back."""
+    weights = parameters(51)
+    ema, theirs = Ours(weights, 0.7), Theirs(weights, 0.7)
+    trained(weights, numbers(52))
+    raw = values(weights)
+    for one in (ema, theirs):
+        one.store()
+        trained(weights, numbers(53))
+        with one.average_parameters():
+            pass
+        one.restore()
+        assert same(weights, raw) is (one is ema)
+        with torch.no_grad():
+            for weight, value in zip(weights, raw, strict=True):
+                weight.copy_(value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ema: ema.update(),
+        lambda ema: ema.store(),
+        lambda ema: ema.restore(),
+        lambda ema: ema.to(dtype=torch.float64),
+        lambda ema: ema.load_state_dict({}),
+        lambda ema: setattr(ema, "shadow_params", []),
+        copy.deepcopy,
+    ],
+)
+def test_what_makes_no_sense_inside_the_block_is_refused(call: Callable[[Any], Any]) -> None:
+    weights = parameters(54)
+    ema = Ours(weights, 0.7)
+    trained(weights, numbers(55))
+    ema.store()
+    raw, averages = values(weights), values(ema.shadow_params)
+    with ema.average_parameters(), pytest.raises(StateError, match="leave the block"):
+        call(ema)
+    assert same(weights, raw)
+    assert same(ema.shadow_params, averages)
+    assert ema.num_updates == 0
+
+
+def test_another_model_gets_the_average_inside_the_block() -> None:
+    weights, others = parameters(56), parameters(57)
+    ema = Ours(weights, 0.7)
+    trained(weights, numbers(58))
+    averages = values(ema.shadow_params)
+    with ema.average_parameters():
+        ema.copy_to(others)
+    assert same(others, averages)
+
+
+def test_the_block_decorates_a_function() -> None:
+    weights = parameters(59)
+    ema = Ours(weights, 0.7)
+    trained(weights, numbers(60))
+    raw, averages = values(weights), values(ema.shadow_params)
+
+    @ema.average_parameters()
+    def evaluated() -> list[torch.Tensor]:
+        return values(weights)
+
+    assert same(evaluated(), averages)
+    assert same(evaluated(), averages)
+    assert same(weights, raw)
+
+
+# -- tied weights, integers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_that_is_twice_in_the_list(dtype: torch.dtype) -> None:
+    weights = parameters(61, [dtype])
+    tied = [*weights, weights[0], weights[3]]
+    ema, truth = Ours(tied, 0.9), Truth(tied, random=dtype == torch.bfloat16)
+    generator = numbers(62)
+    for n in range(1, 10):
+        trained(weights, generator)
+        truth.step(tied, 1.0 - decay_of(n, 0.9, True))
+        ema.update()
+    truth.check(ema.shadow_params)
+    assert torch.equal(ema.shadow_params[0], ema.shadow_params[8])
+    raw, averages = values(tied), values(ema.shadow_params)
+    ema.store()
+    ema.copy_to()
+    assert same(tied, averages)
+    ema.restore()
+    with ema.average_parameters():
+        assert same(tied, averages)
+    assert same(tied, raw)
+    ema.to(dtype=torch.float64)
+    ema.load_state_dict(pickle.loads(pickle.dumps(ema.state_dict())))
+    ema.update()
+    with ema.average_parameters():
+        assert torch.equal(weights[0], tied[8])
+
+
+def test_integers_are_copied_where_theirs_fails() -> None:
+    steps = nn.Parameter(torch.tensor([2**40 + 1, 7]), requires_grad=False)
+    weights = [nn.Parameter(torch.randn(3, generator=numbers(63))), steps]
+    theirs, ema = Theirs(weights, 0.9), Ours(weights, 0.9)
+    steps.data += 5
+    with pytest.raises(RuntimeError):
+        theirs.update()
+    ema.update()
+    assert ema.shadow_params[1].tolist() == [2**40 + 6, 12]
+    ema.to(dtype=torch.float64)
+    assert [one.dtype for one in ema.shadow_params] == [torch.float64, torch.int64]
+
+
+def test_complex_numbers() -> None:
+    weights = [nn.Parameter(torch.randn(9, dtype=torch.complex64, generator=numbers(64)))]
+    one, other = Ours(weights, 0.9), Theirs(weights, 0.9)
+    generator = numbers(65)
+    for _ in range(10):
+        with torch.no_grad():
+            weights[0] += torch.randn(9, dtype=torch.complex64, generator=generator)
+        one.update()
+        other.update()
+    np.testing.assert_allclose(
+        one.shadow_params[0].numpy(), other.shadow_params[0].numpy(), rtol=20 * 2.0**-24
+    )
+
+
+# -- what lives how long ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_model_is_not_kept_alive(used: bool) -> None:
+    net = nn.Linear(3, 4)
+    reference = weakref.ref(net.weight)
+    memory = weakref.ref(net.weight.untyped_storage())
+    ema = Ours(net.parameters(), 0.9)
+    if used:
+        ema.update()
+        ema.store()
+        ema.copy_to()
+        ema.restore()
+        with ema.average_parameters():
+            pass
+        ema.update(net.parameters())
+    del net
+    gc.collect()
+    assert reference() is None
+    assert memory() is None
+    for call in (ema.update, ema.copy_to, ema.store):
+        with pytest.raises(ArgumentError, match=r"2 of the 2 parameters .* no longer exist"):
+            call()
+    assert ema.num_updates == (2 if used else 0)
+    others = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4))]
+    ema.update(others)
+    ema.copy_to(others)
+    assert same(others, ema.shadow_params)
+
+
+def test_an_average_goes_with_its_last_reference() -> None:
+    """No cycle: memory of a GPU is not to wait for the garbage collector."""
+    weights = parameters(66)
+    ema = Ours(weights, 0.9)
+    ema.update()
+    with ema.average_parameters():
+        pass
+    reference = weakref.ref(ema.shadow_params[0])
+    gc.disable()
+    try:
+        del ema
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_deep_copy_goes_on_by_itself() -> None:
+    weights, generator = parameters(67), numbers(68)
+    ema, truth = Ours(weights, 0.9), Truth(weights)
+    for n in range(1, 10):
+        if n == 5:
+            kept, ema = ema, copy.deepcopy(ema)
+            before = values(kept.shadow_params)
+        trained(weights, generator)
+        truth.step(weights, 1.0 - decay_of(n, 0.9, True))
+        ema.update()
+    truth.check(ema.shadow_params)
+    assert same(kept.shadow_params, before)
+    assert (kept.num_updates, ema.num_updates) == (4, 9)
+
+
+# -- calls that fail -------------------------------------------------------------------------------
+
+
+def wrong_lists() -> dict[str, tuple[Parameters, type[FastemaError], str]]:
+    shorter = parameters(69)[:-1]
+    reshaped = parameters(69)
+    reshaped[5] = nn.Parameter(torch.ones(1))
+    whole = parameters(69)
+    whole[4] = torch.ones(1, 1, 33, dtype=torch.int64)
+    sparse = parameters(69)
+    sparse[5] = torch.ones(257).to_sparse()
+    return {
+        "shorter": (shorter, LayoutError, "7 parameters were given, the average is of 8"),
+        "reshaped": (reshaped, LayoutError, r"5.*\[257\]"),
+        "integers": (whole, DTypeError, "4"),
+        "sparse": (sparse, BridgeError, "5"),
+        "module": (nn.Linear(2, 2), ArgumentError, "Linear"),  # type: ignore[dict-item]
+    }
+
+
+@pytest.mark.parametrize("case", wrong_lists())
+@pytest.mark.parametrize("call", ["update", "copy_to", "average_parameters"])
+def test_wrong_parameters_are_refused_before_anything_is_written(case: str, call: str) -> None:
+    weights = parameters(69)
+    ema = Ours(weights, 0.9)
+    ema.update()
+    averages = values(ema.shadow_params)
+    wrong, error, words = wrong_lists()[case]
+    before = [] if case in ("module", "sparse") else values(wrong)
+
+    def entered(given: Parameters) -> None:
+        with ema.average_parameters(given):
+            pass
+
+    calls = {"update": ema.update, "copy_to": ema.copy_to, "average_parameters": entered}
+    with pytest.raises(error, match=words):
+        calls[call](wrong)
+    assert same(ema.shadow_params, averages)
+    assert ema.num_updates == 1
+    if before:
+        assert same(wrong, before)
+    trained(weights, numbers(70))
+    ema.update()
+    assert ema.num_updates == 2
+    assert not same(ema.shadow_params, averages)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (torch.ones(257, device="meta"), BridgeError),
+        (torch.ones(1).expand(257), LayoutError),
+        (torch.ones(257, dtype=torch.complex64), DTypeError),
+    ],
+)
+def test_the_last_of_a_list_is_looked_at_before_the_first_is_written(
+    wrong: torch.Tensor, error: type[FastemaError]
+) -> None:
+    weights = [*parameters(73), nn.Parameter(torch.ones(257))]
+    ema = Ours(weights, 0.9)
+    ema.store()
+    others = [*parameters(74), wrong]
+    before = values(others[:-1])
+    for call in (ema.copy_to, ema.restore):
+        with pytest.raises(error, match="8"):
+            call(others)
+    assert same(others[:-1], before)
+
+
+def test_a_smaller_tensor_is_not_broadcast() -> None:
+    """Theirs takes it."""
+    weights = parameters(71)
+    smaller = [nn.Parameter(torch.full((1,) * one.dim(), 9.0)) for one in weights]
+    theirs, ours = Theirs(weights, 0.9), Ours(weights, 0.9)
+    theirs.update(smaller)
+    with pytest.raises(LayoutError):
+        ours.update(smaller)
+    assert same(ours.shadow_params, weights)
+
+
+def test_restore_into_other_shapes_is_refused() -> None:
+    weights = parameters(72)
+    ema = Ours(weights, 0.9)
+    ema.store()
+    kept = values(ema.collected_params or [])
+    others = parameters(72)
+    others[6] = nn.Parameter(torch.zeros(6, 4))
+    before = values(others)
+    with pytest.raises(LayoutError, match=r"number 6 has shape \[6, 4\], expected \[4, 6\]"):
+        ema.restore(others)
+    assert same(others, before)
+    ema.restore()
+    assert same(weights, kept)

@@ -1,0 +1,271 @@
+"""ModelEMA of Ultralytics: its numbers, its checkpoints, and where ours differs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+
+import fastema
+from fastema.compat.ultralytics import ModelEMA, Ramp, export, load
+from fastema.errors import ArgumentError, CheckpointError, LayoutError
+from fastema.rules import rule_from_dict
+
+from .network import Network, Truth, bits, numbers, tensors, torch, trained
+
+nn = torch.nn
+
+pytestmark = pytest.mark.torch
+
+
+def decay_of(n: int, decay: float = 0.9999, tau: float = 2000) -> float:
+    """The schedule as Ultralytics writes it."""
+    return decay * (1 - math.exp(-n / tau))
+
+
+def averaged(name: str, tensor: Any) -> bool:
+    return tensor.is_floating_point() and name != "cache"
+
+
+@pytest.mark.parametrize(("decay", "tau"), [(0.9999, 2000), (0.9, 5.0), (1.0, 3), (0.0, 1)])
+def test_rule_is_the_schedule(decay: float, tau: float) -> None:
+    rule = Ramp(decay, tau)
+    for n in (1, 2, 17, 5000):
+        assert rule(n) == rule.decay(n) == pytest.approx(decay_of(n, decay, tau), rel=1e-12)
+    assert rule_from_dict(rule.to_dict()) == rule
+
+
+@pytest.mark.parametrize(("decay", "tau"), [(-0.1, 3), (1.1, 3), (0.9, 0), (float("nan"), 1)])
+def test_numbers_out_of_range_are_refused(decay: float, tau: float) -> None:
+    with pytest.raises(ArgumentError):
+        ModelEMA(Network(), decay, tau)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_average_is_the_recursion(dtype: Any) -> None:
+    model, generator = Network(1, dtype), numbers(4)
+    model.train()
+    ema = ModelEMA(model, decay=0.95, tau=6, updates=3)
+    assert not ema.ema.training
+    assert not any(one.requires_grad for one in ema.ema.parameters())
+    truth = Truth(ema.ema, model, averaged)
+    for n in range(4, 24):
+        trained(model, generator)
+        ema.update(model)
+        truth.step(model, 1 - decay_of(n, 0.95, 6))
+    truth.check(ema.ema, model)
+    assert ema.updates == 23
+
+
+def test_defaults_and_attributes() -> None:
+    ema = ModelEMA(Network())
+    assert (ema.updates, ema.enabled) == (0, True)
+    assert ema.decay(100) == pytest.approx(decay_of(100), rel=1e-12)
+
+
+def test_the_peers_way_leaves_integers_and_averages_tied_weights_twice() -> None:
+    model = Network(2, torch.float32)
+    ema, generator = ModelEMA(model, 0.5, 0.01), numbers(8)
+    theirs, kept = copy.deepcopy(model), model.embed.weight.detach().clone()
+    trained(model, generator)
+    ema.update(model)
+    for name, one in theirs.state_dict().items():
+        if one.is_floating_point():
+            one.lerp_(model.state_dict()[name], 0.5)
+    half = kept.lerp(model.embed.weight.detach(), 0.5)
+    quarter = kept.lerp(model.embed.weight.detach(), 0.75)
+    torch.testing.assert_close(ema.ema.embed.weight, half)
+    torch.testing.assert_close(theirs.embed.weight.detach(), quarter)
+    assert torch.equal(ema.ema.places, model.places)
+    assert not torch.equal(theirs.places, model.places)
+
+
+@pytest.mark.parametrize("shadow", [torch.float32, torch.float64])
+def test_average_of_another_dtype(shadow: Any) -> None:
+    model, generator = Network(1, torch.bfloat16), numbers(4)
+    ema = ModelEMA(model, 0.9, 1)
+    ema.ema.to(shadow)
+    truth = Truth(ema.ema, model, averaged)
+    for n in range(1, 12):
+        trained(model, generator)
+        ema.update(model)
+        truth.step(model, 1 - decay_of(n, 0.9, 1))
+    truth.check(ema.ema, model)
+
+
+def test_follows_the_model_that_is_given() -> None:
+    first, second, generator = Network(1), Network(2), numbers(3)
+    ema = ModelEMA(first, 0.8, 1)
+    truth = Truth(ema.ema, first, averaged)
+    wrapped = nn.DataParallel(second)
+    compiled = torch.compile(first, backend="eager")
+    given = [first, second, wrapped, compiled, first]
+    models = [first, second, second, first, first]
+    for n, (one, model) in enumerate(zip(given, models, strict=True), 1):
+        trained(model, generator)
+        if n == 5:  # re-pointed, which the peer would not see
+            model.wide.data = model.wide.data.clone() + 1
+        ema.update(one)
+        truth.step(model, 1 - decay_of(n, 0.8, 1))
+        truth.check(ema.ema, model)
+
+
+def test_wrapped_model_is_copied_without_wrappers() -> None:
+    model = Network()
+    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        ema = ModelEMA(wrapped)
+        assert type(ema.ema) is Network
+        assert list(ema.ema.state_dict()) == list(model.state_dict())
+
+
+def test_disabled_does_nothing() -> None:
+    model = Network()
+    ema = ModelEMA(model)
+    before = bits(ema.ema)
+    trained(model, numbers(1))
+    ema.enabled = False
+    ema.update(model)
+    ema.update_attr(model)
+    assert bits(ema.ema) == before
+    assert ema.updates == 0
+
+
+def test_replaced_decay_and_average() -> None:
+    model, generator = Network(1), numbers(2)
+    ema = ModelEMA(model)
+    ema.decay = lambda n: 0.25 * n
+    ema.ema = copy.deepcopy(ema.ema)
+    truth = Truth(ema.ema, model, averaged)
+    for n in (1, 2, 3):
+        trained(model, generator)
+        ema.update(model)
+        truth.step(model, 1 - 0.25 * n)
+    truth.check(ema.ema, model)
+
+
+def test_attributes_are_copied() -> None:
+    model: Any = Network()
+    ema = ModelEMA(model)
+    model.names, model.stride, model.args, model._private = {0: "cat"}, 32, "kept", 1
+    ema.update_attr(model, include=["names", "stride"])
+    assert (ema.ema.names, ema.ema.stride) == ({0: "cat"}, 32)
+    assert not hasattr(ema.ema, "args")
+    ema.update_attr(nn.DataParallel(model), exclude=("args",))
+    assert not hasattr(ema.ema, "args")
+    ema.update_attr(model)
+    assert ema.ema.args == "kept"
+    assert not hasattr(ema.ema, "_private")
+    assert ema.ema.embed is not model.embed
+
+
+def test_teacher_has_no_average() -> None:
+    class Distilled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student_model = nn.Linear(3, 2)
+            self.teacher_model = nn.Linear(30, 20)
+
+    model = Distilled()
+    ema = ModelEMA(model, 0.5, 0.01)
+    assert ema.ema.teacher_model is None
+    old = ema.ema.student_model.weight.clone()
+    with torch.no_grad():
+        model.student_model.weight.add_(1)
+    ema.update(model)
+    torch.testing.assert_close(ema.ema.student_model.weight, old + 0.5)
+    assert list(ema.ema.state_dict()) == ["student_model.weight", "student_model.bias"]
+    assert model.teacher_model is not None
+
+
+def test_other_models_are_refused_and_nothing_is_written() -> None:
+    ema = ModelEMA(Network())
+    before = bits(ema.ema)
+    larger, reshaped, smaller = Network(1), Network(1), Network(1)
+    larger.more = nn.Linear(2, 2)
+    reshaped.scalar = nn.Parameter(torch.ones(3))
+    del smaller.wide
+    for other, name in ((larger, "more.weight"), (reshaped, "scalar"), (smaller, "wide")):
+        with pytest.raises(LayoutError, match=name):
+            ema.update(other)
+        assert bits(ema.ema) == before
+        assert ema.updates == 0
+
+
+def test_not_a_number_goes_into_the_average() -> None:
+    model = Network()
+    ema = ModelEMA(model)
+    with torch.no_grad():
+        model.wide[5] = math.nan
+    ema.update(model)
+    assert torch.isnan(ema.ema.wide).nonzero().tolist() == [[5]]
+
+
+@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+def test_copies_go_their_own_ways(way: str) -> None:
+    model, generator = Network(1, torch.bfloat16), numbers(5)
+    ema = ModelEMA(model, 0.9, 2)
+    trained(model, generator)
+    ema.update(model)
+    other = pickle.loads(pickle.dumps(ema)) if way == "pickle" else copy.deepcopy(ema)
+    before = bits(ema.ema)
+    trained(model, generator)
+    other.update(model)
+    assert bits(ema.ema) == before != bits(other.ema)
+    ema.update(model)
+    assert bits(ema.ema) == bits(other.ema)  # the random bits too
+    assert ema.updates == other.updates == 2
+
+
+def test_checkpoint_goes_round() -> None:
+    model, generator = Network(1, torch.float32), numbers(5)
+    ema = ModelEMA(model, 0.9, 50)
+    for _ in range(7):
+        trained(model, generator)
+        ema.update(model)
+    file = io.BytesIO()
+    torch.save(export(ema), file)
+    file.seek(0)
+    checkpoint = torch.load(file, weights_only=False)
+    assert checkpoint["updates"] == 7
+    assert isinstance(checkpoint["ema"], Network)
+    assert {one.dtype for one in checkpoint["ema"].parameters()} == {torch.float16}
+    assert ema.ema.wide.dtype == torch.float32  # the average itself is as it was
+    other = ModelEMA(Network(9, torch.float32), 0.9, 50)
+    load(other, checkpoint)
+    assert other.updates == 7
+    for name, one in tensors(other.ema).items():
+        want = tensors(ema.ema)[name]
+        assert one.dtype == want.dtype
+        if name != "cache":
+            assert torch.equal(one, want.half().float() if want.is_floating_point() else want)
+    # What the peer does to resume: the same module, in float32.
+    peers = copy.deepcopy(checkpoint["ema"]).float().state_dict()
+    assert all(torch.equal(one, peers[name]) for name, one in other.ema.state_dict().items())
+
+
+def test_checkpoints_that_do_not_fit_are_refused() -> None:
+    ema, other = ModelEMA(Network()), Network(3)
+    before = bits(ema.ema)
+    other.more = nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"'more\.weight' is unexpected"):
+        load(ema, {"ema": other, "updates": 4})
+    with pytest.raises(CheckpointError, match="no average"):
+        load(ema, {"ema": None, "updates": None, "model": other})
+    assert bits(ema.ema) == before
+    assert ema.updates == 0
+
+
+def test_the_rule_in_an_ema_of_fastema() -> None:
+    model, generator = Network(1), numbers(4)
+    ours = fastema.EMA(model, Ramp(0.95, 6), frozen="average", buffers="average")
+    theirs = ModelEMA(model, 0.95, 6)
+    for _ in range(5):
+        trained(model, generator)
+        ours.update()
+        theirs.update(model)
+    for name in ours.averaged_names - {"cache"}:
+        assert torch.equal(ours.shadow[name], tensors(theirs.ema)[name].detach()), name
