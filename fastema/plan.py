@@ -172,6 +172,19 @@ class Plan:
         self._exact = [pair for pair in averaged if not pair.dst.kind.real]
         self._random = any(pair.form.endswith("~") for pair in averaged)
         self._swappable = False
+        self._trained = self._told_apart(whole[1])
+
+    def _told_apart(self, src: Leaves) -> list[tuple[Any, bool]]:
+        """Parameters of which the policy asks whether they are trained, and whether they are."""
+        policy = self._policy
+        if policy is None:
+            return []
+        return [
+            (leaf.spec.owner, leaf.spec.owner.requires_grad)
+            for leaf in src.items
+            if leaf.role != "buffer" and hasattr(leaf.spec.owner, "requires_grad")
+            if policy(leaf.name, "weight") != policy(leaf.name, "frozen")
+        ]
 
     def _copied(self, pairs: Sequence[Pair], roles: Mapping[str, Role]) -> set[str]:
         """Names of what is copied where the rest is averaged."""
@@ -194,6 +207,7 @@ class Plan:
         return self._looked_up(swap, anew=self._locators[1] is None)
 
     def _looked_up(self, swap: bool, anew: bool = False) -> list[Located | None]:
+        anew = anew or any(one.requires_grad is not was for one, was in self._trained)
         if anew or any(watched is not None and watched.changed() for watched in self._watches):
             self._build()
         for _ in range(2):

@@ -147,6 +147,7 @@ class Follower:
         """Look everything up anew at the next call, and ask the policy again."""
         self._plan: _Exchangeable | None = None
         self._stage: _Stage | None = None
+        self._roles: dict[str, Role] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to memory: a copy looks everything up for itself."""
@@ -219,12 +220,16 @@ class Follower:
             self._plan = _Exchangeable(self._averaged, model, policy=self._policy, **self._bits)
             return self._plan, model
         ours, theirs = _tensors(leaves_of(self._averaged)), _tensors(weights)
-        if self._stage is None or not self._stage.fits(ours, theirs):
+        if (
+            self._stage is None
+            or not self._stage.fits(ours, theirs)
+            or weights.roles != self._roles
+        ):
             stage = _Stage(ours, theirs)
             self._plan = _Exchangeable(
                 self._averaged, stage.tensors, policy=self._named(weights), **self._bits
             )
-            self._stage = stage
+            self._stage, self._roles = stage, weights.roles
         assert self._plan is not None
         self._stage.take(weights)
         return self._plan, self._stage.tensors

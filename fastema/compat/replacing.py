@@ -45,7 +45,8 @@ _KNOWN: Final = {
     "diffusers": [_Peer("diffusers", "diffusers.training_utils", ("EMAModel",))],
     "ema_pytorch": [
         _Peer("ema-pytorch", "ema_pytorch.ema_pytorch", ("EMA",)),
-        _Peer("ema-pytorch", "ema_pytorch.post_hoc_ema", ("PostHocEMA",)),
+        _Peer("ema-pytorch", "ema_pytorch.ema_pytree_pytorch", ("EMAPytree",)),
+        _Peer("ema-pytorch", "ema_pytorch.post_hoc_ema", ("KarrasEMA", "PostHocEMA")),
     ],
     "keras": [_Peer("keras", "keras.src.callbacks.swap_ema_weights", ("SwapEMAWeights",))],
     "lightning": [
@@ -115,8 +116,9 @@ def install(*peers: str) -> Installation:
     Parameters
     ----------
     *peers : str
-        ``"diffusers"`` (``EMAModel``), ``"ema_pytorch"`` (``EMA``, ``PostHocEMA``), ``"keras"``
-        (``SwapEMAWeights``), ``"lightning"`` (``WeightAveraging``, ``EMAWeightAveraging``),
+        ``"diffusers"`` (``EMAModel``), ``"ema_pytorch"`` (``EMA``, ``EMAPytree``, ``KarrasEMA``,
+        ``PostHocEMA``), ``"keras"`` (``SwapEMAWeights``), ``"lightning"`` (``WeightAveraging``,
+        ``EMAWeightAveraging``),
         ``"swa_utils"`` (``AveragedModel``, ``get_ema_multi_avg_fn`` and the like, ``update_bn`` of
         :mod:`torch.optim.swa_utils`), ``"tensorflow"`` (``tf.train.ExponentialMovingAverage``),
         ``"timm"`` (``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``), ``"torch_ema"``

@@ -106,7 +106,7 @@ def test_policy_by_the_role_in_the_model() -> None:
     asked: dict[str, str] = {}
 
     def policy(name: str, role: str) -> Any:
-        asked[name] = role
+        asked.setdefault(name, role)  # what it would be otherwise is asked as well
         return {"weight": "average", "frozen": "skip", "buffer": "copy"}[role]
 
     old, x = values(average), values(net)
@@ -118,6 +118,20 @@ def test_policy_by_the_role_in_the_model() -> None:
     assert torch.equal(now["1.running_mean"], x["1.running_mean"])
     assert torch.equal(now["1.num_batches_tracked"], x["1.num_batches_tracked"])
     torch.testing.assert_close(now["2.weight"], torch.lerp(old["2.weight"], x["2.weight"], 0.25))
+
+
+@pytest.mark.usefixtures("where")
+def test_parameters_that_are_frozen_and_trained_again() -> None:
+    net = network(12)
+    average = average_of(net)
+    follower = Follower(average, lambda name, role: "skip" if role == "frozen" else "average")
+    bias = net[2].bias
+    for trained in (True, False, False, True):
+        bias.requires_grad_(trained)
+        old = average[2].bias.clone()
+        follower.update(net, 0.5, 1)
+        want = torch.lerp(old, bias.detach(), 0.5) if trained else old
+        torch.testing.assert_close(average[2].bias, want, rtol=1e-6, atol=1e-6)
 
 
 def test_policy_is_asked_again_after_forget() -> None:

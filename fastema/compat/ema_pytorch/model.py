@@ -1,0 +1,275 @@
+"""What the averages of models have in common: which of their tensors follow which, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastema.bridges.names import plain_names
+from fastema.compat.following import Follower
+from fastema.compat.mirrored import Mirrored
+from fastema.errors import ArgumentError, BridgeError, StateError
+from fastema.layout.spec import Role
+
+__all__ = ["NO_NAMES", "Counted", "ModelAverage", "checked_every"]
+
+Done = Literal["average", "copy", "skip"]
+
+NO_NAMES: set[str] = set()
+"""What is ignored by default; an average has a set of its own."""
+
+
+def checked_every(update_every: Any) -> int:
+    """A whole number of steps, at least 1.
+
+    Raises
+    ------
+    ArgumentError
+        For anything else.
+    """
+    if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
+        raise ArgumentError(f"update_every={update_every!r}: expected a whole number of at least 1")
+    return update_every
+
+
+class Counted(nn.Module):
+    """Two buffers, ``initted`` and ``step``, that no step waits for; and single tensors."""
+
+    initted: Tensor
+    step: Tensor
+
+    def __init__(self, *, peer_exact: bool) -> None:
+        super().__init__()
+        self.peer_exact = peer_exact
+        self._steps, self._started = Mirrored(), Mirrored()
+
+    def _register_counters(self) -> None:
+        self.register_buffer("initted", torch.tensor(False))
+        self.register_buffer("step", torch.tensor(0))
+
+    @property
+    def _num_steps(self) -> int:
+        return int(self._steps.read(self.step))
+
+    @property
+    def _has_begun(self) -> bool:
+        return bool(self._started.read(self.initted))
+
+    def _begin(self) -> None:
+        self._started.write(self.initted, True)
+
+    @contextmanager
+    def _next_step(self) -> Iterator[int]:
+        """A block for the work of a step, from 0; if it is refused, the step is not counted."""
+        step = self._num_steps
+        self._steps.write(self.step, step + 1)
+        try:
+            yield step
+        except Exception:
+            self._steps.write(self.step, step)
+            raise
+
+    @property
+    def _rounding(self) -> str:
+        return "nearest" if self.peer_exact else "stochastic"
+
+    def inplace_copy(self, tgt: Tensor, src: Tensor) -> None:
+        """``tgt = src``, in the dtype and on the device of ``tgt``."""
+        Follower([tgt.detach()]).copy([src.detach()])
+
+    def inplace_lerp(self, tgt: Tensor, src: Tensor, weight: float) -> None:
+        """``tgt += weight * (src - tgt)``, in the dtype and on the device of ``tgt``."""
+        Follower([tgt.detach()], rounding=self._rounding).update(
+            [src.detach()], float(weight), self._num_steps
+        )
+
+
+class ModelAverage(Counted):
+    """A model whose tensors are the average of another's.
+
+    Parameters
+    ----------
+    param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names : collection of str
+    allow_different_devices, move_ema_to_online_device : bool
+    peer_exact : bool
+    """
+
+    online_model: Any
+    ema_model: Any
+
+    def __init__(
+        self,
+        *,
+        param_or_buffer_names_no_ema: Collection[str],
+        ignore_names: Collection[str],
+        ignore_startswith_names: Collection[str],
+        allow_different_devices: bool,
+        move_ema_to_online_device: bool,
+        peer_exact: bool,
+    ) -> None:
+        super().__init__(peer_exact=peer_exact)
+        for name, given in (
+            ("ignore_names", ignore_names),
+            ("ignore_startswith_names", ignore_startswith_names),
+        ):
+            if isinstance(given, str):
+                raise ArgumentError(f"{name}={given!r}: expected a set of names, {{{given!r}}}")
+        if not isinstance(param_or_buffer_names_no_ema, set | frozenset | list):
+            raise ArgumentError(
+                f"param_or_buffer_names_no_ema={param_or_buffer_names_no_ema!r}: expected a set or "
+                "a list of names"
+            )
+        # Sets of their own: users add to them.
+        self.param_or_buffer_names_no_ema = param_or_buffer_names_no_ema or set()
+        self.ignore_names = ignore_names or set()
+        self.ignore_startswith_names = ignore_startswith_names or set()
+        self.allow_different_devices = allow_different_devices
+        self.move_ema_to_online_device = move_ema_to_online_device
+        self._names: dict[str, str] = {}
+        self._followers: dict[tuple[bool, bool], tuple[nn.Module, Any, Follower]] = {}
+
+    # -- the two models ---------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        """The model that is followed."""
+        raise NotImplementedError
+
+    def _take(self, ema_model: nn.Module | Callable[[], nn.Module] | None) -> None:
+        """Make a model the averaged one, by default a copy of the one that is followed."""
+        if ema_model is None:
+            try:
+                ema_model = deepcopy(self.model)
+            except Exception as error:
+                raise BridgeError(
+                    f"the model cannot be copied ({error}): give ema_model=, a model of the same "
+                    "structure or a function that makes one; run lazy modules once first"
+                ) from error
+        self.ema_model = ema_model() if not isinstance(ema_model, nn.Module) else ema_model
+        for parameter in self.ema_model.parameters():
+            parameter.detach_()
+        self.parameter_names = _inexact(self.ema_model.named_parameters())
+        self.buffer_names = _inexact(self.ema_model.named_buffers())
+        self._names = _plain(self.ema_model)
+        self._followers.clear()
+
+    @property
+    def _average(self) -> nn.Module:
+        if self.ema_model is None:
+            raise StateError("there is no average before the first update() (lazy_init_ema=True)")
+        average: nn.Module = self.ema_model
+        return average
+
+    def eval(self) -> Any:
+        """Put the averaged model, and no other, in evaluation mode.
+
+        Returns
+        -------
+        torch.nn.Module
+            The averaged model.
+        """
+        return self._average.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the averaged model."""
+        return self._average(*args, **kwargs)
+
+    def restore_ema_model_device(self) -> None:
+        """Move the averaged model to the device of this module's buffers."""
+        self._average.to(self.initted.device)
+
+    def get_params_iter(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and float parameters of a model, as far as the averaged model has the names."""
+        for name, parameter in model.named_parameters():
+            if name in self.parameter_names:
+                yield name, parameter
+
+    def get_buffers_iter(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and float buffers of a model, as far as the averaged model has the names."""
+        for name, buffer in model.named_buffers():
+            if name in self.buffer_names:
+                yield name, buffer
+
+    def _ignored(self, name: str) -> bool:
+        prefixes = self.ignore_startswith_names
+        return name in self.ignore_names or any(name.startswith(prefix) for prefix in prefixes)
+
+    # -- one into the other -----------------------------------------------------------------------
+
+    def copy_params_from_model_to_ema(self) -> None:
+        """Make the average the weights: all of them, whatever names are ignored.
+
+        Raises
+        ------
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors; nothing was written then.
+        """
+        self._follower(self._average, self.model, whole=True).copy(self.model)
+
+    def copy_params_from_ema_to_model(self) -> None:
+        """Make the weights the average, but for integers and booleans; raises as the reverse."""
+        self._follower(self.model, self._average, whole=True).copy(self._average)
+
+    def _blend(self, ma_model: nn.Module, current_model: nn.Module, weight: float) -> None:
+        """``ma += weight * (current - ma)``, in the roles that the names are given."""
+        if self.move_ema_to_online_device and ma_model is self.ema_model:
+            _follow_device(ma_model, current_model)
+        follower = self._follower(ma_model, current_model, whole=False)
+        follower.update(current_model, weight, self._num_steps)
+
+    def _follower(self, written: nn.Module, read: nn.Module, *, whole: bool) -> Follower:
+        """What writes one model from the other, kept for the next time."""
+        back = written is self.model and written is not self.ema_model
+        settings = (
+            set(self.param_or_buffer_names_no_ema),
+            set(self.ignore_names),
+            set(self.ignore_startswith_names),
+            self._rounding,
+        )
+        kept = self._followers.get((back, whole))
+        if kept is not None and kept[0] is written and kept[1] == settings:
+            return kept[2]
+        both = frozenset(_plain(written)) & frozenset(_plain(read))
+        done = partial(self._done, back, whole, both)
+        follower = Follower(written, done, rounding=self._rounding)
+        self._followers[back, whole] = written, settings, follower
+        return follower
+
+    def _done(self, back: bool, whole: bool, both: frozenset[str], plain: str, role: Role) -> Done:
+        """What is done with a tensor; of tied ones, the first name counts, as in the peer."""
+        name = self._names.get(plain, plain)
+        if back and name not in self.parameter_names and name not in self.buffer_names:
+            return "skip"
+        if self._ignored(name) and not (whole and plain in both):
+            return "skip"
+        if name in self.param_or_buffer_names_no_ema and not whole:
+            return "copy"
+        return "average"
+
+
+def _inexact(named: Iterator[tuple[str, Tensor]]) -> set[str]:
+    return {name for name, tensor in named if tensor.is_floating_point() or tensor.is_complex()}
+
+
+def _plain(model: nn.Module) -> dict[str, str]:
+    """The first name of every tensor, by all of its names without wrappers."""
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    first: dict[int, str] = {}
+    names = [first.setdefault(id(tensor), name) for name, tensor in named]
+    return dict(zip(plain_names([name for name, _ in named]), names, strict=True))
+
+
+def _follow_device(model: nn.Module, other: nn.Module) -> None:
+    """Move a model to the device of another, if it is on a different one."""
+    ours, theirs = (next(one.parameters(), None) for one in (model, other))
+    if ours is not None and theirs is not None and ours.device != theirs.device:
+        model.to(theirs.device)

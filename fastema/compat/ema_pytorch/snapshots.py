@@ -1,0 +1,185 @@
+"""Files of :class:`PostHocEMA`: written, found, and summed while they are read."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastema.bridges.memory import allocate
+from fastema.bridges.registry import describe
+from fastema.checkpoint.average import weighted_sum
+from fastema.checkpoint.files import File, Stored
+from fastema.errors import CheckpointError, listed
+from fastema.layout.dtypes import average_of, parse
+from fastema.layout.flat import row_major
+from fastema.layout.spec import TensorSpec
+
+__all__ = ["Snapshot", "found", "mixed", "read", "write"]
+
+_NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
+
+_PREFIX: Final = "ema_model."
+
+
+class Snapshot(NamedTuple):
+    """A file with one of the averages at one step."""
+
+    path: Path
+    which: int
+    step: int
+
+
+def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Write ``{which}.{step}.pt``: floats in the given dtype, all else as it is.
+
+    Whatever happens, there is the old file or the whole new one.
+    """
+    path = folder / f"{which}.{int(state['step'].item())}.pt"
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        torch.save({name: _stored(value, dtype) for name, value in state.items()}, str(beside))
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def _stored(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device="cpu", dtype=dtype if value.is_floating_point() else None, copy=True)
+
+
+def found(folder: Path, count: int) -> list[Snapshot]:
+    """The snapshots in a folder, by step; those before the first update are left out.
+
+    Raises
+    ------
+    CheckpointError
+        If there are none, or one is of an average beyond ``count``.
+    """
+    matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.pt")]
+    every = [Snapshot(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
+    beyond = [f"{one.path.name} is of average {one.which}" for one in every if one.which >= count]
+    if beyond:
+        raise CheckpointError(
+            f"{folder} holds snapshots of another run, with more than {count} averages:\n"
+            + listed(sorted(beyond))
+        )
+    kept = sorted((one for one in every if one.step > 0), key=lambda one: (one.step, one.which))
+    if not kept:
+        raise CheckpointError(f"no snapshots in {folder}; checkpoint() makes them")
+    return kept
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The averaged model's state in a snapshot, mapped into memory.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none.
+    """
+    try:
+        state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+        return {
+            name.removeprefix(_PREFIX): value.detach() if isinstance(value, Tensor) else value
+            for name, value in state.items()
+            if name.startswith(_PREFIX)
+        }
+    except Exception as error:
+        raise CheckpointError(f"{path} is no snapshot: {error}") from error
+
+
+class _Mapped(File):
+    """A snapshot as a file whose bytes are found by their address: torch maps them into memory."""
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
+        state = _row_major(read(self.path), self.tensors)
+        offsets = {stored.offset: name for name, stored in self.tensors.items()}
+        starts = np.array(sorted(offsets), np.int64)
+
+        def fill(offset: int, buffer: memoryview) -> None:
+            start = int(starts[np.searchsorted(starts, offset, side="right") - 1])
+            address = state[offsets[start]].data_ptr() + offset - start
+            # Other threads go on meanwhile, as they would not while a memoryview is filled.
+            ctypes.memmove((ctypes.c_char * len(buffer)).from_buffer(buffer), address, len(buffer))
+
+        yield fill
+
+
+def _row_major(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
+    return {name: state[name].contiguous() for name in names}
+
+
+def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
+    """Where the tensors of these names would lie, one behind the other."""
+    state, tensors, offset = read(path), {}, 0
+    for name in names:
+        value = state.get(name)
+        if isinstance(value, Tensor):
+            tensors[name] = Stored(describe(value).kind, tuple(value.shape), offset)
+            offset += max(tensors[name].nbytes, 1)
+    return _Mapped(path, tensors, {})
+
+
+def mixed(
+    paths: Sequence[Path], coefficients: Sequence[float], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Sums of snapshots' tensors in float64, a few MB of each file at a time.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+    coefficients : sequence of float
+    like : mapping of str to Tensor
+        What is summed: names and shapes.
+
+    Returns
+    -------
+    dict of str to Tensor
+        In float32, or float64 where ``like`` is.
+
+    Raises
+    ------
+    CheckpointError
+        Listing every tensor that a file does not have, or has in another shape or dtype.
+    """
+    names = list(like)
+    files = [_mapped(path, names) for path in paths]
+    problems = []
+    for file in files:
+        for name in names:
+            here, there = file.tensors.get(name), files[-1].tensors.get(name)
+            if here is None:
+                problems.append(f"{name!r} is not in {file.path.name}")
+            elif here.shape != tuple(like[name].shape):
+                problems.append(
+                    f"{name!r} has the shape {list(here.shape)} in {file.path.name}, and "
+                    f"{list(like[name].shape)} in the model"
+                )
+            elif there is not None and here.kind != there.kind:
+                problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, not as later")
+    if problems:
+        raise CheckpointError("the snapshots do not fit the model:\n" + listed(problems))
+    owner = np.empty(0)
+    wanted = []
+    for name, tensor in like.items():
+        kind, shape, _ = files[-1].tensors[name]
+        wide = parse("f64" if tensor.dtype in (torch.float64, torch.complex128) else "f32")
+        spec = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
+        wanted.append((spec, average_of(kind, wide)))
+    result = dict(zip(names, allocate(wanted), strict=True))
+    weighted_sum(files, coefficients, result, names)
+    return {name: torch.from_numpy(array) for name, (array, _) in result.items()}

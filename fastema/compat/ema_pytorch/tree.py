@@ -1,0 +1,222 @@
+"""``ema_pytorch.EMAPytree``: an average of tensors in lists, tuples and dicts, nested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytrees
+
+from fastema.compat.ema_pytorch.model import Counted, checked_every
+from fastema.compat.ema_pytorch.schedule import grown_decay, weight_of
+from fastema.compat.following import Follower
+from fastema.errors import LayoutError
+
+__all__ = ["EMAPytree", "EMATensor"]
+
+
+class EMAPytree(Counted):
+    """An exponential moving average of the tensors in a tree of lists, tuples and dicts.
+
+    As :class:`EMA` of a model: ``avg += (1 - decay**update_every) * (x - avg)`` at every
+    ``update_every``-th call of :meth:`update`.
+
+    Parameters
+    ----------
+    pytree : tensor, or list, tuple or dict of such, nested
+        What is followed: written in place by its owner. What is no tensor in it is left alone.
+    ema_pytree : the same, or callable, optional
+        What holds the average, or a function that makes it; a copy of ``pytree`` by default.
+    beta, update_after_step, update_every, inv_gamma, power, min_value
+        See :class:`EMA`.
+    allow_different_devices, coerce_dtype : bool
+        Taken, and not needed: devices and dtypes may always differ.
+    peer_exact : bool
+        See :class:`EMA`.
+
+    Attributes
+    ----------
+    pytree, ema_pytree
+        What is followed, and the average; :attr:`ema_model` is another name of the latter.
+    initted, step : torch.Tensor
+        Whether the average has begun, and calls of :meth:`update` so far: all that is in
+        ``state_dict()``, as in the peer. Save ``ema_pytree`` beside it.
+
+    Notes
+    -----
+    Differs from ema_pytorch 0.8.3 as :class:`EMA` does, and in these:
+
+    - Trees of another structure are a :class:`~fastema.errors.LayoutError`; theirs averages as many
+      tensors as both have, in order.
+    - Integers and booleans are copied exactly; theirs raises.
+    - ``ema_pytree`` may be a function, which theirs takes for the tree itself; tensors that are
+      results of an operation are followed too, which theirs cannot copy.
+
+    References
+    ----------
+    P. Wang, ema_pytorch 0.8.3, 2025, https://github.com/lucidrains/ema-pytorch
+
+    Examples
+    --------
+    >>> import torch
+    >>> state = {"mean": torch.zeros(2), "count": torch.tensor(0)}
+    >>> ema = EMAPytree(state, beta=0.5, update_after_step=0, update_every=1, min_value=0.5)
+    >>> ema.update()
+    >>> _ = state["mean"].add_(1.0), state["count"].add_(1)
+    >>> ema.update()
+    >>> ema.ema_pytree
+    {'mean': tensor([0.5000, 0.5000]), 'count': tensor(1)}
+    """
+
+    def __init__(
+        self,
+        pytree: Any,
+        ema_pytree: Any | Callable[[], Any] | None = None,
+        beta: float = 0.9999,
+        update_after_step: int = 100,
+        update_every: int = 10,
+        inv_gamma: float = 1.0,
+        power: float = 2 / 3,
+        min_value: float = 0.0,
+        allow_different_devices: bool = False,
+        coerce_dtype: bool = False,
+        *,
+        peer_exact: bool = False,
+    ) -> None:
+        super().__init__(peer_exact=peer_exact)
+        self.beta = beta
+        self.is_frozen = beta == 1.0
+        self.update_after_step = update_after_step
+        self.update_every = checked_every(update_every)
+        self.inv_gamma = inv_gamma
+        self.power = power
+        self.min_value = min_value
+        self.allow_different_devices = allow_different_devices
+        self.coerce_dtype = coerce_dtype
+        self.online_pytree = [pytree]  # in a list, so that a module would be no submodule
+        if callable(ema_pytree) and not isinstance(ema_pytree, nn.Module):
+            ema_pytree = ema_pytree()
+        self.ema_pytree = _copied(pytree) if ema_pytree is None else ema_pytree
+        for tensor in _tensors(self.ema_pytree):
+            tensor.detach_()
+        self._held: tuple[list[Tensor], Follower] | None = None
+        self._register_counters()
+
+    @property
+    def pytree(self) -> Any:
+        """What is followed."""
+        return self.online_pytree[0]
+
+    @property
+    def ema_model(self) -> Any:
+        """The average."""
+        return self.ema_pytree
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The average; called, if it can be."""
+        return self.ema_pytree(*args, **kwargs) if callable(self.ema_pytree) else self.ema_pytree
+
+    def get_current_decay(self) -> float:
+        """The decay per step in force: 0 until ``update_after_step`` is passed."""
+        return grown_decay(
+            self._num_steps - self.update_after_step - 1,
+            self.beta,
+            self.inv_gamma,
+            self.power,
+            self.min_value,
+            single=self.peer_exact,
+        )
+
+    def copy_params_from_pytree_to_ema(self) -> None:
+        """Make the average what is followed.
+
+        Raises
+        ------
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors; nothing was written then.
+        """
+        follower, current = self._paired(self.ema_pytree, self.pytree)
+        follower.copy(current)
+
+    def update(self) -> None:
+        """Count a step, and take the tensors into the average if it is due.
+
+        Raises
+        ------
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors, if the two trees do not match; nothing was written or counted.
+        """
+        with self._next_step() as step:
+            if not self._has_begun:
+                self.copy_params_from_pytree_to_ema()
+                self._begin()
+            elif step % self.update_every == 0:
+                if step <= self.update_after_step:
+                    self.copy_params_from_pytree_to_ema()
+                else:
+                    self.update_moving_average(self.ema_pytree, self.pytree)
+
+    def update_moving_average(
+        self, ma_pytree: Any, current_pytree: Any, current_decay: float | None = None
+    ) -> None:
+        """``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
+
+        Parameters
+        ----------
+        ma_pytree, current_pytree
+            Of the same structure.
+        current_decay : float, optional
+            By default that of the schedule, for ``update_every`` steps.
+
+        Raises
+        ------
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors; nothing was written then.
+        """
+        if self.is_frozen:
+            return
+        if current_decay is None:
+            steps = 1 if self.peer_exact else self.update_every
+            weight = weight_of(self.get_current_decay(), steps)
+        else:
+            weight = 1.0 - current_decay
+        follower, current = self._paired(ma_pytree, current_pytree)
+        follower.update(current, weight, self._num_steps)
+
+    def _paired(self, averaged: Any, current: Any) -> tuple[Follower, list[Tensor]]:
+        """What makes the one tree follow the other, and the tensors of that."""
+        ours, theirs = pytrees.tree_flatten(averaged), pytrees.tree_flatten(current)
+        if ours[1] != theirs[1]:
+            raise LayoutError(
+                f"the average has the structure {ours[1]}, what it is to follow {theirs[1]}: make "
+                "another average for it"
+            )
+        pairs = [
+            (avg, x)
+            for avg, x in zip(ours[0], theirs[0], strict=True)
+            if isinstance(avg, Tensor) and isinstance(x, Tensor)
+        ]
+        tensors = [avg for avg, _ in pairs]
+        held = self._held
+        if held is None or len(held[0]) != len(tensors) or any(map(_differs, held[0], tensors)):
+            held = self._held = tensors, Follower(tensors, rounding=self._rounding)
+        return held[1], [x for _, x in pairs]
+
+
+EMATensor = EMAPytree
+
+
+def _differs(one: Tensor, other: Tensor) -> bool:
+    return one is not other
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytrees.tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _copied(tree: Any) -> Any:
+    """A deep copy, of results of operations too."""
+    results = {id(leaf): leaf for leaf in _tensors(tree) if not leaf.is_leaf}
+    return deepcopy(tree, {key: leaf.detach().clone() for key, leaf in results.items()})

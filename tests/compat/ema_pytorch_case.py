@@ -1,0 +1,93 @@
+"""What the tests of the drop-in classes of ema_pytorch share: a model with everything in it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+from ..needed import modules
+
+modules("torch", "ema_pytorch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+
+class Network(nn.Module):
+    """Odd shapes, strides, tied, frozen, empty and 0-d tensors; buffers of all kinds."""
+
+    def __init__(self, seed: int = 0, dtype: Any = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.norm = nn.BatchNorm2d(5)
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.none = nn.Parameter(torch.zeros(0, 3))
+        self.frozen = nn.Parameter(torch.zeros(6), requires_grad=False)
+        self.register_buffer("table", torch.zeros(3, 4).t())
+        self.register_buffer("hidden", torch.zeros(2), persistent=False)
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.to(dtype)
+        self.conv.to(memory_format=torch.channels_last)
+        for tensor in floats(self).values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Any) -> Any:
+        return self.head(x) * self.scale
+
+
+def floats(model: Any) -> dict[str, Any]:
+    """Float parameters and buffers by name, each memory once."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
+
+
+def values(model: Any) -> dict[str, Any]:
+    """Copies of all parameters and buffers."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def train(models: Any, seed: int, step: int) -> None:
+    """The same random step for every one of several models of one structure."""
+    for model in models:
+        generator = torch.Generator().manual_seed(seed * 100_003 + step)
+        for tensor in floats(model).values():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.add_(noise.to(tensor.dtype))
+        model.norm.num_batches_tracked.add_(1)
+        model.mask.logical_not_()
+
+
+def twins(count: int = 2, seed: int = 0, dtype: Any = torch.float64) -> list[Any]:
+    return [Network(seed, dtype) for _ in range(count)]
+
+
+def assert_close(ours: Any, theirs: Any, atol: float, rtol: float = 0.0) -> None:
+    """Float tensors of two models, by name."""
+    want = floats(theirs)
+    assert floats(ours).keys() == want.keys()
+    for name, tensor in floats(ours).items():
+        assert tensor.dtype == want[name].dtype
+        torch.testing.assert_close(
+            tensor.double(), want[name].double(), atol=atol, rtol=rtol, msg=lambda m, n=name: n + m
+        )
+
+
+def assert_same(model: Any, before: dict[str, Any]) -> None:
+    """To the bit, NaN included."""
+    now = values(model)
+    assert now.keys() == before.keys()
+    for name, tensor in now.items():
+        assert torch.equal(tensor.nan_to_num(7.5), before[name].nan_to_num(7.5)), name
+
+
+def copies(ema: Any) -> Iterator[Any]:
+    """A deep copy, and one that was pickled."""
+    yield copy.deepcopy(ema)
+    yield pickle.loads(pickle.dumps(ema))

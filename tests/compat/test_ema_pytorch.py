@@ -1,0 +1,746 @@
+"""EMA of ema_pytorch: their numbers, their checkpoints, and where they are wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from ..needed import modules
+
+modules("torch", "ema_pytorch")
+
+import ema_pytorch as theirs  # noqa: E402
+
+from fastema.compat import ema_pytorch as ours  # noqa: E402
+from fastema.compat.ema_pytorch import model as shared  # noqa: E402
+from fastema.compat.interface import differences  # noqa: E402
+from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError  # noqa: E402
+
+from .ema_pytorch_case import (  # noqa: E402
+    Network,
+    assert_close,
+    assert_same,
+    copies,
+    floats,
+    nn,
+    torch,
+    train,
+    twins,
+    values,
+)
+
+pytestmark = pytest.mark.torch
+
+SINGLE = 2.0**-24
+"""Half the last place of a float32 just below 1: what theirs rounds a decay by."""
+
+SETTINGS = [
+    {"update_after_step": 0},
+    {"update_after_step": 5, "beta": 0.9, "min_value": 0.3},
+    {"update_after_step": 3, "inv_gamma": 4.0, "power": 0.75},
+    {"update_after_step": 0, "power": 1.0, "beta": 0.99},
+    {"update_after_step": -2, "min_value": 0.999, "beta": 0.9},
+    {"update_after_step": 0, "beta": 0.0},
+    {"update_after_step": 0, "beta": 1.0},
+]
+
+
+def pair(dtype: Any = torch.float64, seed: int = 0, **settings: Any) -> tuple[Any, Any]:
+    """An EMA of ours and one of theirs, of two equal models."""
+    exact = settings.pop("peer_exact", {})
+    own = {"peer_exact": exact} if exact != {} else {}
+    mine, yours = twins(2, seed, dtype)
+    return ours.EMA(mine, **settings, **own), theirs.EMA(yours, **settings)
+
+
+def run(emas: Any, steps: Any, seed: int = 1) -> None:
+    for step in steps:
+        train([ema.model for ema in emas], seed, step)
+        for ema in emas:
+            ema.update()
+
+
+def loaded(ema: Any, other: Any) -> None:
+    """Load one's state into another, and what is in no state."""
+    ema.load_state_dict(copy.deepcopy(other.state_dict()))
+    ema.model.hidden.copy_(other.model.hidden)
+    ema.ema_model.hidden.copy_(other.ema_model.hidden)
+
+
+def spread(ema: Any) -> float:
+    pairs = zip(floats(ema.ema_model).values(), floats(ema.model).values(), strict=True)
+    return max((abs(a - b).max().item() for a, b in pairs if a.numel()), default=0.0)
+
+
+# -- their numbers --------------------------------------------------------------------------------
+
+
+def test_interface_is_theirs() -> None:
+    assert differences(theirs.EMA, ours.EMA) == []
+    mine, yours = pair()
+    public = {name for name in vars(yours) if not name.startswith("_")}
+    assert public - {*dir(mine)} == set()
+    for name in public & vars(mine).keys():
+        value = getattr(yours, name)
+        if isinstance(value, int | float | set | tuple | bool):
+            assert getattr(mine, name) == value, name
+    assert isinstance(mine, nn.Module)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 7])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_same_numbers_with_peer_exact(settings: Any, every: int, foreach: bool) -> None:
+    mine, yours = pair(**settings, update_every=every, use_foreach=foreach, peer_exact=True)
+    for step in range(40):
+        run([mine, yours], [step])
+        assert mine.get_current_decay() == yours.get_current_decay()
+        assert (int(mine.step), bool(mine.initted)) == (int(yours.step), bool(yours.initted))
+        assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
+    assert spread(yours) > 0.1 or settings.get("beta") == 0.0
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_same_numbers_at_every_step(settings: Any) -> None:
+    mine, yours = pair(**settings, update_every=1)
+    far = 0.0
+    for step in range(60):
+        run([mine, yours], [step])
+        far += spread(yours)
+        assert abs(mine.get_current_decay() - yours.get_current_decay()) <= 2 * SINGLE
+        # The decays of theirs are rounded to single precision.
+        assert_close(mine.ema_model, yours.ema_model, atol=3 * SINGLE * far + 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 0.2), (torch.float16, 0.02)]
+)
+@pytest.mark.parametrize("peer_exact", [True, False])
+def test_same_numbers_in_other_dtypes(dtype: Any, bound: float, peer_exact: bool) -> None:
+    mine, yours = pair(dtype, update_after_step=2, update_every=1, beta=0.9, peer_exact=peer_exact)
+    run([mine, yours], range(30))
+    assert_close(mine.ema_model, yours.ema_model, atol=bound, rtol=bound / 10)
+
+
+def test_schedule_in_closed_form() -> None:
+    model = Network()
+    ema = ours.EMA(model, beta=0.95, update_after_step=4, update_every=3, inv_gamma=2.0, power=0.7)
+    average, seen = {}, 0
+    for step in range(60):
+        train([model], 3, step)
+        ema.update()
+        now = {name: tensor.clone() for name, tensor in floats(model).items()}
+        if step == 0 or (step % 3 == 0 and step <= 4):
+            average = now
+        elif step % 3 == 0:
+            decay = min(1 - (1 + (step - 4) / 2.0) ** -0.7, 0.95) ** 3
+            average = {n: decay * average[n] + (1 - decay) * now[n] for n in now}
+            seen += 1
+        for name, tensor in floats(ema.ema_model).items():
+            torch.testing.assert_close(tensor, average[name], atol=1e-12, rtol=0)
+    assert seen == 18
+
+
+def lag(module: Any, every: int, steps: int) -> float:
+    """How many steps an average is behind a weight that counts them."""
+    model = nn.Linear(1, 1, bias=False).double()
+    ema = module.EMA(model, beta=0.98, min_value=0.98, update_after_step=0, update_every=every)
+    for step in range(steps):
+        nn.init.constant_(model.weight, step)
+        ema.update()
+    last = (steps - 1) // every * every
+    return last - ema.ema_model.weight.item()
+
+
+def test_horizon_is_that_of_single_steps() -> None:
+    assert lag(ours, 1, 3000) == pytest.approx(49, abs=0.1)  # 0.98 / 0.02
+    assert lag(ours, 10, 3000) == pytest.approx(49, abs=6)
+    assert lag(theirs, 1, 3000) == pytest.approx(49, abs=0.1)
+    assert lag(theirs, 10, 6000) == pytest.approx(490, abs=1)
+
+
+def test_running_mean() -> None:
+    model = nn.Linear(3, 2).double()
+    ema = ours.EMA(model, beta=1 - 1e-9, update_after_step=0, update_every=1, power=1.0)
+    seen = []
+    for step in range(20):
+        torch.manual_seed(step)
+        nn.init.normal_(model.weight)
+        ema.update()
+        seen.append(model.weight.detach().clone())
+    torch.testing.assert_close(ema.ema_model.weight, torch.stack(seen).mean(0), rtol=1e-12, atol=0)
+
+
+def test_hyperparameters_may_change_in_mid_run() -> None:
+    mine, yours = pair(update_after_step=0, update_every=1, peer_exact=True)
+    for step in range(40):
+        if step == 10:
+            mine.beta = yours.beta = 0.5
+        if step == 20:
+            mine.update_every = yours.update_every = 4
+        if step == 30:
+            mine.ignore_names.add("scale")
+            yours.ignore_names = {"scale"}
+        run([mine, yours], [step])
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
+    assert ours.EMA(Network()).ignore_names == set()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_names(every: int) -> None:
+    settings = {
+        "param_or_buffer_names_no_ema": ["scale", "norm.running_mean"],
+        "ignore_names": {"frozen", "table"},
+        "ignore_startswith_names": {"conv.", "norm.running_v"},
+    }
+    mine, yours = pair(**settings, update_after_step=2, update_every=every, peer_exact=True)
+    run([mine, yours], range(4))
+    start = values(mine.ema_model)
+    run([mine, yours], range(4, 31))
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
+    now, x = values(mine.ema_model), values(mine.model)
+    for name in ("frozen", "table", "conv.weight", "norm.running_var"):
+        assert torch.equal(now[name], start[name]), name
+    for name in ("scale", "norm.running_mean"):
+        assert torch.equal(now[name], x[name]), name
+    assert not torch.equal(now["norm.weight"], start["norm.weight"])
+
+
+def test_tied_weights_are_one() -> None:
+    mine, yours = pair(update_after_step=0, update_every=1, beta=0.5)
+    run([mine, yours], range(10))
+    assert mine.ema_model.head.weight is mine.ema_model.embedding.weight
+    torch.testing.assert_close(
+        mine.ema_model.head.weight, yours.ema_model.head.weight, atol=1e-6, rtol=0
+    )
+    # The first name of tied tensors is the one that counts.
+    named = [e.EMA(Network(), ignore_names={"head.weight"}) for e in (ours, theirs)]
+    assert [set(dict(e.get_params_iter(e.ema_model))) >= {"head.weight"} for e in named] == [0, 0]
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_state_has_their_layout(include: bool) -> None:
+    mine, yours = pair(include_online_model=include, update_after_step=0)
+    run([mine, yours], range(12))
+    state, want = mine.state_dict(), yours.state_dict()
+    assert list(state) == list(want)
+    for name, tensor in state.items():
+        assert (tensor.dtype, tensor.shape) == (want[name].dtype, want[name].shape), name
+    assert any(name.startswith("online_model.") for name in state) is include
+    assert isinstance(mine.online_model, nn.Module if include else list)
+
+
+@pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
+@pytest.mark.parametrize("interrupted", [1, 4, 17, 18])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_run_goes_on_in_the_other_library(direction: str, interrupted: int, every: int) -> None:
+    settings = {"update_after_step": 5, "update_every": every, "beta": 0.95, "peer_exact": True}
+    mine, yours = pair(**settings)
+    whole = pair(**settings)
+    run(whole, range(36))
+    run([mine, yours], range(interrupted))
+    first, second = (mine, yours) if direction.startswith("ours") else (yours, mine)
+    fresh = pair(seed=9, **settings)[second is yours]
+    loaded(fresh, first)
+    assert_close(fresh.model, first.model, atol=0.0)
+    run([fresh], range(interrupted, 36))
+    assert_close(fresh.ema_model, whole[1].ema_model, atol=1e-13)
+    assert int(fresh.step) == 36
+
+
+def test_a_default_run_resumes_to_the_bit_in_16_bits() -> None:
+    settings = {"update_after_step": 3, "update_every": 2, "beta": 0.98}
+    whole, part = (ours.EMA(Network(0, torch.bfloat16), **settings) for _ in range(2))
+    run([whole], range(50))
+    run([part], range(21))
+    resumed = ours.EMA(Network(5, torch.bfloat16), **settings)
+    loaded(resumed, part)
+    run([resumed], range(21, 50))
+    assert_same(resumed.ema_model, values(whole.ema_model))
+
+
+def test_copies_go_on_alike() -> None:
+    mine, _ = pair(update_after_step=2, update_every=3)
+    run([mine], range(10))
+    for one in copies(mine):
+        assert one.model is not mine.model
+        run([one], range(10, 25))
+        again = copy.deepcopy(mine)
+        run([again], range(10, 25))
+        assert_same(one.ema_model, values(again.ema_model))
+        assert spread(one) > 0.1
+    assert int(mine.step) == 10
+
+
+def test_theirs_cannot_be_copied() -> None:
+    with pytest.raises(TypeError, match="model"):
+        copy.deepcopy(pair()[1])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_lazy_average_loads(assign: bool) -> None:
+    mine, yours = pair(update_after_step=0, update_every=1, lazy_init_ema=True)
+    assert mine.ema_model is None
+    with pytest.raises(StateError, match="lazy_init_ema"):
+        mine(torch.zeros(1, 4))
+    run([mine, yours], range(9))
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
+    fresh = ours.EMA(Network(3), update_after_step=0, update_every=1, lazy_init_ema=True)
+    fresh.load_state_dict(copy.deepcopy(yours.state_dict()), assign=assign)
+    assert_close(fresh.ema_model.conv, yours.ema_model.conv, atol=0.0)
+    run([fresh], range(9, 12))
+    with pytest.raises(RuntimeError, match="ema_model"):
+        theirs.EMA(Network(3), lazy_init_ema=True).load_state_dict(yours.state_dict())
+
+
+# -- the other methods ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.7])
+@pytest.mark.parametrize("every", [1, 4])
+def test_the_model_follows_the_average(kept: float, every: int) -> None:
+    mine, yours = pair(
+        update_after_step=1,
+        update_every=2,
+        update_model_with_ema_every=every,
+        update_model_with_ema_beta=kept,
+        param_or_buffer_names_no_ema={"scale"},
+        ignore_names={"table"},
+        peer_exact=True,
+    )
+    for step in range(20):
+        run([mine, yours], [step])
+        assert_close(mine.ema_model, yours.ema_model, atol=1e-12)
+        assert_close(mine.model, yours.model, atol=1e-12)
+        assert int(mine.model.norm.num_batches_tracked) == step + 1
+    mine.update_model_with_ema(0.25)
+    yours.update_model_with_ema(0.25)
+    assert_close(mine.model, yours.model, atol=1e-12)
+
+
+def test_copies_both_ways() -> None:
+    mine, yours = pair(ignore_names={"table"})
+    train([mine.model, yours.model], 1, 1)
+    for ema in (mine, yours):
+        ema.copy_params_from_model_to_ema()
+    assert_close(mine.ema_model, yours.ema_model, atol=0.0)
+    assert_same(mine.ema_model, values(mine.model))
+    train([mine.ema_model, yours.ema_model], 2, 2)
+    count = int(mine.model.norm.num_batches_tracked)
+    for ema in (mine, yours):
+        ema.copy_params_from_ema_to_model()
+    assert_close(mine.model, yours.model, atol=0.0)
+    assert_close(mine.model, mine.ema_model, atol=0.0)
+    assert int(mine.model.norm.num_batches_tracked) == count
+
+
+def test_two_models_of_ones_own() -> None:
+    mine, yours = pair(update_after_step=0, update_every=1, peer_exact=True)
+    one, other = twins(2, 5)
+    current = Network(6)
+    for step in range(8):
+        run([mine, yours], [step])
+        mine.update_moving_average(one, current, 0.75)
+        yours.update_moving_average(other, current, 0.75)
+        if step == 4:  # another average from here on
+            mine.ema_model, yours.ema_model = twins(2, 8)
+    assert_close(one, other, atol=1e-13)
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
+    assert floats(one)["scale"] != floats(current)["scale"]
+
+
+def test_hook_of_an_optimizer() -> None:
+    model = nn.Linear(3, 2)
+    ema = ours.EMA(model, update_after_step=0, update_every=1, beta=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = ema.add_to_optimizer_post_step_hook(optimizer)
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert int(ema.step) == 3
+    handle.remove()
+    optimizer.step()
+    assert int(ema.step) == 3
+    assert not torch.equal(ema.ema_model.weight, model.weight)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.drop = nn.Dropout(0.5)
+        self.norm = nn.BatchNorm1d(4).eval()
+
+    def forward(self, x: Any) -> Any:
+        return self.drop(self.norm(self.linear(x)))
+
+    def sampled(self, x: Any) -> Any:
+        return self.linear(x) + 1
+
+
+def test_forward_eval_is_in_evaluation_mode() -> None:
+    mine, yours = (module.EMA(Noisy()) for module in (ours, theirs))
+    x = torch.randn(64, 4)
+    out = mine.forward_eval(x)
+    assert not out.requires_grad
+    assert torch.equal(out, mine.forward_eval(x))
+    assert not torch.equal(yours.forward_eval(x), yours.forward_eval(x))  # dropout is at work
+    assert [mine.ema_model.training, mine.ema_model.drop.training] == [True, True]
+    assert not mine.ema_model.norm.training
+    with pytest.raises(RuntimeError):
+        mine.forward_eval(torch.randn(2, 3))
+    assert mine.ema_model.training
+
+
+def test_calls_go_to_the_average() -> None:
+    ema = ours.EMA(Noisy(), forward_method_names=("sampled",))
+    nn.init.zeros_(ema.model.linear.weight)
+    x = torch.randn(5, 4)
+    assert torch.equal(ema.sampled(x), ema.ema_model.linear(x) + 1)
+    assert ema.eval() is ema.ema_model
+    assert (ema.ema_model.training, ema.model.training) == (False, True)
+    assert torch.equal(ema(x), ema.ema_model(x))
+
+
+def test_single_tensors() -> None:
+    mine, yours = pair(torch.float32, coerce_dtype=True)
+    for ema in (mine, yours):
+        a, b = torch.arange(4.0), torch.ones(4, dtype=torch.float64)
+        ema.inplace_lerp(a, b, 0.25)
+        assert torch.equal(a, torch.tensor([0.25, 1.0, 1.75, 2.5]))
+        ema.inplace_copy(a, b)
+        assert torch.equal(a, torch.ones(4))
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_only_the_average_is_moved_to_another_device(
+    moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(shared, "_follow_device", lambda *models: calls.append(models))
+    ema = ours.EMA(
+        Network(),
+        update_after_step=0,
+        update_every=1,
+        update_model_with_ema_every=1,
+        update_model_with_ema_beta=0.5,
+        move_ema_to_online_device=moved,
+    )
+    run([ema], range(4))
+    assert calls == [(ema.ema_model, ema.model)] * (3 * moved)
+
+
+def test_a_model_follows_the_device_of_another() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
+    shared._follow_device(one, nn.Linear(1, 1))
+    shared._follow_device(nn.Identity(), other)
+    assert one.weight.device.type == "cpu"
+    shared._follow_device(one, other)
+    assert one.weight.device.type == "meta"
+
+
+def test_restore_device() -> None:
+    ema = ours.EMA(Network())
+    ema.restore_ema_model_device()
+    assert next(ema.ema_model.parameters()).device == ema.initted.device
+
+
+def test_a_model_of_ones_own_for_the_average() -> None:
+    given = Network(4)
+    assert ours.EMA(Network(), ema_model=given).ema_model is given
+    ema = ours.EMA(Network(), ema_model=lambda: Network(4, torch.float32))
+    assert next(ema.ema_model.parameters()).dtype == torch.float32
+    assert not any(p.requires_grad for p in ema.ema_model.parameters())
+
+
+def test_a_model_that_cannot_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("no copies of this")
+
+    model = Stubborn(2, 2)
+    with pytest.raises(BridgeError, match=r"no copies of this.*ema_model="):
+        ours.EMA(model)
+    with pytest.raises(SystemExit):
+        theirs.EMA(model)
+    capsys.readouterr()
+    assert isinstance(ours.EMA(model, ema_model=lambda: nn.Linear(2, 2)).ema_model, nn.Linear)
+
+
+# -- where they are wrong -------------------------------------------------------------------------
+
+
+def test_integers_are_copied_exactly() -> None:
+    mine, yours = pair(update_after_step=0, update_every=1)
+    big = 2**53 + 1
+    for ema in (mine, yours):
+        ema.model.norm.num_batches_tracked.fill_(big)
+    run([mine, yours], range(3))
+    assert int(mine.ema_model.norm.num_batches_tracked) == big + 3
+    assert int(yours.ema_model.norm.num_batches_tracked) == 0
+    assert torch.equal(mine.ema_model.mask, mine.model.mask)
+    assert not torch.equal(yours.ema_model.mask, yours.model.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_16_bit_average_moves(dtype: Any) -> None:
+    moved = []
+    for module in (ours, theirs):
+        model = nn.Linear(64, 64, bias=False).to(dtype)
+        nn.init.constant_(model.weight, 1.0)
+        ema = module.EMA(model, beta=0.9995, min_value=0.9995, update_after_step=0, update_every=1)
+        ema.update()
+        nn.init.constant_(model.weight, 1.25)
+        for _ in range(1000):
+            ema.update()
+        moved.append(ema.ema_model.weight.double().mean().item() - 1.0)
+    want = 0.25 * (1 - 0.9995**1000)
+    assert moved[0] == pytest.approx(want, rel=0.03)
+    assert moved[1] == 0.0
+
+
+def test_a_32_bit_average_of_a_16_bit_model() -> None:
+    def built(module: Any, **settings: Any) -> Any:
+        model = Network(0, torch.bfloat16)
+        return module.EMA(
+            model,
+            ema_model=Network(0, torch.float32),
+            update_after_step=0,
+            update_every=1,
+            **settings,
+        )
+
+    mine, yours = built(ours), built(theirs, coerce_dtype=True)
+    run([mine, yours], range(20))
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
+    assert next(mine.ema_model.parameters()).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="dtype"):
+        run([built(theirs)], range(3))
+    fresh = built(ours)
+    fresh.load_state_dict(mine.state_dict())
+    torch.testing.assert_close(
+        fresh.ema_model.conv.weight, mine.ema_model.conv.weight, atol=0, rtol=0
+    )
+
+
+def other(**changes: Any) -> Any:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    if "shape" in changes:
+        model[1] = nn.Linear(3, 4)
+    if "fewer" in changes:
+        del model[1]
+    if "more" in changes:
+        model.append(nn.Linear(2, 2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [("shape", "1.weight"), ("fewer", "1.weight"), ("more", "2.weight")]
+)
+def test_another_model_is_refused(change: str, named: str) -> None:
+    ema = ours.EMA(other(), ema_model=other(**{change: True}))
+    before = values(ema.ema_model)
+    with pytest.raises(LayoutError, match=named):
+        ema.update()
+    assert_same(ema.ema_model, before)
+    assert (int(ema.step), bool(ema.initted)) == (0, False)
+    if change != "shape":
+        yours = theirs.EMA(other(), ema_model=other(**{change: True}), update_after_step=0)
+        yours.update()  # silently
+
+
+def test_a_part_of_a_model() -> None:
+    model, part = other(more=True), other()
+    mine = ours.EMA(
+        model, ema_model=part, ignore_startswith_names={"2."}, update_after_step=0, update_every=1
+    )
+    yours = theirs.EMA(model, ema_model=other(), update_after_step=0, update_every=1)
+    for step in range(5):
+        torch.manual_seed(step)
+        nn.init.normal_(model[0].weight)
+        mine.update(), yours.update()
+    torch.testing.assert_close(part[0].weight, yours.ema_model[0].weight)
+
+
+def test_a_failed_update_changes_nothing() -> None:
+    mine, yours = pair(update_after_step=0, update_every=1)
+    run([mine, yours], range(5))
+    for ema in (mine, yours):
+        ema.model.conv.weight.data = torch.zeros(2, 2, dtype=torch.float64)
+    before = values(mine.ema_model)
+    with pytest.raises(LayoutError, match=r"conv\.weight"):
+        mine.update()
+    with pytest.raises(RuntimeError):
+        yours.update()
+    assert (int(mine.step), int(yours.step)) == (5, 6)
+    assert_same(mine.ema_model, before)
+    mine.model.conv.weight.data = torch.zeros(5, 3, 3, 3, dtype=torch.float64)
+    mine.update()
+    assert int(mine.step) == 6
+
+
+def test_nan_goes_in() -> None:
+    mine, yours = pair(update_after_step=0, update_every=1)
+    run([mine, yours], range(5))
+    for ema in (mine, yours):
+        ema.model.frozen.data[2] = math.nan
+        ema.update()
+    assert torch.equal(mine.ema_model.frozen.isnan(), yours.ema_model.frozen.isnan())
+    assert mine.ema_model.frozen.isnan().sum() == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"param_or_buffer_names_no_ema": "scale"},
+        {"ignore_names": "scale"},
+        {"ignore_startswith_names": "conv."},
+        {"update_every": 0},
+        {"update_every": 1.5},
+        {"lazy_init_ema": True, "ema_model": Network},
+    ],
+    ids=str,
+)
+def test_arguments_are_checked(settings: Any) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(settings))):
+        ours.EMA(Network(), **settings)
+
+
+def test_nothing_to_average() -> None:
+    with pytest.raises(ArgumentError, match="model"):
+        ours.EMA(None)
+
+
+# -- what happens to models in training -----------------------------------------------------------
+
+
+def test_weights_that_move_are_found_again() -> None:
+    mine, yours = pair(update_after_step=0, update_every=1, peer_exact=True)
+    for step in range(24):
+        for ema in (mine, yours):
+            model = ema.model
+            if step == 4:
+                model.conv.weight.data = model.conv.weight.data.clone().contiguous()
+            if step == 8:
+                state = {name: t.clone() for name, t in model.state_dict().items()}
+                model.load_state_dict(state, assign=True)
+                model.head.weight = model.embedding.weight
+            if step == 12:
+                ema.ema_model.to(memory_format=torch.channels_last)
+            if step == 16:
+                ema.to(torch.float32)
+            if step == 20:
+                ema.ema_model = copy.deepcopy(ema.ema_model)
+        run([mine, yours], [step])
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
+    assert next(mine.ema_model.parameters()).dtype == torch.float32
+
+
+class Wrapped(nn.Module):
+    """As data parallel and compiled models are."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        super().__init__()
+        setattr(self, name, model)
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_wrapped_models(name: str) -> None:
+    model, plain = twins(2)
+    settings = {
+        "update_after_step": 0,
+        "update_every": 1,
+        "ignore_names": {"scale"},
+        "param_or_buffer_names_no_ema": {"frozen"},
+    }
+    mine = ours.EMA(Wrapped(model, name), ema_model=copy.deepcopy(model), **settings)
+    yours = theirs.EMA(plain, **settings)
+    for step in range(8):
+        train([model, plain], 1, step)
+        mine.update(), yours.update()
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_names_with_those_of_wrappers(name: str) -> None:
+    settings = {
+        "update_after_step": 0,
+        "update_every": 1,
+        "ignore_names": {f"{name}.scale"},
+        "ignore_startswith_names": {f"{name}.conv"},
+        "param_or_buffer_names_no_ema": {f"{name}.frozen"},
+    }
+    emas = [e.EMA(Wrapped(Network(), name), **settings) for e in (ours, theirs)]
+    for step in range(8):
+        train([getattr(ema.model, name) for ema in emas], 1, step)
+        for ema in emas:
+            ema.update()
+    assert_close(emas[0].ema_model, emas[1].ema_model, atol=1e-5)
+    inside = getattr(emas[0].ema_model, name)
+    assert torch.equal(inside.frozen, getattr(emas[0].model, name).frozen)
+    assert not torch.equal(inside.scale, getattr(emas[0].model, name).scale)
+
+
+def test_a_compiled_model() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    mine = ours.EMA(
+        torch.compile(model, backend="eager"), update_after_step=0, update_every=1, beta=0.5
+    )
+    for step in range(4):
+        torch.manual_seed(step)
+        nn.init.normal_(model[0].weight)
+        mine.update()
+    assert [n for n in mine.state_dict() if n.startswith("ema_model._orig_mod.")]
+    averaged = mine.ema_model.get_submodule("_orig_mod.0")
+    assert not torch.equal(averaged.weight, model[0].weight)
+
+
+def test_no_memory_of_the_other_is_shared() -> None:
+    model = Network()
+    ema = ours.EMA(model, ema_model=model)
+    with pytest.raises(LayoutError, match="overlap"):
+        ema.update()
+
+
+def test_their_wrapper_takes_ours() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    ema = ours.EMA(model, update_after_step=0, update_every=1, beta=0.5)
+    wrapper = theirs.EMAModuleWrapper(model, ema=ema)
+    wrapper.update()
+    nn.init.zeros_(model[0].weight)
+    wrapper.update()
+    x = torch.randn(3, 4)
+    assert torch.equal(wrapper(x), ema.ema_model(x))
+    assert wrapper.ema_model is ema.ema_model
+
+
+# -- counters on accelerators ---------------------------------------------------------------------
+
+
+def test_an_accelerator_is_not_waited_for(on_an_accelerator: list[float]) -> None:
+    mine, yours = pair(update_after_step=2, update_every=3, peer_exact=True)
+    run([mine, yours], range(9))
+    assert len(on_an_accelerator) == 2  # both counters, before the first step
+    mine.step.fill_(30)
+    yours.step.fill_(30)
+    run([mine, yours], range(9, 14))
+    assert on_an_accelerator[2:] == [30]
+    assert int(mine.step) == 35
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
+
+
+def test_counters_may_be_written() -> None:
+    mine, yours = pair(update_after_step=10, update_every=1, peer_exact=True)
+    run([mine, yours], range(3))
+    for ema in (mine, yours):
+        ema.step.data.fill_(30)
+    run([mine, yours], range(3, 8))
+    assert int(mine.step) == 35
+    assert mine.get_current_decay() == yours.get_current_decay()
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-13)

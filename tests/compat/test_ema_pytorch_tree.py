@@ -1,0 +1,232 @@
+"""EMAPytree of ema_pytorch: averages of tensors in lists, tuples and dicts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from ..needed import modules
+
+modules("torch", "ema_pytorch")
+
+import ema_pytorch as theirs  # noqa: E402
+
+from fastema.compat import ema_pytorch as ours  # noqa: E402
+from fastema.compat.interface import differences  # noqa: E402
+from fastema.errors import ArgumentError, BridgeError, LayoutError  # noqa: E402
+
+from .ema_pytorch_case import copies, nn, torch  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def tree(dtype: Any = torch.float64, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    shared = torch.randn(3, dtype=dtype)
+    return {
+        "a": [torch.randn(4, 5, dtype=dtype).t(), (torch.randn((), dtype=dtype), shared)],
+        "b": {"again": shared, "empty": torch.zeros(0, 2, dtype=dtype)},
+        "c": "no tensor",
+        "d": nn.Parameter(torch.randn(7, dtype=dtype)),
+    }
+
+
+def leaves(one: Any) -> list[Any]:
+    return [x.detach() for x in torch.utils._pytree.tree_flatten(one)[0] if torch.is_tensor(x)]
+
+
+def train(trees: Any, step: int) -> None:
+    for one in trees:
+        generator = torch.Generator().manual_seed(step)
+        for tensor in {id(x): x for x in [one["a"][0], *one["a"][1], one["d"].data]}.values():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.add_(noise.to(tensor.dtype))
+
+
+def assert_close(one: Any, other: Any, atol: float) -> None:
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def run(emas: Any, steps: Any) -> None:
+    for step in steps:
+        train([ema.pytree for ema in emas], step)
+        for ema in emas:
+            ema.update()
+
+
+def test_interface_is_theirs() -> None:
+    assert differences(theirs.EMAPytree, ours.EMAPytree) == []
+    assert ours.EMATensor is ours.EMAPytree
+    mine, yours = ours.EMA(tree()), theirs.EMA(tree())
+    assert isinstance(mine, ours.EMAPytree)
+    assert {n for n in dir(yours) if not n.startswith("_")} - {*dir(mine)} == set()
+    assert list(mine.state_dict()) == list(yours.state_dict()) == ["initted", "step"]
+    assert mine.ema_model is mine.ema_pytree
+    assert mine() is mine.ema_pytree
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"update_after_step": 0},
+        {"update_after_step": 4, "beta": 0.9, "min_value": 0.2},
+        {"update_after_step": 0, "beta": 1.0},
+    ],
+    ids=str,
+)
+def test_same_numbers(settings: Any, every: int) -> None:
+    mine = ours.EMA(tree(), **settings, update_every=every, peer_exact=True)
+    yours = theirs.EMA(tree(), **settings, update_every=every)
+    for step in range(30):
+        run([mine, yours], [step])
+        assert mine.get_current_decay() == yours.get_current_decay()
+        # A tensor that is in the tree twice is averaged twice by theirs: compared below.
+        for i in (0, 1, 4, 5):
+            torch.testing.assert_close(
+                leaves(mine.ema_pytree)[i], leaves(yours.ema_pytree)[i], atol=1e-13, rtol=0
+            )
+    assert mine.ema_pytree["c"] == "no tensor"
+
+
+def test_a_tensor_that_is_there_twice_is_averaged_once() -> None:
+    settings = {"beta": 0.5, "min_value": 0.5, "update_after_step": 0, "update_every": 1}
+    mine, yours = (e.EMA([torch.zeros(2)] * 2, **settings) for e in (ours, theirs))
+    for ema in (mine, yours):
+        ema.update()
+        ema.pytree[0].fill_(1.0)
+        ema.update()
+    assert mine.ema_pytree[0] is mine.ema_pytree[1]
+    assert mine.ema_pytree[0].tolist() == [0.5, 0.5]
+    assert yours.ema_pytree[0].tolist() == [0.75, 0.75]
+
+
+def test_horizon_is_that_of_single_steps() -> None:
+    found = []
+    for module, every in ((ours, 1), (ours, 10), (theirs, 10)):
+        x = torch.zeros(1, dtype=torch.float64)
+        ema = module.EMA(x, beta=0.98, min_value=0.98, update_after_step=0, update_every=every)
+        for step in range(6001):
+            x.fill_(step)
+            ema.update()
+        found.append(6000 - ema.ema_pytree.item())
+    assert found == pytest.approx([49, 45, 490], abs=1)
+
+
+def test_a_run_goes_on_in_the_other_library() -> None:
+    settings = {"update_after_step": 3, "update_every": 1, "peer_exact": True}
+    whole = ours.EMA(tree(), **settings)
+    run([whole], range(20))
+    part = ours.EMA(tree(), **settings)
+    run([part], range(9))
+    del settings["peer_exact"]
+    fresh = theirs.EMA(part.pytree, ema_pytree=copy.deepcopy(part.ema_pytree), **settings)
+    fresh.load_state_dict(part.state_dict())
+    again = ours.EMA(
+        copy.deepcopy(part.pytree), copy.deepcopy(part.ema_pytree), **settings, peer_exact=True
+    )
+    again.load_state_dict(fresh.state_dict())
+    run([again], range(9, 20))
+    assert_close(again.ema_pytree, whole.ema_pytree, atol=0)
+    run([fresh], range(9, 20))
+    torch.testing.assert_close(leaves(fresh.ema_pytree)[0], leaves(whole.ema_pytree)[0])
+
+
+def test_integers_and_mixed_dtypes() -> None:
+    state = [torch.tensor([2**60 + 1]), torch.ones(3, dtype=torch.bfloat16)]
+    average = [torch.tensor([0]), torch.zeros(3)]
+    ema = ours.EMA(state, ema_pytree=average, beta=0.5, update_after_step=0, update_every=1)
+    for _ in range(3):
+        ema.update()
+        state[0].add_(1)
+    assert ema.ema_pytree[0].item() == 2**60 + 3
+    assert torch.equal(average[1], torch.ones(3))
+
+
+def test_results_of_operations() -> None:
+    base = torch.ones(3, requires_grad=True)
+    state = {"x": base * 2, "same": None}
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        theirs.EMA(state)
+    ema = ours.EMA(state, update_after_step=0, update_every=1, beta=0.5)
+    ema.update()
+    state["x"] = base * 4
+    ema.update()
+    assert ema.ema_pytree["x"].tolist() == pytest.approx([2 + 2 * 2 ** (-2 / 3)] * 3)
+    assert not ema.ema_pytree["x"].requires_grad
+
+
+def test_functions_make_averages() -> None:
+    ema = ours.EMA([torch.ones(2)], ema_pytree=lambda: [torch.zeros(2)])
+    assert ema.ema_pytree[0].tolist() == [0, 0]
+    called = ours.EMA([torch.ones(2)], ema_pytree=nn.Linear(2, 1))
+    assert called(torch.zeros(1, 2)).shape == (1, 1)
+
+
+def test_tensors_may_be_replaced() -> None:
+    mine = ours.EMA(tree(), update_after_step=0, update_every=1, peer_exact=True)
+    yours = theirs.EMA(tree(), update_after_step=0, update_every=1)
+    for step in range(9):
+        for ema in (mine, yours):
+            if step == 3:
+                ema.pytree["a"][0] = ema.pytree["a"][0].clone().contiguous()
+            if step == 6:
+                ema.ema_pytree["a"][0] = ema.ema_pytree["a"][0].clone()
+        run([mine, yours], [step])
+    torch.testing.assert_close(mine.ema_pytree["a"][0], yours.ema_pytree["a"][0])
+
+
+def test_another_structure_is_refused() -> None:
+    ema = ours.EMA([torch.ones(2), torch.ones(3)], update_every=1)
+    ema.update()
+    ema.pytree.append(torch.zeros(1))
+    with pytest.raises(LayoutError, match="structure"):
+        ema.update()
+    ema.pytree.pop()
+    ema.pytree[1] = torch.zeros(4)
+    with pytest.raises(LayoutError, match="1"):
+        ema.update()
+    assert int(ema.step) == 1
+    assert ema.ema_pytree[1].tolist() == [1, 1, 1]
+
+
+def test_single_tensors_and_copies() -> None:
+    ema = ours.EMA(tree(), update_after_step=0, update_every=1)
+    run([ema], range(5))
+    for one in copies(ema):
+        again = copy.deepcopy(ema)
+        run([one, again], range(5, 9))
+        assert_close(one.ema_pytree, again.ema_pytree, atol=0)
+    ema.update_moving_average([torch.ones(2)], [torch.zeros(2)], 0.5)
+    ema.inplace_copy(ema.ema_pytree["d"], torch.ones(7, dtype=torch.float64))
+    assert ema.ema_pytree["d"].tolist() == [1.0] * 7
+
+
+def test_16_bits_move_and_rerun_alike() -> None:
+    def after(steps: int) -> Any:
+        x = torch.ones(500, dtype=torch.bfloat16)
+        ema = ours.EMA(x, beta=0.999, min_value=0.999, update_after_step=0, update_every=1)
+        ema.update()
+        x.fill_(2.0)
+        for _ in range(steps):
+            ema.update()
+        return ema.ema_pytree
+
+    assert after(300).double().mean().item() == pytest.approx(2 - 0.999**300, rel=0.02)
+    assert torch.equal(after(50), after(50))
+
+
+@pytest.mark.parametrize("given", [{"update_every": 0}, {"update_every": "1"}], ids=str)
+def test_arguments_are_checked(given: Any) -> None:
+    with pytest.raises(ArgumentError, match="update_every"):
+        ours.EMA([torch.ones(2)], **given)
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    ema = ours.EMA([torch.ones(2)])
+    ema.pytree[0] = torch.eye(2).to_sparse()
+    with pytest.raises(BridgeError, match="sparse"):
+        ema.update()
