@@ -166,6 +166,7 @@ class Plan:
             {"averaged": averaged, "copied": [pair for pair in pairs if pair.name in copied]}
         )
         self._pairs, self._guard = pairs, Guard(avg, x)
+        self._leaves = (dst, src)
         self._watches: Sequence[Watch | None] = watches
         self._locators: Sequence[Locator | None] = locators
         self._written, self._swapped = tell

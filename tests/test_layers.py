@@ -182,6 +182,7 @@ TABLE = {
     "compat.replacing": Room(ours="compat engine.locks errors typing"),
     "compat.keras": Room(ours="keras plan engine.interrupts errors typing", theirs="keras"),
     # What the drop-in classes share takes back the weights whatever interrupts it.
+    "compat.torch_ema": Room(ours="compat engine.interrupts errors typing", theirs="torch"),
     "compat.following": Room(
         ours="shadow plan bridges layout engine.interrupts errors typing", theirs="torch"
     ),

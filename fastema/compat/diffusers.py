@@ -106,7 +106,6 @@ model_config
       is written. There, what is too many was left out, and a smaller tensor broadcast.
     - :meth:`store` refuses to let go of stored weights that :meth:`copy_to` has written over.
     - A ``min_decay`` of 0, an ``int``, can be saved and loaded again.
-    - A parameter that is twice in the list has one average, and is written once.
     - Averages on another device than the parameters are updated there, from a copy of these.
     - The parameters that DeepSpeed's ZeRO-3 spreads over processes are not gathered, there they
       are: call :meth:`step` within ``deepspeed.zero.GatheredParameters(parameters)``.
@@ -152,6 +151,7 @@ model_config
             _deprecated("min_value", "EMAModel", "min_decay")
             min_decay = kwargs["min_value"]
         _refuse_outside(decay, min_decay, ArgumentError)
+        self._follower = ListFollower()
         self.shadow_params = clones(as_list(parameters, "EMAModel(parameters)"))
         if kwargs.get("device") is not None:
             _deprecated("device", "EMAModel", "to()")
@@ -168,8 +168,17 @@ model_config
         self.foreach = foreach
         self.model_cls = model_cls
         self.model_config = model_config
-        self._follower = ListFollower()
         self._stored = Stored()
+
+    @property
+    def shadow_params(self) -> list[Tensor]:
+        """The averages."""
+        return self._shadow
+
+    @shadow_params.setter
+    def shadow_params(self, tensors: list[Tensor]) -> None:
+        self._shadow = tensors
+        self._follower.let_go()
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -313,8 +322,7 @@ model_config
         RuntimeError
             Of torch, without a GPU.
         """
-        pinned = {id(one): one.pin_memory() for one in self.shadow_params}
-        self.shadow_params = [pinned[id(one)] for one in self.shadow_params]
+        self.shadow_params = [one.pin_memory() for one in self.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, the schedule and the tensors themselves, not copies of them.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+import weakref
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastema.bridges.registry import leaves_of, materialised
+from fastema.compat.lending import InPlace, Lent, Loan, tensors_of
 from fastema.engine.interrupts import deferred
 from fastema.errors import LayoutError, StateError
-from fastema.layout.spec import Leaves, Role
+from fastema.layout.spec import Leaves, Role, TensorSpec
 from fastema.plan import Plan, PolicyOf
-from fastema.shadow.exchange import Exchange, exchanged, recovered
 
 __all__ = ["Follower"]
 
@@ -28,29 +29,36 @@ def _average(name: str, role: Role) -> Literal["average"]:
 class _Exchangeable(Plan):
     """A plan whose averages can change places with the weights exactly."""
 
-    _exchange: Exchange | None = None
+    _loan: InPlace | None = None
 
     def _build(self) -> None:
         super()._build()
-        self._exchange = None
+        self._loan = None
 
-    def exchange(self, x: Any) -> Exchange:
+    def loan(self, x: Any) -> InPlace:
         """What puts the averages into the model and takes them back; all checks, no writing."""
         with self._lock:
             self._ready("swap", x)
-            found = self._exchange or Exchange(0, exchanged(self._pairs))
-            if not found.keeps:
-                self._exchange = found
+            found = self._loan or InPlace(self._pairs, *self.sides())
+            self._loan = None if found.keeps else found
             return found
 
-    def wrote(self) -> None:
-        """Tell the frameworks that all of it was written."""
-        for tell, arrays in self._written + self._swapped:
-            tell(arrays)
+    def sides(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Averages and weights by name, without those that are skipped."""
+        averages, weights = (tensors_of(leaves) for leaves in self._leaves)
+        return averages, weights
 
-    def recovered(self) -> dict[Any, Tensor]:
-        """Copies of the averages by where they lie, while the model holds them."""
-        return {pair.dst: recovered(pair).shadow for pair in self._pairs}
+    def moved(self) -> bool:
+        """Whether tensors are elsewhere than they were, or others."""
+        return any(watched is not None and watched.changed() for watched in self._watches)
+
+    def about(self, model: Any) -> None:
+        """Go on with a model that was let go of."""
+        self._x = model
+
+    def let_go(self) -> None:
+        """Do not keep the model, only what is known of its tensors."""
+        self._x = None
 
 
 class _Stage:
@@ -58,43 +66,63 @@ class _Stage:
 
     Parameters
     ----------
-    averages, weights : mapping of str to Tensor
+    averages : mapping of str to Tensor
+    weights : Leaves
     """
 
-    def __init__(self, averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        self.tensors = {
-            name: torch.empty_like(
-                weight,
-                device=averages[name].device,
-                # A GPU writes there on its own: waited for once, not tensor by tensor.
-                pin_memory=averages[name].device.type == "cpu" and weight.is_cuda,
-                requires_grad=False,
-            )
-            for name, weight in weights.items()
-            if name in averages
+    def __init__(self, averages: Mapping[str, Tensor], weights: Leaves) -> None:
+        # A plan names those that have no average, unless they are skipped.
+        self.tensors = tensors_of(weights)
+        self._firsts = _firsts(averages, weights)
+        owners = {leaf.spec: leaf.spec.owner for leaf in weights.items}
+        beside = {
+            spec: _beside(averages[name], owners[spec]) for spec, name in self._firsts.items()
+        }
+        self.tensors |= {
+            leaf.name: beside[leaf.spec] for leaf in weights.items if leaf.name in averages
         }
 
-    def fits(self, averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
-        """Whether it is of these names, shapes, dtypes and devices."""
-        return self.tensors.keys() == averages.keys() & weights.keys() and all(
-            staged.shape == weights[name].shape
-            and staged.dtype == weights[name].dtype
-            and staged.device == averages[name].device
-            for name, staged in self.tensors.items()
+    def fits(self, averages: Mapping[str, Tensor], weights: Leaves) -> bool:
+        """Whether it is of these names, shapes, dtypes and devices, tied in the same way."""
+        other = tensors_of(weights)
+        return (
+            self.tensors.keys() == other.keys()
+            and list(self._firsts.values()) == list(_firsts(averages, weights).values())
+            and all(
+                staged.shape == other[name].shape
+                and staged.dtype == other[name].dtype
+                and (name not in averages or staged.device == averages[name].device)
+                for name, staged in self.tensors.items()
+            )
         )
 
     def take(self, weights: Leaves) -> None:
         """Copy the weights; what the host is to read of them is there when this returns."""
-        for leaf in weights.items:
-            if leaf.name in self.tensors:
-                self.tensors[leaf.name].copy_(leaf.spec.owner.detach(), non_blocking=True)
+        now = tensors_of(weights)
+        for name in self._firsts.values():
+            self.tensors[name].copy_(now[name].detach(), non_blocking=True)
         for home in {leaf.spec.device: leaf.spec.home for leaf in weights.items}.values():
             if home is not None:
                 home.wait()
 
 
-def _tensors(leaves: Leaves) -> dict[str, Tensor]:
-    return {leaf.name: leaf.spec.owner for leaf in leaves.items}
+def _firsts(averages: Container[str], weights: Leaves) -> dict[TensorSpec, str]:
+    """Each memory of the weights that have an average, by the first of its names."""
+    found: dict[TensorSpec, str] = {}
+    for leaf in weights.items:
+        if leaf.name in averages:
+            found.setdefault(leaf.spec, leaf.name)
+    return found
+
+
+def _beside(average: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(
+        weight,
+        device=average.device,
+        # A GPU writes there on its own: waited for once, not tensor by tensor.
+        pin_memory=average.device.type == "cpu" and weight.is_cuda,
+        requires_grad=False,
+    )
 
 
 def _apart(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
@@ -139,13 +167,13 @@ class Follower:
         self._averaged = averaged
         self._policy = policy or _average
         self._rounding, self._seed = rounding, seed
-        self._applied: _Exchangeable | None = None
-        self._swapped = False
+        self._loan: Loan | None = None
         self.forget()
 
     def forget(self) -> None:
         """Look everything up anew at the next call, and ask the policy again."""
         self._plan: _Exchangeable | None = None
+        self._model: weakref.ref[Any] | None = None
         self._stage: _Stage | None = None
         self._roles: dict[str, Role] = {}
 
@@ -156,7 +184,7 @@ class Follower:
         return {name: getattr(self, name) for name in plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _applied=None, _swapped=False)
+        vars(self).update(state, _loan=None)
         self.forget()
 
     # -- every step -------------------------------------------------------------------------------
@@ -194,23 +222,46 @@ class Follower:
         self._tried(materialised(model), lambda plan, weights: plan.copy_(weights))
 
     def _refuse_swapped(self, call: str) -> None:
-        if self._swapped:
+        if self._loan is not None:
             raise StateError(f"{call} while the model holds the average: leave that block first")
 
     def _tried(self, model: Any, call: Callable[[_Exchangeable, Any], Result]) -> Result:
         """A call with the plan there is; with another one where devices have changed."""
         if self._plan is not None and self._stage is None:
+            if self._model is not None and self._model() is model:
+                self._plan.about(model)
             try:
                 return call(self._plan, model)
             except LayoutError:
                 if not self._is_apart(leaves_of(model)):
                     raise
-        return call(*self._looked_up(model))
+            finally:
+                self._let_go(model)
+        plan, source = self._looked_up(model)
+        try:
+            return call(plan, source)
+        finally:
+            self._let_go(model)
+
+    def _let_go(self, model: Any) -> None:
+        """Keep no model alive, and nothing of one that is gone."""
+        if self._plan is None or not isinstance(model, torch.nn.Module):
+            return
+        self._plan.let_go()
+        if self._model is None or self._model() is not model:
+            me = weakref.ref(self)
+
+            def gone(_: object) -> None:
+                follower = me()
+                if follower is not None:
+                    follower.forget()
+
+            self._model = weakref.ref(model, gone)
 
     # -- where everything is ----------------------------------------------------------------------
 
     def _is_apart(self, weights: Leaves) -> bool:
-        return _apart(_tensors(leaves_of(self._averaged)), _tensors(weights))
+        return _apart(tensors_of(leaves_of(self._averaged)), tensors_of(weights))
 
     def _looked_up(self, model: Any) -> tuple[_Exchangeable, Any]:
         """The plan, and what the averages are to follow: the model, or its copy beside them."""
@@ -219,16 +270,15 @@ class Follower:
             self.forget()
             self._plan = _Exchangeable(self._averaged, model, policy=self._policy, **self._bits)
             return self._plan, model
-        ours, theirs = _tensors(leaves_of(self._averaged)), _tensors(weights)
-        if (
-            self._stage is None
-            or not self._stage.fits(ours, theirs)
-            or weights.roles != self._roles
-        ):
-            stage = _Stage(ours, theirs)
-            self._plan = _Exchangeable(
-                self._averaged, stage.tensors, policy=self._named(weights), **self._bits
-            )
+        ours = tensors_of(leaves_of(self._averaged))
+        fits = self._stage is not None and self._stage.fits(ours, weights)
+        if self._stage is None or not fits or weights.roles != self._roles:
+            policy = self._named(weights)
+            for one in weights.opaque:
+                if policy(one.name, one.role) != "skip":
+                    raise one.error
+            stage = _Stage(ours, weights)
+            self._plan = _Exchangeable(self._averaged, stage.tensors, policy=policy, **self._bits)
             self._stage, self._roles = stage, weights.roles
         assert self._plan is not None
         self._stage.take(weights)
@@ -262,75 +312,62 @@ class Follower:
         weights = leaves_of(model)
         averages: Any = self._averaged
         if self._is_apart(weights):
-            theirs = _tensors(weights)
+            theirs = tensors_of(weights)
             averages = {
                 name: one.detach().to(theirs[name].device) if name in theirs else one
-                for name, one in _tensors(leaves_of(averages)).items()
+                for name, one in tensors_of(leaves_of(averages)).items()
             }
         Plan(model, averages, policy=self._named(weights)).copy_()
 
-    def swapped(self, model: Any) -> AbstractContextManager[None]:
+    @contextmanager
+    def swapped(self, model: Any) -> Iterator[None]:
         """A block in which the model holds the average; the raw weights come back however it ends.
 
-        Exactly. They are kept where the average was if both are of one dtype, or float32 and
-        bfloat16; for other pairs of dtypes, and on another device, in memory of their own.
+        Exactly, and into tensors that were moved, cast or replaced inside the block too. They are
+        kept where the average was if both are of one dtype, or float32 and bfloat16; for other
+        pairs of dtypes, and on another device, in memory of their own.
 
         Raises
         ------
         LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
+            Naming the tensors; nothing was written then. At the end of the block, naming those that
+            are gone or reshaped; the others have their contents back.
         StateError
             Inside another such block.
         """
         self._refuse_swapped("swapped()")
         model = materialised(model)
+        plan, loan = self._tried(
+            model, lambda plan, source: (plan, self._loan_of(plan, model, source))
+        )
 
-        def begin(plan: _Exchangeable, source: Any) -> AbstractContextManager[None]:
-            if source is not model:
-                return self._lent(model)
-            return self._exchanged(plan, plan.exchange(model))
-
-        return self._tried(model, begin)
-
-    @contextmanager
-    def _exchanged(self, plan: _Exchangeable, exchange: Exchange) -> Iterator[None]:
         def take_back() -> None:
             with deferred():
-                if self._applied is not None:
-                    exchange.restore()
-                    self._applied, self._swapped = None, False
-                    plan.wrote()
+                if self._loan is loan:
+                    self._loan = None
+                    loan.take_back(self._averaged, model, moved=plan.moved())
 
         try:
             with deferred():
-                exchange.apply()
-                self._applied, self._swapped = plan, True
-                plan.wrote()
+                self._loan = loan
+                loan.apply()
             yield
         finally:
             try:
                 take_back()
-            except BaseException:  # an interrupt, before anything was taken back
+            except KeyboardInterrupt:  # before anything was taken back
                 take_back()
                 raise
 
-    @contextmanager
-    def _lent(self, model: Any) -> Iterator[None]:
-        raw = {leaf.name: leaf.spec.owner.detach().clone() for leaf in leaves_of(model).items}
-        try:
-            self._give(model)
-            self._swapped = True
-            yield
-        finally:
-            with deferred():
-                self._swapped = False
-                # What was skipped is not ours to put back.
-                Plan(model, raw, policy=self._named(leaves_of(model))).copy_()
+    def _loan_of(self, plan: _Exchangeable, model: Any, source: Any) -> Loan:
+        if source is model:
+            return plan.loan(model)
+        averages, weights = plan.sides()
+        own = tensors_of(leaves_of(model))
+        return Lent(averages, {name: own[name] for name in weights})
 
     def averages(self) -> dict[str, Tensor]:
         """The averages by name: the tensors themselves, or copies while the model holds them."""
-        leaves = leaves_of(self._averaged)
-        if self._applied is None:
-            return _tensors(leaves)
-        found = self._applied.recovered()
-        return {leaf.name: found.get(leaf.spec, leaf.spec.owner) for leaf in leaves.items}
+        if self._loan is None:
+            return tensors_of(leaves_of(self._averaged))
+        return self._loan.averages()

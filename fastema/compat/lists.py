@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import compress
+from collections.abc import Iterable, Sequence
+from functools import partial
 from operator import is_
-from typing import Any
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastema.bridges.registry import describe
 from fastema.compat.following import Follower
 from fastema.errors import (
     ArgumentError,
@@ -22,9 +22,13 @@ from fastema.errors import (
     StateError,
     listed,
 )
-from fastema.plan import PolicyOf
+from fastema.layout.spec import Role
 
 __all__ = ["ListFollower", "Stored", "as_list", "clones", "loaded", "moved", "write"]
+
+
+_PLANS: Final = 4
+"""Sets of frozen parameters that plans are kept for: those of a script that takes turns."""
 
 
 def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
@@ -35,9 +39,10 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
     ArgumentError
         For anything else, such as a module.
     """
-    found = [] if isinstance(parameters, torch.nn.Module | Tensor) else list(parameters)
-    wrong = parameters if isinstance(parameters, torch.nn.Module | Tensor) else None
-    wrong = next((one for one in found if not isinstance(one, Tensor)), wrong)
+    iterable = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
+    found = list(parameters) if iterable else []
+    wrong: Any = next((one for one in found if not isinstance(one, Tensor)), None)
+    wrong = wrong if iterable else parameters
     if wrong is not None:
         raise ArgumentError(
             f"{call}: expected an iterable of tensors, such as model.parameters(), got a "
@@ -52,19 +57,16 @@ def _firsts(tensors: Sequence[Tensor]) -> list[int]:
     found = []
     for at, one in enumerate(tensors):
         key: Any = at
-        if one.layout == torch.strided and one.numel() and one.device.type != "meta":
+        # Tensors of several processes, and such as have no data, have no address.
+        if one.layout == torch.strided and one.numel() and one.data_ptr():
             key = one.device, one.data_ptr(), one.dtype, one.shape, one.stride()
         found.append(places.setdefault(key, at))
     return found
 
 
 def clones(tensors: Sequence[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
-    """Copies, on a device where one is named; one copy for all that are tied to each other."""
-    copies: list[Tensor] = []
-    for at, (one, first) in enumerate(zip(tensors, _firsts(tensors), strict=True)):
-        copy = one.detach().to(device or one.device, copy=True) if first == at else copies[first]
-        copies.append(copy)
-    return copies
+    """Copies, on a device where one is named; tied ones have a copy each, as the peers have."""
+    return [one.detach().to(device or one.device, copy=True) for one in tensors]
 
 
 def moved(
@@ -73,13 +75,15 @@ def moved(
     dtype: torch.dtype | None,
     non_blocking: bool = False,
 ) -> list[Tensor]:
-    """Tensors on a device, and floats of a dtype; tied ones stay tied."""
-    found: dict[int, Tensor] = {}
-    for one in tensors:
-        if id(one) not in found:
-            cast = dtype if one.is_floating_point() else None
-            found[id(one)] = one.to(device=device, dtype=cast, non_blocking=non_blocking)
-    return [found[id(one)] for one in tensors]
+    """Tensors on a device, and floats of a dtype."""
+    return [
+        one.to(
+            device=device,
+            dtype=dtype if one.is_floating_point() else None,
+            non_blocking=non_blocking,
+        )
+        for one in tensors
+    ]
 
 
 def _refuse_unlike(values: Sequence[Tensor], others: Sequence[Tensor], what: str) -> None:
@@ -97,7 +101,8 @@ def _refuse_unlike(values: Sequence[Tensor], others: Sequence[Tensor], what: str
 def _refuse_unwritable(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> None:
     for at, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
         where = f"{call}, number {at} of the list"
-        if parameter.layout != torch.strided or parameter.device.type == "meta":
+        plain = parameter.layout == torch.strided and parameter.device.type != "meta"
+        if not plain or parameter.is_conj() or parameter.is_neg():
             raise BridgeError(
                 f"{where}: a tensor of layout {parameter.layout} on {parameter.device} has no "
                 "plain memory to write to"
@@ -113,6 +118,9 @@ def _refuse_unwritable(values: Sequence[Tensor], parameters: Sequence[Tensor], c
 def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> None:
     """Write values into parameters, rounded to nearest, on whatever devices they are.
 
+    Autograd is not told of it, as it is not by the peers: a graph that needs the parameters is
+    right when they have their values back.
+
     Raises
     ------
     LayoutError, DTypeError, BridgeError
@@ -124,7 +132,7 @@ def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> 
     # A plan would be used once: for a thousand small tensors it takes twenty times as long.
     if firsts:
         torch._foreach_copy_(
-            [parameters[at].detach() for at in firsts], [values[at].detach() for at in firsts]
+            [parameters[at].data for at in firsts], [values[at].detach() for at in firsts]
         )
 
 
@@ -166,16 +174,11 @@ def loaded(
     ]
     if problems:
         raise LayoutError(f"{name!r} of the state, by place:\n" + listed(problems))
-    firsts = _firsts(current)
-    made: list[Tensor] = []
-    for at, (one, old) in enumerate(zip(saved, current, strict=True)):
-        if firsts[at] != at:
-            made.append(made[firsts[at]])
-            continue
-        device = old.device if devices is None else devices[at]
-        dtype = torch.promote_types(one.dtype, old.dtype)
-        made.append(one.detach().to(device, dtype, copy=True))
-    return made
+    devices = [old.device for old in current] if devices is None else devices
+    return [
+        one.detach().to(device, torch.promote_types(one.dtype, old.dtype), copy=True)
+        for one, old, device in zip(saved, current, devices, strict=True)
+    ]
 
 
 class ListFollower:
@@ -183,53 +186,21 @@ class ListFollower:
 
     The plan is made over other tensor objects of the parameters' memory. They are let go when one
     of the parameters is, and made anew when one was re-pointed, cast, moved or replaced.
-
-    Attributes
-    ----------
-    lent : list of Tensor or None
-        The parameters that hold the average, inside a block of :meth:`swapped`.
     """
 
     def __init__(self) -> None:
-        self.lent: list[Tensor] | None = None
-        self._shadow: list[Tensor] = []
-        self._copied: frozenset[int] = frozenset()
-        self._forget()
+        self.let_go()
 
     def __reduce__(self) -> Any:
         """Copied and pickled as a new one: what it knows is about memory."""
-        self.refuse_lent("copying it")
         return type(self), ()
 
-    def refuse_lent(self, call: str) -> None:
-        """Refuse what would read or write an average that is not there, but in the parameters."""
-        if self.lent is not None:
-            raise StateError(
-                f"{call} while the parameters hold the average: leave the block that put it there "
-                "first"
-            )
-
-    def _forget(self) -> None:
+    def let_go(self) -> None:
+        """Keep no memory: neither of parameters nor of averages."""
+        self._shadow: list[Tensor] = []
         self._memory: list[Tensor] = []
         self._references: list[weakref.ref[Tensor]] = []
-        self._follower: Follower | None = None
-
-    def _at(self, shadow: list[Tensor], parameters: list[Tensor]) -> tuple[Follower, list[Tensor]]:
-        """What follows, and the memory that it follows, looked up anew where it has to be."""
-        if len(shadow) != len(parameters):
-            raise LayoutError(
-                f"{len(parameters)} parameters were given, the average is of {len(shadow)}: give "
-                "all that it was built from, in the same order"
-            )
-        if len(shadow) != len(self._shadow) or not all(map(is_, shadow, self._shadow)):
-            self._shadow[:] = shadow
-        memory = self._memory
-        if not _is_of(memory, parameters):
-            self._memory = [parameter.detach() for parameter in parameters]
-            self._references = _watched(self, parameters)
-        if self._follower is None:
-            self._follower = Follower(self._shadow, _copying(self._copied))
-        return self._follower, self._memory
+        self._plans: dict[frozenset[int], _Planned] = {}
 
     def update(
         self,
@@ -245,49 +216,75 @@ class ListFollower:
         ------
         LayoutError, DTypeError, BridgeError
             Naming the tensors by their place; nothing was written then.
-        StateError
-            Inside :meth:`swapped`.
         """
-        self.refuse_lent("updating the average")
-        if copied != self._copied:
-            self._copied, self._follower = copied, None
+        if len(shadow) != len(parameters):
+            raise LayoutError(
+                f"{len(parameters)} parameters were given, the average is of {len(shadow)}: give "
+                "all that it was built from, in the same order"
+            )
         try:
-            follower, memory = self._at(shadow, parameters)
-            follower.update(memory, weight, step)
+            plan = self._planned(shadow, parameters, copied)
+            plan.follower.update(plan.weights, weight, step)
         except BaseException:
-            self._forget()  # tensors that it refuses are not to be kept
+            self.let_go()  # tensors that it refuses are not to be kept
             raise
+        for at in plan.apart:
+            shadow[at].copy_(parameters[at].detach())
 
-    @contextmanager
-    def swapped(self, shadow: list[Tensor], parameters: list[Tensor]) -> Iterator[None]:
-        """A block in which the parameters hold the average; the raw weights come back exactly.
+    def _planned(
+        self, shadow: list[Tensor], parameters: list[Tensor], copied: frozenset[int]
+    ) -> _Planned:
+        same = len(shadow) == len(self._shadow) and all(map(is_, shadow, self._shadow))
+        if not (same and _is_of(self._memory, parameters)):
+            self.let_go()
+            self._shadow = list(shadow)
+            self._memory = [parameter.detach() for parameter in parameters]
+            self._references = _watched(self, parameters)
+        found = self._plans.get(copied)
+        if found is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            apart = frozenset(at for at in copied if not _has_kernel(parameters[at]))
+            _refuse_unlike(
+                [shadow[at] for at in apart], [parameters[at] for at in apart], "those not averaged"
+            )
+            averages, weights = (
+                {str(at): one for at, one in enumerate(side) if at not in apart}
+                for side in (self._shadow, self._memory)
+            )
+            # No method of this object's: they would keep each other, and memory of a GPU with them.
+            follower = Follower(averages, partial(_treated, copied))
+            found = self._plans[copied] = _Planned(follower, weights, apart)
+        return found
 
-        Also into parameters that were moved, cast or re-pointed inside the block.
-        """
-        self.refuse_lent("putting the average into the parameters")
-        follower, memory = self._at(shadow, parameters)
-        try:
-            block = follower.swapped(memory)
-        except BaseException:  # before anything was written
-            self._forget()
-            raise
-        try:
-            with block:
-                self.lent = parameters
-                yield
-        finally:
-            self.lent = None
-            _follow(parameters, memory)
 
-    def averages(self) -> list[Tensor]:
-        """Copies of the averages, while the parameters hold them."""
-        assert self._follower is not None
-        return list(self._follower.averages().values())
+class _Planned(NamedTuple):
+    """What updates the averages while certain parameters are frozen.
+
+    Attributes
+    ----------
+    follower : Follower
+    weights : dict of str to Tensor
+        What it follows, by place in the list.
+    apart : frozenset of int
+        Places of what is copied and no kernel knows: float8, sparse.
+    """
+
+    follower: Follower
+    weights: dict[str, Tensor]
+    apart: frozenset[int]
 
 
-def _copying(copied: frozenset[int]) -> PolicyOf:
-    # No method of the follower's: they would keep each other, and memory of a GPU with them.
-    return lambda name, role: "copy" if int(name) in copied else "average"
+def _has_kernel(one: Tensor) -> bool:
+    try:
+        describe(one)
+    except (BridgeError, DTypeError):
+        return False
+    return True
+
+
+def _treated(copied: frozenset[int], name: str, role: Role) -> Literal["average", "copy"]:
+    return "copy" if int(name) in copied else "average"
 
 
 def _is_of(memory: list[Tensor], parameters: list[Tensor]) -> bool:
@@ -296,17 +293,6 @@ def _is_of(memory: list[Tensor], parameters: list[Tensor]) -> bool:
         return len(memory) == len(parameters) and all(map(Tensor.is_set_to, memory, parameters))
     except NotImplementedError:  # of tensors that have no storage
         return False
-
-
-def _follow(parameters: list[Tensor], memory: list[Tensor]) -> None:
-    """Write into parameters that lie elsewhere by now what is in the memory that they had."""
-    elsewhere = [not _is_of([one], [other]) for one, other in zip(memory, parameters, strict=True)]
-    if any(elsewhere):
-        write(
-            list(compress(memory, elsewhere)),
-            list(compress(parameters, elsewhere)),
-            "the raw weights",
-        )
 
 
 def _watched(follower: ListFollower, parameters: list[Tensor]) -> list[weakref.ref[Tensor]]:
@@ -319,7 +305,7 @@ def _watched(follower: ListFollower, parameters: list[Tensor]) -> list[weakref.r
     def gone(_: object) -> None:
         one = me()
         if one is not None:
-            one._forget()
+            one.let_go()
 
     return [weakref.ref(one, gone) for one in parameters if isinstance(one, torch.nn.Parameter)]
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
+from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
 
 __all__ = ["ExponentialMovingAverage"]
@@ -75,12 +75,11 @@ class ExponentialMovingAverage:
       have. There, every resumption rounded a float32 average of a bfloat16 model to bfloat16.
     - It, :meth:`copy_to` and :meth:`restore` refuse tensors of other shapes, naming them, before
       anything is written. There, they were taken, or broadcast, up to where one did not fit.
-    - :meth:`average_parameters` swaps average and weights in place (see there) and leaves
-      ``collected_params`` alone; one inside another lost the weights there.
+    - :meth:`average_parameters` leaves ``collected_params`` alone, and can be nested; one inside
+      another lost the weights there.
     - :meth:`store` refuses to let go of stored weights that :meth:`copy_to` has written over.
       What it stores can be copied and loaded; there it is part of autograd's graph, and a state
       saved before :meth:`restore` was refused.
-    - A parameter that is twice in the list has one average, and is written once.
     - Integers are copied, where an update failed there.
     - A call that fails has changed nothing, and is not counted.
 
@@ -110,21 +109,16 @@ class ExponentialMovingAverage:
         self._num_calls = 0
         self._follower = ListFollower()
         self._stored = Stored()
-        self._shown: list[Tensor] | None = None
 
     @property
     def shadow_params(self) -> list[Tensor]:
-        """The averages: the tensors themselves, copies inside :meth:`average_parameters`."""
-        if self._follower.lent is None:
-            return self._shadow
-        if self._shown is None:
-            self._shown = self._follower.averages()
-        return self._shown
+        """The averages."""
+        return self._shadow
 
     @shadow_params.setter
-    def shadow_params(self, tensors: list[Tensor]) -> None:
-        self._follower.refuse_lent("setting shadow_params")
-        self._shadow = tensors
+    def shadow_params(self, tensors: Iterable[Tensor]) -> None:
+        self._shadow = as_list(tensors, "shadow_params")
+        self._follower.let_go()
 
     def _get_parameters(self, parameters: Iterable[Tensor] | None, call: str) -> list[Tensor]:
         if parameters is not None:
@@ -160,8 +154,6 @@ class ExponentialMovingAverage:
             If the parameters that the average was built from are gone, or are no tensors.
         LayoutError, DTypeError, BridgeError
             For parameters of another number, shape or kind; nothing was changed.
-        StateError
-            Inside :meth:`average_parameters`.
         """
         decay = float(self.decay)
         step = self._num_calls + 1
@@ -190,8 +182,6 @@ class ExponentialMovingAverage:
             See :meth:`update`.
         """
         weights = self._get_parameters(parameters, "copy_to")
-        if self._holds_average(weights):
-            return
         write(self.shadow_params, weights, "copy_to")
         self._stored.overwritten(weights)
 
@@ -211,7 +201,6 @@ class ExponentialMovingAverage:
             If what was stored before was then written over by :meth:`copy_to`, and would be lost.
             Inside :meth:`average_parameters`.
         """
-        self._follower.refuse_lent("store()")
         weights = self._get_parameters(parameters, "store")
         if self.collected_params is not None:
             self._stored.refuse_loss("collected_params")
@@ -229,11 +218,10 @@ class ExponentialMovingAverage:
         Raises
         ------
         StateError
-            Without :meth:`store`, or inside :meth:`average_parameters`.
+            Without :meth:`store`.
         ArgumentError, LayoutError, DTypeError, BridgeError
             See :meth:`update`.
         """
-        self._follower.refuse_lent("restore()")
         if self.collected_params is None:
             raise StateError("restore() without store(): there are no weights to put back")
         write(self.collected_params, self._get_parameters(parameters, "restore"), "restore")
@@ -243,11 +231,8 @@ class ExponentialMovingAverage:
     def average_parameters(self, parameters: Iterable[Tensor] | None = None) -> Iterator[None]:
         """A block in which the parameters hold the average; the weights come back however it ends.
 
-        Average and weights change places, bit for bit and without a third copy where they are of
-        one dtype, or float32 and bfloat16 on one device: for the block, ``shadow_params`` and
-        :meth:`state_dict` show copies of the average. What parameters hold at its end is taken for
-        the average: do not train or change them inside. A block in a block for the same
-        parameters does nothing.
+        A copy of the weights is kept for the block, as there. They come back bit for bit, also
+        into parameters that were moved, cast or re-pointed inside it.
 
         Parameters
         ----------
@@ -258,22 +243,15 @@ class ExponentialMovingAverage:
         ------
         ArgumentError, LayoutError, DTypeError, BridgeError
             See :meth:`update`.
-        StateError
-            Inside another block for other parameters.
         """
         weights = self._get_parameters(parameters, "average_parameters")
-        if self._holds_average(weights):
-            yield
-            return
+        raw = clones(weights)
         try:
-            with self._follower.swapped(self._shadow, weights):
-                yield
+            write(self._shadow, weights, "average_parameters")
+            yield
         finally:
-            self._shown = None
-
-    def _holds_average(self, weights: list[Tensor]) -> bool:
-        lent = self._follower.lent
-        return lent is not None and len(lent) == len(weights) and all(map(is_, lent, weights))
+            with deferred():
+                write(raw, weights, "the raw weights")
 
     # -- the average ------------------------------------------------------------------------------
 
@@ -290,22 +268,14 @@ class ExponentialMovingAverage:
         ----------
         device : device, optional
         dtype : torch.dtype, optional
-
-        Raises
-        ------
-        StateError
-            Inside :meth:`average_parameters`.
         """
-        self._follower.refuse_lent("to()")
         shadow = moved(self._shadow, device, dtype)
         if self.collected_params is not None:
             self.collected_params = moved(self.collected_params, device, dtype)
-        self._shadow = shadow
+        self.shadow_params = shadow
 
     def state_dict(self) -> dict[str, Any]:
         """The decay, the number of updates and the tensors themselves, not copies of them.
-
-        Inside :meth:`average_parameters` the averages are copies.
 
         Returns
         -------
@@ -340,10 +310,7 @@ class ExponentialMovingAverage:
             If an entry is missing or is not what it should be.
         LayoutError
             Listing the tensors that differ in number, shape or kind.
-        StateError
-            Inside :meth:`average_parameters`.
         """
-        self._follower.refuse_lent("load_state_dict()")
         missing = [k for k in ("decay", "num_updates", "shadow_params") if k not in state_dict]
         if missing:
             raise CheckpointError(f"the state has no {', '.join(map(repr, missing))}")
@@ -361,7 +328,7 @@ class ExponentialMovingAverage:
             collected = loaded(collected, self._shadow, "collected_params", devices)
         self.decay, self.num_updates = decay, num_updates
         self._num_calls = int(state_dict.get("num_calls") or num_updates or 0)
-        self._shadow, self.collected_params = shadow, collected
+        self.shadow_params, self.collected_params = shadow, collected
         self._stored.restored()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import numpy as np
@@ -227,7 +229,7 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
             lambda: follower.update(net, 0.5, 1),
             lambda: follower.copy(net),
             lambda: follower.give(net),
-            lambda: follower.swapped(net),
+            lambda: follower.swapped(net).__enter__(),
             lambda: copy.copy(follower),
         ):
             with pytest.raises(StateError, match="holds the average"):
@@ -242,8 +244,131 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
         evaluate_swapped()
     assert_same(net, raw)
     assert_same(average, old)
-    assert all(p._version > v for p, v in zip(net.parameters(), versions, strict=True))
+    assert [p._version for p in net.parameters()] == versions  # a graph that needs them is right
     follower.update(net, 1.0, 1)
+
+
+def _there_and_back(net: Any) -> None:
+    dtype = net[0].bias.dtype
+    net.half()
+    net.to(dtype)
+
+
+ACTIONS: dict[str, Any] = {
+    "cast": lambda net: net.double(),
+    "cast and back": _there_and_back,
+    "pointed elsewhere": lambda net: setattr(net[2].weight, "data", net[2].weight.data.clone()),
+    "assigned": lambda net: net.load_state_dict(
+        {name: tensor.clone() for name, tensor in net.state_dict().items()}, assign=True
+    ),
+    "replaced": lambda net: setattr(net[2], "bias", nn.Parameter(torch.randn(4))),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("side", ["weights", "averages"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("where")
+def test_what_moves_inside_the_block_gets_its_own_contents(
+    action: str, side: str, dtype: Any
+) -> None:
+    net = network(13, dtype)
+    average = average_of(net)
+    follower = Follower(average)
+    raw, old = values(net), values(average)
+    with follower.swapped(net):
+        ACTIONS[action](net if side == "weights" else average)
+    for name, tensor in values(net).items():
+        assert torch.equal(tensor.to(raw[name].dtype), raw[name]), name
+    if (
+        side == "averages"
+        and follower._stage is not None
+        and action in ("cast and back", "replaced")
+    ):
+        return  # they were not lent: what is done to them is done to them
+    for name, tensor in values(average).items():
+        assert torch.equal(tensor.to(old[name].dtype), old[name]), name
+
+
+@pytest.mark.usefixtures("where")
+def test_what_is_taken_away_inside_the_block_is_named_and_the_rest_comes_back() -> None:
+    net = network(14)
+    average = average_of(net)
+    raw, old = values(net), values(average)
+
+    def remove() -> None:
+        with Follower(average).swapped(net):
+            del net[2].bias
+
+    with pytest.raises(LayoutError, match=r"'2\.bias' is gone"):
+        remove()
+    del raw["2.bias"]
+    assert_same(net, raw)
+    assert_same(average, old)
+
+
+@pytest.mark.usefixtures("where")
+def test_blocks_are_checked_as_they_begin() -> None:
+    net = network(15)
+    average = average_of(net)
+    follower = Follower(average)
+    one, two = follower.swapped(net), follower.swapped(net)
+    with torch.no_grad():
+        net[2].weight.mul_(3)
+    raw, old = values(net), values(average)
+    with one, pytest.raises(StateError, match="holds the average"):
+        two.__enter__()
+    assert_same(net, raw)
+    assert_same(average, old)
+
+
+@pytest.mark.usefixtures("where")
+def test_tied_weights_of_a_model_elsewhere() -> None:
+    net = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
+    net[1].weight = net[0].weight
+    average = copy.deepcopy(net).requires_grad_(False)
+    follower = Follower(average)
+    for step in range(1, 4):
+        with torch.no_grad():
+            net[0].weight.normal_()
+        old = average[0].weight.clone()
+        follower.update(net, 0.1, step)
+        torch.testing.assert_close(average[1].weight, torch.lerp(old, net[0].weight.detach(), 0.1))
+    raw, averaged = net[0].weight.detach().clone(), average[0].weight.clone()
+    with follower.swapped(net):
+        assert torch.equal(net[1].weight, averaged)
+    assert torch.equal(net[1].weight, raw)
+    net[1].weight = nn.Parameter(torch.randn(5, 5))  # tied no more
+    with pytest.raises(LayoutError, match="overlap"):
+        follower.update(net, 0.1, 4)
+
+
+@pytest.mark.usefixtures("where")
+def test_a_larger_model_is_refused_wherever_it_is() -> None:
+    net = network(16)
+    average = average_of(net)
+    follower = Follower(average)
+    follower.update(net, 0.5, 1)
+    before = values(average)
+    net.register_parameter("more", nn.Parameter(torch.randn(2)))
+    with pytest.raises(LayoutError, match="'more' is only in the second"):
+        follower.update(net, 0.5, 2)
+    assert_same(average, before)
+
+
+@pytest.mark.usefixtures("where")
+def test_a_model_is_not_kept_alive() -> None:
+    net = network(17)
+    average = average_of(net)
+    follower = Follower(average)
+    follower.update(net, 0.5, 1)
+    with follower.swapped(net):
+        pass
+    weight = weakref.ref(net[2].weight)
+    del net
+    gc.collect()
+    assert weight() is None
+    follower.update(network(18), 0.5, 2)
 
 
 @pytest.mark.usefixtures("where")
