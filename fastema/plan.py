@@ -45,10 +45,19 @@ _MARKS = {"nearest": "", "stochastic": "~"}
 
 def _without_skipped(leaves: Leaves, policy: PolicyOf, roles: Mapping[str, Role]) -> Leaves:
     """The leaves that a policy does not skip, by the role that a name has in ``roles``."""
-    kept = {name for name in leaves.roles if policy(name, roles[name]) != "skip"}
+    kept = {name for name in leaves.roles if _answer(policy, name, roles[name]) != "skip"}
     items = [leaf for leaf in leaves.items if leaf.name in kept]
     opaque = [one for one in leaves.opaque if one.name in kept]
     return replace(leaves, items=items, opaque=opaque)
+
+
+def _answer(policy: PolicyOf, name: str, role: Role) -> str:
+    answer = policy(name, role)
+    if answer not in ("average", "copy", "skip"):
+        raise ArgumentError(
+            f"policy({name!r}, {role!r}) is {answer!r}: expected 'average', 'copy' or 'skip'"
+        )
+    return answer
 
 
 def matched(dst: Leaves, src: Leaves) -> list[Pair]:

@@ -179,7 +179,7 @@ TABLE = {
         ours="shadow rules plan bridges layout checkpoint posthoc torch tensorflow errors typing",
         theirs=f"numpy {FRAMEWORKS}",
     ),
-    "compat.replacing": Room(ours="compat engine.locks errors typing"),
+    "compat.replacing": Room(ours="compat engine.interrupts engine.locks errors typing"),
     "compat.keras": Room(ours="keras plan engine.interrupts errors typing", theirs="keras"),
     # What the drop-in classes share takes back the weights whatever interrupts it.
     "compat.torch_ema": Room(ours="compat engine.interrupts errors typing", theirs="torch"),

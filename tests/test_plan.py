@@ -400,3 +400,11 @@ def test_policy_with_arrays_that_move() -> None:
         plan.lerp_(0.5, x)
         assert np.array_equal(avg["w"], want)
         assert avg["n"].tolist() == [step]
+
+
+@pytest.mark.parametrize("answer", [None, "Skip", True])
+def test_a_policy_answers_with_one_of_three_words(answer: Any) -> None:
+    avg, x = [np.ones(3)], [np.zeros(3)]
+    with pytest.raises(ArgumentError, match=r"policy\('0', 'weight'\) is"):
+        fastema.Plan(avg, x, policy=lambda name, role: answer)
+    assert avg[0].tolist() == [1.0] * 3

@@ -10,6 +10,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Final, NamedTuple
 
 from fastema.compat.interface import differences
+from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, PeerError, listed
 
@@ -88,8 +89,9 @@ class Installation:
         Those that this call replaced; what was replaced before is left when the block ends.
     """
 
-    def __init__(self, peers: tuple[str, ...]) -> None:
-        self.peers = peers
+    def __init__(self, places: dict[str, list[_Replaced]]) -> None:
+        self.peers = tuple(places)
+        self._places = places
 
     def __enter__(self) -> Installation:
         return self
@@ -100,7 +102,10 @@ class Installation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        uninstall(*(peer for peer in self.peers if peer in _installed))
+        with _lock:
+            for peer, places in self._places.items():
+                if _installed.get(peer) is places:  # not one that was installed anew meanwhile
+                    uninstall(peer)
 
     def __repr__(self) -> str:
         return f"Installation({', '.join(self.peers)})"
@@ -111,7 +116,8 @@ def install(*peers: str) -> Installation:
 
     Their names are replaced where they are defined and in every module that has imported them, so
     it does not matter whether the script imports them before or after. Averages that exist already
-    stay what they are.
+    stay what they are; their states can be saved, but pickled as whole objects only once the peer's
+    classes are back where pickle looks for them.
 
     Parameters
     ----------
@@ -145,18 +151,20 @@ def install(*peers: str) -> Installation:
     >>> type(averaged).__module__
     'fastema.compat.swa_utils'
     """
-    unknown = [peer for peer in peers if peer not in _KNOWN]
+    unknown = [peer for peer in peers if not (isinstance(peer, str) and peer in _KNOWN)]
     if unknown or not peers:
         given = ", ".join(map(repr, unknown)) if unknown else "no name"
         raise ArgumentError(f"install: got {given}; known are {', '.join(sorted(_KNOWN))}")
     with _lock:
         new = tuple(dict.fromkeys(peer for peer in peers if peer not in _installed))
-        found = {peer: _checked(peer) for peer in new}
-        for peer, pairs in found.items():
-            _installed[peer] = [place for pair in pairs for place in _places(*pair)]
-            for place in _installed[peer]:
-                setattr(place.module, place.name, place.ours)
-        return Installation(new)
+        pairs = {peer: _checked(peer) for peer in new}
+        places = {peer: [p for pair in pairs[peer] for p in _places(*pair)] for peer in new}
+        with deferred():
+            for found in places.values():
+                for place in found:
+                    _members(place.module)[place.name] = place.ours
+            _installed.update(places)
+        return Installation(places)
 
 
 def uninstall(*peers: str) -> None:
@@ -184,8 +192,9 @@ def uninstall(*peers: str) -> None:
         for peer in peers or tuple(_installed):
             for place in _installed.pop(peer):
                 # Whoever has put something else there meant it.
-                if vars(place.module).get(place.name) is place.ours:
-                    setattr(place.module, place.name, place.theirs)
+                members = _members(place.module)
+                if members.get(place.name) is place.ours:
+                    members[place.name] = place.theirs
 
 
 def installed() -> tuple[str, ...]:
@@ -196,7 +205,7 @@ def installed() -> tuple[str, ...]:
 
 def _checked(name: str) -> list[tuple[Any, Any]]:
     """Theirs and ours of every name, if the peer's interface is the known one."""
-    present = [peer for peer in _KNOWN[name] if find_spec(peer.home.partition(".")[0])]
+    present = [peer for peer in _KNOWN[name] if _is_there(peer.home.partition(".")[0])]
     if not present:
         raise PeerError(f"{_KNOWN[name][0].distribution} is not installed: nothing to replace")
     pairs = []
@@ -212,11 +221,18 @@ def _checked(name: str) -> list[tuple[Any, Any]]:
     return pairs
 
 
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # of a module that somebody made by hand
+        return package in sys.modules
+
+
 def _compared(peer: _Peer, name: str) -> tuple[list[str], list[tuple[Any, Any]]]:
     try:
         home = import_module(peer.home)
-    except ImportError as error:
-        return [f"{peer.home} cannot be imported: {error}"], []
+    except Exception as error:  # whatever goes wrong in a package that is broken
+        return [f"{peer.home} cannot be imported: {type(error).__name__}: {error}"], []
     ours = import_module(f"fastema.compat.{name}")
     missing = [f"{peer.home}.{one} is missing" for one in peer.names if not hasattr(home, one)]
     if missing:
@@ -235,8 +251,18 @@ def _version(distribution: str) -> str:
 def _places(theirs: Any, ours: Any) -> Iterator[_Replaced]:
     """Every name of a module that is bound to theirs; ours builds on some of them."""
     for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType) or module.__name__.partition(".")[0] == "fastema":
+        # Modules that are imported when they are looked at are not to be looked at.
+        members = _members(module)
+        name = members.get("__name__")
+        if isinstance(name, str) and name.partition(".")[0] == "fastema":
             continue
-        for name, value in list(vars(module).items()):
+        for name, value in list(members.items()):
             if value is theirs:
                 yield _Replaced(module, name, theirs, ours)
+
+
+def _members(module: Any) -> dict[str, Any]:
+    if not isinstance(module, ModuleType):
+        return {}
+    members: dict[str, Any] = object.__getattribute__(module, "__dict__")
+    return members

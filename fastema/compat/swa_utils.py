@@ -497,7 +497,10 @@ class AveragedModel(peer.AveragedModel):
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    found = [*module.named_parameters(), *module.named_buffers()]
+    found = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
     names = plain_names([name for name, _ in found])
     return {name: list(tensor.shape) for name, (_, tensor) in zip(names, found, strict=True)}
 

@@ -292,11 +292,21 @@ class ModelEmaV2(nn.Module):
 
     def update(self, model: nn.Module) -> None:
         """Take the weights of a model into the average; see :meth:`ModelEma.update`."""
+        if self._is_overridden():
+            self._update(model, lambda ema, new: self.decay * ema + (1.0 - self.decay) * new)
+            return
         self._following.update(self.module, model, self.decay)
 
     def set(self, model: nn.Module) -> None:
         """Make the average the weights of a model; raises as :meth:`update`."""
+        if self._is_overridden():
+            self._update(model, lambda ema, new: new)
+            return
         self._following.follower(self.module, model).copy(model)
+
+    def _is_overridden(self) -> bool:
+        # timm's own goes through the method, so subclasses have what they do in it.
+        return type(self)._update is not ModelEmaV2._update
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged copy."""
@@ -442,7 +452,7 @@ stochastic_rounding, stochastic_rounding_seed, foreach, exclude_buffers
         """
         decay = self.get_decay(step)
         if step is not None:
-            self._following.step = max(0, int(step))
+            self._following.step = max(0, int(step)) % 2**63
         if self.exclude_buffers:
             self.apply_update_no_buffers_(model, decay)
         else:

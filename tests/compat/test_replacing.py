@@ -92,6 +92,53 @@ def test_context_manager_gives_back_what_it_replaced_even_after_an_error(peer: A
     assert fastema.compat.installed() == ()
 
 
+def test_an_inner_block_leaves_what_an_outer_one_replaced(peer: Any) -> None:
+    original = peer.Average
+    with fastema.compat.install("fakepeer", "otherpeer"):
+        with fastema.compat.install("fakepeer") as inner:
+            assert inner.peers == ()
+        assert fastema.compat.installed() == ("fakepeer", "otherpeer")
+        assert peer.Average is Ema
+    assert peer.Average is original
+    with fastema.compat.install("fakepeer"):
+        fastema.compat.uninstall("fakepeer")
+        fastema.compat.install("fakepeer")  # this one is for good
+    assert fastema.compat.installed() == ("fakepeer",)
+
+
+def test_modules_that_are_not_to_be_looked_at_are_left_alone(
+    peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lazy(ModuleType):
+        def __getattribute__(self, name: str) -> Any:
+            raise ModuleNotFoundError(f"{name} of a module that is broken")
+
+    class Nameless(ModuleType): ...
+
+    nameless = Nameless("nameless")
+    del nameless.__name__
+    vars(nameless)["Average"] = peer.Average
+    monkeypatch.setitem(sys.modules, "lazy", Lazy("lazy"))
+    monkeypatch.setitem(sys.modules, "nameless", nameless)
+    monkeypatch.setitem(sys.modules, "nothing", None)
+    fastema.compat.install("fakepeer")
+    assert nameless.Average is Ema
+    fastema.compat.uninstall("fakepeer")
+    assert nameless.Average is peer.Average is not Ema
+
+
+def test_a_peer_that_breaks_as_it_is_imported(
+    peer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "brokenpeer.py").write_text("raise RuntimeError('no such operator')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    known = [replacing._Peer("broken-peer", "brokenpeer", ("Ema",))]
+    monkeypatch.setitem(replacing._KNOWN, "brokenpeer", known)
+    with pytest.raises(PeerError, match="RuntimeError: no such operator"):
+        fastema.compat.install("fakepeer", "brokenpeer")
+    assert fastema.compat.installed() == ()
+
+
 def test_installed_twice_is_taken_back_once(peer: Any) -> None:
     original = peer.Average
     fastema.compat.install("fakepeer", "fakepeer")
@@ -109,7 +156,9 @@ def test_what_somebody_put_in_its_place_meanwhile_stays(peer: Any) -> None:
 
 
 def test_names_are_checked(peer: Any) -> None:
-    for names in (("nobody",), (), ("fakepeer", "nobody")):
+    wrong: Any
+    for wrong in (("nobody",), (), ("fakepeer", "nobody"), (["fakepeer"],), (None,)):
+        names = tuple(wrong)
         with pytest.raises(ArgumentError, match=r"known are .*timm"):
             fastema.compat.install(*names)
     with pytest.raises(ArgumentError, match="'otherpeer' not installed; installed: none"):

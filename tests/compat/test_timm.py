@@ -799,3 +799,33 @@ def test_models_of_torchscript(name: str) -> None:
     assert not torch.equal(states[0]["0.weight"], model.state_dict()["0.weight"])
     for key, tensor in states[1].items():
         torch.testing.assert_close(states[0][key], tensor)
+
+
+def test_subclasses_with_an_update_of_their_own() -> None:
+    def scaled(base: Any) -> Any:
+        class Scaled(base):  # type: ignore[misc]
+            def _update(self, model: nn.Module, update_fn: Any) -> None:
+                super()._update(model, lambda ema, new: 2.0 * update_fn(ema, new))
+
+        return Scaled
+
+    states = []
+    for where in (ours, theirs):
+        model = Untied(11)
+        average = scaled(where.ModelEmaV2)(model, decay=0.75)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        average.update(model)
+        states.append(copy.deepcopy(average.module.state_dict()))
+        average.set(model)
+        states.append(average.module.state_dict())
+    for one, other in zip(states[:2], states[2:], strict=True):
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, other[name])
+
+
+def test_steps_of_any_size() -> None:
+    model = Network(12, torch.bfloat16)
+    average = ours.ModelEmaV3(model, decay=0.5)
+    average.update(model, step=10**30)
