@@ -53,10 +53,17 @@ class Steps:
         done = 0
         for counter, place, k in self._counters:
             value = counter if values is None or place is None else values[place]
-            done = max(done, int(value) // k)
+            done = max(done, _whole(value) // k)
         return done
 
 
 def in_flight(model: Any) -> bool:
     """Whether the model's state is not in its variables, as within an epoch of the JAX backend."""
     return bool(getattr(model, "_jax_state", None)) and not model._jax_state_synced
+
+
+def _whole(value: Any) -> int:
+    try:
+        return int(value)
+    except TypeError:  # of a distributed model, which has a copy of it for each replica
+        return int(keras.ops.convert_to_numpy(value))
