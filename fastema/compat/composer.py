@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
-from fastema.compat.transfer import averages_of, take_over
+from fastema.compat.transfer import averages_of, mapping_in, take_over, whole_in
 from fastema.errors import ArgumentError, BridgeError, CheckpointError
 from fastema.layout.spec import Role
 from fastema.rules import Constant
@@ -200,26 +200,61 @@ def _time(value: str, name: str) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def _parts_of(checkpoint: Mapping[str, Any]) -> tuple[Any, Any, int | None]:
+def _parts_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
     """The algorithm's state; the model's and the batches of the run, where they are there."""
-    state = checkpoint.get("state", checkpoint)
+    whole = mapping_in(checkpoint, "the checkpoint")
+    state = mapping_in(whole.get("state", whole), "'state' of the checkpoint")
     if "ema_model" in state:
         return state, None, None
-    found = [one for name, one in state.get("algorithms", ()) if name == "EMA"]
+    found = [one for name, one in _named_states(state.get("algorithms", ())) if name == "EMA"]
     if len(found) != 1:
         raise CheckpointError(
             f"the checkpoint holds {len(found)} states of Composer's EMA, expected one: under "
             "'algorithms', or by itself with 'ema_model'"
         )
-    batches = state.get("timestamp", {}).get("Timestamp", {}).get("batch")
-    return found[0], state.get("model"), batches
+    algorithm = mapping_in(found[0], "the state of Composer's EMA")
+    if "ema_model" not in algorithm:
+        raise CheckpointError("the state of Composer's EMA lacks 'ema_model'")
+    return algorithm, state.get("model"), _batches(state.get("timestamp"))
 
 
-def _flat(saved: Mapping[str, Any]) -> dict[str, Any]:
+def _named_states(algorithms: Any) -> list[tuple[Any, Any]]:
+    """Names and states of algorithms: a list of pairs, or a mapping as in old checkpoints."""
+    if isinstance(algorithms, Mapping):
+        return list(algorithms.items())
+    if isinstance(algorithms, list | tuple) and all(
+        isinstance(one, list | tuple) and len(one) == 2 for one in algorithms
+    ):
+        return [(name, one) for name, one in algorithms]
+    raise CheckpointError(
+        f"'algorithms' is {_shortened(algorithms)}, expected a list of pairs of a name and a state"
+    )
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _batches(timestamp: Any) -> int | None:
+    if timestamp is None:
+        return None
+    outer = mapping_in(timestamp, "'timestamp' of the checkpoint")
+    inner = mapping_in(outer.get("Timestamp", {}), "'Timestamp' of the checkpoint's 'timestamp'")
+    return whole_in(inner["batch"], "the timestamp's batch") if "batch" in inner else None
+
+
+def _flat(saved: Any) -> dict[str, Any]:
     """The tensors of a saved ``ema_model``; before Composer 0.13 it was a state dict."""
-    if not all(part in saved for part in _PARTS):
-        return dict(saved)
-    return {name: one for part in _PARTS for name, one in saved[part].items()}
+    if saved is None:
+        raise CheckpointError(
+            "'ema_model' is None: the run was saved before its average began, at ema_start"
+        )
+    parts = mapping_in(saved, "'ema_model'")
+    if not all(part in parts for part in _PARTS):
+        return dict(parts)
+    inner = (mapping_in(parts[part], f"{part!r} of 'ema_model'") for part in _PARTS)
+    return {name: one for part in inner for name, one in part.items()}
 
 
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
@@ -240,10 +275,11 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     Raises
     ------
     CheckpointError
-        Naming every tensor that does not fit, if there is no average, or if average and weights
-        have changed places and the model's state is not there; nothing was changed.
+        Naming every tensor that does not fit, if there is no average, if something is not what
+        Composer writes there, or if average and weights have changed places and the model's state
+        is not there; nothing was changed.
     ArgumentError
-        For an ``ema`` with several averages, or one in two halves.
+        For an ``ema`` with several averages, or one in two halves, or an invalid ``num_updates``.
     StateError
         While the average is applied.
     """
@@ -255,7 +291,8 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
                 "the state holds the weights in place of the average (ema_weights_active), which "
                 "is in the model's: pass the whole checkpoint of the Trainer"
             )
-        held = dict(zip(plain_names(list(model)), model.values(), strict=True))
+        weights = mapping_in(model, "'model' of the checkpoint")
+        held = dict(zip(plain_names(list(weights)), weights.values(), strict=True))
         averages = {name: held[name] for name in plain_names(list(averages)) if name in held}
     take_over(ema, averages, batches if num_updates is None else num_updates)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-from fastema.compat.transfer import averages_of, take_over
-from fastema.errors import ArgumentError, CheckpointError
+from fastema.compat.transfer import averages_of, mapping_in, take_over
 from fastema.rules import Constant, Rule
-from fastema.rules.checks import checked_decay
+from fastema.rules.checks import checked_decay, checked_least
 from fastema.shadow import EMA
 
 __all__ = ["WarmUp", "export", "load", "rule"]
@@ -26,8 +26,8 @@ class WarmUp(Rule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "limit", checked_decay(self.limit))
-        if not self.factor >= 0:
-            raise ArgumentError(f"decay_warm_up_factor={self.factor!r}: expected at least 0")
+        factor = checked_least(self.factor, "decay_warm_up_factor", 0)
+        object.__setattr__(self, "factor", factor)
 
     def decay(self, n: int) -> float:
         """``min(limit, (1 + n) / (factor + n))``."""
@@ -55,14 +55,14 @@ def rule(decay: float = 0.999, decay_warm_up_factor: float = -1) -> Rule:
     Raises
     ------
     ArgumentError
-        For a decay out of range.
+        For a decay out of range, or a factor that is no number.
 
     Examples
     --------
     >>> [round(rule(0.999, 10).decay(n), 3) for n in (1, 100, 100_000)]
     [0.182, 0.918, 0.999]
     """
-    if decay_warm_up_factor < 0:
+    if isinstance(decay_warm_up_factor, Real) and decay_warm_up_factor < 0:
         return Constant(decay)
     return WarmUp(decay, decay_warm_up_factor)
 
@@ -85,7 +85,7 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     CheckpointError
         Naming every tensor that does not fit; nothing was changed.
     ArgumentError
-        For an ``ema`` with several averages, or one in two halves.
+        For an ``ema`` with several averages, or one in two halves, or an invalid ``num_updates``.
     StateError
         While the average is applied.
 
@@ -94,9 +94,8 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     There integers are averaged and cut off, so that counters lag behind. Here they are taken from
     the checkpoint as they are, and copied exactly from the next update on.
     """
-    state = checkpoint.get("ema_state", checkpoint)
-    if not isinstance(state, Mapping) or not all(isinstance(one, Tensor) for one in state.values()):
-        raise CheckpointError("expected a mapping of names to tensors, by itself or as 'ema_state'")
+    whole = mapping_in(checkpoint, "the checkpoint")
+    state = mapping_in(whole.get("ema_state", whole), "the average ('ema_state', or by itself)")
     take_over(ema, state, num_updates)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
+from fastema.compat.lists import as_list, write
 from fastema.compat.mirrored import Mirrored
+from fastema.compat.transfer import mapping_in, unfit
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError, listed
 from fastema.layout.spec import Role
-from fastema.plan import copy_
 
 __all__ = ["LitEma", "ema_weights", "with_ema_weights"]
 
@@ -59,13 +61,38 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: one for name, one in model.named_parameters() if one.requires_grad}
 
 
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names without wrappers' prefixes; tied ones by all their names."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return dict(zip(plain_names(list(every)), every.values(), strict=True))
+
+
 def _all_names(model: nn.Module, shorts: Mapping[str, str]) -> dict[str, str]:
     """Names without wrappers' prefixes to those of averages; tied parameters by all their names."""
     firsts = {id(one): name for name, one in model.named_parameters()}
-    every = dict(model.named_parameters(remove_duplicate=False))
-    plain = plain_names(list(every))
-    found = zip(plain, (firsts[id(one)] for one in every.values()), strict=True)
-    return {name: shorts[first] for name, first in found if first in shorts}
+    found = {name: firsts[id(one)] for name, one in _parameters(model).items()}
+    return {name: shorts[first] for name, first in found.items() if first in shorts}
+
+
+class _Lenders:
+    """The parameters that were stored, and whether they hold the average since; not kept alive.
+
+    Attributes
+    ----------
+    lent : bool
+    """
+
+    def __init__(self, parameters: Sequence[Tensor] = ()) -> None:
+        self._references = [weakref.ref(one) for one in parameters]
+        self.lent = False
+
+    def __reduce__(self) -> Any:
+        """Copied and pickled as a new one: the parameters are those of this process."""
+        return type(self), ()
+
+    def alive(self) -> list[Tensor]:
+        """Those that somebody still has."""
+        return [one for one in (reference() for reference in self._references) if one is not None]
 
 
 class LitEma(nn.Module):
@@ -120,6 +147,8 @@ class LitEma(nn.Module):
       Here these are errors.
     - There :meth:`reset_num_updates` leaves a counter on the CPU. Here it stays on its device.
     - There a parameter that was frozen after the start is an error. Here it is averaged on.
+    - There casting it, or what it is a part of, to 16 bits makes ``decay`` 1.0, and the average
+      stands still. Here the two counters keep their dtypes.
 
     Examples
     --------
@@ -151,8 +180,7 @@ class LitEma(nn.Module):
         for name, parameter in trained.items():
             self.register_buffer(self.m_name2s_name[name], parameter.detach().clone())
         self.collected_params: list[Tensor] = []
-        self._lenders: list[int] = []
-        self._lent = False
+        self._lenders = _Lenders()
         self._calls = 0
         self._limit, self._count = Mirrored(), Mirrored()
         self._buffer_of = _all_names(model, self.m_name2s_name)
@@ -164,6 +192,53 @@ class LitEma(nn.Module):
         for name, short in self._buffer_of.items():
             self._averages[name] = self._buffers[short]  # type: ignore[assignment]
         return self._follower
+
+    def _forget(self) -> None:
+        """Keep no averages but the buffers there are."""
+        self._averages.clear()
+        self._follower.forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LitEma:
+        """Move or cast the averages; the counters are moved only.
+
+        16 bits would make 1.0 of a decay of 0.9999.
+        """
+        counters = {name: self.get_buffer(name) for name in _COUNTERS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in counters.items():
+            if self.get_buffer(name).dtype != before.dtype:
+                self._buffers[name] = before.to(self.get_buffer(name).device)
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load, and let go of the buffers that others were assigned in the place of."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def _explained(self, model: Any, error: LayoutError) -> LayoutError:
+        """What of a model and of the averages does not fit; the error itself if that is all."""
+        if not isinstance(model, nn.Module):
+            return error
+        parameters = _parameters(model)
+        averages = {name: self.get_buffer(short) for name, short in self._buffer_of.items()}
+        problems = [
+            f"{name!r} is trained in the model, but has no average"
+            for name, one in parameters.items()
+            if one.requires_grad and name not in averages
+        ]
+        for name, average in averages.items():
+            if name not in parameters:
+                problems.append(f"{name!r} has an average, but the model has no such parameter")
+            elif (found := parameters[name].shape) != average.shape:
+                shapes = list(found), list(average.shape)
+                problems.append(f"{name!r} is {shapes[0]} in the model, its average {shapes[1]}")
+        if not problems:
+            return error
+        return LayoutError(
+            "the model's trained parameters are not those of which there are averages; freeze what "
+            "was not trained when LitEma was built, or build a new LitEma:\n" + listed(problems)
+        )
 
     def reset_num_updates(self) -> None:
         """Count updates from 0 on, also where they were not counted."""
@@ -191,7 +266,10 @@ class LitEma(nn.Module):
         if done >= 0:
             decay = min(decay, (2 + done) / (11 + done))
         step = done + 1 if done >= 0 else self._calls
-        self._following().update(model, 1.0 - decay, step)
+        try:
+            self._following().update(model, 1.0 - decay, step)
+        except LayoutError as error:
+            raise self._explained(model, error) from None
         if done >= 0:
             self._count.count(self.num_updates)
         self._calls += 1
@@ -208,9 +286,13 @@ class LitEma(nn.Module):
         LayoutError
             As :meth:`forward`; nothing was written.
         """
-        self._following().give(model)
+        try:
+            self._following().give(model)
+        except LayoutError as error:
+            raise self._explained(model, error) from None
         written = {id(one) for one in model.parameters()}
-        self._lent = self._lent or not written.isdisjoint(self._lenders)
+        if any(id(one) in written for one in self._lenders.alive()):
+            self._lenders.lent = True
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of parameters, for :meth:`restore`.
@@ -222,16 +304,20 @@ class LitEma(nn.Module):
         Raises
         ------
         StateError
-            If they hold the average since :meth:`copy_to`: the weights stored before would be lost.
+            While parameters that were stored hold the average, from :meth:`copy_to`: their weights
+            would be lost. Set ``collected_params`` to ``[]`` if they are not wanted back.
+        ArgumentError
+            For anything else, such as a module.
         """
-        given = list(parameters)
-        if self._lent and not {id(one) for one in given}.isdisjoint(self._lenders):
+        given = as_list(parameters, "store()")
+        if self.collected_params and self._lenders.lent and self._lenders.alive():
             raise StateError(
-                "store() while the parameters hold the average, from copy_to(): the weights that "
-                "were stored would be lost; call restore() first"
+                "store() while parameters hold the average, from copy_to(): the weights that were "
+                "stored would be lost; restore() them first, or set collected_params to [] if they "
+                "are not wanted back"
             )
         self.collected_params = [one.detach().clone() for one in given]
-        self._lenders, self._lent = [id(one) for one in given], False
+        self._lenders = _Lenders(given)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write back what :meth:`store` kept; it is kept further.
@@ -247,17 +333,25 @@ class LitEma(nn.Module):
             If nothing is stored.
         LayoutError
             If they are not those that were stored by number and shape; nothing was written.
+        ArgumentError
+            For anything else, such as a module.
         """
         if not self.collected_params:
             raise StateError("restore() without stored parameters: call store() before copy_to()")
-        copy_(list(parameters), self.collected_params)
-        self._lent = False
+        given, stored = as_list(parameters, "restore()"), self.collected_params
+        if len(given) != len(stored):
+            raise LayoutError(
+                f"restore() was given {len(given)} parameters, store() {len(stored)}: give those "
+                "that were stored, in the same order and without what the model was given since"
+            )
+        write(stored, given, "restore()")
+        self._lenders.lent = False
 
 
-def _state_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+def _state_of(checkpoint: Any) -> Mapping[str, Any]:
     """The tensors of a checkpoint: of Lightning, or by themselves."""
-    inner = checkpoint.get("state_dict")
-    return inner if isinstance(inner, Mapping) else checkpoint
+    whole = mapping_in(checkpoint, "the checkpoint")
+    return mapping_in(whole.get("state_dict", whole), "'state_dict' of the checkpoint")
 
 
 def ema_weights(
@@ -283,8 +377,8 @@ def ema_weights(
     Raises
     ------
     CheckpointError
-        Naming the parameters that have no average there, or one of another shape, and the averages
-        that belong to no parameter.
+        Naming the parameters that have no average there, or one of another shape or without
+        contents, and the averages that belong to no parameter.
     """
     state = _state_of(checkpoint)
     found: dict[str, Tensor] = {}
@@ -293,9 +387,7 @@ def ema_weights(
     names = _dotless(name for name in parameters if prefix + name.replace(".", "") in state)
     for name, short in names.items():
         found[name] = state[prefix + short]
-        if found[name].shape != parameters[name].shape:
-            shapes = list(found[name].shape), list(parameters[name].shape)
-            problems.append(f"{prefix + short!r} is {shapes[0]}, expected {shapes[1]}")
+        problems += unfit([(prefix + short, found[name], parameters[name])])
     for name, parameter in parameters.items():
         if name not in names and parameter.requires_grad:
             problems.append(f"{prefix + name.replace('.', '')!r} is missing")
@@ -343,6 +435,8 @@ def with_ema_weights(
     ------
     LayoutError
         If two names are the same without dots.
+    CheckpointError
+        If the checkpoint is no mapping of names.
     """
     state = _state_of(checkpoint)
     kept = {name: one for name, one in state.items() if not name.startswith(prefix)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
 from fastema.compat.mirrored import Mirrored
-from fastema.compat.transfer import mismatches
-from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.compat.transfer import mapping_in, mismatches
+from fastema.errors import ArgumentError, CheckpointError, LayoutError, listed
 from fastema.layout.spec import Role
 from fastema.rules.checks import checked_whole
 
@@ -120,11 +120,17 @@ class BaseAveragedModel(nn.Module):
             self.module = self.module.to(device)
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=device))
         self.update_buffers = update_buffers
-        saved = frozenset(plain_names(list(self.module.state_dict())))
-        self._policy = _Policy(saved if update_buffers else None)
-        self._follower = Follower(self.module, self._policy)
+        self._followed: tuple[_Policy, Follower] | None = None
         self._copier = Follower(self.module, _buffers_only)
         self._count = Mirrored()
+
+    def _following(self) -> Follower:
+        """The follower for :attr:`update_buffers` as it is now: users may set it at any time."""
+        if self._followed is None or (self._followed[0].averaged is None) == self.update_buffers:
+            saved = frozenset(plain_names(list(self.module.state_dict())))
+            policy = _Policy(saved if self.update_buffers else None)
+            self._followed = policy, Follower(self.module, policy)
+        return self._followed[1]
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
@@ -169,7 +175,7 @@ class BaseAveragedModel(nn.Module):
         """
         done = int(self._count.read(self.steps))
         if done == 0:
-            self._follower.copy(model)
+            self._following().copy(model)
         elif done % self.interval == 0:
             self._average(model, done)
         elif not self.update_buffers and any(True for _ in self.module.buffers()):
@@ -179,19 +185,47 @@ class BaseAveragedModel(nn.Module):
     def _average(self, model: nn.Module, done: int) -> None:
         weight = self._weight(done)
         if weight is not None:
-            self._follower.update(model, weight, done)
+            self._following().update(model, weight, done)
             return
-        source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
-        for name, average in self.avg_parameters.items():
-            if average.dtype.is_floating_point:
-                self.avg_func(average.data, source[name].data.to(average.device), self.steps)
+        averages = self._averaged_of(self.module)
+        sources = self._averaged_of(model)
+        problems = mismatches(averages, sources)
+        if problems:
+            raise LayoutError("the model's tensors are not the average's:\n" + listed(problems))
         if not self.update_buffers:
             self._copier.copy(model)
+        for name, average in _each_memory_once(averages):
+            source = sources[name].data.to(average.device)
+            if average.is_floating_point() or average.is_complex():
+                self.avg_func(average.data, source, self.steps)
+            else:
+                average.copy_(source)
+
+    def _averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """What is averaged of a model, by all the names that it has without wrappers' prefixes."""
+        found: Mapping[str, Any]
+        if self.update_buffers:
+            found = model.state_dict()
+        else:
+            found = dict(model.named_parameters(remove_duplicate=False))
+        named = {name: one for name, one in found.items() if isinstance(one, Tensor)}
+        return dict(zip(plain_names(list(named)), named.values(), strict=True))
+
+
+def _each_memory_once(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors and their names; of those that are tied, the first."""
+    known = set()
+    for name, one in tensors.items():
+        key = one.data_ptr(), one.dtype, one.shape, one.stride()
+        if key not in known:
+            yield name, one
+        if one.numel():  # what has no elements lies nowhere
+            known.add(key)
 
 
 def _own(average: BaseAveragedModel, ours: type[BaseAveragedModel]) -> bool:
     """Whether nobody replaced what a class of ours does with a tensor."""
-    return type(average).avg_func is ours.avg_func
+    return type(average).avg_func is ours.avg_func and "avg_func" not in vars(average)
 
 
 class StochasticWeightAverage(BaseAveragedModel):
@@ -417,13 +451,15 @@ def load(
         If one of the two is missing, or they are not of the model, naming the tensors; nothing was
         changed.
     """
-    parts = [checkpoint.get(name) for name in ("state_dict", "ema_state_dict")]
-    if not all(isinstance(part, Mapping) for part in parts):
+    whole = mapping_in(checkpoint, "the checkpoint")
+    named = {name: whole.get(name) for name in ("state_dict", "ema_state_dict")}
+    if any(part is None for part in named.values()):
         raise CheckpointError(
             "the checkpoint holds no average: expected 'state_dict' and 'ema_state_dict', which "
             "MMEngine writes with an EMAHook"
         )
-    weights, averages = _exchanged(parts[0], parts[1])  # type: ignore[arg-type]
+    state, ema_state = (mapping_in(part, f"{name!r}") for name, part in named.items())
+    weights, averages = _exchanged(state, ema_state)
     problems = mismatches(average.state_dict(), averages)
     if model is not None:
         problems += mismatches(model.state_dict(), weights)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastema.bridges.names import plain_names
-from fastema.compat.transfer import averages_of, take_over
-from fastema.errors import CheckpointError
+from fastema.compat.transfer import averages_of, mapping_in, take_over, unfit, whole_in
+from fastema.errors import CheckpointError, listed
 from fastema.rules import Constant
 from fastema.rules.checks import checked_decay, checked_whole
 from fastema.shadow import EMA
@@ -65,15 +65,15 @@ def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | 
     ]
 
 
-def _states(checkpoint: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The states of an ``EMAOptimizer`` in a checkpoint, or the one that it is."""
-    for state in checkpoint.get("optimizer_states", [checkpoint]):
-        if isinstance(state, Mapping) and "ema" in state:
-            yield state
-
-
-def _state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = list(_states(checkpoint))
+def _state(checkpoint: Any) -> Mapping[str, Any]:
+    """The state of the ``EMAOptimizer`` in a checkpoint, or the one that it is."""
+    whole = mapping_in(checkpoint, "the checkpoint")
+    states = whole.get("optimizer_states", [whole])
+    if not isinstance(states, list | tuple):
+        raise CheckpointError(
+            f"'optimizer_states' is of type {type(states).__name__}, expected a list"
+        )
+    found = [one for one in states if isinstance(one, Mapping) and "ema" in one]
     if len(found) != 1:
         raise CheckpointError(
             f"the checkpoint holds {len(found)} states of an EMAOptimizer, expected one; NeMo "
@@ -111,30 +111,35 @@ def load(
     ------
     CheckpointError
         If there is no such state, or it holds another number of tensors, or others by name and
-        shape; nothing was changed.
+        shape, or counts that are none; nothing was changed.
     ArgumentError
         For an ``ema`` with several averages, or one in two halves.
     StateError
         While the average is applied.
     """
     state = _state(checkpoint)
-    ordered, saved = _ordered(model, optimizer), list(state["ema"])
+    ordered, saved = _ordered(model, optimizer), state["ema"]
+    if not isinstance(saved, list | tuple):
+        raise CheckpointError(f"'ema' is of type {type(saved).__name__}, expected a tuple")
     if len(ordered) != len(saved):
         raise CheckpointError(
             f"the state holds {len(saved)} averages, but there are {len(ordered)} parameters: pass "
             "the optimizer that it was saved with"
         )
-    averages = {}
-    for (name, parameter), one in zip(ordered, saved, strict=True):
-        if one.shape != parameter.shape:
-            raise CheckpointError(
-                f"the average at the place of {name!r} is {list(one.shape)}, expected "
-                f"{list(parameter.shape)}: pass the optimizer that it was saved with"
-            )
-        if name is not None:
-            averages[name] = one
-    every = int(state["every_n_steps"])
-    take_over(ema, averages, int(state["current_step"]) + every - 1)
+    pairs = list(zip(ordered, saved, strict=True))
+    labels = [f"number {at}" if name is None else name for at, (name, _) in enumerate(ordered)]
+    problems = unfit(
+        (label, one, parameter) for label, ((_, parameter), one) in zip(labels, pairs, strict=True)
+    )
+    if problems:
+        raise CheckpointError(
+            "the averages, by the parameters at their places, do not fit; pass the optimizer that "
+            "they were saved with, in whose order they are:\n" + listed(problems)
+        )
+    every = whole_in(state["every_n_steps"], "every_n_steps", 1)
+    done = whole_in(state["current_step"], "current_step")
+    averages = {name: one for (name, _), one in pairs if name is not None}
+    take_over(ema, averages, done + every - 1)
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

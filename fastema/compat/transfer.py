@@ -2,31 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastema.bridges.names import plain_names
 from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.rules.checks import checked_whole
 from fastema.shadow import EMA
 
-__all__ = ["averages_of", "mismatches", "take_over"]
+__all__ = ["averages_of", "mapping_in", "mismatches", "take_over", "unfit", "whole_in"]
 
 
-def mismatches(own: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
-    """Why tensors cannot be loaded into these of the same names: a line for each."""
+def mapping_in(found: Any, what: str) -> Mapping[str, Any]:
+    """A part of a checkpoint that has to be a mapping by names.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not, beginning with ``what`` it is.
+    """
+    if not isinstance(found, Mapping):
+        raise CheckpointError(
+            f"{what} is of type {type(found).__name__}, expected a mapping of names"
+        )
+    odd = [name for name in found if not isinstance(name, str)]
+    if odd:
+        raise CheckpointError(f"{what} has the key {odd[0]!r}, expected names")
+    return found
+
+
+def whole_in(found: Any, what: str, least: int = 0) -> int:
+    """A part of a checkpoint that has to be a whole number, in a tensor or by itself.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not, or below ``least``, beginning with ``what`` it is.
+    """
+    number = found
+    if isinstance(found, Tensor) and found.numel() == 1 and not found.is_meta:
+        number = found.item()
+    try:
+        return checked_whole(number, what, least)
+    except ArgumentError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Why a state cannot be loaded into another with the same names: a line for each of them."""
     problems = [f"{name!r} is missing" for name in own if name not in found]
     problems += [f"{name!r} is unexpected" for name in found if name not in own]
-    return problems + _misshapen(own, found)
+    return problems + unfit((name, found[name], own[name]) for name in own if name in found)
 
 
-def _misshapen(own: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name!r} is {list(found[name].shape)}, expected {list(one.shape)}"
-        for name, one in own.items()
-        if name in found and found[name].shape != one.shape
-    ]
+def unfit(entries: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    """Why things cannot be loaded into tensors: a line for each that cannot.
+
+    Parameters
+    ----------
+    entries : iterable of (str, object, Tensor)
+        What it is called, what was found, and what it is for; what is for no tensor, such as a
+        module's extra state, is as it may be.
+    """
+    whys = ((name, _why_unfit(one, own)) for name, one, own in entries if isinstance(own, Tensor))
+    return [f"{name!r} {why}" for name, why in whys if why]
+
+
+def _why_unfit(found: Any, own: Tensor) -> str:
+    if not isinstance(found, Tensor):
+        return f"is of type {type(found).__name__}, expected a tensor"
+    if found.shape != own.shape:
+        return f"is {list(found.shape)}, expected {list(own.shape)}"
+    if found.is_meta:
+        return "has no contents: load the checkpoint to a device other than 'meta'"
+    if found.layout != torch.strided:
+        return f"is of layout {found.layout}, expected a dense tensor"
+    return ""
 
 
 def _only(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -73,7 +127,8 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     Raises
     ------
     ArgumentError
-        For several averages, or one in two halves.
+        For several averages, one in two halves, or a ``num_updates`` that is no whole number of at
+        least 0.
     CheckpointError
         Naming every tensor that does not fit; nothing was changed.
     StateError
@@ -81,6 +136,8 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     """
     state = ema.state_dict(copy=False)
     own = _only(state)
+    count = state["num_updates"] if num_updates is None else num_updates
+    count = checked_whole(count, "num_updates", 0)
     found = dict(zip(plain_names(list(averages)), averages.values(), strict=True))
     aliases = ema.aliases
     for name, kept in aliases.items():
@@ -89,7 +146,7 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     known = {*own, *aliases, *ema.skipped_names}
     problems = [f"{name!r} is missing" for name in ema.averaged_names if name not in found]
     problems += [f"{name!r} is unexpected" for name in found if name not in known]
-    problems += _misshapen(own, found)
+    problems += unfit((name, found[name], one) for name, one in own.items() if name in found)
     if problems:
         raise CheckpointError(
             "the averages in the checkpoint are not those of the model:\n" + listed(problems)
@@ -97,7 +154,6 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     tensors = {
         name: _like(found[name], one) if name in found else one.clone() for name, one in own.items()
     }
-    count = state["num_updates"] if num_updates is None else num_updates
     ema.load_state_dict({**state, "shadow": [tensors], "num_updates": count})
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
-from fastema.compat.transfer import mismatches
+from fastema.compat.transfer import mapping_in, mismatches, whole_in
 from fastema.errors import ArgumentError, CheckpointError, listed
 from fastema.layout.spec import Role
 from fastema.rules import Rule
@@ -235,16 +235,17 @@ def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
         If one of the two is missing, or the tensors are not those of the model, naming them;
         nothing was changed.
     """
-    saved, updates = checkpoint.get("ema"), checkpoint.get("updates")
-    if isinstance(saved, nn.Module):
-        saved = saved.state_dict()
-    if not isinstance(saved, Mapping) or not isinstance(updates, int):
+    whole = mapping_in(checkpoint, "the checkpoint")
+    saved, updates = whole.get("ema"), whole.get("updates")
+    if saved is None or updates is None:
         raise CheckpointError(
             "the checkpoint holds no average with its number of updates under 'ema' and 'updates' "
             "(one that was stripped at the end of training has none)"
         )
-    problems = mismatches(ema.ema.state_dict(), saved)
+    state = mapping_in(saved.state_dict() if isinstance(saved, nn.Module) else saved, "'ema'")
+    done = whole_in(updates, "updates")
+    problems = mismatches(ema.ema.state_dict(), state)
     if problems:
         raise CheckpointError("the saved average is not of this model:\n" + listed(problems))
-    ema.ema.load_state_dict(saved)
-    ema.updates = updates
+    ema.ema.load_state_dict(state)
+    ema.updates = done

@@ -90,6 +90,18 @@ def test_compute_ema_keeps_nothing_alive() -> None:
     assert gone() is None
 
 
+@pytest.mark.parametrize("make", [copy.deepcopy, EMAParameters])
+def test_compute_ema_does_not_keep_the_model(make: Any) -> None:
+    model = Network(1)
+    ema_model = make(model)
+    for given in (model, nn.DataParallel(model), model):
+        composer.compute_ema(given, ema_model)
+    gone = [weakref.ref(one) for one in [model, *tensors(model).values()]]
+    del model, given
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)
+
+
 def test_compute_ema_refuses() -> None:
     model, ema_model = Network(1), Network(2)
     before = bits(ema_model)
@@ -266,3 +278,77 @@ def test_what_does_not_fit_is_refused() -> None:
         composer.export(ema, model)
     assert ema.num_updates == 0
     assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())
+
+
+def test_checkpoints_from_before_algorithms_were_in_a_list() -> None:
+    averages = Network(3)
+    peer = EMAParameters(averages)
+    state = {"algorithms": {"Mixup": {}, "EMA": state_of(peer)}}
+    ema = average_of(Network(2))
+    composer.load(ema, {"state": state}, num_updates=5)
+    assert torch.equal(ema.shadow["wide"], averages.wide)
+
+
+def within(state: Any, **others: Any) -> dict[str, Any]:
+    """A trainer's checkpoint with this state of the algorithm."""
+    return {"state": {"model": {}, "algorithms": [("EMA", state)], **others}}
+
+
+def with_parts(**parts: Any) -> dict[str, Any]:
+    state = state_of(EMAParameters(Network(1)))
+    return {**state, "ema_model": {**state["ema_model"], **parts}}
+
+
+def with_wide(wide: Any) -> dict[str, Any]:
+    found = EMAParameters(Network(1)).named_parameters_dict
+    return with_parts(named_parameters_dict={**found, "wide": wide})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        (None, "the checkpoint is of type NoneType"),
+        ([1], "the checkpoint is of type list"),
+        ({"state": None}, "'state' of the checkpoint is of type NoneType"),
+        ({"state": {"algorithms": None}}, "'algorithms' is None, expected a list of pairs"),
+        ({"state": {"algorithms": ["EMA"]}}, r"'algorithms' is \['EMA'\], expected"),
+        ({"state": {"algorithms": {}}}, "0 states"),
+        (within(None), "the state of Composer's EMA is of type NoneType"),
+        (within({}), "lacks 'ema_model'"),
+        (within({"ema_model": None}), "before its average began"),
+        (within({"ema_model": [1]}), "'ema_model' is of type list"),
+        (with_parts(named_parameters_dict=None), "'named_parameters_dict' of 'ema_model'"),
+        (with_parts(named_buffers_dict=[1]), "'named_buffers_dict' of 'ema_model'"),
+        (with_wide(None), "'wide' is of type NoneType, expected a tensor"),
+        (with_wide(2.0), "'wide' is of type float, expected a tensor"),
+        (with_wide(torch.empty(257, device="meta")), "'wide' has no contents"),
+        (within(with_parts(), timestamp=[]), "'timestamp' of the checkpoint is of type list"),
+        (within(with_parts(), timestamp={"Timestamp": None}), "'Timestamp' of the checkpoint's"),
+        (within(with_parts(), timestamp={"Timestamp": {"batch": "6"}}), "batch='6'"),
+        (within(with_parts(), timestamp={"Timestamp": {"batch": -6}}), "batch=-6"),
+        (within({**with_parts(), "ema_weights_active": True}, model=[1]), "'model' of the"),
+    ],
+)
+def test_checkpoints_that_are_none_are_refused(checkpoint: Any, message: str) -> None:
+    ema = average_of(Network(2))
+    before = {name: one.clone() for name, one in ema.shadow.items()}
+    with pytest.raises(CheckpointError, match=message):
+        composer.load(ema, checkpoint)
+    assert ema.num_updates == 0
+    assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())
+
+
+@pytest.mark.parametrize(
+    ("timestamp", "count"),
+    [(None, 0), ({}, 0), ({"Timestamp": {"batch": torch.tensor(6)}}, 6)],
+)
+def test_batches_of_the_run(timestamp: Any, count: int) -> None:
+    ema = average_of(Network(2))
+    composer.load(ema, within(with_parts(), timestamp=timestamp))
+    assert ema.num_updates == count
+
+
+@pytest.mark.parametrize("num_updates", [-1, "x", 1.5])
+def test_number_of_updates_that_is_none_is_refused(num_updates: Any) -> None:
+    with pytest.raises(ArgumentError, match="num_updates"):
+        composer.load(average_of(Network(2)), within(with_parts()), num_updates)

@@ -56,6 +56,12 @@ def test_rule_is_the_schedule(factor: float) -> None:
         d2go.rule(1.5, factor)
 
 
+@pytest.mark.parametrize("factor", [None, "10", float("nan"), float("inf"), [1]])
+def test_factor_that_is_no_number_is_refused(factor: Any) -> None:
+    with pytest.raises(ArgumentError, match="decay_warm_up_factor"):
+        d2go.rule(0.9, factor)
+
+
 @pytest.mark.parametrize("factor", [-1, 10])
 def test_numbers_and_both_directions(factor: float) -> None:
     model, generator = Network(1), numbers(2)
@@ -139,6 +145,13 @@ def changed(**others: Any) -> dict[str, Any]:
         (changed(wide=torch.ones(3)), r"'wide' is \[3\], expected \[257\]"),
         (changed(wide=torch.ones(257, dtype=torch.int64)), r"'wide' is i64, expected f64"),
         ({"ema_state": [1, 2]}, "mapping of names"),
+        ({"ema_state": None}, "mapping of names"),
+        (None, "the checkpoint is of type NoneType"),
+        ([1], "the checkpoint is of type list"),
+        ({3: torch.ones(1)}, "the key 3"),
+        ({**changed(), "wide": None}, "'wide' is of type NoneType, expected a tensor"),
+        (changed(wide=torch.empty(257, device="meta")), "'wide' has no contents"),
+        (changed(wide=torch.ones(257).to_sparse()), "expected a dense tensor"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(state: Any, message: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -358,3 +360,163 @@ def test_counters_are_read_once_and_after_others_wrote(on_an_accelerator: list[f
     ema(model)
     assert on_an_accelerator[2:] == [41]
     assert int(ema.num_updates) == 42
+
+
+def test_another_model_may_be_stored_when_the_first_is_gone() -> None:
+    ema = LitEma(model_of())
+    for seed in range(30):  # the memory of one often becomes that of the next
+        model = model_of(seed)
+        ema.store(model.parameters())
+        ema.copy_to(model)
+        del model
+        gc.collect()
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_store_refuses_to_lose_weights_that_somebody_has(other: bool) -> None:
+    model, ema = model_of(), LitEma(model_of(1))
+    some = list(model.parameters())[:2]
+    raw = [one.detach().clone() for one in some]
+    ema.store(some)  # of a part, too
+    ema.copy_to(model)
+    with pytest.raises(StateError, match="collected_params"):
+        ema.store((model_of(2) if other else model).parameters())
+    assert all(map(torch.equal, raw, ema.collected_params))
+    ema.collected_params = []
+    ema.store(model.parameters())
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_has_lent_nothing(way: str) -> None:
+    model = model_of()
+    ema = LitEma(model)
+    ema.store(model.parameters())
+    ema.copy_to(model)
+    other = copy.deepcopy(ema) if way == "deepcopy" else pickle.loads(pickle.dumps(ema))
+    other.store(model.parameters())
+    with pytest.raises(StateError):
+        ema.store(model.parameters())
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_model_is_not_kept_alive(wrap: bool) -> None:
+    model = model_of()
+    ema = LitEma(model)
+    given = nn.DataParallel(model) if wrap else model
+    ema.store(model.parameters())
+    for _ in range(2):
+        ema(given)
+        ema.copy_to(given)
+    gone = [weakref.ref(one) for one in [model, *model.parameters()]]
+    del model, given
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)
+
+
+@pytest.mark.parametrize("way", ["half", "double", "assign"])
+def test_averages_that_were_replaced_are_not_kept_alive(way: str) -> None:
+    model = model_of()
+    ema = LitEma(model)
+    ema(model)
+    gone = weakref.ref(ema.get_buffer("0weight"))
+    if way == "assign":
+        state = {name: one.clone() for name, one in ema.state_dict().items()}
+        ema.load_state_dict(state, assign=True)
+    else:
+        getattr(ema, way)()
+    gc.collect()
+    assert gone() is None
+    ema(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("call", ["to", "type"])
+def test_counters_keep_their_dtypes(dtype: Any, call: str) -> None:
+    pipeline = Pipeline(model_of())
+    ema = pipeline.model_ema
+    ema.decay.fill_(0.9999)
+    getattr(pipeline, call)(dtype)
+    assert (ema.decay.dtype, ema.num_updates.dtype) == (torch.float32, torch.int32)
+    assert float(ema.decay) == float(np.float32(0.9999))
+    assert ema.get_buffer("0weight").dtype == dtype
+    assert torch.tensor(0.9999).to(dtype) == 1  # which would be an average that stands still
+    assert list(ema.state_dict()) == ["decay", "num_updates", *TRAINED.values()]
+    ema.num_updates.fill_(10**6)
+    before = reals(ema.get_buffer("1weight"))
+    with torch.no_grad():
+        pipeline.model[1].weight.add_(1000)
+    ema(pipeline.model)
+    moved = (reals(ema.get_buffer("1weight")) - before).mean()
+    assert moved == pytest.approx(0.1, abs=0.03)
+
+
+def unfrozen() -> Any:
+    return model_of().requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (unfrozen, r"'1\.bias' is trained in the model, but has no average"),
+        (larger, r"'3\.weight' is trained in the model, but has no average"),
+        (lambda: model_of()[:1], r"'1\.weight' has an average, but the model has no such"),
+        (reshaped, r"'1\.weight' is \[6, 5\] in the model, its average \[4, 5\]"),
+    ],
+)
+def test_errors_say_what_is_the_model_and_what_to_do(other: Any, message: str) -> None:
+    ema = LitEma(model_of())
+    for call in (ema, ema.copy_to):
+        with pytest.raises(LayoutError, match=message) as error:
+            call(other())
+        assert "build a new LitEma" in str(error.value)
+        assert "second" not in str(error.value)
+
+
+def test_parameters_that_are_trained_since_are_named() -> None:
+    model = model_of()
+    ema = LitEma(model)
+    ema(model)
+    model[1].bias.requires_grad_(True)
+    with pytest.raises(LayoutError, match=r"'1\.bias' is trained in the model"):
+        ema(model)
+    model[1].bias.requires_grad_(False)
+    ema(model)
+    assert int(ema.num_updates) == 2
+
+
+def test_errors_of_store_and_restore_say_what_to_do() -> None:
+    model = model_of()
+    ema = LitEma(model)
+    for call in (ema.store, ema.restore):
+        ema.collected_params = [torch.ones(1)]
+        with pytest.raises(ArgumentError, match=r"model\.parameters\(\)"):
+            call(model)
+    ema.store(model.parameters())
+    raw = [one.detach().clone() for one in larger().parameters()]
+    with pytest.raises(LayoutError, match=r"given 8 parameters, store\(\) 6: give those"):
+        ema.restore(raw)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "of type NoneType, expected a tensor"),
+        (1.5, "of type float, expected a tensor"),
+        (torch.empty(3, 2, 3, 3, device="meta"), "no contents"),
+        (torch.zeros(3, 2, 3, 3).to_sparse(), "sparse_coo, expected a dense"),
+    ],
+)
+def test_averages_that_are_no_tensors_are_refused(found: Any, message: str) -> None:
+    pipeline = Pipeline(model_of())
+    state = pipeline.state_dict()
+    state["model_ema.0weight"] = found
+    with pytest.raises(CheckpointError, match=message):
+        ema_weights(state, pipeline.model)
+
+
+@pytest.mark.parametrize("checkpoint", [None, [1], {"state_dict": None}, {3: torch.ones(1)}])
+def test_checkpoints_that_are_no_mappings_are_refused(checkpoint: Any) -> None:
+    with pytest.raises(CheckpointError, match="expected"):
+        ema_weights(checkpoint, model_of())
+    with pytest.raises(CheckpointError, match="expected"):
+        with_ema_weights(checkpoint, {})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -295,3 +297,133 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
     with pytest.raises(CheckpointError, match="EMAHook"):
         load(average, {"state_dict": model.state_dict()})
     assert (bits(average.module), bits(model)) == (before, raw)
+
+
+class Own(ExponentialMovingAverage):
+    """A function of the user's for each tensor; those that it was called for are noted."""
+
+    calls: tuple[int, ...] = ()
+
+    def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
+        if averaged_param.numel():
+            self.calls = (*self.calls, averaged_param.data_ptr())
+        averaged_param.lerp_(source_param, self.momentum)
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_own_avg_func_is_called_once_for_each_memory(update_buffers: bool, wrap: bool) -> None:
+    model, generator = Network(1), numbers(2)
+    given = nn.DataParallel(model) if wrap else model
+    average = Own(model, 0.2, update_buffers=update_buffers)
+    average.update_parameters(given)
+    truth = Truth(average.module, model, WHICH[update_buffers])
+    for _ in range(4):
+        trained(model, generator)
+        average.calls = ()
+        average.update_parameters(given)
+        truth.step(model, 0.2)
+        truth.check(average.module, model)  # integers too
+        assert len(set(average.calls)) == len(average.calls) > 0
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_own_avg_func_is_called_after_all_was_checked(update_buffers: bool) -> None:
+    average = Own(Network(), 0.2, update_buffers=update_buffers)
+    average.update_parameters(Network(2))
+    larger, reshaped, smaller = Network(1), Network(1), Network(1)
+    larger.more = nn.Linear(2, 2)
+    reshaped.scalar = nn.Parameter(torch.ones(3))
+    del smaller.mask
+    for other, name in ((larger, "more.weight"), (reshaped, "scalar"), (smaller, "mask")):
+        before = bits(average.module)
+        with pytest.raises(LayoutError, match=name):
+            average.update_parameters(other)
+        assert bits(average.module) == before
+        assert average.calls == ()
+        assert int(average.steps) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_avg_func_of_an_instance(kind: str) -> None:
+    model, generator = Network(1), numbers(2)
+    average = KINDS[kind][0](model)
+    average.update_parameters(model)
+    truth = Truth(average.module, model, is_parameter)
+    average.avg_func = lambda averaged, source, steps: averaged.lerp_(source, 0.85)
+    trained(model, generator)
+    average.update_parameters(model)
+    truth.step(model, 0.85)
+    truth.check(average.module, model)
+    del average.avg_func  # and ours again
+    before = bits(average.module)
+    average.update_parameters(model)
+    assert bits(average.module) != before
+
+
+@pytest.mark.parametrize("start", [False, True])
+def test_update_buffers_may_be_set_later(start: bool) -> None:
+    model, generator = Network(1), numbers(2)
+    average = ExponentialMovingAverage(model, 0.1, update_buffers=start)
+    average.update_parameters(model)
+    trained(model, generator)
+    average.update_parameters(model)
+    for update_buffers in (not start, start):
+        average.update_buffers = update_buffers
+        truth = Truth(average.module, model, WHICH[update_buffers])
+        for _ in range(3):
+            trained(model, generator)
+            average.update_parameters(model)
+            truth.step(model, 0.1)
+            truth.check(average.module, model)
+
+
+@pytest.mark.parametrize("make", [ExponentialMovingAverage, Own])
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_the_model_is_not_kept_alive(make: Any, update_buffers: bool) -> None:
+    model = Network()
+    average = make(model, 0.1, interval=2, update_buffers=update_buffers)
+    for given in (model, nn.DataParallel(model)) * 3:
+        average.update_parameters(given)
+    gone = [weakref.ref(one) for one in [model, *tensors(model).values()]]
+    del model, given
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)
+
+
+@pytest.mark.parametrize("way", ["none", "list", "state", "ema_state", "key"])
+def test_checkpoints_that_are_no_mappings_are_refused(way: str) -> None:
+    model = Network(1)
+    average = ExponentialMovingAverage(model, 0.3)
+    whole = hook_saves(average, model)
+    checkpoint: Any = {
+        "none": None,
+        "list": [1],
+        "state": {**whole, "state_dict": [1]},
+        "ema_state": {**whole, "ema_state_dict": torch.ones(2)},
+        "key": {**whole, "ema_state_dict": {3: torch.ones(2)}},
+    }[way]
+    with pytest.raises(CheckpointError, match="expected"):
+        load(average, checkpoint, model)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "found", "message"),
+    [
+        ("ema_state_dict", "steps", 5, "'steps' is of type int, expected a tensor"),
+        ("state_dict", "wide", None, r"'module\.wide' is of type NoneType"),
+        ("ema_state_dict", "module.wide", None, "'wide' is of type NoneType"),
+        ("state_dict", "wide", torch.empty(257, device="meta"), "has no contents"),
+    ],
+)
+def test_entries_that_are_no_tensors_are_refused(
+    part: str, name: str, found: Any, message: str
+) -> None:
+    model = Network(1)
+    average = ExponentialMovingAverage(model, 0.3)
+    before = bits(average.module), bits(model)
+    checkpoint = hook_saves(average, Network(2))
+    checkpoint[part][name] = found
+    with pytest.raises(CheckpointError, match=message):
+        load(average, checkpoint, model)
+    assert (bits(average.module), bits(model)) == before

@@ -155,3 +155,54 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         nemo.load(ema, {"ema": state["ema"], "every_n_steps": 1}, model, optimizer)
     assert ema.num_updates == 0
     assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ema": None}, "'ema' is of type NoneType"),
+        ({"ema": (1,) * 11}, "'embed.weight' is of type int, expected a tensor"),
+        ({"current_step": "x"}, "current_step='x'"),
+        ({"current_step": None}, "current_step=None"),
+        ({"current_step": -1}, "current_step=-1"),
+        ({"every_n_steps": 0}, "every_n_steps=0: expected a whole number of at least 1"),
+        ({"every_n_steps": -2}, "every_n_steps=-2"),
+        ({"every_n_steps": None}, "every_n_steps=None"),
+    ],
+)
+def test_states_that_are_none_are_refused(change: Any, message: str) -> None:
+    model = Network(1)
+    ema = average_of(model, 0.9, 1)
+    peer = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 1)
+    assert len(peer.ema) == 11
+    with pytest.raises(CheckpointError, match=message):
+        nemo.load(ema, {**peer.state_dict(), **change}, model)
+    assert ema.num_updates == 0
+
+
+@pytest.mark.parametrize("wrong", [None, 3, torch.empty(257, dtype=torch.float64, device="meta")])
+def test_averages_without_contents_are_refused(wrong: Any) -> None:
+    model = Network(1)
+    ema = average_of(model, 0.9, 1)
+    peer = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 1)
+    place = [name for name, _ in model.named_parameters()].index("wide")
+    state = peer.state_dict()
+    state["ema"] = tuple(wrong if at == place else one for at, one in enumerate(state["ema"]))
+    with pytest.raises(CheckpointError, match="'wide'"):
+        nemo.load(ema, state, model)
+
+
+def test_counts_may_be_in_tensors() -> None:
+    model = Network(1)
+    ema = average_of(model, 0.9, 3)
+    state = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 3).state_dict()
+    counts = {"current_step": torch.tensor(5), "every_n_steps": torch.tensor([3])}
+    nemo.load(ema, {**state, **counts}, model)
+    assert ema.num_updates == 7
+
+
+@pytest.mark.parametrize("checkpoint", [None, [1], {"optimizer_states": None}, {1: 2}])
+def test_checkpoints_that_are_none_are_refused(checkpoint: Any) -> None:
+    model = Network(1)
+    with pytest.raises(CheckpointError, match="expected"):
+        nemo.load(average_of(model, 0.9, 1), checkpoint, model)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -257,6 +259,51 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
         load(ema, {"ema": None, "updates": None, "model": other})
     assert bits(ema.ema) == before
     assert ema.updates == 0
+
+
+def damaged(**others: Any) -> dict[str, Any]:
+    return {"ema": {**Network(3).state_dict(), **others}, "updates": 4}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        (None, "NoneType, expected a mapping"),
+        ([1], "list, expected a mapping"),
+        ({"ema": 5, "updates": 4}, "'ema' is of type int"),
+        ({"ema": {4: 5}, "updates": 4}, "the key 4"),
+        ({**damaged(), "updates": "x"}, "updates='x'"),
+        ({**damaged(), "updates": -1}, "updates=-1"),
+        (damaged(wide=None), "'wide' is of type NoneType, expected a tensor"),
+        (damaged(wide=[1.0]), "'wide' is of type list, expected a tensor"),
+        (damaged(wide=torch.empty(257, device="meta")), "'wide' has no contents"),
+        (damaged(wide=torch.ones(257).to_sparse()), "expected a dense tensor"),
+    ],
+)
+def test_checkpoints_that_are_none_are_refused(checkpoint: Any, message: str) -> None:
+    ema = ModelEMA(Network())
+    before = bits(ema.ema)
+    with pytest.raises(CheckpointError, match=message):
+        load(ema, checkpoint)
+    assert bits(ema.ema) == before
+    assert ema.updates == 0
+
+
+def test_number_of_updates_may_be_in_a_tensor() -> None:
+    ema = ModelEMA(Network())
+    load(ema, {**damaged(), "updates": torch.tensor(7)})
+    assert (type(ema.updates), ema.updates) == (int, 7)
+
+
+def test_the_model_is_not_kept_alive() -> None:
+    model = Network()
+    ema = ModelEMA(model)
+    for given in (model, nn.DataParallel(model), model):
+        ema.update(given)
+    gone = [weakref.ref(one) for one in [model, *tensors(model).values()]]
+    del model, given
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)
 
 
 def test_the_rule_in_an_ema_of_fastema() -> None:
