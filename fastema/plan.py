@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from fastema.bridges.memory import allocate
 from fastema.bridges.moving import Located, Locator
@@ -60,8 +60,14 @@ def _answer(policy: PolicyOf, name: str, role: Role) -> str:
     return answer
 
 
-def matched(dst: Leaves, src: Leaves) -> list[Pair]:
+def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
     """Leaves of two containers paired by name, checked.
+
+    Parameters
+    ----------
+    dst, src : Leaves
+    called : (str, str)
+        What an error calls them.
 
     Raises
     ------
@@ -72,10 +78,12 @@ def matched(dst: Leaves, src: Leaves) -> list[Pair]:
     src.refuse_opaque()
     sources = {leaf.name: leaf.spec for leaf in src.items}
     names = set(dst.names)
-    problems = [f"{name!r} is only in the second" for name in sources if name not in names]
-    problems += [f"{name!r} is only in the first" for name in dst.names if name not in sources]
+    problems = [f"{name!r} is only in {called[1]}" for name in sources if name not in names]
+    problems += [f"{name!r} is only in {called[0]}" for name in dst.names if name not in sources]
     if problems:
-        raise LayoutError("the two containers hold different tensors:\n" + listed(problems))
+        raise LayoutError(
+            f"{called[0]} and {called[1]} hold different tensors:\n" + listed(problems)
+        )
     pairs = [Pair(leaf.name, leaf.spec, sources[leaf.name]) for leaf in dst.items]
     for pair in pairs:
         check_pair(pair)
@@ -133,6 +141,8 @@ class Plan:
     array([0.4375, 0.4375], dtype=float32)
     """
 
+    _called: ClassVar = ("the first", "the second")
+
     def __init__(
         self,
         avg: Any,
@@ -156,7 +166,7 @@ class Plan:
         roles = {**dst.roles, **src.roles}
         if self._policy is not None:
             dst, src = (_without_skipped(side, self._policy, roles) for side in whole)
-        pairs = [self._rounded(pair) for pair in matched(dst, src)]
+        pairs = [self._rounded(pair) for pair in matched(dst, src, self._called)]
         for pair in pairs:
             refuse_unwritable(pair.name, pair.dst)
         avg, x = [(p.name, p.dst) for p in pairs], [(p.name, p.src) for p in pairs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ def _average(name: str, role: Role) -> Literal["average"]:
 
 class _Exchangeable(Plan):
     """A plan whose averages can change places with the weights exactly."""
+
+    _called: ClassVar = ("the average", "the model")
 
     _loan: InPlace | None = None
 

@@ -351,7 +351,7 @@ def test_a_larger_model_is_refused_wherever_it_is() -> None:
     follower.update(net, 0.5, 1)
     before = values(average)
     net.register_parameter("more", nn.Parameter(torch.randn(2)))
-    with pytest.raises(LayoutError, match="'more' is only in the second"):
+    with pytest.raises(LayoutError, match="'more' is only in the model"):
         follower.update(net, 0.5, 2)
     assert_same(average, before)
 
