@@ -332,20 +332,19 @@ class Stored:
         """The weights of these were stored."""
         self._of, self._overwritten = [weakref.ref(one) for one in parameters], False
 
-    def overwritten(self, parameters: Sequence[Tensor]) -> None:
+    def _alive(self) -> list[Tensor]:
+        return [one for one in (reference() for reference in self._of) if one is not None]
+
+    def overwritten(self, parameters: Iterable[Tensor]) -> None:
         """These hold the average now."""
-        self._overwritten = self._overwritten or self._are(parameters)
+        written = {id(one) for one in parameters}
+        self._overwritten |= any(id(one) in written for one in self._alive())
 
-    def _are(self, parameters: Sequence[Tensor]) -> bool:
-        return len(parameters) == len(self._of) > 0 and all(
-            reference() is one for reference, one in zip(self._of, parameters, strict=True)
-        )
-
-    def refuse_loss(self, name: str) -> None:
+    def refuse_loss(self, name: str, nothing: Any = None) -> None:
         """Refuse to store others in the place of weights that are nowhere else."""
-        if self._overwritten and any(reference() is not None for reference in self._of):
+        if self._overwritten and self._alive():
             raise StateError(
                 "store() while parameters hold the average since copy_to() would lose the weights "
-                f"that were stored before: restore() them first, or set {name} to None if they are "
-                "not wanted back"
+                f"that were stored before: restore() them first, or set {name} to {nothing} if "
+                "they are not wanted back"
             )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
-from fastema.compat.lists import as_list, write
+from fastema.compat.lists import Stored, as_list, clones, write
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.transfer import mapping_in, unfit
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError, listed
@@ -72,27 +71,6 @@ def _all_names(model: nn.Module, shorts: Mapping[str, str]) -> dict[str, str]:
     firsts = {id(one): name for name, one in model.named_parameters()}
     found = {name: firsts[id(one)] for name, one in _parameters(model).items()}
     return {name: shorts[first] for name, first in found.items() if first in shorts}
-
-
-class _Lenders:
-    """The parameters that were stored, and whether they hold the average since; not kept alive.
-
-    Attributes
-    ----------
-    lent : bool
-    """
-
-    def __init__(self, parameters: Sequence[Tensor] = ()) -> None:
-        self._references = [weakref.ref(one) for one in parameters]
-        self.lent = False
-
-    def __reduce__(self) -> Any:
-        """Copied and pickled as a new one: the parameters are those of this process."""
-        return type(self), ()
-
-    def alive(self) -> list[Tensor]:
-        """Those that somebody still has."""
-        return [one for one in (reference() for reference in self._references) if one is not None]
 
 
 class LitEma(nn.Module):
@@ -180,7 +158,7 @@ class LitEma(nn.Module):
         for name, parameter in trained.items():
             self.register_buffer(self.m_name2s_name[name], parameter.detach().clone())
         self.collected_params: list[Tensor] = []
-        self._lenders = _Lenders()
+        self._stored = Stored()
         self._calls = 0
         self._limit, self._count = Mirrored(), Mirrored()
         self._buffer_of = _all_names(model, self.m_name2s_name)
@@ -290,9 +268,7 @@ class LitEma(nn.Module):
             self._following().give(model)
         except LayoutError as error:
             raise self._explained(model, error) from None
-        written = {id(one) for one in model.parameters()}
-        if any(id(one) in written for one in self._lenders.alive()):
-            self._lenders.lent = True
+        self._stored.overwritten(model.parameters())
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of parameters, for :meth:`restore`.
@@ -310,14 +286,10 @@ class LitEma(nn.Module):
             For anything else, such as a module.
         """
         given = as_list(parameters, "store()")
-        if self.collected_params and self._lenders.lent and self._lenders.alive():
-            raise StateError(
-                "store() while parameters hold the average, from copy_to(): the weights that were "
-                "stored would be lost; restore() them first, or set collected_params to [] if they "
-                "are not wanted back"
-            )
-        self.collected_params = [one.detach().clone() for one in given]
-        self._lenders = _Lenders(given)
+        if self.collected_params:
+            self._stored.refuse_loss("collected_params", [])
+        self.collected_params = clones(given)
+        self._stored.stored(given)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write back what :meth:`store` kept; it is kept further.
@@ -345,7 +317,7 @@ class LitEma(nn.Module):
                 "that were stored, in the same order and without what the model was given since"
             )
         write(stored, given, "restore()")
-        self._lenders.lent = False
+        self._stored.restored()
 
 
 def _state_of(checkpoint: Any) -> Mapping[str, Any]:
