@@ -10,7 +10,7 @@ import json
 import pickle
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateErr
 from fastema.plan import Plan
 
 from ..needed import modules
-from ..shadow.truth import Loop
 
 modules("torch", "diffusers", "accelerate")
 
@@ -33,17 +32,10 @@ from torch import nn  # noqa: E402
 
 from fastema.compat.diffusers import EMAModel as Ours  # noqa: E402
 
+from .network import CODES, array, numbers  # noqa: E402
+from .parameter_lists import Parameters, Truth, parameters, same, trained, values  # noqa: E402
+
 pytestmark = pytest.mark.torch
-
-Parameters = list[Any]
-
-CODES = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-}
-SHAPES = [(5, 7), (3,), (), (0, 4), (1, 1, 33), (257,)]
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "ramp": {},
@@ -64,44 +56,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "foreach": True,
     },
 }
-
-
-def numbers(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def parameters(seed: int = 0, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> Parameters:
-    """Odd shapes, a scalar, an empty one, one that is not contiguous, two that are frozen."""
-    generator, kinds = numbers(seed), list(dtypes)
-    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    made.append(torch.randn(6, 4, generator=generator).t())
-    image = torch.randn(2, 3, 4, 5, generator=generator)
-    made.append(image.to(memory_format=torch.channels_last))
-    found = [nn.Parameter(one.to(kinds[at % len(kinds)])) for at, one in enumerate(made)]
-    for at in (1, 6):
-        found[at].requires_grad_(False)
-    return found
-
-
-def trained(weights: Iterable[Any], generator: torch.Generator, size: float = 1.0) -> None:
-    with torch.no_grad():
-        for one in weights:
-            one.add_(size * torch.randn(one.shape, generator=generator).to(one.dtype))
-
-
-def array(one: torch.Tensor) -> np.ndarray:
-    return one.detach().double().numpy()
-
-
-def values(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [one.detach().clone() for one in tensors]
-
-
-def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
-    return all(
-        one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
-        for one, other in zip(tensors, others, strict=True)
-    )
 
 
 def put(weights: Parameters, saved: list[torch.Tensor]) -> None:
@@ -126,25 +80,6 @@ def decay_of(
         return 0.0
     grown = 1 - (1 + s / inv_gamma) ** -power if use_ema_warmup else (1 + s) / (10 + s)
     return float(max(min_decay, min(decay, grown)))
-
-
-class Truth:
-    """The averages of parameters as float64 loops; what needs no gradient is copied."""
-
-    def __init__(self, weights: Parameters, random: bool = False) -> None:
-        self.loops = []
-        for one in weights:
-            stored = CODES[one.dtype]
-            arithmetic = "f64" if stored == "f64" else "f32"
-            self.loops.append(Loop(array(one), stored, arithmetic, random and stored != "f64"))
-
-    def step(self, weights: Parameters, weight: float) -> None:
-        for loop, one in zip(self.loops, weights, strict=True):
-            loop.step(array(one), weight if one.requires_grad else 1.0)
-
-    def check(self, averages: Iterable[torch.Tensor]) -> None:
-        for at, (loop, one) in enumerate(zip(self.loops, averages, strict=True)):
-            loop.check(array(one), f"number {at}")
 
 
 # -- the same interface ----------------------------------------------------------------------------
@@ -224,7 +159,11 @@ def test_equals_theirs(schedule: str, kinds: tuple[str, ...]) -> None:
     options = SCHEDULES[schedule]
     dtypes = [dtype for dtype, code in CODES.items() if code in kinds]
     weights, generator = parameters(2, dtypes), numbers(3)
-    one, other, truth = Ours(weights, **options), Theirs(weights, **options), Truth(weights)
+    one, other, truth = (
+        Ours(weights, **options),
+        Theirs(weights, **options),
+        Truth(weights, copied=True),
+    )
     for n in range(1, 25):
         trained(weights, generator)
         truth.step(weights, 1.0 - decay_of(n, **options))
@@ -253,7 +192,7 @@ def test_until_update_after_step_the_average_is_the_weights_exactly() -> None:
 
 def test_what_needs_no_gradient_is_looked_at_at_every_step() -> None:
     weights, generator = parameters(6), numbers(7)
-    one, other, truth = Ours(weights, 0.9), Theirs(weights, 0.9), Truth(weights)
+    one, other, truth = Ours(weights, 0.9), Theirs(weights, 0.9), Truth(weights, copied=True)
     for n in range(1, 13):
         weights[n % 8].requires_grad_(n % 3 > 0)
         trained(weights, generator)
@@ -281,7 +220,7 @@ def test_a_wide_average_of_narrow_weights(narrow: torch.dtype) -> None:
     one, other = Ours(weights, 0.9), Theirs(weights, 0.9)
     for ema in (one, other):
         ema.to(dtype=torch.float32)
-    truth = Truth(one.shadow_params)
+    truth = Truth(one.shadow_params, copied=True)
     for n in range(1, 20):
         trained(weights, generator)
         truth.step(weights, 1.0 - decay_of(n, 0.9))
@@ -294,7 +233,7 @@ def test_a_wide_average_of_narrow_weights(narrow: torch.dtype) -> None:
 def test_settings_that_are_changed_on_the_way() -> None:
     weights, generator = parameters(12), numbers(13)
     one, other = Ours(weights), Theirs(weights)
-    truth = Truth(weights)
+    truth = Truth(weights, copied=True)
     for n in range(1, 20):
         if n == 8:
             for ema in (one, other):
@@ -393,7 +332,7 @@ def test_a_narrow_average_is_resumed_to_the_bit() -> None:
 
 def test_narrow_averages_are_within_the_bound() -> None:
     weights, generator = parameters(19, [torch.bfloat16, torch.float16]), numbers(20)
-    ema, truth = Ours(weights, 0.9), Truth(weights, random=True)
+    ema, truth = Ours(weights, 0.9), Truth(weights, random=True, copied=True)
     for n in range(1, 20):
         trained(weights, generator)
         truth.step(weights, 1.0 - decay_of(n, 0.9))
@@ -410,7 +349,7 @@ def test_narrow_averages_are_within_the_bound() -> None:
 def test_a_run_goes_on_in_the_other_library(first: Any, then: Any, schedule: str) -> None:
     options = SCHEDULES[schedule]
     weights, generator = parameters(21), numbers(22)
-    ema, truth = first(weights, **options), Truth(weights)
+    ema, truth = first(weights, **options), Truth(weights, copied=True)
     for n in range(1, 30):
         if n == 13:
             file = io.BytesIO()
@@ -606,7 +545,7 @@ def test_restore_into_other_shapes_keeps_what_was_stored() -> None:
 def test_a_parameter_that_is_twice_in_the_list() -> None:
     weights = parameters(40, [torch.bfloat16])
     tied = [*weights, weights[0], weights[3]]
-    ema, truth, generator = Ours(tied, 0.9), Truth(tied, random=True), numbers(41)
+    ema, truth, generator = Ours(tied, 0.9), Truth(tied, random=True, copied=True), numbers(41)
     for n in range(1, 10):
         trained(weights, generator)
         truth.step(tied, 1.0 - decay_of(n, 0.9))
@@ -639,7 +578,7 @@ def test_frozen_parameters_that_no_kernel_knows_are_copied(frozen: torch.dtype) 
 
 def test_freezing_in_turns_makes_no_new_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = parameters(44)
-    ema, truth, generator = Ours(weights, 0.9), Truth(weights), numbers(45)
+    ema, truth, generator = Ours(weights, 0.9), Truth(weights, copied=True), numbers(45)
     for n in range(1, 9):
         if n == 5:
             monkeypatch.setattr(Plan, "_build", None)
@@ -808,7 +747,7 @@ def test_a_script_that_is_stopped_and_resumed(first: Any, then: Any, tmp_path: P
 def test_accelerate_checkpoints_it(first: Any, tmp_path: Path) -> None:
     """As an object with a state, without hooks."""
     weights, generator = parameters(49), numbers(50)
-    ema, truth = first(weights, **SCHEDULES["all"]), Truth(weights)
+    ema, truth = first(weights, **SCHEDULES["all"]), Truth(weights, copied=True)
     for n in range(1, 20):
         if n == 9:
             accelerator = Accelerator(cpu=True)
@@ -836,7 +775,7 @@ def test_to_casts_floats_and_keeps_going() -> None:
             one.to("cpu", torch.float64, non_blocking=True)
             other.to("cpu", torch.float64, non_blocking=True)
             # What was rounded before the cast stays rounded.
-            truth = Truth(one.shadow_params)
+            truth = Truth(one.shadow_params, copied=True)
         trained(weights, generator)
         truth.step(weights, 1.0 - decay_of(n))
         one.step(weights)
@@ -871,7 +810,7 @@ def test_pinned_averages_take_the_place_of_the_others(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
 def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any]) -> None:
     weights, generator = parameters(56), numbers(57)
-    ema, truth = Ours(weights, **SCHEDULES["all"]), Truth(weights)
+    ema, truth = Ours(weights, **SCHEDULES["all"]), Truth(weights, copied=True)
     for n in range(1, 10):
         if n == 5:
             ema.store(weights)

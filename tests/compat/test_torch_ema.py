@@ -8,7 +8,7 @@ import inspect
 import io
 import pickle
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from fastema.errors import (
 )
 
 from ..needed import modules
-from ..shadow.truth import Loop
 
 modules("torch", "torch_ema")
 
@@ -35,85 +34,22 @@ from torch import nn  # noqa: E402
 
 from fastema.compat.torch_ema import ExponentialMovingAverage as Ours  # noqa: E402
 
+from .network import array, numbers  # noqa: E402
+from .parameter_lists import Parameters, Truth, parameters, same, trained, values  # noqa: E402
+
 Theirs = torch_ema.ExponentialMovingAverage
 
 pytestmark = pytest.mark.torch
-
-Parameters = list[Any]
 
 KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "f32": (torch.float32,),
     "f64": (torch.float64,),
     "mixed": (torch.float32, torch.float64),
 }
-CODES = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-}
-SHAPES = [(5, 7), (3,), (), (0, 4), (1, 1, 33), (257,)]
-
-
-def numbers(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def parameters(seed: int = 0, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> Parameters:
-    """Odd shapes, a scalar, an empty one, one that is not contiguous, one that is frozen."""
-    generator, kinds = numbers(seed), list(dtypes)
-    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
-    made.append(torch.randn(6, 4, generator=generator).t())
-    image = torch.randn(2, 3, 4, 5, generator=generator)
-    made.append(image.to(memory_format=torch.channels_last))
-    found = [nn.Parameter(one.to(kinds[at % len(kinds)])) for at, one in enumerate(made)]
-    found[1].requires_grad_(False)
-    return found
-
-
-def trained(weights: Parameters, generator: torch.Generator, size: float = 1.0) -> None:
-    with torch.no_grad():
-        for one in weights:
-            one.add_(size * torch.randn(one.shape, generator=generator).to(one.dtype))
-
-
-def array(one: torch.Tensor) -> np.ndarray:
-    return one.detach().double().numpy()
-
-
-def values(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    return [one.detach().clone() for one in tensors]
-
-
-def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
-    pairs = list(zip(tensors, others, strict=True))
-    return all(
-        one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
-        for one, other in pairs
-    )
 
 
 def decay_of(n: int, decay: float, counted: bool) -> float:
     return min(decay, (1 + n) / (10 + n)) if counted else decay
-
-
-class Truth:
-    """The averages of parameters as float64 loops."""
-
-    def __init__(self, weights: Parameters, random: bool = False) -> None:
-        self.loops = []
-        for one in weights:
-            stored = CODES[one.dtype]
-            arithmetic = "f64" if stored == "f64" else "f32"
-            self.loops.append(Loop(array(one), stored, arithmetic, random and stored != "f64"))
-
-    def step(self, weights: Parameters, weight: float) -> None:
-        for loop, one in zip(self.loops, weights, strict=True):
-            loop.step(array(one), weight)
-
-    def check(self, averages: Iterable[torch.Tensor]) -> None:
-        for at, (loop, one) in enumerate(zip(self.loops, averages, strict=True)):
-            loop.check(array(one), f"number {at}")
 
 
 # -- the same interface ----------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""Parameters in a list, and what their averages have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..shadow.truth import Loop
+from .network import CODES, array, numbers
+
+Parameters = list[Any]
+
+SHAPES = [(5, 7), (3,), (), (0, 4), (1, 1, 33), (257,)]
+FROZEN = (1, 6)
+
+
+def parameters(seed: int = 0, dtypes: Iterable[torch.dtype] = (torch.float32,)) -> Parameters:
+    """Odd shapes, a scalar, an empty one, one that is not contiguous, two that are frozen."""
+    generator, kinds = numbers(seed), list(dtypes)
+    made = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    made.append(torch.randn(6, 4, generator=generator).t())
+    image = torch.randn(2, 3, 4, 5, generator=generator)
+    made.append(image.to(memory_format=torch.channels_last))
+    found = [nn.Parameter(one.to(kinds[at % len(kinds)])) for at, one in enumerate(made)]
+    for at in FROZEN:
+        found[at].requires_grad_(False)
+    return found
+
+
+def trained(weights: Iterable[Any], generator: torch.Generator, size: float = 1.0) -> None:
+    with torch.no_grad():
+        for one in weights:
+            one.add_(size * torch.randn(one.shape, generator=generator).to(one.dtype))
+
+
+def values(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [one.detach().clone() for one in tensors]
+
+
+def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+    return all(
+        one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
+        for one, other in zip(tensors, others, strict=True)
+    )
+
+
+class Truth:
+    """The averages of parameters as float64 loops; ``copied`` says what frozen ones become."""
+
+    def __init__(self, weights: Parameters, random: bool = False, copied: bool = False) -> None:
+        self.loops = []
+        self.copied = copied
+        for one in weights:
+            stored = CODES[one.dtype]
+            arithmetic = "f64" if stored == "f64" else "f32"
+            self.loops.append(Loop(array(one), stored, arithmetic, random and stored != "f64"))
+
+    def step(self, weights: Parameters, weight: float) -> None:
+        for loop, one in zip(self.loops, weights, strict=True):
+            loop.step(array(one), 1.0 if self.copied and not one.requires_grad else weight)
+
+    def check(self, averages: Iterable[torch.Tensor]) -> None:
+        for at, (loop, one) in enumerate(zip(self.loops, averages, strict=True)):
+            loop.check(array(one), f"number {at}")
