@@ -183,6 +183,11 @@ TABLE = {
     "compat.keras": Room(ours="keras plan engine.interrupts errors typing", theirs="keras"),
     # What the drop-in classes share takes back the weights whatever interrupts it.
     "compat.torch_ema": Room(ours="compat engine.interrupts errors typing", theirs="torch"),
+    "compat.ema_pytorch": Room(
+        ours="compat shadow rules plan bridges layout checkpoint posthoc engine.interrupts errors"
+        " typing",
+        theirs="numpy torch",
+    ),
     "compat.following": Room(
         ours="shadow plan bridges layout engine.interrupts errors typing", theirs="torch"
     ),

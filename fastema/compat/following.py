@@ -45,6 +45,11 @@ class _Exchangeable(Plan):
             self._loan = None if found.keeps else found
             return found
 
+    def check(self, x: Any) -> None:
+        """All that is looked at before an update."""
+        with self._lock:
+            self._ready("lerp", x)
+
     def sides(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Averages and weights by name, without those that are skipped."""
         averages, weights = (tensors_of(leaves) for leaves in self._leaves)
@@ -222,6 +227,11 @@ class Follower:
         """Make the averages the weights, rounded to nearest; raises as :meth:`update`."""
         self._refuse_swapped("copy()")
         self._tried(materialised(model), lambda plan, weights: plan.copy_(weights))
+
+    def check(self, model: Any) -> None:
+        """Raise what :meth:`update` and :meth:`copy` would; nothing is written."""
+        self._refuse_swapped("check()")
+        self._tried(materialised(model), lambda plan, weights: plan.check(weights))
 
     def _refuse_swapped(self, call: str) -> None:
         if self._loan is not None:

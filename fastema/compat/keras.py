@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
@@ -22,13 +22,30 @@ Hook: TypeAlias = Literal["test", "predict", "epoch"]
 
 _FINALIZE: Final = "finalize_variable_values"
 
-_held_by: weakref.WeakKeyDictionary[Any, weakref.ref[SwapEMAWeights]] = weakref.WeakKeyDictionary()
-"""Model to the callback through which it holds the average."""
+_OWNER: Final = "_swap_ema_weights"
+"""Attribute of a model's: the callback that watches over it, or through which it has the average.
+
+There while that is so, and however the call ended: the next one takes back what it finds.
+"""
+
+
+def _is_fitting(model: Any) -> bool:
+    """Whether this is called from within a ``fit`` of the model, by another callback perhaps.
+
+    Keras keeps no note of that, and a call that raised ends without a word to its callbacks.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _optimizers(model: Any) -> list[Any]:
     """Those of the model that average."""
-    found = [] if model.optimizer is None else inner(model.optimizer)
+    optimizer = getattr(model, "optimizer", None)  # a model that was not compiled has none
+    found = [] if optimizer is None else inner(optimizer)
     return [one for one in found if one.use_ema]
 
 
@@ -137,20 +154,44 @@ def _is_gone(array: Any) -> bool:
     return array is None or array.is_deleted()
 
 
-class _Finalizer:
-    """Stands in for an optimizer's last word in ``fit``: first the weights are given back."""
+class _First:
+    """Stands in for a method of an object's: first the weights are given back.
 
-    def __init__(self, optimizer: Any, restore: Callable[[], None]) -> None:
-        self._optimizer, self._restore = optimizer, restore
-        vars(optimizer)[_FINALIZE] = self
+    Parameters
+    ----------
+    of : object
+    name : str
+    restore : callable
+        Also to remove this one.
+    unless : callable
+        Asked whether the method is to be called as things are.
+    """
 
-    def __call__(self, variables: Any) -> None:
+    def __init__(
+        self,
+        of: Any,
+        name: str,
+        restore: Callable[[], None],
+        unless: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._of, self._name, self._restore, self._unless = of, name, restore, unless
+        self._own = name in vars(of)
+        self._inner = getattr(of, name)
+        vars(of)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._unless():
+            return self._inner(*args, **kwargs)
         self._restore()
-        getattr(self._optimizer, _FINALIZE)(variables)
+        return getattr(self._of, self._name)(*args, **kwargs)
 
     def remove(self) -> None:
-        if vars(self._optimizer).get(_FINALIZE) is self:
-            del vars(self._optimizer)[_FINALIZE]
+        if vars(self._of).get(self._name) is not self:
+            return
+        if self._own:
+            vars(self._of)[self._name] = self._inner
+        else:
+            del vars(self._of)[self._name]
 
 
 class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
@@ -169,9 +210,10 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     Raises
     ------
     ArgumentError
-        As an epoch or evaluation begins or ends, if no optimizer of the model has ``use_ema=True``.
+        As an epoch or evaluation begins or ends, if no optimizer of the model has ``use_ema=True``,
+        or the model was not compiled.
     StateError
-        If the model holds the average through another ``SwapEMAWeights``.
+        As a run begins, if there are two ``SwapEMAWeights`` in its list of callbacks.
 
     Notes
     -----
@@ -186,8 +228,11 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
       are copied once.
     - There ``predict(callbacks=[...])`` leaves the average in the model, and the next evaluation
       puts the weights in its place. Here the weights come back.
-    - There an evaluation that raises leaves the average in the model. Here the weights come back,
-      as with :class:`fastema.keras.EMAWeights`, which says where the limits of that are.
+    - There an evaluation that raises leaves the average in the model. Here the weights come back:
+      at once where the model raised, or anything in the validation of ``fit``; as the next ``fit``,
+      ``evaluate``, ``predict`` or ``train_on_batch`` begins, with this callback, another one or
+      none, where it was the data or another callback. So they do after a ``fit`` that is cut short
+      while the model holds the average for other callbacks. :meth:`restore` does it by hand.
     - There a ``fit`` with ``swap_on_epoch=True`` that ends before its last epoch, by
       ``EarlyStopping`` for instance, leaves the weights in the model and the average nowhere. Here
       it ends with the average, like any other.
@@ -218,20 +263,54 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self.swap_on_epoch = swap_on_epoch
         self._hook: Hook | None = None
         self._loan: _Swap | _References | None = None
-        self._guards: list[Guard | _Finalizer] = []
-        self._fit_guard: Guard | None = None
+        self._guards: list[Guard | _First] = []
+        self._fit_guards: list[Guard | _First] = []
+        self._model_owned: Any = None
+        self._owner_before: SwapEMAWeights | None = None
+        self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
+
+    def _own(self) -> None:
+        """Be known to the model, for whoever is called next."""
+        before = vars(self.model).get(_OWNER)
+        if before is not self:
+            self._model_owned, self._owner_before = self.model, before
+            self.model.__dict__[_OWNER] = self  # unseen by Keras, which tracks what is set
+
+    def _disown(self) -> None:
+        if self._hook is not None or self._fit_guards:
+            return
+        model, before = self._model_owned, self._owner_before
+        self._model_owned = self._owner_before = None
+        if model is not None and vars(model).get(_OWNER) is self:
+            if before is None:
+                del vars(model)[_OWNER]
+            else:
+                vars(model)[_OWNER] = before
+
+    def _take_over(self) -> None:
+        """Take back what earlier calls left in the model, whichever callback's they were."""
+        self._leave()
+        self._run, is_twice = self.params, False
+        other = self.model.__dict__.pop(_OWNER, None)
+        while other is not None:
+            is_twice |= other is not self and other._run is self._run
+            before = other._owner_before
+            other._leave()
+            other = before
+        if is_twice:
+            raise StateError(
+                "two SwapEMAWeights in one list of callbacks would undo each other: leave one of "
+                "them out"
+            )
 
     def _put(self, hook: Hook) -> None:
         """Put the average into the model, unless it is there or there is none yet."""
         if self._hook is not None:
             return
         model = self.model
-        other = _held_by.get(model, lambda: None)()
+        other = vars(model).get(_OWNER)
         if other is not None and other is not self and other._hook is not None:
-            raise StateError(
-                "the model holds the average through another SwapEMAWeights: leave one of the two "
-                "out of the list of callbacks"
-            )
+            return  # it is there, at the end of an epoch of the fit around this
         if not _optimizers(model):
             raise ArgumentError(
                 f"the model {model.name!r} has no optimizer with use_ema=True, whose average could "
@@ -246,7 +325,18 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         with deferred():
             loan.put()
             self._loan, self._hook = loan, hook
-            _held_by[model] = weakref.ref(self)
+            self._own()
+            self._guards += self._before_others(self.restore)
+
+    def _before_others(self, restore: Callable[[], None]) -> list[_First]:
+        """What gives the weights back if the model is used again after a call that raised."""
+        model, within = self.model, partial(_is_fitting, self.model)
+        return [
+            _First(model, "fit", restore),
+            _First(model, "train_on_batch", restore),
+            _First(model, "evaluate", restore, within),
+            _First(model, "predict", restore, within),
+        ]
 
     def _take_back(self, *hooks: Hook) -> None:
         if self._hook in hooks:
@@ -260,19 +350,26 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 loan.back()
         while self._guards:
             self._guards.pop().remove()
+        self._disown()
 
     def _end_fit(self) -> None:
-        if self._fit_guard is not None:
-            self._fit_guard.remove()
-            self._fit_guard = None
+        while self._fit_guards:
+            self._fit_guards.pop().remove()
+        self._disown()
+
+    def _leave(self) -> None:
+        """Leave nothing in the model."""
+        self.restore()
+        self._end_fit()
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Give back what an earlier call left, and watch over the validation."""
-        self.restore()
-        self._end_fit()
+        self._take_over()
         _separate(self.model)
         # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
-        self._fit_guard = Guard(self.model, "evaluate", partial(self._take_back, "test"))
+        self._fit_guards.append(Guard(self.model, "evaluate", partial(self._take_back, "test")))
+        self._fit_guards += self._before_others(self._leave)
+        self._own()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Stop watching."""
@@ -290,12 +387,13 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._put("epoch")
         if self._hook != "epoch" or self._loan is None:
             return
-        if epoch == self.params["epochs"] - 1:
+        if epoch == (self._run or self.params)["epochs"] - 1:
             # As Keras is about to do, whose last word would give the model its weights otherwise.
             self._loan.keep()
             self._loan = self._hook = None
+            self.restore()
         else:
-            self._guards.append(_Finalizer(self.model.optimizer, self.restore))
+            self._guards.append(_First(self.model.optimizer, _FINALIZE, self.restore))
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Put the average into the model."""
@@ -314,7 +412,10 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._take_back("predict")
 
     def _begin(self, hook: Literal["test", "predict"]) -> None:
-        self._take_back("test", "predict")  # of one that was left by an exception
+        if _is_fitting(self.model):
+            self._take_back("test", "predict")  # of one that was left by an exception
+        else:
+            self._take_over()
         if self._hook is None:
             self._put(hook)
             if self._hook is not None:

@@ -35,8 +35,8 @@ def _traced(*trees: Any) -> bool:
 
 def _on_host(leaf: Any) -> bool:
     """Whether a leaf's memory can be read: NumPy's, or of a JAX array on one CPU device."""
-    if isinstance(leaf, np.ndarray):
-        return True
+    if type(leaf) is np.ndarray:  # others have rules of their own, such as masks
+        return bool(leaf.dtype.isnative)
     if not isinstance(leaf, jax.Array) or leaf.is_deleted():
         return False
     devices = leaf.devices()
@@ -50,7 +50,12 @@ def _all_numpy(*operands: Any) -> bool:
 
 @cache
 def _promoted(
-    new: tuple[bool, Hashable], old: tuple[bool, Hashable], weight: Any, of: Any, wide: bool
+    new: tuple[bool, Hashable],
+    old: tuple[bool, Hashable],
+    weight: Any,
+    of: Any,
+    weak: bool,
+    wide: bool,
 ) -> np.dtype[Any] | None:
     """The dtype that Optax gives, asked with nothing in it; None where it gives none.
 
@@ -60,12 +65,19 @@ def _promoted(
         Whether NumPy's, and the dtype.
     weight, of : type, dtype or None
         Of the weight.
+    weak : bool
+        Whether the weight gives way to the dtypes of others, as Python's numbers do.
     wide : bool
         Whether JAX has 64 bits now.
     """
     sides: list[Any] = [(np if numpy else jnp).zeros(0, dtype) for numpy, dtype in (new, old)]
     try:
-        scale = weight(0) if of is None else (jnp if weight is jax.Array else np).zeros((), of)
+        if of is None:
+            scale = weight(0)
+        elif weak:
+            scale = jnp.asarray(np.zeros((), of).item())
+        else:
+            scale = (jnp if weight is jax.Array else np).zeros((), of)
         found: Any = optax.incremental_update(*sides, scale)
     except TypeError:
         return None
@@ -82,11 +94,20 @@ def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
     kind: Any = jax.Array if isinstance(step_size, jax.Array) else type(step_size)
     sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
     x64 = bool(jax.config.jax_enable_x64)
-    found = _promoted(*sides, kind, getattr(step_size, "dtype", None), x64)
-    if found is None:
+    weak = bool(getattr(step_size, "weak_type", False))
+    found = _promoted(*sides, kind, getattr(step_size, "dtype", None), weak, x64)
+    if found is None or len(_devices(new, old, step_size)) > 1:
         return None
     codes = [NAMES.get(one.name) for one in (found, new.dtype, old.dtype)]
-    return found if all(code is not None and parse(code).real for code in codes) else None
+    kinds = [parse(code) for code in codes if code is not None and parse(code).real]
+    is_ours = len(kinds) == 3 and len({one.parts for one in kinds}) == 1
+    return found if is_ours else None
+
+
+def _devices(*arrays: Any) -> set[Any]:
+    """Where JAX arrays are that were put there on purpose; more than one is an error of Optax."""
+    found = [one for one in arrays if isinstance(one, jax.Array) and one.committed]
+    return {device for one in found for device in one.devices()}
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -103,17 +124,22 @@ def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     return memory
 
 
-def _shown(memory: NDArray[Any], like: Any) -> Any:
-    """Memory that nobody else knows as a JAX array, on the device of another."""
-    (device,) = like.devices() if isinstance(like, jax.Array) else (None,)
+def _shown(memory: NDArray[Any], *like: Any) -> Any:
+    """Memory that nobody else knows as a JAX array, on the device that these make of it."""
+    arrays = [one for one in like if isinstance(one, jax.Array)]
+    chosen = next((one for one in arrays if one.committed), arrays[0] if arrays else None)
+    (device,) = (None,) if chosen is None else chosen.devices()
     default = jax.config.jax_default_device or jax.devices()[0]
     return jax.device_put(memory, None if device == default else device)
 
 
-def _lerp(new: Any, old: Any, weight: Any, step: int | None) -> Any:
+def _lerp(
+    new: Any, old: Any, weight: Any, step: int | None, kept: np.dtype[Any] | None = None
+) -> Any:
     """``old + weight * (new - old)`` as a new tree: leaves of host memory in one call.
 
-    The old value may be None, which is zero for all leaves.
+    The old value may be None, which is zero for all leaves. Leaves of another dtype than Optax
+    gives are rounded to it, ``kept``, from the float32 of the computation.
     """
     others, treedef = jax.tree.flatten(new, is_leaf=_is_none)
     leaves = others if old is None else treedef.flatten_up_to(old)
@@ -123,6 +149,8 @@ def _lerp(new: Any, old: Any, weight: Any, step: int | None) -> Any:
         dtype = _averaged_dtype(x, avg, weight)
         if dtype is None:
             continue
+        if kept is not None and parse(NAMES[dtype.name]).parts == 1:
+            dtype = kept
         averages[str(place)] = _copied(avg, dtype) if old is not None else _empty(x.shape, dtype)
         xs[str(place)] = x
         if old is None:
@@ -137,9 +165,9 @@ def _lerp(new: Any, old: Any, weight: Any, step: int | None) -> Any:
         if memory is None:
             made.append(optax.incremental_update(x, 0.0 if old is None else avg, weight))
         elif _all_numpy(x, avg, weight):
-            made.append(memory)
+            made.append(memory if memory.ndim else memory[()])
         else:
-            made.append(_shown(memory, avg if isinstance(avg, jax.Array) else x))
+            made.append(_shown(memory, avg, x, weight))
     return treedef.unflatten(made)
 
 
@@ -153,7 +181,8 @@ def incremental_update(
     new_tensors, old_tensors : pytree of JAX or NumPy arrays
         Of one structure; both stay as they are. None stands for what is left out.
     step_size : float or scalar array
-        Weight of the *new* values, ``1 - decay``.
+        Weight of the *new* values, ``1 - decay``. With an array of several this is Optax's
+        function.
     step : int, optional
         The number of the update: averages in float16 and bfloat16 are then rounded at random, by
         bits that are a function of it, the leaf's place in the tree and the element. Without it
@@ -167,7 +196,8 @@ def incremental_update(
     Raises
     ------
     ArgumentError
-        If ``step_size`` is not finite, or ``step`` is given in a traced function.
+        If ``step_size`` is not finite, or ``step`` is given in a traced function or with an array
+        of step sizes.
 
     Notes
     -----
@@ -177,9 +207,10 @@ def incremental_update(
     bfloat16 values is off in the fourth digit there.)
 
     Called in the open, Optax makes two temporaries and three passes per leaf. Within ``jax.jit``,
-    and for leaves on an accelerator, of integers, or that are broadcast, this *is* Optax's
-    function: XLA makes it one pass, as quick as it can be, and without new memory where the old
-    average is donated. If the whole step is one compiled function, leave it there.
+    and for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or that are
+    broadcast, this *is* Optax's function: XLA makes it one pass, as quick as it can be, and without
+    new memory where the old average is donated. If the whole step is one compiled function, leave
+    it there.
 
     To keep one average in place over a run, without a new tree at each step, use
     :class:`fastema.EMA`.
@@ -191,10 +222,13 @@ def incremental_update(
     >>> incremental_update(new, old, 0.25)["w"].tolist()
     [0.25, 0.25]
     """
-    if not _traced(new_tensors, old_tensors, step_size):
+    if not _traced(new_tensors, old_tensors, step_size) and np.ndim(step_size) == 0:
         return _lerp(new_tensors, old_tensors, step_size, step)
     if step is not None:
-        raise ArgumentError(f"step={step!r}: within a traced function Optax rounds, to nearest")
+        raise ArgumentError(
+            f"step={step!r}: within a traced function, and with an array of step sizes, Optax "
+            "rounds, to nearest"
+        )
     return optax.incremental_update(new_tensors, old_tensors, step_size)
 
 
@@ -206,7 +240,7 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
     new_tensors, old_tensors : pytree of JAX or NumPy arrays
         Of one structure, shapes and dtypes.
     steps, update_period : int or scalar array
-        New where ``steps`` is a multiple of the period.
+        New where ``steps`` is a multiple of the period. With floats this is Optax's function.
 
     Returns
     -------
@@ -233,12 +267,22 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
     [0.0, 1.0]
     """
     trees = new_tensors, old_tensors
-    if _traced(*trees, steps, update_period) or _forms(new_tensors) != _forms(old_tensors):
+    is_theirs = (
+        _traced(*trees, steps, update_period)
+        or not (_is_whole(steps) and _is_whole(update_period))
+        or _forms(new_tensors) != _forms(old_tensors)
+    )
+    if is_theirs:
         return optax.periodic_update(*trees, steps, update_period)
     if int(update_period) < 1:
         raise ArgumentError(f"update_period={update_period!r}: expected at least 1")
     chosen = old_tensors if int(steps) % int(update_period) else new_tensors
     return jax.tree.map(_as_jax, chosen)
+
+
+def _is_whole(number: Any) -> bool:
+    """Whether it is an integer, or an array of just one."""
+    return np.ndim(number) == 0 and jnp.issubdtype(jnp.result_type(number), jnp.integer)
 
 
 def _forms(tree: Any) -> Any:
@@ -251,7 +295,7 @@ def _as_jax(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
     array = np.asarray(leaf)
-    return _shown(_copied(array, jnp.result_type(leaf)), None)
+    return _shown(_copied(array, jnp.result_type(leaf)))
 
 
 def ema(
@@ -297,6 +341,7 @@ def ema(
     if not isinstance(decay, Real):
         return theirs
     kept = None if accumulator_dtype is None else jax.dtypes.canonicalize_dtype(accumulator_dtype)
+    is_narrow = kept in (jnp.bfloat16, jnp.float16)
     old_weight = float(decay)
 
     def update(updates: Any, state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
@@ -305,9 +350,13 @@ def ema(
             return found
         count = optax.safe_increment(state.count)
         steps = int(count)
-        average = _lerp(updates, state.ema, 1.0 - old_weight, steps)
+        weight = 1.0 - old_weight
+        average = _lerp(updates, state.ema, weight, steps)
         share = 1.0 - old_weight**steps
         shown = _lerp(average, None, 1.0 / share, None) if debias and share else average
+        if is_narrow and any(jnp.result_type(leaf) != kept for leaf in jax.tree.leaves(average)):
+            # Rounded once, and at random, from the same numbers.
+            average = _lerp(updates, state.ema, weight, steps, kept)
         return shown, EmaState(count, optax.tree.cast(average, kept))
 
     return optax.GradientTransformation(theirs.init, update)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ..needed import modules
@@ -585,6 +587,67 @@ def test_a_failed_update_changes_nothing() -> None:
     assert int(mine.step) == 6
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_what_cannot_be_given_back_is_not_half_an_update(kept: float) -> None:
+    mine = pair(
+        update_after_step=0,
+        update_every=1,
+        update_model_with_ema_every=3,
+        update_model_with_ema_beta=kept,
+    )[0]
+    run([mine], range(6))
+    # It can be read, and not be written.
+    weight = mine.model.conv.weight
+    weight.data = torch.ones(1, dtype=torch.float64).expand(weight.shape)
+    before = values(mine.ema_model), values(mine.model)
+    with pytest.raises(LayoutError, match=r"conv\.weight"):
+        mine.update()
+    assert int(mine.step) == 6
+    assert_same(mine.ema_model, before[0])
+    assert_same(mine.model, before[1])
+    weight.data = weight.data.clone()
+    mine.update()
+    assert int(mine.step) == 7
+    with pytest.raises(AssertionError):
+        assert_same(mine.ema_model, before[0])
+
+
+def test_an_interrupted_step_is_taken_and_counted_or_neither(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine = pair(update_after_step=0, update_every=1)[0]
+    run([mine], range(3))
+    train([mine.model], 1, 3)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = values(mine.ema_model)
+    with monkeypatch.context() as patch:
+        patch.setattr(mine, "update_moving_average", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.update()
+    assert int(mine.step) == 3
+    assert_same(mine.ema_model, before)
+
+    own = mine.update_moving_average
+    signalled: list[bool] = []
+
+    def pressed(*models: Any) -> None:
+        signal.raise_signal(signal.SIGINT)  # Ctrl-C
+        own(*models)
+        signalled.append(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mine, "update_moving_average", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            mine.update()
+    assert signalled == [True]
+    assert int(mine.step) == 4
+    with pytest.raises(AssertionError):
+        assert_same(mine.ema_model, before)
+
+
 def test_nan_goes_in() -> None:
     mine, yours = pair(update_after_step=0, update_every=1)
     run([mine, yours], range(5))
@@ -603,6 +666,17 @@ def test_nan_goes_in() -> None:
         {"ignore_startswith_names": "conv."},
         {"update_every": 0},
         {"update_every": 1.5},
+        {"update_every": True},
+        {"update_every": "10"},
+        {"beta": math.nan},
+        {"beta": "0.9"},
+        {"inv_gamma": 0.0},
+        {"inv_gamma": -1.0},
+        {"power": math.nan},
+        {"min_value": math.nan},
+        {"update_model_with_ema_every": 0},
+        {"update_model_with_ema_every": 2.5},
+        {"update_model_with_ema_beta": math.nan},
         {"lazy_init_ema": True, "ema_model": Network},
     ],
     ids=str,
@@ -610,6 +684,49 @@ def test_nan_goes_in() -> None:
 def test_arguments_are_checked(settings: Any) -> None:
     with pytest.raises(ArgumentError, match=next(iter(settings))):
         ours.EMA(Network(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("update_every", 0),
+        ("beta", math.nan),
+        ("inv_gamma", 0.0),
+        ("power", None),
+        ("update_model_with_ema_every", 0),
+        ("update_model_with_ema_beta", math.nan),
+    ],
+)
+def test_later_values_are_checked_before_anything_is_written(name: str, value: Any) -> None:
+    ema = pair(update_after_step=0, update_every=1, update_model_with_ema_every=1)[0]
+    run([ema], range(3))
+    setattr(ema, name, value)
+    train([ema.model], 1, 3)
+    before = values(ema.ema_model), values(ema.model)
+    with pytest.raises(ArgumentError, match=name):
+        ema.update()
+    assert_same(ema.ema_model, before[0])
+    assert_same(ema.model, before[1])
+    assert int(ema.step) == 3
+
+
+@pytest.mark.parametrize("every", [np.int64(3), 3.0, torch.tensor(3)], ids=repr)
+def test_whole_numbers_of_any_type(every: Any) -> None:
+    settings = {"update_after_step": 0, "beta": 0.9, "peer_exact": True}
+    mine, yours = pair(**settings, update_every=every, update_model_with_ema_every=every)
+    assert type(mine.update_every) is type(mine.update_model_with_ema_every) is int
+    run([mine, yours], range(12))
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-12)
+    assert spread(yours) > 0.1
+
+
+@pytest.mark.parametrize("own", [{}, {"peer_exact": True}], ids=str)
+def test_decays_without_a_bound(own: Any) -> None:
+    mine, yours = pair(update_after_step=0, update_every=1, beta=None, power=2.0, **own)
+    run([mine, yours], range(40))
+    assert mine.get_current_decay() == pytest.approx(1 - 40**-2.0, abs=1e-7)
+    assert mine.get_current_decay() > 0.9993
+    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
 
 
 def test_nothing_to_average() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ..needed import modules
@@ -305,6 +307,22 @@ def test_nothing_of_the_future_comes_in(module: Any, tmp_path: Path) -> None:
     assert torch.equal(*found) is (module is ours)
 
 
+def test_between_snapshots_it_is_the_average_of_the_one_before(tmp_path: Path) -> None:
+    made, truth = recorded(ours, tmp_path)
+    want = made.synthesize_ema_model(sigma_rel=0.07, step=380).ema_model.moments
+    assert profile(want, 380) == pytest.approx(truth[0.07, 380], rel=0.02)
+    for step in (381, 390, 399, np.int64(385), 385.0, torch.tensor(385), np.array(385)):
+        found = made.synthesize_ema_model(sigma_rel=0.07, step=step)
+        assert torch.equal(found.ema_model.moments, want)
+    last = made.synthesize_ema_model(sigma_rel=0.07).ema_model.moments
+    assert torch.equal(
+        made.synthesize_ema_model(sigma_rel=0.07, step=made.step).ema_model.moments, last
+    )
+    for step in (380.5, True, "380", math.nan, math.inf, torch.ones(2), -1):
+        with pytest.raises(ArgumentError, match="step"):
+            made.synthesize_ema_model(sigma_rel=0.07, step=step)
+
+
 def test_theirs_has_another_width(tmp_path: Path) -> None:
     made, truth = recorded(theirs, tmp_path, every=10)
     found = profile(made.synthesize_ema_model(sigma_rel=0.07).ema_model.moments, 600)
@@ -532,6 +550,7 @@ def test_a_call_asks_all_of_them(tmp_path: Path) -> None:
         {"gammas": (1.0, -0.5)},
         {"sigma_rels": WIDTHS, "checkpoint_every_num_steps": 0},
         {"sigma_rels": WIDTHS, "checkpoint_every_num_steps": "never"},
+        {"sigma_rels": WIDTHS, "checkpoint_every_num_steps": 2.5},
     ],
     ids=str,
 )
@@ -568,6 +587,61 @@ def test_what_cannot_be_put_together(tmp_path: Path) -> None:
     (tmp_path / "1.10.pt").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match=r"1\.10\.pt"):
         made.synthesize_ema_model(sigma_rel=0.1)
+
+
+def test_tensors_in_a_snapshot_that_are_not_averaged(tmp_path: Path) -> None:
+    settings = {"sigma_rels": WIDTHS, "checkpoint_folder": tmp_path, "update_every": 1}
+    made = ours.PostHocEMA(nn.Sequential(nn.Linear(2, 3)), **settings)
+    made.update()
+    made.checkpoint()
+    path = tmp_path / "1.1.pt"
+    whole = torch.load(path, weights_only=True)
+    weight = "ema_model.0.weight"
+    for changed, says in ((whole[weight].int(), "i32"), (whole[weight].to_sparse(), "sparse")):
+        torch.save({**whole, weight: changed}, path)
+        with pytest.raises(CheckpointError, match=rf"(?s)'0\.weight' is {says}.*1\.1\.pt"):
+            made.synthesize_ema_model(sigma_rel=0.15)
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "run 5"
+    made = ours.PostHocEMA(Clock(), sigma_rels=WIDTHS, checkpoint_folder=folder, update_every=1)
+    made.update()
+    folder.rmdir()
+    with pytest.raises(CheckpointError, match="run 5"):
+        made.checkpoint()
+    with pytest.raises(CheckpointError, match="run 5"):
+        made.synthesize_ema_model(sigma_rel=0.15)
+
+
+def test_whole_numbers_of_numpy(tmp_path: Path) -> None:
+    made = ours.PostHocEMA(
+        Clock(),
+        sigma_rels=WIDTHS,
+        checkpoint_folder=tmp_path,
+        checkpoint_every_num_steps=np.int64(4),
+        update_every=np.int64(2),
+    )
+    for _ in range(9):
+        made.update()
+    assert {path.name for path in tmp_path.iterdir()} == {"0.4.pt", "1.4.pt", "0.8.pt", "1.8.pt"}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    made = ours.PostHocEMA(Clock(), sigma_rels=WIDTHS, checkpoint_folder=tmp_path, update_every=1)
+    made.update()
+    left, others, now = (tmp_path / f"{n}.part" for n in ("0.1.pt.ab", "0.10.pt.ab", "0.1.pt.cd"))
+    for path in (left, others, now):
+        path.write_bytes(b"half of")
+    for path in (left, others):
+        os.utime(path, (1e9, 1e9))
+    made.checkpoint()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "0.1.pt",
+        "1.1.pt",
+        others.name,  # of another snapshot
+        now.name,  # another process may be writing it
+    }
 
 
 def test_snapshots_of_another_model(tmp_path: Path) -> None:

@@ -219,9 +219,13 @@ def test_16_bits_move_and_rerun_alike() -> None:
     assert torch.equal(after(50), after(50))
 
 
-@pytest.mark.parametrize("given", [{"update_every": 0}, {"update_every": "1"}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{"update_every": 0}, {"update_every": "1"}, {"beta": float("nan")}, {"inv_gamma": 0}],
+    ids=str,
+)
 def test_arguments_are_checked(given: Any) -> None:
-    with pytest.raises(ArgumentError, match="update_every"):
+    with pytest.raises(ArgumentError, match=next(iter(given))):
         ours.EMA([torch.ones(2)], **given)
 
 

@@ -357,6 +357,18 @@ def test_a_larger_model_is_refused_wherever_it_is() -> None:
 
 
 @pytest.mark.usefixtures("where")
+def test_check_writes_nothing_and_says_what_an_update_would() -> None:
+    net = network(19)
+    average = average_of(net)
+    follower, before = Follower(average), values(average)
+    follower.check(net)
+    assert_same(average, before)
+    net.register_parameter("more", nn.Parameter(torch.randn(2)))
+    with pytest.raises(LayoutError, match="'more' is only in the model"):
+        follower.check(net)
+
+
+@pytest.mark.usefixtures("where")
 def test_a_model_is_not_kept_alive() -> None:
     net = network(17)
     average = average_of(net)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from fastema.errors import ArgumentError
 
+from ..conftest import ROOT
 from ..needed import modules
 
 modules("jax", "optax")
@@ -111,6 +115,88 @@ def test_what_is_not_ours_is_handed_over() -> None:
     assert ours.incremental_update(weak, weak, 0.5).weak_type
 
 
+def assert_alike(new: Any, old: Any, step_size: Any) -> Any:
+    """Type, dtype and numbers are those of Optax."""
+    got, want = (one.incremental_update(new, old, step_size) for one in (ours, optax))
+    assert type(got) is type(want)
+    assert (got.dtype, got.shape) == (want.dtype, want.shape)
+    np.testing.assert_allclose(np.asarray(got, complex), np.asarray(want, complex), rtol=0.02)
+    return got
+
+
+def test_step_sizes_that_give_way() -> None:
+    old, new = (jnp.full(4, value, jnp.bfloat16) for value in (3.0, 1.0))
+    for step_size in (
+        jnp.asarray(0.3),
+        1 - jnp.asarray(0.7),
+        optax.linear_schedule(0.1, 0.5, 10)(3),
+        optax.cosine_decay_schedule(1.0, 10)(jnp.asarray(3)),
+    ):
+        assert step_size.weak_type
+        assert assert_alike(new, old, step_size).dtype == jnp.bfloat16
+        assert assert_alike(np.asarray(new), np.asarray(old), step_size).dtype == jnp.bfloat16
+    assert assert_alike(new, old, jnp.asarray(1)).dtype == jnp.bfloat16
+    assert assert_alike(new, old, jnp.float32(0.3)).dtype == jnp.float32
+    average = old
+    for step in range(3):
+        schedule = optax.linear_schedule(0.1, 0.01, 10)
+        average = ours.incremental_update(new, average, schedule(step), step=step)
+    assert average.dtype == jnp.bfloat16
+
+
+def test_several_step_sizes() -> None:
+    new, old = jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
+    for step_size in ([0.1, 0.2, 0.3], [0.5], [[0.1], [0.9]]):
+        assert_alike(new, old, jnp.asarray(step_size))
+        assert_alike(np.asarray(new), np.asarray(old), np.asarray(step_size))
+    with pytest.raises(ArgumentError, match="array of step sizes"):
+        ours.incremental_update(new, old, jnp.asarray([0.5]), step=1)
+
+
+def test_complex_and_real() -> None:
+    for new, old in ((1j, 3.0), (3.0, 1j), (2j, 1j)):
+        for make in (jnp.full, np.full):
+            assert_alike(make(3, new), make(3, old), 0.25)
+
+
+def test_arrays_of_numpy_with_rules_of_their_own() -> None:
+    draw = np.random.default_rng(3)
+    new, old = draw.normal(size=(2, 5)).astype(np.float32)
+    assert_alike(new.astype(">f4"), old.astype(">f4"), 0.25)
+    assert_alike(jnp.asarray(new), old.astype(">f4"), 0.25)
+    mask = np.arange(5) % 2 == 0
+    got = assert_alike(np.ma.array(new, mask=mask), np.ma.array(old, mask=mask), 0.25)
+    np.testing.assert_array_equal(got.mask, mask)
+    assert_alike(np.array(2.5, np.float32), np.array(1.5, np.float32), 0.25)
+    assert_alike(new[0], old[0], 0.25)
+
+
+def test_results_are_where_those_of_optax_are() -> None:
+    code = """
+import itertools, jax, jax.numpy as jnp, optax
+jax.config.update("jax_num_cpu_devices", 2)
+from fastema.compat import optax as ours
+free = jnp.arange(4.0)
+here, there = (jax.device_put(free, device) for device in jax.devices())
+for new, old, weight in itertools.product((free, here, there), (free, here, there), (0.5, there)):
+    weight = weight if isinstance(weight, float) else weight[1] / 2
+    found = []
+    for module in (ours, optax):
+        try:
+            made = module.incremental_update(new, old, weight)
+            found.append((made.devices(), made.tolist()))
+        except ValueError as error:
+            found.append("incompatible devices" in str(error))
+    assert found[0] == found[1], found
+print("alike")
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout == "alike\n", done.stderr
+
+
 def test_results_are_nobody_elses_memory() -> None:
     old, new = {"w": np.zeros(64, np.float32)}, {"w": jnp.ones(64)}
     first = ours.incremental_update(new, old, 0.5)["w"]
@@ -179,6 +265,13 @@ def test_periodic_update_is_optax(steps: Any, numpy: bool) -> None:
     assert_near(traced, optax.periodic_update(new, old, steps, 4), 0.0)
 
 
+def test_periods_that_are_no_integers() -> None:
+    new, old = tree(1, "float32"), tree(2, "float32")
+    for steps, period in ((4.5, 2.5), (5.0, 2.5), (0.5, 1), (2, 0.5), (jnp.float32(3.5), 3)):
+        got, want = (one.periodic_update(new, old, steps, period) for one in (ours, optax))
+        assert_near(got, want, 0.0)
+
+
 def test_periodic_update_refuses() -> None:
     with pytest.raises(TypeError):
         ours.periodic_update({"a": jnp.ones(2)}, {"a": jnp.ones(3)}, 1, 4)
@@ -230,6 +323,23 @@ def test_ema_of_16_bits_moves() -> None:
     exact = 1 - 0.998**400
     assert abs(reals(state.ema["w"]).mean() / exact - 1) < 3e-3
     assert abs(reals(theirs.ema["w"]).mean() / exact - 1) > 0.05
+
+
+@pytest.mark.parametrize("accumulator", ["bfloat16", "float16"])
+def test_ema_in_a_narrow_accumulator_moves(accumulator: str) -> None:
+    updates = {"w": jnp.ones(20_000)}
+    mine, theirs = (one.ema(0.9995, True, accumulator) for one in (ours, optax))
+    state, their_state = mine.init(updates), theirs.init(updates)
+    shown: Any = None
+    for _ in range(1500):
+        shown, state = mine.update(updates, state)
+        _, their_state = theirs.update(updates, their_state)
+    exact = 1 - 0.9995**1500
+    assert state.ema["w"].dtype == their_state.ema["w"].dtype == jnp.dtype(accumulator)
+    assert abs(reals(state.ema["w"]).mean() / exact - 1) < 3e-3
+    assert abs(reals(their_state.ema["w"]).mean() / exact - 1) > 0.05
+    assert shown["w"].dtype == jnp.float32
+    np.testing.assert_allclose(reals(shown["w"]).mean(), 1.0, rtol=3e-3)
 
 
 def test_ema_with_a_traced_decay_is_optax() -> None:

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, checked_every
-from fastema.compat.ema_pytorch.schedule import grown_decay, weight_of
+from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, whole
+from fastema.compat.ema_pytorch.schedule import (
+    checked_schedule,
+    finite,
+    grown_decay,
+    weight_of,
+)
 from fastema.compat.ema_pytorch.tree import EMAPytree
 from fastema.errors import ArgumentError
 
@@ -33,12 +38,14 @@ class EMA(ModelAverage):
     ema_model : torch.nn.Module or callable, optional
         The model that holds the average, or a function that makes it; a deep copy by default. It
         may be of other dtypes and on another device than ``model``.
-    beta : float
-        The largest decay, the weight of the old average in a step. 1 freezes the average.
+    beta : float or None
+        The largest decay, the weight of the old average in a step. 1 freezes the average; None is
+        no bound.
     update_after_step : int
     update_every : int
     inv_gamma, power, min_value : float
-        See above. ``inv_gamma = power = 1`` is the running mean.
+        See above; ``inv_gamma`` above 0. ``inv_gamma = power = 1`` is the running mean where
+        ``update_every`` is 1.
     param_or_buffer_names_no_ema : set or list of str
         What is copied at each update in place of being averaged.
     ignore_names, ignore_startswith_names : collection of str
@@ -71,7 +78,7 @@ class EMA(ModelAverage):
     initted, step : torch.Tensor
         Whether the average has begun, and calls of :meth:`update` so far.
     beta, update_after_step, update_every, inv_gamma, power, min_value : float or int
-        May be changed between steps.
+        May be changed between steps; checked at the next one.
 
     Raises
     ------
@@ -135,7 +142,7 @@ class EMA(ModelAverage):
         self,
         model: nn.Module,
         ema_model: nn.Module | Callable[[], nn.Module] | None = None,
-        beta: float = 0.9999,
+        beta: float | None = 0.9999,
         update_after_step: int = 100,
         update_every: int = 10,
         inv_gamma: float = 1.0,
@@ -168,10 +175,16 @@ class EMA(ModelAverage):
             raise ArgumentError(f"model={model!r}: expected a module or tensors")
         if lazy_init_ema and ema_model is not None:
             raise ArgumentError("lazy_init_ema=True makes ema_model at the first update: give one")
+        checked_schedule(beta, inv_gamma, power, min_value)
+        finite(update_model_with_ema_beta, "update_model_with_ema_beta")
+        if update_model_with_ema_every is not None:
+            update_model_with_ema_every = whole(
+                update_model_with_ema_every, "update_model_with_ema_every"
+            )
         self.beta = beta
         self.is_frozen = beta == 1.0
         self.update_after_step = update_after_step
-        self.update_every = checked_every(update_every)
+        self.update_every = whole(update_every, "update_every")
         self.inv_gamma = inv_gamma
         self.power = power
         self.min_value = min_value
@@ -255,6 +268,8 @@ class EMA(ModelAverage):
         ------
         LayoutError, DTypeError, BridgeError
             Naming the tensors, if the two models do not match; nothing was written or counted.
+        ArgumentError
+            For a hyperparameter that was given an invalid value meanwhile; likewise.
         """
         with self._next_step() as step:
             self._update_at(step)
@@ -266,14 +281,27 @@ class EMA(ModelAverage):
             self.copy_params_from_model_to_ema()
             self._begin()
             return
-        if step % self.update_every == 0:
-            if step <= self.update_after_step:
-                self.copy_params_from_model_to_ema()
-                return
-            self.update_moving_average(self.ema_model, self.model)
+        is_due = step % whole(self.update_every, "update_every") == 0
+        if is_due and step <= self.update_after_step:
+            self.copy_params_from_model_to_ema()
+            return
         every = self.update_model_with_ema_every
-        if every is not None and step % every == 0:
+        gives = every is not None and step % whole(every, "update_model_with_ema_every") == 0
+        if gives and is_due:
+            self._refuse_to_give()
+        if is_due:
+            self.update_moving_average(self.ema_model, self.model)
+        if gives:
             self.update_model_with_ema()
+
+    def _refuse_to_give(self) -> None:
+        """Raise what the second half of an update would raise, before the first."""
+        kept = self.update_model_with_ema_beta
+        finite(kept, "update_model_with_ema_beta")
+        if kept == 0.0 or not self.is_frozen:
+            everything = kept == 0.0
+            follower = self._follower(self.model, self._average, everything=everything)
+            follower.check(self._average)
 
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
@@ -295,7 +323,7 @@ class EMA(ModelAverage):
         if self.is_frozen:
             return
         if current_decay is None:
-            steps = 1 if self.peer_exact else self.update_every
+            steps = 1 if self.peer_exact else whole(self.update_every, "update_every")
             weight = weight_of(self.get_current_decay(), steps)
         else:
             weight = 1.0 - current_decay

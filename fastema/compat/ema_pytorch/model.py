@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from typing import Any, Literal
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
 from fastema.compat.mirrored import Mirrored
+from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError, BridgeError, StateError
 from fastema.layout.spec import Role
 
-__all__ = ["NO_NAMES", "Counted", "ModelAverage", "checked_every"]
+__all__ = ["NO_NAMES", "Counted", "ModelAverage", "whole"]
 
 Done = Literal["average", "copy", "skip"]
 
@@ -25,17 +26,22 @@ NO_NAMES: set[str] = set()
 """What is ignored by default; an average has a set of its own."""
 
 
-def checked_every(update_every: Any) -> int:
-    """A whole number of steps, at least 1.
+def whole(number: Any, name: str, least: int = 1) -> int:
+    """A whole number of steps: of Python, NumPy or a tensor, floats with a whole value too.
 
     Raises
     ------
     ArgumentError
-        For anything else.
+        For anything else, or less than ``least``.
     """
-    if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
-        raise ArgumentError(f"update_every={update_every!r}: expected a whole number of at least 1")
-    return update_every
+    if type(number) is int and number >= least:
+        return number
+    if not isinstance(number, bool | str | bytes):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            found = int(number)
+            if found == number and found >= least:
+                return found
+    raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
 
 
 class Counted(nn.Module):
@@ -66,14 +72,18 @@ class Counted(nn.Module):
 
     @contextmanager
     def _next_step(self) -> Iterator[int]:
-        """A block for the work of a step, from 0; if it is refused, the step is not counted."""
-        step = self._num_steps
-        self._steps.write(self.step, step + 1)
-        try:
-            yield step
-        except Exception:
-            self._steps.write(self.step, step)
-            raise
+        """A block for the work of a step, from 0; if it fails, the step is not counted.
+
+        Ctrl-C waits for its end: a step is taken and counted, or neither.
+        """
+        with deferred():
+            step = self._num_steps
+            self._steps.write(self.step, step + 1)
+            try:
+                yield step
+            except BaseException:
+                self._steps.write(self.step, step)
+                raise
 
     @property
     def _rounding(self) -> str:
@@ -210,20 +220,20 @@ class ModelAverage(Counted):
         LayoutError, DTypeError, BridgeError
             Naming the tensors; nothing was written then.
         """
-        self._follower(self._average, self.model, whole=True).copy(self.model)
+        self._follower(self._average, self.model, everything=True).copy(self.model)
 
     def copy_params_from_ema_to_model(self) -> None:
         """Make the weights the average, but for integers and booleans; raises as the reverse."""
-        self._follower(self.model, self._average, whole=True).copy(self._average)
+        self._follower(self.model, self._average, everything=True).copy(self._average)
 
     def _blend(self, ma_model: nn.Module, current_model: nn.Module, weight: float) -> None:
         """``ma += weight * (current - ma)``, in the roles that the names are given."""
         if self.move_ema_to_online_device and ma_model is self.ema_model:
             _follow_device(ma_model, current_model)
-        follower = self._follower(ma_model, current_model, whole=False)
+        follower = self._follower(ma_model, current_model, everything=False)
         follower.update(current_model, weight, self._num_steps)
 
-    def _follower(self, written: nn.Module, read: nn.Module, *, whole: bool) -> Follower:
+    def _follower(self, written: nn.Module, read: nn.Module, *, everything: bool) -> Follower:
         """What writes one model from the other, kept for the next time."""
         back = written is self.model and written is not self.ema_model
         settings = (
@@ -232,23 +242,25 @@ class ModelAverage(Counted):
             set(self.ignore_startswith_names),
             self._rounding,
         )
-        kept = self._followers.get((back, whole))
+        kept = self._followers.get((back, everything))
         if kept is not None and kept[0] is written and kept[1] == settings:
             return kept[2]
         both = frozenset(_plain(written)) & frozenset(_plain(read))
-        done = partial(self._done, back, whole, both)
+        done = partial(self._done, back, everything, both)
         follower = Follower(written, done, rounding=self._rounding)
-        self._followers[back, whole] = written, settings, follower
+        self._followers[back, everything] = written, settings, follower
         return follower
 
-    def _done(self, back: bool, whole: bool, both: frozenset[str], plain: str, role: Role) -> Done:
+    def _done(
+        self, back: bool, everything: bool, both: frozenset[str], plain: str, role: Role
+    ) -> Done:
         """What is done with a tensor; of tied ones, the first name counts, as in the peer."""
         name = self._names.get(plain, plain)
         if back and name not in self.parameter_names and name not in self.buffer_names:
             return "skip"
-        if self._ignored(name) and not (whole and plain in both):
+        if self._ignored(name) and not (everything and plain in both):
             return "skip"
-        if name in self.param_or_buffer_names_no_ema and not whole:
+        if name in self.param_or_buffer_names_no_ema and not everything:
             return "copy"
         return "average"
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.ema_pytorch import snapshots
-from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, checked_every
+from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, whole
+from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError
 from fastema.rules.posthoc import PowerProfile, solve
 from fastema.rules.power import Power, gamma_of
@@ -123,7 +124,7 @@ class KarrasEMA(ModelAverage):
         )
         self.gamma = _gamma(gamma, sigma_rel)
         self.frozen = frozen
-        self.update_every = checked_every(update_every)
+        self.update_every = whole(update_every, "update_every")
         self.online_model = [model]
         self._take(ema_model)
         self._register_counters()
@@ -140,7 +141,7 @@ class KarrasEMA(ModelAverage):
 
     @property
     def _weight(self) -> float:
-        steps = 1 if self.peer_exact else self.update_every
+        steps = 1 if self.peer_exact else whole(self.update_every, "update_every")
         return Power(self.gamma).weight(self._num_steps + 1, steps)
 
     def update(self) -> None:
@@ -152,7 +153,7 @@ class KarrasEMA(ModelAverage):
             Naming the tensors, if the two models do not match; nothing was written or counted.
         """
         with self._next_step() as step:
-            if step % self.update_every:
+            if step % whole(self.update_every, "update_every"):
                 return
             if self._has_begun:
                 self.update_moving_average(self.ema_model, self.model)
@@ -285,14 +286,13 @@ class PostHocEMA(nn.Module):
                 f"the averages have the exponents {gammas}: expected at least two different ones, "
                 "of which others can be put together"
             )
-        manual = checkpoint_every_num_steps == "manual"
-        if not manual and not (
-            isinstance(checkpoint_every_num_steps, int) and checkpoint_every_num_steps > 0
-        ):
-            raise ArgumentError(
-                f"checkpoint_every_num_steps={checkpoint_every_num_steps!r}: expected a whole "
-                "number of at least 1, or 'manual'"
-            )
+        if checkpoint_every_num_steps != "manual":
+            try:
+                checkpoint_every_num_steps = whole(
+                    checkpoint_every_num_steps, "checkpoint_every_num_steps"
+                )
+            except ArgumentError as error:
+                raise ArgumentError(f"{error}, or 'manual'") from None
         self.maybe_ema_model = ema_model
         self.gammas = gammas
         self.num_ema_models = len(gammas)
@@ -360,10 +360,13 @@ class PostHocEMA(nn.Module):
         OSError
             If snapshots cannot be written.
         """
-        for ema_model in self._averages():
-            ema_model.update()
+        with deferred():
+            for ema_model in self._averages():
+                ema_model.update()
         every = self.checkpoint_every_num_steps
-        if isinstance(every, int) and self._first._num_steps % every == 0:
+        if every != "manual" and not self._first._num_steps % whole(
+            every, "checkpoint_every_num_steps"
+        ):
             self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -371,6 +374,8 @@ class PostHocEMA(nn.Module):
 
         Raises
         ------
+        CheckpointError
+            If the folder is gone.
         OSError
             If it cannot be written; files of that name are as they were then.
         """
@@ -383,7 +388,7 @@ class PostHocEMA(nn.Module):
         self,
         gamma: float | None = None,
         sigma_rel: float | None = None,
-        step: int | None = None,
+        step: int | Tensor | None = None,
     ) -> KarrasEMA:
         """Put an average of any width together, as it would have been at any step.
 
@@ -396,8 +401,8 @@ class PostHocEMA(nn.Module):
         sigma_rel : float, optional
             Its width, in (0, 0.2887], in place of ``gamma``.
         step : int, optional
-            By default that of the latest snapshot. Best one with snapshots: what came after the
-            last before it is missing.
+            By default that of the latest snapshot. Between two snapshots it is as if the step of
+            the earlier one were asked for: nothing knows of what came after it.
 
         Returns
         -------
@@ -407,18 +412,20 @@ class PostHocEMA(nn.Module):
         Raises
         ------
         ArgumentError
-            If not one of the two is given, or the step is before the first snapshot or after the
-            last.
+            If not one of the two is given, or the step is no whole number, before the first
+            snapshot or after the last.
         CheckpointError
             If there are no snapshots, or they do not fit the model.
         """
         gamma = _gamma(gamma, sigma_rel)
         every = snapshots.found(self.checkpoint_folder, self.num_ema_models)
-        last = every[-1].step if step is None else step
-        if not every[0].step <= last <= every[-1].step:
+        asked = every[-1].step if step is None else whole(step, "step", 0)
+        if not every[0].step <= asked <= every[-1].step:
             raise ArgumentError(
-                f"step={step}: the snapshots are of steps {every[0].step} to {every[-1].step}"
+                f"step={asked}: the snapshots are of steps {every[0].step} to {every[-1].step}"
             )
+        # Coefficients sum to 1: a profile that ends later would be squeezed into the snapshots.
+        last = max(one.step for one in every if one.step <= asked)
         synthesized = self._made(gamma)
         exponents = [self._exponent(one) for one in self.gammas]
         # Two snapshots between the same two updates are the same; those after `last` stay out.

@@ -29,6 +29,9 @@ _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
 _PREFIX: Final = "ema_model."
 
+_ABANDONED: Final = 600.0
+"""Seconds after which a file that was not finished is taken for one that never will be."""
+
 
 class Snapshot(NamedTuple):
     """A file with one of the averages at one step."""
@@ -42,8 +45,17 @@ def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype
     """Write ``{which}.{step}.pt``: floats in the given dtype, all else as it is.
 
     Whatever happens, there is the old file or the whole new one.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is gone.
+    OSError
+        If the file cannot be written.
     """
     path = folder / f"{which}.{int(state['step'].item())}.pt"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder any more: make it again for {path.name}")
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         torch.save({name: _stored(value, dtype) for name, value in state.items()}, str(beside))
@@ -52,6 +64,16 @@ def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype
         with suppress(OSError):
             beside.unlink()
         raise
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed had written of a file."""
+    with suppress(OSError):
+        now = path.stat().st_mtime  # by the clock of the file system
+        for beside in path.parent.glob(f"{path.name}.*.part"):
+            if now - beside.stat().st_mtime > _ABANDONED:  # no other process is at it
+                beside.unlink()
 
 
 def _stored(value: Any, dtype: torch.dtype) -> Any:
@@ -129,6 +151,8 @@ def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
     for name in names:
         value = state.get(name)
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided:
+                raise CheckpointError(f"{name!r} is sparse in {path}: expected a dense tensor")
             tensors[name] = Stored(describe(value).kind, tuple(value.shape), offset)
             offset += max(tensors[name].nbytes, 1)
     return _Mapped(path, tensors, {})
@@ -169,6 +193,8 @@ def mixed(
                     f"{name!r} has the shape {list(here.shape)} in {file.path.name}, and "
                     f"{list(like[name].shape)} in the model"
                 )
+            elif here.kind.real is None:
+                problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, no float")
             elif there is not None and here.kind != there.kind:
                 problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, not as later")
     if problems:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytrees
 
-from fastema.compat.ema_pytorch.model import Counted, checked_every
-from fastema.compat.ema_pytorch.schedule import grown_decay, weight_of
+from fastema.compat.ema_pytorch.model import Counted, whole
+from fastema.compat.ema_pytorch.schedule import checked_schedule, grown_decay, weight_of
 from fastema.compat.following import Follower
 from fastema.errors import LayoutError
 
@@ -74,7 +74,7 @@ class EMAPytree(Counted):
         self,
         pytree: Any,
         ema_pytree: Any | Callable[[], Any] | None = None,
-        beta: float = 0.9999,
+        beta: float | None = 0.9999,
         update_after_step: int = 100,
         update_every: int = 10,
         inv_gamma: float = 1.0,
@@ -86,10 +86,11 @@ class EMAPytree(Counted):
         peer_exact: bool = False,
     ) -> None:
         super().__init__(peer_exact=peer_exact)
+        checked_schedule(beta, inv_gamma, power, min_value)
         self.beta = beta
         self.is_frozen = beta == 1.0
         self.update_after_step = update_after_step
-        self.update_every = checked_every(update_every)
+        self.update_every = whole(update_every, "update_every")
         self.inv_gamma = inv_gamma
         self.power = power
         self.min_value = min_value
@@ -152,7 +153,7 @@ class EMAPytree(Counted):
             if not self._has_begun:
                 self.copy_params_from_pytree_to_ema()
                 self._begin()
-            elif step % self.update_every == 0:
+            elif step % whole(self.update_every, "update_every") == 0:
                 if step <= self.update_after_step:
                     self.copy_params_from_pytree_to_ema()
                 else:
@@ -178,7 +179,7 @@ class EMAPytree(Counted):
         if self.is_frozen:
             return
         if current_decay is None:
-            steps = 1 if self.peer_exact else self.update_every
+            steps = 1 if self.peer_exact else whole(self.update_every, "update_every")
             weight = weight_of(self.get_current_decay(), steps)
         else:
             weight = 1.0 - current_decay
