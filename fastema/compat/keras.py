@@ -12,7 +12,7 @@ import keras
 from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.loans import Guard
-from fastema.keras.steps import inner
+from fastema.keras.steps import inner, whole
 from fastema.plan import Plan, copy_
 
 __all__ = ["SwapEMAWeights"]
@@ -72,7 +72,7 @@ def _separate(model: Any) -> None:
 
 
 def _steps(optimizer: Any) -> int:
-    return int(next(one for one in optimizer.variables if one.name == "iteration"))
+    return whole(next(one for one in optimizer.variables if one.name == "iteration"))
 
 
 class _Swap:
