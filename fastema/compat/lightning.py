@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
 from fastema.compat.following import Follower
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from fastema.errors import ArgumentError
+from fastema.errors import ArgumentError, StateError
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
@@ -47,6 +47,12 @@ _LIGHTNINGS: Final = _installed()
 def _peers(name: str) -> tuple[type, ...]:
     """Lightning's classes of this name, for ``isinstance``; nothing of them is used."""
     return tuple(getattr(one.callbacks, name, one.Callback) for one in _LIGHTNINGS)
+
+
+def _is_averaging(callback: Any) -> bool:
+    """Whether it is an averaging callback, of ours or of Lightning's."""
+    theirs = (getattr(one.callbacks, "WeightAveraging", WeightAveraging) for one in _LIGHTNINGS)
+    return isinstance(callback, (WeightAveraging, *theirs))
 
 
 def _warn(message: str) -> None:
@@ -77,6 +83,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     ------
     LayoutError
         At an update, where the model has other tensors than when ``fit`` began, naming them.
+    StateError
+        As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's: the
+        one would train on the other's average.
 
     Notes
     -----
@@ -85,7 +94,14 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     A checkpoint has the layout of Lightning's own: ``state_dict`` is the average,
     ``current_model_state`` the weights in training, ``averaging_state`` the number of updates. Each
-    of the two resumes the other's.
+    of the two resumes the other's. So has one that is written as training ends
+    (``ModelCheckpoint(save_last=True)``) or after an exception. Once ``fit`` has returned, the
+    model has the average for good, and ``trainer.save_checkpoint`` saves the model as it is: a run
+    that resumes from there goes on from the average, with a warning.
+
+    In an exception the weights come back when the callback's ``on_exception`` is called: in that
+    of a callback that comes before it in the trainer's list, an exception in a validation still
+    finds the average in the model.
 
     Where it differs from Lightning's callback:
 
@@ -96,13 +112,22 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
       of each tensor on the way. Under ``precision="bf16-true"`` the average is float32 and stays
       so (Lightning's is rounded to bfloat16 by each validation).
     - An exception or an interrupt in a validation leaves the model with its own weights.
+    - A checkpoint that is written as training ends has the weights in training besides the average
+      (Lightning's: the average twice, from which a resumed run goes on).
+    - To resume a run that is finished gives the model the average (Lightning's: the weights in
+      training).
+    - Where a batch makes several steps, of several optimizers or in manual optimization,
+      :meth:`should_update` is asked about each of them, and the average is updated at the end of
+      the batch if it is True for one (Lightning's asks about the last one, whose number may never
+      be a multiple of ``update_every_n_steps``).
     - A checkpoint that is written in a validation does not mistake the one for the other.
     - ``ModelCheckpoint(save_weights_only=True)`` saves the average, whose metrics it monitors
       (Lightning's: the weights in training).
     - Outside ``fit`` it leaves the model alone: ``test(ckpt_path="best")`` tests the average,
       which is what ``state_dict`` holds (Lightning's tests the weights in training if the same
       trainer has fitted before), ``validate`` what the model holds (Lightning's: the last average,
-      whatever was loaded).
+      whatever was loaded), and ``save_checkpoint`` saves what it holds (Lightning's: the last
+      average).
     - Integer buffers are copied exactly, 16-bit averages do not stall, tied weights are averaged
       once, a model with other tensors is refused: see ``AveragedModel``.
     - A second ``fit`` counts its steps anew where its trainer does, and the epoch of the latest
@@ -130,6 +155,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._latest_update_epoch = -1
         self._follower: Follower | None = None
         self._exchange: ExitStack | None = None
+        # "ended": the model has the average, and what is saved still has the weights in training.
+        self._phase: Literal["outside", "training", "ended", "failed"] = "outside"
+        self._steps_seen = self._batches_since = 0
         self._unwrap: Callable[[], None] | None = None
 
     @property
@@ -159,8 +187,16 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Make the average as ``fit`` begins; a checkpoint is loaded after this."""
         if stage != "fit":
+            if self._phase == "failed":
+                self._leave()
             return
-        self._take_back()
+        self._leave()
+        if sum(map(_is_averaging, trainer.callbacks)) > 1:
+            raise StateError(
+                "the trainer has more than one averaging callback, and the one would train on the "
+                "other's average: give it one of "
+                + ", ".join(type(one).__name__ for one in trainer.callbacks if _is_averaging(one))
+            )
         if _overrides_configure_model(pl_module):
             _warn(
                 "WeightAveraging calls configure_model() before the trainer does, to know all "
@@ -176,6 +212,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._follower = Follower(self._average_model.module)
         self._latest_update_step = trainer.global_step
         self._latest_update_epoch = trainer.current_epoch - 1
+        self._steps_seen, self._batches_since = trainer.global_step, 0
+        self._phase = "training"
         self._see_what_is_saved(trainer.strategy)
 
     def on_train_batch_end(
@@ -183,9 +221,17 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     ) -> None:
         """Update the average, if the optimizer made a step and :meth:`should_update` says so."""
         done = trainer.global_step
-        if done > self._latest_update_step and self.should_update(step_idx=done - 1):
+        seen, self._steps_seen = self._steps_seen, done
+        if done <= seen:
+            return
+        self._batches_since += 1
+        if any(self.should_update(step_idx=step) for step in self._asked_about(seen, done)):
             self._update(pl_module, by_step=True)
-            self._latest_update_step = done
+            self._latest_update_step, self._batches_since = done, 0
+
+    def _asked_about(self, seen: int, done: int) -> range:
+        """The numbers of the steps of a batch that should_update is asked about."""
+        return range(seen, done)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Update the average, if :meth:`should_update` says so for this epoch."""
@@ -199,38 +245,52 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._average_model.update_parameters(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the model the average for good."""
+        """Put the average into the model, for good as soon as nothing more of the fit is saved."""
         self._take_back()
+        self._phase = "ended"
         if self._begun:
-            self._copy_average_to_current(pl_module)
+            self._put_in(pl_module)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the average into the model."""
-        if trainer.state.fn == "fit" and self._begun and self._exchange is None:
+        if self._phase == "training" and self._begun and self._exchange is None:
             self._swap_models(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Give the model its own weights back."""
-        if self._exchange is not None:
+        if self._phase == "training" and self._exchange is not None:
             self._swap_models(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the model its own weights back, wherever the exception came from."""
         self._take_back()
-        self._see_nothing()
+        if self._phase != "outside":  # others save the run after this
+            self._phase = "failed"
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the trainer."""
+        """Give the model the average for good, and let go of the trainer."""
+        if stage != "fit" and self._phase == "training":
+            return
+        has_average = self._phase in ("training", "ended") and self._begun
+        self._leave()
+        if has_average:
+            self._copy_average_to_current(pl_module)
+
+    def _leave(self) -> None:
         self._take_back()
         self._see_nothing()
+        self._phase = "outside"
 
     # -- the average in the model ------------------------------------------------------------------
 
     def _swap_models(self, pl_module: Any) -> None:
         """Average and weights change places; a second call undoes it."""
-        if self._exchange is not None:
+        if self._exchange is None:
+            self._put_in(pl_module)
+        else:
             self._take_back()
-            return
+
+    def _put_in(self, pl_module: Any) -> None:
         assert self._follower is not None
         self._exchange = ExitStack()
         try:
@@ -255,16 +315,23 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         return {
             "latest_update_step": self._latest_update_step,
             "latest_update_epoch": self._latest_update_epoch,
+            "batches_since_update": self._batches_since,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there. Lightning's callback does not save the epoch: then none is assumed."""
+        """Go on from there. Lightning's callback does not save the epoch: then none is assumed.
+
+        Nor does it save how many batches have made steps since: then all steps that have.
+        """
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
+        self._batches_since = state_dict.get(
+            "batches_since_update", max(self._steps_seen - self._latest_update_step, 0)
+        )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the average into ``state_dict``, and what was there into ``current_model_state``."""
-        if self._average_model is None:
+        if self._phase == "outside" or self._average_model is None:
             _inform(
                 "WeightAveraging: there is no average outside fit, and the checkpoint holds none "
                 "besides the model's own weights (after a fit, these are the average)."
@@ -299,8 +366,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on with the average and the weights of a checkpoint, this one's or Lightning's."""
         # Elsewhere the model has been given what it needs: the average.
-        if trainer.state.fn != "fit" or self._average_model is None:
+        if self._phase != "training" or self._average_model is None:
             return
+        self._steps_seen = checkpoint["global_step"]
         if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
             _warn(
                 "The checkpoint was written without WeightAveraging: the average begins with the "
@@ -385,6 +453,7 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         Weight of the old average per step, in [0, 1].
     update_every_n_steps : int
         The average is updated after the steps whose number, from 0, this divides; 0 for after none.
+        Lightning numbers the steps of all optimizers in one row: with two of them, 2 is each batch.
     update_starting_at_step : int, optional
         Number of the first such step, from 0.
     update_starting_at_epoch : int, optional
@@ -406,7 +475,9 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     Where it differs from Lightning's callback: ``update_every_n_steps`` does not change over how
     many steps is averaged, see ``peer_exact``; and in all that :class:`WeightAveraging` lists. An
     epoch has no number of steps that is known before: at its end the decay is that per epoch, as
-    in Lightning's.
+    in Lightning's. Where a batch makes several steps, of several optimizers, ``decay`` is that per
+    batch, as in Lightning's, whatever ``update_every_n_steps``: ``n`` is the number of batches with
+    steps since the latest update.
 
     References
     ----------
@@ -452,10 +523,15 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         first = self.update_starting_at_epoch
         return epoch_idx is not None and first is not None and epoch_idx >= first
 
+    def _asked_about(self, seen: int, done: int) -> range:
+        return range(done - 1, done) if self.peer_exact else super()._asked_about(seen, done)
+
     def _update(self, pl_module: Any, *, by_step: bool) -> None:
         assert self._average_model is not None
-        steps = self.update_every_n_steps if by_step and not self.peer_exact else 1
-        decay = self.decay ** max(steps, 1)
+        steps = 1
+        if by_step and not self.peer_exact:
+            steps = max(1, min(self.update_every_n_steps, self._batches_since))
+        decay = self.decay**steps
         if decay not in self._functions:
             self._functions[decay] = get_ema_multi_avg_fn(decay)
         self._average_model.multi_avg_fn = self._functions[decay]

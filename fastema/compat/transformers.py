@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -36,6 +38,86 @@ OnMissing = Literal["raise", "begin"]
 
 _FILE: Final = "ema.safetensors"
 """In the folder of each checkpoint."""
+
+_WEIGHTS: Final = (
+    "model*.safetensors",
+    "adapter_model*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model*.bin",
+)
+"""What the Trainer calls the files of the weights."""
+
+_PIECE, _PIECES = 4096, 64
+"""Bytes that are read at a place of a file, and places in it besides those of its tensors."""
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The files of weights in a folder, and what each is known by."""
+    found = {path for pattern in _WEIGHTS for path in folder.glob(pattern)}
+    return {path.name: _digest(path) for path in sorted(found)}
+
+
+def _digest(path: Path) -> str:
+    """Of the size, and of pieces of each tensor: quick for files of any size."""
+    size = path.stat().st_size
+    places = {size * i // _PIECES for i in range(_PIECES)} | {max(size - _PIECE, 0)}
+    with suppress(CheckpointError):  # of another format, or with other dtypes than averages have
+        for one in files.read(path).tensors.values():
+            last = one.offset + max(one.nbytes - _PIECE, 0)
+            places |= {one.offset, (one.offset + last) // 2, last}
+    found = blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as opened:
+        for place in sorted(places):
+            opened.seek(place)
+            found.update(opened.read(_PIECE))
+    return found.hexdigest()
+
+
+def _cleared(folder: Path) -> None:
+    """Take away the average of other weights, and what runs that were killed left of theirs."""
+    for path in (folder / _FILE, *folder.glob(f".{_FILE}.*.part")):
+        path.unlink(missing_ok=True)
+
+
+def _nobody() -> None:
+    """In the place of a reference to a trainer."""
+
+
+class _Around:
+    """A method of one trainer, with what a callback does around it; does not keep it alive.
+
+    A copy of the trainer has one of its own, for the copy of the callback.
+
+    Parameters
+    ----------
+    callback : EMACallback
+    trainer : transformers.Trainer
+    name : str
+        Of the method.
+    around : str
+        Of the callback's method that is called with the trainer, the method and its arguments.
+    """
+
+    def __init__(self, callback: EMACallback, trainer: Any, name: str, around: str) -> None:
+        self.callback = callback
+        self._name, self._around = name, around
+        self._own = vars(trainer).get(name)  # somebody else's
+        self._trainer = weakref.ref(trainer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer()
+        inner = self._own or partial(getattr(type(trainer), self._name), trainer)
+        return getattr(self.callback, self._around)(trainer, inner, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        trainer = self._trainer()
+        return vars(self) | {"_trainer": trainer, "joined": self.callback._trainer() is trainer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trainer, joined = state.pop("_trainer"), state.pop("joined")
+        vars(self).update(state, _trainer=weakref.ref(trainer))
+        if joined:
+            self.callback._trainer = weakref.ref(trainer)
 
 
 class EMACallback(TrainerCallback):  # type: ignore[misc]
@@ -73,7 +155,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     StateError
         As training begins, where the trainer cannot be found: see :meth:`attach`.
     CheckpointError
-        Where a run resumes from a checkpoint that has no average, or one of another step.
+        Where a run resumes from a checkpoint that has no average, or one of another step or of
+        other weights; where the trainer saves a checkpoint elsewhere than it says.
 
     Notes
     -----
@@ -81,15 +164,28 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     long as ``trainer.evaluation_loop`` runs, which ``evaluate`` and ``predict`` share, also with
     ``predict_with_generate`` and several data sets. The weights come back however it ends, Ctrl-C
     included. Events of ``on_evaluate`` and ``on_predict`` see the weights themselves again,
-    ``on_prediction_step`` and ``compute_metrics`` the average.
+    ``on_prediction_step`` and ``compute_metrics`` the average. A subclass of ``Trainer`` whose
+    ``evaluate`` has a loop of its own evaluates the weights: put ``with ema.swapped():`` there.
 
     **Steps.** With gradient accumulation the average is updated once per step of the optimizer, not
     for each batch; not for a step that the scaler of float16 skips.
 
     **Checkpoints** have the weights in training where they always are, and the average in a file
-    of its own beside them, ``ema.safetensors``, written whole or not at all. A run that resumes by
+    of its own beside them, ``ema.safetensors``, written whole or not at all, directly after the
+    weights: before older checkpoints are deleted, before ``push_to_hub`` uploads the folder, and
+    with ``enable_jit_checkpoint``, too. The file knows the weights that it is of (by pieces of each
+    tensor), and is refused beside those of another run. A run that resumes by
     ``train(resume_from_checkpoint=...)`` goes on to the bit. ``save_total_limit`` deletes the file
-    with its folder. With ``push_to_hub`` a checkpoint is uploaded before the file is in it.
+    with its folder.
+
+    **A resumed average** keeps its schedule and seed: decays, ``update_every`` and ``start_after``
+    are those of the checkpoint. Where the callback was given others, a warning says so.
+
+    **When training ends** the model is given the average at this callback's ``on_train_end``.
+    Callbacks that come before it see the weights in training there.
+
+    **Copies**, by ``copy.deepcopy`` of the trainer or by pickling, are without an average, which
+    begins anew with their training.
 
     **The best model** of ``load_best_model_at_end`` is the one whose average evaluated best.
     Weights and average are both taken from its checkpoint, and the model is given the one that
@@ -131,11 +227,34 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.on_missing = on_missing
         self._decay, self._options = decay, {"zero_debias": zero_debias, **options}
         self._which = which
-        self._ema: EMA | None = None
-        self._model: Any = None
-        self._is_given = False
-        self._resumed: str | None = None
-        self._trainer: Callable[[], Any] = lambda: None
+        self.__dict__.update(self._of_a_run())
+
+    _ema: EMA | None
+    _model: Any
+    _is_given: bool
+    _seen: int
+    """The latest step whose weights are in the average."""
+    _is_ahead: bool
+    """Whether these were taken before this callback's turn."""
+    _written: int | None
+    """The step whose checkpoint has the average already."""
+    _trainer: Callable[[], Any]
+
+    @staticmethod
+    def _of_a_run() -> dict[str, Any]:
+        return {
+            "_ema": None,
+            "_model": None,
+            "_is_given": False,
+            "_seen": 0,
+            "_is_ahead": False,
+            "_written": None,
+            "_trainer": _nobody,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the average and the trainer, of which a copy has its own."""
+        return vars(self) | self._of_a_run()
 
     @property
     def ema(self) -> EMA:
@@ -189,41 +308,42 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if len(others) == len(handler.callbacks):
             trainer.add_callback(self)
         self._trainer = weakref.ref(trainer)
-        # There is no event at which an evaluation begins, or of one that fails, and no event says
-        # what a run resumes from. An attribute of the instance comes before the class's method.
-        trainer.evaluation_loop = partial(self._evaluated, trainer, trainer.evaluation_loop)
-        trainer.train = partial(self._trained, trainer, trainer.train)
+        # There is no event at which an evaluation begins, or of one that fails, and the only one
+        # of a checkpoint comes when older ones are gone. An attribute of the instance comes before
+        # the class's method.
+        self._stand_around(trainer, "evaluation_loop", "_evaluated")
+        self._stand_around(trainer, "_save_checkpoint", "_saved")
         return self
+
+    def _stand_around(self, trainer: Any, name: str, around: str) -> None:
+        there = vars(trainer).get(name)
+        if not (isinstance(there, _Around) and there.callback is self):
+            setattr(trainer, name, _Around(self, trainer, name, around))
 
     def _found(self) -> Any:
         """The trainer, which does not give itself to its callbacks: it is who calls them."""
-        frame = inspect.currentframe()
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if self._is_among(getattr(caller, "callback_handler", None)):
+        for caller, _ in _callers():
+            if self._is_trainer(caller):
                 self.attach(caller)
                 return caller
-            frame = frame.f_back
         return None
 
-    def _is_among(self, handler: Any) -> bool:
-        return any(one is self for one in getattr(handler, "callbacks", ()))
-
-    def _trained(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``trainer.train``, with a note of what it resumes from."""
-        resumed = kwargs.get("resume_from_checkpoint", args[0] if args else None)
-        if resumed is True:
-            resumed = get_last_checkpoint(trainer.args.output_dir)
-        self._resumed = resumed or None
+    def _is_trainer(self, caller: Any) -> bool:
         try:
-            return inner(*args, **kwargs)
-        finally:
-            self._resumed = None
+            return hasattr(caller, "evaluation_loop") and self._is_among(caller.callback_handler)
+        except Exception:  # anything may be called "self", stand-ins for other objects, too
+            return False
+
+    def _is_among(self, handler: Any) -> bool:
+        return any(one is self for one in handler.callbacks)
+
+    def _takes_part(self, trainer: Any) -> bool:
+        return trainer is self._trainer() and self._is_among(trainer.callback_handler)
 
     def _evaluated(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``trainer.evaluation_loop``, with the average in the model."""
-        here = trainer is self._trainer() and self._is_among(trainer.callback_handler)
-        if not (here and self.evaluate_with_average and trainer.model is self._model):
+        averaged = self._takes_part(trainer) and trainer.model is self._model
+        if not (averaged and self.evaluate_with_average):
             return inner(*args, **kwargs)
         given = trainer.args
         if not trainer.is_in_train and (given.fp16_full_eval or given.bf16_full_eval):
@@ -232,6 +352,57 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self._model.to(dtype=dtype, device=given.device)
         with self.swapped():
             return inner(*args, **kwargs)
+
+    def _saved(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``trainer._save_checkpoint``, with the average beside the weights that it saves."""
+        if self._ema is None or not (self._takes_part(trainer) and trainer.is_in_train):
+            return inner(*args, **kwargs)
+        self._refuse_applied("is about to save a checkpoint")
+        step = trainer.state.global_step
+        if step > self._seen:  # by a callback that comes before this one
+            self._follow(step, trainer.optimizer)
+            self._is_ahead = True
+        self._written = None
+        own, save_model = vars(trainer).get("save_model"), trainer.save_model
+
+        def save_both(output_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
+            folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+            if trainer.args.should_save:
+                _cleared(folder)
+            found = save_model(output_dir, *args, **kwargs)
+            if trainer.args.should_save and folder.is_dir():
+                self._write(folder, step)
+            return found
+
+        trainer.save_model = save_both
+        try:
+            found = inner(*args, **kwargs)
+        finally:
+            if own is None:
+                del trainer.save_model
+            else:
+                trainer.save_model = own
+        if trainer.args.should_save and self._written is None:
+            trial = kwargs.get("trial", args[1] if len(args) > 1 else None)
+            self._write_below(Path(trainer._get_output_dir(trial)), step)
+        return found
+
+    def _write_below(self, output_dir: Path, step: int) -> None:
+        """Write the average into the folder of a checkpoint that is there."""
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"the trainer has saved a checkpoint, and not in {folder}, where the average was "
+                "to be put: override _get_output_dir where _save_checkpoint saves elsewhere"
+            )
+        _cleared(folder)
+        self._write(folder, step)
+
+    def _write(self, folder: Path, step: int) -> None:
+        known = json.dumps(_digests(folder))
+        state = self.ema.state_dict(copy=False)
+        write_state(folder / _FILE, state, step=str(step), weights=known)
+        self._written = step
 
     # -- the average in the model ------------------------------------------------------------------
 
@@ -284,22 +455,23 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "EMACallback does not find the trainer, whose evaluation is to see the average: "
                 "call attach(trainer), or say evaluate_with_average=False"
             )
+        resumed = _resumed_from(trainer)
         if is_deepspeed_zero3_enabled() or getattr(trainer, "is_fsdp_enabled", False):
             raise ArgumentError(
                 "EMACallback averages whole weights, and those of this model are sharded (FSDP or "
                 "ZeRO-3); use DDP, or ZeRO up to stage 2"
             )
-        if state.global_step and self._resumed is None:
+        if state.global_step and resumed is None:
             raise StateError(
-                f"training resumes at step {state.global_step}, and EMACallback was not there to "
-                "see from where: call attach(trainer) before train()"
+                f"training resumes at step {state.global_step}, and EMACallback does not find from "
+                "which checkpoint: it looks for resume_from_checkpoint, an argument of train()"
             )
-        self._ema = self._model = None  # frees its memory first
-        self._is_given = False
+        self._ema = self._model = self._written = None  # frees its memory first
+        self._is_given = self._is_ahead = False
         ema = EMA(model, self._decay, **self._options)
-        if self._resumed is not None:
-            self._take_up(ema, Path(self._resumed), state.global_step)
-        self._ema, self._model = ema, model
+        if resumed is not None:
+            self._take_up(ema, resumed, state.global_step)
+        self._ema, self._model, self._seen = ema, model, state.global_step
 
     def _take_up(self, ema: EMA, folder: Path, step: int) -> None:
         path = folder / _FILE
@@ -316,7 +488,16 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"{path} is the average of step {found.metadata.get('step', '?')}, and training "
                 f"resumes at step {step}"
             )
+        _check_weights(found)
+        own = ema.schedule
         _load(ema, found)
+        if ema.schedule != own:
+            warnings.warn(
+                f"the average of {folder} goes on with the schedule that it was saved with, "
+                f"{ema.schedule}, and not with that of EMACallback, {own}; for the latter delete "
+                f"{_FILE} there and begin a new average, with on_missing='begin'",
+                stacklevel=2,
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse to train the average."""
@@ -326,20 +507,22 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Take the weights into the average, if the optimizer has changed them."""
+        if not self._is_ahead:
+            self._follow(state.global_step, optimizer)
+        self._is_ahead = False
+
+    def _follow(self, step: int, optimizer: Any) -> None:
         if not getattr(optimizer, "step_was_skipped", False):
             self.ema.update()
+        self._seen = step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the average into the folder of the checkpoint."""
+        """See that the average is in the folder of the checkpoint."""
         self._refuse_applied("has saved a checkpoint")
-        if args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            folder = Path(args.output_dir) / name
-            if state.is_hyper_param_search:  # each trial has a folder of its own, the latest this
-                tried = Path(args.output_dir).glob(f"*/{name}")
-                folder = max(tried, key=lambda one: one.stat().st_mtime)
-            saved = self.ema.state_dict(copy=False)
-            write_state(folder / _FILE, saved, step=str(state.global_step))
+        if args.should_save and self._written != state.global_step:
+            trainer = self._trainer()
+            folder = args.output_dir if trainer is None else trainer._get_output_dir(None)
+            self._write_below(Path(folder), state.global_step)
 
     def _refuse_applied(self, what: str) -> None:
         if self._ema is not None and self._ema.applied:
@@ -353,18 +536,58 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None:
             path = Path(best) / _FILE
-            if not path.exists():
+            try:
+                found = files.read(path)
+                _check_weights(found)
+            except (FileNotFoundError, CheckpointError) as error:
+                lacks = isinstance(error, FileNotFoundError)
+                problem = f"has {'no' if lacks else 'the wrong'} {_FILE}"
                 warnings.warn(
-                    f"the best checkpoint, {best}, has no {_FILE}: the model holds its weights as "
-                    "they were in training",
+                    f"the best checkpoint, {best}, {problem}: the model holds its weights as they "
+                    "were in training",
                     stacklevel=2,
                 )
                 self._is_given = True
                 return
-            _load(self.ema, files.read(path))
+            _load(self.ema, found)
         if self.at_end == "average":
             self.ema.copy_to(self._model, which=self._which)
             self._is_given = True
+
+
+def _callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """The objects whose methods have led here, and those methods' variables, the latest first."""
+    own = inspect.currentframe()
+    # A frame whose variables were looked at keeps them: this one would keep itself.
+    frame = own and own.f_back
+    del own
+    while frame is not None:
+        if "self" in frame.f_locals:
+            yield frame.f_locals["self"], frame.f_locals
+        frame = frame.f_back
+
+
+def _resumed_from(trainer: Any) -> Path | None:
+    """What the trainer's ``train``, which has led here, was told to resume from."""
+    for caller, variables in _callers():
+        if caller is trainer and "resume_from_checkpoint" in variables:
+            found = variables["resume_from_checkpoint"]
+            if found is True:
+                found = get_last_checkpoint(trainer.args.output_dir)
+            return Path(found) if found else None
+    return None
+
+
+def _check_weights(found: files.File) -> None:
+    """Refuse an average that is not that of the weights beside it."""
+    known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
+    folder = found.path.parent
+    other = sorted(known.items() - _digests(folder).items())
+    if other:
+        raise CheckpointError(
+            f"{found.path} is the average of other weights than those in {other[0][0]} beside it, "
+            "of another run perhaps: delete it, and begin a new average by on_missing='begin'"
+        )
 
 
 def _load(ema: EMA, found: files.File) -> None:

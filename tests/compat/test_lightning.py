@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import fastema.compat.swa_utils  # noqa: E402
 from fastema.compat import lightning as ours  # noqa: E402
-from fastema.errors import ArgumentError, LayoutError  # noqa: E402
+from fastema.errors import ArgumentError, LayoutError, StateError  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,
@@ -288,7 +288,8 @@ def test_a_subclass_says_when(tmp_path: Path) -> None:
     assert (callback.swaps, callback.copies) == (4, 1)
     for seen, epoch in zip(module.validated, (0, 1, 1, 1), strict=True):
         assert_same(seen, module.steps[STEPS * (epoch + 1) - 1])
-    assert callback.state_dict() == {"latest_update_step": 0, "latest_update_epoch": 3}
+    found = callback.state_dict()
+    assert (found["latest_update_step"], found["latest_update_epoch"]) == (0, 3)
 
 
 def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
@@ -439,7 +440,199 @@ def test_a_checkpoint_in_a_validation_does_not_mistake_them(
     assert_same(snapshot(module), snapshot(plain))
 
 
+class AtTheEnd(Callback):
+    """Saves when training has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path / "all.ckpt")
+        trainer.save_checkpoint(self.path / "weights.ckpt", weights_only=True)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path / "later.ckpt")
+
+
+@LIBRARIES
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("first", [True, False])
+def test_checkpoints_of_the_end_have_the_weights_in_training(
+    tmp_path: Path, library: Any, precision: Any, first: bool
+) -> None:
+    average, other = library.EMAWeightAveraging(decay=0.8), AtTheEnd(tmp_path)
+    callbacks = (other, average) if first else (average, other)
+    module = fitted(tmp_path, *callbacks, precision=precision)  # type: ignore[arg-type]
+    for name in ("all.ckpt", "later.ckpt"):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        raw = not differ(saved["current_model_state"], module.steps[-1])
+        assert raw is (library is ours or (first and name == "all.ckpt"))
+        if library is ours:
+            assert_same(saved["state_dict"], average._average_model.module.state_dict())
+    if library is ours and precision == "32-true":
+        assert_same(snapshot(module), saved["state_dict"])
+        weights = torch.load(tmp_path / "weights.ckpt", weights_only=True)["state_dict"]
+        assert_same(weights, saved["state_dict"])
+    if library is ours:
+        want = {n: v.to(module.steps[-1][n].dtype) for n, v in saved["state_dict"].items()}
+        assert_same(snapshot(module), want)
+
+
+@LIBRARIES
+def test_a_run_goes_on_from_the_last_checkpoint(tmp_path: Path, library: Any) -> None:
+    whole = fitted(tmp_path / "whole", library.EMAWeightAveraging(decay=0.8))
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1000)
+    begun = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saver, max_epochs=2)
+    rest = Network()
+    rest.steps = list(begun.steps)
+    callback = library.EMAWeightAveraging(decay=0.8)
+    fitted(tmp_path, callback, module=rest, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert len(rest.steps) == STEPS * EPOCHS
+    same = not differ(snapshot(rest), snapshot(whole))
+    assert same is (library is ours)
+
+
+@LIBRARIES
+def test_to_resume_a_finished_run_gives_the_average(tmp_path: Path, library: Any) -> None:
+    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saving(tmp_path))
+    path = str(tmp_path / f"epoch={EPOCHS - 1}.ckpt")
+    again = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), ckpt_path=path)
+    assert not again.steps
+    want = snapshot(module) if library is ours else module.steps[-1]
+    assert_near(again.state_dict(), want)
+
+
+@LIBRARIES
+def test_after_fit_the_model_is_saved_as_it_is(tmp_path: Path, library: Any) -> None:
+    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8))
+    module, other = Network(), Network()
+    run.fit(module, loader(), loader(1))
+    average = snapshot(module)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert_same(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"], average)
+    run.validate(other, loader(1), verbose=False)
+    for weights_only in (False, True):
+        run.save_checkpoint(tmp_path / "b.ckpt", weights_only=weights_only)
+        saved = torch.load(tmp_path / "b.ckpt", weights_only=True)
+        if library is ours:
+            assert_same(saved["state_dict"], snapshot(other))
+            assert "current_model_state" not in saved
+        elif not weights_only:
+            assert_near(saved["state_dict"], average)
+
+
+class Stopping(Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 7:
+            raise RuntimeError("enough")
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_what_an_exception_leaves_is_saved_alike(tmp_path: Path, weights_only: bool) -> None:
+    saver = ModelCheckpoint(
+        tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1, save_on_exception=True,
+        save_weights_only=weights_only,
+    )  # fmt: skip
+    module, callback = Network(), ours.EMAWeightAveraging(decay=0.8)
+    run = trainer(tmp_path, callback, Stopping(), saver)
+    with pytest.raises(RuntimeError, match="enough"):
+        run.fit(module, loader(), loader(1))
+    steps = [*module.steps[:6], snapshot(module)]
+    run.save_checkpoint(tmp_path / "step=7-by-hand.ckpt", weights_only=weights_only)
+    for step, name in ((6, "step=6"), (7, "step=7"), (7, "step=7-by-hand")):
+        saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert_near(saved["state_dict"], average_of(steps[:step], [0.8] * step))
+        if not weights_only:
+            assert_same(saved["current_model_state"], steps[step - 1])
+    # Another use of the trainer is none of that run.
+    other = Network()
+    run.validate(other, loader(1), verbose=False)
+    run.save_checkpoint(tmp_path / "other.ckpt", weights_only=weights_only)
+    saved = torch.load(tmp_path / "other.ckpt", weights_only=True)
+    assert_same(saved["state_dict"], snapshot(other))
+
+
 # -- what is wrong in theirs ----------------------------------------------------------------------
+
+
+class Alternating(Network):
+    """Two optimizers, whose steps are counted in one row."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        first = [*self.first.parameters(), *self.norm.parameters()]
+        return [torch.optim.SGD(part, lr=0.1) for part in (first, self.second.parameters())]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss_of(batch))
+            optimizer.step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(snapshot(self))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 5])
+def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
+    def run(library: Any, **options: Any) -> Network:
+        callback = library.EMAWeightAveraging(decay=0.8, update_every_n_steps=every, **options)
+        return fitted(tmp_path, callback, module=Alternating())
+
+    theirs, exact, default = run(peer), run(ours, peer_exact=True), run(ours)
+    count = STEPS * EPOCHS
+    assert len(default.steps) == count
+    last = [(2 * k + 1) % every == 0 for k in range(count)]
+    assert any(last) is (every % 2 == 1)
+    if any(last):
+        assert_near(exact.state_dict(), theirs.state_dict())
+    else:  # theirs ends where it began
+        assert_same(snapshot(theirs), snapshot(Network()))
+        assert_same(snapshot(exact), exact.steps[-1])
+    decays: list[float | None] = []
+    since = 0
+    for k in range(count):
+        since += 1
+        fires = any(step % every == 0 for step in (2 * k, 2 * k + 1))
+        decays.append(0.8**since if fires else None)
+        since = 0 if fires else since
+    assert_near(default.state_dict(), average_of(default.steps, decays))
+
+
+def test_steps_of_several_optimizers_are_resumed(tmp_path: Path) -> None:
+    def callback() -> Any:
+        return ours.EMAWeightAveraging(decay=0.8, update_every_n_steps=4)
+
+    whole = fitted(tmp_path / "whole", callback(), module=Alternating())
+    begun = Alternating()
+    fitted(tmp_path / "a", callback(), saving(tmp_path / "a"), module=begun, max_epochs=1)
+    rest = Alternating()
+    path = str(tmp_path / "a" / "epoch=0.ckpt")
+    fitted(tmp_path / "b", callback(), module=rest, ckpt_path=path)
+    assert len(rest.steps) == STEPS * (EPOCHS - 1)
+    assert_same(snapshot(rest), snapshot(whole))
+
+
+class Another(ours.EMAWeightAveraging):
+    pass
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (ours.WeightAveraging, ours.EMAWeightAveraging),
+        (ours.EMAWeightAveraging, Another),
+        (ours.EMAWeightAveraging, peer.WeightAveraging),
+        (peer.WeightAveraging, ours.EMAWeightAveraging),
+    ],
+)
+def test_two_averages_are_refused(tmp_path: Path, kinds: tuple[Any, Any]) -> None:
+    module = Network()
+    run = trainer(tmp_path, *(kind() for kind in kinds))
+    with pytest.raises(StateError, match=r"more than one averaging callback.*WeightAveraging"):
+        run.fit(module, loader(), loader(1))
+    assert not module.steps
 
 
 @LIBRARIES
@@ -513,6 +706,7 @@ def test_a_validation_that_fails_leaves_the_weights(
     if library is ours:
         assert_same(snapshot(module), module.steps[-1])
         assert_same(average, module.validated[-1])
+        run.test(module, loader(1), verbose=False)
         assert "save_checkpoint" not in vars(run.strategy)
     else:
         assert_same(snapshot(module), module.validated[-1])
@@ -677,7 +871,8 @@ def test_they_are_lightnings() -> None:
         for given in ({"step_idx": index}, {"epoch_idx": index}):
             assert callback.should_update(**given) is theirs.should_update(**given)
     callback.load_state_dict({"latest_update_step": 7})  # theirs
-    assert callback.state_dict() == {"latest_update_step": 7, "latest_update_epoch": -1}
+    found = callback.state_dict()
+    assert (found["latest_update_step"], found["latest_update_epoch"]) == (7, -1)
 
 
 def test_copies(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import pickle
 import shutil
 import socket
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from ..needed import modules
 modules("transformers", "accelerate", "safetensors")
 
 import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import (  # noqa: E402
     BartConfig,
     BartForConditionalGeneration,
@@ -29,10 +33,11 @@ from transformers import (  # noqa: E402
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
-import fastema  # noqa: E402
+import fastema.compat.transformers  # noqa: E402
 from fastema.compat.transformers import EMACallback  # noqa: E402
 from fastema.errors import ArgumentError, CheckpointError, StateError  # noqa: E402
 
@@ -433,12 +438,184 @@ def test_an_average_of_other_precision_is_refused(tmp_path: Path) -> None:
         run.train(str(tmp_path / "checkpoint-8"))
 
 
-def test_a_callback_that_comes_too_late_to_resume_says_so(tmp_path: Path) -> None:
-    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
-    run = trainer(tmp_path / "rest")
+def test_a_callback_that_is_added_late_resumes_too(tmp_path: Path) -> None:
+    whole = Network()
+    trainer(tmp_path, EMACallback(DECAY), model=whole, **SAVED).train()
+    model = Network()
+    run = trainer(tmp_path / "rest", model=model)
     run.add_callback(EMACallback(DECAY))
-    with pytest.raises(StateError, match=r"resumes at step 8.*call attach\(trainer\) before"):
-        run.train(str(tmp_path / "checkpoint-8"))
+    run.train(str(tmp_path / "checkpoint-8"))
+    assert_same(snapshot(model), snapshot(whole))
+
+
+def test_a_resumed_run_that_does_not_say_from_where_is_refused(tmp_path: Path) -> None:
+    ema = EMACallback(DECAY, evaluate_with_average=False)
+    run = trainer(tmp_path)
+    run.state.global_step = 8
+    with pytest.raises(StateError, match=r"resumes at step 8.*resume_from_checkpoint"):
+        ema.on_train_begin(run.args, run.state, run.control, model=run.model)
+
+
+class Elsewhere(Trainer):
+    """An output folder of its own."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(str(self.args.output_dir)) / "deeper")
+
+
+def test_the_average_is_where_the_trainer_saves(tmp_path: Path) -> None:
+    whole = Network()
+    trainer(tmp_path, EMACallback(DECAY), model=whole, kind=Elsewhere, **SAVED).train()
+    folder = tmp_path / "deeper" / "checkpoint-8"
+    assert (folder / FILE).exists()
+    model = Network()
+    trainer(tmp_path / "rest", EMACallback(DECAY), model=model).train(str(folder))
+    assert_same(snapshot(model), snapshot(whole))
+
+
+def test_a_trainer_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    class Saving(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            self.save_model(str(tmp_path / "mine"))
+
+    class Silent(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            pass
+
+    trainer(tmp_path, EMACallback(DECAY), kind=Saving, **SAVED).train()
+    assert (tmp_path / "mine" / FILE).exists()
+    run = trainer(tmp_path, EMACallback(DECAY), kind=Silent, **SAVED)
+    with pytest.raises(CheckpointError, match=r"not in .*checkpoint-4.*_get_output_dir"):
+        run.train()
+    assert "save_model" not in vars(run)
+
+
+def test_an_average_of_another_run_is_refused(tmp_path: Path) -> None:
+    """A run without an average writes into the folders of one that had it."""
+    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
+    old = (tmp_path / "checkpoint-8" / FILE).read_bytes()
+    trainer(tmp_path, **SAVED, learning_rate=0.3).train()
+    assert (tmp_path / "checkpoint-8" / FILE).read_bytes() == old
+    for missing in ("raise", "begin"):
+        ema = EMACallback(DECAY, on_missing=missing)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match=r"average of other weights.*model.safetensors"):
+            trainer(tmp_path / "rest", ema).train(str(tmp_path / "checkpoint-8"))
+
+
+def test_one_changed_tensor_is_other_weights(tmp_path: Path) -> None:
+    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
+    path = tmp_path / "checkpoint-8" / "model.safetensors"
+    held = load_file(path)
+    held["second.bias"] += 1
+    save_file(held, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="average of other weights"):
+        trainer(tmp_path / "rest", EMACallback(DECAY)).train(str(path.parent))
+    # Files that are no weights do not count, and those that are missing do.
+    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
+    (path.parent / "notes.safetensors").write_bytes(b"")
+    trainer(tmp_path / "rest", EMACallback(DECAY)).train(str(path.parent))
+
+
+@pytest.mark.parametrize("name", ["write_state", "state_dict"])
+def test_an_old_average_is_gone_before_the_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
+    folder = tmp_path / "checkpoint-4"
+    (folder / f".{FILE}.0123.part").write_bytes(b"of a run that was killed")
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    holder: Any = fastema.compat.transformers if name == "write_state" else fastema.EMA
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path, EMACallback(DECAY), **SAVED, learning_rate=0.3).train()
+    assert not [one for one in folder.iterdir() if FILE in one.name]
+    assert (folder / "model.safetensors").exists()
+
+
+def test_the_average_is_there_before_older_checkpoints_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Pushing(Trainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            seen.append((Path(output_dir).name, sorted(one.parent.name for one in found())))
+
+    def found() -> list[Path]:
+        return list(tmp_path.glob(f"checkpoint-*/{FILE}"))
+
+    trainer(tmp_path, EMACallback(DECAY), kind=Pushing, **SAVED, save_total_limit=1).train()
+    assert seen == [
+        ("checkpoint-4", ["checkpoint-4"]),
+        ("checkpoint-8", ["checkpoint-4", "checkpoint-8"]),
+        ("checkpoint-12", ["checkpoint-12", "checkpoint-8"]),
+    ]
+    assert [one.parent.name for one in found()] == ["checkpoint-12"]
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_that_another_callback_asks_for(tmp_path: Path, event: str) -> None:
+    """As ``JITCheckpointCallback`` does on SIGTERM, before this callback's turn."""
+    whole, noting = Network(), Noting()
+    begun = snapshot(whole)
+
+    class Asking(TrainerCallback):
+        def __init__(self) -> None:
+            setattr(self, event, self._ask)
+
+        def _ask(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                run._save_checkpoint(run.model, trial=None)
+
+    run = trainer(tmp_path, Asking(), noting, EMACallback(DECAY), model=whole)
+    run.train()
+    found = load_file(tmp_path / "checkpoint-5" / FILE)
+    names = {name.removeprefix("shadow.0."): value for name, value in found.items()}
+    assert_near(names, average_of(begun, noting.steps[:5]))
+    assert_near(snapshot(whole), average_of(begun, noting.steps))
+    model = Network()
+    trainer(tmp_path / "rest", EMACallback(DECAY), model=model).train(
+        str(tmp_path / "checkpoint-5")
+    )
+    # Of the batch before its step, that is taken again, the Trainer saves the buffers.
+    for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_the_average_as_weights_is_refused(tmp_path: Path) -> None:
+    def metrics(found: Any) -> dict[str, float]:
+        run._save_checkpoint(run.model, trial=None)
+        return {}
+
+    run = trainer(tmp_path, EMACallback(DECAY), **EVERY_FOUR)
+    run.compute_metrics = metrics
+    with pytest.raises(StateError, match="about to save a checkpoint while the average"):
+        run.train()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{"decay": 0.9}, {"decay": DECAY, "update_every": 2}, {"decay": DECAY}]
+)
+def test_a_resumed_average_keeps_its_schedule_and_says_so(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = Network()
+    trainer(tmp_path, EMACallback(DECAY), model=whole, **SAVED).train()
+    model = Network()
+    run = trainer(tmp_path / "rest", EMACallback(**options), model=model)
+    path = str(tmp_path / "checkpoint-8")
+    if options == {"decay": DECAY}:
+        run.train(path)
+    else:
+        with pytest.warns(UserWarning, match=r"goes on with the schedule.*0\.8.*not with that of"):
+            run.train(path)
+    assert_same(snapshot(model), snapshot(whole))
 
 
 @pytest.mark.parametrize("at_end", ["average", "raw"])
@@ -491,6 +668,119 @@ def test_a_best_model_without_an_average_is_taken_as_it_is(tmp_path: Path) -> No
     assert_same(snapshot(model), raw)
     run.evaluate()
     assert_same(model.evaluated[-1], raw)
+
+
+def test_a_best_model_with_the_average_of_another_is_taken_as_it_is(tmp_path: Path) -> None:
+    class Mixing(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            path = tmp_path / f"checkpoint-{state.global_step}" / "model.safetensors"
+            held = {name: value + 1 for name, value in load_file(path).items()}
+            save_file(held, path, metadata={"format": "pt"})
+
+    model = Network()
+    run = trainer(
+        tmp_path, EMACallback(DECAY), Mixing(), model=model, load_best_model_at_end=True,
+        **EVERY_FOUR, **SAVED,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"has the wrong ema\.safetensors: the model holds"):
+        run.train()
+    assert_same(snapshot(model), load_file(f"{run.state.best_model_checkpoint}/model.safetensors"))
+
+
+# -- copies and references ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_of_the_callback_begin_anew(
+    tmp_path: Path, trained: bool, copied: Callable[[Any], Any]
+) -> None:
+    ema = EMACallback(0.5, at_end="raw", update_every=2)
+    run = trainer(tmp_path, ema)
+    if trained:
+        run.train()
+    other = copied(ema)
+    with pytest.raises(StateError, match="no average yet"):
+        other.ema  # noqa: B018
+    model = Network()
+    trainer(tmp_path, other, model=model, **EVERY_FOUR).train()
+    assert differ(model.evaluated[-1], snapshot(model))
+    with other.swapped():
+        assert_same(snapshot(model), model.evaluated[-1])
+    assert other.ema.schedule.update_every == 2
+    assert not trained or ema.ema.num_updates == STEPS
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_copy_of_a_trainer_has_an_average_of_its_own(tmp_path: Path, trained: bool) -> None:
+    trainer(tmp_path / "saved", EMACallback(DECAY), **SAVED).train()
+    ema = EMACallback(DECAY, at_end="raw")
+    run = trainer(tmp_path, ema, **EVERY_FOUR)
+    if trained:
+        run.train()
+    other = copy.deepcopy(run)
+    model: Any = other.model
+    (own,) = (one for one in other.callback_handler.callbacks if isinstance(one, EMACallback))
+    assert own is not ema
+    other.evaluate()
+    assert_same(model.evaluated[-1], snapshot(model))  # there is no average yet
+    before = snapshot(run.model)  # type: ignore[arg-type]
+    other.train(str(tmp_path / "saved" / "checkpoint-8"))
+    assert own.ema.num_updates == STEPS
+    assert differ(model.evaluated[-1], snapshot(model))
+    with own.swapped():
+        assert_same(snapshot(model), model.evaluated[-1])
+    assert_same(snapshot(run.model), before)  # type: ignore[arg-type]
+    run.train()
+    assert ema.ema.num_updates == STEPS
+    mine: Any = run.model
+    with ema.swapped():
+        assert_same(snapshot(mine), mine.evaluated[-1])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_trainer_is_freed_as_it_is_without_an_average(tmp_path: Path, trained: bool) -> None:
+    def is_freed(*callbacks: Any) -> bool:
+        run = trainer(tmp_path, *callbacks)
+        if trained:
+            run.train()
+        reference = weakref.ref(run)
+        del run
+        return reference() is None
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert is_freed(EMACallback(DECAY)) is is_freed()
+    finally:
+        gc.enable()
+
+
+class Odd:
+    """In the stack, as stand-ins for other objects are."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def test_odd_objects_in_the_stack(tmp_path: Path) -> None:
+    for around in (
+        Odd().call,
+        lambda function: Mock(side_effect=function)(),
+        lambda function: MagicMock(side_effect=function)(),
+    ):
+        model, ema = Network(), EMACallback(DECAY, at_end="raw")
+        run = around(lambda ema=ema, model=model: trainer(tmp_path, model=model, **EVERY_FOUR))
+        run.add_callback(ema)
+        around(run.train)
+        assert differ(model.evaluated[-1], snapshot(model))
+        begun = EMACallback(DECAY, evaluate_with_average=False)
+        given = run.args, TrainerState(), run.control
+        around(lambda begun=begun, given=given: begun.on_train_begin(*given, model=Network()))
+        assert begun.ema.num_updates == 0
 
 
 # -- what could go wrong --------------------------------------------------------------------------
