@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -328,22 +329,29 @@ class Lightning(_Trained):
             def configure_optimizers(self) -> torch.optim.Optimizer:
                 return torch.optim.AdamW(self.parameters(), 1e-3)
 
-        callbacks = []
-        for name, average in self.averages.items():
-            callback: Any = average.update()
-            inner = callback.on_train_batch_end
+        callbacks: dict[str, Any] = {n: average.update() for n, average in self.averages.items()}
 
-            def hook(*args: Any, name: str = name, inner: Any = inner) -> None:
-                time.sleep(0.005)
-                spent = timed(lambda: inner(*args))
-                note(name, spent)
-                Module.averaging.append(spent + 0.005)
+        class Both(pl.Callback):
+            """Lightning, and ours, refuse two averages in one trainer: they see one callback."""
 
-            callback.on_train_batch_end = hook
-            callbacks.append(callback)
+            def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+                for callback in callbacks.values():
+                    callback.setup(trainer, pl_module, stage)
+
+            def on_train_start(self, *args: Any) -> None:
+                for callback in callbacks.values():
+                    callback.on_train_start(*args)
+
+            def on_train_batch_end(self, *args: Any) -> None:
+                for name, callback in callbacks.items():
+                    time.sleep(0.005)
+                    spent = timed(partial(callback.on_train_batch_end, *args))
+                    note(name, spent)
+                    Module.averaging.append(spent + 0.005)
+
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(
-            accelerator="cpu", max_steps=steps, callbacks=callbacks,
+            accelerator="cpu", max_steps=steps, callbacks=[Both()],
             enable_model_summary=False, **options,
         )  # fmt: skip
         trainer.fit(Module(), DataLoader(torch.arange(steps), batch_size=1))
@@ -358,7 +366,7 @@ class Transformers(_Trained):
         if which == OURS:
             from fastema.compat.transformers import EMACallback
 
-            ours = EMACallback(DECAY)
+            ours = EMACallback(DECAY, at_end="raw")
             return self._kept(which, ours, lambda: list(ours.ema.shadow.values()))
 
         averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
@@ -399,7 +407,7 @@ class Transformers(_Trained):
         rows = [{"input_ids": row, "labels": row} for row in self.tokens.repeat(steps, 1)]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                folder, max_steps=steps, per_device_train_batch_size=2, report_to=[],
+                folder, max_steps=steps, per_device_train_batch_size=2, report_to=[], learning_rate=1e-3,
                 save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
             )  # fmt: skip
             trainer = Trainer(self.model, arguments, train_dataset=rows, callbacks=callbacks)
