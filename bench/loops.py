@@ -370,6 +370,7 @@ class Transformers(_Trained):
             return self._kept(which, ours, lambda: list(ours.ema.shadow.values()))
 
         averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        averaged.update_parameters(self.model)  # the first call only copies
         model = self.model
 
         class Averaging(TrainerCallback):
@@ -407,7 +408,8 @@ class Transformers(_Trained):
         rows = [{"input_ids": row, "labels": row} for row in self.tokens.repeat(steps, 1)]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                folder, max_steps=steps, per_device_train_batch_size=2, report_to=[], learning_rate=1e-3,
+                folder, max_steps=steps, per_device_train_batch_size=2, report_to=[],
+                learning_rate=1e-3,
                 save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
             )  # fmt: skip
             trainer = Trainer(self.model, arguments, train_dataset=rows, callbacks=callbacks)
