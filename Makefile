@@ -59,11 +59,15 @@ bench-quick: $(VENV)/.bench $(VENV)/.timm
 	@$(PY) -m bench.averages --quick
 	@$(PY) -m bench.bridges --quick
 	@$(PY) -m bench.tracking --quick
+	$(SAY) "python -m bench.drop_in --quick, two of its loops"
+	@$(PY) -m bench.drop_in --quick --only "torch AveragedModel, GPT-2" "diffusers EMAModel, UNet"
 
 # What is said of GPU kernels needs their compilers, which the tests bring along.
 bench: $(VENV)/.test-all $(VENV)/.timm
 	$(SAY) "python -m bench $(ARGS)"
 	@$(PY) -m bench $(ARGS)
+	$(SAY) "python -m bench.drop_in"
+	@$(PY) -m bench.drop_in
 	$(SAY) "python -m bench.averages, bench.bridges, bench.tensorflow_apply, bench.tracking"
 	@$(PY) -m bench.averages
 	@$(PY) -m bench.bridges
