@@ -638,10 +638,14 @@ def test_an_interrupted_step_is_taken_and_counted_or_neither(
         own(*models)
         signalled.append(True)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(mine, "update_moving_average", pressed)
-        with pytest.raises(KeyboardInterrupt):
-            mine.update()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(mine, "update_moving_average", pressed)
+            with pytest.raises(KeyboardInterrupt):
+                mine.update()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert signalled == [True]
     assert int(mine.step) == 4
     with pytest.raises(AssertionError):
