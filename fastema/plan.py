@@ -185,7 +185,8 @@ class Plan:
             {"averaged": averaged, "copied": [pair for pair in pairs if pair.name in copied]}
         )
         self._pairs, self._guard = pairs, Guard(avg, x)
-        self._leaves = (dst, src)
+        # Of tensors that are only ever replaced nothing is kept but the last.
+        self._leaves = None if dst.moving or src.moving else (dst, src)
         self._watches: Sequence[Watch | None] = watches
         self._locators: Sequence[Locator | None] = locators
         self._written, self._swapped = tell

@@ -52,6 +52,7 @@ class _Exchangeable(Plan):
 
     def sides(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Averages and weights by name, without those that are skipped."""
+        assert self._leaves is not None  # torch's tensors do not move by themselves
         averages, weights = (tensors_of(leaves) for leaves in self._leaves)
         return averages, weights
 
