@@ -361,30 +361,28 @@ class Transformers(_Trained):
     """In the Trainer of transformers, which has none: a callback of one's own, and ours."""
 
     def build(self, which: str) -> Average:
+        if which != OURS:
+            return super().build(which)
+        from fastema.compat.transformers import EMACallback
+
+        callback = EMACallback(DECAY, at_end="raw")
+        average = Average(lambda: callback, lambda: list(callback.ema.shadow.values()))
+        self.averages[which] = average
+        return average
+
+    def make_average(self) -> Average:
         from transformers import TrainerCallback
 
-        if which == OURS:
-            from fastema.compat.transformers import EMACallback
-
-            ours = EMACallback(DECAY, at_end="raw")
-            return self._kept(which, ours, lambda: list(ours.ema.shadow.values()))
-
-        averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-        averaged.update_parameters(self.model)  # the first call only copies
         model = self.model
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        averaged.update_parameters(model)  # the first call only copies
 
         class Averaging(TrainerCallback):
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 averaged.update_parameters(model)
 
-        return self._kept(which, Averaging(), lambda: list(averaged.module.parameters()))
-
-    def _kept(self, which: str, callback: Any, tensors: Callable[[], list[Tensor]]) -> Average:
-        self.averages[which] = Average(lambda: callback, tensors)
-        return self.averages[which]
-
-    def make_average(self) -> Average:
-        raise NotImplementedError("build() makes each of them in its own way")
+        callback = Averaging()
+        return Average(lambda: callback, lambda: list(averaged.module.parameters()))
 
     def fit(self, steps: int, note: Callable[[str, float], None]) -> None:
         import tempfile

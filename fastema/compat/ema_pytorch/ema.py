@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, whole
+from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, Scheduled, whole
 from fastema.compat.ema_pytorch.schedule import (
     checked_schedule,
     finite,
-    grown_decay,
     weight_of,
 )
 from fastema.compat.ema_pytorch.tree import EMAPytree
@@ -22,7 +21,7 @@ from fastema.errors import ArgumentError
 __all__ = ["EMA"]
 
 
-class EMA(ModelAverage):
+class EMA(Scheduled, ModelAverage):
     """An exponential moving average of a model, in a copy of it.
 
     From step ``update_after_step`` on, at every ``update_every``-th call of :meth:`update`,
@@ -249,17 +248,6 @@ class EMA(ModelAverage):
                 module.training = mode
 
     # -- training ---------------------------------------------------------------------------------
-
-    def get_current_decay(self) -> float:
-        """The decay per step in force: 0 until ``update_after_step`` is passed."""
-        return grown_decay(
-            self._num_steps - self.update_after_step - 1,
-            self.beta,
-            self.inv_gamma,
-            self.power,
-            self.min_value,
-            single=self.peer_exact,
-        )
 
     def update(self) -> None:
         """Count a step, and take the weights into the average if it is due.

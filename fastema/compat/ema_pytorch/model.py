@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
+from fastema.compat.ema_pytorch.schedule import grown_decay
 from fastema.compat.following import Follower
 from fastema.compat.mirrored import Mirrored
 from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError, BridgeError, StateError
 from fastema.layout.spec import Role
 
-__all__ = ["NO_NAMES", "Counted", "ModelAverage", "whole"]
+__all__ = ["NO_NAMES", "Counted", "ModelAverage", "Scheduled", "whole"]
 
 Done = Literal["average", "copy", "skip"]
 
@@ -97,6 +98,27 @@ class Counted(nn.Module):
         """``tgt += weight * (src - tgt)``, in the dtype and on the device of ``tgt``."""
         Follower([tgt.detach()], rounding=self._rounding).update(
             [src.detach()], float(weight), self._num_steps
+        )
+
+
+class Scheduled(Counted):
+    """With a decay that grows with the steps since ``update_after_step``."""
+
+    update_after_step: int
+    beta: float | None
+    inv_gamma: float
+    power: float
+    min_value: float
+
+    def get_current_decay(self) -> float:
+        """The decay per step in force: 0 until ``update_after_step`` is passed."""
+        return grown_decay(
+            self._num_steps - self.update_after_step - 1,
+            self.beta,
+            self.inv_gamma,
+            self.power,
+            self.min_value,
+            single=self.peer_exact,
         )
 
 

@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytrees
 
-from fastema.compat.ema_pytorch.model import Counted, whole
-from fastema.compat.ema_pytorch.schedule import checked_schedule, grown_decay, weight_of
+from fastema.compat.ema_pytorch.model import Scheduled, whole
+from fastema.compat.ema_pytorch.schedule import checked_schedule, weight_of
 from fastema.compat.following import Follower
 from fastema.errors import LayoutError
 
 __all__ = ["EMAPytree", "EMATensor"]
 
 
-class EMAPytree(Counted):
+class EMAPytree(Scheduled):
     """An exponential moving average of the tensors in a tree of lists, tuples and dicts.
 
     As :class:`EMA` of a model: ``avg += (1 - decay**update_every) * (x - avg)`` at every
@@ -118,17 +118,6 @@ class EMAPytree(Counted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The average; called, if it can be."""
         return self.ema_pytree(*args, **kwargs) if callable(self.ema_pytree) else self.ema_pytree
-
-    def get_current_decay(self) -> float:
-        """The decay per step in force: 0 until ``update_after_step`` is passed."""
-        return grown_decay(
-            self._num_steps - self.update_after_step - 1,
-            self.beta,
-            self.inv_gamma,
-            self.power,
-            self.min_value,
-            single=self.peer_exact,
-        )
 
     def copy_params_from_pytree_to_ema(self) -> None:
         """Make the average what is followed.
