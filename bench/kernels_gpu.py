@@ -56,7 +56,7 @@ KERNELS: tuple[Kernel, ...] = (
     ("give", ("bf16+16", "f16")),
     ("swap", ("raw2", "raw2")),
     ("swap", ("raw4", "raw4")),
-    ("swap", ("bf16+16", "f32")),
+    ("swap", ("bf16+16", "raw4")),
     ("park", ("raw4", "raw2")),
     ("unpark", ("raw4", "raw2")),
     ("window", ("f32", "f32", "f32", "f32")),

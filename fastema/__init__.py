@@ -14,11 +14,16 @@ Names are looked up on first use: importing fastema loads neither Numba nor any 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastema.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastema import compat, errors, rules, tracking
+    from fastema import checkpoint, compat, errors, posthoc, rules, tracking
+    from fastema import keras as keras
+    from fastema import lightning as lightning
+    from fastema import tensorflow as tensorflow
+    from fastema import transformers as transformers
     from fastema.engine.cpu import get_num_threads, set_num_threads
     from fastema.plan import Plan, copy_, lerp_, mean_between, swap_
     from fastema.shadow import EMA, SMA, SWA, PowerEMA
@@ -33,6 +38,7 @@ __all__ = [
     "Plan",
     "PowerEMA",
     "__version__",
+    "checkpoint",
     "compat",
     "copy_",
     "errors",
@@ -60,23 +66,14 @@ _HOMES = {
     "set_num_threads": "fastema.engine.cpu",
     "swap_": "fastema.plan",
     "update_bn": "fastema.torch",
+    **{
+        name: f"fastema.{name}"
+        for name in (
+            *("checkpoint", "compat", "errors", "keras", "lightning", "posthoc", "rules"),
+            *("tensorflow", "tracking", "transformers"),
+        )
+    },
 }
 
-_ROOMS = {
-    *("compat", "errors", "keras", "lightning", "posthoc", "rules", "tensorflow", "tracking"),
-    "transformers",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f"fastema.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastema' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if not TYPE_CHECKING:  # a type checker knows all names, and is to find those that are not there
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)

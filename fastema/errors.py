@@ -10,6 +10,7 @@
     ├── DeviceError     (RuntimeError)  a GPU, its driver or its compilers that cannot be used
     ├── StateError      (RuntimeError)  a call in the wrong state (swapped, not swapped)
     ├── CheckpointError (ValueError)    a saved state that does not fit
+    │   └── StorageError (OSError)      a file that cannot be written: a full disk, no folder
     ├── NonFiniteError  (FloatingPointError)  weights with a NaN or an infinity, where asked for
     └── PeerError       (ImportError)   a peer's package that is missing, or of an unknown interface
 
@@ -31,6 +32,7 @@ __all__ = [
     "NonFiniteError",
     "PeerError",
     "StateError",
+    "StorageError",
 ]
 
 
@@ -64,6 +66,10 @@ class StateError(FastemaError, RuntimeError):
 
 class CheckpointError(FastemaError, ValueError):
     """A saved state that does not fit what it is loaded into."""
+
+
+class StorageError(CheckpointError, OSError):
+    """A file that cannot be written; ``errno`` is the system's number, where it gave one."""
 
 
 class NonFiniteError(FastemaError, FloatingPointError):

@@ -109,7 +109,7 @@ class Plan:
         ``avg`` is lost; at random it is not, on average.
     seed : int
         Of the random bits, at least 0. They also depend on the number of the call, the tensor's
-        name and the element's place in it.
+        name and the element's index in it.
     policy : callable, optional
         ``policy(name, role)``: ``"average"``, ``"copy"`` or ``"skip"`` for each tensor of ``x``,
         whose role is ``"weight"``, in a module also ``"frozen"`` or ``"buffer"``. :meth:`lerp_`
@@ -184,7 +184,7 @@ class Plan:
         self._program = Program(
             {"averaged": averaged, "copied": [pair for pair in pairs if pair.name in copied]}
         )
-        self._pairs, self._guard = pairs, Guard(avg, x)
+        self._pairs, self._guard = pairs, Guard(avg, x) if any(locators) else None
         # Of tensors that are only ever replaced nothing is kept but the last.
         self._leaves = None if dst.moving or src.moving else (dst, src)
         self._watches: Sequence[Watch | None] = watches
@@ -215,7 +215,7 @@ class Plan:
         return {
             pair.name
             for pair in pairs
-            if not pair.dst.kind.real or policy(pair.name, roles[pair.name]) == "copy"
+            if pair.dst.kind.whole or policy(pair.name, roles[pair.name]) == "copy"
         }
 
     def _found(self, x: Any, swap: bool) -> list[Located | None]:
@@ -263,17 +263,23 @@ class Plan:
     def _run(self, operation: str, x: Any = None, weight: float = 0.0) -> None:
         with self._lock:
             located = self._ready(operation, x)
+            locator, src = self._locators[1], located[1]
+            if locator is not None and src is not None and x is None:
+                locator.refuse_used(src, f"plan.{operation}_(x=...)")
             if operation == "lerp" and self._random:
                 self._refuse_capture()
             moment = Moment((weight,), self._seed, self.calls)
             self._program.run(_OPERATIONS[operation], moment)
-            del located
+            if locator is not None and src is not None:
+                locator.notify_used(src)
+            del located, src
             self.calls += 1
-            for tell, arrays in self._written + (self._swapped if operation == "swap" else []):
-                tell(arrays)
+            for tell, written in self._written + (self._swapped if operation == "swap" else []):
+                tell(written)
 
     def _relocate(self, dst: Located | None, src: Located | None) -> None:
         there = [None if one is None else one.addresses for one in (dst, src)]
+        assert self._guard is not None
         if self._guard.touched(*there):
             _refuse_overlap(
                 [(pair.name, _at(pair.dst, pair.name, there[0])) for pair in self._pairs],
@@ -311,12 +317,13 @@ class Plan:
             Of the new value: ``1 - decay``. At 1 the result is ``x`` itself.
         x : optional
             Where it is not the one of before, from here on: the same names and shapes. JAX users
-            give it at every step.
+            give it at every step: arrays that never change are used once without it.
 
         Raises
         ------
         ArgumentError
-            If it is not a finite number.
+            If ``weight`` is not a finite number, or ``x`` is left out where its arrays never change
+            and were used by the call before.
         DTypeError
             If a tensor is of an integer or boolean dtype.
         StateError

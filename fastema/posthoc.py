@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,7 +36,7 @@ import numpy as np
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe
 from fastema.checkpoint.average import weighted_sum
-from fastema.checkpoint.files import File, read, write
+from fastema.checkpoint.files import File, read, storing, write
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, CheckpointError, StateError, listed
 from fastema.layout.dtypes import DType, average_of, parse
@@ -43,8 +44,9 @@ from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.plan import Plan
+from fastema.rules.checks import MOST, checked_whole
 from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
-from fastema.rules.power import Power, gamma_of
+from fastema.rules.power import Power, checked_gamma, gamma_of, sigma_rel_of
 from fastema.shadow.average import Average
 from fastema.shadow.entries import SPLIT
 from fastema.shadow.options import dtype_of
@@ -55,6 +57,9 @@ _KIND: Final = "fastema power snapshot"
 
 _NOISE: Final = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 1e-2}
 """Large coefficients multiply the rounding of the snapshots: how far they are held down."""
+
+_POOR: Final = 0.05
+"""Relative error of a profile from which on a warning is given."""
 
 
 class Snapshot(NamedTuple):
@@ -103,6 +108,13 @@ class Synthesized(NamedTuple):
     coefficients: dict[Path, float]
     step: int
 
+    def __repr__(self) -> str:
+        size = sum(array.size for array in self.tensors.values())
+        return (
+            f"Synthesized({size:,} elements in {len(self.tensors)} tensors, step {self.step:,}, "
+            f"of {len(self.coefficients)} snapshots, error {self.error:.2g})"
+        )
+
 
 # -- snapshots ------------------------------------------------------------------------------------
 
@@ -118,8 +130,9 @@ def save_snapshot(
     ----------
     average : PowerEMA, or another average with power-function rules
     folder : path
-        Made if it does not exist. Files are called by step and sigma_rel, and replace older ones of
-        that name; a write that is cut short leaves the old one.
+        Made if it does not exist. Files are called by step and sigma_rel (or by gamma, where that
+        has too many digits), and replace older ones of that name; a write that is cut short leaves
+        the old one.
     dtype : dtype or str, optional
         Of the averaged tensors in the file; by default that of the average. ``"float16"`` and
         ``"bfloat16"`` halve a float32 snapshot.
@@ -134,6 +147,14 @@ def save_snapshot(
         If there is no power-function average.
     StateError
         Before the first update.
+    CheckpointError
+        If a tensor has a name or dtype that the format does not know.
+    StorageError
+        If a file or the folder cannot be written.
+
+    Notes
+    -----
+    All files are of one moment: updates on other threads wait until they are written.
     """
     rules = average.schedule.rules
     chosen = [i for i, rule in enumerate(rules) if isinstance(rule, Power)]
@@ -142,22 +163,30 @@ def save_snapshot(
             "no power-function average to save: build it with fastema.PowerEMA, or with rules of "
             "fastema.rules.power"
         )
+    wanted = dtype_of(dtype)
+    with average.lock:
+        return _save(average, chosen, Path(folder), wanted)
+
+
+def _save(
+    average: Average, chosen: Iterable[int], folder: Path, wanted: DType | None
+) -> list[Path]:
     schedule = average.schedule
     start, every = schedule.start_after, schedule.update_every
     step = start + (average.num_updates - start) // every * every
     if step <= start:
         raise StateError("nothing is averaged yet: save a snapshot after the first update")
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     state = average.state_dict(copy=False)
+    averaged = average.averaged_names
     paths = []
     for which in chosen:
-        rule = rules[which]
+        rule = schedule.rules[which]
         assert isinstance(rule, Power)
         low = state["low"][which] if "low" in state else {}
-        averaged = average.averaged_names
-        tensors = _to_write(state["shadow"][which], low, averaged, dtype_of(dtype))
-        path = target / f"step{step:09d}-{rule.sigma_rel:.3f}.safetensors"
+        tensors = _to_write(state["shadow"][which], low, averaged, wanted)
+        path = folder / f"step{step:09d}-{_width(rule.gamma)}.safetensors"
         write(
             path,
             {name: spec for name, (_, spec) in tensors.items()},
@@ -170,6 +199,16 @@ def save_snapshot(
         )
         paths.append(path)
     return paths
+
+
+def _width(gamma: float) -> str:
+    """What a width is called in the name of a file: no two widths alike."""
+    width, widest = sigma_rel_of(gamma), sigma_rel_of(0.0)
+    for digits in range(3, 9):
+        text = f"{width:.{digits}f}"
+        if 0.0 < float(text) <= widest and gamma_of(float(text)) == gamma:
+            return text
+    return f"gamma{gamma!r}"
 
 
 def _on_the_host(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +251,7 @@ def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
     CheckpointError
         If there is none, or a file is no snapshot.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(path for path in Path(folder).glob("*.safetensors") if path.is_file())
     if not files:
         raise CheckpointError(f"no snapshots in {folder}; fastema.posthoc.save_snapshot makes them")
     return [_snapshot(read(path)) for path in files]
@@ -224,8 +263,17 @@ def _snapshot(file: File) -> Snapshot:
         if values["kind"] != _KIND:
             raise ValueError(values["kind"])
         step, start, every = (int(values[name]) for name in ("step", "start", "every"))
-        return Snapshot(file.path, step, start, every, float(values["gamma"]))
-    except (KeyError, ValueError) as error:
+        if not 0 <= start < step <= MOST or not 1 <= every <= MOST:
+            raise ValueError(f"step {step}, start {start}, every {every}")
+        gamma = checked_gamma(float(values["gamma"]))
+        copied = json.loads(values["copied"])
+        if not isinstance(copied, list) or not all(isinstance(name, str) for name in copied):
+            raise ValueError(f"copied {values['copied'][:100]!r}")
+        for name in set(file.tensors).difference(copied):
+            if file.tensors[name].kind.real is None:
+                raise ValueError(f"{name!r} is of dtype {file.tensors[name].kind.code}")
+        return Snapshot(file.path, step, start, every, gamma)
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file.path} is no snapshot of a power-function average ({error})"
         ) from None
@@ -277,23 +325,25 @@ def synthesize(
     -------
     Synthesized
         With the relative error of the profile: a large one says that the snapshots cannot give the
-        wanted average.
+        wanted average. Above 0.05 there is a warning, which says what other snapshots would.
 
     Raises
     ------
     ArgumentError
         If not exactly one width is given, or no snapshot is old enough.
     CheckpointError
-        If the files do not belong together.
+        If the files do not belong together, or one is damaged.
+    OSError
+        If a file cannot be read. Where ``out`` cannot be written, it is a StorageError.
     """
     found = _given(snapshots)
     start, every = found[0].start, found[0].every
-    last = found[-1].step if step is None else step
+    last = found[-1].step if step is None else checked_whole(step, "step", 0)
     if last < found[0].step:
         raise ArgumentError(f"step={last}: the first snapshot is of step {found[0].step}")
     last = start + (last - start) // every * every  # the average stands still in between
     target = _target(sigma_rel, half_life, last - start)
-    noise = max(_NOISE[kind] for kind in _dtypes(read(found[-1].path)))
+    noise = max((_NOISE[kind] for kind in _dtypes(read(found[-1].path))), default=0.0)
     solution = solve([one.profile for one in found], target, noise=noise)
     used = [
         (one, c)
@@ -302,6 +352,8 @@ def synthesize(
     ]
     files = [read(one.path) for one, _ in used]
     result = _memory(files, dtype_of(dtype))
+    if solution.error > _POOR:
+        warnings.warn(_advice(found, last, solution.error), stacklevel=2)
     averaged = set(result) - _copied(files[-1])
     nbytes = sum(file.tensors[name].nbytes for file in files for name in averaged)
     with _shown(progress, nbytes) as advance:
@@ -312,6 +364,24 @@ def synthesize(
     if into is not None:
         Plan(into, tensors).copy_()
     return Synthesized(tensors, solution.error, {one.path: c for one, c in used}, last)
+
+
+def _advice(found: Sequence[Snapshot], last: int, error: float) -> str:
+    """What to do about an average that these snapshots do not give."""
+    text = f"the profile of the synthesised average is off by {error:.2g} (more than {_POOR}): "
+    newest = max(one.step for one in found if one.step <= last)
+    if newest < last:
+        others = [str(newest)]
+        others += [f"{one.step} (the next one)" for one in found if one.step > last][:1]
+        return text + (
+            f"no snapshot has seen the weights of steps {newest + 1} to {last}; choose step="
+            f"{' or '.join(others)}, or save a snapshot at step {last} in the next run"
+        )
+    widths = ", ".join(sorted({f"{one.profile.sigma_rel:.3g}" for one in found}))
+    return text + (
+        f"snapshots at more steps before {last}, or of averages nearer to the wanted width "
+        f"(these have sigma_rel {widths}), would give it"
+    )
 
 
 def _dtypes(file: File) -> set[str]:

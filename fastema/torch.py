@@ -6,24 +6,24 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import length_hint
-from typing import Any, Final, TypeAlias
-
-import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fastema.errors import ArgumentError, BridgeError
+
+if TYPE_CHECKING:  # where PyTorch is not installed, fastema.update_bn is there all the same
+    import torch
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["update_bn"]
 
 Forward: TypeAlias = Callable[[Any, Any], object]
-State: TypeAlias = tuple[_BatchNorm, dict[str, torch.Tensor]]
+State: TypeAlias = "tuple[_BatchNorm, dict[str, torch.Tensor]]"
 
 _INSIDE: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What wrappers (data parallel, averaged, compiled, sharded, checkpointed) call the model."""
 
 
-@torch.no_grad()
 def update_bn(
     loader: Iterable[Any],
     model: nn.Module,
@@ -93,6 +93,10 @@ def update_bn(
     P. Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
     https://arxiv.org/abs/1803.05407
     """
+    import torch
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+
     layers = [
         module
         for module in model.modules()
@@ -108,7 +112,7 @@ def update_bn(
         )
     run = forward or _caller(model)
     empty = True
-    with _shown(loader, progress) as batches, _recomputed(model, layers):
+    with torch.no_grad(), _shown(loader, progress) as batches, _recomputed(model, layers):
         for batch in batches:
             empty = False
             if forward is None and isinstance(batch, list | tuple):

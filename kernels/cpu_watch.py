@@ -14,11 +14,12 @@ from numba import types
 from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.words import call, load, pointer_i64, store
 
-DICT: Final = 3
-"""Columns of a dict: its address, the number of its entries, the first of them in the entries."""
+DICT: Final = 5
+"""Columns of a dict: its address, the position of its first entry that counts, the number of those,
+the first of them in the entries, and whether the last of them is the dict's last."""
 
 ENTRY: Final = 2
-"""Columns of an entry: address of the key, of the object that it must lead to."""
+"""Columns of an entry: address of the key, of the object that it must lead to; 0 for any."""
 
 TENSOR: Final = 6
 """Columns of a tensor: object, data address, device word, rank and dtype word, first dimension in
@@ -29,6 +30,36 @@ _DATA, _DEVICE, _RANK_DTYPE, _SHAPE, _STRIDES, _OFFSET = range(6)
 
 SCRATCH_WORDS: Final = 6
 """Room for one DLTensor, or for a position, a key and a value."""
+
+DESCRIBE = types.int64(*[types.int64] * 6)
+
+
+@cpu_kernel(DESCRIBE, nogil=False)
+def describe_all(tensors, n_tensors, dims, describe, clear_error, scratch):
+    """Fill in rows of tensors, and their dimensions; 1 if one cannot be described.
+
+    The rows hold already which object each is, its rank, and its first place in ``dims``. The other
+    arguments are those of :func:`any_change`.
+    """
+    tensor, dim, found = pointer_i64(tensors), pointer_i64(dims), pointer_i64(scratch)
+    for i in range(n_tensors):
+        row = i * TENSOR
+        if call(describe, load(tensor, row), scratch, 0, 0) != 0:
+            call(clear_error, 0, 0, 0, 0)
+            return 1
+        rank, first = load(tensor, row + 3), load(tensor, row + 4)
+        if load(found, _RANK_DTYPE) & 0xFFFFFFFF != rank:
+            return 1
+        store(tensor, row + 1, load(found, _DATA))
+        store(tensor, row + 2, load(found, _DEVICE))
+        store(tensor, row + 3, load(found, _RANK_DTYPE))
+        store(tensor, row + 5, load(found, _OFFSET))
+        shape, strides = pointer_i64(load(found, _SHAPE)), pointer_i64(load(found, _STRIDES))
+        for d in range(rank):
+            store(dim, first + 2 * d, load(shape, d))
+            store(dim, first + 2 * d + 1, load(strides, d))
+    return 0
+
 
 CHECK = types.int64(*[types.int64] * 10)
 
@@ -56,17 +87,18 @@ def any_change(
     tensor, dim, found = pointer_i64(tensors), pointer_i64(dims), pointer_i64(scratch)
     position, key, value = scratch, scratch + 8, scratch + 16
     for i in range(n_dicts):
-        store(found, 0, 0)
-        address, count = load(held, i * DICT), load(held, i * DICT + 1)
-        first = load(held, i * DICT + 2)
+        row = i * DICT
+        address, count, first = load(held, row), load(held, row + 2), load(held, row + 3)
+        store(found, 0, load(held, row + 1))
         for k in range(first, first + count):
             if call(dict_next, address, position, key, value) == 0:
                 return 1
             if load(found, 1) != load(entry, k * ENTRY):
                 return 1
-            if load(found, 2) != load(entry, k * ENTRY + 1):
+            kept = load(entry, k * ENTRY + 1)
+            if kept != 0 and load(found, 2) != kept:
                 return 1
-        if call(dict_next, address, position, key, value) != 0:
+        if load(held, row + 4) != 0 and call(dict_next, address, position, key, value) != 0:
             return 1
     for i in range(n_tensors):
         row = i * TENSOR

@@ -42,7 +42,13 @@ from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 NOW = SEED, STEP, WINDOW, SLOT, TURN
 """What a moment has besides its numbers, in the order of the kernels' parameters."""
 
-_REGISTERS, _MORE = 32, {"~": 40, "f64": 40, "lerp_measured": 64, "window": 64, "advance": 64}
+_REGISTERS, _MORE = (
+    32,
+    {
+        **{"~": 40, "f64": 40, "lerp_measured": 64, "window": 64, "advance": 64},
+        **{"strided ~": 48, "swap bf16+16": 40},
+    },
+)
 """Registers per thread: 32 let a multiprocessor be full; more for what would spill otherwise."""
 
 _SMALLER = {(8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1)}
@@ -241,7 +247,8 @@ def compile_kernel(
     """
     body = bodies(operation, formats, layout)
     kernel = (_measuring if operation in MEASURING else _plain)(body)
-    asking = (operation, formats[0][-1], *formats)
+    mark = formats[0][-1]
+    asking = (operation, mark, *formats, f"{layout} {mark}", f"{operation} {formats[0]}")
     least = 40 if capability in _SMALLER else _REGISTERS
     most = max(least, *(_MORE.get(what, 0) for what in asking))
     return _binary(kernel, _PARAMETERS, most, capability)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastema.kernels import cuda_memory, scalar
-from fastema.kernels.cpu_loops import row_key, single, slot_address
+from fastema.kernels.cpu_loops import index_map, row_key, single, slot_address
 from fastema.kernels.formats import FORMATS
 from fastema.kernels.jit import device_fn
 from fastema.kernels.steps import Step
@@ -20,7 +20,6 @@ from fastema.kernels.table import (
     DST,
     DST_STEP,
     INDEX,
-    INDEX_STEP,
     LOW,
     SRC,
     SRC_STEP,
@@ -28,7 +27,7 @@ from fastema.kernels.table import (
 from fastema.kernels.words import add32, load, low32
 
 _VECTOR = """
-def vector(to, low, ring, of, w, index, key, second):
+def vector(to, low, ring, of, w, row, first, key, second):
     d, l, s, r = load_d(to), load_l(low), load_s(of), load_r(ring)
 {steps}
     store_r(ring, ({r}))
@@ -39,7 +38,7 @@ def vector(to, low, ring, of, w, index, key, second):
 """
 _STEP = (
     "    d{k}, l{k}, s{k}, r{k}, a{k}, b{k}, c{k} = apply(d[{k}], l[{k}], s[{k}], r[{k}], w, "
-    "random_word(add32(index, uint32({k})), key, second))"
+    "random_word(index(row, first + {k}), key, second))"
 )
 
 
@@ -51,7 +50,27 @@ def _streams(steps: Sequence[Step]):
     return [name if letter in touched else None for letter, name in by_letter]
 
 
-def _vector(step: Step, n: int):
+@device_fn
+def _first_index(cells, at):
+    return low32(load(cells, at + INDEX))
+
+
+@device_fn
+def _next_index(first, place):
+    return add32(first, low32(place))
+
+
+@device_fn
+def _mapped_index(row, place):
+    first, step, rise, inverse = row
+    return scalar.index_of(low32(place), first, step, rise, inverse)
+
+
+_INDICES = {"flat": (_first_index, _next_index), "strided": (index_map, _mapped_index)}
+"""By layout, what a row has for its elements' indices, and the index of an element."""
+
+
+def _vector(step: Step, n: int, index):
     """A step on ``n`` adjacent elements: all loads before the first store.
 
     Written out by name: an index into a tuple that is not a literal would put it into memory.
@@ -70,8 +89,7 @@ def _vector(step: Step, n: int):
     names = {
         "apply": step.apply,
         "random_word": scalar.random_word,
-        "add32": add32,
-        "uint32": np.uint32,
+        "index": index,
     }
     for letter, stream in streams.items():
         reads, writes = letter in step.reads, letter in step.writes
@@ -103,7 +121,8 @@ def row_bodies(steps: Sequence[Step], layout: str):
 
 
 def _row_body(step: Step, layout: str, n: int, sizes, pointers):
-    vector, element = _vector(step, n), single(step)
+    of_row, index = _INDICES[layout]
+    vector, element = _vector(step, n, index), single(step)
     to_pointer, low_pointer, ring_pointer, of_pointer = pointers
     to_size, low_size, ring_size, of_size = sizes
     # Bits of an address that must be clear; none for a stream that is not there.
@@ -123,40 +142,49 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
         ring, of = ring_pointer(kept), of_pointer(src)
         key = row_key(cells, at, now[0], now[1])
         second = scalar.mix32(key)
-        index, index_step = load(cells, at + INDEX), load(cells, at + INDEX_STEP)
+        row = of_row(cells, at)
         one, two, three = 0.0, 0.0, 0.0
         count = load(cells, at + COUNT)
         while i < count:
-            word = scalar.random_word(low32(index + i * index_step), key, second)
+            word = scalar.random_word(index(row, i), key, second)
             a, b, c = element(to, low, ring, of, i * dst_step, i * src_step, w, word)
             one, two, three = one + a, two + b, three + c
             i += threads
         return one, two, three
 
     @device_fn
-    def flat(cells, at, w, now, slot, thread, threads):
+    def adjacent(cells, at, w, now, slot, thread, threads):
         dst, beside, kept, src = start(cells, at, slot)
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & low_mask) | (kept & ring_mask) | (src & of_mask) == 0:
             key = row_key(cells, at, now[0], now[1])
             second = scalar.mix32(key)
-            index = load(cells, at + INDEX)
+            row = of_row(cells, at)
             whole = load(cells, at + COUNT) // n * n
             first = thread * n
             while first < whole:
                 to, low = to_pointer(dst + first * to_size), low_pointer(beside + first * low_size)
                 ring = ring_pointer(kept + first * ring_size)
                 of = of_pointer(src + first * of_size)
-                a, b, c = vector(to, low, ring, of, w, low32(index + first), key, second)
+                a, b, c = vector(to, low, ring, of, w, row, first, key, second)
                 one, two, three = one + a, two + b, three + c
                 first += threads * n
         a, b, c = one_by_one(cells, at, w, now, slot, whole + thread, threads, 1, 1)
         return one + a, two + b, three + c
 
     @device_fn
-    def strided(cells, at, w, now, slot, thread, threads):
+    def spaced(cells, at, w, now, slot, thread, threads):
         dst_step, src_step = load(cells, at + DST_STEP), load(cells, at + SRC_STEP)
         return one_by_one(cells, at, w, now, slot, thread, threads, dst_step, src_step)
 
-    return {"flat": flat, "strided": strided}[layout]
+    @device_fn
+    def either(cells, at, w, now, slot, thread, threads):
+        if load(cells, at + DST_STEP) == 1 and load(cells, at + SRC_STEP) == 1:
+            return adjacent(cells, at, w, now, slot, thread, threads)
+        return spaced(cells, at, w, now, slot, thread, threads)
+
+    if layout == "flat":
+        return adjacent
+    # Only where random bits are used may adjacent elements be in a strided table.
+    return either if step.formats.dst.endswith("~") else spaced

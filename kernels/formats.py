@@ -5,12 +5,12 @@ A new dtype is one row here (and one in ``fastema.layout.dtypes``).
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
+from numba.core.registry import cpu_target
 
 from fastema.kernels import scalar, words
 from fastema.kernels.jit import device_fn
@@ -36,16 +36,30 @@ class Format(NamedTuple):
     complete: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
-def _converts_half() -> bool:
-    """Whether the CPU has half conversions; where not, LLVM would call a missing library."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
+_HALF_TO_FLOAT = """
+define float @convert(half %x) {
+  %y = fpext half %x to float
+  ret float %y
+}"""
 
+
+def _converts_half() -> bool:
+    # Numba may compile for another processor than this one (NUMBA_CPU_NAME): its compiler is asked.
+    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = llvmlite.binding.Target.from_triple(triple).create_target_machine(name, features)
+    listing = machine.emit_assembly(llvmlite.binding.parse_assembly(_HALF_TO_FLOAT))
+    return not any(library in listing for library in ("__extendhfsf2", "__gnu_h2f_ieee"))
+
+
+CONVERTS_HALF = _converts_half()
+"""Whether the processor that kernels are compiled for has instructions that convert halves.
+
+Where it has none, LLVM calls a library that may be missing, and the process ends.
+"""
 
 _decode_half, _encode_half = (
     (words.half_to_float, words.float_to_half)
-    if _converts_half()
+    if CONVERTS_HALF
     else (scalar.decode_f16, scalar.encode_f16)
 )
 
@@ -129,7 +143,7 @@ _FROM_BF16 = {
     },
     "cuda": {"bf16~": scalar.encode_bf16_of_bf16_random_gpu},
 }
-"""By device, cheaper encodings for averages of bfloat16 weights."""
+"""By device, cheaper encodings for averages of bfloat16 numbers alone."""
 
 
 class Access(NamedTuple):
@@ -146,14 +160,14 @@ class Access(NamedTuple):
     write_src: Callable[..., Any]
 
 
-def access(dst: str, src: str, device: str) -> Access:
-    """float64 where either side is f64, float32 otherwise."""
+def access(dst: str, src: str, device: str, *others: str) -> Access:
+    """float64 where either side, or what is read besides, is f64, float32 otherwise."""
     one, other = (_CHEAPER[device].get(name, FORMATS[name]) for name in (dst, src))
-    wide = "f64" in (dst, src)
+    wide = "f64" in (dst, src, *others)
     real = np.float64 if wide else np.float32
     as_real = _same if dst.startswith("raw") else real
     encode = one.encode_wide if wide else one.encode
-    if src == "bf16":
+    if {src, *others} == {"bf16"}:
         encode = _FROM_BF16[device].get(dst, encode)
     encode_src = other.encode_wide if wide else other.encode
     decode_src = other.decode

@@ -13,8 +13,10 @@ from fastema.kernels.words import (
     and32,
     bits32,
     float_of_bits32,
+    float_of_int,
     fma,
     high32,
+    int_of_float,
     low32,
     mul32,
     nan_to_zero,
@@ -92,6 +94,16 @@ def mix32(x):
     x = mul32(xor32(x, shr32(x, 16)), 0x7FEB352D)
     x = mul32(xor32(x, shr32(x, 15)), 0x846CA68B)
     return xor32(x, shr32(x, 16))
+
+
+def index_of(place, first, step, rise, inverse):
+    """Index of an element, by its place in a row: ``first + place * step + place // run * rise``.
+
+    ``inverse`` is ``1 / run`` rounded. The quotient is exact for places below ``2**22``: at least
+    ``0.5 / run`` from a whole number, it is off by less than ``2**-23`` of itself.
+    """
+    runs = int_of_float(fma(float_of_int(place), inverse, np.float32(0.5) * inverse))
+    return add32(add32(first, mul32(place, step)), mul32(runs, rise))
 
 
 def random_key(seed, step, tensor, index):
@@ -191,15 +203,21 @@ def round_to_odd(value):
     return float_of_bits32(add32(bits, select32(inexact and even, step, 0)))
 
 
+def _rounded_away(bits):
+    """The high half of a float32 rounded to nearest, ties away from zero: what can be undone."""
+    return add32(shr32(bits, 16), and32(shr32(bits, 15), 1))
+
+
 def park_model(avg):
     """What a bfloat16 model holds while its float32 average is applied (see :func:`park_shadow`).
 
-    The nearest bfloat16; ties go away from zero, because ties to even cannot be undone.
+    The nearest bfloat16; ties go away from zero, because ties to even cannot be undone. A NaN keeps
+    its high half; where that is an infinity's, it becomes a quiet one.
     """
-    nan = above32(and32(avg, 0x7FFFFFFF), 0x7F800000)
     high = shr32(avg, 16)
-    rounded = add32(high, and32(shr32(avg, 15), 1))
-    return narrow16(select32(nan, or32(high, 0x40), rounded))
+    nan = above32(and32(avg, 0x7FFFFFFF), 0x7F800000)
+    kept = select32(and32(high, 0x7F) == 0, or32(high, 0x40), high)
+    return narrow16(select32(nan, kept, _rounded_away(avg)))
 
 
 def park_shadow(avg, weight):
@@ -212,7 +230,10 @@ def park_shadow(avg, weight):
 
 
 def unpark_shadow(model, parked):
-    """The float32 average again, bit for bit (a signalling NaN comes back quiet)."""
+    """The float32 average again, bit for bit.
+
+    But for a NaN that became quiet: it is none that has come from arithmetic or from a bfloat16.
+    """
     rounded = widen16(model)
     nan = above32(and32(rounded, 0x7FFF), 0x7F80)
     up = select32(nan, 0, and32(shr32(parked, 15), 1))
@@ -225,13 +246,40 @@ def join_halves(high, low):
 
 
 def split_high(value):
-    """The bfloat16 nearest to a float32, ties away from zero: the half that is used by itself."""
-    return park_model(bits32(value))
+    """The bfloat16 nearest to a float32, ties away from zero: the half that is used by itself.
+
+    A NaN is a quiet one, which takes less than to keep it as :func:`park_model` does.
+    """
+    bits = bits32(value)
+    nan = above32(and32(bits, 0x7FFFFFFF), 0x7F800000)
+    return narrow16(select32(nan, or32(shr32(bits, 16), 0x40), _rounded_away(bits)))
 
 
 def split_low(value):
     """What completes it to the float32, bit for bit (a signalling NaN comes back quiet)."""
     return narrow16(bits32(value))
+
+
+def stowed_high(bits):
+    """As :func:`split_high`, for 32 bits that are kept in an average's two halves meanwhile.
+
+    No pattern is lost, for which there are too many NaNs: of the signalling ones whose high half is
+    an infinity's, those that would be rounded up have the high half of a zero here.
+    """
+    high, rounded = shr32(bits, 16), _rounded_away(bits)
+    nan = above32(and32(bits, 0x7FFFFFFF), 0x7F80FFFF)
+    beyond = and32(rounded, 0x7FFF) == 0x7F81
+    return narrow16(select32(nan, high, select32(beyond, and32(high, 0x8000), rounded)))
+
+
+def unstowed(high, low):
+    """The 32 bits again; also those of what :func:`split_high` took apart."""
+    rounded, rest = widen16(high), widen16(low)
+    up = shr32(rest, 15)
+    nan = above32(and32(rounded, 0x7FFF), 0x7F80)
+    beyond = above32(up, and32(rounded, 0x7FFF))
+    whole = select32(nan, rounded, select32(beyond, or32(rounded, 0x7F80), sub32(rounded, up)))
+    return or32(shl32(whole, 16), rest)
 
 
 def unpark_model(parked):

@@ -19,7 +19,7 @@ import numpy as np
 from fastema.kernels import scalar
 from fastema.kernels.formats import FORMATS, access
 from fastema.kernels.jit import device_fn
-from fastema.kernels.words import nan_to_zero
+from fastema.kernels.words import nan_to_zero, narrow16
 
 _ZERO = np.float32(0)
 
@@ -145,11 +145,19 @@ def finite(dst: str, src: str, device: str) -> Step:
     return _step(dst, src, apply, "s", "", real)
 
 
+@device_fn
+def _swap_halves(d, low, s, r, w, word):
+    return scalar.stowed_high(s), narrow16(s), scalar.unstowed(d, low), r, _ZERO, _ZERO, _ZERO
+
+
 def swap(dst: str, src: str, device: str) -> Step:
     """Exchange the sides, each rounded to the other's format (nothing is, in raw formats).
 
-    Bytes moved per element: both sides read and written.
+    A float32 in two halves changes places with 32 raw bits. Bytes moved per element: both sides
+    read and written.
     """
+    if FORMATS[dst].low is not None and src == "raw4":
+        return _step(dst, src, _swap_halves, "ds", "ds")
     real, read, write, read_src, write_src = access(dst, src, device)
 
     @device_fn
@@ -221,10 +229,9 @@ def window(dst: str, src: str, ring: str, low: str, device: str) -> Window:
 
     The mean is a sum of two floats, of which the companion, f32 or f64, holds the second.
     """
-    real, read, write, read_src, _ = access(dst, src, device)
-    wide = "f64" in (dst, src)
+    real, read, write, read_src, _ = access(dst, src, device, ring)
     recall = FORMATS[ring].decode
-    keep = FORMATS[ring].encode_wide if wide else FORMATS[ring].encode
+    keep = FORMATS[ring].encode_wide if real is np.float64 else FORMATS[ring].encode
     as_rest = np.float64 if low == "f64" else np.float32
 
     @device_fn

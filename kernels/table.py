@@ -13,8 +13,11 @@ Chunk table, ``int64[rows, COLUMNS]``:
 ``DST_STEP``     elements from one to the next on the written side (1 in flat tables)
 ``SRC_STEP``     the same on the other side
 ``WHICH``        which of the weights applies: averages updated together have one each
-``INDEX``        place of the first element in its whole tensor, in the order of the written side
-``INDEX_STEP``   places from one element to the next
+``INDEX``        index of the first element in its whole tensor, counted in row-major order, on
+                 which random bits depend (0 where there are none)
+``INDEX_STEP``   from the index of one element to that of the next
+``INDEX_RUN``    elements, at least 1, after which the index jumps
+``INDEX_JUMP``   from the index of one run's first element to that of the next
 ``KEY``          32 bits that tell this tensor from others, for random bits
 ``LOW``          address of the written side's companion, which lies as the written side does
 ``RING``         address of the first element in slot 0 of a ring, which lies so too
@@ -59,6 +62,10 @@ the average after the update, and ``STILL``, the number of elements that did not
 that only looks for what is not finite leaves its number in ``DISTANCE``.
 
 Steps and counts are in elements of the kernel's formats (a complex number is two).
+
+A table is of one *layout*: ``flat``, elements adjacent on both sides and, where random bits are
+used, with indices that follow each other; or ``strided``, any steps. A row has no indices on both
+sides of a multiple of ``2**32``.
 """
 
 from __future__ import annotations
@@ -73,11 +80,13 @@ SRC_STEP: Final = 4
 WHICH: Final = 5
 INDEX: Final = 6
 INDEX_STEP: Final = 7
-KEY: Final = 8
-LOW: Final = 9
-RING: Final = 10
-RING_STRIDE: Final = 11
-COLUMNS: Final = 12
+INDEX_RUN: Final = 8
+INDEX_JUMP: Final = 9
+KEY: Final = 10
+LOW: Final = 11
+RING: Final = 12
+RING_STRIDE: Final = 13
+COLUMNS: Final = 14
 
 NEXT: Final = 0
 CLAIM: Final = 1

@@ -161,6 +161,18 @@ def float_of_bits32(x):
     return np.uint32(x).view(np.float32)
 
 
+@_word(_f32(_u32), llvm=lambda b, x: b.sitofp(x, _FLOAT))
+def float_of_int(x):
+    """The float32 nearest to a number below 2**31."""
+    return np.float32(int(x))
+
+
+@_word(_u32(_f32), llvm=lambda b, x: b.fptosi(x, _I32))
+def int_of_float(x):
+    """A float32 of at least 0 and below 2**31 without its fraction."""
+    return np.uint32(int(x))
+
+
 @_word(_f32(_u16), llvm=lambda b, x: b.fpext(b.bitcast(x, _HALF), _FLOAT))
 def half_to_float(x):
     """The float32 equal to the half-precision number with these bits (a hardware conversion)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -312,6 +313,36 @@ def test_steps_of_a_train_step_of_the_users_own() -> None:
     assert ema.ema.num_updates == 2 * BATCHES
 
 
+@pytest.mark.parametrize("kind", ["own step", "accumulating", "accumulating more"])
+def test_data_that_run_out_are_no_step(kind: str) -> None:
+    """TensorFlow counts one as it finds that there is no batch left, where it has to find out."""
+    if BACKEND != "tensorflow":
+        return
+    import tensorflow as tf
+
+    class Own(keras.Sequential):
+        def train_step(self, data: Any) -> Any:
+            return super().train_step(data)
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(0, len(X), BATCH):
+            yield X[first : first + BATCH], Y[first : first + BATCH]
+
+    keras.utils.set_random_seed(4)
+    # The step that was none is the seventh: one that would have changed the weights, with seven.
+    k = {"own step": None, "accumulating": 4, "accumulating more": 7}[kind]
+    layers = [keras.Input((4,)), keras.layers.Dense(1, "tanh", name="last")]
+    model = (Own if kind == "own step" else keras.Sequential)(layers, name="net")
+    model.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=k), "mse")
+    signature = tf.TensorSpec((None, 4)), tf.TensorSpec((None, 1))
+    data = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    run, ema = Recorder(), EMAWeights(DECAY)
+    model.fit(data, epochs=5, shuffle=False, verbose=0, callbacks=[run, ema])
+    assert int(model.optimizer._iterations) == 5 * (BATCHES + 1)  # what is not to be counted
+    assert ema.ema.num_updates == len(run.steps) == {None: 30, 4: 7, 7: 0}[k]
+    assert_near(average(ema), expected(run) if run.steps else run.start, max(len(run.steps), 1))
+
+
 def test_steps_of_several_optimizers() -> None:
     for k, of_last in ((2, 3), (3, 2)):
         most, last = (keras.optimizers.SGD(gradient_accumulation_steps=n) for n in (k, of_last))
@@ -330,6 +361,23 @@ def test_a_second_fit_goes_on() -> None:
     fit(model, ema, epochs=1)
     assert ema.ema.num_updates == 2 * BATCHES
     assert_near(average(ema), expected(run), len(run.steps))
+
+
+def test_an_average_of_a_model_is_updated_without_giving_the_model_again() -> None:
+    model = model_of()
+    ema, want = fastema.EMA(model, DECAY), weights(model)
+    names = [one.path.removeprefix("net/") for one in model.trainable_weights]
+    want = {name: want[name].astype(np.float64) for name in names}
+    for step in range(6):
+        if step % 3:  # the other times the weights are those of before
+            model.train_on_batch(X[:BATCH], Y[:BATCH])
+        synced(model)
+        ema.update()
+        for name, one in weights(model).items():
+            if name in want:
+                want[name] += (1 - DECAY) * (one - want[name])
+    assert ema.num_updates == 6
+    assert_near({n: np.array(keras.ops.convert_to_numpy(ema.shadow[n])) for n in names}, want, 6)
 
 
 def test_training_of_batches_by_hand() -> None:
@@ -580,7 +628,7 @@ ERRORS = [OSError, KeyboardInterrupt]
 
 def untouched(model: Any, name: str) -> bool:
     """Whether a function of the model is its own again."""
-    return type(vars(model).get(name)).__module__ != "fastema.keras.loans"
+    return type(vars(model).get(name)).__module__ != "fastema.keras.guards"
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -744,6 +792,117 @@ def test_fit_after_an_evaluation_that_failed_trains_the_weights(same: bool) -> N
     assert_same(weights(model), run.steps[-1])
     assert not ema.applied
     assert_near(average(ema), expected(run, steps=slice(None if same else BATCHES)), 2 * BATCHES)
+
+
+class Breaks(keras.callbacks.Callback):
+    """Raises at a hook of a fit, the second time."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        setattr(self, hook, self._raises)
+        self._left = 1 if hook == "on_epoch_begin" else 0
+
+    def _raises(self, *_: Any) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise OSError("planted")
+
+
+USES: dict[str, Callable[[Any, Path], object]] = {
+    "fit": lambda model, path: fit(model, epochs=1, validation_data=None),
+    "train_on_batch": lambda model, path: model.train_on_batch(X[:BATCH], Y[:BATCH]),
+    "evaluate": lambda model, path: [model.evaluate(XV, YV, verbose=0)],
+    "predict": lambda model, path: model.predict(XV, verbose=0),
+    "save": lambda model, path: model.save(path / "model.keras"),
+    "save_weights": lambda model, path: model.save_weights(path / "model.weights.h5"),
+    "get_weights": lambda model, path: model.get_weights(),
+    "set_weights": lambda model, path: model.set_weights([2 * one for one in model.get_weights()]),
+}
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_end"])
+@pytest.mark.parametrize("use", USES)
+def test_a_model_that_an_error_left_with_the_average_has_its_weights_when_it_is_used(
+    hook: str, use: str, tmp_path: Path
+) -> None:
+    model = model_of()
+    fit(model, epochs=1, validation_data=None)
+    raw, twin = weights(model), USES[use]
+    if use != "set_weights":
+        want_result = twin(model, tmp_path)
+    want = weights(model)
+    model, ema = model_of(), EMAWeights(DECAY, swap_on_epoch=True)
+    epochs = 2 if hook == "on_epoch_begin" else 1
+    with pytest.raises(OSError, match="planted"):
+        fit(model, Breaks(hook), ema, epochs=epochs, validation_data=None)
+    assert ema.applied
+    assert_same(weights(model), average(ema))
+    if use == "set_weights":  # what is written stays
+        model.set_weights([2 * raw[one.path.removeprefix("net/")] for one in model.weights])
+        want = {name: 2 * one for name, one in raw.items()}
+    elif use in ("evaluate", "predict", "get_weights"):
+        for one, other in zip(twin(model, tmp_path), want_result, strict=True):
+            np.testing.assert_array_equal(one, other)
+    else:
+        twin(model, tmp_path)
+    assert not ema.applied
+    assert_same(weights(model), want)
+    ema.restore()
+    assert_same(weights(model), want)
+    if use == "save_weights":
+        assert_same(loaded(tmp_path / "model.weights.h5"), raw)
+    assert all(untouched(model, name) for name in USES if name != "evaluate")
+
+
+def test_the_average_outlives_its_callback_where_the_model_holds_it() -> None:
+    model = model_of()
+    fit(model, epochs=1, validation_data=None)
+    raw = weights(model)
+    model = model_of()
+    with pytest.raises(OSError, match="planted"):
+        fit(
+            model, Breaks("on_train_end"), EMAWeights(DECAY, swap_on_epoch=True), epochs=1,
+            validation_data=None,
+        )  # fmt: skip
+    gc.collect()
+    model.predict(XV, verbose=0)
+    assert_same(weights(model), raw)
+
+
+def test_a_block_refuses_what_would_train_or_overwrite_the_average(tmp_path: Path) -> None:
+    model, ema = model_of(), EMAWeights(DECAY)
+    fit(model, ema, epochs=1, validation_data=None)
+    raw, avg = weights(model), average(ema)
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    with ema.swapped():
+        for name in ("fit", "train_on_batch", "set_weights"):
+            with pytest.raises(StateError, match=f"{name} while the model holds the average"):
+                USES[name](model, tmp_path)
+        with pytest.raises(StateError, match="load_weights while the model holds the average"):
+            model.load_weights(path)
+        assert_same(weights(model), avg)
+    assert_same(weights(model), raw)
+    assert_same(average(ema), avg)
+    model.load_weights(path)
+
+
+def test_a_prediction_within_an_evaluation_is_of_the_average_too() -> None:
+    model, ema, seen = model_of(), EMAWeights(DECAY), Seen()
+    fit(model, ema, epochs=1, validation_data=None)
+    avg = average(ema)
+
+    class Predicts(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+            if BACKEND != "jax":  # whose model has no weights within an evaluation
+                self.model.predict(XV, verbose=0)
+
+        def on_test_end(self, logs: Any = None) -> None:
+            seen._note("test_end")
+
+    seen.set_model(model)
+    model.evaluate(XV, YV, batch_size=BATCH, verbose=0, callbacks=[Predicts(), ema])
+    assert_same(seen.at["test_end"][0], avg)
 
 
 # -- other callbacks ------------------------------------------------------------------------------
@@ -1017,7 +1176,7 @@ def test_a_write_that_fails_leaves_the_old_file(
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setitem(vars(model), "save_weights", fails)
+        patched.setattr(type(model), "save_weights", lambda model, name: fails(name))
         with pytest.raises(OSError, match="no space left"):
             ema.save_weights(path)
     assert path.read_bytes() == b"old"

@@ -148,8 +148,10 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
         patch.setattr(Stream, "driver", driver)
         patch.setattr(Stream, "waits", 0)
         registry._bridge.cache_clear()
+        registry._owners.clear()
         yield driver
     sys.modules.pop(forgotten, None)
     with suppress(AttributeError):
         del fastema.bridges.cupy
     registry._bridge.cache_clear()
+    registry._owners.clear()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
 
 import fastema
 from fastema import errors
+from fastema.lazy import lazy_names
 
 # Plain values: a docstring of their type would say nothing about them.
 VALUES = {"__version__"}
@@ -94,3 +96,82 @@ def test_each_error_is_also_the_builtin_that_fits() -> None:
         assert one.__doc__
         if one is not errors.FastemaError and not one.__subclasses__():
             assert (set(one.__mro__) & standard) - {Exception, BaseException, object}, one
+
+
+LAZY = ["fastema", "fastema.compat", "fastema.tracking"]
+WITHOUT_FRAMEWORKS = """
+    import importlib, inspect, pydoc, sys
+
+    class Absent:
+        def find_spec(self, name, path=None, target=None):
+            if name in ("torch", "keras", "lightning", "tensorflow", "transformers", "matplotlib"):
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Absent())
+    package = importlib.import_module(sys.argv[1])
+    found = dict(inspect.getmembers(package))
+    print(*sorted(set(package.__all__) - found.keys()))
+    assert pydoc.render_doc(package)
+    exec(f"from {sys.argv[1]} import *")
+    for name in package._HOMES:
+        hasattr(package, name)
+    print(*sorted(name for name in package._HOMES if not hasattr(package, name)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "absent"),
+    [
+        ("fastema", "keras lightning tensorflow transformers"),
+        (
+            "fastema.compat",
+            "composer d2go diffusers ema_pytorch keras lightning litema mmengine nemo swa_utils"
+            " tensorflow timm torch_ema transformers ultralytics",
+        ),
+        ("fastema.tracking", ""),
+    ],
+)
+def test_packages_can_be_looked_into_where_frameworks_are_not_installed(
+    package: str, absent: str, python: Callable[..., str]
+) -> None:
+    promised, missing = python(WITHOUT_FRAMEWORKS, package).splitlines()
+    assert promised == ""
+    assert missing.replace(" optax", "") == absent
+
+
+def test_a_missing_framework_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'keras.src'", name="keras.src")
+
+    monkeypatch.setattr("fastema.lazy.import_module", missing)
+    get, _ = lazy_names("fastema", {"a": "fastema.a"})
+    with pytest.raises(AttributeError, match=r"fastema\.a needs the package 'keras\.src'"):
+        get("a")
+
+
+def test_a_module_of_ours_that_is_missing_is_no_missing_framework() -> None:
+    get, _ = lazy_names("fastema", {"a": "fastema.no_such_module"})
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        get("a")
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_type_checkers_know_every_lazy_name_and_no_other(package: str) -> None:
+    module = importlib.import_module(package)
+    tree = ast.parse(inspect.getsource(module))
+    conditions = {ast.unparse(one.test): one.body for one in tree.body if isinstance(one, ast.If)}
+    known = {
+        alias.asname or alias.name
+        for one in conditions["TYPE_CHECKING"]
+        if isinstance(one, ast.ImportFrom)
+        for alias in one.names
+    }
+    assert known == set(module._HOMES)
+    hidden = ast.unparse(ast.Module(conditions["not TYPE_CHECKING"], []))
+    assert "__getattr__" in hidden
+    rest = [one for one in tree.body if not isinstance(one, ast.If)]
+    assert "__getattr__" not in ast.unparse(ast.Module(rest, []))
+
+
+def test_only_packages_known_to_be_lazy_have_a_getattr() -> None:
+    assert sorted(m.__name__ for m in _modules() if "__getattr__" in vars(m)) == LAZY

@@ -12,21 +12,16 @@ import pytest
 
 import fastema
 
-LIMIT_MS = 100.0
-TRIES = 7
-
 PROBE = """
-import json, sys, time
+import json, sys
 before = set(sys.modules)
-start = time.perf_counter()
 {statement}
-elapsed_ms = 1e3 * (time.perf_counter() - start)
-print(json.dumps([elapsed_ms, sorted(set(sys.modules) - before)]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def _fresh_import(statement: str) -> tuple[float, set[str]]:
-    """Run it in a new interpreter; return its time in ms and the packages it brought in."""
+def _fresh_import(statement: str) -> set[str]:
+    """Run it in a new interpreter; return the modules it brought in."""
     # The same fastema, whichever way this one was found.
     root = str(Path(fastema.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -38,25 +33,28 @@ def _fresh_import(statement: str) -> tuple[float, set[str]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    elapsed_ms, modules = json.loads(done.stdout)
-    return elapsed_ms, {module.split(".")[0] for module in modules}
+    return set(json.loads(done.stdout))
+
+
+def _packages(statement: str) -> set[str]:
+    return {module.split(".")[0] for module in _fresh_import(statement)}
 
 
 def test_import_brings_in_nothing_heavy() -> None:
-    _, packages = _fresh_import("import fastema")
+    packages = _packages("import fastema")
     assert "fastema" in packages
     assert packages - sys.stdlib_module_names - {"fastema"} == set()
 
 
 def test_listing_names_brings_in_nothing_heavy() -> None:
-    _, packages = _fresh_import("import fastema; dir(fastema); fastema.__all__")
+    packages = _packages("import fastema; dir(fastema); fastema.__all__")
     assert packages - sys.stdlib_module_names - {"fastema"} == set()
 
 
-def test_import_time() -> None:
-    # The best of several is what the import costs; the rest is what else the machine did.
-    best_ms = min(_fresh_import("import fastema")[0] for _ in range(TRIES))
-    assert best_ms < LIMIT_MS
+def test_import_brings_in_a_handful_of_modules() -> None:
+    modules = _fresh_import("import fastema")
+    assert {name for name in modules if name.startswith("fastema")} == {"fastema", "fastema.lazy"}
+    assert len(modules) < 40  # typing and collections are most of them
 
 
 @pytest.mark.parametrize(
@@ -85,5 +83,5 @@ def test_import_time() -> None:
 def test_rooms_stay_light(statement: str, absent: set[str]) -> None:
     if statement == "import fastema.torch":
         pytest.importorskip("torch")
-    _, packages = _fresh_import(statement)
+    packages = _packages(statement)
     assert packages & absent == set()

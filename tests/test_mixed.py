@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
-from fastema.errors import BridgeError, DTypeError, FastemaError, LayoutError
+from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError, LayoutError
 from fastema.testing import reference
 
 from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
@@ -112,13 +112,19 @@ def test_one_tree_of_several_frameworks() -> None:
 def test_a_plan_follows_whatever_it_is_given(steps: list[tuple[str, bool]]) -> None:
     avg, truth = numbers(0), numbers(0)
     plan = fastema.Plan(avg, made("jax", numbers(1)))
-    last = numbers(1)
+    last, spent = numbers(1), False
     for n, (kind, give) in enumerate(steps):
         if give:
-            last = numbers(n + 10)
+            last, spent = numbers(n + 10), kind == "jax"
             plan.lerp_(0.25, made(kind, last))
+        elif spent:  # arrays that never change, and that were used
+            with pytest.raises(ArgumentError, match=r"plan\.lerp_\(x="):
+                plan.lerp_(0.25)
+            assert bits(avg) == bits(truth)
+            continue
         else:
             plan.lerp_(0.25)
+            spent = not any(given for _, given in steps[:n])
         new = lerped(truth, last, 0.25, ("f32", "f32"))
         truth = {n: np.frombuffer(raw, "f4").reshape(SHAPES[n]) for n, raw in new.items()}
         assert bits(avg) == new
@@ -157,7 +163,8 @@ def test_what_is_refused_is_forgotten(case: str, before: str) -> None:
     old = np.random.default_rng(3).normal(size=70).astype(np.float32)
     x = [MAKE[before](old)]
     plan = fastema.Plan([mine], x)
-    plan.lerp_(0.5)
+    if before != "jax":  # those would be used up
+        plan.lerp_(0.5)
     kept = mine.copy()
     for call in (plan.copy_, lambda bad: plan.lerp_(0.5, bad)):
         for _ in range(2):

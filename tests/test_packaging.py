@@ -118,6 +118,31 @@ def test_wheel_metadata(metadata: Message) -> None:
 
 
 @pytest.mark.slow
+def test_extras_for_gpus_leave_the_toolkit_to_torch(metadata: Message) -> None:
+    _need("packaging")
+    from packaging.requirements import Requirement
+
+    def needed(extra: str) -> dict[str, Requirement]:
+        found = map(Requirement, metadata.get_all("Requires-Dist", []))
+        return {
+            one.name: one for one in found if one.marker and one.marker.evaluate({"extra": extra})
+        }
+
+    cuda, cuda12 = needed("cuda"), needed("cuda12")
+    # What torch 2.13, 2.14 and 2.15 ask for, and what their CUDA 12 builds do.
+    assert all(version in cuda["cuda-toolkit"].specifier for version in ("13.0.3", "13.2.2"))
+    assert all(version in cuda12["cuda-toolkit"].specifier for version in ("12.6.3", "12.8.1"))
+    # pip decides on what is bounded above before what is not: torch first, then the toolkit.
+    assert not {one.operator for one in cuda["cuda-toolkit"].specifier} & {"<", "<=", "==", "~="}
+    assert {one.operator for one in needed("torch")["torch"].specifier} == {"<"}
+    for extra, major in ((cuda, 13), (cuda12, 12)):
+        assert {"nvjitlink", "nvrtc"} < extra["cuda-toolkit"].extras
+        assert f"{major}.5" in extra["cuda-bindings"].specifier
+        assert f"{major + 1}.0" not in extra["cuda-bindings"].specifier
+    assert "14.0" not in cuda["nvidia-nvjitlink"].specifier
+
+
+@pytest.mark.slow
 def test_sdist_keeps_the_shape_of_the_tree(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:

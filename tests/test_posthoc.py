@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +14,10 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema import errors, posthoc
+from fastema import errors, posthoc, rules
 from fastema.rules.posthoc import PowerProfile
+
+from .damage import damaged_header, header_of, with_header
 
 pytest.importorskip("safetensors")
 
@@ -160,12 +166,180 @@ def test_memory_is_the_result_and_some_buffers(tmp_path: Path) -> None:
         weights += 0.1
         ema.update()
         posthoc.save_snapshot(ema, tmp_path)
-    posthoc.synthesize(tmp_path, sigma_rel=0.2)
+    posthoc.synthesize(tmp_path, sigma_rel=0.12)
     tracemalloc.start()
-    posthoc.synthesize(tmp_path, sigma_rel=0.2)
+    posthoc.synthesize(tmp_path, sigma_rel=0.12)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * size + (48 << 20)  # 20 files hold 320 MB
+
+
+# -- how good it is -------------------------------------------------------------------------------
+
+
+def test_a_step_between_snapshots_warns_and_names_those_beside_it(run: Run) -> None:
+    start, every = run.ema.schedule.start_after, run.ema.schedule.update_every
+    newest, step = start + (400 - start) // every * every, 437
+    last = start + (step - start) // every * every
+    with pytest.warns(UserWarning, match=rf"steps {newest + 1} to {last}; choose step={newest} or"):
+        found = posthoc.synthesize(run.folder, sigma_rel=0.05, step=step)
+    assert found.error > 0.05
+    assert found.step == last
+
+
+def test_a_width_that_the_snapshots_cannot_give_warns_and_names_theirs(
+    run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.safetensors"
+    with pytest.warns(UserWarning, match=r"sigma_rel 0\.05, 0\.1\)"):
+        found = posthoc.synthesize(run.folder, half_life=1.0, out=out)
+    assert found.error > 0.05
+    assert out.exists()
+
+
+def test_a_result_is_shown_without_its_tensors(run: Run) -> None:
+    found = posthoc.synthesize(run.folder, sigma_rel=0.07)
+    shown = repr(found)
+    assert len(shown) < 120
+    assert "430 elements in 2 tensors" in shown
+    assert f"step {found.step}" in shown
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def updated(rules_: object, count: int = 3) -> fastema.Average:
+    weights = [np.random.default_rng(0).standard_normal(4)]
+    average = fastema.EMA(weights, rules_)
+    for _ in range(count):
+        weights[0] += 1.0
+        average.update()
+    return average
+
+
+@pytest.mark.parametrize(
+    ("widths", "names"),
+    [
+        ((0.05, 0.10), ["0.050", "0.100"]),
+        ((0.0501, 0.0504), ["0.0501", "0.0504"]),
+        ((0.25, 0.123456), ["0.250", "0.123456"]),
+        ((0.0001,), ["0.0001"]),
+    ],
+)
+def test_files_are_called_by_widths_that_differ(
+    widths: tuple[float, ...], names: list[str], tmp_path: Path
+) -> None:
+    paths = posthoc.save_snapshot(updated([rules.power(one) for one in widths]), tmp_path)
+    assert [path.name for path in paths] == [f"step000000003-{n}.safetensors" for n in names]
+    found = posthoc.find_snapshots(tmp_path)
+    assert {one.gamma for one in found} == {rules.gamma_of(one) for one in widths}
+
+
+def test_widths_that_differ_in_the_last_digit_get_files_of_their_own(tmp_path: Path) -> None:
+    gammas = [7.0, np.nextafter(7.0, 8.0), 0.0, 5e-324, 1e100, rules.gamma_of(0.1)]
+    gammas += [np.nextafter(rules.gamma_of(0.1), 0.0)]
+    paths = posthoc.save_snapshot(updated([rules.Power(float(one)) for one in gammas]), tmp_path)
+    assert len(set(paths)) == len(gammas)
+    assert {one.gamma for one in posthoc.find_snapshots(tmp_path)} == set(gammas)
+
+
+def test_all_files_are_of_one_moment_while_another_thread_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [np.zeros(4)]
+    ema = fastema.PowerEMA(weights, WIDTHS)
+    for _ in range(3):
+        weights[0] += 1.0
+        ema.update()
+    want = [one["0"].copy() for one in ema.shadows]
+    write = posthoc.write
+    threads = []
+
+    def update() -> None:
+        weights[0] += 5.0
+        ema.update()
+
+    def while_another_updates(*given: object, **metadata: str) -> None:
+        threads.append(threading.Thread(target=update))
+        threads[-1].start()
+        threads[-1].join(0.1)  # it comes to its end here if nothing holds it back
+        write(*given, **metadata)
+
+    monkeypatch.setattr(posthoc, "write", while_another_updates)
+    paths = posthoc.save_snapshot(ema, tmp_path)
+    for thread in threads:
+        thread.join()
+    assert ema.num_updates == 5
+    from safetensors.numpy import load_file
+
+    for path, one in zip(paths, want, strict=True):
+        assert path.name.startswith("step000000003")
+        np.testing.assert_array_equal(load_file(path)["0"], one)
+
+
+def test_what_is_no_file_in_a_folder_is_passed_over(tmp_path: Path) -> None:
+    paths = posthoc.save_snapshot(updated(rules.power(0.1)), tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    assert [one.path for one in posthoc.find_snapshots(tmp_path)] == paths
+
+
+def test_a_folder_that_cannot_be_made_is_our_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(errors.StorageError, match="cannot write"):
+        posthoc.save_snapshot(updated(rules.power(0.1)), tmp_path / "a" / "b")
+
+
+def test_a_name_that_the_format_keeps_for_itself_is_refused(tmp_path: Path) -> None:
+    ema = fastema.PowerEMA({"__metadata__": np.ones(3)}, 0.1)
+    ema.update()
+    with pytest.raises(errors.CheckpointError, match="'__metadata__'"):
+        posthoc.save_snapshot(ema, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_malformed_snapshot_is_refused_or_gives_finite_numbers(seed: int, tmp_path: Path) -> None:
+    (path,) = posthoc.save_snapshot(updated(rules.power(0.1)), tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(with_header(whole, damaged_header(header_of(whole), seed)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the profile of the synthesised average")
+        for wanted in ({"sigma_rel": 0.07}, {"half_life": 3.0}):
+            try:
+                found = posthoc.synthesize(tmp_path, **wanted)
+            except errors.CheckpointError:
+                continue
+            assert np.isfinite(found.error)
+            assert all(np.isfinite(one).all() for one in found.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gamma", "1e308"),
+        ("gamma", "nan"),
+        ("gamma", "-1"),
+        ("gamma", ""),
+        ("step", "0"),
+        ("step", "3.5"),
+        ("step", str(2**63)),
+        ("start", "-1"),
+        ("start", "3"),
+        ("every", "0"),
+        ("copied", "{"),
+        ("copied", "3"),
+        ("copied", "[[]]"),
+        ("kind", "another"),
+    ],
+)
+def test_values_that_no_snapshot_has_are_refused(key: str, value: str, tmp_path: Path) -> None:
+    (path,) = posthoc.save_snapshot(updated(rules.power(0.1)), tmp_path)
+    whole = path.read_bytes()
+    header = header_of(whole)
+    header["__metadata__"][key] = value
+    path.write_bytes(with_header(whole, json.dumps(header).encode()))
+    with pytest.raises(errors.CheckpointError, match="no snapshot of a power-function average"):
+        posthoc.synthesize(tmp_path, sigma_rel=0.07)
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -198,11 +372,14 @@ def test_before_the_first_update(tmp_path: Path) -> None:
         ({"sigma_rel": 0.1, "half_life": 3.0}, "give one of the two"),
         ({"sigma_rel": 0.5}, "sigma_rel"),
         ({"half_life": -1.0}, "half_life"),
+        ({"half_life": 1e-310}, "half_life"),
+        ({"sigma_rel": 1e-200}, "sigma_rel"),
+        ({"sigma_rel": 0.1, "step": 60.5}, "whole number"),
         ({"sigma_rel": 0.1, "step": EVERY - 1}, "first snapshot"),
     ],
 )
 def test_impossible_wishes(run: Run, arguments: dict[str, float], text: str) -> None:
-    if "step" in arguments:
+    if arguments.get("step") == EVERY - 1:
         arguments = {
             **arguments,
             "step": min(o.step for o in posthoc.find_snapshots(run.folder)) - 1,

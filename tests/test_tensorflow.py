@@ -343,6 +343,57 @@ def test_tensors_and_variables_together(way: Way, rng: np.random.Generator) -> N
     assert list(ema.shadow) == ["w", "norm"]
 
 
+def mixed(rng: np.random.Generator, count: int) -> list[Any]:
+    """Variables of several dtypes, with rows and without."""
+    shapes = [(5,), (2, 3), (), (3, 1, 2), (0, 4)]
+    codes = ("f32", "f64", "f32")
+    return [variables(rng, codes[i % 3], [shapes[i % 5]])[0] for i in range(count)]
+
+
+def test_many_variables_are_averaged_and_what_was_read_before_stays(
+    way: Way, rng: np.random.Generator
+) -> None:
+    weights, ema = mixed(rng, 150), ExponentialMovingAverage(0.75)
+    update = way(lambda: ema.apply(weights))
+    want, held = values(weights), []
+    for step in range(6):
+        if step:
+            move(rng, weights)
+        update()
+        now = values(weights)
+        if step:
+            want = [old + 0.25 * (new - old) for old, new in zip(want, now, strict=True)]
+        got = averages(ema, weights)
+        for one, exact in zip(values(got), want, strict=True):
+            np.testing.assert_allclose(one, exact, rtol=0, atol=(step + 1) * SCALE * 2**-22)
+        held.append(([one.value() for one in got], values(got)))  # tensors of the same memory
+    for tensors, known in held:
+        assert_equal(values(tensors), known)
+
+
+def test_the_third_apply_traces_nothing_that_grows_with_the_variables(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+    read = tf.raw_ops.ReadVariableOp
+
+    def counted(**arguments: Any) -> Any:
+        calls[0] += 1
+        return read(**arguments)
+
+    monkeypatch.setattr(tf.raw_ops, "ReadVariableOp", counted)
+    found = {}
+    for count in (40, 128, 512):  # the first one may trace
+        weights, ema = variables(rng, "f32", [(3, 2)] * count), ExponentialMovingAverage(0.75)
+        for _ in range(2):
+            ema.apply(weights)
+        calls[0] = 0
+        for _ in range(3):
+            ema.apply(weights)
+        found[count] = calls[0]
+    assert found[512] == found[128] < 128
+
+
 # -- order and memory -----------------------------------------------------------------------------
 
 LARGE = 300_000  # of which an update takes long enough for a race to show

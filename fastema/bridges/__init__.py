@@ -31,7 +31,11 @@ Where it applies, there are also
 ``scalar(array)``                       the number in an array of one element, or what reads it
                                         later, where reading it now would wait for a device
 ``written(arrays)``                     tells the framework that fastema wrote these
+``Versions(arrays)``                    what the framework knows of arrays that hold other contents
+                                        for a while
+``never_changes(array)``                whether an array has its values for good
 ``finder(specs, arrays)``               finds arrays that move, see :mod:`fastema.bridges.moving`
+``state_of(module)``                    what the framework saves of a module, with our names
 ``value(holder)``,                      what holds an array that is replaced whenever it changes:
 ``assign(holder, array)``               its array now, and another one for it
 ======================================  ==========================================================

@@ -92,7 +92,7 @@ def describe(array: Any) -> TensorSpec:
 
 def _index(device: str) -> int:
     """The number of a GPU."""
-    kind, _, index = device.partition(":")
+    kind, _, index = str(device).partition(":")
     if kind != "cuda":
         raise DeviceError(
             f"CuPy arrays are on a GPU, not on {device}; use array.get() for a copy there"
@@ -198,7 +198,8 @@ class CupyHome:
             Always: CuPy has no functions that do the same.
         """
         raise DTypeError(
-            f"{operation} of CuPy arrays needs the kernels: pip install 'fastema[cuda]'"
+            f"{operation} of CuPy arrays needs the kernels: pip install 'fastema[cuda]' "
+            "('fastema[cuda12]' for a driver of CUDA 12)"
         )
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "finder",
     "is_traced",
+    "never_changes",
     "owns",
     "scalar",
     "shown",
@@ -45,6 +46,11 @@ _at_top_level: Final = getattr(import_module("jax._src.core"), "trace_state_clea
 def owns(obj: Any) -> bool:
     """Whether a JAX array, or what stands for one while a function is traced."""
     return isinstance(obj, jax.Array)
+
+
+def never_changes(array: jax.Array) -> bool:
+    """Whether an array has its values for good, as all of JAX do."""
+    return True
 
 
 def scalar(array: jax.Array) -> float | Callable[[], float]:

@@ -22,7 +22,7 @@ from fastema.bridges.names import named
 from fastema.bridges.registry import bridge_of
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
-from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
+from fastema.layout.spec import Attributes, Held, Leaf, Leaves, Role, TensorSpec
 
 __all__ = ["MEMORY", "assign", "describe", "finder", "owns", "shown", "value", "walk"]
 
@@ -150,9 +150,13 @@ def _layers(layer: Any) -> Iterator[Any]:
     yield from layer._flatten_layers(include_self=True, recursive=True)
 
 
-def _parts(layer: Any) -> tuple[Sequence[Any], ...]:
-    """The lists through which a layer holds its variables."""
-    return layer._layers, layer._trainable_variables, layer._non_trainable_variables
+_PARTS: Final = ("_layers", "_trainable_variables", "_non_trainable_variables")
+"""Attributes of a layer: the lists through which it holds its variables."""
+
+
+def _held(layer: Any) -> Iterator[Held]:
+    yield Held(Attributes(layer), tuple(name for name in _PARTS if name in vars(layer)))
+    yield from (Held(getattr(layer, name)) for name in _PARTS)
 
 
 def _roles(layer: Any) -> Iterator[tuple[Any, Role]]:
@@ -191,7 +195,7 @@ def walk(container: Any) -> Leaves | None:
         for name, (one, role), array in zip(names, found, arrays, strict=True)
     ]
     moving = any(moves(array) for array in arrays)
-    held = [] if moving else [part for one in _layers(container) for part in _parts(one)]
+    held = [] if moving else [part for one in _layers(container) for part in _held(one)]
     return Leaves(items, describe_any, held, structure=structure, moving=moving)
 
 

@@ -48,12 +48,13 @@ def allocate(
         placed = place([wanted[i][0].size for i in members], itemsize)
         where = "pinned" if on_host and device != "cpu" else device
         flat = bridge.zeros(placed.length * max(slots, 1), code, where)
+        whole = describe(flat)
         for i, offset in zip(members, placed.offsets, strict=True):
             shape, strides = wanted[i][0].shape, dense_strides(wanted[i][0])
             if slots:
                 shape, strides = (slots, *shape), (placed.length, *strides)
             view = bridge.view(flat, offset, shape, strides)
-            made[i] = view, describe(view)
+            made[i] = view, whole.part(view, offset, shape, strides)
     return [made[i] for i in range(len(wanted))]
 
 

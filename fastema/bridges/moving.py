@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 from fastema.bridges.registry import bridge_of, describe
-from fastema.errors import FastemaError
+from fastema.errors import ArgumentError, FastemaError
 from fastema.layout.spec import Leaves, TensorSpec
 
 __all__ = ["Finder", "Found", "Located", "Locator", "finder_of", "moves"]
@@ -36,6 +37,11 @@ class Located(NamedTuple):
 def moves(array: Any) -> bool:
     """Whether an array is of a framework whose arrays move."""
     return hasattr(bridge_of(array), "finder")
+
+
+def _never_changes(array: Any) -> bool:
+    bridge = bridge_of(array)
+    return hasattr(bridge, "never_changes") and bool(bridge.never_changes(array))
 
 
 def finder_of(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
@@ -70,6 +76,8 @@ class Locator:
         assert leaves.structure is not None
         self._structure = leaves.structure
         self._names = leaves.names
+        self._never_change = all(_never_changes(leaf.spec.owner) for leaf in leaves.items)
+        self._used: list[ref[Any]] = []
         first: dict[int, str] = {}
         for leaf in leaves.items:
             if leaf.spec.size:
@@ -115,3 +123,34 @@ class Locator:
         if write and len({addresses[name] for name in self._apart}) < len(self._apart):
             return None
         return Located(addresses, kept)
+
+    def notify_used(self, located: Located) -> None:
+        """Note the arrays that a call has used, for :meth:`refuse_used`."""
+        if self._never_change:
+            self._used = [ref(array) for arrays in located.kept for array in arrays]
+
+    def refuse_used(self, located: Located, instead: str) -> None:
+        """Refuse arrays that never change and that the latest call has used already.
+
+        Arrays that may change are never refused: their values may be new.
+
+        Parameters
+        ----------
+        located : Located
+        instead : str
+            How to give new ones, for the error.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        arrays = [array for arrays in located.kept for array in arrays]
+        if self._used and all(map(_refers, self._used, arrays)):
+            raise ArgumentError(
+                "no new arrays since the latest call, and arrays of JAX and tensors of TensorFlow "
+                f"never change: give the new ones at every step, {instead}"
+            )
+
+
+def _refers(reference: ref[Any], array: Any) -> bool:
+    return reference() is array

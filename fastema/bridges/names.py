@@ -33,6 +33,9 @@ def plain_names(names: Sequence[str]) -> list[str]:
     >>> plain_names(["_orig_mod.module.fc.weight", "_orig_mod.module.fc.bias"])
     ['fc.weight', 'fc.bias']
     """
+    together = "\n".join(names)
+    if not any(one in together for one in _WRAPPERS) and not together.startswith("module."):
+        return list(names)  # nothing to leave out
     paths = [[part for part in name.split(".") if part not in _WRAPPERS] for name in names]
     while paths and all(len(path) > 1 and path[0] == "module" for path in paths):
         paths = [path[1:] for path in paths]

@@ -120,7 +120,7 @@ def transfer(array: NDArray[Any], device: str) -> NDArray[Any]:
     BridgeError
         For any other.
     """
-    if device != "cpu":
+    if str(device) != "cpu":
         raise BridgeError(f"NumPy arrays are on the CPU, not on {device}")
     return array
 

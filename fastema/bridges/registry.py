@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from math import prod
 from numbers import Complex, Real
-from types import ModuleType
-from typing import Any, Final
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, Final, Protocol
 
 from fastema.bridges.names import named
 from fastema.errors import ArgumentError, BridgeError, DTypeError
-from fastema.layout.spec import Leaf, Leaves, TensorSpec
+from fastema.layout.spec import Held, Leaf, Leaves, TensorSpec
 
 __all__ = [
+    "Versions",
     "bridge_of",
     "describe",
     "dtype_code",
@@ -24,12 +33,17 @@ __all__ = [
     "materialised",
     "memory_of",
     "scalar",
+    "state_of",
+    "versions_of",
     "written",
 ]
 
 _FRAMEWORKS: Final = ("keras", "torch", "tensorflow", "jax", "cupy", "numpy")
 """Import names, which are those of their bridges. Keras comes first: its models are modules of its
 backends too."""
+
+_DEEPEST: Final = 200
+"""Containers in each other: far below where Python's own limit on recursion could be met."""
 
 _ANY_OTHER: Final = "capsule"
 """The bridge of what speaks DLPack, whoever made it."""
@@ -48,6 +62,10 @@ def _bridge(name: str) -> ModuleType:
     return import_module(f"fastema.bridges.{name}")
 
 
+_owners: Final[dict[type[Any], ModuleType]] = {}
+"""The bridges that were found, by the type of what they own; no type has two owners."""
+
+
 def bridge_of(array: Any) -> ModuleType:
     """The bridge of an array.
 
@@ -56,19 +74,36 @@ def bridge_of(array: Any) -> ModuleType:
     BridgeError
         For an object that belongs to no known framework.
     """
+    known = _owners.get(type(array))
+    if known is not None and known.owns(array):
+        return known
     for bridge in _loaded():
         if bridge.owns(array):
+            _owners[type(array)] = bridge
             return bridge
     raise BridgeError(
         f"cannot average {_type_of(array)}; expected an array "
         f"of {', '.join(_FRAMEWORKS)} or anything with __dlpack__, a list, tuple or dict of them, "
-        "a JAX pytree, or a module or model of torch, Keras or TensorFlow"
+        "a JAX pytree, or a module or model of torch, Keras or TensorFlow" + _hint(array)
     )
+
+
+def _hint(found: Any) -> str:
+    """What was probably meant by an object that is no array."""
+    if isinstance(found, str | ItemsView):
+        return "; pairs of names and arrays, such as model.named_parameters(), go into dict(...)"
+    if isinstance(found, Iterator):
+        return "; inside of another container put list(...) around it"
+    return "; call it first" if isinstance(found, MethodType | FunctionType) else ""
 
 
 def memory_of(array: Any) -> ModuleType:
     """The bridge of the framework whose arrays hold averages of such an array."""
-    bridge = bridge_of(array)
+    return _memory_of(bridge_of(array))
+
+
+@cache
+def _memory_of(bridge: ModuleType) -> ModuleType:
     other = getattr(bridge, "MEMORY", None)
     return bridge if other is None else _bridge(other)
 
@@ -81,12 +116,34 @@ def describe(array: Any) -> TensorSpec:
 
 def written(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any]]]:
     """The arrays by the function to call with them after each write, where there is one."""
-    found: dict[Callable[[Any], None], list[Any]] = {}
+    found: dict[ModuleType, list[Any]] = {}
     for array in arrays:
-        tell = getattr(bridge_of(array), "written", None)
-        if tell is not None:
-            found.setdefault(tell, []).append(array)
-    return list(found.items())
+        found.setdefault(bridge_of(array), []).append(array)
+    tells = ((getattr(bridge, "written", None), owned) for bridge, owned in found.items())
+    return [(tell, owned) for tell, owned in tells if tell is not None]
+
+
+class Versions(Protocol):
+    """What a framework knows of arrays that hold other contents for a while."""
+
+    def begin(self) -> None:
+        """They hold other contents now."""
+
+    def written(self) -> list[Any]:
+        """Those that somebody wrote since :meth:`begin`."""
+
+    def end(self, *, put_back: bool) -> None:
+        """Their contents are back, in the memory they were in if ``put_back``."""
+
+
+def versions_of(arrays: Iterable[Any]) -> list[Versions]:
+    """The versions of arrays, for each framework that counts them."""
+    found: dict[Callable[[list[Any]], Versions], list[Any]] = {}
+    for array in arrays:
+        bridge = bridge_of(array)
+        if hasattr(bridge, "Versions"):
+            found.setdefault(bridge.Versions, []).append(array)
+    return [kind(members) for kind, members in found.items()]
 
 
 def scalar(value: Any) -> float | Callable[[], float]:
@@ -149,20 +206,63 @@ def dtype_code(value: Any) -> str:
     raise ArgumentError(f"dtype={value!r}: expected a float dtype, or a name such as 'float32'")
 
 
-def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[Any]) -> None:
+def state_of(container: Any) -> dict[str, tuple[str, Any]]:
+    """What is saved of a container: key to the tensor's name in :func:`leaves_of` and the entry.
+
+    For a torch module the keys and entries of its ``state_dict()``, for others the names.
+    """
+    owner = next((bridge for bridge in _loaded() if bridge.walk(container) is not None), None)
+    if owner is not None and hasattr(owner, "state_of"):
+        found: dict[str, tuple[str, Any]] = owner.state_of(container)
+        return found
+    return {leaf.name: (leaf.name, leaf.spec.owner) for leaf in leaves_of(container).items}
+
+
+def _entries(tree: Any) -> list[tuple[str, Any]] | None:
+    """What a list, tuple or dict holds, by name; None for anything else."""
     if isinstance(tree, Mapping):
-        entries = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list | tuple):
-        entries = [(str(i), value) for i, value in enumerate(tree)]
+        return [(str(key), value) for key, value in tree.items()]
+    if isinstance(tree, list | tuple):
+        return [(str(i), value) for i, value in enumerate(tree)]
+    return None
+
+
+def _below(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _check_nesting(tree: Any, path: str = "", above: tuple[Any, ...] = ()) -> None:
+    """Refuse what no walk would come to the end of; JAX leaves Python unusable after such a one.
+
+    Raises
+    ------
+    BridgeError
+        Naming the place.
+    """
+    entries = _entries(tree)
+    if entries is None:
+        return
+    if any(tree is one for one in above):
+        raise BridgeError(f"{path!r} is a {type(tree).__name__} that holds itself")
+    if len(above) == _DEEPEST:
+        raise BridgeError(
+            f"lists, tuples or dicts are nested more than {_DEEPEST} deep; give the arrays in one"
+        )
+    for key, value in entries:
+        _check_nesting(value, _below(path, key), (*above, tree))
+
+
+def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[Held]) -> None:
+    entries = _entries(tree)
+    if entries is not None:
+        if not isinstance(tree, tuple):
+            held.append(Held(tree))
+        for key, value in entries:
+            _flatten(value, _below(path, key), found, held)
     elif path in found:
         raise BridgeError(f"two entries are called {path!r}; give them distinct names")
     else:
         found[path] = tree
-        return
-    if not isinstance(tree, tuple):
-        held.append(tree)
-    for key, value in entries:
-        _flatten(value, f"{path}.{key}" if path else key, found, held)
 
 
 class _Tree:
@@ -174,7 +274,10 @@ class _Tree:
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
         found: dict[str, Any] = {}
-        _flatten(container, "", found, [])
+        try:
+            _flatten(container, "", found, [])
+        except RecursionError:
+            return None
         return list(found.values()) if list(found) == self._names else None
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
@@ -209,15 +312,17 @@ def leaves_of(container: Any) -> Leaves:
     Raises
     ------
     BridgeError
-        For an object that no bridge knows.
+        For an object that no bridge knows, and for lists and dicts that hold themselves or are
+        nested too deeply.
     """
+    _check_nesting(container)
     for bridge in _loaded():
         leaves: Leaves | None = bridge.walk(container)
         if leaves is not None:
             return leaves
     found: dict[str, Any] = {}
-    held: list[Any] = []
+    held: list[Held] = []
     _flatten(container, "", found, held)
     items = [Leaf(name, named(name, describe, array)) for name, array in found.items()]
-    moving = any(hasattr(bridge_of(array), "finder") for array in found.values())
+    moving = any(hasattr(bridge, "finder") for bridge in {*map(bridge_of, found.values())})
     return Leaves(items, describe, held, structure=_Tree(container, list(found)), moving=moving)

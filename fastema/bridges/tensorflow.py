@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import cache
 from operator import is_
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -32,6 +33,7 @@ __all__ = [
     "code",
     "describe",
     "finder",
+    "never_changes",
     "owns",
     "scalar",
     "shown",
@@ -41,6 +43,15 @@ __all__ = [
 
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
+
+_Operation: TypeAlias = Callable[[Any, Any], Any]
+"""What is done with a variable, by its handle and dtype, eagerly or in a graph."""
+
+_BLOCK: Final = 32
+"""Variables that are read in one call of a function."""
+
+_FEW: Final = 8
+"""Variables that are read as quickly one by one."""
 
 
 class Unshared:
@@ -60,6 +71,11 @@ class Unshared:
 def owns(obj: Any) -> bool:
     """Whether a tensor or a variable of TensorFlow."""
     return isinstance(obj, tf.Variable | tf.Tensor | Unshared)
+
+
+def never_changes(obj: Any) -> bool:
+    """Whether a tensor, which has its values for good."""
+    return isinstance(obj, tf.Tensor)
 
 
 def scalar(value: Any) -> float | Callable[[], float]:
@@ -104,8 +120,34 @@ def _refuse(variable: Any) -> None:
         raise BridgeError("a variable of a distribution strategy has several values; not supported")
 
 
-def _read(variable: Any) -> Any:
-    return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
+def _read_value(handle: Any, dtype: Any) -> Any:
+    return tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)
+
+
+def _unshared_rows(handle: Any, dtype: Any) -> Any:
+    none = tf.constant([], tf.int32)
+    # No rows, of whatever shape. In a graph the gather alone would be optimized away.
+    nothing = tf.raw_ops.ResourceGather(resource=handle, indices=none, dtype=dtype)
+    tf.raw_ops.ResourceScatterUpdate(resource=handle, indices=none, updates=nothing)
+    tf.raw_ops.DisableCopyOnRead(resource=handle)
+    return _read_value(handle, dtype)
+
+
+def _unshared_whole(handle: Any, dtype: Any) -> Any:
+    """The same where there is no row to scatter: a slice of no dimensions is everything."""
+    none, value = tf.constant([], tf.int32), _read_value(handle, dtype)
+    tf.raw_ops.ResourceStridedSliceAssign(
+        ref=handle, begin=none, end=none, strides=none, value=value
+    )
+    tf.raw_ops.DisableCopyOnRead(resource=handle)
+    return _read_value(handle, dtype)
+
+
+def _operation(variable: Any, write: bool) -> _Operation:
+    """How a variable is read, by whether it is about to be written."""
+    if not write:
+        return _read_value
+    return _unshared_rows if variable.shape.rank else _unshared_whole
 
 
 def unshare(variable: Any) -> Any:
@@ -113,17 +155,7 @@ def unshare(variable: Any) -> Any:
 
     Copies only where it was shared. To be called again before every write; may be part of a graph.
     """
-    handle, dtype, shape = variable.handle, variable.dtype, variable.shape
-    none = tf.zeros([0], tf.int32)
-    if shape.rank and shape[1:].is_fully_defined():
-        nothing = tf.zeros([0, *shape[1:]], dtype)
-        tf.raw_ops.ResourceScatterUpdate(resource=handle, indices=none, updates=nothing)
-    else:  # no row to scatter, or of unknown size: a slice of no dimensions is everything
-        tf.raw_ops.ResourceStridedSliceAssign(
-            ref=handle, begin=none, end=none, strides=none, value=_read(variable)
-        )
-    tf.raw_ops.DisableCopyOnRead(resource=handle)
-    return _read(variable)
+    return _operation(variable, True)(variable.handle, variable.dtype)
 
 
 def _address(tensor: Any) -> int:
@@ -137,7 +169,8 @@ def _can_be_written() -> bool:
         variable = tf.Variable(initial)
         held = variable.value()
         memory = _address(unshare(variable))
-        if memory in (_address(held), 0) or _address(_read(variable)) != memory:
+        now = _read_value(variable.handle, variable.dtype)
+        if memory in (_address(held), 0) or _address(now) != memory:
             return False
     return True
 
@@ -159,7 +192,7 @@ def describe(array: Any) -> TensorSpec:
     if isinstance(array, tf.Variable):
         writable = _can_be_written()
         # Two variables may share memory, without being one; not so from here on.
-        tensor = unshare(array) if writable else _read(array)
+        tensor = _operation(array, writable)(array.handle, array.dtype)
     else:
         tensor = array.tensor if isinstance(array, Unshared) else array
     if "CPU" not in tensor.backing_device:
@@ -187,28 +220,69 @@ def _is_foreign_thread() -> bool:
     return isinstance(threading.current_thread(), threading._DummyThread)
 
 
+@cache
+def _traced(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
+    """A function that reads a block of stand-ins, and their handles: traced once per process."""
+    title = f"fastema/{operation.__name__}/{dtype.name}"
+    with tf.init_scope(), tf.device("CPU:0"):
+        stand_ins = [
+            tf.raw_ops.VarHandleOp(dtype=dtype, shape=tf.TensorShape(None), shared_name=name)
+            for name in (f"{title}/{place}" for place in range(_BLOCK))
+        ]
+        for handle in stand_ins:
+            tf.raw_ops.AssignVariableOp(resource=handle, value=tf.zeros([1], dtype))
+    function = tf.function(
+        lambda: [operation(handle, dtype) for handle in stand_ins], autograph=False
+    )
+    return function.get_concrete_function(), stand_ins
+
+
+def _reading(operation: _Operation, dtype: Any, handles: Sequence[Any]) -> Callable[[], list[Any]]:
+    """The same function for at most a block of variables, in the place of stand-ins."""
+    traced, stand_ins = _traced(operation, dtype)
+    # Arguments would take longer to dispatch on than the operations take.
+    function = copy(traced)
+    function.set_external_captures([*handles, *stand_ins[len(handles) :]])
+
+    def read() -> list[Any]:
+        # Handing such small operations to other threads takes longer than the operations.
+        with tf.experimental.function_executor_type("SINGLE_THREADED_EXECUTOR"):
+            found: list[Any] = function()
+        return found[: len(handles)]
+
+    return read
+
+
 class _Reader:
-    """Reads a fixed list of variables in one call of a function, from the second time on."""
+    """Reads a fixed list of variables, in blocks from the third time on."""
 
-    def __init__(self, variables: Sequence[Any], read: Callable[[Any], Any]) -> None:
-        self._variables, self._read = variables, read
+    def __init__(self, variables: Sequence[Any], write: bool) -> None:
+        kinds: dict[tuple[_Operation, Any], list[int]] = {}
+        for place, one in enumerate(variables):
+            kinds.setdefault((_operation(one, write), one.dtype), []).append(place)
+        self._parts = [
+            (*kind, places[first : first + _BLOCK])
+            for kind, places in kinds.items()
+            for first in range(0, len(places), _BLOCK)
+        ]
+        self._handles = [variable.handle for variable in variables]
+        self._blocks: dict[int, Callable[[], list[Any]]] = {}
         self._calls = 0
-        self._function: Any = None
-
-    def _each(self) -> list[Any]:
-        return [self._read(variable) for variable in self._variables]
 
     def __call__(self) -> list[Any]:
         self._calls += 1
-        # Tracing costs as much as hundreds of reads.
-        if self._calls < 3 or _is_foreign_thread():
-            return self._each()
-        if self._function is None:
-            traced = tf.function(self._each, autograph=False)
-            self._function = traced.get_concrete_function()  # there are no arguments to dispatch on
-        # Handing such small operations to other threads takes longer than the operations.
-        with tf.experimental.function_executor_type("SINGLE_THREADED_EXECUTOR"):
-            found: list[Any] = self._function()
+        in_blocks = self._calls > 2 and not _is_foreign_thread()
+        found: list[Any] = [None] * len(self._handles)
+        for number, (operation, dtype, places) in enumerate(self._parts):
+            handles = [self._handles[place] for place in places]
+            if in_blocks and len(places) > _FEW:
+                if number not in self._blocks:
+                    self._blocks[number] = _reading(operation, dtype, handles)
+                values = self._blocks[number]()
+            else:
+                values = [operation(handle, dtype) for handle in handles]
+            for place, value in zip(places, values, strict=True):
+                found[place] = value
         return found
 
 
@@ -255,14 +329,10 @@ class _Finder:
         variables = list(self._variables.values())
         self._readers = {}
         if variables:
-            self._readers = {write: _Reader(variables, read) for write, read in _READS.items()}
+            self._readers = {write: _Reader(variables, write) for write in (False, True)}
         # Tensors are not kept alive: they are new ones at every call.
         self._known = list(arrays) if all(id(one) in self._variables for one in arrays) else []
         return True
-
-
-_READS: Final = {False: _read, True: unshare}
-"""How a variable is read, by whether it is about to be written."""
 
 
 def _is_like(one: Any, spec: TensorSpec) -> bool:

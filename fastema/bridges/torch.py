@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from functools import cache
+from itertools import chain
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,16 +15,18 @@ from fastema.bridges import torch_cuda
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import named, plain_names
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
-from fastema.layout.home import Home
-from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
+from fastema.layout.dtypes import NAME_OF
+from fastema.layout.spec import Attributes, Held, Leaf, Leaves, Opaque, Role, TensorSpec
 
 __all__ = [
+    "Versions",
     "alias",
     "code",
     "describe",
     "native",
     "owns",
     "scalar",
+    "state_of",
     "transfer",
     "view",
     "walk",
@@ -30,20 +35,7 @@ __all__ = [
 ]
 
 _NATIVE: Final[dict[str, torch.dtype]] = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "c64": torch.complex64,
-    "c128": torch.complex128,
-    "i8": torch.int8,
-    "i16": torch.int16,
-    "i32": torch.int32,
-    "i64": torch.int64,
-    "u8": torch.uint8,
-    "bool": torch.bool,
-    # from torch 2.3
-    **{f"u{n}": getattr(torch, f"uint{n}") for n in (16, 32, 64) if hasattr(torch, f"uint{n}")},
+    code: getattr(torch, name) for code, name in NAME_OF.items() if hasattr(torch, name)
 }
 _CODES: Final = {native: code for code, native in _NATIVE.items()}
 
@@ -101,7 +93,8 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     """
     if torch.nn.parameter.is_lazy(tensor):
         raise BridgeError("no shape yet (a lazy module); run the model once before averaging it")
-    plain = tensor.layout == torch.strided and tensor.device.type != "meta"
+    place = _device(tensor.device)
+    plain = tensor.layout is torch.strided and place.type != "meta"
     if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
         raise BridgeError(
             f"a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device} has no plain "
@@ -110,14 +103,14 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         )
     address = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
     spec = TensorSpec(
-        address=address,
-        shape=tuple(tensor.shape),
-        strides=tensor.stride(),
-        dtype=code(tensor.dtype),
-        device=str(tensor.device),
+        address,
+        tuple(tensor.shape),
+        tensor.stride(),
+        code(tensor.dtype),
+        place.name,
         owner=tensor,
         exchange=exchange_address(tensor),
-        home=_home(tensor.device),
+        home=None if place.gpu is None else torch_cuda.home(place.gpu),
     )
     if spec.size and not (address and _within_storage(tensor, spec)):
         raise BridgeError(
@@ -129,16 +122,24 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     return spec
 
 
-def _home(device: torch.device) -> Home | None:
-    if device.type != "cuda":
-        return None
-    return torch_cuda.home(device.index)
+class _Device(NamedTuple):
+    """A device in words; ``gpu`` is the number of one that CUDA drives."""
+
+    name: str
+    type: str
+    gpu: int | None
+
+
+@cache
+def _device(device: torch.device) -> _Device:
+    return _Device(str(device), device.type, device.index if device.type == "cuda" else None)
 
 
 def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
     storage = tensor.untyped_storage()
     first, end = spec.span()
-    return storage.data_ptr() <= first and end <= storage.data_ptr() + storage.nbytes()
+    begin = storage.data_ptr()
+    return begin <= first and end <= begin + storage.nbytes()
 
 
 def zeros(length: int, code: str, device: str) -> torch.Tensor:
@@ -162,8 +163,9 @@ def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
         If torch cannot use the device.
     """
     try:
-        return tensor.detach().to(device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        # Only a device: to() would take a dtype as well, and give memory of another size.
+        return tensor.detach().to(torch.device(device))
+    except (AssertionError, RuntimeError, TypeError, NotImplementedError) as error:
         reason = next(iter(str(error).splitlines()), "no reason given")
         raise DeviceError(f"torch cannot move a tensor to {device}: {reason}") from error
 
@@ -183,32 +185,151 @@ def written(tensors: Sequence[torch.Tensor]) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
+class Versions:
+    """Version counters of tensors that hold other contents for a while.
+
+    While they do, the counters stand where no graph has seen them before, and count writes from
+    there. Afterwards they are put back with the contents: a graph made before may go on, one made
+    meanwhile raises in its backward pass.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+    """
+
+    _next: ClassVar[int] = 2**31
+    """The number for the next exchange: above all that training counts to, and never used twice."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tuple(t for t in tensors if not t.is_inference())  # those keep no version
+        self._before = self._begun = self._now = self._versions()
+        self._written: list[torch.Tensor] = []
+
+    def _versions(self) -> array[int]:
+        # A list or a tuple would have an object for each.
+        return array("q", (tensor._version for tensor in self._tensors))
+
+    def begin(self) -> None:
+        """Count from a number of their own: they hold other contents now."""
+        self._before = self._versions()
+        self._begun = array("q", [Versions._next]) * len(self._tensors)
+        Versions._next += 1
+        if not self._set(self._begun):
+            self._begun = self._versions()
+
+    def written(self) -> list[torch.Tensor]:
+        """Those that somebody wrote since :meth:`begin`; ask before :meth:`end`."""
+        self._now = self._versions()
+        if self._now == self._begun:
+            self._written = []
+        else:
+            counts = zip(self._tensors, self._now, self._begun, strict=True)
+            self._written = [tensor for tensor, now, begun in counts if now != begun]
+        return self._written
+
+    def end(self, *, put_back: bool) -> None:
+        """Count on from where they were before :meth:`begin`: their contents are back.
+
+        Parameters
+        ----------
+        put_back : bool
+            False where the contents are back in other memory than graphs have kept.
+        """
+        Versions._next = max(Versions._next, max(self._now, default=0)) + 1
+        # A view counts together with its base, of which other parts may have been written.
+        shared = any(tensor._is_view() for tensor in self._written)
+        self._written = []
+        if put_back and not shared:
+            self._set(self._before)
+        else:
+            written(self._tensors)
+
+    def _set(self, versions: array[int]) -> bool:
+        """Set all counters, or, where this torch cannot, count as after any write."""
+        try:
+            # Any sequence will do; a tuple would have an object for each.
+            numbers = cast("tuple[int, ...]", versions)
+            torch._C._autograd._unsafe_set_version_counter(self._tensors, numbers)
+        except (AttributeError, TypeError):  # before torch 2.7
+            written(self._tensors)
+            return False
+        return True
+
+
 def walk(container: Any) -> Leaves | None:
     """The parameters and buffers of a module; None for anything else.
 
-    A parameter that does not require a gradient is ``frozen``; a tied one has every name.
+    A parameter that does not require a gradient is ``frozen``; a tied one has every name. A buffer
+    that was registered with ``persistent=False`` is marked.
     """
     if not isinstance(container, torch.nn.Module):
         return None
-    found: list[tuple[str, torch.Tensor, Role]] = [
-        (name, parameter, "weight" if parameter.requires_grad else "frozen")
-        for name, parameter in container.named_parameters(remove_duplicate=False)
-    ]
-    buffers = container.named_buffers(remove_duplicate=False)
-    found += [(name, buffer, "buffer") for name, buffer in buffers]
-    plain = plain_names([name for name, _, _ in found])
+    parameters = dict(container.named_parameters(remove_duplicate=False))
+    buffers = dict(container.named_buffers(remove_duplicate=False))
+    transient, held = _transient_and_held(container)
+    paths = [*parameters, *buffers]
+    tensors = chain(parameters.values(), buffers.values())
     items: list[Leaf] = []
     opaque: list[Opaque] = []
-    for name, (_, tensor, role) in zip(plain, found, strict=True):
+    for path, name, tensor in zip(paths, plain_names(paths), tensors, strict=True):
+        role: Role = "buffer"
+        if path in parameters:
+            role = "weight" if tensor.requires_grad else "frozen"
+        persistent = path not in transient
         try:
-            items.append(Leaf(name, named(name, describe, tensor), role))
+            items.append(Leaf(name, named(name, describe, tensor), role, persistent))
         except FastemaError as error:
-            opaque.append(Opaque(name, error, role))
-    held: list[Any] = []
-    for module in container.modules():
-        members = (module._parameters, module._buffers, module._modules)
-        held += (one if isinstance(one, dict) else _Scripted(one) for one in members)
+            # The error itself keeps this call, by its traceback, and with that every tensor.
+            opaque.append(Opaque(name, type(error)(*error.args), role, persistent))
     return Leaves(items, describe, held, opaque)
+
+
+def state_of(container: torch.nn.Module) -> dict[str, tuple[str, Any]]:
+    """What a module's ``state_dict()`` holds: key to the name in :func:`walk` and the entry itself.
+
+    The name of what :func:`walk` does not know is its key.
+    """
+    own: dict[str, torch.Tensor] = {
+        **dict(container.named_parameters(remove_duplicate=False)),
+        **dict(container.named_buffers(remove_duplicate=False)),
+    }
+    plain = dict(zip(own, plain_names(list(own)), strict=True))
+    names = {id(tensor): plain[name] for name, tensor in own.items()}
+    # A hook may have renamed an entry, or copied it: known by its tensor or else by its key.
+    return {
+        key: (
+            names.get(id(entry), plain.get(key, key)),
+            entry.detach() if isinstance(entry, torch.Tensor) else entry,
+        )
+        for key, entry in container.state_dict(keep_vars=True).items()
+    }
+
+
+_MEMBERS: Final = ("_parameters", "_buffers", "_modules")
+"""Attributes of a module, each a mapping of names."""
+
+
+def _transient_and_held(container: torch.nn.Module) -> tuple[set[str], list[Held]]:
+    """Paths of what the module's state leaves out, and how it holds its tensors."""
+    transient: set[str] = set()
+    held: list[Held] = []
+    seen: set[int] = set()
+    for path, module in container.named_modules(remove_duplicate=False):
+        out = frozenset(module._non_persistent_buffers_set)
+        transient.update(f"{path}.{name}" if path else name for name in out)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = tuple(name for name in _MEMBERS if name in vars(module))
+        # The others are held by what holds them, and are looked at in compiled code.
+        held.append(Held(Attributes(module) if module is container else vars(module), own))
+        for name in _MEMBERS:
+            members = getattr(module, name)
+            kept = out if name == "_buffers" else frozenset()
+            held.append(
+                Held(members if isinstance(members, dict) else _Scripted(members), None, kept)
+            )
+    return transient, held
 
 
 class _Scripted:

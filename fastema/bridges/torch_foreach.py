@@ -7,13 +7,12 @@ them takes more than :data:`BYTES` bytes besides: the memory needed does not gro
 
 What differs from the kernels: multiplications and additions are not always fused, so that
 ``lerp``, ``lerp_measured`` and ``add`` may be off by a unit in the last place of the type they
-compute in, at the size of the largest term; the bits of stochastic rounding are others (from
-torch's generator); a windowed mean is computed from its whole ring at every update.
+compute in, at the size of the largest term; a windowed mean is computed from its whole ring at
+every update. The random bits are the kernels'.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -27,6 +26,7 @@ from fastema.kernels.table import DISTANCE, MEASURES, MEASURING, SQUARE, STILL
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.home import Substitute
+from fastema.layout.table import first_and_strides, tensor_key
 
 __all__ = ["AT_ONCE", "BYTES", "Batch", "Moment", "batches", "substitute"]
 
@@ -54,6 +54,24 @@ class Moment(NamedTuple):
     turn: int
 
 
+class Places(NamedTuple):
+    """Where the elements of a piece are in their whole tensor, for random bits.
+
+    Attributes
+    ----------
+    key : int
+        Of the tensor.
+    first : int
+        Index of the first element of the pair.
+    indices : Tensor
+        Without memory: its strides and offset are those of the indices from there.
+    """
+
+    key: int
+    first: int
+    indices: Tensor
+
+
 class Batch(NamedTuple):
     """Pieces of pairs alike in dtypes, form, device and number, side by side.
 
@@ -66,8 +84,8 @@ class Batch(NamedTuple):
     form : _Form
     rows : list of int
         The pair of each piece, by its place among all.
-    keys : list of str
-        What tells a piece from all others, for random bits.
+    places : list of Places
+        Of each piece, where the form takes random bits.
     dst, src, low, ring : list of Tensor
         The pieces; ``low`` and ``ring`` are empty where they have no part. Complex numbers are
         pairs of reals, bits are integers, and a ring has its slots along the first axis.
@@ -77,7 +95,7 @@ class Batch(NamedTuple):
     real: torch.dtype
     form: _Form
     rows: list[int]
-    keys: list[str]
+    places: list[Places]
     dst: list[Tensor]
     src: list[Tensor]
     low: list[Tensor]
@@ -139,17 +157,56 @@ def _store_plain(batch: Batch, values: Tensor, moment: Moment) -> None:
     _assign(batch.dst, _parts(values, batch.dst))
 
 
+_LOW: Final = 0xFFFFFFFF
+
+
+def _mixed(x: int) -> int:
+    """As ``fastema.kernels.scalar.mix32``."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ x >> shift) * factor & _LOW
+    return x ^ x >> 16
+
+
+def _keys(moment: Moment, tensor: int, high: int) -> tuple[int, int]:
+    """As ``fastema.kernels.scalar.random_key``, and the second key."""
+    key = moment.seed & _LOW ^ 0x9E3779B9
+    for number in (moment.seed >> 32, moment.step & _LOW, moment.step >> 32, tensor, high):
+        key = _mixed(key) ^ number
+    key = _mixed(key)
+    return key, _mixed(key)
+
+
+def _random_words(places: Places, moment: Moment, device: torch.device) -> Tensor:
+    """As ``fastema.kernels.scalar.random_word``, in integers of 64 bits, whose products wrap."""
+    shape, strides = places.indices.shape, places.indices.stride()
+    start = places.first + int(places.indices.storage_offset())
+    index = torch.full((), start, dtype=torch.int64, device=device)
+    for n, stride in zip(shape, strides, strict=True):
+        index = index.unsqueeze(-1) + torch.arange(n, device=device).mul_(stride)
+    x = index.reshape(-1)
+    last = start + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    first: int | Tensor
+    second: int | Tensor
+    first, second = _keys(moment, places.key, start >> 32)
+    if last >> 32 != start >> 32:
+        high = x >> 32
+        first, second = torch.full_like(x, first), torch.full_like(x, second)
+        for half in range((start >> 32) + 1, (last >> 32) + 1):
+            for keys, key in zip((first, second), _keys(moment, places.key, half), strict=True):
+                keys.masked_fill_(high == half, key)
+    x = x.bitwise_and_(_LOW).bitwise_xor_(first).mul_(0x7FEB352D).bitwise_and_(_LOW)
+    x.bitwise_xor_(x >> 16).bitwise_xor_(second)
+    x.mul_((x << 1).bitwise_or_(1)).bitwise_and_(_LOW)
+    return x.bitwise_right_shift_(16)
+
+
 def _words(batch: Batch, moment: Moment, bits: int) -> Tensor:
-    """Random bits for every element, a function of seed, step, tensor and place alone."""
-    size = sum(one.numel() for one in batch.dst)
+    """So many random bits for every element, the kernels'."""
     device = batch.dst[0].device
-    words = torch.empty(size, dtype=torch.int32, device=device)
-    generator = torch.Generator(device)
-    for part, key in zip(words.split([one.numel() for one in batch.dst]), batch.keys, strict=True):
-        text = f"{moment.seed}/{moment.step}/{key}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        part.random_(0, 1 << bits, generator=generator)
+    words = torch.empty(sum(one.numel() for one in batch.dst), dtype=torch.int32, device=device)
+    parts = words.split([one.numel() for one in batch.dst])
+    for part, places in zip(parts, batch.places, strict=True):
+        part.copy_(_random_words(places, moment, device).bitwise_right_shift_(16 - bits))
     return words
 
 
@@ -183,13 +240,20 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
 
 
 def _load_split(batch: Batch) -> Tensor:
-    high, low = _flat(batch.dst, torch.int32), _flat(batch.low, torch.int32)
-    return _unparked(high, low).view(torch.float32).to(batch.real)
+    return _unparked(*_halves(batch)).view(torch.float32).to(batch.real)
 
 
 def _store_split(batch: Batch, values: Tensor, moment: Moment) -> None:
     bits = values.to(torch.float32).view(torch.int32)
-    _assign(batch.dst, _parts(_high(bits), batch.dst))
+    _take_apart(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _high(bits)))
+
+
+def _halves(batch: Batch) -> tuple[Tensor, Tensor]:
+    return _flat(batch.dst, torch.int32), _flat(batch.low, torch.int32)
+
+
+def _take_apart(batch: Batch, bits: Tensor, high: Tensor) -> None:
+    _assign(batch.dst, _parts(high, batch.dst))
     low = ((bits & 0xFFFF) ^ 0x8000) - 0x8000  # the low half as a signed number
     _assign(batch.low, _parts(low, batch.low))
 
@@ -209,11 +273,12 @@ _FORMS: Final = {
 
 
 def _high(bits: Tensor) -> Tensor:
-    """The bfloat16 nearest to a float32, ties away from zero; bits both."""
+    """As ``fastema.kernels.scalar.park_model``."""
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     high = bits >> 16
     nearest = ((bits >> 15) & 1).add_(high)
-    return torch.where(nan, high.bitwise_or_(0x40), nearest)
+    quiet = ((high & 0x7F) == 0).to(torch.int32).mul_(0x40)
+    return torch.where(nan, high.bitwise_or_(quiet), nearest)
 
 
 def _unparked(model: Tensor, parked: Tensor) -> Tensor:
@@ -221,6 +286,21 @@ def _unparked(model: Tensor, parked: Tensor) -> Tensor:
     nan = (model & 0x7FFF) > 0x7F80
     up = ((parked >> 15) & 1).masked_fill_(nan, 0)
     return torch.sub(model, up, out=up).mul_(1 << 16).bitwise_or_(parked & 0xFFFF)
+
+
+def _stowed(bits: Tensor) -> Tensor:
+    """As ``fastema.kernels.scalar.stowed_high``."""
+    nan = (bits & 0x7FFFFFFF) > 0x7F80FFFF
+    high = bits >> 16
+    rounded = ((bits >> 15) & 1).add_(high)
+    rounded = torch.where((rounded & 0x7FFF) == 0x7F81, high & -0x8000, rounded)
+    return torch.where(nan, high, rounded)
+
+
+def _unstowed(high: Tensor, low: Tensor) -> Tensor:
+    """As ``fastema.kernels.scalar.unstowed``."""
+    beyond = ((high & 0x7FFF) == 0).logical_and_(low < 0)
+    return torch.where(beyond, (high | 0x7F80) << 16 | low & 0xFFFF, _unparked(high, low))
 
 
 def _park(batch: Batch, moment: Moment) -> None:
@@ -318,6 +398,12 @@ def _give(batch: Batch, moment: Moment) -> None:
 
 
 def _swap(batch: Batch, moment: Moment) -> None:
+    if batch.low and batch.src[0].dtype == torch.float32:
+        weights = [one.view(torch.int32) for one in batch.src]
+        bits = _flat(weights, torch.int32)
+        _assign(weights, _parts(_unstowed(*_halves(batch)), weights))
+        _take_apart(batch, bits, _stowed(bits))
+        return
     given = _parts(batch.form.load(batch), batch.src)
     _copy(batch, moment)
     _assign(batch.src, given)
@@ -411,8 +497,11 @@ def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
     if operation in _BITS or moved:
         return _word(dst), ""
     if dst.real is None or src.real is None:
-        raise DTypeError(f"{operation}: {dst.code} is not averaged, only copied and swapped")
-    real = torch.float64 if "f64" in (dst.real, src.real) else torch.float32
+        raise DTypeError(
+            f"{operation}: {dst.code} is not averaged, only copied and swapped ({pair.name})"
+        )
+    read = [dst.real, src.real] + ([] if pair.ring is None else [pair.ring[0].kind.real])
+    real = torch.float64 if "f64" in read else torch.float32
     # A copy is best rounded to nearest.
     return real, pair.form.removesuffix("~") if operation in _CONVERTING else pair.form
 
@@ -420,6 +509,7 @@ def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
 def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[Tensor]:
     """The tensors of a pair: both sides, and what the operation needs besides.
 
+    Last, where random bits are used, one without memory whose strides are those of the indices.
     Axes are in the order of the written side's memory, and one where all lie alike.
     """
     specs = [pair.dst, pair.src]
@@ -435,6 +525,9 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
         tensors = [one.view(_WORDS[one.element_size()]) for one in tensors]
     elif form == _SPLIT:
         tensors[0] = tensors[0].view(torch.int16)
+    if form.endswith("~"):
+        _, strides = first_and_strides(pair)
+        tensors.append(torch.empty_strided(pair.dst.shape, strides, device="meta"))
     if not tensors[0].dim():
         tensors = [one.unsqueeze(-1) for one in tensors]
     axes = tensors[0].dim()
@@ -479,7 +572,7 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
             continue
         streams = _streams(operation, pair, real, form)
         key = (pair.which, pair.dst.device, real, form, *(one.dtype for one in streams))
-        for number, piece in enumerate(_cut(streams, most)):
+        for piece in _cut(streams, most):
             size = piece[0].numel()
             if size > room.get(key, 0):
                 latest[key] = Batch(pair.which, real, _FORMS[form], [], [], [], [], [], [])
@@ -488,7 +581,9 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
             room[key] -= size
             batch = latest[key]
             batch.rows.append(row)
-            batch.keys.append(f"{pair.which}/{pair.name}/{number}")
+            if form.endswith("~"):
+                first, _ = first_and_strides(pair)
+                batch.places.append(Places(tensor_key(pair), first, piece.pop()))
             for held, one in zip(batch[5:], piece, strict=False):
                 held.append(one)
     return sorted(found, key=lambda batch: batch.which)

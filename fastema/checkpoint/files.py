@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
-from fastema.errors import CheckpointError
+from fastema.errors import CheckpointError, StorageError
 from fastema.layout.dtypes import DType, dtype
 from fastema.layout.flat import row_major
 from fastema.layout.spec import TensorSpec
@@ -40,12 +42,29 @@ _NAMES: Final = {
     "u32": ("U32", "uint32"),
     "u64": ("U64", "uint64"),
     "bool": ("BOOL", "bool"),
+    "f8e4m3fn": ("F8_E4M3", "float8_e4m3fn"),
+    "f8e5m2": ("F8_E5M2", "float8_e5m2"),
+    "f8e4m3fnuz": ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+    "f8e5m2fnuz": ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+    "f8e8m0fnu": ("F8_E8M0", "float8_e8m0fnu"),
 }
 """Code to the name in a header, and the one that the package is given."""
 
 _CODES: Final = {in_header: code for code, (in_header, _) in _NAMES.items()}
 
 _LONGEST_HEADER: Final = 100_000_000
+
+_METADATA: Final = "__metadata__"
+"""Where a header has the annotations, among the tensors."""
+
+_MOST: Final = 2**63 - 1
+"""The largest extent or offset."""
+
+_MOST_AXES: Final = 32
+"""As many as arrays of NumPy 1 can have."""
+
+_PARTIAL: Final = re.compile(r"\..+\.fastema-[0-9a-f]{12}\..+", re.DOTALL)
+"""Names of files that are being written, or were when somebody was killed."""
 
 _seeking = threading.Lock()
 """Where a file cannot be read at an offset without moving in it."""
@@ -137,12 +156,14 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
     ------
     CheckpointError
         If the safetensors package is missing, or a tensor is not as it must be.
-    OSError
-        If the file cannot be written.
+    StorageError
+        If the file cannot be written, which is an OSError too.
     """
     safetensors = package()
     entries: dict[str, Any] = {}
     for name, spec in tensors.items():
+        if name == _METADATA or not _encodable(name):
+            raise CheckpointError(f"{name!r}: no safetensors file can hold a tensor of this name")
         if spec.dtype not in _NAMES:
             raise CheckpointError(f"{name}: safetensors has no dtype for {spec}")
         if spec.device != "cpu" or (spec.size and spec.strides != row_major(spec.shape)):
@@ -154,12 +175,45 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
             data_len=spec.nbytes,
         )
     with moved_into_place(path) as partial:
-        safetensors.serialize_file(entries, partial, dict(metadata))
+        try:
+            safetensors.serialize_file(entries, partial, dict(metadata))
+        except safetensors.SafetensorError as error:
+            raise StorageError(f"cannot write {os.fspath(path)}: {error}") from error
+
+
+def _encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def storing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A block in which a file or folder is made; the system's errors in it become ours.
+
+    Raises
+    ------
+    StorageError
+        Naming the path.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        ours = StorageError(f"cannot write {os.fspath(path)}: {error.strerror or error}")
+        ours.errno = error.errno
+        raise ours from error
 
 
 @contextmanager
 def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[str]:
     """Another name to write to; the whole file gets its own name at the end, or none does.
+
+    What writers that were killed have left in the folder is removed, unless others are writing
+    there, or the file system does not say whether they are.
 
     Parameters
     ----------
@@ -170,22 +224,49 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
 
     Raises
     ------
-    OSError
-        If the file cannot be written.
+    StorageError
+        If the file cannot be written, which is an OSError too.
     """
     final = Path(path)
     # Made by whoever writes it, with the rights that a new file has here.
-    partial = final.with_name(f".{final.name}.{secrets.token_hex(6)}{suffix}")
-    try:
-        yield os.fspath(partial)
-        _settle(partial)
-        os.replace(partial, final)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(partial)
-        raise
-    with suppress(OSError):  # not every system lets a folder be synchronised
-        _settle(final.parent)
+    partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
+    with storing(final), _writing_in(final.parent):
+        try:
+            yield os.fspath(partial)
+            _settle(partial)
+            os.replace(partial, final)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(partial)
+            raise
+        with suppress(OSError):  # not every system lets a folder be synchronised
+            _settle(final.parent)
+
+
+@contextmanager
+def _writing_in(folder: Path) -> Iterator[None]:
+    """A block in which this process writes in a folder; what killed ones left goes before it.
+
+    All who write there share a lock of the folder, which the system takes from those that are
+    killed: who can have it alone knows that nobody else is writing.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):  # Windows; a network's file system
+            locks = import_module("fcntl")
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            with suppress(OSError):
+                locks.flock(handle, locks.LOCK_EX | locks.LOCK_NB)
+                _remove_partial(folder)
+            locks.flock(handle, locks.LOCK_SH)
+        yield
+
+
+def _remove_partial(folder: Path) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
 
 
 def _settle(path: str | os.PathLike[str]) -> None:
@@ -208,24 +289,46 @@ def read(path: str | os.PathLike[str]) -> File:
         If it cannot be opened.
     """
     name = Path(path)
+    if not stat.S_ISREG(name.stat().st_mode):  # to open a pipe would wait for somebody to write
+        raise CheckpointError(f"{name} is not a file")
     with name.open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise CheckpointError(f"{name} is not a safetensors file, or was cut short")
-        try:
-            header = json.loads(opened.read(length))
-            metadata = dict(header.pop("__metadata__", {}))
-            tensors = {key: _stored(entry, 8 + length, size) for key, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{name} is not a safetensors file: {error}") from None
+        text = opened.read(length)
+    try:
+        header = _of_type(json.loads(text), dict)
+        annotations = header.pop(_METADATA, None)
+        metadata = {} if annotations is None else _of_type(annotations, dict)
+        for value in metadata.values():
+            _of_type(value, str)
+        tensors = {key: _stored(entry, 8 + length, size) for key, entry in header.items()}
+    except (ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not a safetensors file: {error}") from None
     return File(name, tensors, metadata)
 
 
+def _of_type(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"expected a {kind.__name__}, got {str(value)[:100]!r}")
+    return value
+
+
+def _whole(value: Any) -> int:
+    number: int = _of_type(value, int)
+    if not 0 <= number <= _MOST:
+        raise ValueError(f"expected a number from 0 to {_MOST}, got {number}")
+    return number
+
+
 def _stored(entry: Any, start: int, size: int) -> Stored:
-    shape = tuple(int(extent) for extent in entry["shape"])
-    first, end = (start + int(offset) for offset in entry["data_offsets"])
-    found = Stored(dtype(_CODES[entry["dtype"]]), shape, first)
+    entry = _of_type(entry, dict)
+    shape = tuple(_whole(extent) for extent in _of_type(entry["shape"], list))
+    if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _MOST:
+        raise ValueError(f"the shape {list(shape)} is that of no array")
+    first, end = (start + _whole(offset) for offset in _of_type(entry["data_offsets"], list))
+    found = Stored(dtype(_CODES[_of_type(entry["dtype"], str)]), shape, first)
     if not start <= first <= end <= size or end - first != found.nbytes:
         raise ValueError("a tensor lies outside the file; it was cut short")
     return found

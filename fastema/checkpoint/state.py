@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
 
 from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
-from fastema.errors import CheckpointError
+from fastema.errors import CheckpointError, DTypeError
 
-__all__ = ["read_state", "write_state"]
+__all__ = ["load_state", "read_state", "write_state"]
 
-_KEY = "state"
-"""Of the plain values among a file's annotations."""
+_KEY: Final = "state"
+"""Of the plain values among a file's annotations, and of the tensor that holds them, too."""
+
+_SUMS: Final = "crc32"
+"""Of the checksums of all tensors among a file's annotations."""
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metadata: str) -> None:
@@ -35,21 +41,25 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
     ------
     CheckpointError
         If the safetensors package is missing, or a tensor has a dtype that it does not know.
-    OSError
-        If the file cannot be written.
+    StorageError
+        If the file cannot be written, which is an OSError too.
     """
     plain: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
             for i, tensors in enumerate(value):
                 arrays |= {
                     f"{key}.{i}.{name}": row_major_on_host(one) for name, one in tensors.items()
                 }
         else:
             plain[key] = value
+    text = json.dumps(plain)
+    # The annotations are lost where somebody reads the file by safetensors' load_file.
+    arrays[_KEY] = np.frombuffer(text.encode(), np.uint8)
     specs = {name: describe(array) for name, array in arrays.items()}
-    files.write(path, specs, **{_KEY: json.dumps(plain)}, **metadata)
+    sums = {name: zlib.crc32(bytes_of(array)) for name, array in arrays.items()}
+    files.write(path, specs, **{_KEY: text, _SUMS: json.dumps(sums)}, **metadata)
 
 
 def read_state(found: files.File, like: Any) -> dict[str, Any]:
@@ -65,20 +75,85 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If it was not written by :func:`write_state`.
+        If it was not written by :func:`write_state`, or a tensor's bytes are not those that were.
     OSError
         If it cannot be read.
     """
     if _KEY not in found.metadata:
         raise CheckpointError(f"{found.path} does not hold the state of an average")
     bridge = memory_of(like)
-    state: dict[str, Any] = json.loads(found.metadata[_KEY])
-    with found.opened() as fill:
-        for key, stored in found.tensors.items():
-            part, place, name = key.split(".", 2)
-            array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
-            fill(stored.offset, bytes_of(array))
-            several = state.setdefault(part, [])
-            several += [{} for _ in range(int(place) + 1 - len(several))]
-            several[int(place)][name] = array
+    try:
+        plain = json.loads(found.metadata[_KEY])
+        sums = json.loads(found.metadata.get(_SUMS, "{}"))
+        places = {key: _place(key) for key in found.tensors if key != _KEY}
+        if not isinstance(plain, dict) or any(part in plain for part, _, _ in places.values()):
+            raise ValueError("its plain values are no mapping, or have the names of tensors")
+        if not isinstance(sums, dict):
+            raise ValueError("its checksums are no mapping")
+        if any(at >= len(places) for _, at, _ in places.values()):
+            raise ValueError("it has more averages than tensors")
+        state: dict[str, Any] = plain
+        with found.opened() as fill:
+            for key, stored in found.tensors.items():
+                array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
+                fill(stored.offset, bytes_of(array))
+                if sums.get(key) != zlib.crc32(bytes_of(array)):
+                    raise CheckpointError(
+                        f"{found.path} is damaged: {key!r} is not what was written to it"
+                    )
+                if key == _KEY:
+                    continue
+                part, place, name = places[key]
+                several = state.setdefault(part, [])
+                several += [{} for _ in range(place + 1 - len(several))]
+                several[place][name] = array
+    except (ValueError, RecursionError, DTypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{found.path} does not hold the state of an average: {error}"
+        ) from None
     return state
+
+
+def _place(key: str) -> tuple[str, int, str]:
+    """Part, place and name of a tensor."""
+    part, place, name = key.split(".", 2)
+    if not (place.isascii() and place.isdigit()):
+        raise ValueError(f"no place in the name {key!r}")
+    return part, int(place), name
+
+
+def load_state(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:
+    """Read the state of an average from a file, for ``load_state_dict``.
+
+    Such a file is the ``ema.safetensors`` that :class:`fastema.compat.transformers.EMACallback`
+    puts beside each checkpoint of the ``Trainer``.
+
+    Parameters
+    ----------
+    path : path
+    like : array, or mapping of arrays
+        Of the framework whose arrays are wanted: ``ema.shadow``, say.
+
+    Returns
+    -------
+    dict
+        What ``state_dict()`` was, with arrays on the host.
+
+    Raises
+    ------
+    CheckpointError
+        If the file holds no state of an average, or is damaged.
+    OSError
+        If it cannot be read.
+
+    Examples
+    --------
+    >>> import fastema, torch
+    >>> ema = fastema.EMA(torch.nn.Linear(3, 2))
+    >>> state = load_state("checkpoint-500/ema.safetensors", ema.shadow)   # doctest: +SKIP
+    >>> ema.load_state_dict(state)                                         # doctest: +SKIP
+    """
+    array = next(iter(like.values())) if isinstance(like, Mapping) else like
+    return read_state(files.read(path), array)

@@ -11,28 +11,42 @@ import, or leave the script as it is and replace the peer's classes from outside
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
+
+from fastema.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastema.compat import composer as composer
+    from fastema.compat import d2go as d2go
+    from fastema.compat import diffusers as diffusers
+    from fastema.compat import ema_pytorch as ema_pytorch
+    from fastema.compat import keras as keras
+    from fastema.compat import lightning as lightning
+    from fastema.compat import litema as litema
+    from fastema.compat import mmengine as mmengine
+    from fastema.compat import nemo as nemo
+    from fastema.compat import optax as optax
+    from fastema.compat import swa_utils as swa_utils
+    from fastema.compat import tensorflow as tensorflow
+    from fastema.compat import timm as timm
+    from fastema.compat import torch_ema as torch_ema
+    from fastema.compat import transformers as transformers
+    from fastema.compat import ultralytics as ultralytics
     from fastema.compat.replacing import Installation, install, installed, uninstall
 
 __all__ = ["Installation", "install", "installed", "uninstall"]
 
-_PEERS: Final = {
-    *("composer", "d2go", "diffusers", "ema_pytorch", "keras", "lightning", "litema", "mmengine"),
-    *("nemo", "optax", "swa_utils", "tensorflow", "timm", "torch_ema", "transformers"),
-    "ultralytics",
+_HOMES = {
+    **dict.fromkeys(__all__, "fastema.compat.replacing"),
+    **{
+        peer: f"fastema.compat.{peer}"
+        for peer in (
+            *("composer", "d2go", "diffusers", "ema_pytorch", "keras", "lightning", "litema"),
+            *("mmengine", "nemo", "optax", "swa_utils", "tensorflow", "timm", "torch_ema"),
+            *("transformers", "ultralytics"),
+        )
+    },
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PEERS:
-        return import_module(f"fastema.compat.{name}")
-    if name not in __all__:
-        raise AttributeError(f"module 'fastema.compat' has no attribute {name!r}")
-    return getattr(import_module("fastema.compat.replacing"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PEERS})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
+from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import averages_of, mapping_in, take_over, whole_in
 from fastema.errors import ArgumentError, BridgeError, CheckpointError
 from fastema.layout.spec import Role
-from fastema.rules import Constant
+from fastema.rules import Aligned
 from fastema.shadow import EMA
 
 __all__ = ["compute_ema", "export", "load", "rule"]
@@ -129,8 +130,7 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
     >>> ema_model = copy.deepcopy(model)
     >>> compute_ema(model, ema_model, smoothing=0.9)
     """
-    if not 0.0 <= smoothing <= 1.0:
-        raise ArgumentError(f"smoothing={smoothing!r}: expected a number in [0, 1]")
+    refuse_no_share(smoothing, "smoothing")
     averages = _averages(ema_model)
     known = _known.setdefault(ema_model, _Known())
     known.following(averages, model).update(model, 1.0 - smoothing, known.calls)
@@ -141,7 +141,7 @@ def rule(
     half_life: str | None = "1000ba",
     smoothing: float | None = None,
     update_interval: str | None = None,
-) -> Constant:
+) -> Aligned:
     """The schedule of Composer's ``EMA``: ``smoothing = 2 ** (-update_interval / half_life)``.
 
     Parameters
@@ -155,11 +155,13 @@ def rule(
 
     Returns
     -------
-    Constant
+    Aligned
         Decay per batch (or epoch), for ``fastema.EMA(model, decay=rule(...), update_every=k,
-        buffers="average", start_after=1)``, with ``k`` the number in ``update_interval``. Each
-        update then has the weight that it has in Composer, whose ``ema_start="0.0dur"`` begins with
-        the weights after the first batch; call ``update()`` once per batch (or epoch).
+        buffers="average", start_after=1)``, with ``k`` the number in ``update_interval``; call
+        ``update()`` once per batch (or epoch). As with Composer's ``ema_start="0.0dur"`` the
+        average begins with the weights after the first batch, and is updated after the batches
+        whose number is a multiple of ``k``, with the same weights. For ``ema_start="50ba"`` it is
+        ``start_after=50``.
 
     Raises
     ------
@@ -183,12 +185,12 @@ def rule(
             raise ArgumentError(
                 f"update_interval={update_interval!r}: expected the unit of half_life={half_life!r}"
             )
-        return Constant(2.0 ** (-1.0 / steps))
+        return Aligned(2.0 ** (-1.0 / steps))
     assert smoothing is not None
     if not 0.0 < smoothing < 1.0:
         raise ArgumentError(f"smoothing={smoothing!r}: expected a number in (0, 1)")
     interval = 1 if update_interval is None else _time(update_interval, "update_interval")[0]
-    return Constant(smoothing ** (1.0 / interval))
+    return Aligned(smoothing ** (1.0 / interval))
 
 
 def _time(value: str, name: str) -> tuple[int, str]:

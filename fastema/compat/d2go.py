@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastema.bridges.names import plain_names
 from fastema.compat.transfer import averages_of, mapping_in, take_over
 from fastema.rules import Constant, Rule
 from fastema.rules.checks import checked_decay, checked_least
@@ -99,13 +100,25 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     take_over(ema, state, num_updates)
 
 
-def export(ema: EMA) -> dict[str, dict[str, Tensor]]:
+def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint of D2Go holds of an average.
+
+    Parameters
+    ----------
+    ema : EMA
+    model : torch.nn.Module, optional
+        Whose buffers the state is to hold as they are, where the average leaves them out: as those
+        registered with ``persistent=False``. By default none.
 
     Returns
     -------
     dict
         ``{"ema_state": {name: tensor}}``, copies. D2Go asks for every name that it averages: build
-        the average with ``frozen="average", buffers="average"`` for its default configuration.
+        the average with ``frozen="average", buffers="average"`` for its default configuration, and
+        give the model if it has such buffers.
     """
-    return {"ema_state": averages_of(ema)}
+    averages = averages_of(ema)
+    buffers = {} if model is None else dict(model.named_buffers())
+    names = zip(plain_names(list(buffers)), buffers.values(), strict=True)
+    left_out = {name: one.detach().clone() for name, one in names if name in ema.skipped_names}
+    return {"ema_state": {**left_out, **averages}}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
+from fastema.compat.shares import refuse_no_share
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
 
 __all__ = ["EMAModel"]
@@ -150,7 +151,8 @@ model_config
         if kwargs.get("min_value") is not None:
             _deprecated("min_value", "EMAModel", "min_decay")
             min_decay = kwargs["min_value"]
-        _refuse_outside(decay, min_decay, ArgumentError)
+        refuse_no_share(decay, "decay")
+        refuse_no_share(min_decay, "min_decay")
         self._follower = ListFollower()
         self.shadow_params = clones(as_list(parameters, "EMAModel(parameters)"))
         if kwargs.get("device") is not None:
@@ -359,7 +361,8 @@ model_config
                 raise CheckpointError(
                     f"{name!r} of the state is {value!r}: expected {_KINDS[name].__name__}"
                 )
-        _refuse_outside(found["decay"], found["min_decay"], CheckpointError)
+        for name in ("decay", "min_decay"):
+            refuse_no_share(found[name], name, CheckpointError)
         saved = state_dict.get("shadow_params")
         if saved is not None:
             self.shadow_params = loaded(saved, self.shadow_params, "shadow_params")
@@ -424,11 +427,3 @@ def _deprecated(what: str, where: str, instead: str) -> None:
         FutureWarning,
         stacklevel=3,
     )
-
-
-def _refuse_outside(
-    decay: float, min_decay: float, error: type[ArgumentError | CheckpointError]
-) -> None:
-    for name, value in (("decay", decay), ("min_decay", min_decay)):
-        if not 0.0 <= value <= 1.0:
-            raise error(f"{name}={value!r}: expected a number from 0 to 1")

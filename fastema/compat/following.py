@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping
+from copy import deepcopy
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -12,14 +13,24 @@ from torch import Tensor
 
 from fastema.bridges.registry import leaves_of, materialised
 from fastema.compat.lending import InPlace, Lent, Loan, tensors_of
-from fastema.engine.interrupts import deferred
+from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.errors import LayoutError, StateError
 from fastema.layout.spec import Leaves, Role, TensorSpec
 from fastema.plan import Plan, PolicyOf
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "duplicate"]
 
 Result = TypeVar("Result")
+
+
+@torch.no_grad()
+def duplicate(model: torch.nn.Module, memo: dict[int, Any] | None = None) -> torch.nn.Module:
+    """Copy a model deeply.
+
+    With gradients, the parameters of a scripted module's copy are computed from the module's: they
+    keep its graph alive, and refuse ``requires_grad_(False)``.
+    """
+    return deepcopy(model, memo)
 
 
 def _average(name: str, role: Role) -> Literal["average"]:
@@ -332,8 +343,7 @@ class Follower:
             }
         Plan(model, averages, policy=self._named(weights)).copy_()
 
-    @contextmanager
-    def swapped(self, model: Any) -> Iterator[None]:
+    def swapped(self, model: Any) -> RestoringBlock[None]:
         """A block in which the model holds the average; the raw weights come back however it ends.
 
         Exactly, and into tensors that were moved, cast or replaced inside the block too. They are
@@ -348,29 +358,24 @@ class Follower:
         StateError
             Inside another such block.
         """
+        return RestoringBlock(partial(self._swap, model))
+
+    def _swap(self, model: Any) -> Steps[None]:
         self._refuse_swapped("swapped()")
         model = materialised(model)
         plan, loan = self._tried(
             model, lambda plan, source: (plan, self._loan_of(plan, model, source))
         )
 
-        def take_back() -> None:
-            with deferred():
-                if self._loan is loan:
-                    self._loan = None
-                    loan.take_back(self._averaged, model, moved=plan.moved())
+        def apply() -> None:
+            self._loan = loan
+            loan.apply()
 
-        try:
-            with deferred():
-                self._loan = loan
-                loan.apply()
-            yield
-        finally:
-            try:
-                take_back()
-            except KeyboardInterrupt:  # before anything was taken back
-                take_back()
-                raise
+        def restore() -> None:
+            self._loan = None
+            loan.take_back(self._averaged, model, moved=plan.moved())
+
+        return Steps(apply, restore)
 
     def _loan_of(self, plan: _Exchangeable, model: Any, source: Any) -> Loan:
         if source is model:

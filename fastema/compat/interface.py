@@ -22,8 +22,13 @@ def differences(theirs: Any, ours: Any) -> list[str]:
     ----------
     theirs, ours : class or function
     """
-    if not inspect.isclass(theirs):
-        return list(_parameters(theirs.__name__, theirs, ours))
+    is_class = inspect.isclass(ours)
+    if inspect.isclass(theirs) is not is_class or not callable(theirs):
+        # Something else stands in for it: a mock, say.
+        expected = "class" if is_class else "function"
+        return [f"{ours.__name__} is a {type(theirs).__name__}, and no {expected}"]
+    if not is_class:
+        return list(_parameters(ours.__name__, theirs, ours))
     found = list(_parameters(theirs.__name__, theirs.__init__, ours.__init__))
     for name in _public(theirs):
         method, mine = (inspect.getattr_static(one, name, None) for one in (theirs, ours))
@@ -51,7 +56,11 @@ def _public(theirs: type) -> list[str]:
 
 
 def _parameters(label: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Iterator[str]:
-    known, found = _signature(ours), _signature(theirs)
+    try:
+        known, found = _signature(ours), _signature(theirs)
+    except ValueError:  # of a function in C that does not say
+        yield f"{label} has no signature"
+        return
     for name, parameter in found.items():
         if parameter.kind in _OPEN:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
@@ -11,7 +10,7 @@ import keras
 
 from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
-from fastema.keras.loans import Guard
+from fastema.keras.guards import ErrorGuard, Guard, UseGuard, guard_use, is_running
 from fastema.keras.steps import inner, whole
 from fastema.plan import Plan, copy_
 
@@ -27,19 +26,6 @@ _OWNER: Final = "_swap_ema_weights"
 
 There while that is so, and however the call ended: the next one takes back what it finds.
 """
-
-
-def _is_fitting(model: Any) -> bool:
-    """Whether this is called from within a ``fit`` of the model, by another callback perhaps.
-
-    Keras keeps no note of that, and a call that raised ends without a word to its callbacks.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def _optimizers(model: Any) -> list[Any]:
@@ -154,46 +140,6 @@ def _is_gone(array: Any) -> bool:
     return array is None or array.is_deleted()
 
 
-class _First:
-    """Stands in for a method of an object's: first the weights are given back.
-
-    Parameters
-    ----------
-    of : object
-    name : str
-    restore : callable
-        Also to remove this one.
-    unless : callable
-        Asked whether the method is to be called as things are.
-    """
-
-    def __init__(
-        self,
-        of: Any,
-        name: str,
-        restore: Callable[[], None],
-        unless: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._of, self._name, self._restore, self._unless = of, name, restore, unless
-        self._own = name in vars(of)
-        self._inner = getattr(of, name)
-        vars(of)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._unless():
-            return self._inner(*args, **kwargs)
-        self._restore()
-        return getattr(self._of, self._name)(*args, **kwargs)
-
-    def remove(self) -> None:
-        if vars(self._of).get(self._name) is not self:
-            return
-        if self._own:
-            vars(self._of)[self._name] = self._inner
-        else:
-            del vars(self._of)[self._name]
-
-
 class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     """Validation, test and prediction run with the average that the optimizer keeps.
 
@@ -230,9 +176,10 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
       puts the weights in its place. Here the weights come back.
     - There an evaluation that raises leaves the average in the model. Here the weights come back:
       at once where the model raised, or anything in the validation of ``fit``; as the next ``fit``,
-      ``evaluate``, ``predict`` or ``train_on_batch`` begins, with this callback, another one or
-      none, where it was the data or another callback. So they do after a ``fit`` that is cut short
-      while the model holds the average for other callbacks. :meth:`restore` does it by hand.
+      ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or ``load_weights`` begins, with this
+      callback, another one or none, where it was the data or another callback. So they do after a
+      ``fit`` that is cut short while the model holds the average for other callbacks.
+      :meth:`restore` does it by hand.
     - There a ``fit`` with ``swap_on_epoch=True`` that ends before its last epoch, by
       ``EarlyStopping`` for instance, leaves the weights in the model and the average nowhere. Here
       it ends with the average, like any other.
@@ -263,8 +210,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self.swap_on_epoch = swap_on_epoch
         self._hook: Hook | None = None
         self._loan: _Swap | _References | None = None
-        self._guards: list[Guard | _First] = []
-        self._fit_guards: list[Guard | _First] = []
+        self._guards: list[Guard] = []
+        self._fit_guards: list[Guard] = []
         self._model_owned: Any = None
         self._owner_before: SwapEMAWeights | None = None
         self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
@@ -326,17 +273,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             loan.put()
             self._loan, self._hook = loan, hook
             self._own()
-            self._guards += self._before_others(self.restore)
-
-    def _before_others(self, restore: Callable[[], None]) -> list[_First]:
-        """What gives the weights back if the model is used again after a call that raised."""
-        model, within = self.model, partial(_is_fitting, self.model)
-        return [
-            _First(model, "fit", restore),
-            _First(model, "train_on_batch", restore),
-            _First(model, "evaluate", restore, within),
-            _First(model, "predict", restore, within),
-        ]
+            self._guards += guard_use(model, self.restore)
 
     def _take_back(self, *hooks: Hook) -> None:
         if self._hook in hooks:
@@ -367,8 +304,9 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._take_over()
         _separate(self.model)
         # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
-        self._fit_guards.append(Guard(self.model, "evaluate", partial(self._take_back, "test")))
-        self._fit_guards += self._before_others(self._leave)
+        restore = partial(self._take_back, "test")
+        self._fit_guards.append(ErrorGuard(self.model, "evaluate", restore))
+        self._fit_guards += guard_use(self.model, self._leave)
         self._own()
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -393,7 +331,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._loan = self._hook = None
             self.restore()
         else:
-            self._guards.append(_First(self.model.optimizer, _FINALIZE, self.restore))
+            self._guards.append(UseGuard(self.model.optimizer, _FINALIZE, self.restore))
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Put the average into the model."""
@@ -412,11 +350,11 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._take_back("predict")
 
     def _begin(self, hook: Literal["test", "predict"]) -> None:
-        if _is_fitting(self.model):
+        if is_running(self.model, "fit"):
             self._take_back("test", "predict")  # of one that was left by an exception
         else:
             self._take_over()
         if self._hook is None:
             self._put(hook)
             if self._hook is not None:
-                self._guards.append(Guard(self.model, f"{hook}_function", self.restore))
+                self._guards.append(ErrorGuard(self.model, f"{hook}_function", self.restore))

@@ -112,7 +112,8 @@ class InPlace:
 
     def averages(self) -> dict[str, Tensor]:
         """See :class:`Loan`."""
-        found = {pair.dst: recovered(pair).shadow for pair in self._pairs}
+        shadows = recovered(self._pairs)
+        found = {pair.dst: one for pair, one in zip(self._pairs, shadows, strict=True)}
         return {name: found[spec] for name, spec in self._specs.items()}
 
 

@@ -11,7 +11,7 @@ work with those older versions, too, that have none of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final, Literal
 
@@ -19,6 +19,7 @@ import torch
 
 from fastema.compat.following import Follower
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.errors import ArgumentError, StateError
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
@@ -119,7 +120,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     - Where a batch makes several steps, of several optimizers or in manual optimization,
       :meth:`should_update` is asked about each of them, and the average is updated at the end of
       the batch if it is True for one (Lightning's asks about the last one, whose number may never
-      be a multiple of ``update_every_n_steps``).
+      be a multiple of ``update_every_n_steps``). Put in the place of Lightning's by
+      ``fastema.compat.install("lightning")``, it asks as Lightning's does.
     - A checkpoint that is written in a validation does not mistake the one for the other.
     - ``ModelCheckpoint(save_weights_only=True)`` saves the average, whose metrics it monitors
       (Lightning's: the weights in training).
@@ -154,11 +156,14 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._latest_update_step = 0
         self._latest_update_epoch = -1
         self._follower: Follower | None = None
-        self._exchange: ExitStack | None = None
+        self._exchange: RestoringBlock[None] | None = None
         # "ended": the model has the average, and what is saved still has the weights in training.
         self._phase: Literal["outside", "training", "ended", "failed"] = "outside"
         self._steps_seen = self._batches_since = 0
         self._unwrap: Callable[[], None] | None = None
+
+    _as_peer: bool = False
+    """Whether it is updated when, and with the decay that, Lightning's callback would be."""
 
     @property
     def _begun(self) -> bool:
@@ -222,16 +227,14 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         """Update the average, if the optimizer made a step and :meth:`should_update` says so."""
         done = trainer.global_step
         seen, self._steps_seen = self._steps_seen, done
-        if done <= seen:
+        self._batches_since += done > seen
+        # Lightning's asks about the last step alone, and after each batch until it is updated.
+        asked = range(done - 1, done) if self._as_peer else range(seen, done)
+        if done <= (self._latest_update_step if self._as_peer else seen):
             return
-        self._batches_since += 1
-        if any(self.should_update(step_idx=step) for step in self._asked_about(seen, done)):
+        if any(self.should_update(step_idx=step) for step in asked):
             self._update(pl_module, by_step=True)
             self._latest_update_step, self._batches_since = done, 0
-
-    def _asked_about(self, seen: int, done: int) -> range:
-        """The numbers of the steps of a batch that should_update is asked about."""
-        return range(seen, done)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Update the average, if :meth:`should_update` says so for this epoch."""
@@ -248,12 +251,11 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         """Put the average into the model, for good as soon as nothing more of the fit is saved."""
         self._take_back()
         self._phase = "ended"
-        if self._begun:
-            self._put_in(pl_module)
+        self._copy_average_to_current(pl_module)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the average into the model."""
-        if self._phase == "training" and self._begun and self._exchange is None:
+        if self._phase == "training" and self._exchange is None:
             self._swap_models(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -271,10 +273,12 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         """Give the model the average for good, and let go of the trainer."""
         if stage != "fit" and self._phase == "training":
             return
-        has_average = self._phase in ("training", "ended") and self._begun
+        has_average, not_trained = self._exchange is not None, self._phase == "training"
         self._leave()
-        if has_average:
+        if not_trained:  # a finished run was resumed
             self._copy_average_to_current(pl_module)
+        elif has_average:
+            self._give(pl_module)
 
     def _leave(self) -> None:
         self._take_back()
@@ -283,18 +287,32 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     # -- the average in the model ------------------------------------------------------------------
 
+    # Subclasses override these two: they are called when, and as often as, Lightning's are.
+
     def _swap_models(self, pl_module: Any) -> None:
-        """Average and weights change places; a second call undoes it."""
+        """Average and weights change places; a second call undoes it.
+
+        Before the first update there is nothing to exchange.
+        """
         if self._exchange is None:
             self._put_in(pl_module)
         else:
             self._take_back()
 
+    def _copy_average_to_current(self, pl_module: Any) -> None:
+        """Give the model the average: as training ends in exchange, until nothing more is saved."""
+        if self._phase == "ended":
+            self._put_in(pl_module)
+        else:
+            self._give(pl_module)
+
     def _put_in(self, pl_module: Any) -> None:
         assert self._follower is not None
-        self._exchange = ExitStack()
+        self._exchange = (
+            self._follower.swapped(pl_module) if self._begun else RestoringBlock(_change_nothing)
+        )
         try:
-            self._exchange.enter_context(self._follower.swapped(pl_module))
+            self._exchange.__enter__()
         except BaseException:
             self._take_back()
             raise
@@ -304,9 +322,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._exchange.close()
             self._exchange = None
 
-    def _copy_average_to_current(self, pl_module: Any) -> None:
+    def _give(self, pl_module: Any) -> None:
         assert self._follower is not None
-        self._follower.give(pl_module)
+        if self._begun:
+            self._follower.give(pl_module)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -351,7 +370,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def _save_in_exchange(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save average and weights from their own places, as copies, and exchange them again."""
-        self._swap_models(pl_module)
+        self._take_back()
         try:
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
             self.on_save_checkpoint(trainer, pl_module, checkpoint)
@@ -361,7 +380,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                     for name, value in checkpoint[part].items()
                 }
         finally:
-            self._swap_models(pl_module)
+            self._put_in(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on with the average and the weights of a checkpoint, this one's or Lightning's."""
@@ -416,6 +435,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         return checkpoint | {
             "state_dict": {name: average.get(name, value) for name, value in current.items()}
         }
+
+
+def _change_nothing() -> Steps[None]:
+    return Steps(lambda: None, lambda: None)
 
 
 def _without_prefix(average: Mapping[str, Any]) -> dict[str, Any]:
@@ -473,7 +496,8 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     Notes
     -----
     Where it differs from Lightning's callback: ``update_every_n_steps`` does not change over how
-    many steps is averaged, see ``peer_exact``; and in all that :class:`WeightAveraging` lists. An
+    many steps is averaged, see ``peer_exact``, unless ``fastema.compat.install("lightning")`` put
+    it in the place of Lightning's; and in all that :class:`WeightAveraging` lists. An
     epoch has no number of steps that is known before: at its end the decay is that per epoch, as
     in Lightning's. Where a batch makes several steps, of several optimizers, ``decay`` is that per
     batch, as in Lightning's, whatever ``update_every_n_steps``: ``n`` is the number of batches with
@@ -512,6 +536,7 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch
         self.peer_exact = peer_exact
+        self._as_peer |= peer_exact
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether the arguments of the constructor ask for an update now."""
@@ -523,13 +548,10 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         first = self.update_starting_at_epoch
         return epoch_idx is not None and first is not None and epoch_idx >= first
 
-    def _asked_about(self, seen: int, done: int) -> range:
-        return range(done - 1, done) if self.peer_exact else super()._asked_about(seen, done)
-
     def _update(self, pl_module: Any, *, by_step: bool) -> None:
         assert self._average_model is not None
         steps = 1
-        if by_step and not self.peer_exact:
+        if by_step and not self._as_peer:
             steps = max(1, min(self.update_every_n_steps, self._batches_since))
         decay = self.decay**steps
         if decay not in self._functions:

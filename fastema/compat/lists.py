@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import repeat
 from operator import is_
 from typing import Any, Final, Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from fastema.errors import (
     BridgeError,
     CheckpointError,
     DTypeError,
+    FastemaError,
     LayoutError,
     StateError,
     listed,
@@ -29,6 +31,8 @@ __all__ = ["ListFollower", "Stored", "as_list", "clones", "loaded", "moved", "wr
 
 _PLANS: Final = 4
 """Sets of frozen parameters that plans are kept for: those of a script that takes turns."""
+
+_NOTHING: Final = torch.empty(0)
 
 
 def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
@@ -184,8 +188,10 @@ def loaded(
 class ListFollower:
     """Updates averages in a list from a list of parameters, which it does not keep alive.
 
-    The plan is made over other tensor objects of the parameters' memory. They are let go when one
-    of the parameters is, and made anew when one was re-pointed, cast, moved or replaced.
+    The plan is made over tensors of its own, which share the parameters' memory during an update
+    and are empty between updates. Weak references to the parameters would be an alternative, but
+    torch does not swap tensors that have some, as ``model.to()`` does with
+    ``torch.__future__.set_swap_module_params_on_conversion(True)``.
     """
 
     def __init__(self) -> None:
@@ -196,10 +202,9 @@ class ListFollower:
         return type(self), ()
 
     def let_go(self) -> None:
-        """Keep no memory: neither of parameters nor of averages."""
+        """Keep no averages."""
         self._shadow: list[Tensor] = []
         self._memory: list[Tensor] = []
-        self._references: list[weakref.ref[Tensor]] = []
         self._plans: dict[frozenset[int], _Planned] = {}
 
     def update(
@@ -222,31 +227,39 @@ class ListFollower:
                 f"{len(parameters)} parameters were given, the average is of {len(shadow)}: give "
                 "all that it was built from, in the same order"
             )
-        try:
-            plan = self._planned(shadow, parameters, copied)
-            plan.follower.update(plan.weights, weight, step)
-        except BaseException:
-            self.let_go()  # tensors that it refuses are not to be kept
-            raise
-        for at in plan.apart:
-            shadow[at].copy_(parameters[at].detach())
-
-    def _planned(
-        self, shadow: list[Tensor], parameters: list[Tensor], copied: frozenset[int]
-    ) -> _Planned:
         same = len(shadow) == len(self._shadow) and all(map(is_, shadow, self._shadow))
-        if not (same and _is_of(self._memory, parameters)):
+        if not (same and _pointed(self._memory, parameters)):
             self.let_go()
             self._shadow = list(shadow)
             self._memory = [parameter.detach() for parameter in parameters]
-            self._references = _watched(self, parameters)
+        was_there = copied in self._plans
+        try:
+            plan = self._planned(parameters, copied)
+            _refuse_unlike(
+                [shadow[at] for at in plan.apart],
+                [parameters[at] for at in plan.apart],
+                "those not averaged",
+            )
+            plan.follower.update(plan.weights, weight, step)
+        except BaseException as error:
+            self.let_go()  # tensors that it refuses are not to be kept
+            if not (was_there and isinstance(error, FastemaError)):
+                raise
+            # Made for parameters of another kind: float8 by now, say.
+            self.update(shadow, parameters, weight, step, copied)
+            return
+        if not _pointed(self._memory, repeat(_NOTHING, len(parameters))):
+            self.let_go()
+        for at in plan.apart:
+            shadow[at].copy_(parameters[at].detach())
+
+    def _planned(self, parameters: list[Tensor], copied: frozenset[int]) -> _Planned:
         found = self._plans.get(copied)
         if found is None:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            apart = frozenset(at for at in copied if not _has_kernel(parameters[at]))
-            _refuse_unlike(
-                [shadow[at] for at in apart], [parameters[at] for at in apart], "those not averaged"
+            apart = frozenset(
+                at for at in copied if not _has_kernel(self._shadow[at], parameters[at])
             )
             averages, weights = (
                 {str(at): one for at, one in enumerate(side) if at not in apart}
@@ -258,6 +271,16 @@ class ListFollower:
         return found
 
 
+def _pointed(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    """Make tensors share the memory of others; whether torch can do so for all."""
+    try:
+        for one, other in zip(tensors, others, strict=True):
+            one.data = other
+    except (RuntimeError, TypeError):  # of other kinds: sparse, fake
+        return False
+    return True
+
+
 class _Planned(NamedTuple):
     """What updates the averages while certain parameters are frozen.
 
@@ -267,7 +290,7 @@ class _Planned(NamedTuple):
     weights : dict of str to Tensor
         What it follows, by place in the list.
     apart : frozenset of int
-        Places of what is copied and no kernel knows: float8, sparse.
+        Places of what is copied and no kernel copies: float8 into float32, sparse.
     """
 
     follower: Follower
@@ -275,45 +298,24 @@ class _Planned(NamedTuple):
     apart: frozenset[int]
 
 
-def _has_kernel(one: Tensor) -> bool:
+def _has_kernel(average: Tensor, weight: Tensor) -> bool:
+    """Whether one can be copied into the other by a kernel."""
     try:
-        describe(one)
+        kinds = describe(average).kind, describe(weight).kind
     except (BridgeError, DTypeError):
         return False
-    return True
+    return kinds[0] == kinds[1] or None not in (kinds[0].real, kinds[1].real)
 
 
 def _treated(copied: frozenset[int], name: str, role: Role) -> Literal["average", "copy"]:
     return "copy" if int(name) in copied else "average"
 
 
-def _is_of(memory: list[Tensor], parameters: list[Tensor]) -> bool:
-    """Whether these tensors and those have storage, place, shape, strides and dtype in common."""
-    try:
-        return len(memory) == len(parameters) and all(map(Tensor.is_set_to, memory, parameters))
-    except NotImplementedError:  # of tensors that have no storage
-        return False
-
-
-def _watched(follower: ListFollower, parameters: list[Tensor]) -> list[weakref.ref[Tensor]]:
-    """References that make a follower let go of the memory of parameters that are gone.
-
-    Of tensors that are no parameters, such as ``p.data``, there are others at every call.
-    """
-    me = weakref.ref(follower)
-
-    def gone(_: object) -> None:
-        one = me()
-        if one is not None:
-            one.let_go()
-
-    return [weakref.ref(one, gone) for one in parameters if isinstance(one, torch.nn.Parameter)]
-
-
 class Stored:
     """Notices that parameters hold the average in place of weights that were stored.
 
-    The weights themselves are their owner's.
+    The weights themselves are their owner's. Parameters are known by their storages, without a
+    reference to the tensors: see :class:`ListFollower`.
     """
 
     def __init__(self) -> None:
@@ -325,20 +327,19 @@ class Stored:
 
     def restored(self) -> None:
         """The weights are back, or given up."""
-        self._of: list[weakref.ref[Tensor]] = []
+        self._of: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten = False
 
     def stored(self, parameters: Sequence[Tensor]) -> None:
         """The weights of these were stored."""
-        self._of, self._overwritten = [weakref.ref(one) for one in parameters], False
+        self._of, self._overwritten = [weakref.ref(one) for one in _storages(parameters)], False
 
-    def _alive(self) -> list[Tensor]:
-        return [one for one in (reference() for reference in self._of) if one is not None]
+    def _alive(self) -> set[int]:
+        return {id(reference()) for reference in self._of} - {id(None)}
 
     def overwritten(self, parameters: Iterable[Tensor]) -> None:
         """These hold the average now."""
-        written = {id(one) for one in parameters}
-        self._overwritten |= any(id(one) in written for one in self._alive())
+        self._overwritten |= bool(self._alive() & {id(one) for one in _storages(parameters)})
 
     def refuse_loss(self, name: str, nothing: Any = None) -> None:
         """Refuse to store others in the place of weights that are nowhere else."""
@@ -348,3 +349,7 @@ class Stored:
                 f"that were stored before: restore() them first, or set {name} to {nothing} if "
                 "they are not wanted back"
             )
+
+
+def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    return [one.untyped_storage() for one in tensors if one.layout == torch.strided]

@@ -13,8 +13,9 @@ from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
 from fastema.compat.lists import Stored, as_list, clones, write
 from fastema.compat.mirrored import Mirrored
+from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import mapping_in, unfit
-from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError, listed
+from fastema.errors import CheckpointError, LayoutError, StateError, listed
 from fastema.layout.spec import Role
 
 __all__ = ["LitEma", "ema_weights", "with_ema_weights"]
@@ -148,8 +149,7 @@ class LitEma(nn.Module):
         self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True
     ) -> None:
         super().__init__()
-        if not 0.0 <= decay <= 1.0:
-            raise ArgumentError(f"decay={decay!r}: expected a number between 0 and 1")
+        refuse_no_share(decay, "decay")
         trained = _trained(model)
         self.m_name2s_name = _dotless(trained)
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
@@ -268,7 +268,7 @@ class LitEma(nn.Module):
             self._following().give(model)
         except LayoutError as error:
             raise self._explained(model, error) from None
-        self._stored.overwritten(model.parameters())
+        self._stored.overwritten(list(model.parameters()))
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of parameters, for :meth:`restore`.

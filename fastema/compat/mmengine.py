@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
-from fastema.compat.following import Follower
+from fastema.compat.following import Follower, duplicate
 from fastema.compat.mirrored import Mirrored
+from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import mapping_in, mismatches
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, listed
 from fastema.layout.spec import Role
@@ -114,7 +114,9 @@ class BaseAveragedModel(nn.Module):
         update_buffers: bool = False,
     ) -> None:
         super().__init__()
-        self.module = deepcopy(model).requires_grad_(False)
+        self.module = duplicate(model)
+        for parameter in self.module.parameters():  # a scripted module cannot do it for them
+            parameter.requires_grad_(False)
         self.interval = checked_whole(interval, "interval", 1)
         if device is not None:
             self.module = self.module.to(device)
@@ -313,6 +315,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         *,
         peer_exact: bool = False,
     ) -> None:
+        refuse_no_share(momentum, "momentum")
         if not 0.0 < momentum < 1.0:
             raise ArgumentError(f"momentum={momentum!r}: expected a number in (0, 1), 1 - decay")
         if momentum > 0.5:

@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from fastema.bridges.names import plain_names
 from fastema.compat.transfer import averages_of, mapping_in, take_over, unfit, whole_in
 from fastema.errors import CheckpointError, listed
-from fastema.rules import Constant
+from fastema.rules import Aligned
 from fastema.rules.checks import checked_decay, checked_whole
 from fastema.shadow import EMA
 
 __all__ = ["export", "load", "rule"]
 
 
-def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Constant:
+def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
     """The schedule of NeMo's ``EMA``: a constant decay at every ``every_n_steps``-th step.
 
     NeMo uses ``decay`` at each update, however many steps lie between two, so that the average
@@ -33,9 +33,9 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Constant:
 
     Returns
     -------
-    Constant
+    Aligned
         ``decay ** (1 / every_n_steps)``, for ``fastema.EMA(model, decay=rule(decay, k),
-        update_every=k)``.
+        update_every=k)``. As in NeMo the first step updates the average, then every k-th.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Constant:
     0.9999
     """
     every = checked_whole(every_n_steps, "every_n_steps", 1)
-    return Constant(checked_decay(decay) ** (1.0 / every))
+    return Aligned(checked_decay(decay) ** (1.0 / every), phase=1)
 
 
 def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | None, Tensor]]:
@@ -139,7 +139,12 @@ def load(
     every = whole_in(state["every_n_steps"], "every_n_steps", 1)
     done = whole_in(state["current_step"], "current_step")
     averages = {name: one for (name, _), one in pairs if name is not None}
-    take_over(ema, averages, done + every - 1)
+    take_over(ema, averages, done + _ahead(ema, every))
+
+
+def _ahead(ema: EMA, every: int) -> int:
+    """By how much its count is ahead of NeMo's, which updates with steps 1, 1 + every, ..."""
+    return (ema.schedule.phase - 1) % every
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -172,7 +177,7 @@ def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         for name, one in _ordered(model, optimizer)
     )
     every, done = ema.schedule.update_every, ema.num_updates
-    step = done - (every - 1)
+    step = done - _ahead(ema, every)
     decay = ema.schedule.decays(max(done, 1))[0]
     return {
         "opt": optimizer.state_dict(),

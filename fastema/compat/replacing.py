@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType, TracebackType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from fastema.compat.interface import differences
 from fastema.engine.interrupts import deferred
@@ -76,8 +76,14 @@ class _Replaced(NamedTuple):
     ours: Any
 
 
+Horizon = Literal["peer", "corrected"]
+
+_DIFFER: Final = ("ema_pytorch", "lightning")
+"""Peers whose ``update_every`` lengthens the horizon: see :mod:`fastema.compat.peer_horizon`."""
+
 _lock = rlock()
 _installed: dict[str, list[_Replaced]] = {}
+_horizons: dict[str, Horizon] = {}
 
 
 class Installation:
@@ -111,8 +117,10 @@ class Installation:
         return f"Installation({', '.join(self.peers)})"
 
 
-def install(*peers: str) -> Installation:
+def install(*peers: str, horizon: Horizon = "peer") -> Installation:
     """Put our classes in the place of a peer's: an existing script gains the kernels unchanged.
+
+    They update after the same steps as the peer's, with the same weights.
 
     Their names are replaced where they are defined and in every module that has imported them, so
     it does not matter whether the script imports them before or after. Averages that exist already
@@ -129,6 +137,11 @@ def install(*peers: str) -> Installation:
         :mod:`torch.optim.swa_utils`), ``"tensorflow"`` (``tf.train.ExponentialMovingAverage``),
         ``"timm"`` (``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``), ``"torch_ema"``
         (``ExponentialMovingAverage``). One that is replaced already is left so.
+    horizon : {"peer", "corrected"}
+        Over how many steps ``update_every`` (ema_pytorch) and ``update_every_n_steps`` (Lightning)
+        average. ``"peer"`` (default): as there, times as many as it says. ``"corrected"``: as many
+        as with an update after every step; it is what those have who import the classes from
+        :mod:`fastema.compat`. The other peers' classes have no such difference.
 
     Returns
     -------
@@ -138,7 +151,8 @@ def install(*peers: str) -> Installation:
     Raises
     ------
     ArgumentError
-        For an unknown name, or none.
+        For an unknown name, or none; for an unknown ``horizon``, or one that differs from that
+        with which a peer is installed.
     PeerError
         If a peer is missing, or of a version whose interface is not the one that is known here:
         every difference is named. Nothing is replaced then, of any peer.
@@ -155,15 +169,26 @@ def install(*peers: str) -> Installation:
     if unknown or not peers:
         given = ", ".join(map(repr, unknown)) if unknown else "no name"
         raise ArgumentError(f"install: got {given}; known are {', '.join(sorted(_KNOWN))}")
+    if horizon not in get_args(Horizon):
+        raise ArgumentError(
+            f"install: horizon={horizon!r}: expected one of {', '.join(get_args(Horizon))}"
+        )
     with _lock:
+        for peer in peers:
+            if peer in _DIFFER and _horizons.get(peer, horizon) != horizon:
+                raise ArgumentError(
+                    f"install: {peer} is installed with horizon={_horizons[peer]!r}: uninstall it "
+                    f"before it is installed with horizon={horizon!r}"
+                )
         new = tuple(dict.fromkeys(peer for peer in peers if peer not in _installed))
-        pairs = {peer: _checked(peer) for peer in new}
+        pairs = {peer: _checked(peer, horizon) for peer in new}
         places = {peer: [p for pair in pairs[peer] for p in _places(*pair)] for peer in new}
         with deferred():
             for found in places.values():
                 for place in found:
                     _members(place.module)[place.name] = place.ours
             _installed.update(places)
+            _horizons.update(dict.fromkeys(places, horizon))
         return Installation(places)
 
 
@@ -189,7 +214,8 @@ def uninstall(*peers: str) -> None:
             raise ArgumentError(
                 f"uninstall: {', '.join(map(repr, strange))} not installed; installed: {now}"
             )
-        for peer in peers or tuple(_installed):
+        for peer in dict.fromkeys(peers or _installed):
+            _horizons.pop(peer)
             for place in _installed.pop(peer):
                 # Whoever has put something else there meant it.
                 members = _members(place.module)
@@ -203,14 +229,15 @@ def installed() -> tuple[str, ...]:
         return tuple(_installed)
 
 
-def _checked(name: str) -> list[tuple[Any, Any]]:
+def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     """Theirs and ours of every name, if the peer's interface is the known one."""
     present = [peer for peer in _KNOWN[name] if _is_there(peer.home.partition(".")[0])]
     if not present:
         raise PeerError(f"{_KNOWN[name][0].distribution} is not installed: nothing to replace")
+    inside = "peer_horizon." if horizon == "peer" and name in _DIFFER else ""
     pairs = []
     for peer in present:
-        problems, found = _compared(peer, name)
+        problems, found = _compared(peer, f"fastema.compat.{inside}{name}")
         if problems:
             raise PeerError(
                 f"{peer.distribution} {_version(peer.distribution)} has an interface that fastema "
@@ -228,12 +255,12 @@ def _is_there(package: str) -> bool:
         return package in sys.modules
 
 
-def _compared(peer: _Peer, name: str) -> tuple[list[str], list[tuple[Any, Any]]]:
+def _compared(peer: _Peer, module: str) -> tuple[list[str], list[tuple[Any, Any]]]:
     try:
         home = import_module(peer.home)
     except Exception as error:  # whatever goes wrong in a package that is broken
         return [f"{peer.home} cannot be imported: {type(error).__name__}: {error}"], []
-    ours = import_module(f"fastema.compat.{name}")
+    ours = import_module(module)
     missing = [f"{peer.home}.{one} is missing" for one in peer.names if not hasattr(home, one)]
     if missing:
         return missing, []

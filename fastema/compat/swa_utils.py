@@ -27,7 +27,8 @@ from fastema.bridges.names import plain_names
 from fastema.compat import mirrored
 from fastema.compat.following import Follower
 from fastema.compat.mirrored import Mirrored
-from fastema.errors import ArgumentError, LayoutError, listed
+from fastema.compat.shares import refuse_no_share
+from fastema.errors import LayoutError, listed
 from fastema.plan import Plan
 from fastema.torch import update_bn
 
@@ -82,8 +83,7 @@ class _Exponential(_Rule):
 
     def __init__(self, decay: float, rounding: Rounding, seed: int) -> None:
         super().__init__(rounding, seed)
-        if not 0.0 <= decay <= 1.0:
-            raise ArgumentError(f"decay={decay!r}: expected a number in [0, 1]")
+        refuse_no_share(decay, "decay")
         self._decay = decay
 
     def __repr__(self) -> str:
@@ -437,7 +437,8 @@ class AveragedModel(peer.AveragedModel):
         multi_avg_fn: MultiAvgFn | None = None,
         use_buffers: bool = False,
     ) -> None:
-        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]
+        with torch.no_grad():  # a copy of a scripted module: see fastema.compat.following.duplicate
+            super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]
         self._begin()
 
     def _begin(self) -> None:

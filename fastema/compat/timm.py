@@ -19,7 +19,6 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
 from os import PathLike
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
-from fastema.compat.following import Follower
+from fastema.compat.following import Follower, duplicate
+from fastema.compat.shares import refuse_no_share
 from fastema.errors import CheckpointError, LayoutError
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
@@ -111,6 +111,7 @@ class _Following:
 
     def update(self, averaged: nn.Module, model: nn.Module, decay: float, **settings: Any) -> None:
         """``avg = decay * avg + (1 - decay) * x``."""
+        refuse_no_share(decay, "decay")
         self.follower(averaged, model, **settings).update(model, 1.0 - decay, self.step)
         self.step += 1
 
@@ -170,8 +171,7 @@ class ModelEma:
         device: Any = "",
         resume: str | PathLike[str] = "",
     ) -> None:
-        self.ema = deepcopy(model)
-        self.ema.eval()
+        self.ema = duplicate(model).eval()
         self.decay = decay
         self.device = device
         if device:
@@ -266,8 +266,7 @@ class ModelEmaV2(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, device: Any = None) -> None:
         super().__init__()
-        self.module = deepcopy(model)
-        self.module.eval()
+        self.module = duplicate(model).eval()
         self.decay = decay
         self.device = device
         if device is not None:
@@ -390,8 +389,7 @@ stochastic_rounding, stochastic_rounding_seed, foreach, exclude_buffers
         exclude_buffers: bool = False,
     ) -> None:
         super().__init__()
-        self.module = deepcopy(model)
-        self.module.eval()
+        self.module = duplicate(model).eval()
         self.decay = decay
         self.min_decay = min_decay
         self.update_after_step = update_after_step
@@ -425,6 +423,7 @@ stochastic_rounding, stochastic_rounding_seed, foreach, exclude_buffers
             warm-up, or without a step; else ``1 - (1 + n / warmup_gamma) ** -warmup_power``, at
             most ``decay`` and at least ``min_decay``.
         """
+        refuse_no_share(self.decay, "decay")
         if step is None:
             return self.decay
         passed = step - self.update_after_step - 1

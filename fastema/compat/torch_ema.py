@@ -13,15 +13,15 @@ Change the import and nothing else:
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
-from fastema.engine.interrupts import deferred
+from fastema.compat.shares import refuse_no_share
+from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
 
 __all__ = ["ExponentialMovingAverage"]
@@ -81,6 +81,8 @@ class ExponentialMovingAverage:
       What it stores can be copied and loaded; there it is part of autograd's graph, and a state
       saved before :meth:`restore` was refused.
     - Integers are copied, where an update failed there.
+    - It can be pickled, there it cannot. Pickled together with the model it goes on with that
+      model's parameters; by itself, the parameters have to be given to each call afterwards.
     - A call that fails has changed nothing, and is not counted.
 
     Source: torch_ema 0.3, ``torch_ema.ExponentialMovingAverage``.
@@ -99,13 +101,13 @@ class ExponentialMovingAverage:
     def __init__(
         self, parameters: Iterable[Tensor], decay: float, use_num_updates: bool = True
     ) -> None:
-        _refuse_outside(decay, ArgumentError)
+        refuse_no_share(decay, "decay")
         self.decay = decay
         self.num_updates: int | None = 0 if use_num_updates else None
         weights = as_list(parameters, "ExponentialMovingAverage(parameters)")
         self._shadow = clones(weights)
         self.collected_params: list[Tensor] | None = None
-        self._references = [weakref.ref(one) for one in weights]
+        self._references = [_Reference(one) for one in weights]
         self._num_calls = 0
         self._follower = ListFollower()
         self._stored = Stored()
@@ -227,8 +229,9 @@ class ExponentialMovingAverage:
         write(self.collected_params, self._get_parameters(parameters, "restore"), "restore")
         self._stored.restored()
 
-    @contextmanager
-    def average_parameters(self, parameters: Iterable[Tensor] | None = None) -> Iterator[None]:
+    def average_parameters(
+        self, parameters: Iterable[Tensor] | None = None
+    ) -> RestoringBlock[None]:
         """A block in which the parameters hold the average; the weights come back however it ends.
 
         A copy of the weights is kept for the block, as there. They come back bit for bit, also
@@ -244,14 +247,16 @@ class ExponentialMovingAverage:
         ArgumentError, LayoutError, DTypeError, BridgeError
             See :meth:`update`.
         """
-        weights = self._get_parameters(parameters, "average_parameters")
-        raw = clones(weights)
-        try:
-            write(self._shadow, weights, "average_parameters")
-            yield
-        finally:
-            with deferred():
-                write(raw, weights, "the raw weights")
+
+        def prepare() -> Steps[None]:
+            weights = self._get_parameters(parameters, "average_parameters")
+            raw = clones(weights)
+            return Steps(
+                lambda: write(self._shadow, weights, "average_parameters"),
+                lambda: write(raw, weights, "the raw weights"),
+            )
+
+        return RestoringBlock(prepare)
 
     # -- the average ------------------------------------------------------------------------------
 
@@ -315,7 +320,7 @@ class ExponentialMovingAverage:
         if missing:
             raise CheckpointError(f"the state has no {', '.join(map(repr, missing))}")
         decay, num_updates = state_dict["decay"], state_dict["num_updates"]
-        _refuse_outside(decay, CheckpointError)
+        refuse_no_share(decay, "decay", CheckpointError)
         if not (num_updates is None or isinstance(num_updates, int)):
             raise CheckpointError(f"'num_updates' of the state is {num_updates!r}: expected an int")
         weights = [reference() for reference in self._references]
@@ -332,6 +337,20 @@ class ExponentialMovingAverage:
         self._stored.restored()
 
 
-def _refuse_outside(decay: float, error: type[ArgumentError | CheckpointError]) -> None:
-    if not 0.0 <= decay <= 1.0:
-        raise error(f"decay={decay!r}: expected a number from 0 to 1, weight of the old average")
+class _Reference(weakref.ref[Tensor]):
+    """A weak reference to a parameter; pickled, the parameter itself.
+
+    In a pickle that has the model too, the reference leads to the parameter of that model again.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _referred, (self(),)
+
+    def __deepcopy__(self, memo: Any) -> _Reference:
+        return self
+
+
+def _referred(parameter: Tensor | None) -> _Reference:
+    return _Reference(torch.empty(0) if parameter is None else parameter)

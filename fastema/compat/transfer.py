@@ -154,7 +154,10 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     tensors = {
         name: _like(found[name], one) if name in found else one.clone() for name, one in own.items()
     }
-    ema.load_state_dict({**state, "shadow": [tensors], "num_updates": count})
+    state = {**state, "shadow": [tensors], "num_updates": count}
+    if "log_decays" in state:  # of a bias correction: what so many updates leave of the beginning
+        state["log_decays"] = list(ema.schedule.log_decays(count))
+    ema.load_state_dict(state)
 
 
 def _like(found: Tensor, own: Tensor) -> Tensor:

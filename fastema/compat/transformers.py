@@ -14,7 +14,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -174,7 +174,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     of its own beside them, ``ema.safetensors``, written whole or not at all, directly after the
     weights: before older checkpoints are deleted, before ``push_to_hub`` uploads the folder, and
     with ``enable_jit_checkpoint``, too. The file knows the weights that it is of (by pieces of each
-    tensor), and is refused beside those of another run. A run that resumes by
+    tensor), and is refused beside those of another run, or if it is damaged. A run that resumes by
     ``train(resume_from_checkpoint=...)`` goes on to the bit. ``save_total_limit`` deletes the file
     with its folder.
 
@@ -400,14 +400,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, folder: Path, step: int) -> None:
         known = json.dumps(_digests(folder))
-        state = self.ema.state_dict(copy=False)
-        write_state(folder / _FILE, state, step=str(step), weights=known)
+        with self.ema.lock:  # updates on other threads wait until all is of one moment
+            state = self.ema.state_dict(copy=False)
+            write_state(folder / _FILE, state, step=str(step), weights=known)
         self._written = step
 
     # -- the average in the model ------------------------------------------------------------------
 
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> AbstractContextManager[Any]:
         """A block in which the model holds the average; its weights come back however it ends.
 
         Where the model holds the average already it does nothing.
@@ -418,10 +418,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             Before training.
         """
         if self._is_given or self.ema.applied:
-            yield
-            return
-        with self.ema.swapped(which=self._which):
-            yield
+            return nullcontext()
+        return self.ema.swapped(which=self._which)
 
     def save_model(self, output_dir: str | None = None) -> None:
         """``trainer.save_model(output_dir)`` with the average in the place of the weights.
@@ -539,9 +537,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             try:
                 found = files.read(path)
                 _check_weights(found)
+                _load(self.ema, found)
             except (FileNotFoundError, CheckpointError) as error:
                 lacks = isinstance(error, FileNotFoundError)
-                problem = f"has {'no' if lacks else 'the wrong'} {_FILE}"
+                problem = f"has no {_FILE}" if lacks else f"has the wrong {_FILE} ({error})"
                 warnings.warn(
                     f"the best checkpoint, {best}, {problem}: the model holds its weights as they "
                     "were in training",
@@ -549,7 +548,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 )
                 self._is_given = True
                 return
-            _load(self.ema, found)
         if self.at_end == "average":
             self.ema.copy_to(self._model, which=self._which)
             self._is_given = True

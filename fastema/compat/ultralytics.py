@@ -11,9 +11,10 @@ from typing import Any, Literal
 from torch import nn
 
 from fastema.bridges.names import plain_names
-from fastema.compat.following import Follower
+from fastema.compat.following import Follower, duplicate
+from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import mapping_in, mismatches, whole_in
-from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.errors import CheckpointError, listed
 from fastema.layout.spec import Role
 from fastema.rules import Rule
 from fastema.rules.checks import checked_positive
@@ -49,8 +50,7 @@ class Ramp(Rule):
     tau: float = 2000.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.limit <= 1.0:
-            raise ArgumentError(f"decay={self.limit!r}: expected a number in [0, 1]")
+        refuse_no_share(self.limit, "decay")
         object.__setattr__(self, "tau", checked_positive(self.tau, "tau"))
 
     def decay(self, n: int) -> float:
@@ -152,10 +152,11 @@ class ModelEMA:
         inner = _unwrapped(model)
         teacher = getattr(inner, _TEACHER, None)
         memo = {} if teacher is None else {id(teacher): None}
-        self.ema = deepcopy(inner, memo).eval()
+        self.ema = duplicate(inner, memo).eval()
         if hasattr(inner, _TEACHER):
             setattr(self.ema, _TEACHER, None)
-        self.ema.requires_grad_(False)
+        for parameter in self.ema.parameters():  # a scripted module cannot do it for them
+            parameter.requires_grad_(False)
         self.updates = updates
         self.enabled = True
         self._followed: tuple[nn.Module, Follower] | None = None
@@ -186,7 +187,10 @@ class ModelEMA:
         self.updates = step
 
     def update_attr(
-        self, model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()
+        self,
+        model: nn.Module,
+        include: Iterable[str] = (),
+        exclude: Iterable[str] = ("process_group", "reducer"),
     ) -> None:
         """Copy a model's attributes to :attr:`ema`, but for those that begin with an underscore.
 
@@ -196,7 +200,7 @@ class ModelEMA:
         include : iterable of str
             Only these; all where it is empty.
         exclude : iterable of str
-            Not these.
+            Not these; by default what belongs to ``DistributedDataParallel``.
         """
         if not self.enabled:
             return

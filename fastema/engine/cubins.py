@@ -21,11 +21,12 @@ from fastema.errors import DeviceError
 
 __all__ = ["CLOCK", "INSTALL", "Cubin", "Key", "Unavailable", "cubin"]
 
-INSTALL: Final = "pip install 'fastema[cuda]'"
+INSTALL: Final = "pip install 'fastema[cuda]' ('fastema[cuda12]' for a driver of CUDA 12)"
 
 _COMPILERS: Final = (
     *("numba", "numba-cuda", "llvmlite"),
     *("cuda-core", "nvidia-nvjitlink", "nvidia-nvvm", "cuda-toolkit"),
+    *("nvidia-nvjitlink-cu12", "nvidia-cuda-nvcc-cu12"),
 )
 """Distributions whose version may change what comes out; some may be missing."""
 

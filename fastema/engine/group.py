@@ -70,8 +70,12 @@ def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
     if operation in _CONVERTING and dst == src and pair.low is None:
         return raw(dst), raw(src)
     if dst.real is None or src.real is None:
-        raise DTypeError(f"{operation}: {dst.code} is not averaged, only copied and swapped")
+        raise DTypeError(
+            f"{operation}: {dst.code} is not averaged, only copied and swapped ({pair.name})"
+        )
     form = pair.form or dst.real
+    if operation == "swap" and "+" in form and src.code == "f32":
+        return form, raw(src)
     if operation in _CONVERTING:
         form = form.removesuffix("~")  # a copy is best rounded to nearest
     if operation not in _WITH_RING:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
-import threading
+from threading import get_ident, main_thread
 from types import FrameType
 from typing import Any, Final
 
@@ -25,8 +26,132 @@ _in_c: Any = sys.modules.get("_signal", signal)
 _set, _get = _in_c.signal, _in_c.getsignal
 
 
+class _Action(ctypes.Structure):
+    """What the system does on a signal: Linux' ``struct sigaction``."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("mask", ctypes.c_ubyte * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+# Without declared argument types a call takes half the time. Of another system's structure nothing
+# is known: there Python's handlers alone are put back.
+_sigaction: Any = ctypes.PyDLL(None)["sigaction"] if sys.platform == "linux" else lambda *_: 0
+_actions: Final = {number: _Action() for number in _SIGNALS}
+_references: Final = {number: ctypes.byref(action) for number, action in _actions.items()}
+
+_of_python: tuple[int | None, int] | None = None
+"""Function and flags of an action that nothing but Python has set; None until one was set."""
+
 _active: list[deferred] = []
 """Blocks of the main thread, the innermost last."""
+
+_handlers: dict[int, Any] = {}
+"""By signal, the handler that :func:`_note` stands in for, or did in an earlier block."""
+
+_changed_in_c: set[int] = set()
+"""Signals whose action is not what Python alone would have set."""
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    if _active:
+        _active[0].noted.append((number, frame))
+    else:  # put back after the block by somebody who found it there
+        _handlers[number](number, frame)
+
+
+def _keep_action(number: int) -> None:
+    """Undo what ``signal.signal`` has done besides setting Python's handler.
+
+    It removes handlers set in C, such as ``faulthandler``'s, which call Python's after their own,
+    and what ``signal.siginterrupt`` has set.
+    """
+    global _of_python
+    if _of_python is None:
+        now = _Action()
+        _sigaction(number, None, ctypes.byref(now))
+        _of_python = now.function, now.flags
+    action = _actions[number]
+    if (action.function, action.flags) != _of_python:
+        _changed_in_c.add(number)
+        _sigaction(number, _references[number], None)
+
+
+class deferred:
+    """A block that Ctrl-C, and signal handlers that raise, wait for.
+
+    Python runs its handlers between any two instructions of the main thread, so an exception may
+    come up between two halves of a swap. Here they are noted, and called when the block is over:
+    all of them, even if one raises. Handlers set in C run at once, and stay where they are.
+    Costs one or two microseconds in the main thread, next to nothing in others.
+    """
+
+    __slots__ = ("_held", "noted")
+
+    _held: list[int]
+    noted: list[tuple[int, FrameType | None]]
+
+    def __enter__(self) -> None:
+        """Begin to hold signals back."""
+        if get_ident() != main_thread().ident:
+            return
+        self._held, self.noted = [], []
+        try:
+            _active.append(self)
+            for number in _SIGNALS:
+                handler = _get(number)
+                if handler is _note:
+                    if len(_active) == 1:  # left by a block that was interrupted as it ended
+                        self._held.append(number)
+                elif callable(handler):
+                    _sigaction(number, None, _references[number])
+                    action = _actions[number]
+                    found = action.function, action.flags
+                    _handlers[number] = handler
+                    self._held.append(number)
+                    before = _set(number, _note)
+                    if before is not handler:  # a signal came, and its handler set another one
+                        _handlers[number] = before
+                    if found != _of_python:
+                        _keep_action(number)
+        except BaseException:
+            # No call before this one: a second signal's handler could raise as it begins, and what
+            # is not taken out of the list holds signals back for good.
+            _active.remove(self)
+            self._release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        """Let them through: what was noted is handled now."""
+        if self in _active:
+            try:
+                _active.remove(self)
+            finally:
+                self._release()
+
+    def _put_back(self) -> None:
+        for number in self._held:
+            if _get(number) is _note:  # and no other one, set in the block
+                _set(number, _handlers[number])
+                if number in _changed_in_c:
+                    _sigaction(number, _references[number], None)
+
+    def _release(self) -> None:
+        try:
+            self._put_back()
+            while self.noted:
+                number, frame = self.noted[0]
+                handler = _get(number)
+                wanted = callable(handler)
+                del self.noted[0]  # no instruction from here to the call lets a signal through
+                if wanted:
+                    handler(number, frame)
+        except BaseException:  # of a handler: the others' turn comes all the same
+            self._release()
+            raise
 
 
 def _put_back_in_child() -> None:
@@ -37,55 +162,3 @@ def _put_back_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_put_back_in_child)
-
-
-class deferred:
-    """A block that Ctrl-C, and signal handlers that raise, wait for.
-
-    Python runs its handlers between any two instructions of the main thread, so an exception may
-    come up between two halves of a swap. Here they are noted, and called when the block is over.
-    Costs about a microsecond in the main thread, next to nothing in others.
-    """
-
-    __slots__ = ("_before", "_noted")
-
-    def __init__(self) -> None:
-        self._before: list[tuple[int, Any]] = []
-        self._noted: list[tuple[int, FrameType | None]] = []
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted.append((number, frame))
-
-    def _put_back(self) -> None:
-        for number, handler in self._before:
-            _set(number, handler)
-
-    def __enter__(self) -> None:
-        """Begin to hold signals back."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        _active.append(self)
-        try:
-            for number in _SIGNALS:
-                handler = _get(number)
-                if callable(handler):
-                    self._before.append((number, handler))
-                    _set(number, self._note)
-        except BaseException:
-            _active.remove(self)
-            self._put_back()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        """Let them through: what was noted is handled now."""
-        if self not in _active:
-            return
-        _active.remove(self)
-        try:
-            self._put_back()
-        except BaseException:  # one that came as soon as it could
-            self._put_back()
-            raise
-        handlers = dict(self._before)
-        for number, frame in self._noted:
-            handlers[number](number, frame)

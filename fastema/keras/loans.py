@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.bridges.registry import leaves_of
 from fastema.shadow import EMA
 
-__all__ = ["Copies", "Guard", "Swap", "Watched"]
+__all__ = ["Copies", "Swap", "Watched"]
 
 
 class Swap:
@@ -117,32 +116,3 @@ def _is_gone(array: Any) -> bool:
 def _checksum(variable: Any) -> int:
     array = _on_host(variable)
     return zlib.crc32(bytes_of(array))
-
-
-class Guard:
-    """Stands in for a function of a model's: where that raises, the average is taken back."""
-
-    def __init__(self, model: Any, name: str, undo: Callable[[], None]) -> None:
-        self._model, self._name, self._undo = model, name, undo
-        self._own = name in vars(model)
-        self._inner = getattr(model, name)
-        vars(model)[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        try:
-            return self._inner(*args, **kwargs)
-        except BaseException as error:
-            # The end of the data is no failure: JAX iterators end so, and those of TensorFlow.
-            if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
-                self._undo()
-            raise
-
-    def remove(self) -> None:
-        """Give the model its own function back, unless it was given another meanwhile."""
-        if vars(self._model).get(self._name) is not self:
-            return
-        if self._own:
-            vars(self._model)[self._name] = self._inner
-        else:
-            del vars(self._model)[self._name]

@@ -13,7 +13,8 @@ import keras
 
 from fastema.checkpoint import files, state
 from fastema.errors import ArgumentError, CheckpointError, StateError
-from fastema.keras.loans import Copies, Guard, Swap, Watched
+from fastema.keras.guards import ErrorGuard, Guard, guard_use, refuse_writes
+from fastema.keras.loans import Copies, Swap, Watched
 from fastema.keras.steps import Steps, inner
 from fastema.rules import Rule
 from fastema.shadow import EMA
@@ -95,7 +96,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     Notes
     -----
-    **Steps.** The average follows the optimizer's steps, not batches. With
+    **Steps.** The average follows the optimizer's steps, not batches, and not those that TensorFlow
+    counts without a batch as data of unknown length run out. With
     ``gradient_accumulation_steps=k`` it moves at each k-th batch, and with a ``LossScaleOptimizer``
     not at the steps that this leaves out. Of a ``compile(steps_per_execution=n)`` a callback sees
     only the weights after n steps: they are taken in as if they had stood there for all of the n,
@@ -110,13 +112,14 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     **Exceptions.** An exception in the validation of ``fit``, wherever it comes from, and an
     interrupt, take the average back before they leave ``fit``. In ``evaluate`` and ``predict`` this
-    holds for the model's own errors (on JAX also the data's); after one of the data, or of another
-    callback, the average stays until the next ``fit``, ``evaluate`` or ``predict`` with this
-    callback, or :meth:`restore`. A callback that raises after this one in ``on_epoch_end`` with
-    ``swap_on_epoch=True`` leaves it until the next ``fit`` or :meth:`restore`. A block
-    ``with ema.swapped():`` around a call takes the average back whatever happens. On JAX an
-    evaluation that fails leaves a model without weights in Keras itself; those that are averaged
-    come back here.
+    holds for the model's own errors (on JAX also the data's). After an error of the data or of
+    another callback, with ``swap_on_epoch=True`` also between the epochs and at the end of ``fit``,
+    the average stays until the model is used again: ``fit``, ``train_on_batch``, ``evaluate``,
+    ``predict``, ``save``, ``save_weights``, ``load_weights``, ``get_weights`` and ``set_weights``
+    give the model its weights back first, with this callback or without, as does :meth:`restore`.
+    A block ``with ema.swapped():`` around a call takes the average back whatever happens; what
+    would train or overwrite the average is an error there. On JAX an evaluation that fails leaves a
+    model without weights in Keras itself; those that are averaged come back here.
 
     **Batch normalisation.** Moving statistics are no weights. ``buffers="copy"``, the default, runs
     the average with those that the weights had at the latest update, ``"average"`` with their
@@ -198,7 +201,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._pending: Mapping[str, Any] | None = None
         self._steps: Steps | None = None
         self._done = 0
-        self._opening = False
+        self._opening = self._in_batch = False
         self._loan: Swap | Copies | None = None
         self._hook: Hook | None = None
         self._guards: list[Guard] = []
@@ -351,6 +354,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         _held_by[model] = weakref.ref(self)
         try:
             self._loan.put()
+            if hook == "block":
+                self._guards += refuse_writes(model, self._refuse_applied)
+            else:
+                self._guards += guard_use(model, self.restore)
         except BaseException:
             self.restore()
             raise
@@ -368,7 +375,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._guards.pop().remove()
 
     def _guard(self, name: str) -> None:
-        self._guards.append(Guard(self._checked_model(), name, self.restore))
+        self._guards.append(ErrorGuard(self._checked_model(), name, self.restore))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -415,7 +422,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         final = _path(path, "path", _WEIGHTS)
         assert final is not None
         with self.swapped(), files.moved_into_place(final, _WEIGHTS) as partial:
-            self._checked_model().save_weights(partial)
+            model = self._checked_model()
+            # Not by way of the guards, which would give the model its weights back before.
+            type(model).save_weights(model, partial)
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -442,7 +451,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 path.parent.mkdir(parents=True, exist_ok=True)
         self._end_fit()
         # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
-        self._fit_guard = Guard(model, "evaluate", self.restore)
+        self._fit_guard = ErrorGuard(model, "evaluate", self.restore)
         self._opening = True
 
     def _end_fit(self) -> None:
@@ -469,8 +478,13 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._take_up(model, self._backup, done, must_fit=new)
         self._done = done
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Expect a batch; there may be none left."""
+        self._in_batch = True
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Take the weights into the average if they are those of another step."""
+        self._in_batch = False
         if self._steps is None or not self._begun(self._checked_model()):
             self.update()
         else:
@@ -478,11 +492,16 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write the backup, and put the average into the model where that is wanted."""
+        if self._in_batch and self._steps is not None:
+            # The data ran out. TensorFlow has counted a step all the same, of a batch that it did
+            # not get: nothing in its graph has the counter wait for the data.
+            self._in_batch, self._done = False, self._steps.done()
         if self._backup is not None and self._steps is not None:
             with suppress(FileNotFoundError):
                 os.replace(self._backup, _previous(self._backup))
-            saved = self.ema.state_dict(copy=False)
-            state.write_state(self._backup, saved, steps=str(self._steps.done()))
+            with self.ema.lock:
+                saved = self.ema.state_dict(copy=False)
+                state.write_state(self._backup, saved, steps=str(self._steps.done()))
         if self._swap_on_epoch:
             self._put("epoch")
 
@@ -506,9 +525,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         for file in found:
             if "steps" not in file.metadata:
                 raise CheckpointError(f"{file.path} is not a backup of EMAWeights")
-            steps.append(int(file.metadata["steps"]))
-        if done in steps:
-            file = found[steps.index(done)]
+            steps.append(file.metadata["steps"])
+        if str(done) in steps:
+            file = found[steps.index(str(done))]
             like = next(iter(self.ema.state_dict(copy=False)["shadow"][0].values()))
             self.ema.load_state_dict(state.read_state(file, like))
         elif found and must_fit:

@@ -13,13 +13,14 @@ class DType(NamedTuple):
     """One dtype: its code, bytes per element, and what it is to a kernel.
 
     ``real`` is the float format an element is made of (``parts`` of them), None where the dtype is
-    not averaged but copied bit for bit.
+    not averaged but copied bit for bit. ``whole`` says whether it holds integers or booleans.
     """
 
     code: str
     itemsize: int
     real: str | None
     parts: int = 1
+    whole: bool = False
 
 
 _FLOATS: Final = (
@@ -31,18 +32,20 @@ _FLOATS: Final = (
     DType("c128", 16, "f64", parts=2),
 )
 _EXACT: Final = (
-    DType("i8", 1, None),
-    DType("i16", 2, None),
-    DType("i32", 4, None),
-    DType("i64", 8, None),
-    DType("u8", 1, None),
-    DType("u16", 2, None),
-    DType("u32", 4, None),
-    DType("u64", 8, None),
-    DType("bool", 1, None),
+    *(DType(f"i{8 * size}", size, None, whole=True) for size in (1, 2, 4, 8)),
+    *(DType(f"u{8 * size}", size, None, whole=True) for size in (1, 2, 4, 8)),
+    DType("bool", 1, None, whole=True),
 )
+_SMALL: Final = {
+    **{f"f8{kind}": f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")},
+    "f8e8m0fnu": "float8_e8m0fnu",
+    "f4e2m1fnx2": "float4_e2m1fn_x2",  # two numbers are an element
+}
+"""Floats of a byte that are only copied, and what PyTorch calls them."""
 
-DTYPES: Final = {one.code: one for one in (*_FLOATS, *_EXACT)}
+DTYPES: Final = {
+    one.code: one for one in (*_FLOATS, *_EXACT, *(DType(code, 1, None) for code in _SMALL))
+}
 """Code to dtype."""
 
 
@@ -59,8 +62,8 @@ NAMES: Final = {
 }
 """What frameworks call a dtype, to its code."""
 
-NAME_OF: Final = {code: name for name, code in NAMES.items()}
-"""The way back."""
+NAME_OF: Final = {**{code: name for name, code in NAMES.items()}, **_SMALL}
+"""The way back, for those too that PyTorch alone has in buffers."""
 
 _ALIASES: Final = {**NAMES, "double": "f64", "float": "f32", "half": "f16"}
 

@@ -6,7 +6,8 @@ Nothing here touches memory; every refusal names the tensor and comes before the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +59,7 @@ def check_pair(pair: Pair) -> None:
     Raises
     ------
     LayoutError
-        If shapes or devices differ, or either side names one element by several indices where it
-        would be written.
+        If shapes or devices differ, or both sides are parts of a whole, but not the same.
     DTypeError
         If one side is complex and the other is not, or an integer meets another dtype.
     BridgeError
@@ -76,12 +76,19 @@ def check_pair(pair: Pair) -> None:
             f"{name}: the average is on {dst.device}, the weights on {src.device}; "
             "move one of them (ema.to(device=...))"
         )
+    if dst.whole and src.whole and (dst.whole, dst.offset) != (src.whole, src.offset):
+        raise LayoutError(
+            f"{name}: the average is the part at {dst.offset} of {list(dst.whole)}, the weights "
+            f"that at {src.offset} of {list(src.whole)}; both sides must be the same part"
+        )
+    if dst.dtype == src.dtype:
+        return
     if dst.kind.parts != src.kind.parts:
         raise DTypeError(f"{name}: {dst.dtype} and {src.dtype} mix complex and real numbers")
-    if dst.dtype != src.dtype and (dst.kind.real is None or src.kind.real is None):
+    if dst.kind.real is None or src.kind.real is None:
         raise DTypeError(
-            f"{name}: {src.dtype} cannot become {dst.dtype}; integers and booleans are only "
-            "copied and swapped within their own dtype"
+            f"{name}: {src.dtype} cannot become {dst.dtype}; integers, booleans and floats of 8 "
+            "bits are only copied and swapped within their own dtype"
         )
 
 
@@ -126,7 +133,25 @@ class _Array:
         }
 
 
+def _spans(specs: Sequence[TensorSpec]) -> NDArray[np.int64]:
+    """First byte, and byte after the last, of each."""
+    ends = chain.from_iterable(spec.span() for spec in specs)
+    return np.fromiter(ends, np.int64, 2 * len(specs)).reshape(-1, 2)
+
+
+class _Use(NamedTuple):
+    """A tensor that is read, or written."""
+
+    name: str
+    spec: TensorSpec
+    writes: bool
+
+
 def _share_an_element(one: TensorSpec, other: TensorSpec) -> bool:
+    """Whether two tensors of one device do."""
+    (first, end), (other_first, other_end) = one.span(), other.span()
+    if first >= other_end or other_first >= end:
+        return False
     if one.dense and other.dense:
         return True
     if one.device != "cpu":
@@ -139,23 +164,79 @@ def refuse_overlap(
 ) -> None:
     """Refuse tensors of which one is written where another is written or read.
 
+    The time is linear in the number of tensors, and in that of the elements of those that lie
+    between each other's, such as the columns of one matrix.
+
     Raises
     ------
     LayoutError
         Naming both tensors.
     """
-    entries = [(spec.device, *spec.span(), True, name, spec) for name, spec in written]
-    entries += [(spec.device, *spec.span(), False, name, spec) for name, spec in read]
-    entries = sorted((e for e in entries if e[2] > e[1]), key=lambda e: e[:3])
-    for i, (device, _, end, writes, name, spec) in enumerate(entries):
-        for other in entries[i + 1 :]:
-            if other[0] != device or other[1] >= end:
-                break
-            if (writes or other[3]) and _share_an_element(spec, other[5]):
-                raise LayoutError(
-                    f"{name} ({spec}) and {other[4]} ({other[5]}) overlap in memory; "
-                    "give each its own storage (.clone())"
-                )
+    sides = [*written, *read]
+    numbers: dict[str, list[int]] = {}
+    for number, (_, spec) in enumerate(sides):
+        if spec.size:
+            numbers.setdefault(spec.device, []).append(number)
+    for on_device in numbers.values():
+        spans = _spans([sides[number][1] for number in on_device])
+        order = np.argsort(spans[:, 0], kind="stable")
+        begin, end = spans[order].T
+        placed = np.array(on_device)[order]
+        # Where all that began before has ended, nothing after shares memory with anything before.
+        cuts = np.flatnonzero(begin[1:] >= np.maximum.accumulate(end)[:-1]) + 1
+        bounds = np.concatenate([[0], cuts, [len(order)]])
+        for i in np.flatnonzero(np.diff(bounds) > 1):
+            part = slice(bounds[i], bounds[i + 1])
+            uses = [_Use(sides[k][0], sides[k][1], k < len(written)) for k in placed[part].tolist()]
+            _refuse_sharing(uses, begin[part], end[part])
+
+
+_MARKED_FOR_A_TEST: Final = 1 << 14
+"""Elements that are marked in the time that one exact test of two tensors takes."""
+
+
+def _refuse_sharing(uses: Sequence[_Use], begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
+    """The same for tensors whose spans are connected, in the order in which they begin."""
+    if not any(use.writes for use in uses):
+        return
+    within = np.searchsorted(begin, end)  # what begins before the end of each
+    tests = int(np.sum(within - np.arange(1, len(uses) + 1)))
+    elements = sum(use.spec.size for use in uses)
+    if uses[0].spec.device == "cpu" and tests > len(uses) + elements // _MARKED_FOR_A_TEST:
+        _refuse_marked(uses, begin, end)
+        return
+    for i, one in enumerate(uses):
+        for other in uses[i + 1 : within[i]]:
+            if (one.writes or other.writes) and _share_an_element(one.spec, other.spec):
+                raise _overlap(one, other)
+
+
+def _refuse_marked(uses: Sequence[_Use], begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
+    """The same by marking every element that is written."""
+    sizes = [use.spec.kind.itemsize for use in uses]
+    cell = int(np.gcd.reduce(np.concatenate([begin - begin[0], sizes])))
+    marks = np.zeros((int(end.max()) - int(begin[0])) // cell, np.bool_)
+    written: list[_Use] = []
+    for use in sorted(uses, key=lambda use: not use.writes):
+        spec, cells = use.spec, use.spec.kind.itemsize // cell
+        # What is named by several indices is looked at once.
+        axes = [(n, s * cells) for n, s in zip(spec.shape, spec.strides, strict=True) if s]
+        shape, strides = zip(*axes, (cells, 1), strict=True)
+        first = (spec.address - int(begin[0])) // cell
+        its = np.ndarray(shape, np.bool_, marks, first, strides)
+        if its.any():
+            others = (one for one in written if _share_an_element(one.spec, spec))
+            raise _overlap(next(others), use)
+        if use.writes:
+            its[...] = True
+            written.append(use)
+
+
+def _overlap(one: _Use, other: _Use) -> LayoutError:
+    return LayoutError(
+        f"{one.name} ({one.spec}) and {other.name} ({other.spec}) overlap in memory; "
+        "give each its own storage (.clone())"
+    )
 
 
 class Guard:
@@ -196,7 +277,7 @@ class _Spans:
     def __init__(self, specs: Sequence[tuple[str, TensorSpec]]) -> None:
         kept = [(name, spec) for name, spec in specs if spec.size and spec.device == "cpu"]
         self._names = [name for name, _ in kept]
-        spans = np.array([spec.span() for _, spec in kept], np.int64).reshape(-1, 2)
+        spans = _spans([spec for _, spec in kept])
         addresses = np.array([spec.address for _, spec in kept], np.int64)
         self._begin, self._end = spans[:, 0], spans[:, 1]
         self._low, self._high = self._begin - addresses, self._end - addresses

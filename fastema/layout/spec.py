@@ -3,22 +3,66 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, Protocol
 
 from fastema.errors import FastemaError
 from fastema.layout.dtypes import DType, dtype
 from fastema.layout.home import Home
 
-__all__ = ["Leaf", "Leaves", "Opaque", "Role", "Structure", "TensorSpec"]
+__all__ = ["Attributes", "Held", "Leaf", "Leaves", "Opaque", "Role", "Structure", "TensorSpec"]
 
 Role = Literal["weight", "frozen", "buffer"]
 
 
-@dataclass(frozen=True, slots=True)
+class _Geometry(NamedTuple):
+    """What shape, strides and dtype say of a tensor, wherever it lies.
+
+    Attributes
+    ----------
+    size, nbytes : int
+        Elements, and bytes of all of them.
+    dense, overlaps_itself : bool
+    low, high : int
+        First byte, and byte after the last, counted from the address of the first element.
+    """
+
+    size: int
+    nbytes: int
+    dense: bool
+    overlaps_itself: bool
+    low: int
+    high: int
+
+
+# A model has many tensors and few shapes.
+@lru_cache(maxsize=4096)
+def _geometry(shape: tuple[int, ...], strides: tuple[int, ...], code: str) -> _Geometry:
+    size, itemsize = math.prod(shape), dtype(code).itemsize
+    axes = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
+    axes.sort(key=lambda axis: abs(axis[1]))  # innermost in memory first
+    dense, overlaps_itself = True, False
+    expected, reach = 1, 0
+    for extent, stride in axes:
+        dense = dense and stride == expected
+        expected *= extent
+        overlaps_itself = overlaps_itself or (abs(stride) <= reach and size > 0)
+        reach += (extent - 1) * abs(stride)
+    low = high = 0
+    if size:
+        ends = [(extent - 1) * stride for extent, stride in axes]
+        low = itemsize * sum(end for end in ends if end < 0)
+        high = itemsize * (1 + sum(end for end in ends if end > 0))
+    return _Geometry(size, size * itemsize, dense, overlaps_itself, low, high)
+
+
+# Not frozen: that would make it take five times as long to make one, and every tensor has several.
+@dataclass(unsafe_hash=True, slots=True)
 class TensorSpec:
-    """A tensor in memory.
+    """A tensor in memory; never changed.
 
     Attributes
     ----------
@@ -32,6 +76,9 @@ class TensorSpec:
         ``"cpu"``, ``"cuda:0"``, ...
     writable : bool
         Whether the framework allows writing.
+    whole, offset : tuple of int, optional
+        Of a part of a tensor (a shard): the shape of the whole, and the index in it of the part's
+        first element. None where this is the whole tensor.
     owner : object
         Keeps the memory alive; not compared.
     exchange : int
@@ -49,6 +96,8 @@ class TensorSpec:
     dtype: str
     device: str
     writable: bool = True
+    whole: tuple[int, ...] | None = None
+    offset: tuple[int, ...] | None = None
     owner: Any = field(default=None, compare=False, repr=False)
     exchange: int = field(default=0, compare=False, repr=False)
     home: Home | None = field(default=None, compare=False, repr=False)
@@ -62,6 +111,23 @@ class TensorSpec:
         """The same elsewhere."""
         return replace(self, address=address)
 
+    def part(
+        self, owner: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> TensorSpec:
+        """A tensor within this one, of the same framework; all counts are in elements."""
+        return TensorSpec(
+            self.address + offset * self.kind.itemsize,
+            shape,
+            strides,
+            self.dtype,
+            self.device,
+            self.writable,
+            owner=owner,
+            exchange=self.exchange,
+            home=self.home,
+            glance=self.glance,
+        )
+
     @property
     def kind(self) -> DType:
         """The dtype's row in the table."""
@@ -70,58 +136,42 @@ class TensorSpec:
     @property
     def size(self) -> int:
         """The number of elements."""
-        return math.prod(self.shape)
+        return _geometry(self.shape, self.strides, self.dtype).size
 
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return self.size * self.kind.itemsize
-
-    def axes(self) -> list[tuple[int, int]]:
-        """(extent, stride) of every axis longer than one, outermost in memory first."""
-        kept = [(n, s) for n, s in zip(self.shape, self.strides, strict=True) if n != 1]
-        return sorted(kept, key=lambda axis: -abs(axis[1]))
+        return _geometry(self.shape, self.strides, self.dtype).nbytes
 
     @property
     def dense(self) -> bool:
         """Whether the elements fill one stretch of memory, in whatever order of axes."""
-        expected = 1
-        for extent, stride in reversed(self.axes()):
-            if stride != expected:
-                return False
-            expected *= extent
-        return True
+        return _geometry(self.shape, self.strides, self.dtype).dense
 
     @property
     def overlaps_itself(self) -> bool:
         """Whether several indices may share an element: stride 0, or strides within each other."""
-        reach = 0
-        for extent, stride in reversed(self.axes()):
-            if abs(stride) <= reach:
-                return self.size > 0
-            reach += (extent - 1) * abs(stride)
-        return False
+        return _geometry(self.shape, self.strides, self.dtype).overlaps_itself
 
     def span(self) -> tuple[int, int]:
         """First byte and the byte after the last, whatever the strides; empty if no element."""
-        if not self.size:
-            return self.address, self.address
-        reach = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)]
-        low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
-        itemsize = self.kind.itemsize
-        return self.address + low * itemsize, self.address + (high + 1) * itemsize
+        geometry = _geometry(self.shape, self.strides, self.dtype)
+        return self.address + geometry.low, self.address + geometry.high
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)} on {self.device}"
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """A named tensor of a container; ``role`` says what a module uses it for."""
+class Leaf(NamedTuple):
+    """A named tensor of a container; ``role`` says what a module uses it for.
+
+    ``persistent`` is False for a buffer that the module's own state leaves out.
+    """
 
     name: str
     spec: TensorSpec
     role: Role = "weight"
+    persistent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +181,37 @@ class Opaque:
     name: str
     error: FastemaError
     role: Role
+    persistent: bool = True
+
+
+class Held(NamedTuple):
+    """A container through which tensors are held: its entries must stay the same objects.
+
+    Attributes
+    ----------
+    container : dict, mapping or list
+    keys : tuple of str, optional
+        The entries of a dict, or of :class:`Attributes`, that count, whatever else it holds; by
+        default all of them, in the same order.
+    transient : set of str
+        Keys of tensors that the state of a module leaves out, or of None in their place.
+    """
+
+    container: Any
+    keys: tuple[str, ...] | None = None
+    transient: frozenset[str] = frozenset()
+
+
+class Attributes:
+    """What an object has in its ``__dict__``; does not keep it alive."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
+
+    def get(self, name: str) -> Any:
+        """One of them; None where there is none, or where the object is gone."""
+        owner = self._owner()
+        return None if owner is None else vars(owner).get(name)
 
 
 class Structure(Protocol):
@@ -162,9 +243,8 @@ class Leaves:
         In the container's order. Tied weights of a module appear under every name.
     describe : callable
         ``owner -> TensorSpec``, as it is now.
-    held : list of containers
-        Dicts, mappings and lists through which the tensors are held; their entries must stay the
-        same objects in the same order.
+    held : list of Held
+        The containers through which the tensors are held.
     opaque : list of Opaque
         Tensors without a description.
     structure : Structure, optional
@@ -176,7 +256,7 @@ class Leaves:
 
     items: Sequence[Leaf]
     describe: Callable[[Any], TensorSpec]
-    held: Sequence[Any] = ()
+    held: Sequence[Held] = ()
     opaque: Sequence[Opaque] = ()
     structure: Structure | None = None
     moving: bool = False

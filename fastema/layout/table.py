@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from fastema.kernels.table import (
     GPU_CHUNKS,
     GPU_ROWS,
     INDEX,
+    INDEX_JUMP,
+    INDEX_RUN,
     INDEX_STEP,
     KEY,
     LOW,
@@ -29,9 +31,19 @@ from fastema.kernels.table import (
     SRC_STEP,
     WHICH,
 )
+from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
 
-__all__ = ["Rows", "Table", "chunk_tables", "gpu_chunk", "moved_bytes", "numbered_tables"]
+__all__ = [
+    "Rows",
+    "Table",
+    "chunk_tables",
+    "first_and_strides",
+    "gpu_chunk",
+    "moved_bytes",
+    "numbered_tables",
+    "tensor_key",
+]
 
 Table = NDArray[np.int64]
 
@@ -43,91 +55,218 @@ class Rows(NamedTuple):
     pair: NDArray[np.int64]
 
 
-_Axis = tuple[int, int, int, int]
-"""Extent, stride of the written side, stride of the other side, places in the tensor; in elements
-of the format."""
+_Form = tuple[object, ...]
 
 
-def _joint_axes(pair: Pair) -> list[_Axis]:
-    """The axes of both sides, outermost of the written side first, merged where both allow it."""
-    _, dst, src, *_ = pair
+class _Axis(NamedTuple):
+    """Extent, and strides: of the written side, of the other, of the index in the whole tensor.
+
+    In elements of the format.
+    """
+
+    extent: int
+    dst: int
+    src: int
+    place: int
+
+    def follows(self, inner: _Axis) -> bool:
+        """Whether this axis goes on in memory where an inner one ends."""
+        n = inner.extent
+        return self.dst == n * inner.dst and self.src == n * inner.src
+
+    def continues(self, inner: _Axis) -> bool:
+        """Whether both are one axis."""
+        return self.follows(inner) and self.place == inner.extent * inner.place
+
+
+class _Walk(NamedTuple):
+    """What a row walks: an axis and, where runs of it follow each other in memory, the next one.
+
+    Without an outer axis that one is of extent 1.
+    """
+
+    inner: _Axis
+    outer: _Axis
+
+    @property
+    def length(self) -> int:
+        """The number of elements."""
+        return self.inner.extent * self.outer.extent
+
+
+_LONG: Final = 16
+"""Elements from which on a row of adjacent ones beats a longer row of spaced ones."""
+
+_VECTOR: Final = 8
+"""Elements that a thread of a GPU moves at once, at most, of those that take random bits."""
+
+_HALF: Final = 1 << 32
+"""Indices whose high half is the same: it is part of a row's key."""
+
+
+def first_and_strides(pair: Pair) -> tuple[int, tuple[int, ...]]:
+    """Index of the first element in the whole tensor, and from one to the next on each axis.
+
+    In row-major order, whatever the order in memory; all 0 where no random bits are used.
+    """
+    if not pair.form.endswith("~"):
+        return 0, (0,) * len(pair.dst.shape)
+    part = pair.src if pair.src.whole else pair.dst
+    strides = row_major(part.whole or part.shape)
+    return sum(i * s for i, s in zip(part.offset or (), strides, strict=False)), strides
+
+
+def _joint_axes(pair: Pair, index: tuple[int, ...]) -> list[_Axis]:
+    """The axes of both sides, outermost of the written side first, merged where all allow it."""
+    dst, src = pair.dst, pair.src
     parts = dst.kind.parts
+    usual = row_major(dst.shape)
+    if dst.strides == src.strides == usual and (index == usual or not any(index)):
+        return [_Axis(dst.size * parts, 1, 1, int(any(index)))]
     axes = [
-        (n, d * parts, s * parts)
-        for n, d, s in zip(dst.shape, dst.strides, src.strides, strict=True)
+        _Axis(n, d * parts, s * parts, i)
+        for n, d, s, i in zip(dst.shape, dst.strides, src.strides, index, strict=True)
         if n != 1
     ]
-    axes.sort(key=lambda axis: (-abs(axis[1]), -abs(axis[2])))
+    axes.sort(key=lambda axis: (-abs(axis.dst), -abs(axis.src)))
     if parts > 1:
-        axes.append((parts, 1, 1))
-    placed: list[_Axis] = []
-    places = 1
-    for n, d, s in reversed(axes):
-        placed.append((n, d, s, places))
-        places *= n
+        axes.append(_Axis(parts, 1, 1, 0))
     merged: list[_Axis] = []
-    for n, d, s, place in reversed(placed):
-        if merged:
-            outer, outer_d, outer_s, _ = merged[-1]
-            if outer_d == n * d and outer_s == n * s:
-                merged[-1] = (outer * n, d, s, place)
-                continue
-        merged.append((n, d, s, place))
-    return merged or [(1, 1, 1, 1)]
+    for axis in axes:
+        if merged and merged[-1].continues(axis):
+            merged[-1] = axis._replace(extent=merged[-1].extent * axis.extent)
+        else:
+            merged.append(axis)
+    return merged or [_Axis(1, 1, 1, 1)]
 
 
-def _key(pair: Pair) -> int:
+def _walk(axes: list[_Axis], most: int, twofold: bool) -> _Walk:
+    """Take the axes that rows walk out of a list."""
+    if len(axes) == 1:
+        return _Walk(axes.pop(), _Axis(1, 0, 0, 0))
+    walks = [_Walk(axis, _Axis(1, 0, 0, 0)) for axis in axes]
+    if twofold:
+        for i, inner in enumerate(axes):
+            outer = next((axis for axis in axes[:i] if axis.follows(inner)), None)
+            if outer is not None and inner.extent <= most:
+                walks[i] = _Walk(inner, outer)
+    adjacent = [walk for walk in walks if walk.inner[1:3] == (1, 1) and walk.length >= _LONG]
+    chosen = adjacent[0] if adjacent else max(walks, key=lambda walk: walk.length)
+    for axis in chosen:
+        if axis in axes:
+            axes.remove(axis)
+    return chosen
+
+
+def tensor_key(pair: Pair) -> int:
     """32 bits that tell a tensor's average from others, wherever and in what order they lie."""
     return zlib.crc32(f"{pair.which}/{pair.name}".encode())
 
 
-def _rows(pair: Pair) -> Table:
-    """Rows of one pair: the axis that is walked inside a row, the others spread out over rows."""
-    dst, src = pair.dst, pair.src
-    axes = _joint_axes(pair)
-    adjacent = [axis for axis in axes if axis[1:3] == (1, 1)]
-    # A long axis in a row beats adjacent elements in rows of a few.
-    inner = adjacent[0] if adjacent and adjacent[0][0] >= 16 else max(axes)
-    axes.remove(inner)
+def _rows(pair: Pair, most: int) -> Table:
+    """Rows of one pair: the axes that are walked inside a row, the others spread out over rows."""
+    first, index = first_and_strides(pair)
+    reach = first + sum([(n - 1) * i for n, i in zip(pair.dst.shape, index, strict=True)])
+    one_half = first // _HALF == reach // _HALF
+    axes = _joint_axes(pair, index)
+    walk = _walk(axes, most, one_half)
+    row = np.zeros((1, COLUMNS), np.int64)
+    row[:, [DST, SRC, LOW, RING]] = _addresses(pair)
+    row[:, INDEX] = first
+    row[:, [INDEX_RUN, DST_STEP, SRC_STEP, INDEX_STEP]] = list(walk.inner)
+    row[:, COUNT], row[:, INDEX_JUMP] = walk.length, walk.outer.place
+    if pair.ring is not None:
+        row[:, RING_STRIDE] = pair.ring[1]
+    rows = _chunked(_spread(row, pair, axes), pair, most)
+    return rows if one_half else _halved(rows, pair)
+
+
+def _streams(pair: Pair) -> list[tuple[int, int, int]]:
+    """What lies in memory: column of its address, column of its step, bytes of an element."""
+    slot = None if pair.ring is None else pair.ring[0]
+    streams = [
+        *((DST, DST_STEP, pair.dst), (SRC, SRC_STEP, pair.src)),
+        *((LOW, DST_STEP, pair.low), (RING, DST_STEP, slot)),
+    ]
+    return [
+        (column, step, spec.kind.itemsize // spec.kind.parts)
+        for column, step, spec in streams
+        if spec is not None
+    ]
+
+
+def _spread(rows: Table, pair: Pair, axes: Sequence[_Axis]) -> Table:
+    """One row for every index of some axes, from one row."""
     offsets = np.zeros((1, 3), np.int64)
     for n, *strides in axes:
         steps = np.arange(n, dtype=np.int64)[:, None] * np.array(strides, np.int64)
         offsets = (offsets[:, None, :] + steps[None, :, :]).reshape(-1, 3)
-    rows = np.zeros((len(offsets), COLUMNS), np.int64)
-    dst_size, src_size = dst.kind.itemsize // dst.kind.parts, src.kind.itemsize // src.kind.parts
-    rows[:, DST] = dst.address + offsets[:, 0] * dst_size
-    rows[:, SRC] = src.address + offsets[:, 1] * src_size
-    rows[:, [COUNT, DST_STEP, SRC_STEP, INDEX_STEP]] = inner
-    rows[:, INDEX] = offsets[:, 2]
-    rows[:, WHICH], rows[:, KEY] = pair.which, _key(pair)
-    if pair.low is not None:
-        size = pair.low.kind.itemsize // pair.low.kind.parts
-        rows[:, LOW] = pair.low.address + offsets[:, 0] * size
-    if pair.ring is not None:
-        slot, stride = pair.ring
-        size = slot.kind.itemsize // slot.kind.parts
-        rows[:, RING] = slot.address + offsets[:, 0] * size
-        rows[:, RING_STRIDE] = stride
+    rows = np.repeat(rows, len(offsets), axis=0)
+    for column, step, size in _streams(pair):
+        rows[:, column] += offsets[:, step - DST_STEP] * size
+    rows[:, INDEX] += offsets[:, 2]
     return rows
 
 
 def _chunked(rows: Table, pair: Pair, most: int) -> Table:
     """The rows cut into pieces of at most ``most`` elements."""
-    if rows[0, COUNT] <= most:  # all rows of a tensor are of one length
+    count, run = rows[0, [COUNT, INDEX_RUN]]  # all rows of a tensor are alike
+    if count <= most:
         return rows
-    pieces = -(-rows[:, COUNT] // most)
-    cut = np.repeat(rows, pieces, axis=0)
-    first = np.arange(len(cut)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    done = first * most
-    cut[:, COUNT] = np.minimum(most, cut[:, COUNT] - done)
-    cut[:, INDEX] += done * cut[:, INDEX_STEP]
-    slot = None if pair.ring is None else pair.ring[0]
-    sides = [(DST, DST_STEP, pair.dst), (SRC, SRC_STEP, pair.src)]
-    sides += [(LOW, DST_STEP, pair.low), (RING, DST_STEP, slot)]  # type: ignore[list-item]
-    for column, step, spec in sides:
-        if spec is not None:
-            cut[:, column] += done * cut[:, step] * (spec.kind.itemsize // spec.kind.parts)
-    return cut
+    if count > run:  # every piece begins with a run, where that can be at a vector's first byte
+        vectors = math.lcm(run, _VECTOR)
+        most -= most % (vectors if vectors <= most else run)
+    pieces = -(-count // most)
+    first = np.tile(np.arange(pieces) * most, len(rows))
+    return _cut(np.repeat(rows, pieces, axis=0), pair, first, np.minimum(first + most, count))
+
+
+def _halved(rows: Table, pair: Pair) -> Table:
+    """The rows cut where the high half of the index changes; none has more than one run."""
+    step = np.maximum(rows[:, INDEX_STEP], 1)
+    last = rows[:, INDEX] + (rows[:, COUNT] - 1) * step
+    pieces = last // _HALF - rows[:, INDEX] // _HALF + 1
+    cut, step = np.repeat(rows, pieces, axis=0), np.repeat(step, pieces)
+    number = np.arange(len(cut)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    half = (cut[:, INDEX] // _HALF + number) * _HALF
+    first, end = (
+        np.clip(-((cut[:, INDEX] - border) // step), 0, cut[:, COUNT])
+        for border in (half, half + _HALF)
+    )
+    kept = end > first  # a step may be longer than a half
+    return _cut(cut[kept], pair, first[kept], end[kept])
+
+
+def _cut(rows: Table, pair: Pair, first: NDArray[np.int64], end: NDArray[np.int64]) -> Table:
+    """Of every row the elements from one place up to another; changes the rows."""
+    for column, step, size in _streams(pair):
+        rows[:, column] += first * rows[:, step] * size
+    runs, rest = first // rows[:, INDEX_RUN], first % rows[:, INDEX_RUN]
+    rows[:, INDEX] += runs * rows[:, INDEX_JUMP] + rest * rows[:, INDEX_STEP]
+    rows[:, COUNT] = end - first
+    return rows
+
+
+def _pattern(group: Sequence[Pair], chunk: int | None) -> Table:
+    """Rows of averages of one tensor: those that read one chunk of it follow each other."""
+    shared = len(group) > 1 or group[0].ring is not None
+    most = chunk or (SHARED_CHUNK if shared else CHUNK)
+    return np.stack([_rows(pair, most) for pair in group], axis=1).reshape(-1, COLUMNS)
+
+
+def _form(pair: Pair) -> _Form:
+    """All that its rows depend on, but for its addresses and its name."""
+    _, dst, src, _, low, ring, _ = pair
+    companion = None if low is None else low.dtype
+    slots = None if ring is None else (ring[0].dtype, ring[1])
+    memory = dst.shape, dst.strides, src.strides, dst.dtype, src.dtype, companion, slots
+    return *memory, *first_and_strides(pair)
+
+
+def _addresses(pair: Pair) -> tuple[int, int, int, int]:
+    _, dst, src, _, low, ring, _ = pair
+    companion, slot = 0 if low is None else low.address, 0 if ring is None else ring[0].address
+    return dst.address, src.address, companion, slot
 
 
 def gpu_chunk(pairs: Sequence[Pair]) -> int:
@@ -143,7 +282,7 @@ def numbered_tables(
     """The tables of pairs of one dtype pair: ``"flat"`` (adjacent elements) and ``"strided"``.
 
     A layout without rows is left out. Dense tensors give flat rows whatever their order of axes, as
-    long as both sides share it.
+    long as both sides share it; where random bits are used, only parts in row-major order do.
 
     Parameters
     ----------
@@ -154,22 +293,37 @@ def numbered_tables(
     chunk : int, optional
         Most elements in one row; by default what suits a CPU.
     """
-    kept = [(place, pair) for place, pair in enumerate(pairs) if pair.dst.size]
-    tables: dict[str, list[Table]] = {"flat": [], "strided": []}
-    places: dict[str, list[NDArray[np.int64]]] = {"flat": [], "strided": []}
-    for first in range(0, len(kept), together):
-        numbers, members = zip(*kept[first : first + together], strict=True)
-        shared = together > 1 or members[0].ring is not None
-        most = chunk or (SHARED_CHUNK if shared else CHUNK)
-        rows = np.stack([_chunked(_rows(pair), pair, most) for pair in members], axis=1)
-        adjacent = (rows[0, 0, DST_STEP] == 1) & (rows[0, 0, SRC_STEP] == 1)
-        layout = "flat" if adjacent else "strided"
-        tables[layout].append(rows.reshape(-1, COLUMNS))
-        places[layout].append(np.tile(np.array(numbers, np.int64), len(rows)))
+    pairs = list(pairs)
+    numbers = [number for number, pair in enumerate(pairs) if pair.dst.size]
+    if not numbers:
+        return {}
+    kept = [pairs[number] for number in numbers]
+    groups = [kept[first : first + together] for first in range(0, len(kept), together)]
+    # A model has many tensors and few shapes: those of one form differ in addresses and keys alone.
+    firsts: dict[tuple[_Form, ...], int] = {}
+    like = [firsts.setdefault(tuple(map(_form, one)), place) for place, one in enumerate(groups)]
+    patterns = [_pattern(groups[place], chunk) for place in firsts.values()]
+    form = np.searchsorted(list(firsts.values()), like)
+    # Of every row: its group, its place in the group's pattern, its pair, and the pattern's pair.
+    lengths = np.array([len(pattern) for pattern in patterns])
+    count = lengths[form]
+    group = np.repeat(np.arange(len(groups)), count)
+    place = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
+    member = place % np.array([len(one) for one in groups])[group]  # the last may have fewer
+    pair = group * together + member
+    model = np.array(like)[group] * together + member
+    table = np.concatenate(patterns)[(np.cumsum(lengths) - lengths)[form][group] + place]
+    addresses = np.array([_addresses(one) for one in kept])
+    table[:, [DST, SRC, LOW, RING]] += addresses[pair] - addresses[model]
+    table[:, WHICH] = np.array([one.which for one in kept])[pair]
+    table[:, KEY] = np.array([tensor_key(one) for one in kept])[pair]
+    adjacent = (table[:, DST_STEP] == 1) & (table[:, SRC_STEP] == 1)
+    adjacent &= (table[:, INDEX_STEP] <= 1) & (table[:, INDEX_JUMP] == 0)
+    layouts = {"flat": adjacent, "strided": ~adjacent}
     return {
-        layout: Rows(np.concatenate(parts), np.concatenate(places[layout]))
-        for layout, parts in tables.items()
-        if parts
+        layout: Rows(table[rows], np.array(numbers)[pair][rows])
+        for layout, rows in layouts.items()
+        if rows.any()
     }
 
 
@@ -183,4 +337,4 @@ def chunk_tables(
 
 def moved_bytes(pairs: Sequence[Pair]) -> int:
     """Bytes of both sides together, by which work is shared out over threads."""
-    return sum(math.prod(p.dst.shape) * (p.dst.kind.itemsize + p.src.kind.itemsize) for p in pairs)
+    return sum(p.dst.nbytes + p.src.nbytes for p in pairs)

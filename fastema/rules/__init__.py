@@ -6,6 +6,7 @@ Profiles of averages and their synthesis from snapshots are in :mod:`fastema.rul
 from fastema.rules import units
 from fastema.rules.debias import Debiased, debiased
 from fastema.rules.ema import (
+    Aligned,
     Constant,
     InverseGamma,
     Warmup,
@@ -22,6 +23,7 @@ from fastema.rules.sma import Window, window
 from fastema.rules.swa import CumulativeMean, cumulative_mean
 
 __all__ = [
+    "Aligned",
     "Constant",
     "CumulativeMean",
     "Debiased",

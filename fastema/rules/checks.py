@@ -8,7 +8,18 @@ from typing import Any
 
 from fastema.errors import ArgumentError
 
-__all__ = ["checked_decay", "checked_least", "checked_positive", "checked_weight", "checked_whole"]
+__all__ = [
+    "MOST",
+    "checked_decay",
+    "checked_least",
+    "checked_positive",
+    "checked_weight",
+    "checked_whole",
+    "no_decay",
+]
+
+MOST = 2**63 - 1
+"""The largest count of steps: kernels and checkpoints hold it in 64 bits."""
 
 
 def _number(value: Any) -> float:
@@ -31,11 +42,20 @@ def checked_decay(decay: Any, name: str = "decay") -> float:
     """
     value = _number(decay)
     if not 0.0 <= value < 1.0:
-        raise ArgumentError(
-            f"{name}={decay!r}: expected a number in [0, 1); it is the weight of the old average, "
-            "for example 0.999"
-        )
+        raise no_decay(decay, name)
     return value
+
+
+def no_decay(found: Any, name: str = "decay") -> ArgumentError:
+    """The error for what is neither a decay nor a rule."""
+    expected = "a number in [0, 1); it is the weight of the old average, for example 0.999"
+    if callable(found):
+        expected = (
+            "a number in [0, 1) or a rule, not a function or class: call one of fastema.rules, "
+            "such as fastema.rules.warmup(0.999), or write a fastema.rules.Rule with the method "
+            "decay(n) for a schedule of your own"
+        )
+    return ArgumentError(f"{name}={found!r}: expected {expected}")
 
 
 def checked_positive(number: Any, name: str) -> float:
@@ -66,8 +86,8 @@ def checked_least(number: Any, name: str, least: float) -> float:
     return value
 
 
-def checked_whole(number: Any, name: str, least: int) -> int:
-    """A whole number of at least ``least`` as an int.
+def checked_whole(number: Any, name: str, least: int, most: int = MOST) -> int:
+    """A whole number from ``least`` to ``most`` as an int.
 
     Raises
     ------
@@ -76,6 +96,8 @@ def checked_whole(number: Any, name: str, least: int) -> int:
     """
     if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
         raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
+    if int(number) > most:
+        raise ArgumentError(f"{name}={number!r}: expected a whole number of at most {most}")
     return int(number)
 
 

@@ -5,30 +5,25 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from fastema.errors import ArgumentError
 from fastema.rules.checks import checked_weight
 from fastema.rules.ema import Constant
-from fastema.rules.rule import Rule
+from fastema.rules.rule import GONE, Rule
 
 __all__ = ["Debiased", "debiased"]
 
-# Updates between two states that are kept: 16 bytes for so many updates, and as many steps of the
+# Updates between two sums that are kept: 8 bytes for so many updates, and as many steps of the
 # recursion when a run goes back.
 _BLOCK = 256
-# Below half a unit in the last place of 1: what is left of the beginning no longer counts.
-_NEGLIGIBLE = 2.0**-60
 
 
-class _State(NamedTuple):
-    updates: int
-    taken: float  # share of the weights seen, 1 - the product of the decays
-    left: float  # share of the beginning, the product
+def _decayed(log_decay: float, weight: float) -> float:
+    return max(log_decay + math.log1p(-weight), GONE) if weight < 1.0 else GONE
 
 
-class _Taken:
-    """Share that the weights seen so far have in an average of a rule, by number of updates.
+class _EvenRun:
+    """The sum of the logarithms of a rule's decays, where every update was of the same length.
 
     A pure function: whatever was asked before, a number comes out of the same operations. What is
     kept only saves time, and every write to it is one reference that replaces another, so threads
@@ -39,44 +34,34 @@ class _Taken:
 
     def __init__(self, rule: Rule, every: int) -> None:
         self._rule, self._every = rule, every
-        self._last = _State(0, 0.0, 1.0)
-        self._marks = {0: self._last}  # of every _BLOCK-th update, without gaps up to _top
+        self._last = 0, 0.0
+        self._marks = {0: 0.0}  # after every _BLOCK-th update, without gaps up to _top
         self._top = 0
-        self._full = sys.maxsize  # from this update on it is 1
+        self._full = sys.maxsize  # from this update on nothing is left of the beginning
 
     def after(self, count: int) -> float:
-        """The share after so many updates; linear in them at the first call, then constant."""
+        """The sum after so many updates; linear in them at the first call, then constant."""
         if count >= self._full:
-            return 1.0
-        state = self._marks[min(count // _BLOCK, self._top)]
+            return GONE
+        block = min(count // _BLOCK, self._top)
+        done, log_decay = block * _BLOCK, self._marks[block]
         last = self._last
-        if state.updates < last.updates <= count:
-            state = last
-        while state.updates < count:
-            state = self._next(state)
-            if state.left <= _NEGLIGIBLE:
-                self._full = state.updates
-                return 1.0
-        self._last = state
-        return state.taken
-
-    def _next(self, state: _State) -> _State:
-        count = state.updates + 1
-        step = count * self._every
-        weight = checked_weight(self._rule.weight(step, self._every), self._rule, step)
-        # Of the two, the smaller is carried on, which keeps its digits, and gives the other.
-        if state.taken < 0.5:
-            taken = state.taken + weight * state.left
-            left = 1.0 - taken
-        else:
-            left = state.left * (1.0 - weight)
-            taken = 1.0 - left
-        after = _State(count, taken, left)
-        block, rest = divmod(count, _BLOCK)
-        if not rest:
-            self._marks[block] = after
-            self._top = block
-        return after
+        if done < last[0] <= count:
+            done, log_decay = last
+        while done < count:
+            done += 1
+            step = done * self._every
+            weight = checked_weight(self._rule.weight(step, self._every), self._rule, step)
+            log_decay = _decayed(log_decay, weight)
+            if log_decay == GONE:
+                self._full = done
+                return GONE
+            block, rest = divmod(done, _BLOCK)
+            if not rest:
+                self._marks[block] = log_decay
+                self._top = block
+        self._last = done, log_decay
+        return log_decay
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +69,49 @@ class Debiased(Rule):
     """See :func:`debiased`."""
 
     inner: Rule
-    _taken: dict[int, _Taken] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _runs: dict[int, _EvenRun] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Rule):
             raise ArgumentError(f"debiased({self.inner!r}): expected a rule of fastema.rules")
+        if isinstance(self.inner, Debiased):  # corrected twice is corrected once
+            object.__setattr__(self, "inner", self.inner.inner)
+
+    @property
+    def phase(self) -> int | None:  # type: ignore[override]
+        """That of the rule."""
+        return self.inner.phase
 
     def decay(self, n: int) -> float:
         """``1 - weight(n)``."""
         return 1.0 - self.weight(n)
 
     def weight(self, n: int, every: int = 1) -> float:
-        """The rule's weight over the share of everything seen, ``w_n / (1 - prod decays)``."""
-        count = max(n // every, 1)
+        """The rule's weight over the share of everything seen, ``w_n / (1 - prod decays)``.
+
+        For a run in which every update is of ``every`` steps; :meth:`weigh` is for any run.
+        """
+        return self.weigh(n, every, self.log_decay(n - every, every))[0]
+
+    def log_decay(self, n: int, every: int = 1) -> float:
+        """``sum of log(decay)``, at least -64."""
+        count = max(n // every, 0)
         if isinstance(self.inner, Constant):
             decay = self.inner.value
-            if decay == 0.0:
-                return 1.0
-            rate = every * math.log(decay)
-            return math.expm1(rate) / math.expm1(count * rate)
-        seen = self._taken.get(every)
-        if seen is None:
-            seen = self._taken.setdefault(every, _Taken(self.inner, every))
-        taken = seen.after(count)
+            if not count or not decay:
+                return GONE if count else 0.0
+            return max(count * every * math.log(decay), GONE)
+        run = self._runs.get(every)
+        if run is None:
+            run = self._runs.setdefault(every, _EvenRun(self.inner, every))
+        return run.after(count)
+
+    def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
+        """``w / (1 - exp(log_decay after it))``, where ``w`` is the weight of the rule inside."""
+        weight = checked_weight(self.inner.weight(n, every), self.inner, n)
+        after = _decayed(log_decay, weight)
         # As long as the rule has taken nothing in, the average is the weights themselves.
-        return min(self.inner.weight(n, every) / taken, 1.0) if taken else 1.0
+        return (min(weight / -math.expm1(after), 1.0) if log_decay else 1.0), after
 
 
 def debiased(rule: Rule) -> Debiased:
@@ -124,7 +127,7 @@ def debiased(rule: Rule) -> Debiased:
     ----------
     rule : Rule
         Such as ``constant(0.999)``, for which ``c_n = 1 - 0.999**n``. For other rules the first
-        call at step n of a run takes a time proportional to n, below a second for a million.
+        call at step n takes a time proportional to n, below a second for a million.
 
     Raises
     ------

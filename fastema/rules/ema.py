@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_decay, checked_positive
+from fastema.rules.checks import checked_decay, checked_positive, checked_whole
 from fastema.rules.rule import Rule
 
 __all__ = [
+    "Aligned",
     "Constant",
     "InverseGamma",
     "Warmup",
@@ -31,6 +32,27 @@ class Constant(Rule):
     def decay(self, n: int) -> float:
         """The same at every step."""
         return self.value
+
+
+@dataclass(frozen=True)
+class Aligned(Constant):
+    """A constant decay whose updates fall on given steps, as some trainers count them.
+
+    Parameters
+    ----------
+    value : float
+        Decay per step, in [0, 1).
+    phase : int
+        At least 0: with ``update_every=k``, steps ``phase``, ``phase + k``, ``phase + 2 * k``, ...
+        update the average, wherever ``start_after`` lets it begin. Each has the weight of k steps,
+        also the first after the beginning, where fewer have passed.
+    """
+
+    phase: int = 0  # type: ignore[misc]  # of an instance, where Rule has one of the class
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "phase", checked_whole(self.phase, "phase", 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,13 @@ import numpy.typing as npt
 
 from fastema.errors import ArgumentError
 from fastema.rules.checks import checked_least, checked_positive
-from fastema.rules.power import sigma_rel_of
+from fastema.rules.power import checked_gamma, sigma_rel_of
 
 __all__ = ["ExponentialProfile", "PowerProfile", "Profile", "Synthesis", "dot", "solve"]
 
 Array = npt.NDArray[np.float64]
+
+_MOST_HALVINGS = 1e100  # so that all products of densities are finite
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 
@@ -55,7 +57,7 @@ class PowerProfile(Profile):
     step : float
         When the average was taken, above 0.
     gamma : float
-        The exponent, at least 0; :func:`fastema.rules.gamma_of` gives it for a ``sigma_rel``.
+        The exponent, in [0, 1e100]; :func:`fastema.rules.gamma_of` gives it for a ``sigma_rel``.
     """
 
     step: float
@@ -63,7 +65,7 @@ class PowerProfile(Profile):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", checked_positive(self.step, "step"))
-        object.__setattr__(self, "gamma", checked_least(self.gamma, "gamma", 0.0))
+        object.__setattr__(self, "gamma", checked_gamma(self.gamma))
 
     @property
     def sigma_rel(self) -> float:
@@ -93,7 +95,8 @@ class ExponentialProfile(Profile):
     step : float
         When the average was taken, above 0.
     half_life : float
-        In the unit of ``step``, above 0; :mod:`fastema.rules.units` gives it for a decay.
+        In the unit of ``step``, above ``step / 1e100``; :mod:`fastema.rules.units` gives it for a
+        decay.
     """
 
     step: float
@@ -102,6 +105,11 @@ class ExponentialProfile(Profile):
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", checked_positive(self.step, "step"))
         object.__setattr__(self, "half_life", checked_positive(self.half_life, "half_life"))
+        if self.step > _MOST_HALVINGS * self.half_life:
+            raise ArgumentError(
+                f"half_life={self.half_life!r}: expected more than step={self.step!r} divided by "
+                f"{_MOST_HALVINGS:g}"
+            )
 
     @property
     def initial_share(self) -> float:

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from fastema.errors import ArgumentError
 from fastema.rules.checks import checked_least, checked_positive
 from fastema.rules.rule import Rule
 
-__all__ = ["Power", "gamma_of", "power", "sigma_rel_of"]
+__all__ = ["Power", "checked_gamma", "gamma_of", "power", "sigma_rel_of"]
 
 _WIDEST = 1 / math.sqrt(12)  # sigma_rel of the uniform profile, gamma = 0
+_STEEPEST = 1e100  # products of two exponents stay finite
+
+
+def checked_gamma(gamma: Any) -> float:
+    """An exponent as a float in [0, 1e100].
+
+    Raises
+    ------
+    ArgumentError
+        For anything else.
+    """
+    value = checked_least(gamma, "gamma", 0.0)
+    if value > _STEEPEST:
+        raise ArgumentError(f"gamma={gamma!r}: expected at most {_STEEPEST:g}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +42,7 @@ class Power(Rule):
     Parameters
     ----------
     gamma : float
-        The exponent, at least 0: ``gamma = 0`` is the cumulative mean; :func:`power` takes the
+        The exponent, in [0, 1e100]: ``gamma = 0`` is the cumulative mean; :func:`power` takes the
         width instead. (Profiles with ``-1 < gamma < 0`` favour the oldest weights and share their
         ``sigma_rel`` with others.)
 
@@ -39,7 +55,7 @@ class Power(Rule):
     gamma: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma", checked_least(self.gamma, "gamma", 0.0))
+        object.__setattr__(self, "gamma", checked_gamma(self.gamma))
 
     @property
     def sigma_rel(self) -> float:
@@ -99,9 +115,9 @@ def sigma_rel_of(gamma: float) -> float:
     Raises
     ------
     ArgumentError
-        If gamma is negative or not finite.
+        If gamma is not in [0, 1e100].
     """
-    value = checked_least(gamma, "gamma", 0.0)
+    value = checked_gamma(gamma)
     return math.sqrt((value + 1.0) / (value + 3.0)) / (value + 2.0)
 
 
@@ -113,7 +129,7 @@ def gamma_of(sigma_rel: float) -> float:
     Parameters
     ----------
     sigma_rel : float
-        In (0, 1/sqrt(12)] = (0, 0.2887]. The upper end is the uniform profile, gamma = 0.
+        From 1e-100 to 1/sqrt(12) = 0.2887. The upper end is the uniform profile, gamma = 0.
 
     Returns
     -------
@@ -127,10 +143,10 @@ def gamma_of(sigma_rel: float) -> float:
     """
     width = checked_positive(sigma_rel, "sigma_rel")
     gamma = 1.0 / width
-    if width > _WIDEST * (1 + 1e-15) or math.isinf(gamma):
+    if width > _WIDEST * (1 + 1e-15) or gamma > _STEEPEST:
         raise ArgumentError(
-            f"sigma_rel={sigma_rel!r}: expected a number in (0, {_WIDEST:.4f}], the width of the "
-            "profile as a share of the run; the paper's values are 0.05 and 0.10"
+            f"sigma_rel={sigma_rel!r}: expected a number from 1e-100 to {_WIDEST:.4f}, the width "
+            "of the profile as a share of the run; the paper's values are 0.05 and 0.10"
         )
     # Newton's method on the square root of the equation, which is convex, and close to a straight
     # line for a large gamma. It falls to the root from 1 / sigma_rel, which is always above.

@@ -197,7 +197,7 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
         mean, std = _power_ages(rule.gamma, updates, every)
         return Reach(mean + since, std, 0.0)
     corrected = isinstance(rule, Debiased)
-    while isinstance(rule, Debiased):
+    if isinstance(rule, Debiased):
         rule = rule.inner
     if isinstance(rule, Constant):
         span = _steady(rule.weight(every, every), updates, every)

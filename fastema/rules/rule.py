@@ -11,11 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 from fastema.errors import ArgumentError
 
-__all__ = ["Rule", "rule_from_dict"]
+__all__ = ["GONE", "Rule", "described", "plain_value", "rule_from_dict"]
+
+GONE = -64.0
+"""Logarithm of a share that no longer counts: 1 - exp(-64) is 1 in float64, many times over."""
 
 _RULES: dict[str, type[Rule]] = {}
 
@@ -46,6 +50,10 @@ class Rule(ABC):
     """
 
     __slots__ = ()
+
+    phase: ClassVar[int | None] = None
+    """With ``update_every=k``, steps ``phase``, ``phase + k``, ``phase + 2 * k``, ... update the
+    average. None: every k-th step counted from ``start_after``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -89,6 +97,41 @@ class Rule(ABC):
         # Near 1 the power is too close to 1 for the difference to keep its digits.
         return -math.expm1(every * math.log(decay)) if decay > 0.0 else 1.0 - decay**every
 
+    def log_decay(self, n: int, every: int = 1) -> float:
+        """Logarithm of the share of the initial weights that is still to be corrected at a step.
+
+        Parameters
+        ----------
+        n : int
+            The step, from 0, which is where the average begins.
+        every : int
+            Steps of each update so far.
+
+        Returns
+        -------
+        float
+            From -64, which stands for nothing, to 0. For a rule without bias correction always -64.
+        """
+        return GONE
+
+    def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
+        """Weight of the new value in a run whose updates need not be of one length.
+
+        Parameters
+        ----------
+        n, every : int
+            As of :meth:`weight`.
+        log_decay : float
+            As of :meth:`log_decay`, after the updates so far.
+
+        Returns
+        -------
+        weight, log_decay : float
+            The weight, and ``log_decay`` after this update. For a rule without bias correction
+            :meth:`weight`, and what was given.
+        """
+        return self.weight(n, every), log_decay
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that :func:`rule_from_dict` rebuilds the rule from.
 
@@ -102,17 +145,23 @@ class Rule(ABC):
         Raises
         ------
         ArgumentError
-            For a class that is no dataclass and does not override this method.
+            For a class that is no dataclass and does not override this method, and for a field
+            that holds anything but the above.
         """
         if not is_dataclass(self):
             raise ArgumentError(
                 f"{type(self).__name__} cannot be described: make it a frozen dataclass, or "
                 "override to_dict() to return {'rule': ..., and the constructor's arguments}"
             )
-        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.init}
+        own = type(self).__name__
+        plain = {
+            f.name: plain_value(getattr(self, f.name), f"{own}.{f.name}")
+            for f in fields(self)
+            if f.init
+        }
         if "rule" in plain:
             raise ArgumentError(
-                f"{type(self).__name__}: rename the field 'rule'; a description holds the name of "
+                f"{own}: rename the field 'rule'; a description holds the name of "
                 "the class under it"
             )
         return {"rule": _name_of(type(self)), **plain}
@@ -123,12 +172,41 @@ def _name_of(kind: type[Rule]) -> str:
     return kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _plain(value: Any) -> Any:
+def described(rule: Rule) -> dict[str, Any]:
+    """What :meth:`Rule.to_dict` says, if a checkpoint can hold it.
+
+    Raises
+    ------
+    ArgumentError
+        If it cannot, naming the rule.
+    """
+    plain: dict[str, Any] = plain_value(rule.to_dict(), f"{type(rule).__name__}.to_dict()")
+    return plain
+
+
+def plain_value(value: Any, place: str) -> Any:
+    """A value as a checkpoint holds it; numbers of NumPy become those of Python, tuples lists.
+
+    Raises
+    ------
+    ArgumentError
+        For a value that none can hold, or within which there is one, naming the place.
+    """
     if isinstance(value, Rule):
         return value.to_dict()
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, tuple | list) else value
+        return {key: plain_value(one, f"{place}[{key!r}]") for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_value(one, f"{place}[{i}]") for i, one in enumerate(value)]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    kind = type(value)
+    raise ArgumentError(
+        f"{place} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: a "
+        "rule is described by strings, numbers, tuples and dicts of them, and other rules"
+    )
 
 
 def _rebuilt(value: Any) -> Any:

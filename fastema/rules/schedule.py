@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_weight, checked_whole
-from fastema.rules.rule import Rule, rule_from_dict
+from fastema.rules.checks import checked_weight, checked_whole, no_decay
+from fastema.rules.rule import Rule, described, rule_from_dict
 
 __all__ = ["Schedule"]
 
@@ -30,7 +30,7 @@ class Schedule:
     Raises
     ------
     ArgumentError
-        For no rule, or a number out of range.
+        For no rule, one that a checkpoint could not describe, or a number out of range.
     """
 
     rules: tuple[Rule, ...]
@@ -41,32 +41,57 @@ class Schedule:
         self, rules: Rule | Iterable[Rule], update_every: int = 1, start_after: int = 0
     ) -> None:
         several = isinstance(rules, Iterable) and not isinstance(rules, Rule | str | Mapping)
-        given = tuple(rules) if several else (rules,)  # type: ignore[arg-type]
+        given: Any = tuple(rules) if several else (rules,)  # type: ignore[arg-type]
         for rule in given:
             if not isinstance(rule, Rule):
+                if callable(rule):
+                    raise no_decay(rule)
                 raise ArgumentError(
                     f"decay={rule!r}: expected a number in [0, 1) or a rule of fastema.rules"
                 )
+            described(rule)
         if not given:
             raise ArgumentError("decay=(): expected at least one number or rule")
+        if len({rule.phase for rule in given if isinstance(rule, Rule)}) > 1:
+            raise ArgumentError(
+                f"decay={given!r}: averages that are updated together need rules of one phase"
+            )
         object.__setattr__(self, "rules", given)
         object.__setattr__(self, "update_every", checked_whole(update_every, "update_every", 1))
         object.__setattr__(self, "start_after", checked_whole(start_after, "start_after", 0))
+
+    @property
+    def phase(self) -> int:
+        """Remainder of the steps that update the averages, divided by ``update_every``."""
+        phase = self.rules[0].phase
+        return (self.start_after if phase is None else phase) % self.update_every
+
+    @property
+    def offset(self) -> int:
+        """Steps from such a step to ``start_after``."""
+        return (self.start_after - self.phase) % self.update_every
+
+    def log_decays(self, step: int) -> tuple[float, ...]:
+        """What :meth:`weigh` needs of the run so far, where every step was a call of its own."""
+        m, every = max(step - self.start_after, 0), self.update_every
+        taken = m + self.offset if m else 0
+        return tuple([rule.log_decay(taken - taken % every, every) for rule in self.rules])
 
     def weights(self, step: int, steps: int = 1) -> tuple[float, ...]:
         """Weights of the new value at a step; empty where nothing is to be done.
 
         With ``m = step - start_after``: none for ``m < 0``; 1 (a copy) for ``m = 0``, if there is
         a start to wait for; else ``rule.weight(m, k)`` where ``m`` is a multiple of
-        ``k = update_every``, and none between. Of several steps that are taken at once, those
-        multiples count together.
+        ``k = update_every`` (for a rule with a phase, where ``step - phase`` is one), and none
+        between. Of several steps that are taken at once, those multiples count together.
 
         Parameters
         ----------
         step : int
             From 1.
         steps : int
-            Since the previous call.
+            Since the previous call. Each step before was a call of its own; :meth:`weigh` is for
+            runs of which that is not known.
 
         Returns
         -------
@@ -85,16 +110,52 @@ class Schedule:
         >>> [[round(w, 2) for w in schedule.weights(n)] for n in (1, 2, 3, 4, 5)]
         [[1.0], [], [0.19], [], [0.19]]
         """
+        return self.weigh(step, steps, self.log_decays(step - steps))[0]
+
+    def weigh(
+        self, step: int, steps: int, log_decays: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Weights of the new value at a step of any run, and what the next call needs to know.
+
+        Parameters
+        ----------
+        step, steps : int
+            As of :meth:`weights`.
+        log_decays : tuple of float
+            What the previous call returned; ``log_decays(0)`` at the first. For each average the
+            logarithm of the share of the beginning that is left, see :meth:`Rule.log_decay`.
+
+        Returns
+        -------
+        weights, log_decays : tuple of float
+        """
         m, every = step - self.start_after, self.update_every
         if m < 0 or not step:
-            return ()
+            return (), log_decays
+        last = m - (m + self.offset) % every
         if m < steps and self.start_after:  # they begin here, or did since the previous call
-            return (1.0,) * len(self.rules)
-        due = m // every - (m - steps) // every
+            begun = self.log_decays(self.start_after)
+            if last > 0:  # these weights are the first that are averaged
+                begun = self._weighed(step, last, last, begun)[1]
+            return (1.0,) * len(self.rules), begun
+        counted = m + self.offset
+        due = counted // every - (counted - steps) // every
         if not due:
-            return ()
-        last, length = m - m % every, due * every
-        return tuple([checked_weight(rule.weight(last, length), rule, step) for rule in self.rules])
+            return (), log_decays
+        return self._weighed(step, last, due * every, log_decays)
+
+    def _weighed(
+        self, step: int, last: int, length: int, log_decays: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        found = [
+            rule.weigh(last, length, left)
+            for rule, left in zip(self.rules, log_decays, strict=True)
+        ]
+        weights = [
+            checked_weight(weight, rule, step)
+            for rule, (weight, _) in zip(self.rules, found, strict=True)
+        ]
+        return tuple(weights), tuple([left for _, left in found])
 
     def decays(self, step: int) -> tuple[float, ...]:
         """Decay per step of each rule that is in force at a step; 0 until the averages begin."""
@@ -110,7 +171,7 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {
-            "rules": [rule.to_dict() for rule in self.rules],
+            "rules": [described(rule) for rule in self.rules],
             "update_every": self.update_every,
             "start_after": self.start_after,
         }

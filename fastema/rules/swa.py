@@ -26,7 +26,8 @@ def cumulative_mean() -> CumulativeMean:
     """The mean of all weights since the average began, each counted once.
 
     ``avg_n = avg_(n-1) + (x_n - avg_(n-1)) / n``, in closed form ``sum_k x_k / n``. The first
-    update copies the weights. Where only every k-th step updates, it is the mean of those it saw.
+    update copies the weights. Where only every k-th step updates, it is the mean of those it saw;
+    weights that are taken in for several steps at once count as many times.
 
     Examples
     --------

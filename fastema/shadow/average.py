@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, Final
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, overload
 
-from fastema.bridges.registry import describe, leaves_of, materialised, written
+from fastema.bridges.memory import allocate
+from fastema.bridges.registry import describe, leaves_of, materialised, state_of, written
+from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.engine.held import keep
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
@@ -24,27 +27,48 @@ from fastema.errors import (
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
-from fastema.rules.checks import checked_whole
-from fastema.shadow.binding import FOLLOW, Binding
-from fastema.shadow.counting import DeviceCount, tables_for
-from fastema.shadow.entries import select
-from fastema.shadow.exchange import Assignment, Exchange, can_be_assigned, recovered, rounded
+from fastema.rules.checks import MOST, checked_whole
+from fastema.shadow.binding import FOLLOW, Binding, WriteWatch
+from fastema.shadow.counting import DeviceCount, refuse_uneven, tables_for
+from fastema.shadow.entries import Wish, select
+from fastema.shadow.exchange import (
+    Assignment,
+    Exchange,
+    Recovered,
+    can_be_assigned,
+    recover,
+    recovered,
+    rounded,
+)
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
     Rounding,
     Watched,
     checked,
+    destination,
     dtype_of,
     wish_of,
 )
 from fastema.shadow.reports import report
-from fastema.shadow.state import pack, unpack
+from fastema.shadow.state import SavedOrMine, pack, unpack
 from fastema.shadow.store import Store, Tensors
 from fastema.shadow.views import Drift, Shadow
 
 __all__ = ["Average"]
 
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    Weights = TypeVar("Weights", default=Any)
+else:
+    from typing import TypeVar
+
+    Weights = TypeVar("Weights")
+
+Self = TypeVar("Self", bound="Average[Any]")
+Other = TypeVar("Other")
 
 _CHANGED: Final[dict[Watched, Callable[[Binding], bool]]] = {
     "all": Binding.changed,
@@ -52,7 +76,17 @@ _CHANGED: Final[dict[Watched, Callable[[Binding], bool]]] = {
 }
 
 
-class Average:
+def _refuse_written(names: Sequence[str]) -> None:
+    if names:
+        raise StateError(
+            "weights were written while the model held the average; the model has its raw weights "
+            "back, and the average now holds what was written:\n"
+            + listed(repr(name) for name in names)
+            + "\nCall restore(), or leave the swapped() block, before training or loading weights."
+        )
+
+
+class Average(Generic[Weights]):
     """Averages of weights in flat buffers, updated in one call: what all kinds have in common.
 
     At the n-th update ``avg += w(n) * (x - avg)``, computed in float32 (float64 where either side
@@ -75,8 +109,9 @@ class Average:
     rounding : {"stochastic", "nearest"}, optional
         Of 16-bit averages, stochastic by default: to nearest, an average stops moving once
         ``w * |x - avg|`` is below half its last place. The random bits are a function of ``seed``,
-        the step, the tensor's name and the element's place in it, so that a run gives the same bits
-        however it is resumed or divided. Averages of other dtypes round to nearest even.
+        the step, the tensor's name and the element's index in it (not its place in memory), so that
+        a run gives the same bits however it is resumed or divided. Averages of other dtypes round
+        to nearest even.
     seed : int
         Of the random bits, at least 0.
     update_every : int
@@ -89,10 +124,14 @@ class Average:
     buffers : {"copy", "average", "skip"}
         What is done with buffers, such as BatchNorm statistics: ``copy`` keeps those of the latest
         update that did work, ``average`` averages floats. Integers and booleans are always copied
-        exactly.
+        exactly, and floats of 8 bits copied or refused. Buffers registered with
+        ``persistent=False`` are skipped in any case, as in the model's ``state_dict()``: they may
+        change their shape, come and go.
     on_nonfinite : {"propagate", "skip", "raise"}
-        What is done with a NaN or an infinity in the weights: average it, leave out the whole call
-        and count it in ``num_skipped``, or raise. The last two read the weights once more first.
+        What is done with a NaN or an infinity in the weights, or in floats that are copied, such as
+        BatchNorm statistics: take it in, leave out the whole call and count it in ``num_skipped``,
+        or raise. The last two read the tensors once more first, but for copies that hold such a
+        number already, such as a mask of infinities.
     drift : bool
         Measure in the same pass how far the weights are from the average, see :attr:`drift`.
     capturable : bool
@@ -145,7 +184,7 @@ class Average:
 
     def __init__(
         self,
-        weights: Any,
+        weights: Weights,
         rules: Rule | Sequence[Rule],
         *,
         shadow_dtype: Any = None,
@@ -182,16 +221,20 @@ class Average:
                 window=window, ring=dtype_of(dtype), ring_on_host=on_host
             )
         container = materialised(weights)
-        selection = select(leaves_of(container), frozen, buffers)
+        leaves = leaves_of(container)
+        selection = select(leaves, frozen, buffers)
         self._store = Store.of(selection, self._wish)
         self._names = selection.names
         self._done = self._num_skipped = 0
+        self._log_decays = self._schedule.log_decays(0)
         self._lock = rlock()
         self._applied: Exchange | None = None
+        self._write_watch: WriteWatch | None = None
         self._measured: Program | None = None
         self._home = container
-        self._binding = Binding(container, self._store, self._names)
+        self._binding = Binding(container, self._store, self._names, leaves=leaves)
         self._binding.program.run(FOLLOW)
+        self._binding.notify_used()
         self._binding.release()
         self._count: DeviceCount | None = None
         self._captured = False
@@ -250,6 +293,12 @@ class Average:
         return decays[0] if len(decays) == 1 else decays
 
     @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held by every call; in a ``with`` block of one's own the calls of other threads wait."""
+        lock: AbstractContextManager[Any] = self._lock
+        return lock
+
+    @property
     def schedule(self) -> Schedule:
         """When the average is updated and with what weight."""
         return self._schedule
@@ -262,7 +311,8 @@ class Average:
         model : optional
             The weights, where they are not those the average was built from: the same names and
             shapes. Names may differ by what wrappers add (``module.``, ``_orig_mod.``). Users of
-            JAX give the new arrays at every step; without them those given last are taken again.
+            JAX give the new arrays at every step: those that were averaged never change, and are
+            refused if this is left out.
         steps : int
             Steps of training since the previous call, where not every one can be seen: they are
             taken in at once, with ``decay ** steps``.
@@ -272,7 +322,9 @@ class Average:
         StateError
             While the average is applied, or in a capture without ``capturable=True``.
         ArgumentError
-            For more than one step of a windowed mean, or of an average that counts on the GPU.
+            For more than one step of a windowed mean, or of an average that counts on the GPU; for
+            more than 2**63 - 1 updates in all; if no new arrays are given and the latest ones never
+            change.
         LayoutError
             If the model's tensors are no longer the same by name and shape; nothing was written.
         BridgeError
@@ -282,14 +334,17 @@ class Average:
         NonFiniteError
             With ``on_nonfinite="raise"``, naming the tensors; nothing was written.
         """
-        steps = checked_whole(steps, "steps", 1)
         with self._lock:
+            steps = checked_whole(steps, "steps", 1, MOST - self._done)
             self._refuse_applied("update")
             if steps != 1:
                 self._refuse_long_steps(steps)
             binding = self._current(model, self._changed)
             try:
+                if model is None:
+                    binding.refuse_used()
                 self._update(binding, steps)
+                binding.notify_used()
             finally:
                 binding.release()
 
@@ -308,7 +363,7 @@ class Average:
                 "of now at every replay; build the average with capturable=True"
             )
         step = self._done + steps
-        weights = self._schedule.weights(step, steps)
+        weights, log_decays = self._schedule.weigh(step, steps, self._log_decays)
         if not weights:
             self._done = step
             return
@@ -321,7 +376,7 @@ class Average:
         moment = self._moment(step, weights)
         with deferred():
             binding.program.run(operations, moment)
-            self._done = step
+            self._done, self._log_decays = step, log_decays
             self._measured = None if begins or not self._measures else binding.program
 
     def _update_by(self, count: DeviceCount, binding: Binding) -> None:
@@ -424,18 +479,18 @@ class Average:
             try:
                 if self._follows():
                     self._follow_in(binding)
-                exchange = binding.exchange(which)
+                exchange, watch = binding.exchange(which), binding.write_watch
                 with deferred():
                     exchange.apply()
-                    self._applied = exchange
-                    binding.written()
+                    self._applied, self._write_watch = exchange, watch
+                    watch.begin()
             finally:
                 binding.release()
 
     def restore(self, model: Any = None) -> None:
         """Put the raw weights back, bit for bit, and the average where it was.
 
-        What the model holds by then is taken for the average: do not train while it is applied.
+        What the model holds by then becomes the average: do not train while it is applied.
 
         Parameters
         ----------
@@ -445,23 +500,32 @@ class Average:
         Raises
         ------
         StateError
-            If the average is not applied, or the model's dtypes changed meanwhile.
+            If the average is not applied, or the model's dtypes changed meanwhile. After the
+            weights are back: if averaged tensors of PyTorch were written while it was applied, by
+            an optimizer or ``load_state_dict``, say; the average now holds what was written.
+            (Copied buffers may be written, as :func:`fastema.update_bn` does.)
         LayoutError
             If the model's tensors are no longer the same.
         """
         with self._lock:
-            if self._applied is None:
-                raise StateError(
-                    "restore() without apply_shadow(): the model holds its own weights"
-                )
-            exchange = self._still_applied(model)
-            try:
-                with deferred():
-                    exchange.restore()
-                    self._applied = None
-                    self._binding.written()
-            finally:
-                self._binding.release()
+            _refuse_written(self._restore(model))
+
+    def _restore(self, model: Any) -> list[str]:
+        """Put the raw weights back; the names of averaged tensors that were written meanwhile."""
+        if self._applied is None:
+            raise StateError("restore() without apply_shadow(): the model holds its own weights")
+        exchange, watch = self._still_applied(model), self._write_watch
+        assert watch is not None
+        binding = self._binding
+        names = watch.written(binding.weights)
+        try:
+            with deferred():
+                exchange.restore()
+                self._applied = self._write_watch = None
+                watch.end(binding.weights)
+        finally:
+            binding.release()
+        return names
 
     def _still_applied(self, model: Any = None) -> Exchange:
         """What takes the average back, made anew if the model moved meanwhile."""
@@ -546,8 +610,15 @@ class Average:
             names = [self._names.aliases.get(name, name) for name in binding.names]
             return binding.structure.rebuild([shown[name] for name in names])
 
-    @contextmanager
-    def swapped(self, model: Any = None, *, which: int | None = None) -> Iterator[Any]:
+    @overload
+    def swapped(self, model: None = None, *, which: int | None = None) -> RestoringBlock[Weights]:
+        pass
+
+    @overload
+    def swapped(self, model: Other, *, which: int | None = None) -> RestoringBlock[Other]:
+        pass
+
+    def swapped(self, model: Any = None, *, which: int | None = None) -> RestoringBlock[Any]:
         """A block in which the model holds the average; the raw weights come back however it ends.
 
         ``with ema.swapped() as weights:`` names what holds the average in the block: the model, or,
@@ -563,25 +634,29 @@ class Average:
         Raises
         ------
         StateError
-            If an average is applied already.
+            If an average is applied already. At the end of the block, as :meth:`restore` does,
+            unless the block itself raised.
         """
-        # An outer block's average is not ours to take back: apply_shadow() refuses.
         model = None if model is None else materialised(model)
+        return RestoringBlock(lambda: self._swap_steps(model, which))
+
+    def _swap_steps(self, model: Any, which: int | None) -> Steps[Any]:
         if self._binding.fixed:
-            yield self.averaged(which=which)
-            return
-        outside = self.applied
-        try:
+            return Steps(apply=lambda: self.averaged(which=which), restore=lambda: None)
+        own: list[Exchange | None] = []
+        written: list[str] = []
+
+        def apply() -> Any:
             self.apply_shadow(model, which=which)
-            yield self._home if model is None else model
-        finally:
-            try:
-                if self.applied and not outside:
-                    self.restore(model)
-            except BaseException:  # an interrupt, before anything was taken back
-                if self.applied and not outside:
-                    self.restore(model)
-                raise
+            own.append(self._applied)
+            return self._home if model is None else model
+
+        def restore() -> None:
+            with self._lock:  # an outer block's average is not this one's to restore
+                if self._applied is not None and self._applied in own:
+                    written.extend(self._restore(model))
+
+        return Steps(apply, restore, lambda: _refuse_written(written))
 
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
         """Write the average into a model, rounded to its dtypes, and keep nothing of what it held.
@@ -619,6 +694,61 @@ class Average:
             for tell, arrays in written(pair.src.owner for pair in pairs):
                 tell(arrays)
 
+    def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
+        """What ``model.state_dict()`` would hold with the average in the model, in new tensors.
+
+        For ``other.load_state_dict(ema.model_state_dict())``, ``torch.save``, safetensors, or
+        :func:`torch.func.functional_call`; the model is only read.
+
+        Parameters
+        ----------
+        model : optional
+            See :meth:`update`. Its keys are used, with the prefixes of its wrappers.
+        which : int, optional
+            See :meth:`apply_shadow`.
+
+        Returns
+        -------
+        dict of str to tensor
+            Averages rounded to the model's dtypes, one tensor for tied weights. What the average
+            leaves out (frozen weights, extra state) is the model's own, not copied. For what has no
+            ``state_dict()``, the names are those of :attr:`shadow` and of tied arrays.
+
+        Raises
+        ------
+        StateError
+            While an average is applied: ``model.state_dict()`` holds it then.
+        LayoutError
+            If a shape differs.
+
+        Examples
+        --------
+        >>> import torch, fastema
+        >>> model = torch.nn.Linear(2, 1)
+        >>> ema = fastema.EMA(model)
+        >>> list(ema.model_state_dict())
+        ['weight', 'bias']
+        """
+        with self._lock:
+            self._refuse_applied("model_state_dict")
+            entries = self._store.sets[self._chosen(which)]
+            self._follow()
+            found = state_of(self._home if model is None else materialised(model))
+            kept = {key: self._names.aliases.get(name, name) for key, (name, _) in found.items()}
+            averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
+            wanted = {name: describe(found[key][1]) for name, key in averaged.items()}
+            # Memory of its own for each, so that whoever keeps one does not keep all.
+            made = {name: allocate([(spec, spec.kind)])[0] for name, spec in wanted.items()}
+            pairs = [
+                entries[name].pair(spec, 0)._replace(name=averaged[name], ring=None)
+                for name, (_, spec) in made.items()
+            ]
+            for pair in pairs:
+                check_pair(pair)
+            Program({"all": pairs}).run({"all": "give"})
+            shown = {name: entries[name].shown(array) for name, (array, _) in made.items()}
+            return {key: shown.get(kept[key], entry) for key, (_, entry) in found.items()}
+
     def _pairs_to(self, leaves: Leaves, which: int) -> list[Pair]:
         """Every name of the average, with what it is written to."""
         entries = self._store.sets[which]
@@ -630,10 +760,11 @@ class Average:
             if one.name in names:
                 raise one.error
         problems = [f"{name!r} is missing" for name in names if name not in found]
+        known = {*names, *self._names.skipped}
         problems += [
             f"{leaf.name!r} is trained and has no average"
             for leaf in leaves.items
-            if leaf.role == "weight" and leaf.name not in {*names, *self._names.skipped}
+            if leaf.role == "weight" and leaf.name not in known
         ]
         if problems:
             raise LayoutError("the model does not match the average:\n" + listed(problems))
@@ -663,8 +794,9 @@ class Average:
             applied = self._applied
             # What is only copied is in all averages, and out with any of them.
             if applied is not None and (which == applied.which or not entry.averaged):
-                self._still_applied()
-                array = recovered(self._binding.pair(name, which)).shadow
+                if not self._binding.has_stayed(name):  # the others do not matter here
+                    self._still_applied()
+                (array,) = recovered([self._binding.pair(name, which)])
                 self._binding.release()
             else:
                 self._follow()
@@ -715,24 +847,50 @@ class Average:
         """In words, what the average averages over at this point of the run."""
         return report(type(self).__name__, self._schedule, self.num_updates, self._num_skipped)
 
-    def to(self, device: str | None = None, dtype: Any = None) -> Average:
+    def to(
+        self: Self, *target: Any, device: Any = None, dtype: Any = None, non_blocking: bool = False
+    ) -> Self:
         """Move the average to a device, or change the dtype of its averaged tensors; returns it.
 
+        Takes what :meth:`torch.Tensor.to` takes: ``to(device)``, ``to(dtype)``, ``to(device,
+        dtype)``, ``to(tensor)`` for the device and dtype of that tensor, and keywords. Values are
+        rounded once where the new dtype is narrower; stochastic rounding stays on or off as it was.
         A graph in which an update was captured goes on with the average as it was: capture it anew.
 
         Parameters
         ----------
-        device : str or device, optional
+        *target : device, dtype, str or array
+            A name is a dtype where ``shadow_dtype`` takes it, else a device.
+        device : str, int or device, optional
+            By default the average stays where it is.
         dtype : dtype or str, optional
-            As ``shadow_dtype``.
+            As ``shadow_dtype``; by default unchanged.
+        non_blocking : bool
+            Accepted and ignored: the copies are done when the call returns.
+
+        Returns
+        -------
+        the average itself
 
         Raises
         ------
         StateError
             While an average is applied.
-        DTypeError, ArgumentError
+        ArgumentError
+            If device or dtype is given twice; for the dtype of a windowed mean.
+        DTypeError
             If the average cannot have the dtype.
+        DeviceError, BridgeError
+            For what is no device of the weights' framework.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> ema = fastema.EMA([np.ones(2, np.float32)])
+        >>> ema.to(np.float64).shadow["0"].dtype
+        dtype('float64')
         """
+        device, dtype = destination(target, device, dtype)
         with self._lock:
             self._refuse_applied("to")
             store, wish = self._store, self._wish
@@ -783,7 +941,18 @@ class Average:
                 "num_skipped": self._num_skipped,
                 "seed": self._seed,
             }
-            return pack(type(self).__name__, counters, self._schedule, self._saved(copy))
+            log_decays = self._log_decays
+            if self._count is not None:  # it counts single steps alone
+                log_decays = self._schedule.log_decays(counters["num_updates"])
+            rounding: Rounding = "stochastic" if self._wish.random else "nearest"
+            return pack(
+                type(self).__name__,
+                counters,
+                self._schedule,
+                log_decays,
+                rounding,
+                self._saved(copy),
+            )
 
     def _wait_for_the_ring(self) -> None:
         # Its memory is the host's, the work on it a device's: nothing else puts them in order.
@@ -798,50 +967,88 @@ class Average:
         self._still_applied()
         # Written into the copy: beside it, the raw weights there would be saved along.
         store = self._store.duplicate()
-        pairs = []
-        for which, entry in self._store:
-            if which == self._applied.which or not entry.averaged:
-                whole = recovered(self._binding.pair(entry.name, which))
-                parts = store.sets[which][entry.name].parts
-                pairs.append(Pair(entry.name, parts["shadow"][1], describe(whole.shadow)))
-                if whole.low is not None:
-                    pairs.append(Pair(entry.name, parts["low"][1], describe(whole.low)))
-        Program({"all": pairs}).run({"all": "copy"})
+        applied = [
+            (which, entry.name)
+            for which, entry in self._store
+            if which == self._applied.which or not entry.averaged
+        ]
+        parts = [store.sets[which][name].parts for which, name in applied]
+        recover(
+            [self._binding.pair(name, which) for which, name in applied],
+            [Recovered(p["shadow"][1], p["low"][1] if "low" in p else None) for p in parts],
+        )
         self._binding.release()
         return store.tensors()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, schedule: SavedOrMine = "saved") -> None:
         """Take over a saved average: a run goes on to the bit as if it had not been interrupted.
 
-        The schedule and the seed are the saved ones. Tensors are copied into the average's memory.
+        The counters, the seed and the rounding are the saved ones, and so is the schedule unless
+        you keep your own. Tensors are copied into the average's memory.
 
         Parameters
         ----------
         state : mapping
             Of :meth:`state_dict`.
+        schedule : {"saved", "mine"}
+            Which rules, ``update_every`` and ``start_after`` to go on with. By default the saved
+            ones, with a warning that names both where they differ from those this average was built
+            with. ``"mine"`` keeps those it was built with, to change the decay on purpose.
 
         Raises
         ------
         StateError
             While an average is applied.
+        ArgumentError
+            For another ``schedule``.
         CheckpointError
             Listing every mismatch of names, shapes, dtypes and schedule; nothing was changed.
+
+        Warns
+        -----
+        UserWarning
+            If the saved schedule replaces a different one.
         """
+        checked(schedule, "schedule", SavedOrMine)
         with self._lock:
             self._refuse_applied("load_state_dict")
-            saved = unpack(state, type(self).__name__, self._schedule, self._store.specs())
+            own = self._schedule
+            saved = unpack(state, type(self).__name__, own, self._store.specs(), schedule)
             program = self._store.load(saved.tensors)
             tables = [] if self._count is None else tables_for(saved.schedule)
+            if self._count is not None:
+                refuse_uneven(saved.schedule, saved.counters["num_updates"], saved.log_decays)
             program.prepare({"all": "copy"})  # nothing is changed where it fails
+            rounded = self._rounded(saved.rounding)
             self._wait_for_the_ring()
             with deferred():
                 self._done = saved.counters["num_updates"]
                 self._num_skipped = saved.counters["num_skipped"]
                 self._seed, self._schedule = saved.counters["seed"], saved.schedule
+                self._wish, self._store, self._binding = rounded
+                self._log_decays = saved.log_decays
                 self._measured = None
                 if self._count is not None:  # first: it waits for replays that are still to come
                     self._count.set(self._schedule, tables, self._seed, self._done)
                 program.run({"all": "copy"})
+        if saved.schedule != own:
+            warnings.warn(
+                "the saved schedule replaces the one this average was built with; "
+                f"pass schedule='mine' to keep that one\n  saved: {saved.schedule}\n  mine: {own}",
+                stacklevel=2,
+            )
+
+    def _rounded(self, rounding: Rounding) -> tuple[Wish, Store, Binding]:
+        """The same memory, with 16-bit averages rounded in this way from now on."""
+        wish = self._wish._replace(random=rounding == "stochastic")
+        if wish == self._wish:
+            return wish, self._store, self._binding
+        store = self._store.rounded(wish)
+        binding = Binding(self._binding.container, store, self._names)
+        binding.release()
+        if self._count is not None:
+            self._try(self._count, binding)
+        return wish, store, binding
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: a copy would share, or double, the memory of a model it is not bound to."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fastema.bridges.moving import Located, Locator
-from fastema.bridges.registry import bridge_of, leaves_of, written
+from fastema.bridges.registry import bridge_of, describe, leaves_of, versions_of, written
 from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.engine.watch import SHARES, watch
-from fastema.errors import LayoutError, listed
+from fastema.errors import FastemaError, LayoutError, listed
 from fastema.layout.group import (
     Guard,
     Pair,
@@ -18,7 +18,7 @@ from fastema.layout.group import (
     refuse_overlap,
     refuse_shared_elements,
 )
-from fastema.layout.spec import Leaf, Leaves
+from fastema.layout.spec import Leaf, Leaves, TensorSpec
 from fastema.shadow.entries import Names
 from fastema.shadow.exchange import Exchange, Tagged, can_be_assigned, exchanged
 from fastema.shadow.store import Entry, Store
@@ -29,12 +29,13 @@ FOLLOW: Final = {"averaged": "copy", "copied": "copy"}
 """What makes the averages, and what is only copied, the weights themselves."""
 
 
-def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> list[str]:
-    problems = [f"{name!r} is gone from the model" for name in entries if name not in found]
+def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> dict[str, str]:
+    """What is wrong with averaged tensors, by name."""
+    problems = {name: f"{name!r} is gone from the model" for name in entries if name not in found}
     for name, entry in entries.items():
         if name in found and found[name].spec.shape != entry.spec.shape:
             now, was = list(found[name].spec.shape), list(entry.spec.shape)
-            problems.append(f"{name!r} is now {now}, was {was}")
+            problems[name] = f"{name!r} is now {now}, was {was}"
     return problems
 
 
@@ -48,7 +49,8 @@ def _untied(found: Mapping[str, Leaf], aliases: Mapping[str, str]) -> list[str]:
 
 def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[str]:
     known = {*entries, *names.aliases, *names.skipped}
-    present = [*leaves.names, *(one.name for one in leaves.opaque)]
+    present = [leaf.name for leaf in leaves.items if leaf.persistent]
+    present += [one.name for one in leaves.opaque if one.persistent]
     problems = [f"{name!r} is new in the model" for name in present if name not in known]
     frozen = {*names.skipped, *names.frozen}
     return problems + [
@@ -62,10 +64,54 @@ def _let_go(pair: Pair) -> Pair:
     return pair._replace(src=pair.src.kept_by(None))
 
 
-def _is_finite(pair: Pair) -> bool:
-    program = Program({"averaged": [pair]})
-    program.run({"averaged": "finite"})
-    return program.all_finite()
+def _not_finite(pairs: Sequence[Pair]) -> list[str]:
+    """Names of tensors that the sources of some pairs are not finite of."""
+    program = Program({"all": pairs})
+    program.run({"all": "finite"})
+    if program.all_finite():
+        return []
+    return [pairs[0].name] if len(pairs) == 1 else [n for p in pairs for n in _not_finite([p])]
+
+
+class WriteWatch:
+    """Notices who writes weights while they hold an average, and tells autograd of the swap.
+
+    Parameters
+    ----------
+    weights : mapping of str to TensorSpec
+    trained : set of str
+        Those that nobody may write meanwhile: averaged parameters, no buffers.
+    """
+
+    def __init__(self, weights: Mapping[str, TensorSpec], trained: set[str]) -> None:
+        self._weights, self._trained = weights, trained
+        self._versions = versions_of(spec.owner for spec in weights.values() if spec.writable)
+
+    def begin(self) -> None:
+        """They hold the average now."""
+        for one in self._versions:
+            one.begin()
+
+    def written(self, now: Mapping[str, TensorSpec]) -> list[str]:
+        """Names of those that were written since, where they lie as they did; then :meth:`end`."""
+        arrays = {id(array) for one in self._versions for array in one.written()}
+        if not arrays:
+            return []
+        return [
+            name
+            for name, spec in self._weights.items()
+            # Moving a tensor to other memory counts as a write of it, and is none.
+            if id(spec.owner) in arrays and name in self._trained and spec == now[name]
+        ]
+
+    def end(self, now: Mapping[str, TensorSpec]) -> None:
+        """They hold their own values again."""
+        unmoved = self._weights == now
+        for one in self._versions:
+            one.end(put_back=unmoved)
+        if not unmoved:
+            for tell, arrays in written(spec.owner for spec in now.values() if spec.writable):
+                tell(arrays)
 
 
 class Binding:
@@ -83,6 +129,8 @@ class Binding:
         Accept tensors that are new or unfrozen: to take back an average that was applied before.
     write : bool
         The weights are about to be written.
+    leaves : Leaves, optional
+        The container's, if it was just looked at.
 
     Raises
     ------
@@ -100,21 +148,27 @@ class Binding:
         *,
         lenient: bool = False,
         write: bool = False,
+        leaves: Leaves | None = None,
     ) -> None:
-        leaves = leaves_of(container)
+        leaves = leaves_of(container) if leaves is None else leaves
         entries = store.sets[0]
         for one in leaves.opaque:
             if one.name in entries:
                 raise one.error
         found = {leaf.name: leaf for leaf in leaves.items}
-        problems = _gone_or_reshaped(found, entries) + _untied(found, names.aliases)
+        gone = _gone_or_reshaped(found, entries)
+        problems = [*gone.values(), *_untied(found, names.aliases)]
         if not lenient:
             problems += _new_or_unfrozen(leaves, entries, names)
         if problems:
+            advice = "Build a new average for the changed model."
+            if gone.keys() & names.buffers:
+                advice = (
+                    "A buffer that changes its shape, or is None at times: register it with "
+                    f"persistent=False, or build the average with buffers='skip'.\n{advice}"
+                )
             raise LayoutError(
-                "the model no longer matches the average:\n"
-                + listed(problems)
-                + "\nBuild a new average for the changed model."
+                f"the model no longer matches the average:\n{listed(problems)}\n{advice}"
             )
         self.container = container
         self.lenient = lenient
@@ -133,25 +187,29 @@ class Binding:
         ]
         self.structure = leaves.structure
         self.names = leaves.names
-        self._written = written(spec.owner for _, spec in weights if spec.writable)
         self._locator = Locator(leaves, container) if leaves.moving else None
         self._located: Located | None = None
         if leaves.moving:  # what is only ever replaced must not be kept: a copy of the model
             pairs = [_let_go(pair) if pair.name in self.fixed else pair for pair in pairs]
         self.weights = {pair.name: pair.src for pair in pairs if not pair.which}
-        self._guard = Guard(averages, weights)
+        self._guard = Guard(averages, weights) if leaves.moving else None
         self.homes = {pair.src.device: pair.src.home for pair in pairs}
         self._pairs = pairs
+        self._numbers: dict[tuple[str, int], int] = {}
         self._averaged = {name for name, entry in entries.items() if entry.averaged}
+        roles = leaves.roles
+        self._trained = {name for name in self._averaged if roles[name] != "buffer"}
         averaged = [pair for pair in pairs if pair.name in self._averaged]
         self.program = Program(
             {"averaged": averaged, "copied": [p for p in pairs if p.name not in self._averaged]}
         )
         self._look: Program | None = None
+        self._write_watch: WriteWatch | None = None
         self._exchanges: dict[int, Exchange] = {}
-        self._owners = [] if leaves.moving else [leaf.spec.owner for leaf in leaves.items]
+        kept = [] if leaves.moving else [leaf for leaf in leaves.items if leaf.persistent]
+        self._owners = [leaf.spec.owner for leaf in kept]
         watched = leaves.only({*entries, *names.aliases})
-        self._watch = None if leaves.moving else watch(watched)
+        self._watch = None if leaves.moving else watch(watched, transient=False)
         self._share = 0
         self._kept: list[Any] = []
         frozen = {*names.skipped, *names.frozen}
@@ -186,6 +244,7 @@ class Binding:
             If one of them has come to lie in an average's memory.
         """
         assert self._locator is not None
+        assert self._guard is not None
         located = self._locator.locate(container, write=write)
         if located is None:
             return False
@@ -196,6 +255,21 @@ class Binding:
         self.container, self._located = container, located
         self.program.relocate(src=located.addresses)
         return True
+
+    def notify_used(self) -> None:
+        """Note that the average has followed the weights as they are now."""
+        if self._locator is not None and self._located is not None:
+            self._locator.notify_used(self._located)
+
+    def refuse_used(self) -> None:
+        """Refuse weights that never change and that the average has followed already.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        if self._locator is not None and self._located is not None:
+            self._locator.refuse_used(self._located, "ema.update(params)")
 
     def release(self) -> None:
         """Let go of memory that is the framework's to reuse."""
@@ -210,8 +284,17 @@ class Binding:
 
     def pair(self, name: str, which: int) -> Pair:
         """A tensor's pair in one of the averages."""
-        number = which if name in self._averaged else 0
-        return self._now(next(p for p in self._pairs if p.name == name and p.which == number))
+        if not self._numbers:
+            self._numbers = {(p.name, p.which): number for number, p in enumerate(self._pairs)}
+        return self._now(self._pairs[self._numbers[name, which if name in self._averaged else 0]])
+
+    def has_stayed(self, name: str) -> bool:
+        """Whether the memory of one of the weights is where it was; of tensors that do not move."""
+        spec = self.weights[name]
+        try:
+            return not self.moving and describe(spec.owner) == spec
+        except FastemaError:  # it has no memory now
+            return False
 
     def of(self, which: int) -> list[Pair]:
         """The pairs of one average, with those that are only copied."""
@@ -247,19 +330,23 @@ class Binding:
         return found
 
     def not_finite(self) -> list[str]:
-        """Names of averaged weights that hold a NaN or an infinity."""
+        """Names of weights, and of floats that are copied, that hold a NaN or an infinity.
+
+        A copy that holds one already, such as a mask of infinities, is not looked at.
+        """
         if self._look is None:
-            self._look = Program({"averaged": self._sources()})
+            copied = [p for p in self._pairs if p.name not in self._averaged and p.src.kind.real]
+            odd = _not_finite([Pair(p.name, p.dst, p.dst) for p in copied])
+            self._looked_at = self._averaged | {p.name for p in copied} - {*odd}
+            self._look = Program({"all": self._sources()})
         elif self._located is not None:
             self._look.relocate(self._located.addresses, self._located.addresses)
-        self._look.run({"averaged": "finite"})
-        if self._look.all_finite():
-            return []
-        return [pair.name for pair in self._sources() if not _is_finite(pair)]
+        self._look.run({"all": "finite"})
+        return [] if self._look.all_finite() else _not_finite(self._sources())
 
     def _sources(self) -> list[Pair]:
         # On both sides: the averages have no part in it.
-        now = [self._now(p) for p in self._pairs if p.name in self._averaged and not p.which]
+        now = [self._now(p) for p in self._pairs if p.name in self._looked_at and not p.which]
         return [Pair(p.name, p.src, p.src) for p in now]
 
     def capturing(self) -> bool:
@@ -301,10 +388,12 @@ class Binding:
             return all(one.owner is two.owner for one, two in zip(ours, theirs, strict=True))
         return self.weights == other.weights
 
-    def written(self) -> None:
-        """Tell the weights' framework that they were written."""
-        for tell, arrays in self._written:
-            tell(arrays)
+    @property
+    def write_watch(self) -> WriteWatch:
+        """What notices writes to the weights while they hold an average."""
+        if self._write_watch is None:
+            self._write_watch = WriteWatch(self.weights, self._trained)
+        return self._write_watch
 
     def changed(self) -> bool:
         """Whether the model's tensors are no longer where they were, or one was unfrozen."""

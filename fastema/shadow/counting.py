@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastema.engine.clock import Clock, homes_of, tables_of
 from fastema.engine.moment import Moment
+from fastema.errors import ArgumentError, CheckpointError
 from fastema.layout.home import Home
 from fastema.rules import Rule, Schedule, Window
 
-__all__ = ["DeviceCount", "Tables", "tables_for"]
+__all__ = ["DeviceCount", "Tables", "refuse_uneven", "tables_for"]
 
 Tables = list[NDArray[np.float64]]
 
@@ -35,9 +37,33 @@ def tables_for(schedule: Schedule) -> Tables:
     ArgumentError
         If it cannot be put down in a table.
     """
+    if schedule.offset:
+        raise ArgumentError(
+            f"capturable=True counts update_every={schedule.update_every} from start_after="
+            f"{schedule.start_after}, and {schedule.rules[0]!r} asks for other steps"
+        )
     if _window(schedule):
         return []
     return tables_of([_by_update(rule, schedule.update_every) for rule in schedule.rules])
+
+
+def refuse_uneven(schedule: Schedule, done: int, log_decays: Sequence[float]) -> None:
+    """Refuse a saved run that took several steps at once where a bias correction depends on it.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the rule: its table is that of single steps.
+    """
+    for rule, saved, even in zip(
+        schedule.rules, log_decays, schedule.log_decays(done), strict=True
+    ):
+        if not math.isclose(saved, even, rel_tol=1e-9):
+            raise CheckpointError(
+                f"{rule!r} was saved by a run that took several steps at once, update(steps=n), "
+                "which an average that counts on the GPU cannot go on with: build it without "
+                "capturable=True"
+            )
 
 
 class DeviceCount:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastema.errors import ArgumentError
 from fastema.rules import Constant, Rule, Window, debiased
-from fastema.shadow.average import Average
+from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import Options
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["EMA"]
 
 
-class EMA(Average):
+class EMA(Average[Weights]):
     """Exponential moving average of weights, kept in flat buffers and updated in one call.
 
     At the n-th update ``avg += w(n) * (x - avg)`` with ``w(n) = 1 - decay(n)``.
@@ -75,7 +75,7 @@ class EMA(Average):
 
     def __init__(
         self,
-        weights: Any,
+        weights: Weights,
         decay: float | Rule | Sequence[float | Rule] = 0.999,
         *,
         zero_debias: bool = False,

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from fastema.errors import DTypeError, LayoutError
+from fastema.errors import DTypeError, LayoutError, listed
 from fastema.layout.dtypes import DType, average_of, parse
-from fastema.layout.group import refuse_overlap, refuse_shared_elements
+from fastema.layout.group import refuse_shared_elements
 from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
 
 __all__ = [
     "SPLIT",
     "Names",
     "Policy",
+    "Rounding",
     "Selection",
     "Wish",
     "companion",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 Policy = Literal["average", "copy", "skip"]
+Rounding = Literal["nearest", "stochastic"]
 
 SPLIT: Final = "bf16+16"
 """A float32 average in two halves, of which the first is the nearest bfloat16."""
@@ -36,12 +38,15 @@ class Names:
         What is left out.
     frozen : set of str
         What is copied because it is frozen.
+    buffers : set of str
+        What is copied, or averaged, and is a buffer.
     aliases : dict of str to str
         Further names of the same memory (tied weights), to the name that is kept.
     """
 
     skipped: set[str]
     frozen: set[str]
+    buffers: set[str]
     aliases: dict[str, str]
 
 
@@ -56,26 +61,38 @@ class Selection(NamedTuple):
 def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
     """Sort a container's leaves by policy, each memory once.
 
+    Buffers that a module's own state leaves out, such as tables and masks that it keeps for speed,
+    are skipped by any policy: they may change their shape, come and go.
+
     Raises
     ------
     LayoutError
-        If nothing is left to average, or a tensor cannot be swapped: expanded, or partly sharing
-        memory with another.
+        If nothing is left to average, or a tensor is expanded, so that it cannot be swapped.
     BridgeError, DTypeError
         For a tensor that cannot be described and is not skipped.
     """
     policies: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
     for one in leaves.opaque:
-        if policies[one.role] != "skip":
+        if one.persistent and policies[one.role] != "skip":
             raise one.error
     skipped = {one.name for one in leaves.opaque}
-    skipped |= {leaf.name for leaf in leaves.items if policies[leaf.role] == "skip"}
-    held = [leaf for leaf in leaves.items if leaf.name not in skipped]
-    averages = {
-        leaf.name
-        for leaf in held
-        if policies[leaf.role] == "average" and leaf.spec.kind.real is not None
+    skipped |= {
+        leaf.name for leaf in leaves.items if not leaf.persistent or policies[leaf.role] == "skip"
     }
+    held = [leaf for leaf in leaves.items if leaf.name not in skipped]
+    wanted = [leaf for leaf in held if policies[leaf.role] == "average"]
+    averages = {leaf.name for leaf in wanted if leaf.spec.kind.real is not None}
+    problems = [
+        f"{leaf.name}: {leaf.spec.dtype} is not averaged, only copied"
+        for leaf in wanted
+        if leaf.name not in averages and not leaf.spec.kind.whole
+    ]
+    if problems:
+        raise DTypeError(
+            "there is no average of these tensors:\n"
+            + listed(problems)
+            + "\nKeep them in another dtype, or pass buffers='copy' or frozen='copy'."
+        )
     # Of several names of one memory, one that is averaged is kept.
     first: dict[TensorSpec, str] = {}
     for leaf in sorted(held, key=lambda leaf: leaf.name not in averages):
@@ -102,9 +119,9 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
         )
     for leaf in held:
         refuse_shared_elements(leaf.name, leaf.spec)
-    refuse_overlap([(leaf.name, leaf.spec) for leaf in held if leaf.spec.writable])
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
-    return Selection(averaged, copied, Names(skipped, still, aliases))
+    statistics = {leaf.name for leaf in held if leaf.role == "buffer"}
+    return Selection(averaged, copied, Names(skipped, still, statistics, aliases))
 
 
 def companion(kind: DType, weights: DType, form: str) -> DType:

@@ -36,12 +36,16 @@ __all__ = [
     "Tagged",
     "can_be_assigned",
     "exchanged",
+    "recover",
     "recovered",
     "rounded",
 ]
 
 _APPLY: Final = {"swap": "swap", "park": "park", "cast": "give"}
 _RESTORE: Final = {"swap": "swap", "park": "unpark", "back": "copy"}
+
+_RECOVERED_AT_ONCE: Final = 1 << 26
+"""Bytes of weights that are copied together, of tensors that are no larger."""
 
 Tagged = dict[str, list[Pair]]
 """Pairs by the way they change places."""
@@ -179,30 +183,52 @@ def rounded(pairs: Sequence[Pair]) -> list[Any]:
 
 
 class Recovered(NamedTuple):
-    """A copy of an average that is applied, and of its companion where that belongs to it."""
+    """Memory for an average that is applied, and for its companion where that belongs to it."""
 
-    shadow: Any
-    low: Any
-
-
-def _duplicate(like: TensorSpec) -> tuple[Any, TensorSpec]:
-    ((array, spec),) = allocate([(like, like.kind)])
-    Program({"all": [Pair("copy", spec, like)]}).run({"all": "copy"})
-    return array, spec
+    shadow: TensorSpec
+    low: TensorSpec | None
 
 
-def recovered(pair: Pair) -> Recovered:
-    """A copy of an average that is applied: where it is, whole, depends on the tag."""
-    tag = _tag(pair)
-    low = None if pair.low is None else _duplicate(pair.low)
-    if tag == "swap" and pair.dst.dtype != pair.src.dtype:
-        assert low is not None
-        shadow, spec = _duplicate(pair.dst)
-        halves = Pair(pair.name, spec, pair.src, pair.form, low[1])
-        Program({"all": [halves]}).run({"all": "copy"})
-    else:
-        shadow, spec = _duplicate(pair.src if tag == "swap" else pair.dst)
-    if tag == "park":
-        _, model = _duplicate(pair.src)
-        Program({"all": [Pair(pair.name, spec, model)]}).run({"all": "unpark"})
-    return Recovered(shadow, None if low is None else low[0])
+def recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
+    """Copy averages that are applied: where each is, whole, depends on the tag."""
+    begin = nbytes = 0
+    for end, pair in enumerate(pairs, 1):
+        nbytes += pair.src.nbytes
+        if nbytes >= _RECOVERED_AT_ONCE or end == len(pairs):
+            _recover(pairs[begin:end], into[begin:end])
+            begin, nbytes = end, 0
+
+
+def _recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
+    parked = [(pair, to) for pair, to in zip(pairs, into, strict=True) if _tag(pair) == "park"]
+    models = [spec for _, spec in allocate([(pair.src, pair.src.kind) for pair, _ in parked])]
+    copies = [Pair(one.name, spec, one.src) for (one, _), spec in zip(parked, models, strict=True)]
+    for pair, to in zip(pairs, into, strict=True):
+        if _in_halves(pair):
+            copies.append(Pair(pair.name, to.shadow, pair.src, pair.form, to.low))
+            continue
+        copies.append(Pair(pair.name, to.shadow, pair.src if _tag(pair) == "swap" else pair.dst))
+        if pair.low is not None and to.low is not None:
+            copies.append(Pair(pair.name, to.low, pair.low))
+    bits = [Pair(one.name, to.shadow, spec) for (one, to), spec in zip(parked, models, strict=True)]
+    Program({"copied": copies, "parked": bits}).run({"copied": "copy", "parked": "unpark"})
+
+
+def _in_halves(pair: Pair) -> bool:
+    """Whether an average in two halves has changed places with whole weights."""
+    return _tag(pair) == "swap" and pair.dst.dtype != pair.src.dtype
+
+
+def recovered(pairs: Sequence[Pair]) -> list[Any]:
+    """New memory with averages that are applied."""
+    shadows = allocate([(pair.dst, pair.dst.kind) for pair in pairs])
+    halves = [pair.low for pair in pairs if pair.low is not None and _in_halves(pair)]
+    lows = iter(allocate([(low, low.kind) for low in halves]))
+    recover(
+        pairs,
+        [
+            Recovered(spec, next(lows)[1] if _in_halves(pair) else None)
+            for pair, (_, spec) in zip(pairs, shadows, strict=True)
+        ],
+    )
+    return [array for array, _ in shadows]

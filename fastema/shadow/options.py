@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypedDict, get_args
 
-from fastema.bridges.registry import dtype_code
-from fastema.errors import ArgumentError
+from fastema.bridges.registry import bridge_of, dtype_code
+from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.dtypes import DType, parse
-from fastema.shadow.entries import SPLIT, Policy, Wish
+from fastema.shadow.entries import SPLIT, Policy, Rounding, Wish
 
 __all__ = [
     "OnNonFinite",
@@ -16,11 +18,11 @@ __all__ = [
     "Rounding",
     "Watched",
     "checked",
+    "destination",
     "dtype_of",
     "wish_of",
 ]
 
-Rounding = Literal["nearest", "stochastic"]
 OnNonFinite = Literal["propagate", "skip", "raise"]
 Watched = Literal["all", "sample"]
 
@@ -53,6 +55,59 @@ def dtype_of(value: Any) -> DType | None:
     if value is None:
         return None
     return parse(value if isinstance(value, str) else dtype_code(value))
+
+
+def destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, Any]:
+    """The device and the dtype that the arguments of ``to()`` name, None for what they leave as is.
+
+    Parameters
+    ----------
+    target : sequence
+        The positional arguments, as :meth:`torch.Tensor.to` takes them: a device, a dtype, or
+        both in this order, or an array whose device and dtype are meant.
+    device, dtype : object
+        The keywords.
+
+    Raises
+    ------
+    ArgumentError
+        If one of the two is given twice, or there are more arguments.
+    """
+    found: dict[str, Any] = {"device": device, "dtype": dtype}
+    for given in target:
+        for name, value in _named_target(given).items():
+            if found[name] is not None:
+                raise ArgumentError(
+                    f"to(): got two values for {name}, {found[name]!r} and {value!r}; expected "
+                    "to(device), to(dtype), to(device, dtype) or to(tensor)"
+                )
+            found[name] = value
+    return found["device"], found["dtype"]
+
+
+def _named_target(given: Any) -> dict[str, Any]:
+    """One positional argument of ``to()``, by what it is."""
+    if given is None:
+        return {}
+    if isinstance(given, bool):
+        raise ArgumentError(
+            f"to({given!r}): expected a device, a dtype or a tensor; non_blocking goes by keyword"
+        )
+    if not isinstance(given, str | int):
+        with suppress(BridgeError):
+            array = bridge_of(given).describe(given)
+            return {"device": array.device, "dtype": given.dtype}
+    return {"dtype" if _is_dtype(given) else "device": given}
+
+
+def _is_dtype(value: Any) -> bool:
+    if isinstance(value, str) and value == SPLIT:
+        return True
+    try:
+        dtype_of(value)
+    except (ArgumentError, DTypeError):
+        return False
+    return True
 
 
 def wish_of(shadow_dtype: Any, rounding: Any, together: int) -> Wish:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastema.rules import power
-from fastema.shadow.average import Average
+from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import Options
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["PowerEMA"]
 
 
-class PowerEMA(Average):
+class PowerEMA(Average[Weights]):
     """Averages whose profile is a power of time, so that their length grows with training.
 
     At step ``n`` of a run, ``avg += w * (x - avg)`` with ``w = 1 - (1 - k/n)**(gamma + 1)`` where
@@ -45,7 +45,7 @@ class PowerEMA(Average):
 
     def __init__(
         self,
-        weights: Any,
+        weights: Weights,
         sigma_rels: float | Sequence[float] = (0.05, 0.10),
         **options: Unpack[Options],
     ) -> None:

@@ -61,7 +61,7 @@ def report(kind: str, schedule: Schedule, step: int, skipped: int) -> str:
     n = step - start
     if n < 0:
         lines.append(f"nothing is averaged yet: until step {start:,} it is the weights themselves")
-    elif n < every:
+    elif n + schedule.offset < every:
         lines.append(
             "nothing is averaged yet: it is the weights "
             + (f"of step {start:,}" if start else "it was built from")

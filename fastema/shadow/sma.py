@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from fastema.engine.moment import Moment
 from fastema.errors import ArgumentError
 from fastema.rules import Window
-from fastema.shadow.average import Average
+from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import Options
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["SMA"]
 
 
-class SMA(Average):
+class SMA(Average[Weights]):
     """Mean of the weights of the last ``window`` updates, at a cost that does not depend on it.
 
     ``avg += (x - oldest) / W`` over flat buffers, the oldest slot of a ring of W copies of the
@@ -71,7 +71,7 @@ class SMA(Average):
 
     def __init__(
         self,
-        weights: Any,
+        weights: Weights,
         window: int = 10,
         *,
         ring_dtype: Any = None,

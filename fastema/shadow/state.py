@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from fastema.bridges.names import plain_names
 from fastema.bridges.registry import describe
 from fastema.errors import ArgumentError, CheckpointError, FastemaError, listed
 from fastema.layout.spec import TensorSpec
-from fastema.rules import Rule, Schedule, Window
+from fastema.rules import Debiased, Rule, Schedule, Window
+from fastema.rules.rule import GONE, plain_value
+from fastema.shadow.entries import Rounding
+from fastema.shadow.foreign import unflattened, what_it_is
 from fastema.shadow.store import PARTS, Tensors
 
-__all__ = ["Saved", "pack", "unpack"]
+__all__ = ["Saved", "SavedOrMine", "pack", "unpack"]
+
+SavedOrMine = Literal["saved", "mine"]
+"""Whose schedule goes on when a state is loaded."""
 
 FORMAT: Final = "fastema"
 VERSION: Final = 1
@@ -23,33 +29,62 @@ class Saved(NamedTuple):
 
     counters: dict[str, int]
     schedule: Schedule
+    log_decays: tuple[float, ...]
+    rounding: Rounding
     tensors: Tensors
 
 
 COUNTERS: Final = ("num_updates", "num_skipped", "seed")
 """Whole numbers of at least 0 that a state holds."""
 
+LOG_DECAYS: Final = "log_decays"
+"""In a state with a bias correction: for each average how much of its beginning would be left."""
+
 
 def pack(
-    kind: str, counters: Mapping[str, int], schedule: Schedule, tensors: Tensors
+    kind: str,
+    counters: Mapping[str, int],
+    schedule: Schedule,
+    log_decays: Sequence[float],
+    rounding: Rounding,
+    tensors: Tensors,
 ) -> dict[str, Any]:
     """A state dict: strings, numbers and tensors only, so that ``weights_only=True`` loads it."""
     head = {"format": FORMAT, "version": VERSION, "kind": kind}
-    return {**head, **counters, "schedule": schedule.to_dict(), **tensors}
+    debiased = {LOG_DECAYS: list(log_decays)} if _is_debiased(schedule) else {}
+    return {
+        **head,
+        **counters,
+        "schedule": schedule.to_dict(),
+        "rounding": rounding,
+        **debiased,
+        **tensors,
+    }
+
+
+def _is_debiased(schedule: Schedule) -> bool:
+    return any(isinstance(rule, Debiased) for rule in schedule.rules)
+
+
+def _is(found: Any, expected: str | int) -> bool:
+    """Whether they are equal; an array, whose comparison is none, is not."""
+    return type(found) is type(expected) and found == expected
 
 
 def _head(state: Any, kind: str, expected: Tensors) -> list[str]:
-    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-        return ["it is not a fastema state dict"]
+    if not isinstance(state, Mapping) or not _is(state.get("format"), FORMAT):
+        return [what_it_is(state)]
     problems = []
-    if state.get("version") != VERSION:
+    if not _is(state.get("version"), VERSION):
         problems.append(f"version {state.get('version')!r} is not known, only {VERSION}")
-    if state.get("kind") != kind:
+    if not _is(state.get("kind"), kind):
         problems.append(f"it was saved by {state.get('kind')!r}, not by {kind!r}")
     for name in COUNTERS:
         value = state.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
             problems.append(f"{name} is {value!r}")
+    if not any(_is(state.get("rounding"), known) for known in get_args(Rounding)):
+        problems.append(f"rounding is {state.get('rounding')!r}")
     for part in PARTS:
         problems += _part(state.get(part), part, len(expected.get(part, ())))
     return problems
@@ -58,7 +93,9 @@ def _head(state: Any, kind: str, expected: Tensors) -> list[str]:
 def _part(found: Any, part: str, count: int) -> list[str]:
     if found is None and not count:
         return []
-    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+    if not isinstance(found, list) or not all(
+        isinstance(one, Mapping) and all(isinstance(name, str) for name in one) for one in found
+    ):
         return [f"it has no {part!r}, a list with a mapping of names to tensors for each average"]
     if not count:
         return [f"{part!r} is unexpected: the average is stored in another way"]
@@ -93,9 +130,27 @@ def _body(
             )
 
 
-def _schedule(plain: Any, own: Schedule) -> Schedule:
+def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[float, ...] | None:
+    """What a state says of the beginning's shares, None if it fits no run of the schedule."""
+    if not _is_debiased(schedule):
+        return schedule.log_decays(0) if found is None or which == "mine" else None
+    if found is None and which == "mine":  # it was averaged with its beginning, and keeps that
+        return (GONE,) * len(schedule.rules)
+    if not isinstance(found, list | tuple) or len(found) != len(schedule.rules):
+        return None
+    if not all(isinstance(one, float) and GONE <= one <= 0.0 for one in found):
+        return None
+    return tuple(found)
+
+
+def _schedule(plain: Any, own: Schedule, which: SavedOrMine) -> Schedule:
     # A rule of the user's own cannot be rebuilt from its description, but recognised by it.
-    return own if plain == own.to_dict() else Schedule.from_dict(plain)
+    same = plain_value(plain, "it") == own.to_dict()
+    if which == "mine" and not same and any(_windows(own)):
+        raise ArgumentError(
+            "'mine' is not possible: the ring of a windowed mean is as it was saved"
+        )
+    return own if same or which == "mine" else Schedule.from_dict(plain)
 
 
 def _windows(schedule: Schedule) -> list[Rule | None]:
@@ -111,32 +166,46 @@ def _named(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str,
     return dict(zip(names, tensors.values(), strict=True))
 
 
-def unpack(state: Any, kind: str, own: Schedule, expected: Tensors) -> Saved:
+def unpack(
+    state: Any, kind: str, own: Schedule, expected: Tensors, which: SavedOrMine = "saved"
+) -> Saved:
     """A state dict's contents, if every part fits an average with this schedule and tensors.
 
     Parameters
     ----------
     state : mapping
+        As it was saved, or the tensors of a file of ours.
     kind : str
         The class that it must have been saved by.
     own : Schedule
     expected : Tensors
         Of descriptions.
+    which : {"saved", "mine"}
+        The schedule to go on with: the saved one, or ``own``.
 
     Raises
     ------
     CheckpointError
         Listing every mismatch: names, shapes, dtypes, counters, schedule.
     """
+    state = unflattened(state)
     problems = _head(state, kind, expected)
     schedule = None
+    log_decays = None
     tensors: Tensors = {}
     if not problems:
         try:
-            schedule = _schedule(state.get("schedule"), own)
+            schedule = _schedule(state.get("schedule"), own, which)
         except ArgumentError as error:
             problems.append(f"schedule: {error}")
         else:
+            found = state.get(LOG_DECAYS)
+            log_decays = _log_decays(found, schedule, which)
+            if log_decays is None:
+                problems.append(
+                    f"{LOG_DECAYS} is {found!r}, expected for each rule a number from {GONE} to 0 "
+                    "where one is bias-corrected, and none elsewhere"
+                )
             if len(schedule.rules) != len(own.rules):
                 problems.append(f"it has {len(schedule.rules)} averages, not {len(own.rules)}")
             elif _windows(schedule) != _windows(own):
@@ -147,6 +216,7 @@ def unpack(state: Any, kind: str, own: Schedule, expected: Tensors) -> Saved:
                 label = "" if part == "shadow" and len(of_part) == 1 else f" in {part}[{i}]"
                 tensors[part].append(_named(state[part][i], specs))
                 problems += _body(specs, tensors[part][-1], label)
-    if problems or schedule is None:
+    if problems or schedule is None or log_decays is None:
         raise CheckpointError("the saved state does not fit:\n" + listed(problems))
-    return Saved({name: state[name] for name in COUNTERS}, schedule, tensors)
+    counters = {name: state[name] for name in COUNTERS}
+    return Saved(counters, schedule, log_decays, state["rounding"], tensors)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe, memory_of
@@ -24,8 +26,7 @@ Tensors = dict[str, list[dict[str, Any]]]
 """Part to one mapping of names to something, for each of the averages."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One average of one tensor.
 
     Attributes
@@ -184,7 +185,7 @@ class Store:
             for (key, part), of in zip(keys, sources, strict=True)
         ]
         Program({"all": copies}).run({"all": "copy"})
-        entries = {key: replace(e, parts=made[key]) for key, e in old.items()}
+        entries = {key: e._replace(parts=made[key]) for key, e in old.items()}
         return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
 
     def cast(self, wish: Wish) -> Store:
@@ -196,15 +197,29 @@ class Store:
             If an average cannot have it.
         """
         sets = []
+        pairs: dict[str, list[Pair]] = {"copy": [], "give": []}
         for one in self.sets:
             likes = {name: e.spec for name, e in one.items() if e.averaged}
             kinds = {name: wish.stored(spec.kind) for name, spec in likes.items()}
             made = _averages(likes, kinds, wish)
             for name, entry in made.items():
-                made[name] = replace(entry, shown=one[name].shown)
-                _convert(one[name], entry)
+                made[name] = entry._replace(shown=one[name].shown)
+                operation, of_entry = _conversion(one[name], entry)
+                pairs[operation] += of_entry
             sets.append({name: made.get(name, e) for name, e in one.items()})
+        Program(pairs).run({operation: operation for operation in pairs})
         return Store(sets)
+
+    def rounded(self, wish: Wish) -> Store:
+        """The same memory, with 16-bit averages rounded as the wish says."""
+        as_stored = wish._replace(dtype=None)
+
+        def entry(old: Entry) -> Entry:
+            if not old.averaged or old.form == SPLIT:
+                return old
+            return old._replace(form=as_stored.stored(old.spec.kind)[1])
+
+        return Store([{name: entry(e) for name, e in one.items()} for one in self.sets])
 
     def load(self, tensors: Mapping[str, Iterable[Mapping[str, Any]]]) -> Program:
         """A program whose ``{"all": "copy"}`` copies a state's tensors, which fit, in here."""
@@ -262,17 +277,19 @@ def _averages(
 
 
 def _shown(like: TensorSpec) -> Callable[[Any], Any]:
-    own = getattr(bridge_of(like.owner), "shown", None)
-    shown: Callable[[Any], Any] = own or memory_of(like.owner).alias
+    return _shown_by(bridge_of(like.owner), memory_of(like.owner))
+
+
+@cache
+def _shown_by(bridge: ModuleType, memory: ModuleType) -> Callable[[Any], Any]:
+    shown: Callable[[Any], Any] = getattr(bridge, "shown", None) or memory.alias
     return shown
 
 
-def _convert(old: Entry, new: Entry) -> None:
-    """Fill an average from one of another kind."""
+def _conversion(old: Entry, new: Entry) -> tuple[str, list[Pair]]:
+    """The operation, and its pairs, that fill an average from one of another kind."""
     if old.form == SPLIT and new.form == SPLIT:
-        pairs = [Pair(part, new.parts[part][1], old.parts[part][1]) for part in new.parts]
-        Program({"all": pairs}).run({"all": "copy"})
-    elif old.form == SPLIT:
-        Program({"all": [old.pair(new.spec, 0)]}).run({"all": "give"})
-    else:
-        Program({"all": [new.pair(old.spec, 0)]}).run({"all": "copy"})
+        return "copy", [Pair(old.name, new.parts[p][1], old.parts[p][1]) for p in new.parts]
+    if old.form == SPLIT:
+        return "give", [old.pair(new.spec, 0)]
+    return "copy", [new.pair(old.spec, 0)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastema.rules import CumulativeMean
-from fastema.shadow.average import Average
+from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import Options
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["SWA"]
 
 
-class SWA(Average):
+class SWA(Average[Weights]):
     """Mean of the weights of all updates: stochastic weight averaging.
 
     At the n-th update ``avg += (x - avg) / n``; the first takes the weights over. With
@@ -50,5 +50,5 @@ class SWA(Average):
     https://arxiv.org/abs/1803.05407
     """
 
-    def __init__(self, weights: Any, **options: Unpack[Options]) -> None:
+    def __init__(self, weights: Weights, **options: Unpack[Options]) -> None:
         super().__init__(weights, CumulativeMean(), **options)

@@ -221,7 +221,7 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
     key : int
         Of the tensor, see :func:`tensor_key`.
     index : int array of any shape
-        Places of elements in the whole tensor, in the order in which its average lies in memory.
+        Of elements in the whole tensor, in row-major order.
 
     Returns
     -------

@@ -12,12 +12,13 @@ Names are looked up on first use: drawing needs matplotlib, writing for TensorBo
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastema.lazy import lazy_names
 
 if TYPE_CHECKING:
     from fastema.tracking.group import MetricAverages
-    from fastema.tracking.picture import plot
+    from fastema.tracking.plotting import plot
     from fastema.tracking.scalar import ExponentialMovingAverage, SimpleMovingAverage
     from fastema.tracking.smoother import MetricSmoother
     from fastema.tracking.tensorboard import TensorBoardWriter
@@ -32,22 +33,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ExponentialMovingAverage": "scalar",
-    "MetricAverages": "group",
-    "MetricSmoother": "smoother",
-    "SimpleMovingAverage": "scalar",
-    "TensorBoardWriter": "tensorboard",
-    "plot": "picture",
+    "ExponentialMovingAverage": "fastema.tracking.scalar",
+    "MetricAverages": "fastema.tracking.group",
+    "MetricSmoother": "fastema.tracking.smoother",
+    "SimpleMovingAverage": "fastema.tracking.scalar",
+    "TensorBoardWriter": "fastema.tracking.tensorboard",
+    "plot": "fastema.tracking.plotting",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastema.tracking' has no attribute {name!r}")
-    value = getattr(import_module(f"fastema.tracking.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)

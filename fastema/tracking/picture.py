@@ -17,11 +17,11 @@ from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from fastema.errors import ArgumentError
-from fastema.tracking.panels import Kind, Line, Panel, averages, last_finite, panels
+from fastema.tracking.panels import Kind, Line, Panel, last_finite
 from fastema.tracking.style import EMA, GREY, INK, RAW, REPORTED, SMA, STYLE
 from fastema.tracking.table import Curve
 
-__all__ = ["draw", "plot"]
+__all__ = ["Log", "draw"]
 
 Log = bool | Literal["auto"]
 
@@ -60,76 +60,6 @@ _SPARSE: Final = 100  # points that a thin line would hardly show
 _CROWDED: Final = 400  # points that a thick line cannot show apart
 
 
-def plot(
-    history: object,
-    metrics: str | Sequence[str] | None = None,
-    *,
-    window_size: int | Sequence[int] | None = 20,
-    decay: float | Sequence[float] | None = 0.9,
-    debias: bool = False,
-    raw: bool = True,
-    log: Log = "auto",
-    title: str | None = None,
-    ax: Axes | None = None,
-    out: str | os.PathLike[str] | None = None,
-) -> Figure:
-    """Draw each metric of a training run with its moving averages, one panel per metric.
-
-    Parameters
-    ----------
-    history : object
-        What ``fit()`` of Keras returns, or a model of Keras; a callback of ours, or a
-        `MetricSmoother`, that records; ``log_history`` of Hugging Face, its state or Trainer; a
-        mapping of names to numbers, or of names to curves (`fastema.tracking.logs.read`); a data
-        frame; numbers; the path of a CSV, JSON or event file, or of a folder of TensorBoard's.
-        Averages that it holds (``loss_raw``, ``loss_sma``, ``loss_ema`` of ``loss``) are drawn as
-        they are. Others are computed here, for metrics of at least three times the points
-        that they are over.
-    metrics : str or sequence of str, optional
-        Which; by default all but those that count steps, tell times or learning rates.
-    window_size : int or sequence of int, optional
-        Of the simple moving averages; None for none.
-    decay : float or sequence of float, optional
-        Weight of the old average in the exponential ones; None for none.
-    debias : bool
-        Exponential averages start at nothing and are corrected for it, as in Adam; they start at
-        the first value otherwise.
-    raw : bool
-        Whether the numbers themselves are drawn too.
-    log : bool or "auto"
-        A logarithmic scale; ``"auto"`` where all numbers are positive and the greatest is 30
-        times the least or more.
-    title : str, optional
-        Above all panels.
-    ax : matplotlib Axes, optional
-        To draw into, for a single metric; its figure is left as it is otherwise.
-    out : path, optional
-        File to write; its ending chooses the format: png, svg, pdf.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Made without pyplot: nothing to close, and no display is needed.
-
-    Raises
-    ------
-    ArgumentError
-        If there are no numbers in it, not the metrics asked for, or several for one ``ax``.
-
-    Notes
-    -----
-    Of a long curve, the least and the greatest value of each of 2,000 stretches are drawn: no
-    spike is lost. Where a value is a NaN or infinite, the line has a gap and the panel a mark.
-    """
-    found = panels(
-        history,
-        metrics,
-        averages=averages(window_size, decay, debias=debias),
-        raw=raw,
-    )
-    return draw(found, log=log, title=title, ax=ax, out=out)
-
-
 def draw(
     found: Sequence[Panel],
     *,
@@ -138,7 +68,7 @@ def draw(
     ax: Axes | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw panels; the parameters are those of `plot`."""
+    """Draw panels; the parameters are those of `fastema.tracking.plot`."""
     if ax is not None:
         if len(found) > 1:
             names = ", ".join(panel.name for panel in found)

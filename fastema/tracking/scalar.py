@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from numbers import Real
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -300,7 +301,7 @@ class MovingAverage(ABC):
         for name, mine in self._settings().items():
             if not isinstance(state, Mapping) or name not in state:
                 raise CheckpointError(f"not the state of {self!r}: it has no {name!r}")
-            if state[name] != mine:
+            if not is_setting(state[name], mine):
                 raise CheckpointError(
                     f"this state is of {name}={state[name]!r}, the average has {name}={mine!r}: "
                     "make it with the same settings"
@@ -579,6 +580,11 @@ def _stepped(average: float, lost: float, x: float, decay: float) -> tuple[float
     if result - result != 0.0:  # differences of the largest floats, or infinities, are none
         return decay * average + (1.0 - decay) * x, 0.0
     return result, lost - (result - after)
+
+
+def is_setting(found: Any, mine: Any) -> bool:
+    """Whether a saved setting is that of an average; an array, which compares to none, is not."""
+    return isinstance(found, Real | str | None) and found == mine
 
 
 def check_weight(weight: float) -> None:

@@ -17,6 +17,7 @@ from fastema.tracking.scalar import (
     OnNonFinite,
     SimpleMovingAverage,
     check_weight,
+    is_setting,
 )
 
 __all__ = ["MetricSmoother"]
@@ -234,7 +235,7 @@ class MetricSmoother:
         if not isinstance(state, Mapping):
             raise CheckpointError(f"not the state of a MetricSmoother: {state!r:.80}")
         for name, mine in self._settings().items():
-            if name not in state or state[name] != mine:
+            if name not in state or not is_setting(state[name], mine):
                 raise CheckpointError(
                     f"this state is of {name}={state.get(name)!r}, but {name}={mine!r} here: use "
                     "the same settings"
@@ -246,7 +247,7 @@ class MetricSmoother:
                 metrics[metric] = self._made()
                 for kind, average in metrics[metric].items():
                     average.load_state_dict(states[kind])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(f"not the state of a MetricSmoother: {error!r}") from None
         self._metrics, self._latest = metrics, latest
 

@@ -262,6 +262,23 @@ def test_layers_that_are_frozen_later_go_on() -> None:
         np.testing.assert_allclose(shadow(ema)[name], want, rtol=1e-6)
 
 
+def test_a_layer_that_is_given_the_lists_of_another_is_followed() -> None:
+    """As what sets its state does; the list objects that it had stay as they were."""
+    made, other = model(), model(1)
+    ema = fastema.EMA(made, 0.5)
+    before = shadow(ema)
+    fresh = other.layers[0]._trainable_variables
+    for one, old in zip(fresh, made.layers[0]._trainable_variables, strict=True):
+        one._path = old.path
+    vars(made.layers[0])["_trainable_variables"] = fresh
+    now = by_name(made)
+    assert not np.array_equal(now["one/kernel"], before["one/kernel"])
+    ema.update()
+    for name, found in shadow(ema).items():
+        want = now[name] if name in COPIED else (before[name] + now[name]) / 2
+        np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
 def test_another_model_is_matched_by_name() -> None:
     made, other = model(0), model(1, names=("two", "one"))
     ema = fastema.EMA(made, 0.5)

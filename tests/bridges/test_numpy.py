@@ -7,9 +7,9 @@ import pytest
 
 from fastema.bridges import numpy as bridge
 from fastema.errors import BridgeError, DTypeError
-from fastema.layout.dtypes import DTYPES
+from fastema.layout.dtypes import DTYPES, NAMES
 
-CODES = [code for code in DTYPES if code != "bf16"]
+CODES = [code for code in NAMES.values() if code != "bf16"]
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastema
 from fastema.bridges import numpy as numpy_bridge
 from fastema.bridges.registry import (
     bridge_of,
@@ -133,3 +134,91 @@ def test_frameworks_may_be_mixed() -> None:
     assert [leaf.spec.address for leaf in leaves.items] == [ONE.ctypes.data, tensor.data_ptr()]
     assert leaves.items[0].spec.exchange == 0
     assert leaves.items[1].spec.exchange == describe(torch.nn.Parameter(tensor)).exchange
+
+
+def itself(kind: str) -> Any:
+    a: dict[str, Any] = {"w": ONE}
+    if kind == "dict":
+        a["a"] = a
+    elif kind == "list":
+        a["b"] = [TWO, a]
+    elif kind == "tuple":
+        a["b"] = (a,)
+    else:
+        a["b"] = {"c": MappingProxyType(a)}
+    return a
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"), [("dict", "a"), ("list", "b.1"), ("tuple", "b.0"), ("mapping", "b.c.b")]
+)
+@pytest.mark.parametrize("framework", ["numpy", "jax"])
+def test_a_container_that_holds_itself_is_refused_naming_where(
+    kind: str, place: str, framework: str
+) -> None:
+    pytest.importorskip(framework)
+    with pytest.raises(BridgeError, match=rf"'{place}' is a \w+ that holds itself"):
+        leaves_of(itself(kind))
+    assert leaves_of({"a": ONE, "b": [ONE, TWO]}).names == ["a", "b.0", "b.1"]  # all is well after
+
+
+def test_an_array_may_be_in_several_places() -> None:
+    inner = [ONE, TWO]
+    assert leaves_of([inner, {"a": inner}]).names == ["0.0", "0.1", "1.a.0", "1.a.1"]
+
+
+def test_a_container_of_an_average_that_comes_to_hold_itself_is_refused() -> None:
+    weights: list[Any] = [ONE.copy()]
+    ema = fastema.EMA(weights, 0.5)
+    weights.append(weights)
+    with pytest.raises(BridgeError, match="'1' is a list that holds itself"):
+        ema.update()
+    assert ema.num_updates == 0
+
+
+@pytest.mark.parametrize("framework", ["numpy", "jax"])
+@pytest.mark.parametrize("around", [lambda one: [one], lambda one: {"a": one}, lambda one: (one,)])
+def test_what_is_nested_too_deeply_is_refused(around: Callable[[Any], Any], framework: str) -> None:
+    pytest.importorskip(framework)
+    tree: Any = ONE
+    for _ in range(200):
+        tree = around(tree)
+    assert len(leaves_of(tree).names) == 1
+    for more in (1, 5000):
+        for _ in range(more):
+            tree = around(tree)
+        with pytest.raises(BridgeError, match="nested more than 200 deep"):
+            leaves_of(tree)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        lambda model: model.named_parameters(),
+        lambda model: list(model.named_parameters()),
+        lambda model: model.state_dict().items(),
+        lambda model: {"inner": model.state_dict().items()},
+    ],
+)
+@pytest.mark.torch
+def test_pairs_of_names_and_tensors_are_told_of_a_dict(pairs: Callable[[Any], Any]) -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(BridgeError, match=r"named_parameters\(\), go into dict\(\.\.\.\)"):
+        fastema.EMA(pairs(model))
+    assert set(fastema.EMA(dict(model.named_parameters())).shadow) == {"weight", "bias"}
+
+
+class Holder:
+    def values(self) -> list[Any]:
+        return [ONE]
+
+
+@pytest.mark.parametrize(
+    ("meant", "text"),
+    [(iter([ONE]), r"list\(\.\.\.\)"), (Holder().values, "call it first")],
+    ids=["iterator", "method"],
+)
+def test_what_only_lacks_a_call_is_told_so(meant: Any, text: str) -> None:
+    with pytest.raises(BridgeError, match=text):
+        bridge_of(meant)

@@ -43,7 +43,6 @@ def test_numbers_of_the_host(value: Any) -> None:
         ),
         *(np.array("1.0"), np.str_("1.0"), np.array(1j), decimal.Decimal("sNaN"), object()),
     ],
-    ids=str,
 )
 def test_what_is_no_number(value: Any) -> None:
     with pytest.raises(BridgeError, match="expected"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fastema
 from fastema.bridges import registry
 from fastema.bridges.moving import Locator
-from fastema.errors import BridgeError, DTypeError, LayoutError
+from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError
 from fastema.layout.dtypes import NAMES
 
 from ..needed import modules
@@ -110,6 +110,32 @@ def test_without_the_protocol_variables_are_only_read(monkeypatch: pytest.Monkey
         ema.apply_shadow()
     with pytest.raises(LayoutError, match="read-only"):
         fastema.Plan(variables, [np.ones(2, np.float32)] * 2)
+
+
+def test_tensors_which_never_change_are_averaged_once_unless_given_again() -> None:
+    ema, plan = (kind([tf.constant([1.0, 2.0])]) for kind in (
+        lambda x: fastema.EMA(x, 0.5), lambda x: fastema.Plan([np.zeros(2, np.float32)], x)
+    ))  # fmt: skip
+    plan.lerp_(0.5)
+    for call in (ema.update, lambda: plan.lerp_(0.5)):
+        with pytest.raises(ArgumentError, match="never change"):
+            call()
+    tensor = [tf.constant([3.0, 4.0])]
+    ema.update(tensor)
+    ema.update(tensor)
+    assert ema.num_updates == 2
+    np.testing.assert_array_equal(ema.shadow["0"], [2.5, 3.5])
+    tensor[0] = tf.constant([4.5, 5.5])
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["0"], [3.5, 4.5])
+
+
+def test_variables_may_be_averaged_as_they_are_again() -> None:
+    for container in ([tf.Variable([3.0])], {"a": tf.Variable(3.0), "b": tf.constant(1.0)}):
+        ema = fastema.EMA(container, 0.5)
+        ema.update()
+        ema.update()
+        assert ema.num_updates == 2
 
 
 def test_variables_that_share_a_tensor_are_two() -> None:

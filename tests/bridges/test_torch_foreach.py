@@ -29,7 +29,7 @@ pytestmark = pytest.mark.torch
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
-EXACT = [code for code, kind in DTYPES.items() if not kind.real]
+EXACT = [code for code, kind in DTYPES.items() if kind.whole]
 PAIRS = [*product(REAL, REAL), *product(COMPLEX, COMPLEX)]
 PAIR_IDS = ["-".join(pair) for pair in PAIRS]
 SPLIT = "bf16+16"
@@ -409,6 +409,44 @@ def test_random_bits_belong_to_seed_step_tensor_and_place(numbers: Make) -> None
     assert all(0.2 < np.mean(a != b) < 0.5 for a, b in pairwise(changed))
 
 
+# A part of a whole tensor, whose indices may pass a multiple of 2**32: whole and offset.
+WHOLES = {
+    "whole": (None, None),
+    "part": ((40, 9, 60), (3, 2, 5)),
+    "far on": ((2**20, 2**10, 2**10), (2**19, 7, 0)),
+    "over the border": ((1000, 5000, 1001), (855, 673, 600)),
+}
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize(("code", "src"), [("bf16", "f32"), ("f16", "f64")])
+def test_random_bits_are_the_kernels(
+    code: str,
+    src: str,
+    order: tuple[int, ...],
+    whole: str,
+    numbers: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(foreach, "AT_ONCE", 999)
+    shape = (11, 6, 35)
+    sides = [
+        tensor(numbers(11 * 6 * 35, one, i).reshape([shape[axis] for axis in order]), one)
+        for i, one in enumerate((code, src))
+    ]
+    to, of = (one.permute(*np.argsort(order)) for one in sides)
+    pair = pair_of(to, of, form=f"{code}~")
+    pair = pair._replace(src=replace(pair.src, whole=WHOLES[whole][0], offset=WHOLES[whole][1]))
+    again = to.clone()
+    other = pair._replace(dst=replace(pair.dst, address=again.data_ptr(), owner=again))
+    # At weight 1 nothing is rounded before.
+    for operation in ("lerp", "lerp_measured"):
+        run(operation, [pair], (1.0,), 2**40 + 3, 2**33 + 7)
+        run_kernels(operation, [other], (1.0,), 2**40 + 3, 2**33 + 7)
+        assert torch.equal(words(to), words(again))
+
+
 @pytest.mark.parametrize("operation", ["copy", "give", "swap"])
 def test_copies_are_rounded_to_nearest(operation: str, numbers: Make) -> None:
     pair = pair_of(tensor(numbers(3000, "bf16"), "bf16"), tensor(numbers(3000, "f32"), "f32"))
@@ -481,7 +519,7 @@ def test_copies_of_an_average_in_two_halves(
 
 def test_park_and_back(numbers: Make) -> None:
     ends = np.array([0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0x8000, 0x7FFF, 0, 0x7F800000])
-    ties = np.arange(1 << 16) << 16 | 0x8000
+    ties = np.concatenate([np.arange(1 << 16) << 16 | low for low in (0x8000, 0x7FFF, 1)])
     avg = np.concatenate([ends, ends | 0x80000000, ties]).astype(np.uint32).view(np.float32)
     avg = np.concatenate([avg, numbers(30_000, "f32", 3, "bits")])
     x = np.resize(np.random.default_rng(1).permutation(1 << 16).astype(np.uint16), avg.size)
@@ -492,8 +530,10 @@ def test_park_and_back(numbers: Make) -> None:
     np.testing.assert_array_equal(stored(pair.src.owner)[~nan], away)
     assert_same_bits([pair], run_both("unpark", [pair]))
     np.testing.assert_array_equal(stored(pair.src.owner), x)
-    quiet = avg.view(np.uint32) | np.where(nan, 0x400000, 0).astype(np.uint32)
-    np.testing.assert_array_equal(stored(pair.dst.owner).view(np.uint32), quiet)
+    bits = avg.view(np.uint32)
+    lost = nan & (bits & 0x7FFF0000 == 0x7F800000)
+    back = np.where(lost, bits | np.uint32(0x400000), bits)
+    np.testing.assert_array_equal(stored(pair.dst.owner).view(np.uint32), back)
     # A model that was written meanwhile, by whatever numbers.
     pair = pair_of(tensor(avg, "f32"), tensor(x, "bf16"))
     assert_same_bits([pair], run_both("unpark", [pair]))
@@ -754,9 +794,10 @@ def test_every_way_to_lie_in_memory(
             assert_same_bits([pair], [other])
         elif dst == SPLIT:
             np.testing.assert_allclose(joined(pair), joined(other), rtol=1e-6, atol=1e-9)
+        elif "~" in dst:  # all but those that were rounded apart before
+            assert (to != other.dst.owner).sum() <= size // 100
         else:
-            near = 2.0**-6 if "~" in dst else 1e-6
-            torch.testing.assert_close(to, other.dst.owner, rtol=near, atol=1e-6)
+            torch.testing.assert_close(to, other.dst.owner, rtol=1e-6, atol=1e-6)
     for one, two in zip(owners(pair), owners(other), strict=True):
         assert torch.equal(gaps(one), gaps(two))
 
@@ -827,8 +868,6 @@ def test_batches_cover_every_element_once(numbers: Make) -> None:
         pairs += [pair_of(gapped, x, f"t{i}"), pair_of(gapped.clone(), x, f"t{i}", which=1)]
     made = foreach.batches("lerp", pairs, 100)
     assert [batch.which for batch in made] == sorted(batch.which for batch in made)
-    keys = [key for batch in made for key in batch.keys]
-    assert max(Counter(keys).values()) == 1
     sizes: Counter[int] = Counter()
     for batch in made:
         assert 0 < sum(one.numel() for one in batch.dst) <= 100

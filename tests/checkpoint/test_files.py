@@ -14,7 +14,9 @@ import pytest
 
 from fastema.bridges.registry import describe
 from fastema.checkpoint import files
-from fastema.errors import CheckpointError
+from fastema.errors import CheckpointError, StorageError
+
+from ..damage import damaged_header, header_of, with_header
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
@@ -75,6 +77,20 @@ def test_bfloat16_from_torch(tmp_path: Path) -> None:
     files.write(path, {"x": describe(tensor)})
     assert torch.equal(load_file(path)["x"], tensor)
     assert files.read(path).tensors["x"].kind.code == "bf16"
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_8_bits_from_torch(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    tensor = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name))
+    path = tmp_path / "a.safetensors"
+    files.write(path, {"x": describe(tensor)})
+    loaded = load_file(path)["x"]
+    assert loaded.dtype == tensor.dtype
+    assert torch.equal(loaded.view(torch.uint8), tensor.view(torch.uint8))
+    assert files.read(path).tensors["x"].kind.code == name.replace("float8_", "f8")
 
 
 @pytest.mark.parametrize("array", [np.ones((4, 6)).T, np.ones(8)[::2], np.ones(3, np.complex128)])
@@ -163,6 +179,102 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert killed.returncode != 0
     assert path.read_bytes() == before
     assert sorted(tmp_path.glob("*.safetensors")) == [path]
+    assert len(list(tmp_path.iterdir())) == 2
+
+    pytest.importorskip("fcntl")  # where the next write can know that the other one is dead
+    files.write(tmp_path / "b.safetensors", {"x": describe(np.arange(4.0))})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_what_another_is_writing_is_left_alone(tmp_path: Path) -> None:
+    script = f"""
+        import sys
+        from fastema.checkpoint import files
+        with files.moved_into_place({str(tmp_path / "slow")!r}) as partial:
+            with open(partial, "w") as file:
+                print("writing", flush=True)
+                sys.stdin.read()
+                file.write("all of it")
+    """
+    others = [tmp_path / ".bashrc", tmp_path / ".a.fastema-1", tmp_path / "a.fastema-0.part"]
+    for other in others:
+        other.write_text("of the user")
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as slow:
+        assert slow.stdout is not None
+        assert slow.stdout.readline() == b"writing\n"
+        for _ in range(2):
+            files.write(tmp_path / "quick", {"x": describe(np.arange(4.0))})
+        slow.communicate(b"", timeout=60)
+    assert (tmp_path / "slow").read_text() == "all of it"
+    files.write(tmp_path / "quick", {"x": describe(np.arange(4.0))})
+    names = {tmp_path / "slow", tmp_path / "quick", *others}
+    assert set(tmp_path.iterdir()) == names
+
+
+def test_a_write_within_a_write_leaves_the_outer_one_alone(tmp_path: Path) -> None:
+    with files.moved_into_place(tmp_path / "outer") as partial:
+        Path(partial).write_text("outer")
+        files.write(tmp_path / "inner", {"x": describe(np.arange(4.0))})
+    assert (tmp_path / "outer").read_text() == "outer"
+
+
+def test_a_full_disk_is_our_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.safetensors"
+    files.write(path, {"x": describe(np.arange(3.0))})
+    before = path.read_bytes()
+    large = np.random.default_rng(0).standard_normal(100_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(
+            StorageError, match=r"cannot write .*a\.safetensors: .*[Ff]ile too large"
+        ):
+            files.write(path, {"x": describe(large)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_is_our_error_and_the_systems(tmp_path: Path) -> None:
+    path = tmp_path / "no" / "a.safetensors"
+    with pytest.raises(OSError, match="cannot write") as caught:
+        files.write(path, {"x": describe(np.arange(3.0))})
+    assert isinstance(caught.value, CheckpointError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"], ids=ascii)
+def test_names_that_no_file_can_hold_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="of this name"):
+        files.write(tmp_path / "a.safetensors", {name: describe(np.arange(3.0))})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_malformed_header_is_our_error_whatever_is_wrong(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    files.write(path, {n: describe(a) for n, a in some_arrays(3).items()}, note="x", n="3")
+    whole = path.read_bytes()
+    path.write_bytes(with_header(whole, damaged_header(header_of(whole), seed)))
+    try:
+        found = files.read(path)
+    except CheckpointError:
+        return
+    assert all(type(value) is str for value in found.metadata.values())
+    for name, tensor in found.tensors.items():
+        assert np.empty(tensor.shape, np.uint8).size == tensor.size, name
+        assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= path.stat().st_size
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "a.safetensors"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(CheckpointError, match="is not a file"):
+            files.read(path)
 
 
 def test_without_the_package_the_message_says_what_to_install(

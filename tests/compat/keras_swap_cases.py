@@ -489,6 +489,40 @@ def test_evaluations_by_other_callbacks(which: str, on_epoch: bool, first: bool)
     assert left_in(model) == set()
 
 
+def test_weights_are_saved_and_loaded_as_such_after_a_call_that_raised(tmp_path: Path) -> None:
+    path = tmp_path / "model.weights.h5"
+    (model, before), swap = trained(), SwapEMAWeights()
+    with pytest.raises(RuntimeError, match="planned"):
+        BROKEN["hook"](model, swap)
+    model.save_weights(path)
+    assert_same(raw(model), before[0])
+    with pytest.raises(RuntimeError, match="planned"):
+        BROKEN["hook"](model, swap)
+    model.set_weights([2 * one for one in model.get_weights()])
+    assert_same(averages(model), before[1])
+    model.load_weights(path)
+    assert_same(raw(model), before[0])
+    assert left_in(model) == set()
+
+
+def test_a_prediction_within_an_evaluation_is_of_the_average_too() -> None:
+    if BACKEND == "jax":
+        pytest.skip("a model has no weights there while it is evaluated")
+    (model, before), seen = trained(), Seen()
+
+    class Predicts(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.model.predict(XV, verbose=0)
+
+        def on_test_end(self, logs: Any = None) -> None:
+            seen._note("test_end")
+
+    seen.set_model(model)
+    CALLS["evaluate"](model, Predicts(), SwapEMAWeights())
+    assert_same(seen.at["test_end"][0][0], before[1])
+    assert_same(raw(model), before[0])
+
+
 def test_two_in_one_list_change_nothing() -> None:
     model, before = trained()
     for call in (*CALLS.values(), lambda one, *some: fit(one, *some)):

@@ -12,6 +12,8 @@ import pytest
 import fastema
 from fastema.compat import composer
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, LayoutError
+from fastema.rules import Schedule
+from fastema.shadow.counting import tables_for
 
 from .network import Network, Truth, bits, is_float, numbers, tensors, torch, trained
 
@@ -186,6 +188,44 @@ def assert_close(ema: fastema.EMA, peer: EMAParameters) -> None:
         torch.testing.assert_close(ema.shadow[name], found[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [1, 7, 20])
+@pytest.mark.parametrize(
+    ("times", "k", "smoothing"),
+    [
+        ({"half_life": "25ba", "update_interval": "10ba"}, 10, 2 ** (-10 / 25)),
+        ({"half_life": None, "smoothing": 0.9, "update_interval": "4ep"}, 4, 0.9),
+        ({"half_life": "3ba"}, 1, 2 ** (-1 / 3)),
+    ],
+)
+def test_whole_run_updates_after_the_same_batches(
+    times: dict[str, Any], k: int, smoothing: float, start: int
+) -> None:
+    """Composer begins with the weights after a batch, then updates after multiples of k."""
+    model, generator = Network(1), numbers(2)
+    ema = fastema.EMA(
+        model, composer.rule(**times), update_every=k, buffers="average", start_after=start
+    )
+    peer = resumed = None
+    for batch in range(1, 46):
+        trained(model, generator)
+        if batch == start:
+            peer = EMAParameters(model)
+        if peer is not None and batch % k == 0:
+            peer.step(model, smoothing)
+        ema.update()
+        if peer is None:
+            continue
+        assert_close(ema, peer)
+        if resumed is not None:
+            resumed.update()
+            assert_close(resumed, peer)
+        if batch in (start + 1, 30):  # wherever it is resumed, the next update is as due as here
+            resumed = fastema.EMA(
+                model, composer.rule(**times), update_every=k, buffers="average", start_after=start
+            )
+            composer.load(resumed, state_of(peer), num_updates=batch)
+
+
 def test_numbers_and_both_directions() -> None:
     model = Network(1)
     ours, generator = average_of(model), numbers(2)
@@ -256,8 +296,7 @@ def test_checkpoints_from_before_0_13(active: bool) -> None:
         "ema_weights_active": active,
         "ema_started": True,
     }
-    with pytest.raises(CheckpointError, match="'cache' is missing"):  # as in any state dict
-        composer.load(average_of(Network(2)), old)
+    composer.load(average_of(Network(2)), old)
     ema = fastema.EMA(Network(2), composer.rule())
     composer.load(ema, old)
     assert torch.equal(ema.shadow["wide"], averages.wide)
@@ -352,3 +391,9 @@ def test_batches_of_the_run(timestamp: Any, count: int) -> None:
 def test_number_of_updates_that_is_none_is_refused(num_updates: Any) -> None:
     with pytest.raises(ArgumentError, match="num_updates"):
         composer.load(average_of(Network(2)), within(with_parts()), num_updates)
+
+
+def test_schedule_of_composer_is_refused_where_the_gpu_counts() -> None:
+    schedule = Schedule(composer.rule("10ba"), update_every=10, start_after=1)
+    with pytest.raises(ArgumentError, match="capturable=True counts update_every=10 from"):
+        tables_for(schedule)

@@ -75,9 +75,13 @@ def test_numbers_and_both_directions(factor: float) -> None:
     other = average_of(Network(5), d2go.rule(0.9, factor))  # theirs, and on with ours
     d2go.load(other, {"ema_state": peer.state, "model": {}}, num_updates=8)
     assert other.num_updates == 8
-    assert all(torch.equal(other.shadow[name], one) for name, one in peer.state.items())
-    saved = d2go.export(ema)["ema_state"]  # ours, and on with theirs
+    held = peer.state.keys() - {"cache"}  # which no state dict of the model has
+    assert all(torch.equal(other.shadow[name], peer.state[name]) for name in held)
+    assert d2go.export(ema)["ema_state"].keys() == held
+    saved = d2go.export(ema, model)["ema_state"]  # ours, and on with theirs
     assert saved.keys() == peer.state.keys()
+    assert torch.equal(saved["cache"], model.cache)
+    assert saved["cache"].data_ptr() != model.cache.data_ptr()
     back = Peer(model, 0.9, factor)
     back.state, back.n = saved, peer.n
     for _ in range(5):
@@ -88,6 +92,18 @@ def test_numbers_and_both_directions(factor: float) -> None:
     peer.check(other)
     for name in ema.averaged_names:
         torch.testing.assert_close(back.state[name], peer.state[name], rtol=1e-5, atol=1e-5)
+
+
+def test_an_average_with_bias_correction_goes_on_from_the_updates_that_were_taken() -> None:
+    peer, generator = Peer(Network(1), 0.9, -1), numbers(4)
+    model = Network(5)
+    ema = average_of(model, 0.9, zero_debias=True)
+    d2go.load(ema, peer.state, num_updates=3)
+    trained(model, generator)
+    ema.update()
+    weight = (1 - 0.9) / (1 - 0.9**4)
+    want = peer.state["wide"] + weight * (model.wide.detach() - peer.state["wide"])
+    torch.testing.assert_close(ema.shadow["wide"], want)
 
 
 def test_integers_are_exact() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -86,3 +87,10 @@ def test_what_ours_takes_by_any_keyword_is_known() -> None:
     def theirs(decay: float = 0.5, device: Any = None, **kwargs: Any) -> None: ...
 
     assert differences(theirs, ours) == []
+
+
+def test_a_mock_or_a_number_is_no_class_and_no_function() -> None:
+    for stand_in in (MagicMock(), 5):
+        assert "no class" in differences(stand_in, Ours)[0]
+    assert "no function" in differences(5, Ours.update)[0]
+    assert differences(MagicMock(), Ours.update)

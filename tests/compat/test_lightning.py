@@ -22,8 +22,10 @@ from lightning.pytorch.callbacks import weight_averaging as peer  # noqa: E402
 from torch.optim import swa_utils  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
+import fastema  # noqa: E402
 import fastema.compat.swa_utils  # noqa: E402
 from fastema.compat import lightning as ours  # noqa: E402
+from fastema.compat.peer_horizon import lightning as same  # noqa: E402
 from fastema.errors import ArgumentError, LayoutError, StateError  # noqa: E402
 
 pytestmark = [
@@ -183,6 +185,43 @@ CONFIGURATIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def test_what_install_puts_in_their_place_has_their_horizon() -> None:
+    with fastema.compat.install("lightning"):
+        assert pl.callbacks.EMAWeightAveraging is same.EMAWeightAveraging
+        assert issubclass(pl.callbacks.EMAWeightAveraging, pl.callbacks.WeightAveraging)
+        # A checkpoint has the state of a callback under this name.
+        assert same.EMAWeightAveraging().state_key == "EMAWeightAveraging"
+    with fastema.compat.install("lightning", horizon="corrected"):
+        assert pl.callbacks.EMAWeightAveraging is ours.EMAWeightAveraging
+
+
+class Asked:
+    """When should_update is asked, and about which step."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def of(self, base: Any) -> Any:
+        class Asking(base):  # type: ignore[misc]
+            def should_update(
+                inner, step_idx: int | None = None, epoch_idx: int | None = None
+            ) -> bool:
+                if step_idx is not None:
+                    self.steps.append(step_idx)
+                return step_idx is not None and step_idx % 3 == 1
+
+        return Asking()
+
+
+def test_installed_callbacks_ask_as_often_as_lightnings(tmp_path: Path) -> None:
+    asked = []
+    for library in (peer, same):
+        asked.append(Asked())
+        fitted(tmp_path, asked[-1].of(library.WeightAveraging), accumulate_grad_batches=2)
+    assert asked[0].steps
+    assert asked[0].steps == asked[1].steps
+
+
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_numbers_and_state_equal_lightnings(tmp_path: Path, configuration: str) -> None:
     found = []
@@ -234,6 +273,7 @@ def test_update_every_n_steps_keeps_the_horizon_unless_asked_for_theirs(tmp_path
         return fitted(tmp_path, callback)
 
     theirs, exact, default = weights(peer, 4), weights(ours, 4, peer_exact=True), weights(ours, 4)
+    assert_same(snapshot(weights(same, 4)), snapshot(exact))
     assert_near(exact.state_dict(), theirs.state_dict())
     every = [k % 4 == 0 for k in range(STEPS * EPOCHS)]
     assert_near(exact.state_dict(), average_of(exact.steps, [0.9 if k else None for k in every]))
@@ -268,28 +308,72 @@ class OddEpochs(ours.WeightAveraging):
 
 
 def test_a_subclass_says_when(tmp_path: Path) -> None:
-    class SwapCounting(OddEpochs):
-        swaps = copies = 0
-
-        def _swap_models(self, pl_module: Any) -> None:
-            self.swaps += 1
-            super()._swap_models(pl_module)
-
-        def _copy_average_to_current(self, pl_module: Any) -> None:
-            self.copies += 1
-            super()._copy_average_to_current(pl_module)
-
-    callback = SwapCounting()
+    callback = OddEpochs()
     module = fitted(tmp_path, callback)
     ends = [floats(module.steps[STEPS * (epoch + 1) - 1]) for epoch in (1, 3)]
     want = {name: (ends[0][name].double() + ends[1][name].double()) / 2 for name in ends[0]}
     assert_near(module.state_dict(), want)
-    # After the epochs 0 and 1 there is none yet, after 2 and 3 that of the first of them.
-    assert (callback.swaps, callback.copies) == (4, 1)
     for seen, epoch in zip(module.validated, (0, 1, 1, 1), strict=True):
         assert_same(seen, module.steps[STEPS * (epoch + 1) - 1])
     found = callback.state_dict()
     assert (found["latest_update_step"], found["latest_update_epoch"]) == (0, 3)
+
+
+def telling(base: Any, calls: list[Any]) -> Any:
+    """A subclass that notes when the methods that subclasses override are called."""
+
+    class Telling(base):  # type: ignore[misc]
+        def noted(self, name: str, pl_module: Any) -> None:
+            run = pl_module.trainer
+            calls.append((name, run.current_epoch, run.global_step, run.sanity_checking))
+
+        def _swap_models(self, pl_module: Any) -> None:
+            self.noted("swap", pl_module)
+            super()._swap_models(pl_module)
+
+        def _copy_average_to_current(self, pl_module: Any) -> None:
+            self.noted("copy", pl_module)
+            super()._copy_average_to_current(pl_module)
+
+    return Telling
+
+
+@pytest.mark.parametrize(
+    ("options", "fit"),
+    [
+        ({}, {}),
+        ({"update_starting_at_step": 12, "update_every_n_steps": 3}, {"num_sanity_val_steps": 1}),
+        ({"update_starting_at_step": 3}, {"val_check_interval": 2, "accumulate_grad_batches": 2}),
+        ({"update_every_n_steps": 0}, {"limit_val_batches": 0}),
+    ],
+    ids=["each step", "late", "within epochs", "never"],
+)
+def test_what_subclasses_override_is_called_when_lightning_calls_it(
+    tmp_path: Path, options: dict[str, Any], fit: dict[str, Any]
+) -> None:
+    """Also before the first update, and where checkpoints are written of an exchanged model."""
+    told = []
+    for library in (peer, ours):
+        calls: list[Any] = []
+        callback = telling(library.EMAWeightAveraging, calls)(**options)
+        folder = tmp_path / library.__name__
+        saver = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=False)
+        fitted(folder, callback, saver, **fit)
+        told.append(calls)
+    assert told[0]
+    assert told[0] == told[1]
+
+
+def test_a_subclass_that_does_not_copy_keeps_the_weights(tmp_path: Path) -> None:
+    class Kept(ours.EMAWeightAveraging):
+        def _copy_average_to_current(self, pl_module: Any) -> None:
+            """The average is to be read from the callback."""
+
+    callback = Kept(decay=0.5)
+    module = fitted(tmp_path, callback)
+    assert_same(snapshot(module), module.steps[-1])
+    assert callback._average_model is not None
+    assert differ(callback._average_model.module.state_dict(), module.steps[-1])
 
 
 def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
@@ -581,6 +665,7 @@ def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
         return fitted(tmp_path, callback, module=Alternating())
 
     theirs, exact, default = run(peer), run(ours, peer_exact=True), run(ours)
+    assert_same(snapshot(run(same)), snapshot(exact))
     count = STEPS * EPOCHS
     assert len(default.steps) == count
     last = [(2 * k + 1) % every == 0 for k in range(count)]
@@ -919,6 +1004,12 @@ def test_outside_fit_a_checkpoint_has_the_model(tmp_path: Path) -> None:
 def test_wrong_decays(decay: float) -> None:
     with pytest.raises(ArgumentError, match="decay"):
         ours.EMAWeightAveraging(decay=decay)
+
+
+def test_a_rule_as_decay_is_refused_by_what_takes_it() -> None:
+    rule: Any = fastema.rules.warmup(0.99)
+    with pytest.raises(ArgumentError, match=r"decay=Warmup.*expected a number.*fastema\.EMA takes"):
+        ours.EMAWeightAveraging(decay=rule)
 
 
 @pytest.mark.parametrize("name", ["avg_fn", "multi_avg_fn"])

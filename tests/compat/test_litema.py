@@ -270,7 +270,7 @@ def test_names_that_collide_are_refused() -> None:
 
     with pytest.raises(LayoutError, match=r"'abweight', as does 'ab\.weight'"):
         LitEma(Odd())
-    with pytest.raises(ArgumentError, match="between 0 and 1"):
+    with pytest.raises(ArgumentError, match="from 0 to 1"):
         LitEma(model_of(), decay=1.5)
     assert issubclass(ArgumentError, ValueError)
 

@@ -782,7 +782,7 @@ def test_a_decay_that_is_no_number() -> None:
     assert bits(average.module) == before
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("name", ["ModelEmaV2", "ModelEmaV3"])
 def test_models_of_torchscript(name: str) -> None:
     states = []

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import socket
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from transformers import (  # noqa: E402
 )
 
 import fastema.compat.transformers  # noqa: E402
+from fastema.checkpoint import files, load_state  # noqa: E402
 from fastema.compat.transformers import EMACallback  # noqa: E402
 from fastema.errors import ArgumentError, CheckpointError, StateError  # noqa: E402
 
@@ -131,6 +133,14 @@ def trainer(
         callbacks=list(callbacks),
         **given,
     )
+
+
+def average_in(folder: Path) -> State:
+    """The averaged tensors beside a checkpoint, by the names that the model has."""
+    found = load_file(folder / FILE)
+    return {
+        name.removeprefix("shadow.0."): value for name, value in found.items() if name != "state"
+    }
 
 
 def assert_same(found: State, want: State) -> None:
@@ -375,9 +385,7 @@ def test_checkpoints_hold_the_weights_and_the_average_in_files_of_their_own(
     for step in (8, 12):
         folder = tmp_path / f"checkpoint-{step}"
         assert_same(load_file(folder / "model.safetensors"), noting.steps[step - 1])
-        found = load_file(folder / FILE)
-        names = {name.removeprefix("shadow.0."): value for name, value in found.items()}
-        assert_near(names, average_of(begun, noting.steps[:step]))
+        assert_near(average_in(folder), average_of(begun, noting.steps[:step]))
         assert not [one for one in folder.iterdir() if one.name.startswith(".")]
 
 
@@ -502,6 +510,30 @@ def test_an_average_of_another_run_is_refused(tmp_path: Path) -> None:
             trainer(tmp_path / "rest", ema).train(str(tmp_path / "checkpoint-8"))
 
 
+def test_a_damaged_average_is_refused_by_the_name_of_the_tensor(tmp_path: Path) -> None:
+    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
+    path = tmp_path / "checkpoint-8" / FILE
+    whole = bytearray(path.read_bytes())
+    stored = files.read(path).tensors["shadow.0.second.weight"]
+    whole[stored.offset + 5] ^= 64
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=r"damaged: 'shadow\.0\.second\.weight' is"):
+        trainer(tmp_path / "rest", EMACallback(DECAY)).train(str(path.parent))
+
+
+@pytest.mark.parametrize("how", ["load_state", "load_file"])
+def test_the_file_beside_a_checkpoint_is_loaded_into_an_average_of_ones_own(
+    tmp_path: Path, how: str
+) -> None:
+    callback = EMACallback(DECAY)
+    trainer(tmp_path, callback, **SAVED).train()
+    ema = fastema.EMA(Network(), DECAY)
+    path = tmp_path / f"checkpoint-{STEPS}" / FILE
+    ema.load_state_dict(load_state(path, ema.shadow) if how == "load_state" else load_file(path))
+    assert ema.num_updates == STEPS
+    assert_same(dict(ema.shadow), dict(callback.ema.shadow))
+
+
 def test_one_changed_tensor_is_other_weights(tmp_path: Path) -> None:
     trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
     path = tmp_path / "checkpoint-8" / "model.safetensors"
@@ -574,9 +606,7 @@ def test_a_checkpoint_that_another_callback_asks_for(tmp_path: Path, event: str)
 
     run = trainer(tmp_path, Asking(), noting, EMACallback(DECAY), model=whole)
     run.train()
-    found = load_file(tmp_path / "checkpoint-5" / FILE)
-    names = {name.removeprefix("shadow.0."): value for name, value in found.items()}
-    assert_near(names, average_of(begun, noting.steps[:5]))
+    assert_near(average_in(tmp_path / "checkpoint-5"), average_of(begun, noting.steps[:5]))
     assert_near(snapshot(whole), average_of(begun, noting.steps))
     model = Network()
     trainer(tmp_path / "rest", EMACallback(DECAY), model=model).train(
@@ -682,7 +712,9 @@ def test_a_best_model_with_the_average_of_another_is_taken_as_it_is(tmp_path: Pa
         tmp_path, EMACallback(DECAY), Mixing(), model=model, load_best_model_at_end=True,
         **EVERY_FOUR, **SAVED,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match=r"has the wrong ema\.safetensors: the model holds"):
+    with pytest.warns(
+        UserWarning, match=r"has the wrong ema\.safetensors \(.*other weights.*\): the model holds"
+    ):
         run.train()
     assert_same(snapshot(model), load_file(f"{run.state.best_model_checkpoint}/model.safetensors"))
 
@@ -1165,3 +1197,29 @@ def test_events_without_a_trainer(tmp_path: Path) -> None:
     ema.on_step_end(args, state, control, model=model)
     ema.on_train_end(args, state, control, model=model)
     assert_near(snapshot(model), average_of(begun, [step]))
+
+
+def test_the_file_is_of_one_moment_while_another_thread_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    callback = EMACallback(0.5)
+    callback._ema = fastema.EMA(model, 0.5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    callback.ema.update()
+    want = {name: one.clone() for name, one in callback.ema.shadow.items()}
+    write, threads = fastema.compat.transformers.write_state, []
+
+    def while_another_updates(*given: Any, **metadata: str) -> None:
+        threads.append(threading.Thread(target=callback.ema.update))
+        threads[-1].start()
+        threads[-1].join(0.1)  # it comes to its end here if nothing holds it back
+        write(*given, **metadata)
+
+    monkeypatch.setattr(fastema.compat.transformers, "write_state", while_another_updates)
+    callback._write(tmp_path, 1)
+    threads[0].join()
+    assert callback.ema.num_updates == 2
+    found = load_file(tmp_path / FILE)
+    assert all(torch.equal(found[f"shadow.0.{name}"], one) for name, one in want.items())

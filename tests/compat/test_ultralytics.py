@@ -316,3 +316,13 @@ def test_the_rule_in_an_ema_of_fastema() -> None:
         theirs.update(model)
     for name in ours.averaged_names - {"cache"}:
         assert torch.equal(ours.shadow[name], tensors(theirs.ema)[name].detach()), name
+
+
+def test_attributes_of_data_parallel_wrappers_are_not_copied_by_default() -> None:
+    model = nn.Linear(2, 2)
+    model.process_group, model.reducer, model.names = object(), object(), ["cat"]  # type: ignore
+    ema = ModelEMA(nn.Linear(2, 2))
+    ema.update_attr(model)
+    assert ema.ema.names == ["cat"]
+    assert not hasattr(ema.ema, "process_group")
+    assert not hasattr(ema.ema, "reducer")

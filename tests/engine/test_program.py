@@ -25,7 +25,7 @@ from fastema.testing import reference
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
-EXACT = [code for code, kind in DTYPES.items() if not kind.real]
+EXACT = [code for code, kind in DTYPES.items() if kind.whole]
 PAIRS = [*product(REAL, REAL), *product(COMPLEX, COMPLEX)]
 PAIR_IDS = ["-".join(pair) for pair in PAIRS]
 SIZES = [0, 1, 65, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]

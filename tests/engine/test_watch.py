@@ -119,7 +119,48 @@ def conjugate(net: Any) -> None:
     net[2].weight.data = net[2].weight.data.conj()
 
 
+def other() -> Any:
+    """The same with other tensors."""
+    made = model()
+    return made.load_state_dict({k: v + 1 for k, v in made.state_dict().items()}) and made
+
+
+def replace_dict_of_parameters(net: Any) -> None:
+    net[1][0]._parameters = dict(other()[1][0]._parameters)
+
+
+def replace_dict_of_buffers(net: Any) -> None:
+    net[1][1]._buffers = dict(other()[1][1]._buffers)
+
+
+def replace_dict_of_modules(net: Any) -> None:
+    net[1]._modules = dict(other()[1]._modules)
+
+
+def replace_an_empty_dict(net: Any) -> None:
+    net[2]._modules = {"inner": nn.Linear(2, 2)}
+
+
+def replace_dict_of_the_root(net: Any) -> None:
+    net._modules = dict(other()._modules)
+
+
+def set_state(net: Any) -> None:
+    net[1][0].__setstate__(vars(other()[1][0]))
+
+
+def update_attributes(net: Any) -> None:
+    vars(net).update(vars(other()))
+
+
+def replace_attributes_of_the_root(net: Any) -> None:
+    net.__dict__ = vars(other())
+
+
 MOVES = [
+    *(replace_dict_of_parameters, replace_dict_of_buffers, replace_dict_of_modules),
+    *(replace_an_empty_dict, replace_dict_of_the_root, set_state, update_attributes),
+    replace_attributes_of_the_root,
     *(replace_data, convert, assign, replace_module, replace_inner_module, replace_parameter),
     *(remove_parameter, add_parameter, register_buffer, replace_buffer, append_module),
     *(remove_module, tie, reuse_memory_for_another_dtype, reinterpret_half, transpose_in_place),
@@ -172,6 +213,8 @@ def test_torch_tensors_are_watched_through_the_exchange_function() -> None:
 def test_training_is_no_change() -> None:
     net = model()
     watching = watches(leaves_of(net))
+    net[2].note = "an attribute more"
+    del net[2].note
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(2.0)
@@ -239,6 +282,74 @@ def test_numpy_arrays_that_change_in_place_are_noticed() -> None:
         assert one.changed(), change.__name__
 
 
+@pytest.mark.parametrize("place", [0, 7])
+def test_attributes_are_found_wherever_a_module_has_them(place: int) -> None:
+    """Modules made in other ways have their dicts in another order, among other attributes."""
+    net = model()
+    inner = net[1][0]
+    attributes = dict(vars(inner))
+    vars(inner).clear()
+    vars(inner).update({f"attribute {i}": i for i in range(place)})
+    for name in (*reversed(attributes),):
+        vars(inner)["".join(name)] = attributes[name]
+    for i in range(place // 2):
+        del vars(inner)[f"attribute {i}"]
+    watching = watches(leaves_of(net))
+    assert not any(one.changed() for one in watching.values())
+    replace_dict_of_parameters(net)
+    assert {kind: noticed(one) for kind, one in watching.items()} == dict.fromkeys(watching, True)
+
+
+TRANSIENT: dict[str, Callable[[Any], None]] = {
+    "grows": lambda net: setattr(net[2], "cache", torch.ones(40)),
+    "goes": lambda net: setattr(net[2], "cache", None),
+    "comes": lambda net: setattr(net[2], "mask", torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("change", TRANSIENT)
+def test_what_a_state_leaves_out_may_change_unless_it_counts(change: str) -> None:
+    net = model()
+    net[2].register_buffer("cache", torch.ones(3), persistent=False)
+    net[2].register_buffer("mask", None, persistent=False)
+    net[2].register_buffer("table", torch.ones(3))
+    leaves = leaves_of(net)
+    kept = leaves.only({leaf.name for leaf in leaves.items if leaf.persistent})
+    counts = [watch(leaves), _ByAttributes(leaves)]
+    does_not = [watch(kept, transient=False), _ByAttributes(kept, transient=False)]
+    TRANSIENT[change](net)
+    assert all(noticed(one) for one in counts)
+    assert not any(one.changed() for one in does_not)
+    net[2].table = torch.ones(3)  # beside it, in one dict
+    assert all(one.changed() for one in does_not)
+
+
+def test_what_may_change_is_not_kept_alive() -> None:
+    net = model()
+    net.register_buffer("cache", torch.ones(3), persistent=False)
+    leaves = leaves_of(net)
+    one = watch(
+        leaves.only({leaf.name for leaf in leaves.items if leaf.persistent}), transient=False
+    )
+    del leaves
+    old = weakref.ref(net.cache)
+    net.cache = torch.ones(30)
+    gc.collect()
+    assert old() is None
+    assert not one.changed()
+
+
+def test_a_module_is_not_kept_alive_by_what_it_has() -> None:
+    net = model()
+    vars(net)["itself"] = [net]
+    one = watch(leaves_of(net))
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+    assert one.changed()
+
+
 def test_what_is_watched_is_kept_alive() -> None:
     net = model()
     one = watch(leaves_of(net))
@@ -272,3 +383,11 @@ def test_a_share_at_a_time_sees_everything_in_turn() -> None:
     assert not any(watching.changed_in(share) for share in range(SHARES))
     model.to(torch.float64)
     assert all(watching.changed_in(share) for share in range(SHARES))
+
+
+@pytest.mark.parametrize("make", [np.ones, torch.ones], ids=["numpy", "torch"])
+def test_lists_are_looked_at_in_the_first_share_alone(make: Callable[[int], Any]) -> None:
+    held = [make(3) for _ in range(40)]
+    watching = watch(leaves_of(held))
+    held.append(make(3))
+    assert [watching.changed_in(share) for share in range(SHARES)] == [True] + [False] * 15

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import gc
 import itertools
 import signal
 import sys
@@ -99,6 +100,8 @@ def rung_during(seconds: float, call: Callable[[], object]) -> bool:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, ring)
+    collects = gc.isenabled()
+    gc.disable()  # what a callback of the collector raises is not raised, but warned of
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         call()
@@ -108,4 +111,6 @@ def rung_during(seconds: float, call: Callable[[], object]) -> bool:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if collects:
+            gc.enable()
     return False

@@ -181,24 +181,28 @@ def test_the_gil_is_free_during_an_update(
     avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)
     plan = fastema.Plan([np.tile(avg, 40)], [np.tile(x, 40)])
     plan.lerp_(W)
-    seen: list[float] = []
+    seen: list[int] = []
     stop = threading.Event()
 
     def tick() -> None:
         while not stop.is_set():
-            seen.append(time.perf_counter())
+            seen.append(0)
             time.sleep(0.0002)
 
     ticker = threading.Thread(target=tick)
     ticker.start()
-    spans = []
-    for _ in range(5):
-        begin = time.perf_counter()
+
+    def ticks() -> int:
+        seen.clear()
         plan.lerp_(W)
-        spans.append((begin, time.perf_counter()))
+        return len(seen)
+
+    # With the GIL held there is one tick before the kernel and one after it. A busy machine may run
+    # the other thread in few of many updates.
+    free = any(ticks() > 3 for _ in range(1000))
     stop.set()
     ticker.join()
-    assert any(begin < moment < end for moment in seen for begin, end in spans)
+    assert free
 
 
 @pytest.mark.torch

@@ -14,7 +14,7 @@ from fastema.testing import reference
 torch = pytest.importorskip("torch")
 from torch import Tensor  # noqa: E402
 
-from ..shadow.stored import code_of, places, stored  # noqa: E402
+from ..shadow.stored import code_of, indices, stored  # noqa: E402
 
 ON = os.environ.get("FASTEMA_GPU_TESTS_ON", "cuda")
 """Type of the device that the tests run on."""
@@ -162,14 +162,13 @@ class Expected:
         self.value, self.code = host(average), code_of(average)
         self._dtype = average.dtype
         self._key, self._seed = reference.tensor_key(name, which), seed
-        narrow = self.code in ("bf16", "f16")
-        self._places = places(average) if random and narrow else None
+        self._index = indices(average) if random else None
 
     def update(self, weights: Tensor, weight: float, step: int) -> None:
         """Follow an update with the weights as they are now."""
         words = None
-        if self._places is not None:
-            words = reference.random_words(self._seed, step, self._key, self._places)
+        if self._index is not None:
+            words = reference.random_words(self._seed, step, self._key, self._index)
         x = host(weights)
         self.value = reference.lerp(self.value, x, weight, self.code, code_of(weights), words)
 

@@ -24,6 +24,8 @@ class Row(NamedTuple):
     which: int = 0
     index: int = 0
     index_step: int = 1
+    index_run: int = 1 << 16
+    index_jump: int = 0
     key: int = 0
     low: Array | None = None
     ring: Array | None = None
@@ -37,6 +39,7 @@ def table_of(rows: Sequence[Row]) -> NDArray[np.int64]:
         one[[abi.DST, abi.SRC, abi.COUNT]] = row.dst.ctypes.data, row.src.ctypes.data, row.dst.size
         one[[abi.DST_STEP, abi.SRC_STEP, abi.WHICH]] = row.dst_step, row.src_step, row.which
         one[[abi.INDEX, abi.INDEX_STEP, abi.KEY]] = row.index, row.index_step, row.key
+        one[[abi.INDEX_RUN, abi.INDEX_JUMP]] = row.index_run, row.index_jump
         one[abi.LOW] = 0 if row.low is None else row.low.ctypes.data
         one[abi.RING] = 0 if row.ring is None else row.ring.ctypes.data
         one[abi.RING_STRIDE] = row.ring_stride

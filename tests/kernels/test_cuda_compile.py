@@ -55,7 +55,7 @@ EACH_KIND: list[Kernel] = [
     ("lerp_measured", ("f32", "bf16")),
     ("copy", ("f32", "bf16")),
     ("give", ("bf16+16", "f32")),
-    ("swap", ("bf16+16", "f32")),
+    ("swap", ("bf16+16", "raw4")),
     ("add", ("f64", "f32")),
     ("finite", ("f32", "bf16")),
     ("window", ("f32", "f32", "f32", "f32")),
@@ -73,7 +73,7 @@ OTHERS: list[Kernel] = [
         for pair in (("f64", "f32"), ("f32", "f16"), ("f16", "bf16"), ("bf16", "f32"))
     ),
     *(("swap", (dst, src)) for dst in REALS for src in REALS if dst != src),
-    ("swap", ("bf16+16", "f32")),
+    ("swap", ("bf16+16", "raw4")),
     *(("add", ("f64", src)) for src in REALS),
     ("add", ("f32", "bf16")),
     *(("finite", ("f64", src)) for src in ("f64", "bf16")),
@@ -129,14 +129,20 @@ def parts_of(variant: str) -> tuple[str, tuple[str, ...], str, tuple[int, int]]:
     return operation, tuple(formats.split("-")), layout, (int(major), int(minor))
 
 
-def most_registers(operation: str, formats: Sequence[str], capability: tuple[int, int]) -> int:
+def most_registers(
+    operation: str, formats: Sequence[str], layout: str, capability: tuple[int, int]
+) -> int:
     """With 32, or 40 where there are fewer threads, a multiprocessor can be full.
 
     What more buys is that nothing is spilled.
     """
     if operation in ("window", "advance", "lerp_measured"):
         return 64
+    if layout == "strided" and formats[0].endswith("~"):  # for adjacent elements too
+        return 48
     if "f64" in formats or formats[0].endswith("~") or capability == (12, 0):
+        return 40
+    if (operation, formats[0]) == ("swap", "bf16+16"):
         return 40
     return 32
 
@@ -155,7 +161,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[str], cuda.Bi
         initializer=gc.disable,  # a tenth of the time would be spent on looking for garbage
     ) as pool:
         made = {name: pool.apply_async(cuda.compile_kernel, parts_of(name)) for name in asked}
-        yield lambda variant: made[variant].get(timeout=300)
+        yield lambda variant: made[variant].get(timeout=900)
 
 
 @cache
@@ -182,10 +188,10 @@ def times(part: Counter[int], moved: Counter[int]) -> int:
 
 
 def check_report(made: cuda.Binary, variant: str) -> None:
-    operation, formats, _, capability = parts_of(variant)
+    operation, formats, layout, capability = parts_of(variant)
     assert made.cubin[:4] == b"\x7fELF"
     assert (made.stack, made.spilled) == (0, 0)
-    assert 0 < made.registers <= most_registers(operation, formats, capability)
+    assert 0 < made.registers <= most_registers(operation, formats, layout, capability)
 
 
 def wide_loops(made: cuda.Binary) -> list[list[sass.Instruction]]:
@@ -230,7 +236,8 @@ def check_lerp(loop: list[sass.Instruction], formats: Sequence[str], elements: i
     assert count[f"{kind}FMA"] == elements
     assert not count[f"{kind}MUL"]
     if formats[0] != "f16~":  # whose rounding adds too
-        assert count[f"{kind}ADD"] == elements
+        # The newest toolkit subtracts a half from a float32 at once (FHADD), rounding as FADD does.
+        assert count[f"{kind}ADD"] + count["FHADD"] == elements
 
 
 FLAT = dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -169,6 +170,39 @@ def test_spaced_elements(dst: str, src: str, as_on_a_gpu: Callable[[], None]) ->
         program = Program({"all": [Pair("x", spec(a, dst), spec(b, src), form)]})
         program.run({"all": "lerp"}, Moment((0.3,), 1, 7))
         runs.append((words(a), words(b)))
+    assert runs[0] == runs[1]
+
+
+ORDERS = {
+    "columns of a shard": ((90, 56), (0, 1), (4000, 300), (7, 9)),
+    "odd columns of a shard": ((90, 57), (0, 1), (4000, 300), (7, 9)),
+    "channels last": ((40, 24, 9), (0, 2, 1), None, None),
+    "few channels": ((64, 3, 49), (0, 2, 1), None, None),
+    "over a multiple of 2**32": ((11, 6, 35), (0, 1, 2), (1000, 5000, 1001), (855, 673, 600)),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f64")])
+def test_indices_in_another_order_than_memory(
+    dst: str, src: str, order: str, as_on_a_gpu: Callable[[], None]
+) -> None:
+    shape, axes, whole, offset = ORDERS[order]
+    size, stored = int(np.prod(shape)), [shape[axis] for axis in axes]
+    runs = []
+    for gpu in (False, True):
+        if gpu:
+            as_on_a_gpu()
+        generator = np.random.default_rng(7)
+        a, b = (
+            numbers(generator, size, 0, code).reshape(stored).transpose(np.argsort(axes))
+            for code in (dst, src)
+        )
+        weights = replace(spec(b, src), whole=whole, offset=offset)
+        program = Program({"all": [Pair("x", spec(a, dst), weights, f"{dst}~")]})
+        for operation in ("lerp", "lerp_measured"):
+            program.run({"all": operation}, Moment((0.3,), 1, 7))
+        runs.append(words(a))
     assert runs[0] == runs[1]
 
 

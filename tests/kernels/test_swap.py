@@ -76,6 +76,13 @@ def test_swap_moves_bits(
         of.assert_rest_untouched()
 
 
+def comes_back(pattern: np.ndarray) -> np.ndarray:
+    """A signalling NaN that would be an infinity in 16 bits, which no arithmetic makes, quiet."""
+    size = pattern & np.uint32(0x7FFFFFFF)
+    changed = (size > 0x7F800000) & (size < 0x7F810000)
+    return np.where(changed, pattern | np.uint32(0x400000), pattern)
+
+
 @pytest.mark.parametrize("layout", ["flat", "strided"])
 @pytest.mark.parametrize("size", [1, BLOCK + 1, 30_000])
 def test_park_and_unpark_lose_no_bit(
@@ -102,8 +109,22 @@ def test_park_and_unpark_lose_no_bit(
     assert np.isnan(reference.decode(model.array[nan], "bf16")).all()
     run_rows("unpark", "raw4", "raw2", layout, rows)
     np.testing.assert_array_equal(model.array, weight)
-    # A signalling NaN, which no arithmetic produces, comes back quiet.
-    quiet = np.where(nan, pattern | np.uint32(0x00400000), pattern)
-    np.testing.assert_array_equal(avg.array, quiet)
+    np.testing.assert_array_equal(avg.array, comes_back(pattern))
     avg.assert_rest_untouched()
     model.assert_rest_untouched()
+
+
+@pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+def test_every_high_half_of_an_average_is_parked_and_comes_back(
+    low: int, run_rows: Callable[..., None]
+) -> None:
+    pattern = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(low)
+    weight = np.arange(1 << 16, dtype=np.uint16)[::-1].copy()
+    avg, model = pattern.copy(), weight.copy()
+    run_rows("park", "raw4", "raw2", "flat", [(avg, model)])
+    nan = pattern & np.uint32(0x7FFFFFFF) > 0x7F800000
+    np.testing.assert_array_equal(model & 0x7FFF > 0x7F80, nan)
+    np.testing.assert_array_equal(model[nan], comes_back(pattern)[nan] >> 16)
+    run_rows("unpark", "raw4", "raw2", "flat", [(avg, model)])
+    np.testing.assert_array_equal(avg, comes_back(pattern))
+    np.testing.assert_array_equal(model, weight)

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from numba import njit, types
 
-import fastema.kernels.jit  # noqa: F401 (makes the scalar maths known to Numba)
-from fastema.kernels import scalar, words
+from fastema.kernels import formats, scalar, words
 from fastema.testing import reference
 
 EDGES = [0, 1, 2, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
 SHIFTS = [0, 1, 13, 16, 31]
 HALVES = np.arange(1 << 16, dtype=np.uint16)
+
+converts_half = pytest.mark.skipif(
+    not formats.CONVERTS_HALF, reason="the processor compiled for cannot convert halves"
+)
+
 TINY, HUGE = 1.4e-45, 3.4028235e38
 
 REALS = [0.0, -0.0, 1.0, -1.0, 3.1415927, TINY, -TINY, 1.1754944e-38, HUGE, -HUGE, np.inf, np.nan]
@@ -117,6 +121,16 @@ def test_halves_of_64_bits() -> None:
         np.testing.assert_array_equal(run(words.high32, kind, whole), x.astype(kind))
 
 
+def test_whole_numbers_as_floats_and_back() -> None:
+    whole = np.array([0, 1, 2, 65_535, 2**22 - 1, 2**24 - 1, 2**24, 2**30], np.uint32)
+    floats = np.array([0.0, 0.99999994, 1.5, 8_388_607.5, 2.0**30], np.float32)
+    for run in (_in_python, _in_kernel):
+        got = run(words.float_of_int, np.dtype(np.float32), whole)
+        np.testing.assert_array_equal(got, whole.astype(np.float32))
+        got = run(words.int_of_float, np.dtype(np.uint32), floats)
+        np.testing.assert_array_equal(got, [0, 0, 1, 8_388_607, 2**30])
+
+
 @pytest.mark.parametrize("code", ["f32", "f64"])
 def test_nan_becomes_zero(
     code: str, numbers: Callable[..., np.ndarray], bits: Callable[..., np.ndarray]
@@ -172,6 +186,7 @@ def test_bits_of_floats(
         np.testing.assert_array_equal(bits(back) | 0x00400000, pattern | 0x00400000)
 
 
+@converts_half
 def test_half_to_float_for_every_half(assert_same: Callable[..., None]) -> None:
     want = reference.cast(HALVES.view(np.float16), "f16", "f32")
     for run in (_in_python, _in_kernel):
@@ -180,6 +195,7 @@ def test_half_to_float_for_every_half(assert_same: Callable[..., None]) -> None:
         assert_same(got, want, "f32")
 
 
+@converts_half
 def test_float_to_half_around_every_half(assert_same: Callable[..., None]) -> None:
     values = _around_every_half()
     want = reference.cast(values, "f32", "f16")

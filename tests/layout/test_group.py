@@ -106,6 +106,37 @@ def test_overlap_is_refused_exactly_where_it_is(
         refuse_overlap(*sides)
 
 
+@given(st.lists(VIEWS, min_size=2, max_size=9), st.integers(0, 9))
+def test_overlap_among_many_is_refused_exactly_where_it_is(
+    specs: list[TensorSpec], count: int
+) -> None:
+    sides = named("w", specs[:count]), named("r", specs[count:])
+    held = {name: elements(one) for side in sides for name, one in side}
+    shared = {
+        frozenset((name, other))
+        for name, _ in sides[0]
+        for other in held
+        if name != other and held[name] & held[other]
+    }
+    if not shared:
+        refuse_overlap(*sides)
+        return
+    with pytest.raises(LayoutError, match="overlap") as caught:
+        refuse_overlap(*sides)
+    both = frozenset(word for word in str(caught.value).split() if word in held)
+    assert both in shared
+
+
+@pytest.mark.parametrize("code", ["bool", "f32", "c128"])
+def test_overlap_between_dtypes_of_other_sizes_is_found_among_many(code: str) -> None:
+    columns = [(f"c{i}", spec(4096 + 32 * i, (9,), strides=(320,))) for i in range(40)]
+    gap, byte = spec(4100, (2,), strides=(320,), dtype="bool"), spec(4099, (1,), dtype="bool")
+    refuse_overlap([*columns, ("gap", gap)])
+    for one in (byte, TensorSpec(4096, (1,), (1,), code, "cpu")):
+        with pytest.raises(LayoutError, match=r"c0.*one"):
+            refuse_overlap([*columns, ("one", one)])
+
+
 def test_reading_twice_is_no_overlap() -> None:
     refuse_overlap([("avg", spec(8192))], [("a", spec(4096)), ("b", spec(4096))])
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastema.kernels.table import (
@@ -18,6 +19,8 @@ from fastema.kernels.table import (
     DST,
     DST_STEP,
     INDEX,
+    INDEX_JUMP,
+    INDEX_RUN,
     INDEX_STEP,
     KEY,
     LOW,
@@ -74,6 +77,7 @@ def check(pairs: list[Pair], chunk: int = CHUNK) -> dict[str, np.ndarray]:
         assert (rows[:, COUNT] > 0).all()
         assert (rows[:, COUNT] <= chunk).all()
         adjacent = (rows[:, DST_STEP] == 1) & (rows[:, SRC_STEP] == 1)
+        adjacent &= (rows[:, INDEX_STEP] <= 1) & (rows[:, INDEX_JUMP] == 0)
         assert adjacent.all() if layout == "flat" else not adjacent.any()
         assert not rows[:, [LOW, RING, RING_STRIDE]].any()
     return tables
@@ -84,14 +88,22 @@ def columns(rows: np.ndarray, base: int, size: int, step: int) -> list[int]:
     return [int(row[base] + i * row[step] * size) for row in rows for i in range(row[COUNT])]
 
 
-def places(pair: Pair) -> dict[int, int]:
-    """Address of each written element to its place in the tensor, if none is written twice."""
+def indices(pair: Pair) -> dict[int, int]:
+    """Address of each written element to its index in the whole tensor, if none is written twice.
+
+    No row has indices of two high halves.
+    """
     size = pair.dst.kind.itemsize // pair.dst.kind.parts
     found: dict[int, int] = {}
-    for rows in table.chunk_tables([pair]).values():
-        addresses = columns(rows, DST, size, DST_STEP)
-        found |= dict(zip(addresses, columns(rows, INDEX, 1, INDEX_STEP), strict=True))
-    assert sorted(found.values()) == list(range(pair.dst.size * pair.dst.kind.parts))
+    for layout, rows in table.chunk_tables([pair]).items():
+        for row in rows.tolist():
+            runs = [divmod(i, row[INDEX_RUN]) for i in range(row[COUNT])]
+            mine = [row[INDEX] + n * row[INDEX_JUMP] + i * row[INDEX_STEP] for n, i in runs]
+            assert len({index >> 32 for index in mine}) == 1
+            if layout == "flat":
+                assert mine == list(range(row[INDEX], row[INDEX] + row[COUNT]))
+            addresses = [row[DST] + i * row[DST_STEP] * size for i in range(row[COUNT])]
+            found |= dict(zip(addresses, mine, strict=True))
     return found
 
 
@@ -119,13 +131,94 @@ def test_any_strides(axes: list[tuple[int, int, int]], codes: tuple[str, str], c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "CHUNK", chunk)
         check([pair], chunk)
-        if not dst.overlaps_itself:
-            cut = places(pair)
-    if not dst.overlaps_itself:
-        # However the tensor is cut, and whatever it is written from, a place is the same.
-        assert cut == places(pair) == places(pair._replace(src=dst))
-        if all(d > 0 for n, d, _ in axes if n > 1):
-            assert list(dict(sorted(cut.items())).values()) == list(range(len(cut)))
+
+
+EXTENTS = st.one_of(st.integers(0, 5), st.integers(2**16 - 3, 2**16), st.integers(2**33, 2**34))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), EXTENTS, EXTENTS), max_size=4),
+    st.permutations(range(4)),
+    st.permutations(range(4)),
+    st.lists(st.sampled_from([1, 2, 3, -1]), min_size=4, max_size=4),
+    st.sampled_from([3, 16, 50, CHUNK]),
+)
+def test_indices_are_those_in_the_whole_tensor_in_row_major_order(
+    axes: list[tuple[int, int, int]],
+    to: list[int],
+    of: list[int],
+    spread: list[int],
+    chunk: int,
+) -> None:
+    shape = tuple(n for n, _, _ in axes)
+    offset = tuple(before for _, before, _ in axes)
+    whole = tuple(sum(parts) for parts in axes)
+    assume(math.prod(whole) < 2**62)
+
+    def side(order: list[int], code: str, address: int) -> TensorSpec:
+        order = [axis for axis in order if axis < len(shape)]
+        strides = [0] * len(shape)
+        step = 1
+        for axis in reversed(order):
+            strides[axis] = step * spread[axis]
+            step *= shape[axis] * abs(spread[axis])
+        return TensorSpec(address, shape, tuple(strides), code, "cpu", True, whole, offset)
+
+    pair = Pair("t", side(to, "bf16", 1 << 40), side(of, "f32", 1 << 50), "bf16~")
+    strides = [math.prod(whole[axis + 1 :]) for axis in range(len(whole))]
+    want = {
+        address: sum((i + o) * s for i, o, s in zip(index, offset, strides, strict=True))
+        for address, index in zip(
+            elements(pair.dst), product(*(range(n) for n in shape)), strict=True
+        )
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "CHUNK", chunk)
+        check([pair], chunk)
+        assert indices(pair) == want
+        bare = pair._replace(dst=replace(pair.dst, whole=None, offset=None))
+        assert indices(bare) == want
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "rows"),
+    [
+        ((512, 512, 3, 3), (0, 2, 3, 1), 512),  # all that one of the outermost axis has
+        ((64, 3, 7, 7), (0, 2, 3, 1), 64),
+        ((512, 2, 2, 2), (0, 2, 3, 1), 2),  # too short: along the long axis
+        ((1000, 2000), (1, 0), 31),  # whole runs of 1,000
+        ((8, 70_000), (1, 0), 9),  # runs of 8
+        ((70_000, 8), (1, 0), 16),  # runs that are too long for a chunk
+    ],
+)
+def test_random_rows_are_long_in_every_order_of_memory(
+    shape: tuple[int, ...], order: tuple[int, ...], rows: int
+) -> None:
+    pair = Pair("t", dense(shape, order, "bf16", 64), dense(shape, order, "bf16", 1 << 40))
+    (plain,) = table.chunk_tables([pair]).values()
+    assert len(plain) == -(-math.prod(shape) // CHUNK)
+    tables = table.chunk_tables([pair._replace(form="bf16~")])
+    assert {layout: len(rows) for layout, rows in tables.items()} == {"strided": rows}
+
+
+def test_a_shard_of_columns_has_rows_of_a_whole_chunk() -> None:
+    strides = 1000, 1
+    part = TensorSpec(64, (4096, 1000), strides, "bf16", "cpu", True, (4096, 4000), (0, 1000))
+    rows = table.chunk_tables([Pair("t", part, part, "bf16~")])["strided"]
+    assert len(rows) == 64  # of 65 runs each, so that all begin at a multiple of 16 bytes
+    assert not (rows[:, DST] % 16).any()
+
+
+def test_a_shard_of_rows_is_one_stretch() -> None:
+    part = TensorSpec(64, (40, 50), (50, 1), "bf16", "cpu", True, (4096, 50), (80, 0))
+    (row,) = table.chunk_tables([Pair("t", part, part, "bf16~")])["flat"]
+    assert row[[COUNT, INDEX, INDEX_STEP]].tolist() == [2000, 4000, 1]
+
+
+def test_indices_are_zero_without_random_bits() -> None:
+    spec = TensorSpec(64, (40, 50), (1, 40), "bf16", "cpu", True, (4096, 50), (80, 0))
+    (row,) = table.chunk_tables([Pair("t", spec, spec)])["flat"]
+    assert not row[[INDEX, INDEX_STEP, INDEX_JUMP]].any()
 
 
 @given(AXES, st.sampled_from(CODES[:4]), st.sampled_from([3, 7, CHUNK]))
@@ -215,7 +308,7 @@ def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
         for column in (SRC, COUNT, INDEX, INDEX_STEP):
             assert len({*claimed[:, column].tolist()}) == 1
     for pair in pairs:
-        mine = rows[(rows[:, KEY] == table._key(pair))]
+        mine = rows[(rows[:, KEY] == table.tensor_key(pair))]
         assert mine[:, COUNT].sum() == pair.dst.size
         assert columns(mine, DST, 4, DST_STEP) == elements(pair.dst)
         assert columns(mine, SRC, 4, SRC_STEP) == elements(pair.src)
@@ -296,7 +389,7 @@ def test_every_row_is_numbered_by_its_pair(
         assert numbers.shape == (len(rows),)
         for row, number in zip(rows, numbers, strict=True):
             pair = pairs[number]
-            assert row[KEY] == table._key(pair)
+            assert row[KEY] == table.tensor_key(pair)
             assert row[WHICH] == pair.which
             for column, side in ((DST, pair.dst), (SRC, pair.src)):
                 assert 0 <= row[column] - side.address < max(side.nbytes, 1)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastema
 from fastema import rules
 from fastema.errors import ArgumentError
 
@@ -181,6 +182,48 @@ def test_what_cannot_be_described() -> None:
         Named("x").to_dict()
 
 
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Bare(), r"Bare.*dataclass.*to_dict"),
+        (rules.debiased(Bare()), r"Bare.*dataclass"),
+        (Steps((), Bare()), r"Bare.*dataclass"),
+        (Named("x"), "Named.*rename"),
+        (Given(abs), r"Given\.value is a builtins\.builtin_function_or_method.*checkpoint"),
+        (Given((1, {"a": object()})), r"Given\.value\[1\]\['a'\] is a builtins\.object"),
+        (Given(Decimal("0.9")), r"Given\.value is a decimal\.Decimal"),
+    ],
+)
+def test_an_average_by_a_rule_that_no_checkpoint_can_hold_is_not_built(
+    rule: rules.Rule, text: str
+) -> None:
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(ArgumentError, match=text):
+        fastema.EMA([numpy.ones(3)], rule)
+    with pytest.raises(ArgumentError, match=text):
+        rules.Schedule((rules.constant(), rule))
+
+
+def test_numbers_of_numpy_are_described_as_those_of_python() -> None:
+    numpy = pytest.importorskip("numpy")
+    plain = Given((numpy.float64(0.5), numpy.int64(3), numpy.float32(0.25))).to_dict()
+    assert [type(one) for one in plain["value"]] == [float, int, float]
+    assert json.loads(json.dumps(plain)) == plain
+
+
+@pytest.mark.parametrize("decay", [abs, lambda n: 0.9, rules.warmup, rules.Constant, rules.Rule])
+def test_a_function_for_a_decay_is_told_of_the_rules(decay: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+    for build in (
+        lambda: fastema.EMA([numpy.ones(3)], decay),
+        lambda: fastema.EMA([numpy.ones(3)], (0.9, decay)),
+        lambda: rules.constant(decay),
+        lambda: rules.Schedule(decay),
+    ):
+        with pytest.raises(ArgumentError, match=r"fastema\.rules\.warmup\(0\.999\).*decay\(n\)"):
+            build()
+
+
 def test_a_rule_needs_a_decay() -> None:
     class Nothing(rules.Rule):
         pass
@@ -205,7 +248,7 @@ def test_a_rule_needs_a_decay() -> None:
         {"rule": "Debiased"},
         {"rule": "Debiased", "inner": 0.9},
         {"rule": "Debiased", "inner": {"rule": "Constant"}},
-        {"rule": "Debiased", "inner": {"rule": "Constant", "value": 0.9}, "_taken": {}},
+        {"rule": "Debiased", "inner": {"rule": "Constant", "value": 0.9}, "_runs": {}},
         {"rule": "Power", "gamma": -1},
         {"rule": "Window", "size": 0},
         {"rule": "CumulativeMean", "n": 1},

@@ -48,14 +48,11 @@ def tensor_of(array: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(array)
 
 
-def places(tensor: Tensor) -> np.ndarray:
-    """Each element's place in the whole tensor, counted as a gapless one lies in memory."""
-    found = np.zeros(tensor.shape, np.int64)
-    for axis, stride in enumerate(tensor.stride()):
-        along = [1] * tensor.dim()
-        along[axis] = -1
-        found += stride * np.arange(tensor.shape[axis]).reshape(along)
-    return found
+def indices(average: Tensor) -> np.ndarray | None:
+    """What random bits depend on of each element, in an average that has 16 bits."""
+    if code_of(average) not in ("bf16", "f16"):
+        return None
+    return np.arange(average.numel()).reshape(average.shape)
 
 
 class Specified:
@@ -76,13 +73,13 @@ class Specified:
     ) -> None:
         self.value, self.code = stored(average), code_of(average)
         self.key, self.seed = reference.tensor_key(name, which), seed
-        self.places = places(average) if random and self.code in ("bf16", "f16") else None
+        self.index = indices(average) if random else None
 
     def update(self, weights: Tensor, weight: float, step: int) -> None:
         """Follow an update."""
         words = None
-        if self.places is not None:
-            words = reference.random_words(self.seed, step, self.key, self.places)
+        if self.index is not None:
+            words = reference.random_words(self.seed, step, self.key, self.index)
         x = stored(weights)
         self.value = reference.lerp(self.value, x, weight, self.code, code_of(weights), words)
 

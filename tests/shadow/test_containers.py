@@ -99,7 +99,7 @@ def test_wrappers_do_not_matter(built: str, used: str) -> None:
     with ema.swapped(second):
         assert same_values(second, average)
     assert_bits(second, raw)
-    resumed = fastema.EMA(second, 0.9)
+    resumed = fastema.EMA(second, 0.5)
     resumed.load_state_dict(ema.state_dict())
     assert_bits(dict(resumed.shadow), average)
     ema.copy_to(second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -9,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastema
 from fastema import rules
+from fastema.errors import CheckpointError
+from fastema.shadow.counting import refuse_uneven
 
 from .truth import Loop
 
@@ -34,10 +39,10 @@ def weights_at(step: int, dtype: Any) -> np.ndarray:
 def test_it_is_the_average_from_zero_over_what_was_seen(
     decay: str, start: int, every: int, dtype: Any
 ) -> None:
-    given, formula = DECAYS[decay]
+    rule, formula = DECAYS[decay]
     x = weights_at(0, dtype)
     options = {"start_after": start, "update_every": every}
-    ema = fastema.EMA([x], given, zero_debias=True, **options)
+    ema = fastema.EMA([x], rule, zero_debias=True, **options)
     code = "f32" if dtype == np.float32 else "f64"
     loop = Loop(x, code, code)
     zero, left = np.zeros(300), Fraction(1)  # a float64 would lose digits of what was seen
@@ -104,3 +109,149 @@ def test_a_resumed_run_goes_on_with_the_share_it_had() -> None:
         resumed.update()
     np.testing.assert_array_equal(resumed.shadow["0"], ema.shadow["0"])
     assert math.isclose(resumed.decay, ema.decay)
+
+
+MIXED = {
+    "constant": rules.constant(0.9),
+    "slow": rules.constant(0.999999),
+    "warmup": rules.warmup(0.999),
+    "inverse-gamma": rules.inverse_gamma(0.9999, 2.0, 0.7),
+    "power": rules.power(0.1),
+    "mean": rules.cumulative_mean(),
+}
+CUTS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
+
+
+def taken_in(cuts: list[int], start: int, every: int) -> list[tuple[int, int, int]]:
+    """Of calls with so many steps those that work: call, step since the start, steps taken in."""
+    found, step = [], 0
+    for call, steps in enumerate(cuts):
+        step += steps
+        last, before = (max(n, 0) // every * every for n in (step - start, step - steps - start))
+        if last > before:
+            found.append((call, last, last - before))
+    return found
+
+
+@pytest.mark.parametrize("rule", MIXED)
+@given(CUTS, st.integers(0, 9), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_steps_of_mixed_length_are_weighed_by_the_rule_alone(
+    rule: str, cuts: list[int], start: int, every: int, seed: int
+) -> None:
+    values = np.random.default_rng(seed).normal(3.0, 1.0, (len(cuts), 5))
+    x = np.full(5, 1e30)  # nothing is left of it
+    ema = fastema.EMA([x], MIXED[rule], zero_debias=True, start_after=start, update_every=every)
+    for value, steps in zip(values, cuts, strict=True):
+        x[:] = value
+        ema.update(steps=steps)
+    total, seen = np.zeros(5), Fraction(0)
+    done = taken_in(cuts, start, every)
+    for call, last, length in done:
+        weight = Fraction(MIXED[rule].weight(last, length))
+        total += float(weight) * (values[call] - total)
+        seen += weight * (1 - seen)
+    if done:
+        np.testing.assert_allclose(ema.shadow["0"], total / float(seen), rtol=1e-9)
+
+
+def test_a_first_sample_is_not_forgotten_by_a_longer_step() -> None:
+    x = np.zeros(3)
+    ema = fastema.EMA([x], 0.9, zero_debias=True)
+    x[:] = 10.0
+    ema.update()
+    x[:] = 1.0
+    ema.update(steps=2)
+    # 0.9**2 * 0.1 for the first, 1 - 0.9**2 for the second.
+    want = (0.81 * 0.1 * 10 + 0.19 * 1) / (0.81 * 0.1 + 0.19)
+    np.testing.assert_allclose(ema.shadow["0"], want, rtol=1e-14)
+
+
+@pytest.mark.parametrize("rule", MIXED)
+def test_a_run_of_mixed_steps_resumes_to_the_bit(rule: str) -> None:
+    cuts = [1, 3, 2, 1, 1, 7, 2, 1]
+    x = weights_at(0, np.float64)
+    ema = fastema.EMA([x], (MIXED[rule], 0.5), zero_debias=True, start_after=2)
+    states = []
+    for call, steps in enumerate(cuts):
+        x[:] = weights_at(call, np.float64)
+        ema.update(steps=steps)
+        states.append(ema.state_dict())
+    for at, state in enumerate(states):
+        y = np.ones(300)
+        resumed = fastema.EMA([y], (0.1, 0.2))
+        resumed.load_state_dict(json.loads(json.dumps(plain(state))) | {"shadow": state["shadow"]})
+        for call in range(at + 1, len(cuts)):
+            y[:] = weights_at(call, np.float64)
+            resumed.update(steps=cuts[call])
+        for one, other in zip(resumed.shadows, ema.shadows, strict=True):
+            np.testing.assert_array_equal(one["0"], other["0"])
+        assert plain(resumed.state_dict()) == plain(states[-1])
+
+
+def plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "shadow"}
+
+
+def test_a_state_holds_the_share_only_where_it_is_needed() -> None:
+    x = np.ones(3)
+    ema = fastema.EMA([x], 0.9)
+    ema.update()
+    assert "log_decays" not in ema.state_dict()
+    mixed = fastema.EMA([x], (rules.constant(0.5), rules.debiased(rules.constant(0.9))))
+    mixed.update(steps=4)
+    assert mixed.state_dict()["log_decays"] == [-64.0, pytest.approx(4 * math.log(0.9))]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        [],
+        [-1.0, -1.0],
+        [0.5],
+        [-65.0],
+        [math.nan],
+        ["-1"],
+        [True],
+        -1.0,
+        np.array([-1.0]),
+    ],
+    ids=repr,
+)
+def test_a_state_without_a_valid_share_is_refused(damage: Any) -> None:
+    x = weights_at(0, np.float32)
+    ema = fastema.EMA([x], 0.9, zero_debias=True)
+    ema.update()
+    state = ema.state_dict()
+    before = ema.shadow["0"].copy()
+    with pytest.raises(CheckpointError, match="log_decays"):
+        ema.load_state_dict({**state, "num_updates": 7, "log_decays": damage})
+    del state["log_decays"]
+    with pytest.raises(CheckpointError, match="log_decays"):
+        ema.load_state_dict(state)
+    np.testing.assert_array_equal(ema.shadow["0"], before)
+    assert ema.num_updates == 1
+
+
+def test_a_share_without_a_correction_is_refused() -> None:
+    ema = fastema.EMA([np.ones(3)], 0.9)
+    with pytest.raises(CheckpointError, match="log_decays"):
+        ema.load_state_dict({**ema.state_dict(), "log_decays": [-1.0]})
+
+
+@pytest.mark.parametrize("rule", ["constant", "slow", "warmup"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_count_on_a_gpu_goes_on_with_single_steps_alone(rule: str, every: int) -> None:
+    corrected = rules.debiased(MIXED[rule])
+    single = fastema.EMA([np.ones(3)], corrected, update_every=every)
+    for _ in range(30):
+        single.update()
+    refuse_uneven(single.schedule, 30, single.state_dict()["log_decays"])
+    uneven = fastema.EMA([np.ones(3)], corrected, update_every=every)
+    uneven.update()
+    uneven.update(steps=29)
+    if rule == "warmup":
+        with pytest.raises(CheckpointError, match="capturable"):
+            refuse_uneven(uneven.schedule, 30, uneven.state_dict()["log_decays"])
+    else:  # a constant leaves the same of the beginning however the steps are cut
+        refuse_uneven(uneven.schedule, 30, uneven.state_dict()["log_decays"])

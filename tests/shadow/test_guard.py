@@ -118,25 +118,7 @@ def test_the_error_names_every_bad_tensor_and_no_other() -> None:
     assert ema.num_updates == ema.num_skipped == 0
 
 
-@pytest.mark.parametrize("guard", ["skip", "raise"])
-@pytest.mark.parametrize("buffers", ["copy", "skip", "average"])
-def test_only_what_is_averaged_is_looked_at(buffers: Any, guard: Any) -> None:
-    model = net()
-    ema = fastema.EMA(model, 0.5, buffers=buffers, on_nonfinite=guard)
-    refresh_(model, 1)
-    model.norm.running_mean.fill_(torch.nan)
-    if buffers == "average" and guard == "raise":
-        with pytest.raises(NonFiniteError, match=r"norm\.running_mean"):
-            ema.update()
-    else:
-        ema.update()
-    assert (ema.num_updates == 1) == (buffers != "average")
-    if buffers == "copy":
-        assert torch.isnan(ema.shadow["norm.running_mean"]).all()
-        assert torch.isfinite(ema.shadow["norm.weight"]).all()
-
-
-def test_frozen_weights_are_not_looked_at() -> None:
+def test_frozen_weights_that_are_skipped_are_not_looked_at() -> None:
     model = net()
     model.conv.requires_grad_(False)
     ema = fastema.EMA(model, 0.5, on_nonfinite="raise")
@@ -232,3 +214,61 @@ def test_weights_that_moved_are_looked_at_where_they_are() -> None:
 def test_a_policy_that_nobody_knows() -> None:
     with pytest.raises(ArgumentError, match="on_nonfinite"):
         fastema.EMA([np.ones(3)], on_nonfinite="ignore")  # type: ignore[arg-type]
+
+
+class Normed(torch.nn.Module):
+    """A layer with statistics, counters and a mask of infinities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(30)
+        mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+        self.register_buffer("mask", mask)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_statistics_leave_everything_as_it_was(bad: float, buffers: Any) -> None:
+    model = Normed()
+    if buffers == "average":
+        del model.mask  # whose average would be NaN
+    options = {"frozen": "copy", "buffers": buffers}
+    skipping = fastema.EMA(model, 0.5, on_nonfinite="skip", **options)
+    raising = fastema.EMA(model, 0.5, on_nonfinite="raise", **options)
+    model.norm.running_mean.add_(1)
+    for one in (skipping, raising):
+        one.update()
+    assert skipping.num_updates == 1
+    before = all_of(skipping)
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    model.norm.running_var[17] = bad
+    model.norm.num_batches_tracked.add_(1)
+    with pytest.raises(NonFiniteError, match=r"'norm\.running_var' holds"):
+        raising.update()
+    skipping.update()
+    assert all_of(raising) == before
+    assert all_of(skipping) == {**before, "num_skipped": 1}
+    model.norm.running_var.fill_(3)
+    for one in (skipping, raising):
+        one.update()
+        assert one.num_updates == 2
+        assert one.shadow["norm.num_batches_tracked"] == 1
+
+
+def test_frozen_weights_that_are_copied_are_looked_at() -> None:
+    model = torch.nn.Linear(4, 3)
+    model.bias.requires_grad_(False)
+    ema = fastema.EMA(model, 0.5, frozen="copy", on_nonfinite="skip")
+    model.bias.fill_(float("nan"))
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (0, 1)
+    assert ema.shadow["bias"].isfinite().all()
+
+
+def test_skipped_buffers_are_not_looked_at() -> None:
+    model = Normed()
+    ema = fastema.EMA(model, 0.5, buffers="skip", on_nonfinite="raise")
+    model.norm.running_var.fill_(float("nan"))
+    ema.update()
+    assert ema.num_updates == 1

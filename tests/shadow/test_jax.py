@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
-from fastema.errors import BridgeError, CheckpointError, LayoutError, NonFiniteError, StateError
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    LayoutError,
+    NonFiniteError,
+    StateError,
+)
 
 from ..needed import modules
 from ..peak import forget_peak, peak
@@ -274,7 +281,8 @@ def test_the_averages_own_memory_is_refused() -> None:
         with pytest.raises(LayoutError, match=r"average of 0 .* overlap"):
             ema.update(borrowed)
     assert ema.num_updates == 0
-    ema.update()  # the weights given last are still those of before
+    with pytest.raises(ArgumentError):
+        ema.update()  # the weights given last are still those of before
     ema.update([jnp.arange(1.0, size) + 2])
     np.testing.assert_array_equal(ema.shadow["0"], before + 1)
     with pytest.raises(LayoutError, match="overlap"):
@@ -307,9 +315,8 @@ def test_a_tree_that_is_refused_changes_nothing(case: str) -> None:
     assert ema.num_updates == 1
     assert {n: np.asarray(x).tobytes() for n, x in ema.shadow.items()} == before
     twin = fastema.EMA(params(0), 0.5)
-    for n in (1, 1, 3):
+    for n in (1, 3):
         twin.update(params(n))
-    ema.update()  # params(1) again, not what was refused
     ema.update(params(3))
     assert bits({**ema.shadow}) == bits({**twin.shadow})
 
@@ -402,6 +409,114 @@ def test_freed_memory_is_not_read() -> None:
     truth.check(np.asarray(ema.shadow["w"]))
 
 
+# -- arrays that were used already ----------------------------------------------------------------
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "EMA": lambda tree: fastema.EMA(tree, DECAY),
+    "delayed": lambda tree: fastema.EMA(tree, DECAY, start_after=2, update_every=3),
+    "SWA": fastema.SWA,
+    "SMA": lambda tree: fastema.SMA(tree, 3),
+    "PowerEMA": fastema.PowerEMA,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_without_the_new_tree_is_refused_and_counts_nothing(kind: str) -> None:
+    average = KINDS[kind](params(0))
+    for n in range(1, 6):
+        before = bits(average.averaged(**({"which": -1} if kind == "PowerEMA" else {})))
+        with pytest.raises(ArgumentError, match=r"ema\.update\(params\)"):
+            average.update()
+        assert average.num_updates == n - 1
+        now = average.averaged(**({"which": -1} if kind == "PowerEMA" else {}))
+        assert bits(now) == before
+        average.update(params(n))
+
+
+def test_a_tree_that_is_given_again_is_averaged_again() -> None:
+    ema, tree = fastema.EMA(params(0), DECAY), params(1)
+    loops = {n: Loop(x, "f32", "f32") for n, x in wide(params(0)).items()}
+    for _ in range(4):
+        ema.update(tree)
+        for name, x in wide(tree).items():
+            loops[name].step(x, 1 - DECAY)
+    for name, loop in loops.items():
+        loop.check(np.asarray(ema.shadow[name]).astype(np.float64), name)
+
+
+class Network:
+    """A model that holds its arrays in attributes, as those of NNX do."""
+
+    def __init__(self, seed: int) -> None:
+        self.tree = params(seed)
+
+
+jax.tree_util.register_pytree_with_keys(
+    Network,
+    lambda one: ([(jax.tree_util.GetAttrKey("tree"), one.tree)], None),
+    lambda _, children: vars(object.__new__(Network)).update(tree=children[0]),
+)
+
+
+@pytest.mark.parametrize("kind", ["dict", "one entry", "model", "list"])
+def test_a_container_that_is_given_new_arrays_in_place_is_followed(kind: str) -> None:
+    holder = {"dict": params(0), "one entry": params(0), "model": Network(0), "list": [params(0)]}
+    container: Any = holder[kind]
+    ema, twin = fastema.EMA(container, DECAY), fastema.EMA(params(0), DECAY)
+    for n in range(1, 6):
+        new = params(n)
+        if kind == "one entry":
+            new = {**params(0), "rest": new["rest"]}
+        if kind == "model":
+            container.tree = new
+        elif kind == "list":
+            container[0] = new
+        else:
+            container.update(new)
+        ema.update()
+        twin.update(new)
+        with pytest.raises(ArgumentError):
+            ema.update()
+    assert ema.num_updates == 5
+    got = {name.removeprefix("tree.").removeprefix("0."): x for name, x in ema.shadow.items()}
+    assert bits(got) == bits(dict(twin.shadow))
+
+
+def test_arrays_of_jax_beside_others_may_be_the_same_again() -> None:
+    bias = np.arange(1.0, 5.0)
+    ema = fastema.EMA({"w": jnp.ones(3), "b": bias}, 0.5)
+    bias += 2.0
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["b"], np.arange(2.0, 6.0))
+
+
+def test_a_tree_that_was_refused_is_not_used_up() -> None:
+    ema = fastema.EMA(params(0), DECAY, on_nonfinite="raise")
+    tree = params(1)
+    tree["rest"][1][0] = tree["rest"][1][0].at[0].set(jnp.nan)
+    with pytest.raises(NonFiniteError):
+        ema.update(tree)
+    with pytest.raises(NonFiniteError):
+        ema.update()
+    assert ema.num_updates == 0
+
+
+def test_a_plan_uses_arrays_that_never_change_once() -> None:
+    avg, x = np.ones(4), {"w": jnp.arange(4.0)}
+    plan = fastema.Plan({"w": avg}, x)
+    plan.lerp_(0.5)
+    for call in (lambda: plan.lerp_(0.5), plan.copy_):
+        with pytest.raises(ArgumentError, match=r"plan\.(lerp|copy)_\(x="):
+            call()
+    np.testing.assert_array_equal(avg, np.arange(4) / 2 + 0.5)
+    assert plan.calls == 1
+    plan.lerp_(0.5, x)  # asked for
+    x["w"] = jnp.arange(4.0) + 8
+    plan.lerp_(0.5)
+    want = (np.arange(4) + 8 + (np.arange(4) + (np.arange(4) / 2 + 0.5)) / 2) / 2
+    np.testing.assert_array_equal(avg, want)
+
+
 def alive(size: int) -> int:
     gc.collect()
     return sum(one.size == size for one in jax.live_arrays())
@@ -419,7 +534,6 @@ def test_only_the_tree_that_came_last_is_kept() -> None:
         del tree
         assert alive(size) == 1
         assert [one() is None for one in watched] == [True] * n + [False]
-    ema.update()
     with ema.swapped() as held:
         assert alive(size) == 2
     del held

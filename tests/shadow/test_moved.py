@@ -5,6 +5,7 @@ Each way of moving leaves NaN behind in the memory that the model had, so that a
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -182,7 +183,41 @@ def called_functionally(model: Net) -> list[torch.Tensor]:
     return list(swapped.values())
 
 
+def dicts_replaced(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    for module in model.modules():
+        module._parameters = {
+            name: None if one is None else nn.Parameter(one.detach().clone())
+            for name, one in module._parameters.items()
+        }
+        module._buffers = {name: one.clone() for name, one in module._buffers.items()}
+    return left
+
+
+def dict_of_modules_replaced(model: Net) -> list[torch.Tensor]:
+    children = {name: copy.deepcopy(child) for name, child in model.named_children()}
+    left = [p.data for child in model.children() for _, p in tensors_of(child)]
+    model._modules = children
+    return left
+
+
+def state_set(model: Net) -> list[torch.Tensor]:
+    left = [model.hidden.weight.data, model.hidden.bias.data]
+    model.hidden.__setstate__(vars(copy.deepcopy(model.hidden)))
+    return left
+
+
+def attributes_updated(model: Net) -> list[torch.Tensor]:
+    left = old_memory(model)
+    vars(model).update(vars(copy.deepcopy(model)))
+    return left
+
+
 SAME_DTYPE = [
+    dicts_replaced,
+    dict_of_modules_replaced,
+    state_set,
+    attributes_updated,
     data_assigned,
     storage_set,
     one_of_many,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 
 import pytest
@@ -10,7 +11,9 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import fastema  # noqa: E402
+from fastema.bridges import torch as bridge  # noqa: E402
 from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError  # noqa: E402
+from fastema.layout.dtypes import DTYPES  # noqa: E402
 
 from .kinds import KINDS, all_of  # noqa: E402
 from .weights import (  # noqa: E402
@@ -207,7 +210,6 @@ UNKNOWN = {
     "sparse": lambda: torch.eye(3).to_sparse(),
     "compressed": lambda: torch.eye(3).to_sparse_csr(),
     "meta": lambda: torch.ones(3, device="meta"),
-    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
     "bits": lambda: torch.ones(3, dtype=torch.uint8).view(torch.bits8),
     "conjugate": lambda: torch.randn(3, dtype=torch.complex64).conj(),
     "negative": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
@@ -259,6 +261,50 @@ def test_unknown_frozen_parameters_are_skipped(unknown: torch.Tensor) -> None:
         pass
     with pytest.raises(REFUSALS, match="base"):
         fastema.EMA(model, frozen="average")
+
+
+SMALL = [code for code, kind in DTYPES.items() if not (kind.real or kind.whole)]
+
+
+@pytest.mark.parametrize("code", SMALL)
+def test_buffers_of_8_bits_are_copied_to_the_bit(code: str) -> None:
+    dtype = bridge.native(code)
+    model, other = net(), net(1)
+    for one in (model, other):
+        one.register_buffer("scales", torch.arange(256, dtype=torch.uint8).view(dtype))
+    raw = model.scales.view(torch.uint8)
+    ema = fastema.EMA(model, 0.5, on_nonfinite="skip")
+    raw.add_(5)
+    ema.update()
+    copied = raw.clone()
+    raw.mul_(3)
+    assert ema.shadow["scales"].dtype == dtype
+    assert torch.equal(ema.shadow["scales"].view(torch.uint8), copied)
+    with ema.swapped():
+        assert torch.equal(raw, copied)
+    assert torch.equal(raw, copied * 3)
+    ema.copy_to(other)
+    assert torch.equal(other.scales.view(torch.uint8), copied)
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    file.seek(0)
+    resumed = fastema.EMA(other, 0.5)
+    other.scales.view(torch.uint8).zero_()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(resumed.shadow["scales"].view(torch.uint8), copied)
+
+
+def test_weights_of_8_bits_are_refused_by_name() -> None:
+    small = torch.ones(3).to(torch.float8_e4m3fn)
+    with pytest.raises(DTypeError, match="small: f8e4m3fn is not averaged"):
+        fastema.EMA({"w": torch.randn(3), "small": small})
+    model = net()
+    model.base = nn.Parameter(small, requires_grad=False)
+    with pytest.raises(DTypeError, match=r"base: f8e4m3fn is not averaged"):
+        fastema.EMA(model, frozen="average")
+    assert "base" in fastema.EMA(model, frozen="copy").shadow
+    with pytest.raises(DTypeError, match="'0' is f8e4m3fn"):
+        fastema.lerp_([small], [small.clone()], 0.5)
 
 
 def test_unknown_tensors_in_a_list_are_refused(unknown: torch.Tensor) -> None:

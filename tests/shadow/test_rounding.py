@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -61,18 +62,60 @@ def test_every_tensor_is_rounded_as_specified(model: str, average: str) -> None:
             one.check(ema.shadow[name])
 
 
-def test_places_are_counted_as_the_average_lies_in_memory() -> None:
-    """One model in two memory formats is averaged with other bits: each has its own order."""
-    rows = torch.randn(8, 16, 5, 5).bfloat16()
-    last = rows.clone(memory_format=torch.channels_last)
-    averages = [fastema.EMA({"w": x}, 0.999) for x in (rows, last)]
-    starts = [Specified(one.shadow["w"], "w") for one in averages]
-    for x, one, start in zip((rows, last), averages, starts, strict=True):
-        x.mul_(1.5)
-        one.update()
-        start.update(x, 0.001, 1)
-        start.check(one.shadow["w"])
-    assert not same(averages[0].shadow, averages[1].shadow)
+FORMATS = {
+    "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
+    "channels last": lambda x: x.clone(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("shape", [(40, 24, 3, 3), (64, 3, 7, 7), (1, 2, 1, 70_001)])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_the_order_in_memory_changes_no_bit(dtype: str, shape: tuple[int, ...]) -> None:
+    start = torch.randn(shape).to(NARROW[dtype])
+    weights = {name: {"w": of(start.clone())} for name, of in FORMATS.items()}
+    averages = {name: fastema.EMA(one, 0.99, seed=3) for name, one in weights.items()}
+    for step in range(3):
+        for name, one in weights.items():
+            one["w"].copy_(start * (1.5 + step))
+            averages[name].update()
+    specified = averages["contiguous"].shadow["w"]
+    for one in averages.values():
+        assert torch.equal(one.shadow["w"], specified)
+    assert not torch.equal(averages["contiguous"].shadow["w"], start)
+
+
+def test_a_run_resumed_in_another_memory_format_has_the_same_bits() -> None:
+    def trained(step: int, model: nn.Module) -> None:
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                values = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + i))
+                p.copy_(values)
+
+    def built() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 40, 3)).bfloat16()
+
+    formats = [torch.contiguous_format, torch.channels_last]
+    results = []
+    for first, second in product(formats, formats):
+        model = built().to(memory_format=first)
+        ema = fastema.EMA(model, 0.9)
+        for step in range(4):
+            trained(step, model)
+            ema.update()
+        state = ema.state_dict()
+        model = built().to(memory_format=second)
+        ema = fastema.EMA(model, 0.9)
+        ema.load_state_dict(state)
+        for step in range(4, 8):
+            trained(step, model)
+            ema.update()
+        assert ema.shadow["1.weight"].stride() == model[1].weight.stride()
+        results.append({name: tensor.contiguous() for name, tensor in ema.shadow.items()})
+    for one in results:
+        assert same(one, results[0])
 
 
 @pytest.mark.parametrize(("start", "every"), [(0, 3), (2, 1), (3, 2)])

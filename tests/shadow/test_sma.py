@@ -88,6 +88,54 @@ def test_a_ring_of_another_dtype(ring: Any) -> None:
     assert code_of(sma.state_dict()["ring"][0]["w"]) == code
 
 
+@pytest.mark.parametrize(
+    ("first", "options"),
+    [
+        (torch.float64, {"shadow_dtype": "float32"}),
+        (torch.float32, {"shadow_dtype": "float32", "ring_dtype": "float64"}),
+        (torch.float64, {}),
+        (torch.float32, {}),
+    ],
+)
+def test_mean_stays_exact_where_the_model_changes_its_dtype(
+    first: torch.dtype, options: dict[str, Any]
+) -> None:
+    """What the ring holds of the weights is taken out of the mean as it went in."""
+    model, window = torch.nn.Linear(40, 30, bias=False, dtype=first), 4
+    sma = fastema.SMA(model, window, **options)
+    ring = torch.float64 if "ring_dtype" in options else first
+    seen: list[np.ndarray] = []
+    for step in range(1, 40):
+        if step in (15, 33):
+            model.to(torch.float32 if first == torch.float64 else torch.float64)
+        elif step == 25:
+            model.to(first)
+        refresh_(model, step)
+        sma.update()
+        seen.append(exact(model.weight.detach().to(ring)))
+        want = reference.windowed_mean(np.array(seen[-window:]), window)
+        state = sma.state_dict()
+        parts = (exact(state[part][0]["weight"]) for part in ("shadow", "low"))
+        error = np.abs(sum(part.astype(np.longdouble) for part in parts) - want).max()
+        assert error <= 8 * window * 2.0**-48 * np.abs(seen[-2 * window :]).max()
+
+
+def test_nan_in_a_wider_ring_stays_one() -> None:
+    """All its bits are ones, as a GPU makes them: none may carry into the sign."""
+    model = torch.nn.Linear(6, 5, bias=False)
+    sma = fastema.SMA(model, 3, shadow_dtype="bfloat16")
+    for value in (1, 2, 3, 0x7FFFFFFF, 4, 5):
+        if value == 4:
+            model.bfloat16()
+        with torch.no_grad():
+            if value > 9:
+                model.weight.view(torch.int32).fill_(value)
+            else:
+                model.weight.fill_(value)
+        sma.update()
+    assert sma.shadow["weight"].isnan().all()  # the sixth update computes it from the ring
+
+
 @pytest.mark.parametrize("start", [0, 1, 4])
 @pytest.mark.parametrize("every", [1, 3])
 def test_update_every_and_start_after(start: int, every: int) -> None:

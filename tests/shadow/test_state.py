@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,10 +20,21 @@ from torch import nn  # noqa: E402
 
 import fastema  # noqa: E402
 from fastema import rules  # noqa: E402
-from fastema.errors import CheckpointError  # noqa: E402
+from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
 
+from ..damage import places  # noqa: E402
 from .kinds import KINDS, all_of, which  # noqa: E402
-from .weights import Net, assert_bits, assert_same, bits, net, refresh_, snapshot  # noqa: E402
+from .weights import (  # noqa: E402
+    Net,
+    assert_average,
+    assert_bits,
+    assert_same,
+    bits,
+    net,
+    refresh_,
+    snapshot,
+    values,
+)
 
 pytestmark = pytest.mark.torch
 
@@ -33,6 +47,14 @@ def through_a_file(state: State) -> State:
     file.seek(0)
     loaded: State = torch.load(file, weights_only=True)
     return loaded
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """A block in which any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 def trained(updates: int = 3, dtype: torch.dtype | None = None, **options: Any) -> fastema.EMA:
@@ -145,19 +167,111 @@ def test_resumed_run_of_every_kind_is_equal_to_the_bit(
     second_model, second = build(seed=99, update_every=1)
     run(second_model, second, 20, 26)
     second_model.load_state_dict(raw)
-    second.load_state_dict(saved)
+    differs = second.schedule != first.schedule
+    with pytest.warns(UserWarning, match="schedule") if differs else silence():
+        second.load_state_dict(saved)
     assert all_of(second) == all_of(first)
     run(second_model, second, cut + 1, 14)
     assert all_of(second) == all_of(average)
 
 
-def test_the_saved_schedule_counts() -> None:
-    saved = trained(5, decay=rules.warmup(0.99), update_every=2, start_after=3).state_dict()
+SCHEDULES: dict[str, State] = {
+    "decay": {"decay": 0.99},
+    "rule": {"decay": rules.warmup(0.5)},
+    "cadence": {"decay": 0.5, "update_every": 4},
+    "start": {"decay": 0.5, "start_after": 3},
+}
+
+
+@pytest.mark.parametrize("what", SCHEDULES)
+def test_a_different_saved_schedule_counts_with_a_warning_that_names_both(what: str) -> None:
+    first = trained(5, **SCHEDULES[what])
+    saved = through_a_file(first.state_dict())
     ema = fastema.EMA(net(4), 0.5)
-    ema.load_state_dict(through_a_file(saved))
-    assert ema.schedule == fastema.rules.Schedule(rules.warmup(0.99), 2, 3)
+    mine = ema.schedule
+    with pytest.warns(UserWarning, match="schedule='mine'") as caught:
+        ema.load_state_dict(saved)
+    assert len(caught) == 1
+    assert str(mine) in str(caught[0].message)
+    assert str(first.schedule) in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert ema.schedule == first.schedule
     assert ema.num_updates == 5
-    assert ema.decay == pytest.approx(3 / 12)
+
+
+@pytest.mark.parametrize("what", SCHEDULES)
+def test_ones_own_schedule_is_kept_where_asked_for(what: str) -> None:
+    """In silence, and the run goes on with it: the decay is changed on purpose."""
+    saved = through_a_file(trained(8, **SCHEDULES[what]).state_dict())
+    model = net(4)
+    ema = fastema.EMA(model, 0.25, update_every=3)
+    mine = ema.schedule
+    with silence():
+        ema.load_state_dict(saved, schedule="mine")
+    assert ema.schedule == mine
+    assert ema.num_updates == 8
+    before = values(dict(ema.shadow))
+    refresh_(model, 5)
+    ema.update()
+    assert_average(ema, before, values(model), 1 - 0.25**3)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("mine", [True, False])
+def test_ones_own_schedule_may_differ_in_its_bias_correction(saved: bool, mine: bool) -> None:
+    """Of an average that kept its beginning nothing is left to correct."""
+    first = trained(4, decay=0.5, zero_debias=saved)
+    model = net(4)
+    ema = fastema.EMA(model, 0.75, zero_debias=mine)
+    ema.load_state_dict(through_a_file(first.state_dict()), schedule="mine")
+    before = values(dict(ema.shadow))
+    refresh_(model, 5)
+    ema.update()
+    taken = 1 - 0.5**4 * 0.75 if saved and mine else 1.0
+    assert_average(ema, before, values(model), 0.25 / taken)
+
+
+def test_a_windowed_mean_goes_on_as_its_ring_was_filled() -> None:
+    first = trained_kind("SMA", update_every=2)
+    second = KINDS["SMA"](net(4))
+    before = all_of(second)
+    with pytest.raises(CheckpointError, match="'mine' is not possible"):
+        second.load_state_dict(first.state_dict(), schedule="mine")
+    assert all_of(second) == before
+
+
+def test_the_same_schedule_is_loaded_in_silence() -> None:
+    saved = through_a_file(trained(5, decay=0.5, seed=3).state_dict())
+    ema = fastema.EMA(net(4), 0.5, seed=8)
+    with silence():
+        ema.load_state_dict(saved)
+    assert ema.state_dict()["seed"] == 3
+
+
+@pytest.mark.parametrize("schedule", ["own", None, True])
+def test_whose_schedule_is_one_of_two_words(schedule: Any) -> None:
+    ema = trained(5)
+    with pytest.raises(ArgumentError, match="saved, mine"):
+        ema.load_state_dict(ema.state_dict(), schedule=schedule)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_the_saved_rounding_goes_on(rounding: Any) -> None:
+    other = "nearest" if rounding == "stochastic" else "stochastic"
+
+    def build(rounding: Any) -> tuple[Net, fastema.EMA]:
+        model = net(0, torch.bfloat16)
+        return model, fastema.EMA(model, 0.9, rounding=rounding)
+
+    model, whole = build(rounding)
+    run(model, whole, 1, 9)
+    first_model, first = build(rounding)
+    run(first_model, first, 1, 4)
+    second_model, second = build(other)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    run(second_model, second, 5, 9)
+    assert all_of(second) == all_of(whole)
+    assert second.to(torch.float32).to(torch.bfloat16).state_dict()["rounding"] == rounding
 
 
 def test_saved_while_applied_it_never_holds_raw_weights() -> None:
@@ -522,3 +636,44 @@ def test_state_dict_of_several_dtypes_goes_through_a_file() -> None:
     assert not torch.equal(bits(ema.shadow["a"]), before["a"])
     ema.load_state_dict(saved)
     assert_bits(dict(ema.shadow), before)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.ones(2),
+        np.array(1),
+        np.array("fastema"),
+        torch.ones(2),
+        torch.tensor(1),
+        np.float64(3.0),
+        None,
+        {},
+        [],
+        [np.ones(2)],
+        {"a": torch.ones(2)},
+        {3: np.ones(3)},
+        "x",
+        -1,
+        2**64,
+        math.nan,
+        object(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_is_in_a_place_of_a_state_it_fits_or_is_refused_in_words(value: Any) -> None:
+    weights = {"a": np.ones(3, np.float32), "b": np.ones((2, 2))}
+    rules_ = (rules.warmup(0.9), rules.inverse_gamma(0.9))
+    count = len(list(places(fastema.EMA(weights, rules_, zero_debias=True).state_dict())))
+    for at in range(count):
+        ema = fastema.EMA(weights, rules_, zero_debias=True)
+        ema.update()
+        state = ema.state_dict()
+        tree, key = list(places(state))[at]
+        tree[key] = value
+        try:
+            ema.load_state_dict(state)
+        except CheckpointError:
+            assert ema.num_updates == 1, key
+        else:
+            ema.update()

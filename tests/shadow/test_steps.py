@@ -56,6 +56,7 @@ MADE = {
     "mean": rules.cumulative_mean(),
     "power": rules.power(0.1),
     "debiased": rules.debiased(rules.constant(0.9)),
+    "debiased-warmup": rules.debiased(rules.warmup(0.99)),
 }
 
 
@@ -66,13 +67,15 @@ def test_every_rule_and_schedule(rule: str, every: int, start: int) -> None:
     ema = fastema.EMA([x], MADE[rule], update_every=every, start_after=start)
     schedule = Schedule(MADE[rule], every, start)
     truth, step = Loop(x, "f32", "f32"), 0
+    log_decays = schedule.log_decays(0)
     for n, steps in enumerate([1, 3, 1, 2, 8, 1, 1, 5, 17, 4]):
         x[...] = values(n + 1)
         ema.update(steps=steps)
         step += steps
         if step < start:  # the average is the weights
             truth = Loop(x, "f32", "f32")
-        for weight in schedule.weights(step, steps):
+        weights, log_decays = schedule.weigh(step, steps, log_decays)
+        for weight in weights:
             truth.step(x, weight)
         truth.check(ema.shadow["0"], f"{rule} at {step}")
     assert ema.num_updates == step
@@ -100,6 +103,26 @@ def test_a_mean_counts_each_of_the_steps() -> None:
         swa.update(steps=steps)
         total, count = total + steps * x, count + steps
         np.testing.assert_allclose(swa.shadow["0"], total / count, rtol=1e-13)
+
+
+@given(st.floats(0.02, 0.28), CUTS, st.integers(1, 5))
+def test_a_power_average_weighs_a_step_by_its_stretch_of_the_run(
+    width: float, cuts: list[int], every: int
+) -> None:
+    x = values(0).astype(np.float64)
+    ema = fastema.PowerEMA([x], width, update_every=every)
+    exponent = rules.gamma_of(width) + 1
+    total, end, step = np.zeros_like(x), 0, 0
+    for n, steps in enumerate(cuts):
+        x[...] = values(n + 1)
+        ema.update(steps=steps)
+        step += steps
+        begin, end = end, step // every * every
+        total += (float(end) ** exponent - float(begin) ** exponent) * x
+    if end:
+        np.testing.assert_allclose(
+            ema.shadow["0"], total / float(end) ** exponent, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_steps_before_the_start_and_across_it() -> None:
@@ -149,7 +172,7 @@ def test_resumed_in_between() -> None:
     np.testing.assert_array_equal(other.shadow["0"], ema.shadow["0"])
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1.0, 2.5, "3", None, True, np.nan], ids=repr)
+@pytest.mark.parametrize("steps", [0, -1, 1.0, 2.5, "3", None, True, np.nan, 2**63], ids=repr)
 def test_what_is_no_number_of_steps(steps: Any) -> None:
     x = values(0)
     ema = fastema.EMA([x], 0.5)
@@ -158,6 +181,20 @@ def test_what_is_no_number_of_steps(steps: Any) -> None:
         ema.update(steps=steps)
     assert ema.num_updates == 0
     np.testing.assert_array_equal(ema.shadow["0"], values(0))
+
+
+def test_more_updates_than_64_bits_hold_are_refused() -> None:
+    x = values(0)
+    ema = fastema.EMA([x], 0.5)
+    ema.update(steps=2**62)
+    before = ema.shadow["0"].copy()
+    x[...] = values(1)
+    with pytest.raises(ArgumentError, match=f"at most {2**62 - 1}"):
+        ema.update(steps=2**62)
+    assert ema.num_updates == 2**62
+    np.testing.assert_array_equal(ema.shadow["0"], before)
+    ema.update(steps=2**62 - 1)
+    np.testing.assert_array_equal(ema.shadow["0"], x)
 
 
 def test_a_windowed_mean_needs_every_step() -> None:

@@ -27,7 +27,8 @@ from matplotlib.text import Text  # noqa: E402
 
 from fastema.tracking.logs import Curve  # noqa: E402
 from fastema.tracking.panels import Panel, averages, panels  # noqa: E402
-from fastema.tracking.picture import plot, spread, thinned  # noqa: E402
+from fastema.tracking.picture import spread, thinned  # noqa: E402
+from fastema.tracking.plotting import plot  # noqa: E402
 
 BOTH = averages(20, 0.9)
 
@@ -439,7 +440,7 @@ def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path
         "import sys, matplotlib\n"
         "def settings(): return dict(dict.items(matplotlib.rcParams))\n"  # resolves no backend
         "before = settings()\n"
-        "from fastema.tracking.picture import plot\n"
+        "from fastema.tracking import plot\n"
         "plot([3.0, 2.0, 1.0] * 20, out=sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert settings() == before"

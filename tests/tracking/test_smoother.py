@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
 from fastema.tracking import ExponentialMovingAverage, MetricSmoother, SimpleMovingAverage
+
+from ..damage import places
 
 
 def test_gives_all_three_curves() -> None:
@@ -109,3 +113,19 @@ def test_state_goes_on_or_changes_nothing() -> None:
     assert other.state_dict() == before
     other.reset()
     assert other.averages == other.history == other.steps == {}
+
+
+@pytest.mark.parametrize(
+    "junk", [np.ones(2), np.array("x"), None, [], {}, "x", -1, 10**400], ids=type
+)
+def test_whatever_is_in_a_place_of_a_state_it_fits_or_is_refused_in_words(junk: Any) -> None:
+    one = MetricSmoother(3, 0.5)
+    one.update({"loss": 1.0})
+    before = one.state_dict()
+    for at in range(len(list(places(before)))):
+        state = copy.deepcopy(before)
+        tree, key = list(places(state))[at]
+        tree[key] = junk
+        other = MetricSmoother(3, 0.5)
+        with suppress(CheckpointError):
+            other.load_state_dict(state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -96,7 +96,8 @@ class EMA(Scheduled, ModelAverage):
 
     - ``update_every = k`` keeps the horizon: the decay of k steps is ``decay**k``. Theirs is
       ``decay``, so that the default ``beta = 0.9999`` with ``update_every = 10`` averages over
-      100,000 steps in place of 10,000. With ``update_every = 1`` both are the same.
+      100,000 steps in place of 10,000. With ``update_every = 1`` both are the same. What
+      ``fastema.compat.install("ema_pytorch")`` puts in the place of theirs keeps their horizon.
     - Decays are computed in double precision, theirs in single: at 0.9999 that is off by 0.02 % in
       the weight of the new values.
     - Integers and booleans (``num_batches_tracked``) are copied exactly at each update; theirs
@@ -131,11 +132,13 @@ class EMA(Scheduled, ModelAverage):
     3.0
     """
 
+    _of_tensors: ClassVar[type[EMAPytree]] = EMAPytree
+
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """An EMA of a module, or an EMAPytree of anything else; of nothing, for copies."""
         if model is None or isinstance(model, nn.Module):
             return super().__new__(cls)
-        return EMAPytree(model, *args, **kwargs)
+        return cls._of_tensors(model, *args, **kwargs)
 
     def __init__(
         self,
@@ -311,7 +314,7 @@ class EMA(Scheduled, ModelAverage):
         if self.is_frozen:
             return
         if current_decay is None:
-            steps = 1 if self.peer_exact else whole(self.update_every, "update_every")
+            steps = self._steps_of(self.update_every)
             weight = weight_of(self.get_current_decay(), steps)
         else:
             weight = 1.0 - current_decay

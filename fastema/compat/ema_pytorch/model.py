@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Counted(nn.Module):
     initted: Tensor
     step: Tensor
 
+    _as_peer: ClassVar[bool] = False
+    """Whether an update counts for one step, whatever ``update_every`` is."""
+
     def __init__(self, *, peer_exact: bool) -> None:
         super().__init__()
         self.peer_exact = peer_exact
@@ -85,6 +88,11 @@ class Counted(nn.Module):
             except BaseException:
                 self._steps.write(self.step, step)
                 raise
+
+    def _steps_of(self, update_every: Any) -> int:
+        """The steps that an update counts for."""
+        whole(update_every, "update_every")
+        return 1 if self.peer_exact or self._as_peer else int(update_every)
 
     @property
     def _rounding(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,8 @@ class KarrasEMA(ModelAverage):
     - With ``update_every = k`` the k steps between two updates enter ``beta``, so that the width is
       the one asked for. Theirs lets an update count for one step: for ``sigma_rel = 0.05`` the
       width is 0.246 with ``k = 10`` and 0.241 with its default ``k = 100``, where most of the
-      weight is on the beginning of the run. With ``update_every = 1`` both are the same.
+      weight is on the beginning of the run. With ``update_every = 1`` both are the same. What
+      ``fastema.compat.install("ema_pytorch")`` puts in the place of theirs keeps their weights.
     - Integers, 16-bit averages, mixed dtypes, devices, models that do not match, failed updates and
       models that cannot be copied: as in :class:`EMA`.
     - ``gamma < 0``, which is the width of another profile too, and ``sigma_rel`` above 0.2887,
@@ -141,7 +142,7 @@ class KarrasEMA(ModelAverage):
 
     @property
     def _weight(self) -> float:
-        steps = 1 if self.peer_exact else whole(self.update_every, "update_every")
+        steps = self._steps_of(self.update_every)
         return Power(self.gamma).weight(self._num_steps + 1, steps)
 
     def update(self) -> None:
@@ -263,6 +264,8 @@ class PostHocEMA(nn.Module):
     section 3.2, https://arxiv.org/abs/2312.02696
     """
 
+    _average_class: ClassVar[type[KarrasEMA]] = KarrasEMA
+
     def __init__(
         self,
         model: nn.Module,
@@ -308,7 +311,7 @@ class PostHocEMA(nn.Module):
         made = self.maybe_ema_model
         if isinstance(made, nn.Module):
             made = partial(deepcopy, made)
-        return KarrasEMA(self.model, ema_model=made, gamma=gamma, **self.ema_kwargs)
+        return self._average_class(self.model, ema_model=made, gamma=gamma, **self.ema_kwargs)
 
     @property
     def model(self) -> Any:

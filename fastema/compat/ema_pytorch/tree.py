@@ -168,7 +168,7 @@ class EMAPytree(Scheduled):
         if self.is_frozen:
             return
         if current_decay is None:
-            steps = 1 if self.peer_exact else whole(self.update_every, "update_every")
+            steps = self._steps_of(self.update_every)
             weight = weight_of(self.get_current_decay(), steps)
         else:
             weight = 1.0 - current_decay

@@ -1,0 +1,20 @@
+"""Lightning's averaging callbacks, with Lightning's decay per update and its choice of steps."""
+
+from __future__ import annotations
+
+from fastema.compat import lightning
+
+__all__ = ["EMAWeightAveraging", "WeightAveraging"]
+
+
+class WeightAveraging(lightning.WeightAveraging):
+    """See :class:`fastema.compat.lightning.WeightAveraging`.
+
+    ``should_update`` is asked about the last step of a batch alone, as Lightning's is.
+    """
+
+    _as_peer = True
+
+
+class EMAWeightAveraging(lightning.EMAWeightAveraging, WeightAveraging):
+    """See :class:`fastema.compat.lightning.EMAWeightAveraging`, with ``peer_exact=True``."""

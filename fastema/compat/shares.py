@@ -1,0 +1,31 @@
+"""Checks of decays and of other numbers from 0 to 1, as the drop-in classes are given them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastema.errors import ArgumentError, CheckpointError
+
+__all__ = ["refuse_no_share"]
+
+
+def refuse_no_share(
+    value: Any, name: str, error: type[ArgumentError | CheckpointError] = ArgumentError
+) -> None:
+    """Refuse what is no number in [0, 1].
+
+    Raises
+    ------
+    ArgumentError, or ``error``
+        Naming it; for a function or a rule, where such a one can be given.
+    """
+    try:
+        if not isinstance(value, str) and 0.0 <= value <= 1.0:
+            return
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    changing = callable(value) or hasattr(value, "decay")
+    raise error(
+        f"{name}={value!r}: expected a number from 0 to 1"
+        + ("; fastema.EMA takes the rules of fastema.rules, which change it" if changing else "")
+    )

@@ -1,0 +1,183 @@
+"""Mappings that are no state of an average as it stands: what they are, and what reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from fastema.bridges.memory import bytes_of, row_major_on_host
+from fastema.errors import FastemaError
+from fastema.shadow.store import PARTS
+
+__all__ = ["unflattened", "what_it_is"]
+
+_PLAIN: Final = "state"
+"""Name of the tensor of a file that holds the state's plain values, as JSON."""
+
+_TENSOR: Final = re.compile(rf"({'|'.join(PARTS)})\.(\d+)\.(.+)", re.DOTALL)
+
+
+def unflattened(state: Any) -> Any:
+    """The state in a file of ours from what ``safetensors.torch.load_file`` makes of the file.
+
+    Parameters
+    ----------
+    state : object
+
+    Returns
+    -------
+    object
+        The state; what was given where it is anything else.
+    """
+    if not isinstance(state, Mapping) or _PLAIN not in state or not _is_flat(state):
+        return state
+    try:
+        found: Any = json.loads(bytes(bytes_of(row_major_on_host(state[_PLAIN]))))
+        parts: dict[str, dict[int, dict[str, Any]]] = {}
+        for key, tensor in state.items():
+            match = _TENSOR.fullmatch(key)
+            if match:
+                part, place, name = match.groups()
+                parts.setdefault(part, {}).setdefault(int(place), {})[name] = tensor
+        lists = {part: [of[i] for i in range(len(of))] for part, of in parts.items()}
+        return {**found, **lists}
+    except (FastemaError, ValueError, KeyError, TypeError):
+        return state
+
+
+def _is_flat(state: Mapping[Any, Any]) -> bool:
+    names = [name for name in state if name != _PLAIN]
+    return bool(names) and all(isinstance(n, str) and _TENSOR.fullmatch(n) for n in names)
+
+
+class _Layout(NamedTuple):
+    """A library's way to save an average.
+
+    Attributes
+    ----------
+    what : str
+    reads : str
+        The call that takes it.
+    keys : tuple of str
+        All of which it has.
+    prefix : str
+        How the names of its other entries begin.
+    """
+
+    what: str
+    reads: str
+    keys: tuple[str, ...]
+    prefix: str = ""
+
+
+_COMPAT: Final = "fastema.compat."
+
+_LAYOUTS: Final = (
+    _Layout(
+        "the state of torch_ema's ExponentialMovingAverage",
+        f"{_COMPAT}torch_ema.ExponentialMovingAverage.load_state_dict",
+        ("decay", "num_updates", "shadow_params"),
+    ),
+    _Layout(
+        "the state of diffusers' EMAModel",
+        f"{_COMPAT}diffusers.EMAModel.load_state_dict",
+        ("optimization_step", "shadow_params"),
+    ),
+    _Layout(
+        "a checkpoint of Lightning with an average",
+        "Trainer.fit(ckpt_path=...) with fastema.compat.lightning.WeightAveraging",
+        ("averaging_state", "current_model_state", "state_dict"),
+    ),
+    _Layout(
+        "a checkpoint of Lightning", "Trainer.fit(ckpt_path=...)", ("pytorch-lightning_version",)
+    ),
+    _Layout(
+        "the state of ema_pytorch's EMA",
+        f"{_COMPAT}ema_pytorch.EMA.load_state_dict",
+        ("initted", "step"),
+    ),
+    _Layout(
+        "the state of torch's AveragedModel",
+        f"{_COMPAT}swa_utils.AveragedModel.load_state_dict",
+        ("n_averaged",),
+        "module.",
+    ),
+    _Layout(
+        "the state of an average of MMEngine",
+        f"{_COMPAT}mmengine.ExponentialMovingAverage.load_state_dict",
+        ("steps",),
+        "module.",
+    ),
+    _Layout(
+        "a checkpoint of timm",
+        f"{_COMPAT}timm.ModelEma(model, resume=path)",
+        ("state_dict_ema",),
+    ),
+    _Layout(
+        "a checkpoint of NeMo's EMAOptimizer",
+        f"{_COMPAT}nemo.load",
+        ("ema", "current_step", "every_n_steps"),
+    ),
+    _Layout("a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load", ("ema", "updates")),
+    _Layout("the state of Composer's EMA", f"{_COMPAT}composer.load", ("ema_model",)),
+    _Layout("a checkpoint of D2Go", f"{_COMPAT}d2go.load", ("ema_state",)),
+    _Layout(
+        "the state of Stable Diffusion's LitEma",
+        f"{_COMPAT}litema.LitEma.load_state_dict",
+        ("decay", "num_updates"),
+    ),
+    _Layout(
+        "a model's state with the names of a wrapper: timm's ModelEmaV2 and ModelEmaV3, or "
+        "DataParallel",
+        f"{_COMPAT}timm.ModelEmaV3.load_state_dict",
+        (),
+        "module.",
+    ),
+)
+"""The first that fits counts."""
+
+
+def what_it_is(state: Any) -> str:
+    """Say why something is no state of a fastema average, and what it is.
+
+    Parameters
+    ----------
+    state : object
+
+    Returns
+    -------
+    str
+        A sentence without its full stop, which names the call that reads it.
+    """
+    lacks = "it is not a fastema state dict"
+    if not isinstance(state, Mapping) or not state:
+        return lacks
+    if _is_flat(state):
+        return (
+            f"{lacks}, but tensors of one without what they are of, as from a file's tensors alone:"
+            " read the file with fastema.checkpoint.load_state(path, like=ema.shadow)"
+        )
+    inside = [name for name, one in state.items() if isinstance(one, Mapping) and "format" in one]
+    for name in inside:
+        if state[name]["format"] == "fastema":
+            return f"{lacks}, but holds one: load the entry {name!r}"
+    for layout in _LAYOUTS:
+        if _fits(state, layout):
+            return f"{lacks}, but {layout.what}, which {layout.reads} takes"
+    if all(isinstance(name, str) and hasattr(one, "shape") for name, one in state.items()):
+        return (
+            f"{lacks}, but tensors by name, as the state of a model: load it into the model, of "
+            "which a new average begins with these weights"
+        )
+    return lacks
+
+
+def _fits(state: Mapping[Any, Any], layout: _Layout) -> bool:
+    others = [name for name in state if name not in layout.keys]
+    return (
+        all(key in state for key in layout.keys)
+        and (not layout.prefix or bool(others))
+        and all(isinstance(name, str) and name.startswith(layout.prefix) for name in others)
+    )

@@ -1,0 +1,198 @@
+"""Every class of modules and lists with what torch can switch on: TorchScript, swapped tensors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from ..needed import modules
+
+modules("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.compat import (  # noqa: E402
+    composer,
+    ema_pytorch,
+    litema,
+    mmengine,
+    swa_utils,
+    timm,
+    ultralytics,
+)
+from fastema.compat.diffusers import EMAModel  # noqa: E402
+from fastema.compat.torch_ema import ExponentialMovingAverage  # noqa: E402
+from fastema.errors import ArgumentError  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+# How an average is made of a model, updated, and where its module is.
+CASES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "AveragedModel": (swa_utils.AveragedModel, "update_parameters", "module"),
+    "ModelEma": (lambda m: timm.ModelEma(m, 0.5), "update", "ema"),
+    "ModelEmaV2": (lambda m: timm.ModelEmaV2(m, 0.5), "update", "module"),
+    "ModelEmaV3": (lambda m: timm.ModelEmaV3(m, 0.5), "update", "module"),
+    "EMA": (
+        lambda m: ema_pytorch.EMA(m, update_after_step=0, update_every=1),
+        "update",
+        "ema_model",
+    ),
+    "ExponentialMovingAverage": (
+        mmengine.ExponentialMovingAverage,
+        "update_parameters",
+        "module",
+    ),
+    "ModelEMA": (ultralytics.ModelEMA, "update", "ema"),
+}
+
+
+def network() -> Any:
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+
+
+def trained(case: str, model: Any) -> Any:
+    make, update, inside = CASES[case]
+    average = make(model)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        getattr(average, update)(*([] if case == "EMA" else [model]))
+    return getattr(average, inside)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_a_scripted_module_is_averaged_as_the_module_itself(case: str) -> None:
+    plain = network()
+    scripted = torch.jit.script(copy.deepcopy(plain))
+    got, want = trained(case, scripted), trained(case, plain)
+    for name, tensor in want.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+    assert not torch.equal(want[0].weight, plain[0].weight)
+    # Not computed from the model: no graph is kept, and none leads back to it.
+    assert all(one.is_leaf for one in got.parameters())
+
+
+# -- torch.utils.swap_tensors ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.usefixtures("swapping")
+def test_diffusers_average_lets_a_model_convert_by_swapping() -> None:
+    model, twin = network(), network()
+    twin.load_state_dict(model.state_dict())
+    ema, truth = EMAModel(model.parameters(), decay=0.75, min_decay=0.75), None
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to(dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-1.5)
+        ema.step(model.parameters())
+        weight = model[0].weight.detach().double()
+        truth = weight if truth is None else 0.75 * truth + 0.25 * weight
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+        model.double().float()
+        ema.restore(model.parameters())
+    assert truth is not None
+    torch.testing.assert_close(ema.shadow_params[0].double(), truth, rtol=1e-6, atol=1e-7)
+
+
+def test_a_list_keeps_no_memory_of_parameters_that_are_gone() -> None:
+    model = network()
+    frozen = nn.Parameter(torch.randn(5).to(torch.float8_e4m3fn), requires_grad=False)
+    ema = EMAModel([*model.parameters(), frozen])
+    for _ in range(3):
+        ema.step([*model.parameters(), frozen])
+    ema.store([*model.parameters(), frozen])
+    memory = [weakref.ref(one.untyped_storage()) for one in [*model.parameters(), frozen]]
+    assert all(one() is not None for one in memory)
+    del model, frozen
+    gc.collect()
+    assert all(one() is None for one in memory)
+
+
+def test_parameters_that_change_their_kind_are_taken_as_they_are_now() -> None:
+    """What is copied, not averaged, may be of a dtype without a kernel, and back."""
+    weight = nn.Parameter(torch.randn(5), requires_grad=False)
+    ema = EMAModel([weight])
+    for dtype in (torch.float32, torch.float8_e4m3fn, torch.float32):
+        weight.data = torch.randn(5).to(dtype)
+        ema.step([weight])
+        assert torch.equal(ema.shadow_params[0], weight.float())
+
+
+# -- pickle ----------------------------------------------------------------------------------------
+
+
+def test_torch_ema_average_is_pickled_with_its_model_and_goes_on() -> None:
+    model = network()
+    ema = ExponentialMovingAverage(model.parameters(), 0.75)
+    ema.update()
+    again, own = pickle.loads(pickle.dumps((model, ema)))
+    for one in (model, again):
+        nn.init.constant_(one[0].weight, 3.0)
+    ema.update()
+    own.update()
+    assert own.num_updates == ema.num_updates == 2
+    for mine, theirs in zip(own.shadow_params, ema.shadow_params, strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(own.shadow_params[0], model[0].weight)
+
+
+def test_torch_ema_average_that_was_pickled_alone_asks_for_parameters() -> None:
+    model = network()
+    ema = ExponentialMovingAverage(model.parameters(), 0.75)
+    own = pickle.loads(pickle.dumps(ema))
+    gc.collect()
+    with pytest.raises(ArgumentError, match="no longer exist; give the parameters"):
+        own.update()
+    own.update(model.parameters())
+    pickle.loads(pickle.dumps(own)).update(model.parameters())
+    assert own.num_updates == 1
+
+
+# -- decays ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [fastema.rules.warmup(0.99), "0.9", None, lambda n: 0.9])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m, d: swa_utils.get_ema_multi_avg_fn(d),
+        lambda m, d: swa_utils.get_ema_avg_fn(d),
+        lambda m, d: timm.ModelEma(m, d).update(m),
+        lambda m, d: timm.ModelEmaV2(m, d).update(m),
+        lambda m, d: timm.ModelEmaV3(m, d, use_warmup=True).update(m, step=5),
+        lambda m, d: ExponentialMovingAverage(m.parameters(), d),
+        lambda m, d: EMAModel(m.parameters(), d),
+        lambda m, d: EMAModel(m.parameters(), 0.9, min_decay=d),
+        lambda m, d: mmengine.ExponentialMovingAverage(m, d),
+        lambda m, d: ultralytics.ModelEMA(m, d),
+        lambda m, d: litema.LitEma(m, d),
+        lambda m, d: composer.compute_ema(m, copy.deepcopy(m), d),
+    ],
+)
+def test_a_decay_that_is_no_number_is_refused_in_words(make: Any, wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match="expected a number from 0 to 1") as caught:
+        make(network(), wrong)
+    takes_rules = "fastema.EMA takes the rules" in str(caught.value)
+    assert takes_rules is not (wrong is None or isinstance(wrong, str))

@@ -1,0 +1,234 @@
+"""Blocks that restore: at every place where Python delivers a signal, and under timers."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from fastema.engine.blocks import RestoringBlock, Steps
+
+from .interrupts import At, every_place, rung_during
+
+
+class Held:
+    """Something that is swapped in and has to come out again."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    @property
+    def inside(self) -> bool:
+        return self.calls.count("apply") > self.calls.count("restore")
+
+    def steps(self, **changes: Any) -> Steps[str]:
+        def apply() -> str:
+            self.calls.append("apply")
+            return "value"
+
+        calls = {"apply": apply, "restore": lambda: self.calls.append("restore"), **changes}
+        return Steps(**calls)
+
+    def block(self, **changes: Any) -> RestoringBlock[str]:
+        return RestoringBlock(lambda: self.steps(**changes))
+
+
+def fail(message: str) -> Any:
+    raise ValueError(message)
+
+
+def test_block_names_what_apply_returns_and_restores_once() -> None:
+    held = Held()
+    with held.block() as value:
+        assert value == "value"
+        assert held.inside
+    assert held.calls == ["apply", "restore"]
+
+
+def test_nothing_runs_before_the_block_begins() -> None:
+    held = Held()
+    held.block()
+    assert held.calls == []
+
+
+def test_exception_in_the_block_comes_out_after_the_restore() -> None:
+    held = Held()
+    with pytest.raises(StopIteration), held.block(verify=lambda: fail("not reached")):
+        raise StopIteration
+    assert held.calls == ["apply", "restore"]
+
+
+def test_failed_preparation_restores_nothing() -> None:
+    held = Held()
+    with pytest.raises(ValueError, match="checks"), RestoringBlock(lambda: fail("checks")):
+        pass
+    assert held.calls == []
+
+
+def test_failed_apply_is_restored() -> None:
+    held = Held()
+    with pytest.raises(ValueError, match="half way"), held.block(apply=lambda: fail("half way")):
+        pass
+    assert held.calls == ["restore"]
+
+
+def test_failed_restore_is_raised_and_not_repeated() -> None:
+    tried = []
+
+    def restore() -> None:
+        tried.append(1)
+        fail("gone")
+
+    held = Held()
+    with pytest.raises(ValueError, match="gone"), held.block(restore=restore):
+        pass
+    assert len(tried) == 1
+
+
+def test_verification_runs_after_the_restore() -> None:
+    held = Held()
+    with (
+        pytest.raises(ValueError, match="written"),
+        held.block(verify=lambda: held.calls.append("verify") or fail("written")),
+    ):
+        pass
+    assert held.calls == ["apply", "restore", "verify"]
+
+
+def test_verification_is_skipped_where_the_block_raised_inside_a_handler() -> None:
+    """An exception that is being handled outside is not the block's own, and the reverse."""
+    held = Held()
+    try:
+        fail("outside")
+    except ValueError:
+        with held.block(verify=lambda: held.calls.append("verify")):
+            pass
+    assert held.calls == ["apply", "restore", "verify"]
+
+
+def test_block_is_refused_a_second_time() -> None:
+    held = Held()
+    block = held.block()
+    with block, pytest.raises(RuntimeError, match="entered before"), block:
+        pass
+    assert held.calls == ["apply", "restore"]
+
+
+def test_exit_stack_and_decorator_restore() -> None:
+    held = Held()
+    with contextlib.ExitStack() as stack:
+        assert stack.enter_context(held.block()) == "value"
+        assert held.inside
+
+    @held.block()
+    def nested(depth: int) -> None:
+        if depth:
+            nested(depth - 1)
+
+    nested(2)
+    assert held.calls == ["apply", "restore"] + ["apply"] * 3 + ["restore"] * 3
+
+
+def test_abandoned_block_restores_when_it_is_freed() -> None:
+    held = Held()
+    block = held.block()
+    block.__enter__()
+    assert held.inside
+    del block
+    assert not held.inside
+
+
+def test_kept_block_keeps_nothing_alive() -> None:
+    held = Held()
+    block = held.block()
+    before = sys.getrefcount(held)
+    with block:
+        pass
+    assert sys.getrefcount(held) == before
+
+
+# -- signals --------------------------------------------------------------------------------------
+
+
+class seen_by_handlers:
+    """What an ``except`` clause around the block sees, while the exception is still there."""
+
+    def __init__(self, held: Held) -> None:
+        self.held = held
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        if self.held.inside:
+            pytest.fail("the average is still there where the exception is handled")
+
+
+def test_interrupted_at_every_place() -> None:
+    held, entered = Held(), []
+
+    def block() -> None:
+        with seen_by_handlers(held), held.block():
+            entered.append(held.inside)
+
+    def check() -> None:
+        assert not held.inside
+        held.calls.clear()
+
+    every_place(block, check)
+    assert entered
+    assert all(entered)
+
+
+class Again(At):
+    """A tracer that interrupts at the k-th place and at the two that follow."""
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> Any:
+        before, result = self.left, super().__call__(frame, event, argument)
+        if before in (0, -1) and self.left == before - 1:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+
+def test_three_interrupts_in_a_row_are_outlasted() -> None:
+    held = Held()
+    short = 0
+    for k in range(1, 500):
+        tracer = Again(k)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            with seen_by_handlers(held), held.block():
+                pass
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+            signal.signal(signal.SIGINT, handler)
+        short += tracer.left <= -2
+    assert 0 < short < 499
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_timers_that_raise_anywhere_lose_nothing() -> None:
+    held, chance, rung = Held(), random.Random(0), 0
+
+    def many() -> None:
+        for _ in range(20):
+            held.calls.clear()
+            try:
+                with held.block():
+                    pass
+            except KeyboardInterrupt:
+                assert not held.inside
+                raise
+
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        rung += rung_during(chance.uniform(1e-6, 2e-4), many)
+    assert rung

@@ -1,0 +1,186 @@
+"""What is loaded as the state of an average and is none: said by what it is and what reads it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.errors import CheckpointError
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from fastema import compat  # noqa: E402
+from fastema.checkpoint import load_state  # noqa: E402
+from fastema.checkpoint.state import write_state  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def network() -> Any:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def updated(average: Any, *arguments: Any) -> Any:
+    average.update(*arguments)
+    return average.state_dict()
+
+
+def of_averaged_model(model: Any) -> Any:
+    averaged = compat.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    return averaged.state_dict()
+
+
+def of_mmengine(model: Any) -> Any:
+    averaged = compat.mmengine.ExponentialMovingAverage(model)
+    averaged.update_parameters(model)
+    return averaged.state_dict()
+
+
+FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "torch_ema": (
+        lambda m: updated(compat.torch_ema.ExponentialMovingAverage(m.parameters(), 0.9)),
+        r"torch_ema\.ExponentialMovingAverage\.load_state_dict takes",
+    ),
+    "diffusers": (
+        lambda m: compat.diffusers.EMAModel(m.parameters()).state_dict(),
+        r"the state of diffusers' EMAModel, which fastema\.compat\.diffusers",
+    ),
+    "torch": (of_averaged_model, r"torch's AveragedModel, which fastema\.compat\.swa_utils"),
+    "mmengine": (of_mmengine, r"an average of MMEngine, which fastema\.compat\.mmengine"),
+    "timm": (
+        lambda m: updated(compat.timm.ModelEmaV3(m), m),
+        "names of a wrapper: timm's ModelEmaV2 and ModelEmaV3, or DataParallel",
+    ),
+    "timm's checkpoint": (
+        lambda m: {"state_dict": m.state_dict(), "state_dict_ema": m.state_dict(), "epoch": 3},
+        r"a checkpoint of timm, which fastema\.compat\.timm\.ModelEma\(model, resume=path\)",
+    ),
+    "ema_pytorch": (
+        lambda m: updated(compat.ema_pytorch.EMA(m)),
+        r"ema_pytorch's EMA, which fastema\.compat\.ema_pytorch\.EMA\.load_state_dict",
+    ),
+    "LitEma": (
+        lambda m: compat.litema.LitEma(m).state_dict(),
+        r"Stable Diffusion's LitEma, which fastema\.compat\.litema",
+    ),
+    "Lightning": (
+        lambda m: {"state_dict": {}, "current_model_state": {}, "averaging_state": {}},
+        "a checkpoint of Lightning with an average",
+    ),
+    "NeMo": (
+        lambda m: {"opt": {}, "ema": (), "current_step": 3, "decay": 0.9, "every_n_steps": 1},
+        r"NeMo's EMAOptimizer, which fastema\.compat\.nemo\.load takes",
+    ),
+    "Composer": (
+        lambda m: compat.composer.export(
+            fastema.EMA(m, compat.composer.rule(), buffers="average", start_after=1), m
+        ),
+        r"Composer's EMA, which fastema\.compat\.composer\.load takes",
+    ),
+    "D2Go": (
+        lambda m: compat.d2go.export(fastema.EMA(m, frozen="average", buffers="average")),
+        r"D2Go, which fastema\.compat\.d2go\.load takes",
+    ),
+    "Ultralytics": (
+        lambda m: compat.ultralytics.export(compat.ultralytics.ModelEMA(m)),
+        r"Ultralytics, which fastema\.compat\.ultralytics\.load takes",
+    ),
+    "a model": (lambda m: m.state_dict(), "tensors by name, as the state of a model"),
+    "one inside another": (
+        lambda m: {"model": m.state_dict(), "ema": fastema.EMA(m).state_dict()},
+        "holds one: load the entry 'ema'",
+    ),
+}
+
+
+@pytest.mark.parametrize("library", FOREIGN)
+def test_a_foreign_state_is_named_with_the_call_that_reads_it(library: str) -> None:
+    make, said = FOREIGN[library]
+    model = network()
+    ema = fastema.EMA(model, 0.9)
+    with pytest.raises(CheckpointError, match=f"(?s)not a fastema state dict, but .*{said}"):
+        ema.load_state_dict(make(model))
+
+
+@pytest.mark.parametrize("nothing", [None, [], {}, 3, "state", {1: 2}, {"format": "other"}])
+def test_what_is_nothing_known_is_only_refused(nothing: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"it is not a fastema state dict$"):
+        fastema.EMA({"w": np.ones(3)}).load_state_dict(nothing)
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def averaged(seed: int) -> tuple[Any, Any]:
+    torch.manual_seed(seed)
+    model = network()
+    ema = fastema.EMA(model, [0.9, 0.5], shadow_dtype="bf16+16", update_every=2)
+    for _ in range(5):
+        with torch.no_grad():
+            for one in model.parameters():
+                one += torch.randn_like(one)
+        ema.update()
+    return model, ema
+
+
+@pytest.mark.parametrize("how", ["load_state", "load_file"])
+def test_a_file_is_read_by_both_to_the_bit(tmp_path: Path, how: str) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, ema = averaged(1)
+    path = tmp_path / "ema.safetensors"
+    write_state(path, ema.state_dict())
+    _, other = averaged(2)
+    state = (
+        load_state(path, other.shadows[0]) if how == "load_state" else safetensors.load_file(path)
+    )
+    other.load_state_dict(state)
+    assert other.num_updates == ema.num_updates == 5
+    with torch.no_grad():
+        for one in model.parameters():
+            one += torch.randn_like(one)
+    for average in (ema, other):
+        average.update(model)
+    want, found = ema.state_dict(), other.state_dict()
+    for part in ("shadow", "low"):
+        for mine, theirs in zip(found[part], want[part], strict=True):
+            for name, tensor in theirs.items():
+                assert torch.equal(mine[name], tensor), name
+
+
+def test_tensors_of_a_file_without_the_rest_are_named(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    _, ema = averaged(1)
+    path = tmp_path / "ema.safetensors"
+    write_state(path, ema.state_dict())
+    flat = safetensors.load_file(path)
+    del flat["state"]
+    with pytest.raises(CheckpointError, match=r"fastema\.checkpoint\.load_state\(path, like="):
+        ema.load_state_dict(flat)
+    flat["state"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    before = copy.deepcopy(ema.state_dict())
+    with pytest.raises(CheckpointError, match="not a fastema state dict"):
+        ema.load_state_dict(flat)
+    assert torch.equal(before["shadow"][0]["0.weight"], ema.state_dict()["shadow"][0]["0.weight"])
+
+
+def test_a_flipped_bit_anywhere_in_the_tensors_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    _, ema = averaged(1)
+    path = tmp_path / "ema.safetensors"
+    write_state(path, ema.state_dict())
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(begin, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged: '.*' is not what was written"):
+            load_state(path, ema.shadows[0])

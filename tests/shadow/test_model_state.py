@@ -1,0 +1,160 @@
+"""The average as a model's own state: what `load_state_dict`, files and `functional_call` take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import LayoutError, StateError  # noqa: E402
+
+from .kinds import KINDS, which  # noqa: E402
+from .weights import Net, assert_bits, bits, net, refresh_, snapshot  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def trained(model: Any, kind: str = "EMA", **options: Any) -> Any:
+    average = KINDS[kind](model, **options)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
+    refresh_(model, 9)
+    return average
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_the_model_saves_with_the_average_in_it(kind: str, dtype: torch.dtype) -> None:
+    """Rounded to nearest even where the dtypes differ, which the swap cannot always do."""
+    model = net(0, dtype)
+    average = trained(model, kind)
+    raw = snapshot(model)
+    state = average.model_state_dict(**which(average))
+    other = net(3, dtype)
+    average.copy_to(other, **which(average))
+    expected = other.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(bits(state[name]), bits(expected[name])) for name in expected)
+    assert all(type(tensor) is torch.Tensor for tensor in state.values())
+    assert not any(tensor.requires_grad for tensor in state.values())
+    assert_bits(model, raw)
+    fresh = net(4, dtype)
+    fresh.load_state_dict(state)
+    assert_bits(fresh, snapshot(other))
+
+
+def test_nothing_in_it_is_memory_of_the_average_or_the_model() -> None:
+    model = net()
+    average = trained(model)
+    raw, held = snapshot(model), snapshot(dict(average.shadow))
+    for tensor in average.model_state_dict().values():
+        tensor.zero_()
+    assert_bits(model, raw)
+    assert_bits(dict(average.shadow), held)
+
+
+class Tied(nn.Module):
+    """Tied weights, a frozen layer, a buffer that is not saved, and state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("mask", torch.ones(3), persistent=False)
+
+    def get_extra_state(self) -> Any:
+        return {"version": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"version": 3}
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.frozen(self.embed(tokens)))
+        return logits
+
+
+def test_tied_frozen_and_further_state_is_all_there() -> None:
+    model = Tied()
+    ema = fastema.EMA(model, 0.5)
+    refresh_(model, 1)
+    ema.update()
+    state = ema.model_state_dict()
+    assert list(state) == list(model.state_dict())
+    assert state["embed.weight"] is state["head.weight"]
+    assert torch.equal(state["embed.weight"], ema.shadow["embed.weight"])
+    assert torch.equal(state["frozen.weight"], model.frozen.weight)
+    other = Tied()
+    other.load_state_dict(state)
+    assert torch.equal(other.head.weight, ema.shadow["head.weight"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what torch.compile imports
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["module.", "_orig_mod."])
+def test_keys_have_the_prefixes_of_wrappers(wrap: Any) -> None:
+    model = net()
+    ema = trained(model)
+    wrapped = wrap(model)
+    state = ema.model_state_dict(wrapped)
+    assert list(state) == list(wrapped.state_dict())
+    assert {name.partition(".")[2] for name in state} == set(ema.model_state_dict())
+    wrapped.load_state_dict(state)
+    assert torch.equal(model.head.weight, ema.shadow["head.weight"])
+
+
+def test_keys_are_those_that_hooks_make() -> None:
+    model = net()
+
+    def renamed(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state["renamed"] = state.pop("head.weight")
+        state["conv.bias"] = state["conv.bias"].clone()
+
+    model.register_state_dict_post_hook(renamed)
+    ema = trained(model)
+    state = ema.model_state_dict()
+    assert torch.equal(state["renamed"], ema.shadow["head.weight"])
+    assert torch.equal(state["conv.bias"], ema.shadow["conv.bias"])
+    assert "head.weight" not in state
+
+
+def test_functional_call_takes_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    ema = trained(model)
+    x = torch.randn(5, 3)
+    found = torch.func.functional_call(model, ema.model_state_dict(), (x,))
+    with ema.swapped():
+        assert torch.equal(found, model(x))
+
+
+def test_lists_and_dicts_give_their_names() -> None:
+    weights = {"a": torch.randn(3), "b": {"c": torch.randn(2, 2)}}
+    ema = fastema.EMA(weights, 0.5)
+    assert list(ema.model_state_dict()) == ["a", "b.c"]
+    arrays = [np.ones(3, np.float16)]
+    state = fastema.EMA(arrays, 0.5, shadow_dtype="float32").model_state_dict()
+    assert state["0"].dtype == np.float16
+
+
+def test_before_the_start_it_is_the_weights() -> None:
+    model = net()
+    ema = fastema.EMA(model, 0.5, start_after=10)
+    refresh_(model, 1)
+    assert torch.equal(ema.model_state_dict()["head.weight"], model.head.weight)
+
+
+def test_it_is_refused_while_the_average_is_applied() -> None:
+    ema = trained(net())
+    with ema.swapped(), pytest.raises(StateError, match="model_state_dict"):
+        ema.model_state_dict()
+
+
+def test_a_model_of_other_shapes_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"head\.weight: shapes differ"):
+        trained(net()).model_state_dict(Net(width=7))

@@ -1,0 +1,182 @@
+"""Buffers that a model's own state leaves out are no part of its average, and may change freely."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.errors import LayoutError  # noqa: E402
+from fastema.shadow import average as averages  # noqa: E402
+
+from .kinds import KINDS, VARIED, all_of, which  # noqa: E402
+from .weights import Net, assert_bits, net, refresh_, snapshot  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+Change = Callable[[Net], None]
+
+
+def cached(seed: int = 0) -> Net:
+    """A `Net` that keeps tables, one of which no kernel knows."""
+    model = net(seed)
+    model.register_buffer("table", torch.randn(4), persistent=False)
+    model.hidden.register_buffer("mask", None, persistent=False)
+    small = torch.ones(3).to(torch.float8_e5m2)
+    model.head.register_buffer("small", small, persistent=False)
+    return model
+
+
+def grown(model: Net) -> None:
+    model.table = torch.randn(9)
+
+
+def of_another_dtype(model: Net) -> None:
+    model.table = torch.arange(4)
+
+
+def grown_in_place(model: Net) -> None:
+    model.table.resize_(2000)
+
+
+def gone(model: Net) -> None:
+    model.table = None
+
+
+def deleted(model: Net) -> None:
+    del model.table
+
+
+def made_at_last(model: Net) -> None:
+    model.hidden.mask = torch.randn(7)
+
+
+def registered_late(model: Net) -> None:
+    model.conv.register_buffer("places", torch.randn(3), persistent=False)
+
+
+def in_a_new_module(model: Net) -> None:
+    model.rotary = nn.Module()
+    model.rotary.register_buffer("frequencies", torch.randn(3), persistent=False)
+
+
+CHANGES = [
+    *(grown, of_another_dtype, grown_in_place, gone, deleted),
+    *(made_at_last, registered_late, in_a_new_module),
+]
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
+def test_the_average_has_the_names_of_the_models_state(buffers: str) -> None:
+    model = cached()
+    ema = fastema.EMA(model, 0.75, buffers=buffers)
+    left_out = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    want = set(model.state_dict()) - (left_out if buffers == "skip" else set())
+    assert set(ema.shadow) == want
+    assert {"table", "head.small"} <= ema.skipped_names
+    assert set(ema.state_dict()["shadow"][0]) == want
+
+
+@pytest.mark.parametrize("watch", ["all", "sample"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_as_without_them(change: Change, watch: str) -> None:
+    model, plain = cached(), net()
+    ema, want = (fastema.EMA(one, 0.75, watch=watch) for one in (model, plain))
+    for n in range(1, 5):
+        if n == 3:
+            change(model)
+        for one in (model, plain):
+            refresh_(dict(one.state_dict()), n)
+        ema.update()
+        want.update()
+    assert_bits(dict(ema.shadow), snapshot(dict(want.shadow)))
+
+
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
+@pytest.mark.parametrize("change", CHANGES)
+def test_they_may_change_in_a_block_and_before_a_state_is_loaded(change: Change, kind: str) -> None:
+    model = cached()
+    average = KINDS[kind](model)
+    for n in (1, 2):
+        refresh_(dict(model.state_dict()), n)
+        average.update()
+    held = all_of(average)
+    raw = snapshot(dict(model.state_dict()))
+    with average.swapped(**which(average)):
+        change(model)
+        assert all_of(average) == held
+    assert_bits(dict(model.state_dict()), raw)
+    resumed = cached()
+    change(resumed)
+    other = KINDS[kind](resumed)
+    other.load_state_dict(average.state_dict())
+    assert all_of(other) == held
+    fresh = cached(5)
+    other.copy_to(fresh, **which(average))
+    with average.swapped(**which(average)):
+        assert_bits(dict(fresh.state_dict()), snapshot(dict(model.state_dict())))
+
+
+def test_a_table_that_is_made_at_every_step_does_not_make_the_average_look_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = cached()
+    ema = fastema.EMA(model, 0.75)
+    monkeypatch.setattr(averages, "Binding", None)
+    for n in range(1, 6):
+        model.table = torch.randn(n)
+        model.hidden.mask = torch.randn(n) if n % 2 else None
+        ema.update()
+        with ema.swapped():
+            model.table = torch.randn(2 * n)
+    assert ema.num_updates == 5
+
+
+def test_a_table_that_was_replaced_is_not_kept() -> None:
+    model = cached()
+    ema = fastema.EMA(model, 0.75)
+    old = weakref.ref(model.table)
+    model.table = torch.randn(9)
+    ema.update()
+    assert old() is None
+
+
+def test_a_table_in_the_memory_of_a_weight_is_left_alone() -> None:
+    model = net()
+    model.register_buffer("transposed", model.head.weight.data.t(), persistent=False)
+    ema = fastema.EMA(model, 0.75)
+    other = net(3)
+    other.register_buffer("transposed", torch.full((12, 5), 7.0), persistent=False)
+    ema.copy_to(other)
+    assert torch.equal(other.head.weight, model.head.weight)
+    assert (other.transposed == 7.0).all()
+
+
+@pytest.mark.parametrize("name", ["table", "kept"])
+@pytest.mark.parametrize("value", [torch.ones(9), None], ids=["grown", "none"])
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_a_buffer_that_is_saved_may_not_change_and_the_error_says_what_to_do(
+    buffers: str, value: Any, name: str
+) -> None:
+    model = net()
+    model.register_buffer("kept", torch.ones(3), persistent=name != "kept")
+    model.register_buffer("table", torch.ones(3), persistent=name != "table")
+    ema = fastema.EMA(model, 0.75, buffers=buffers)
+    model.kept = model.table = value
+    broken = {"kept": "table", "table": "kept"}[name]
+    with pytest.raises(LayoutError, match=f"'{broken}'") as caught:
+        ema.update()
+    assert f"'{name}'" not in str(caught.value)
+    for advice in ("persistent=False", "buffers='skip'"):
+        assert advice in str(caught.value)
+    model.head = nn.Linear(12, 6, bias=False)
+    model.kept = model.table = torch.ones(3)
+    with pytest.raises(LayoutError, match=r"'head\.weight'") as caught:
+        ema.update()
+    assert "persistent" not in str(caught.value)

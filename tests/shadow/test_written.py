@@ -1,0 +1,241 @@
+"""Writes to a model that holds the average, and autograd graphs on both sides of a swap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastema  # noqa: E402
+from fastema.errors import StateError  # noqa: E402
+
+from .kinds import KINDS, all_of, which  # noqa: E402
+from .weights import Net, assert_bits, net, refresh_, snapshot  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+Write = Callable[[Net], object]
+
+
+def trained(dtype: Any = None, shadow_dtype: Any = None) -> tuple[Net, fastema.EMA[Net]]:
+    model = net(0, dtype)
+    ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
+    for n in (1, 2):
+        refresh_(model, n)
+        ema.update()
+    refresh_(model, 3)
+    return model, ema
+
+
+def step(model: Net) -> None:
+    """One step of training."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    dtype = model.conv.weight.dtype
+    model(torch.randn(4, 3, 6, 6, dtype=dtype)).square().mean().backward()
+    optimizer.step()
+
+
+WRITES: dict[str, Write] = {
+    "training step": step,
+    "load_state_dict": lambda model: model.load_state_dict(net(9).state_dict()),
+    "one tensor": lambda model: model.head.weight.detach().mul_(2),
+}
+
+DTYPES = [("f32", None), ("bf16", "f32"), ("bf16", "bf16+16"), ("f32", "f64")]
+NAMES = {"f32": torch.float32, "bf16": torch.bfloat16, "f64": torch.float64, "bf16+16": "bf16+16"}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("what", WRITES)
+def test_weights_written_in_the_block_raise_once_the_raw_ones_are_back(
+    what: str, dtypes: tuple[str, str | None]
+) -> None:
+    dtype, shadow = dtypes
+    model, ema = trained(NAMES[dtype], shadow and NAMES[shadow])
+    raw = snapshot(model)
+    now_holds = r"(?s)now holds what was written:.*'head\.weight'"
+    with pytest.raises(StateError, match=now_holds), ema.swapped():
+        WRITES[what](model)
+    assert not ema.applied
+    assert_bits(model, raw)
+    ema.update()
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_weights_written_between_apply_and_restore_raise_too(what: str) -> None:
+    model, ema = trained()
+    raw = snapshot(model)
+    ema.apply_shadow()
+    WRITES[what](model)
+    with pytest.raises(StateError, match="average now holds what was written"):
+        ema.restore()
+    assert not ema.applied
+    assert_bits(model, raw)
+    ema.apply_shadow()
+    ema.restore()
+
+
+def test_what_the_block_raises_comes_first() -> None:
+    model, ema = trained()
+    raw = snapshot(model)
+
+    def evaluate() -> None:
+        with ema.swapped():
+            step(model)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate()
+    assert_bits(model, raw)
+
+
+def test_a_block_left_by_return_raises_as_well() -> None:
+    model, ema = trained()
+
+    @ema.swapped()
+    def evaluate() -> int:
+        step(model)
+        return 1
+
+    with pytest.raises(StateError, match="written"):
+        evaluate()
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
+def test_buffers_may_be_written(buffers: Any) -> None:
+    """As BatchNorm statistics are, by `update_bn` and by any forward pass in training mode."""
+    model = net(0)
+    ema = fastema.EMA(model, 0.5, buffers=buffers)
+    raw = snapshot(model)
+    batch = torch.randn(8, 3, 6, 6)
+    with ema.swapped():
+        fastema.update_bn([batch], model)
+        model.train()
+        model(batch)
+    now = snapshot(model)
+    names = [name for name in raw if buffers != "skip" or not name.startswith("norm.")]
+    assert all(torch.equal(now[name], raw[name]) for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_and_moving_is_no_writing(kind: str) -> None:
+    model = net(0)
+    average = KINDS[kind](model)
+    for n in range(1, 6):
+        refresh_(model, n)
+        average.update()
+    raw, held = snapshot(model), all_of(average)
+    with average.swapped(**which(average)):
+        model.eval()
+        model(torch.randn(2, 3, 6, 6)).sum().backward()
+        model.state_dict()
+        model.requires_grad_(False).requires_grad_(True)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        average.state_dict()
+    assert_bits(model, raw)
+    assert all_of(average) == held
+
+
+# -- autograd -------------------------------------------------------------------------------------
+
+
+def output(model: Net, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, model.head.weight).square().sum()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_graph_from_before_the_block_goes_on_after_it(dtypes: tuple[str, str | None]) -> None:
+    dtype, shadow = dtypes
+    model, ema = trained(NAMES[dtype], shadow and NAMES[shadow])
+    x = torch.randn(3, 12, dtype=NAMES[dtype], requires_grad=True)
+    (expected,) = torch.autograd.grad(output(model, x), x)
+    loss = output(model, x)
+    for _ in range(2):
+        with ema.swapped():
+            output(model, x)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert torch.equal(gradient, expected)
+
+
+def test_a_graph_from_before_the_block_raises_inside_it() -> None:
+    model, ema = trained()
+    x = torch.randn(3, 12, requires_grad=True)
+    loss = output(model, x)
+    with ema.swapped(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("later", range(5))
+def test_a_graph_from_the_block_raises_after_it(later: int) -> None:
+    """Also once training has counted on: its counter never comes to where the block's was."""
+    model, ema = trained()
+    x = torch.randn(3, 12, requires_grad=True)
+    with ema.swapped():
+        loss = output(model, x)
+    with torch.no_grad():
+        for _ in range(later):
+            model.head.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("one", [True, False], ids=["same average", "another average"])
+def test_a_graph_from_one_block_raises_in_the_next(one: bool) -> None:
+    model, ema = trained()
+    other = ema if one else fastema.EMA(model, 0.9)
+    x = torch.randn(3, 12, requires_grad=True)
+    with ema.swapped():
+        loss = output(model, x)
+    ema.update()
+    with other.swapped(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_raises_where_the_weights_came_back_elsewhere() -> None:
+    """What it kept is the memory that the model had, which holds the average."""
+    model, ema = trained()
+    x = torch.randn(3, 12, requires_grad=True)
+    loss = output(model, x)
+    with ema.swapped():
+        model.head.weight.data = model.head.weight.data.clone()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_of_another_part_of_the_memory_sees_what_was_written() -> None:
+    """Views count together: a count that is put back would hide a write to the other one."""
+    flat = torch.randn(24)
+    weight, other = flat[:12], flat[12:]
+    ema = fastema.EMA([weight], 0.5)
+    x = torch.randn(12, requires_grad=True)
+    loss = (x * other).sum()
+    with pytest.raises(StateError, match="written"), ema.swapped():
+        other.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tensors_of_inference_mode_are_swapped() -> None:
+    with torch.inference_mode():
+        weights = [torch.randn(5), torch.randn(3)]
+    plain = torch.randn(4)
+    ema = fastema.EMA([*weights, plain], 0.5)
+    raw = snapshot([*weights, plain])
+    with torch.inference_mode(), ema.swapped():
+        pass
+    assert_bits([*weights, plain], raw)
+
+
+def test_statistics_written_in_the_block_stop_no_graph_from_before() -> None:
+    model, ema = trained()
+    x = torch.randn(3, 12, requires_grad=True)
+    (expected,) = torch.autograd.grad(output(model, x), x)
+    loss = output(model, x)
+    with ema.swapped():
+        fastema.update_bn([torch.randn(8, 3, 6, 6)], model)
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert torch.equal(gradient, expected)

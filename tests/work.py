@@ -1,0 +1,47 @@
+"""How much work a call is, as a number that no machine changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from fastema.engine import watch
+
+
+def lines_of(call: Callable[[], Any]) -> int:
+    """Lines of fastema's Python that a call runs, each as often as it runs.
+
+    What the compiled check of tensors looks at counts as well.
+    """
+    lines = 0
+
+    def line(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        if event == "call" and frame.f_code is watch._ByExchange.changed.__code__:
+            lines += frame.f_locals["self"]._args[4]  # tensors
+        return line
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if "fastema" not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
+            return None
+        return line(frame, event, arg)
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def grows_linearly(call_of: Callable[[int], Callable[[], Any]], count: int = 40) -> bool:
+    """Whether twice the tensors are twice the work, in the calls that ``call_of(count)`` makes."""
+    lines_of(call_of(count))  # what is done once
+    small, middle, large = (lines_of(call_of(count * k)) for k in (1, 2, 4))
+    assert middle > small  # there is something to count
+    # Twice as much; where each tensor is compared with all others, up to four times.
+    return large - middle < 2.1 * (middle - small)
