@@ -144,7 +144,12 @@ def test_what_is_refused_is_forgotten(case: str, before: str) -> None:
             with pytest.raises(FastemaError):
                 call(BAD[case](avg))
             np.testing.assert_array_equal(avg, [3.0, 4.0])
-    plan.lerp_(0.5)
+    if before in ("jax", "tensor"):
+        with pytest.raises(FastemaError, match="no new arrays"):
+            plan.lerp_(0.5)
+        plan.lerp_(0.5, [x])
+    else:
+        plan.lerp_(0.5)
     np.testing.assert_array_equal(avg, [4.0, 5.0])
 
 
