@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,20 +38,19 @@ def allocate(
         In memory of the host that the tensors' devices can read and write.
     """
     wanted = list(wanted)
-    groups: dict[tuple[str, str, str], list[int]] = {}
+    groups: dict[tuple[ModuleType, str, str], list[int]] = {}
     for i, (like, kind) in enumerate(wanted):
-        key = (memory_of(like.owner).__name__, like.device, kind.code)
-        groups.setdefault(key, []).append(i)
+        groups.setdefault((memory_of(like.owner), like.device, kind.code), []).append(i)
     made: dict[int, Memory] = {}
-    for (_, device, code), members in groups.items():
-        bridge = memory_of(wanted[members[0]][0].owner)
+    for (bridge, device, code), members in groups.items():
         itemsize = wanted[members[0]][1].itemsize
         placed = place([wanted[i][0].size for i in members], itemsize)
         where = "pinned" if on_host and device != "cpu" else device
         flat = bridge.zeros(placed.length * max(slots, 1), code, where)
         whole = describe(flat)
         for i, offset in zip(members, placed.offsets, strict=True):
-            shape, strides = wanted[i][0].shape, dense_strides(wanted[i][0])
+            like, _ = wanted[i]
+            shape, strides = like.shape, dense_strides(like)
             if slots:
                 shape, strides = (slots, *shape), (placed.length, *strides)
             view = bridge.view(flat, offset, shape, strides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,14 @@ def code(dtype: Any) -> str:
     DTypeError
         For one that has no kernel, or is not in the machine's byte order.
     """
-    found = np.dtype(dtype)
-    if found.name not in NAMES or not found.isnative:
-        raise DTypeError(f"NumPy dtype {found!r} is not known; known are {', '.join(NAMES)}")
-    return NAMES[found.name]
+    return _code(np.dtype(dtype))
+
+
+@cache  # a dtype makes its name anew each time, which would be a third of describing an array
+def _code(dtype: np.dtype[Any]) -> str:
+    if dtype.name not in NAMES or not dtype.isnative:
+        raise DTypeError(f"NumPy dtype {dtype!r} is not known; known are {', '.join(NAMES)}")
+    return NAMES[dtype.name]
 
 
 def native(code: str) -> np.dtype[Any]:
@@ -83,20 +88,20 @@ def describe(array: NDArray[Any]) -> TensorSpec:
         If strides or address are no multiples of the element.
     """
     kind = DTYPES[code(array.dtype)]
-    interface = array.__array_interface__
-    itemsize = kind.itemsize
-    if not array.flags.aligned or any(step % itemsize for step in array.strides):
+    interface, flags = array.__array_interface__, array.flags
+    itemsize, strides = kind.itemsize, array.strides
+    if not flags.aligned or any(step % itemsize for step in strides):
         raise BridgeError(
-            f"address or strides {array.strides} are no multiples of {itemsize} bytes; "
+            f"address or strides {strides} are no multiples of {itemsize} bytes; "
             "pass a copy (np.array(...))"
         )
     return TensorSpec(
         address=interface["data"][0],
         shape=array.shape,
-        strides=tuple(step // itemsize for step in array.strides),
+        strides=tuple([step // itemsize for step in strides]),
         dtype=kind.code,
         device="cpu",
-        writable=array.flags.writeable,
+        writable=flags.writeable,
         owner=array,
         glance=_glance,
     )

@@ -31,6 +31,7 @@ __all__ = [
     "dtype_code",
     "leaves_of",
     "materialised",
+    "memory_by",
     "memory_of",
     "scalar",
     "state_of",
@@ -99,11 +100,12 @@ def _hint(found: Any) -> str:
 
 def memory_of(array: Any) -> ModuleType:
     """The bridge of the framework whose arrays hold averages of such an array."""
-    return _memory_of(bridge_of(array))
+    return memory_by(bridge_of(array))
 
 
 @cache
-def _memory_of(bridge: ModuleType) -> ModuleType:
+def memory_by(bridge: ModuleType) -> ModuleType:
+    """The bridge whose arrays hold averages of a bridge's."""
     other = getattr(bridge, "MEMORY", None)
     return bridge if other is None else _bridge(other)
 
@@ -220,6 +222,8 @@ def state_of(container: Any) -> dict[str, tuple[str, Any]]:
 
 def _entries(tree: Any) -> list[tuple[str, Any]] | None:
     """What a list, tuple or dict holds, by name; None for anything else."""
+    if type(tree) in _owners:  # an array of a kind that was seen before
+        return None
     if isinstance(tree, Mapping):
         return [(str(key), value) for key, value in tree.items()]
     if isinstance(tree, list | tuple):
@@ -248,8 +252,10 @@ def _check_nesting(tree: Any, path: str = "", above: tuple[Any, ...] = ()) -> No
         raise BridgeError(
             f"lists, tuples or dicts are nested more than {_DEEPEST} deep; give the arrays in one"
         )
+    above = (*above, tree)
     for key, value in entries:
-        _check_nesting(value, _below(path, key), (*above, tree))
+        if type(value) not in _owners:
+            _check_nesting(value, _below(path, key), above)
 
 
 def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[Held]) -> None:

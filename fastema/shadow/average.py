@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, overload
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import describe, leaves_of, materialised, state_of, written
 from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.collector import uncollected
 from fastema.engine.held import keep
 from fastema.engine.interrupts import deferred
 from fastema.engine.locks import rlock
@@ -182,6 +183,7 @@ class Average(Generic[Weights]):
     _operation: ClassVar[str] = "lerp"
     """What the kernels do with what is averaged."""
 
+    @uncollected
     def __init__(
         self,
         weights: Weights,
@@ -959,6 +961,7 @@ class Average(Generic[Weights]):
         if self._store.on_host:
             self._binding.wait()
 
+    @uncollected
     def _saved(self, copy: bool) -> Tensors:
         self._follow()
         self._wait_for_the_ring()

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import Memory, allocate
-from fastema.bridges.registry import bridge_of, describe, memory_of
+from fastema.bridges.registry import bridge_of, describe, memory_by
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, DTypeError, listed
 from fastema.layout.dtypes import DType
@@ -277,12 +277,12 @@ def _averages(
 
 
 def _shown(like: TensorSpec) -> Callable[[Any], Any]:
-    return _shown_by(bridge_of(like.owner), memory_of(like.owner))
+    return _shown_by(bridge_of(like.owner))
 
 
 @cache
-def _shown_by(bridge: ModuleType, memory: ModuleType) -> Callable[[Any], Any]:
-    shown: Callable[[Any], Any] = getattr(bridge, "shown", None) or memory.alias
+def _shown_by(bridge: ModuleType) -> Callable[[Any], Any]:
+    shown: Callable[[Any], Any] = getattr(bridge, "shown", None) or memory_by(bridge).alias
     return shown
 
 
