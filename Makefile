@@ -107,7 +107,7 @@ dev: $(VENV)/.dev
 
 clean:
 	$(SAY) "removing $(VENV), $(ALONE), caches and build products"
-	@rm -rf $(VENV) $(ALONE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(VENV) $(ALONE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:

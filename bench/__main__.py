@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from bench import bench_import, machine, report
-from bench.cases import select
+from bench.cases import Case, select
 
 _IMPORT_ROUNDS = {"quick": 1, "cpu": 7}
 
 
-def run_races(quick: bool, names: list[str]) -> list[dict[str, Any]]:
-    """Run the races under pytest-benchmark and return the rows of the report."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--benchmark-quiet"]
-        command += ["bench/bench_update.py", "bench/bench_swap.py", f"--benchmark-json={path}"]
-        command += ["--quick"] if quick else []
-        command += [f"--case={name}" for name in names]
-        subprocess.run(command, cwd=report.ROOT, check=True)
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    return [benchmark["extra_info"] for benchmark in stored["benchmarks"]]
-
-
-def skipped(quick: bool, names: list[str]) -> list[dict[str, str]]:
+def skipped(cases: list[Case]) -> list[dict[str, str]]:
     """Return one row for each entry that does not take part in a case, with the reason."""
     from bench.jobs import refusals
 
     return [
         {"case": case.name, "mix": case.mix, "peer": peer, "reason": reason}
-        for case in select(quick, names)
+        for case in cases
         for peer, reason in refusals(case).items()
     ]
 
@@ -49,20 +32,22 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
     options = parser.parse_args()
     try:
-        select(options.quick, options.case)
+        cases = select(options.quick, options.case)
     except ValueError as error:
         parser.error(str(error))
     mode = "quick" if options.quick else "cpu"
     arguments = ["--quick"] if options.quick else []
     arguments += ["--case", *options.case] if options.case else []
-    try:
-        rows = run_races(options.quick, options.case)
-    except subprocess.CalledProcessError as error:
-        return int(error.returncode)
+    from bench.races import run  # it imports torch, which --help does not wait for
+
+    rows, failed = run(cases, options.quick)
+    if failed:
+        print("failed, nothing is stored: " + ", ".join(failed), file=sys.stderr)
+        return 1
     result = {
         "header": machine.header(" ".join(["python -m bench", *arguments]), mode),
         "rows": rows,
-        "skipped": skipped(options.quick, options.case),
+        "skipped": skipped(cases),
         "startup": [] if options.case else bench_import.measure(_IMPORT_ROUNDS[mode]),
     }
     text = report.markdown(result)

@@ -1,10 +1,10 @@
-"""Timing: jobs in turn, and a clock that plays recorded durations to pytest-benchmark."""
+"""Timing: jobs in turn."""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import quantiles
 
 SETTLE_S = 0.005
@@ -71,28 +71,3 @@ def spread(durations: Sequence[float]) -> tuple[float, float]:
         return durations[0], durations[0]
     p20, *_, p80 = quantiles(durations, n=5, method="inclusive")
     return p20, p80
-
-
-class Replay:
-    """A clock that shows recorded durations: each pair of readings lies one of them apart.
-
-    pytest-benchmark reads its timer twice a round, before and after the target. Given this timer
-    and a target that does nothing, it reports the durations recorded in an interleaved race, with
-    all that it can do: statistics, JSON, saving, comparing.
-    """
-
-    def __init__(self) -> None:
-        self._readings: Iterator[float] = iter(())
-
-    def load(self, durations: Sequence[float]) -> None:
-        """Set the durations, in seconds, that the next readings will lie apart."""
-        readings = []
-        now = 0.0
-        for duration in durations:
-            readings += [now, now + duration]
-            now += duration
-        self._readings = iter(readings)
-
-    def read(self) -> float:
-        """Return the next reading, in seconds."""
-        return next(self._readings)

@@ -20,7 +20,6 @@ _PACKAGES = (
     "ema-pytorch",
     "timm",
     "diffusers",
-    "pytest-benchmark",
 )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from bench.cases import Case
 from bench.clock import interleave, spread
-from bench.jobs import LIMITS, limits, prepare
+from bench.jobs import LIMITS, limits, names, prepare, refusals
 from bench.memory import measure_all
 from bench.peers import OURS
 from fastema.testing.models import scalars, total_elements
@@ -55,44 +57,52 @@ class Outcome:
         }
 
 
-class Races:
-    """Runs each case once, when its first row is asked for.
+def race(case: Case, peaks: dict[str, int | None]) -> Outcome:
+    """Set up all jobs of a case, check them and time them in turn.
+
+    Raises
+    ------
+    AssertionError
+        A result is wrong; the text names case and peer.
+    """
+    jobs = prepare(case) | limits(case)
+    durations = interleave(jobs, case.rounds, hot=case.hot, budget_s=case.budget_s)
+    jobs.clear()
+    gc.collect()
+    count = len(case.inventory())
+    bare = Case(f"scalars-{count}", case.mix, lambda: scalars(count), 0, case.question)
+    host = interleave(prepare(bare), _HOST_ROUNDS, budget_s=case.budget_s, settle_s=0.0)
+    return Outcome(durations, host, peaks)
+
+
+def run(cases: Sequence[Case], quick: bool) -> tuple[list[dict[str, object]], list[str]]:
+    """Race all cases, one after the other.
 
     Parameters
     ----------
     cases
-        All cases that may be asked for.
+        Of one mode.
     quick
-        Whether they are those of the quick mode.
+        Whether it is the quick one.
+
+    Returns
+    -------
+    rows : list of dict
+        One for each case and entry that takes part.
+    failed : list of str
+        Names of cases that raised; the traceback was printed, and the others went on.
     """
-
-    def __init__(self, cases: list[Case], quick: bool) -> None:
-        self._cases = cases
-        self._quick = quick
-        self._outcomes: dict[str, Outcome | Exception] = {}
-        self._peaks: dict[str, dict[str, int | None]] | None = None
-
-    def outcome(self, case: Case) -> Outcome:
-        """Return what was measured of `case`, measuring it now if that has not been done."""
-        if self._peaks is None:  # before anything large is held in this process
-            self._peaks = measure_all([c for c in self._cases if c.memory], self._quick)
-        if case.name not in self._outcomes:
-            try:
-                self._outcomes[case.name] = self._run(case, self._peaks.get(case.name, {}))
-            except Exception as error:  # each of the case's rows fails by it, without a new race
-                self._outcomes[case.name] = error
-        outcome = self._outcomes[case.name]
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    @staticmethod
-    def _run(case: Case, peaks: dict[str, int | None]) -> Outcome:
-        jobs = prepare(case) | limits(case)
-        durations = interleave(jobs, case.rounds, hot=case.hot, budget_s=case.budget_s)
-        jobs.clear()
-        gc.collect()
-        count = len(case.inventory())
-        bare = Case(f"scalars-{count}", case.mix, lambda: scalars(count), 0, case.question)
-        host = interleave(prepare(bare), _HOST_ROUNDS, budget_s=case.budget_s, settle_s=0.0)
-        return Outcome(durations, host, peaks)
+    # Before anything large is held in this process.
+    peaks = measure_all([case for case in cases if case.memory], quick)
+    rows, failed = [], []
+    for case in cases:
+        try:
+            outcome = race(case, peaks.get(case.name, {}))
+        except Exception:
+            traceback.print_exc()
+            failed.append(case.name)
+            continue
+        out = refusals(case)
+        rows += [outcome.row(case, name) for name in names(case) if name not in out]
+        print(f"{case.name}: {len(outcome.durations[OURS])} rounds", flush=True)
+    return rows, failed

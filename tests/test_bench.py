@@ -15,7 +15,7 @@ if not (ROOT / "bench" / "cases.py").exists():
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import cases, clock, jobs, memory, peers, report, swaps, verify  # noqa: E402
+from bench import cases, clock, jobs, memory, peers, races, report, swaps, verify  # noqa: E402
 from bench.flatmodule import DTYPES, build, randomise_  # noqa: E402
 from fastema.testing import models  # noqa: E402
 
@@ -187,11 +187,23 @@ def test_hot_jobs_run_once_more_before_they_are_timed() -> None:
     assert "".join(order) == "AB" + "AABB"
 
 
-def test_replay_shows_the_recorded_durations() -> None:
-    replay = clock.Replay()
-    recorded = [0.25, 3.0, 0.0625]
-    replay.load(recorded)
-    assert [-(replay.read() - replay.read()) for _ in recorded] == recorded
+def test_a_failed_race_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def race(case: cases.Case, peaks: dict[str, int | None]) -> races.Outcome:
+        if case.model == "bad":
+            raise AssertionError("it differs")
+        return races.Outcome({name: [0.25, 0.5, 4.0] for name in jobs.names(case)}, {}, peaks)
+
+    monkeypatch.setattr(races, "race", race)
+    both = [cases.Case(name, "f32/f32", tiny, 3, memory=False) for name in ("bad", "tiny")]
+    rows, failed = races.run(both, quick=True)
+    assert failed == ["update:bad:f32/f32"]
+    assert "it differs" in capsys.readouterr().err
+    assert {(row["case"], row["median_ms"]) for row in rows} == {("update:tiny:f32/f32", 500.0)}
+    assert [row["peer"] for row in rows] == [
+        name for name in jobs.names(both[1]) if name not in jobs.refusals(both[1])
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
