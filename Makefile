@@ -4,6 +4,7 @@
 #
 #   make test PYTHON=python3.12 VENV=.venv312     another interpreter, in its own environment
 #   make test ARGS="-k rounding"                  options for the command that is run
+#   make test JOBS=0                              in one process; otherwise as many as there are cores
 #
 # Paths are relative and programs run as `python -m`, so a checkout may lie below a folder
 # with spaces in its name.
@@ -11,9 +12,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= auto
 
 PY := $(VENV)/bin/python
 ALONE := $(VENV)-numpy
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
 # A stamp is younger than these exactly when the environment was installed from them.
 PINS := pyproject.toml constraints.txt Makefile
 SAY = @printf '\n==> %s\n'
@@ -22,13 +25,14 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench bench-quick gpu-check lint format dev clean
+.PHONY: help demo test test-all test-full bench bench-quick gpu-check lint format dev clean
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
-	@echo "make test         the test suite: PyTorch, NumPy, JAX, Keras"
-	@echo "make test-all     the same, then with TensorFlow, then with NumPy alone"
-	@echo "make bench-quick  the benchmarks in short, under five minutes"
+	@echo "make test         the tests: PyTorch, NumPy, JAX, Keras; five minutes on two cores"
+	@echo "make test-all     the same, then the slow ones, TensorFlow, NumPy alone; twelve minutes"
+	@echo "make test-full    every combination of what the others take pairs of; most of an hour"
+	@echo "make bench-quick  the benchmarks in short, under four minutes"
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
 	@echo "make lint         ruff check, ruff format --check, mypy"
@@ -42,15 +46,23 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test $(VENV)/.timm
 	$(SAY) "pytest $(ARGS)"
-	@$(PY) -m pytest -m "not tensorflow" $(ARGS)
+	@$(PY) $(PYTEST) -m "not slow and not tensorflow" $(ARGS)
 
-# What needs TensorFlow, and what does not need PyTorch where there is none: that tests are skipped
-# for what is missing there is no fault, in continuous integration either.
+# What takes long, what needs TensorFlow, and what does not need PyTorch where there is none: that
+# tests are skipped for what is missing there is no fault, in continuous integration either.
 test-all: test $(VENV)/.test-all $(ALONE)/.made
-	$(SAY) "pytest -m tensorflow"
-	@$(PY) -m pytest -m tensorflow
+	$(SAY) "pytest, the slow tests"
+	@$(PY) $(PYTEST) -m "slow and not tensorflow"
+	$(SAY) "pytest, the tests that need TensorFlow"
+	@$(PY) $(PYTEST) -m tensorflow
 	$(SAY) "pytest with NumPy alone"
 	@env -u CI $(ALONE)/bin/python -m pytest tests/bridges tests/layout tests/rules tests/shadow tests/test_light_import.py
+
+test-full: $(VENV)/.test-all $(VENV)/.timm
+	$(SAY) "pytest --full $(ARGS)"
+	@$(PY) $(PYTEST) --full -m "not tensorflow" $(ARGS)
+	$(SAY) "pytest --full, the tests that need TensorFlow"
+	@$(PY) $(PYTEST) --full -m tensorflow $(ARGS)
 
 bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench --quick $(ARGS)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
+from .matrix import reduced
+
 # The first example of a kernel may take as long as compiling it. Where a change is judged, it is
 # judged by the same examples each time; new ones are for those who can look into them.
 settings.register_profile("fastema", deadline=None, derandomize="CI" in os.environ)
@@ -34,6 +37,55 @@ settings.load_profile("fastema")
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 ROOT = Path(fastema.__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs every case."""
+    parser.addoption("--full", action="store_true", help="every combination of wide matrices")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """As many processes as this one may use cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+
+
+# After -k and -m: a case that was asked for by its name is always run.
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what wide matrices say twice."""
+    if config.option.full:
+        return
+    cases = [item for item in items if hasattr(item, "callspec")]
+    specs = [(item.nodeid.split("[")[0], item.callspec) for item in cases]
+    kept = reduced([(test, spec.params, spec.indices) for test, spec in specs])
+    left_out = {id(item) for number, item in enumerate(cases) if number not in kept}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
+    items[:] = [item for item in items if id(item) not in left_out]
+
+
+PEAKS: dict[str, int] = {}
+"""Most memory that each process has had, in MB."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Note what a worker says as it ends."""
+    PEAKS[node.gateway.id] = getattr(node, "workeroutput", {}).get("peak", 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Say, or as a worker hand on, how much memory the tests took."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = peak
+    elif not PEAKS:
+        PEAKS["this process"] = peak
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the peaks."""
+    peaks = ", ".join(f"{name} {peak:,} MB" for name, peak in sorted(PEAKS.items()))
+    terminalreporter.write_line(f"peak memory: {peaks}")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

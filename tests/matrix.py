@@ -1,0 +1,66 @@
+"""Which cases of wide matrices run: every pair of values, in place of every combination."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any, Final
+
+__all__ = ["WIDE", "covering", "reduced"]
+
+WIDE: Final = 24
+"""Cases of two arguments that all run; of more, those that have every value of both."""
+
+Value = tuple[str, Hashable]
+
+
+def reduced(cases: Sequence[tuple[str, Mapping[str, Any], Mapping[str, int]]]) -> set[int]:
+    """Numbers of the cases that are run.
+
+    Of a test with three arguments or more, those that have every pair of values that occurs in
+    some case; of one with two and more than :data:`WIDE` cases, those that have every value.
+
+    Parameters
+    ----------
+    cases : sequence of (test, parameters, positions)
+        A parameter that has no hash is told from others by its position.
+    """
+    of_test: defaultdict[str, list[int]] = defaultdict(list)
+    for number, (test, _, _) in enumerate(cases):
+        of_test[test].append(number)
+    chosen: set[int] = set()
+    for numbers in of_test.values():
+        values = [_values(*cases[number][1:]) for number in numbers]
+        if len(values[0]) == 2:
+            needs = (
+                [set(v) for v in values] if len(numbers) > WIDE else [{tuple(v)} for v in values]
+            )
+        else:
+            needs = [set(combinations(v, 2)) or set(v) for v in values]
+        chosen.update(numbers[i] for i in covering(needs))
+    return chosen
+
+
+def covering(needs: Sequence[Iterable[Hashable]]) -> list[int]:
+    """Numbers of a few sets that together hold all that the others hold: the fullest one first."""
+    left = [set(one) for one in needs]
+    found = []
+    while any(left):
+        best = max(range(len(left)), key=lambda i: len(left[i]))  # the first of several
+        found.append(best)
+        covered = set(left[best])
+        for one in left:
+            one -= covered
+    return found
+
+
+def _values(parameters: Mapping[str, Any], positions: Mapping[str, int]) -> list[Value]:
+    found: list[Value] = []
+    for name, value in sorted(parameters.items(), key=lambda item: item[0]):
+        try:
+            hash(value)
+        except TypeError:
+            value = positions[name]
+        found.append((name, (type(value), value)))
+    return found
