@@ -23,7 +23,9 @@ import fastema
 OURS = str(Path(fastema.__file__).parent)
 ALSO = contextlib.__file__  # what makes a generator a context manager
 CHECKED_AFTER = ("CALL", "RESUME")
-NEAR_THE_ENDS = 200
+NEAR_THE_ENDS = 50
+"""Places at either end of a call that are all tried; with --full as many as NEAR_IN_FULL."""
+NEAR_IN_FULL = 200
 
 
 @functools.cache

@@ -572,7 +572,7 @@ def test_updates_keep_no_memory() -> None:
 
 
 def test_weights_are_not_copied() -> None:
-    big = 25_000_000  # 100 MB each: a copy of either side would show
+    big = 8_000_000  # 32 MB each: a copy of either side would show
     tree = {"w": jnp.ones(big), "v": jnp.ones(big)}
     ema = fastema.EMA(tree, DECAY)
     later = {"w": jnp.full(big, 3.0), "v": jnp.full(big, 2.0)}

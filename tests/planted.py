@@ -1,0 +1,334 @@
+"""Whether the tests catch faults: ``python tests/planted.py [--full] [ROOM or NAME ...]``.
+
+Each fault is put into a copy of the checkout, and the tests of its room, as ``make test`` runs
+them, have to fail; with ``--full`` as ``make test-full`` does. The exit status is 1 if one is not
+caught. All of them take a quarter of an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ROOMS = {
+    "kernels": ["tests/kernels"],
+    "rules": ["tests/rules"],
+    "layout": ["tests/layout"],
+    "engine": ["tests/engine"],
+    "shadow": ["tests/shadow"],
+    "plan": ["tests/test_plan.py", "tests/test_mixed.py"],
+    "state": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
+    "bridges": ["tests/bridges", "tests/shadow/test_written.py"],
+    "compat": ["tests/compat"],
+    "tracking": ["tests/tracking"],
+}
+
+
+class Fault(NamedTuple):
+    """``old``, which occurs once in the file, becomes ``new``."""
+
+    room: str
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault(
+        "kernels",
+        "ties",
+        "kernels/scalar.py",
+        "nearest = shr32(add32(bits, add32(odd, 0x7FFF)), 16)",
+        "nearest = shr32(add32(bits, 0x8000), 16)",
+    ),
+    Fault(
+        "kernels", "weight one", "kernels/scalar.py", "return x if w == 1 else fma", "return fma"
+    ),
+    Fault(
+        "kernels",
+        "largest half",
+        "kernels/scalar.py",
+        "above32(magnitude, 0x477FE000), beyond",
+        "above32(magnitude, 0x477FEFFF), beyond",
+    ),
+    Fault(
+        "kernels", "seed", "kernels/scalar.py", "    key = xor32(mix32(key), high32(step))\n", ""
+    ),
+    Fault(
+        "kernels",
+        "stood still",
+        "kernels/steps.py",
+        "real(1) if after == before",
+        "real(1) if after == x",
+    ),
+    Fault(
+        "rules",
+        "steps between",
+        "fastema/rules/rule.py",
+        "-math.expm1(every * math.log(decay))",
+        "-math.expm1(math.log(decay))",
+    ),
+    Fault(
+        "rules",
+        "begins late",
+        "fastema/rules/schedule.py",
+        "if m < 0 or not step:",
+        "if m <= 0 or not step:",
+    ),
+    Fault(
+        "rules",
+        "due",
+        "fastema/rules/schedule.py",
+        "counted // every - (counted - steps) // every",
+        "counted // every - (counted - 1) // every",
+    ),
+    Fault(
+        "rules",
+        "nothing left",
+        "fastema/rules/debias.py",
+        "max(log_decay + math.log1p(-weight), GONE)",
+        "log_decay + math.log1p(-weight)",
+    ),
+    Fault(
+        "layout",
+        "overlap",
+        "fastema/layout/group.py",
+        "begin[1:] >= np.maximum.accumulate(end)[:-1]",
+        "begin[1:] >= end[:-1]",
+    ),
+    Fault(
+        "layout",
+        "merged axes",
+        "fastema/layout/table.py",
+        "return self.dst == n * inner.dst and self.src == n * inner.src",
+        "return self.dst == n * inner.dst",
+    ),
+    Fault(
+        "layout",
+        "half of an index",
+        "fastema/layout/table.py",
+        "one_half = first // _HALF == reach // _HALF",
+        "one_half = True",
+    ),
+    Fault(
+        "layout",
+        "aligned",
+        "fastema/layout/flat.py",
+        "length += -(-size // unit) * unit",
+        "length += size",
+    ),
+    Fault(
+        "engine",
+        "first share",
+        "fastema/engine/watch.py",
+        "if not share and self._others.changed()",
+        "if share and self._others.changed()",
+    ),
+    Fault(
+        "engine",
+        "first share, by attributes",
+        "fastema/engine/watch.py",
+        "if not share and self._held.changed()",
+        "if share and self._held.changed()",
+    ),
+    Fault(
+        "engine",
+        "waits",
+        "fastema/engine/cpu.py",
+        "if not future.cancel():\n                future.result()",
+        "future.cancel()",
+    ),
+    Fault(
+        "engine",
+        "all finite",
+        "fastema/engine/program.py",
+        "return not any(np.any(group",
+        "return not all(np.any(group",
+    ),
+    Fault(
+        "engine",
+        "of one average",
+        "fastema/engine/program.py",
+        "group.which[: len(results)] == which",
+        "group.which[: len(results)] >= 0",
+    ),
+    Fault(
+        "shadow",
+        "counts the skipped",
+        "fastema/shadow/average.py",
+        "        if not weights:\n            self._done = step\n            return",
+        "        if not weights:\n            return",
+    ),
+    Fault(
+        "shadow",
+        "seed of a step",
+        "fastema/shadow/average.py",
+        "return Moment(weights, self._seed, step)",
+        "return Moment(weights, self._seed, self._done)",
+    ),
+    Fault(
+        "shadow",
+        "saved while applied",
+        "fastema/shadow/exchange.py",
+        'pair.src if _tag(pair) == "swap" else pair.dst',
+        "pair.dst",
+    ),
+    Fault(
+        "shadow",
+        "tied",
+        "fastema/shadow/entries.py",
+        "first.setdefault(leaf.spec, leaf.name)",
+        "first[leaf.spec] = leaf.name",
+    ),
+    Fault(
+        "shadow",
+        "refused in a block",
+        "fastema/shadow/average.py",
+        '            self._refuse_applied("update")\n',
+        "",
+    ),
+    Fault("plan", "as it was", "fastema/plan.py", "            vars(self).update(before)\n", ""),
+    Fault("plan", "calls", "fastema/plan.py", "            self.calls += 1\n", ""),
+    Fault(
+        "plan",
+        "tells autograd",
+        "fastema/plan.py",
+        '(self._swapped if operation == "swap" else [])',
+        "[]",
+    ),
+    Fault(
+        "state",
+        "damage",
+        "fastema/checkpoint/state.py",
+        "if sums.get(key) != zlib.crc32(bytes_of(array)):",
+        "if key in sums and False:",
+    ),
+    Fault(
+        "state",
+        "rounding",
+        "fastema/shadow/average.py",
+        '"stochastic" if self._wish.random else "nearest"',
+        '"nearest"',
+    ),
+    Fault(
+        "bridges",
+        "inference",
+        "fastema/bridges/torch.py",
+        "increment_version([t for t in tensors if not t.is_inference()])",
+        "increment_version([t for t in tensors if t.is_inference()])",
+    ),
+    Fault(
+        "bridges",
+        "conjugate",
+        "fastema/bridges/torch.py",
+        "if not plain or tensor.is_conj() or tensor.is_neg()",
+        "if not plain or tensor.is_neg()",
+    ),
+    Fault(
+        "bridges",
+        "strides",
+        "fastema/bridges/numpy.py",
+        "if not flags.aligned or any(step % itemsize for step in strides):",
+        "if not flags.aligned:",
+    ),
+    Fault(
+        "bridges",
+        "used arrays",
+        "fastema/bridges/moving.py",
+        "if self._used and all(map(_refers, self._used, arrays)):",
+        "if False:",
+    ),
+    Fault(
+        "compat",
+        "decay grows",
+        "fastema/compat/torch_ema.py",
+        "min(decay, (1 + step) / (10 + step))",
+        "min(decay, (2 + step) / (11 + step))",
+    ),
+    Fault(
+        "compat",
+        "after a step",
+        "fastema/compat/diffusers.py",
+        "optimization_step - self.update_after_step - 1)",
+        "optimization_step - self.update_after_step)",
+    ),
+    Fault(
+        "compat",
+        "floor",
+        "fastema/compat/diffusers.py",
+        "return max(min(grown, self.decay), self.min_decay)",
+        "return min(grown, self.decay)",
+    ),
+    Fault(
+        "tracking",
+        "rest of a sum",
+        "fastema/tracking/window.py",
+        "(front - (total - took)) + (behind - took)) + low + back_low[at]",
+        "(front - (total - took)) + (behind - took)) + low",
+    ),
+    Fault(
+        "tracking",
+        "no weight",
+        "fastema/tracking/scalar.py",
+        "            if not weight:\n                return self._reading\n",
+        "",
+    ),
+]
+
+
+def caught(fault: Fault, full: bool) -> tuple[bool, str]:
+    """Whether the room's tests fail, and what they say last."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(
+            ROOT,
+            copy,
+            symlinks=True,
+            ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__"),
+        )
+        target = copy / fault.file
+        text = target.read_text(encoding="utf-8")
+        assert text.count(fault.old) == 1, f"{fault.name}: {text.count(fault.old)} places"
+        target.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "auto", "--dist", "worksteal"]
+        command += ["--full"] if full else []
+        command += ["-m", "not tensorflow" if full else "not slow and not tensorflow"]
+        run = subprocess.run(
+            [*command, "-p", "no:cacheprovider", *ROOMS[fault.room]],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+        )
+        said = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if run.returncode not in (0, 1, 2):
+            raise RuntimeError(run.stdout + run.stderr)
+        return run.returncode != 0, said[0] if said else run.stdout.strip().splitlines()[-1]
+
+
+def main() -> int:
+    wanted = [argument for argument in sys.argv[1:] if argument != "--full"]
+    missed = 0
+    for fault in FAULTS:
+        if wanted and not {fault.room, fault.name} & set(wanted):
+            continue
+        began = time.monotonic()
+        found, said = caught(fault, "--full" in sys.argv)
+        missed += not found
+        took = time.monotonic() - began
+        verdict = "caught" if found else "MISSED"
+        print(f"{verdict} {fault.room}, {fault.name} ({took:.0f} s): {said[:150]}", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
