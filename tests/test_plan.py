@@ -263,6 +263,7 @@ def test_a_container_that_no_longer_fits_is_refused_until_it_does() -> None:
     np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
 
 
+@pytest.mark.slow
 def test_later_calls_look_nothing_up_and_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(7)
     plan = fastema.Plan(averages(net), net)

@@ -108,6 +108,7 @@ def assert_close(table: np.ndarray, weight: Weight, updates: np.ndarray, roundin
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3, 10])
 @pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
 def test_every_rule_at_every_update(rule: rules.Rule, every: int) -> None:
@@ -350,6 +351,7 @@ def every_other_while(update: int) -> float:
     return 1.0 if update > 10_000 and update % 151 == 5 else 1 / (update + 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weight", [alternating, wave, single, every_thousandth, every_epoch, every_other_while]
 )

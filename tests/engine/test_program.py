@@ -516,6 +516,7 @@ def test_a_move_is_not_added_to_the_last_one(
         np.testing.assert_array_equal(avg, values)
 
 
+@pytest.mark.slow
 def test_later_runs_compile_nothing_and_keep_no_memory(
     numbers: Make,
     run_pairs: Callable[..., Program],

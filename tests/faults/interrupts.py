@@ -23,7 +23,7 @@ import fastema
 OURS = str(Path(fastema.__file__).parent)
 ALSO = contextlib.__file__  # what makes a generator a context manager
 CHECKED_AFTER = ("CALL", "RESUME")
-NEAR_THE_ENDS = 50
+NEAR_THE_ENDS = 25
 """Places at either end of a call that are all tried; with --full as many as NEAR_IN_FULL."""
 NEAR_IN_FULL = 200
 
@@ -83,12 +83,12 @@ def count(call: Callable[[], object]) -> int:
 
 
 def every_place(call: Callable[[], object], check: Callable[[], object]) -> None:
-    """Interrupt a call everywhere; of a long one's middle, at every tenth place."""
+    """Interrupt a call everywhere; of a long one's middle, at every twentieth place."""
     many = -count(call)
     check()
     assert many > 20
     for k in range(1, many + 1):
-        if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % 10 == 0:
+        if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % 20 == 0:
             interrupted(k, call)
             check()
 

@@ -48,6 +48,7 @@ def test_exit(case: str, python: Callable[..., str]) -> None:
     assert "updated" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("during", ["main", "handler"])
 def test_daemon_thread_that_never_stops(during: str, python: Callable[..., str]) -> None:
     script = """

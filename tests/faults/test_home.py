@@ -32,12 +32,14 @@ BARE = dict.fromkeys(
 )
 
 
+@pytest.mark.slow
 def test_read_only_home_and_cache_home(tmp_path: Path, python: Callable[..., str]) -> None:
     settings = {**BARE, "HOME": NOWHERE, "XDG_CACHE_HOME": NOWHERE, "TMPDIR": str(tmp_path)}
     used = python(UPDATE, "", **settings).strip()
     assert Path(used).parent == tmp_path / f"fastema-{os.getuid()}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir(READ_ONLY), reason="no folder that nobody can write to")
 def test_home_that_may_be_read_but_not_written(tmp_path: Path, python: Callable[..., str]) -> None:
     settings = {**BARE, "HOME": READ_ONLY, "TMPDIR": str(tmp_path)}
@@ -56,6 +58,7 @@ def test_unwritable_cache_setting_is_passed_over(
     assert Path(python(UPDATE, "", **settings).strip()).parent == tmp_path / "fastema"
 
 
+@pytest.mark.slow
 def test_user_without_a_home(tmp_path: Path, python: Callable[..., str]) -> None:
     # As in a container whose user id the list of users does not know.
     unknown = "import pwd\npwd.getpwuid = {}.__getitem__\n"

@@ -165,6 +165,7 @@ def test_a_power_average_in_the_limit(gamma: float, n: int) -> None:
     assert found.initial_share == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [

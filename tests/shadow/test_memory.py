@@ -166,6 +166,7 @@ def test_every_tensor_of_the_average_begins_at_a_cache_line(kind: str) -> None:
             assert len({slot.data_ptr() % 64 for slot in slots}) == 1, part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_dtype", ["f32", "bf16"])
 def test_python_objects_of_an_update_and_a_swap(model_dtype: str) -> None:
     """Per call less than 1 % of a model of 1,000 tensors, and nothing that stays."""

@@ -309,22 +309,22 @@ def test_freezing_later_changes_nothing() -> None:
     torch.testing.assert_close(ema.shadow["own"], (old + model.own.detach()) / 2)
 
 
-@pytest.mark.parametrize("left", [0, 64])
-def test_a_model_without_memory_is_refused_not_read(left: int, python: Callable[..., str]) -> None:
-    """Sharding frees the storage under a parameter and leaves its shape."""
-    out = python(f"""
+def test_a_model_without_memory_is_refused_not_read(python: Callable[..., str]) -> None:
+    """Sharding frees the storage under a parameter, or most of it, and leaves its shape."""
+    out = python("""
         import torch, fastema
-        model = torch.nn.Linear(300, 400)
-        ema = fastema.EMA(model, 0.5)
-        before = ema.shadow["weight"].clone()
-        model.weight.data.untyped_storage().resize_({left})
-        for call in (ema.update, ema.apply_shadow, lambda: ema.copy_to(model),
-                     lambda: fastema.EMA(model)):
-            try:
-                call()
-                print("read or written")
-                break
-            except fastema.errors.FastemaError as error:
-                print("weight" in str(error), torch.equal(ema.shadow["weight"], before))
+        for left in (0, 64):
+            model = torch.nn.Linear(300, 400)
+            ema = fastema.EMA(model, 0.5)
+            before = ema.shadow["weight"].clone()
+            model.weight.data.untyped_storage().resize_(left)
+            for call in (ema.update, ema.apply_shadow, lambda: ema.copy_to(model),
+                         lambda: fastema.EMA(model)):
+                try:
+                    call()
+                    print("read or written")
+                    break
+                except fastema.errors.FastemaError as error:
+                    print("weight" in str(error), torch.equal(ema.shadow["weight"], before))
     """)
-    assert out.split() == ["True", "True"] * 4
+    assert out.split() == ["True", "True"] * 8
