@@ -16,7 +16,7 @@ JOBS ?= auto
 
 PY := $(VENV)/bin/python
 ALONE := $(VENV)-numpy
-PYTEST := -m pytest -n $(JOBS) --dist worksteal
+PYTEST := -m pytest -n $(JOBS) --dist worksteal --durations=25 --durations-min=1
 # A stamp is younger than these exactly when the environment was installed from them.
 PINS := pyproject.toml constraints.txt Makefile
 SAY = @printf '\n==> %s\n'
@@ -56,7 +56,7 @@ test-all: test $(VENV)/.test-all $(ALONE)/.made
 	$(SAY) "pytest, the tests that need TensorFlow"
 	@$(PY) $(PYTEST) -m tensorflow
 	$(SAY) "pytest with NumPy alone"
-	@env -u CI $(ALONE)/bin/python -m pytest tests/bridges tests/layout tests/rules tests/shadow tests/test_light_import.py
+	@env -u CI $(ALONE)/bin/python $(PYTEST) tests/bridges tests/layout tests/rules tests/shadow tests/test_light_import.py
 
 test-full: $(VENV)/.test-all $(VENV)/.timm
 	$(SAY) "pytest --full $(ARGS)"
@@ -135,7 +135,7 @@ $(VENV)/.test: EXTRAS = test,bench
 $(ALONE)/.made: $(PINS)
 	$(SAY) "making $(ALONE), with what fastema itself depends on"
 	@$(PYTHON) -m venv $(ALONE)
-	@$(ALONE)/bin/python -m pip install -c constraints.txt -e . hypothesis pytest
+	@$(ALONE)/bin/python -m pip install -c constraints.txt -e . hypothesis pytest pytest-xdist
 	@touch "$@"
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made

@@ -96,7 +96,7 @@ FAULTS = [
         "nothing left",
         "fastema/rules/debias.py",
         "max(log_decay + math.log1p(-weight), GONE)",
-        "log_decay + math.log1p(-weight)",
+        "max(log_decay + math.log1p(-0.5 * weight), GONE)",
     ),
     Fault(
         "layout",

@@ -40,6 +40,7 @@ def assembly(request: pytest.FixtureRequest, python: Callable[..., str]) -> dict
     return dict(listings)
 
 
+@pytest.mark.slow
 def test_flat_updates_are_vectorised(assembly: dict[str, str]) -> None:
     for pair, listing in assembly.items():
         packed = re.findall(r"\bvfn?madd\d+ps\s.*%([xyz])mm", listing)

@@ -103,6 +103,7 @@ def test_the_same_bits_without_the_compiler(python: Callable[..., str]) -> None:
         assert one == other
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_the_watch_runs_as_python(python: Callable[..., str]) -> None:
     pytest.importorskip("torch")
