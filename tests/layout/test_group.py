@@ -154,6 +154,12 @@ def test_overlap_behind_a_long_tensor_is_found() -> None:
         refuse_overlap([("after", after), ("inside", inside)], [("inside too", inside)])
 
 
+def test_overlap_behind_one_that_has_ended_is_found() -> None:
+    long, ended, after = spec(4096, (1000,)), spec(4200, (3,)), spec(4400, (3,))
+    with pytest.raises(LayoutError, match=r"long .* after .* overlap"):
+        refuse_overlap([("after", after)], [("long", long), ("ended", ended)])
+
+
 def test_a_thousand_tensors_are_checked_at_once() -> None:
     # Columns of one matrix: spans overlap, elements do not.
     columns = [(f"c{i}", spec(4096 + 4 * i, (20,), strides=(40,))) for i in range(40)]
