@@ -42,6 +42,17 @@ def test_a_bias_corrected_average_of_mixed_steps_comes_back(tmp_path: Path) -> N
     assert other.state_dict()["log_decays"] == ema.state_dict()["log_decays"]
 
 
+@pytest.mark.parametrize("place", [-1, -30, -60])
+def test_a_changed_byte_of_a_tensor_is_damage(place: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_state(path, average(1).state_dict())
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: "):
+        read_state(files.read(path), np.zeros(1))
+
+
 @pytest.mark.parametrize("seed", range(150))
 def test_a_damaged_state_is_our_error_whatever_is_wrong(seed: int, tmp_path: Path) -> None:
     ema = average(1, zero_debias=True)
