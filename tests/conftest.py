@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -36,6 +37,9 @@ settings.load_profile("fastema")
 # The backend is chosen when Keras is imported: here, one that is there.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+# Tensors of a few numbers: where every core runs tests, PyTorch's threads wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(fastema.__file__).parents[1]
 
 
@@ -61,6 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = {id(item) for number, item in enumerate(cases) if number not in kept}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
     items[:] = [item for item in items if id(item) not in left_out]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare the collector what is imported for good: trainers collect garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 PEAKS: dict[str, int] = {}
