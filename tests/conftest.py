@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,13 @@ ROOT = Path(fastema.__file__).parents[1]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that runs every case."""
     parser.addoption("--full", action="store_true", help="every combination of wide matrices")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have TensorBoard do without TensorFlow, whose import takes seconds, where no test needs it."""
+    if "not tensorflow" in config.option.markexpr:
+        name = "tensorboard.compat.notf"  # what TensorBoard itself looks for
+        sys.modules.setdefault(name, ModuleType(name))
 
 
 def pytest_xdist_auto_num_workers() -> int:
