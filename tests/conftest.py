@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have TensorBoard do without TensorFlow, whose import takes seconds, where no test needs it."""
+    """Have TensorBoard do without TensorFlow, which takes seconds, where no test needs it."""
     if "not tensorflow" in config.option.markexpr:
         name = "tensorboard.compat.notf"  # what TensorBoard itself looks for
         sys.modules.setdefault(name, ModuleType(name))

@@ -275,7 +275,6 @@ REAL = {
 """What scripts write, for every peer whose classes can be replaced here."""
 
 
-
 def names_in(statement: str) -> list[str]:
     return [one.strip() for one in statement.partition("import ")[2].split(",")]
 
