@@ -62,8 +62,6 @@ def run(backend: str, folder: Path, *options: str) -> Outcome:
         "CUDA_VISIBLE_DEVICES": "",
         "JAX_PLATFORMS": "cpu",
     }
-    if backend != "tensorflow":
-        options = (*options, "-m", "not tensorflow")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}"]
     command += [*options, *map(str, CASES)]
     log = folder / "output.txt"
