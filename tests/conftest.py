@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,12 +39,22 @@ settings.load_profile("fastema")
 # The backend is chosen when Keras is imported: here, one that is there.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+# Tensors of a few numbers: where every core runs tests, PyTorch's threads wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(fastema.__file__).parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that runs every case."""
     parser.addoption("--full", action="store_true", help="every combination of wide matrices")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have TensorBoard do without TensorFlow, which takes seconds, where no test needs it."""
+    if "not tensorflow" in config.option.markexpr:
+        name = "tensorboard.compat.notf"  # what TensorBoard itself looks for
+        sys.modules.setdefault(name, ModuleType(name))
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -79,6 +91,12 @@ def pytest_runtest_teardown() -> None:
                 sys.modules["jax"].clear_caches()
             _trim(0)
             _resident[0] = int(_PAGES.read_text().split()[1])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spare the collector what is imported for good: trainers collect garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 PEAKS: dict[str, int] = {}

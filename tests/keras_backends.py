@@ -1,4 +1,4 @@
-"""Cases for Keras run on each of its backends: one process each, one test per case.
+"""Cases for Keras run on each of its backends: one process for each, with all of them.
 
 Keras takes its backend when it is imported, for good. A file of cases is a test module that pytest
 does not collect by its name, and that can be run by itself too:
@@ -7,11 +7,9 @@ does not collect by its name, and that can be run by itself too:
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -20,41 +18,39 @@ from xml.etree import ElementTree
 import pytest
 
 from .conftest import ROOT
-from .needed import modules
 
 BACKENDS: Final = (
     pytest.param("tensorflow", marks=pytest.mark.tensorflow),
     "torch",
     "jax",
 )
-SECONDS = 600
-
-
-def names(cases: Path) -> list[str]:
-    """The tests in a file of cases."""
-    return [
-        node.name
-        for node in ast.parse(cases.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
+TESTS: Final = Path(__file__).parent
+CASES: Final = (
+    TESTS / "keras_cases.py",
+    TESTS / "keras_loss_cases.py",
+    TESTS / "compat" / "keras_swap_cases.py",
+)
+SECONDS = 1200
 
 
 class Outcome(NamedTuple):
-    """What a backend's process said: failures by case, the cases that passed, and its output."""
+    """What a backend's process said: how each test ended, by file, and its output."""
 
-    failed: dict[str, list[str]]
-    passed: set[str]
+    failed: list[str]
+    passed: dict[str, int]
     output: str
 
-    def judge(self, case: str) -> None:
-        """Fail if a case failed, or was not run."""
-        if case in self.failed:
-            pytest.fail("\n".join(self.failed[case]), pytrace=False)
-        if case not in self.passed:
-            pytest.fail(f"it was not run:\n{self.output[-3000:]}", pytrace=False)
+    def judge(self) -> None:
+        """Fail if a case failed, or if those of a file were not run."""
+        if self.failed:
+            pytest.fail("\n".join(self.failed), pytrace=False)
+        missing = [path.stem for path in CASES if not self.passed.get(path.stem)]
+        if missing:
+            pytest.fail(f"{missing} were not run:\n{self.output[-3000:]}", pytrace=False)
 
 
-def _run(cases: Path, backend: str, chosen: list[str], folder: Path) -> Outcome:
+def run(backend: str, folder: Path, *options: str) -> Outcome:
+    """Run all cases on a backend, with options for pytest."""
     report = folder / "report.xml"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environment = {
@@ -67,44 +63,18 @@ def _run(cases: Path, backend: str, chosen: list[str], folder: Path) -> Outcome:
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}"]
-    command += [f"{cases}::{case}" for case in chosen]
+    command += [*options, *map(str, CASES)]
     log = folder / "output.txt"
     with log.open("w", encoding="utf-8") as output, suppress(subprocess.TimeoutExpired):
         subprocess.run(
-            command, env=environment, cwd=cases.parents[1], stdout=output,
+            command, env=environment, cwd=TESTS.parent, stdout=output,
             stderr=subprocess.STDOUT, timeout=SECONDS, check=False,
         )  # fmt: skip
-    failed: dict[str, list[str]] = {}
-    passed: set[str] = set()
+    failed: list[str] = []
+    passed: dict[str, int] = {}
     for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        name = case.get("name", "")
+        file, name = case.get("classname", "").rpartition(".")[2], case.get("name", "")
         problems = [*case.iter("failure"), *case.iter("error")]
-        if problems:
-            texts = [f"{name}\n{one.text}" for one in problems]
-            failed.setdefault(name.partition("[")[0], []).extend(texts)
-        else:
-            passed.add(name.partition("[")[0])
+        failed += [f"{file}: {name}\n{one.text}" for one in problems]
+        passed[file] = passed.get(file, 0) + (not problems)
     return Outcome(failed, passed, log.read_text(encoding="utf-8", errors="replace"))
-
-
-def outcomes(
-    cases: Path, request: pytest.FixtureRequest, folders: pytest.TempPathFactory
-) -> Callable[[str], Outcome]:
-    """The outcome on a backend of the cases that this run is to show."""
-    known: dict[str, Outcome] = {}
-
-    def of(backend: str) -> Outcome:
-        modules("keras", backend)
-        if backend not in known:
-            wanted = [
-                item.callspec.params["case"]
-                for item in request.session.items
-                if getattr(item, "callspec", None) is not None
-                and item.path.name == request.path.name
-                and item.callspec.params.get("backend") == backend
-                and "case" in item.callspec.params
-            ]
-            known[backend] = _run(cases, backend, wanted, folders.mktemp(backend))
-        return known[backend]
-
-    return of

@@ -1,4 +1,4 @@
-"""Tests of fastema.keras.LossAverages on the backend of KERAS_BACKEND; see test_keras_losses.py."""
+"""Tests of fastema.keras.LossAverages on the backend of KERAS_BACKEND; see test_keras.py."""
 
 from __future__ import annotations
 

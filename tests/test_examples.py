@@ -79,6 +79,7 @@ def test_staircase(tmp_path: Path) -> None:
     assert abs(found["batch_loss_ema"][ends[0]] - float(now)) < 0.6 * (float(last) - float(now))
 
 
+@pytest.mark.slow
 def test_staircase_does_not_mix_runs(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("")
     done = run("staircase.py", "--logs", tmp_path)

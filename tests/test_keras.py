@@ -1,28 +1,38 @@
-"""fastema.keras.EMAWeights on TensorFlow, PyTorch and JAX: the cases of keras_cases.py."""
+"""fastema.keras and fastema.compat.keras: some cases here, and all of them on each backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .keras_backends import BACKENDS, Outcome, names, outcomes
+from .keras_backends import BACKENDS, run
 from .needed import modules
 
-CASES = Path(__file__).with_name("keras_cases.py")
+modules("keras", "safetensors")
 
-
-@pytest.fixture(scope="module")
-def outcome(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Outcome]:
-    modules("safetensors")
-    return outcomes(CASES, request, tmp_path_factory)
+from .compat.keras_swap_cases import (  # noqa: E402
+    models_are_given_back,  # noqa: F401
+    test_evaluate_and_predict_by_hand,  # noqa: F401
+    test_validation_runs_with_the_average_and_every_bit_comes_back,  # noqa: F401
+)
+from .keras_cases import (  # noqa: E402
+    pytestmark,  # noqa: F401
+    test_average_is_the_recursion_over_all_steps,  # noqa: F401
+    test_evaluate_and_predict_with_the_average_and_every_bit_comes_back,  # noqa: F401
+    test_saved_weights_are_the_average,  # noqa: F401
+    test_swap_on_epoch_shows_the_average_to_later_callbacks,  # noqa: F401
+    test_validation_runs_with_the_average,  # noqa: F401
+)
+from .keras_loss_cases import (  # noqa: E402
+    test_keras_values_stay_the_same_to_the_bit,  # noqa: F401
+    test_logs_of_batches_and_epochs,  # noqa: F401
+    test_raw_is_the_batchs_own_loss,  # noqa: F401
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", names(CASES))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_case(backend: str, case: str, outcome: Callable[[str], Outcome]) -> None:
-    outcome(backend).judge(case)
+def test_all_cases(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    modules(backend)
+    run(backend, tmp_path, *["--full"] * request.config.option.full).judge()

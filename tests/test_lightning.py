@@ -417,8 +417,7 @@ def test_averages_are_logged_when_they_are_shown(
 
 
 DISTRIBUTED = """
-    import sys, warnings
-    from pathlib import Path
+    import warnings
     warnings.simplefilter("ignore")
     import lightning.pytorch as pl, torch
     from torch.utils.data import DataLoader, TensorDataset
@@ -441,29 +440,31 @@ DISTRIBUTED = """
             found = [torch.tensor(self.seen), torch.tensor(averages.history["train_loss_raw"])]
             found = self.all_gather(torch.stack([x.double() for x in found]))
             if self.global_rank == 0:
-                print(found.tolist())
+                print(found.tolist(), flush=True)
 
     if __name__ == "__main__":
         x = torch.arange(24.0)[:, None] / 10
-        averages = LossAverages(sync_dist=sys.argv[1] == "sync", record=True)
-        trainer = pl.Trainer(
-            callbacks=[averages], accelerator="cpu", devices=2, strategy="ddp_fork", logger=False,
-            max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Module(), DataLoader(TensorDataset(x), 4))
+        for sync in (True, False):
+            averages = LossAverages(sync_dist=sync, record=True)
+            trainer = pl.Trainer(
+                callbacks=[averages], accelerator="cpu", devices=2, strategy="ddp_fork",
+                logger=False, max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(Module(), DataLoader(TensorDataset(x), 4))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("how", ["sync", "own"])
-def test_two_processes_smooth_their_own_losses_or_the_mean(python: Any, how: str) -> None:
-    printed = python(DISTRIBUTED, how, quiet=False).splitlines()
-    (first, second) = np.array(eval(printed[-1]))
-    assert not np.allclose(first[0], second[0])
-    mean = (first[0] + second[0]) / 2
-    for losses, smoothed in (first, second):
-        np.testing.assert_allclose(smoothed, mean if how == "sync" else losses, rtol=1e-6)
+def test_two_processes_smooth_their_own_losses_or_the_mean(python: Any) -> None:
+    printed = python(DISTRIBUTED, quiet=False).splitlines()
+    found = [np.array(eval(line)) for line in printed if line.startswith("[[[")]
+    for (first, second), synced in zip(found, (True, False), strict=True):
+        assert not np.allclose(first[0], second[0])
+        mean = (first[0] + second[0]) / 2
+        for losses, smoothed in (first, second):
+            np.testing.assert_allclose(smoothed, mean if synced else losses, rtol=1e-6)
 
 
 def test_two_of_them_in_one_trainer_are_refused(tmp_path: Path) -> None:
@@ -486,6 +487,7 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
         LossAverages(**options)
 
 
+@pytest.mark.slow
 def test_it_is_a_callback_of_both_packages(python: Any) -> None:
     modules("pytorch_lightning")
     script = """

@@ -133,15 +133,16 @@ def test_checking_a_path_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
 # Training
 
 
-def test_a_seed_fixes_all_numbers() -> None:
-    recipe = Recipe(model="cnn", epochs=1, batch_size=64, seed=3)
+@pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
+def test_a_seed_fixes_all_numbers(model: str) -> None:
+    recipe = Recipe(model=model, epochs=1, batch_size=64, seed=3)
     setup, history = _train(recipe)
     again_setup, again = _train(recipe)
     assert again.evaluations == history.evaluations
     torch.testing.assert_close(again.ema_answers, history.ema_answers, rtol=0, atol=0)
     for ours, theirs in zip(setup.model.parameters(), again_setup.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    _, other = _train(Recipe(model="cnn", epochs=1, batch_size=64, seed=4))
+    _, other = _train(Recipe(model=model, epochs=1, batch_size=64, seed=4))
     assert other.evaluations != history.evaluations
 
 
@@ -158,6 +159,7 @@ def test_without_decay_the_average_is_the_weights() -> None:
         assert seen.ema == seen.raw
 
 
+@pytest.mark.slow
 def test_the_average_wins_by_the_default_recipe() -> None:
     _, history = _train(Recipe(model="mlp", epochs=12))
     seen = summary.tail(history)

@@ -1,9 +1,11 @@
-"""Tests of fastema.compat.keras on the backend that KERAS_BACKEND names; see test_keras_swap.py."""
+"""Tests of fastema.compat.keras on the backend that KERAS_BACKEND names; see test_keras.py."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -28,7 +30,7 @@ Y = np.sin(X.sum(1, keepdims=True))
 XV, YV = X[::3] + np.float32(0.1), Y[::3]
 
 
-def build(policy: str = "float32", wrap: Any = None, **options: Any) -> Any:
+def new(policy: str = "float32", wrap: Any = None) -> Any:
     keras.utils.set_random_seed(11)
     model = keras.Sequential(
         [
@@ -39,9 +41,63 @@ def build(policy: str = "float32", wrap: Any = None, **options: Any) -> Any:
         ],
         name="net",
     )
-    optimizer = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.8, **options)
+    optimizer = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.8)
     model.compile(wrap(optimizer) if wrap else optimizer, "mse")
     return model
+
+
+# -- models, made once: what they are compiled to is kept, their state is not ----------------------
+
+
+class Made(NamedTuple):
+    """A model, and what it was when it was new."""
+
+    model: Any
+    optimizer: Any
+    state: Weights
+
+    def is_as_made(self) -> bool:
+        """Whether it is no more than its state that tests have changed."""
+        return self.model.optimizer is self.optimizer and not left_in(self.model)
+
+    def renewed(self) -> Any:
+        model = self.model
+        model._jax_state, model._jax_state_synced = None, True
+        model.stop_training = False
+        for variable, value in zip(_state(model), self.state, strict=True):
+            variable.assign(value)
+        for metric in model.metrics:
+            metric.reset_state()
+        return model
+
+
+_free: dict[tuple[str, Any], list[Made]] = {}
+_lent: list[tuple[tuple[str, Any], Made]] = []
+
+
+def _state(model: Any) -> list[Any]:
+    return [*model.variables, *model.optimizer.variables]
+
+
+def build(policy: str = "float32", wrap: Any = None) -> Any:
+    """A model as ``new`` makes it, with an optimizer that has its variables."""
+    free = _free.setdefault((policy, wrap), [])
+    if not free:
+        model = new(policy, wrap)
+        model.optimizer.build(model.trainable_variables)
+        free.append(Made(model, model.optimizer, values(_state(model))))
+    made = free.pop()
+    _lent.append(((policy, wrap), made))
+    return made.renewed()
+
+
+@pytest.fixture(autouse=True)
+def models_are_given_back() -> Iterator[None]:
+    yield
+    for kind, made in _lent:
+        if made.is_as_made():
+            _free[kind].append(made)
+    _lent.clear()
 
 
 def values(variables: Any) -> Weights:
@@ -107,9 +163,10 @@ class Undisturbed(Seen):
     """The same run without any swap: what weights and averages are after each epoch."""
 
 
-def reference(epochs: int = 2, **options: Any) -> list[tuple[Weights, Weights]]:
+@cache
+def reference(epochs: int = 2, policy: str = "float32") -> list[tuple[Weights, Weights]]:
     seen = Undisturbed()
-    fit(build(**options), seen, epochs=epochs, validation_data=None)
+    fit(build(policy), seen, epochs=epochs, validation_data=None)
     return seen.at["epoch_end"]
 
 
@@ -275,7 +332,7 @@ def test_a_failing_evaluation_gives_the_weights_back() -> None:
 
 
 def test_before_the_first_step_the_model_is_evaluated() -> None:
-    model, swap, seen = build(), SwapEMAWeights(), Seen()
+    model, swap, seen = new(), SwapEMAWeights(), Seen()
     before = raw(model)
     got = model.evaluate(XV, YV, verbose=0, callbacks=[swap])
     assert got == model.evaluate(XV, YV, verbose=0)
@@ -286,9 +343,9 @@ def test_before_the_first_step_the_model_is_evaluated() -> None:
     peer = keras.callbacks.SwapEMAWeights()
     if BACKEND == "tensorflow":
         with pytest.raises(ValueError, match="use_ema"):
-            build().evaluate(XV, YV, verbose=0, callbacks=[peer])
+            new().evaluate(XV, YV, verbose=0, callbacks=[peer])
         return
-    theirs = build().evaluate(XV, YV, verbose=0, callbacks=[peer])
+    theirs = new().evaluate(XV, YV, verbose=0, callbacks=[peer])
     assert theirs == pytest.approx(float((YV**2).mean()), rel=1e-5)  # of weights that are zero
     assert abs(theirs - got) > 1e-3
 

@@ -276,15 +276,15 @@ def recorded(
 
 
 @pytest.mark.parametrize("every", [1, 10, 20])
-@pytest.mark.parametrize("width", [0.07, 0.15, 0.2])
-def test_any_average_at_any_step(every: int, width: float, tmp_path: Path) -> None:
+def test_any_average_at_any_step(every: int, tmp_path: Path) -> None:
     made, truth = recorded(ours, tmp_path, every)
-    for step in (300, 600, None):
-        got = made.synthesize_ema_model(sigma_rel=width, step=step)
-        at = step or 600
-        assert profile(got.ema_model.moments, at) == pytest.approx(truth[width, at], rel=0.02)
-        assert isinstance(got, ours.KarrasEMA)
-    assert made.synthesize_ema_model(gamma=got.gamma).gamma == got.gamma
+    for width in (0.07, 0.15, 0.2):
+        for step in (300, 600, None):
+            got = made.synthesize_ema_model(sigma_rel=width, step=step)
+            at = step or 600
+            assert profile(got.ema_model.moments, at) == pytest.approx(truth[width, at], rel=0.02)
+            assert isinstance(got, ours.KarrasEMA)
+        assert made.synthesize_ema_model(gamma=got.gamma).gamma == got.gamma
 
 
 @pytest.mark.parametrize("module", [ours, theirs], ids=["ours", "theirs"])

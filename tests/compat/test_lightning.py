@@ -1056,11 +1056,13 @@ DISTRIBUTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_keep_one_average(python: Any) -> None:
     assert "equal" in python(DISTRIBUTED, quiet=False)
 
 
+@pytest.mark.slow
 def test_it_works_with_both_packages(python: Any) -> None:
     modules("pytorch_lightning")
     script = """
@@ -1101,6 +1103,7 @@ def test_it_works_with_both_packages(python: Any) -> None:
     assert "equal" in python(script, quiet=False)
 
 
+@pytest.mark.slow
 def test_it_works_with_an_older_lightning_and_with_one_alone(python: Any) -> None:
     script = """
         import sys, warnings

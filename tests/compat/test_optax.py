@@ -325,6 +325,7 @@ def test_ema_of_16_bits_moves() -> None:
     assert abs(reals(theirs.ema["w"]).mean() / exact - 1) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulator", ["bfloat16", "float16"])
 def test_ema_in_a_narrow_accumulator_moves(accumulator: str) -> None:
     updates = {"w": jnp.ones(20_000)}

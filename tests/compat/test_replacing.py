@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -223,20 +225,42 @@ def test_a_name_that_is_gone_and_a_peer_that_is_missing(
 
 
 SCRIPT = """
-import sys
-if {peer!r} == "timm":
-    from bench.without_torchvision import stand_in
-    stand_in()
-early, late = {early!r}, {late!r}
-exec(early)
+import json, sys, traceback
+from types import ModuleType
 import fastema
-fastema.compat.install({peer!r})
-exec(late)
-for name in {names!r}:
-    print(name, globals()[name].__module__)
-fastema.compat.uninstall({peer!r})
-for name in {names!r}:
-    print(name, globals()[name].__module__)
+
+def written(name, statement):
+    # A script is a module: classes are replaced in those.
+    script = sys.modules[name] = ModuleType(name)
+    exec(statement, vars(script))
+    return script
+
+def homes(script, names):
+    return [getattr(script, name).__module__ for name in names]
+
+def seen(peer, statement, names):
+    if peer == "timm":
+        from bench.without_torchvision import stand_in
+        stand_in()
+    fastema.compat.install(peer)
+    late = written(f"{peer}_late", statement)
+    found = {"late": [homes(late, names)]}
+    fastema.compat.uninstall(peer)
+    early = written(f"{peer}_early", statement)
+    found["untouched"] = homes(early, names)
+    fastema.compat.install(peer)
+    found["early"] = [homes(early, names)]
+    fastema.compat.uninstall(peer)
+    found["early"].append(homes(early, names))
+    return found
+
+shown = {}
+for peer, (statement, names) in json.loads(sys.argv[1]).items():
+    try:
+        shown[peer] = seen(peer, statement, names)
+    except Exception:
+        shown[peer] = traceback.format_exc()
+print(json.dumps(shown))
 """
 
 REAL = {
@@ -251,28 +275,44 @@ REAL = {
 """What scripts write, for every peer whose classes can be replaced here."""
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize("peer", sorted(REAL))
-@pytest.mark.parametrize("early", [True, False])
-def test_a_script_of_each_peer(peer: str, early: bool) -> None:
-    statement = REAL[peer]
-    package = statement.split()[1].partition(".")[0]
-    needed(import_module("importlib.util").find_spec(package), package)
-    names = [one.strip() for one in statement.partition("import ")[2].split(",")]
-    code = SCRIPT.format(
-        early=statement if early else "", late="" if early else statement, peer=peer, names=names
-    )
+def names_in(statement: str) -> list[str]:
+    return [one.strip() for one in statement.partition("import ")[2].split(",")]
+
+
+def package_in(statement: str) -> str:
+    return statement.split()[1].partition(".")[0]
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, Any]:
+    """What scripts of all peers saw, one after the other in a process that began without any."""
+    given = {
+        peer: (statement, names_in(statement))
+        for peer, statement in REAL.items()
+        if find_spec(package_in(statement))
+    }
+    given |= {"timm": given.pop("timm")} if "timm" in given else {}  # its stand-in comes last
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(given)],
         capture_output=True,
         text=True,
         check=False,
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
-    shown = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _ in shown] == names * 2
-    ours, after = shown[: len(names)], shown[len(names) :]
-    assert all(home.startswith("fastema.") for _, home in ours)
-    if early:  # what was imported before is given back; what came after is the script's own
-        assert not any(home.startswith("fastema.") for _, home in after)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("peer", sorted(REAL))
+def test_a_script_of_each_peer(peer: str, scripts: dict[str, Any]) -> None:
+    package = package_in(REAL[peer])
+    needed(find_spec(package), package)
+    shown = scripts[peer]
+    assert isinstance(shown, dict), shown
+    for when in ("late", "early"):
+        assert all(home.startswith("fastema.") for home in shown[when][0])
+    # What was imported before is given back; what came after is the script's own.
+    assert not any(home.startswith("fastema.") for home in shown["early"][1])
+    assert shown["early"][1] == shown["untouched"]

@@ -1116,6 +1116,7 @@ PROCESSES = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_keep_one_average(python: Any, tmp_path: Path) -> None:
     with socket.socket() as free:
