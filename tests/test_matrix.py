@@ -45,6 +45,17 @@ def test_each_test_is_reduced_by_itself_and_one_argument_never() -> None:
     }
 
 
+def test_every_value_of_what_a_tuple_holds() -> None:
+    made = [("lerp", (a, b)) for a in range(5) for b in range(6)] + [("copy", (0, 0))]
+    cases = [("test", {"kernel": kernel, "layout": n % 2}, {}) for n, kernel in enumerate(made)]
+    assert len(reduced(cases)) > 6
+    kept = [made[i] for i in reduced(cases, {"test"})]
+    assert len(kept) in (7, 8)
+    for values in (lambda k: k[0], lambda k: k[1][0], lambda k: k[1][1]):
+        assert set(map(values, kept)) == set(map(values, made))
+    assert {cases[i][1]["layout"] for i in reduced(cases, {"test"})} == {0, 1}
+
+
 def test_values_without_a_hash_are_told_by_their_position() -> None:
     cases = [("test", {"a": [i], "b": 0, "c": 0}, {"a": i, "b": 0, "c": 0}) for i in range(3)]
     assert reduced(cases) == {0, 1, 2}

@@ -86,6 +86,7 @@ def on_cpu_too(
     return found[0][0], found[1][0]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ def test_an_update_is_the_cpu_update(
     assert_same(*on_cpu_too(gpu, make, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("options", [{}, {"start_after": 3, "update_every": 2}], ids=str)
 def test_a_windowed_mean_is_that_of_the_cpu(
@@ -120,6 +122,7 @@ def test_a_windowed_mean_is_that_of_the_cpu(
     assert_same(*on_cpu_too(gpu, make, kind=Large))
 
 
+@pytest.mark.slow
 def test_large_and_spaced_tensors(gpu: StubGpu) -> None:
     """Their random bits are those of the CPU, however the two divide them."""
 
