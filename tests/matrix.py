@@ -16,7 +16,7 @@ Value = tuple[str, Hashable]
 
 
 def reduced(
-    cases: Sequence[tuple[str, Mapping[str, Any], Mapping[str, int]]],
+    cases: Sequence[tuple[str, Mapping[str, Any]]],
     thin: Container[str] = (),
 ) -> set[int]:
     """Numbers of the cases that are run.
@@ -26,18 +26,18 @@ def reduced(
 
     Parameters
     ----------
-    cases : sequence of (test, parameters, positions)
-        A parameter that has no hash is told from others by its position.
+    cases : sequence of (test, parameters)
+        A parameter that has no hash is told from others by which object it is.
     thin : container of tests
         Those that have every value, and no more, of any number of arguments; what a tuple holds
         are values of their own.
     """
     of_test: defaultdict[str, list[int]] = defaultdict(list)
-    for number, (test, _, _) in enumerate(cases):
+    for number, (test, _) in enumerate(cases):
         of_test[test].append(number)
     chosen: set[int] = set()
     for test, numbers in of_test.items():
-        values = [_values(*cases[number][1:]) for number in numbers]
+        values = [_values(cases[number][1]) for number in numbers]
         if test in thin:
             needs: list[set[Hashable]] = [set(_within(v)) for v in values]
         elif len(values[0]) == 2:
@@ -63,14 +63,15 @@ def covering(needs: Sequence[Iterable[Hashable]]) -> list[int]:
     return found
 
 
-def _values(parameters: Mapping[str, Any], positions: Mapping[str, int]) -> list[Value]:
+def _values(parameters: Mapping[str, Any]) -> list[Value]:
     found: list[Value] = []
     for name, value in sorted(parameters.items(), key=lambda item: item[0]):
         try:
             hash(value)
         except TypeError:
-            value = positions[name]
-        found.append((name, (type(value), value)))
+            found.append((name, (object, id(value))))
+        else:
+            found.append((name, (type(value), value)))
     return found
 
 

@@ -94,9 +94,9 @@ def on_cpu_too(
     [
         {},
         {"shadow_dtype": "float32", "decay": warmup(0.9)},
-        {"rounding": "nearest", "update_every": 3},
+        pytest.param({"rounding": "nearest", "update_every": 3}, marks=pytest.mark.slow),
         {"start_after": 4, "update_every": 2, "decay": inverse_gamma(0.99, power=0.7)},
-        {"zero_debias": True, "drift": True},
+        pytest.param({"zero_debias": True, "drift": True}, marks=pytest.mark.slow),
         {"shadow_dtype": "bfloat16", "seed": 7},
     ],
     ids=str,

@@ -70,7 +70,7 @@ def test_only_what_is_used_is_compiled_and_only_once(
     "damage",
     [*(pytest.param(one, marks=pytest.mark.slow) for one in ("empty", "truncated")), "garbage"],
 )
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("suffix", [pytest.param(".nbi", marks=pytest.mark.slow), ".nbc"])
 def test_damaged_entries_are_compiled_anew(
     suffix: str, damage: str, warm_cache: Path, python: Callable[..., str]
 ) -> None:
