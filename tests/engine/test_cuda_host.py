@@ -246,6 +246,7 @@ def test_a_thread_without_a_context(gpu: StubGpu) -> None:
     assert gpu.driver.current == [0]
 
 
+@pytest.mark.slow
 def test_swap_and_restore(gpu: StubGpu) -> None:
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"shadow_dtype": "float32"})):
         model = Model(dtype)

@@ -226,7 +226,8 @@ def test_indices_in_another_order_than_memory(
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("src", [pytest.param("f32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("src", ["f32", "bf16"])
 def test_several_averages_and_measures(src: str, as_on_a_gpu: Callable[[], None]) -> None:
     runs = []
     for gpu in (False, True):
