@@ -70,7 +70,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     cases = [item for item in items if hasattr(item, "callspec")]
     specs = [(item.nodeid.split("[")[0], item.callspec) for item in cases]
-    kept = reduced([(test, spec.params, spec.indices) for test, spec in specs])
+    thin = {
+        test
+        for item, (test, _) in zip(cases, specs, strict=True)
+        if item.get_closest_marker("each_value")
+    }
+    kept = reduced([(test, spec.params) for test, spec in specs], thin)
     left_out = {id(item) for number, item in enumerate(cases) if number not in kept}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
     items[:] = [item for item in items if id(item) not in left_out]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Final
 
@@ -15,7 +15,10 @@ WIDE: Final = 24
 Value = tuple[str, Hashable]
 
 
-def reduced(cases: Sequence[tuple[str, Mapping[str, Any], Mapping[str, int]]]) -> set[int]:
+def reduced(
+    cases: Sequence[tuple[str, Mapping[str, Any]]],
+    thin: Container[str] = (),
+) -> set[int]:
     """Numbers of the cases that are run.
 
     Of a test with three arguments or more, those that have every pair of values that occurs in
@@ -23,16 +26,21 @@ def reduced(cases: Sequence[tuple[str, Mapping[str, Any], Mapping[str, int]]]) -
 
     Parameters
     ----------
-    cases : sequence of (test, parameters, positions)
-        A parameter that has no hash is told from others by its position.
+    cases : sequence of (test, parameters)
+        A parameter that has no hash is told from others by which object it is.
+    thin : container of tests
+        Those that have every value, and no more, of any number of arguments; what a tuple holds
+        are values of their own.
     """
     of_test: defaultdict[str, list[int]] = defaultdict(list)
-    for number, (test, _, _) in enumerate(cases):
+    for number, (test, _) in enumerate(cases):
         of_test[test].append(number)
     chosen: set[int] = set()
-    for numbers in of_test.values():
-        values = [_values(*cases[number][1:]) for number in numbers]
-        if len(values[0]) == 2:
+    for test, numbers in of_test.items():
+        values = [_values(cases[number][1]) for number in numbers]
+        if test in thin:
+            needs: list[set[Hashable]] = [set(_within(v)) for v in values]
+        elif len(values[0]) == 2:
             needs = (
                 [set(v) for v in values] if len(numbers) > WIDE else [{tuple(v)} for v in values]
             )
@@ -55,12 +63,21 @@ def covering(needs: Sequence[Iterable[Hashable]]) -> list[int]:
     return found
 
 
-def _values(parameters: Mapping[str, Any], positions: Mapping[str, int]) -> list[Value]:
+def _values(parameters: Mapping[str, Any]) -> list[Value]:
     found: list[Value] = []
     for name, value in sorted(parameters.items(), key=lambda item: item[0]):
         try:
             hash(value)
         except TypeError:
-            value = positions[name]
-        found.append((name, (type(value), value)))
+            found.append((name, (object, id(value))))
+        else:
+            found.append((name, (type(value), value)))
     return found
+
+
+def _within(values: Iterable[Value]) -> Iterator[Hashable]:
+    for name, (kind, value) in values:
+        if isinstance(value, tuple):
+            yield from _within((f"{name}.{i}", (type(v), v)) for i, v in enumerate(value))
+        else:
+            yield name, kind, value

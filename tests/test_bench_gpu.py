@@ -327,6 +327,7 @@ def test_jobs_are_timed_in_turn_on_fresh_weights() -> None:
     assert {name: len(times) for name, times in durations.items()} == {"A": 2, "B": 2}
 
 
+@pytest.mark.slow
 def test_entries_average_at_constant_decay() -> None:
     """Those that only the GPU check has."""
     case = gpu_cases.SMALL[1]
@@ -441,6 +442,7 @@ def test_the_report_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_the_host_time_of_an_update(tmp_path: Path) -> None:
     """Against a driver that does nothing: one launch, and the question which context is current."""
     modules("cuda.bindings.driver")

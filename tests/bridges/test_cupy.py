@@ -94,7 +94,11 @@ def test_arrays_that_cannot_be_averaged(
         fastema.EMA({"fine": array(np.ones(2)), "odd": make()}, 0.5)
 
 
-@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.each_value
+@pytest.mark.parametrize(
+    "stored",
+    ["f32", "bf16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("f64", "f16"))],
+)
 @pytest.mark.parametrize("weights", ["f32", "bf16"])
 def test_equals_a_float64_loop(weights: str, stored: str, cupy: StubDriver) -> None:
     held = on_gpu(values(0, FLOATS[weights]))
@@ -121,7 +125,14 @@ def test_equals_a_float64_loop(weights: str, stored: str, cupy: StubDriver) -> N
         loop.check(shadow.there.astype(np.float64), name)
 
 
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "bf16+16", "float64"])
+@pytest.mark.each_value
+@pytest.mark.parametrize(
+    "stored",
+    [
+        *("float32", "bfloat16"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("bf16+16", "float64")),
+    ],
+)
 @pytest.mark.parametrize("weights", ["f32", "bf16"])
 def test_swap_is_exact(weights: str, stored: str) -> None:
     held = on_gpu(values(0, FLOATS[weights]))

@@ -466,7 +466,9 @@ def test_without_a_package_a_sentence_says_what_to_install(
         assert "(ModuleNotFoundError: No module named" in message or "(ImportError: " in message
 
 
-@pytest.mark.parametrize("gone", ["nvvm", "nvrtc", "nvJitLink"])
+@pytest.mark.parametrize(
+    "gone", ["nvvm", *(pytest.param(one, marks=pytest.mark.slow) for one in ("nvrtc", "nvJitLink"))]
+)
 def test_without_a_library_a_sentence_says_what_to_install(
     gone: str, tmp_path: Path, python: Callable[..., str]
 ) -> None:

@@ -363,6 +363,7 @@ def test_two_streams_in_turn_and_then_nothing_is_left(late: Late) -> None:
     late.settle()
 
 
+@pytest.mark.slow
 def test_tables_of_calls_that_are_made_once(late: Late) -> None:
     """Their programs are gone before the device begins."""
     weights = [late.random(300), late.random(7, 3).bfloat16()]
@@ -379,7 +380,15 @@ def test_tables_of_calls_that_are_made_once(late: Late) -> None:
     late.settle()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_an_average_is_taken_back_on_another_stream(late: Late, dtype: torch.dtype) -> None:
     """By a swap, by parking, and with a spare buffer that is dropped at once."""
     weights = {"w": late.tensor(torch.randn(300).to(dtype))}
@@ -477,6 +486,7 @@ def test_a_graph_goes_on_after_loading(late: Late) -> None:
     late.settle()
 
 
+@pytest.mark.slow
 def test_a_graph_of_an_average_that_was_moved(late: Late) -> None:
     """Its replays no longer count, but they must not write where others are now."""
     weights = [late.random(300)]
@@ -571,8 +581,14 @@ def test_what_is_copied_until_a_start_is_not_captured(
     [
         {"start_after": 3, "update_every": 2},
         {"start_after": 3, "shadow_dtype": "bfloat16"},
-        {"start_after": 2, "shadow_dtype": "bfloat16", "rounding": "nearest", "drift": True},
-        {"start_after": 1, "shadow_dtype": "bf16+16", "update_every": 3},
+        pytest.param(
+            {"start_after": 2, "shadow_dtype": "bfloat16", "rounding": "nearest", "drift": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"start_after": 1, "shadow_dtype": "bf16+16", "update_every": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -598,6 +614,7 @@ def test_every_step_of_a_capturable_run(late: Late, options: dict[str, Any]) -> 
         assert ema.num_updates == step
 
 
+@pytest.mark.slow
 def test_a_windowed_mean_at_its_start(late: Late) -> None:
     """There it is the weights, not what a narrower ring has of them."""
     weights = [late.random(50)]
@@ -672,6 +689,7 @@ def test_a_ring_on_the_host_is_dropped_in_a_capture(late: Late) -> None:
     late.settle()
 
 
+@pytest.mark.slow
 def test_a_ring_stays_on_the_host_where_an_average_moves(gpu: StubGpu) -> None:
     """To a GPU that has no room for it, too."""
     gpu.place = lambda tensor: None
@@ -730,6 +748,7 @@ def test_moving_an_average_fails_as_a_whole(late: Late, monkeypatch: pytest.Monk
     assert ema._store is store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capturable", [False, True])
 def test_an_interrupt_waits_for_all_launches(late: Late, capturable: bool) -> None:
     """Of three groups, and of the clock."""
@@ -804,7 +823,7 @@ HANDLERS = """
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_handler_that_saves_does_not_wait_for_itself(
     name: str, python: Callable[..., str]
 ) -> None:
@@ -915,7 +934,14 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("case", SLOW)
+QUICK = ("stochastic", "several", "power")
+"""Those whose kernels on the CPU other tests need too."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in SLOW],
+)
 def test_every_kind_without_kernels(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -1145,6 +1171,7 @@ def test_numbers_of_averages_that_do_not_begin_at_the_first(gpu: StubGpu, first:
         np.testing.assert_allclose(average, want[k], rtol=3e-6, atol=3e-7)
 
 
+@pytest.mark.slow
 def test_drift_of_many_averages_in_several_groups_and_layouts(gpu: StubGpu) -> None:
     """More than eight averages, two dtypes, spaced and adjacent, and an empty tensor."""
     torch.manual_seed(3)
@@ -1166,6 +1193,7 @@ def test_drift_of_many_averages_in_several_groups_and_layouts(gpu: StubGpu) -> N
         assert 0 <= drift.still < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", ["flat", "spaced", "half"])
 def test_a_guard_looks_at_all_groups_and_layouts(gpu: StubGpu, bad: str) -> None:
     weights = {

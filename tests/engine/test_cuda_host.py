@@ -86,6 +86,7 @@ def on_cpu_too(
     return found[0][0], found[1][0]
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize(
@@ -93,9 +94,9 @@ def on_cpu_too(
     [
         {},
         {"shadow_dtype": "float32", "decay": warmup(0.9)},
-        {"rounding": "nearest", "update_every": 3},
+        pytest.param({"rounding": "nearest", "update_every": 3}, marks=pytest.mark.slow),
         {"start_after": 4, "update_every": 2, "decay": inverse_gamma(0.99, power=0.7)},
-        {"zero_debias": True, "drift": True},
+        pytest.param({"zero_debias": True, "drift": True}, marks=pytest.mark.slow),
         {"shadow_dtype": "bfloat16", "seed": 7},
     ],
     ids=str,
@@ -109,6 +110,7 @@ def test_an_update_is_the_cpu_update(
     assert_same(*on_cpu_too(gpu, make, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("options", [{}, {"start_after": 3, "update_every": 2}], ids=str)
 def test_a_windowed_mean_is_that_of_the_cpu(
@@ -120,6 +122,7 @@ def test_a_windowed_mean_is_that_of_the_cpu(
     assert_same(*on_cpu_too(gpu, make, kind=Large))
 
 
+@pytest.mark.slow
 def test_large_and_spaced_tensors(gpu: StubGpu) -> None:
     """Their random bits are those of the CPU, however the two divide them."""
 
@@ -243,6 +246,7 @@ def test_a_thread_without_a_context(gpu: StubGpu) -> None:
     assert gpu.driver.current == [0]
 
 
+@pytest.mark.slow
 def test_swap_and_restore(gpu: StubGpu) -> None:
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"shadow_dtype": "float32"})):
         model = Model(dtype)

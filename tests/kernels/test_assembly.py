@@ -30,7 +30,9 @@ PAIRS = {
 }
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+@pytest.fixture(
+    scope="module", params=["haswell", pytest.param("sapphirerapids", marks=pytest.mark.slow)]
+)
 def assembly(request: pytest.FixtureRequest, python: Callable[..., str]) -> dict[str, str]:
     """The assembly for each pair of dtypes, for one processor."""
     printed = python(
@@ -56,6 +58,7 @@ def test_halves_are_converted_by_the_hardware(assembly: dict[str, str]) -> None:
     assert not re.search(r"__(gnu_)?\w*(hf2|h2f|f2h|hfsf)", halves), "a call into a library"
 
 
+@pytest.mark.slow
 def test_halves_are_averaged_for_a_processor_that_cannot_convert_them(
     python: Callable[..., str],
 ) -> None:

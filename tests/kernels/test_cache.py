@@ -66,8 +66,11 @@ def test_only_what_is_used_is_compiled_and_only_once(
     assert [path.stat().st_mtime_ns for path in made] == times
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "garbage"])
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize(
+    "damage",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("empty", "truncated")), "garbage"],
+)
+@pytest.mark.parametrize("suffix", [pytest.param(".nbi", marks=pytest.mark.slow), ".nbc"])
 def test_damaged_entries_are_compiled_anew(
     suffix: str, damage: str, warm_cache: Path, python: Callable[..., str]
 ) -> None:
@@ -81,6 +84,7 @@ def test_damaged_entries_are_compiled_anew(
     assert python(UPDATE, NUMBA_CACHE_DIR=str(warm_cache)).split() == ["0"]
 
 
+@pytest.mark.slow
 def test_damaged_entries_are_made_good_and_others_kept(
     warm_cache: Path, python: Callable[..., str]
 ) -> None:
@@ -103,6 +107,7 @@ def warm_cache(filled_cache: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(filled_cache, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_four_processes_may_fill_the_cache_at_once(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:
@@ -115,6 +120,7 @@ def test_four_processes_may_fill_the_cache_at_once(
     assert python(UPDATE, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["1"]
 
 
+@pytest.mark.slow
 def test_processes_that_compile_different_kernels_at_once_do_not_mix_them_up(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:
@@ -169,6 +175,7 @@ RACE = """
 """
 
 
+@pytest.mark.slow
 def test_no_kernel_is_given_the_code_of_another_one(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:

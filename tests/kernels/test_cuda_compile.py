@@ -7,9 +7,10 @@ import multiprocessing
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,12 +23,13 @@ if not (ROOT / "bench" / "sass.py").exists():
     pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import kernels_gpu, machine, sass  # noqa: E402
+from bench import kernels_gpu, sass  # noqa: E402
 from fastema.kernels import cuda  # noqa: E402
 
 needed(sass.disassembler(), "nvdisasm")
 
-pytestmark = pytest.mark.slow
+# Every operation, format and architecture, in some kernel; every kernel where all are asked for.
+pytestmark = pytest.mark.each_value
 
 ARCHITECTURES = (80, 90, 100, 120)
 USUAL = 90
@@ -95,6 +97,16 @@ ROUNDED_APART: list[Kernel] = [
     ("window", ("f64", "f64", "f64", "f64")),
 ]
 
+USUAL_KERNELS: list[Kernel] = [
+    ("lerp", ("f32", "bf16")),
+    ("lerp_measured", ("f32", "bf16")),
+    ("copy", ("f32", "bf16")),
+    ("swap", ("raw4", "raw4")),
+    ("add", ("f64", "f32")),
+    ("finite", ("f32", "bf16")),
+]
+"""One of each family, in the fast tests."""
+
 READS_AND_WRITES = {
     "lerp": ("ds", "d"),
     "lerp_measured": ("ds", "d"),
@@ -110,23 +122,38 @@ READS_AND_WRITES = {
 
 SIZES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "raw1": 1, "raw2": 2, "raw4": 4, "raw8": 8}
 
-VARIANT = re.compile(r"(\w+)-(\S+)-(flat|strided)-sm_(\d+)(\d)")
+CLOCK = "advance"
 
 
-def variants(kernels: Sequence[Kernel], layout: str, architectures: Sequence[int]) -> list[str]:
+class Variant(NamedTuple):
+    """What is compiled, as `cuda.compile_kernel` takes it."""
+
+    operation: str
+    formats: tuple[str, ...]
+    layout: str
+    capability: tuple[int, int]
+
+
+def variants(kernels: Iterable[Kernel], layout: str, architectures: Sequence[int]) -> list[Variant]:
     return [
-        f"{operation}-{'-'.join(formats)}-{layout}-sm_{architecture}"
-        for operation, formats in kernels
+        Variant(*kernel, layout, divmod(architecture, 10))
+        for kernel in kernels
         for architecture in architectures
     ]
 
 
-def parts_of(variant: str) -> tuple[str, tuple[str, ...], str, tuple[int, int]]:
-    """Operation, formats, layout and compute capability."""
-    found = VARIANT.fullmatch(variant)
-    assert found
-    operation, formats, layout, major, minor = found.groups()
-    return operation, tuple(formats.split("-")), layout, (int(major), int(minor))
+def listed(every: Iterable[Variant], usual: Iterable[Kernel]) -> list[object]:
+    """Each variant once, all slow but those of some kernels for the usual architecture."""
+    fast = set(variants(usual, "flat", [USUAL]) + variants(usual, "strided", [USUAL]))
+    return [
+        pytest.param(
+            one,
+            id="-".join((one.operation, *one.formats, one.layout, f"sm_{major}{minor}")),
+            marks=[] if one in fast else pytest.mark.slow,
+        )
+        for one in dict.fromkeys(every)
+        for major, minor in [one.capability]
+    ]
 
 
 def most_registers(
@@ -148,23 +175,24 @@ def most_registers(
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[str], cuda.Binary]]:
-    """Kernels by variant, each compiled once, by processes that go ahead of the tests."""
-    asked = dict.fromkeys(
-        item.callspec.params["variant"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.module is request.module
-        if hasattr(item, "callspec") and "variant" in item.callspec.params
-    )
-    with multiprocessing.get_context("spawn").Pool(
-        machine.cores(),
-        initializer=gc.disable,  # a tenth of the time would be spent on looking for garbage
-    ) as pool:
-        made = {name: pool.apply_async(cuda.compile_kernel, parts_of(name)) for name in asked}
-        yield lambda variant: made[variant].get(timeout=900)
+def compiled() -> Iterator[Callable[[Variant], cuda.Binary]]:
+    """Kernels, each compiled once, by another process: compilers do not give memory back."""
+    context = multiprocessing.get_context("spawn")
+    # A tenth of the time would be spent on looking for garbage.
+    with context.Pool(1, initializer=gc.disable) as pool:
+
+        @cache
+        def made(variant: Variant) -> cuda.Binary:
+            if variant.operation == CLOCK:
+                asked = pool.apply_async(cuda.compile_clock, (variant.capability,))
+            else:
+                asked = pool.apply_async(cuda.compile_kernel, tuple(variant))
+            return asked.get(timeout=900)
+
+        yield made
 
 
-@cache
+@lru_cache(maxsize=1)
 def disassembled(cubin: bytes) -> sass.Code:
     return sass.disassembled(cubin)
 
@@ -187,8 +215,8 @@ def times(part: Counter[int], moved: Counter[int]) -> int:
     return 0
 
 
-def check_report(made: cuda.Binary, variant: str) -> None:
-    operation, formats, layout, capability = parts_of(variant)
+def check_report(made: cuda.Binary, variant: Variant) -> None:
+    operation, formats, layout, capability = variant
     assert made.cubin[:4] == b"\x7fELF"
     assert (made.stack, made.spilled) == (0, 0)
     assert 0 < made.registers <= most_registers(operation, formats, layout, capability)
@@ -207,9 +235,9 @@ def wide_loops(made: cuda.Binary) -> list[list[sass.Instruction]]:
     return found
 
 
-def check_code(made: cuda.Binary, variant: str) -> None:
+def check_code(made: cuda.Binary, variant: Variant) -> None:
     """A loop moves every stream at once, of as many elements as fill 128 bits of the widest."""
-    operation, formats, *_ = parts_of(variant)
+    operation, formats, *_ = variant
     reads, writes = READS_AND_WRITES[operation]
     elements = 128 // max(bits_moved(reads + writes, formats))
     full = 0
@@ -240,52 +268,51 @@ def check_lerp(loop: list[sass.Instruction], formats: Sequence[str], elements: i
         assert count[f"{kind}ADD"] + count["FHADD"] == elements
 
 
-FLAT = dict.fromkeys(
-    variants(PLAIN + EACH_KIND, "flat", ARCHITECTURES) + variants(OTHERS, "flat", [USUAL])
-)
-SPACED = dict.fromkeys(
-    variants([*PLAIN, *EACH_KIND, *(one for one in OTHERS if one[0] == "lerp")], "strided", [USUAL])
+FLAT = variants(PLAIN + EACH_KIND, "flat", ARCHITECTURES) + variants(OTHERS, "flat", [USUAL])
+SPACED = variants(
+    [*PLAIN, *EACH_KIND, *(one for one in OTHERS if one[0] == "lerp")], "strided", [USUAL]
 )
 APART = variants(ROUNDED_APART, "flat", [USUAL])
+CLOCKS = variants([(CLOCK, ("none",))], "flat", ARCHITECTURES)
 
 
-@pytest.mark.parametrize("variant", FLAT)
-def test_adjacent_elements(variant: str, compiled: Callable[[str], cuda.Binary]) -> None:
+@pytest.mark.parametrize("variant", listed(FLAT, USUAL_KERNELS))
+def test_adjacent_elements(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
     made = compiled(variant)
     check_report(made, variant)
-    if not variant.startswith("window"):
+    if variant.operation != "window":
         check_code(made, variant)
     else:  # many loops, each with streams of its own
         kinds = [{one.name for one in loop if one.bits == 128} for loop in wide_loops(made)]
         assert any(kind >= {"LDG", "STG"} for kind in kinds)
 
 
-@pytest.mark.parametrize("variant", SPACED)
-def test_spaced_elements(variant: str, compiled: Callable[[str], cuda.Binary]) -> None:
+@pytest.mark.parametrize("variant", listed(SPACED, USUAL_KERNELS[:1]))
+def test_spaced_elements(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
     check_report(compiled(variant), variant)
 
 
-@pytest.mark.parametrize("variant", APART)
+@pytest.mark.parametrize("variant", listed(APART, USUAL_KERNELS))
 def test_what_is_not_written_fused_is_rounded_twice(
-    variant: str, compiled: Callable[[str], cuda.Binary]
+    variant: Variant, compiled: Callable[[Variant], cuda.Binary]
 ) -> None:
     """Sums and products that say how they are rounded may not be fused; on the CPU they are not."""
     ptx = compiled(variant).ptx
     assert not re.search(r"\b(add|sub|mul)\.f(32|64)\b", ptx)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_clock(architecture: int) -> None:
-    made = cuda.compile_clock(divmod(architecture, 10))
-    check_report(made, f"advance-none-flat-sm_{architecture}")
+@pytest.mark.parametrize("variant", listed(CLOCKS, [(CLOCK, ("none",))]))
+def test_the_clock(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
+    made = compiled(variant)
+    check_report(made, variant)
     names = {one.name for one in disassembled(made.cubin).instructions}
     assert "BAR" in names
     assert not names & {"LDL", "STL"}
 
 
-@pytest.mark.parametrize("variant", variants([("lerp", ("f32", "bf16"))], "flat", [USUAL]))
-def test_the_table_of_the_benchmarks(variant: str, compiled: Callable[[str], cuda.Binary]) -> None:
-    operation, formats, _, capability = parts_of(variant)
+def test_the_table_of_the_benchmarks(compiled: Callable[[Variant], cuda.Binary]) -> None:
+    (variant,) = variants([("lerp", ("f32", "bf16"))], "flat", [USUAL])
+    operation, formats, _, capability = variant
     row = kernels_gpu.row((operation, formats), capability, compiled(variant))
     assert (row["bytes_per_element"], row["loop_elements"]) == (10, 4)
     assert (row["loads"], row["stores"]) == ({64: 1, 128: 1}, {128: 1})

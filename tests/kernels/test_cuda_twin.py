@@ -116,9 +116,18 @@ CASES = [("lerp", dst, src) for dst in FLOATS for src in FLOATS] + [
     for operation in ("copy", "swap", "give", "add")
     for dst, src in (("f32", "bf16"), ("bf16", "f16"), ("f64", "f32"))
 ]
+USUAL = {
+    *(("lerp", "f32", "bf16"), ("lerp", "bf16", "f32")),
+    *(("copy", "f32", "bf16"), ("swap", "bf16", "f16"), ("add", "f64", "f32")),
+}
+"""Those of the fast tests: each takes two kernels to compile, one for either side."""
 
 
-@pytest.mark.parametrize(("operation", "dst", "src"), CASES)
+@pytest.mark.each_value
+@pytest.mark.parametrize(
+    ("operation", "dst", "src"),
+    [pytest.param(*case, marks=[] if case in USUAL else pytest.mark.slow) for case in CASES],
+)
 def test_two_sides(operation: str, dst: str, src: str, as_on_a_gpu: Callable[[], None]) -> None:
     for form in formats_of(dst, src, operation):
         runs = []
@@ -140,7 +149,7 @@ def test_two_sides(operation: str, dst: str, src: str, as_on_a_gpu: Callable[[],
         assert runs[0] == runs[1], form
 
 
-@pytest.mark.parametrize("operation", ["park", "unpark"])
+@pytest.mark.parametrize("operation", ["park", pytest.param("unpark", marks=pytest.mark.slow)])
 def test_parking(operation: str, as_on_a_gpu: Callable[[], None]) -> None:
     runs = []
     for gpu in (False, True):
@@ -157,6 +166,7 @@ def test_parking(operation: str, as_on_a_gpu: Callable[[], None]) -> None:
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("bf16", "bf16"), ("f32", "f64")])
 def test_spaced_elements(dst: str, src: str, as_on_a_gpu: Callable[[], None]) -> None:
     runs = []
@@ -182,10 +192,21 @@ ORDERS = {
 }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f64")])
+@pytest.mark.parametrize(
+    ("dst", "src"),
+    [
+        ("bf16", "bf16"),
+        pytest.param("bf16", "f32", marks=pytest.mark.slow),
+        pytest.param("f16", "f64", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "operation", ["lerp", pytest.param("lerp_measured", marks=pytest.mark.slow)]
+)
 def test_indices_in_another_order_than_memory(
-    dst: str, src: str, order: str, as_on_a_gpu: Callable[[], None]
+    operation: str, dst: str, src: str, order: str, as_on_a_gpu: Callable[[], None]
 ) -> None:
     shape, axes, whole, offset = ORDERS[order]
     size, stored = int(np.prod(shape)), [shape[axis] for axis in axes]
@@ -200,12 +221,12 @@ def test_indices_in_another_order_than_memory(
         )
         weights = replace(spec(b, src), whole=whole, offset=offset)
         program = Program({"all": [Pair("x", spec(a, dst), weights, f"{dst}~")]})
-        for operation in ("lerp", "lerp_measured"):
-            program.run({"all": operation}, Moment((0.3,), 1, 7))
+        program.run({"all": operation}, Moment((0.3,), 1, 7))
         runs.append(words(a))
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("src", ["f32", "bf16"])
 def test_several_averages_and_measures(src: str, as_on_a_gpu: Callable[[], None]) -> None:
     runs = []
@@ -240,6 +261,7 @@ def test_what_is_not_finite_is_found(
     assert not program.all_finite()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dst", "src", "ring"), [("f32", "f32", "f32"), ("f32", "bf16", "bf16")])
 def test_windowed_mean(dst: str, src: str, ring: str, as_on_a_gpu: Callable[[], None]) -> None:
     size, slots = 40_003, 3

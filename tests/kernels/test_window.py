@@ -31,6 +31,7 @@ FORMATS = [
     ("f32", "f32", "bf16", "f32"),
     ("f32", "f64", "f32", "f32"),
 ]
+FAST = FORMATS[0], FORMATS[4]
 
 
 class Mean(NamedTuple):
@@ -64,8 +65,16 @@ def memory(formats: tuple[str, ...], x: np.ndarray, window: int, rows: int = 3) 
     return Mean(mean, rest, ring, table, formats)
 
 
+# A kernel of windowed means takes three seconds to compile: of most formats, with the slow tests.
+@pytest.mark.each_value
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64])
-@pytest.mark.parametrize("formats", FORMATS, ids="-".join)
+@pytest.mark.parametrize(
+    "formats",
+    [
+        pytest.param(one, id="-".join(one), marks=[] if one in FAST else pytest.mark.slow)
+        for one in FORMATS
+    ],
+)
 def test_the_mean_of_what_is_in_the_ring(
     formats: tuple[str, ...], window: int, numbers: Make
 ) -> None:
@@ -96,6 +105,7 @@ def test_the_mean_of_what_is_in_the_ring(
             np.testing.assert_array_equal(slots[(turn - 1 - age) % window], values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[4]], ids="-".join)
 def test_spaced_elements(
     formats: tuple[str, ...], numbers: Make, bits: Make, guarded: Callable[..., object]
