@@ -45,7 +45,7 @@ def marked(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.tensorflow) if "tensorflow" in name else name
 
 
-@pytest.mark.parametrize("name", map(marked, MODULES))
+@pytest.mark.parametrize("name", [*map(marked, MODULES)])
 def test_examples_of_a_module(name: str) -> None:
     module = imported(name)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=FLAGS)
