@@ -20,11 +20,23 @@ from fastema.lazy import lazy_names
 VALUES = {"__version__"}
 
 
-def _modules() -> Iterator[ModuleType]:
-    """Yield the package and every module below it that can be imported here."""
-    yield fastema
+# An import of TensorFlow takes seconds and half a gigabyte.
+either = pytest.mark.parametrize(
+    "tensorflow", [False, pytest.param(True, marks=pytest.mark.tensorflow)]
+)
+
+
+def _modules(tensorflow: bool) -> Iterator[ModuleType]:
+    """Yield every module below the package that can be imported here, with or without TensorFlow's.
+
+    The package itself is the first of those without.
+    """
+    if not tensorflow:
+        yield fastema
     for info in pkgutil.walk_packages(fastema.__path__, "fastema."):
         if info.name.startswith("fastema.kernels") or info.name.endswith("__main__"):
+            continue
+        if ("tensorflow" in info.name) is not tensorflow:
             continue
         try:
             yield importlib.import_module(info.name)
@@ -38,16 +50,20 @@ def _is_public(name: str) -> bool:
     return not name.startswith("_")
 
 
-def test_every_exported_name_resolves() -> None:
-    for module in _modules():
+@either
+def test_every_exported_name_resolves(tensorflow: bool) -> None:
+    for module in _modules(tensorflow):
         names = list(getattr(module, "__all__", []))
         assert len(names) == len(set(names)), f"{module.__name__}.__all__ repeats a name"
         missing = [name for name in names if not hasattr(module, name)]
         assert missing == [], f"{module.__name__}.__all__ promises what is not there"
 
 
-def test_every_public_module_is_documented() -> None:
-    assert [m.__name__ for m in _modules() if not (m.__doc__ or "").strip()] == []
+@either
+def test_every_public_module_is_documented(tensorflow: bool) -> None:
+    found = list(_modules(tensorflow))
+    assert found
+    assert [m.__name__ for m in found if not (m.__doc__ or "").strip()] == []
 
 
 @pytest.mark.parametrize("name", sorted(set(fastema.__all__) - VALUES))
