@@ -65,9 +65,12 @@ def pytest_xdist_auto_num_workers() -> int:
 # After -k and -m: a case that was asked for by its name is always run.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what wide matrices say twice."""
+    """Leave out what wide matrices say twice, and what is for full runs alone."""
     if config.option.full:
         return
+    rare = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=rare)
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
     cases = [item for item in items if hasattr(item, "callspec")]
     specs = [(item.nodeid.split("[")[0], item.callspec) for item in cases]
     thin = {

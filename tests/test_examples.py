@@ -80,6 +80,7 @@ def test_staircase(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_staircase_does_not_mix_runs(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("")
     done = run("staircase.py", "--logs", tmp_path)

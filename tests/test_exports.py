@@ -190,4 +190,6 @@ def test_type_checkers_know_every_lazy_name_and_no_other(package: str) -> None:
 
 
 def test_only_packages_known_to_be_lazy_have_a_getattr() -> None:
-    assert sorted(m.__name__ for m in _modules(tensorflow=False) if "__getattr__" in vars(m)) == LAZY
+    assert (
+        sorted(m.__name__ for m in _modules(tensorflow=False) if "__getattr__" in vars(m)) == LAZY
+    )

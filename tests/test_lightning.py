@@ -488,6 +488,7 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_it_is_a_callback_of_both_packages(python: Any) -> None:
     modules("pytorch_lightning")
     script = """

@@ -326,6 +326,7 @@ def test_ema_of_16_bits_moves() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("accumulator", ["bfloat16", "float16"])
 def test_ema_in_a_narrow_accumulator_moves(accumulator: str) -> None:
     updates = {"w": jnp.ones(20_000)}

@@ -364,6 +364,7 @@ def test_two_streams_in_turn_and_then_nothing_is_left(late: Late) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_tables_of_calls_that_are_made_once(late: Late) -> None:
     """Their programs are gone before the device begins."""
     weights = [late.random(300), late.random(7, 3).bfloat16()]
@@ -615,6 +616,7 @@ def test_every_step_of_a_capturable_run(late: Late, options: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_windowed_mean_at_its_start(late: Late) -> None:
     """There it is the weights, not what a narrower ring has of them."""
     weights = [late.random(50)]
@@ -1172,6 +1174,7 @@ def test_numbers_of_averages_that_do_not_begin_at_the_first(gpu: StubGpu, first:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_drift_of_many_averages_in_several_groups_and_layouts(gpu: StubGpu) -> None:
     """More than eight averages, two dtypes, spaced and adjacent, and an empty tensor."""
     torch.manual_seed(3)

@@ -85,6 +85,7 @@ def test_damaged_entries_are_compiled_anew(
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_damaged_entries_are_made_good_and_others_kept(
     warm_cache: Path, python: Callable[..., str]
 ) -> None:
@@ -176,6 +177,7 @@ RACE = """
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_no_kernel_is_given_the_code_of_another_one(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:
