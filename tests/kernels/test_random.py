@@ -355,7 +355,7 @@ def test_errors_of_many_steps_add_up_as_chance_has_it() -> None:
 @pytest.mark.parametrize("code", NARROW)
 def test_special_numbers_stay_what_they_are(code: str, src: str) -> None:
     # Every sign, exponent and first digits of a float32, with several rests each.
-    rests = np.array([0, 1, 0x1FFF, 0x7FFF, 0x8000, 0xE000, 0xFFFF], np.uint32)
+    rests = np.array([0, 1, 0x1FFF, 0x7FFF, 0x8000, 0xE000, 0xE001, 0xEFFF, 0xFFFF], np.uint32)
     bits = (np.arange(1 << 16, dtype=np.uint32)[:, None] << np.uint32(16)) | rests
     values = bits.reshape(-1).view(np.float32)
     form = reference.FLOATS[code]
