@@ -298,7 +298,7 @@ def run(contest: Contest, quick: bool) -> list[dict[str, Any]]:
     least = contest.entries[0].nbytes
     yardsticks = [ReadReadWrite(int(elements * least)), StreamCopy(int(elements * least))]
     jobs |= {"limit: read-read-write": yardsticks[0], "limit: streaming copy": yardsticks[1]}
-    durations = interleave(jobs, 12, budget_s=3.0 if quick else 40.0)
+    durations = interleave(jobs, 12, budget_s=2.0 if quick else 40.0)
     limit = min(median(durations[name]) for name in list(jobs)[-2:]) / least
     nbytes = {entry.name: entry.nbytes for entry in contest.entries}
     ours = median(durations[contest.entries[0].name])

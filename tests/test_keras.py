@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from .keras_backends import BACKENDS, run
 from .needed import modules
 
 modules("keras", "safetensors")
+
+from keras.src.utils import module_utils  # noqa: E402
 
 from .compat.keras_swap_cases import (  # noqa: E402
     models_are_given_back,  # noqa: F401
@@ -29,6 +32,13 @@ from .keras_loss_cases import (  # noqa: E402
     test_logs_of_batches_and_epochs,  # noqa: F401
     test_raw_is_the_batchs_own_loss,  # noqa: F401
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras' set_random_seed would import it, for nothing: half a gigabyte."""
+    if "tensorflow" not in sys.modules:
+        monkeypatch.setattr(module_utils.tensorflow, "_available", False)
 
 
 @pytest.mark.slow
