@@ -92,7 +92,15 @@ _QUICK_GPT2 = partial(models.gpt2, layers=2, vocab=8_192)
 _QUICK_S = 1.5
 
 QUICK = [
-    Case(model, mix, inventory, 15, hot=hot, memory=model.startswith("gpt2"), budget_s=_QUICK_S)
+    Case(
+        model,
+        mix,
+        inventory,
+        15,
+        hot=hot,
+        memory=model.startswith("gpt2") and mix == "bf16/f32",
+        budget_s=_QUICK_S,
+    )
     for model, inventory, hot, mixes in (
         ("gpt2-2-layers", _QUICK_GPT2, False, MIXES),
         ("resnet50", models.resnet50, False, MIXES[:1]),
