@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
 from .matrix import reduced
+from .peak import overall_peak
 
 # The first example of a kernel may take as long as compiling it. Where a change is judged, it is
 # judged by the same examples each time; new ones are for those who can look into them.
@@ -68,10 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what wide matrices say twice, and what is for full runs alone."""
     if config.option.full:
         return
-    rare = [item for item in items if item.get_closest_marker("full")]
-    config.hook.pytest_deselected(items=rare)
-    items[:] = [item for item in items if not item.get_closest_marker("full")]
-    cases = [item for item in items if hasattr(item, "callspec")]
+    left_out = {id(item) for item in items if item.get_closest_marker("full")}
+    cases = [item for item in items if hasattr(item, "callspec") and id(item) not in left_out]
     specs = [(item.nodeid.split("[")[0], item.callspec) for item in cases]
     thin = {
         test
@@ -79,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("each_value")
     }
     kept = reduced([(test, spec.params) for test, spec in specs], thin)
-    left_out = {id(item) for number, item in enumerate(cases) if number not in kept}
+    left_out |= {id(item) for number, item in enumerate(cases) if number not in kept}
     config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
     items[:] = [item for item in items if id(item) not in left_out]
 
@@ -119,11 +117,11 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Say, or as a worker hand on, how much memory the tests took."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    megabytes = overall_peak() >> 20
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["peak"] = peak
+        session.config.workeroutput["peak"] = megabytes
     elif not PEAKS:
-        PEAKS["this process"] = peak
+        PEAKS["this process"] = megabytes
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

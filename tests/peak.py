@@ -8,18 +8,26 @@ from pathlib import Path
 
 KILOBYTE = 1024
 
+_forgotten = [0]
+
 
 def forget_peak() -> int:
-    """Bytes that are resident now; what was more than that before is forgotten, where Linux can."""
+    """Start a new peak, where Linux can; return the bytes that are resident now."""
+    _forgotten[0] = overall_peak()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak()
 
 
 def peak() -> int:
-    """The largest number of resident bytes."""
+    """Return the largest number of resident bytes since :func:`forget_peak`."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * KILOBYTE
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
+
+
+def overall_peak() -> int:
+    """Return the largest number of resident bytes since the process began."""
+    return max(*_forgotten, peak())

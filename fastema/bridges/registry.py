@@ -254,8 +254,7 @@ def _check_nesting(tree: Any, path: str = "", above: tuple[Any, ...] = ()) -> No
         )
     above = (*above, tree)
     for key, value in entries:
-        if type(value) not in _owners:
-            _check_nesting(value, _below(path, key), above)
+        _check_nesting(value, _below(path, key), above)
 
 
 def _flatten(tree: Any, path: str, found: dict[str, Any], held: list[Held]) -> None:

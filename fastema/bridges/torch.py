@@ -236,7 +236,7 @@ class Versions:
             False where the contents are back in other memory than graphs have kept.
         """
         Versions._next = max(Versions._next, max(self._now, default=0)) + 1
-        # A view counts together with its base, of which other parts may have been written.
+        # A view shares its base's counter, and other parts of the base may have been written.
         shared = any(tensor._is_view() for tensor in self._written)
         self._written = []
         if put_back and not shared:

@@ -90,8 +90,8 @@ class Schedule:
         step : int
             From 1.
         steps : int
-            Since the previous call. Each step before was a call of its own; :meth:`weigh` is for
-            runs of which that is not known.
+            Since the previous call. Each step before was a call of its own; use :meth:`weigh`
+            where that is unknown.
 
         Returns
         -------

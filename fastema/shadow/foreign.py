@@ -61,9 +61,9 @@ class _Layout(NamedTuple):
     reads : str
         The call that takes it.
     keys : tuple of str
-        All of which it has.
+        Entries that every such state has.
     prefix : str
-        How the names of its other entries begin.
+        Prefix of its other entries.
     """
 
     what: str

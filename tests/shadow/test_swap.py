@@ -234,7 +234,7 @@ def test_every_bit_pattern_survives_in_an_average_in_two_halves(model_dtype: str
     held, half = all_of(ema), ema.shadow["0"].clone()
     with ema.swapped(model):
         if model_dtype == "f32":
-            words = average.view(torch.int32)  # of which a NaN was made a quiet one
+            words = average.view(torch.int32)  # a NaN has become a quiet one
             words = torch.where(average.isnan(), words | 0x400000, words)
             assert torch.equal(model[0].view(torch.int32), words)
         else:

@@ -24,7 +24,7 @@ Change = Callable[[Net], None]
 
 
 def cached(seed: int = 0) -> Net:
-    """A `Net` that keeps tables, one of which no kernel knows."""
+    """A `Net` that also keeps tables; no kernel knows the dtype of one of them."""
     model = net(seed)
     model.register_buffer("table", torch.randn(4), persistent=False)
     model.hidden.register_buffer("mask", None, persistent=False)
