@@ -57,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.modules.setdefault(name, ModuleType(name))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """As many processes as this one may use cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
@@ -131,9 +132,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out files that cannot even be imported without what their tests are marked with."""
-    left_out = "not tensorflow" in config.option.markexpr
-    return True if left_out and "tensorflow" in collection_path.name else None
+    """Leave out files without tests that are asked for: what they import takes memory and time."""
+    wanted = config.option.markexpr
+    if "not tensorflow" in wanted and "tensorflow" in collection_path.name:
+        return True
+    mark = wanted.partition(" ")[0]
+    if mark not in ("slow", "tensorflow") or not collection_path.name.startswith("test_"):
+        return None
+    return None if mark in collection_path.read_text(encoding="utf-8") else True
 
 
 STORAGE = {
