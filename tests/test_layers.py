@@ -115,9 +115,11 @@ TABLE = {
         for name in ("jax", "keras", "tensorflow")
     },
     "bridges.cupy": Room(ours="layout errors typing", theirs="numpy cupy", own_room=False),
-    # Of torch's bridge: its GPUs, and what its own functions do where our kernels are missing.
+    # Of torch's bridge: its GPUs, its DTensors and the ranks that hold them, and what its own
+    # functions do where our kernels are missing.
     "bridges.torch": Room(
-        ours="layout errors typing bridges.dlpack bridges.names bridges.torch_cuda",
+        ours="layout errors typing bridges.dlpack bridges.names bridges.torch_cuda "
+        "bridges.torch_parts bridges.torch_ranks",
         theirs="numpy torch",
         own_room=False,
     ),
@@ -127,8 +129,12 @@ TABLE = {
         lazy_ours="bridges.torch_foreach",
         own_room=False,
     ),
+    "bridges.torch_parts": Room(ours="layout errors typing", theirs="torch", own_room=False),
+    "bridges.torch_ranks": Room(ours="layout errors typing", theirs="torch", own_room=False),
     "bridges.torch_foreach": Room(
-        ours="layout errors typing kernels.table", theirs="numpy torch", own_room=False
+        ours="layout errors typing kernels.table bridges.torch_parts",
+        theirs="numpy torch",
+        own_room=False,
     ),
     "plan": Room(ours="engine bridges layout errors typing"),
     "shadow": Room(

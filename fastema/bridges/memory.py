@@ -54,7 +54,10 @@ def allocate(
             if slots:
                 shape, strides = (slots, *shape), (placed.length, *strides)
             view = bridge.view(flat, offset, shape, strides)
-            made[i] = view, whole.part(view, offset, shape, strides)
+            spec = whole.part(view, offset, shape, strides)
+            if like.division is not None:
+                spec = spec.divided_like(like)
+            made[i] = view, spec
     return [made[i] for i in range(len(wanted))]
 
 

@@ -22,17 +22,20 @@ from typing import Any, Final, Protocol
 
 from fastema.bridges.names import named
 from fastema.errors import ArgumentError, BridgeError, DTypeError
-from fastema.layout.spec import Held, Leaf, Leaves, TensorSpec
+from fastema.layout.spec import Held, Leaf, Leaves, Ranks, TensorSpec
 
 __all__ = [
     "Versions",
     "bridge_of",
     "describe",
     "dtype_code",
+    "fitted",
     "leaves_of",
     "materialised",
     "memory_by",
     "memory_of",
+    "ranks_of",
+    "reshard",
     "scalar",
     "state_of",
     "versions_of",
@@ -190,6 +193,47 @@ def _scalar(value: Any) -> float | Callable[[], float] | None:
 
 def _type_of(value: Any) -> str:
     return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def fitted(array: Any, spec: TensorSpec) -> Any:
+    """Return what of a saved array belongs to a tensor of the same full shape.
+
+    Collective where the array is divided among processes in another way than the tensor.
+
+    Parameters
+    ----------
+    array : array
+        Whole, or divided.
+    spec : TensorSpec
+    """
+    bridge = bridge_of(array)
+    found: TensorSpec = bridge.describe(array)
+    if found.division is not None:
+        if found.division == spec.division:
+            return array
+        array = bridge.gathered(array)
+    if spec.whole is None or spec.offset is None:
+        return array
+    block = zip(spec.offset, spec.shape, strict=True)
+    return array[tuple(slice(first, first + extent) for first, extent in block)]
+
+
+def ranks_of(arrays: Iterable[Any]) -> Ranks | None:
+    """Return the processes that hold parts of the same arrays; None if no array is divided."""
+    arrays = list(arrays)
+    for bridge in {*map(bridge_of, arrays)}:
+        if hasattr(bridge, "ranks_of"):
+            found: Ranks | None = bridge.ranks_of(arrays)
+            if found is not None:
+                return found
+    return None
+
+
+def reshard(container: Any) -> None:
+    """Have a module hold its own parts of tensors, where it holds gathered tensors for a while."""
+    for bridge in _loaded():
+        if hasattr(bridge, "reshard"):
+            bridge.reshard(container)
 
 
 def dtype_code(value: Any) -> str:

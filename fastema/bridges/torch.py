@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -14,17 +14,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastema.bridges import torch_cuda
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import named, plain_names
+from fastema.bridges.torch_parts import describe_part, gather, is_divided, reshard_modules
+from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.dtypes import NAME_OF
 from fastema.layout.spec import Attributes, Held, Leaf, Leaves, Opaque, Role, TensorSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "Versions",
     "alias",
     "code",
     "describe",
+    "gathered",
     "native",
     "owns",
+    "ranks_of",
+    "reshard",
     "scalar",
     "state_of",
     "transfer",
@@ -89,8 +97,11 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     DTypeError
         For a dtype that has no kernel.
     BridgeError
-        For a tensor without plain strided memory (sparse, quantized, meta, conjugate view).
+        For a tensor without plain strided memory (sparse, quantized, meta, conjugate view), and a
+        DTensor whose part has no place in the whole.
     """
+    if is_divided(tensor):
+        return describe_part(tensor, describe)
     if torch.nn.parameter.is_lazy(tensor):
         raise BridgeError("no shape yet (a lazy module); run the model once before averaging it")
     place = _device(tensor.device)
@@ -114,8 +125,10 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     )
     if spec.size and not (address and _within_storage(tensor, spec)):
         raise BridgeError(
-            f"a {type(tensor).__name__} of shape {list(tensor.shape)} has no memory of its own "
-            "(a distributed or fake tensor, or freed storage)"
+            f"a {type(tensor).__module__}.{type(tensor).__qualname__} of shape "
+            f"{list(tensor.shape)} has no memory of its own (a fake tensor, freed storage, or a "
+            "subclass of Tensor that keeps its values in other tensors); average a copy in a plain "
+            "dtype, or leave it out"
         )
     if address % min(spec.kind.itemsize, 8):
         raise BridgeError(f"the address of a {spec} is no multiple of its element; pass a clone")
@@ -175,6 +188,23 @@ def view(
 ) -> torch.Tensor:
     """A tensor within a flat one."""
     return flat.as_strided(shape, strides, offset)
+
+
+def gathered(tensor: DTensor) -> torch.Tensor:
+    """The whole tensor on every rank; all of them have to call this."""
+    return gather(tensor)
+
+
+def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:
+    """The ranks that hold parts of the same DTensors; None where no tensor is one."""
+    meshes = [tensor.device_mesh for tensor in tensors if is_divided(tensor)]
+    return Ranks(meshes) if meshes else None
+
+
+def reshard(container: Any) -> None:
+    """Have the modules of FSDP2 hold their own parts, where they hold gathered parameters."""
+    for one in _modules(container):
+        reshard_modules(one.modules())
 
 
 def written(tensors: Sequence[torch.Tensor]) -> None:
@@ -257,16 +287,26 @@ class Versions:
 
 
 def walk(container: Any) -> Leaves | None:
-    """The parameters and buffers of a module; None for anything else.
+    """The parameters and buffers of a module, or of a list of modules; None for anything else.
 
     A parameter that does not require a gradient is ``frozen``; a tied one has every name. A buffer
-    that was registered with ``persistent=False`` is marked.
+    that was registered with ``persistent=False`` is marked. Modules in a list are stages of one
+    model, and keep their names.
+
+    Raises
+    ------
+    BridgeError
+        If two tensors of different modules have one name.
     """
-    if not isinstance(container, torch.nn.Module):
+    modules = _modules(container)
+    if not modules:
         return None
-    parameters = dict(container.named_parameters(remove_duplicate=False))
-    buffers = dict(container.named_buffers(remove_duplicate=False))
-    transient, held = _transient_and_held(container)
+    parameters = _union(dict(one.named_parameters(remove_duplicate=False)) for one in modules)
+    buffers = _union(dict(one.named_buffers(remove_duplicate=False)) for one in modules)
+    transient: set[str] = set()
+    held = [Held(container)] if isinstance(container, list) else []
+    for module in modules:
+        _note_held(module, transient, held)
     paths = [*parameters, *buffers]
     tensors = chain(parameters.values(), buffers.values())
     items: list[Leaf] = []
@@ -284,15 +324,37 @@ def walk(container: Any) -> Leaves | None:
     return Leaves(items, describe, held, opaque)
 
 
-def state_of(container: torch.nn.Module) -> dict[str, tuple[str, Any]]:
+def _modules(container: Any) -> Sequence[torch.nn.Module]:
+    """A module, or the modules of a list or tuple of nothing else; none for anything else."""
+    if isinstance(container, torch.nn.Module):
+        return (container,)
+    if isinstance(container, list | tuple) and container:
+        return container if all(isinstance(one, torch.nn.Module) for one in container) else ()
+    return ()
+
+
+def _union(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            if found.setdefault(name, tensor) is not tensor:
+                raise BridgeError(
+                    f"two modules have a tensor {name!r}; average them separately, or put them "
+                    "into a torch.nn.ModuleDict"
+                )
+    return found
+
+
+def state_of(container: Any) -> dict[str, tuple[str, Any]]:
     """What a module's ``state_dict()`` holds: key to the name in :func:`walk` and the entry itself.
 
     The name of what :func:`walk` does not know is its key.
     """
-    own: dict[str, torch.Tensor] = {
-        **dict(container.named_parameters(remove_duplicate=False)),
-        **dict(container.named_buffers(remove_duplicate=False)),
-    }
+    modules = _modules(container)
+    own: dict[str, torch.Tensor] = {}
+    for one in modules:
+        own |= dict(one.named_parameters(remove_duplicate=False))
+        own |= dict(one.named_buffers(remove_duplicate=False))
     plain = dict(zip(own, plain_names(list(own)), strict=True))
     names = {id(tensor): plain[name] for name, tensor in own.items()}
     # A hook may have renamed an entry, or copied it: known by its tensor or else by its key.
@@ -301,7 +363,8 @@ def state_of(container: torch.nn.Module) -> dict[str, tuple[str, Any]]:
             names.get(id(entry), plain.get(key, key)),
             entry.detach() if isinstance(entry, torch.Tensor) else entry,
         )
-        for key, entry in container.state_dict(keep_vars=True).items()
+        for one in modules
+        for key, entry in one.state_dict(keep_vars=True).items()
     }
 
 
@@ -309,10 +372,8 @@ _MEMBERS: Final = ("_parameters", "_buffers", "_modules")
 """Attributes of a module, each a mapping of names."""
 
 
-def _transient_and_held(container: torch.nn.Module) -> tuple[set[str], list[Held]]:
-    """Paths of what the module's state leaves out, and how it holds its tensors."""
-    transient: set[str] = set()
-    held: list[Held] = []
+def _note_held(container: torch.nn.Module, transient: set[str], held: list[Held]) -> None:
+    """Add paths of what the module's state leaves out, and how it holds its tensors."""
     seen: set[int] = set()
     for path, module in container.named_modules(remove_duplicate=False):
         out = frozenset(module._non_persistent_buffers_set)
@@ -329,7 +390,6 @@ def _transient_and_held(container: torch.nn.Module) -> tuple[set[str], list[Held
             held.append(
                 Held(members if isinstance(members, dict) else _Scripted(members), None, kept)
             )
-    return transient, held
 
 
 class _Scripted:

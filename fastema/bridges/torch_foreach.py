@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastema.bridges.torch_parts import local
 from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, MEASURING, SQUARE, STILL
 from fastema.layout.dtypes import DType
@@ -519,7 +520,7 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
     if operation == "window":
         assert pair.ring is not None
         specs.append(pair.ring[0])
-    tensors = [spec.owner.detach() for spec in specs]
+    tensors = [local(spec.owner).detach() for spec in specs]
     tensors = [torch.view_as_real(one) if one.is_complex() else one for one in tensors]
     if not real.is_floating_point:
         tensors = [one.view(_WORDS[one.element_size()]) for one in tensors]
@@ -531,7 +532,7 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
     if not tensors[0].dim():
         tensors = [one.unsqueeze(-1) for one in tensors]
     axes = tensors[0].dim()
-    order = sorted(range(-axes, 0), key=lambda axis: -tensors[0].stride(axis))
+    order = sorted(range(-axes, 0), key=lambda axis: -tensors[0].stride()[axis])
     tensors = [one.permute(*range(one.dim() - axes), *order) for one in tensors]
     if all((one if one.dim() == axes else one[0]).is_contiguous() for one in tensors):
         return [one.view(*one.shape[: one.dim() - axes], -1) for one in tensors]

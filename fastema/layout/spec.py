@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
@@ -13,7 +13,18 @@ from fastema.errors import FastemaError
 from fastema.layout.dtypes import DType, dtype
 from fastema.layout.home import Home
 
-__all__ = ["Attributes", "Held", "Leaf", "Leaves", "Opaque", "Role", "Structure", "TensorSpec"]
+__all__ = [
+    "Attributes",
+    "Division",
+    "Held",
+    "Leaf",
+    "Leaves",
+    "Opaque",
+    "Ranks",
+    "Role",
+    "Structure",
+    "TensorSpec",
+]
 
 Role = Literal["weight", "frozen", "buffer"]
 
@@ -59,6 +70,16 @@ def _geometry(shape: tuple[int, ...], strides: tuple[int, ...], code: str) -> _G
     return _Geometry(size, size * itemsize, dense, overlaps_itself, low, high)
 
 
+class Division(Protocol):
+    """How a tensor is divided among processes; two are equal on all of them or on none."""
+
+    def tensor(self, array: Any) -> Any:
+        """Make this process's part, in whatever memory, a tensor that is divided in this way."""
+
+    def stacked(self, count: int) -> Division:
+        """The division of that many such tensors along a new first axis."""
+
+
 # Not frozen: that would make it take five times as long to make one, and every tensor has several.
 @dataclass(unsafe_hash=True, slots=True)
 class TensorSpec:
@@ -88,6 +109,9 @@ class TensorSpec:
     glance : callable, optional
         ``owner -> object`` that is another once any of the above is, cheaper than describing it
         again; not compared.
+    division : Division, optional
+        Of a tensor that is divided among processes, whether this process has a part of it or all
+        of it; not compared.
     """
 
     address: int
@@ -102,6 +126,7 @@ class TensorSpec:
     exchange: int = field(default=0, compare=False, repr=False)
     home: Home | None = field(default=None, compare=False, repr=False)
     glance: Callable[[Any], object] | None = field(default=None, compare=False, repr=False)
+    division: Division | None = field(default=None, compare=False, repr=False)
 
     def kept_by(self, owner: Any) -> TensorSpec:
         """The same with another owner."""
@@ -127,6 +152,29 @@ class TensorSpec:
             home=self.home,
             glance=self.glance,
         )
+
+    def divided_like(self, other: TensorSpec) -> TensorSpec:
+        """The same memory as the part of a whole that another tensor of its shape is.
+
+        A ring's slots, which lie before the other axes, are not divided.
+        """
+        division = other.division
+        slots = self.shape[: len(self.shape) - len(other.shape)]
+        if division is not None and slots:
+            division = division.stacked(*slots)
+        if other.whole is None or other.offset is None:
+            return replace(self, division=division)
+        return replace(
+            self,
+            whole=(*slots, *other.whole),
+            offset=(*(0 for _ in slots), *other.offset),
+            division=division,
+        )
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self.shape if self.whole is None else self.whole
 
     @property
     def kind(self) -> DType:
@@ -212,6 +260,22 @@ class Attributes:
         """One of them; None where there is none, or where the object is gone."""
         owner = self._owner()
         return None if owner is None else vars(owner).get(name)
+
+
+class Ranks(Protocol):
+    """The processes that hold parts of the same tensors."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any of them."""
+
+    def compare(self, facts: Mapping[str, str]) -> None:
+        """Compare facts, by what they are of.
+
+        Raises
+        ------
+        LayoutError
+            On every process, if one has other facts than the first.
+        """
 
 
 class Structure(Protocol):

@@ -9,7 +9,15 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, overload
 
 from fastema.bridges.memory import allocate
-from fastema.bridges.registry import describe, leaves_of, materialised, state_of, written
+from fastema.bridges.registry import (
+    describe,
+    leaves_of,
+    materialised,
+    ranks_of,
+    reshard,
+    state_of,
+    written,
+)
 from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.engine.collector import uncollected
 from fastema.engine.held import keep
@@ -49,6 +57,7 @@ from fastema.shadow.options import (
     checked,
     destination,
     dtype_of,
+    patterns_of,
     wish_of,
 )
 from fastema.shadow.reports import report
@@ -200,6 +209,7 @@ class Average(Generic[Weights]):
         drift: bool = False,
         capturable: bool = False,
         watch: Watched = "all",
+        policy: Mapping[str, Policy] | None = None,
         ring: tuple[int, Any, bool] | None = None,
     ) -> None:
         self._schedule = Schedule(rules, update_every, start_after)
@@ -223,11 +233,20 @@ class Average(Generic[Weights]):
                 window=window, ring=dtype_of(dtype), ring_on_host=on_host
             )
         container = materialised(weights)
+        reshard(container)
         leaves = leaves_of(container)
-        selection = select(leaves, frozen, buffers)
+        selection = select(leaves, frozen, buffers, patterns_of(policy))
         self._store = Store.of(selection, self._wish)
         self._names = selection.names
         self._done = self._num_skipped = 0
+        self._ranks = ranks_of(leaf.spec.owner for leaf in (*selection.averaged, *selection.copied))
+        if self._ranks is not None:
+            if drift:
+                raise ArgumentError(
+                    "drift=True measures what one rank holds, and these weights are divided among "
+                    "several; build the average without it"
+                )
+            self._ranks.compare(self._facts())
         self._log_decays = self._schedule.log_decays(0)
         self._lock = rlock()
         self._applied: Exchange | None = None
@@ -243,6 +262,23 @@ class Average(Generic[Weights]):
         if capturable:
             self._count = DeviceCount(self._binding.homes, self._schedule, self._seed)
             self._try(self._count, self._binding)
+
+    def _facts(self) -> dict[str, str]:
+        """What all ranks have to agree on, by what it is of."""
+        facts = {
+            "class": type(self).__name__,
+            "schedule": str(self._schedule),
+            "num_updates": str(self._done),
+            "num_skipped": str(self._num_skipped),
+            "seed": str(self._seed),
+            "stored as": str(self._wish),
+        }
+        for name, entry in self._store.sets[0].items():
+            spec = entry.spec
+            division = "" if spec.division is None else f", {spec.division}"
+            how = "averaged" if entry.averaged else "copied"
+            facts[repr(name)] = f"{how}, {spec.dtype}{list(spec.full_shape)}{division}"
+        return facts
 
     def _try(self, count: DeviceCount, binding: Binding) -> None:
         """An update of which the clock says that nothing is to be done: all its kernels are there.
@@ -265,6 +301,8 @@ class Average(Generic[Weights]):
     ) -> Binding:
         """The binding to a model's memory as it is now; all checks, nothing written."""
         container = self._home if model is None else materialised(model)
+        if write:
+            reshard(container)
         binding = self._binding
         if binding.moving:
             stale = binding.lenient or not binding.locate(container, write=write)
@@ -396,12 +434,13 @@ class Average(Generic[Weights]):
     def _accepts(self, binding: Binding, step: int) -> bool:
         """Whether all weights are finite; what is to be done where they are not."""
         names = binding.not_finite()
-        if not names:
+        if not (names if self._ranks is None else self._ranks.any(bool(names))):
             return True
         if self._on_nonfinite == "raise":
+            found = [f"{name!r} holds a NaN or an infinity" for name in names]
             raise NonFiniteError(
                 f"weights are not finite at update {step}; the average is as it was:\n"
-                + listed(f"{name!r} holds a NaN or an infinity" for name in names)
+                + listed(found or ["those of another rank, which names them"])
             )
         self._num_skipped += 1
         return False
@@ -533,6 +572,7 @@ class Average(Generic[Weights]):
         """What takes the average back, made anew if the model moved meanwhile."""
         before, applied = self._binding, self._applied
         assert applied is not None
+        reshard(before.container)
         if model is not None:
             container = materialised(model)
             if not before.holds(container) and not before.same_memory(
@@ -681,7 +721,9 @@ class Average(Generic[Weights]):
             self._refuse_applied("copy_to")
             which = self._chosen(which)
             self._follow()
-            pairs = unique(self._pairs_to(leaves_of(materialised(model)), which))
+            container = materialised(model)
+            reshard(container)
+            pairs = unique(self._pairs_to(leaves_of(container), which))
             assigned = [pair for pair in pairs if can_be_assigned(pair.src)]
             pairs = [pair for pair in pairs if not can_be_assigned(pair.src)]
             for pair in pairs:
@@ -938,6 +980,8 @@ class Average(Generic[Weights]):
             out before anything else is called (while an average is applied they are copies).
         """
         with self._lock:
+            if self._ranks is not None:
+                self._ranks.compare(self._facts())
             counters = {
                 "num_updates": self.num_updates,
                 "num_skipped": self._num_skipped,

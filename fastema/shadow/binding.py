@@ -18,7 +18,7 @@ from fastema.layout.group import (
     refuse_overlap,
     refuse_shared_elements,
 )
-from fastema.layout.spec import Leaf, Leaves, TensorSpec
+from fastema.layout.spec import Division, Leaf, Leaves, TensorSpec
 from fastema.shadow.entries import Names
 from fastema.shadow.exchange import Exchange, Tagged, can_be_assigned, exchanged
 from fastema.shadow.store import Entry, Store
@@ -33,10 +33,28 @@ def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -
     """What is wrong with averaged tensors, by name."""
     problems = {name: f"{name!r} is gone from the model" for name in entries if name not in found}
     for name, entry in entries.items():
-        if name in found and found[name].spec.shape != entry.spec.shape:
-            now, was = list(found[name].spec.shape), list(entry.spec.shape)
+        if name in found and found[name].spec.full_shape != entry.spec.full_shape:
+            now, was = list(found[name].spec.full_shape), list(entry.spec.full_shape)
             problems[name] = f"{name!r} is now {now}, was {was}"
     return problems
+
+
+def _divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> list[str]:
+    """What is divided among ranks in another way than the average."""
+    both = [
+        (name, found[name].spec.division, entry.spec.division)
+        for name, entry in entries.items()
+        if name in found
+    ]
+    return [
+        f"{name!r} is {_placed(now)}, its average {_placed(was)}"
+        for name, now, was in both
+        if now != was
+    ]
+
+
+def _placed(division: Division | None) -> str:
+    return "whole on this rank" if division is None else str(division)
 
 
 def _untied(found: Mapping[str, Leaf], aliases: Mapping[str, str]) -> list[str]:
@@ -52,11 +70,10 @@ def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names)
     present = [leaf.name for leaf in leaves.items if leaf.persistent]
     present += [one.name for one in leaves.opaque if one.persistent]
     problems = [f"{name!r} is new in the model" for name in present if name not in known]
-    frozen = {*names.skipped, *names.frozen}
     return problems + [
         f"{leaf.name!r} is trained now but was frozen when the average was built"
         for leaf in leaves.items
-        if leaf.role == "weight" and leaf.name in frozen
+        if leaf.role == "weight" and leaf.name in names.still
     ]
 
 
@@ -160,6 +177,13 @@ class Binding:
         problems = [*gone.values(), *_untied(found, names.aliases)]
         if not lenient:
             problems += _new_or_unfrozen(leaves, entries, names)
+        if divided := _divided_otherwise(found, entries):
+            raise LayoutError(
+                f"the model is not divided as its average is:\n{listed(divided)}\nFSDP gathers "
+                "parameters for a forward pass, and leaves them so where no backward pass follows. "
+                "Call update() after optimizer.step(), or reshard() on the modules before; an "
+                "average of a model that is divided in another way takes over a state_dict()."
+            )
         if problems:
             advice = "Build a new average for the changed model."
             if gone.keys() & names.buffers:
@@ -208,15 +232,14 @@ class Binding:
         self._exchanges: dict[int, Exchange] = {}
         kept = [] if leaves.moving else [leaf for leaf in leaves.items if leaf.persistent]
         self._owners = [leaf.spec.owner for leaf in kept]
+        self._elements = [*container] if isinstance(container, list) else []
         watched = leaves.only({*entries, *names.aliases})
         self._watch = None if leaves.moving else watch(watched, transient=False)
         self._share = 0
         self._kept: list[Any] = []
-        frozen = {*names.skipped, *names.frozen}
+        still = names.still
         self._frozen = [
-            leaf.spec.owner
-            for leaf in leaves.items
-            if leaf.name in frozen and leaf.role == "frozen"
+            leaf.spec.owner for leaf in leaves.items if leaf.name in still and leaf.role == "frozen"
         ]
         if leaves.moving and not self.locate(container, write=write):
             raise LayoutError("the tensors change while they are looked at, by another thread")
@@ -369,16 +392,15 @@ class Binding:
                 home.wait()
 
     def holds(self, container: Any) -> bool:
-        """Whether this is the container, or a list of the same tensor objects."""
+        """Whether this is the container, or a list of the same tensors or modules."""
         if container is self.container:
             return True
         if self.moving:
             return False
         return (
             isinstance(container, list)
-            and isinstance(self.container, list)
-            and len(container) == len(self._owners)
-            and all(one is other for one, other in zip(container, self._owners, strict=True))
+            and len(container) == len(self._elements)
+            and all(one is other for one, other in zip(container, self._elements, strict=True))
         )
 
     def same_memory(self, other: Binding) -> bool:

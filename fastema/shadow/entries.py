@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Final, Literal, NamedTuple
 
-from fastema.errors import DTypeError, LayoutError, listed
+from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import refuse_shared_elements
-from fastema.layout.spec import Leaf, Leaves, Role, TensorSpec
+from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
 
 __all__ = [
     "SPLIT",
@@ -42,12 +44,20 @@ class Names:
         What is copied, or averaged, and is a buffer.
     aliases : dict of str to str
         Further names of the same memory (tied weights), to the name that is kept.
+    chosen : set of str
+        Names whose policy a pattern gives, whatever they are used for.
     """
 
     skipped: set[str]
     frozen: set[str]
     buffers: set[str]
     aliases: dict[str, str]
+    chosen: set[str]
+
+    @property
+    def still(self) -> set[str]:
+        """What has to stay frozen."""
+        return (self.skipped | self.frozen) - self.chosen
 
 
 class Selection(NamedTuple):
@@ -58,7 +68,42 @@ class Selection(NamedTuple):
     names: Names
 
 
-def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
+def by_pattern(leaves: Leaves, patterns: Mapping[str, Policy]) -> dict[str, Policy]:
+    """Find the names that patterns match, each with the policy of the first that does.
+
+    Raises
+    ------
+    ArgumentError
+        If a pattern matches no name, or only buffers that are not persistent.
+    """
+    found: dict[str, Policy] = {}
+    unused = dict.fromkeys(patterns)
+    named: list[Leaf | Opaque] = [*leaves.items, *leaves.opaque]
+    for one in named:
+        matching = [pattern for pattern in patterns if fnmatchcase(one.name, pattern)]
+        if matching and one.persistent:
+            found[one.name] = patterns[matching[0]]
+            for pattern in matching:
+                unused.pop(pattern, None)
+    if unused:
+        names = [one.name for one in named if one.persistent]
+        raise ArgumentError(
+            "policy: no name matches\n"
+            + listed(map(repr, unused))
+            + f"\nThe model has {', '.join(map(repr, names[:3]))}"
+            + (f" and {len(names) - 3} more; " if len(names) > 3 else "; ")
+            + "a name is matched as a whole ('*.bias'), and buffers registered with "
+            "persistent=False are never averaged."
+        )
+    return found
+
+
+def select(
+    leaves: Leaves,
+    frozen: Policy,
+    buffers: Policy,
+    patterns: Mapping[str, Policy] | None = None,
+) -> Selection:
     """Sort a container's leaves by policy, each memory once.
 
     Buffers that a module's own state leaves out, such as tables and masks that it keeps for speed,
@@ -66,21 +111,26 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
 
     Raises
     ------
+    ArgumentError
+        For a pattern that matches nothing.
     LayoutError
         If nothing is left to average, or a tensor is expanded, so that it cannot be swapped.
     BridgeError, DTypeError
         For a tensor that cannot be described and is not skipped.
     """
-    policies: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
+    of_role: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
+    chosen = by_pattern(leaves, patterns or {})
+
+    def policy(one: Leaf | Opaque) -> Policy:
+        return chosen.get(one.name, of_role[one.role])
+
     for one in leaves.opaque:
-        if one.persistent and policies[one.role] != "skip":
+        if one.persistent and policy(one) != "skip":
             raise one.error
     skipped = {one.name for one in leaves.opaque}
-    skipped |= {
-        leaf.name for leaf in leaves.items if not leaf.persistent or policies[leaf.role] == "skip"
-    }
+    skipped |= {leaf.name for leaf in leaves.items if not leaf.persistent or policy(leaf) == "skip"}
     held = [leaf for leaf in leaves.items if leaf.name not in skipped]
-    wanted = [leaf for leaf in held if policies[leaf.role] == "average"]
+    wanted = [leaf for leaf in held if policy(leaf) == "average"]
     averages = {leaf.name for leaf in wanted if leaf.spec.kind.real is not None}
     problems = [
         f"{leaf.name}: {leaf.spec.dtype} is not averaged, only copied"
@@ -94,14 +144,14 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
             + "\nKeep them in another dtype, or pass buffers='copy' or frozen='copy'."
         )
     # Of several names of one memory, one that is averaged is kept.
-    first: dict[TensorSpec, str] = {}
+    first: dict[object, str] = {}
     for leaf in sorted(held, key=lambda leaf: leaf.name not in averages):
-        if leaf.spec.size and leaf.spec.writable:  # what never changes is tied to nothing
-            first.setdefault(leaf.spec, leaf.name)
+        if leaf.spec.writable:  # what never changes is tied to nothing
+            first.setdefault(_memory(leaf.spec), leaf.name)
     aliases = {
-        leaf.name: first[leaf.spec]
+        leaf.name: first[_memory(leaf.spec)]
         for leaf in held
-        if leaf.spec in first and first[leaf.spec] != leaf.name
+        if first.get(_memory(leaf.spec), leaf.name) != leaf.name
     }
     held = [leaf for leaf in held if leaf.name not in aliases]
     averaged = [leaf for leaf in held if leaf.name in averages]
@@ -121,7 +171,12 @@ def select(leaves: Leaves, frozen: Policy, buffers: Policy) -> Selection:
         refuse_shared_elements(leaf.name, leaf.spec)
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     statistics = {leaf.name for leaf in held if leaf.role == "buffer"}
-    return Selection(averaged, copied, Names(skipped, still, statistics, aliases))
+    return Selection(averaged, copied, Names(skipped, still, statistics, aliases, {*chosen}))
+
+
+def _memory(spec: TensorSpec) -> object:
+    """What tells a tensor's memory from others; an empty part is tied where its object is."""
+    return spec if spec.size else id(spec.owner)
 
 
 def companion(kind: DType, weights: DType, form: str) -> DType:

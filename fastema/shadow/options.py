@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypedDict, get_args
 
@@ -20,6 +20,7 @@ __all__ = [
     "checked",
     "destination",
     "dtype_of",
+    "patterns_of",
     "wish_of",
 ]
 
@@ -41,6 +42,27 @@ class Options(TypedDict, total=False):
     drift: bool
     capturable: bool
     watch: Watched
+    policy: Mapping[str, Policy] | None
+
+
+def patterns_of(policy: Any) -> dict[str, Policy]:
+    """The patterns of names that a user gave, each with a policy.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    if policy is None:
+        return {}
+    if not isinstance(policy, Mapping):
+        raise ArgumentError(
+            f"policy={policy!r}: expected patterns of names and what is done with them, such as "
+            "{'*.expert_bias': 'average', 'visual.*': 'skip'}"
+        )
+    return {
+        str(pattern): checked(value, f"policy[{pattern!r}]", Policy)
+        for pattern, value in policy.items()
+    }
 
 
 def checked(value: Any, name: str, known: Any) -> Any:

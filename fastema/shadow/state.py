@@ -121,8 +121,8 @@ def _body(
         except FastemaError as error:
             yield f"{name!r}: {error}"
             continue
-        if found.shape != spec.shape:
-            yield f"{name!r} is {list(found.shape)}, expected {list(spec.shape)}{label}"
+        if found.full_shape != spec.full_shape:
+            yield f"{name!r} is {list(found.full_shape)}, expected {list(spec.full_shape)}{label}"
         if found.dtype != spec.dtype:
             yield (
                 f"{name!r} is {found.dtype}, expected {spec.dtype}{label} (build the average with "

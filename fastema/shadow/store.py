@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import Memory, allocate
-from fastema.bridges.registry import bridge_of, describe, memory_by
+from fastema.bridges.registry import bridge_of, describe, fitted, memory_by
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, DTypeError, listed
 from fastema.layout.dtypes import DType
@@ -70,6 +70,8 @@ class Entry(NamedTuple):
                 spec,
                 shape=spec.shape[1:],
                 strides=spec.strides[1:],
+                whole=self.spec.whole,
+                offset=self.spec.offset,
                 device=self.spec.device,
                 home=self.spec.home,
             )
@@ -130,7 +132,7 @@ class Store:
 
     def tensors(self) -> Tensors:
         """The arrays, as a state dict holds them; parts that no entry has are left out."""
-        return self._collect(lambda memory: bridge_of(memory[0]).alias(memory[0]))
+        return self._collect(_saved)
 
     def _collect(self, what: Any) -> Tensors:
         found: Tensors = {}
@@ -159,7 +161,7 @@ class Store:
             array, spec = memory
             if part == "ring" and ring_on_host:
                 return spec
-            return describe(bridge_of(array).transfer(array, device))
+            return describe(bridge_of(array).transfer(array, device)).divided_like(spec)
 
         return self._remade(there, ring_on_host)
 
@@ -227,7 +229,7 @@ class Store:
         for part, of_part in self.specs().items():
             for specs, arrays in zip(of_part, tensors[part], strict=True):
                 for name, spec in specs.items():
-                    array = _brought(arrays[name], spec.device)
+                    array = _brought(fitted(arrays[name], spec), spec.device)
                     pairs.append(Pair(name, spec, describe(array)))
         return Program({"all": pairs})
 
@@ -276,8 +278,13 @@ def _averages(
     }
 
 
+def _saved(memory: Memory) -> Any:
+    array, spec = memory
+    return bridge_of(array).alias(array) if spec.division is None else spec.division.tensor(array)
+
+
 def _shown(like: TensorSpec) -> Callable[[Any], Any]:
-    return _shown_by(bridge_of(like.owner))
+    return _shown_by(bridge_of(like.owner)) if like.division is None else like.division.tensor
 
 
 @cache

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastema.bridges.moving import Locator, finder_of, moves
 from fastema.bridges.registry import describe, leaves_of
-from fastema.errors import BridgeError
+from fastema.errors import ArgumentError, BridgeError
 
 from ..needed import modules
 
@@ -188,3 +188,18 @@ def test_traced_and_deleted_arrays_are_not_found() -> None:
     gone = {"w": jnp.ones(7)}
     gone["w"].delete()
     assert find.locate(gone) is None
+
+
+def test_arrays_that_never_change_are_refused_a_second_time() -> None:
+    weights = [jnp.asarray(values(1)), jnp.asarray(values(2))]
+    where = locator(weights)
+    located = where.locate(weights)
+    assert located is not None
+    where.refuse_used(located, "here")
+    where.notify_used(located)
+    with pytest.raises(ArgumentError, match="no new arrays.*here"):
+        where.refuse_used(located, "here")
+    weights[1] = jnp.asarray(values(3))
+    changed = where.locate(weights)
+    assert changed is not None
+    where.refuse_used(changed, "here")

@@ -100,6 +100,13 @@ def test_elements_that_lie_between_others_are_refused() -> None:
         bridge.describe(records["a"])
 
 
+def test_aligned_complex_numbers_at_odd_steps_are_refused() -> None:
+    array = np.ndarray((3,), np.complex128, np.zeros(9), strides=(24,))
+    assert array.flags.aligned  # each half is
+    with pytest.raises(BridgeError, match="multiples of 16"):
+        bridge.describe(array)
+
+
 def test_arrays_know_one_device() -> None:
     assert bridge.transfer(BASE, "cpu") is BASE
     with pytest.raises(BridgeError, match="cuda:0"):

@@ -180,7 +180,8 @@ def test_walk_of_a_module() -> None:
     assert roles["0.bias"] == "frozen"
     assert roles["1.running_mean"] == roles["1.num_batches_tracked"] == "buffer"
     assert leaves.describe(named["0.weight"]) == bridge.describe(named["0.weight"])
-    assert bridge.walk([net]) is None
+    assert bridge.walk([net]).names == leaves.names
+    assert bridge.walk([net, 1]) is bridge.walk([]) is None
     assert bridge.walk(named) is None
 
 

@@ -1,0 +1,184 @@
+"""Tensors that are divided among processes: DTensors, as FSDP2 and tensor parallel make them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+
+from fastema.errors import BridgeError
+from fastema.layout.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+__all__ = ["describe_part", "gather", "is_divided", "local", "reshard_modules"]
+
+_UNDIVIDED = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def is_divided(tensor: Any) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a DTensor."""
+    if type(tensor) in _UNDIVIDED:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, and any other tensor as it is."""
+    if not is_divided(tensor):
+        return tensor
+    found: torch.Tensor = tensor._local_tensor
+    return found
+
+
+def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec]) -> TensorSpec:
+    """Describe this rank's part of a DTensor, and where in the whole tensor it begins.
+
+    Parameters
+    ----------
+    tensor : DTensor
+    describe : callable
+        Describes a plain tensor.
+
+    Raises
+    ------
+    BridgeError
+        For a pending sum, and for a part that is several blocks of the whole.
+    """
+    # DCP computes with this function where a part goes in a checkpoint.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+    whole = tuple(tensor.shape)
+    if any(one.is_partial() for one in placements):
+        raise BridgeError(
+            f"a DTensor placed as {placements} is a sum that is still pending; redistribute it to "
+            "Shard or Replicate first"
+        )
+    if not _is_one_block(mesh, placements):
+        raise BridgeError(
+            f"a DTensor placed as {placements} has parts of several blocks; redistribute it to "
+            "Shard or Replicate first"
+        )
+    found = tensor._local_tensor
+    spec = describe(found)
+    shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
+    if spec.size and tuple(shape) != spec.shape:
+        raise BridgeError(
+            f"this rank's part of a DTensor of shape {list(whole)} is {list(spec.shape)}, and "
+            f"{list(shape)} by its placements {placements}"
+        )
+    is_part = spec.shape != whole
+    return replace(
+        spec,
+        # The offset of an empty part may lie past the end.
+        whole=whole if is_part else None,
+        offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None,
+        owner=tensor,
+        exchange=0,
+        glance=_glance,
+        division=_Division(mesh, placements, whole, tensor.stride()),
+    )
+
+
+def _is_one_block(mesh: Any, placements: tuple[Any, ...]) -> bool:
+    """Return whether every part is one block of the whole.
+
+    FSDP on top of tensor parallel divides a dimension over the later mesh dimension first: with
+    both divisions a part is one block, with the strided one alone it is several.
+    """
+    for dim, strided in enumerate(placements):
+        factor = getattr(strided, "split_factor", 1)
+        after = 1
+        for later in range(dim + 1, len(placements)):
+            if getattr(placements[later], "dim", None) == getattr(strided, "dim", None):
+                after *= mesh.size(later)
+        if factor != 1 and after != factor:
+            return False
+    return True
+
+
+def _glance(tensor: DTensor) -> object:
+    found = tensor._local_tensor
+    return id(found), found.data_ptr(), found.shape, found.dtype
+
+
+@dataclass(frozen=True)
+class _Division:
+    """How a DTensor is divided: see :class:`fastema.layout.spec.Division`."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def tensor(self, array: torch.Tensor) -> DTensor:
+        """Make a DTensor of this rank's part."""
+        from torch.distributed.tensor import DTensor
+
+        # Shape and strides by hand: from_local would take all parts to be of one size. A storage of
+        # its own, of the same memory: the staging of DCP fails where two DTensors share one.
+        return DTensor.from_local(
+            torch.from_dlpack(array.detach()),
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=torch.Size(self.shape),
+            stride=self.strides,
+        )
+
+    def stacked(self, count: int) -> _Division:
+        """Divide that many along a new first axis."""
+        sizes = [n * s for n, s in zip(self.shape, self.strides, strict=True)]
+        return _Division(
+            self.mesh,
+            tuple(map(_with_axis_before, self.placements)),
+            (count, *self.shape),
+            (max(sizes, default=1), *self.strides),
+        )
+
+    def __str__(self) -> str:
+        placed = ", ".join(map(str, self.placements))
+        return f"{placed} over {tuple(self.mesh.shape)}"
+
+
+def _with_axis_before(placement: Any) -> Any:
+    """Return a placement for tensors with one more axis in front."""
+    if not hasattr(placement, "dim"):
+        return placement
+    factor = getattr(placement, "split_factor", None)
+    options = {} if factor is None else {"split_factor": factor}
+    return type(placement)(placement.dim + 1, **options)
+
+
+def gather(tensor: DTensor) -> torch.Tensor:
+    """Return the whole of a DTensor on every rank; all of them have to call this."""
+    # As bytes: neither gloo nor NCCL sends 16-bit integers.
+    part = tensor.detach()._local_tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+    size = tensor.dtype.itemsize
+    division = _Division(
+        tensor.device_mesh,
+        tuple(tensor.placements),
+        (*tensor.shape, size),
+        (*(size * stride for stride in tensor.stride()), 1),
+    )
+    return division.tensor(part).full_tensor().view(tensor.dtype).squeeze(-1)
+
+
+def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:
+    """Have FSDP2 put its sharded parameters into the modules; the next forward gathers them again.
+
+    After an evaluation, or with ``reshard_after_forward=False``, modules hold gathered parameters.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in modules:
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()

@@ -1,0 +1,110 @@
+"""The ranks that hold parts of the same tensors: what they agree on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastema.errors import LayoutError, listed
+
+__all__ = ["Ranks"]
+
+_SHOWN = 8
+"""Differences that an error lists."""
+
+
+class Ranks:
+    """The ranks of some meshes.
+
+    Parameters
+    ----------
+    meshes : iterable of DeviceMesh
+        All that this rank's tensors are divided over.
+
+    Notes
+    -----
+    The largest mesh counts where it holds the others, as the mesh of all data-parallel ranks holds
+    those of experts. Over a mesh of several dimensions that is not the whole world a question goes
+    along one dimension after the other.
+    """
+
+    def __init__(self, meshes: Iterable[Any]) -> None:
+        found = list({id(one): one for one in meshes}.values())
+        self._device = torch.device(found[0].device_type)
+        members = {rank for mesh in found for rank in mesh.mesh.flatten().tolist()}
+        self._groups: list[Any] = [dist.group.WORLD]
+        if len(members) < dist.get_world_size():
+            largest = max(found, key=lambda mesh: mesh.size())
+            meshes_asked = [largest, *(m for m in found if not _holds(largest, m))]
+            self._groups = [
+                mesh.get_group(dim) for mesh in meshes_asked for dim in range(mesh.ndim)
+            ]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set on any rank: one all-reduce of a number."""
+        value = torch.tensor([flag], dtype=torch.int32, device=self._device)
+        for group in self._groups:
+            dist.all_reduce(value, dist.ReduceOp.MAX, group)
+        return bool(value.item())
+
+    def compare(self, facts: Mapping[str, str]) -> None:
+        """Compare what every rank knows: one all-gather of a digest.
+
+        Parameters
+        ----------
+        facts : mapping of str to str
+            What has to be the same on all ranks, by what it is of.
+
+        Raises
+        ------
+        LayoutError
+            On every rank, naming a rank that differs, what of, what it has and what is expected.
+        """
+        text = json.dumps(facts, sort_keys=True).encode()
+        digest = torch.tensor(
+            list(hashlib.sha256(text).digest()), dtype=torch.uint8, device=self._device
+        )
+        problems: list[str] = []
+        differs = False
+        for group in self._groups:
+            found = [torch.empty_like(digest) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(found, digest, group)
+            if not all(torch.equal(one, found[0]) for one in found):
+                differs = True
+                problems += _differences(facts, group)
+        if len(self._groups) > 1:  # others may have seen what these groups do not show
+            differs = self.any(differs)
+        if differs:
+            shown = problems or ["ranks of another part of the mesh differ, and say so"]
+            more = len(shown) - _SHOWN
+            rest = [f"and {more} more"] if more > 0 else []
+            raise LayoutError(
+                "the ranks do not have the same average:\n"
+                + listed([*shown[:_SHOWN], *rest])
+                + "\nBuild it on all ranks from the same model, with the same options, and call "
+                "update() on all of them."
+            )
+
+
+def _holds(mesh: Any, other: Any) -> bool:
+    return set(other.mesh.flatten().tolist()) <= set(mesh.mesh.flatten().tolist())
+
+
+def _differences(facts: Mapping[str, str], group: Any) -> list[str]:
+    """Say what differs from the group's first rank."""
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, dict(facts), group)
+    ranks = dist.get_process_group_ranks(group)
+    first = every[0]
+    return [
+        f"rank {rank}: {key} is {one.get(key, 'missing')}, expected {first.get(key, 'none')} as on "
+        f"rank {ranks[0]}"
+        for rank, one in zip(ranks, every, strict=True)
+        for key in sorted({*first, *one})
+        if one.get(key) != first.get(key)
+    ]

@@ -1,0 +1,280 @@
+"""What the tests run on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import fastema
+from fastema.errors import FastemaError, LayoutError, NonFiniteError
+
+from .layouts import divided, full, holds, meshes, net, put, weights
+
+MAKE: dict[str, Callable[[Any], Any]] = {
+    "f32": lambda model: fastema.EMA(model, decay=0.9),
+    "bf16": lambda model: fastema.EMA(model, decay=0.9, shadow_dtype="bfloat16", seed=3),
+    "split": lambda model: fastema.EMA(model, decay=0.9, shadow_dtype="bf16+16"),
+    "two": lambda model: fastema.EMA(model, decay=[0.9, 0.5], shadow_dtype="float16"),
+    "window": lambda model: fastema.SMA(model, window=3, shadow_dtype="bfloat16"),
+}
+
+
+def averages(ema: Any) -> list[dict[str, torch.Tensor]]:
+    """All averages, whole; collective."""
+    return [{name: full(one[name]) for name in one} for one in ema.shadows]
+
+
+def trained(kind: str, model: Any, steps: int = 4) -> Any:
+    """An average of some steps."""
+    ema = MAKE[kind](model)
+    for step in range(steps):
+        put(model, weights(step))
+        ema.update()
+    return ema
+
+
+def assert_equal(got: list[dict[str, torch.Tensor]], want: list[dict[str, torch.Tensor]]) -> None:
+    """Equal to the bit, by name."""
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert tensor.dtype == other[name].dtype
+            assert torch.equal(tensor, other[name]), name
+
+
+def bits(layout: str, kind: str) -> None:
+    """The bits of the average are those of one process."""
+    if not holds(layout):
+        return
+    model = divided(layout)
+    ema = MAKE[kind](model)
+    with CommDebugMode() as counted:
+        for step in range(4):
+            put(model, weights(step))
+            before = counted.get_total_counts()
+            ema.update()
+            assert counted.get_total_counts() == before
+    for name, tensor in model.named_parameters():
+        shown = ema.shadows[0][name]
+        assert isinstance(shown, DTensor) == isinstance(tensor, DTensor)
+        if isinstance(tensor, DTensor):
+            assert (shown.placements, shown.shape) == (tensor.placements, tensor.shape)
+    assert_equal(averages(ema), averages(trained(kind, net())))
+
+
+def swap(layout: str, kind: str) -> None:
+    """A model computes with the average as one process does, and has every bit back."""
+    if not holds(layout):
+        return
+    model, one = divided(layout), net()
+    ema, reference = trained(kind, model), trained(kind, one)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    which = {"which": 1} if kind == "two" else {}
+    with torch.no_grad():
+        raw = full(model(x))  # may leave gathered weights behind
+        with ema.swapped(**which), reference.swapped(**which):
+            assert_close(full(model(x)), one(x), layout)
+            state = ema.state_dict()
+        torch.testing.assert_close(full(model(x)), raw, rtol=0, atol=0)
+        ema.apply_shadow(**which)
+        model(x)
+        ema.restore()
+        torch.testing.assert_close(full(model(x)), raw, rtol=0, atol=0)
+    reshard(model)
+    for name, tensor in one.named_parameters():
+        assert torch.equal(full(dict(model.named_parameters())[name]), tensor), name
+    saved = [{n: full(t) for n, t in part.items()} for part in state["shadow"]]
+    assert_equal(saved, averages(reference))
+    assert_equal(averages(ema), averages(reference))
+    other = divided(layout)
+    ema.copy_to(other, **which)
+    reference.copy_to(one, **which)
+    for name, tensor in other.named_parameters():
+        assert torch.equal(full(tensor), dict(one.named_parameters())[name]), name
+    held = ema.model_state_dict(**which)
+    for name, tensor in reference.model_state_dict(**which).items():
+        assert torch.equal(full(held[name]), tensor), name
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, layout: str) -> None:
+    tolerance = 0.05 if layout == "mixed" else 1e-5
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def training(layout: str) -> None:
+    """Real steps: forward, backward, optimizer, update."""
+    if not holds(layout):
+        return
+    model, one = divided(layout), net()
+    ema, reference = fastema.EMA(model, decay=0.8), fastema.EMA(one, decay=0.8)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    for m, e in ((model, ema), (one, reference)):
+        optimizer = torch.optim.AdamW(m.parameters(), lr=0.01, foreach=False)
+        for step in range(3):
+            full_loss = m(x).square().mean()
+            if isinstance(full_loss, DTensor):
+                full_loss = full_loss.full_tensor()
+            full_loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            e.update()
+            if step == 1:
+                with torch.no_grad(), e.swapped():
+                    m(x)
+    for name in reference.shadow:
+        torch.testing.assert_close(
+            full(ema.shadow[name]), reference.shadow[name], rtol=2e-3, atol=2e-3
+        )
+
+
+def gathered() -> None:
+    """An update between an evaluation and the next step is refused, with what to do."""
+    model = divided("fsdp 4")
+    ema = trained("f32", model)
+    before = averages(ema)
+    put(model, weights(9))
+    with torch.no_grad():
+        model(torch.zeros(1, 6))
+    assert not isinstance(model.scale, DTensor)
+    message = raised(LayoutError, ema.update)
+    assert "'scale' is whole on this rank" in message
+    assert "reshard()" in message
+    assert ema.num_updates == 4
+    reshard(model)
+    assert_equal(averages(ema), before)
+    ema.update()
+    assert ema.num_updates == 5
+    # Built while parameters are gathered, it averages the parts all the same.
+    with torch.no_grad():
+        model(torch.zeros(1, 6))
+    assert isinstance(fastema.EMA(model).shadow["scale"], DTensor)
+
+
+def raised(kind: type[FastemaError], function: Callable[..., Any], *args: Any) -> str:
+    try:
+        function(*args)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def differing() -> list[str]:
+    """Ranks that do not agree: the message, of whatever rank."""
+    rank = dist.get_rank()
+    model = divided("fsdp 4")
+    messages = [
+        raised(LayoutError, lambda: fastema.EMA(model, decay=0.9 if rank != 2 else 0.99)),
+        raised(LayoutError, lambda: fastema.EMA(model, policy={"lone.*": "skip"} if rank == 1
+                                                else None)),
+    ]  # fmt: skip
+    ema = fastema.EMA(model)
+    for _ in range(3 if rank == 3 else 2):
+        ema.update()
+    messages.append(raised(LayoutError, ema.state_dict))
+    both = meshes()["2x2"]
+    other = fully_shard(net(), mesh=both["dp"])  # over two ranks each: not the world
+    messages.append(raised(LayoutError, lambda: fastema.EMA(other, seed=int(rank == 3)))
+                    if rank in (1, 3) else fastema.EMA(other, seed=0) and "")  # fmt: skip
+    return messages
+
+
+def not_finite(layout: str) -> list[str]:
+    """A NaN on one rank leaves out the update on all of them."""
+    if not holds(layout):
+        return []
+    model = divided(layout)
+    skipping = fastema.EMA(model, on_nonfinite="skip")
+    raising = fastema.EMA(model, on_nonfinite="raise")
+    before = averages(skipping)
+    bad = weights(1)
+    bad["down.weight"][6, 3] = torch.nan
+    put(model, bad)
+    with CommDebugMode() as counted:
+        skipping.update()
+    assert counted.get_total_counts() <= 2
+    assert (skipping.num_updates, skipping.num_skipped) == (0, 1)
+    message = raised(NonFiniteError, raising.update)
+    assert_equal(averages(skipping), before)
+    assert_equal(averages(raising), before)
+    put(model, weights(2))
+    skipping.update()
+    assert skipping.num_updates == 1
+    return [message]
+
+
+class Experts(nn.Module):
+    """A dense layer over all ranks, experts over pairs of them, an expert bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(6, 5)
+        self.experts = nn.Parameter(torch.randn(4, 5, 5))
+        self.register_buffer("expert_bias", torch.zeros(4))
+
+
+def experts() -> None:
+    """Meshes of several sizes, stages in a list, policies by pattern."""
+    torch.manual_seed(4)
+    whole = Experts()
+    torch.manual_seed(4)
+    part = Experts()
+    both = meshes()["2x2"]
+    part.experts = nn.Parameter(distribute_tensor(part.experts.data, both["tp"], [Shard(0)]))
+    part.dense.weight = nn.Parameter(
+        distribute_tensor(part.dense.weight.data, both, [Shard(0), Replicate()])
+    )
+    stage = fully_shard(nn.Linear(3, 3), mesh=meshes()["4"])
+    policy = {"*expert_bias": "average", "dense.bias": "skip", "expert*": "copy", "*": "average"}
+    ema = fastema.EMA([part, stage], decay=0.5, shadow_dtype="bfloat16", policy=policy)
+    one = fastema.EMA(whole, decay=0.5, shadow_dtype="bfloat16", policy=policy)
+    assert ema.skipped_names == {"dense.bias"}
+    assert ema.averaged_names == {"expert_bias", "dense.weight", "weight", "bias"}
+    for step in range(3):
+        for model in (part, whole):
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(step)
+                for tensor in (model.dense.weight, model.experts, model.expert_bias):
+                    value = torch.randn(tensor.shape, generator=generator)
+                    if isinstance(tensor, DTensor):
+                        value = distribute_tensor(
+                            value, tensor.device_mesh, tensor.placements, src_data_rank=None
+                        )
+                    tensor.copy_(value)
+        ema.update([part, stage])
+        one.update()
+    for name in one.shadow:
+        assert torch.equal(full(ema.shadow[name]), one.shadow[name]), name
+    ema.update()
+    with ema.swapped() as held:
+        assert held[0] is part
+
+
+def refused() -> list[str]:
+    """What cannot be averaged is refused by name, before anything is written."""
+    mesh = meshes()["4"]
+    pending = DTensor.from_local(torch.ones(3), mesh, [dist.tensor.Partial()], run_check=False)
+    messages = [raised(FastemaError, lambda: fastema.EMA({"w": pending}))]
+    odd = dist.tensor.placement_types._StridedShard(0, split_factor=2)
+    blocks = DTensor.from_local(
+        torch.ones(2), mesh, [odd], run_check=False, shape=torch.Size([8]), stride=(1,)
+    )
+    messages.append(raised(FastemaError, lambda: fastema.EMA({"w": blocks})))
+    model = divided("fsdp 4")
+    messages.append(raised(FastemaError, lambda: fastema.EMA(model, drift=True)))
+    other = fastema.EMA(divided("tp 4"))
+    messages.append(raised(LayoutError, other.update, model))
+    return messages

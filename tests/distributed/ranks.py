@@ -1,0 +1,99 @@
+"""Processes that form one process group on this machine, and run functions together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORLD = 4
+TIMEOUT = timedelta(seconds=60)
+
+
+class Ranks:
+    """A process for each rank of one gloo group, kept from test to test."""
+
+    def __init__(self, world: int = WORLD) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, world, store))
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all processes are there."""
+        return all(process.is_alive() for process in self._processes)
+
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 90.0) -> list[Any]:
+        """Call a function of a module on every rank; what each returns.
+
+        If one raises, the test fails with its traceback; if one hangs, all are killed.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        while len(results) < len(self._pipes):
+            open_pipes = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+            # Where one has raised, others may wait for it until the group's timeout.
+            ready = wait(open_pipes, 3.0 if errors else seconds)
+            if not ready:
+                missing = sorted(set(range(len(self._pipes))) - results.keys())
+                self.close()
+                pytest.fail("\n".join([f"ranks {missing} hang", *errors]))
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    error, results[rank] = pipe.recv()
+                except EOFError:
+                    error, results[rank] = "the process died", None
+                if error:
+                    errors.append(f"rank {rank}: {error}")
+        if errors:
+            self.close()
+            pytest.fail("\n".join(errors))
+        return [results[rank] for rank in range(len(self._pipes))]
+
+    def close(self) -> None:
+        """Kill all processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            result = None, function(*args)
+        except BaseException:
+            result = traceback.format_exc(), None
+        pipe.send(result)

@@ -1,0 +1,55 @@
+"""Checkpoints of divided averages: torch.distributed.checkpoint and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..needed import modules
+
+modules("torch")
+
+from . import cases, saving  # noqa: E402
+from .layouts import LAYOUTS  # noqa: E402
+
+Run = Callable[..., list[Any]]
+
+SAVED = ["fsdp 4", "fsdp 2", "tp 4", "fsdp on tp", "hsdp", "one"]
+LOADED = ["fsdp 4", "fsdp 3", "fsdp 2", "fsdp 1", "one", "tp 4", "fsdp on tp", "hsdp"]
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("loaded", LOADED)
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("kind", cases.MAKE)
+def test_a_checkpoint_loads_in_another_layout(
+    run: Run, tmp_path: Path, kind: str, saved: str, loaded: str
+) -> None:
+    run(saving.save, saved, kind, str(tmp_path / "c"), "plain")
+    run(saving.load, loaded, kind, str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    "how", ["thread", "staged", pytest.param("process", marks=pytest.mark.slow)]
+)
+def test_updates_go_on_while_a_checkpoint_is_written(run: Run, tmp_path: Path, how: str) -> None:
+    run(saving.save, "fsdp 4", "bf16", str(tmp_path / "c"), how)
+    run(saving.load, "fsdp 3", "bf16", str(tmp_path / "c"))
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", cases.MAKE)
+def test_a_state_of_one_process_and_a_divided_one(run: Run, kind: str, layout: str) -> None:
+    run(saving.whole_and_divided, layout, kind)
+
+
+def test_a_trainer_that_saves_its_own_state(run: Run, tmp_path: Path) -> None:
+    run(saving.within_a_trainer, str(tmp_path / "c"))
+
+
+def test_a_checkpoint_without_an_average(run: Run, tmp_path: Path) -> None:
+    run(saving.without_an_average, str(tmp_path / "c"))

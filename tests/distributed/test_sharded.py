@@ -1,0 +1,70 @@
+"""Averages of models that are divided among ranks, on gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ..needed import modules
+
+modules("torch")
+
+from . import cases  # noqa: E402
+from .layouts import LAYOUTS  # noqa: E402
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", cases.MAKE)
+def test_an_update_gives_the_bits_of_one_process(run: Run, layout: str, kind: str) -> None:
+    run(cases.bits, layout, kind)
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", cases.MAKE)
+def test_a_swap_reaches_the_forward_pass_and_comes_back(run: Run, layout: str, kind: str) -> None:
+    run(cases.swap, layout, kind)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_averages_of_a_run_are_those_of_one_process(run: Run, layout: str) -> None:
+    run(cases.training, layout)
+
+
+def test_an_update_of_gathered_parameters_is_refused(run: Run) -> None:
+    run(cases.gathered)
+
+
+def test_ranks_that_differ_are_named_on_every_rank(run: Run) -> None:
+    for messages in run(cases.differing):
+        options, policy, steps, pair = messages
+        assert "rank 2: schedule is" in options
+        assert "0.99" in options
+        assert "rank 1: 'lone.weight' is missing, expected averaged" in policy
+        assert "rank 3: num_updates is 3, expected 2 as on rank 0" in steps
+        assert not pair or "rank 3: seed is 1, expected 0 as on rank 1" in pair
+
+
+@pytest.mark.parametrize("layout", ["fsdp 4", "fsdp 3", "fsdp on tp", "hsdp", "tp 4"])
+def test_a_nan_on_one_rank_counts_on_all(run: Run, layout: str) -> None:
+    messages = [one[0] for one in run(cases.not_finite, layout) if one]
+    assert any("'down.weight' holds a NaN" in one for one in messages)
+    if layout.startswith("fsdp"):
+        assert any("another rank" in one for one in messages)
+
+
+def test_meshes_of_several_sizes_and_stages_in_a_list(run: Run) -> None:
+    run(cases.experts)
+
+
+def test_what_cannot_be_averaged_is_refused(run: Run) -> None:
+    for pending, blocks, drift, other in run(cases.refused):
+        assert "still pending" in pending
+        assert "several blocks" in blocks
+        assert "drift=True" in drift
+        assert "'scale' is S(0) over (4,), its average whole on this rank" in other
