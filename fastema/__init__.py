@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from fastema.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from fastema import checkpoint, compat, errors, posthoc, rules, tracking
+    from fastema import checkpoint, compat, distributed, errors, posthoc, rules, tracking
     from fastema import keras as keras
     from fastema import lightning as lightning
     from fastema import tensorflow as tensorflow
@@ -41,6 +41,7 @@ __all__ = [
     "checkpoint",
     "compat",
     "copy_",
+    "distributed",
     "errors",
     "get_num_threads",
     "lerp_",
@@ -69,8 +70,8 @@ _HOMES = {
     **{
         name: f"fastema.{name}"
         for name in (
-            *("checkpoint", "compat", "errors", "keras", "lightning", "posthoc", "rules"),
-            *("tensorflow", "tracking", "transformers"),
+            *("checkpoint", "compat", "distributed", "errors", "keras", "lightning", "posthoc"),
+            *("rules", "tensorflow", "tracking", "transformers"),
         )
     },
 }

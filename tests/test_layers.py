@@ -175,6 +175,10 @@ TABLE = {
         theirs="numpy",
         lazy_theirs=f"safetensors {FRAMEWORKS}",
     ),
+    # Where PyTorch runs no processes this one is alone: torch is never imported here.
+    "distributed": Room(
+        ours="shadow checkpoint bridges rules layout errors typing", theirs="numpy"
+    ),
     # What is made of averages and files together.
     "posthoc": Room(
         ours="shadow checkpoint plan rules engine bridges layout errors typing",

@@ -34,6 +34,7 @@ __all__ = [
     "materialised",
     "memory_by",
     "memory_of",
+    "part_of",
     "ranks_of",
     "reshard",
     "scalar",
@@ -216,6 +217,12 @@ def fitted(array: Any, spec: TensorSpec) -> Any:
         return array
     block = zip(spec.offset, spec.shape, strict=True)
     return array[tuple(slice(first, first + extent) for first, extent in block)]
+
+
+def part_of(array: Any) -> Any:
+    """Return this process's part of a divided array, and any other array as it is."""
+    bridge = bridge_of(array)
+    return bridge.part_of(array) if hasattr(bridge, "part_of") else array
 
 
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fastema.bridges import torch_cuda
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import named, plain_names
-from fastema.bridges.torch_parts import describe_part, gather, is_divided, reshard_modules
+from fastema.bridges.torch_parts import describe_part, gather, is_divided, local, reshard_modules
 from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.dtypes import NAME_OF
@@ -31,6 +31,7 @@ __all__ = [
     "gathered",
     "native",
     "owns",
+    "part_of",
     "ranks_of",
     "reshard",
     "scalar",
@@ -193,6 +194,11 @@ def view(
 def gathered(tensor: DTensor) -> torch.Tensor:
     """The whole tensor on every rank; all of them have to call this."""
     return gather(tensor)
+
+
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a DTensor that this rank has; any other tensor as it is."""
+    return local(tensor).detach()
 
 
 def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:

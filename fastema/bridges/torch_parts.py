@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from fastema.errors import BridgeError
 from fastema.layout.spec import TensorSpec
@@ -118,6 +119,14 @@ class _Division:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def is_first(self) -> bool:
+        """Return whether this rank is the first one of those that hold the same part."""
+        coordinate = self.mesh.get_coordinate()
+        return coordinate is not None and not any(
+            at for at, one in zip(coordinate, self.placements, strict=True) if one.is_replicate()
+        )
+
     def tensor(self, array: torch.Tensor) -> DTensor:
         """Make a DTensor of this rank's part."""
         from torch.distributed.tensor import DTensor
@@ -125,7 +134,7 @@ class _Division:
         # Shape and strides by hand: from_local would take all parts to be of one size. A storage of
         # its own, of the same memory: the staging of DCP fails where two DTensors share one.
         return DTensor.from_local(
-            torch.from_dlpack(array.detach()),
+            from_dlpack(array.detach()),
             self.mesh,
             self.placements,
             run_check=False,
@@ -160,7 +169,7 @@ def _with_axis_before(placement: Any) -> Any:
 def gather(tensor: DTensor) -> torch.Tensor:
     """Return the whole of a DTensor on every rank; all of them have to call this."""
     # As bytes: neither gloo nor NCCL sends 16-bit integers.
-    part = tensor.detach()._local_tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+    part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)
     size = tensor.dtype.itemsize
     division = _Division(
         tensor.device_mesh,

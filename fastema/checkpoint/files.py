@@ -18,14 +18,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.dtypes import DType, dtype
 from fastema.layout.flat import row_major
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["File", "Stored", "read", "write"]
+__all__ = ["File", "Stored", "header_of", "moved_into_place", "read", "settle", "storing", "write"]
 
 _NAMES: Final = {
     "f64": ("F64", "float64"),
@@ -181,6 +181,49 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
             raise StorageError(f"cannot write {os.fspath(path)}: {error}") from error
 
 
+class Described(Protocol):
+    """A tensor that is to be in a file."""
+
+    @property
+    def code(self) -> str:
+        """Of its dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+
+
+def header_of(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with whose tensors' bytes follow each other in this order.
+
+    Raises
+    ------
+    CheckpointError
+        For a name or a dtype that no file can have.
+    """
+    entries: dict[str, Any] = {_METADATA: dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        if name == _METADATA or not _encodable(name):
+            raise CheckpointError(f"{name!r}: no safetensors file can hold a tensor of this name")
+        if tensor.code not in _NAMES:
+            raise CheckpointError(f"{name}: safetensors has no dtype for {tensor.code}")
+        end = offset + tensor.nbytes
+        entries[name] = {
+            "dtype": _NAMES[tensor.code][0],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header
+
+
 def _encodable(name: str) -> bool:
     try:
         name.encode()
@@ -233,14 +276,14 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
     with storing(final), _writing_in(final.parent):
         try:
             yield os.fspath(partial)
-            _settle(partial)
+            settle(partial)
             os.replace(partial, final)
         except BaseException:
             with suppress(OSError):
                 os.unlink(partial)
             raise
         with suppress(OSError):  # not every system lets a folder be synchronised
-            _settle(final.parent)
+            settle(final.parent)
 
 
 @contextmanager
@@ -269,7 +312,7 @@ def _remove_partial(folder: Path) -> None:
                 os.unlink(entry.path)
 
 
-def _settle(path: str | os.PathLike[str]) -> None:
+def settle(path: str | os.PathLike[str]) -> None:
     """Have the system put what was written on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:

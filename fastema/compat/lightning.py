@@ -56,6 +56,13 @@ def _is_averaging(callback: Any) -> bool:
     return isinstance(callback, (WeightAveraging, *theirs))
 
 
+def _is_sharding(strategy: Any) -> bool:
+    """Whether a strategy divides weights among processes."""
+    names = ("FSDPStrategy", "ModelParallelStrategy")
+    theirs = (getattr(one.strategies, name, None) for one in _LIGHTNINGS for name in names)
+    return isinstance(strategy, tuple(one for one in theirs if one is not None))
+
+
 def _warn(message: str) -> None:
     _LIGHTNINGS[0].utilities.rank_zero_warn(message)
 
@@ -87,6 +94,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     StateError
         As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's: the
         one would train on the other's average.
+    ArgumentError
+        As ``fit`` begins, for a strategy that divides the weights among processes: use
+        :class:`fastema.EMA` there.
 
     Notes
     -----
@@ -201,6 +211,14 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "the trainer has more than one averaging callback, and the one would train on the "
                 "other's average: give it one of "
                 + ", ".join(type(one).__name__ for one in trainer.callbacks if _is_averaging(one))
+            )
+        if _is_sharding(trainer.strategy):
+            raise ArgumentError(
+                f"{type(trainer.strategy).__name__} divides the weights among processes when "
+                f"{type(self).__name__} has copied them already. With ModelParallelStrategy and "
+                "fully_shard keep fastema.EMA(pl_module) in a callback of your own: made in "
+                "on_fit_start, updated in on_train_batch_end, swapped around validation "
+                "(docs/sharded.md)."
             )
         if _overrides_configure_model(pl_module):
             _warn(

@@ -377,9 +377,7 @@ class BatchSums:
         if self._backend == "torch" and (self._sources or self.model.jit_compile):
             logs = dict(_flat(self._step(*args)))
             if not self._sources:  # what is compiled gives results that are other objects
-                with _results(self._metrics, lambda metric: metric):
-                    named = self.model.get_metrics_result()
-                self._found(logs, {id(logs[name]): named[name] for name in named if name in logs})
+                self._find_by_name(logs)
             return logs
         # On TensorFlow the steps of several replicas are traced in turns.
         if not self._within:
@@ -398,7 +396,14 @@ class BatchSums:
             rest.extend(others)
         logs = dict(_flat(found))
         self._found(logs, {key: metric for key, (_, metric) in self._results.items()})
+        if self._backend == "torch" and not self._sources:  # Keras before 3.13 logs plain floats
+            self._find_by_name(logs)
         return logs
+
+    def _find_by_name(self, logs: Mapping[str, Any]) -> None:
+        with _results(self._metrics, lambda metric: metric):
+            named = self.model.get_metrics_result()
+        self._found(logs, {id(logs[name]): named[name] for name in named if name in logs})
 
     def _result(self, metric: Any) -> Any:
         value = type(metric).result(metric)

@@ -73,6 +73,10 @@ def _geometry(shape: tuple[int, ...], strides: tuple[int, ...], code: str) -> _G
 class Division(Protocol):
     """How a tensor is divided among processes; two are equal on all of them or on none."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the first of those that hold the same part."""
+
     def tensor(self, array: Any) -> Any:
         """Make this process's part, in whatever memory, a tensor that is divided in this way."""
 

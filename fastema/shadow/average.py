@@ -777,7 +777,9 @@ class Average(Generic[Weights]):
             self._refuse_applied("model_state_dict")
             entries = self._store.sets[self._chosen(which)]
             self._follow()
-            found = state_of(self._home if model is None else materialised(model))
+            container = self._home if model is None else materialised(model)
+            reshard(container)
+            found = state_of(container)
             kept = {key: self._names.aliases.get(name, name) for key, (name, _) in found.items()}
             averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
             wanted = {name: describe(found[key][1]) for name, key in averaged.items()}

@@ -30,9 +30,10 @@ modules("jax", "ml_dtypes")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
-from jax.experimental.layout import Format, Layout  # noqa: E402
 
 from fastema.bridges import jax as bridge  # noqa: E402
+
+from ..jax_layouts import in_order  # noqa: E402
 
 CPU = jax.devices("cpu")[0]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,)]
@@ -104,8 +105,7 @@ ORDERS = [order for rank in (2, 3, 4) for order in permutations(range(rank))]
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_orders_of_axes_that_were_asked_for(order: tuple[int, ...], name: str) -> None:
     values = numbers((2, 3, 4, 5)[: len(order)], name)
-    where = jax.sharding.SingleDeviceSharding(CPU)
-    array = jax.device_put(values, Format(Layout(major_to_minor=order), where))
+    array = in_order(values, order)
     spec = assert_read(array)
     shape = [values.shape[axis] for axis in order]
     assert spec.dense
@@ -421,10 +421,7 @@ OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
         **t,
         "b": {
             **t["b"],
-            "c": jax.device_put(
-                t["b"]["c"],
-                Format(Layout(major_to_minor=(1, 0)), jax.sharding.SingleDeviceSharding(CPU)),
-            ),
+            "c": in_order(t["b"]["c"], (1, 0)),
         },
     },
 }

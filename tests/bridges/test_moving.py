@@ -197,7 +197,7 @@ def test_arrays_that_never_change_are_refused_a_second_time() -> None:
     assert located is not None
     where.refuse_used(located, "here")
     where.notify_used(located)
-    with pytest.raises(ArgumentError, match="no new arrays.*here"):
+    with pytest.raises(ArgumentError, match=r"no new arrays.*here"):
         where.refuse_used(located, "here")
     weights[1] = jnp.asarray(values(3))
     changed = where.locate(weights)

@@ -7,7 +7,7 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -1101,6 +1101,16 @@ def test_it_works_with_both_packages(python: Any) -> None:
         print("equal")
     """
     assert "equal" in python(script, quiet=False)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
+def test_strategies_that_divide_weights_are_refused(name: str) -> None:
+    class Given:
+        strategy = object.__new__(getattr(pl.strategies, name))
+        callbacks: ClassVar[list[Any]] = []
+
+    with pytest.raises(ArgumentError, match=rf"{name} divides the weights.*fastema\.EMA"):
+        EMAWeightAveraging().setup(Given(), Network(), "fit")
 
 
 @pytest.mark.slow

@@ -1,0 +1,385 @@
+"""Folders of torch.distributed.checkpoint, read without running anything that they contain."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastema.distributed.folder import Block, Tensor
+from fastema.errors import CheckpointError
+from fastema.layout.dtypes import NAME_OF
+from fastema.layout.flat import row_major
+
+__all__ = ["Stored", "average_in", "opened"]
+
+_CODE_OF: Final = {name: code for code, name in NAME_OF.items()}
+
+_STORAGES: Final = {
+    "DoubleStorage": "f64",
+    "FloatStorage": "f32",
+    "HalfStorage": "f16",
+    "BFloat16Storage": "bf16",
+    "ComplexFloatStorage": "c64",
+    "ComplexDoubleStorage": "c128",
+    "CharStorage": "i8",
+    "ShortStorage": "i16",
+    "IntStorage": "i32",
+    "LongStorage": "i64",
+    "ByteStorage": "u8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "",
+}
+
+_LONGEST: Final = 1 << 30
+"""Bytes of a description that is still read."""
+
+
+class _Record:
+    """Stands in for an object of a description: its attributes, or its state."""
+
+    state: Any = ()
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+_METADATA: Final = "torch.distributed.checkpoint.metadata"
+_ALLOWED: Final[dict[tuple[str, str], Any]] = {
+    **{
+        (_METADATA, name): _Record
+        for name in (
+            *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "StorageMeta"),
+            *("ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "_MEM_FORMAT_ENCODING"),
+        )
+    },
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Record,
+    ("torch.serialization", "_get_layout"): str,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
+    ("pathlib", "Path"): lambda *parts: "/".join(parts),
+    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),
+    **{("torch", name): name for name in _CODE_OF},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes nothing but the records of a description."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+class _Rebuilt(NamedTuple):
+    """A tensor in a file of its own: its storage, and how it lies there."""
+
+    storage: tuple[Any, ...]
+    offset: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuilt(storage: Any, offset: int, size: Any, strides: Any, *_: Any) -> _Rebuilt:
+    return _Rebuilt(tuple(storage), int(offset), tuple(size), tuple(strides))
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Makes nothing but the description of one tensor."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuilt
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return name
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+class _Chunk(NamedTuple):
+    """A block of a tensor, and the part of a file that it is in."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    length: int
+
+
+class Stored(NamedTuple):
+    """A tensor of a folder: dtype, shape, and its blocks."""
+
+    tensor: Tensor
+    chunks: list[_Chunk]
+
+
+class Folder(NamedTuple):
+    """What a folder holds: its tensors by key, and where each is in the state that was saved."""
+
+    path: Path
+    tensors: dict[str, Stored]
+    places: dict[str, tuple[Any, ...]]
+
+
+def opened(path: Path) -> Folder:
+    """Read the description of a folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is not what torch.distributed.checkpoint writes.
+    """
+    description = path / ".metadata"
+    try:
+        with description.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > _LONGEST:
+                raise CheckpointError(f"{description} is longer than any description")
+            found = _Unpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} has no .metadata: it is no folder of torch.distributed.checkpoint, or one "
+            "whose writers were killed"
+        ) from None
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{description} cannot be read: {error}") from None
+    try:
+        return _checked(path, found)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{description} is damaged: {error!r}") from None
+
+
+def _checked(path: Path, found: Any) -> Folder:
+    stored = {
+        (index.fqn, tuple(index.offset)): info
+        for index, info in found.storage_data.items()
+        if getattr(index, "offset", None) is not None
+    }
+    tensors: dict[str, Stored] = {}
+    for key, entry in found.state_dict_metadata.items():
+        if not hasattr(entry, "chunks"):
+            continue
+        state = entry.properties.state or (getattr(entry.properties, "dtype", None),)
+        if state[0] not in _CODE_OF:
+            raise CheckpointError(f"{key}: its dtype is not known")
+        shape = _extents(entry.size)
+        chunks = []
+        for one in entry.chunks:
+            offset, extents = _extents(one.offsets), _extents(one.sizes)
+            ends = [o + n for o, n in zip(offset, extents, strict=True)]
+            if len(ends) != len(shape) or any(e > n for e, n in zip(ends, shape, strict=True)):
+                raise CheckpointError(f"{key}: a block lies outside of the tensor")
+            info = stored[key, offset]
+            if getattr(info, "transform_descriptors", None):
+                raise CheckpointError(f"{key}: its bytes are compressed; load it with torch")
+            name = str(info.relative_path)
+            if Path(name).name != name:
+                raise CheckpointError(f"{key}: {name!r} is no file of the folder")
+            chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
+        tensor = Tensor(_CODE_OF[state[0]], shape)
+        if sum(math.prod(one.shape) for one in chunks) != math.prod(shape):
+            raise CheckpointError(f"{key}: its blocks are not the whole tensor")
+        tensors[key] = Stored(tensor, chunks)
+    places = {str(key): tuple(place) for key, place in (found.planner_data or {}).items()}
+    return Folder(path, tensors, places)
+
+
+def _extents(found: Any) -> tuple[int, ...]:
+    extents = tuple(found)
+    if not all(type(one) is int and 0 <= one < 2**62 for one in extents):
+        raise CheckpointError(f"{extents} is no shape or offset")
+    return extents
+
+
+def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, str]:
+    """Find the tensors of an average: name to key.
+
+    Parameters
+    ----------
+    folder : Folder
+    key : str, optional
+        Where in the saved state it is, such as ``"trainer.ema"``; needed if there are several.
+    which : int, optional
+        The average, by its place among the rules; needed if there are several.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is not clear which one is meant.
+    """
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    for flat in folder.tensors:
+        place = folder.places.get(flat, (flat,))
+        for i in range(len(place) - 2):
+            if place[i] == "shadow" and isinstance(place[i + 1], int) and len(place) == i + 3:
+                prefix = ".".join(map(str, place[:i]))
+                found.setdefault((prefix, place[i + 1]), {})[str(place[i + 2])] = flat
+    chosen = [
+        one
+        for one in found
+        if (key is None or one[0] == key) and (which is None or one[1] == which)
+    ]
+    if len(chosen) != 1:
+        there = ", ".join(f"key={k!r}, which={w}" for k, w in sorted(found)) or "none"
+        raise CheckpointError(
+            f"{folder.path} holds {len(chosen)} averages that are meant by key={key!r} and "
+            f"which={which!r}; there are: {there}"
+        )
+    return found[chosen[0]]
+
+
+def state_in(folder: Folder, key: str) -> dict[str, str]:
+    """Find the tensors of a model's state: name to key.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    depth = len(key.split("."))
+    found = {}
+    for flat in folder.tensors:
+        place = [str(one) for one in folder.places.get(flat, (flat,))]
+        if len(place) > depth and ".".join(place[:depth]) == key:
+            found[".".join(place[depth:])] = flat
+    if not found:
+        raise CheckpointError(f"{folder.path} has nothing at {key!r}")
+    return found
+
+
+def blocks_of(name: str, stored: Stored) -> Iterator[Block]:
+    """The blocks of a tensor, read when they are written."""
+    for chunk in stored.chunks:
+        if math.prod(chunk.shape):
+            yield Block(name, chunk.offset, chunk.shape, _Reader(name, stored.tensor, chunk))
+
+
+class _Reader:
+    """Reads a block by row-major pieces.
+
+    Parameters
+    ----------
+    name : str
+    tensor : Tensor
+    chunk : _Chunk
+    """
+
+    def __init__(self, name: str, tensor: Tensor, chunk: _Chunk) -> None:
+        self._name, self._tensor, self._chunk = name, tensor, chunk
+        self._strides = row_major(chunk.shape)
+        self._begin: int | None = None
+
+    def __call__(self, piece: tuple[slice, ...]) -> Any:
+        size = self._tensor.kind.itemsize
+        if self._begin is None:
+            self._begin = self._found()
+        extents = [one.stop - one.start for one in piece]
+        at = sum(one.start * s for one, s in zip(piece, self._strides, strict=True)) * size
+        data: NDArray[Any] = np.empty(math.prod(extents) * size, np.uint8)
+        with self._chunk.path.open("rb", buffering=0) as file:
+            buffer, offset = memoryview(data.data), self._begin + at
+            while buffer:
+                count = os.preadv(file.fileno(), [buffer], offset)
+                if not count:
+                    raise CheckpointError(f"{self._chunk.path} was cut short")
+                buffer, offset = buffer[count:], offset + count
+        return data
+
+    def _found(self) -> int:
+        """Where the elements begin in the file."""
+        chunk = self._chunk
+        try:
+            with chunk.path.open("rb") as file:
+                part = io.BufferedReader(_Part(file, chunk.begin, chunk.length))
+                with zipfile.ZipFile(part) as archive:
+                    return chunk.begin + self._in_archive(archive, part)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._name}: {chunk.path} does not hold it as torch.save writes a tensor "
+                f"({error})"
+            ) from None
+
+    def _in_archive(self, archive: zipfile.ZipFile, part: Any) -> int:
+        entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+        described = entries["data.pkl"]
+        if described.file_size > 1 << 20:
+            raise CheckpointError(f"{self._name}: the description of a tensor is too long")
+        with archive.open(described) as file:
+            found = _TensorUnpickler(io.BytesIO(file.read())).load()
+        if not isinstance(found, _Rebuilt):
+            raise CheckpointError(f"{self._name}: there is no plain tensor")
+        _, kind, key, _, _ = found.storage
+        if _STORAGES.get(kind) != self._tensor.code or found.size != self._chunk.shape:
+            raise CheckpointError(
+                f"{self._name}: the file has a {kind} of shape {list(found.size)}, expected "
+                f"{self._tensor.code}{list(self._chunk.shape)}"
+            )
+        if found.strides != self._strides and math.prod(found.size) > 1:
+            raise CheckpointError(f"{self._name}: its block is not row-major; load it with torch")
+        data = entries[f"data/{key}"]
+        size = self._tensor.kind.itemsize
+        if data.compress_type != zipfile.ZIP_STORED or data.file_size < size * (
+            found.offset + math.prod(found.size)
+        ):
+            raise CheckpointError(f"{self._name}: its bytes are compressed, or too few")
+        part.seek(data.header_offset)
+        head = part.read(30)
+        lengths = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+        begin = data.header_offset + 30 + lengths + found.offset * size
+        if begin + math.prod(found.size) * size > self._chunk.length:
+            raise CheckpointError(f"{self._name}: its bytes lie outside of its part of the file")
+        return begin
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: Any, begin: int, length: int) -> None:
+        self._file, self._begin, self._length, self._at = file, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        room = min(len(buffer), max(self._length - self._at, 0))
+        self._file.seek(self._begin + self._at)
+        data = self._file.read(room)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

@@ -1,0 +1,233 @@
+"""A Hugging Face folder: safetensors files that several processes fill, an index, and the rest."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from fastema.bridges.memory import bytes_of
+from fastema.checkpoint.files import header_of, settle, storing
+from fastema.errors import CheckpointError, StorageError
+from fastema.layout.dtypes import DType, dtype
+from fastema.layout.flat import row_major
+
+__all__ = ["Block", "Files", "Tensor", "begin", "finish", "plan", "refuse_occupied", "write_blocks"]
+
+_WEIGHTS: Final = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
+"""Endings of files that hold weights, or say in which file they are."""
+
+_INDEX: Final = "model.safetensors.index.json"
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written: code of its dtype, shape of the whole."""
+
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def kind(self) -> DType:
+        """The dtype."""
+        return dtype(self.code)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.kind.itemsize
+
+
+class Block(NamedTuple):
+    """What a process has of a tensor.
+
+    Attributes
+    ----------
+    name : str
+    offset, shape : tuple of int
+        Index of the first element in the whole, and the extents.
+    read : callable
+        ``(index) -> array``: some of it in row-major memory of the host, by a tuple of slices.
+    """
+
+    name: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], Any]
+
+
+class Files(NamedTuple):
+    """Files of a folder that is being written.
+
+    Attributes
+    ----------
+    sizes : dict of str to int
+        File name to its bytes.
+    places : dict of str to (str, int)
+        Tensor name to its file and the offset of its first byte there.
+    headers : dict of str to bytes
+    """
+
+    sizes: dict[str, int]
+    places: dict[str, tuple[str, int]]
+    headers: dict[str, bytes]
+
+
+def plan(tensors: Mapping[str, Tensor], file_bytes: int, metadata: Mapping[str, str]) -> Files:
+    """Distribute tensors over files of at most ``file_bytes``, in order; at least one each."""
+    groups: list[list[str]] = [[]]
+    room = file_bytes
+    for name, tensor in tensors.items():
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = file_bytes
+        groups[-1].append(name)
+        room -= tensor.nbytes
+    files = Files({}, {}, {})
+    for number, names in enumerate(groups, 1):
+        file = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
+        header = header_of({name: tensors[name] for name in names}, metadata)
+        offset = len(header)
+        for name in names:
+            files.places[name] = file, offset
+            offset += tensors[name].nbytes
+        files.headers[file], files.sizes[file] = header, offset
+    return files
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Refuse a folder with something in it, or a file in its place.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is no folder; name one that is not there yet")
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty; name a folder that is not there yet")
+
+
+def begin(folder: Path, files: Files) -> Path:
+    """Make a hidden folder beside the wanted one, with files of their final size."""
+    partial = folder.with_name(f".{folder.name}.fastema-{secrets.token_hex(6)}.part")
+    with storing(folder):
+        partial.mkdir()
+        try:
+            for file, size in files.sizes.items():
+                with (partial / file).open("xb") as opened:
+                    opened.write(files.headers[file])
+                    opened.truncate(size)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return partial
+
+
+def write_blocks(
+    folder: Path,
+    files: Files,
+    tensors: Mapping[str, Tensor],
+    blocks: Iterable[Block],
+    most: int,
+) -> None:
+    """Write this process's blocks where they belong, in pieces of at most ``most`` bytes.
+
+    Raises
+    ------
+    StorageError
+        If a file cannot be written.
+    """
+    with storing(folder), ExitStack() as stack:
+        handles: dict[str, int] = {}
+        for block in blocks:
+            file, begin = files.places[block.name]
+            if file not in handles:
+                handles[file] = os.open(folder / file, os.O_WRONLY)
+                stack.callback(os.close, handles[file])
+            tensor = tensors[block.name]
+            for piece in pieces(block.shape, tensor.kind.itemsize, most):
+                array = block.read(piece)
+                data = bytes_of(array)
+                for at, first, count in _runs(block, piece, tensor):
+                    _write_at(handles[file], data[first : first + count], begin + at)
+        for handle in handles.values():
+            os.fsync(handle)
+
+
+def pieces(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a block into pieces that follow each other in row-major order, of ``most`` bytes."""
+    if not math.prod(shape):
+        return
+    if math.prod(shape) * itemsize <= most or not shape:
+        yield tuple(slice(0, extent) for extent in shape)
+        return
+    row = math.prod(shape[1:]) * itemsize
+    if row > most:
+        for i in range(shape[0]):
+            for rest in pieces(shape[1:], itemsize, most):
+                yield (slice(i, i + 1), *rest)
+        return
+    rows = max(most // row, 1)
+    for i in range(0, shape[0], rows):
+        yield (
+            slice(i, min(i + rows, shape[0])),
+            *(slice(0, extent) for extent in shape[1:]),
+        )
+
+
+def _runs(block: Block, piece: tuple[slice, ...], tensor: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Stretches of a piece that are adjacent in the whole: byte there, byte here, and count."""
+    size = tensor.kind.itemsize
+    extents = [one.stop - one.start for one in piece]
+    starts = [o + one.start for o, one in zip(block.offset, piece, strict=True)]
+    axis = len(extents)
+    while axis and extents[axis - 1] == tensor.shape[axis - 1]:
+        axis -= 1
+    # From this axis on the piece has all of the whole's elements, of the one before a stretch.
+    axis = max(axis - 1, 0)
+    strides = row_major(tensor.shape)
+    count = math.prod(extents[axis:]) * size
+    outer = extents[:axis]
+    first = sum(s * stride for s, stride in zip(starts, strides, strict=True))
+    for number in range(math.prod(outer)):
+        rest, at = number, first
+        for extent, stride in zip(reversed(outer), reversed(strides[:axis]), strict=True):
+            rest, i = divmod(rest, extent)
+            at += i * stride
+        yield at * size, number * count, count
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(handle, data, offset)
+        if not count:
+            raise StorageError("the disk is full")
+        data, offset = data[count:], offset + count
+
+
+def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) -> None:
+    """Write the index, copy what else belongs to a model, and give the folder its name."""
+    with storing(folder):
+        if len(files.sizes) > 1:
+            total = sum(files.sizes.values()) - sum(map(len, files.headers.values()))
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {name: file for name, (file, _) in files.places.items()},
+            }
+            (partial / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        for path in sorted(copied_from.iterdir()) if copied_from is not None else ():
+            weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+            if path.is_file() and not weights:
+                shutil.copyfile(path, partial / path.name)
+        settle(partial)
+        os.replace(partial, folder)

@@ -1,0 +1,182 @@
+"""One Hugging Face folder of an average that is divided among ranks, or was saved so."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ..needed import modules
+
+modules("torch", "safetensors")
+
+import torch  # noqa: E402
+
+import fastema  # noqa: E402
+from fastema.distributed import consolidate  # noqa: E402
+from fastema.distributed.folder import Block, Tensor, begin, pieces, plan, write_blocks  # noqa: E402
+from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
+
+from . import cases, merging  # noqa: E402
+from .layouts import net  # noqa: E402
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("layout", ["fsdp 4", "tp 4", "fsdp on tp", "hsdp", "unsharded after"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", cases.MAKE)
+def test_ranks_write_what_one_process_would(
+    run: Run, tmp_path: Path, kind: str, dtype: torch.dtype, layout: str
+) -> None:
+    if kind == "split" and dtype == torch.float32 and layout == "tp 4":
+        pytest.skip("covered")
+    run(merging.live, layout, kind, dtype, str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "split"])
+def test_a_saved_folder_is_read_in_one_process(run: Run, tmp_path: Path, kind: str) -> None:
+    run(merging.saved, kind, str(tmp_path / "dcp"), False)
+    out = consolidate(tmp_path / "dcp", tmp_path / "out", file_bytes=400)
+    want = cases.trained(kind, net()).shadow
+    got = merging.loaded(out)
+    assert got.keys() == set(want)
+    for name, tensor in got.items():
+        assert torch.equal(tensor, want[name]), name
+
+
+def test_all_ranks_read_a_saved_folder_and_frozen_weights_come_from_the_model(
+    run: Run, tmp_path: Path
+) -> None:
+    run(merging.saved, "f32", str(tmp_path / "dcp"), False)
+    run(merging.from_saved, str(tmp_path / "dcp"), str(tmp_path / "out"))
+    run(merging.saved, "f32", str(tmp_path / "with model"), True)
+    alone = merging.loaded(consolidate(tmp_path / "with model", tmp_path / "alone"))
+    assert "lone.weight" not in alone
+    both = merging.loaded(consolidate(tmp_path / "with model", tmp_path / "both", rest="model"))
+    assert both.keys() == net().state_dict().keys()
+    assert torch.equal(both["up.weight"], alone["up.weight"])
+    assert torch.equal(both["lone.weight"], cases.weights(3)["lone.weight"])
+
+
+def test_what_is_wrong_is_said_on_all_ranks(run: Run, tmp_path: Path) -> None:
+    run(merging.refused, str(tmp_path))
+
+
+def test_stages_of_a_pipeline_write_one_folder(run: Run, tmp_path: Path) -> None:
+    run(merging.stages, str(tmp_path / "out"))
+
+
+def test_one_process_and_what_belongs_to_a_model(tmp_path: Path) -> None:
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    for name in ("config.json", "tokenizer.model", "LICENSE"):
+        (origin / name).write_text(name)
+    for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"):
+        (origin / name).write_text("weights")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    ema = fastema.EMA(model)
+    out = consolidate(ema, tmp_path / "out", files_from=origin)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.json", "tokenizer.model", "LICENSE", "model.safetensors"}
+    assert merging.loaded(out).keys() == {"0.weight", "0.bias", "1.bias"}
+    with pytest.raises(CheckpointError, match="not empty"):
+        consolidate(ema, out)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        consolidate(ema, tmp_path / "new", files_from=tmp_path / "none")
+    with pytest.raises(ArgumentError, match="key="):
+        consolidate(ema, tmp_path / "new", key="ema")
+    with pytest.raises(ArgumentError, match="max_bytes"):
+        consolidate(ema, tmp_path / "new", max_bytes=3)
+    assert {path.name for path in tmp_path.iterdir()} == {"origin", "out"}
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("evil"),))
+
+
+def test_saved_folders_that_are_not_what_they_should_be(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(merging.saved, "two", str(tmp_path / "dcp"), False)
+    with pytest.raises(CheckpointError, match=r"key='trainer.ema', which=0, .*which=1"):
+        consolidate("dcp", "out")
+    with pytest.raises(CheckpointError, match="holds 0 averages"):
+        consolidate("dcp", "out", key="other")
+    with pytest.raises(CheckpointError, match="nothing at 'model'"):
+        consolidate("dcp", "out", which=0, rest="model")
+    with pytest.raises(CheckpointError, match=r"no \.metadata"):
+        consolidate(tmp_path, "out")
+    description = (tmp_path / "dcp" / ".metadata").read_bytes()
+    data = next((tmp_path / "dcp").glob("*.distcp"))
+    whole = data.read_bytes()
+
+    def spoilt(**files: bytes) -> Path:
+        folder = tmp_path / "spoilt"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "dcp", folder)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    for content in (b"", b"garbage", description[: len(description) // 2], pickle.dumps(_Evil())):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            consolidate(spoilt(**{".metadata": content}), "out", which=0)
+    for content in (b"", whole[:40], bytes(len(whole))):
+        with pytest.raises(CheckpointError):
+            consolidate(spoilt(**{data.name: content}), "out", which=0)
+    escaped = description.replace(data.name.encode(), b"../" + data.name.encode()[3:])
+    assert escaped != description
+    with pytest.raises(CheckpointError, match="no file of the folder"):
+        consolidate(spoilt(**{".metadata": escaped}), "out", which=0)
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        content = bytearray(description)
+        for at in generator.integers(0, len(content), 3):
+            content[at] = generator.integers(256)
+        shutil.rmtree("out", ignore_errors=True)
+        with suppress(CheckpointError):
+            consolidate(spoilt(**{".metadata": bytes(content)}), "out", which=0)
+    assert not (tmp_path / "evil").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"dcp", "spoilt", "out"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_blocks_fill_a_tensor(tmp_path: Path, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in generator.integers(1, 7, generator.integers(0, 5)))
+    whole = generator.normal(size=shape).astype(np.float32)
+    cuts = [sorted({0, n, int(generator.integers(0, n + 1))}) for n in shape]
+    blocks: list[tuple[tuple[int, int], ...]] = [()]
+    for points in cuts:
+        spans = list(pairwise(points))
+        blocks = [(*block, span) for block in blocks for span in spans]
+    tensors = {"w": Tensor("f32", shape)}
+    files = plan(tensors, 1000, {})
+    partial = begin(tmp_path / "out", files)
+
+    def block(spans: tuple[tuple[int, int], ...]) -> Block:
+        index = tuple(slice(*span) for span in spans)
+        part = whole[index]
+        offset = tuple(first for first, _ in spans)
+        return Block("w", offset, part.shape, lambda piece: np.ascontiguousarray(part[piece]))
+
+    write_blocks(partial, files, tensors, map(block, blocks), int(generator.integers(4, 200)))
+    got = np.fromfile(partial / "model.safetensors", np.float32, offset=files.places["w"][1])
+    np.testing.assert_array_equal(got, whole.reshape(-1))
+    for most in (4, 16, 100):
+        parts = [whole[piece].reshape(-1) for piece in pieces(shape, 4, most)]
+        assert all(part.nbytes <= most for part in parts)
+        np.testing.assert_array_equal(np.concatenate(parts), whole.reshape(-1))
