@@ -204,7 +204,6 @@ TABLE = {
     "compat.following": Room(
         ours="shadow plan bridges layout engine.blocks errors typing", theirs="torch"
     ),
-    "distributed": Room(ours="shadow rules bridges errors typing", theirs="numpy torch"),
     # A reference shares no code with what it checks.
     "testing": Room(ours="layout errors typing", theirs="numpy"),
     # Commands sit on top of everything; what the extras bring is imported when a command runs,

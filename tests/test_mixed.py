@@ -23,7 +23,6 @@ modules("jax", "torch", "ml_dtypes")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import torch  # noqa: E402
-from jax.experimental import enable_x64  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -189,7 +188,8 @@ def test_integers_in_a_plan_are_copied_but_not_averaged() -> None:
             plan.lerp_(0.5, x)
     plan.copy_()
     np.testing.assert_array_equal(avg[0], np.arange(5) * 2)
-    with enable_x64(True):
+    home = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
+    with home.enable_x64(True):
         plan.copy_([jnp.arange(5) * 4])
     np.testing.assert_array_equal(avg[0], np.arange(5) * 4)
 

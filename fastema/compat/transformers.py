@@ -457,8 +457,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if is_deepspeed_zero3_enabled() or getattr(trainer, "is_fsdp_enabled", False):
             raise ArgumentError(
                 "EMACallback saves whole weights, and those of this model are sharded (FSDP or "
-                "ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() in "
-                "on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
+                "ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() "
+                "in on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
                 "(docs/sharded.md); otherwise use DDP, or ZeRO up to stage 2"
             )
         if state.global_step and resumed is None:

@@ -1110,7 +1110,7 @@ def test_strategies_that_divide_weights_are_refused(name: str) -> None:
         callbacks: ClassVar[list[Any]] = []
 
     with pytest.raises(ArgumentError, match=rf"{name} divides the weights.*fastema\.EMA"):
-        EMAWeightAveraging().setup(Given(), Network(), "fit")
+        ours.EMAWeightAveraging().setup(Given(), Network(), "fit")
 
 
 @pytest.mark.slow
