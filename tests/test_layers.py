@@ -132,9 +132,7 @@ TABLE = {
     "bridges.torch_parts": Room(ours="layout errors typing", theirs="torch", own_room=False),
     "bridges.torch_ranks": Room(ours="layout errors typing", theirs="torch", own_room=False),
     "bridges.torch_foreach": Room(
-        ours="layout errors typing kernels.table bridges.torch_parts",
-        theirs="numpy torch",
-        own_room=False,
+        ours="layout errors typing kernels.table", theirs="numpy torch", own_room=False
     ),
     "plan": Room(ours="engine bridges layout errors typing"),
     "shadow": Room(

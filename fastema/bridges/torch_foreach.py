@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastema.bridges.torch_parts import local
 from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, MEASURING, SQUARE, STILL
 from fastema.layout.dtypes import DType
@@ -520,7 +519,7 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
     if operation == "window":
         assert pair.ring is not None
         specs.append(pair.ring[0])
-    tensors = [local(spec.owner).detach() for spec in specs]
+    tensors = [spec.tensor.detach() for spec in specs]
     tensors = [torch.view_as_real(one) if one.is_complex() else one for one in tensors]
     if not real.is_floating_point:
         tensors = [one.view(_WORDS[one.element_size()]) for one in tensors]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -82,8 +83,8 @@ def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec
         whole=whole if is_part else None,
         offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None,
         owner=tensor,
-        exchange=0,
         glance=_glance,
+        wrapped=_wrapped,
         division=_Division(mesh, placements, whole, tensor.stride()),
     )
 
@@ -103,6 +104,9 @@ def _is_one_block(mesh: Any, placements: tuple[Any, ...]) -> bool:
         if factor != 1 and after != factor:
             return False
     return True
+
+
+_wrapped: Final = attrgetter("_local_tensor")
 
 
 def _glance(tensor: DTensor) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import is_
 from typing import Any, Final, Protocol
@@ -42,6 +42,16 @@ def _members(held: Held, transient: bool) -> list[Any]:
     return [
         part for key, value in container.items() for part in (key, None if key in loose else value)
     ]
+
+
+class _Wrapped:
+    """What wrappers hold now, in their order."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self._wrappers = [(spec.wrapped, spec.owner) for spec in specs if spec.wrapped is not None]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([wrapped(owner) for wrapped, owner in self._wrappers])
 
 
 class _Members:
@@ -161,6 +171,7 @@ class _ByExchange:
         self._check = cpu_watch.any_change
         dicts = [one for one in leaves.held if type(one.container) is dict]
         others = [one for one in leaves.held if type(one.container) is not dict]
+        others.append(Held(_Wrapped([leaf.spec for leaf in leaves.items])))
         self._others = _Members(others, transient)
         rows, entries = _dict_tables(dicts, transient)
         held = np.array(rows, np.int64).reshape(-1, cpu_watch.DICT)
@@ -169,12 +180,12 @@ class _ByExchange:
         ranks = [len(leaf.spec.shape) for leaf in leaves.items]
         firsts = [0, *accumulate(2 * rank for rank in ranks)]
         tensor = np.zeros((len(ranks), cpu_watch.TENSOR), np.int64)
-        tensor[:, 0] = [id(leaf.spec.owner) for leaf in leaves.items]
+        owners = [leaf.spec.tensor for leaf in leaves.items]
+        tensor[:, 0] = [id(owner) for owner in owners]
         tensor[:, 3], tensor[:, 4] = ranks, firsts[:-1]
         dims = np.zeros(firsts[-1], np.int64)
         # Everything whose address is noted must outlive this.
         containers = [one.container for one in dicts]
-        owners = [leaf.spec.owner for leaf in leaves.items]
         self._kept = (containers, entries, owners, held, entry, tensor, dims, scratch)
         functions = (
             _c_address(ctypes.pythonapi.PyDict_Next),

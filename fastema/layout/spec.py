@@ -107,12 +107,15 @@ class TensorSpec:
     owner : object
         Keeps the memory alive; not compared.
     exchange : int
-        Address of the owner's DLPack exchange function, 0 where it has none; not compared.
+        Address of the DLPack exchange function of the owner, or of what it wraps; 0 where there is
+        none; not compared.
     home : Home, optional
         The device, where it is not the host; not compared.
     glance : callable, optional
         ``owner -> object`` that is another once any of the above is, cheaper than describing it
         again; not compared.
+    wrapped : callable, optional
+        ``owner -> tensor`` that lies there, where the owner is only a wrapper; not compared.
     division : Division, optional
         Of a tensor that is divided among processes, whether this process has a part of it or all
         of it; not compared.
@@ -130,6 +133,7 @@ class TensorSpec:
     exchange: int = field(default=0, compare=False, repr=False)
     home: Home | None = field(default=None, compare=False, repr=False)
     glance: Callable[[Any], object] | None = field(default=None, compare=False, repr=False)
+    wrapped: Callable[[Any], Any] | None = field(default=None, compare=False, repr=False)
     division: Division | None = field(default=None, compare=False, repr=False)
 
     def kept_by(self, owner: Any) -> TensorSpec:
@@ -174,6 +178,11 @@ class TensorSpec:
             offset=(*(0 for _ in slots), *other.offset),
             division=division,
         )
+
+    @property
+    def tensor(self) -> Any:
+        """The owner, or what it wraps."""
+        return self.owner if self.wrapped is None else self.wrapped(self.owner)
 
     @property
     def full_shape(self) -> tuple[int, ...]:

@@ -108,7 +108,10 @@ class Average(Generic[Weights]):
     weights : torch module, Keras model, JAX pytree, array, or list, tuple, dict of arrays
         What is averaged. A module's own structure is watched: a parameter that was re-pointed
         (``p.data = ...``, ``.to()``, ``load_state_dict(assign=True)``) is found again, one that was
-        added, removed, renamed, reshaped or untied is an error. Tied weights are averaged once.
+        added, removed, renamed, reshaped or untied is an error. Tied weights are averaged once. A
+        list of torch modules is one model, such as the stages of a pipeline. Of DTensors (FSDP2,
+        tensor parallel) each rank averages its part; all ranks of their mesh have to build the
+        average, which compares what they have, as :meth:`state_dict` does.
     rules : rule or sequence of rules
         Of :mod:`fastema.rules`; several are followed in one pass over the weights.
     shadow_dtype : dtype or str, optional
@@ -137,13 +140,19 @@ class Average(Generic[Weights]):
         exactly, and floats of 8 bits copied or refused. Buffers registered with
         ``persistent=False`` are skipped in any case, as in the model's ``state_dict()``: they may
         change their shape, come and go.
+    policy : mapping of str to {"average", "copy", "skip"}, optional
+        What is done with names that match a pattern, such as ``{"*.expert_bias": "average",
+        "visual.*": "skip"}``, in the place of what ``frozen`` and ``buffers`` say. The first match
+        wins; see :mod:`fnmatch` for patterns.
     on_nonfinite : {"propagate", "skip", "raise"}
         What is done with a NaN or an infinity in the weights, or in floats that are copied, such as
         BatchNorm statistics: take it in, leave out the whole call and count it in ``num_skipped``,
         or raise. The last two read the tensors once more first, but for copies that hold such a
-        number already, such as a mask of infinities.
+        number already, such as a mask of infinities. Of DTensors all ranks decide together, by an
+        all-reduce of one number.
     drift : bool
-        Measure in the same pass how far the weights are from the average, see :attr:`drift`.
+        Measure in the same pass how far the weights are from the average, see :attr:`drift`. Not
+        for DTensors.
     capturable : bool
         Count the updates on the GPU, where the weights have to be: :meth:`update` can then be
         captured in a CUDA graph, whose replays follow the schedule, warm-ups and random bits
@@ -161,10 +170,10 @@ class Average(Generic[Weights]):
     Raises
     ------
     ArgumentError
-        For a parameter without a valid value.
+        For a parameter without a valid value, and a pattern that matches no name.
     LayoutError
         If there is nothing to average, or a tensor is expanded, read-only or partly shares memory
-        with another.
+        with another; if ranks do not agree.
     DTypeError, BridgeError
         For tensors that no kernel can average: integers as weights, sparse, on the meta device.
 
@@ -971,6 +980,8 @@ class Average(Generic[Weights]):
 
         Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. It holds the
         average also while that is applied to the model, never the raw weights in its place.
+        Averages of DTensors are DTensors, for :mod:`torch.distributed.checkpoint`: all ranks have
+        to call this.
         ``"shadow"`` is a list with a mapping of names to tensors for each average; ``"low"`` and
         ``"ring"`` are lists of the same kind, of what an average in two halves, or a windowed mean,
         needs besides.

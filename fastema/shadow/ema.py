@@ -34,7 +34,7 @@ class EMA(Average[Weights]):
         share in the average, which is that of the weights seen so far.
     **options
         ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``frozen``,
-        ``buffers``, ``on_nonfinite``, ``drift``, ``capturable`` and ``watch``, see
+        ``buffers``, ``policy``, ``on_nonfinite``, ``drift``, ``capturable`` and ``watch``, see
         :class:`Average`.
 
     Attributes

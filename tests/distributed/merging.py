@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,45 @@ def stages(folder: str) -> None:
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
     dist.barrier()
+
+
+def page(text: str, folder: str) -> None:
+    """The blocks of a page, in order and in one namespace."""
+    os.chdir(folder)
+    if not dist.get_rank():
+        Path("Llama-3-8B").mkdir()
+        Path("Llama-3-8B/config.json").write_text("{}")
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    dcp.save({"model": model}, checkpoint_id="pretrained")
+    sharded = fully_shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    state = {"ema": fastema.EMA(sharded), "model": sharded}
+    dcp.save(state, checkpoint_id="step-10000")
+    names: dict[str, Any] = {
+        "torch": torch,
+        "dcp": dcp,
+        "fastema": fastema,
+        "data": [torch.ones(2, 4)] * 100,
+        "decay": 0.999,
+        "folder": "saved",
+        "pretrained": "pretrained",
+        "loss": lambda y: y.square().mean(),
+        "evaluate": lambda model: model(torch.ones(1, 4)),
+    }
+
+    def fresh(before: nn.Module) -> nn.Module:
+        """A page shards its model in several places: each has one of its own."""
+        made = fully_shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+        names["model"], names["optimizer"] = made, torch.optim.SGD(made.parameters(), lr=1e-3)
+        return made
+
+    names["fully_shard"], names["model"] = fresh, model
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 6
+    for block in blocks:
+        exec(compile(block, "sharded.md", "exec"), names)
+    dist.barrier()
+    os.chdir("/")
+    written = {path.name for path in Path(folder).iterdir()}
+    assert {"average", "average of step 10000", "with frozen weights", "saved"} <= written
+    assert names["ema"].averaged_names == {"expert_bias", "text.bias", "text.weight"}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ..conftest import ROOT
 from ..needed import modules
 
 modules("torch", "safetensors")
@@ -37,8 +38,6 @@ Run = Callable[..., list[Any]]
 def test_ranks_write_what_one_process_would(
     run: Run, tmp_path: Path, kind: str, dtype: torch.dtype, layout: str
 ) -> None:
-    if kind == "split" and dtype == torch.float32 and layout == "tp 4":
-        pytest.skip("covered")
     run(merging.live, layout, kind, dtype, str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -151,6 +150,11 @@ def test_saved_folders_that_are_not_what_they_should_be(
             consolidate(spoilt(**{".metadata": bytes(content)}), "out", which=0)
     assert not (tmp_path / "evil").exists()
     assert {path.name for path in tmp_path.iterdir()} <= {"dcp", "spoilt", "out"}
+
+
+def test_the_page_on_sharded_training_runs(run: Run, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "sharded.md").read_text(encoding="utf-8")
+    run(merging.page, text, str(tmp_path))
 
 
 @pytest.mark.parametrize("seed", range(20))

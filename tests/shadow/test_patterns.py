@@ -1,0 +1,150 @@
+"""What is averaged, by patterns of names; several modules as one model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fastema
+from fastema.errors import ArgumentError, BridgeError, LayoutError
+
+from ..needed import modules
+
+modules("torch")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(3, 2)
+        self.visual = nn.Linear(3, 2)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.register_buffer("expert_bias", torch.ones(2))
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+
+def moved(model: nn.Module) -> None:
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor += 1.0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda model, **options: fastema.EMA(model, 0.5, **options),
+        lambda model, **options: fastema.SWA(model, **options),
+        lambda model, **options: fastema.SMA(model, window=2, **options),
+        lambda model, **options: fastema.PowerEMA(model, sigma_rels=(0.1,), **options),
+    ],
+    ids=["EMA", "SWA", "SMA", "PowerEMA"],
+)
+def test_the_first_pattern_that_matches_decides(kind: Any) -> None:
+    model = Model()
+    policy = {"*.bias": "copy", "text.*": "average", "visual.*": "skip", "frozen.w*": "average",
+              "expert_*": "average"}  # fmt: skip
+    ema = kind(model, policy=policy)
+    assert ema.averaged_names == {"text.weight", "frozen.weight", "expert_bias"}
+    assert ema.skipped_names == {"visual.weight", "table"}
+    assert set(ema.shadow) - ema.averaged_names == {"text.bias", "visual.bias", "frozen.bias"}
+    begun = model.expert_bias.clone()
+    for _ in range(3):
+        moved(model)
+        ema.update()
+    assert torch.equal(ema.shadow["text.bias"], model.text.bias)
+    assert not torch.equal(ema.shadow["expert_bias"], model.expert_bias)
+    assert not torch.equal(ema.shadow["expert_bias"], begun)
+    # What a pattern decides on may be frozen, or trained, later.
+    model.visual.requires_grad_(False)
+    model.frozen.requires_grad_(True)
+    ema.update()
+    with ema.swapped():
+        pass
+
+
+def test_frozen_weights_that_no_pattern_names_stay_frozen() -> None:
+    model = Model()
+    ema = fastema.EMA(model, policy={"visual.*": "skip"})
+    model.frozen.requires_grad_(True)
+    with pytest.raises(LayoutError, match=r"'frozen\.weight' is trained now"):
+        ema.update()
+
+
+def test_wrong_patterns_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)no name matches.*'expert'.*'text\.weight'"):
+        fastema.EMA(Model(), policy={"*.bias": "copy", "expert": "average"})
+    with pytest.raises(ArgumentError, match="never averaged"):
+        fastema.EMA(Model(), policy={"table": "average"})
+    with pytest.raises(ArgumentError, match=r"policy\['\*'\]='mean'"):
+        fastema.EMA(Model(), policy={"*": "mean"})  # type: ignore[dict-item]
+    with pytest.raises(ArgumentError, match="expected patterns"):
+        fastema.EMA(Model(), policy="average")  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="nothing to average"):
+        fastema.EMA(Model(), policy={"*": "skip"})
+
+
+def test_modules_in_a_list_are_one_model() -> None:
+    stages = [nn.Sequential(nn.Linear(2, 2)), nn.ModuleDict({"head": nn.Linear(2, 1)})]
+    ema = fastema.EMA(stages, 0.5)
+    assert set(ema.shadow) == {"0.weight", "0.bias", "head.weight", "head.bias"}
+    raw = {name: p.detach().clone() for one in stages for name, p in one.named_parameters()}
+    for one in stages:
+        moved(one)
+    ema.update()
+    ema.update(list(stages))
+    for name, before in raw.items():
+        torch.testing.assert_close(ema.shadow[name], before + 0.75)
+    assert ema.model_state_dict().keys() == raw.keys()
+    with ema.swapped() as held:
+        assert held is stages
+        torch.testing.assert_close(stages[1].head.bias.detach(), raw["head.bias"] + 0.75)
+    torch.testing.assert_close(stages[1].head.bias.detach(), raw["head.bias"] + 1)
+    stages[0] = nn.Sequential(nn.Linear(2, 2))  # another stage in its place
+    ema.update()
+    assert not torch.equal(ema.shadow["0.bias"], raw["0.bias"] + 0.75)
+    stages.pop()
+    with pytest.raises(LayoutError, match=r"'head\.weight' is gone"):
+        ema.update()
+
+
+def test_two_modules_with_one_name_are_refused() -> None:
+    shared = nn.Linear(2, 2)
+    assert set(fastema.EMA([shared, shared]).shadow) == {"weight", "bias"}
+    with pytest.raises(BridgeError, match="two modules have a tensor 'weight'"):
+        fastema.EMA([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+
+class Quantized(torch.Tensor):
+    """A tensor whose values lie in another one, as in torchao."""
+
+    values: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Quantized:
+        made: Quantized = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=torch.float32
+        )
+        made.values = values
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        raise NotImplementedError(str(function))
+
+
+def test_tensors_that_keep_their_values_elsewhere_are_refused_by_name() -> None:
+    model = Model()
+    model.visual.weight = nn.Parameter(Quantized(torch.zeros(2, 3, dtype=torch.int8)))
+    with pytest.raises(BridgeError, match=r"visual\.weight: .*Quantized.*no memory of its own"):
+        fastema.EMA(model)
+    ema = fastema.EMA(model, policy={"visual.weight": "skip"})
+    assert "visual.weight" in ema.skipped_names
+    ema.update()
