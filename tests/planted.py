@@ -29,6 +29,7 @@ ROOMS = {
     "bridges": ["tests/bridges", "tests/shadow/test_written.py"],
     "compat": ["tests/compat"],
     "tracking": ["tests/tracking"],
+    "distributed": ["tests/distributed", "tests/shadow/test_patterns.py"],
 }
 
 
@@ -281,6 +282,90 @@ FAULTS = [
         "fastema/tracking/scalar.py",
         "            if not weight:\n                return self._reading\n",
         "",
+    ),
+    Fault(
+        "distributed",
+        "stale weights in a block",
+        "fastema/shadow/average.py",
+        "        if write:\n            reshard(container)\n",
+        "",
+    ),
+    Fault(
+        "distributed",
+        "stale weights after a block",
+        "fastema/shadow/average.py",
+        "        reshard(before.container)\n",
+        "",
+    ),
+    Fault(
+        "distributed",
+        "part at the beginning",
+        "fastema/bridges/torch_parts.py",
+        "offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None",
+        "offset=(0,) * len(whole) if is_part else None",
+    ),
+    Fault(
+        "distributed",
+        "even shards",
+        "fastema/bridges/torch_parts.py",
+        "            shape=torch.Size(self.shape),\n            stride=self.strides,\n",
+        "",
+    ),
+    Fault(
+        "distributed",
+        "one storage",
+        "fastema/bridges/torch_parts.py",
+        "from_dlpack(array.detach()),",
+        "array.detach(),",
+    ),
+    Fault(
+        "distributed",
+        "ranks not asked",
+        "fastema/bridges/torch_ranks.py",
+        "            dist.all_reduce(value, dist.ReduceOp.MAX, group)\n",
+        "            pass\n",
+    ),
+    Fault(
+        "distributed",
+        "one digest",
+        "fastema/bridges/torch_ranks.py",
+        "            if not all(torch.equal(one, found[0]) for one in found):",
+        "            if not torch.equal(digest, found[0]):",
+    ),
+    Fault(
+        "distributed",
+        "any division",
+        "fastema/shadow/binding.py",
+        "        if now != was\n",
+        "        if now is None and was is not None and False\n",
+    ),
+    Fault(
+        "distributed",
+        "slots divided",
+        "fastema/bridges/torch_parts.py",
+        "            tuple(map(_with_axis_before, self.placements)),",
+        "            self.placements,",
+    ),
+    Fault(
+        "distributed",
+        "last pattern",
+        "fastema/shadow/entries.py",
+        "patterns[matching[0]]",
+        "patterns[matching[-1]]",
+    ),
+    Fault(
+        "distributed",
+        "stretches",
+        "fastema/distributed/folder.py",
+        "    while axis and extents[axis - 1] == tensor.shape[axis - 1]:",
+        "    while axis and extents[axis - 1] <= tensor.shape[axis - 1]:",
+    ),
+    Fault(
+        "distributed",
+        "a path in a folder",
+        "fastema/distributed/dcp.py",
+        "            if Path(name).name != name:",
+        "            if not name:",
     ),
 ]
 

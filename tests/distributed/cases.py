@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -278,3 +280,42 @@ def refused() -> list[str]:
     other = fastema.EMA(divided("tp 4"))
     messages.append(raised(LayoutError, other.update, model))
     return messages
+
+
+def data_parallel() -> None:
+    """DDP: the same average on each rank, without a collective."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(net())
+    ema = fastema.EMA(model, decay=0.8)
+    for step in range(3):
+        put(model.module, weights(step))
+        with CommDebugMode() as counted:
+            ema.update()
+            ema.state_dict()
+        assert counted.get_total_counts() == 0
+    one = net()
+    reference = fastema.EMA(one, decay=0.8)
+    for step in range(3):
+        put(one, weights(step))
+        reference.update()
+    assert_equal(averages(ema), averages(reference))
+
+
+def without_one() -> list[str]:
+    """One rank is gone: what the other says, and how long it took."""
+    model = fully_shard(net())
+    ema = fastema.EMA(model)
+    dist.barrier()
+    if dist.get_rank():
+        os._exit(1)
+    found = []
+    for call in (ema.state_dict, lambda: fastema.EMA(model)):
+        began = time.perf_counter()
+        try:
+            call()
+        except RuntimeError as error:
+            found.append(f"{time.perf_counter() - began:.1f} s: {error}")
+    ema.update()
+    found.append(f"{ema.num_updates}")
+    return found

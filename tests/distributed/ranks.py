@@ -21,7 +21,7 @@ TIMEOUT = timedelta(seconds=60)
 class Ranks:
     """A process for each rank of one gloo group, kept from test to test."""
 
-    def __init__(self, world: int = WORLD) -> None:
+    def __init__(self, world: int = WORLD, timeout: timedelta = TIMEOUT) -> None:
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         context = multiprocessing.get_context("spawn")
@@ -29,7 +29,7 @@ class Ranks:
         self._processes = []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, world, store))
+            process = context.Process(target=_serve, args=(there, rank, world, store, timeout))
             process.start()
             there.close()
             self._pipes.append(here)
@@ -45,6 +45,16 @@ class Ranks:
 
         If one raises, the test fails with its traceback; if one hangs, all are killed.
         """
+        results, errors = self.tried(function, *args, seconds=seconds)
+        if errors:
+            self.close()
+            pytest.fail("\n".join(errors))
+        return results
+
+    def tried(
+        self, function: Callable[..., Any], *args: Any, seconds: float = 90.0
+    ) -> tuple[list[Any], list[str]]:
+        """The same; what went wrong besides."""
         for pipe in self._pipes:
             pipe.send((function, args))
         results: dict[int, Any] = {}
@@ -52,11 +62,10 @@ class Ranks:
         while len(results) < len(self._pipes):
             open_pipes = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
             # Where one has raised, others may wait for it until the group's timeout.
-            ready = wait(open_pipes, 3.0 if errors else seconds)
+            ready = wait(open_pipes, 15.0 if errors else seconds)
             if not ready:
                 missing = sorted(set(range(len(self._pipes))) - results.keys())
-                self.close()
-                pytest.fail("\n".join([f"ranks {missing} hang", *errors]))
+                return [], [f"ranks {missing} hang", *errors]
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:
@@ -65,10 +74,7 @@ class Ranks:
                     error, results[rank] = "the process died", None
                 if error:
                     errors.append(f"rank {rank}: {error}")
-        if errors:
-            self.close()
-            pytest.fail("\n".join(errors))
-        return [results[rank] for rank in range(len(self._pipes))]
+        return [results[rank] for rank in range(len(self._pipes))], errors
 
     def close(self) -> None:
         """Kill all processes."""
@@ -78,14 +84,14 @@ class Ranks:
         self._folder.cleanup()
 
 
-def _serve(pipe: Connection, rank: int, world: int, store: str) -> None:
+def _serve(pipe: Connection, rank: int, world: int, store: str, timeout: timedelta) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout
     )
     while True:
         try:

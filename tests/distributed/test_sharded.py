@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ modules("torch")
 
 from . import cases  # noqa: E402
 from .layouts import LAYOUTS  # noqa: E402
+from .ranks import Ranks  # noqa: E402
 
 Run = Callable[..., list[Any]]
 
@@ -68,3 +70,21 @@ def test_what_cannot_be_averaged_is_refused(run: Run) -> None:
         assert "several blocks" in blocks
         assert "drift=True" in drift
         assert "'scale' is S(0) over (4,), its average whole on this rank" in other
+
+
+def test_data_parallel_averages_are_the_same_everywhere(run: Run) -> None:
+    run(cases.data_parallel)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_gone_is_an_error_within_the_timeout() -> None:
+    ranks = Ranks(2, timeout=timedelta(seconds=5))
+    try:
+        results, errors = ranks.tried(cases.without_one, seconds=60.0)
+    finally:
+        ranks.close()
+    assert errors == ["rank 1: the process died"]
+    state, built, updates = results[0]
+    assert updates == "1"  # an update asks nobody
+    for one in (state, built):
+        assert float(one.partition(" ")[0]) < 20
