@@ -12,7 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
@@ -31,6 +31,11 @@ CASES: Final = (
     TESTS / "compat" / "keras_swap_cases.py",
 )
 SECONDS = 1200
+
+
+def on_one_backend(test: Any) -> Any:
+    """Mark a test that asks nothing of a backend: on all but one it is for full runs."""
+    return test if os.environ.get("KERAS_BACKEND") == "torch" else pytest.mark.full(test)
 
 
 class Outcome(NamedTuple):

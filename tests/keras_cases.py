@@ -18,6 +18,8 @@ from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras import EMAWeights
 from fastema.testing.tolerance import unit_roundoff
 
+from .keras_backends import on_one_backend
+
 BACKEND = keras.backend.backend()
 DECAY = 0.8
 BATCH, BATCHES = 4, 6
@@ -236,6 +238,7 @@ def test_average_is_the_recursion_over_all_steps(rule: str) -> None:
     assert_same(weights(model), run.steps[-1])  # training took no notice
 
 
+@on_one_backend
 def test_default_decay() -> None:
     model, ema = model_of(), EMAWeights()
     fit(model, ema, epochs=1)
@@ -252,6 +255,7 @@ def test_accumulated_gradients_are_one_step() -> None:
     assert_near(average(ema), expected(run), 3)
 
 
+@on_one_backend
 def test_keras_averages_every_batch_of_accumulated_gradients() -> None:
     """What EMAWeights is to do better; when Keras does it too, this test may go."""
     keras.utils.set_random_seed(11)
@@ -427,6 +431,7 @@ def test_a_model_of_unknown_input_begins_when_it_has_weights() -> None:
     assert_near(average(ema), expected(run), BATCHES)
 
 
+@on_one_backend
 def test_options_reach_the_average() -> None:
     model = model_of("bfloat16")
     ema = EMAWeights(DECAY, shadow_dtype="float32", update_every=2, on_nonfinite="skip")
@@ -501,6 +506,7 @@ def around_keras_own_swap(call: Callable[[Any, Any], object]) -> tuple[Any, Weig
     return model, before, after
 
 
+@on_one_backend
 def test_keras_leaves_its_average_in_the_model_after_predict() -> None:
     """What EMAWeights is to do better; when Keras does it too, this test may go."""
     model, *kept = around_keras_own_swap(
@@ -574,6 +580,7 @@ def test_frozen_layers_stay_as_they_are() -> None:
         assert found["first/kernel"].tobytes() == before["first/kernel"].tobytes()
 
 
+@on_one_backend
 def test_one_of_several_averages_is_evaluated() -> None:
     run = recorded(epochs=1)
     model, ema, seen = model_of(), EMAWeights((0.5, DECAY), which=1), Seen()
@@ -951,6 +958,7 @@ def loaded(path: Path) -> Weights:
     return weights(other)
 
 
+@on_one_backend
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_what_a_model_checkpoint_saves(tmp_path: Path, swap_on_epoch: bool) -> None:
     run = recorded()
@@ -981,6 +989,7 @@ def losses_of_the_average(run: Recorder, epochs: int) -> list[float]:
     return found
 
 
+@on_one_backend
 def test_the_best_epoch_is_that_of_the_average(tmp_path: Path) -> None:
     epochs = 4
     run = recorded(epochs=epochs)
@@ -1001,6 +1010,7 @@ def test_the_best_epoch_is_that_of_the_average(tmp_path: Path) -> None:
     assert not ema.applied
 
 
+@on_one_backend
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_early_stopping_and_the_order(swap_on_epoch: bool, first: bool) -> None:
@@ -1116,6 +1126,7 @@ def test_a_run_that_was_at_its_end_is_not_trained_again(tmp_path: Path) -> None:
     assert_same(loaded(path), want)
 
 
+@on_one_backend
 def test_a_backup_that_does_not_belong_to_the_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "average.safetensors"
     fit(model_of(), EMAWeights(DECAY, backup=path))
@@ -1162,6 +1173,7 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     assert_same(weights(model), run.steps[-1])
 
 
+@on_one_backend
 def test_a_write_that_fails_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1191,6 +1203,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert new.stat().st_mode == plain.stat().st_mode
 
 
+@on_one_backend
 def test_state_dicts() -> None:
     model, ema = model_of(), EMAWeights(DECAY)
     fit(model, ema, epochs=1)
@@ -1219,6 +1232,7 @@ def test_state_dicts() -> None:
 # -- wrong uses -----------------------------------------------------------------------------------
 
 
+@on_one_backend
 def test_paths_are_looked_at_first() -> None:
     with pytest.raises(ArgumentError, match=r"save_path='a\.h5'.*\.weights\.h5"):
         EMAWeights(save_path="a.h5")
@@ -1229,6 +1243,7 @@ def test_paths_are_looked_at_first() -> None:
             EMAWeights(decay, which=which)
 
 
+@on_one_backend
 def test_nothing_to_show_before_training() -> None:
     ema = EMAWeights(DECAY)
     for call in (lambda: ema.ema, ema.update, ema.state_dict, lambda: ema.save_weights("a.keras")):
@@ -1241,6 +1256,7 @@ def test_nothing_to_show_before_training() -> None:
     assert_same(weights(model), before)
 
 
+@on_one_backend
 def test_bad_options_are_refused_before_training() -> None:
     model = model_of()
     before = weights(model)
@@ -1250,6 +1266,7 @@ def test_bad_options_are_refused_before_training() -> None:
         assert_same(weights(model), before)
 
 
+@on_one_backend
 def test_a_model_without_an_optimizer() -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     ema = EMAWeights(DECAY)
@@ -1258,6 +1275,7 @@ def test_a_model_without_an_optimizer() -> None:
         ema.update()
 
 
+@on_one_backend
 def test_two_averages_in_one_fit_are_refused() -> None:
     model = model_of()
     with pytest.raises(StateError, match="two EMAWeights"):
@@ -1276,6 +1294,7 @@ def test_two_averages_in_one_fit_are_refused() -> None:
     assert_same(weights(model), raw)
 
 
+@on_one_backend
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_average_of_an_average_is_refused(wrapped: bool) -> None:
     optimizer = keras.optimizers.SGD(0.1, use_ema=True)
@@ -1284,6 +1303,7 @@ def test_an_average_of_an_average_is_refused(wrapped: bool) -> None:
         fit(model, EMAWeights(DECAY))
 
 
+@on_one_backend
 def test_another_model_is_refused() -> None:
     ema = EMAWeights(DECAY)
     fit(model_of(), ema, epochs=1)
@@ -1307,6 +1327,7 @@ def test_no_training_while_the_model_holds_the_average() -> None:
     assert_same(weights(model), raw)
 
 
+@on_one_backend
 def test_hooks_called_by_hand() -> None:
     model, ema = model_of(), EMAWeights(DECAY)
     hooks = keras.callbacks.CallbackList([ema], model=model)
@@ -1351,6 +1372,7 @@ def test_a_model_is_given_its_own_functions_back() -> None:
     assert keras.models.clone_model(model).name == "net"
 
 
+@on_one_backend
 def test_a_backup_without_its_package_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

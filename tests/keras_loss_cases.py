@@ -22,6 +22,7 @@ import pytest
 from fastema.errors import ArgumentError, CheckpointError, NonFiniteError, StateError
 from fastema.keras import EMAWeights, LossAverages
 
+from .keras_backends import on_one_backend
 from .smoothing import assert_close, ema, sma
 
 BACKEND = keras.backend.backend()
@@ -365,6 +366,7 @@ def test_a_model_without_means() -> None:
     assert not losses.history
 
 
+@on_one_backend
 def test_what_is_logged_can_be_chosen() -> None:
     history = fit(build(), LossAverages(window_size=None, raw=False), epochs=1).history
     assert history.keys() == {"loss", "loss_ema"}
@@ -492,6 +494,7 @@ def test_a_train_function_that_goes_around_train_step_is_an_error() -> None:
 # -- other callbacks -------------------------------------------------------------------------------
 
 
+@on_one_backend
 def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
     table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
     early: list[tuple[Any, str]] = [
@@ -550,6 +553,7 @@ def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
     )
 
 
+@on_one_backend
 def test_files_stopping_and_rates_use_what_is_added(tmp_path: Path) -> None:
     losses = LossAverages(window_size=3)
     stop = keras.callbacks.EarlyStopping("loss_sma", mode="max", patience=1)
@@ -575,6 +579,7 @@ def test_files_stopping_and_rates_use_what_is_added(tmp_path: Path) -> None:
         assert [float(row[name]) for row in rows] == history[name]
 
 
+@on_one_backend
 def test_progress_bar_shows_values_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     losses = LossAverages(window_size=2)
     fit(build(), losses, epochs=1, verbose=1)
@@ -586,6 +591,7 @@ def test_progress_bar_shows_values_as_they_are(capsys: pytest.CaptureFixture[str
     assert len({round(one, 3) for one in last.values()}) == 3
 
 
+@on_one_backend
 @pytest.mark.skipif(find_spec("tensorflow") is None, reason="its callback writes with TensorFlow")
 def test_tensorboard_files(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -610,6 +616,7 @@ def test_tensorboard_files(tmp_path: Path) -> None:
     assert steps == list(range(1, 2 * BATCHES + 1))
 
 
+@on_one_backend
 def test_beside_an_average_of_the_weights() -> None:
     alone = EMAWeights(0.8)
     fit(build(), alone)
@@ -689,6 +696,7 @@ def test_a_model_compiled_again_is_followed() -> None:
     assert_exact(losses.history["loss_raw"][2 * BATCHES :], absolute)
 
 
+@on_one_backend
 def test_a_callback_goes_on_with_another_model() -> None:
     losses, errors = LossAverages(), Errors()
     for rate in (0.05, 0.01):
@@ -751,6 +759,7 @@ def test_what_is_trained_in_a_callback_is_not_of_the_run() -> None:
     assert "fastema" not in type(model.train_function).__module__
 
 
+@on_one_backend
 def test_copies_hold_the_averages_and_nothing_of_the_run() -> None:
     model, losses = build(), LossAverages()
     copy.deepcopy(losses)
@@ -762,6 +771,7 @@ def test_copies_hold_the_averages_and_nothing_of_the_run() -> None:
     assert len(losses.history["loss_raw"]) == 2 * BATCHES
 
 
+@on_one_backend
 def test_which_way_is_better_is_said_or_asked_for() -> None:
     stop = keras.callbacks.EarlyStopping(monitor="loss_ema", patience=1)
     model = build()

@@ -166,6 +166,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
             raise CheckpointError(f"{name!r}: no safetensors file can hold a tensor of this name")
         if spec.dtype not in _NAMES:
             raise CheckpointError(f"{name}: safetensors has no dtype for {spec}")
+        if spec.division is not None:
+            raise CheckpointError(
+                f"{name}: this process holds a part of it; save with torch.distributed.checkpoint, "
+                "or write one folder with fastema.distributed.consolidate"
+            )
         if spec.device != "cpu" or (spec.size and spec.strides != row_major(spec.shape)):
             raise CheckpointError(f"{name}: {spec} is not row-major memory of the CPU")
         entries[name] = safetensors.TensorSpec(

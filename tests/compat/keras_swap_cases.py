@@ -14,6 +14,8 @@ import pytest
 from fastema.compat.keras import SwapEMAWeights
 from fastema.errors import ArgumentError, StateError
 
+from ..keras_backends import on_one_backend
+
 BACKEND = keras.backend.backend()
 Weights = list[np.ndarray]
 
@@ -216,6 +218,7 @@ def test_evaluate_and_predict_by_hand() -> None:
     assert np.abs(first - plain).max() > 1e-4
 
 
+@on_one_backend
 def test_the_peer_leaves_the_average_after_predict() -> None:
     model, peer = build(), keras.callbacks.SwapEMAWeights()
     for _ in range(3):
@@ -359,6 +362,7 @@ def test_optimizers_within_others() -> None:
     assert_differ(*at_end)
 
 
+@on_one_backend
 def test_what_is_refused() -> None:
     model = build()
     model.compile("sgd", "mse")
@@ -390,6 +394,7 @@ def test_a_saved_model_goes_on(tmp_path: Path) -> None:
             np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-7)
 
 
+@on_one_backend
 def test_interface() -> None:
     assert SwapEMAWeights().swap_on_epoch is False
     assert SwapEMAWeights(True).swap_on_epoch is True
@@ -580,6 +585,7 @@ def test_a_prediction_within_an_evaluation_is_of_the_average_too() -> None:
     assert_same(raw(model), before[0])
 
 
+@on_one_backend
 def test_two_in_one_list_change_nothing() -> None:
     model, before = trained()
     for call in (*CALLS.values(), lambda one, *some: fit(one, *some)):
@@ -590,12 +596,14 @@ def test_two_in_one_list_change_nothing() -> None:
         assert left_in(model) == set()
 
 
+@on_one_backend
 def test_a_model_that_was_not_compiled() -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     with pytest.raises(ArgumentError, match="use_ema=True"):
         model.predict(XV, verbose=0, callbacks=[SwapEMAWeights()])
 
 
+@on_one_backend
 def test_one_callback_for_several_models() -> None:
     (model, before), (other, their_before) = trained(), trained()
     swap = SwapEMAWeights()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -265,7 +266,7 @@ def experts() -> None:
         assert held[0] is part
 
 
-def refused() -> list[str]:
+def refused(folder: str) -> list[str]:
     """What cannot be averaged is refused by name, before anything is written."""
     mesh = meshes()["4"]
     pending = DTensor.from_local(torch.ones(3), mesh, [dist.tensor.Partial()], run_check=False)
@@ -279,6 +280,10 @@ def refused() -> list[str]:
     messages.append(raised(FastemaError, lambda: fastema.EMA(model, drift=True)))
     other = fastema.EMA(divided("tp 4"))
     messages.append(raised(LayoutError, other.update, model))
+    power = fastema.PowerEMA(model, sigma_rels=(0.1,))
+    power.update()
+    messages.append(raised(FastemaError, fastema.posthoc.save_snapshot, power, folder))
+    assert not any(path.suffix == ".safetensors" for path in Path(folder).iterdir())
     return messages
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,8 +65,9 @@ def test_meshes_of_several_sizes_and_stages_in_a_list(run: Run) -> None:
     run(cases.experts)
 
 
-def test_what_cannot_be_averaged_is_refused(run: Run) -> None:
-    for pending, blocks, drift, other in run(cases.refused):
+def test_what_cannot_be_averaged_is_refused(run: Run, tmp_path: Path) -> None:
+    for pending, blocks, drift, other, snapshot in run(cases.refused, str(tmp_path)):
+        assert "fastema.distributed.consolidate" in snapshot
         assert "still pending" in pending
         assert "several blocks" in blocks
         assert "drift=True" in drift
