@@ -134,17 +134,13 @@ class _Division:
     def tensor(self, array: torch.Tensor) -> DTensor:
         """Make a DTensor of this rank's part."""
         from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        # Shape and strides by hand: from_local would take all parts to be of one size. A storage of
-        # its own, of the same memory: the staging of DCP fails where two DTensors share one.
-        return DTensor.from_local(
-            from_dlpack(array.detach()),
-            self.mesh,
-            self.placements,
-            run_check=False,
-            shape=torch.Size(self.shape),
-            stride=self.strides,
-        )
+        # As FSDP makes its own: from_local would copy what is offloaded to the mesh's device. The
+        # storage is another one of the same memory: the staging of DCP fails where two share one.
+        meta = TensorMeta(torch.Size(self.shape), self.strides, array.dtype)
+        spec = DTensorSpec(self.mesh, self.placements, tensor_meta=meta)
+        return DTensor(from_dlpack(array.detach()), spec, requires_grad=False)
 
     def stacked(self, count: int) -> _Division:
         """Divide that many along a new first axis."""
@@ -174,14 +170,15 @@ def gather(tensor: DTensor) -> torch.Tensor:
     """Return the whole of a DTensor on every rank; all of them have to call this."""
     # As bytes: neither gloo nor NCCL sends 16-bit integers.
     part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)
-    size = tensor.dtype.itemsize
+    size, device = tensor.dtype.itemsize, tensor.device_mesh.device_type
     division = _Division(
         tensor.device_mesh,
         tuple(tensor.placements),
         (*tensor.shape, size),
         (*(size * stride for stride in tensor.stride()), 1),
     )
-    return division.tensor(part).full_tensor().view(tensor.dtype).squeeze(-1)
+    whole: torch.Tensor = division.tensor(part.to(device)).full_tensor()
+    return whole.view(tensor.dtype).squeeze(-1)
 
 
 def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:

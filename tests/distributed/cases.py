@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fastema
+from fastema.bridges.torch import describe
 from fastema.errors import FastemaError, LayoutError, NonFiniteError
 
 from .layouts import divided, full, holds, meshes, net, put, weights
@@ -324,3 +326,17 @@ def without_one() -> list[str]:
     ema.update()
     found.append(f"{ema.num_updates}")
     return found
+
+
+def offloaded() -> None:
+    """Parts on another device than the mesh's stay there (as with CPUOffloadPolicy)."""
+    mesh = copy.copy(meshes()["4"])
+    weight = distribute_tensor(torch.ones(8, 3), meshes()["4"], [Shard(0)], src_data_rank=None)
+    mesh._device_type = "meta"
+    spec = dist.tensor._dtensor_spec.DTensorSpec(
+        mesh, (Shard(0),), tensor_meta=weight._spec.tensor_meta
+    )
+    weights = DTensor(weight._local_tensor, spec, requires_grad=False)
+    found = describe(weights).division.tensor(torch.zeros(2, 3))
+    assert found._local_tensor.device.type == "cpu"
+    assert (found.shape, found.device_mesh.device_type) == ((8, 3), "meta")

@@ -74,6 +74,10 @@ def test_what_cannot_be_averaged_is_refused(run: Run, tmp_path: Path) -> None:
         assert "'scale' is S(0) over (4,), its average whole on this rank" in other
 
 
+def test_offloaded_parts_stay_where_they_are(run: Run) -> None:
+    run(cases.offloaded)
+
+
 def test_data_parallel_averages_are_the_same_everywhere(run: Run) -> None:
     run(cases.data_parallel)
 
