@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from fastema.bridges.memory import allocate
 from fastema.bridges.moving import Located, Locator
-from fastema.bridges.registry import leaves_of, materialised, written
+from fastema.bridges.registry import leaves_of, materialised, reshard, written
 from fastema.engine.locks import rlock
 from fastema.engine.moment import Moment, checked_seed
 from fastema.engine.program import Program
@@ -161,6 +161,8 @@ class Plan:
         self._build()
 
     def _build(self) -> None:
+        reshard(self._avg)
+        reshard(self._x)
         whole = leaves_of(self._avg), leaves_of(self._x)
         dst, src = whole
         roles = {**dst.roles, **src.roles}
@@ -475,4 +477,7 @@ def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
     difference = Plan(found, first)
     copy_(found, last)
     difference.lerp_(-m / (n - m))
+    for leaf in floats:
+        if leaf.spec.division is not None:
+            found[leaf.name] = leaf.spec.division.tensor(found[leaf.name])
     return found

@@ -337,7 +337,7 @@ FAULTS = [
         "any division",
         "fastema/shadow/binding.py",
         "        if now != was\n",
-        "        if now is None and was is not None and False\n",
+        "        if now != was and name is None\n",
     ),
     Fault(
         "distributed",

@@ -30,6 +30,7 @@ __all__ = [
     "describe",
     "dtype_code",
     "fitted",
+    "is_divided",
     "leaves_of",
     "materialised",
     "memory_by",
@@ -223,6 +224,12 @@ def part_of(array: Any) -> Any:
     """Return this process's part of a divided array, and any other array as it is."""
     bridge = bridge_of(array)
     return bridge.part_of(array) if hasattr(bridge, "part_of") else array
+
+
+def is_divided(array: Any) -> bool:
+    """Return whether an array is divided among processes."""
+    bridge = bridge_of(array)
+    return hasattr(bridge, "is_divided") and bool(bridge.is_divided(array))
 
 
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:

@@ -7,14 +7,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, cast
+from weakref import finalize, ref
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastema.bridges import torch_cuda
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import named, plain_names
-from fastema.bridges.torch_parts import describe_part, gather, is_divided, local, reshard_modules
+from fastema.bridges.torch_parts import (
+    describe_part,
+    gather,
+    is_divided,
+    local,
+    refuse_fsdp1,
+    reshard_modules,
+)
 from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.dtypes import NAME_OF
@@ -29,6 +38,7 @@ __all__ = [
     "code",
     "describe",
     "gathered",
+    "is_divided",
     "native",
     "owns",
     "part_of",
@@ -221,6 +231,23 @@ def written(tensors: Sequence[torch.Tensor]) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
+def _unheard() -> None:
+    """Listen to no optimizer."""
+
+
+def _listen(versions: Versions) -> Callable[[], None]:
+    """Have all optimizers tell of their steps; return what ends that."""
+    reference = ref(versions)
+
+    def note(optimizer: Any, *_: Any) -> None:
+        found = reference()
+        if found is not None:
+            found.note_step(optimizer)
+
+    end: Callable[[], None] = finalize(versions, register_optimizer_step_post_hook(note).remove)
+    return end
+
+
 class Versions:
     """Version counters of tensors that hold other contents for a while.
 
@@ -237,7 +264,12 @@ class Versions:
     """The number for the next exchange: above all that training counts to, and never used twice."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tuple(t for t in tensors if not t.is_inference())  # those keep no version
+        kept = [t for t in tensors if not t.is_inference()]  # those keep no version
+        # A DTensor and its part count apart from each other.
+        self._owners = [*kept, *filter(is_divided, kept)]
+        self._tensors = (*kept, *(local(t) for t in kept if is_divided(t)))
+        self._stepped: set[int] = set()
+        self._listening = _unheard
         self._before = self._begun = self._now = self._versions()
         self._written: list[torch.Tensor] = []
 
@@ -248,6 +280,9 @@ class Versions:
     def begin(self) -> None:
         """Count from a number of their own: they hold other contents now."""
         self._before = self._versions()
+        self._stepped = set()
+        self._listening()
+        self._listening = _listen(self)
         self._begun = array("q", [Versions._next]) * len(self._tensors)
         Versions._next += 1
         if not self._set(self._begun):
@@ -256,12 +291,22 @@ class Versions:
     def written(self) -> list[torch.Tensor]:
         """Those that somebody wrote since :meth:`begin`; ask before :meth:`end`."""
         self._now = self._versions()
-        if self._now == self._begun:
-            self._written = []
-        else:
-            counts = zip(self._tensors, self._now, self._begun, strict=True)
-            self._written = [tensor for tensor, now, begun in counts if now != begun]
-        return self._written
+        self._written = []
+        if self._now != self._begun or self._stepped:
+            counts = zip(self._owners, self._tensors, self._now, self._begun, strict=True)
+            found = {
+                id(owner): (owner, tensor)
+                for owner, tensor, now, begun in counts
+                if now != begun or id(owner) in self._stepped
+            }
+            self._written = [tensor for _, tensor in found.values()]
+            return [owner for owner, _ in found.values()]
+        return []
+
+    def note_step(self, optimizer: Any) -> None:
+        """Note what an optimizer has written: with foreach and fused no counter tells of it."""
+        for group in optimizer.param_groups:
+            self._stepped.update(id(one) for one in group["params"] if one.grad is not None)
 
     def end(self, *, put_back: bool) -> None:
         """Count on from where they were before :meth:`begin`: their contents are back.
@@ -271,6 +316,8 @@ class Versions:
         put_back : bool
             False where the contents are back in other memory than graphs have kept.
         """
+        self._listening()
+        self._listening = _unheard
         Versions._next = max(Versions._next, max(self._now, default=0)) + 1
         # A view shares its base's counter, and other parts of the base may have been written.
         shared = any(tensor._is_view() for tensor in self._written)
@@ -307,6 +354,8 @@ def walk(container: Any) -> Leaves | None:
     modules = _modules(container)
     if not modules:
         return None
+    for module in modules:
+        refuse_fsdp1(module)
     parameters = _union(dict(one.named_parameters(remove_duplicate=False)) for one in modules)
     buffers = _union(dict(one.named_buffers(remove_duplicate=False)) for one in modules)
     transient: set[str] = set()

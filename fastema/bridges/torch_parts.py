@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["describe_part", "gather", "is_divided", "local", "reshard_modules"]
+__all__ = ["describe_part", "gather", "is_divided", "local", "refuse_fsdp1", "reshard_modules"]
 
 _UNDIVIDED = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -71,7 +72,7 @@ def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec
     found = tensor._local_tensor
     spec = describe(found)
     shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
-    if spec.size and tuple(shape) != spec.shape:
+    if tuple(shape) != spec.shape and (spec.size or math.prod(shape)):
         raise BridgeError(
             f"this rank's part of a DTensor of shape {list(whole)} is {list(spec.shape)}, and "
             f"{list(shape)} by its placements {placements}"
@@ -177,8 +178,31 @@ def gather(tensor: DTensor) -> torch.Tensor:
         (*tensor.shape, size),
         (*(size * stride for stride in tensor.stride()), 1),
     )
-    whole: torch.Tensor = division.tensor(part.to(device)).full_tensor()
+    try:
+        whole: torch.Tensor = division.tensor(part.to(device)).full_tensor()
+    except RuntimeError as error:
+        raise BridgeError(
+            f"the parts of a DTensor over {tuple(tensor.device_mesh.shape)} ranks cannot be put "
+            "together here; save with torch.distributed.checkpoint to load on other ranks"
+        ) from error
     return whole.view(tensor.dtype).squeeze(-1)
+
+
+def refuse_fsdp1(module: torch.nn.Module) -> None:
+    """Refuse modules whose weights lie in one flat parameter, of which each rank has a stretch.
+
+    Raises
+    ------
+    BridgeError
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(one, fsdp.FullyShardedDataParallel) for one in module.modules()
+    ):
+        raise BridgeError(
+            "FullyShardedDataParallel (FSDP1) hides which part of a weight this rank has; shard "
+            "with torch.distributed.fsdp.fully_shard (FSDP2), whose DTensors say it"
+        )
 
 
 def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:
@@ -191,4 +215,7 @@ def reshard_modules(modules: Iterable[torch.nn.Module]) -> None:
         return
     for module in modules:
         if isinstance(module, fsdp.FSDPModule):
+            for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
+                if getattr(group, "_all_gather_result", None) is not None:
+                    group.wait_for_unshard()  # begun ahead of time, with what was there then
             module.reshard()

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastema.bridges.registry import describe
+from fastema.bridges.registry import describe, is_divided
 from fastema.compat.following import Follower
 from fastema.errors import (
     ArgumentError,
@@ -51,6 +51,11 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
         raise ArgumentError(
             f"{call}: expected an iterable of tensors, such as model.parameters(), got a "
             f"{type(wrong).__name__}" + (f" in a {type(parameters).__name__}" if found else "")
+        )
+    if any(is_divided(one) for one in found):
+        raise ArgumentError(
+            f"{call}: these parameters are DTensors (FSDP2, tensor parallel), whose parts a list "
+            "does not follow; keep fastema.EMA(model), which does (docs/sharded.md)"
         )
     return found
 

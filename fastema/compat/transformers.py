@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from fastema.bridges.registry import is_divided
 from fastema.checkpoint import files
 from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import ArgumentError, CheckpointError, StateError
@@ -118,6 +119,14 @@ class _Around:
         vars(self).update(state, _trainer=weakref.ref(trainer))
         if joined:
             self.callback._trainer = weakref.ref(trainer)
+
+
+_DIVIDED: Final = (
+    "EMACallback saves whole weights, and those of this model are sharded (FSDP, tensor parallel "
+    "or ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() in "
+    "on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
+    "(docs/sharded.md); otherwise use DDP, or ZeRO up to stage 2"
+)
 
 
 class EMACallback(TrainerCallback):  # type: ignore[misc]
@@ -455,12 +464,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             )
         resumed = _resumed_from(trainer)
         if is_deepspeed_zero3_enabled() or getattr(trainer, "is_fsdp_enabled", False):
-            raise ArgumentError(
-                "EMACallback saves whole weights, and those of this model are sharded (FSDP or "
-                "ZeRO-3). With FSDP2 keep fastema.EMA(model) in a callback of your own: update() "
-                "in on_step_end, and its state_dict() in a folder of torch.distributed.checkpoint "
-                "(docs/sharded.md); otherwise use DDP, or ZeRO up to stage 2"
-            )
+            raise ArgumentError(_DIVIDED)
         if state.global_step and resumed is None:
             raise StateError(
                 f"training resumes at step {state.global_step}, and EMACallback does not find from "
@@ -468,6 +472,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             )
         self._ema = self._model = self._written = None  # frees its memory first
         self._is_given = self._is_ahead = False
+        if any(map(is_divided, model.parameters())):
+            raise ArgumentError(_DIVIDED)
         ema = EMA(model, self._decay, **self._options)
         if resumed is not None:
             self._take_up(ema, resumed, state.global_step)

@@ -109,15 +109,15 @@ def consolidate(
     most = checked_whole(max_bytes, "max_bytes", 1 << 20) // 4
     checked_whole(file_bytes, "file_bytes", 1)
     if not isinstance(source, Average):
-        tensors, blocks = _saved(Path(source), key, which, rest, group)
+        tensors, blocks = group.agreed(lambda: _saved(Path(source), key, which, rest, group))
         _write(group, target, tensors, blocks, files_from, file_bytes, most)
         return target
     if key is not None or rest is not None:
         raise ArgumentError("key= and rest= are for folders of torch.distributed.checkpoint")
     with source.lock:
-        source._refuse_applied("consolidate")
-        source._follow()
-        found = live.held(source, which)
+        found = group.agreed(lambda: live.held(source, which))
+        if source._ranks is not None:
+            source._ranks.compare(source._facts())
         tensors, mine = _united(group, found)
         blocks = [block for block in found.blocks if block.name in mine]
         _write(group, target, tensors, blocks, files_from, file_bytes, most)
@@ -173,17 +173,21 @@ def _write(
 ) -> None:
     copied_from = None if files_from is None else Path(files_from)
 
+    made: list[Path] = []
+
     def prepare() -> tuple[Files, Path]:
         refuse_occupied(folder)
         if copied_from is not None and not copied_from.is_dir():
             raise CheckpointError(f"files_from={str(copied_from)!r}: there is no such folder")
         files = plan(tensors, file_bytes, _METADATA)
-        return files, begin(folder, files)
+        made.append(begin(folder, files))
+        return files, made[0]
 
-    files, partial = group.agreed(prepare, on_first=True)
     try:
+        files, partial = group.agreed(prepare, on_first=True)
         group.agreed(lambda: write_blocks(partial, files, tensors, blocks, most))
         group.agreed(lambda: finish(partial, folder, files, copied_from), on_first=True)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        for one in made:
+            shutil.rmtree(one, ignore_errors=True)
         raise

@@ -6,6 +6,8 @@ import io
 import math
 import os
 import pickle
+import pickletools
+import stat
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -40,8 +42,11 @@ _STORAGES: Final = {
     "UntypedStorage": "",
 }
 
-_LONGEST: Final = 1 << 30
-"""Bytes of a description that is still read."""
+_LONGEST: Final = 1 << 28
+"""Bytes of the description of a folder that is still read."""
+
+_LONGEST_OF_TENSOR: Final = 1 << 16
+"""The same of a tensor."""
 
 
 class _Record:
@@ -70,14 +75,29 @@ _ALLOWED: Final[dict[tuple[str, str], Any]] = {
     },
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Record,
-    ("torch.serialization", "_get_layout"): str,
+    ("torch.serialization", "_get_layout"): _Record,
     ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): OrderedDict,
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),
-    ("pathlib", "Path"): lambda *parts: "/".join(parts),
-    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),
+    ("pathlib", "PosixPath"): _Record,
+    ("pathlib", "Path"): _Record,
+    ("pathlib._local", "PosixPath"): _Record,
     **{("torch", name): name for name in _CODE_OF},
 }
+
+
+def _refuse_far_places(data: bytes) -> None:
+    """Refuse a pickle that keeps an object at a far place, up to which memory would be taken.
+
+    Raises
+    ------
+    UnpicklingError
+    """
+    count = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if int(argument or 0) > count + 256:
+                raise pickle.UnpicklingError(f"it keeps an object at {argument}")
+            count += 1
 
 
 class _Unpickler(pickle.Unpickler):
@@ -154,10 +174,9 @@ def opened(path: Path) -> Folder:
     """
     description = path / ".metadata"
     try:
-        with description.open("rb") as file:
-            if os.fstat(file.fileno()).st_size > _LONGEST:
-                raise CheckpointError(f"{description} is longer than any description")
-            found = _Unpickler(file).load()
+        data = _content(description)
+        _refuse_far_places(data)
+        found = _Unpickler(io.BytesIO(data)).load()
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} has no .metadata: it is no folder of torch.distributed.checkpoint, or one "
@@ -173,6 +192,14 @@ def opened(path: Path) -> Folder:
         raise
     except Exception as error:
         raise CheckpointError(f"{description} is damaged: {error!r}") from None
+
+
+def _content(path: Path) -> bytes:
+    """Read a description, which is a plain file."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _LONGEST:
+        raise CheckpointError(f"{path} is no plain file, or longer than any description")
+    return path.read_bytes()
 
 
 def _checked(path: Path, found: Any) -> Folder:
@@ -203,11 +230,24 @@ def _checked(path: Path, found: Any) -> Folder:
                 raise CheckpointError(f"{key}: {name!r} is no file of the folder")
             chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
         tensor = Tensor(_CODE_OF[state[0]], shape)
-        if sum(math.prod(one.shape) for one in chunks) != math.prod(shape):
+        if sum(math.prod(one.shape) for one in chunks) != math.prod(shape) or _overlap(chunks):
             raise CheckpointError(f"{key}: its blocks are not the whole tensor")
         tensors[key] = Stored(tensor, chunks)
     places = {str(key): tuple(place) for key, place in (found.planner_data or {}).items()}
     return Folder(path, tensors, places)
+
+
+def _overlap(chunks: list[_Chunk]) -> bool:
+    """Whether two blocks have an element in common."""
+    filled = [one for one in chunks if math.prod(one.shape)]
+    if len(filled) < 2 or not filled[0].shape:
+        return len(filled) > 1
+    first = np.array([one.offset for one in filled], np.int64)
+    end = first + np.array([one.shape for one in filled], np.int64)
+    return any(
+        bool(((first[i] < end[:i]) & (first[:i] < end[i])).all(1).any())
+        for i in range(1, len(filled))
+    )
 
 
 def _extents(found: Any) -> tuple[int, ...]:
@@ -315,6 +355,8 @@ class _Reader:
         """Where the elements begin in the file."""
         chunk = self._chunk
         try:
+            if not stat.S_ISREG(chunk.path.stat().st_mode):
+                raise CheckpointError(f"{chunk.path} is no plain file")
             with chunk.path.open("rb") as file:
                 part = io.BufferedReader(_Part(file, chunk.begin, chunk.length))
                 with zipfile.ZipFile(part) as archive:
@@ -330,10 +372,14 @@ class _Reader:
     def _in_archive(self, archive: zipfile.ZipFile, part: Any) -> int:
         entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
         described = entries["data.pkl"]
-        if described.file_size > 1 << 20:
-            raise CheckpointError(f"{self._name}: the description of a tensor is too long")
+        if described.compress_type != zipfile.ZIP_STORED or (
+            described.file_size > _LONGEST_OF_TENSOR
+        ):
+            raise CheckpointError(f"{self._name}: its description is compressed, or too long")
         with archive.open(described) as file:
-            found = _TensorUnpickler(io.BytesIO(file.read())).load()
+            content = file.read(_LONGEST_OF_TENSOR)
+        _refuse_far_places(content)
+        found = _TensorUnpickler(io.BytesIO(content)).load()
         if not isinstance(found, _Rebuilt):
             raise CheckpointError(f"{self._name}: there is no plain tensor")
         _, kind, key, _, _ = found.storage

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -225,9 +225,13 @@ def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) 
                 "weight_map": {name: file for name, (file, _) in files.places.items()},
             }
             (partial / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            settle(partial / _INDEX)
         for path in sorted(copied_from.iterdir()) if copied_from is not None else ():
             weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
             if path.is_file() and not weights:
                 shutil.copyfile(path, partial / path.name)
+                settle(partial / path.name)
         settle(partial)
         os.replace(partial, folder)
+        with suppress(OSError):  # not every system lets a folder be synchronised
+            settle(folder.parent)

@@ -8,7 +8,7 @@ from typing import Any
 from fastema.bridges.memory import row_major_on_host
 from fastema.bridges.registry import describe, part_of, reshard, state_of
 from fastema.distributed.folder import Block, Tensor
-from fastema.errors import FastemaError
+from fastema.errors import CheckpointError, FastemaError
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.shadow.average import Average
@@ -50,21 +50,22 @@ def held(ema: Average[Any], which: int | None) -> Held:
 
     Tied weights are there once, by the first name that the model's state has for them.
     """
+    ema._refuse_applied("consolidate")
+    ema._follow()
     found = Held()
     reshard(ema._home)
     entries = ema._store.sets[ema._chosen(which)]
     seen: set[str] = set()
-    for key, (name, value) in state_of(ema._home).items():
-        kept = ema._names.aliases.get(name, name)
-        if kept in seen:
+    state = state_of(ema._home)
+    for key, kept in ema.names_of_state(state).items():
+        value = state[key][1]
+        if kept in seen or not hasattr(value, "shape"):  # extra state is no tensor
             continue
         seen.add(kept)
         try:
             spec = describe(value)
-        except FastemaError:
-            if kept in entries:
-                raise
-            continue  # extra state, or nothing that could be written
+        except FastemaError as error:
+            raise CheckpointError(f"{key} cannot be written: {error}") from None
         if kept in entries:
             entry = entries[kept]
             found.add(key, entry.spec, spec.dtype, _Average(entry, spec.dtype))

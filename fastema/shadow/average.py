@@ -37,7 +37,7 @@ from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwrit
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MOST, checked_whole
-from fastema.shadow.binding import FOLLOW, Binding, WriteWatch
+from fastema.shadow.binding import FOLLOW, Binding, WriteWatch, refuse_divided_otherwise
 from fastema.shadow.counting import DeviceCount, refuse_uneven, tables_for
 from fastema.shadow.entries import Wish, select
 from fastema.shadow.exchange import (
@@ -281,6 +281,7 @@ class Average(Generic[Weights]):
             "num_skipped": str(self._num_skipped),
             "seed": str(self._seed),
             "stored as": str(self._wish),
+            "on_nonfinite": self._on_nonfinite,
         }
         for name, entry in self._store.sets[0].items():
             spec = entry.spec
@@ -789,7 +790,7 @@ class Average(Generic[Weights]):
             container = self._home if model is None else materialised(model)
             reshard(container)
             found = state_of(container)
-            kept = {key: self._names.aliases.get(name, name) for key, (name, _) in found.items()}
+            kept = self.names_of_state(found)
             averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
             wanted = {name: describe(found[key][1]) for name, key in averaged.items()}
             # Memory of its own for each, so that whoever keeps one does not keep all.
@@ -803,6 +804,31 @@ class Average(Generic[Weights]):
             Program({"all": pairs}).run({"all": "give"})
             shown = {name: entries[name].shown(array) for name, (array, _) in made.items()}
             return {key: shown.get(kept[key], entry) for key, (_, entry) in found.items()}
+
+    def names_of_state(self, found: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+        """Find the names of this average for the keys of a model's state.
+
+        Raises
+        ------
+        LayoutError
+            If averaged tensors are there under keys that cannot be told: their raw values would be
+            taken for averages.
+        """
+        kept = {key: self._names.aliases.get(name, name) for key, (name, _) in found.items()}
+        missing = self.averaged_names - {*kept.values()}
+        known = {*self._store.sets[0], *self._names.skipped}
+        strange = [
+            key
+            for key, name in kept.items()
+            if name not in known and hasattr(found[key][1], "shape")
+        ]
+        if missing and strange:
+            raise LayoutError(
+                "the model's state_dict() has other names, and copies, of averaged tensors (a hook "
+                f"of its own): {strange[0]!r} is not known, {min(missing)!r} is not there; use "
+                "ema.shadow, or swapped() and model.state_dict()"
+            )
+        return kept
 
     def _pairs_to(self, leaves: Leaves, which: int) -> list[Pair]:
         """Every name of the average, with what it is written to."""
@@ -823,6 +849,7 @@ class Average(Generic[Weights]):
         ]
         if problems:
             raise LayoutError("the model does not match the average:\n" + listed(problems))
+        refuse_divided_otherwise(found, {name: entries[kept] for name, kept in names.items()})
         return [
             entries[kept].pair(found[name].spec, 0)._replace(name=name, ring=None)
             for name, kept in names.items()

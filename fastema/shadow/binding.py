@@ -23,7 +23,7 @@ from fastema.shadow.entries import Names
 from fastema.shadow.exchange import Exchange, Tagged, can_be_assigned, exchanged
 from fastema.shadow.store import Entry, Store
 
-__all__ = ["FOLLOW", "Binding"]
+__all__ = ["FOLLOW", "Binding", "refuse_divided_otherwise"]
 
 FOLLOW: Final = {"averaged": "copy", "copied": "copy"}
 """What makes the averages, and what is only copied, the weights themselves."""
@@ -39,18 +39,31 @@ def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -
     return problems
 
 
-def _divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> list[str]:
-    """What is divided among ranks in another way than the average."""
+def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> None:
+    """Refuse a model that is divided among ranks in another way than the average.
+
+    Raises
+    ------
+    LayoutError
+        On all ranks.
+    """
     both = [
         (name, found[name].spec.division, entry.spec.division)
         for name, entry in entries.items()
         if name in found
     ]
-    return [
+    problems = [
         f"{name!r} is {_placed(now)}, its average {_placed(was)}"
         for name, now, was in both
         if now != was
     ]
+    if problems:
+        raise LayoutError(
+            f"the model is not divided as its average is:\n{listed(problems)}\nFSDP gathers "
+            "parameters for a forward pass, and leaves them so where no backward pass follows. "
+            "Call update() after optimizer.step(), or reshard() on the modules before; an "
+            "average of a model that is divided in another way takes over a state_dict()."
+        )
 
 
 def _placed(division: Division | None) -> str:
@@ -177,13 +190,7 @@ class Binding:
         problems = [*gone.values(), *_untied(found, names.aliases)]
         if not lenient:
             problems += _new_or_unfrozen(leaves, entries, names)
-        if divided := _divided_otherwise(found, entries):
-            raise LayoutError(
-                f"the model is not divided as its average is:\n{listed(divided)}\nFSDP gathers "
-                "parameters for a forward pass, and leaves them so where no backward pass follows. "
-                "Call update() after optimizer.step(), or reshard() on the modules before; an "
-                "average of a model that is divided in another way takes over a state_dict()."
-            )
+        refuse_divided_otherwise(found, entries)
         if problems:
             advice = "Build a new average for the changed model."
             if gone.keys() & names.buffers:

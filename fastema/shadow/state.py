@@ -123,6 +123,15 @@ def _body(
             continue
         if found.full_shape != spec.full_shape:
             yield f"{name!r} is {list(found.full_shape)}, expected {list(spec.full_shape)}{label}"
+        elif (
+            found.division is not None
+            and found.division == spec.division
+            and (found.shape, found.offset) != (spec.shape, spec.offset)
+        ):
+            yield (
+                f"{name!r} is the part of another rank, at {found.offset}, expected that at "
+                f"{spec.offset}{label}; torch.distributed.checkpoint gives each rank its own"
+            )
         if found.dtype != spec.dtype:
             yield (
                 f"{name!r} is {found.dtype}, expected {spec.dtype}{label} (build the average with "

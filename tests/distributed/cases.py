@@ -18,7 +18,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import fastema
 from fastema.bridges.torch import describe
-from fastema.errors import FastemaError, LayoutError, NonFiniteError
+from fastema.errors import (
+    ArgumentError,
+    CheckpointError,
+    FastemaError,
+    LayoutError,
+    NonFiniteError,
+    StateError,
+)
 
 from .layouts import divided, full, holds, meshes, net, put, weights
 
@@ -183,6 +190,8 @@ def differing() -> list[str]:
     model = divided("fsdp 4")
     messages = [
         raised(LayoutError, lambda: fastema.EMA(model, decay=0.9 if rank != 2 else 0.99)),
+        raised(LayoutError, lambda: fastema.EMA(
+            model, on_nonfinite="skip" if rank == 2 else "propagate")),
         raised(LayoutError, lambda: fastema.EMA(model, policy={"lone.*": "skip"} if rank == 1
                                                 else None)),
     ]  # fmt: skip
@@ -340,3 +349,85 @@ def offloaded() -> None:
     found = describe(weights).division.tensor(torch.zeros(2, 3))
     assert found._local_tensor.device.type == "cpu"
     assert (found.shape, found.device_mesh.device_type) == ((8, 3), "meta")
+
+
+def other_ranks_parts(folder: str) -> None:
+    """A part that another rank has saved by torch.save is refused."""
+    rank = dist.get_rank()
+    for model in (fully_shard(nn.Linear(8, 4)), fully_shard(nn.Linear(4, 1))):
+        ema = fastema.EMA(model)
+        torch.save(ema.state_dict(), f"{folder}/{rank}.pt")
+        dist.barrier()
+        own = torch.load(f"{folder}/{rank}.pt", weights_only=True)
+        ema.load_state_dict(own)
+        before = averages(ema)
+        other = torch.load(f"{folder}/{(rank + 1) % 4}.pt", weights_only=True)
+        if model.out_features > 1 or rank in (0, 3):  # the others have nothing, and take nothing
+            assert "of another rank" in raised(CheckpointError, ema.load_state_dict, other)
+        assert_equal(averages(ema), before)
+        dist.barrier()
+
+
+def steps_in_a_block(kind: str) -> None:
+    """Writes of weights that hold the average are noticed, however they are made."""
+    model = fully_shard(net())
+    ema = fastema.EMA(model, decay=0.5)
+    put(model, weights(1))
+    ema.update()
+    block = ema.swapped()
+    block.__enter__()
+    if kind == "local":
+        with torch.no_grad():
+            model.up.weight.to_local().add_(1)
+    else:
+        model(torch.ones(2, 6)).square().mean().backward()
+        options = {kind: True} if kind != "plain" else {"foreach": False}
+        torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+    message = raised(StateError, block.__exit__, None, None, None)
+    assert "'up.weight'" in message
+    for name, value in weights(1).items():
+        assert torch.equal(full(dict((*model.named_parameters(), *model.named_buffers()))[name]),
+                           value), name  # fmt: skip
+    with ema.swapped():
+        pass
+
+
+def between_divisions() -> list[str]:
+    """Copies between models that are divided in other ways are refused on every rank."""
+    ema = fastema.EMA(divided("fsdp 4"))
+    return [raised(LayoutError, ema.copy_to, divided("fsdp on tp"))]
+
+
+def plans() -> None:
+    """Plans write what a model has of its own, also while it holds gathered parameters."""
+    model = fully_shard(net())
+    with torch.no_grad():
+        model(torch.zeros(1, 6))
+    parts = {name: full(value) for name, value in weights(4).items()}
+    divided_parts = {
+        name: distribute_tensor(parts[name], tensor.device_mesh, tensor.placements,
+                                src_data_rank=None)
+        for name, tensor in fully_shard(net()).named_parameters()
+    }  # fmt: skip
+    fastema.copy_(model, {**divided_parts, "bias": parts["bias"]})
+    reshard(model)
+    for name, tensor in model.named_parameters():
+        assert torch.equal(full(tensor), parts[name]), name
+    swa = fastema.SWA(model)
+    swa.update()
+    first = swa.state_dict()["shadow"][0]
+    swa.update()
+    between = fastema.mean_between(swa.shadow, 2, first, 1)
+    assert isinstance(between["up.weight"], DTensor)
+
+
+def lists() -> list[str]:
+    """Classes that follow lists refuse parts."""
+    from fastema.compat.diffusers import EMAModel
+    from fastema.compat.torch_ema import ExponentialMovingAverage
+
+    model = fully_shard(net())
+    return [
+        raised(ArgumentError, lambda: ExponentialMovingAverage(model.parameters(), 0.9)),
+        raised(ArgumentError, lambda: EMAModel(model.parameters())),
+    ]

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fastema
 from fastema.distributed import consolidate
-from fastema.errors import CheckpointError, StateError
+from fastema.errors import CheckpointError, LayoutError, StateError
 
 from .cases import MAKE, raised, trained
 from .layouts import divided, meshes, net
@@ -90,6 +90,12 @@ def refused(folder: str) -> None:
     stage = fully_shard(nn.Linear(3, 3 + dist.get_rank() // 2), mesh=meshes()["2x2"]["tp"])
     message = raised(CheckpointError, consolidate, fastema.EMA(stage), Path(folder) / "new")
     assert "'weight' is f32[4, 3] on rank 2, f32[3, 3] on rank 0" in message
+    ema.update()
+    if dist.get_rank() == 1:
+        ema.update()
+    assert "num_updates" in raised(LayoutError, consolidate, ema, Path(folder) / "new")
+    here = folder if not dist.get_rank() else f"{folder}/nowhere"
+    raised(CheckpointError, consolidate, here, Path(folder) / "new")
     dist.barrier()
     assert {path.name for path in Path(folder).iterdir()} == {"occupied"}
     dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ modules("torch", "safetensors")
 import torch  # noqa: E402
 
 import fastema  # noqa: E402
-from fastema.distributed import consolidate  # noqa: E402
+from fastema.distributed import consolidate, dcp  # noqa: E402
 from fastema.distributed.folder import Block, Tensor, begin, pieces, plan, write_blocks  # noqa: E402
 from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
 
@@ -100,6 +101,18 @@ def test_one_process_and_what_belongs_to_a_model(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"origin", "out"}
 
 
+def test_blocks_that_overlap_are_no_tensor() -> None:
+    def chunk(offset: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+        return dcp._Chunk(offset, shape, Path("x"), 0, 0)
+
+    rows = [chunk((0, 0), (3, 4)), chunk((3, 0), (3, 4))]
+    assert not dcp._overlap(rows)
+    assert not dcp._overlap([chunk((0,), (0,)), chunk((0,), (4,))])
+    assert dcp._overlap([rows[0], chunk((2, 3), (1, 1))])
+    assert dcp._overlap([rows[0], rows[0]])
+    assert dcp._overlap([chunk((), ()), chunk((), ())])
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("evil"),))
@@ -140,6 +153,21 @@ def test_saved_folders_that_are_not_what_they_should_be(
     assert escaped != description
     with pytest.raises(CheckpointError, match="no file of the folder"):
         consolidate(spoilt(**{".metadata": escaped}), "out", which=0)
+    # Such as would take gigabytes, wait for ever, or leave holes.
+    doubled = b"\x80\x02cpathlib\nPosixPath\nX\x40\x00\x00\x00" + b"x" * 64
+    doubled += b"q\x00" + b"cpathlib\nPosixPath\nh\x00h\x00\x86Rq\x00" * 30 + b"."
+    far = b"\x80\x02]r\x00\x00\x00\x10."
+    for content in (doubled, far):
+        with pytest.raises(CheckpointError):
+            consolidate(spoilt(**{".metadata": content}), "out", which=0)
+    folder = spoilt()
+    for name in (".metadata", data.name):
+        folder = spoilt()
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(CheckpointError, match="no plain file"):
+            consolidate(folder, "out", which=0)
+        (folder / name).unlink()
     generator = np.random.default_rng(0)
     for _ in range(60):
         content = bytearray(description)

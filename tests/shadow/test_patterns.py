@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import fastema
-from fastema.errors import ArgumentError, BridgeError, LayoutError
+from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError
 
 from ..needed import modules
 
@@ -148,3 +148,40 @@ def test_tensors_that_keep_their_values_elsewhere_are_refused_by_name() -> None:
     ema = fastema.EMA(model, policy={"visual.weight": "skip"})
     assert "visual.weight" in ema.skipped_names
     ema.update()
+
+
+def test_fsdp1_is_refused_by_name() -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    wrapped = fsdp.FullyShardedDataParallel.__new__(fsdp.FullyShardedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.inner = nn.Linear(2, 2)
+    with pytest.raises(BridgeError, match=r"FSDP1.*fully_shard"):
+        fastema.EMA(nn.Sequential(wrapped))
+
+
+def test_raw_weights_under_other_keys_are_not_taken_for_averages() -> None:
+    model = nn.Linear(2, 2)
+
+    def renamed(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+        for key in list(state):
+            state[f"model.{key}"] = state.pop(key).clone()
+
+    model._register_state_dict_hook(renamed)
+    ema = fastema.EMA(model)
+    with pytest.raises(LayoutError, match=r"'model\.weight' is not known, 'bias' is not there"):
+        ema.model_state_dict()
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
+def test_an_optimizers_step_in_a_block_is_noticed(options: dict[str, bool]) -> None:
+    model = nn.Linear(2, 2)
+    ema = fastema.EMA(model, 0.5)
+    before = model.weight.detach().clone()
+    with pytest.raises(StateError, match="'weight'"), ema.swapped():
+        model(torch.ones(1, 2)).sum().backward()
+        torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+    assert torch.equal(model.weight, before)
+    with ema.swapped():  # a step of other weights is none of these
+        other = nn.Linear(2, 2)
+        other(torch.ones(1, 2)).sum().backward()
+        torch.optim.AdamW(other.parameters(), lr=0.1, **options).step()
