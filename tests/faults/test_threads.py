@@ -179,7 +179,7 @@ def test_the_gil_is_free_during_an_update(
 ) -> None:
     threads(1)
     avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)
-    plan = fastema.Plan([np.tile(avg, 40)], [np.tile(x, 40)])
+    plan = fastema.Plan([np.tile(avg, 20)], [np.tile(x, 20)])
     plan.lerp_(W)
     seen: list[int] = []
     stop = threading.Event()

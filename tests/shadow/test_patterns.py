@@ -177,9 +177,12 @@ def test_an_optimizers_step_in_a_block_is_noticed(options: dict[str, bool]) -> N
     model = nn.Linear(2, 2)
     ema = fastema.EMA(model, 0.5)
     before = model.weight.detach().clone()
-    with pytest.raises(StateError, match="'weight'"), ema.swapped():
-        model(torch.ones(1, 2)).sum().backward()
-        torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+    block = ema.swapped()
+    block.__enter__()
+    model(torch.ones(1, 2)).sum().backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+    with pytest.raises(StateError, match="'weight'"):
+        block.__exit__(None, None, None)
     assert torch.equal(model.weight, before)
     with ema.swapped():  # a step of other weights is none of these
         other = nn.Linear(2, 2)
