@@ -85,6 +85,8 @@ bench: $(VENV)/.test-all $(VENV)/.timm
 	@$(PY) -m bench.bridges
 	@$(PY) -m bench.tensorflow_apply
 	@$(PY) -m bench.tracking
+	$(SAY) "python -m bench.sharded"
+	@$(PY) -m bench.sharded
 	$(SAY) "python -m bench.keras_step, bench.keras_losses"
 	@$(PY) -m bench.keras_step
 	@$(PY) -m bench.keras_losses
