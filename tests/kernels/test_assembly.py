@@ -27,11 +27,16 @@ LISTINGS = """
 PAIRS = {
     "haswell": ["f32-f32", "bf16-f32", "f32-bf16", "bf16-bf16", "f16-f16"],
     "sapphirerapids": ["bf16-bf16", "f16-f16"],  # AVX-512, with instructions of its own for halves
+    "znver4": ["f32-f32", "f16-f16"],
 }
 
 
 @pytest.fixture(
-    scope="module", params=["haswell", pytest.param("sapphirerapids", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "haswell",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sapphirerapids", "znver4")),
+    ],
 )
 def assembly(request: pytest.FixtureRequest, python: Callable[..., str]) -> dict[str, str]:
     """The assembly for each pair of dtypes, for one processor."""
