@@ -89,7 +89,7 @@ FULL = [
 ] + [Case("gpt2-small", mix, models.gpt2, 15, question="swap") for mix in ("f32/f32", "bf16/f32")]
 
 _QUICK_GPT2 = partial(models.gpt2, layers=2, vocab=8_192)
-_QUICK_S = 1.0
+_QUICK_S = 0.8
 
 QUICK = [
     Case(
