@@ -57,7 +57,7 @@ def held(ema: Average[Any], which: int | None) -> Held:
     entries = ema._store.sets[ema._chosen(which)]
     seen: set[str] = set()
     state = state_of(ema._home)
-    for key, kept in ema.names_of_state(state).items():
+    for key, kept in ema._names_of_state(state).items():
         value = state[key][1]
         if kept in seen or not hasattr(value, "shape"):  # extra state is no tensor
             continue

@@ -790,7 +790,7 @@ class Average(Generic[Weights]):
             container = self._home if model is None else materialised(model)
             reshard(container)
             found = state_of(container)
-            kept = self.names_of_state(found)
+            kept = self._names_of_state(found)
             averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
             wanted = {name: describe(found[key][1]) for name, key in averaged.items()}
             # Memory of its own for each, so that whoever keeps one does not keep all.
@@ -805,7 +805,7 @@ class Average(Generic[Weights]):
             shown = {name: entries[name].shown(array) for name, (array, _) in made.items()}
             return {key: shown.get(kept[key], entry) for key, (_, entry) in found.items()}
 
-    def names_of_state(self, found: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+    def _names_of_state(self, found: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
         """Find the names of this average for the keys of a model's state.
 
         Raises
