@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from operator import is_
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
+from fastema.binding.binding import Binding, Match
+from fastema.binding.sides import Trained
 from fastema.bridges.memory import allocate
-from fastema.bridges.moving import Located, Locator
-from fastema.bridges.registry import leaves_of, materialised, reshard, written
+from fastema.bridges.registry import leaves_of, materialised, reshard
 from fastema.engine.locks import rlock
 from fastema.engine.moment import Moment, checked_seed
-from fastema.engine.program import Program
-from fastema.engine.watch import Watch, watch
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, listed
 from fastema.layout.dtypes import average_of, parse
-from fastema.layout.group import (
-    Guard,
-    Pair,
-    check_pair,
-    refuse_overlap,
-    refuse_unwritable,
-    unique,
-)
-from fastema.layout.spec import Leaves, Role, TensorSpec
+from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
+from fastema.layout.spec import Leaves, Role
 
 __all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]
 
@@ -49,6 +41,11 @@ def _without_skipped(leaves: Leaves, policy: PolicyOf, roles: Mapping[str, Role]
     items = [leaf for leaf in leaves.items if leaf.name in kept]
     opaque = [one for one in leaves.opaque if one.name in kept]
     return replace(leaves, items=items, opaque=opaque)
+
+
+def _resharded_leaves(container: Any) -> Leaves:
+    reshard(container)
+    return leaves_of(container)
 
 
 def _answer(policy: PolicyOf, name: str, role: Role) -> str:
@@ -119,7 +116,9 @@ class Plan:
     Attributes
     ----------
     calls : int
-        Operations so far; may be set, to give the random bits of a run that is gone on with.
+        Operations so far; set it when resuming, for the random bits.
+    binding : Binding
+        Where both sides lie.
 
     Raises
     ------
@@ -155,160 +154,87 @@ class Plan:
         if rounding not in _MARKS:
             raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
         self._mark, self._seed, self.calls = _MARKS[rounding], checked_seed(seed), 0
-        self._avg, self._x = materialised(avg), materialised(x)
         self._policy = policy
         self._lock = rlock()
-        self._build()
+        self.binding = Binding(
+            materialised(avg),
+            materialised(x),
+            self._match,
+            labels=("avg ", "x "),
+            look=_resharded_leaves,
+        )
 
-    def _build(self) -> None:
-        reshard(self._avg)
-        reshard(self._x)
-        whole = leaves_of(self._avg), leaves_of(self._x)
-        dst, src = whole
-        roles = {**dst.roles, **src.roles}
-        if self._policy is not None:
-            dst, src = (_without_skipped(side, self._policy, roles) for side in whole)
+    def _match(self, avg: Leaves, x: Leaves) -> Match:
+        """Pair what the policy does not skip; integers are copied where there is a policy."""
+        policy, roles = self._policy, {**avg.roles, **x.roles}
+        dst, src = avg, x
+        if policy is not None:
+            dst, src = (_without_skipped(side, policy, roles) for side in (avg, x))
         pairs = [self._rounded(pair) for pair in matched(dst, src, self._called)]
+        parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
         for pair in pairs:
             refuse_unwritable(pair.name, pair.dst)
-        avg, x = [(p.name, p.dst) for p in pairs], [(p.name, p.src) for p in pairs]
-        _refuse_overlap(avg, x)
-        watches = [None if leaves.moving else watch(leaves) for leaves in (dst, src)]
-        locators = [
-            Locator(leaves, container) if leaves.moving else None
-            for leaves, container in zip(whole, (self._avg, self._x), strict=True)
-        ]
-        tell = [written(spec.owner for _, spec in side) for side in (avg, x)]
-        if src.moving:  # what never changes is not to be kept: the next step has other arrays
-            pairs = [pair._replace(src=pair.src.kept_by(None)) for pair in pairs]
-        copied = self._copied(pairs, roles)
-        averaged = [pair for pair in pairs if pair.name not in copied]
-        self._program = Program(
-            {"averaged": averaged, "copied": [pair for pair in pairs if pair.name in copied]}
-        )
-        self._pairs, self._guard = pairs, Guard(avg, x) if any(locators) else None
-        # Of tensors that are only ever replaced nothing is kept but the last.
-        self._leaves = None if dst.moving or src.moving else (dst, src)
-        self._watches: Sequence[Watch | None] = watches
-        self._locators: Sequence[Locator | None] = locators
-        self._written, self._swapped = tell
-        self._exact = [pair for pair in averaged if not pair.dst.kind.real]
-        self._random = any(pair.form.endswith("~") for pair in averaged)
-        self._swappable = False
-        self._trained = self._told_apart(whole[1])
+            is_copied = policy is not None and (
+                pair.dst.kind.whole or policy(pair.name, roles[pair.name]) == "copy"
+            )
+            parts["copied" if is_copied else "averaged"].append(pair)
+        return Match(parts, dst, src, self._told_apart(x))
 
-    def _told_apart(self, src: Leaves) -> list[tuple[Any, bool]]:
-        """Parameters of which the policy asks whether they are trained, and whether they are."""
+    def _told_apart(self, x: Leaves) -> list[Trained]:
+        """Parameters of which the policy asks whether they are trained."""
         policy = self._policy
         if policy is None:
             return []
         return [
-            (leaf.spec.owner, leaf.spec.owner.requires_grad)
-            for leaf in src.items
+            Trained(leaf.spec.owner, leaf.spec.owner.requires_grad)
+            for leaf in x.items
             if leaf.role != "buffer" and hasattr(leaf.spec.owner, "requires_grad")
             if policy(leaf.name, "weight") != policy(leaf.name, "frozen")
         ]
-
-    def _copied(self, pairs: Sequence[Pair], roles: Mapping[str, Role]) -> set[str]:
-        """Names of what is copied where the rest is averaged."""
-        policy = self._policy
-        if policy is None:
-            return set()
-        return {
-            pair.name
-            for pair in pairs
-            if pair.dst.kind.whole or policy(pair.name, roles[pair.name]) == "copy"
-        }
-
-    def _found(self, x: Any, swap: bool) -> list[Located | None]:
-        """Where everything lies that moves; what else moved is an occasion to look again."""
-        if x is not None:
-            x = materialised(x)
-        if x is None or x is self._x or _same_list(x, self._x):
-            return self._looked_up(swap)
-        self._x = x
-        return self._looked_up(swap, anew=self._locators[1] is None)
-
-    def _looked_up(self, swap: bool, anew: bool = False) -> list[Located | None]:
-        anew = anew or any(one.requires_grad is not was for one, was in self._trained)
-        if anew or any(watched is not None and watched.changed() for watched in self._watches):
-            self._build()
-        for _ in range(2):
-            sides = zip(self._locators, (self._avg, self._x), (True, swap), strict=True)
-            found = [
-                None if locator is None else locator.locate(container, write=write)
-                for locator, container, write in sides
-            ]
-            located = zip(found, self._locators, strict=True)
-            if all(one is not None or locator is None for one, locator in located):
-                return found
-            self._build()
-        raise LayoutError("the tensors change while they are looked at, by another thread")
 
     def _rounded(self, pair: Pair) -> Pair:
         narrow = pair.dst.dtype in ("f16", "bf16")
         return pair._replace(form=f"{pair.dst.dtype}{self._mark}") if narrow else pair
 
-    def _ready(self, operation: str, x: Any) -> list[Located | None]:
-        """All checks; what is returned is to be kept until the operation is done."""
-        before = dict(vars(self))
-        try:
-            found = self._found(x, operation == "swap")
-            self._check(operation)
-            if any(found):
-                self._relocate(*found)
-        except BaseException:  # the next call goes on as if this one had not been
-            vars(self).update(before)
-            raise
-        return found
-
-    def _run(self, operation: str, x: Any = None, weight: float = 0.0) -> None:
-        with self._lock:
-            located = self._ready(operation, x)
-            locator, src = self._locators[1], located[1]
-            if locator is not None and src is not None and x is None:
-                locator.refuse_used(src, f"plan.{operation}_(x=...)")
-            if operation == "lerp" and self._random:
-                self._refuse_capture()
-            moment = Moment((weight,), self._seed, self.calls)
-            self._program.run(_OPERATIONS[operation], moment)
-            if locator is not None and src is not None:
-                locator.notify_used(src)
-            del located, src
+    def _run(
+        self, operation: str, check: Callable[[], None], x: Any = None, weight: float = 0.0
+    ) -> None:
+        binding, swaps = self.binding, operation == "swap"
+        once = f"plan.{operation}_(x=...)"
+        with self._lock, binding.current(x, write=swaps, once=once) as program:
+            check()
+            program.run(_OPERATIONS[operation], Moment((weight,), self._seed, self.calls))
             self.calls += 1
-            for tell, written in self._written + (self._swapped if operation == "swap" else []):
-                tell(written)
+            binding.notify_written(*((0, 1) if swaps else (0,)))
 
-    def _relocate(self, dst: Located | None, src: Located | None) -> None:
-        there = [None if one is None else one.addresses for one in (dst, src)]
-        assert self._guard is not None
-        if self._guard.touched(*there):
-            _refuse_overlap(
-                [(pair.name, _at(pair.dst, pair.name, there[0])) for pair in self._pairs],
-                [(pair.name, _at(pair.src, pair.name, there[1])) for pair in self._pairs],
-            )
-        self._program.relocate(*there)
-
-    def _check(self, operation: str) -> None:
-        if self._exact and operation == "lerp":
+    def _check_lerp(self) -> None:
+        exact, is_random = self.binding.made("lerp", self._lerped)
+        if exact:
             raise DTypeError(
                 "only floats are averaged:\n"
-                + listed(f"{name!r} is {dst.dtype}" for name, dst, *_ in self._exact)
+                + listed(exact)
                 + "\nLeave them out, or give a policy: integers are then copied, as by fastema.EMA."
             )
-        if operation == "swap" and not self._swappable:
-            for name, _, spec, *_ in self._pairs:
-                refuse_unwritable(name, spec)
-            refuse_overlap([(f"x {name}", spec) for name, _, spec, *_ in self._pairs])
-            self._swappable = True
-
-    def _refuse_capture(self) -> None:
-        homes = {pair.dst.device: pair.dst.home for pair in self._pairs}
-        if any(home is not None and home.capturing() for home in homes.values()):
+        if is_random and self.binding.capturing():
             raise StateError(
                 "random bits captured in a graph would be the same at every replay: use "
                 "fastema.EMA(..., capturable=True), whose steps advance on the GPU"
             )
+
+    def _lerped(self) -> tuple[list[str], bool]:
+        """What is averaged and no float, and whether random bits are used."""
+        pairs = self.binding.tagged["averaged"]
+        exact = [f"{one.name!r} is {one.dst.dtype}" for one in pairs if one.dst.kind.real is None]
+        return exact, any(pair.form.endswith("~") for pair in pairs)
+
+    def _check_swap(self) -> None:
+        self.binding.made("swap", self._refuse_unswappable)
+
+    def _refuse_unswappable(self) -> None:
+        pairs = self.binding.pairs
+        for pair in pairs:
+            refuse_unwritable(pair.name, pair.src)
+        refuse_overlap([(f"x {pair.name}", pair.src) for pair in pairs])
 
     def lerp_(self, weight: float, x: Any = None) -> None:
         """``avg += weight * (x - avg)``, computed in float32 (float64 where either side is).
@@ -333,7 +259,25 @@ class Plan:
         """
         if not math.isfinite(weight):
             raise ArgumentError(f"weight={weight!r}: expected a finite number, 1 - decay")
-        self._run("lerp", x, weight)
+        self._run("lerp", self._check_lerp, x, weight)
+
+    def check(self, x: Any = None) -> None:
+        """Raise what :meth:`lerp_` would; nothing is written.
+
+        Parameters
+        ----------
+        x : optional
+            See :meth:`lerp_`.
+        """
+        with self._lock, self.binding.current(x):
+            self._check_lerp()
+
+    @contextmanager
+    def swappable(self, x: Any) -> Iterator[Binding]:
+        """Hold the binding, checked for a swap with ``x``, in a block."""
+        with self._lock, self.binding.current(x, write=True):
+            self._check_swap()
+            yield self.binding
 
     def swap_(self) -> None:
         """Exchange the contents, each rounded to the other's dtype where they differ.
@@ -343,7 +287,7 @@ class Plan:
         LayoutError
             If ``x`` is read-only, expanded or overlaps itself.
         """
-        self._run("swap")
+        self._run("swap", self._check_swap)
 
     def copy_(self, x: Any = None) -> None:
         """``avg = x``, rounded to the dtype of ``avg``.
@@ -353,26 +297,7 @@ class Plan:
         x : optional
             See :meth:`lerp_`.
         """
-        self._run("copy", x)
-
-
-def _same_list(one: Any, other: Any) -> bool:
-    """Whether both are lists of the same objects, such as of ``model.parameters()`` each time."""
-    if not (isinstance(one, list) and isinstance(other, list) and len(one) == len(other)):
-        return False
-    return all(map(is_, one, other))
-
-
-def _at(spec: TensorSpec, name: str, addresses: Mapping[str, int] | None) -> TensorSpec:
-    return spec if addresses is None else spec.at(addresses[name])
-
-
-def _refuse_overlap(
-    avg: Sequence[tuple[str, TensorSpec]], x: Sequence[tuple[str, TensorSpec]]
-) -> None:
-    refuse_overlap(
-        [(f"avg {name}", spec) for name, spec in avg], [(f"x {name}", spec) for name, spec in x]
-    )
+        self._run("copy", lambda: None, x)
 
 
 def lerp_(avg: Any, x: Any, weight: float) -> None:

@@ -33,6 +33,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe
 from fastema.checkpoint.average import weighted_sum
@@ -48,7 +49,6 @@ from fastema.rules.checks import MOST, checked_whole
 from fastema.rules.posthoc import ExponentialProfile, PowerProfile, Profile, solve
 from fastema.rules.power import Power, checked_gamma, gamma_of, sigma_rel_of
 from fastema.shadow.average import Average
-from fastema.shadow.entries import SPLIT
 from fastema.shadow.options import dtype_of
 
 __all__ = ["Snapshot", "Synthesized", "find_snapshots", "save_snapshot", "synthesize"]

@@ -13,6 +13,8 @@ import pytest
 
 import fastema
 from fastema import plan as plan_module
+from fastema.binding import binding as binding_module
+from fastema.binding import sides as sides_module
 from fastema.errors import ArgumentError, DTypeError, FastemaError
 from fastema.testing import reference
 
@@ -269,8 +271,10 @@ def test_later_calls_look_nothing_up_and_keep_no_memory(monkeypatch: pytest.Monk
     plan = fastema.Plan(averages(net), net)
     plan.lerp_(0.5)
     plan.swap_()
-    for name in ("leaves_of", "Program", "watch", "matched", "refuse_overlap", "written"):
-        monkeypatch.setattr(plan_module, name, None)
+    monkeypatch.setattr(plan_module, "matched", None)
+    for name in ("leaves_of", "Program", "refuse_overlap", "written"):
+        monkeypatch.setattr(binding_module, name, None)
+    monkeypatch.setattr(sides_module, "watch", None)
     for _ in range(20):
         plan.lerp_(0.5)
         plan.swap_()

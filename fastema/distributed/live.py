@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fastema.binding.swap import rounded
 from fastema.bridges.memory import row_major_on_host
-from fastema.bridges.registry import describe, part_of, reshard, state_of
+from fastema.bridges.registry import describe, part_of
 from fastema.distributed.folder import Block, Tensor
 from fastema.errors import CheckpointError, FastemaError
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.shadow.average import Average
-from fastema.shadow.exchange import rounded
 from fastema.shadow.store import Entry
 
 __all__ = ["Held", "held"]
@@ -51,13 +51,10 @@ def held(ema: Average[Any], which: int | None) -> Held:
     Tied weights are there once, by the first name that the model's state has for them.
     """
     ema._refuse_applied("consolidate")
-    ema._follow()
     found = Held()
-    reshard(ema._home)
-    entries = ema._store.sets[ema._chosen(which)]
     seen: set[str] = set()
-    state = state_of(ema._home)
-    for key, kept in ema._names_of_state(state).items():
+    entries, state, names = ema._state_of(None, which)
+    for key, kept in names.items():
         value = state[key][1]
         if kept in seen or not hasattr(value, "shape"):  # extra state is no tensor
             continue

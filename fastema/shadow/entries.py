@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from fastema.binding.swap import SPLIT
 from fastema.errors import ArgumentError, DTypeError, LayoutError, listed
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import refuse_shared_elements
 from fastema.layout.spec import Leaf, Leaves, Opaque, Role, TensorSpec
 
 __all__ = [
-    "SPLIT",
     "Names",
     "Policy",
     "Rounding",
     "Selection",
-    "Wish",
+    "ShadowFormat",
     "companion",
     "select",
 ]
 
 Policy = Literal["average", "copy", "skip"]
 Rounding = Literal["nearest", "stochastic"]
-
-SPLIT: Final = "bf16+16"
-"""A float32 average in two halves, of which the first is the nearest bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +184,7 @@ def companion(kind: DType, weights: DType, form: str) -> DType:
     return average_of(kind, parse(real))
 
 
-class Wish(NamedTuple):
+class ShadowFormat(NamedTuple):
     """How averages are to be stored.
 
     Attributes
@@ -198,7 +195,7 @@ class Wish(NamedTuple):
         As a float32 in two halves.
     random : bool
         16-bit averages are rounded by random bits.
-    together : int
+    num_averages : int
         Averages that are kept together.
     window : int
         Slots of a ring; 0 for none.
@@ -211,7 +208,7 @@ class Wish(NamedTuple):
     dtype: DType | None = None
     split: bool = False
     random: bool = True
-    together: int = 1
+    num_averages: int = 1
     window: int = 0
     ring: DType | None = None
     ring_on_host: bool = False

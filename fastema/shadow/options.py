@@ -6,26 +6,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypedDict, get_args
 
+from fastema.binding.swap import SPLIT
 from fastema.bridges.registry import bridge_of, dtype_code
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.dtypes import DType, parse
-from fastema.shadow.entries import SPLIT, Policy, Rounding, Wish
+from fastema.shadow.entries import Policy, Rounding, ShadowFormat
 
 __all__ = [
     "OnNonFinite",
     "Options",
     "Policy",
     "Rounding",
-    "Watched",
+    "WatchMode",
     "checked",
     "destination",
     "dtype_of",
+    "format_of",
     "patterns_of",
-    "wish_of",
 ]
 
 OnNonFinite = Literal["propagate", "skip", "raise"]
-Watched = Literal["all", "sample"]
+WatchMode = Literal["all", "sample"]
 
 
 class Options(TypedDict, total=False):
@@ -41,7 +42,7 @@ class Options(TypedDict, total=False):
     on_nonfinite: OnNonFinite
     drift: bool
     capturable: bool
-    watch: Watched
+    watch: WatchMode
     policy: Mapping[str, Policy] | None
 
 
@@ -132,10 +133,10 @@ def _is_dtype(value: Any) -> bool:
     return True
 
 
-def wish_of(shadow_dtype: Any, rounding: Any, together: int) -> Wish:
-    """How averages are to be stored, as the keywords say."""
+def format_of(shadow_dtype: Any, rounding: Any, num_averages: int) -> ShadowFormat:
+    """Return how averages are to be stored, as the keywords say."""
     split = isinstance(shadow_dtype, str) and shadow_dtype == SPLIT
     if rounding is not None:
         checked(rounding, "rounding", Rounding)
     wanted = dtype_of("bf16" if split else shadow_dtype)
-    return Wish(wanted, split, rounding != "nearest", together)
+    return ShadowFormat(wanted, split, rounding != "nearest", num_averages)

@@ -8,6 +8,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
+from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe, fitted, memory_by
 from fastema.engine.program import Program
@@ -15,7 +16,7 @@ from fastema.errors import BridgeError, DTypeError, listed
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
-from fastema.shadow.entries import SPLIT, Selection, Wish, companion
+from fastema.shadow.entries import Selection, ShadowFormat, companion
 
 __all__ = ["PARTS", "Entry", "Store", "Tensors"]
 
@@ -36,8 +37,8 @@ class Entry(NamedTuple):
         False where the weights are copied instead.
     form : str
         The kernel format of the average where it is not that of its dtype.
-    shown : callable
-        What users get to see of such memory: an array of the weights' framework.
+    to_framework : callable
+        Makes an array of the weights' framework of such memory.
     parts : dict of str to Memory
         By :data:`PARTS`; ``"shadow"`` has the weights' shape and order of axes.
     """
@@ -45,7 +46,7 @@ class Entry(NamedTuple):
     name: str
     averaged: bool
     form: str
-    shown: Callable[[Any], Any]
+    to_framework: Callable[[Any], Any]
     parts: dict[str, Memory]
 
     @property
@@ -92,7 +93,7 @@ class Store:
         self.sets = sets
 
     @classmethod
-    def of(cls, selection: Selection, wish: Wish) -> Store:
+    def of(cls, selection: Selection, stored_as: ShadowFormat) -> Store:
         """Memory for the averages of a selection.
 
         Raises
@@ -104,7 +105,7 @@ class Store:
         kinds = {}
         for leaf in selection.averaged:
             try:
-                kinds[leaf.name] = wish.stored(leaf.spec.kind)
+                kinds[leaf.name] = stored_as.stored(leaf.spec.kind)
             except DTypeError as error:
                 problems.append(f"{leaf.name}: {error}")
         if problems:
@@ -112,10 +113,12 @@ class Store:
         likes = {leaf.name: leaf.spec for leaf in selection.averaged}
         copied = {leaf.name: (leaf.spec, leaf.spec.kind) for leaf in selection.copied}
         held = {
-            name: Entry(name, False, "", _shown(copied[name][0]), {"shadow": memory})
+            name: Entry(name, False, "", _converter(copied[name][0]), {"shadow": memory})
             for name, memory in zip(copied, allocate(copied.values()), strict=True)
         }
-        return cls([{**_averages(likes, kinds, wish), **held} for _ in range(wish.together)])
+        return cls(
+            [{**_averages(likes, kinds, stored_as), **held} for _ in range(stored_as.num_averages)]
+        )
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
         """Every entry once, with the number of its average; averages of a tensor together."""
@@ -190,7 +193,7 @@ class Store:
         entries = {key: e._replace(parts=made[key]) for key, e in old.items()}
         return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
 
-    def cast(self, wish: Wish) -> Store:
+    def cast(self, stored_as: ShadowFormat) -> Store:
         """The averages in another dtype.
 
         Raises
@@ -202,19 +205,19 @@ class Store:
         pairs: dict[str, list[Pair]] = {"copy": [], "give": []}
         for one in self.sets:
             likes = {name: e.spec for name, e in one.items() if e.averaged}
-            kinds = {name: wish.stored(spec.kind) for name, spec in likes.items()}
-            made = _averages(likes, kinds, wish)
+            kinds = {name: stored_as.stored(spec.kind) for name, spec in likes.items()}
+            made = _averages(likes, kinds, stored_as)
             for name, entry in made.items():
-                made[name] = entry._replace(shown=one[name].shown)
+                made[name] = entry._replace(to_framework=one[name].to_framework)
                 operation, of_entry = _conversion(one[name], entry)
                 pairs[operation] += of_entry
             sets.append({name: made.get(name, e) for name, e in one.items()})
         Program(pairs).run({operation: operation for operation in pairs})
         return Store(sets)
 
-    def rounded(self, wish: Wish) -> Store:
-        """The same memory, with 16-bit averages rounded as the wish says."""
-        as_stored = wish._replace(dtype=None)
+    def rounded(self, stored_as: ShadowFormat) -> Store:
+        """The same memory, with 16-bit averages rounded as the format says."""
+        as_stored = stored_as._replace(dtype=None)
 
         def entry(old: Entry) -> Entry:
             if not old.averaged or old.form == SPLIT:
@@ -248,13 +251,13 @@ def _brought(array: Any, device: str) -> Any:
 
 
 def _averages(
-    likes: Mapping[str, TensorSpec], kinds: Mapping[str, tuple[DType, str]], wish: Wish
+    likes: Mapping[str, TensorSpec], kinds: Mapping[str, tuple[DType, str]], stored_as: ShadowFormat
 ) -> dict[str, Entry]:
     """Memory for one average of each tensor."""
     parts: dict[str, dict[str, Memory]] = {name: {} for name in likes}
 
     def add(part: str, wanted: Mapping[str, DType], slots: int = 0) -> None:
-        on_host = bool(slots) and wish.ring_on_host
+        on_host = bool(slots) and stored_as.ring_on_host
         of = [(likes[name], kind) for name, kind in wanted.items()]
         memories = allocate(of, slots, on_host=on_host)
         for name, memory in zip(wanted, memories, strict=True):
@@ -264,17 +267,20 @@ def _averages(
     beside = {
         name: companion(kind, likes[name].kind, form)
         for name, (kind, form) in kinds.items()
-        if form == SPLIT or wish.window
+        if form == SPLIT or stored_as.window
     }
     add("low", beside)
-    if wish.window:
+    if stored_as.window:
         rings = {
-            name: wish._replace(dtype=wish.ring, split=False, random=False).stored(spec.kind)[0]
+            name: stored_as._replace(dtype=stored_as.ring, split=False, random=False).stored(
+                spec.kind
+            )[0]
             for name, spec in likes.items()
         }
-        add("ring", rings, wish.window)
+        add("ring", rings, stored_as.window)
     return {
-        name: Entry(name, True, kinds[name][1], _shown(likes[name]), parts[name]) for name in likes
+        name: Entry(name, True, kinds[name][1], _converter(likes[name]), parts[name])
+        for name in likes
     }
 
 
@@ -283,12 +289,12 @@ def _saved(memory: Memory) -> Any:
     return bridge_of(array).alias(array) if spec.division is None else spec.division.tensor(array)
 
 
-def _shown(like: TensorSpec) -> Callable[[Any], Any]:
-    return _shown_by(bridge_of(like.owner)) if like.division is None else like.division.tensor
+def _converter(like: TensorSpec) -> Callable[[Any], Any]:
+    return _converter_by(bridge_of(like.owner)) if like.division is None else like.division.tensor
 
 
 @cache
-def _shown_by(bridge: ModuleType) -> Callable[[Any], Any]:
+def _converter_by(bridge: ModuleType) -> Callable[[Any], Any]:
     shown: Callable[[Any], Any] = getattr(bridge, "shown", None) or memory_by(bridge).alias
     return shown
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from fastema.shadow.average import Average
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 __all__ = ["Drift", "Shadow"]
 
@@ -36,17 +33,17 @@ class Shadow(Mapping[str, Any]):
     average is applied to the model, each is a copy.
     """
 
-    def __init__(self, average: Average, which: int) -> None:
-        self._average, self._which = average, which
+    def __init__(self, names: Sequence[str], tensor: Callable[[str], Any]) -> None:
+        self._names, self._tensor = names, tensor
 
     def __getitem__(self, name: str) -> Any:
-        return self._average._tensor(name, self._which)
+        return self._tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._average._store.sets[self._which])
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._average._store.sets[self._which])
+        return len(self._names)
 
     def __repr__(self) -> str:
         return f"Shadow({', '.join(self)})"

@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from fastema.compat.following import Follower  # noqa: E402
+from fastema.compat.averager import ModelAverager  # noqa: E402
 from fastema.compat.torch_ema import ExponentialMovingAverage  # noqa: E402
 
 from .interrupts import every_place, rung_during  # noqa: E402
@@ -52,7 +52,7 @@ def of_torch_ema(weights: list[Any]) -> Callable[[], Any]:
 
 
 def of_follower(weights: list[Any]) -> Callable[[], Any]:
-    follower = Follower([torch.randn_like(one) for one in weights])
+    follower = ModelAverager([torch.randn_like(one) for one in weights])
     return lambda: follower.swapped(weights)
 
 

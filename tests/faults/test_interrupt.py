@@ -183,7 +183,8 @@ def task(state):
 def check(state):
     time.sleep(0.001)
     value = avg[0]
-    return value in (2, 3) and (avg == value).all() and not plan._program._lock.locked()
+    free = not plan.binding._bound.program._lock.locked()
+    return value in (2, 3) and (avg == value).all() and free
 
 fastema.set_num_threads(2)
 task(task(None))

@@ -118,6 +118,6 @@ def test_the_watch_runs_as_python(python: Callable[..., str]) -> None:
         net.weight.data = net.weight.data + 1
         plan.lerp_(1.0)
         assert all(torch.equal(avg[name], p) for name, p in net.named_parameters())
-        assert not any(watch.changed() for watch in plan._watches)
+        assert not any(side.changed() for side in plan.binding._bound.sides)
     """
     python(script, NUMBA_DISABLE_JIT="1")

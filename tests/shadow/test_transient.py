@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import fastema  # noqa: E402
+from fastema.binding.binding import Binding  # noqa: E402
 from fastema.errors import LayoutError  # noqa: E402
-from fastema.shadow import average as averages  # noqa: E402
 
 from .kinds import KINDS, VARIED, all_of, which  # noqa: E402
 from .weights import Net, assert_bits, net, refresh_, snapshot  # noqa: E402
@@ -128,7 +128,7 @@ def test_a_table_that_is_made_at_every_step_does_not_make_the_average_look_again
 ) -> None:
     model = cached()
     ema = fastema.EMA(model, 0.75)
-    monkeypatch.setattr(averages, "Binding", None)
+    monkeypatch.setattr(Binding, "_looked", None)
     for n in range(1, 6):
         model.table = torch.randn(n)
         model.hidden.mask = torch.randn(n) if n % 2 else None

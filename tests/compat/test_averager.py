@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastema.compat import following
-from fastema.compat.following import Follower
+from fastema.binding.binding import Binding
+from fastema.compat.averager import ModelAverager
 from fastema.errors import ArgumentError, LayoutError, StateError
 
 torch = pytest.importorskip("torch")
@@ -74,7 +74,7 @@ def assert_close(got: Any, want: dict[str, Any], rtol: float) -> None:
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Averages with their weights, or as if they were on another device."""
     if request.param == "staged":
-        monkeypatch.setattr(following, "_apart", lambda averages, weights: True)
+        monkeypatch.setattr(ModelAverager, "_is_apart", lambda averager, weights: True)
     return str(request.param)
 
 
@@ -84,7 +84,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def test_update_and_copy(dtype: Any, weights: Any) -> None:
     net = network(1, weights)
     average = average_of(net, dtype)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     for step, weight in enumerate((0.25, 0.1, 1.0, 0.5), 1):
         net = network(step + 1, weights) if step == 2 else net
         with torch.no_grad():
@@ -112,7 +112,7 @@ def test_policy_by_the_role_in_the_model() -> None:
         return {"weight": "average", "frozen": "skip", "buffer": "copy"}[role]
 
     old, x = values(average), values(net)
-    Follower(average, policy).update(net, 0.25, 1)
+    ModelAverager(average, policy).update(net, 0.25, 1)
     assert asked["2.bias"] == "frozen"
     assert asked["1.running_mean"] == "buffer"
     now = values(average)
@@ -126,7 +126,7 @@ def test_policy_by_the_role_in_the_model() -> None:
 def test_parameters_that_are_frozen_and_trained_again() -> None:
     net = network(12)
     average = average_of(net)
-    follower = Follower(average, lambda name, role: "skip" if role == "frozen" else "average")
+    follower = ModelAverager(average, lambda name, role: "skip" if role == "frozen" else "average")
     bias = net[2].bias
     for trained in (True, False, False, True):
         bias.requires_grad_(trained)
@@ -139,7 +139,7 @@ def test_parameters_that_are_frozen_and_trained_again() -> None:
 def test_policy_is_asked_again_after_forget() -> None:
     average, x = [torch.randn(3), torch.randn(2)], [torch.randn(3), torch.randn(2)]
     copied: set[str] = set()
-    follower = Follower(average, lambda name, role: "copy" if name in copied else "average")
+    follower = ModelAverager(average, lambda name, role: "copy" if name in copied else "average")
     follower.update(x, 0.5, 1)
     assert not torch.equal(average[1], x[1])
     copied.add("1")
@@ -154,9 +154,9 @@ def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
 ) -> None:
     net = network(3)
     average = [torch.randn_like(p) for p in net.parameters()]
-    follower = Follower(average)
+    follower = ModelAverager(average)
     follower.update(net.parameters(), 0.5, 1)
-    monkeypatch.setattr(following.Plan, "_build", None)
+    monkeypatch.setattr(Binding, "_looked", None)
     follower.update(net.parameters(), 0.5, 2)
     follower.update(list(net.parameters()), 1.0, 3)
     assert all(torch.equal(a, p) for a, p in zip(average, net.parameters(), strict=True))
@@ -165,7 +165,7 @@ def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
 def test_tensors_that_move_are_found() -> None:
     net = network(4)
     average = average_of(net)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     follower.update(net, 0.5, 1)
     net[2].weight.data = torch.randn(4, 7)
     average[2].bias.data = torch.randn(4)
@@ -185,14 +185,14 @@ def test_tied_weights_are_averaged_once() -> None:
     average = copy.deepcopy(net).requires_grad_(False)
     average[0].weight.normal_()
     old = average[0].weight.clone()
-    Follower(average).update(net, 0.1, 1)
+    ModelAverager(average).update(net, 0.1, 1)
     torch.testing.assert_close(average[0].weight, torch.lerp(old, net[0].weight.detach(), 0.1))
 
 
 def test_another_model_is_refused_before_anything_is_written() -> None:
     net = network(5)
     average = average_of(net)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     follower.update(net, 0.5, 1)
     before = values(average)
     for other in (net[:2], nn.Sequential(*net, nn.Linear(1, 1)), network(6)[2:]):
@@ -213,7 +213,7 @@ def test_another_model_is_refused_before_anything_is_written() -> None:
 def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> None:
     net = network(8, weights)
     average = average_of(net, dtype)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     raw, old = values(net), values(average)
     versions = [p._version for p in net.parameters()]
 
@@ -274,7 +274,7 @@ def test_what_moves_inside_the_block_gets_its_own_contents(
 ) -> None:
     net = network(13, dtype)
     average = average_of(net)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     raw, old = values(net), values(average)
     with follower.swapped(net):
         ACTIONS[action](net if side == "weights" else average)
@@ -297,7 +297,7 @@ def test_what_is_taken_away_inside_the_block_is_named_and_the_rest_comes_back() 
     raw, old = values(net), values(average)
 
     def remove() -> None:
-        with Follower(average).swapped(net):
+        with ModelAverager(average).swapped(net):
             del net[2].bias
 
     with pytest.raises(LayoutError, match=r"'2\.bias' is gone"):
@@ -311,7 +311,7 @@ def test_what_is_taken_away_inside_the_block_is_named_and_the_rest_comes_back() 
 def test_blocks_are_checked_as_they_begin() -> None:
     net = network(15)
     average = average_of(net)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     one, two = follower.swapped(net), follower.swapped(net)
     with torch.no_grad():
         net[2].weight.mul_(3)
@@ -327,7 +327,7 @@ def test_tied_weights_of_a_model_elsewhere() -> None:
     net = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
     net[1].weight = net[0].weight
     average = copy.deepcopy(net).requires_grad_(False)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     for step in range(1, 4):
         with torch.no_grad():
             net[0].weight.normal_()
@@ -347,7 +347,7 @@ def test_tied_weights_of_a_model_elsewhere() -> None:
 def test_a_larger_model_is_refused_wherever_it_is() -> None:
     net = network(16)
     average = average_of(net)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     follower.update(net, 0.5, 1)
     before = values(average)
     net.register_parameter("more", nn.Parameter(torch.randn(2)))
@@ -360,7 +360,7 @@ def test_a_larger_model_is_refused_wherever_it_is() -> None:
 def test_check_writes_nothing_and_says_what_an_update_would() -> None:
     net = network(19)
     average = average_of(net)
-    follower, before = Follower(average), values(average)
+    follower, before = ModelAverager(average), values(average)
     follower.check(net)
     assert_same(average, before)
     net.register_parameter("more", nn.Parameter(torch.randn(2)))
@@ -372,7 +372,7 @@ def test_check_writes_nothing_and_says_what_an_update_would() -> None:
 def test_a_model_is_not_kept_alive() -> None:
     net = network(17)
     average = average_of(net)
-    follower = Follower(average)
+    follower = ModelAverager(average)
     follower.update(net, 0.5, 1)
     with follower.swapped(net):
         pass
@@ -388,7 +388,7 @@ def test_give() -> None:
     net = network(9, torch.bfloat16)
     average = average_of(net)
     average[1].num_batches_tracked.fill_(3)
-    follower = Follower(average, lambda name, role: "skip" if name == "2.bias" else "average")
+    follower = ModelAverager(average, lambda name, role: "skip" if name == "2.bias" else "average")
     raw = values(net)
     follower.give(net)
     now = values(net)
@@ -401,7 +401,7 @@ def test_give() -> None:
 def test_a_copy_follows_with_averages_of_its_own(duplicate: Any) -> None:
     net = network(10)
     average = average_of(net)
-    holder = {"average": average, "follower": Follower(average)}
+    holder = {"average": average, "follower": ModelAverager(average)}
     holder["follower"].update(net, 0.5, 1)
     other = duplicate(holder)
     before = values(average)
@@ -414,7 +414,9 @@ def test_random_bits_depend_on_the_step_alone() -> None:
     net = network(11, torch.bfloat16)
     averages = [average_of(net, torch.bfloat16)]
     averages += [copy.deepcopy(averages[0]) for _ in range(3)]
-    followers = [Follower(one, seed=seed) for one, seed in zip(averages, (1, 1, 1, 2), strict=True)]
+    followers = [
+        ModelAverager(one, seed=seed) for one, seed in zip(averages, (1, 1, 1, 2), strict=True)
+    ]
     followers[1].update(copy.deepcopy(averages[1]), 0.0, 5)  # a call more
     for follower, step in zip(followers, (9, 9, 10, 9), strict=True):
         follower.update(net, 0.01, step)
@@ -425,6 +427,6 @@ def test_random_bits_depend_on_the_step_alone() -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(ArgumentError, match="rounding"):
-        Follower([], rounding="up")
+        ModelAverager([], rounding="up")
     with pytest.raises(ArgumentError, match="seed"):
-        Follower([], seed=-1)
+        ModelAverager([], seed=-1)

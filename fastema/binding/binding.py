@@ -1,0 +1,438 @@
+"""An average tied to a model: pairs by name, and a program that runs where both lie now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from fastema.binding.sides import NOTHING, STAYED, Moving, Owned, Side, Trained, Watched
+from fastema.bridges.moving import Located
+from fastema.bridges.registry import bridge_of, leaves_of, materialised, reshard, written
+from fastema.engine.cuda import refuse_forked
+from fastema.engine.program import Program
+from fastema.errors import LayoutError
+from fastema.layout.group import Guard, Pair, refuse_overlap
+from fastema.layout.home import Home
+from fastema.layout.spec import Leaves, Role, Structure, TensorSpec
+
+__all__ = ["Binding", "Match", "Matcher", "Outline", "can_be_assigned", "is_fixed"]
+
+Result = TypeVar("Result")
+
+
+class Match(NamedTuple):
+    """What a surface makes of the tensors of both sides.
+
+    Attributes
+    ----------
+    pairs : mapping of str to sequence of Pair
+        Checked, each memory once, by the tag under which the program knows them. Averages that are
+        updated together follow each other, tensor by tensor.
+    dst, src : Leaves
+        What is to be watched of the average and of the model.
+    trained : sequence of Trained
+        Parameters of the model for which another match is made if they are frozen or unfrozen.
+    """
+
+    pairs: Mapping[str, Sequence[Pair]]
+    dst: Leaves
+    src: Leaves
+    trained: Sequence[Trained] = ()
+
+
+Matcher: TypeAlias = Callable[[Leaves, Leaves], Match]
+"""``match(average, model)``: the selection of a surface; it raises if the two do not fit."""
+
+
+def can_be_assigned(spec: TensorSpec) -> bool:
+    """Return whether the owner of a tensor is given another array instead of being written."""
+    return not spec.writable and hasattr(bridge_of(spec.owner), "assign")
+
+
+def is_fixed(spec: TensorSpec) -> bool:
+    """Return whether a tensor never changes: the next step has another one in its place."""
+    return not (spec.writable or can_be_assigned(spec))
+
+
+class Outline(NamedTuple):
+    """What stays of a model while its tensors change.
+
+    Attributes
+    ----------
+    order : list of str
+        All names, in the container's order.
+    roles : dict of str to Role
+    structure : Structure, optional
+    moving : bool
+        Whether its tensors lie elsewhere after every step.
+    fixed : list of str
+        Names in pairs whose tensors never change: the next step has others.
+    """
+
+    order: list[str]
+    roles: dict[str, Role]
+    structure: Structure | None
+    moving: bool
+    fixed: list[str]
+
+
+@dataclass(eq=False)
+class _Bound:
+    """Both sides as they were looked at, and where they were found by the call that runs.
+
+    Attributes
+    ----------
+    containers : (object, object)
+    match : callable
+        The pairs are of this one.
+    tagged : mapping of str to sequence of Pair
+    pairs : list of Pair
+        All of them.
+    program : Program
+    sides : (Side, Side)
+    model : Outline
+    labels : (str, str)
+        What errors call a tensor of each side.
+    guard : Guard, optional
+        If one of the sides moves.
+    located : (Located, Located)
+    made : dict
+        What others have made for these pairs.
+    """
+
+    containers: tuple[Any, Any]
+    match: Matcher
+    tagged: Mapping[str, Sequence[Pair]]
+    pairs: list[Pair]
+    program: Program
+    sides: tuple[Side, Side]
+    model: Outline
+    labels: tuple[str, str]
+    guard: Guard | None
+    located: tuple[Located, Located] = (STAYED, STAYED)
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def find(self, container: Any, write: bool) -> tuple[Located, Located] | None:
+        """Find both sides; None where one has to be looked at again."""
+        dst = self.sides[0].find(self.containers[0], write=True)
+        src = None if dst is None else self.sides[1].find(container, write=write)
+        return None if dst is None or src is None else (dst, src)
+
+    def settle(self, container: Any, located: tuple[Located, Located]) -> None:
+        """Let the program run on what was found.
+
+        Raises
+        ------
+        LayoutError
+            If tensors of one side have come to lie where the other is written.
+        """
+        if self.guard is not None:
+            dst, src = (one.addresses or None for one in located)
+            if self.guard.touched(dst, src):
+                _refuse_overlap([_at(pair, located) for pair in self.pairs], self.labels)
+            self.program.relocate(dst, src)
+            self.located = located
+        self.containers = self.containers[0], container
+
+    def release(self) -> None:
+        """Drop memory that is the framework's to reuse."""
+        self.located = STAYED, STAYED
+
+
+def _at(pair: Pair, located: tuple[Located, Located]) -> Pair:
+    dst, src = (one.addresses.get(pair.name) for one in located)
+    return pair._replace(
+        dst=pair.dst if dst is None else pair.dst.at(dst),
+        src=pair.src if src is None else pair.src.at(src),
+    )
+
+
+def _refuse_overlap(pairs: Sequence[Pair], labels: tuple[str, str]) -> None:
+    refuse_overlap(
+        [(f"{labels[0]}{pair.name}", pair.dst) for pair in pairs],
+        [(f"{labels[1]}{pair.name}", pair.src) for pair in pairs if not pair.which],
+    )
+
+
+def _unkept(pair: Pair, fixed: set[str]) -> Pair:
+    """Do not keep a tensor that never changes: all of them are a copy of the model."""
+    return pair._replace(src=pair.src.kept_by(None)) if pair.name in fixed else pair
+
+
+class _Current:
+    """See :meth:`Binding.current`."""
+
+    __slots__ = ("_before", "_binding", "_match", "_once", "_src", "_write")
+
+    def __init__(
+        self, binding: Binding, src: Any, write: bool, once: str, match: Matcher | None
+    ) -> None:
+        self._binding, self._src, self._write = binding, src, write
+        self._once, self._match = once, match
+
+    def __enter__(self) -> Program:
+        binding = self._binding
+        self._before = binding._bound
+        bound = binding._found(self._src, self._write, self._match)
+        if self._once and self._src is None:
+            bound.sides[1].refuse_used(bound.located[1], self._once)
+        binding._bound = bound
+        return bound.program
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        binding = self._binding
+        bound = binding._bound
+        if kind is not None:  # the next call goes on with the tensors of the one before
+            binding._bound = self._before
+        elif self._once:
+            bound.sides[1].notify_used(bound.located[1])
+        bound.release()
+
+
+class Binding:
+    """Pairs an average's tensors with a model's, and finds them wherever they lie.
+
+    It knows no roles and no policies: ``match`` selects, and is asked again whenever the tensors
+    are no longer those that were looked at.
+
+    Parameters
+    ----------
+    dst : container, optional
+        What is written; None for memory of ours that stays where it is: ``match`` knows it.
+    src : container
+        The model.
+    match : callable
+    labels : (str, str)
+        What errors put before the name of a tensor of ``dst`` and of ``src``.
+    watch : type of Watched
+        How tensors that do not move by themselves are watched.
+    look : callable
+        ``container -> Leaves``.
+    leaves : Leaves, optional
+        The model's, if it was just looked at.
+
+    Raises
+    ------
+    LayoutError, DTypeError, BridgeError, ArgumentError
+        Of ``match``; if what is written overlaps anything.
+    """
+
+    def __init__(
+        self,
+        dst: Any,
+        src: Any,
+        match: Matcher,
+        *,
+        labels: tuple[str, str] = ("average of ", ""),
+        watch: type[Watched] = Watched,
+        look: Callable[[Any], Leaves] = leaves_of,
+        leaves: Leaves | None = None,
+    ) -> None:
+        self._match, self._labels, self._watch, self._look = match, labels, watch, look
+        self._bound = self._looked((dst, src), match, leaves)
+
+    def _looked(
+        self, containers: tuple[Any, Any], match: Matcher, leaves: Leaves | None = None
+    ) -> _Bound:
+        """Look at both sides and pair them."""
+        owned = containers[0] is None
+        dst = NOTHING if owned else self._look(containers[0])
+        src = self._look(containers[1]) if leaves is None else leaves
+        found = match(dst, src)
+        tagged = found.pairs
+        fixed = [
+            pair.name
+            for members in tagged.values()
+            for pair in members
+            if not pair.which and is_fixed(pair.src)
+        ]
+        if src.moving:
+            names = {*fixed}
+            tagged = {tag: [_unkept(pair, names) for pair in tagged[tag]] for tag in tagged}
+        pairs = [pair for members in tagged.values() for pair in members]
+        _refuse_overlap(pairs, self._labels)
+        sides: list[Side] = []
+        for container, whole, watched, trained in (
+            (containers[0], dst, found.dst, ()),
+            (containers[1], src, found.src, found.trained),
+        ):
+            if whole is NOTHING:
+                sides.append(Owned())
+            elif whole.moving:
+                sides.append(Moving(whole, container))
+            else:
+                sides.append(self._watch(watched, container, trained, transient=not owned))
+        guard = None
+        if dst.moving or src.moving:
+            guard = Guard(
+                [(pair.name, pair.dst) for pair in pairs],
+                [(pair.name, pair.src) for pair in pairs if not pair.which],
+            )
+        return _Bound(
+            containers,
+            match,
+            tagged,
+            pairs,
+            Program(tagged),
+            (sides[0], sides[1]),
+            Outline(src.names, src.roles, src.structure, src.moving, fixed),
+            self._labels,
+            guard,
+        )
+
+    def current(
+        self,
+        src: Any = None,
+        *,
+        write: bool = False,
+        once: str = "",
+        match: Matcher | None = None,
+    ) -> _Current:
+        """Find all tensors: ``with binding.current(model) as program``.
+
+        The program runs where they lie now, in the block. If the block raises, the next call goes
+        on as if there had not been one.
+
+        Parameters
+        ----------
+        src : container, optional
+            The model, if it is not the latest one.
+        write : bool
+            It is about to be written.
+        once : str
+            Arrays that never change are used by one block of this kind alone; the string says how
+            to give others. Empty: they may be used again.
+        match : callable, optional
+            In place of the binding's own, for this call.
+
+        Raises
+        ------
+        LayoutError, DTypeError, BridgeError
+            If they are no longer the same; nothing was written.
+        ArgumentError
+            For used arrays.
+        """
+        return _Current(self, src, write, once, match)
+
+    def _found(self, src: Any, write: bool, match: Matcher | None) -> _Bound:
+        bound = self._bound
+        match = match or self._match
+        container = bound.containers[1] if src is None else materialised(src)
+        if write:
+            reshard(container)
+        for _ in range(3):
+            fits = bound.match in (match, self._match)
+            located = bound.find(container, write) if fits else None
+            if located is not None:
+                bound.settle(container, located)
+                return bound
+            bound = self._looked((bound.containers[0], container), match)
+        raise LayoutError("the tensors change while they are looked at, by another thread")
+
+    # -- what the surfaces ask --------------------------------------------------------------------
+
+    @property
+    def watched(self) -> tuple[Leaves, Leaves]:
+        """Both sides' tensors as they were looked at, of sides that are watched."""
+        dst, src = self._bound.sides
+        return dst.leaves, src.leaves
+
+    def has_moved(self, src: Any) -> bool:
+        """Return whether tensors are elsewhere than they were, or others."""
+        return self._bound.find(src, write=False) is None
+
+    @property
+    def container(self) -> Any:
+        """The model of the latest call; None after :meth:`forget_container`."""
+        return self._bound.containers[1]
+
+    def forget_container(self) -> None:
+        """Do not keep the model alive; the next call has to give it."""
+        self._bound.containers = self._bound.containers[0], None
+
+    @property
+    def model(self) -> Outline:
+        """What stays of the model."""
+        return self._bound.model
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs; in a block of :meth:`current` where they lie now."""
+        bound = self._bound
+        if bound.located[0] is bound.located[1] is STAYED:
+            return bound.pairs
+        return [_at(pair, bound.located) for pair in bound.pairs]
+
+    def pair_at(self, number: int) -> Pair:
+        """Return one of :attr:`pairs` by its number."""
+        return _at(self._bound.pairs[number], self._bound.located)
+
+    @property
+    def tagged(self) -> Mapping[str, Sequence[Pair]]:
+        """The pairs by tag, as they were looked at."""
+        return self._bound.tagged
+
+    @property
+    def addresses(self) -> Mapping[str, int]:
+        """Where the model's tensors were found, by name, if they move."""
+        return self._bound.located[1].addresses
+
+    @property
+    def weights(self) -> dict[str, TensorSpec]:
+        """The model's tensors by name, as they were looked at."""
+        return self.made(
+            "weights", lambda: {p.name: p.src for p in self._bound.pairs if not p.which}
+        )
+
+    @property
+    def homes(self) -> dict[str, Home | None]:
+        """The devices of the weights."""
+        return self.made("homes", lambda: {p.src.device: p.src.home for p in self._bound.pairs})
+
+    def made(self, key: Any, make: Callable[[], Result]) -> Result:
+        """Make something of these pairs once, until the tensors are looked at again."""
+        made = self._bound.made
+        if key not in made:
+            made[key] = make()
+        found: Result = made[key]
+        return found
+
+    def forget(self, key: Any) -> None:
+        """Make something anew at the next call of :meth:`made`."""
+        self._bound.made.pop(key, None)
+
+    def notify_written(self, *sides: int) -> None:
+        """Tell frameworks that count writes that tensors of these sides (0, 1) were written."""
+        for side in sides:
+            for tell, arrays in self.made(("listeners", side), partial(self._listeners, side)):
+                tell(arrays)
+
+    def _listeners(self, side: int) -> list[Any]:
+        return written((pair.dst, pair.src)[side].owner for pair in self._bound.pairs)
+
+    def capturing(self) -> bool:
+        """Return whether work on the weights' devices is being captured into a graph.
+
+        Raises
+        ------
+        DeviceError
+            In a forked process that cannot use them.
+        """
+        homes = [home for home in self.homes.values() if home is not None]
+        if homes:
+            refuse_forked()  # a framework that is asked for its stream says it less clearly
+        return any(home.capturing() for home in homes)
+
+    def wait(self) -> None:
+        """Wait for the weights' devices."""
+        for home in self.homes.values():
+            if home is not None:
+                home.wait()

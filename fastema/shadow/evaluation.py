@@ -1,0 +1,382 @@
+"""An average in its model for evaluation, and the other ways to see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar, overload
+
+from fastema.binding.binding import can_be_assigned
+from fastema.binding.swap import recovered, rounded, write_averages
+from fastema.bridges.memory import allocate
+from fastema.bridges.registry import describe, leaves_of, materialised, reshard, state_of
+from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.interrupts import deferred
+from fastema.engine.program import Program
+from fastema.errors import BridgeError, StateError, listed
+from fastema.layout.group import check_pair, refuse_overlap, refuse_unwritable, unique
+from fastema.layout.spec import TensorSpec
+from fastema.shadow.binding import ShadowSwap
+from fastema.shadow.matching import names_of_state, pairs_to
+from fastema.shadow.store import Entry
+from fastema.shadow.updating import Updating, Weights
+from fastema.shadow.views import Shadow
+
+__all__ = ["Evaluated"]
+
+Other = TypeVar("Other")
+
+
+def _refuse_written(names: Sequence[str]) -> None:
+    if names:
+        raise StateError(
+            "weights were written while the model held the average; the model has its raw weights "
+            "back, and the average now holds what was written:\n"
+            + listed(repr(name) for name in names)
+            + "\nCall restore(), or leave the swapped() block, before training or loading weights."
+        )
+
+
+class Evaluated(Updating[Weights]):
+    """Averages that a model, or a copy of it, can hold; see :class:`Average`."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the model holds the average now."""
+        return self._applied is not None
+
+    def apply_shadow(self, model: Any = None, *, which: int | None = None) -> None:
+        """Put the average into the model, in place, and keep the raw weights for :meth:`restore`.
+
+        Nothing is lost or copied where average and weights have one dtype, or are float32 and
+        bfloat16 (the model then gets the nearest bfloat16, ties away from zero); for other pairs of
+        dtypes the raw weights take a spare buffer meanwhile. Before the first update the model gets
+        the weights the average was built from, before ``start_after`` those it has.
+
+        Parameters
+        ----------
+        model : optional
+            See :meth:`update`.
+        which : int, optional
+            The average, by its place among the rules; needed where there are several.
+
+        Raises
+        ------
+        StateError
+            If an average is applied already.
+        LayoutError
+            If the model's tensors are no longer the same; nothing was written.
+        """
+        with self._lock:
+            self._refuse_applied("apply_shadow")
+            index = self._chosen(which)
+            with self._current(model, write=True) as program:
+                if self._is_synced():
+                    self._sync_by(program)
+                swap = self._binding.swap(index)
+                with deferred():
+                    swap.apply()
+                    self._applied = swap
+
+    def restore(self, model: Any = None) -> None:
+        """Put the raw weights back, bit for bit, and the average where it was.
+
+        What the model holds by then becomes the average: do not train while it is applied.
+
+        Parameters
+        ----------
+        model : optional
+            The model given to :meth:`apply_shadow`.
+
+        Raises
+        ------
+        StateError
+            If the average is not applied, or the model's dtypes changed meanwhile. After the
+            weights are back: if averaged tensors of PyTorch were written while it was applied, by
+            an optimizer or ``load_state_dict``, say; the average now holds what was written.
+            (Copied buffers may be written, as :func:`fastema.update_bn` does.)
+        LayoutError
+            If the model's tensors are no longer the same.
+        """
+        with self._lock:
+            _refuse_written(self._restore(model))
+
+    def _restore(self, model: Any) -> list[str]:
+        """Put the raw weights back; the names of averaged tensors that were written meanwhile."""
+        if self._applied is None:
+            raise StateError("restore() without apply_shadow(): the model holds its own weights")
+        if model is not None:
+            self._refuse_other_model(materialised(model), self._applied)
+        with self._still_applied() as swap:
+            names = swap.watch.written()
+            with deferred():
+                swap.restore()
+                self._applied = None
+        return names
+
+    @staticmethod
+    def _refuse_other_model(container: Any, swap: ShadowSwap) -> None:
+        if container is swap.container:
+            return
+        found = {leaf.name: leaf.spec for leaf in leaves_of(container).items}
+
+        def is_same(name: str, spec: TensorSpec) -> bool:
+            # Where tensors move, the place says nothing.
+            return name in found and (found[name] == spec or found[name].owner is spec.owner)
+
+        if not all(is_same(name, spec) for name, spec in swap.watch.weights.items()):
+            raise StateError(
+                "the average is applied to another model; restore() without an argument takes "
+                "it back from there"
+            )
+
+    @contextmanager
+    def _still_applied(self) -> Iterator[ShadowSwap]:
+        """Yield what takes the average back, wherever the model's tensors are by now."""
+        swap, binding = self._applied, self._binding
+        assert swap is not None
+        weights = swap.watch.weights
+        with binding.current(swap.container, write=True, match=binding.loosely):
+            now = binding.weights
+            if now is not swap.watch.now or binding.model.moving:
+                problems = [
+                    f"{name!r} was {was.dtype} and is {now[name].dtype}"
+                    for name, was in weights.items()
+                    if now[name].dtype != was.dtype
+                ]
+                if problems:
+                    raise StateError(
+                        "the model changed its dtype while the average was applied:\n"
+                        + listed(problems)
+                        + "\nChange it back, then restore(): the raw weights are kept exactly, the "
+                        "average only as the other dtype left it."
+                    )
+                swap.memory.follow(binding.of(swap.index))
+                swap.watch.now = now
+            yield swap
+
+    def averaged(self, *, which: int | None = None) -> Any:
+        """The average in a new container like that of the weights, in new arrays of their dtypes.
+
+        What frameworks whose arrays never change are evaluated and saved with; the average goes on
+        as it is.
+
+        Parameters
+        ----------
+        which : int, optional
+            See :meth:`apply_shadow`.
+
+        Returns
+        -------
+        pytree, list, tuple, dict or array
+            What the average was built from, or was given last, with other arrays.
+
+        Raises
+        ------
+        StateError
+            While an average is applied.
+        BridgeError
+            For a module or model, of which there is only one.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> ema = fastema.EMA({"w": np.array([1.0])}, decay=0.5)
+        >>> ema.averaged()
+        {'w': array([1.])}
+        """
+        with self._lock:
+            self._refuse_applied("averaged")
+            which = self._chosen(which)
+            self._sync()
+            binding = self._binding
+            structure = binding.model.structure
+            if structure is None:
+                raise BridgeError(
+                    "a module is not made anew: use swapped(), or copy_to(other_module)"
+                )
+            pairs = binding.of(which)
+            shown = {
+                pair.name: self._store.sets[which][pair.name].to_framework(array)
+                for pair, array in zip(pairs, rounded(pairs), strict=True)
+            }
+            names = [self._names.aliases.get(name, name) for name in binding.model.order]
+            return structure.rebuild([shown[name] for name in names])
+
+    @overload
+    def swapped(self, model: None = None, *, which: int | None = None) -> RestoringBlock[Weights]:
+        pass
+
+    @overload
+    def swapped(self, model: Other, *, which: int | None = None) -> RestoringBlock[Other]:
+        pass
+
+    def swapped(self, model: Any = None, *, which: int | None = None) -> RestoringBlock[Any]:
+        """A block in which the model holds the average; the raw weights come back however it ends.
+
+        ``with ema.swapped() as weights:`` names what holds the average in the block: the model, or,
+        where arrays never change (JAX), a new container of :meth:`averaged`.
+
+        Parameters
+        ----------
+        model : optional
+            See :meth:`update`.
+        which : int, optional
+            See :meth:`apply_shadow`.
+
+        Raises
+        ------
+        StateError
+            If an average is applied already. At the end of the block, as :meth:`restore` does,
+            unless the block itself raised.
+        """
+        model = None if model is None else materialised(model)
+        return RestoringBlock(lambda: self._swap_steps(model, which))
+
+    def _swap_steps(self, model: Any, which: int | None) -> Steps[Any]:
+        if self._binding.model.fixed:
+            return Steps(apply=lambda: self.averaged(which=which), restore=lambda: None)
+        own: list[ShadowSwap | None] = []
+        written: list[str] = []
+
+        def apply() -> Any:
+            self.apply_shadow(model, which=which)
+            own.append(self._applied)
+            return self._home if model is None else model
+
+        def restore() -> None:
+            with self._lock:  # an outer block's average is not this one's to restore
+                if self._applied is not None and self._applied in own:
+                    written.extend(self._restore(model))
+
+        return Steps(apply, restore, lambda: _refuse_written(written))
+
+    def copy_to(self, model: Any, *, which: int | None = None) -> None:
+        """Write the average into a model, rounded to its dtypes, and keep nothing of what it held.
+
+        Parameters
+        ----------
+        model : module, array, list, tuple or dict
+            The same names and shapes; further frozen tensors and buffers are left alone.
+        which : int, optional
+            See :meth:`apply_shadow`.
+
+        Raises
+        ------
+        StateError
+            While an average is applied.
+        LayoutError
+            Naming every tensor that the model lacks or that differs in shape; nothing was written.
+        """
+        with self._lock:
+            self._refuse_applied("copy_to")
+            entries = self._store.sets[self._chosen(which)]
+            self._sync()
+            container = materialised(model)
+            reshard(container)
+            pairs = unique(pairs_to(leaves_of(container), entries, self._names))
+            there = [pair for pair in pairs if not can_be_assigned(pair.src)]
+            for pair in there:
+                check_pair(pair)
+                refuse_unwritable(pair.name, pair.src)
+            refuse_overlap(
+                [(pair.name, pair.src) for pair in there],
+                [(f"average of {pair.name}", pair.dst) for pair in there],
+            )
+            write_averages(pairs)
+
+    def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
+        """What ``model.state_dict()`` would hold with the average in the model, in new tensors.
+
+        For ``other.load_state_dict(ema.model_state_dict())``, ``torch.save``, safetensors, or
+        :func:`torch.func.functional_call`; the model is only read.
+
+        Parameters
+        ----------
+        model : optional
+            See :meth:`update`. Its keys are used, with the prefixes of its wrappers.
+        which : int, optional
+            See :meth:`apply_shadow`.
+
+        Returns
+        -------
+        dict of str to tensor
+            Averages rounded to the model's dtypes, one tensor for tied weights. What the average
+            leaves out (frozen weights, extra state) is the model's own, not copied. For what has no
+            ``state_dict()``, the names are those of :attr:`shadow` and of tied arrays.
+
+        Raises
+        ------
+        StateError
+            While an average is applied: ``model.state_dict()`` holds it then.
+        LayoutError
+            If a shape differs.
+
+        Examples
+        --------
+        >>> import torch, fastema
+        >>> model = torch.nn.Linear(2, 1)
+        >>> ema = fastema.EMA(model)
+        >>> list(ema.model_state_dict())
+        ['weight', 'bias']
+        """
+        with self._lock:
+            self._refuse_applied("model_state_dict")
+            entries, found, kept = self._state_of(model, which)
+            averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
+            wanted = {name: describe(found[key][1]) for name, key in averaged.items()}
+            # Memory of its own for each, so that whoever keeps one does not keep all.
+            made = {name: allocate([(spec, spec.kind)])[0] for name, spec in wanted.items()}
+            pairs = [
+                entries[name].pair(spec, 0)._replace(name=averaged[name], ring=None)
+                for name, (_, spec) in made.items()
+            ]
+            for pair in pairs:
+                check_pair(pair)
+            Program({"all": pairs}).run({"all": "give"})
+            shown = {name: entries[name].to_framework(array) for name, (array, _) in made.items()}
+            return {key: shown.get(kept[key], entry) for key, (_, entry) in found.items()}
+
+    def _state_of(
+        self, model: Any, which: int | None
+    ) -> tuple[Mapping[str, Entry], Mapping[str, tuple[str, Any]], dict[str, str]]:
+        """Return an average's entries, the model's state, and the entries' names by its keys."""
+        entries = self._store.sets[self._chosen(which)]
+        self._sync()
+        container = self._container if model is None else materialised(model)
+        reshard(container)
+        found = state_of(container)
+        return entries, found, names_of_state(found, entries, self._names)
+
+    # -- the average ------------------------------------------------------------------------------
+
+    @property
+    def shadows(self) -> tuple[Shadow, ...]:
+        """:attr:`shadow` of every average."""
+        # Made anew: kept, they and the average would keep each other, and memory of a GPU with it.
+        return tuple(
+            Shadow(list(entries), partial(self._tensor, index))
+            for index, entries in enumerate(self._store.sets)
+        )
+
+    @property
+    def shadow(self) -> Shadow:
+        """The averaged tensors by name; where there are several averages, see :attr:`shadows`."""
+        return self.shadows[self._chosen(None)]
+
+    def _tensor(self, index: int, name: str) -> Any:
+        with self._lock:
+            name = self._names.aliases.get(name, name)
+            entry = self._store.sets[index][name]
+            array, _ = entry.parts["shadow"]
+            applied = self._applied
+            # What is only copied is in all averages, and out with any of them.
+            if applied is None or (index != applied.index and entry.averaged):
+                self._sync()
+            elif self._binding.has_stayed(name):  # the others do not matter here
+                (array,) = recovered([self._binding.pair(name, index)])
+            else:
+                with self._still_applied():
+                    (array,) = recovered([self._binding.pair(name, index)])
+            return entry.to_framework(array)

@@ -1,0 +1,173 @@
+"""Whether a model still fits an average: names, shapes, ties, roles, division among ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastema.errors import LayoutError, listed
+from fastema.layout.group import Pair
+from fastema.layout.spec import Division, Leaf, Leaves
+from fastema.shadow.entries import Names
+from fastema.shadow.store import Entry
+
+__all__ = ["names_of_state", "pairs_to", "refuse_divided_otherwise", "refuse_other_model"]
+
+
+def refuse_other_model(
+    leaves: Leaves, entries: Mapping[str, Entry], names: Names, *, loosely: bool
+) -> None:
+    """Refuse a model whose tensors are no longer those of an average.
+
+    Parameters
+    ----------
+    leaves : Leaves
+        The model's.
+    entries, names
+        Of the average.
+    loosely : bool
+        Accept tensors that are new or unfrozen: to take back an average that was applied before.
+
+    Raises
+    ------
+    LayoutError
+        Naming every tensor that was added, removed, renamed, reshaped, untied, or unfrozen.
+    BridgeError, DTypeError
+        For a tensor of the average that cannot be described any more.
+    """
+    for one in leaves.opaque:
+        if one.name in entries:
+            raise one.error
+    found = {leaf.name: leaf for leaf in leaves.items}
+    gone = _gone_or_reshaped(found, entries)
+    problems = [*gone.values(), *_untied(found, names.aliases)]
+    if not loosely:
+        problems += _new_or_unfrozen(leaves, entries, names)
+    refuse_divided_otherwise(found, entries)
+    if problems:
+        advice = "Build a new average for the changed model."
+        if gone.keys() & names.buffers:
+            advice = (
+                "A buffer that changes its shape, or is None at times: register it with "
+                f"persistent=False, or build the average with buffers='skip'.\n{advice}"
+            )
+        raise LayoutError(f"the model no longer matches the average:\n{listed(problems)}\n{advice}")
+
+
+def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> dict[str, str]:
+    """What is wrong with averaged tensors, by name."""
+    problems = {name: f"{name!r} is gone from the model" for name in entries if name not in found}
+    for name, entry in entries.items():
+        if name in found and found[name].spec.full_shape != entry.spec.full_shape:
+            now, was = list(found[name].spec.full_shape), list(entry.spec.full_shape)
+            problems[name] = f"{name!r} is now {now}, was {was}"
+    return problems
+
+
+def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> None:
+    """Refuse a model that is divided among ranks in another way than the average.
+
+    Raises
+    ------
+    LayoutError
+        On all ranks.
+    """
+    both = [
+        (name, found[name].spec.division, entry.spec.division)
+        for name, entry in entries.items()
+        if name in found
+    ]
+    problems = [
+        f"{name!r} is {_placed(now)}, its average {_placed(was)}"
+        for name, now, was in both
+        if now != was
+    ]
+    if problems:
+        raise LayoutError(
+            f"the model is not divided as its average is:\n{listed(problems)}\nFSDP gathers "
+            "parameters for a forward pass, and leaves them so where no backward pass follows. "
+            "Call update() after optimizer.step(), or reshard() on the modules before; an "
+            "average of a model that is divided in another way takes over a state_dict()."
+        )
+
+
+def _placed(division: Division | None) -> str:
+    return "whole on this rank" if division is None else str(division)
+
+
+def _untied(found: Mapping[str, Leaf], aliases: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name!r} was tied to {kept!r} and no longer is"
+        for name, kept in aliases.items()
+        if name in found and kept in found and found[name].spec != found[kept].spec
+    ]
+
+
+def _new_or_unfrozen(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[str]:
+    known = {*entries, *names.aliases, *names.skipped}
+    present = [leaf.name for leaf in leaves.items if leaf.persistent]
+    present += [one.name for one in leaves.opaque if one.persistent]
+    problems = [f"{name!r} is new in the model" for name in present if name not in known]
+    return problems + [
+        f"{leaf.name!r} is trained now but was frozen when the average was built"
+        for leaf in leaves.items
+        if leaf.role == "weight" and leaf.name in names.still
+    ]
+
+
+def names_of_state(
+    found: Mapping[str, tuple[str, Any]], entries: Mapping[str, Entry], names: Names
+) -> dict[str, str]:
+    """Find an average's names for the keys of a model's state.
+
+    Raises
+    ------
+    LayoutError
+        If averaged tensors are there under keys that cannot be told: their raw values would be
+        taken for averages.
+    """
+    kept = {key: names.aliases.get(name, name) for key, (name, _) in found.items()}
+    missing = {name for name, entry in entries.items() if entry.averaged} - {*kept.values()}
+    known = {*entries, *names.skipped}
+    strange = [
+        key for key, name in kept.items() if name not in known and hasattr(found[key][1], "shape")
+    ]
+    if missing and strange:
+        raise LayoutError(
+            "the model's state_dict() has other names, and copies, of averaged tensors (a hook "
+            f"of its own): {strange[0]!r} is not known, {min(missing)!r} is not there; use "
+            "ema.shadow, or swapped() and model.state_dict()"
+        )
+    return kept
+
+
+def pairs_to(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[Pair]:
+    """Pair every name of an average with the tensor of another model that it is written to.
+
+    Raises
+    ------
+    LayoutError
+        Naming every tensor that the model lacks, or that it trains and that has no average.
+    """
+    found = {leaf.name: leaf for leaf in leaves.items}
+    wanted = {name: name for name in entries} | {
+        name: kept for name, kept in names.aliases.items() if name in found
+    }
+    for one in leaves.opaque:
+        if one.name in wanted:
+            raise one.error
+    problems = [f"{name!r} is missing" for name in wanted if name not in found]
+    known = {*wanted, *names.skipped}
+    problems += [
+        f"{leaf.name!r} is trained and has no average"
+        for leaf in leaves.items
+        if leaf.role == "weight" and leaf.name not in known
+    ]
+    if problems:
+        raise LayoutError("the model does not match the average:\n" + listed(problems))
+    refuse_divided_otherwise(found, {name: entries[kept] for name, kept in wanted.items()})
+    return [_written(entries[kept], name, found[name]) for name, kept in wanted.items()]
+
+
+def _written(entry: Entry, name: str, leaf: Leaf) -> Pair:
+    return entry.pair(leaf.spec, 0)._replace(name=name, ring=None)

@@ -1,0 +1,237 @@
+"""An average's state: saved, loaded, moved to another device or dtype."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fastema.binding.swap import Recovered, recover
+from fastema.engine.collector import uncollected
+from fastema.engine.held import keep
+from fastema.engine.interrupts import deferred
+from fastema.errors import ArgumentError, StateError
+from fastema.shadow.binding import ShadowBinding
+from fastema.shadow.counting import DeviceCount, refuse_uneven, tables_for
+from fastema.shadow.entries import ShadowFormat
+from fastema.shadow.evaluation import Evaluated
+from fastema.shadow.options import Rounding, checked, destination, format_of
+from fastema.shadow.state import SavedOrMine, pack, unpack
+from fastema.shadow.store import Store, Tensors
+from fastema.shadow.updating import Weights
+
+__all__ = ["Saveable"]
+
+Self = TypeVar("Self", bound="Saveable[Any]")
+
+
+class Saveable(Evaluated[Weights]):
+    """Averages that are saved, loaded and moved; see :class:`Average`."""
+
+    def to(
+        self: Self, *target: Any, device: Any = None, dtype: Any = None, non_blocking: bool = False
+    ) -> Self:
+        """Move the average to a device, or change the dtype of its averaged tensors; returns it.
+
+        Takes what :meth:`torch.Tensor.to` takes: ``to(device)``, ``to(dtype)``, ``to(device,
+        dtype)``, ``to(tensor)`` for the device and dtype of that tensor, and keywords. Values are
+        rounded once where the new dtype is narrower; stochastic rounding stays on or off as it was.
+        A graph in which an update was captured goes on with the average as it was: capture it anew.
+
+        Parameters
+        ----------
+        *target : device, dtype, str or array
+            A name is a dtype where ``shadow_dtype`` takes it, else a device.
+        device : str, int or device, optional
+            By default the average stays where it is.
+        dtype : dtype or str, optional
+            As ``shadow_dtype``; by default unchanged.
+        non_blocking : bool
+            Accepted and ignored: the copies are done when the call returns.
+
+        Returns
+        -------
+        the average itself
+
+        Raises
+        ------
+        StateError
+            While an average is applied.
+        ArgumentError
+            If device or dtype is given twice; for the dtype of a windowed mean.
+        DTypeError
+            If the average cannot have the dtype.
+        DeviceError, BridgeError
+            For what is no device of the weights' framework.
+
+        Examples
+        --------
+        >>> import numpy as np, fastema
+        >>> ema = fastema.EMA([np.ones(2, np.float32)])
+        >>> ema.to(np.float64).shadow["0"].dtype
+        dtype('float64')
+        """
+        device, dtype = destination(target, device, dtype)
+        with self._lock:
+            self._refuse_applied("to")
+            store, stored_as = self._store, self._format
+            self._wait_for_the_ring()
+            if dtype is not None and stored_as.window:
+                raise ArgumentError(
+                    f"dtype={dtype!r}: a windowed mean keeps its dtype; build another one"
+                )
+            if device is not None:
+                store = store.on(device, ring_on_host=stored_as.ring_on_host)
+            if dtype is not None:
+                rounding: Rounding = "stochastic" if stored_as.random else "nearest"
+                wanted = format_of(dtype, rounding, stored_as.num_averages)
+                stored_as = stored_as._replace(dtype=wanted.dtype, split=wanted.split)
+                store = store.cast(stored_as)
+            binding = self._bound_to(self._binding.container, store)
+            count = self._count
+            if count is not None:
+                done = count.done()
+                count = DeviceCount(binding.homes, self._schedule, self._seed, done)
+                self._warm_up(count, binding)
+            if self._captured:  # its replays must not write where others are
+                keep(self._store, self._count)
+            self._binding, self._store, self._format = binding, store, stored_as
+            self._count, self._captured = count, False
+            return self
+
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """What is needed to go on: counters, schedule, and the averaged tensors by name.
+
+        Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. It holds the
+        average also while that is applied to the model, never the raw weights in its place.
+        Averages of DTensors are DTensors, for :mod:`torch.distributed.checkpoint`: all ranks have
+        to call this.
+        ``"shadow"`` is a list with a mapping of names to tensors for each average; ``"low"`` and
+        ``"ring"`` are lists of the same kind, of what an average in two halves, or a windowed mean,
+        needs besides.
+
+        Parameters
+        ----------
+        copy : bool
+            False saves the memory of a copy: the tensors are then the average's own, to be written
+            out before anything else is called (while an average is applied they are copies).
+        """
+        with self._lock:
+            if self._ranks is not None:
+                self._ranks.compare(self._facts())
+            counters = {
+                "num_updates": self.num_updates,
+                "num_skipped": self._num_skipped,
+                "seed": self._seed,
+            }
+            log_decays = self._log_decays
+            if self._count is not None:  # it counts single steps alone
+                log_decays = self._schedule.log_decays(counters["num_updates"])
+            rounding: Rounding = "stochastic" if self._format.random else "nearest"
+            return pack(
+                type(self).__name__,
+                counters,
+                self._schedule,
+                log_decays,
+                rounding,
+                self._saved(copy),
+            )
+
+    def _wait_for_the_ring(self) -> None:
+        # Its memory is the host's, the work on it a device's: nothing else puts them in order.
+        if self._store.on_host:
+            self._binding.wait()
+
+    @uncollected
+    def _saved(self, copy: bool) -> Tensors:
+        self._sync()
+        self._wait_for_the_ring()
+        if self._applied is None:
+            return (self._store.duplicate() if copy else self._store).tensors()
+        with self._still_applied() as swap:
+            # Written into the copy: beside it, the raw weights there would be saved along.
+            store = self._store.duplicate()
+            applied = [
+                (index, entry.name)
+                for index, entry in self._store
+                if index == swap.index or not entry.averaged
+            ]
+            parts = [store.sets[index][name].parts for index, name in applied]
+            recover(
+                [self._binding.pair(name, index) for index, name in applied],
+                [Recovered(p["shadow"][1], p["low"][1] if "low" in p else None) for p in parts],
+            )
+        return store.tensors()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, schedule: SavedOrMine = "saved") -> None:
+        """Take over a saved average: a run goes on to the bit as if it had not been interrupted.
+
+        The counters, the seed and the rounding are the saved ones, and so is the schedule unless
+        you keep your own. Tensors are copied into the average's memory.
+
+        Parameters
+        ----------
+        state : mapping
+            Of :meth:`state_dict`.
+        schedule : {"saved", "mine"}
+            Which rules, ``update_every`` and ``start_after`` to go on with. By default the saved
+            ones, with a warning that names both where they differ from those this average was built
+            with. ``"mine"`` keeps those it was built with, to change the decay on purpose.
+
+        Raises
+        ------
+        StateError
+            While an average is applied.
+        ArgumentError
+            For another ``schedule``.
+        CheckpointError
+            Listing every mismatch of names, shapes, dtypes and schedule; nothing was changed.
+
+        Warns
+        -----
+        UserWarning
+            If the saved schedule replaces a different one.
+        """
+        checked(schedule, "schedule", SavedOrMine)
+        with self._lock:
+            self._refuse_applied("load_state_dict")
+            own = self._schedule
+            saved = unpack(state, type(self).__name__, own, self._store.specs(), schedule)
+            program = self._store.load(saved.tensors)
+            tables = [] if self._count is None else tables_for(saved.schedule)
+            if self._count is not None:
+                refuse_uneven(saved.schedule, saved.counters["num_updates"], saved.log_decays)
+            program.prepare({"all": "copy"})  # nothing is changed where it fails
+            rounded = self._rounded_as(saved.rounding)
+            self._wait_for_the_ring()
+            with deferred():
+                self._done = saved.counters["num_updates"]
+                self._num_skipped = saved.counters["num_skipped"]
+                self._seed, self._schedule = saved.counters["seed"], saved.schedule
+                self._format, self._store, self._binding = rounded
+                self._log_decays = saved.log_decays
+                self._measured = None
+                if self._count is not None:  # first: it waits for replays that are still to come
+                    self._count.set(self._schedule, tables, self._seed, self._done)
+                program.run({"all": "copy"})
+        if saved.schedule != own:
+            warnings.warn(
+                "the saved schedule replaces the one this average was built with; "
+                f"pass schedule='mine' to keep that one\n  saved: {saved.schedule}\n  mine: {own}",
+                stacklevel=2,
+            )
+
+    def _rounded_as(self, rounding: Rounding) -> tuple[ShadowFormat, Store, ShadowBinding]:
+        """Round 16-bit averages in this way from now on, in the same memory."""
+        stored_as = self._format._replace(random=rounding == "stochastic")
+        if stored_as == self._format:
+            return stored_as, self._store, self._binding
+        store = self._store.rounded(stored_as)
+        binding = self._bound_to(self._binding.container, store)
+        if self._count is not None:
+            self._warm_up(self._count, binding)
+        return stored_as, store, binding
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: a copy would share, or double, the memory of a model it is not bound to."""
+        raise StateError("an average is not copied or pickled; build another and load state_dict()")
