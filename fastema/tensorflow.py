@@ -17,7 +17,9 @@ import tensorflow as tf
 # Nothing public says whether a function is being traced for XLA, which has no Python calls.
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from fastema.binding.swap import Calls, Swap
 from fastema.bridges.tensorflow import Unshared, unshare
+from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.engine.interrupts import deferred
 from fastema.errors import (
     ArgumentError,
@@ -235,39 +237,9 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     Notes
     -----
-    *Names in a checkpoint.* Averages are children of the object graph at ``shadow/<name>``. A
-    ``tf.Variable`` gives its own name, a Keras variable its path without the counters that Keras
-    appends to the names of layers (``dense_3/kernel`` is ``dense/kernel``), so that layers created
-    elsewhere in the process change nothing. Variables with one name get ``#1``, ``#2`` after the
-    first: Keras variables in the order of those counters, others in that of the list. Where that is
-    not enough, as with lists that differ from run to run, give names: ``apply({"w": variable})``.
-    Averages that are not created by the time of ``assert_consumed()`` are reported by it, as
-    TensorFlow does with any object.
-
-    *Inside tf.function* an update is a ``tf.py_function`` that takes the handles of all variables
-    and averages, so it comes after the assignments before it and before the reads after it. It
-    therefore runs in this process only: XLA (``jit_compile=True``) is refused while tracing, and a
-    function that calls :meth:`apply` can be exported in a SavedModel, with the averages, but not
-    run where that is loaded. ``num_updates`` and ``decay`` that are numbers or eager tensors
-    are constants; give variables for what changes.
-
-    *Where it differs from* ``tf.train.ExponentialMovingAverage``, of TensorFlow 2.21:
-
-    - There ``decay`` is rounded to float32 first, and so is ``1 - decay``: at 0.9999 the weight of
-      the new value is off by 0.02 %, at 0.999999 by 1.3 %. A decay in float64 raises. Here both
-      are float64.
-    - There averages of 16 bits are computed in 16 bits: a bfloat16 average stands still at any
-      decay above about 0.996. See ``rounding``.
-    - There tensors are refused in TensorFlow 2, so that ``zero_debias`` does nothing; and in graphs
-      of TensorFlow 1 it divides by ``1 - decay**n`` with the newest decay, which is wrong when
-      ``num_updates`` makes the decay grow. Here tensors are averaged by name,
-      ``apply({"loss": loss})``, and what is divided by is exact.
-    - There ``apply()`` without a list does nothing in TensorFlow 2. Here it updates all variables
-      averaged so far.
-    - There a variable that is twice in the list is updated twice. Here once.
-    - There a checkpoint needs the averages gathered by hand.
-    - There XLA and ``tf.distribute`` are supported.
-    - There ``variables_to_restore()`` returns the variables of every such object in the process.
+    Inside ``tf.function`` an update is a ``tf.py_function``: it runs in this process only, and XLA
+    is refused while tracing. Names in a checkpoint, functions, and where it differs from
+    TensorFlow's class: ``docs/tensorflow.md``.
 
     Examples
     --------
@@ -420,8 +392,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         chosen = self._variables() if moving_avg_variables is None else moving_avg_variables
         return {self.average_name(variable): _inner(variable) for variable in chosen}
 
-    @contextmanager
-    def swapped(self, var_list: Any = None) -> Iterator[None]:
+    def swapped(self, var_list: Any = None) -> RestoringBlock[None]:
         """A block in which variables hold their averages; they come back however it ends.
 
         Variables and averages change places, in place and bit for bit, without a third copy. What
@@ -440,6 +411,9 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         ArgumentError
             For a variable without an average.
         """
+        return RestoringBlock(lambda: self._swap_steps(var_list))
+
+    def _swap_steps(self, var_list: Any) -> Steps[None]:
         self._refuse_swapped()
         if not tf.executing_eagerly():
             raise StateError("swapped() inside tf.function: use it around the call of the function")
@@ -450,22 +424,17 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 "there is no average of\n" + listed(f"{_called(_inner(v))!r}" for v in strangers)
             )
         plan = self._plan(self._entry(chosen))
-        try:
-            self._swap(plan, True)
-            yield
-        finally:
-            try:
-                self._swap(plan, False)
-            except BaseException:  # an interrupt, before anything was taken back
-                self._swap(plan, False)
-                raise
+        swap = Swap(Calls(plan.swap_, plan.swap_))
 
-    def _swap(self, plan: Plan, swapped: bool) -> None:
-        """Bring variables and averages into a state, if they are not in it."""
-        with deferred():
-            if self._state.swapped != swapped:
-                plan.swap_()
-                self._state.swapped = swapped
+        def apply() -> None:
+            swap.apply()
+            self._state.swapped = True
+
+        def restore() -> None:
+            swap.restore()
+            self._state.swapped = False
+
+        return Steps(apply, restore)
 
     def _refuse_swapped(self) -> None:
         if self._state.swapped:

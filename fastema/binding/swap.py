@@ -55,10 +55,10 @@ Value = TypeVar("Value")
 class Way(Protocol):
     """One way to put averages into weights and to take them back."""
 
-    def apply(self) -> None:
+    def apply(self) -> object:
         """Put the average into the model, all of it or nothing."""
 
-    def restore(self) -> None:
+    def restore(self) -> object:
         """Put the weights back."""
 
 

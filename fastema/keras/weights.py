@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import keras
 
+from fastema.binding.swap import Calls, Swap
+from fastema.bridges.registry import leaves_of
 from fastema.checkpoint import files, state
+from fastema.engine.blocks import RestoringBlock
+from fastema.engine.blocks import Steps as BlockSteps
+from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras.guards import ErrorGuard, Guard, guard_use, refuse_writes
-from fastema.keras.loans import Copies, Swap, Watched
 from fastema.keras.steps import Steps, inner
+from fastema.keras.ways import Aside, UnlessWritten
 from fastema.rules import Rule
 from fastema.shadow import EMA
 
@@ -96,63 +102,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     Notes
     -----
-    **Steps.** The average follows the optimizer's steps, not batches, and not those that TensorFlow
-    counts without a batch as data of unknown length run out. With
-    ``gradient_accumulation_steps=k`` it moves at each k-th batch, and with a ``LossScaleOptimizer``
-    not at the steps that this leaves out. Of a ``compile(steps_per_execution=n)`` a callback sees
-    only the weights after n steps: they are taken in as if they had stood there for all of the n,
-    with the weight ``1 - decay**n``. The horizon in steps stays what the decay says; the path
-    within the n steps is lost, which puts the average ahead by about ``(n - 1) / 2`` steps.
-
-    **What is evaluated.** The validation in ``fit``, and ``evaluate(callbacks=[ema])`` and
-    ``predict(callbacks=[ema])``. Other calls see the model as it is, and so do these without the
-    callback; ``with ema.swapped():`` is for them. On TensorFlow and PyTorch average and weights
-    change places in place. On JAX, where arrays cannot be written, the weights are kept and the
-    model gets a copy of the average. Either way every bit comes back.
-
-    **Exceptions.** An exception in the validation of ``fit``, wherever it comes from, and an
-    interrupt, take the average back before they leave ``fit``. In ``evaluate`` and ``predict`` this
-    holds for the model's own errors (on JAX also the data's). After an error of the data or of
-    another callback, with ``swap_on_epoch=True`` also between the epochs and at the end of ``fit``,
-    the average stays until the model is used again: ``fit``, ``train_on_batch``, ``evaluate``,
-    ``predict``, ``save``, ``save_weights``, ``load_weights``, ``get_weights`` and ``set_weights``
-    give the model its weights back first, with this callback or without, as does :meth:`restore`.
-    A block ``with ema.swapped():`` around a call takes the average back whatever happens; what
-    would train or overwrite the average is an error there. On JAX an evaluation that fails leaves a
-    model without weights in Keras itself; those that are averaged come back here.
-
-    **Batch normalisation.** Moving statistics are no weights. ``buffers="copy"``, the default, runs
-    the average with those that the weights had at the latest update, ``"average"`` with their
-    average, and ``"skip"`` with those that the model has. None of them are the statistics of the
-    averaged weights' own activations, which only another pass over data can tell.
-
-    **Other callbacks.** Without ``swap_on_epoch`` all others see the model's own weights at the end
-    of an epoch, wherever they stand, but ``val_loss`` and the like are the average's:
-
-    - ``ModelCheckpoint`` saves the weights, as a resumed run needs them. With
-      ``save_best_only=True`` it saves those whose *average* was best; to save that average, use
-      ``swap_on_epoch=True`` and put it after this callback.
-    - ``BackupAndRestore`` saves the weights, in either order; with ``backup=`` here, the average
-      resumes with it. Never put it after a callback with ``swap_on_epoch=True``: it would resume
-      from the average.
-    - ``EarlyStopping(restore_best_weights=True)`` ends with the weights of the epoch whose average
-      was best; after a callback with ``swap_on_epoch=True``, with that average itself.
-
-    **Resuming.** The state is written beside what continues the model (``BackupAndRestore``, or a
-    saved model and ``initial_epoch=``), and is taken up as the first epoch begins, after all
-    ``on_train_begin``: the average is then, to the bit, that of a run that was not interrupted, as
-    far as the weights are (Keras itself does not take up the random numbers of a ``Dropout``). The
-    state before the latest is kept as ``NAME.previous.safetensors``, in case the run was ended
-    after the one file was written and before the other. It is refused where the model is at another
-    step than both; for a new run delete the files. Without ``backup``, a second ``fit`` with the
-    same callback goes on with its average, and :meth:`state_dict` is for the rest.
-
-    **Speed.** Keras calls callbacks of the JAX backend asynchronously where none of them looks at
-    batches. This one needs the weights after each step, before the next one is given their memory:
-    steps do not run ahead of the host then.
-
-    A model without known input shape has no weights before the first batch on the TensorFlow
-    backend; its average begins with the weights after that. Give it an ``Input``, or build it.
+    The average follows the optimizer's steps, not batches. The validation in ``fit``,
+    ``evaluate(callbacks=[ema])`` and ``predict(callbacks=[ema])`` run with it; for other calls use
+    ``with ema.swapped():``. Every bit of the weights comes back, on TensorFlow and PyTorch without
+    a copy. Exceptions, other callbacks, batch normalisation, resuming: ``docs/keras.md``.
 
     Examples
     --------
@@ -202,7 +155,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._steps: Steps | None = None
         self._done = 0
         self._opening = self._in_batch = False
-        self._loan: Swap | Copies | None = None
+        self._swap: Swap | None = None
         self._hook: Hook | None = None
         self._guards: list[Guard] = []
         self._fit_guard: Guard | None = None
@@ -241,8 +194,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             )
         return model
 
-    def _begun(self, model: Any) -> bool:
-        """Build the average, if the model has weights."""
+    def _begin(self, model: Any) -> bool:
+        """Build the average, if the model has weights; return whether there is one."""
         if self._ema is None:
             if not (model.built and model.variables):
                 return False
@@ -284,7 +237,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._steps is None:
             self._steps = self._counted(model)
             self._done = self._steps.done()
-        if not self._begun(model):
+        if not self._begin(model):
             raise StateError(f"the model {model.name!r} has no weights yet: build it first")
         self._follow(self._steps.done())
 
@@ -321,7 +274,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._pending = state
         model = getattr(self, "_model", None)
         if model is not None:
-            self._begun(self._checked_model())
+            self._begin(self._checked_model())
 
     # -- the average in the model -----------------------------------------------------------------
 
@@ -332,53 +285,64 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "restore(), first"
             )
 
-    def _put(self, hook: Hook) -> None:
+    def _apply(self, hook: Hook) -> None:
         """Put the average into the model, unless it is there."""
         model = self._checked_model()
         if self._hook is not None:
             return
         if self._ema is None and self._pending is not None:
-            self._begun(model)
+            self._begin(model)
         other = _held_by.get(model, lambda: None)()
         if other is not None and other is not self and other.applied:
             raise StateError(
                 "the model holds the average of another EMAWeights: call its restore(), or leave "
                 "its swapped() block, first"
             )
-        if hook == "epoch":
-            kind: type[Swap | Copies] = Watched
-        else:
-            kind = Copies if keras.backend.backend() == "jax" else Swap
-        self._loan = kind(model, self.ema, self._which)
-        self._hook = hook
-        _held_by[model] = weakref.ref(self)
-        try:
-            self._loan.put()
-            if hook == "block":
-                self._guards += refuse_writes(model, self._refuse_applied)
-            else:
-                self._guards += guard_use(model, self.restore)
-        except BaseException:
-            self.restore()
-            raise
+        swap = self._swap_for(hook, model)
+        with deferred():
+            self._swap, self._hook = swap, hook
+            _held_by[model] = weakref.ref(self)
+            try:
+                swap.apply()
+                if hook == "block":
+                    self._guards += refuse_writes(model, self._refuse_applied)
+                else:
+                    self._guards += guard_use(model, self.restore)
+            except BaseException:
+                self.restore()
+                raise
 
-    def _take_back(self, *hooks: Hook) -> None:
+    def _swap_for(self, hook: Hook, model: Any) -> Swap:
+        ema, which = self.ema, self._which
+        is_jax = keras.backend.backend() == "jax"
+        if hook != "epoch" and not is_jax:
+            apply = partial(ema.apply_shadow, which=which)
+            return Swap(Calls(apply, lambda: ema.restore() if ema.applied else None))
+        if is_jax:
+            model.jax_state_sync()
+        names = ema.shadows[0].keys()
+        leaves = zip(model.weights, leaves_of(model).items, strict=True)
+        averaged = [variable for variable, leaf in leaves if leaf.name in names]
+        way = UnlessWritten if hook == "epoch" else Aside
+        return Swap(way(model, averaged, partial(ema.copy_to, model, which=which)))
+
+    def _restore_after(self, *hooks: Hook) -> None:
         if self._hook in hooks:
             self.restore()
 
     def restore(self) -> None:
         """Give the model its own weights back, if it holds the average, however it came to it."""
-        if self._loan is not None:
-            self._loan.back()
-        self._loan = self._hook = None
-        while self._guards:
-            self._guards.pop().remove()
+        with deferred():
+            if self._swap is not None:
+                self._swap.restore()
+            self._swap = self._hook = None
+            while self._guards:
+                self._guards.pop().remove()
 
     def _guard(self, name: str) -> None:
         self._guards.append(ErrorGuard(self._checked_model(), name, self.restore))
 
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> RestoringBlock[None]:
         """A block in which the model holds the average; its weights come back however it ends.
 
         Within a block, or a call, in which the model holds the average it does nothing.
@@ -388,17 +352,13 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         StateError
             If there is no average yet, or the model holds another one.
         """
-        outside = self._hook is None
-        try:
-            self._put("block")
-            yield
-        finally:
-            if outside:
-                try:
-                    self.restore()
-                except BaseException:  # an interrupt, before anything was taken back
-                    self.restore()
-                    raise
+        return RestoringBlock(self._block_steps)
+
+    def _block_steps(self) -> BlockSteps[None]:
+        is_outermost = self._hook is None
+        return BlockSteps(
+            partial(self._apply, "block"), self.restore if is_outermost else lambda: None
+        )
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the average to a file as Keras writes a model's weights.
@@ -430,7 +390,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check that the model can be averaged."""
-        self._take_back("test", "predict", "epoch")
+        self._restore_after("test", "predict", "epoch")
         self._refuse_applied("fit")
         model = self._checked_model()
         self._counted(model)
@@ -442,7 +402,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                     "two EMAWeights in one fit(): each would put its average into the model; for "
                     "several averages give one callback several decays, decay=(0.99, 0.999)"
                 )
-            other._take_back("test", "predict", "epoch")
+            other._restore_after("test", "predict", "epoch")
             other._refuse_applied("fit with another EMAWeights")
             other._end_fit()
         _in_fit[model] = weakref.ref(self)
@@ -461,7 +421,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Begin the average, or take it up, in the first epoch; the weights come back after it."""
-        self._take_back("epoch")
+        self._restore_after("epoch")
         self._open()
 
     def _open(self) -> None:
@@ -473,7 +433,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._steps = self._counted(model)
         done = self._steps.done()
         new = self._ema is None and self._pending is None
-        self._begun(model)
+        self._begin(model)
         if self._backup is not None and (new or done != self._done):
             self._take_up(model, self._backup, done, must_fit=new)
         self._done = done
@@ -485,7 +445,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Take the weights into the average if they are those of another step."""
         self._in_batch = False
-        if self._steps is None or not self._begun(self._checked_model()):
+        if self._steps is None or not self._begin(self._checked_model()):
             self.update()
         else:
             self._follow(self._done + 1 if self._steps.one_per_batch else self._steps.done())
@@ -503,11 +463,11 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 saved = self.ema.state_dict(copy=False)
                 state.write_state(self._backup, saved, steps=str(self._steps.done()))
         if self._swap_on_epoch:
-            self._put("epoch")
+            self._apply("epoch")
 
     def on_train_end(self, logs: Any = None) -> None:
         """Give the model its weights back, and save the average."""
-        self._take_back("epoch")
+        self._restore_after("epoch")
         self._end_fit()
         self._open()  # of a run that had come to its end before
         if self._save_path is not None and self._ema is not None:
@@ -544,22 +504,22 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Put the average into the model."""
-        self._take_back("test", "predict")
+        self._restore_after("test", "predict")
         if self._hook is None:
-            self._put("test")
+            self._apply("test")
             self._guard("test_function")
 
     def on_test_end(self, logs: Any = None) -> None:
         """Give the model its weights back."""
-        self._take_back("test")
+        self._restore_after("test")
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """Put the average into the model."""
-        self._take_back("test", "predict")
+        self._restore_after("test", "predict")
         if self._hook is None:
-            self._put("predict")
+            self._apply("predict")
             self._guard("predict_function")
 
     def on_predict_end(self, logs: Any = None) -> None:
         """Give the model its weights back."""
-        self._take_back("predict")
+        self._restore_after("predict")
