@@ -57,18 +57,18 @@ class _Layout(NamedTuple):
 
     Attributes
     ----------
+    keys : str
+        Entries that every such state has.
     what : str
     reads : str
         The call that takes it.
-    keys : tuple of str
-        Entries that every such state has.
     prefix : str
         Prefix of its other entries.
     """
 
+    keys: str
     what: str
     reads: str
-    keys: tuple[str, ...]
     prefix: str = ""
 
 
@@ -76,63 +76,59 @@ _COMPAT: Final = "fastema.compat."
 
 _LAYOUTS: Final = (
     _Layout(
+        "decay num_updates shadow_params",
         "the state of torch_ema's ExponentialMovingAverage",
         f"{_COMPAT}torch_ema.ExponentialMovingAverage.load_state_dict",
-        ("decay", "num_updates", "shadow_params"),
     ),
     _Layout(
+        "optimization_step shadow_params",
         "the state of diffusers' EMAModel",
         f"{_COMPAT}diffusers.EMAModel.load_state_dict",
-        ("optimization_step", "shadow_params"),
     ),
     _Layout(
+        "averaging_state current_model_state state_dict",
         "a checkpoint of Lightning with an average",
-        "Trainer.fit(ckpt_path=...) with fastema.compat.lightning.WeightAveraging",
-        ("averaging_state", "current_model_state", "state_dict"),
+        f"Trainer.fit(ckpt_path=...) with {_COMPAT}lightning.WeightAveraging",
     ),
+    _Layout("pytorch-lightning_version", "a checkpoint of Lightning", "Trainer.fit(ckpt_path=...)"),
     _Layout(
-        "a checkpoint of Lightning", "Trainer.fit(ckpt_path=...)", ("pytorch-lightning_version",)
-    ),
-    _Layout(
+        "initted step",
         "the state of ema_pytorch's EMA",
         f"{_COMPAT}ema_pytorch.EMA.load_state_dict",
-        ("initted", "step"),
     ),
     _Layout(
+        "n_averaged",
         "the state of torch's AveragedModel",
         f"{_COMPAT}swa_utils.AveragedModel.load_state_dict",
-        ("n_averaged",),
         "module.",
     ),
     _Layout(
+        "steps",
         "the state of an average of MMEngine",
         f"{_COMPAT}mmengine.ExponentialMovingAverage.load_state_dict",
-        ("steps",),
         "module.",
     ),
     _Layout(
-        "a checkpoint of timm",
-        f"{_COMPAT}timm.ModelEma(model, resume=path)",
-        ("state_dict_ema",),
+        "state_dict_ema", "a checkpoint of timm", f"{_COMPAT}timm.ModelEma(model, resume=path)"
     ),
     _Layout(
+        "ema current_step every_n_steps",
         "a checkpoint of NeMo's EMAOptimizer",
         f"{_COMPAT}nemo.load",
-        ("ema", "current_step", "every_n_steps"),
     ),
-    _Layout("a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load", ("ema", "updates")),
-    _Layout("the state of Composer's EMA", f"{_COMPAT}composer.load", ("ema_model",)),
-    _Layout("a checkpoint of D2Go", f"{_COMPAT}d2go.load", ("ema_state",)),
+    _Layout("ema updates", "a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load"),
+    _Layout("ema_model", "the state of Composer's EMA", f"{_COMPAT}composer.load"),
+    _Layout("ema_state", "a checkpoint of D2Go", f"{_COMPAT}d2go.load"),
     _Layout(
+        "decay num_updates",
         "the state of Stable Diffusion's LitEma",
         f"{_COMPAT}litema.LitEma.load_state_dict",
-        ("decay", "num_updates"),
     ),
     _Layout(
+        "",
         "a model's state with the names of a wrapper: timm's ModelEmaV2 and ModelEmaV3, or "
         "DataParallel",
         f"{_COMPAT}timm.ModelEmaV3.load_state_dict",
-        (),
         "module.",
     ),
 )
@@ -175,9 +171,10 @@ def what_it_is(state: Any) -> str:
 
 
 def _fits(state: Mapping[Any, Any], layout: _Layout) -> bool:
-    others = [name for name in state if name not in layout.keys]
+    keys = layout.keys.split()
+    others = [name for name in state if name not in keys]
     return (
-        all(key in state for key in layout.keys)
+        all(key in state for key in keys)
         and (not layout.prefix or bool(others))
         and all(isinstance(name, str) and name.startswith(layout.prefix) for name in others)
     )
