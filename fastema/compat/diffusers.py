@@ -22,9 +22,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
+from fastema.compat.lists import ListAverage, as_list, loaded, moved, write
 from fastema.compat.shares import refuse_no_share
-from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
+from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
 __all__ = ["EMAModel"]
 
@@ -40,13 +40,11 @@ _KINDS: Final[dict[str, type]] = {
 """What a state holds besides the tensors; in a saved model, entries of its configuration."""
 
 
-class EMAModel:
+class EMAModel(ListAverage):
     """Exponential moving average of parameters, with the names and the state of diffusers' class.
 
     At the n-th step ``shadow += (1 - d) * (x - shadow)``, computed in float32 (float64 where either
-    side is). With ``s = max(0, n - update_after_step - 1)`` the decay ``d`` is 0 as long as
-    ``s = 0``, then ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, else
-    ``(1 + s) / (10 + s)``; never above ``decay``, and never below ``min_decay``.
+    side is), with the decay ``d`` of :meth:`get_decay`.
 
     Parameters
     ----------
@@ -54,11 +52,10 @@ class EMAModel:
         Such as ``model.parameters()``, of any shapes and dtypes. Those that require no gradient
         are copied at each step, and so are integers. None of them is kept. A module is accepted, as
         in diffusers, with a ``FutureWarning``, and turns ``use_ema_warmup`` on.
-    decay : float
-        The highest weight of the old average, in [0, 1].
-    min_decay : float
-        The lowest from the second step after ``update_after_step`` on, in [0, 1].
-        ``min_decay=decay`` makes the decay constant, which it never is otherwise.
+    decay, min_decay : float
+        The highest weight of the old average, and the lowest from the second step after
+        ``update_after_step`` on, in [0, 1]. ``min_decay=decay`` makes the decay constant, which it
+        never is otherwise.
     update_after_step : int
         Steps until which the average is the parameters themselves.
     use_ema_warmup : bool
@@ -86,7 +83,7 @@ model_config
     shadow_params : list of Tensor
         The averages, in the order and, until :meth:`to`, with the dtypes of the parameters.
     temp_stored_params : list of Tensor or None
-        What :meth:`store` stored.
+        What :meth:`store` stored, in the host's memory.
 
     Raises
     ------
@@ -95,24 +92,11 @@ model_config
 
     Notes
     -----
-    Where it differs from diffusers 0.42.1, for the same script:
-
-    - 16-bit averages are rounded at random, without bias; rounded to nearest they stand still as
-      soon as an update is smaller than half their last place. The bits are a function of
-      ``optimization_step``, the parameter's place in the list and the element's in the tensor: a
-      resumed run has the same.
-    - :meth:`load_state_dict` takes copies, keeps the wider of the dtypes that the saved and the
-      present averages have, and the devices that these are on.
-    - Lists of another length and tensors of other shapes are refused, naming them, before anything
-      is written. There, what is too many was left out, and a smaller tensor broadcast.
-    - :meth:`store` refuses to let go of stored weights that :meth:`copy_to` has written over.
-    - A ``min_decay`` of 0, an ``int``, can be saved and loaded again.
-    - Averages on another device than the parameters are updated there, from a copy of these.
-    - The parameters that DeepSpeed's ZeRO-3 spreads over processes are not gathered, there they
-      are: call :meth:`step` within ``deepspeed.zero.GatheredParameters(parameters)``.
-    - A call that fails has changed nothing, and is not counted.
-
-    Source: diffusers 0.42.1, ``diffusers.training_utils.EMAModel``.
+    Random bits are a function of ``optimization_step``, the parameter's place in the list and the
+    element's in the tensor. Where it differs from diffusers 0.42.1, ``docs/drop-in.md`` aside:
+    :meth:`load_state_dict` takes copies, in the wider of the dtypes that the saved and the present
+    averages have, on the devices of these; a ``min_decay`` of 0, an ``int``, can be saved and
+    loaded again; averages on another device than the parameters are updated there, from a copy.
 
     Examples
     --------
@@ -124,6 +108,10 @@ model_config
     >>> ema.shadow_params, ema.cur_decay_value
     ([tensor([3.2500])], 0.75)
     """
+
+    temp_stored_params: list[Tensor] | None
+    _stored_as = "temp_stored_params"
+    _stored_on = "cpu"
 
     def __init__(
         self,
@@ -153,12 +141,10 @@ model_config
             min_decay = kwargs["min_value"]
         refuse_no_share(decay, "decay")
         refuse_no_share(min_decay, "min_decay")
-        self._follower = ListFollower()
-        self.shadow_params = clones(as_list(parameters, "EMAModel(parameters)"))
+        super().__init__(as_list(parameters, "EMAModel(parameters)"))
         if kwargs.get("device") is not None:
             _deprecated("device", "EMAModel", "to()")
             self.to(device=kwargs["device"])
-        self.temp_stored_params: list[Tensor] | None = None
         self.decay = decay
         self.min_decay = min_decay
         self.update_after_step = update_after_step
@@ -170,30 +156,16 @@ model_config
         self.foreach = foreach
         self.model_cls = model_cls
         self.model_config = model_config
-        self._stored = Stored()
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """The averages."""
-        return self._shadow
-
-    @shadow_params.setter
-    def shadow_params(self, tensors: list[Tensor]) -> None:
-        self._shadow = tensors
-        self._follower.let_go()
-
-    # -- training ---------------------------------------------------------------------------------
 
     def get_decay(self, optimization_step: int) -> float:
-        """Weight of the old average at a step.
+        """Weight of the old average at a step, counted from 1.
 
-        Parameters
-        ----------
-        optimization_step : int
-            From 1.
+        With ``s = max(0, step - update_after_step - 1)`` it is 0 where ``s = 0``, else
+        ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, or ``(1 + s) / (10 + s)``; at
+        most ``decay`` and at least ``min_decay``.
         """
         step = max(0, optimization_step - self.update_after_step - 1)
-        if step <= 0:
+        if not step:
             return 0.0
         if self.use_ema_warmup:
             grown = 1 - (1 + step / self.inv_gamma) ** -self.power
@@ -204,11 +176,8 @@ model_config
     def step(self, parameters: Iterable[Tensor]) -> None:
         """Take the current parameters into the average; call it after ``optimizer.step()``.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-            As many as the average was built from, of the same shapes. Whether one requires a
-            gradient is looked at now. A module is accepted with a ``FutureWarning``.
+        Whether one requires a gradient is looked at now. A module is accepted with a
+        ``FutureWarning``.
 
         Raises
         ------
@@ -220,12 +189,12 @@ model_config
         if isinstance(parameters, torch.nn.Module):
             _deprecated("a torch.nn.Module", "EMAModel.step", "its parameters()")
             parameters = parameters.parameters()
-        weights = as_list(parameters, "step")
+        weights = self._all(parameters, "step")
         step = self.optimization_step + 1
         decay = float(self.get_decay(step))
         frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)
         try:
-            self._follower.update(self.shadow_params, weights, 1 - decay, step, frozen)
+            self._follower.update(self._shadow, weights, 1 - decay, step, frozen)
         except LayoutError:
             if any(hasattr(one, "ds_id") for one in weights):
                 raise LayoutError(
@@ -235,66 +204,13 @@ model_config
             raise
         self.optimization_step, self.cur_decay_value = step, decay
 
-    # -- the average in the model -----------------------------------------------------------------
-
-    def copy_to(self, parameters: Iterable[Tensor]) -> None:
-        """Write the average into parameters, rounded to their dtypes.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-            See :meth:`step`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`step`.
-        """
-        weights = as_list(parameters, "copy_to")
-        write(self.shadow_params, weights, "copy_to")
-        self._stored.overwritten(weights)
-
-    def store(self, parameters: Iterable[Tensor]) -> None:
-        """Keep a copy of parameters for :meth:`restore`: in the host's memory, as in diffusers.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-
-        Raises
-        ------
-        ArgumentError
-            If they are no tensors.
-        StateError
-            If what was stored before was then written over by :meth:`copy_to`, and would be lost.
-        """
-        weights = as_list(parameters, "store")
-        if self.temp_stored_params is not None:
-            self._stored.refuse_loss("temp_stored_params")
-        self.temp_stored_params = clones(weights, "cpu")
-        self._stored.stored(weights)
-
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write what :meth:`store` kept into parameters, to the bit, and let go of it.
+        """Write what :meth:`store` kept into parameters, to the bit, and keep it no longer.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-            As were stored.
-
-        Raises
-        ------
-        StateError
-            Without :meth:`store`.
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`step`; what was stored is kept.
+        Raises as :meth:`copy_to`, and a StateError without :meth:`store`.
         """
-        if self.temp_stored_params is None:
-            raise StateError("restore() without store(): there are no weights to put back")
-        write(self.temp_stored_params, as_list(parameters, "restore"), "restore")
+        super().restore(parameters)
         self.temp_stored_params = None
-
-    # -- the average ------------------------------------------------------------------------------
 
     def to(
         self,
@@ -305,36 +221,20 @@ model_config
         """Move the averages to a device; cast those that are floats.
 
         Averages that are not where the parameters are cost a copy of the parameters at each step.
-
-        Parameters
-        ----------
-        device : device, optional
-        dtype : torch.dtype, optional
-        non_blocking : bool
-            As of ``torch.Tensor.to``. What a GPU copies to the host is there once the GPU was
-            waited for, as :meth:`step` does.
+        With ``non_blocking``, what a GPU copies to the host is there once the GPU was waited for,
+        as :meth:`step` does.
         """
         self.shadow_params = moved(self.shadow_params, device, dtype, non_blocking)
 
     def pin_memory(self) -> None:
         """Move the averages to pinned memory of the host, from where a GPU copies without waiting.
 
-        Raises
-        ------
-        RuntimeError
-            Of torch, without a GPU.
+        Raises torch's ``RuntimeError`` without a GPU.
         """
         self.shadow_params = [one.pin_memory() for one in self.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the schedule and the tensors themselves, not copies of them.
-
-        Returns
-        -------
-        dict
-            ``"decay"``, ``"min_decay"``, ``"optimization_step"``, ``"update_after_step"``,
-            ``"use_ema_warmup"``, ``"inv_gamma"``, ``"power"``, ``"shadow_params"``.
-        """
+        """The counters, the schedule and the tensors themselves, not copies of them."""
         state = {name: getattr(self, name) for name in _KINDS}
         # diffusers refuses an int where it loads, though not where it is given.
         state["min_decay"] = float(self.min_decay)
@@ -343,10 +243,7 @@ model_config
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over copies of a saved average, of this class or of diffusers'.
 
-        Parameters
-        ----------
-        state_dict : dict
-            Of :meth:`state_dict`; what is missing stays as it is.
+        What is missing stays as it is.
 
         Raises
         ------
@@ -372,19 +269,8 @@ model_config
     def from_pretrained(cls, path: str | Path, model_cls: Any, foreach: bool = False) -> EMAModel:
         """Load an average that :meth:`save_pretrained`, of this class or of diffusers', wrote.
 
-        Parameters
-        ----------
-        path : str or Path
-            The folder, or whatever else ``model_cls.from_pretrained`` takes.
-        model_cls : type
-            Of the diffusers model.
-        foreach : bool
-            Of the constructor.
-
-        Raises
-        ------
-        CheckpointError
-            If a counter in the configuration is not what it should be.
+        ``path`` is whatever ``model_cls.from_pretrained`` takes. Raises a CheckpointError if a
+        counter in the configuration is not what it should be.
         """
         config = model_cls.load_config(path)
         model = model_cls.from_pretrained(path)
@@ -397,17 +283,8 @@ model_config
     def save_pretrained(self, path: str | Path) -> None:
         """Save the average as a diffusers model, with counters and schedule in its ``config.json``.
 
-        Parameters
-        ----------
-        path : str or Path
-            A folder, made where there is none.
-
-        Raises
-        ------
-        ArgumentError
-            Without ``model_cls`` or ``model_config``.
-        LayoutError
-            If the average is of another model; nothing was written.
+        Raises an ArgumentError without ``model_cls`` or ``model_config``, and a LayoutError if the
+        average is of another model; nothing was written then.
         """
         for name in ("model_cls", "model_config"):
             if getattr(self, name) is None:

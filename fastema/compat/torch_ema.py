@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
+from fastema.compat.lists import ListAverage, as_list, clones, loaded, moved, write
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.blocks import RestoringBlock, Steps
-from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
+from fastema.errors import ArgumentError, CheckpointError
 
 __all__ = ["ExponentialMovingAverage"]
 
 _NARROW = torch.float16, torch.bfloat16
 
 
-class ExponentialMovingAverage:
+class ExponentialMovingAverage(ListAverage):
     """Exponential moving average of parameters, with torch_ema's names and its state.
 
     At the n-th update ``shadow += (1 - d) * (x - shadow)`` with ``d = min(decay, (1 + n) / (10 +
@@ -42,14 +42,12 @@ class ExponentialMovingAverage:
         Such as ``model.parameters()``, of any shapes and dtypes. All of them are averaged, whether
         they require a gradient or not; integers are copied. Only weak references to them are kept.
     decay : float
-        Weight of the old average, in [0, 1].
+        Weight of the old average, in [0, 1]; may be set between updates.
     use_num_updates : bool
         Begin with a smaller decay that grows with the number of updates.
 
     Attributes
     ----------
-    decay : float
-        May be set between updates.
     num_updates : int or None
         Updates so far; None without ``use_num_updates``.
     shadow_params : list of Tensor
@@ -64,28 +62,17 @@ class ExponentialMovingAverage:
 
     Notes
     -----
-    Where it differs from torch_ema 0.3, for the same script:
+    Random bits are a function of ``num_updates``, the parameter's place in the list and the
+    element's in the tensor. Where it differs from torch_ema 0.3, ``docs/drop-in.md`` aside:
 
-    - 16-bit averages are rounded at random, without bias; rounded to nearest they stand still as
-      soon as an update is smaller than half their last place. The bits are a function of
-      ``num_updates``, the parameter's place in the list and the element's in the tensor: a resumed
-      run has the same. Without ``use_num_updates`` the state of a 16-bit average holds
-      ``"num_calls"`` besides for that, which torch_ema ignores.
-    - :meth:`load_state_dict` keeps the wider of the dtypes that the saved and the present averages
-      have. There, every resumption rounded a float32 average of a bfloat16 model to bfloat16.
-    - It, :meth:`copy_to` and :meth:`restore` refuse tensors of other shapes, naming them, before
-      anything is written. There, they were taken, or broadcast, up to where one did not fit.
-    - :meth:`average_parameters` leaves ``collected_params`` alone, and can be nested; one inside
-      another lost the weights there.
-    - :meth:`store` refuses to let go of stored weights that :meth:`copy_to` has written over.
-      What it stores can be copied and loaded; there it is part of autograd's graph, and a state
-      saved before :meth:`restore` was refused.
+    - Without ``use_num_updates`` the state of a 16-bit average holds ``"num_calls"``, which
+      torch_ema ignores.
+    - :meth:`load_state_dict`, :meth:`copy_to` and :meth:`restore` refuse tensors of other shapes;
+      there they were taken, or broadcast, up to where one did not fit.
+    - What :meth:`store` stores can be copied and loaded; there it is part of autograd's graph.
     - Integers are copied, where an update failed there.
-    - It can be pickled, there it cannot. Pickled together with the model it goes on with that
-      model's parameters; by itself, the parameters have to be given to each call afterwards.
-    - A call that fails has changed nothing, and is not counted.
-
-    Source: torch_ema 0.3, ``torch_ema.ExponentialMovingAverage``.
+    - It can be pickled. Pickled together with the model it goes on with that model's parameters; by
+      itself, the parameters have to be given to each call afterwards.
 
     Examples
     --------
@@ -98,39 +85,23 @@ class ExponentialMovingAverage:
     [tensor([2.1000])]
     """
 
+    collected_params: list[Tensor] | None
+    _stored_as = "collected_params"
+
     def __init__(
         self, parameters: Iterable[Tensor], decay: float, use_num_updates: bool = True
     ) -> None:
         refuse_no_share(decay, "decay")
+        weights = as_list(parameters, "ExponentialMovingAverage(parameters)")
+        super().__init__(weights)
         self.decay = decay
         self.num_updates: int | None = 0 if use_num_updates else None
-        weights = as_list(parameters, "ExponentialMovingAverage(parameters)")
-        self._shadow = clones(weights)
-        self.collected_params: list[Tensor] | None = None
         self._references = [_Reference(one) for one in weights]
         self._num_calls = 0
-        self._follower = ListFollower()
-        self._stored = Stored()
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """The averages."""
-        return self._shadow
-
-    @shadow_params.setter
-    def shadow_params(self, tensors: Iterable[Tensor]) -> None:
-        self._shadow = as_list(tensors, "shadow_params")
-        self._follower.let_go()
 
     def _get_parameters(self, parameters: Iterable[Tensor] | None, call: str) -> list[Tensor]:
         if parameters is not None:
-            given = as_list(parameters, call)
-            if len(given) != len(self._shadow):
-                raise LayoutError(
-                    f"{call}: {len(given)} parameters were given, the average is of "
-                    f"{len(self._shadow)}: give all that it was built from, in the same order"
-                )
-            return given
+            return self._all(parameters, call)
         known = [reference() for reference in self._references]
         alive = [one for one in known if one is not None]
         if len(alive) < len(known):
@@ -140,15 +111,14 @@ class ExponentialMovingAverage:
             )
         return alive
 
-    # -- training ---------------------------------------------------------------------------------
-
     def update(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Take the current parameters into the average; call it after ``optimizer.step()``.
 
         Parameters
         ----------
         parameters : iterable of Tensor, optional
-            By default those that the average was built from; else as many, of the same shapes.
+            By default those that the average was built from; else as many, of the same shapes. The
+            same for all other methods.
 
         Raises
         ------
@@ -168,66 +138,24 @@ class ExponentialMovingAverage:
         if self.num_updates is not None:
             self.num_updates = step
 
-    # -- the average in the model -----------------------------------------------------------------
-
     def copy_to(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Write the average into parameters, rounded to their dtypes.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`update`.
-        """
-        weights = self._get_parameters(parameters, "copy_to")
-        write(self.shadow_params, weights, "copy_to")
-        self._stored.overwritten(weights)
+        """Write the average into parameters, rounded to their dtypes; raises as :meth:`update`."""
+        super().copy_to(self._get_parameters(parameters, "copy_to"))
 
     def store(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Keep a copy of parameters for :meth:`restore`, in ``collected_params``.
+        """Keep a copy of parameters for :meth:`restore`; raises as :meth:`update`.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError
-            See :meth:`update`.
-        StateError
-            If what was stored before was then written over by :meth:`copy_to`, and would be lost.
-            Inside :meth:`average_parameters`.
+        A StateError where weights would be lost that :meth:`copy_to` has written over.
         """
-        weights = self._get_parameters(parameters, "store")
-        if self.collected_params is not None:
-            self._stored.refuse_loss("collected_params")
-        self.collected_params = clones(weights)
-        self._stored.stored(weights)
+        super().store(self._get_parameters(parameters, "store"))
 
     def restore(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Write what :meth:`store` kept into parameters. It is kept on, and can be restored again.
+        """Write what :meth:`store` kept into parameters, again and again if need be.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        StateError
-            Without :meth:`store`.
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`update`.
+        Raises as :meth:`update`, and a StateError without :meth:`store`.
         """
-        if self.collected_params is None:
-            raise StateError("restore() without store(): there are no weights to put back")
-        write(self.collected_params, self._get_parameters(parameters, "restore"), "restore")
-        self._stored.restored()
+        self._stored.kept(self)
+        super().restore(self._get_parameters(parameters, "restore"))
 
     def average_parameters(
         self, parameters: Iterable[Tensor] | None = None
@@ -235,17 +163,7 @@ class ExponentialMovingAverage:
         """A block in which the parameters hold the average; the weights come back however it ends.
 
         A copy of the weights is kept for the block, as there. They come back bit for bit, also
-        into parameters that were moved, cast or re-pointed inside it.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`update`.
+        into parameters that were moved, cast or re-pointed inside it. Raises as :meth:`update`.
         """
 
         def prepare() -> Steps[None]:
@@ -258,8 +176,6 @@ class ExponentialMovingAverage:
 
         return RestoringBlock(prepare)
 
-    # -- the average ------------------------------------------------------------------------------
-
     def to(
         self,
         device: torch.device | str | int | None = None,
@@ -268,11 +184,6 @@ class ExponentialMovingAverage:
         """Move averages, and stored weights, to a device; cast those that are floats.
 
         Averages that are not where the parameters are cost a copy of the parameters at each update.
-
-        Parameters
-        ----------
-        device : device, optional
-        dtype : torch.dtype, optional
         """
         shadow = moved(self._shadow, device, dtype)
         if self.collected_params is not None:
@@ -280,14 +191,7 @@ class ExponentialMovingAverage:
         self.shadow_params = shadow
 
     def state_dict(self) -> dict[str, Any]:
-        """The decay, the number of updates and the tensors themselves, not copies of them.
-
-        Returns
-        -------
-        dict
-            ``"decay"``, ``"num_updates"``, ``"shadow_params"``, ``"collected_params"``; for 16-bit
-            averages without ``use_num_updates`` also ``"num_calls"``.
-        """
+        """The decay, the number of updates and the tensors themselves, not copies of them."""
         state = {
             "decay": self.decay,
             "num_updates": self.num_updates,
@@ -303,11 +207,6 @@ class ExponentialMovingAverage:
 
         They come to lie where the parameters are (the present averages, if those are gone), in the
         wider of the dtypes that they and the present averages have.
-
-        Parameters
-        ----------
-        state_dict : dict
-            Of :meth:`state_dict`.
 
         Raises
         ------
@@ -334,7 +233,7 @@ class ExponentialMovingAverage:
         self.decay, self.num_updates = decay, num_updates
         self._num_calls = int(state_dict.get("num_calls") or num_updates or 0)
         self.shadow_params, self.collected_params = shadow, collected
-        self._stored.restored()
+        self._stored.forget()
 
 
 class _Reference(weakref.ref[Tensor]):
