@@ -32,7 +32,7 @@ class _Known:
         self.calls = 0
 
     def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
-        """Update averages by name, and those that have further names in the model."""
+        """Update averages by name, those too that have further names in the model."""
         if self.names != averages.keys():
             self.names, self.tied = frozenset(averages), _tied(model, averages)
             self.follower = NamedFollower([*averages, *self.tied])
@@ -75,6 +75,10 @@ def _averages(ema_model: Any) -> dict[str, Tensor]:
 def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> None:
     """``ema = smoothing * ema + (1 - smoothing) * model`` in place, for parameters and buffers.
 
+    The function of ``composer/algorithms/ema/ema.py``, version 0.32. There a tensor that one side
+    lacks is left out silently; here only what is frozen, or a buffer, may have no average. Random
+    bits depend on the number of calls with this ``ema_model``; a resumed run draws others.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -86,20 +90,11 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
 
     Raises
     ------
-    ArgumentError
-        For a ``smoothing`` out of range.
     LayoutError
         Naming the averages that the model lacks, the trained parameters that have no average, and
         those of which the shapes differ; nothing was written.
-    BridgeError
-        For an ``ema_model`` that is neither.
-
-    Notes
-    -----
-    The function of ``composer/algorithms/ema/ema.py``, version 0.32. There a tensor that one side
-    lacks is left out silently; here only what is frozen, or a buffer, may have no average. Random
-    bits of 16-bit averages depend on the number of calls with this ``ema_model`` so far; a resumed
-    run draws others.
+    ArgumentError, BridgeError
+        For a ``smoothing`` out of range; for another kind of ``ema_model``.
 
     Examples
     --------
@@ -120,6 +115,12 @@ def rule(
 ) -> Aligned:
     """The schedule of Composer's ``EMA``: ``smoothing = 2 ** (-update_interval / half_life)``.
 
+    It is the decay per batch (or epoch), for ``fastema.EMA(model, decay=rule(...), update_every=k,
+    buffers="average", start_after=1)``, with ``k`` the number in ``update_interval``; call
+    ``update()`` once per batch (or epoch). As with Composer's ``ema_start="0.0dur"`` the average
+    begins with the weights after the first batch, and is updated after the batches whose number is
+    a multiple of ``k``, with the same weights. For ``ema_start="50ba"`` it is ``start_after=50``.
+
     Parameters
     ----------
     half_life : str, optional
@@ -128,16 +129,6 @@ def rule(
         In its place: the weight of the old average in an update, in (0, 1).
     update_interval : str, optional
         In the same unit; one of it by default.
-
-    Returns
-    -------
-    Aligned
-        Decay per batch (or epoch), for ``fastema.EMA(model, decay=rule(...), update_every=k,
-        buffers="average", start_after=1)``, with ``k`` the number in ``update_interval``; call
-        ``update()`` once per batch (or epoch). As with Composer's ``ema_start="0.0dur"`` the
-        average begins with the weights after the first batch, and is updated after the batches
-        whose number is a multiple of ``k``, with the same weights. For ``ema_start="50ba"`` it is
-        ``start_after=50``.
 
     Raises
     ------
@@ -179,7 +170,7 @@ def _time(value: str, name: str) -> tuple[int, str]:
 
 
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
-    """Take over the average of a checkpoint of Composer.
+    """Take over the average of a checkpoint of Composer; raises as ``d2go.load``.
 
     A checkpoint that Composer wrote in training has average and weights in each other's places,
     ``ema_weights_active``: the average is then taken from the model's state.
@@ -192,41 +183,19 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
         Of a ``Trainer``, or the state of its ``EMA`` algorithm alone.
     num_updates : int, optional
         Batches of the run; by default those in the checkpoint, or else what ``ema`` has.
-
-    Raises
-    ------
-    CheckpointError
-        Naming every tensor that does not fit; if there is no average, or something is not what
-        Composer writes; if average and weights have changed places and the model's state is
-        missing. Nothing was changed.
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves, or an invalid ``num_updates``.
-    StateError
-        While the average is applied.
     """
     LAYOUTS["composer"].load(ema, checkpoint, num_updates=num_updates)
 
 
 def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
-    """The state of Composer's ``EMA`` algorithm with this average.
+    """The state of Composer's ``EMA`` algorithm with this average, for its ``load_state_dict``.
 
     Parameters
     ----------
     ema : EMA
+        With one average, not in two halves; else an ArgumentError.
     model : torch.nn.Module
-        The state is to hold all of its buffers, those that ``ema`` leaves out too.
-
-    Returns
-    -------
-    dict
-        For ``algorithm.load_state_dict``: ``ema_model`` with copies of the trained parameters and
-        of all buffers, ``ema_weights_active=False`` and ``ema_started=True``.
-
-    Raises
-    ------
-    CheckpointError
-        If the model has trained parameters that are not averaged.
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves.
+        The state holds copies of all its buffers and of its trained parameters' averages; a
+        CheckpointError names those that are not averaged.
     """
     return LAYOUTS["composer"].export(ema, model)

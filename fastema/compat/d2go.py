@@ -37,25 +37,17 @@ class WarmUp(Rule):
 def rule(decay: float = 0.999, decay_warm_up_factor: float = -1) -> Rule:
     """The schedule of D2Go's ``EMAUpdater``: ``min(decay, (1 + n) / (factor + n))``.
 
+    It is for ``fastema.EMA(model, decay=rule(...), frozen="average", buffers="average")``: D2Go
+    averages frozen parameters and buffers unless ``INCLUDE_FROZEN`` and ``INCLUDE_BUFFER`` say
+    otherwise (``"skip"``).
+
     Parameters
     ----------
     decay : float
-        ``MODEL_EMA.DECAY``, in [0, 1).
+        ``MODEL_EMA.DECAY``, in [0, 1); else an ArgumentError.
     decay_warm_up_factor : float
         ``MODEL_EMA.DECAY_WARM_UP_FACTOR``; below 0 the decay is the same at every step. Up to 1
         it has no effect either: the fraction is then never below 1.
-
-    Returns
-    -------
-    Rule
-        For ``fastema.EMA(model, decay=rule(...), frozen="average", buffers="average")``: D2Go
-        averages frozen parameters and buffers unless ``INCLUDE_FROZEN`` and ``INCLUDE_BUFFER`` say
-        otherwise (``"skip"``).
-
-    Raises
-    ------
-    ArgumentError
-        For a decay out of range, or a factor that is no number.
 
     Examples
     --------
@@ -86,11 +78,11 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     Raises
     ------
     CheckpointError
-        Naming every tensor that does not fit; nothing was changed.
+        Naming every tensor that does not fit, or what is not as the peer writes it.
     ArgumentError
         For an ``ema`` with several averages, or one in two halves, or an invalid ``num_updates``.
     StateError
-        While the average is applied.
+        While the average is applied. Nothing was changed then, as with the other errors.
     """
     LAYOUTS["d2go"].load(ema, checkpoint, num_updates=num_updates)
 

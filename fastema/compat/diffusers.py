@@ -1,15 +1,4 @@
-"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it.
-
-Change the import and nothing else:
-
->>> from fastema.compat.diffusers import EMAModel
->>> model = torch.nn.Linear(8, 4)
->>> ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
->>> ema.step(model.parameters())               # after every optimizer step
->>> ema.store(model.parameters())              # to validate with the average
->>> ema.copy_to(model.parameters())
->>> ema.restore(model.parameters())
-"""
+"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it."""
 
 from __future__ import annotations
 
@@ -39,6 +28,9 @@ _KINDS: Final[dict[str, type]] = {
 }
 """What a state holds besides the tensors; in a saved model, entries of its configuration."""
 
+_RENAMED: Final = {"max_value": "decay", "min_value": "min_decay", "device": "to()"}
+"""Deprecated arguments, and what diffusers says to use instead."""
+
 
 class EMAModel(ListAverage):
     """Exponential moving average of parameters, with the names and the state of diffusers' class.
@@ -50,12 +42,11 @@ class EMAModel(ListAverage):
     ----------
     parameters : iterable of Tensor
         Such as ``model.parameters()``, of any shapes and dtypes. Those that require no gradient
-        are copied at each step, and so are integers. None of them is kept. A module is accepted, as
-        in diffusers, with a ``FutureWarning``, and turns ``use_ema_warmup`` on.
+        are copied at each step, and so are integers. None of them is kept.
     decay, min_decay : float
         The highest weight of the old average, and the lowest from the second step after
-        ``update_after_step`` on, in [0, 1]. ``min_decay=decay`` makes the decay constant, which it
-        never is otherwise.
+        ``update_after_step`` on, in [0, 1], else an ArgumentError. ``min_decay=decay`` makes the
+        decay constant, which it never is otherwise.
     update_after_step : int
         Steps until which the average is the parameters themselves.
     use_ema_warmup : bool
@@ -68,35 +59,23 @@ class EMAModel(ListAverage):
     model_cls, model_config : type, dict
         The diffusers model, for :meth:`save_pretrained`.
     **kwargs
-        ``max_value``, ``min_value`` and ``device``, with a ``FutureWarning``: use ``decay``,
-        ``min_decay`` and :meth:`to`. Others are ignored, with a warning.
+        What is deprecated in diffusers, a module as ``parameters`` too, works with a
+        ``FutureWarning``; others are ignored, with a warning.
 
     Attributes
     ----------
-    decay, min_decay, update_after_step, use_ema_warmup, inv_gamma, power, foreach, model_cls, \
-model_config
-        As given; may be set between steps.
-    optimization_step : int
-        Steps so far.
-    cur_decay_value : float or None
-        Decay of the latest step.
-    shadow_params : list of Tensor
-        The averages, in the order and, until :meth:`to`, with the dtypes of the parameters.
-    temp_stored_params : list of Tensor or None
-        What :meth:`store` stored, in the host's memory.
-
-    Raises
-    ------
-    ArgumentError
-        If a decay is not in [0, 1], or ``parameters`` is no iterable of tensors.
+    optimization_step, cur_decay_value : int, float or None
+        Steps so far, and the decay of the latest.
+    shadow_params, temp_stored_params : list of Tensor
+        The averages, and what :meth:`store` stored in the host's memory, if any.
 
     Notes
     -----
-    Random bits are a function of ``optimization_step``, the parameter's place in the list and the
-    element's in the tensor. Where it differs from diffusers 0.42.1, ``docs/drop-in.md`` aside:
-    :meth:`load_state_dict` takes copies, in the wider of the dtypes that the saved and the present
-    averages have, on the devices of these; a ``min_decay`` of 0, an ``int``, can be saved and
-    loaded again; averages on another device than the parameters are updated there, from a copy.
+    The other parameters are attributes that may be set between steps. Random bits are a function of
+    ``optimization_step``, the parameter's place in the list and the element's in the tensor. Where
+    it differs from diffusers 0.42.1, ``docs/drop-in.md`` aside: :meth:`load_state_dict` takes
+    copies, on the devices of the present averages; a ``min_decay`` of 0, an ``int``, can be saved
+    and loaded again; averages on another device than the parameters are updated there.
 
     Examples
     --------
@@ -130,21 +109,19 @@ model_config
         if isinstance(parameters, torch.nn.Module):
             _deprecated("a torch.nn.Module", "EMAModel", "its parameters()")
             parameters, use_ema_warmup = parameters.parameters(), True
-        unknown = sorted(set(kwargs) - {"max_value", "min_value", "device"})
+        unknown = sorted(kwargs.keys() - _RENAMED.keys())
         if unknown:
             warnings.warn(f"EMAModel ignores {', '.join(unknown)}", stacklevel=2)
-        if kwargs.get("max_value") is not None:
-            _deprecated("max_value", "EMAModel", "decay")
-            decay = kwargs["max_value"]
-        if kwargs.get("min_value") is not None:
-            _deprecated("min_value", "EMAModel", "min_decay")
-            min_decay = kwargs["min_value"]
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        for name, instead in _RENAMED.items():
+            if name in given:
+                _deprecated(name, "EMAModel", instead)
+        decay, min_decay = given.get("max_value", decay), given.get("min_value", min_decay)
         refuse_no_share(decay, "decay")
         refuse_no_share(min_decay, "min_decay")
         super().__init__(as_list(parameters, "EMAModel(parameters)"))
-        if kwargs.get("device") is not None:
-            _deprecated("device", "EMAModel", "to()")
-            self.to(device=kwargs["device"])
+        if "device" in given:
+            self.to(device=given["device"])
         self.decay = decay
         self.min_decay = min_decay
         self.update_after_step = update_after_step
@@ -176,8 +153,7 @@ model_config
     def step(self, parameters: Iterable[Tensor]) -> None:
         """Take the current parameters into the average; call it after ``optimizer.step()``.
 
-        Whether one requires a gradient is looked at now. A module is accepted with a
-        ``FutureWarning``.
+        Whether one requires a gradient is looked at now.
 
         Raises
         ------
@@ -205,10 +181,7 @@ model_config
         self.optimization_step, self.cur_decay_value = step, decay
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write what :meth:`store` kept into parameters, to the bit, and keep it no longer.
-
-        Raises as :meth:`copy_to`, and a StateError without :meth:`store`.
-        """
+        """Write what :meth:`store` kept into parameters, to the bit, and keep it no longer."""
         super().restore(parameters)
         self.temp_stored_params = None
 
@@ -221,16 +194,13 @@ model_config
         """Move the averages to a device; cast those that are floats.
 
         Averages that are not where the parameters are cost a copy of the parameters at each step.
-        With ``non_blocking``, what a GPU copies to the host is there once the GPU was waited for,
-        as :meth:`step` does.
+        What a GPU copies to the host, ``non_blocking``, is there once the GPU was waited for, as
+        :meth:`step` does.
         """
         self.shadow_params = moved(self.shadow_params, device, dtype, non_blocking)
 
     def pin_memory(self) -> None:
-        """Move the averages to pinned memory of the host, from where a GPU copies without waiting.
-
-        Raises torch's ``RuntimeError`` without a GPU.
-        """
+        """Move the averages to pinned memory of the host, where a GPU copies without waiting."""
         self.shadow_params = [one.pin_memory() for one in self.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,16 +211,10 @@ model_config
         return {**state, "shadow_params": self.shadow_params}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over copies of a saved average, of this class or of diffusers'.
+        """Take over copies of a saved average, of this class or diffusers'; what is missing stays.
 
-        What is missing stays as it is.
-
-        Raises
-        ------
-        CheckpointError
-            If an entry is not what it should be.
-        LayoutError
-            Listing the tensors that differ in number, shape or kind.
+        A CheckpointError if an entry is not what it should be, a LayoutError that lists the tensors
+        that differ; nothing was changed then.
         """
         found = {name: state_dict.get(name, getattr(self, name)) for name in _KINDS}
         for name, value in found.items():
@@ -269,8 +233,7 @@ model_config
     def from_pretrained(cls, path: str | Path, model_cls: Any, foreach: bool = False) -> EMAModel:
         """Load an average that :meth:`save_pretrained`, of this class or of diffusers', wrote.
 
-        ``path`` is whatever ``model_cls.from_pretrained`` takes. Raises a CheckpointError if a
-        counter in the configuration is not what it should be.
+        A CheckpointError if a counter in the configuration is not what it should be.
         """
         config = model_cls.load_config(path)
         model = model_cls.from_pretrained(path)
@@ -281,10 +244,10 @@ model_config
         return ema
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save the average as a diffusers model, with counters and schedule in its ``config.json``.
+        """Save the average as a diffusers model, counters and schedule in its ``config.json``.
 
-        Raises an ArgumentError without ``model_cls`` or ``model_config``, and a LayoutError if the
-        average is of another model; nothing was written then.
+        An ArgumentError without ``model_cls`` or ``model_config``, a LayoutError if the average is
+        of another model; nothing was written then.
         """
         for name in ("model_cls", "model_config"):
             if getattr(self, name) is None:

@@ -29,13 +29,8 @@ COMPOSER_PARTS: Final = ("named_parameters_dict", "named_buffers_dict")
 class Layout(NamedTuple):
     """How a trainer's checkpoint holds an average.
 
-    Attributes
-    ----------
-    read : callable
-        ``(ema, checkpoint, *context)`` to the averages by name, and the updates or steps so far;
-        None where they are not saved.
-    write : callable
-        ``(ema, averages, *context)`` to the state; the averages are copies.
+    ``read(ema, checkpoint, *context)`` gives the averages by name, and the updates so far, None
+    where they are not saved; ``write(ema, averages, *context)`` the state with these copies.
     """
 
     read: Callable[..., tuple[Mapping[str, Any], int | None]]
@@ -134,7 +129,7 @@ def _write_nemo(
     return {
         "opt": optimizer.state_dict(),
         "ema": tuple(
-            averages[name] if name in averages else one.detach().clone()
+            averages[name] if name is not None and name in averages else one.detach().clone()
             for name, one in _nemo_order(model, optimizer)
         ),
         "current_step": step if step >= 0 else step + every,

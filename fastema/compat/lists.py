@@ -26,7 +26,7 @@ from fastema.errors import (
 )
 from fastema.layout.spec import Role
 
-__all__ = ["ListAverage", "Stored", "as_list", "clones", "loaded", "moved", "write"]
+__all__ = ["ListAverage", "Stored", "as_list", "clones", "firsts", "loaded", "moved", "write"]
 
 _PLANS: Final = 4
 """Sets of frozen parameters that plans are kept for: those of a script that takes turns."""
@@ -53,17 +53,16 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
     return found
 
 
-def _firsts(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor the place of the first one in the same memory: its own, if it is not tied."""
-    places: dict[Any, int] = {}
-    found = []
+def firsts(tensors: Iterable[Tensor]) -> list[int]:
+    """Places of the tensors, of those in the same memory only that of the first."""
+    found: dict[Any, int] = {}
     for at, one in enumerate(tensors):
         key: Any = at
         # Tensors of several processes, and such as have no data, have no address.
         if one.layout == torch.strided and one.numel() and one.data_ptr():
             key = one.device, one.data_ptr(), one.dtype, one.shape, one.stride()
-        found.append(places.setdefault(key, at))
-    return found
+        found.setdefault(key, at)
+    return list(found.values())
 
 
 def clones(tensors: Sequence[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
@@ -125,20 +124,15 @@ def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> 
     """Write values into parameters, rounded to nearest, on whatever devices they are.
 
     Autograd is not told of it, as it is not by the peers: a graph that needs the parameters is
-    right when they have their values back.
-
-    Raises
-    ------
-    LayoutError, DTypeError, BridgeError
-        Naming the tensors by their place; nothing was written then.
+    right when they have their values back. Errors name the tensors by their place; nothing was
+    written then.
     """
     _refuse_unlike(values, parameters, call)
     _refuse_unwritable(values, parameters, call)
-    firsts = [at for at, first in enumerate(_firsts(parameters)) if at == first]
     # A plan would be used once: for a thousand small tensors it takes twenty times as long.
-    if firsts:
+    if places := firsts(parameters):
         torch._foreach_copy_(
-            [parameters[at].data for at in firsts], [values[at].detach() for at in firsts]
+            [parameters[at].data for at in places], [values[at].detach() for at in places]
         )
 
 
@@ -147,14 +141,8 @@ def loaded(
 ) -> list[Tensor]:
     """Copies of saved tensors, in the wider of the dtypes that they and the present ones have.
 
-    They come to lie on ``devices``, by default those of the present tensors.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no list of tensors.
-    LayoutError
-        Listing what differs in number, shape or kind.
+    They come to lie on ``devices``, by default those of the present tensors. A CheckpointError if
+    it is no list of tensors, a LayoutError that lists what differs in number, shape or kind.
     """
     if not isinstance(saved, list | tuple) or not all(isinstance(one, Tensor) for one in saved):
         raise CheckpointError(f"{name!r} of the state: expected a list of tensors")
@@ -205,10 +193,7 @@ class _ListFollower:
     ) -> None:
         """``shadow += weight * (x - shadow)``, and what is at the places ``copied`` is copied.
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors by their place; nothing was written then.
+        Errors name the tensors by their place; nothing was written then.
         """
         same = len(shadow) == len(self._shadow) and all(map(is_, shadow, self._shadow))
         if not (same and _pointed(self._memory, parameters)):
@@ -291,15 +276,9 @@ def _policy(copied: frozenset[int], name: str, role: Role) -> Literal["average",
 class Stored:
     """``store()`` and ``restore()`` of weights that are kept in an attribute of their owner's.
 
-    It notices that parameters hold the average in place of weights that were stored. These are
-    known by their storages, without a reference to the tensors: see :class:`_ListFollower`.
-
-    Parameters
-    ----------
-    name : str
-        Of the attribute.
-    nothing : object
-        What it is without stored weights.
+    The attribute ``name`` is ``nothing`` without stored weights. Whether parameters hold the
+    average in place of weights that were stored is noticed by their storages, without a reference
+    to the tensors: see :class:`_ListFollower`.
     """
 
     def __init__(self, name: str, nothing: Any = None) -> None:
@@ -360,13 +339,7 @@ def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
 
 
 class ListAverage:
-    """An average of a list of parameters: ``shadow_params``, its update, and evaluation with it.
-
-    Parameters
-    ----------
-    parameters : list of Tensor
-        Copied.
-    """
+    """An average of a list of parameters: ``shadow_params``, copies, and evaluation with them."""
 
     _stored_as: ClassVar[str]
     """The attribute with what :meth:`store` keeps."""
@@ -400,15 +373,7 @@ class ListAverage:
         return given
 
     def copy_to(self, parameters: Iterable[Tensor]) -> None:
-        """Write the average into parameters, rounded to their dtypes.
-
-        Raises
-        ------
-        ArgumentError
-            If they are no tensors.
-        LayoutError, DTypeError, BridgeError
-            For parameters of another number, shape or kind; nothing was changed.
-        """
+        """Write the average into parameters, rounded to their dtypes; raises as an update does."""
         weights = as_list(parameters, "copy_to")
         write(self._shadow, weights, "copy_to")
         self._stored.overwritten(weights)
@@ -416,19 +381,11 @@ class ListAverage:
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep a copy of parameters for :meth:`restore`.
 
-        Raises
-        ------
-        ArgumentError
-            If they are no tensors.
-        StateError
-            If what was stored before was then written over by :meth:`copy_to`, and would be lost.
+        A StateError where weights would be lost that :meth:`copy_to` has written over.
         """
         self._stored.store(self, as_list(parameters, "store"), self._stored_on)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write what :meth:`store` kept into parameters, to the bit.
-
-        Raises as :meth:`copy_to`, and a StateError without :meth:`store`.
-        """
+        """Write what :meth:`store` kept into parameters, to the bit; a StateError without it."""
         self._stored.kept(self)
         self._stored.restore(self, as_list(parameters, "restore"))

@@ -55,27 +55,19 @@ class LitEma(nn.Module):
     model : torch.nn.Module
         Its parameters that require a gradient are averaged, in their dtypes and on their devices.
     decay : float
-        Weight of the old average, in [0, 1]. Kept in a float32 buffer.
+        Weight of the old average, in [0, 1]; else an ArgumentError.
     use_num_upates : bool
         Count updates and let the decay grow with their number. The spelling is the peer's.
 
     Attributes
     ----------
-    decay : Tensor
-        float32 buffer.
-    num_updates : Tensor
-        int32 buffer, -1 where updates are not counted.
+    decay, num_updates : Tensor
+        float32 buffer, and int32 buffer: -1 where updates are not counted.
     m_name2s_name : dict of str to str
-        Names of parameters to those of their averages: buffers whose names have no dots.
+        Names of parameters to those of their averages: buffers whose names have no dots. A
+        LayoutError if two are the same.
     collected_params : list of Tensor
         What :meth:`store` keeps.
-
-    Raises
-    ------
-    ArgumentError
-        For a decay outside [0, 1].
-    LayoutError
-        If two parameters have the same name without its dots.
 
     Notes
     -----
@@ -85,11 +77,9 @@ class LitEma(nn.Module):
     - For a float32 average of bfloat16 parameters build it, then call ``.float()``. Random bits are
       a function of the update's number, the name and the element; where updates are not counted,
       of the number of calls since it was made or loaded.
-    - There each call asks the device for ``num_updates``, and waits for it. Here only after
-      somebody else wrote to the buffer.
     - :meth:`store` after :meth:`copy_to`, and :meth:`restore` of nothing or of fewer tensors, are
       errors; there they lose the weights, or do nothing.
-    - There a parameter that was frozen after the start is an error. Here it is averaged on.
+    - A parameter that is frozen after the start is averaged on; there it is an error.
     - The counters keep their dtypes and their device. There casting to 16 bits makes ``decay`` 1.0.
 
     Examples
@@ -136,10 +126,7 @@ class LitEma(nn.Module):
         return {name: buffers[short] for name, short in self._buffer_of.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> LitEma:
-        """Move or cast the averages; the counters are moved only.
-
-        16 bits would make 1.0 of a decay of 0.9999.
-        """
+        """Move or cast the averages; the counters only move: 16 bits would make 1.0 of 0.9999."""
         counters = {name: self.get_buffer(name) for name in _COUNTERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in counters.items():
@@ -216,27 +203,16 @@ class LitEma(nn.Module):
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of parameters, for :meth:`restore`.
 
-        Raises
-        ------
-        StateError
-            While parameters that were stored hold the average, from :meth:`copy_to`: their weights
-            would be lost. Set ``collected_params`` to ``[]`` if they are not wanted back.
-        ArgumentError
-            For anything else, such as a module.
+        A StateError while parameters that were stored hold the average, from :meth:`copy_to`: set
+        ``collected_params`` to ``[]`` if their weights are not wanted back.
         """
         self._stored.store(self, as_list(parameters, "store()"))
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write back what :meth:`store` kept, in its order; it is kept further.
 
-        Raises
-        ------
-        StateError
-            If nothing is stored.
-        LayoutError
-            If they are not those that were stored by number and shape; nothing was written.
-        ArgumentError
-            For anything else, such as a module.
+        A StateError if nothing is stored, a LayoutError for tensors of another number or shape;
+        nothing was written.
         """
         self._stored.kept(self)
         self._stored.restore(self, as_list(parameters, "restore()"))
@@ -253,6 +229,9 @@ def ema_weights(
 ) -> dict[str, Tensor]:
     """The averages in a whole Stable Diffusion checkpoint, by the names of the model's parameters.
 
+    They are the checkpoint's own tensors, for ``model.load_state_dict(..., strict=False)`` where
+    the model has buffers.
+
     Parameters
     ----------
     checkpoint : mapping
@@ -261,12 +240,6 @@ def ema_weights(
         What was averaged: in latent diffusion ``pipeline.model``, whose entries begin ``model.``.
     prefix : str
         What the averages' entries begin with.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The checkpoint's own tensors, for ``model.load_state_dict(..., strict=False)`` where the
-        model has buffers.
 
     Raises
     ------
@@ -310,20 +283,15 @@ def with_ema_weights(
     Parameters
     ----------
     checkpoint, prefix
-        See :func:`ema_weights`; the checkpoint stays as it is.
+        See :func:`ema_weights`; the checkpoint stays as it is. A CheckpointError if it is no
+        mapping of names.
     averages : mapping of str to Tensor
         By the names of the averaged model's parameters, such as ``ema.shadow`` of a
-        :class:`fastema.EMA` with ``buffers="skip"``.
+        :class:`fastema.EMA` with ``buffers="skip"``. A LayoutError if two are the same without
+        dots.
     decay, num_updates : float, int
         What a :class:`LitEma` that loads it goes on with; -1 updates for a decay that does not
         grow.
-
-    Raises
-    ------
-    LayoutError
-        If two names are the same without dots.
-    CheckpointError
-        If the checkpoint is no mapping of names.
     """
     state = _state_of(checkpoint)
     kept = {name: one for name, one in state.items() if not name.startswith(prefix)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastema.compat.following import Follower
+from fastema.compat.lists import firsts
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import ModuleFollower, frozen_copy
 from fastema.compat.shares import refuse_no_share
@@ -44,9 +45,9 @@ class BaseAveragedModel(nn.Module):
     Parameters
     ----------
     model : torch.nn.Module
-        Copied.
+        Copied, to ``module``, without gradients.
     interval : int
-        Updates between two that average, at least 1.
+        Updates between two that average, at least 1; else an ArgumentError.
     device : torch.device, optional
         Where the average is kept.
     update_buffers : bool
@@ -55,18 +56,8 @@ class BaseAveragedModel(nn.Module):
 
     Attributes
     ----------
-    module : torch.nn.Module
-        The average, without gradients.
     steps : Tensor
         int64 buffer: updates so far.
-    interval, update_buffers : int, bool
-    avg_parameters : dict of str to Tensor
-        What is averaged, by its name in ``module``.
-
-    Raises
-    ------
-    ArgumentError
-        For an ``interval`` that is no whole number of at least 1.
 
     Notes
     -----
@@ -149,8 +140,10 @@ class BaseAveragedModel(nn.Module):
             raise LayoutError("the model's tensors are not the average's:\n" + listed(problems))
         if not self.update_buffers:
             self._copier.copy(model)
-        for name, average in _each_memory_once(averages):
-            source = sources[name].data.to(average.device)
+        names = list(averages)
+        for at in firsts(averages.values()):
+            average = averages[names[at]]
+            source = sources[names[at]].data.to(average.device)
             if average.is_floating_point() or average.is_complex():
                 self.avg_func(average.data, source, self.steps)
             else:
@@ -164,17 +157,6 @@ class BaseAveragedModel(nn.Module):
         else:
             found = dict(model.named_parameters(remove_duplicate=False))
         return by_plain_name({k: one for k, one in found.items() if isinstance(one, Tensor)})
-
-
-def _each_memory_once(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors and their names; of those that are tied, the first."""
-    known = set()
-    for name, one in tensors.items():
-        key = one.data_ptr(), one.dtype, one.shape, one.stride()
-        if key not in known:
-            yield name, one
-        if one.numel():  # what has no elements lies nowhere
-            known.add(key)
 
 
 class _Lerped(BaseAveragedModel):
@@ -196,8 +178,8 @@ class _Lerped(BaseAveragedModel):
 class StochasticWeightAverage(_Lerped):
     """The mean of a model's weights at every ``interval``-th update: MMEngine's SWA.
 
-    ``average += (x - average) / (steps // interval + 1)``. Parameters, attributes, errors and
-    differences are those of :class:`BaseAveragedModel`.
+    ``average += (x - average) / (steps // interval + 1)`` (Izmailov et al., 2018,
+    https://arxiv.org/abs/1803.05407). For all else see :class:`BaseAveragedModel`.
 
     Examples
     --------
@@ -207,11 +189,6 @@ class StochasticWeightAverage(_Lerped):
     >>> average.update_parameters(model)            # after each optimizer step, or epoch
     >>> sorted(average.state_dict())
     ['module.bias', 'module.weight', 'steps']
-
-    References
-    ----------
-    P. Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
-    https://arxiv.org/abs/1803.05407
     """
 
     def _share(self, steps: int) -> float:
@@ -229,15 +206,11 @@ class ExponentialMovingAverage(_Lerped):
     model, interval, device, update_buffers
         See :class:`BaseAveragedModel`, for the differences too.
     momentum : float
-        Weight of the *new* value, in (0, 1). Above 0.5, most likely a decay, it is a UserWarning.
+        Weight of the *new* value, in (0, 1), else an ArgumentError. Above 0.5, most likely a decay,
+        it is a UserWarning.
     peer_exact : bool
         Average with ``momentum`` at every ``interval``-th update, as MMEngine does, to go on with a
         run that began there with an ``interval`` above 1.
-
-    Raises
-    ------
-    ArgumentError
-        For a momentum outside (0, 1), or an invalid ``interval``.
 
     Examples
     --------
@@ -335,23 +308,12 @@ def _exchanged(
 def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a checkpoint of MMEngine with an ``EMAHook`` holds of an average and its model.
 
-    Parameters
-    ----------
-    average : BaseAveragedModel
-    model : torch.nn.Module
-        The weights in training.
-
     Returns
     -------
     dict
         ``"state_dict"``, which is the *average* by the model's names, ready to be used, and
         ``"ema_state_dict"``: ``steps``, and the weights in training under ``module.*``. The tensors
-        are not copied.
-
-    Raises
-    ------
-    CheckpointError
-        If the model lacks tensors of the average.
+        are not copied. A CheckpointError if the model lacks some of the average.
     """
     state, ema_state = _exchanged(model.state_dict(), average.state_dict())
     return {"state_dict": state, "ema_state_dict": ema_state}
@@ -366,15 +328,10 @@ def load(
     ----------
     average : BaseAveragedModel
     checkpoint : mapping
-        With ``"state_dict"`` and ``"ema_state_dict"``; it stays as it is.
+        With ``"state_dict"`` and ``"ema_state_dict"``; it stays as it is. A CheckpointError if one
+        is missing, or they are not of the model, naming the tensors; nothing was changed then.
     model : torch.nn.Module, optional
         To be given the weights in training.
-
-    Raises
-    ------
-    CheckpointError
-        If one of the two is missing, or they are not of the model, naming the tensors; nothing was
-        changed.
     """
     whole = mapping_in(checkpoint, "the checkpoint")
     named = {name: whole.get(name) for name in ("state_dict", "ema_state_dict")}

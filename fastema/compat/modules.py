@@ -29,7 +29,8 @@ def frozen_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
 def _persistence(module: nn.Module) -> dict[str, bool]:
     """Whether each tensor is part of the module's state."""
     leaves = leaves_of(module)
-    return {one.name: one.persistent for one in (*leaves.items, *leaves.opaque)}
+    named = {one.name: one.persistent for one in leaves.items}
+    return {**named, **{one.name: one.persistent for one in leaves.opaque}}
 
 
 class _Policy:
@@ -57,10 +58,7 @@ class _Policy:
 class ModuleFollower:
     """Follows a model with an averaged module, under settings that may change between steps.
 
-    Parameters
-    ----------
-    left_out : str
-        What the names of tensors begin with that have no average.
+    Tensors whose names begin with ``left_out`` have no average.
     """
 
     def __init__(self, left_out: str = "") -> None:
@@ -79,17 +77,11 @@ class ModuleFollower:
         buffers: Buffers = "saved",
         **rounding: Any,
     ) -> Follower:
-        """The follower of this module.
+        """The follower of this module; ``rounding`` are options of :class:`Follower`.
 
-        Parameters
-        ----------
-        averaged : torch.nn.Module
-        model : torch.nn.Module, optional
-            What is followed, where a saved buffer of it that the average lacks is an error.
-        buffers : {"saved", "copy"}
-            Average those that a state dict holds, and leave the others out; or copy all of them.
-        **rounding
-            Of :class:`Follower`.
+        ``buffers="saved"`` averages those that a state dict holds and leaves the others out,
+        ``"copy"`` copies all. With the ``model`` to follow, a saved buffer of its that the average
+        lacks is an error; otherwise it is left out.
         """
         settings = {"buffers": buffers, **rounding}
         if self._made is None or self._made[0] is not averaged or self._made[1] != settings:

@@ -19,26 +19,17 @@ __all__ = ["export", "load", "rule"]
 def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
     """The schedule of NeMo's ``EMA``: a constant decay at every ``every_n_steps``-th step.
 
-    NeMo uses ``decay`` at each update, however many steps lie between two, so that the average
-    looks back over ``every_n_steps`` times as many steps. The rule says what that is per step.
+    NeMo uses ``decay`` at each update, so that its average looks back over ``every_n_steps`` times
+    as many steps. The rule says what that is per step, ``decay ** (1 / every_n_steps)``, for
+    ``fastema.EMA(model, decay=rule(decay, k), update_every=k)``. As in NeMo the first step updates
+    the average, then every k-th.
 
     Parameters
     ----------
     decay : float
-        Of an update, in [0, 1).
+        Of an update, in [0, 1); else an ArgumentError.
     every_n_steps : int
-        At least 1.
-
-    Returns
-    -------
-    Aligned
-        ``decay ** (1 / every_n_steps)``, for ``fastema.EMA(model, decay=rule(decay, k),
-        update_every=k)``. As in NeMo the first step updates the average, then every k-th.
-
-    Raises
-    ------
-    ArgumentError
-        For a number out of range.
+        At least 1; else an ArgumentError.
 
     Examples
     --------
@@ -54,7 +45,7 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
 def load(
     ema: EMA, checkpoint: Mapping[str, Any], model: nn.Module, optimizer: Optimizer | None = None
 ) -> None:
-    """Take over the average in the state of NeMo's ``EMAOptimizer``.
+    """Take over the average in the state of NeMo's ``EMAOptimizer``; raises as ``d2go.load``.
 
     The schedule is that of ``ema``: build it with ``rule(state["decay"], state["every_n_steps"])``
     and ``update_every=state["every_n_steps"]`` to go on with the same numbers. The count of its
@@ -71,40 +62,20 @@ def load(
         Its parameters' names go with the tensors, which NeMo saves without.
     optimizer : torch.optim.Optimizer, optional
         The tensors were saved in the order of its parameters; by default that of the model.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such state, or tensors or counts do not fit; nothing was changed.
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves.
-    StateError
-        While the average is applied.
     """
     LAYOUTS["nemo"].load(ema, checkpoint, model, optimizer)
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state of NeMo's ``EMAOptimizer`` with the average of a model.
+    """The state of NeMo's ``EMAOptimizer`` with an average, its decay and its ``update_every``.
 
     Parameters
     ----------
     ema : EMA
-        Its decay per update and ``update_every`` become ``decay`` and ``every_n_steps``.
+        With one average, not in two halves; else an ArgumentError.
     model : torch.nn.Module
     optimizer : torch.optim.Optimizer
-        The one within NeMo's.
-
-    Returns
-    -------
-    dict
-        ``opt`` (the optimizer's own state), ``ema`` (a tuple of copies in the order of its
-        parameters, of the weights themselves where they are not averaged), ``current_step``,
-        ``decay`` and ``every_n_steps``.
-
-    Raises
-    ------
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves.
+        The one within NeMo's: its state is ``opt``, and the tuple ``ema`` has copies in the order
+        of its parameters, of the weights themselves where they are not averaged.
     """
     return LAYOUTS["nemo"].export(ema, model, optimizer)

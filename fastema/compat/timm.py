@@ -1,15 +1,7 @@
 """``ModelEma``, ``ModelEmaV2`` and ``ModelEmaV3`` of timm (1.0.31), on this package's kernels.
 
->>> import torch
->>> from fastema.compat.timm import ModelEmaV3
->>> model = torch.nn.Linear(4, 2)
->>> model_ema = ModelEmaV3(model, decay=0.9998, use_warmup=True)
->>> for step in range(3):
-...     model_ema.update(model, step=step)  # after optimizer.step()
->>> scores = model_ema.module(torch.randn(1, 4))
-
 timm itself is not needed. Its ``CheckpointSaver``, ``load_checkpoint(use_ema=True)`` and
-``unwrap_model`` take these classes as they take its own.
+``unwrap_model`` take these classes as they take its own. Differences are in ``docs/drop-in.md``.
 """
 
 from __future__ import annotations
@@ -58,28 +50,19 @@ class ModelEma:
     Parameters
     ----------
     model : torch.nn.Module
-        Is deep-copied.
+        Is deep-copied, to ``ema``, also called ``module``.
     decay : float
-        Weight of the old average.
+        Weight of the old average; may be changed between steps.
     device : str
         Where the average is kept; empty for where the model is.
     resume : str
         A checkpoint file of timm's training script, whose ``state_dict_ema`` is loaded; empty for
-        none.
+        none. A CheckpointError if it holds no dict.
 
     Attributes
     ----------
-    ema : torch.nn.Module
-        The averaged copy; also as ``module``.
-    decay : float
-        May be changed between steps.
     ema_has_module : bool
         Whether the copy is of a data parallel wrapper.
-
-    Raises
-    ------
-    CheckpointError
-        If ``resume`` holds no dict.
     """
 
     def __init__(
@@ -169,17 +152,8 @@ class _Module(nn.Module):
 class ModelEmaV2(_Module):
     """timm's second class: a module around a copy of a model, with the average of its state.
 
-    ``ema = decay * ema + (1 - decay) * x`` for parameters and persistent buffers of floats; others
-    are copied. The copy, ``module``, is in evaluation mode.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Is deep-copied.
-    decay : float
-        Weight of the old average; may be changed between steps.
-    device : torch.device or str, optional
-        Where the average is kept; by default where the model is.
+    Average, ``model``, ``decay`` and ``device`` are as in :class:`ModelEma`; the copy is
+    ``module``, and stays where the model is without a device.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, device: Any = None) -> None:
@@ -225,39 +199,34 @@ class ModelEmaV3(_Module):
 
     ``ema += (1 - d) * (x - ema)`` for parameters and persistent buffers of floats, in one call;
     other persistent buffers are copied. The decay ``d`` is :meth:`get_decay`'s; where it is 0 the
-    average is the weights, also over a NaN. The copy, ``module``, is in evaluation mode.
-
-    Parameters are those of timm, as attributes too; all but ``device`` and ``dtype`` may be changed
-    between steps.
+    average is the weights, also over a NaN.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is deep-copied.
-    decay, min_decay : float
-        Weight of the old average; with ``use_warmup`` the largest, and the smallest.
-    update_after_step : int
-        Until the step after this one the average is a copy of the weights.
-    use_warmup : bool
-        Let the decay grow with the step, by ``warmup_gamma`` and ``warmup_power``.
-    device : torch.device or str, optional
-        Where the average is kept; by default where the model is.
-    dtype : torch.dtype, optional
-        Of the average's floats; by default that of the model.
+        Is deep-copied, to ``module``, in evaluation mode.
+    decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power
+        See :meth:`get_decay`. Attributes like all that follow; but for ``device`` and ``dtype``
+        they may be changed between steps.
+    device, dtype : optional
+        Of the average, for ``dtype`` of its floats; by default those of the model.
     stochastic_rounding : bool
         Round 16-bit averages, float16 too, at random, otherwise to nearest.
     stochastic_rounding_seed : int
         Of the random bits, which also depend on the step, the tensor's name, and the element's
-        place in the tensor.
+        place in the tensor. A resumed run has the same if ``update`` is given the step.
     foreach : bool
         Without effect: every update is one call.
     exclude_buffers : bool
         Copy all buffers, also those that are not persistent, instead of averaging them.
 
-    Notes
-    -----
-    The state is that of ``module`` alone, as in timm. In a run that is resumed the random bits are
-    those of an uninterrupted one if ``update`` is given the step; without it they begin again.
+    Examples
+    --------
+    >>> model = nn.Linear(4, 2)
+    >>> model_ema = ModelEmaV3(model, decay=0.9998, use_warmup=True)
+    >>> for step in range(3):
+    ...     model_ema.update(model, step=step)      # after optimizer.step()
+    >>> scores = model_ema.module(torch.randn(1, 4))
     """
 
     def __init__(

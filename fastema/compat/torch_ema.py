@@ -1,14 +1,4 @@
-"""The class of torch_ema on our kernels: ``ExponentialMovingAverage`` of a list of parameters.
-
-Change the import and nothing else:
-
->>> from fastema.compat.torch_ema import ExponentialMovingAverage
->>> model = torch.nn.Linear(8, 4)
->>> ema = ExponentialMovingAverage(model.parameters(), decay=0.995)
->>> ema.update()                               # after every optimizer step
->>> with ema.average_parameters():             # the average in the model
-...     output = model(torch.ones(2, 8))
-"""
+"""The class of torch_ema on our kernels: ``ExponentialMovingAverage`` of a list of parameters."""
 
 from __future__ import annotations
 
@@ -42,7 +32,7 @@ class ExponentialMovingAverage(ListAverage):
         Such as ``model.parameters()``, of any shapes and dtypes. All of them are averaged, whether
         they require a gradient or not; integers are copied. Only weak references to them are kept.
     decay : float
-        Weight of the old average, in [0, 1]; may be set between updates.
+        Weight of the old average, in [0, 1], else an ArgumentError; may be set between updates.
     use_num_updates : bool
         Begin with a smaller decay that grows with the number of updates.
 
@@ -50,29 +40,16 @@ class ExponentialMovingAverage(ListAverage):
     ----------
     num_updates : int or None
         Updates so far; None without ``use_num_updates``.
-    shadow_params : list of Tensor
-        The averages, in the order and, until :meth:`to`, with the dtypes of the parameters.
-    collected_params : list of Tensor or None
-        What :meth:`store` stored.
-
-    Raises
-    ------
-    ArgumentError
-        If the decay is not in [0, 1], or ``parameters`` is no iterable of tensors.
+    shadow_params, collected_params : list of Tensor
+        The averages, and what :meth:`store` stored, if any.
 
     Notes
     -----
     Random bits are a function of ``num_updates``, the parameter's place in the list and the
-    element's in the tensor. Where it differs from torch_ema 0.3, ``docs/drop-in.md`` aside:
-
-    - Without ``use_num_updates`` the state of a 16-bit average holds ``"num_calls"``, which
-      torch_ema ignores.
-    - :meth:`load_state_dict`, :meth:`copy_to` and :meth:`restore` refuse tensors of other shapes;
-      there they were taken, or broadcast, up to where one did not fit.
-    - What :meth:`store` stores can be copied and loaded; there it is part of autograd's graph.
-    - Integers are copied, where an update failed there.
-    - It can be pickled. Pickled together with the model it goes on with that model's parameters; by
-      itself, the parameters have to be given to each call afterwards.
+    element's in the tensor. Where it differs from torch_ema 0.3, ``docs/drop-in.md`` aside: shapes
+    that differ are refused; stored weights can be copied and loaded; without ``use_num_updates``
+    the state of a 16-bit average holds ``"num_calls"``. It can be pickled: with the model it goes
+    on with that model's parameters; by itself, each call has to be given the parameters.
 
     Examples
     --------
@@ -80,9 +57,11 @@ class ExponentialMovingAverage(ListAverage):
     >>> ema = ExponentialMovingAverage([weight], decay=0.9, use_num_updates=False)
     >>> with torch.no_grad():
     ...     _ = weight.add_(1.0)
-    >>> ema.update()
-    >>> ema.shadow_params
-    [tensor([2.1000])]
+    >>> ema.update()                                # after every optimizer step
+    >>> with ema.average_parameters():              # the average in the model
+    ...     weight
+    Parameter containing:
+    tensor([2.1000], requires_grad=True)
     """
 
     collected_params: list[Tensor] | None
@@ -117,8 +96,7 @@ class ExponentialMovingAverage(ListAverage):
         Parameters
         ----------
         parameters : iterable of Tensor, optional
-            By default those that the average was built from; else as many, of the same shapes. The
-            same for all other methods.
+            By default those that the average was built from; else as many, of the same shapes.
 
         Raises
         ------
@@ -162,8 +140,8 @@ class ExponentialMovingAverage(ListAverage):
     ) -> RestoringBlock[None]:
         """A block in which the parameters hold the average; the weights come back however it ends.
 
-        A copy of the weights is kept for the block, as there. They come back bit for bit, also
-        into parameters that were moved, cast or re-pointed inside it. Raises as :meth:`update`.
+        A copy of the weights is kept for the block. They come back bit for bit, also into
+        parameters that were moved, cast or re-pointed inside it. Raises as :meth:`update`.
         """
 
         def prepare() -> Steps[None]:
@@ -181,7 +159,7 @@ class ExponentialMovingAverage(ListAverage):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Move averages, and stored weights, to a device; cast those that are floats.
+        """Move averages and stored weights to a device; cast those that are floats.
 
         Averages that are not where the parameters are cost a copy of the parameters at each update.
         """
@@ -206,14 +184,8 @@ class ExponentialMovingAverage(ListAverage):
         """Take over copies of a saved average, of this class or of torch_ema's.
 
         They come to lie where the parameters are (the present averages, if those are gone), in the
-        wider of the dtypes that they and the present averages have.
-
-        Raises
-        ------
-        CheckpointError
-            If an entry is missing or is not what it should be.
-        LayoutError
-            Listing the tensors that differ in number, shape or kind.
+        wider of the dtypes that they and the present averages have. A CheckpointError if an entry
+        is missing or is not what it should be, a LayoutError that lists the tensors that differ.
         """
         missing = [k for k in ("decay", "num_updates", "shadow_params") if k not in state_dict]
         if missing:

@@ -117,17 +117,7 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
 
     Everything that is averaged has to be there. What is only copied, such as buffers, may be
     missing and then stays; what the average leaves out may be there. ``num_updates`` is the count
-    that the schedule goes on from, by default the average's own.
-
-    Raises
-    ------
-    ArgumentError
-        For several averages, one in two halves, or a ``num_updates`` that is no whole number of at
-        least 0.
-    CheckpointError
-        Naming every tensor that does not fit; nothing was changed.
-    StateError
-        While the average is applied.
+    that the schedule goes on from, by default the average's own. Raises as ``d2go.load``.
     """
     state = ema.state_dict(copy=False)
     own = _only(state)

@@ -25,11 +25,11 @@ _TEACHER = "teacher_model"
 
 @dataclass(frozen=True, slots=True)
 class Ramp(Rule):
-    """A decay that grows as ``limit * (1 - exp(-n / tau))``.
+    """A decay that grows as ``limit * (1 - exp(-n / tau))``: the schedule of Ultralytics.
 
-    The first step has nearly none, and ``n = 3 * tau`` 95 % of the limit. The schedule of
-    Ultralytics, usable as ``fastema.EMA(model, decay=Ramp())`` too; calling it with a step gives
-    the decay, as the attribute of the peer's class does.
+    The first step has nearly none, and ``n = 3 * tau`` 95 % of the limit. It is for
+    ``fastema.EMA(model, decay=Ramp())`` too; calling it with a step gives the decay, as the
+    attribute of the peer's class does.
 
     Parameters
     ----------
@@ -78,38 +78,25 @@ class ModelEMA:
     Parameters
     ----------
     model : torch.nn.Module
-        Copied, without what compiles it or shares it out, and without a ``teacher_model``.
-    decay : float
-        Weight of the old average that is approached, in [0, 1].
-    tau : float
-        Steps over which it grows, above 0.
+        Copied to ``ema``, in evaluation mode and without gradients, without what compiles it or
+        shares it out, and without a ``teacher_model``.
+    decay, tau : float
+        Of a :class:`Ramp`; else an ArgumentError. The attribute ``decay`` is a callable, of the
+        number of updates, that may be replaced.
     updates : int
         Calls of :meth:`update` so far.
 
     Attributes
     ----------
-    ema : torch.nn.Module
-        The average, in evaluation mode, without gradients.
-    updates : int
-    decay : callable
-        Number of updates to decay; may be replaced.
     enabled : bool
         Where False, :meth:`update` and :meth:`update_attr` do nothing.
-
-    Raises
-    ------
-    ArgumentError
-        For a ``decay`` or ``tau`` out of range.
 
     Notes
     -----
     The interface and the numbers are those of ``ultralytics/utils/torch_utils.py``, version 8.4.
-    There integers keep the value that they had at the start; tensors that the average lacks are
-    left out silently; the model of the first update is followed for good, also where its parameters
-    were re-pointed or another model is given; a model of another device or dtype is an error; the
-    object cannot be pickled. Here integers are copied, a missing parameter is an error, the model
-    that is given is followed, and the others work. Random bits are a function of ``updates``, the
-    name and the element.
+    Where it differs, ``docs/drop-in.md`` aside: the model that is given is followed, there that of
+    the first update as it was then; the devices of average and model may differ; it can be pickled.
+    Random bits are a function of ``updates``, the name and the element.
 
     Examples
     --------
@@ -172,32 +159,24 @@ class ModelEMA:
 
 
 def export(ema: ModelEMA) -> dict[str, Any]:
-    """What a checkpoint of Ultralytics holds of the average.
+    """What a checkpoint of Ultralytics holds of the average: ``"ema"`` and ``"updates"``.
 
-    Returns
-    -------
-    dict
-        ``"ema"``, the averaged model in float16 as Ultralytics saves it, and ``"updates"``. Keep
-        ``ema.ema.state_dict()`` beside it to resume without the loss of 13 bits of each weight.
+    The averaged model is in float16 there, as Ultralytics saves it. Keep ``ema.ema.state_dict()``
+    beside it to resume without the loss of 13 bits of each weight.
     """
     return {"ema": deepcopy(ema.ema).half(), "updates": ema.updates}
 
 
 def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
-    """Take over the average of a checkpoint of Ultralytics.
+    """Take over the average of a checkpoint of Ultralytics; the dtypes stay those of ``ema``.
 
     Parameters
     ----------
     ema : ModelEMA
-        Of the same model; it keeps its dtypes.
+        Of the same model.
     checkpoint : mapping
-        With ``"ema"``, a module or a state dict, and ``"updates"``.
-
-    Raises
-    ------
-    CheckpointError
-        If one of the two is missing, or the tensors are not those of the model, naming them;
-        nothing was changed.
+        With ``"ema"``, a module or a state dict, and ``"updates"``. A CheckpointError if one is
+        missing, or tensors are not those of the model, naming them; nothing was changed then.
     """
     whole = mapping_in(checkpoint, "the checkpoint")
     saved, updates = whole.get("ema"), whole.get("updates")
