@@ -170,7 +170,7 @@ def _time(value: str, name: str) -> tuple[int, str]:
 
 
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
-    """Take over the average of a checkpoint of Composer; raises as ``d2go.load``.
+    """Take over the average of a checkpoint of Composer.
 
     A checkpoint that Composer wrote in training has average and weights in each other's places,
     ``ema_weights_active``: the average is then taken from the model's state.
@@ -178,9 +178,11 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     Parameters
     ----------
     ema : EMA
-        Of the same model.
+        Of the same model. Several averages, or one in two halves, are an ArgumentError; an applied
+        one is a StateError.
     checkpoint : mapping
-        Of a ``Trainer``, or the state of its ``EMA`` algorithm alone.
+        Of a ``Trainer``, or the state of its ``EMA`` algorithm alone. A CheckpointError names what
+        is missing or does not fit; nothing was changed then.
     num_updates : int, optional
         Batches of the run; by default those in the checkpoint, or else what ``ema`` has.
     """
@@ -193,7 +195,7 @@ def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
     Parameters
     ----------
     ema : EMA
-        With one average, not in two halves; else an ArgumentError.
+        Several averages, or one in two halves, are an ArgumentError.
     model : torch.nn.Module
         The state holds copies of all its buffers and of its trained parameters' averages; a
         CheckpointError names those that are not averaged.

@@ -68,21 +68,14 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     Parameters
     ----------
     ema : EMA
-        Of the same model.
+        Of the same model. Several averages, or one in two halves, are an ArgumentError; an applied
+        one is a StateError.
     checkpoint : mapping
-        With ``"ema_state"``, a mapping of names to tensors; or that mapping itself.
+        With ``"ema_state"``, a mapping of names to tensors; or that mapping itself. A
+        CheckpointError names every tensor that does not fit; nothing was changed then.
     num_updates : int, optional
         Steps of the run, which D2Go does not save: its warm-up begins again when a run is resumed.
         By default the number that ``ema`` has.
-
-    Raises
-    ------
-    CheckpointError
-        Naming every tensor that does not fit, or what is not as the peer writes it.
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves, or an invalid ``num_updates``.
-    StateError
-        While the average is applied. Nothing was changed then, as with the other errors.
     """
     LAYOUTS["d2go"].load(ema, checkpoint, num_updates=num_updates)
 
@@ -96,7 +89,7 @@ def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tens
     Parameters
     ----------
     ema : EMA
-        One average, not in two halves; else an ArgumentError.
+        Several averages, or one in two halves, are an ArgumentError.
     model : torch.nn.Module, optional
         Adds its buffers that the average leaves out, such as those with ``persistent=False``.
     """

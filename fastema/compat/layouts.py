@@ -39,7 +39,7 @@ class Layout(NamedTuple):
     def load(
         self, ema: EMA, checkpoint: Any, *context: Any, num_updates: int | None = None
     ) -> None:
-        """Take over the average of a checkpoint; raises as :func:`~.transfer.take_over`."""
+        """Take over the average of a checkpoint."""
         averages, done = self.read(ema, checkpoint, *context)
         take_over(ema, averages, done if num_updates is None else num_updates)
 

@@ -305,8 +305,9 @@ class Stored:
     def _alive(self) -> set[int]:
         return {id(reference()) for reference in self._of} - {id(None)}
 
-    def store(self, owner: Any, parameters: Sequence[Tensor], device: Any = None) -> None:
+    def store(self, owner: Any, parameters: Iterable[Tensor], device: Any = None) -> None:
         """Keep copies; a StateError where weights would be lost that are nowhere else."""
+        given = as_list(parameters, "store")
         given_up = getattr(owner, self._name) in (None, self._nothing)
         if self._overwritten and self._alive() and not given_up:
             raise StateError(
@@ -314,23 +315,23 @@ class Stored:
                 f"that were stored before: restore() them first, or set {self._name} to "
                 f"{self._nothing} if they are not wanted back"
             )
-        setattr(owner, self._name, clones(parameters, device))
-        self._of, self._overwritten = [weakref.ref(one) for one in _storages(parameters)], False
+        setattr(owner, self._name, clones(given, device))
+        self._of, self._overwritten = [weakref.ref(one) for one in _storages(given)], False
 
     def overwritten(self, parameters: Iterable[Tensor]) -> None:
         """These hold the average now."""
         self._overwritten |= bool(self._alive() & {id(one) for one in _storages(parameters)})
 
-    def restore(self, owner: Any, parameters: Sequence[Tensor]) -> None:
+    def restore(self, owner: Any, parameters: Iterable[Tensor]) -> None:
         """Write the weights back; they are kept on. Raises as :meth:`kept` and :func:`write`."""
-        weights = self.kept(owner)
-        if len(weights) != len(parameters):
+        weights, given = self.kept(owner), as_list(parameters, "restore")
+        if len(weights) != len(given):
             raise LayoutError(
-                f"restore() was given {len(parameters)} parameters, store() {len(weights)}: give "
+                f"restore() was given {len(given)} parameters, store() {len(weights)}: give "
                 "those that were stored, in the same order and without what the model was given "
                 "since"
             )
-        write(weights, parameters, "restore")
+        write(weights, given, "restore")
         self.forget()
 
 
@@ -383,9 +384,8 @@ class ListAverage:
 
         A StateError where weights would be lost that :meth:`copy_to` has written over.
         """
-        self._stored.store(self, as_list(parameters, "store"), self._stored_on)
+        self._stored.store(self, parameters, self._stored_on)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write what :meth:`store` kept into parameters, to the bit; a StateError without it."""
-        self._stored.kept(self)
-        self._stored.restore(self, as_list(parameters, "restore"))
+        self._stored.restore(self, parameters)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.compat.following import Follower
-from fastema.compat.lists import Stored, as_list
+from fastema.compat.lists import Stored
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import NamedFollower
 from fastema.compat.shares import refuse_no_share
@@ -206,7 +206,7 @@ class LitEma(nn.Module):
         A StateError while parameters that were stored hold the average, from :meth:`copy_to`: set
         ``collected_params`` to ``[]`` if their weights are not wanted back.
         """
-        self._stored.store(self, as_list(parameters, "store()"))
+        self._stored.store(self, parameters)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write back what :meth:`store` kept, in its order; it is kept further.
@@ -214,8 +214,7 @@ class LitEma(nn.Module):
         A StateError if nothing is stored, a LayoutError for tensors of another number or shape;
         nothing was written.
         """
-        self._stored.kept(self)
-        self._stored.restore(self, as_list(parameters, "restore()"))
+        self._stored.restore(self, parameters)
 
 
 def _state_of(checkpoint: Any) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
 def load(
     ema: EMA, checkpoint: Mapping[str, Any], model: nn.Module, optimizer: Optimizer | None = None
 ) -> None:
-    """Take over the average in the state of NeMo's ``EMAOptimizer``; raises as ``d2go.load``.
+    """Take over the average in the state of NeMo's ``EMAOptimizer``.
 
     The schedule is that of ``ema``: build it with ``rule(state["decay"], state["every_n_steps"])``
     and ``update_every=state["every_n_steps"]`` to go on with the same numbers. The count of its
@@ -54,10 +54,12 @@ def load(
     Parameters
     ----------
     ema : EMA
-        Of ``model``.
+        Of ``model``. Several averages, or one in two halves, are an ArgumentError; an applied one
+        is a StateError.
     checkpoint : mapping
         With one such state under ``"optimizer_states"``, or the state itself. NeMo writes it to the
-        file whose name ends in ``-EMA``.
+        file whose name ends in ``-EMA``. A CheckpointError names what does not fit; nothing was
+        changed then.
     model : torch.nn.Module
         Its parameters' names go with the tensors, which NeMo saves without.
     optimizer : torch.optim.Optimizer, optional
@@ -67,15 +69,18 @@ def load(
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state of NeMo's ``EMAOptimizer`` with an average, its decay and its ``update_every``.
+    """The state of NeMo's ``EMAOptimizer`` with the average of a model.
+
+    It holds ``opt``, the optimizer's own state; ``ema``, a tuple of copies in the order of its
+    parameters, of the weights themselves where they are not averaged; ``current_step``, ``decay``
+    (of an update) and ``every_n_steps``.
 
     Parameters
     ----------
     ema : EMA
-        With one average, not in two halves; else an ArgumentError.
+        Several averages, or one in two halves, are an ArgumentError.
     model : torch.nn.Module
     optimizer : torch.optim.Optimizer
-        The one within NeMo's: its state is ``opt``, and the tuple ``ema`` has copies in the order
-        of its parameters, of the weights themselves where they are not averaged.
+        The one within NeMo's.
     """
     return LAYOUTS["nemo"].export(ema, model, optimizer)

@@ -152,8 +152,8 @@ class _Module(nn.Module):
 class ModelEmaV2(_Module):
     """timm's second class: a module around a copy of a model, with the average of its state.
 
-    Average, ``model``, ``decay`` and ``device`` are as in :class:`ModelEma`; the copy is
-    ``module``, and stays where the model is without a device.
+    ``ema = decay * ema + (1 - decay) * x`` for parameters and persistent buffers of floats; others
+    are copied. Parameters are those of :class:`ModelEma`; the copy is ``module``.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, device: Any = None) -> None:

@@ -117,7 +117,14 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
 
     Everything that is averaged has to be there. What is only copied, such as buffers, may be
     missing and then stays; what the average leaves out may be there. ``num_updates`` is the count
-    that the schedule goes on from, by default the average's own. Raises as ``d2go.load``.
+    that the schedule goes on from, by default the average's own.
+
+    Raises
+    ------
+    ArgumentError
+        For several averages, one in two halves, or another kind of ``num_updates``.
+    CheckpointError
+        Naming every tensor that does not fit; nothing was changed.
     """
     state = ema.state_dict(copy=False)
     own = _only(state)
