@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastema.compat.lists import ListAverage, as_list, loaded, moved, write
+from fastema.compat.lists import ListAverage, as_list, load_list, move_list, write
 from fastema.compat.shares import refuse_no_share
 from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
@@ -197,7 +197,7 @@ class EMAModel(ListAverage):
         What a GPU copies to the host, ``non_blocking``, is there once the GPU was waited for, as
         :meth:`step` does.
         """
-        self.shadow_params = moved(self.shadow_params, device, dtype, non_blocking)
+        self.shadow_params = move_list(self.shadow_params, device, dtype, non_blocking)
 
     def pin_memory(self) -> None:
         """Move the averages to pinned memory of the host, where a GPU copies without waiting."""
@@ -226,7 +226,7 @@ class EMAModel(ListAverage):
             refuse_no_share(found[name], name, CheckpointError)
         saved = state_dict.get("shadow_params")
         if saved is not None:
-            self.shadow_params = loaded(saved, self.shadow_params, "shadow_params")
+            self.shadow_params = load_list(saved, self.shadow_params, "shadow_params")
         vars(self).update(found)
 
     @classmethod

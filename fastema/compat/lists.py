@@ -26,7 +26,16 @@ from fastema.errors import (
 )
 from fastema.layout.spec import Role
 
-__all__ = ["ListAverage", "Stored", "as_list", "clones", "firsts", "loaded", "moved", "write"]
+__all__ = [
+    "ListAverage",
+    "Stored",
+    "as_list",
+    "clone_list",
+    "first_places",
+    "load_list",
+    "move_list",
+    "write",
+]
 
 _PLANS: Final = 4
 """Sets of frozen parameters that plans are kept for: those of a script that takes turns."""
@@ -53,7 +62,7 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
     return found
 
 
-def firsts(tensors: Iterable[Tensor]) -> list[int]:
+def first_places(tensors: Iterable[Tensor]) -> list[int]:
     """Places of the tensors, of those in the same memory only that of the first."""
     found: dict[Any, int] = {}
     for at, one in enumerate(tensors):
@@ -65,12 +74,12 @@ def firsts(tensors: Iterable[Tensor]) -> list[int]:
     return list(found.values())
 
 
-def clones(tensors: Sequence[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
+def clone_list(tensors: Sequence[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
     """Copies, on a device where one is named; tied ones have a copy each, as the peers have."""
     return [one.detach().to(device or one.device, copy=True) for one in tensors]
 
 
-def moved(
+def move_list(
     tensors: Sequence[Tensor],
     device: torch.device | str | int | None,
     dtype: torch.dtype | None,
@@ -130,13 +139,13 @@ def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> 
     _refuse_unlike(values, parameters, call)
     _refuse_unwritable(values, parameters, call)
     # A plan would be used once: for a thousand small tensors it takes twenty times as long.
-    if places := firsts(parameters):
+    if places := first_places(parameters):
         torch._foreach_copy_(
             [parameters[at].data for at in places], [values[at].detach() for at in places]
         )
 
 
-def loaded(
+def load_list(
     saved: Any, current: Sequence[Tensor], name: str, devices: Sequence[torch.device] | None = None
 ) -> list[Tensor]:
     """Copies of saved tensors, in the wider of the dtypes that they and the present ones have.
@@ -196,7 +205,7 @@ class _ListFollower:
         Errors name the tensors by their place; nothing was written then.
         """
         same = len(shadow) == len(self._shadow) and all(map(is_, shadow, self._shadow))
-        if not (same and _pointed(self._memory, parameters)):
+        if not (same and _share_memory(self._memory, parameters)):
             self.forget()
             self._shadow = list(shadow)
             self._memory = [parameter.detach() for parameter in parameters]
@@ -216,7 +225,7 @@ class _ListFollower:
             # Made for parameters of another kind: float8 by now, say.
             self.update(shadow, parameters, weight, step, copied)
             return
-        if not _pointed(self._memory, repeat(_NOTHING, len(parameters))):
+        if not _share_memory(self._memory, repeat(_NOTHING, len(parameters))):
             self.forget()
         for at in plan.apart:
             shadow[at].copy_(parameters[at].detach())
@@ -250,7 +259,7 @@ class _Planned(NamedTuple):
     apart: frozenset[int]
 
 
-def _pointed(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+def _share_memory(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     """Make tensors share the memory of others; whether torch can do so for all."""
     try:
         for one, other in zip(tensors, others, strict=True):
@@ -315,7 +324,7 @@ class Stored:
                 f"that were stored before: restore() them first, or set {self._name} to "
                 f"{self._nothing} if they are not wanted back"
             )
-        setattr(owner, self._name, clones(given, device))
+        setattr(owner, self._name, clone_list(given, device))
         self._of, self._overwritten = [weakref.ref(one) for one in _storages(given)], False
 
     def overwritten(self, parameters: Iterable[Tensor]) -> None:
@@ -350,7 +359,7 @@ class ListAverage:
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._follower, self._stored = _ListFollower(), Stored(self._stored_as)
-        self._shadow = clones(parameters)
+        self._shadow = clone_list(parameters)
         setattr(self, self._stored_as, None)
 
     @property

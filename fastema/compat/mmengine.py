@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.compat.following import Follower
-from fastema.compat.lists import firsts
+from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import ModuleFollower, frozen_copy
 from fastema.compat.shares import refuse_no_share
@@ -141,7 +141,7 @@ class BaseAveragedModel(nn.Module):
         if not self.update_buffers:
             self._copier.copy(model)
         names = list(averages)
-        for at in firsts(averages.values()):
+        for at in first_places(averages.values()):
             average = averages[names[at]]
             source = sources[names[at]].data.to(average.device)
             if average.is_floating_point() or average.is_complex():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.compat.lists import ListAverage, as_list, clones, loaded, moved, write
+from fastema.compat.lists import ListAverage, as_list, clone_list, load_list, move_list, write
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.errors import ArgumentError, CheckpointError
@@ -146,7 +146,7 @@ class ExponentialMovingAverage(ListAverage):
 
         def prepare() -> Steps[None]:
             weights = self._get_parameters(parameters, "average_parameters")
-            raw = clones(weights)
+            raw = clone_list(weights)
             return Steps(
                 lambda: write(self._shadow, weights, "average_parameters"),
                 lambda: write(raw, weights, "the raw weights"),
@@ -163,9 +163,9 @@ class ExponentialMovingAverage(ListAverage):
 
         Averages that are not where the parameters are cost a copy of the parameters at each update.
         """
-        shadow = moved(self._shadow, device, dtype)
+        shadow = move_list(self._shadow, device, dtype)
         if self.collected_params is not None:
-            self.collected_params = moved(self.collected_params, device, dtype)
+            self.collected_params = move_list(self.collected_params, device, dtype)
         self.shadow_params = shadow
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,10 +198,10 @@ class ExponentialMovingAverage(ListAverage):
         alive = [one.device for one in weights if one is not None]
         saved = state_dict["shadow_params"]
         devices = alive if len(alive) == len(weights) else None
-        shadow = loaded(saved, self._shadow, "shadow_params", devices)
+        shadow = load_list(saved, self._shadow, "shadow_params", devices)
         collected = state_dict.get("collected_params")
         if collected is not None:
-            collected = loaded(collected, self._shadow, "collected_params", devices)
+            collected = load_list(collected, self._shadow, "collected_params", devices)
         self.decay, self.num_updates = decay, num_updates
         self._num_calls = int(state_dict.get("num_calls") or num_updates or 0)
         self.shadow_params, self.collected_params = shadow, collected
