@@ -5,55 +5,40 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fastema.bridges.names import plain_names
-from fastema.compat.following import Follower
+from fastema.compat.layouts import COMPOSER_PARTS, LAYOUTS
+from fastema.compat.modules import NamedFollower
 from fastema.compat.shares import refuse_no_share
-from fastema.compat.transfer import averages_of, mapping_in, take_over, whole_in
-from fastema.errors import ArgumentError, BridgeError, CheckpointError
-from fastema.layout.spec import Role
+from fastema.compat.transfer import by_plain_name
+from fastema.errors import ArgumentError, BridgeError
 from fastema.rules import Aligned
 from fastema.shadow import EMA
 
 __all__ = ["compute_ema", "export", "load", "rule"]
 
-_PARTS: Final = ("named_parameters_dict", "named_buffers_dict")
 _TIME: Final = re.compile(r"(\d+)(ba|ep)")
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Average what the average holds; what is frozen, or a buffer, and not held is left out."""
-
-    names: frozenset[str]
-
-    def __call__(self, name: str, role: Role) -> Literal["average", "skip"]:
-        return "average" if name in self.names or role == "weight" else "skip"
-
-
 class _Known:
-    """A follower of averages that a caller keeps, and how often it was called."""
+    """What follows the averages that a caller keeps, and how often it was called."""
 
     def __init__(self) -> None:
-        self.averages: dict[str, Tensor] = {}
+        self.names: frozenset[str] = frozenset()
         self.tied: dict[str, str] = {}
-        self.follower: Follower | None = None
+        self.follower = NamedFollower(())
         self.calls = 0
 
-    def following(self, averages: dict[str, Tensor], model: nn.Module) -> Follower:
-        """The follower of these: the same for as long as they have the same names."""
-        if self.follower is None or averages.keys() != self.averages.keys() - self.tied.keys():
-            self.tied = _tied(model, averages)
-            self.averages = {}
-            names = frozenset([*averages, *self.tied])
-            self.follower = Follower(self.averages, _Held(names))
-        self.averages.update(averages)
-        self.averages.update((name, averages[first]) for name, first in self.tied.items())
-        return self.follower
+    def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
+        """Update averages by name, those too that have further names in the model."""
+        if self.names != averages.keys():
+            self.names, self.tied = frozenset(averages), _tied(model, averages)
+            self.follower = NamedFollower([*averages, *self.tied])
+        tied = {name: averages[first] for name, first in self.tied.items()}
+        self.follower.of({**averages, **tied}).update(model, weight, self.calls)
+        self.calls += 1
 
 
 _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
@@ -62,8 +47,7 @@ _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 def _tied(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, str]:
     """Further names that averaged parameters have in a model, to the one of the average."""
-    every = dict(model.named_parameters(remove_duplicate=False))
-    named = dict(zip(plain_names(list(every)), every.values(), strict=True))
+    named = by_plain_name(dict(model.named_parameters(remove_duplicate=False)))
     held = {id(one): name for name, one in named.items() if name in averages}
     return {
         name: held[id(one)]
@@ -77,23 +61,28 @@ def _averages(ema_model: Any) -> dict[str, Tensor]:
     if isinstance(ema_model, nn.Module):
         found = ema_model.state_dict(keep_vars=True)
         named = {name: one for name, one in found.items() if isinstance(one, Tensor)}
-    elif all(isinstance(getattr(ema_model, part, None), dict) for part in _PARTS):
-        named = {name: one for part in _PARTS for name, one in getattr(ema_model, part).items()}
+    elif all(isinstance(getattr(ema_model, part, None), dict) for part in COMPOSER_PARTS):
+        parts = (getattr(ema_model, part) for part in COMPOSER_PARTS)
+        named = {name: one for part in parts for name, one in part.items()}
     else:
         raise BridgeError(
             f"ema_model is a {type(ema_model).__name__}: expected a torch.nn.Module, or an object "
-            f"with the dicts {' and '.join(_PARTS)}"
+            f"with the dicts {' and '.join(COMPOSER_PARTS)}"
         )
-    return dict(zip(plain_names(list(named)), named.values(), strict=True))
+    return by_plain_name(named)
 
 
 def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> None:
     """``ema = smoothing * ema + (1 - smoothing) * model`` in place, for parameters and buffers.
 
+    The function of ``composer/algorithms/ema/ema.py``, version 0.32. There a tensor that one side
+    lacks is left out silently; here only what is frozen, or a buffer, may have no average. Random
+    bits depend on the number of calls with this ``ema_model``; a resumed run draws others.
+
     Parameters
     ----------
     model : torch.nn.Module
-        The weights in training.
+        The weights in training. A sharded (FSDP) model has to be summoned by the caller.
     ema_model : torch.nn.Module, or Composer's EMAParameters
         What is written: whatever its state dict holds, or its dicts of parameters and buffers.
     smoothing : float
@@ -101,27 +90,11 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
 
     Raises
     ------
-    ArgumentError
-        For a ``smoothing`` out of range.
     LayoutError
         Naming the averages that the model lacks, the trained parameters that have no average, and
         those of which the shapes differ; nothing was written.
-    BridgeError
-        For an ``ema_model`` that is neither.
-
-    Notes
-    -----
-    The function of ``composer/algorithms/ema/ema.py``, version 0.32. It differs:
-
-    - There integers are averaged and cut off, so that counters lag behind. Here they are copied.
-    - There tensors that only one side has are left out without a word. Here only what is frozen or
-      a buffer may be missing in the average.
-    - There averages of 16 bits are rounded to nearest and stand still. Here they are rounded at
-      random, by bits that depend on the number of calls with this ``ema_model`` so far; a resumed
-      run draws others.
-
-    What is looked up is kept for as long as ``ema_model`` lives. A sharded (FSDP) model has to be
-    summoned by the caller.
+    ArgumentError, BridgeError
+        For a ``smoothing`` out of range; for another kind of ``ema_model``.
 
     Examples
     --------
@@ -132,9 +105,7 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
     """
     refuse_no_share(smoothing, "smoothing")
     averages = _averages(ema_model)
-    known = _known.setdefault(ema_model, _Known())
-    known.following(averages, model).update(model, 1.0 - smoothing, known.calls)
-    known.calls += 1
+    _known.setdefault(ema_model, _Known()).update(averages, model, 1.0 - smoothing)
 
 
 def rule(
@@ -144,6 +115,12 @@ def rule(
 ) -> Aligned:
     """The schedule of Composer's ``EMA``: ``smoothing = 2 ** (-update_interval / half_life)``.
 
+    It is the decay per batch (or epoch), for ``fastema.EMA(model, decay=rule(...), update_every=k,
+    buffers="average", start_after=1)``, with ``k`` the number in ``update_interval``; call
+    ``update()`` once per batch (or epoch). As with Composer's ``ema_start="0.0dur"`` the average
+    begins with the weights after the first batch, and is updated after the batches whose number is
+    a multiple of ``k``, with the same weights. For ``ema_start="50ba"`` it is ``start_after=50``.
+
     Parameters
     ----------
     half_life : str, optional
@@ -152,16 +129,6 @@ def rule(
         In its place: the weight of the old average in an update, in (0, 1).
     update_interval : str, optional
         In the same unit; one of it by default.
-
-    Returns
-    -------
-    Aligned
-        Decay per batch (or epoch), for ``fastema.EMA(model, decay=rule(...), update_every=k,
-        buffers="average", start_after=1)``, with ``k`` the number in ``update_interval``; call
-        ``update()`` once per batch (or epoch). As with Composer's ``ema_start="0.0dur"`` the
-        average begins with the weights after the first batch, and is updated after the batches
-        whose number is a multiple of ``k``, with the same weights. For ``ema_start="50ba"`` it is
-        ``start_after=50``.
 
     Raises
     ------
@@ -202,63 +169,6 @@ def _time(value: str, name: str) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def _parts_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
-    """The algorithm's state; the model's and the batches of the run, where they are there."""
-    whole = mapping_in(checkpoint, "the checkpoint")
-    state = mapping_in(whole.get("state", whole), "'state' of the checkpoint")
-    if "ema_model" in state:
-        return state, None, None
-    found = [one for name, one in _named_states(state.get("algorithms", ())) if name == "EMA"]
-    if len(found) != 1:
-        raise CheckpointError(
-            f"the checkpoint holds {len(found)} states of Composer's EMA, expected one: under "
-            "'algorithms', or by itself with 'ema_model'"
-        )
-    algorithm = mapping_in(found[0], "the state of Composer's EMA")
-    if "ema_model" not in algorithm:
-        raise CheckpointError("the state of Composer's EMA lacks 'ema_model'")
-    return algorithm, state.get("model"), _batches(state.get("timestamp"))
-
-
-def _named_states(algorithms: Any) -> list[tuple[Any, Any]]:
-    """Names and states of algorithms: a list of pairs, or a mapping as in old checkpoints."""
-    if isinstance(algorithms, Mapping):
-        return list(algorithms.items())
-    if isinstance(algorithms, list | tuple) and all(
-        isinstance(one, list | tuple) and len(one) == 2 for one in algorithms
-    ):
-        return [(name, one) for name, one in algorithms]
-    raise CheckpointError(
-        f"'algorithms' is {_shortened(algorithms)}, expected a list of pairs of a name and a state"
-    )
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _batches(timestamp: Any) -> int | None:
-    if timestamp is None:
-        return None
-    outer = mapping_in(timestamp, "'timestamp' of the checkpoint")
-    inner = mapping_in(outer.get("Timestamp", {}), "'Timestamp' of the checkpoint's 'timestamp'")
-    return whole_in(inner["batch"], "the timestamp's batch") if "batch" in inner else None
-
-
-def _flat(saved: Any) -> dict[str, Any]:
-    """The tensors of a saved ``ema_model``; before Composer 0.13 it was a state dict."""
-    if saved is None:
-        raise CheckpointError(
-            "'ema_model' is None: the run was saved before its average began, at ema_start"
-        )
-    parts = mapping_in(saved, "'ema_model'")
-    if not all(part in parts for part in _PARTS):
-        return dict(parts)
-    inner = (mapping_in(parts[part], f"{part!r} of 'ema_model'") for part in _PARTS)
-    return {name: one for part in inner for name, one in part.items()}
-
-
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
     """Take over the average of a checkpoint of Composer.
 
@@ -268,76 +178,26 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     Parameters
     ----------
     ema : EMA
-        Of the same model.
+        Of the same model. Several averages, or one in two halves, are an ArgumentError; an applied
+        one is a StateError.
     checkpoint : mapping
-        Of a ``Trainer``, or the state of its ``EMA`` algorithm alone.
+        Of a ``Trainer``, or the state of its ``EMA`` algorithm alone. A CheckpointError names what
+        is missing or does not fit; nothing was changed then.
     num_updates : int, optional
         Batches of the run; by default those in the checkpoint, or else what ``ema`` has.
-
-    Raises
-    ------
-    CheckpointError
-        Naming every tensor that does not fit, if there is no average, if something is not what
-        Composer writes there, or if average and weights have changed places and the model's state
-        is not there; nothing was changed.
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves, or an invalid ``num_updates``.
-    StateError
-        While the average is applied.
     """
-    state, model, batches = _parts_of(checkpoint)
-    averages = _flat(state["ema_model"])
-    if state.get("ema_weights_active") and "training_model" not in state:
-        if model is None:
-            raise CheckpointError(
-                "the state holds the weights in place of the average (ema_weights_active), which "
-                "is in the model's: pass the whole checkpoint of the Trainer"
-            )
-        weights = mapping_in(model, "'model' of the checkpoint")
-        held = dict(zip(plain_names(list(weights)), weights.values(), strict=True))
-        averages = {name: held[name] for name in plain_names(list(averages)) if name in held}
-    take_over(ema, averages, batches if num_updates is None else num_updates)
+    LAYOUTS["composer"].load(ema, checkpoint, num_updates=num_updates)
 
 
 def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
-    """The state of Composer's ``EMA`` algorithm with this average.
+    """The state of Composer's ``EMA`` algorithm with this average, for its ``load_state_dict``.
 
     Parameters
     ----------
     ema : EMA
+        Several averages, or one in two halves, are an ArgumentError.
     model : torch.nn.Module
-        Whose buffers the state is to hold, those that ``ema`` leaves out too.
-
-    Returns
-    -------
-    dict
-        For ``algorithm.load_state_dict``: ``ema_model`` with copies of the trained parameters and
-        of all buffers, ``ema_weights_active=False`` and ``ema_started=True``.
-
-    Raises
-    ------
-    CheckpointError
-        If the model has trained parameters that are not averaged.
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves.
+        The state holds copies of all its buffers and of its trained parameters' averages; a
+        CheckpointError names those that are not averaged.
     """
-    averages = averages_of(ema)
-    parameters, buffers = (
-        dict(zip(plain_names(list(found)), found.values(), strict=True))
-        for found in (
-            {name: one for name, one in model.named_parameters() if one.requires_grad},
-            dict(model.named_buffers()),
-        )
-    )
-    missing = [name for name in parameters if name not in averages]
-    if missing:
-        raise CheckpointError(f"these parameters are not averaged: {', '.join(missing)}")
-    held = {name: averages.get(name, one.detach().clone()) for name, one in buffers.items()}
-    return {
-        "ema_model": {
-            "named_parameters_dict": {name: averages[name] for name in parameters},
-            "named_buffers_dict": held,
-        },
-        "ema_weights_active": False,
-        "ema_started": True,
-    }
+    return LAYOUTS["composer"].export(ema, model)

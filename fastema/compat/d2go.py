@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastema.bridges.names import plain_names
-from fastema.compat.transfer import averages_of, mapping_in, take_over
+from fastema.compat.layouts import LAYOUTS
 from fastema.rules import Constant, Rule
 from fastema.rules.checks import checked_decay, checked_least
 from fastema.shadow import EMA
@@ -38,25 +37,17 @@ class WarmUp(Rule):
 def rule(decay: float = 0.999, decay_warm_up_factor: float = -1) -> Rule:
     """The schedule of D2Go's ``EMAUpdater``: ``min(decay, (1 + n) / (factor + n))``.
 
+    It is for ``fastema.EMA(model, decay=rule(...), frozen="average", buffers="average")``: D2Go
+    averages frozen parameters and buffers unless ``INCLUDE_FROZEN`` and ``INCLUDE_BUFFER`` say
+    otherwise (``"skip"``).
+
     Parameters
     ----------
     decay : float
-        ``MODEL_EMA.DECAY``, in [0, 1).
+        ``MODEL_EMA.DECAY``, in [0, 1); else an ArgumentError.
     decay_warm_up_factor : float
         ``MODEL_EMA.DECAY_WARM_UP_FACTOR``; below 0 the decay is the same at every step. Up to 1
         it has no effect either: the fraction is then never below 1.
-
-    Returns
-    -------
-    Rule
-        For ``fastema.EMA(model, decay=rule(...), frozen="average", buffers="average")``: D2Go
-        averages frozen parameters and buffers unless ``INCLUDE_FROZEN`` and ``INCLUDE_BUFFER`` say
-        otherwise (``"skip"``).
-
-    Raises
-    ------
-    ArgumentError
-        For a decay out of range, or a factor that is no number.
 
     Examples
     --------
@@ -71,54 +62,35 @@ def rule(decay: float = 0.999, decay_warm_up_factor: float = -1) -> Rule:
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
     """Take over the average of a checkpoint of D2Go.
 
+    D2Go averages integers and cuts them off, so that counters lag behind. They are taken as they
+    are, and copied exactly from the next update on.
+
     Parameters
     ----------
     ema : EMA
-        Of the same model.
+        Of the same model. Several averages, or one in two halves, are an ArgumentError; an applied
+        one is a StateError.
     checkpoint : mapping
-        With ``"ema_state"``, a mapping of names to tensors; or that mapping itself.
+        With ``"ema_state"``, a mapping of names to tensors; or that mapping itself. A
+        CheckpointError names every tensor that does not fit; nothing was changed then.
     num_updates : int, optional
-        Steps of the run, which D2Go does not save: its warm-up begins anew when a run is resumed.
+        Steps of the run, which D2Go does not save: its warm-up begins again when a run is resumed.
         By default the number that ``ema`` has.
-
-    Raises
-    ------
-    CheckpointError
-        Naming every tensor that does not fit; nothing was changed.
-    ArgumentError
-        For an ``ema`` with several averages, or one in two halves, or an invalid ``num_updates``.
-    StateError
-        While the average is applied.
-
-    Notes
-    -----
-    There integers are averaged and cut off, so that counters lag behind. Here they are taken from
-    the checkpoint as they are, and copied exactly from the next update on.
     """
-    whole = mapping_in(checkpoint, "the checkpoint")
-    state = mapping_in(whole.get("ema_state", whole), "the average ('ema_state', or by itself)")
-    take_over(ema, state, num_updates)
+    LAYOUTS["d2go"].load(ema, checkpoint, num_updates=num_updates)
 
 
 def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint of D2Go holds of an average.
+    """What a checkpoint of D2Go holds of an average: ``{"ema_state": {name: tensor}}``, copies.
+
+    D2Go asks for every name that it averages: build the average with ``frozen="average",
+    buffers="average"`` for its default configuration.
 
     Parameters
     ----------
     ema : EMA
+        Several averages, or one in two halves, are an ArgumentError.
     model : torch.nn.Module, optional
-        Whose buffers the state is to hold as they are, where the average leaves them out: as those
-        registered with ``persistent=False``. By default none.
-
-    Returns
-    -------
-    dict
-        ``{"ema_state": {name: tensor}}``, copies. D2Go asks for every name that it averages: build
-        the average with ``frozen="average", buffers="average"`` for its default configuration, and
-        give the model if it has such buffers.
+        Adds its buffers that the average leaves out, such as those with ``persistent=False``.
     """
-    averages = averages_of(ema)
-    buffers = {} if model is None else dict(model.named_buffers())
-    names = zip(plain_names(list(buffers)), buffers.values(), strict=True)
-    left_out = {name: one.detach().clone() for name, one in names if name in ema.skipped_names}
-    return {"ema_state": {**left_out, **averages}}
+    return LAYOUTS["d2go"].export(ema, model)

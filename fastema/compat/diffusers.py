@@ -1,15 +1,4 @@
-"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it.
-
-Change the import and nothing else:
-
->>> from fastema.compat.diffusers import EMAModel
->>> model = torch.nn.Linear(8, 4)
->>> ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
->>> ema.step(model.parameters())               # after every optimizer step
->>> ema.store(model.parameters())              # to validate with the average
->>> ema.copy_to(model.parameters())
->>> ema.restore(model.parameters())
-"""
+"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it."""
 
 from __future__ import annotations
 
@@ -22,9 +11,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
+from fastema.compat.lists import ListAverage, as_list, load_list, move_list, write
 from fastema.compat.shares import refuse_no_share
-from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
+from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
 __all__ = ["EMAModel"]
 
@@ -39,26 +28,25 @@ _KINDS: Final[dict[str, type]] = {
 }
 """What a state holds besides the tensors; in a saved model, entries of its configuration."""
 
+_RENAMED: Final = {"max_value": "decay", "min_value": "min_decay", "device": "to()"}
+"""Deprecated arguments, and what diffusers says to use instead."""
 
-class EMAModel:
+
+class EMAModel(ListAverage):
     """Exponential moving average of parameters, with the names and the state of diffusers' class.
 
     At the n-th step ``shadow += (1 - d) * (x - shadow)``, computed in float32 (float64 where either
-    side is). With ``s = max(0, n - update_after_step - 1)`` the decay ``d`` is 0 as long as
-    ``s = 0``, then ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, else
-    ``(1 + s) / (10 + s)``; never above ``decay``, and never below ``min_decay``.
+    side is), with the decay ``d`` of :meth:`get_decay`.
 
     Parameters
     ----------
     parameters : iterable of Tensor
         Such as ``model.parameters()``, of any shapes and dtypes. Those that require no gradient
-        are copied at each step, and so are integers. None of them is kept. A module is accepted, as
-        in diffusers, with a ``FutureWarning``, and turns ``use_ema_warmup`` on.
-    decay : float
-        The highest weight of the old average, in [0, 1].
-    min_decay : float
-        The lowest from the second step after ``update_after_step`` on, in [0, 1].
-        ``min_decay=decay`` makes the decay constant, which it never is otherwise.
+        are copied at each step, and so are integers. None of them is kept.
+    decay, min_decay : float
+        The highest weight of the old average, and the lowest from the second step after
+        ``update_after_step`` on, in [0, 1], else an ArgumentError. ``min_decay=decay`` makes the
+        decay constant, which it never is otherwise.
     update_after_step : int
         Steps until which the average is the parameters themselves.
     use_ema_warmup : bool
@@ -71,48 +59,23 @@ class EMAModel:
     model_cls, model_config : type, dict
         The diffusers model, for :meth:`save_pretrained`.
     **kwargs
-        ``max_value``, ``min_value`` and ``device``, with a ``FutureWarning``: use ``decay``,
-        ``min_decay`` and :meth:`to`. Others are ignored, with a warning.
+        What is deprecated in diffusers, a module as ``parameters`` too, works with a
+        ``FutureWarning``; others are ignored, with a warning.
 
     Attributes
     ----------
-    decay, min_decay, update_after_step, use_ema_warmup, inv_gamma, power, foreach, model_cls, \
-model_config
-        As given; may be set between steps.
-    optimization_step : int
-        Steps so far.
-    cur_decay_value : float or None
-        Decay of the latest step.
-    shadow_params : list of Tensor
-        The averages, in the order and, until :meth:`to`, with the dtypes of the parameters.
-    temp_stored_params : list of Tensor or None
-        What :meth:`store` stored.
-
-    Raises
-    ------
-    ArgumentError
-        If a decay is not in [0, 1], or ``parameters`` is no iterable of tensors.
+    optimization_step, cur_decay_value : int, float or None
+        Steps so far, and the decay of the latest.
+    shadow_params, temp_stored_params : list of Tensor
+        The averages, and what :meth:`store` stored in the host's memory, if any.
 
     Notes
     -----
-    Where it differs from diffusers 0.42.1, for the same script:
-
-    - 16-bit averages are rounded at random, without bias; rounded to nearest they stand still as
-      soon as an update is smaller than half their last place. The bits are a function of
-      ``optimization_step``, the parameter's place in the list and the element's in the tensor: a
-      resumed run has the same.
-    - :meth:`load_state_dict` takes copies, keeps the wider of the dtypes that the saved and the
-      present averages have, and the devices that these are on.
-    - Lists of another length and tensors of other shapes are refused, naming them, before anything
-      is written. There, what is too many was left out, and a smaller tensor broadcast.
-    - :meth:`store` refuses to let go of stored weights that :meth:`copy_to` has written over.
-    - A ``min_decay`` of 0, an ``int``, can be saved and loaded again.
-    - Averages on another device than the parameters are updated there, from a copy of these.
-    - The parameters that DeepSpeed's ZeRO-3 spreads over processes are not gathered, there they
-      are: call :meth:`step` within ``deepspeed.zero.GatheredParameters(parameters)``.
-    - A call that fails has changed nothing, and is not counted.
-
-    Source: diffusers 0.42.1, ``diffusers.training_utils.EMAModel``.
+    The other parameters are attributes that may be set between steps. Random bits are a function of
+    ``optimization_step``, the parameter's place in the list and the element's in the tensor. Where
+    it differs from diffusers 0.42.1, ``docs/drop-in.md`` aside: :meth:`load_state_dict` takes
+    copies, on the devices of the present averages; a ``min_decay`` of 0, an ``int``, can be saved
+    and loaded again; averages on another device than the parameters are updated there.
 
     Examples
     --------
@@ -124,6 +87,10 @@ model_config
     >>> ema.shadow_params, ema.cur_decay_value
     ([tensor([3.2500])], 0.75)
     """
+
+    temp_stored_params: list[Tensor] | None
+    _stored_as = "temp_stored_params"
+    _stored_on = "cpu"
 
     def __init__(
         self,
@@ -142,23 +109,19 @@ model_config
         if isinstance(parameters, torch.nn.Module):
             _deprecated("a torch.nn.Module", "EMAModel", "its parameters()")
             parameters, use_ema_warmup = parameters.parameters(), True
-        unknown = sorted(set(kwargs) - {"max_value", "min_value", "device"})
+        unknown = sorted(kwargs.keys() - _RENAMED.keys())
         if unknown:
             warnings.warn(f"EMAModel ignores {', '.join(unknown)}", stacklevel=2)
-        if kwargs.get("max_value") is not None:
-            _deprecated("max_value", "EMAModel", "decay")
-            decay = kwargs["max_value"]
-        if kwargs.get("min_value") is not None:
-            _deprecated("min_value", "EMAModel", "min_decay")
-            min_decay = kwargs["min_value"]
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        for name, instead in _RENAMED.items():
+            if name in given:
+                _deprecated(name, "EMAModel", instead)
+        decay, min_decay = given.get("max_value", decay), given.get("min_value", min_decay)
         refuse_no_share(decay, "decay")
         refuse_no_share(min_decay, "min_decay")
-        self._follower = ListFollower()
-        self.shadow_params = clones(as_list(parameters, "EMAModel(parameters)"))
-        if kwargs.get("device") is not None:
-            _deprecated("device", "EMAModel", "to()")
-            self.to(device=kwargs["device"])
-        self.temp_stored_params: list[Tensor] | None = None
+        super().__init__(as_list(parameters, "EMAModel(parameters)"))
+        if "device" in given:
+            self.to(device=given["device"])
         self.decay = decay
         self.min_decay = min_decay
         self.update_after_step = update_after_step
@@ -170,30 +133,16 @@ model_config
         self.foreach = foreach
         self.model_cls = model_cls
         self.model_config = model_config
-        self._stored = Stored()
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """The averages."""
-        return self._shadow
-
-    @shadow_params.setter
-    def shadow_params(self, tensors: list[Tensor]) -> None:
-        self._shadow = tensors
-        self._follower.let_go()
-
-    # -- training ---------------------------------------------------------------------------------
 
     def get_decay(self, optimization_step: int) -> float:
-        """Weight of the old average at a step.
+        """Weight of the old average at a step, counted from 1.
 
-        Parameters
-        ----------
-        optimization_step : int
-            From 1.
+        With ``s = max(0, step - update_after_step - 1)`` it is 0 where ``s = 0``, else
+        ``1 - (1 + s / inv_gamma) ** -power`` with ``use_ema_warmup``, or ``(1 + s) / (10 + s)``; at
+        most ``decay`` and at least ``min_decay``.
         """
         step = max(0, optimization_step - self.update_after_step - 1)
-        if step <= 0:
+        if not step:
             return 0.0
         if self.use_ema_warmup:
             grown = 1 - (1 + step / self.inv_gamma) ** -self.power
@@ -204,11 +153,7 @@ model_config
     def step(self, parameters: Iterable[Tensor]) -> None:
         """Take the current parameters into the average; call it after ``optimizer.step()``.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-            As many as the average was built from, of the same shapes. Whether one requires a
-            gradient is looked at now. A module is accepted with a ``FutureWarning``.
+        Whether one requires a gradient is looked at now.
 
         Raises
         ------
@@ -220,12 +165,12 @@ model_config
         if isinstance(parameters, torch.nn.Module):
             _deprecated("a torch.nn.Module", "EMAModel.step", "its parameters()")
             parameters = parameters.parameters()
-        weights = as_list(parameters, "step")
+        weights = self._all(parameters, "step")
         step = self.optimization_step + 1
         decay = float(self.get_decay(step))
         frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)
         try:
-            self._follower.update(self.shadow_params, weights, 1 - decay, step, frozen)
+            self._follower.update(self._shadow, weights, 1 - decay, step, frozen)
         except LayoutError:
             if any(hasattr(one, "ds_id") for one in weights):
                 raise LayoutError(
@@ -235,66 +180,10 @@ model_config
             raise
         self.optimization_step, self.cur_decay_value = step, decay
 
-    # -- the average in the model -----------------------------------------------------------------
-
-    def copy_to(self, parameters: Iterable[Tensor]) -> None:
-        """Write the average into parameters, rounded to their dtypes.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-            See :meth:`step`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`step`.
-        """
-        weights = as_list(parameters, "copy_to")
-        write(self.shadow_params, weights, "copy_to")
-        self._stored.overwritten(weights)
-
-    def store(self, parameters: Iterable[Tensor]) -> None:
-        """Keep a copy of parameters for :meth:`restore`: in the host's memory, as in diffusers.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-
-        Raises
-        ------
-        ArgumentError
-            If they are no tensors.
-        StateError
-            If what was stored before was then written over by :meth:`copy_to`, and would be lost.
-        """
-        weights = as_list(parameters, "store")
-        if self.temp_stored_params is not None:
-            self._stored.refuse_loss("temp_stored_params")
-        self.temp_stored_params = clones(weights, "cpu")
-        self._stored.stored(weights)
-
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write what :meth:`store` kept into parameters, to the bit, and let go of it.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-            As were stored.
-
-        Raises
-        ------
-        StateError
-            Without :meth:`store`.
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`step`; what was stored is kept.
-        """
-        if self.temp_stored_params is None:
-            raise StateError("restore() without store(): there are no weights to put back")
-        write(self.temp_stored_params, as_list(parameters, "restore"), "restore")
+        """Write what :meth:`store` kept into parameters, to the bit, and keep it no longer."""
+        super().restore(parameters)
         self.temp_stored_params = None
-
-    # -- the average ------------------------------------------------------------------------------
 
     def to(
         self,
@@ -305,55 +194,27 @@ model_config
         """Move the averages to a device; cast those that are floats.
 
         Averages that are not where the parameters are cost a copy of the parameters at each step.
-
-        Parameters
-        ----------
-        device : device, optional
-        dtype : torch.dtype, optional
-        non_blocking : bool
-            As of ``torch.Tensor.to``. What a GPU copies to the host is there once the GPU was
-            waited for, as :meth:`step` does.
+        What a GPU copies to the host, ``non_blocking``, is there once the GPU was waited for, as
+        :meth:`step` does.
         """
-        self.shadow_params = moved(self.shadow_params, device, dtype, non_blocking)
+        self.shadow_params = move_list(self.shadow_params, device, dtype, non_blocking)
 
     def pin_memory(self) -> None:
-        """Move the averages to pinned memory of the host, from where a GPU copies without waiting.
-
-        Raises
-        ------
-        RuntimeError
-            Of torch, without a GPU.
-        """
+        """Move the averages to pinned memory of the host, where a GPU copies without waiting."""
         self.shadow_params = [one.pin_memory() for one in self.shadow_params]
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the schedule and the tensors themselves, not copies of them.
-
-        Returns
-        -------
-        dict
-            ``"decay"``, ``"min_decay"``, ``"optimization_step"``, ``"update_after_step"``,
-            ``"use_ema_warmup"``, ``"inv_gamma"``, ``"power"``, ``"shadow_params"``.
-        """
+        """The counters, the schedule and the tensors themselves, not copies of them."""
         state = {name: getattr(self, name) for name in _KINDS}
         # diffusers refuses an int where it loads, though not where it is given.
         state["min_decay"] = float(self.min_decay)
         return {**state, "shadow_params": self.shadow_params}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over copies of a saved average, of this class or of diffusers'.
+        """Take over copies of a saved average, of this class or diffusers'; what is missing stays.
 
-        Parameters
-        ----------
-        state_dict : dict
-            Of :meth:`state_dict`; what is missing stays as it is.
-
-        Raises
-        ------
-        CheckpointError
-            If an entry is not what it should be.
-        LayoutError
-            Listing the tensors that differ in number, shape or kind.
+        A CheckpointError if an entry is not what it should be, a LayoutError that lists the tensors
+        that differ; nothing was changed then.
         """
         found = {name: state_dict.get(name, getattr(self, name)) for name in _KINDS}
         for name, value in found.items():
@@ -365,26 +226,14 @@ model_config
             refuse_no_share(found[name], name, CheckpointError)
         saved = state_dict.get("shadow_params")
         if saved is not None:
-            self.shadow_params = loaded(saved, self.shadow_params, "shadow_params")
+            self.shadow_params = load_list(saved, self.shadow_params, "shadow_params")
         vars(self).update(found)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, model_cls: Any, foreach: bool = False) -> EMAModel:
         """Load an average that :meth:`save_pretrained`, of this class or of diffusers', wrote.
 
-        Parameters
-        ----------
-        path : str or Path
-            The folder, or whatever else ``model_cls.from_pretrained`` takes.
-        model_cls : type
-            Of the diffusers model.
-        foreach : bool
-            Of the constructor.
-
-        Raises
-        ------
-        CheckpointError
-            If a counter in the configuration is not what it should be.
+        A CheckpointError if a counter in the configuration is not what it should be.
         """
         config = model_cls.load_config(path)
         model = model_cls.from_pretrained(path)
@@ -395,19 +244,10 @@ model_config
         return ema
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save the average as a diffusers model, with counters and schedule in its ``config.json``.
+        """Save the average as a diffusers model, counters and schedule in its ``config.json``.
 
-        Parameters
-        ----------
-        path : str or Path
-            A folder, made where there is none.
-
-        Raises
-        ------
-        ArgumentError
-            Without ``model_cls`` or ``model_config``.
-        LayoutError
-            If the average is of another model; nothing was written.
+        An ArgumentError without ``model_cls`` or ``model_config``, a LayoutError if the average is
+        of another model; nothing was written then.
         """
         for name in ("model_cls", "model_config"):
             if getattr(self, name) is None:

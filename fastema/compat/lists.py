@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import repeat
 from operator import is_
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, ClassVar, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,16 @@ from fastema.errors import (
 )
 from fastema.layout.spec import Role
 
-__all__ = ["ListFollower", "Stored", "as_list", "clones", "loaded", "moved", "write"]
-
+__all__ = [
+    "ListAverage",
+    "Stored",
+    "as_list",
+    "clone_list",
+    "first_places",
+    "load_list",
+    "move_list",
+    "write",
+]
 
 _PLANS: Final = 4
 """Sets of frozen parameters that plans are kept for: those of a script that takes turns."""
@@ -36,13 +44,7 @@ _NOTHING: Final = torch.empty(0)
 
 
 def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
-    """The tensors of ``model.parameters()`` or of any other iterable.
-
-    Raises
-    ------
-    ArgumentError
-        For anything else, such as a module.
-    """
+    """The tensors of ``model.parameters()`` or of any other iterable; else an ArgumentError."""
     iterable = isinstance(parameters, Iterable) and not isinstance(parameters, Tensor)
     found = list(parameters) if iterable else []
     wrong: Any = next((one for one in found if not isinstance(one, Tensor)), None)
@@ -60,25 +62,24 @@ def as_list(parameters: Iterable[Tensor], call: str) -> list[Tensor]:
     return found
 
 
-def _firsts(tensors: Sequence[Tensor]) -> list[int]:
-    """For each tensor the place of the first one in the same memory: its own, if it is not tied."""
-    places: dict[Any, int] = {}
-    found = []
+def first_places(tensors: Iterable[Tensor]) -> list[int]:
+    """Places of the tensors, of those in the same memory only that of the first."""
+    found: dict[Any, int] = {}
     for at, one in enumerate(tensors):
         key: Any = at
         # Tensors of several processes, and such as have no data, have no address.
         if one.layout == torch.strided and one.numel() and one.data_ptr():
             key = one.device, one.data_ptr(), one.dtype, one.shape, one.stride()
-        found.append(places.setdefault(key, at))
-    return found
+        found.setdefault(key, at)
+    return list(found.values())
 
 
-def clones(tensors: Sequence[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
+def clone_list(tensors: Sequence[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
     """Copies, on a device where one is named; tied ones have a copy each, as the peers have."""
     return [one.detach().to(device or one.device, copy=True) for one in tensors]
 
 
-def moved(
+def move_list(
     tensors: Sequence[Tensor],
     device: torch.device | str | int | None,
     dtype: torch.dtype | None,
@@ -93,6 +94,10 @@ def moved(
         )
         for one in tensors
     ]
+
+
+def _kind(one: Tensor) -> tuple[bool, bool]:
+    return one.is_floating_point(), one.is_complex()
 
 
 def _refuse_unlike(values: Sequence[Tensor], others: Sequence[Tensor], what: str) -> None:
@@ -128,49 +133,25 @@ def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> 
     """Write values into parameters, rounded to nearest, on whatever devices they are.
 
     Autograd is not told of it, as it is not by the peers: a graph that needs the parameters is
-    right when they have their values back.
-
-    Raises
-    ------
-    LayoutError, DTypeError, BridgeError
-        Naming the tensors by their place; nothing was written then.
+    right when they have their values back. Errors name the tensors by their place; nothing was
+    written then.
     """
     _refuse_unlike(values, parameters, call)
     _refuse_unwritable(values, parameters, call)
-    firsts = [at for at, first in enumerate(_firsts(parameters)) if at == first]
     # A plan would be used once: for a thousand small tensors it takes twenty times as long.
-    if firsts:
+    if places := first_places(parameters):
         torch._foreach_copy_(
-            [parameters[at].data for at in firsts], [values[at].detach() for at in firsts]
+            [parameters[at].data for at in places], [values[at].detach() for at in places]
         )
 
 
-def _kind(one: Tensor) -> tuple[bool, bool]:
-    return one.is_floating_point(), one.is_complex()
-
-
-def loaded(
+def load_list(
     saved: Any, current: Sequence[Tensor], name: str, devices: Sequence[torch.device] | None = None
 ) -> list[Tensor]:
-    """Copies of saved tensors, of the wider of the dtypes that they and the present ones have.
+    """Copies of saved tensors, in the wider of the dtypes that they and the present ones have.
 
-    Parameters
-    ----------
-    saved : list of Tensor
-        Of a state.
-    current : sequence of Tensor
-        What they take the place of.
-    name : str
-        Of the entry of the state.
-    devices : sequence of torch.device, optional
-        By default those of the present tensors.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no list of tensors.
-    LayoutError
-        Listing what differs in number, shape or kind.
+    They come to lie on ``devices``, by default those of the present tensors. A CheckpointError if
+    it is no list of tensors, a LayoutError that lists what differs in number, shape or kind.
     """
     if not isinstance(saved, list | tuple) or not all(isinstance(one, Tensor) for one in saved):
         raise CheckpointError(f"{name!r} of the state: expected a list of tensors")
@@ -178,8 +159,7 @@ def loaded(
     problems = [
         f"number {at} is {one.dtype}, expected {old.dtype}"
         for at, (one, old) in enumerate(zip(saved, current, strict=True))
-        if (one.is_floating_point(), one.is_complex())
-        != (old.is_floating_point(), old.is_complex())
+        if _kind(one) != _kind(old)
     ]
     if problems:
         raise LayoutError(f"{name!r} of the state, by place:\n" + listed(problems))
@@ -190,8 +170,8 @@ def loaded(
     ]
 
 
-class ListFollower:
-    """Updates averages in a list from a list of parameters, which it does not keep alive.
+class _ListFollower:
+    """Updates averages in a list from as many parameters, which it does not keep alive.
 
     The plan is made over tensors of its own, which share the parameters' memory during an update
     and are empty between updates. Weak references to the parameters would be an alternative, but
@@ -200,13 +180,13 @@ class ListFollower:
     """
 
     def __init__(self) -> None:
-        self.let_go()
+        self.forget()
 
     def __reduce__(self) -> Any:
         """Copied and pickled as a new one: what it knows is about memory."""
         return type(self), ()
 
-    def let_go(self) -> None:
+    def forget(self) -> None:
         """Keep no averages."""
         self._shadow: list[Tensor] = []
         self._memory: list[Tensor] = []
@@ -222,19 +202,11 @@ class ListFollower:
     ) -> None:
         """``shadow += weight * (x - shadow)``, and what is at the places ``copied`` is copied.
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors by their place; nothing was written then.
+        Errors name the tensors by their place; nothing was written then.
         """
-        if len(shadow) != len(parameters):
-            raise LayoutError(
-                f"{len(parameters)} parameters were given, the average is of {len(shadow)}: give "
-                "all that it was built from, in the same order"
-            )
         same = len(shadow) == len(self._shadow) and all(map(is_, shadow, self._shadow))
-        if not (same and _pointed(self._memory, parameters)):
-            self.let_go()
+        if not (same and _share_memory(self._memory, parameters)):
+            self.forget()
             self._shadow = list(shadow)
             self._memory = [parameter.detach() for parameter in parameters]
         was_there = copied in self._plans
@@ -247,14 +219,14 @@ class ListFollower:
             )
             plan.follower.update(plan.weights, weight, step)
         except BaseException as error:
-            self.let_go()  # tensors that it refuses are not to be kept
+            self.forget()  # tensors that it refuses are not to be kept
             if not (was_there and isinstance(error, FastemaError)):
                 raise
             # Made for parameters of another kind: float8 by now, say.
             self.update(shadow, parameters, weight, step, copied)
             return
-        if not _pointed(self._memory, repeat(_NOTHING, len(parameters))):
-            self.let_go()
+        if not _share_memory(self._memory, repeat(_NOTHING, len(parameters))):
+            self.forget()
         for at in plan.apart:
             shadow[at].copy_(parameters[at].detach())
 
@@ -271,12 +243,23 @@ class ListFollower:
                 for side in (self._shadow, self._memory)
             )
             # No method of this object's: they would keep each other, and memory of a GPU with them.
-            follower = Follower(averages, partial(_treated, copied))
+            follower = Follower(averages, partial(_policy, copied))
             found = self._plans[copied] = _Planned(follower, weights, apart)
         return found
 
 
-def _pointed(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+class _Planned(NamedTuple):
+    """What updates the averages while certain parameters are frozen.
+
+    ``apart`` are the places of what is copied and no kernel copies: float8 into float32, sparse.
+    """
+
+    follower: Follower
+    weights: dict[str, Tensor]
+    apart: frozenset[int]
+
+
+def _share_memory(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     """Make tensors share the memory of others; whether torch can do so for all."""
     try:
         for one, other in zip(tensors, others, strict=True):
@@ -284,23 +267,6 @@ def _pointed(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
     except (RuntimeError, TypeError):  # of other kinds: sparse, fake
         return False
     return True
-
-
-class _Planned(NamedTuple):
-    """What updates the averages while certain parameters are frozen.
-
-    Attributes
-    ----------
-    follower : Follower
-    weights : dict of str to Tensor
-        What it follows, by place in the list.
-    apart : frozenset of int
-        Places of what is copied and no kernel copies: float8 into float32, sparse.
-    """
-
-    follower: Follower
-    weights: dict[str, Tensor]
-    apart: frozenset[int]
 
 
 def _has_kernel(average: Tensor, weight: Tensor) -> bool:
@@ -312,49 +278,123 @@ def _has_kernel(average: Tensor, weight: Tensor) -> bool:
     return kinds[0] == kinds[1] or None not in (kinds[0].real, kinds[1].real)
 
 
-def _treated(copied: frozenset[int], name: str, role: Role) -> Literal["average", "copy"]:
+def _policy(copied: frozenset[int], name: str, role: Role) -> Literal["average", "copy"]:
     return "copy" if int(name) in copied else "average"
 
 
 class Stored:
-    """Notices that parameters hold the average in place of weights that were stored.
+    """``store()`` and ``restore()`` of weights that are kept in an attribute of their owner's.
 
-    The weights themselves are their owner's. Parameters are known by their storages, without a
-    reference to the tensors: see :class:`ListFollower`.
+    The attribute ``name`` is ``nothing`` without stored weights. Whether parameters hold the
+    average in place of weights that were stored is noticed by their storages, without a reference
+    to the tensors: see :class:`_ListFollower`.
     """
 
-    def __init__(self) -> None:
-        self.restored()
+    def __init__(self, name: str, nothing: Any = None) -> None:
+        self._name, self._nothing = name, nothing
+        self.forget()
 
     def __reduce__(self) -> Any:
         """Copied and pickled as a new one: the parameters are those of this process."""
-        return type(self), ()
+        return type(self), (self._name, self._nothing)
 
-    def restored(self) -> None:
+    def forget(self) -> None:
         """The weights are back, or given up."""
         self._of: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten = False
 
-    def stored(self, parameters: Sequence[Tensor]) -> None:
-        """The weights of these were stored."""
-        self._of, self._overwritten = [weakref.ref(one) for one in _storages(parameters)], False
+    def kept(self, owner: Any) -> list[Tensor]:
+        """The stored weights; a StateError where there are none."""
+        found: list[Tensor] | None = getattr(owner, self._name)
+        if found in (None, self._nothing):
+            raise StateError("restore() without store(): there are no weights to put back")
+        assert found is not None
+        return found
 
     def _alive(self) -> set[int]:
         return {id(reference()) for reference in self._of} - {id(None)}
+
+    def store(self, owner: Any, parameters: Iterable[Tensor], device: Any = None) -> None:
+        """Keep copies; a StateError where weights would be lost that are nowhere else."""
+        given = as_list(parameters, "store")
+        given_up = getattr(owner, self._name) in (None, self._nothing)
+        if self._overwritten and self._alive() and not given_up:
+            raise StateError(
+                "store() while parameters hold the average since copy_to() would lose the weights "
+                f"that were stored before: restore() them first, or set {self._name} to "
+                f"{self._nothing} if they are not wanted back"
+            )
+        setattr(owner, self._name, clone_list(given, device))
+        self._of, self._overwritten = [weakref.ref(one) for one in _storages(given)], False
 
     def overwritten(self, parameters: Iterable[Tensor]) -> None:
         """These hold the average now."""
         self._overwritten |= bool(self._alive() & {id(one) for one in _storages(parameters)})
 
-    def refuse_loss(self, name: str, nothing: Any = None) -> None:
-        """Refuse to store others in the place of weights that are nowhere else."""
-        if self._overwritten and self._alive():
-            raise StateError(
-                "store() while parameters hold the average since copy_to() would lose the weights "
-                f"that were stored before: restore() them first, or set {name} to {nothing} if "
-                "they are not wanted back"
+    def restore(self, owner: Any, parameters: Iterable[Tensor]) -> None:
+        """Write the weights back; they are kept on. Raises as :meth:`kept` and :func:`write`."""
+        weights, given = self.kept(owner), as_list(parameters, "restore")
+        if len(weights) != len(given):
+            raise LayoutError(
+                f"restore() was given {len(given)} parameters, store() {len(weights)}: give "
+                "those that were stored, in the same order and without what the model was given "
+                "since"
             )
+        write(weights, given, "restore")
+        self.forget()
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     return [one.untyped_storage() for one in tensors if one.layout == torch.strided]
+
+
+class ListAverage:
+    """An average of a list of parameters: ``shadow_params``, copies, and evaluation with them."""
+
+    _stored_as: ClassVar[str]
+    """The attribute with what :meth:`store` keeps."""
+
+    _stored_on: ClassVar[str | None] = None
+    """The device of that; None for where the parameters are."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._follower, self._stored = _ListFollower(), Stored(self._stored_as)
+        self._shadow = clone_list(parameters)
+        setattr(self, self._stored_as, None)
+
+    @property
+    def shadow_params(self) -> list[Tensor]:
+        """The averages."""
+        return self._shadow
+
+    @shadow_params.setter
+    def shadow_params(self, tensors: Iterable[Tensor]) -> None:
+        self._shadow = as_list(tensors, "shadow_params")
+        self._follower.forget()
+
+    def _all(self, parameters: Iterable[Tensor], call: str) -> list[Tensor]:
+        """As many parameters as there are averages."""
+        given = as_list(parameters, call)
+        if len(given) != len(self._shadow):
+            raise LayoutError(
+                f"{call}: {len(given)} parameters were given, the average is of "
+                f"{len(self._shadow)}: give all that it was built from, in the same order"
+            )
+        return given
+
+    def copy_to(self, parameters: Iterable[Tensor]) -> None:
+        """Write the average into parameters, rounded to their dtypes; raises as an update does."""
+        weights = as_list(parameters, "copy_to")
+        write(self._shadow, weights, "copy_to")
+        self._stored.overwritten(weights)
+
+    def store(self, parameters: Iterable[Tensor]) -> None:
+        """Keep a copy of parameters for :meth:`restore`.
+
+        A StateError where weights would be lost that :meth:`copy_to` has written over.
+        """
+        self._stored.store(self, parameters, self._stored_on)
+
+    def restore(self, parameters: Iterable[Tensor]) -> None:
+        """Write what :meth:`store` kept into parameters, to the bit; a StateError without it."""
+        self._stored.restore(self, parameters)

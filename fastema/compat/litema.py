@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from fastema.bridges.names import plain_names
 from fastema.compat.following import Follower
-from fastema.compat.lists import Stored, as_list, clones, write
+from fastema.compat.lists import Stored
 from fastema.compat.mirrored import Mirrored
+from fastema.compat.modules import NamedFollower
 from fastema.compat.shares import refuse_no_share
-from fastema.compat.transfer import mapping_in, unfit
-from fastema.errors import CheckpointError, LayoutError, StateError, listed
-from fastema.layout.spec import Role
+from fastema.compat.transfer import by_plain_name, mapping_in, unfit
+from fastema.errors import CheckpointError, LayoutError, listed
 
 __all__ = ["LitEma", "ema_weights", "with_ema_weights"]
 
 _COUNTERS: Final = ("decay", "num_updates")
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """Average what was trained when the average was made, and refuse what is trained since."""
-
-    names: frozenset[str]
-
-    def __call__(self, name: str, role: Role) -> Literal["average", "skip"]:
-        return "average" if role == "weight" or name in self.names else "skip"
-
-
 def _dotless(names: Iterable[str]) -> dict[str, str]:
-    """Names to what checkpoints call them: without dots.
-
-    Raises
-    ------
-    LayoutError
-        If two of them become the same name, or that of a counter.
-    """
+    """Names to what checkpoints call them, without dots; a LayoutError if two become the same."""
     found: dict[str, str] = {}
     taken = {name: f"the buffer {name!r}" for name in _COUNTERS}
     problems = []
@@ -57,21 +39,9 @@ def _dotless(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in model.named_parameters() if one.requires_grad}
-
-
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by their names without wrappers' prefixes; tied ones by all their names."""
-    every = dict(model.named_parameters(remove_duplicate=False))
-    return dict(zip(plain_names(list(every)), every.values(), strict=True))
-
-
-def _all_names(model: nn.Module, shorts: Mapping[str, str]) -> dict[str, str]:
-    """Names without wrappers' prefixes to those of averages; tied parameters by all their names."""
-    firsts = {id(one): name for name, one in model.named_parameters()}
-    found = {name: firsts[id(one)] for name, one in _parameters(model).items()}
-    return {name: shorts[first] for name, first in found.items() if first in shorts}
+    return by_plain_name(dict(model.named_parameters(remove_duplicate=False)))
 
 
 class LitEma(nn.Module):
@@ -85,49 +55,32 @@ class LitEma(nn.Module):
     model : torch.nn.Module
         Its parameters that require a gradient are averaged, in their dtypes and on their devices.
     decay : float
-        Weight of the old average, in [0, 1]. Kept in a float32 buffer.
+        Weight of the old average, in [0, 1]; else an ArgumentError.
     use_num_upates : bool
         Count updates and let the decay grow with their number. The spelling is the peer's.
 
     Attributes
     ----------
-    decay : Tensor
-        float32 buffer.
-    num_updates : Tensor
-        int32 buffer, -1 where updates are not counted.
+    decay, num_updates : Tensor
+        float32 buffer, and int32 buffer: -1 where updates are not counted.
     m_name2s_name : dict of str to str
-        Names of parameters to those of their averages: buffers whose names have no dots.
+        Names of parameters to those of their averages: buffers whose names have no dots. A
+        LayoutError if two are the same.
     collected_params : list of Tensor
         What :meth:`store` keeps.
-
-    Raises
-    ------
-    ArgumentError
-        For a decay outside [0, 1].
-    LayoutError
-        If two parameters have the same name without its dots.
 
     Notes
     -----
     The interface and the checkpoints are those of ``sgm/modules/ema.py`` of Stability AI's
-    generative-models and of ``ldm/modules/ema.py``. It differs from them:
+    generative-models and of ``ldm/modules/ema.py``. Where it differs, ``docs/drop-in.md`` aside:
 
-    - There, with averages of another dtype than the parameters, nothing is ever averaged: what is
-      updated is a copy that is thrown away. Here a float32 average of bfloat16 parameters (build
-      it, then ``.float()``) works.
-    - There averages of 16 bits are rounded to nearest and stand still. Here they are rounded at
-      random; the bits are a function of the update's number, the name and the element, so that a
-      resumed run has the same (of the number of calls since it was made or loaded, where
-      updates are not counted).
-    - There each call asks the device for ``num_updates``, and waits for it. Here only after
-      somebody else wrote to the buffer.
-    - There :meth:`store` after :meth:`copy_to` replaces the stored weights by the average, and
-      :meth:`restore` of nothing, or of fewer tensors than were stored, does nothing without a word.
-      Here these are errors.
-    - There :meth:`reset_num_updates` leaves a counter on the CPU. Here it stays on its device.
-    - There a parameter that was frozen after the start is an error. Here it is averaged on.
-    - There casting it, or what it is a part of, to 16 bits makes ``decay`` 1.0, and the average
-      stands still. Here the two counters keep their dtypes.
+    - For a float32 average of bfloat16 parameters build it, then call ``.float()``. Random bits are
+      a function of the update's number, the name and the element; where updates are not counted,
+      of the number of calls since it was made or loaded.
+    - :meth:`store` after :meth:`copy_to`, and :meth:`restore` of nothing or of fewer tensors, are
+      errors; there they lose the weights, or do nothing.
+    - A parameter that is frozen after the start is averaged on; there it is an error.
+    - The counters keep their dtypes and their device. There casting to 16 bits makes ``decay`` 1.0.
 
     Examples
     --------
@@ -150,7 +103,7 @@ class LitEma(nn.Module):
     ) -> None:
         super().__init__()
         refuse_no_share(decay, "decay")
-        trained = _trained(model)
+        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.m_name2s_name = _dotless(trained)
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         start = 0 if use_num_upates else -1
@@ -158,48 +111,51 @@ class LitEma(nn.Module):
         for name, parameter in trained.items():
             self.register_buffer(self.m_name2s_name[name], parameter.detach().clone())
         self.collected_params: list[Tensor] = []
-        self._stored = Stored()
+        self._stored = Stored("collected_params", nothing=[])
         self._calls = 0
         self._limit, self._count = Mirrored(), Mirrored()
-        self._buffer_of = _all_names(model, self.m_name2s_name)
-        self._averages: dict[str, Tensor] = {}
-        self._follower = Follower(self._averages, _Trained(frozenset(self._buffer_of)))
+        shorts = {id(one): self.m_name2s_name[name] for name, one in trained.items()}
+        self._buffer_of = {
+            name: shorts[id(one)] for name, one in _parameters(model).items() if id(one) in shorts
+        }
+        self._follower = NamedFollower(self._buffer_of)
 
-    def _following(self) -> Follower:
-        """The follower of the buffers as they are now: ``.to()`` makes new ones."""
-        for name, short in self._buffer_of.items():
-            self._averages[name] = self._buffers[short]  # type: ignore[assignment]
-        return self._follower
-
-    def _forget(self) -> None:
-        """Keep no averages but the buffers there are."""
-        self._averages.clear()
-        self._follower.forget()
+    def _averages(self) -> dict[str, Tensor]:
+        """The averages by the names of the parameters, as they are now: ``.to()`` makes others."""
+        buffers: Mapping[str, Any] = self._buffers
+        return {name: buffers[short] for name, short in self._buffer_of.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> LitEma:
-        """Move or cast the averages; the counters are moved only.
-
-        16 bits would make 1.0 of a decay of 0.9999.
-        """
+        """Move or cast the averages; the counters only move: 16 bits would make 1.0 of 0.9999."""
         counters = {name: self.get_buffer(name) for name in _COUNTERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in counters.items():
             if self.get_buffer(name).dtype != before.dtype:
                 self._buffers[name] = before.to(self.get_buffer(name).device)
-        self._forget()
+        self._follower.forget()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load, and let go of the buffers that others were assigned in the place of."""
+        """Load, and forget the buffers that others were assigned in the place of."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._forget()
+        self._follower.forget()
 
-    def _explained(self, model: Any, error: LayoutError) -> LayoutError:
-        """What of a model and of the averages does not fit; the error itself if that is all."""
-        if not isinstance(model, nn.Module):
-            return error
-        parameters = _parameters(model)
-        averages = {name: self.get_buffer(short) for name, short in self._buffer_of.items()}
+    def _call(self, model: nn.Module, call: Callable[[Follower], None]) -> None:
+        """Call what follows the model; an error names the tensors that one of the two lacks."""
+        try:
+            call(self._follower.of(self._averages()))
+        except LayoutError:
+            problems = self._problems(model) if isinstance(model, nn.Module) else []
+            if not problems:
+                raise
+            raise LayoutError(
+                "the model's trained parameters are not those of which there are averages; freeze "
+                "what was not trained when LitEma was built, or build a new LitEma:\n"
+                + listed(problems)
+            ) from None
+
+    def _problems(self, model: nn.Module) -> list[str]:
+        parameters, averages = _parameters(model), self._averages()
         problems = [
             f"{name!r} is trained in the model, but has no average"
             for name, one in parameters.items()
@@ -211,12 +167,7 @@ class LitEma(nn.Module):
             elif (found := parameters[name].shape) != average.shape:
                 shapes = list(found), list(average.shape)
                 problems.append(f"{name!r} is {shapes[0]} in the model, its average {shapes[1]}")
-        if not problems:
-            return error
-        return LayoutError(
-            "the model's trained parameters are not those of which there are averages; freeze what "
-            "was not trained when LitEma was built, or build a new LitEma:\n" + listed(problems)
-        )
+        return problems
 
     def reset_num_updates(self) -> None:
         """Count updates from 0 on, also where they were not counted."""
@@ -227,11 +178,6 @@ class LitEma(nn.Module):
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
         """Take a model's parameters into the averages; call it after each optimizer step.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-            With the parameters that it was built with.
 
         Raises
         ------
@@ -244,80 +190,31 @@ class LitEma(nn.Module):
         if done >= 0:
             decay = min(decay, (2 + done) / (11 + done))
         step = done + 1 if done >= 0 else self._calls
-        try:
-            self._following().update(model, 1.0 - decay, step)
-        except LayoutError as error:
-            raise self._explained(model, error) from None
+        self._call(model, lambda follower: follower.update(model, 1.0 - decay, step))
         if done >= 0:
             self._count.count(self.num_updates)
         self._calls += 1
 
     def copy_to(self, model: nn.Module) -> None:
-        """Write the averages into a model's parameters.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-
-        Raises
-        ------
-        LayoutError
-            As :meth:`forward`; nothing was written.
-        """
-        try:
-            self._following().give(model)
-        except LayoutError as error:
-            raise self._explained(model, error) from None
+        """Write the averages into a model's parameters; raises as :meth:`forward`."""
+        self._call(model, lambda follower: follower.give(model))
         self._stored.overwritten(list(model.parameters()))
 
     def store(self, parameters: Iterable[Tensor]) -> None:
         """Keep copies of parameters, for :meth:`restore`.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-
-        Raises
-        ------
-        StateError
-            While parameters that were stored hold the average, from :meth:`copy_to`: their weights
-            would be lost. Set ``collected_params`` to ``[]`` if they are not wanted back.
-        ArgumentError
-            For anything else, such as a module.
+        A StateError while parameters that were stored hold the average, from :meth:`copy_to`: set
+        ``collected_params`` to ``[]`` if their weights are not wanted back.
         """
-        given = as_list(parameters, "store()")
-        if self.collected_params:
-            self._stored.refuse_loss("collected_params", [])
-        self.collected_params = clones(given)
-        self._stored.stored(given)
+        self._stored.store(self, parameters)
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
-        """Write back what :meth:`store` kept; it is kept further.
+        """Write back what :meth:`store` kept, in its order; it is kept further.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor
-            In the order in which they were stored.
-
-        Raises
-        ------
-        StateError
-            If nothing is stored.
-        LayoutError
-            If they are not those that were stored by number and shape; nothing was written.
-        ArgumentError
-            For anything else, such as a module.
+        A StateError if nothing is stored, a LayoutError for tensors of another number or shape;
+        nothing was written.
         """
-        if not self.collected_params:
-            raise StateError("restore() without stored parameters: call store() before copy_to()")
-        given, stored = as_list(parameters, "restore()"), self.collected_params
-        if len(given) != len(stored):
-            raise LayoutError(
-                f"restore() was given {len(given)} parameters, store() {len(stored)}: give those "
-                "that were stored, in the same order and without what the model was given since"
-            )
-        write(stored, given, "restore()")
-        self._stored.restored()
+        self._stored.restore(self, parameters)
 
 
 def _state_of(checkpoint: Any) -> Mapping[str, Any]:
@@ -331,6 +228,9 @@ def ema_weights(
 ) -> dict[str, Tensor]:
     """The averages in a whole Stable Diffusion checkpoint, by the names of the model's parameters.
 
+    They are the checkpoint's own tensors, for ``model.load_state_dict(..., strict=False)`` where
+    the model has buffers.
+
     Parameters
     ----------
     checkpoint : mapping
@@ -340,12 +240,6 @@ def ema_weights(
     prefix : str
         What the averages' entries begin with.
 
-    Returns
-    -------
-    dict of str to Tensor
-        The checkpoint's own tensors, for ``model.load_state_dict(..., strict=False)`` where the
-        model has buffers.
-
     Raises
     ------
     CheckpointError
@@ -353,16 +247,15 @@ def ema_weights(
         contents, and the averages that belong to no parameter.
     """
     state = _state_of(checkpoint)
-    found: dict[str, Tensor] = {}
-    problems = []
     parameters = dict(model.named_parameters())
     names = _dotless(name for name in parameters if prefix + name.replace(".", "") in state)
-    for name, short in names.items():
-        found[name] = state[prefix + short]
-        problems += unfit([(prefix + short, found[name], parameters[name])])
-    for name, parameter in parameters.items():
-        if name not in names and parameter.requires_grad:
-            problems.append(f"{prefix + name.replace('.', '')!r} is missing")
+    found = {name: state[prefix + short] for name, short in names.items()}
+    problems = unfit((prefix + names[name], one, parameters[name]) for name, one in found.items())
+    problems += [
+        f"{prefix + name.replace('.', '')!r} is missing"
+        for name, parameter in parameters.items()
+        if name not in names and parameter.requires_grad
+    ]
     known = {prefix + short for short in (*names.values(), *_COUNTERS)}
     problems += [
         f"{name!r} belongs to no parameter"
@@ -388,27 +281,16 @@ def with_ema_weights(
 
     Parameters
     ----------
-    checkpoint : mapping
-        See :func:`ema_weights`; it stays as it is.
+    checkpoint, prefix
+        See :func:`ema_weights`; the checkpoint stays as it is. A CheckpointError if it is no
+        mapping of names.
     averages : mapping of str to Tensor
         By the names of the averaged model's parameters, such as ``ema.shadow`` of a
-        :class:`fastema.EMA` with ``buffers="skip"``.
+        :class:`fastema.EMA` with ``buffers="skip"``. A LayoutError if two are the same without
+        dots.
     decay, num_updates : float, int
         What a :class:`LitEma` that loads it goes on with; -1 updates for a decay that does not
         grow.
-    prefix : str
-
-    Returns
-    -------
-    dict
-        Of the checkpoint's own tensors and these.
-
-    Raises
-    ------
-    LayoutError
-        If two names are the same without dots.
-    CheckpointError
-        If the checkpoint is no mapping of names.
     """
     state = _state_of(checkpoint)
     kept = {name: one for name, one in state.items() if not name.startswith(prefix)}

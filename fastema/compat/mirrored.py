@@ -38,23 +38,17 @@ class Mirrored:
         """The number."""
         if is_read_at_once(buffer):
             return fetched(buffer)
-        if self._known is not None:
-            known, version, value = self._known
-            if known is buffer and version == buffer._version:
-                return value
-        return self._remember(buffer, fetched(buffer))
+        if self._known is None or self._known[0] is not buffer or self._known[1] != buffer._version:
+            self._known = buffer, buffer._version, fetched(buffer)
+        return self._known[2]
 
     def write(self, buffer: Tensor, value: float) -> None:
         """Put a number into the buffer; its device is not waited for."""
         with torch.no_grad():
             buffer.fill_(value)
         if not is_read_at_once(buffer):
-            self._remember(buffer, value)
+            self._known = buffer, buffer._version, value
 
     def count(self, buffer: Tensor) -> None:
         """Add 1 to it."""
         self.write(buffer, self.read(buffer) + 1)
-
-    def _remember(self, buffer: Tensor, value: float) -> float:
-        self._known = buffer, buffer._version, value
-        return value

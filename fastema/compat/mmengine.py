@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastema.bridges.names import plain_names
-from fastema.compat.following import Follower, duplicate
+from fastema.compat.following import Follower
+from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
+from fastema.compat.modules import ModuleFollower, frozen_copy
 from fastema.compat.shares import refuse_no_share
-from fastema.compat.transfer import mapping_in, mismatches
+from fastema.compat.transfer import by_plain_name, load_modules, mapping_in, mismatches
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, listed
 from fastema.layout.spec import Role
 from fastema.rules.checks import checked_whole
@@ -32,20 +32,6 @@ __all__ = [
 _INSIDE: Final = "module."
 
 
-@dataclass(frozen=True)
-class _Policy:
-    """Parameters are averaged; buffers too if they are of these names, and copied if None are."""
-
-    averaged: frozenset[str] | None
-
-    def __call__(self, name: str, role: Role) -> Literal["average", "copy", "skip"]:
-        if role != "buffer":
-            return "average"
-        if self.averaged is None:
-            return "copy"
-        return "average" if name in self.averaged else "skip"
-
-
 def _buffers_only(name: str, role: Role) -> Literal["copy", "skip"]:
     return "copy" if role == "buffer" else "skip"
 
@@ -59,49 +45,28 @@ class BaseAveragedModel(nn.Module):
     Parameters
     ----------
     model : torch.nn.Module
-        Copied.
+        Copied, to ``module``, without gradients.
     interval : int
-        Updates between two that average, at least 1.
+        Updates between two that average, at least 1; else an ArgumentError.
     device : torch.device, optional
         Where the average is kept.
     update_buffers : bool
         Average the buffers that a state dict holds too. Otherwise all buffers are copied at each
-        update.
+        update. May be changed between updates.
 
     Attributes
     ----------
-    module : torch.nn.Module
-        The average, without gradients.
-    interval : int
     steps : Tensor
         int64 buffer: updates so far.
-    update_buffers : bool
-    avg_parameters : dict of str to Tensor
-        What is averaged, by its name in ``module``.
-
-    Raises
-    ------
-    ArgumentError
-        For an ``interval`` that is no whole number of at least 1.
 
     Notes
     -----
-    The interface, the numbers and the state dicts (``steps`` and ``module.*``) are those of
-    ``mmengine/model/averaged_model.py``, version 0.10.7. It differs:
-
-    - There each update asks the device for ``steps`` two or three times, and
-      :class:`MomentumAnnealingEMA` once for each tensor. Here only after somebody else wrote to it.
-    - There, with ``update_buffers=True``, tied weights are averaged twice, integers keep the value
-      of the first update, and buffers that :meth:`to` moved are averaged where they were. Here
-      weights are averaged once, integers copied, and buffers found again.
-    - There a model without some of the buffers is accepted without a word; with other parameters it
-      is a ``KeyError``. Here both are errors that name the tensors, before anything is written.
-    - There average and model of different dtypes are an error, and 16-bit averages are rounded to
-      nearest and stand still. Here both work; 16 bits are rounded at random, by bits that are a
-      function of ``steps``, the name and the element.
-    - There an ``interval`` of k makes the average look back k times as far. Here
-      :class:`ExponentialMovingAverage` and :class:`MomentumAnnealingEMA` average with
-      ``1 - (1 - momentum) ** interval``, so that it does not. ``peer_exact=True`` gives the peer's.
+    Interface, numbers and state dicts (``steps`` and ``module.*``) are those of
+    ``mmengine/model/averaged_model.py``, version 0.10.7. It asks the device for ``steps`` at each
+    update, and averages buffers that :meth:`to` moved where they were; here neither is so. Random
+    bits are a function of ``steps``, the name and the element. With an ``interval`` of k
+    :class:`ExponentialMovingAverage` and :class:`MomentumAnnealingEMA` average with
+    ``1 - (1 - momentum) ** k``; ``peer_exact=True`` gives the peer's ``momentum``.
     """
 
     steps: Tensor
@@ -114,25 +79,15 @@ class BaseAveragedModel(nn.Module):
         update_buffers: bool = False,
     ) -> None:
         super().__init__()
-        self.module = duplicate(model)
-        for parameter in self.module.parameters():  # a scripted module cannot do it for them
-            parameter.requires_grad_(False)
+        self.module = frozen_copy(model)
         self.interval = checked_whole(interval, "interval", 1)
         if device is not None:
             self.module = self.module.to(device)
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=device))
         self.update_buffers = update_buffers
-        self._followed: tuple[_Policy, Follower] | None = None
+        self._follower = ModuleFollower()
         self._copier = Follower(self.module, _buffers_only)
         self._count = Mirrored()
-
-    def _following(self) -> Follower:
-        """The follower for :attr:`update_buffers` as it is now: users may set it at any time."""
-        if self._followed is None or (self._followed[0].averaged is None) == self.update_buffers:
-            saved = frozenset(plain_names(list(self.module.state_dict())))
-            policy = _Policy(saved if self.update_buffers else None)
-            self._followed = policy, Follower(self.module, policy)
-        return self._followed[1]
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
@@ -143,14 +98,7 @@ class BaseAveragedModel(nn.Module):
 
     @abstractmethod
     def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
-        """Take a tensor into its average, in place.
-
-        Parameters
-        ----------
-        averaged_param, source_param : Tensor
-        steps : int or Tensor
-            Updates before this one.
-        """
+        """Take a tensor into its average, in place, after ``steps`` (int or Tensor) updates."""
 
     def _weight(self, steps: int) -> float | None:
         """Weight of the new value in the update after so many; None where ``avg_func`` says it."""
@@ -162,12 +110,7 @@ class BaseAveragedModel(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take a model into the average; call it after each optimizer step.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
-            On any device.
+        """Take a model, on any device, into the average; call it after each optimizer step.
 
         Raises
         ------
@@ -176,28 +119,31 @@ class BaseAveragedModel(nn.Module):
             was written or counted.
         """
         done = int(self._count.read(self.steps))
+        buffers: Literal["saved", "copy"] = "saved" if self.update_buffers else "copy"
+        follower = self._follower.of(self.module, buffers=buffers)
         if done == 0:
-            self._following().copy(model)
+            follower.copy(model)
         elif done % self.interval == 0:
-            self._average(model, done)
+            weight = self._weight(done)
+            if weight is None:
+                self._call_avg_func(model)
+            else:
+                follower.update(model, weight, done)
         elif not self.update_buffers and any(True for _ in self.module.buffers()):
             self._copier.copy(model)
         self._count.count(self.steps)
 
-    def _average(self, model: nn.Module, done: int) -> None:
-        weight = self._weight(done)
-        if weight is not None:
-            self._following().update(model, weight, done)
-            return
-        averages = self._averaged_of(self.module)
-        sources = self._averaged_of(model)
+    def _call_avg_func(self, model: nn.Module) -> None:
+        averages, sources = self._averaged_of(self.module), self._averaged_of(model)
         problems = mismatches(averages, sources)
         if problems:
             raise LayoutError("the model's tensors are not the average's:\n" + listed(problems))
         if not self.update_buffers:
             self._copier.copy(model)
-        for name, average in _each_memory_once(averages):
-            source = sources[name].data.to(average.device)
+        names = list(averages)
+        for at in first_places(averages.values()):
+            average = averages[names[at]]
+            source = sources[names[at]].data.to(average.device)
             if average.is_floating_point() or average.is_complex():
                 self.avg_func(average.data, source, self.steps)
             else:
@@ -210,30 +156,30 @@ class BaseAveragedModel(nn.Module):
             found = model.state_dict()
         else:
             found = dict(model.named_parameters(remove_duplicate=False))
-        named = {name: one for name, one in found.items() if isinstance(one, Tensor)}
-        return dict(zip(plain_names(list(named)), named.values(), strict=True))
+        return by_plain_name({k: one for k, one in found.items() if isinstance(one, Tensor)})
 
 
-def _each_memory_once(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors and their names; of those that are tied, the first."""
-    known = set()
-    for name, one in tensors.items():
-        key = one.data_ptr(), one.dtype, one.shape, one.stride()
-        if key not in known:
-            yield name, one
-        if one.numel():  # what has no elements lies nowhere
-            known.add(key)
+class _Lerped(BaseAveragedModel):
+    """``averaged += share * (x - averaged)``, for all tensors in one call."""
+
+    def _share(self, steps: int) -> float:
+        """Weight of the new value after so many updates."""
+        raise NotImplementedError
+
+    def _weight(self, steps: int) -> float | None:
+        is_own = type(self).avg_func is _Lerped.avg_func and "avg_func" not in vars(self)
+        return self._share(steps) if is_own else None
+
+    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
+        """Take a tensor into its average, in place, after ``steps`` (int or Tensor) updates."""
+        averaged_param.lerp_(source_param, self._share(int(steps)))
 
 
-def _own(average: BaseAveragedModel, ours: type[BaseAveragedModel]) -> bool:
-    """Whether nobody replaced what a class of ours does with a tensor."""
-    return type(average).avg_func is ours.avg_func and "avg_func" not in vars(average)
-
-
-class StochasticWeightAverage(BaseAveragedModel):
+class StochasticWeightAverage(_Lerped):
     """The mean of a model's weights at every ``interval``-th update: MMEngine's SWA.
 
-    Parameters, attributes, errors and differences are those of :class:`BaseAveragedModel`.
+    ``average += (x - average) / (steps // interval + 1)`` (Izmailov et al., 2018,
+    https://arxiv.org/abs/1803.05407). For all else see :class:`BaseAveragedModel`.
 
     Examples
     --------
@@ -243,57 +189,28 @@ class StochasticWeightAverage(BaseAveragedModel):
     >>> average.update_parameters(model)            # after each optimizer step, or epoch
     >>> sorted(average.state_dict())
     ['module.bias', 'module.weight', 'steps']
-
-    References
-    ----------
-    P. Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018,
-    https://arxiv.org/abs/1803.05407
     """
 
     def _share(self, steps: int) -> float:
         return 1.0 / (steps // self.interval + 1)
 
-    def _weight(self, steps: int) -> float | None:
-        return self._share(steps) if _own(self, StochasticWeightAverage) else None
 
-    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
-        """``averaged += (source - averaged) / (steps // interval + 1)``, in place."""
-        averaged_param.lerp_(source_param, self._share(int(steps)))
-
-
-class ExponentialMovingAverage(BaseAveragedModel):
+class ExponentialMovingAverage(_Lerped):
     """An exponential moving average of a model: MMEngine's, with ``momentum = 1 - decay``.
 
-    ``average += momentum * (x - average)``.
+    ``average += momentum * (x - average)``. In a configuration of MMEngine, register it in the
+    place of its own: ``MODELS.register_module(module=ExponentialMovingAverage, force=True)``.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model, interval, device, update_buffers
+        See :class:`BaseAveragedModel`, for the differences too.
     momentum : float
-        Weight of the *new* value, in (0, 1).
-    interval : int
-    device : torch.device, optional
-    update_buffers : bool
-        See :class:`BaseAveragedModel`.
+        Weight of the *new* value, in (0, 1), else an ArgumentError. Above 0.5, most likely a decay,
+        it is a UserWarning.
     peer_exact : bool
         Average with ``momentum`` at every ``interval``-th update, as MMEngine does, to go on with a
         run that began there with an ``interval`` above 1.
-
-    Raises
-    ------
-    ArgumentError
-        For a momentum outside (0, 1), or an invalid ``interval``.
-
-    Warns
-    -----
-    UserWarning
-        For a momentum above 0.5, which is most likely a decay.
-
-    Notes
-    -----
-    Differences are those of :class:`BaseAveragedModel`. In a configuration of MMEngine, register it
-    in the place of its own, with
-    ``MODELS.register_module(module=ExponentialMovingAverage, force=True)``.
 
     Examples
     --------
@@ -337,13 +254,6 @@ class ExponentialMovingAverage(BaseAveragedModel):
             return momentum
         return 1.0 - (1.0 - momentum) ** self.interval
 
-    def _weight(self, steps: int) -> float | None:
-        return self._share(steps) if _own(self, ExponentialMovingAverage) else None
-
-    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Any) -> None:
-        """``averaged += momentum * (source - averaged)``, in place."""
-        averaged_param.lerp_(source_param, self._share(int(steps)))
-
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):
     """An exponential moving average whose momentum falls to its value: MMEngine's.
@@ -352,25 +262,10 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
 
     Parameters
     ----------
-    model : torch.nn.Module
-    momentum : float
-        Weight of the *new* value that is approached, in (0, 1).
+    model, momentum, interval, device, update_buffers, peer_exact
+        See :class:`ExponentialMovingAverage`; the momentum is approached.
     gamma : int
-        Updates after which it has fallen to a half, above 0.
-    interval : int
-    device : torch.device, optional
-    update_buffers : bool
-    peer_exact : bool
-        See :class:`ExponentialMovingAverage`.
-
-    Raises
-    ------
-    ArgumentError
-        For a momentum outside (0, 1), a gamma not above 0, or an invalid ``interval``.
-
-    Notes
-    -----
-    Differences are those of :class:`BaseAveragedModel`.
+        Updates after which it has fallen to a half, above 0; else an ArgumentError.
     """
 
     def __init__(
@@ -413,23 +308,12 @@ def _exchanged(
 def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a checkpoint of MMEngine with an ``EMAHook`` holds of an average and its model.
 
-    Parameters
-    ----------
-    average : BaseAveragedModel
-    model : torch.nn.Module
-        The weights in training.
-
     Returns
     -------
     dict
         ``"state_dict"``, which is the *average* by the model's names, ready to be used, and
         ``"ema_state_dict"``: ``steps``, and the weights in training under ``module.*``. The tensors
-        are not copied.
-
-    Raises
-    ------
-    CheckpointError
-        If the model lacks tensors of the average.
+        are not copied. A CheckpointError if the model lacks some of the average.
     """
     state, ema_state = _exchanged(model.state_dict(), average.state_dict())
     return {"state_dict": state, "ema_state_dict": ema_state}
@@ -444,15 +328,10 @@ def load(
     ----------
     average : BaseAveragedModel
     checkpoint : mapping
-        With ``"state_dict"`` and ``"ema_state_dict"``; it stays as it is.
+        With ``"state_dict"`` and ``"ema_state_dict"``; it stays as it is. A CheckpointError if one
+        is missing, or they are not of the model, naming the tensors; nothing was changed then.
     model : torch.nn.Module, optional
         To be given the weights in training.
-
-    Raises
-    ------
-    CheckpointError
-        If one of the two is missing, or they are not of the model, naming the tensors; nothing was
-        changed.
     """
     whole = mapping_in(checkpoint, "the checkpoint")
     named = {name: whole.get(name) for name in ("state_dict", "ema_state_dict")}
@@ -463,11 +342,4 @@ def load(
         )
     state, ema_state = (mapping_in(part, f"{name!r}") for name, part in named.items())
     weights, averages = _exchanged(state, ema_state)
-    problems = mismatches(average.state_dict(), averages)
-    if model is not None:
-        problems += mismatches(model.state_dict(), weights)
-    if problems:
-        raise CheckpointError("the checkpoint is not of this model:\n" + listed(problems))
-    average.load_state_dict(averages)
-    if model is not None:
-        model.load_state_dict(weights)
+    load_modules((average, averages), *([] if model is None else [(model, weights)]))

@@ -1,14 +1,4 @@
-"""The class of torch_ema on our kernels: ``ExponentialMovingAverage`` of a list of parameters.
-
-Change the import and nothing else:
-
->>> from fastema.compat.torch_ema import ExponentialMovingAverage
->>> model = torch.nn.Linear(8, 4)
->>> ema = ExponentialMovingAverage(model.parameters(), decay=0.995)
->>> ema.update()                               # after every optimizer step
->>> with ema.average_parameters():             # the average in the model
-...     output = model(torch.ones(2, 8))
-"""
+"""The class of torch_ema on our kernels: ``ExponentialMovingAverage`` of a list of parameters."""
 
 from __future__ import annotations
 
@@ -19,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastema.compat.lists import ListFollower, Stored, as_list, clones, loaded, moved, write
+from fastema.compat.lists import ListAverage, as_list, clone_list, load_list, move_list, write
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.blocks import RestoringBlock, Steps
-from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
+from fastema.errors import ArgumentError, CheckpointError
 
 __all__ = ["ExponentialMovingAverage"]
 
 _NARROW = torch.float16, torch.bfloat16
 
 
-class ExponentialMovingAverage:
+class ExponentialMovingAverage(ListAverage):
     """Exponential moving average of parameters, with torch_ema's names and its state.
 
     At the n-th update ``shadow += (1 - d) * (x - shadow)`` with ``d = min(decay, (1 + n) / (10 +
@@ -42,50 +32,24 @@ class ExponentialMovingAverage:
         Such as ``model.parameters()``, of any shapes and dtypes. All of them are averaged, whether
         they require a gradient or not; integers are copied. Only weak references to them are kept.
     decay : float
-        Weight of the old average, in [0, 1].
+        Weight of the old average, in [0, 1], else an ArgumentError; may be set between updates.
     use_num_updates : bool
         Begin with a smaller decay that grows with the number of updates.
 
     Attributes
     ----------
-    decay : float
-        May be set between updates.
     num_updates : int or None
         Updates so far; None without ``use_num_updates``.
-    shadow_params : list of Tensor
-        The averages, in the order and, until :meth:`to`, with the dtypes of the parameters.
-    collected_params : list of Tensor or None
-        What :meth:`store` stored.
-
-    Raises
-    ------
-    ArgumentError
-        If the decay is not in [0, 1], or ``parameters`` is no iterable of tensors.
+    shadow_params, collected_params : list of Tensor
+        The averages, and what :meth:`store` stored, if any.
 
     Notes
     -----
-    Where it differs from torch_ema 0.3, for the same script:
-
-    - 16-bit averages are rounded at random, without bias; rounded to nearest they stand still as
-      soon as an update is smaller than half their last place. The bits are a function of
-      ``num_updates``, the parameter's place in the list and the element's in the tensor: a resumed
-      run has the same. Without ``use_num_updates`` the state of a 16-bit average holds
-      ``"num_calls"`` besides for that, which torch_ema ignores.
-    - :meth:`load_state_dict` keeps the wider of the dtypes that the saved and the present averages
-      have. There, every resumption rounded a float32 average of a bfloat16 model to bfloat16.
-    - It, :meth:`copy_to` and :meth:`restore` refuse tensors of other shapes, naming them, before
-      anything is written. There, they were taken, or broadcast, up to where one did not fit.
-    - :meth:`average_parameters` leaves ``collected_params`` alone, and can be nested; one inside
-      another lost the weights there.
-    - :meth:`store` refuses to let go of stored weights that :meth:`copy_to` has written over.
-      What it stores can be copied and loaded; there it is part of autograd's graph, and a state
-      saved before :meth:`restore` was refused.
-    - Integers are copied, where an update failed there.
-    - It can be pickled, there it cannot. Pickled together with the model it goes on with that
-      model's parameters; by itself, the parameters have to be given to each call afterwards.
-    - A call that fails has changed nothing, and is not counted.
-
-    Source: torch_ema 0.3, ``torch_ema.ExponentialMovingAverage``.
+    Random bits are a function of ``num_updates``, the parameter's place in the list and the
+    element's in the tensor. Where it differs from torch_ema 0.3, ``docs/drop-in.md`` aside: shapes
+    that differ are refused; stored weights can be copied and loaded; without ``use_num_updates``
+    the state of a 16-bit average holds ``"num_calls"``. It can be pickled: with the model it goes
+    on with that model's parameters; by itself, each call has to be given the parameters.
 
     Examples
     --------
@@ -93,44 +57,30 @@ class ExponentialMovingAverage:
     >>> ema = ExponentialMovingAverage([weight], decay=0.9, use_num_updates=False)
     >>> with torch.no_grad():
     ...     _ = weight.add_(1.0)
-    >>> ema.update()
-    >>> ema.shadow_params
-    [tensor([2.1000])]
+    >>> ema.update()                                # after every optimizer step
+    >>> with ema.average_parameters():              # the average in the model
+    ...     weight
+    Parameter containing:
+    tensor([2.1000], requires_grad=True)
     """
+
+    collected_params: list[Tensor] | None
+    _stored_as = "collected_params"
 
     def __init__(
         self, parameters: Iterable[Tensor], decay: float, use_num_updates: bool = True
     ) -> None:
         refuse_no_share(decay, "decay")
+        weights = as_list(parameters, "ExponentialMovingAverage(parameters)")
+        super().__init__(weights)
         self.decay = decay
         self.num_updates: int | None = 0 if use_num_updates else None
-        weights = as_list(parameters, "ExponentialMovingAverage(parameters)")
-        self._shadow = clones(weights)
-        self.collected_params: list[Tensor] | None = None
         self._references = [_Reference(one) for one in weights]
         self._num_calls = 0
-        self._follower = ListFollower()
-        self._stored = Stored()
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """The averages."""
-        return self._shadow
-
-    @shadow_params.setter
-    def shadow_params(self, tensors: Iterable[Tensor]) -> None:
-        self._shadow = as_list(tensors, "shadow_params")
-        self._follower.let_go()
 
     def _get_parameters(self, parameters: Iterable[Tensor] | None, call: str) -> list[Tensor]:
         if parameters is not None:
-            given = as_list(parameters, call)
-            if len(given) != len(self._shadow):
-                raise LayoutError(
-                    f"{call}: {len(given)} parameters were given, the average is of "
-                    f"{len(self._shadow)}: give all that it was built from, in the same order"
-                )
-            return given
+            return self._all(parameters, call)
         known = [reference() for reference in self._references]
         alive = [one for one in known if one is not None]
         if len(alive) < len(known):
@@ -139,8 +89,6 @@ class ExponentialMovingAverage:
                 "average was built from no longer exist; give the parameters, or keep their model"
             )
         return alive
-
-    # -- training ---------------------------------------------------------------------------------
 
     def update(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Take the current parameters into the average; call it after ``optimizer.step()``.
@@ -168,89 +116,37 @@ class ExponentialMovingAverage:
         if self.num_updates is not None:
             self.num_updates = step
 
-    # -- the average in the model -----------------------------------------------------------------
-
     def copy_to(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Write the average into parameters, rounded to their dtypes.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`update`.
-        """
-        weights = self._get_parameters(parameters, "copy_to")
-        write(self.shadow_params, weights, "copy_to")
-        self._stored.overwritten(weights)
+        """Write the average into parameters, rounded to their dtypes; raises as :meth:`update`."""
+        super().copy_to(self._get_parameters(parameters, "copy_to"))
 
     def store(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Keep a copy of parameters for :meth:`restore`, in ``collected_params``.
+        """Keep a copy of parameters for :meth:`restore`; raises as :meth:`update`.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError
-            See :meth:`update`.
-        StateError
-            If what was stored before was then written over by :meth:`copy_to`, and would be lost.
-            Inside :meth:`average_parameters`.
+        A StateError where weights would be lost that :meth:`copy_to` has written over.
         """
-        weights = self._get_parameters(parameters, "store")
-        if self.collected_params is not None:
-            self._stored.refuse_loss("collected_params")
-        self.collected_params = clones(weights)
-        self._stored.stored(weights)
+        super().store(self._get_parameters(parameters, "store"))
 
     def restore(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Write what :meth:`store` kept into parameters. It is kept on, and can be restored again.
+        """Write what :meth:`store` kept into parameters, again and again if need be.
 
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        StateError
-            Without :meth:`store`.
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`update`.
+        Raises as :meth:`update`, and a StateError without :meth:`store`.
         """
-        if self.collected_params is None:
-            raise StateError("restore() without store(): there are no weights to put back")
-        write(self.collected_params, self._get_parameters(parameters, "restore"), "restore")
-        self._stored.restored()
+        self._stored.kept(self)
+        super().restore(self._get_parameters(parameters, "restore"))
 
     def average_parameters(
         self, parameters: Iterable[Tensor] | None = None
     ) -> RestoringBlock[None]:
         """A block in which the parameters hold the average; the weights come back however it ends.
 
-        A copy of the weights is kept for the block, as there. They come back bit for bit, also
-        into parameters that were moved, cast or re-pointed inside it.
-
-        Parameters
-        ----------
-        parameters : iterable of Tensor, optional
-            See :meth:`update`.
-
-        Raises
-        ------
-        ArgumentError, LayoutError, DTypeError, BridgeError
-            See :meth:`update`.
+        A copy of the weights is kept for the block. They come back bit for bit, also into
+        parameters that were moved, cast or re-pointed inside it. Raises as :meth:`update`.
         """
 
         def prepare() -> Steps[None]:
             weights = self._get_parameters(parameters, "average_parameters")
-            raw = clones(weights)
+            raw = clone_list(weights)
             return Steps(
                 lambda: write(self._shadow, weights, "average_parameters"),
                 lambda: write(raw, weights, "the raw weights"),
@@ -258,36 +154,22 @@ class ExponentialMovingAverage:
 
         return RestoringBlock(prepare)
 
-    # -- the average ------------------------------------------------------------------------------
-
     def to(
         self,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Move averages, and stored weights, to a device; cast those that are floats.
+        """Move averages and stored weights to a device; cast those that are floats.
 
         Averages that are not where the parameters are cost a copy of the parameters at each update.
-
-        Parameters
-        ----------
-        device : device, optional
-        dtype : torch.dtype, optional
         """
-        shadow = moved(self._shadow, device, dtype)
+        shadow = move_list(self._shadow, device, dtype)
         if self.collected_params is not None:
-            self.collected_params = moved(self.collected_params, device, dtype)
+            self.collected_params = move_list(self.collected_params, device, dtype)
         self.shadow_params = shadow
 
     def state_dict(self) -> dict[str, Any]:
-        """The decay, the number of updates and the tensors themselves, not copies of them.
-
-        Returns
-        -------
-        dict
-            ``"decay"``, ``"num_updates"``, ``"shadow_params"``, ``"collected_params"``; for 16-bit
-            averages without ``use_num_updates`` also ``"num_calls"``.
-        """
+        """The decay, the number of updates and the tensors themselves, not copies of them."""
         state = {
             "decay": self.decay,
             "num_updates": self.num_updates,
@@ -302,19 +184,8 @@ class ExponentialMovingAverage:
         """Take over copies of a saved average, of this class or of torch_ema's.
 
         They come to lie where the parameters are (the present averages, if those are gone), in the
-        wider of the dtypes that they and the present averages have.
-
-        Parameters
-        ----------
-        state_dict : dict
-            Of :meth:`state_dict`.
-
-        Raises
-        ------
-        CheckpointError
-            If an entry is missing or is not what it should be.
-        LayoutError
-            Listing the tensors that differ in number, shape or kind.
+        wider of the dtypes that they and the present averages have. A CheckpointError if an entry
+        is missing or is not what it should be, a LayoutError that lists the tensors that differ.
         """
         missing = [k for k in ("decay", "num_updates", "shadow_params") if k not in state_dict]
         if missing:
@@ -327,14 +198,14 @@ class ExponentialMovingAverage:
         alive = [one.device for one in weights if one is not None]
         saved = state_dict["shadow_params"]
         devices = alive if len(alive) == len(weights) else None
-        shadow = loaded(saved, self._shadow, "shadow_params", devices)
+        shadow = load_list(saved, self._shadow, "shadow_params", devices)
         collected = state_dict.get("collected_params")
         if collected is not None:
-            collected = loaded(collected, self._shadow, "collected_params", devices)
+            collected = load_list(collected, self._shadow, "collected_params", devices)
         self.decay, self.num_updates = decay, num_updates
         self._num_calls = int(state_dict.get("num_calls") or num_updates or 0)
         self.shadow_params, self.collected_params = shadow, collected
-        self._stored.restored()
+        self._stored.forget()
 
 
 class _Reference(weakref.ref[Tensor]):

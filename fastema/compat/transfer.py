@@ -1,29 +1,39 @@
-"""Averages of other libraries' checkpoints into a :class:`fastema.EMA`, and out of one."""
+"""Tensors of other libraries' checkpoints, into an average and out of one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.errors import ArgumentError, CheckpointError, listed
 from fastema.rules.checks import checked_whole
 from fastema.shadow import EMA
 
-__all__ = ["averages_of", "mapping_in", "mismatches", "take_over", "unfit", "whole_in"]
+__all__ = [
+    "averages_of",
+    "by_plain_name",
+    "load_modules",
+    "mapping_in",
+    "mismatches",
+    "take_over",
+    "unfit",
+    "whole_in",
+]
+
+Value = TypeVar("Value")
+
+
+def by_plain_name(named: Mapping[str, Value]) -> dict[str, Value]:
+    """The same by names without the prefixes of wrappers."""
+    return dict(zip(plain_names(list(named)), named.values(), strict=True))
 
 
 def mapping_in(found: Any, what: str) -> Mapping[str, Any]:
-    """A part of a checkpoint that has to be a mapping by names.
-
-    Raises
-    ------
-    CheckpointError
-        If it is not, beginning with ``what`` it is.
-    """
+    """A part of a checkpoint that has to be a mapping of names; else a CheckpointError says so."""
     if not isinstance(found, Mapping):
         raise CheckpointError(
             f"{what} is of type {type(found).__name__}, expected a mapping of names"
@@ -35,37 +45,19 @@ def mapping_in(found: Any, what: str) -> Mapping[str, Any]:
 
 
 def whole_in(found: Any, what: str, least: int = 0) -> int:
-    """A part of a checkpoint that has to be a whole number, in a tensor or by itself.
-
-    Raises
-    ------
-    CheckpointError
-        If it is not, or below ``least``, beginning with ``what`` it is.
-    """
-    number = found
+    """A whole number of a checkpoint, in a tensor or by itself; else a CheckpointError says so."""
     if isinstance(found, Tensor) and found.numel() == 1 and not found.is_meta:
-        number = found.item()
+        found = found.item()
     try:
-        return checked_whole(number, what, least)
+        return checked_whole(found, what, least)
     except ArgumentError as error:
         raise CheckpointError(str(error)) from None
 
 
-def mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Why a state cannot be loaded into another with the same names: a line for each of them."""
-    problems = [f"{name!r} is missing" for name in own if name not in found]
-    problems += [f"{name!r} is unexpected" for name in found if name not in own]
-    return problems + unfit((name, found[name], own[name]) for name in own if name in found)
-
-
 def unfit(entries: Iterable[tuple[str, Any, Any]]) -> list[str]:
-    """Why things cannot be loaded into tensors: a line for each that cannot.
+    """Why entries (name, what was found, the tensor it is for) cannot be loaded: a line for each.
 
-    Parameters
-    ----------
-    entries : iterable of (str, object, Tensor)
-        What it is called, what was found, and what it is for; what is for no tensor, such as a
-        module's extra state, is as it may be.
+    Entries for no tensor, such as a module's extra state, are left alone.
     """
     whys = ((name, _why_unfit(one, own)) for name, one, own in entries if isinstance(own, Tensor))
     return [f"{name!r} {why}" for name, why in whys if why]
@@ -81,6 +73,22 @@ def _why_unfit(found: Any, own: Tensor) -> str:
     if found.layout != torch.strided:
         return f"is of layout {found.layout}, expected a dense tensor"
     return ""
+
+
+def mismatches(own: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Why tensors cannot be loaded into others of the same names: a line for each that cannot."""
+    problems = [f"{name!r} is missing" for name in own if name not in found]
+    problems += [f"{name!r} is unexpected" for name in found if name not in own]
+    return problems + unfit((name, found[name], own[name]) for name in own if name in found)
+
+
+def load_modules(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
+    """Load states into modules, all of them or, with a CheckpointError, none."""
+    problems = [one for module, state in pairs for one in mismatches(module.state_dict(), state)]
+    if problems:
+        raise CheckpointError("the checkpoint is not of this model:\n" + listed(problems))
+    for module, state in pairs:
+        module.load_state_dict(state)
 
 
 def _only(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -100,45 +108,29 @@ def _only(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def averages_of(ema: EMA) -> dict[str, Tensor]:
-    """Copies of an average's tensors by name, those that are only copied among them.
-
-    Raises
-    ------
-    ArgumentError
-        For several averages, or one in two halves.
-    """
+    """Copies of an average's tensors by name; an ArgumentError for several averages, or halves."""
     return dict(_only(ema.state_dict()))
 
 
 def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = None) -> None:
-    """Load tensors of another library's into an average.
+    """Load another library's averages, of any floating dtype and device, by name.
 
-    Everything that is averaged has to be there. What is only copied, such as buffers, stays as it
-    is where it is not there; what the average leaves out may be there.
-
-    Parameters
-    ----------
-    ema : EMA
-    averages : mapping of str to Tensor
-        Of any floating-point dtype and device; names may have what wrappers add.
-    num_updates : int, optional
-        Which the schedule goes on from; by default the average's own.
+    Everything that is averaged has to be there. What is only copied, such as buffers, may be
+    missing and then stays; what the average leaves out may be there. ``num_updates`` is the count
+    that the schedule goes on from, by default the average's own.
 
     Raises
     ------
     ArgumentError
-        For several averages, one in two halves, or a ``num_updates`` that is no whole number of at
-        least 0.
+        For several averages, one in two halves, or another kind of ``num_updates``.
     CheckpointError
         Naming every tensor that does not fit; nothing was changed.
-    StateError
-        While the average is applied.
     """
     state = ema.state_dict(copy=False)
     own = _only(state)
     count = state["num_updates"] if num_updates is None else num_updates
     count = checked_whole(count, "num_updates", 0)
-    found = dict(zip(plain_names(list(averages)), averages.values(), strict=True))
+    found = by_plain_name(averages)
     aliases = ema.aliases
     for name, kept in aliases.items():
         if name in found:

@@ -6,16 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from fastema.bridges.names import plain_names
-from fastema.compat.following import Follower, duplicate
+from fastema.compat.modules import ModuleFollower, frozen_copy
 from fastema.compat.shares import refuse_no_share
-from fastema.compat.transfer import mapping_in, mismatches, whole_in
-from fastema.errors import CheckpointError, listed
-from fastema.layout.spec import Role
+from fastema.compat.transfer import load_modules, mapping_in, whole_in
+from fastema.errors import CheckpointError
 from fastema.rules import Rule
 from fastema.rules.checks import checked_positive
 
@@ -27,11 +25,11 @@ _TEACHER = "teacher_model"
 
 @dataclass(frozen=True, slots=True)
 class Ramp(Rule):
-    """A decay that grows as ``limit * (1 - exp(-n / tau))``.
+    """A decay that grows as ``limit * (1 - exp(-n / tau))``: the schedule of Ultralytics.
 
-    The first step has nearly none, and ``n = 3 * tau`` 95 % of the limit. The schedule of
-    Ultralytics, usable as ``fastema.EMA(model, decay=Ramp())`` too; calling it with a step gives
-    the decay, as the attribute of the peer's class does.
+    The first step has nearly none, and ``n = 3 * tau`` 95 % of the limit. It is for
+    ``fastema.EMA(model, decay=Ramp())`` too; calling it with a step gives the decay, as the
+    attribute of the peer's class does.
 
     Parameters
     ----------
@@ -71,21 +69,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """Average whatever a checkpoint of the average holds."""
-
-    saved: frozenset[str]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Saved:
-        return cls(frozenset(plain_names(list(model.state_dict()))))
-
-    def __call__(self, name: str, role: Role) -> Literal["average", "skip"]:
-        passing = role == "buffer" and name not in self.saved
-        return "skip" if passing or name.startswith(f"{_TEACHER}.") else "average"
-
-
 class ModelEMA:
     """Average of a whole model: the ``ModelEMA`` of Ultralytics.
 
@@ -95,45 +78,25 @@ class ModelEMA:
     Parameters
     ----------
     model : torch.nn.Module
-        Copied, without what compiles it or shares it out, and without a ``teacher_model``.
-    decay : float
-        Weight of the old average that is approached, in [0, 1].
-    tau : float
-        Steps over which it grows, above 0.
+        Copied to ``ema``, in evaluation mode and without gradients, without what compiles it or
+        shares it out, and without a ``teacher_model``.
+    decay, tau : float
+        Of a :class:`Ramp`; else an ArgumentError. The attribute ``decay`` is a callable, of the
+        number of updates, that may be replaced.
     updates : int
         Calls of :meth:`update` so far.
 
     Attributes
     ----------
-    ema : torch.nn.Module
-        The average, in evaluation mode, without gradients.
-    updates : int
-    decay : callable
-        Number of updates to decay; may be replaced.
     enabled : bool
         Where False, :meth:`update` and :meth:`update_attr` do nothing.
-
-    Raises
-    ------
-    ArgumentError
-        For a ``decay`` or ``tau`` out of range.
 
     Notes
     -----
     The interface and the numbers are those of ``ultralytics/utils/torch_utils.py``, version 8.4.
-    It differs:
-
-    - There integers, such as BatchNorm's ``num_batches_tracked``, keep the value that they had at
-      the start. Here they are copied at each update.
-    - There tied weights are averaged twice per update. Here once.
-    - There the model of the first update is followed for good, also where its parameters have been
-      re-pointed since or another model is given. Here the model that is given is.
-    - There a model on another device is an error, and so are average and model of different dtypes.
-      Here both work. There tensors that the average lacks are left out without a word; here that is
-      an error that names them.
-    - There 16-bit averages are rounded to nearest and stand still. Here they are rounded at random,
-      by bits that are a function of ``updates``, the name and the element.
-    - There the object cannot be pickled. Here it can.
+    Where it differs, ``docs/drop-in.md`` aside: the model that is given is followed, there that of
+    the first update as it was then; the devices of average and model may differ; it can be pickled.
+    Random bits are a function of ``updates``, the name and the element.
 
     Examples
     --------
@@ -152,27 +115,15 @@ class ModelEMA:
         inner = _unwrapped(model)
         teacher = getattr(inner, _TEACHER, None)
         memo = {} if teacher is None else {id(teacher): None}
-        self.ema = duplicate(inner, memo).eval()
+        self.ema = frozen_copy(inner, memo).eval()
         if hasattr(inner, _TEACHER):
             setattr(self.ema, _TEACHER, None)
-        for parameter in self.ema.parameters():  # a scripted module cannot do it for them
-            parameter.requires_grad_(False)
         self.updates = updates
         self.enabled = True
-        self._followed: tuple[nn.Module, Follower] | None = None
-
-    def _follower(self) -> Follower:
-        """The follower of :attr:`ema`, which is another model where somebody replaced it."""
-        if self._followed is None or self._followed[0] is not self.ema:
-            self._followed = self.ema, Follower(self.ema, _Saved.of(self.ema))
-        return self._followed[1]
+        self._follower = ModuleFollower(left_out=f"{_TEACHER}.")
 
     def update(self, model: nn.Module) -> None:
         """Take a model into the average; call it after each optimizer step.
-
-        Parameters
-        ----------
-        model : torch.nn.Module
 
         Raises
         ------
@@ -183,7 +134,8 @@ class ModelEMA:
         if not self.enabled:
             return
         step = self.updates + 1
-        self._follower().update(_unwrapped(model), 1.0 - self.decay(step), step)
+        follower = self._follower.of(self.ema)
+        follower.update(_unwrapped(model), 1.0 - self.decay(step), step)
         self.updates = step
 
     def update_attr(
@@ -194,13 +146,8 @@ class ModelEMA:
     ) -> None:
         """Copy a model's attributes to :attr:`ema`, but for those that begin with an underscore.
 
-        Parameters
-        ----------
-        model : torch.nn.Module
-        include : iterable of str
-            Only these; all where it is empty.
-        exclude : iterable of str
-            Not these; by default what belongs to ``DistributedDataParallel``.
+        ``include`` names the only ones to copy, all if it is empty; ``exclude`` those to leave out,
+        by default what belongs to ``DistributedDataParallel``.
         """
         if not self.enabled:
             return
@@ -212,32 +159,24 @@ class ModelEMA:
 
 
 def export(ema: ModelEMA) -> dict[str, Any]:
-    """What a checkpoint of Ultralytics holds of the average.
+    """What a checkpoint of Ultralytics holds of the average: ``"ema"`` and ``"updates"``.
 
-    Returns
-    -------
-    dict
-        ``"ema"``, the averaged model in float16 as Ultralytics saves it, and ``"updates"``. Keep
-        ``ema.ema.state_dict()`` beside it to resume without the loss of 13 bits of each weight.
+    The averaged model is in float16 there, as Ultralytics saves it. Keep ``ema.ema.state_dict()``
+    beside it to resume without the loss of 13 bits of each weight.
     """
     return {"ema": deepcopy(ema.ema).half(), "updates": ema.updates}
 
 
 def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
-    """Take over the average of a checkpoint of Ultralytics.
+    """Take over the average of a checkpoint of Ultralytics; the dtypes stay those of ``ema``.
 
     Parameters
     ----------
     ema : ModelEMA
-        Of the same model; it keeps its dtypes.
+        Of the same model.
     checkpoint : mapping
-        With ``"ema"``, a module or a state dict, and ``"updates"``.
-
-    Raises
-    ------
-    CheckpointError
-        If one of the two is missing, or the tensors are not those of the model, naming them;
-        nothing was changed.
+        With ``"ema"``, a module or a state dict, and ``"updates"``. A CheckpointError if one is
+        missing, or tensors are not those of the model, naming them; nothing was changed then.
     """
     whole = mapping_in(checkpoint, "the checkpoint")
     saved, updates = whole.get("ema"), whole.get("updates")
@@ -248,8 +187,5 @@ def load(ema: ModelEMA, checkpoint: Mapping[str, Any]) -> None:
         )
     state = mapping_in(saved.state_dict() if isinstance(saved, nn.Module) else saved, "'ema'")
     done = whole_in(updates, "updates")
-    problems = mismatches(ema.ema.state_dict(), state)
-    if problems:
-        raise CheckpointError("the saved average is not of this model:\n" + listed(problems))
-    ema.ema.load_state_dict(state)
+    load_modules((ema.ema, state))
     ema.updates = done

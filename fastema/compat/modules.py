@@ -1,0 +1,122 @@
+"""Averages in modules, or in tensors by name, that their owners may replace at any time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from fastema.bridges.registry import leaves_of
+from fastema.compat.following import Follower, duplicate
+from fastema.layout.spec import Role
+
+__all__ = ["ModuleFollower", "NamedFollower", "frozen_copy"]
+
+Buffers: TypeAlias = Literal["saved", "copy"]
+
+
+def frozen_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model, without gradients."""
+    found = duplicate(model, memo)
+    for parameter in found.parameters():  # a scripted module cannot do it for them
+        parameter.requires_grad_(False)
+    return found
+
+
+def _persistence(module: nn.Module) -> dict[str, bool]:
+    """Whether each tensor is part of the module's state."""
+    leaves = leaves_of(module)
+    named = {one.name: one.persistent for one in leaves.items}
+    return {**named, **{one.name: one.persistent for one in leaves.opaque}}
+
+
+class _Policy:
+    """Averages parameters; copies all buffers, or averages those that are saved with a module."""
+
+    def __init__(self, averaged: nn.Module, buffers: Buffers, left_out: str) -> None:
+        self._averaged, self._buffers, self._left_out = averaged, buffers, left_out
+        self._saved: dict[str, bool] = {}
+        self.model: weakref.ref[nn.Module] | None = None
+
+    def __call__(self, name: str, role: Role) -> Literal["average", "copy", "skip"]:
+        if self._left_out and name.startswith(self._left_out):
+            return "skip"
+        if role != "buffer":
+            return "average"
+        if self._buffers == "copy":
+            return "copy"
+        if name not in self._saved:
+            model = None if self.model is None else self.model()
+            theirs = {} if model is None else _persistence(model)
+            self._saved = {**theirs, **_persistence(self._averaged)}
+        return "average" if self._saved.get(name) else "skip"
+
+
+class ModuleFollower:
+    """Follows a model with an averaged module, under settings that may change between steps.
+
+    Tensors whose names begin with ``left_out`` have no average.
+    """
+
+    def __init__(self, left_out: str = "") -> None:
+        self._left_out = left_out
+        self._made: tuple[nn.Module, dict[str, Any], _Policy, Follower] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy looks everything up for itself."""
+        return type(self), (self._left_out,)
+
+    def of(
+        self,
+        averaged: nn.Module,
+        model: nn.Module | None = None,
+        *,
+        buffers: Buffers = "saved",
+        **rounding: Any,
+    ) -> Follower:
+        """The follower of this module; ``rounding`` are options of :class:`Follower`.
+
+        ``buffers="saved"`` averages those that a state dict holds and leaves the others out,
+        ``"copy"`` copies all. With the ``model`` to follow, a saved buffer of its that the average
+        lacks is an error; otherwise it is left out.
+        """
+        settings = {"buffers": buffers, **rounding}
+        if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
+            policy = _Policy(averaged, buffers, self._left_out)
+            self._made = averaged, settings, policy, Follower(averaged, policy, **rounding)
+        *_, policy, follower = self._made
+        policy.model = None if model is None else weakref.ref(model)
+        return follower
+
+
+def _trained_or_named(names: frozenset[str], name: str, role: Role) -> Literal["average", "skip"]:
+    return "average" if role == "weight" or name in names else "skip"
+
+
+class NamedFollower:
+    """Follows a model with averages by name: of these names, and of all that is trained.
+
+    A trained parameter without an average is an error; other tensors may have none.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._averages: dict[str, Tensor] = {}
+        self._follower = Follower(self._averages, partial(_trained_or_named, self._names))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy looks everything up for itself."""
+        return type(self), (self._names,)
+
+    def of(self, averages: Mapping[str, Tensor]) -> Follower:
+        """The follower of these averages, which may be others at each call."""
+        self._averages.update(averages)
+        return self._follower
+
+    def forget(self) -> None:
+        """Keep no averages alive."""
+        self._averages.clear()
+        self._follower.forget()
