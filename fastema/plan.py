@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from fastema.binding.binding import Binding, Match
@@ -87,6 +87,47 @@ def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
     return unique(pairs)
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """What a plan pairs; it knows no plan, so that neither keeps the other alive."""
+
+    policy: PolicyOf | None
+    mark: str
+    called: tuple[str, str]
+
+    def __call__(self, avg: Leaves, x: Leaves) -> Match:
+        """Pair what the policy does not skip; integers are copied where there is a policy."""
+        policy, roles = self.policy, {**avg.roles, **x.roles}
+        dst, src = avg, x
+        if policy is not None:
+            dst, src = (_without_skipped(side, policy, roles) for side in (avg, x))
+        pairs = [self._rounded(pair) for pair in matched(dst, src, self.called)]
+        parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
+        for pair in pairs:
+            refuse_unwritable(pair.name, pair.dst)
+            is_copied = policy is not None and (
+                pair.dst.kind.whole or policy(pair.name, roles[pair.name]) == "copy"
+            )
+            parts["copied" if is_copied else "averaged"].append(pair)
+        return Match(parts, dst, src, self._told_apart(x))
+
+    def _told_apart(self, x: Leaves) -> list[Trained]:
+        """Parameters of which the policy asks whether they are trained."""
+        policy = self.policy
+        if policy is None:
+            return []
+        return [
+            Trained(leaf.spec.owner, leaf.spec.owner.requires_grad)
+            for leaf in x.items
+            if leaf.role != "buffer" and hasattr(leaf.spec.owner, "requires_grad")
+            if policy(leaf.name, "weight") != policy(leaf.name, "frozen")
+        ]
+
+    def _rounded(self, pair: Pair) -> Pair:
+        narrow = pair.dst.dtype in ("f16", "bf16")
+        return pair._replace(form=f"{pair.dst.dtype}{self.mark}") if narrow else pair
+
+
 class Plan:
     """A cached plan over two parallel containers, for the same operation at every step.
 
@@ -153,48 +194,15 @@ class Plan:
     ) -> None:
         if rounding not in _MARKS:
             raise ArgumentError(f"rounding={rounding!r}: expected one of {', '.join(_MARKS)}")
-        self._mark, self._seed, self.calls = _MARKS[rounding], checked_seed(seed), 0
-        self._policy = policy
+        self._seed, self.calls = checked_seed(seed), 0
         self._lock = rlock()
         self.binding = Binding(
             materialised(avg),
             materialised(x),
-            self._match,
+            _Selection(policy, _MARKS[rounding], self._called),
             labels=("avg ", "x "),
             look=_resharded_leaves,
         )
-
-    def _match(self, avg: Leaves, x: Leaves) -> Match:
-        """Pair what the policy does not skip; integers are copied where there is a policy."""
-        policy, roles = self._policy, {**avg.roles, **x.roles}
-        dst, src = avg, x
-        if policy is not None:
-            dst, src = (_without_skipped(side, policy, roles) for side in (avg, x))
-        pairs = [self._rounded(pair) for pair in matched(dst, src, self._called)]
-        parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
-        for pair in pairs:
-            refuse_unwritable(pair.name, pair.dst)
-            is_copied = policy is not None and (
-                pair.dst.kind.whole or policy(pair.name, roles[pair.name]) == "copy"
-            )
-            parts["copied" if is_copied else "averaged"].append(pair)
-        return Match(parts, dst, src, self._told_apart(x))
-
-    def _told_apart(self, x: Leaves) -> list[Trained]:
-        """Parameters of which the policy asks whether they are trained."""
-        policy = self._policy
-        if policy is None:
-            return []
-        return [
-            Trained(leaf.spec.owner, leaf.spec.owner.requires_grad)
-            for leaf in x.items
-            if leaf.role != "buffer" and hasattr(leaf.spec.owner, "requires_grad")
-            if policy(leaf.name, "weight") != policy(leaf.name, "frozen")
-        ]
-
-    def _rounded(self, pair: Pair) -> Pair:
-        narrow = pair.dst.dtype in ("f16", "bf16")
-        return pair._replace(form=f"{pair.dst.dtype}{self._mark}") if narrow else pair
 
     def _run(
         self, operation: str, check: Callable[[], None], x: Any = None, weight: float = 0.0

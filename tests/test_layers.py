@@ -154,7 +154,8 @@ TABLE = {
     ),
     **{
         name: Room(
-            ours="shadow plan checkpoint tracking rules bridges errors typing",
+            ours="shadow plan binding checkpoint tracking rules bridges engine.blocks"
+            " engine.interrupts errors typing",
             theirs=f"numpy {packages}",
         )
         for name, packages in {
@@ -165,7 +166,8 @@ TABLE = {
     },
     # Its averages and what it notes of them must not be parted by an interrupt.
     "tensorflow": Room(
-        ours="plan bridges engine.interrupts errors typing", theirs="numpy tensorflow"
+        ours="plan binding bridges engine.blocks engine.interrupts errors typing",
+        theirs="numpy tensorflow",
     ),
     "checkpoint": Room(
         ours="engine bridges layout errors typing", theirs="numpy", lazy_theirs="safetensors"

@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from fastema.compat.layouts import COMPOSER_PARTS, LAYOUTS
-from fastema.compat.modules import NamedFollower
+from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import by_plain_name
 from fastema.errors import ArgumentError, BridgeError
@@ -28,14 +28,14 @@ class _Known:
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
         self.tied: dict[str, str] = {}
-        self.follower = NamedFollower(())
+        self.follower = NamedAverager(())
         self.calls = 0
 
     def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
         """Update averages by name, those too that have further names in the model."""
         if self.names != averages.keys():
             self.names, self.tied = frozenset(averages), _tied(model, averages)
-            self.follower = NamedFollower([*averages, *self.tied])
+            self.follower = NamedAverager([*averages, *self.tied])
         tied = {name: averages[first] for name, first in self.tied.items()}
         self.follower.of({**averages, **tied}).update(model, weight, self.calls)
         self.calls += 1

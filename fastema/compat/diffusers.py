@@ -170,7 +170,7 @@ class EMAModel(ListAverage):
         decay = float(self.get_decay(step))
         frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)
         try:
-            self._follower.update(self._shadow, weights, 1 - decay, step, frozen)
+            self._averager.update(self._shadow, weights, 1 - decay, step, frozen)
         except LayoutError:
             if any(hasattr(one, "ds_id") for one in weights):
                 raise LayoutError(

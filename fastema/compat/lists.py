@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastema.bridges.registry import describe, is_divided
-from fastema.compat.following import Follower
+from fastema.compat.averager import ModelAverager
 from fastema.errors import (
     ArgumentError,
     BridgeError,
@@ -170,7 +170,7 @@ def load_list(
     ]
 
 
-class _ListFollower:
+class _ListAverager:
     """Updates averages in a list from as many parameters, which it does not keep alive.
 
     The plan is made over tensors of its own, which share the parameters' memory during an update
@@ -243,7 +243,7 @@ class _ListFollower:
                 for side in (self._shadow, self._memory)
             )
             # No method of this object's: they would keep each other, and memory of a GPU with them.
-            follower = Follower(averages, partial(_policy, copied))
+            follower = ModelAverager(averages, partial(_policy, copied))
             found = self._plans[copied] = _Planned(follower, weights, apart)
         return found
 
@@ -254,7 +254,7 @@ class _Planned(NamedTuple):
     ``apart`` are the places of what is copied and no kernel copies: float8 into float32, sparse.
     """
 
-    follower: Follower
+    follower: ModelAverager
     weights: dict[str, Tensor]
     apart: frozenset[int]
 
@@ -287,7 +287,7 @@ class Stored:
 
     The attribute ``name`` is ``nothing`` without stored weights. Whether parameters hold the
     average in place of weights that were stored is noticed by their storages, without a reference
-    to the tensors: see :class:`_ListFollower`.
+    to the tensors: see :class:`_ListAverager`.
     """
 
     def __init__(self, name: str, nothing: Any = None) -> None:
@@ -358,7 +358,7 @@ class ListAverage:
     """The device of that; None for where the parameters are."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
-        self._follower, self._stored = _ListFollower(), Stored(self._stored_as)
+        self._averager, self._stored = _ListAverager(), Stored(self._stored_as)
         self._shadow = clone_list(parameters)
         setattr(self, self._stored_as, None)
 
@@ -370,7 +370,7 @@ class ListAverage:
     @shadow_params.setter
     def shadow_params(self, tensors: Iterable[Tensor]) -> None:
         self._shadow = as_list(tensors, "shadow_params")
-        self._follower.forget()
+        self._averager.forget()
 
     def _all(self, parameters: Iterable[Tensor], call: str) -> list[Tensor]:
         """As many parameters as there are averages."""

@@ -8,10 +8,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fastema.compat.following import Follower
+from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import Stored
 from fastema.compat.mirrored import Mirrored
-from fastema.compat.modules import NamedFollower
+from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import by_plain_name, mapping_in, unfit
 from fastema.errors import CheckpointError, LayoutError, listed
@@ -118,7 +118,7 @@ class LitEma(nn.Module):
         self._buffer_of = {
             name: shorts[id(one)] for name, one in _parameters(model).items() if id(one) in shorts
         }
-        self._follower = NamedFollower(self._buffer_of)
+        self._averager = NamedAverager(self._buffer_of)
 
     def _averages(self) -> dict[str, Tensor]:
         """The averages by the names of the parameters, as they are now: ``.to()`` makes others."""
@@ -132,18 +132,18 @@ class LitEma(nn.Module):
         for name, before in counters.items():
             if self.get_buffer(name).dtype != before.dtype:
                 self._buffers[name] = before.to(self.get_buffer(name).device)
-        self._follower.forget()
+        self._averager.forget()
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load, and forget the buffers that others were assigned in the place of."""
         super()._load_from_state_dict(*args, **kwargs)
-        self._follower.forget()
+        self._averager.forget()
 
-    def _call(self, model: nn.Module, call: Callable[[Follower], None]) -> None:
+    def _call(self, model: nn.Module, call: Callable[[ModelAverager], None]) -> None:
         """Call what follows the model; an error names the tensors that one of the two lacks."""
         try:
-            call(self._follower.of(self._averages()))
+            call(self._averager.of(self._averages()))
         except LayoutError:
             problems = self._problems(model) if isinstance(model, nn.Module) else []
             if not problems:

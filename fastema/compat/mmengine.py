@@ -10,10 +10,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from fastema.compat.following import Follower
+from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
-from fastema.compat.modules import ModuleFollower, frozen_copy
+from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import by_plain_name, load_modules, mapping_in, mismatches
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, listed
@@ -85,8 +85,8 @@ class BaseAveragedModel(nn.Module):
             self.module = self.module.to(device)
         self.register_buffer("steps", torch.tensor(0, dtype=torch.long, device=device))
         self.update_buffers = update_buffers
-        self._follower = ModuleFollower()
-        self._copier = Follower(self.module, _buffers_only)
+        self._averager = ModuleAverager()
+        self._copier = ModelAverager(self.module, _buffers_only)
         self._count = Mirrored()
 
     @property
@@ -120,7 +120,7 @@ class BaseAveragedModel(nn.Module):
         """
         done = int(self._count.read(self.steps))
         buffers: Literal["saved", "copy"] = "saved" if self.update_buffers else "copy"
-        follower = self._follower.of(self.module, buffers=buffers)
+        follower = self._averager.of(self.module, buffers=buffers)
         if done == 0:
             follower.copy(model)
         elif done % self.interval == 0:

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from fastema.bridges.registry import leaves_of
-from fastema.compat.following import Follower, duplicate
+from fastema.compat.averager import ModelAverager, duplicate
 from fastema.layout.spec import Role
 
-__all__ = ["ModuleFollower", "NamedFollower", "frozen_copy"]
+__all__ = ["ModuleAverager", "NamedAverager", "frozen_copy"]
 
 Buffers: TypeAlias = Literal["saved", "copy"]
 
@@ -55,7 +55,7 @@ class _Policy:
         return "average" if self._saved.get(name) else "skip"
 
 
-class ModuleFollower:
+class ModuleAverager:
     """Follows a model with an averaged module, under settings that may change between steps.
 
     Tensors whose names begin with ``left_out`` have no average.
@@ -63,7 +63,7 @@ class ModuleFollower:
 
     def __init__(self, left_out: str = "") -> None:
         self._left_out = left_out
-        self._made: tuple[nn.Module, dict[str, Any], _Policy, Follower] | None = None
+        self._made: tuple[nn.Module, dict[str, Any], _Policy, ModelAverager] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy looks everything up for itself."""
@@ -76,8 +76,8 @@ class ModuleFollower:
         *,
         buffers: Buffers = "saved",
         **rounding: Any,
-    ) -> Follower:
-        """The follower of this module; ``rounding`` are options of :class:`Follower`.
+    ) -> ModelAverager:
+        """The follower of this module; ``rounding`` are options of :class:`ModelAverager`.
 
         ``buffers="saved"`` averages those that a state dict holds and leaves the others out,
         ``"copy"`` copies all. With the ``model`` to follow, a saved buffer of its that the average
@@ -86,7 +86,7 @@ class ModuleFollower:
         settings = {"buffers": buffers, **rounding}
         if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
             policy = _Policy(averaged, buffers, self._left_out)
-            self._made = averaged, settings, policy, Follower(averaged, policy, **rounding)
+            self._made = averaged, settings, policy, ModelAverager(averaged, policy, **rounding)
         *_, policy, follower = self._made
         policy.model = None if model is None else weakref.ref(model)
         return follower
@@ -96,7 +96,7 @@ def _trained_or_named(names: frozenset[str], name: str, role: Role) -> Literal["
     return "average" if role == "weight" or name in names else "skip"
 
 
-class NamedFollower:
+class NamedAverager:
     """Follows a model with averages by name: of these names, and of all that is trained.
 
     A trained parameter without an average is an error; other tensors may have none.
@@ -105,18 +105,18 @@ class NamedFollower:
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
         self._averages: dict[str, Tensor] = {}
-        self._follower = Follower(self._averages, partial(_trained_or_named, self._names))
+        self._averager = ModelAverager(self._averages, partial(_trained_or_named, self._names))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy looks everything up for itself."""
         return type(self), (self._names,)
 
-    def of(self, averages: Mapping[str, Tensor]) -> Follower:
+    def of(self, averages: Mapping[str, Tensor]) -> ModelAverager:
         """The follower of these averages, which may be others at each call."""
         self._averages.update(averages)
-        return self._follower
+        return self._averager
 
     def forget(self) -> None:
         """Keep no averages alive."""
         self._averages.clear()
-        self._follower.forget()
+        self._averager.forget()

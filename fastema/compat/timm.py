@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastema.compat.following import duplicate
-from fastema.compat.modules import ModuleFollower, frozen_copy
+from fastema.compat.averager import duplicate
+from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
 from fastema.errors import CheckpointError, LayoutError
 
@@ -26,7 +26,7 @@ __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 _logger = logging.getLogger(__name__)
 
 
-class _Following(ModuleFollower):
+class _TimmAverager(ModuleAverager):
     """Counts the step that random bits depend on, too."""
 
     step = 0
@@ -78,7 +78,7 @@ class ModelEma:
         if device:
             self.ema.to(device=device)
         self.ema_has_module = hasattr(self.ema, "module")
-        self._following = _Following()
+        self._following = _TimmAverager()
         if resume:
             self._load_checkpoint(resume)
 
@@ -134,10 +134,10 @@ class _Module(nn.Module):
             self.module.to(device=device)
         if dtype is not None:
             self.module.to(dtype=dtype)
-        self._following = _Following()
+        self._following = _TimmAverager()
 
     def _settings(self, exclude_buffers: bool = False) -> dict[str, Any]:
-        """Of :meth:`ModuleFollower.of`, as the attributes are now."""
+        """Of :meth:`ModuleAverager.of`, as the attributes are now."""
         return {}
 
     def set(self, model: nn.Module) -> None:

@@ -111,7 +111,7 @@ class ExponentialMovingAverage(ListAverage):
             step = self.num_updates + 1
             decay = min(decay, (1 + step) / (10 + step))
         weights = self._get_parameters(parameters, "update")
-        self._follower.update(self._shadow, weights, 1.0 - decay, step)
+        self._averager.update(self._shadow, weights, 1.0 - decay, step)
         self._num_calls = step
         if self.num_updates is not None:
             self.num_updates = step

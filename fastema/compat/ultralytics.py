@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastema.compat.modules import ModuleFollower, frozen_copy
+from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
 from fastema.compat.transfer import load_modules, mapping_in, whole_in
 from fastema.errors import CheckpointError
@@ -120,7 +120,7 @@ class ModelEMA:
             setattr(self.ema, _TEACHER, None)
         self.updates = updates
         self.enabled = True
-        self._follower = ModuleFollower(left_out=f"{_TEACHER}.")
+        self._averager = ModuleAverager(left_out=f"{_TEACHER}.")
 
     def update(self, model: nn.Module) -> None:
         """Take a model into the average; call it after each optimizer step.
@@ -134,7 +134,7 @@ class ModelEMA:
         if not self.enabled:
             return
         step = self.updates + 1
-        follower = self._follower.of(self.ema)
+        follower = self._averager.of(self.ema)
         follower.update(_unwrapped(model), 1.0 - self.decay(step), step)
         self.updates = step
 

@@ -40,6 +40,42 @@ class ShadowSwap(Swap):
         self.index, self.memory, self.watch, self.container = index, memory, watch, container
 
 
+class _Matcher:
+    """Pairs averages with a model's tensors; it knows no binding, which it would keep alive."""
+
+    def __init__(self, store: Store, names: Names) -> None:
+        self.store, self.names = store, names
+        self.averaged = {name for name, entry in store.sets[0].items() if entry.averaged}
+
+    def strictly(self, _: Leaves, model: Leaves) -> Match:
+        return self._matched(model, loosely=False)
+
+    def loosely(self, _: Leaves, model: Leaves) -> Match:
+        """Match where the model has tensors besides, or unfrozen ones: to take an average back."""
+        return self._matched(model, loosely=True)
+
+    def _matched(self, model: Leaves, *, loosely: bool) -> Match:
+        entries, names = self.store.sets[0], self.names
+        refuse_other_model(model, entries, names, loosely=loosely)
+        found = {leaf.name: leaf for leaf in model.items}
+        pairs = self.store.pairs({name: found[name].spec for name in entries})
+        for pair in pairs:
+            check_pair(pair)
+            refuse_shared_elements(pair.name, pair.src)
+        # All that can be written has to take an average in turn.
+        weights = [(pair.name, pair.src) for pair in pairs if not pair.which]
+        refuse_overlap([one for one in weights if one[1].writable])
+        parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
+        for pair in pairs:
+            parts["averaged" if pair.name in self.averaged else "copied"].append(pair)
+        frozen = [
+            Trained(leaf.spec.owner, before=False)
+            for leaf in model.items
+            if leaf.name in names.still and leaf.role == "frozen"
+        ]
+        return Match(parts, model, model.only({*entries, *names.aliases}), frozen)
+
+
 class ShadowBinding(Binding):
     """Pairs of averages, in memory of ours, with the tensors of a model.
 
@@ -69,37 +105,9 @@ class ShadowBinding(Binding):
         watch: type[Watched],
         leaves: Leaves | None = None,
     ) -> None:
-        self.store, self.names = store, names
-        self._averaged = {name for name, entry in store.sets[0].items() if entry.averaged}
-        super().__init__(None, container, self._strictly, watch=watch, leaves=leaves)
-
-    def _strictly(self, _: Leaves, model: Leaves) -> Match:
-        return self._matched(model, loosely=False)
-
-    def loosely(self, _: Leaves, model: Leaves) -> Match:
-        """Match where the model has tensors besides, or unfrozen ones: to take an average back."""
-        return self._matched(model, loosely=True)
-
-    def _matched(self, model: Leaves, *, loosely: bool) -> Match:
-        entries, names = self.store.sets[0], self.names
-        refuse_other_model(model, entries, names, loosely=loosely)
-        found = {leaf.name: leaf for leaf in model.items}
-        pairs = self.store.pairs({name: found[name].spec for name in entries})
-        for pair in pairs:
-            check_pair(pair)
-            refuse_shared_elements(pair.name, pair.src)
-        # All that can be written has to take an average in turn.
-        weights = [(pair.name, pair.src) for pair in pairs if not pair.which]
-        refuse_overlap([one for one in weights if one[1].writable])
-        parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
-        for pair in pairs:
-            parts["averaged" if pair.name in self._averaged else "copied"].append(pair)
-        frozen = [
-            Trained(leaf.spec.owner, before=False)
-            for leaf in model.items
-            if leaf.name in names.still and leaf.role == "frozen"
-        ]
-        return Match(parts, model, model.only({*entries, *names.aliases}), frozen)
+        matcher = _Matcher(store, names)
+        self._averaged, self.loosely = matcher.averaged, matcher.loosely
+        super().__init__(None, container, matcher.strictly, watch=watch, leaves=leaves)
 
     # -- pairs ------------------------------------------------------------------------------------
 

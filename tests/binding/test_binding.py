@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fastema
 from fastema.binding.binding import Binding, Match
 from fastema.bridges.registry import leaves_of
 from fastema.engine.moment import Moment
@@ -123,3 +126,21 @@ def test_memory_of_ours_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> Non
     run(binding)
     np.testing.assert_array_equal(ours.items[0].spec.owner, np.full(3, 0.5))
     assert binding.watched[0].items == []
+
+
+def test_averages_and_plans_go_with_their_last_reference() -> None:
+    """Without the collector, which may come late for the memory of a GPU."""
+    w = [np.ones(3)]
+    gc.collect()
+    gc.disable()
+    try:
+        ema, plan = fastema.EMA(w, 0.5), fastema.Plan([np.zeros(3)], w)
+        ema.update()
+        with ema.swapped():
+            plan.swap_()
+        assert ema.shadow
+        alive = [weakref.ref(one) for one in (ema, plan, ema._binding, plan.binding)]
+        del ema, plan
+        assert [one() for one in alive] == [None] * 4
+    finally:
+        gc.enable()
