@@ -16,9 +16,9 @@ import pytest
 import fastema
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras import EMAWeights
-from fastema.testing.tolerance import unit_roundoff
 
 from .keras_backends import on_one_backend
+from .support.tolerance import unit_roundoff
 
 BACKEND = keras.backend.backend()
 DECAY = 0.8

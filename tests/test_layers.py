@@ -22,7 +22,7 @@ FRAMEWORKS = (
 )
 ROOMS_BELOW_CLI = (
     "bridges checkpoint compat distributed engine errors keras layout lightning plan posthoc"
-    " rules shadow tensorflow testing torch tracking transformers typing"
+    " rules shadow tensorflow torch tracking transformers typing"
 )
 
 
@@ -203,7 +203,6 @@ TABLE = {
         ours="shadow plan bridges layout engine.blocks errors typing", theirs="torch"
     ),
     # A reference shares no code with what it checks.
-    "testing": Room(ours="layout errors typing", theirs="numpy"),
     # Commands sit on top of everything; what the extras bring is imported when a command runs,
     # which test_light_import.py sees to.
     "cli": Room(
@@ -393,8 +392,6 @@ HOUSE = {
     "torch.py": "",
     "keras.py": "",
     "tensorflow.py": "",
-    "testing/__init__.py": "",
-    "testing/reference.py": "",
     "__main__.py": "",
     "cli/__init__.py": "",
     "cli/demo.py": "",
@@ -471,8 +468,6 @@ HOUSE = {
         ("rules/ema.py", "from fastema.posthoc import synthesize"),
         ("keras.py", "from fastema import tensorflow"),
         ("keras.py", "from fastema.engine import ops"),
-        ("testing/reference.py", "from fastema.kernels import scalar"),
-        ("testing/reference.py", "from fastema.engine.ops import lerp_"),
         ("cli/demo.py", "from fastema.kernels import table"),
         ("__init__.py", "from fastema.shadow import average"),
         ("__init__.py", "import numpy"),
@@ -514,7 +509,6 @@ def test_planted_violation_is_caught(path: str, line: str) -> None:
         ("keras.py", "import keras\nfrom fastema.shadow import average"),
         ("cli/demo.py", "import fastema, torch\nfrom rich.table import Table"),
         ("__init__.py", "if TYPE_CHECKING:\n    from fastema.shadow.average import EMA"),
-        ("testing/reference.py", "import numpy as np\nfrom fastema.layout import spec"),
     ],
 )
 def test_what_the_table_allows_passes(path: str, line: str) -> None:

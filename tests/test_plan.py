@@ -14,7 +14,8 @@ import pytest
 import fastema
 from fastema import plan as plan_module
 from fastema.errors import ArgumentError, DTypeError, FastemaError
-from fastema.testing import reference
+
+from .support import reference
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
