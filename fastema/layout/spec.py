@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -218,6 +219,12 @@ class TensorSpec:
         """First byte and the byte after the last, whatever the strides; empty if no element."""
         geometry = _geometry(self.shape, self.strides, self.dtype)
         return self.address + geometry.low, self.address + geometry.high
+
+    def bytes(self) -> memoryview:
+        """The bytes of a row-major tensor on the host, for as long as its owner is kept."""
+        if not self.nbytes:
+            return memoryview(b"")
+        return memoryview((ctypes.c_char * self.nbytes).from_address(self.address)).cast("B")
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)} on {self.device}"
