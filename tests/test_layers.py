@@ -334,6 +334,30 @@ def violations(sources: Mapping[str, str]) -> list[str]:
     return problems
 
 
+def circles(sources: Mapping[str, str]) -> set[str]:
+    """Return the modules that import each other, wherever the imports stand, joined by blanks."""
+    below: dict[str, set[str]] = {_dotted(path)[0]: set() for path in sources}
+    for _, module, found in imports(sources):
+        if found.target.startswith("fastema."):
+            below[module].add(found.target.removeprefix("fastema."))
+
+    def reached(module: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [module]
+        while waiting:
+            for other in below.get(waiting.pop(), set()) - seen:
+                seen.add(other)
+                waiting.append(other)
+        return seen
+
+    reach = {module: reached(module) for module in below}
+    return {
+        " ".join(sorted(other for other in found if module in reach.get(other, set())))
+        for module, found in reach.items()
+        if module in found
+    }
+
+
 def _package_sources() -> dict[str, str]:
     package = Path(fastema.__file__).parent
     # rglob does not go through the link that fastema/kernels is in a checkout.
@@ -345,6 +369,23 @@ def _package_sources() -> dict[str, str]:
 
 def test_imports_point_down() -> None:
     assert violations(_package_sources()) == []
+
+
+def test_no_module_is_imported_by_what_it_imports() -> None:
+    # A view is of an average that hands it out; a command's modules take constants from it.
+    known = {"shadow.average shadow.views"}
+    commands = {"cli.demo", "cli.smooth"}
+    found = circles(_package_sources()) - known
+    assert {one for one in found if one.split()[0] not in commands} == set()
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles(HOUSE) == set()
+    typed = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastema.layout import group"
+    )
+    house = {**HOUSE, "layout/spec.py": typed, "layout/group.py": "import fastema.layout.spec"}
+    assert circles(house) == {"layout.group layout.spec"}
 
 
 def test_the_walk_sees_the_whole_house() -> None:
