@@ -203,7 +203,8 @@ class TensorSpec:
 
     def span(self) -> tuple[int, int]:
         """First byte and the byte after the last, whatever the strides; empty if no element."""
-        return self.address + self._geometry.low, self.address + self._geometry.high
+        geometry = self._geometry
+        return self.address + geometry.low, self.address + geometry.high
 
     def bytes(self) -> memoryview:
         """The bytes of a row-major tensor on the host, for as long as its owner is kept."""
