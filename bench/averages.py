@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastema
-from bench import machine, report
+from bench import machine, models, report
 from bench.clock import interleave, spread
 from bench.flatmodule import build, randomise_
 from bench.peers import timm_model_ema
 from bench.verify import sample
 from fastema.engine.limit import ReadReadWrite, StreamCopy
-from fastema.testing import models
 
 Job = Callable[[], object]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from fastema.testing import models
+from bench import models
 
 BYTES = {"f32": 4, "bf16": 2}
 """Bytes of one element per dtype code."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastema.testing.models import Inventory
+from bench.models import Inventory
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 STD = 0.02  # the spread of freshly initialised transformer weights

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import nn
 
+from bench import models
 from bench.cases import MIXES, Case
 from bench.flatmodule import DTYPES, STD, FlatModule
 from bench.peers import OURS
-from fastema.testing import models
 
 
 def llama(

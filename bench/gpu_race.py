@@ -19,9 +19,9 @@ from bench.gpu_cases import DeviceCase, build, fill_, least_memory, traffic
 from bench.gpu_clock import Budget, Clock, Job, Memory
 from bench.gpu_peers import COPY, DEVICE_PEERS, refusals
 from bench.jobs import DECAY, check_update
+from bench.models import total_elements
 from bench.peers import OURS, Peer, Running
 from bench.verify import sample
-from fastema.testing.models import total_elements
 
 Row = dict[str, Any]
 

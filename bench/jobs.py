@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.flatmodule import DTYPES, FlatModule, build, randomise_
+from bench.models import total_elements
 from bench.peers import PEERS, Peer, Running
 from bench.swaps import SWAPS, Swapping
 from bench.verify import assert_averaged, assert_equal, sample
-from fastema.testing.models import total_elements
 
 Job = Callable[[], object]
 

@@ -12,8 +12,8 @@ from bench.cases import Case
 from bench.clock import interleave, spread
 from bench.jobs import LIMITS, limits, names, prepare, refusals
 from bench.memory import measure_all
+from bench.models import scalars, total_elements
 from bench.peers import OURS
-from fastema.testing.models import scalars, total_elements
 
 _HOST_ROUNDS = 11
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -63,17 +63,10 @@ _POOR: Final = 0.05
 
 
 class Snapshot(NamedTuple):
-    """One average at one step, in a file.
+    """One average at one ``step`` of a run, in a file.
 
-    Attributes
-    ----------
-    path : Path
-    step : int
-        Of the run.
-    start, every : int
-        The step at which the average began, and the steps from update to update.
-    gamma : float
-        Exponent of its profile.
+    It began at step ``start`` and was updated at every ``every``-th; ``gamma`` is the exponent of
+    its profile.
     """
 
     path: Path
@@ -91,16 +84,9 @@ class Snapshot(NamedTuple):
 class Synthesized(NamedTuple):
     """An average put together from snapshots.
 
-    Attributes
-    ----------
-    tensors : dict of str to array
-        NumPy arrays by name.
-    error : float
-        L2 distance of the profile from the wanted one, relative to the norm of that.
-    coefficients : dict of Path to float
-        What each snapshot was multiplied by; they sum to 1.
-    step : int
-        Of the run, that the average is of.
+    ``tensors`` are NumPy arrays by name. ``error`` is the L2 distance of the profile from the
+    wanted one, relative to the norm of that. ``coefficients`` say what each snapshot was multiplied
+    by; they sum to 1. ``step`` is that of the run that the average is of.
     """
 
     tensors: dict[str, Any]
@@ -137,10 +123,6 @@ def save_snapshot(
         Of the averaged tensors in the file; by default that of the average. ``"float16"`` and
         ``"bfloat16"`` halve a float32 snapshot.
 
-    Returns
-    -------
-    list of Path
-
     Raises
     ------
     ArgumentError
@@ -168,9 +150,7 @@ def save_snapshot(
         return _save(average, chosen, Path(folder), wanted)
 
 
-def _save(
-    average: Average, chosen: Iterable[int], folder: Path, wanted: DType | None
-) -> list[Path]:
+def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | None) -> list[Path]:
     schedule = average.schedule
     start, every = schedule.start_after, schedule.update_every
     step = start + (average.num_updates - start) // every * every
@@ -211,45 +191,41 @@ def _width(gamma: float) -> str:
     return f"gamma{gamma!r}"
 
 
-def _on_the_host(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: bridge_of(array).transfer(array, "cpu") for name, array in arrays.items()}
+def _on_the_host(array: Any) -> Memory:
+    there = bridge_of(array).transfer(array, "cpu")
+    return there, describe(there)
 
 
 def _to_write(
-    arrays: Mapping[str, Any], low: Mapping[str, Any], averaged: Iterable[str], wanted: DType | None
+    arrays: Mapping[str, Any],
+    low: Mapping[str, Any],
+    averaged: Container[str],
+    wanted: DType | None,
 ) -> dict[str, Memory]:
     """The tensors row-major and in the wanted dtype: as they lie in memory where they are so."""
-    averaged = set(averaged)
-    arrays, low = _on_the_host(arrays), _on_the_host(low)
-    found: dict[str, Memory] = {}
-    others: list[tuple[str, TensorSpec, DType]] = []
-    for name, array in arrays.items():
-        spec = describe(array)
+    found = {name: _on_the_host(array) for name, array in arrays.items()}
+    others: list[tuple[Pair, DType]] = []
+    for name, (_, spec) in found.items():
+        half = _on_the_host(low[name])[1] if name in low else None
         kind = average_of(spec.kind, wanted) if name in averaged else spec.kind
-        if name in low and wanted is None:
+        if half is not None and wanted is None:
             kind = parse("f32")
-        if kind == spec.kind and spec.strides == row_major(spec.shape) and name not in low:
-            found[name] = array, spec
-        else:
-            others.append((name, spec, kind))
-    flat = [(replace(s, strides=row_major(s.shape)), kind) for _, s, kind in others]
-    memories = allocate(flat)
+        row = replace(spec, strides=row_major(spec.shape))
+        if half is not None or kind != spec.kind or row != spec:
+            others.append((Pair(name, spec, row, SPLIT if half else "", half), kind))
+    memories = allocate([(pair.src, kind) for pair, kind in others])
     pairs = []
-    for (name, spec, _), (array, new) in zip(others, memories, strict=True):
-        found[name] = array, new
-        half = describe(low[name]) if name in low else None
-        pairs.append(Pair(name, spec, new, SPLIT if half else "", half))
+    for (pair, _), memory in zip(others, memories, strict=True):
+        found[pair.name] = memory
+        pairs.append(pair._replace(src=memory[1]))
     Program({"all": pairs}).run({"all": "give"})
-    return {name: found[name] for name in arrays}
+    return found
 
 
 def find_snapshots(folder: str | os.PathLike[str]) -> list[Snapshot]:
     """The snapshots in a folder, by step and width.
 
-    Raises
-    ------
-    CheckpointError
-        If there is none, or a file is no snapshot.
+    A CheckpointError if there is none, or a file is no snapshot.
     """
     files = sorted(path for path in Path(folder).glob("*.safetensors") if path.is_file())
     if not files:
@@ -324,8 +300,8 @@ def synthesize(
     Returns
     -------
     Synthesized
-        With the relative error of the profile: a large one says that the snapshots cannot give the
-        wanted average. Above 0.05 there is a warning, which says what other snapshots would.
+        Its ``error`` is large where the snapshots cannot give the wanted average. Above 0.05 there
+        is a warning, which says what other snapshots would.
 
     Raises
     ------
@@ -406,14 +382,11 @@ def _given(snapshots: Any) -> list[Snapshot]:
 
 
 def _target(sigma_rel: float | None, half_life: float | None, steps: int) -> Profile:
-    if (sigma_rel is None) == (half_life is None):
-        raise ArgumentError(
-            f"sigma_rel={sigma_rel!r}, half_life={half_life!r}: give one of the two"
-        )
-    if sigma_rel is not None:
+    if sigma_rel is not None and half_life is None:
         return PowerProfile(steps, gamma_of(sigma_rel))
-    assert half_life is not None
-    return ExponentialProfile(steps, half_life)
+    if half_life is not None and sigma_rel is None:
+        return ExponentialProfile(steps, half_life)
+    raise ArgumentError(f"sigma_rel={sigma_rel!r}, half_life={half_life!r}: give one of the two")
 
 
 def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
@@ -427,16 +400,14 @@ def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
                 problems.append(f"{name!r} in {file.path.name} and {newest.path.name}")
     if problems:
         raise CheckpointError("the snapshots hold different tensors:\n" + listed(problems))
-    copied = _copied(newest)
-    least = parse("f32")
-    owner = np.empty(0)
-    wanted_memory = []
+    copied, owner = _copied(newest), np.empty(0)
+    likes = []
     for name, (kind, shape, _) in newest.tensors.items():
         like = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
         if name not in copied:
-            kind = average_of(kind, wanted or (kind if kind.real == "f64" else least))
-        wanted_memory.append((like, kind))
-    return dict(zip(newest.tensors, allocate(wanted_memory), strict=True))
+            kind = average_of(kind, wanted or (kind if kind.real == "f64" else parse("f32")))
+        likes.append((like, kind))
+    return dict(zip(newest.tensors, allocate(likes), strict=True))
 
 
 def _copied(file: File) -> set[str]:
@@ -453,13 +424,6 @@ def _shown(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
         from rich import progress as bars
     except ImportError:
         raise ArgumentError("progress=True needs rich: pip install rich") from None
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns) as bar:
+    with bars.Progress(*bars.Progress.get_default_columns(), bars.DownloadColumn()) as bar:
         task = bar.add_task("synthesising", total=nbytes)
         yield lambda n: bar.advance(task, n)

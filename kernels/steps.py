@@ -63,7 +63,7 @@ def _step(dst: str, src: str, apply: Any, reads: str, writes: str, real: Any = n
 
 
 def lerp(dst: str, src: str, device: str) -> Step:
-    """``dst += w * (src - dst)``, equal to ``fastema.testing.reference.lerp``.
+    """``dst += w * (src - dst)``, equal to ``tests.support.reference.lerp``.
 
     Bytes moved per element: the source once, the average twice.
     """
@@ -106,7 +106,7 @@ def add(dst: str, src: str, device: str) -> Step:
 
 
 def copy(dst: str, src: str, device: str) -> Step:
-    """``dst = src`` in the format of ``dst``, equal to ``fastema.testing.reference.cast``."""
+    """``dst = src`` in the format of ``dst``, equal to ``tests.support.reference.cast``."""
     real, _, write, read_src, _ = access(dst, src, device)
 
     @device_fn

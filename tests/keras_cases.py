@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import pytest
 import fastema
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras import EMAWeights
-from fastema.testing.tolerance import unit_roundoff
 
 from .keras_backends import on_one_backend
+from .support.tolerance import unit_roundoff
 
 BACKEND = keras.backend.backend()
 DECAY = 0.8
@@ -1370,13 +1369,3 @@ def test_a_model_is_given_its_own_functions_back() -> None:
     assert "evaluate" not in vars(model)
     assert all(untouched(model, name) for name in before)
     assert keras.models.clone_model(model).name == "net"
-
-
-@on_one_backend
-def test_a_backup_without_its_package_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(CheckpointError, match="pip install safetensors"):
-        EMAWeights(backup=tmp_path / "ema.safetensors")
-    EMAWeights()

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fastema.testing import reference
-
 from .needed import modules
+from .support import reference
 
 modules("torch", "ml_dtypes")
 

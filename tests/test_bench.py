@@ -15,9 +15,19 @@ if not (ROOT / "bench" / "cases.py").exists():
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import cases, clock, jobs, memory, peers, races, report, swaps, verify  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    clock,
+    jobs,
+    memory,
+    models,
+    peers,
+    races,
+    report,
+    swaps,
+    verify,
+)
 from bench.flatmodule import DTYPES, build, randomise_  # noqa: E402
-from fastema.testing import models  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

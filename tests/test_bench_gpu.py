@@ -19,10 +19,17 @@ if not (ROOT / "bench" / "gpu.py").exists():
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import gpu, gpu_cases, gpu_clock, gpu_peers, gpu_race, gpu_report  # noqa: E402
+from bench import (  # noqa: E402
+    gpu,
+    gpu_cases,
+    gpu_clock,
+    gpu_peers,
+    gpu_race,
+    gpu_report,
+    models,
+)
 from bench.flatmodule import DTYPES  # noqa: E402
 from bench.peers import OURS, Peer, Running  # noqa: E402
-from fastema.testing import models  # noqa: E402
 
 from .needed import modules, needed  # noqa: E402
 

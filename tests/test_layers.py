@@ -22,7 +22,7 @@ FRAMEWORKS = (
 )
 ROOMS_BELOW_CLI = (
     "binding bridges checkpoint compat distributed engine errors keras layout lightning plan"
-    " posthoc rules shadow tensorflow testing torch tracking transformers typing"
+    " posthoc rules shadow tensorflow torch tracking transformers typing"
 )
 
 
@@ -169,14 +169,7 @@ TABLE = {
         ours="plan binding bridges engine.blocks engine.interrupts errors typing",
         theirs="numpy tensorflow",
     ),
-    "checkpoint": Room(
-        ours="engine bridges layout errors typing", theirs="numpy", lazy_theirs="safetensors"
-    ),
-    "checkpoint.formats": Room(
-        ours="engine bridges layout errors typing",
-        theirs="numpy",
-        lazy_theirs=f"safetensors {FRAMEWORKS}",
-    ),
+    "checkpoint": Room(ours="engine bridges layout errors typing", theirs="numpy"),
     # Where PyTorch runs no processes this one is alone: torch is never imported here.
     "distributed": Room(
         ours="shadow binding checkpoint bridges rules layout errors typing", theirs="numpy"
@@ -206,8 +199,6 @@ TABLE = {
     "compat.averager": Room(
         ours="binding plan bridges layout engine.blocks errors typing", theirs="torch"
     ),
-    # A reference shares no code with what it checks.
-    "testing": Room(ours="layout errors typing", theirs="numpy"),
     # Commands sit on top of everything; what the extras bring is imported when a command runs,
     # which test_light_import.py sees to.
     "cli": Room(
@@ -346,6 +337,30 @@ def violations(sources: Mapping[str, str]) -> list[str]:
     return problems
 
 
+def circles(sources: Mapping[str, str]) -> set[str]:
+    """Return the modules that import each other, wherever the imports stand, joined by blanks."""
+    below: dict[str, set[str]] = {_dotted(path)[0]: set() for path in sources}
+    for _, module, found in imports(sources):
+        if found.target.startswith("fastema."):
+            below[module].add(found.target.removeprefix("fastema."))
+
+    def reached(module: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [module]
+        while waiting:
+            for other in below.get(waiting.pop(), set()) - seen:
+                seen.add(other)
+                waiting.append(other)
+        return seen
+
+    reach = {module: reached(module) for module in below}
+    return {
+        " ".join(sorted(other for other in found if module in reach.get(other, set())))
+        for module, found in reach.items()
+        if module in found
+    }
+
+
 def _package_sources() -> dict[str, str]:
     package = Path(fastema.__file__).parent
     # rglob does not go through the link that fastema/kernels is in a checkout.
@@ -359,43 +374,17 @@ def test_imports_point_down() -> None:
     assert violations(_package_sources()) == []
 
 
-def circles(sources: Mapping[str, str]) -> list[set[str]]:
-    """Return the sets of modules that import each other, wherever their imports stand."""
-    graph: dict[str, set[str]] = {}
-    modules = {f"fastema.{_dotted(path)[0]}".rstrip(".") for path in sources}
-    for _, module, found in imports(sources):
-        name = f"fastema.{module}".rstrip(".")
-        # The package's own __init__ and a room's load their members when they are asked for.
-        if found.target in modules and not (found.lazy and name == "fastema"):
-            graph.setdefault(name, set()).add(found.target)
-
-    def reached(start: str) -> set[str]:
-        found, ahead = set(), [start]
-        while ahead:
-            new = graph.get(ahead.pop(), set()) - found
-            found |= new
-            ahead += new
-        return found
-
-    ahead = {name: reached(name) for name in graph}
-    found: list[set[str]] = []
-    for name in graph:
-        circle = {other for other in ahead[name] if name in ahead.get(other, ())}
-        if len(circle) > 1 and circle not in found:
-            found.append(circle)
-    return found
+def test_no_module_is_imported_by_what_it_imports() -> None:
+    assert circles(_package_sources()) == set()
 
 
-def test_a_circle_is_found_wherever_its_imports_stand() -> None:
-    house = {
-        **HOUSE,
-        "shadow/average.py": "def see():\n    from fastema.shadow import views",
-        "shadow/views.py": "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from fastema.shadow.average import Average",
-    }
-    assert circles(house) == [{"fastema.shadow.average", "fastema.shadow.views"}]
-    house["shadow/views.py"] = ""
-    assert circles(house) == []
+def test_a_circle_is_seen() -> None:
+    assert circles(HOUSE) == set()
+    typed = (
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastema.layout import group"
+    )
+    house = {**HOUSE, "layout/spec.py": typed, "layout/group.py": "import fastema.layout.spec"}
+    assert circles(house) == {"layout.group layout.spec"}
 
 
 def test_the_walk_sees_the_whole_house() -> None:
@@ -436,8 +425,6 @@ HOUSE = {
     "torch.py": "",
     "keras.py": "",
     "tensorflow.py": "",
-    "testing/__init__.py": "",
-    "testing/reference.py": "",
     "__main__.py": "",
     "cli/__init__.py": "",
     "cli/demo.py": "",
@@ -501,7 +488,7 @@ HOUSE = {
         ("shadow/average.py", "from fastema.plan import Plan"),
         ("plan.py", "from fastema.shadow import average"),
         ("checkpoint/files.py", "from fastema.shadow import average"),
-        ("checkpoint/files.py", "import safetensors"),
+        ("checkpoint/files.py", "def f():\n    import safetensors"),
         ("checkpoint/files.py", "def f():\n    import torch"),
         ("checkpoint/files.py", "from fastema.kernels import table"),
         ("posthoc.py", "from fastema.kernels import table"),
@@ -514,8 +501,6 @@ HOUSE = {
         ("rules/ema.py", "from fastema.posthoc import synthesize"),
         ("keras.py", "from fastema import tensorflow"),
         ("keras.py", "from fastema.engine import ops"),
-        ("testing/reference.py", "from fastema.kernels import scalar"),
-        ("testing/reference.py", "from fastema.engine.ops import lerp_"),
         ("cli/demo.py", "from fastema.kernels import table"),
         ("__init__.py", "from fastema.shadow import average"),
         ("__init__.py", "import numpy"),
@@ -549,7 +534,7 @@ def test_planted_violation_is_caught(path: str, line: str) -> None:
         ("bridges/memory.py", "from fastema.bridges.registry import bridge_of"),
         ("shadow/average.py", "from fastema.bridges import memory"),
         ("plan.py", "from fastema.bridges.memory import allocate\nfrom fastema.engine import ops"),
-        ("checkpoint/files.py", "import numpy\ndef f():\n    import safetensors"),
+        ("checkpoint/files.py", "import numpy\nfrom fastema.layout.spec import TensorSpec"),
         ("checkpoint/files.py", "from fastema.engine import ops\nfrom .files import x"),
         ("posthoc.py", "from fastema.shadow import average\nfrom fastema.checkpoint import files"),
         ("posthoc.py", "import numpy\nfrom fastema.plan import Plan\ndef f():\n    import rich"),
@@ -557,7 +542,6 @@ def test_planted_violation_is_caught(path: str, line: str) -> None:
         ("keras.py", "import keras\nfrom fastema.shadow import average"),
         ("cli/demo.py", "import fastema, torch\nfrom rich.table import Table"),
         ("__init__.py", "if TYPE_CHECKING:\n    from fastema.shadow.average import EMA"),
-        ("testing/reference.py", "import numpy as np\nfrom fastema.layout import spec"),
     ],
 )
 def test_what_the_table_allows_passes(path: str, line: str) -> None:

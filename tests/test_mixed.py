@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import fastema
 from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError, LayoutError
-from fastema.testing import reference
 
 from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
 from .needed import modules
 from .shadow.truth import Loop
+from .support import reference
 
 modules("jax", "torch", "ml_dtypes")
 

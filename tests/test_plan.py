@@ -16,7 +16,8 @@ from fastema import plan as plan_module
 from fastema.binding import binding as binding_module
 from fastema.binding import sides as sides_module
 from fastema.errors import ArgumentError, DTypeError, FastemaError
-from fastema.testing import reference
+
+from .support import reference
 
 torch = pytest.importorskip("torch")
 nn = torch.nn

@@ -31,8 +31,9 @@ from fastema.errors import (  # noqa: E402
 )
 from fastema.plan import Plan  # noqa: E402
 from fastema.tensorflow import ExponentialMovingAverage  # noqa: E402
-from fastema.testing import reference  # noqa: E402
-from fastema.testing.tolerance import unit_roundoff  # noqa: E402
+
+from .support import reference  # noqa: E402
+from .support.tolerance import unit_roundoff  # noqa: E402
 
 pytestmark = pytest.mark.tensorflow
 

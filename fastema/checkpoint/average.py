@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,26 +43,18 @@ def weighted_sum(
 ) -> None:
     """``result = sum of coefficient * file``, in float64, rounded once to the result's dtypes.
 
-    Parameters
-    ----------
-    files : sequence of File
-        With the same tensors.
-    coefficients : sequence of float
-        One for each file.
-    result : mapping of str to Memory
-        Row-major NumPy arrays, which are overwritten.
-    summed : collection of str
-        Names of the floats that are summed; the others are taken from the last file.
-    advance : callable
-        Called with the number of bytes that were read.
+    All files have the same tensors. ``result`` are row-major NumPy arrays. ``summed`` are the names
+    of floats that are summed; the others are taken from the last file. ``advance`` is called with
+    the number of bytes that were read.
     """
     with ExitStack() as stack:
         fills = [stack.enter_context(file.opened()) for file in files]
         newest = files[-1]
         for name, (_, spec) in result.items():
             if name not in summed and spec.nbytes:
-                fills[-1](newest.tensors[name].offset, _bytes(spec).data)
-        readers = stack.enter_context(ThreadPoolExecutor(_readers(), "fastema-read"))
+                fills[-1](newest.tensors[name].offset, spec.bytes())
+        threads = min(_READERS, 4 * (os.cpu_count() or 1))
+        readers = stack.enter_context(ThreadPoolExecutor(threads, "fastema-read"))
         groups: dict[tuple[DType, DType], list[str]] = {}
         for name in summed:
             groups.setdefault((newest.tensors[name].kind, result[name][1].kind), []).append(name)
@@ -77,15 +69,12 @@ def weighted_sum(
                     part.result()
                 bench.add_up()
                 for piece in batch:
-                    first, last = (n * to.itemsize for n in (piece.at, piece.at + piece.size))
-                    begin = piece.first * to.itemsize
-                    target = _bytes(result[piece.name][1])
-                    target[begin : begin + last - first] = bench.rounded[first:last]
+                    here, there, count = (
+                        n * to.itemsize for n in (piece.at, piece.first, piece.size)
+                    )
+                    target = result[piece.name][1].bytes()
+                    target[there : there + count] = bench.rounded.data[here : here + count]
                 advance(len(files) * kind.itemsize * sum(piece.size for piece in batch))
-
-
-def _readers() -> int:
-    return min(_READERS, 4 * (os.cpu_count() or 1))
 
 
 class _Workbench:
@@ -152,9 +141,3 @@ def _read(
         kind, _, offset = file.tensors[piece.name]
         begin, end = piece.at * kind.itemsize, (piece.at + piece.size) * kind.itemsize
         fill(offset + piece.first * kind.itemsize, view[begin:end])
-
-
-def _bytes(spec: TensorSpec) -> Bytes:
-    """The memory of a row-major NumPy array as bytes."""
-    array: NDArray[Any] = spec.owner
-    return array.reshape(-1).view(np.uint8)

@@ -14,43 +14,44 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.dtypes import DType, dtype
 from fastema.layout.flat import row_major
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["File", "Stored", "header_of", "moved_into_place", "read", "settle", "storing", "write"]
+__all__ = [
+    "File",
+    "Fill",
+    "Stored",
+    "header_of",
+    "moved_into_place",
+    "read",
+    "reading",
+    "settle",
+    "storing",
+    "write",
+]
+
+Fill = Callable[[int, memoryview], None]
+"""``fill(offset, buffer)``: read from an offset on what the buffer has room for."""
 
 _NAMES: Final = {
-    "f64": ("F64", "float64"),
-    "f32": ("F32", "float32"),
-    "f16": ("F16", "float16"),
-    "bf16": ("BF16", "bfloat16"),
-    "c64": ("C64", "complex64"),
-    "i8": ("I8", "int8"),
-    "i16": ("I16", "int16"),
-    "i32": ("I32", "int32"),
-    "i64": ("I64", "int64"),
-    "u8": ("U8", "uint8"),
-    "u16": ("U16", "uint16"),
-    "u32": ("U32", "uint32"),
-    "u64": ("U64", "uint64"),
-    "bool": ("BOOL", "bool"),
-    "f8e4m3fn": ("F8_E4M3", "float8_e4m3fn"),
-    "f8e5m2": ("F8_E5M2", "float8_e5m2"),
-    "f8e4m3fnuz": ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
-    "f8e5m2fnuz": ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
-    "f8e8m0fnu": ("F8_E8M0", "float8_e8m0fnu"),
+    **{code: code.upper() for code in ("f64", "f32", "f16", "bf16", "c64", "bool")},
+    **{f"{sign}{bits}": f"{sign}{bits}".upper() for sign in "iu" for bits in (8, 16, 32, 64)},
+    "f8e4m3fn": "F8_E4M3",
+    "f8e5m2": "F8_E5M2",
+    "f8e4m3fnuz": "F8_E4M3FNUZ",
+    "f8e5m2fnuz": "F8_E5M2FNUZ",
+    "f8e8m0fnu": "F8_E8M0",
 }
-"""Code to the name in a header, and the one that the package is given."""
+"""Code to the name in a header."""
 
-_CODES: Final = {in_header: code for code, (in_header, _) in _NAMES.items()}
+_CODES: Final = {in_header: code for code, in_header in _NAMES.items()}
 
 _LONGEST_HEADER: Final = 100_000_000
 
@@ -95,25 +96,27 @@ class File(NamedTuple):
     tensors: dict[str, Stored]
     metadata: dict[str, str]
 
-    @contextmanager
-    def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
-        """A function that fills a buffer with the bytes from an offset on; threads may share it.
+    def opened(self) -> AbstractContextManager[Fill]:
+        """A block with a function that reads from the file, see :func:`reading`."""
+        return reading(self.path)
 
-        Raises
-        ------
-        CheckpointError
-            If the file has become shorter meanwhile.
-        """
-        with self.path.open("rb", buffering=0) as opened:
 
-            def fill(offset: int, buffer: memoryview) -> None:
-                while buffer:
-                    count = _read_at(opened, offset, buffer)
-                    if not count:
-                        raise CheckpointError(f"{self.path} was cut short")
-                    offset, buffer = offset + count, buffer[count:]
+@contextmanager
+def reading(path: Path) -> Iterator[Fill]:
+    """A function that fills a buffer with a file's bytes from an offset on; threads may share it.
 
-            yield fill
+    It raises a CheckpointError if the file has become shorter meanwhile.
+    """
+    with path.open("rb", buffering=0) as opened:
+
+        def fill(offset: int, buffer: memoryview) -> None:
+            while buffer:
+                count = _read_at(opened, offset, buffer)
+                if not count:
+                    raise CheckpointError(f"{path} was cut short")
+                offset, buffer = offset + count, buffer[count:]
+
+        yield fill
 
 
 def _read_at(opened: Any, offset: int, buffer: memoryview) -> int:
@@ -124,48 +127,19 @@ def _read_at(opened: Any, offset: int, buffer: memoryview) -> int:
         return int(opened.readinto(buffer))
 
 
-def package() -> ModuleType:
-    """The package that writes the files.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing.
-    """
-    try:
-        return import_module("safetensors")
-    except ImportError:
-        raise CheckpointError(
-            "averages are saved in safetensors files: pip install safetensors"
-        ) from None
-
-
 def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **metadata: str) -> None:
-    """Write tensors to a file; whatever happens, there is the old file or the whole new one.
+    """Write tensors and annotations to a file; there is the old file or the whole new one.
 
-    Parameters
-    ----------
-    path : path
-        Its folder must exist.
-    tensors : mapping of str to TensorSpec
-        In memory of the CPU, row-major without gaps.
-    **metadata : str
-        Annotations.
+    The folder must exist, and the tensors lie in memory of the CPU, row-major without gaps.
 
     Raises
     ------
     CheckpointError
-        If the safetensors package is missing, or a tensor is not as it must be.
+        If a tensor is not as it must be, or has a name or dtype that no file can hold.
     StorageError
         If the file cannot be written, which is an OSError too.
     """
-    safetensors = package()
-    entries: dict[str, Any] = {}
     for name, spec in tensors.items():
-        if name == _METADATA or not _encodable(name):
-            raise CheckpointError(f"{name!r}: no safetensors file can hold a tensor of this name")
-        if spec.dtype not in _NAMES:
-            raise CheckpointError(f"{name}: safetensors has no dtype for {spec}")
         if spec.division is not None:
             raise CheckpointError(
                 f"{name}: this process holds a part of it; save with torch.distributed.checkpoint, "
@@ -173,37 +147,20 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
             )
         if spec.device != "cpu" or (spec.size and spec.strides != row_major(spec.shape)):
             raise CheckpointError(f"{name}: {spec} is not row-major memory of the CPU")
-        entries[name] = safetensors.TensorSpec(
-            dtype=_NAMES[spec.dtype][1],
-            shape=list(spec.shape),
-            data_ptr=spec.address,
-            data_len=spec.nbytes,
-        )
-    with moved_into_place(path) as partial:
-        try:
-            safetensors.serialize_file(entries, partial, dict(metadata))
-        except safetensors.SafetensorError as error:
-            raise StorageError(f"cannot write {os.fspath(path)}: {error}") from error
+    # Elements lie at multiples of their size if larger ones come first.
+    names = sorted(tensors, key=lambda name: (-tensors[name].kind.itemsize, name))
+    described = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+    header = header_of(described, metadata)
+    with moved_into_place(path) as partial, open(partial, "xb") as opened:
+        opened.write(header)
+        for name in names:
+            opened.write(tensors[name].bytes())
 
 
-class Described(Protocol):
-    """A tensor that is to be in a file."""
-
-    @property
-    def code(self) -> str:
-        """Of its dtype."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-
-
-def header_of(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with whose tensors' bytes follow each other in this order.
+def header_of(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """What a file begins with whose tensors (code, shape) follow each other in this order.
 
     Raises
     ------
@@ -212,15 +169,15 @@ def header_of(tensors: Mapping[str, Described], metadata: Mapping[str, str]) -> 
     """
     entries: dict[str, Any] = {_METADATA: dict(metadata)}
     offset = 0
-    for name, tensor in tensors.items():
+    for name, (code, shape) in tensors.items():
         if name == _METADATA or not _encodable(name):
             raise CheckpointError(f"{name!r}: no safetensors file can hold a tensor of this name")
-        if tensor.code not in _NAMES:
-            raise CheckpointError(f"{name}: safetensors has no dtype for {tensor.code}")
-        end = offset + tensor.nbytes
+        if code not in _NAMES:
+            raise CheckpointError(f"{name}: safetensors has no dtype for {code}{list(shape)}")
+        end = offset + math.prod(shape) * dtype(code).itemsize
         entries[name] = {
-            "dtype": _NAMES[tensor.code][0],
-            "shape": list(tensor.shape),
+            "dtype": _NAMES[code],
+            "shape": list(shape),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -239,13 +196,7 @@ def _encodable(name: str) -> bool:
 
 @contextmanager
 def storing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A block in which a file or folder is made; the system's errors in it become ours.
-
-    Raises
-    ------
-    StorageError
-        Naming the path.
-    """
+    """A block in which a file or folder is made; the system's errors in it name the path."""
     try:
         yield
     except CheckpointError:
@@ -261,19 +212,8 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
     """Another name to write to; the whole file gets its own name at the end, or none does.
 
     What writers that were killed have left in the folder is removed, unless others are writing
-    there, or the file system does not say whether they are.
-
-    Parameters
-    ----------
-    path : path
-        Its folder must exist.
-    suffix : str
-        What the other name ends in.
-
-    Raises
-    ------
-    StorageError
-        If the file cannot be written, which is an OSError too.
+    there, or the file system does not say whether they are. The folder must exist; the other name
+    ends in ``suffix``. A StorageError if the file cannot be written, which is an OSError too.
     """
     final = Path(path)
     # Made by whoever writes it, with the rights that a new file has here.

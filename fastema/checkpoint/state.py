@@ -27,20 +27,13 @@ _SUMS: Final = "crc32"
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metadata: str) -> None:
     """Write a state dict; whatever happens, there is the old file or the whole new one.
 
-    Parameters
-    ----------
-    path : path
-        Its folder must exist.
-    state : mapping
-        Of ``state_dict()``: a tensor ``name`` of the i-th mapping in a list ``part`` is called
-        ``part.i.name`` in the file.
-    **metadata : str
-        Further annotations.
+    The folder must exist. A tensor ``name`` of the i-th mapping in a list ``part`` of the state is
+    called ``part.i.name`` in the file; ``metadata`` are further annotations.
 
     Raises
     ------
     CheckpointError
-        If the safetensors package is missing, or a tensor has a dtype that it does not know.
+        If a tensor has a name or dtype that no file can hold.
     StorageError
         If the file cannot be written, which is an OSError too.
     """
@@ -49,9 +42,8 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
     for key, value in state.items():
         if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
             for i, tensors in enumerate(value):
-                arrays |= {
-                    f"{key}.{i}.{name}": row_major_on_host(one) for name, one in tensors.items()
-                }
+                for name, one in tensors.items():
+                    arrays[f"{key}.{i}.{name}"] = row_major_on_host(one)
         else:
             plain[key] = value
     text = json.dumps(plain)
@@ -63,14 +55,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
 
 
 def read_state(found: files.File, like: Any) -> dict[str, Any]:
-    """The state dict in a file.
-
-    Parameters
-    ----------
-    found : File
-        Of :func:`fastema.checkpoint.files.read`.
-    like : array
-        Of the framework whose arrays are wanted.
+    """The state dict in a file, with arrays of the framework of ``like``.
 
     Raises
     ------
@@ -107,9 +92,9 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
                 several = state.setdefault(part, [])
                 several += [{} for _ in range(place + 1 - len(several))]
                 several[place][name] = array
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError, DTypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(
             f"{found.path} does not hold the state of an average: {error}"
         ) from None

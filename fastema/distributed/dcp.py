@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import pickletools
 import stat
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastema.checkpoint.files import reading
 from fastema.distributed.folder import Block, Tensor
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF
@@ -86,12 +86,7 @@ _ALLOWED: Final[dict[tuple[str, str], Any]] = {
 
 
 def _refuse_far_places(data: bytes) -> None:
-    """Refuse a pickle that keeps an object at a far place, up to which memory would be taken.
-
-    Raises
-    ------
-    UnpicklingError
-    """
+    """Refuse a pickle that keeps an object at a far place, up to which memory would be taken."""
     count = 0
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -101,13 +96,21 @@ def _refuse_far_places(data: bytes) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes nothing but the records of a description."""
+    """Makes nothing but what is allowed."""
+
+    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any]) -> None:
+        _refuse_far_places(data)
+        super().__init__(io.BytesIO(data))
+        self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED[module, name]
+            return self._allowed[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
 
 
 class _Rebuilt(NamedTuple):
@@ -123,20 +126,11 @@ def _rebuilt(storage: Any, offset: int, size: Any, strides: Any, *_: Any) -> _Re
     return _Rebuilt(tuple(storage), int(offset), tuple(size), tuple(strides))
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Makes nothing but the description of one tensor."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuilt
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return name
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
+_ALLOWED_IN_TENSOR: Final[dict[tuple[str, str], Any]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{(module, name): name for module in ("torch", "torch.storage") for name in _STORAGES},
+}
 
 
 class _Chunk(NamedTuple):
@@ -165,18 +159,10 @@ class Folder(NamedTuple):
 
 
 def opened(path: Path) -> Folder:
-    """Read the description of a folder.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it is not what torch.distributed.checkpoint writes.
-    """
+    """Read the description of a folder; a CheckpointError if it is missing or damaged."""
     description = path / ".metadata"
     try:
-        data = _content(description)
-        _refuse_far_places(data)
-        found = _Unpickler(io.BytesIO(data)).load()
+        found = _Unpickler(_content(description), _ALLOWED).load()
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} has no .metadata: it is no folder of torch.distributed.checkpoint, or one "
@@ -258,20 +244,10 @@ def _extents(found: Any) -> tuple[int, ...]:
 
 
 def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, str]:
-    """Find the tensors of an average: name to key.
+    """Find the tensors of an average, name to key; a CheckpointError unless one alone is meant.
 
-    Parameters
-    ----------
-    folder : Folder
-    key : str, optional
-        Where in the saved state it is, such as ``"trainer.ema"``; needed if there are several.
-    which : int, optional
-        The average, by its place among the rules; needed if there are several.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or it is not clear which one is meant.
+    ``key`` is its place in the saved state, such as ``"trainer.ema"``, and ``which`` that among the
+    rules; None for any.
     """
     found: dict[tuple[str, int], dict[str, str]] = {}
     for flat in folder.tensors:
@@ -295,19 +271,12 @@ def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, 
 
 
 def state_in(folder: Folder, key: str) -> dict[str, str]:
-    """Find the tensors of a model's state: name to key.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none.
-    """
-    depth = len(key.split("."))
+    """Find the tensors of a model's state: name to key."""
     found = {}
     for flat in folder.tensors:
-        place = [str(one) for one in folder.places.get(flat, (flat,))]
-        if len(place) > depth and ".".join(place[:depth]) == key:
-            found[".".join(place[depth:])] = flat
+        place = ".".join(map(str, folder.places.get(flat, (flat,))))
+        if place.startswith(f"{key}."):
+            found[place.removeprefix(f"{key}.")] = flat
     if not found:
         raise CheckpointError(f"{folder.path} has nothing at {key!r}")
     return found
@@ -321,14 +290,7 @@ def blocks_of(name: str, stored: Stored) -> Iterator[Block]:
 
 
 class _Reader:
-    """Reads a block by row-major pieces.
-
-    Parameters
-    ----------
-    name : str
-    tensor : Tensor
-    chunk : _Chunk
-    """
+    """Reads a block by row-major pieces."""
 
     def __init__(self, name: str, tensor: Tensor, chunk: _Chunk) -> None:
         self._name, self._tensor, self._chunk = name, tensor, chunk
@@ -342,13 +304,8 @@ class _Reader:
         extents = [one.stop - one.start for one in piece]
         at = sum(one.start * s for one, s in zip(piece, self._strides, strict=True)) * size
         data: NDArray[Any] = np.empty(math.prod(extents) * size, np.uint8)
-        with self._chunk.path.open("rb", buffering=0) as file:
-            buffer, offset = memoryview(data.data), self._begin + at
-            while buffer:
-                count = os.preadv(file.fileno(), [buffer], offset)
-                if not count:
-                    raise CheckpointError(f"{self._chunk.path} was cut short")
-                buffer, offset = buffer[count:], offset + count
+        with reading(self._chunk.path) as fill:
+            fill(self._begin + at, memoryview(data.data))
         return data
 
     def _found(self) -> int:
@@ -377,9 +334,7 @@ class _Reader:
         ):
             raise CheckpointError(f"{self._name}: its description is compressed, or too long")
         with archive.open(described) as file:
-            content = file.read(_LONGEST_OF_TENSOR)
-        _refuse_far_places(content)
-        found = _TensorUnpickler(io.BytesIO(content)).load()
+            found = _Unpickler(file.read(_LONGEST_OF_TENSOR), _ALLOWED_IN_TENSOR).load()
         if not isinstance(found, _Rebuilt):
             raise CheckpointError(f"{self._name}: there is no plain tensor")
         _, kind, key, _, _ = found.storage

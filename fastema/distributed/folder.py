@@ -44,15 +44,9 @@ class Tensor(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a process has of a tensor.
+    """What a process has of a tensor: its first element's index in the whole, and its extents.
 
-    Attributes
-    ----------
-    name : str
-    offset, shape : tuple of int
-        Index of the first element in the whole, and the extents.
-    read : callable
-        ``(index) -> array``: some of it in row-major memory of the host, by a tuple of slices.
+    ``read`` gives some of it in row-major memory of the host, by a tuple of slices.
     """
 
     name: str
@@ -62,19 +56,10 @@ class Block(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Files of a folder that is being written.
+    """Files of a folder that is being written."""
 
-    Attributes
-    ----------
-    sizes : dict of str to int
-        File name to its bytes.
-    places : dict of str to (str, int)
-        Tensor name to its file and the offset of its first byte there.
-    headers : dict of str to bytes
-    """
-
-    sizes: dict[str, int]
-    places: dict[str, tuple[str, int]]
+    sizes: dict[str, int]  # of each file, in bytes
+    places: dict[str, tuple[str, int]]  # tensor to its file, and to its first byte there
     headers: dict[str, bytes]
 
 
@@ -105,12 +90,7 @@ def plan(tensors: Mapping[str, Tensor], file_bytes: int, metadata: Mapping[str, 
 
 
 def refuse_occupied(folder: Path) -> None:
-    """Refuse a folder with something in it, or a file in its place.
-
-    Raises
-    ------
-    CheckpointError
-    """
+    """Refuse a folder with something in it, or a file in its place."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"{folder} is no folder; name one that is not there yet")
     if folder.exists() and any(folder.iterdir()):
@@ -134,19 +114,9 @@ def begin(folder: Path, files: Files) -> Path:
 
 
 def write_blocks(
-    folder: Path,
-    files: Files,
-    tensors: Mapping[str, Tensor],
-    blocks: Iterable[Block],
-    most: int,
+    folder: Path, files: Files, tensors: Mapping[str, Tensor], blocks: Iterable[Block], most: int
 ) -> None:
-    """Write this process's blocks where they belong, in pieces of at most ``most`` bytes.
-
-    Raises
-    ------
-    StorageError
-        If a file cannot be written.
-    """
+    """Write this process's blocks where they belong, in pieces of at most ``most`` bytes."""
     with storing(folder), ExitStack() as stack:
         handles: dict[str, int] = {}
         for block in blocks:
@@ -179,10 +149,7 @@ def pieces(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[s
         return
     rows = max(most // row, 1)
     for i in range(0, shape[0], rows):
-        yield (
-            slice(i, min(i + rows, shape[0])),
-            *(slice(0, extent) for extent in shape[1:]),
-        )
+        yield slice(i, min(i + rows, shape[0])), *(slice(0, extent) for extent in shape[1:])
 
 
 def _runs(block: Block, piece: tuple[slice, ...], tensor: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fastema.binding.swap import rounded
@@ -18,23 +20,15 @@ from fastema.shadow.store import Entry
 __all__ = ["Held", "held"]
 
 
+@dataclass
 class Held:
-    """Tensors by name, and this process's blocks of them.
+    """Tensors by name, those of which several processes have a part, and this one's blocks."""
 
-    Attributes
-    ----------
-    tensors : dict of str to Tensor
-    divided : set of str
-        Names of tensors of which several processes have a part.
-    blocks : list of Block
-    """
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    divided: set[str] = field(default_factory=set)
+    blocks: list[Block] = field(default_factory=list)
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.divided: set[str] = set()
-        self.blocks: list[Block] = []
-
-    def add(self, name: str, spec: TensorSpec, code: str, read: Any) -> None:
+    def add(self, name: str, spec: TensorSpec, code: str, read: Callable[..., Any]) -> None:
         """Add a tensor; its block, unless another process has the same."""
         self.tensors[name] = Tensor(code, spec.full_shape)
         if spec.division is not None:
@@ -65,44 +59,24 @@ def held(ema: Average[Any], which: int | None) -> Held:
             raise CheckpointError(f"{key} cannot be written: {error}") from None
         if kept in entries:
             entry = entries[kept]
-            found.add(key, entry.spec, spec.dtype, _Average(entry, spec.dtype))
+            found.add(key, entry.spec, spec.dtype, partial(_rounded, entry, spec.dtype))
         else:
-            found.add(key, spec, spec.dtype, _Plain(part_of(value)))
+            found.add(key, spec, spec.dtype, partial(_plain, part_of(value)))
     return found
 
 
-class _Plain:
-    """Reads from an array."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __call__(self, piece: tuple[slice, ...]) -> Any:
-        return row_major_on_host(self._array[piece])
+def _plain(array: Any, piece: tuple[slice, ...]) -> Any:
+    """Some of an array."""
+    return row_major_on_host(array[piece])
 
 
-class _Average:
-    """Reads from an average, rounded to the model's dtype."""
-
-    def __init__(self, entry: Entry, code: str) -> None:
-        self._entry, self._code = entry, code
-
-    def __call__(self, piece: tuple[slice, ...]) -> Any:
-        parts = {
-            part: memory[0][piece]
-            for part, memory in self._entry.parts.items()
-            if part in ("shadow", "low")
-        }
-        specs = {part: describe(array) for part, array in parts.items()}
-        shadow = specs["shadow"]
-        if shadow.dtype == self._code:
-            return row_major_on_host(parts["shadow"])
-        pair = Pair(
-            self._entry.name,
-            shadow,
-            replace(shadow, dtype=self._code),
-            self._entry.form,
-            specs.get("low"),
-        )
-        (array,) = rounded([pair])
-        return row_major_on_host(array)
+def _rounded(entry: Entry, code: str, piece: tuple[slice, ...]) -> Any:
+    """Some of an average, rounded to the model's dtype."""
+    shadow, *low = (
+        entry.parts[part][0][piece] for part in ("shadow", "low") if part in entry.parts
+    )
+    spec = describe(shadow)
+    if spec.dtype != code:
+        half = describe(low[0]) if low else None
+        (shadow,) = rounded([Pair(entry.name, spec, replace(spec, dtype=code), entry.form, half)])
+    return row_major_on_host(shadow)

@@ -70,7 +70,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         meanwhile. Takes the memory of a copy of the weights then.
     backup : path, optional
         A ``.safetensors`` file to which the state of the average is written at the end of each
-        epoch, and from which a new run takes it up, see *Resuming*. Needs the safetensors package.
+        epoch, and from which a new run takes it up, see *Resuming*.
     save_path : path, optional
         A ``.weights.h5`` file for the average at the end of training.
     which : int, optional
@@ -96,9 +96,8 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         In ``fit``: beside another ``EMAWeights`` or an optimizer with ``use_ema=True``, with a
         model that is not the one averaged so far, or while the model holds an average.
     CheckpointError
-        If ``backup`` is given without the safetensors package. In ``fit``, if the state there is of
-        another model, naming its tensors, or of another step of
-        the optimizer than the model is at.
+        In ``fit``, if the state in ``backup`` is of another model, naming its tensors, or of
+        another step of the optimizer than the model is at.
 
     Notes
     -----
@@ -146,8 +145,6 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._decay, self._options, self._which = decay, options, which
         self._swap_on_epoch = swap_on_epoch
         self._backup = _path(backup, "backup", _BACKUP)
-        if backup is not None:
-            files.package()  # at the end of the first epoch it would be late
         self._save_path = _path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
         self._averaged: Any = None

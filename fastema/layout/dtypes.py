@@ -71,23 +71,14 @@ _COMPLEX: Final = {"f32": "c64", "f64": "c128"}
 
 
 def parse(name: str) -> DType:
-    """The dtype of a code or a framework-neutral name such as ``"bfloat16"``.
-
-    Raises
-    ------
-    DTypeError
-        For any other name.
-    """
+    """The dtype of a code or a framework-neutral name such as ``"bfloat16"``."""
     return dtype(_ALIASES.get(name, name))
 
 
 def average_of(weights: DType, wanted: DType | None) -> DType:
     """The dtype of an average of such weights: the wanted one, complex where the weights are.
 
-    Raises
-    ------
-    DTypeError
-        If an average of that dtype cannot hold them.
+    A DTypeError if an average of that dtype cannot hold them.
     """
     if wanted is None or wanted == weights:
         return weights
@@ -101,13 +92,7 @@ def average_of(weights: DType, wanted: DType | None) -> DType:
 
 
 def dtype(code: str) -> DType:
-    """The dtype of a code such as ``"bf16"``.
-
-    Raises
-    ------
-    DTypeError
-        For a code that is not in :data:`DTYPES`.
-    """
+    """The dtype of a code such as ``"bf16"``; a DTypeError if it is not in :data:`DTYPES`."""
     try:
         return DTYPES[code]
     except KeyError:

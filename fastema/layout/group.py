@@ -5,6 +5,7 @@ Nothing here touches memory; every refusal names the tensor and comes before the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Final, NamedTuple
@@ -29,19 +30,10 @@ __all__ = [
 class Pair(NamedTuple):
     """A tensor that is written and the tensor it is written from, under one name.
 
-    Attributes
-    ----------
-    name : str
-    dst, src : TensorSpec
-    form : str
-        The kernel format of ``dst`` where it is not that of its dtype: rounded by random bits, or
-        completed by ``low``.
-    low : TensorSpec, optional
-        A companion of ``dst``, with its shape and strides.
-    ring : (TensorSpec, int), optional
-        The first slot of a ring that lies as ``dst`` does, and the bytes from slot to slot.
-    which : int
-        Which of the averages that are updated together this is.
+    ``form`` is the kernel format of ``dst`` where it is not that of its dtype: rounded by random
+    bits, or completed by ``low``, a companion with its shape and strides. ``ring`` is the first
+    slot of a ring that lies as ``dst`` does, and the bytes from slot to slot. ``which`` is the
+    place of the average among those that are updated together.
     """
 
     name: str
@@ -56,14 +48,8 @@ class Pair(NamedTuple):
 def check_pair(pair: Pair) -> None:
     """Refuse a pair that no kernel can work on.
 
-    Raises
-    ------
-    LayoutError
-        If shapes or devices differ, or both sides are parts of a whole, but not the same.
-    DTypeError
-        If one side is complex and the other is not, or an integer meets another dtype.
-    BridgeError
-        If the written side is read-only.
+    A LayoutError if shapes or devices differ, or both sides are parts of a whole, but not the same;
+    a DTypeError if one side is complex and the other is not, or an integer meets another dtype.
     """
     name, dst, src = pair.name, pair.dst, pair.src
     if dst.shape != src.shape:
@@ -119,18 +105,13 @@ def unique(pairs: Iterable[Pair]) -> list[Pair]:
     return list(kept.values())
 
 
-class _Array:
+def _view(spec: TensorSpec) -> NDArray[np.void]:
     """A spec as NumPy sees memory, for its exact overlap test."""
-
-    def __init__(self, spec: TensorSpec) -> None:
-        itemsize = spec.kind.itemsize
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{itemsize}",
-            "shape": spec.shape,
-            "strides": tuple(s * itemsize for s in spec.strides),
-            "data": (spec.address, True),
-        }
+    itemsize = spec.kind.itemsize
+    first, end = spec.span()
+    memory = memoryview((ctypes.c_char * (end - first)).from_address(first)).cast("B")
+    strides = [s * itemsize for s in spec.strides]
+    return np.ndarray(spec.shape, f"V{itemsize}", memory, spec.address - first, strides)
 
 
 def _spans(specs: Sequence[TensorSpec]) -> NDArray[np.int64]:
@@ -156,7 +137,7 @@ def _share_an_element(one: TensorSpec, other: TensorSpec) -> bool:
         return True
     if one.device != "cpu":
         return True  # cannot be looked at cheaply: refuse rather than corrupt
-    return np.shares_memory(np.asarray(_Array(one)), np.asarray(_Array(other)))
+    return np.shares_memory(_view(one), _view(other))
 
 
 def refuse_overlap(
@@ -165,12 +146,7 @@ def refuse_overlap(
     """Refuse tensors of which one is written where another is written or read.
 
     The time is linear in the number of tensors, and in that of the elements of those that lie
-    between each other's, such as the columns of one matrix.
-
-    Raises
-    ------
-    LayoutError
-        Naming both tensors.
+    between each other's, such as the columns of one matrix. The LayoutError names both tensors.
     """
     sides = [*written, *read]
     numbers: dict[str, list[int]] = {}
@@ -240,27 +216,17 @@ def _overlap(one: _Use, other: _Use) -> LayoutError:
 
 
 class Guard:
-    """Notices, in a few NumPy calls, that tensors which moved may lie where others are written.
-
-    Parameters
-    ----------
-    written, read : sequence of (str, TensorSpec)
-    """
+    """Notices, in a few NumPy calls, that tensors which moved may lie where others are written."""
 
     def __init__(
-        self,
-        written: Sequence[tuple[str, TensorSpec]],
-        read: Sequence[tuple[str, TensorSpec]],
+        self, written: Sequence[tuple[str, TensorSpec]], read: Sequence[tuple[str, TensorSpec]]
     ) -> None:
         self._written, self._read = _Spans(written), _Spans(read)
 
     def touched(self, written: Mapping[str, int] | None, read: Mapping[str, int] | None) -> bool:
         """Whether spans of the two sides meet: there the exact test has to decide.
 
-        Parameters
-        ----------
-        written, read : mapping of str to int, optional
-            Addresses by name; a side that is not given is where it was.
+        Addresses are given by name; a side without them is where it was.
         """
         begin, end = self._written.now(written)
         order = np.argsort(begin)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from fastema.layout.group import Pair
 
 __all__ = ["Home", "Substitute"]
 
@@ -18,18 +15,13 @@ Substitute = Callable[..., NDArray[np.float64] | None]
 
 
 class Home(Protocol):
-    """A device that is not the host, as one framework sees it.
-
-    Attributes
-    ----------
-    device : str
-        Such as ``"cuda:0"``.
-    index : int
-        Of the device among those that the process sees.
-    """
+    """A device that is not the host, as one framework sees it."""
 
     device: str
+    """Such as ``"cuda:0"``."""
+
     index: int
+    """Of the device among those that the process sees."""
 
     def stream(self) -> int:
         """Handle of the stream that the framework would work on now."""
@@ -55,11 +47,9 @@ class Home(Protocol):
     def wait(self) -> None:
         """Wait for all work on the device."""
 
-    def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
-        """An operation without our kernels.
+    # Pairs of layout.group, which knows tensors, which know this: Any, so that it is no circle.
+    def substitute(self, operation: str, pairs: Sequence[Any]) -> Substitute:
+        """An operation without our kernels; a DTypeError if the framework has no functions for it.
 
-        Raises
-        ------
-        DTypeError
-            If the framework has no functions for it.
+        ``pairs`` are each a :class:`fastema.layout.group.Pair`.
         """

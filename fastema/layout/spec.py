@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -30,23 +31,14 @@ Role = Literal["weight", "frozen", "buffer"]
 
 
 class _Geometry(NamedTuple):
-    """What shape, strides and dtype say of a tensor, wherever it lies.
-
-    Attributes
-    ----------
-    size, nbytes : int
-        Elements, and bytes of all of them.
-    dense, overlaps_itself : bool
-    low, high : int
-        First byte, and byte after the last, counted from the address of the first element.
-    """
+    """What shape, strides and dtype say of a tensor, wherever it lies."""
 
     size: int
     nbytes: int
     dense: bool
     overlaps_itself: bool
-    low: int
-    high: int
+    low: int  # first byte, counted from the address of the first element
+    high: int  # byte after the last
 
 
 # A model has many tensors and few shapes.
@@ -150,11 +142,7 @@ class TensorSpec:
         """A tensor within this one, of the same framework; all counts are in elements."""
         return TensorSpec(
             self.address + offset * self.kind.itemsize,
-            shape,
-            strides,
-            self.dtype,
-            self.device,
-            self.writable,
+            *(shape, strides, self.dtype, self.device, self.writable),
             owner=owner,
             exchange=self.exchange,
             home=self.home,
@@ -166,18 +154,13 @@ class TensorSpec:
 
         A ring's slots, which lie before the other axes, are not divided.
         """
-        division = other.division
+        whole, offset, division = other.whole, other.offset, other.division
         slots = self.shape[: len(self.shape) - len(other.shape)]
-        if division is not None and slots:
+        if slots and division is not None:
             division = division.stacked(*slots)
-        if other.whole is None or other.offset is None:
-            return replace(self, division=division)
-        return replace(
-            self,
-            whole=(*slots, *other.whole),
-            offset=(*(0 for _ in slots), *other.offset),
-            division=division,
-        )
+        if slots and whole is not None and offset is not None:
+            whole, offset = (*slots, *whole), (*(0 for _ in slots), *offset)
+        return replace(self, whole=whole, offset=offset, division=division)
 
     @property
     def tensor(self) -> Any:
@@ -195,29 +178,39 @@ class TensorSpec:
         return dtype(self.dtype)
 
     @property
+    def _geometry(self) -> _Geometry:
+        return _geometry(self.shape, self.strides, self.dtype)
+
+    @property
     def size(self) -> int:
         """The number of elements."""
-        return _geometry(self.shape, self.strides, self.dtype).size
+        return self._geometry.size
 
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return _geometry(self.shape, self.strides, self.dtype).nbytes
+        return self._geometry.nbytes
 
     @property
     def dense(self) -> bool:
         """Whether the elements fill one stretch of memory, in whatever order of axes."""
-        return _geometry(self.shape, self.strides, self.dtype).dense
+        return self._geometry.dense
 
     @property
     def overlaps_itself(self) -> bool:
         """Whether several indices may share an element: stride 0, or strides within each other."""
-        return _geometry(self.shape, self.strides, self.dtype).overlaps_itself
+        return self._geometry.overlaps_itself
 
     def span(self) -> tuple[int, int]:
         """First byte and the byte after the last, whatever the strides; empty if no element."""
-        geometry = _geometry(self.shape, self.strides, self.dtype)
+        geometry = self._geometry
         return self.address + geometry.low, self.address + geometry.high
+
+    def bytes(self) -> memoryview:
+        """The bytes of a row-major tensor on the host, for as long as its owner is kept."""
+        if not self.nbytes:
+            return memoryview(b"")
+        return memoryview((ctypes.c_char * self.nbytes).from_address(self.address)).cast("B")
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)} on {self.device}"
@@ -248,14 +241,9 @@ class Opaque:
 class Held(NamedTuple):
     """A container through which tensors are held: its entries must stay the same objects.
 
-    Attributes
-    ----------
-    container : dict, mapping or list
-    keys : tuple of str, optional
-        The entries of a dict, or of :class:`Attributes`, that count, whatever else it holds; by
-        default all of them, in the same order.
-    transient : set of str
-        Keys of tensors that the state of a module leaves out, or of None in their place.
+    Of a dict, or of :class:`Attributes`, the ``keys`` count, whatever else it holds; by default all
+    of them, in the same order. ``transient`` are those of tensors that the state of a module leaves
+    out, or of None in their place.
     """
 
     container: Any
@@ -282,53 +270,27 @@ class Ranks(Protocol):
         """Whether a flag is set on any of them."""
 
     def compare(self, facts: Mapping[str, str]) -> None:
-        """Compare facts, by what they are of.
-
-        Raises
-        ------
-        LayoutError
-            On every process, if one has other facts than the first.
-        """
+        """Raise a LayoutError on every process, if one has other facts than the first."""
 
 
 class Structure(Protocol):
     """How a container holds its tensors, without the tensors."""
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
-        """The tensors of a container, in the leaves' order; None if it is built in another way.
-
-        ``write`` says that they are about to be written.
-        """
+        """The tensors of a container, about to be written or not; None if it is built otherwise."""
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
-        """A new container that holds other tensors.
-
-        Raises
-        ------
-        BridgeError
-            If there can be only one of it.
-        """
+        """A new container that holds other tensors; a BridgeError if there can be only one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaves:
     """All tensors of a container, and how to notice that they are no longer the same.
 
-    Attributes
-    ----------
-    items : list of Leaf
-        In the container's order. Tied weights of a module appear under every name.
-    describe : callable
-        ``owner -> TensorSpec``, as it is now.
-    held : list of Held
-        The containers through which the tensors are held.
-    opaque : list of Opaque
-        Tensors without a description.
-    structure : Structure, optional
-        How the container holds them; None where only its owner knows (a torch module).
-    moving : bool
-        Whether some are of a framework whose tensors lie elsewhere after every step, so that they
-        are looked up at every call.
+    ``items`` are in the container's order, tied weights of a module under every name. ``describe``
+    says where an owner's tensor is now. ``structure`` is None where only the owner of the container
+    knows it (a torch module). ``moving`` says that some are of a framework whose tensors lie
+    elsewhere after every step, so that they are looked up at every call.
     """
 
     items: Sequence[Leaf]
@@ -346,8 +308,8 @@ class Leaves:
     @property
     def roles(self) -> dict[str, Role]:
         """What every tensor is used for, by name; of those without a description too."""
-        items: dict[str, Role] = {leaf.name: leaf.role for leaf in self.items}
-        return {**items, **{one.name: one.role for one in self.opaque}}
+        everything: list[Leaf | Opaque] = [*self.items, *self.opaque]
+        return {one.name: one.role for one in everything}
 
     def only(self, names: Container[str]) -> Leaves:
         """The leaves of these names, in the same containers."""

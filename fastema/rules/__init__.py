@@ -15,12 +15,11 @@ from fastema.rules.ema import (
     inverse_gamma,
     warmup,
 )
+from fastema.rules.means import CumulativeMean, Window, cumulative_mean, window
 from fastema.rules.power import Power, gamma_of, power, sigma_rel_of
 from fastema.rules.reach import Reach, effective_steps
 from fastema.rules.rule import Rule, rule_from_dict
 from fastema.rules.schedule import Schedule
-from fastema.rules.sma import Window, window
-from fastema.rules.swa import CumulativeMean, cumulative_mean
 
 __all__ = [
     "Aligned",

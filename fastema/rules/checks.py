@@ -1,4 +1,7 @@
-"""Checks of the numbers that rules are made of and of those that they give."""
+"""Checks of the numbers that rules are made of and of those that they give.
+
+Each returns the number as a float or an int, or raises :class:`ArgumentError`.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,7 @@ def _number(value: Any) -> float:
 
 
 def checked_decay(decay: Any, name: str = "decay") -> float:
-    """A decay as a float in [0, 1).
-
-    Raises
-    ------
-    ArgumentError
-        For anything else.
-    """
+    """A decay, in [0, 1)."""
     value = _number(decay)
     if not 0.0 <= value < 1.0:
         raise no_decay(decay, name)
@@ -59,13 +56,7 @@ def no_decay(found: Any, name: str = "decay") -> ArgumentError:
 
 
 def checked_positive(number: Any, name: str) -> float:
-    """A finite number above 0 as a float.
-
-    Raises
-    ------
-    ArgumentError
-        For anything else.
-    """
+    """A finite number above 0."""
     value = _number(number)
     if not 0.0 < value < math.inf:
         raise ArgumentError(f"{name}={number!r}: expected a finite number above 0")
@@ -73,13 +64,7 @@ def checked_positive(number: Any, name: str) -> float:
 
 
 def checked_least(number: Any, name: str, least: float) -> float:
-    """A finite number of at least ``least`` as a float.
-
-    Raises
-    ------
-    ArgumentError
-        For anything else.
-    """
+    """A finite number of at least ``least``."""
     value = _number(number)
     if not least <= value < math.inf:
         raise ArgumentError(f"{name}={number!r}: expected a finite number of at least {least:g}")
@@ -87,13 +72,7 @@ def checked_least(number: Any, name: str, least: float) -> float:
 
 
 def checked_whole(number: Any, name: str, least: int, most: int = MOST) -> int:
-    """A whole number from ``least`` to ``most`` as an int.
-
-    Raises
-    ------
-    ArgumentError
-        For anything else, floats with a whole value too.
-    """
+    """A whole number from ``least`` to ``most``; a float is none, whatever its value."""
     if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
         raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
     if int(number) > most:
@@ -102,13 +81,7 @@ def checked_whole(number: Any, name: str, least: int, most: int = MOST) -> int:
 
 
 def checked_weight(weight: Any, rule: object, step: int) -> float:
-    """A weight of the new value as a float in [0, 1].
-
-    Raises
-    ------
-    ArgumentError
-        For anything else; the message names the rule and the step.
-    """
+    """A weight of the new value, in [0, 1]; the error names the rule and the step."""
     # The first line is the one that runs at every step of a training run.
     if type(weight) is float and 0.0 <= weight <= 1.0:
         return weight

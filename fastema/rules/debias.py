@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 
 from fastema.errors import ArgumentError
-from fastema.rules.checks import checked_weight
+from fastema.rules.checks import MOST, checked_weight
 from fastema.rules.ema import Constant
 from fastema.rules.rule import GONE, Rule
 
@@ -26,24 +25,23 @@ class _EvenRun:
     """The sum of the logarithms of a rule's decays, where every update was of the same length.
 
     A pure function: whatever was asked before, a number comes out of the same operations. What is
-    kept only saves time, and every write to it is one reference that replaces another, so threads
-    need no lock.
+    kept only saves time, and a thread only ever writes what another one would, so none needs a
+    lock.
     """
 
-    __slots__ = ("_every", "_full", "_last", "_marks", "_rule", "_top")
+    __slots__ = ("_every", "_full", "_last", "_marks", "_rule")
 
     def __init__(self, rule: Rule, every: int) -> None:
         self._rule, self._every = rule, every
         self._last = 0, 0.0
-        self._marks = {0: 0.0}  # after every _BLOCK-th update, without gaps up to _top
-        self._top = 0
-        self._full = sys.maxsize  # from this update on nothing is left of the beginning
+        self._marks = {0: 0.0}  # after every _BLOCK-th update, without gaps
+        self._full = MOST  # from this update on nothing is left of the beginning
 
     def after(self, count: int) -> float:
         """The sum after so many updates; linear in them at the first call, then constant."""
         if count >= self._full:
             return GONE
-        block = min(count // _BLOCK, self._top)
+        block = min(count // _BLOCK, len(self._marks) - 1)
         done, log_decay = block * _BLOCK, self._marks[block]
         last = self._last
         if done < last[0] <= count:
@@ -56,10 +54,8 @@ class _EvenRun:
             if log_decay == GONE:
                 self._full = done
                 return GONE
-            block, rest = divmod(done, _BLOCK)
-            if not rest:
-                self._marks[block] = log_decay
-                self._top = block
+            if not done % _BLOCK:
+                self._marks[done // _BLOCK] = log_decay
         self._last = done, log_decay
         return log_decay
 

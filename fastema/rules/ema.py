@@ -106,8 +106,8 @@ def constant(decay: float = 0.999) -> Constant:
 
     Examples
     --------
-    >>> constant(0.9).decay(1), constant(0.9).decay(1000)
-    (0.9, 0.9)
+    >>> constant(0.9).decay(1000)
+    0.9
     """
     return Constant(decay)
 

@@ -3,9 +3,8 @@
 The profile of an average at a step is how its weight is spread over the steps before, as a density
 that integrates to 1. A sum of snapshots has the sum of their profiles, so the coefficients whose
 sum comes nearest to the wanted profile give the wanted average, of any width and at any earlier
-step (T. Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2023,
-section 3.2, https://arxiv.org/abs/2312.02696). Only the profiles enter here; the same coefficients
-then apply to every tensor.
+step, and the same for every tensor (T. Karras et al., Analyzing and Improving the Training Dynamics
+of Diffusion Models, 2023, section 3.2, https://arxiv.org/abs/2312.02696).
 
 Time is continuous and runs from 0 to the step of the average, in steps or in any other unit, the
 same for all profiles. That is exact for averages that are updated at every k-th step, for any k:
@@ -15,10 +14,9 @@ the share of an update is the integral of the profile over the k steps before it
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,20 +34,8 @@ _MOST_HALVINGS = 1e100  # so that all products of densities are finite
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 
 
-class Profile(ABC):
-    """How the weight of an average at ``step`` is spread over ``[0, step]``."""
-
-    __slots__ = ()
-
-    step: float
-
-    @abstractmethod
-    def density(self, times: npt.ArrayLike) -> Array:
-        """Weight per step at some times, float64 of the same shape; 0 outside ``[0, step]``."""
-
-
 @dataclass(frozen=True, slots=True)
-class PowerProfile(Profile):
+class PowerProfile:
     """Profile of a power-function average, ``(gamma + 1) * s**gamma / step**(gamma + 1)``.
 
     Parameters
@@ -73,22 +59,20 @@ class PowerProfile(Profile):
         return sigma_rel_of(self.gamma)
 
     def density(self, times: npt.ArrayLike) -> Array:
-        """``(gamma + 1) / step * (s / step)**gamma``."""
+        """``(gamma + 1) / step * (s / step)**gamma`` at some times; 0 outside ``[0, step]``."""
         part = np.asarray(times, np.float64) / self.step
         inside = (part >= 0) & (part <= 1)
-        return np.where(
-            inside, (self.gamma + 1) / self.step * np.where(inside, part, 0.0) ** self.gamma, 0.0
-        )
+        values = (self.gamma + 1) / self.step * np.where(inside, part, 0.0) ** self.gamma
+        return np.where(inside, values, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class ExponentialProfile(Profile):
+class ExponentialProfile:
     """Profile of an exponential average, ``2 ** (-(step - s) / half_life)``, normalised.
 
-    An average that begins as the weights at step 0 keeps a share of them, :attr:`initial_share`: a
-    point in time, which no density equals. Here it is spread over the rest, as in a bias-corrected
-    average (:func:`fastema.rules.debiased`), whose profile this is exactly. For an average that is
-    not corrected it holds up to that share; look at it before such an average serves as a snapshot.
+    It is exactly that of a bias-corrected average (:func:`fastema.rules.debiased`). One that is not
+    corrected keeps :attr:`initial_share` of the weights at step 0, a point in time, which no
+    density equals; look at it before such an average serves as a snapshot.
 
     Parameters
     ----------
@@ -127,10 +111,14 @@ class ExponentialProfile(Profile):
         return self.rate / -math.expm1(-self.rate * self.step)
 
     def density(self, times: npt.ArrayLike) -> Array:
-        """``peak * exp(-rate * (step - s))``."""
+        """``peak * exp(-rate * (step - s))`` at some times; 0 outside ``[0, step]``."""
         age = self.step - np.asarray(times, np.float64)
         inside = (age >= 0) & (age <= self.step)
         return np.where(inside, self.peak * np.exp(-self.rate * np.where(inside, age, 0.0)), 0.0)
+
+
+Profile: TypeAlias = PowerProfile | ExponentialProfile
+"""How the weight of an average at ``step`` is spread over ``[0, step]``."""
 
 
 @dataclass(frozen=True)
@@ -191,19 +179,9 @@ def _exponential_exponential(one: ExponentialProfile, other: ExponentialProfile)
 
 
 def dot(one: Profile, other: Profile) -> float:
-    """Integral of the product of two profiles, per step.
+    """Integral of the product of two profiles, per step; an ArgumentError for anything else.
 
     In closed form for two of a kind, by quadrature to a relative 1e-12 for two of different kinds.
-
-    Parameters
-    ----------
-    one, other : Profile
-        Power-function or exponential.
-
-    Raises
-    ------
-    ArgumentError
-        For anything else.
 
     Examples
     --------
@@ -212,17 +190,18 @@ def dot(one: Profile, other: Profile) -> float:
     """
     match one, other:
         case PowerProfile(), PowerProfile():
-            values = (np.float64(x) for x in (one.step, one.gamma, other.step, other.gamma))
-            return float(_power_power(*values))  # type: ignore[arg-type]
+            return float(_products([one, other])[0, 1])
         case PowerProfile(), ExponentialProfile():
             return _power_exponential(one, other)
         case ExponentialProfile(), PowerProfile():
             return _power_exponential(other, one)
         case ExponentialProfile(), ExponentialProfile():
             return _exponential_exponential(one, other)
-    raise ArgumentError(
-        f"no profiles: {one!r}, {other!r}; expected PowerProfile or ExponentialProfile"
-    )
+    raise _no_profile(other if isinstance(one, Profile) else one)
+
+
+def _no_profile(found: object) -> ArgumentError:
+    return ArgumentError(f"{found!r} is no profile; expected PowerProfile or ExponentialProfile")
 
 
 def _products(profiles: Sequence[Profile]) -> Array:
@@ -234,18 +213,15 @@ def _products(profiles: Sequence[Profile]) -> Array:
     found[np.ix_(powers, powers)] = _power_power(step[:, None], gamma[:, None], step, gamma)
     for i, profile in enumerate(profiles):
         if not isinstance(profile, PowerProfile):
-            for j, other in enumerate(profiles):
-                found[i, j] = found[j, i] = dot(profile, other)
+            found[i] = found[:, i] = [dot(profile, other) for other in profiles]
     return found
 
 
 def _checked(snapshots: Sequence[Profile], target: Profile) -> None:
     for profile in (*snapshots, target):
-        if not isinstance(profile, PowerProfile | ExponentialProfile):
-            raise ArgumentError(
-                f"{profile!r} is no profile; expected PowerProfile or ExponentialProfile"
-            )
-    seen: dict[Any, int] = {}
+        if not isinstance(profile, Profile):
+            raise _no_profile(profile)
+    seen: dict[Profile, int] = {}
     for index, profile in enumerate(snapshots):
         first = seen.setdefault(profile, index)
         if first != index:
@@ -275,11 +251,6 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
         How much a coefficient of 1 costs, at least 0. Snapshots are rounded when they are stored,
         and coefficients that grow and cancel magnify that; with the default they grow only where
         it pays a lot. For snapshots in 16 bits 1e-2 is reasonable.
-
-    Returns
-    -------
-    Synthesis
-        The coefficients and the relative L2 error of the profile.
 
     Raises
     ------

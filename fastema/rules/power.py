@@ -17,13 +17,7 @@ _STEEPEST = 1e100  # products of two exponents stay finite
 
 
 def checked_gamma(gamma: Any) -> float:
-    """An exponent as a float in [0, 1e100].
-
-    Raises
-    ------
-    ArgumentError
-        For anything else.
-    """
+    """An exponent as a float in [0, 1e100]; anything else is an error."""
     value = checked_least(gamma, "gamma", 0.0)
     if value > _STEEPEST:
         raise ArgumentError(f"gamma={gamma!r}: expected at most {_STEEPEST:g}")
@@ -43,13 +37,8 @@ class Power(Rule):
     ----------
     gamma : float
         The exponent, in [0, 1e100]: ``gamma = 0`` is the cumulative mean; :func:`power` takes the
-        width instead. (Profiles with ``-1 < gamma < 0`` favour the oldest weights and share their
-        ``sigma_rel`` with others.)
-
-    References
-    ----------
-    T. Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2023,
-    section 3.1, https://arxiv.org/abs/2312.02696
+        width instead, and has the reference. (Profiles with ``-1 < gamma < 0`` favour the oldest
+        weights and share their ``sigma_rel`` with others.)
     """
 
     gamma: float
@@ -102,20 +91,7 @@ def power(sigma_rel: float = 0.05) -> Power:
 def sigma_rel_of(gamma: float) -> float:
     """Relative width of a power profile: ``sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)``.
 
-    Parameters
-    ----------
-    gamma : float
-        At least 0.
-
-    Returns
-    -------
-    float
-        In (0, 0.2887]; it falls as gamma grows.
-
-    Raises
-    ------
-    ArgumentError
-        If gamma is not in [0, 1e100].
+    In (0, 0.2887]; it falls as gamma grows. An ArgumentError if gamma is not in [0, 1e100].
     """
     value = checked_gamma(gamma)
     return math.sqrt((value + 1.0) / (value + 3.0)) / (value + 2.0)
@@ -124,22 +100,14 @@ def sigma_rel_of(gamma: float) -> float:
 def gamma_of(sigma_rel: float) -> float:
     """Exponent of the power profile of a relative width, the inverse of :func:`sigma_rel_of`.
 
-    The largest root of ``(gamma + 2)**2 * (gamma + 3) = (gamma + 1) / sigma_rel**2``.
+    The largest root of ``(gamma + 2)**2 * (gamma + 3) = (gamma + 1) / sigma_rel**2``, to a few
+    units in the last place of ``1 + gamma``.
 
     Parameters
     ----------
     sigma_rel : float
-        From 1e-100 to 1/sqrt(12) = 0.2887. The upper end is the uniform profile, gamma = 0.
-
-    Returns
-    -------
-    float
-        At least 0, to a few units in the last place of ``1 + gamma``.
-
-    Raises
-    ------
-    ArgumentError
-        For anything else.
+        From 1e-100 to 1/sqrt(12) = 0.2887, the uniform profile, gamma = 0; anything else is an
+        ArgumentError.
     """
     width = checked_positive(sigma_rel, "sigma_rel")
     gamma = 1.0 / width

@@ -9,10 +9,9 @@ from fastema.errors import ArgumentError
 from fastema.rules.checks import checked_weight, checked_whole
 from fastema.rules.debias import Debiased
 from fastema.rules.ema import Constant
+from fastema.rules.means import CumulativeMean, Window
 from fastema.rules.power import Power
 from fastema.rules.rule import Rule
-from fastema.rules.sma import Window
-from fastema.rules.swa import CumulativeMean
 
 __all__ = ["Reach", "effective_steps"]
 
@@ -103,40 +102,17 @@ def _walked(rule: Rule, updates: int, every: int) -> _Span:
     return span._replace(rest=0.0) if left else span
 
 
-def _uniform(updates: int, every: int) -> tuple[float, float]:
-    """Mean and standard deviation of the ages ``0, every, ..., (updates - 1) * every``."""
-    return every * (updates - 1) / 2, every * math.sqrt((updates * updates - 1) / 12)
+def _power_ages(gamma: float, updates: int) -> tuple[float, float]:
+    """Mean and standard deviation of the ages in a power average after many updates, in updates."""
 
+    def total(exponent: float) -> float:  # of (j / updates) ** exponent for j < updates
+        x = exponent / updates  # by Euler and Maclaurin: to 1 / updates ** 2, and x ** 5 / 30240
+        return updates / (exponent + 1) - 0.5 + x / 12 - x**3 / 720
 
-def _power_sum(exponent: float, updates: int) -> float:
-    """``sum of (j / updates) ** exponent`` over ``j`` from 1 to ``updates - 1``.
-
-    By Euler and Maclaurin, with the first terms as they are: to a relative 1e-12 for exponents of
-    at least 1 and up to ``updates / 64``.
-    """
-    first = 64
-
-    def corrections(at: int) -> float:
-        x = exponent / at
-        third = x * (exponent - 1) * (exponent - 2) / at**2
-        fifth = third * (exponent - 3) * (exponent - 4) / at**2
-        return float((at / updates) ** exponent * (x / 12 - third / 720 + fifth / 30240))
-
-    def below(at: int) -> float:
-        share = float((at / updates) ** exponent)
-        return share * (at / (exponent + 1) - 0.5) + corrections(at)
-
-    head = math.fsum((j / updates) ** exponent for j in range(1, first))
-    return head + below(updates) - below(first)
-
-
-def _power_ages(gamma: float, updates: int, every: int) -> tuple[float, float]:
-    """Mean and standard deviation of the ages in a power average after many updates."""
     # The share of what is at least k updates old is (1 - k / updates) ** (gamma + 1).
-    older = _power_sum(gamma + 1, updates)
-    mean = older
-    square = (2 * updates - 1) * older - 2 * updates * _power_sum(gamma + 2, updates)
-    return every * mean, every * math.sqrt(max(square - mean * mean, 0.0))
+    mean = total(gamma + 1)
+    square = (2 * updates - 1) * mean - 2 * updates * total(gamma + 2)
+    return mean, math.sqrt(max(square - mean * mean, 0.0))
 
 
 def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
@@ -150,17 +126,12 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
     Parameters
     ----------
     rule : Rule
-        For a :class:`~fastema.rules.Window`, the windowed mean that is kept with a ring.
+        For a debiased rule its values alone count; for a :class:`~fastema.rules.Window` it is the
+        windowed mean that is kept with a ring.
     n : int
         Steps since the average began as a copy of the weights, at least 0.
     every : int
         Steps from one update to the next; between two the average ages.
-
-    Returns
-    -------
-    Reach
-        Mean and standard deviation of the age in steps, and the initial share; for a debiased rule
-        of its values alone.
 
     Raises
     ------
@@ -190,21 +161,19 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
         return Reach(float(n), 0.0, 1.0)
     if isinstance(rule, CumulativeMean | Window):
         values = rule.filled(n, every) if isinstance(rule, Window) else updates
-        mean, std = _uniform(values, every)
+        mean, std = every * (values - 1) / 2, every * math.sqrt((values * values - 1) / 12)
         return Reach(mean + since, std, 0.0)
-    # A few thousand updates are soon gone through, and so is a profile much shorter than the run.
-    if isinstance(rule, Power) and updates > 4096 and (rule.gamma + 2) * 64 < updates:
-        mean, std = _power_ages(rule.gamma, updates, every)
-        return Reach(mean + since, std, 0.0)
-    corrected = isinstance(rule, Debiased)
-    if isinstance(rule, Debiased):
-        rule = rule.inner
-    if isinstance(rule, Constant):
-        span = _steady(rule.weight(every, every), updates, every)
+    # Fewer updates are soon gone through, and so is a profile much shorter than the run.
+    if isinstance(rule, Power) and updates > 1 << 15 and (rule.gamma + 2) * 64 < updates:
+        mean, std = _power_ages(rule.gamma, updates)
+        return Reach(every * mean + since, every * std, 0.0)
+    inner = rule.inner if isinstance(rule, Debiased) else rule
+    if isinstance(inner, Constant):
+        span = _steady(inner.weight(every, every), updates, every)
     else:
-        span = _walked(rule, updates, every)
+        span = _walked(inner, updates, every)
     share = 0.0
-    if not corrected:
+    if inner is rule:
         share, span = span.rest, span.then(_INITIAL)
     std = math.sqrt(span.spread / span.mass) if span.mass else 0.0
     return Reach(span.mean + since, std, share)

@@ -61,35 +61,13 @@ class Rule(ABC):
 
     @abstractmethod
     def decay(self, n: int) -> float:
-        """Weight of the old average in a step.
-
-        Parameters
-        ----------
-        n : int
-            The step, from 1, counted from where the average begins.
-
-        Returns
-        -------
-        float
-            In [0, 1].
-        """
+        """Weight of the old average, in [0, 1], in step ``n >= 1`` since the average began."""
 
     def weight(self, n: int, every: int = 1) -> float:
-        """Weight of the new value in a step: ``1 - decay(n) ** every``.
+        """Weight of the new value, in [0, 1], in a step: ``1 - decay(n) ** every``.
 
-        A rule overrides it where the product of the decays of the ``every`` steps is known better.
-
-        Parameters
-        ----------
-        n : int
-            The step, from 1: a multiple of ``every``.
-        every : int
-            Steps since the previous update.
-
-        Returns
-        -------
-        float
-            In [0, 1].
+        A rule overrides it where the product of the decays of the ``every`` steps since the
+        previous update is known better. ``n`` is a multiple of ``every``.
         """
         decay = self.decay(n)
         if every == 1:
@@ -98,49 +76,26 @@ class Rule(ABC):
         return -math.expm1(every * math.log(decay)) if decay > 0.0 else 1.0 - decay**every
 
     def log_decay(self, n: int, every: int = 1) -> float:
-        """Logarithm of the share of the initial weights that is still to be corrected at a step.
+        """Logarithm of the share of the initial weights still to be corrected at step ``n >= 0``.
 
-        Parameters
-        ----------
-        n : int
-            The step, from 0, which is where the average begins.
-        every : int
-            Steps of each update so far.
-
-        Returns
-        -------
-        float
-            From -64, which stands for nothing, to 0. For a rule without bias correction always -64.
+        Each update so far was of ``every`` steps. From -64, which stands for nothing, to 0; always
+        -64 for a rule without bias correction.
         """
         return GONE
 
     def weigh(self, n: int, every: int, log_decay: float) -> tuple[float, float]:
         """Weight of the new value in a run whose updates need not be of one length.
 
-        Parameters
-        ----------
-        n, every : int
-            As of :meth:`weight`.
-        log_decay : float
-            As of :meth:`log_decay`, after the updates so far.
-
-        Returns
-        -------
-        weight, log_decay : float
-            The weight, and ``log_decay`` after this update. For a rule without bias correction
-            :meth:`weight`, and what was given.
+        Takes :meth:`log_decay` after the updates so far, and returns it after this one as well.
         """
         return self.weight(n, every), log_decay
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that :func:`rule_from_dict` rebuilds the rule from.
 
-        Returns
-        -------
-        dict
-            ``{"rule": name}`` and the dataclass fields that the constructor takes; rules among
-            them are described in turn, tuples become lists. The name is the class's own for rules
-            of fastema and ``module.qualified_name`` for others.
+        ``{"rule": name}`` and the dataclass fields that the constructor takes; rules among them are
+        described in turn, tuples become lists. The name is the class's own for rules of fastema
+        and ``module.qualified_name`` for others.
 
         Raises
         ------
@@ -173,13 +128,7 @@ def _name_of(kind: type[Rule]) -> str:
 
 
 def described(rule: Rule) -> dict[str, Any]:
-    """What :meth:`Rule.to_dict` says, if a checkpoint can hold it.
-
-    Raises
-    ------
-    ArgumentError
-        If it cannot, naming the rule.
-    """
+    """What :meth:`Rule.to_dict` says; an error names the rule if no checkpoint can hold it."""
     plain: dict[str, Any] = plain_value(rule.to_dict(), f"{type(rule).__name__}.to_dict()")
     return plain
 
@@ -187,10 +136,7 @@ def described(rule: Rule) -> dict[str, Any]:
 def plain_value(value: Any, place: str) -> Any:
     """A value as a checkpoint holds it; numbers of NumPy become those of Python, tuples lists.
 
-    Raises
-    ------
-    ArgumentError
-        For a value that none can hold, or within which there is one, naming the place.
+    An error names the place of a value that none can hold.
     """
     if isinstance(value, Rule):
         return value.to_dict()
@@ -218,17 +164,7 @@ def _rebuilt(value: Any) -> Any:
 
 
 def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
-    """The rule that :meth:`Rule.to_dict` described.
-
-    Parameters
-    ----------
-    plain : Mapping
-        Holds the rule's name under ``"rule"`` and its parameters. Lists become tuples.
-
-    Returns
-    -------
-    Rule
-        A rule equal to the one described.
+    """The rule that :meth:`Rule.to_dict` described; lists become tuples.
 
     Raises
     ------

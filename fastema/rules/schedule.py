@@ -78,25 +78,13 @@ class Schedule:
         return tuple([rule.log_decay(taken - taken % every, every) for rule in self.rules])
 
     def weights(self, step: int, steps: int = 1) -> tuple[float, ...]:
-        """Weights of the new value at a step; empty where nothing is to be done.
+        """Weights in [0, 1] of the new value at a step from 1; empty where nothing is to be done.
 
         With ``m = step - start_after``: none for ``m < 0``; 1 (a copy) for ``m = 0``, if there is
         a start to wait for; else ``rule.weight(m, k)`` where ``m`` is a multiple of
         ``k = update_every`` (for a rule with a phase, where ``step - phase`` is one), and none
-        between. Of several steps that are taken at once, those multiples count together.
-
-        Parameters
-        ----------
-        step : int
-            From 1.
-        steps : int
-            Since the previous call. Each step before was a call of its own; use :meth:`weigh`
-            where that is unknown.
-
-        Returns
-        -------
-        tuple of float
-            K numbers in [0, 1], or none.
+        between. Of several ``steps`` since the previous call, those multiples count together. Each
+        step before was a call of its own; use :meth:`weigh` where that is unknown.
 
         Raises
         ------
@@ -115,19 +103,11 @@ class Schedule:
     def weigh(
         self, step: int, steps: int, log_decays: tuple[float, ...]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Weights of the new value at a step of any run, and what the next call needs to know.
+        """:meth:`weights` at a step of any run, and ``log_decays`` for the next call.
 
-        Parameters
-        ----------
-        step, steps : int
-            As of :meth:`weights`.
-        log_decays : tuple of float
-            What the previous call returned; ``log_decays(0)`` at the first. For each average the
-            logarithm of the share of the beginning that is left, see :meth:`Rule.log_decay`.
-
-        Returns
-        -------
-        weights, log_decays : tuple of float
+        ``log_decays`` are what the previous call returned, ``log_decays(0)`` at the first: for each
+        average the logarithm of the share of the beginning that is left, see
+        :meth:`Rule.log_decay`.
         """
         m, every = step - self.start_after, self.update_every
         if m < 0 or not step:
@@ -147,15 +127,12 @@ class Schedule:
     def _weighed(
         self, step: int, last: int, length: int, log_decays: tuple[float, ...]
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        found = [
-            rule.weigh(last, length, left)
-            for rule, left in zip(self.rules, log_decays, strict=True)
-        ]
-        weights = [
-            checked_weight(weight, rule, step)
-            for rule, (weight, _) in zip(self.rules, found, strict=True)
-        ]
-        return tuple(weights), tuple([left for _, left in found])
+        weights, after = [], []
+        for rule, log_decay in zip(self.rules, log_decays, strict=True):
+            weight, left = rule.weigh(last, length, log_decay)
+            weights.append(checked_weight(weight, rule, step))
+            after.append(left)
+        return tuple(weights), tuple(after)
 
     def decays(self, step: int) -> tuple[float, ...]:
         """Decay per step of each rule that is in force at a step; 0 until the averages begin."""
@@ -178,13 +155,7 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Schedule:
-        """The schedule that :meth:`to_dict` described.
-
-        Raises
-        ------
-        ArgumentError
-            If an entry is missing, unknown or wrong.
-        """
+        """The schedule that :meth:`to_dict` described; an ArgumentError if an entry is wrong."""
         try:
             rules, every, start = plain["rules"], plain["update_every"], plain["start_after"]
         except (KeyError, TypeError, IndexError) as error:

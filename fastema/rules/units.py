@@ -11,10 +11,14 @@ decay   averages over
 0.9999  10,000 steps
 ======  ===============
 
-Every function here takes ``per_step``, the units in a step: 1 for steps, the batch size (over all
-devices) for samples, the tokens of a batch for tokens. A horizon given in samples or tokens stays
-what it is when the batch size changes, one in steps does not; :func:`rescaled` converts a decay.
-:func:`effective_steps` measures what any rule averages over at a step of a run.
+Every function here takes ``per_step``, the units in a step, above 0: 1 for steps, the batch size
+(over all devices) for samples, the tokens of a batch for tokens. Decays are per step, in [0, 1). A
+horizon given in samples or tokens stays what it is when the batch size changes, one in steps does
+not; :func:`rescaled` converts a decay. :func:`effective_steps` measures what any rule averages over
+at a step of a run.
+
+All of them raise an :class:`~fastema.errors.ArgumentError` for a number out of range, and for what
+would need a decay so near to 1 that float64 has no number for it.
 """
 
 from __future__ import annotations
@@ -42,23 +46,6 @@ def effective_window(decay: float, per_step: float = 1) -> float:
     The mean age of what is in the average is one step less, and about 63 % of its weight is
     younger than this.
 
-    Parameters
-    ----------
-    decay : float
-        Per step, in [0, 1).
-    per_step : float
-        Units in a step, above 0: 1 gives steps, the batch size samples, tokens per step tokens.
-
-    Returns
-    -------
-    float
-        In these units.
-
-    Raises
-    ------
-    ArgumentError
-        For a number out of range.
-
     Examples
     --------
     >>> [round(effective_window(decay)) for decay in (0.9, 0.99, 0.999, 0.9999)]
@@ -70,24 +57,7 @@ def effective_window(decay: float, per_step: float = 1) -> float:
 
 
 def decay_of_window(window: float, per_step: float = 1) -> float:
-    """The decay that averages over a length: ``1 - per_step / window``.
-
-    Parameters
-    ----------
-    window : float
-        In steps, samples or tokens; at least one step.
-    per_step : float
-        Units in a step, above 0.
-
-    Returns
-    -------
-    float
-        Per step, in [0, 1).
-
-    Raises
-    ------
-    ArgumentError
-        For a number out of range, or a window so long that its decay is 1 in float64.
+    """The decay that averages over a length of at least one step: ``1 - per_step / window``.
 
     Examples
     --------
@@ -101,24 +71,7 @@ def decay_of_window(window: float, per_step: float = 1) -> float:
 
 
 def decay_of_half_life(half_life: float, per_step: float = 1) -> float:
-    """The decay that halves a weight in a time: ``2 ** (-per_step / half_life)``.
-
-    Parameters
-    ----------
-    half_life : float
-        In steps, samples or tokens, above 0.
-    per_step : float
-        Units in a step, above 0.
-
-    Returns
-    -------
-    float
-        Per step, in [0, 1).
-
-    Raises
-    ------
-    ArgumentError
-        For a number out of range, or a half-life so long that its decay is 1 in float64.
+    """The decay that halves a weight in a time above 0: ``2 ** (-per_step / half_life)``.
 
     Examples
     --------
@@ -131,24 +84,7 @@ def decay_of_half_life(half_life: float, per_step: float = 1) -> float:
 
 
 def half_life_of_decay(decay: float, per_step: float = 1) -> float:
-    """Time in which a decay halves a weight: ``per_step * log(1/2) / log(decay)``.
-
-    Parameters
-    ----------
-    decay : float
-        Per step, in [0, 1).
-    per_step : float
-        Units in a step, above 0.
-
-    Returns
-    -------
-    float
-        In these units; 0 for decay 0.
-
-    Raises
-    ------
-    ArgumentError
-        For a number out of range.
+    """Time in which a decay halves a weight: ``per_step * log(1/2) / log(decay)``; 0 for decay 0.
 
     Examples
     --------
@@ -162,24 +98,8 @@ def half_life_of_decay(decay: float, per_step: float = 1) -> float:
 def rescaled(decay: float, factor: float) -> float:
     """The decay of a step that is ``factor`` times as long: ``decay ** factor``.
 
-    With it, a batch size changed by this factor leaves the horizon in samples what it was.
-
-    Parameters
-    ----------
-    decay : float
-        Per step of the old length, in [0, 1).
-    factor : float
-        New batch size over old, above 0.
-
-    Returns
-    -------
-    float
-        Per step of the new length, in [0, 1).
-
-    Raises
-    ------
-    ArgumentError
-        For a number out of range, or a factor so small that the decay is 1 in float64.
+    With ``factor`` the new batch size over the old one, above 0, the horizon in samples stays what
+    it was.
 
     Examples
     --------

@@ -18,8 +18,9 @@ from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
-from fastema.testing import reference
-from fastema.testing.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
+
+from ..support import reference
+from ..support.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
 
 torch = pytest.importorskip("torch")
 bridge = pytest.importorskip("fastema.bridges.torch")

@@ -13,7 +13,8 @@ from fastema.engine.program import Program
 from fastema.errors import LayoutError
 from fastema.layout.group import Pair, check_pair
 from fastema.layout.spec import TensorSpec
-from fastema.testing import reference
+
+from ..support import reference
 
 Array = np.ndarray
 Make = Callable[..., Array]

@@ -21,7 +21,8 @@ from fastema.kernels.table import CHUNK
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
-from fastema.testing import reference
+
+from ..support import reference
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]

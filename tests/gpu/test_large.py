@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastema.testing import reference
-from fastema.testing.tolerance import unit_roundoff
+from ..support import reference
+from ..support.tolerance import unit_roundoff
 
 torch = pytest.importorskip("torch")
 from torch import Tensor  # noqa: E402

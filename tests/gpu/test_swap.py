@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastema.testing import reference
+from ..support import reference
 
 torch = pytest.importorskip("torch")
 

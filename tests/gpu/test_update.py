@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fastema.kernels.table import CHUNK
-from fastema.testing import reference
+
+from ..support import reference
 
 torch = pytest.importorskip("torch")
 

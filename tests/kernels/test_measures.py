@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fastema.kernels.table import BLOCK, DISTANCE, SQUARE, STILL
-from fastema.testing import reference
-from fastema.testing.tolerance import unit_roundoff
 
+from ..support import reference
+from ..support.tolerance import unit_roundoff
 from .rows import Row, run
 
 Make = Callable[..., np.ndarray]

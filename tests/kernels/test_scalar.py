@@ -14,7 +14,8 @@ from numba import njit
 
 from fastema.kernels import formats, scalar
 from fastema.kernels.jit import device_fn
-from fastema.testing import reference
+
+from ..support import reference
 
 HALVES = np.arange(1 << 16, dtype=np.uint16)
 WEIGHTS = [0.3, 1e-3, 0.5, 1.0, 0.0, 1 - 2.0**-24, -0.7, 1.75, 1e-42]

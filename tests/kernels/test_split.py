@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fastema.kernels.table import BLOCK
-from fastema.testing import reference
 
+from ..support import reference
 from .rows import Row, run
 
 Make = Callable[..., np.ndarray]

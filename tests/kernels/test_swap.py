@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fastema.kernels.table import BLOCK
-from fastema.testing import reference
+
+from ..support import reference
 
 FLOATS = list(reference.FLOATS)
 PAIRS = [pytest.param(dst, src, id=f"{dst}-{src}") for dst, src in product(FLOATS, FLOATS)]

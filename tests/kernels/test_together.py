@@ -13,7 +13,8 @@ from fastema.engine.program import Program
 from fastema.kernels.table import SHARED_CHUNK
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
-from fastema.testing import reference
+
+from ..support import reference
 
 Make = Callable[..., np.ndarray]
 Spec = Callable[[np.ndarray, str], TensorSpec]

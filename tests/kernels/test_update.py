@@ -11,8 +11,9 @@ import pytest
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
-from fastema.testing import reference
-from fastema.testing.tolerance import exact_lerp, lerp_bound
+
+from ..support import reference
+from ..support.tolerance import exact_lerp, lerp_bound
 
 # What rounds by random bits, or lies in two halves, has files of its own.
 FLOATS = list(reference.FLOATS)

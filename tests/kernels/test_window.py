@@ -12,9 +12,9 @@ from numba import njit
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
-from fastema.testing import reference
-from fastema.testing.tolerance import cast_bound, unit_roundoff
 
+from ..support import reference
+from ..support.tolerance import cast_bound, unit_roundoff
 from .rows import Row, run, table_of
 
 Make = Callable[..., np.ndarray]

@@ -11,7 +11,8 @@ import pytest
 from numba import njit, types
 
 from fastema.kernels import formats, scalar, words
-from fastema.testing import reference
+
+from ..support import reference
 
 EDGES = [0, 1, 2, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
 SHIFTS = [0, 1, 13, 16, 31]

@@ -6,7 +6,8 @@ import pytest
 from fastema.errors import DTypeError
 from fastema.kernels.formats import FORMATS
 from fastema.layout.dtypes import DTYPES, average_of, dtype, parse, raw
-from fastema.testing import reference
+
+from ..support import reference
 
 LONG = {
     "float64": "f64",

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fastema.kernels.table import CHUNK
-from fastema.testing import reference
+
+from ..support import reference
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastema.testing import reference
-from fastema.testing.tolerance import cast_bound, unit_roundoff
+from ..support import reference
+from ..support.tolerance import cast_bound, unit_roundoff
 
 torch = pytest.importorskip("torch")
 

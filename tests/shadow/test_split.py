@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastema.testing import reference
+from ..support import reference
 
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402

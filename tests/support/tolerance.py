@@ -1,6 +1,6 @@
 """How far a result may be from the exact one, for each pair of formats.
 
-Every bound follows from the roundings that :mod:`fastema.testing.reference` lists; none is a
+Every bound follows from the roundings that :mod:`tests.support.reference` lists; none is a
 measured number with a margin. ``u`` is a format's unit roundoff, half the distance from 1 to the
 next number.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.testing.reference import FLOATS, decode, real_of, real_of_storage
+from .reference import FLOATS, decode, real_of, real_of_storage
 
 __all__ = ["cast_bound", "exact_lerp", "lerp_bound", "unit_roundoff"]
 

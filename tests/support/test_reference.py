@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from fastema.testing import reference
-from fastema.testing.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
+from . import reference, tolerance
+from .tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
 
 FLOATS = list(reference.FLOATS)
 WEIGHTS = [0.3, 1e-4, 0.5, 1.0, 0.0, -0.7, 1.75]
@@ -26,6 +29,14 @@ def _value(pattern: int, form: reference.Float) -> Fraction:
     if exponent:
         fraction += 1 << (form.digits - 1)
     return fraction * Fraction(2) ** (max(exponent, 1) + form.lowest - form.digits)
+
+
+@pytest.mark.parametrize("module", [reference, tolerance])
+def test_the_specification_imports_nothing_of_what_it_judges(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, "module", None) or node.names[0].name for node in found}
+    assert not any(name.startswith("fastema") for name in names)
 
 
 @pytest.mark.parametrize("code", ["f16", "bf16"])

@@ -1,1 +1,0 @@
-"""What tests and benchmarks share: shape inventories of real models and reference results."""
