@@ -6,14 +6,15 @@ from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
 from fastema.compat.ema_pytorch import snapshots
-from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, whole
+from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage
+from fastema.compat.ema_pytorch.schedule import whole
 from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError
 from fastema.rules.posthoc import PowerProfile, solve
@@ -21,18 +22,16 @@ from fastema.rules.power import Power, gamma_of
 
 __all__ = ["KarrasEMA", "PostHocEMA"]
 
-_NOISE: Final = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
-"""Large coefficients multiply the rounding of the snapshots: how far they are held down."""
-
 
 def _gamma(gamma: float | None, sigma_rel: float | None) -> float:
-    """The exponent, of which one of two descriptions is given."""
-    if (gamma is None) == (sigma_rel is None):
-        raise ArgumentError(f"gamma={gamma!r}, sigma_rel={sigma_rel!r}: give one of the two")
-    if gamma is not None:
-        return Power(gamma).gamma
-    assert sigma_rel is not None
-    return gamma_of(sigma_rel)
+    """The exponent, by one of two descriptions."""
+    _refuse_both("gamma", gamma, "sigma_rel", sigma_rel)
+    return Power(gamma).gamma if gamma is not None else gamma_of(sigma_rel)  # type: ignore[arg-type]
+
+
+def _refuse_both(name: str, value: Any, other_name: str, other: Any) -> None:
+    if (value is None) == (other is None):
+        raise ArgumentError(f"{name}={value!r}, {other_name}={other!r}: give one of the two")
 
 
 class KarrasEMA(ModelAverage):
@@ -50,46 +49,30 @@ class KarrasEMA(ModelAverage):
         Standard deviation of that profile as a share of the steps so far, in (0, 0.2887].
     gamma : float, optional
         Its exponent, at least 0, in place of ``sigma_rel``.
-    ema_model : torch.nn.Module or callable, optional
-        What holds the average; see :class:`EMA`.
     update_every : int
     frozen : bool
         Whether updates after the first copy do nothing.
-    param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
+    ema_model, param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
         See :class:`EMA`.
     allow_different_devices, move_ema_to_online_device : bool
         See :class:`EMA`.
     peer_exact : bool
-        The numbers of ema_pytorch, to go on with an old run: every update counts for one step, see
-        below; and 16-bit averages are rounded to nearest.
+        The numbers of ema_pytorch, to go on with an old run: every update counts for one step,
+        which with ``update_every=10`` makes a width of 0.05 one of 0.246; and 16-bit averages are
+        rounded to nearest.
 
     Attributes
     ----------
-    ema_model : torch.nn.Module
-        The averaged model.
-    initted, step : torch.Tensor
-        Whether the average has begun, and calls of :meth:`update` so far.
+    ema_model, initted, step
+        See :class:`EMA`.
 
     Raises
     ------
     ArgumentError
-        For a parameter without a valid value.
+        For a parameter without a valid value: a ``gamma`` below 0 too, which is the width of
+        another profile, and a ``sigma_rel`` above 0.2887, which is that of none.
     BridgeError
         If the model cannot be copied.
-
-    Notes
-    -----
-    Where it differs from ema_pytorch 0.8.3, on purpose:
-
-    - With ``update_every = k`` the k steps between two updates enter ``beta``, so that the width is
-      the one asked for. Theirs lets an update count for one step: for ``sigma_rel = 0.05`` the
-      width is 0.246 with ``k = 10`` and 0.241 with its default ``k = 100``, where most of the
-      weight is on the beginning of the run. With ``update_every = 1`` both are the same. What
-      ``fastema.compat.install("ema_pytorch")`` puts in the place of theirs keeps their weights.
-    - Integers, 16-bit averages, mixed dtypes, devices, models that do not match, failed updates and
-      models that cannot be copied: as in :class:`EMA`.
-    - ``gamma < 0``, which is the width of another profile too, and ``sigma_rel`` above 0.2887,
-      which is that of none, are errors.
 
     References
     ----------
@@ -131,19 +114,13 @@ class KarrasEMA(ModelAverage):
         self._register_counters()
 
     @property
-    def model(self) -> Any:
-        """The model that is followed."""
-        return self.online_model[0]
-
-    @property
     def beta(self) -> float:
         """The weight of the old average in an update that were made now."""
         return 1.0 - self._weight
 
     @property
     def _weight(self) -> float:
-        steps = self._steps_of(self.update_every)
-        return Power(self.gamma).weight(self._num_steps + 1, steps)
+        return Power(self.gamma).weight(self._num_steps + 1, self._steps_per_update)
 
     def update(self) -> None:
         """Count a step, and take the weights into the average if it is due.
@@ -154,7 +131,7 @@ class KarrasEMA(ModelAverage):
             Naming the tensors, if the two models do not match; nothing was written or counted.
         """
         with self._next_step() as step:
-            if step % whole(self.update_every, "update_every"):
+            if not self._is_due(step):
                 return
             if self._has_begun:
                 self.update_moving_average(self.ema_model, self.model)
@@ -163,40 +140,25 @@ class KarrasEMA(ModelAverage):
                 self._begin()
 
     def update_moving_average(self, ma_model: nn.Module, current_model: nn.Module) -> None:
-        """``ma += (1 - beta) * (current - ma)``, unless the average is frozen.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
-        """
+        """``ma += (1 - beta) * (current - ma)``, unless it is frozen; raises as :meth:`update`."""
         if not self.frozen:
             self._blend(ma_model, current_model, self._weight)
 
     def iter_all_ema_params_and_buffers(self) -> Iterator[Tensor]:
         """The float tensors that are averaged."""
-        for name in self._averaged_names():
-            yield _tensor(self.ema_model, name)
+        return iter(self._averaged().values())
 
-    def _averaged_names(self) -> list[str]:
+    def _averaged(self) -> dict[str, Tensor]:
         named = [*self.get_params_iter(self.ema_model), *self.get_buffers_iter(self.ema_model)]
         copied = self.param_or_buffer_names_no_ema
-        return [name for name, _ in named if not self._ignored(name) and name not in copied]
-
-    def _time(self, step: int) -> int:
-        """The end of the average's profile after so many calls: the run began at time 0."""
-        last = (step - 1) // self.update_every * self.update_every
-        return last + 2
+        return {
+            name: tensor for name, tensor in named if not self._ignored(name) and name not in copied
+        }
 
     def _profile(self, gamma: float, step: int) -> PowerProfile:
-        """What an average of an exponent weighs after so many calls."""
-        return PowerProfile(self._time(step), gamma)
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(path), last)
-    return found
+        """What an average of an exponent weighs after so many calls: the run began at time 0."""
+        last = (step - 1) // self.update_every * self.update_every
+        return PowerProfile(last + 2, gamma)
 
 
 class PostHocEMA(nn.Module):
@@ -206,8 +168,8 @@ class PostHocEMA(nn.Module):
     ----------
     model : torch.nn.Module
         The model to follow; no submodule of this one.
-    ema_model : callable, optional
-        Makes a model that holds an average; deep copies by default.
+    ema_model : torch.nn.Module or callable, optional
+        What is copied, or makes a model, for each average; by default ``model`` is copied.
     sigma_rels : tuple of float, optional
         Widths of the averages, at least two, see :class:`KarrasEMA`.
     gammas : tuple of float, optional
@@ -240,12 +202,9 @@ class PostHocEMA(nn.Module):
     Notes
     -----
     Snapshots are called ``{average}.{step}.pt``, and either library reads the other's. Where this
-    class differs from that of ema_pytorch 0.8.3, on purpose:
+    class differs from that of ema_pytorch 0.8.3, besides what docs/drop-in.md lists:
 
-    - ``update_every`` above 1 gives the width asked for, see :class:`KarrasEMA`.
-    - A synthesis leaves out snapshots that are newer than the step asked for, of which theirs uses
-      all; its coefficients sum to 1, which those of theirs do not; and they are held down where
-      they would multiply the rounding of the snapshots.
+    - Coefficients are held down where they would multiply the rounding of the snapshots.
     - The time of a snapshot is that of the latest update before it, not that of the call.
     - Only floats of a snapshot are cast; theirs casts ``step`` and ``num_batches_tracked`` to
       float16 too, in which numbers above 2,048 are not exact.
@@ -258,10 +217,7 @@ class PostHocEMA(nn.Module):
 
     References
     ----------
-    P. Wang, ema_pytorch 0.8.3, 2025, https://github.com/lucidrains/ema-pytorch
-
-    T. Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2023,
-    section 3.2, https://arxiv.org/abs/2312.02696
+    See :class:`KarrasEMA`; section 3.2.
     """
 
     _average_class: ClassVar[type[KarrasEMA]] = KarrasEMA
@@ -278,10 +234,7 @@ class PostHocEMA(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if (sigma_rels is None) == (gammas is None):
-            raise ArgumentError(
-                f"sigma_rels={sigma_rels!r}, gammas={gammas!r}: give one of the two"
-            )
+        _refuse_both("sigma_rels", sigma_rels, "gammas", gammas)
         if gammas is None:
             gammas = tuple(gamma_of(sigma_rel) for sigma_rel in sigma_rels or ())
         if len(gammas) < 2 or len(set(gammas)) != len(gammas):
@@ -303,7 +256,7 @@ class PostHocEMA(nn.Module):
         self.checkpoint_every_num_steps = checkpoint_every_num_steps
         self.checkpoint_dtype = checkpoint_dtype
         self.ema_kwargs = kwargs
-        self.ema_models = nn.ModuleList([self._made(gamma) for gamma in gammas])
+        self.ema_models: Any = nn.ModuleList([self._made(gamma) for gamma in gammas])
         self.checkpoint_folder = Path(checkpoint_folder)
         self.checkpoint_folder.mkdir(exist_ok=True, parents=True)
 
@@ -319,15 +272,10 @@ class PostHocEMA(nn.Module):
         return self._model[0]
 
     @property
-    def _first(self) -> KarrasEMA:
-        first = self.ema_models[0]
-        assert isinstance(first, KarrasEMA)
-        return first
-
-    @property
     def step(self) -> Tensor:
         """Calls of :meth:`update` so far."""
-        return self._first.step
+        step: Tensor = self.ema_models[0].step
+        return step
 
     @property
     def device(self) -> torch.device:
@@ -340,18 +288,13 @@ class PostHocEMA(nn.Module):
 
     def copy_params_from_model_to_ema(self) -> None:
         """Make all averages the weights."""
-        for ema_model in self._averages():
+        for ema_model in self.ema_models:
             ema_model.copy_params_from_model_to_ema()
 
     def copy_params_from_ema_to_model(self) -> None:
         """Make the weights each of the averages in turn: the last one stays."""
-        for ema_model in self._averages():
-            ema_model.copy_params_from_ema_to_model()
-
-    def _averages(self) -> Iterator[KarrasEMA]:
         for ema_model in self.ema_models:
-            assert isinstance(ema_model, KarrasEMA)
-            yield ema_model
+            ema_model.copy_params_from_ema_to_model()
 
     def update(self) -> None:
         """Count a step in all averages, and write snapshots if they are due.
@@ -364,12 +307,12 @@ class PostHocEMA(nn.Module):
             If snapshots cannot be written.
         """
         with deferred():
-            for ema_model in self._averages():
+            for ema_model in self.ema_models:
                 ema_model.update()
         every = self.checkpoint_every_num_steps
-        if every != "manual" and not self._first._num_steps % whole(
-            every, "checkpoint_every_num_steps"
-        ):
+        if every == "manual":
+            return
+        if self.ema_models[0]._num_steps % whole(every, "checkpoint_every_num_steps") == 0:
             self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -380,7 +323,7 @@ class PostHocEMA(nn.Module):
         CheckpointError
             If the folder is gone.
         OSError
-            If it cannot be written; files of that name are as they were then.
+            If a file cannot be written; it is as it was then.
         """
         for which, ema_model in enumerate(self.ema_models):
             snapshots.write(
@@ -399,10 +342,8 @@ class PostHocEMA(nn.Module):
 
         Parameters
         ----------
-        gamma : float, optional
-            Exponent of the profile wanted, at least 0.
-        sigma_rel : float, optional
-            Its width, in (0, 0.2887], in place of ``gamma``.
+        gamma, sigma_rel : float, optional
+            Exponent or width of the profile wanted, see :class:`KarrasEMA`; one of the two.
         step : int, optional
             By default that of the latest snapshot. Between two snapshots it is as if the step of
             the earlier one were asked for: nothing knows of what came after it.
@@ -441,7 +382,7 @@ class PostHocEMA(nn.Module):
         found = solve(
             list(unique),
             synthesized._profile(gamma, last),
-            noise=_NOISE.get(_dtype_of(newest), 1e-4),
+            noise=_noise(newest),
         )
         used = [(path, c) for path, c in zip(unique.values(), found.coefficients, strict=True) if c]
         self._fill(synthesized, newest, used)
@@ -449,7 +390,7 @@ class PostHocEMA(nn.Module):
 
     def _exponent(self, gamma: float) -> float:
         """Of the profile that an average has: not the one asked for, with the peer's numbers."""
-        first = self._first
+        first = self.ema_models[0]
         if not first.peer_exact:
             return gamma
         exponent = (gamma + 1) / first.update_every - 1
@@ -471,10 +412,8 @@ class PostHocEMA(nn.Module):
         theirs = dict(zip(plain_names(list(newest)), newest, strict=True))
         plain = dict(zip(state, plain_names(list(state)), strict=True))
         files = {name: theirs.get(plain[name], name) for name in state}
-        averaged = [name for name in target._averaged_names() if name in state]
-        paths, coefficients = [path for path, _ in used], [c for _, c in used]
-        like = {files[name]: _tensor(model, name) for name in averaged}
-        summed = snapshots.mixed(paths, coefficients, like)
+        like = {files[name]: one for name, one in target._averaged().items() if name in state}
+        summed = snapshots.mixed([path for path, _ in used], [c for _, c in used], like)
         for name in state:
             # Of tied tensors the first is summed, and the others are it.
             first = files.get(target._names.get(plain[name], name), "")
@@ -482,11 +421,7 @@ class PostHocEMA(nn.Module):
         model.load_state_dict(state)
 
 
-def _dtype_of(state: dict[str, Any]) -> torch.dtype:
-    """The float dtype of a snapshot."""
-    floats = {
-        value.dtype
-        for value in state.values()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    return max(floats, key=lambda dtype: _NOISE.get(dtype, 0.0), default=torch.float32)
+def _noise(state: dict[str, Any]) -> float:
+    """How far coefficients are held down: large ones multiply the rounding of a snapshot."""
+    floats = (one for one in state.values() if isinstance(one, Tensor) and one.is_floating_point())
+    return 1e-2 if any(one.itemsize == 2 for one in floats) else 1e-4

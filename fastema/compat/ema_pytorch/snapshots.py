@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import re
-import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fastema.bridges.memory import allocate
 from fastema.bridges.registry import describe
 from fastema.checkpoint.average import weighted_sum
-from fastema.checkpoint.files import File, Stored
+from fastema.checkpoint.files import File, Stored, moved_into_place
 from fastema.errors import CheckpointError, listed
-from fastema.layout.dtypes import average_of, parse
-from fastema.layout.flat import row_major
-from fastema.layout.spec import TensorSpec
 
 __all__ = ["Snapshot", "found", "mixed", "read", "write"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
 _PREFIX: Final = "ema_model."
-
-_ABANDONED: Final = 600.0
-"""Seconds after which a file that was not finished is taken for one that never will be."""
 
 
 class Snapshot(NamedTuple):
@@ -42,9 +35,7 @@ class Snapshot(NamedTuple):
 
 
 def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Write ``{which}.{step}.pt``: floats in the given dtype, all else as it is.
-
-    Whatever happens, there is the old file or the whole new one.
+    """Write ``{which}.{step}.pt``, whole or not at all: floats in a dtype, all else as it is.
 
     Raises
     ------
@@ -56,24 +47,8 @@ def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype
     path = folder / f"{which}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder any more: make it again for {path.name}")
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        torch.save({name: _stored(value, dtype) for name, value in state.items()}, str(beside))
-        beside.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    _sweep(path)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what processes that were killed had written of a file."""
-    with suppress(OSError):
-        now = path.stat().st_mtime  # by the clock of the file system
-        for beside in path.parent.glob(f"{path.name}.*.part"):
-            if now - beside.stat().st_mtime > _ABANDONED:  # no other process is at it
-                beside.unlink()
+    with moved_into_place(path) as partial:
+        torch.save({name: _stored(value, dtype) for name, value in state.items()}, partial)
 
 
 def _stored(value: Any, dtype: torch.dtype) -> Any:
@@ -105,13 +80,7 @@ def found(folder: Path, count: int) -> list[Snapshot]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The averaged model's state in a snapshot, mapped into memory.
-
-    Raises
-    ------
-    CheckpointError
-        If it is none.
-    """
+    """The averaged model's state in a snapshot, mapped into memory; a CheckpointError for none."""
     try:
         state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
         return {
@@ -128,21 +97,18 @@ class _Mapped(File):
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
-        state = _row_major(read(self.path), self.tensors)
+        state = read(self.path)
+        rows = {name: state[name].contiguous() for name in self.tensors}
         offsets = {stored.offset: name for name, stored in self.tensors.items()}
         starts = np.array(sorted(offsets), np.int64)
 
         def fill(offset: int, buffer: memoryview) -> None:
             start = int(starts[np.searchsorted(starts, offset, side="right") - 1])
-            address = state[offsets[start]].data_ptr() + offset - start
+            address = rows[offsets[start]].data_ptr() + offset - start
             # Other threads go on meanwhile, as they would not while a memoryview is filled.
             ctypes.memmove((ctypes.c_char * len(buffer)).from_buffer(buffer), address, len(buffer))
 
         yield fill
-
-
-def _row_major(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
-    return {name: state[name].contiguous() for name in names}
 
 
 def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
@@ -163,17 +129,8 @@ def mixed(
 ) -> dict[str, Tensor]:
     """Sums of snapshots' tensors in float64, a few MB of each file at a time.
 
-    Parameters
-    ----------
-    paths : sequence of Path
-    coefficients : sequence of float
-    like : mapping of str to Tensor
-        What is summed: names and shapes.
-
-    Returns
-    -------
-    dict of str to Tensor
-        In float32, or float64 where ``like`` is.
+    What is summed has the names and shapes of ``like``; the sums are in float32, or float64 where
+    ``like`` is.
 
     Raises
     ------
@@ -199,13 +156,13 @@ def mixed(
                 problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, not as later")
     if problems:
         raise CheckpointError("the snapshots do not fit the model:\n" + listed(problems))
-    owner = np.empty(0)
-    wanted = []
-    for name, tensor in like.items():
-        kind, shape, _ = files[-1].tensors[name]
-        wide = parse("f64" if tensor.dtype in (torch.float64, torch.complex128) else "f32")
-        spec = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
-        wanted.append((spec, average_of(kind, wide)))
-    result = dict(zip(names, allocate(wanted), strict=True))
-    weighted_sum(files, coefficients, result, names)
-    return {name: torch.from_numpy(array) for name, (array, _) in result.items()}
+    result = {name: _wide(files[-1].tensors[name], tensor) for name, tensor in like.items()}
+    memory = {name: (array, describe(array)) for name, array in result.items()}
+    weighted_sum(files, coefficients, memory, names)
+    return {name: torch.from_numpy(array) for name, array in result.items()}
+
+
+def _wide(stored: Stored, like: Tensor) -> NDArray[Any]:
+    """Memory for a sum."""
+    dtype = "f8" if like.dtype in (torch.float64, torch.complex128) else "f4"
+    return np.empty(stored.shape, np.result_type(dtype, "c8") if stored.kind.parts == 2 else dtype)

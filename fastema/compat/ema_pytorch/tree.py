@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytrees
 
-from fastema.compat.ema_pytorch.model import Scheduled, whole
-from fastema.compat.ema_pytorch.schedule import checked_schedule, weight_of
+from fastema.compat.ema_pytorch.schedule import Scheduled
 from fastema.compat.following import Follower
 from fastema.errors import LayoutError
 
@@ -29,12 +29,10 @@ class EMAPytree(Scheduled):
         What is followed: written in place by its owner. What is no tensor in it is left alone.
     ema_pytree : the same, or callable, optional
         What holds the average, or a function that makes it; a copy of ``pytree`` by default.
-    beta, update_after_step, update_every, inv_gamma, power, min_value
+    beta, update_after_step, update_every, inv_gamma, power, min_value, peer_exact
         See :class:`EMA`.
     allow_different_devices, coerce_dtype : bool
         Taken, and not needed: devices and dtypes may always differ.
-    peer_exact : bool
-        See :class:`EMA`.
 
     Attributes
     ----------
@@ -85,15 +83,15 @@ class EMAPytree(Scheduled):
         *,
         peer_exact: bool = False,
     ) -> None:
-        super().__init__(peer_exact=peer_exact)
-        checked_schedule(beta, inv_gamma, power, min_value)
-        self.beta = beta
-        self.is_frozen = beta == 1.0
-        self.update_after_step = update_after_step
-        self.update_every = whole(update_every, "update_every")
-        self.inv_gamma = inv_gamma
-        self.power = power
-        self.min_value = min_value
+        super().__init__(
+            beta=beta,
+            update_after_step=update_after_step,
+            update_every=update_every,
+            inv_gamma=inv_gamma,
+            power=power,
+            min_value=min_value,
+            peer_exact=peer_exact,
+        )
         self.allow_different_devices = allow_different_devices
         self.coerce_dtype = coerce_dtype
         self.online_pytree = [pytree]  # in a list, so that a module would be no submodule
@@ -120,13 +118,7 @@ class EMAPytree(Scheduled):
         return self.ema_pytree(*args, **kwargs) if callable(self.ema_pytree) else self.ema_pytree
 
     def copy_params_from_pytree_to_ema(self) -> None:
-        """Make the average what is followed.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
-        """
+        """Make the average what is followed; raises as :meth:`update`."""
         follower, current = self._paired(self.ema_pytree, self.pytree)
         follower.copy(current)
 
@@ -139,41 +131,24 @@ class EMAPytree(Scheduled):
             Naming the tensors, if the two trees do not match; nothing was written or counted.
         """
         with self._next_step() as step:
-            if not self._has_begun:
+            if self._is_copied(step):
                 self.copy_params_from_pytree_to_ema()
                 self._begin()
-            elif step % whole(self.update_every, "update_every") == 0:
-                if step <= self.update_after_step:
-                    self.copy_params_from_pytree_to_ema()
-                else:
-                    self.update_moving_average(self.ema_pytree, self.pytree)
+            elif self._is_due(step):
+                self.update_moving_average(self.ema_pytree, self.pytree)
 
     def update_moving_average(
         self, ma_pytree: Any, current_pytree: Any, current_decay: float | None = None
     ) -> None:
         """``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
 
-        Parameters
-        ----------
-        ma_pytree, current_pytree
-            Of the same structure.
-        current_decay : float, optional
-            By default that of the schedule, for ``update_every`` steps.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
+        By default the decay is that of the schedule, for ``update_every`` steps. Raises as
+        :meth:`update`.
         """
-        if self.is_frozen:
-            return
-        if current_decay is None:
-            steps = self._steps_of(self.update_every)
-            weight = weight_of(self.get_current_decay(), steps)
-        else:
-            weight = 1.0 - current_decay
-        follower, current = self._paired(ma_pytree, current_pytree)
-        follower.update(current, weight, self._num_steps)
+        if not self.is_frozen:
+            weight = self._weight(current_decay)
+            follower, current = self._paired(ma_pytree, current_pytree)
+            follower.update(current, weight, self._num_steps)
 
     def _paired(self, averaged: Any, current: Any) -> tuple[Follower, list[Tensor]]:
         """What makes the one tree follow the other, and the tensors of that."""
@@ -190,16 +165,12 @@ class EMAPytree(Scheduled):
         ]
         tensors = [avg for avg, _ in pairs]
         held = self._held
-        if held is None or len(held[0]) != len(tensors) or any(map(_differs, held[0], tensors)):
+        if held is None or len(held[0]) != len(tensors) or not all(map(is_, held[0], tensors)):
             held = self._held = tensors, Follower(tensors, rounding=self._rounding)
         return held[1], [x for _, x in pairs]
 
 
 EMATensor = EMAPytree
-
-
-def _differs(one: Tensor, other: Tensor) -> bool:
-    return one is not other
 
 
 def _tensors(tree: Any) -> list[Tensor]:
