@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import cache
 from numbers import Real
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -48,54 +46,37 @@ def _all_numpy(*operands: Any) -> bool:
     return not any(isinstance(one, jax.Array) for one in operands)
 
 
-@cache
-def _promoted(
-    new: tuple[bool, Hashable],
-    old: tuple[bool, Hashable],
-    weight: Any,
-    of: Any,
-    weak: bool,
-    wide: bool,
-) -> np.dtype[Any] | None:
-    """The dtype that Optax gives, asked with nothing in it; None where it gives none.
+_promoted: Final[dict[tuple[Any, ...], np.dtype[Any] | None]] = {}
+"""The dtypes that Optax gives, None where it gives none, by all that they depend on."""
 
-    Parameters
-    ----------
-    new, old : tuple
-        Whether NumPy's, and the dtype.
-    weight, of : type, dtype or None
-        Of the weight.
-    weak : bool
-        Whether the weight gives way to the dtypes of others, as Python's numbers do.
-    wide : bool
-        Whether JAX has 64 bits now.
-    """
-    sides: list[Any] = [(np if numpy else jnp).zeros(0, dtype) for numpy, dtype in (new, old)]
-    try:
-        if of is None:
-            scale = weight(0)
-        elif weak:
-            scale = jnp.asarray(np.zeros((), of).item())
-        else:
-            scale = (jnp if weight is jax.Array else np).zeros((), of)
-        found: Any = optax.incremental_update(*sides, scale)
-    except TypeError:
-        return None
-    dtype: np.dtype[Any] = np.dtype(found.dtype)
-    return dtype
+
+def _promoted_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
+    """The dtype that Optax gives, asked with nothing in the arrays; None where it gives none."""
+    sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
+    weight = type(step_size), getattr(step_size, "dtype", None), _is_weak(step_size)
+    key = *sides, *weight, bool(jax.config.jax_enable_x64)
+    if key not in _promoted:
+        empty: list[Any] = [(np if numpy else jnp).zeros(0, dtype) for numpy, dtype in sides]
+        try:
+            found: Any = optax.incremental_update(*empty, step_size)
+            _promoted[key] = np.dtype(found.dtype)
+        except TypeError:
+            _promoted[key] = None
+    return _promoted[key]
+
+
+def _is_weak(value: Any) -> bool:
+    """Whether it gives way to the dtypes of others, as Python's numbers do."""
+    return bool(getattr(value, "weak_type", False))
 
 
 def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
     """The dtype of the average of two leaves; None where it is Optax's affair."""
     if not (_on_host(new) and _on_host(old) and new.shape == old.shape and old.size):
         return None
-    if getattr(new, "weak_type", False) or getattr(old, "weak_type", False):
+    if _is_weak(new) or _is_weak(old):
         return None
-    kind: Any = jax.Array if isinstance(step_size, jax.Array) else type(step_size)
-    sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
-    x64 = bool(jax.config.jax_enable_x64)
-    weak = bool(getattr(step_size, "weak_type", False))
-    found = _promoted(*sides, kind, getattr(step_size, "dtype", None), weak, x64)
+    found = _promoted_dtype(new, old, step_size)
     if found is None or len(_devices(new, old, step_size)) > 1:
         return None
     codes = [NAMES.get(one.name) for one in (found, new.dtype, old.dtype)]
@@ -174,7 +155,7 @@ def _lerp(
 def incremental_update(
     new_tensors: Any, old_tensors: Any, step_size: Any, *, step: int | None = None
 ) -> Any:
-    """``step_size * new + (1 - step_size) * old`` of two trees, as a new one.
+    """Return ``step_size * new + (1 - step_size) * old`` of two trees, as a new one.
 
     Parameters
     ----------
@@ -201,19 +182,11 @@ def incremental_update(
 
     Notes
     -----
-    ``optax.incremental_update`` of Optax 0.2.8, by one call of a compiled kernel for all leaves in
-    the memory of the host; the difference is one of rounding, since the kernel computes in float32
-    and rounds once. (Optax rounds ``step_size * new`` to the dtype of ``new``: a float32 average of
-    bfloat16 values is off in the fourth digit there.)
-
-    Called in the open, Optax makes two temporaries and three passes per leaf. Within ``jax.jit``,
-    and for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or that are
-    broadcast, this *is* Optax's function: XLA makes it one pass, as quick as it can be, and without
-    new memory where the old average is donated. If the whole step is one compiled function, leave
-    it there.
-
-    To keep one average in place over a run, without a new tree at each step, use
-    :class:`fastema.EMA`.
+    ``optax.incremental_update`` of Optax 0.2.8, by one call of a compiled kernel, computed in
+    float32 and rounded once, where Optax makes two temporaries and three passes per leaf. Within
+    ``jax.jit``, and for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or
+    that are broadcast, this *is* Optax's function, which XLA makes one pass. To keep one average in
+    place over a run, use :class:`fastema.EMA`.
 
     Examples
     --------
@@ -233,14 +206,17 @@ def incremental_update(
 
 
 def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_period: Any) -> Any:
-    """The new tree at every ``update_period``-th step, the old one between.
+    """Return the new tree at every ``update_period``-th step, the old one between.
+
+    ``optax.periodic_update`` of Optax 0.2.8, without a copy of JAX arrays. Within ``jax.jit``, and
+    for floats as steps, it *is* that function.
 
     Parameters
     ----------
     new_tensors, old_tensors : pytree of JAX or NumPy arrays
         Of one structure, shapes and dtypes.
     steps, update_period : int or scalar array
-        New where ``steps`` is a multiple of the period. With floats this is Optax's function.
+        New where ``steps`` is a multiple of the period.
 
     Returns
     -------
@@ -253,11 +229,6 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
         For a period below 1.
     TypeError
         If the two trees differ in more than their values.
-
-    Notes
-    -----
-    ``optax.periodic_update`` of Optax 0.2.8, without a copy of JAX arrays. Within ``jax.jit`` it
-    *is* that function.
 
     Examples
     --------
@@ -301,7 +272,7 @@ def _as_jax(leaf: Any) -> Any:
 def ema(
     decay: Any, debias: bool = True, accumulator_dtype: Any | None = None
 ) -> optax.GradientTransformation:
-    """The moving average of updates as a gradient transformation.
+    """Return the moving average of updates as a gradient transformation.
 
     ``ema = decay * ema + (1 - decay) * update`` from zero; the transformed update is
     ``ema / (1 - decay ** n)`` at the n-th step where it is debiased, and ``ema`` itself otherwise.
@@ -322,11 +293,10 @@ def ema(
 
     Notes
     -----
-    ``optax.ema`` of Optax 0.2.8. Called in the open, on leaves in the host's memory, one call of a
-    compiled kernel averages, and one more divides, computed in float32 and rounded once; averages
-    of float16 and bfloat16 are rounded at random there, by bits that are a function of ``count``,
-    the leaf's place in the tree and the element, where Optax's stand still. Within ``jax.jit``,
-    where optimizers mostly are, this *is* Optax's transformation, which XLA makes one pass.
+    ``optax.ema`` of Optax 0.2.8. Outside of ``jax.jit``, on leaves in the host's memory, one call
+    of a kernel averages, and one more divides; 16-bit averages are rounded at random, by bits that
+    are a function of ``count``, the leaf's place in the tree and the element. Within ``jax.jit``
+    this *is* Optax's transformation, which XLA makes one pass.
 
     Examples
     --------

@@ -18,17 +18,7 @@ __all__ = ["Installation", "install", "installed", "uninstall"]
 
 
 class _Peer(NamedTuple):
-    """A package whose names are replaced.
-
-    Attributes
-    ----------
-    distribution : str
-        What its version is asked by.
-    home : str
-        The module that defines the names.
-    names : tuple of str
-        What is replaced: there, and wherever else it was imported to.
-    """
+    """Names of a package that are replaced, where they are defined and wherever imported."""
 
     distribution: str
     home: str
@@ -89,10 +79,7 @@ _horizons: dict[str, Horizon] = {}
 class Installation:
     """Peers whose classes are replaced until the end of a ``with`` block, or for good.
 
-    Attributes
-    ----------
-    peers : tuple of str
-        Those that this call replaced; what was replaced before is left when the block ends.
+    ``peers`` are those that the call replaced; what was replaced before stays so.
     """
 
     def __init__(self, places: dict[str, list[_Replaced]]) -> None:
@@ -130,13 +117,9 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
     Parameters
     ----------
     *peers : str
-        ``"diffusers"`` (``EMAModel``), ``"ema_pytorch"`` (``EMA``, ``EMAPytree``, ``KarrasEMA``,
-        ``PostHocEMA``), ``"keras"`` (``SwapEMAWeights``), ``"lightning"`` (``WeightAveraging``,
-        ``EMAWeightAveraging``),
-        ``"swa_utils"`` (``AveragedModel``, ``get_ema_multi_avg_fn`` and the like, ``update_bn`` of
-        :mod:`torch.optim.swa_utils`), ``"tensorflow"`` (``tf.train.ExponentialMovingAverage``),
-        ``"timm"`` (``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``), ``"torch_ema"``
-        (``ExponentialMovingAverage``). One that is replaced already is left so.
+        ``"diffusers"``, ``"ema_pytorch"``, ``"keras"``, ``"lightning"``, ``"swa_utils"`` (of
+        :mod:`torch.optim`), ``"tensorflow"``, ``"timm"``, ``"torch_ema"``: docs/drop-in.md lists
+        their classes. One that is replaced already is left so.
     horizon : {"peer", "corrected"}
         Over how many steps ``update_every`` (ema_pytorch) and ``update_every_n_steps`` (Lightning)
         average. ``"peer"`` (default): as there, times as many as it says. ``"corrected"``: as many
