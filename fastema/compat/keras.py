@@ -165,30 +165,17 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     -----
     The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15. At the end of ``fit``
     Keras leaves the average in the model whenever ``use_ema=True``, with this callback or without.
-    It differs:
+    It differs, besides in what docs/drop-in.md lists:
 
-    - There, on TensorFlow, the exchange is ``a += b; b = a - b; a = a - b``, which rounds: each
-      evaluation changes the weights in training, by 1e-3 of their size in float16. On PyTorch and
-      JAX each variable goes through NumPy. Here it is exact, on the first two one call of a
-      compiled kernel without further memory, on JAX an exchange of arrays, of which the averages
-      are copied once.
-    - There ``predict(callbacks=[...])`` leaves the average in the model, and the next evaluation
-      puts the weights in its place. Here the weights come back.
-    - There an evaluation that raises leaves the average in the model. Here the weights come back:
-      at once where the model raised, or anything in the validation of ``fit``; as the next ``fit``,
-      ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or ``load_weights`` begins, with this
-      callback, another one or none, where it was the data or another callback. So they do after a
-      ``fit`` that is cut short while the model holds the average for other callbacks.
-      :meth:`restore` does it by hand.
-    - There a ``fit`` with ``swap_on_epoch=True`` that ends before its last epoch, by
-      ``EarlyStopping`` for instance, leaves the weights in the model and the average nowhere. Here
-      it ends with the average, like any other.
-    - There an evaluation before the first step runs with weights of zero, or raises on
-      TensorFlow. Here it runs with the model's weights.
-    - On JAX a second ``fit`` with an optimizer that has ``use_ema=True`` fails in Keras: the first
-      one leaves weights and averages in the same arrays, which are then donated twice. Here, with
-      this callback in either, it works.
-    - There two of these callbacks undo each other without a word. Here this is an error.
+    - An evaluation that raises gives the weights back: at once where the model raised, or anything
+      in the validation of ``fit``; as the next ``fit``, ``evaluate``, ``predict``,
+      ``train_on_batch``, ``save`` or ``load_weights`` begins, with this callback or without, where
+      it was the data or another callback. So does a ``fit`` that is cut short while the model holds
+      the average for other callbacks. :meth:`restore` does it by hand.
+    - A ``fit`` with ``swap_on_epoch=True`` that ends before its last epoch, by ``EarlyStopping``
+      for instance, ends with the average, like any other. There it leaves the average nowhere.
+    - A second ``fit`` works on JAX, where weights and averages in the same arrays, which the first
+      one leaves, are donated twice in Keras.
 
     What ``use_ema`` averages is Keras' own affair: weights that are trained, at each batch, also
     where gradients are accumulated over several. :class:`fastema.keras.EMAWeights` counts steps of

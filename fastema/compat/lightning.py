@@ -10,7 +10,7 @@ work with those older versions, too, that have none of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final, Literal
@@ -26,15 +26,9 @@ __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
-_PREFIX: Final = "module."
-"""What an ``AveragedModel`` puts before the names of its model's tensors."""
-
 
 def _installed() -> list[Any]:
-    """The Lightnings there are. Each knows its own classes only, and the first brings the second.
-
-    Which of them a trainer will come from cannot be told before there is one.
-    """
+    """The Lightnings there are: each knows its own classes, and the first brings the second."""
     found = []
     for package in _PACKAGES:
         with suppress(ModuleNotFoundError):
@@ -63,13 +57,7 @@ def _is_sharding(strategy: Any) -> bool:
     return isinstance(strategy, tuple(one for one in theirs if one is not None))
 
 
-def _warn(message: str) -> None:
-    _LIGHTNINGS[0].utilities.rank_zero_warn(message)
-
-
-def _inform(message: str) -> None:
-    _LIGHTNINGS[0].utilities.rank_zero_info(message)
-
+_utilities: Final = _LIGHTNINGS[0].utilities
 
 _WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
 
@@ -80,7 +68,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     Parameters
     ----------
     device : torch.device, str or int, optional
-        Of the average; by default the model's.
+        Of the average; by default the model's. 0 is the first GPU.
     use_buffers : bool
         Average floating-point buffers too; else they are copied at each update.
     **kwargs
@@ -92,11 +80,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     LayoutError
         At an update, where the model has other tensors than when ``fit`` began, naming them.
     StateError
-        As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's: the
-        one would train on the other's average.
+        As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's.
     ArgumentError
-        As ``fit`` begins, for a strategy that divides the weights among processes: use
-        :class:`fastema.EMA` there.
+        As ``fit`` begins, for a strategy that divides the weights among processes.
 
     Notes
     -----
@@ -105,7 +91,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     A checkpoint has the layout of Lightning's own: ``state_dict`` is the average,
     ``current_model_state`` the weights in training, ``averaging_state`` the number of updates. Each
-    of the two resumes the other's. So has one that is written as training ends
+    of the two resumes the other's. So has one that is written in a validation, as training ends
     (``ModelCheckpoint(save_last=True)``) or after an exception. Once ``fit`` has returned, the
     model has the average for good, and ``trainer.save_checkpoint`` saves the model as it is: a run
     that resumes from there goes on from the average, with a warning.
@@ -114,37 +100,21 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     of a callback that comes before it in the trainer's list, an exception in a validation still
     finds the average in the model.
 
-    Where it differs from Lightning's callback:
+    Where it differs from Lightning's callback, besides what docs/drop-in.md lists:
 
-    - Before its first update the average is not used for anything: validation, checkpoints and the
-      model at the end have the weights themselves (Lightning's: those that training began with,
-      so that a run without any update ends where it began; Lightning#21724).
-    - Average and weights change places in place, bit for bit, whatever their dtypes, without a copy
-      of each tensor on the way. Under ``precision="bf16-true"`` the average is float32 and stays
-      so (Lightning's is rounded to bfloat16 by each validation).
-    - An exception or an interrupt in a validation leaves the model with its own weights.
+    - Before its first update the average is not used for anything: a run without any update ends
+      with the weights in training (Lightning's: where it began; Lightning#21724).
     - A checkpoint that is written as training ends has the weights in training besides the average
       (Lightning's: the average twice, from which a resumed run goes on).
     - To resume a run that is finished gives the model the average (Lightning's: the weights in
       training).
     - Where a batch makes several steps, of several optimizers or in manual optimization,
       :meth:`should_update` is asked about each of them, and the average is updated at the end of
-      the batch if it is True for one (Lightning's asks about the last one, whose number may never
-      be a multiple of ``update_every_n_steps``). Put in the place of Lightning's by
-      ``fastema.compat.install("lightning")``, it asks as Lightning's does.
-    - A checkpoint that is written in a validation does not mistake the one for the other.
-    - ``ModelCheckpoint(save_weights_only=True)`` saves the average, whose metrics it monitors
-      (Lightning's: the weights in training).
-    - Outside ``fit`` it leaves the model alone: ``test(ckpt_path="best")`` tests the average,
-      which is what ``state_dict`` holds (Lightning's tests the weights in training if the same
-      trainer has fitted before), ``validate`` what the model holds (Lightning's: the last average,
-      whatever was loaded), and ``save_checkpoint`` saves what it holds (Lightning's: the last
-      average).
-    - Integer buffers are copied exactly, 16-bit averages do not stall, tied weights are averaged
-      once, a model with other tensors is refused: see ``AveragedModel``.
+      the batch if it is True for one.
+    - Outside ``fit`` it leaves the model alone: ``test``, ``validate`` and ``save_checkpoint`` take
+      what the model holds (Lightning's: the last average or weights of an earlier ``fit``).
     - A second ``fit`` counts its steps anew where its trainer does, and the epoch of the latest
       update is saved, too (under a name that Lightning's ignores).
-    - ``device=0`` is the first GPU.
 
     References
     ----------
@@ -181,7 +151,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         return self._average_model is not None and bool(self._average_model.n_averaged)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to update the average now; override it.
+        """Whether to update the average now, by default after each step; override it.
 
         Parameters
         ----------
@@ -189,11 +159,6 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             Of the optimizer's latest step, from 0; None at the end of an epoch.
         epoch_idx : int, optional
             Of the epoch that ends, from 0; None after a step.
-
-        Returns
-        -------
-        bool
-            By default True after each step.
         """
         return step_idx is not None
 
@@ -221,7 +186,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "(docs/sharded.md)."
             )
         if _overrides_configure_model(pl_module):
-            _warn(
+            _utilities.rank_zero_warn(
                 "WeightAveraging calls configure_model() before the trainer does, to know all "
                 "layers: they are not sharded, and may not fit in the memory of one device."
             )
@@ -308,10 +273,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     # Subclasses override these two: they are called when, and as often as, Lightning's are.
 
     def _swap_models(self, pl_module: Any) -> None:
-        """Average and weights change places; a second call undoes it.
-
-        Before the first update there is nothing to exchange.
-        """
+        """Average and weights change places, where there is an average; a second call undoes it."""
         if self._exchange is None:
             self._put_in(pl_module)
         else:
@@ -356,10 +318,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there. Lightning's callback does not save the epoch: then none is assumed.
-
-        Nor does it save how many batches have made steps since: then all steps that have.
-        """
+        """Go on from there; in Lightning's own state no epoch is known, and all steps count."""
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
         self._batches_since = state_dict.get(
@@ -369,7 +328,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the average into ``state_dict``, and what was there into ``current_model_state``."""
         if self._phase == "outside" or self._average_model is None:
-            _inform(
+            _utilities.rank_zero_info(
                 "WeightAveraging: there is no average outside fit, and the checkpoint holds none "
                 "besides the model's own weights (after a fit, these are the average)."
             )
@@ -377,14 +336,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if self._exchange is not None:
             self._save_in_exchange(trainer, pl_module, checkpoint)
             return
-        current = checkpoint["state_dict"]
-        average = self._average_model.state_dict()
-        checkpoint["current_model_state"] = current
-        checkpoint["averaging_state"] = {
-            name: value for name, value in average.items() if not name.startswith(_PREFIX)
-        }
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
         if self._begun:
-            checkpoint["state_dict"] = _without_prefix(average)
+            checkpoint["state_dict"] = self._average_model.module.state_dict()
 
     def _save_in_exchange(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save average and weights from their own places, as copies, and exchange them again."""
@@ -407,13 +362,13 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             return
         self._steps_seen = checkpoint["global_step"]
         if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
-            _warn(
+            _utilities.rank_zero_warn(
                 "The checkpoint was written without WeightAveraging: the average begins with the "
                 "first update from here."
             )
             return
-        _inform("WeightAveraging: the checkpoint has an average, which goes on.")
-        average = {_PREFIX + name: value for name, value in checkpoint["state_dict"].items()}
+        _utilities.rank_zero_info("WeightAveraging: the checkpoint has an average, which goes on.")
+        average = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
         strict = getattr(pl_module, "strict_loading", True)
         self._average_model.load_state_dict(average | checkpoint["averaging_state"], strict=strict)
         # It was given the average, which is what "state_dict" holds.
@@ -448,7 +403,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if "averaging_state" in checkpoint or self._exchange is not None or not self._begun:
             return checkpoint
         assert self._average_model is not None
-        average = _without_prefix(self._average_model.state_dict())
+        average = self._average_model.module.state_dict()
         current = checkpoint["state_dict"]
         return checkpoint | {
             "state_dict": {name: average.get(name, value) for name, value in current.items()}
@@ -459,20 +414,10 @@ def _change_nothing() -> Steps[None]:
     return Steps(lambda: None, lambda: None)
 
 
-def _without_prefix(average: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name.removeprefix(_PREFIX): value
-        for name, value in average.items()
-        if name.startswith(_PREFIX)
-    }
-
-
 def _overrides_configure_model(pl_module: Any) -> bool:
     """Whether the user's module, and not Lightning's base class, has the hook."""
-    for kind in type(pl_module).__mro__:
-        if "configure_model" in vars(kind):
-            return not kind.__module__.startswith(_PACKAGES)
-    return False
+    hook = getattr(type(pl_module), "configure_model", None)
+    return hook is not None and not hook.__module__.startswith(_PACKAGES)
 
 
 _EMAWeightAveraging: Any = type(
@@ -488,7 +433,7 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
 
     Parameters
     ----------
-    device, use_buffers
+    device, use_buffers, **kwargs
         See :class:`WeightAveraging`.
     decay : float
         Weight of the old average per step, in [0, 1].
@@ -503,8 +448,6 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     peer_exact : bool
         Lightning's numbers: ``decay`` per update, not per step, so that ``update_every_n_steps=10``
         averages over ten times as many steps. To resume a run of Lightning's callback.
-    **kwargs
-        Further ones of :class:`fastema.compat.swa_utils.AveragedModel`.
 
     Raises
     ------
@@ -513,18 +456,9 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
 
     Notes
     -----
-    Where it differs from Lightning's callback: ``update_every_n_steps`` does not change over how
-    many steps is averaged, see ``peer_exact``, unless ``fastema.compat.install("lightning")`` put
-    it in the place of Lightning's; and in all that :class:`WeightAveraging` lists. An
-    epoch has no number of steps that is known before: at its end the decay is that per epoch, as
-    in Lightning's. Where a batch makes several steps, of several optimizers, ``decay`` is that per
-    batch, as in Lightning's, whatever ``update_every_n_steps``: ``n`` is the number of batches with
-    steps since the latest update.
-
-    References
-    ----------
-    Lightning 2.6.6, https://lightning.ai/docs/pytorch/stable/api/
-    lightning.pytorch.callbacks.EMAWeightAveraging.html
+    Where a batch makes several steps, of several optimizers, ``decay`` is that per batch, as in
+    Lightning's, whatever ``update_every_n_steps``: ``n`` is the number of batches with steps since
+    the latest update.
     """
 
     def __init__(

@@ -80,23 +80,14 @@ def _cleared(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _nobody() -> None:
-    """In the place of a reference to a trainer."""
+_OF_A_RUN: Final = ("_ema", "_model", "_is_given", "_seen", "_is_ahead", "_written", "_trainer")
+"""What belongs to one trainer and one run of it."""
 
 
 class _Around:
-    """A method of one trainer, with what a callback does around it; does not keep it alive.
+    """A method of one trainer, with a callback's method around it; keeps no trainer alive.
 
     A copy of the trainer has one of its own, for the copy of the callback.
-
-    Parameters
-    ----------
-    callback : EMACallback
-    trainer : transformers.Trainer
-    name : str
-        Of the method.
-    around : str
-        Of the callback's method that is called with the trainer, the method and its arguments.
     """
 
     def __init__(self, callback: EMACallback, trainer: Any, name: str, around: str) -> None:
@@ -170,40 +161,30 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     Notes
     -----
     **Evaluation.** The average changes places with the weights, in place and bit for bit, for as
-    long as ``trainer.evaluation_loop`` runs, which ``evaluate`` and ``predict`` share, also with
-    ``predict_with_generate`` and several data sets. The weights come back however it ends, Ctrl-C
-    included. Events of ``on_evaluate`` and ``on_predict`` see the weights themselves again,
-    ``on_prediction_step`` and ``compute_metrics`` the average. A subclass of ``Trainer`` whose
-    ``evaluate`` has a loop of its own evaluates the weights: put ``with ema.swapped():`` there.
+    long as ``trainer.evaluation_loop`` runs, which ``evaluate`` and ``predict`` share. The weights
+    come back however it ends, Ctrl-C included. Events of ``on_evaluate`` and ``on_predict`` see the
+    weights themselves again, ``on_prediction_step`` and ``compute_metrics`` the average. A subclass
+    whose ``evaluate`` has a loop of its own evaluates the weights: put ``with ema.swapped():``
+    there.
 
-    **Steps.** With gradient accumulation the average is updated once per step of the optimizer, not
-    for each batch; not for a step that the scaler of float16 skips.
+    **Steps.** With gradient accumulation the average is updated once per step of the optimizer; not
+    for a step that the scaler of float16 skips.
 
-    **Checkpoints** have the weights in training where they always are, and the average in a file
-    of its own beside them, ``ema.safetensors``, written whole or not at all, directly after the
-    weights: before older checkpoints are deleted, before ``push_to_hub`` uploads the folder, and
-    with ``enable_jit_checkpoint``, too. The file knows the weights that it is of (by pieces of each
-    tensor), and is refused beside those of another run, or if it is damaged. A run that resumes by
-    ``train(resume_from_checkpoint=...)`` goes on to the bit. ``save_total_limit`` deletes the file
-    with its folder.
-
-    **A resumed average** keeps its schedule and seed: decays, ``update_every`` and ``start_after``
-    are those of the checkpoint. Where the callback was given others, a warning says so.
+    **Checkpoints** have the average in a file of its own beside the weights, ``ema.safetensors``,
+    written whole or not at all, before older checkpoints are deleted and before ``push_to_hub``
+    uploads the folder. The file knows the weights that it is of (by pieces of each tensor), and is
+    refused beside those of another run, or if it is damaged. A run that resumes goes on to the bit,
+    with the schedule and seed of the checkpoint; where the callback was given others, a warning
+    says so.
 
     **When training ends** the model is given the average at this callback's ``on_train_end``.
-    Callbacks that come before it see the weights in training there.
+    Callbacks that come before it see the weights in training there. The **best model** of
+    ``load_best_model_at_end`` is the one whose average evaluated best; both are taken from its
+    checkpoint. If that has no average, a warning says so, and the model holds its weights.
 
-    **Copies**, by ``copy.deepcopy`` of the trainer or by pickling, are without an average, which
-    begins anew with their training.
-
-    **The best model** of ``load_best_model_at_end`` is the one whose average evaluated best.
-    Weights and average are both taken from its checkpoint, and the model is given the one that
-    ``at_end`` says. If that checkpoint has no average, a warning says so, and the model holds its
-    weights.
-
-    **A second** ``train`` begins a new average, with the weights that the model holds by then.
-
-    **Several processes** (DDP) keep the same average each, and the one that saves saves it.
+    A **second** ``train``, or that of a copy of the trainer, begins a new average, with the weights
+    that the model holds by then. **Several processes** (DDP) keep the same average each, and the
+    one that saves saves it.
     """
 
     def __init__(
@@ -236,44 +217,25 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.on_missing = on_missing
         self._decay, self._options = decay, {"zero_debias": zero_debias, **options}
         self._which = which
-        self.__dict__.update(self._of_a_run())
 
-    _ema: EMA | None
-    _model: Any
-    _is_given: bool
-    _seen: int
+    _ema: EMA | None = None
+    _model: Any = None
+    _is_given = False
+    _seen = 0
     """The latest step whose weights are in the average."""
-    _is_ahead: bool
+    _is_ahead = False
     """Whether these were taken before this callback's turn."""
-    _written: int | None
+    _written: int | None = None
     """The step whose checkpoint has the average already."""
-    _trainer: Callable[[], Any]
-
-    @staticmethod
-    def _of_a_run() -> dict[str, Any]:
-        return {
-            "_ema": None,
-            "_model": None,
-            "_is_given": False,
-            "_seen": 0,
-            "_is_ahead": False,
-            "_written": None,
-            "_trainer": _nobody,
-        }
+    _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the average and the trainer, of which a copy has its own."""
-        return vars(self) | self._of_a_run()
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
 
     @property
     def ema(self) -> EMA:
-        """The average.
-
-        Raises
-        ------
-        StateError
-            Before training.
-        """
+        """The average; a StateError before training."""
         if self._ema is None:
             raise StateError("there is no average yet: it begins as trainer.train() does")
         return self._ema
@@ -284,10 +246,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """Join a trainer that is there already, in place of ``trainer.add_callback``.
 
         Callbacks given as ``Trainer(callbacks=[...])`` do so by themselves.
-
-        Parameters
-        ----------
-        trainer : transformers.Trainer
 
         Returns
         -------
@@ -419,30 +377,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def swapped(self) -> AbstractContextManager[Any]:
         """A block in which the model holds the average; its weights come back however it ends.
 
-        Where the model holds the average already it does nothing.
-
-        Raises
-        ------
-        StateError
-            Before training.
+        Where the model holds the average already it does nothing. A StateError before training.
         """
         if self._is_given or self.ema.applied:
             return nullcontext()
         return self.ema.swapped(which=self._which)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """``trainer.save_model(output_dir)`` with the average in the place of the weights.
-
-        Parameters
-        ----------
-        output_dir : str, optional
-            By default that of the trainer's arguments.
-
-        Raises
-        ------
-        StateError
-            Before training.
-        """
+        """``trainer.save_model(output_dir)`` with the average in the place of the weights."""
         with self.swapped():
             self._trainer().save_model(output_dir)
 
