@@ -144,7 +144,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     """Validation, test and prediction run with the average that the optimizer keeps.
 
     For an optimizer with ``use_ema=True``. Average and weights change places before an evaluation
-    and after it: while the model holds the average, the optimizer's variables hold the weights.
+    and after it: while the model holds the average, the optimizer's variables hold the weights. At
+    the end of ``fit`` Keras leaves the average in the model whenever ``use_ema=True``.
 
     Parameters
     ----------
@@ -163,19 +164,11 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     Notes
     -----
-    The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15. At the end of ``fit``
-    Keras leaves the average in the model whenever ``use_ema=True``, with this callback or without.
-    It differs, besides in what docs/drop-in.md lists:
-
-    - An evaluation that raises gives the weights back: at once where the model raised, or anything
-      in the validation of ``fit``; as the next ``fit``, ``evaluate``, ``predict``,
-      ``train_on_batch``, ``save`` or ``load_weights`` begins, with this callback or without, where
-      it was the data or another callback. So does a ``fit`` that is cut short while the model holds
-      the average for other callbacks. :meth:`restore` does it by hand.
-    - A ``fit`` with ``swap_on_epoch=True`` that ends before its last epoch, by ``EarlyStopping``
-      for instance, ends with the average, like any other. There it leaves the average nowhere.
-    - A second ``fit`` works on JAX, where weights and averages in the same arrays, which the first
-      one leaves, are donated twice in Keras.
+    The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15; docs/drop-in.md says
+    what differs. After an evaluation that raises the weights come back at once where the model
+    raised, or anything in the validation of ``fit``; where it was the data or another callback, as
+    the next ``fit``, ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or ``load_weights``
+    begins, with this callback or without. :meth:`restore` does it by hand.
 
     What ``use_ema`` averages is Keras' own affair: weights that are trained, at each batch, also
     where gradients are accumulated over several. :class:`fastema.keras.EMAWeights` counts steps of

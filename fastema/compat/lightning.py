@@ -65,6 +65,11 @@ _WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
 class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     """Averages the weights in training; validation, and the model at the end, have the average.
 
+    Override :meth:`should_update` to say after which steps and epochs the average is updated. The
+    first update copies the weights; before it the average is not used for anything. Checkpoints
+    have the layout of Lightning's own (2.6.6), and each of the two resumes the other's.
+    docs/drop-in.md says what they hold, and what differs.
+
     Parameters
     ----------
     device : torch.device, str or int, optional
@@ -83,43 +88,6 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's.
     ArgumentError
         As ``fit`` begins, for a strategy that divides the weights among processes.
-
-    Notes
-    -----
-    Override :meth:`should_update` to say after which steps and epochs the average is updated. The
-    first update copies the weights.
-
-    A checkpoint has the layout of Lightning's own: ``state_dict`` is the average,
-    ``current_model_state`` the weights in training, ``averaging_state`` the number of updates. Each
-    of the two resumes the other's. So has one that is written in a validation, as training ends
-    (``ModelCheckpoint(save_last=True)``) or after an exception. Once ``fit`` has returned, the
-    model has the average for good, and ``trainer.save_checkpoint`` saves the model as it is: a run
-    that resumes from there goes on from the average, with a warning.
-
-    In an exception the weights come back when the callback's ``on_exception`` is called: in that
-    of a callback that comes before it in the trainer's list, an exception in a validation still
-    finds the average in the model.
-
-    Where it differs from Lightning's callback, besides what docs/drop-in.md lists:
-
-    - Before its first update the average is not used for anything: a run without any update ends
-      with the weights in training (Lightning's: where it began; Lightning#21724).
-    - A checkpoint that is written as training ends has the weights in training besides the average
-      (Lightning's: the average twice, from which a resumed run goes on).
-    - To resume a run that is finished gives the model the average (Lightning's: the weights in
-      training).
-    - Where a batch makes several steps, of several optimizers or in manual optimization,
-      :meth:`should_update` is asked about each of them, and the average is updated at the end of
-      the batch if it is True for one.
-    - Outside ``fit`` it leaves the model alone: ``test``, ``validate`` and ``save_checkpoint`` take
-      what the model holds (Lightning's: the last average or weights of an earlier ``fit``).
-    - A second ``fit`` counts its steps anew where its trainer does, and the epoch of the latest
-      update is saved, too (under a name that Lightning's ignores).
-
-    References
-    ----------
-    Lightning 2.6.6, https://lightning.ai/docs/pytorch/stable/api/
-    lightning.pytorch.callbacks.WeightAveraging.html
     """
 
     def __init__(
@@ -426,7 +394,7 @@ _EMAWeightAveraging: Any = type(
 
 
 class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
-    """Exponential moving average of the weights.
+    """Exponential moving average of the weights; see :class:`WeightAveraging`.
 
     ``avg = decay**n * avg + (1 - decay**n) * x`` after every n-th step of the optimizer, the first
     time ``avg = x``.
@@ -436,7 +404,7 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     device, use_buffers, **kwargs
         See :class:`WeightAveraging`.
     decay : float
-        Weight of the old average per step, in [0, 1].
+        Weight of the old average per step, in [0, 1]; per batch where that makes several steps.
     update_every_n_steps : int
         The average is updated after the steps whose number, from 0, this divides; 0 for after none.
         Lightning numbers the steps of all optimizers in one row: with two of them, 2 is each batch.
@@ -453,12 +421,6 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     ------
     ArgumentError
         For a decay outside [0, 1], and for an averaging function besides it.
-
-    Notes
-    -----
-    Where a batch makes several steps, of several optimizers, ``decay`` is that per batch, as in
-    Lightning's, whatever ``update_every_n_steps``: ``n`` is the number of batches with steps since
-    the latest update.
     """
 
     def __init__(

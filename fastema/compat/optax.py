@@ -182,11 +182,10 @@ def incremental_update(
 
     Notes
     -----
-    ``optax.incremental_update`` of Optax 0.2.8, by one call of a compiled kernel, computed in
-    float32 and rounded once, where Optax makes two temporaries and three passes per leaf. Within
-    ``jax.jit``, and for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or
-    that are broadcast, this *is* Optax's function, which XLA makes one pass. To keep one average in
-    place over a run, use :class:`fastema.EMA`.
+    One call of a compiled kernel, computed in float32 and rounded once, where Optax (0.2.8) makes
+    two temporaries and three passes per leaf. Within ``jax.jit``, and for leaves on an accelerator,
+    of integers, of subclasses of NumPy's arrays, or that are broadcast, this *is* Optax's function,
+    which XLA makes one pass. To keep one average in place over a run, use :class:`fastema.EMA`.
 
     Examples
     --------
@@ -206,22 +205,10 @@ def incremental_update(
 
 
 def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_period: Any) -> Any:
-    """Return the new tree at every ``update_period``-th step, the old one between.
+    """Return the new tree where ``steps`` is a multiple of ``update_period``, the old one between.
 
-    ``optax.periodic_update`` of Optax 0.2.8, without a copy of JAX arrays. Within ``jax.jit``, and
-    for floats as steps, it *is* that function.
-
-    Parameters
-    ----------
-    new_tensors, old_tensors : pytree of JAX or NumPy arrays
-        Of one structure, shapes and dtypes.
-    steps, update_period : int or scalar array
-        New where ``steps`` is a multiple of the period.
-
-    Returns
-    -------
-    pytree
-        JAX arrays: those that were given, and copies of NumPy arrays.
+    Without a copy of JAX arrays; NumPy arrays become copies of JAX. Within ``jax.jit``, and for
+    floats as steps, it *is* Optax's function (0.2.8).
 
     Raises
     ------
@@ -293,10 +280,9 @@ def ema(
 
     Notes
     -----
-    ``optax.ema`` of Optax 0.2.8. Outside of ``jax.jit``, on leaves in the host's memory, one call
-    of a kernel averages, and one more divides; 16-bit averages are rounded at random, by bits that
-    are a function of ``count``, the leaf's place in the tree and the element. Within ``jax.jit``
-    this *is* Optax's transformation, which XLA makes one pass.
+    Outside of ``jax.jit``, on leaves in the host's memory, one call of a kernel averages, and one
+    more divides; 16-bit averages are rounded at random, by bits that are a function of ``count``,
+    the leaf's place in the tree and the element. Within ``jax.jit`` this *is* Optax's (0.2.8).
 
     Examples
     --------

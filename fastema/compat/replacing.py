@@ -107,12 +107,10 @@ class Installation:
 def install(*peers: str, horizon: Horizon = "peer") -> Installation:
     """Put our classes in the place of a peer's: an existing script gains the kernels unchanged.
 
-    They update after the same steps as the peer's, with the same weights.
-
     Their names are replaced where they are defined and in every module that has imported them, so
-    it does not matter whether the script imports them before or after. Averages that exist already
-    stay what they are; their states can be saved, but pickled as whole objects only once the peer's
-    classes are back where pickle looks for them.
+    it does not matter whether the script imports them before or after. They update after the same
+    steps as the peer's, with the same weights. Averages that exist already stay what they are;
+    their states can be saved, but pickled as whole objects only once the peer's classes are back.
 
     Parameters
     ----------
@@ -123,8 +121,7 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
     horizon : {"peer", "corrected"}
         Over how many steps ``update_every`` (ema_pytorch) and ``update_every_n_steps`` (Lightning)
         average. ``"peer"`` (default): as there, times as many as it says. ``"corrected"``: as many
-        as with an update after every step; it is what those have who import the classes from
-        :mod:`fastema.compat`. The other peers' classes have no such difference.
+        as with an update after every step, as the classes of :mod:`fastema.compat` do.
 
     Returns
     -------
@@ -176,19 +173,10 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
 
 
 def uninstall(*peers: str) -> None:
-    """Give a peer's classes back, wherever :func:`install` replaced them.
+    """Give peers' classes back, by default all, wherever :func:`install` replaced them.
 
-    What a module has imported in the meantime it keeps, and so do averages that were built.
-
-    Parameters
-    ----------
-    *peers : str
-        By default all that are installed.
-
-    Raises
-    ------
-    ArgumentError
-        For one that is not installed; nothing was changed.
+    What a module has imported in the meantime it keeps, and so do averages that were built. An
+    ArgumentError for one that is not installed; nothing was changed then.
     """
     with _lock:
         strange = [peer for peer in peers if peer not in _installed]

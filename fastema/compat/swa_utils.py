@@ -228,7 +228,8 @@ def get_ema_multi_avg_fn(
     -------
     callable
         ``fn(averaged, current, num_averaged)``, for ``AveragedModel(multi_avg_fn=...)`` of torch
-        or of this module. It can be pickled.
+        or of this module. It can be pickled. Dtypes of the two lists may differ, but torch's
+        ``AveragedModel`` refuses float32 with float16 before it calls a function.
 
     Raises
     ------
@@ -237,9 +238,6 @@ def get_ema_multi_avg_fn(
 
     Notes
     -----
-    Dtypes of the two lists may differ, but torch's ``AveragedModel`` refuses float32 with float16
-    before it calls a function. What else differs from torch's (PyTorch 2.13) is in docs/drop-in.md.
-
     Where the tensors lie is looked up once, and known again at the next call. For this the function
     keeps the memory of both lists, until several calls went by without them, or it is dropped.
     """
@@ -293,8 +291,9 @@ def _parameters(name: str, role: str) -> Literal["average", "copy"]:
 class AveragedModel(peer.AveragedModel):
     """A copy of a model that holds the average of its weights.
 
-    A subclass of torch's class of that name, with its constructor, attributes and ``state_dict``:
-    checkpoints of either are loaded by the other.
+    A subclass of torch's class of that name (PyTorch 2.13), with its constructor, attributes and
+    ``state_dict``: checkpoints of either are loaded by the other. docs/drop-in.md says how it
+    differs.
 
     The first :meth:`update_parameters` makes the average a copy of the weights; each further one
     is ``avg += w * (x - avg)`` for all tensors in one call, with ``w = 1 / (n_averaged + 1)`` by
@@ -306,11 +305,9 @@ class AveragedModel(peer.AveragedModel):
         Is deep-copied.
     device : torch.device, str or int, optional
         Where the average is kept; by default where the model is.
-    avg_fn : callable, optional
-        ``avg_fn(averaged, current, num_averaged) -> Tensor``.
-    multi_avg_fn : callable, optional
-        ``multi_avg_fn(averaged, current, num_averaged)``, in place, of lists. One of this module's,
-        of either kind, runs as above; one of your own is called as torch calls it.
+    avg_fn, multi_avg_fn : callable, optional
+        ``avg_fn(averaged, current, num_averaged) -> Tensor``, or in place and of lists. One of this
+        module's, of either kind, runs as above; one of your own is called as torch calls it.
     use_buffers : bool
         Average buffers of floats as well. Otherwise they are copied at each update.
 
@@ -320,17 +317,13 @@ class AveragedModel(peer.AveragedModel):
         The averaged copy. Cast it, ``averaged.module.to(torch.float32)``, for a float32 average of
         16-bit weights.
     n_averaged : int64 tensor of shape []
-        Updates so far. On an accelerator, what is written to it through ``.data`` is not noticed.
+        Updates so far; random bits depend on it. On an accelerator, what is written to it through
+        ``.data`` is not noticed.
 
     Raises
     ------
     AssertionError
         If both functions are given.
-
-    Notes
-    -----
-    Where it differs from torch's (PyTorch 2.13) is in docs/drop-in.md. The random bits depend on
-    the names of the tensors and on ``n_averaged``, so that a resumed run has the same ones.
 
     References
     ----------
@@ -365,17 +358,12 @@ class AveragedModel(peer.AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Take the weights of a model into the average.
 
-        Parameters
-        ----------
-        model : torch.nn.Module
-            May be wrapped (``torch.compile``, data parallel), and on another device.
+        The model may be wrapped (``torch.compile``, data parallel), and on another device.
 
         Raises
         ------
-        LayoutError
-            Naming the tensors that do not match; nothing was written then.
-        DTypeError, BridgeError
-            For tensors that cannot be averaged; nothing was written then.
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors that do not match or cannot be averaged; nothing was written then.
         """
         rule = self._rule()
         if rule is None:

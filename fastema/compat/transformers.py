@@ -124,7 +124,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
     ``avg += (1 - decay) * (x - avg)`` after each step of the optimizer, ``avg = x`` as training
-    begins.
+    begins. Average and weights change places for an evaluation, bit for bit. ``ema.safetensors`` in
+    the folder of a checkpoint is the average; a run that resumes from there goes on to the bit.
+    More is in docs/drop-in.md.
 
     Parameters
     ----------
@@ -157,34 +159,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     CheckpointError
         Where a run resumes from a checkpoint that has no average, or one of another step or of
         other weights; where the trainer saves a checkpoint elsewhere than it says.
-
-    Notes
-    -----
-    **Evaluation.** The average changes places with the weights, in place and bit for bit, for as
-    long as ``trainer.evaluation_loop`` runs, which ``evaluate`` and ``predict`` share. The weights
-    come back however it ends, Ctrl-C included. Events of ``on_evaluate`` and ``on_predict`` see the
-    weights themselves again, ``on_prediction_step`` and ``compute_metrics`` the average. A subclass
-    whose ``evaluate`` has a loop of its own evaluates the weights: put ``with ema.swapped():``
-    there.
-
-    **Steps.** With gradient accumulation the average is updated once per step of the optimizer; not
-    for a step that the scaler of float16 skips.
-
-    **Checkpoints** have the average in a file of its own beside the weights, ``ema.safetensors``,
-    written whole or not at all, before older checkpoints are deleted and before ``push_to_hub``
-    uploads the folder. The file knows the weights that it is of (by pieces of each tensor), and is
-    refused beside those of another run, or if it is damaged. A run that resumes goes on to the bit,
-    with the schedule and seed of the checkpoint; where the callback was given others, a warning
-    says so.
-
-    **When training ends** the model is given the average at this callback's ``on_train_end``.
-    Callbacks that come before it see the weights in training there. The **best model** of
-    ``load_best_model_at_end`` is the one whose average evaluated best; both are taken from its
-    checkpoint. If that has no average, a warning says so, and the model holds its weights.
-
-    A **second** ``train``, or that of a copy of the trainer, begins a new average, with the weights
-    that the model holds by then. **Several processes** (DDP) keep the same average each, and the
-    one that saves saves it.
     """
 
     def __init__(
@@ -243,9 +217,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     # -- the trainer -------------------------------------------------------------------------------
 
     def attach(self, trainer: Any) -> EMACallback:
-        """Join a trainer that is there already, in place of ``trainer.add_callback``.
-
-        Callbacks given as ``Trainer(callbacks=[...])`` do so by themselves.
+        """Join a trainer that is there already; those of ``Trainer(callbacks=[...])`` do so by
+        themselves.
 
         Returns
         -------

@@ -30,12 +30,10 @@ class EMA(Scheduled, ModelAverage):
     model : torch.nn.Module
         The model to follow. Tensors, in lists, tuples and dicts, give an :class:`EMAPytree`.
     ema_model : torch.nn.Module or callable, optional
-        What holds the average, or a function that makes it: a deep copy by default. Its dtypes and
-        device may be others than those of ``model``.
+        What holds the average, or makes it: a deep copy by default. Dtypes and device are its own.
     beta : float or None
         The largest decay of a step. 1 freezes the average; None is no bound.
-    update_after_step, update_every : int
-    inv_gamma, power, min_value : float
+    update_after_step, update_every, inv_gamma, power, min_value
         See above. ``inv_gamma = power = 1`` is the running mean where ``update_every`` is 1.
     param_or_buffer_names_no_ema : set or list of str
         What is copied at each update in place of being averaged.
@@ -45,10 +43,8 @@ class EMA(Scheduled, ModelAverage):
         Whether ``model`` is a submodule, and so in ``state_dict()``.
     allow_different_devices, use_foreach, coerce_dtype : bool
         Taken, and not needed: devices and dtypes may always differ.
-    update_model_with_ema_every : int, optional
-        Call :meth:`update_model_with_ema` at every so-many-th step.
-    update_model_with_ema_beta : float
-        The weight that the model's own weights then keep.
+    update_model_with_ema_every, update_model_with_ema_beta
+        When :meth:`update_model_with_ema` is called, and what the model's weights then keep.
     forward_method_names : tuple of str
         Methods of the averaged model to be methods of this object too.
     move_ema_to_online_device : bool
@@ -75,19 +71,8 @@ class EMA(Scheduled, ModelAverage):
 
     Notes
     -----
-    Where it differs from ema_pytorch 0.8.3, besides what docs/drop-in.md lists:
-
-    - Decays are computed in double precision. Theirs, in single, are off by 0.02 % in the weight
-      of the new values at 0.9999.
-    - :meth:`forward_eval` is in evaluation mode; theirs is in the mode that the model is in.
-    - ``copy.deepcopy`` and ``pickle`` work, and a ``lazy_init_ema`` one loads a ``state_dict``.
-    - With ``move_ema_to_online_device`` only the averaged model is ever moved.
-    - A counter on a GPU that is written through ``.data`` is not noticed.
-
-    References
-    ----------
-    P. Wang, ema_pytorch 0.8.3, 2025, https://github.com/lucidrains/ema-pytorch; the warm-up is
-    K. Crowson's.
+    docs/drop-in.md says where it differs from ema_pytorch 0.8.3. A counter on a GPU that is written
+    through ``.data`` is not noticed.
 
     Examples
     --------
@@ -197,32 +182,17 @@ class EMA(Scheduled, ModelAverage):
 
     # -- training ---------------------------------------------------------------------------------
 
-    def update(self) -> None:
-        """Count a step, and take the weights into the average if it is due.
+    def _copy(self) -> None:
+        if self.ema_model is None:
+            self.init_ema()
+        super()._copy()
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors, if the two models do not match; nothing was written or counted.
-        ArgumentError
-            For a hyperparameter that was given an invalid value meanwhile; likewise.
-        """
-        with self._next_step() as step:
-            self._update_at(step)
-
-    def _update_at(self, step: int) -> None:
-        if self._is_copied(step):
-            if self.ema_model is None:
-                self.init_ema()
-            self.copy_params_from_model_to_ema()
-            self._begin()
-            return
-        is_due, every = self._is_due(step), self.update_model_with_ema_every
+    def _go_on(self, step: int) -> None:
+        every = self.update_model_with_ema_every
         gives = every is not None and step % whole(every, "update_model_with_ema_every") == 0
-        if gives and is_due:
+        if gives and self._is_due(step):
             self._refuse_to_give()
-        if is_due:
-            self.update_moving_average(self.ema_model, self.model)
+        super()._go_on(step)
         if gives:
             self.update_model_with_ema()
 

@@ -28,6 +28,7 @@ class ModelAverage(Counted):
 
     online_model: Any
     ema_model: Any
+    update_moving_average: Callable[..., None]
 
     def __init__(
         self,
@@ -118,18 +119,18 @@ class ModelAverage(Counted):
     # -- one into the other -----------------------------------------------------------------------
 
     def copy_params_from_model_to_ema(self) -> None:
-        """Make the average the weights: all of them, whatever names are ignored.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
-        """
+        """Make the average the weights, whatever names are ignored; raises as :meth:`update`."""
         self._follower(self._average, self.model, everything=True).copy(self.model)
 
     def copy_params_from_ema_to_model(self) -> None:
-        """Make the weights the average, except integers and booleans; raises as the reverse."""
+        """Make the weights the average, except integers and booleans; raises as :meth:`update`."""
         self._follower(self.model, self._average, everything=True).copy(self._average)
+
+    def _copy(self) -> None:
+        self.copy_params_from_model_to_ema()
+
+    def _follow(self) -> None:
+        self.update_moving_average(self.ema_model, self.model)
 
     def _blend(self, ma_model: nn.Module, current_model: nn.Module, weight: float) -> None:
         """``ma += weight * (current - ma)``, in the roles that the names are given."""

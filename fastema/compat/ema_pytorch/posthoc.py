@@ -45,10 +45,9 @@ class KarrasEMA(ModelAverage):
     ----------
     model : torch.nn.Module
         The model to follow; no submodule of this one.
-    sigma_rel : float, optional
-        Standard deviation of that profile as a share of the steps so far, in (0, 0.2887].
-    gamma : float, optional
-        Its exponent, at least 0, in place of ``sigma_rel``.
+    sigma_rel, gamma : float, optional
+        Standard deviation of that profile as a share of the steps so far, in (0, 0.2887], or its
+        exponent, at least 0.
     update_every : int
     frozen : bool
         Whether updates after the first copy do nothing.
@@ -76,8 +75,6 @@ class KarrasEMA(ModelAverage):
 
     References
     ----------
-    P. Wang, ema_pytorch 0.8.3, 2025, https://github.com/lucidrains/ema-pytorch
-
     T. Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2023,
     section 3.1, https://arxiv.org/abs/2312.02696
     """
@@ -122,23 +119,6 @@ class KarrasEMA(ModelAverage):
     def _weight(self) -> float:
         return Power(self.gamma).weight(self._num_steps + 1, self._steps_per_update)
 
-    def update(self) -> None:
-        """Count a step, and take the weights into the average if it is due.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors, if the two models do not match; nothing was written or counted.
-        """
-        with self._next_step() as step:
-            if not self._is_due(step):
-                return
-            if self._has_begun:
-                self.update_moving_average(self.ema_model, self.model)
-            else:
-                self.copy_params_from_model_to_ema()
-                self._begin()
-
     def update_moving_average(self, ma_model: nn.Module, current_model: nn.Module) -> None:
         """``ma += (1 - beta) * (current - ma)``, unless it is frozen; raises as :meth:`update`."""
         if not self.frozen:
@@ -164,16 +144,17 @@ class KarrasEMA(ModelAverage):
 class PostHocEMA(nn.Module):
     """Power-function averages with snapshots on disk, and any other average put together of them.
 
+    :class:`fastema.PowerEMA` and :mod:`fastema.posthoc` do the same with all averages in one pass
+    over the weights, safetensors files, and the error of what is put together.
+
     Parameters
     ----------
     model : torch.nn.Module
         The model to follow; no submodule of this one.
     ema_model : torch.nn.Module or callable, optional
         What is copied, or makes a model, for each average; by default ``model`` is copied.
-    sigma_rels : tuple of float, optional
-        Widths of the averages, at least two, see :class:`KarrasEMA`.
-    gammas : tuple of float, optional
-        Their exponents, in place of ``sigma_rels``.
+    sigma_rels, gammas : tuple of float, optional
+        Widths or exponents of the averages, at least two, see :class:`KarrasEMA`.
     checkpoint_every_num_steps : int or "manual"
         When :meth:`update` calls :meth:`checkpoint`.
     checkpoint_folder : str or Path
@@ -194,26 +175,15 @@ class PostHocEMA(nn.Module):
     ArgumentError
         For a parameter without a valid value.
 
-    See Also
-    --------
-    fastema.PowerEMA, fastema.posthoc : the same with all averages in one pass over the weights,
-        safetensors files, and the error of what is put together.
-
     Notes
     -----
-    Snapshots are called ``{average}.{step}.pt``, and either library reads the other's. Where this
-    class differs from that of ema_pytorch 0.8.3, besides what docs/drop-in.md lists:
+    Snapshots are called ``{average}.{step}.pt``, and either library reads the other's. Coefficients
+    are held down where they would multiply the rounding of the snapshots. docs/drop-in.md says
+    where it differs from ema_pytorch 0.8.3.
 
-    - Coefficients are held down where they would multiply the rounding of the snapshots.
-    - The time of a snapshot is that of the latest update before it, not that of the call.
-    - Only floats of a snapshot are cast; theirs casts ``step`` and ``num_batches_tracked`` to
-      float16 too, in which numbers above 2,048 are not exact.
-    - What is copied or ignored comes from the latest snapshot that is used; in theirs from the
-      model as it is now. Files with other names in the folder are no snapshots; theirs fails.
-    - A module as ``ema_model`` is copied for every average; in theirs all of them share it.
-    - With ``peer_exact=True`` and ``update_every = k`` above 1, an average has the exponent
-      ``(gamma + 1) / k - 1`` in place of the one asked for, and a synthesis reckons with that: for
-      old runs, and files that ema_pytorch wrote with that ``k``. Below 0 there is no synthesis.
+    With ``peer_exact=True`` and ``update_every = k`` above 1, an average has the exponent
+    ``(gamma + 1) / k - 1`` in place of the one asked for, and a synthesis reckons with that: for
+    old runs, and files that ema_pytorch wrote with that ``k``. Below 0 there is no synthesis.
 
     References
     ----------
@@ -299,12 +269,7 @@ class PostHocEMA(nn.Module):
     def update(self) -> None:
         """Count a step in all averages, and write snapshots if they are due.
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors, if a model does not match; nothing was written or counted for it.
-        OSError
-            If snapshots cannot be written.
+        Raises as :meth:`KarrasEMA.update`, that average being as it was, and :meth:`checkpoint`.
         """
         with deferred():
             for ema_model in self.ema_models:
@@ -316,14 +281,12 @@ class PostHocEMA(nn.Module):
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write a snapshot of every average, to ``{average}.{step}.pt``.
+        """Write a snapshot of every average, to ``{average}.{step}.pt``, whole or not at all.
 
         Raises
         ------
-        CheckpointError
-            If the folder is gone.
-        OSError
-            If a file cannot be written; it is as it was then.
+        CheckpointError, OSError
+            If the folder is gone; if a file cannot be written.
         """
         for which, ema_model in enumerate(self.ema_models):
             snapshots.write(
@@ -356,8 +319,7 @@ class PostHocEMA(nn.Module):
         Raises
         ------
         ArgumentError
-            If not one of the two is given, or the step is no whole number, before the first
-            snapshot or after the last.
+            For not one of the two, or a step before the first snapshot or after the last.
         CheckpointError
             If there are no snapshots, or they do not fit the model.
         """

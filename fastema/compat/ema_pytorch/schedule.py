@@ -19,12 +19,9 @@ __all__ = ["Counted", "Scheduled", "finite", "whole"]
 
 
 def whole(number: Any, name: str, least: int = 1) -> int:
-    """Return a whole number of steps: of Python, NumPy, a tensor, or a float with a whole value.
+    """A whole number of steps: of Python, NumPy, a tensor, or a float with a whole value.
 
-    Raises
-    ------
-    ArgumentError
-        For anything else, or less than ``least``.
+    An ArgumentError for anything else, or less than ``least``.
     """
     if type(number) is int and number >= least:
         return number
@@ -89,8 +86,39 @@ class Counted(nn.Module):
                 self._steps.write(self.step, step)
                 raise
 
+    def update(self) -> None:
+        """Count a step, and take the weights into the average if it is due.
+
+        Raises
+        ------
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors, if the average is of others; nothing was written or counted.
+        ArgumentError
+            For a hyperparameter that was given an invalid value meanwhile; likewise.
+        """
+        with self._next_step() as step:
+            if self._is_copied(step):
+                self._copy()
+                self._begin()
+            else:
+                self._go_on(step)
+
+    def _is_copied(self, step: int) -> bool:
+        """Whether the average is made the weights at a step."""
+        return not self._has_begun and self._is_due(step)
+
     def _is_due(self, step: int) -> bool:
         return step % whole(self.update_every, "update_every") == 0
+
+    def _copy(self) -> None:
+        raise NotImplementedError
+
+    def _go_on(self, step: int) -> None:
+        if self._is_due(step):
+            self._follow()
+
+    def _follow(self) -> None:
+        raise NotImplementedError
 
     @property
     def _steps_per_update(self) -> int:
@@ -158,7 +186,6 @@ class Scheduled(Counted):
         return decay if self.beta is None else min(decay, self.beta)
 
     def _is_copied(self, step: int) -> bool:
-        """Whether the average is made the weights at a step: it has not begun to be one yet."""
         return not self._has_begun or (self._is_due(step) and step <= self.update_after_step)
 
     def _weight(self, decay: float | None) -> float:

@@ -35,15 +35,7 @@ class Snapshot(NamedTuple):
 
 
 def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Write ``{which}.{step}.pt``, whole or not at all: floats in a dtype, all else as it is.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder is gone.
-    OSError
-        If the file cannot be written.
-    """
+    """Write ``{which}.{step}.pt``, whole or not at all: floats in a dtype, all else as it is."""
     path = folder / f"{which}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder any more: make it again for {path.name}")
@@ -60,10 +52,7 @@ def _stored(value: Any, dtype: torch.dtype) -> Any:
 def found(folder: Path, count: int) -> list[Snapshot]:
     """The snapshots in a folder, by step; those before the first update are left out.
 
-    Raises
-    ------
-    CheckpointError
-        If there are none, or one is of an average beyond ``count``.
+    A CheckpointError if there are none, or one is of an average beyond ``count``.
     """
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.pt")]
     every = [Snapshot(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
@@ -130,12 +119,8 @@ def mixed(
     """Sums of snapshots' tensors in float64, a few MB of each file at a time.
 
     What is summed has the names and shapes of ``like``; the sums are in float32, or float64 where
-    ``like`` is.
-
-    Raises
-    ------
-    CheckpointError
-        Listing every tensor that a file does not have, or has in another shape or dtype.
+    ``like`` is. A CheckpointError lists every tensor that a file does not have, or has in another
+    shape or dtype.
     """
     names = list(like)
     files = [_mapped(path, names) for path in paths]

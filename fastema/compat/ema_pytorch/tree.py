@@ -28,7 +28,8 @@ class EMAPytree(Scheduled):
     pytree : tensor, or list, tuple or dict of such, nested
         What is followed: written in place by its owner. What is no tensor in it is left alone.
     ema_pytree : the same, or callable, optional
-        What holds the average, or a function that makes it; a copy of ``pytree`` by default.
+        What holds the average, or makes it (ema_pytorch takes a function for the tree); a copy by
+        default, of results of operations too.
     beta, update_after_step, update_every, inv_gamma, power, min_value, peer_exact
         See :class:`EMA`.
     allow_different_devices, coerce_dtype : bool
@@ -39,22 +40,14 @@ class EMAPytree(Scheduled):
     pytree, ema_pytree
         What is followed, and the average; :attr:`ema_model` is another name of the latter.
     initted, step : torch.Tensor
-        Whether the average has begun, and calls of :meth:`update` so far: all that is in
-        ``state_dict()``, as in the peer. Save ``ema_pytree`` beside it.
+        See :class:`EMA`: all that is in ``state_dict()``, as in the peer. Save ``ema_pytree``
+        beside.
 
-    Notes
-    -----
-    Differs from ema_pytorch 0.8.3 as :class:`EMA` does, and in these:
-
-    - Trees of another structure are a :class:`~fastema.errors.LayoutError`; theirs averages as many
-      tensors as both have, in order.
-    - Integers and booleans are copied exactly; theirs raises.
-    - ``ema_pytree`` may be a function, which theirs takes for the tree itself; tensors that are
-      results of an operation are followed too, which theirs cannot copy.
-
-    References
-    ----------
-    P. Wang, ema_pytorch 0.8.3, 2025, https://github.com/lucidrains/ema-pytorch
+    Raises
+    ------
+    LayoutError
+        For trees of different structure; ema_pytorch averages as many tensors as both have, in
+        order.
 
     Examples
     --------
@@ -122,20 +115,11 @@ class EMAPytree(Scheduled):
         follower, current = self._paired(self.ema_pytree, self.pytree)
         follower.copy(current)
 
-    def update(self) -> None:
-        """Count a step, and take the tensors into the average if it is due.
+    def _copy(self) -> None:
+        self.copy_params_from_pytree_to_ema()
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors, if the two trees do not match; nothing was written or counted.
-        """
-        with self._next_step() as step:
-            if self._is_copied(step):
-                self.copy_params_from_pytree_to_ema()
-                self._begin()
-            elif self._is_due(step):
-                self.update_moving_average(self.ema_pytree, self.pytree)
+    def _follow(self) -> None:
+        self.update_moving_average(self.ema_pytree, self.pytree)
 
     def update_moving_average(
         self, ma_pytree: Any, current_pytree: Any, current_decay: float | None = None
