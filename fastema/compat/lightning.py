@@ -170,7 +170,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._latest_update_epoch = trainer.current_epoch - 1
         self._steps_seen, self._batches_since = trainer.global_step, 0
         self._phase = "training"
-        self._see_what_is_saved(trainer.strategy)
+        self._wrap_strategy(trainer.strategy)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -200,7 +200,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Put the average into the model, for good as soon as nothing more of the fit is saved."""
-        self._take_back()
+        self._restore()
         self._phase = "ended"
         self._copy_average_to_current(pl_module)
 
@@ -216,7 +216,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the model its own weights back, wherever the exception came from."""
-        self._take_back()
+        self._restore()
         if self._phase != "outside":  # others save the run after this
             self._phase = "failed"
 
@@ -232,8 +232,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._give(pl_module)
 
     def _leave(self) -> None:
-        self._take_back()
-        self._see_nothing()
+        self._restore()
+        self._unwrap_strategy()
         self._phase = "outside"
 
     # -- the average in the model ------------------------------------------------------------------
@@ -243,18 +243,18 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def _swap_models(self, pl_module: Any) -> None:
         """Average and weights change places, where there is an average; a second call undoes it."""
         if self._exchange is None:
-            self._put_in(pl_module)
+            self._apply(pl_module)
         else:
-            self._take_back()
+            self._restore()
 
     def _copy_average_to_current(self, pl_module: Any) -> None:
         """Give the model the average: as training ends in exchange, until nothing more is saved."""
         if self._phase == "ended":
-            self._put_in(pl_module)
+            self._apply(pl_module)
         else:
             self._give(pl_module)
 
-    def _put_in(self, pl_module: Any) -> None:
+    def _apply(self, pl_module: Any) -> None:
         assert self._follower is not None
         self._exchange = (
             self._follower.swapped(pl_module) if self._begun else RestoringBlock(_change_nothing)
@@ -262,10 +262,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         try:
             self._exchange.__enter__()
         except BaseException:
-            self._take_back()
+            self._restore()
             raise
 
-    def _take_back(self) -> None:
+    def _restore(self) -> None:
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None
@@ -311,7 +311,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def _save_in_exchange(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save average and weights from their own places, as copies, and exchange them again."""
-        self._take_back()
+        self._restore()
         try:
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
             self.on_save_checkpoint(trainer, pl_module, checkpoint)
@@ -321,7 +321,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                     for name, value in checkpoint[part].items()
                 }
         finally:
-            self._put_in(pl_module)
+            self._apply(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on with the average and the weights of a checkpoint, this one's or Lightning's."""
@@ -342,9 +342,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         # It was given the average, which is what "state_dict" holds.
         pl_module.load_state_dict(checkpoint["current_model_state"], strict=strict)
 
-    def _see_what_is_saved(self, strategy: Any) -> None:
+    def _wrap_strategy(self, strategy: Any) -> None:
         """Stand before ``strategy.save_checkpoint``: weights alone are saved without hooks."""
-        self._see_nothing()
+        self._unwrap_strategy()
         inner = strategy.save_checkpoint
         own = "save_checkpoint" in vars(strategy)
 
@@ -361,7 +361,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         strategy.save_checkpoint = save_checkpoint
         self._unwrap = unwrap
 
-    def _see_nothing(self) -> None:
+    def _unwrap_strategy(self) -> None:
         if self._unwrap is not None:
             self._unwrap()
             self._unwrap = None

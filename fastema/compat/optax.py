@@ -105,7 +105,7 @@ def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     return memory
 
 
-def _shown(memory: NDArray[Any], *like: Any) -> Any:
+def _to_jax(memory: NDArray[Any], *like: Any) -> Any:
     """Memory that nobody else knows as a JAX array, on the device that these make of it."""
     arrays = [one for one in like if isinstance(one, jax.Array)]
     chosen = next((one for one in arrays if one.committed), arrays[0] if arrays else None)
@@ -148,7 +148,7 @@ def _lerp(
         elif _all_numpy(x, avg, weight):
             made.append(memory if memory.ndim else memory[()])
         else:
-            made.append(_shown(memory, avg, x, weight))
+            made.append(_to_jax(memory, avg, x, weight))
     return treedef.unflatten(made)
 
 
@@ -253,7 +253,7 @@ def _as_jax(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
     array = np.asarray(leaf)
-    return _shown(_copied(array, jnp.result_type(leaf)))
+    return _to_jax(_copied(array, jnp.result_type(leaf)))
 
 
 def ema(

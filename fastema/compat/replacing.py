@@ -17,14 +17,6 @@ from fastema.errors import ArgumentError, PeerError, listed
 __all__ = ["Installation", "install", "installed", "uninstall"]
 
 
-class _Peer(NamedTuple):
-    """Names of a package that are replaced, where they are defined and wherever imported."""
-
-    distribution: str
-    home: str
-    names: tuple[str, ...]
-
-
 _FUNCTIONS: Final = (
     *("get_ema_multi_avg_fn", "get_swa_multi_avg_fn", "get_ema_avg_fn", "get_swa_avg_fn"),
     "update_bn",
@@ -32,29 +24,26 @@ _FUNCTIONS: Final = (
 
 _LIGHTNING: Final = ("WeightAveraging", "EMAWeightAveraging")
 
-_KNOWN: Final = {
-    "diffusers": [_Peer("diffusers", "diffusers.training_utils", ("EMAModel",))],
-    "ema_pytorch": [
-        _Peer("ema-pytorch", "ema_pytorch.ema_pytorch", ("EMA",)),
-        _Peer("ema-pytorch", "ema_pytorch.ema_pytree_pytorch", ("EMAPytree",)),
-        _Peer("ema-pytorch", "ema_pytorch.post_hoc_ema", ("KarrasEMA", "PostHocEMA")),
-    ],
-    "keras": [_Peer("keras", "keras.src.callbacks.swap_ema_weights", ("SwapEMAWeights",))],
-    "lightning": [
-        _Peer("lightning", "lightning.pytorch.callbacks.weight_averaging", _LIGHTNING),
-        _Peer("pytorch-lightning", "pytorch_lightning.callbacks.weight_averaging", _LIGHTNING),
-    ],
-    "swa_utils": [_Peer("torch", "torch.optim.swa_utils", ("AveragedModel", *_FUNCTIONS))],
-    "tensorflow": [
-        _Peer(
-            "tensorflow",
-            "tensorflow.python.training.moving_averages",
-            ("ExponentialMovingAverage",),
-        )
-    ],
-    "timm": [_Peer("timm", "timm.utils.model_ema", ("ModelEma", "ModelEmaV2", "ModelEmaV3"))],
-    "torch_ema": [_Peer("torch-ema", "torch_ema.ema", ("ExponentialMovingAverage",))],
+_AVERAGE: Final = ("ExponentialMovingAverage",)
+
+_KNOWN: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "diffusers": {"diffusers.training_utils": ("EMAModel",)},
+    "ema_pytorch": {
+        "ema_pytorch.ema_pytorch": ("EMA",),
+        "ema_pytorch.ema_pytree_pytorch": ("EMAPytree",),
+        "ema_pytorch.post_hoc_ema": ("KarrasEMA", "PostHocEMA"),
+    },
+    "keras": {"keras.src.callbacks.swap_ema_weights": ("SwapEMAWeights",)},
+    "lightning": {
+        "lightning.pytorch.callbacks.weight_averaging": _LIGHTNING,
+        "pytorch_lightning.callbacks.weight_averaging": _LIGHTNING,
+    },
+    "swa_utils": {"torch.optim.swa_utils": ("AveragedModel", *_FUNCTIONS)},
+    "tensorflow": {"tensorflow.python.training.moving_averages": _AVERAGE},
+    "timm": {"timm.utils.model_ema": ("ModelEma", "ModelEmaV2", "ModelEmaV3")},
+    "torch_ema": {"torch_ema.ema": _AVERAGE},
 }
+"""What is replaced of each peer: where it is defined, and wherever else it was imported to."""
 
 
 class _Replaced(NamedTuple):
@@ -202,21 +191,27 @@ def installed() -> tuple[str, ...]:
 
 def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     """Theirs and ours of every name, if the peer's interface is the known one."""
-    present = [peer for peer in _KNOWN[name] if _is_there(peer.home.partition(".")[0])]
+    known = _KNOWN[name]
+    present = [home for home in known if _is_there(home.partition(".")[0])]
     if not present:
-        raise PeerError(f"{_KNOWN[name][0].distribution} is not installed: nothing to replace")
+        raise PeerError(f"{_distribution(next(iter(known)))} is not installed: nothing to replace")
     inside = "peer_horizon." if horizon == "peer" and name in _DIFFER else ""
     pairs = []
-    for peer in present:
-        problems, found = _compared(peer, f"fastema.compat.{inside}{name}")
+    for home in present:
+        problems, found = _compared(home, known[home], f"fastema.compat.{inside}{name}")
         if problems:
             raise PeerError(
-                f"{peer.distribution} {_version(peer.distribution)} has an interface that fastema "
-                f"does not know:\n{listed(problems)}\nImport from fastema.compat.{name} instead, "
-                "or use a version that it knows."
+                f"{_distribution(home)} {_version(home)} has an interface that fastema does not "
+                f"know:\n{listed(problems)}\nImport from fastema.compat.{name} instead, or use a "
+                "version that it knows."
             )
         pairs += found
     return pairs
+
+
+def _distribution(home: str) -> str:
+    """What a module's version is asked by."""
+    return home.partition(".")[0].replace("_", "-")
 
 
 def _is_there(package: str) -> bool:
@@ -226,22 +221,24 @@ def _is_there(package: str) -> bool:
         return package in sys.modules
 
 
-def _compared(peer: _Peer, module: str) -> tuple[list[str], list[tuple[Any, Any]]]:
+def _compared(
+    home: str, names: tuple[str, ...], module: str
+) -> tuple[list[str], list[tuple[Any, Any]]]:
     try:
-        home = import_module(peer.home)
+        theirs = import_module(home)
     except Exception as error:  # whatever goes wrong in a package that is broken
-        return [f"{peer.home} cannot be imported: {type(error).__name__}: {error}"], []
+        return [f"{home} cannot be imported: {type(error).__name__}: {error}"], []
     ours = import_module(module)
-    missing = [f"{peer.home}.{one} is missing" for one in peer.names if not hasattr(home, one)]
+    missing = [f"{home}.{one} is missing" for one in names if not hasattr(theirs, one)]
     if missing:
         return missing, []
-    pairs = [(getattr(home, one), getattr(ours, one)) for one in peer.names]
+    pairs = [(getattr(theirs, one), getattr(ours, one)) for one in names]
     return [problem for pair in pairs for problem in differences(*pair)], pairs
 
 
-def _version(distribution: str) -> str:
+def _version(home: str) -> str:
     try:
-        return metadata.version(distribution)
+        return metadata.version(_distribution(home))
     except metadata.PackageNotFoundError:
         return "of an unknown version"
 

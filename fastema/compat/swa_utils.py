@@ -165,7 +165,7 @@ class _MultiAverage:
         group.update(current, self.rule.weight(step), step)
         self._groups[key] = group
         self._calls = group.last_call = self._calls + 1
-        self._let_go()
+        self._drop_unused()
 
     def _step(self, group: _Group, num_averaged: Tensor | int) -> int:
         if not isinstance(num_averaged, Tensor):
@@ -175,7 +175,7 @@ class _MultiAverage:
             return group.step + 1  # only random bits depend on it: not worth waiting for
         return int(self._count.read(num_averaged))
 
-    def _let_go(self) -> None:
+    def _drop_unused(self) -> None:
         """Drop the memory of averages that are not updated any more, or lie elsewhere by now."""
         oldest = self._calls - 2 * len(self._groups) - _SPARE_CALLS
         for key in [key for key, group in self._groups.items() if group.last_call < oldest]:

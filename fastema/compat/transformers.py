@@ -217,8 +217,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     # -- the trainer -------------------------------------------------------------------------------
 
     def attach(self, trainer: Any) -> EMACallback:
-        """Join a trainer that is there already; those of ``Trainer(callbacks=[...])`` do so by
-        themselves.
+        """Join a trainer that is there already; callbacks that it was given do so by themselves.
 
         Returns
         -------
@@ -251,16 +250,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         # There is no event at which an evaluation begins, or of one that fails, and the only one
         # of a checkpoint comes when older ones are gone. An attribute of the instance comes before
         # the class's method.
-        self._stand_around(trainer, "evaluation_loop", "_evaluated")
-        self._stand_around(trainer, "_save_checkpoint", "_saved")
+        for name, around in ("evaluation_loop", "_evaluated"), ("_save_checkpoint", "_saved"):
+            there = vars(trainer).get(name)
+            if not (isinstance(there, _Around) and there.callback is self):
+                setattr(trainer, name, _Around(self, trainer, name, around))
         return self
 
-    def _stand_around(self, trainer: Any, name: str, around: str) -> None:
-        there = vars(trainer).get(name)
-        if not (isinstance(there, _Around) and there.callback is self):
-            setattr(trainer, name, _Around(self, trainer, name, around))
-
-    def _found(self) -> Any:
+    def _find_trainer(self) -> Any:
         """The trainer, which does not give itself to its callbacks: it is who calls them."""
         for caller, _ in _callers():
             if self._is_trainer(caller):
@@ -365,13 +361,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the trainer."""
-        self._found()
+        self._find_trainer()
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Begin the average, or go on with that of a checkpoint."""
-        trainer = self._found() or self._trainer()
+        trainer = self._find_trainer() or self._trainer()
         if trainer is None and self.evaluate_with_average:
             raise StateError(
                 "EMACallback does not find the trainer, whose evaluation is to see the average: "
@@ -409,7 +405,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"{path} is the average of step {found.metadata.get('step', '?')}, and training "
                 f"resumes at step {step}"
             )
-        _check_weights(found)
         own = ema.schedule
         _load(ema, found)
         if ema.schedule != own:
@@ -458,9 +453,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if best is not None:
             path = Path(best) / _FILE
             try:
-                found = files.read(path)
-                _check_weights(found)
-                _load(self.ema, found)
+                _load(self.ema, files.read(path))
             except (FileNotFoundError, CheckpointError) as error:
                 lacks = isinstance(error, FileNotFoundError)
                 problem = f"has no {_FILE}" if lacks else f"has the wrong {_FILE} ({error})"
@@ -499,8 +492,8 @@ def _resumed_from(trainer: Any) -> Path | None:
     return None
 
 
-def _check_weights(found: files.File) -> None:
-    """Refuse an average that is not that of the weights beside it."""
+def _load(ema: EMA, found: files.File) -> None:
+    """Load an average; refuse one that is not that of the weights beside it."""
     known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
     folder = found.path.parent
     other = sorted(known.items() - _digests(folder).items())
@@ -509,8 +502,4 @@ def _check_weights(found: files.File) -> None:
             f"{found.path} is the average of other weights than those in {other[0][0]} beside it, "
             "of another run perhaps: delete it, and begin a new average by on_missing='begin'"
         )
-
-
-def _load(ema: EMA, found: files.File) -> None:
-    like = next(iter(ema.shadows[0].values()))
-    ema.load_state_dict(read_state(found, like))
+    ema.load_state_dict(read_state(found, next(iter(ema.shadows[0].values()))))

@@ -124,12 +124,6 @@ class EMA(Scheduled, ModelAverage):
         if lazy_init_ema and ema_model is not None:
             raise ArgumentError("lazy_init_ema=True makes ema_model at the first update: give one")
         super().__init__(
-            beta=beta,
-            update_after_step=update_after_step,
-            update_every=update_every,
-            inv_gamma=inv_gamma,
-            power=power,
-            min_value=min_value,
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
             ignore_names=ignore_names,
             ignore_startswith_names=ignore_startswith_names,
@@ -137,6 +131,7 @@ class EMA(Scheduled, ModelAverage):
             move_ema_to_online_device=move_ema_to_online_device,
             peer_exact=peer_exact,
         )
+        self._set_schedule(beta, update_after_step, update_every, inv_gamma, power, min_value)
         finite(update_model_with_ema_beta, "update_model_with_ema_beta")
         if update_model_with_ema_every is not None:
             update_model_with_ema_every = whole(

@@ -226,11 +226,11 @@ class PostHocEMA(nn.Module):
         self.checkpoint_every_num_steps = checkpoint_every_num_steps
         self.checkpoint_dtype = checkpoint_dtype
         self.ema_kwargs = kwargs
-        self.ema_models: Any = nn.ModuleList([self._made(gamma) for gamma in gammas])
+        self.ema_models: Any = nn.ModuleList([self._new_average(gamma) for gamma in gammas])
         self.checkpoint_folder = Path(checkpoint_folder)
         self.checkpoint_folder.mkdir(exist_ok=True, parents=True)
 
-    def _made(self, gamma: float) -> KarrasEMA:
+    def _new_average(self, gamma: float) -> KarrasEMA:
         made = self.maybe_ema_model
         if isinstance(made, nn.Module):
             made = partial(deepcopy, made)
@@ -324,7 +324,7 @@ class PostHocEMA(nn.Module):
             If there are no snapshots, or they do not fit the model.
         """
         gamma = _gamma(gamma, sigma_rel)
-        every = snapshots.found(self.checkpoint_folder, self.num_ema_models)
+        every = snapshots.find(self.checkpoint_folder, self.num_ema_models)
         asked = every[-1].step if step is None else whole(step, "step", 0)
         if not every[0].step <= asked <= every[-1].step:
             raise ArgumentError(
@@ -332,7 +332,7 @@ class PostHocEMA(nn.Module):
             )
         # Coefficients sum to 1: a profile that ends later would be squeezed into the snapshots.
         last = max(one.step for one in every if one.step <= asked)
-        synthesized = self._made(gamma)
+        synthesized = self._new_average(gamma)
         exponents = [self._exponent(one) for one in self.gammas]
         # Two snapshots between the same two updates are the same; those after `last` stay out.
         unique = {
@@ -341,11 +341,8 @@ class PostHocEMA(nn.Module):
             if one.step <= last
         }
         newest = snapshots.read(next(reversed(unique.values())))
-        found = solve(
-            list(unique),
-            synthesized._profile(gamma, last),
-            noise=_noise(newest),
-        )
+        target = synthesized._profile(gamma, last)
+        found = solve(list(unique), target, noise=_noise(newest))
         used = [(path, c) for path, c in zip(unique.values(), found.coefficients, strict=True) if c]
         self._fill(synthesized, newest, used)
         return synthesized
@@ -355,7 +352,7 @@ class PostHocEMA(nn.Module):
         first = self.ema_models[0]
         if not first.peer_exact:
             return gamma
-        exponent = (gamma + 1) / first.update_every - 1
+        exponent: float = (gamma + 1) / first.update_every - 1
         if exponent < 0:
             raise ArgumentError(
                 f"with peer_exact=True and update_every={first.update_every} the average of "
@@ -375,7 +372,7 @@ class PostHocEMA(nn.Module):
         plain = dict(zip(state, plain_names(list(state)), strict=True))
         files = {name: theirs.get(plain[name], name) for name in state}
         like = {files[name]: one for name, one in target._averaged().items() if name in state}
-        summed = snapshots.mixed([path for path, _ in used], [c for _, c in used], like)
+        summed = snapshots.weighted([path for path, _ in used], [c for _, c in used], like)
         for name in state:
             # Of tied tensors the first is summed, and the others are it.
             first = files.get(target._names.get(plain[name], name), "")

@@ -143,18 +143,15 @@ class Counted(nn.Module):
 class Scheduled(Counted):
     """With a decay that grows with the steps since ``update_after_step``."""
 
-    def __init__(
+    def _set_schedule(
         self,
-        *,
         beta: float | None,
         update_after_step: int,
         update_every: int,
         inv_gamma: float,
         power: float,
         min_value: float,
-        **others: Any,
     ) -> None:
-        super().__init__(**others)
         self.beta = beta
         self.is_frozen = beta == 1.0
         self.update_after_step = update_after_step

@@ -19,7 +19,7 @@ from fastema.checkpoint.average import weighted_sum
 from fastema.checkpoint.files import File, Stored, moved_into_place
 from fastema.errors import CheckpointError, listed
 
-__all__ = ["Snapshot", "found", "mixed", "read", "write"]
+__all__ = ["Snapshot", "find", "read", "weighted", "write"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
@@ -49,7 +49,7 @@ def _stored(value: Any, dtype: torch.dtype) -> Any:
     return value.to(device="cpu", dtype=dtype if value.is_floating_point() else None, copy=True)
 
 
-def found(folder: Path, count: int) -> list[Snapshot]:
+def find(folder: Path, count: int) -> list[Snapshot]:
     """The snapshots in a folder, by step; those before the first update are left out.
 
     A CheckpointError if there are none, or one is of an average beyond ``count``.
@@ -82,18 +82,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class _Mapped(File):
-    """A snapshot as a file whose bytes are found by their address: torch maps them into memory."""
+    """A snapshot that torch has mapped into memory, as a file whose offsets are addresses."""
+
+    rows: dict[str, Tensor]
+    """What the memory belongs to, row-major."""
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
-        state = read(self.path)
-        rows = {name: state[name].contiguous() for name in self.tensors}
-        offsets = {stored.offset: name for name, stored in self.tensors.items()}
-        starts = np.array(sorted(offsets), np.int64)
-
-        def fill(offset: int, buffer: memoryview) -> None:
-            start = int(starts[np.searchsorted(starts, offset, side="right") - 1])
-            address = rows[offsets[start]].data_ptr() + offset - start
+        def fill(address: int, buffer: memoryview) -> None:
             # Other threads go on meanwhile, as they would not while a memoryview is filled.
             ctypes.memmove((ctypes.c_char * len(buffer)).from_buffer(buffer), address, len(buffer))
 
@@ -101,19 +97,23 @@ class _Mapped(File):
 
 
 def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
-    """Where the tensors of these names would lie, one behind the other."""
-    state, tensors, offset = read(path), {}, 0
+    state, rows = read(path), {}
     for name in names:
         value = state.get(name)
         if isinstance(value, Tensor):
             if value.layout is not torch.strided:
                 raise CheckpointError(f"{name!r} is sparse in {path}: expected a dense tensor")
-            tensors[name] = Stored(describe(value).kind, tuple(value.shape), offset)
-            offset += max(tensors[name].nbytes, 1)
-    return _Mapped(path, tensors, {})
+            rows[name] = value.contiguous()
+    tensors = {
+        name: Stored(describe(row).kind, tuple(row.shape), row.data_ptr())
+        for name, row in rows.items()
+    }
+    file = _Mapped(path, tensors, {})
+    file.rows = rows
+    return file
 
 
-def mixed(
+def weighted(
     paths: Sequence[Path], coefficients: Sequence[float], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Sums of snapshots' tensors in float64, a few MB of each file at a time.

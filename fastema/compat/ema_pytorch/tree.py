@@ -76,15 +76,8 @@ class EMAPytree(Scheduled):
         *,
         peer_exact: bool = False,
     ) -> None:
-        super().__init__(
-            beta=beta,
-            update_after_step=update_after_step,
-            update_every=update_every,
-            inv_gamma=inv_gamma,
-            power=power,
-            min_value=min_value,
-            peer_exact=peer_exact,
-        )
+        super().__init__(peer_exact=peer_exact)
+        self._set_schedule(beta, update_after_step, update_every, inv_gamma, power, min_value)
         self.allow_different_devices = allow_different_devices
         self.coerce_dtype = coerce_dtype
         self.online_pytree = [pytree]  # in a list, so that a module would be no submodule
