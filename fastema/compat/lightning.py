@@ -121,12 +121,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to update the average now, by default after each step; override it.
 
-        Parameters
-        ----------
-        step_idx : int, optional
-            Of the optimizer's latest step, from 0; None at the end of an epoch.
-        epoch_idx : int, optional
-            Of the epoch that ends, from 0; None after a step.
+        ``step_idx`` is the number of the optimizer's latest step, from 0, or None at the end of an
+        epoch; ``epoch_idx`` that of the epoch that ends, or None after a step.
         """
         return step_idx is not None
 

@@ -162,8 +162,7 @@ def incremental_update(
     new_tensors, old_tensors : pytree of JAX or NumPy arrays
         Of one structure; both stay as they are. None stands for what is left out.
     step_size : float or scalar array
-        Weight of the *new* values, ``1 - decay``. With an array of several this is Optax's
-        function.
+        Weight of the *new* values, ``1 - decay``.
     step : int, optional
         The number of the update: averages in float16 and bfloat16 are then rounded at random, by
         bits that are a function of it, the leaf's place in the tree and the element. Without it
@@ -177,15 +176,15 @@ def incremental_update(
     Raises
     ------
     ArgumentError
-        If ``step_size`` is not finite, or ``step`` is given in a traced function or with an array
-        of step sizes.
+        If ``step_size`` is not finite, or ``step`` is given where Optax's function is called.
 
     Notes
     -----
     One call of a compiled kernel, computed in float32 and rounded once, where Optax (0.2.8) makes
-    two temporaries and three passes per leaf. Within ``jax.jit``, and for leaves on an accelerator,
-    of integers, of subclasses of NumPy's arrays, or that are broadcast, this *is* Optax's function,
-    which XLA makes one pass. To keep one average in place over a run, use :class:`fastema.EMA`.
+    two temporaries and three passes per leaf. Within ``jax.jit``, with an array of step sizes, and
+    for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or that are
+    broadcast, this *is* Optax's function, which XLA makes one pass. To keep one average in place
+    over a run, use :class:`fastema.EMA`.
 
     Examples
     --------
@@ -208,17 +207,9 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
     """Return the new tree where ``steps`` is a multiple of ``update_period``, the old one between.
 
     Without a copy of JAX arrays; NumPy arrays become copies of JAX. Within ``jax.jit``, and for
-    floats as steps, it *is* Optax's function (0.2.8).
+    floats as steps, it *is* Optax's function (0.2.8). A period below 1 is an ArgumentError, trees
+    that differ in more than their values are a TypeError.
 
-    Raises
-    ------
-    ArgumentError
-        For a period below 1.
-    TypeError
-        If the two trees differ in more than their values.
-
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> old, new = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
     >>> [periodic_update(new, old, step, 2)["w"][0].item() for step in (1, 2)]
@@ -261,8 +252,9 @@ def ema(
 ) -> optax.GradientTransformation:
     """Return the moving average of updates as a gradient transformation.
 
-    ``ema = decay * ema + (1 - decay) * update`` from zero; the transformed update is
-    ``ema / (1 - decay ** n)`` at the n-th step where it is debiased, and ``ema`` itself otherwise.
+    ``ema = decay * ema + (1 - decay) * update`` from zero; the transformed update is ``ema / (1 -
+    decay ** n)`` at the n-th step where it is debiased, and ``ema`` itself otherwise. The state is
+    Optax's own :class:`EmaState`, of ``count`` and ``ema``.
 
     Parameters
     ----------
@@ -272,11 +264,6 @@ def ema(
         Divide by the share that updates have in the average.
     accumulator_dtype : dtype, optional
         Of the average in the state; by default that of the parameters.
-
-    Returns
-    -------
-    optax.GradientTransformation
-        ``init`` and ``update``, with Optax's own :class:`EmaState` of ``count`` and ``ema``.
 
     Notes
     -----

@@ -219,17 +219,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def attach(self, trainer: Any) -> EMACallback:
         """Join a trainer that is there already; callbacks that it was given do so by themselves.
 
-        Returns
-        -------
-        EMACallback
-            This callback.
-
-        Raises
-        ------
-        ArgumentError
-            For what is no ``Trainer``.
-        StateError
-            If the trainer has another ``EMACallback`` already.
+        Returns this callback. An ArgumentError for what is no ``Trainer``, a StateError if the
+        trainer has another ``EMACallback`` already.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None or not hasattr(trainer, "evaluation_loop"):

@@ -37,9 +37,10 @@ def _refuse_both(name: str, value: Any, other_name: str, other: Any) -> None:
 class KarrasEMA(ModelAverage):
     """A power-function average of a model, in a copy of it.
 
-    At every ``update_every``-th call ``avg += (1 - beta) * (x - avg)`` with
-    ``beta = (1 - update_every / (step + 1)) ** (gamma + 1)``: step ``s`` of ``n`` weighs as
-    ``s**gamma``. The first call copies the weights.
+    At every ``update_every``-th call ``avg += (1 - beta) * (x - avg)`` with ``beta = (1 -
+    update_every / (step + 1)) ** (gamma + 1)``: step ``s`` of ``n`` weighs as ``s**gamma`` (T.
+    Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2023, section
+    3.1, https://arxiv.org/abs/2312.02696). The first call copies the weights.
 
     Parameters
     ----------
@@ -47,36 +48,15 @@ class KarrasEMA(ModelAverage):
         The model to follow; no submodule of this one.
     sigma_rel, gamma : float, optional
         Standard deviation of that profile as a share of the steps so far, in (0, 0.2887], or its
-        exponent, at least 0.
-    update_every : int
+        exponent, at least 0: one of the two.
     frozen : bool
         Whether updates after the first copy do nothing.
-    ema_model, param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names
-        See :class:`EMA`.
-    allow_different_devices, move_ema_to_online_device : bool
-        See :class:`EMA`.
     peer_exact : bool
         The numbers of ema_pytorch, to go on with an old run: every update counts for one step,
         which with ``update_every=10`` makes a width of 0.05 one of 0.246; and 16-bit averages are
         rounded to nearest.
-
-    Attributes
-    ----------
-    ema_model, initted, step
-        See :class:`EMA`.
-
-    Raises
-    ------
-    ArgumentError
-        For a parameter without a valid value: a ``gamma`` below 0 too, which is the width of
-        another profile, and a ``sigma_rel`` above 0.2887, which is that of none.
-    BridgeError
-        If the model cannot be copied.
-
-    References
-    ----------
-    T. Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, 2023,
-    section 3.1, https://arxiv.org/abs/2312.02696
+    ema_model, update_every, and all others
+        See :class:`EMA`, as for attributes and errors.
     """
 
     def __init__(
@@ -167,8 +147,7 @@ class PostHocEMA(nn.Module):
     Attributes
     ----------
     ema_models : torch.nn.ModuleList
-        The averages.
-    gammas : tuple of float
+        The averages, of the exponents ``gammas``.
 
     Raises
     ------
@@ -184,10 +163,6 @@ class PostHocEMA(nn.Module):
     With ``peer_exact=True`` and ``update_every = k`` above 1, an average has the exponent
     ``(gamma + 1) / k - 1`` in place of the one asked for, and a synthesis reckons with that: for
     old runs, and files that ema_pytorch wrote with that ``k``. Below 0 there is no synthesis.
-
-    References
-    ----------
-    See :class:`KarrasEMA`; section 3.2.
     """
 
     _average_class: ClassVar[type[KarrasEMA]] = KarrasEMA
@@ -267,10 +242,7 @@ class PostHocEMA(nn.Module):
             ema_model.copy_params_from_ema_to_model()
 
     def update(self) -> None:
-        """Count a step in all averages, and write snapshots if they are due.
-
-        Raises as :meth:`KarrasEMA.update`, that average being as it was, and :meth:`checkpoint`.
-        """
+        """Count a step in all averages, and write snapshots if they are due."""
         with deferred():
             for ema_model in self.ema_models:
                 ema_model.update()
@@ -281,7 +253,7 @@ class PostHocEMA(nn.Module):
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write a snapshot of every average, to ``{average}.{step}.pt``, whole or not at all.
+        """Write a snapshot of every average, whole or not at all.
 
         Raises
         ------
@@ -299,22 +271,10 @@ class PostHocEMA(nn.Module):
         sigma_rel: float | None = None,
         step: int | Tensor | None = None,
     ) -> KarrasEMA:
-        """Put an average of any width together, as it would have been at any step.
+        """Put an average of any width, by ``gamma`` or ``sigma_rel``, together for any step.
 
-        Snapshots are read a few MB at a time, and summed in float64.
-
-        Parameters
-        ----------
-        gamma, sigma_rel : float, optional
-            Exponent or width of the profile wanted, see :class:`KarrasEMA`; one of the two.
-        step : int, optional
-            By default that of the latest snapshot. Between two snapshots it is as if the step of
-            the earlier one were asked for: nothing knows of what came after it.
-
-        Returns
-        -------
-        KarrasEMA
-            Whose ``ema_model`` is the average.
+        By default that of the latest snapshot. Between two snapshots it is as if the step of the
+        earlier one were asked for. Snapshots are read a few MB at a time, and summed in float64.
 
         Raises
         ------

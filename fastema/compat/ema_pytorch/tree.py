@@ -20,20 +20,16 @@ __all__ = ["EMAPytree", "EMATensor"]
 class EMAPytree(Scheduled):
     """An exponential moving average of the tensors in a tree of lists, tuples and dicts.
 
-    As :class:`EMA` of a model: ``avg += (1 - decay**update_every) * (x - avg)`` at every
-    ``update_every``-th call of :meth:`update`.
+    As :class:`EMA` of a model, whose parameters it has: ``avg += (1 - decay**update_every) * (x -
+    avg)`` at every ``update_every``-th call of :meth:`update`. Trees of different structure are a
+    LayoutError.
 
     Parameters
     ----------
     pytree : tensor, or list, tuple or dict of such, nested
         What is followed: written in place by its owner. What is no tensor in it is left alone.
     ema_pytree : the same, or callable, optional
-        What holds the average, or makes it (ema_pytorch takes a function for the tree); a copy by
-        default, of results of operations too.
-    beta, update_after_step, update_every, inv_gamma, power, min_value, peer_exact
-        See :class:`EMA`.
-    allow_different_devices, coerce_dtype : bool
-        Taken, and not needed: devices and dtypes may always differ.
+        What holds the average, or makes it; a copy by default, of results of operations too.
 
     Attributes
     ----------
@@ -42,12 +38,6 @@ class EMAPytree(Scheduled):
     initted, step : torch.Tensor
         See :class:`EMA`: all that is in ``state_dict()``, as in the peer. Save ``ema_pytree``
         beside.
-
-    Raises
-    ------
-    LayoutError
-        For trees of different structure; ema_pytorch averages as many tensors as both have, in
-        order.
 
     Examples
     --------
@@ -117,11 +107,7 @@ class EMAPytree(Scheduled):
     def update_moving_average(
         self, ma_pytree: Any, current_pytree: Any, current_decay: float | None = None
     ) -> None:
-        """``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
-
-        By default the decay is that of the schedule, for ``update_every`` steps. Raises as
-        :meth:`update`.
-        """
+        """``ma += (1 - decay) * (current - ma)``, by default of the schedule, unless it is frozen."""
         if not self.is_frozen:
             weight = self._weight(current_decay)
             follower, current = self._paired(ma_pytree, current_pytree)
