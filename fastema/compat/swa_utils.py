@@ -280,10 +280,6 @@ def get_swa_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> AvgFn
 _DEFAULT: Final = _Rule(None, "stochastic", 0)
 
 
-def _everything(name: str, role: str) -> Literal["average"]:
-    return "average"
-
-
 def _parameters(name: str, role: str) -> Literal["average", "copy"]:
     return "copy" if role == "buffer" else "average"
 
@@ -388,7 +384,7 @@ class AveragedModel(peer.AveragedModel):
     def _follower(self, rule: _Rule) -> Follower:
         found = self._followed
         if found is None or found[0] is not rule or found[1] != self.use_buffers:
-            policy = _everything if self.use_buffers else _parameters
+            policy = None if self.use_buffers else _parameters
             follower = Follower(self.module, policy, rounding=rule.rounding, seed=rule.seed)
             self._followed = found = rule, self.use_buffers, follower
         return found[2]

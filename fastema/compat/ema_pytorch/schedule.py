@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
@@ -47,6 +47,9 @@ class Counted(nn.Module):
     initted: Tensor
     step: Tensor
     update_every: int
+
+    _copy: Callable[[], None]
+    _follow: Callable[[], None]
 
     _as_peer: ClassVar[bool] = False
     """Whether an update counts for one step, whatever ``update_every`` is."""
@@ -110,15 +113,9 @@ class Counted(nn.Module):
     def _is_due(self, step: int) -> bool:
         return step % whole(self.update_every, "update_every") == 0
 
-    def _copy(self) -> None:
-        raise NotImplementedError
-
     def _go_on(self, step: int) -> None:
         if self._is_due(step):
             self._follow()
-
-    def _follow(self) -> None:
-        raise NotImplementedError
 
     @property
     def _steps_per_update(self) -> int:

@@ -107,7 +107,7 @@ class EMAPytree(Scheduled):
     def update_moving_average(
         self, ma_pytree: Any, current_pytree: Any, current_decay: float | None = None
     ) -> None:
-        """``ma += (1 - decay) * (current - ma)``, by default of the schedule, unless it is frozen."""
+        """``ma += (1 - decay) * (current - ma)``, by default of the schedule, unless frozen."""
         if not self.is_frozen:
             weight = self._weight(current_decay)
             follower, current = self._paired(ma_pytree, current_pytree)
