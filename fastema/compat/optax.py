@@ -41,11 +41,6 @@ def _on_host(leaf: Any) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _all_numpy(*operands: Any) -> bool:
-    """Whether none of these makes JAX arrays of the others."""
-    return not any(isinstance(one, jax.Array) for one in operands)
-
-
 _promoted: Final[dict[tuple[Any, ...], np.dtype[Any] | None]] = {}
 """The dtypes that Optax gives, None where it gives none, by all that they depend on."""
 
@@ -124,28 +119,28 @@ def _lerp(
     """
     others, treedef = jax.tree.flatten(new, is_leaf=_is_none)
     leaves = others if old is None else treedef.flatten_up_to(old)
+    pairs = {str(place): pair for place, pair in enumerate(zip(others, leaves, strict=True))}
     averages: dict[str, NDArray[Any]] = {}
-    xs: dict[str, Any] = {}
-    for place, (x, avg) in enumerate(zip(others, leaves, strict=True)):
+    for place, (x, avg) in pairs.items():
         dtype = _averaged_dtype(x, avg, weight)
         if dtype is None:
             continue
         if kept is not None and parse(NAMES[dtype.name]).parts == 1:
             dtype = kept
-        averages[str(place)] = _copied(avg, dtype) if old is not None else _empty(x.shape, dtype)
-        xs[str(place)] = x
+        averages[place] = _copied(avg, dtype) if old is not None else _empty(x.shape, dtype)
         if old is None:
-            averages[str(place)].fill(0)
+            averages[place].fill(0)
     if averages:
+        xs = {place: pairs[place][0] for place in averages}
         plan = Plan(averages, xs, rounding="nearest" if step is None else "stochastic")
         plan.calls = step or 0
         plan.lerp_(float(weight))
     made = []
-    for place, (x, avg) in enumerate(zip(others, leaves, strict=True)):
-        memory = averages.get(str(place))
+    for place, (x, avg) in pairs.items():
+        memory = averages.get(place)
         if memory is None:
             made.append(optax.incremental_update(x, 0.0 if old is None else avg, weight))
-        elif _all_numpy(x, avg, weight):
+        elif not any(isinstance(one, jax.Array) for one in (x, avg, weight)):
             made.append(memory if memory.ndim else memory[()])
         else:
             made.append(_to_jax(memory, avg, x, weight))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from fastema.compat.interface import differences
@@ -78,12 +78,7 @@ class Installation:
     def __enter__(self) -> Installation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with _lock:
             for peer, places in self._places.items():
                 if _installed.get(peer) is places:  # not one that was installed anew meanwhile
@@ -200,8 +195,9 @@ def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     for home in present:
         problems, found = _compared(home, known[home], f"fastema.compat.{inside}{name}")
         if problems:
+            distribution = _distribution(home)
             raise PeerError(
-                f"{_distribution(home)} {_version(home)} has an interface that fastema does not "
+                f"{distribution} {_version(distribution)} has an interface that fastema does not "
                 f"know:\n{listed(problems)}\nImport from fastema.compat.{name} instead, or use a "
                 "version that it knows."
             )
@@ -210,8 +206,14 @@ def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
 
 
 def _distribution(home: str) -> str:
-    """What a module's version is asked by."""
     return home.partition(".")[0].replace("_", "-")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "of an unknown version"
 
 
 def _is_there(package: str) -> bool:
@@ -234,13 +236,6 @@ def _compared(
         return missing, []
     pairs = [(getattr(theirs, one), getattr(ours, one)) for one in names]
     return [problem for pair in pairs for problem in differences(*pair)], pairs
-
-
-def _version(home: str) -> str:
-    try:
-        return metadata.version(_distribution(home))
-    except metadata.PackageNotFoundError:
-        return "of an unknown version"
 
 
 def _places(theirs: Any, ours: Any) -> Iterator[_Replaced]:

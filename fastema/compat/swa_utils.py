@@ -211,7 +211,9 @@ def get_ema_multi_avg_fn(
 ) -> MultiAvgFn:
     """Return an exponential moving average of lists of tensors, in place.
 
-    ``avg += (1 - decay) * (x - avg)``, in one call per list.
+    ``avg += (1 - decay) * (x - avg)``, in one call per list. Where the tensors lie is looked up
+    once, and known again at the next call: for this the function keeps the memory of both lists,
+    until several calls went by without them, or it is dropped.
 
     Parameters
     ----------
@@ -235,11 +237,6 @@ def get_ema_multi_avg_fn(
     ------
     ArgumentError
         For a decay outside of [0, 1] (also a ValueError, as torch's), or NaN.
-
-    Notes
-    -----
-    Where the tensors lie is looked up once, and known again at the next call. For this the function
-    keeps the memory of both lists, until several calls went by without them, or it is dropped.
     """
     return _MultiAverage(_exponential(decay, rounding, seed))
 

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 from transformers import TrainerCallback
@@ -31,6 +31,7 @@ from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.rules import Rule
 from fastema.shadow import EMA
+from fastema.shadow.options import checked
 
 __all__ = ["EMACallback"]
 
@@ -172,12 +173,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         zero_debias: bool = False,
         **options: Any,
     ) -> None:
-        for name, value, known in (
-            ("at_end", at_end, get_args(AtEnd)),
-            ("on_missing", on_missing, get_args(OnMissing)),
-        ):
-            if value not in known:
-                raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
+        self.on_missing: OnMissing = checked(on_missing, "on_missing", OnMissing)
         # Refuses what it would refuse as training begins, but for what a GPU is needed to say.
         tried = {**options, "capturable": False}
         count = len(EMA([torch.zeros(1)], decay, zero_debias=zero_debias, **tried).shadows)
@@ -187,8 +184,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"with decay={decay!r} is evaluated and given to the model"
             )
         self.evaluate_with_average = evaluate_with_average
-        self.at_end = at_end
-        self.on_missing = on_missing
         self._decay, self._options = decay, {"zero_debias": zero_debias, **options}
         self._which = which
 
