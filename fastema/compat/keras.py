@@ -21,10 +21,10 @@ Hook: TypeAlias = Literal["test", "predict", "epoch"]
 
 _FINALIZE: Final = "finalize_variable_values"
 
-_OWNER: Final = "_swap_ema_weights"
-"""Attribute of a model's: the callback that watches over it, or through which it has the average.
+_OWNERS: Final = "_swap_ema_weights"
+"""Attribute of a model's: the callbacks that watch over it, or have put the average there.
 
-There while that is so, and however the call ended: the next one takes back what it finds.
+The latest is the last. A call takes back what it finds there, however the one before ended.
 """
 
 
@@ -193,37 +193,34 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._guards: list[Guard] = []
         self._fit_guards: list[Guard] = []
         self._model_owned: Any = None
-        self._owner_before: SwapEMAWeights | None = None
         self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
 
     def _own(self) -> None:
         """Be known to the model, for whoever is called next."""
-        before = vars(self.model).get(_OWNER)
-        if before is not self:
-            self._model_owned, self._owner_before = self.model, before
-            self.model.__dict__[_OWNER] = self  # unseen by Keras, which tracks what is set
+        # Unseen by Keras, which tracks what is set.
+        owners = self.model.__dict__.setdefault(_OWNERS, [])
+        if self not in owners:
+            owners.append(self)
+            self._model_owned = self.model
 
     def _disown(self) -> None:
-        if self._hook is not None or self._fit_guards:
+        if self._model_owned is None or self._hook is not None or self._fit_guards:
             return
-        model, before = self._model_owned, self._owner_before
-        self._model_owned = self._owner_before = None
-        if model is not None and vars(model).get(_OWNER) is self:
-            if before is None:
-                del vars(model)[_OWNER]
-            else:
-                vars(model)[_OWNER] = before
+        model, self._model_owned = self._model_owned, None
+        owners = vars(model).get(_OWNERS, [])
+        if self in owners:
+            owners.remove(self)
+        if not owners:
+            vars(model).pop(_OWNERS, None)
 
     def _take_over(self) -> None:
         """Take back what earlier calls left in the model, whichever callback's they were."""
         self._leave()
-        self._run, is_twice = self.params, False
-        other = self.model.__dict__.pop(_OWNER, None)
-        while other is not None:
-            is_twice |= other is not self and other._run is self._run
-            before = other._owner_before
-            other._leave()
-            other = before
+        self._run = self.params
+        others = self.model.__dict__.pop(_OWNERS, [])
+        is_twice = any(one is not self and one._run is self._run for one in others)
+        for one in reversed(others):
+            one._leave()
         if is_twice:
             raise StateError(
                 "two SwapEMAWeights in one list of callbacks would undo each other: leave one of "
@@ -235,8 +232,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._hook is not None:
             return
         model = self.model
-        other = vars(model).get(_OWNER)
-        if other is not None and other is not self and other._hook is not None:
+        latest = vars(model).get(_OWNERS, [])[-1:]
+        if any(one is not self and one._hook is not None for one in latest):
             return  # it is there, at the end of an epoch of the fit around this
         if not _optimizers(model):
             raise ArgumentError(
