@@ -17,10 +17,6 @@ def differences(theirs: Any, ours: Any) -> list[str]:
 
     Parameters and their defaults have to be the same, but for further ones of ours that are given
     by keyword; every public method and property of theirs has to be there.
-
-    Parameters
-    ----------
-    theirs, ours : class or function
     """
     is_class = inspect.isclass(ours)
     if inspect.isclass(theirs) is not is_class or not callable(theirs):
@@ -57,7 +53,7 @@ def _public(theirs: type) -> list[str]:
 
 def _parameters(label: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Iterator[str]:
     try:
-        known, found = _signature(ours), _signature(theirs)
+        known, found = (dict(inspect.signature(one).parameters) for one in (ours, theirs))
     except ValueError:  # of a function in C that does not say
         yield f"{label} has no signature"
         return
@@ -67,7 +63,7 @@ def _parameters(label: str, theirs: Callable[..., Any], ours: Callable[..., Any]
         if name not in known:
             if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values()):
                 yield f"{label} takes {name!r}, which is not known"
-        elif not _same(parameter.default, known[name].default):
+        elif repr(parameter.default) != repr(known[name].default):
             yield (f"{label} has {name}={parameter.default!r}, known is {known[name].default!r}")
     places = [[n for n, p in side.items() if p.kind in _NAMED] for side in (found, known)]
     for name in places[1]:
@@ -76,11 +72,3 @@ def _parameters(label: str, theirs: Callable[..., Any], ours: Callable[..., Any]
     shared = [[name for name in side if name in found and name in known] for side in places]
     if shared[0] != shared[1]:
         yield f"{label} takes {', '.join(places[0])}, in another order"
-
-
-def _same(one: Any, other: Any) -> bool:
-    return repr(one) == repr(other)
-
-
-def _signature(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)

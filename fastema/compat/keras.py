@@ -21,10 +21,10 @@ Hook: TypeAlias = Literal["test", "predict", "epoch"]
 
 _FINALIZE: Final = "finalize_variable_values"
 
-_OWNER: Final = "_swap_ema_weights"
-"""Attribute of a model's: the callback that watches over it, or through which it has the average.
+_OWNERS: Final = "_swap_ema_weights"
+"""Attribute of a model's: the callbacks that watch over it, or have put the average there.
 
-There while that is so, and however the call ended: the next one takes back what it finds.
+The latest is the last. A call takes back what it finds there, however the one before ended.
 """
 
 
@@ -144,7 +144,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     """Validation, test and prediction run with the average that the optimizer keeps.
 
     For an optimizer with ``use_ema=True``. Average and weights change places before an evaluation
-    and after it: while the model holds the average, the optimizer's variables hold the weights.
+    and after it: while the model holds the average, the optimizer's variables hold the weights. At
+    the end of ``fit`` Keras leaves the average in the model whenever ``use_ema=True``.
 
     Parameters
     ----------
@@ -163,32 +164,11 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     Notes
     -----
-    The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15. At the end of ``fit``
-    Keras leaves the average in the model whenever ``use_ema=True``, with this callback or without.
-    It differs:
-
-    - There, on TensorFlow, the exchange is ``a += b; b = a - b; a = a - b``, which rounds: each
-      evaluation changes the weights in training, by 1e-3 of their size in float16. On PyTorch and
-      JAX each variable goes through NumPy. Here it is exact, on the first two one call of a
-      compiled kernel without further memory, on JAX an exchange of arrays, of which the averages
-      are copied once.
-    - There ``predict(callbacks=[...])`` leaves the average in the model, and the next evaluation
-      puts the weights in its place. Here the weights come back.
-    - There an evaluation that raises leaves the average in the model. Here the weights come back:
-      at once where the model raised, or anything in the validation of ``fit``; as the next ``fit``,
-      ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or ``load_weights`` begins, with this
-      callback, another one or none, where it was the data or another callback. So they do after a
-      ``fit`` that is cut short while the model holds the average for other callbacks.
-      :meth:`restore` does it by hand.
-    - There a ``fit`` with ``swap_on_epoch=True`` that ends before its last epoch, by
-      ``EarlyStopping`` for instance, leaves the weights in the model and the average nowhere. Here
-      it ends with the average, like any other.
-    - There an evaluation before the first step runs with weights of zero, or raises on
-      TensorFlow. Here it runs with the model's weights.
-    - On JAX a second ``fit`` with an optimizer that has ``use_ema=True`` fails in Keras: the first
-      one leaves weights and averages in the same arrays, which are then donated twice. Here, with
-      this callback in either, it works.
-    - There two of these callbacks undo each other without a word. Here this is an error.
+    The interface is that of ``keras.callbacks.SwapEMAWeights``, Keras 3.15; docs/drop-in.md says
+    what differs. After an evaluation that raises the weights come back at once where the model
+    raised, or anything in the validation of ``fit``; where it was the data or another callback, as
+    the next ``fit``, ``evaluate``, ``predict``, ``train_on_batch``, ``save`` or ``load_weights``
+    begins, with this callback or without. :meth:`restore` does it by hand.
 
     What ``use_ema`` averages is Keras' own affair: weights that are trained, at each batch, also
     where gradients are accumulated over several. :class:`fastema.keras.EMAWeights` counts steps of
@@ -213,37 +193,34 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._guards: list[Guard] = []
         self._fit_guards: list[Guard] = []
         self._model_owned: Any = None
-        self._owner_before: SwapEMAWeights | None = None
         self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
 
     def _own(self) -> None:
         """Be known to the model, for whoever is called next."""
-        before = vars(self.model).get(_OWNER)
-        if before is not self:
-            self._model_owned, self._owner_before = self.model, before
-            self.model.__dict__[_OWNER] = self  # unseen by Keras, which tracks what is set
+        # Unseen by Keras, which tracks what is set.
+        owners = self.model.__dict__.setdefault(_OWNERS, [])
+        if self not in owners:
+            owners.append(self)
+            self._model_owned = self.model
 
     def _disown(self) -> None:
-        if self._hook is not None or self._fit_guards:
+        if self._model_owned is None or self._hook is not None or self._fit_guards:
             return
-        model, before = self._model_owned, self._owner_before
-        self._model_owned = self._owner_before = None
-        if model is not None and vars(model).get(_OWNER) is self:
-            if before is None:
-                del vars(model)[_OWNER]
-            else:
-                vars(model)[_OWNER] = before
+        model, self._model_owned = self._model_owned, None
+        owners = vars(model).get(_OWNERS, [])
+        if self in owners:
+            owners.remove(self)
+        if not owners:
+            vars(model).pop(_OWNERS, None)
 
     def _take_over(self) -> None:
         """Take back what earlier calls left in the model, whichever callback's they were."""
         self._leave()
-        self._run, is_twice = self.params, False
-        other = self.model.__dict__.pop(_OWNER, None)
-        while other is not None:
-            is_twice |= other is not self and other._run is self._run
-            before = other._owner_before
-            other._leave()
-            other = before
+        self._run = self.params
+        others = self.model.__dict__.pop(_OWNERS, [])
+        is_twice = any(one is not self and one._run is self._run for one in others)
+        for one in reversed(others):
+            one._leave()
         if is_twice:
             raise StateError(
                 "two SwapEMAWeights in one list of callbacks would undo each other: leave one of "
@@ -255,8 +232,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._hook is not None:
             return
         model = self.model
-        other = vars(model).get(_OWNER)
-        if other is not None and other is not self and other._hook is not None:
+        latest = vars(model).get(_OWNERS, [])[-1:]
+        if any(one is not self and one._hook is not None for one in latest):
             return  # it is there, at the end of an epoch of the fit around this
         if not _optimizers(model):
             raise ArgumentError(

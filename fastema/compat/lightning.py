@@ -10,14 +10,14 @@ work with those older versions, too, that have none of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final, Literal
 
 import torch
 
-from fastema.compat.following import Follower
+from fastema.compat.averager import ModelAverager
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.errors import ArgumentError, StateError
@@ -26,15 +26,9 @@ __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
 _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
-_PREFIX: Final = "module."
-"""What an ``AveragedModel`` puts before the names of its model's tensors."""
-
 
 def _installed() -> list[Any]:
-    """The Lightnings there are. Each knows its own classes only, and the first brings the second.
-
-    Which of them a trainer will come from cannot be told before there is one.
-    """
+    """The Lightnings there are: each knows its own classes, and the first brings the second."""
     found = []
     for package in _PACKAGES:
         with suppress(ModuleNotFoundError):
@@ -63,13 +57,7 @@ def _is_sharding(strategy: Any) -> bool:
     return isinstance(strategy, tuple(one for one in theirs if one is not None))
 
 
-def _warn(message: str) -> None:
-    _LIGHTNINGS[0].utilities.rank_zero_warn(message)
-
-
-def _inform(message: str) -> None:
-    _LIGHTNINGS[0].utilities.rank_zero_info(message)
-
+_utilities: Final = _LIGHTNINGS[0].utilities
 
 _WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
 
@@ -77,10 +65,15 @@ _WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
 class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     """Averages the weights in training; validation, and the model at the end, have the average.
 
+    Override :meth:`should_update` to say after which steps and epochs the average is updated. The
+    first update copies the weights; before it the average is not used for anything. Checkpoints
+    have the layout of Lightning's own (2.6.6), and each of the two resumes the other's.
+    docs/drop-in.md says what they hold, and what differs.
+
     Parameters
     ----------
     device : torch.device, str or int, optional
-        Of the average; by default the model's.
+        Of the average; by default the model's. 0 is the first GPU.
     use_buffers : bool
         Average floating-point buffers too; else they are copied at each update.
     **kwargs
@@ -92,64 +85,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     LayoutError
         At an update, where the model has other tensors than when ``fit`` began, naming them.
     StateError
-        As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's: the
-        one would train on the other's average.
+        As ``fit`` begins, for a trainer with two averaging callbacks, of ours or Lightning's.
     ArgumentError
-        As ``fit`` begins, for a strategy that divides the weights among processes: use
-        :class:`fastema.EMA` there.
-
-    Notes
-    -----
-    Override :meth:`should_update` to say after which steps and epochs the average is updated. The
-    first update copies the weights.
-
-    A checkpoint has the layout of Lightning's own: ``state_dict`` is the average,
-    ``current_model_state`` the weights in training, ``averaging_state`` the number of updates. Each
-    of the two resumes the other's. So has one that is written as training ends
-    (``ModelCheckpoint(save_last=True)``) or after an exception. Once ``fit`` has returned, the
-    model has the average for good, and ``trainer.save_checkpoint`` saves the model as it is: a run
-    that resumes from there goes on from the average, with a warning.
-
-    In an exception the weights come back when the callback's ``on_exception`` is called: in that
-    of a callback that comes before it in the trainer's list, an exception in a validation still
-    finds the average in the model.
-
-    Where it differs from Lightning's callback:
-
-    - Before its first update the average is not used for anything: validation, checkpoints and the
-      model at the end have the weights themselves (Lightning's: those that training began with,
-      so that a run without any update ends where it began; Lightning#21724).
-    - Average and weights change places in place, bit for bit, whatever their dtypes, without a copy
-      of each tensor on the way. Under ``precision="bf16-true"`` the average is float32 and stays
-      so (Lightning's is rounded to bfloat16 by each validation).
-    - An exception or an interrupt in a validation leaves the model with its own weights.
-    - A checkpoint that is written as training ends has the weights in training besides the average
-      (Lightning's: the average twice, from which a resumed run goes on).
-    - To resume a run that is finished gives the model the average (Lightning's: the weights in
-      training).
-    - Where a batch makes several steps, of several optimizers or in manual optimization,
-      :meth:`should_update` is asked about each of them, and the average is updated at the end of
-      the batch if it is True for one (Lightning's asks about the last one, whose number may never
-      be a multiple of ``update_every_n_steps``). Put in the place of Lightning's by
-      ``fastema.compat.install("lightning")``, it asks as Lightning's does.
-    - A checkpoint that is written in a validation does not mistake the one for the other.
-    - ``ModelCheckpoint(save_weights_only=True)`` saves the average, whose metrics it monitors
-      (Lightning's: the weights in training).
-    - Outside ``fit`` it leaves the model alone: ``test(ckpt_path="best")`` tests the average,
-      which is what ``state_dict`` holds (Lightning's tests the weights in training if the same
-      trainer has fitted before), ``validate`` what the model holds (Lightning's: the last average,
-      whatever was loaded), and ``save_checkpoint`` saves what it holds (Lightning's: the last
-      average).
-    - Integer buffers are copied exactly, 16-bit averages do not stall, tied weights are averaged
-      once, a model with other tensors is refused: see ``AveragedModel``.
-    - A second ``fit`` counts its steps anew where its trainer does, and the epoch of the latest
-      update is saved, too (under a name that Lightning's ignores).
-    - ``device=0`` is the first GPU.
-
-    References
-    ----------
-    Lightning 2.6.6, https://lightning.ai/docs/pytorch/stable/api/
-    lightning.pytorch.callbacks.WeightAveraging.html
+        As ``fit`` begins, for a strategy that divides the weights among processes.
     """
 
     def __init__(
@@ -165,7 +103,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._average_model: AveragedModel | None = None
         self._latest_update_step = 0
         self._latest_update_epoch = -1
-        self._follower: Follower | None = None
+        self._averager: ModelAverager | None = None
         self._exchange: RestoringBlock[None] | None = None
         # "ended": the model has the average, and what is saved still has the weights in training.
         self._phase: Literal["outside", "training", "ended", "failed"] = "outside"
@@ -181,19 +119,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         return self._average_model is not None and bool(self._average_model.n_averaged)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to update the average now; override it.
+        """Whether to update the average now, by default after each step; override it.
 
-        Parameters
-        ----------
-        step_idx : int, optional
-            Of the optimizer's latest step, from 0; None at the end of an epoch.
-        epoch_idx : int, optional
-            Of the epoch that ends, from 0; None after a step.
-
-        Returns
-        -------
-        bool
-            By default True after each step.
+        ``step_idx`` is the number of the optimizer's latest step, from 0, or None at the end of an
+        epoch; ``epoch_idx`` that of the epoch that ends, or None after a step.
         """
         return step_idx is not None
 
@@ -221,7 +150,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "(docs/sharded.md)."
             )
         if _overrides_configure_model(pl_module):
-            _warn(
+            _utilities.rank_zero_warn(
                 "WeightAveraging calls configure_model() before the trainer does, to know all "
                 "layers: they are not sharded, and may not fit in the memory of one device."
             )
@@ -232,12 +161,12 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             use_buffers=self._use_buffers,
             **self._kwargs,
         )
-        self._follower = Follower(self._average_model.module)
+        self._averager = ModelAverager(self._average_model.module)
         self._latest_update_step = trainer.global_step
         self._latest_update_epoch = trainer.current_epoch - 1
         self._steps_seen, self._batches_since = trainer.global_step, 0
         self._phase = "training"
-        self._see_what_is_saved(trainer.strategy)
+        self._wrap_strategy(trainer.strategy)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -267,7 +196,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Put the average into the model, for good as soon as nothing more of the fit is saved."""
-        self._take_back()
+        self._restore()
         self._phase = "ended"
         self._copy_average_to_current(pl_module)
 
@@ -283,7 +212,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the model its own weights back, wherever the exception came from."""
-        self._take_back()
+        self._restore()
         if self._phase != "outside":  # others save the run after this
             self._phase = "failed"
 
@@ -299,8 +228,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._give(pl_module)
 
     def _leave(self) -> None:
-        self._take_back()
-        self._see_nothing()
+        self._restore()
+        self._unwrap_strategy()
         self._phase = "outside"
 
     # -- the average in the model ------------------------------------------------------------------
@@ -308,42 +237,39 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     # Subclasses override these two: they are called when, and as often as, Lightning's are.
 
     def _swap_models(self, pl_module: Any) -> None:
-        """Average and weights change places; a second call undoes it.
-
-        Before the first update there is nothing to exchange.
-        """
+        """Average and weights change places, where there is an average; a second call undoes it."""
         if self._exchange is None:
-            self._put_in(pl_module)
+            self._apply(pl_module)
         else:
-            self._take_back()
+            self._restore()
 
     def _copy_average_to_current(self, pl_module: Any) -> None:
         """Give the model the average: as training ends in exchange, until nothing more is saved."""
         if self._phase == "ended":
-            self._put_in(pl_module)
+            self._apply(pl_module)
         else:
             self._give(pl_module)
 
-    def _put_in(self, pl_module: Any) -> None:
-        assert self._follower is not None
+    def _apply(self, pl_module: Any) -> None:
+        assert self._averager is not None
         self._exchange = (
-            self._follower.swapped(pl_module) if self._begun else RestoringBlock(_change_nothing)
+            self._averager.swapped(pl_module) if self._begun else RestoringBlock(_change_nothing)
         )
         try:
             self._exchange.__enter__()
         except BaseException:
-            self._take_back()
+            self._restore()
             raise
 
-    def _take_back(self) -> None:
+    def _restore(self) -> None:
         if self._exchange is not None:
             self._exchange.close()
             self._exchange = None
 
     def _give(self, pl_module: Any) -> None:
-        assert self._follower is not None
+        assert self._averager is not None
         if self._begun:
-            self._follower.give(pl_module)
+            self._averager.give(pl_module)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -356,10 +282,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there. Lightning's callback does not save the epoch: then none is assumed.
-
-        Nor does it save how many batches have made steps since: then all steps that have.
-        """
+        """Go on from there; in Lightning's own state no epoch is known, and all steps count."""
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
         self._batches_since = state_dict.get(
@@ -369,7 +292,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the average into ``state_dict``, and what was there into ``current_model_state``."""
         if self._phase == "outside" or self._average_model is None:
-            _inform(
+            _utilities.rank_zero_info(
                 "WeightAveraging: there is no average outside fit, and the checkpoint holds none "
                 "besides the model's own weights (after a fit, these are the average)."
             )
@@ -377,18 +300,14 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if self._exchange is not None:
             self._save_in_exchange(trainer, pl_module, checkpoint)
             return
-        current = checkpoint["state_dict"]
-        average = self._average_model.state_dict()
-        checkpoint["current_model_state"] = current
-        checkpoint["averaging_state"] = {
-            name: value for name, value in average.items() if not name.startswith(_PREFIX)
-        }
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
         if self._begun:
-            checkpoint["state_dict"] = _without_prefix(average)
+            checkpoint["state_dict"] = self._average_model.module.state_dict()
 
     def _save_in_exchange(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save average and weights from their own places, as copies, and exchange them again."""
-        self._take_back()
+        self._restore()
         try:
             checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
             self.on_save_checkpoint(trainer, pl_module, checkpoint)
@@ -398,7 +317,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                     for name, value in checkpoint[part].items()
                 }
         finally:
-            self._put_in(pl_module)
+            self._apply(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on with the average and the weights of a checkpoint, this one's or Lightning's."""
@@ -407,21 +326,21 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             return
         self._steps_seen = checkpoint["global_step"]
         if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
-            _warn(
+            _utilities.rank_zero_warn(
                 "The checkpoint was written without WeightAveraging: the average begins with the "
                 "first update from here."
             )
             return
-        _inform("WeightAveraging: the checkpoint has an average, which goes on.")
-        average = {_PREFIX + name: value for name, value in checkpoint["state_dict"].items()}
+        _utilities.rank_zero_info("WeightAveraging: the checkpoint has an average, which goes on.")
+        average = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
         strict = getattr(pl_module, "strict_loading", True)
         self._average_model.load_state_dict(average | checkpoint["averaging_state"], strict=strict)
         # It was given the average, which is what "state_dict" holds.
         pl_module.load_state_dict(checkpoint["current_model_state"], strict=strict)
 
-    def _see_what_is_saved(self, strategy: Any) -> None:
+    def _wrap_strategy(self, strategy: Any) -> None:
         """Stand before ``strategy.save_checkpoint``: weights alone are saved without hooks."""
-        self._see_nothing()
+        self._unwrap_strategy()
         inner = strategy.save_checkpoint
         own = "save_checkpoint" in vars(strategy)
 
@@ -438,7 +357,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         strategy.save_checkpoint = save_checkpoint
         self._unwrap = unwrap
 
-    def _see_nothing(self) -> None:
+    def _unwrap_strategy(self) -> None:
         if self._unwrap is not None:
             self._unwrap()
             self._unwrap = None
@@ -448,7 +367,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if "averaging_state" in checkpoint or self._exchange is not None or not self._begun:
             return checkpoint
         assert self._average_model is not None
-        average = _without_prefix(self._average_model.state_dict())
+        average = self._average_model.module.state_dict()
         current = checkpoint["state_dict"]
         return checkpoint | {
             "state_dict": {name: average.get(name, value) for name, value in current.items()}
@@ -459,20 +378,10 @@ def _change_nothing() -> Steps[None]:
     return Steps(lambda: None, lambda: None)
 
 
-def _without_prefix(average: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name.removeprefix(_PREFIX): value
-        for name, value in average.items()
-        if name.startswith(_PREFIX)
-    }
-
-
 def _overrides_configure_model(pl_module: Any) -> bool:
     """Whether the user's module, and not Lightning's base class, has the hook."""
-    for kind in type(pl_module).__mro__:
-        if "configure_model" in vars(kind):
-            return not kind.__module__.startswith(_PACKAGES)
-    return False
+    hook = getattr(type(pl_module), "configure_model", None)
+    return hook is not None and not hook.__module__.startswith(_PACKAGES)
 
 
 _EMAWeightAveraging: Any = type(
@@ -481,17 +390,17 @@ _EMAWeightAveraging: Any = type(
 
 
 class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
-    """Exponential moving average of the weights.
+    """Exponential moving average of the weights; see :class:`WeightAveraging`.
 
     ``avg = decay**n * avg + (1 - decay**n) * x`` after every n-th step of the optimizer, the first
     time ``avg = x``.
 
     Parameters
     ----------
-    device, use_buffers
+    device, use_buffers, **kwargs
         See :class:`WeightAveraging`.
     decay : float
-        Weight of the old average per step, in [0, 1].
+        Weight of the old average per step, in [0, 1]; per batch where that makes several steps.
     update_every_n_steps : int
         The average is updated after the steps whose number, from 0, this divides; 0 for after none.
         Lightning numbers the steps of all optimizers in one row: with two of them, 2 is each batch.
@@ -503,28 +412,11 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
     peer_exact : bool
         Lightning's numbers: ``decay`` per update, not per step, so that ``update_every_n_steps=10``
         averages over ten times as many steps. To resume a run of Lightning's callback.
-    **kwargs
-        Further ones of :class:`fastema.compat.swa_utils.AveragedModel`.
 
     Raises
     ------
     ArgumentError
         For a decay outside [0, 1], and for an averaging function besides it.
-
-    Notes
-    -----
-    Where it differs from Lightning's callback: ``update_every_n_steps`` does not change over how
-    many steps is averaged, see ``peer_exact``, unless ``fastema.compat.install("lightning")`` put
-    it in the place of Lightning's; and in all that :class:`WeightAveraging` lists. An
-    epoch has no number of steps that is known before: at its end the decay is that per epoch, as
-    in Lightning's. Where a batch makes several steps, of several optimizers, ``decay`` is that per
-    batch, as in Lightning's, whatever ``update_every_n_steps``: ``n`` is the number of batches with
-    steps since the latest update.
-
-    References
-    ----------
-    Lightning 2.6.6, https://lightning.ai/docs/pytorch/stable/api/
-    lightning.pytorch.callbacks.EMAWeightAveraging.html
     """
 
     def __init__(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import cache
 from numbers import Real
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -43,59 +41,37 @@ def _on_host(leaf: Any) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def _all_numpy(*operands: Any) -> bool:
-    """Whether none of these makes JAX arrays of the others."""
-    return not any(isinstance(one, jax.Array) for one in operands)
+_promoted: Final[dict[tuple[Any, ...], np.dtype[Any] | None]] = {}
+"""The dtypes that Optax gives, None where it gives none, by all that they depend on."""
 
 
-@cache
-def _promoted(
-    new: tuple[bool, Hashable],
-    old: tuple[bool, Hashable],
-    weight: Any,
-    of: Any,
-    weak: bool,
-    wide: bool,
-) -> np.dtype[Any] | None:
-    """The dtype that Optax gives, asked with nothing in it; None where it gives none.
+def _promoted_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
+    """The dtype that Optax gives, asked with nothing in the arrays; None where it gives none."""
+    sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
+    weight = type(step_size), getattr(step_size, "dtype", None), _is_weak(step_size)
+    key = *sides, *weight, bool(jax.config.jax_enable_x64)
+    if key not in _promoted:
+        empty: list[Any] = [(np if numpy else jnp).zeros(0, dtype) for numpy, dtype in sides]
+        try:
+            found: Any = optax.incremental_update(*empty, step_size)
+            _promoted[key] = np.dtype(found.dtype)
+        except TypeError:
+            _promoted[key] = None
+    return _promoted[key]
 
-    Parameters
-    ----------
-    new, old : tuple
-        Whether NumPy's, and the dtype.
-    weight, of : type, dtype or None
-        Of the weight.
-    weak : bool
-        Whether the weight gives way to the dtypes of others, as Python's numbers do.
-    wide : bool
-        Whether JAX has 64 bits now.
-    """
-    sides: list[Any] = [(np if numpy else jnp).zeros(0, dtype) for numpy, dtype in (new, old)]
-    try:
-        if of is None:
-            scale = weight(0)
-        elif weak:
-            scale = jnp.asarray(np.zeros((), of).item())
-        else:
-            scale = (jnp if weight is jax.Array else np).zeros((), of)
-        found: Any = optax.incremental_update(*sides, scale)
-    except TypeError:
-        return None
-    dtype: np.dtype[Any] = np.dtype(found.dtype)
-    return dtype
+
+def _is_weak(value: Any) -> bool:
+    """Whether it gives way to the dtypes of others, as Python's numbers do."""
+    return bool(getattr(value, "weak_type", False))
 
 
 def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
     """The dtype of the average of two leaves; None where it is Optax's affair."""
     if not (_on_host(new) and _on_host(old) and new.shape == old.shape and old.size):
         return None
-    if getattr(new, "weak_type", False) or getattr(old, "weak_type", False):
+    if _is_weak(new) or _is_weak(old):
         return None
-    kind: Any = jax.Array if isinstance(step_size, jax.Array) else type(step_size)
-    sides = [(isinstance(one, np.ndarray), one.dtype) for one in (new, old)]
-    x64 = bool(jax.config.jax_enable_x64)
-    weak = bool(getattr(step_size, "weak_type", False))
-    found = _promoted(*sides, kind, getattr(step_size, "dtype", None), weak, x64)
+    found = _promoted_dtype(new, old, step_size)
     if found is None or len(_devices(new, old, step_size)) > 1:
         return None
     codes = [NAMES.get(one.name) for one in (found, new.dtype, old.dtype)]
@@ -124,7 +100,7 @@ def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
     return memory
 
 
-def _shown(memory: NDArray[Any], *like: Any) -> Any:
+def _to_jax(memory: NDArray[Any], *like: Any) -> Any:
     """Memory that nobody else knows as a JAX array, on the device that these make of it."""
     arrays = [one for one in like if isinstance(one, jax.Array)]
     chosen = next((one for one in arrays if one.committed), arrays[0] if arrays else None)
@@ -143,46 +119,45 @@ def _lerp(
     """
     others, treedef = jax.tree.flatten(new, is_leaf=_is_none)
     leaves = others if old is None else treedef.flatten_up_to(old)
+    pairs = {str(place): pair for place, pair in enumerate(zip(others, leaves, strict=True))}
     averages: dict[str, NDArray[Any]] = {}
-    xs: dict[str, Any] = {}
-    for place, (x, avg) in enumerate(zip(others, leaves, strict=True)):
+    for place, (x, avg) in pairs.items():
         dtype = _averaged_dtype(x, avg, weight)
         if dtype is None:
             continue
         if kept is not None and parse(NAMES[dtype.name]).parts == 1:
             dtype = kept
-        averages[str(place)] = _copied(avg, dtype) if old is not None else _empty(x.shape, dtype)
-        xs[str(place)] = x
+        averages[place] = _copied(avg, dtype) if old is not None else _empty(x.shape, dtype)
         if old is None:
-            averages[str(place)].fill(0)
+            averages[place].fill(0)
     if averages:
+        xs = {place: pairs[place][0] for place in averages}
         plan = Plan(averages, xs, rounding="nearest" if step is None else "stochastic")
         plan.calls = step or 0
         plan.lerp_(float(weight))
     made = []
-    for place, (x, avg) in enumerate(zip(others, leaves, strict=True)):
-        memory = averages.get(str(place))
+    for place, (x, avg) in pairs.items():
+        memory = averages.get(place)
         if memory is None:
             made.append(optax.incremental_update(x, 0.0 if old is None else avg, weight))
-        elif _all_numpy(x, avg, weight):
+        elif not any(isinstance(one, jax.Array) for one in (x, avg, weight)):
             made.append(memory if memory.ndim else memory[()])
         else:
-            made.append(_shown(memory, avg, x, weight))
+            made.append(_to_jax(memory, avg, x, weight))
     return treedef.unflatten(made)
 
 
 def incremental_update(
     new_tensors: Any, old_tensors: Any, step_size: Any, *, step: int | None = None
 ) -> Any:
-    """``step_size * new + (1 - step_size) * old`` of two trees, as a new one.
+    """Return ``step_size * new + (1 - step_size) * old`` of two trees, as a new one.
 
     Parameters
     ----------
     new_tensors, old_tensors : pytree of JAX or NumPy arrays
         Of one structure; both stay as they are. None stands for what is left out.
     step_size : float or scalar array
-        Weight of the *new* values, ``1 - decay``. With an array of several this is Optax's
-        function.
+        Weight of the *new* values, ``1 - decay``.
     step : int, optional
         The number of the update: averages in float16 and bfloat16 are then rounded at random, by
         bits that are a function of it, the leaf's place in the tree and the element. Without it
@@ -196,24 +171,15 @@ def incremental_update(
     Raises
     ------
     ArgumentError
-        If ``step_size`` is not finite, or ``step`` is given in a traced function or with an array
-        of step sizes.
+        If ``step_size`` is not finite, or ``step`` is given where Optax's function is called.
 
     Notes
     -----
-    ``optax.incremental_update`` of Optax 0.2.8, by one call of a compiled kernel for all leaves in
-    the memory of the host; the difference is one of rounding, since the kernel computes in float32
-    and rounds once. (Optax rounds ``step_size * new`` to the dtype of ``new``: a float32 average of
-    bfloat16 values is off in the fourth digit there.)
-
-    Called in the open, Optax makes two temporaries and three passes per leaf. Within ``jax.jit``,
-    and for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or that are
-    broadcast, this *is* Optax's function: XLA makes it one pass, as quick as it can be, and without
-    new memory where the old average is donated. If the whole step is one compiled function, leave
-    it there.
-
-    To keep one average in place over a run, without a new tree at each step, use
-    :class:`fastema.EMA`.
+    One call of a compiled kernel, computed in float32 and rounded once, where Optax (0.2.8) makes
+    two temporaries and three passes per leaf. Within ``jax.jit``, with an array of step sizes, and
+    for leaves on an accelerator, of integers, of subclasses of NumPy's arrays, or that are
+    broadcast, this *is* Optax's function, which XLA makes one pass. To keep one average in place
+    over a run, use :class:`fastema.EMA`.
 
     Examples
     --------
@@ -233,34 +199,12 @@ def incremental_update(
 
 
 def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_period: Any) -> Any:
-    """The new tree at every ``update_period``-th step, the old one between.
+    """Return the new tree where ``steps`` is a multiple of ``update_period``, the old one between.
 
-    Parameters
-    ----------
-    new_tensors, old_tensors : pytree of JAX or NumPy arrays
-        Of one structure, shapes and dtypes.
-    steps, update_period : int or scalar array
-        New where ``steps`` is a multiple of the period. With floats this is Optax's function.
+    Without a copy of JAX arrays; NumPy arrays become copies of JAX. Within ``jax.jit``, and for
+    floats as steps, it *is* Optax's function (0.2.8). A period below 1 is an ArgumentError, trees
+    that differ in more than their values are a TypeError.
 
-    Returns
-    -------
-    pytree
-        JAX arrays: those that were given, and copies of NumPy arrays.
-
-    Raises
-    ------
-    ArgumentError
-        For a period below 1.
-    TypeError
-        If the two trees differ in more than their values.
-
-    Notes
-    -----
-    ``optax.periodic_update`` of Optax 0.2.8, without a copy of JAX arrays. Within ``jax.jit`` it
-    *is* that function.
-
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> old, new = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
     >>> [periodic_update(new, old, step, 2)["w"][0].item() for step in (1, 2)]
@@ -295,16 +239,17 @@ def _as_jax(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
     array = np.asarray(leaf)
-    return _shown(_copied(array, jnp.result_type(leaf)))
+    return _to_jax(_copied(array, jnp.result_type(leaf)))
 
 
 def ema(
     decay: Any, debias: bool = True, accumulator_dtype: Any | None = None
 ) -> optax.GradientTransformation:
-    """The moving average of updates as a gradient transformation.
+    """Return the moving average of updates as a gradient transformation.
 
-    ``ema = decay * ema + (1 - decay) * update`` from zero; the transformed update is
-    ``ema / (1 - decay ** n)`` at the n-th step where it is debiased, and ``ema`` itself otherwise.
+    ``ema = decay * ema + (1 - decay) * update`` from zero; the transformed update is ``ema / (1 -
+    decay ** n)`` at the n-th step where it is debiased, and ``ema`` itself otherwise. The state is
+    Optax's own :class:`EmaState`, of ``count`` and ``ema``.
 
     Parameters
     ----------
@@ -315,18 +260,11 @@ def ema(
     accumulator_dtype : dtype, optional
         Of the average in the state; by default that of the parameters.
 
-    Returns
-    -------
-    optax.GradientTransformation
-        ``init`` and ``update``, with Optax's own :class:`EmaState` of ``count`` and ``ema``.
-
     Notes
     -----
-    ``optax.ema`` of Optax 0.2.8. Called in the open, on leaves in the host's memory, one call of a
-    compiled kernel averages, and one more divides, computed in float32 and rounded once; averages
-    of float16 and bfloat16 are rounded at random there, by bits that are a function of ``count``,
-    the leaf's place in the tree and the element, where Optax's stand still. Within ``jax.jit``,
-    where optimizers mostly are, this *is* Optax's transformation, which XLA makes one pass.
+    Outside of ``jax.jit``, on leaves in the host's memory, one call of a kernel averages, and one
+    more divides; 16-bit averages are rounded at random, by bits that are a function of ``count``,
+    the leaf's place in the tree and the element. Within ``jax.jit`` this *is* Optax's (0.2.8).
 
     Examples
     --------

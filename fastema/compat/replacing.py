@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from fastema.compat.interface import differences
@@ -17,24 +17,6 @@ from fastema.errors import ArgumentError, PeerError, listed
 __all__ = ["Installation", "install", "installed", "uninstall"]
 
 
-class _Peer(NamedTuple):
-    """A package whose names are replaced.
-
-    Attributes
-    ----------
-    distribution : str
-        What its version is asked by.
-    home : str
-        The module that defines the names.
-    names : tuple of str
-        What is replaced: there, and wherever else it was imported to.
-    """
-
-    distribution: str
-    home: str
-    names: tuple[str, ...]
-
-
 _FUNCTIONS: Final = (
     *("get_ema_multi_avg_fn", "get_swa_multi_avg_fn", "get_ema_avg_fn", "get_swa_avg_fn"),
     "update_bn",
@@ -42,29 +24,26 @@ _FUNCTIONS: Final = (
 
 _LIGHTNING: Final = ("WeightAveraging", "EMAWeightAveraging")
 
-_KNOWN: Final = {
-    "diffusers": [_Peer("diffusers", "diffusers.training_utils", ("EMAModel",))],
-    "ema_pytorch": [
-        _Peer("ema-pytorch", "ema_pytorch.ema_pytorch", ("EMA",)),
-        _Peer("ema-pytorch", "ema_pytorch.ema_pytree_pytorch", ("EMAPytree",)),
-        _Peer("ema-pytorch", "ema_pytorch.post_hoc_ema", ("KarrasEMA", "PostHocEMA")),
-    ],
-    "keras": [_Peer("keras", "keras.src.callbacks.swap_ema_weights", ("SwapEMAWeights",))],
-    "lightning": [
-        _Peer("lightning", "lightning.pytorch.callbacks.weight_averaging", _LIGHTNING),
-        _Peer("pytorch-lightning", "pytorch_lightning.callbacks.weight_averaging", _LIGHTNING),
-    ],
-    "swa_utils": [_Peer("torch", "torch.optim.swa_utils", ("AveragedModel", *_FUNCTIONS))],
-    "tensorflow": [
-        _Peer(
-            "tensorflow",
-            "tensorflow.python.training.moving_averages",
-            ("ExponentialMovingAverage",),
-        )
-    ],
-    "timm": [_Peer("timm", "timm.utils.model_ema", ("ModelEma", "ModelEmaV2", "ModelEmaV3"))],
-    "torch_ema": [_Peer("torch-ema", "torch_ema.ema", ("ExponentialMovingAverage",))],
+_AVERAGE: Final = ("ExponentialMovingAverage",)
+
+_KNOWN: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "diffusers": {"diffusers.training_utils": ("EMAModel",)},
+    "ema_pytorch": {
+        "ema_pytorch.ema_pytorch": ("EMA",),
+        "ema_pytorch.ema_pytree_pytorch": ("EMAPytree",),
+        "ema_pytorch.post_hoc_ema": ("KarrasEMA", "PostHocEMA"),
+    },
+    "keras": {"keras.src.callbacks.swap_ema_weights": ("SwapEMAWeights",)},
+    "lightning": {
+        "lightning.pytorch.callbacks.weight_averaging": _LIGHTNING,
+        "pytorch_lightning.callbacks.weight_averaging": _LIGHTNING,
+    },
+    "swa_utils": {"torch.optim.swa_utils": ("AveragedModel", *_FUNCTIONS)},
+    "tensorflow": {"tensorflow.python.training.moving_averages": _AVERAGE},
+    "timm": {"timm.utils.model_ema": ("ModelEma", "ModelEmaV2", "ModelEmaV3")},
+    "torch_ema": {"torch_ema.ema": _AVERAGE},
 }
+"""What is replaced of each peer: where it is defined, and wherever else it was imported to."""
 
 
 class _Replaced(NamedTuple):
@@ -89,10 +68,7 @@ _horizons: dict[str, Horizon] = {}
 class Installation:
     """Peers whose classes are replaced until the end of a ``with`` block, or for good.
 
-    Attributes
-    ----------
-    peers : tuple of str
-        Those that this call replaced; what was replaced before is left when the block ends.
+    ``peers`` are those that the call replaced; what was replaced before stays so.
     """
 
     def __init__(self, places: dict[str, list[_Replaced]]) -> None:
@@ -102,12 +78,7 @@ class Installation:
     def __enter__(self) -> Installation:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with _lock:
             for peer, places in self._places.items():
                 if _installed.get(peer) is places:  # not one that was installed anew meanwhile
@@ -120,28 +91,21 @@ class Installation:
 def install(*peers: str, horizon: Horizon = "peer") -> Installation:
     """Put our classes in the place of a peer's: an existing script gains the kernels unchanged.
 
-    They update after the same steps as the peer's, with the same weights.
-
     Their names are replaced where they are defined and in every module that has imported them, so
-    it does not matter whether the script imports them before or after. Averages that exist already
-    stay what they are; their states can be saved, but pickled as whole objects only once the peer's
-    classes are back where pickle looks for them.
+    it does not matter whether the script imports them before or after. They update after the same
+    steps as the peer's, with the same weights. Averages that exist already stay what they are;
+    their states can be saved, but pickled as whole objects only once the peer's classes are back.
 
     Parameters
     ----------
     *peers : str
-        ``"diffusers"`` (``EMAModel``), ``"ema_pytorch"`` (``EMA``, ``EMAPytree``, ``KarrasEMA``,
-        ``PostHocEMA``), ``"keras"`` (``SwapEMAWeights``), ``"lightning"`` (``WeightAveraging``,
-        ``EMAWeightAveraging``),
-        ``"swa_utils"`` (``AveragedModel``, ``get_ema_multi_avg_fn`` and the like, ``update_bn`` of
-        :mod:`torch.optim.swa_utils`), ``"tensorflow"`` (``tf.train.ExponentialMovingAverage``),
-        ``"timm"`` (``ModelEma``, ``ModelEmaV2``, ``ModelEmaV3``), ``"torch_ema"``
-        (``ExponentialMovingAverage``). One that is replaced already is left so.
+        ``"diffusers"``, ``"ema_pytorch"``, ``"keras"``, ``"lightning"``, ``"swa_utils"`` (of
+        :mod:`torch.optim`), ``"tensorflow"``, ``"timm"``, ``"torch_ema"``: docs/drop-in.md lists
+        their classes. One that is replaced already is left so.
     horizon : {"peer", "corrected"}
         Over how many steps ``update_every`` (ema_pytorch) and ``update_every_n_steps`` (Lightning)
         average. ``"peer"`` (default): as there, times as many as it says. ``"corrected"``: as many
-        as with an update after every step; it is what those have who import the classes from
-        :mod:`fastema.compat`. The other peers' classes have no such difference.
+        as with an update after every step, as the classes of :mod:`fastema.compat` do.
 
     Returns
     -------
@@ -193,19 +157,10 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
 
 
 def uninstall(*peers: str) -> None:
-    """Give a peer's classes back, wherever :func:`install` replaced them.
+    """Give peers' classes back, by default all, wherever :func:`install` replaced them.
 
-    What a module has imported in the meantime it keeps, and so do averages that were built.
-
-    Parameters
-    ----------
-    *peers : str
-        By default all that are installed.
-
-    Raises
-    ------
-    ArgumentError
-        For one that is not installed; nothing was changed.
+    What a module has imported in the meantime it keeps, and so do averages that were built. An
+    ArgumentError for one that is not installed; nothing was changed then.
     """
     with _lock:
         strange = [peer for peer in peers if peer not in _installed]
@@ -231,21 +186,34 @@ def installed() -> tuple[str, ...]:
 
 def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     """Theirs and ours of every name, if the peer's interface is the known one."""
-    present = [peer for peer in _KNOWN[name] if _is_there(peer.home.partition(".")[0])]
+    known = _KNOWN[name]
+    present = [home for home in known if _is_there(home.partition(".")[0])]
     if not present:
-        raise PeerError(f"{_KNOWN[name][0].distribution} is not installed: nothing to replace")
+        raise PeerError(f"{_distribution(next(iter(known)))} is not installed: nothing to replace")
     inside = "peer_horizon." if horizon == "peer" and name in _DIFFER else ""
     pairs = []
-    for peer in present:
-        problems, found = _compared(peer, f"fastema.compat.{inside}{name}")
+    for home in present:
+        problems, found = _compared(home, known[home], f"fastema.compat.{inside}{name}")
         if problems:
+            distribution = _distribution(home)
             raise PeerError(
-                f"{peer.distribution} {_version(peer.distribution)} has an interface that fastema "
-                f"does not know:\n{listed(problems)}\nImport from fastema.compat.{name} instead, "
-                "or use a version that it knows."
+                f"{distribution} {_version(distribution)} has an interface that fastema does not "
+                f"know:\n{listed(problems)}\nImport from fastema.compat.{name} instead, or use a "
+                "version that it knows."
             )
         pairs += found
     return pairs
+
+
+def _distribution(home: str) -> str:
+    return home.partition(".")[0].replace("_", "-")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "of an unknown version"
 
 
 def _is_there(package: str) -> bool:
@@ -255,24 +223,19 @@ def _is_there(package: str) -> bool:
         return package in sys.modules
 
 
-def _compared(peer: _Peer, module: str) -> tuple[list[str], list[tuple[Any, Any]]]:
+def _compared(
+    home: str, names: tuple[str, ...], module: str
+) -> tuple[list[str], list[tuple[Any, Any]]]:
     try:
-        home = import_module(peer.home)
+        theirs = import_module(home)
     except Exception as error:  # whatever goes wrong in a package that is broken
-        return [f"{peer.home} cannot be imported: {type(error).__name__}: {error}"], []
+        return [f"{home} cannot be imported: {type(error).__name__}: {error}"], []
     ours = import_module(module)
-    missing = [f"{peer.home}.{one} is missing" for one in peer.names if not hasattr(home, one)]
+    missing = [f"{home}.{one} is missing" for one in names if not hasattr(theirs, one)]
     if missing:
         return missing, []
-    pairs = [(getattr(home, one), getattr(ours, one)) for one in peer.names]
+    pairs = [(getattr(theirs, one), getattr(ours, one)) for one in names]
     return [problem for pair in pairs for problem in differences(*pair)], pairs
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "of an unknown version"
 
 
 def _places(theirs: Any, ours: Any) -> Iterator[_Replaced]:

@@ -14,7 +14,6 @@ The functions work in torch's own ``AveragedModel``, and through it in Lightning
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
@@ -25,7 +24,7 @@ from torch.optim.swa_utils import SWALR
 
 from fastema.bridges.names import plain_names
 from fastema.compat import mirrored
-from fastema.compat.following import Follower
+from fastema.compat.averager import ModelAverager
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.shares import refuse_no_share
 from fastema.errors import LayoutError, listed
@@ -59,54 +58,33 @@ _SPARE_CALLS: Final = 8
 # -- what is averaged, and how often it was -------------------------------------------------------
 
 
-class _Rule(ABC):
-    """How much of the new weights an update takes in, and how 16-bit averages are rounded."""
+class _Rule:
+    """How much of the new weights an update takes in, and how 16-bit averages are rounded.
 
-    constant: bool
-    """Whether that is the same at every step: the count need not be known then."""
+    Without a decay it is the mean of all weights.
+    """
 
-    def __init__(self, rounding: Rounding, seed: int) -> None:
-        Follower({}, rounding=rounding, seed=seed)  # refuses what it would refuse later
-        self.rounding, self.seed = rounding, seed
+    def __init__(self, decay: float | None, rounding: Rounding, seed: int) -> None:
+        ModelAverager({}, rounding=rounding, seed=seed)  # refuses what it would refuse later
+        self.decay, self.rounding, self.seed = decay, rounding, seed
 
-    @abstractmethod
+    def __repr__(self) -> str:
+        return "swa" if self.decay is None else f"ema, decay={self.decay}"
+
     def weight(self, count: int) -> float:
         """Of the new weights, after ``count`` models were averaged."""
+        return 1.0 / (count + 1) if self.decay is None else 1.0 - self.decay
 
-    @abstractmethod
     def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
         """The new average of wide floats of one dtype, without reading the count."""
+        if self.decay is None:
+            return averaged + (current - averaged) / (count + 1)
+        return torch.lerp(averaged, current, 1.0 - self.decay)
 
 
-class _Exponential(_Rule):
-    constant = True
-
-    def __init__(self, decay: float, rounding: Rounding, seed: int) -> None:
-        super().__init__(rounding, seed)
-        refuse_no_share(decay, "decay")
-        self._decay = decay
-
-    def __repr__(self) -> str:
-        return f"ema, decay={self._decay}"
-
-    def weight(self, count: int) -> float:
-        return 1.0 - self._decay
-
-    def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        return torch.lerp(averaged, current, 1.0 - self._decay)
-
-
-class _Mean(_Rule):
-    constant = False
-
-    def __repr__(self) -> str:
-        return "swa"
-
-    def weight(self, count: int) -> float:
-        return 1.0 / (count + 1)
-
-    def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        return averaged + (current - averaged) / (count + 1)
+def _exponential(decay: float, rounding: Rounding, seed: int) -> _Rule:
+    refuse_no_share(decay, "decay")
+    return _Rule(decay, rounding, seed)
 
 
 # -- functions for an AveragedModel ---------------------------------------------------------------
@@ -134,7 +112,9 @@ class _Group:
 
     def __init__(self, averaged: Sequence[Tensor], rule: _Rule) -> None:
         self.averaged = _Memory(averaged)
-        self._follower = Follower(self.averaged.tensors, rounding=rule.rounding, seed=rule.seed)
+        self._averager = ModelAverager(
+            self.averaged.tensors, rounding=rule.rounding, seed=rule.seed
+        )
         self._current: _Memory | None = None
         self._moves = 0
         self.step: int | None = None
@@ -144,12 +124,12 @@ class _Group:
         same = self._current is not None and self._current.is_of(current)
         found = self._current if same else _Memory(current)
         assert found is not None
-        self._follower.update(found.tensors, weight, step)
+        self._averager.update(found.tensors, weight, step)
         self.step, self._current = step, found
         self._moves = 0 if same else self._moves + 1
         if self._moves > _MOVES:
             self._current = None
-            self._follower.forget()
+            self._averager.forget()
 
 
 class _MultiAverage:
@@ -175,7 +155,8 @@ class _MultiAverage:
         num_averaged: Tensor | int,
     ) -> None:
         if not (averaged and current):
-            _refuse_lengths(averaged, current)
+            if len(averaged) != len(current):
+                raise LayoutError(f"{len(averaged)} averages cannot follow {len(current)} tensors")
             return
         first, last = averaged[0], averaged[-1]
         key = len(averaged), first.data_ptr(), last.data_ptr(), first.dtype, first.device
@@ -186,28 +167,21 @@ class _MultiAverage:
         group.update(current, self.rule.weight(step), step)
         self._groups[key] = group
         self._calls = group.last_call = self._calls + 1
-        self._let_go()
+        self._drop_unused()
 
     def _step(self, group: _Group, num_averaged: Tensor | int) -> int:
-        if group.step is None or not self.rule.constant:
-            return self._read(num_averaged)
-        if isinstance(num_averaged, Tensor) and not mirrored.is_read_at_once(num_averaged):
+        if not isinstance(num_averaged, Tensor):
+            return int(num_averaged)
+        waits = not mirrored.is_read_at_once(num_averaged)
+        if waits and group.step is not None and self.rule.decay is not None:
             return group.step + 1  # only random bits depend on it: not worth waiting for
-        return self._read(num_averaged)
+        return int(self._count.read(num_averaged))
 
-    def _read(self, number: Tensor | int) -> int:
-        return int(self._count.read(number) if isinstance(number, Tensor) else number)
-
-    def _let_go(self) -> None:
+    def _drop_unused(self) -> None:
         """Drop the memory of averages that are not updated any more, or lie elsewhere by now."""
         oldest = self._calls - 2 * len(self._groups) - _SPARE_CALLS
         for key in [key for key, group in self._groups.items() if group.last_call < oldest]:
             del self._groups[key]
-
-
-def _refuse_lengths(averaged: Sequence[Tensor], current: Sequence[Tensor]) -> None:
-    if len(averaged) != len(current):
-        raise LayoutError(f"{len(averaged)} averages cannot follow {len(current)} tensors")
 
 
 class _SingleAverage:
@@ -229,7 +203,7 @@ class _SingleAverage:
         result = averaged.clone()
         plan = Plan([result], [current], rounding=self.rule.rounding, seed=self.rule.seed)
         plan.calls = self._calls
-        plan.lerp_(self.rule.weight(0 if self.rule.constant else int(num_averaged)))
+        plan.lerp_(self.rule.weight(0 if self.rule.decay is not None else int(num_averaged)))
         self._calls += 1
         return result
 
@@ -237,9 +211,11 @@ class _SingleAverage:
 def get_ema_multi_avg_fn(
     decay: float = 0.999, *, rounding: Rounding = "stochastic", seed: int = 0
 ) -> MultiAvgFn:
-    """An exponential moving average of lists of tensors, in place.
+    """Return an exponential moving average of lists of tensors, in place.
 
-    ``avg += (1 - decay) * (x - avg)``, in one call per list.
+    ``avg += (1 - decay) * (x - avg)``, in one call per list. Where the tensors lie is looked up
+    once, and known again at the next call: for this the function keeps the memory of both lists,
+    until several calls went by without them, or it is dropped.
 
     Parameters
     ----------
@@ -256,114 +232,51 @@ def get_ema_multi_avg_fn(
     -------
     callable
         ``fn(averaged, current, num_averaged)``, for ``AveragedModel(multi_avg_fn=...)`` of torch
-        or of this module. Dtypes of the two lists may differ. It can be pickled.
+        or of this module. It can be pickled. Dtypes of the two lists may differ, but torch's
+        ``AveragedModel`` refuses float32 with float16 before it calls a function.
 
     Raises
     ------
     ArgumentError
-        For a decay outside of [0, 1] (also a ValueError, as torch's).
-
-    Notes
-    -----
-    Where it differs from torch's of that name (PyTorch 2.13):
-
-    - a float32 average of bfloat16 weights, or any other pair of floats, is averaged; torch raises
-      (and its ``AveragedModel`` refuses float32 with float16 before it calls a function; this
-      module's does not);
-    - 16-bit averages move; torch's stand still once an update is below half their last place;
-    - integers and booleans are copied exactly; torch's are truncated towards zero at each step;
-    - a NaN is no decay.
-
-    Where the tensors lie is looked up once, and known again at the next call. For this the function
-    keeps the memory of both lists, until several calls went by without them, or it is dropped.
+        For a decay outside of [0, 1] (also a ValueError, as torch's), or NaN.
     """
-    return _MultiAverage(_Exponential(decay, rounding, seed))
+    return _MultiAverage(_exponential(decay, rounding, seed))
 
 
 def get_swa_multi_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> MultiAvgFn:
-    """The mean of lists of tensors, in place.
+    """Return the mean of lists of tensors, in place: ``avg += (x - avg) / (num_averaged + 1)``.
 
-    ``avg += (x - avg) / (num_averaged + 1)``, in one call per list.
-
-    Parameters
-    ----------
-    rounding, seed
-        See :func:`get_ema_multi_avg_fn`.
-
-    Returns
-    -------
-    callable
-        ``fn(averaged, current, num_averaged)``, see :func:`get_ema_multi_avg_fn`. A
-        ``num_averaged`` on an accelerator has to be waited for; :class:`AveragedModel` does not.
-
-    Notes
-    -----
-    Differs from torch's of that name as :func:`get_ema_multi_avg_fn` does. Besides, float64 tensors
-    are averaged with a float64 weight; torch's float32 leaves errors of 1e-8.
+    See :func:`get_ema_multi_avg_fn`. A ``num_averaged`` on an accelerator has to be waited for;
+    :class:`AveragedModel` does not. Float64 tensors are averaged with a float64 weight; torch's
+    float32 leaves errors of 1e-8.
     """
-    return _MultiAverage(_Mean(rounding, seed))
+    return _MultiAverage(_Rule(None, rounding, seed))
 
 
 def get_ema_avg_fn(
     decay: float = 0.999, *, rounding: Rounding = "stochastic", seed: int = 0
 ) -> AvgFn:
-    """An exponential moving average of one tensor, as a new one.
+    """Return an exponential moving average of one tensor, as a new one of the same dtype.
 
-    ``decay * avg + (1 - decay) * x``. In place and for a whole model at once, which is several
-    times as fast, :func:`get_ema_multi_avg_fn` does it; this module's :class:`AveragedModel` does
-    so with either.
-
-    Parameters
-    ----------
-    decay, rounding, seed
-        See :func:`get_ema_multi_avg_fn`; here random bits depend on the number of the call in place
-        of step and position, and are others in a resumed run.
-
-    Returns
-    -------
-    callable
-        ``fn(averaged, current, num_averaged) -> Tensor``, of the dtype of ``averaged``.
-
-    Raises
-    ------
-    ArgumentError
-        For a decay outside of [0, 1] (also a ValueError, as torch's).
-
-    Notes
-    -----
-    Differs from torch's of that name as :func:`get_ema_multi_avg_fn` does, and in that the result
-    for mixed dtypes is not promoted.
+    ``decay * avg + (1 - decay) * x``. See :func:`get_ema_multi_avg_fn`, which does it in place and
+    for a whole model at once, several times as fast; this module's :class:`AveragedModel` does so
+    with either. The random bits depend on the number of the call here, and are others in a resumed
+    run.
     """
-    return _SingleAverage(_Exponential(decay, rounding, seed))
+    return _SingleAverage(_exponential(decay, rounding, seed))
 
 
 def get_swa_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> AvgFn:
-    """The mean of one tensor, as a new one: ``avg + (x - avg) / (num_averaged + 1)``.
+    """Return the mean of one tensor, as a new one: ``avg + (x - avg) / (num_averaged + 1)``.
 
-    Parameters
-    ----------
-    rounding, seed
-        See :func:`get_ema_avg_fn`.
-
-    Returns
-    -------
-    callable
-        ``fn(averaged, current, num_averaged) -> Tensor``, of the dtype of ``averaged``.
-
-    Notes
-    -----
-    Differs from torch's of that name as :func:`get_ema_avg_fn` does.
+    See :func:`get_ema_avg_fn`.
     """
-    return _SingleAverage(_Mean(rounding, seed))
+    return _SingleAverage(_Rule(None, rounding, seed))
 
 
 # -- the class ------------------------------------------------------------------------------------
 
-_DEFAULT: Final = _Mean("stochastic", 0)
-
-
-def _everything(name: str, role: str) -> Literal["average"]:
-    return "average"
+_DEFAULT: Final = _Rule(None, "stochastic", 0)
 
 
 def _parameters(name: str, role: str) -> Literal["average", "copy"]:
@@ -373,8 +286,9 @@ def _parameters(name: str, role: str) -> Literal["average", "copy"]:
 class AveragedModel(peer.AveragedModel):
     """A copy of a model that holds the average of its weights.
 
-    A subclass of torch's class of that name, with its constructor, attributes and ``state_dict``:
-    checkpoints of either are loaded by the other.
+    A subclass of torch's class of that name (PyTorch 2.13), with its constructor, attributes and
+    ``state_dict``: checkpoints of either are loaded by the other. docs/drop-in.md says how it
+    differs.
 
     The first :meth:`update_parameters` makes the average a copy of the weights; each further one
     is ``avg += w * (x - avg)`` for all tensors in one call, with ``w = 1 / (n_averaged + 1)`` by
@@ -386,11 +300,9 @@ class AveragedModel(peer.AveragedModel):
         Is deep-copied.
     device : torch.device, str or int, optional
         Where the average is kept; by default where the model is.
-    avg_fn : callable, optional
-        ``avg_fn(averaged, current, num_averaged) -> Tensor``.
-    multi_avg_fn : callable, optional
-        ``multi_avg_fn(averaged, current, num_averaged)``, in place, of lists. One of this module's,
-        of either kind, runs as above; one of your own is called as torch calls it.
+    avg_fn, multi_avg_fn : callable, optional
+        ``avg_fn(averaged, current, num_averaged) -> Tensor``, or in place and of lists. One of this
+        module's, of either kind, runs as above; one of your own is called as torch calls it.
     use_buffers : bool
         Average buffers of floats as well. Otherwise they are copied at each update.
 
@@ -400,28 +312,13 @@ class AveragedModel(peer.AveragedModel):
         The averaged copy. Cast it, ``averaged.module.to(torch.float32)``, for a float32 average of
         16-bit weights.
     n_averaged : int64 tensor of shape []
-        Updates so far.
+        Updates so far; random bits depend on it. On an accelerator, what is written to it through
+        ``.data`` is not noticed.
 
     Raises
     ------
     AssertionError
         If both functions are given.
-
-    Notes
-    -----
-    Where it differs from torch's (PyTorch 2.13), which remains its base class:
-
-    - tensors are paired by name, without the prefixes of wrappers; a model with other, missing or
-      reshaped tensors is refused before anything is written. Torch's pairs parameters by position
-      and stops at the end of the shorter list;
-    - the update does not wait for an accelerator: ``n_averaged`` is counted on the host as well,
-      and read only after it was loaded or replaced (written past autograd, through ``.data``, it is
-      not noticed there). Torch's waits twice per update;
-    - integer and boolean buffers are copied exactly, also with ``use_buffers=True``, where torch's
-      truncates them or raises;
-    - dtypes of model and average may differ, and 16-bit averages move, see
-      :func:`get_ema_multi_avg_fn`. The random bits depend on the names of the tensors and on
-      ``n_averaged``, so that a resumed run has the same ones.
 
     References
     ----------
@@ -437,13 +334,13 @@ class AveragedModel(peer.AveragedModel):
         multi_avg_fn: MultiAvgFn | None = None,
         use_buffers: bool = False,
     ) -> None:
-        with torch.no_grad():  # a copy of a scripted module: see fastema.compat.following.duplicate
+        with torch.no_grad():  # a copy of a scripted module: see fastema.compat.averager.duplicate
             super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)  # type: ignore[arg-type]
         self._begin()
 
     def _begin(self) -> None:
         self._count = Mirrored()
-        self._followed: tuple[_Rule, bool, Follower] | None = None
+        self._used: tuple[_Rule, bool, ModelAverager] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to memory."""
@@ -456,17 +353,12 @@ class AveragedModel(peer.AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Take the weights of a model into the average.
 
-        Parameters
-        ----------
-        model : torch.nn.Module
-            May be wrapped (``torch.compile``, data parallel), and on another device.
+        The model may be wrapped (``torch.compile``, data parallel), and on another device.
 
         Raises
         ------
-        LayoutError
-            Naming the tensors that do not match; nothing was written then.
-        DTypeError, BridgeError
-            For tensors that cannot be averaged; nothing was written then.
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors that do not match or cannot be averaged; nothing was written then.
         """
         rule = self._rule()
         if rule is None:
@@ -474,11 +366,11 @@ class AveragedModel(peer.AveragedModel):
             super().update_parameters(model)
             return
         count = int(self._count.read(self.n_averaged))
-        follower = self._follower(rule)
+        averager = self._averager(rule)
         if count == 0:
-            follower.copy(model)
+            averager.copy(model)
         else:
-            follower.update(model, rule.weight(count), count)
+            averager.update(model, rule.weight(count), count)
         self._count.count(self.n_averaged)
 
     def _rule(self) -> _Rule | None:
@@ -488,12 +380,12 @@ class AveragedModel(peer.AveragedModel):
             return _DEFAULT
         return found.rule if isinstance(found, _MultiAverage | _SingleAverage) else None
 
-    def _follower(self, rule: _Rule) -> Follower:
-        found = self._followed
+    def _averager(self, rule: _Rule) -> ModelAverager:
+        found = self._used
         if found is None or found[0] is not rule or found[1] != self.use_buffers:
-            policy = _everything if self.use_buffers else _parameters
-            follower = Follower(self.module, policy, rounding=rule.rounding, seed=rule.seed)
-            self._followed = found = rule, self.use_buffers, follower
+            policy = None if self.use_buffers else _parameters
+            averager = ModelAverager(self.module, policy, rounding=rule.rounding, seed=rule.seed)
+            self._used = found = rule, self.use_buffers, averager
         return found[2]
 
 
@@ -509,12 +401,11 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
 def _refuse_other(averaged: nn.Module, model: nn.Module) -> None:
     """Refuse a model whose tensors are not those of the average."""
     ours, theirs = _shapes(averaged), _shapes(model)
-    problems = [f"{name!r} is only in the average" for name in ours if name not in theirs]
-    problems += [f"{name!r} is only in the model" for name in theirs if name not in ours]
-    problems += [
-        f"{name!r} is {theirs[name]} in the model, {ours[name]} in the average"
-        for name in ours
-        if name in theirs and ours[name] != theirs[name]
+    problems = [
+        f"{name!r} is {theirs.get(name, 'not')} in the model, "
+        f"{ours.get(name, 'not')} in the average"
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name)
     ]
     if problems:
         raise LayoutError("the model is not the one that is averaged:\n" + listed(problems))

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import torch
 from transformers import TrainerCallback
@@ -31,6 +31,7 @@ from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.rules import Rule
 from fastema.shadow import EMA
+from fastema.shadow.options import checked
 
 __all__ = ["EMACallback"]
 
@@ -80,23 +81,14 @@ def _cleared(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _nobody() -> None:
-    """In the place of a reference to a trainer."""
+_OF_A_RUN: Final = ("_ema", "_model", "_is_given", "_seen", "_is_ahead", "_written", "_trainer")
+"""What belongs to one trainer and one run of it."""
 
 
 class _Around:
-    """A method of one trainer, with what a callback does around it; does not keep it alive.
+    """A method of one trainer, with a callback's method around it; keeps no trainer alive.
 
     A copy of the trainer has one of its own, for the copy of the callback.
-
-    Parameters
-    ----------
-    callback : EMACallback
-    trainer : transformers.Trainer
-    name : str
-        Of the method.
-    around : str
-        Of the callback's method that is called with the trainer, the method and its arguments.
     """
 
     def __init__(self, callback: EMACallback, trainer: Any, name: str, around: str) -> None:
@@ -133,7 +125,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     """Exponential moving average of the weights that a ``Trainer`` trains.
 
     ``avg += (1 - decay) * (x - avg)`` after each step of the optimizer, ``avg = x`` as training
-    begins.
+    begins. Average and weights change places for an evaluation, bit for bit. ``ema.safetensors`` in
+    the folder of a checkpoint is the average; a run that resumes from there goes on to the bit.
+    More is in docs/drop-in.md.
 
     Parameters
     ----------
@@ -166,44 +160,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     CheckpointError
         Where a run resumes from a checkpoint that has no average, or one of another step or of
         other weights; where the trainer saves a checkpoint elsewhere than it says.
-
-    Notes
-    -----
-    **Evaluation.** The average changes places with the weights, in place and bit for bit, for as
-    long as ``trainer.evaluation_loop`` runs, which ``evaluate`` and ``predict`` share, also with
-    ``predict_with_generate`` and several data sets. The weights come back however it ends, Ctrl-C
-    included. Events of ``on_evaluate`` and ``on_predict`` see the weights themselves again,
-    ``on_prediction_step`` and ``compute_metrics`` the average. A subclass of ``Trainer`` whose
-    ``evaluate`` has a loop of its own evaluates the weights: put ``with ema.swapped():`` there.
-
-    **Steps.** With gradient accumulation the average is updated once per step of the optimizer, not
-    for each batch; not for a step that the scaler of float16 skips.
-
-    **Checkpoints** have the weights in training where they always are, and the average in a file
-    of its own beside them, ``ema.safetensors``, written whole or not at all, directly after the
-    weights: before older checkpoints are deleted, before ``push_to_hub`` uploads the folder, and
-    with ``enable_jit_checkpoint``, too. The file knows the weights that it is of (by pieces of each
-    tensor), and is refused beside those of another run, or if it is damaged. A run that resumes by
-    ``train(resume_from_checkpoint=...)`` goes on to the bit. ``save_total_limit`` deletes the file
-    with its folder.
-
-    **A resumed average** keeps its schedule and seed: decays, ``update_every`` and ``start_after``
-    are those of the checkpoint. Where the callback was given others, a warning says so.
-
-    **When training ends** the model is given the average at this callback's ``on_train_end``.
-    Callbacks that come before it see the weights in training there.
-
-    **Copies**, by ``copy.deepcopy`` of the trainer or by pickling, are without an average, which
-    begins anew with their training.
-
-    **The best model** of ``load_best_model_at_end`` is the one whose average evaluated best.
-    Weights and average are both taken from its checkpoint, and the model is given the one that
-    ``at_end`` says. If that checkpoint has no average, a warning says so, and the model holds its
-    weights.
-
-    **A second** ``train`` begins a new average, with the weights that the model holds by then.
-
-    **Several processes** (DDP) keep the same average each, and the one that saves saves it.
     """
 
     def __init__(
@@ -217,12 +173,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         zero_debias: bool = False,
         **options: Any,
     ) -> None:
-        for name, value, known in (
-            ("at_end", at_end, get_args(AtEnd)),
-            ("on_missing", on_missing, get_args(OnMissing)),
-        ):
-            if value not in known:
-                raise ArgumentError(f"{name}={value!r}: expected one of {', '.join(known)}")
+        self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
+        self.on_missing: OnMissing = checked(on_missing, "on_missing", OnMissing)
         # Refuses what it would refuse as training begins, but for what a GPU is needed to say.
         tried = {**options, "capturable": False}
         count = len(EMA([torch.zeros(1)], decay, zero_debias=zero_debias, **tried).shadows)
@@ -232,48 +184,27 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"with decay={decay!r} is evaluated and given to the model"
             )
         self.evaluate_with_average = evaluate_with_average
-        self.at_end = at_end
-        self.on_missing = on_missing
         self._decay, self._options = decay, {"zero_debias": zero_debias, **options}
         self._which = which
-        self.__dict__.update(self._of_a_run())
 
-    _ema: EMA | None
-    _model: Any
-    _is_given: bool
-    _seen: int
+    _ema: EMA | None = None
+    _model: Any = None
+    _is_given = False
+    _seen = 0
     """The latest step whose weights are in the average."""
-    _is_ahead: bool
+    _is_ahead = False
     """Whether these were taken before this callback's turn."""
-    _written: int | None
+    _written: int | None = None
     """The step whose checkpoint has the average already."""
-    _trainer: Callable[[], Any]
-
-    @staticmethod
-    def _of_a_run() -> dict[str, Any]:
-        return {
-            "_ema": None,
-            "_model": None,
-            "_is_given": False,
-            "_seen": 0,
-            "_is_ahead": False,
-            "_written": None,
-            "_trainer": _nobody,
-        }
+    _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the average and the trainer, of which a copy has its own."""
-        return vars(self) | self._of_a_run()
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
 
     @property
     def ema(self) -> EMA:
-        """The average.
-
-        Raises
-        ------
-        StateError
-            Before training.
-        """
+        """The average; a StateError before training."""
         if self._ema is None:
             raise StateError("there is no average yet: it begins as trainer.train() does")
         return self._ema
@@ -281,25 +212,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     # -- the trainer -------------------------------------------------------------------------------
 
     def attach(self, trainer: Any) -> EMACallback:
-        """Join a trainer that is there already, in place of ``trainer.add_callback``.
+        """Join a trainer that is there already; callbacks that it was given do so by themselves.
 
-        Callbacks given as ``Trainer(callbacks=[...])`` do so by themselves.
-
-        Parameters
-        ----------
-        trainer : transformers.Trainer
-
-        Returns
-        -------
-        EMACallback
-            This callback.
-
-        Raises
-        ------
-        ArgumentError
-            For what is no ``Trainer``.
-        StateError
-            If the trainer has another ``EMACallback`` already.
+        Returns this callback. An ArgumentError for what is no ``Trainer``, a StateError if the
+        trainer has another ``EMACallback`` already.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None or not hasattr(trainer, "evaluation_loop"):
@@ -320,16 +236,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         # There is no event at which an evaluation begins, or of one that fails, and the only one
         # of a checkpoint comes when older ones are gone. An attribute of the instance comes before
         # the class's method.
-        self._stand_around(trainer, "evaluation_loop", "_evaluated")
-        self._stand_around(trainer, "_save_checkpoint", "_saved")
+        for name, around in ("evaluation_loop", "_evaluated"), ("_save_checkpoint", "_saved"):
+            there = vars(trainer).get(name)
+            if not (isinstance(there, _Around) and there.callback is self):
+                setattr(trainer, name, _Around(self, trainer, name, around))
         return self
 
-    def _stand_around(self, trainer: Any, name: str, around: str) -> None:
-        there = vars(trainer).get(name)
-        if not (isinstance(there, _Around) and there.callback is self):
-            setattr(trainer, name, _Around(self, trainer, name, around))
-
-    def _found(self) -> Any:
+    def _find_trainer(self) -> Any:
         """The trainer, which does not give itself to its callbacks: it is who calls them."""
         for caller, _ in _callers():
             if self._is_trainer(caller):
@@ -419,30 +332,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def swapped(self) -> AbstractContextManager[Any]:
         """A block in which the model holds the average; its weights come back however it ends.
 
-        Where the model holds the average already it does nothing.
-
-        Raises
-        ------
-        StateError
-            Before training.
+        Where the model holds the average already it does nothing. A StateError before training.
         """
         if self._is_given or self.ema.applied:
             return nullcontext()
         return self.ema.swapped(which=self._which)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """``trainer.save_model(output_dir)`` with the average in the place of the weights.
-
-        Parameters
-        ----------
-        output_dir : str, optional
-            By default that of the trainer's arguments.
-
-        Raises
-        ------
-        StateError
-            Before training.
-        """
+        """``trainer.save_model(output_dir)`` with the average in the place of the weights."""
         with self.swapped():
             self._trainer().save_model(output_dir)
 
@@ -450,13 +347,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the trainer."""
-        self._found()
+        self._find_trainer()
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Begin the average, or go on with that of a checkpoint."""
-        trainer = self._found() or self._trainer()
+        trainer = self._find_trainer() or self._trainer()
         if trainer is None and self.evaluate_with_average:
             raise StateError(
                 "EMACallback does not find the trainer, whose evaluation is to see the average: "
@@ -494,7 +391,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"{path} is the average of step {found.metadata.get('step', '?')}, and training "
                 f"resumes at step {step}"
             )
-        _check_weights(found)
         own = ema.schedule
         _load(ema, found)
         if ema.schedule != own:
@@ -543,9 +439,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if best is not None:
             path = Path(best) / _FILE
             try:
-                found = files.read(path)
-                _check_weights(found)
-                _load(self.ema, found)
+                _load(self.ema, files.read(path))
             except (FileNotFoundError, CheckpointError) as error:
                 lacks = isinstance(error, FileNotFoundError)
                 problem = f"has no {_FILE}" if lacks else f"has the wrong {_FILE} ({error})"
@@ -584,8 +478,8 @@ def _resumed_from(trainer: Any) -> Path | None:
     return None
 
 
-def _check_weights(found: files.File) -> None:
-    """Refuse an average that is not that of the weights beside it."""
+def _load(ema: EMA, found: files.File) -> None:
+    """Load an average; refuse one that is not that of the weights beside it."""
     known: dict[str, str] = json.loads(found.metadata.get("weights", "{}"))
     folder = found.path.parent
     other = sorted(known.items() - _digests(folder).items())
@@ -594,8 +488,4 @@ def _check_weights(found: files.File) -> None:
             f"{found.path} is the average of other weights than those in {other[0][0]} beside it, "
             "of another run perhaps: delete it, and begin a new average by on_missing='begin'"
         )
-
-
-def _load(ema: EMA, found: files.File) -> None:
-    like = next(iter(ema.shadows[0].values()))
-    ema.load_state_dict(read_state(found, like))
+    ema.load_state_dict(read_state(found, next(iter(ema.shadows[0].values()))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -630,18 +629,11 @@ def test_whole_numbers_of_numpy(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     made = ours.PostHocEMA(Clock(), sigma_rels=WIDTHS, checkpoint_folder=tmp_path, update_every=1)
     made.update()
-    left, others, now = (tmp_path / f"{n}.part" for n in ("0.1.pt.ab", "0.10.pt.ab", "0.1.pt.cd"))
-    for path in (left, others, now):
-        path.write_bytes(b"half of")
+    left, others = tmp_path / ".0.1.pt.fastema-0123456789ab.part", tmp_path / "0.1.pt.part"
     for path in (left, others):
-        os.utime(path, (1e9, 1e9))
+        path.write_bytes(b"half of")
     made.checkpoint()
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "0.1.pt",
-        "1.1.pt",
-        others.name,  # of another snapshot
-        now.name,  # another process may be writing it
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {"0.1.pt", "1.1.pt", others.name}
 
 
 def test_snapshots_of_another_model(tmp_path: Path) -> None:

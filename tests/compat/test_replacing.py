@@ -52,8 +52,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         module(monkeypatch, name, Ema=original, __path__=[])
         module(monkeypatch, f"{name}.ema", Ema=original, other=object())
         module(monkeypatch, f"fastema.compat.{name}", Ema=Ema, their_ema=original)
-        known = [replacing._Peer(name, f"{name}.ema", ("Ema",))]
-        monkeypatch.setitem(replacing._KNOWN, name, known)
+        monkeypatch.setitem(replacing._KNOWN, name, {f"{name}.ema": ("Ema",)})
     script = module(monkeypatch, "script", Average=sys.modules["fakepeer"].Ema, number=3)
     yield script
     for name in ("fakepeer", "otherpeer"):
@@ -135,8 +134,7 @@ def test_a_peer_that_breaks_as_it_is_imported(
 ) -> None:
     (tmp_path / "brokenpeer.py").write_text("raise RuntimeError('no such operator')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    known = [replacing._Peer("broken-peer", "brokenpeer", ("Ema",))]
-    monkeypatch.setitem(replacing._KNOWN, "brokenpeer", known)
+    monkeypatch.setitem(replacing._KNOWN, "brokenpeer", {"brokenpeer": ("Ema",)})
     with pytest.raises(PeerError, match="RuntimeError: no such operator"):
         fastema.compat.install("fakepeer", "brokenpeer")
     assert fastema.compat.installed() == ()
@@ -218,8 +216,7 @@ def test_a_name_that_is_gone_and_a_peer_that_is_missing(
     monkeypatch.delattr(sys.modules["otherpeer.ema"], "Ema")
     with pytest.raises(PeerError, match=r"otherpeer\.ema\.Ema is missing"):
         fastema.compat.install("otherpeer")
-    absent = [replacing._Peer("no-such-peer", "no_such_peer.ema", ("Ema",))]
-    monkeypatch.setitem(replacing._KNOWN, "absent", absent)
+    monkeypatch.setitem(replacing._KNOWN, "absent", {"no_such_peer.ema": ("Ema",)})
     with pytest.raises(PeerError, match="no-such-peer is not installed"):
         fastema.compat.install("absent")
 

@@ -754,7 +754,7 @@ def test_copies_go_on_by_themselves(
         trained(model, generator)
         truth.step(model, weight(kind, n))
         averaged.update_parameters(model)
-    assert b"Follower" not in pickle.dumps(averaged), "what is bound to memory"
+    assert b"ModelAverager" not in pickle.dumps(averaged), "what is bound to memory"
     other = way(averaged)
     assert type(other) is type(averaged)
     before = snapshot(averaged)

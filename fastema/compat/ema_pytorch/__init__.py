@@ -1,4 +1,4 @@
-"""The names of ema_pytorch (0.8.3), on this package's kernels.
+"""The names of ema_pytorch (0.8.3, https://github.com/lucidrains/ema-pytorch), on our kernels.
 
 Their ``EMAModuleWrapper`` is not among them: it takes an :class:`EMA` of here as its ``ema``.
 

@@ -9,12 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage, Scheduled, whole
-from fastema.compat.ema_pytorch.schedule import (
-    checked_schedule,
-    finite,
-    weight_of,
-)
+from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage
+from fastema.compat.ema_pytorch.schedule import Scheduled, finite, whole
 from fastema.compat.ema_pytorch.tree import EMAPytree
 from fastema.errors import ArgumentError
 
@@ -32,19 +28,13 @@ class EMA(Scheduled, ModelAverage):
     Parameters
     ----------
     model : torch.nn.Module
-        The model to follow. A tensor, or a list, tuple or dict of tensors, nested, gives an
-        :class:`EMAPytree` in place of an EMA.
+        The model to follow. Tensors, in lists, tuples and dicts, give an :class:`EMAPytree`.
     ema_model : torch.nn.Module or callable, optional
-        The model that holds the average, or a function that makes it; a deep copy by default. It
-        may be of other dtypes and on another device than ``model``.
+        What holds the average, or makes it: a deep copy by default. Dtypes and device are its own.
     beta : float or None
-        The largest decay, the weight of the old average in a step. 1 freezes the average; None is
-        no bound.
-    update_after_step : int
-    update_every : int
-    inv_gamma, power, min_value : float
-        See above; ``inv_gamma`` above 0. ``inv_gamma = power = 1`` is the running mean where
-        ``update_every`` is 1.
+        The largest decay of a step. 1 freezes the average; None is no bound.
+    update_after_step, update_every, inv_gamma, power, min_value
+        See above. ``inv_gamma = power = 1`` is the running mean where ``update_every`` is 1.
     param_or_buffer_names_no_ema : set or list of str
         What is copied at each update in place of being averaged.
     ignore_names, ignore_startswith_names : collection of str
@@ -53,10 +43,8 @@ class EMA(Scheduled, ModelAverage):
         Whether ``model`` is a submodule, and so in ``state_dict()``.
     allow_different_devices, use_foreach, coerce_dtype : bool
         Taken, and not needed: devices and dtypes may always differ.
-    update_model_with_ema_every : int, optional
-        Call :meth:`update_model_with_ema` at every so-many-th step.
-    update_model_with_ema_beta : float
-        The weight that the model's own weights then keep.
+    update_model_with_ema_every, update_model_with_ema_beta
+        When :meth:`update_model_with_ema` is called, and what the model's weights then keep.
     forward_method_names : tuple of str
         Methods of the averaged model to be methods of this object too.
     move_ema_to_online_device : bool
@@ -65,60 +53,26 @@ class EMA(Scheduled, ModelAverage):
         Make the averaged model at the first update only.
     peer_exact : bool
         The numbers of ema_pytorch, to go on with an old run: ``decay`` in place of
-        ``decay**update_every``, computed in single precision, and 16-bit averages rounded to
-        nearest.
+        ``decay**update_every``, in single precision, and 16-bit averages rounded to nearest.
 
     Attributes
     ----------
-    ema_model : torch.nn.Module
-        The averaged model.
-    online_model : torch.nn.Module or list
-        The followed one, in a list unless ``include_online_model``; :attr:`model` is it either way.
+    ema_model, model : torch.nn.Module
+        The averaged model, and the followed one.
     initted, step : torch.Tensor
         Whether the average has begun, and calls of :meth:`update` so far.
-    beta, update_after_step, update_every, inv_gamma, power, min_value : float or int
-        May be changed between steps; checked at the next one.
 
     Raises
     ------
     ArgumentError
-        For a parameter without a valid value.
+        For a parameter without a valid value; those that were changed are checked at the next step.
     BridgeError
         If the model cannot be copied.
 
-    See Also
-    --------
-    fastema.EMA : the same without a second module, with an exact swap for evaluation.
-
     Notes
     -----
-    Where it differs from ema_pytorch 0.8.3, on purpose:
-
-    - ``update_every = k`` keeps the horizon: the decay of k steps is ``decay**k``. Theirs is
-      ``decay``, so that the default ``beta = 0.9999`` with ``update_every = 10`` averages over
-      100,000 steps in place of 10,000. With ``update_every = 1`` both are the same. What
-      ``fastema.compat.install("ema_pytorch")`` puts in the place of theirs keeps their horizon.
-    - Decays are computed in double precision, theirs in single: at 0.9999 that is off by 0.02 % in
-      the weight of the new values.
-    - Integers and booleans (``num_batches_tracked``) are copied exactly at each update; theirs
-      stay what they were.
-    - An average in bfloat16 or float16 is rounded at random, without bias, the same bits in every
-      rerun; theirs, rounded to nearest, stands still once steps are small.
-    - Mixed dtypes are averaged in float32 without a converted copy; theirs raises, or makes one.
-    - A model with other tensors than the averaged one is a :class:`~fastema.errors.LayoutError`
-      that names them, unless they are ignored by name; theirs pairs what is left in order.
-    - :meth:`forward_eval` is in evaluation mode; theirs is in the mode that the model is in.
-    - A failed update changes nothing, the counter included; theirs is counted.
-    - Counters on a GPU are not waited for. (One that is written through ``.data`` there is not
-      noticed.)
-    - A model that cannot be copied is an error; theirs prints one and ends the process.
-    - ``copy.deepcopy`` and ``pickle`` work, and a ``lazy_init_ema`` one loads a ``state_dict``.
-    - With ``move_ema_to_online_device`` only the averaged model is ever moved.
-
-    References
-    ----------
-    P. Wang, ema_pytorch 0.8.3, 2025, https://github.com/lucidrains/ema-pytorch; the warm-up is
-    K. Crowson's.
+    docs/drop-in.md says where it differs from ema_pytorch 0.8.3. A counter on a GPU that is written
+    through ``.data`` is not noticed.
 
     Examples
     --------
@@ -165,6 +119,10 @@ class EMA(Scheduled, ModelAverage):
         *,
         peer_exact: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model={model!r}: expected a module or tensors")
+        if lazy_init_ema and ema_model is not None:
+            raise ArgumentError("lazy_init_ema=True makes ema_model at the first update: give one")
         super().__init__(
             param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
             ignore_names=ignore_names,
@@ -173,23 +131,12 @@ class EMA(Scheduled, ModelAverage):
             move_ema_to_online_device=move_ema_to_online_device,
             peer_exact=peer_exact,
         )
-        if not isinstance(model, nn.Module):
-            raise ArgumentError(f"model={model!r}: expected a module or tensors")
-        if lazy_init_ema and ema_model is not None:
-            raise ArgumentError("lazy_init_ema=True makes ema_model at the first update: give one")
-        checked_schedule(beta, inv_gamma, power, min_value)
+        self._set_schedule(beta, update_after_step, update_every, inv_gamma, power, min_value)
         finite(update_model_with_ema_beta, "update_model_with_ema_beta")
         if update_model_with_ema_every is not None:
             update_model_with_ema_every = whole(
                 update_model_with_ema_every, "update_model_with_ema_every"
             )
-        self.beta = beta
-        self.is_frozen = beta == 1.0
-        self.update_after_step = update_after_step
-        self.update_every = whole(update_every, "update_every")
-        self.inv_gamma = inv_gamma
-        self.power = power
-        self.min_value = min_value
         self.update_model_with_ema_every = update_model_with_ema_every
         self.update_model_with_ema_beta = update_model_with_ema_beta
         self.use_foreach = use_foreach
@@ -202,24 +149,8 @@ class EMA(Scheduled, ModelAverage):
             self.init_ema(ema_model)
         self._register_counters()
 
-    @property
-    def model(self) -> Any:
-        """The model that is followed."""
-        return self.online_model if self.include_online_model else self.online_model[0]
-
     def init_ema(self, ema_model: nn.Module | Callable[[], nn.Module] | None = None) -> None:
-        """Make a model the averaged one; called by the constructor, or at the first update.
-
-        Parameters
-        ----------
-        ema_model : torch.nn.Module or callable, optional
-            A deep copy of the followed model by default.
-
-        Raises
-        ------
-        BridgeError
-            If that cannot be copied.
-        """
+        """Make a model the averaged one; called by the constructor, or by the first update."""
         self._take(ema_model)
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
@@ -231,13 +162,7 @@ class EMA(Scheduled, ModelAverage):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def add_to_optimizer_post_step_hook(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Call :meth:`update` after every step of an optimizer.
-
-        Returns
-        -------
-        torch.utils.hooks.RemovableHandle
-            Whose ``remove()`` ends that.
-        """
+        """Call :meth:`update` after every step of an optimizer, until the handle's ``remove()``."""
         return optimizer.register_step_post_hook(lambda *_: self.update())
 
     @torch.no_grad()
@@ -252,36 +177,17 @@ class EMA(Scheduled, ModelAverage):
 
     # -- training ---------------------------------------------------------------------------------
 
-    def update(self) -> None:
-        """Count a step, and take the weights into the average if it is due.
+    def _copy(self) -> None:
+        if self.ema_model is None:
+            self.init_ema()
+        super()._copy()
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors, if the two models do not match; nothing was written or counted.
-        ArgumentError
-            For a hyperparameter that was given an invalid value meanwhile; likewise.
-        """
-        with self._next_step() as step:
-            self._update_at(step)
-
-    def _update_at(self, step: int) -> None:
-        if not self._has_begun:
-            if self.ema_model is None:
-                self.init_ema()
-            self.copy_params_from_model_to_ema()
-            self._begin()
-            return
-        is_due = step % whole(self.update_every, "update_every") == 0
-        if is_due and step <= self.update_after_step:
-            self.copy_params_from_model_to_ema()
-            return
+    def _go_on(self, step: int) -> None:
         every = self.update_model_with_ema_every
         gives = every is not None and step % whole(every, "update_model_with_ema_every") == 0
-        if gives and is_due:
+        if gives and self._is_due(step):
             self._refuse_to_give()
-        if is_due:
-            self.update_moving_average(self.ema_model, self.model)
+        super()._go_on(step)
         if gives:
             self.update_model_with_ema()
 
@@ -290,49 +196,25 @@ class EMA(Scheduled, ModelAverage):
         kept = self.update_model_with_ema_beta
         finite(kept, "update_model_with_ema_beta")
         if kept == 0.0 or not self.is_frozen:
-            everything = kept == 0.0
-            follower = self._follower(self.model, self._average, everything=everything)
-            follower.check(self._average)
+            averager = self._averager(self.model, self._average, everything=kept == 0.0)
+            averager.check(self._average)
 
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
     ) -> None:
         """``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
 
-        Parameters
-        ----------
-        ma_model, current_model : torch.nn.Module
-            Of the same tensors. Names that are ignored, or only copied, are so here too.
-        current_decay : float, optional
-            By default that of the schedule, for ``update_every`` steps.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
+        Names that are ignored, or only copied, are so in any two models. ``current_decay`` is by
+        default that of the schedule, for ``update_every`` steps. Raises as :meth:`update`.
         """
-        if self.is_frozen:
-            return
-        if current_decay is None:
-            steps = self._steps_of(self.update_every)
-            weight = weight_of(self.get_current_decay(), steps)
-        else:
-            weight = 1.0 - current_decay
-        self._blend(ma_model, current_model, weight)
+        if not self.is_frozen:
+            self._blend(ma_model, current_model, self._weight(current_decay))
 
     def update_model_with_ema(self, decay: float | None = None) -> None:
         """Move the model's weights towards the average: ``x += (1 - decay) * (avg - x)``.
 
-        Parameters
-        ----------
-        decay : float, optional
-            What the weights keep, by default ``update_model_with_ema_beta``. At 0 all float
-            tensors become the average's, whatever names are ignored. Integers and booleans stay.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
+        ``decay`` is ``update_model_with_ema_beta`` by default. At 0 all float tensors become the
+        average's, whatever names are ignored. Integers and booleans stay. Raises as :meth:`update`.
         """
         kept = self.update_model_with_ema_beta if decay is None else decay
         if kept == 0.0:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from fastema.bridges.names import plain_names
-from fastema.compat.ema_pytorch.schedule import grown_decay
-from fastema.compat.following import Follower
-from fastema.compat.mirrored import Mirrored
-from fastema.engine.interrupts import deferred
+from fastema.compat.averager import ModelAverager
+from fastema.compat.ema_pytorch.schedule import Counted
 from fastema.errors import ArgumentError, BridgeError, StateError
 from fastema.layout.spec import Role
 
-__all__ = ["NO_NAMES", "Counted", "ModelAverage", "Scheduled", "whole"]
+__all__ = ["NO_NAMES", "ModelAverage"]
 
 Done = Literal["average", "copy", "skip"]
 
@@ -27,121 +23,12 @@ NO_NAMES: set[str] = set()
 """What is ignored by default; an average has a set of its own."""
 
 
-def whole(number: Any, name: str, least: int = 1) -> int:
-    """A whole number of steps: of Python, NumPy or a tensor, floats with a whole value too.
-
-    Raises
-    ------
-    ArgumentError
-        For anything else, or less than ``least``.
-    """
-    if type(number) is int and number >= least:
-        return number
-    if not isinstance(number, bool | str | bytes):
-        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
-            found = int(number)
-            if found == number and found >= least:
-                return found
-    raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
-
-
-class Counted(nn.Module):
-    """Two buffers, ``initted`` and ``step``, that no step waits for; and single tensors."""
-
-    initted: Tensor
-    step: Tensor
-
-    _as_peer: ClassVar[bool] = False
-    """Whether an update counts for one step, whatever ``update_every`` is."""
-
-    def __init__(self, *, peer_exact: bool) -> None:
-        super().__init__()
-        self.peer_exact = peer_exact
-        self._steps, self._started = Mirrored(), Mirrored()
-
-    def _register_counters(self) -> None:
-        self.register_buffer("initted", torch.tensor(False))
-        self.register_buffer("step", torch.tensor(0))
-
-    @property
-    def _num_steps(self) -> int:
-        return int(self._steps.read(self.step))
-
-    @property
-    def _has_begun(self) -> bool:
-        return bool(self._started.read(self.initted))
-
-    def _begin(self) -> None:
-        self._started.write(self.initted, True)
-
-    @contextmanager
-    def _next_step(self) -> Iterator[int]:
-        """A block for the work of a step, from 0; if it fails, the step is not counted.
-
-        Ctrl-C waits for its end: a step is taken and counted, or neither.
-        """
-        with deferred():
-            step = self._num_steps
-            self._steps.write(self.step, step + 1)
-            try:
-                yield step
-            except BaseException:
-                self._steps.write(self.step, step)
-                raise
-
-    def _steps_of(self, update_every: Any) -> int:
-        """The steps that an update counts for."""
-        whole(update_every, "update_every")
-        return 1 if self.peer_exact or self._as_peer else int(update_every)
-
-    @property
-    def _rounding(self) -> str:
-        return "nearest" if self.peer_exact else "stochastic"
-
-    def inplace_copy(self, tgt: Tensor, src: Tensor) -> None:
-        """``tgt = src``, in the dtype and on the device of ``tgt``."""
-        Follower([tgt.detach()]).copy([src.detach()])
-
-    def inplace_lerp(self, tgt: Tensor, src: Tensor, weight: float) -> None:
-        """``tgt += weight * (src - tgt)``, in the dtype and on the device of ``tgt``."""
-        Follower([tgt.detach()], rounding=self._rounding).update(
-            [src.detach()], float(weight), self._num_steps
-        )
-
-
-class Scheduled(Counted):
-    """With a decay that grows with the steps since ``update_after_step``."""
-
-    update_after_step: int
-    beta: float | None
-    inv_gamma: float
-    power: float
-    min_value: float
-
-    def get_current_decay(self) -> float:
-        """The decay per step in force: 0 until ``update_after_step`` is passed."""
-        return grown_decay(
-            self._num_steps - self.update_after_step - 1,
-            self.beta,
-            self.inv_gamma,
-            self.power,
-            self.min_value,
-            single=self.peer_exact,
-        )
-
-
 class ModelAverage(Counted):
-    """A model whose tensors are the average of another's.
-
-    Parameters
-    ----------
-    param_or_buffer_names_no_ema, ignore_names, ignore_startswith_names : collection of str
-    allow_different_devices, move_ema_to_online_device : bool
-    peer_exact : bool
-    """
+    """A model whose tensors are the average of another's; see :class:`EMA` for the parameters."""
 
     online_model: Any
     ema_model: Any
+    update_moving_average: Callable[..., None]
 
     def __init__(
         self,
@@ -151,13 +38,11 @@ class ModelAverage(Counted):
         ignore_startswith_names: Collection[str],
         allow_different_devices: bool,
         move_ema_to_online_device: bool,
-        peer_exact: bool,
+        **others: Any,
     ) -> None:
-        super().__init__(peer_exact=peer_exact)
-        for name, given in (
-            ("ignore_names", ignore_names),
-            ("ignore_startswith_names", ignore_startswith_names),
-        ):
+        super().__init__(**others)
+        ignored = {"ignore_names": ignore_names, "ignore_startswith_names": ignore_startswith_names}
+        for name, given in ignored.items():
             if isinstance(given, str):
                 raise ArgumentError(f"{name}={given!r}: expected a set of names, {{{given!r}}}")
         if not isinstance(param_or_buffer_names_no_ema, set | frozenset | list):
@@ -172,14 +57,15 @@ class ModelAverage(Counted):
         self.allow_different_devices = allow_different_devices
         self.move_ema_to_online_device = move_ema_to_online_device
         self._names: dict[str, str] = {}
-        self._followers: dict[tuple[bool, bool], tuple[nn.Module, Any, Follower]] = {}
+        self._averagers: dict[tuple[bool, bool], tuple[nn.Module, Any, ModelAverager]] = {}
 
     # -- the two models ---------------------------------------------------------------------------
 
     @property
     def model(self) -> Any:
         """The model that is followed."""
-        raise NotImplementedError
+        kept = self.online_model  # in a list where it is to be no submodule
+        return kept[0] if isinstance(kept, list) else kept
 
     def _take(self, ema_model: nn.Module | Callable[[], nn.Module] | None) -> None:
         """Make a model the averaged one, by default a copy of the one that is followed."""
@@ -197,7 +83,7 @@ class ModelAverage(Counted):
         self.parameter_names = _inexact(self.ema_model.named_parameters())
         self.buffer_names = _inexact(self.ema_model.named_buffers())
         self._names = _plain(self.ema_model)
-        self._followers.clear()
+        self._averagers.clear()
 
     @property
     def _average(self) -> nn.Module:
@@ -207,13 +93,7 @@ class ModelAverage(Counted):
         return average
 
     def eval(self) -> Any:
-        """Put the averaged model, and no other, in evaluation mode.
-
-        Returns
-        -------
-        torch.nn.Module
-            The averaged model.
-        """
+        """Put the averaged model, and no other, in evaluation mode; return it."""
         return self._average.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -225,16 +105,12 @@ class ModelAverage(Counted):
         self._average.to(self.initted.device)
 
     def get_params_iter(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and float parameters of a model, as far as the averaged model has the names."""
-        for name, parameter in model.named_parameters():
-            if name in self.parameter_names:
-                yield name, parameter
+        """Names and float parameters of a model that the averaged model has too."""
+        return (one for one in model.named_parameters() if one[0] in self.parameter_names)
 
     def get_buffers_iter(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Names and float buffers of a model, as far as the averaged model has the names."""
-        for name, buffer in model.named_buffers():
-            if name in self.buffer_names:
-                yield name, buffer
+        """Names and float buffers of a model that the averaged model has too."""
+        return (one for one in model.named_buffers() if one[0] in self.buffer_names)
 
     def _ignored(self, name: str) -> bool:
         prefixes = self.ignore_startswith_names
@@ -243,43 +119,39 @@ class ModelAverage(Counted):
     # -- one into the other -----------------------------------------------------------------------
 
     def copy_params_from_model_to_ema(self) -> None:
-        """Make the average the weights: all of them, whatever names are ignored.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
-        """
-        self._follower(self._average, self.model, everything=True).copy(self.model)
+        """Make the average the weights, whatever names are ignored; raises as :meth:`update`."""
+        self._averager(self._average, self.model, everything=True).copy(self.model)
 
     def copy_params_from_ema_to_model(self) -> None:
-        """Make the weights the average, but for integers and booleans; raises as the reverse."""
-        self._follower(self.model, self._average, everything=True).copy(self._average)
+        """Make the weights the average, except integers and booleans; raises as :meth:`update`."""
+        self._averager(self.model, self._average, everything=True).copy(self._average)
+
+    def _copy(self) -> None:
+        self.copy_params_from_model_to_ema()
+
+    def _follow(self) -> None:
+        self.update_moving_average(self.ema_model, self.model)
 
     def _blend(self, ma_model: nn.Module, current_model: nn.Module, weight: float) -> None:
         """``ma += weight * (current - ma)``, in the roles that the names are given."""
         if self.move_ema_to_online_device and ma_model is self.ema_model:
             _follow_device(ma_model, current_model)
-        follower = self._follower(ma_model, current_model, everything=False)
-        follower.update(current_model, weight, self._num_steps)
+        averager = self._averager(ma_model, current_model, everything=False)
+        averager.update(current_model, weight, self._num_steps)
 
-    def _follower(self, written: nn.Module, read: nn.Module, *, everything: bool) -> Follower:
+    def _averager(self, written: nn.Module, read: nn.Module, *, everything: bool) -> ModelAverager:
         """What writes one model from the other, kept for the next time."""
         back = written is self.model and written is not self.ema_model
-        settings = (
-            set(self.param_or_buffer_names_no_ema),
-            set(self.ignore_names),
-            set(self.ignore_startswith_names),
-            self._rounding,
-        )
-        kept = self._followers.get((back, everything))
+        names = self.param_or_buffer_names_no_ema, self.ignore_names, self.ignore_startswith_names
+        settings = *map(set, names), self._rounding
+        kept = self._averagers.get((back, everything))
         if kept is not None and kept[0] is written and kept[1] == settings:
             return kept[2]
         both = frozenset(_plain(written)) & frozenset(_plain(read))
         done = partial(self._done, back, everything, both)
-        follower = Follower(written, done, rounding=self._rounding)
-        self._followers[back, everything] = written, settings, follower
-        return follower
+        averager = ModelAverager(written, done, rounding=self._rounding)
+        self._averagers[back, everything] = written, settings, averager
+        return averager
 
     def _done(
         self, back: bool, everything: bool, both: frozenset[str], plain: str, role: Role

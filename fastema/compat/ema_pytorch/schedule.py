@@ -1,91 +1,193 @@
-"""The decay that follows from how far an average has come."""
+"""Steps that are counted in buffers, and the decay that follows from them."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
+from fastema.compat.averager import ModelAverager
+from fastema.compat.mirrored import Mirrored
+from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError
 
-__all__ = ["checked_schedule", "finite", "grown_decay", "weight_of"]
+__all__ = ["Counted", "Scheduled", "finite", "whole"]
+
+
+def whole(number: Any, name: str, least: int = 1) -> int:
+    """A whole number of steps: of Python, NumPy, a tensor, or a float with a whole value.
+
+    An ArgumentError for anything else, or less than ``least``.
+    """
+    if type(number) is int and number >= least:
+        return number
+    if not isinstance(number, bool | str | bytes):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            found = int(number)
+            if found == number and found >= least:
+                return found
+    raise ArgumentError(f"{name}={number!r}: expected a whole number of at least {least}")
 
 
 def finite(number: Any, name: str) -> None:
-    """Refuse what is no finite number.
-
-    Raises
-    ------
-    ArgumentError
-        Naming it.
-    """
-    try:
+    """Refuse what is no finite number, by an ArgumentError that names it."""
+    with suppress(TypeError, ValueError):
         if math.isfinite(number):
             return
-    except (TypeError, ValueError):
-        pass
     raise ArgumentError(f"{name}={number!r}: expected a finite number")
 
 
-def checked_schedule(beta: Any, inv_gamma: Any, power: Any, min_value: Any) -> None:
-    """Refuse what makes no decays.
+class Counted(nn.Module):
+    """Two buffers, ``initted`` and ``step``, that no step waits for; and single tensors."""
 
-    Raises
-    ------
-    ArgumentError
-        For what is no finite number, but for None as ``beta``; for an ``inv_gamma`` not above 0.
-    """
-    numbers = {"inv_gamma": inv_gamma, "power": power, "min_value": min_value}
-    for name, number in numbers.items() if beta is None else [("beta", beta), *numbers.items()]:
-        finite(number, name)
-    if not inv_gamma > 0:
-        raise ArgumentError(f"inv_gamma={inv_gamma!r}: expected a number above 0")
+    initted: Tensor
+    step: Tensor
+    update_every: int
+
+    _copy: Callable[[], None]
+    _follow: Callable[[], None]
+
+    _as_peer: ClassVar[bool] = False
+    """Whether an update counts for one step, whatever ``update_every`` is."""
+
+    def __init__(self, *, peer_exact: bool) -> None:
+        super().__init__()
+        self.peer_exact = peer_exact
+        self._steps, self._started = Mirrored(), Mirrored()
+
+    def _register_counters(self) -> None:
+        self.register_buffer("initted", torch.tensor(False))
+        self.register_buffer("step", torch.tensor(0))
+
+    @property
+    def _num_steps(self) -> int:
+        return int(self._steps.read(self.step))
+
+    @property
+    def _has_begun(self) -> bool:
+        return bool(self._started.read(self.initted))
+
+    def _begin(self) -> None:
+        self._started.write(self.initted, True)
+
+    @contextmanager
+    def _next_step(self) -> Iterator[int]:
+        """A block for the work of a step, from 0; if it fails, the step is not counted.
+
+        Ctrl-C waits for its end: a step is taken and counted, or neither.
+        """
+        with deferred():
+            step = self._num_steps
+            self._steps.write(self.step, step + 1)
+            try:
+                yield step
+            except BaseException:
+                self._steps.write(self.step, step)
+                raise
+
+    def update(self) -> None:
+        """Count a step, and take the weights into the average if it is due.
+
+        Raises
+        ------
+        LayoutError, DTypeError, BridgeError
+            Naming the tensors, if the average is of others; nothing was written or counted.
+        ArgumentError
+            For a hyperparameter that was given an invalid value meanwhile; likewise.
+        """
+        with self._next_step() as step:
+            if self._is_copied(step):
+                self._copy()
+                self._begin()
+            else:
+                self._go_on(step)
+
+    def _is_copied(self, step: int) -> bool:
+        """Whether the average is made the weights at a step."""
+        return not self._has_begun and self._is_due(step)
+
+    def _is_due(self, step: int) -> bool:
+        return step % whole(self.update_every, "update_every") == 0
+
+    def _go_on(self, step: int) -> None:
+        if self._is_due(step):
+            self._follow()
+
+    @property
+    def _steps_per_update(self) -> int:
+        every = whole(self.update_every, "update_every")
+        return 1 if self.peer_exact or self._as_peer else every
+
+    @property
+    def _rounding(self) -> str:
+        return "nearest" if self.peer_exact else "stochastic"
+
+    def inplace_copy(self, tgt: Tensor, src: Tensor) -> None:
+        """``tgt = src``, in the dtype and on the device of ``tgt``."""
+        ModelAverager([tgt.detach()]).copy([src.detach()])
+
+    def inplace_lerp(self, tgt: Tensor, src: Tensor, weight: float) -> None:
+        """``tgt += weight * (src - tgt)``, in the dtype and on the device of ``tgt``."""
+        ModelAverager([tgt.detach()], rounding=self._rounding).update(
+            [src.detach()], float(weight), self._num_steps
+        )
 
 
-def grown_decay(
-    epoch: int,
-    beta: float | None,
-    inv_gamma: float,
-    power: float,
-    min_value: float,
-    *,
-    single: bool,
-) -> float:
-    """``1 - (1 + epoch / inv_gamma) ** -power``, between ``min_value`` and ``beta``; 0 at epoch 0.
+class Scheduled(Counted):
+    """With a decay that grows with the steps since ``update_after_step``."""
 
-    Parameters
-    ----------
-    epoch : int
-        Steps since the average began.
-    beta, inv_gamma, power, min_value : float
-        None as ``beta`` is no bound.
-    single : bool
-        Computed by torch in float32, to the bit as ema_pytorch does. At ``beta = 0.9999`` that is
-        off by 0.02 % in ``1 - decay``.
+    def _set_schedule(
+        self,
+        beta: float | None,
+        update_after_step: int,
+        update_every: int,
+        inv_gamma: float,
+        power: float,
+        min_value: float,
+    ) -> None:
+        self.beta = beta
+        self.is_frozen = beta == 1.0
+        self.update_after_step = update_after_step
+        self.update_every = whole(update_every, "update_every")
+        self.inv_gamma = inv_gamma
+        self.power = power
+        self.min_value = min_value
+        self._check_schedule()
 
-    Returns
-    -------
-    float
+    def _check_schedule(self) -> None:
+        for name in ("beta", "inv_gamma", "power", "min_value"):
+            if name != "beta" or self.beta is not None:
+                finite(getattr(self, name), name)
+        if not self.inv_gamma > 0:
+            raise ArgumentError(f"inv_gamma={self.inv_gamma!r}: expected a number above 0")
 
-    Raises
-    ------
-    ArgumentError
-        As :func:`checked_schedule`.
-    """
-    checked_schedule(beta, inv_gamma, power, min_value)
-    if epoch <= 0:
-        return 0.0
-    if single:
-        grown = 1 - (1 + torch.tensor(float(epoch), dtype=torch.float32) / inv_gamma) ** -power
-        return grown.clamp(min=min_value, max=beta).item()
-    decay = max(1.0 - float((1.0 + epoch / inv_gamma) ** -power), min_value)
-    return decay if beta is None else min(decay, beta)
+    def get_current_decay(self) -> float:
+        """The decay per step in force: 0 until ``update_after_step`` is passed."""
+        self._check_schedule()
+        epoch = self._num_steps - self.update_after_step - 1
+        if epoch <= 0:
+            return 0.0
+        if self.peer_exact:  # to the bit: off by 0.02 % in 1 - decay at beta = 0.9999
+            single = torch.tensor(float(epoch), dtype=torch.float32)
+            grown = 1 - (1 + single / self.inv_gamma) ** -self.power
+            return grown.clamp(min=self.min_value, max=self.beta).item()
+        grown_to = 1.0 - float((1.0 + epoch / self.inv_gamma) ** -self.power)
+        decay = max(grown_to, self.min_value)
+        return decay if self.beta is None else min(decay, self.beta)
 
+    def _is_copied(self, step: int) -> bool:
+        return not self._has_begun or (self._is_due(step) and step <= self.update_after_step)
 
-def weight_of(decay: float, steps: int) -> float:
-    """Weight of the new value where the old one decays for so many steps, ``1 - decay**steps``."""
-    if steps == 1 or decay <= 0.0:
-        return 1.0 - decay
-    # Near 1 the power is too close to 1 for the difference to keep its digits.
-    return -math.expm1(steps * math.log(decay))
+    def _weight(self, decay: float | None) -> float:
+        """Of the new values: by a decay that is given, or that of the schedule."""
+        if decay is not None:
+            return 1.0 - decay
+        decay, steps = self.get_current_decay(), self._steps_per_update
+        if steps == 1 or decay <= 0.0:
+            return 1.0 - decay
+        # Near 1 the power is too close to 1 for the difference to keep its digits.
+        return -math.expm1(steps * math.log(decay))

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import re
-import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fastema.bridges.memory import allocate
 from fastema.bridges.registry import describe
 from fastema.checkpoint.average import weighted_sum
-from fastema.checkpoint.files import File, Stored
+from fastema.checkpoint.files import File, Stored, moved_into_place
 from fastema.errors import CheckpointError, listed
-from fastema.layout.dtypes import average_of, parse
-from fastema.layout.flat import row_major
-from fastema.layout.spec import TensorSpec
 
-__all__ = ["Snapshot", "found", "mixed", "read", "write"]
+__all__ = ["Snapshot", "find", "read", "weighted", "write"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
 _PREFIX: Final = "ema_model."
-
-_ABANDONED: Final = 600.0
-"""Seconds after which a file that was not finished is taken for one that never will be."""
 
 
 class Snapshot(NamedTuple):
@@ -42,38 +35,12 @@ class Snapshot(NamedTuple):
 
 
 def write(folder: Path, which: int, state: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Write ``{which}.{step}.pt``: floats in the given dtype, all else as it is.
-
-    Whatever happens, there is the old file or the whole new one.
-
-    Raises
-    ------
-    CheckpointError
-        If the folder is gone.
-    OSError
-        If the file cannot be written.
-    """
+    """Write ``{which}.{step}.pt``, whole or not at all: floats in a dtype, all else as it is."""
     path = folder / f"{which}.{int(state['step'].item())}.pt"
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder any more: make it again for {path.name}")
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        torch.save({name: _stored(value, dtype) for name, value in state.items()}, str(beside))
-        beside.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    _sweep(path)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what processes that were killed had written of a file."""
-    with suppress(OSError):
-        now = path.stat().st_mtime  # by the clock of the file system
-        for beside in path.parent.glob(f"{path.name}.*.part"):
-            if now - beside.stat().st_mtime > _ABANDONED:  # no other process is at it
-                beside.unlink()
+    with moved_into_place(path) as partial:
+        torch.save({name: _stored(value, dtype) for name, value in state.items()}, partial)
 
 
 def _stored(value: Any, dtype: torch.dtype) -> Any:
@@ -82,13 +49,10 @@ def _stored(value: Any, dtype: torch.dtype) -> Any:
     return value.to(device="cpu", dtype=dtype if value.is_floating_point() else None, copy=True)
 
 
-def found(folder: Path, count: int) -> list[Snapshot]:
+def find(folder: Path, count: int) -> list[Snapshot]:
     """The snapshots in a folder, by step; those before the first update are left out.
 
-    Raises
-    ------
-    CheckpointError
-        If there are none, or one is of an average beyond ``count``.
+    A CheckpointError if there are none, or one is of an average beyond ``count``.
     """
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.pt")]
     every = [Snapshot(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
@@ -105,13 +69,7 @@ def found(folder: Path, count: int) -> list[Snapshot]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The averaged model's state in a snapshot, mapped into memory.
-
-    Raises
-    ------
-    CheckpointError
-        If it is none.
-    """
+    """The averaged model's state in a snapshot, mapped into memory; a CheckpointError for none."""
     try:
         state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
         return {
@@ -124,61 +82,45 @@ def read(path: Path) -> dict[str, Any]:
 
 
 class _Mapped(File):
-    """A snapshot as a file whose bytes are found by their address: torch maps them into memory."""
+    """A snapshot that torch has mapped into memory, as a file whose offsets are addresses."""
+
+    rows: dict[str, Tensor]
+    """What the memory belongs to, row-major."""
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, memoryview], None]]:
-        state = _row_major(read(self.path), self.tensors)
-        offsets = {stored.offset: name for name, stored in self.tensors.items()}
-        starts = np.array(sorted(offsets), np.int64)
-
-        def fill(offset: int, buffer: memoryview) -> None:
-            start = int(starts[np.searchsorted(starts, offset, side="right") - 1])
-            address = state[offsets[start]].data_ptr() + offset - start
+        def fill(address: int, buffer: memoryview) -> None:
             # Other threads go on meanwhile, as they would not while a memoryview is filled.
             ctypes.memmove((ctypes.c_char * len(buffer)).from_buffer(buffer), address, len(buffer))
 
         yield fill
 
 
-def _row_major(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
-    return {name: state[name].contiguous() for name in names}
-
-
 def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
-    """Where the tensors of these names would lie, one behind the other."""
-    state, tensors, offset = read(path), {}, 0
+    state, rows = read(path), {}
     for name in names:
         value = state.get(name)
         if isinstance(value, Tensor):
             if value.layout is not torch.strided:
                 raise CheckpointError(f"{name!r} is sparse in {path}: expected a dense tensor")
-            tensors[name] = Stored(describe(value).kind, tuple(value.shape), offset)
-            offset += max(tensors[name].nbytes, 1)
-    return _Mapped(path, tensors, {})
+            rows[name] = value.contiguous()
+    tensors = {
+        name: Stored(describe(row).kind, tuple(row.shape), row.data_ptr())
+        for name, row in rows.items()
+    }
+    file = _Mapped(path, tensors, {})
+    file.rows = rows
+    return file
 
 
-def mixed(
+def weighted(
     paths: Sequence[Path], coefficients: Sequence[float], like: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Sums of snapshots' tensors in float64, a few MB of each file at a time.
 
-    Parameters
-    ----------
-    paths : sequence of Path
-    coefficients : sequence of float
-    like : mapping of str to Tensor
-        What is summed: names and shapes.
-
-    Returns
-    -------
-    dict of str to Tensor
-        In float32, or float64 where ``like`` is.
-
-    Raises
-    ------
-    CheckpointError
-        Listing every tensor that a file does not have, or has in another shape or dtype.
+    What is summed has the names and shapes of ``like``; the sums are in float32, or float64 where
+    ``like`` is. A CheckpointError lists every tensor that a file does not have, or has in another
+    shape or dtype.
     """
     names = list(like)
     files = [_mapped(path, names) for path in paths]
@@ -199,13 +141,13 @@ def mixed(
                 problems.append(f"{name!r} is {here.kind.code} in {file.path.name}, not as later")
     if problems:
         raise CheckpointError("the snapshots do not fit the model:\n" + listed(problems))
-    owner = np.empty(0)
-    wanted = []
-    for name, tensor in like.items():
-        kind, shape, _ = files[-1].tensors[name]
-        wide = parse("f64" if tensor.dtype in (torch.float64, torch.complex128) else "f32")
-        spec = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
-        wanted.append((spec, average_of(kind, wide)))
-    result = dict(zip(names, allocate(wanted), strict=True))
-    weighted_sum(files, coefficients, result, names)
-    return {name: torch.from_numpy(array) for name, (array, _) in result.items()}
+    result = {name: _wide(files[-1].tensors[name], tensor) for name, tensor in like.items()}
+    memory = {name: (array, describe(array)) for name, array in result.items()}
+    weighted_sum(files, coefficients, memory, names)
+    return {name: torch.from_numpy(array) for name, array in result.items()}
+
+
+def _wide(stored: Stored, like: Tensor) -> NDArray[Any]:
+    """Memory for a sum."""
+    dtype = "f8" if like.dtype in (torch.float64, torch.complex128) else "f4"
+    return np.empty(stored.shape, np.result_type(dtype, "c8") if stored.kind.parts == 2 else dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytrees
 
-from fastema.compat.ema_pytorch.model import Scheduled, whole
-from fastema.compat.ema_pytorch.schedule import checked_schedule, weight_of
-from fastema.compat.following import Follower
+from fastema.compat.averager import ModelAverager
+from fastema.compat.ema_pytorch.schedule import Scheduled
 from fastema.errors import LayoutError
 
 __all__ = ["EMAPytree", "EMATensor"]
@@ -20,43 +20,24 @@ __all__ = ["EMAPytree", "EMATensor"]
 class EMAPytree(Scheduled):
     """An exponential moving average of the tensors in a tree of lists, tuples and dicts.
 
-    As :class:`EMA` of a model: ``avg += (1 - decay**update_every) * (x - avg)`` at every
-    ``update_every``-th call of :meth:`update`.
+    As :class:`EMA` of a model, whose parameters it has: ``avg += (1 - decay**update_every) * (x -
+    avg)`` at every ``update_every``-th call of :meth:`update`. Trees of different structure are a
+    LayoutError.
 
     Parameters
     ----------
     pytree : tensor, or list, tuple or dict of such, nested
         What is followed: written in place by its owner. What is no tensor in it is left alone.
     ema_pytree : the same, or callable, optional
-        What holds the average, or a function that makes it; a copy of ``pytree`` by default.
-    beta, update_after_step, update_every, inv_gamma, power, min_value
-        See :class:`EMA`.
-    allow_different_devices, coerce_dtype : bool
-        Taken, and not needed: devices and dtypes may always differ.
-    peer_exact : bool
-        See :class:`EMA`.
+        What holds the average, or makes it; a copy by default, of results of operations too.
 
     Attributes
     ----------
     pytree, ema_pytree
         What is followed, and the average; :attr:`ema_model` is another name of the latter.
     initted, step : torch.Tensor
-        Whether the average has begun, and calls of :meth:`update` so far: all that is in
-        ``state_dict()``, as in the peer. Save ``ema_pytree`` beside it.
-
-    Notes
-    -----
-    Differs from ema_pytorch 0.8.3 as :class:`EMA` does, and in these:
-
-    - Trees of another structure are a :class:`~fastema.errors.LayoutError`; theirs averages as many
-      tensors as both have, in order.
-    - Integers and booleans are copied exactly; theirs raises.
-    - ``ema_pytree`` may be a function, which theirs takes for the tree itself; tensors that are
-      results of an operation are followed too, which theirs cannot copy.
-
-    References
-    ----------
-    P. Wang, ema_pytorch 0.8.3, 2025, https://github.com/lucidrains/ema-pytorch
+        See :class:`EMA`: all that is in ``state_dict()``, as in the peer. Save ``ema_pytree``
+        beside.
 
     Examples
     --------
@@ -86,14 +67,7 @@ class EMAPytree(Scheduled):
         peer_exact: bool = False,
     ) -> None:
         super().__init__(peer_exact=peer_exact)
-        checked_schedule(beta, inv_gamma, power, min_value)
-        self.beta = beta
-        self.is_frozen = beta == 1.0
-        self.update_after_step = update_after_step
-        self.update_every = whole(update_every, "update_every")
-        self.inv_gamma = inv_gamma
-        self.power = power
-        self.min_value = min_value
+        self._set_schedule(beta, update_after_step, update_every, inv_gamma, power, min_value)
         self.allow_different_devices = allow_different_devices
         self.coerce_dtype = coerce_dtype
         self.online_pytree = [pytree]  # in a list, so that a module would be no submodule
@@ -102,7 +76,7 @@ class EMAPytree(Scheduled):
         self.ema_pytree = _copied(pytree) if ema_pytree is None else ema_pytree
         for tensor in _tensors(self.ema_pytree):
             tensor.detach_()
-        self._held: tuple[list[Tensor], Follower] | None = None
+        self._held: tuple[list[Tensor], ModelAverager] | None = None
         self._register_counters()
 
     @property
@@ -120,62 +94,26 @@ class EMAPytree(Scheduled):
         return self.ema_pytree(*args, **kwargs) if callable(self.ema_pytree) else self.ema_pytree
 
     def copy_params_from_pytree_to_ema(self) -> None:
-        """Make the average what is followed.
+        """Make the average what is followed; raises as :meth:`update`."""
+        averager, current = self._paired(self.ema_pytree, self.pytree)
+        averager.copy(current)
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
-        """
-        follower, current = self._paired(self.ema_pytree, self.pytree)
-        follower.copy(current)
+    def _copy(self) -> None:
+        self.copy_params_from_pytree_to_ema()
 
-    def update(self) -> None:
-        """Count a step, and take the tensors into the average if it is due.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors, if the two trees do not match; nothing was written or counted.
-        """
-        with self._next_step() as step:
-            if not self._has_begun:
-                self.copy_params_from_pytree_to_ema()
-                self._begin()
-            elif step % whole(self.update_every, "update_every") == 0:
-                if step <= self.update_after_step:
-                    self.copy_params_from_pytree_to_ema()
-                else:
-                    self.update_moving_average(self.ema_pytree, self.pytree)
+    def _follow(self) -> None:
+        self.update_moving_average(self.ema_pytree, self.pytree)
 
     def update_moving_average(
         self, ma_pytree: Any, current_pytree: Any, current_decay: float | None = None
     ) -> None:
-        """``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
+        """``ma += (1 - decay) * (current - ma)``, by default of the schedule, unless frozen."""
+        if not self.is_frozen:
+            weight = self._weight(current_decay)
+            averager, current = self._paired(ma_pytree, current_pytree)
+            averager.update(current, weight, self._num_steps)
 
-        Parameters
-        ----------
-        ma_pytree, current_pytree
-            Of the same structure.
-        current_decay : float, optional
-            By default that of the schedule, for ``update_every`` steps.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
-        """
-        if self.is_frozen:
-            return
-        if current_decay is None:
-            steps = self._steps_of(self.update_every)
-            weight = weight_of(self.get_current_decay(), steps)
-        else:
-            weight = 1.0 - current_decay
-        follower, current = self._paired(ma_pytree, current_pytree)
-        follower.update(current, weight, self._num_steps)
-
-    def _paired(self, averaged: Any, current: Any) -> tuple[Follower, list[Tensor]]:
+    def _paired(self, averaged: Any, current: Any) -> tuple[ModelAverager, list[Tensor]]:
         """What makes the one tree follow the other, and the tensors of that."""
         ours, theirs = pytrees.tree_flatten(averaged), pytrees.tree_flatten(current)
         if ours[1] != theirs[1]:
@@ -190,16 +128,12 @@ class EMAPytree(Scheduled):
         ]
         tensors = [avg for avg, _ in pairs]
         held = self._held
-        if held is None or len(held[0]) != len(tensors) or any(map(_differs, held[0], tensors)):
-            held = self._held = tensors, Follower(tensors, rounding=self._rounding)
+        if held is None or len(held[0]) != len(tensors) or not all(map(is_, held[0], tensors)):
+            held = self._held = tensors, ModelAverager(tensors, rounding=self._rounding)
         return held[1], [x for _, x in pairs]
 
 
 EMATensor = EMAPytree
-
-
-def _differs(one: Tensor, other: Tensor) -> bool:
-    return one is not other
 
 
 def _tensors(tree: Any) -> list[Tensor]:
