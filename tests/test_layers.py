@@ -183,12 +183,12 @@ TABLE = {
     # In fastema's own namespace: there where PyTorch is not, so PyTorch is imported by the call.
     "torch": Room(ours="errors typing", lazy_theirs="torch rich"),
     "compat": Room(
-        ours="shadow rules plan bridges layout checkpoint posthoc torch tensorflow engine.blocks"
+        ours="shadow binding rules plan bridges layout checkpoint posthoc torch tensorflow engine.blocks"
         " errors lazy typing",
         theirs=f"numpy {FRAMEWORKS}",
     ),
     "compat.replacing": Room(ours="compat engine.interrupts engine.locks errors typing"),
-    "compat.keras": Room(ours="keras plan engine.interrupts errors typing", theirs="keras"),
+    "compat.keras": Room(ours="keras plan binding engine.interrupts errors typing", theirs="keras"),
     # What the drop-in classes share takes back the weights whatever interrupts it.
     "compat.torch_ema": Room(ours="compat engine.blocks errors typing", theirs="torch"),
     "compat.ema_pytorch": Room(

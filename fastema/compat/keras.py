@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 import keras
 
+from fastema.binding.swap import Calls, Swap, Way
 from fastema.engine.interrupts import deferred
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.guards import ErrorGuard, Guard, UseGuard, guard_use, is_running
 from fastema.keras.steps import inner, whole
-from fastema.plan import Plan, copy_
+from fastema.keras.ways import Aside, is_gone
+from fastema.plan import Plan
 
 __all__ = ["SwapEMAWeights"]
 
@@ -61,83 +62,57 @@ def _steps(optimizer: Any) -> int:
     return whole(next(one for one in optimizer.variables if one.name == "iteration"))
 
 
-class _Swap:
-    """Weights and averages in each other's places, in memory."""
-
-    def __init__(self, model: Any, pairs: list[tuple[Any, Any]]) -> None:
-        self._variables, self._averages = (list(side) for side in zip(*pairs, strict=True))
-        try:
-            self._exchange: Callable[[], None] = Plan(self._variables, self._averages).swap_
-        except (BridgeError, DTypeError):
-            # Of several replicas, on a device that only the backend reaches, or of 8 bits.
-            self._exchange = self._one_by_one
-
-    def _one_by_one(self) -> None:
-        for variable, average in zip(self._variables, self._averages, strict=True):
-            value = keras.ops.copy(variable)
-            variable.assign(average)
-            average.assign(value)
-
-    def put(self) -> None:
-        """Put the averages into the model."""
-        self._exchange()
-
-    def back(self) -> None:
-        """Give the model its weights back."""
-        self._exchange()
-
-    def keep(self) -> None:
-        """Make the averages, which the model holds, those of the optimizer too."""
-        try:
-            copy_(self._averages, self._variables)
-        except (BridgeError, DTypeError):
-            for variable, average in zip(self._variables, self._averages, strict=True):
-                average.assign(variable)
+def _one_by_one(pairs: list[tuple[Any, Any]]) -> None:
+    for variable, average in pairs:
+        value = keras.ops.copy(variable)
+        variable.assign(average)
+        average.assign(value)
 
 
-class _References:
-    """The same on the JAX backend, whose arrays are never written: variables change arrays.
+class _Exchanged(Aside):
+    """On the JAX backend, whose arrays are never written, variables change arrays.
 
     What an evaluation is given it may donate, and a failing one leaves nothing behind. The model
     gets copies, therefore, and the arrays themselves are kept.
     """
 
     def __init__(self, model: Any, pairs: list[tuple[Any, Any]]) -> None:
-        self._model, self._pairs = model, pairs
-        model.jax_state_sync()
-        weights = {id(variable) for variable, _ in pairs}
-        self._kept = [(average, average.value) for _, average in pairs]
-        self._others = [
-            (one, keras.ops.copy(one.value)) for one in model.variables if id(one) not in weights
-        ]
+        super().__init__(model, [variable for variable, _ in pairs], lambda: None)
+        self._pairs = pairs
+        self._averages: list[Any] = []
 
-    def put(self) -> None:
-        """Put the averages into the model."""
-        for (variable, average), (_, value) in zip(self._pairs, self._kept, strict=True):
+    def _kept_beside(self, others: list[Any]) -> list[tuple[Any, Any]]:
+        return [(one, keras.ops.copy(one.value)) for one in others]
+
+    def apply(self) -> None:
+        """Put the averages into the model, and the weights into the optimizer."""
+        super().apply()
+        self._averages = [average.value for _, average in self._pairs]
+        for variable, average in self._pairs:
             weight = variable.value
-            variable.assign(keras.ops.copy(value))
+            variable.assign(keras.ops.copy(average.value))
             average.assign(weight)
 
-    def back(self) -> None:
-        """Give the model its weights back, also where an evaluation left it without any."""
-        self._model.jax_state_sync()
-        for (variable, average), (_, kept) in zip(self._pairs, self._kept, strict=True):
-            held = variable._value
-            variable.assign(average.value)
-            average.assign(kept if _is_gone(held) else held)
-        for variable, value in self._others:
-            if _is_gone(variable._value):
-                variable.assign(value)
-
-    def keep(self) -> None:
-        """Make the averages, which the model holds, those of the optimizer too."""
-        for variable, average in self._pairs:
-            average.assign(keras.ops.copy(variable.value))
+    def restore(self) -> None:
+        """Give both their own, also where an evaluation left the model without any."""
+        self._sync()
+        held = [variable._value for variable, _ in self._pairs]
+        super().restore()
+        for (_, average), own, now in zip(self._pairs, self._averages, held, strict=True):
+            average.assign(own if is_gone(now) else now)
 
 
-def _is_gone(array: Any) -> bool:
-    """Whether a variable has no array, or one that was donated."""
-    return array is None or array.is_deleted()
+def _way(model: Any, pairs: list[tuple[Any, Any]]) -> Way:
+    """Choose how weights and averages change places."""
+    if keras.backend.backend() == "jax":
+        return _Exchanged(model, pairs)
+    variables, averages = (list(side) for side in zip(*pairs, strict=True))
+    try:
+        exchange = Plan(variables, averages).swap_
+    except (BridgeError, DTypeError):
+        # Of several replicas, on a device that only the backend reaches, or of 8 bits.
+        exchange = partial(_one_by_one, pairs)
+    return Calls(exchange, exchange)
 
 
 class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
@@ -189,7 +164,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self.swap_on_epoch = swap_on_epoch
         self._hook: Hook | None = None
-        self._loan: _Swap | _References | None = None
+        self._swap: Swap | None = None
         self._guards: list[Guard] = []
         self._fit_guards: list[Guard] = []
         self._model_owned: Any = None
@@ -227,7 +202,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "them out"
             )
 
-    def _put(self, hook: Hook) -> None:
+    def _apply(self, hook: Hook) -> None:
         """Put the average into the model, unless it is there or there is none yet."""
         if self._hook is not None:
             return
@@ -244,24 +219,23 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         pairs = _averaged(model)
         if not pairs:
             return
-        kind = _References if keras.backend.backend() == "jax" else _Swap
-        loan = kind(model, pairs)
+        swap = Swap(_way(model, pairs))
         with deferred():
-            loan.put()
-            self._loan, self._hook = loan, hook
+            swap.apply()
+            self._swap, self._hook = swap, hook
             self._own()
             self._guards += guard_use(model, self.restore)
 
-    def _take_back(self, *hooks: Hook) -> None:
+    def _restore_after(self, *hooks: Hook) -> None:
         if self._hook in hooks:
             self.restore()
 
     def restore(self) -> None:
         """Give the model its own weights back, if it holds the average, however it came to it."""
         with deferred():
-            loan, self._loan, self._hook = self._loan, None, None
-            if loan is not None:
-                loan.back()
+            swap, self._swap, self._hook = self._swap, None, None
+            if swap is not None:
+                swap.restore()
         while self._guards:
             self._guards.pop().remove()
         self._disown()
@@ -281,7 +255,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._take_over()
         _separate(self.model)
         # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
-        restore = partial(self._take_back, "test")
+        restore = partial(self._restore_after, "test")
         self._fit_guards.append(ErrorGuard(self.model, "evaluate", restore))
         self._fit_guards += guard_use(self.model, self._leave)
         self._own()
@@ -293,19 +267,20 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Give the model its weights back."""
-        self._take_back("epoch")
+        self._restore_after("epoch")
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Put the average into the model where that is wanted; after the last epoch for good."""
         if not self.swap_on_epoch:
             return
-        self._put("epoch")
-        if self._hook != "epoch" or self._loan is None:
+        self._apply("epoch")
+        if self._hook != "epoch":
             return
         if epoch == (self._run or self.params)["epochs"] - 1:
             # As Keras is about to do, whose last word would give the model its weights otherwise.
-            self._loan.keep()
-            self._loan = self._hook = None
+            for variable, average in _averaged(self.model):
+                average.assign(keras.ops.copy(variable))
+            self._swap = self._hook = None
             self.restore()
         else:
             self._guards.append(UseGuard(self.model.optimizer, _FINALIZE, self.restore))
@@ -316,7 +291,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_test_end(self, logs: Any = None) -> None:
         """Give the model its weights back."""
-        self._take_back("test")
+        self._restore_after("test")
 
     def on_predict_begin(self, logs: Any = None) -> None:
         """Put the average into the model."""
@@ -324,14 +299,14 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_predict_end(self, logs: Any = None) -> None:
         """Give the model its weights back."""
-        self._take_back("predict")
+        self._restore_after("predict")
 
     def _begin(self, hook: Literal["test", "predict"]) -> None:
         if is_running(self.model, "fit"):
-            self._take_back("test", "predict")  # of one that was left by an exception
+            self._restore_after("test", "predict")  # of one that was left by an exception
         else:
             self._take_over()
         if self._hook is None:
-            self._put(hook)
+            self._apply(hook)
             if self._hook is not None:
                 self._guards.append(ErrorGuard(self.model, f"{hook}_function", self.restore))

@@ -38,14 +38,9 @@ class Aside:
         """Keep the model's values, and give it the averages."""
         self._sync()
         averaged = {id(one) for one in self._variables}
-        weights = {id(one) for one in self._model.weights}
+        others = [one for one in self._model.variables if id(one) not in averaged]
         self._raw = [(one, self._kept(one)) for one in self._variables]
-        self._others = [
-            # What is no weight, such as the state of random numbers, is small: a copy of it.
-            (one, one.value if id(one) in weights else copied(one))
-            for one in self._model.variables
-            if id(one) not in averaged
-        ]
+        self._others = self._kept_beside(others)
         self._give()
 
     def _sync(self) -> None:
@@ -55,6 +50,11 @@ class Aside:
     @staticmethod
     def _kept(variable: Any) -> Any:
         return variable.value
+
+    def _kept_beside(self, others: list[Any]) -> list[tuple[Any, Any]]:
+        weights = {id(one) for one in self._model.weights}
+        # What is no weight, such as the state of random numbers, is small: a copy of it.
+        return [(one, one.value if id(one) in weights else copied(one)) for one in others]
 
     def restore(self) -> None:
         """Give the model its own values."""
