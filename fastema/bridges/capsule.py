@@ -8,9 +8,7 @@ from typing import Any, Final
 from fastema.bridges.dlpack import Described, read_capsule
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.flat import row_major
-from fastema.layout.spec import Leaves, TensorSpec
-
-__all__ = ["MEMORY", "describe", "owns", "walk"]
+from fastema.layout.spec import TensorSpec
 
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
@@ -30,7 +28,7 @@ _CODES: Final = {
 
 
 def owns(obj: Any) -> bool:
-    """Whether an object exports itself by DLPack."""
+    """Return whether an object exports itself by DLPack."""
     return hasattr(type(obj), "__dlpack__") and hasattr(type(obj), "__dlpack_device__")
 
 
@@ -45,15 +43,7 @@ def _described(array: Any) -> tuple[Any, Described]:
 
 
 def describe(array: Any) -> TensorSpec:
-    """Where an array lies now.
-
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        For what is not in the memory of the host, or is only given out as a copy.
-    """
+    """Describe where an array lies now; it must be on the host, and not given out as a copy."""
     kind, _ = array.__dlpack_device__()
     name = type(array).__name__
     if kind != _CPU:
@@ -78,8 +68,3 @@ def describe(array: Any) -> TensorSpec:
         writable=found.writable,
         owner=array,
     )
-
-
-def walk(container: Any) -> Leaves | None:
-    """Containers of such arrays are lists, tuples and dicts."""
-    return None

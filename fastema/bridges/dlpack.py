@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 __all__ = ["Described", "capsule_address", "exchange_address", "read_capsule"]
@@ -12,8 +13,6 @@ _HEADER_WORDS: Final = 2
 
 _DLTENSOR_FROM_OBJECT: Final = _HEADER_WORDS + 3
 """After allocate, managed tensor from object, managed tensor to object."""
-
-_addresses: dict[type[object], int] = {}
 
 _FLAGS: Final = 24
 _AFTER_FLAGS: Final = 32
@@ -44,40 +43,37 @@ class _Tensor(ctypes.Structure):
 
 
 def exchange_address(array: object) -> int:
-    """Address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 where it has none.
+    """Return the address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 without one.
 
     The function has the C signature ``int (PyObject *, DLTensor *)``, needs the GIL, and fills in a
     description that borrows from the array. See the DLPack C interface, version 1.
     """
-    kind = type(array)
-    if kind not in _addresses:
-        _addresses[kind] = _address(kind)
-    return _addresses[kind]
+    return _address(type(array))
 
 
-def _address(array_type: type[object]) -> int:
+@cache
+def _address(array_type: type[Any]) -> int:
     capsule = getattr(array_type, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return 0
     table = _pointer(capsule, b"dlpack_exchange_api")
-    major = ctypes.c_uint32.from_address(table).value
-    if major != 1:
+    if ctypes.c_uint32.from_address(table).value != 1:  # the major version
         return 0
     words = (ctypes.c_void_p * (_DLTENSOR_FROM_OBJECT + 1)).from_address(table)
     return words[_DLTENSOR_FROM_OBJECT] or 0
 
 
 def capsule_address(capsule: Any) -> int:
-    """Address of the first element of what a capsule called ``dltensor`` holds.
+    """Return the address of the first element of a capsule called ``dltensor``.
 
-    The capsule need not be kept for it, but what it was made from.
+    It stays right without the capsule, for as long as the array it was made from is kept.
     """
     tensor = _Tensor.from_address(_pointer(capsule, b"dltensor"))
     return (tensor.data or 0) + int(tensor.byte_offset)
 
 
 class Described(NamedTuple):
-    """What a capsule says of a tensor; ``dtype`` is (kind of number, bits, lanes)."""
+    """A tensor as a capsule describes it; ``dtype`` is (kind of number, bits, lanes)."""
 
     address: int
     shape: tuple[int, ...]
@@ -87,7 +83,7 @@ class Described(NamedTuple):
 
 
 def read_capsule(capsule: Any) -> Described:
-    """Describe the tensor of a capsule of either version; one that says nothing is not writable."""
+    """Describe the tensor of a capsule of either version; the older one is not writable."""
     versioned = _is_valid(capsule, b"dltensor_versioned")
     place = _pointer(capsule, b"dltensor_versioned" if versioned else b"dltensor")
     flags = ctypes.c_uint64.from_address(place + _FLAGS).value if versioned else _READ_ONLY

@@ -1,4 +1,4 @@
-"""Names of tensors: in errors, and without what wrappers add to them."""
+"""Names of tensors and dtypes: in errors, and without what wrappers add to them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,29 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from fastema.errors import BridgeError, DTypeError
+from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["named", "plain_names"]
+__all__ = ["code_of", "named", "plain_names"]
 
 _WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Path components that compile, sharding and checkpointing wrappers put into names."""
+
+
+def code_of(framework: str, name: str) -> str:
+    """Return the code of a framework's dtype.
+
+    Raises
+    ------
+    DTypeError
+        For one that has no kernel.
+    """
+    if name not in NAMES:
+        raise DTypeError(
+            f"{framework} dtype {name} has no kernel; leave such arrays out. Known are "
+            + ", ".join(NAMES)
+        )
+    return NAMES[name]
 
 
 def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> TensorSpec:
@@ -23,10 +40,10 @@ def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> Tenso
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """The names a module would give without wrappers around it or inside it.
+    """Return the names a module would give without wrappers around it or inside it.
 
-    A leading ``module.`` goes where every name has it (data parallel wrappers). Names stay as they
-    are where that would make two of them equal.
+    A leading ``module.`` is dropped where every name has it (data parallel wrappers). Names stay as
+    they are where that would make two of them equal.
 
     Examples
     --------
