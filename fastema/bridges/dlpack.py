@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Hashable
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -42,17 +43,18 @@ class _Tensor(ctypes.Structure):
     )
 
 
-def exchange_address(array: object) -> int:
+def exchange_address(array: Any) -> int:
     """Return the address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 without one.
 
     The function has the C signature ``int (PyObject *, DLTensor *)``, needs the GIL, and fills in a
     description that borrows from the array. See the DLPack C interface, version 1.
     """
-    return _address(type(array))
+    array_type: Any = type(array)
+    return _address(array_type)
 
 
 @cache
-def _address(array_type: type[Any]) -> int:
+def _address(array_type: Hashable) -> int:
     capsule = getattr(array_type, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return 0

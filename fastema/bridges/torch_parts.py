@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["describe_part", "gather", "is_divided", "local", "refuse_fsdp1", "reshard_modules"]
+__all__ = [
+    "describe_part",
+    "gathered",
+    "is_divided",
+    "local",
+    "part_of",
+    "refuse_fsdp1",
+    "reshard_modules",
+]
 
 _UNDIVIDED = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -40,14 +48,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec]) -> TensorSpec:
-    """Describe this rank's part of a DTensor, and where in the whole tensor it begins.
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, and any other tensor, detached."""
+    return local(tensor).detach()
 
-    Parameters
-    ----------
-    tensor : DTensor
-    describe : callable
-        Describes a plain tensor.
+
+def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec]) -> TensorSpec:
+    """Describe this rank's part of a DTensor, with ``describe`` for the plain tensor in it.
 
     Raises
     ------
@@ -59,15 +66,15 @@ def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec
 
     mesh, placements = tensor.device_mesh, tuple(tensor.placements)
     whole = tuple(tensor.shape)
+    problem = None
     if any(one.is_partial() for one in placements):
+        problem = "is a sum that is still pending"
+    elif not _is_one_block(mesh, placements):
+        problem = "has parts of several blocks"
+    if problem is not None:
         raise BridgeError(
-            f"a DTensor placed as {placements} is a sum that is still pending; redistribute it to "
-            "Shard or Replicate first"
-        )
-    if not _is_one_block(mesh, placements):
-        raise BridgeError(
-            f"a DTensor placed as {placements} has parts of several blocks; redistribute it to "
-            "Shard or Replicate first"
+            f"a DTensor placed as {placements} {problem}; redistribute it to Shard or Replicate "
+            "first"
         )
     found = tensor._local_tensor
     spec = describe(found)
@@ -96,13 +103,11 @@ def _is_one_block(mesh: Any, placements: tuple[Any, ...]) -> bool:
     FSDP on top of tensor parallel divides a dimension over the later mesh dimension first: with
     both divisions a part is one block, with the strided one alone it is several.
     """
-    for dim, strided in enumerate(placements):
+    dims = [getattr(one, "dim", None) for one in placements]
+    for place, strided in enumerate(placements):
         factor = getattr(strided, "split_factor", 1)
-        after = 1
-        for later in range(dim + 1, len(placements)):
-            if getattr(placements[later], "dim", None) == getattr(strided, "dim", None):
-                after *= mesh.size(later)
-        if factor != 1 and after != factor:
+        later = (mesh.size(i) for i in range(place + 1, len(dims)) if dims[i] == dims[place])
+        if factor != 1 and math.prod(later) != factor:
             return False
     return True
 
@@ -167,7 +172,7 @@ def _with_axis_before(placement: Any) -> Any:
     return type(placement)(placement.dim + 1, **options)
 
 
-def gather(tensor: DTensor) -> torch.Tensor:
+def gathered(tensor: DTensor) -> torch.Tensor:
     """Return the whole of a DTensor on every rank; all of them have to call this."""
     # As bytes: neither gloo nor NCCL sends 16-bit integers.
     part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)
