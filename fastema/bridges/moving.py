@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 from weakref import ref
 
-from fastema.bridges.registry import bridge_of, describe
+from fastema.bridges.registry import ask, bridge_of, describe
 from fastema.errors import ArgumentError, FastemaError
 from fastema.layout.spec import Leaves, TensorSpec
 
@@ -38,11 +38,6 @@ class Located(NamedTuple):
 def moves(array: Any) -> bool:
     """Return whether an array is of a framework whose arrays move."""
     return hasattr(bridge_of(array), "finder")
-
-
-def _never_changes(array: Any) -> bool:
-    bridge = bridge_of(array)
-    return hasattr(bridge, "never_changes") and bool(bridge.never_changes(array))
 
 
 def finder_of(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
@@ -76,7 +71,9 @@ class Locator:
     def __init__(self, leaves: Leaves, container: Any) -> None:
         assert leaves.structure is not None
         self._structure = leaves.structure
-        self._never_change = all(_never_changes(leaf.spec.owner) for leaf in leaves.items)
+        self._never_change = all(
+            ask("never_changes", leaf.spec.owner, False) for leaf in leaves.items
+        )
         self._used: list[ref[Any]] = []
         arrays = leaves.structure.flatten(container) or ()
         names, specs = leaves.names, [leaf.spec for leaf in leaves.items]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["code_of", "named", "plain_names"]
+__all__ = ["code_of", "named", "plain_names", "refuse_repeated"]
 
 _WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Path components that compile, sharding and checkpointing wrappers put into names."""
@@ -37,6 +37,15 @@ def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> Tenso
         return describe(array)
     except (BridgeError, DTypeError) as error:
         raise type(error)(f"{name}: {error}" if name else str(error)) from None
+
+
+def refuse_repeated(names: Iterable[str]) -> None:
+    """Refuse two tensors of one name."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise BridgeError(f"two entries are called {name!r}; give them distinct names")
+        seen.add(name)
 
 
 def plain_names(names: Sequence[str]) -> list[str]:

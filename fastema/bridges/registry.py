@@ -20,11 +20,12 @@ from numbers import Complex, Real
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from fastema.bridges.names import named
+from fastema.bridges.names import named, refuse_repeated
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.spec import Held, Leaf, Leaves, Ranks, TensorSpec
 
 __all__ = [
+    "ask",
     "bridge_of",
     "describe",
     "dtype_code",
@@ -43,12 +44,11 @@ __all__ = [
     "written",
 ]
 
+# Import names, and those of the bridges. Keras comes first: its models are modules of its backends.
 _FRAMEWORKS: Final = ("keras", "torch", "tensorflow", "jax", "cupy", "numpy")
-"""Import names, which are those of their bridges. Keras comes first: its models are modules of its
-backends too."""
 
 _DEEPEST: Final = 200
-"""Containers in each other: far below where Python's own limit on recursion could be met."""
+"""Containers in each other: far below Python's own limit on recursion."""
 
 _ANY_OTHER: Final = "capsule"
 """The bridge of arrays of any other framework that export themselves by DLPack."""
@@ -198,16 +198,20 @@ def fitted(array: Any, spec: TensorSpec) -> Any:
     return array[tuple(slice(first, first + extent) for first, extent in block)]
 
 
+def ask(name: str, array: Any, default: Any) -> Any:
+    """Call a bridge's function of a name with its array; the default where it has none."""
+    function = getattr(bridge_of(array), name, None)
+    return default if function is None else function(array)
+
+
 def part_of(array: Any) -> Any:
     """Return this process's part of a divided array, and any other array as it is."""
-    bridge = bridge_of(array)
-    return bridge.part_of(array) if hasattr(bridge, "part_of") else array
+    return ask("part_of", array, array)
 
 
 def is_divided(array: Any) -> bool:
     """Return whether an array is divided among processes."""
-    bridge = bridge_of(array)
-    return hasattr(bridge, "is_divided") and bool(bridge.is_divided(array))
+    return bool(ask("is_divided", array, False))
 
 
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:
@@ -353,11 +357,8 @@ def leaves_of(container: Any) -> Leaves:
     _, leaves = _walked(container)
     if leaves is not None:
         return leaves
-    found: dict[str, Any] = {}
-    for name, array in entries:
-        if name in found:
-            raise BridgeError(f"two entries are called {name!r}; give them distinct names")
-        found[name] = array
+    refuse_repeated(name for name, _ in entries)
+    found = dict(entries)
     items = [Leaf(name, named(name, describe, array)) for name, array in found.items()]
     moving = any(hasattr(bridge, "finder") for bridge in {*map(bridge_of, found.values())})
     return Leaves(items, describe, held, structure=_Tree(container, list(found)), moving=moving)

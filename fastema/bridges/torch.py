@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, ClassVar, Final, NamedTuple, cast
+from typing import Any, ClassVar, Final, cast
 from weakref import finalize, ref
 
 import torch
@@ -84,8 +84,8 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         return describe_part(tensor, describe)
     if torch.nn.parameter.is_lazy(tensor):
         raise BridgeError("no shape yet (a lazy module); run the model once before averaging it")
-    place = _device(tensor.device)
-    plain = tensor.layout is torch.strided and place.type != "meta"
+    device, gpu = _device(tensor.device)
+    plain = tensor.layout is torch.strided and device != "meta"
     if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
         raise BridgeError(
             f"a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device} has no plain "
@@ -98,10 +98,10 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         tuple(tensor.shape),
         tensor.stride(),
         code(tensor.dtype),
-        place.name,
+        device,
         owner=tensor,
         exchange=exchange_address(tensor),
-        home=None if place.gpu is None else torch_cuda.home(place.gpu),
+        home=None if gpu is None else torch_cuda.home(gpu),
     )
     if spec.size and not (address and _within_storage(tensor, spec)):
         raise BridgeError(
@@ -115,17 +115,10 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     return spec
 
 
-class _Device(NamedTuple):
-    """A device by name and type; ``gpu`` is the number of one that CUDA drives."""
-
-    name: str
-    type: str
-    gpu: int | None
-
-
 @cache
-def _device(device: torch.device) -> _Device:
-    return _Device(str(device), device.type, device.index if device.type == "cuda" else None)
+def _device(device: torch.device) -> tuple[str, int | None]:
+    """Return a device's name, and the number of one that CUDA drives."""
+    return str(device), device.index if device.type == "cuda" else None
 
 
 def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
