@@ -81,15 +81,6 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
         From a batch to its weight. By default the length of the first tensor found in it, as
         Lightning takes it; a batch without any weighs 1.
 
-    Attributes
-    ----------
-    averages : dict of str to float
-        The latest of each, by the names that are logged.
-    history : dict of str to array
-        With ``record=True``, each of them at every batch, for :func:`fastema.tracking.plot`.
-    steps : dict of str to array
-        With ``record=True``, the numbers of the batches, from 0 and on through all epochs.
-
     Raises
     ------
     ArgumentError
@@ -154,17 +145,17 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest of each, by the names that are logged."""
+        """The latest averages, by the names that are logged."""
         return self._smoother.averages
 
     @property
     def history(self) -> dict[str, Any]:
-        """With ``record=True``, each of them at every batch."""
+        """With ``record=True``, each of them at every batch, for :func:`fastema.tracking.plot`."""
         return self._smoother.history
 
     @property
     def steps(self) -> dict[str, Any]:
-        """With ``record=True``, the numbers of the batches."""
+        """With ``record=True``, the numbers of the batches, from 0 and on through all epochs."""
         return self._smoother.steps
 
     # -- Lightning's hooks -------------------------------------------------------------------------

@@ -46,11 +46,6 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         ``Trainer`` leaves them out of its losses itself; with ``logging_nan_inf_filter=False``
         it logs nothing but NaN from the first one on.
 
-    Attributes
-    ----------
-    averages : dict of str to float
-        The latest of each, by the names that are logged.
-
     Raises
     ------
     ArgumentError
@@ -98,7 +93,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest of each, by the names that are logged."""
+        """The latest averages, by the names that are logged."""
         return self._smoother.averages
 
     def attach(self, trainer: Any) -> LossAverages:

@@ -97,7 +97,6 @@ TABLE = {
             own_room=False,
         )
         for name, packages in {
-            "capsule": "",
             "dlpack": "",
             "moving": "",
             "names": "",

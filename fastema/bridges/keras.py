@@ -116,7 +116,7 @@ class _Model:
 
 
 def _with_the_trainer(model: Any) -> dict[int, Any]:
-    """Arrays of variables, by their identity, while a running fit on JAX keeps them from them."""
+    """Return the arrays of variables, by ``id``, that a running fit on JAX holds for them."""
     state = getattr(model, "_jax_state", None)
     if not state or model._jax_state_synced:
         return {}

@@ -50,7 +50,7 @@ _FRAMEWORKS: Final = ("keras", "torch", "tensorflow", "jax", "cupy", "numpy")
 _DEEPEST: Final = 200
 """Containers in each other: far below Python's own limit on recursion."""
 
-_ANY_OTHER: Final = "capsule"
+_ANY_OTHER: Final = "dlpack"
 """The bridge of arrays of any other framework that export themselves by DLPack."""
 
 

@@ -24,7 +24,6 @@ from fastema.bridges.torch_parts import (
     reshard_modules,
 )
 from fastema.bridges.torch_parts import gathered as gathered
-from fastema.bridges.torch_parts import part_of as part_of
 from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.dtypes import NAME_OF
@@ -155,6 +154,11 @@ def view(
 ) -> torch.Tensor:
     """Make a tensor within a flat one."""
     return flat.as_strided(shape, strides, offset)
+
+
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor, and any other tensor as it is."""
+    return local(tensor).detach()
 
 
 def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:

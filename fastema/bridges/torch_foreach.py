@@ -38,6 +38,7 @@ BYTES: Final = 64
 _SPLIT: Final = "bf16+16"
 _BITS: Final = {"park", "unpark"}
 _CONVERTING: Final = {"copy", "swap", "give"}
+_LOW: Final = 0xFFFFFFFF
 _WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALVES: Final = (torch.float16, torch.bfloat16)
 
@@ -80,9 +81,6 @@ class _Form(NamedTuple):
 
     load: Callable[[Batch], Tensor]
     store: Callable[[Batch, Tensor, LaunchArgs], None]
-
-
-# -- lists of tensors and flat ones ----------------------------------------------------------------
 
 
 def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -131,9 +129,6 @@ def _to_odd(values: Tensor) -> Tensor:
 
 
 # -- forms -----------------------------------------------------------------------------------------
-
-
-_LOW: Final = 0xFFFFFFFF
 
 
 def _mixed(x: Any) -> Any:
@@ -198,10 +193,6 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
     return store
 
 
-def _load_split(batch: Batch) -> Tensor:
-    return _unparked(*_halves(batch)).view(torch.float32).to(batch.real)
-
-
 def _store_split(batch: Batch, values: Tensor, args: LaunchArgs) -> None:
     bits = values.to(torch.float32).view(torch.int32)
     _take_apart(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _high(bits)))
@@ -224,7 +215,9 @@ _FORMS: Final = {
     **dict.fromkeys(("", "f64", "f32", "f16", "bf16"), _PLAIN),
     "f16~": _Form(_PLAIN.load, _store_random(13, 2.0**-14, 65504.0)),
     "bf16~": _Form(_PLAIN.load, _store_random(16, 0.0, torch.finfo(torch.float32).max)),
-    _SPLIT: _Form(_load_split, _store_split),
+    _SPLIT: _Form(
+        lambda batch: _unparked(*_halves(batch)).view(torch.float32).to(batch.real), _store_split
+    ),
 }
 
 
@@ -437,13 +430,7 @@ _OPERATIONS: Final[dict[str, Callable[[Batch, LaunchArgs], Tensor | None]]] = {
 
 
 def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
-    """The type that a pair is computed in, and the form of its written side.
-
-    Raises
-    ------
-    DTypeError
-        If the operation averages and the dtype is an integer.
-    """
+    """The type that a pair is computed in, and the form of its written side."""
     dst, src = pair.dst.kind, pair.src.kind
     moves_bits = operation in _CONVERTING and dst == src and pair.form != _SPLIT
     if operation in _BITS or moves_bits:
@@ -506,12 +493,7 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
     """Sort pairs into batches of like pieces, each of at most ``most`` elements.
 
     Pieces of one average keep their order, and averages follow each other: pairs that write one
-    tensor do so in the order of their numbers.
-
-    Raises
-    ------
-    DTypeError
-        If the operation averages and a dtype is an integer.
+    tensor do so in the order of their numbers. Raises as :func:`substitute`.
     """
     found: list[Batch] = []
     latest: dict[tuple[object, ...], tuple[Batch, int]] = {}

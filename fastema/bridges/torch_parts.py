@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = [
-    "describe_part",
-    "gathered",
-    "is_divided",
-    "local",
-    "part_of",
-    "refuse_fsdp1",
-    "reshard_modules",
-]
-
 _UNDIVIDED = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -46,11 +36,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     found: torch.Tensor = tensor._local_tensor
     return found
-
-
-def part_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a DTensor, and any other tensor, detached."""
-    return local(tensor).detach()
 
 
 def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec]) -> TensorSpec:
