@@ -71,13 +71,7 @@ def is_traced() -> bool:
 def describe(array: jax.Array) -> TensorSpec:
     """Describe where an array lies; waits until it is computed.
 
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        Inside a traced function, for an array that was donated or deleted, or that is not in the
-        memory of the host.
+    It must be in the memory of the host, outside of traced functions, and not donated or deleted.
     """
     if isinstance(array, jax.core.Tracer) or is_traced():
         raise BridgeError(
@@ -196,12 +190,8 @@ def _part(key: Any) -> str:
 def walk(container: Any) -> Leaves | None:
     """Return the leaves of a pytree that holds JAX arrays; None for anything else.
 
-    Names are the keys, positions and fields on the way to a leaf, joined by dots.
-
-    Raises
-    ------
-    BridgeError
-        For leaves that are no arrays, or two of one name.
+    Names are the keys, positions and fields on the way to a leaf, joined by dots; all leaves must
+    be arrays.
     """
     try:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(container)

@@ -151,13 +151,8 @@ def _role(variable: Any, made_to_train: Container[int]) -> Role:
 def walk(container: Any) -> Leaves | None:
     """Return the weights of a layer or model by their paths within it; None for anything else.
 
-    Weights that were not made to be trained, such as the statistics of batch normalisation, are
-    buffers.
-
-    Raises
-    ------
-    BridgeError
-        If it is not built yet.
+    It must be built. Weights that were not made to be trained, such as the statistics of batch
+    normalisation, are buffers.
     """
     if not isinstance(container, keras.layers.Layer):
         return None

@@ -60,12 +60,7 @@ def finder_of(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
 class Locator:
     """Finds the tensors of a container again, in this one or another of its structure.
 
-    Parameters
-    ----------
-    leaves : Leaves
-        With a structure.
-    container : object
-        The container of the leaves.
+    ``leaves`` are those of the container, with a structure.
     """
 
     def __init__(self, leaves: Leaves, container: Any) -> None:
@@ -102,11 +97,6 @@ class Locator:
 
         It also is if other tensors are tied than were, or if two that are to be written share
         memory now.
-
-        Raises
-        ------
-        BridgeError
-            For an object that belongs to no known framework.
         """
         arrays = self._structure.flatten(container, write=write)
         if arrays is None:
@@ -134,17 +124,8 @@ class Locator:
     def refuse_used(self, located: Located, instead: str) -> None:
         """Refuse arrays that never change and that the latest call has used already.
 
-        Arrays that may change are never refused: their values may be new.
-
-        Parameters
-        ----------
-        located : Located
-        instead : str
-            How to give new ones, for the error.
-
-        Raises
-        ------
-        ArgumentError
+        Arrays that may change are never refused: their values may be new. ``instead`` says in the
+        error how to give new ones.
         """
         arrays = [array for arrays in located.kept for array in arrays]
         if self._used and all(map(_refers, self._used, arrays)):

@@ -16,13 +16,7 @@ _WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_mo
 
 
 def code_of(framework: str, name: str) -> str:
-    """Return the code of a framework's dtype.
-
-    Raises
-    ------
-    DTypeError
-        For one that has no kernel.
-    """
+    """Return the code of a framework's dtype."""
     if name not in NAMES:
         raise DTypeError(
             f"{framework} dtype {name} has no kernel; leave such arrays out. Known are "

@@ -72,13 +72,7 @@ _owners: Final[dict[type[Any], ModuleType]] = {}
 
 
 def bridge_of(array: Any) -> ModuleType:
-    """Return the bridge of an array.
-
-    Raises
-    ------
-    BridgeError
-        For an object that belongs to no known framework.
-    """
+    """Return the bridge of an array; a BridgeError for an object of no known framework."""
     known = _owners.get(type(array))
     if known is not None and known.owns(array):
         return known
@@ -143,14 +137,7 @@ def versions_of(arrays: Iterable[Any]) -> list[Any]:
 def scalar(value: Any) -> float | Callable[[], float]:
     """Return a number, or a function that reads it later where reading now would wait for a device.
 
-    Parameters
-    ----------
-    value : number, or array of one element of any framework
-
-    Raises
-    ------
-    BridgeError
-        For anything else, and for what stands for a number while a function is traced.
+    Takes numbers and arrays of one element of any framework, outside of traced functions.
     """
     try:
         return _scalar(value)
@@ -216,7 +203,7 @@ def is_divided(array: Any) -> bool:
 
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:
     """Return the processes that hold parts of the same arrays; None if no array is divided."""
-    found = (ask(members) for ask, members in _by_function(arrays, "ranks_of"))
+    found = (function(members) for function, members in _by_function(arrays, "ranks_of"))
     return next((ranks for ranks in found if ranks is not None), None)
 
 
@@ -228,13 +215,7 @@ def reshard(container: Any) -> None:
 
 
 def dtype_code(value: Any) -> str:
-    """Return the code of a dtype object of any framework.
-
-    Raises
-    ------
-    ArgumentError
-        For an object that is no dtype.
-    """
+    """Return the code of a dtype object of any framework; an ArgumentError for other objects."""
     for bridge in _loaded():
         if hasattr(bridge, "code"):
             with suppress(DTypeError, TypeError):
@@ -255,29 +236,19 @@ def state_of(container: Any) -> dict[str, tuple[str, Any]]:
     return {leaf.name: (leaf.name, leaf.spec.owner) for leaf in leaves_of(container).items}
 
 
-def _entries(tree: Any) -> list[tuple[str, Any]] | None:
-    """Return the entries of a list, tuple or dict by name; None for anything else."""
-    if type(tree) in _owners:  # an array of a kind that was seen before
-        return None
-    if isinstance(tree, Mapping):
-        return [(str(key), value) for key, value in tree.items()]
-    if isinstance(tree, list | tuple):
-        return [(str(i), value) for i, value in enumerate(tree)]
-    return None
-
-
 def _flatten(
     tree: Any, path: str = "", above: tuple[Any, ...] = ()
 ) -> tuple[list[tuple[str, Any]], list[Held]]:
-    """Return the leaves of lists, tuples and dicts by name, and those that can be changed.
+    """Return the leaves of nested lists, tuples and dicts by name, and the lists and dicts.
 
-    Raises
-    ------
-    BridgeError
-        Naming what no walk would come to the end of; JAX leaves Python unusable after such a one.
+    Refuses containers that no walk would come to the end of: JAX leaves Python unusable after one.
     """
-    entries = _entries(tree)
-    if entries is None:
+    entries: Iterable[tuple[Any, Any]]
+    if isinstance(tree, Mapping):
+        entries = tree.items()
+    elif isinstance(tree, list | tuple):
+        entries = enumerate(tree)
+    else:
         return [(path, tree)], []
     if any(tree is one for one in above):
         raise BridgeError(f"{path!r} is a {type(tree).__name__} that holds itself")
@@ -288,7 +259,11 @@ def _flatten(
     leaves: list[tuple[str, Any]] = []
     held = [] if isinstance(tree, tuple) else [Held(tree)]
     for key, value in entries:
-        more, inner = _flatten(value, f"{path}.{key}" if path else key, (*above, tree))
+        name = f"{path}.{key!s}" if path else str(key)
+        if type(value) in _owners:  # an array of a kind that was seen before
+            leaves.append((name, value))
+            continue
+        more, inner = _flatten(value, name, (*above, tree))
         leaves += more
         held += inner
     return leaves, held

@@ -143,13 +143,7 @@ def _can_be_written() -> bool:
 def describe(array: Any) -> TensorSpec:
     """Describe where a tensor, or the value of a variable, lies now.
 
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        Inside ``tf.function``, for a variable of a distribution strategy, and for tensors that are
-        not in the memory of the host.
+    It must be on the host, outside of ``tf.function``, and in no distribution strategy.
     """
     _refuse(array)
     writable = not isinstance(array, tf.Tensor)

@@ -71,13 +71,8 @@ def native(code: str) -> torch.dtype:
 def describe(tensor: torch.Tensor) -> TensorSpec:
     """Describe where a tensor, or this rank's part of a DTensor, lies now.
 
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        For a tensor without plain strided memory (sparse, quantized, meta, conjugate view), and a
-        DTensor whose part has no place in the whole.
+    It must have plain strided memory: sparse and quantized tensors, conjugate views, and those on
+    the meta device have none.
     """
     if is_divided(tensor):
         return describe_part(tensor, describe)
@@ -195,8 +190,9 @@ class Versions:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         kept = [t for t in tensors if not t.is_inference()]  # those keep no version
         # A DTensor and its part count apart from each other.
-        self._owners = [*kept, *filter(is_divided, kept)]
-        self._tensors = (*kept, *(local(t) for t in kept if is_divided(t)))
+        divided = [t for t in kept if is_divided(t)]
+        self._owners = [*kept, *divided]
+        self._tensors = (*kept, *map(local, divided))
         self._stepped: set[int] = set()
         self._end_notes: Callable[[], object] = lambda: None
         self._before = self._begun = self._now = self._versions()
@@ -277,12 +273,7 @@ def walk(container: Any) -> Leaves | None:
 
     A parameter that does not require a gradient is ``frozen``; a tied one has every name. A buffer
     that was registered with ``persistent=False`` is marked. Modules in a list are stages of one
-    model, and keep their names.
-
-    Raises
-    ------
-    BridgeError
-        If two tensors of different modules have one name.
+    model, and keep their names, which must differ.
     """
     modules = _modules(container)
     if not modules:

@@ -41,13 +41,8 @@ class TorchHome:
     def capturing(self) -> bool:
         """Return whether torch's current stream of the device is being captured.
 
-        Raises
-        ------
-        DeviceError
-            In a process that was forked from one that had used CUDA.
-        StateError
-            If another device's is, and not this one: work on this one would not be captured, and
-            CUDA allows nothing else meanwhile.
+        Raises a DeviceError in a process that was forked from one that had used CUDA, and a
+        StateError if only the stream of another device is captured: CUDA allows no other work then.
         """
         if torch.cuda._is_in_bad_fork():
             raise DeviceError(

@@ -39,12 +39,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec]) -> TensorSpec:
-    """Describe this rank's part of a DTensor, with ``describe`` for the plain tensor in it.
+    """Describe this rank's part of a DTensor, which must be one block of the whole.
 
-    Raises
-    ------
-    BridgeError
-        For a pending sum, and for a part that is several blocks of the whole.
+    ``describe`` describes the plain tensor in it.
     """
     # DCP computes with this function where a part goes in a checkpoint.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -179,12 +176,7 @@ def gathered(tensor: DTensor) -> torch.Tensor:
 
 
 def refuse_fsdp1(module: torch.nn.Module) -> None:
-    """Refuse modules whose weights lie in one flat parameter, of which each rank has a stretch.
-
-    Raises
-    ------
-    BridgeError
-    """
+    """Refuse modules whose weights lie in one flat parameter, of which each rank has a stretch."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(
         isinstance(one, fsdp.FullyShardedDataParallel) for one in module.modules()
