@@ -183,8 +183,10 @@ class _Pytree:
 
 def _part(key: Any) -> str:
     """Return one entry of a path: a key, a position or a field."""
-    names = (name for name in ("key", "idx", "name") if hasattr(key, name))
-    return str(getattr(key, next(names, ""), key))
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            return str(getattr(key, name))
+    return str(key)
 
 
 def walk(container: Any) -> Leaves | None:
