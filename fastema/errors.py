@@ -1,19 +1,5 @@
 """The errors fastema raises: one base, each class also the built-in that fits.
 
-::
-
-    FastemaError
-    ├── ArgumentError   (ValueError)    a parameter has no valid value
-    ├── BridgeError     (TypeError)     an object that no bridge knows, or that cannot be used
-    ├── DTypeError      (TypeError)     a dtype, or a pair of dtypes, that has no kernel
-    ├── LayoutError     (ValueError)    tensors that do not match, overlap, or have changed
-    ├── DeviceError     (RuntimeError)  a GPU, its driver or its compilers that cannot be used
-    ├── StateError      (RuntimeError)  a call in the wrong state (swapped, not swapped)
-    ├── CheckpointError (ValueError)    a saved state that does not fit
-    │   └── StorageError (OSError)      a file that cannot be written: a full disk, no folder
-    ├── NonFiniteError  (FloatingPointError)  weights with a NaN or an infinity, where asked for
-    └── PeerError       (ImportError)   a peer's package that is missing, or of an unknown interface
-
 Every check comes before the first write: a call that raises has changed nothing.
 """
 
@@ -81,7 +67,7 @@ class PeerError(FastemaError, ImportError):
 
 
 def listed(problems: Iterable[str], limit: int = 20) -> str:
-    """Problems as the lines of one message, the rest counted."""
+    """Return problems as the lines of one message, counting those beyond the limit."""
     lines = list(problems)
     shown = [f"  - {line}" for line in lines[:limit]]
     if len(lines) > limit:

@@ -16,14 +16,8 @@ def lazy_names(
     """Make ``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
 
     A name that needs a framework which is not installed is an attribute that is not there, so that
-    ``hasattr``, ``inspect.getmembers`` and ``help`` work everywhere.
-
-    Parameters
-    ----------
-    package : str
-        The package's ``__name__``.
-    homes : mapping from str to str
-        By name, the module that has it; for a submodule, that module itself.
+    ``hasattr``, ``inspect.getmembers`` and ``help`` work everywhere. ``homes`` has the module of
+    each name; of a submodule, that module itself.
     """
     space = sys.modules[package].__dict__
 

@@ -27,10 +27,9 @@ _PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _callback_class() -> Any:
-    """A class of callbacks to every Lightning that is installed.
+    """Make a class of callbacks to every Lightning that is installed.
 
-    Each knows its own class only, and the first brings the second along: which of them a trainer
-    will come from cannot be told before there is one.
+    Each knows its own class only, and nobody knows which one a trainer will come from.
     """
     found = []
     for package in _PACKAGES:
@@ -43,14 +42,13 @@ _Callback = _callback_class()
 
 
 class LossAverages(_Callback):  # type: ignore[misc, valid-type]
-    """Smooths the loss of each training batch, and what the module logs beside it.
+    """Smooths the loss of each training batch, and the metrics that the module logs beside it.
 
-    A run with the defaults logs ``train_loss_sma``, the mean over the last 20 batches,
-    ``train_loss_ema``, which averages over about ten, and ``train_loss_raw``, the batch's own loss.
-    A metric that ``training_step`` logs with ``on_step=True``, say ``train_acc``, gets
-    ``train_acc_sma`` and ``train_acc_ema``. All are logged by the module's own ``log``: they
-    stand in the progress bar, in every logger, and in ``trainer.callback_metrics``, so that
-    ``ModelCheckpoint`` and ``EarlyStopping`` may monitor them.
+    The defaults log ``train_loss_sma``, the mean over the last 20 batches, ``train_loss_ema``,
+    which averages over about ten, and ``train_loss_raw``, the batch's own loss. A metric that
+    ``training_step`` logs with ``on_step=True``, say ``train_acc``, gets ``train_acc_sma`` and
+    ``train_acc_ema``. All are logged by the module's own ``log``: they reach the progress bar, all
+    loggers, and ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping``.
 
     Parameters
     ----------
@@ -64,8 +62,8 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
         Names of the metrics to smooth, as the module logs them. By default all that it logs with
         ``on_step=True``; ``()`` for the loss alone.
     loss : str or None
-        What the loss is called; None leaves it out. Where the module logs a metric of this name
-        with ``on_step=True``, that one is smoothed: give the name that the module uses.
+        Name of the loss; None leaves it out. A metric that the module logs under this name with
+        ``on_step=True`` is smoothed in its place.
     debias : bool
         Begin the exponential average with nothing rather than with the first value, see
         :class:`fastema.tracking.ExponentialMovingAverage`.
@@ -77,21 +75,11 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
         Show the averages in the progress bar. Losses of single batches are not shown there.
     sync_dist : bool
         In distributed training, smooth the mean loss of all processes, at the cost of a reduction
-        per batch, for which the processes wait for each other. By default each smooths its own, and
-        loggers show that of process zero, as they do after ``self.log`` without ``sync_dist=True``.
-        What the module logs is taken as the module logs it.
+        per batch, for which they wait for each other. By default each process smooths its own, and
+        loggers show that of process zero. The module's metrics are taken as it logs them.
     batch_size : callable, optional
         From a batch to its weight. By default the length of the first tensor found in it, as
         Lightning takes it; a batch without any weighs 1.
-
-    Attributes
-    ----------
-    averages : dict of str to float
-        The latest of each, by the names that are logged.
-    history : dict of str to array
-        With ``record=True``, each of them at every batch, and so for :func:`fastema.tracking.plot`.
-    steps : dict of str to array
-        With ``record=True``, the numbers of the batches, from 0 and on through all epochs.
 
     Raises
     ------
@@ -103,26 +91,24 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
     **The weight of a batch** is its size: a short last batch counts for what it is.
 
     **Gradient accumulation.** Lightning divides the loss that callbacks see by
-    ``accumulate_grad_batches``. This is undone: the loss of a batch is that of the batch, and the
-    average moves at every batch.
+    ``accumulate_grad_batches``. This is undone, and the average moves at every batch.
 
-    **Several optimizers.** With manual optimization it is ``"loss"`` in what ``training_step``
-    returns, if there is one; what the module logs is smoothed alike.
+    **Several optimizers.** With manual optimization the loss is ``"loss"`` in what
+    ``training_step`` returns, if there is one.
 
     **On an accelerator** nothing waits for a loss until it is shown: losses are read, and the
     averages logged, at the batches that the trainer logs (``log_every_n_steps``) and the last one
     of an epoch. For losses on the CPU the averages in the progress bar are those of every batch,
     which takes Lightning about 0.2 ms each; with ``prog_bar=False`` they wait for the logger too.
-    What the module itself logs with ``prog_bar=True`` is read by Lightning at every batch, with
-    or without this callback.
+    Lightning itself reads metrics that the module logs with ``prog_bar=True`` at every batch.
 
     **Order.** Callbacks that stand before this one in the list see the averages of the batch
     before. Lightning's own progress bar and checkpoints come after all others.
 
-    **Resuming.** The state is in the checkpoint: a run that goes on by ``fit(ckpt_path=...)``
-    draws the same curve, to the bit. With ``sync_dist=False`` the processes other than zero go on
-    from the average of zero. If the window or the decay is another one now, a warning says so
-    and the averages begin anew. A ``fit`` from step 0 always begins anew.
+    **Resuming.** The state is in the checkpoint: ``fit(ckpt_path=...)`` continues the curve, to the
+    bit. With ``sync_dist=False`` other processes continue from the average of process zero. If the
+    window or the decay has changed, a warning says so and the averages begin again. A ``fit`` from
+    step 0 always begins again.
     """
 
     def __init__(
@@ -159,28 +145,28 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest of each, by the names that are logged."""
+        """The latest averages, by the names that are logged."""
         return self._smoother.averages
 
     @property
     def history(self) -> dict[str, Any]:
-        """With ``record=True``, each of them at every batch."""
+        """With ``record=True``, each of them at every batch, for :func:`fastema.tracking.plot`."""
         return self._smoother.history
 
     @property
     def steps(self) -> dict[str, Any]:
-        """With ``record=True``, the numbers of the batches."""
+        """With ``record=True``, the numbers of the batches, from 0 and on through all epochs."""
         return self._smoother.steps
 
     # -- Lightning's hooks -------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        """What the state is called in a checkpoint."""
+        """Return the key of the state in a checkpoint."""
         return "fastema.lightning.LossAverages"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin anew with a new run; a checkpoint is loaded after this."""
+        """Begin again with a new run; a checkpoint is loaded after this."""
         if stage == "fit" and trainer.global_step == 0:
             self._smoother.reset()
             self._fresh = {}
@@ -189,7 +175,7 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note what is logged already."""
+        """Note which metrics are logged already."""
         if self.metrics != ():
             self._before = dict(trainer.callback_metrics)
 
@@ -217,7 +203,7 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
             self._log(trainer, pl_module, {k: v for k, v in averages.items() if k not in raw})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say which of the metrics that were asked for do not exist."""
+        """Warn of metrics that were asked for and not logged."""
         if self._missing:
             missing, self._missing = sorted(self._missing), set()
             warnings.warn(
@@ -228,24 +214,23 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the averages go on from."""
+        """Return the state of the averages."""
         return self._smoother.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; from nothing, with a warning, if it is of other settings."""
+        """Load a state; begin again, with a warning, if its settings differ."""
         try:
             self._smoother.load_state_dict(state_dict)
         except CheckpointError as error:
             warnings.warn(f"LossAverages begins anew: {error}", stacklevel=2)
 
-    # -- parts of them -----------------------------------------------------------------------------
+    # -- their parts -------------------------------------------------------------------------------
 
     def _logged(self, trainer: Any) -> dict[str, torch.Tensor]:
-        """Metrics that were logged with ``on_step=True`` since this batch began.
+        """Return the metrics that were logged with ``on_step=True`` since this batch began.
 
-        ``callback_metrics`` keeps all that was ever logged, and from one batch to the next gives
-        other tensor objects for the same memory. What is logged now has new memory: as long as
-        the old is held, nothing else can lie there.
+        ``callback_metrics`` keeps all that was ever logged, in other tensor objects of the same
+        memory at each batch. A metric logged now has new memory, since the old is still held.
         """
         if self.metrics == ():
             return {}
@@ -264,7 +249,7 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
         return found
 
     def _of_batch(self, loss: Any, trainer: Any) -> Any:
-        """The loss as ``training_step`` returned it, or its mean over all processes."""
+        """Return the loss as ``training_step`` returned it, or its mean over all processes."""
         parts = trainer.accumulate_grad_batches  # 1 with manual optimization, it must be
         if parts != 1:
             loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * parts
@@ -298,7 +283,7 @@ def _on_host(value: Any) -> bool:
 
 
 def _first_length(batch: Any) -> int:
-    """Length of the first tensor in a batch of tuples, lists and mappings; 1 without any."""
+    """Return the length of the first tensor in nested tuples, lists and mappings; 1 without any."""
     pending = [batch]
     while pending:
         part = pending.pop()

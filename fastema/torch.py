@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import length_hint
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fastema.errors import ArgumentError, BridgeError
@@ -35,28 +34,28 @@ def update_bn(
     """Recompute the running statistics of batch normalisation with the weights the model holds now.
 
     Over batches ``b = 1 ... B`` each layer gets ``running_mean = sum(mean_b) / B`` and
-    ``running_var = sum(var_b) / B`` of what it is fed, ``var_b`` being the unbiased variance within
-    a batch: the same numbers as :func:`torch.optim.swa_utils.update_bn`. Averaged weights give
-    other activations than the weights whose statistics were tracked in training, so call it before
-    averaged weights are evaluated or saved.
+    ``running_var = sum(var_b) / B`` of its inputs, ``var_b`` being the unbiased variance within a
+    batch: the same numbers as :func:`torch.optim.swa_utils.update_bn`. Averaged weights give other
+    activations than the weights that were trained, so call it before averaged weights are evaluated
+    or saved.
 
     Parameters
     ----------
     loader : iterable
-        Batches of training inputs, gone through once. Of a list or tuple such as
-        ``(input, target)`` the first element is the input. A mapping is passed as
-        ``model(**input)``, restricted to the names that ``model.forward`` takes unless it takes
-        ``**kwargs``; anything else as ``model(input)``.
+        Batches of training inputs, read once. Of a list or tuple such as ``(input, target)`` the
+        first element is the input. A mapping is passed as ``model(**input)``, restricted to the
+        names that ``model.forward`` takes unless it takes ``**kwargs``; anything else as
+        ``model(input)``.
     model : torch.nn.Module
-        With layers of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm``. Where none of
-        them tracks statistics nothing is done, and the loader is not touched.
+        With layers of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm``. If none of
+        them tracks statistics, nothing is done and the loader is not read.
     device : torch.device, str or int, optional
-        Where inputs are moved: tensors, whatever else has a method ``to``, and what lists, tuples
-        and mappings hold, nested. By default they stay where they are.
+        Where inputs are moved: tensors, other objects with a method ``to``, and those in nested
+        lists, tuples and mappings. By default they stay where they are.
     progress : bool
         Show a progress bar on standard error; needs the package rich.
     forward : callable, optional
-        ``forward(model, batch)``, called with each whole batch in place of the above.
+        ``forward(model, batch)``, called with each whole batch instead.
 
     Raises
     ------
@@ -127,7 +126,7 @@ def update_bn(
 
 @contextmanager
 def _recomputed(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """A block in which the layers average over all batches; an error within undoes everything."""
+    """Let the layers average over all batches of a block; an error in it undoes everything."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
     before = [
@@ -160,7 +159,7 @@ def _put_back(states: list[State]) -> None:
 
 
 def _moved(batch: Any, device: torch.device | str | int) -> Any:
-    """The batch, and all that it holds, on a device."""
+    """Return a batch, and all that it holds, on a device."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -172,7 +171,7 @@ def _moved(batch: Any, device: torch.device | str | int) -> Any:
 
 
 def _caller(model: nn.Module) -> Forward:
-    """How this model is called with an input."""
+    """Return a function that calls this model with an input."""
     names = _keywords(model)
 
     def call(model: nn.Module, given: Any) -> object:
@@ -191,7 +190,7 @@ def _caller(model: nn.Module) -> Forward:
 
 
 def _keywords(model: nn.Module) -> frozenset[str] | None:
-    """The keyword arguments of a model's forward, or of the model in a wrapper; None for any."""
+    """Return the keyword arguments that a model, or the model in a wrapper, takes; None for any."""
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = [parameter.kind for parameter in parameters]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -208,7 +207,7 @@ def _keywords(model: nn.Module) -> frozenset[str] | None:
 
 @contextmanager
 def _shown(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
-    """The loader, with a bar for as long as the block lasts if so asked."""
+    """Yield the loader, with a progress bar if asked for."""
     if not progress:
         yield loader
         return
@@ -218,11 +217,4 @@ def _shown(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
     except ImportError:
         raise ArgumentError("progress=True needs the package rich: pip install rich") from None
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("BatchNorm statistics", total=length_hint(loader) or None)
-
-        def counted() -> Iterator[Any]:
-            for batch in loader:
-                yield batch
-                bar.advance(task)
-
-        yield counted()
+        yield bar.track(loader, description="BatchNorm statistics")

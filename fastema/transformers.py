@@ -35,10 +35,9 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
     decay : float or None
         Weight of the old exponential moving average per *log*, in [0, 1); None for none.
     metrics : sequence of str
-        Keys of the logs to smooth: ``("loss", "grad_norm")``, or what a trainer of one's own logs.
-        With ``"eval_loss"`` there is an ``eval_loss_ema`` too, also for
-        ``metric_for_best_model`` (then say ``greater_is_better=False``: the ``Trainer`` takes what
-        does not end in ``loss`` for something to be maximised).
+        Keys of the logs to smooth, such as ``("loss", "grad_norm")``. With ``"eval_loss"`` there is
+        an ``eval_loss_ema`` too, also for ``metric_for_best_model`` (then set
+        ``greater_is_better=False``: the ``Trainer`` maximises metrics that do not end in ``loss``).
     debias : bool
         Begin the exponential average with nothing rather than with the first value, see
         :class:`fastema.tracking.ExponentialMovingAverage`.
@@ -47,11 +46,6 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         ``Trainer`` leaves them out of its losses itself; with ``logging_nan_inf_filter=False``
         it logs nothing but NaN from the first one on.
 
-    Attributes
-    ----------
-    averages : dict of str to float
-        The latest of each, by the names that are logged.
-
     Raises
     ------
     ArgumentError
@@ -59,23 +53,23 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
 
     Notes
     -----
-    **What is smoothed.** The ``loss`` that the ``Trainer`` logs is the mean over the
-    ``logging_steps`` steps (and over all processes) since it logged last. These means are
-    what comes in here: with ``logging_steps=10`` a window of 20 covers 200 steps. A mean weighs as
-    many steps as it stands for, a shorter one at the end of an epoch less; the logs of evaluations
-    weigh 1 each. For averages step by step set ``logging_steps=1``. Each log waits for the
-    accelerator; this callback adds nothing to that.
+    **Input.** The ``loss`` that the ``Trainer`` logs is the mean over the ``logging_steps`` steps
+    (and over all processes) since it logged last. These means are smoothed: with
+    ``logging_steps=10`` a window of 20 covers 200 steps. A mean weighs as many steps as it stands
+    for, a shorter one at the end of an epoch less; the logs of evaluations weigh 1 each. For
+    averages step by step set ``logging_steps=1``. Each log waits for the accelerator, with or
+    without this callback.
 
     **Order.** The ``Trainer`` calls the loggers of ``report_to`` before ``callbacks=[...]``, and
-    the progress bar after them. A callback cannot see where it stands: given in ``callbacks=`` it
-    works for the progress bar and ``log_history``, and warns if there are loggers that it
-    comes too late for. :meth:`attach` puts it before all of them, and so does naming
-    the loggers' callbacks after it: ``callbacks=[LossAverages(), TensorBoardCallback()]``.
+    the progress bar after them. Given in ``callbacks=``, this callback works for the progress bar
+    and ``log_history``, and warns if loggers are called before it. :meth:`attach` puts it before
+    all of them, and so does naming the loggers' callbacks after it:
+    ``callbacks=[LossAverages(), TensorBoardCallback()]``.
 
-    **Resuming.** A resumed run has its ``log_history`` in the checkpoint. The averages are worked
-    out again from there as training begins, and so go on to the bit, if the checkpoint was written
-    at a step that was logged (of the steps since the last log the ``Trainer`` itself forgets
-    the loss). The earlier run need not have had this callback, or the same window.
+    **Resuming.** The averages are computed again from the ``log_history`` in the checkpoint, and so
+    continue to the bit if it was written at a step that was logged (the ``Trainer`` forgets the
+    loss of steps since the last log). The earlier run need not have had this callback, or the same
+    window.
     """
 
     def __init__(
@@ -90,7 +84,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         if isinstance(metrics, str) or not metrics:
             raise ArgumentError(f"metrics={metrics!r}: expected names, such as ('loss',)")
         self.metrics = tuple(metrics)
-        # What comes in stands in the logs already: there is nothing raw to add.
+        # The raw values are in the logs already.
         self._smoother = MetricSmoother(
             window_size, decay, raw=False, debias=debias, on_nonfinite=on_nonfinite
         )
@@ -99,26 +93,16 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
 
     @property
     def averages(self) -> dict[str, float]:
-        """The latest of each, by the names that are logged."""
+        """The latest averages, by the names that are logged."""
         return self._smoother.averages
 
     def attach(self, trainer: Any) -> LossAverages:
-        """Join the callbacks of a trainer, before its loggers.
-
-        Parameters
-        ----------
-        trainer : transformers.Trainer
-            Which may have this callback already: then it moves to the front.
-
-        Returns
-        -------
-        LossAverages
-            This callback.
+        """Join the callbacks of a ``Trainer``, or move to their front; return this callback.
 
         Raises
         ------
         ArgumentError
-            For what is no ``Trainer``.
+            For any other object.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None:
@@ -133,7 +117,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
     # -- the Trainer's events ----------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin anew, or where the logs of a resumed run end."""
+        """Begin again, or where the logs of a resumed run end."""
         self._smoother.reset()
         self._last_step = 0
         for entry in state.log_history:

@@ -97,7 +97,6 @@ TABLE = {
             own_room=False,
         )
         for name, packages in {
-            "capsule": "",
             "dlpack": "",
             "moving": "",
             "names": "",
@@ -114,7 +113,9 @@ TABLE = {
         )
         for name in ("jax", "keras", "tensorflow")
     },
-    "bridges.cupy": Room(ours="layout errors typing", theirs="numpy cupy", own_room=False),
+    "bridges.cupy": Room(
+        ours="layout errors typing bridges.names", theirs="numpy cupy", own_room=False
+    ),
     # Of torch's bridge: its GPUs, its DTensors and the ranks that hold them, and what its own
     # functions do where our kernels are missing.
     "bridges.torch": Room(

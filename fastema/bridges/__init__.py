@@ -3,7 +3,6 @@
 ======================================  ==========================================================
 ``owns(obj)``                           whether this framework's array
 ``describe(array)``                     its :class:`~fastema.layout.spec.TensorSpec`, as it is now
-``walk(container)``                     the leaves of a container class of its own, or None
 ======================================  ==========================================================
 
 Frameworks whose arrays can hold averages have
@@ -27,19 +26,24 @@ and the others
 Where it applies, there are also
 
 ======================================  ==========================================================
+``walk(container)``                     the leaves of the framework's own containers, else None
 ``code(dtype)``                         the code of the framework's dtype object
-``scalar(array)``                       the number in an array of one element, or what reads it
-                                        later, where reading it now would wait for a device
+``scalar(array)``                       the number in an array of one element, or a function that
+                                        reads it later, where reading now would wait for a device
 ``written(arrays)``                     tells the framework that fastema wrote these
-``Versions(arrays)``                    what the framework knows of arrays that hold other contents
-                                        for a while
+``Versions(arrays)``                    version counters of arrays that hold other contents for a
+                                        while: ``begin()``, ``written()``, ``end(put_back=)``
 ``never_changes(array)``                whether an array has its values for good
 ``finder(specs, arrays)``               finds arrays that move, see :mod:`fastema.bridges.moving`
-``state_of(module)``                    what the framework saves of a module, with our names
-``value(holder)``,                      what holds an array that is replaced whenever it changes:
-``assign(holder, array)``               its array now, and another one for it
+``state_of(module)``                    the entries of a module's state dict, with our names
+``part_of``, ``is_divided``,            arrays that are divided among processes, see
+``gathered``, ``ranks_of``, ``reshard`` :mod:`fastema.bridges.registry`
+``value(holder)``,                      the array in a variable that is given another one whenever
+``assign(holder, array)``               it changes, and giving it another one
 ======================================  ==========================================================
 
-No framework is imported before one of its objects is seen. What no module here owns is read by its
-DLPack capsules, if it gives any.
+All of them raise a ``DTypeError`` for a dtype that has no kernel, a ``BridgeError`` for an array
+that cannot be described or used, and a ``DeviceError`` for a device that the framework cannot use.
+No framework is imported before one of its objects is seen. Arrays of other frameworks are read by
+their DLPack capsules, if they give any.
 """

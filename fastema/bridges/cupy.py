@@ -10,53 +10,32 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from fastema.bridges.names import code_of
 from fastema.errors import BridgeError, DeviceError, DTypeError
-from fastema.layout.dtypes import NAME_OF, NAMES, dtype
+from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.group import Pair
 from fastema.layout.home import Home, Substitute
-from fastema.layout.spec import Leaves, TensorSpec
-
-__all__ = [
-    "alias",
-    "code",
-    "describe",
-    "native",
-    "owns",
-    "scalar",
-    "transfer",
-    "view",
-    "walk",
-    "zeros",
-]
+from fastema.layout.spec import TensorSpec
 
 
 def owns(obj: Any) -> bool:
-    """Whether a CuPy array."""
+    """Return whether an object is a CuPy array."""
     return isinstance(obj, cupy.ndarray)
 
 
 def scalar(array: cupy.ndarray) -> Callable[[], float]:
-    """Reads the number in an array of one element later; a copy is made in the current stream."""
+    """Copy an array of one element in the current stream; return what reads the number later."""
     kept = array.copy()
     return lambda: float(kept.item())
 
 
 def code(value: Any) -> str:
-    """The code of a CuPy dtype.
-
-    Raises
-    ------
-    DTypeError
-        For one that has no kernel.
-    """
-    name = np.dtype(value).name
-    if name not in NAMES:
-        raise DTypeError(f"CuPy dtype {name} has no kernel; known are {', '.join(NAMES)}")
-    return NAMES[name]
+    """Return the code of a CuPy dtype."""
+    return code_of("CuPy", np.dtype(value).name)
 
 
 def native(code: str) -> np.dtype[Any]:
-    """The dtype of a code; bfloat16 needs ml_dtypes."""
+    """Return the dtype of a code; bfloat16 needs ml_dtypes."""
     try:
         return np.dtype(NAME_OF[code])
     except TypeError:
@@ -64,15 +43,7 @@ def native(code: str) -> np.dtype[Any]:
 
 
 def describe(array: Any) -> TensorSpec:
-    """Where an array lies now.
-
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        If its strides are no multiples of the element.
-    """
+    """Describe where an array lies now; its strides must be multiples of the element."""
     kind = dtype(code(array.dtype))
     if any(step % kind.itemsize for step in array.strides):
         raise BridgeError(
@@ -91,7 +62,7 @@ def describe(array: Any) -> TensorSpec:
 
 
 def _index(device: str) -> int:
-    """The number of a GPU."""
+    """Return the number of a GPU; a DeviceError for any other device."""
     kind, _, index = str(device).partition(":")
     if kind != "cuda":
         raise DeviceError(
@@ -101,46 +72,29 @@ def _index(device: str) -> int:
 
 
 def zeros(length: int, code: str, device: str) -> Any:
-    """A new flat array on a GPU.
-
-    Raises
-    ------
-    DeviceError
-        For any other device.
-    """
+    """Make a flat array on a GPU."""
     with cupy.cuda.Device(_index(device)):
         return cupy.zeros(length, native(code))
 
 
 def alias(array: Any) -> Any:
-    """Another array object of the same memory."""
+    """Make another array object of the same memory."""
     return array.view()
 
 
 def view(flat: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
-    """A tensor within a flat array."""
+    """Make a tensor within a flat array."""
     steps = tuple(s * flat.itemsize for s in strides)
     return cupy.ndarray(shape, flat.dtype, flat.data + offset * flat.itemsize, steps)
 
 
 def transfer(array: Any, device: str) -> Any:
-    """The array on a GPU: itself where it is there already.
-
-    Raises
-    ------
-    DeviceError
-        For any other device.
-    """
+    """Return the array on a GPU: itself where it is there already."""
     index = _index(device)
     if index == array.device.id:
         return array
     with cupy.cuda.Device(index):
         return cupy.array(array)
-
-
-def walk(container: Any) -> Leaves | None:
-    """CuPy has no containers of its own."""
-    return None
 
 
 class CupyHome:
@@ -150,33 +104,30 @@ class CupyHome:
         self.index = index
         self.device = f"cuda:{index}"
 
-    def _stream(self) -> Any:
-        return cupy.cuda.get_current_stream(self.index)
-
     def stream(self) -> int:
-        """Handle of CuPy's current stream of the device."""
-        handle: int = self._stream().ptr
+        """Return the handle of CuPy's current stream of the device."""
+        handle: int = cupy.cuda.get_current_stream(self.index).ptr
         return handle
 
     def capturing(self) -> bool:
-        """Whether that stream is being captured."""
-        return bool(self._stream().is_capturing())
+        """Return whether that stream is being captured."""
+        return bool(cupy.cuda.get_current_stream(self.index).is_capturing())
 
     def upload(self, array: NDArray[Any]) -> tuple[Any, int]:
-        """A copy of an array in memory of CuPy's pool, and its address."""
+        """Copy an array into memory of CuPy's pool; return the copy and its address."""
         with cupy.cuda.Device(self.index):
             there = cupy.asarray(array)
         self.wait()
         return there, there.data.ptr
 
     def download(self, owner: Any) -> NDArray[Any]:
-        """A copy of an uploaded array, after what is on the device's streams now."""
+        """Copy an uploaded array back, after all work so far."""
         self.wait()
         found: NDArray[Any] = owner.get()
         return found
 
     def write(self, owner: Any, array: NDArray[Any]) -> None:
-        """Overwrite an uploaded array, after what is on the device's streams now."""
+        """Overwrite an uploaded array, after all work so far."""
         self.wait()
         owner.set(np.ascontiguousarray(array))
         self.wait()
@@ -186,17 +137,11 @@ class CupyHome:
         cupy.cuda.Device(self.index).synchronize()
 
     def hold(self, owners: Iterable[Any]) -> bool:
-        """Nothing can be noted: CuPy's pool knows only the stream that memory was allocated on."""
+        """Return False: CuPy's pool knows only the stream that memory was allocated on."""
         return False
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
-        """Not here.
-
-        Raises
-        ------
-        DTypeError
-            Always: CuPy has no functions that do the same.
-        """
+        """Raise a DTypeError: CuPy has no functions that do the same."""
         raise DTypeError(
             f"{operation} of CuPy arrays needs the kernels: pip install 'fastema[cuda]' "
             "('fastema[cuda12]' for a driver of CUDA 12)"
@@ -205,5 +150,5 @@ class CupyHome:
 
 @cache
 def home(index: int) -> Home:
-    """The device of a number; the same object every time."""
+    """Return the device of a number: the same object every time."""
     return CupyHome(index)

@@ -1,19 +1,38 @@
-"""DLPack in C: its exchange interface, which describes a tensor without a capsule, and capsules."""
+"""DLPack: arrays of any other framework on the host, and its C exchange interface."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from typing import Any, Final, NamedTuple
+from collections.abc import Hashable
+from functools import cache
+from typing import Any, Final
 
-__all__ = ["Described", "capsule_address", "exchange_address", "read_capsule"]
+from fastema.errors import BridgeError, DTypeError
+from fastema.layout.flat import row_major
+from fastema.layout.spec import TensorSpec
+
+MEMORY: Final = "numpy"
+"""The framework whose arrays hold averages of these."""
+
+_CPU: Final = 1
+"""DLPack's number for the memory of the host."""
+
+_CODES: Final = {
+    **{(0, bits): f"i{bits}" for bits in (8, 16, 32, 64)},
+    **{(1, bits): f"u{bits}" for bits in (8, 16, 32, 64)},
+    **{(2, bits): f"f{bits}" for bits in (16, 32, 64)},
+    (4, 16): "bf16",
+    **{(5, bits): f"c{bits}" for bits in (64, 128)},
+    (6, 8): "bool",
+}
+"""By DLPack's kind of number and its bits."""
 
 _HEADER_WORDS: Final = 2
 """Version (two uint32), address of an earlier version's table."""
 
 _DLTENSOR_FROM_OBJECT: Final = _HEADER_WORDS + 3
 """After allocate, managed tensor from object, managed tensor to object."""
-
-_addresses: dict[type[object], int] = {}
 
 _FLAGS: Final = 24
 _AFTER_FLAGS: Final = 32
@@ -36,71 +55,102 @@ class _Tensor(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("device", ctypes.c_int32 * 2),
         ("ndim", ctypes.c_int32),
-        ("dtype", ctypes.c_uint8 * 4),
+        ("kind", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
         ("shape", ctypes.c_void_p),
         ("strides", ctypes.c_void_p),
         ("byte_offset", ctypes.c_uint64),
     )
 
+    @property
+    def address(self) -> int:
+        address: int = (self.data or 0) + self.byte_offset
+        return address
 
-def exchange_address(array: object) -> int:
-    """Address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 where it has none.
+    def numbers(self, address: int | None) -> tuple[int, ...]:
+        """Return the numbers of all axes that lie at an address."""
+        axes = self.ndim if address else 0
+        return tuple((ctypes.c_int64 * axes).from_address(address or 0)) if axes else ()
+
+
+def exchange_address(array: Any) -> int:
+    """Return the address of ``dltensor_from_py_object_no_sync`` of an array's class, 0 without one.
 
     The function has the C signature ``int (PyObject *, DLTensor *)``, needs the GIL, and fills in a
     description that borrows from the array. See the DLPack C interface, version 1.
     """
-    kind = type(array)
-    if kind not in _addresses:
-        _addresses[kind] = _address(kind)
-    return _addresses[kind]
+    array_type: Any = type(array)
+    return _exchange_address(array_type)
 
 
-def _address(array_type: type[object]) -> int:
+@cache
+def _exchange_address(array_type: Hashable) -> int:
     capsule = getattr(array_type, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return 0
     table = _pointer(capsule, b"dlpack_exchange_api")
-    major = ctypes.c_uint32.from_address(table).value
-    if major != 1:
+    if ctypes.c_uint32.from_address(table).value != 1:  # the major version
         return 0
     words = (ctypes.c_void_p * (_DLTENSOR_FROM_OBJECT + 1)).from_address(table)
     return words[_DLTENSOR_FROM_OBJECT] or 0
 
 
 def capsule_address(capsule: Any) -> int:
-    """Address of the first element of what a capsule called ``dltensor`` holds.
+    """Return the address of the first element of a capsule called ``dltensor``.
 
-    The capsule need not be kept for it, but what it was made from.
+    It stays right without the capsule, for as long as the array it was made from is kept.
     """
-    tensor = _Tensor.from_address(_pointer(capsule, b"dltensor"))
-    return (tensor.data or 0) + int(tensor.byte_offset)
+    return _Tensor.from_address(_pointer(capsule, b"dltensor")).address
 
 
-class Described(NamedTuple):
-    """What a capsule says of a tensor; ``dtype`` is (kind of number, bits, lanes)."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] | None
-    dtype: tuple[int, int, int]
-    writable: bool
+def owns(obj: Any) -> bool:
+    """Return whether an object exports itself by DLPack."""
+    return hasattr(type(obj), "__dlpack__") and hasattr(type(obj), "__dlpack_device__")
 
 
-def read_capsule(capsule: Any) -> Described:
-    """Describe the tensor of a capsule of either version; one that says nothing is not writable."""
-    versioned = _is_valid(capsule, b"dltensor_versioned")
-    place = _pointer(capsule, b"dltensor_versioned" if versioned else b"dltensor")
-    flags = ctypes.c_uint64.from_address(place + _FLAGS).value if versioned else _READ_ONLY
-    tensor = _Tensor.from_address(place + _AFTER_FLAGS if versioned else place)
-    kind, bits, *lanes = tensor.dtype
-    return Described(
-        (tensor.data or 0) + int(tensor.byte_offset),
-        _numbers(tensor.shape, tensor.ndim),
-        None if tensor.strides is None else _numbers(tensor.strides, tensor.ndim),
-        (kind, bits, lanes[0] + 256 * lanes[1]),
-        not flags & _READ_ONLY,
+def _exported(array: Any) -> tuple[Any, _Tensor, bool]:
+    """Return a capsule of an array, the tensor in it, and whether that may be written."""
+    capsule = None
+    # Before version 1 the protocol takes no arguments, and does not say what may be written.
+    with contextlib.suppress(TypeError):
+        capsule = array.__dlpack__(max_version=(1, 0), copy=False)
+    if capsule is None:
+        capsule = array.__dlpack__()
+    if not _is_valid(capsule, b"dltensor_versioned"):
+        return capsule, _Tensor.from_address(_pointer(capsule, b"dltensor")), False
+    place = _pointer(capsule, b"dltensor_versioned")
+    flags = ctypes.c_uint64.from_address(place + _FLAGS).value
+    return capsule, _Tensor.from_address(place + _AFTER_FLAGS), not flags & _READ_ONLY
+
+
+def describe(array: Any) -> TensorSpec:
+    """Describe where an array lies now; it must be on the host, and not given out as a copy."""
+    device, _ = array.__dlpack_device__()
+    name = type(array).__name__
+    if device != _CPU:
+        raise BridgeError(
+            f"a {name} on DLPack device {device}: only the memory of the host is read"
+        )
+    try:
+        first, found, writable = _exported(array)
+        second, again, _ = _exported(array)
+    except BufferError as error:
+        raise BridgeError(f"this {name} does not give its memory away: {error}") from None
+    if found.address != again.address:
+        raise BridgeError(f"a {name} gives out copies of its memory; pass an array that does not")
+    kind = found.kind, found.bits, found.lanes
+    if found.lanes != 1 or kind[:2] not in _CODES:
+        raise DTypeError(f"DLPack dtype {kind} has no kernel; known are {[*_CODES]}")
+    shape = found.numbers(found.shape)
+    spec = TensorSpec(
+        address=found.address,
+        shape=shape,
+        strides=row_major(shape) if found.strides is None else found.numbers(found.strides),
+        dtype=_CODES[kind[:2]],
+        device="cpu",
+        writable=writable,
+        owner=array,
     )
-
-
-def _numbers(address: int | None, count: int) -> tuple[int, ...]:
-    return tuple((ctypes.c_int64 * count).from_address(address)) if address and count else ()
+    del first, second  # the tensors read above lie in the capsules' memory
+    return spec

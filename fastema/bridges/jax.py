@@ -5,7 +5,7 @@ Arrays never change, so they are only read: averages of them are NumPy arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from operator import attrgetter
 from typing import Any, Final
@@ -17,24 +17,11 @@ from jax.errors import ConcretizationTypeError
 from numpy.typing import NDArray
 
 from fastema.bridges.moving import Finder, Found
-from fastema.bridges.names import named
+from fastema.bridges.names import code_of, named, refuse_repeated
 from fastema.bridges.registry import describe as describe_any
-from fastema.errors import BridgeError, DTypeError
-from fastema.layout.dtypes import NAMES
+from fastema.errors import BridgeError
 from fastema.layout.flat import ALIGNMENT, row_major
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
-
-__all__ = [
-    "MEMORY",
-    "describe",
-    "finder",
-    "is_traced",
-    "never_changes",
-    "owns",
-    "scalar",
-    "shown",
-    "walk",
-]
 
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
@@ -44,23 +31,19 @@ _at_top_level: Final = getattr(import_module("jax._src.core"), "trace_state_clea
 
 
 def owns(obj: Any) -> bool:
-    """Whether a JAX array, or what stands for one while a function is traced."""
+    """Return whether an object is a JAX array, or stands for one while a function is traced."""
     return isinstance(obj, jax.Array)
 
 
 def never_changes(array: jax.Array) -> bool:
-    """Whether an array has its values for good, as all of JAX do."""
+    """Return True: arrays of JAX have their values for good."""
     return True
 
 
 def scalar(array: jax.Array) -> float | Callable[[], float]:
-    """The number in an array of one element; where it is not computed yet, what reads it later.
+    """Return the number in an array of one element; if not computed yet, what reads it later.
 
-    Raises
-    ------
-    BridgeError
-        For what stands for an array while a function is traced, and for an array that was donated
-        or deleted, in the second case perhaps only when it is read.
+    An array that was donated or deleted may raise a BridgeError only when it is read.
     """
     if isinstance(array, jax.core.Tracer):
         raise BridgeError(
@@ -79,22 +62,16 @@ def scalar(array: jax.Array) -> float | Callable[[], float]:
 
 
 def is_traced() -> bool:
-    """Whether a function is being traced now, whatever arrays it is given."""
+    """Return whether a function is being traced now, whatever arrays it is given."""
     if _at_top_level is not None:
         return not _at_top_level()
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def describe(array: jax.Array) -> TensorSpec:
-    """Where an array lies; waits until it is computed.
+    """Describe where an array lies; waits until it is computed.
 
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        Inside a traced function, for an array that was donated or deleted, or that is not in the
-        memory of the host.
+    It must be in the memory of the host, outside of traced functions, and not donated or deleted.
     """
     if isinstance(array, jax.core.Tracer) or is_traced():
         raise BridgeError(
@@ -107,12 +84,7 @@ def describe(array: jax.Array) -> TensorSpec:
             "this JAX array was donated to a computation, or deleted; pass the arrays that "
             "came out of it: update(params)"
         )
-    kind = NAMES.get(array.dtype.name)
-    if kind is None:
-        raise DTypeError(
-            f"JAX dtype {array.dtype} has no kernel; leave such leaves out. Known are "
-            + ", ".join(NAMES)
-        )
+    kind = code_of("JAX", array.dtype.name)
     devices = array.devices()
     if len(devices) != 1 or next(iter(devices)).platform != "cpu":
         raise BridgeError(
@@ -132,7 +104,7 @@ def describe(array: jax.Array) -> TensorSpec:
 
 
 def _strides(array: jax.Array) -> tuple[int, ...]:
-    """Row-major, but for arrays that were asked for in another order."""
+    """Return row-major strides, but for arrays that were asked for in another order."""
     if array.ndim < 2:
         return row_major(array.shape)
     form = array.format
@@ -144,13 +116,13 @@ def _strides(array: jax.Array) -> tuple[int, ...]:
 
 
 def _layout_of(array: Any) -> Callable[[Any], Any]:
-    """What tells two orders of axes apart: neither shape nor sharding say it."""
+    """Return a getter of the order of axes, which neither shape nor sharding show."""
     # A tenth of the cost of the public attribute, where it is there.
     return attrgetter("_pjrt_layout" if hasattr(array, "_pjrt_layout") else "format.layout")
 
 
 def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
-    """What finds arrays like these again."""
+    """Return a finder of arrays like these."""
     layout_of = _layout_of(arrays[0])
     known = [(one.shape, one.dtype, layout_of(one)) for one in arrays]
     # Every computation has sharding objects of its own, which are slow to compare.
@@ -180,7 +152,7 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
 
 
 def shown(memory: NDArray[Any]) -> Any:
-    """A JAX array with a copy of NumPy memory; a NumPy copy where JAX would narrow the dtype."""
+    """Make a JAX array with a copy of NumPy memory; a NumPy copy if JAX would narrow the dtype."""
     if jax.dtypes.canonicalize_dtype(memory.dtype) != memory.dtype:
         return memory.copy()
     # jnp.array() would copy later, on a thread of its own, when the average may have moved on. A
@@ -210,44 +182,26 @@ class _Pytree:
 
 
 def _part(key: Any) -> str:
-    """One entry of a path, by whatever it is called there."""
+    """Return one entry of a path: a key, a position or a field."""
     for name in ("key", "idx", "name"):
         if hasattr(key, name):
             return str(getattr(key, name))
     return str(key)
 
 
-def _named_leaves(container: Any) -> tuple[list[tuple[str, Any]], Any]:
-    try:
-        found, treedef = jax.tree_util.tree_flatten_with_path(container)
-    except (TypeError, ValueError):  # keys that cannot be sorted: no pytree, but perhaps a dict
-        return [], None
-    return [(".".join(map(_part, path)), array) for path, array in found], treedef
-
-
 def walk(container: Any) -> Leaves | None:
-    """The leaves of a pytree that holds JAX arrays; None for anything else.
+    """Return the leaves of a pytree that holds JAX arrays; None for anything else.
 
-    Names are the keys, positions and fields on the way to a leaf, joined by dots.
-
-    Raises
-    ------
-    BridgeError
-        For leaves that are no arrays, or two of one name.
+    Names are the keys, positions and fields on the way to a leaf, joined by dots; all leaves must
+    be arrays.
     """
-    found, treedef = _named_leaves(container)
-    if not any(owns(array) for _, array in found):
+    try:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(container)
+    except (TypeError, ValueError):  # keys that cannot be sorted: no pytree, but perhaps a dict
         return None
-    names = [name for name, _ in found]
-    for name in _repeated(names):
-        raise BridgeError(f"two leaves are called {name!r}; give them distinct names")
+    if not any(owns(array) for _, array in leaves):
+        return None
+    found = [(".".join(map(_part, path)), array) for path, array in leaves]
+    refuse_repeated(name for name, _ in found)
     items = [Leaf(name, named(name, describe_any, array)) for name, array in found]
     return Leaves(items, describe_any, structure=_Pytree(treedef), moving=True)
-
-
-def _repeated(names: Sequence[str]) -> Iterator[str]:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            yield name
-        seen.add(name)

@@ -1,14 +1,14 @@
 """Keras 3 models and variables, on any of its backends.
 
-What is described is the backend's own array. On PyTorch and TensorFlow that is a tensor or variable
-of its own for as long as the Keras variable lives; on other backends a variable is given another
-array whenever it changes, and is written by giving it one.
+The backend's own array is described. On PyTorch and TensorFlow that is a tensor or variable of its
+own for as long as the Keras variable lives; on other backends a variable is given another array
+whenever it changes, and is written by giving it one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from operator import is_
@@ -24,8 +24,6 @@ from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
 from fastema.layout.spec import Attributes, Held, Leaf, Leaves, Role, TensorSpec
 
-__all__ = ["MEMORY", "assign", "describe", "finder", "owns", "shown", "value", "walk"]
-
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of variables that are given new arrays."""
 
@@ -34,18 +32,12 @@ _KEEPS_ITS_ARRAY: Final = {"torch", "tensorflow"}
 
 
 def owns(obj: Any) -> bool:
-    """Whether a variable of Keras 3."""
+    """Return whether an object is a variable of Keras 3."""
     return isinstance(obj, keras.Variable)
 
 
 def value(variable: Any) -> Any:
-    """The backend's array in a variable.
-
-    Raises
-    ------
-    BridgeError
-        If there is none yet, or none for the moment.
-    """
+    """Return the backend's array in a variable; a BridgeError if there is none now."""
     if variable._value is None:  # its public value would be a new initial one
         raise BridgeError(
             f"{variable.path}: the variable holds no value now: the model is not built, or its "
@@ -54,24 +46,14 @@ def value(variable: Any) -> Any:
     return variable._value
 
 
-def _keeps_its_array() -> bool:
-    return keras.backend.backend() in _KEEPS_ITS_ARRAY
-
-
 def describe(variable: Any) -> TensorSpec:
-    """Where a variable's array lies now.
-
-    Raises
-    ------
-    BridgeError, DTypeError
-        As the backend's bridge does.
-    """
+    """Describe where a variable's array lies now."""
     return _described(variable, value(variable))
 
 
 def _described(variable: Any, array: Any) -> TensorSpec:
     found = describe_any(array)
-    if _keeps_its_array():
+    if keras.backend.backend() in _KEEPS_ITS_ARRAY:
         return found
     return replace(found, writable=False, owner=variable)
 
@@ -82,7 +64,7 @@ def assign(variable: Any, array: Any) -> None:
 
 
 def shown(memory: NDArray[Any]) -> Any:
-    """The backend's array with a copy of NumPy memory."""
+    """Make an array of the backend with a copy of NumPy memory."""
     made = _made_by_backend()
     return memory.copy() if made is None else made(memory)
 
@@ -93,7 +75,7 @@ def _made_by_backend() -> Any:
 
 
 def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:
-    """What finds variables like these again."""
+    """Return a finder of variables like these."""
     find = finder_of(specs, [value(one) for one in variables])
 
     def look(variables: Sequence[Any], write: bool) -> Found | None:
@@ -134,7 +116,7 @@ class _Model:
 
 
 def _with_the_trainer(model: Any) -> dict[int, Any]:
-    """Arrays of variables, by their identity, while a running fit on JAX keeps them from them."""
+    """Return the arrays of variables, by ``id``, that a running fit on JAX holds for them."""
     state = getattr(model, "_jax_state", None)
     if not state or model._jax_state_synced:
         return {}
@@ -146,61 +128,57 @@ def _with_the_trainer(model: Any) -> dict[int, Any]:
     return found
 
 
-def _layers(layer: Any) -> Iterator[Any]:
-    yield from layer._flatten_layers(include_self=True, recursive=True)
+def _layers(layer: Any) -> Iterable[Any]:
+    found: Iterable[Any] = layer._flatten_layers(include_self=True, recursive=True)
+    return found
 
 
 _PARTS: Final = ("_layers", "_trainable_variables", "_non_trainable_variables")
 """Attributes of a layer: the lists through which it holds its variables."""
 
 
-def _held(layer: Any) -> Iterator[Held]:
-    yield Held(Attributes(layer), tuple(name for name in _PARTS if name in vars(layer)))
-    yield from (Held(getattr(layer, name)) for name in _PARTS)
+def _held(layer: Any) -> list[Held]:
+    own = tuple(name for name in _PARTS if name in vars(layer))
+    return [Held(Attributes(layer), own), *(Held(getattr(layer, name)) for name in _PARTS)]
 
 
-def _roles(layer: Any) -> Iterator[tuple[Any, Role]]:
-    made_to_train = {id(one) for part in _layers(layer) for one in part._trainable_variables}
-    for one in layer.weights:
-        if id(one) not in made_to_train:
-            yield one, "buffer"
-        else:
-            yield one, "weight" if one.trainable else "frozen"
+def _role(variable: Any, made_to_train: Container[int]) -> Role:
+    if id(variable) not in made_to_train:
+        return "buffer"
+    return "weight" if variable.trainable else "frozen"
 
 
 def walk(container: Any) -> Leaves | None:
-    """The weights of a layer or model by their paths within it; None for anything else.
+    """Return the weights of a layer or model by their paths within it; None for anything else.
 
-    What was not made to be trained, such as the statistics of batch normalisation, is a buffer.
-
-    Raises
-    ------
-    BridgeError
-        If it is not built yet.
+    It must be built. Weights that were not made to be trained, such as the statistics of batch
+    normalisation, are buffers.
     """
     if not isinstance(container, keras.layers.Layer):
         return None
-    found = list(_roles(container))
-    if not found and not container.built:
+    variables = container.weights
+    if not variables and not container.built:
         raise BridgeError(
             f"the {type(container).__name__} {container.name!r} is not built: it has no weights "
             "before it has seen an input; call build() or run it once"
         )
-    names = _names(container, [one.path for one, _ in found])
-    structure = _Model([one for one, _ in found], names)
+    layers = list(_layers(container))
+    to_train = {id(one) for layer in layers for one in layer._trainable_variables}
+    names = _names(container, [one.path for one in variables])
+    structure = _Model(variables, names)
     arrays = structure.flatten(container)
     assert arrays is not None
     items = [
-        Leaf(name, named(name, partial(_described, one), array), role)
-        for name, (one, role), array in zip(names, found, arrays, strict=True)
+        Leaf(name, named(name, partial(_described, one), array), _role(one, to_train))
+        for name, one, array in zip(names, variables, arrays, strict=True)
     ]
     moving = any(moves(array) for array in arrays)
-    held = [] if moving else [part for one in _layers(container) for part in _held(one)]
+    held = [] if moving else [part for layer in layers for part in _held(layer)]
     return Leaves(items, describe_any, held, structure=structure, moving=moving)
 
 
 def _names(layer: Any, paths: Sequence[str]) -> list[str]:
-    """Paths as they are in the first model of its kind that a process makes.
+    """Return paths as they are in the first model of its kind that a process makes.
 
     Keras numbers the layers that nobody named through all models of a process: here they are
     numbered within the model, so that an average fits the model that is built again.
@@ -233,6 +211,6 @@ def _names(layer: Any, paths: Sequence[str]) -> list[str]:
 
 
 def _snake(name: str) -> str:
-    """The name that Keras makes of a class: ``Conv2DTranspose`` to ``conv2d_transpose``."""
+    """Return the name that Keras makes of a class: ``conv2d_transpose`` of ``Conv2DTranspose``."""
     words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W", "", name))
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()

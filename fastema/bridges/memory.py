@@ -1,4 +1,4 @@
-"""Memory of tensors: new, in a few flat buffers, and seen as bytes."""
+"""Memory of tensors: allocated in a few flat buffers, and seen as bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Memory = tuple[Any, TensorSpec]
 def allocate(
     wanted: Iterable[tuple[TensorSpec, DType]], slots: int = 0, *, on_host: bool = False
 ) -> list[Memory]:
-    """Memory for tensors like these, each with its own dtype: a view and its description.
+    """Allocate memory for tensors like these, each with its own dtype: views and descriptions.
 
     One flat buffer per framework, device and dtype; dense tensors keep their order of axes, others
     become row-major.
@@ -31,10 +31,9 @@ def allocate(
     ----------
     wanted : iterable of (TensorSpec, DType)
     slots : int
-        Where it is given, each tensor has so many of its kind along a new first axis, at equal
-        distances.
+        If not 0, the length of a new first axis of each tensor.
     on_host : bool
-        In memory of the host that the tensors' devices can read and write.
+        Allocate in memory of the host that the tensors' devices can read and write.
     """
     wanted = list(wanted)
     groups: dict[tuple[ModuleType, str, str], list[int]] = {}
@@ -61,11 +60,11 @@ def allocate(
 
 
 def row_major_on_host(array: Any) -> Any:
-    """An array of torch or NumPy in memory of the host, row-major; itself where it is so."""
+    """Return an array of torch or NumPy on the host and row-major: itself where it is so."""
     there = bridge_of(array).transfer(array, "cpu")
     return there.contiguous() if hasattr(there, "contiguous") else np.asarray(there, order="C")
 
 
 def bytes_of(array: Any) -> memoryview:
-    """The bytes of a row-major array on the host, for as long as the array is kept."""
+    """Return the bytes of a row-major array on the host, valid for as long as it is kept."""
     return describe(array).bytes()

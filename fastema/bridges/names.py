@@ -1,17 +1,28 @@
-"""Names of tensors: in errors, and without what wrappers add to them."""
+"""Names of tensors and dtypes: in errors, and without what wrappers add to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from fastema.errors import BridgeError, DTypeError
+from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["named", "plain_names"]
+__all__ = ["code_of", "named", "plain_names", "refuse_repeated"]
 
 _WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Path components that compile, sharding and checkpointing wrappers put into names."""
+
+
+def code_of(framework: str, name: str) -> str:
+    """Return the code of a framework's dtype."""
+    if name not in NAMES:
+        raise DTypeError(
+            f"{framework} dtype {name} has no kernel; leave such arrays out. Known are "
+            + ", ".join(NAMES)
+        )
+    return NAMES[name]
 
 
 def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> TensorSpec:
@@ -22,11 +33,20 @@ def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> Tenso
         raise type(error)(f"{name}: {error}" if name else str(error)) from None
 
 
-def plain_names(names: Sequence[str]) -> list[str]:
-    """The names a module would give without wrappers around it or inside it.
+def refuse_repeated(names: Iterable[str]) -> None:
+    """Refuse two tensors of one name."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise BridgeError(f"two entries are called {name!r}; give them distinct names")
+        seen.add(name)
 
-    A leading ``module.`` goes where every name has it (data parallel wrappers). Names stay as they
-    are where that would make two of them equal.
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """Return the names a module would give without wrappers around it or inside it.
+
+    A leading ``module.`` is dropped where every name has it (data parallel wrappers). Names stay as
+    they are where that would make two of them equal.
 
     Examples
     --------

@@ -4,45 +4,25 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastema.bridges.names import code_of
 from fastema.errors import BridgeError, DTypeError
-from fastema.layout.dtypes import DTYPES, NAME_OF, NAMES
-from fastema.layout.spec import Leaves, TensorSpec
-
-__all__ = [
-    "alias",
-    "code",
-    "describe",
-    "native",
-    "owns",
-    "scalar",
-    "transfer",
-    "view",
-    "walk",
-    "written",
-    "zeros",
-]
+from fastema.layout.dtypes import DTYPES, NAME_OF
+from fastema.layout.spec import TensorSpec
 
 
 def owns(obj: Any) -> bool:
-    """Whether a NumPy array."""
+    """Return whether an object is a NumPy array."""
     return isinstance(obj, np.ndarray)
 
 
 def scalar(array: NDArray[Any]) -> float:
-    """The number in an array of one element.
-
-    Raises
-    ------
-    TypeError
-        For an array of anything but real numbers.
-    """
+    """Return the number in an array of one element; a TypeError for anything but real numbers."""
     if array.dtype.kind in "cmMOSUT":
         raise TypeError(f"dtype {array.dtype}")
     masked = isinstance(array, np.ma.MaskedArray) and bool(array.mask.any())
@@ -50,25 +30,17 @@ def scalar(array: NDArray[Any]) -> float:
 
 
 def code(dtype: Any) -> str:
-    """The code of a NumPy dtype.
-
-    Raises
-    ------
-    DTypeError
-        For one that has no kernel, or is not in the machine's byte order.
-    """
+    """Return the code of a NumPy dtype in the machine's byte order."""
     return _code(np.dtype(dtype))
 
 
 @cache  # NumPy builds dtype.name at each access: a third of the time to describe an array
 def _code(dtype: np.dtype[Any]) -> str:
-    if dtype.name not in NAMES or not dtype.isnative:
-        raise DTypeError(f"NumPy dtype {dtype!r} is not known; known are {', '.join(NAMES)}")
-    return NAMES[dtype.name]
+    return code_of("NumPy", dtype.name if dtype.isnative else repr(dtype))
 
 
 def native(code: str) -> np.dtype[Any]:
-    """The NumPy dtype of a code; bfloat16 needs ml_dtypes to be imported."""
+    """Return the NumPy dtype of a code; bfloat16 needs ml_dtypes to be imported."""
     if code == "bf16":
         if "ml_dtypes" not in sys.modules:
             raise DTypeError("NumPy has no bfloat16 of its own: import ml_dtypes first")
@@ -78,15 +50,7 @@ def native(code: str) -> np.dtype[Any]:
 
 
 def describe(array: NDArray[Any]) -> TensorSpec:
-    """Where an array lies now.
-
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        If strides or address are no multiples of the element.
-    """
+    """Describe where an array lies now; strides and address must be multiples of the element."""
     kind = DTYPES[code(array.dtype)]
     interface, flags = array.__array_interface__, array.flags
     itemsize, strides = kind.itemsize, array.strides
@@ -113,40 +77,25 @@ def _glance(array: NDArray[Any]) -> object:
 
 
 def zeros(length: int, code: str, device: str) -> NDArray[Any]:
-    """A new flat array."""
+    """Make a flat array."""
     return np.zeros(length, native(code))
 
 
 def transfer(array: NDArray[Any], device: str) -> NDArray[Any]:
-    """The array itself: NumPy knows one device.
-
-    Raises
-    ------
-    BridgeError
-        For any other.
-    """
+    """Return the array itself; a BridgeError for any other device than the CPU."""
     if str(device) != "cpu":
         raise BridgeError(f"NumPy arrays are on the CPU, not on {device}")
     return array
 
 
 def alias(array: NDArray[Any]) -> NDArray[Any]:
-    """Another array object of the same memory."""
+    """Make another array object of the same memory."""
     return array.view()
 
 
 def view(
     flat: NDArray[Any], offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> NDArray[Any]:
-    """A tensor within a flat array."""
+    """Make a tensor within a flat array."""
     steps = tuple(s * flat.itemsize for s in strides)
     return np.ndarray(shape, flat.dtype, flat, offset * flat.itemsize, steps)
-
-
-def written(arrays: Sequence[NDArray[Any]]) -> None:
-    """NumPy keeps no record of writes."""
-
-
-def walk(container: Any) -> Leaves | None:
-    """NumPy has no containers of its own."""
-    return None

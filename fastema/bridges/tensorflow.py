@@ -1,6 +1,6 @@
 """TensorFlow variables and tensors, in the memory of the host.
 
-Tensors never change. Variables do, as a rule by being given another tensor, so that they lie
+Tensors never change. Variables do, usually by being given another tensor, so that they lie
 elsewhere after most steps. They are written in place only after TensorFlow itself has given them
 memory that no tensor shares, by the protocol of its own scatter operations, which copy at that
 point where somebody still holds the old value.
@@ -21,31 +21,17 @@ from numpy.typing import NDArray
 
 from fastema.bridges.dlpack import capsule_address
 from fastema.bridges.moving import Finder, Found
-from fastema.bridges.names import named
+from fastema.bridges.names import code_of, named
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.flat import row_major
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
-__all__ = [
-    "MEMORY",
-    "Unshared",
-    "code",
-    "describe",
-    "finder",
-    "never_changes",
-    "owns",
-    "scalar",
-    "shown",
-    "unshare",
-    "walk",
-]
-
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of these."""
 
 _Operation: TypeAlias = Callable[[Any, Any], Any]
-"""What is done with a variable, by its handle and dtype, eagerly or in a graph."""
+"""Reads a variable by its handle and dtype, eagerly or in a graph."""
 
 _BLOCK: Final = 32
 """Variables that are read in one call of a function."""
@@ -55,12 +41,7 @@ _FEW: Final = 8
 
 
 class Unshared:
-    """A tensor of a variable's own memory, right after :func:`unshare`: it may be written.
-
-    Parameters
-    ----------
-    tensor : tf.Tensor
-    """
+    """A tensor of a variable's own memory, right after :func:`unshare`: it may be written."""
 
     __slots__ = ("tensor",)
 
@@ -69,23 +50,17 @@ class Unshared:
 
 
 def owns(obj: Any) -> bool:
-    """Whether a tensor or a variable of TensorFlow."""
+    """Return whether an object is a tensor or a variable of TensorFlow."""
     return isinstance(obj, tf.Variable | tf.Tensor | Unshared)
 
 
 def never_changes(obj: Any) -> bool:
-    """Whether a tensor, which has its values for good."""
+    """Return whether an object is a tensor, which has its values for good."""
     return isinstance(obj, tf.Tensor)
 
 
 def scalar(value: Any) -> float | Callable[[], float]:
-    """The number in a tensor or a variable of one element; on a GPU, what reads it later.
-
-    Raises
-    ------
-    BridgeError
-        While a function is traced, and for a variable of a distribution strategy.
-    """
+    """Return the number in a tensor or a variable of one element; on a GPU, what reads it later."""
     _refuse(value)
     tensor = tf.convert_to_tensor(value)  # which never changes
     if "CPU" in tensor.device:
@@ -94,20 +69,10 @@ def scalar(value: Any) -> float | Callable[[], float]:
 
 
 def code(dtype: Any) -> str:
-    """The code of a TensorFlow dtype.
-
-    Raises
-    ------
-    DTypeError
-        For one that has no kernel.
-    """
+    """Return the code of a TensorFlow dtype."""
     if not isinstance(dtype, tf.DType):
         raise DTypeError(f"{dtype!r} is no dtype of TensorFlow")
-    if dtype.name not in NAMES:
-        raise DTypeError(
-            f"TensorFlow dtype {dtype.name} has no kernel; known are {', '.join(NAMES)}"
-        )
-    return NAMES[dtype.name]
+    return code_of("TensorFlow", dtype.name)
 
 
 def _refuse(variable: Any) -> None:
@@ -134,7 +99,7 @@ def _unshared_rows(handle: Any, dtype: Any) -> Any:
 
 
 def _unshared_whole(handle: Any, dtype: Any) -> Any:
-    """The same where there is no row to scatter: a slice of no dimensions is everything."""
+    """As :func:`_unshared_rows` of a scalar: a slice of no dimensions is everything."""
     none, value = tf.constant([], tf.int32), _read_value(handle, dtype)
     tf.raw_ops.ResourceStridedSliceAssign(
         ref=handle, begin=none, end=none, strides=none, value=value
@@ -144,7 +109,7 @@ def _unshared_whole(handle: Any, dtype: Any) -> Any:
 
 
 def _operation(variable: Any, write: bool) -> _Operation:
-    """How a variable is read, by whether it is about to be written."""
+    """Choose how to read a variable; with ``write`` it gets memory of its own first."""
     if not write:
         return _read_value
     return _unshared_rows if variable.shape.rank else _unshared_whole
@@ -164,7 +129,7 @@ def _address(tensor: Any) -> int:
 
 @cache
 def _can_be_written() -> bool:
-    """Whether the protocol of :func:`unshare` holds in this version of TensorFlow."""
+    """Return whether the protocol of :func:`unshare` holds in this version of TensorFlow."""
     for initial in (np.arange(1.0, 7.0, dtype=np.float32).reshape(2, 3), np.float32(3.0)):
         variable = tf.Variable(initial)
         held = variable.value()
@@ -176,25 +141,18 @@ def _can_be_written() -> bool:
 
 
 def describe(array: Any) -> TensorSpec:
-    """Where a tensor, or the value of a variable, lies now.
+    """Describe where a tensor, or the value of a variable, lies now.
 
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        Inside ``tf.function``, for a variable of a distribution strategy, and for what is not in
-        the memory of the host.
+    It must be on the host, outside of ``tf.function``, and in no distribution strategy.
     """
     _refuse(array)
-    kind = code(array.tensor.dtype if isinstance(array, Unshared) else array.dtype)
     writable = not isinstance(array, tf.Tensor)
+    tensor = array.tensor if isinstance(array, Unshared) else array
+    kind = code(tensor.dtype)
     if isinstance(array, tf.Variable):
         writable = _can_be_written()
-        # Two variables may share memory, without being one; not so from here on.
+        # Two variables that share memory without being one do not from here on.
         tensor = _operation(array, writable)(array.handle, array.dtype)
-    else:
-        tensor = array.tensor if isinstance(array, Unshared) else array
     if "CPU" not in tensor.backing_device:
         raise BridgeError(
             f"a TensorFlow tensor on {tensor.backing_device}: only the memory of the host can be "
@@ -213,7 +171,7 @@ def describe(array: Any) -> TensorSpec:
 
 
 def _is_foreign_thread() -> bool:
-    """Whether TensorFlow called us: a graph waits on this thread.
+    """Return whether TensorFlow called us, and a graph waits on this thread.
 
     A function would need another thread of the same pool, perhaps the only one.
     """
@@ -222,7 +180,7 @@ def _is_foreign_thread() -> bool:
 
 @cache
 def _traced(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
-    """A function that reads a block of stand-ins, and their handles: traced once per process."""
+    """Trace a function that reads a block of stand-ins, whose handles come with it."""
     title = f"fastema/{operation.__name__}/{dtype.name}"
     with tf.init_scope(), tf.device("CPU:0"):
         stand_ins = [
@@ -238,7 +196,7 @@ def _traced(operation: _Operation, dtype: Any) -> tuple[Any, list[Any]]:
 
 
 def _reading(operation: _Operation, dtype: Any, handles: Sequence[Any]) -> Callable[[], list[Any]]:
-    """The same function for at most a block of variables, in the place of stand-ins."""
+    """Put at most a block of variables in the place of the stand-ins of :func:`_traced`."""
     traced, stand_ins = _traced(operation, dtype)
     # Arguments would take longer to dispatch on than the operations take.
     function = copy(traced)
@@ -317,7 +275,7 @@ class _Finder:
         return len(self._known) == len(arrays) and all(map(is_, self._known, arrays))
 
     def _fit(self, arrays: Sequence[Any]) -> bool:
-        """Make ready for other arrays, if they are variables and tensors like those of before."""
+        """Prepare for other arrays, if they are variables and tensors like those of before."""
         fixes = [isinstance(one, tf.Variable) and one.shape.is_fully_defined() for one in arrays]
         for one, spec, fixed in zip(arrays, self._specs, fixes, strict=True):
             if not owns(one) or (fixed and not _is_like(one, spec)):
@@ -336,8 +294,7 @@ class _Finder:
 
 
 def _is_like(one: Any, spec: TensorSpec) -> bool:
-    # The public shape is an object that is slow to make and to compare, and 200 tensors are looked
-    # at in the time of an update.
+    # The public shape is an object, which is slow to make and to compare for every tensor.
     quick = getattr(one, "_shape_tuple", None)
     shape = tuple(one.shape.as_list()) if quick is None else quick()
     return shape == spec.shape and NAMES.get(one.dtype.name) == spec.dtype
@@ -350,12 +307,12 @@ def _tensor(array: Any, values: Mapping[int, Any]) -> Any:
 
 
 def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
-    """What finds arrays like these again."""
+    """Return a finder of arrays like these."""
     return _Finder(specs)
 
 
 def shown(memory: NDArray[Any]) -> Any:
-    """A tensor with a copy of NumPy memory."""
+    """Make a tensor with a copy of NumPy memory."""
     return tf.constant(memory)
 
 
@@ -383,9 +340,9 @@ def _variables(module: Any) -> list[tuple[str, Any]]:
 
 
 def walk(container: Any) -> Leaves | None:
-    """The variables of a module by their paths; None for anything else.
+    """Return the variables of a module by their paths; None for anything else.
 
-    Those that are not trained are taken for buffers.
+    Those that are not trained are buffers.
     """
     if not isinstance(container, tf.Module) or isinstance(container, tf.Variable):
         return None

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, cast
+from typing import Any, ClassVar, Final, cast
 from weakref import finalize, ref
 
 import torch
@@ -18,40 +18,16 @@ from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import named, plain_names
 from fastema.bridges.torch_parts import (
     describe_part,
-    gather,
     is_divided,
     local,
     refuse_fsdp1,
     reshard_modules,
 )
+from fastema.bridges.torch_parts import gathered as gathered
 from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.dtypes import NAME_OF
 from fastema.layout.spec import Attributes, Held, Leaf, Leaves, Opaque, Role, TensorSpec
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-__all__ = [
-    "Versions",
-    "alias",
-    "code",
-    "describe",
-    "gathered",
-    "is_divided",
-    "native",
-    "owns",
-    "part_of",
-    "ranks_of",
-    "reshard",
-    "scalar",
-    "state_of",
-    "transfer",
-    "view",
-    "walk",
-    "written",
-    "zeros",
-]
 
 _NATIVE: Final[dict[str, torch.dtype]] = {
     code: getattr(torch, name) for code, name in NAME_OF.items() if hasattr(torch, name)
@@ -60,14 +36,14 @@ _CODES: Final = {native: code for code, native in _NATIVE.items()}
 
 
 def owns(obj: Any) -> bool:
-    """Whether a torch tensor."""
+    """Return whether an object is a torch tensor."""
     return isinstance(obj, torch.Tensor)
 
 
 def scalar(tensor: torch.Tensor) -> float | Callable[[], float]:
-    """The number in a tensor of one element; on an accelerator, what reads it later.
+    """Return the number in a tensor of one element; on an accelerator, what reads it later.
 
-    A copy is made in the current stream, since what a graph or a step writes to is written again.
+    It is copied in the current stream, since a graph or a step may write the tensor again.
     """
     if tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor):
         return float(tensor.item())
@@ -78,45 +54,32 @@ def scalar(tensor: torch.Tensor) -> float | Callable[[], float]:
 
 
 def code(dtype: Any) -> str:
-    """The code of a torch dtype.
-
-    Raises
-    ------
-    DTypeError
-        For one that has no kernel.
-    """
-    try:
-        return _CODES[dtype]
-    except KeyError:
-        known = ", ".join(str(one) for one in _CODES)
-        raise DTypeError(f"torch dtype {dtype} has no kernel; known are {known}") from None
+    """Return the code of a torch dtype."""
+    if dtype not in _CODES:
+        known = ", ".join(map(str, _CODES))
+        raise DTypeError(f"torch dtype {dtype} has no kernel; known are {known}")
+    return _CODES[dtype]
 
 
 def native(code: str) -> torch.dtype:
-    """The torch dtype of a code."""
-    try:
-        return _NATIVE[code]
-    except KeyError:
-        raise DTypeError(f"torch has no dtype for {code}") from None
+    """Return the torch dtype of a code."""
+    if code not in _NATIVE:
+        raise DTypeError(f"torch has no dtype for {code}")
+    return _NATIVE[code]
 
 
 def describe(tensor: torch.Tensor) -> TensorSpec:
-    """Where a tensor lies now.
+    """Describe where a tensor, or this rank's part of a DTensor, lies now.
 
-    Raises
-    ------
-    DTypeError
-        For a dtype that has no kernel.
-    BridgeError
-        For a tensor without plain strided memory (sparse, quantized, meta, conjugate view), and a
-        DTensor whose part has no place in the whole.
+    It must have plain strided memory: sparse and quantized tensors, conjugate views, and those on
+    the meta device have none.
     """
     if is_divided(tensor):
         return describe_part(tensor, describe)
     if torch.nn.parameter.is_lazy(tensor):
         raise BridgeError("no shape yet (a lazy module); run the model once before averaging it")
-    place = _device(tensor.device)
-    plain = tensor.layout is torch.strided and place.type != "meta"
+    device, gpu = _device(tensor.device)
+    plain = tensor.layout is torch.strided and device != "meta"
     if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
         raise BridgeError(
             f"a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device} has no plain "
@@ -129,10 +92,10 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         tuple(tensor.shape),
         tensor.stride(),
         code(tensor.dtype),
-        place.name,
+        device,
         owner=tensor,
         exchange=exchange_address(tensor),
-        home=None if place.gpu is None else torch_cuda.home(place.gpu),
+        home=None if gpu is None else torch_cuda.home(gpu),
     )
     if spec.size and not (address and _within_storage(tensor, spec)):
         raise BridgeError(
@@ -146,17 +109,10 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
     return spec
 
 
-class _Device(NamedTuple):
-    """A device in words; ``gpu`` is the number of one that CUDA drives."""
-
-    name: str
-    type: str
-    gpu: int | None
-
-
 @cache
-def _device(device: torch.device) -> _Device:
-    return _Device(str(device), device.type, device.index if device.type == "cuda" else None)
+def _device(device: torch.device) -> tuple[str, int | None]:
+    """Return a device's name, and the number of one that CUDA drives."""
+    return str(device), device.index if device.type == "cuda" else None
 
 
 def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
@@ -167,25 +123,19 @@ def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:
 
 
 def zeros(length: int, code: str, device: str) -> torch.Tensor:
-    """A new flat tensor; ``"pinned"`` is memory of the host that GPUs read and write directly."""
+    """Make a flat tensor; ``"pinned"`` is memory of the host that GPUs read and write directly."""
     if device == "pinned":
         return torch.zeros(length, dtype=native(code), pin_memory=True)
     return torch.zeros(length, dtype=native(code), device=device)
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor object of the same memory."""
+    """Make another tensor object of the same memory."""
     return tensor.detach()
 
 
 def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """The tensor on a device: itself where it is there already.
-
-    Raises
-    ------
-    DeviceError
-        If torch cannot use the device.
-    """
+    """Return the tensor on a device: itself where it is there already."""
     try:
         # Only a device: to() would take a dtype as well, and give memory of another size.
         return tensor.detach().to(torch.device(device))
@@ -197,28 +147,23 @@ def transfer(tensor: torch.Tensor, device: str) -> torch.Tensor:
 def view(
     flat: torch.Tensor, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> torch.Tensor:
-    """A tensor within a flat one."""
+    """Make a tensor within a flat one."""
     return flat.as_strided(shape, strides, offset)
 
 
-def gathered(tensor: DTensor) -> torch.Tensor:
-    """The whole tensor on every rank; all of them have to call this."""
-    return gather(tensor)
-
-
 def part_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a DTensor that this rank has; any other tensor as it is."""
+    """Return this rank's part of a DTensor, and any other tensor as it is."""
     return local(tensor).detach()
 
 
 def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:
-    """The ranks that hold parts of the same DTensors; None where no tensor is one."""
+    """Return the ranks that hold parts of the same DTensors; None where no tensor is one."""
     meshes = [tensor.device_mesh for tensor in tensors if is_divided(tensor)]
     return Ranks(meshes) if meshes else None
 
 
 def reshard(container: Any) -> None:
-    """Have the modules of FSDP2 hold their own parts, where they hold gathered parameters."""
+    """Make the modules of FSDP2 hold their own parts, where they hold gathered parameters."""
     for one in _modules(container):
         reshard_modules(one.modules())
 
@@ -231,45 +176,25 @@ def written(tensors: Sequence[torch.Tensor]) -> None:
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
-def _unheard() -> None:
-    """Listen to no optimizer."""
-
-
-def _listen(versions: Versions) -> Callable[[], None]:
-    """Have all optimizers tell of their steps; return what ends that."""
-    reference = ref(versions)
-
-    def note(optimizer: Any, *_: Any) -> None:
-        found = reference()
-        if found is not None:
-            found.note_step(optimizer)
-
-    end: Callable[[], None] = finalize(versions, register_optimizer_step_post_hook(note).remove)
-    return end
-
-
 class Versions:
     """Version counters of tensors that hold other contents for a while.
 
-    While they do, the counters stand where no graph has seen them before, and count writes from
-    there. Afterwards they are put back with the contents: a graph made before may go on, one made
+    Meanwhile the counters stand where no graph has seen them before, and count writes from there.
+    Afterwards they are put back with the contents: a graph made before may go on, one made
     meanwhile raises in its backward pass.
-
-    Parameters
-    ----------
-    tensors : sequence of Tensor
     """
 
     _next: ClassVar[int] = 2**31
-    """The number for the next exchange: above all that training counts to, and never used twice."""
+    """The next number to count from: above all that training counts to, and never used twice."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         kept = [t for t in tensors if not t.is_inference()]  # those keep no version
         # A DTensor and its part count apart from each other.
-        self._owners = [*kept, *filter(is_divided, kept)]
-        self._tensors = (*kept, *(local(t) for t in kept if is_divided(t)))
+        divided = [t for t in kept if is_divided(t)]
+        self._owners = [*kept, *divided]
+        self._tensors = (*kept, *map(local, divided))
         self._stepped: set[int] = set()
-        self._listening = _unheard
+        self._end_notes: Callable[[], object] = lambda: None
         self._before = self._begun = self._now = self._versions()
         self._written: list[torch.Tensor] = []
 
@@ -281,43 +206,47 @@ class Versions:
         """Count from a number of their own: they hold other contents now."""
         self._before = self._versions()
         self._stepped = set()
-        self._listening()
-        self._listening = _listen(self)
+        self._note_steps()
         self._begun = array("q", [Versions._next]) * len(self._tensors)
         Versions._next += 1
         if not self._set(self._begun):
             self._begun = self._versions()
 
     def written(self) -> list[torch.Tensor]:
-        """Those that somebody wrote since :meth:`begin`; ask before :meth:`end`."""
+        """Return the tensors written since :meth:`begin`; ask before :meth:`end`."""
         self._now = self._versions()
         self._written = []
-        if self._now != self._begun or self._stepped:
-            counts = zip(self._owners, self._tensors, self._now, self._begun, strict=True)
-            found = {
-                id(owner): (owner, tensor)
-                for owner, tensor, now, begun in counts
-                if now != begun or id(owner) in self._stepped
-            }
-            self._written = [tensor for _, tensor in found.values()]
-            return [owner for owner, _ in found.values()]
-        return []
+        if self._now == self._begun and not self._stepped:
+            return []
+        counts = zip(self._owners, self._tensors, self._now, self._begun, strict=True)
+        found = {
+            id(owner): (owner, tensor)
+            for owner, tensor, now, begun in counts
+            if now != begun or id(owner) in self._stepped
+        }
+        self._written = [tensor for _, tensor in found.values()]
+        return [owner for owner, _ in found.values()]
 
-    def note_step(self, optimizer: Any) -> None:
-        """Note what an optimizer has written: with foreach and fused no counter tells of it."""
-        for group in optimizer.param_groups:
-            self._stepped.update(id(one) for one in group["params"] if one.grad is not None)
+    def _note_steps(self) -> None:
+        """Note what optimizers write from now on: with foreach and fused no counter shows it."""
+        reference = ref(self)
+
+        def note(optimizer: Any, *_: Any) -> None:
+            versions = reference()
+            if versions is not None:
+                for group in optimizer.param_groups:
+                    written = (id(one) for one in group["params"] if one.grad is not None)
+                    versions._stepped.update(written)
+
+        self._end_notes()
+        self._end_notes = finalize(self, register_optimizer_step_post_hook(note).remove)
 
     def end(self, *, put_back: bool) -> None:
         """Count on from where they were before :meth:`begin`: their contents are back.
 
-        Parameters
-        ----------
-        put_back : bool
-            False where the contents are back in other memory than graphs have kept.
+        ``put_back`` is False where these are in other memory than graphs have kept.
         """
-        self._listening()
-        self._listening = _unheard
+        self._end_notes()
         Versions._next = max(Versions._next, max(self._now, default=0)) + 1
         # A view shares its base's counter, and other parts of the base may have been written.
         shared = any(tensor._is_view() for tensor in self._written)
@@ -340,24 +269,19 @@ class Versions:
 
 
 def walk(container: Any) -> Leaves | None:
-    """The parameters and buffers of a module, or of a list of modules; None for anything else.
+    """Return the parameters and buffers of a module or a list of modules; None for anything else.
 
     A parameter that does not require a gradient is ``frozen``; a tied one has every name. A buffer
     that was registered with ``persistent=False`` is marked. Modules in a list are stages of one
-    model, and keep their names.
-
-    Raises
-    ------
-    BridgeError
-        If two tensors of different modules have one name.
+    model, and keep their names, which must differ.
     """
     modules = _modules(container)
     if not modules:
         return None
     for module in modules:
         refuse_fsdp1(module)
-    parameters = _union(dict(one.named_parameters(remove_duplicate=False)) for one in modules)
-    buffers = _union(dict(one.named_buffers(remove_duplicate=False)) for one in modules)
+    parameters = _union(one.named_parameters(remove_duplicate=False) for one in modules)
+    buffers = _union(one.named_buffers(remove_duplicate=False) for one in modules)
     transient: set[str] = set()
     held = [Held(container)] if isinstance(container, list) else []
     for module in modules:
@@ -380,7 +304,7 @@ def walk(container: Any) -> Leaves | None:
 
 
 def _modules(container: Any) -> Sequence[torch.nn.Module]:
-    """A module, or the modules of a list or tuple of nothing else; none for anything else."""
+    """Return a module, or the modules of a list or tuple of them; none for anything else."""
     if isinstance(container, torch.nn.Module):
         return (container,)
     if isinstance(container, list | tuple) and container:
@@ -388,28 +312,27 @@ def _modules(container: Any) -> Sequence[torch.nn.Module]:
     return ()
 
 
-def _union(parts: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _union(parts: Iterable[Iterable[tuple[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    for part in parts:
-        for name, tensor in part.items():
-            if found.setdefault(name, tensor) is not tensor:
-                raise BridgeError(
-                    f"two modules have a tensor {name!r}; average them separately, or put them "
-                    "into a torch.nn.ModuleDict"
-                )
+    for name, tensor in chain.from_iterable(parts):
+        if found.setdefault(name, tensor) is not tensor:
+            raise BridgeError(
+                f"two modules have a tensor {name!r}; average them separately, or put them into a "
+                "torch.nn.ModuleDict"
+            )
     return found
 
 
 def state_of(container: Any) -> dict[str, tuple[str, Any]]:
-    """What a module's ``state_dict()`` holds: key to the name in :func:`walk` and the entry itself.
+    """Map the keys of a module's ``state_dict()`` to their names in :func:`walk` and their entries.
 
-    The name of what :func:`walk` does not know is its key.
+    An entry that :func:`walk` does not know is named by its key.
     """
     modules = _modules(container)
     own: dict[str, torch.Tensor] = {}
     for one in modules:
-        own |= dict(one.named_parameters(remove_duplicate=False))
-        own |= dict(one.named_buffers(remove_duplicate=False))
+        own |= one.named_parameters(remove_duplicate=False)
+        own |= one.named_buffers(remove_duplicate=False)
     plain = dict(zip(own, plain_names(list(own)), strict=True))
     names = {id(tensor): plain[name] for name, tensor in own.items()}
     # A hook may have renamed an entry, or copied it: known by its tensor or else by its key.
@@ -428,7 +351,7 @@ _MEMBERS: Final = ("_parameters", "_buffers", "_modules")
 
 
 def _note_held(container: torch.nn.Module, transient: set[str], held: list[Held]) -> None:
-    """Add paths of what the module's state leaves out, and how it holds its tensors."""
+    """Add the paths that the module's state leaves out, and the containers of its tensors."""
     seen: set[int] = set()
     for path, module in container.named_modules(remove_duplicate=False):
         out = frozenset(module._non_persistent_buffers_set)
@@ -448,7 +371,7 @@ def _note_held(container: torch.nn.Module, transient: set[str], held: list[Held]
 
 
 class _Scripted:
-    """What a module compiled by TorchScript holds, which is no dict but has ``values()``."""
+    """The members of a module compiled by TorchScript: no dict, but they have ``values()``."""
 
     def __init__(self, members: Any) -> None:
         self._members = members

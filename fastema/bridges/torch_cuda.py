@@ -18,13 +18,12 @@ from fastema.layout.home import Substitute
 __all__ = ["TorchHome", "home"]
 
 
-def _stream_of(index: int) -> int:
-    stream: int = torch.cuda.current_stream(index).cuda_stream
-    return stream
-
-
 # The handle without an object around it, as torch's own compiler asks for it: a tenth of the time.
-_current = getattr(torch._C, "_cuda_getCurrentRawStream", _stream_of)
+_current = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda index: torch.cuda.current_stream(index).cuda_stream,
+)
 
 
 class TorchHome:
@@ -35,20 +34,15 @@ class TorchHome:
         self.device = f"cuda:{index}"
 
     def stream(self) -> int:
-        """Handle of torch's current stream of the device."""
+        """Return the handle of torch's current stream of the device."""
         handle: int = _current(self.index)
         return handle
 
     def capturing(self) -> bool:
-        """Whether torch's current stream of the device is being captured.
+        """Return whether torch's current stream of the device is being captured.
 
-        Raises
-        ------
-        DeviceError
-            In a process that was forked from one that had used CUDA.
-        StateError
-            If that of the current device is, and not this one: what is done now is not captured,
-            and CUDA allows nothing else meanwhile.
+        Raises a DeviceError in a process that was forked from one that had used CUDA, and a
+        StateError if only the stream of another device is captured: CUDA allows no other work then.
         """
         if torch.cuda._is_in_bad_fork():
             raise DeviceError(
@@ -69,20 +63,20 @@ class TorchHome:
         return captured
 
     def upload(self, array: NDArray[Any]) -> tuple[torch.Tensor, int]:
-        """A copy of an array in memory of torch's allocator, and its address."""
+        """Copy an array into memory of torch's allocator; return the copy and its address."""
         self._refuse_capture()
         with torch.inference_mode(False):  # it may have to be written outside of that
             there = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return there, there.data_ptr()
 
     def download(self, owner: torch.Tensor) -> NDArray[Any]:
-        """A copy of an uploaded array, after what is on the device's streams now."""
-        self.wait()  # whichever stream wrote it last
+        """Copy an uploaded array back, after all work so far on any stream."""
+        self.wait()
         found: NDArray[Any] = owner.cpu().numpy()
         return found
 
     def write(self, owner: torch.Tensor, array: NDArray[Any]) -> None:
-        """Overwrite an uploaded array, after what is on the device's streams now."""
+        """Overwrite an uploaded array, after all work so far."""
         self.wait()
         owner.copy_(torch.from_numpy(np.ascontiguousarray(array)))
         self.wait()
@@ -95,39 +89,33 @@ class TorchHome:
             )
 
     def wait(self) -> None:
-        """Wait for all work on the device.
-
-        Raises
-        ------
-        StateError
-            In a capture.
-        """
+        """Wait for all work on the device; a StateError in a capture."""
         self._refuse_capture()
         torch.cuda.synchronize(self.index)
 
     def hold(self, owners: Iterable[torch.Tensor]) -> bool:
-        """Note the current stream with torch's allocator: freed memory waits for it.
+        """Record the current stream with torch's allocator: freed memory waits for it.
 
-        Not so memory of the host, of which the allocator notes only torch's own copies, and memory
-        that an allocator does not know: some refuse what comes from another package.
+        Return False if that cannot be done for all: not for memory of the host, and not for memory
+        that the allocator does not know: some refuse memory from another package.
         """
         stream = torch.cuda.current_stream(self.index)
         everything = True
         with warnings.catch_warnings():
-            # cudaMallocAsync finds fault with the stream that the memory is of, which is harmless.
+            # cudaMallocAsync warns about the stream that the memory is of, which is harmless.
             warnings.simplefilter("ignore")
             for owner in owners:
-                noted = owner.is_cuda
+                if not owner.is_cuda:
+                    everything = False
+                    continue
                 try:
-                    if noted:
-                        owner.detach().record_stream(stream)
+                    owner.detach().record_stream(stream)
                 except RuntimeError:
-                    noted = False
-                everything = everything and noted
+                    everything = False
         return everything
 
     def substitute(self, operation: str, pairs: Sequence[Pair]) -> Substitute:
-        """The operation in torch's own functions."""
+        """Return the operation in torch's own functions."""
         from fastema.bridges.torch_foreach import substitute
 
         return substitute(operation, pairs)
@@ -135,5 +123,5 @@ class TorchHome:
 
 @cache
 def home(index: int) -> TorchHome:
-    """The device of a number; the same object every time."""
+    """Return the device of a number: the same object every time."""
     return TorchHome(index)

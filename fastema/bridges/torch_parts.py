@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["describe_part", "gather", "is_divided", "local", "refuse_fsdp1", "reshard_modules"]
-
 _UNDIVIDED = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -41,33 +39,24 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec]) -> TensorSpec:
-    """Describe this rank's part of a DTensor, and where in the whole tensor it begins.
+    """Describe this rank's part of a DTensor, which must be one block of the whole.
 
-    Parameters
-    ----------
-    tensor : DTensor
-    describe : callable
-        Describes a plain tensor.
-
-    Raises
-    ------
-    BridgeError
-        For a pending sum, and for a part that is several blocks of the whole.
+    ``describe`` describes the plain tensor in it.
     """
     # DCP computes with this function where a part goes in a checkpoint.
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = tensor.device_mesh, tuple(tensor.placements)
     whole = tuple(tensor.shape)
+    problem = None
     if any(one.is_partial() for one in placements):
+        problem = "is a sum that is still pending"
+    elif not _is_one_block(mesh, placements):
+        problem = "has parts of several blocks"
+    if problem is not None:
         raise BridgeError(
-            f"a DTensor placed as {placements} is a sum that is still pending; redistribute it to "
-            "Shard or Replicate first"
-        )
-    if not _is_one_block(mesh, placements):
-        raise BridgeError(
-            f"a DTensor placed as {placements} has parts of several blocks; redistribute it to "
-            "Shard or Replicate first"
+            f"a DTensor placed as {placements} {problem}; redistribute it to Shard or Replicate "
+            "first"
         )
     found = tensor._local_tensor
     spec = describe(found)
@@ -96,13 +85,11 @@ def _is_one_block(mesh: Any, placements: tuple[Any, ...]) -> bool:
     FSDP on top of tensor parallel divides a dimension over the later mesh dimension first: with
     both divisions a part is one block, with the strided one alone it is several.
     """
-    for dim, strided in enumerate(placements):
+    dims = [getattr(one, "dim", None) for one in placements]
+    for place, strided in enumerate(placements):
         factor = getattr(strided, "split_factor", 1)
-        after = 1
-        for later in range(dim + 1, len(placements)):
-            if getattr(placements[later], "dim", None) == getattr(strided, "dim", None):
-                after *= mesh.size(later)
-        if factor != 1 and after != factor:
+        later = (mesh.size(i) for i in range(place + 1, len(dims)) if dims[i] == dims[place])
+        if factor != 1 and math.prod(later) != factor:
             return False
     return True
 
@@ -167,7 +154,7 @@ def _with_axis_before(placement: Any) -> Any:
     return type(placement)(placement.dim + 1, **options)
 
 
-def gather(tensor: DTensor) -> torch.Tensor:
+def gathered(tensor: DTensor) -> torch.Tensor:
     """Return the whole of a DTensor on every rank; all of them have to call this."""
     # As bytes: neither gloo nor NCCL sends 16-bit integers.
     part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)
@@ -189,12 +176,7 @@ def gather(tensor: DTensor) -> torch.Tensor:
 
 
 def refuse_fsdp1(module: torch.nn.Module) -> None:
-    """Refuse modules whose weights lie in one flat parameter, of which each rank has a stretch.
-
-    Raises
-    ------
-    BridgeError
-    """
+    """Refuse modules whose weights lie in one flat parameter, of which each rank has a stretch."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(
         isinstance(one, fsdp.FullyShardedDataParallel) for one in module.modules()

@@ -19,18 +19,11 @@ _SHOWN = 8
 
 
 class Ranks:
-    """The ranks of some meshes.
+    """The ranks of all meshes that this rank's tensors are divided over.
 
-    Parameters
-    ----------
-    meshes : iterable of DeviceMesh
-        All that this rank's tensors are divided over.
-
-    Notes
-    -----
-    The largest mesh counts where it holds the others, as the mesh of all data-parallel ranks holds
-    those of experts. Over a mesh of several dimensions that is not the whole world a question goes
-    along one dimension after the other.
+    A mesh is left out where the largest one holds it, as the mesh of all data-parallel ranks holds
+    those of experts. Unless they are the whole world, a question goes along one dimension of a mesh
+    after the other.
     """
 
     def __init__(self, meshes: Iterable[Any]) -> None:
@@ -53,17 +46,12 @@ class Ranks:
         return bool(value.item())
 
     def compare(self, facts: Mapping[str, str]) -> None:
-        """Compare what every rank knows: one all-gather of a digest.
-
-        Parameters
-        ----------
-        facts : mapping of str to str
-            What has to be the same on all ranks, by what it is of.
+        """Compare facts, by name, that all ranks must have alike: one all-gather of a digest.
 
         Raises
         ------
         LayoutError
-            On every rank, naming a rank that differs, what of, what it has and what is expected.
+            On every rank, naming a rank that differs, in what, and what is expected.
         """
         text = json.dumps(facts, sort_keys=True).encode()
         digest = torch.tensor(
@@ -80,12 +68,10 @@ class Ranks:
         if len(self._groups) > 1:  # others may have seen what these groups do not show
             differs = self.any(differs)
         if differs:
-            shown = problems or ["ranks of another part of the mesh differ, and say so"]
-            more = len(shown) - _SHOWN
-            rest = [f"and {more} more"] if more > 0 else []
+            problems = problems or ["ranks of another part of the mesh differ, and say so"]
             raise LayoutError(
                 "the ranks do not have the same average:\n"
-                + listed([*shown[:_SHOWN], *rest])
+                + listed(problems, _SHOWN)
                 + "\nBuild it on all ranks from the same model, with the same options, and call "
                 "update() on all of them."
             )

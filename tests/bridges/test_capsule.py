@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.bridges import capsule as bridge
+from fastema.bridges import dlpack as bridge
 from fastema.bridges.registry import bridge_of, describe
 from fastema.errors import BridgeError, DTypeError, LayoutError
 

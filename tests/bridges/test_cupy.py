@@ -304,7 +304,6 @@ def test_without_the_compilers_there_is_no_substitute(monkeypatch: pytest.Monkey
 
 def test_objects_that_are_not_cupys_are_left_to_others() -> None:
     assert registry.bridge_of(np.ones(2)).__name__ == "fastema.bridges.numpy"
-    assert bridge().walk([array(np.ones(2))]) is None
     leaves = registry.leaves_of({"a": [array(np.ones(2)), array(np.ones(3))]})
     assert leaves.names == ["a.0", "a.1"]
     assert not leaves.moving

@@ -118,5 +118,4 @@ def test_what_belongs_to_the_bridge() -> None:
     assert bridge.owns(np.ones(2).view(np.recarray))
     for other in (1.5, [1.0], np.float32(1.0), memoryview(b"ab")):
         assert not bridge.owns(other)
-    assert bridge.walk(np.ones(2)) is None
     assert bridge.describe(np.ones(2)).exchange == 0

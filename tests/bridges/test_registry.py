@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.bridges import numpy as numpy_bridge
 from fastema.bridges.registry import (
     bridge_of,
     describe,
@@ -103,11 +102,14 @@ def test_iterators_are_kept_as_lists() -> None:
     assert materialised(kept) is kept
 
 
-def test_arrays_by_the_function_to_call_after_a_write() -> None:
-    ((tell, arrays),) = written([ONE, TWO])
-    assert tell is numpy_bridge.written
-    assert all(one is other for one, other in zip(arrays, (ONE, TWO), strict=True))
-    tell(arrays)
+@pytest.mark.torch
+def test_tensors_are_grouped_by_the_function_to_call_after_a_write() -> None:
+    torch = pytest.importorskip("torch")
+    tensors = [torch.ones(2), torch.ones(3)]
+    ((notify, found),) = written([tensors[0], ONE, tensors[1]])  # NumPy keeps no record of writes
+    assert all(one is other for one, other in zip(found, tensors, strict=True))
+    notify(found)
+    assert [one._version for one in tensors] == [1, 1]
 
 
 def test_no_framework_is_imported_for_another_ones_arrays(python: Callable[..., str]) -> None:
