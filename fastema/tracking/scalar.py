@@ -426,7 +426,7 @@ class SimpleMovingAverage(MovingAverage):
         self, window: WindowSum, x: Floats, *, mean: bool = False
     ) -> tuple[Floats, bool, Callable[[], None]]:
         before = window.numbers()
-        result, finite = series.windowed(x, before, self.window_size, mean=mean)
+        result, finite = series.rolling_mean(x, before, self.window_size, divide=mean)
         kept = np.concatenate([before, x[-self.window_size :]])
         return result, finite, lambda: window.refill(kept)
 
@@ -544,12 +544,12 @@ class ExponentialMovingAverage(MovingAverage):
     def _run(self, x: Floats, weights: Floats | None) -> tuple[Floats, bool, Callable[[], None]]:
         given = np.ones(len(x)) if weights is None else weights
         product, lost, total, lost_weight = self._started(float(x[0]), float(given[0]))
-        average, (product, lost) = series.decayed(
+        average, (product, lost) = series.ewm_mean(
             x if weights is None else given * x, self._decay, (product, lost)
         )
         finite = math.isfinite(average[-1])
         if (given != 1.0).any() or total != 1.0:
-            weight, (total, lost_weight) = series.decayed(given, self._decay, (total, lost_weight))
+            weight, (total, lost_weight) = series.ewm_mean(given, self._decay, (total, lost_weight))
             average /= weight
         state = product, lost, total, lost_weight
         return average, finite, lambda: setattr(self, "_state", state)
