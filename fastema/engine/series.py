@@ -22,25 +22,10 @@ _WINDOWS: Final = 4
 def rolling_mean(
     x: NDArray[np.float64], history: NDArray[np.float64], size: int, *, divide: bool = True
 ) -> tuple[NDArray[np.float64], bool]:
-    """Average the last ``size`` values, at every value of a series.
+    """Average the last ``size`` values, at every value of a series; tell whether all are finite.
 
-    Parameters
-    ----------
-    x : numpy.ndarray
-        float64, one-dimensional, without gaps.
-    history : numpy.ndarray
-        The values before it, the latest last; at most ``size``.
-    size : int
-        At least 1.
-    divide : bool
-        Divide each sum by the number of values in its window; False gives the sums.
-
-    Returns
-    -------
-    results : numpy.ndarray
-        Of the length of ``x``.
-    finite : bool
-        Whether all of them are.
+    ``x`` is float64, one-dimensional and without gaps; ``history`` are the values before it, the
+    latest last, at most ``size``. With ``divide=False`` the sums are returned.
     """
     from fastema.kernels import cpu_series as k
 
@@ -70,23 +55,10 @@ def rolling_mean(
 def ewm_mean(
     x: NDArray[np.float64], decay: float, start: tuple[float, float]
 ) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """``avg = decay avg + (1 - decay) x`` at every value of a series.
+    """``avg = decay avg + (1 - decay) x`` at every value of a series, and where the next begins.
 
-    Parameters
-    ----------
-    x : numpy.ndarray
-        float64, one-dimensional, without gaps.
-    decay : float
-        In [0, 1).
-    start : tuple of float
-        The average before, and what it rounded off.
-
-    Returns
-    -------
-    averages : numpy.ndarray
-        Of the length of ``x``.
-    end : tuple of float
-        The start of what comes next.
+    ``x`` is float64, one-dimensional and without gaps; ``start`` is the average before, and what it
+    rounded off.
     """
     from fastema.kernels import cpu_series as k
 
