@@ -280,14 +280,7 @@ class MovingAverage(ABC):
             For the state of another kind of average or of other settings, naming them, or with
             entries missing. The average stays as it was.
         """
-        for name, mine in self._settings().items():
-            if not isinstance(state, Mapping) or name not in state:
-                raise CheckpointError(f"not the state of {self!r}: it has no {name!r}")
-            if not is_setting(state[name], mine):
-                raise CheckpointError(
-                    f"this state is of {name}={state[name]!r}, the average has {name}={mine!r}: "
-                    "make it with the same settings"
-                )
+        check_settings(self, self._settings(), state)
         other = self.alike()
         try:
             other._reading = float(state["average"])
@@ -321,9 +314,18 @@ def _rebuild(
     return average
 
 
-def is_setting(found: Any, mine: Any) -> bool:
-    """Whether a saved setting is that of an average; an array, which compares to none, is not."""
-    return isinstance(found, Real | str | None) and found == mine
+def check_settings(owner: object, settings: Mapping[str, Any], state: Any) -> None:
+    """Refuse the state of something else, or of one with other settings."""
+    for name, mine in settings.items():
+        if not isinstance(state, Mapping) or name not in state:
+            raise CheckpointError(f"not the state of {owner!r}: it has no {name!r}")
+        saved = state[name]
+        # An array compares to none.
+        if not isinstance(saved, Real | str | None) or saved != mine:
+            raise CheckpointError(
+                f"this state is of {name}={saved!r}, but {name}={mine!r} here: use the same "
+                "settings"
+            )
 
 
 def check_weight(weight: float) -> None:

@@ -15,8 +15,8 @@ from fastema.tracking.scalar import (
     MOST_PENDING,
     MovingAverage,
     OnNonFinite,
+    check_settings,
     check_weight,
-    is_setting,
 )
 from fastema.tracking.simple import SimpleMovingAverage
 
@@ -223,14 +223,7 @@ class MetricSmoother:
         CheckpointError
             For other settings, naming them, or if it is no such state. Nothing has changed.
         """
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"not the state of a MetricSmoother: {state!r:.80}")
-        for name, mine in self._settings().items():
-            if name not in state or not is_setting(state[name], mine):
-                raise CheckpointError(
-                    f"this state is of {name}={state.get(name)!r}, but {name}={mine!r} here: use "
-                    "the same settings"
-                )
+        check_settings(self, self._settings(), state)
         metrics: dict[str, Averages] = {}
         try:
             latest = {str(name): float(value) for name, value in state["latest"].items()}
