@@ -23,7 +23,7 @@ from fastema.tracking.logs.table import Curve
 from fastema.tracking.plots.panels import Kind, Line, Panel, last_finite
 from fastema.tracking.plots.style import EMA, GREY, INK, RAW, REPORTED, SMA, STYLE
 
-__all__ = ["Log", "draw", "label_end", "write_title"]
+__all__ = ["Log", "draw", "heights_of", "label_end", "spread", "write_title"]
 
 Log = bool | Literal["auto"]
 
