@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from fastema.keras import LossAverages
 from fastema.tracking import TensorBoardWriter, logs, plot
 from fastema.tracking.logs import Curve
-from fastema.tracking.style import GREY, INK, STYLE
+from fastema.tracking.plots.style import GREY, INK, STYLE
 
 
 def main() -> None:

@@ -145,12 +145,12 @@ TABLE = {
     ),
     # Bridges read what frameworks hold in place of numbers.
     "tracking": Room(ours="rules engine bridges errors lazy typing", theirs="numpy"),
-    "tracking.picture": Room(ours="tracking errors typing", theirs="numpy matplotlib"),
-    "tracking.plotting": Room(ours="tracking errors typing", lazy_theirs="matplotlib"),
+    "tracking.plots.picture": Room(ours="tracking errors typing", theirs="numpy matplotlib"),
+    "tracking.plots": Room(ours="tracking errors typing", theirs="numpy", lazy_theirs="matplotlib"),
     "tracking.tensorboard": Room(
         ours="tracking rules errors typing", theirs="numpy", lazy_theirs="tensorboard"
     ),
-    "tracking.event_files": Room(
+    "tracking.logs.event_files": Room(
         ours="tracking errors typing", theirs="numpy", lazy_theirs="tensorboard"
     ),
     **{

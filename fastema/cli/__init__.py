@@ -1,7 +1,10 @@
 """The ``fastema`` command: one module or package per subcommand, registered in `COMMANDS`.
 
 A command module stays light (argparse only): it declares its arguments here and imports what it
-works with inside ``run``, so ``fastema --help`` answers at once and without any extra installed.
+works with inside ``run``, so ``fastema --help`` answers at once and without any extra installed. It
+has ``SUMMARY``, one line for ``fastema --help``; ``EXTRA``, the extra of fastema that installs what
+it needs; ``NEEDS``, import name -> distribution name of every package of that extra;
+``add_arguments(parser)``; and ``run(args)``, which returns the exit code.
 """
 
 from __future__ import annotations
@@ -9,36 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import fastema
 from fastema.cli import demo, smooth
 
-
-class Command(Protocol):
-    """What a command module offers to the front end."""
-
-    @property
-    def SUMMARY(self) -> str:
-        """One line for ``fastema --help``."""
-
-    @property
-    def EXTRA(self) -> str:
-        """The extra of the fastema distribution that installs what the command needs."""
-
-    @property
-    def NEEDS(self) -> Mapping[str, str]:
-        """Import name -> distribution name of every package of that extra."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare the command's options."""
-
-    def run(self, args: argparse.Namespace) -> int:
-        """Do the work; the exit code."""
-
-
-COMMANDS: dict[str, Command] = {"demo": demo, "smooth": smooth}
+COMMANDS: dict[str, Any] = {"demo": demo, "smooth": smooth}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,14 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[args.command]
     missing = [package for module, package in command.NEEDS.items() if not _installed(module)]
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        names = " and ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
         print(
-            f"fastema {args.command}: {_listed(missing)} not installed; get what this command "
+            f"fastema {args.command}: {names} {verb} not installed; get what this command "
             f'needs with: pip install "fastema[{command.EXTRA}]"',
             file=sys.stderr,
         )
         return 2
     try:
-        return command.run(args)
+        code: int = command.run(args)
+        return code
     except KeyboardInterrupt:
         print(f"fastema {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -93,13 +76,6 @@ def _parser() -> argparse.ArgumentParser:
             subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
         )
     return parser
-
-
-def _listed(names: Sequence[str]) -> str:
-    """``a is``, ``a and b are``, ``a, b and c are``."""
-    if len(names) == 1:
-        return f"{names[0]} is"
-    return f"{', '.join(names[:-1])} and {names[-1]} are"
 
 
 def _installed(module: str) -> bool:

@@ -1,4 +1,4 @@
-"""Running averages of whole series, compiled."""
+"""Moving averages of whole series, compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fastema.engine import cpu
 
-__all__ = ["decayed", "windowed"]
+__all__ = ["ewm_mean", "rolling_mean"]
 
 _ROW: Final = 1 << 15
 """Values in a row of the table, at least where there are so many: it is gone through twice, and
@@ -19,31 +19,17 @@ _WINDOWS: Final = 4
 """Windows in a row, at least: it begins by adding up those before each of its four lanes."""
 
 
-def windowed(
-    x: NDArray[np.float64], history: NDArray[np.float64], size: int, *, mean: bool
+def rolling_mean(
+    x: NDArray[np.float64], history: NDArray[np.float64], size: int, *, divide: bool = True
 ) -> tuple[NDArray[np.float64], bool]:
-    """Sums, or means, of the last ``size`` values, at every value of a series.
+    """Average the last ``size`` values, at every value of a series; tell whether all are finite.
 
-    Parameters
-    ----------
-    x : numpy.ndarray
-        float64, one-dimensional, without gaps.
-    history : numpy.ndarray
-        The values before it, the latest last; at most ``size``.
-    size : int
-        At least 1.
-    mean : bool
-        Divide each sum by the number of values there are in its window.
-
-    Returns
-    -------
-    results : numpy.ndarray
-        Of the length of ``x``.
-    finite : bool
-        Whether all of them are.
+    ``x`` is float64, one-dimensional and without gaps; ``history`` are the values before it, the
+    latest last, at most ``size``. With ``divide=False`` the sums are returned.
     """
     from fastema.kernels import cpu_series as k
 
+    size = min(size, len(history) + len(x)) or 1  # a longer window is never full
     before = np.concatenate([np.zeros(size - len(history)), history])
     result = np.empty(len(x))
     # The first row alone meets the history; the others continue the values before them.
@@ -60,36 +46,23 @@ def windowed(
     apart = -(-len(starts) // cpu.get_num_threads())
     table = table[np.argsort(np.arange(len(starts)) % max(apart, 1), kind="stable")]
     control = np.zeros(k.CONTROLS, np.int64)
-    control[k.SIZE], control[k.MEAN] = size, mean
+    control[k.SIZE], control[k.DIVIDE] = size, divide
     nbytes = x.nbytes + result.nbytes
-    cpu.launch(k.windowed, table.ctypes.data, len(table), 0, control.ctypes.data, nbytes)
+    cpu.launch(k.rolling_mean, table.ctypes.data, len(table), 0, control.ctypes.data, nbytes)
     return result, not table[:, k.ODD].any()
 
 
-def decayed(
+def ewm_mean(
     x: NDArray[np.float64], decay: float, start: tuple[float, float]
 ) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """``avg = decay avg + (1 - decay) x`` at every value of a series.
+    """``avg = decay avg + (1 - decay) x`` at every value of a series, and where the next begins.
 
-    Parameters
-    ----------
-    x : numpy.ndarray
-        float64, one-dimensional, without gaps.
-    decay : float
-        In [0, 1).
-    start : tuple of float
-        The average before, and what it rounded off.
-
-    Returns
-    -------
-    averages : numpy.ndarray
-        Of the length of ``x``.
-    end : tuple of float
-        The start of what comes next.
+    ``x`` is float64, one-dimensional and without gaps; ``start`` is the average before, and what it
+    rounded off.
     """
     from fastema.kernels import cpu_series as k
 
     result = np.empty(len(x))
     numbers = np.array([decay, *start])
-    k.decayed(x.ctypes.data, len(x), result.ctypes.data, numbers.ctypes.data)
+    k.ewm_mean(x.ctypes.data, len(x), result.ctypes.data, numbers.ctypes.data)
     return result, (float(numbers[1]), float(numbers[2]))

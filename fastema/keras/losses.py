@@ -19,15 +19,11 @@ __all__ = ["LossAverages"]
 
 _SUFFIXES: Final = ("_raw", "_sma", "_ema")
 
-_READERS: Final = (
-    keras.callbacks.CSVLogger,
-    keras.callbacks.History,
-    keras.callbacks.ProgbarLogger,
-    keras.callbacks.RemoteMonitor,
-    keras.callbacks.TensorBoard,
+_READERS: Final = tuple(
+    getattr(keras.callbacks, name)
+    for name in ("CSVLogger", "History", "ProgbarLogger", "RemoteMonitor", "TensorBoard")
 )
 """Callbacks that show or write whatever is in the logs."""
-
 
 _BATCH_HOOKS: Final = ("on_batch_end", "on_train_batch_end")
 
@@ -77,31 +73,10 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
 
     Parameters
     ----------
-    window_size : int or None
-        Batches in the simple moving average; None leaves it out.
-    decay : float or None
-        Weight of the old average in the exponential one; None leaves it out.
-    raw : bool
-        Whether the value of the batch itself is logged too.
+    window_size, decay, raw, debias, on_nonfinite, record
+        Of the averages, see :class:`fastema.tracking.MetricSmoother`.
     metrics : sequence of str, optional
         Names in the logs, such as ``("loss",)``; all that are means by default.
-    debias : bool
-        Begin the exponential average at zero and divide it by ``1 - decay**n``, see
-        :class:`fastema.tracking.ExponentialMovingAverage`.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What the averages do with a NaN or an infinity, see the same.
-    record : bool
-        Keep all values, for :attr:`history`: 8 bytes per value.
-
-    Attributes
-    ----------
-    history : dict of str to array
-        With ``record=True``: the curves, one value per batch, by their names in the logs;
-        ``fastema.tracking.plot(callback)`` draws them.
-    steps : dict of str to array
-        With ``record=True``: of every metric, the numbers of its batches, from 1.
-    averages : dict of str to float
-        The latest values, by their names in the logs.
 
     Raises
     ------
@@ -144,9 +119,8 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
     **Cost.** The step is compiled once more for a model that has been trained before. Everything
     comes to the host in one small array per step, with the logs that Keras fetches; where no later
     callback looks at single batches, the averages are worked out for 256 of them at a time, and at
-    the end of the epoch. Where Keras
-    runs callbacks beside the training, on JAX and PyTorch, and an accelerator computes, this one
-    can be run so too.
+    the end of the epoch. Where Keras runs callbacks beside the training, on JAX and PyTorch, and an
+    accelerator computes, this one can be run so too.
 
     **Loops of your own.** ``keras.callbacks.CallbackList([...], model=model)`` calls the same hooks
     around ``train_on_batch``.
@@ -181,7 +155,6 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         self._lock = threading.Lock()
         self._thread = 0
         self._ready: dict[int, dict[str, float]] = {}
-        self._on_nonfinite = on_nonfinite
         self._chunk = 1
 
     @property
@@ -206,13 +179,16 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def history(self) -> dict[str, Any]:
-        """Every value so far by its name in the logs, one per batch."""
+        """With ``record=True``: every value so far by its name in the logs, one per batch.
+
+        ``fastema.tracking.plot(callback)`` draws them.
+        """
         self._take_in()
         return self._smoother.history
 
     @property
     def steps(self) -> dict[str, Any]:
-        """Of every metric, the numbers of its batches, from 1 and on through all epochs."""
+        """With ``record=True``: of every metric, the numbers of its batches, through all epochs."""
         self._take_in()
         return self._smoother.steps
 
@@ -243,12 +219,7 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         return self._smoother.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another run was.
-
-        Parameters
-        ----------
-        state : mapping
-            Of :meth:`state_dict`, of a callback with the same arguments.
+        """Go on from where another callback with the same arguments was.
 
         Raises
         ------
@@ -268,12 +239,12 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         self._chunk = 1
         if place is not None:
             self._check_before(callbacks[:place])
-            for other in callbacks[place + 1 :]:
+            later = callbacks[place + 1 :]
+            for other in later:
                 _settle_direction(other)
-            # An error is to come with its batch.
-            if self._on_nonfinite != "raise":
-                later = callbacks[place + 1 :]
-                self._chunk = 1 if any(map(_looks_at_batches, later)) else _CHUNK
+            # With "raise" an error is to come with its batch.
+            if self._smoother.on_nonfinite != "raise" and not any(map(_looks_at_batches, later)):
+                self._chunk = _CHUNK
         if self._sums is None or self._sums.model is not self.model:
             self._sums = BatchSums(self.model)
         self._sums.install()
@@ -363,16 +334,12 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
             return found.values
         for name in self._wanted:
             if name not in found.means:
-                self._refuse_metric(name, found)
+                means = ", ".join(map(repr, found.means)) or "none"
+                problem = "the model logs nothing of this name"
+                if name in found.names:
+                    problem = "it is no mean over batches, and has no value for a single one"
+                raise ArgumentError(f"metrics: {name!r}: {problem}; those that are means: {means}")
         return {name: found.values[name] for name in self._wanted if name in found.values}
-
-    def _refuse_metric(self, name: str, found: Batch) -> None:
-        means = ", ".join(map(repr, found.means)) or "none"
-        if name in found.names:
-            problem = "it is no mean over batches, and has no value for a single one"
-        else:
-            problem = "the model logs nothing of this name"
-        raise ArgumentError(f"metrics: {name!r}: {problem}; those that are means: {means}")
 
     # -- order -------------------------------------------------------------------------------------
 

@@ -46,15 +46,15 @@ class Batch(NamedTuple):
     """The means over this execution alone; without those for which nothing was counted."""
 
 
+_ROOT: Final = keras.metrics.RootMeanSquaredError
+
+
 def _is_mean(metric: Any) -> bool:
     return (
         isinstance(metric, keras.metrics.Mean)
         and type(metric).result in (keras.metrics.Mean.result, _ROOT.result)
         and len(metric.variables) == 2
     )
-
-
-_ROOT: Final = keras.metrics.RootMeanSquaredError
 
 
 def _means(model: Any) -> list[Any]:
@@ -163,7 +163,6 @@ class BatchSums:
         self._metrics: list[Any] = []
         self._sources: list[tuple[str, Any]] = []  # names in the logs, and their means
         self._names: list[str] = []
-        self._means: list[str] = []
         self._places: list[tuple[str, int, int, bool]] = []
         self._results: dict[int, tuple[Any, Any]] = {}
         self._within = 0
@@ -416,7 +415,6 @@ class BatchSums:
         self._sources = [
             (name, metrics[id(value)]) for name, value in logs.items() if id(value) in metrics
         ]
-        self._means = [name for name, _ in self._sources]
         place = {id(metric): i for i, metric in enumerate(self._metrics)}
         self._places = [
             (name, place[id(one)], place[id(one)] + len(place), isinstance(one, _ROOT))
@@ -476,7 +474,7 @@ class BatchSums:
                     # A difference of rounded sums may be below zero.
                     mean = math.sqrt(0.0 if mean < 0.0 else mean)
                 values[name] = mean
-        return Batch(self._names, self._means, values)
+        return Batch(self._names, [name for name, _ in self._sources], values)
 
 
 def _stacked(sums: Sequence[Any]) -> Any:

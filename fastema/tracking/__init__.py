@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from fastema.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastema.tracking.exponential import ExponentialMovingAverage
     from fastema.tracking.group import MetricAverages
-    from fastema.tracking.plotting import plot
-    from fastema.tracking.scalar import ExponentialMovingAverage, SimpleMovingAverage
+    from fastema.tracking.plots import plot
+    from fastema.tracking.simple import SimpleMovingAverage
     from fastema.tracking.smoother import MetricSmoother
     from fastema.tracking.tensorboard import TensorBoardWriter
 
@@ -33,12 +34,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ExponentialMovingAverage": "fastema.tracking.scalar",
+    "ExponentialMovingAverage": "fastema.tracking.exponential",
     "MetricAverages": "fastema.tracking.group",
     "MetricSmoother": "fastema.tracking.smoother",
-    "SimpleMovingAverage": "fastema.tracking.scalar",
+    "SimpleMovingAverage": "fastema.tracking.simple",
     "TensorBoardWriter": "fastema.tracking.tensorboard",
-    "plot": "fastema.tracking.plotting",
+    "plot": "fastema.tracking.plots",
 }
 
 if not TYPE_CHECKING:

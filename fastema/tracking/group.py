@@ -67,7 +67,7 @@ class MetricAverages(Mapping[str, MovingAverage]):
         return f"{type(self).__name__}({self._averages!r})"
 
     def update(self, values: Mapping[str, Any], weight: float = 1.0) -> dict[str, float]:
-        """Take in a value for each of the names given; the others stay as they are.
+        """Take in a value for each of the names given; return the averages of these names now.
 
         Parameters
         ----------
@@ -75,11 +75,6 @@ class MetricAverages(Mapping[str, MovingAverage]):
             Numbers as in :meth:`MovingAverage.update`.
         weight : float
             Of these values beside others, such as the size of their batch.
-
-        Returns
-        -------
-        dict of str to float
-            The averages of these names now.
 
         Raises
         ------
@@ -111,12 +106,7 @@ class MetricAverages(Mapping[str, MovingAverage]):
         return {name: average.state_dict() for name, average in self._averages.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another group was.
-
-        Parameters
-        ----------
-        state : mapping
-            Of :meth:`state_dict` of a group with the same names and settings.
+        """Go on from where another group of the same names and settings was.
 
         Raises
         ------

@@ -1,10 +1,10 @@
-"""Moving averages of numbers that come one by one: losses, accuracies, gradient norms."""
+"""What the moving averages of numbers have in common: losses, accuracies, gradient norms."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from numbers import Real
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
@@ -12,30 +12,27 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastema.engine import series
 from fastema.errors import ArgumentError, CheckpointError, NonFiniteError
-from fastema.rules.checks import checked_decay, checked_whole
-from fastema.tracking.deferred import Deferred, number
-from fastema.tracking.window import WindowSum
+from fastema.tracking.lazy_float import LazyFloat, number
 
-__all__ = ["ExponentialMovingAverage", "MovingAverage", "OnNonFinite", "SimpleMovingAverage"]
+__all__ = ["MovingAverage", "OnNonFinite"]
 
 OnNonFinite = Literal["show", "skip", "propagate", "raise"]
 
 Floats: TypeAlias = NDArray[np.float64]
-Number: TypeAlias = float | Deferred
+Number: TypeAlias = float | LazyFloat
+Run: TypeAlias = tuple[Floats, bool, Callable[[], None]]
+"""Averages of a series, whether all are finite, and a function that takes the series in."""
 
 LIGHTEST, HEAVIEST = 1e-100, 1e100
 """Weights between which products and sums of them neither overflow nor vanish."""
-
-LARGEST_WINDOW: Final = 10**9
 
 MOST_PENDING: Final = 1024
 """Values that may wait on a device; then they are read, whoever looks or not."""
 
 
 class MovingAverage(ABC):
-    """What the moving averages of numbers have in common.
+    """A moving average of numbers that come one by one.
 
     Parameters
     ----------
@@ -45,15 +42,6 @@ class MovingAverage(ABC):
         neither hides nor spoils the curve (TensorBoard's smoothing draws it so). ``"skip"``: it is
         left out, the average stays. ``"propagate"``: IEEE arithmetic. ``"raise"``: a
         :class:`~fastema.errors.NonFiniteError`, with nothing changed.
-
-    Attributes
-    ----------
-    average : float
-        Now; NaN before the first value.
-    num_updates : int
-        Values taken in.
-    num_skipped : int
-        Values that were not finite and not taken in.
     """
 
     __slots__ = ("_num_skipped", "_num_updates", "_on_nonfinite", "_pending", "_reading")
@@ -64,7 +52,7 @@ class MovingAverage(ABC):
                 f"on_nonfinite={on_nonfinite!r}: expected one of {', '.join(get_args(OnNonFinite))}"
             )
         self._on_nonfinite = on_nonfinite
-        self._pending: list[tuple[Number, Number, Deferred]] = []
+        self._pending: list[tuple[Number, Number, LazyFloat]] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -80,8 +68,8 @@ class MovingAverage(ABC):
         """Take in a value; the average."""
 
     @abstractmethod
-    def _run(self, x: Floats, weights: Floats | None) -> tuple[Floats, bool, Callable[[], None]]:
-        """The running average of values, whether all of it is finite, and what takes them in."""
+    def _run(self, x: Floats, weights: Floats | None) -> Run:
+        """Average a series of positive weights, without taking it in yet."""
 
     @abstractmethod
     def _memory(self) -> dict[str, Any]:
@@ -124,8 +112,8 @@ class MovingAverage(ABC):
         """
         x = value if type(value) is float else number(value)
         w = weight if type(weight) is float else number(weight)
-        if self._pending or isinstance(x, Deferred) or isinstance(w, Deferred):
-            return self._kept(x, w)
+        if self._pending or isinstance(x, LazyFloat) or isinstance(w, LazyFloat):
+            return self._keep(x, w)
         return self._take(x, w)
 
     def _take(self, x: float, weight: float) -> float:
@@ -146,14 +134,14 @@ class MovingAverage(ABC):
             self._num_updates += 1
         return self._reading
 
-    def _kept(self, value: Number, weight: Number) -> float:
-        deferred = Deferred(lambda: self._settle(deferred))
-        self._pending.append((value, weight, deferred))
+    def _keep(self, value: Number, weight: Number) -> float:
+        average = LazyFloat(lambda: self._settle(average))
+        self._pending.append((value, weight, average))
         if len(self._pending) >= MOST_PENDING:
             self._settle()
-        return cast(float, deferred)
+        return cast(float, average)
 
-    def _settle(self, last: Deferred | None = None) -> float:
+    def _settle(self, last: LazyFloat | None = None) -> float:
         """Read what waits on a device, in order, as far as one of them; the average.
 
         What cannot be read, or is refused, is dropped, and its result remembers why.
@@ -161,20 +149,20 @@ class MovingAverage(ABC):
         while self._pending:
             value, weight, average = self._pending[0]
             try:
-                found: float | Exception = self._take(float(value), float(weight))
+                result: float | Exception = self._take(float(value), float(weight))
             except Exception as error:
-                found = error
+                result = error
             # An interrupt before here leaves it waiting.
             del self._pending[0]
-            average.settle(found)
-            if isinstance(found, Exception):
-                raise found
+            average.settle(result)
+            if isinstance(result, Exception):
+                raise result
             if average is last:
                 break
         return self._reading
 
-    def _read_all(self) -> None:
-        """The same, whatever is dropped."""
+    def _settle_all(self) -> None:
+        """Read all that waits, whatever is dropped."""
         while self._pending:
             with suppress(Exception):
                 self._settle()
@@ -208,7 +196,7 @@ class MovingAverage(ABC):
             return x
         if given is None or given.all():
             averages, finite, take_in = self._run(x, given)
-            if finite or self.on_nonfinite == "propagate":
+            if finite or self._on_nonfinite == "propagate":
                 take_in()
                 self._num_updates += len(x)
                 self._reading = float(averages[-1])
@@ -216,19 +204,18 @@ class MovingAverage(ABC):
         return self._update_some(x, np.ones(len(x)) if given is None else given)
 
     def _update_some(self, x: Floats, weights: Floats) -> Floats:
-        """The same for a series with values that are left out."""
-        odd = np.zeros(len(x), bool)
-        if self._on_nonfinite != "propagate":
-            odd = ~np.isfinite(x) & (weights > 0.0)
+        """Take in a series with values that are left out."""
+        weighty = weights > 0.0
+        odd = weighty & ~np.isfinite(x) & (self._on_nonfinite != "propagate")
         if odd.any() and self._on_nonfinite == "raise":
             first = int(np.argmax(odd))
             raise NonFiniteError(f"values[{first}] is {x[first]}: the average was told to raise")
-        taken = (weights > 0.0) & ~odd
+        taken = weighty & ~odd
         shown = x.copy()
         if taken.any():
             shown[taken], _, take_in = self._run(x[taken], weights[taken])
             take_in()
-        visible = taken | odd if self._on_nonfinite == "show" else taken
+        visible = weighty if self._on_nonfinite == "show" else taken
         latest = np.maximum.accumulate(np.where(visible, np.arange(len(x)), -1))
         result = np.where(latest < 0, self._reading, shown[latest])
         self._num_updates += int(taken.sum())
@@ -270,7 +257,7 @@ class MovingAverage(ABC):
 
     def reset(self) -> None:
         """Forget all values."""
-        self._read_all()
+        self._settle_all()
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,12 +272,7 @@ class MovingAverage(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another one was.
-
-        Parameters
-        ----------
-        state : mapping
-            Of :meth:`state_dict` of an average with the same settings.
+        """Go on from where another one of the same kind and settings was.
 
         Raises
         ------
@@ -298,14 +280,7 @@ class MovingAverage(ABC):
             For the state of another kind of average or of other settings, naming them, or with
             entries missing. The average stays as it was.
         """
-        for name, mine in self._settings().items():
-            if not isinstance(state, Mapping) or name not in state:
-                raise CheckpointError(f"not the state of {self!r}: it has no {name!r}")
-            if not is_setting(state[name], mine):
-                raise CheckpointError(
-                    f"this state is of {name}={state[name]!r}, the average has {name}={mine!r}: "
-                    "make it with the same settings"
-                )
+        check_settings(self, self._settings(), state)
         other = self.alike()
         try:
             other._reading = float(state["average"])
@@ -314,277 +289,43 @@ class MovingAverage(ABC):
             other._remember(state)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"not the state of {self!r}: {error!r}") from None
-        self._read_all()
-        for name in _slots(type(self)):
-            setattr(self, name, getattr(other, name))
+        self._settle_all()
+        for kind in type(self).__mro__:
+            for name in getattr(kind, "__slots__", ()):
+                setattr(self, name, getattr(other, name))
 
     def alike(self) -> MovingAverage:
         """A new one with the same settings, without values."""
         return type(self)(**self._settings())
 
     def __reduce__(self) -> tuple[Callable[..., MovingAverage], tuple[Any, ...]]:
-        return _made, (type(self), self._settings(), self.state_dict())
+        return _rebuild, (type(self), self._settings(), self.state_dict())
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
         return f"{type(self).__name__}({settings})"
 
 
-class SimpleMovingAverage(MovingAverage):
-    """The mean of the last ``window_size`` values, of all of them until there are so many.
+def _rebuild(
+    kind: type[MovingAverage], settings: dict[str, Any], state: dict[str, Any]
+) -> MovingAverage:
+    average = kind(**settings)
+    average.load_state_dict(state)
+    return average
 
-    ``avg_n = (x_(n-window_size+1) + ... + x_n) / window_size``; with weights
-    ``sum(w_k x_k) / sum(w_k)`` over the same values. A value costs the same for any window, and no
-    error builds up, after ten million values as after ten: without weights each average is the sum
-    of its window, exact but for one rounding, divided by their number. With weights the products
-    are rounded too.
 
-    Parameters
-    ----------
-    window_size : int
-        Values, from 1 to 1e9.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`MovingAverage`.
-
-    Raises
-    ------
-    ArgumentError
-        If an argument has no valid value.
-
-    Notes
-    -----
-    Memory: 24 bytes per value of the window, 48 with weights, and twice that for a moment each time
-    that the window has been filled anew, which takes 10 to 20 ns per value; so does
-    :meth:`update_many` at its end. To be used by one thread at a time.
-
-    Examples
-    --------
-    >>> loss = SimpleMovingAverage(window_size=3)
-    >>> [loss.update(x) for x in (3.0, 1.0, 2.0, 6.0)]
-    [3.0, 2.0, 2.0, 3.0]
-    >>> loss.get_average()
-    3.0
-    """
-
-    __slots__ = ("_products", "_weights", "_window_size")
-
-    def __init__(self, window_size: int = 20, *, on_nonfinite: OnNonFinite = "show") -> None:
-        self._window_size = checked_whole(window_size, "window_size", 1)
-        if window_size > LARGEST_WINDOW:
-            raise ArgumentError(
-                f"window_size={window_size}: expected at most {LARGEST_WINDOW:,}; for the mean of "
-                "all values so far, keep their sum"
+def check_settings(owner: object, settings: Mapping[str, Any], state: Any) -> None:
+    """Refuse the state of something else, or of one with other settings."""
+    for name, mine in settings.items():
+        if not isinstance(state, Mapping) or name not in state:
+            raise CheckpointError(f"not the state of {owner!r}: it has no {name!r}")
+        saved = state[name]
+        # An array compares to none.
+        if not isinstance(saved, Real | str | None) or saved != mine:
+            raise CheckpointError(
+                f"this state is of {name}={saved!r}, but {name}={mine!r} here: use the same "
+                "settings"
             )
-        super().__init__(on_nonfinite)
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._products = WindowSum(self.window_size)
-        self._weights: WindowSum | None = None  # until one is not 1
-
-    @property
-    def window_size(self) -> int:
-        """Most values in the window."""
-        return self._window_size
-
-    @property
-    def count(self) -> int:
-        """Values in the window."""
-        self._settle()
-        return self._products.count
-
-    def _settings(self) -> dict[str, Any]:
-        return {"window_size": self.window_size, "on_nonfinite": self._on_nonfinite}
-
-    def _push(self, x: float, weight: float) -> float:
-        if weight == 1.0 and self._weights is None:
-            window = self._products
-            return window.push(x) / window.count
-        weights = self._window_of_weights()
-        return self._products.push(weight * x) / weights.push(weight)
-
-    def _window_of_weights(self) -> WindowSum:
-        if self._weights is None:
-            self._weights = WindowSum(self._window_size, np.ones(self._products.count))
-        return self._weights
-
-    def _run(self, x: Floats, weights: Floats | None) -> tuple[Floats, bool, Callable[[], None]]:
-        if self._weights is None and (weights is None or (weights == 1.0).all()):
-            mean, finite, refill = self._windowed(self._products, x, mean=True)
-            return mean, finite, refill
-        given = np.ones(len(x)) if weights is None else weights
-        total, finite, refill = self._windowed(self._products, given * x)
-        total_weight, _, refill_weights = self._windowed(self._window_of_weights(), given)
-
-        def take_in() -> None:
-            refill()
-            refill_weights()
-
-        return total / total_weight, finite, take_in
-
-    def _windowed(
-        self, window: WindowSum, x: Floats, *, mean: bool = False
-    ) -> tuple[Floats, bool, Callable[[], None]]:
-        before = window.numbers()
-        result, finite = series.windowed(x, before, self.window_size, mean=mean)
-        kept = np.concatenate([before, x[-self.window_size :]])
-        return result, finite, lambda: window.refill(kept)
-
-    def _memory(self) -> dict[str, Any]:
-        weights = self._weights
-        return {
-            "products": self._products.numbers().tolist(),
-            "weights": None if weights is None else weights.numbers().tolist(),
-        }
-
-    def _remember(self, memory: Mapping[str, Any]) -> None:
-        count = min(self._num_updates, self._window_size)
-        products = np.array(memory["products"], np.float64)
-        if products.shape != (count,):
-            raise ValueError(f"a window of shape {products.shape} where {count} were expected")
-        self._products.refill(products)
-        if memory["weights"] is not None:
-            weights = np.array(memory["weights"], np.float64)
-            if weights.shape != (count,) or not (weights > 0.0).all():
-                raise ValueError("weights that are not one positive number for each value")
-            self._weights = WindowSum(self._window_size, weights)
-
-
-class ExponentialMovingAverage(MovingAverage):
-    """The average ``avg_n = decay * avg_(n-1) + (1 - decay) * x_n``, which begins at ``x_1``.
-
-    With ``debias=True`` it begins with nothing: ``avg_n = (1 - decay) * sum_k decay**(n-k) x_k /
-    (1 - decay**n)``, the bias correction of Adam (D. Kingma and J. Ba, 2014,
-    https://arxiv.org/abs/1412.6980), in which the first value does not weigh more than others; in
-    pandas these are ``ewm(adjust=False)`` and ``ewm(adjust=True)``. With weights it is the average
-    of ``w_k x_k`` over that of ``w_k``. What each step rounds off is carried to the next, so that
-    no error builds up.
-
-    Parameters
-    ----------
-    decay : float
-        Weight of the old average, in [0, 1); it averages over about ``1 / (1 - decay)`` values.
-    debias : bool
-        Begin with nothing rather than with the first value.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`MovingAverage`. With ``"propagate"`` the average
-        never recovers.
-
-    Raises
-    ------
-    ArgumentError
-        If an argument has no valid value.
-
-    Notes
-    -----
-    To be used by one thread at a time.
-
-    Examples
-    --------
-    >>> loss = ExponentialMovingAverage(decay=0.5)
-    >>> [loss.update(x) for x in (4.0, 2.0, 2.0)]
-    [4.0, 3.0, 2.5]
-    >>> loss = ExponentialMovingAverage(decay=0.5, debias=True)
-    >>> [loss.update(x) for x in (4.0, 1.0)]
-    [4.0, 2.0]
-    """
-
-    __slots__ = ("_debias", "_decay", "_state")
-
-    def __init__(
-        self, decay: float = 0.9, debias: bool = False, *, on_nonfinite: OnNonFinite = "show"
-    ) -> None:
-        self._decay = checked_decay(decay)
-        if not isinstance(debias, bool):
-            raise ArgumentError(f"debias={debias!r}: expected True or False")
-        self._debias = debias
-        super().__init__(on_nonfinite)
-
-    def _begin(self) -> None:
-        super()._begin()
-        # Averages of products and of weights, each with what was rounded off.
-        self._state: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-
-    @property
-    def decay(self) -> float:
-        """Weight of the old average."""
-        return self._decay
-
-    @property
-    def debias(self) -> bool:
-        """Whether it begins with nothing, and is corrected for that."""
-        return self._debias
-
-    @property
-    def count(self) -> int:
-        """Values in the average."""
-        return self.num_updates
-
-    def _settings(self) -> dict[str, Any]:
-        return {"decay": self.decay, "debias": self.debias, "on_nonfinite": self._on_nonfinite}
-
-    def _started(self, x: float, weight: float) -> tuple[float, float, float, float]:
-        """What the next value meets: without a correction the first one is all of the past."""
-        if self._num_updates or self._debias:
-            return self._state
-        return weight * x, 0.0, weight, 0.0
-
-    def _push(self, x: float, weight: float) -> float:
-        average, lost, total, lost_weight = self._started(x, weight)
-        average, lost = _stepped(average, lost, weight * x, self._decay)
-        if weight == 1.0 == total:
-            self._state = (average, lost, total, lost_weight)
-            return average
-        total, lost_weight = _stepped(total, lost_weight, weight, self._decay)
-        self._state = (average, lost, total, lost_weight)
-        # To first order in what was rounded off: without it the quotient would be off by both.
-        ratio = average / total
-        return ratio + (lost - ratio * lost_weight) / total
-
-    def _run(self, x: Floats, weights: Floats | None) -> tuple[Floats, bool, Callable[[], None]]:
-        given = np.ones(len(x)) if weights is None else weights
-        product, lost, total, lost_weight = self._started(float(x[0]), float(given[0]))
-        average, (product, lost) = series.decayed(
-            x if weights is None else given * x, self._decay, (product, lost)
-        )
-        finite = math.isfinite(average[-1])
-        if (given != 1.0).any() or total != 1.0:
-            weight, (total, lost_weight) = series.decayed(given, self._decay, (total, lost_weight))
-            average /= weight
-        state = product, lost, total, lost_weight
-        return average, finite, lambda: setattr(self, "_state", state)
-
-    def _memory(self) -> dict[str, Any]:
-        return {"state": list(self._state)}
-
-    def _remember(self, memory: Mapping[str, Any]) -> None:
-        product, lost, total, lost_weight = map(float, memory["state"])
-        self._state = (product, lost, total, lost_weight)
-
-
-def _stepped(average: float, lost: float, x: float, decay: float) -> tuple[float, float]:
-    """``decay (average + lost) + (1 - decay) x``, and what that rounds off."""
-    # From the side that weighs more: 1 - decay is exact then, and the step is the smaller part.
-    if decay >= 0.5:
-        share, here, here_rest, there, there_rest = 1.0 - decay, average, lost, x, 0.0
-    else:
-        share, here, here_rest, there, there_rest = decay, x, 0.0, average, lost
-    apart = there - here
-    took = apart - there
-    rest = ((there - (apart - took)) - (here + took)) + (there_rest - here_rest)
-    step = share * apart
-    after = here + step
-    took = after - here
-    lost = here_rest + ((here - (after - took)) + (step - took) + share * rest)
-    result = after + lost
-    if result - result != 0.0:  # differences of the largest floats, or infinities, are none
-        return decay * average + (1.0 - decay) * x, 0.0
-    return result, lost - (result - after)
-
-
-def is_setting(found: Any, mine: Any) -> bool:
-    """Whether a saved setting is that of an average; an array, which compares to none, is not."""
-    return isinstance(found, Real | str | None) and found == mine
 
 
 def check_weight(weight: float) -> None:
@@ -592,19 +333,6 @@ def check_weight(weight: float) -> None:
         raise ArgumentError(
             f"weight={weight!r}: expected 0, or a number from {LIGHTEST:g} to {HEAVIEST:g}"
         )
-
-
-def _made(
-    kind: type[MovingAverage], settings: dict[str, Any], state: dict[str, Any]
-) -> MovingAverage:
-    made = kind(**settings)
-    made.load_state_dict(state)
-    return made
-
-
-def _slots(kind: type) -> Iterator[str]:
-    for one in kind.__mro__:
-        yield from getattr(one, "__slots__", ())
 
 
 def _series(values: ArrayLike, name: str) -> Floats:

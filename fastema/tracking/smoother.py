@@ -9,22 +9,20 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 from fastema.errors import ArgumentError, CheckpointError, NonFiniteError
-from fastema.tracking.deferred import Deferred, number
+from fastema.tracking.exponential import ExponentialMovingAverage
+from fastema.tracking.lazy_float import LazyFloat, number
 from fastema.tracking.scalar import (
     MOST_PENDING,
-    ExponentialMovingAverage,
     MovingAverage,
     OnNonFinite,
-    SimpleMovingAverage,
+    check_settings,
     check_weight,
-    is_setting,
 )
+from fastema.tracking.simple import SimpleMovingAverage
 
 __all__ = ["MetricSmoother"]
 
 Averages: TypeAlias = dict[str, MovingAverage]
-
-RAW, SMA, EMA = "raw", "sma", "ema"
 
 
 class MetricSmoother:
@@ -37,13 +35,14 @@ class MetricSmoother:
     Parameters
     ----------
     window_size : int, optional
-        Of the simple moving average, in values; None leaves it out.
+        Values in the simple moving average, batches or logs with callbacks; None leaves it out.
     decay : float, optional
-        Of the exponential one, see :class:`ExponentialMovingAverage`; None leaves it out.
+        Weight of the old exponential moving average, in [0, 1); None leaves it out.
     raw : bool
         Give the values themselves, too.
     debias : bool
-        Of the exponential moving average.
+        Begin the exponential average with nothing rather than with the first value, see
+        :class:`ExponentialMovingAverage`.
     on_nonfinite : {"show", "skip", "propagate", "raise"}
         What a NaN or an infinity does, see :class:`MovingAverage`.
     record : bool
@@ -77,20 +76,20 @@ class MetricSmoother:
         self.debias, self.on_nonfinite, self.record = debias, on_nonfinite, record
         self._metrics: dict[str, Averages] = {}
         self._latest: dict[str, float] = {}
-        self._noted: list[tuple[str, float]] = []
+        self._unwritten: list[tuple[str, float]] = []
         self._history: dict[str, array[float]] = {}
         self._steps: dict[str, array[int]] = {}
         SimpleMovingAverage(1, on_nonfinite=on_nonfinite)  # that it is one of those known
-        if not (self._made() or raw):
+        if not (self._new_averages() or raw):
             raise ArgumentError("window_size=None, decay=None, raw=False: nothing is asked for")
 
-    def _made(self) -> Averages:
+    def _new_averages(self) -> Averages:
         """The averages of one metric."""
         averages: Averages = {}
         if self.window_size is not None:
-            averages[SMA] = SimpleMovingAverage(self.window_size, on_nonfinite=self.on_nonfinite)
+            averages["sma"] = SimpleMovingAverage(self.window_size, on_nonfinite=self.on_nonfinite)
         if self.decay is not None:
-            averages[EMA] = ExponentialMovingAverage(
+            averages["ema"] = ExponentialMovingAverage(
                 self.decay, self.debias, on_nonfinite=self.on_nonfinite
             )
         return averages
@@ -121,11 +120,11 @@ class MetricSmoother:
             As in :meth:`MovingAverage.update`.
         """
         weight = cast(float, number(weight))
-        if not isinstance(weight, Deferred) and weight:
+        if not isinstance(weight, LazyFloat) and weight:
             check_weight(weight)
         values = {name: cast(float, number(value)) for name, value in metrics.items()}
         if step is not None:
-            step = _checked_step(step)
+            step = checked_step(step)
         if self.on_nonfinite == "raise":
             for name, value in values.items():
                 if weight and not math.isfinite(value):
@@ -133,32 +132,29 @@ class MetricSmoother:
         found: dict[str, float] = {}
         for name, value in values.items():
             if self.raw:
-                found[f"{name}_{RAW}"] = value
-            for kind, average in self._averages_of(name).items():
+                found[f"{name}_raw"] = value
+            if name not in self._metrics:
+                self._metrics[name] = self._new_averages()
+            for kind, average in self._metrics[name].items():
                 found[f"{name}_{kind}"] = average.update(value, weight)
             if self.record:
                 steps = self._steps.setdefault(name, array("q"))
                 steps.append((steps[-1] if steps else 0) + 1 if step is None else step)
         if self.record:
-            self._noted += found.items()
-            if len(self._noted) >= MOST_PENDING:
+            self._unwritten += found.items()
+            if len(self._unwritten) >= MOST_PENDING:
                 self._write_down()
         self._latest |= found
         return found
 
-    def _averages_of(self, name: str) -> Averages:
-        if name not in self._metrics:
-            self._metrics[name] = self._made()
-        return self._metrics[name]
-
     def _write_down(self) -> None:
-        while self._noted:
-            name, value = self._noted[0]
+        while self._unwritten:
+            name, value = self._unwritten[0]
             try:
                 found = float(value)
             except Exception:  # which whoever reads the number itself is told
                 found = math.nan
-            del self._noted[0]
+            del self._unwritten[0]
             self._history.setdefault(name, array("d")).append(found)
 
     @property
@@ -196,7 +192,7 @@ class MetricSmoother:
         """Forget all metrics and what was recorded."""
         self._metrics.clear()
         self._latest.clear()
-        self._noted.clear()
+        self._unwritten.clear()
         self._history, self._steps = {}, {}
 
     def __repr__(self) -> str:
@@ -220,31 +216,19 @@ class MetricSmoother:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another one was. What was recorded here stays.
-
-        Parameters
-        ----------
-        state : mapping
-            Of :meth:`state_dict` of one with the same settings.
+        """Go on from where another one of the same settings was. What was recorded here stays.
 
         Raises
         ------
         CheckpointError
             For other settings, naming them, or if it is no such state. Nothing has changed.
         """
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"not the state of a MetricSmoother: {state!r:.80}")
-        for name, mine in self._settings().items():
-            if name not in state or not is_setting(state[name], mine):
-                raise CheckpointError(
-                    f"this state is of {name}={state.get(name)!r}, but {name}={mine!r} here: use "
-                    "the same settings"
-                )
+        check_settings(self, self._settings(), state)
         metrics: dict[str, Averages] = {}
         try:
             latest = {str(name): float(value) for name, value in state["latest"].items()}
             for metric, states in state["metrics"].items():
-                metrics[metric] = self._made()
+                metrics[metric] = self._new_averages()
                 for kind, average in metrics[metric].items():
                     average.load_state_dict(states[kind])
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
@@ -252,7 +236,8 @@ class MetricSmoother:
         self._metrics, self._latest = metrics, latest
 
 
-def _checked_step(step: Any) -> int:
+def checked_step(step: Any) -> int:
+    """A step of the training as a whole number of 64 bits."""
     try:
         found = operator.index(step)
     except TypeError:

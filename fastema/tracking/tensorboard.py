@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import time
 import weakref
@@ -22,7 +21,7 @@ import numpy as np
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.rules.checks import checked_least, checked_whole
 from fastema.tracking.scalar import OnNonFinite
-from fastema.tracking.smoother import MetricSmoother
+from fastema.tracking.smoother import MetricSmoother, checked_step
 
 __all__ = ["TensorBoardWriter"]
 
@@ -41,17 +40,8 @@ class TensorBoardWriter:
     ----------
     folder : path
         Of the experiment; made if it is not there. What it holds already is added to.
-    window_size : int or None
-        Values in the simple moving average; None for none.
-    decay : float or None
-        Weight of the old exponential moving average, in [0, 1); None for none.
-    raw : bool
-        Write the values themselves too.
-    debias : bool
-        Begin the exponential average with nothing rather than with the first value, see
-        :class:`fastema.tracking.ExponentialMovingAverage`.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`fastema.tracking.SimpleMovingAverage`.
+    window_size, decay, raw, debias, on_nonfinite
+        Of the averages, see :class:`fastema.tracking.MetricSmoother`.
     flush_secs : float
         Seconds after which the next value has everything written out.
     max_queue : int
@@ -66,9 +56,9 @@ class TensorBoardWriter:
     Notes
     -----
     Points are kept until they are written out, with the time at which they came. Until then values
-    on an accelerator are not waited for. What a process that is killed loses is what came since
-    the last time: at most ``flush_secs`` seconds or ``max_queue`` points. A block ``with``,
-    :meth:`close`, the end of the program and an exception that ends it lose nothing.
+    on an accelerator are not waited for. A process that is killed loses what came since: at most
+    ``flush_secs`` seconds or ``max_queue`` points. A block ``with``, :meth:`close`, the end of the
+    program and an exception that ends it lose nothing.
 
     Event files hold float32; the averages are worked out in double precision from the values as
     they come. To be used by one thread, in one process: with several, by the first.
@@ -130,11 +120,8 @@ class TensorBoardWriter:
         ------
         ArgumentError
             For a step that is not whole, or a weight that is not a finite number of at least 0.
-        BridgeError
-            For a value that is no number, or several.
-        NonFiniteError
-            For a NaN or an infinity with ``on_nonfinite="raise"``; of a value on an accelerator,
-            once it is read.
+        BridgeError, NonFiniteError
+            As in :meth:`MovingAverage.update`.
         StateError
             After :meth:`close`.
         """
@@ -161,12 +148,7 @@ class TensorBoardWriter:
     def _step(self, tag: str, step: int | None) -> int:
         if not isinstance(tag, str) or not tag:
             raise ArgumentError(f"tag={tag!r}: expected a name")
-        if step is None:
-            return self._counts.get(tag, 0)
-        try:
-            return operator.index(step)
-        except TypeError:
-            raise ArgumentError(f"step={step!r}: expected a whole number") from None
+        return self._counts.get(tag, 0) if step is None else checked_step(step)
 
     def flush(self) -> None:
         """Write out everything that came so far."""
@@ -189,12 +171,7 @@ class TensorBoardWriter:
         return {"averages": self._smoother.state_dict(), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another writer was, for a run that was resumed.
-
-        Parameters
-        ----------
-        state : mapping
-            Of :meth:`state_dict`, of a writer with the same settings.
+        """Go on from where another writer of the same settings was, for a run that was resumed.
 
         Raises
         ------

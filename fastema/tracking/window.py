@@ -26,17 +26,8 @@ _VECTORISED: Final = 128
 class WindowSum:
     """The sum of the last ``size`` numbers pushed, of all of them until then.
 
-    Parameters
-    ----------
-    size : int
-        At least 1.
-    numbers : numpy.ndarray, optional
-        float64: those that were pushed before, the last one last.
-
-    Notes
-    -----
-    The state is one attribute, which a push assigns at its end: one that is interrupted did not
-    happen.
+    ``numbers`` are those pushed before, the last one last. The state is one attribute, which a push
+    assigns at its end: one that is interrupted did not happen.
     """
 
     __slots__ = ("_ring", "_state", "size")
@@ -46,7 +37,7 @@ class WindowSum:
         self.refill(np.empty(0) if numbers is None else numbers)
 
     def refill(self, numbers: NDArray[np.float64]) -> None:
-        """Begin again with these numbers, of which the last ``size`` count."""
+        """Begin again with these numbers; the last ``size`` count."""
         kept = numbers[-self.size :]
         self._ring = _floats(np.concatenate([np.zeros(self.size - len(kept)), kept]))
         none = array("d")
@@ -90,7 +81,7 @@ def _floats(numbers: NDArray[np.float64]) -> Floats:
 def _sums_from_behind(numbers: Floats) -> tuple[Floats, Floats]:
     """Of ``numbers[i:]`` for every i to the end: the sums, and what they round off."""
     if len(numbers) >= _VECTORISED:
-        return _scanned(np.frombuffer(numbers))
+        return _scan(np.frombuffer(numbers))
     sums, rests = [0.0], [0.0]
     total, rest = 0.0, 0.0
     for x in reversed(numbers):
@@ -103,7 +94,7 @@ def _sums_from_behind(numbers: Floats) -> tuple[Floats, Floats]:
     return array("d", sums[::-1]), array("d", rests[::-1])
 
 
-def _scanned(numbers: NDArray[Any]) -> tuple[Floats, Floats]:
+def _scan(numbers: NDArray[Any]) -> tuple[Floats, Floats]:
     """The same with NumPy, whose running sum adds up one by one."""
     added = np.concatenate([[0.0], numbers[::-1]])
     with np.errstate(invalid="ignore", over="ignore"):

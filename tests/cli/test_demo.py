@@ -40,7 +40,7 @@ def _history(pairs: list[tuple[float, float]], loss: float = 0.1) -> History:
     history = History()
     for epoch, (raw, ema) in enumerate(pairs, start=1):
         history.evaluations.append(Evaluation(float(epoch), Score(loss, raw), Score(loss, ema)))
-        history.times.append(Times((2e-3,), (1e-3,), (1e-3,)))
+        history.times.append(Times([2e-3], [1e-3], [1e-3]))
     return history
 
 

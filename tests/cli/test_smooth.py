@@ -241,7 +241,7 @@ def test_a_picture(
 
 def test_the_picture_shows_the_columns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules("matplotlib")
-    from fastema.tracking import picture
+    from fastema.tracking.plots import picture
 
     seen: list[Any] = []
     monkeypatch.setattr(picture, "draw", lambda panels, **_: seen.extend(panels))

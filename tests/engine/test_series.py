@@ -38,7 +38,7 @@ def test_sums_are_rounded_once(size: int, mean: bool) -> None:
         for before in {0, 1, size // 2, size}:
             x = rng.normal(size=n) * 10.0 ** rng.integers(-6, 6, n)
             history = rng.normal(size=before)
-            found, finite = series.windowed(x, history, size, mean=mean)
+            found, finite = series.rolling_mean(x, history, size, divide=mean)
             expected = windows(x, history, size, mean)
             assert finite
             # With both signs a window's sum may cancel: relative to what is added up then.
@@ -53,7 +53,7 @@ def test_rows_join(size: int, threads: int) -> None:
     before = fastema.get_num_threads()
     fastema.set_num_threads(threads)
     try:
-        found, _ = series.windowed(x, np.empty(0), size, mean=True)
+        found, _ = series.rolling_mean(x, np.empty(0), size, divide=True)
     finally:
         fastema.set_num_threads(before)
     rng = np.random.default_rng(threads)
@@ -75,7 +75,7 @@ def test_a_spike_leaves_no_trace(size: int, spike: float) -> None:
     x = np.random.default_rng(1).uniform(1e-3, 1.0, n)
     places = [3, size, series._ROW, 131_072, 200_001, 399_000]
     x[places] = spike
-    found, finite = series.windowed(x, np.empty(0), size, mean=False)
+    found, finite = series.rolling_mean(x, np.empty(0), size, divide=False)
     assert finite
     for place in places:
         for end in (place + 1, place + 2, place + size, place + size + 1, place + size + 90):
@@ -92,20 +92,20 @@ def test_what_is_not_finite_stays_as_long_as_it_is_in_the_window(size: int, odd:
     x = clean.copy()
     places = [0, 1, size, 131_072 + size, 250_003]
     x[places] = odd
-    found, finite = series.windowed(x, np.empty(0), size, mean=True)
+    found, finite = series.rolling_mean(x, np.empty(0), size, divide=True)
     spoilt = np.zeros(n, bool)
     for place in places:
         spoilt[place : place + size] = True
     assert not finite
     np.testing.assert_array_equal(found[spoilt], np.full(spoilt.sum(), odd))
-    expected, _ = series.windowed(clean, np.empty(0), size, mean=True)
+    expected, _ = series.rolling_mean(clean, np.empty(0), size, divide=True)
     grown = np.flatnonzero(~spoilt)[np.flatnonzero(~spoilt) >= size]
     np.testing.assert_allclose(found[grown], expected[grown], rtol=4e-16)
 
 
 def test_infinities_of_both_signs() -> None:
     x = np.array([1.0, math.inf, 2.0, -math.inf, 3.0, 4.0, 5.0])
-    found, _ = series.windowed(x, np.empty(0), 3, mean=False)
+    found, _ = series.rolling_mean(x, np.empty(0), 3, divide=False)
     np.testing.assert_equal(found, [1.0, math.inf, math.inf, math.nan, -math.inf, -math.inf, 12.0])
 
 
@@ -116,7 +116,7 @@ def test_zeros_and_signs() -> None:
         np.where(rng.random(300_000) < 1e-4, 1.0, 0.0),
         rng.choice([-1.0, 1.0], 300_000),
     ):
-        found, finite = series.windowed(x, np.empty(0), 50, mean=False)
+        found, finite = series.rolling_mean(x, np.empty(0), 50, divide=False)
         assert finite
         np.testing.assert_array_equal(found, np.convolve(x, np.ones(50))[: len(x)].round())
 
@@ -131,15 +131,15 @@ def test_decayed_is_exact(decay: float) -> None:
         exact = Fraction(decay) * exact + (1 - Fraction(decay)) * Fraction(value)
         exact = Fraction(round(exact * 2**240), 2**240)
         expected.append(float(exact))
-    found, _ = series.decayed(x, decay, (0.25, 0.0))
+    found, _ = series.ewm_mean(x, decay, (0.25, 0.0))
     np.testing.assert_allclose(found, expected, rtol=2.3e-16, atol=1e-26)
-    first, state = series.decayed(x[:701], decay, (0.25, 0.0))
-    second, _ = series.decayed(x[701:], decay, state)
+    first, state = series.ewm_mean(x[:701], decay, (0.25, 0.0))
+    second, _ = series.ewm_mean(x[701:], decay, state)
     np.testing.assert_array_equal(np.concatenate([first, second]), found)
 
 
 def test_decayed_of_nothing() -> None:
-    found, state = series.decayed(np.empty(0), 0.9, (1.5, 1e-20))
+    found, state = series.ewm_mean(np.empty(0), 0.9, (1.5, 1e-20))
     assert found.tolist() == []
     assert state == (1.5, 1e-20)
 
@@ -147,14 +147,14 @@ def test_decayed_of_nothing() -> None:
 def test_memory_before_a_series_is_not_taken_for_its_past() -> None:
     both = np.random.default_rng(0).normal(size=1_000)
     history, x = both[:100], both[100:]  # the values before it in memory, but only 3 count
-    found, _ = series.windowed(x, history[-3:], 100, mean=True)
+    found, _ = series.rolling_mean(x, history[-3:], 100, divide=True)
     expected = windows(x, history[-3:], 100, True)
     np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-17)
 
 
 def test_sums_near_the_largest_float() -> None:
     x = np.random.default_rng(6).uniform(-1.0, 1.0, 300_000) * 1e307
-    found, finite = series.windowed(x, np.empty(0), 10, mean=True)
+    found, finite = series.rolling_mean(x, np.empty(0), 10, divide=True)
     assert finite
     expected = windows(x[-5_000:], x[-5_010:-5_000], 10, True)
     np.testing.assert_allclose(found[-5_000:], expected, rtol=1e-13, atol=1e291)
@@ -162,7 +162,7 @@ def test_sums_near_the_largest_float() -> None:
 
 def test_sums_of_the_smallest_floats() -> None:
     x = np.random.default_rng(6).integers(-9, 10, 300_000) * 5e-324
-    found, _ = series.windowed(x, np.empty(0), 10, mean=False)
+    found, _ = series.rolling_mean(x, np.empty(0), 10, divide=False)
     np.testing.assert_array_equal(found[-5_000:], windows(x[-5_000:], x[-5_010:-5_000], 10, False))
 
 
@@ -175,16 +175,16 @@ from fastema.engine import series
 fastema.set_num_threads(1)
 x = np.random.default_rng(0).lognormal(0.0, 2.0, 200_003)
 sizes = (1, 2, 7, 300)
-expected = {size: series.windowed(x, np.empty(0), size, mean=True)[0] for size in sizes}
-decayed, _ = series.decayed(x, 0.9, (0.0, 0.0))
+expected = {size: series.rolling_mean(x, np.empty(0), size, divide=True)[0] for size in sizes}
+decayed, _ = series.ewm_mean(x, 0.9, (0.0, 0.0))
 fastema.set_num_threads(3)
 
 def work(i):
     size = sizes[i % 4]
     np.testing.assert_array_equal(
-        series.windowed(x, np.empty(0), size, mean=True)[0], expected[size]
+        series.rolling_mean(x, np.empty(0), size, divide=True)[0], expected[size]
     )
-    np.testing.assert_array_equal(series.decayed(x, 0.9, (0.0, 0.0))[0], decayed)
+    np.testing.assert_array_equal(series.ewm_mean(x, 0.9, (0.0, 0.0))[0], decayed)
 
 with ThreadPoolExecutor(4) as pool:
     list(pool.map(work, range(80)))

@@ -26,9 +26,9 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from fastema.tracking.logs import Curve  # noqa: E402
-from fastema.tracking.panels import Panel, averages, panels  # noqa: E402
-from fastema.tracking.picture import spread, thinned  # noqa: E402
-from fastema.tracking.plotting import plot  # noqa: E402
+from fastema.tracking.plots import plot  # noqa: E402
+from fastema.tracking.plots.panels import Panel, averages, panels  # noqa: E402
+from fastema.tracking.plots.picture import spread, thinned  # noqa: E402
 
 BOTH = averages(20, 0.9)
 

@@ -15,17 +15,10 @@ from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path
 
 SUMMARY = "Train a small model on handwritten digits and compare raw with averaged weights."
 EXTRA = "demo"
-NEEDS = {
-    "torch": "torch",
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-    "rich": "rich",
-}
+NEEDS = {"torch": "torch", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 MODEL_NAMES = ("cnn", "resnet", "mlp")
-TRAIN_IMAGES = (
-    898  # half of the 1,797: a large test set, so that 0.1 points of accuracy can be seen
-)
+TRAIN_IMAGES = 898  # half of them: a large test set, so that 0.1 points of accuracy can be seen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,16 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from fastema.cli.demo import picture, report, speed, train
 
     with train.reproducible():
-        setup = train.prepare(
-            train.Recipe(
-                model=args.model,
-                decay=args.decay,
-                epochs=args.epochs,
-                batch_size=args.batch_size,
-                lr=args.lr,
-                seed=args.seed,
-            )
-        )
+        names = ("model", "decay", "epochs", "batch_size", "lr", "seed")
+        setup = train.prepare(train.Recipe(**{name: getattr(args, name) for name in names}))
         machine = speed.measure(setup.model)
         reporter = report.Reporter(setup, machine, quiet=args.quiet)
         reporter.introduce()

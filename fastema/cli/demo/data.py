@@ -55,13 +55,7 @@ def load(seed: int) -> Digits:
 def batches(
     digits: Digits, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, shifted and noisy batches; the incomplete last one is left out.
-
-    Yields
-    ------
-    images : Tensor, shape (batch_size, 1, 8, 8), float32
-    labels : Tensor, shape (batch_size,), int64
-    """
+    """One epoch of shuffled, shifted and noisy batches; the incomplete last one is left out."""
     shifts, images = digits.shifted.shape[:2]
     order = torch.randperm(images, generator=generator)
     for start in range(0, images - batch_size + 1, batch_size):

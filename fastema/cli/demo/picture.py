@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
-from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fastema.cli.demo import summary
 from fastema.cli.demo.speed import Machine
 from fastema.cli.demo.summary import Level, Tail
 from fastema.cli.demo.train import MOMENTUM, History, Score, Setup
-from fastema.tracking.style import EMA, GREY, PALE, RAW, STYLE
+from fastema.tracking.plots.picture import heights_of, label_end, spread, write_title
+from fastema.tracking.plots.style import EMA, GREY, PALE, RAW, STYLE
 
 TILES = 14
 MARGIN = 0.045  # of the figure's width, left of all text
@@ -63,17 +63,18 @@ def _headline(figure: Figure, seen: Tail) -> None:
 
 
 def _loss(axes: Axes, history: History, seen: Tail) -> None:
-    _title(axes, "Test loss", "log scale")
+    write_title(axes, "Test loss", "log scale", fontsize=10, pad=12)
     axes.set_yscale("log")
     _curves(axes, history, seen, lambda score: score.loss, remark_at=0.96)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-    _levels(axes, (seen.raw_loss.mean, seen.ema_loss.mean), seen.raw_loss, seen.ema_loss, ".3f")
+    levels = (seen.raw_loss, seen.ema_loss)
+    _levels(axes, [level.mean for level in levels], levels, ".3f")
 
 
 def _accuracy(axes: Axes, history: History, seen: Tail) -> None:
     """Accuracy, drawn as errors on a falling log scale: 98 and 99 % are as far apart as 80, 90."""
-    _title(axes, "Test images read right", "log scale of the errors")
+    write_title(axes, "Test images read right", "log scale of the errors", fontsize=10, pad=12)
     least = 50.0 / len(history.raw_answers)  # half an image, since no errors have no logarithm
 
     def errors(accuracy: float) -> float:
@@ -84,28 +85,8 @@ def _accuracy(axes: Axes, history: History, seen: Tail) -> None:
     axes.yaxis.set_inverted(True)
     axes.yaxis.set_major_locator(FixedLocator([100.0 - accuracy for accuracy in ACCURACIES]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda wrong, _: f"{100.0 - wrong:g} %"))
-    heights = (errors(seen.raw_accuracy.mean), errors(seen.ema_accuracy.mean))
-    _levels(axes, heights, seen.raw_accuracy, seen.ema_accuracy, ".1f", " %")
-
-
-def _title(axes: Axes, title: str, remark: str) -> None:
-    bold = axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
-    _beside(axes, bold, remark)
-
-
-def _beside(axes: Axes, text: Text, remark: str) -> None:
-    """Continue a bold text in grey on the same line."""
-    axes.annotate(
-        remark,
-        xy=(1, 0),
-        xycoords=text,
-        xytext=(8, 0),
-        textcoords="offset points",
-        fontsize=10,
-        color=GREY,
-        va="bottom",
-        annotation_clip=False,
-    )
+    levels = (seen.raw_accuracy, seen.ema_accuracy)
+    _levels(axes, [errors(level.mean) for level in levels], levels, ".1f", " %")
 
 
 def _curves(
@@ -135,37 +116,17 @@ def _curves(
 
 
 def _levels(
-    axes: Axes,
-    heights: tuple[float, float],
-    raw: Level,
-    ema: Level,
-    digits: str,
-    unit: str = "",
+    axes: Axes, heights: Sequence[float], levels: Sequence[Level], digits: str, unit: str = ""
 ) -> None:
     """Name both curves beside their ends, with mean and spread over the shaded part."""
     if not all(map(math.isfinite, heights)):
         return
-    axes.get_ylim()  # settles the limits, which the transformation below takes as they are
-    to_fraction = axes.transData + axes.transAxes.inverted()
-    fractions = [float(to_fraction.transform((0.0, height))[1]) for height in heights]
-    middle = min(max(sum(fractions) / 2, LABEL_HEIGHT), 1.0 - LABEL_HEIGHT)
-    apart = max(abs(fractions[0] - fractions[1]), LABEL_HEIGHT) / 2
-    raw_above = fractions[0] > fractions[1]
-    for name, level, color, above in (
-        ("raw weights", raw, RAW, raw_above),
-        ("EMA weights", ema, EMA, not raw_above),
-    ):
-        axes.annotate(
-            f"{name}\n{level.mean:{digits}}{unit}\n± {level.std:{digits}}",
-            xy=(1.0, middle + (apart if above else -apart)),
-            xycoords="axes fraction",
-            xytext=(9, 0),
-            textcoords="offset points",
-            color=color,
-            fontweight="bold",
-            va="center",
-            annotation_clip=False,
-        )
+    names, colors = ("raw weights", "EMA weights"), (RAW, EMA)
+    ends = sorted(zip(heights_of(axes, heights), names, levels, colors, strict=True))
+    apart = spread([height for height, *_ in ends], LABEL_HEIGHT)
+    for height, (_, name, level, color) in zip(apart, ends, strict=True):
+        text = f"{name}\n{level.mean:{digits}}{unit}\n± {level.std:{digits}}"
+        label_end(axes, text, height, color)
 
 
 def _disagreements(figure: Figure, place: SubplotSpec, setup: Setup, history: History) -> None:
@@ -184,7 +145,7 @@ def _disagreements(figure: Figure, place: SubplotSpec, setup: Setup, history: Hi
         remark = "the average and the raw weights read the same test images right"
     strip = figure.add_subplot(place)
     strip.set_axis_off()
-    _title(strip, "After the last step", remark)
+    write_title(strip, "After the last step", remark, fontsize=10, pad=12)
 
     tiles = place.subgridspec(1, TILES, wspace=0.3)
     for column, index in enumerate(differ[:TILES]):

@@ -17,26 +17,14 @@ from rich.table import Table
 import fastema
 from fastema.cli.demo import summary
 from fastema.cli.demo.speed import Machine
-from fastema.cli.demo.train import MOMENTUM, Evaluation, History, Setup
+from fastema.cli.demo.train import MOMENTUM, Evaluation, History, Setup, Times
 
 
 class Reporter:
-    """Prints one run to standard output.
-
-    Parameters
-    ----------
-    setup : Setup
-        What is trained.
-    machine : Machine
-        How fast bytes move here.
-    quiet : bool
-        Print the closing words only.
-    """
+    """Prints one run to standard output; if `quiet`, the closing words only."""
 
     def __init__(self, setup: Setup, machine: Machine, *, quiet: bool) -> None:
-        self._setup = setup
-        self._machine = machine
-        self._quiet = quiet
+        self._setup, self._machine, self._quiet = setup, machine, quiet
         self._console = Console(highlight=False)
 
     def introduce(self) -> None:
@@ -88,47 +76,36 @@ class Reporter:
         self._console.print(f"Picture: {picture}", soft_wrap=True, markup=False)
 
     def _table(self, history: History) -> Table:
+        gbps = self._machine.gbps
+        columns: list[tuple[str, str, Callable[[Evaluation, Times], str]]] = [
+            ("raw\nloss", "yellow", lambda seen, _: f"{seen.raw.loss:.3f}"),
+            ("EMA\nloss", "bold cyan", lambda seen, _: f"{seen.ema.loss:.3f}"),
+            ("raw\nright %", "yellow", lambda seen, _: f"{seen.raw.accuracy:.1f}"),
+            ("EMA\nright %", "bold cyan", lambda seen, _: f"{seen.ema.accuracy:.1f}"),
+            ("step\nms", "", lambda _, times: f"{1e3 * times.step_s:.2f}"),
+            ("update\nms", "", lambda _, times: f"{1e3 * times.update_s:.3f}"),
+            ("share\nof step", "", lambda _, times: f"{times.update_s / times.step_s:.1%}"),
+            ("moves\nGB/s", "", lambda _, times: f"{gbps(times.update_s):.1f}"),
+            ("of the\nlimit", "", lambda _, times: f"{times.limit_s / times.update_s:.0%}"),
+        ]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("\nepoch", justify="right")
-        for name, style in (
-            ("raw\nloss", "yellow"),
-            ("EMA\nloss", "bold cyan"),
-            ("raw\nright %", "yellow"),
-            ("EMA\nright %", "bold cyan"),
-            ("step\nms", ""),
-            ("update\nms", ""),
-            ("share\nof step", ""),
-            ("moves\nGB/s", ""),
-            ("of the\nlimit", ""),
-        ):
+        for name, style, _ in columns:
             table.add_column(name, justify="right", style=style, no_wrap=True)
-        for number, (seen, times) in enumerate(
-            zip(history.epoch_ends, history.times, strict=True), start=1
-        ):
-            table.add_row(
-                str(number),
-                f"{seen.raw.loss:.3f}",
-                f"{seen.ema.loss:.3f}",
-                f"{seen.raw.accuracy:.1f}",
-                f"{seen.ema.accuracy:.1f}",
-                f"{1e3 * times.step_s:.2f}",
-                f"{1e3 * times.update_s:.3f}",
-                f"{times.update_s / times.step_s:.1%}",
-                f"{self._machine.gbps(times.update_s):.1f}",
-                f"{times.limit_s / times.update_s:.0%}",
-            )
+        epochs = zip(history.epoch_ends, history.times, strict=True)
+        for number, (seen, times) in enumerate(epochs, start=1):
+            table.add_row(str(number), *(cell(seen, times) for _, _, cell in columns))
         return table
 
     def _words(self, history: History) -> str:
         seen = summary.tail(history)
         last = history.evaluations[-1]
         best_raw, best_ema = summary.best(history.evaluations)
-        cost = summary.cost(history)
-        machine = self._machine
+        cost, machine = summary.cost(history), self._machine
+        epochs = "epoch" if seen.epochs == 1 else f"{seen.epochs} epochs"
         return (
             f"[bold]{summary.takeaway(seen)}.[/bold]\n"
-            f"Test images read right, mean and spread over the last "
-            f"{_counted(seen.epochs, 'epoch')}:\n"
+            f"Test images read right, mean and spread over the last {epochs}:\n"
             f"  raw weights  {seen.raw_accuracy.mean:5.1f} +/- {seen.raw_accuracy.std:.1f} %, "
             f"loss {seen.raw_loss.mean:.3f}; at the end {last.raw.accuracy:.1f} %, "
             f"best {best_raw:.1f} %\n"
@@ -144,7 +121,3 @@ class Reporter:
             f"{machine.gbps(machine.update_s):.0f} GB/s against "
             f"{machine.gbps(machine.limit_s):.0f}."
         )
-
-
-def _counted(number: int, noun: str) -> str:
-    return noun if number == 1 else f"{number} {noun}s"

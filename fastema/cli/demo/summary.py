@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain
 
 from fastema.cli.demo.train import Evaluation, History, Times
@@ -40,13 +40,13 @@ def tail(history: History) -> Tail:
     """Summarise the last third of a run, at least its last epoch."""
     epochs = max(1, len(history.times) // 3)
     first = len(history.times) - epochs
-    last = [evaluation for evaluation in history.evaluations if evaluation.epoch > first]
+    last = [seen for seen in history.evaluations if seen.epoch > first]
     return Tail(
-        epochs=epochs,
-        raw_loss=_level([evaluation.raw.loss for evaluation in last]),
-        ema_loss=_level([evaluation.ema.loss for evaluation in last]),
-        raw_accuracy=_level([evaluation.raw.accuracy for evaluation in last]),
-        ema_accuracy=_level([evaluation.ema.accuracy for evaluation in last]),
+        epochs,
+        raw_loss=_level([seen.raw.loss for seen in last]),
+        ema_loss=_level([seen.ema.loss for seen in last]),
+        raw_accuracy=_level([seen.raw.accuracy for seen in last]),
+        ema_accuracy=_level([seen.ema.accuracy for seen in last]),
     )
 
 
@@ -69,19 +69,15 @@ def takeaway(seen: Tail) -> str:
 
 def best(evaluations: list[Evaluation]) -> tuple[float, float]:
     """The highest raw and the highest averaged accuracy of any evaluation, percent."""
-    return (
-        max(evaluation.raw.accuracy for evaluation in evaluations),
-        max(evaluation.ema.accuracy for evaluation in evaluations),
-    )
+    scores = [(seen.raw.accuracy, seen.ema.accuracy) for seen in evaluations]
+    raw, ema = map(max, zip(*scores, strict=True))
+    return raw, ema
 
 
 def cost(history: History) -> Times:
     """The times of the whole run."""
-    return Times(
-        tuple(chain.from_iterable(times.steps_s for times in history.times)),
-        tuple(chain.from_iterable(times.updates_s for times in history.times)),
-        tuple(chain.from_iterable(times.limits_s for times in history.times)),
-    )
+    columns = zip(*map(astuple, history.times), strict=True)
+    return Times(*(list(chain.from_iterable(column)) for column in columns))
 
 
 def _level(values: list[float]) -> Level:

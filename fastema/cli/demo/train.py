@@ -62,9 +62,9 @@ class Evaluation:
 class Times:
     """Wall times within the training, evaluations left out."""
 
-    steps_s: tuple[float, ...]  # batch, forward, backward, optimizer and EMA update
-    updates_s: tuple[float, ...]  # the EMA update alone, which is a part of the step
-    limits_s: tuple[float, ...]  # the yardstick, run beside the steps; not a part of them
+    steps_s: list[float]  # batch, forward, backward, optimizer and EMA update
+    updates_s: list[float]  # the EMA update alone, which is a part of the step
+    limits_s: list[float]  # the yardstick, run beside the steps; not a part of them
 
     @property
     def step_s(self) -> float:
@@ -143,21 +143,10 @@ def train(
 ) -> History:
     """Train the model in place and evaluate raw and averaged weights as it goes.
 
-    Parameters
-    ----------
-    setup : Setup
-        From `prepare`; its model ends up with the last raw weights.
-    yardstick : callable
-        Moves as many bytes as an EMA update does. Timed after every few updates, where it meets
-        the caches and the threads in the state in which the update meets them.
-    on_evaluation : callable
-        Called `EVALUATIONS_PER_EPOCH` times per epoch (less often where an epoch has fewer
-        steps) with what was found.
-
-    Returns
-    -------
-    History
-        All evaluations, the times of all steps, and both final answers to the test images.
+    `yardstick` moves as many bytes as an EMA update does. It is timed after every few updates,
+    where it meets the caches and the threads in the state in which the update meets them.
+    `on_evaluation` is called `EVALUATIONS_PER_EPOCH` times per epoch, less often where an epoch
+    has fewer steps.
     """
     recipe, digits, model = setup.recipe, setup.digits, setup.model
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -169,9 +158,7 @@ def train(
     parts = range(1, EVALUATIONS_PER_EPOCH + 1)
     pauses = {math.ceil(steps * part / EVALUATIONS_PER_EPOCH) for part in parts}
     for epoch in range(recipe.epochs):
-        steps_s: list[float] = []
-        updates_s: list[float] = []
-        limits_s: list[float] = []
+        times = Times([], [], [])
         batches = data.batches(digits, recipe.batch_size, generator)
         for step in range(1, steps + 1):
             began = time.perf_counter()
@@ -184,18 +171,18 @@ def train(
             ema.update()
             averaged = time.perf_counter()
 
-            steps_s.append(averaged - began)
-            updates_s.append(averaged - trained)
+            times.steps_s.append(averaged - began)
+            times.updates_s.append(averaged - trained)
             if step % STEPS_PER_LIMIT == 1:
                 yardstick()
-                limits_s.append(time.perf_counter() - averaged)
+                times.limits_s.append(time.perf_counter() - averaged)
             if step in pauses:
                 raw, _ = evaluate(model, digits)
                 with ema.swapped():
                     averaged_score, _ = evaluate(model, digits)
                 history.evaluations.append(Evaluation(epoch + step / steps, raw, averaged_score))
                 on_evaluation(history.evaluations[-1])
-        history.times.append(Times(tuple(steps_s), tuple(updates_s), tuple(limits_s)))
+        history.times.append(times)
 
     _, history.raw_answers = evaluate(model, digits)
     with ema.swapped():

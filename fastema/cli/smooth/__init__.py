@@ -1,7 +1,7 @@
 """``fastema smooth``: moving averages of the metrics in a training log, as columns and a picture.
 
 `averages` computes the columns and writes them, `summary` says in words what came out. The log
-itself is read by `fastema.tracking.logs`, and drawn by `fastema.tracking.picture`.
+itself is read by `fastema.tracking.logs`, and drawn by `fastema.tracking.plots.picture`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def _run(args: argparse.Namespace) -> None:
         args.ema, args.sma = [DECAY], [WINDOW_SIZE]
 
     from fastema.cli.smooth import averages, summary
-    from fastema.tracking import logs, panels
+    from fastema.tracking import logs
+    from fastema.tracking.plots import panels
 
     log = logs.read_table(_standard_input() if args.log == STANDARD else args.log)
     smoothed = averages.smooth(

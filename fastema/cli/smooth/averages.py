@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fastema.checkpoint.files import moved_into_place
 from fastema.errors import ArgumentError, NonFiniteError
-from fastema.tracking.panels import Average, of_series
-from fastema.tracking.table import Table
+from fastema.tracking.logs.table import Table
+from fastema.tracking.plots.panels import Average, of_series
 
 
 class Smoothed(NamedTuple):
@@ -34,26 +34,10 @@ def smooth(
     metrics: Sequence[str] | None = None,
     weights: str | None = None,
 ) -> list[Smoothed]:
-    """Average metrics of a log.
+    """Each of the averages of each metric of a log.
 
-    Parameters
-    ----------
-    log : Table
-        As it was read.
-    averages : sequence of Average
-        Each is computed of each metric.
-    metrics : sequence of str, optional
-        Names or patterns; see `Table.metrics`.
-    weights : str, optional
-        Column with the weight of each row.
-
-    Raises
-    ------
-    ArgumentError
-        If a column is not there or has no numbers, a value has no weight, or the log has a
-        column of a new one's name.
-    NonFiniteError
-        If a value is not finite and the averages are told to raise.
+    `metrics` are names or patterns, see `Table.metrics`; `weights` is the column with the weight of
+    each row. A value that is not finite raises NonFiniteError where the averages are told to.
     """
     by_row = np.full(log.num_rows, np.nan)
     if weights is not None:
@@ -132,7 +116,7 @@ def draw(
     out: Path, log: Table, smoothed: Sequence[Smoothed], step: str | None, *, raw: bool
 ) -> None:
     """Draw the metrics and their averages."""
-    from fastema.tracking import picture
+    from fastema.tracking.plots import picture
 
     curves = log.curves(step)
     panels = []

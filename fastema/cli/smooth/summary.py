@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastema.cli.smooth import STANDARD
 from fastema.cli.smooth.averages import Smoothed
-from fastema.tracking.table import Table
+from fastema.tracking.logs.table import Table
 
 MOST_METRICS = 30
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 import struct
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Final
 import numpy as np
 
 from fastema.errors import ArgumentError, listed
-from fastema.tracking.table import Column, Table
+from fastema.tracking.logs.table import Column, Table
 
 _OTHER_LOGS: Final = ("*.csv", "*.tsv", "*.jsonl", "trainer_state.json")
 
@@ -34,15 +35,7 @@ Points = list[tuple[int, float]]
 
 
 def read(path: Path) -> Table:
-    """The scalars of an event file, or of all the runs in a folder and below it.
-
-    Raises
-    ------
-    ArgumentError
-        If there are none, a file is damaged, or the tensorboard package is missing.
-    OSError
-        If there is no such file.
-    """
+    """The scalars of an event file, or of all the runs in a folder and below it."""
     files = sorted(path.rglob("*.tfevents.*"), key=_age) if path.is_dir() else [path]
     runs: dict[Path, list[Path]] = {}
     for file in files:
@@ -150,7 +143,10 @@ def _damaged(file: Path, place: int) -> ArgumentError:
 
 def _aligned(found: Mapping[str, Points], source: str) -> Table:
     """One row for each step; a step that a tag has twice gets two."""
-    keys = {tag: _numbered(points) for tag, points in found.items()}
+    keys: dict[str, list[tuple[int, int]]] = {}
+    for tag, points in found.items():
+        seen: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
+        keys[tag] = [(step, next(seen[step])) for step, _ in points]
     rows = sorted(set(itertools.chain.from_iterable(keys.values())))
     row_of = {key: row for row, key in enumerate(rows)}
     counting = next(name for name in ("step", "global_step", "_step") if name not in found)
@@ -161,18 +157,7 @@ def _aligned(found: Mapping[str, Points], source: str) -> Table:
         # In the order in which it was recorded, also where the steps go back.
         places = [row_of[key] for key in keys[tag]]
         values = [value for _, value in points]
-        cells[tag] = [""] * len(rows)
-        for row, value in zip(places, values, strict=True):
-            cells[tag][row] = repr(value)
+        by_row = {row: repr(value) for row, value in zip(places, values, strict=True)}
+        cells[tag] = [by_row.get(row, "") for row in range(len(rows))]
         numbers[tag] = Column(np.array(places, np.int64), np.array(values, np.float64))
-    return Table(source, cells, numbers, counted_by=counting)
-
-
-def _numbered(points: Points) -> list[tuple[int, int]]:
-    """Each step, and how often it has come so far."""
-    seen: dict[int, int] = {}
-    keys = []
-    for step, _ in points:
-        seen[step] = seen.get(step, 0) + 1
-        keys.append((step, seen[step]))
-    return keys
+    return Table(source, numbers, cells, counted_by=counting)

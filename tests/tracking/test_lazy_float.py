@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fastema.tracking.deferred as module
+import fastema.tracking.lazy_float as module
 from fastema.errors import ArgumentError, NonFiniteError
 from fastema.tracking import ExponentialMovingAverage, MetricSmoother, SimpleMovingAverage
-from fastema.tracking.deferred import Deferred
+from fastema.tracking.lazy_float import LazyFloat
 from fastema.tracking.scalar import MOST_PENDING
 
 
@@ -24,15 +24,15 @@ class Device:
     def __init__(self) -> None:
         self.reads = 0
 
-    def value(self, x: float) -> Deferred:
+    def value(self, x: float) -> LazyFloat:
         def read() -> float:
             self.reads += 1
             return x
 
-        return Deferred(read)
+        return LazyFloat(read)
 
 
-def test_a_deferred_number_is_a_float_that_is_read_once() -> None:
+def test_a_lazy_float_is_a_float_that_is_read_once() -> None:
     device = Device()
     x = device.value(2.5)
     assert device.reads == 0
@@ -118,10 +118,10 @@ def test_a_smoother_reads_nothing_either() -> None:
     json.dumps(smoother.averages)
 
 
-def test_what_a_framework_keeps_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_framework_keeps_is_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "scalar", lambda value: lambda: float(len(value)))
     found = module.number("four")
-    assert isinstance(found, Deferred)
+    assert isinstance(found, LazyFloat)
     assert found == 4.0
 
 
@@ -161,7 +161,7 @@ def test_an_interrupted_read_has_lost_nothing() -> None:
 
     average = SimpleMovingAverage(2)
     average.update(1.0)
-    found = average.update(Deferred(read))
+    found = average.update(LazyFloat(read))
     with pytest.raises(KeyboardInterrupt):
         float(found)
     assert found == average.average == 5.0
@@ -174,7 +174,7 @@ def test_results_from_before_stay_what_they_were(what: str) -> None:
     def fail() -> float:
         raise RuntimeError("device lost")
 
-    found = [average.update(device.value(4.0)), average.update(Deferred(fail))]
+    found = [average.update(device.value(4.0)), average.update(LazyFloat(fail))]
     found.append(average.update(device.value(6.0)))
     if what == "reset":
         average.reset()
@@ -196,7 +196,7 @@ def test_a_smoother_goes_on_after_a_number_that_cannot_be_read() -> None:
 
     smoother = MetricSmoother(2, None, record=True)
     smoother.update({"loss": 1.0})
-    smoother.update({"loss": Deferred(fail)})
+    smoother.update({"loss": LazyFloat(fail)})
     with pytest.raises(RuntimeError, match="device lost"):
         smoother.averages  # noqa: B018 - reading is the test
     smoother.state_dict()

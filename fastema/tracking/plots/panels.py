@@ -1,32 +1,28 @@
-"""What a picture of a history shows: for each metric its lines, found or computed."""
+"""What a picture of a history shows: for each metric its lines, held by it or computed."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastema.errors import ArgumentError, listed
-from fastema.tracking import logs, table
-from fastema.tracking.scalar import (
-    ExponentialMovingAverage,
-    MovingAverage,
-    OnNonFinite,
-    SimpleMovingAverage,
-)
-from fastema.tracking.table import Column, Curve, Table
+from fastema.tracking import logs
+from fastema.tracking.exponential import ExponentialMovingAverage
+from fastema.tracking.logs import table
+from fastema.tracking.logs.table import Column, Curve, Table
+from fastema.tracking.scalar import MovingAverage, OnNonFinite
+from fastema.tracking.simple import SimpleMovingAverage
 
 Kind = Literal["raw", "reported", "sma", "ema"]
 
 _LEAST: Final = 3
 """Horizons of an average in the length of a curve that is drawn averaged."""
-
-_PART: Final = re.compile(r"(?P<base>.+)_(?P<kind>raw|sma|ema)(?:_(?P<setting>[0-9.]+))?")
 
 
 class Line(NamedTuple):
@@ -60,8 +56,8 @@ class Average(NamedTuple):
         return f"{self.kind.upper()} {self.setting}"
 
 
-class Found(NamedTuple):
-    """What a history holds."""
+class History(NamedTuple):
+    """The curves of a history, whatever held them."""
 
     curves: dict[str, Curve]
     axis: str = "step"
@@ -75,36 +71,17 @@ def averages(
     debias: bool = False,
     on_nonfinite: OnNonFinite = "show",
 ) -> list[Average]:
-    """Averages of each window and each decay given.
-
-    Raises
-    ------
-    ArgumentError
-        For a window or a decay that there cannot be.
-    """
+    """Averages of each window and each decay given; for one there cannot be, an ArgumentError."""
     found = []
     for size in _several(window_size):
-        SimpleMovingAverage(size, on_nonfinite=on_nonfinite)  # refuses what cannot be
-        found.append(
-            Average(
-                "sma",
-                str(size),
-                float(size),
-                lambda size=size: SimpleMovingAverage(size, on_nonfinite=on_nonfinite),  # type: ignore[misc]
-            )
-        )
+        make_sma = partial(SimpleMovingAverage, size, on_nonfinite=on_nonfinite)
+        make_sma()  # refuses what cannot be
+        found.append(Average("sma", str(size), float(size), make_sma))
     for weight in _several(decay):
-        ExponentialMovingAverage(weight, debias=debias, on_nonfinite=on_nonfinite)
-        found.append(
-            Average(
-                "ema",
-                repr(float(weight)),
-                float(round(1.0 / (1.0 - weight))),
-                lambda weight=weight: ExponentialMovingAverage(  # type: ignore[misc]
-                    weight, debias=debias, on_nonfinite=on_nonfinite
-                ),
-            )
-        )
+        make_ema = partial(ExponentialMovingAverage, weight, debias, on_nonfinite=on_nonfinite)
+        make_ema()
+        horizon = float(round(1.0 / (1.0 - weight)))
+        found.append(Average("ema", repr(float(weight)), horizon, make_ema))
     return found
 
 
@@ -123,25 +100,10 @@ def panels(
 ) -> list[Panel]:
     """One panel for each metric of a history.
 
-    Parameters
-    ----------
-    history : object
-        Whatever `fastema.tracking.plot` takes.
-    metrics : str or sequence of str, optional
-        Which; all of them by default.
-    averages : sequence of Average
-        Computed for metrics whose averages the history does not hold.
-    raw : bool
-        Whether the numbers themselves are shown beside their averages.
-
-    Raises
-    ------
-    ArgumentError
-        If it holds no numbers, or not the metrics asked for.
-    BridgeError
-        If it is nothing that holds a history.
+    Parameters and errors are those of `fastema.tracking.plot`; `averages` are computed for metrics
+    whose averages the history does not hold.
     """
-    found = _found(history)
+    found = _read(history)
     found = found._replace(curves={n: c for n, c in found.curves.items() if len(c.values)})
     names = _names(found.curves, [metrics] if isinstance(metrics, str) else metrics)
     return [_panel(name, found, averages, raw=raw) for name in names]
@@ -149,14 +111,14 @@ def panels(
 
 def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[str]:
     """Names of metrics without the endings of their raw values and averages."""
+    bases = {name: _base(name, curves) for name in curves}
     if chosen is None:
-        names = list(dict.fromkeys(_base(name, curves) for name in table.metrics(curves)))
         # A history of one epoch is short, but all there is.
-        names = names or list(dict.fromkeys(_base(name, curves) for name in curves))
+        names = list(dict.fromkeys(bases[name] for name in table.metrics(curves) or curves))
         if not names:
             raise ArgumentError("the history is empty: nothing has been recorded in it yet")
         return names
-    known = dict.fromkeys((*(_base(name, curves) for name in curves), *curves))
+    known = dict.fromkeys((*bases.values(), *curves))
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise ArgumentError(f"no metric {', '.join(unknown)}; there are\n{listed(known)}")
@@ -165,34 +127,31 @@ def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[st
 
 def _base(name: str, names: Iterable[str]) -> str:
     """The metric that a curve belongs to: ``loss`` for ``loss_raw`` and ``loss_ema_0.9``."""
-    part = _PART.fullmatch(name)
+    part = table.NAME.fullmatch(name)
     if part is None:
         return name
-    if part["kind"] == "raw":
-        return part["base"] if _related(part["base"], names) else name
-    return table.averaged(name, names) or name
+    if part["kind"] != "raw":
+        return table.averaged(name, names) or name
+    base = part["base"]
+    return base if base in names or any(_is_average(other, base) for other in names) else name
 
 
-def _related(base: str, names: Iterable[str]) -> bool:
-    """Whether there is anything besides the raw values of a metric."""
-    return any(
-        name == base
-        or ((part := _PART.fullmatch(name)) and part["base"] == base and part["kind"] != "raw")
-        for name in names
-    )
+def _is_average(name: str, metric: str) -> bool:
+    part = table.NAME.fullmatch(name)
+    return part is not None and part["base"] == metric and part["kind"] != "raw"
 
 
-def _panel(name: str, found: Found, averages: Sequence[Average], *, raw: bool) -> Panel:
+def _panel(name: str, found: History, averages: Sequence[Average], *, raw: bool) -> Panel:
     curves = found.curves
     own = curves.get(f"{name}_raw")
-    lines: list[Line] = []
+    lines = []
     if own is not None and _base(f"{name}_raw", curves) == name:
         lines.append(Line("raw", "raw", own))
         if name in curves:
             lines.append(Line("reported", "as reported", curves[name]))
     else:
         lines.append(Line("raw", "raw", curves[name]))
-    held = _held(name, found)
+    held = _held_averages(name, found)
     if held:
         shown = [line for line in lines if raw or line.kind != "raw"]
         return Panel(name, found.axis, shown + held)
@@ -214,30 +173,27 @@ def of_series(
 
     Such an average is most of the time where it began, and would be taken for the metric.
     """
-    fitting = [
-        (average, values) for average, values in series if len(values) >= _LEAST * average.horizon
-    ]
-    lines = [
-        Line(average.kind, average.label, Curve(curve.steps, values)) for average, values in fitting
-    ]
+    lines, short = [], []
+    for average, values in series:
+        if len(values) >= _LEAST * average.horizon:
+            lines.append(Line(average.kind, average.label, Curve(curve.steps, values)))
+        else:
+            short.append(average.label)
+    remark = ""
+    if short:
+        few = f"too few for {', '.join(short)}" if lines else "not averaged"
+        remark = f"{len(curve.values)} points, {few}"
     if raw or not lines:
         lines.insert(0, Line("raw", "raw", curve))
-    remark = ""
-    if len(fitting) < len(series):
-        short = [
-            average.label for average, values in series if len(values) < _LEAST * average.horizon
-        ]
-        few = f"too few for {', '.join(short)}" if fitting else "not averaged"
-        remark = f"{len(curve.values)} points, {few}"
     return Panel(name, axis, lines, remark)
 
 
-def _held(name: str, found: Found) -> list[Line]:
+def _held_averages(name: str, found: History) -> list[Line]:
     """The averages that the history itself holds."""
     lines = []
     for other, curve in found.curves.items():
-        part = _PART.fullmatch(other)
-        if part is not None and part["base"] == name and part["kind"] != "raw":
+        part = table.NAME.fullmatch(other)
+        if part is not None and _is_average(other, name):
             kind = cast(Literal["sma", "ema"], part["kind"])
             setting = part["setting"] or found.settings.get(kind, "")
             lines.append(Line(kind, f"{kind.upper()} {setting}".strip(), curve))
@@ -247,21 +203,20 @@ def _held(name: str, found: Found) -> list[Line]:
 # -- histories ------------------------------------------------------------------------------------
 
 
-def _found(history: Any) -> Found:
+def _read(history: Any) -> History:
     if isinstance(history, (str, os.PathLike)) or hasattr(history, "readline"):
         history = logs.read_table(history)
     if isinstance(history, Table):
         step = history.step_column()
-        return Found(history.curves(step), step or "row")
+        return History(history.curves(step), step or "row")
     if isinstance(history, Mapping):
         return _of_mapping(history)
     if hasattr(history, "columns") and hasattr(history, "iloc"):  # a data frame
         return _of_mapping({str(name): history[name] for name in history.columns}, blank_nan=True)
     state = getattr(history, "state", history)  # of Hugging Face's Trainer
-    if hasattr(state, "log_history"):
-        history = state.log_history
+    history = getattr(state, "log_history", history)
     if isinstance(history, Sequence) and history and isinstance(history[0], Mapping):
-        return _found(logs.from_rows(history, "history"))
+        return _read(logs.from_rows(history, "history"))
     if hasattr(history, "history"):
         return _of_recorder(history)
     values = _values(history)
@@ -271,44 +226,34 @@ def _found(history: Any) -> Found:
             "fit() of Keras returns, a callback that records, log_history of Hugging Face, a data "
             "frame, numbers, or the path of a log"
         )
-    return Found({"value": Curve(_counted(values), values)})
+    return History({"value": Curve(_counted(values), values)})
 
 
-def _of_recorder(recorder: Any) -> Found:
+def _of_recorder(recorder: Any) -> History:
     """A callback, or what else has a history: Keras' own, ours, a Keras model."""
     inner = recorder.history
+    if inner is None:
+        raise ArgumentError(f"{type(recorder).__name__}.history is empty: nothing recorded yet")
     if not isinstance(inner, Mapping):
-        if inner is None:
-            raise ArgumentError(f"{type(recorder).__name__}.history is empty: nothing recorded yet")
-        return _found(inner)
-    steps = getattr(recorder, "steps", None)
+        return _read(inner)
+    columns = {n: values for n, given in inner.items() if (values := _values(given)) is not None}
     settings = {
         kind: str(value)
         for kind, attribute in (("sma", "window_size"), ("ema", "decay"))
         if (value := getattr(recorder, attribute, None)) is not None
     }
+    steps = getattr(recorder, "steps", None)
     if isinstance(steps, Mapping):
-        return Found(
-            {
-                name: Curve(np.asarray(steps[base], np.int64), values)
-                for name, column in inner.items()
-                if (values := _values(column)) is not None
-                for base in [_base(name, inner)]
-            },
-            settings=settings,
-        )
+        curves = {
+            name: Curve(np.asarray(steps[_base(name, inner)], np.int64), values)
+            for name, values in columns.items()
+        }
+        return History(curves, settings=settings)
     epochs = getattr(recorder, "epoch", None)
     if not isinstance(epochs, Sequence):
         return _of_mapping(inner)._replace(settings=settings)
-    return Found(
-        {
-            name: Curve(_at_epochs(epochs, values), values)
-            for name, column in inner.items()
-            if (values := _values(column)) is not None
-        },
-        "epoch",
-        settings,
-    )
+    curves = {n: Curve(_at_epochs(epochs, values), values) for n, values in columns.items()}
+    return History(curves, "epoch", settings)
 
 
 def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -319,22 +264,24 @@ def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np
     return np.asarray(epochs, np.int64)[every - 1 :: every] + 1
 
 
-def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> Found:
+def _of_mapping(history: Mapping[Any, Any], *, blank_nan: bool = False) -> History:
     """Names and their numbers; one of the columns may count the steps."""
     if history and all(isinstance(curve, Curve) for curve in history.values()):
-        return Found({str(name): curve for name, curve in history.items()})
+        return History({str(name): curve for name, curve in history.items()})
     columns = {}
     for name, given in history.items():
         values = _values(given)
         if values is not None:
             rows = np.flatnonzero(~np.isnan(values)) if blank_nan else np.arange(len(values))
-            columns[str(name)] = Column(rows, values[rows])
-    columns = {name: column for name, column in columns.items() if len(column.rows)}
-    step = table.step_column(columns)
+            if len(rows):
+                columns[str(name)] = Column(rows, values[rows])
+    numbers = Table("history", columns)
+    step = numbers.step_column()
     if step is None:
-        return Found({name: Curve(rows + 1, values) for name, (rows, values) in columns.items()})
-    curves = table.curves(columns, step)
-    return Found({name: curve for name, curve in curves.items() if name != step}, step)
+        return History({name: Curve(rows + 1, values) for name, (rows, values) in columns.items()})
+    curves = numbers.curves(step)
+    del curves[step]
+    return History(curves, step)
 
 
 def _values(column: Any) -> NDArray[np.float64] | None:

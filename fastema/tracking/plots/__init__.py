@@ -1,4 +1,4 @@
-"""From the history of a training run to its picture, in one call that imports matplotlib."""
+"""Pictures of training runs; matplotlib is imported by the call."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastema.tracking.panels import averages, panels
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fastema.tracking.picture import Log
+    from fastema.tracking.plots.picture import Log
 
 __all__ = ["plot"]
 
@@ -78,12 +76,9 @@ def plot(
     Of a long curve, the least and the greatest value of each of 2,000 stretches are drawn: no
     spike is lost. Where a value is a NaN or infinite, the line has a gap and the panel a mark.
     """
-    from fastema.tracking.picture import draw
+    from fastema.tracking.plots.panels import averages, panels
+    from fastema.tracking.plots.picture import draw
 
-    found = panels(
-        history,
-        metrics,
-        averages=averages(window_size, decay, debias=debias),
-        raw=raw,
-    )
+    asked = averages(window_size, decay, debias=debias)
+    found = panels(history, metrics, averages=asked, raw=raw)
     return draw(found, log=log, title=title, ax=ax, out=out)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from fastema.errors import ArgumentError
-from fastema.tracking import event_files
-from fastema.tracking.table import Curve, Table, of_cells, parsed
+from fastema.tracking.logs import event_files
+from fastema.tracking.logs.table import Curve, Table, of_cells, parsed
 
 __all__ = ["Curve", "Table", "read", "read_table"]
 
@@ -174,13 +174,7 @@ def _json_lines(text: str, source: str) -> list[Any]:
 
 
 def from_rows(rows: object, source: str) -> Table:
-    """The table of a list of mappings, such as the ``log_history`` of Hugging Face.
-
-    Raises
-    ------
-    ArgumentError
-        If it is something else, or holds no numbers.
-    """
+    """The table of a list of mappings, such as the ``log_history`` of Hugging Face."""
     if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
         raise ArgumentError(
             f"{source}: expected rows that name their values, such as "

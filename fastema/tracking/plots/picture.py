@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from fastema.errors import ArgumentError
-from fastema.tracking.panels import Kind, Line, Panel, last_finite
-from fastema.tracking.style import EMA, GREY, INK, RAW, REPORTED, SMA, STYLE
-from fastema.tracking.table import Curve
+from fastema.tracking.logs.table import Curve
+from fastema.tracking.plots.panels import Kind, Line, Panel, last_finite
+from fastema.tracking.plots.style import EMA, GREY, INK, RAW, REPORTED, SMA, STYLE
 
-__all__ = ["Log", "draw"]
+__all__ = ["Log", "draw", "heights_of", "label_end", "spread", "write_title"]
 
 Log = bool | Literal["auto"]
 
@@ -123,17 +125,15 @@ def _figure(found: Sequence[Panel], log: Log, title: str | None) -> Figure:
 
 def _draw_panel(axes: Axes, panel: Panel, log: Log) -> None:
     alone = len(panel.lines) == 1
-    seen = dict.fromkeys(_LOOKS, 0)
+    looks = {kind: itertools.cycle(rows) for kind, rows in _LOOKS.items()}
     drawn: list[tuple[Line, _Look]] = []
     for line in panel.lines:
-        looks = _LOOKS[line.kind]
-        look = looks[seen[line.kind] % len(looks)]
+        look = next(looks[line.kind])
         if line.kind == "raw" and len(line.curve.values) < _SPARSE:
             look = look._replace(width=1.4)
         if alone:
             crowded = len(line.curve.values) > _CROWDED
             look = _ALONE._replace(width=0.8 if crowded else _ALONE.width)
-        seen[line.kind] += 1
         drawn.append((line, look))
         _draw_curve(axes, line.curve, look)
     remarks = [panel.remark] if panel.remark else []
@@ -152,23 +152,31 @@ def _draw_panel(axes: Axes, panel: Panel, log: Log) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _short(step)))
     axes.set_xlabel(panel.axis)
-    bold = axes.set_title(panel.name, loc="left", fontsize=12, fontweight="bold", pad=10)
-    grey = axes.annotate(
-        " · ".join(remarks),
-        xy=(1, 0),
-        xycoords=bold,
-        xytext=(8, 0),
-        textcoords="offset points",
-        fontsize=9,
-        color=GREY,
-        va="bottom",
-        annotation_clip=False,
-    )
+    bold, grey = write_title(axes, panel.name, " · ".join(remarks))
     wide = sum(text.get_window_extent().width for text in (bold, grey)) / axes.figure.dpi
     room = axes.get_window_extent().width / axes.figure.dpi + _LABELS - 0.2
     for text in (bold, grey):
         text.set_fontsize(float(text.get_fontsize()) * min(1.0, room / wide))
     _label_ends(axes, drawn, named=not alone)
+
+
+def write_title(
+    axes: Axes, title: str, remark: str, *, fontsize: float = 9, pad: float = 10
+) -> tuple[Text, Text]:
+    """Write a bold title, and a remark in grey behind it."""
+    bold = axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=pad)
+    grey = axes.annotate(
+        remark,
+        xy=(1, 0),
+        xycoords=bold,
+        xytext=(8, 0),
+        textcoords="offset points",
+        fontsize=fontsize,
+        color=GREY,
+        va="bottom",
+        annotation_clip=False,
+    )
+    return bold, grey
 
 
 def _draw_curve(axes: Axes, curve: Curve, look: _Look) -> None:
@@ -188,10 +196,9 @@ def _draw_curve(axes: Axes, curve: Curve, look: _Look) -> None:
     axes.plot(
         steps[alone],
         values[alone],
+        "o",
         color=look.color,
         zorder=look.order,
-        linestyle="none",
-        marker="o",
         markersize=2.0 + look.width,
         markeredgewidth=0,
     )
@@ -200,18 +207,8 @@ def _draw_curve(axes: Axes, curve: Curve, look: _Look) -> None:
 def thinned(curve: Curve, buckets: int = _BUCKETS) -> tuple[NDArray[np.float64], ...]:
     """Steps and values with the same outline: the extremes of each stretch, in their order.
 
-    Parameters
-    ----------
-    curve : Curve
-        Of any length.
-    buckets : int
-        Stretches, equally long but for the last.
-
-    Returns
-    -------
-    steps, values : ndarray of float64
-        At most two points per stretch and the first and last of all; those of a short curve as
-        they are. What is infinite has become NaN: a gap.
+    At most two points per stretch and the first and last of all; those of a short curve as they
+    are. What is infinite becomes NaN: a gap.
     """
     steps = curve.steps.astype(np.float64)
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
@@ -231,24 +228,22 @@ def thinned(curve: Curve, buckets: int = _BUCKETS) -> tuple[NDArray[np.float64],
 
 
 def _wants_log(panel: Panel, log: Log) -> bool:
-    numbers = [line.curve.values for line in panel.lines]
-    finite = [values[np.isfinite(values)] for values in numbers]
-    everything = np.concatenate(finite)
-    if log is False or not (everything > 0.0).any():
+    values = np.concatenate([line.curve.values for line in panel.lines])
+    values = values[np.isfinite(values)]
+    if log is False or not (values > 0.0).any():
         return False
-    if log is True:
-        return True
-    least, greatest = float(everything.min()), float(everything.max())
-    return least > 0.0 and greatest >= _LOG_SPAN * least
+    least, greatest = float(values.min()), float(values.max())
+    return log is True or (least > 0.0 and greatest >= _LOG_SPAN * least)
 
 
 def _mark_nonfinite(axes: Axes, curve: Curve) -> int:
     """Small triangles at the upper edge where a value is not finite; the number of those."""
     places = curve.steps[~np.isfinite(curve.values)]
     if len(places):
+        shown = places[:: -(-len(places) // _BUCKETS)]
         axes.plot(
-            places[:: -(-len(places) // _BUCKETS)],
-            np.full(len(places[:: -(-len(places) // _BUCKETS)]), 0.985),
+            shown,
+            np.full(len(shown), 0.985),
             transform=blended_transform_factory(axes.transData, axes.transAxes),
             color=REPORTED,
             linestyle="none",
@@ -263,32 +258,41 @@ def _mark_nonfinite(axes: Axes, curve: Curve) -> int:
 
 def _label_ends(axes: Axes, drawn: Iterable[tuple[Line, _Look]], *, named: bool) -> None:
     """Name each curve, with its last value, beside its end; names do not touch each other."""
-    axes.get_ylim()  # settles the limits, which the transformation below takes as they are
-    to_fraction = axes.transData + axes.transAxes.inverted()
     tall = axes.get_window_extent().height * 72.0 / axes.figure.dpi
     ends = []
     for line, look in drawn:
         value = last_finite(line.curve.values)
         if math.isfinite(value):
-            fraction = float(to_fraction.transform((1.0, value))[1])
             name = f"{line.label}\n" if named else ""
-            ends.append((fraction, f"{name}{value:.4g}", look.label_color))
+            (height,) = heights_of(axes, [value])
+            ends.append((height, f"{name}{value:.4g}", look.label_color))
     ends.sort()
-    heights = spread([fraction for fraction, _, _ in ends], _LABEL_POINTS / tall)
+    heights = spread([height for height, _, _ in ends], _LABEL_POINTS / tall)
     for height, (_, text, color) in zip(heights, ends, strict=True):
-        axes.annotate(
-            text,
-            xy=(1.0, height),
-            xycoords="axes fraction",
-            xytext=(9, 0),
-            textcoords="offset points",
-            color=color,
-            fontsize=9,
-            fontweight="bold",
-            linespacing=1.1,
-            va="center",
-            annotation_clip=False,
-        )
+        label_end(axes, text, height, color, fontsize=9, linespacing=1.1)
+
+
+def label_end(axes: Axes, text: str, height: float, color: str, **style: Any) -> None:
+    """Write right of the axes, at a fraction of their height."""
+    axes.annotate(
+        text,
+        xy=(1.0, height),
+        xycoords="axes fraction",
+        xytext=(9, 0),
+        textcoords="offset points",
+        color=color,
+        fontweight="bold",
+        va="center",
+        annotation_clip=False,
+        **style,
+    )
+
+
+def heights_of(axes: Axes, values: Iterable[float]) -> list[float]:
+    """Where values lie, as fractions of the height of the axes."""
+    axes.get_ylim()  # settles the limits, which the transformation below takes as they are
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    return [float(to_fraction.transform((1.0, value))[1]) for value in values]
 
 
 def spread(heights: Sequence[float], apart: float) -> list[float]:
@@ -311,7 +315,7 @@ def spread(heights: Sequence[float], apart: float) -> list[float]:
 
 def _short(step: float) -> str:
     """A step as one reads it: 500, 20k, 1.5M."""
-    for limit, unit in ((1e6, "M"), (1e4, "k")):
+    for limit, unit, name in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(step) >= limit:
-            return f"{step / (1e6 if unit == 'M' else 1e3):g}{unit}"
+            return f"{step / unit:g}{name}"
     return f"{step:g}"

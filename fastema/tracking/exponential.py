@@ -1,0 +1,150 @@
+"""The exponential moving average of numbers, one by one and as a series."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fastema.engine import series
+from fastema.errors import ArgumentError
+from fastema.rules.checks import checked_decay
+from fastema.tracking.scalar import Floats, MovingAverage, OnNonFinite, Run
+
+__all__ = ["ExponentialMovingAverage"]
+
+
+class ExponentialMovingAverage(MovingAverage):
+    """The average ``avg_n = decay * avg_(n-1) + (1 - decay) * x_n``, which begins at ``x_1``.
+
+    With ``debias=True`` it begins with nothing: ``avg_n = (1 - decay) * sum_k decay**(n-k) x_k /
+    (1 - decay**n)``, the bias correction of Adam (D. Kingma and J. Ba, 2014,
+    https://arxiv.org/abs/1412.6980), in which the first value does not weigh more than others; in
+    pandas these are ``ewm(adjust=False)`` and ``ewm(adjust=True)``. With weights it is the average
+    of ``w_k x_k`` over that of ``w_k``. What each step rounds off is carried to the next, so that
+    no error builds up.
+
+    Parameters
+    ----------
+    decay : float
+        Weight of the old average, in [0, 1); it averages over about ``1 / (1 - decay)`` values.
+    debias : bool
+        Begin with nothing rather than with the first value.
+    on_nonfinite : {"show", "skip", "propagate", "raise"}
+        What a NaN or an infinity does, see :class:`MovingAverage`. With ``"propagate"`` the average
+        never recovers.
+
+    Raises
+    ------
+    ArgumentError
+        If an argument has no valid value.
+
+    Notes
+    -----
+    To be used by one thread at a time.
+
+    Examples
+    --------
+    >>> loss = ExponentialMovingAverage(decay=0.5)
+    >>> [loss.update(x) for x in (4.0, 2.0, 2.0)]
+    [4.0, 3.0, 2.5]
+    >>> loss = ExponentialMovingAverage(decay=0.5, debias=True)
+    >>> [loss.update(x) for x in (4.0, 1.0)]
+    [4.0, 2.0]
+    """
+
+    __slots__ = ("_debias", "_decay", "_state")
+
+    def __init__(
+        self, decay: float = 0.9, debias: bool = False, *, on_nonfinite: OnNonFinite = "show"
+    ) -> None:
+        self._decay = checked_decay(decay)
+        if not isinstance(debias, bool):
+            raise ArgumentError(f"debias={debias!r}: expected True or False")
+        self._debias = debias
+        super().__init__(on_nonfinite)
+
+    def _begin(self) -> None:
+        super()._begin()
+        # Averages of products and of weights, each with what was rounded off.
+        self._state: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def decay(self) -> float:
+        """Weight of the old average."""
+        return self._decay
+
+    @property
+    def debias(self) -> bool:
+        """Whether it begins with nothing, and is corrected for that."""
+        return self._debias
+
+    @property
+    def count(self) -> int:
+        """Values in the average."""
+        return self.num_updates
+
+    def _settings(self) -> dict[str, Any]:
+        return {"decay": self._decay, "debias": self._debias, "on_nonfinite": self._on_nonfinite}
+
+    def _before(self, x: float, weight: float) -> tuple[float, float, float, float]:
+        """What the next value meets: without a correction the first one is all of the past."""
+        if self._num_updates or self._debias:
+            return self._state
+        return weight * x, 0.0, weight, 0.0
+
+    def _push(self, x: float, weight: float) -> float:
+        average, residual, total, weight_residual = self._before(x, weight)
+        average, residual = _step(average, residual, weight * x, self._decay)
+        if weight == 1.0 == total:
+            self._state = (average, residual, total, weight_residual)
+            return average
+        total, weight_residual = _step(total, weight_residual, weight, self._decay)
+        self._state = (average, residual, total, weight_residual)
+        # To first order in what was rounded off: without it the quotient would be off by both.
+        ratio = average / total
+        return ratio + (residual - ratio * weight_residual) / total
+
+    def _run(self, x: Floats, weights: Floats | None) -> Run:
+        given = np.ones(len(x)) if weights is None else weights
+        product, residual, total, weight_residual = self._before(float(x[0]), float(given[0]))
+        average, (product, residual) = series.ewm_mean(
+            x if weights is None else given * x, self._decay, (product, residual)
+        )
+        finite = math.isfinite(average[-1])
+        if (given != 1.0).any() or total != 1.0:
+            weight, (total, weight_residual) = series.ewm_mean(
+                given, self._decay, (total, weight_residual)
+            )
+            average /= weight
+        state = product, residual, total, weight_residual
+        return average, finite, lambda: setattr(self, "_state", state)
+
+    def _memory(self) -> dict[str, Any]:
+        return {"state": list(self._state)}
+
+    def _remember(self, memory: Mapping[str, Any]) -> None:
+        product, residual, total, weight_residual = map(float, memory["state"])
+        self._state = (product, residual, total, weight_residual)
+
+
+def _step(average: float, residual: float, x: float, decay: float) -> tuple[float, float]:
+    """``decay (average + residual) + (1 - decay) x``, and what that rounds off."""
+    # From the side that weighs more: 1 - decay is exact then, and the step is the smaller part.
+    if decay >= 0.5:
+        share, here, here_rest, there, there_rest = 1.0 - decay, average, residual, x, 0.0
+    else:
+        share, here, here_rest, there, there_rest = decay, x, 0.0, average, residual
+    apart = there - here
+    took = apart - there
+    rest = ((there - (apart - took)) - (here + took)) + (there_rest - here_rest)
+    step = share * apart
+    after = here + step
+    took = after - here
+    residual = here_rest + ((here - (after - took)) + (step - took) + share * rest)
+    result = after + residual
+    if result - result != 0.0:  # differences of the largest floats, or infinities, are none
+        return decay * average + (1.0 - decay) * x, 0.0
+    return result, residual - (result - after)
