@@ -184,8 +184,8 @@ TABLE = {
     # In fastema's own namespace: there where PyTorch is not, so PyTorch is imported by the call.
     "torch": Room(ours="errors typing", lazy_theirs="torch rich"),
     "compat": Room(
-        ours="shadow binding rules plan bridges layout checkpoint posthoc torch tensorflow engine.blocks"
-        " errors lazy typing",
+        ours="shadow binding rules plan bridges layout checkpoint posthoc torch tensorflow"
+        " engine.blocks errors lazy typing",
         theirs=f"numpy {FRAMEWORKS}",
     ),
     "compat.replacing": Room(ours="compat engine.interrupts engine.locks errors typing"),

@@ -11,6 +11,7 @@ from typing import TypeVar
 _T = TypeVar("_T", int, float)
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+STANDARD = Path("-")  # standard input or output
 
 
 def number(

@@ -12,13 +12,11 @@ import math
 from pathlib import Path
 
 from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path
+from fastema.cli.demo.choices import MODEL_NAMES, TRAIN_IMAGES
 
 SUMMARY = "Train a small model on handwritten digits and compare raw with averaged weights."
 EXTRA = "demo"
 NEEDS = {"torch": "torch", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
-
-MODEL_NAMES = ("cnn", "resnet", "mlp")
-TRAIN_IMAGES = 898  # half of them: a large test set, so that 0.1 points of accuracy can be seen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

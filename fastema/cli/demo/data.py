@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastema.cli.demo import TRAIN_IMAGES
+from fastema.cli.demo.choices import TRAIN_IMAGES
 
 SIDE = 8  # pixels
 NOISE = 0.3  # standard deviations of the pixels; with the shifts it keeps 898 images interesting

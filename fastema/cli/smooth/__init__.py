@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path, writable_path
+from fastema.cli.arguments import PICTURE_SUFFIXES, STANDARD, number, picture_path, writable_path
 from fastema.errors import ArgumentError, FastemaError
 
 _T = TypeVar("_T")
@@ -26,7 +26,6 @@ NEEDS: dict[str, str] = {}  # each of its packages is needed for some logs and o
 
 DECAY = 0.9
 WINDOW_SIZE = 20
-STANDARD = Path("-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

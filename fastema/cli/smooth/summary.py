@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastema.cli.smooth import STANDARD
+from fastema.cli.arguments import STANDARD
 from fastema.cli.smooth.averages import Smoothed
 from fastema.tracking.logs.table import Table
 
