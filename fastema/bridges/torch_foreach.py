@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastema.errors import DTypeError
-from fastema.kernels.table import DISTANCE, MEASURES, MEASURING, SQUARE, STILL
+from fastema.kernels.operations import OPERATIONS
+from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.home import Substitute
@@ -37,8 +38,6 @@ BYTES: Final = 64
 """Most bytes of temporaries that an operation takes for an element."""
 
 _SPLIT: Final = "bf16+16"
-_BITS: Final = {"park", "unpark"}
-_CONVERTING: Final = {"copy", "swap", "give"}
 _WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALVES: Final = (torch.float16, torch.bfloat16)
 
@@ -465,17 +464,8 @@ def _two_sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 # -- pairs into batches ----------------------------------------------------------------------------
 
-_OPERATIONS: Final[dict[str, Callable[[Batch, Moment], Tensor | None]]] = {
-    "lerp": _lerp,
-    "lerp_measured": _lerp_measured,
-    "add": _add,
-    "copy": _copy,
-    "give": _give,
-    "swap": _swap,
-    "finite": _finite,
-    "park": _park,
-    "unpark": _unpark,
-    "window": _window,
+_STAND_INS: Final[dict[str, Callable[[Batch, Moment], Tensor | None]]] = {
+    name: globals()[f"_{name}"] for name, one in OPERATIONS.items() if one.in_torch
 }
 
 
@@ -493,8 +483,9 @@ def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
         If the operation averages and the dtype is an integer.
     """
     dst, src = pair.dst.kind, pair.src.kind
-    moved = operation in _CONVERTING and dst == src and pair.form != _SPLIT
-    if operation in _BITS or moved:
+    moves_bits = OPERATIONS[operation].moves_bits
+    equal = dst == src and pair.form != _SPLIT
+    if moves_bits == "always" or (moves_bits == "if equal" and equal):
         return _word(dst), ""
     if dst.real is None or src.real is None:
         raise DTypeError(
@@ -503,7 +494,7 @@ def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
     read = [dst.real, src.real] + ([] if pair.ring is None else [pair.ring[0].kind.real])
     real = torch.float64 if "f64" in read else torch.float32
     # A copy is best rounded to nearest.
-    return real, pair.form.removesuffix("~") if operation in _CONVERTING else pair.form
+    return real, pair.form.removesuffix("~") if moves_bits == "if equal" else pair.form
 
 
 def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[Tensor]:
@@ -513,10 +504,11 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
     Axes are in the order of the written side's memory, and one where all lie alike.
     """
     specs = [pair.dst, pair.src]
-    if form == _SPLIT or operation == "window":
+    needs_ring = OPERATIONS[operation].needs_ring
+    if form == _SPLIT or needs_ring:
         assert pair.low is not None
         specs.append(pair.low)
-    if operation == "window":
+    if needs_ring:
         assert pair.ring is not None
         specs.append(pair.ring[0])
     tensors = [spec.tensor.detach() for spec in specs]
@@ -613,9 +605,9 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
     DTypeError
         For an operation that is none of these, or averages integers.
     """
-    function = _OPERATIONS.get(operation)
+    function = _STAND_INS.get(operation)
     if function is None:
-        known = ", ".join(_OPERATIONS)
+        known = ", ".join(_STAND_INS)
         raise DTypeError(f"{operation}: torch has no functions for it, only for {known}")
     prepared = batches(operation, pairs, AT_ONCE)
 
@@ -630,7 +622,7 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
         moment = Moment(numbers, seed, step, window, slot, turn)
         with torch.inference_mode():  # where its tensors may be written too
             sums = [function(batch, moment) for batch in prepared]
-        if operation not in MEASURING:
+        if not OPERATIONS[operation].measures:
             return None
         found = np.zeros((len(pairs), MEASURES))
         for batch, some in zip(prepared, sums, strict=True):
