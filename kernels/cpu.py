@@ -1,51 +1,184 @@
-"""The kernels of the CPU: every operation's step, in the loop that suits it."""
+"""The kernels of the CPU: over the rows of a table, and over the elements of a row.
+
+A kernel is ``_over_rows(body)``. Its body is mostly a walk, which loads what a step reads, applies
+it, stores what it writes, and returns the sums of its measures; what a step does not use, the
+random bits and the sums too, costs nothing.
+"""
 
 from __future__ import annotations
 
-from fastema.kernels import steps
-from fastema.kernels.cpu_loops import WALKS, elementwise, measuring, over_rows, weight
-from fastema.kernels.jit import device_fn
-from fastema.kernels.table import COLUMNS, MEASURING, SLOT, TURN, WINDOW
-from fastema.kernels.words import load
+from fastema.kernels import scalar, steps
+from fastema.kernels import table as abi
+from fastema.kernels.jit import cpu_kernel, device_fn
+from fastema.kernels.operations import OPERATIONS
+from fastema.kernels.rows import addresses, index_map, row_key, single, streams, window_body
+from fastema.kernels.steps import Step
+from fastema.kernels.words import (
+    add32,
+    fetch_add,
+    load,
+    low32,
+    pointer_f64,
+    pointer_i64,
+    prefetch,
+    store,
+    sum_any_order,
+)
 
 
 def kernel(operation: str, formats: tuple[str, ...], layout: str):
     """Compile one operation for the formats of the written side, the other side, and so on."""
-    if operation == "window":
-        dst, src, ring, low = formats
-        return _window(steps.window(dst, src, ring, low, "cpu"), layout)
-    loop = measuring if operation in MEASURING else elementwise
-    return loop(getattr(steps, operation)(*formats, device="cpu"), layout)
+    step = getattr(steps, operation)(*formats, device="cpu")
+    if OPERATIONS[operation].needs_ring:
+        return _over_rows(_windowed(step, layout))
+    if OPERATIONS[operation].measures:
+        return _over_rows(_measuring(step, layout))
+    return _over_rows(_plain(step, layout))
 
 
-def _window(parts: steps.Window, layout: str):
-    """The windowed mean: one pass over weights, mean and the oldest slot of a ring.
+def _over_rows(body):
+    """A kernel that runs ``body(cells, at, numbers, settings)`` for rows claimed from the control.
 
-    At every update one in ``WINDOW`` rows is computed afresh from the whole ring, so that what
-    rounding left behind is forgotten.
-
-    Bytes moved per element, f32 throughout: 4 weights, 8 slot, 8 mean, 8 its companion, and 4 for
-    the rows computed afresh: 32, whatever the window.
+    ``cells`` is the table, ``at`` the place of the row's first column in it, ``settings`` the
+    control block.
     """
-    slide, grow, put, begin, fold = (WALKS[layout](step) for step in parts)
-    real = parts.slide.real
+
+    @cpu_kernel()
+    def rows_loop(table, rows, numbers, control):
+        cells, settings = pointer_i64(table), pointer_i64(control)
+        values = pointer_f64(numbers)
+        claim = load(settings, abi.CLAIM)
+        first = fetch_add(control + 8 * abi.NEXT, claim)
+        while first < rows:
+            for row in range(claim):
+                body(cells, (first + row) * abi.COLUMNS, values, settings)
+            first = fetch_add(control + 8 * abi.NEXT, claim)
+
+    return rows_loop
+
+
+@device_fn
+def _number(cells, at, numbers):
+    """The number that belongs to a row."""
+    return load(numbers, load(cells, at + abi.WHICH))
+
+
+def _plain(step: Step, layout: str):
+    walk, real = _WALKS[layout](step), step.real
 
     @device_fn
     def body(cells, at, numbers, settings):
-        n = real(weight(cells, at, numbers))
-        slots, slot = load(settings, WINDOW), load(settings, SLOT)
-        turn = load(settings, TURN)
-        if turn == 1:  # whatever the mean held before
-            put(cells, at, n, settings, slot)
-            begin(cells, at, n, settings, slot)
-        elif turn <= slots:
-            grow(cells, at, n, settings, slot)
-        elif (at // COLUMNS + turn) % slots:
-            slide(cells, at, n, settings, slot)
-        else:
-            put(cells, at, n, settings, slot)
-            begin(cells, at, n, settings, 0)
-            for other in range(1, slots):
-                fold(cells, at, real(other + 1), settings, other)
+        walk(cells, at, real(_number(cells, at, numbers)), 0, settings)
 
-    return over_rows(body)
+    return body
+
+
+def _measuring(step: Step, layout: str):
+    """The same, with the sums of every row written where the control block says."""
+    walk, real = _WALKS[layout](step, 4 * abi.BLOCK), step.real
+
+    @device_fn
+    def body(cells, at, numbers, settings):
+        one, two, three = walk(cells, at, real(_number(cells, at, numbers)), 0, settings)
+        results = pointer_f64(load(settings, abi.RESULTS))
+        row = at // abi.COLUMNS * abi.MEASURES
+        store(results, row + abi.DISTANCE, one)
+        store(results, row + abi.SQUARE, two)
+        store(results, row + abi.STILL, three)
+
+    return body
+
+
+def _windowed(parts: steps.Window, layout: str):
+    update = window_body([_WALKS[layout](step) for step in parts], parts.slide.real)
+
+    @device_fn
+    def body(cells, at, numbers, settings):
+        window, slot = load(settings, abi.WINDOW), load(settings, abi.SLOT)
+        number, turn = _number(cells, at, numbers), load(settings, abi.TURN)
+        update(cells, at, number, window, slot, turn, settings)
+
+    return body
+
+
+def _flat(step: Step, size: int = abi.BLOCK):
+    """Walk elements that are adjacent on both sides.
+
+    Blocks of constant length and a prefetch in each stream keep the arithmetic of 16-bit formats
+    overlapped with memory: measured at 25-45 % there and 5-10 % for f32. At the end of a block its
+    sums leave the vectors, for which a larger one pays.
+    """
+    lines = size // abi.BLOCK
+    pointers, sizes = streams([step])
+    to_pointer, low_pointer, ring_pointer, of_pointer = pointers
+    to_size, low_size, ring_size, of_size = sizes
+    element, total = single(step), step.real
+
+    @device_fn
+    def walk(cells, at, w, slot, settings):
+        dst_address, low_address, ring_address, src_address = addresses(cells, at, slot)
+        to, low = to_pointer(dst_address), low_pointer(low_address)
+        ring, of = ring_pointer(ring_address), of_pointer(src_address)
+        key = row_key(cells, at, load(settings, abi.SEED), load(settings, abi.STEP))
+        second = scalar.mix32(key)
+        index = low32(load(cells, at + abi.INDEX))
+        count = load(cells, at + abi.COUNT)
+        one, two, three = 0.0, 0.0, 0.0
+        blocks = count // size
+        for block in range(blocks):
+            first = block * size
+            a_sum, b_sum, c_sum = total(0), total(0), total(0)
+            for line in range(lines * to_size):
+                prefetch(dst_address + first * to_size + abi.PREFETCH + line * abi.LINE)
+            for line in range(lines * low_size):
+                prefetch(low_address + first * low_size + abi.PREFETCH + line * abi.LINE)
+            for line in range(lines * ring_size):
+                prefetch(ring_address + first * ring_size + abi.PREFETCH + line * abi.LINE)
+            for line in range(lines * of_size):
+                prefetch(src_address + first * of_size + abi.PREFETCH + line * abi.LINE)
+            start = add32(index, low32(first))
+            for k in range(size):
+                word = scalar.random_word(add32(start, low32(k)), key, second)
+                a, b, c = element(to, low, ring, of, first + k, first + k, w, word)
+                a_sum, b_sum = sum_any_order(a_sum, a), sum_any_order(b_sum, b)
+                c_sum = sum_any_order(c_sum, c)
+            one, two, three = one + a_sum, two + b_sum, three + c_sum
+        for i in range(blocks * size, count):
+            word = scalar.random_word(add32(index, low32(i)), key, second)
+            a, b, c = element(to, low, ring, of, i, i, w, word)
+            one, two, three = one + a, two + b, three + c
+        return one, two, three
+
+    return walk
+
+
+def _strided(step: Step, size: int = abi.BLOCK):
+    """Walk elements with any distance between them, given per row and side.
+
+    LLVM makes vector loops of it for distances of 1, where only the indices jump: measured at 0.32
+    ns per element in cache, for 0.22 of a flat walk, with bf16 averages of bf16.
+    """
+    to_pointer, low_pointer, ring_pointer, of_pointer = streams([step])[0]
+    element = single(step)
+
+    @device_fn
+    def walk(cells, at, w, slot, settings):
+        dst_address, low_address, ring_address, src_address = addresses(cells, at, slot)
+        to, low = to_pointer(dst_address), low_pointer(low_address)
+        ring, of = ring_pointer(ring_address), of_pointer(src_address)
+        to_step, of_step = load(cells, at + abi.DST_STEP), load(cells, at + abi.SRC_STEP)
+        key = row_key(cells, at, load(settings, abi.SEED), load(settings, abi.STEP))
+        second = scalar.mix32(key)
+        first, step, rise, inverse = index_map(cells, at)
+        one, two, three = 0.0, 0.0, 0.0
+        for i in range(load(cells, at + abi.COUNT)):
+            index = scalar.index_of(low32(i), first, step, rise, inverse)
+            word = scalar.random_word(index, key, second)
+            a, b, c = element(to, low, ring, of, i * to_step, i * of_step, w, word)
+            one, two, three = one + a, two + b, three + c
+        return one, two, three
+
+    return walk
+
+
+_WALKS = {"flat": _flat, "strided": _strided}

@@ -17,38 +17,19 @@ import numpy as np
 from numba import types
 
 from fastema.kernels import cuda_clock, steps
-from fastema.kernels.cuda_loops import row_bodies
+from fastema.kernels import table as abi
+from fastema.kernels.cuda_loops import walks
 from fastema.kernels.jit import device_fn
-from fastema.kernels.table import (
-    COLUMNS,
-    DISTANCE,
-    GPU_THREADS,
-    IDLE,
-    MEASURES,
-    MEASURING,
-    MOST_TOGETHER,
-    SEED,
-    SLOT,
-    SQUARE,
-    STEP,
-    STILL,
-    TURN,
-    WEIGHTS,
-    WHICH,
-    WINDOW,
-)
+from fastema.kernels.operations import OPERATIONS
+from fastema.kernels.rows import window_body
+from fastema.kernels.table import DISTANCE, GPU_THREADS, MAX_AVERAGES, MEASURES, SQUARE, STILL
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 
-NOW = SEED, STEP, WINDOW, SLOT, TURN
-"""What a moment has besides its numbers, in the order of the kernels' parameters."""
-
-_REGISTERS, _MORE = (
-    32,
-    {
-        **{"~": 40, "f64": 40, "lerp_measured": 64, "window": 64, "advance": 64},
-        **{"strided ~": 48, "swap bf16+16": 40},
-    },
-)
+_REGISTERS = 32
+_MORE = {
+    **{"~": 40, "f64": 40, "lerp_measured": 64, "window": 64, "advance": 64},
+    **{"strided ~": 48, "swap bf16+16": 40},
+}
 """Registers per thread: 32 let a multiprocessor be full; more for what would spill otherwise."""
 
 _SMALLER = {(8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1)}
@@ -74,49 +55,37 @@ class Binary(NamedTuple):
 def bodies(operation: str, formats: tuple[str, ...], layout: str):
     """``body(cells, at, number, now, thread, threads) -> sums`` of one thread and row.
 
-    ``now`` holds what :data:`NOW` names. The same function runs on host addresses, thread after
-    thread: the test of the GPU's kernels where there is none.
+    ``now`` holds the seed, the step, the window, the slot and the turn. The same function runs on
+    host addresses, thread after thread: the test of the GPU's kernels where there is none.
     """
-    if operation == "window":
-        dst, src, ring, low = formats
-        start = steps.copy(dst.removesuffix("~"), src, "cuda")
-        return _window(steps.window(dst, src, ring, low, "cuda"), start, layout)
     step = getattr(steps, operation)(*formats, device="cuda")
-    (walk,) = row_bodies([step], layout)
+    if OPERATIONS[operation].needs_ring:
+        dst, src, *_ = formats
+        start = steps.copy(dst.removesuffix("~"), src, "cuda")
+        return _windowed(step, start, layout)
+    (walk,) = walks([step], layout)
     real = step.real
 
     @device_fn
     def body(cells, at, number, now, thread, threads):
-        return walk(cells, at, real(number), now, 0, thread, threads)
+        return walk(cells, at, real(number), 0, (now[0], now[1], thread, threads))
 
     return body
 
 
-def _window(parts: steps.Window, start: steps.Step, layout: str):
-    slide, grow, put, begin, fold = row_bodies(parts, layout)
-    (copy,) = row_bodies([start], layout)
+def _windowed(parts: steps.Window, start: steps.Step, layout: str):
+    update = window_body(walks(parts, layout), parts.slide.real)
+    (copy,) = walks([start], layout)
     real = parts.slide.real
 
     @device_fn
     def body(cells, at, number, now, thread, threads):
-        n = real(number)
-        _, _, slots, slot, turn = now
+        seed, step, window, slot, turn = now
+        run = seed, step, thread, threads
         if turn == 0:  # where the averages begin: the weights, whatever a ring would keep of them
-            copy(cells, at, n, now, 0, thread, threads)
-        elif turn == 1:
-            put(cells, at, n, now, slot, thread, threads)
-            begin(cells, at, n, now, slot, thread, threads)
-        elif turn <= slots:
-            grow(cells, at, n, now, slot, thread, threads)
-        elif (at // COLUMNS + turn) % slots:
-            slide(cells, at, n, now, slot, thread, threads)
+            copy(cells, at, real(number), 0, run)
         else:
-            put(cells, at, n, now, slot, thread, threads)
-            begin(cells, at, n, now, 0, thread, threads)
-            other = np.int64(1)
-            while other < slots:
-                fold(cells, at, real(other + 1), now, other, thread, threads)
-                other += 1
+            update(cells, at, number, window, slot, turn, run)
         return 0.0, 0.0, 0.0
 
     return body
@@ -138,36 +107,32 @@ def _choice(which, numbers):
 @device_fn
 def _number(cells, at, clock, numbers):
     """The number of a row's average: from the clock, where there is one."""
-    which = load(cells, at + WHICH)
+    which = load(cells, at + abi.WHICH)
     if clock:
-        return load(pointer_f64(clock), WEIGHTS + which)
+        return load(pointer_f64(clock), abi.WEIGHTS + which)
     return _choice(which, numbers)
 
 
 @device_fn
 def _moment(clock, now):
-    """What :data:`NOW` names: from the clock, where there is one."""
+    """What changes from step to step: from the clock, where there is one."""
     if clock:
         cells = pointer_i64(clock)
-        return (
-            load(cells, SEED),
-            load(cells, STEP),
-            load(cells, WINDOW),
-            load(cells, SLOT),
-            load(cells, TURN),
-        )
+        seed, step = load(cells, abi.SEED), load(cells, abi.STEP)
+        return seed, step, load(cells, abi.WINDOW), load(cells, abi.SLOT), load(cells, abi.TURN)
     return now
 
 
 @device_fn
 def _rows(clock, rows):
     """Rows to work on: none where the clock says that nothing is to be done."""
-    if clock and load(pointer_i64(clock), IDLE):
+    if clock and load(pointer_i64(clock), abi.IDLE):
         return np.int64(0)
     return rows
 
 
-def _plain(body):
+def _kernel(body, finish):
+    """The kernel that runs a body, and ``finish`` with its sums, for every row of a block."""
     from numba import cuda
 
     def kernel(
@@ -179,43 +144,40 @@ def _plain(body):
         now = _moment(clock, (seed, step, window, slot, turn))
         rows = _rows(clock, rows)
         while row < rows:
-            number = _number(cells, row * COLUMNS, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
-            body(cells, row * COLUMNS, number, now, thread, threads)
+            at = row * abi.COLUMNS
+            number = _number(cells, at, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
+            finish(results, row, thread, body(cells, at, number, now, thread, threads))
             row += np.int64(cuda.gridDim.x)
 
     return kernel
 
 
-def _measuring(body):
+@device_fn
+def _measure_nothing(results, row, thread, measures):
+    pass
+
+
+def _measure():
+    """Adds up what the threads of a block found, and writes it."""
     from numba import cuda
 
-    def kernel(
-        table, rows, results, clock, w0, w1, w2, w3, w4, w5, w6, w7, seed, step, window, slot, turn
-    ):
-        cells, measures = pointer_i64(table), pointer_f64(results)
-        thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
+    @device_fn
+    def measure(results, row, thread, measures):
         sums = cuda.shared.array((MEASURES, GPU_THREADS), np.float64)
-        row = np.int64(cuda.blockIdx.x)
-        now = _moment(clock, (seed, step, window, slot, turn))
-        rows = _rows(clock, rows)
-        while row < rows:
-            number = _number(cells, row * COLUMNS, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
-            one, two, three = body(cells, row * COLUMNS, number, now, thread, threads)
-            sums[DISTANCE, thread], sums[SQUARE, thread], sums[STILL, thread] = one, two, three
-            half = GPU_THREADS // 2
-            while half:  # always in the same order, so that a rerun measures the same
-                cuda.syncthreads()
-                if thread < half:
-                    for measure in range(MEASURES):
-                        sums[measure, thread] += sums[measure, thread + half]
-                half //= 2
-            if thread == 0:
-                for measure in range(MEASURES):
-                    store(measures, row * MEASURES + measure, sums[measure, 0])
+        sums[DISTANCE, thread], sums[SQUARE, thread], sums[STILL, thread] = measures
+        half = GPU_THREADS // 2
+        while half:  # always in the same order, so that a rerun measures the same
             cuda.syncthreads()
-            row += np.int64(cuda.gridDim.x)
+            if thread < half:
+                for k in range(MEASURES):
+                    sums[k, thread] += sums[k, thread + half]
+            half //= 2
+        if thread == 0:
+            for k in range(MEASURES):
+                store(pointer_f64(results), row * MEASURES + k, sums[k, 0])
+        cuda.syncthreads()
 
-    return kernel
+    return measure
 
 
 def _advance():
@@ -230,9 +192,7 @@ def _advance():
     return kernel
 
 
-_PARAMETERS = types.void(
-    *(types.int64,) * 4, *(types.float64,) * MOST_TOGETHER, *(types.int64,) * 5
-)
+_PARAMETERS = types.void(*(types.int64,) * 4, *(types.float64,) * MAX_AVERAGES, *(types.int64,) * 5)
 
 
 def compile_kernel(
@@ -245,8 +205,8 @@ def compile_kernel(
     ImportError
         If numba-cuda, cuda.core or a library that they need is missing.
     """
-    body = bodies(operation, formats, layout)
-    kernel = (_measuring if operation in MEASURING else _plain)(body)
+    finish = _measure() if OPERATIONS[operation].measures else _measure_nothing
+    kernel = _kernel(bodies(operation, formats, layout), finish)
     mark = formats[0][-1]
     asking = (operation, mark, *formats, f"{layout} {mark}", f"{operation} {formats[0]}")
     least = 40 if capability in _SMALLER else _REGISTERS

@@ -8,42 +8,25 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastema.kernels import table as abi
 from fastema.kernels.jit import device_fn
-from fastema.kernels.table import (
-    COEFFICIENTS,
-    DEGREE,
-    DONE,
-    EVERY,
-    FIRST,
-    IDLE,
-    MOST_TOGETHER,
-    PIECE,
-    PIECES,
-    SCALE,
-    SLOT,
-    START,
-    STEP,
-    TURN,
-    WEIGHTS,
-    WINDOW,
-)
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 
 
 @device_fn
 def done(clock):
     """Updates so far."""
-    return load(pointer_i64(clock), DONE)
+    return load(pointer_i64(clock), abi.DONE)
 
 
 @device_fn
 def _evaluate(table, at, count):
     """The polynomial of a piece, by Horner's rule."""
-    t = (float(count) - load(table, at + FIRST)) * load(table, at + SCALE) - 1.0
-    value = load(table, at + COEFFICIENTS + DEGREE)
-    k = np.int64(DEGREE - 1)
+    t = (float(count) - load(table, at + abi.FIRST)) * load(table, at + abi.SCALE) - 1.0
+    value = load(table, at + abi.COEFFICIENTS + abi.DEGREE)
+    k = np.int64(abi.DEGREE - 1)
     while k >= 0:
-        value = value * t + load(table, at + COEFFICIENTS + k)
+        value = value * t + load(table, at + abi.COEFFICIENTS + k)
         k -= 1
     return min(max(value, 0.0), 1.0)
 
@@ -55,9 +38,9 @@ def _look_up(address, rows, count, thread, threads):
     found = -1.0
     row = thread
     while row < rows:
-        at = row * PIECE
-        begins = load(table, at + FIRST) <= count
-        if begins and (row + 1 == rows or load(table, at + PIECE + FIRST) > count):
+        at = row * abi.WEIGHT_COLUMNS
+        begins = load(table, at + abi.FIRST) <= count
+        if begins and (row + 1 == rows or load(table, at + abi.WEIGHT_COLUMNS + abi.FIRST) > count):
             found = _evaluate(table, at, count)
         row += threads
     return found
@@ -72,25 +55,25 @@ def advance(clock, done, thread, threads):
     """
     cells, numbers = pointer_i64(clock), pointer_f64(clock)
     step = done + 1
-    m, every = step - load(cells, START), load(cells, EVERY)
+    m, every = step - load(cells, abi.START), load(cells, abi.EVERY)
     begins = m == 0
     idle = m < 0 or m % every != 0
     count = max(m // every, 1)
-    slots = load(cells, WINDOW)
+    slots = load(cells, abi.WINDOW)
     if thread == 0:
-        store(cells, DONE, step)
-        store(cells, STEP, step)
-        store(cells, IDLE, np.int64(1) if idle else np.int64(0))
+        store(cells, abi.DONE, step)
+        store(cells, abi.STEP, step)
+        store(cells, abi.IDLE, np.int64(1) if idle else np.int64(0))
         if slots:
-            store(numbers, WEIGHTS, float(min(count, slots)))
-            store(cells, SLOT, (count - 1) % slots)
-            store(cells, TURN, np.int64(0) if begins else count)
+            store(numbers, abi.WEIGHTS, float(min(count, slots)))
+            store(cells, abi.SLOT, (count - 1) % slots)
+            store(cells, abi.TURN, np.int64(0) if begins else count)
     if not (idle or slots):
-        for which in range(MOST_TOGETHER):
-            rows = load(cells, PIECES + 2 * which + 1)
+        for which in range(abi.MAX_AVERAGES):
+            rows = load(cells, abi.TABLES + 2 * which + 1)
             if begins:
                 weight = 1.0 if thread == 0 else -1.0
             else:
-                weight = _look_up(load(cells, PIECES + 2 * which), rows, count, thread, threads)
+                weight = _look_up(load(cells, abi.TABLES + 2 * which), rows, count, thread, threads)
             if weight >= 0.0 and rows:
-                store(numbers, WEIGHTS + which, weight)
+                store(numbers, abi.WEIGHTS + which, weight)

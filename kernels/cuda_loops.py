@@ -1,7 +1,7 @@
 """The loops of the GPU kernels: a block of threads per row, 128 bits per thread and stream.
 
-``row_bodies`` makes what one thread does with one row; a kernel gives it its number among the
-block's, and a test on the host runs all numbers in turn.
+A walk is what one thread does with one row; a kernel gives it its number among the block's, and a
+test on the host runs all numbers in turn.
 """
 
 from __future__ import annotations
@@ -11,19 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastema.kernels import cuda_memory, scalar
-from fastema.kernels.cpu_loops import index_map, row_key, single, slot_address
-from fastema.kernels.formats import FORMATS
+from fastema.kernels import table as abi
 from fastema.kernels.jit import device_fn
+from fastema.kernels.rows import addresses, index_map, row_key, single, streams
 from fastema.kernels.steps import Step
-from fastema.kernels.table import (
-    COUNT,
-    DST,
-    DST_STEP,
-    INDEX,
-    LOW,
-    SRC,
-    SRC_STEP,
-)
 from fastema.kernels.words import add32, load, low32
 
 _VECTOR = """
@@ -37,22 +28,14 @@ def vector(to, low, ring, of, w, row, first, key, second):
     return {one}, {two}, {three}
 """
 _STEP = (
-    "    d{k}, l{k}, s{k}, r{k}, a{k}, b{k}, c{k} = apply(d[{k}], l[{k}], s[{k}], r[{k}], w, "
+    "    d{k}, l{k}, s{k}, r{k}, (a{k}, b{k}, c{k}) = apply(d[{k}], l[{k}], s[{k}], r[{k}], w, "
     "random_word(index(row, first + {k}), key, second))"
 )
 
 
-def _streams(steps: Sequence[Step]):
-    """Formats that any of the steps touches: written side, companion, ring, other side."""
-    touched = "".join(step.reads + step.writes for step in steps)
-    formats = steps[0].formats
-    by_letter = zip("dlrs", (formats.dst, formats.low, formats.ring, formats.src), strict=True)
-    return [name if letter in touched else None for letter, name in by_letter]
-
-
 @device_fn
 def _first_index(cells, at):
-    return low32(load(cells, at + INDEX))
+    return low32(load(cells, at + abi.INDEX))
 
 
 @device_fn
@@ -75,7 +58,6 @@ def _vector(step: Step, n: int, index):
 
     Written out by name: an index into a tuple that is not a literal would put it into memory.
     """
-    streams = {"d": "dst", "l": "low", "s": "src", "r": "ring"}
     nothing = (np.uint8(0),) * n
 
     @device_fn
@@ -86,12 +68,8 @@ def _vector(step: Step, n: int, index):
     def skip_store(pointer, values):
         pass
 
-    names = {
-        "apply": step.apply,
-        "random_word": scalar.random_word,
-        "index": index,
-    }
-    for letter, stream in streams.items():
+    names = {"apply": step.apply, "random_word": scalar.random_word, "index": index}
+    for letter, stream in zip("dlsr", ("dst", "low", "src", "ring"), strict=True):
         reads, writes = letter in step.reads, letter in step.writes
         names[f"load_{letter}"] = cuda_memory.LOADS[n, stream] if reads else skip_load
         names[f"store_{letter}"] = cuda_memory.STORES[n, stream] if writes else skip_store
@@ -105,22 +83,20 @@ def _vector(step: Step, n: int, index):
     return device_fn(names["vector"])
 
 
-def row_bodies(steps: Sequence[Step], layout: str):
-    """For every step, ``body(cells, at, w, now, slot, thread, threads) -> sums`` for one row.
+def walks(steps: Sequence[Step], layout: str):
+    """For every step, ``walk(cells, at, w, slot, run) -> sums`` for one row.
 
-    Steps that follow each other on a row are given together: a thread then has the same elements
-    in all of them, and need not wait for others. A thread takes as many elements at a time as fill
-    128 bits of the widest stream; tails, spaced elements, and addresses that are no multiples of
-    what it moves are done one by one. All slots of a ring must lie alike in this respect.
+    ``run`` is the seed, the step, the number of this thread and that of all in the block. Steps
+    that follow each other on a row are given together: a thread then has the same elements in all
+    of them, and need not wait for others. A thread takes as many elements at a time as fill 128
+    bits of the widest stream; tails, spaced elements, and addresses that are no multiples of what
+    it moves are done one by one. All slots of a ring must lie alike in this respect.
     """
-    names = _streams(steps)
-    sizes = [FORMATS[name].itemsize if name else 0 for name in names]
-    pointers = [FORMATS[name or "raw1"].pointer for name in names]
-    n = 16 // max(sizes)
-    return [_row_body(step, layout, n, sizes, pointers) for step in steps]
+    pointers, sizes = streams(steps)
+    return [_walk(step, layout, 16 // max(sizes), sizes, pointers) for step in steps]
 
 
-def _row_body(step: Step, layout: str, n: int, sizes, pointers):
+def _walk(step: Step, layout: str, n: int, sizes, pointers):
     of_row, index = _INDICES[layout]
     vector, element = _vector(step, n, index), single(step)
     to_pointer, low_pointer, ring_pointer, of_pointer = pointers
@@ -129,22 +105,18 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
     to_mask, low_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
 
     @device_fn
-    def start(cells, at, slot):
-        """Addresses of a row's streams."""
-        ring = slot_address(cells, at, slot)
-        return load(cells, at + DST), load(cells, at + LOW), ring, load(cells, at + SRC)
-
-    @device_fn
-    def one_by_one(cells, at, w, now, slot, i, threads, dst_step, src_step):
+    def one_by_one(cells, at, w, slot, run, first, dst_step, src_step):
         """Single elements from a place on; returns the sums."""
-        dst, beside, kept, src = start(cells, at, slot)
+        seed, step, thread, threads = run
+        dst, beside, kept, src = addresses(cells, at, slot)
         to, low = to_pointer(dst), low_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
-        key = row_key(cells, at, now[0], now[1])
+        key = row_key(cells, at, seed, step)
         second = scalar.mix32(key)
         row = of_row(cells, at)
         one, two, three = 0.0, 0.0, 0.0
-        count = load(cells, at + COUNT)
+        count = load(cells, at + abi.COUNT)
+        i = first + thread
         while i < count:
             word = scalar.random_word(index(row, i), key, second)
             a, b, c = element(to, low, ring, of, i * dst_step, i * src_step, w, word)
@@ -153,15 +125,16 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
         return one, two, three
 
     @device_fn
-    def adjacent(cells, at, w, now, slot, thread, threads):
-        dst, beside, kept, src = start(cells, at, slot)
+    def adjacent(cells, at, w, slot, run):
+        seed, step, thread, threads = run
+        dst, beside, kept, src = addresses(cells, at, slot)
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
         if (dst & to_mask) | (beside & low_mask) | (kept & ring_mask) | (src & of_mask) == 0:
-            key = row_key(cells, at, now[0], now[1])
+            key = row_key(cells, at, seed, step)
             second = scalar.mix32(key)
             row = of_row(cells, at)
-            whole = load(cells, at + COUNT) // n * n
+            whole = load(cells, at + abi.COUNT) // n * n
             first = thread * n
             while first < whole:
                 to, low = to_pointer(dst + first * to_size), low_pointer(beside + first * low_size)
@@ -170,19 +143,19 @@ def _row_body(step: Step, layout: str, n: int, sizes, pointers):
                 a, b, c = vector(to, low, ring, of, w, row, first, key, second)
                 one, two, three = one + a, two + b, three + c
                 first += threads * n
-        a, b, c = one_by_one(cells, at, w, now, slot, whole + thread, threads, 1, 1)
+        a, b, c = one_by_one(cells, at, w, slot, run, whole, 1, 1)
         return one + a, two + b, three + c
 
     @device_fn
-    def spaced(cells, at, w, now, slot, thread, threads):
-        dst_step, src_step = load(cells, at + DST_STEP), load(cells, at + SRC_STEP)
-        return one_by_one(cells, at, w, now, slot, thread, threads, dst_step, src_step)
+    def spaced(cells, at, w, slot, run):
+        dst_step, src_step = load(cells, at + abi.DST_STEP), load(cells, at + abi.SRC_STEP)
+        return one_by_one(cells, at, w, slot, run, np.int64(0), dst_step, src_step)
 
     @device_fn
-    def either(cells, at, w, now, slot, thread, threads):
-        if load(cells, at + DST_STEP) == 1 and load(cells, at + SRC_STEP) == 1:
-            return adjacent(cells, at, w, now, slot, thread, threads)
-        return spaced(cells, at, w, now, slot, thread, threads)
+    def either(cells, at, w, slot, run):
+        if load(cells, at + abi.DST_STEP) == 1 and load(cells, at + abi.SRC_STEP) == 1:
+            return adjacent(cells, at, w, slot, run)
+        return spaced(cells, at, w, slot, run)
 
     if layout == "flat":
         return adjacent

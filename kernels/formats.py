@@ -21,10 +21,9 @@ class Format(NamedTuple):
 
     ``decode(stored)`` gives a float32 (a float64 for f64). ``encode(value, word)`` takes a float32
     and ``encode_wide(value, word)`` a float64; they round once to nearest even, or, in the formats
-    called ``~``, by the 16 random bits of ``word``. Raw formats are moved, not computed with.
-
-    A format in two parts names the format of its companion in ``low`` and has in ``complete`` the
-    functions ``join(stored, low)`` and ``rest(value)``, around ``encode``.
+    called ``~``, by the 16 random bits of ``word``. Raw formats are moved, not computed with. A
+    format in two parts has the format of its companion in ``low``, and ``join(stored, low)`` and
+    ``rest(value)`` in ``complete``.
     """
 
     itemsize: int

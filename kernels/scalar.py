@@ -35,10 +35,8 @@ def lerp(avg, x, w):
     """``avg + w * (x - avg)``: two roundings, one in the difference and one in the fma.
 
     With ``u`` half a unit in the last place of 1, the error is at most
-    ``u * |result| + w * u * |x - avg|`` for the ``w`` given (which a caller has rounded to the same
-    type, an error of the size of the second term). ``x == avg`` is a fixed point, and ``w == 1``
-    gives ``x`` itself whatever ``avg`` holds. An infinite ``avg`` becomes NaN (infinity minus
-    infinity), unless ``w == 1``.
+    ``u * |result| + w * u * |x - avg|`` for the ``w`` given. ``x == avg`` is a fixed point, and
+    ``w == 1`` gives ``x`` itself; otherwise an infinite ``avg`` becomes NaN.
     """
     return x if w == 1 else fma(w, x - avg, avg)
 
@@ -152,10 +150,7 @@ def encode_bf16_of_bf16(value):
 
 
 def encode_bf16_of_bf16_random(value, word):
-    """:func:`encode_bf16_random` under the same condition.
-
-    A weighted mean of two bfloat16 numbers is no larger than they are: it cannot carry to infinity.
-    """
+    """:func:`encode_bf16_random` for a weighted mean of two bfloat16, which cannot overflow."""
     return narrow16(shr32(add32(bits32(value), word), 16))
 
 
@@ -188,11 +183,7 @@ def encode_f16_random(value, word):
 
 
 def round_to_odd(value):
-    """A float64 as float32, an inexact result forced to an odd last bit.
-
-    Rounding that again to 16 bits equals rounding the float64 once; two roundings to nearest do
-    not.
-    """
+    """A float64 as float32, an inexact result forced to an odd last bit: safe to round again."""
     nearest = np.float32(value)
     back = np.float64(nearest)
     bits = bits32(nearest)
@@ -230,10 +221,7 @@ def park_shadow(avg, weight):
 
 
 def unpark_shadow(model, parked):
-    """The float32 average again, bit for bit.
-
-    But for a NaN that became quiet: it is none that has come from arithmetic or from a bfloat16.
-    """
+    """The float32 average again, bit for bit, but for NaNs that :func:`park_model` made quiet."""
     rounded = widen16(model)
     nan = above32(and32(rounded, 0x7FFF), 0x7F80)
     up = select32(nan, 0, and32(shr32(parked, 15), 1))
@@ -246,10 +234,7 @@ def join_halves(high, low):
 
 
 def split_high(value):
-    """The bfloat16 nearest to a float32, ties away from zero: the half that is used by itself.
-
-    A NaN is a quiet one, which takes less than to keep it as :func:`park_model` does.
-    """
+    """The bfloat16 nearest to a float32, ties away from zero; a NaN becomes quiet."""
     bits = bits32(value)
     nan = above32(and32(bits, 0x7FFFFFFF), 0x7F800000)
     return narrow16(select32(nan, or32(shr32(bits, 16), 0x40), _rounded_away(bits)))

@@ -2,11 +2,12 @@
 
 A step is a function of stored values, written in words, without addresses and loops:
 
-``apply(d, low, s, r, w, word) -> (d, low, s, r, one, two, three)``
+``apply(d, low, s, r, w, word) -> (d, low, s, r, measures)``
 
 of the written side, its companion, the other side and the ring's slot, the row's number and 16
 random bits, to what is stored afterwards and three numbers that are summed. What a step does not
-touch is neither loaded nor stored.
+touch is neither loaded nor stored. A function here makes the step of one row of
+:data:`fastema.kernels.operations.OPERATIONS`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fastema.kernels.formats import FORMATS, access
 from fastema.kernels.jit import device_fn
 from fastema.kernels.words import nan_to_zero, narrow16
 
-_ZERO = np.float32(0)
+_NOTHING = (np.float32(0),) * 3
+"""The measures of a step that measures nothing."""
 
 
 class Formats(NamedTuple):
@@ -34,17 +36,9 @@ class Formats(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One operation on one set of formats.
+    """One operation on one set of formats, computed in ``real``; ``apply`` as in the module.
 
-    Attributes
-    ----------
-    formats : Formats
-    real : type
-        The float type that it computes in.
-    apply : function
-        See the module.
-    reads, writes : str
-        The streams it touches: letters of ``d``, ``l``, ``s`` and ``r``.
+    ``reads`` and ``writes`` are the streams it touches: letters of ``d``, ``l``, ``s`` and ``r``.
     """
 
     formats: Formats
@@ -72,7 +66,7 @@ def lerp(dst: str, src: str, device: str) -> Step:
     @device_fn
     def apply(d, low, s, r, w, word):
         new, rest = write(scalar.lerp(read(d, low), read_src(s), w), word)
-        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+        return new, rest, s, r, _NOTHING
 
     return _step(dst, src, apply, "ds", "d", real)
 
@@ -88,7 +82,7 @@ def lerp_measured(dst: str, src: str, device: str) -> Step:
         after = read(new, rest)
         distance = x - after
         still = real(1) if after == before else real(0)
-        return new, rest, s, r, distance * distance, after * after, still
+        return new, rest, s, r, (distance * distance, after * after, still)
 
     return _step(dst, src, apply, "ds", "d", real)
 
@@ -100,7 +94,7 @@ def add(dst: str, src: str, device: str) -> Step:
     @device_fn
     def apply(d, low, s, r, w, word):
         new, rest = write(scalar.fma(w, read_src(s), read(d, low)), word)
-        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+        return new, rest, s, r, _NOTHING
 
     return _step(dst, src, apply, "ds", "d", real)
 
@@ -112,7 +106,7 @@ def copy(dst: str, src: str, device: str) -> Step:
     @device_fn
     def apply(d, low, s, r, w, word):
         new, rest = write(read_src(s), word)
-        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+        return new, rest, s, r, _NOTHING
 
     return _step(dst, src, apply, "s", "d", real)
 
@@ -123,7 +117,7 @@ def give(dst: str, src: str, device: str) -> Step:
 
     @device_fn
     def apply(d, low, s, r, w, word):
-        return d, low, write_src(read(d, low)), r, _ZERO, _ZERO, _ZERO
+        return d, low, write_src(read(d, low)), r, _NOTHING
 
     return _step(dst, src, apply, "d", "s", real)
 
@@ -140,14 +134,9 @@ def finite(dst: str, src: str, device: str) -> Step:
     def apply(d, low, s, r, w, word):
         x = read_src(s)
         bad = real(0) if abs(x) <= largest else real(1)
-        return d, low, s, r, bad, real(0), real(0)
+        return d, low, s, r, (bad, real(0), real(0))
 
     return _step(dst, src, apply, "s", "", real)
-
-
-@device_fn
-def _swap_halves(d, low, s, r, w, word):
-    return scalar.stowed_high(s), narrow16(s), scalar.unstowed(d, low), r, _ZERO, _ZERO, _ZERO
 
 
 def swap(dst: str, src: str, device: str) -> Step:
@@ -157,71 +146,67 @@ def swap(dst: str, src: str, device: str) -> Step:
     read and written.
     """
     if FORMATS[dst].low is not None and src == "raw4":
-        return _step(dst, src, _swap_halves, "ds", "ds")
+        return _on_bits(_swapped_halves)(dst, src, device)
     real, read, write, read_src, write_src = access(dst, src, device)
 
     @device_fn
     def apply(d, low, s, r, w, word):
         new, rest = write(read_src(s), word)
-        return new, rest, write_src(read(d, low)), r, _ZERO, _ZERO, _ZERO
+        return new, rest, write_src(read(d, low)), r, _NOTHING
 
     return _step(dst, src, apply, "ds", "ds", real)
 
 
-def park(dst: str, src: str, device: str) -> Step:
-    """Put a float32 average (``raw4``) into bfloat16 weights (``raw2``), losing no bit of either.
-
-    The average's storage holds the raw weights and what the model has no room for until
-    :func:`unpark`.
-    """
+def _on_bits(moved: Any, writes: str = "ds") -> Callable[[str, str, str], Step]:
+    """What makes the step ``moved(d, low, s) -> (d, low, s)`` on raw bits."""
 
     @device_fn
     def apply(d, low, s, r, w, word):
-        return scalar.park_shadow(d, s), low, scalar.park_model(d), r, _ZERO, _ZERO, _ZERO
+        d, low, s = moved(d, low, s)
+        return d, low, s, r, _NOTHING
 
-    return _step(dst, src, apply, "ds", "ds")
-
-
-def unpark(dst: str, src: str, device: str) -> Step:
-    """Undo :func:`park`."""
-
-    @device_fn
-    def apply(d, low, s, r, w, word):
-        return scalar.unpark_shadow(s, d), low, scalar.unpark_model(d), r, _ZERO, _ZERO, _ZERO
-
-    return _step(dst, src, apply, "ds", "ds")
+    return lambda dst, src, device: _step(dst, src, apply, "ds", writes)
 
 
-def read_read_write(dst: str, src: str, device: str) -> Step:
-    """``dst ^= src``: the traffic of an update with the least arithmetic there is, a yardstick."""
+@device_fn
+def _swapped_halves(d, low, s):
+    return scalar.stowed_high(s), narrow16(s), scalar.unstowed(d, low)
 
-    @device_fn
-    def apply(d, low, s, r, w, word):
-        return d ^ s, low, s, r, _ZERO, _ZERO, _ZERO
 
-    return _step(dst, src, apply, "ds", "d")
+@device_fn
+def _parked(d, low, s):
+    return scalar.park_shadow(d, s), low, scalar.park_model(d)
+
+
+@device_fn
+def _unparked(d, low, s):
+    return scalar.unpark_shadow(s, d), low, scalar.unpark_model(d)
+
+
+@device_fn
+def _mixed(d, low, s):
+    return d ^ s, low, s
+
+
+park = _on_bits(_parked)
+"""Put a float32 average (``raw4``) into bfloat16 weights (``raw2``), losing no bit of either.
+
+The average's storage holds the raw weights and what the model has no room for until ``unpark``."""
+
+unpark = _on_bits(_unparked)
+
+read_read_write = _on_bits(_mixed, writes="d")
+"""``dst ^= src``: the traffic of an update with the least arithmetic there is, a yardstick."""
 
 
 class Window(NamedTuple):
-    """The steps of a windowed mean; the number of a row is how many values the mean is of.
+    """The steps of a windowed mean; the number of a row is how many values the mean is of."""
 
-    Attributes
-    ----------
-    slide : Step
-        Take the newest value in and the oldest, which it overwrites, out.
-    grow : Step
-        Take the newest value in while there is room.
-    put : Step
-        Store the newest value and leave the mean alone.
-    begin, fold : Step
-        The mean afresh: of one slot, and of one more.
-    """
-
-    slide: Step
-    grow: Step
-    put: Step
-    begin: Step
-    fold: Step
+    slide: Step  # takes the newest value in and the oldest, which it overwrites, out
+    grow: Step  # takes the newest value in while there is room
+    put: Step  # stores the newest value and leaves the mean alone
+    begin: Step  # the mean afresh, of one slot
+    fold: Step  # and of one more
 
 
 def window(dst: str, src: str, ring: str, low: str, device: str) -> Window:
@@ -245,28 +230,28 @@ def window(dst: str, src: str, ring: str, low: str, device: str) -> Window:
     def slide(d, low, s, r, n, word):
         stored = keep(read_src(s), word)
         new, rest = moved(d, low, real(recall(stored)), real(recall(r)), real(0), n, word)
-        return new, rest, s, stored, _ZERO, _ZERO, _ZERO
+        return new, rest, s, stored, _NOTHING
 
     @device_fn
     def grow(d, low, s, r, n, word):
         stored = keep(read_src(s), word)
         new, rest = moved(d, low, real(recall(stored)), read(d, low), real(low), n, word)
-        return new, rest, s, stored, _ZERO, _ZERO, _ZERO
+        return new, rest, s, stored, _NOTHING
 
     @device_fn
     def put(d, low, s, r, n, word):
-        return d, low, s, keep(read_src(s), word), _ZERO, _ZERO, _ZERO
+        return d, low, s, keep(read_src(s), word), _NOTHING
 
     @device_fn
     def begin(d, low, s, r, n, word):
         x = real(recall(r))
         new, _ = write(x, word)
-        return new, as_rest(nan_to_zero(x - read(new, low))), s, r, _ZERO, _ZERO, _ZERO
+        return new, as_rest(nan_to_zero(x - read(new, low))), s, r, _NOTHING
 
     @device_fn
     def fold(d, low, s, r, n, word):
         new, rest = moved(d, low, real(recall(r)), read(d, low), real(low), n, word)
-        return new, rest, s, r, _ZERO, _ZERO, _ZERO
+        return new, rest, s, r, _NOTHING
 
     formats = Formats(dst, src, low, ring)
     return Window(

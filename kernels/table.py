@@ -39,23 +39,24 @@ Control, ``int64[CONTROLS]``:
 ``TURN``         values that went into the ring so far, this update's included
 ===============  ==================================================================================
 
-On a GPU the numbers, up to ``MOST_TOGETHER``, and what the control block has of the moment are
+On a GPU the numbers, up to ``MAX_AVERAGES``, and what the control block has of the moment are
 parameters of the kernel. Where a captured graph is to run the kernel again at later steps, they
 are in device memory instead and advance there: the *clock*, ``int64[CLOCK_CELLS]``, which begins
 like a control block.
 
 ===============  ==================================================================================
 ``IDLE``         not 0 where nothing is to be done at this step (in the place of ``NEXT``)
-``WEIGHTS``      the numbers, ``float64[MOST_TOGETHER]``
+``WEIGHTS``      the numbers, ``float64[MAX_AVERAGES]``
 ``DONE``         updates so far, those that had nothing to do included
 ``START``        updates before the averages begin
 ``EVERY``        work is done at every so many-th update
-``PIECES``       for each of the averages, the address and the number of rows of the table of its
+``TABLES``       for each of the averages, the address and the number of rows of the table of its
                  weights
 ===============  ==================================================================================
 
-That table, ``float64[rows, PIECE]``, is made by :mod:`fastema.engine.pieces`: ``FIRST``, the first
-update of a piece, ``SCALE``, and from ``COEFFICIENTS`` on those of a polynomial of ``DEGREE``.
+That table, ``float64[rows, WEIGHT_COLUMNS]``, is made by :mod:`fastema.engine.weight_table`:
+``FIRST``, the first update of a piece, ``SCALE``, and from ``COEFFICIENTS`` on those of a
+polynomial of ``DEGREE``.
 
 Measures, per row: ``DISTANCE`` and ``SQUARE``, the sums of squares of weights minus average and of
 the average after the update, and ``STILL``, the number of elements that did not change; a kernel
@@ -70,80 +71,50 @@ sides of a multiple of ``2**32``.
 
 from __future__ import annotations
 
-from typing import Final
+DST, SRC, COUNT, DST_STEP, SRC_STEP, WHICH = range(6)
+INDEX, INDEX_STEP, INDEX_RUN, INDEX_JUMP, KEY = range(6, 11)
+LOW, RING, RING_STRIDE = range(11, 14)
+COLUMNS = 14
 
-DST: Final = 0
-SRC: Final = 1
-COUNT: Final = 2
-DST_STEP: Final = 3
-SRC_STEP: Final = 4
-WHICH: Final = 5
-INDEX: Final = 6
-INDEX_STEP: Final = 7
-INDEX_RUN: Final = 8
-INDEX_JUMP: Final = 9
-KEY: Final = 10
-LOW: Final = 11
-RING: Final = 12
-RING_STRIDE: Final = 13
-COLUMNS: Final = 14
+NEXT, CLAIM, SEED, STEP, RESULTS, WINDOW, SLOT, TURN = range(8)
+CONTROLS = 8
 
-NEXT: Final = 0
-CLAIM: Final = 1
-SEED: Final = 2
-STEP: Final = 3
-RESULTS: Final = 4
-WINDOW: Final = 5
-SLOT: Final = 6
-TURN: Final = 7
-CONTROLS: Final = 8
+IDLE = NEXT
+MAX_AVERAGES = 8
+WEIGHTS = CONTROLS
+DONE, START, EVERY, TABLES = range(WEIGHTS + MAX_AVERAGES, WEIGHTS + MAX_AVERAGES + 4)
+CLOCK_CELLS = TABLES + 2 * MAX_AVERAGES
 
-IDLE: Final = NEXT
-MOST_TOGETHER: Final = 8
-WEIGHTS: Final = CONTROLS
-DONE: Final = WEIGHTS + MOST_TOGETHER
-START: Final = DONE + 1
-EVERY: Final = DONE + 2
-PIECES: Final = DONE + 3
-CLOCK_CELLS: Final = PIECES + 2 * MOST_TOGETHER
+FIRST, SCALE, COEFFICIENTS = range(3)
+DEGREE = 11
+WEIGHT_COLUMNS = COEFFICIENTS + DEGREE + 1
 
-FIRST: Final = 0
-SCALE: Final = 1
-COEFFICIENTS: Final = 2
-DEGREE: Final = 11
-PIECE: Final = COEFFICIENTS + DEGREE + 1
+DISTANCE, SQUARE, STILL = range(3)
+MEASURES = 3
 
-DISTANCE: Final = 0
-SQUARE: Final = 1
-STILL: Final = 2
-MEASURES: Final = 3
-
-MEASURING: Final = frozenset({"lerp_measured", "finite"})
-"""Operations that write measures of every row."""
-
-CHUNK: Final = 1 << 16
+CHUNK = 1 << 16
 """Most elements in one row: small enough that the threads finish together, large enough that the
 atomic step on the control block (about 20 ns) is lost in the work."""
 
-GPU_THREADS: Final = 256
+SHARED_CHUNK = 1 << 14
+"""The same where several rows work on one chunk, which must stay in the second-level cache."""
+
+GPU_THREADS = 256
 """Threads of a block on a GPU."""
 
-GPU_CHUNKS: Final = 1 << 12, 1 << 16
+GPU_CHUNKS = 1 << 12, 1 << 16
 """Elements in one row for a GPU, at least and at most. A block of threads takes a row: there should
 be many more of them than run at a time (about a thousand), lest the last ones run alone."""
 
-GPU_ROWS: Final = 1 << 14
+GPU_ROWS = 1 << 14
 """Rows that a GPU's table should have at least."""
 
-SHARED_CHUNK: Final = 1 << 14
-"""The same where several rows work on one chunk, which must stay in the second-level cache."""
-
-BLOCK: Final = 64
+BLOCK = 64
 """Elements in the inner loop of constant length: a whole number of cache lines for every dtype."""
 
-LINE: Final = 64
+LINE = 64
 """Bytes of a cache line."""
 
-PREFETCH: Final = 2048
+PREFETCH = 2048
 """Bytes a flat kernel asks for ahead of its loads. 1-2 KB measured level on an idle machine, 2 KB
 up to 15 % better on a busy one; from 4 KB on it is slower."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 from fractions import Fraction
 
 import numpy as np
@@ -20,6 +21,7 @@ from numba import types
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, ConcreteTemplate, infer_global
 from numba.extending import lower_builtin
+from numba.np.numpy_support import as_dtype
 
 _u8, _u16, _u32, _i32, _i64 = types.uint8, types.uint16, types.uint32, types.int32, types.int64
 _f32, _f64, _bool = types.float32, types.float64, types.boolean
@@ -62,52 +64,24 @@ def _address(builder, value, pointee):
 # -- 32-bit integers that stay 32 bits ------------------------------------------------------------
 
 
-@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.add(x, y))
-def add32(x, y):
-    """``x + y`` modulo 2**32."""
-    return np.uint32((int(x) + int(y)) & 0xFFFFFFFF)
+def _word32(name, python, llvm):
+    """A binary operation on ``uint32``, modulo 2**32."""
+
+    def word(x, y):
+        return np.uint32(python(int(x), int(y)) & 0xFFFFFFFF)
+
+    word.__name__ = word.__qualname__ = name
+    return _word(_u32(_u32, _u32), llvm=llvm)(word)
 
 
-@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.sub(x, y))
-def sub32(x, y):
-    """``x - y`` modulo 2**32."""
-    return np.uint32((int(x) - int(y)) & 0xFFFFFFFF)
-
-
-@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.mul(x, y))
-def mul32(x, y):
-    """``x * y`` modulo 2**32."""
-    return np.uint32((int(x) * int(y)) & 0xFFFFFFFF)
-
-
-@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.and_(x, y))
-def and32(x, y):
-    """Bitwise and."""
-    return np.uint32(int(x) & int(y))
-
-
-@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.or_(x, y))
-def or32(x, y):
-    """Bitwise or."""
-    return np.uint32(int(x) | int(y))
-
-
-@_word(_u32(_u32, _u32), llvm=lambda b, x, y: b.xor(x, y))
-def xor32(x, y):
-    """Bitwise exclusive or."""
-    return np.uint32(int(x) ^ int(y))
-
-
-@_word(_u32(_u32, _u32), llvm=lambda b, x, n: b.shl(x, n))
-def shl32(x, n):
-    """Shift left by ``n < 32`` bits."""
-    return np.uint32((int(x) << int(n)) & 0xFFFFFFFF)
-
-
-@_word(_u32(_u32, _u32), llvm=lambda b, x, n: b.lshr(x, n))
-def shr32(x, n):
-    """Shift right by ``n < 32`` bits, zeros coming in."""
-    return np.uint32(int(x) >> int(n))
+add32 = _word32("add32", operator.add, ir.IRBuilder.add)
+sub32 = _word32("sub32", operator.sub, ir.IRBuilder.sub)
+mul32 = _word32("mul32", operator.mul, ir.IRBuilder.mul)
+and32 = _word32("and32", operator.and_, ir.IRBuilder.and_)
+or32 = _word32("or32", operator.or_, ir.IRBuilder.or_)
+xor32 = _word32("xor32", operator.xor, ir.IRBuilder.xor)
+shl32 = _word32("shl32", operator.lshift, ir.IRBuilder.shl)  # by less than 32 bits
+shr32 = _word32("shr32", operator.rshift, ir.IRBuilder.lshr)  # the same, zeros coming in
 
 
 @_word(_bool(_u32, _u32), llvm=lambda b, x, y: b.icmp_unsigned(">", x, y))
@@ -263,46 +237,23 @@ class _Pointer:
         self.cells[int(i)] = getattr(value, "item", lambda: value)()
 
 
-def _pointer_word(numba_type, pointee):
-    return _word(
-        types.CPointer(numba_type)(_i64), llvm=lambda b, address: _address(b, address, pointee)
-    )
+def _pointer_word(name, numba_type, pointee, c_type):
+    scalar = as_dtype(numba_type).type
+
+    def pointer(address):
+        return _Pointer(address, c_type, scalar)
+
+    pointer.__name__ = pointer.__qualname__ = name
+    kind = types.CPointer(numba_type)
+    return _word(kind(_i64), llvm=lambda b, address: _address(b, address, pointee))(pointer)
 
 
-@_pointer_word(_u8, _I8)
-def pointer_u8(address):
-    """An address of bytes."""
-    return _Pointer(address, ctypes.c_uint8, np.uint8)
-
-
-@_pointer_word(_u16, _I16)
-def pointer_u16(address):
-    """An address of 16-bit words."""
-    return _Pointer(address, ctypes.c_uint16, np.uint16)
-
-
-@_pointer_word(_u32, _I32)
-def pointer_u32(address):
-    """An address of 32-bit words."""
-    return _Pointer(address, ctypes.c_uint32, np.uint32)
-
-
-@_pointer_word(_i64, _I64)
-def pointer_i64(address):
-    """An address of 64-bit integers (tables)."""
-    return _Pointer(address, ctypes.c_int64, np.int64)
-
-
-@_pointer_word(_f32, _FLOAT)
-def pointer_f32(address):
-    """An address of float32."""
-    return _Pointer(address, ctypes.c_float, np.float32)
-
-
-@_pointer_word(_f64, ir.DoubleType())
-def pointer_f64(address):
-    """An address of float64."""
-    return _Pointer(address, ctypes.c_double, np.float64)
+pointer_u8 = _pointer_word("pointer_u8", _u8, _I8, ctypes.c_uint8)
+pointer_u16 = _pointer_word("pointer_u16", _u16, _I16, ctypes.c_uint16)
+pointer_u32 = _pointer_word("pointer_u32", _u32, _I32, ctypes.c_uint32)
+pointer_i64 = _pointer_word("pointer_i64", _i64, _I64, ctypes.c_int64)
+pointer_f32 = _pointer_word("pointer_f32", _f32, _FLOAT, ctypes.c_float)
+pointer_f64 = _pointer_word("pointer_f64", _f64, ir.DoubleType(), ctypes.c_double)
 
 
 STREAMS = ("dst", "src", "low", "ring")
@@ -319,7 +270,7 @@ def tag(builder, instruction, stream):
 
 
 def is_cuda(context):
-    """Whether code is made for a GPU (without importing numba-cuda to ask)."""
+    """Whether code is made for a GPU."""
     return type(context).__name__ == "CUDATargetContext"
 
 
@@ -356,103 +307,51 @@ def _element_of(context, builder, pointer, i):
     return builder.gep(pointer, [i])
 
 
-def _load_word(stream):
-    def register(python):
-        def generic(self, args, kws):
-            return signature(args[0].dtype, args[0], _i64)
+def _load_word(name, stream=None):
+    def load(pointer, i):
+        return pointer.load(i)
 
-        typed(python, AbstractTemplate, generic=generic)
+    def generic(self, args, kws):
+        return signature(args[0].dtype, args[0], _i64)
 
-        @lower_builtin(python, types.CPointer, _i64)
-        def emit(context, builder, sig, args):
-            value = builder.load(_element_of(context, builder, *args))
-            if stream is not None:
-                tag(builder, value, stream)
-            return value
+    load.__name__ = load.__qualname__ = name
+    typed(load, AbstractTemplate, generic=generic)
 
-        return python
+    @lower_builtin(load, types.CPointer, _i64)
+    def emit(context, builder, sig, args):
+        value = builder.load(_element_of(context, builder, *args))
+        if stream is not None:
+            tag(builder, value, stream)
+        return value
 
-    return register
-
-
-def _store_word(stream):
-    def register(python):
-        def generic(self, args, kws):
-            return signature(types.void, args[0], _i64, args[0].dtype)
-
-        typed(python, AbstractTemplate, generic=generic)
-
-        @lower_builtin(python, types.CPointer, _i64, types.Any)
-        def emit(context, builder, sig, args):
-            pointer, i, value = args
-            written = builder.store(value, _element_of(context, builder, pointer, i))
-            if stream is not None:
-                tag(builder, written, stream)
-            return context.get_dummy_value()
-
-        return python
-
-    return register
+    return load
 
 
-@_load_word(stream=None)
-def load(pointer, i):
-    """Element ``i`` of a table or a scalar block."""
-    return pointer.load(i)
+def _store_word(name, stream=None):
+    def store(pointer, i, value):
+        pointer.store(i, value)
+
+    def generic(self, args, kws):
+        return signature(types.void, args[0], _i64, args[0].dtype)
+
+    store.__name__ = store.__qualname__ = name
+    typed(store, AbstractTemplate, generic=generic)
+
+    @lower_builtin(store, types.CPointer, _i64, types.Any)
+    def emit(context, builder, sig, args):
+        pointer, i, value = args
+        written = builder.store(value, _element_of(context, builder, pointer, i))
+        if stream is not None:
+            tag(builder, written, stream)
+        return context.get_dummy_value()
+
+    return store
 
 
-@_load_word(stream="dst")
-def load_dst(pointer, i):
-    """Element ``i`` of the written side."""
-    return pointer.load(i)
-
-
-@_load_word(stream="src")
-def load_src(pointer, i):
-    """Element ``i`` of the other side."""
-    return pointer.load(i)
-
-
-@_load_word(stream="low")
-def load_low(pointer, i):
-    """Element ``i`` of the written side's companion."""
-    return pointer.load(i)
-
-
-@_load_word(stream="ring")
-def load_ring(pointer, i):
-    """Element ``i`` of a slot of the ring."""
-    return pointer.load(i)
-
-
-@_store_word(stream=None)
-def store(pointer, i, value):
-    """Write element ``i`` of a scratch area."""
-    pointer.store(i, value)
-
-
-@_store_word(stream="dst")
-def store_dst(pointer, i, value):
-    """Write element ``i`` of the written side."""
-    pointer.store(i, value)
-
-
-@_store_word(stream="src")
-def store_src(pointer, i, value):
-    """Write element ``i`` of the other side (a swap)."""
-    pointer.store(i, value)
-
-
-@_store_word(stream="low")
-def store_low(pointer, i, value):
-    """Write element ``i`` of the written side's companion."""
-    pointer.store(i, value)
-
-
-@_store_word(stream="ring")
-def store_ring(pointer, i, value):
-    """Write element ``i`` of a slot of the ring."""
-    pointer.store(i, value)
+# Element i of tables, control blocks and scratch areas; then of each stream.
+load, store = _load_word("load"), _store_word("store")
+load_dst, load_src, load_low, load_ring = (_load_word(f"load_{one}", one) for one in STREAMS)
+store_dst, store_src, store_low, store_ring = (_store_word(f"store_{one}", one) for one in STREAMS)
 
 
 def _prefetch(builder, address):

@@ -301,7 +301,7 @@ def run_rows() -> Callable[..., None]:
             cells[[abi.DST_STEP, abi.SRC_STEP]] = steps or (1, 1)
         numbers, control = np.array([weight]), np.zeros(abi.CONTROLS, np.int64)
         control[abi.CLAIM] = 1
-        made = kernel("cpu", operation, (dst, src), layout)
+        made = kernel(operation, (dst, src), layout)
         made(table.ctypes.data, len(table), numbers.ctypes.data, control.ctypes.data)
 
     return run

@@ -131,15 +131,8 @@ FAULTS = [
         "engine",
         "first share",
         "fastema/engine/watch.py",
-        "if not share and self._others.changed()",
-        "if share and self._others.changed()",
-    ),
-    Fault(
-        "engine",
-        "first share, by attributes",
-        "fastema/engine/watch.py",
-        "if not share and self._held.changed()",
-        "if share and self._held.changed()",
+        "(share == 0 and self._replaced())",
+        "(share != 0 and self._replaced())",
     ),
     Fault(
         "engine",

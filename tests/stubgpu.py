@@ -23,7 +23,8 @@ from fastema.engine import cuda_group
 from fastema.engine.cubins import CLOCK, Cubin, Key
 from fastema.kernels import cuda, cuda_clock
 from fastema.kernels.jit import cpu_kernel
-from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, MEASURING, SQUARE, STILL
+from fastema.kernels.operations import OPERATIONS
+from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
 from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
 
@@ -41,7 +42,7 @@ SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64
 @cache
 def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
     """A kernel with the parameters it has on a GPU, its blocks and threads in a row."""
-    body, measures = cuda.bodies(operation, formats, layout), operation in MEASURING
+    body, measures = cuda.bodies(operation, formats, layout), OPERATIONS[operation].measures
     number_of, moment_of, rows_of = cuda._number, cuda._moment, cuda._rows
 
     def run(  # type: ignore[no-untyped-def]

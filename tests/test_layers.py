@@ -69,6 +69,7 @@ TABLE = {
     "kernels": Room(theirs="numba numpy llvmlite", never="numba.cuda"),
     "kernels.scalar": Room(theirs="numpy"),
     "kernels.table": Room(theirs="numpy", own_room=False),
+    "kernels.operations": Room(own_room=False),
     "kernels.words": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
     "kernels.jit": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
     "kernels.cuda": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
@@ -133,7 +134,9 @@ TABLE = {
     "bridges.torch_parts": Room(ours="layout errors typing", theirs="torch", own_room=False),
     "bridges.torch_ranks": Room(ours="layout errors typing", theirs="torch", own_room=False),
     "bridges.torch_foreach": Room(
-        ours="layout errors typing kernels.table", theirs="numpy torch", own_room=False
+        ours="layout errors typing kernels.table kernels.operations",
+        theirs="numpy torch",
+        own_room=False,
     ),
     # What ties an average to a model; it asks its surfaces what is to be paired.
     "binding": Room(ours="engine bridges layout errors typing"),

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastema.errors import DTypeError
-from fastema.kernels.table import DISTANCE, MEASURES, MEASURING, SQUARE, STILL
+from fastema.kernels.operations import OPERATIONS
+from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.group import Pair
 from fastema.layout.home import Substitute
 from fastema.layout.table import first_and_strides, tensor_key
@@ -36,8 +37,6 @@ BYTES: Final = 64
 """Most bytes of temporaries for an element."""
 
 _SPLIT: Final = "bf16+16"
-_BITS: Final = {"park", "unpark"}
-_CONVERTING: Final = {"copy", "swap", "give"}
 _LOW: Final = 0xFFFFFFFF
 _WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALVES: Final = (torch.float16, torch.bfloat16)
@@ -415,25 +414,17 @@ def _two_sum(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 # -- pairs into batches ----------------------------------------------------------------------------
 
-_OPERATIONS: Final[dict[str, Callable[[Batch, LaunchArgs], Tensor | None]]] = {
-    "lerp": _lerp,
-    "lerp_measured": _lerp_measured,
-    "add": _add,
-    "copy": _copy,
-    "give": _give,
-    "swap": _swap,
-    "finite": _finite,
-    "park": _park,
-    "unpark": _unpark,
-    "window": _window,
+_STAND_INS: Final[dict[str, Callable[[Batch, LaunchArgs], Tensor | None]]] = {
+    name: globals()[f"_{name}"] for name, one in OPERATIONS.items() if one.in_torch
 }
 
 
 def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
     """The type that a pair is computed in, and the form of its written side."""
     dst, src = pair.dst.kind, pair.src.kind
-    moves_bits = operation in _CONVERTING and dst == src and pair.form != _SPLIT
-    if operation in _BITS or moves_bits:
+    moves_bits = OPERATIONS[operation].moves_bits
+    equal = dst == src and pair.form != _SPLIT
+    if moves_bits == "always" or (moves_bits == "if equal" and equal):
         return _WORDS[dst.itemsize // dst.parts], ""
     if dst.real is None or src.real is None:
         raise DTypeError(
@@ -442,7 +433,7 @@ def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
     ring = None if pair.ring is None else pair.ring[0].kind.real
     real = torch.float64 if "f64" in (dst.real, src.real, ring) else torch.float32
     # A copy is best rounded to nearest.
-    return real, pair.form.removesuffix("~") if operation in _CONVERTING else pair.form
+    return real, pair.form.removesuffix("~") if moves_bits == "if equal" else pair.form
 
 
 def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[Tensor]:
@@ -452,9 +443,12 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
     in the order of the written side's memory; tensors that all lie alike have one axis.
     """
     specs = [pair.dst, pair.src]
-    if pair.low is not None and (form == _SPLIT or operation == "window"):
+    needs_ring = OPERATIONS[operation].needs_ring
+    if form == _SPLIT or needs_ring:
+        assert pair.low is not None
         specs.append(pair.low)
-    if pair.ring is not None and operation == "window":
+    if needs_ring:
+        assert pair.ring is not None
         specs.append(pair.ring[0])
     tensors = [spec.tensor.detach() for spec in specs]
     tensors = [torch.view_as_real(one) if one.is_complex() else one for one in tensors]
@@ -540,9 +534,9 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
     DTypeError
         For an unknown operation, and for averages of integers.
     """
-    function = _OPERATIONS.get(operation)
+    function = _STAND_INS.get(operation)
     if function is None:
-        known = ", ".join(_OPERATIONS)
+        known = ", ".join(_STAND_INS)
         raise DTypeError(f"{operation}: torch has no functions for it, only for {known}")
     prepared = batches(operation, pairs, AT_ONCE)
 
@@ -550,7 +544,7 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
         given = LaunchArgs(*args)
         with torch.inference_mode():  # where its tensors may be written too
             sums = [function(batch, given) for batch in prepared]
-        if operation not in MEASURING:
+        if not OPERATIONS[operation].measures:
             return None
         found = np.zeros((len(pairs), MEASURES))
         for batch, some in zip(prepared, sums, strict=True):

@@ -23,15 +23,10 @@ def _accept() -> None:
 class Steps(Generic[Value]):
     """What a :class:`RestoringBlock` does.
 
-    Parameters
-    ----------
-    apply : callable
-        Runs with signals held back as the block begins; returns what ``with ... as`` names.
-    restore : callable
-        Undoes it, exactly once, with signals held back. It also runs where ``apply`` raised, so it
-        has to look what there is to undo.
-    verify : callable, optional
-        Runs after ``restore`` if nothing was raised so far; what it raises comes out of the block.
+    ``apply`` runs with signals held back as the block begins and returns what ``with ... as``
+    names. ``restore`` undoes it, exactly once, with signals held back; it also runs where ``apply``
+    raised, so it has to look what there is to undo. ``verify`` runs after that if nothing was
+    raised so far; what it raises comes out of the block.
     """
 
     apply: Callable[[], Value]
@@ -66,19 +61,8 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
     - A call that is to restore may be interrupted as it begins. Nothing was restored then, so it is
       called again; what raised goes on afterwards. Three calls outlast three signals in a row.
 
-    ``__enter__`` is in Python, with a ``try`` around all that follows ``prepare``. Where signals
-    arrive during ``apply`` or ``restore`` they wait: :class:`~fastema.engine.interrupts.deferred`.
-
-    Examples
-    --------
-    >>> held = []
-    >>> def prepare():
-    ...     return Steps(apply=lambda: held.append("average"), restore=held.clear)
-    >>> with RestoringBlock(prepare):
-    ...     print(held)
-    ['average']
-    >>> held
-    []
+    ``__enter__`` is in Python, with a ``try`` around all that follows ``prepare``. Signals that
+    arrive during ``apply`` or ``restore`` wait: :class:`~fastema.engine.interrupts.deferred`.
     """
 
     def __init__(self, prepare: Callable[[], Steps[Value]]) -> None:

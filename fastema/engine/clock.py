@@ -12,21 +12,9 @@ from fastema.engine import cuda
 from fastema.engine.cubins import CLOCK, Key
 from fastema.engine.held import Held
 from fastema.engine.moment import Moment
-from fastema.engine.pieces import pieces
+from fastema.engine.weight_table import weight_table
 from fastema.errors import ArgumentError
-from fastema.kernels.table import (
-    CLOCK_CELLS,
-    DONE,
-    EVERY,
-    GPU_THREADS,
-    IDLE,
-    MOST_TOGETHER,
-    PIECES,
-    SEED,
-    START,
-    STEP,
-    WINDOW,
-)
+from fastema.kernels import table as abi
 from fastema.layout.home import Home
 
 __all__ = ["Clock", "homes_of", "tables_of"]
@@ -37,12 +25,11 @@ class _Hand:
 
     def __init__(self, home: Home) -> None:
         self.home = home
-        self.owner, self.address = home.upload(np.zeros(CLOCK_CELLS, np.int64))
-        gpu = cuda.device(home.index)
-        function = gpu.function(Key(CLOCK, (), "", gpu.capability))
+        self.owner, self.address = home.upload(np.zeros(abi.CLOCK_CELLS, np.int64))
+        self._gpu = gpu = cuda.device(home.index)
+        self._function = gpu.function(Key(CLOCK, (), "", gpu.capability))
         self._values = np.array([self.address], np.int64)
         self._places = np.array([self._values.ctypes.data], np.int64)
-        self._gpu, self._function = gpu, function
         self._tables: list[Any] = []
         self._held = Held(home)
 
@@ -54,13 +41,14 @@ class _Hand:
         return self._held.stream(owners, lambda: [self])
 
     def advance(self) -> None:
-        stream = self._stream()
-        self._gpu.launch(self._function, 1, GPU_THREADS, stream, int(self._places.ctypes.data))
+        places = int(self._places.ctypes.data)
+        self._gpu.launch(self._function, 1, abi.GPU_THREADS, self._stream(), places)
 
     def set(self, cells: NDArray[np.int64], tables: Sequence[NDArray[np.float64]]) -> None:
         uploaded = [self.home.upload(table) for table in tables]
-        for which, ((_, address), table) in enumerate(zip(uploaded, tables, strict=True)):
-            cells[PIECES + 2 * which], cells[PIECES + 2 * which + 1] = address, len(table)
+        for place, ((_, address), table) in enumerate(zip(uploaded, tables, strict=True)):
+            first = abi.TABLES + 2 * place
+            cells[first : first + 2] = address, len(table)
         self.home.write(self.owner, cells)
         self._tables = uploaded  # only now nobody reads the ones before
         self._held.renew()
@@ -68,17 +56,9 @@ class _Hand:
 
 
 class Clock:
-    """Counts updates on every device that has a part of the averages.
+    """Counts updates alike on every device that has a part of the averages.
 
-    Parameters
-    ----------
-    homes : sequence of Home
-        The devices; all count alike.
-
-    Raises
-    ------
-    DeviceError
-        If the kernel cannot be had.
+    Without the kernel that advances it, making one is a DeviceError.
     """
 
     def __init__(self, homes: Sequence[Home]) -> None:
@@ -95,23 +75,13 @@ class Clock:
         every: int,
         window: int = 0,
     ) -> None:
-        """Give the clock another time, and another schedule; waits for the devices.
+        """Go on after ``done`` updates with another schedule; waits for the devices.
 
-        Parameters
-        ----------
-        tables : sequence of numpy.ndarray
-            Of :func:`tables_of`; none for a windowed mean.
-        done : int
-            Updates so far.
-        seed, start, every : int
-            As of the average's schedule.
-        window : int
-            Slots of the ring, for a windowed mean.
+        ``tables`` are those of :func:`tables_of`, or none for a mean of ``window`` values.
         """
-        cells = np.zeros(CLOCK_CELLS, np.int64)
-        settings = {IDLE: 1, DONE: done, STEP: done, SEED: seed, START: start, EVERY: every}
-        for place, value in {**settings, WINDOW: window}.items():
-            cells[place] = value
+        cells = np.zeros(abi.CLOCK_CELLS, np.int64)
+        cells[[abi.IDLE, abi.DONE, abi.STEP, abi.SEED]] = 1, done, done, seed
+        cells[[abi.START, abi.EVERY, abi.WINDOW]] = start, every, window
         for hand in self._hands:
             hand.set(cells.copy(), tables)
 
@@ -123,38 +93,27 @@ class Clock:
     def done(self) -> int:
         """Updates so far; waits for the device."""
         hand = self._hands[0]
-        return int(hand.home.download(hand.owner)[DONE])
+        return int(hand.home.download(hand.owner)[abi.DONE])
 
 
 def tables_of(weights: Sequence[Callable[[int], float]]) -> list[NDArray[np.float64]]:
-    """The tables of a clock for several averages.
-
-    Parameters
-    ----------
-    weights : sequence of callable
-        For each average the weight of the new value at the ``u``-th update that works.
+    """The tables of a clock for averages with these weights at the ``u``-th update that works.
 
     Raises
     ------
     ArgumentError
         For more averages than a clock has room for, or weights that jump about.
     """
-    if len(weights) > MOST_TOGETHER:
+    if len(weights) > abi.MAX_AVERAGES:
         raise ArgumentError(
-            f"capturable=True holds up to {MOST_TOGETHER} averages, not {len(weights)}; build "
+            f"capturable=True holds up to {abi.MAX_AVERAGES} averages, not {len(weights)}; build "
             "two objects"
         )
-    return [pieces(weight) for weight in weights]
+    return [weight_table(weight) for weight in weights]
 
 
 def homes_of(devices: Mapping[str, Home | None]) -> list[Home]:
-    """The devices of a clock.
-
-    Raises
-    ------
-    ArgumentError
-        Naming a device that has none.
-    """
+    """The devices of a clock; an ArgumentError names one that has none."""
     for device, home in devices.items():
         if home is None:
             raise ArgumentError(

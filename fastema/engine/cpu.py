@@ -61,9 +61,9 @@ class _Pool:
 
     def close(self) -> None:
         with self.lock:
-            executor, self.executor = self.executor, None
-        if executor is not None:
-            executor.shutdown(wait=False)
+            if self.executor is not None:
+                self.executor.shutdown(wait=False)
+            self.executor = None
 
 
 _pool = _Pool(min(_cores(), MOST_THREADS))

@@ -4,79 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastema.engine import cpu
-from fastema.engine.group import formats_of, nothing_measured
+from fastema.engine.group import Group, formats_of
 from fastema.engine.moment import Moment
 from fastema.engine.registry import kernel
-from fastema.kernels.table import (
-    CLAIM,
-    CONTROLS,
-    DST,
-    MEASURES,
-    MEASURING,
-    NEXT,
-    RESULTS,
-    SEED,
-    SLOT,
-    SRC,
-    STEP,
-    TURN,
-    WHICH,
-    WINDOW,
-)
+from fastema.kernels import table as abi
+from fastema.kernels.operations import OPERATIONS
 from fastema.layout.group import Pair
 from fastema.layout.table import Rows, moved_bytes, numbered_tables
 
 __all__ = ["CpuGroup", "groups"]
 
-_SETTINGS: Final = np.array([SEED, STEP, WINDOW, SLOT, TURN])
-"""Columns of the control block that a moment gives, in its order."""
 
-
-class CpuGroup:
+class CpuGroup(Group):
     """Pairs of one tag, dtype pair and layout in the memory of the host."""
 
     def __init__(
-        self, tag: str, members: Sequence[Pair], layout: str, rows: Rows, together: int
+        self, tag: str, members: Sequence[Pair], layout: str, rows: Rows, claim: int
     ) -> None:
-        self.tag = tag
-        self.which: NDArray[np.int64] = rows.table[:, WHICH]
-        self._like, self._layout, self._table = members[0], layout, rows.table
-        self._members, self._pair = members, rows.pair
+        super().__init__(tag, members)
+        self.which = rows.table[:, abi.WHICH]
+        self._layout, self._table, self._pair = layout, rows.table, rows.pair
         self._offsets: dict[int, NDArray[np.int64]] = {}
         self._nbytes = moved_bytes(members)
         self._numbers = np.zeros(1 + max(pair.which for pair in members))
-        self._control = np.zeros(CONTROLS, np.int64)
-        self._control[CLAIM] = together
-        self._results = nothing_measured()
+        self._control = np.zeros(abi.CONTROLS, np.int64)
+        self._control[abi.CLAIM] = claim
+        self._results = super().results()
 
     def prepare(self, operation: str) -> Callable[[], None]:
         """Compile what an operation needs: the launch."""
-        compiled = kernel("cpu", operation, formats_of(operation, self._like), self._layout)
-        if operation in MEASURING and not len(self._results):
-            self._results = np.empty((len(self._table), MEASURES))
-            self._control[RESULTS] = self._results.ctypes.data
+        compiled = kernel(operation, formats_of(operation, self._members[0]), self._layout)
+        if OPERATIONS[operation].measures and not len(self._results):
+            self._results = np.empty((len(self._table), abi.MEASURES))
+            self._control[abi.RESULTS] = self._results.ctypes.data
         table, control = self._table.ctypes.data, self._control.ctypes.data
         numbers, rows = self._numbers.ctypes.data, len(self._table)
         return partial(cpu.launch, compiled, table, rows, numbers, control, self._nbytes)
 
-    def begin(self, moment: Moment) -> None:
-        """Take over what the next launches are to work with."""
-        self._numbers[:] = moment.numbers[: len(self._numbers)]
-        self._control[NEXT] = 0
-        self._control[_SETTINGS] = moment[1:6]
+    def begin(self, args: Moment) -> None:
+        """Put the arguments where the kernels read them."""
+        self._numbers[:] = args.numbers[: len(self._numbers)]
+        control = self._control
+        control[abi.NEXT] = 0
+        control[abi.SEED], control[abi.STEP] = args.seed, args.step
+        control[abi.WINDOW], control[abi.SLOT] = args.window, args.slot
+        control[abi.TURN] = args.turn
 
     def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
         """Go on with the same tensors at other addresses."""
         if dst is not None:
-            self._move(DST, [pair.dst.address for pair in self._members], dst)
+            self._move(abi.DST, [pair.dst.address for pair in self._members], dst)
         if src is not None:
-            self._move(SRC, [pair.src.address for pair in self._members], src)
+            self._move(abi.SRC, [pair.src.address for pair in self._members], src)
 
     def _move(self, column: int, before: Sequence[int], now: Mapping[str, int]) -> None:
         if column not in self._offsets:
@@ -92,6 +76,6 @@ class CpuGroup:
 
 def groups(tag: str, members: Sequence[Pair]) -> list[CpuGroup]:
     """The launches of pairs of one tag and dtype pair."""
-    together = len({pair.which for pair in members})
-    tables = numbered_tables(members, together)
-    return [CpuGroup(tag, members, layout, rows, together) for layout, rows in tables.items()]
+    averages = len({pair.which for pair in members})
+    tables = numbered_tables(members, averages)
+    return [CpuGroup(tag, members, layout, rows, averages) for layout, rows in tables.items()]

@@ -31,7 +31,7 @@ _COMPILERS: Final = (
 """Distributions whose version may change what comes out; some may be missing."""
 
 _MAGIC: Final = b"fastema cubin 1\n"
-_DIGEST: Final = hashlib.sha256().digest_size
+_HEAD: Final = len(_MAGIC) + hashlib.sha256().digest_size
 
 
 class Unavailable(DeviceError):
@@ -77,18 +77,20 @@ def _path(key: Key) -> Path | None:
     return folder / f"{key.operation}-{hashlib.sha256(content).hexdigest()[:24]}.cubin"
 
 
+def _sealed(body: bytes) -> bytes:
+    return _MAGIC + hashlib.sha256(body).digest()
+
+
 def _packed(made: Cubin) -> bytes:
     name = made.name.encode()
     body = len(name).to_bytes(4, "little") + name + made.code
-    return _MAGIC + hashlib.sha256(body).digest() + body
+    return _sealed(body) + body
 
 
 def _unpacked(stored: bytes) -> Cubin | None:
     """The entry; None if it is not whole."""
-    begin = len(_MAGIC) + _DIGEST
-    body = stored[begin:]
-    whole = stored[:begin] == _MAGIC + hashlib.sha256(body).digest()
-    if not whole:
+    body = stored[_HEAD:]
+    if stored[:_HEAD] != _sealed(body):
         return None
     end = 4 + int.from_bytes(body[:4], "little")
     return Cubin(body[4:end].decode(), body[end:])
@@ -119,11 +121,8 @@ def _compile(key: Key) -> Cubin:
     try:
         from fastema.kernels import cuda
 
-        operation, formats, layout, capability = key
-        if operation == CLOCK:
-            made = cuda.compile_clock(capability)
-        else:
-            made = cuda.compile_kernel(operation, formats, layout, capability)
+        clock = key.operation == CLOCK
+        made = cuda.compile_clock(key.capability) if clock else cuda.compile_kernel(*key)
     except Exception as error:  # the compilers' libraries have errors of their own, of no one kind
         reason = next(iter(str(error).strip().splitlines()), "") or "no message"
         raise Unavailable(
@@ -135,13 +134,7 @@ def _compile(key: Key) -> Cubin:
 
 
 def cubin(key: Key, compiled: Callable[[Key], Cubin] = _compile) -> Cubin:
-    """The machine code of a kernel, from the disk or compiled.
-
-    Parameters
-    ----------
-    key : Key
-    compiled : callable
-        What to do where it is not on the disk.
+    """The machine code of a kernel, from the disk or, where it is not there, compiled.
 
     Raises
     ------
@@ -149,9 +142,10 @@ def cubin(key: Key, compiled: Callable[[Key], Cubin] = _compile) -> Cubin:
         Saying in one sentence what is missing and what to install.
     """
     path = _path(key)
-    found = None if path is None else _read(path)
+    if path is None:
+        return compiled(key)
+    found = _read(path)
     if found is None:
         found = compiled(key)
-        if path is not None:
-            _write(path, found)
+        _write(path, found)
     return found

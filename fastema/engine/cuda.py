@@ -13,7 +13,7 @@ from fastema.engine.cubins import INSTALL, Cubin, Key, Unavailable, cubin
 from fastema.engine.locks import lock
 from fastema.errors import DeviceError
 
-__all__ = ["Device", "Function", "device", "refuse_forked"]
+__all__ = ["Device", "device", "refuse_forked"]
 
 _devices: dict[int, Device] = {}
 _making = lock()
@@ -31,13 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def refuse_forked() -> None:
-    """Refuse to go on in a process that was forked from one that had used CUDA.
-
-    Raises
-    ------
-    DeviceError
-        Saying what to do instead.
-    """
+    """Raise a DeviceError in a process that was forked from one that had used CUDA."""
     if _forked:
         raise DeviceError(
             "CUDA was in use before this process was forked and cannot be used in it: start "
@@ -47,13 +41,7 @@ def refuse_forked() -> None:
 
 
 def _driver() -> Any:
-    """The driver's functions.
-
-    Raises
-    ------
-    Unavailable
-        Without a driver, or the package that calls it.
-    """
+    """The driver's functions; Unavailable without a driver, or the package that calls it."""
     try:
         from cuda.bindings import driver
 
@@ -67,9 +55,6 @@ def _driver() -> Any:
         raise Unavailable(f"the CUDA driver does not start: {error.name}")
     return driver
 
-
-Function = Any
-"""A kernel that is loaded on a device."""
 
 _LEGACY_STREAM: Final = 1
 """The default stream of all threads by a name of its own: 0 is another one, for each thread, where
@@ -88,25 +73,14 @@ _NOT_TAKEN: Final = frozenset(
 class Device:
     """One GPU, by its number among those that the process sees.
 
-    Parameters
-    ----------
-    index : int
-
-    Attributes
-    ----------
-    capability : (int, int)
-        Compute capability, such as (9, 0).
-
-    Raises
-    ------
-    DeviceError
-        If the driver does not know it.
+    ``capability`` is its compute capability, such as (9, 0). A number that the driver does not know
+    is a DeviceError.
     """
 
     def __init__(self, index: int) -> None:
         self._driver = driver = _driver()
         self._index = index
-        self._functions: dict[Key, Function] = {}
+        self._functions: dict[Key, Any] = {}
         self._unavailable: dict[Key, str] = {}
         self._loading = lock()
         handle = self._asked(driver.cuDeviceGet(index))
@@ -118,18 +92,12 @@ class Device:
                 names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             )
         )
-        self.capability = (int(major), int(minor))
+        self.capability = int(major), int(minor)
         self._context = self._asked(driver.cuDevicePrimaryCtxRetain(handle))
         self._context_number = int(self._context)
 
     def _asked(self, answer: tuple[Any, ...]) -> Any:
-        """What a call of the driver gave.
-
-        Raises
-        ------
-        DeviceError
-            If it failed.
-        """
+        """What a call of the driver gave; DeviceError if it failed."""
         error, *rest = answer
         if error:
             advice = (
@@ -152,7 +120,7 @@ class Device:
     def _leave(self) -> None:
         self._asked(self._driver.cuCtxPopCurrent())
 
-    def function(self, key: Key) -> Function:
+    def function(self, key: Key) -> Any:
         """A kernel of this device; the first request loads it, and compiles it if need be.
 
         Raises
@@ -178,7 +146,7 @@ class Device:
             self._unavailable[key] = str(error)  # itself it would keep what its frames hold
             raise
 
-    def _loaded(self, key: Key, made: Cubin) -> Function:
+    def _loaded(self, key: Key, made: Cubin) -> Any:
         entered = self._enter()
         try:
             answer = self._driver.cuModuleLoadData(made.code)
@@ -195,18 +163,12 @@ class Device:
                 self._leave()
 
     def launch(
-        self, function: Function, blocks: int, threads: int, stream: int, parameters: int
+        self, function: Any, blocks: int, threads: int, stream: int, parameters: int
     ) -> None:
-        """Put a kernel on a stream.
+        """Put a kernel on a stream, given by its handle.
 
-        Parameters
-        ----------
-        function : Function
-        blocks, threads : int
-        stream : int
-            Its handle.
-        parameters : int
-            Address of an array of the addresses of the kernel's parameters, which are read now.
+        ``parameters`` is the address of an array of the addresses of the kernel's parameters, which
+        are read now.
 
         Raises
         ------
@@ -226,13 +188,7 @@ class Device:
 
 
 def device(index: int) -> Device:
-    """The GPU of a number; the same object every time.
-
-    Raises
-    ------
-    DeviceError
-        As :class:`Device`.
-    """
+    """The GPU of a number; the same object every time."""
     with _making:
         if index not in _devices:
             _devices[index] = Device(index)

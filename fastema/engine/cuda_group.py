@@ -8,7 +8,7 @@ the device, allocates nothing and waits for nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from fastema.engine import cuda
 from fastema.engine.cubins import Key, Unavailable
-from fastema.engine.group import formats_of, nothing_measured
+from fastema.engine.group import Group, formats_of
 from fastema.engine.held import Held, keep
 from fastema.engine.moment import Moment
 from fastema.errors import DTypeError, StateError
-from fastema.kernels.table import GPU_THREADS, MEASURES, MEASURING, MOST_TOGETHER, WHICH
+from fastema.kernels.operations import OPERATIONS
+from fastema.kernels.table import GPU_THREADS, MAX_AVERAGES, MEASURES, WHICH
 from fastema.layout.group import Pair
 from fastema.layout.home import Home, Substitute
 from fastema.layout.table import Table, chunk_tables, gpu_chunk
@@ -30,8 +31,14 @@ __all__ = ["CudaGroup", "SlowWarning", "groups"]
 
 _MOST_BLOCKS: Final = 2**31 - 1
 
-_CLOCK, _NUMBERS, _SETTINGS, _PARAMETERS = 3, 4, 4 + MOST_TOGETHER, 9 + MOST_TOGETHER
-"""Places among a kernel's parameters: table, rows, results, clock, numbers, settings."""
+_PARAMETERS: Final = np.dtype(
+    [
+        *((name, "i8") for name in ("table", "rows", "results", "clock")),
+        ("numbers", "f8", MAX_AVERAGES),
+        *((name, "i8") for name in ("seed", "step", "window", "slot", "turn")),
+    ]
+)
+"""A kernel's parameters, eight bytes each."""
 
 
 class SlowWarning(RuntimeWarning):
@@ -39,7 +46,7 @@ class SlowWarning(RuntimeWarning):
 
 
 _warned: set[str] = set()
-"""Devices of which it was said."""
+"""Devices that were warned of."""
 
 
 class _Part:
@@ -48,22 +55,23 @@ class _Part:
     def __init__(self, layout: str, table: Table) -> None:
         self.layout, self.table = layout, table
         self.owner: Any = None
-        self.values = np.zeros(_PARAMETERS, np.int64)
-        self.numbers = self.values[_NUMBERS:_SETTINGS].view(np.float64)
-        self.values[1] = len(table)
-        places = self.values.ctypes.data + 8 * np.arange(_PARAMETERS, dtype=np.int64)
-        self._places = places  # what the address below is of
-        self.parameters = int(places.ctypes.data)
+        self.values = np.zeros((), _PARAMETERS)
+        self.values["rows"] = len(table)
+        self._places = self.values.ctypes.data + np.arange(0, _PARAMETERS.itemsize, 8)
+        self.parameters = int(self._places.ctypes.data)
         self.blocks = min(len(table), _MOST_BLOCKS)
 
     def upload(self, home: Home) -> None:
         """Put the table where the kernels read it."""
         if self.owner is None:
-            self.owner, self.values[0] = home.upload(self.table)
+            self.owner, self.values["table"] = home.upload(self.table)
 
 
-class CudaGroup:
-    """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor."""
+class CudaGroup(Group):
+    """Pairs of one tag and dtype pair on a GPU; up to eight averages of each tensor.
+
+    Frameworks move tensors in the memory of the host only, so it need not relocate.
+    """
 
     _held: Held | None = None
 
@@ -71,20 +79,19 @@ class CudaGroup:
         home = members[0].dst.home
         if home is None:
             raise DTypeError(f"{members[0].name}: no kernels for device {members[0].dst.device}")
-        self.tag = tag
-        self._home, self._members = home, members
+        super().__init__(tag, members)
+        self._home = home
         numbers = sorted({pair.which for pair in members})
-        self._first = numbers[0]
+        self._first, self._count = numbers[0], len(numbers)
         # Which rows of a windowed mean are computed afresh is counted in rows: as on the CPU.
         chunk = None if members[0].ring else gpu_chunk(members)
         tables = chunk_tables(members, len(numbers), chunk)
-        parts = [table[:, WHICH] for table in tables.values()]
-        self.which: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *parts])
-        for table in tables.values():
-            table[:, WHICH] -= self._first
+        columns = [table[:, WHICH] for table in tables.values()]
+        self.which = np.concatenate([np.empty(0, np.int64), *columns])
+        for column in columns:
+            column -= self._first
         self._parts = [_Part(layout, table) for layout, table in tables.items()]
-        self._count = len(numbers)
-        self._moment = Moment()
+        self._args = Moment()
         self._held = Held(home)
         self._measures: Any = None
         self._measured: NDArray[np.float64] | None = None
@@ -96,8 +103,6 @@ class CudaGroup:
         ------
         StateError
             While the stream is captured: what is prepared must outlive the capture.
-        DeviceError
-            In a forked process.
         """
         cuda.refuse_forked()
         if self._home.capturing():
@@ -118,7 +123,7 @@ class CudaGroup:
             return self._without_kernels(operation, error)
         for part in self._parts:
             part.upload(self._home)
-        if operation in MEASURING and self._measures is None:
+        if OPERATIONS[operation].measures and self._measures is None:
             self._make_measures()
         launches = [
             partial(gpu.launch, function, part.blocks, GPU_THREADS)
@@ -131,18 +136,19 @@ class CudaGroup:
         self._held.renew()  # known streams do not know of these
         self._measures, address = self._home.upload(np.zeros((len(self.which), MEASURES)))
         for part in self._parts:
-            part.values[2] = address
+            part.values["results"] = address
             address += 8 * MEASURES * len(part.table)
 
-    def begin(self, moment: Moment) -> None:
-        """Take over what the next launches are to work with."""
-        self._moment = moment
-        clock = moment.clocks.get(self._home.device, 0)
-        numbers = moment.numbers[self._first : self._first + self._count] or moment.numbers
+    def begin(self, args: Moment) -> None:
+        """Put the arguments where the next launches read them."""
+        self._args = args
+        numbers = args.numbers[self._first : self._first + self._count] or args.numbers
+        clock = args.clocks.get(self._home.device, 0)
         for part in self._parts:
-            part.values[_CLOCK] = clock
-            part.numbers[: self._count] = numbers
-            part.values[_SETTINGS:] = moment[1:6]
+            values = part.values
+            values["numbers"][: self._count] = numbers
+            values["clock"], values["seed"], values["step"] = clock, args.seed, args.step
+            values["window"], values["slot"], values["turn"] = args.window, args.slot, args.turn
 
     def _launch(self, launches: Sequence[Callable[..., None]]) -> None:
         assert self._held is not None
@@ -185,28 +191,25 @@ class CudaGroup:
         return partial(self._substituted, run)
 
     def _substituted(self, run: Substitute) -> None:
-        moment = self._moment
-        if moment.clocks:
+        args = self._args
+        if args.clocks:
             raise StateError(
                 "without GPU kernels an average cannot be capturable: build it without "
                 "capturable=True"
             )
         assert self._held is not None
         self._held.stream(self._owners, self._tables)
-        measured = run(*moment[:6])
+        measured = run(args.numbers, args.seed, args.step, args.window, args.slot, args.turn)
         if measured is not None:
             self.which = np.array([pair.which for pair in self._members])
             self._measured = measured
-
-    def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
-        """Nothing: only frameworks in the memory of the host have tensors that move."""
 
     def results(self) -> NDArray[np.float64]:
         """Measures of every row; waits for the device to have made them."""
         if self._measured is not None:
             return self._measured
         if self._measures is None:
-            return nothing_measured()
+            return super().results()
         # Asked for anew each time: a graph may have been replayed since.
         return self._home.download(self._measures).reshape(-1, MEASURES)
 
@@ -215,5 +218,5 @@ def groups(tag: str, members: Sequence[Pair]) -> list[CudaGroup]:
     """The launches of pairs of one tag and dtype pair."""
     batches: dict[int, list[Pair]] = {}
     for pair in members:
-        batches.setdefault(pair.which // MOST_TOGETHER, []).append(pair)
+        batches.setdefault(pair.which // MAX_AVERAGES, []).append(pair)
     return [CudaGroup(tag, batch) for batch in batches.values()]

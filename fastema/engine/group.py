@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final, Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastema.engine.moment import Moment
 from fastema.errors import DTypeError
+from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import MEASURES
 from fastema.layout.dtypes import raw
 from fastema.layout.group import Pair
 
-__all__ = ["Group", "formats_of", "nothing_measured"]
-
-_BITS: Final = {"park", "unpark", "read_read_write"}
-"""Operations on bits, whatever they stand for."""
-
-_CONVERTING: Final = {"copy", "swap", "give"}
-"""Operations that move bits unchanged between equal dtypes."""
-
-_WITH_RING: Final = {"window"}
+__all__ = ["Group", "formats_of"]
 
 
-class Group(Protocol):
-    """Pairs of one tag, device, dtype pair and layout.
+class Group:
+    """Pairs of one tag, device and dtype pair; see the classes of the devices.
 
     Attributes
     ----------
@@ -35,25 +27,25 @@ class Group(Protocol):
         The average of every row that :meth:`results` has.
     """
 
-    tag: str
     which: NDArray[np.int64]
+
+    def __init__(self, tag: str, members: Sequence[Pair]) -> None:
+        self.tag, self._members = tag, members
 
     def prepare(self, operation: str) -> Callable[[], None]:
         """Compile and set up what an operation needs: the launch."""
+        raise NotImplementedError
 
-    def begin(self, moment: Moment) -> None:
+    def begin(self, args: Moment) -> None:
         """Take over what the next launches are to work with."""
+        raise NotImplementedError
 
     def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
         """Go on with the same tensors at other addresses, by the pairs' names."""
 
     def results(self) -> NDArray[np.float64]:
         """``[rows, MEASURES]`` of the latest measuring operation; no rows before any."""
-
-
-def nothing_measured() -> NDArray[np.float64]:
-    """No rows of measures."""
-    return np.empty((0, MEASURES))
+        return np.empty((0, MEASURES))
 
 
 def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
@@ -65,9 +57,8 @@ def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
         If the operation averages and the dtype is an integer.
     """
     dst, src = pair.dst.kind, pair.src.kind
-    if operation in _BITS:
-        return raw(dst), raw(src)
-    if operation in _CONVERTING and dst == src and pair.low is None:
+    moves_bits = OPERATIONS[operation].moves_bits
+    if moves_bits == "always" or (moves_bits == "if equal" and dst == src and pair.low is None):
         return raw(dst), raw(src)
     if dst.real is None or src.real is None:
         raise DTypeError(
@@ -76,9 +67,9 @@ def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
     form = pair.form or dst.real
     if operation == "swap" and "+" in form and src.code == "f32":
         return form, raw(src)
-    if operation in _CONVERTING:
+    if moves_bits == "if equal":
         form = form.removesuffix("~")  # a copy is best rounded to nearest
-    if operation not in _WITH_RING:
+    if not OPERATIONS[operation].needs_ring:
         return form, src.real
     assert pair.ring is not None
     assert pair.low is not None

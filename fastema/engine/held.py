@@ -10,7 +10,7 @@ from fastema.layout.home import Home
 __all__ = ["Held", "keep"]
 
 _in_graphs: list[Any] = []
-"""What captured graphs work on at every replay, of which nobody tells when they are gone."""
+"""Buffers used by captured graphs; kept forever, since CUDA does not report a graph's end."""
 
 
 def keep(*objects: Any) -> None:
@@ -19,33 +19,27 @@ def keep(*objects: Any) -> None:
 
 
 class Held:
-    """What some launches work on: noted once with every stream, kept for good once captured.
+    """Records once with every stream what launches work on, and keeps it once it was captured.
 
-    Parameters
-    ----------
-    home : Home
-
-    Attributes
-    ----------
-    waits : bool
-        Whether some of the memory cannot be noted: who lets go of it has to wait for the device.
+    ``waits`` says that some of the memory cannot be recorded: who frees it has to wait for the
+    device.
     """
 
     def __init__(self, home: Home) -> None:
         self._home = home
+        self.waits = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin again, as the memory is another."""
         self._streams: set[int] = set()
         self._captured = False
-        self.waits = False
 
-    def stream(self, noted: Callable[[], Sequence[Any]], kept: Callable[[], Sequence[Any]]) -> int:
+    def stream(self, owners: Callable[[], Sequence[Any]], kept: Callable[[], Sequence[Any]]) -> int:
         """Handle of the current stream, for a launch that follows at once.
 
-        Parameters
-        ----------
-        noted : callable
-            The owners of all memory that is worked on.
-        kept : callable
-            What a captured graph needs besides the tensors that its user keeps for it.
+        ``owners`` are those of all memory that is worked on; ``kept`` is what a captured graph
+        needs besides the tensors that its user keeps for it.
         """
         stream = self._home.stream()
         if self._home.capturing():  # perhaps on a stream that is known, from a call before
@@ -53,11 +47,6 @@ class Held:
                 keep(*kept())
                 self._captured = True
         elif stream not in self._streams:
-            self.waits = not self._home.hold(noted())
+            self.waits = not self._home.hold(owners())
             self._streams.add(stream)
         return stream
-
-    def renew(self) -> None:
-        """Begin again, as the memory is another."""
-        self._streams.clear()
-        self._captured = False

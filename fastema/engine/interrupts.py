@@ -47,7 +47,7 @@ _of_python: tuple[int | None, int] | None = None
 """Function and flags of an action that nothing but Python has set; None until one was set."""
 
 _active: list[deferred] = []
-"""Blocks of the main thread, the innermost last."""
+"""The outermost block of the main thread, while there is one."""
 
 _handlers: dict[int, Any] = {}
 """By signal, the handler that :func:`_note` stands in for, or did in an earlier block."""
@@ -86,7 +86,8 @@ class deferred:
     Python runs its handlers between any two instructions of the main thread, so an exception may
     come up between two halves of a swap. Here they are noted, and called when the block is over:
     all of them, even if one raises. Handlers set in C run at once, and stay where they are.
-    Costs one or two microseconds in the main thread, next to nothing in others.
+    Costs one or two microseconds in the main thread, next to nothing in others and within another
+    block.
     """
 
     __slots__ = ("_held", "noted")
@@ -96,16 +97,15 @@ class deferred:
 
     def __enter__(self) -> None:
         """Begin to hold signals back."""
-        if get_ident() != main_thread().ident:
+        if _active or get_ident() != main_thread().ident:
             return
         self._held, self.noted = [], []
         try:
             _active.append(self)
             for number in _SIGNALS:
                 handler = _get(number)
-                if handler is _note:
-                    if len(_active) == 1:  # left by a block that was interrupted as it ended
-                        self._held.append(number)
+                if handler is _note:  # left by a block that was interrupted as it ended
+                    self._held.append(number)
                 elif callable(handler):
                     _sigaction(number, None, _references[number])
                     action = _actions[number]

@@ -22,13 +22,7 @@ def _spec(words: NDArray[np.int64]) -> TensorSpec:
 
 
 class ReadReadWrite:
-    """Reads two arrays and writes one (``a ^= b``), ``nbytes`` in total per call, on all threads.
-
-    Parameters
-    ----------
-    nbytes : int
-        Counted as read plus written: the arrays hold a third of it each.
-    """
+    """Reads two arrays and writes one (``a ^= b``), ``nbytes`` in all per call, on all threads."""
 
     def __init__(self, nbytes: int) -> None:
         generator = np.random.default_rng(0)

@@ -24,17 +24,7 @@ _GROUPS: Final = {"cpu": "fastema.engine.cpu_group", "cuda": "fastema.engine.cud
 
 
 class Measured(NamedTuple):
-    """Sums over the elements of one average.
-
-    Attributes
-    ----------
-    distance : float
-        Norm of the weights minus the average.
-    size : float
-        Norm of the average.
-    still : int
-        Elements that did not change.
-    """
+    """Norms of the weights minus one average and of the average, and elements that stood still."""
 
     distance: float
     size: float
@@ -51,12 +41,8 @@ class Program:
     ----------
     pairs : mapping of str to sequence of Pair
         Checked pairs, each memory once, under tags of the caller's; a run gives each tag its
-        operation. Averages that are updated together follow each other, tensor by tensor.
-
-    Raises
-    ------
-    DTypeError
-        For a device without kernels.
+        operation. Averages that are updated together follow each other, tensor by tensor. A device
+        without kernels is a DTypeError.
     """
 
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
@@ -99,16 +85,10 @@ class Program:
         return launches
 
     def run(self, operations: Mapping[str, str], moment: Moment = Moment()) -> None:  # noqa: B008
-        """Run one operation per tag over all its pairs.
-
-        Parameters
-        ----------
-        operations : mapping of tag to operation
-            Such as ``"lerp"``, ``"copy"`` or ``"swap"``; pairs under other tags are left alone.
-        moment : Moment
-        """
+        """Run one operation per tag over all its pairs; those under other tags are left alone."""
         launches = self.prepare(operations)
-        with deferred(), self._lock:  # in this order: no handler runs while the lock is held
+        # An interrupt waits; in this order: no handler runs while the lock is held.
+        with deferred(), self._lock:
             for group in self._groups:
                 group.begin(moment)
             for launch in launches:
@@ -117,14 +97,9 @@ class Program:
     def relocate(
         self, dst: Mapping[str, int] | None = None, src: Mapping[str, int] | None = None
     ) -> None:
-        """Go on with the same tensors at other addresses.
+        """Go on with the same tensors at other addresses, by the pairs' names, of either side.
 
         Whoever calls it keeps the memory alive until the runs that follow are over.
-
-        Parameters
-        ----------
-        dst, src : mapping of str to int, optional
-            Address of every pair's side by the pair's name; a side that is not given stays.
         """
         with self._lock:
             for group in self._groups:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import accumulate
 from operator import is_
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +20,32 @@ SHARES: Final = 16
 """Parts of a container that may be looked at in turn."""
 
 
-class Watch(Protocol):
+class Watch:
     """Remembers where the tensors of a container lie."""
+
+    def __init__(self, held: Sequence[Held], transient: bool) -> None:
+        self._transient = transient
+        self._held = [(one, _members(one, transient)) for one in held]
 
     def changed(self) -> bool:
         """Whether any tensor moved, changed shape or dtype, or was replaced."""
+        return self._replaced() or self._moved(None)
 
     def changed_in(self, share: int) -> bool:
-        """The same of one share of :data:`SHARES`, from 0."""
+        """The same of one share of :data:`SHARES`, from 0; all containers belong to the first."""
+        return (share == 0 and self._replaced()) or self._moved(share)
+
+    def _replaced(self) -> bool:
+        """Whether containers hold other objects."""
+        for one, members in self._held:
+            now = _members(one, self._transient)
+            if len(now) != len(members) or not all(map(is_, now, members)):
+                return True
+        return False
+
+    def _moved(self, share: int | None) -> bool:
+        """Whether tensors of a share, or any, are elsewhere or others."""
+        raise NotImplementedError
 
 
 def _members(held: Held, transient: bool) -> list[Any]:
@@ -54,39 +72,6 @@ class _Wrapped:
         return iter([wrapped(owner) for wrapped, owner in self._wrappers])
 
 
-class _Members:
-    """Containers whose members must stay the same objects."""
-
-    def __init__(self, held: Sequence[Held], transient: bool) -> None:
-        self._held, self._transient = held, transient
-        self._members = [_members(one, transient) for one in held]
-
-    def changed(self) -> bool:
-        for one, members in zip(self._held, self._members, strict=True):
-            now = _members(one, self._transient)
-            if len(now) != len(members) or not all(map(is_, now, members)):
-                return True
-        return False
-
-
-class _ByAttributes:
-    """Looks at every tensor again: about a microsecond each, or several, for any framework."""
-
-    def __init__(self, leaves: Leaves, transient: bool = True) -> None:
-        self._held = _Members(leaves.held, transient)
-        # Of a framework that has no quicker glance, the whole description.
-        self._seen = [_seen(leaf.spec, leaves.describe) for leaf in leaves.items]
-
-    def changed(self) -> bool:
-        return self._held.changed() or any(_moved(*one) for one in self._seen)
-
-    def changed_in(self, share: int) -> bool:
-        if not share and self._held.changed():
-            return True
-        begin, end = _bounds(len(self._seen), share)
-        return any(_moved(*one) for one in self._seen[begin:end])
-
-
 _Glance = Callable[[Any], object]
 
 
@@ -97,15 +82,30 @@ def _seen(spec: TensorSpec, describe: _Glance) -> tuple[Any, _Glance, object]:
     return spec.owner, spec.glance, spec.glance(spec.owner)
 
 
-def _bounds(count: int, share: int) -> tuple[int, int]:
-    return count * share // SHARES, count * (share + 1) // SHARES
+def _part(items: Sized, share: int | None) -> slice:
+    """A share of some items; all of them for None."""
+    if share is None:
+        return slice(None)
+    return slice(len(items) * share // SHARES, len(items) * (share + 1) // SHARES)
 
 
-def _moved(owner: Any, look: _Glance, seen: object) -> bool:
+def _differs(owner: Any, look: _Glance, seen: object) -> bool:
     try:
         return look(owner) != seen
     except FastemaError:  # it cannot be described any more: whoever looks again says why
         return True
+
+
+class _ByAttributes(Watch):
+    """Looks at every tensor again: about a microsecond each, or several, for any framework."""
+
+    def __init__(self, leaves: Leaves, transient: bool = True) -> None:
+        super().__init__(leaves.held, transient)
+        # Of a framework that has no quicker glance, the whole description.
+        self._seen = [_seen(leaf.spec, leaves.describe) for leaf in leaves.items]
+
+    def _moved(self, share: int | None) -> bool:
+        return any(_differs(*one) for one in self._seen[_part(self._seen, share)])
 
 
 def _c_address(function: Any) -> int:
@@ -162,7 +162,7 @@ def _dict_tables(held: Sequence[Held], transient: bool) -> tuple[list[tuple[int,
     return rows, entries
 
 
-class _ByExchange:
+class _ByExchange(Watch):
     """The same in one compiled loop, through the framework's DLPack exchange function."""
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
@@ -172,7 +172,7 @@ class _ByExchange:
         dicts = [one for one in leaves.held if type(one.container) is dict]
         others = [one for one in leaves.held if type(one.container) is not dict]
         others.append(Held(_Wrapped([leaf.spec for leaf in leaves.items])))
-        self._others = _Members(others, transient)
+        super().__init__(others, transient)
         rows, entries = _dict_tables(dicts, transient)
         held = np.array(rows, np.int64).reshape(-1, cpu_watch.DICT)
         entry = np.array([0 if one is _ANY else id(one) for one in entries], np.int64)
@@ -201,36 +201,21 @@ class _ByExchange:
             )
 
         # One that cannot be described any more has changed: the first check says so.
-        cpu_watch.describe_all(
-            *(tensor.ctypes.data, len(tensor), dims.ctypes.data),
-            *(*functions[1:], scratch.ctypes.data),
-        )
-        self._args = args(held, tensor)
-        self._shares = [
-            args(held[slice(*_bounds(len(held), k))], tensor[slice(*_bounds(len(tensor), k))])
-            for k in range(SHARES)
-        ]
+        cpu_watch.describe_all(*args(held[:0], tensor))
+        self._args = {
+            share: args(held[_part(held, share)], tensor[_part(tensor, share)])
+            for share in (None, *range(SHARES))
+        }
 
-    def changed(self) -> bool:
-        return bool(self._check(*self._args)) or self._others.changed()
-
-    def changed_in(self, share: int) -> bool:
-        if not share and self._others.changed():
-            return True
-        return bool(self._check(*self._shares[share]))
+    def _moved(self, share: int | None) -> bool:
+        return bool(self._check(*self._args[share]))
 
 
 def watch(leaves: Leaves, *, transient: bool = True) -> Watch:
-    """Begin to watch the tensors of a container.
+    """Begin to watch the tensors of a container, which are as ``leaves`` describes them.
 
-    They must be as ``leaves`` describes them. With an exchange function (torch from 2.10) the check
-    costs about 50 nanoseconds per tensor.
-
-    Parameters
-    ----------
-    leaves : Leaves
-    transient : bool
-        False if what a module's state leaves out may change: it is then not among ``leaves``.
+    ``transient`` is False if what a module's state leaves out may change: it is then not among
+    ``leaves``. With an exchange function (torch from 2.10) a check costs about 50 ns per tensor.
     """
     exchanges = {leaf.spec.exchange for leaf in leaves.items}
     # The exchange function does not tell a conjugated view from a plain tensor.

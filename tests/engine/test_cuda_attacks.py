@@ -115,7 +115,7 @@ class LateDriver(StubDriver):
         if len(values) == 1:
             yield values[0]
             cells = (ctypes.c_int64 * abi.CLOCK_CELLS).from_address(values[0])
-            yield from (cells[abi.PIECES + 2 * k] for k in range(abi.MOST_TOGETHER))
+            yield from (cells[abi.TABLES + 2 * k] for k in range(abi.MAX_AVERAGES))
             return
         table, rows, *others = values[:4]
         yield from (table, *others)
@@ -1255,7 +1255,7 @@ def test_large_seeds(gpu: StubGpu, seed: int, capturable: bool) -> None:
 def test_more_rows_than_a_grid_has_blocks() -> None:
     rows = 2**31 + 5
     part = cuda_group._Part("flat", np.broadcast_to(np.int64(0), (rows, abi.COLUMNS)))
-    assert (part.blocks, part.values[1]) == (2**31 - 1, rows)
+    assert (part.blocks, part.values["rows"]) == (2**31 - 1, rows)
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["to the CPU", "from the CPU"])

@@ -65,6 +65,6 @@ def run(
     control[[abi.CLAIM, abi.RESULTS]] = claim, results.ctypes.data
     for name, value in settings.items():
         control[getattr(abi, name.upper())] = value
-    made = kernel("cpu", operation, formats, layout)
+    made = kernel(operation, formats, layout)
     made(cells.ctypes.data, len(cells), numbers.ctypes.data, control.ctypes.data)
     return results

@@ -28,7 +28,7 @@ UPDATE = """
     np.testing.assert_array_equal(avg[0], 1.5 * np.arange(1, 101))
     from fastema.engine import registry
     (made,) = registry._made.items()
-    assert made[0] == ("cpu", "lerp", ("f32", "f16"), "flat"), made
+    assert made[0] == ("lerp", ("f32", "f16"), "flat"), made
     print(sum(made[1].stats.cache_hits.values()))
 """
 
@@ -43,7 +43,7 @@ SEVERAL = """
         avg, x = np.arange(1, 101, dtype=np.float32), np.arange(2, 202, 2).astype(dtype)
         fastema.lerp_([avg], [x], 0.5)
         np.testing.assert_array_equal(avg, 1.5 * np.arange(1, 101))
-        made = kernel("cpu", "lerp", ("f32", FORMS[dtype]), "flat")
+        made = kernel("lerp", ("f32", FORMS[dtype]), "flat")
         print(f"{dtype}:{sum(made.stats.cache_hits.values())}")
 """
 
@@ -214,7 +214,7 @@ FOLDERS = """
     found = {}
     for key in json.loads(sys.argv[1]):
         operation, formats, layout = key
-        registry.kernel("cpu", operation, tuple(formats), layout)
+        registry.kernel(operation, tuple(formats), layout)
         found[str(key)] = made[-1].name
     print(json.dumps(found))
 """

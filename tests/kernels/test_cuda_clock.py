@@ -1,10 +1,10 @@
 """The GPU's clock, its threads run on the host: when there is work, and with what weights.
 
 It differs from :meth:`fastema.rules.Schedule.weights` in two ways, both bounded here. Its weights
-come from polynomials (:mod:`fastema.engine.pieces`): after the first 64 updates they may be off by
-4e-15 of themselves and, where the rule's own weight is one minus a decay that changes, by twice the
-rounding of that decay, 2**-53 for each step of an update. And from update 2**31 on the weight stays
-what it is.
+come from polynomials (:mod:`fastema.engine.weight_table`): after the first 64 updates they may be
+off by 4e-15 of themselves and, where the rule's own weight is one minus a decay that changes, by
+twice the rounding of that decay, 2**-53 for each step of an update. And from update 2**31 on the
+weight stays what it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import fastema
 from fastema.engine.clock import Clock
-from fastema.engine.pieces import evaluate
+from fastema.engine.weight_table import evaluate
 from fastema.kernels import cuda_clock
 from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.table import (
@@ -33,15 +33,15 @@ from fastema.kernels.table import (
     EVERY,
     FIRST,
     IDLE,
-    MOST_TOGETHER,
-    PIECE,
-    PIECES,
+    MAX_AVERAGES,
     SCALE,
     SEED,
     SLOT,
     START,
     STEP,
+    TABLES,
     TURN,
+    WEIGHT_COLUMNS,
     WEIGHTS,
     WINDOW,
 )
@@ -147,18 +147,18 @@ class Face:
         self.tables = [np.ascontiguousarray(table) for table in tables]
         for place, value in {
             **{DONE: done, STEP: done, SEED: seed, START: start, EVERY: every, WINDOW: window},
-            **{PIECES + 2 * which + 1: 0 for which in range(MOST_TOGETHER)},
+            **{TABLES + 2 * which + 1: 0 for which in range(MAX_AVERAGES)},
         }.items():
             self.cells[place] = value
         for which, table in enumerate(self.tables):
-            self.cells[PIECES + 2 * which] = table.ctypes.data
-            self.cells[PIECES + 2 * which + 1] = len(table)
+            self.cells[TABLES + 2 * which] = table.ctypes.data
+            self.cells[TABLES + 2 * which + 1] = len(table)
 
     def advance(self, run: Callable[[int], None] | None = None) -> None:
         """The next update; asserts that it writes what it has to, and nothing else."""
         before = self._whole.copy()
         done = int(self.cells[DONE])
-        written = [IDLE, STEP, *range(WEIGHTS, WEIGHTS + MOST_TOGETHER)]
+        written = [IDLE, STEP, *range(WEIGHTS, WEIGHTS + MAX_AVERAGES)]
         if self.cells[WINDOW]:
             written += [SLOT, TURN]
         self.cells[written] = POISON
@@ -168,12 +168,12 @@ class Face:
         rest = np.ones(len(before), bool)
         rest[AROUND + np.array([DONE, *written])] = False
         assert np.array_equal(self._whole[rest], before[rest])
-        kept = self.cells[WEIGHTS : WEIGHTS + MOST_TOGETHER] == POISON
+        kept = self.cells[WEIGHTS : WEIGHTS + MAX_AVERAGES] == POISON
         if self.cells[WINDOW]:
             assert kept[1:].all()
         else:
             count = 0 if self.cells[IDLE] else len(self.tables)
-            assert kept.tolist() == [k >= count for k in range(MOST_TOGETHER)]
+            assert kept.tolist() == [k >= count for k in range(MAX_AVERAGES)]
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -237,7 +237,7 @@ def test_thousands_of_updates(every: int, start: int, rules: tuple[Rule, ...]) -
 
 
 @given(
-    rules=st.lists(st.sampled_from(RULES), min_size=1, max_size=MOST_TOGETHER, unique=True),
+    rules=st.lists(st.sampled_from(RULES), min_size=1, max_size=MAX_AVERAGES, unique=True),
     every=st.sampled_from([1, 2, 10]),
     start=st.integers(0, 2**33),
     power_of_two=st.integers(0, 41),
@@ -291,7 +291,7 @@ def twin_of(clock: int, order: NDArray[np.int64]) -> None:
 def random_tables(generator: np.random.Generator, rows: int, last: int) -> Table:
     """A table of any polynomials, not one that belongs to a rule."""
     firsts = np.unique(np.concatenate(([1], generator.integers(2, last, rows - 1))))
-    table = generator.uniform(-0.2, 0.2, (len(firsts), PIECE))
+    table = generator.uniform(-0.2, 0.2, (len(firsts), WEIGHT_COLUMNS))
     table[:, FIRST] = firsts
     lengths = np.diff(np.append(firsts, 2 * last))
     table[:, SCALE] = 2.0 ** (1 - np.ceil(np.log2(lengths)))
@@ -302,7 +302,7 @@ def random_tables(generator: np.random.Generator, rows: int, last: int) -> Table
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 600),
-    count=st.integers(1, MOST_TOGETHER),
+    count=st.integers(1, MAX_AVERAGES),
     last=st.sampled_from([1_000, 2**31, 2**44]),
     threads=st.sampled_from([1, 7, 256]),
 )
@@ -366,7 +366,7 @@ def test_a_clock_that_is_set_again(gpu: StubGpu) -> None:
     addresses = [clock.moment.clocks[f"cuda:{index}"] for index in range(2)]
     generator = np.random.default_rng(8)
     for _ in range(12):
-        count = int(generator.integers(1, MOST_TOGETHER + 1))
+        count = int(generator.integers(1, MAX_AVERAGES + 1))
         rules = tuple(RULES[k] for k in generator.choice(len(RULES), count, replace=False))
         every, start = int(generator.choice([1, 2, 10])), int(generator.integers(0, 20))
         schedule, done = Schedule(rules, every, start), int(generator.integers(0, 10_000))

@@ -44,7 +44,7 @@ LENGTHS = [(1, 0, 0), (64, 0, 0), (1003, 0, 0), (1003, 1, 2), (517, 8, 8), (70_0
 
 
 @cache
-def twin(device: str, operation: str, formats: tuple[str, ...], layout: str) -> Any:
+def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
     body = cuda.bodies(operation, formats, layout)
 
     def run(table, rows, numbers, control):  # type: ignore[no-untyped-def]

@@ -170,7 +170,7 @@ def hundreds(avg: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def run_table(table: np.ndarray, weights: np.ndarray, control: np.ndarray) -> None:
-    made = kernel("cpu", "lerp", ("f32", "f32"), "flat")
+    made = kernel("lerp", ("f32", "f32"), "flat")
     made(table.ctypes.data, len(table), weights.ctypes.data, control.ctypes.data)
 
 

@@ -195,7 +195,7 @@ def test_a_million_updates_leave_no_drift(window: int, course: str) -> None:
     around = UPDATES // 2 + np.arange(-5, 3 * window)
     at = np.unique(np.r_[0 : 3 * window, 0:UPDATES:97, around, UPDATES - 500 : UPDATES])
     settings = np.array([abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT])
-    made = kernel("cpu", "window", held.formats, "flat")
+    made = kernel("window", held.formats, "flat")
     got = steps(
         made,
         *(table.ctypes.data, len(table), number, number.ctypes.data, settings, control),

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastema import rules
-from fastema.engine.pieces import evaluate, pieces
+from fastema.engine.weight_table import evaluate, weight_table
 from fastema.errors import ArgumentError
 from fastema.kernels import cuda_clock
-from fastema.kernels.table import CLOCK_CELLS, DEGREE, DONE, EVERY, PIECE, PIECES, WEIGHTS
+from fastema.kernels.table import CLOCK_CELLS, DEGREE, DONE, EVERY, TABLES, WEIGHT_COLUMNS, WEIGHTS
 
 LAST = 2**31
 CLOSE = 4e-15  # relative, where the rule is rounded by less
@@ -119,10 +119,10 @@ def test_every_rule_at_every_update(rule: rules.Rule, every: int) -> None:
         calls += 1
         return rule.weight(update * every, every)
 
-    table = pieces(weight)
+    table = weight_table(weight)
     assert calls < 60_000
     assert table.dtype == np.float64
-    assert table.shape == (len(table), PIECE)
+    assert table.shape == (len(table), WEIGHT_COLUMNS)
     assert len(table) < 300
     assert table[0, 0] == 1
     assert (np.diff(table[:, 0]) > 0).all()
@@ -143,7 +143,7 @@ def test_every_rule_at_every_update(rule: rules.Rule, every: int) -> None:
 @pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
 def test_the_first_updates_are_exact(rule: rules.Rule, every: int) -> None:
     weight = weight_of(rule, every)
-    table = pieces(weight)
+    table = weight_table(weight)
     for update in range(1, 65):
         assert evaluate(table, update) == weight(update)
 
@@ -151,7 +151,7 @@ def test_the_first_updates_are_exact(rule: rules.Rule, every: int) -> None:
 @pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
 def test_evaluate_and_fused_arithmetic_agree_with_it(rule: rules.Rule) -> None:
     weight = weight_of(rule)
-    table = pieces(weight)
+    table = weight_table(weight)
     rounding = 0.0 if rule in DIRECT else 2.0**-52
     updates = np.concatenate((np.arange(60, 400, 7), some_updates(3, 200)))
     for update, value in zip(updates.tolist(), looked_up(table, updates), strict=True):
@@ -163,9 +163,9 @@ def test_evaluate_and_fused_arithmetic_agree_with_it(rule: rules.Rule) -> None:
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("rule", [rules.power(0.1), rules.warmup(0.999)], ids=str)
 def test_the_kernel_looks_up_the_same(rule: rules.Rule, every: int) -> None:
-    table = pieces(weight_of(rule, every))
+    table = weight_table(weight_of(rule, every))
     cells = np.zeros(CLOCK_CELLS, np.int64)
-    cells[EVERY], cells[PIECES], cells[PIECES + 1] = every, table.ctypes.data, len(table)
+    cells[EVERY], cells[TABLES], cells[TABLES + 1] = every, table.ctypes.data, len(table)
     weights = cells.view(np.float64)
     for update in [*range(60, 70), *some_updates(7, 40).tolist()]:
         cells[DONE] = update * every - 1
@@ -179,7 +179,7 @@ def test_the_kernel_looks_up_the_same(rule: rules.Rule, every: int) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999, 0.9999999])
 def test_a_constant_is_one_piece(decay: float, every: int) -> None:
     weight = weight_of(rules.constant(decay), every)
-    table = pieces(weight)
+    table = weight_table(weight)
     assert len(table) == 1
     assert table[0].tolist() == [1.0, 0.0, weight(1), *[0.0] * DEGREE]
     for update in (1, 2, 1000, LAST, 2**40):
@@ -214,7 +214,7 @@ def test_a_rule_is_exact_from_its_limit_on(rule: rules.Rule, every: int) -> None
     limit = weight(LAST)
     begins = first_where(lambda update: weight(update) == limit, 1, LAST)
     assert weight(begins - 1) != limit
-    table = pieces(weight)
+    table = weight_table(weight)
     assert table[-1, :3].tolist() == [begins, 0.0, limit]
     for update in (begins, begins + 1, 2 * begins, LAST, LAST + 1, 2**40):
         assert evaluate(table, update) == limit
@@ -225,7 +225,7 @@ def test_a_lower_limit_is_exact_to_its_end() -> None:
     weight = weight_of(rules.inverse_gamma(0.9999, inv_gamma=5000.0, power=0.75, minimum=0.9))
     ends = first_where(lambda update: weight(update) != weight(1), 1, LAST)
     assert ends > 64
-    table = pieces(weight)
+    table = weight_table(weight)
     assert table[0, :3].tolist() == [1.0, 0.0, weight(1)]
     assert table[1, 0] == ends
     assert evaluate(table, ends - 1) == weight(1)
@@ -235,7 +235,7 @@ def test_a_lower_limit_is_exact_to_its_end() -> None:
 @pytest.mark.parametrize("decay", [0.9, 0.999, 0.99999])
 def test_a_debiased_rule_is_exact_once_nothing_of_the_start_is_left(decay: float) -> None:
     weight = weight_of(rules.debiased(rules.constant(decay)))
-    table = pieces(weight)
+    table = weight_table(weight)
     # From here on decay**n is below 2**-60, and a sum of 1 and it is 1.
     gone = math.ceil(-60 * math.log(2) / math.log(decay))
     assert table[-1, 1] == 0.0
@@ -248,7 +248,7 @@ def test_a_jump_is_exact_on_both_sides() -> None:
     def weight(update: int) -> float:
         return 0.0 if update < 123_456_789 else 0.5
 
-    table = pieces(weight)
+    table = weight_table(weight)
     assert table[:, :3].tolist() == [[1.0, 0.0, 0.0], [123_456_789.0, 0.0, 0.5]]
 
 
@@ -257,7 +257,7 @@ def test_a_while_with_another_weight_is_found(span: tuple[int, int]) -> None:
     def weight(update: int) -> float:
         return 0.7 if span[0] <= update < span[1] else 0.5
 
-    table = pieces(weight)
+    table = weight_table(weight)
     want = [[1.0, 0.0, 0.5], [span[0], 0.0, 0.7], [span[1], 0.0, 0.5]]
     assert table[:, :3].tolist() == want
 
@@ -267,14 +267,14 @@ def test_a_round_update_that_stands_out_is_found(reset: int) -> None:
     def weight(update: int) -> float:
         return 1.0 if update == reset else 1 / (update + 9)
 
-    table = pieces(weight)
+    table = weight_table(weight)
     updates = np.concatenate((np.arange(reset - 1000, reset + 1000), some_updates(4, 10_000)))
     assert evaluate(table, reset) == 1.0
     assert_close(table, weight, updates, 0.0)
 
 
 def test_a_polynomial_is_kept_between_0_and_1() -> None:
-    table = np.zeros((2, PIECE))
+    table = np.zeros((2, WEIGHT_COLUMNS))
     table[:, :4] = [[1.0, 1.0, 0.5, 0.7], [3.0, 0.0, 1.0 + 2**-52, 0.0]]
     assert [evaluate(table, update) for update in (1, 2, 3)] == [0.0, 0.5, 1.0]
 
@@ -288,7 +288,7 @@ def test_the_last_weight_is_held(rule: rules.Rule, last: int) -> None:
         assert 1 <= update <= last
         return weight(update)
 
-    table = pieces(limited, last)
+    table = weight_table(limited, last)
     assert_close(table, weight, np.arange(1, last + 1), 2.0**-52)
     for update in (last, last + 1, 2 * last, LAST, 2**52):
         assert evaluate(table, update) == weight(last)
@@ -312,7 +312,7 @@ def slow_wave(update: int) -> float:
 
 @pytest.mark.parametrize("weight", [half_cosine, ramp, three_ramps, slow_wave])
 def test_smooth_rules_of_ones_own(weight: Weight) -> None:
-    table = pieces(weight)
+    table = weight_table(weight)
     updates = np.concatenate((np.arange(1, 5001), some_updates(1, 20_000), borders(table)))
     assert_close(table, weight, updates, 2.0**-52)
 
@@ -321,7 +321,7 @@ def test_steps_of_ones_own_are_exact() -> None:
     def weight(update: int) -> float:
         return 0.1 - 0.0009 * min(update // 391, 100)
 
-    table = pieces(weight)
+    table = weight_table(weight)
     assert len(table) < 256
     updates = np.concatenate((np.arange(1, 45_000), some_updates(2, 1000)))
     np.testing.assert_array_equal(looked_up(table, updates), asked(weight, updates))
@@ -364,7 +364,7 @@ def test_weights_that_jump_are_refused(weight: Weight) -> None:
         return weight(update)
 
     with pytest.raises(ArgumentError, match=r"captured graph.*outside of the captured graph"):
-        pieces(counted)
+        weight_table(counted)
     assert calls < 1_000_000
 
 
@@ -374,21 +374,21 @@ def test_a_rule_of_ones_own_that_jumps_is_refused() -> None:
             return 0.9 if n % 2 else 0.99
 
     with pytest.raises(ArgumentError, match="jump too often"):
-        pieces(weight_of(Alternating()))
-    table = pieces(weight_of(Alternating(), 2))  # only the even steps count
+        weight_table(weight_of(Alternating()))
+    table = weight_table(weight_of(Alternating(), 2))  # only the even steps count
     assert len(table) == 1
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf])
 def test_a_number_that_is_no_weight_is_named(value: float) -> None:
     with pytest.raises(ArgumentError, match=r"weight at update 70 is .*\[0, 1\]"):
-        pieces(lambda update: value if update == 70 else 1 / (update + 1))
+        weight_table(lambda update: value if update == 70 else 1 / (update + 1))
 
 
 @pytest.mark.parametrize("last", [0, -1, 2**53])
 def test_a_last_update_out_of_range_is_refused(last: int) -> None:
     with pytest.raises(ArgumentError, match="last="):
-        pieces(lambda update: 0.5, last)
+        weight_table(lambda update: 0.5, last)
 
 
 decays = st.one_of(
@@ -418,7 +418,7 @@ seeds = st.integers(0, 2**32 - 1)
 @given(by_decay, everies, seeds)
 def test_any_rule_of_a_decay(rule: rules.Rule, every: int, seed: int) -> None:
     weight = weight_of(rule, every)
-    table = pieces(weight)
+    table = weight_table(weight)
     updates = np.concatenate((some_updates(seed, 1000), borders(table)))
     assert_close(table, weight, updates, every * 2.0**-52)
 
@@ -427,6 +427,6 @@ def test_any_rule_of_a_decay(rule: rules.Rule, every: int, seed: int) -> None:
 @given(direct, everies, seeds)
 def test_any_rule_with_all_its_digits(rule: rules.Rule, every: int, seed: int) -> None:
     weight = weight_of(rule, every)
-    table = pieces(weight)
+    table = weight_table(weight)
     updates = np.concatenate((some_updates(seed, 1000), borders(table)))
     assert_close(table, weight, updates, 0.0)

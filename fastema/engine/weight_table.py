@@ -1,0 +1,272 @@
+"""The weights of a whole run as a small table, for kernels that count the updates themselves.
+
+A captured graph runs the same kernels again without the host, so the weight of an update has to be
+found on the device. Whatever the rule is, its weights are smooth or constant over most of a run;
+there a polynomial gives them to the rounding of double precision.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+from numpy.polynomial import chebyshev
+from numpy.typing import NDArray
+
+from fastema.errors import ArgumentError
+from fastema.kernels.table import COEFFICIENTS, DEGREE, FIRST, SCALE, WEIGHT_COLUMNS
+
+__all__ = ["evaluate", "weight_table"]
+
+_SINGLE: Final = 64  # first updates that have a row each: rules change fastest there
+_CLOSE: Final = 2e-15  # relative error up to which a polynomial stands for the weights
+_WHOLE: Final = 64  # up to this length every update of a piece is looked at
+_STRETCH: Final = 128  # updates on end where a longer piece is checked last
+_MOST: Final = 4096  # rows after which weights jump too often; our rules take about two hundred
+_ALL: Final = 8192  # so many first updates are compared with the table one by one
+
+_ROUNDING: Final = 2.0**-40
+"""Most that rounding may leave of doubt about a weight. One minus a decay has an error of 2**-53,
+and over several steps at once so many times as much."""
+
+_GAIN: Final = 2.0
+"""Halving a piece divides its error by thousands where the weights are smooth. Where neither half
+has so many times less, the error is the rounding of the weights themselves."""
+
+_FITTED: Final = 0.5 - 0.5 * np.cos(np.pi * (np.arange(36) + 0.5) / 36)
+"""Where a polynomial is fitted, as shares of a piece: close together towards its ends."""
+
+_CHECKED: Final = (np.arange(1, 25) * 0.6180339887498949) % 1.0
+"""Where it is checked besides: multiples of the golden section, even and without a period."""
+
+_ADVICE: Final = (
+    "Update the average outside of the captured graph, or use a rule that changes smoothly"
+)
+
+_Weight = Callable[[int], float]
+_Row = NDArray[np.float64]
+_Updates = NDArray[np.int64]
+
+
+def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[np.float64]:
+    """The weights of the updates 1, 2, ... of a run as polynomials, piece by piece.
+
+    The weight of update ``u`` is in the last row whose first update is at most ``u``: with
+    ``t = (u - first) * scale - 1``, in [-1, 1), it is ``c0 + c1 * t + ... + c11 * t**11`` by
+    Horner's scheme, clamped to [0, 1].
+
+    Parameters
+    ----------
+    weight : callable
+        The weight of the new value at an update, in [0, 1]; a pure function. For a rule and
+        ``update_every = k`` it is ``lambda u: rule.weight(u * k, k)``.
+    last : int
+        From 1 to 2**53 - 1; later updates have the weight of this one.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64[P, WEIGHT_COLUMNS], each row ``first, scale, c0, ..., c11``, with ``first``
+        ascending from 1. The scale is a power of two, so that t is exact, or 0 for a piece of one
+        weight, which is c0. P is at most 4,097.
+
+    Raises
+    ------
+    ArgumentError
+        If a weight is not in [0, 1], or the weights jump too often for a table.
+
+    Notes
+    -----
+    Equal to the bit are the first 64 updates, all from the first on that share one weight, all up
+    to ``last`` that share one and those after it, and any piece that holds only one weight.
+
+    Elsewhere the relative error is at most 4e-15 where the weights are rounded by less. Where they
+    are not, as in one minus a decay that is close to 1, the piece goes through the middle of what
+    they are rounded to: then the error is about twice their own at most, and below 2**-40. Whether
+    a device multiplies and adds at once or one after the other makes no difference to these bounds.
+
+    A piece is halved until it fits wherever it is looked at, and the first 8,192 updates are all
+    compared. What a rule does later at few single updates may not be seen. For our rules that makes
+    up to 60,000 calls; those that are refused may take two million.
+    """
+    if not 1 <= last < 2**53:
+        raise ArgumentError(f"last={last!r}: expected a whole number from 1 to 2**53 - 1")
+
+    @functools.cache
+    def at(update: int) -> float:
+        value = float(weight(update))
+        if not 0.0 <= value <= 1.0:
+            raise ArgumentError(
+                f"the weight at update {update} is {value!r}: expected a number in [0, 1]"
+            )
+        return value
+
+    rows = [_constant(1, at(1))]
+    begin = 1 + _same(at, 1, last)
+    if begin <= last:
+        end = last + 1 - _same(at, last, begin)
+        middle = min(max(begin, _SINGLE + 1), end)
+        rows += [_constant(update, at(update)) for update in range(begin, middle)]
+        for first, length in _blocks(middle, end):
+            _refine(at, first, length, _fitted(at, first, length), rows)
+        rows.append(_constant(end, at(last)))
+    table = np.array(rows)
+    # But those that only go on with the one weight of the row before.
+    one_weight = table[:, SCALE] == 0
+    again = one_weight[1:] & one_weight[:-1] & (np.diff(table[:, COEFFICIENTS]) == 0)
+    table = table[np.concatenate(([True], ~again))]
+    updates = np.arange(1, min(last, _ALL) + 1)
+    wrong = np.abs(evaluate(table, updates) - _asked(at, updates)) > _ROUNDING
+    if wrong.any():
+        raise ArgumentError(
+            "the weights of this rule cannot be put down for a captured graph: that of update "
+            f"{updates[wrong][0]} stands out from those around it, and there may be more such. "
+            f"{_ADVICE}"
+        )
+    return table
+
+
+def evaluate(table: NDArray[np.float64], updates: Any) -> Any:
+    """The weights of updates, from 1 on, by a table: what a kernel computes."""
+    rows = table[np.searchsorted(table[:, FIRST], updates, side="right") - 1]
+    t = (updates - rows[..., FIRST]) * rows[..., SCALE] - 1.0
+    values = 0.0
+    for column in range(WEIGHT_COLUMNS - 1, SCALE, -1):
+        values = values * t + rows[..., column]
+    return np.clip(values, 0.0, 1.0)
+
+
+def _asked(at: _Weight, updates: _Updates) -> NDArray[np.float64]:
+    return np.array([at(update) for update in updates.tolist()])
+
+
+def _constant(first: int, value: float) -> _Row:
+    row = np.zeros(WEIGHT_COLUMNS)
+    row[FIRST], row[COEFFICIENTS] = first, value
+    return row
+
+
+def _blocks(first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Updates from first up to stop as pieces, first and length, the longest that are aligned.
+
+    Counted from 0, a piece begins at a multiple of its length, a power of two, but not at 0: most
+    rules are powers of the update, and of those all octaves are alike.
+    """
+    start = first - 1
+    while start < stop - 1:
+        length = start & -start
+        while start + length > stop - 1:
+            length //= 2
+        yield start + 1, length
+        start += length
+
+
+def _same(at: _Weight, start: int, toward: int) -> int:
+    """How many updates on end have the weight of the first of them, from start towards another."""
+    value, sign = at(start), 1 if toward >= start else -1
+    # The run is longer than good and at most bad.
+    good, bad, reach = 0, abs(toward - start) + 1, 1
+    while reach < bad and at(start + sign * reach) == value:
+        good, reach = reach, 2 * reach
+    bad = min(bad, reach)
+    while True:
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if at(start + sign * middle) == value:
+                good = middle
+            else:
+                bad = middle
+        lower, upper = sorted((start, start + sign * (bad - 1)))
+        others = [
+            abs(update - start)
+            for block in _blocks(max(lower, 2), upper + 1)
+            for update in np.concatenate(_places(*block)).tolist()
+            if at(update) != value
+        ]
+        if not others:
+            return bad
+        good, bad = 0, min(others)
+
+
+def _fit_places(length: int) -> _Updates:
+    """Where a piece is fitted, counted from its first update."""
+    return np.arange(length) if length <= _WHOLE else np.unique((_FITTED * length).astype(np.int64))
+
+
+def _places(first: int, length: int) -> list[_Updates]:
+    """Updates at which a piece is looked at: where it is fitted, checked, and a stretch on end."""
+    fitted = first + _fit_places(length)
+    if length <= _WHOLE:
+        return [fitted]
+    points = [first, first + length - 1]
+    # Where rules of people's own are likely to jump: the roundest numbers, and one of each kind.
+    for digits in range(1, len(str(length))):
+        ten = 10**digits
+        turns = range(-(-first // ten) * ten, first + length, ten)
+        for turn in turns if 10 * ten > length else turns[:1]:
+            points += range(max(turn - 1, first), min(turn + 2, first + length))
+    checked = np.concatenate((points, first + (_CHECKED * length).astype(np.int64)))
+    count = min(length, _STRETCH)
+    return [fitted, checked, first + (length - count) // 2 + np.arange(count)]
+
+
+@functools.cache
+def _solution(length: int) -> NDArray[np.float64]:
+    """The matrix from the weights at a piece's points to its coefficients, by least squares.
+
+    There are more points than coefficients, so that the rounding of the weights evens out. It goes
+    by Chebyshev polynomials, as powers of t are too much alike to be told apart.
+    """
+    t = _fit_places(length) * (2.0 / length) - 1.0
+    degree = min(DEGREE, len(t) - 1)
+    powers = np.zeros((DEGREE + 1, degree + 1))
+    for k, one in enumerate(np.eye(degree + 1)):
+        powers[: k + 1, k] = chebyshev.cheb2poly(one)
+    matrix: NDArray[np.float64] = powers @ np.linalg.pinv(chebyshev.chebvander(t, degree))
+    return matrix
+
+
+def _fitted(at: _Weight, first: int, length: int) -> tuple[_Row, bool, float]:
+    """A polynomial over some updates, whether it is close everywhere, and its largest error."""
+    places = _places(first, length)
+    weights = _asked(at, places[0])
+    row = _constant(first, weights[0])
+    if (weights != weights[0]).any():
+        row[SCALE] = 2.0 / length
+        # The second time takes up what the first was rounded by.
+        for _ in range(2):
+            row[COEFFICIENTS:] += _solution(length) @ (weights - evaluate(row[None], places[0]))
+    close, error = True, 0.0
+    for updates in places:
+        weights = _asked(at, updates)
+        errors = np.abs(evaluate(row[None], updates) - weights)
+        # A polynomial goes through any few points, on both sides of a jump too.
+        allowed = _CLOSE * weights if length > DEGREE + 1 else 0.0
+        close = close and bool((errors <= allowed).all())
+        error = max(error, float(errors.max()))
+        if not close and error > _ROUNDING:
+            break  # it is going to be halved: more is not worth the calls
+    return row, close, error
+
+
+def _refine(
+    at: _Weight, first: int, length: int, fit: tuple[_Row, bool, float], rows: list[_Row]
+) -> None:
+    """Append the row of a piece, or of its halves, or theirs."""
+    row, close, error = fit
+    if not close:
+        length //= 2
+        halves = [(one, length, _fitted(at, one, length)) for one in (first, first + length)]
+        gained = any(good or left * _GAIN < error for _, _, (_, good, left) in halves)
+        if gained or error > _ROUNDING:
+            for half in halves:
+                _refine(at, *half, rows)
+            return
+    rows.append(row)
+    if len(rows) > _MOST:
+        raise ArgumentError(
+            "the weights of this rule jump too often to be put down for a captured graph: "
+            f"{_MOST} polynomials reach up to update {first - 1}. {_ADVICE}"
+        )

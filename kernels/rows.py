@@ -1,0 +1,116 @@
+"""What the loops of both devices share: the columns of a row, a step on memory, a windowed mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastema.kernels import scalar, words
+from fastema.kernels import table as abi
+from fastema.kernels.formats import FORMATS
+from fastema.kernels.jit import device_fn
+from fastema.kernels.steps import Step
+from fastema.kernels.words import load, low32
+
+
+@device_fn
+def row_key(cells, at, seed, step):
+    """What the random bits of a row begin with."""
+    return scalar.random_key(seed, step, load(cells, at + abi.KEY), load(cells, at + abi.INDEX))
+
+
+@device_fn
+def index_map(cells, at):
+    """What :func:`scalar.index_of` needs for the low halves of a row's indices."""
+    step, run = load(cells, at + abi.INDEX_STEP), load(cells, at + abi.INDEX_RUN)
+    rise = low32(load(cells, at + abi.INDEX_JUMP) - run * step)
+    return low32(load(cells, at + abi.INDEX)), low32(step), rise, np.float32(1) / np.float32(run)
+
+
+@device_fn
+def addresses(cells, at, slot):
+    """Addresses of a row's streams: written side, companion, slot of the ring, other side."""
+    ring = load(cells, at + abi.RING) + slot * load(cells, at + abi.RING_STRIDE)
+    return load(cells, at + abi.DST), load(cells, at + abi.LOW), ring, load(cells, at + abi.SRC)
+
+
+def streams(steps: Sequence[Step]):
+    """Pointers and bytes per element of each stream in :func:`addresses`; 0 for an unused one."""
+    touched = "".join(step.reads + step.writes for step in steps)
+    formats = steps[0].formats
+    names = zip("dlrs", (formats.dst, formats.low, formats.ring, formats.src), strict=True)
+    forms = [FORMATS[name] if name and letter in touched else None for letter, name in names]
+    pointers = [words.pointer_u8 if form is None else form.pointer for form in forms]
+    return pointers, [0 if form is None else form.itemsize for form in forms]
+
+
+@device_fn
+def _skip_load(pointer, i):
+    return np.uint8(0)
+
+
+@device_fn
+def _skip_store(pointer, i, value):
+    pass
+
+
+_LOADS = {"d": words.load_dst, "l": words.load_low, "s": words.load_src, "r": words.load_ring}
+_STORES = {"d": words.store_dst, "l": words.store_low, "s": words.store_src, "r": words.store_ring}
+
+
+def single(step: Step):
+    """A step on memory: the other side at ``j``, the rest at ``i``."""
+    load_d, load_l, load_s, load_r = (
+        word if name in step.reads else _skip_load for name, word in _LOADS.items()
+    )
+    store_d, store_l, store_s, store_r = (
+        word if name in step.writes else _skip_store for name, word in _STORES.items()
+    )
+    apply = step.apply
+
+    @device_fn
+    def element(to, low, ring, of, i, j, w, word):
+        d, rest, s, r, measures = apply(
+            load_d(to, i), load_l(low, i), load_s(of, j), load_r(ring, i), w, word
+        )
+        store_r(ring, i, r)
+        store_d(to, i, d)
+        store_l(low, i, rest)
+        store_s(of, j, s)
+        return measures
+
+    return element
+
+
+def window_body(walks, real):
+    """One update of a row of a windowed mean.
+
+    ``walks`` are those of :class:`fastema.kernels.steps.Window`, ``walk(cells, at, n, slot, run)``,
+    and ``run`` is what their device needs besides. At every update one in ``WINDOW`` rows is
+    computed afresh from the whole ring, so that what rounding left behind is forgotten.
+
+    Bytes moved per element, f32 throughout: 4 weights, 8 slot, 8 mean, 8 its companion, and 4 for
+    the rows computed afresh: 32, whatever the window.
+    """
+    slide, grow, put, begin, fold = walks
+
+    @device_fn
+    def body(cells, at, number, window, slot, turn, run):
+        n = real(number)
+        if turn == 1:  # whatever the mean held before
+            put(cells, at, n, slot, run)
+            begin(cells, at, n, slot, run)
+        elif turn <= window:
+            grow(cells, at, n, slot, run)
+        elif (at // abi.COLUMNS + turn) % window:
+            slide(cells, at, n, slot, run)
+        else:
+            put(cells, at, n, slot, run)
+            begin(cells, at, n, 0, run)
+            other = np.int64(1)
+            while other < window:
+                fold(cells, at, real(other + 1), other, run)
+                other += 1
+
+    return body
