@@ -53,7 +53,7 @@ KERNELS: tuple[Kernel, ...] = (
     ("copy", ("raw8", "raw8")),
     ("copy", ("f32", "bf16")),
     ("copy", ("bf16", "f32")),
-    ("give", ("bf16+16", "f16")),
+    ("cast_back", ("bf16+16", "f16")),
     ("swap", ("raw2", "raw2")),
     ("swap", ("raw4", "raw4")),
     ("swap", ("bf16+16", "raw4")),

@@ -12,8 +12,8 @@ from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import Trained
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, materialised, reshard
+from fastema.engine.launch_args import LaunchArgs, checked_seed
 from fastema.engine.locks import rlock
-from fastema.engine.moment import Moment, checked_seed
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, listed
 from fastema.layout.dtypes import average_of, parse
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
@@ -211,7 +211,7 @@ class Plan:
         once = f"plan.{operation}_(x=...)"
         with self._lock, binding.current(x, write=swaps, once=once) as program:
             check()
-            program.run(_OPERATIONS[operation], Moment((weight,), self._seed, self.calls))
+            program.run(_OPERATIONS[operation], LaunchArgs((weight,), self._seed, self.calls))
             self.calls += 1
             binding.notify_written(*((0, 1) if swaps else (0,)))
 

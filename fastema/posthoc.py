@@ -218,7 +218,7 @@ def _to_write(
     for (pair, _), memory in zip(others, memories, strict=True):
         found[pair.name] = memory
         pairs.append(pair._replace(src=memory[1]))
-    Program({"all": pairs}).run({"all": "give"})
+    Program({"all": pairs}).run({"all": "cast_back"})
     return found
 
 

@@ -20,7 +20,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from fastema.binding.swap import Calls, Swap
 from fastema.bridges.tensorflow import Unshared, unshare
 from fastema.engine.blocks import RestoringBlock, Steps
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import (
     ArgumentError,
     BridgeError,
@@ -624,7 +624,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         steps = self._state.steps
         step = max(steps.get(name, 0) for name in names)
         plan.calls = step  # its own count ends with the process
-        with deferred():  # interrupts wait, so that averages and their record stay together
+        with defer_signals():  # interrupts wait, so that averages and their record stay together
             plan.lerp_(weight)
             steps.update(dict.fromkeys(names, step + 1))
 
@@ -641,7 +641,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             # As long as nothing was taken in, the average is the tensor itself.
             weight = min(weight / (1.0 - remaining), 1.0) if remaining < 1.0 else 1.0
         plan = Plan({name: average}, {name: tensor}, rounding=self._rounding, seed=self._seed)
-        with deferred():
+        with defer_signals():
             self._lerp(plan, [name], weight)
             self._state.remaining[name] = remaining
 

@@ -111,7 +111,7 @@ def copy(dst: str, src: str, device: str) -> Step:
     return _step(dst, src, apply, "s", "d", real)
 
 
-def give(dst: str, src: str, device: str) -> Step:
+def cast_back(dst: str, src: str, device: str) -> Step:
     """``src = dst`` in the format of ``src``: the way back, where ``dst`` has a companion."""
     real, read, _, _, write_src = access(dst, src, device)
 

@@ -20,7 +20,7 @@ from hypothesis import settings
 
 import fastema
 from fastema.engine import cpu
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
@@ -316,7 +316,7 @@ def run_pairs() -> Callable[..., Program]:
             Pair(f"t{i}", _spec_of(a, dst), _spec_of(b, src)) for i, (a, b) in enumerate(sides)
         ]
         program = Program({"all": pairs})
-        program.run({"all": operation}, Moment((weight,)))
+        program.run({"all": operation}, LaunchArgs((weight,)))
         return program
 
     return run

@@ -166,8 +166,8 @@ FAULTS = [
         "shadow",
         "seed of a step",
         "fastema/shadow/average.py",
-        "return Moment(weights, self._seed, step)",
-        "return Moment(weights, self._seed, self._done)",
+        "return LaunchArgs(weights, self._seed, step)",
+        "return LaunchArgs(weights, self._seed, self._done)",
     ),
     Fault(
         "shadow",

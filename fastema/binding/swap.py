@@ -29,7 +29,7 @@ from fastema.binding.binding import can_be_assigned
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import bridge_of, versions_of, written
 from fastema.engine.blocks import RestoringBlock, Steps
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
@@ -96,7 +96,7 @@ class Swap:
 
     def apply(self) -> None:
         """Put the average into the model; nothing if it is there."""
-        with deferred():
+        with defer_signals():
             if self._due:
                 return
             try:
@@ -109,7 +109,7 @@ class Swap:
 
     def restore(self) -> None:
         """Put the weights back; nothing if they are there."""
-        with deferred():
+        with defer_signals():
             while self._due:
                 self._due[-1].restore()
                 self._due.pop()
@@ -139,7 +139,7 @@ class Swap:
 SPLIT: Final = "bf16+16"
 """Kernel format of a float32 average in two halves, of which the first is the nearest bfloat16."""
 
-_APPLY: Final = {"bits": "swap", "park": "park", "spare": "give"}
+_APPLY: Final = {"bits": "swap", "park": "park", "spare": "cast_back"}
 _RESTORE: Final = {"bits": "swap", "park": "unpark", "kept": "copy"}
 
 
@@ -256,7 +256,7 @@ def write_averages(pairs: Sequence[Pair]) -> None:
     """Write averages into weights for good, rounded to nearest: ``src`` is written from ``dst``."""
     _Assigned([pair for pair in pairs if can_be_assigned(pair.src)]).apply()
     there = [pair for pair in pairs if not can_be_assigned(pair.src)]
-    Program({"all": there}).run({"all": "give"})
+    Program({"all": there}).run({"all": "cast_back"})
     for tell, arrays in written(pair.src.owner for pair in there):
         tell(arrays)
 
@@ -268,7 +268,7 @@ def rounded(pairs: Sequence[Pair]) -> list[Any]:
         Pair(pair.name, pair.dst, spec, pair.form, pair.low)
         for pair, (_, spec) in zip(pairs, memories, strict=True)
     ]
-    Program({"all": given}).run({"all": "give"})
+    Program({"all": given}).run({"all": "cast_back"})
     return [array for array, _ in memories]
 
 

@@ -25,7 +25,7 @@ from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.group import Pair
-from fastema.layout.home import Substitute
+from fastema.layout.home import LaunchArgs, Substitute
 from fastema.layout.table import first_and_strides, tensor_key
 
 __all__ = ["AT_ONCE", "BYTES", "Batch", "LaunchArgs", "batches", "substitute"]
@@ -40,17 +40,6 @@ _SPLIT: Final = "bf16+16"
 _LOW: Final = 0xFFFFFFFF
 _WORDS: Final = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HALVES: Final = (torch.float16, torch.bfloat16)
-
-
-class LaunchArgs(NamedTuple):
-    """The arguments that change from run to run, in the order of :data:`Substitute`."""
-
-    numbers: Sequence[float]
-    seed: int = 0
-    step: int = 0
-    window: int = 0
-    slot: int = 0
-    turn: int = 0
 
 
 class Batch(NamedTuple):
@@ -340,7 +329,7 @@ def _copy(batch: Batch, args: LaunchArgs) -> None:
         batch.form.store(batch, _flat(batch.src, batch.real), args)
 
 
-def _give(batch: Batch, args: LaunchArgs) -> None:
+def _cast_back(batch: Batch, args: LaunchArgs) -> None:
     if batch.form is _PLAIN:
         _assign(batch.src, batch.dst)
     else:
@@ -540,10 +529,9 @@ def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
         raise DTypeError(f"{operation}: torch has no functions for it, only for {known}")
     prepared = batches(operation, pairs, AT_ONCE)
 
-    def run(*args: Any) -> NDArray[np.float64] | None:
-        given = LaunchArgs(*args)
+    def run(args: LaunchArgs) -> NDArray[np.float64] | None:
         with torch.inference_mode():  # where its tensors may be written too
-            sums = [function(batch, given) for batch in prepared]
+            sums = [function(batch, args) for batch in prepared]
         if not OPERATIONS[operation].measures:
             return None
         found = np.zeros((len(pairs), MEASURES))

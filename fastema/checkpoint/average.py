@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastema.bridges.memory import Memory
 from fastema.checkpoint.files import File
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import Pair
@@ -94,7 +94,7 @@ class _Workbench:
         ]
         self._sum = Program({"all": terms})
         self._round = Program({"all": [Pair("sum", self._spec(self.rounded, to), total)]})
-        self._moment = Moment(coefficients)
+        self._moment = LaunchArgs(coefficients)
 
     def _spec(self, memory: Bytes, kind: DType) -> TensorSpec:
         address = memory.ctypes.data

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias
 import keras
 
 from fastema.binding.swap import Calls, Swap, Way
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.guards import ErrorGuard, Guard, UseGuard, guard_use, is_running
 from fastema.keras.steps import inner, whole
@@ -220,7 +220,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if not pairs:
             return
         swap = Swap(_way(model, pairs))
-        with deferred():
+        with defer_signals():
             swap.apply()
             self._swap, self._hook = swap, hook
             self._own()
@@ -232,7 +232,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def restore(self) -> None:
         """Give the model its own weights back, if it holds the average, however it came to it."""
-        with deferred():
+        with defer_signals():
             swap, self._swap, self._hook = self._swap, None, None
             if swap is not None:
                 swap.restore()

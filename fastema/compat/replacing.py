@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from fastema.compat.interface import differences
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, PeerError, listed
 
@@ -147,7 +147,7 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
         new = tuple(dict.fromkeys(peer for peer in peers if peer not in _installed))
         pairs = {peer: _checked(peer, horizon) for peer in new}
         places = {peer: [p for pair in pairs[peer] for p in _places(*pair)] for peer in new}
-        with deferred():
+        with defer_signals():
             for found in places.values():
                 for place in found:
                     _members(place.module)[place.name] = place.ours

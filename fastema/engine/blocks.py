@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 
 __all__ = ["RestoringBlock", "Steps"]
 
@@ -62,7 +62,7 @@ class RestoringBlock(ContextDecorator, Generic[Value]):
       called again; what raised goes on afterwards. Three calls outlast three signals in a row.
 
     ``__enter__`` is in Python, with a ``try`` around all that follows ``prepare``. Signals that
-    arrive during ``apply`` or ``restore`` wait: :class:`~fastema.engine.interrupts.deferred`.
+    arrive during ``apply`` or ``restore`` wait: :class:`~fastema.engine.interrupts.defer_signals`.
     """
 
     def __init__(self, prepare: Callable[[], Steps[Value]]) -> None:
@@ -115,14 +115,14 @@ def _run(prepare: Callable[[], Steps[Value]]) -> Generator[Any, Any, None]:
     due: list[Callable[[], object]] = []
 
     def restore() -> None:
-        with deferred():
+        with defer_signals():
             if due:
                 due.pop()()
 
     try:
         try:
             try:
-                with deferred():
+                with defer_signals():
                     due.append(steps.restore)
                     value = steps.apply()
                 yield value

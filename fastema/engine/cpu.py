@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.registry import Kernel
 from fastema.errors import ArgumentError
 
@@ -114,7 +114,7 @@ def launch(kernel: Kernel, table: int, rows: int, numbers: int, control: int, nb
     if helpers < 1:
         kernel(table, rows, numbers, control)
         return
-    with deferred():
+    with defer_signals():
         futures = pool.submit(helpers, kernel, table, rows, numbers, control)
         kernel(table, rows, numbers, control)
         for future in futures:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from fastema.engine import cpu
 from fastema.engine.group import Group, formats_of
-from fastema.engine.moment import Moment
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
 from fastema.kernels.operations import OPERATIONS
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 from fastema.layout.table import Rows, moved_bytes, numbered_tables
 
 __all__ = ["CpuGroup", "groups"]
@@ -46,7 +46,7 @@ class CpuGroup(Group):
         numbers, rows = self._numbers.ctypes.data, len(self._table)
         return partial(cpu.launch, compiled, table, rows, numbers, control, self._nbytes)
 
-    def begin(self, args: Moment) -> None:
+    def begin(self, args: LaunchArgs) -> None:
         """Put the arguments where the kernels read them."""
         self._numbers[:] = args.numbers[: len(self._numbers)]
         control = self._control

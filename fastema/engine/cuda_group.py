@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from fastema.engine import cuda
 from fastema.engine.cubins import Key, Unavailable
 from fastema.engine.group import Group, formats_of
-from fastema.engine.held import Held, keep
-from fastema.engine.moment import Moment
+from fastema.engine.streams import StreamTracker, keep_for_graphs
 from fastema.errors import DTypeError, StateError
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import GPU_THREADS, MAX_AVERAGES, MEASURES, WHICH
 from fastema.layout.group import Pair
-from fastema.layout.home import Home, Substitute
+from fastema.layout.home import Home, LaunchArgs, Substitute
 from fastema.layout.table import Table, chunk_tables, gpu_chunk
 
 __all__ = ["CudaGroup", "SlowWarning", "groups"]
@@ -73,7 +72,7 @@ class CudaGroup(Group):
     Frameworks move tensors in the memory of the host only, so it need not relocate.
     """
 
-    _held: Held | None = None
+    _streams: StreamTracker | None = None
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
         home = members[0].dst.home
@@ -91,8 +90,8 @@ class CudaGroup(Group):
         for column in columns:
             column -= self._first
         self._parts = [_Part(layout, table) for layout, table in tables.items()]
-        self._args = Moment()
-        self._held = Held(home)
+        self._args = LaunchArgs()
+        self._streams = StreamTracker(home)
         self._measures: Any = None
         self._measured: NDArray[np.float64] | None = None
 
@@ -132,14 +131,14 @@ class CudaGroup(Group):
         return partial(self._launch, launches)
 
     def _make_measures(self) -> None:
-        assert self._held is not None
-        self._held.renew()  # known streams do not know of these
+        assert self._streams is not None
+        self._streams.renew()  # known streams do not know of these
         self._measures, address = self._home.upload(np.zeros((len(self.which), MEASURES)))
         for part in self._parts:
             part.values["results"] = address
             address += 8 * MEASURES * len(part.table)
 
-    def begin(self, args: Moment) -> None:
+    def begin(self, args: LaunchArgs) -> None:
         """Put the arguments where the next launches read them."""
         self._args = args
         numbers = args.numbers[self._first : self._first + self._count] or args.numbers
@@ -151,8 +150,8 @@ class CudaGroup(Group):
             values["window"], values["slot"], values["turn"] = args.window, args.slot, args.turn
 
     def _launch(self, launches: Sequence[Callable[..., None]]) -> None:
-        assert self._held is not None
-        stream = self._held.stream(self._owners, self._tables)
+        assert self._streams is not None
+        stream = self._streams.stream(self._owners, self._tables)
         for part, launch in zip(self._parts, launches, strict=True):
             launch(stream, part.parameters)
 
@@ -170,11 +169,11 @@ class CudaGroup(Group):
         return owners
 
     def __del__(self) -> None:
-        if self._held is not None and self._held.waits:  # what it works on may be gone next
+        if self._streams is not None and self._streams.waits:  # what it works on may be gone next
             try:
                 self._home.wait()
             except Exception:  # in a capture; at the end of the process, or of the device
-                keep(self._owners())
+                keep_for_graphs(self._owners())
 
     def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
         """The operation in the framework's own functions, and a warning, once for a device."""
@@ -197,9 +196,9 @@ class CudaGroup(Group):
                 "without GPU kernels an average cannot be capturable: build it without "
                 "capturable=True"
             )
-        assert self._held is not None
-        self._held.stream(self._owners, self._tables)
-        measured = run(args.numbers, args.seed, args.step, args.window, args.slot, args.turn)
+        assert self._streams is not None
+        self._streams.stream(self._owners, self._tables)
+        measured = run(args)
         if measured is not None:
             self.which = np.array([pair.which for pair in self._members])
             self._measured = measured

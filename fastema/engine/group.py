@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.engine.moment import Moment
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import MEASURES
 from fastema.layout.dtypes import raw
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 
 __all__ = ["Group", "formats_of"]
 
@@ -36,7 +36,7 @@ class Group:
         """Compile and set up what an operation needs: the launch."""
         raise NotImplementedError
 
-    def begin(self, args: Moment) -> None:
+    def begin(self, args: LaunchArgs) -> None:
         """Take over what the next launches are to work with."""
         raise NotImplementedError
 

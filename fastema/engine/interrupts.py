@@ -10,7 +10,7 @@ from threading import get_ident, main_thread
 from types import FrameType
 from typing import Any, Final
 
-__all__ = ["deferred"]
+__all__ = ["defer_signals"]
 
 _SIGNALS: Final = tuple(
     getattr(signal, name)
@@ -46,7 +46,7 @@ _references: Final = {number: ctypes.byref(action) for number, action in _action
 _of_python: tuple[int | None, int] | None = None
 """Function and flags of an action that nothing but Python has set; None until one was set."""
 
-_active: list[deferred] = []
+_active: list[defer_signals] = []
 """The outermost block of the main thread, while there is one."""
 
 _handlers: dict[int, Any] = {}
@@ -80,7 +80,7 @@ def _keep_action(number: int) -> None:
         _sigaction(number, _references[number], None)
 
 
-class deferred:
+class defer_signals:
     """A block that Ctrl-C, and signal handlers that raise, wait for.
 
     Python runs its handlers between any two instructions of the main thread, so an exception may

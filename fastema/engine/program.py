@@ -10,12 +10,12 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from fastema.engine.group import Group
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import lock
-from fastema.engine.moment import Moment
 from fastema.errors import DTypeError, StateError
 from fastema.kernels.table import DISTANCE, SQUARE, STILL
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 
 __all__ = ["Measured", "Program"]
 
@@ -75,7 +75,7 @@ class Program:
         launches = self._launches.get(key)
         if launches is None:
             # A signal's handler that saves an average would wait for the compiler's lock for ever.
-            with deferred():
+            with defer_signals():
                 launches = [
                     group.prepare(operations[group.tag])
                     for group in self._groups
@@ -84,13 +84,13 @@ class Program:
             self._launches[key] = launches
         return launches
 
-    def run(self, operations: Mapping[str, str], moment: Moment = Moment()) -> None:  # noqa: B008
+    def run(self, operations: Mapping[str, str], args: LaunchArgs = LaunchArgs()) -> None:  # noqa: B008
         """Run one operation per tag over all its pairs; those under other tags are left alone."""
         launches = self.prepare(operations)
         # An interrupt waits; in this order: no handler runs while the lock is held.
-        with deferred(), self._lock:
+        with defer_signals(), self._lock:
             for group in self._groups:
-                group.begin(moment)
+                group.begin(args)
             for launch in launches:
                 launch()
 

@@ -17,7 +17,7 @@ from fastema.bridges.registry import leaves_of
 from fastema.checkpoint import files, state
 from fastema.engine.blocks import RestoringBlock
 from fastema.engine.blocks import Steps as BlockSteps
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras.guards import ErrorGuard, Guard, guard_use, refuse_writes
 from fastema.keras.steps import Steps, inner
@@ -296,7 +296,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "its swapped() block, first"
             )
         swap = self._swap_for(hook, model)
-        with deferred():
+        with defer_signals():
             self._swap, self._hook = swap, hook
             _held_by[model] = weakref.ref(self)
             try:
@@ -329,7 +329,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def restore(self) -> None:
         """Give the model its own weights back, if it holds the average, however it came to it."""
-        with deferred():
+        with defer_signals():
             if self._swap is not None:
                 self._swap.restore()
             self._swap = self._hook = None

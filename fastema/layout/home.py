@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Home", "Substitute"]
+__all__ = ["Home", "LaunchArgs", "Substitute"]
 
-Substitute = Callable[..., NDArray[np.float64] | None]
-"""``run(numbers, seed, step, window, slot, turn)``: an operation in a framework's own functions."""
+
+class LaunchArgs(NamedTuple):
+    """What changes from run to run.
+
+    Attributes
+    ----------
+    numbers : sequence of float
+        Weights of the new value, by the pairs' ``which``; for a windowed mean, how many values it
+        is of.
+    seed, step : int
+        What random bits depend on besides the place of an element.
+    window, slot, turn : int
+        Slots of the ring, the one to overwrite, and values put in so far, this one included.
+    clocks : mapping of str to int
+        By device, the address of a counter that has all of this; where there is one, the rest is
+        not looked at.
+    """
+
+    numbers: Sequence[float] = (0.0,)
+    seed: int = 0
+    step: int = 0
+    window: int = 0
+    slot: int = 0
+    turn: int = 0
+    clocks: Mapping[str, int] = {}
+
+
+Substitute = Callable[[LaunchArgs], NDArray[np.float64] | None]
+"""An operation in a framework's own functions."""
 
 
 class Home(Protocol):

@@ -12,7 +12,7 @@ from fastema.binding.swap import recovered, rounded, write_averages
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import describe, leaves_of, materialised, reshard, state_of
 from fastema.engine.blocks import RestoringBlock, Steps
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, StateError, listed
 from fastema.layout.group import check_pair, refuse_overlap, refuse_unwritable, unique
@@ -75,7 +75,7 @@ class Evaluated(Updating[Weights]):
                 if self._is_synced():
                     self._sync_by(program)
                 swap = self._binding.swap(index)
-                with deferred():
+                with defer_signals():
                     swap.apply()
                     self._applied = swap
 
@@ -110,7 +110,7 @@ class Evaluated(Updating[Weights]):
             self._refuse_other_model(materialised(model), self._applied)
         with self._still_applied() as swap:
             names = swap.watch.written()
-            with deferred():
+            with defer_signals():
                 swap.restore()
                 self._applied = None
         return names
@@ -334,7 +334,7 @@ class Evaluated(Updating[Weights]):
             ]
             for pair in pairs:
                 check_pair(pair)
-            Program({"all": pairs}).run({"all": "give"})
+            Program({"all": pairs}).run({"all": "cast_back"})
             shown = {name: entries[name].to_framework(array) for name, (array, _) in made.items()}
             return {key: shown.get(kept[key], entry) for key, (_, entry) in found.items()}
 

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 from fastema.binding.swap import Recovered, recover
 from fastema.engine.collector import uncollected
-from fastema.engine.held import keep
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
+from fastema.engine.streams import keep_for_graphs
 from fastema.errors import ArgumentError, StateError
 from fastema.shadow.binding import ShadowBinding
-from fastema.shadow.counting import DeviceCount, refuse_uneven, tables_for
 from fastema.shadow.entries import ShadowFormat
 from fastema.shadow.evaluation import Evaluated
 from fastema.shadow.options import Rounding, checked, destination, format_of
+from fastema.shadow.schedule_counter import ScheduleCounter, refuse_uneven, tables_for
 from fastema.shadow.state import SavedOrMine, pack, unpack
 from fastema.shadow.store import Store, Tensors
 from fastema.shadow.updating import Weights
@@ -91,10 +91,10 @@ class Saveable(Evaluated[Weights]):
             count = self._count
             if count is not None:
                 done = count.done()
-                count = DeviceCount(binding.homes, self._schedule, self._seed, done)
+                count = ScheduleCounter(binding.homes, self._schedule, self._seed, done)
                 self._warm_up(count, binding)
             if self._captured:  # its replays must not write where others are
-                keep(self._store, self._count)
+                keep_for_graphs(self._store, self._count)
             self._binding, self._store, self._format = binding, store, stored_as
             self._count, self._captured = count, False
             return self
@@ -204,7 +204,7 @@ class Saveable(Evaluated[Weights]):
             program.prepare({"all": "copy"})  # nothing is changed where it fails
             rounded = self._rounded_as(saved.rounding)
             self._wait_for_the_ring()
-            with deferred():
+            with defer_signals():
                 self._done = saved.counters["num_updates"]
                 self._num_skipped = saved.counters["num_skipped"]
                 self._seed, self._schedule = saved.counters["seed"], saved.schedule

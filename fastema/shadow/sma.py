@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.errors import ArgumentError
 from fastema.rules import Window
 from fastema.shadow.average import Average, Weights
@@ -88,12 +88,12 @@ class SMA(Average[Weights]):
         ring = window, ring_dtype, ring_device == "cpu"
         super().__init__(weights, rule, ring=ring, **options)
 
-    def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
+    def _launch_args(self, step: int, weights: tuple[float, ...]) -> LaunchArgs:
         schedule = self._schedule
         (rule,) = schedule.rules
         assert isinstance(rule, Window)
         n, every = step - schedule.start_after, schedule.update_every
         if not n:
-            return Moment()
+            return LaunchArgs()
         filled = float(rule.filled(n, every))
-        return Moment((filled,), self._seed, step, rule.size, rule.slot(n, every), n // every)
+        return LaunchArgs((filled,), self._seed, step, rule.size, rule.slot(n, every), n // every)

@@ -202,7 +202,7 @@ class Store:
             If an average cannot have it.
         """
         sets = []
-        pairs: dict[str, list[Pair]] = {"copy": [], "give": []}
+        pairs: dict[str, list[Pair]] = {"copy": [], "cast_back": []}
         for one in self.sets:
             likes = {name: e.spec for name, e in one.items() if e.averaged}
             kinds = {name: stored_as.stored(spec.kind) for name, spec in likes.items()}
@@ -304,5 +304,5 @@ def _conversion(old: Entry, new: Entry) -> tuple[str, list[Pair]]:
     if old.form == SPLIT and new.form == SPLIT:
         return "copy", [Pair(old.name, new.parts[p][1], old.parts[p][1]) for p in new.parts]
     if old.form == SPLIT:
-        return "give", [old.pair(new.spec, 0)]
+        return "cast_back", [old.pair(new.spec, 0)]
     return "copy", [new.pair(old.spec, 0)]

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 from fastema.binding.sides import Sampled, Watched
 from fastema.bridges.registry import leaves_of, materialised, ranks_of, reshard
 from fastema.engine.collector import uncollected
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
+from fastema.engine.launch_args import LaunchArgs, checked_seed
 from fastema.engine.locks import rlock
-from fastema.engine.moment import Moment, checked_seed
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, NonFiniteError, StateError, listed
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MOST, checked_whole
 from fastema.shadow.binding import SYNC, ShadowBinding, ShadowSwap
-from fastema.shadow.counting import DeviceCount
 from fastema.shadow.entries import select
 from fastema.shadow.options import (
     OnNonFinite,
@@ -30,6 +29,7 @@ from fastema.shadow.options import (
     format_of,
     patterns_of,
 )
+from fastema.shadow.schedule_counter import ScheduleCounter
 from fastema.shadow.store import Store
 
 __all__ = ["Updating", "Weights"]
@@ -120,10 +120,10 @@ class Updating(Generic[Weights]):
         self._home = None if self._binding.model.fixed else container
         with self._binding.current(once=_ONCE) as program:
             program.run(SYNC)
-        self._count: DeviceCount | None = None
+        self._count: ScheduleCounter | None = None
         self._captured = False
         if capturable:
-            self._count = DeviceCount(self._binding.homes, self._schedule, self._seed)
+            self._count = ScheduleCounter(self._binding.homes, self._schedule, self._seed)
             self._warm_up(self._count, self._binding)
 
     def _bound_to(
@@ -149,7 +149,7 @@ class Updating(Generic[Weights]):
             facts[repr(name)] = f"{how}, {spec.dtype}{list(spec.full_shape)}{division}"
         return facts
 
-    def _warm_up(self, count: DeviceCount, binding: ShadowBinding) -> None:
+    def _warm_up(self, count: ScheduleCounter, binding: ShadowBinding) -> None:
         """Run one update that changes nothing, so that every kernel is loaded.
 
         Raises
@@ -158,7 +158,7 @@ class Updating(Generic[Weights]):
             Where something slower stands in for one of them.
         """
         with binding.current() as program:
-            program.run(self._operations, count.moment)
+            program.run(self._operations, count.args)
 
     # -- the weights ------------------------------------------------------------------------------
 
@@ -267,23 +267,23 @@ class Updating(Generic[Weights]):
         # The weights are 1 then: rounded as on a device that counts by itself. Only a mean of
         # none has no slot yet.
         operations = SYNC if begins and self._format.window else self._operations
-        moment = self._moment(step, weights)
-        with deferred():
-            program.run(operations, moment)
+        args = self._launch_args(step, weights)
+        with defer_signals():
+            program.run(operations, args)
             self._done, self._log_decays = step, log_decays
             self._measured = None if begins or not self._measures else program
 
-    def _update_by(self, count: DeviceCount, program: Program) -> None:
+    def _update_by(self, count: ScheduleCounter, program: Program) -> None:
         """Update by the step and weights that the device looks up, now or in a replay."""
         program.prepare(self._operations)
         self._captured = self._captured or self._binding.capturing()
-        with deferred():
+        with defer_signals():
             count.advance()
-            program.run(self._operations, count.moment)
+            program.run(self._operations, count.args)
             self._measured = program if self._measures else None
 
-    def _moment(self, step: int, weights: tuple[float, ...]) -> Moment:
-        return Moment(weights, self._seed, step)
+    def _launch_args(self, step: int, weights: tuple[float, ...]) -> LaunchArgs:
+        return LaunchArgs(weights, self._seed, step)
 
     def _accepts(self, step: int) -> bool:
         """Whether all weights are finite; what is to be done where they are not."""

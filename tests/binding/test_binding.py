@@ -13,7 +13,7 @@ import pytest
 import fastema
 from fastema.binding.binding import Binding, Match
 from fastema.bridges.registry import leaves_of
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.errors import LayoutError
 from fastema.layout.group import Pair
 from fastema.layout.spec import Leaves
@@ -29,7 +29,7 @@ def by_name(average: Leaves, model: Leaves) -> Match:
 
 def run(binding: Binding, model: Any = None) -> None:
     with binding.current(model) as program:
-        program.run(LERP, Moment((0.5,)))
+        program.run(LERP, LaunchArgs((0.5,)))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
@@ -107,13 +107,13 @@ def owners(pair: Pair) -> list[Any]:
 
 def run(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *settings: int) -> Any:
     """The substitute, once."""
-    return foreach.substitute(operation, pairs)(numbers, *settings)
+    return foreach.substitute(operation, pairs)(LaunchArgs(numbers, *settings))
 
 
 def run_kernels(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *settings: int):
     """The kernels, once; returns the program."""
     program = Program({"all": pairs})
-    program.run({"all": operation}, Moment(numbers, *settings))
+    program.run({"all": operation}, LaunchArgs(numbers, *settings))
     return program
 
 
@@ -448,7 +448,7 @@ def test_random_bits_are_the_kernels(
         assert torch.equal(words(to), words(again))
 
 
-@pytest.mark.parametrize("operation", ["copy", "give", "swap"])
+@pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 def test_copies_are_rounded_to_nearest(operation: str, numbers: Make) -> None:
     pair = pair_of(tensor(numbers(3000, "bf16"), "bf16"), tensor(numbers(3000, "f32"), "f32"))
     assert_same_bits([pair], run_both(operation, [pair._replace(form="bf16~")]))
@@ -466,7 +466,7 @@ def halfway(code: str, size: int = 1000) -> Array:
     return np.concatenate([middle, *(middle * (1 + s * 2.0**-40) for s in (1, -1))])
 
 
-@pytest.mark.parametrize("operation", ["copy", "give", "swap"])
+@pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize(("dst", "src"), PAIRS, ids=PAIR_IDS)
 def test_copies_of_every_pair_of_floats(
     dst: str, src: str, operation: str, numbers: Make, assert_same: Check
@@ -479,23 +479,23 @@ def test_copies_of_every_pair_of_floats(
     pair = pair_of(tensor(avg, dst), tensor(x, src))
     run(operation, [pair])
     there, back = reference.cast(x, src, dst), reference.cast(avg, dst, src)
-    assert_same(stored(pair.dst.owner), avg if operation == "give" else there, dst)
+    assert_same(stored(pair.dst.owner), avg if operation == "cast_back" else there, dst)
     assert_same(stored(pair.src.owner), x if operation == "copy" else back, src)
 
 
-@pytest.mark.parametrize("operation", ["copy", "give", "swap"])
+@pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize("code", [*EXACT, *REAL, *COMPLEX])
 def test_equal_dtypes_are_moved_to_the_bit(code: str, operation: str, numbers: Make) -> None:
     sides = [tensor(numbers(700, code, i, "bits"), code) for i in (1, 2)]
     old = [words(one).clone() for one in sides]
     form = f"{code}~" if code in STEPS else ""
     run(operation, [pair_of(*sides, form=form)])
-    new = {"copy": (1, 1), "give": (0, 0), "swap": (1, 0)}[operation]
+    new = {"copy": (1, 1), "cast_back": (0, 0), "swap": (1, 0)}[operation]
     for side, which in zip(sides, new, strict=True):
         assert torch.equal(words(side), old[which])
 
 
-@pytest.mark.parametrize("operation", ["copy", "give", "swap"])
+@pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize("src", REAL)
 def test_copies_of_an_average_in_two_halves(
     src: str, operation: str, numbers: Make, assert_same: Check
@@ -512,7 +512,7 @@ def test_copies_of_an_average_in_two_halves(
     if src != "f32":  # what is converted has other bits where it is not a number
         return
     assert_same_bits([pair], [other])
-    if operation != "give":
+    if operation != "cast_back":
         assert_same(joined(pair), x, "f32")
     if operation != "copy":
         assert_same(stored(pair.src.owner), avg, "f32")
@@ -954,7 +954,7 @@ EVERYTHING = [
     *product(
         ["lerp", "lerp_measured", "add"], ["f64", "f32", "bf16~", "f16~", "bf16", SPLIT], REAL
     ),
-    *product(["copy", "give", "swap"], ["f64", "f32", "bf16", SPLIT], REAL),
+    *product(["copy", "cast_back", "swap"], ["f64", "f32", "bf16", SPLIT], REAL),
     *(("finite", "f32", src) for src in REAL),
     ("park", "f32", "bf16"),
     ("unpark", "f32", "bf16"),

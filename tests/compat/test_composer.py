@@ -13,7 +13,7 @@ import fastema
 from fastema.compat import composer
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, LayoutError
 from fastema.rules import Schedule
-from fastema.shadow.counting import tables_for
+from fastema.shadow.schedule_counter import tables_for
 
 from .network import Network, Truth, bits, is_float, numbers, tensors, torch, trained
 

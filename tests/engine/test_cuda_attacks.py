@@ -28,7 +28,7 @@ import fastema
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import CLOCK, Key, Unavailable
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import DeviceError, DTypeError, FastemaError, StateError
 from fastema.kernels import table as abi
@@ -1168,7 +1168,7 @@ def test_numbers_of_averages_that_do_not_begin_at_the_first(gpu: StubGpu, first:
         for k, a in averages.items()
     }
     pairs = [Pair("w", *specs_on(gpu.home, a, x), which=k) for k, a in averages.items()]
-    Program({"all": pairs}).run({"all": "lerp"}, Moment(tuple(numbers)))
+    Program({"all": pairs}).run({"all": "lerp"}, LaunchArgs(tuple(numbers)))
     for k, average in averages.items():
         np.testing.assert_allclose(average, want[k], rtol=3e-6, atol=3e-7)
 

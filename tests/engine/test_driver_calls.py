@@ -31,10 +31,10 @@ PREPARED = """
     from cuda.bindings import driver
 
     from fastema.engine import cuda as engine
-    from fastema.engine.clock import Clock
+    from fastema.engine.step_counter import StepCounter
     from fastema.engine.cubins import Cubin, Key, Unavailable
     from fastema.engine.cuda import Device, device
-    from fastema.engine.moment import Moment
+    from fastema.engine.launch_args import LaunchArgs
     from fastema.engine.program import Program
     from fastema.errors import DeviceError
     from fastema.layout.group import Pair
@@ -216,9 +216,9 @@ def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
     home = Home(0, 0x7F00DEADBEE0)
     members = pairs(home, (3, 5), (70_000,), (), (33,))
     program = Program({"all": members})
-    program.run({"all": "lerp"}, Moment((0.25,), 11, 2**40 + 7, 3, 2, 9))
+    program.run({"all": "lerp"}, LaunchArgs((0.25,), 11, 2**40 + 7, 3, 2, 9))
     first = take()
-    program.run({"all": "lerp"}, Moment((-0.5,), 12, 13))
+    program.run({"all": "lerp"}, LaunchArgs((-0.5,), 12, 13))
     second = take()
     assert [name for name, _, _ in second] == ["cuCtxGetCurrent", "cuCtxPushCurrent",
                                                "cuLaunchKernel", "cuCtxPopCurrent"]
@@ -248,7 +248,7 @@ def test_several_averages_layouts_measures_and_a_clock(run: Script) -> None:
     program.prepare({"all": "lerp_measured"})
     loaded = [text for name, text, _ in take() if name == "cuModuleGetFunction"]
     assert sorted(loaded) == ["kernel_of_lerp_measured_flat", "kernel_of_lerp_measured_strided"]
-    program.run({"all": "lerp_measured"}, Moment(numbers))
+    program.run({"all": "lerp_measured"}, LaunchArgs(numbers))
     launches = [values[11:] for name, _, values in take() if name == "cuLaunchKernel"]
     assert len(launches) == 2
     *tables, measures = home.uploaded
@@ -261,18 +261,18 @@ def test_several_averages_layouts_measures_and_a_clock(run: Script) -> None:
         found = np.array(rest[4:12], np.uint64).view(np.float64)
         assert found.tolist() == [*numbers, 0, 0, 0, 0, 0]
 
-    clock = Clock([home])
+    clock = StepCounter([home])
     take()
     parameters.value = 1
     clock.advance()
     ((name, _, values),) = [call for call in take() if call[0] == "cuLaunchKernel"]
     assert values[1:9] == [1, 1, 1, 256, 1, 1, 0, home.handle]
-    assert values[11:] == [home.uploaded[-1].ctypes.data] == [clock.moment.clocks["cuda:0"]]
+    assert values[11:] == [home.uploaded[-1].ctypes.data] == [clock.args.clocks["cuda:0"]]
     parameters.value = 17
-    program.run({"all": "lerp_measured"}, clock.moment)
+    program.run({"all": "lerp_measured"}, clock.args)
     for name, _, values in take():
         if name == "cuLaunchKernel":
-            assert values[11 + 3] == clock.moment.clocks["cuda:0"]
+            assert values[11 + 3] == clock.args.clocks["cuda:0"]
     """)
 
 
@@ -446,7 +446,7 @@ def test_what_a_launch_costs_the_host(run: Script) -> None:
     places = values.ctypes.data + 8 * np.arange(17)
     address = int(places.ctypes.data)
     program = Program({"all": pairs(home, *[(7,)] * 1000)})
-    operations, moment = {"all": "lerp"}, Moment((0.1,))
+    operations, moment = {"all": "lerp"}, LaunchArgs((0.1,))
     program.run(operations, moment)
     driver.cuCtxPushCurrent(one._context)
 

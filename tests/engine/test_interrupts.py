@@ -18,7 +18,7 @@ import pytest
 
 import fastema
 from fastema.engine import interrupts
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 
 if not hasattr(signal, "SIGUSR1"):
     pytest.skip("no signals of the user's own here", allow_module_level=True)
@@ -62,7 +62,7 @@ def action(number: int) -> tuple[int | None, int]:
 
 def test_handlers_run_when_the_block_is_over(calls: list[int], noting: Handler) -> None:
     signal.signal(ONE, noting)
-    with deferred():
+    with defer_signals():
         signal.raise_signal(ONE)
         signal.raise_signal(ONE)
         assert calls == []
@@ -79,7 +79,7 @@ def test_a_handler_that_raises_drops_no_other_signal(calls: list[int]) -> None:
         signal.signal(number, raising)
 
     def block() -> None:
-        with deferred():
+        with defer_signals():
             for number in (ONE, signal.SIGTERM, TWO, ONE):
                 signal.raise_signal(number)
 
@@ -105,7 +105,7 @@ def test_a_handler_that_returns_leaves_the_exception_of_another_one(
     signal.signal(TWO, noting)
 
     def block() -> None:
-        with deferred():
+        with defer_signals():
             signal.raise_signal(ONE)
             signal.raise_signal(TWO)
 
@@ -119,13 +119,13 @@ def test_a_signal_during_a_late_handler_is_handled_at_once(calls: list[int]) -> 
         calls.append(number)
 
     def first(number: int, frame: FrameType | None) -> None:
-        with deferred():
+        with defer_signals():
             signal.raise_signal(TWO)
         calls.append(number)
 
     signal.signal(ONE, first)
     signal.signal(TWO, second)
-    with deferred():
+    with defer_signals():
         signal.raise_signal(ONE)
     assert calls == [TWO, ONE]
 
@@ -137,7 +137,7 @@ def test_what_waits_is_handled_after_the_handler_before_it(calls: list[int]) -> 
 
     signal.signal(ONE, saving)
     signal.signal(TWO, lambda number, frame: calls.append(number))
-    with deferred():
+    with defer_signals():
         signal.raise_signal(ONE)
         signal.raise_signal(TWO)
     assert calls == [ONE, TWO]
@@ -145,8 +145,8 @@ def test_what_waits_is_handled_after_the_handler_before_it(calls: list[int]) -> 
 
 def test_inner_blocks_wait_for_the_outermost(calls: list[int], noting: Handler) -> None:
     signal.signal(ONE, noting)
-    with deferred():
-        with deferred():
+    with defer_signals():
+        with defer_signals():
             signal.raise_signal(ONE)
         update()
         signal.raise_signal(ONE)
@@ -157,7 +157,7 @@ def test_inner_blocks_wait_for_the_outermost(calls: list[int], noting: Handler) 
 
 def test_a_handler_set_in_the_block_stays_and_is_called(calls: list[int], noting: Handler) -> None:
     signal.signal(ONE, lambda number, frame: calls.append(-number))
-    with deferred():
+    with defer_signals():
         signal.raise_signal(ONE)
         signal.signal(ONE, noting)
     assert signal.getsignal(ONE) is noting
@@ -170,7 +170,7 @@ def test_a_signal_that_a_handler_has_ignored_is_ignored(calls: list[int]) -> Non
         signal.signal(number, signal.SIG_IGN)
 
     signal.signal(ONE, once)
-    with deferred():
+    with defer_signals():
         signal.raise_signal(ONE)
         signal.raise_signal(ONE)
     assert calls == [ONE]
@@ -181,7 +181,7 @@ def test_what_was_found_in_a_block_still_calls_the_handler(
     calls: list[int], noting: Handler
 ) -> None:
     signal.signal(ONE, noting)
-    with deferred():
+    with defer_signals():
         found = signal.signal(ONE, signal.SIG_IGN)
     signal.signal(ONE, found)
     signal.raise_signal(ONE)
@@ -202,9 +202,9 @@ def test_a_block_interrupted_twice_as_it_begins_holds_nothing_back(
     with monkeypatch.context() as patch:
         patch.setattr(interrupts, "_sigaction", raising)
         for method in ("__exit__", "_release"):
-            patch.setattr(deferred, method, raising)
+            patch.setattr(defer_signals, method, raising)
         with pytest.raises(KeyboardInterrupt):
-            deferred().__enter__()
+            defer_signals().__enter__()
     signal.raise_signal(ONE)
     assert calls == [ONE]
 
@@ -213,16 +213,16 @@ def test_a_block_interrupted_as_it_ends_holds_nothing_back(
     calls: list[int], noting: Handler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(ONE, noting)
-    block = deferred()
+    block = defer_signals()
     block.__enter__()
     with monkeypatch.context() as patch:
-        patch.setattr(deferred, "_put_back", raising)
-        patch.setattr(deferred, "_release", lambda self: self._put_back())
+        patch.setattr(defer_signals, "_put_back", raising)
+        patch.setattr(defer_signals, "_release", lambda self: self._put_back())
         with pytest.raises(KeyboardInterrupt):
             block.__exit__()
     signal.raise_signal(ONE)
     assert calls == [ONE]
-    with deferred():
+    with defer_signals():
         signal.raise_signal(ONE)
         assert calls == [ONE]
     assert calls == [ONE, ONE]
@@ -233,7 +233,7 @@ def test_a_block_interrupted_as_it_ends_holds_nothing_back(
 def test_signals_without_a_python_handler_are_left_alone(handler: signal.Handlers) -> None:
     signal.signal(ONE, handler)
     before = action(ONE)
-    with deferred():
+    with defer_signals():
         assert signal.getsignal(ONE) is handler
         assert action(ONE) == before
     assert signal.getsignal(ONE) is handler
@@ -245,7 +245,7 @@ def test_a_block_of_another_thread_holds_nothing_back(calls: list[int], noting: 
     inside, over = threading.Event(), threading.Event()
 
     def block() -> None:
-        with deferred():
+        with defer_signals():
             inside.set()
             assert over.wait(20)
 
@@ -278,7 +278,7 @@ def test_updates_leave_a_handler_of_faulthandler_in_place(
             assert action(ONE) == before
             signal.raise_signal(ONE)
             assert (dumps(), calls) == (1, [ONE])
-            with deferred():
+            with defer_signals():
                 signal.raise_signal(ONE)
                 assert (dumps(), calls) == (2, [ONE])
             assert calls == [ONE, ONE]

@@ -8,7 +8,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
 from fastema.layout.group import Pair, check_pair
@@ -42,7 +42,7 @@ def in_order(array: Array, order: tuple[int, ...]) -> Array:
 
 def update(avg: Array, x: Array, code: str, src: str, **part: object) -> None:
     pair = Pair("t", described(avg, code), described(x, src, **part), f"{code}~")
-    Program({"all": [pair]}).run({"all": "lerp"}, Moment((WEIGHT,), SEED, STEP))
+    Program({"all": [pair]}).run({"all": "lerp"}, LaunchArgs((WEIGHT,), SEED, STEP))
 
 
 def specified(avg: Array, x: Array, code: str, src: str, index: Array) -> Array:

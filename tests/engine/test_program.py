@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastema.engine import registry
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import CHUNK
@@ -197,7 +197,7 @@ def test_random_bits_belong_to_elements_not_to_chunks_threads_or_places(
             first = Pair("a", spec_of(other[0].copy(), dst), spec_of(other[1], src), f"{dst}~")
             pairs.insert(0, first)
         program = Program({"all": pairs})
-        program.run({"all": "lerp"}, Moment((0.3,), seed, step))
+        program.run({"all": "lerp"}, LaunchArgs((0.3,), seed, step))
         return bits(spaced)
 
     want = result(1)
@@ -239,7 +239,7 @@ def test_averages_updated_together_are_those_updated_apart(
             want = reference.lerp(values.reshape(-1), x.array.reshape(-1), weights[which], dst, src)
             sides.append((to, x, want))
     program = Program({"all": pairs})
-    program.run({"all": "lerp"}, Moment(weights))
+    program.run({"all": "lerp"}, LaunchArgs(weights))
     for to, x, want in sides:
         assert_same(np.ascontiguousarray(to.array).reshape(-1), want, dst)
         to.assert_rest_untouched()
@@ -264,7 +264,7 @@ def test_measures_are_those_of_each_average(
             found[which][2] += np.sum(after == reference.decode(avg, dst))
             pairs.append(Pair(f"t{i}", spec_of(avg, dst), spec_of(x, "f32"), which=which))
     program = Program({"all": pairs})
-    program.run({"all": "lerp_measured"}, Moment(weights))
+    program.run({"all": "lerp_measured"}, LaunchArgs(weights))
     for which, (distance, square, still) in enumerate(found):
         measured = program.measured(which)
         np.testing.assert_allclose(measured[:2], np.sqrt([distance, square]), rtol=1e-4)
@@ -383,7 +383,7 @@ def test_only_the_tags_of_a_run_are_touched(
         {tag: [Pair(tag, spec_of(a, "f32"), spec_of(x, "f32"))] for tag, (a, x) in sides.items()}
     )
     before = {tag: (a.copy(), x.copy()) for tag, (a, x) in sides.items()}
-    program.run({"a": "lerp", "c": "swap"}, Moment((1.0,)))
+    program.run({"a": "lerp", "c": "swap"}, LaunchArgs((1.0,)))
     np.testing.assert_array_equal(sides["a"], [before["a"][1], before["a"][1]])
     np.testing.assert_array_equal(sides["b"], before["b"])
     np.testing.assert_array_equal(sides["c"], before["c"][::-1])
@@ -398,7 +398,7 @@ def test_integers_are_not_averaged(numbers: Make, spec_of: Callable[..., TensorS
     before = floats.copy()
     program = Program({"all": pairs})
     with pytest.raises(DTypeError, match="i32"):
-        program.run({"all": "lerp"}, Moment((0.5,)))
+        program.run({"all": "lerp"}, LaunchArgs((0.5,)))
     np.testing.assert_array_equal(floats, before)
 
 
@@ -409,7 +409,7 @@ def test_devices_without_kernels_are_refused() -> None:
 
 
 def test_nothing_to_do() -> None:
-    Program({"all": []}).run({"all": "lerp"}, Moment((0.5,)))
+    Program({"all": []}).run({"all": "lerp"}, LaunchArgs((0.5,)))
 
 
 POISON = {"f32": np.float32(np.nan), "f16": np.float16(np.nan), "bf16": np.uint16(0x7FC0)}
@@ -452,7 +452,7 @@ def test_tensors_that_moved_are_worked_on_where_they_are(
     operations = {"one": "lerp", "other": "lerp"}
     for move in range(1, 5):
         want = {n: expected("lerp", avg[n].array, x[n].array, dst, src)[0] for n in RELOCATED}
-        program.run(operations, Moment((W,)))
+        program.run(operations, LaunchArgs((W,)))
         for n in RELOCATED:
             assert_same(np.ascontiguousarray(avg[n].array), want[n], dst)
             avg[n].assert_rest_untouched()
@@ -469,7 +469,7 @@ def test_tensors_that_moved_are_worked_on_where_they_are(
                 one._before[...] = one._poison
         now = {"dst": avg, "src": x}
         program.relocate(**{s: {n: now[s][n].array.ctypes.data for n in RELOCATED} for s in left})
-        program.run({}, Moment((W,)))
+        program.run({}, LaunchArgs((W,)))
         for old in left.values():
             for one in old.values():
                 one.assert_untouched()
@@ -496,7 +496,7 @@ def test_averages_updated_together_are_found_in_other_places(
     for one in x:
         one[...] = np.nan
     program.relocate(src={f"t{i}": one.ctypes.data for i, one in enumerate(later)})
-    program.run({"all": "lerp"}, Moment(weights))
+    program.run({"all": "lerp"}, LaunchArgs(weights))
     for got, wanted in zip([a for several in avg for a in several], want, strict=True):
         assert_same(got, wanted, "f32")
 
@@ -531,14 +531,14 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
     monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # asked for once only
     monkeypatch.setattr("fastema.engine.cpu_group.numbered_tables", None)
     for _ in range(20):
-        program.run({"all": "lerp"}, Moment((W,)))
+        program.run({"all": "lerp"}, LaunchArgs((W,)))
     assert registry._made == made
     tracemalloc.start()
     try:
         held = []
         for _ in range(4):
             for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
-                program.run({"all": "lerp"}, Moment((W,)))
+                program.run({"all": "lerp"}, LaunchArgs((W,)))
             time.sleep(0.3)  # helpers that came too late still clear their queue
             gc.collect()
             held.append(tracemalloc.get_traced_memory()[0])

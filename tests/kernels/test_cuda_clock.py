@@ -23,7 +23,7 @@ from numba import types
 from numpy.typing import NDArray
 
 import fastema
-from fastema.engine.clock import Clock
+from fastema.engine.step_counter import StepCounter
 from fastema.engine.weight_table import evaluate
 from fastema.kernels import cuda_clock
 from fastema.kernels.jit import cpu_kernel
@@ -60,7 +60,7 @@ from fastema.rules import (
     power,
     warmup,
 )
-from fastema.shadow.counting import tables_for
+from fastema.shadow.schedule_counter import tables_for
 
 from ..stubgpu import StubGpu, clock_twin, gpu
 
@@ -351,7 +351,7 @@ def test_a_windowed_mean_has_its_moment(window: int, every: int, start: int) -> 
                 continue
             number = float(face.cells[WEIGHTS : WEIGHTS + 1].view(np.float64)[0])
             found = number, int(face.cells[SLOT]), int(face.cells[TURN])
-            moment = sma._moment(step, weights)
+            moment = sma._launch_args(step, weights)
             if step == start:  # a copy
                 assert found == (1.0, 0, 0)
             else:
@@ -362,8 +362,8 @@ def test_a_windowed_mean_has_its_moment(window: int, every: int, start: int) -> 
 
 def test_a_clock_that_is_set_again(gpu: StubGpu) -> None:
     """The host's side: the cells that it writes are those that the kernel reads."""
-    clock = Clock([gpu.homes[0], gpu.homes[1]])
-    addresses = [clock.moment.clocks[f"cuda:{index}"] for index in range(2)]
+    clock = StepCounter([gpu.homes[0], gpu.homes[1]])
+    addresses = [clock.args.clocks[f"cuda:{index}"] for index in range(2)]
     generator = np.random.default_rng(8)
     for _ in range(12):
         count = int(generator.integers(1, MAX_AVERAGES + 1))

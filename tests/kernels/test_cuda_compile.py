@@ -56,7 +56,7 @@ EACH_KIND: list[Kernel] = [
     ("lerp", ("bf16+16", "bf16")),
     ("lerp_measured", ("f32", "bf16")),
     ("copy", ("f32", "bf16")),
-    ("give", ("bf16+16", "f32")),
+    ("cast_back", ("bf16+16", "f32")),
     ("swap", ("bf16+16", "raw4")),
     ("add", ("f64", "f32")),
     ("finite", ("f32", "bf16")),
@@ -69,9 +69,9 @@ OTHERS: list[Kernel] = [
     *(("lerp_measured", (dst, "bf16")) for dst in FORMS),
     ("lerp_measured", ("f32", "f32")),
     *(("copy", (dst, src)) for dst in (*REALS, "bf16+16") for src in REALS if dst != src),
-    *(("give", ("bf16+16", src)) for src in REALS),
+    *(("cast_back", ("bf16+16", src)) for src in REALS),
     *(
-        ("give", pair)
+        ("cast_back", pair)
         for pair in (("f64", "f32"), ("f32", "f16"), ("f16", "bf16"), ("bf16", "f32"))
     ),
     *(("swap", (dst, src)) for dst in REALS for src in REALS if dst != src),
@@ -112,7 +112,7 @@ READS_AND_WRITES = {
     "lerp_measured": ("ds", "d"),
     "add": ("ds", "d"),
     "copy": ("s", "d"),
-    "give": ("d", "s"),
+    "cast_back": ("d", "s"),
     "swap": ("ds", "ds"),
     "park": ("ds", "ds"),
     "unpark": ("ds", "ds"),

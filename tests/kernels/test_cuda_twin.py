@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastema.engine import cpu_group
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.kernels import cuda
 from fastema.kernels.jit import cpu_kernel
@@ -113,7 +113,7 @@ def formats_of(dst: str, src: str, operation: str) -> list[str]:
 
 CASES = [("lerp", dst, src) for dst in FLOATS for src in FLOATS] + [
     (operation, dst, src)
-    for operation in ("copy", "swap", "give", "add")
+    for operation in ("copy", "swap", "cast_back", "add")
     for dst, src in (("f32", "bf16"), ("bf16", "f16"), ("f64", "f32"))
 ]
 USUAL = {
@@ -142,7 +142,7 @@ def test_two_sides(operation: str, dst: str, src: str, as_on_a_gpu: Callable[[],
                 before = words(a), words(b)
                 companion = spec(low, "i16") if form == "bf16+16" else None
                 pair = Pair("x", spec(a, dst), spec(b, src), form, companion)
-                Program({"all": [pair]}).run({"all": operation}, Moment((0.1,), 3, 2**40 + 5))
+                Program({"all": [pair]}).run({"all": operation}, LaunchArgs((0.1,), 3, 2**40 + 5))
                 assert before != (words(a), words(b))
                 kept += [words(a), words(b), words(low)]
             runs.append(kept)
@@ -178,7 +178,7 @@ def test_spaced_elements(dst: str, src: str, as_on_a_gpu: Callable[[], None]) ->
         b = numbers(generator, 6000, 0, src).reshape(5, 40, 30).transpose(2, 1, 0)[:, ::2, 1:4]
         form = f"{dst}~" if dst == "bf16" else ""
         program = Program({"all": [Pair("x", spec(a, dst), spec(b, src), form)]})
-        program.run({"all": "lerp"}, Moment((0.3,), 1, 7))
+        program.run({"all": "lerp"}, LaunchArgs((0.3,), 1, 7))
         runs.append((words(a), words(b)))
     assert runs[0] == runs[1]
 
@@ -221,7 +221,7 @@ def test_indices_in_another_order_than_memory(
         )
         weights = replace(spec(b, src), whole=whole, offset=offset)
         program = Program({"all": [Pair("x", spec(a, dst), weights, f"{dst}~")]})
-        program.run({"all": operation}, Moment((0.3,), 1, 7))
+        program.run({"all": operation}, LaunchArgs((0.3,), 1, 7))
         runs.append(words(a))
     assert runs[0] == runs[1]
 
@@ -238,7 +238,7 @@ def test_several_averages_and_measures(src: str, as_on_a_gpu: Callable[[], None]
         averages = [numbers(generator, 40_003, 0, "f32") for _ in range(3)]
         pairs = [Pair("x", spec(a, "f32"), spec(x, src), which=k) for k, a in enumerate(averages)]
         program = Program({"all": pairs})
-        program.run({"all": "lerp_measured"}, Moment((0.1, 0.01, 0.0)))
+        program.run({"all": "lerp_measured"}, LaunchArgs((0.1, 0.01, 0.0)))
         runs.append(([words(a) for a in averages], [program.measured(k) for k in range(3)]))
     assert runs[0][0] == runs[1][0]
     for one, other in zip(runs[0][1], runs[1][1], strict=True):
@@ -282,7 +282,7 @@ def test_windowed_mean(dst: str, src: str, ring: str, as_on_a_gpu: Callable[[], 
             filled = float(min(turn, slots))
             program.run(
                 {"all": "window"},
-                Moment((filled,), 0, 0, slots, (turn - 1) % slots, turn),
+                LaunchArgs((filled,), 0, 0, slots, (turn - 1) % slots, turn),
             )
         runs.append((words(mean), words(low), words(kept)))
     assert runs[0] == runs[1]

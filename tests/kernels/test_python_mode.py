@@ -13,7 +13,7 @@ SCRIPT = """
     import numpy as np
     np.seterr(all="ignore")
     import fastema
-    from fastema.engine.moment import Moment
+    from fastema.engine.launch_args import LaunchArgs
     from fastema.engine.program import Program
     from fastema.engine import registry
     from fastema.layout.group import Pair
@@ -50,7 +50,7 @@ SCRIPT = """
         ("lerp", "f16", "f32", 1, "f16~"), ("lerp", "f16", "f64", 1, "f16~"),
         ("lerp", "bf16", "f32", 1, "bf16+16"), ("lerp", "bf16", "bf16", 2, "bf16+16"),
         ("lerp", "bf16", "f64", 1, "bf16+16"),
-        ("copy", "bf16", "f32", 1, "bf16+16"), ("give", "bf16", "f32", 1, "bf16+16"),
+        ("copy", "bf16", "f32", 1, "bf16+16"), ("cast_back", "bf16", "f32", 1, "bf16+16"),
         ("window", "f32", "bf16", 1, ""), ("window", "bf16", "bf16", 2, ""),
         ("window", "f64", "f32", 1, ""),
     ]
@@ -80,7 +80,7 @@ SCRIPT = """
         pair = Pair("t", spec(a, dst, step), spec(b, src, step), form, low, ring)
         program = Program({"all": [pair]})
         for turn in (1, 2, 3, 4) if ring else (7,):
-            moment = Moment((min(turn, 2) if ring else 0.3,), 5, turn, 2, (turn - 1) % 2, turn)
+            moment = LaunchArgs((min(turn, 2) if ring else 0.3,), 5, turn, 2, (turn - 1) % 2, turn)
             program.run({"all": operation}, moment)
         for side, code in sides:
             exact = operation.endswith("park")

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.kernels.table import SHARED_CHUNK
 from fastema.layout.group import Pair
@@ -27,7 +27,7 @@ SEED, STEP = 5, 6
 
 
 def run(pairs: Sequence[Pair], weights: Sequence[float]) -> None:
-    Program({"all": pairs}).run({"all": "lerp"}, Moment(weights, SEED, STEP))
+    Program({"all": pairs}).run({"all": "lerp"}, LaunchArgs(weights, SEED, STEP))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

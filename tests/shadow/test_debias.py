@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import fastema
 from fastema import rules
 from fastema.errors import CheckpointError
-from fastema.shadow.counting import refuse_uneven
+from fastema.shadow.schedule_counter import refuse_uneven
 
 from .truth import Loop
 

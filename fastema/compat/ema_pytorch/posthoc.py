@@ -15,7 +15,7 @@ from fastema.bridges.names import plain_names
 from fastema.compat.ema_pytorch import snapshots
 from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage
 from fastema.compat.ema_pytorch.schedule import whole
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 from fastema.rules.posthoc import PowerProfile, solve
 from fastema.rules.power import Power, gamma_of
@@ -243,7 +243,7 @@ class PostHocEMA(nn.Module):
 
     def update(self) -> None:
         """Count a step in all averages, and write snapshots if they are due."""
-        with deferred():
+        with defer_signals():
             for ema_model in self.ema_models:
                 ema_model.update()
         every = self.checkpoint_every_num_steps

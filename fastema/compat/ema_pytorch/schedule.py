@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastema.compat.averager import ModelAverager
 from fastema.compat.mirrored import Mirrored
-from fastema.engine.interrupts import deferred
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 
 __all__ = ["Counted", "Scheduled", "finite", "whole"]
@@ -80,7 +80,7 @@ class Counted(nn.Module):
 
         Ctrl-C waits for its end: a step is taken and counted, or neither.
         """
-        with deferred():
+        with defer_signals():
             step = self._num_steps
             self._steps.write(self.step, step + 1)
             try:

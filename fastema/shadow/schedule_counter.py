@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.engine.clock import Clock, homes_of, tables_of
-from fastema.engine.moment import Moment
+from fastema.engine.launch_args import LaunchArgs
+from fastema.engine.step_counter import StepCounter, homes_of, tables_of
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.layout.home import Home
 from fastema.rules import Rule, Schedule, Window
 
-__all__ = ["DeviceCount", "Tables", "refuse_uneven", "tables_for"]
+__all__ = ["ScheduleCounter", "Tables", "refuse_uneven", "tables_for"]
 
 Tables = list[NDArray[np.float64]]
 
@@ -66,7 +66,7 @@ def refuse_uneven(schedule: Schedule, done: int, log_decays: Sequence[float]) ->
             )
 
 
-class DeviceCount:
+class ScheduleCounter:
     """Counts updates by a schedule on every device that holds a part of an average.
 
     Parameters
@@ -89,13 +89,13 @@ class DeviceCount:
         self, homes: Mapping[str, Home | None], schedule: Schedule, seed: int, done: int = 0
     ) -> None:
         tables = tables_for(schedule)
-        self._clock = Clock(homes_of(homes))
+        self._clock = StepCounter(homes_of(homes))
         self.set(schedule, tables, seed, done)
 
     @property
-    def moment(self) -> Moment:
+    def args(self) -> LaunchArgs:
         """What a program runs by."""
-        return self._clock.moment
+        return self._clock.args
 
     def advance(self) -> None:
         """Put the step to the next update on the current streams."""

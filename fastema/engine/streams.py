@@ -7,18 +7,18 @@ from typing import Any
 
 from fastema.layout.home import Home
 
-__all__ = ["Held", "keep"]
+__all__ = ["StreamTracker", "keep_for_graphs"]
 
 _in_graphs: list[Any] = []
 """Buffers used by captured graphs; kept forever, since CUDA does not report a graph's end."""
 
 
-def keep(*objects: Any) -> None:
+def keep_for_graphs(*objects: Any) -> None:
     """Keep objects to the end of the process: a graph may work on them at any time."""
     _in_graphs.extend(objects)
 
 
-class Held:
+class StreamTracker:
     """Records once with every stream what launches work on, and keeps it once it was captured.
 
     ``waits`` says that some of the memory cannot be recorded: who frees it has to wait for the
@@ -44,7 +44,7 @@ class Held:
         stream = self._home.stream()
         if self._home.capturing():  # perhaps on a stream that is known, from a call before
             if not self._captured:
-                keep(*kept())
+                keep_for_graphs(*kept())
                 self._captured = True
         elif stream not in self._streams:
             self.waits = not self._home.hold(owners())

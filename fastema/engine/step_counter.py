@@ -10,17 +10,16 @@ from numpy.typing import NDArray
 
 from fastema.engine import cuda
 from fastema.engine.cubins import CLOCK, Key
-from fastema.engine.held import Held
-from fastema.engine.moment import Moment
+from fastema.engine.streams import StreamTracker
 from fastema.engine.weight_table import weight_table
 from fastema.errors import ArgumentError
 from fastema.kernels import table as abi
-from fastema.layout.home import Home
+from fastema.layout.home import Home, LaunchArgs
 
-__all__ = ["Clock", "homes_of", "tables_of"]
+__all__ = ["StepCounter", "homes_of", "tables_of"]
 
 
-class _Hand:
+class _DeviceCounter:
     """The clock of one device."""
 
     def __init__(self, home: Home) -> None:
@@ -31,14 +30,14 @@ class _Hand:
         self._values = np.array([self.address], np.int64)
         self._places = np.array([self._values.ctypes.data], np.int64)
         self._tables: list[Any] = []
-        self._held = Held(home)
+        self._streams = StreamTracker(home)
 
     def _stream(self) -> int:
         def owners() -> list[Any]:
             return [self.owner, *(owner for owner, _ in self._tables)]
 
         # A graph needs whatever tables there will be.
-        return self._held.stream(owners, lambda: [self])
+        return self._streams.stream(owners, lambda: [self])
 
     def advance(self) -> None:
         places = int(self._places.ctypes.data)
@@ -51,19 +50,19 @@ class _Hand:
             cells[first : first + 2] = address, len(table)
         self.home.write(self.owner, cells)
         self._tables = uploaded  # only now nobody reads the ones before
-        self._held.renew()
+        self._streams.renew()
         self._stream()
 
 
-class Clock:
+class StepCounter:
     """Counts updates alike on every device that has a part of the averages.
 
     Without the kernel that advances it, making one is a DeviceError.
     """
 
     def __init__(self, homes: Sequence[Home]) -> None:
-        self._hands = [_Hand(home) for home in homes]
-        self.moment = Moment(clocks={hand.home.device: hand.address for hand in self._hands})
+        self._counters = [_DeviceCounter(home) for home in homes]
+        self.args = LaunchArgs(clocks={one.home.device: one.address for one in self._counters})
 
     def set(
         self,
@@ -82,18 +81,18 @@ class Clock:
         cells = np.zeros(abi.CLOCK_CELLS, np.int64)
         cells[[abi.IDLE, abi.DONE, abi.STEP, abi.SEED]] = 1, done, done, seed
         cells[[abi.START, abi.EVERY, abi.WINDOW]] = start, every, window
-        for hand in self._hands:
-            hand.set(cells.copy(), tables)
+        for one in self._counters:
+            one.set(cells.copy(), tables)
 
     def advance(self) -> None:
         """Put the step to the next update on the current stream of every device."""
-        for hand in self._hands:
-            hand.advance()
+        for one in self._counters:
+            one.advance()
 
     def done(self) -> int:
         """Updates so far; waits for the device."""
-        hand = self._hands[0]
-        return int(hand.home.download(hand.owner)[abi.DONE])
+        one = self._counters[0]
+        return int(one.home.download(one.owner)[abi.DONE])
 
 
 def tables_of(weights: Sequence[Callable[[int], float]]) -> list[NDArray[np.float64]]:
