@@ -40,6 +40,7 @@ __all__ = [
     "InMemory",
     "Recovered",
     "Swap",
+    "WatchedMemory",
     "Way",
     "WriteWatch",
     "recover",
@@ -333,8 +334,6 @@ def recovered(pairs: Sequence[Pair]) -> list[Any]:
 class WriteWatch:
     """Notices who writes weights while they hold an average, and tells autograd of the swap.
 
-    A :class:`Way` that touches no memory; it comes first, so that it ends last.
-
     Parameters
     ----------
     weights : mapping of str to TensorSpec
@@ -352,7 +351,7 @@ class WriteWatch:
         self._versions = versions_of(spec.owner for spec in weights.values() if spec.writable)
         self.now = weights
 
-    def apply(self) -> None:
+    def begin(self) -> None:
         """The weights hold the average now."""
         self.now = self.weights
         for one in self._versions:
@@ -370,7 +369,7 @@ class WriteWatch:
             if id(spec.owner) in arrays and name in self._averaged and spec == self.now[name]
         ]
 
-    def restore(self) -> None:
+    def end(self) -> None:
         """The weights are back, in memory as :attr:`now` says."""
         unmoved = self.weights == self.now
         for one in self._versions:
@@ -378,3 +377,20 @@ class WriteWatch:
         if not unmoved:
             for tell, arrays in written(s.owner for s in self.now.values() if s.writable):
                 tell(arrays)
+
+
+class WatchedMemory(NamedTuple):
+    """The way in memory, where writes are noticed from its end to that of its undoing."""
+
+    memory: InMemory
+    watch: WriteWatch
+
+    def apply(self) -> None:
+        """See :class:`Way`."""
+        self.memory.apply()
+        self.watch.begin()
+
+    def restore(self) -> None:
+        """See :class:`Way`."""
+        self.memory.restore()
+        self.watch.end()

@@ -344,7 +344,7 @@ class AveragedModel(peer.AveragedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to memory."""
-        return {k: v for k, v in vars(self).items() if k not in ("_count", "_followed")}
+        return {k: v for k, v in vars(self).items() if k not in ("_count", "_used")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import Trained, Watched
-from fastema.binding.swap import InMemory, Swap, WriteWatch
+from fastema.binding.swap import InMemory, Swap, WatchedMemory, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
 from fastema.errors import FastemaError, LayoutError, listed
@@ -36,7 +36,7 @@ class ShadowSwap(Swap):
     """
 
     def __init__(self, index: int, memory: InMemory, watch: WriteWatch, container: Any) -> None:
-        super().__init__(watch, memory)
+        super().__init__(WatchedMemory(memory, watch))
         self.index, self.memory, self.watch, self.container = index, memory, watch, container
 
 
