@@ -26,15 +26,9 @@ Result = TypeVar("Result")
 class Match(NamedTuple):
     """What a surface makes of the tensors of both sides.
 
-    Attributes
-    ----------
-    pairs : mapping of str to sequence of Pair
-        Checked, each memory once, by the tag under which the program knows them. Averages that are
-        updated together follow each other, tensor by tensor.
-    dst, src : Leaves
-        What is to be watched of the average and of the model.
-    trained : sequence of Trained
-        Parameters of the model for which another match is made if they are frozen or unfrozen.
+    ``pairs`` are checked, each memory once, by the tag under which the program knows them; averages
+    that are updated together follow each other, tensor by tensor. ``dst`` and ``src`` are to be
+    watched. Another match is made if a parameter in ``trained`` is frozen or unfrozen.
     """
 
     pairs: Mapping[str, Sequence[Pair]]
@@ -60,16 +54,8 @@ def is_fixed(spec: TensorSpec) -> bool:
 class Outline(NamedTuple):
     """What stays of a model while its tensors change.
 
-    Attributes
-    ----------
-    order : list of str
-        All names, in the container's order.
-    roles : dict of str to Role
-    structure : Structure, optional
-    moving : bool
-        Whether its tensors lie elsewhere after every step.
-    fixed : list of str
-        Names in pairs whose tensors never change: the next step has others.
+    ``order`` has all names in the container's order. ``fixed`` names tensors in pairs that never
+    change: the next step has others.
     """
 
     order: list[str]
@@ -81,27 +67,7 @@ class Outline(NamedTuple):
 
 @dataclass(eq=False)
 class _Bound:
-    """Both sides as they were looked at, and where they were found by the call that runs.
-
-    Attributes
-    ----------
-    containers : (object, object)
-    match : callable
-        The pairs are of this one.
-    tagged : mapping of str to sequence of Pair
-    pairs : list of Pair
-        All of them.
-    program : Program
-    sides : (Side, Side)
-    model : Outline
-    labels : (str, str)
-        What errors call a tensor of each side.
-    guard : Guard, optional
-        If one of the sides moves.
-    located : (Located, Located)
-    made : dict
-        What others have made for these pairs.
-    """
+    """Both sides as they were looked at, and where they were found by the call that runs."""
 
     containers: tuple[Any, Any]
     match: Matcher
@@ -111,24 +77,20 @@ class _Bound:
     sides: tuple[Side, Side]
     model: Outline
     labels: tuple[str, str]
-    guard: Guard | None
+    homes: list[Home]  # devices of the weights that are not the host
+    guard: Guard | None  # if one of the sides moves
     located: tuple[Located, Located] = (STAYED, STAYED)
-    made: dict[Any, Any] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict)  # by others, for these pairs
 
     def find(self, container: Any, write: bool) -> tuple[Located, Located] | None:
         """Find both sides; None where one has to be looked at again."""
-        dst = self.sides[0].find(self.containers[0], write=True)
-        src = None if dst is None else self.sides[1].find(container, write=write)
+        ours, theirs = self.sides
+        dst = STAYED if self.containers[0] is None else ours.find(self.containers[0], write=True)
+        src = None if dst is None else theirs.find(container, write=write)
         return None if dst is None or src is None else (dst, src)
 
     def settle(self, container: Any, located: tuple[Located, Located]) -> None:
-        """Let the program run on what was found.
-
-        Raises
-        ------
-        LayoutError
-            If tensors of one side have come to lie where the other is written.
-        """
+        """Let the program run on what was found, unless a tensor lies where others are written."""
         if self.guard is not None:
             dst, src = (one.addresses or None for one in located)
             if self.guard.touched(dst, src):
@@ -136,10 +98,6 @@ class _Bound:
             self.program.relocate(dst, src)
             self.located = located
         self.containers = self.containers[0], container
-
-    def release(self) -> None:
-        """Drop memory that is the framework's to reuse."""
-        self.located = STAYED, STAYED
 
 
 def _at(pair: Pair, located: tuple[Located, Located]) -> Pair:
@@ -177,7 +135,7 @@ class _Current:
         binding = self._binding
         self._before = binding._bound
         bound = binding._found(self._src, self._write, self._match)
-        if self._once and self._src is None:
+        if self._once and self._src is None and bound.guard is not None:
             bound.sides[1].refuse_used(bound.located[1], self._once)
         binding._bound = bound
         return bound.program
@@ -192,9 +150,10 @@ class _Current:
         bound = binding._bound
         if kind is not None:  # the next call goes on with the tensors of the one before
             binding._bound = self._before
-        elif self._once:
-            bound.sides[1].notify_used(bound.located[1])
-        bound.release()
+        if bound.guard is not None:
+            if kind is None and self._once:
+                bound.sides[1].notify_used(bound.located[1])
+            bound.located = STAYED, STAYED  # the memory is the framework's to reuse
 
 
 class Binding:
@@ -213,16 +172,10 @@ class Binding:
     labels : (str, str)
         What errors put before the name of a tensor of ``dst`` and of ``src``.
     watch : type of Watched
-        How tensors that do not move by themselves are watched.
     look : callable
         ``container -> Leaves``.
     leaves : Leaves, optional
         The model's, if it was just looked at.
-
-    Raises
-    ------
-    LayoutError, DTypeError, BridgeError, ArgumentError
-        Of ``match``; if what is written overlaps anything.
     """
 
     def __init__(
@@ -285,6 +238,7 @@ class Binding:
             (sides[0], sides[1]),
             Outline(src.names, src.roles, src.structure, src.moving, fixed),
             self._labels,
+            [*{p.src.device: p.src.home for p in pairs if p.src.home is not None}.values()],
             guard,
         )
 
@@ -311,7 +265,7 @@ class Binding:
             Arrays that never change are used by one block of this kind alone; the string says how
             to give others. Empty: they may be used again.
         match : callable, optional
-            In place of the binding's own, for this call.
+            Besides the binding's own, for this call.
 
         Raises
         ------
@@ -325,14 +279,17 @@ class Binding:
     def _found(self, src: Any, write: bool, match: Matcher | None) -> _Bound:
         bound = self._bound
         match = match or self._match
-        container = bound.containers[1] if src is None else materialised(src)
+        container = bound.containers[1]
+        if src is not None and src is not container:
+            container = materialised(src)
         if write:
             reshard(container)
         for _ in range(3):
             fits = bound.match in (match, self._match)
             located = bound.find(container, write) if fits else None
             if located is not None:
-                bound.settle(container, located)
+                if bound.guard is not None or container is not bound.containers[1]:
+                    bound.settle(container, located)
                 return bound
             bound = self._looked((bound.containers[0], container), match)
         raise LayoutError("the tensors change while they are looked at, by another thread")
@@ -367,7 +324,7 @@ class Binding:
     def pairs(self) -> list[Pair]:
         """All pairs; in a block of :meth:`current` where they lie now."""
         bound = self._bound
-        if bound.located[0] is bound.located[1] is STAYED:
+        if bound.guard is None:
             return bound.pairs
         return [_at(pair, bound.located) for pair in bound.pairs]
 
@@ -395,7 +352,7 @@ class Binding:
     @property
     def homes(self) -> dict[str, Home | None]:
         """The devices of the weights."""
-        return self.made("homes", lambda: {p.src.device: p.src.home for p in self._bound.pairs})
+        return {pair.src.device: pair.src.home for pair in self._bound.pairs}
 
     def made(self, key: Any, make: Callable[[], Result]) -> Result:
         """Make something of these pairs once, until the tensors are looked at again."""
@@ -419,20 +376,14 @@ class Binding:
         return written((pair.dst, pair.src)[side].owner for pair in self._bound.pairs)
 
     def capturing(self) -> bool:
-        """Return whether work on the weights' devices is being captured into a graph.
-
-        Raises
-        ------
-        DeviceError
-            In a forked process that cannot use them.
-        """
-        homes = [home for home in self.homes.values() if home is not None]
-        if homes:
-            refuse_forked()  # a framework that is asked for its stream says it less clearly
+        """Return whether work on the weights' devices is being captured into a graph."""
+        homes = self._bound.homes
+        if not homes:
+            return False
+        refuse_forked()  # a framework that is asked for its stream says it less clearly
         return any(home.capturing() for home in homes)
 
     def wait(self) -> None:
         """Wait for the weights' devices."""
-        for home in self.homes.values():
-            if home is not None:
-                home.wait()
+        for home in self._bound.homes:
+            home.wait()

@@ -1,12 +1,4 @@
-"""One side of a binding: how its tensors are found when they are needed.
-
-=============  ====================================================================
-:class:`Owned`    memory of ours, which stays where it is
-:class:`Watched`  tensors that stay until somebody replaces them (torch, NumPy)
-:class:`Sampled`  the same, of which a share is looked at in turn
-:class:`Moving`   tensors that lie elsewhere after every step (JAX, TensorFlow)
-=============  ====================================================================
-"""
+"""One side of a binding: how its tensors are found when they are needed."""
 
 from __future__ import annotations
 
@@ -37,13 +29,7 @@ class Trained(NamedTuple):
 
 
 class Side(Protocol):
-    """Finds the tensors of one side.
-
-    Attributes
-    ----------
-    leaves : Leaves
-        Those that are watched; none of other kinds of side.
-    """
+    """Finds the tensors of one side; ``leaves`` are those that are watched."""
 
     leaves: Leaves
 
@@ -61,33 +47,25 @@ class Side(Protocol):
 
 
 class Owned:
-    """Memory that nobody else moves."""
+    """Memory of ours, which stays where it is; its values may change, so it is never used up."""
 
     leaves = NOTHING
 
     def find(self, container: Any, *, write: bool) -> Located | None:
-        """See :class:`Side`."""
+        """Return that they stayed."""
         return STAYED
 
     def refuse_used(self, located: Located, instead: str) -> None:
-        """Arrays whose values may change are never refused."""
+        """Refuse nothing."""
 
     def notify_used(self, located: Located) -> None:
-        """See :meth:`refuse_used`."""
+        """Note nothing."""
 
 
 class Watched(Owned):
-    """Tensors that stay until somebody replaces them.
+    """Tensors that stay until somebody replaces them (torch, NumPy).
 
-    Parameters
-    ----------
-    leaves : Leaves
-        What is watched.
-    container : object
-        Through which they are held.
-    trained : sequence of Trained
-    transient : bool
-        Also watch what a module's own state leaves out.
+    With ``transient``, what a module's own state leaves out is watched as well.
     """
 
     def __init__(
@@ -104,10 +82,10 @@ class Watched(Owned):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`."""
-        return STAYED if self.holds(container) and not self.changed() else None
+        return None if not self._holds(container) or self.changed() else STAYED
 
-    def holds(self, container: Any) -> bool:
-        """Return whether this is the container, or a list of the same objects."""
+    def _holds(self, container: Any) -> bool:
+        """Whether this is the container, or a list of the same objects."""
         if container is self._container():
             return True
         elements = self._elements
@@ -120,19 +98,16 @@ class Watched(Owned):
 
     def changed(self) -> bool:
         """Return whether a tensor moved or was replaced, or is trained now and was not."""
-        return self._watch.changed() or any(
-            one.requires_grad is not before for one, before in self._trained
-        )
+        trained = self._trained
+        return self._watch.changed() or (bool(trained) and _changed(trained))
+
+
+def _changed(trained: Sequence[Trained]) -> bool:
+    return any(one.requires_grad is not before for one, before in trained)
 
 
 class Sampled(Watched):
-    """The same, looking at one share of :data:`SHARES` at each call.
-
-    Parameters
-    ----------
-    leaves, container, trained, transient
-        See :class:`Watched`.
-    """
+    """The same, looking at one share of :data:`SHARES` at each call."""
 
     def __init__(
         self, leaves: Leaves, container: Any, trained: Sequence[Trained], *, transient: bool
@@ -149,21 +124,12 @@ class Sampled(Watched):
             self._full = max(self._full - 1, 0)
             return super().find(container, write=write)
         share, self._share = self._share, (self._share + 1) % SHARES
-        moved = self._watch.changed_in(share) or any(
-            one.requires_grad is not before for one, before in self._trained[share::SHARES]
-        )
-        return STAYED if self.holds(container) and not moved else None
+        moved = self._watch.changed_in(share) or _changed(self._trained[share::SHARES])
+        return STAYED if self._holds(container) and not moved else None
 
 
 class Moving(Owned):
-    """Tensors that lie elsewhere after every step, found anew at every call.
-
-    Parameters
-    ----------
-    leaves : Leaves
-        All of the container's.
-    container : object
-    """
+    """Tensors that lie elsewhere after every step, found at every call (JAX, TensorFlow)."""
 
     def __init__(self, leaves: Leaves, container: Any) -> None:
         self._locator = Locator(leaves, container)

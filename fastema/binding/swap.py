@@ -23,12 +23,11 @@ is a :class:`Way` of the surface that needs it; when, and in which order, ways r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol
 
 from fastema.binding.binding import can_be_assigned
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import bridge_of, versions_of, written
-from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.layout.group import Pair
@@ -50,8 +49,6 @@ __all__ = [
     "write_averages",
 ]
 
-Value = TypeVar("Value")
-
 
 class Way(Protocol):
     """One way to put averages into weights and to take them back."""
@@ -64,12 +61,7 @@ class Way(Protocol):
 
 
 class Calls(NamedTuple):
-    """A way by two functions; one that undoes itself is given once.
-
-    Parameters
-    ----------
-    apply, restore : callable
-    """
+    """A way by two functions."""
 
     apply: Callable[[], object]
     restore: Callable[[], object]
@@ -78,12 +70,8 @@ class Calls(NamedTuple):
 class Swap:
     """Puts averages into a model and takes them back, exactly once each.
 
-    Interrupts wait for the end of either. What raises in :meth:`apply` is undone before it goes on.
-
-    Parameters
-    ----------
-    *ways : Way
-        In the order in which they are applied; they are undone in the other one.
+    Interrupts wait for the end of either. Ways are applied in their order and undone in the other
+    one, also if one of them raises.
     """
 
     def __init__(self, *ways: Way) -> None:
@@ -115,25 +103,6 @@ class Swap:
                 self._due[-1].restore()
                 self._due.pop()
 
-    def block(
-        self, value: Value, verify: Callable[[], object] = lambda: None
-    ) -> RestoringBlock[Value]:
-        """Make a ``with`` block in which the average is applied.
-
-        Parameters
-        ----------
-        value : object
-            What ``with ... as`` names.
-        verify : callable, optional
-            Runs after the end of a block that raised nothing.
-        """
-
-        def apply() -> Value:
-            self.apply()
-            return value
-
-        return RestoringBlock(lambda: Steps(apply, self.restore, verify))
-
 
 # -- in memory ------------------------------------------------------------------------------------
 
@@ -164,11 +133,7 @@ def _bare(pair: Pair) -> Pair:
 class InMemory:
     """Averages and weights that change places in each other's memory, or by assignment.
 
-    Parameters
-    ----------
-    pairs : iterable of Pair
-        Checked, of one average. Raw weights without room in the average are copied now; nothing is
-        written before :meth:`apply`.
+    Raw weights without room in the average are copied now; nothing is written before :meth:`apply`.
     """
 
     def __init__(self, pairs: Iterable[Pair]) -> None:
@@ -334,16 +299,7 @@ def recovered(pairs: Sequence[Pair]) -> list[Any]:
 class WriteWatch:
     """Notices who writes weights while they hold an average, and tells autograd of the swap.
 
-    Parameters
-    ----------
-    weights : mapping of str to TensorSpec
-    averaged : set of str
-        Those that nobody may write meanwhile.
-
-    Attributes
-    ----------
-    now : mapping of str to TensorSpec
-        Where the weights are by now.
+    ``averaged`` may not be written meanwhile; ``now`` is where the weights are by now.
     """
 
     def __init__(self, weights: Mapping[str, TensorSpec], averaged: set[str]) -> None:

@@ -23,17 +23,7 @@ SYNC: Final = {"averaged": "copy", "copied": "copy"}
 
 
 class ShadowSwap(Swap):
-    """One of the averages in a model.
-
-    Parameters
-    ----------
-    index : int
-        The average.
-    memory : InMemory
-    watch : WriteWatch
-    container : object
-        The model that takes it.
-    """
+    """One of the averages, by its index, in a model."""
 
     def __init__(self, index: int, memory: InMemory, watch: WriteWatch, container: Any) -> None:
         super().__init__(WatchedMemory(memory, watch))
@@ -77,25 +67,7 @@ class _Matcher:
 
 
 class ShadowBinding(Binding):
-    """Pairs of averages, in memory of ours, with the tensors of a model.
-
-    Parameters
-    ----------
-    container : module, list, tuple or mapping
-        Holds the weights.
-    store : Store
-        The averages.
-    names : Names
-        Names that are skipped, frozen or aliases.
-    watch : type of Watched
-    leaves : Leaves, optional
-        The container's, if it was just looked at.
-
-    Raises
-    ------
-    LayoutError, BridgeError, DTypeError
-        See :func:`refuse_other_model`; for weights that overlap.
-    """
+    """Pairs of averages, in memory of ours, with the tensors of a model."""
 
     def __init__(
         self,
@@ -131,13 +103,7 @@ class ShadowBinding(Binding):
             return False
 
     def swap(self, index: int) -> ShadowSwap:
-        """Return what puts an average into the model; kept, unless it holds weights.
-
-        Raises
-        ------
-        LayoutError
-            For weights that cannot be written.
-        """
+        """Return what puts an average into the model; kept, unless it holds weights."""
         if self.model.fixed:
             raise LayoutError(
                 "arrays that never change (of JAX, read-only NumPy) cannot hold the average in "

@@ -29,27 +29,13 @@ Rounding = Literal["nearest", "stochastic"]
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What became of the names that are not averaged under their own.
-
-    Attributes
-    ----------
-    skipped : set of str
-        What is left out.
-    frozen : set of str
-        What is copied because it is frozen.
-    buffers : set of str
-        What is copied, or averaged, and is a buffer.
-    aliases : dict of str to str
-        Further names of the same memory (tied weights), to the name that is kept.
-    chosen : set of str
-        Names whose policy a pattern gives, whatever they are used for.
-    """
+    """Names that are skipped, frozen or aliases."""
 
     skipped: set[str]
-    frozen: set[str]
-    buffers: set[str]
-    aliases: dict[str, str]
-    chosen: set[str]
+    frozen: set[str]  # copied
+    buffers: set[str]  # copied or averaged
+    aliases: dict[str, str]  # further names of tied weights, to the name that is kept
+    chosen: set[str]  # those whose policy a pattern gives
 
     @property
     def still(self) -> set[str]:
@@ -66,13 +52,7 @@ class Selection(NamedTuple):
 
 
 def by_pattern(leaves: Leaves, patterns: Mapping[str, Policy]) -> dict[str, Policy]:
-    """Find the names that patterns match, each with the policy of the first that does.
-
-    Raises
-    ------
-    ArgumentError
-        If a pattern matches no name, or only buffers that are not persistent.
-    """
+    """Find the names that patterns match, each with the policy of the first that does."""
     found: dict[str, Policy] = {}
     unused = dict.fromkeys(patterns)
     named: list[Leaf | Opaque] = [*leaves.items, *leaves.opaque]
@@ -101,19 +81,10 @@ def select(
     buffers: Policy,
     patterns: Mapping[str, Policy] | None = None,
 ) -> Selection:
-    """Sort a container's leaves by policy, each memory once.
+    """Sort a container's leaves by policy, each memory once; refuse what cannot be averaged.
 
     Buffers that a module's own state leaves out, such as tables and masks that it keeps for speed,
     are skipped by any policy: they may change their shape, come and go.
-
-    Raises
-    ------
-    ArgumentError
-        For a pattern that matches nothing.
-    LayoutError
-        If nothing is left to average, or a tensor is expanded, so that it cannot be swapped.
-    BridgeError, DTypeError
-        For a tensor that cannot be described and is not skipped.
     """
     of_role: dict[Role, Policy] = {"weight": "average", "frozen": frozen, "buffer": buffers}
     chosen = by_pattern(leaves, patterns or {})
@@ -185,42 +156,18 @@ def companion(kind: DType, weights: DType, form: str) -> DType:
 
 
 class ShadowFormat(NamedTuple):
-    """How averages are to be stored.
+    """How averages are to be stored."""
 
-    Attributes
-    ----------
-    dtype : DType, optional
-        None for that of the weights.
-    split : bool
-        As a float32 in two halves.
-    random : bool
-        16-bit averages are rounded by random bits.
-    num_averages : int
-        Averages that are kept together.
-    window : int
-        Slots of a ring; 0 for none.
-    ring : DType, optional
-        Of the ring; None for that of the weights.
-    ring_on_host : bool
-        In the host's memory, wherever the weights are.
-    """
-
-    dtype: DType | None = None
-    split: bool = False
-    random: bool = True
-    num_averages: int = 1
-    window: int = 0
-    ring: DType | None = None
+    dtype: DType | None = None  # None for that of the weights
+    split: bool = False  # a float32 in two halves
+    random: bool = True  # 16-bit averages are rounded by random bits
+    num_averages: int = 1  # kept together
+    window: int = 0  # slots of a ring
+    ring: DType | None = None  # None for that of the weights
     ring_on_host: bool = False
 
     def stored(self, weights: DType) -> tuple[DType, str]:
-        """The dtype and the kernel format of an average of such weights.
-
-        Raises
-        ------
-        DTypeError
-            If there is none.
-        """
+        """Return the dtype and the kernel format of an average of such weights."""
         if self.split:
             if self.window:
                 raise DTypeError(

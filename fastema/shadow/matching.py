@@ -17,23 +17,9 @@ __all__ = ["names_of_state", "pairs_to", "refuse_divided_otherwise", "refuse_oth
 def refuse_other_model(
     leaves: Leaves, entries: Mapping[str, Entry], names: Names, *, loosely: bool
 ) -> None:
-    """Refuse a model whose tensors are no longer those of an average.
+    """Refuse a model with tensors added, removed, renamed, reshaped, untied, or unfrozen.
 
-    Parameters
-    ----------
-    leaves : Leaves
-        The model's.
-    entries, names
-        Of the average.
-    loosely : bool
-        Accept tensors that are new or unfrozen: to take back an average that was applied before.
-
-    Raises
-    ------
-    LayoutError
-        Naming every tensor that was added, removed, renamed, reshaped, untied, or unfrozen.
-    BridgeError, DTypeError
-        For a tensor of the average that cannot be described any more.
+    ``loosely``, tensors may be new or unfrozen: to take back an average that was applied before.
     """
     for one in leaves.opaque:
         if one.name in entries:
@@ -65,13 +51,7 @@ def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -
 
 
 def refuse_divided_otherwise(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> None:
-    """Refuse a model that is divided among ranks in another way than the average.
-
-    Raises
-    ------
-    LayoutError
-        On all ranks.
-    """
+    """Refuse a model that is divided among ranks in another way than the average, on all ranks."""
     both = [
         (name, found[name].spec.division, entry.spec.division)
         for name, entry in entries.items()
@@ -120,11 +100,8 @@ def names_of_state(
 ) -> dict[str, str]:
     """Find an average's names for the keys of a model's state.
 
-    Raises
-    ------
-    LayoutError
-        If averaged tensors are there under keys that cannot be told: their raw values would be
-        taken for averages.
+    Averaged tensors under keys that cannot be told are refused: their raw values would be taken for
+    averages.
     """
     kept = {key: names.aliases.get(name, name) for key, (name, _) in found.items()}
     missing = {name for name, entry in entries.items() if entry.averaged} - {*kept.values()}
@@ -142,13 +119,7 @@ def names_of_state(
 
 
 def pairs_to(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[Pair]:
-    """Pair every name of an average with the tensor of another model that it is written to.
-
-    Raises
-    ------
-    LayoutError
-        Naming every tensor that the model lacks, or that it trains and that has no average.
-    """
+    """Pair every name of an average with the tensor of another model that it is written to."""
     found = {leaf.name: leaf for leaf in leaves.items}
     wanted = {name: name for name in entries} | {
         name: kept for name, kept in names.aliases.items() if name in found

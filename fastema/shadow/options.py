@@ -47,12 +47,7 @@ class Options(TypedDict, total=False):
 
 
 def patterns_of(policy: Any) -> dict[str, Policy]:
-    """The patterns of names that a user gave, each with a policy.
-
-    Raises
-    ------
-    ArgumentError
-    """
+    """Check the patterns of names that a user gave, each with a policy."""
     if policy is None:
         return {}
     if not isinstance(policy, Mapping):
@@ -81,20 +76,10 @@ def dtype_of(value: Any) -> DType | None:
 
 
 def destination(target: Sequence[Any], device: Any, dtype: Any) -> tuple[Any, Any]:
-    """The device and the dtype that the arguments of ``to()`` name, None for what they leave as is.
+    """Name the device and the dtype in the arguments of ``to()``; None for what stays.
 
-    Parameters
-    ----------
-    target : sequence
-        The positional arguments, as :meth:`torch.Tensor.to` takes them: a device, a dtype, or
-        both in this order, or an array whose device and dtype are meant.
-    device, dtype : object
-        The keywords.
-
-    Raises
-    ------
-    ArgumentError
-        If one of the two is given twice, or there are more arguments.
+    ``target`` has the positional ones, as :meth:`torch.Tensor.to` takes them: a device, a dtype, or
+    both in this order, or an array whose device and dtype are meant.
     """
     found: dict[str, Any] = {"device": device, "dtype": dtype}
     for given in target:

@@ -30,13 +30,7 @@ def _window(schedule: Schedule) -> int:
 
 
 def tables_for(schedule: Schedule) -> Tables:
-    """What a clock needs to know of a schedule.
-
-    Raises
-    ------
-    ArgumentError
-        If it cannot be put down in a table.
-    """
+    """Return what a counter needs to know of a schedule; refuse one that no table can hold."""
     if schedule.offset:
         raise ArgumentError(
             f"capturable=True counts update_every={schedule.update_every} from start_after="
@@ -48,13 +42,7 @@ def tables_for(schedule: Schedule) -> Tables:
 
 
 def refuse_uneven(schedule: Schedule, done: int, log_decays: Sequence[float]) -> None:
-    """Refuse a saved run that took several steps at once where a bias correction depends on it.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the rule: its table is that of single steps.
-    """
+    """Refuse a saved run that took several steps at once where a bias correction depends on it."""
     for rule, saved, even in zip(
         schedule.rules, log_decays, schedule.log_decays(done), strict=True
     ):
@@ -67,23 +55,7 @@ def refuse_uneven(schedule: Schedule, done: int, log_decays: Sequence[float]) ->
 
 
 class ScheduleCounter:
-    """Counts updates by a schedule on every device that holds a part of an average.
-
-    Parameters
-    ----------
-    homes : mapping of device to Home
-    schedule : Schedule
-    seed : int
-    done : int
-        Updates so far.
-
-    Raises
-    ------
-    ArgumentError
-        For a schedule that cannot be put down in a table, or a device that is the host.
-    DeviceError
-        If the kernels cannot be had.
-    """
+    """Counts updates by a schedule on every device that holds a part of an average."""
 
     def __init__(
         self, homes: Mapping[str, Home | None], schedule: Schedule, seed: int, done: int = 0

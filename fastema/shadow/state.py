@@ -178,24 +178,10 @@ def _named(tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str,
 def unpack(
     state: Any, kind: str, own: Schedule, expected: Tensors, which: SavedOrMine = "saved"
 ) -> Saved:
-    """A state dict's contents, if every part fits an average with this schedule and tensors.
+    """Return a state dict's contents, if every part fits an average with this schedule and tensors.
 
-    Parameters
-    ----------
-    state : mapping
-        As it was saved, or the tensors of a file of ours.
-    kind : str
-        The class that it must have been saved by.
-    own : Schedule
-    expected : Tensors
-        Of descriptions.
-    which : {"saved", "mine"}
-        The schedule to go on with: the saved one, or ``own``.
-
-    Raises
-    ------
-    CheckpointError
-        Listing every mismatch: names, shapes, dtypes, counters, schedule.
+    ``state`` is as it was saved, or the tensors of a file of ours. A CheckpointError lists every
+    mismatch: names, shapes, dtypes, counters, schedule, and another class than ``kind``.
     """
     state = unflattened(state)
     problems = _head(state, kind, expected)

@@ -28,26 +28,13 @@ Tensors = dict[str, list[dict[str, Any]]]
 
 
 class Entry(NamedTuple):
-    """One average of one tensor.
-
-    Attributes
-    ----------
-    name : str
-    averaged : bool
-        False where the weights are copied instead.
-    form : str
-        The kernel format of the average where it is not that of its dtype.
-    to_framework : callable
-        Makes an array of the weights' framework of such memory.
-    parts : dict of str to Memory
-        By :data:`PARTS`; ``"shadow"`` has the weights' shape and order of axes.
-    """
+    """One average of one tensor."""
 
     name: str
-    averaged: bool
-    form: str
+    averaged: bool  # or copied
+    form: str  # kernel format, where it is not that of the dtype
     to_framework: Callable[[Any], Any]
-    parts: dict[str, Memory]
+    parts: dict[str, Memory]  # by PARTS; "shadow" has the weights' shape and order of axes
 
     @property
     def spec(self) -> TensorSpec:
@@ -82,25 +69,14 @@ class Entry(NamedTuple):
 
 
 class Store:
-    """Averages by name: one mapping for each that is kept; what is only copied is in all of them.
-
-    Parameters
-    ----------
-    sets : list of dict of str to Entry
-    """
+    """Averages by name: a mapping for each that is kept; what is only copied is in all of them."""
 
     def __init__(self, sets: list[dict[str, Entry]]) -> None:
         self.sets = sets
 
     @classmethod
     def of(cls, selection: Selection, stored_as: ShadowFormat) -> Store:
-        """Memory for the averages of a selection.
-
-        Raises
-        ------
-        DTypeError
-            Naming every tensor whose average cannot have the wanted dtype.
-        """
+        """Allocate the averages of a selection; name those that cannot have the wanted dtype."""
         problems = []
         kinds = {}
         for leaf in selection.averaged:
@@ -194,13 +170,7 @@ class Store:
         return Store([{name: entries[id(e)] for name, e in one.items()} for one in self.sets])
 
     def cast(self, stored_as: ShadowFormat) -> Store:
-        """The averages in another dtype.
-
-        Raises
-        ------
-        DTypeError
-            If an average cannot have it.
-        """
+        """Return the averages in another dtype."""
         sets = []
         pairs: dict[str, list[Pair]] = {"copy": [], "cast_back": []}
         for one in self.sets:

@@ -95,10 +95,11 @@ def test_memory_comes_back_to_the_bit(
     avg, x = (rng.standard_normal(33).astype(dtype) for dtype in dtypes)
     raw = avg.tobytes(), x.tobytes()
     memory = InMemory([Pair("w", describe(avg), describe(x))])
-    with Swap(memory).block("the model") as held:
-        assert held == "the model"
-        want: Any = np.frombuffer(raw[0], dtypes[0]).astype(np.float64)
-        np.testing.assert_allclose(x.astype(np.float64), want, rtol=2.0**-8)
-        assert x.tobytes() != raw[1]
+    swap = Swap(memory)
+    swap.apply()
+    want: Any = np.frombuffer(raw[0], dtypes[0]).astype(np.float64)
+    np.testing.assert_allclose(x.astype(np.float64), want, rtol=2.0**-8)
+    assert x.tobytes() != raw[1]
+    swap.restore()
     assert (avg.tobytes(), x.tobytes()) == raw
     assert memory.keeps == (avg_dtype != x_dtype and (avg_dtype, x_dtype) != ("f4", "bf16"))
