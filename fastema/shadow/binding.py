@@ -104,15 +104,16 @@ class ShadowBinding(Binding):
 
     def swap(self, index: int) -> ShadowSwap:
         """Return what puts an average into the model; kept, unless it holds weights."""
-        if self.model.fixed:
+        model = self.model
+        if model.fixed:
             raise LayoutError(
                 "arrays that never change (of JAX, read-only NumPy) cannot hold the average in "
                 "turn: 'with ema.swapped() as weights:' and ema.averaged() give new arrays\n"
-                + listed(repr(name) for name in self.model.fixed)
+                + listed(repr(name) for name in model.fixed)
             )
         key = "swap", index
         swap = self.made(key, lambda: self._made_swap(index))
-        if swap.memory.keeps or self.model.moving:
+        if swap.memory.keeps or model.moving:
             self.forget(key)
         swap.container = self.container
         return swap
