@@ -70,7 +70,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         meanwhile. Takes the memory of a copy of the weights then.
     backup : path, optional
         A ``.safetensors`` file to which the state of the average is written at the end of each
-        epoch, and from which a new run takes it up, see *Resuming*.
+        epoch, and from which a new run takes it up.
     save_path : path, optional
         A ``.weights.h5`` file for the average at the end of training.
     which : int, optional
@@ -78,14 +78,6 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     **options
         Of :class:`fastema.EMA`: ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``,
         ``start_after``, ``zero_debias``, ``frozen``, ``buffers``, ``on_nonfinite``, ``drift``.
-
-    Attributes
-    ----------
-    ema : fastema.EMA
-        The average, once training has begun. Names are the variables' paths within the model:
-        ``ema.shadow["dense/kernel"]``.
-    applied : bool
-        Whether the model holds the average now.
 
     Raises
     ------
@@ -161,13 +153,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def ema(self) -> EMA:
-        """The average itself.
-
-        Raises
-        ------
-        StateError
-            Before there is one.
-        """
+        """The average, once training has begun; names are the variables' paths within the model."""
         if self._ema is None:
             raise StateError(
                 "there is no average yet: it begins with the weights as training begins; call "
