@@ -24,8 +24,12 @@ ROOMS = {
     "layout": ["tests/layout"],
     "engine": ["tests/engine"],
     "shadow": ["tests/shadow"],
-    "binding": ["tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"]
-    + ["tests/shadow/test_jax.py", "tests/shadow/test_sampled.py", "tests/shadow/test_moved.py"],
+    "binding": [
+        "tests/binding",
+        "tests/test_plan.py",
+        "tests/compat/test_averager.py",
+        *(f"tests/shadow/test_{name}.py" for name in ("jax", "sampled", "moved")),
+    ],
     "plan": ["tests/test_plan.py", "tests/test_mixed.py"],
     "state": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
     "bridges": ["tests/bridges", "tests/shadow/test_written.py"],
