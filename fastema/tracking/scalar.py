@@ -82,33 +82,26 @@ class MovingAverage(ABC):
     # -- values ------------------------------------------------------------------------------------
 
     def update(self, value: Any, weight: float = 1.0) -> float:
-        """Take in one value.
+        """Take in one value; the average now.
 
         Parameters
         ----------
         value : float, or scalar or array of one element of NumPy, torch, TensorFlow, JAX, CuPy
-            What lies on an accelerator, or is still being computed, is kept and not waited for.
+            What lies on an accelerator, or is still being computed, is kept and not waited for. The
+            average after it is a number that is read when it is used, with the methods of a float;
+            ``float(number)`` before it goes into a file. After 1,024 unread ones all are read.
         weight : float
-            Of this value beside others, such as the size of its batch or its number of tokens;
-            0 leaves it out. Numbers as for ``value``, from 1e-100 to 1e100.
-
-        Returns
-        -------
-        float
-            The average now. After a value that is kept, a number that is read when it is used, with
-            the methods of a float; ``float(number)`` before it goes into a file. After 1,024 of
-            them unread, all are read at once.
+            Of this value beside others, such as the size of its batch or its number of tokens: from
+            1e-100 to 1e100, or 0, which leaves it out.
 
         Raises
         ------
         ArgumentError
-            For a weight that is negative, not finite, or out of those bounds. Of a weight that is
-            kept, when it is read.
+            For any other weight. For what is kept, this and the others are raised when it is read.
         BridgeError
             For a value that is no number, or several.
         NonFiniteError
-            For a NaN or an infinity with ``on_nonfinite="raise"``. Of a value that is kept, when it
-            is read.
+            For a NaN or an infinity with ``on_nonfinite="raise"``.
         """
         x = value if type(value) is float else number(value)
         w = weight if type(weight) is float else number(weight)
@@ -172,10 +165,8 @@ class MovingAverage(ABC):
 
         Parameters
         ----------
-        values : array_like
-            One-dimensional, of any real dtype.
-        weights : array_like, optional
-            One for each value.
+        values, weights : array_like
+            One-dimensional, of any real dtype; a weight for each value, if any.
 
         Returns
         -------
@@ -277,8 +268,7 @@ class MovingAverage(ABC):
         Raises
         ------
         CheckpointError
-            For the state of another kind of average or of other settings, naming them, or with
-            entries missing. The average stays as it was.
+            For any other state, naming what differs. The average stays as it was.
         """
         check_settings(self, self._settings(), state)
         other = self.alike()

@@ -1,8 +1,6 @@
 """``fastema demo``: train a small network on real digits and see what averaging its weights does.
 
-The data (1,797 handwritten digits of 8 x 8 pixels) ships with scikit-learn; nothing is
-downloaded. `models` and `data` say what is trained on what, `train` does it, `speed` measures
-the machine, `report` puts the outcome into a table and words, `picture` into a figure.
+The data (1,797 handwritten digits of 8 x 8 pixels) ships with scikit-learn.
 """
 
 from __future__ import annotations

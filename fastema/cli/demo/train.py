@@ -1,8 +1,7 @@
 """The training loop: plain PyTorch, and `fastema.EMA` as one would use it in one's own script.
 
-The recipe is deliberately a noisy one: small batches and a learning rate that stays high, so
-that the weights keep jumping around the minimum they cannot settle in. This is where averages
-of weights help most; with a learning rate that decays to zero the two curves meet.
+The recipe is a noisy one: small batches and a learning rate that stays high. The weights keep
+jumping around the minimum they cannot settle in, which is where averages help most.
 """
 
 from __future__ import annotations
@@ -143,10 +142,8 @@ def train(
 ) -> History:
     """Train the model in place and evaluate raw and averaged weights as it goes.
 
-    `yardstick` moves as many bytes as an EMA update does. It is timed after every few updates,
-    where it meets the caches and the threads in the state in which the update meets them.
-    `on_evaluation` is called `EVALUATIONS_PER_EPOCH` times per epoch, less often where an epoch
-    has fewer steps.
+    `yardstick`, which moves as many bytes as an EMA update, is timed after every few updates: it
+    meets the caches and the threads as the update does.
     """
     recipe, digits, model = setup.recipe, setup.digits, setup.model
     generator = torch.Generator().manual_seed(recipe.seed)

@@ -1,8 +1,4 @@
-"""``fastema smooth``: moving averages of the metrics in a training log, as columns and a picture.
-
-`averages` computes the columns and writes them, `summary` says in words what came out. The log
-itself is read by `fastema.tracking.logs`, and drawn by `fastema.tracking.plots.picture`.
-"""
+"""``fastema smooth``: moving averages of the metrics in a log, as columns and a picture."""
 
 from __future__ import annotations
 

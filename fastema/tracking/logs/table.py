@@ -65,10 +65,9 @@ class Table:
     def step_column(self, name: str | None = None) -> str | None:
         """The column that counts the steps, or `name`; None where the row's number has to do.
 
-        It is the first of `STEP_COLUMNS` that has a number wherever a metric has one and that
-        rises from each point of a metric to the next. A batch number that begins again in every
-        epoch does not, nor does an epoch's in a log of batches. A `name` that is not there, or
-        has no number where a metric has one, is an ArgumentError.
+        The first of `STEP_COLUMNS` with a number wherever a metric has one that rises from point to
+        point: a batch number that begins again in every epoch does not, nor an epoch's in a log of
+        batches. A `name` that is not there, or lacks such a number, is an ArgumentError.
         """
         if name is None:
             by_name = {_short(column): column for column in reversed(list(self.numbers))}
@@ -120,8 +119,7 @@ class Table:
     def metrics(self, patterns: Sequence[str] | None = None) -> list[str]:
         """Names of the columns that hold metrics, or that fit names or patterns such as ``val_*``.
 
-        Metrics are all columns of at least two numbers but those that count steps, tell times or
-        learning rates, or hold averages of another column. Finding none is an ArgumentError.
+        Steps, times, learning rates and averages of another column do not count; none is an error.
         """
         if patterns is None:
             found = metrics(self.numbers)

@@ -98,11 +98,7 @@ def panels(
     averages: Sequence[Average],
     raw: bool = True,
 ) -> list[Panel]:
-    """One panel for each metric of a history.
-
-    Parameters and errors are those of `fastema.tracking.plot`; `averages` are computed for metrics
-    whose averages the history does not hold.
-    """
+    """One panel for each metric; `averages` are for metrics whose averages it does not hold."""
     found = _read(history)
     found = found._replace(curves={n: c for n, c in found.curves.items() if len(c.values)})
     names = _names(found.curves, [metrics] if isinstance(metrics, str) else metrics)
