@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from numbers import Real
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
@@ -288,20 +289,14 @@ class MovingAverage(ABC):
         """A new one with the same settings, without values."""
         return type(self)(**self._settings())
 
-    def __reduce__(self) -> tuple[Callable[..., MovingAverage], tuple[Any, ...]]:
-        return _rebuild, (type(self), self._settings(), self.state_dict())
+    def __reduce__(self) -> tuple[Callable[[], MovingAverage], tuple[()], dict[str, Any]]:
+        return partial(type(self), **self._settings()), (), self.state_dict()
+
+    __setstate__ = load_state_dict
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
         return f"{type(self).__name__}({settings})"
-
-
-def _rebuild(
-    kind: type[MovingAverage], settings: dict[str, Any], state: dict[str, Any]
-) -> MovingAverage:
-    average = kind(**settings)
-    average.load_state_dict(state)
-    return average
 
 
 def check_settings(owner: object, settings: Mapping[str, Any], state: Any) -> None:

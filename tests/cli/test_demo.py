@@ -206,11 +206,6 @@ def test_models(name: str) -> None:
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, models.CLASSES)
 
 
-def test_unknown_model() -> None:
-    with pytest.raises(ValueError, match="gpt"):
-        models.build("gpt")
-
-
 def test_the_split() -> None:
     digits = data.load(seed=0)
     assert digits.shifted.shape == (9, demo.TRAIN_IMAGES, 1, 8, 8)

@@ -9,7 +9,7 @@ import argparse
 import math
 from pathlib import Path
 
-from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path
+from fastema.cli.arguments import PICTURE_SUFFIXES, count, decay, number, picture_path
 from fastema.cli.demo.choices import MODEL_NAMES, TRAIN_IMAGES
 
 SUMMARY = "Train a small model on handwritten digits and compare raw with averaged weights."
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decay",
-        type=number(float, lambda decay: 0.0 <= decay < 1.0, "a number in [0, 1)"),
+        type=decay,
         default=0.99,
         help="weight of the old average in each update, in [0, 1), warmed up: the n-th update "
         "uses (1 + n)/(10 + n) where that is less (%(default)s)",
     )
     parser.add_argument(
         "--epochs",
-        type=number(int, lambda epochs: epochs >= 1, "a whole number of at least 1"),
+        type=count,
         default=30,
         help="passes over the training images (%(default)s)",
     )

@@ -122,24 +122,22 @@ def _json(text: str, source: str) -> Table:
         found = found["log_history"]
     if isinstance(found, dict) and found and all(isinstance(row, list) for row in found.values()):
         length = max(map(len, found.values()))
-        return of_cells(
-            {
-                str(name): [_cell(value) for value in (*column, *[None] * (length - len(column)))]
-                for name, column in found.items()
-            },
-            source,
-        )
+        cells = {str(name): [_cell(value) for value in column] for name, column in found.items()}
+        for column in cells.values():
+            column += [""] * (length - len(column))
+        return of_cells(cells, source)
     return from_rows([found] if isinstance(found, dict) else found, source)
 
 
 def _json_lines(text: str, source: str) -> list[Any]:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    rows = []
-    for number, line in lines:
+    lines = text.splitlines()
+    rows: list[Any] = []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            if line.strip():
+                rows.append(json.loads(line))
         except ValueError as error:
-            if number == lines[-1][0] and len(rows) > 0 and not text.endswith("\n"):
+            if number == len(lines) and rows and not text.endswith("\n"):
                 break  # the run is in the middle of it
             raise ArgumentError(
                 f"{source}, line {number}: neither JSON nor one JSON object per line: {error}"

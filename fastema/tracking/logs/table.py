@@ -108,9 +108,11 @@ class Table:
         if name in self.numbers:
             return self.numbers[name]
         if name in self.cells:
-            texts = (cell for cell in enumerate(self.cells[name]) if not _is_number(cell[1]))
-            row, cell = next(texts, (0, ""))
-            why = f"row {row + 1} has {cell!r}" if cell else "all of its cells are blank"
+            why = "all of its cells are blank"
+            for row, cell in enumerate(self.cells[name], 1):
+                if not _is_blank(cell) and parsed([cell]) is None:
+                    why = f"row {row} has {cell!r}"
+                    break
             raise ArgumentError(f"{self.source}: column {name!r} holds no numbers: {why}")
         raise ArgumentError(
             f"{self.source}: no column {name!r}; those with numbers are\n{listed(self.numbers)}"
@@ -174,11 +176,6 @@ def _whole(steps: NDArray[np.float64]) -> NDArray[np.int64] | NDArray[np.float64
 
 def _is_blank(cell: str) -> bool:
     return cell.strip().lower() in _BLANKS
-
-
-def _is_number(cell: str) -> bool:
-    """Whether a cell holds a number, or nothing."""
-    return _is_blank(cell) or parsed([cell]) is not None
 
 
 def parsed(cells: Sequence[str]) -> Column | None:

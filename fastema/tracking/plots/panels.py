@@ -222,7 +222,7 @@ def _read(history: Any) -> History:
             "fit() of Keras returns, a callback that records, log_history of Hugging Face, a data "
             "frame, numbers, or the path of a log"
         )
-    return History({"value": Curve(_counted(values), values)})
+    return _of_mapping({"value": values})
 
 
 def _of_recorder(recorder: Any) -> History:
@@ -256,7 +256,7 @@ def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np
     """Epochs as the progress bar counts them; validation may come at every n-th only."""
     every, rest = divmod(len(epochs), max(len(values), 1))
     if rest or not every:
-        return _counted(values)
+        return np.arange(1, len(values) + 1)
     return np.asarray(epochs, np.int64)[every - 1 :: every] + 1
 
 
@@ -287,10 +287,6 @@ def _values(column: Any) -> NDArray[np.float64] | None:
     except (TypeError, ValueError):
         return None
     return values if values.ndim == 1 else None
-
-
-def _counted(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.arange(1, len(values) + 1)
 
 
 def last_finite(values: NDArray[np.float64]) -> float:
