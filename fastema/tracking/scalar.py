@@ -66,19 +66,19 @@ class MovingAverage(ABC):
 
     @abstractmethod
     def _push(self, x: float, weight: float) -> float:
-        """Take in a value; the average."""
+        """Take in a value; return the average."""
 
     @abstractmethod
     def _run(self, x: Floats, weights: Floats | None) -> Run:
-        """Average a series of positive weights, without taking it in yet."""
+        """Average a series with positive weights, without taking it in yet."""
 
     @abstractmethod
     def _memory(self) -> dict[str, Any]:
-        """What the averages to come depend on."""
+        """Return what the next averages depend on, beside the settings and counts."""
 
     @abstractmethod
     def _remember(self, memory: Mapping[str, Any]) -> None:
-        """Take that over."""
+        """Restore what :meth:`_memory` returned."""
 
     # -- values ------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ curve has no point there; ``nan`` is a measurement that came out so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ _TIMES: Final = ("time", "wall_time", "timestamp", "_timestamp", "_runtime", "el
 _RATE: Final = re.compile(r"(.*_)?(lr|learning_rate)([-_].*)?")
 _BLANKS: Final = frozenset(("", "na", "n/a", "<na>", "none", "null"))
 
-NAME: Final = re.compile(r"(?P<base>.+)_(?P<kind>raw|sma|ema)(?:_(?P<setting>[0-9.]+))?")
+_NAME: Final = re.compile(r"(.+)_(raw|sma|ema)(?:_([0-9.]+))?")
 """The name of a column that was worked out from another one, or kept beside such a one."""
 
 
@@ -42,6 +42,14 @@ class Column(NamedTuple):
 
     rows: NDArray[np.int64]  # (n,)
     values: NDArray[np.float64]  # (n,)
+
+
+class Role(NamedTuple):
+    """How a column belongs to a metric."""
+
+    metric: str
+    kind: Literal["", "raw", "sma", "ema"] = ""  # "" for the metric's own column
+    setting: str = ""  # the window or the decay, where the name says it
 
 
 @dataclass(frozen=True)
@@ -146,17 +154,26 @@ def metrics(columns: Mapping[str, Column] | Mapping[str, Curve]) -> list[str]:
     return [
         name
         for name, column in columns.items()
-        if len(column.values) > 1 and not _is_no_metric(name) and not averaged(name, columns)
+        if len(column.values) > 1
+        and not _is_no_metric(name)
+        and role(name, columns).kind not in ("sma", "ema")
     ]
 
 
-def averaged(name: str, names: Iterable[str]) -> str:
-    """The name of what this column holds the average of, if that is among `names`."""
-    part = NAME.fullmatch(name)
-    if part is None or part["kind"] == "raw":
-        return ""
-    base = part["base"]
-    return base if base in names or f"{base}_raw" in names else ""
+def role(name: str, names: Collection[str]) -> Role:
+    """Split ``loss_ema_0.9`` where `names` has its metric too, as ``loss`` or ``loss_raw``.
+
+    ``loss_raw`` is split where there is ``loss`` or an average of it. Others are their own metric.
+    """
+    part = _NAME.fullmatch(name)
+    if part is None:
+        return Role(name)
+    metric, kind, setting = part.groups("")
+    known = metric in names or (kind != "raw" and f"{metric}_raw" in names)
+    if kind == "raw" and not known:
+        others = filter(None, map(_NAME.fullmatch, names))
+        known = any(other[1] == metric and other[2] != "raw" for other in others)
+    return Role(metric, cast(Any, kind), setting) if known else Role(name)
 
 
 def _is_no_metric(name: str) -> bool:
