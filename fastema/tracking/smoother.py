@@ -68,11 +68,7 @@ class MetricSmoother:
     ) -> None:
         self.window_size, self.decay, self.raw = window_size, decay, raw
         self.debias, self.on_nonfinite, self.record = debias, on_nonfinite, record
-        self._metrics: dict[str, Averages] = {}
-        self._latest: dict[str, float] = {}
-        self._unwritten: list[tuple[str, float]] = []
-        self._history: dict[str, array[float]] = {}
-        self._steps: dict[str, array[int]] = {}
+        self.reset()
         SimpleMovingAverage(1, on_nonfinite=on_nonfinite)  # that it is one of those known
         if not (self._new_averages() or raw):
             raise ArgumentError("window_size=None, decay=None, raw=False: nothing is asked for")
@@ -175,10 +171,11 @@ class MetricSmoother:
 
     def reset(self) -> None:
         """Forget all metrics and what was recorded."""
-        self._metrics.clear()
-        self._latest.clear()
-        self._unwritten.clear()
-        self._history, self._steps = {}, {}
+        self._metrics: dict[str, Averages] = {}
+        self._latest: dict[str, float] = {}
+        self._unwritten: list[tuple[str, float]] = []
+        self._history: dict[str, array[float]] = {}
+        self._steps: dict[str, array[int]] = {}
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
