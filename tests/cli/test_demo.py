@@ -16,7 +16,8 @@ for _needed in ("sklearn", "matplotlib", "rich"):
     pytest.importorskip(_needed)
 
 from fastema.cli.demo import data, models, picture, speed, summary, train  # noqa: E402
-from fastema.cli.demo.train import Evaluation, History, Recipe, Score, Times  # noqa: E402
+from fastema.cli.demo.choices import Recipe  # noqa: E402
+from fastema.cli.demo.train import Evaluation, History, Score, Times  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import fastema
 from fastema.cli.demo import data, models
+from fastema.cli.demo.choices import Recipe
 
 MOMENTUM = 0.9
 EVALUATIONS_PER_EPOCH = 2
@@ -26,18 +27,6 @@ STEPS_PER_LIMIT = 4
 THREADS = 1
 """Torch's threads. Steps this small gain little from more, lose tenfold where somebody else uses a
 core, and sums over several threads would depend on how many there are."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the command line asked for; the meaning and range of each field are told there."""
-
-    model: str = "cnn"
-    decay: float = 0.99
-    epochs: int = 30
-    batch_size: int = 16
-    lr: float = 0.02
-    seed: int = 0
 
 
 @dataclass(frozen=True)
