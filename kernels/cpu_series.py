@@ -81,7 +81,7 @@ def _added(high, low, more, more_low):
 
 @device_fn
 def _put_together(cells, at, size, divide, scratch):
-    """Write the results of any row; 0 if all are finite, otherwise NaN.
+    """Write the results of any row; return 0 if all are finite, otherwise NaN.
 
     Nothing is ever subtracted: what has left the window is gone, an infinity too.
     """
@@ -149,7 +149,7 @@ def _split_differences(new, old, at, differences, rests, first, count, shift):
 
 @device_fn
 def _running_sums(firsts, rests, count, sums):
-    """Of four lanes and both parts at a time, since each sum waits for the one before; in place."""
+    """Add up both parts of four lanes, in place: each sum of a lane waits for the one before."""
     a, a_rest, b, b_rest, c, c_rest, d, d_rest = sums
     for i in range(count):
         a += load_src(firsts, i)
@@ -185,7 +185,7 @@ def _slid(dst, at, sums, rests, first, count, n, inverse, least):
 
 @device_fn
 def _slide(cells, at, size, divide, scratch):
-    """Those of a row whose windows are full and that continues ``PREV``; 0 if all are exact."""
+    """Write the results of a row that continues ``PREV``, its windows full; 0 if all are exact."""
     src, prev = pointer_f64(load(cells, at + SRC)), pointer_f64(load(cells, at + PREV))
     dst, count = pointer_f64(load(cells, at + DST)), load(cells, at + COUNT)
     lane = count // LANES
@@ -247,7 +247,7 @@ def rolling_mean(table, rows, numbers, control):
 
 @device_fn
 def _ewm_stretch(src, dst, sums, rests, first, count, decay, w, w_rest, high, low):
-    """The recursion of ``count`` values: one product and one sum each wait for the one before."""
+    """Average ``count`` values: one product and one sum each wait for the one before."""
     before = high
     for i in range(count):
         high = decay * high + w * load_src(src, first + i)

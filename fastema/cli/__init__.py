@@ -1,10 +1,8 @@
 """The ``fastema`` command: one module or package per subcommand, registered in `COMMANDS`.
 
-A command module stays light (argparse only): it declares its arguments here and imports what it
-works with inside ``run``, so ``fastema --help`` answers at once and without any extra installed. It
-has ``SUMMARY``, one line for ``fastema --help``; ``EXTRA``, the extra of fastema that installs what
-it needs; ``NEEDS``, import name -> distribution name of every package of that extra;
-``add_arguments(parser)``; and ``run(args)``, which returns the exit code.
+A command module imports argparse only, and the rest inside ``run``: ``fastema --help`` answers at
+once. It has ``SUMMARY``, one line for the help; ``EXTRA``, the extra of fastema that it needs;
+``NEEDS``, import name -> distribution of its packages; ``add_arguments(parser)`` and ``run(args)``.
 """
 
 from __future__ import annotations
@@ -22,23 +20,10 @@ COMMANDS: dict[str, Any] = {"demo": demo, "smooth": smooth}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``fastema``.
+    """Run the command line ``fastema``; `argv` is ``sys.argv[1:]`` by default.
 
-    Parameters
-    ----------
-    argv : sequence of str, optional
-        The arguments without the program's name; ``sys.argv[1:]`` by default.
-
-    Returns
-    -------
-    int
-        The exit code: 0 for success, 2 for a usage error, an input that cannot be used or a
-        package that is not installed, 130 after an interrupt from the keyboard.
-
-    Raises
-    ------
-    SystemExit
-        From argparse: code 0 for ``--help`` and ``--version``, code 2 for invalid arguments.
+    Returns 0 for success, 2 for a usage error, an input that cannot be used or a package that is
+    missing, 130 after an interrupt; argparse raises SystemExit for ``--help`` and wrong arguments.
     """
     parser = _parser()
     args = parser.parse_args(argv)

@@ -29,6 +29,10 @@ def number(
     return parse
 
 
+decay = number(float, lambda value: 0.0 <= value < 1.0, "a number in [0, 1)")
+count = number(int, lambda value: value >= 1, "a whole number of at least 1")
+
+
 def picture_path(text: str) -> Path:
     """Path of a picture, refused before the work for it where it cannot be written."""
     path = Path(text)

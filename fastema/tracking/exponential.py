@@ -24,7 +24,7 @@ class ExponentialMovingAverage(MovingAverage):
     https://arxiv.org/abs/1412.6980), in which the first value does not weigh more than others; in
     pandas these are ``ewm(adjust=False)`` and ``ewm(adjust=True)``. With weights it is the average
     of ``w_k x_k`` over that of ``w_k``. What each step rounds off is carried to the next, so that
-    no error builds up.
+    no error builds up. To be used by one thread at a time.
 
     Parameters
     ----------
@@ -41,18 +41,11 @@ class ExponentialMovingAverage(MovingAverage):
     ArgumentError
         If an argument has no valid value.
 
-    Notes
-    -----
-    To be used by one thread at a time.
-
     Examples
     --------
     >>> loss = ExponentialMovingAverage(decay=0.5)
     >>> [loss.update(x) for x in (4.0, 2.0, 2.0)]
     [4.0, 3.0, 2.5]
-    >>> loss = ExponentialMovingAverage(decay=0.5, debias=True)
-    >>> [loss.update(x) for x in (4.0, 1.0)]
-    [4.0, 2.0]
     """
 
     __slots__ = ("_debias", "_decay", "_state")

@@ -35,8 +35,6 @@ class MetricAverages(Mapping[str, MovingAverage]):
     {'loss': 2.0, 'accuracy': 0.25}
     >>> averages.update({"loss": 1.0})
     {'loss': 1.5}
-    >>> averages.averages
-    {'loss': 1.5, 'accuracy': 0.25}
     """
 
     def __init__(self, averages: Mapping[str, MovingAverage]) -> None:
@@ -67,14 +65,9 @@ class MetricAverages(Mapping[str, MovingAverage]):
         return f"{type(self).__name__}({self._averages!r})"
 
     def update(self, values: Mapping[str, Any], weight: float = 1.0) -> dict[str, float]:
-        """Take in a value for each of the names given; return the averages of these names now.
+        """Take in a value for each of the names given; the averages of these names now.
 
-        Parameters
-        ----------
-        values : mapping of str to number
-            Numbers as in :meth:`MovingAverage.update`.
-        weight : float
-            Of these values beside others, such as the size of their batch.
+        ``values`` and ``weight``, one for all of them, are those of :meth:`MovingAverage.update`.
 
         Raises
         ------

@@ -16,12 +16,10 @@ __all__ = ["LazyFloat", "number"]
 
 
 class LazyFloat:
-    """A float that is read when it is used: printed, formatted, compared, calculated with.
+    """A float that is read when it is used, and kept, with the methods of ``float``.
 
-    It has the methods of ``float``, and arrays and tensors calculate with it as with one.
-    ``float(number)`` is what belongs into a file: ``pickle`` makes a float of a LazyFloat, ``json``
-    and ``torch.load`` with ``weights_only=True`` do not know it.
-    What ``read()`` returns at the first use is kept, and so is an Exception that it raises.
+    Arrays and tensors calculate with it as with one. ``pickle`` makes a float of it; ``json`` and
+    ``torch.load(weights_only=True)`` do not know it. An Exception of ``read()`` is kept, too.
     """
 
     __slots__ = ("_read", "_result")

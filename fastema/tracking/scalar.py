@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from numbers import Real
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
@@ -65,50 +66,43 @@ class MovingAverage(ABC):
 
     @abstractmethod
     def _push(self, x: float, weight: float) -> float:
-        """Take in a value; the average."""
+        """Take in a value; return the average."""
 
     @abstractmethod
     def _run(self, x: Floats, weights: Floats | None) -> Run:
-        """Average a series of positive weights, without taking it in yet."""
+        """Average a series with positive weights, without taking it in yet."""
 
     @abstractmethod
     def _memory(self) -> dict[str, Any]:
-        """What the averages to come depend on."""
+        """Return what the next averages depend on, beside the settings and counts."""
 
     @abstractmethod
     def _remember(self, memory: Mapping[str, Any]) -> None:
-        """Take that over."""
+        """Restore what :meth:`_memory` returned."""
 
     # -- values ------------------------------------------------------------------------------------
 
     def update(self, value: Any, weight: float = 1.0) -> float:
-        """Take in one value.
+        """Take in one value; the average now.
 
         Parameters
         ----------
         value : float, or scalar or array of one element of NumPy, torch, TensorFlow, JAX, CuPy
-            What lies on an accelerator, or is still being computed, is kept and not waited for.
+            What lies on an accelerator, or is still being computed, is kept and not waited for. The
+            average after it is a number that is read when it is used, with the methods of a float;
+            ``float(number)`` before it goes into a file. After 1,024 unread ones all are read.
         weight : float
-            Of this value beside others, such as the size of its batch or its number of tokens;
-            0 leaves it out. Numbers as for ``value``, from 1e-100 to 1e100.
-
-        Returns
-        -------
-        float
-            The average now. After a value that is kept, a number that is read when it is used, with
-            the methods of a float; ``float(number)`` before it goes into a file. After 1,024 of
-            them unread, all are read at once.
+            Of this value beside others, such as the size of its batch or its number of tokens: from
+            1e-100 to 1e100, or 0, which leaves it out.
 
         Raises
         ------
         ArgumentError
-            For a weight that is negative, not finite, or out of those bounds. Of a weight that is
-            kept, when it is read.
+            For any other weight. For what is kept, this and the others are raised when it is read.
         BridgeError
             For a value that is no number, or several.
         NonFiniteError
-            For a NaN or an infinity with ``on_nonfinite="raise"``. Of a value that is kept, when it
-            is read.
+            For a NaN or an infinity with ``on_nonfinite="raise"``.
         """
         x = value if type(value) is float else number(value)
         w = weight if type(weight) is float else number(weight)
@@ -172,10 +166,8 @@ class MovingAverage(ABC):
 
         Parameters
         ----------
-        values : array_like
-            One-dimensional, of any real dtype.
-        weights : array_like, optional
-            One for each value.
+        values, weights : array_like
+            One-dimensional, of any real dtype; a weight for each value, if any.
 
         Returns
         -------
@@ -277,8 +269,7 @@ class MovingAverage(ABC):
         Raises
         ------
         CheckpointError
-            For the state of another kind of average or of other settings, naming them, or with
-            entries missing. The average stays as it was.
+            For any other state, naming what differs. The average stays as it was.
         """
         check_settings(self, self._settings(), state)
         other = self.alike()
@@ -298,20 +289,14 @@ class MovingAverage(ABC):
         """A new one with the same settings, without values."""
         return type(self)(**self._settings())
 
-    def __reduce__(self) -> tuple[Callable[..., MovingAverage], tuple[Any, ...]]:
-        return _rebuild, (type(self), self._settings(), self.state_dict())
+    def __reduce__(self) -> tuple[Callable[[], MovingAverage], tuple[()], dict[str, Any]]:
+        return partial(type(self), **self._settings()), (), self.state_dict()
+
+    __setstate__ = load_state_dict
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
         return f"{type(self).__name__}({settings})"
-
-
-def _rebuild(
-    kind: type[MovingAverage], settings: dict[str, Any], state: dict[str, Any]
-) -> MovingAverage:
-    average = kind(**settings)
-    average.load_state_dict(state)
-    return average
 
 
 def check_settings(owner: object, settings: Mapping[str, Any], state: Any) -> None:

@@ -25,7 +25,11 @@ class SimpleMovingAverage(MovingAverage):
     ``sum(w_k x_k) / sum(w_k)`` over the same values. A value costs the same for any window, and no
     error builds up, after ten million values as after ten: without weights each average is the sum
     of its window, exact but for one rounding, divided by their number. With weights the products
-    are rounded too.
+    are rounded too. To be used by one thread at a time.
+
+    Memory: 24 bytes per value of the window, 48 with weights, and twice that for a moment each time
+    that the window has been filled anew, which takes 10 to 20 ns per value; so does
+    :meth:`update_many` at its end.
 
     Parameters
     ----------
@@ -39,19 +43,11 @@ class SimpleMovingAverage(MovingAverage):
     ArgumentError
         If an argument has no valid value.
 
-    Notes
-    -----
-    Memory: 24 bytes per value of the window, 48 with weights, and twice that for a moment each time
-    that the window has been filled anew, which takes 10 to 20 ns per value; so does
-    :meth:`update_many` at its end. To be used by one thread at a time.
-
     Examples
     --------
     >>> loss = SimpleMovingAverage(window_size=3)
     >>> [loss.update(x) for x in (3.0, 1.0, 2.0, 6.0)]
     [3.0, 2.0, 2.0, 3.0]
-    >>> loss.get_average()
-    3.0
     """
 
     __slots__ = ("_products", "_weights", "_window_size")

@@ -29,8 +29,7 @@ class MetricSmoother:
     """Raw value, simple and exponential moving average of every metric it is given.
 
     For a metric ``loss`` it gives ``loss_raw``, ``loss_sma`` and ``loss_ema``; metrics are taken up
-    as they come. This is what the callbacks for Keras, Lightning and the Hugging Face Trainer, the
-    TensorBoard writer and ``fastema smooth`` have in common.
+    as they come.
 
     Parameters
     ----------
@@ -40,11 +39,8 @@ class MetricSmoother:
         Weight of the old exponential moving average, in [0, 1); None leaves it out.
     raw : bool
         Give the values themselves, too.
-    debias : bool
-        Begin the exponential average with nothing rather than with the first value, see
-        :class:`ExponentialMovingAverage`.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`MovingAverage`.
+    debias, on_nonfinite
+        See :class:`ExponentialMovingAverage` and :class:`MovingAverage`.
     record : bool
         Keep all curves in :attr:`history`: 8 bytes per number.
 
@@ -58,8 +54,6 @@ class MetricSmoother:
     >>> smoother = MetricSmoother(window_size=2, decay=0.75)
     >>> smoother.update({"loss": 2.0})
     {'loss_raw': 2.0, 'loss_sma': 2.0, 'loss_ema': 2.0}
-    >>> smoother.update({"loss": 1.0})
-    {'loss_raw': 1.0, 'loss_sma': 1.5, 'loss_ema': 1.75}
     """
 
     def __init__(
@@ -74,11 +68,7 @@ class MetricSmoother:
     ) -> None:
         self.window_size, self.decay, self.raw = window_size, decay, raw
         self.debias, self.on_nonfinite, self.record = debias, on_nonfinite, record
-        self._metrics: dict[str, Averages] = {}
-        self._latest: dict[str, float] = {}
-        self._unwritten: list[tuple[str, float]] = []
-        self._history: dict[str, array[float]] = {}
-        self._steps: dict[str, array[int]] = {}
+        self.reset()
         SimpleMovingAverage(1, on_nonfinite=on_nonfinite)  # that it is one of those known
         if not (self._new_averages() or raw):
             raise ArgumentError("window_size=None, decay=None, raw=False: nothing is asked for")
@@ -97,22 +87,16 @@ class MetricSmoother:
     def update(
         self, metrics: Mapping[str, Any], weight: float = 1.0, step: int | None = None
     ) -> dict[str, float]:
-        """Take in a value of each metric given.
+        """Take in a value of each metric given; return ``{"loss_raw": ..., "loss_sma": ...}``.
 
         Parameters
         ----------
         metrics : mapping of str to number
-            Numbers as in :meth:`MovingAverage.update`: what lies on an accelerator is not waited
-            for, but with ``on_nonfinite="raise"``.
+            What lies on an accelerator is not waited for, but with ``on_nonfinite="raise"``.
         weight : float
             Of these values beside others, such as the size of their batch.
         step : int, optional
             Of the training, for :attr:`steps`.
-
-        Returns
-        -------
-        dict of str to float
-            ``{name}_raw``, ``{name}_sma`` and ``{name}_ema`` of these metrics.
 
         Raises
         ------
@@ -161,10 +145,7 @@ class MetricSmoother:
     def averages(self) -> dict[str, float]:
         """The latest of all that :meth:`update` gave, as floats.
 
-        Raises
-        ------
-        Exception
-            Once, if one of them could not be read from its device; it is NaN from then on.
+        What cannot be read from its device raises its error once, and is NaN from then on.
         """
         errors = []
         for name, value in self._latest.items():
@@ -190,10 +171,11 @@ class MetricSmoother:
 
     def reset(self) -> None:
         """Forget all metrics and what was recorded."""
-        self._metrics.clear()
-        self._latest.clear()
-        self._unwritten.clear()
-        self._history, self._steps = {}, {}
+        self._metrics: dict[str, Averages] = {}
+        self._latest: dict[str, float] = {}
+        self._unwritten: list[tuple[str, float]] = []
+        self._history: dict[str, array[float]] = {}
+        self._steps: dict[str, array[int]] = {}
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
@@ -221,7 +203,7 @@ class MetricSmoother:
         Raises
         ------
         CheckpointError
-            For other settings, naming them, or if it is no such state. Nothing has changed.
+            For any other state, naming what differs. Nothing has changed.
         """
         check_settings(self, self._settings(), state)
         metrics: dict[str, Averages] = {}

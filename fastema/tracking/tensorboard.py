@@ -31,10 +31,17 @@ class TensorBoardWriter:
 
     TensorBoard draws what has one tag in several *runs* into one chart. The values go into the run
     ``raw``, the simple moving averages into ``sma`` and the exponential ones into ``ema``, folders
-    of these names below ``folder``, all under the tag that is given: so the chart of ``loss`` has
-    three lines, which are hidden and shown by their names in the list of runs. Set TensorBoard's
-    own smoothing to 0. Of several experiments in one folder the filter ``ema$`` compares the
-    averages.
+    of these names below ``folder``: the chart of ``loss`` has three lines, which are hidden and
+    shown by their names in the list of runs. Set TensorBoard's own smoothing to 0. Of several
+    experiments in one folder the filter ``ema$`` compares the averages.
+
+    Points are kept until they are written out, with the time at which they came, and values on an
+    accelerator are not waited for until then. A process that is killed loses what came since: at
+    most ``flush_secs`` seconds or ``max_queue`` points. A block ``with``, :meth:`close`, the end of
+    the program and an exception that ends it lose nothing.
+
+    Event files hold float32; the averages are worked out in double precision from the values as
+    they come. To be used by one thread, in one process: with several, by the first.
 
     Parameters
     ----------
@@ -52,16 +59,6 @@ class TensorBoardWriter:
     ArgumentError
         If an argument has no valid value, or the tensorboard package is missing
         (``pip install fastema[tracking]``).
-
-    Notes
-    -----
-    Points are kept until they are written out, with the time at which they came. Until then values
-    on an accelerator are not waited for. A process that is killed loses what came since: at most
-    ``flush_secs`` seconds or ``max_queue`` points. A block ``with``, :meth:`close`, the end of the
-    program and an exception that ends it lose nothing.
-
-    Event files hold float32; the averages are worked out in double precision from the values as
-    they come. To be used by one thread, in one process: with several, by the first.
     """
 
     def __init__(
@@ -97,24 +94,18 @@ class TensorBoardWriter:
     def add_scalar(
         self, tag: str, value: Any, step: int | None = None, *, weight: float = 1.0
     ) -> dict[str, float]:
-        """Take in one value.
+        """Take in one value; ``{"loss_raw": ..., "loss_sma": ...}``, read when they are used.
 
         Parameters
         ----------
         tag : str
-            Name of the chart. Names with a common part before a ``/`` stand in one section:
-            ``"train/loss"``.
+            Name of the chart. Names with a common part before a ``/`` stand in one section.
         value : float, or scalar of NumPy, torch, TensorFlow, JAX, CuPy
             What lies on an accelerator is kept and not waited for.
         step : int, optional
             Place on the horizontal axis; by default the number of values of this tag before.
         weight : float
             Of this value in the averages, such as the size of its batch.
-
-        Returns
-        -------
-        dict of str to float
-            ``{"loss_raw": ..., "loss_sma": ..., "loss_ema": ...}``, read when they are used.
 
         Raises
         ------

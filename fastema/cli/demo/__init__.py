@@ -1,18 +1,17 @@
 """``fastema demo``: train a small network on real digits and see what averaging its weights does.
 
-The data (1,797 handwritten digits of 8 x 8 pixels) ships with scikit-learn; nothing is
-downloaded. `models` and `data` say what is trained on what, `train` does it, `speed` measures
-the machine, `report` puts the outcome into a table and words, `picture` into a figure.
+The data (1,797 handwritten digits of 8 x 8 pixels) ships with scikit-learn.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import fields
 from pathlib import Path
 
-from fastema.cli.arguments import PICTURE_SUFFIXES, number, picture_path
-from fastema.cli.demo.choices import MODEL_NAMES, TRAIN_IMAGES
+from fastema.cli.arguments import PICTURE_SUFFIXES, count, decay, number, picture_path
+from fastema.cli.demo.choices import MODEL_NAMES, TRAIN_IMAGES, Recipe
 
 SUMMARY = "Train a small model on handwritten digits and compare raw with averaged weights."
 EXTRA = "demo"
@@ -22,19 +21,19 @@ NEEDS = {"torch": "torch", "sklearn": "scikit-learn", "matplotlib": "matplotlib"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastema demo``."""
     parser.add_argument(
-        "--model", choices=MODEL_NAMES, default="cnn", help="network to train (%(default)s)"
+        "--model", choices=MODEL_NAMES, default=Recipe.model, help="network to train (%(default)s)"
     )
     parser.add_argument(
         "--decay",
-        type=number(float, lambda decay: 0.0 <= decay < 1.0, "a number in [0, 1)"),
-        default=0.99,
+        type=decay,
+        default=Recipe.decay,
         help="weight of the old average in each update, in [0, 1), warmed up: the n-th update "
         "uses (1 + n)/(10 + n) where that is less (%(default)s)",
     )
     parser.add_argument(
         "--epochs",
-        type=number(int, lambda epochs: epochs >= 1, "a whole number of at least 1"),
-        default=30,
+        type=count,
+        default=Recipe.epochs,
         help="passes over the training images (%(default)s)",
     )
     parser.add_argument(
@@ -42,20 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(
             int, lambda size: 1 <= size <= TRAIN_IMAGES, f"a whole number from 1 to {TRAIN_IMAGES}"
         ),
-        default=16,
+        default=Recipe.batch_size,
         help="images per step (%(default)s)",
     )
     parser.add_argument(
         "--lr",
         type=number(float, lambda lr: 0.0 < lr < math.inf, "a number above 0"),
-        default=0.02,
+        default=Recipe.lr,
         help="learning rate, the same in every step (%(default)s)",
     )
     parser.add_argument(
         "--seed",
         # The range that scikit-learn and torch have in common.
         type=number(int, lambda seed: 0 <= seed < 2**32, "a whole number in [0, 2**32)"),
-        default=0,
+        default=Recipe.seed,
         help="same seed, same losses and accuracies (%(default)s)",
     )
     parser.add_argument(
@@ -74,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from fastema.cli.demo import picture, report, speed, train
 
     with train.reproducible():
-        names = ("model", "decay", "epochs", "batch_size", "lr", "seed")
-        setup = train.prepare(train.Recipe(**{name: getattr(args, name) for name in names}))
+        names = [field.name for field in fields(Recipe)]
+        setup = train.prepare(Recipe(**{name: getattr(args, name) for name in names}))
         machine = speed.measure(setup.model)
         reporter = report.Reporter(setup, machine, quiet=args.quiet)
         reporter.introduce()

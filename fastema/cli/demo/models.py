@@ -84,7 +84,4 @@ def resnet(width: int = 48) -> nn.Module:
 
 def build(name: str) -> nn.Module:
     """A freshly initialised ``cnn``, ``resnet`` or ``mlp``: 0.8, 0.5 and 1.2 million parameters."""
-    models = {"cnn": cnn, "resnet": resnet, "mlp": mlp}
-    if name not in models:
-        raise ValueError(f"unknown model {name!r}")
-    return models[name]()
+    return {"cnn": cnn, "resnet": resnet, "mlp": mlp}[name]()

@@ -35,8 +35,8 @@ class Machine:
 def measure(model: nn.Module) -> Machine:
     """Time updates of a throw-away average of `model` in turn with the bandwidth limit.
 
-    The model is only read. Each of the three moves `update_bytes` per call over memory of its
-    own and is called several times in a row, so all meet the caches in the same state.
+    Each moves `update_bytes` per call over memory of its own, several times in a row: all of them
+    meet the caches in the same state.
     """
     began = time.perf_counter()
     ema = fastema.EMA(model, decay=0.5)

@@ -1,8 +1,7 @@
 """The training loop: plain PyTorch, and `fastema.EMA` as one would use it in one's own script.
 
-The recipe is deliberately a noisy one: small batches and a learning rate that stays high, so
-that the weights keep jumping around the minimum they cannot settle in. This is where averages
-of weights help most; with a learning rate that decays to zero the two curves meet.
+The recipe is a noisy one: small batches and a learning rate that stays high. The weights keep
+jumping around the minimum they cannot settle in, which is where averages help most.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 import fastema
 from fastema.cli.demo import data, models
+from fastema.cli.demo.choices import Recipe
 
 MOMENTUM = 0.9
 EVALUATIONS_PER_EPOCH = 2
@@ -27,18 +27,6 @@ STEPS_PER_LIMIT = 4
 THREADS = 1
 """Torch's threads. Steps this small gain little from more, lose tenfold where somebody else uses a
 core, and sums over several threads would depend on how many there are."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the command line asked for; the meaning and range of each field are told there."""
-
-    model: str = "cnn"
-    decay: float = 0.99
-    epochs: int = 30
-    batch_size: int = 16
-    lr: float = 0.02
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,10 +131,8 @@ def train(
 ) -> History:
     """Train the model in place and evaluate raw and averaged weights as it goes.
 
-    `yardstick` moves as many bytes as an EMA update does. It is timed after every few updates,
-    where it meets the caches and the threads in the state in which the update meets them.
-    `on_evaluation` is called `EVALUATIONS_PER_EPOCH` times per epoch, less often where an epoch
-    has fewer steps.
+    `yardstick`, which moves as many bytes as an EMA update, is timed after every few updates: it
+    meets the caches and the threads as the update does.
     """
     recipe, digits, model = setup.recipe, setup.digits, setup.model
     generator = torch.Generator().manual_seed(recipe.seed)

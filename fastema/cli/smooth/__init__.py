@@ -1,8 +1,4 @@
-"""``fastema smooth``: moving averages of the metrics in a training log, as columns and a picture.
-
-`averages` computes the columns and writes them, `summary` says in words what came out. The log
-itself is read by `fastema.tracking.logs`, and drawn by `fastema.tracking.plots.picture`.
-"""
+"""``fastema smooth``: moving averages of the metrics in a log, as columns and a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from fastema.cli.arguments import PICTURE_SUFFIXES, STANDARD, number, picture_path, writable_path
+from fastema.cli.arguments import (
+    PICTURE_SUFFIXES,
+    STANDARD,
+    count,
+    decay,
+    picture_path,
+    writable_path,
+)
 from fastema.errors import ArgumentError, FastemaError
 
 _T = TypeVar("_T")
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema",
         action="extend",
-        type=_several(number(float, lambda decay: 0.0 <= decay < 1.0, "a number in [0, 1)")),
+        type=_several(decay),
         metavar="DECAY",
         help="weight of the old average in an exponential moving average, in [0, 1); several "
         f"with commas ({DECAY} and --sma {WINDOW_SIZE} where neither is given)",
@@ -54,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sma",
         action="extend",
-        type=_several(number(int, lambda size: size >= 1, "a whole number of at least 1")),
+        type=_several(count),
         metavar="WINDOW",
         help="values in a simple moving average; several with commas",
     )

@@ -34,10 +34,9 @@ def smooth(
     metrics: Sequence[str] | None = None,
     weights: str | None = None,
 ) -> list[Smoothed]:
-    """Each of the averages of each metric of a log.
+    """Each of the averages of each metric of a log, chosen by names or patterns.
 
-    `metrics` are names or patterns, see `Table.metrics`; `weights` is the column with the weight of
-    each row. A value that is not finite raises NonFiniteError where the averages are told to.
+    `weights` is the column with the weight of each row.
     """
     by_row = np.full(log.num_rows, np.nan)
     if weights is not None:

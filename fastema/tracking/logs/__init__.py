@@ -22,44 +22,18 @@ _SAMPLE_LINES: Final = 20
 
 
 def read(source: str | os.PathLike[str] | TextIO, step: str | None = None) -> dict[str, Curve]:
-    r"""The curves of a training log by name.
+    """The curves of a training log by name.
 
-    Parameters
-    ----------
-    source : path or text file
-        A CSV file with a line of names (Keras' and Lightning's ``CSVLogger``, pandas; any usual
-        separator), JSON lines, JSON (a list of rows, a mapping of names to lists, or the
-        ``trainer_state.json`` of Hugging Face), a TensorBoard event file, or a folder of those;
-        or such text, opened.
-    step : str, optional
-        The column that counts the steps. Found by its name otherwise, see `Table.step_column`.
-
-    Returns
-    -------
-    dict of str to Curve
-        Float64 values over int64 steps (float64 where they are no whole numbers). Where a folder
-        of event files has several runs below it, names begin with the run: ``train/loss``.
-
-    Raises
-    ------
-    ArgumentError
-        If it holds no such log, or the tensorboard package is missing for event files.
-    OSError
-        If it cannot be read.
-
-    Examples
-    --------
-    >>> import io
-    >>> log = io.StringIO("epoch,loss,val_loss\n0,2.5,\n1,1.25,1.5\n")
-    >>> read(log)["loss"]
-    Curve(steps=array([0, 1]), values=array([2.5 , 1.25]))
+    A log is a path or an opened text: CSV with a line of names (any usual separator), JSON lines,
+    JSON (rows, names with lists, ``trainer_state.json``), an event file or a folder of these.
+    Names begin with the run where there are several, ``train/loss``; `step` counts the steps.
     """
     table = read_table(source)
     return table.curves(table.step_column(step))
 
 
 def read_table(source: str | os.PathLike[str] | TextIO) -> Table:
-    """A training log as a table; parameters and errors are those of `read`."""
+    """A training log as a table, see `read`; an ArgumentError if it holds none."""
     name = str(getattr(source, "name", "the text"))
     try:
         if isinstance(source, (str, os.PathLike)):
@@ -148,24 +122,22 @@ def _json(text: str, source: str) -> Table:
         found = found["log_history"]
     if isinstance(found, dict) and found and all(isinstance(row, list) for row in found.values()):
         length = max(map(len, found.values()))
-        return of_cells(
-            {
-                str(name): [_cell(value) for value in (*column, *[None] * (length - len(column)))]
-                for name, column in found.items()
-            },
-            source,
-        )
+        cells = {str(name): [_cell(value) for value in column] for name, column in found.items()}
+        for column in cells.values():
+            column += [""] * (length - len(column))
+        return of_cells(cells, source)
     return from_rows([found] if isinstance(found, dict) else found, source)
 
 
 def _json_lines(text: str, source: str) -> list[Any]:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    rows = []
-    for number, line in lines:
+    lines = text.splitlines()
+    rows: list[Any] = []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            if line.strip():
+                rows.append(json.loads(line))
         except ValueError as error:
-            if number == lines[-1][0] and len(rows) > 0 and not text.endswith("\n"):
+            if number == len(lines) and rows and not text.endswith("\n"):
                 break  # the run is in the middle of it
             raise ArgumentError(
                 f"{source}, line {number}: neither JSON nor one JSON object per line: {error}"

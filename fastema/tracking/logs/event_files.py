@@ -2,8 +2,7 @@
 
 The tensorboard package knows what an event is. The records around the events are read here: its
 own reader imports TensorFlow where there is one, which takes seconds, and goes through every byte
-of every image in Python where there is none. A record is its length in 8 bytes, 4 bytes of
-checksum of these, the event, and 4 bytes of checksum of that.
+of every image in Python where there is none.
 """
 
 from __future__ import annotations
@@ -121,7 +120,10 @@ def _scalar_reader() -> Callable[[Sequence[Path]], dict[str, Points]]:
 
 
 def _records(file: Path, checksum: Callable[[bytes], int]) -> Iterator[tuple[int, bytes]]:
-    """Where each event begins, and its bytes; one that is not all there yet is left out."""
+    """Where each event begins, and its bytes; one that is not all there yet is left out.
+
+    A record is its length in 8 bytes, 4 bytes of checksum of these, the event, and 4 of checksum.
+    """
     place = 0
     with file.open("rb") as opened:
         while len(header := opened.read(12)) == 12:

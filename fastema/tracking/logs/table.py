@@ -7,10 +7,10 @@ curve has no point there; ``nan`` is a measurement that came out so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ _TIMES: Final = ("time", "wall_time", "timestamp", "_timestamp", "_runtime", "el
 _RATE: Final = re.compile(r"(.*_)?(lr|learning_rate)([-_].*)?")
 _BLANKS: Final = frozenset(("", "na", "n/a", "<na>", "none", "null"))
 
-NAME: Final = re.compile(r"(?P<base>.+)_(?P<kind>raw|sma|ema)(?:_(?P<setting>[0-9.]+))?")
+_NAME: Final = re.compile(r"(.+)_(raw|sma|ema)(?:_([0-9.]+))?")
 """The name of a column that was worked out from another one, or kept beside such a one."""
 
 
@@ -42,6 +42,14 @@ class Column(NamedTuple):
 
     rows: NDArray[np.int64]  # (n,)
     values: NDArray[np.float64]  # (n,)
+
+
+class Role(NamedTuple):
+    """How a column belongs to a metric."""
+
+    metric: str
+    kind: Literal["", "raw", "sma", "ema"] = ""  # "" for the metric's own column
+    setting: str = ""  # the window or the decay, where the name says it
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,9 @@ class Table:
     def step_column(self, name: str | None = None) -> str | None:
         """The column that counts the steps, or `name`; None where the row's number has to do.
 
-        It is the first of `STEP_COLUMNS` that has a number wherever a metric has one and that
-        rises from each point of a metric to the next. A batch number that begins again in every
-        epoch does not, nor does an epoch's in a log of batches. A `name` that is not there, or
-        has no number where a metric has one, is an ArgumentError.
+        The first of `STEP_COLUMNS` with a number wherever a metric has one that rises from point to
+        point: a batch number that begins again in every epoch does not, nor an epoch's in a log of
+        batches. A `name` that is not there, or lacks such a number, is an ArgumentError.
         """
         if name is None:
             by_name = {_short(column): column for column in reversed(list(self.numbers))}
@@ -109,9 +116,11 @@ class Table:
         if name in self.numbers:
             return self.numbers[name]
         if name in self.cells:
-            texts = (cell for cell in enumerate(self.cells[name]) if not _is_number(cell[1]))
-            row, cell = next(texts, (0, ""))
-            why = f"row {row + 1} has {cell!r}" if cell else "all of its cells are blank"
+            why = "all of its cells are blank"
+            for row, cell in enumerate(self.cells[name], 1):
+                if not _is_blank(cell) and parsed([cell]) is None:
+                    why = f"row {row} has {cell!r}"
+                    break
             raise ArgumentError(f"{self.source}: column {name!r} holds no numbers: {why}")
         raise ArgumentError(
             f"{self.source}: no column {name!r}; those with numbers are\n{listed(self.numbers)}"
@@ -120,8 +129,7 @@ class Table:
     def metrics(self, patterns: Sequence[str] | None = None) -> list[str]:
         """Names of the columns that hold metrics, or that fit names or patterns such as ``val_*``.
 
-        Metrics are all columns of at least two numbers but those that count steps, tell times or
-        learning rates, or hold averages of another column. Finding none is an ArgumentError.
+        Steps, times, learning rates and averages of another column do not count; none is an error.
         """
         if patterns is None:
             found = metrics(self.numbers)
@@ -146,17 +154,26 @@ def metrics(columns: Mapping[str, Column] | Mapping[str, Curve]) -> list[str]:
     return [
         name
         for name, column in columns.items()
-        if len(column.values) > 1 and not _is_no_metric(name) and not averaged(name, columns)
+        if len(column.values) > 1
+        and not _is_no_metric(name)
+        and role(name, columns).kind not in ("sma", "ema")
     ]
 
 
-def averaged(name: str, names: Iterable[str]) -> str:
-    """The name of what this column holds the average of, if that is among `names`."""
-    part = NAME.fullmatch(name)
-    if part is None or part["kind"] == "raw":
-        return ""
-    base = part["base"]
-    return base if base in names or f"{base}_raw" in names else ""
+def role(name: str, names: Collection[str]) -> Role:
+    """Split ``loss_ema_0.9`` where `names` has its metric too, as ``loss`` or ``loss_raw``.
+
+    ``loss_raw`` is split where there is ``loss`` or an average of it. Others are their own metric.
+    """
+    part = _NAME.fullmatch(name)
+    if part is None:
+        return Role(name)
+    metric, kind, setting = part.groups("")
+    known = metric in names or (kind != "raw" and f"{metric}_raw" in names)
+    if kind == "raw" and not known:
+        others = filter(None, map(_NAME.fullmatch, names))
+        known = any(other[1] == metric and other[2] != "raw" for other in others)
+    return Role(metric, cast(Any, kind), setting) if known else Role(name)
 
 
 def _is_no_metric(name: str) -> bool:
@@ -176,11 +193,6 @@ def _whole(steps: NDArray[np.float64]) -> NDArray[np.int64] | NDArray[np.float64
 
 def _is_blank(cell: str) -> bool:
     return cell.strip().lower() in _BLANKS
-
-
-def _is_number(cell: str) -> bool:
-    """Whether a cell holds a number, or nothing."""
-    return _is_blank(cell) or parsed([cell]) is not None
 
 
 def parsed(cells: Sequence[str]) -> Column | None:

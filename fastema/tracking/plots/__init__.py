@@ -30,6 +30,10 @@ def plot(
 ) -> Figure:
     """Draw each metric of a training run with its moving averages, one panel per metric.
 
+    Of a long curve, the least and the greatest value of each of 2,000 stretches are drawn: no
+    spike is lost. Where a value is a NaN or infinite, the line has a gap and the panel a mark.
+    The figure is made without pyplot: nothing to close, and no display is needed.
+
     Parameters
     ----------
     history : object
@@ -42,13 +46,10 @@ def plot(
         that they are over.
     metrics : str or sequence of str, optional
         Which; by default all but those that count steps, tell times or learning rates.
-    window_size : int or sequence of int, optional
-        Of the simple moving averages; None for none.
-    decay : float or sequence of float, optional
-        Weight of the old average in the exponential ones; None for none.
+    window_size, decay : number or sequence of numbers, optional
+        Of the simple and the exponential averages; None for none.
     debias : bool
-        Exponential averages start at nothing and are corrected for it, as in Adam; they start at
-        the first value otherwise.
+        See `ExponentialMovingAverage`.
     raw : bool
         Whether the numbers themselves are drawn too.
     log : bool or "auto"
@@ -61,20 +62,10 @@ def plot(
     out : path, optional
         File to write; its ending chooses the format: png, svg, pdf.
 
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Made without pyplot: nothing to close, and no display is needed.
-
     Raises
     ------
     ArgumentError
         If there are no numbers in it, not the metrics asked for, or several for one ``ax``.
-
-    Notes
-    -----
-    Of a long curve, the least and the greatest value of each of 2,000 stretches are drawn: no
-    spike is lost. Where a value is a NaN or infinite, the line has a gap and the panel a mark.
     """
     from fastema.tracking.plots.panels import averages, panels
     from fastema.tracking.plots.picture import draw

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,11 +98,7 @@ def panels(
     averages: Sequence[Average],
     raw: bool = True,
 ) -> list[Panel]:
-    """One panel for each metric of a history.
-
-    Parameters and errors are those of `fastema.tracking.plot`; `averages` are computed for metrics
-    whose averages the history does not hold.
-    """
+    """One panel for each metric; `averages` are for metrics whose averages it does not hold."""
     found = _read(history)
     found = found._replace(curves={n: c for n, c in found.curves.items() if len(c.values)})
     names = _names(found.curves, [metrics] if isinstance(metrics, str) else metrics)
@@ -111,7 +107,7 @@ def panels(
 
 def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[str]:
     """Names of metrics without the endings of their raw values and averages."""
-    bases = {name: _base(name, curves) for name in curves}
+    bases = {name: table.role(name, curves).metric for name in curves}
     if chosen is None:
         # A history of one epoch is short, but all there is.
         names = list(dict.fromkeys(bases[name] for name in table.metrics(curves) or curves))
@@ -125,27 +121,11 @@ def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[st
     return list(dict.fromkeys(chosen))
 
 
-def _base(name: str, names: Iterable[str]) -> str:
-    """The metric that a curve belongs to: ``loss`` for ``loss_raw`` and ``loss_ema_0.9``."""
-    part = table.NAME.fullmatch(name)
-    if part is None:
-        return name
-    if part["kind"] != "raw":
-        return table.averaged(name, names) or name
-    base = part["base"]
-    return base if base in names or any(_is_average(other, base) for other in names) else name
-
-
-def _is_average(name: str, metric: str) -> bool:
-    part = table.NAME.fullmatch(name)
-    return part is not None and part["base"] == metric and part["kind"] != "raw"
-
-
 def _panel(name: str, found: History, averages: Sequence[Average], *, raw: bool) -> Panel:
     curves = found.curves
     own = curves.get(f"{name}_raw")
     lines = []
-    if own is not None and _base(f"{name}_raw", curves) == name:
+    if own is not None and table.role(f"{name}_raw", curves).metric == name:
         lines.append(Line("raw", "raw", own))
         if name in curves:
             lines.append(Line("reported", "as reported", curves[name]))
@@ -192,10 +172,9 @@ def _held_averages(name: str, found: History) -> list[Line]:
     """The averages that the history itself holds."""
     lines = []
     for other, curve in found.curves.items():
-        part = table.NAME.fullmatch(other)
-        if part is not None and _is_average(other, name):
-            kind = cast(Literal["sma", "ema"], part["kind"])
-            setting = part["setting"] or found.settings.get(kind, "")
+        metric, kind, setting = table.role(other, found.curves)
+        if metric == name and (kind == "sma" or kind == "ema"):
+            setting = setting or found.settings.get(kind, "")
             lines.append(Line(kind, f"{kind.upper()} {setting}".strip(), curve))
     return sorted(lines, key=lambda line: line.kind, reverse=True)
 
@@ -226,7 +205,7 @@ def _read(history: Any) -> History:
             "fit() of Keras returns, a callback that records, log_history of Hugging Face, a data "
             "frame, numbers, or the path of a log"
         )
-    return History({"value": Curve(_counted(values), values)})
+    return _of_mapping({"value": values})
 
 
 def _of_recorder(recorder: Any) -> History:
@@ -245,7 +224,7 @@ def _of_recorder(recorder: Any) -> History:
     steps = getattr(recorder, "steps", None)
     if isinstance(steps, Mapping):
         curves = {
-            name: Curve(np.asarray(steps[_base(name, inner)], np.int64), values)
+            name: Curve(np.asarray(steps[table.role(name, inner).metric], np.int64), values)
             for name, values in columns.items()
         }
         return History(curves, settings=settings)
@@ -260,7 +239,7 @@ def _at_epochs(epochs: Sequence[int], values: NDArray[np.float64]) -> NDArray[np
     """Epochs as the progress bar counts them; validation may come at every n-th only."""
     every, rest = divmod(len(epochs), max(len(values), 1))
     if rest or not every:
-        return _counted(values)
+        return np.arange(1, len(values) + 1)
     return np.asarray(epochs, np.int64)[every - 1 :: every] + 1
 
 
@@ -291,10 +270,6 @@ def _values(column: Any) -> NDArray[np.float64] | None:
     except (TypeError, ValueError):
         return None
     return values if values.ndim == 1 else None
-
-
-def _counted(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.arange(1, len(values) + 1)
 
 
 def last_finite(values: NDArray[np.float64]) -> float:

@@ -207,8 +207,7 @@ def _draw_curve(axes: Axes, curve: Curve, look: _Look) -> None:
 def thinned(curve: Curve, buckets: int = _BUCKETS) -> tuple[NDArray[np.float64], ...]:
     """Steps and values with the same outline: the extremes of each stretch, in their order.
 
-    At most two points per stretch and the first and last of all; those of a short curve as they
-    are. What is infinite becomes NaN: a gap.
+    The first and last of all are kept, a short curve is as it was; an infinity becomes NaN, a gap.
     """
     steps = curve.steps.astype(np.float64)
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
