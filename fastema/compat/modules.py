@@ -77,11 +77,10 @@ class ModuleAverager:
         buffers: Buffers = "saved",
         **rounding: Any,
     ) -> ModelAverager:
-        """The follower of this module; ``rounding`` are options of :class:`ModelAverager`.
+        """The averager of this module; ``rounding`` are options of :class:`ModelAverager`.
 
-        ``buffers="saved"`` averages those that a state dict holds and leaves the others out,
-        ``"copy"`` copies all. With the ``model`` to follow, a saved buffer of its that the average
-        lacks is an error; otherwise it is left out.
+        ``buffers="saved"`` averages those that a state dict holds and skips the others, ``"copy"``
+        copies all. A saved buffer that only the model has is an error where ``model`` is given.
         """
         settings = {"buffers": buffers, **rounding}
         if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
