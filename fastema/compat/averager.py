@@ -111,7 +111,7 @@ def _beside(average: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _put(kept: Mapping[str, Tensor], container: Any) -> None:
+def _write_back(kept: Mapping[str, Tensor], container: Any) -> None:
     """Write what was kept into the tensors of a container that lie elsewhere by now."""
     now = _tensors(leaves_of(container))
     problems = []
@@ -129,7 +129,7 @@ def _put(kept: Mapping[str, Tensor], container: Any) -> None:
         )
 
 
-class _PutBack:
+class _WriteBack:
     """Writes what was kept to where tensors were moved meanwhile; comes first in a swap.
 
     Autograd is not told, as by the peers, which write through ``.data``: a graph that needs the
@@ -147,7 +147,7 @@ class _PutBack:
     def restore(self) -> None:
         """Write into tensors that are elsewhere, or of another dtype, by now."""
         if self._moved():
-            _put(self._kept, self._container)
+            _write_back(self._kept, self._container)
 
 
 class _InPlace:
@@ -194,7 +194,7 @@ class _CopiedOut:
             weight.data.copy_(self._averages[name])
 
     def restore(self) -> None:
-        """Leave it to :class:`_PutBack`, which looks where the weights are."""
+        """Leave it to :class:`_WriteBack`, which looks where the weights are."""
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages."""
@@ -273,17 +273,14 @@ class ModelAverager:
 
     def _with(self, model: Any, call: Callable[[_Plan, Any], Result]) -> Result:
         """Call with the plan there is; with another one where devices have changed."""
-        if self._plan is not None and self._stage is None:
-            try:
-                return call(self._plan, model)
-            except LayoutError:
-                if not self._is_apart(leaves_of(model)):
-                    raise
-            finally:
-                self._release(model)
-        plan, source = self._planned(model)
         try:
-            return call(plan, source)
+            if self._plan is not None and self._stage is None:
+                try:
+                    return call(self._plan, model)
+                except LayoutError:
+                    if not self._is_apart(leaves_of(model)):
+                        raise
+            return call(*self._planned(model))
         finally:
             self._release(model)
 
@@ -381,15 +378,15 @@ class ModelAverager:
             averages, weights = (_tensors(side) for side in plan.binding.watched)
             own = _tensors(leaves_of(model))
             copied = _CopiedOut(averages, {name: own[name] for name in weights})
-            return copied, Swap(_PutBack(lambda: True, copied.raw, model), copied)
+            return copied, Swap(_WriteBack(lambda: True, copied.raw, model), copied)
         with plan.swappable(model) as binding:
             held = binding.made("in place", lambda: _InPlace(plan))
             if held.memory.keeps:
                 binding.forget("in place")
         moved = partial(binding.has_moved, model)
         return held, Swap(
-            _PutBack(moved, held.weights_kept, model),
-            _PutBack(moved, held.averages_kept, self._averaged),
+            _WriteBack(moved, held.weights_kept, model),
+            _WriteBack(moved, held.averages_kept, self._averaged),
             held.memory,
         )
 

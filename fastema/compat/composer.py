@@ -38,16 +38,16 @@ class _Known:
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
         self.tied: dict[str, str] = {}
-        self.follower = NamedAverager(())
+        self.averager = NamedAverager(())
         self.calls = 0
 
     def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
         """Update averages by name, those too that have further names in the model."""
         if self.names != averages.keys():
             self.names, self.tied = frozenset(averages), _tied(model, averages)
-            self.follower = NamedAverager([*averages, *self.tied])
+            self.averager = NamedAverager([*averages, *self.tied])
         tied = {name: averages[first] for name, first in self.tied.items()}
-        self.follower.of({**averages, **tied}).update(model, weight, self.calls)
+        self.averager.of({**averages, **tied}).update(model, weight, self.calls)
         self.calls += 1
 
 

@@ -214,7 +214,7 @@ class _ListAverager:
                 [parameters[at] for at in plan.apart],
                 "those not averaged",
             )
-            plan.follower.update(plan.weights, weight, step)
+            plan.averager.update(plan.weights, weight, step)
         except BaseException as error:
             self.forget()  # tensors that it refuses are not to be kept
             if not (was_there and isinstance(error, FastemaError)):
@@ -240,15 +240,15 @@ class _ListAverager:
                 for side in (self._shadow, self._memory)
             )
             # No method of this object's: they would keep each other, and memory of a GPU with them.
-            follower = ModelAverager(averages, partial(_policy, copied))
-            found = self._plans[copied] = _Planned(follower, weights, apart)
+            averager = ModelAverager(averages, partial(_policy, copied))
+            found = self._plans[copied] = _Planned(averager, weights, apart)
         return found
 
 
 class _Planned(NamedTuple):
     """What updates the averages while certain parameters are frozen."""
 
-    follower: ModelAverager
+    averager: ModelAverager
     weights: dict[str, Tensor]
     apart: frozenset[int]  # places of what no kernel copies: float8 into float32, sparse
 

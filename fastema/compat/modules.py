@@ -86,9 +86,9 @@ class ModuleAverager:
         if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
             policy = _Policy(averaged, buffers, self._left_out)
             self._made = averaged, settings, policy, ModelAverager(averaged, policy, **rounding)
-        *_, policy, follower = self._made
+        *_, policy, averager = self._made
         policy.model = None if model is None else weakref.ref(model)
-        return follower
+        return averager
 
 
 def _trained_or_named(names: frozenset[str], name: str, role: Role) -> Literal["average", "skip"]:
@@ -111,7 +111,7 @@ class NamedAverager:
         return type(self), (self._names,)
 
     def of(self, averages: Mapping[str, Tensor]) -> ModelAverager:
-        """The follower of these averages, which may be others at each call."""
+        """The averager of these averages, which may be others at each call."""
         self._averages.update(averages)
         return self._averager
 
