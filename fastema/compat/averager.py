@@ -28,8 +28,8 @@ Result = TypeVar("Result")
 def duplicate(model: torch.nn.Module, memo: dict[int, Any] | None = None) -> torch.nn.Module:
     """Copy a model deeply.
 
-    With gradients, the parameters of a scripted module's copy are computed from the module's: they
-    keep its graph alive, and refuse ``requires_grad_(False)``.
+    With gradients, a scripted module's copy would be computed from it: that keeps its graph alive,
+    and refuses ``requires_grad_(False)``.
     """
     return deepcopy(model, memo)
 
@@ -50,13 +50,7 @@ class _Plan(Plan):
 
 
 class _Stage:
-    """Memory beside the averages, for weights that are on other devices.
-
-    Parameters
-    ----------
-    averages : mapping of str to Tensor
-    weights : Leaves
-    """
+    """Memory beside the averages, for weights that are on other devices."""
 
     def __init__(self, averages: Mapping[str, Tensor], weights: Leaves) -> None:
         # A plan names those that have no average, unless they are skipped.
@@ -117,7 +111,7 @@ def _beside(average: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _put(kept: Mapping[str, Tensor], container: Any) -> None:
+def _write_back(kept: Mapping[str, Tensor], container: Any) -> None:
     """Write what was kept into the tensors of a container that lie elsewhere by now."""
     now = _tensors(leaves_of(container))
     problems = []
@@ -135,11 +129,11 @@ def _put(kept: Mapping[str, Tensor], container: Any) -> None:
         )
 
 
-class _PutBack:
-    """A way that writes what was kept to where tensors were moved meanwhile; it comes first.
+class _WriteBack:
+    """Writes what was kept to where tensors were moved meanwhile; comes first in a swap.
 
-    Autograd is not told, as it is not by the peers, which write through ``.data``: a graph that
-    needs the weights is right when they are back to the bit.
+    Autograd is not told, as by the peers, which write through ``.data``: a graph that needs the
+    weights is right when they are back to the bit.
     """
 
     def __init__(
@@ -153,14 +147,11 @@ class _PutBack:
     def restore(self) -> None:
         """Write into tensors that are elsewhere, or of another dtype, by now."""
         if self._moved():
-            _put(self._kept, self._container)
+            _write_back(self._kept, self._container)
 
 
 class _InPlace:
-    """Averages and weights that change places, held by tensor objects of our own.
-
-    Their memory stays where it is, whatever is moved.
-    """
+    """Averages and weights that change places, held by own tensor objects, so none of it moves."""
 
     def __init__(self, plan: Plan) -> None:
         averages, weights = plan.binding.watched
@@ -184,7 +175,7 @@ class _InPlace:
     def averages(self) -> dict[str, Tensor]:
         """Copy the averages, which the model has."""
         shadows = recovered(self._pairs)
-        found = {pair.dst: one for pair, one in zip(self._pairs, shadows, strict=True)}
+        found = dict(zip((pair.dst for pair in self._pairs), shadows, strict=True))
         return {name: found[spec] for name, spec in self._specs.items()}
 
 
@@ -203,7 +194,7 @@ class _CopiedOut:
             weight.data.copy_(self._averages[name])
 
     def restore(self) -> None:
-        """Leave it to :class:`_PutBack`, which looks where the weights are."""
+        """Leave it to :class:`_WriteBack`, which looks where the weights are."""
 
     def averages(self) -> dict[str, Tensor]:
         """Return the averages."""
@@ -213,26 +204,10 @@ class _CopiedOut:
 class ModelAverager:
     """Averages that stay the tensors of their owner, and follow the weights of a model.
 
-    ``avg += weight * (x - avg)`` for all of them in one call, over a plan that is made once.
-    Tensors that were re-pointed, moved or cast are found again at the next call. Weights on another
-    device than their averages are copied beside these first, into memory that is kept.
-
-    Parameters
-    ----------
-    averaged : torch.nn.Module, list or dict of Tensor
-        What is written.
-    policy : callable, optional
-        See :class:`fastema.Plan`; asked about each name with the role that it has in the model, and
-        by default everything is averaged. Integers and booleans are copied where it says average.
-    rounding : {"stochastic", "nearest"}
-        Of 16-bit averages.
-    seed : int
-        Of the random bits.
-
-    Raises
-    ------
-    ArgumentError
-        For an invalid ``rounding`` or ``seed``.
+    ``averaged`` is a module, list or dict of tensors; ``policy`` is asked about each name with the
+    role that it has in the model (see :class:`fastema.Plan`), and averages everything by default.
+    Weights on another device than their averages are first copied beside these, into memory that
+    is kept. Every method refuses to run inside :meth:`swapped`.
     """
 
     def __init__(
@@ -270,23 +245,9 @@ class ModelAverager:
     # -- every step -------------------------------------------------------------------------------
 
     def update(self, model: Any, weight: float, step: int) -> None:
-        """``avg += weight * (x - avg)``; what is not averaged is copied.
+        """``avg += weight * (x - avg)``; ``step`` is that of the random bits of 16-bit averages.
 
-        Parameters
-        ----------
-        model : torch.nn.Module, list, dict or iterator of Tensor
-            Names or positions, and shapes, as those of the averages.
-        weight : float
-            Of the new value, ``1 - decay``; 1 makes the averages the weights.
-        step : int
-            Of the random bits of 16-bit averages.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError, ArgumentError
-            Naming the tensors; nothing was written then.
-        StateError
-            Inside :meth:`swapped`.
+        An error names the tensors; nothing was written then.
         """
 
         def lerp(plan: _Plan, weights: Any) -> None:
@@ -297,7 +258,7 @@ class ModelAverager:
         self._with(materialised(model), lerp)
 
     def copy(self, model: Any) -> None:
-        """Make the averages the weights, rounded to nearest; raises as :meth:`update`."""
+        """Make the averages the weights, rounded to nearest."""
         self._refuse_swapped("copy()")
         self._with(materialised(model), lambda plan, weights: plan.copy_(weights))
 
@@ -312,17 +273,14 @@ class ModelAverager:
 
     def _with(self, model: Any, call: Callable[[_Plan, Any], Result]) -> Result:
         """Call with the plan there is; with another one where devices have changed."""
-        if self._plan is not None and self._stage is None:
-            try:
-                return call(self._plan, model)
-            except LayoutError:
-                if not self._is_apart(leaves_of(model)):
-                    raise
-            finally:
-                self._release(model)
-        plan, source = self._planned(model)
         try:
-            return call(plan, source)
+            if self._plan is not None and self._stage is None:
+                try:
+                    return call(self._plan, model)
+                except LayoutError:
+                    if not self._is_apart(leaves_of(model)):
+                        raise
+            return call(*self._planned(model))
         finally:
             self._release(model)
 
@@ -378,19 +336,9 @@ class ModelAverager:
     # -- the average in the model -----------------------------------------------------------------
 
     def give(self, model: Any) -> None:
-        """Write the averages, and what was copied, into a model, rounded to nearest.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
-        StateError
-            Inside :meth:`swapped`.
-        """
+        """Write the averages, and what was copied, into a model, rounded to nearest."""
         self._refuse_swapped("give()")
-        self._give(materialised(model))
-
-    def _give(self, model: Any) -> None:
+        model = materialised(model)
         weights = leaves_of(model)
         averages: Any = self._averaged
         if self._is_apart(weights):
@@ -404,17 +352,9 @@ class ModelAverager:
     def swapped(self, model: Any) -> RestoringBlock[None]:
         """A block in which the model holds the average; the raw weights come back however it ends.
 
-        Exactly, and into tensors that were moved, cast or replaced inside the block too. They are
-        kept where the average was if both are of one dtype, or float32 and bfloat16; for other
-        pairs of dtypes, and on another device, in memory of their own.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then. At the end of the block, naming those that
-            are gone or reshaped; the others have their contents back.
-        StateError
-            Inside another such block.
+        Exactly, also into tensors that were moved, cast or replaced inside. They are kept where the
+        average was where :class:`InMemory` can; else, and on another device, in memory of their
+        own. Its end names tensors that are gone or reshaped; the others have their contents back.
         """
         return RestoringBlock(partial(self._swap_steps, model))
 
@@ -438,15 +378,15 @@ class ModelAverager:
             averages, weights = (_tensors(side) for side in plan.binding.watched)
             own = _tensors(leaves_of(model))
             copied = _CopiedOut(averages, {name: own[name] for name in weights})
-            return copied, Swap(_PutBack(lambda: True, copied.raw, model), copied)
+            return copied, Swap(_WriteBack(lambda: True, copied.raw, model), copied)
         with plan.swappable(model) as binding:
             held = binding.made("in place", lambda: _InPlace(plan))
             if held.memory.keeps:
                 binding.forget("in place")
         moved = partial(binding.has_moved, model)
         return held, Swap(
-            _PutBack(moved, held.weights_kept, model),
-            _PutBack(moved, held.averages_kept, self._averaged),
+            _WriteBack(moved, held.weights_kept, model),
+            _WriteBack(moved, held.averages_kept, self._averaged),
             held.memory,
         )
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fastema.compat.layouts import COMPOSER_PARTS, LAYOUTS
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
-from fastema.compat.transfer import by_plain_name
-from fastema.errors import ArgumentError, BridgeError
+from fastema.compat.transfer import (
+    averages_of,
+    averages_or_copies,
+    by_plain_name,
+    mapping_in,
+    take_over,
+    whole_in,
+)
+from fastema.errors import ArgumentError, BridgeError, CheckpointError
 from fastema.rules import Aligned
 from fastema.shadow import EMA
 
 __all__ = ["compute_ema", "export", "load", "rule"]
+
+_PARTS: Final = ("named_parameters_dict", "named_buffers_dict")
+"""The two dicts of Composer's ``EMAParameters``."""
 
 _TIME: Final = re.compile(r"(\d+)(ba|ep)")
 
@@ -28,16 +38,16 @@ class _Known:
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
         self.tied: dict[str, str] = {}
-        self.follower = NamedAverager(())
+        self.averager = NamedAverager(())
         self.calls = 0
 
     def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
         """Update averages by name, those too that have further names in the model."""
         if self.names != averages.keys():
             self.names, self.tied = frozenset(averages), _tied(model, averages)
-            self.follower = NamedAverager([*averages, *self.tied])
+            self.averager = NamedAverager([*averages, *self.tied])
         tied = {name: averages[first] for name, first in self.tied.items()}
-        self.follower.of({**averages, **tied}).update(model, weight, self.calls)
+        self.averager.of({**averages, **tied}).update(model, weight, self.calls)
         self.calls += 1
 
 
@@ -61,13 +71,13 @@ def _averages(ema_model: Any) -> dict[str, Tensor]:
     if isinstance(ema_model, nn.Module):
         found = ema_model.state_dict(keep_vars=True)
         named = {name: one for name, one in found.items() if isinstance(one, Tensor)}
-    elif all(isinstance(getattr(ema_model, part, None), dict) for part in COMPOSER_PARTS):
-        parts = (getattr(ema_model, part) for part in COMPOSER_PARTS)
+    elif all(isinstance(getattr(ema_model, part, None), dict) for part in _PARTS):
+        parts = (getattr(ema_model, part) for part in _PARTS)
         named = {name: one for part in parts for name, one in part.items()}
     else:
         raise BridgeError(
             f"ema_model is a {type(ema_model).__name__}: expected a torch.nn.Module, or an object "
-            f"with the dicts {' and '.join(COMPOSER_PARTS)}"
+            f"with the dicts {' and '.join(_PARTS)}"
         )
     return by_plain_name(named)
 
@@ -169,6 +179,62 @@ def _time(value: str, name: str) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
+def _state_of(checkpoint: Any) -> tuple[Mapping[str, Any], Any, int | None]:
+    """The algorithm's state; the model's and the batches of the run, where they are there."""
+    whole = mapping_in(checkpoint, "the checkpoint")
+    state = mapping_in(whole.get("state", whole), "'state' of the checkpoint")
+    if "ema_model" in state:
+        return state, None, None
+    algorithms = state.get("algorithms", ())
+    if isinstance(algorithms, Mapping):  # as in old checkpoints
+        algorithms = list(algorithms.items())
+    if not isinstance(algorithms, list | tuple) or not all(
+        isinstance(one, list | tuple) and len(one) == 2 for one in algorithms
+    ):
+        raise CheckpointError(
+            f"'algorithms' is {reprlib.repr(algorithms)}, expected a list of pairs of a name and "
+            "a state"
+        )
+    found = [one for name, one in algorithms if name == "EMA"]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"the checkpoint holds {len(found)} states of Composer's EMA, expected one: under "
+            "'algorithms', or by itself with 'ema_model'"
+        )
+    algorithm = mapping_in(found[0], "the state of Composer's EMA")
+    if "ema_model" not in algorithm:
+        raise CheckpointError("the state of Composer's EMA lacks 'ema_model'")
+    batches = None
+    if state.get("timestamp") is not None:
+        outer = mapping_in(state["timestamp"], "'timestamp' of the checkpoint")
+        inner = outer.get("Timestamp", {})
+        inner = mapping_in(inner, "'Timestamp' of the checkpoint's 'timestamp'")
+        batches = whole_in(inner["batch"], "the timestamp's batch") if "batch" in inner else None
+    return algorithm, state.get("model"), batches
+
+
+def _read(checkpoint: Any) -> tuple[dict[str, Any], int | None]:
+    """The averages by name, and the batches of the run where they are there."""
+    state, model, batches = _state_of(checkpoint)
+    if state["ema_model"] is None:
+        raise CheckpointError(
+            "'ema_model' is None: the run was saved before its average began, at ema_start"
+        )
+    averages = dict(mapping_in(state["ema_model"], "'ema_model'"))
+    if averages.keys() >= set(_PARTS):  # else a state dict, from before Composer 0.13
+        parts = [mapping_in(averages[part], f"{part!r} of 'ema_model'") for part in _PARTS]
+        averages = {name: one for part in parts for name, one in part.items()}
+    if state.get("ema_weights_active") and "training_model" not in state:
+        if model is None:
+            raise CheckpointError(
+                "the state holds the weights in place of the average (ema_weights_active), which "
+                "is in the model's: pass the whole checkpoint of the Trainer"
+            )
+        weights = by_plain_name(mapping_in(model, "'model' of the checkpoint"))
+        averages = {name: weights[name] for name in by_plain_name(averages) if name in weights}
+    return averages, batches
+
+
 def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None) -> None:
     """Take over the average of a checkpoint of Composer.
 
@@ -186,7 +252,8 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
     num_updates : int, optional
         Batches of the run; by default those in the checkpoint, or else what ``ema`` has.
     """
-    LAYOUTS["composer"].load(ema, checkpoint, num_updates=num_updates)
+    averages, batches = _read(checkpoint)
+    take_over(ema, averages, batches if num_updates is None else num_updates)
 
 
 def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
@@ -200,4 +267,16 @@ def export(ema: EMA, model: nn.Module) -> dict[str, Any]:
         The state holds copies of all its buffers and of its trained parameters' averages; a
         CheckpointError names those that are not averaged.
     """
-    return LAYOUTS["composer"].export(ema, model)
+    averages = averages_of(ema)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    names = list(by_plain_name(trained))
+    missing = [name for name in names if name not in averages]
+    if missing:
+        raise CheckpointError(f"these parameters are not averaged: {', '.join(missing)}")
+    buffers = averages_or_copies(averages, dict(model.named_buffers()))
+    held = {name: averages[name] for name in names}, buffers
+    return {
+        "ema_model": dict(zip(_PARTS, held, strict=True)),
+        "ema_weights_active": False,
+        "ema_started": True,
+    }

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastema.compat.layouts import LAYOUTS
+from fastema.compat.transfer import averages_of, averages_or_copies, mapping_in, take_over
 from fastema.rules import Constant, Rule
 from fastema.rules.checks import checked_decay, checked_least
 from fastema.shadow import EMA
@@ -77,7 +77,9 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
         Steps of the run, which D2Go does not save: its warm-up begins again when a run is resumed.
         By default the number that ``ema`` has.
     """
-    LAYOUTS["d2go"].load(ema, checkpoint, num_updates=num_updates)
+    whole = mapping_in(checkpoint, "the checkpoint")
+    state = whole.get("ema_state", whole)
+    take_over(ema, mapping_in(state, "the average ('ema_state', or by itself)"), num_updates)
 
 
 def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tensor]]:
@@ -93,4 +95,7 @@ def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tens
     model : torch.nn.Module, optional
         Adds its buffers that the average leaves out, such as those with ``persistent=False``.
     """
-    return LAYOUTS["d2go"].export(ema, model)
+    averages = averages_of(ema)
+    buffers = {} if model is None else averages_or_copies(averages, dict(model.named_buffers()))
+    left_out = {name: one for name, one in buffers.items() if name in ema.skipped_names}
+    return {"ema_state": {**left_out, **averages}}

@@ -153,14 +153,9 @@ class EMAModel(ListAverage):
     def step(self, parameters: Iterable[Tensor]) -> None:
         """Take the current parameters into the average; call it after ``optimizer.step()``.
 
-        Whether one requires a gradient is looked at now.
-
-        Raises
-        ------
-        ArgumentError
-            If they are no tensors.
-        LayoutError, DTypeError, BridgeError
-            For parameters of another number, shape or kind; nothing was changed.
+        Whether one requires a gradient is looked at now. An ArgumentError if they are no tensors; a
+        LayoutError, DTypeError or BridgeError if they are of another number, shape or kind. Nothing
+        was changed then.
         """
         if isinstance(parameters, torch.nn.Module):
             _deprecated("a torch.nn.Module", "EMAModel.step", "its parameters()")

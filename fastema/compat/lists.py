@@ -132,9 +132,8 @@ def _refuse_unwritable(values: Sequence[Tensor], parameters: Sequence[Tensor], c
 def write(values: Sequence[Tensor], parameters: Sequence[Tensor], call: str) -> None:
     """Write values into parameters, rounded to nearest, on whatever devices they are.
 
-    Autograd is not told of it, as it is not by the peers: a graph that needs the parameters is
-    right when they have their values back. Errors name the tensors by their place; nothing was
-    written then.
+    Autograd is not told, as by the peers: a graph that needs the parameters is right when they have
+    their values back. Errors name the tensors by their place; nothing was written then.
     """
     _refuse_unlike(values, parameters, call)
     _refuse_unwritable(values, parameters, call)
@@ -150,8 +149,7 @@ def load_list(
 ) -> list[Tensor]:
     """Copies of saved tensors, in the wider of the dtypes that they and the present ones have.
 
-    They come to lie on ``devices``, by default those of the present tensors. A CheckpointError if
-    it is no list of tensors, a LayoutError that lists what differs in number, shape or kind.
+    They come to lie on ``devices``, by default those of the present tensors.
     """
     if not isinstance(saved, list | tuple) or not all(isinstance(one, Tensor) for one in saved):
         raise CheckpointError(f"{name!r} of the state: expected a list of tensors")
@@ -173,10 +171,9 @@ def load_list(
 class _ListAverager:
     """Updates averages in a list from as many parameters, which it does not keep alive.
 
-    The plan is made over tensors of its own, which share the parameters' memory during an update
-    and are empty between updates. Weak references to the parameters would be an alternative, but
-    torch does not swap tensors that have some, as ``model.to()`` does with
-    ``torch.__future__.set_swap_module_params_on_conversion(True)``.
+    Plans are made over tensors of its own, which share the parameters' memory in an update and are
+    empty between updates. Weak references would keep torch from swapping tensors, which
+    ``torch.__future__.set_swap_module_params_on_conversion(True)`` makes ``model.to()`` do.
     """
 
     def __init__(self) -> None:
@@ -217,7 +214,7 @@ class _ListAverager:
                 [parameters[at] for at in plan.apart],
                 "those not averaged",
             )
-            plan.follower.update(plan.weights, weight, step)
+            plan.averager.update(plan.weights, weight, step)
         except BaseException as error:
             self.forget()  # tensors that it refuses are not to be kept
             if not (was_there and isinstance(error, FastemaError)):
@@ -243,20 +240,17 @@ class _ListAverager:
                 for side in (self._shadow, self._memory)
             )
             # No method of this object's: they would keep each other, and memory of a GPU with them.
-            follower = ModelAverager(averages, partial(_policy, copied))
-            found = self._plans[copied] = _Planned(follower, weights, apart)
+            averager = ModelAverager(averages, partial(_policy, copied))
+            found = self._plans[copied] = _Planned(averager, weights, apart)
         return found
 
 
 class _Planned(NamedTuple):
-    """What updates the averages while certain parameters are frozen.
+    """What updates the averages while certain parameters are frozen."""
 
-    ``apart`` are the places of what is copied and no kernel copies: float8 into float32, sparse.
-    """
-
-    follower: ModelAverager
+    averager: ModelAverager
     weights: dict[str, Tensor]
-    apart: frozenset[int]
+    apart: frozenset[int]  # places of what no kernel copies: float8 into float32, sparse
 
 
 def _share_memory(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:

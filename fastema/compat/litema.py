@@ -179,25 +179,22 @@ class LitEma(nn.Module):
     def forward(self, model: nn.Module) -> None:
         """Take a model's parameters into the averages; call it after each optimizer step.
 
-        Raises
-        ------
-        LayoutError
-            If a trained parameter has no average, or an average no parameter, or shapes differ;
-            nothing was written.
+        A LayoutError if a trained parameter has no average, or an average no parameter, or shapes
+        differ; nothing was written then.
         """
         done = int(self._count.read(self.num_updates))
         decay = self._limit.read(self.decay)
         if done >= 0:
             decay = min(decay, (2 + done) / (11 + done))
         step = done + 1 if done >= 0 else self._calls
-        self._call(model, lambda follower: follower.update(model, 1.0 - decay, step))
+        self._call(model, lambda averager: averager.update(model, 1.0 - decay, step))
         if done >= 0:
             self._count.count(self.num_updates)
         self._calls += 1
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages into a model's parameters; raises as :meth:`forward`."""
-        self._call(model, lambda follower: follower.give(model))
+        self._call(model, lambda averager: averager.give(model))
         self._stored.overwritten(list(model.parameters()))
 
     def store(self, parameters: Iterable[Tensor]) -> None:
@@ -243,8 +240,8 @@ def ema_weights(
     Raises
     ------
     CheckpointError
-        Naming the parameters that have no average there, or one of another shape or without
-        contents, and the averages that belong to no parameter.
+        Naming parameters without an average, or one of another shape or without contents, and
+        averages without a parameter.
     """
     state = _state_of(checkpoint)
     parameters = dict(model.named_parameters())

@@ -112,23 +112,20 @@ class BaseAveragedModel(nn.Module):
     def update_parameters(self, model: nn.Module) -> None:
         """Take a model, on any device, into the average; call it after each optimizer step.
 
-        Raises
-        ------
-        LayoutError
-            Naming the tensors that only one of the two has, or of which the shapes differ; nothing
-            was written or counted.
+        A LayoutError names the tensors that only one of the two has, or of which the shapes differ;
+        nothing was written or counted then.
         """
         done = int(self._count.read(self.steps))
         buffers: Literal["saved", "copy"] = "saved" if self.update_buffers else "copy"
-        follower = self._averager.of(self.module, buffers=buffers)
+        averager = self._averager.of(self.module, buffers=buffers)
         if done == 0:
-            follower.copy(model)
+            averager.copy(model)
         elif done % self.interval == 0:
             weight = self._weight(done)
             if weight is None:
                 self._call_avg_func(model)
             else:
-                follower.update(model, weight, done)
+                averager.update(model, weight, done)
         elif not self.update_buffers and any(True for _ in self.module.buffers()):
             self._copier.copy(model)
         self._count.count(self.steps)
@@ -308,12 +305,9 @@ def _exchanged(
 def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a checkpoint of MMEngine with an ``EMAHook`` holds of an average and its model.
 
-    Returns
-    -------
-    dict
-        ``"state_dict"``, which is the *average* by the model's names, ready to be used, and
-        ``"ema_state_dict"``: ``steps``, and the weights in training under ``module.*``. The tensors
-        are not copied. A CheckpointError if the model lacks some of the average.
+    ``"state_dict"`` is the *average* by the model's names, ready to be used; ``"ema_state_dict"``
+    has ``steps``, and the weights in training under ``module.*``. The tensors are not copied. A
+    CheckpointError if the model lacks some of the average.
     """
     state, ema_state = _exchanged(model.state_dict(), average.state_dict())
     return {"state_dict": state, "ema_state_dict": ema_state}

@@ -77,19 +77,18 @@ class ModuleAverager:
         buffers: Buffers = "saved",
         **rounding: Any,
     ) -> ModelAverager:
-        """The follower of this module; ``rounding`` are options of :class:`ModelAverager`.
+        """The averager of this module; ``rounding`` are options of :class:`ModelAverager`.
 
-        ``buffers="saved"`` averages those that a state dict holds and leaves the others out,
-        ``"copy"`` copies all. With the ``model`` to follow, a saved buffer of its that the average
-        lacks is an error; otherwise it is left out.
+        ``buffers="saved"`` averages those that a state dict holds and skips the others, ``"copy"``
+        copies all. A saved buffer that only the model has is an error where ``model`` is given.
         """
         settings = {"buffers": buffers, **rounding}
         if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
             policy = _Policy(averaged, buffers, self._left_out)
             self._made = averaged, settings, policy, ModelAverager(averaged, policy, **rounding)
-        *_, policy, follower = self._made
+        *_, policy, averager = self._made
         policy.model = None if model is None else weakref.ref(model)
-        return follower
+        return averager
 
 
 def _trained_or_named(names: frozenset[str], name: str, role: Role) -> Literal["average", "skip"]:
@@ -112,7 +111,7 @@ class NamedAverager:
         return type(self), (self._names,)
 
     def of(self, averages: Mapping[str, Tensor]) -> ModelAverager:
-        """The follower of these averages, which may be others at each call."""
+        """The averager of these averages, which may be others at each call."""
         self._averages.update(averages)
         return self._averager
 

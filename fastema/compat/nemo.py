@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastema.compat.layouts import LAYOUTS
+from fastema.compat.transfer import (
+    averages_of,
+    by_plain_name,
+    mapping_in,
+    take_over,
+    unfit,
+    whole_in,
+)
+from fastema.errors import CheckpointError, listed
 from fastema.rules import Aligned
 from fastema.rules.checks import checked_decay, checked_whole
 from fastema.shadow import EMA
@@ -42,6 +50,42 @@ def rule(decay: float = 0.9999, every_n_steps: int = 1) -> Aligned:
     return Aligned(checked_decay(decay) ** (1.0 / every), phase=1)
 
 
+def _ordered(model: nn.Module, optimizer: Optimizer | None) -> list[tuple[str | None, Tensor]]:
+    """Parameters in the order of the optimizer, with their names in the model."""
+    named = by_plain_name(dict(model.named_parameters()))
+    names = {id(one): name for name, one in named.items()}
+    if optimizer is None:
+        return list(named.items())
+    groups = (group["params"] for group in optimizer.param_groups)
+    return [(names.get(id(one)), one) for group in groups for one in group]
+
+
+def _state_of(checkpoint: Any) -> Mapping[str, Any]:
+    """The state of the ``EMAOptimizer`` in a checkpoint, or the one that it is."""
+    whole = mapping_in(checkpoint, "the checkpoint")
+    states = whole.get("optimizer_states", [whole])
+    if not isinstance(states, list | tuple):
+        raise CheckpointError(
+            f"'optimizer_states' is of type {type(states).__name__}, expected a list"
+        )
+    found = [one for one in states if isinstance(one, Mapping) and "ema" in one]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"the checkpoint holds {len(found)} states of an EMAOptimizer, expected one; NeMo "
+            "writes them to the file whose name ends in -EMA. Of several optimizers, pass the "
+            "state of each"
+        )
+    missing = [name for name in ("current_step", "every_n_steps") if name not in found[0]]
+    if missing:
+        raise CheckpointError(f"the state of the EMAOptimizer lacks {', '.join(missing)}")
+    return found[0]
+
+
+def _ahead_of(ema: EMA, every: int) -> int:
+    """By how much its count is ahead of NeMo's, which updates with steps 1, 1 + every, ..."""
+    return (ema.schedule.phase - 1) % every
+
+
 def load(
     ema: EMA, checkpoint: Mapping[str, Any], model: nn.Module, optimizer: Optimizer | None = None
 ) -> None:
@@ -65,7 +109,29 @@ def load(
     optimizer : torch.optim.Optimizer, optional
         The tensors were saved in the order of its parameters; by default that of the model.
     """
-    LAYOUTS["nemo"].load(ema, checkpoint, model, optimizer)
+    state = _state_of(checkpoint)
+    ordered, saved = _ordered(model, optimizer), state["ema"]
+    if not isinstance(saved, list | tuple):
+        raise CheckpointError(f"'ema' is of type {type(saved).__name__}, expected a tuple")
+    if len(ordered) != len(saved):
+        raise CheckpointError(
+            f"the state holds {len(saved)} averages, but there are {len(ordered)} parameters: pass "
+            "the optimizer that it was saved with"
+        )
+    problems = unfit(
+        (name or f"number {at}", one, parameter)
+        for at, ((name, parameter), one) in enumerate(zip(ordered, saved, strict=True))
+    )
+    if problems:
+        raise CheckpointError(
+            "the averages, by the parameters at their places, do not fit; pass the optimizer that "
+            "they were saved with, in whose order they are:\n" + listed(problems)
+        )
+    every = whole_in(state["every_n_steps"], "every_n_steps", 1)
+    done = whole_in(state["current_step"], "current_step")
+    names = (name for name, _ in ordered)
+    averages = {name: one for name, one in zip(names, saved, strict=True) if name is not None}
+    take_over(ema, averages, done + _ahead_of(ema, every))
 
 
 def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -83,4 +149,15 @@ def export(ema: EMA, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     optimizer : torch.optim.Optimizer
         The one within NeMo's.
     """
-    return LAYOUTS["nemo"].export(ema, model, optimizer)
+    averages, every, done = averages_of(ema), ema.schedule.update_every, ema.num_updates
+    step = done - _ahead_of(ema, every)
+    return {
+        "opt": optimizer.state_dict(),
+        "ema": tuple(
+            averages[name] if name is not None and name in averages else one.detach().clone()
+            for name, one in _ordered(model, optimizer)
+        ),
+        "current_step": step if step >= 0 else step + every,
+        "decay": ema.schedule.decays(max(done, 1))[0] ** every,
+        "every_n_steps": every,
+    }

@@ -78,7 +78,7 @@ class ModelEma:
         if device:
             self.ema.to(device=device)
         self.ema_has_module = hasattr(self.ema, "module")
-        self._following = _TimmAverager()
+        self._averager = _TimmAverager()
         if resume:
             self._load_checkpoint(resume)
 
@@ -112,12 +112,9 @@ class ModelEma:
     def update(self, model: nn.Module) -> None:
         """Take the weights of a model, wrapped or on another device too, into the average.
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors; nothing was written then.
+        A LayoutError, DTypeError or BridgeError names the tensors; nothing was written then.
         """
-        self._following.update(self.ema, model, self.decay)
+        self._averager.update(self.ema, model, self.decay)
 
 
 class _Module(nn.Module):
@@ -134,7 +131,7 @@ class _Module(nn.Module):
             self.module.to(device=device)
         if dtype is not None:
             self.module.to(dtype=dtype)
-        self._following = _TimmAverager()
+        self._averager = _TimmAverager()
 
     def _settings(self, exclude_buffers: bool = False) -> dict[str, Any]:
         """Of :meth:`ModuleAverager.of`, as the attributes are now."""
@@ -142,7 +139,7 @@ class _Module(nn.Module):
 
     def set(self, model: nn.Module) -> None:
         """Make the average the weights of a model; raises as :meth:`ModelEma.update`."""
-        self._following.of(self.module, model, **self._settings()).copy(model)
+        self._averager.of(self.module, model, **self._settings()).copy(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged copy."""
@@ -180,7 +177,7 @@ class ModelEmaV2(_Module):
         if self._is_overridden():
             self._update(model, lambda ema, new: self.decay * ema + (1.0 - self.decay) * new)
         else:
-            self._following.update(self.module, model, self.decay)
+            self._averager.update(self.module, model, self.decay)
 
     def set(self, model: nn.Module) -> None:
         """Make the average the weights of a model; raises as :meth:`update`."""
@@ -282,7 +279,7 @@ class ModelEmaV3(_Module):
         """
         decay = self.get_decay(step)
         if step is not None:
-            self._following.step = max(0, int(step)) % 2**63
+            self._averager.step = max(0, int(step)) % 2**63
         if self.exclude_buffers:
             self.apply_update_no_buffers_(model, decay)
         else:
@@ -290,11 +287,11 @@ class ModelEmaV3(_Module):
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """One update, of parameters and buffers, with a given decay; raises as :meth:`update`."""
-        self._following.update(self.module, model, decay, **self._settings())
+        self._averager.update(self.module, model, decay, **self._settings())
 
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
         """One update with a given decay, in which buffers are copied; raises as :meth:`update`."""
-        self._following.update(self.module, model, decay, **self._settings(exclude_buffers=True))
+        self._averager.update(self.module, model, decay, **self._settings(exclude_buffers=True))
 
     def _settings(self, exclude_buffers: bool = False) -> dict[str, Any]:
         return {

@@ -96,14 +96,12 @@ class ExponentialMovingAverage(ListAverage):
         Parameters
         ----------
         parameters : iterable of Tensor, optional
-            By default those that the average was built from; else as many, of the same shapes.
+            By default those that the average was built from; an ArgumentError if some are gone.
 
         Raises
         ------
-        ArgumentError
-            If the parameters that the average was built from are gone, or are no tensors.
-        LayoutError, DTypeError, BridgeError
-            For parameters of another number, shape or kind; nothing was changed.
+        LayoutError, DTypeError, BridgeError, ArgumentError
+            For parameters of another number, shape or kind, or no tensors; nothing was changed.
         """
         decay = float(self.decay)
         step = self._num_calls + 1

@@ -15,6 +15,7 @@ from fastema.shadow import EMA
 
 __all__ = [
     "averages_of",
+    "averages_or_copies",
     "by_plain_name",
     "load_modules",
     "mapping_in",
@@ -112,19 +113,21 @@ def averages_of(ema: EMA) -> dict[str, Tensor]:
     return dict(_only(ema.state_dict()))
 
 
+def averages_or_copies(
+    averages: Mapping[str, Tensor], named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The averages of these tensors, or copies of the tensors where they are not averaged."""
+    found = by_plain_name(named)
+    return {name: averages.get(name, one.detach().clone()) for name, one in found.items()}
+
+
 def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = None) -> None:
     """Load another library's averages, of any floating dtype and device, by name.
 
     Everything that is averaged has to be there. What is only copied, such as buffers, may be
     missing and then stays; what the average leaves out may be there. ``num_updates`` is the count
-    that the schedule goes on from, by default the average's own.
-
-    Raises
-    ------
-    ArgumentError
-        For several averages, one in two halves, or another kind of ``num_updates``.
-    CheckpointError
-        Naming every tensor that does not fit; nothing was changed.
+    that the schedule goes on from, by default the average's own. A CheckpointError names every
+    tensor that does not fit; nothing was changed then.
     """
     state = ema.state_dict(copy=False)
     own = _only(state)

@@ -125,17 +125,14 @@ class ModelEMA:
     def update(self, model: nn.Module) -> None:
         """Take a model into the average; call it after each optimizer step.
 
-        Raises
-        ------
-        LayoutError
-            Naming the tensors that only one of the two has, or of which the shapes differ; nothing
-            was written or counted.
+        A LayoutError names the tensors that only one of the two has, or of which the shapes differ;
+        nothing was written or counted then.
         """
         if not self.enabled:
             return
         step = self.updates + 1
-        follower = self._averager.of(self.ema)
-        follower.update(_unwrapped(model), 1.0 - self.decay(step), step)
+        averager = self._averager.of(self.ema)
+        averager.update(_unwrapped(model), 1.0 - self.decay(step), step)
         self.updates = step
 
     def update_attr(

@@ -22,14 +22,7 @@ _TENSOR: Final = re.compile(rf"({'|'.join(PARTS)})\.(\d+)\.(.+)", re.DOTALL)
 def unflattened(state: Any) -> Any:
     """The state in a file of ours from what ``safetensors.torch.load_file`` makes of the file.
 
-    Parameters
-    ----------
-    state : object
-
-    Returns
-    -------
-    object
-        The state; what was given where it is anything else.
+    What is given is returned where it is anything else.
     """
     if not isinstance(state, Mapping) or _PLAIN not in state or not _is_flat(state):
         return state
@@ -53,23 +46,12 @@ def _is_flat(state: Mapping[Any, Any]) -> bool:
 
 
 class _Layout(NamedTuple):
-    """A library's way to save an average.
+    """A library's way to save an average."""
 
-    Attributes
-    ----------
-    keys : str
-        Entries that every such state has.
-    what : str
-    reads : str
-        The call that takes it.
-    prefix : str
-        Prefix of its other entries.
-    """
-
-    keys: str
+    keys: str  # entries that every such state has
     what: str
-    reads: str
-    prefix: str = ""
+    reads: str  # the call that takes it
+    prefix: str = ""  # of its other entries
 
 
 _COMPAT: Final = "fastema.compat."
@@ -136,17 +118,7 @@ _LAYOUTS: Final = (
 
 
 def what_it_is(state: Any) -> str:
-    """Say why something is no state of a fastema average, and what it is.
-
-    Parameters
-    ----------
-    state : object
-
-    Returns
-    -------
-    str
-        A sentence without its full stop, which names the call that reads it.
-    """
+    """Say why something is no state of a fastema average, what it is, and which call reads it."""
     lacks = "it is not a fastema state dict"
     if not isinstance(state, Mapping) or not state:
         return lacks

@@ -84,7 +84,7 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def test_update_and_copy(dtype: Any, weights: Any) -> None:
     net = network(1, weights)
     average = average_of(net, dtype)
-    follower = ModelAverager(average)
+    averager = ModelAverager(average)
     for step, weight in enumerate((0.25, 0.1, 1.0, 0.5), 1):
         net = network(step + 1, weights) if step == 2 else net
         with torch.no_grad():
@@ -93,10 +93,10 @@ def test_update_and_copy(dtype: Any, weights: Any) -> None:
         net[1].num_batches_tracked += 1
         want = expected(values(average), values(net), weight)
         before = values(net)
-        follower.update(net, weight, step)
+        averager.update(net, weight, step)
         assert_close(average, want, {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}.get(dtype, 1e-6))
         assert_same(net, before)
-    follower.copy(net)
+    averager.copy(net)
     assert_same(average, {name: t.to(average.state_dict()[name]) for name, t in before.items()})
 
 
@@ -126,12 +126,12 @@ def test_policy_by_the_role_in_the_model() -> None:
 def test_parameters_that_are_frozen_and_trained_again() -> None:
     net = network(12)
     average = average_of(net)
-    follower = ModelAverager(average, lambda name, role: "skip" if role == "frozen" else "average")
+    averager = ModelAverager(average, lambda name, role: "skip" if role == "frozen" else "average")
     bias = net[2].bias
     for trained in (True, False, False, True):
         bias.requires_grad_(trained)
         old = average[2].bias.clone()
-        follower.update(net, 0.5, 1)
+        averager.update(net, 0.5, 1)
         want = torch.lerp(old, bias.detach(), 0.5) if trained else old
         torch.testing.assert_close(average[2].bias, want, rtol=1e-6, atol=1e-6)
 
@@ -139,12 +139,12 @@ def test_parameters_that_are_frozen_and_trained_again() -> None:
 def test_policy_is_asked_again_after_forget() -> None:
     average, x = [torch.randn(3), torch.randn(2)], [torch.randn(3), torch.randn(2)]
     copied: set[str] = set()
-    follower = ModelAverager(average, lambda name, role: "copy" if name in copied else "average")
-    follower.update(x, 0.5, 1)
+    averager = ModelAverager(average, lambda name, role: "copy" if name in copied else "average")
+    averager.update(x, 0.5, 1)
     assert not torch.equal(average[1], x[1])
     copied.add("1")
-    follower.forget()
-    follower.update(x, 0.5, 2)
+    averager.forget()
+    averager.update(x, 0.5, 2)
     assert torch.equal(average[1], x[1])
     assert not torch.equal(average[0], x[0])
 
@@ -154,28 +154,28 @@ def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
 ) -> None:
     net = network(3)
     average = [torch.randn_like(p) for p in net.parameters()]
-    follower = ModelAverager(average)
-    follower.update(net.parameters(), 0.5, 1)
+    averager = ModelAverager(average)
+    averager.update(net.parameters(), 0.5, 1)
     monkeypatch.setattr(Binding, "_looked", None)
-    follower.update(net.parameters(), 0.5, 2)
-    follower.update(list(net.parameters()), 1.0, 3)
+    averager.update(net.parameters(), 0.5, 2)
+    averager.update(list(net.parameters()), 1.0, 3)
     assert all(torch.equal(a, p) for a, p in zip(average, net.parameters(), strict=True))
 
 
 def test_tensors_that_move_are_found() -> None:
     net = network(4)
     average = average_of(net)
-    follower = ModelAverager(average)
-    follower.update(net, 0.5, 1)
+    averager = ModelAverager(average)
+    averager.update(net, 0.5, 1)
     net[2].weight.data = torch.randn(4, 7)
     average[2].bias.data = torch.randn(4)
     net[0].load_state_dict({n: t + 1 for n, t in net[0].state_dict().items()}, assign=True)
     want = expected(values(average), values(net), 0.5)
-    follower.update(net, 0.5, 2)
+    averager.update(net, 0.5, 2)
     assert_close(average, want, 1e-6)
     average.double()
     want = expected(values(average), values(net), 0.5)
-    follower.update(net, 0.5, 3)
+    averager.update(net, 0.5, 3)
     assert_close(average, want, 1e-15)
 
 
@@ -192,18 +192,18 @@ def test_tied_weights_are_averaged_once() -> None:
 def test_another_model_is_refused_before_anything_is_written() -> None:
     net = network(5)
     average = average_of(net)
-    follower = ModelAverager(average)
-    follower.update(net, 0.5, 1)
+    averager = ModelAverager(average)
+    averager.update(net, 0.5, 1)
     before = values(average)
     for other in (net[:2], nn.Sequential(*net, nn.Linear(1, 1)), network(6)[2:]):
         with pytest.raises(LayoutError, match="weight"):
-            follower.update(other, 0.5, 2)
+            averager.update(other, 0.5, 2)
     wrong = network(7)
     wrong[2].weight = nn.Parameter(torch.randn(4, 8))
     with pytest.raises(LayoutError, match=r"2\.weight"):
-        follower.update(wrong, 0.5, 2)
+        averager.update(wrong, 0.5, 2)
     assert_same(average, before)
-    follower.update(net, 1.0, 2)  # and goes on
+    averager.update(net, 1.0, 2)  # and goes on
     assert_same(average, values(net))
 
 
@@ -213,7 +213,7 @@ def test_another_model_is_refused_before_anything_is_written() -> None:
 def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> None:
     net = network(8, weights)
     average = average_of(net, dtype)
-    follower = ModelAverager(average)
+    averager = ModelAverager(average)
     raw, old = values(net), values(average)
     versions = [p._version for p in net.parameters()]
 
@@ -221,23 +221,23 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
         for name, tensor in values(net).items():
             given = old[name].to(raw[name].dtype)
             torch.testing.assert_close(tensor, given, rtol=0.008, atol=1e-30)
-        shown = {name: tensor.clone() for name, tensor in follower.averages().items()}
+        shown = {name: tensor.clone() for name, tensor in averager.averages().items()}
         assert set(shown) == set(old)
         for name, tensor in old.items():
             assert torch.equal(shown[name], tensor), name
         for call in (
-            lambda: follower.update(net, 0.5, 1),
-            lambda: follower.copy(net),
-            lambda: follower.give(net),
-            lambda: follower.swapped(net).__enter__(),
-            lambda: copy.copy(follower),
+            lambda: averager.update(net, 0.5, 1),
+            lambda: averager.copy(net),
+            lambda: averager.give(net),
+            lambda: averager.swapped(net).__enter__(),
+            lambda: copy.copy(averager),
         ):
             with pytest.raises(StateError, match="holds the average"):
                 call()
         raise RuntimeError("evaluation went wrong")
 
     def evaluate_swapped() -> None:
-        with follower.swapped(net):
+        with averager.swapped(net):
             evaluate()
 
     with pytest.raises(RuntimeError, match="evaluation"):
@@ -245,7 +245,7 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
     assert_same(net, raw)
     assert_same(average, old)
     assert [p._version for p in net.parameters()] == versions  # a graph that needs them is right
-    follower.update(net, 1.0, 1)
+    averager.update(net, 1.0, 1)
 
 
 def _there_and_back(net: Any) -> None:
@@ -274,15 +274,15 @@ def test_what_moves_inside_the_block_gets_its_own_contents(
 ) -> None:
     net = network(13, dtype)
     average = average_of(net)
-    follower = ModelAverager(average)
+    averager = ModelAverager(average)
     raw, old = values(net), values(average)
-    with follower.swapped(net):
+    with averager.swapped(net):
         ACTIONS[action](net if side == "weights" else average)
     for name, tensor in values(net).items():
         assert torch.equal(tensor.to(raw[name].dtype), raw[name]), name
     if (
         side == "averages"
-        and follower._stage is not None
+        and averager._stage is not None
         and action in ("cast and back", "replaced")
     ):
         return  # they were not lent: what is done to them is done to them
@@ -311,8 +311,8 @@ def test_what_is_taken_away_inside_the_block_is_named_and_the_rest_comes_back() 
 def test_blocks_are_checked_as_they_begin() -> None:
     net = network(15)
     average = average_of(net)
-    follower = ModelAverager(average)
-    one, two = follower.swapped(net), follower.swapped(net)
+    averager = ModelAverager(average)
+    one, two = averager.swapped(net), averager.swapped(net)
     with torch.no_grad():
         net[2].weight.mul_(3)
     raw, old = values(net), values(average)
@@ -327,32 +327,32 @@ def test_tied_weights_of_a_model_elsewhere() -> None:
     net = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
     net[1].weight = net[0].weight
     average = copy.deepcopy(net).requires_grad_(False)
-    follower = ModelAverager(average)
+    averager = ModelAverager(average)
     for step in range(1, 4):
         with torch.no_grad():
             net[0].weight.normal_()
         old = average[0].weight.clone()
-        follower.update(net, 0.1, step)
+        averager.update(net, 0.1, step)
         torch.testing.assert_close(average[1].weight, torch.lerp(old, net[0].weight.detach(), 0.1))
     raw, averaged = net[0].weight.detach().clone(), average[0].weight.clone()
-    with follower.swapped(net):
+    with averager.swapped(net):
         assert torch.equal(net[1].weight, averaged)
     assert torch.equal(net[1].weight, raw)
     net[1].weight = nn.Parameter(torch.randn(5, 5))  # tied no more
     with pytest.raises(LayoutError, match="overlap"):
-        follower.update(net, 0.1, 4)
+        averager.update(net, 0.1, 4)
 
 
 @pytest.mark.usefixtures("where")
 def test_a_larger_model_is_refused_wherever_it_is() -> None:
     net = network(16)
     average = average_of(net)
-    follower = ModelAverager(average)
-    follower.update(net, 0.5, 1)
+    averager = ModelAverager(average)
+    averager.update(net, 0.5, 1)
     before = values(average)
     net.register_parameter("more", nn.Parameter(torch.randn(2)))
     with pytest.raises(LayoutError, match="'more' is only in the model"):
-        follower.update(net, 0.5, 2)
+        averager.update(net, 0.5, 2)
     assert_same(average, before)
 
 
@@ -360,27 +360,27 @@ def test_a_larger_model_is_refused_wherever_it_is() -> None:
 def test_check_writes_nothing_and_says_what_an_update_would() -> None:
     net = network(19)
     average = average_of(net)
-    follower, before = ModelAverager(average), values(average)
-    follower.check(net)
+    averager, before = ModelAverager(average), values(average)
+    averager.check(net)
     assert_same(average, before)
     net.register_parameter("more", nn.Parameter(torch.randn(2)))
     with pytest.raises(LayoutError, match="'more' is only in the model"):
-        follower.check(net)
+        averager.check(net)
 
 
 @pytest.mark.usefixtures("where")
 def test_a_model_is_not_kept_alive() -> None:
     net = network(17)
     average = average_of(net)
-    follower = ModelAverager(average)
-    follower.update(net, 0.5, 1)
-    with follower.swapped(net):
+    averager = ModelAverager(average)
+    averager.update(net, 0.5, 1)
+    with averager.swapped(net):
         pass
     weight = weakref.ref(net[2].weight)
     del net
     gc.collect()
     assert weight() is None
-    follower.update(network(18), 0.5, 2)
+    averager.update(network(18), 0.5, 2)
 
 
 @pytest.mark.usefixtures("where")
@@ -388,9 +388,9 @@ def test_give() -> None:
     net = network(9, torch.bfloat16)
     average = average_of(net)
     average[1].num_batches_tracked.fill_(3)
-    follower = ModelAverager(average, lambda name, role: "skip" if name == "2.bias" else "average")
+    averager = ModelAverager(average, lambda name, role: "skip" if name == "2.bias" else "average")
     raw = values(net)
-    follower.give(net)
+    averager.give(net)
     now = values(net)
     assert torch.equal(now.pop("2.bias"), raw["2.bias"])
     for name, tensor in now.items():
@@ -401,11 +401,11 @@ def test_give() -> None:
 def test_a_copy_follows_with_averages_of_its_own(duplicate: Any) -> None:
     net = network(10)
     average = average_of(net)
-    holder = {"average": average, "follower": ModelAverager(average)}
-    holder["follower"].update(net, 0.5, 1)
+    holder = {"average": average, "averager": ModelAverager(average)}
+    holder["averager"].update(net, 0.5, 1)
     other = duplicate(holder)
     before = values(average)
-    other["follower"].update(net, 1.0, 2)
+    other["averager"].update(net, 1.0, 2)
     assert_same(average, before)
     assert_same(other["average"], values(net))
 
@@ -418,8 +418,8 @@ def test_random_bits_depend_on_the_step_alone() -> None:
         ModelAverager(one, seed=seed) for one, seed in zip(averages, (1, 1, 1, 2), strict=True)
     ]
     followers[1].update(copy.deepcopy(averages[1]), 0.0, 5)  # a call more
-    for follower, step in zip(followers, (9, 9, 10, 9), strict=True):
-        follower.update(net, 0.01, step)
+    for averager, step in zip(followers, (9, 9, 10, 9), strict=True):
+        averager.update(net, 0.01, step)
     assert_same(averages[1], values(averages[0]))
     for other in averages[2:]:
         assert not torch.equal(other[2].weight, averages[0][2].weight)

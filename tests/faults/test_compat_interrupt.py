@@ -51,9 +51,9 @@ def of_torch_ema(weights: list[Any]) -> Callable[[], Any]:
     return ema.average_parameters
 
 
-def of_follower(weights: list[Any]) -> Callable[[], Any]:
-    follower = ModelAverager([torch.randn_like(one) for one in weights])
-    return lambda: follower.swapped(weights)
+def of_averager(weights: list[Any]) -> Callable[[], Any]:
+    averager = ModelAverager([torch.randn_like(one) for one in weights])
+    return lambda: averager.swapped(weights)
 
 
 def test_weights_are_back_wherever_an_interrupt_comes() -> None:
@@ -66,7 +66,7 @@ def test_weights_are_back_wherever_an_interrupt_comes() -> None:
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
 # An interrupt that arrives while Python runs a weak reference's callback is printed and dropped.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("make", [of_torch_ema, of_follower])
+@pytest.mark.parametrize("make", [of_torch_ema, of_averager])
 def test_weights_are_back_whenever_a_timer_rings(make: Any) -> None:
     case, chance, rung = Case(make), random.Random(0), 0
 
