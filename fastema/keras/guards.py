@@ -36,13 +36,7 @@ def is_running(model: Any, *names: str) -> bool:
 
 
 class Guard:
-    """Stands in for a method of an object, until it is removed.
-
-    Parameters
-    ----------
-    of : object
-    name : str
-    """
+    """Stands in for a method of an object, until it is removed."""
 
     def __init__(self, of: Any, name: str) -> None:
         self._of, self._name = of, name
@@ -65,14 +59,7 @@ class Guard:
 
 
 class ErrorGuard(Guard):
-    """Gives the weights back where the method raises.
-
-    Parameters
-    ----------
-    of : object
-    name : str
-    restore : callable
-    """
+    """Gives the weights back where the method raises."""
 
     def __init__(self, of: Any, name: str, restore: Callable[[], None]) -> None:
         super().__init__(of, name)
@@ -90,16 +77,9 @@ class ErrorGuard(Guard):
 
 
 class UseGuard(Guard):
-    """Gives the weights back before the method is called.
+    """Gives the weights back before the method is called, ``unless`` it may see them as they are.
 
-    Parameters
-    ----------
-    of : object
-    name : str
-    restore : callable
-        Also removes this guard, or raises.
-    unless : callable
-        Asked whether the method is to be called with the weights as they are.
+    ``restore`` also removes this guard, or raises.
     """
 
     def __init__(
@@ -132,13 +112,6 @@ def guard_use(model: Any, restore: Callable[[], None]) -> list[Guard]:
 
 
 def refuse_writes(model: Any, refuse: Callable[[str], None]) -> list[Guard]:
-    """Refuse what would train or overwrite the average that the model holds.
-
-    Parameters
-    ----------
-    model : keras.Model
-    refuse : callable
-        Raises, with the name of the method.
-    """
+    """Refuse what would train or overwrite the average in a model; ``refuse(method)`` raises."""
     names = ("fit", "train_on_batch", "load_weights", "set_weights")
     return [UseGuard(model, name, partial(refuse, name)) for name in names]

@@ -20,13 +20,7 @@ class Aside:
     For the JAX backend, whose arrays are never written: weights are kept by reference. An
     evaluation that fails there leaves variables without a value, or arrays that were donated; what
     is kept here is neither.
-
-    Parameters
-    ----------
-    model : keras.Model
-    averaged : iterable of keras.Variable
-    give : callable
-        Gives the averages to the model.
+    ``give`` gives the averages to the model.
     """
 
     def __init__(self, model: Any, averaged: Iterable[Any], give: Callable[[], object]) -> None:
@@ -67,13 +61,7 @@ class Aside:
 
 
 class UnlessWritten(Aside):
-    """The same where other callbacks may write weights meanwhile: what they wrote stays.
-
-    Parameters
-    ----------
-    model, averaged, give
-        See :class:`Aside`.
-    """
+    """The same where other callbacks may write weights meanwhile: what they wrote stays."""
 
     def apply(self) -> None:
         """Also note what the model was given."""
