@@ -984,7 +984,7 @@ def test_memory_does_not_grow_with_the_tensors(
                 pairs.append(pair_of(tensor(numbers(size, code, 9), code), x, form=form))
         once = foreach.substitute(operation, pairs)
         with LiveBytes([one for pair in pairs for one in owners(pair)]) as live:
-            once((3.0 if operation == "window" else 0.75,), 0, 0, 3, 1, 3)
+            once(LaunchArgs((3.0 if operation == "window" else 0.75,), 0, 0, 3, 1, 3))
         return live.peak
 
     measures = 200  # a few numbers for each piece
