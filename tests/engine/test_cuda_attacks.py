@@ -722,7 +722,7 @@ def test_a_ring_on_the_host_without_kernels() -> None:
         pair = Pair("w", *specs[:2], low=specs[2], ring=(specs[3], 140))
         run = substitute("window", [pair])
         for turn in (1, 2, 5):
-            run((float(min(turn, 3)),), 0, 0, 3, (turn - 1) % 3, turn)
+            run(LaunchArgs((float(min(turn, 3)),), 0, 0, 3, (turn - 1) % 3, turn))
 
 
 # -- exceptions ------------------------------------------------------------------------------------
