@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import cupy
 import numpy as np
@@ -14,7 +14,7 @@ from fastema.bridges.names import code_of
 from fastema.errors import BridgeError, DeviceError, DTypeError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.group import Pair
-from fastema.layout.home import Home, Substitute
+from fastema.layout.home import Substitute
 from fastema.layout.spec import TensorSpec
 
 
@@ -148,7 +148,5 @@ class CupyHome:
         )
 
 
-@cache
-def home(index: int) -> Home:
-    """Return the device of a number: the same object every time."""
-    return CupyHome(index)
+home: Final = cache(CupyHome)
+"""The device of a number: the same object every time."""

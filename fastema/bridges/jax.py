@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.errors import ConcretizationTypeError
 from numpy.typing import NDArray
 
@@ -20,7 +19,7 @@ from fastema.bridges.moving import Finder, Found
 from fastema.bridges.names import code_of, named, refuse_repeated
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
-from fastema.layout.flat import ALIGNMENT, row_major
+from fastema.layout.flat import aligned_empty, row_major
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
 
 MEMORY: Final = "numpy"
@@ -157,9 +156,7 @@ def shown(memory: NDArray[Any]) -> Any:
         return memory.copy()
     # jnp.array() would copy later, on a thread of its own, when the average may have moved on. A
     # copy of ours that nobody else knows becomes the array as it is, if it begins as JAX wants it.
-    raw = np.empty(memory.nbytes + ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % ALIGNMENT
-    copy = raw[first : first + memory.nbytes].view(memory.dtype).reshape(memory.shape)
+    copy = aligned_empty(memory.shape, memory.dtype)
     copy[...] = memory
     return jax.device_put(copy)
 

@@ -25,15 +25,8 @@ def allocate(
     """Allocate memory for tensors like these, each with its own dtype: views and descriptions.
 
     One flat buffer per framework, device and dtype; dense tensors keep their order of axes, others
-    become row-major.
-
-    Parameters
-    ----------
-    wanted : iterable of (TensorSpec, DType)
-    slots : int
-        If not 0, the length of a new first axis of each tensor.
-    on_host : bool
-        Allocate in memory of the host that the tensors' devices can read and write.
+    become row-major. ``slots`` is the length of a new first axis, 0 for none; ``on_host`` takes
+    memory of the host that the tensors' devices can read and write.
     """
     wanted = list(wanted)
     groups: dict[tuple[ModuleType, str, str], list[int]] = {}

@@ -47,11 +47,6 @@ def plain_names(names: Sequence[str]) -> list[str]:
 
     A leading ``module.`` is dropped where every name has it (data parallel wrappers). Names stay as
     they are where that would make two of them equal.
-
-    Examples
-    --------
-    >>> plain_names(["_orig_mod.module.fc.weight", "_orig_mod.module.fc.bias"])
-    ['fc.weight', 'fc.bias']
     """
     together = "\n".join(names)
     if not any(one in together for one in _WRAPPERS) and not together.startswith("module."):

@@ -315,18 +315,10 @@ def _walked(container: Any) -> tuple[ModuleType | None, Leaves | None]:
 
 
 def leaves_of(container: Any) -> Leaves:
-    """Return all tensors of a container, by name.
+    """Return all tensors of a module, model, pytree, array, or of lists, tuples and dicts, nested.
 
-    Parameters
-    ----------
-    container : module, model, pytree, array, or lists, tuples and dicts of arrays, nested
-        Names are the framework's own for modules, else keys and positions joined by dots.
-
-    Raises
-    ------
-    BridgeError
-        For an object that no bridge knows, and for lists and dicts that hold themselves or are
-        nested too deeply.
+    Names are the framework's own for modules, else keys and positions joined by dots. A BridgeError
+    for an object that no bridge knows, and for containers that hold themselves or are too deep.
     """
     entries, held = _flatten(container)
     _, leaves = _walked(container)

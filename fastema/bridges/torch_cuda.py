@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -121,7 +121,5 @@ class TorchHome:
         return substitute(operation, pairs)
 
 
-@cache
-def home(index: int) -> TorchHome:
-    """Return the device of a number: the same object every time."""
-    return TorchHome(index)
+home: Final = cache(TorchHome)
+"""The device of a number: the same object every time."""

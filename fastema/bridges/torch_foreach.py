@@ -24,7 +24,7 @@ from torch import Tensor
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
-from fastema.layout.group import Pair
+from fastema.layout.group import Pair, averaged_form
 from fastema.layout.home import LaunchArgs, Substitute
 from fastema.layout.table import first_and_strides, tensor_key
 
@@ -410,19 +410,13 @@ _STAND_INS: Final[dict[str, Callable[[Batch, LaunchArgs], Tensor | None]]] = {
 
 def _arithmetic(operation: str, pair: Pair) -> tuple[torch.dtype, str]:
     """The type that a pair is computed in, and the form of its written side."""
-    dst, src = pair.dst.kind, pair.src.kind
-    moves_bits = OPERATIONS[operation].moves_bits
-    equal = dst == src and pair.form != _SPLIT
-    if moves_bits == "always" or (moves_bits == "if equal" and equal):
+    dst = pair.dst.kind
+    form = averaged_form(operation, OPERATIONS[operation].moves_bits, pair)
+    if form is None:
         return _WORDS[dst.itemsize // dst.parts], ""
-    if dst.real is None or src.real is None:
-        raise DTypeError(
-            f"{operation}: {dst.code} is not averaged, only copied and swapped ({pair.name})"
-        )
     ring = None if pair.ring is None else pair.ring[0].kind.real
-    real = torch.float64 if "f64" in (dst.real, src.real, ring) else torch.float32
-    # A copy is best rounded to nearest.
-    return real, pair.form.removesuffix("~") if moves_bits == "if equal" else pair.form
+    wide = "f64" in (dst.real, pair.src.kind.real, ring)
+    return torch.float64 if wide else torch.float32, form
 
 
 def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[Tensor]:
@@ -503,25 +497,11 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
 
 
 def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:
-    """Make a function that runs one of the kernels' operations over pairs of torch tensors.
+    """Make a function that runs one of the kernels' operations over checked pairs, in place.
 
-    Parameters
-    ----------
-    operation : str
-    pairs : sequence of Pair
-        Checked pairs, of any dtypes and devices. The owners of their descriptions are the tensors,
-        that of a ring the whole of it, ``[slots, ...]``.
-
-    Returns
-    -------
-    function
-        ``run(numbers, seed, step, window, slot, turn)``, in place. If the operation measures, it
-        returns ``float64[pairs, MEASURES]`` and waits for the device; else it waits for nothing.
-
-    Raises
-    ------
-    DTypeError
-        For an unknown operation, and for averages of integers.
+    The owner of a ring is the whole of it, ``[slots, ...]``. Only an operation that measures waits
+    for the device; it returns ``float64[pairs, MEASURES]``. A DTypeError for an unknown operation,
+    and for averages of integers.
     """
     function = _STAND_INS.get(operation)
     if function is None:

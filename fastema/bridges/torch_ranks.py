@@ -48,10 +48,7 @@ class Ranks:
     def compare(self, facts: Mapping[str, str]) -> None:
         """Compare facts, by name, that all ranks must have alike: one all-gather of a digest.
 
-        Raises
-        ------
-        LayoutError
-            On every rank, naming a rank that differs, in what, and what is expected.
+        A LayoutError on every rank names a rank that differs, in what, and what is expected.
         """
         text = json.dumps(facts, sort_keys=True).encode()
         digest = torch.tensor(

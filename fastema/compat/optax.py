@@ -15,7 +15,7 @@ from optax import EmaState
 from fastema.bridges.jax import is_traced
 from fastema.errors import ArgumentError
 from fastema.layout.dtypes import NAMES, parse
-from fastema.layout.flat import ALIGNMENT
+from fastema.layout.flat import aligned_empty
 from fastema.plan import Plan
 
 __all__ = ["EmaState", "ema", "incremental_update", "periodic_update"]
@@ -86,16 +86,8 @@ def _devices(*arrays: Any) -> set[Any]:
     return {device for one in found for device in one.devices()}
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Memory that JAX takes for an array's as it is: it begins where JAX wants it."""
-    size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    first = -raw.ctypes.data % ALIGNMENT
-    return raw[first : first + size].view(dtype).reshape(shape)
-
-
 def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
-    memory = _empty(array.shape, dtype)
+    memory = aligned_empty(array.shape, dtype)
     np.copyto(memory, np.asarray(array), casting="same_kind")
     return memory
 
@@ -127,7 +119,7 @@ def _lerp(
             continue
         if kept is not None and parse(NAMES[dtype.name]).parts == 1:
             dtype = kept
-        averages[place] = _copied(avg, dtype) if old is not None else _empty(x.shape, dtype)
+        averages[place] = _copied(avg, dtype) if old is not None else aligned_empty(x.shape, dtype)
         if old is None:
             averages[place].fill(0)
     if averages:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import MEASURES
 from fastema.layout.dtypes import raw
-from fastema.layout.group import Pair
+from fastema.layout.group import Pair, averaged_form
 from fastema.layout.home import LaunchArgs
 
 __all__ = ["Group", "formats_of"]
@@ -49,26 +48,14 @@ class Group:
 
 
 def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
-    """Formats of the sides of a pair in an operation's kernel.
-
-    Raises
-    ------
-    DTypeError
-        If the operation averages and the dtype is an integer.
-    """
+    """Formats of the sides of a pair in an operation's kernel; a DTypeError for integers."""
     dst, src = pair.dst.kind, pair.src.kind
-    moves_bits = OPERATIONS[operation].moves_bits
-    if moves_bits == "always" or (moves_bits == "if equal" and dst == src and pair.low is None):
+    form = averaged_form(operation, OPERATIONS[operation].moves_bits, pair)
+    if form is None:
         return raw(dst), raw(src)
-    if dst.real is None or src.real is None:
-        raise DTypeError(
-            f"{operation}: {dst.code} is not averaged, only copied and swapped ({pair.name})"
-        )
-    form = pair.form or dst.real
     if operation == "swap" and "+" in form and src.code == "f32":
         return form, raw(src)
-    if moves_bits == "if equal":
-        form = form.removesuffix("~")  # a copy is best rounded to nearest
+    assert src.real is not None
     if not OPERATIONS[operation].needs_ring:
         return form, src.real
     assert pair.ring is not None

@@ -19,6 +19,7 @@ from fastema.layout.spec import TensorSpec
 __all__ = [
     "Guard",
     "Pair",
+    "averaged_form",
     "check_pair",
     "refuse_overlap",
     "refuse_shared_elements",
@@ -76,6 +77,24 @@ def check_pair(pair: Pair) -> None:
             f"{name}: {src.dtype} cannot become {dst.dtype}; integers, booleans and floats of 8 "
             "bits are only copied and swapped within their own dtype"
         )
+
+
+def averaged_form(operation: str, moves_bits: str, pair: Pair) -> str | None:
+    """The kernel format of the written side; None where an operation moves bits unchanged.
+
+    ``moves_bits`` is the operation's: never, always, or if equal. A DTypeError for integers that
+    would be averaged.
+    """
+    dst, src = pair.dst.kind, pair.src.kind
+    equal = dst == src and "+" not in pair.form
+    if moves_bits == "always" or (moves_bits == "if equal" and equal):
+        return None
+    if dst.real is None or src.real is None:
+        raise DTypeError(
+            f"{operation}: {dst.code} is not averaged, only copied and swapped ({pair.name})"
+        )
+    form = pair.form or dst.real
+    return form.removesuffix("~") if moves_bits == "if equal" else form  # to nearest
 
 
 def refuse_unwritable(name: str, spec: TensorSpec) -> None:

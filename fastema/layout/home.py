@@ -12,29 +12,15 @@ __all__ = ["Home", "LaunchArgs", "Substitute"]
 
 
 class LaunchArgs(NamedTuple):
-    """What changes from run to run.
+    """What changes from run to run. Random bits depend on ``seed``, ``step`` and the element."""
 
-    Attributes
-    ----------
-    numbers : sequence of float
-        Weights of the new value, by the pairs' ``which``; for a windowed mean, how many values it
-        is of.
-    seed, step : int
-        What random bits depend on besides the place of an element.
-    window, slot, turn : int
-        Slots of the ring, the one to overwrite, and values put in so far, this one included.
-    clocks : mapping of str to int
-        By device, the address of a counter that has all of this; where there is one, the rest is
-        not looked at.
-    """
-
-    numbers: Sequence[float] = (0.0,)
+    numbers: Sequence[float] = (0.0,)  # weights by the pairs' `which`; values in a windowed mean
     seed: int = 0
     step: int = 0
-    window: int = 0
-    slot: int = 0
-    turn: int = 0
-    clocks: Mapping[str, int] = {}
+    window: int = 0  # slots of the ring
+    slot: int = 0  # the one to overwrite
+    turn: int = 0  # values put in so far, this one included
+    clocks: Mapping[str, int] = {}  # by device, the address of a counter that replaces the rest
 
 
 Substitute = Callable[[LaunchArgs], NDArray[np.float64] | None]
@@ -76,7 +62,4 @@ class Home(Protocol):
 
     # Pairs of layout.group, which knows tensors, which know this: Any, so that it is no circle.
     def substitute(self, operation: str, pairs: Sequence[Any]) -> Substitute:
-        """An operation without our kernels; a DTypeError if the framework has no functions for it.
-
-        ``pairs`` are each a :class:`fastema.layout.group.Pair`.
-        """
+        """An operation without our kernels; a DTypeError if the framework has no functions."""

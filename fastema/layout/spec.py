@@ -79,38 +79,21 @@ class Division(Protocol):
 # Not frozen: that would make it take five times as long to make one, and every tensor has several.
 @dataclass(unsafe_hash=True, slots=True)
 class TensorSpec:
-    """A tensor in memory; never changed.
+    """A tensor in memory; never changed. Fields from the owner on are not compared.
 
     Attributes
     ----------
-    address : int
-        Of the first element, in bytes.
-    shape, strides : tuple of int
-        In elements.
-    dtype : str
-        A code of :data:`fastema.layout.dtypes.DTYPES`.
-    device : str
-        ``"cpu"``, ``"cuda:0"``, ...
-    writable : bool
-        Whether the framework allows writing.
-    whole, offset : tuple of int, optional
-        Of a part of a tensor (a shard): the shape of the whole, and the index in it of the part's
-        first element. None where this is the whole tensor.
-    owner : object
-        Keeps the memory alive; not compared.
-    exchange : int
-        Address of the DLPack exchange function of the owner, or of what it wraps; 0 where there is
-        none; not compared.
-    home : Home, optional
-        The device, where it is not the host; not compared.
-    glance : callable, optional
-        ``owner -> object`` that is another once any of the above is, cheaper than describing it
-        again; not compared.
-    wrapped : callable, optional
-        ``owner -> tensor`` that lies there, where the owner is only a wrapper; not compared.
-    division : Division, optional
-        Of a tensor that is divided among processes, whether this process has a part of it or all
-        of it; not compared.
+    address : of the first element, in bytes
+    strides : in elements
+    dtype : a code of :data:`fastema.layout.dtypes.DTYPES`
+    writable : whether the framework allows writing
+    whole, offset : of a part (a shard), the whole's shape and the index of the first element in it
+    owner : keeps the memory alive
+    exchange : address of the DLPack exchange function of the tensor's class; 0 without one
+    home : the device, where it is not the host
+    glance : ``owner -> object`` that is another once any of the above is; cheaper than describing
+    wrapped : ``owner -> tensor`` that lies there, where the owner is only a wrapper
+    division : how the tensor is divided among processes, also where this one has all of it
     """
 
     address: int

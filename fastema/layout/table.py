@@ -283,15 +283,9 @@ def numbered_tables(
 
     A layout without rows is left out. Dense tensors give flat rows whatever their order of axes, as
     long as both sides share it; where random bits are used, only parts in row-major order do.
-
-    Parameters
-    ----------
-    pairs : iterable of Pair
-    together : int
-        Averages of one tensor that follow each other among the pairs: the rows that read one chunk
-        of it then follow each other too, so that it comes from memory once.
-    chunk : int, optional
-        Most elements in one row; by default what suits a CPU.
+    ``together`` averages of one tensor follow each other among the pairs, and so do the rows that
+    read one chunk of it: it comes from memory once. A row has at most ``chunk`` elements, by
+    default what suits a CPU.
     """
     pairs = list(pairs)
     numbers = [number for number, pair in enumerate(pairs) if pair.dst.size]
