@@ -49,13 +49,7 @@ class Group:
 
 
 def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
-    """Formats of the sides of a pair in an operation's kernel.
-
-    Raises
-    ------
-    DTypeError
-        If the operation averages and the dtype is an integer.
-    """
+    """Formats of the sides of a pair in an operation's kernel."""
     dst, src = pair.dst.kind, pair.src.kind
     moves_bits = OPERATIONS[operation].moves_bits
     if moves_bits == "always" or (moves_bits == "if equal" and dst == src and pair.low is None):

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Home", "LaunchArgs", "Substitute"]
+from fastema.errors import ArgumentError
+
+__all__ = ["Home", "LaunchArgs", "Substitute", "checked_seed"]
 
 
 class LaunchArgs(NamedTuple):
@@ -35,6 +37,13 @@ class LaunchArgs(NamedTuple):
     slot: int = 0
     turn: int = 0
     clocks: Mapping[str, int] = {}
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed that fits the control block: a whole number from 0 to 2**63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
+    return seed
 
 
 Substitute = Callable[[LaunchArgs], NDArray[np.float64] | None]
