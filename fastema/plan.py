@@ -12,11 +12,11 @@ from fastema.binding.binding import Binding, Match
 from fastema.binding.sides import Trained
 from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, materialised, reshard
-from fastema.engine.launch_args import LaunchArgs, checked_seed
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, listed
 from fastema.layout.dtypes import average_of, parse
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
+from fastema.layout.home import LaunchArgs, checked_seed
 from fastema.layout.spec import Leaves, Role
 
 __all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from fastema.bridges.memory import Memory
 from fastema.checkpoint.files import File
-from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 __all__ = ["weighted_sum"]

@@ -134,13 +134,7 @@ def _compile(key: Key) -> Cubin:
 
 
 def cubin(key: Key, compiled: Callable[[Key], Cubin] = _compile) -> Cubin:
-    """The machine code of a kernel, from the disk or, where it is not there, compiled.
-
-    Raises
-    ------
-    Unavailable
-        Saying in one sentence what is missing and what to install.
-    """
+    """The machine code of a kernel, from the disk or, where it is not there, compiled."""
     path = _path(key)
     if path is None:
         return compiled(key)

@@ -121,15 +121,7 @@ class Device:
         self._asked(self._driver.cuCtxPopCurrent())
 
     def function(self, key: Key) -> Any:
-        """A kernel of this device; the first request loads it, and compiles it if need be.
-
-        Raises
-        ------
-        Unavailable
-            If it cannot be compiled, or the driver does not take it.
-        DeviceError
-            In a forked process, or where there is no room for it.
-        """
+        """A kernel of this device; the first request loads it, and compiles it if need be."""
         refuse_forked()
         with self._loading:
             if key not in self._functions:
@@ -169,11 +161,6 @@ class Device:
 
         ``parameters`` is the address of an array of the addresses of the kernel's parameters, which
         are read now.
-
-        Raises
-        ------
-        DeviceError
-            If the driver refuses, or the process was forked.
         """
         entered = self._enter()
         try:

@@ -96,13 +96,7 @@ class CudaGroup(Group):
         self._measured: NDArray[np.float64] | None = None
 
     def prepare(self, operation: str) -> Callable[[], None]:
-        """Load, and compile where it is new, what an operation needs: the launch.
-
-        Raises
-        ------
-        StateError
-            While the stream is captured: what is prepared must outlive the capture.
-        """
+        """Load, and compile where it is new, what an operation needs: the launch."""
         cuda.refuse_forked()
         if self._home.capturing():
             raise StateError(

@@ -62,13 +62,7 @@ class Program:
         ]
 
     def prepare(self, operations: Mapping[str, str]) -> list[Callable[[], None]]:
-        """Compile what a run needs; called by :meth:`run`, or earlier to fail before writing.
-
-        Raises
-        ------
-        StateError
-            In a capture of a part of the devices, or of one that was not prepared for it.
-        """
+        """Compile what a run needs; called by :meth:`run`, or earlier to fail before writing."""
         if len(self._homes) > 1:
             self._refuse_half_a_capture()
         key = tuple(operations.items())

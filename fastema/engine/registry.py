@@ -22,11 +22,6 @@ def kernel(operation: str, formats: tuple[str, ...], layout: str) -> Kernel:
 
     ``formats`` are those of the written side, the other side and, for a windowed mean, the ring and
     the companion.
-
-    Raises
-    ------
-    DTypeError
-        If there is no such operation.
     """
     key = operation, formats, layout
     with _making:

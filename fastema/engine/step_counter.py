@@ -96,13 +96,7 @@ class StepCounter:
 
 
 def tables_of(weights: Sequence[Callable[[int], float]]) -> list[NDArray[np.float64]]:
-    """The tables of a clock for averages with these weights at the ``u``-th update that works.
-
-    Raises
-    ------
-    ArgumentError
-        For more averages than a clock has room for, or weights that jump about.
-    """
+    """The tables of a clock for averages with these weights at the ``u``-th update that works."""
     if len(weights) > abi.MAX_AVERAGES:
         raise ArgumentError(
             f"capturable=True holds up to {abi.MAX_AVERAGES} averages, not {len(weights)}; build "

@@ -51,45 +51,26 @@ _Updates = NDArray[np.int64]
 
 
 def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[np.float64]:
-    """The weights of the updates 1, 2, ... of a run as polynomials, piece by piece.
+    """The weights of the updates 1, 2, ... as polynomials: float64[P, WEIGHT_COLUMNS], P < 4098.
 
-    The weight of update ``u`` is in the last row whose first update is at most ``u``: with
-    ``t = (u - first) * scale - 1``, in [-1, 1), it is ``c0 + c1 * t + ... + c11 * t**11`` by
-    Horner's scheme, clamped to [0, 1].
+    Each row is ``first, scale, c0, ..., c11``, ``first`` ascending from 1. The weight of update
+    ``u`` is in the last row whose first update is at most ``u``: with ``t = (u - first) * scale -
+    1``, in [-1, 1), it is ``c0 + c1 * t + ... + c11 * t**11`` by Horner's scheme, clamped to
+    [0, 1]. The scale is a power of two, so that t is exact, or 0 for a piece of one weight.
 
-    Parameters
-    ----------
-    weight : callable
-        The weight of the new value at an update, in [0, 1]; a pure function. For a rule and
-        ``update_every = k`` it is ``lambda u: rule.weight(u * k, k)``.
-    last : int
-        From 1 to 2**53 - 1; later updates have the weight of this one.
+    ``weight`` is a pure function: for a rule and ``update_every = k``, ``lambda u: rule.weight(u *
+    k, k)``. Updates after ``last`` have the weight of that one. Weights that are outside of [0, 1],
+    or jump too often for a table, are an ArgumentError.
 
-    Returns
-    -------
-    numpy.ndarray
-        float64[P, WEIGHT_COLUMNS], each row ``first, scale, c0, ..., c11``, with ``first``
-        ascending from 1. The scale is a power of two, so that t is exact, or 0 for a piece of one
-        weight, which is c0. P is at most 4,097.
-
-    Raises
-    ------
-    ArgumentError
-        If a weight is not in [0, 1], or the weights jump too often for a table.
-
-    Notes
-    -----
-    Equal to the bit are the first 64 updates, all from the first on that share one weight, all up
-    to ``last`` that share one and those after it, and any piece that holds only one weight.
-
-    Elsewhere the relative error is at most 4e-15 where the weights are rounded by less. Where they
-    are not, as in one minus a decay that is close to 1, the piece goes through the middle of what
-    they are rounded to: then the error is about twice their own at most, and below 2**-40. Whether
-    a device multiplies and adds at once or one after the other makes no difference to these bounds.
+    Equal to the bit are the first 64 updates, all up to the first change of the weight, all from
+    the last change on, and any piece of one weight. Elsewhere the relative error is at most 4e-15
+    where the weights are rounded by less. Where they are not, as in one minus a decay close to 1,
+    the piece goes through the middle of what they are rounded to: the error is about twice their
+    own at most, and below 2**-40, with fused multiply-adds or without.
 
     A piece is halved until it fits wherever it is looked at, and the first 8,192 updates are all
-    compared. What a rule does later at few single updates may not be seen. For our rules that makes
-    up to 60,000 calls; those that are refused may take two million.
+    compared; what a rule does later at few single updates may not be seen. Our rules take up to
+    60,000 calls, those that are refused up to two million.
     """
     if not 1 <= last < 2**53:
         raise ArgumentError(f"last={last!r}: expected a whole number from 1 to 2**53 - 1")

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Home", "LaunchArgs", "Substitute"]
+from fastema.errors import ArgumentError
+
+__all__ = ["Home", "LaunchArgs", "Substitute", "checked_seed"]
 
 
 class LaunchArgs(NamedTuple):
@@ -21,6 +23,13 @@ class LaunchArgs(NamedTuple):
     slot: int = 0  # the one to overwrite
     turn: int = 0  # values put in so far, this one included
     clocks: Mapping[str, int] = {}  # by device, the address of a counter that replaces the rest
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed that fits the control block: a whole number from 0 to 2**63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ArgumentError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
+    return seed
 
 
 Substitute = Callable[[LaunchArgs], NDArray[np.float64] | None]

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.step_counter import StepCounter, homes_of, tables_of
 from fastema.errors import ArgumentError, CheckpointError
-from fastema.layout.home import Home
+from fastema.layout.home import Home, LaunchArgs
 from fastema.rules import Rule, Schedule, Window
 
 __all__ = ["ScheduleCounter", "Tables", "refuse_uneven", "tables_for"]

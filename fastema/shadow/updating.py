@@ -10,10 +10,10 @@ from fastema.binding.sides import Sampled, Watched
 from fastema.bridges.registry import leaves_of, materialised, ranks_of, reshard
 from fastema.engine.collector import uncollected
 from fastema.engine.interrupts import defer_signals
-from fastema.engine.launch_args import LaunchArgs, checked_seed
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, NonFiniteError, StateError, listed
+from fastema.layout.home import LaunchArgs, checked_seed
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MOST, checked_whole

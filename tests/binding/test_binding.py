@@ -13,9 +13,9 @@ import pytest
 import fastema
 from fastema.binding.binding import Binding, Match
 from fastema.bridges.registry import leaves_of
-from fastema.engine.launch_args import LaunchArgs
 from fastema.errors import LayoutError
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import Leaves
 
 LERP = {"all": "lerp"}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 
 from ..support import reference
 from ..support.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff

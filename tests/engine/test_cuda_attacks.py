@@ -28,11 +28,11 @@ import fastema
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import CLOCK, Key, Unavailable
-from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import DeviceError, DTypeError, FastemaError, StateError
 from fastema.kernels import table as abi
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 from fastema.rules import power, warmup
 

@@ -34,7 +34,7 @@ PREPARED = """
     from fastema.engine.step_counter import StepCounter
     from fastema.engine.cubins import Cubin, Key, Unavailable
     from fastema.engine.cuda import Device, device
-    from fastema.engine.launch_args import LaunchArgs
+    from fastema.layout.home import LaunchArgs
     from fastema.engine.program import Program
     from fastema.errors import DeviceError
     from fastema.layout.group import Pair

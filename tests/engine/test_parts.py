@@ -8,10 +8,10 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 
-from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
 from fastema.layout.group import Pair, check_pair
+from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 from ..support import reference

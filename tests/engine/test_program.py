@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastema.engine import registry
-from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import CHUNK
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 from ..support import reference

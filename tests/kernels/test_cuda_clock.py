@@ -351,13 +351,13 @@ def test_a_windowed_mean_has_its_moment(window: int, every: int, start: int) -> 
                 continue
             number = float(face.cells[WEIGHTS : WEIGHTS + 1].view(np.float64)[0])
             found = number, int(face.cells[SLOT]), int(face.cells[TURN])
-            moment = sma._launch_args(step, weights)
+            args = sma._launch_args(step, weights)
             if step == start:  # a copy
                 assert found == (1.0, 0, 0)
             else:
-                assert found == (moment.numbers[0], moment.slot, moment.turn)
-                assert face.cells[WINDOW] == moment.window
-                assert (face.cells[SEED], face.cells[STEP]) == (moment.seed, moment.step)
+                assert found == (args.numbers[0], args.slot, args.turn)
+                assert face.cells[WINDOW] == args.window
+                assert (face.cells[SEED], face.cells[STEP]) == (args.seed, args.step)
 
 
 def test_a_clock_that_is_set_again(gpu: StubGpu) -> None:

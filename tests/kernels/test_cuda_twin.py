@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fastema.engine import cpu_group
-from fastema.engine.launch_args import LaunchArgs
 from fastema.engine.program import Program
 from fastema.kernels import cuda
 from fastema.kernels.jit import cpu_kernel
@@ -32,6 +31,7 @@ from fastema.kernels.table import (
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
+from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 THREADS = 7
