@@ -42,22 +42,12 @@ _COUNTER: Final = re.compile(r"_(\d+)(?=/|$)")
 
 
 class _State(tf.train.experimental.PythonState):  # type: ignore[misc]
-    """What belongs to the averages and is no tensor; a child of the object graph.
-
-    Attributes
-    ----------
-    remaining : dict of str to float
-        By the name of an averaged tensor, the share that zero still has in it: the product of the
-        decays so far.
-    steps : dict of str to int
-        Updates so far of the averages that are rounded at random.
-    swapped : bool
-        Whether variables and averages have changed places.
-    """
+    """What belongs to the averages and is no tensor; a child of the object graph."""
 
     def __init__(self) -> None:
+        # Of an averaged tensor, the share that zero still has in it: the product of the decays.
         self.remaining: dict[str, float] = {}
-        self.steps: dict[str, int] = {}
+        self.steps: dict[str, int] = {}  # updates of the averages that are rounded at random
         self.swapped = False
 
     def serialize(self) -> str:
@@ -86,44 +76,22 @@ class _State(tf.train.experimental.PythonState):  # type: ignore[misc]
 
 @dataclass(eq=False)
 class _Entry:
-    """A list of variables as it was given once, and what updates it.
+    """A list of variables as it was given once, and what updates it."""
 
-    Attributes
-    ----------
-    given : list
-        The objects of the list; kept, so that no other object gets the address of one.
-    averages, variables : dict of str to tf.Variable
-        By name in the checkpoint, each variable once.
-    narrow : bool
-        Whether one of them is of 16 bits and rounded at random.
-    plan : Plan, optional
-        Made at the first update: it looks at memory, of which there is none while tracing.
-    """
-
-    given: list[Any]
-    averages: dict[str, Any]
+    given: list[Any]  # kept, so that no other object gets the address of one
+    averages: dict[str, Any]  # by name in the checkpoint, each variable once
     variables: dict[str, Any]
-    narrow: bool
-    plan: Plan | None = None
+    narrow: bool  # one of them is of 16 bits and rounded at random
+    plan: Plan | None = None  # made at the first update: while tracing there is no memory
 
 
 @dataclass(eq=False)
 class _Books:
-    """What TensorFlow's tracking of attributes must not see: it would wrap and save it.
+    """What TensorFlow's tracking of attributes must not see: it would wrap and save it."""
 
-    Attributes
-    ----------
-    names : dict of tf.Variable.ref() to str
-        Of each averaged variable, in the order in which they came.
-    entries : dict
-        By the addresses of the objects in a list (with names, where they are given).
-    titles : set of str
-        Names of averages as TensorFlow prints them.
-    """
-
-    names: dict[Any, str] = field(default_factory=dict)
-    entries: dict[Any, _Entry] = field(default_factory=dict)
-    titles: set[str] = field(default_factory=set)
+    names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), as they came
+    entries: dict[Any, _Entry] = field(default_factory=dict)  # by the objects' addresses, and names
+    titles: set[str] = field(default_factory=set)  # averages' names as TensorFlow prints them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Books:
         """The books of a copied average, about the copies of the variables."""
@@ -199,10 +167,8 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     tensor at zero. Averages are ``tf.Variable`` objects that are not trainable, of the variable's
     dtype, updated in place, all of a list in one call of a compiled kernel.
 
-    It works eagerly and inside ``tf.function``, and is a ``tf.Module``: in
-    ``tf.train.Checkpoint(model=model, ema=ema)``, or as an attribute of a model, its averages are
-    saved and restored with no more done about it. A checkpoint may be restored before the first
-    :meth:`apply`, which then creates the averages with the restored values.
+    It works eagerly and inside ``tf.function``, and is a ``tf.Module``: its averages are saved and
+    restored in ``tf.train.Checkpoint(model=model, ema=ema)``, or as an attribute of a model.
 
     Parameters
     ----------
@@ -232,8 +198,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     Raises
     ------
     ArgumentError
-        For a decay or a number of updates out of range. Inside ``tf.function`` TensorFlow gives
-        errors classes of its own, and keeps the message.
+        For a decay or a number of updates out of range (inside ``tf.function``: the message alone).
 
     Notes
     -----

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 import fastema  # noqa: E402
-from fastema.errors import StateError  # noqa: E402
+from fastema.errors import LayoutError, StateError  # noqa: E402
 
 from .kinds import KINDS, VARIED, all_of, three, which  # noqa: E402
 from .weights import (  # noqa: E402
@@ -439,3 +439,19 @@ def test_old_memory_is_let_go_by_the_next_update(
     live = {t.untyped_storage().data_ptr() for _, t in tensors_of(model)}
     kept = [ref() for ref in memory]
     assert all(s.data_ptr() in live for s in kept if s is not None)
+
+
+def test_a_tensor_that_came_in_a_block_is_refused_after_it() -> None:
+    """The end of a block accepts it, to give the weights back; the next update does not."""
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    raw = snapshot(dict(model.named_parameters()))
+    with ema.swapped():
+        model.head.weight.data = model.head.weight.data.clone()  # looked at again
+        model.head.scale = torch.nn.Parameter(torch.ones(3))
+    assert_bits({name: x for name, x in model.named_parameters() if name in raw}, raw)
+    for _ in range(2):
+        with pytest.raises(LayoutError, match=r"'head.scale' is new in the model"):
+            ema.update()
+    del model.head.scale
+    ema.update()
