@@ -43,9 +43,8 @@ def weighted_sum(
 ) -> None:
     """``result = sum of coefficient * file``, in float64, rounded once to the result's dtypes.
 
-    All files have the same tensors. ``result`` are row-major NumPy arrays. ``summed`` are the names
-    of floats that are summed; the others are taken from the last file. ``advance`` is called with
-    the number of bytes that were read.
+    All files have the same tensors, those not ``summed`` are taken from the last one, and
+    ``result`` is row-major. ``advance`` is called with the number of bytes that were read.
     """
     with ExitStack() as stack:
         fills = [stack.enter_context(file.opened()) for file in files]

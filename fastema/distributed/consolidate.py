@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from fastema.checkpoint.files import Stored
 from fastema.distributed import dcp, live
 from fastema.distributed.folder import (
     Block,
     Files,
-    Tensor,
     begin,
     finish,
     plan,
@@ -126,7 +126,7 @@ def consolidate(
 
 def _saved(
     path: Path, key: str | None, which: int | None, rest: str | None, group: Group
-) -> tuple[dict[str, Tensor], list[Block]]:
+) -> tuple[dict[str, Stored], list[Block]]:
     """The tensors of a saved folder, and this process's share of their blocks."""
     opened = dcp.opened(path)
     chosen = dcp.average_in(opened, key, which)
@@ -141,18 +141,19 @@ def _saved(
     return tensors, blocks[group.rank :: group.size]
 
 
-def _united(group: Group, found: live.Held) -> tuple[dict[str, Tensor], set[str]]:
+def _united(group: Group, found: live.Held) -> tuple[dict[str, Stored], set[str]]:
     """The tensors of all processes, and those of which this one writes what it has."""
     every = group.gathered((found.tensors, found.divided))
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     first: dict[str, int] = {}
     problems = []
     for rank, (theirs, _) in enumerate(every):
         for name, tensor in theirs.items():
             if tensors.setdefault(name, tensor) != tensor:
+                other = tensors[name]
                 problems.append(
-                    f"{name!r} is {tensor.code}{list(tensor.shape)} on rank {rank}, "
-                    f"{tensors[name].code}{list(tensors[name].shape)} on rank {first[name]}"
+                    f"{name!r} is {tensor.kind.code}{list(tensor.shape)} on rank {rank}, "
+                    f"{other.kind.code}{list(other.shape)} on rank {first[name]}"
                 )
             first.setdefault(name, rank)
     if problems:
@@ -165,14 +166,13 @@ def _united(group: Group, found: live.Held) -> tuple[dict[str, Tensor], set[str]
 def _write(
     group: Group,
     folder: Path,
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Stored],
     blocks: Iterable[Block],
     files_from: str | os.PathLike[str] | None,
     file_bytes: int,
     most: int,
 ) -> None:
     copied_from = None if files_from is None else Path(files_from)
-
     made: list[Path] = []
 
     def prepare() -> tuple[Files, Path]:
