@@ -41,7 +41,7 @@ def consolidate(
     file_bytes: int = 5_000_000_000,
     max_bytes: int = 1 << 28,
 ) -> Path:
-    """Write an average as one Hugging Face folder, each rank its own parts.
+    """Write an average as one Hugging Face folder, each rank its own parts; returns the path.
 
     The folder has ``model.safetensors``, or ``model-00001-of-000NN.safetensors`` files with
     ``model.safetensors.index.json``: what ``from_pretrained`` and
@@ -70,11 +70,6 @@ def consolidate(
         Bytes of a file, from which on another one begins.
     max_bytes : int
         Bytes of memory that each rank may take besides what it holds, at least 1 MiB.
-
-    Returns
-    -------
-    Path
-        The folder.
 
     Raises
     ------

@@ -31,8 +31,8 @@ class Reach(NamedTuple):
     Attributes
     ----------
     mean_age : float
-        Mean age of the averaged weights in steps, each counted with its share: the average lags
-        behind the weights by so much. The initial weights are as old as the average.
+        Mean age of the averaged weights in steps: the average lags behind the weights by so much.
+        The initial weights are as old as the average.
     std_age : float
         Standard deviation of the age, in steps.
     initial_share : float
@@ -130,9 +130,9 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
     """How far back the average of a rule looks at a step: mean age and initial share.
 
     With ``w`` the weight of the new value, the mean age after an update is
-    ``(1 - w) * (mean age before + every)``, and the share of the initial weights falls by
-    ``1 - w``. For example ``1 / (1 - decay) - 1`` steps for a constant decay in the long run,
-    ``(n - 1) / 2`` for the cumulative mean, ``n / (gamma + 2)`` for power-function averages.
+    ``(1 - w) * (mean age before + every)``: in the long run ``1 / (1 - decay) - 1`` steps for a
+    constant decay, ``(n - 1) / 2`` for the cumulative mean, ``n / (gamma + 2)`` for the power
+    function.
 
     Parameters
     ----------
