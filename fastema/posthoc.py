@@ -63,17 +63,13 @@ _POOR: Final = 0.05
 
 
 class Snapshot(NamedTuple):
-    """One average at one ``step`` of a run, in a file.
-
-    It began at step ``start`` and was updated at every ``every``-th; ``gamma`` is the exponent of
-    its profile.
-    """
+    """One average at one step of a run, in a file."""
 
     path: Path
     step: int
-    start: int
-    every: int
-    gamma: float
+    start: int  # step at which it began
+    every: int  # steps from one update to the next
+    gamma: float  # exponent of its profile
 
     @property
     def profile(self) -> PowerProfile:
@@ -82,17 +78,12 @@ class Snapshot(NamedTuple):
 
 
 class Synthesized(NamedTuple):
-    """An average put together from snapshots.
+    """An average put together from snapshots."""
 
-    ``tensors`` are NumPy arrays by name. ``error`` is the L2 distance of the profile from the
-    wanted one, relative to the norm of that. ``coefficients`` say what each snapshot was multiplied
-    by; they sum to 1. ``step`` is that of the run that the average is of.
-    """
-
-    tensors: dict[str, Any]
-    error: float
-    coefficients: dict[Path, float]
-    step: int
+    tensors: dict[str, Any]  # NumPy arrays by name
+    error: float  # L2 distance of the profile from the wanted one, relative to the norm of that
+    coefficients: dict[Path, float]  # what each snapshot was multiplied by; they sum to 1
+    step: int  # of the run
 
     def __repr__(self) -> str:
         size = sum(array.size for array in self.tensors.values())
@@ -161,11 +152,11 @@ def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | Non
     state = average.state_dict(copy=False)
     averaged = average.averaged_names
     paths = []
-    for which in chosen:
-        rule = schedule.rules[which]
+    for index in chosen:
+        rule = schedule.rules[index]
         assert isinstance(rule, Power)
-        low = state["low"][which] if "low" in state else {}
-        tensors = _to_write(state["shadow"][which], low, averaged, wanted)
+        low = state["low"][index] if "low" in state else {}
+        tensors = _to_write(state["shadow"][index], low, averaged, wanted)
         path = folder / f"step{step:09d}-{_width(rule.gamma)}.safetensors"
         write(
             path,
@@ -245,7 +236,7 @@ def _snapshot(file: File) -> Snapshot:
         copied = json.loads(values["copied"])
         if not isinstance(copied, list) or not all(isinstance(name, str) for name in copied):
             raise ValueError(f"copied {values['copied'][:100]!r}")
-        for name in set(file.tensors).difference(copied):
+        for name in _averaged(file):
             if file.tensors[name].kind.real is None:
                 raise ValueError(f"{name!r} is of dtype {file.tensors[name].kind.code}")
         return Snapshot(file.path, step, start, every, gamma)
@@ -280,10 +271,9 @@ def synthesize(
     snapshots : path, or iterable of paths
         A folder, or files of :func:`save_snapshot`.
     sigma_rel : float, optional
-        Relative width of a power profile, in (0, 0.288].
+        Relative width of a power profile, in (0, 0.288]. Give either this or ``half_life``.
     half_life : float, optional
-        In steps, of an exponential average (without the share of the initial weights). One of the
-        two must be given.
+        In steps, of an exponential average (without the share of the initial weights).
     step : int, optional
         Of the run; the latest snapshot's by default. Best one at which a snapshot was taken: newer
         ones are left out, and what came after the last before it is missing. Between two updates
@@ -300,8 +290,7 @@ def synthesize(
     Returns
     -------
     Synthesized
-        Its ``error`` is large where the snapshots cannot give the wanted average. Above 0.05 there
-        is a warning, which says what other snapshots would.
+        Where its ``error`` is above 0.05, a warning says what other snapshots would do better.
 
     Raises
     ------
@@ -319,7 +308,9 @@ def synthesize(
         raise ArgumentError(f"step={last}: the first snapshot is of step {found[0].step}")
     last = start + (last - start) // every * every  # the average stands still in between
     target = _target(sigma_rel, half_life, last - start)
-    noise = max((_NOISE[kind] for kind in _dtypes(read(found[-1].path))), default=0.0)
+    latest = read(found[-1].path)
+    kinds = {str(latest.tensors[name].kind.real) for name in _averaged(latest)}
+    noise = max((_NOISE[kind] for kind in kinds), default=0.0)
     solution = solve([one.profile for one in found], target, noise=noise)
     used = [
         (one, c)
@@ -330,7 +321,7 @@ def synthesize(
     result = _memory(files, dtype_of(dtype))
     if solution.error > _POOR:
         warnings.warn(_advice(found, last, solution.error), stacklevel=2)
-    averaged = set(result) - _copied(files[-1])
+    averaged = _averaged(files[-1])
     nbytes = sum(file.tensors[name].nbytes for file in files for name in averaged)
     with _shown(progress, nbytes) as advance:
         weighted_sum(files, [c for _, c in used], result, averaged, advance)
@@ -358,12 +349,6 @@ def _advice(found: Sequence[Snapshot], last: int, error: float) -> str:
         f"snapshots at more steps before {last}, or of averages nearer to the wanted width "
         f"(these have sigma_rel {widths}), would give it"
     )
-
-
-def _dtypes(file: File) -> set[str]:
-    """The float formats of the averaged tensors in a snapshot."""
-    averaged = set(file.tensors) - _copied(file)
-    return {str(file.tensors[name].kind.real) for name in averaged}
 
 
 def _given(snapshots: Any) -> list[Snapshot]:
@@ -400,18 +385,18 @@ def _memory(files: Sequence[File], wanted: DType | None) -> dict[str, Memory]:
                 problems.append(f"{name!r} in {file.path.name} and {newest.path.name}")
     if problems:
         raise CheckpointError("the snapshots hold different tensors:\n" + listed(problems))
-    copied, owner = _copied(newest), np.empty(0)
+    averaged, owner = _averaged(newest), np.empty(0)
     likes = []
     for name, (kind, shape, _) in newest.tensors.items():
         like = TensorSpec(0, shape, row_major(shape), kind.code, "cpu", owner=owner)
-        if name not in copied:
+        if name in averaged:
             kind = average_of(kind, wanted or (kind if kind.real == "f64" else parse("f32")))
         likes.append((like, kind))
     return dict(zip(newest.tensors, allocate(likes), strict=True))
 
 
-def _copied(file: File) -> set[str]:
-    return set(json.loads(file.metadata["copied"]))
+def _averaged(file: File) -> set[str]:
+    return set(file.tensors).difference(json.loads(file.metadata["copied"]))
 
 
 @contextmanager

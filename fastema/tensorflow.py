@@ -307,17 +307,12 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         return None
 
     def average(self, var: Any) -> Any:
-        """The variable that holds an average.
+        """The variable that holds an average, or None; inside :meth:`swapped` it holds the weights.
 
         Parameters
         ----------
         var : variable or str
             A variable, or a name that :meth:`apply` was given.
-
-        Returns
-        -------
-        tf.Variable or None
-            None if there is no average of it. Inside :meth:`swapped` it holds the weights.
         """
         name = var if isinstance(var, str) else self._books.names.get(self._reference(var))
         return None if name is None else self.shadow.get(name)
@@ -325,16 +320,8 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     def average_name(self, var: Any) -> str:
         """The name that TensorFlow shows for an average, which need not exist yet.
 
-        Parameters
-        ----------
-        var : variable or str
-            As in :meth:`average`.
-
-        Returns
-        -------
-        str
-            Such as ``dense/kernel/ExponentialMovingAverage``; the second of one name ends in
-            ``_1``, which is known once it exists.
+        Such as ``dense/kernel/ExponentialMovingAverage``; the second of one name ends in ``_1``,
+        which is known once it exists. ``var`` is as in :meth:`average`.
         """
         average = self.average(var)
         if average is not None:
@@ -344,15 +331,8 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
     def variables_to_restore(self, moving_avg_variables: Any = None) -> dict[str, Any]:
         """Variables by the names of their averages, to restore averages in their place.
 
-        Parameters
-        ----------
-        moving_avg_variables : iterable of variables, optional
-            All averaged variables, if not given.
-
-        Returns
-        -------
-        dict of str to tf.Variable
-            For a ``tf.compat.v1.train.Saver``. With ``tf.train.Checkpoint`` use :meth:`swapped`.
+        For a ``tf.compat.v1.train.Saver``; with ``tf.train.Checkpoint`` use :meth:`swapped`. All
+        averaged variables, if none are given.
         """
         chosen = self._variables() if moving_avg_variables is None else moving_avg_variables
         return {self.average_name(variable): _inner(variable) for variable in chosen}

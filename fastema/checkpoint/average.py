@@ -43,9 +43,8 @@ def weighted_sum(
 ) -> None:
     """``result = sum of coefficient * file``, in float64, rounded once to the result's dtypes.
 
-    All files have the same tensors. ``result`` are row-major NumPy arrays. ``summed`` are the names
-    of floats that are summed; the others are taken from the last file. ``advance`` is called with
-    the number of bytes that were read.
+    All files have the same tensors, those not ``summed`` are taken from the last one, and
+    ``result`` is row-major. ``advance`` is called with the number of bytes that were read.
     """
     with ExitStack() as stack:
         fills = [stack.enter_context(file.opened()) for file in files]
@@ -89,12 +88,12 @@ class _Workbench:
         self._total = np.zeros(self.room * wide.itemsize, np.uint8)
         total = self._spec(self._total, wide)
         terms = [
-            Pair("sum", total, self._spec(buffer, kind), which=which)
-            for which, buffer in enumerate(self.buffers)
+            Pair("sum", total, self._spec(buffer, kind), which=index)
+            for index, buffer in enumerate(self.buffers)
         ]
         self._sum = Program({"all": terms})
         self._round = Program({"all": [Pair("sum", self._spec(self.rounded, to), total)]})
-        self._moment = LaunchArgs(coefficients)
+        self._args = LaunchArgs(coefficients)
 
     def _spec(self, memory: Bytes, kind: DType) -> TensorSpec:
         address = memory.ctypes.data
@@ -103,7 +102,7 @@ class _Workbench:
     def add_up(self) -> None:
         """Make ``rounded`` of the buffers."""
         self._total.fill(0)
-        self._sum.run({"all": "add"}, self._moment)
+        self._sum.run({"all": "add"}, self._args)
         self._round.run({"all": "copy"})
 
 

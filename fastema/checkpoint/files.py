@@ -72,11 +72,11 @@ _seeking = threading.Lock()
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: dtype code, shape, and where its row-major bytes begin."""
+    """A tensor in a file, or on its way to one."""
 
     kind: DType
     shape: tuple[int, ...]
-    offset: int
+    offset: int = 0  # where its row-major bytes begin
 
     @property
     def size(self) -> int:
@@ -90,14 +90,14 @@ class Stored(NamedTuple):
 
 
 class File(NamedTuple):
-    """What a file holds: its tensors, and the annotations."""
+    """A safetensors file, of which the header has been read."""
 
     path: Path
     tensors: dict[str, Stored]
     metadata: dict[str, str]
 
     def opened(self) -> AbstractContextManager[Fill]:
-        """A block with a function that reads from the file, see :func:`reading`."""
+        """Open the file for :func:`reading`."""
         return reading(self.path)
 
 
@@ -131,13 +131,6 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
     """Write tensors and annotations to a file; there is the old file or the whole new one.
 
     The folder must exist, and the tensors lie in memory of the CPU, row-major without gaps.
-
-    Raises
-    ------
-    CheckpointError
-        If a tensor is not as it must be, or has a name or dtype that no file can hold.
-    StorageError
-        If the file cannot be written, which is an OSError too.
     """
     for name, spec in tensors.items():
         if spec.division is not None:
@@ -149,37 +142,28 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
             raise CheckpointError(f"{name}: {spec} is not row-major memory of the CPU")
     # Elements lie at multiples of their size if larger ones come first.
     names = sorted(tensors, key=lambda name: (-tensors[name].kind.itemsize, name))
-    described = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
-    header = header_of(described, metadata)
+    header = header_of({name: tensors[name] for name in names}, metadata)
     with moved_into_place(path) as partial, open(partial, "xb") as opened:
         opened.write(header)
         for name in names:
             opened.write(tensors[name].bytes())
 
 
-def header_of(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> bytes:
-    """What a file begins with whose tensors (code, shape) follow each other in this order.
+def header_of(tensors: Mapping[str, Stored | TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with whose tensors follow each other in this order.
 
-    Raises
-    ------
-    CheckpointError
-        For a name or a dtype that no file can have.
+    A CheckpointError for a name or a dtype that no file can have.
     """
     entries: dict[str, Any] = {_METADATA: dict(metadata)}
     offset = 0
-    for name, (code, shape) in tensors.items():
+    for name, tensor in tensors.items():
+        code, shape = tensor.kind.code, list(tensor.shape)
         if name == _METADATA or not _encodable(name):
             raise CheckpointError(f"{name!r}: no safetensors file can hold a tensor of this name")
         if code not in _NAMES:
-            raise CheckpointError(f"{name}: safetensors has no dtype for {code}{list(shape)}")
-        end = offset + math.prod(shape) * dtype(code).itemsize
-        entries[name] = {
-            "dtype": _NAMES[code],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
+            raise CheckpointError(f"{name}: safetensors has no dtype for {code}{shape}")
+        end = offset + tensor.nbytes
+        entries[name] = {"dtype": _NAMES[code], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8 bytes
@@ -211,9 +195,8 @@ def storing(path: str | os.PathLike[str]) -> Iterator[None]:
 def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[str]:
     """Another name to write to; the whole file gets its own name at the end, or none does.
 
-    What writers that were killed have left in the folder is removed, unless others are writing
-    there, or the file system does not say whether they are. The folder must exist; the other name
-    ends in ``suffix``. A StorageError if the file cannot be written, which is an OSError too.
+    What killed writers have left in the folder is removed, unless others are writing there, or the
+    file system does not say whether they are. A StorageError if the file cannot be written.
     """
     final = Path(path)
     # Made by whoever writes it, with the rights that a new file has here.
@@ -267,15 +250,7 @@ def settle(path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> File:
-    """What a file holds; of the tensors nothing is read.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no safetensors file, or cut short.
-    OSError
-        If it cannot be opened.
-    """
+    """What a file holds, without its tensors' bytes; a CheckpointError if it is damaged."""
     name = Path(path)
     if not stat.S_ISREG(name.stat().st_mode):  # to open a pipe would wait for somebody to write
         raise CheckpointError(f"{name} is not a file")

@@ -27,15 +27,7 @@ _SUMS: Final = "crc32"
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metadata: str) -> None:
     """Write a state dict; whatever happens, there is the old file or the whole new one.
 
-    The folder must exist. A tensor ``name`` of the i-th mapping in a list ``part`` of the state is
-    called ``part.i.name`` in the file; ``metadata`` are further annotations.
-
-    Raises
-    ------
-    CheckpointError
-        If a tensor has a name or dtype that no file can hold.
-    StorageError
-        If the file cannot be written, which is an OSError too.
+    A tensor ``name`` of the i-th mapping in a list ``part`` of the state is called ``part.i.name``.
     """
     plain: dict[str, Any] = {}
     arrays: dict[str, Any] = {}
@@ -57,12 +49,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
 def read_state(found: files.File, like: Any) -> dict[str, Any]:
     """The state dict in a file, with arrays of the framework of ``like``.
 
-    Raises
-    ------
-    CheckpointError
-        If it was not written by :func:`write_state`, or a tensor's bytes are not those that were.
-    OSError
-        If it cannot be read.
+    A CheckpointError if :func:`write_state` did not write it, or a checksum differs.
     """
     if _KEY not in found.metadata:
         raise CheckpointError(f"{found.path} does not hold the state of an average")
@@ -119,19 +106,12 @@ def load_state(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:
     ----------
     path : path
     like : array, or mapping of arrays
-        Of the framework whose arrays are wanted: ``ema.shadow``, say.
-
-    Returns
-    -------
-    dict
-        What ``state_dict()`` was, with arrays on the host.
+        Of the framework whose arrays are wanted: ``ema.shadow``, say. They are on the host.
 
     Raises
     ------
     CheckpointError
         If the file holds no state of an average, or is damaged.
-    OSError
-        If it cannot be read.
 
     Examples
     --------

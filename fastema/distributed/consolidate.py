@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from fastema.checkpoint.files import Stored
 from fastema.distributed import dcp, live
 from fastema.distributed.folder import (
     Block,
     Files,
-    Tensor,
     begin,
     finish,
     plan,
@@ -41,7 +41,7 @@ def consolidate(
     file_bytes: int = 5_000_000_000,
     max_bytes: int = 1 << 28,
 ) -> Path:
-    """Write an average as one Hugging Face folder, each rank its own parts.
+    """Write an average as one Hugging Face folder, each rank its own parts; returns the path.
 
     The folder has ``model.safetensors``, or ``model-00001-of-000NN.safetensors`` files with
     ``model.safetensors.index.json``: what ``from_pretrained`` and
@@ -70,11 +70,6 @@ def consolidate(
         Bytes of a file, from which on another one begins.
     max_bytes : int
         Bytes of memory that each rank may take besides what it holds, at least 1 MiB.
-
-    Returns
-    -------
-    Path
-        The folder.
 
     Raises
     ------
@@ -126,7 +121,7 @@ def consolidate(
 
 def _saved(
     path: Path, key: str | None, which: int | None, rest: str | None, group: Group
-) -> tuple[dict[str, Tensor], list[Block]]:
+) -> tuple[dict[str, Stored], list[Block]]:
     """The tensors of a saved folder, and this process's share of their blocks."""
     opened = dcp.opened(path)
     chosen = dcp.average_in(opened, key, which)
@@ -141,18 +136,19 @@ def _saved(
     return tensors, blocks[group.rank :: group.size]
 
 
-def _united(group: Group, found: live.Held) -> tuple[dict[str, Tensor], set[str]]:
+def _united(group: Group, found: live.Held) -> tuple[dict[str, Stored], set[str]]:
     """The tensors of all processes, and those of which this one writes what it has."""
     every = group.gathered((found.tensors, found.divided))
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Stored] = {}
     first: dict[str, int] = {}
     problems = []
     for rank, (theirs, _) in enumerate(every):
         for name, tensor in theirs.items():
             if tensors.setdefault(name, tensor) != tensor:
+                other = tensors[name]
                 problems.append(
-                    f"{name!r} is {tensor.code}{list(tensor.shape)} on rank {rank}, "
-                    f"{tensors[name].code}{list(tensors[name].shape)} on rank {first[name]}"
+                    f"{name!r} is {tensor.kind.code}{list(tensor.shape)} on rank {rank}, "
+                    f"{other.kind.code}{list(other.shape)} on rank {first[name]}"
                 )
             first.setdefault(name, rank)
     if problems:
@@ -165,14 +161,13 @@ def _united(group: Group, found: live.Held) -> tuple[dict[str, Tensor], set[str]
 def _write(
     group: Group,
     folder: Path,
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Stored],
     blocks: Iterable[Block],
     files_from: str | os.PathLike[str] | None,
     file_bytes: int,
     most: int,
 ) -> None:
     copied_from = None if files_from is None else Path(files_from)
-
     made: list[Path] = []
 
     def prepare() -> tuple[Files, Path]:

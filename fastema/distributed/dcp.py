@@ -16,13 +16,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.checkpoint.files import reading
-from fastema.distributed.folder import Block, Tensor
+from fastema.checkpoint.files import Stored, reading
+from fastema.distributed.folder import Block
 from fastema.errors import CheckpointError
-from fastema.layout.dtypes import NAME_OF
+from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
 
-__all__ = ["Stored", "average_in", "opened"]
+__all__ = ["Chunked", "Folder", "average_in", "blocks_of", "opened", "state_in"]
 
 _CODE_OF: Final = {name: code for code, name in NAME_OF.items()}
 
@@ -143,19 +143,19 @@ class _Chunk(NamedTuple):
     length: int
 
 
-class Stored(NamedTuple):
-    """A tensor of a folder: dtype, shape, and its blocks."""
+class Chunked(NamedTuple):
+    """A tensor of a folder, and its blocks."""
 
-    tensor: Tensor
+    tensor: Stored
     chunks: list[_Chunk]
 
 
 class Folder(NamedTuple):
-    """What a folder holds: its tensors by key, and where each is in the state that was saved."""
+    """What a folder holds."""
 
     path: Path
-    tensors: dict[str, Stored]
-    places: dict[str, tuple[Any, ...]]
+    tensors: dict[str, Chunked]  # by key
+    places: dict[str, tuple[Any, ...]]  # of each key in the state that was saved
 
 
 def opened(path: Path) -> Folder:
@@ -194,7 +194,7 @@ def _checked(path: Path, found: Any) -> Folder:
         for index, info in found.storage_data.items()
         if getattr(index, "offset", None) is not None
     }
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, Chunked] = {}
     for key, entry in found.state_dict_metadata.items():
         if not hasattr(entry, "chunks"):
             continue
@@ -215,10 +215,10 @@ def _checked(path: Path, found: Any) -> Folder:
             if Path(name).name != name:
                 raise CheckpointError(f"{key}: {name!r} is no file of the folder")
             chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
-        tensor = Tensor(_CODE_OF[state[0]], shape)
-        if sum(math.prod(one.shape) for one in chunks) != math.prod(shape) or _overlap(chunks):
+        tensor = Stored(dtype(_CODE_OF[state[0]]), shape)
+        if sum(math.prod(one.shape) for one in chunks) != tensor.size or _overlap(chunks):
             raise CheckpointError(f"{key}: its blocks are not the whole tensor")
-        tensors[key] = Stored(tensor, chunks)
+        tensors[key] = Chunked(tensor, chunks)
     places = {str(key): tuple(place) for key, place in (found.planner_data or {}).items()}
     return Folder(path, tensors, places)
 
@@ -244,11 +244,7 @@ def _extents(found: Any) -> tuple[int, ...]:
 
 
 def average_in(folder: Folder, key: str | None, which: int | None) -> dict[str, str]:
-    """Find the tensors of an average, name to key; a CheckpointError unless one alone is meant.
-
-    ``key`` is its place in the saved state, such as ``"trainer.ema"``, and ``which`` that among the
-    rules; None for any.
-    """
+    """Find the tensors of the one average that is meant, name to key; None means any place."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for flat in folder.tensors:
         place = folder.places.get(flat, (flat,))
@@ -282,7 +278,7 @@ def state_in(folder: Folder, key: str) -> dict[str, str]:
     return found
 
 
-def blocks_of(name: str, stored: Stored) -> Iterator[Block]:
+def blocks_of(name: str, stored: Chunked) -> Iterator[Block]:
     """The blocks of a tensor, read when they are written."""
     for chunk in stored.chunks:
         if math.prod(chunk.shape):
@@ -292,7 +288,7 @@ def blocks_of(name: str, stored: Stored) -> Iterator[Block]:
 class _Reader:
     """Reads a block by row-major pieces."""
 
-    def __init__(self, name: str, tensor: Tensor, chunk: _Chunk) -> None:
+    def __init__(self, name: str, tensor: Stored, chunk: _Chunk) -> None:
         self._name, self._tensor, self._chunk = name, tensor, chunk
         self._strides = row_major(chunk.shape)
         self._begin: int | None = None
@@ -338,10 +334,11 @@ class _Reader:
         if not isinstance(found, _Rebuilt):
             raise CheckpointError(f"{self._name}: there is no plain tensor")
         _, kind, key, _, _ = found.storage
-        if _STORAGES.get(kind) != self._tensor.code or found.size != self._chunk.shape:
+        code = self._tensor.kind.code
+        if _STORAGES.get(kind) != code or found.size != self._chunk.shape:
             raise CheckpointError(
                 f"{self._name}: the file has a {kind} of shape {list(found.size)}, expected "
-                f"{self._tensor.code}{list(self._chunk.shape)}"
+                f"{code}{list(self._chunk.shape)}"
             )
         if found.strides != self._strides and math.prod(found.size) > 1:
             raise CheckpointError(f"{self._name}: its block is not row-major; load it with torch")

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import bytes_of
-from fastema.checkpoint.files import header_of, settle, storing
+from fastema.checkpoint.files import Stored, header_of, settle, storing
 from fastema.errors import CheckpointError, StorageError
-from fastema.layout.dtypes import DType, dtype
 from fastema.layout.flat import row_major
 
-__all__ = ["Block", "Files", "Tensor", "begin", "finish", "plan", "refuse_occupied", "write_blocks"]
+__all__ = ["Block", "Files", "begin", "finish", "plan", "refuse_occupied", "write_blocks"]
 
 _WEIGHTS: Final = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
 """Endings of files that hold weights, or say in which file they are."""
@@ -26,33 +25,13 @@ _WEIGHTS: Final = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".o
 _INDEX: Final = "model.safetensors.index.json"
 
 
-class Tensor(NamedTuple):
-    """A tensor to be written: code of its dtype, shape of the whole."""
-
-    code: str
-    shape: tuple[int, ...]
-
-    @property
-    def kind(self) -> DType:
-        """The dtype."""
-        return dtype(self.code)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return math.prod(self.shape) * self.kind.itemsize
-
-
 class Block(NamedTuple):
-    """What a process has of a tensor: its first element's index in the whole, and its extents.
-
-    ``read`` gives some of it in row-major memory of the host, by a tuple of slices.
-    """
+    """What a process has of a tensor."""
 
     name: str
-    offset: tuple[int, ...]
+    offset: tuple[int, ...]  # of its first element in the whole
     shape: tuple[int, ...]
-    read: Callable[[tuple[slice, ...]], Any]
+    read: Callable[[tuple[slice, ...]], Any]  # some of it, in row-major memory of the host
 
 
 class Files(NamedTuple):
@@ -63,7 +42,7 @@ class Files(NamedTuple):
     headers: dict[str, bytes]
 
 
-def plan(tensors: Mapping[str, Tensor], file_bytes: int, metadata: Mapping[str, str]) -> Files:
+def plan(tensors: Mapping[str, Stored], file_bytes: int, metadata: Mapping[str, str]) -> Files:
     """Distribute tensors over files of at most ``file_bytes``, in order; at least one each."""
     groups: list[list[str]] = [[]]
     room = file_bytes
@@ -114,7 +93,7 @@ def begin(folder: Path, files: Files) -> Path:
 
 
 def write_blocks(
-    folder: Path, files: Files, tensors: Mapping[str, Tensor], blocks: Iterable[Block], most: int
+    folder: Path, files: Files, tensors: Mapping[str, Stored], blocks: Iterable[Block], most: int
 ) -> None:
     """Write this process's blocks where they belong, in pieces of at most ``most`` bytes."""
     with storing(folder), ExitStack() as stack:
@@ -127,7 +106,7 @@ def write_blocks(
             tensor = tensors[block.name]
             for piece in pieces(block.shape, tensor.kind.itemsize, most):
                 array = block.read(piece)
-                data = bytes_of(array)
+                data = bytes_of(array)  # lives no longer than the array
                 for at, first, count in _runs(block, piece, tensor):
                     _write_at(handles[file], data[first : first + count], begin + at)
         for handle in handles.values():
@@ -152,7 +131,7 @@ def pieces(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[s
         yield slice(i, min(i + rows, shape[0])), *(slice(0, extent) for extent in shape[1:])
 
 
-def _runs(block: Block, piece: tuple[slice, ...], tensor: Tensor) -> Iterator[tuple[int, int, int]]:
+def _runs(block: Block, piece: tuple[slice, ...], tensor: Stored) -> Iterator[tuple[int, int, int]]:
     """Stretches of a piece that are adjacent in the whole: byte there, byte here, and count."""
     size = tensor.kind.itemsize
     extents = [one.stop - one.start for one in piece]

@@ -34,10 +34,7 @@ class Group:
     def agreed(self, function: Callable[[], Value], *, on_first: bool = False) -> Value:
         """Call a function on every process, or on the first for all of them.
 
-        Raises
-        ------
-        CheckpointError
-            On every process, if it raised on one.
+        Where it raises on one, every other process raises a CheckpointError that names it.
         """
         result: Any = None
         error: Exception | None = None

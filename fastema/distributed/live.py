@@ -10,8 +10,10 @@ from typing import Any
 from fastema.binding.swap import rounded
 from fastema.bridges.memory import row_major_on_host
 from fastema.bridges.registry import describe, part_of
-from fastema.distributed.folder import Block, Tensor
+from fastema.checkpoint.files import Stored
+from fastema.distributed.folder import Block
 from fastema.errors import CheckpointError, FastemaError
+from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.shadow.average import Average
@@ -24,13 +26,13 @@ __all__ = ["Held", "held"]
 class Held:
     """Tensors by name, those of which several processes have a part, and this one's blocks."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
     divided: set[str] = field(default_factory=set)
     blocks: list[Block] = field(default_factory=list)
 
-    def add(self, name: str, spec: TensorSpec, code: str, read: Callable[..., Any]) -> None:
+    def add(self, name: str, spec: TensorSpec, kind: DType, read: Callable[..., Any]) -> None:
         """Add a tensor; its block, unless another process has the same."""
-        self.tensors[name] = Tensor(code, spec.full_shape)
+        self.tensors[name] = Stored(kind, spec.full_shape)
         if spec.division is not None:
             self.divided.add(name)
             if not spec.division.is_first:
@@ -59,9 +61,9 @@ def held(ema: Average[Any], which: int | None) -> Held:
             raise CheckpointError(f"{key} cannot be written: {error}") from None
         if kept in entries:
             entry = entries[kept]
-            found.add(key, entry.spec, spec.dtype, partial(_rounded, entry, spec.dtype))
+            found.add(key, entry.spec, spec.kind, partial(_rounded, entry, spec.dtype))
         else:
-            found.add(key, spec, spec.dtype, partial(_plain, part_of(value)))
+            found.add(key, spec, spec.kind, partial(_plain, part_of(value)))
     return found
 
 

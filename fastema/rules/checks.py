@@ -1,7 +1,4 @@
-"""Checks of the numbers that rules are made of and of those that they give.
-
-Each returns the number as a float or an int, or raises :class:`ArgumentError`.
-"""
+"""Checks of numbers: each returns a float or an int, or raises :class:`ArgumentError`."""
 
 from __future__ import annotations
 

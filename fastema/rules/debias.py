@@ -24,9 +24,8 @@ def _decayed(log_decay: float, weight: float) -> float:
 class _EvenRun:
     """The sum of the logarithms of a rule's decays, where every update was of the same length.
 
-    A pure function: whatever was asked before, a number comes out of the same operations. What is
-    kept only saves time, and a thread only ever writes what another one would, so none needs a
-    lock.
+    A pure function: what is kept only saves time. Threads need no lock, since each only ever writes
+    what another one would.
     """
 
     __slots__ = ("_every", "_full", "_last", "_marks", "_rule")
@@ -38,7 +37,7 @@ class _EvenRun:
         self._full = MOST  # from this update on nothing is left of the beginning
 
     def after(self, count: int) -> float:
-        """The sum after so many updates; linear in them at the first call, then constant."""
+        """The sum after so many updates; takes time in proportion at the first call only."""
         if count >= self._full:
             return GONE
         block = min(count // _BLOCK, len(self._marks) - 1)
@@ -83,10 +82,7 @@ class Debiased(Rule):
         return 1.0 - self.weight(n)
 
     def weight(self, n: int, every: int = 1) -> float:
-        """The rule's weight over the share of everything seen, ``w_n / (1 - prod decays)``.
-
-        For a run in which every update is of ``every`` steps; :meth:`weigh` is for any run.
-        """
+        """``w_n / (1 - prod decays)``, where every update is of ``every`` steps."""
         return self.weigh(n, every, self.log_decay(n - every, every))[0]
 
     def log_decay(self, n: int, every: int = 1) -> float:
@@ -115,9 +111,8 @@ def debiased(rule: Rule) -> Debiased:
 
     The average that starts from zero, ``z_n = z_(n-1) + w_n * (x_n - z_(n-1))``, divided by the
     share of the weights seen, ``c_n = 1 - prod_k (1 - w_k)``: the zero debiasing of TensorFlow and
-    the bias correction of Adam. ``z_n / c_n`` is itself an average,
-    ``avg_n = avg_(n-1) + (w_n / c_n) * (x_n - avg_(n-1))``, and that is how it is computed. The
-    first update copies the weights; the later ones approach the rule.
+    the bias correction of Adam. ``z_n / c_n`` is computed as an average itself,
+    ``avg_n = avg_(n-1) + (w_n / c_n) * (x_n - avg_(n-1))``; the first update copies the weights.
 
     Parameters
     ----------

@@ -70,9 +70,8 @@ class PowerProfile:
 class ExponentialProfile:
     """Profile of an exponential average, ``2 ** (-(step - s) / half_life)``, normalised.
 
-    It is exactly that of a bias-corrected average (:func:`fastema.rules.debiased`). One that is not
-    corrected keeps :attr:`initial_share` of the weights at step 0, a point in time, which no
-    density equals; look at it before such an average serves as a snapshot.
+    It is exactly that of a bias-corrected average (:func:`fastema.rules.debiased`); one that is not
+    corrected also keeps :attr:`initial_share` of the weights at step 0, which no density equals.
 
     Parameters
     ----------
@@ -130,10 +129,9 @@ class Synthesis:
     coefficients : tuple of float
         One for each snapshot, in their order; they sum to 1.
     error : float
-        Distance of the synthesised profile from the target's in L2, divided by the norm of the
-        target's. If the weights were independent noise around a mean, it would be the error of the
-        synthesised average relative to the spread of the wanted one; weights that move slowly are
-        averaged far better than that. Below about 1e-7 it is rounding.
+        L2 distance of the synthesised profile from the target's, relative to the norm of that: the
+        error of the average relative to its spread, if the weights were independent noise. Weights
+        that move slowly are averaged far better. Below about 1e-7 it is rounding.
     """
 
     coefficients: tuple[float, ...]
@@ -241,16 +239,14 @@ def solve(snapshots: Sequence[Profile], target: Profile, *, noise: float = 1e-4)
     Parameters
     ----------
     snapshots : sequence of Profile
-        Of the averages that were kept. Those newer than the target are left out, with coefficient
-        0: they hold weights that the target has not seen.
+        Of the averages that were kept. Those newer than the target get coefficient 0: they hold
+        weights that it has not seen.
     target : Profile
         Of the average wanted, best at a step at which snapshots were taken: between two, the
-        weights since the last one are missing, and the error says how much they would count. If it
-        is among the snapshots, its coefficient is 1 and the others 0.
+        weights since the last one are missing, and count in the error.
     noise : float
-        How much a coefficient of 1 costs, at least 0. Snapshots are rounded when they are stored,
-        and coefficients that grow and cancel magnify that; with the default they grow only where
-        it pays a lot. For snapshots in 16 bits 1e-2 is reasonable.
+        Cost of a coefficient of 1, at least 0: large ones magnify the rounding of the snapshots.
+        For snapshots in 16 bits 1e-2 is reasonable.
 
     Raises
     ------

@@ -28,10 +28,9 @@ def checked_gamma(gamma: Any) -> float:
 class Power(Rule):
     """An average that weights the step ``s`` of ``n`` in proportion to ``s**gamma``.
 
-    ``decay(n) = (1 - 1/n) ** (gamma + 1)``, and over a stretch of ``every`` steps
-    ``(1 - every/n) ** (gamma + 1)``: the share of step ``s`` in the average at ``n`` is exactly
-    ``(s/n)**(gamma+1) - ((s-every)/n)**(gamma+1)``, the integral of the profile over that stretch.
-    The first update copies the weights, so nothing of the initial ones is left.
+    Over a stretch of ``every`` steps the decay is ``(1 - every/n) ** (gamma + 1)``: the share of
+    step ``s`` in the average at ``n`` is exactly ``(s/n)**(gamma+1) - ((s-every)/n)**(gamma+1)``,
+    the integral of the profile over that stretch. The first update copies the weights.
 
     Parameters
     ----------

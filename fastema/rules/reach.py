@@ -21,6 +21,8 @@ _EXACT = 1 << 17
 _PARTS = 512
 # What is older is not counted once so little is left to it.
 _NEGLIGIBLE = 1e-18
+# Powers of so many integers are summed before a series says the rest.
+_FIRST = 16
 
 
 class Reach(NamedTuple):
@@ -29,8 +31,8 @@ class Reach(NamedTuple):
     Attributes
     ----------
     mean_age : float
-        Mean age of the averaged weights in steps, each counted with its share: the average lags
-        behind the weights by so much. The initial weights are as old as the average.
+        Mean age of the averaged weights in steps: the average lags behind the weights by so much.
+        The initial weights are as old as the average.
     std_age : float
         Standard deviation of the age, in steps.
     initial_share : float
@@ -103,13 +105,22 @@ def _walked(rule: Rule, updates: int, every: int) -> _Span:
 
 
 def _power_ages(gamma: float, updates: int) -> tuple[float, float]:
-    """Mean and standard deviation of the ages in a power average after many updates, in updates."""
+    """Mean and standard deviation of the ages in a power average, in updates, to 1e-12.
 
-    def total(exponent: float) -> float:  # of (j / updates) ** exponent for j < updates
-        x = exponent / updates  # by Euler and Maclaurin: to 1 / updates ** 2, and x ** 5 / 30240
-        return updates / (exponent + 1) - 0.5 + x / 12 - x**3 / 720
+    The share of what is at least k updates old is ``(1 - k / updates) ** (gamma + 1)``.
+    """
 
-    # The share of what is at least k updates old is (1 - k / updates) ** (gamma + 1).
+    def total(exponent: float) -> float:
+        """Sum of ``(j / updates) ** exponent`` for j below updates, by Euler and Maclaurin."""
+
+        def until(j: int) -> float:
+            third = exponent * (exponent - 1) * (exponent - 2) / j**3
+            inner = j / (exponent + 1) - 0.5 + exponent / j / 12 - third / 720
+            return float((j / updates) ** exponent) * inner
+
+        first = sum((j / updates) ** exponent for j in range(_FIRST))
+        return float(first) + until(updates) - until(_FIRST)
+
     mean = total(gamma + 1)
     square = (2 * updates - 1) * mean - 2 * updates * total(gamma + 2)
     return mean, math.sqrt(max(square - mean * mean, 0.0))
@@ -119,9 +130,9 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
     """How far back the average of a rule looks at a step: mean age and initial share.
 
     With ``w`` the weight of the new value, the mean age after an update is
-    ``(1 - w) * (mean age before + every)``, and the share of the initial weights falls by
-    ``1 - w``. For example ``1 / (1 - decay) - 1`` steps for a constant decay in the long run,
-    ``(n - 1) / 2`` for the cumulative mean, ``n / (gamma + 2)`` for power-function averages.
+    ``(1 - w) * (mean age before + every)``: in the long run ``1 / (1 - decay) - 1`` steps for a
+    constant decay, ``(n - 1) / 2`` for the cumulative mean, ``n / (gamma + 2)`` for the power
+    function.
 
     Parameters
     ----------
@@ -163,8 +174,8 @@ def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
         values = rule.filled(n, every) if isinstance(rule, Window) else updates
         mean, std = every * (values - 1) / 2, every * math.sqrt((values * values - 1) / 12)
         return Reach(mean + since, std, 0.0)
-    # Fewer updates are soon gone through, and so is a profile much shorter than the run.
-    if isinstance(rule, Power) and updates > 1 << 15 and (rule.gamma + 2) * 64 < updates:
+    # A narrower profile is soon gone through: its values stop counting after 2,700 updates.
+    if isinstance(rule, Power) and (rule.gamma + 2) * 64 < updates:
         mean, std = _power_ages(rule.gamma, updates)
         return Reach(every * mean + since, every * std, 0.0)
     inner = rule.inner if isinstance(rule, Debiased) else rule

@@ -27,11 +27,9 @@ _RULES: dict[str, type[Rule]] = {}
 class Rule(ABC):
     """Base of every rule; subclass it for a schedule of your own.
 
-    A rule is a pure function of the step: the same step gives the same number, in any order of
-    calls, on any machine. Make it a frozen dataclass whose fields are plain values, tuples of them
-    or other rules; it then is hashable, and ``repr``, :meth:`to_dict` and :func:`rule_from_dict`
-    rebuild it, which is what resuming from a checkpoint needs. :meth:`decay` is all that has to be
-    written.
+    A rule is a pure function of the step. Make it a frozen dataclass whose fields are plain values,
+    tuples of them or other rules: then checkpoints hold it, by :meth:`to_dict` and
+    :func:`rule_from_dict`. :meth:`decay` is all that has to be written.
 
     Examples
     --------
@@ -95,13 +93,7 @@ class Rule(ABC):
 
         ``{"rule": name}`` and the dataclass fields that the constructor takes; rules among them are
         described in turn, tuples become lists. The name is the class's own for rules of fastema
-        and ``module.qualified_name`` for others.
-
-        Raises
-        ------
-        ArgumentError
-            For a class that is no dataclass and does not override this method, and for a field
-            that holds anything but the above.
+        and ``module.qualified_name`` for others. An ArgumentError for what this cannot describe.
         """
         if not is_dataclass(self):
             raise ArgumentError(
@@ -134,10 +126,7 @@ def described(rule: Rule) -> dict[str, Any]:
 
 
 def plain_value(value: Any, place: str) -> Any:
-    """A value as a checkpoint holds it; numbers of NumPy become those of Python, tuples lists.
-
-    An error names the place of a value that none can hold.
-    """
+    """A value as a checkpoint holds it: NumPy's numbers become Python's, and tuples lists."""
     if isinstance(value, Rule):
         return value.to_dict()
     if isinstance(value, Mapping):
@@ -166,11 +155,8 @@ def _rebuilt(value: Any) -> Any:
 def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
     """The rule that :meth:`Rule.to_dict` described; lists become tuples.
 
-    Raises
-    ------
-    ArgumentError
-        For wrong parameters, or an unknown rule: a class of your own has to be defined, under the
-        name it had, before it is loaded.
+    A class of your own has to be defined, under the name it had, before it is loaded. An
+    ArgumentError for an unknown rule, or wrong parameters.
     """
     values = dict(plain) if isinstance(plain, Mapping) else {}
     name = values.pop("rule", None)

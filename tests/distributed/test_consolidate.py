@@ -22,9 +22,11 @@ modules("torch", "safetensors")
 import torch  # noqa: E402
 
 import fastema  # noqa: E402
+from fastema.checkpoint.files import Stored  # noqa: E402
 from fastema.distributed import consolidate, dcp  # noqa: E402
-from fastema.distributed.folder import Block, Tensor, begin, pieces, plan, write_blocks  # noqa: E402
+from fastema.distributed.folder import Block, begin, pieces, plan, write_blocks  # noqa: E402
 from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
+from fastema.layout.dtypes import dtype  # noqa: E402
 
 from . import cases, merging  # noqa: E402
 from .layouts import net  # noqa: E402
@@ -195,7 +197,7 @@ def test_pieces_of_blocks_fill_a_tensor(tmp_path: Path, seed: int) -> None:
     for points in cuts:
         spans = list(pairwise(points))
         blocks = [(*block, span) for block in blocks for span in spans]
-    tensors = {"w": Tensor("f32", shape)}
+    tensors = {"w": Stored(dtype("f32"), shape)}
     files = plan(tensors, 1000, {})
     partial = begin(tmp_path / "out", files)
 

@@ -147,7 +147,7 @@ def test_a_constant_that_has_hardly_begun() -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 6.94, 19.0, 63.0, 400.0])
-@pytest.mark.parametrize("updates", [32_767, 32_769, 100_000])
+@pytest.mark.parametrize("updates", [129, 167, 1_000, 4_097, 32_768, 100_000])
 def test_power_averages_of_long_runs_against_all_shares(gamma: float, updates: int) -> None:
     rule = rules.Power(gamma)
     assert_near(effective_steps(rule, 3 * updates, 3), by_shares(rule, 3 * updates, 3))
