@@ -13,7 +13,7 @@ import keras
 from fastema.errors import ArgumentError, FastemaError, StateError
 from fastema.keras.sums import Batch, BatchSums
 from fastema.tracking.scalar import OnNonFinite
-from fastema.tracking.smoother import MetricSmoother
+from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
 
 __all__ = ["LossAverages"]
 
@@ -56,7 +56,7 @@ def _settle_direction(callback: Any) -> None:
         )
 
 
-class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
+class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[misc]
     """Adds to the logs of ``fit`` what each batch's loss was, and its moving averages.
 
     What Keras shows as ``loss`` is the mean since the epoch began: it lags behind at first, hardly
@@ -178,21 +178,6 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         self._lock = threading.Lock()
 
     @property
-    def history(self) -> dict[str, Any]:
-        """With ``record=True``: every value so far by its name in the logs, one per batch.
-
-        ``fastema.tracking.plot(callback)`` draws them.
-        """
-        self._take_in()
-        return self._smoother.history
-
-    @property
-    def steps(self) -> dict[str, Any]:
-        """With ``record=True``: of every metric, the numbers of its batches, through all epochs."""
-        self._take_in()
-        return self._smoother.steps
-
-    @property
     def window_size(self) -> int | None:
         """Batches in the simple moving average."""
         return self._smoother.window_size
@@ -202,21 +187,10 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         """Weight of the old average in the exponential one."""
         return self._smoother.decay
 
-    @property
-    def averages(self) -> dict[str, float]:
-        """The latest values by their names in the logs."""
-        self._take_in()
-        return self._smoother.averages
-
     def reset(self) -> None:
         """Forget all values."""
         self._take_in()
         self._smoother.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the averages go on from: what JSON holds. The history is not part of it."""
-        self._take_in()
-        return self._smoother.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where another callback with the same arguments was.
