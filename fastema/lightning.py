@@ -51,25 +51,15 @@ class LossAverages(SmoothedMetrics, _Callback):  # type: ignore[misc]
 
     Parameters
     ----------
-    window_size : int or None
-        Batches in the simple moving average; None for none.
-    decay : float or None
-        Weight of the old exponential moving average, in [0, 1); None for none.
-    raw : bool
-        Log the loss of the batch itself too, unless the module logs it under that name.
+    window_size, decay, raw, debias, on_nonfinite, record
+        Of the averages, see :class:`fastema.tracking.MetricSmoother`. Of what the module logs
+        itself no raw values are logged again.
     metrics : sequence of str, optional
         Names of the metrics to smooth, as the module logs them. By default all that it logs with
         ``on_step=True``; ``()`` for the loss alone.
     loss : str or None
         Name of the loss; None leaves it out. A metric that the module logs under this name with
         ``on_step=True`` is smoothed in its place.
-    debias : bool
-        Begin the exponential average with nothing rather than with the first value, see
-        :class:`fastema.tracking.ExponentialMovingAverage`.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`fastema.tracking.SimpleMovingAverage`.
-    record : bool
-        Keep the whole curves in memory, as :attr:`history`.
     prog_bar : bool
         Show the averages in the progress bar. Losses of single batches are not shown there.
     sync_dist : bool

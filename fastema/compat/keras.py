@@ -17,8 +17,8 @@ from fastema.plan import Plan
 
 __all__ = ["SwapEMAWeights"]
 
+# Where in a run the average was put into the model: it is taken back at the end of the same.
 Hook: TypeAlias = Literal["test", "predict", "epoch"]
-"""Where in a run the average was put into the model: it is taken back at the end of the same."""
 
 _FINALIZE: Final = "finalize_variable_values"
 

@@ -59,9 +59,8 @@ def _settle_direction(callback: Any) -> None:
 class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[misc]
     """Adds to the logs of ``fit`` what each batch's loss was, and its moving averages.
 
-    What Keras shows as ``loss`` is the mean since the epoch began: it lags behind at first, hardly
-    moves at the end, and jumps as the next epoch begins. For this and every other metric that is a
-    mean, the logs get, at the end of each batch and each epoch:
+    What Keras shows as ``loss`` is the mean since the epoch began. For this and every other metric
+    that is a mean, the logs get, at the end of each batch and each epoch:
 
     - ``loss_raw``: the value of this batch alone;
     - ``loss_sma``: the mean of the last ``window_size`` batches;
@@ -92,9 +91,8 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     Notes
     -----
-    **Place in the list.** Callbacks are called in the order of the list, and see what was added to
-    the logs before. This one comes first: one that reads the logs and comes earlier is an error as
-    training begins. ``History`` and the progress bar, which Keras adds itself, come last.
+    **Place in the list.** Callbacks see what those before them in the list added to the logs: this
+    one comes first. ``History`` and the progress bar, which Keras adds itself, come last.
 
     **How exact.** What a batch adds to a metric's sum and count is taken before they round it off,
     within the compiled step: ``loss_raw`` is the loss that the batch had, to a rounding of float32
@@ -110,11 +108,8 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     thousandth of it after 10,000 batches.
 
     **Metrics that are no means**, such as AUC, precision, IoU or F1, have no value of a batch that
-    the epoch's would be made of: nothing is added for them. ``RootMeanSquaredError`` is the root of
-    a mean, and its value for a batch the root of that of the batch.
-
-    **Validation.** Values of whole passes over the held-out data are not averaged further;
-    ``val_loss`` stays as it is, and validation leaves the averages alone.
+    the epoch's would be made of: nothing is added for them. Of ``RootMeanSquaredError`` the value
+    for a batch is the root of the batch's mean. ``val_loss`` and the like stay as they are.
 
     **Cost.** The step is compiled once more for a model that has been trained before. Everything
     comes to the host in one small array per step, with the logs that Keras fetches; where no later
@@ -193,13 +188,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._smoother.reset()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another callback with the same arguments was.
-
-        Raises
-        ------
-        CheckpointError
-            If it is of other arguments.
-        """
+        """Go on from where another callback was; of other arguments it is a CheckpointError."""
         self._take_in()
         self._smoother.load_state_dict(state)
 

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 
 from fastema.errors import StateError
+from fastema.keras.guards import is_end_of_data
 
 __all__ = ["Batch", "BatchSums"]
 
@@ -38,12 +39,9 @@ _LIBRARY_STEP: Final = ("train_step", "compute_metrics", "get_metrics_result")
 class Batch(NamedTuple):
     """One execution of the train function."""
 
-    names: list[str]
-    """Of all values that it logged."""
-    means: list[str]
-    """Of those that are means."""
-    values: dict[str, float]
-    """The means over this execution alone; without those for which nothing was counted."""
+    names: list[str]  # of all values that it logged
+    means: list[str]  # of those that are means
+    values: dict[str, float]  # means over this execution alone, of what was counted in it
 
 
 _ROOT: Final = keras.metrics.RootMeanSquaredError
@@ -107,8 +105,7 @@ class _Notes:
         self._methods = vars(variable)
         self._add = variable.assign_add
         self._added: list[Any] = []
-        self.heard = False
-        """Whether anything was ever added."""
+        self.heard = False  # whether anything was ever added
 
     def begin(self) -> None:
         """Forget what was added before, and note what will be."""
@@ -141,16 +138,9 @@ class _Notes:
 class BatchSums:
     """Stands in for a model's train function, and keeps what each execution added to its means.
 
-    Parameters
-    ----------
-    model : keras.Model
-        Compiled.
-
-    Notes
-    -----
-    A step that is not Keras' own may compute with the metrics' results. On JAX its metrics are left
-    as they are, and the differences of their sums are taken, rounded as these are; so they are
-    where a metric does not add to its sums by ``assign_add``.
+    A step that is not Keras' own may compute with the metrics' results: on JAX it finds them as
+    they are, and the differences of their sums are taken, rounded as these are. So they are where
+    a metric does not add to its sums by ``assign_add``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -171,12 +161,11 @@ class BatchSums:
         self._silent: dict[int, Any] = {}  # variables that may change without a note
         self._recent: Any = None
         self._parts: list[Any] = []
-        self.executed = 0
-        """Executions of this epoch."""
+        self.executed = 0  # executions of this epoch
         self._pending: deque[tuple[int, list[Any]]] = deque()
         self._expected = False
+        # Whether callbacks run beside the training: then they cannot announce each execution.
         self.dispatched = False
-        """Whether callbacks run beside the training: then they cannot announce each execution."""
 
     # -- in the model ------------------------------------------------------------------------------
 
@@ -201,11 +190,11 @@ class BatchSums:
         self.begin()
 
     def expect(self) -> None:
-        """The next execution is one to keep; where callbacks run beside it, so are all others."""
+        """Keep the next execution; where callbacks run beside the training, all until ``rest``."""
         self._expected = True
 
     def rest(self) -> None:
-        """No execution is, until further notice."""
+        """Keep no more executions."""
         self._expected = False
 
     def remove(self) -> None:
@@ -270,8 +259,7 @@ class BatchSums:
                 _clear(self._recent)
             found = self._function(*args)
         except BaseException as error:
-            # The end of the data is no failure: JAX iterators end so, and those of TensorFlow.
-            if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
+            if not is_end_of_data(error):
                 self.remove()
             raise
         if self._backend == "jax":
