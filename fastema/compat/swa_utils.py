@@ -234,7 +234,7 @@ def get_ema_multi_avg_fn(
     Raises
     ------
     ArgumentError
-        For a decay outside of [0, 1] (also a ValueError, as torch's), or NaN.
+        For a decay outside of [0, 1], or NaN.
     """
     return _MultiAverage(_exponential(decay, rounding, seed))
 
@@ -347,14 +347,10 @@ class AveragedModel(peer.AveragedModel):
         self._begin()
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the weights of a model into the average.
+        """Take the weights of a model into the average; it may be wrapped, and on another device.
 
-        The model may be wrapped (``torch.compile``, data parallel), and on another device.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors that do not match or cannot be averaged; nothing was written then.
+        A LayoutError, DTypeError or BridgeError names the tensors that do not match or cannot be
+        averaged; nothing was written then.
         """
         rule = self._rule()
         if rule is None:

@@ -153,8 +153,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     StateError
         As training begins, where the trainer cannot be found: see :meth:`attach`.
     CheckpointError
-        Where a run resumes from a checkpoint that has no average, or one of another step or of
-        other weights; where the trainer saves a checkpoint elsewhere than it says.
+        For a checkpoint to resume from without its average; for one saved in an unknown place.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import keras
 
 from fastema.errors import ArgumentError, FastemaError, StateError
-from fastema.keras.sums import Batch, BatchSums
+from fastema.keras.sums import BatchSums
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
 
@@ -292,17 +292,19 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         self._take_in()
         self._sums.remove()
 
-    def _chosen(self, found: Batch) -> dict[str, float]:
+    def _chosen(self, values: dict[str, float]) -> dict[str, float]:
+        sums = self._sums
+        assert sums is not None
         if self._wanted is None:
-            return found.values
+            return values
         for name in self._wanted:
-            if name not in found.means:
-                means = ", ".join(map(repr, found.means)) or "none"
+            if name not in sums.means:
+                means = ", ".join(map(repr, sums.means)) or "none"
                 problem = "the model logs nothing of this name"
-                if name in found.names:
+                if name in sums.names:
                     problem = "it is no mean over batches, and has no value for a single one"
                 raise ArgumentError(f"metrics: {name!r}: {problem}; those that are means: {means}")
-        return {name: found.values[name] for name in self._wanted if name in found.values}
+        return {name: values[name] for name in self._wanted if name in values}
 
     # -- order -------------------------------------------------------------------------------------
 
