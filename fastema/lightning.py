@@ -18,30 +18,29 @@ from typing import Any, Final
 import torch
 
 from fastema.errors import ArgumentError, CheckpointError
-from fastema.tracking import MetricSmoother
 from fastema.tracking.scalar import OnNonFinite
+from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
 
 __all__ = ["LossAverages"]
 
-_PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
+PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
 
-def _callback_class() -> Any:
-    """Make a class of callbacks to every Lightning that is installed.
-
-    Each knows its own class only, and nobody knows which one a trainer will come from.
-    """
+def _installed() -> list[Any]:
+    """Import every Lightning there is: a trainer may be of either, and each knows its own only."""
     found = []
-    for package in _PACKAGES:
+    for package in PACKAGES:
         with suppress(ModuleNotFoundError):
-            found.append(import_module(package).Callback)
-    return type("Callback", tuple(found or [import_module(_PACKAGES[0]).Callback]), {})
+            found.append(import_module(package))
+    return found or [import_module(PACKAGES[0])]
 
 
-_Callback = _callback_class()
+LIGHTNINGS: Final = _installed()
+
+_Callback: Any = type("Callback", tuple(one.Callback for one in LIGHTNINGS), {})
 
 
-class LossAverages(_Callback):  # type: ignore[misc, valid-type]
+class LossAverages(SmoothedMetrics, _Callback):  # type: ignore[misc]
     """Smooths the loss of each training batch, and the metrics that the module logs beside it.
 
     The defaults log ``train_loss_sma``, the mean over the last 20 batches, ``train_loss_ema``,
@@ -52,25 +51,15 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
 
     Parameters
     ----------
-    window_size : int or None
-        Batches in the simple moving average; None for none.
-    decay : float or None
-        Weight of the old exponential moving average, in [0, 1); None for none.
-    raw : bool
-        Log the loss of the batch itself too, unless the module logs it under that name.
+    window_size, decay, raw, debias, on_nonfinite, record
+        Of the averages, see :class:`fastema.tracking.MetricSmoother`. Of what the module logs
+        itself no raw values are logged again.
     metrics : sequence of str, optional
         Names of the metrics to smooth, as the module logs them. By default all that it logs with
         ``on_step=True``; ``()`` for the loss alone.
     loss : str or None
         Name of the loss; None leaves it out. A metric that the module logs under this name with
         ``on_step=True`` is smoothed in its place.
-    debias : bool
-        Begin the exponential average with nothing rather than with the first value, see
-        :class:`fastema.tracking.ExponentialMovingAverage`.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`fastema.tracking.SimpleMovingAverage`.
-    record : bool
-        Keep the whole curves in memory, as :attr:`history`.
     prog_bar : bool
         Show the averages in the progress bar. Losses of single batches are not shown there.
     sync_dist : bool
@@ -143,21 +132,6 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
         self._fresh: dict[str, float] = {}  # averages that are not logged yet
         self._missing = set(self.metrics or ())
 
-    @property
-    def averages(self) -> dict[str, float]:
-        """The latest averages, by the names that are logged."""
-        return self._smoother.averages
-
-    @property
-    def history(self) -> dict[str, Any]:
-        """With ``record=True``, each of them at every batch, for :func:`fastema.tracking.plot`."""
-        return self._smoother.history
-
-    @property
-    def steps(self) -> dict[str, Any]:
-        """With ``record=True``, the numbers of the batches, from 0 and on through all epochs."""
-        return self._smoother.steps
-
     # -- Lightning's hooks -------------------------------------------------------------------------
 
     @property
@@ -212,10 +186,6 @@ class LossAverages(_Callback):  # type: ignore[misc, valid-type]
                 "self.log(name, value, on_step=True) in training_step",
                 stacklevel=2,
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the averages."""
-        return self._smoother.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; begin again, with a warning, if its settings differ."""

@@ -42,10 +42,8 @@ def update_bn(
     Parameters
     ----------
     loader : iterable
-        Batches of training inputs, read once. Of a list or tuple such as ``(input, target)`` the
-        first element is the input. A mapping is passed as ``model(**input)``, restricted to the
-        names that ``model.forward`` takes unless it takes ``**kwargs``; anything else as
-        ``model(input)``.
+        Batches of training inputs, read once. Of a list or tuple the first element is the input. A
+        mapping is passed as ``model(**input)``, without the names that ``model.forward`` lacks.
     model : torch.nn.Module
         With layers of ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm``. If none of
         them tracks statistics, nothing is done and the loader is not read.
@@ -60,16 +58,15 @@ def update_bn(
     Raises
     ------
     ArgumentError
-        For an empty loader, for a mapping without any name that ``model.forward`` takes, and for
-        ``progress=True`` without rich.
+        For an empty loader, a mapping without a name that ``model.forward`` takes, a missing rich.
     BridgeError
         If a layer is lazy and has no shape yet.
 
     Notes
     -----
-    The pass is made in training mode and without gradients. However it ends, momenta and the mode
-    of each module come back; if the loader or the model raises, so do the old statistics, bit for
-    bit. A layer that saw no batch keeps its own. All batches count the same, whatever their size.
+    The pass is made in training mode and without gradients; momenta and modes come back. If it
+    raises, so do the old statistics, bit for bit. A layer that saw no batch keeps its own. All
+    batches count the same, whatever their size.
 
     Inside ``with ema.swapped():`` the new statistics belong to the average, and the raw weights get
     theirs back. With ``buffers="copy"`` the next ``update()`` takes those of the raw weights again;

@@ -30,21 +30,14 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
 
     Parameters
     ----------
-    window_size : int or None
-        *Logs* in the simple moving average; None for none.
-    decay : float or None
-        Weight of the old exponential moving average per *log*, in [0, 1); None for none.
+    window_size, decay, debias, on_nonfinite
+        Of the averages, see :class:`fastema.tracking.MetricSmoother`; they count *logs*, not steps.
+        NaN and infinities the ``Trainer`` leaves out of its losses itself; with
+        ``logging_nan_inf_filter=False`` it logs nothing but NaN from the first one on.
     metrics : sequence of str
         Keys of the logs to smooth, such as ``("loss", "grad_norm")``. With ``"eval_loss"`` there is
         an ``eval_loss_ema`` too, also for ``metric_for_best_model`` (then set
         ``greater_is_better=False``: the ``Trainer`` maximises metrics that do not end in ``loss``).
-    debias : bool
-        Begin the exponential average with nothing rather than with the first value, see
-        :class:`fastema.tracking.ExponentialMovingAverage`.
-    on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does, see :class:`fastema.tracking.SimpleMovingAverage`. The
-        ``Trainer`` leaves them out of its losses itself; with ``logging_nan_inf_filter=False``
-        it logs nothing but NaN from the first one on.
 
     Raises
     ------
@@ -99,10 +92,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
     def attach(self, trainer: Any) -> LossAverages:
         """Join the callbacks of a ``Trainer``, or move to their front; return this callback.
 
-        Raises
-        ------
-        ArgumentError
-            For any other object.
+        An ArgumentError for any other object.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None:

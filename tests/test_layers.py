@@ -188,7 +188,7 @@ TABLE = {
     "torch": Room(ours="errors typing", lazy_theirs="torch rich"),
     "compat": Room(
         ours="shadow binding rules plan bridges layout checkpoint posthoc torch tensorflow"
-        " engine.blocks errors lazy typing",
+        " lightning engine.blocks errors lazy typing",
         theirs=f"numpy {FRAMEWORKS}",
     ),
     "compat.replacing": Room(ours="compat engine.interrupts engine.locks errors typing"),

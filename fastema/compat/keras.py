@@ -17,8 +17,8 @@ from fastema.plan import Plan
 
 __all__ = ["SwapEMAWeights"]
 
+# Where in a run the average was put into the model: it is taken back at the end of the same.
 Hook: TypeAlias = Literal["test", "predict", "epoch"]
-"""Where in a run the average was put into the model: it is taken back at the end of the same."""
 
 _FINALIZE: Final = "finalize_variable_values"
 
@@ -132,8 +132,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
     Raises
     ------
     ArgumentError
-        As an epoch or evaluation begins or ends, if no optimizer of the model has ``use_ema=True``,
-        or the model was not compiled.
+        In a run, if no optimizer has ``use_ema=True``, or the model was not compiled.
     StateError
         As a run begins, if there are two ``SwapEMAWeights`` in its list of callbacks.
 

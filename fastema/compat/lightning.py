@@ -11,8 +11,6 @@ work with those older versions, too, that have none of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from importlib import import_module
 from typing import Any, Final, Literal
 
 import torch
@@ -21,43 +19,30 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.errors import ArgumentError, StateError
+from fastema.lightning import LIGHTNINGS, PACKAGES
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
-
-_PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
-
-
-def _installed() -> list[Any]:
-    """The Lightnings there are: each knows its own classes, and the first brings the second."""
-    found = []
-    for package in _PACKAGES:
-        with suppress(ModuleNotFoundError):
-            found.append(import_module(package))
-    return found or [import_module(_PACKAGES[0])]
-
-
-_LIGHTNINGS: Final = _installed()
 
 
 def _peers(name: str) -> tuple[type, ...]:
     """Lightning's classes of this name, for ``isinstance``; nothing of them is used."""
-    return tuple(getattr(one.callbacks, name, one.Callback) for one in _LIGHTNINGS)
+    return tuple(getattr(one.callbacks, name, one.Callback) for one in LIGHTNINGS)
 
 
 def _is_averaging(callback: Any) -> bool:
     """Whether it is an averaging callback, of ours or of Lightning's."""
-    theirs = (getattr(one.callbacks, "WeightAveraging", WeightAveraging) for one in _LIGHTNINGS)
+    theirs = (getattr(one.callbacks, "WeightAveraging", WeightAveraging) for one in LIGHTNINGS)
     return isinstance(callback, (WeightAveraging, *theirs))
 
 
 def _is_sharding(strategy: Any) -> bool:
     """Whether a strategy divides weights among processes."""
     names = ("FSDPStrategy", "ModelParallelStrategy")
-    theirs = (getattr(one.strategies, name, None) for one in _LIGHTNINGS for name in names)
-    return isinstance(strategy, tuple(one for one in theirs if one is not None))
+    theirs = (getattr(one.strategies, name, ()) for one in LIGHTNINGS for name in names)
+    return isinstance(strategy, tuple(theirs))
 
 
-_utilities: Final = _LIGHTNINGS[0].utilities
+_utilities: Final = LIGHTNINGS[0].utilities
 
 _WeightAveraging: Any = type("WeightAveraging", _peers("WeightAveraging"), {})
 
@@ -381,7 +366,7 @@ def _change_nothing() -> Steps[None]:
 def _overrides_configure_model(pl_module: Any) -> bool:
     """Whether the user's module, and not Lightning's base class, has the hook."""
     hook = getattr(type(pl_module), "configure_model", None)
-    return hook is not None and not hook.__module__.startswith(_PACKAGES)
+    return hook is not None and not hook.__module__.startswith(PACKAGES)
 
 
 _EMAWeightAveraging: Any = type(

@@ -144,6 +144,8 @@ def incremental_update(
 ) -> Any:
     """Return ``step_size * new + (1 - step_size) * old`` of two trees, as a new one.
 
+    Its leaves are JAX arrays, or NumPy's where both are such, in the dtype that Optax gives.
+
     Parameters
     ----------
     new_tensors, old_tensors : pytree of JAX or NumPy arrays
@@ -154,11 +156,6 @@ def incremental_update(
         The number of the update: averages in float16 and bfloat16 are then rounded at random, by
         bits that are a function of it, the leaf's place in the tree and the element. Without it
         they are rounded to nearest, as by Optax, and stand still at a small ``step_size``.
-
-    Returns
-    -------
-    pytree
-        JAX arrays, and NumPy arrays where both leaves are such, in the dtype that Optax gives.
 
     Raises
     ------

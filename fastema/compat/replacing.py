@@ -57,8 +57,8 @@ class _Replaced(NamedTuple):
 
 Horizon = Literal["peer", "corrected"]
 
+# Peers whose ``update_every`` lengthens the horizon: see fastema.compat.peer_horizon.
 _DIFFER: Final = ("ema_pytorch", "lightning")
-"""Peers whose ``update_every`` lengthens the horizon: see :mod:`fastema.compat.peer_horizon`."""
 
 _lock = rlock()
 _installed: dict[str, list[_Replaced]] = {}
@@ -95,6 +95,7 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
     it does not matter whether the script imports them before or after. They update after the same
     steps as the peer's, with the same weights. Averages that exist already stay what they are;
     their states can be saved, but pickled as whole objects only once the peer's classes are back.
+    The result gives these back at the end of a ``with`` block, :func:`uninstall` without one.
 
     Parameters
     ----------
@@ -107,19 +108,13 @@ def install(*peers: str, horizon: Horizon = "peer") -> Installation:
         average. ``"peer"`` (default): as there, times as many as it says. ``"corrected"``: as many
         as with an update after every step, as the classes of :mod:`fastema.compat` do.
 
-    Returns
-    -------
-    Installation
-        A context manager, for those who want the peer's classes back: see :func:`uninstall`.
-
     Raises
     ------
     ArgumentError
-        For an unknown name, or none; for an unknown ``horizon``, or one that differs from that
-        with which a peer is installed.
+        For no name, an unknown name or horizon, or another horizon than an installed peer has.
     PeerError
-        If a peer is missing, or of a version whose interface is not the one that is known here:
-        every difference is named. Nothing is replaced then, of any peer.
+        If a peer is missing, or its interface differs from the known one: every difference is
+        named. Nothing is replaced then, of any peer.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Checks of decays and of other numbers from 0 to 1, as the drop-in classes are given them."""
+"""What the drop-in classes are given as a decay."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ __all__ = ["refuse_no_share"]
 def refuse_no_share(
     value: Any, name: str, error: type[ArgumentError | CheckpointError] = ArgumentError
 ) -> None:
-    """Refuse what is no number in [0, 1].
-
-    Raises
-    ------
-    ArgumentError, or ``error``
-        Naming it; for a function or a rule, where such a one can be given.
-    """
+    """Refuse what is no number in [0, 1]; of a rule it says where such a one can be given."""
     try:
         if not isinstance(value, str) and 0.0 <= value <= 1.0:
             return

@@ -59,10 +59,7 @@ _SPARE_CALLS: Final = 8
 
 
 class _Rule:
-    """How much of the new weights an update takes in, and how 16-bit averages are rounded.
-
-    Without a decay it is the mean of all weights.
-    """
+    """What an update takes in, without a decay for the mean of all, and how 16 bits are rounded."""
 
     def __init__(self, decay: float | None, rounding: Rounding, seed: int) -> None:
         ModelAverager({}, rounding=rounding, seed=seed)  # refuses what it would refuse later
@@ -213,9 +210,8 @@ def get_ema_multi_avg_fn(
 ) -> MultiAvgFn:
     """Return an exponential moving average of lists of tensors, in place.
 
-    ``avg += (1 - decay) * (x - avg)``, in one call per list. Where the tensors lie is looked up
-    once, and known again at the next call: for this the function keeps the memory of both lists,
-    until several calls went by without them, or it is dropped.
+    ``avg += (1 - decay) * (x - avg)``, in one call per list. The function keeps the memory of both
+    lists, to know them again, until several calls went by without them, or it is dropped.
 
     Parameters
     ----------
@@ -238,7 +234,7 @@ def get_ema_multi_avg_fn(
     Raises
     ------
     ArgumentError
-        For a decay outside of [0, 1] (also a ValueError, as torch's), or NaN.
+        For a decay outside of [0, 1], or NaN.
     """
     return _MultiAverage(_exponential(decay, rounding, seed))
 
@@ -351,14 +347,10 @@ class AveragedModel(peer.AveragedModel):
         self._begin()
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the weights of a model into the average.
+        """Take the weights of a model into the average; it may be wrapped, and on another device.
 
-        The model may be wrapped (``torch.compile``, data parallel), and on another device.
-
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors that do not match or cannot be averaged; nothing was written then.
+        A LayoutError, DTypeError or BridgeError names the tensors that do not match or cannot be
+        averaged; nothing was written then.
         """
         rule = self._rule()
         if rule is None:
@@ -390,12 +382,10 @@ class AveragedModel(peer.AveragedModel):
 
 
 def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    found = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    names = plain_names([name for name, _ in found])
-    return {name: list(tensor.shape) for name, (_, tensor) in zip(names, found, strict=True)}
+    found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    found |= module.named_buffers(remove_duplicate=False)
+    shapes = [list(tensor.shape) for tensor in found.values()]
+    return dict(zip(plain_names(list(found)), shapes, strict=True))
 
 
 def _refuse_other(averaged: nn.Module, model: nn.Module) -> None:

@@ -146,11 +146,6 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``zero_debias``
         and the others of :class:`fastema.EMA`.
 
-    Attributes
-    ----------
-    ema : fastema.EMA
-        The average, from the beginning of ``train`` on.
-
     Raises
     ------
     ArgumentError
@@ -158,8 +153,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     StateError
         As training begins, where the trainer cannot be found: see :meth:`attach`.
     CheckpointError
-        Where a run resumes from a checkpoint that has no average, or one of another step or of
-        other weights; where the trainer saves a checkpoint elsewhere than it says.
+        For a checkpoint to resume from without its average; for one saved in an unknown place.
     """
 
     def __init__(
@@ -190,12 +184,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _ema: EMA | None = None
     _model: Any = None
     _is_given = False
-    _seen = 0
-    """The latest step whose weights are in the average."""
-    _is_ahead = False
-    """Whether these were taken before this callback's turn."""
-    _written: int | None = None
-    """The step whose checkpoint has the average already."""
+    _seen = 0  # the latest step whose weights are in the average
+    _is_ahead = False  # whether these were taken before this callback's turn
+    _written: int | None = None  # the step whose checkpoint has the average already
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,7 +195,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def ema(self) -> EMA:
-        """The average; a StateError before training."""
+        """The average, from the beginning of ``train`` on; a StateError before."""
         if self._ema is None:
             raise StateError("there is no average yet: it begins as trainer.train() does")
         return self._ema
@@ -214,8 +205,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def attach(self, trainer: Any) -> EMACallback:
         """Join a trainer that is there already; callbacks that it was given do so by themselves.
 
-        Returns this callback. An ArgumentError for what is no ``Trainer``, a StateError if the
-        trainer has another ``EMACallback`` already.
+        Returns this callback. An ArgumentError for no ``Trainer``, a StateError if it has another
+        ``EMACallback`` already.
         """
         handler = getattr(trainer, "callback_handler", None)
         if handler is None or not hasattr(trainer, "evaluation_loop"):
@@ -224,13 +215,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             )
         if self._trainer() is trainer:
             return self
-        others = [one for one in handler.callbacks if one is not self]
-        if any(isinstance(one, EMACallback) for one in others):
+        if any(isinstance(one, EMACallback) and one is not self for one in handler.callbacks):
             raise StateError(
                 "the trainer has an EMACallback already: for several averages give one callback "
                 "several decays, decay=(0.99, 0.999)"
             )
-        if len(others) == len(handler.callbacks):
+        if not self._is_among(handler):
             trainer.add_callback(self)
         self._trainer = weakref.ref(trainer)
         # There is no event at which an evaluation begins, or of one that fails, and the only one

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-__all__ = ["ErrorGuard", "Guard", "UseGuard", "guard_use", "is_running", "refuse_writes"]
+__all__ = [
+    "ErrorGuard",
+    "Guard",
+    "UseGuard",
+    "guard_use",
+    "is_end_of_data",
+    "is_running",
+    "refuse_writes",
+]
 
 
 _USES: Final = (
@@ -33,6 +41,11 @@ def is_running(model: Any, *names: str) -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def is_end_of_data(error: BaseException) -> bool:
+    """Whether an error is no failure: iterators of JAX end so, and those of TensorFlow."""
+    return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
 
 
 class Guard:
@@ -70,8 +83,7 @@ class ErrorGuard(Guard):
         try:
             return self._inner(*args, **kwargs)
         except BaseException as error:
-            # The end of the data is no failure: JAX iterators end so, and those of TensorFlow.
-            if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
+            if not is_end_of_data(error):
                 self._restore()
             raise
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 import keras
 
 from fastema.errors import ArgumentError, FastemaError, StateError
-from fastema.keras.sums import Batch, BatchSums
+from fastema.keras.sums import BatchSums
 from fastema.tracking.scalar import OnNonFinite
-from fastema.tracking.smoother import MetricSmoother
+from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
 
 __all__ = ["LossAverages"]
 
@@ -56,12 +56,11 @@ def _settle_direction(callback: Any) -> None:
         )
 
 
-class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
+class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[misc]
     """Adds to the logs of ``fit`` what each batch's loss was, and its moving averages.
 
-    What Keras shows as ``loss`` is the mean since the epoch began: it lags behind at first, hardly
-    moves at the end, and jumps as the next epoch begins. For this and every other metric that is a
-    mean, the logs get, at the end of each batch and each epoch:
+    What Keras shows as ``loss`` is the mean since the epoch began. For this and every other metric
+    that is a mean, the logs get, at the end of each batch and each epoch:
 
     - ``loss_raw``: the value of this batch alone;
     - ``loss_sma``: the mean of the last ``window_size`` batches;
@@ -92,9 +91,8 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
 
     Notes
     -----
-    **Place in the list.** Callbacks are called in the order of the list, and see what was added to
-    the logs before. This one comes first: one that reads the logs and comes earlier is an error as
-    training begins. ``History`` and the progress bar, which Keras adds itself, come last.
+    **Place in the list.** Callbacks see what those before them in the list added to the logs: this
+    one comes first. ``History`` and the progress bar, which Keras adds itself, come last.
 
     **How exact.** What a batch adds to a metric's sum and count is taken before they round it off,
     within the compiled step: ``loss_raw`` is the loss that the batch had, to a rounding of float32
@@ -110,11 +108,8 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
     thousandth of it after 10,000 batches.
 
     **Metrics that are no means**, such as AUC, precision, IoU or F1, have no value of a batch that
-    the epoch's would be made of: nothing is added for them. ``RootMeanSquaredError`` is the root of
-    a mean, and its value for a batch the root of that of the batch.
-
-    **Validation.** Values of whole passes over the held-out data are not averaged further;
-    ``val_loss`` stays as it is, and validation leaves the averages alone.
+    the epoch's would be made of: nothing is added for them. Of ``RootMeanSquaredError`` the value
+    for a batch is the root of the batch's mean. ``val_loss`` and the like stay as they are.
 
     **Cost.** The step is compiled once more for a model that has been trained before. Everything
     comes to the host in one small array per step, with the logs that Keras fetches; where no later
@@ -178,21 +173,6 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         self._lock = threading.Lock()
 
     @property
-    def history(self) -> dict[str, Any]:
-        """With ``record=True``: every value so far by its name in the logs, one per batch.
-
-        ``fastema.tracking.plot(callback)`` draws them.
-        """
-        self._take_in()
-        return self._smoother.history
-
-    @property
-    def steps(self) -> dict[str, Any]:
-        """With ``record=True``: of every metric, the numbers of its batches, through all epochs."""
-        self._take_in()
-        return self._smoother.steps
-
-    @property
     def window_size(self) -> int | None:
         """Batches in the simple moving average."""
         return self._smoother.window_size
@@ -202,30 +182,13 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         """Weight of the old average in the exponential one."""
         return self._smoother.decay
 
-    @property
-    def averages(self) -> dict[str, float]:
-        """The latest values by their names in the logs."""
-        self._take_in()
-        return self._smoother.averages
-
     def reset(self) -> None:
         """Forget all values."""
         self._take_in()
         self._smoother.reset()
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the averages go on from: what JSON holds. The history is not part of it."""
-        self._take_in()
-        return self._smoother.state_dict()
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another callback with the same arguments was.
-
-        Raises
-        ------
-        CheckpointError
-            If it is of other arguments.
-        """
+        """Go on from where another callback was; of other arguments it is a CheckpointError."""
         self._take_in()
         self._smoother.load_state_dict(state)
 
@@ -329,17 +292,19 @@ class LossAverages(keras.callbacks.Callback):  # type: ignore[misc]
         self._take_in()
         self._sums.remove()
 
-    def _chosen(self, found: Batch) -> dict[str, float]:
+    def _chosen(self, values: dict[str, float]) -> dict[str, float]:
+        sums = self._sums
+        assert sums is not None
         if self._wanted is None:
-            return found.values
+            return values
         for name in self._wanted:
-            if name not in found.means:
-                means = ", ".join(map(repr, found.means)) or "none"
+            if name not in sums.means:
+                means = ", ".join(map(repr, sums.means)) or "none"
                 problem = "the model logs nothing of this name"
-                if name in found.names:
+                if name in sums.names:
                     problem = "it is no mean over batches, and has no value for a single one"
                 raise ArgumentError(f"metrics: {name!r}: {problem}; those that are means: {means}")
-        return {name: found.values[name] for name in self._wanted if name in found.values}
+        return {name: values[name] for name in self._wanted if name in values}
 
     # -- order -------------------------------------------------------------------------------------
 

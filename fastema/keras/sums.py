@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import reduce
 from operator import add
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import keras
 import numpy as np
 
 from fastema.errors import StateError
+from fastema.keras.guards import is_end_of_data
 
-__all__ = ["Batch", "BatchSums"]
+__all__ = ["BatchSums"]
 
 _KEY: Final = "fastema: what the batch added"
 """Of the entry in a step's logs that is taken out again before anybody sees them."""
@@ -33,17 +34,6 @@ _MOST_PENDING: Final = 10_000
 
 _LIBRARY_STEP: Final = ("train_step", "compute_metrics", "get_metrics_result")
 """Methods that make logs of metrics: where they are Keras' own, nothing else looks at a metric."""
-
-
-class Batch(NamedTuple):
-    """One execution of the train function."""
-
-    names: list[str]
-    """Of all values that it logged."""
-    means: list[str]
-    """Of those that are means."""
-    values: dict[str, float]
-    """The means over this execution alone; without those for which nothing was counted."""
 
 
 _ROOT: Final = keras.metrics.RootMeanSquaredError
@@ -107,8 +97,7 @@ class _Notes:
         self._methods = vars(variable)
         self._add = variable.assign_add
         self._added: list[Any] = []
-        self.heard = False
-        """Whether anything was ever added."""
+        self.heard = False  # whether anything was ever added
 
     def begin(self) -> None:
         """Forget what was added before, and note what will be."""
@@ -141,16 +130,9 @@ class _Notes:
 class BatchSums:
     """Stands in for a model's train function, and keeps what each execution added to its means.
 
-    Parameters
-    ----------
-    model : keras.Model
-        Compiled.
-
-    Notes
-    -----
-    A step that is not Keras' own may compute with the metrics' results. On JAX its metrics are left
-    as they are, and the differences of their sums are taken, rounded as these are; so they are
-    where a metric does not add to its sums by ``assign_add``.
+    A step that is not Keras' own may compute with the metrics' results: on JAX it finds them as
+    they are, and the differences of their sums are taken, rounded as these are. So they are where
+    a metric does not add to its sums by ``assign_add``.
     """
 
     def __init__(self, model: Any) -> None:
@@ -162,7 +144,8 @@ class BatchSums:
         self._theirs: Callable[..., Any] | None = None
         self._metrics: list[Any] = []
         self._sources: list[tuple[str, Any]] = []  # names in the logs, and their means
-        self._names: list[str] = []
+        self.names: list[str] = []  # of all that a step logs
+        self.means: list[str] = []  # of those that are means
         self._places: list[tuple[str, int, int, bool]] = []
         self._results: dict[int, tuple[Any, Any]] = {}
         self._within = 0
@@ -171,12 +154,11 @@ class BatchSums:
         self._silent: dict[int, Any] = {}  # variables that may change without a note
         self._recent: Any = None
         self._parts: list[Any] = []
-        self.executed = 0
-        """Executions of this epoch."""
+        self.executed = 0  # executions of this epoch
         self._pending: deque[tuple[int, list[Any]]] = deque()
         self._expected = False
+        # Whether callbacks run beside the training: then they cannot announce each execution.
         self.dispatched = False
-        """Whether callbacks run beside the training: then they cannot announce each execution."""
 
     # -- in the model ------------------------------------------------------------------------------
 
@@ -201,11 +183,11 @@ class BatchSums:
         self.begin()
 
     def expect(self) -> None:
-        """The next execution is one to keep; where callbacks run beside it, so are all others."""
+        """Keep the next execution; where callbacks run beside the training, all until ``rest``."""
         self._expected = True
 
     def rest(self) -> None:
-        """No execution is, until further notice."""
+        """Keep no more executions."""
         self._expected = False
 
     def remove(self) -> None:
@@ -270,8 +252,7 @@ class BatchSums:
                 _clear(self._recent)
             found = self._function(*args)
         except BaseException as error:
-            # The end of the data is no failure: JAX iterators end so, and those of TensorFlow.
-            if not isinstance(error, StopIteration) and type(error).__name__ != "OutOfRangeError":
+            if not is_end_of_data(error):
                 self.remove()
             raise
         if self._backend == "jax":
@@ -411,10 +392,11 @@ class BatchSums:
 
     def _found(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:
         """Keep which of the logs are results of which metrics."""
-        self._names = list(logs)
+        self.names = list(logs)
         self._sources = [
             (name, metrics[id(value)]) for name, value in logs.items() if id(value) in metrics
         ]
+        self.means = [name for name, _ in self._sources]
         place = {id(metric): i for i, metric in enumerate(self._metrics)}
         self._places = [
             (name, place[id(one)], place[id(one)] + len(place), isinstance(one, _ROOT))
@@ -449,13 +431,16 @@ class BatchSums:
         self._pending.clear()
         self.executed = 0
 
-    def take(self, last: int | None) -> Iterator[tuple[int, Batch]]:
-        """What has been executed and not been taken, in order, up to one of this epoch's."""
+    def take(self, last: int | None) -> Iterator[tuple[int, dict[str, float]]]:
+        """Take what was executed, up to one of this epoch's: its number, and its means by name.
+
+        They are over that execution alone, without those for which nothing was counted in it.
+        """
         while self._pending and (last is None or self._pending[0][0] <= last):
             number, parts = self._pending.popleft()
-            yield number, self._read_batch(parts)
+            yield number, self._read_means(parts)
 
-    def _read_batch(self, parts: list[Any]) -> Batch:
+    def _read_means(self, parts: list[Any]) -> dict[str, float]:
         rows = [_numbers(one) for one in parts]
         if not rows:
             raise StateError(
@@ -474,7 +459,7 @@ class BatchSums:
                     # A difference of rounded sums may be below zero.
                     mean = math.sqrt(0.0 if mean < 0.0 else mean)
                 values[name] = mean
-        return Batch(self._names, [name for name, _ in self._sources], values)
+        return values
 
 
 def _stacked(sums: Sequence[Any]) -> Any:

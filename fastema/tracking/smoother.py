@@ -20,7 +20,7 @@ from fastema.tracking.scalar import (
 )
 from fastema.tracking.simple import SimpleMovingAverage
 
-__all__ = ["MetricSmoother"]
+__all__ = ["MetricSmoother", "SmoothedMetrics"]
 
 Averages: TypeAlias = dict[str, MovingAverage]
 
@@ -216,6 +216,38 @@ class MetricSmoother:
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(f"not the state of a MetricSmoother: {error!r}") from None
         self._metrics, self._latest = metrics, latest
+
+
+class SmoothedMetrics:
+    """Mixin of callbacks that smooth metrics: what their smoother knows, up to the latest batch."""
+
+    _smoother: MetricSmoother
+
+    def _take_in(self) -> None:
+        """Give the smoother what waits; nothing does where each batch is given at once."""
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The latest values, by the names that are logged."""
+        self._take_in()
+        return self._smoother.averages
+
+    @property
+    def history(self) -> dict[str, array[float]]:
+        """With ``record=True``: by name, one value per batch, for :func:`fastema.tracking.plot`."""
+        self._take_in()
+        return self._smoother.history
+
+    @property
+    def steps(self) -> dict[str, array[int]]:
+        """With ``record=True``: by metric, the numbers of its batches, through all epochs."""
+        self._take_in()
+        return self._smoother.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the averages go on from, as JSON holds it; the history is not part of it."""
+        self._take_in()
+        return self._smoother.state_dict()
 
 
 def checked_step(step: Any) -> int:

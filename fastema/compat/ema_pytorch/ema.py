@@ -202,10 +202,10 @@ class EMA(Scheduled, ModelAverage):
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
     ) -> None:
-        """``ma += (1 - decay) * (current - ma)``, unless the average is frozen.
+        """``ma += (1 - decay) * (current - ma)`` of any two models, unless the average is frozen.
 
-        Names that are ignored, or only copied, are so in any two models. ``current_decay`` is by
-        default that of the schedule, for ``update_every`` steps. Raises as :meth:`update`.
+        ``current_decay`` is by default that of the schedule, for ``update_every`` steps. Raises as
+        :meth:`update`.
         """
         if not self.is_frozen:
             self._blend(ma_model, current_model, self._weight(current_decay))

@@ -255,10 +255,7 @@ class PostHocEMA(nn.Module):
     def checkpoint(self) -> None:
         """Write a snapshot of every average, whole or not at all.
 
-        Raises
-        ------
-        CheckpointError, OSError
-            If the folder is gone; if a file cannot be written.
+        A CheckpointError if the folder is gone, an OSError if a file cannot be written.
         """
         for which, ema_model in enumerate(self.ema_models):
             snapshots.write(

@@ -92,12 +92,8 @@ class Counted(nn.Module):
     def update(self) -> None:
         """Count a step, and take the weights into the average if it is due.
 
-        Raises
-        ------
-        LayoutError, DTypeError, BridgeError
-            Naming the tensors, if the average is of others; nothing was written or counted.
-        ArgumentError
-            For a hyperparameter that was given an invalid value meanwhile; likewise.
+        A LayoutError, DTypeError or BridgeError names the tensors, if the average is of others; an
+        ArgumentError an invalid hyperparameter. Nothing was written or counted then.
         """
         with self._next_step() as step:
             if self._is_copied(step):
