@@ -91,7 +91,7 @@ def traffic(operation: str, formats: Sequence[str]) -> tuple[list[int], list[int
     else:
         step = getattr(steps, operation)(*formats, device="cuda")
     of = step.formats
-    streams = dict(zip("dlrs", (of.dst, of.low, of.ring, of.src), strict=True))
+    streams = dict(zip("dlrs", (of.dst, of.residual, of.ring, of.src), strict=True))
 
     def sizes(letters: str) -> list[int]:
         return [FORMATS[streams[letter]].itemsize for letter in letters]

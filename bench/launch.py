@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Home:
+class DeviceContext:
     """A device whose memory is the host's."""
 
     index, device = 0, "cuda:0"
@@ -66,10 +66,10 @@ def on_a_gpu() -> None:
     from fastema.engine import cuda
     from fastema.engine.cubins import Cubin
 
-    describe, zeros, home = bridge.describe, bridge.zeros, Home()
+    describe, zeros, context = bridge.describe, bridge.zeros, DeviceContext()
 
     def described(tensor: torch.Tensor) -> Any:
-        return replace(describe(tensor), device=home.device, home=home)
+        return replace(describe(tensor), device=context.device, context=context)
 
     bridge.describe = described
     bridge.zeros = lambda length, code, _: zeros(length, code, "cpu")

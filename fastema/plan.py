@@ -14,9 +14,9 @@ from fastema.bridges.memory import allocate
 from fastema.bridges.registry import leaves_of, materialised, reshard
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, DTypeError, LayoutError, StateError, listed
+from fastema.layout.device_context import LaunchArgs, checked_seed
 from fastema.layout.dtypes import average_of, parse
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_unwritable, unique
-from fastema.layout.home import LaunchArgs, checked_seed
 from fastema.layout.spec import Leaves, Role
 
 __all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]
@@ -37,7 +37,7 @@ _MARKS = {"nearest": "", "stochastic": "~"}
 
 def _without_skipped(leaves: Leaves, policy: PolicyOf, roles: Mapping[str, Role]) -> Leaves:
     """The leaves that a policy does not skip, by the role that a name has in ``roles``."""
-    kept = {name for name in leaves.roles if _answer(policy, name, roles[name]) != "skip"}
+    kept = {name for name in leaves.roles if _decide(policy, name, roles[name]) != "skip"}
     items = [leaf for leaf in leaves.items if leaf.name in kept]
     opaque = [one for one in leaves.opaque if one.name in kept]
     return replace(leaves, items=items, opaque=opaque)
@@ -48,7 +48,7 @@ def _resharded_leaves(container: Any) -> Leaves:
     return leaves_of(container)
 
 
-def _answer(policy: PolicyOf, name: str, role: Role) -> str:
+def _decide(policy: PolicyOf, name: str, role: Role) -> str:
     answer = policy(name, role)
     if answer not in ("average", "copy", "skip"):
         raise ArgumentError(
@@ -109,9 +109,9 @@ class _Selection:
                 pair.dst.kind.whole or policy(pair.name, roles[pair.name]) == "copy"
             )
             parts["copied" if is_copied else "averaged"].append(pair)
-        return Match(parts, dst, src, self._told_apart(x))
+        return Match(parts, dst, src, self._policy_parameters(x))
 
-    def _told_apart(self, x: Leaves) -> list[Trained]:
+    def _policy_parameters(self, x: Leaves) -> list[Trained]:
         """Parameters of which the policy asks whether they are trained."""
         policy = self.policy
         if policy is None:
@@ -213,10 +213,10 @@ class Plan:
             check()
             program.run(_OPERATIONS[operation], LaunchArgs((weight,), self._seed, self.calls))
             self.calls += 1
-            binding.notify_written(*((0, 1) if swaps else (0,)))
+            binding.notify_write(*((0, 1) if swaps else (0,)))
 
     def _check_lerp(self) -> None:
-        exact, is_random = self.binding.made("lerp", self._lerped)
+        exact, is_random = self.binding.cached("lerp", self._lerped)
         if exact:
             raise DTypeError(
                 "only floats are averaged:\n"
@@ -236,7 +236,7 @@ class Plan:
         return exact, any(pair.form.endswith("~") for pair in pairs)
 
     def _check_swap(self) -> None:
-        self.binding.made("swap", self._refuse_unswappable)
+        self.binding.cached("swap", self._refuse_unswappable)
 
     def _refuse_unswappable(self) -> None:
         pairs = self.binding.pairs

@@ -155,8 +155,8 @@ def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | Non
     for index in chosen:
         rule = schedule.rules[index]
         assert isinstance(rule, Power)
-        low = state["low"][index] if "low" in state else {}
-        tensors = _to_write(state["shadow"][index], low, averaged, wanted)
+        residual = state["residual"][index] if "residual" in state else {}
+        tensors = _tensors_to_write(state["shadow"][index], residual, averaged, wanted)
         path = folder / f"step{step:09d}-{_width(rule.gamma)}.safetensors"
         write(
             path,
@@ -187,9 +187,9 @@ def _on_the_host(array: Any) -> Memory:
     return there, describe(there)
 
 
-def _to_write(
+def _tensors_to_write(
     arrays: Mapping[str, Any],
-    low: Mapping[str, Any],
+    residual: Mapping[str, Any],
     averaged: Container[str],
     wanted: DType | None,
 ) -> dict[str, Memory]:
@@ -197,7 +197,7 @@ def _to_write(
     found = {name: _on_the_host(array) for name, array in arrays.items()}
     others: list[tuple[Pair, DType]] = []
     for name, (_, spec) in found.items():
-        half = _on_the_host(low[name])[1] if name in low else None
+        half = _on_the_host(residual[name])[1] if name in residual else None
         kind = average_of(spec.kind, wanted) if name in averaged else spec.kind
         if half is not None and wanted is None:
             kind = parse("f32")
@@ -301,7 +301,7 @@ def synthesize(
     OSError
         If a file cannot be read. Where ``out`` cannot be written, it is a StorageError.
     """
-    found = _given(snapshots)
+    found = _checked_snapshots(snapshots)
     start, every = found[0].start, found[0].every
     last = found[-1].step if step is None else checked_whole(step, "step", 0)
     if last < found[0].step:
@@ -323,7 +323,7 @@ def synthesize(
         warnings.warn(_advice(found, last, solution.error), stacklevel=2)
     averaged = _averaged(files[-1])
     nbytes = sum(file.tensors[name].nbytes for file in files for name in averaged)
-    with _shown(progress, nbytes) as advance:
+    with _with_progress(progress, nbytes) as advance:
         weighted_sum(files, [c for _, c in used], result, averaged, advance)
     tensors = {name: array for name, (array, _) in result.items()}
     if out is not None:
@@ -351,7 +351,7 @@ def _advice(found: Sequence[Snapshot], last: int, error: float) -> str:
     )
 
 
-def _given(snapshots: Any) -> list[Snapshot]:
+def _checked_snapshots(snapshots: Any) -> list[Snapshot]:
     if isinstance(snapshots, str | os.PathLike):
         path = Path(snapshots)
         found = find_snapshots(path) if path.is_dir() else [_snapshot(read(path))]
@@ -400,7 +400,7 @@ def _averaged(file: File) -> set[str]:
 
 
 @contextmanager
-def _shown(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
+def _with_progress(progress: bool, nbytes: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over so many bytes, if it is wanted."""
     if not progress:
         yield lambda n: None

@@ -108,12 +108,12 @@ def update_bn(
         )
     run = forward or _caller(model)
     empty = True
-    with torch.no_grad(), _shown(loader, progress) as batches, _recomputed(model, layers):
+    with torch.no_grad(), _with_progress(loader, progress) as batches, _recomputed(model, layers):
         for batch in batches:
             empty = False
             if forward is None and isinstance(batch, list | tuple):
                 batch = batch[0]
-            run(model, batch if device is None else _moved(batch, device))
+            run(model, batch if device is None else _to_device(batch, device))
         if empty:
             raise ArgumentError(
                 "loader gave no batch to compute statistics from (a generator is empty after its "
@@ -137,9 +137,9 @@ def _recomputed(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
             layer.momentum = None  # torch's sign for a cumulative average
         yield
         # Part of a model may not run, or its train() may keep layers frozen.
-        _put_back([state for state in before if not state[0].num_batches_tracked])
+        _restore_buffers([state for state in before if not state[0].num_batches_tracked])
     except BaseException:
-        _put_back(before)
+        _restore_buffers(before)
         raise
     finally:
         for layer, momentum in momenta:
@@ -148,21 +148,21 @@ def _recomputed(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
             module.training = mode
 
 
-def _put_back(states: list[State]) -> None:
+def _restore_buffers(states: list[State]) -> None:
     """Write kept buffers into their layers, in place: an average may share the memory."""
     for layer, buffers in states:
         for name, kept in buffers.items():
             layer.get_buffer(name).copy_(kept)
 
 
-def _moved(batch: Any, device: torch.device | str | int) -> Any:
+def _to_device(batch: Any, device: torch.device | str | int) -> Any:
     """Return a batch, and all that it holds, on a device."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: _to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        parts = [_moved(part, device) for part in batch]
+        parts = [_to_device(part, device) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
@@ -203,7 +203,7 @@ def _keywords(model: nn.Module) -> frozenset[str] | None:
 
 
 @contextmanager
-def _shown(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
+def _with_progress(loader: Iterable[Any], progress: bool) -> Iterator[Iterable[Any]]:
     """Yield the loader, with a progress bar if asked for."""
     if not progress:
         yield loader

@@ -111,7 +111,7 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
         self._smoother.reset()
         self._last_step = 0
         for entry in state.log_history:
-            self._take(entry, entry.get("step", 0))
+            self._record(entry, entry.get("step", 0))
         self._last_step = state.global_step
         if args.report_to and not self._is_ahead:
             warnings.warn(
@@ -131,13 +131,13 @@ class LossAverages(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Add the averages to the logs, and to the history that these were copied into."""
         logs = {} if logs is None else logs
-        averages = self._take(logs, state.global_step)
+        averages = self._record(logs, state.global_step)
         copied = state.log_history[-1] if state.log_history else {}
         if averages and all(copied.get(name) is value for name, value in logs.items()):
             copied.update(averages)
         logs.update(averages)
 
-    def _take(self, logs: Mapping[str, Any], step: int) -> dict[str, float]:
+    def _record(self, logs: Mapping[str, Any], step: int) -> dict[str, float]:
         values = {name: logs[name] for name in self.metrics if logs.get(name) is not None}
         if not values:
             return {}

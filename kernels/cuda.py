@@ -92,29 +92,29 @@ def _windowed(parts: steps.Window, start: steps.Step, layout: str):
 
 
 @device_fn
-def _choice(which, numbers):
+def _choice(index, numbers):
     """One of the numbers that came as parameters, which cannot be indexed by a variable."""
     number = numbers[0]
-    number = numbers[1] if which == 1 else number
-    number = numbers[2] if which == 2 else number
-    number = numbers[3] if which == 3 else number
-    number = numbers[4] if which == 4 else number
-    number = numbers[5] if which == 5 else number
-    number = numbers[6] if which == 6 else number
-    return numbers[7] if which == 7 else number
+    number = numbers[1] if index == 1 else number
+    number = numbers[2] if index == 2 else number
+    number = numbers[3] if index == 3 else number
+    number = numbers[4] if index == 4 else number
+    number = numbers[5] if index == 5 else number
+    number = numbers[6] if index == 6 else number
+    return numbers[7] if index == 7 else number
 
 
 @device_fn
 def _number(cells, at, clock, numbers):
     """The number of a row's average: from the clock, where there is one."""
-    which = load(cells, at + abi.WHICH)
+    index = load(cells, at + abi.AVERAGE)
     if clock:
-        return load(pointer_f64(clock), abi.WEIGHTS + which)
-    return _choice(which, numbers)
+        return load(pointer_f64(clock), abi.WEIGHTS + index)
+    return _choice(index, numbers)
 
 
 @device_fn
-def _moment(clock, now):
+def _launch_args(clock, now):
     """What changes from step to step: from the clock, where there is one."""
     if clock:
         cells = pointer_i64(clock)
@@ -141,7 +141,7 @@ def _kernel(body, finish):
         cells = pointer_i64(table)
         thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         row = np.int64(cuda.blockIdx.x)
-        now = _moment(clock, (seed, step, window, slot, turn))
+        now = _launch_args(clock, (seed, step, window, slot, turn))
         rows = _rows(clock, rows)
         while row < rows:
             at = row * abi.COLUMNS

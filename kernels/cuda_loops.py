@@ -18,12 +18,12 @@ from fastema.kernels.steps import Step
 from fastema.kernels.words import add32, load, low32
 
 _VECTOR = """
-def vector(to, low, ring, of, w, row, first, key, second):
-    d, l, s, r = load_d(to), load_l(low), load_s(of), load_r(ring)
+def vector(to, residual, ring, of, w, row, first, key, second):
+    d, l, s, r = load_d(to), load_l(residual), load_s(of), load_r(ring)
 {steps}
     store_r(ring, ({r}))
     store_d(to, ({d}))
-    store_l(low, ({l}))
+    store_l(residual, ({l}))
     store_s(of, ({s}))
     return {one}, {two}, {three}
 """
@@ -69,7 +69,7 @@ def _vector(step: Step, n: int, index):
         pass
 
     names = {"apply": step.apply, "random_word": scalar.random_word, "index": index}
-    for letter, stream in zip("dlsr", ("dst", "low", "src", "ring"), strict=True):
+    for letter, stream in zip("dlsr", ("dst", "residual", "src", "ring"), strict=True):
         reads, writes = letter in step.reads, letter in step.writes
         names[f"load_{letter}"] = cuda_memory.LOADS[n, stream] if reads else skip_load
         names[f"store_{letter}"] = cuda_memory.STORES[n, stream] if writes else skip_store
@@ -99,17 +99,17 @@ def walks(steps: Sequence[Step], layout: str):
 def _walk(step: Step, layout: str, n: int, sizes, pointers):
     of_row, index = _INDICES[layout]
     vector, element = _vector(step, n, index), single(step)
-    to_pointer, low_pointer, ring_pointer, of_pointer = pointers
-    to_size, low_size, ring_size, of_size = sizes
+    to_pointer, residual_pointer, ring_pointer, of_pointer = pointers
+    to_size, residual_size, ring_size, of_size = sizes
     # Bits of an address that must be clear; none for a stream that is not there.
-    to_mask, low_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
+    to_mask, residual_mask, ring_mask, of_mask = (max(size * n - 1, 0) for size in sizes)
 
     @device_fn
     def one_by_one(cells, at, w, slot, run, first, dst_step, src_step):
         """Single elements from a place on; returns the sums."""
         seed, step, thread, threads = run
         dst, beside, kept, src = addresses(cells, at, slot)
-        to, low = to_pointer(dst), low_pointer(beside)
+        to, residual = to_pointer(dst), residual_pointer(beside)
         ring, of = ring_pointer(kept), of_pointer(src)
         key = row_key(cells, at, seed, step)
         second = scalar.mix32(key)
@@ -119,7 +119,7 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
         i = first + thread
         while i < count:
             word = scalar.random_word(index(row, i), key, second)
-            a, b, c = element(to, low, ring, of, i * dst_step, i * src_step, w, word)
+            a, b, c = element(to, residual, ring, of, i * dst_step, i * src_step, w, word)
             one, two, three = one + a, two + b, three + c
             i += threads
         return one, two, three
@@ -130,17 +130,20 @@ def _walk(step: Step, layout: str, n: int, sizes, pointers):
         dst, beside, kept, src = addresses(cells, at, slot)
         one, two, three = 0.0, 0.0, 0.0
         whole = np.int64(0)
-        if (dst & to_mask) | (beside & low_mask) | (kept & ring_mask) | (src & of_mask) == 0:
+        if (dst & to_mask) | (beside & residual_mask) | (kept & ring_mask) | (src & of_mask) == 0:
             key = row_key(cells, at, seed, step)
             second = scalar.mix32(key)
             row = of_row(cells, at)
             whole = load(cells, at + abi.COUNT) // n * n
             first = thread * n
             while first < whole:
-                to, low = to_pointer(dst + first * to_size), low_pointer(beside + first * low_size)
+                to, residual = (
+                    to_pointer(dst + first * to_size),
+                    residual_pointer(beside + first * residual_size),
+                )
                 ring = ring_pointer(kept + first * ring_size)
                 of = of_pointer(src + first * of_size)
-                a, b, c = vector(to, low, ring, of, w, row, first, key, second)
+                a, b, c = vector(to, residual, ring, of, w, row, first, key, second)
                 one, two, three = one + a, two + b, three + c
                 first += threads * n
         a, b, c = one_by_one(cells, at, w, slot, run, whole, 1, 1)

@@ -22,8 +22,8 @@ class Format(NamedTuple):
     ``decode(stored)`` gives a float32 (a float64 for f64). ``encode(value, word)`` takes a float32
     and ``encode_wide(value, word)`` a float64; they round once to nearest even, or, in the formats
     called ``~``, by the 16 random bits of ``word``. Raw formats are moved, not computed with. A
-    format in two parts has the format of its companion in ``low``, and ``join(stored, low)`` and
-    ``rest(value)`` in ``complete``.
+    format in two parts has the format of its companion in ``residual``, and
+    ``join(stored, residual)`` and ``rest(value)`` in ``complete``.
     """
 
     itemsize: int
@@ -31,7 +31,7 @@ class Format(NamedTuple):
     decode: Callable[..., Any]
     encode: Callable[..., Any]
     encode_wide: Callable[..., Any]
-    low: str | None = None
+    residual: str | None = None
     complete: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
@@ -119,7 +119,7 @@ FORMATS = {
     "bf16": _sixteen(scalar.decode_bf16, _nearest(scalar.encode_bf16)),
     "bf16~": _sixteen(scalar.decode_bf16, scalar.encode_bf16_random),
     "bf16+16": _sixteen(scalar.decode_bf16, _nearest(scalar.split_high))._replace(
-        low="raw2", complete=(scalar.join_halves, scalar.split_low)
+        residual="raw2", complete=(scalar.join_halves, scalar.split_low)
     ),
     "raw1": _raw(1, words.pointer_u8),
     "raw2": _raw(2, words.pointer_u16),
@@ -148,7 +148,7 @@ _FROM_BF16 = {
 class Access(NamedTuple):
     """The float type that a pair of formats is computed in, and each side's way to and from it.
 
-    ``read(d, low)`` and ``write(value, word) -> (d, low)`` serve the written side and its
+    ``read(d, residual)`` and ``write(value, word) -> (d, residual)`` serve the written side and its
     companion, ``read_src(s)`` and ``write_src(value)`` the other side.
     """
 
@@ -188,7 +188,7 @@ def _single(form, as_real, encode):
     decode = form.decode
 
     @device_fn
-    def read(d, low):
+    def read(d, residual):
         return as_real(decode(d))
 
     @device_fn
@@ -203,8 +203,8 @@ def _double(form, as_real, encode):
     join, rest = form.complete
 
     @device_fn
-    def read(d, low):
-        return as_real(join(d, low))
+    def read(d, residual):
+        return as_real(join(d, residual))
 
     @device_fn
     def write(value, word):

@@ -32,14 +32,19 @@ def index_map(cells, at):
 def addresses(cells, at, slot):
     """Addresses of a row's streams: written side, companion, slot of the ring, other side."""
     ring = load(cells, at + abi.RING) + slot * load(cells, at + abi.RING_STRIDE)
-    return load(cells, at + abi.DST), load(cells, at + abi.LOW), ring, load(cells, at + abi.SRC)
+    return (
+        load(cells, at + abi.DST),
+        load(cells, at + abi.RESIDUAL),
+        ring,
+        load(cells, at + abi.SRC),
+    )
 
 
 def streams(steps: Sequence[Step]):
     """Pointers and bytes per element of each stream in :func:`addresses`; 0 for an unused one."""
     touched = "".join(step.reads + step.writes for step in steps)
     formats = steps[0].formats
-    names = zip("dlrs", (formats.dst, formats.low, formats.ring, formats.src), strict=True)
+    names = zip("dlrs", (formats.dst, formats.residual, formats.ring, formats.src), strict=True)
     forms = [FORMATS[name] if name and letter in touched else None for letter, name in names]
     pointers = [words.pointer_u8 if form is None else form.pointer for form in forms]
     return pointers, [0 if form is None else form.itemsize for form in forms]
@@ -55,8 +60,13 @@ def _skip_store(pointer, i, value):
     pass
 
 
-_LOADS = {"d": words.load_dst, "l": words.load_low, "s": words.load_src, "r": words.load_ring}
-_STORES = {"d": words.store_dst, "l": words.store_low, "s": words.store_src, "r": words.store_ring}
+_LOADS = {"d": words.load_dst, "l": words.load_residual, "s": words.load_src, "r": words.load_ring}
+_STORES = {
+    "d": words.store_dst,
+    "l": words.store_residual,
+    "s": words.store_src,
+    "r": words.store_ring,
+}
 
 
 def single(step: Step):
@@ -70,13 +80,13 @@ def single(step: Step):
     apply = step.apply
 
     @device_fn
-    def element(to, low, ring, of, i, j, w, word):
+    def element(to, residual, ring, of, i, j, w, word):
         d, rest, s, r, measures = apply(
-            load_d(to, i), load_l(low, i), load_s(of, j), load_r(ring, i), w, word
+            load_d(to, i), load_l(residual, i), load_s(of, j), load_r(ring, i), w, word
         )
         store_r(ring, i, r)
         store_d(to, i, d)
-        store_l(low, i, rest)
+        store_l(residual, i, rest)
         store_s(of, j, s)
         return measures
 

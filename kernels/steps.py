@@ -2,7 +2,7 @@
 
 A step is a function of stored values, written in words, without addresses and loops:
 
-``apply(d, low, s, r, w, word) -> (d, low, s, r, measures)``
+``apply(d, residual, s, r, w, word) -> (d, residual, s, r, measures)``
 
 of the written side, its companion, the other side and the ring's slot, the row's number and 16
 random bits, to what is stored afterwards and three numbers that are summed. What a step does not
@@ -31,7 +31,7 @@ class Formats(NamedTuple):
 
     dst: str
     src: str
-    low: str | None = None
+    residual: str | None = None
     ring: str | None = None
 
 
@@ -50,10 +50,10 @@ class Step(NamedTuple):
 
 def _step(dst: str, src: str, apply: Any, reads: str, writes: str, real: Any = np.float32) -> Step:
     """A step on two sides; the companion goes with the written side."""
-    low = FORMATS[dst].low
-    if low is not None:
+    residual = FORMATS[dst].residual
+    if residual is not None:
         reads, writes = reads.replace("d", "dl"), writes.replace("d", "dl")
-    return Step(Formats(dst, src, low), real, apply, reads, writes)
+    return Step(Formats(dst, src, residual), real, apply, reads, writes)
 
 
 def lerp(dst: str, src: str, device: str) -> Step:
@@ -64,8 +64,8 @@ def lerp(dst: str, src: str, device: str) -> Step:
     real, read, write, read_src, _ = access(dst, src, device)
 
     @device_fn
-    def apply(d, low, s, r, w, word):
-        new, rest = write(scalar.lerp(read(d, low), read_src(s), w), word)
+    def apply(d, residual, s, r, w, word):
+        new, rest = write(scalar.lerp(read(d, residual), read_src(s), w), word)
         return new, rest, s, r, _NOTHING
 
     return _step(dst, src, apply, "ds", "d", real)
@@ -76,8 +76,8 @@ def lerp_measured(dst: str, src: str, device: str) -> Step:
     real, read, write, read_src, _ = access(dst, src, device)
 
     @device_fn
-    def apply(d, low, s, r, w, word):
-        before, x = read(d, low), read_src(s)
+    def apply(d, residual, s, r, w, word):
+        before, x = read(d, residual), read_src(s)
         new, rest = write(scalar.lerp(before, x, w), word)
         after = read(new, rest)
         distance = x - after
@@ -92,8 +92,8 @@ def add(dst: str, src: str, device: str) -> Step:
     real, read, write, read_src, _ = access(dst, src, device)
 
     @device_fn
-    def apply(d, low, s, r, w, word):
-        new, rest = write(scalar.fma(w, read_src(s), read(d, low)), word)
+    def apply(d, residual, s, r, w, word):
+        new, rest = write(scalar.fma(w, read_src(s), read(d, residual)), word)
         return new, rest, s, r, _NOTHING
 
     return _step(dst, src, apply, "ds", "d", real)
@@ -104,7 +104,7 @@ def copy(dst: str, src: str, device: str) -> Step:
     real, _, write, read_src, _ = access(dst, src, device)
 
     @device_fn
-    def apply(d, low, s, r, w, word):
+    def apply(d, residual, s, r, w, word):
         new, rest = write(read_src(s), word)
         return new, rest, s, r, _NOTHING
 
@@ -116,8 +116,8 @@ def cast_back(dst: str, src: str, device: str) -> Step:
     real, read, _, _, write_src = access(dst, src, device)
 
     @device_fn
-    def apply(d, low, s, r, w, word):
-        return d, low, write_src(read(d, low)), r, _NOTHING
+    def apply(d, residual, s, r, w, word):
+        return d, residual, write_src(read(d, residual)), r, _NOTHING
 
     return _step(dst, src, apply, "d", "s", real)
 
@@ -131,10 +131,10 @@ def finite(dst: str, src: str, device: str) -> Step:
     largest = real(np.finfo(np.float64 if "f64" in (dst, src) else np.float32).max)
 
     @device_fn
-    def apply(d, low, s, r, w, word):
+    def apply(d, residual, s, r, w, word):
         x = read_src(s)
         bad = real(0) if abs(x) <= largest else real(1)
-        return d, low, s, r, (bad, real(0), real(0))
+        return d, residual, s, r, (bad, real(0), real(0))
 
     return _step(dst, src, apply, "s", "", real)
 
@@ -145,47 +145,47 @@ def swap(dst: str, src: str, device: str) -> Step:
     A float32 in two halves changes places with 32 raw bits. Bytes moved per element: both sides
     read and written.
     """
-    if FORMATS[dst].low is not None and src == "raw4":
+    if FORMATS[dst].residual is not None and src == "raw4":
         return _on_bits(_swapped_halves)(dst, src, device)
     real, read, write, read_src, write_src = access(dst, src, device)
 
     @device_fn
-    def apply(d, low, s, r, w, word):
+    def apply(d, residual, s, r, w, word):
         new, rest = write(read_src(s), word)
-        return new, rest, write_src(read(d, low)), r, _NOTHING
+        return new, rest, write_src(read(d, residual)), r, _NOTHING
 
     return _step(dst, src, apply, "ds", "ds", real)
 
 
 def _on_bits(moved: Any, writes: str = "ds") -> Callable[[str, str, str], Step]:
-    """What makes the step ``moved(d, low, s) -> (d, low, s)`` on raw bits."""
+    """What makes the step ``moved(d, residual, s) -> (d, residual, s)`` on raw bits."""
 
     @device_fn
-    def apply(d, low, s, r, w, word):
-        d, low, s = moved(d, low, s)
-        return d, low, s, r, _NOTHING
+    def apply(d, residual, s, r, w, word):
+        d, residual, s = moved(d, residual, s)
+        return d, residual, s, r, _NOTHING
 
     return lambda dst, src, device: _step(dst, src, apply, "ds", writes)
 
 
 @device_fn
-def _swapped_halves(d, low, s):
-    return scalar.stowed_high(s), narrow16(s), scalar.unstowed(d, low)
+def _swapped_halves(d, residual, s):
+    return scalar.stowed_high(s), narrow16(s), scalar.unstowed(d, residual)
 
 
 @device_fn
-def _parked(d, low, s):
-    return scalar.park_shadow(d, s), low, scalar.park_model(d)
+def _parked(d, residual, s):
+    return scalar.park_shadow(d, s), residual, scalar.park_model(d)
 
 
 @device_fn
-def _unparked(d, low, s):
-    return scalar.unpark_shadow(s, d), low, scalar.unpark_model(d)
+def _unparked(d, residual, s):
+    return scalar.unpark_shadow(s, d), residual, scalar.unpark_model(d)
 
 
 @device_fn
-def _mixed(d, low, s):
-    return d ^ s, low, s
+def _mixed(d, residual, s):
+    return d ^ s, residual, s
 
 
 park = _on_bits(_parked)
@@ -209,7 +209,7 @@ class Window(NamedTuple):
     fold: Step  # and of one more
 
 
-def window(dst: str, src: str, ring: str, low: str, device: str) -> Window:
+def window(dst: str, src: str, ring: str, residual: str, device: str) -> Window:
     """The mean of the last values of ``src``, as they are stored in the ring.
 
     The mean is a sum of two floats, of which the companion, f32 or f64, holds the second.
@@ -217,43 +217,47 @@ def window(dst: str, src: str, ring: str, low: str, device: str) -> Window:
     real, read, write, read_src, _ = access(dst, src, device, ring)
     recall = FORMATS[ring].decode
     keep = FORMATS[ring].encode_wide if real is np.float64 else FORMATS[ring].encode
-    as_rest = np.float64 if low == "f64" else np.float32
+    as_rest = np.float64 if residual == "f64" else np.float32
 
     @device_fn
-    def moved(d, low, x, old, old_rest, n, word):
+    def moved(d, residual, x, old, old_rest, n, word):
         """``mean += (x - old) / n``; the companion keeps what the mean has no room for."""
-        mean, left = scalar.mean_step(read(d, low), real(low), x, old, old_rest, n, real(1) / n)
+        mean, left = scalar.mean_step(
+            read(d, residual), real(residual), x, old, old_rest, n, real(1) / n
+        )
         new, _ = write(mean, word)
-        return new, as_rest(nan_to_zero((mean - read(new, low)) + left))
+        return new, as_rest(nan_to_zero((mean - read(new, residual)) + left))
 
     @device_fn
-    def slide(d, low, s, r, n, word):
+    def slide(d, residual, s, r, n, word):
         stored = keep(read_src(s), word)
-        new, rest = moved(d, low, real(recall(stored)), real(recall(r)), real(0), n, word)
+        new, rest = moved(d, residual, real(recall(stored)), real(recall(r)), real(0), n, word)
         return new, rest, s, stored, _NOTHING
 
     @device_fn
-    def grow(d, low, s, r, n, word):
+    def grow(d, residual, s, r, n, word):
         stored = keep(read_src(s), word)
-        new, rest = moved(d, low, real(recall(stored)), read(d, low), real(low), n, word)
+        new, rest = moved(
+            d, residual, real(recall(stored)), read(d, residual), real(residual), n, word
+        )
         return new, rest, s, stored, _NOTHING
 
     @device_fn
-    def put(d, low, s, r, n, word):
-        return d, low, s, keep(read_src(s), word), _NOTHING
+    def put(d, residual, s, r, n, word):
+        return d, residual, s, keep(read_src(s), word), _NOTHING
 
     @device_fn
-    def begin(d, low, s, r, n, word):
+    def begin(d, residual, s, r, n, word):
         x = real(recall(r))
         new, _ = write(x, word)
-        return new, as_rest(nan_to_zero(x - read(new, low))), s, r, _NOTHING
+        return new, as_rest(nan_to_zero(x - read(new, residual))), s, r, _NOTHING
 
     @device_fn
-    def fold(d, low, s, r, n, word):
-        new, rest = moved(d, low, real(recall(r)), read(d, low), real(low), n, word)
+    def fold(d, residual, s, r, n, word):
+        new, rest = moved(d, residual, real(recall(r)), read(d, residual), real(residual), n, word)
         return new, rest, s, r, _NOTHING
 
-    formats = Formats(dst, src, low, ring)
+    formats = Formats(dst, src, residual, ring)
     return Window(
         Step(formats, real, slide, "dlsr", "dlr"),
         Step(formats, real, grow, "dls", "dlr"),

@@ -12,19 +12,19 @@ Chunk table, ``int64[rows, COLUMNS]``:
 ``COUNT``        elements in this row
 ``DST_STEP``     elements from one to the next on the written side (1 in flat tables)
 ``SRC_STEP``     the same on the other side
-``WHICH``        which of the weights applies: averages updated together have one each
+``AVERAGE``      which of the weights applies: averages updated together have one each
 ``INDEX``        index of the first element in its whole tensor, counted in row-major order, on
                  which random bits depend (0 where there are none)
 ``INDEX_STEP``   from the index of one element to that of the next
 ``INDEX_RUN``    elements, at least 1, after which the index jumps
 ``INDEX_JUMP``   from the index of one run's first element to that of the next
 ``KEY``          32 bits that tell this tensor from others, for random bits
-``LOW``          address of the written side's companion, which lies as the written side does
+``RESIDUAL``     address of the written side's companion, which lies as the written side does
 ``RING``         address of the first element in slot 0 of a ring, which lies so too
 ``RING_STRIDE``  bytes from one slot to the next
 ===============  ==================================================================================
 
-Numbers, ``float64[...]``: by ``WHICH``, the weight ``w = 1 - decay`` of the new value (for a
+Numbers, ``float64[...]``: by ``AVERAGE``, the weight ``w = 1 - decay`` of the new value (for a
 windowed mean, how many values it is of).
 
 Control, ``int64[CONTROLS]``:
@@ -71,9 +71,9 @@ sides of a multiple of ``2**32``.
 
 from __future__ import annotations
 
-DST, SRC, COUNT, DST_STEP, SRC_STEP, WHICH = range(6)
+DST, SRC, COUNT, DST_STEP, SRC_STEP, AVERAGE = range(6)
 INDEX, INDEX_STEP, INDEX_RUN, INDEX_JUMP, KEY = range(6, 11)
-LOW, RING, RING_STRIDE = range(11, 14)
+RESIDUAL, RING, RING_STRIDE = range(11, 14)
 COLUMNS = 14
 
 NEXT, CLAIM, SEED, STEP, RESULTS, WINDOW, SLOT, TURN = range(8)

@@ -256,7 +256,7 @@ pointer_f32 = _pointer_word("pointer_f32", _f32, _FLOAT, ctypes.c_float)
 pointer_f64 = _pointer_word("pointer_f64", _f64, ir.DoubleType(), ctypes.c_double)
 
 
-STREAMS = ("dst", "src", "low", "ring")
+STREAMS = ("dst", "src", "residual", "ring")
 
 
 def tag(builder, instruction, stream):
@@ -350,8 +350,10 @@ def _store_word(name, stream=None):
 
 # Element i of tables, control blocks and scratch areas; then of each stream.
 load, store = _load_word("load"), _store_word("store")
-load_dst, load_src, load_low, load_ring = (_load_word(f"load_{one}", one) for one in STREAMS)
-store_dst, store_src, store_low, store_ring = (_store_word(f"store_{one}", one) for one in STREAMS)
+load_dst, load_src, load_residual, load_ring = (_load_word(f"load_{one}", one) for one in STREAMS)
+store_dst, store_src, store_residual, store_ring = (
+    _store_word(f"store_{one}", one) for one in STREAMS
+)
 
 
 def _prefetch(builder, address):

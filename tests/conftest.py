@@ -23,9 +23,9 @@ from fastema.engine import cpu
 from fastema.engine.program import Program
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 from .matrix import reduced

@@ -68,14 +68,14 @@ FAULTS = [
         "binding",
         "overlap later",
         "fastema/binding/binding.py",
-        "            if self.guard.touched(dst, src):\n",
+        "            if self.guard.may_overlap(dst, src):\n",
         "            if self.guard is None:\n",
     ),
     Fault(
         "binding",
         "fixed kept",
         "fastema/binding/binding.py",
-        "pair._replace(src=pair.src.kept_by(None)) if pair.name in fixed else pair",
+        "pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair",
         "pair",
     ),
     Fault(
@@ -221,8 +221,8 @@ FAULTS = [
         "engine",
         "of one average",
         "fastema/engine/program.py",
-        "group.which[: len(results)] == which",
-        "group.which[: len(results)] >= 0",
+        "group.indices[: len(results)] == which",
+        "group.indices[: len(results)] >= 0",
     ),
     Fault(
         "shadow",

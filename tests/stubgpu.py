@@ -182,7 +182,7 @@ def compiled(key: Key) -> Cubin:
 
 
 @dataclass
-class StubHome:
+class StubContext:
     """A device in the memory of the host."""
 
     index: int
@@ -241,36 +241,36 @@ class StubHome:
 @dataclass
 class StubGpu:
     driver: StubDriver
-    homes: dict[int, StubHome]
+    contexts: dict[int, StubContext]
     place: Callable[[torch.Tensor], int | None] = lambda tensor: 0
     """The device that a tensor passes for; None for the host."""
     on_host: dict[int, torch.Tensor] = field(default_factory=dict)
     """Storages that were moved to the host, or made there, by address."""
 
     @property
-    def home(self) -> StubHome:
-        return self.homes[0]
+    def context(self) -> StubContext:
+        return self.contexts[0]
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> StubGpu:
     """Torch's tensors pass for tensors on GPUs."""
     driver = StubDriver()
-    stub = StubGpu(driver, {index: StubHome(index, driver) for index in range(2)})
+    stub = StubGpu(driver, {index: StubContext(index, driver) for index in range(2)})
     describe, zeros = bridge.describe, bridge.zeros
 
     def described(tensor: torch.Tensor) -> TensorSpec:
         spec, index = describe(tensor), stub.place(tensor)
         if index is None or tensor.untyped_storage().data_ptr() in stub.on_host:
             return spec
-        return replace(spec, device=f"cuda:{index}", home=stub.homes[index])
+        return replace(spec, device=f"cuda:{index}", context=stub.contexts[index])
 
     monkeypatch.setattr(bridge, "describe", described)
 
     def kept(tensor: torch.Tensor, device: str) -> torch.Tensor:
         if device == "pinned":
-            for home in stub.homes.values():
-                home.pinned.add(tensor.data_ptr())
+            for context in stub.contexts.values():
+                context.pinned.add(tensor.data_ptr())
         if device in ("cpu", "pinned"):
             stub.on_host[tensor.untyped_storage().data_ptr()] = tensor
         return tensor

@@ -188,8 +188,8 @@ def test_integers_in_a_plan_are_copied_but_not_averaged() -> None:
             plan.lerp_(0.5, x)
     plan.copy_()
     np.testing.assert_array_equal(avg[0], np.arange(5) * 2)
-    home = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
-    with home.enable_x64(True):
+    context = jax if hasattr(jax, "enable_x64") else jax.experimental  # before JAX 0.8
+    with context.enable_x64(True):
         plan.copy_([jnp.arange(5) * 4])
     np.testing.assert_array_equal(avg[0], np.arange(5) * 4)
 

@@ -20,7 +20,7 @@ def lines_of(call: Callable[[], Any]) -> int:
     def line(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal lines
         lines += event == "line"
-        if event == "call" and frame.f_code is watch._ByExchange._moved.__code__:
+        if event == "call" and frame.f_code is watch._ByExchange._any_moved.__code__:
             watched = frame.f_locals
             lines += watched["self"]._args[watched["share"]][4]  # tensors
         return line

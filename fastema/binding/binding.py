@@ -14,8 +14,8 @@ from fastema.bridges.registry import bridge_of, leaves_of, materialised, reshard
 from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
+from fastema.layout.device_context import DeviceContext
 from fastema.layout.group import Guard, Pair, refuse_overlap
-from fastema.layout.home import Home
 from fastema.layout.spec import Leaves, Role, Structure, TensorSpec
 
 __all__ = ["Binding", "Match", "Matcher", "Outline", "can_be_assigned", "is_fixed"]
@@ -77,10 +77,10 @@ class _Bound:
     sides: tuple[Side, Side]
     model: Outline
     labels: tuple[str, str]
-    homes: list[Home]  # devices of the weights that are not the host
+    contexts: list[DeviceContext]  # devices of the weights that are not the host
     guard: Guard | None  # if one of the sides moves
     located: tuple[Located, Located] = (STAYED, STAYED)
-    made: dict[Any, Any] = field(default_factory=dict)  # by others, for these pairs
+    cached: dict[Any, Any] = field(default_factory=dict)  # by others, for these pairs
 
     def find(self, container: Any, write: bool) -> tuple[Located, Located] | None:
         """Find both sides; None where one has to be looked at again."""
@@ -89,18 +89,18 @@ class _Bound:
         src = None if dst is None else theirs.find(container, write=write)
         return None if dst is None or src is None else (dst, src)
 
-    def settle(self, container: Any, located: tuple[Located, Located]) -> None:
+    def relocate(self, container: Any, located: tuple[Located, Located]) -> None:
         """Let the program run on what was found, unless a tensor lies where others are written."""
         if self.guard is not None:
             dst, src = (one.addresses or None for one in located)
-            if self.guard.touched(dst, src):
-                _refuse_overlap([_at(pair, located) for pair in self.pairs], self.labels)
+            if self.guard.may_overlap(dst, src):
+                _check_overlap([_relocated(pair, located) for pair in self.pairs], self.labels)
             self.program.relocate(dst, src)
             self.located = located
         self.containers = self.containers[0], container
 
 
-def _at(pair: Pair, located: tuple[Located, Located]) -> Pair:
+def _relocated(pair: Pair, located: tuple[Located, Located]) -> Pair:
     dst, src = (one.addresses.get(pair.name) for one in located)
     return pair._replace(
         dst=pair.dst if dst is None else pair.dst.at(dst),
@@ -108,16 +108,16 @@ def _at(pair: Pair, located: tuple[Located, Located]) -> Pair:
     )
 
 
-def _refuse_overlap(pairs: Sequence[Pair], labels: tuple[str, str]) -> None:
+def _check_overlap(pairs: Sequence[Pair], labels: tuple[str, str]) -> None:
     refuse_overlap(
         [(f"{labels[0]}{pair.name}", pair.dst) for pair in pairs],
-        [(f"{labels[1]}{pair.name}", pair.src) for pair in pairs if not pair.which],
+        [(f"{labels[1]}{pair.name}", pair.src) for pair in pairs if not pair.average_index],
     )
 
 
-def _unkept(pair: Pair, fixed: set[str]) -> Pair:
+def _without_owner(pair: Pair, fixed: set[str]) -> Pair:
     """Do not keep a tensor that never changes: all of them are a copy of the model."""
-    return pair._replace(src=pair.src.kept_by(None)) if pair.name in fixed else pair
+    return pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair
 
 
 class _Current:
@@ -134,7 +134,7 @@ class _Current:
     def __enter__(self) -> Program:
         binding = self._binding
         self._before = binding._bound
-        bound = binding._found(self._src, self._write, self._match)
+        bound = binding._locate(self._src, self._write, self._match)
         if self._once and self._src is None and bound.guard is not None:
             bound.sides[1].refuse_used(bound.located[1], self._once)
         binding._bound = bound
@@ -190,9 +190,9 @@ class Binding:
         leaves: Leaves | None = None,
     ) -> None:
         self._match, self._labels, self._watch, self._look = match, labels, watch, look
-        self._bound = self._looked((dst, src), match, leaves)
+        self._bound = self._bind((dst, src), match, leaves)
 
-    def _looked(
+    def _bind(
         self, containers: tuple[Any, Any], match: Matcher, leaves: Leaves | None = None
     ) -> _Bound:
         """Look at both sides and pair them."""
@@ -205,13 +205,13 @@ class Binding:
             pair.name
             for members in tagged.values()
             for pair in members
-            if not pair.which and is_fixed(pair.src)
+            if not pair.average_index and is_fixed(pair.src)
         ]
         if src.moving:
             names = {*fixed}
-            tagged = {tag: [_unkept(pair, names) for pair in tagged[tag]] for tag in tagged}
+            tagged = {tag: [_without_owner(pair, names) for pair in tagged[tag]] for tag in tagged}
         pairs = [pair for members in tagged.values() for pair in members]
-        _refuse_overlap(pairs, self._labels)
+        _check_overlap(pairs, self._labels)
         sides: list[Side] = []
         for container, whole, watched, trained in (
             (containers[0], dst, found.dst, ()),
@@ -227,7 +227,7 @@ class Binding:
         if dst.moving or src.moving:
             guard = Guard(
                 [(pair.name, pair.dst) for pair in pairs],
-                [(pair.name, pair.src) for pair in pairs if not pair.which],
+                [(pair.name, pair.src) for pair in pairs if not pair.average_index],
             )
         return _Bound(
             containers,
@@ -238,7 +238,7 @@ class Binding:
             (sides[0], sides[1]),
             Outline(src.names, src.roles, src.structure, src.moving, fixed),
             self._labels,
-            [*{p.src.device: p.src.home for p in pairs if p.src.home is not None}.values()],
+            [*{p.src.device: p.src.context for p in pairs if p.src.context is not None}.values()],
             guard,
         )
 
@@ -276,7 +276,7 @@ class Binding:
         """
         return _Current(self, src, write, once, match)
 
-    def _found(self, src: Any, write: bool, match: Matcher | None) -> _Bound:
+    def _locate(self, src: Any, write: bool, match: Matcher | None) -> _Bound:
         bound = self._bound
         match = match or self._match
         container = bound.containers[1]
@@ -289,9 +289,9 @@ class Binding:
             located = bound.find(container, write) if fits else None
             if located is not None:
                 if bound.guard is not None or container is not bound.containers[1]:
-                    bound.settle(container, located)
+                    bound.relocate(container, located)
                 return bound
-            bound = self._looked((bound.containers[0], container), match)
+            bound = self._bind((bound.containers[0], container), match)
         raise LayoutError("the tensors change while they are looked at, by another thread")
 
     # -- what the surfaces ask --------------------------------------------------------------------
@@ -326,11 +326,11 @@ class Binding:
         bound = self._bound
         if bound.guard is None:
             return bound.pairs
-        return [_at(pair, bound.located) for pair in bound.pairs]
+        return [_relocated(pair, bound.located) for pair in bound.pairs]
 
     def pair_at(self, number: int) -> Pair:
         """Return one of :attr:`pairs` by its number."""
-        return _at(self._bound.pairs[number], self._bound.located)
+        return _relocated(self._bound.pairs[number], self._bound.located)
 
     @property
     def tagged(self) -> Mapping[str, Sequence[Pair]]:
@@ -345,31 +345,31 @@ class Binding:
     @property
     def weights(self) -> dict[str, TensorSpec]:
         """The model's tensors by name, as they were looked at."""
-        return self.made(
-            "weights", lambda: {p.name: p.src for p in self._bound.pairs if not p.which}
+        return self.cached(
+            "weights", lambda: {p.name: p.src for p in self._bound.pairs if not p.average_index}
         )
 
     @property
-    def homes(self) -> dict[str, Home | None]:
+    def contexts(self) -> dict[str, DeviceContext | None]:
         """The devices of the weights."""
-        return {pair.src.device: pair.src.home for pair in self._bound.pairs}
+        return {pair.src.device: pair.src.context for pair in self._bound.pairs}
 
-    def made(self, key: Any, make: Callable[[], Result]) -> Result:
+    def cached(self, key: Any, make: Callable[[], Result]) -> Result:
         """Make something of these pairs once, until the tensors are looked at again."""
-        made = self._bound.made
-        if key not in made:
-            made[key] = make()
-        found: Result = made[key]
+        cached = self._bound.cached
+        if key not in cached:
+            cached[key] = make()
+        found: Result = cached[key]
         return found
 
     def forget(self, key: Any) -> None:
-        """Make something anew at the next call of :meth:`made`."""
-        self._bound.made.pop(key, None)
+        """Make something anew at the next call of :meth:`cached`."""
+        self._bound.cached.pop(key, None)
 
-    def notify_written(self, *sides: int) -> None:
+    def notify_write(self, *sides: int) -> None:
         """Tell frameworks that count writes that tensors of these sides (0, 1) were written."""
         for side in sides:
-            for tell, arrays in self.made(("listeners", side), partial(self._listeners, side)):
+            for tell, arrays in self.cached(("listeners", side), partial(self._listeners, side)):
                 tell(arrays)
 
     def _listeners(self, side: int) -> list[Any]:
@@ -377,13 +377,13 @@ class Binding:
 
     def capturing(self) -> bool:
         """Return whether work on the weights' devices is being captured into a graph."""
-        homes = self._bound.homes
-        if not homes:
+        contexts = self._bound.contexts
+        if not contexts:
             return False
         refuse_forked()  # a framework that is asked for its stream says it less clearly
-        return any(home.capturing() for home in homes)
+        return any(context.capturing() for context in contexts)
 
     def wait(self) -> None:
         """Wait for the weights' devices."""
-        for home in self._bound.homes:
-            home.wait()
+        for context in self._bound.contexts:
+            context.wait()

@@ -82,9 +82,9 @@ class Watched(Owned):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`."""
-        return None if not self._holds(container) or self.changed() else STAYED
+        return None if not self._is_same_container(container) or self.changed() else STAYED
 
-    def _holds(self, container: Any) -> bool:
+    def _is_same_container(self, container: Any) -> bool:
         """Whether this is the container, or a list of the same objects."""
         if container is self._container():
             return True
@@ -125,7 +125,7 @@ class Sampled(Watched):
             return super().find(container, write=write)
         share, self._share = self._share, (self._share + 1) % SHARES
         moved = self._watch.changed_in(share) or _changed(self._trained[share::SHARES])
-        return STAYED if self._holds(container) and not moved else None
+        return STAYED if self._is_same_container(container) and not moved else None
 
 
 class Moving(Owned):

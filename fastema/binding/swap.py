@@ -127,7 +127,7 @@ def _bare(pair: Pair) -> Pair:
     """One average alone, with a companion that is exchanged too."""
     whole = pair.form == SPLIT and pair.dst.dtype != pair.src.dtype
     bare = Pair(pair.name, pair.dst, pair.src)
-    return bare._replace(form=pair.form, low=pair.low) if whole else bare
+    return bare._replace(form=pair.form, residual=pair.residual) if whole else bare
 
 
 class InMemory:
@@ -157,7 +157,7 @@ class InMemory:
         return program
 
     @property
-    def keeps(self) -> bool:
+    def has_copies(self) -> bool:
         """Whether it holds copies of weights, as they were when it was made."""
         return bool(self._kept)
 
@@ -171,7 +171,7 @@ class InMemory:
         self._assigned.restore()
         self._program.run(_RESTORE)
 
-    def follow(self, pairs: Iterable[Pair]) -> None:
+    def relocate(self, pairs: Iterable[Pair]) -> None:
         """Go on with the same tensors in other memory, to which somebody moved them."""
         self._program = self._prepared(_by_way(pairs))
 
@@ -199,7 +199,7 @@ class _Assigned:
         try:
             for pair, array in zip(self._pairs, arrays, strict=True):
                 bridge = bridge_of(pair.src.owner)
-                bridge.assign(pair.src.owner, bridge.shown(array))
+                bridge.assign(pair.src.owner, bridge.to_framework(array))
         except BaseException:
             self.restore()
             raise
@@ -231,7 +231,7 @@ def rounded(pairs: Sequence[Pair]) -> list[Any]:
     """Allocate memory that holds averages as their weights would, in the weights' dtypes."""
     memories = allocate([(pair.dst, pair.src.kind) for pair in pairs])
     given = [
-        Pair(pair.name, pair.dst, spec, pair.form, pair.low)
+        Pair(pair.name, pair.dst, spec, pair.form, pair.residual)
         for pair, (_, spec) in zip(pairs, memories, strict=True)
     ]
     Program({"all": given}).run({"all": "cast_back"})
@@ -248,7 +248,7 @@ class Recovered(NamedTuple):
     """Memory for an average that is applied, and for its companion where that belongs to it."""
 
     shadow: TensorSpec
-    low: TensorSpec | None
+    residual: TensorSpec | None
 
 
 def recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
@@ -267,11 +267,11 @@ def _recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
     copies = [Pair(one.name, spec, one.src) for (one, _), spec in zip(parked, models, strict=True)]
     for pair, to in zip(pairs, into, strict=True):
         if _in_halves(pair):
-            copies.append(Pair(pair.name, to.shadow, pair.src, pair.form, to.low))
+            copies.append(Pair(pair.name, to.shadow, pair.src, pair.form, to.residual))
             continue
         copies.append(Pair(pair.name, to.shadow, pair.src if way_of(pair) == "bits" else pair.dst))
-        if pair.low is not None and to.low is not None:
-            copies.append(Pair(pair.name, to.low, pair.low))
+        if pair.residual is not None and to.residual is not None:
+            copies.append(Pair(pair.name, to.residual, pair.residual))
     bits = [Pair(one.name, to.shadow, spec) for (one, to), spec in zip(parked, models, strict=True)]
     Program({"copied": copies, "parked": bits}).run({"copied": "copy", "parked": "unpark"})
 
@@ -284,12 +284,12 @@ def _in_halves(pair: Pair) -> bool:
 def recovered(pairs: Sequence[Pair]) -> list[Any]:
     """Allocate memory with averages that are applied."""
     shadows = allocate([(pair.dst, pair.dst.kind) for pair in pairs])
-    halves = [pair.low for pair in pairs if pair.low is not None and _in_halves(pair)]
-    lows = iter(allocate([(low, low.kind) for low in halves]))
+    halves = [pair.residual for pair in pairs if pair.residual is not None and _in_halves(pair)]
+    residuals = iter(allocate([(residual, residual.kind) for residual in halves]))
     recover(
         pairs,
         [
-            Recovered(spec, next(lows)[1] if _in_halves(pair) else None)
+            Recovered(spec, next(residuals)[1] if _in_halves(pair) else None)
             for pair, (_, spec) in zip(pairs, shadows, strict=True)
         ],
     )

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from fastema.bridges.names import code_of
 from fastema.errors import BridgeError, DeviceError, DTypeError
+from fastema.layout.device_context import Substitute
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.group import Pair
-from fastema.layout.home import Substitute
 from fastema.layout.spec import TensorSpec
 
 
@@ -49,7 +49,7 @@ def describe(array: Any) -> TensorSpec:
         raise BridgeError(
             f"strides {array.strides} are no multiples of {kind.itemsize} bytes; pass a copy"
         )
-    where = home(array.device.id)
+    where = context(array.device.id)
     return TensorSpec(
         address=array.data.ptr,
         shape=array.shape,
@@ -57,7 +57,7 @@ def describe(array: Any) -> TensorSpec:
         dtype=kind.code,
         device=where.device,
         owner=array,
-        home=where,
+        context=where,
     )
 
 
@@ -97,8 +97,8 @@ def transfer(array: Any, device: str) -> Any:
         return cupy.array(array)
 
 
-class CupyHome:
-    """One CUDA device; see :class:`fastema.layout.home.Home`."""
+class CupyContext:
+    """One CUDA device; see :class:`fastema.layout.device_context.DeviceContext`."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -148,5 +148,5 @@ class CupyHome:
         )
 
 
-home: Final = cache(CupyHome)
+context: Final = cache(CupyContext)
 """The device of a number: the same object every time."""

@@ -150,7 +150,7 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
     return find
 
 
-def shown(memory: NDArray[Any]) -> Any:
+def to_framework(memory: NDArray[Any]) -> Any:
     """Make a JAX array with a copy of NumPy memory; a NumPy copy if JAX would narrow the dtype."""
     if jax.dtypes.canonicalize_dtype(memory.dtype) != memory.dtype:
         return memory.copy()

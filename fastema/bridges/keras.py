@@ -63,7 +63,7 @@ def assign(variable: Any, array: Any) -> None:
     variable.assign(array)
 
 
-def shown(memory: NDArray[Any]) -> Any:
+def to_framework(memory: NDArray[Any]) -> Any:
     """Make an array of the backend with a copy of NumPy memory."""
     made = _made_by_backend()
     return memory.copy() if made is None else made(memory)

@@ -67,11 +67,11 @@ def describe(array: NDArray[Any]) -> TensorSpec:
         device="cpu",
         writable=flags.writeable,
         owner=array,
-        glance=_glance,
+        fingerprint=_fingerprint,
     )
 
 
-def _glance(array: NDArray[Any]) -> object:
+def _fingerprint(array: NDArray[Any]) -> object:
     address = array.__array_interface__["data"]
     return address, array.shape, array.strides, array.dtype
 

@@ -248,7 +248,7 @@ class _Finder:
     """Finds tensors and values of variables again."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self._specs = [spec.kept_by(None) for spec in specs]
+        self._specs = [spec.with_owner(None) for spec in specs]
         self._known: list[Any] = []
         self._readers: dict[bool, _Reader] = {}
         self._variables: dict[int, Any] = {}
@@ -311,7 +311,7 @@ def finder(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> Finder:
     return _Finder(specs)
 
 
-def shown(memory: NDArray[Any]) -> Any:
+def to_framework(memory: NDArray[Any]) -> Any:
     """Make a tensor with a copy of NumPy memory."""
     return tf.constant(memory)
 

@@ -23,7 +23,7 @@ from fastema.bridges.torch_parts import (
     refuse_fsdp1,
     reshard_modules,
 )
-from fastema.bridges.torch_parts import gathered as gathered
+from fastema.bridges.torch_parts import gather as gather
 from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.dtypes import NAME_OF
@@ -95,7 +95,7 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         device,
         owner=tensor,
         exchange=exchange_address(tensor),
-        home=None if gpu is None else torch_cuda.home(gpu),
+        context=None if gpu is None else torch_cuda.context(gpu),
     )
     if spec.size and not (address and _within_storage(tensor, spec)):
         raise BridgeError(
@@ -206,7 +206,7 @@ class Versions:
         """Count from a number of their own: they hold other contents now."""
         self._before = self._versions()
         self._stepped = set()
-        self._note_steps()
+        self._record_optimizer_steps()
         self._begun = array("q", [Versions._next]) * len(self._tensors)
         Versions._next += 1
         if not self._set(self._begun):
@@ -227,11 +227,11 @@ class Versions:
         self._written = [tensor for _, tensor in found.values()]
         return [owner for owner, _ in found.values()]
 
-    def _note_steps(self) -> None:
+    def _record_optimizer_steps(self) -> None:
         """Note what optimizers write from now on: with foreach and fused no counter shows it."""
         reference = ref(self)
 
-        def note(optimizer: Any, *_: Any) -> None:
+        def record(optimizer: Any, *_: Any) -> None:
             versions = reference()
             if versions is not None:
                 for group in optimizer.param_groups:
@@ -239,7 +239,7 @@ class Versions:
                     versions._stepped.update(written)
 
         self._end_notes()
-        self._end_notes = finalize(self, register_optimizer_step_post_hook(note).remove)
+        self._end_notes = finalize(self, register_optimizer_step_post_hook(record).remove)
 
     def end(self, *, put_back: bool) -> None:
         """Count on from where they were before :meth:`begin`: their contents are back.
@@ -285,7 +285,7 @@ def walk(container: Any) -> Leaves | None:
     transient: set[str] = set()
     held = [Held(container)] if isinstance(container, list) else []
     for module in modules:
-        _note_held(module, transient, held)
+        _record_containers(module, transient, held)
     paths = [*parameters, *buffers]
     tensors = chain(parameters.values(), buffers.values())
     items: list[Leaf] = []
@@ -350,7 +350,7 @@ _MEMBERS: Final = ("_parameters", "_buffers", "_modules")
 """Attributes of a module, each a mapping of names."""
 
 
-def _note_held(container: torch.nn.Module, transient: set[str], held: list[Held]) -> None:
+def _record_containers(container: torch.nn.Module, transient: set[str], held: list[Held]) -> None:
     """Add the paths that the module's state leaves out, and the containers of its tensors."""
     seen: set[int] = set()
     for path, module in container.named_modules(remove_duplicate=False):

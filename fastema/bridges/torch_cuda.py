@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from fastema.errors import DeviceError, StateError
+from fastema.layout.device_context import Substitute
 from fastema.layout.group import Pair
-from fastema.layout.home import Substitute
 
-__all__ = ["TorchHome", "home"]
+__all__ = ["TorchContext", "context"]
 
 
 # The handle without an object around it, as torch's own compiler asks for it: a tenth of the time.
@@ -26,8 +26,8 @@ _current = getattr(
 )
 
 
-class TorchHome:
-    """One CUDA device; see :class:`fastema.layout.home.Home`."""
+class TorchContext:
+    """One CUDA device; see :class:`fastema.layout.device_context.DeviceContext`."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -121,5 +121,5 @@ class TorchHome:
         return substitute(operation, pairs)
 
 
-home: Final = cache(TorchHome)
+context: Final = cache(TorchContext)
 """The device of a number: the same object every time."""

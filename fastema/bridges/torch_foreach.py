@@ -24,8 +24,8 @@ from torch import Tensor
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
+from fastema.layout.device_context import LaunchArgs, Substitute
 from fastema.layout.group import Pair, averaged_form
-from fastema.layout.home import LaunchArgs, Substitute
 from fastema.layout.table import first_and_strides, tensor_key
 
 __all__ = ["AT_ONCE", "BYTES", "Batch", "LaunchArgs", "batches", "substitute"]
@@ -49,18 +49,18 @@ class Batch(NamedTuple):
     integer as wide as a word of the written side. ``rows`` has the index of each piece's pair.
     ``places``, for random bits, has of each piece its tensor's key, the index of the pair's first
     element in the whole tensor, and a tensor without memory that has the indices' strides and
-    offset. ``low`` and ``ring`` may be empty; a ring has its slots along the first axis. Complex
-    numbers are pairs of reals, bits are integers.
+    offset. ``residual`` and ``ring`` may be empty; a ring has its slots along the first axis.
+    Complex numbers are pairs of reals, bits are integers.
     """
 
-    which: int
+    average_index: int
     real: torch.dtype
     form: _Form
     rows: list[int]
     places: list[tuple[int, int, Tensor]]
     dst: list[Tensor]
     src: list[Tensor]
-    low: list[Tensor]
+    residual: list[Tensor]
     ring: list[Tensor]
 
 
@@ -149,7 +149,7 @@ def _random_words(place: tuple[int, int, Tensor], args: LaunchArgs, device: Any)
     return x.bitwise_right_shift_(16)
 
 
-def _words(batch: Batch, args: LaunchArgs, bits: int) -> Tensor:
+def _random_bits(batch: Batch, args: LaunchArgs, bits: int) -> Tensor:
     """So many random bits for every element, the kernels'."""
     sizes = [one.numel() for one in batch.dst]
     words = torch.empty(sum(sizes), dtype=torch.int32, device=batch.dst[0].device)
@@ -174,7 +174,7 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
         shift = (size < lift).to(torch.float32).mul_(lift)
         lifted = size + shift
         bits = lifted.view(torch.int32)
-        bits.add_(_words(batch, args, dropped)).clamp_(max=beyond).bitwise_and_(~rest)
+        bits.add_(_random_bits(batch, args, dropped)).clamp_(max=beyond).bitwise_and_(~rest)
         rounded = lifted.sub_(shift).copysign_(values)
         _unflatten(torch.where(size <= largest, rounded, values), batch.dst)
 
@@ -183,16 +183,18 @@ def _store_random(dropped: int, lift: float, largest: float) -> Callable[..., No
 
 def _store_split(batch: Batch, values: Tensor, args: LaunchArgs) -> None:
     bits = values.to(torch.float32).view(torch.int32)
-    _take_apart(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _high(bits)))
+    _store_halves(batch, bits, torch.where(values.isnan(), bits >> 16 | 0x40, _high(bits)))
 
 
 def _halves(batch: Batch) -> tuple[Tensor, Tensor]:
-    return _flat(batch.dst, torch.int32), _flat(batch.low, torch.int32)
+    return _flat(batch.dst, torch.int32), _flat(batch.residual, torch.int32)
 
 
-def _take_apart(batch: Batch, bits: Tensor, high: Tensor) -> None:
+def _store_halves(batch: Batch, bits: Tensor, high: Tensor) -> None:
     _unflatten(high, batch.dst)
-    _unflatten(((bits & 0xFFFF) ^ 0x8000) - 0x8000, batch.low)  # the low half as a signed number
+    _unflatten(
+        ((bits & 0xFFFF) ^ 0x8000) - 0x8000, batch.residual
+    )  # the low half as a signed number
 
 
 _PLAIN: Final = _Form(
@@ -238,10 +240,10 @@ def _stowed(bits: Tensor) -> Tensor:
     return torch.where(nan, high, rounded)
 
 
-def _unstowed(high: Tensor, low: Tensor) -> Tensor:
+def _unstowed(high: Tensor, residual: Tensor) -> Tensor:
     """As ``fastema.kernels.scalar.unstowed``."""
-    beyond = ((high & 0x7FFF) == 0).logical_and_(low < 0)
-    return torch.where(beyond, (high | 0x7F80) << 16 | low & 0xFFFF, _unparked(high, low))
+    beyond = ((high & 0x7FFF) == 0).logical_and_(residual < 0)
+    return torch.where(beyond, (high | 0x7F80) << 16 | residual & 0xFFFF, _unparked(high, residual))
 
 
 def _park(batch: Batch, args: LaunchArgs) -> None:
@@ -261,7 +263,7 @@ def _unpark(batch: Batch, args: LaunchArgs) -> None:
 
 def _weight(batch: Batch, args: LaunchArgs) -> float:
     """The batch's number, rounded to the type of the arithmetic."""
-    number = args.numbers[batch.which]
+    number = args.numbers[batch.average_index]
     return float(number if batch.real == torch.float64 else np.float32(number))
 
 
@@ -337,11 +339,11 @@ def _cast_back(batch: Batch, args: LaunchArgs) -> None:
 
 
 def _swap(batch: Batch, args: LaunchArgs) -> None:
-    if batch.low and batch.src[0].dtype == torch.float32:
+    if batch.residual and batch.src[0].dtype == torch.float32:
         weights = [one.view(torch.int32) for one in batch.src]
         bits = _flat(weights, torch.int32)
         _unflatten(_unstowed(*_halves(batch)), weights)
-        _take_apart(batch, bits, _stowed(bits))
+        _store_halves(batch, bits, _stowed(bits))
         return
     average = batch.form.load(batch)
     _copy(batch, args)
@@ -353,14 +355,14 @@ def _swap(batch: Batch, args: LaunchArgs) -> None:
 
 def _window(batch: Batch, args: LaunchArgs) -> None:
     _assign([slots[args.slot] for slots in batch.ring], batch.src)
-    count = int(args.numbers[batch.which])
+    count = int(args.numbers[batch.average_index])
     filled = [(args.slot - age) % args.window for age in range(count)]
     device = batch.dst[0].device  # a ring may be on the host
     history = (_flat([slots[i] for slots in batch.ring], torch.float64, device) for i in filled)
     mean, residual = (_exact_mean if batch.real == torch.float64 else _mean)(history, count)
     batch.form.store(batch, mean, args)
     residual.add_(mean.sub_(batch.form.load(batch)))
-    _unflatten(_numbers_only(residual), batch.low)
+    _unflatten(_numbers_only(residual), batch.residual)
 
 
 def _numbers_only(values: Tensor) -> Tensor:
@@ -428,8 +430,8 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
     specs = [pair.dst, pair.src]
     needs_ring = OPERATIONS[operation].needs_ring
     if form == _SPLIT or needs_ring:
-        assert pair.low is not None
-        specs.append(pair.low)
+        assert pair.residual is not None
+        specs.append(pair.residual)
     if needs_ring:
         assert pair.ring is not None
         specs.append(pair.ring[0])
@@ -452,7 +454,7 @@ def _streams(operation: str, pair: Pair, real: torch.dtype, form: str) -> list[T
     return tensors
 
 
-def _cut(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
+def _split_tensors(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
     """Cut all tensors into the same pieces of at most so many elements."""
     shape = streams[0].shape
     size = streams[0].numel()
@@ -463,7 +465,7 @@ def _cut(streams: list[Tensor], most: int) -> Iterator[list[Tensor]]:
     step = max(most * length // size, 1)
     for first in range(0, length, step):
         piece = [one.narrow(axis, first, min(step, length - first)) for one in streams]
-        yield from _cut(piece, most)
+        yield from _split_tensors(piece, most)
 
 
 def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
@@ -479,12 +481,12 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
         if not pair.dst.size:
             continue
         streams = _streams(operation, pair, real, form)
-        key = (pair.which, pair.dst.device, real, form, *(one.dtype for one in streams))
-        for piece in _cut(streams, most):
+        key = (pair.average_index, pair.dst.device, real, form, *(one.dtype for one in streams))
+        for piece in _split_tensors(streams, most):
             batch, room = latest.get(key, (None, 0))
             size = piece[0].numel()
             if batch is None or size > room:
-                batch = Batch(pair.which, real, _FORMS[form], [], [], [], [], [], [])
+                batch = Batch(pair.average_index, real, _FORMS[form], [], [], [], [], [], [])
                 room = most
                 found.append(batch)
             latest[key] = batch, room - size
@@ -493,7 +495,7 @@ def batches(operation: str, pairs: Sequence[Pair], most: int) -> list[Batch]:
                 batch.places.append((tensor_key(pair), first_and_strides(pair)[0], piece.pop()))
             for tensors, one in zip(batch[5:], piece, strict=False):
                 tensors.append(one)
-    return sorted(found, key=lambda batch: batch.which)
+    return sorted(found, key=lambda batch: batch.average_index)
 
 
 def substitute(operation: str, pairs: Sequence[Pair]) -> Substitute:

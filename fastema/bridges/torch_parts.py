@@ -73,7 +73,7 @@ def describe_part(tensor: DTensor, describe: Callable[[torch.Tensor], TensorSpec
         whole=whole if is_part else None,
         offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None,
         owner=tensor,
-        glance=_glance,
+        fingerprint=_fingerprint,
         wrapped=_wrapped,
         division=_Division(mesh, placements, whole, tensor.stride()),
     )
@@ -97,7 +97,7 @@ def _is_one_block(mesh: Any, placements: tuple[Any, ...]) -> bool:
 _wrapped: Final = attrgetter("_local_tensor")
 
 
-def _glance(tensor: DTensor) -> object:
+def _fingerprint(tensor: DTensor) -> object:
     found = tensor._local_tensor
     return id(found), found.data_ptr(), found.shape, found.dtype
 
@@ -154,7 +154,7 @@ def _with_axis_before(placement: Any) -> Any:
     return type(placement)(placement.dim + 1, **options)
 
 
-def gathered(tensor: DTensor) -> torch.Tensor:
+def gather(tensor: DTensor) -> torch.Tensor:
     """Return the whole of a DTensor on every rank; all of them have to call this."""
     # As bytes: neither gloo nor NCCL sends 16-bit integers.
     part = local(tensor).detach().contiguous().unsqueeze(-1).view(torch.uint8)

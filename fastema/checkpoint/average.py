@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from fastema.bridges.memory import Memory
 from fastema.checkpoint.files import File
 from fastema.engine.program import Program
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 __all__ = ["weighted_sum"]
@@ -61,7 +61,7 @@ def weighted_sum(
             bench = _Workbench(coefficients, kind, to)
             for batch in _batches(names, newest, bench.room):
                 parts = [
-                    readers.submit(_read, fill, file, batch, buffer)
+                    readers.submit(_read_piece, fill, file, batch, buffer)
                     for fill, file, buffer in zip(fills, files, bench.buffers, strict=True)
                 ]
                 for part in parts:
@@ -88,7 +88,7 @@ class _Workbench:
         self._total = np.zeros(self.room * wide.itemsize, np.uint8)
         total = self._spec(self._total, wide)
         terms = [
-            Pair("sum", total, self._spec(buffer, kind), which=index)
+            Pair("sum", total, self._spec(buffer, kind), average_index=index)
             for index, buffer in enumerate(self.buffers)
         ]
         self._sum = Program({"all": terms})
@@ -132,7 +132,7 @@ def _batches(names: Sequence[str], file: File, room: int) -> Iterator[list[_Piec
         yield batch
 
 
-def _read(
+def _read_piece(
     fill: Callable[[int, memoryview], None], file: File, batch: Sequence[_Piece], buffer: Bytes
 ) -> None:
     view = buffer.data

@@ -28,11 +28,11 @@ __all__ = [
     "File",
     "Fill",
     "Stored",
+    "fsync",
     "header_of",
     "moved_into_place",
     "read",
     "reading",
-    "settle",
     "storing",
     "write",
 ]
@@ -201,21 +201,21 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
     final = Path(path)
     # Made by whoever writes it, with the rights that a new file has here.
     partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
-    with storing(final), _writing_in(final.parent):
+    with storing(final), _lock_folder(final.parent):
         try:
             yield os.fspath(partial)
-            settle(partial)
+            fsync(partial)
             os.replace(partial, final)
         except BaseException:
             with suppress(OSError):
                 os.unlink(partial)
             raise
         with suppress(OSError):  # not every system lets a folder be synchronised
-            settle(final.parent)
+            fsync(final.parent)
 
 
 @contextmanager
-def _writing_in(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """A block in which this process writes in a folder; what killed ones left goes before it.
 
     All who write there share a lock of the folder, which the system takes from those that are
@@ -240,7 +240,7 @@ def _remove_partial(folder: Path) -> None:
                 os.unlink(entry.path)
 
 
-def settle(path: str | os.PathLike[str]) -> None:
+def fsync(path: str | os.PathLike[str]) -> None:
     """Have the system put what was written on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -278,7 +278,7 @@ def _of_type(value: Any, kind: type) -> Any:
     return value
 
 
-def _whole(value: Any) -> int:
+def _whole_number(value: Any) -> int:
     number: int = _of_type(value, int)
     if not 0 <= number <= _MOST:
         raise ValueError(f"expected a number from 0 to {_MOST}, got {number}")
@@ -287,10 +287,10 @@ def _whole(value: Any) -> int:
 
 def _stored(entry: Any, start: int, size: int) -> Stored:
     entry = _of_type(entry, dict)
-    shape = tuple(_whole(extent) for extent in _of_type(entry["shape"], list))
+    shape = tuple(_whole_number(extent) for extent in _of_type(entry["shape"], list))
     if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _MOST:
         raise ValueError(f"the shape {list(shape)} is that of no array")
-    first, end = (start + _whole(offset) for offset in _of_type(entry["data_offsets"], list))
+    first, end = (start + _whole_number(offset) for offset in _of_type(entry["data_offsets"], list))
     found = Stored(dtype(_CODES[_of_type(entry["dtype"], str)]), shape, first)
     if not start <= first <= end <= size or end - first != found.nbytes:
         raise ValueError("a tensor lies outside the file; it was cut short")

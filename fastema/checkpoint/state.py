@@ -57,7 +57,7 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
     try:
         plain = json.loads(found.metadata[_KEY])
         sums = json.loads(found.metadata.get(_SUMS, "{}"))
-        places = {key: _place(key) for key in found.tensors if key != _KEY}
+        places = {key: _parse_key(key) for key in found.tensors if key != _KEY}
         if not isinstance(plain, dict) or any(part in plain for part, _, _ in places.values()):
             raise ValueError("its plain values are no mapping, or have the names of tensors")
         if not isinstance(sums, dict):
@@ -88,7 +88,7 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
     return state
 
 
-def _place(key: str) -> tuple[str, int, str]:
+def _parse_key(key: str) -> tuple[str, int, str]:
     """Part, place and name of a tensor."""
     part, place, name = key.split(".", 2)
     if not (place.isascii() and place.isdigit()):

@@ -55,10 +55,11 @@ class _Stage:
     def __init__(self, averages: Mapping[str, Tensor], weights: Leaves) -> None:
         # A plan names those that have no average, unless they are skipped.
         self.tensors = _tensors(weights)
-        self._firsts = _firsts(averages, weights)
+        self._first_names = _first_names(averages, weights)
         owners = {leaf.spec: leaf.spec.owner for leaf in weights.items}
         beside = {
-            spec: _beside(averages[name], owners[spec]) for spec, name in self._firsts.items()
+            spec: _empty_beside(averages[name], owners[spec])
+            for spec, name in self._first_names.items()
         }
         self.tensors |= {
             leaf.name: beside[leaf.spec] for leaf in weights.items if leaf.name in averages
@@ -69,7 +70,7 @@ class _Stage:
         other = _tensors(weights)
         return (
             self.tensors.keys() == other.keys()
-            and list(self._firsts.values()) == list(_firsts(averages, weights).values())
+            and list(self._first_names.values()) == list(_first_names(averages, weights).values())
             and all(
                 staged.shape == other[name].shape
                 and staged.dtype == other[name].dtype
@@ -78,17 +79,17 @@ class _Stage:
             )
         )
 
-    def take(self, weights: Leaves) -> None:
+    def copy_from(self, weights: Leaves) -> None:
         """Copy the weights; what the host is to read of them is there when this returns."""
         now = _tensors(weights)
-        for name in self._firsts.values():
+        for name in self._first_names.values():
             self.tensors[name].copy_(now[name].detach(), non_blocking=True)
-        for home in {leaf.spec.device: leaf.spec.home for leaf in weights.items}.values():
-            if home is not None:
-                home.wait()
+        for context in {leaf.spec.device: leaf.spec.context for leaf in weights.items}.values():
+            if context is not None:
+                context.wait()
 
 
-def _firsts(averages: Container[str], weights: Leaves) -> dict[TensorSpec, str]:
+def _first_names(averages: Container[str], weights: Leaves) -> dict[TensorSpec, str]:
     """Each memory of the weights that have an average, by the first of its names."""
     found: dict[TensorSpec, str] = {}
     for leaf in weights.items:
@@ -97,7 +98,7 @@ def _firsts(averages: Container[str], weights: Leaves) -> dict[TensorSpec, str]:
     return found
 
 
-def _beside(average: Tensor, weight: Tensor) -> Tensor:
+def _empty_beside(average: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(
         weight,
         device=average.device,
@@ -162,7 +163,7 @@ class _InPlace:
             return aliases.setdefault(id(owner), owner.detach())
 
         def aliased(pair: Pair) -> Pair:
-            dst, src = (spec.kept_by(alias(spec.owner)) for spec in (pair.dst, pair.src))
+            dst, src = (spec.with_owner(alias(spec.owner)) for spec in (pair.dst, pair.src))
             return pair._replace(dst=dst, src=src)
 
         self._pairs = [aliased(pair) for pair in plan.binding.pairs]
@@ -255,23 +256,23 @@ class ModelAverager:
             plan.lerp_(weight, weights)
 
         self._refuse_swapped("update()")
-        self._with(materialised(model), lerp)
+        self._call_with_plan(materialised(model), lerp)
 
     def copy(self, model: Any) -> None:
         """Make the averages the weights, rounded to nearest."""
         self._refuse_swapped("copy()")
-        self._with(materialised(model), lambda plan, weights: plan.copy_(weights))
+        self._call_with_plan(materialised(model), lambda plan, weights: plan.copy_(weights))
 
     def check(self, model: Any) -> None:
         """Raise what :meth:`update` and :meth:`copy` would; nothing is written."""
         self._refuse_swapped("check()")
-        self._with(materialised(model), lambda plan, weights: plan.check(weights))
+        self._call_with_plan(materialised(model), lambda plan, weights: plan.check(weights))
 
     def _refuse_swapped(self, call: str) -> None:
         if self._held is not None:
             raise StateError(f"{call} while the model holds the average: leave that block first")
 
-    def _with(self, model: Any, call: Callable[[_Plan, Any], Result]) -> Result:
+    def _call_with_plan(self, model: Any, call: Callable[[_Plan, Any], Result]) -> Result:
         """Call with the plan there is; with another one where devices have changed."""
         try:
             if self._plan is not None and self._stage is None:
@@ -280,7 +281,7 @@ class ModelAverager:
                 except LayoutError:
                     if not self._is_apart(leaves_of(model)):
                         raise
-            return call(*self._planned(model))
+            return call(*self._plan_for(model))
         finally:
             self._release(model)
 
@@ -306,7 +307,7 @@ class ModelAverager:
         averages, theirs = _tensors(leaves_of(self._averaged)), _tensors(weights)
         return any(averages[n].device != theirs[n].device for n in averages.keys() & theirs)
 
-    def _planned(self, model: Any) -> tuple[_Plan, Any]:
+    def _plan_for(self, model: Any) -> tuple[_Plan, Any]:
         """Return a plan, and what the averages follow: the model, or its copy beside them."""
         weights = leaves_of(model)
         bits: dict[str, Any] = {"rounding": self._rounding, "seed": self._seed}
@@ -325,7 +326,7 @@ class ModelAverager:
             self._plan = _Plan(self._averaged, stage.tensors, policy=policy, **bits)
             self._stage, self._roles = stage, weights.roles
         assert self._plan is not None
-        self._stage.take(weights)
+        self._stage.copy_from(weights)
         return self._plan, self._stage.tensors
 
     def _named(self, weights: Leaves) -> PolicyOf:
@@ -361,7 +362,7 @@ class ModelAverager:
     def _swap_steps(self, model: Any) -> Steps[None]:
         self._refuse_swapped("swapped()")
         model = materialised(model)
-        held, swap = self._with(model, partial(self._swap_of, model))
+        held, swap = self._call_with_plan(model, partial(self._swap_of, model))
 
         def apply() -> None:
             self._held = held
@@ -380,8 +381,8 @@ class ModelAverager:
             copied = _CopiedOut(averages, {name: own[name] for name in weights})
             return copied, Swap(_WriteBack(lambda: True, copied.raw, model), copied)
         with plan.swappable(model) as binding:
-            held = binding.made("in place", lambda: _InPlace(plan))
-            if held.memory.keeps:
+            held = binding.cached("in place", lambda: _InPlace(plan))
+            if held.memory.has_copies:
                 binding.forget("in place")
         moved = partial(binding.has_moved, model)
         return held, Swap(

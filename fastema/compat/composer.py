@@ -32,7 +32,7 @@ _PARTS: Final = ("named_parameters_dict", "named_buffers_dict")
 _TIME: Final = re.compile(r"(\d+)(ba|ep)")
 
 
-class _Known:
+class _CallState:
     """What follows the averages that a caller keeps, and how often it was called."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class _Known:
         self.calls += 1
 
 
-_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+_call_states: weakref.WeakKeyDictionary[Any, _CallState] = weakref.WeakKeyDictionary()
 """By the object that holds the averages; their tensors do not keep it."""
 
 
@@ -115,7 +115,7 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
     """
     refuse_no_share(smoothing, "smoothing")
     averages = _averages(ema_model)
-    _known.setdefault(ema_model, _Known()).update(averages, model, 1.0 - smoothing)
+    _call_states.setdefault(ema_model, _CallState()).update(averages, model, 1.0 - smoothing)
 
 
 def rule(

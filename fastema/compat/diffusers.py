@@ -160,7 +160,7 @@ class EMAModel(ListAverage):
         if isinstance(parameters, torch.nn.Module):
             _deprecated("a torch.nn.Module", "EMAModel.step", "its parameters()")
             parameters = parameters.parameters()
-        weights = self._all(parameters, "step")
+        weights = self._checked_parameters(parameters, "step")
         step = self.optimization_step + 1
         decay = float(self.get_decay(step))
         frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)

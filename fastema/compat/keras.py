@@ -11,7 +11,7 @@ from fastema.binding.swap import Calls, Swap, Way
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
 from fastema.keras.guards import ErrorGuard, Guard, UseGuard, guard_use, is_running
-from fastema.keras.steps import inner, whole
+from fastema.keras.steps import inner, whole_number
 from fastema.keras.ways import Aside, is_gone
 from fastema.plan import Plan
 
@@ -59,7 +59,7 @@ def _separate(model: Any) -> None:
 
 
 def _steps(optimizer: Any) -> int:
-    return whole(next(one for one in optimizer.variables if one.name == "iteration"))
+    return whole_number(next(one for one in optimizer.variables if one.name == "iteration"))
 
 
 def _one_by_one(pairs: list[tuple[Any, Any]]) -> None:
@@ -169,7 +169,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._model_owned: Any = None
         self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
 
-    def _own(self) -> None:
+    def _register(self) -> None:
         """Be known to the model, for whoever is called next."""
         # Unseen by Keras, which tracks what is set.
         owners = self.model.__dict__.setdefault(_OWNERS, [])
@@ -177,7 +177,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             owners.append(self)
             self._model_owned = self.model
 
-    def _disown(self) -> None:
+    def _unregister(self) -> None:
         if self._model_owned is None or self._hook is not None or self._fit_guards:
             return
         model, self._model_owned = self._model_owned, None
@@ -187,14 +187,14 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if not owners:
             vars(model).pop(_OWNERS, None)
 
-    def _take_over(self) -> None:
+    def _restore_earlier(self) -> None:
         """Take back what earlier calls left in the model, whichever callback's they were."""
-        self._leave()
+        self._clean_up()
         self._run = self.params
         others = self.model.__dict__.pop(_OWNERS, [])
         is_twice = any(one is not self and one._run is self._run for one in others)
         for one in reversed(others):
-            one._leave()
+            one._clean_up()
         if is_twice:
             raise StateError(
                 "two SwapEMAWeights in one list of callbacks would undo each other: leave one of "
@@ -222,7 +222,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         with defer_signals():
             swap.apply()
             self._swap, self._hook = swap, hook
-            self._own()
+            self._register()
             self._guards += guard_use(model, self.restore)
 
     def _restore_after(self, *hooks: Hook) -> None:
@@ -237,27 +237,27 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 swap.restore()
         while self._guards:
             self._guards.pop().remove()
-        self._disown()
+        self._unregister()
 
     def _end_fit(self) -> None:
         while self._fit_guards:
             self._fit_guards.pop().remove()
-        self._disown()
+        self._unregister()
 
-    def _leave(self) -> None:
+    def _clean_up(self) -> None:
         """Leave nothing in the model."""
         self.restore()
         self._end_fit()
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Give back what an earlier call left, and watch over the validation."""
-        self._take_over()
+        self._restore_earlier()
         _separate(self.model)
         # fit() validates by self.evaluate: an attribute of the instance comes before the class's.
         restore = partial(self._restore_after, "test")
         self._fit_guards.append(ErrorGuard(self.model, "evaluate", restore))
-        self._fit_guards += guard_use(self.model, self._leave)
-        self._own()
+        self._fit_guards += guard_use(self.model, self._clean_up)
+        self._register()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Stop watching."""
@@ -304,7 +304,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if is_running(self.model, "fit"):
             self._restore_after("test", "predict")  # of one that was left by an exception
         else:
-            self._take_over()
+            self._restore_earlier()
         if self._hook is None:
             self._apply(hook)
             if self._hook is not None:

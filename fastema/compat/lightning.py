@@ -99,7 +99,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     """Whether it is updated when, and with the decay that, Lightning's callback would be."""
 
     @property
-    def _begun(self) -> bool:
+    def _has_updated(self) -> bool:
         """Whether the average was updated yet."""
         return self._average_model is not None and bool(self._average_model.n_averaged)
 
@@ -117,9 +117,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         """Make the average as ``fit`` begins; a checkpoint is loaded after this."""
         if stage != "fit":
             if self._phase == "failed":
-                self._leave()
+                self._clean_up()
             return
-        self._leave()
+        self._clean_up()
         if sum(map(_is_averaging, trainer.callbacks)) > 1:
             raise StateError(
                 "the trainer has more than one averaging callback, and the one would train on the "
@@ -206,13 +206,13 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if stage != "fit" and self._phase == "training":
             return
         has_average, not_trained = self._exchange is not None, self._phase == "training"
-        self._leave()
+        self._clean_up()
         if not_trained:  # a finished run was resumed
             self._copy_average_to_current(pl_module)
         elif has_average:
-            self._give(pl_module)
+            self._copy_into(pl_module)
 
-    def _leave(self) -> None:
+    def _clean_up(self) -> None:
         self._restore()
         self._unwrap_strategy()
         self._phase = "outside"
@@ -233,12 +233,12 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if self._phase == "ended":
             self._apply(pl_module)
         else:
-            self._give(pl_module)
+            self._copy_into(pl_module)
 
     def _apply(self, pl_module: Any) -> None:
         assert self._averager is not None
         self._exchange = (
-            self._averager.swapped(pl_module) if self._begun else RestoringBlock(_change_nothing)
+            self._averager.swapped(pl_module) if self._has_updated else RestoringBlock(_no_op)
         )
         try:
             self._exchange.__enter__()
@@ -251,9 +251,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._exchange.close()
             self._exchange = None
 
-    def _give(self, pl_module: Any) -> None:
+    def _copy_into(self, pl_module: Any) -> None:
         assert self._averager is not None
-        if self._begun:
+        if self._has_updated:
             self._averager.give(pl_module)
 
     # -- checkpoints -------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             return
         checkpoint["current_model_state"] = checkpoint["state_dict"]
         checkpoint["averaging_state"] = {"n_averaged": self._average_model.n_averaged}
-        if self._begun:
+        if self._has_updated:
             checkpoint["state_dict"] = self._average_model.module.state_dict()
 
     def _save_in_exchange(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -349,7 +349,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def _averaged(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint whose ``state_dict`` is the average, if it is one of weights alone."""
-        if "averaging_state" in checkpoint or self._exchange is not None or not self._begun:
+        if "averaging_state" in checkpoint or self._exchange is not None or not self._has_updated:
             return checkpoint
         assert self._average_model is not None
         average = self._average_model.module.state_dict()
@@ -359,7 +359,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         }
 
 
-def _change_nothing() -> Steps[None]:
+def _no_op() -> Steps[None]:
     return Steps(lambda: None, lambda: None)
 
 

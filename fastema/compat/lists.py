@@ -208,7 +208,7 @@ class _ListAverager:
             self._memory = [parameter.detach() for parameter in parameters]
         was_there = copied in self._plans
         try:
-            plan = self._planned(parameters, copied)
+            plan = self._plan_for(parameters, copied)
             _refuse_unlike(
                 [shadow[at] for at in plan.apart],
                 [parameters[at] for at in plan.apart],
@@ -227,7 +227,7 @@ class _ListAverager:
         for at in plan.apart:
             shadow[at].copy_(parameters[at].detach())
 
-    def _planned(self, parameters: list[Tensor], copied: frozenset[int]) -> _Planned:
+    def _plan_for(self, parameters: list[Tensor], copied: frozenset[int]) -> _Planned:
         found = self._plans.get(copied)
         if found is None:
             if len(self._plans) >= _PLANS:
@@ -297,7 +297,7 @@ class Stored:
         self._of: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten = False
 
-    def kept(self, owner: Any) -> list[Tensor]:
+    def stored_weights(self, owner: Any) -> list[Tensor]:
         """The stored weights; a StateError where there are none."""
         found: list[Tensor] | None = getattr(owner, self._name)
         if found in (None, self._nothing):
@@ -305,14 +305,14 @@ class Stored:
         assert found is not None
         return found
 
-    def _alive(self) -> set[int]:
+    def _live_storages(self) -> set[int]:
         return {id(reference()) for reference in self._of} - {id(None)}
 
     def store(self, owner: Any, parameters: Iterable[Tensor], device: Any = None) -> None:
         """Keep copies; a StateError where weights would be lost that are nowhere else."""
         given = as_list(parameters, "store")
         given_up = getattr(owner, self._name) in (None, self._nothing)
-        if self._overwritten and self._alive() and not given_up:
+        if self._overwritten and self._live_storages() and not given_up:
             raise StateError(
                 "store() while parameters hold the average since copy_to() would lose the weights "
                 f"that were stored before: restore() them first, or set {self._name} to "
@@ -323,11 +323,13 @@ class Stored:
 
     def overwritten(self, parameters: Iterable[Tensor]) -> None:
         """These hold the average now."""
-        self._overwritten |= bool(self._alive() & {id(one) for one in _storages(parameters)})
+        self._overwritten |= bool(
+            self._live_storages() & {id(one) for one in _storages(parameters)}
+        )
 
     def restore(self, owner: Any, parameters: Iterable[Tensor]) -> None:
-        """Write the weights back; they are kept on. Raises as :meth:`kept` and :func:`write`."""
-        weights, given = self.kept(owner), as_list(parameters, "restore")
+        """Write the weights back; keep them. Raises as :meth:`stored_weights`, :func:`write`."""
+        weights, given = self.stored_weights(owner), as_list(parameters, "restore")
         if len(weights) != len(given):
             raise LayoutError(
                 f"restore() was given {len(given)} parameters, store() {len(weights)}: give "
@@ -366,7 +368,7 @@ class ListAverage:
         self._shadow = as_list(tensors, "shadow_params")
         self._averager.forget()
 
-    def _all(self, parameters: Iterable[Tensor], call: str) -> list[Tensor]:
+    def _checked_parameters(self, parameters: Iterable[Tensor], call: str) -> list[Tensor]:
         """As many parameters as there are averages."""
         given = as_list(parameters, call)
         if len(given) != len(self._shadow):

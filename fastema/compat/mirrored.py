@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Mirrored", "fetched", "is_read_at_once"]
+__all__ = ["Mirrored", "is_read_at_once", "read_number"]
 
 
 def is_read_at_once(buffer: Tensor) -> bool:
@@ -15,7 +15,7 @@ def is_read_at_once(buffer: Tensor) -> bool:
     return buffer.device.type == "cpu" or buffer.is_inference()
 
 
-def fetched(buffer: Tensor) -> float:
+def read_number(buffer: Tensor) -> float:
     """The number in a tensor of one element; waits for its device."""
     return buffer.item()
 
@@ -37,9 +37,9 @@ class Mirrored:
     def read(self, buffer: Tensor) -> float:
         """The number."""
         if is_read_at_once(buffer):
-            return fetched(buffer)
+            return read_number(buffer)
         if self._known is None or self._known[0] is not buffer or self._known[1] != buffer._version:
-            self._known = buffer, buffer._version, fetched(buffer)
+            self._known = buffer, buffer._version, read_number(buffer)
         return self._known[2]
 
     def write(self, buffer: Tensor, value: float) -> None:

@@ -182,7 +182,7 @@ def installed() -> tuple[str, ...]:
 def _checked(name: str, horizon: Horizon) -> list[tuple[Any, Any]]:
     """Theirs and ours of every name, if the peer's interface is the known one."""
     known = _KNOWN[name]
-    present = [home for home in known if _is_there(home.partition(".")[0])]
+    present = [home for home in known if _is_installed(home.partition(".")[0])]
     if not present:
         raise PeerError(f"{_distribution(next(iter(known)))} is not installed: nothing to replace")
     inside = "peer_horizon." if horizon == "peer" and name in _DIFFER else ""
@@ -211,7 +211,7 @@ def _version(distribution: str) -> str:
         return "of an unknown version"
 
 
-def _is_there(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
     except ValueError:  # of a module that somebody made by hand

@@ -75,12 +75,12 @@ class ExponentialMovingAverage(ListAverage):
         super().__init__(weights)
         self.decay = decay
         self.num_updates: int | None = 0 if use_num_updates else None
-        self._references = [_Reference(one) for one in weights]
+        self._references = [_WeakReference(one) for one in weights]
         self._num_calls = 0
 
     def _get_parameters(self, parameters: Iterable[Tensor] | None, call: str) -> list[Tensor]:
         if parameters is not None:
-            return self._all(parameters, call)
+            return self._checked_parameters(parameters, call)
         known = [reference() for reference in self._references]
         alive = [one for one in known if one is not None]
         if len(alive) < len(known):
@@ -130,7 +130,7 @@ class ExponentialMovingAverage(ListAverage):
 
         Raises as :meth:`update`, and a StateError without :meth:`store`.
         """
-        self._stored.kept(self)
+        self._stored.stored_weights(self)
         super().restore(self._get_parameters(parameters, "restore"))
 
     def average_parameters(
@@ -206,7 +206,7 @@ class ExponentialMovingAverage(ListAverage):
         self._stored.forget()
 
 
-class _Reference(weakref.ref[Tensor]):
+class _WeakReference(weakref.ref[Tensor]):
     """A weak reference to a parameter; pickled, the parameter itself.
 
     In a pickle that has the model too, the reference leads to the parameter of that model again.
@@ -215,11 +215,11 @@ class _Reference(weakref.ref[Tensor]):
     __slots__ = ()
 
     def __reduce__(self) -> Any:
-        return _referred, (self(),)
+        return _weak_reference, (self(),)
 
-    def __deepcopy__(self, memo: Any) -> _Reference:
+    def __deepcopy__(self, memo: Any) -> _WeakReference:
         return self
 
 
-def _referred(parameter: Tensor | None) -> _Reference:
-    return _Reference(torch.empty(0) if parameter is None else parameter)
+def _weak_reference(parameter: Tensor | None) -> _WeakReference:
+    return _WeakReference(torch.empty(0) if parameter is None else parameter)

@@ -92,7 +92,7 @@ def load_modules(*pairs: tuple[nn.Module, Mapping[str, Any]]) -> None:
         module.load_state_dict(state)
 
 
-def _only(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+def _single_average(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The tensors of an average that is one, in one part."""
     shadows: list[Mapping[str, Tensor]] = state["shadow"]
     if len(shadows) != 1:
@@ -100,7 +100,7 @@ def _only(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
             f"the EMA holds {len(shadows)} averages, the checkpoint one: build an EMA with one "
             "decay for it"
         )
-    if state.get("low"):
+    if state.get("residual"):
         raise ArgumentError(
             "the average is stored in two halves: call ema.to(dtype='float32') first, and "
             "ema.to(dtype='bf16+16') after it"
@@ -110,7 +110,7 @@ def _only(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 def averages_of(ema: EMA) -> dict[str, Tensor]:
     """Copies of an average's tensors by name; an ArgumentError for several averages, or halves."""
-    return dict(_only(ema.state_dict()))
+    return dict(_single_average(ema.state_dict()))
 
 
 def averages_or_copies(
@@ -130,7 +130,7 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     tensor that does not fit; nothing was changed then.
     """
     state = ema.state_dict(copy=False)
-    own = _only(state)
+    own = _single_average(state)
     count = state["num_updates"] if num_updates is None else num_updates
     count = checked_whole(count, "num_updates", 0)
     found = by_plain_name(averages)
@@ -147,7 +147,8 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
             "the averages in the checkpoint are not those of the model:\n" + listed(problems)
         )
     tensors = {
-        name: _like(found[name], one) if name in found else one.clone() for name, one in own.items()
+        name: _cast_like(found[name], one) if name in found else one.clone()
+        for name, one in own.items()
     }
     state = {**state, "shadow": [tensors], "num_updates": count}
     if "log_decays" in state:  # of a bias correction: what so many updates leave of the beginning
@@ -155,7 +156,7 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     ema.load_state_dict(state)
 
 
-def _like(found: Tensor, own: Tensor) -> Tensor:
+def _cast_like(found: Tensor, own: Tensor) -> Tensor:
     """A tensor in the dtype of the average; a number never becomes an integer, or the reverse."""
     if found.dtype.is_floating_point != own.dtype.is_floating_point:
         return found

@@ -75,7 +75,7 @@ def _digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def _cleared(folder: Path) -> None:
+def _clear_folder(folder: Path) -> None:
     """Take away the average of other weights, and what runs that were killed left of theirs."""
     for path in (folder / _FILE, *folder.glob(f".{_FILE}.*.part")):
         path.unlink(missing_ok=True)
@@ -85,7 +85,7 @@ _OF_A_RUN: Final = ("_ema", "_model", "_is_given", "_seen", "_is_ahead", "_writt
 """What belongs to one trainer and one run of it."""
 
 
-class _Around:
+class _WrappedMethod:
     """A method of one trainer, with a callback's method around it; keeps no trainer alive.
 
     A copy of the trainer has one of its own, for the copy of the callback.
@@ -228,8 +228,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         # the class's method.
         for name, around in ("evaluation_loop", "_evaluated"), ("_save_checkpoint", "_saved"):
             there = vars(trainer).get(name)
-            if not (isinstance(there, _Around) and there.callback is self):
-                setattr(trainer, name, _Around(self, trainer, name, around))
+            if not (isinstance(there, _WrappedMethod) and there.callback is self):
+                setattr(trainer, name, _WrappedMethod(self, trainer, name, around))
         return self
 
     def _find_trainer(self) -> Any:
@@ -249,12 +249,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _is_among(self, handler: Any) -> bool:
         return any(one is self for one in handler.callbacks)
 
-    def _takes_part(self, trainer: Any) -> bool:
+    def _belongs_to(self, trainer: Any) -> bool:
         return trainer is self._trainer() and self._is_among(trainer.callback_handler)
 
     def _evaluated(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``trainer.evaluation_loop``, with the average in the model."""
-        averaged = self._takes_part(trainer) and trainer.model is self._model
+        averaged = self._belongs_to(trainer) and trainer.model is self._model
         if not (averaged and self.evaluate_with_average):
             return inner(*args, **kwargs)
         given = trainer.args
@@ -267,12 +267,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _saved(self, trainer: Any, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``trainer._save_checkpoint``, with the average beside the weights that it saves."""
-        if self._ema is None or not (self._takes_part(trainer) and trainer.is_in_train):
+        if self._ema is None or not (self._belongs_to(trainer) and trainer.is_in_train):
             return inner(*args, **kwargs)
         self._refuse_applied("is about to save a checkpoint")
         step = trainer.state.global_step
         if step > self._seen:  # by a callback that comes before this one
-            self._follow(step, trainer.optimizer)
+            self._update_at(step, trainer.optimizer)
             self._is_ahead = True
         self._written = None
         own, save_model = vars(trainer).get("save_model"), trainer.save_model
@@ -280,7 +280,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         def save_both(output_dir: Any = None, *args: Any, **kwargs: Any) -> Any:
             folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
             if trainer.args.should_save:
-                _cleared(folder)
+                _clear_folder(folder)
             found = save_model(output_dir, *args, **kwargs)
             if trainer.args.should_save and folder.is_dir():
                 self._write(folder, step)
@@ -307,7 +307,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"the trainer has saved a checkpoint, and not in {folder}, where the average was "
                 "to be put: override _get_output_dir where _save_checkpoint saves elsewhere"
             )
-        _cleared(folder)
+        _clear_folder(folder)
         self._write(folder, step)
 
     def _write(self, folder: Path, step: int) -> None:
@@ -363,10 +363,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             raise ArgumentError(_DIVIDED)
         ema = EMA(model, self._decay, **self._options)
         if resumed is not None:
-            self._take_up(ema, resumed, state.global_step)
+            self._resume(ema, resumed, state.global_step)
         self._ema, self._model, self._seen = ema, model, state.global_step
 
-    def _take_up(self, ema: EMA, folder: Path, step: int) -> None:
+    def _resume(self, ema: EMA, folder: Path, step: int) -> None:
         path = folder / _FILE
         if not path.exists():
             if self.on_missing == "begin":
@@ -400,10 +400,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Take the weights into the average, if the optimizer has changed them."""
         if not self._is_ahead:
-            self._follow(state.global_step, optimizer)
+            self._update_at(state.global_step, optimizer)
         self._is_ahead = False
 
-    def _follow(self, step: int, optimizer: Any) -> None:
+    def _update_at(self, step: int, optimizer: Any) -> None:
         if not getattr(optimizer, "step_was_skipped", False):
             self.ema.update()
         self._seen = step

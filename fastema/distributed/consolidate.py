@@ -112,7 +112,7 @@ def consolidate(
     with source.lock:
         found = group.agreed(lambda: live.held(source, which))
         if source._ranks is not None:
-            source._ranks.compare(source._facts())
+            source._ranks.compare(source._common_settings())
         tensors, mine = _united(group, found)
         blocks = [block for block in found.blocks if block.name in mine]
         _write(group, target, tensors, blocks, files_from, file_bytes, most)
@@ -138,7 +138,7 @@ def _saved(
 
 def _united(group: Group, found: live.Held) -> tuple[dict[str, Stored], set[str]]:
     """The tensors of all processes, and those of which this one writes what it has."""
-    every = group.gathered((found.tensors, found.divided))
+    every = group.gather((found.tensors, found.divided))
     tensors: dict[str, Stored] = {}
     first: dict[str, int] = {}
     problems = []

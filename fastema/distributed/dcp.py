@@ -296,7 +296,7 @@ class _Reader:
     def __call__(self, piece: tuple[slice, ...]) -> Any:
         size = self._tensor.kind.itemsize
         if self._begin is None:
-            self._begin = self._found()
+            self._begin = self._data_offset()
         extents = [one.stop - one.start for one in piece]
         at = sum(one.start * s for one, s in zip(piece, self._strides, strict=True)) * size
         data: NDArray[Any] = np.empty(math.prod(extents) * size, np.uint8)
@@ -304,7 +304,7 @@ class _Reader:
             fill(self._begin + at, memoryview(data.data))
         return data
 
-    def _found(self) -> int:
+    def _data_offset(self) -> int:
         """Where the elements begin in the file."""
         chunk = self._chunk
         try:

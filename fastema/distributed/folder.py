@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import bytes_of
-from fastema.checkpoint.files import Stored, header_of, settle, storing
+from fastema.checkpoint.files import Stored, fsync, header_of, storing
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.flat import row_major
 
@@ -171,13 +171,13 @@ def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) 
                 "weight_map": {name: file for name, (file, _) in files.places.items()},
             }
             (partial / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-            settle(partial / _INDEX)
+            fsync(partial / _INDEX)
         for path in sorted(copied_from.iterdir()) if copied_from is not None else ():
             weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
             if path.is_file() and not weights:
                 shutil.copyfile(path, partial / path.name)
-                settle(partial / path.name)
-        settle(partial)
+                fsync(partial / path.name)
+        fsync(partial)
         os.replace(partial, folder)
         with suppress(OSError):  # not every system lets a folder be synchronised
-            settle(folder.parent)
+            fsync(folder.parent)

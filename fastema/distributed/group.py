@@ -23,7 +23,7 @@ class Group:
         self.rank: int = dist.get_rank() if ready else 0
         self.size: int = dist.get_world_size() if ready else 1
 
-    def gathered(self, value: Value) -> list[Value]:
+    def gather(self, value: Value) -> list[Value]:
         """Return the value of every process; all of them have to call this."""
         if self._dist is None:
             return [value]
@@ -47,7 +47,7 @@ class Group:
             if error is not None:
                 raise error
             return cast("Value", result)
-        told = self.gathered((None if error is None else str(error), result if on_first else None))
+        told = self.gather((None if error is None else str(error), result if on_first else None))
         problems = [f"rank {rank}: {one}" for rank, (one, _) in enumerate(told) if one is not None]
         if error is not None:
             raise error

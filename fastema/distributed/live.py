@@ -74,11 +74,11 @@ def _plain(array: Any, piece: tuple[slice, ...]) -> Any:
 
 def _rounded(entry: Entry, code: str, piece: tuple[slice, ...]) -> Any:
     """Some of an average, rounded to the model's dtype."""
-    shadow, *low = (
-        entry.parts[part][0][piece] for part in ("shadow", "low") if part in entry.parts
+    shadow, *residual = (
+        entry.parts[part][0][piece] for part in ("shadow", "residual") if part in entry.parts
     )
     spec = describe(shadow)
     if spec.dtype != code:
-        half = describe(low[0]) if low else None
+        half = describe(residual[0]) if residual else None
         (shadow,) = rounded([Pair(entry.name, spec, replace(spec, dtype=code), entry.form, half)])
     return row_major_on_host(shadow)

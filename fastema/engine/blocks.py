@@ -15,7 +15,7 @@ __all__ = ["RestoringBlock", "Steps"]
 Value = TypeVar("Value")
 
 
-def _accept() -> None:
+def _check_nothing() -> None:
     """Verify nothing."""
 
 
@@ -31,7 +31,7 @@ class Steps(Generic[Value]):
 
     apply: Callable[[], Value]
     restore: Callable[[], object]
-    verify: Callable[[], object] = _accept
+    verify: Callable[[], object] = _check_nothing
 
 
 class RestoringBlock(ContextDecorator, Generic[Value]):

@@ -13,8 +13,8 @@ from fastema.engine.group import Group, formats_of
 from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
 from fastema.kernels.operations import OPERATIONS
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.table import Rows, moved_bytes, numbered_tables
 
 __all__ = ["CpuGroup", "groups"]
@@ -27,11 +27,11 @@ class CpuGroup(Group):
         self, tag: str, members: Sequence[Pair], layout: str, rows: Rows, claim: int
     ) -> None:
         super().__init__(tag, members)
-        self.which = rows.table[:, abi.WHICH]
+        self.indices = rows.table[:, abi.AVERAGE]
         self._layout, self._table, self._pair = layout, rows.table, rows.pair
         self._offsets: dict[int, NDArray[np.int64]] = {}
         self._nbytes = moved_bytes(members)
-        self._numbers = np.zeros(1 + max(pair.which for pair in members))
+        self._numbers = np.zeros(1 + max(pair.average_index for pair in members))
         self._control = np.zeros(abi.CONTROLS, np.int64)
         self._control[abi.CLAIM] = claim
         self._results = super().results()
@@ -58,11 +58,11 @@ class CpuGroup(Group):
     def relocate(self, dst: Mapping[str, int] | None, src: Mapping[str, int] | None) -> None:
         """Go on with the same tensors at other addresses."""
         if dst is not None:
-            self._move(abi.DST, [pair.dst.address for pair in self._members], dst)
+            self._relocate_column(abi.DST, [pair.dst.address for pair in self._members], dst)
         if src is not None:
-            self._move(abi.SRC, [pair.src.address for pair in self._members], src)
+            self._relocate_column(abi.SRC, [pair.src.address for pair in self._members], src)
 
-    def _move(self, column: int, before: Sequence[int], now: Mapping[str, int]) -> None:
+    def _relocate_column(self, column: int, before: Sequence[int], now: Mapping[str, int]) -> None:
         if column not in self._offsets:
             first = np.array(before, np.int64)[self._pair]
             self._offsets[column] = self._table[:, column] - first
@@ -76,6 +76,6 @@ class CpuGroup(Group):
 
 def groups(tag: str, members: Sequence[Pair]) -> list[CpuGroup]:
     """The launches of pairs of one tag and dtype pair."""
-    averages = len({pair.which for pair in members})
+    averages = len({pair.average_index for pair in members})
     tables = numbered_tables(members, averages)
     return [CpuGroup(tag, members, layout, rows, averages) for layout, rows in tables.items()]

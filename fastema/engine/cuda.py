@@ -83,20 +83,20 @@ class Device:
         self._functions: dict[Key, Any] = {}
         self._unavailable: dict[Key, str] = {}
         self._loading = lock()
-        handle = self._asked(driver.cuDeviceGet(index))
+        handle = self._checked(driver.cuDeviceGet(index))
         names = driver.CUdevice_attribute
         major, minor = (
-            self._asked(driver.cuDeviceGetAttribute(one, handle))
+            self._checked(driver.cuDeviceGetAttribute(one, handle))
             for one in (
                 names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                 names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             )
         )
         self.capability = int(major), int(minor)
-        self._context = self._asked(driver.cuDevicePrimaryCtxRetain(handle))
+        self._context = self._checked(driver.cuDevicePrimaryCtxRetain(handle))
         self._context_number = int(self._context)
 
-    def _asked(self, answer: tuple[Any, ...]) -> Any:
+    def _checked(self, answer: tuple[Any, ...]) -> Any:
         """What a call of the driver gave; DeviceError if it failed."""
         error, *rest = answer
         if error:
@@ -110,15 +110,15 @@ class Device:
         return rest[0] if rest else None
 
     def _enter(self) -> bool:
-        """Make the device's context current where it is not; whether :meth:`_leave` is needed."""
+        """Make the device's context current where it is not; whether :meth:`_release` is needed."""
         refuse_forked()
-        if int(self._asked(self._driver.cuCtxGetCurrent())) == self._context_number:
+        if int(self._checked(self._driver.cuCtxGetCurrent())) == self._context_number:
             return False
-        self._asked(self._driver.cuCtxPushCurrent(self._context))
+        self._checked(self._driver.cuCtxPushCurrent(self._context))
         return True
 
-    def _leave(self) -> None:
-        self._asked(self._driver.cuCtxPopCurrent())
+    def _release(self) -> None:
+        self._checked(self._driver.cuCtxPopCurrent())
 
     def function(self, key: Key) -> Any:
         """A kernel of this device; the first request loads it, and compiles it if need be."""
@@ -148,11 +148,11 @@ class Device:
                     f"{key.operation} ({answer[0].name}): it is made with CUDA 13, which needs a "
                     "driver of version 580 or later"
                 )
-            module = self._asked(answer)
-            return self._asked(self._driver.cuModuleGetFunction(module, made.name.encode()))
+            module = self._checked(answer)
+            return self._checked(self._driver.cuModuleGetFunction(module, made.name.encode()))
         finally:
             if entered:
-                self._leave()
+                self._release()
 
     def launch(
         self, function: Any, blocks: int, threads: int, stream: int, parameters: int
@@ -169,9 +169,9 @@ class Device:
             )
         finally:
             if entered:
-                self._leave()
+                self._release()
         if launched[0]:
-            self._asked(launched)
+            self._checked(launched)
 
 
 def device(index: int) -> Device:

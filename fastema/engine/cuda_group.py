@@ -21,9 +21,9 @@ from fastema.engine.group import Group, formats_of
 from fastema.engine.streams import StreamTracker, keep_for_graphs
 from fastema.errors import DTypeError, StateError
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.table import GPU_THREADS, MAX_AVERAGES, MEASURES, WHICH
+from fastema.kernels.table import AVERAGE, GPU_THREADS, MAX_AVERAGES, MEASURES
+from fastema.layout.device_context import DeviceContext, LaunchArgs, Substitute
 from fastema.layout.group import Pair
-from fastema.layout.home import Home, LaunchArgs, Substitute
 from fastema.layout.table import Table, chunk_tables, gpu_chunk
 
 __all__ = ["CudaGroup", "SlowWarning", "groups"]
@@ -60,10 +60,10 @@ class _Part:
         self.parameters = int(self._places.ctypes.data)
         self.blocks = min(len(table), _MOST_BLOCKS)
 
-    def upload(self, home: Home) -> None:
+    def upload(self, context: DeviceContext) -> None:
         """Put the table where the kernels read it."""
         if self.owner is None:
-            self.owner, self.values["table"] = home.upload(self.table)
+            self.owner, self.values["table"] = context.upload(self.table)
 
 
 class CudaGroup(Group):
@@ -75,39 +75,39 @@ class CudaGroup(Group):
     _streams: StreamTracker | None = None
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
-        home = members[0].dst.home
-        if home is None:
+        context = members[0].dst.context
+        if context is None:
             raise DTypeError(f"{members[0].name}: no kernels for device {members[0].dst.device}")
         super().__init__(tag, members)
-        self._home = home
-        numbers = sorted({pair.which for pair in members})
+        self._context = context
+        numbers = sorted({pair.average_index for pair in members})
         self._first, self._count = numbers[0], len(numbers)
         # Which rows of a windowed mean are computed afresh is counted in rows: as on the CPU.
         chunk = None if members[0].ring else gpu_chunk(members)
         tables = chunk_tables(members, len(numbers), chunk)
-        columns = [table[:, WHICH] for table in tables.values()]
-        self.which = np.concatenate([np.empty(0, np.int64), *columns])
+        columns = [table[:, AVERAGE] for table in tables.values()]
+        self.indices = np.concatenate([np.empty(0, np.int64), *columns])
         for column in columns:
             column -= self._first
         self._parts = [_Part(layout, table) for layout, table in tables.items()]
         self._args = LaunchArgs()
-        self._streams = StreamTracker(home)
+        self._streams = StreamTracker(context)
         self._measures: Any = None
         self._measured: NDArray[np.float64] | None = None
 
     def prepare(self, operation: str) -> Callable[[], None]:
         """Load, and compile where it is new, what an operation needs: the launch."""
         cuda.refuse_forked()
-        if self._home.capturing():
+        if self._context.capturing():
             raise StateError(
-                f"{self._home.device}: {operation} was not prepared before this stream was "
+                f"{self._context.device}: {operation} was not prepared before this stream was "
                 "captured; make the same call of an average or a Plan once before capturing (and "
                 "again after tensors of the model were replaced). What looks its tensors up at "
                 "every call, as copy_to(), state_dict() and fastema.lerp_(), cannot be captured"
             )
         formats = formats_of(operation, self._members[0])
         try:
-            gpu = cuda.device(self._home.index)
+            gpu = cuda.device(self._context.index)
             functions = [
                 gpu.function(Key(operation, formats, part.layout, gpu.capability))
                 for part in self._parts
@@ -115,7 +115,7 @@ class CudaGroup(Group):
         except Unavailable as error:
             return self._without_kernels(operation, error)
         for part in self._parts:
-            part.upload(self._home)
+            part.upload(self._context)
         if OPERATIONS[operation].measures and self._measures is None:
             self._make_measures()
         launches = [
@@ -127,7 +127,7 @@ class CudaGroup(Group):
     def _make_measures(self) -> None:
         assert self._streams is not None
         self._streams.renew()  # known streams do not know of these
-        self._measures, address = self._home.upload(np.zeros((len(self.which), MEASURES)))
+        self._measures, address = self._context.upload(np.zeros((len(self.indices), MEASURES)))
         for part in self._parts:
             part.values["results"] = address
             address += 8 * MEASURES * len(part.table)
@@ -136,7 +136,7 @@ class CudaGroup(Group):
         """Put the arguments where the next launches read them."""
         self._args = args
         numbers = args.numbers[self._first : self._first + self._count] or args.numbers
-        clock = args.clocks.get(self._home.device, 0)
+        clock = args.clocks.get(self._context.device, 0)
         for part in self._parts:
             values = part.values
             values["numbers"][: self._count] = numbers
@@ -158,21 +158,21 @@ class CudaGroup(Group):
         """Owners of all memory that is worked on."""
         owners = self._tables()
         for pair in self._members:
-            others = pair.low, pair.ring and pair.ring[0]
+            others = pair.residual, pair.ring and pair.ring[0]
             owners += [spec.owner for spec in (pair.dst, pair.src, *others) if spec is not None]
         return owners
 
     def __del__(self) -> None:
         if self._streams is not None and self._streams.waits:  # what it works on may be gone next
             try:
-                self._home.wait()
+                self._context.wait()
             except Exception:  # in a capture; at the end of the process, or of the device
                 keep_for_graphs(self._owners())
 
     def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
         """The operation in the framework's own functions, and a warning, once for a device."""
-        run = self._home.substitute(operation, self._members)
-        device = self._home.device
+        run = self._context.substitute(operation, self._members)
+        device = self._context.device
         if device not in _warned:
             warnings.warn(
                 f"{error}. Until then work on {device} is done by the framework's own functions, "
@@ -194,7 +194,7 @@ class CudaGroup(Group):
         self._streams.stream(self._owners, self._tables)
         measured = run(args)
         if measured is not None:
-            self.which = np.array([pair.which for pair in self._members])
+            self.indices = np.array([pair.average_index for pair in self._members])
             self._measured = measured
 
     def results(self) -> NDArray[np.float64]:
@@ -204,12 +204,12 @@ class CudaGroup(Group):
         if self._measures is None:
             return super().results()
         # Asked for anew each time: a graph may have been replayed since.
-        return self._home.download(self._measures).reshape(-1, MEASURES)
+        return self._context.download(self._measures).reshape(-1, MEASURES)
 
 
 def groups(tag: str, members: Sequence[Pair]) -> list[CudaGroup]:
     """The launches of pairs of one tag and dtype pair."""
     batches: dict[int, list[Pair]] = {}
     for pair in members:
-        batches.setdefault(pair.which // MAX_AVERAGES, []).append(pair)
+        batches.setdefault(pair.average_index // MAX_AVERAGES, []).append(pair)
     return [CudaGroup(tag, batch) for batch in batches.values()]

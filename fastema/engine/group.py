@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import MEASURES
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import raw
 from fastema.layout.group import Pair, averaged_form
-from fastema.layout.home import LaunchArgs
 
 __all__ = ["Group", "formats_of"]
 
@@ -22,11 +22,11 @@ class Group:
     Attributes
     ----------
     tag : str
-    which : int64[rows]
+    indices : int64[rows]
         The average of every row that :meth:`results` has.
     """
 
-    which: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
     def __init__(self, tag: str, members: Sequence[Pair]) -> None:
         self.tag, self._members = tag, members
@@ -59,5 +59,5 @@ def formats_of(operation: str, pair: Pair) -> tuple[str, ...]:
     if not OPERATIONS[operation].needs_ring:
         return form, src.real
     assert pair.ring is not None
-    assert pair.low is not None
-    return form, src.real, str(pair.ring[0].kind.real), str(pair.low.kind.real)
+    assert pair.residual is not None
+    return form, src.real, str(pair.ring[0].kind.real), str(pair.residual.kind.real)

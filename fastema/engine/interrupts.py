@@ -50,13 +50,13 @@ _active: list[defer_signals] = []
 """The outermost block of the main thread, while there is one."""
 
 _handlers: dict[int, Any] = {}
-"""By signal, the handler that :func:`_note` stands in for, or did in an earlier block."""
+"""By signal, the handler that :func:`_record_signal` stands in for, or did in an earlier block."""
 
 _changed_in_c: set[int] = set()
 """Signals whose action is not what Python alone would have set."""
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _record_signal(number: int, frame: FrameType | None) -> None:
     if _active:
         _active[0].noted.append((number, frame))
     else:  # put back after the block by somebody who found it there
@@ -104,7 +104,7 @@ class defer_signals:
             _active.append(self)
             for number in _SIGNALS:
                 handler = _get(number)
-                if handler is _note:  # left by a block that was interrupted as it ended
+                if handler is _record_signal:  # left by a block that was interrupted as it ended
                     self._held.append(number)
                 elif callable(handler):
                     _sigaction(number, None, _references[number])
@@ -112,7 +112,7 @@ class defer_signals:
                     found = action.function, action.flags
                     _handlers[number] = handler
                     self._held.append(number)
-                    before = _set(number, _note)
+                    before = _set(number, _record_signal)
                     if before is not handler:  # a signal came, and its handler set another one
                         _handlers[number] = before
                     if found != _of_python:
@@ -132,16 +132,16 @@ class defer_signals:
             finally:
                 self._release()
 
-    def _put_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number in self._held:
-            if _get(number) is _note:  # and no other one, set in the block
+            if _get(number) is _record_signal:  # and no other one, set in the block
                 _set(number, _handlers[number])
                 if number in _changed_in_c:
                     _sigaction(number, _references[number], None)
 
     def _release(self) -> None:
         try:
-            self._put_back()
+            self._restore_handlers()
             while self.noted:
                 number, frame = self.noted[0]
                 handler = _get(number)
@@ -154,11 +154,11 @@ class defer_signals:
             raise
 
 
-def _put_back_in_child() -> None:
+def _restore_handlers_in_child() -> None:
     # Forked by another thread, the child never comes to the end of these blocks.
     while _active:
-        _active.pop()._put_back()
+        _active.pop()._restore_handlers()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_put_back_in_child)
+    os.register_at_fork(after_in_child=_restore_handlers_in_child)

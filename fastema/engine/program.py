@@ -14,8 +14,8 @@ from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import lock
 from fastema.errors import DTypeError, StateError
 from fastema.kernels.table import DISTANCE, SQUARE, STILL
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 
 __all__ = ["Measured", "Program"]
 
@@ -48,14 +48,24 @@ class Program:
     def __init__(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         self._lock = lock()
         self._pairs = pairs  # the owners of the addresses in the tables
-        self._homes = {p.dst.device: p.dst.home for members in pairs.values() for p in members}
+        self._contexts = {
+            p.dst.device: p.dst.context for members in pairs.values() for p in members
+        }
         self._launches: dict[tuple[tuple[str, str], ...], list[Callable[[], None]]] = {}
         kinds: dict[tuple[str, ...], list[Pair]] = {}
         for tag, members in pairs.items():
             for pair in members:
                 ring = "" if pair.ring is None else pair.ring[0].dtype
-                low = "" if pair.low is None else pair.low.dtype
-                key = (tag, pair.dst.device, pair.dst.dtype, pair.src.dtype, pair.form, ring, low)
+                residual = "" if pair.residual is None else pair.residual.dtype
+                key = (
+                    tag,
+                    pair.dst.device,
+                    pair.dst.dtype,
+                    pair.src.dtype,
+                    pair.form,
+                    ring,
+                    residual,
+                )
                 kinds.setdefault(key, []).append(pair)
         self._groups = [
             group for (tag, *_), members in kinds.items() for group in _groups(tag, members)
@@ -63,7 +73,7 @@ class Program:
 
     def prepare(self, operations: Mapping[str, str]) -> list[Callable[[], None]]:
         """Compile what a run needs; called by :meth:`run`, or earlier to fail before writing."""
-        if len(self._homes) > 1:
+        if len(self._contexts) > 1:
             self._refuse_half_a_capture()
         key = tuple(operations.items())
         launches = self._launches.get(key)
@@ -101,7 +111,8 @@ class Program:
 
     def _refuse_half_a_capture(self) -> None:
         captured = {
-            device: home is not None and home.capturing() for device, home in self._homes.items()
+            device: context is not None and context.capturing()
+            for device, context in self._contexts.items()
         }
         if len(set(captured.values())) > 1:
             others = ", ".join(device for device, is_so in captured.items() if not is_so)
@@ -110,13 +121,13 @@ class Program:
                 "streams of all devices join the capture, and work on the CPU's tensors outside"
             )
 
-    def measured(self, which: int) -> Measured:
+    def measured(self, index: int) -> Measured:
         """What the latest run of a measuring operation found of one of the averages."""
         distance = square = 0.0
         still = 0
         for group in self._groups:
             results = group.results()
-            rows = results[group.which[: len(results)] == which]
+            rows = results[group.indices[: len(results)] == index]
             distance += float(rows[:, DISTANCE].sum())
             square += float(rows[:, SQUARE].sum())
             still += int(rows[:, STILL].sum())

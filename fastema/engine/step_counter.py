@@ -14,23 +14,23 @@ from fastema.engine.streams import StreamTracker
 from fastema.engine.weight_table import weight_table
 from fastema.errors import ArgumentError
 from fastema.kernels import table as abi
-from fastema.layout.home import Home, LaunchArgs
+from fastema.layout.device_context import DeviceContext, LaunchArgs
 
-__all__ = ["StepCounter", "homes_of", "tables_of"]
+__all__ = ["StepCounter", "contexts_of", "tables_of"]
 
 
 class _DeviceCounter:
     """The clock of one device."""
 
-    def __init__(self, home: Home) -> None:
-        self.home = home
-        self.owner, self.address = home.upload(np.zeros(abi.CLOCK_CELLS, np.int64))
-        self._gpu = gpu = cuda.device(home.index)
+    def __init__(self, context: DeviceContext) -> None:
+        self.context = context
+        self.owner, self.address = context.upload(np.zeros(abi.CLOCK_CELLS, np.int64))
+        self._gpu = gpu = cuda.device(context.index)
         self._function = gpu.function(Key(CLOCK, (), "", gpu.capability))
         self._values = np.array([self.address], np.int64)
         self._places = np.array([self._values.ctypes.data], np.int64)
         self._tables: list[Any] = []
-        self._streams = StreamTracker(home)
+        self._streams = StreamTracker(context)
 
     def _stream(self) -> int:
         def owners() -> list[Any]:
@@ -44,11 +44,11 @@ class _DeviceCounter:
         self._gpu.launch(self._function, 1, abi.GPU_THREADS, self._stream(), places)
 
     def set(self, cells: NDArray[np.int64], tables: Sequence[NDArray[np.float64]]) -> None:
-        uploaded = [self.home.upload(table) for table in tables]
+        uploaded = [self.context.upload(table) for table in tables]
         for place, ((_, address), table) in enumerate(zip(uploaded, tables, strict=True)):
             first = abi.TABLES + 2 * place
             cells[first : first + 2] = address, len(table)
-        self.home.write(self.owner, cells)
+        self.context.write(self.owner, cells)
         self._tables = uploaded  # only now nobody reads the ones before
         self._streams.renew()
         self._stream()
@@ -60,9 +60,9 @@ class StepCounter:
     Without the kernel that advances it, making one is a DeviceError.
     """
 
-    def __init__(self, homes: Sequence[Home]) -> None:
-        self._counters = [_DeviceCounter(home) for home in homes]
-        self.args = LaunchArgs(clocks={one.home.device: one.address for one in self._counters})
+    def __init__(self, contexts: Sequence[DeviceContext]) -> None:
+        self._counters = [_DeviceCounter(context) for context in contexts]
+        self.args = LaunchArgs(clocks={one.context.device: one.address for one in self._counters})
 
     def set(
         self,
@@ -92,7 +92,7 @@ class StepCounter:
     def done(self) -> int:
         """Updates so far; waits for the device."""
         one = self._counters[0]
-        return int(one.home.download(one.owner)[abi.DONE])
+        return int(one.context.download(one.owner)[abi.DONE])
 
 
 def tables_of(weights: Sequence[Callable[[int], float]]) -> list[NDArray[np.float64]]:
@@ -105,12 +105,12 @@ def tables_of(weights: Sequence[Callable[[int], float]]) -> list[NDArray[np.floa
     return [weight_table(weight) for weight in weights]
 
 
-def homes_of(devices: Mapping[str, Home | None]) -> list[Home]:
+def contexts_of(devices: Mapping[str, DeviceContext | None]) -> list[DeviceContext]:
     """The devices of a clock; an ArgumentError names one that has none."""
-    for device, home in devices.items():
-        if home is None:
+    for device, context in devices.items():
+        if context is None:
             raise ArgumentError(
                 f"capturable=True is for weights on a GPU, and some are on {device}; on a CPU "
                 "there is nothing to capture: leave it out"
             )
-    return [home for home in devices.values() if home is not None]
+    return [context for context in devices.values() if context is not None]

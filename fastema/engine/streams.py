@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastema.layout.home import Home
+from fastema.layout.device_context import DeviceContext
 
 __all__ = ["StreamTracker", "keep_for_graphs"]
 
@@ -25,8 +25,8 @@ class StreamTracker:
     device.
     """
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, context: DeviceContext) -> None:
+        self._context = context
         self.waits = False
         self.renew()
 
@@ -41,12 +41,12 @@ class StreamTracker:
         ``owners`` are those of all memory that is worked on; ``kept`` is what a captured graph
         needs besides the tensors that its user keeps for it.
         """
-        stream = self._home.stream()
-        if self._home.capturing():  # perhaps on a stream that is known, from a call before
+        stream = self._context.stream()
+        if self._context.capturing():  # perhaps on a stream that is known, from a call before
             if not self._captured:
                 keep_for_graphs(*kept())
                 self._captured = True
         elif stream not in self._streams:
-            self.waits = not self._home.hold(owners())
+            self.waits = not self._context.hold(owners())
             self._streams.add(stream)
         return stream

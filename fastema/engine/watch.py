@@ -29,11 +29,11 @@ class Watch:
 
     def changed(self) -> bool:
         """Whether any tensor moved, changed shape or dtype, or was replaced."""
-        return self._replaced() or self._moved(None)
+        return self._replaced() or self._any_moved(None)
 
     def changed_in(self, share: int) -> bool:
         """The same of one share of :data:`SHARES`, from 0; all containers belong to the first."""
-        return (share == 0 and self._replaced()) or self._moved(share)
+        return (share == 0 and self._replaced()) or self._any_moved(share)
 
     def _replaced(self) -> bool:
         """Whether containers hold other objects."""
@@ -43,7 +43,7 @@ class Watch:
                 return True
         return False
 
-    def _moved(self, share: int | None) -> bool:
+    def _any_moved(self, share: int | None) -> bool:
         """Whether tensors of a share, or any, are elsewhere or others."""
         raise NotImplementedError
 
@@ -72,14 +72,14 @@ class _Wrapped:
         return iter([wrapped(owner) for wrapped, owner in self._wrappers])
 
 
-_Glance = Callable[[Any], object]
+_Fingerprint = Callable[[Any], object]
 
 
-def _seen(spec: TensorSpec, describe: _Glance) -> tuple[Any, _Glance, object]:
+def _seen(spec: TensorSpec, describe: _Fingerprint) -> tuple[Any, _Fingerprint, object]:
     """A tensor, how it is looked at, and what was seen."""
-    if spec.glance is None:
+    if spec.fingerprint is None:
         return spec.owner, describe, spec
-    return spec.owner, spec.glance, spec.glance(spec.owner)
+    return spec.owner, spec.fingerprint, spec.fingerprint(spec.owner)
 
 
 def _part(items: Sized, share: int | None) -> slice:
@@ -89,7 +89,7 @@ def _part(items: Sized, share: int | None) -> slice:
     return slice(len(items) * share // SHARES, len(items) * (share + 1) // SHARES)
 
 
-def _differs(owner: Any, look: _Glance, seen: object) -> bool:
+def _differs(owner: Any, look: _Fingerprint, seen: object) -> bool:
     try:
         return look(owner) != seen
     except FastemaError:  # it cannot be described any more: whoever looks again says why
@@ -104,7 +104,7 @@ class _ByAttributes(Watch):
         # Of a framework that has no quicker glance, the whole description.
         self._seen = [_seen(leaf.spec, leaves.describe) for leaf in leaves.items]
 
-    def _moved(self, share: int | None) -> bool:
+    def _any_moved(self, share: int | None) -> bool:
         return any(_differs(*one) for one in self._seen[_part(self._seen, share)])
 
 
@@ -207,7 +207,7 @@ class _ByExchange(Watch):
             for share in (None, *range(SHARES))
         }
 
-    def _moved(self, share: int | None) -> bool:
+    def _any_moved(self, share: int | None) -> bool:
         return bool(self._check(*self._args[share]))
 
 

@@ -41,7 +41,7 @@ def _looks_at_batches(callback: Any) -> bool:
     )
 
 
-def _settle_direction(callback: Any) -> None:
+def _set_direction(callback: Any) -> None:
     """Say whether less is better to a callback that is to find out by itself, and could not."""
     monitor = getattr(callback, "monitor", None)
     if getattr(callback, "mode", None) != "auto" or not isinstance(monitor, str):
@@ -165,7 +165,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold the averages, and nothing of a run."""
-        self._take_in()
+        self._process_pending()
         return {**vars(self), "_sums": None, "_lock": None, "_ready": {}, "_model": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -184,19 +184,19 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
 
     def reset(self) -> None:
         """Forget all values."""
-        self._take_in()
+        self._process_pending()
         self._smoother.reset()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where another callback was; of other arguments it is a CheckpointError."""
-        self._take_in()
+        self._process_pending()
         self._smoother.load_state_dict(state)
 
     # -- training ----------------------------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Check the order of the callbacks, and take the place of the model's train function."""
-        self._take_in()
+        self._process_pending()
         callbacks = self._list()
         place = next((i for i, one in enumerate(callbacks) if one is self), None)
         self._chunk = 1
@@ -204,7 +204,7 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
             self._check_before(callbacks[:place])
             later = callbacks[place + 1 :]
             for other in later:
-                _settle_direction(other)
+                _set_direction(other)
             # With "raise" an error is to come with its batch.
             if self._smoother.on_nonfinite != "raise" and not any(map(_looks_at_batches, later)):
                 self._chunk = _CHUNK
@@ -218,20 +218,20 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         sums = self._sums
         assert sums is not None
         if not sums.installed:  # somebody trained the model in a callback
-            self._take_in()
+            self._process_pending()
             sums.install()
             self._begin()
-        sums.expect()
+        sums.start_recording()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Begin to count batches; find a train function again that was made anew meanwhile."""
         assert self._sums is not None
-        self._take_in()
+        self._process_pending()
         self._sums.install()
         self._begin()
         self._sums.dispatched = self.async_safe
         if self.async_safe:
-            self._sums.expect()
+            self._sums.start_recording()
 
     def _begin(self) -> None:
         assert self._sums is not None
@@ -257,24 +257,24 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
             # one takes in what others need as well.
             last = batch // sums.model.steps_per_execution
         with self._lock:
-            self._take_in_until(last)
+            self._process_until(last)
             averages = self._ready.pop(last, None)
             if self._chunk > 1:
                 self._ready.clear()
         if logs is not None and averages is not None:
             logs.update(averages)
 
-    def _take_in(self) -> None:
+    def _process_pending(self) -> None:
         """Take in what waits."""
         if self._sums is not None:
             with self._lock:
-                self._take_in_until(None)
+                self._process_until(None)
 
-    def _take_in_until(self, last: int | None) -> None:
+    def _process_until(self, last: int | None) -> None:
         assert self._sums is not None
         try:
             for number, found in self._sums.take(last):
-                self._ready[number] = self._smoother.update(self._chosen(found))
+                self._ready[number] = self._smoother.update(self._selected(found))
         except FastemaError:
             self._sums.remove()  # there will be no on_train_end
             raise
@@ -282,17 +282,17 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Add the latest values to the logs."""
         assert self._sums is not None
-        self._sums.rest()
+        self._sums.stop_recording()
         if logs is not None:
             logs.update(self.averages)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Give the model its train function back."""
         assert self._sums is not None
-        self._take_in()
+        self._process_pending()
         self._sums.remove()
 
-    def _chosen(self, values: dict[str, float]) -> dict[str, float]:
+    def _selected(self, values: dict[str, float]) -> dict[str, float]:
         sums = self._sums
         assert sums is not None
         if self._wanted is None:

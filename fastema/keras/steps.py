@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["Steps", "in_flight", "inner", "whole"]
+__all__ = ["Steps", "in_flight", "inner", "whole_number"]
 
 
 def inner(optimizer: Any) -> list[Any]:
@@ -53,7 +53,7 @@ class Steps:
         done = 0
         for counter, place, k in self._counters:
             value = counter if values is None or place is None else values[place]
-            done = max(done, whole(value) // k)
+            done = max(done, whole_number(value) // k)
         return done
 
 
@@ -62,7 +62,7 @@ def in_flight(model: Any) -> bool:
     return bool(getattr(model, "_jax_state", None)) and not model._jax_state_synced
 
 
-def whole(value: Any) -> int:
+def whole_number(value: Any) -> int:
     """The whole number in a variable or an array of one element."""
     try:
         return int(value)

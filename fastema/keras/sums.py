@@ -89,7 +89,7 @@ def _results(metrics: Sequence[Any], result: Callable[[Any], Any]) -> Iterator[N
             del vars(one)["result"]
 
 
-class _Notes:
+class _Recorder:
     """What is added to a variable, as it is added."""
 
     def __init__(self, variable: Any) -> None:
@@ -150,7 +150,7 @@ class BatchSums:
         self._results: dict[int, tuple[Any, Any]] = {}
         self._within = 0
         self._unpatch = ExitStack()
-        self._notes: list[_Notes] = []
+        self._notes: list[_Recorder] = []
         self._silent: dict[int, Any] = {}  # variables that may change without a note
         self._recent: Any = None
         self._parts: list[Any] = []
@@ -177,16 +177,16 @@ class BatchSums:
         theirs = self.model.train_function
         if self._function is None or theirs is not self._theirs:
             self._metrics, self._sources, self._recent = [], [], None
-            self._function = self._made(theirs)
+            self._function = self._wrap_train_function(theirs)
             self._theirs = theirs
         self.model.train_function = self
         self.begin()
 
-    def expect(self) -> None:
-        """Keep the next execution; where callbacks run beside the training, all until ``rest``."""
+    def start_recording(self) -> None:
+        """Keep the next execution; all until ``stop_recording`` where callbacks run beside it."""
         self._expected = True
 
-    def rest(self) -> None:
+    def stop_recording(self) -> None:
         """Keep no more executions."""
         self._expected = False
 
@@ -195,17 +195,17 @@ class BatchSums:
         if self.installed:
             self.model.train_function = self._theirs
 
-    def _made(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_train_function(self, theirs: Callable[..., Any]) -> Callable[..., Any]:
         """A train function whose logs hold what the batch added."""
         model = self.model
         if self._backend == "torch":
             self._step = theirs
-            return self._in_place if model.jit_compile else self._noted
+            return self._in_place if model.jit_compile else self._record_step
         self._step = model.train_step
         alone = self._backend == "jax" or model.distribute_strategy.num_replicas_in_sync == 1
-        ours: dict[str, Any] = {"train_step": self._noted if alone else self._in_place}
+        ours: dict[str, Any] = {"train_step": self._record_step if alone else self._in_place}
         if self._backend == "jax":
-            ours = {"train_step": self._stateless, "_make_function": self._each(model)}
+            ours = {"train_step": self._stateless, "_make_function": self._record_each(model)}
         before = {name: vars(model)[name] for name in ours if name in vars(model)}
         vars(model).update(ours)
         try:
@@ -218,20 +218,20 @@ class BatchSums:
             vars(model).update(before)
         return function
 
-    def _each(self, model: Any) -> Callable[..., Any]:
+    def _record_each(self, model: Any) -> Callable[..., Any]:
         """On JAX an execution of several steps is a loop that keeps the logs of the last one."""
         make = model._make_function
 
         def make_function(step: Callable[..., Any], *args: Any, **options: Any) -> Any:
             def kept(*arguments: Any) -> Any:
                 logs, state = step(*arguments)
-                return self._taken(logs), state
+                return self._record_execution(logs), state
 
             return make(kept, *args, **options)
 
         return make_function
 
-    def _taken(self, logs: Any) -> Any:
+    def _record_execution(self, logs: Any) -> Any:
         if isinstance(logs, dict) and _KEY in logs:
             logs = dict(logs)
             self._parts.append(logs.pop(_KEY))
@@ -257,9 +257,9 @@ class BatchSums:
             raise
         if self._backend == "jax":
             logs, state = found
-            found = self._taken(logs), state
+            found = self._record_execution(logs), state
         else:
-            found = self._taken(found)
+            found = self._record_execution(found)
         self._pending.append((self.executed, self._parts))
         self.executed += 1
         if len(self._pending) > _MOST_PENDING:
@@ -288,7 +288,7 @@ class BatchSums:
         logs[_KEY] = self._summed(_stacked(added))
         return logs
 
-    def _noted(self, data: Any) -> Any:
+    def _record_step(self, data: Any) -> Any:
         """A step on TensorFlow and PyTorch, where variables are written."""
         self._find(data)
         before = {i: _read(one) for i, one in self._silent.items()}
@@ -321,7 +321,7 @@ class BatchSums:
             for i in where:
                 given[i] = keras.ops.zeros_like(given[i])
         found: list[Any] = []
-        logs = self._logged((*others, given), data, rest=found)
+        logs = self._logged((*others, given), data, stop_recording=found)
         *others, left = found[0]
         left = list(left)
         added = [left[i] for i in where]
@@ -348,10 +348,10 @@ class BatchSums:
         self._metrics = _means(model)
         if self._backend != "jax":
             sums = _sums(self._metrics)
-            self._notes = [_Notes(one) for one in sums]
+            self._notes = [_Recorder(one) for one in sums]
             self._silent = dict(enumerate(sums))
 
-    def _logged(self, *args: Any, rest: list[Any] | None = None) -> dict[str, Any]:
+    def _logged(self, *args: Any, stop_recording: list[Any] | None = None) -> dict[str, Any]:
         """The logs of the model's own step, in which sources are found by their results."""
         assert self._step is not None
         if self._backend == "torch" and (self._sources or self.model.jit_compile):
@@ -371,11 +371,11 @@ class BatchSums:
             self._within -= 1
             if not self._within:
                 self._unpatch.close()
-        if rest is not None:
+        if stop_recording is not None:
             found, *others = found
-            rest.extend(others)
+            stop_recording.extend(others)
         logs = dict(_flat(found))
-        self._found(logs, {key: metric for key, (_, metric) in self._results.items()})
+        self._match_results(logs, {key: metric for key, (_, metric) in self._results.items()})
         if self._backend == "torch" and not self._sources:  # Keras before 3.13 logs plain floats
             self._find_by_name(logs)
         return logs
@@ -383,14 +383,14 @@ class BatchSums:
     def _find_by_name(self, logs: Mapping[str, Any]) -> None:
         with _results(self._metrics, lambda metric: metric):
             named = self.model.get_metrics_result()
-        self._found(logs, {id(logs[name]): named[name] for name in named if name in logs})
+        self._match_results(logs, {id(logs[name]): named[name] for name in named if name in logs})
 
     def _result(self, metric: Any) -> Any:
         value = type(metric).result(metric)
         self._results[id(value)] = value, metric
         return value
 
-    def _found(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:
+    def _match_results(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:
         """Keep which of the logs are results of which metrics."""
         self.names = list(logs)
         self._sources = [

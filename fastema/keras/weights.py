@@ -222,9 +222,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._done = self._steps.done()
         if not self._begin(model):
             raise StateError(f"the model {model.name!r} has no weights yet: build it first")
-        self._follow(self._steps.done())
+        self._update_to(self._steps.done())
 
-    def _follow(self, done: int) -> None:
+    def _update_to(self, done: int) -> None:
         passed, self._done = done - self._done, done
         if passed == 1:
             self.ema.update()
@@ -418,7 +418,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         new = self._ema is None and self._pending is None
         self._begin(model)
         if self._backup is not None and (new or done != self._done):
-            self._take_up(model, self._backup, done, must_fit=new)
+            self._resume(model, self._backup, done, must_fit=new)
         self._done = done
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -431,7 +431,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._steps is None or not self._begin(self._checked_model()):
             self.update()
         else:
-            self._follow(self._done + 1 if self._steps.one_per_batch else self._steps.done())
+            self._update_to(self._done + 1 if self._steps.one_per_batch else self._steps.done())
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write the backup, and put the average into the model where that is wanted."""
@@ -456,7 +456,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._save_path is not None and self._ema is not None:
             self.save_weights(self._save_path)
 
-    def _take_up(self, model: Any, backup: Path, done: int, *, must_fit: bool) -> None:
+    def _resume(self, model: Any, backup: Path, done: int, *, must_fit: bool) -> None:
         """Load the backup that belongs to the model's step."""
         found = [files.read(path) for path in (backup, _previous(backup)) if path.exists()]
         if found and self._ema is None:

@@ -32,18 +32,18 @@ class Pair(NamedTuple):
     """A tensor that is written and the tensor it is written from, under one name.
 
     ``form`` is the kernel format of ``dst`` where it is not that of its dtype: rounded by random
-    bits, or completed by ``low``, a companion with its shape and strides. ``ring`` is the first
-    slot of a ring that lies as ``dst`` does, and the bytes from slot to slot. ``which`` is the
-    place of the average among those that are updated together.
+    bits, or completed by ``residual``, a companion with its shape and strides. ``ring`` is the
+    first slot of a ring that lies as ``dst`` does, and the bytes from slot to slot.
+    ``average_index`` is the place of the average among those that are updated together.
     """
 
     name: str
     dst: TensorSpec
     src: TensorSpec
     form: str = ""
-    low: TensorSpec | None = None
+    residual: TensorSpec | None = None
     ring: tuple[TensorSpec, int] | None = None
-    which: int = 0
+    average_index: int = 0
 
 
 def check_pair(pair: Pair) -> None:
@@ -242,15 +242,17 @@ class Guard:
     ) -> None:
         self._written, self._read = _Spans(written), _Spans(read)
 
-    def touched(self, written: Mapping[str, int] | None, read: Mapping[str, int] | None) -> bool:
+    def may_overlap(
+        self, written: Mapping[str, int] | None, read: Mapping[str, int] | None
+    ) -> bool:
         """Whether spans of the two sides meet: there the exact test has to decide.
 
         Addresses are given by name; a side without them is where it was.
         """
-        begin, end = self._written.now(written)
+        begin, end = self._written.current_spans(written)
         order = np.argsort(begin)
         begin, end = begin[order], np.maximum.accumulate(end[order])
-        low, high = self._read.now(read)
+        low, high = self._read.current_spans(read)
         # The last of those that begin before the end of what is read.
         before = np.searchsorted(begin, high) - 1
         return bool(np.any((before >= 0) & (end[before] > low))) if len(end) else False
@@ -267,7 +269,7 @@ class _Spans:
         self._begin, self._end = spans[:, 0], spans[:, 1]
         self._low, self._high = self._begin - addresses, self._end - addresses
 
-    def now(
+    def current_spans(
         self, addresses: Mapping[str, int] | None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if addresses is None:

@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 from fastema.errors import FastemaError
+from fastema.layout.device_context import DeviceContext
 from fastema.layout.dtypes import DType, dtype
-from fastema.layout.home import Home
 
 __all__ = [
     "Attributes",
@@ -90,8 +90,8 @@ class TensorSpec:
     whole, offset : of a part (a shard), the whole's shape and the index of the first element in it
     owner : keeps the memory alive
     exchange : address of the DLPack exchange function of the tensor's class; 0 without one
-    home : the device, where it is not the host
-    glance : ``owner -> object`` that is another once any of the above is; cheaper than describing
+    context : the device, where it is not the host
+    fingerprint : ``owner -> object``, another once any of the above is; cheaper than describing
     wrapped : ``owner -> tensor`` that lies there, where the owner is only a wrapper
     division : how the tensor is divided among processes, also where this one has all of it
     """
@@ -106,12 +106,12 @@ class TensorSpec:
     offset: tuple[int, ...] | None = None
     owner: Any = field(default=None, compare=False, repr=False)
     exchange: int = field(default=0, compare=False, repr=False)
-    home: Home | None = field(default=None, compare=False, repr=False)
-    glance: Callable[[Any], object] | None = field(default=None, compare=False, repr=False)
+    context: DeviceContext | None = field(default=None, compare=False, repr=False)
+    fingerprint: Callable[[Any], object] | None = field(default=None, compare=False, repr=False)
     wrapped: Callable[[Any], Any] | None = field(default=None, compare=False, repr=False)
     division: Division | None = field(default=None, compare=False, repr=False)
 
-    def kept_by(self, owner: Any) -> TensorSpec:
+    def with_owner(self, owner: Any) -> TensorSpec:
         """The same with another owner."""
         return replace(self, owner=owner)
 
@@ -128,8 +128,8 @@ class TensorSpec:
             *(shape, strides, self.dtype, self.device, self.writable),
             owner=owner,
             exchange=self.exchange,
-            home=self.home,
-            glance=self.glance,
+            context=self.context,
+            fingerprint=self.fingerprint,
         )
 
     def divided_like(self, other: TensorSpec) -> TensorSpec:

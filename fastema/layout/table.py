@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.kernels.table import (
+    AVERAGE,
     CHUNK,
     COLUMNS,
     COUNT,
@@ -23,13 +24,12 @@ from fastema.kernels.table import (
     INDEX_RUN,
     INDEX_STEP,
     KEY,
-    LOW,
+    RESIDUAL,
     RING,
     RING_STRIDE,
     SHARED_CHUNK,
     SRC,
     SRC_STEP,
-    WHICH,
 )
 from fastema.layout.flat import row_major
 from fastema.layout.group import Pair
@@ -160,7 +160,7 @@ def _walk(axes: list[_Axis], most: int, twofold: bool) -> _Walk:
 
 def tensor_key(pair: Pair) -> int:
     """32 bits that tell a tensor's average from others, wherever and in what order they lie."""
-    return zlib.crc32(f"{pair.which}/{pair.name}".encode())
+    return zlib.crc32(f"{pair.average_index}/{pair.name}".encode())
 
 
 def _rows(pair: Pair, most: int) -> Table:
@@ -171,7 +171,7 @@ def _rows(pair: Pair, most: int) -> Table:
     axes = _joint_axes(pair, index)
     walk = _walk(axes, most, one_half)
     row = np.zeros((1, COLUMNS), np.int64)
-    row[:, [DST, SRC, LOW, RING]] = _addresses(pair)
+    row[:, [DST, SRC, RESIDUAL, RING]] = _addresses(pair)
     row[:, INDEX] = first
     row[:, [INDEX_RUN, DST_STEP, SRC_STEP, INDEX_STEP]] = list(walk.inner)
     row[:, COUNT], row[:, INDEX_JUMP] = walk.length, walk.outer.place
@@ -186,7 +186,7 @@ def _streams(pair: Pair) -> list[tuple[int, int, int]]:
     slot = None if pair.ring is None else pair.ring[0]
     streams = [
         *((DST, DST_STEP, pair.dst), (SRC, SRC_STEP, pair.src)),
-        *((LOW, DST_STEP, pair.low), (RING, DST_STEP, slot)),
+        *((RESIDUAL, DST_STEP, pair.residual), (RING, DST_STEP, slot)),
     ]
     return [
         (column, step, spec.kind.itemsize // spec.kind.parts)
@@ -218,7 +218,7 @@ def _chunked(rows: Table, pair: Pair, most: int) -> Table:
         most -= most % (vectors if vectors <= most else run)
     pieces = -(-count // most)
     first = np.tile(np.arange(pieces) * most, len(rows))
-    return _cut(np.repeat(rows, pieces, axis=0), pair, first, np.minimum(first + most, count))
+    return _clip_rows(np.repeat(rows, pieces, axis=0), pair, first, np.minimum(first + most, count))
 
 
 def _halved(rows: Table, pair: Pair) -> Table:
@@ -234,10 +234,10 @@ def _halved(rows: Table, pair: Pair) -> Table:
         for border in (half, half + _HALF)
     )
     kept = end > first  # a step may be longer than a half
-    return _cut(cut[kept], pair, first[kept], end[kept])
+    return _clip_rows(cut[kept], pair, first[kept], end[kept])
 
 
-def _cut(rows: Table, pair: Pair, first: NDArray[np.int64], end: NDArray[np.int64]) -> Table:
+def _clip_rows(rows: Table, pair: Pair, first: NDArray[np.int64], end: NDArray[np.int64]) -> Table:
     """Of every row the elements from one place up to another; changes the rows."""
     for column, step, size in _streams(pair):
         rows[:, column] += first * rows[:, step] * size
@@ -256,16 +256,19 @@ def _pattern(group: Sequence[Pair], chunk: int | None) -> Table:
 
 def _form(pair: Pair) -> _Form:
     """All that its rows depend on, but for its addresses and its name."""
-    _, dst, src, _, low, ring, _ = pair
-    companion = None if low is None else low.dtype
+    _, dst, src, _, residual, ring, _ = pair
+    companion = None if residual is None else residual.dtype
     slots = None if ring is None else (ring[0].dtype, ring[1])
     memory = dst.shape, dst.strides, src.strides, dst.dtype, src.dtype, companion, slots
     return *memory, *first_and_strides(pair)
 
 
 def _addresses(pair: Pair) -> tuple[int, int, int, int]:
-    _, dst, src, _, low, ring, _ = pair
-    companion, slot = 0 if low is None else low.address, 0 if ring is None else ring[0].address
+    _, dst, src, _, residual, ring, _ = pair
+    companion, slot = (
+        0 if residual is None else residual.address,
+        0 if ring is None else ring[0].address,
+    )
     return dst.address, src.address, companion, slot
 
 
@@ -308,8 +311,8 @@ def numbered_tables(
     model = np.array(like)[group] * together + member
     table = np.concatenate(patterns)[(np.cumsum(lengths) - lengths)[form][group] + place]
     addresses = np.array([_addresses(one) for one in kept])
-    table[:, [DST, SRC, LOW, RING]] += addresses[pair] - addresses[model]
-    table[:, WHICH] = np.array([one.which for one in kept])[pair]
+    table[:, [DST, SRC, RESIDUAL, RING]] += addresses[pair] - addresses[model]
+    table[:, AVERAGE] = np.array([one.average_index for one in kept])[pair]
     table[:, KEY] = np.array([tensor_key(one) for one in kept])[pair]
     adjacent = (table[:, DST_STEP] == 1) & (table[:, SRC_STEP] == 1)
     adjacent &= (table[:, INDEX_STEP] <= 1) & (table[:, INDEX_JUMP] == 0)

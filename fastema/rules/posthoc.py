@@ -146,7 +146,7 @@ def _power_power(step: Array, gamma: Array, other_step: Array, other_gamma: Arra
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * part**outer / later
 
 
-def _moment(gamma: float, rate: float) -> float:
+def _exponential_moment(gamma: float, rate: float) -> float:
     """``(gamma + 1) * integral of u**gamma * exp(-rate * (1 - u))`` over [0, 1].
 
     The confluent hypergeometric function 1F1(1; gamma + 2; -rate). With ``u = exp(-s)`` the
@@ -164,7 +164,7 @@ def _moment(gamma: float, rate: float) -> float:
 
 def _power_exponential(power: PowerProfile, other: ExponentialProfile) -> float:
     shared = min(power.step, other.step)
-    inner = _moment(power.gamma, other.rate * shared)
+    inner = _exponential_moment(power.gamma, other.rate * shared)
     ends = math.exp(-other.rate * (other.step - shared))
     return other.peak * ends * float((shared / power.step) ** (power.gamma + 1)) * inner
 

@@ -148,7 +148,7 @@ class Average(Saveable[Weights]):
         StateError
             If it was not built with ``drift=True``, or before the first update.
         """
-        return self.drifts[self._chosen(None)]
+        return self.drifts[self._average_index(None)]
 
     def _drift(self, program: Program, index: int) -> Drift:
         distance, size, still = program.measured(index)

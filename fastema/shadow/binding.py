@@ -37,23 +37,23 @@ class _Matcher:
         self.store, self.names = store, names
         self.averaged = {name for name, entry in store.sets[0].items() if entry.averaged}
 
-    def strictly(self, _: Leaves, model: Leaves) -> Match:
-        return self._matched(model, loosely=False)
+    def match_exactly(self, _: Leaves, model: Leaves) -> Match:
+        return self._matched(model, match_subset=False)
 
-    def loosely(self, _: Leaves, model: Leaves) -> Match:
+    def match_subset(self, _: Leaves, model: Leaves) -> Match:
         """Match where the model has tensors besides, or unfrozen ones: to take an average back."""
-        return self._matched(model, loosely=True)
+        return self._matched(model, match_subset=True)
 
-    def _matched(self, model: Leaves, *, loosely: bool) -> Match:
+    def _matched(self, model: Leaves, *, match_subset: bool) -> Match:
         entries, names = self.store.sets[0], self.names
-        refuse_other_model(model, entries, names, loosely=loosely)
+        refuse_other_model(model, entries, names, match_subset=match_subset)
         found = {leaf.name: leaf for leaf in model.items}
         pairs = self.store.pairs({name: found[name].spec for name in entries})
         for pair in pairs:
             check_pair(pair)
             refuse_shared_elements(pair.name, pair.src)
         # All that can be written has to take an average in turn.
-        weights = [(pair.name, pair.src) for pair in pairs if not pair.which]
+        weights = [(pair.name, pair.src) for pair in pairs if not pair.average_index]
         refuse_overlap([one for one in weights if one[1].writable])
         parts: dict[str, list[Pair]] = {"averaged": [], "copied": []}
         for pair in pairs:
@@ -78,23 +78,24 @@ class ShadowBinding(Binding):
         leaves: Leaves | None = None,
     ) -> None:
         matcher = _Matcher(store, names)
-        self._averaged, self.loosely = matcher.averaged, matcher.loosely
-        super().__init__(None, container, matcher.strictly, watch=watch, leaves=leaves)
+        self._averaged, self.match_subset = matcher.averaged, matcher.match_subset
+        super().__init__(None, container, matcher.match_exactly, watch=watch, leaves=leaves)
 
     # -- pairs ------------------------------------------------------------------------------------
 
     def pair(self, name: str, index: int) -> Pair:
         """Return a tensor's pair in one of the averages."""
-        numbers = self.made(
-            "numbers", lambda: {(p.name, p.which): n for n, p in enumerate(self._bound.pairs)}
+        numbers = self.cached(
+            "numbers",
+            lambda: {(p.name, p.average_index): n for n, p in enumerate(self._bound.pairs)},
         )
         return self.pair_at(numbers[name, index if name in self._averaged else 0])
 
     def of(self, index: int) -> list[Pair]:
         """Return the pairs of one average, with those that are only copied."""
-        return [p for p in self.pairs if p.name not in self._averaged or p.which == index]
+        return [p for p in self.pairs if p.name not in self._averaged or p.average_index == index]
 
-    def has_stayed(self, name: str) -> bool:
+    def is_unmoved(self, name: str) -> bool:
         """Return whether the memory of one weight is where it was; of tensors that do not move."""
         spec = self.weights[name]
         try:
@@ -112,8 +113,8 @@ class ShadowBinding(Binding):
                 + listed(repr(name) for name in model.fixed)
             )
         key = "swap", index
-        swap = self.made(key, lambda: self._made_swap(index))
-        if swap.memory.keeps or model.moving:
+        swap = self.cached(key, lambda: self._made_swap(index))
+        if swap.memory.has_copies or model.moving:
             self.forget(key)
         swap.container = self.container
         return swap
@@ -121,7 +122,7 @@ class ShadowBinding(Binding):
     def _made_swap(self, index: int) -> ShadowSwap:
         roles = self.model.roles
         trained = {name for name in self._averaged if roles[name] != "buffer"}
-        watch = self.made("watch", lambda: WriteWatch(self.weights, trained))
+        watch = self.cached("watch", lambda: WriteWatch(self.weights, trained))
         return ShadowSwap(index, InMemory(self.of(index)), watch, self.container)
 
     # -- numbers that are none --------------------------------------------------------------------
@@ -131,7 +132,7 @@ class ShadowBinding(Binding):
 
         A copy that holds one already, such as a mask of infinities, is not looked at.
         """
-        names, program = self.made("finite", self._finite_program)
+        names, program = self.cached("finite", self._finite_program)
         if self.addresses:
             program.relocate(self.addresses, self.addresses)
         program.run({"all": "finite"})
@@ -145,7 +146,7 @@ class ShadowBinding(Binding):
 
     def _sources(self, names: set[str]) -> list[Pair]:
         # On both sides: the averages have no part in it.
-        pairs = (p for p in self.pairs if p.name in names and not p.which)
+        pairs = (p for p in self.pairs if p.name in names and not p.average_index)
         return [Pair(p.name, p.src, p.src) for p in pairs]
 
 

@@ -70,7 +70,7 @@ class Evaluated(Updating[Weights]):
         """
         with self._lock:
             self._refuse_applied("apply_shadow")
-            index = self._chosen(which)
+            index = self._average_index(which)
             with self._current(model, write=True) as program:
                 if self._is_synced():
                     self._sync_by(program)
@@ -108,7 +108,7 @@ class Evaluated(Updating[Weights]):
             raise StateError("restore() without apply_shadow(): the model holds its own weights")
         if model is not None:
             self._refuse_other_model(materialised(model), self._applied)
-        with self._still_applied() as swap:
+        with self._applied_swap() as swap:
             names = swap.watch.written()
             with defer_signals():
                 swap.restore()
@@ -132,12 +132,12 @@ class Evaluated(Updating[Weights]):
             )
 
     @contextmanager
-    def _still_applied(self) -> Iterator[ShadowSwap]:
+    def _applied_swap(self) -> Iterator[ShadowSwap]:
         """Yield what takes the average back, wherever the model's tensors are by now."""
         swap, binding = self._applied, self._binding
         assert swap is not None
         weights = swap.watch.weights
-        with binding.current(swap.container, write=True, match=binding.loosely):
+        with binding.current(swap.container, write=True, match=binding.match_subset):
             now = binding.weights
             if now is not swap.watch.now or binding.model.moving:
                 problems = [
@@ -152,7 +152,7 @@ class Evaluated(Updating[Weights]):
                         + "\nChange it back, then restore(): the raw weights are kept exactly, the "
                         "average only as the other dtype left it."
                     )
-                swap.memory.follow(binding.of(swap.index))
+                swap.memory.relocate(binding.of(swap.index))
                 swap.watch.now = now
             yield swap
 
@@ -188,7 +188,7 @@ class Evaluated(Updating[Weights]):
         """
         with self._lock:
             self._refuse_applied("averaged")
-            which = self._chosen(which)
+            which = self._average_index(which)
             self._sync()
             binding = self._binding
             structure = binding.model.structure
@@ -243,7 +243,7 @@ class Evaluated(Updating[Weights]):
         def apply() -> Any:
             self.apply_shadow(model, which=which)
             own.append(self._applied)
-            return self._home if model is None else model
+            return self._own_model if model is None else model
 
         def restore() -> None:
             with self._lock:  # an outer block's average is not this one's to restore
@@ -271,7 +271,7 @@ class Evaluated(Updating[Weights]):
         """
         with self._lock:
             self._refuse_applied("copy_to")
-            entries = self._store.sets[self._chosen(which)]
+            entries = self._store.sets[self._average_index(which)]
             self._sync()
             container = materialised(model)
             reshard(container)
@@ -342,7 +342,7 @@ class Evaluated(Updating[Weights]):
         self, model: Any, which: int | None
     ) -> tuple[Mapping[str, Entry], Mapping[str, tuple[str, Any]], dict[str, str]]:
         """Return an average's entries, the model's state, and the entries' names by its keys."""
-        entries = self._store.sets[self._chosen(which)]
+        entries = self._store.sets[self._average_index(which)]
         self._sync()
         container = self._container if model is None else materialised(model)
         reshard(container)
@@ -363,7 +363,7 @@ class Evaluated(Updating[Weights]):
     @property
     def shadow(self) -> Shadow:
         """The averaged tensors by name; where there are several averages, see :attr:`shadows`."""
-        return self.shadows[self._chosen(None)]
+        return self.shadows[self._average_index(None)]
 
     def _tensor(self, index: int, name: str) -> Any:
         with self._lock:
@@ -374,9 +374,9 @@ class Evaluated(Updating[Weights]):
             # What is only copied is in all averages, and out with any of them.
             if applied is None or (index != applied.index and entry.averaged):
                 self._sync()
-            elif self._binding.has_stayed(name):  # the others do not matter here
+            elif self._binding.is_unmoved(name):  # the others do not matter here
                 (array,) = recovered([self._binding.pair(name, index)])
             else:
-                with self._still_applied():
+                with self._applied_swap():
                     (array,) = recovered([self._binding.pair(name, index)])
             return entry.to_framework(array)

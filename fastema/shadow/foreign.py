@@ -11,7 +11,7 @@ from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.errors import FastemaError
 from fastema.shadow.store import PARTS
 
-__all__ = ["unflattened", "what_it_is"]
+__all__ = ["identify", "unflattened"]
 
 _PLAIN: Final = "state"
 """Name of the tensor of a file that holds the state's plain values, as JSON."""
@@ -117,7 +117,7 @@ _LAYOUTS: Final = (
 """The first that fits counts."""
 
 
-def what_it_is(state: Any) -> str:
+def identify(state: Any) -> str:
     """Say why something is no state of a fastema average, what it is, and which call reads it."""
     lacks = "it is not a fastema state dict"
     if not isinstance(state, Mapping) or not state:

@@ -15,11 +15,11 @@ __all__ = ["names_of_state", "pairs_to", "refuse_divided_otherwise", "refuse_oth
 
 
 def refuse_other_model(
-    leaves: Leaves, entries: Mapping[str, Entry], names: Names, *, loosely: bool
+    leaves: Leaves, entries: Mapping[str, Entry], names: Names, *, match_subset: bool
 ) -> None:
     """Refuse a model with tensors added, removed, renamed, reshaped, untied, or unfrozen.
 
-    ``loosely``, tensors may be new or unfrozen: to take back an average that was applied before.
+    With ``match_subset`` tensors may be new or unfrozen: to take back an average applied before.
     """
     for one in leaves.opaque:
         if one.name in entries:
@@ -27,7 +27,7 @@ def refuse_other_model(
     found = {leaf.name: leaf for leaf in leaves.items}
     gone = _gone_or_reshaped(found, entries)
     problems = [*gone.values(), *_untied(found, names.aliases)]
-    if not loosely:
+    if not match_subset:
         problems += _new_or_unfrozen(leaves, entries, names)
     refuse_divided_otherwise(found, entries)
     if problems:

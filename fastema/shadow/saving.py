@@ -87,11 +87,11 @@ class Saveable(Evaluated[Weights]):
                 wanted = format_of(dtype, rounding, stored_as.num_averages)
                 stored_as = stored_as._replace(dtype=wanted.dtype, split=wanted.split)
                 store = store.cast(stored_as)
-            binding = self._bound_to(self._binding.container, store)
+            binding = self._bind(self._binding.container, store)
             count = self._count
             if count is not None:
                 done = count.done()
-                count = ScheduleCounter(binding.homes, self._schedule, self._seed, done)
+                count = ScheduleCounter(binding.contexts, self._schedule, self._seed, done)
                 self._warm_up(count, binding)
             if self._captured:  # its replays must not write where others are
                 keep_for_graphs(self._store, self._count)
@@ -106,9 +106,9 @@ class Saveable(Evaluated[Weights]):
         average also while that is applied to the model, never the raw weights in its place.
         Averages of DTensors are DTensors, for :mod:`torch.distributed.checkpoint`: all ranks have
         to call this.
-        ``"shadow"`` is a list with a mapping of names to tensors for each average; ``"low"`` and
-        ``"ring"`` are lists of the same kind, of what an average in two halves, or a windowed mean,
-        needs besides.
+        ``"shadow"`` is a list with a mapping of names to tensors for each average; ``"residual"``
+        and ``"ring"`` are lists of the same kind, of what an average in two halves, or a windowed
+        mean, needs besides.
 
         Parameters
         ----------
@@ -118,7 +118,7 @@ class Saveable(Evaluated[Weights]):
         """
         with self._lock:
             if self._ranks is not None:
-                self._ranks.compare(self._facts())
+                self._ranks.compare(self._common_settings())
             counters = {
                 "num_updates": self.num_updates,
                 "num_skipped": self._num_skipped,
@@ -148,7 +148,7 @@ class Saveable(Evaluated[Weights]):
         self._wait_for_the_ring()
         if self._applied is None:
             return (self._store.duplicate() if copy else self._store).tensors()
-        with self._still_applied() as swap:
+        with self._applied_swap() as swap:
             # Written into the copy: beside it, the raw weights there would be saved along.
             store = self._store.duplicate()
             applied = [
@@ -159,7 +159,10 @@ class Saveable(Evaluated[Weights]):
             parts = [store.sets[index][name].parts for index, name in applied]
             recover(
                 [self._binding.pair(name, index) for index, name in applied],
-                [Recovered(p["shadow"][1], p["low"][1] if "low" in p else None) for p in parts],
+                [
+                    Recovered(p["shadow"][1], p["residual"][1] if "residual" in p else None)
+                    for p in parts
+                ],
             )
         return store.tensors()
 
@@ -227,7 +230,7 @@ class Saveable(Evaluated[Weights]):
         if stored_as == self._format:
             return stored_as, self._store, self._binding
         store = self._store.rounded(stored_as)
-        binding = self._bound_to(self._binding.container, store)
+        binding = self._bind(self._binding.container, store)
         if self._count is not None:
             self._warm_up(self._count, binding)
         return stored_as, store, binding

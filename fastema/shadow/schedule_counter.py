@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.engine.step_counter import StepCounter, homes_of, tables_of
+from fastema.engine.step_counter import StepCounter, contexts_of, tables_of
 from fastema.errors import ArgumentError, CheckpointError
-from fastema.layout.home import Home, LaunchArgs
+from fastema.layout.device_context import DeviceContext, LaunchArgs
 from fastema.rules import Rule, Schedule, Window
 
 __all__ = ["ScheduleCounter", "Tables", "refuse_uneven", "tables_for"]
@@ -57,10 +57,14 @@ class ScheduleCounter:
     """Counts updates by a schedule on every device that holds a part of an average."""
 
     def __init__(
-        self, homes: Mapping[str, Home | None], schedule: Schedule, seed: int, done: int = 0
+        self,
+        contexts: Mapping[str, DeviceContext | None],
+        schedule: Schedule,
+        seed: int,
+        done: int = 0,
     ) -> None:
         tables = tables_for(schedule)
-        self._clock = StepCounter(homes_of(homes))
+        self._clock = StepCounter(contexts_of(contexts))
         self.set(schedule, tables, seed, done)
 
     @property

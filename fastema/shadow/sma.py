@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastema.errors import ArgumentError
-from fastema.layout.home import LaunchArgs
+from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Window
 from fastema.shadow.average import Average, Weights
 from fastema.shadow.options import Options

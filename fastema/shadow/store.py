@@ -20,7 +20,7 @@ from fastema.shadow.entries import Selection, ShadowFormat, companion
 
 __all__ = ["PARTS", "Entry", "Store", "Tensors"]
 
-PARTS: Final = ("shadow", "low", "ring")
+PARTS: Final = ("shadow", "residual", "ring")
 """What an average of a tensor may consist of: itself, its companion, the ring of a window."""
 
 Tensors = dict[str, list[dict[str, Any]]]
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
     def pair(self, weights: TensorSpec, which: int) -> Pair:
         """The average and the weights it is written from."""
-        low, ring = self.parts.get("low"), self.parts.get("ring")
+        residual, ring = self.parts.get("residual"), self.parts.get("ring")
         slots = None
         if ring is not None:
             _, spec = ring
@@ -61,10 +61,10 @@ class Entry(NamedTuple):
                 whole=self.spec.whole,
                 offset=self.spec.offset,
                 device=self.spec.device,
-                home=self.spec.home,
+                context=self.spec.context,
             )
             slots = one, stride
-        companion = None if low is None else low[1]
+        companion = None if residual is None else residual[1]
         return Pair(self.name, self.spec, weights, self.form, companion, slots, which)
 
 
@@ -131,7 +131,7 @@ class Store:
 
     def duplicate(self) -> Store:
         """A copy with memory of its own."""
-        return self._remade(lambda part, memory: memory[1], self.on_host)
+        return self._converted(lambda part, memory: memory[1], self.on_host)
 
     def on(self, device: str, *, ring_on_host: bool = False) -> Store:
         """The same on a device, but for a ring that is to be on the host."""
@@ -142,9 +142,9 @@ class Store:
                 return spec
             return describe(bridge_of(array).transfer(array, device)).divided_like(spec)
 
-        return self._remade(there, ring_on_host)
+        return self._converted(there, ring_on_host)
 
-    def _remade(self, source: Callable[[str, Memory], TensorSpec], ring_on_host: bool) -> Store:
+    def _converted(self, source: Callable[[str, Memory], TensorSpec], ring_on_host: bool) -> Store:
         """New memory of the same kinds, filled from what ``source`` makes of the old."""
         old = {id(entry): entry for _, entry in self}
         keys = [(key, part) for key, entry in old.items() for part in entry.parts]
@@ -239,7 +239,7 @@ def _averages(
         for name, (kind, form) in kinds.items()
         if form == SPLIT or stored_as.window
     }
-    add("low", beside)
+    add("residual", beside)
     if stored_as.window:
         rings = {
             name: stored_as._replace(dtype=stored_as.ring, split=False, random=False).stored(

@@ -13,7 +13,7 @@ from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, NonFiniteError, StateError, listed
-from fastema.layout.home import LaunchArgs, checked_seed
+from fastema.layout.device_context import LaunchArgs, checked_seed
 from fastema.layout.spec import Leaves
 from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MOST, checked_whole
@@ -110,28 +110,26 @@ class Updating(Generic[Weights]):
                     "drift=True measures what one rank holds, and these weights are divided among "
                     "several; build the average without it"
                 )
-            self._ranks.compare(self._facts())
+            self._ranks.compare(self._common_settings())
         self._log_decays = self._schedule.log_decays(0)
         self._lock = rlock()
         self._applied: ShadowSwap | None = None
         self._measured: Program | None = None
-        self._binding = self._bound_to(container, self._store, leaves)
+        self._binding = self._bind(container, self._store, leaves)
         # Arrays that never change are not kept: those that came last are the model.
-        self._home = None if self._binding.model.fixed else container
+        self._own_model = None if self._binding.model.fixed else container
         with self._binding.current(once=_ONCE) as program:
             program.run(SYNC)
         self._count: ScheduleCounter | None = None
         self._captured = False
         if capturable:
-            self._count = ScheduleCounter(self._binding.homes, self._schedule, self._seed)
+            self._count = ScheduleCounter(self._binding.contexts, self._schedule, self._seed)
             self._warm_up(self._count, self._binding)
 
-    def _bound_to(
-        self, container: Any, store: Store, leaves: Leaves | None = None
-    ) -> ShadowBinding:
+    def _bind(self, container: Any, store: Store, leaves: Leaves | None = None) -> ShadowBinding:
         return ShadowBinding(container, store, self._names, self._watch, leaves)
 
-    def _facts(self) -> dict[str, str]:
+    def _common_settings(self) -> dict[str, str]:
         """What all ranks have to agree on, by what it is of."""
         facts = {
             "class": type(self).__name__,
@@ -166,13 +164,13 @@ class Updating(Generic[Weights]):
         self, model: Any, *, write: bool = False, once: str = ""
     ) -> AbstractContextManager[Program]:
         """Bind the model's tensors as they lie now; all checks, nothing written."""
-        model = self._home if model is None else model
+        model = self._own_model if model is None else model
         return self._binding.current(model, write=write, once=once)
 
     @property
     def _container(self) -> Any:
         """The model the average was built from; of arrays that never change the latest ones."""
-        return self._binding.container if self._home is None else self._home
+        return self._binding.container if self._own_model is None else self._own_model
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -261,7 +259,7 @@ class Updating(Generic[Weights]):
         if not weights:
             self._done = step
             return
-        if self._on_nonfinite != "propagate" and not self._accepts(step):
+        if self._on_nonfinite != "propagate" and not self._check_finite(step):
             return
         begins = step <= self._schedule.start_after
         # The weights are 1 then: rounded as on a device that counts by itself. Only a mean of
@@ -285,7 +283,7 @@ class Updating(Generic[Weights]):
     def _launch_args(self, step: int, weights: tuple[float, ...]) -> LaunchArgs:
         return LaunchArgs(weights, self._seed, step)
 
-    def _accepts(self, step: int) -> bool:
+    def _check_finite(self, step: int) -> bool:
         """Whether all weights are finite; what is to be done where they are not."""
         names = self._binding.not_finite()
         if not (names if self._ranks is None else self._ranks.any(bool(names))):
@@ -328,7 +326,7 @@ class Updating(Generic[Weights]):
                 "leave the swapped() block"
             )
 
-    def _chosen(self, which: int | None) -> int:
+    def _average_index(self, which: int | None) -> int:
         """The average that a call is about."""
         count = len(self._store.sets)
         if which is None and count == 1:

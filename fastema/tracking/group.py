@@ -111,6 +111,6 @@ class MetricAverages(Mapping[str, MovingAverage]):
                 f"not the state of averages of {', '.join(map(repr, self._averages))}: {state!r}"
             )
         for name, average in self._averages.items():
-            average.alike().load_state_dict(state[name])
+            average.new_like().load_state_dict(state[name])
         for name, average in self._averages.items():  # now that all of them fit
             average.load_state_dict(state[name])

@@ -28,7 +28,7 @@ class LazyFloat:
         self._read: Callable[[], float] | None = read
         self._result: float | Exception = 0.0
 
-    def settle(self, result: float | Exception) -> None:
+    def resolve(self, result: float | Exception) -> None:
         """Set the number, or the error to raise, before anybody asks."""
         self._result, self._read = result, None
 
@@ -39,7 +39,7 @@ class LazyFloat:
             except Exception as error:
                 result = error
             if self._read is not None:  # unless reading settled it
-                self.settle(result)
+                self.resolve(result)
         if isinstance(self._result, Exception):
             raise self._result
         return self._result

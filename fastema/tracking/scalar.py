@@ -107,10 +107,10 @@ class MovingAverage(ABC):
         x = value if type(value) is float else number(value)
         w = weight if type(weight) is float else number(weight)
         if self._pending or isinstance(x, LazyFloat) or isinstance(w, LazyFloat):
-            return self._keep(x, w)
-        return self._take(x, w)
+            return self._defer(x, w)
+        return self._add(x, w)
 
-    def _take(self, x: float, weight: float) -> float:
+    def _add(self, x: float, weight: float) -> float:
         if weight != 1.0:
             if not weight:
                 return self._reading
@@ -128,14 +128,14 @@ class MovingAverage(ABC):
             self._num_updates += 1
         return self._reading
 
-    def _keep(self, value: Number, weight: Number) -> float:
-        average = LazyFloat(lambda: self._settle(average))
+    def _defer(self, value: Number, weight: Number) -> float:
+        average = LazyFloat(lambda: self._read_pending(average))
         self._pending.append((value, weight, average))
         if len(self._pending) >= MOST_PENDING:
-            self._settle()
+            self._read_pending()
         return cast(float, average)
 
-    def _settle(self, last: LazyFloat | None = None) -> float:
+    def _read_pending(self, last: LazyFloat | None = None) -> float:
         """Read what waits on a device, in order, as far as one of them; the average.
 
         What cannot be read, or is refused, is dropped, and its result remembers why.
@@ -143,23 +143,23 @@ class MovingAverage(ABC):
         while self._pending:
             value, weight, average = self._pending[0]
             try:
-                result: float | Exception = self._take(float(value), float(weight))
+                result: float | Exception = self._add(float(value), float(weight))
             except Exception as error:
                 result = error
             # An interrupt before here leaves it waiting.
             del self._pending[0]
-            average.settle(result)
+            average.resolve(result)
             if isinstance(result, Exception):
                 raise result
             if average is last:
                 break
         return self._reading
 
-    def _settle_all(self) -> None:
+    def _read_all_pending(self) -> None:
         """Read all that waits, whatever is dropped."""
         while self._pending:
             with suppress(Exception):
-                self._settle()
+                self._read_pending()
 
     def update_many(self, values: ArrayLike, weights: ArrayLike | None = None) -> Floats:
         """Take in a series of values, as by :meth:`update` one after the other, but compiled.
@@ -183,7 +183,7 @@ class MovingAverage(ABC):
         """
         x = _series(values, "values")
         given = None if weights is None else _checked_weights(weights, len(x))
-        self._settle()
+        self._read_pending()
         if not len(x):
             return x
         if given is None or given.all():
@@ -221,7 +221,7 @@ class MovingAverage(ABC):
     def average(self) -> float:
         """The average now; NaN before the first value."""
         if self._pending:
-            self._settle()
+            self._read_pending()
         return self._reading
 
     def get_average(self) -> float:
@@ -236,25 +236,25 @@ class MovingAverage(ABC):
     @property
     def num_updates(self) -> int:
         """Values taken in."""
-        self._settle()
+        self._read_pending()
         return self._num_updates
 
     @property
     def num_skipped(self) -> int:
         """Values that were not finite and not taken in."""
-        self._settle()
+        self._read_pending()
         return self._num_skipped
 
     # -- state -------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget all values."""
-        self._settle_all()
+        self._read_all_pending()
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
         """All that goes on from here: numbers, strings and lists, which JSON holds exactly."""
-        self._settle()
+        self._read_pending()
         return {
             **self._settings(),
             "average": self._reading,
@@ -272,7 +272,7 @@ class MovingAverage(ABC):
             For any other state, naming what differs. The average stays as it was.
         """
         check_settings(self, self._settings(), state)
-        other = self.alike()
+        other = self.new_like()
         try:
             other._reading = float(state["average"])
             other._num_updates = int(state["num_updates"])
@@ -280,12 +280,12 @@ class MovingAverage(ABC):
             other._remember(state)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"not the state of {self!r}: {error!r}") from None
-        self._settle_all()
+        self._read_all_pending()
         for kind in type(self).__mro__:
             for name in getattr(kind, "__slots__", ()):
                 setattr(self, name, getattr(other, name))
 
-    def alike(self) -> MovingAverage:
+    def new_like(self) -> MovingAverage:
         """A new one with the same settings, without values."""
         return type(self)(**self._settings())
 

@@ -74,7 +74,7 @@ class SimpleMovingAverage(MovingAverage):
     @property
     def count(self) -> int:
         """Values in the window."""
-        self._settle()
+        self._read_pending()
         return self._products.count
 
     def _settings(self) -> dict[str, Any]:

@@ -223,30 +223,30 @@ class SmoothedMetrics:
 
     _smoother: MetricSmoother
 
-    def _take_in(self) -> None:
+    def _process_pending(self) -> None:
         """Give the smoother what waits; nothing does where each batch is given at once."""
 
     @property
     def averages(self) -> dict[str, float]:
         """The latest values, by the names that are logged."""
-        self._take_in()
+        self._process_pending()
         return self._smoother.averages
 
     @property
     def history(self) -> dict[str, array[float]]:
         """With ``record=True``: by name, one value per batch, for :func:`fastema.tracking.plot`."""
-        self._take_in()
+        self._process_pending()
         return self._smoother.history
 
     @property
     def steps(self) -> dict[str, array[int]]:
         """With ``record=True``: by metric, the numbers of its batches, through all epochs."""
-        self._take_in()
+        self._process_pending()
         return self._smoother.steps
 
     def state_dict(self) -> dict[str, Any]:
         """All that the averages go on from, as JSON holds it; the history is not part of it."""
-        self._take_in()
+        self._process_pending()
         return self._smoother.state_dict()
 
 

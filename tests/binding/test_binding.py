@@ -14,8 +14,8 @@ import fastema
 from fastema.binding.binding import Binding, Match
 from fastema.bridges.registry import leaves_of
 from fastema.errors import LayoutError
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import Leaves
 
 LERP = {"all": "lerp"}
@@ -92,15 +92,15 @@ def test_what_is_made_for_the_pairs_is_made_again_when_they_are_others(
     sides: tuple[dict[str, Any], dict[str, Any]], rng: np.random.Generator
 ) -> None:
     avg, x = sides
-    binding, made = Binding(avg, x, by_name), []
+    binding, cached = Binding(avg, x, by_name), []
     for _ in range(3):
         with binding.current():
-            binding.made("one", lambda: made.append(1))
-    assert len(made) == 1
+            binding.cached("one", lambda: cached.append(1))
+    assert len(cached) == 1
     replaced(x, rng)
     with binding.current():
-        binding.made("one", lambda: made.append(1))
-    assert len(made) == 2
+        binding.cached("one", lambda: cached.append(1))
+    assert len(cached) == 2
 
 
 def test_written_memory_that_overlaps_is_refused() -> None:

@@ -102,4 +102,4 @@ def test_memory_comes_back_to_the_bit(
     assert x.tobytes() != raw[1]
     swap.restore()
     assert (avg.tobytes(), x.tobytes()) == raw
-    assert memory.keeps == (avg_dtype != x_dtype and (avg_dtype, x_dtype) != ("f4", "bf16"))
+    assert memory.has_copies == (avg_dtype != x_dtype and (avg_dtype, x_dtype) != ("f4", "bf16"))

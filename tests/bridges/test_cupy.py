@@ -75,8 +75,8 @@ def test_views_and_devices() -> None:
         other = array(np.ones(3))
     spec = registry.describe(other)
     assert spec.device == "cuda:1"
-    assert spec.home is registry.describe(other).home
-    assert spec.home.stream() == 5001
+    assert spec.context is registry.describe(other).context
+    assert spec.context.stream() == 5001
 
 
 @pytest.mark.parametrize(

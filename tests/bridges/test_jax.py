@@ -485,21 +485,21 @@ def test_what_is_shown_is_a_copy(name: str) -> None:
     for shape in ((), (64,), (4096,), (3, 0)):
         memory = numbers(shape, name)
         before = memory.tobytes()
-        shown = bridge.shown(memory)
-        assert isinstance(shown, jax.Array)
-        assert shown.dtype.name == name
+        to_framework = bridge.to_framework(memory)
+        assert isinstance(to_framework, jax.Array)
+        assert to_framework.dtype.name == name
         memory[...] = numbers(shape, name, 1)
-        assert np.asarray(shown).tobytes() == before
+        assert np.asarray(to_framework).tobytes() == before
 
 
 @pytest.mark.parametrize("name", ["float64", "int64", "uint64", "complex128"])
 def test_wide_dtypes_are_shown_as_they_are(name: str) -> None:
     memory = numbers((33,), name)
     before = memory.tobytes()
-    shown = bridge.shown(memory)
-    assert type(shown) is np.ndarray
+    to_framework = bridge.to_framework(memory)
+    assert type(to_framework) is np.ndarray
     with all_widths():
-        wide = bridge.shown(memory)
+        wide = bridge.to_framework(memory)
     assert isinstance(wide, jax.Array)
     memory[...] = 7
-    assert shown.tobytes() == np.asarray(wide).tobytes() == before
+    assert to_framework.tobytes() == np.asarray(wide).tobytes() == before

@@ -15,9 +15,9 @@ import pytest
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 
 from ..support import reference
 from ..support.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
@@ -63,15 +63,19 @@ def words(one: Any) -> Any:
     return reals.view(WORD[reals.element_size()])
 
 
-def pair_of(dst: Any, src: Any, name: str = "t", low: Any = None, ring: Any = None, **rest: Any):
+def pair_of(
+    dst: Any, src: Any, name: str = "t", residual: Any = None, ring: Any = None, **rest: Any
+):
     """A pair as a store makes it; ``ring`` has its slots along the first axis."""
     slots = None
     if ring is not None:
         spec = bridge.describe(ring)
         one = replace(spec, shape=spec.shape[1:], strides=spec.strides[1:])
         slots = one, spec.strides[0] * spec.kind.itemsize
-    low = None if low is None else bridge.describe(low)
-    return Pair(name, bridge.describe(dst), bridge.describe(src), low=low, ring=slots, **rest)
+    residual = None if residual is None else bridge.describe(residual)
+    return Pair(
+        name, bridge.describe(dst), bridge.describe(src), residual=residual, ring=slots, **rest
+    )
 
 
 def twin(pairs: Sequence[Pair]) -> list[Pair]:
@@ -90,10 +94,10 @@ def twin(pairs: Sequence[Pair]) -> list[Pair]:
             copied(pair.dst.owner),
             copied(pair.src.owner),
             pair.name,
-            None if pair.low is None else copied(pair.low.owner),
+            None if pair.residual is None else copied(pair.residual.owner),
             None if pair.ring is None else copied(pair.ring[0].owner),
             form=pair.form,
-            which=pair.which,
+            average_index=pair.average_index,
         )
         for pair in pairs
     ]
@@ -101,7 +105,7 @@ def twin(pairs: Sequence[Pair]) -> list[Pair]:
 
 def owners(pair: Pair) -> list[Any]:
     """The tensors of a pair."""
-    specs = [pair.dst, pair.src, pair.low, pair.ring and pair.ring[0]]
+    specs = [pair.dst, pair.src, pair.residual, pair.ring and pair.ring[0]]
     return [spec.owner for spec in specs if spec is not None]
 
 
@@ -220,16 +224,16 @@ def split_pair(values: Array, src: Any, **rest: Any) -> Pair:
     bits = clean.view(np.uint32)
     up = np.where(np.isnan(clean), 0, bits >> 15 & 1)
     high = ((bits >> 16) + up).astype(np.uint16)
-    low = (bits & 0xFFFF).astype(np.uint16).view(np.int16)
-    return pair_of(tensor(high, "bf16"), src, low=tensor(low, "i16"), form=SPLIT, **rest)
+    residual = (bits & 0xFFFF).astype(np.uint16).view(np.int16)
+    return pair_of(tensor(high, "bf16"), src, residual=tensor(residual, "i16"), form=SPLIT, **rest)
 
 
 def joined(pair: Pair) -> Array:
     """What an average in two halves stands for, by arithmetic on its parts."""
     high = stored(pair.dst.owner).astype(np.uint32)
-    low = stored(pair.low.owner).view(np.uint16).astype(np.uint32)
-    up = np.where((high & 0x7FFF) > 0x7F80, 0, low >> 15)
-    return ((high - up << 16) | low).astype(np.uint32).view(np.float32)
+    residual = stored(pair.residual.owner).view(np.uint16).astype(np.uint32)
+    up = np.where((high & 0x7FFF) > 0x7F80, 0, residual >> 15)
+    return ((high - up << 16) | residual).astype(np.uint32).view(np.float32)
 
 
 def test_averages_updated_together(numbers: Make) -> None:
@@ -237,13 +241,13 @@ def test_averages_updated_together(numbers: Make) -> None:
     pairs = []
     for i, (size, code) in enumerate([(700, "f32"), (900, "bf16"), (1, "f32"), (1000, "f32")]):
         x = tensor(numbers(size, code, i), code)
-        for which in range(3):
-            avg = tensor(numbers(size, "f32", 10 * i + which), "f32")
-            pairs.append(pair_of(avg, x, f"t{i}", which=which))
+        for index in range(3):
+            avg = tensor(numbers(size, "f32", 10 * i + index), "f32")
+            pairs.append(pair_of(avg, x, f"t{i}", average_index=index))
     others = run_both("lerp", pairs, weights)
     for pair, other in zip(pairs, others, strict=True):
         torch.testing.assert_close(pair.dst.owner, other.dst.owner, rtol=1e-6, atol=1e-6)
-        if pair.which == 2:
+        if pair.average_index == 2:
             assert torch.equal(pair.dst.owner, pair.src.owner.to(torch.float32))
 
 
@@ -260,10 +264,12 @@ def test_terms_of_a_weighted_sum(dst: str, src: str, numbers: Make) -> None:
     begin = numbers(3000, "f32" if dst == SPLIT else dst, 9)
     if dst == SPLIT:
         first = split_pair(begin, terms[0])
-        pairs = [first._replace(src=bridge.describe(x), which=i) for i, x in enumerate(terms)]
+        pairs = [
+            first._replace(src=bridge.describe(x), average_index=i) for i, x in enumerate(terms)
+        ]
     else:
         total = tensor(begin, dst)
-        pairs = [pair_of(total, x, which=i) for i, x in enumerate(terms)]
+        pairs = [pair_of(total, x, average_index=i) for i, x in enumerate(terms)]
     run("add", pairs, coefficients)
     code = "bf16" if dst == SPLIT else dst
     got = joined(pairs[0]) if dst == SPLIT else stored(pairs[0].dst.owner)
@@ -388,13 +394,15 @@ def test_random_bits_belong_to_seed_step_tensor_and_place(numbers: Make) -> None
     others = [(numbers(700, "bf16", 3), numbers(700, "f32", 4))] * 2
 
     def result(
-        seed: int = 5, step: int = 9, name: str = "t", which: int = 0, among: bool = False
+        seed: int = 5, step: int = 9, name: str = "t", index: int = 0, among: bool = False
     ) -> Array:
         avg = tensor(before, "bf16")
-        pairs = [pair_of(avg, tensor(x, "f32"), name, form="bf16~", which=which)]
+        pairs = [pair_of(avg, tensor(x, "f32"), name, form="bf16~", average_index=index)]
         if among:
             around = [
-                pair_of(tensor(a, "bf16"), tensor(b, "f32"), f"o{i}", form="bf16~", which=which)
+                pair_of(
+                    tensor(a, "bf16"), tensor(b, "f32"), f"o{i}", form="bf16~", average_index=index
+                )
                 for i, (a, b) in enumerate(others)
             ]
             pairs = [around[0], *pairs, around[1]]
@@ -404,7 +412,7 @@ def test_random_bits_belong_to_seed_step_tensor_and_place(numbers: Make) -> None
     want = result()
     np.testing.assert_array_equal(result(), want)
     np.testing.assert_array_equal(result(among=True), want)
-    changed = [result(seed=6), result(step=10), result(name="u"), result(which=1)]
+    changed = [result(seed=6), result(step=10), result(name="u"), result(index=1)]
     changed += [result(seed=5 + 2**40), result(step=9 + 2**32)]
     assert all(0.2 < np.mean(one != want) < 0.5 for one in changed)
     assert all(0.2 < np.mean(a != b) < 0.5 for a, b in pairwise(changed))
@@ -491,8 +499,8 @@ def test_equal_dtypes_are_moved_to_the_bit(code: str, operation: str, numbers: M
     form = f"{code}~" if code in STEPS else ""
     run(operation, [pair_of(*sides, form=form)])
     new = {"copy": (1, 1), "cast_back": (0, 0), "swap": (1, 0)}[operation]
-    for side, which in zip(sides, new, strict=True):
-        assert torch.equal(words(side), old[which])
+    for side, index in zip(sides, new, strict=True):
+        assert torch.equal(words(side), old[index])
 
 
 @pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
@@ -554,14 +562,14 @@ def test_measures_of_each_pair(dst: str, src: str, numbers: Make) -> None:
     code = dst.strip("~")
     pairs, before = [], []
     for i, size in enumerate([1, 5000, 0, 37, 4000]):
-        x, which = tensor(numbers(size, src, i), src), i % 2
+        x, index = tensor(numbers(size, src, i), src), i % 2
         avg = numbers(size, "f32" if dst == SPLIT else code, 50 + i)
         before.append(values_of(avg, "f32" if dst == SPLIT else code))
         if dst == SPLIT:
-            pairs.append(split_pair(avg, x, name=f"t{i}", which=which))
+            pairs.append(split_pair(avg, x, name=f"t{i}", average_index=index))
         else:
             form = dst if "~" in dst else ""
-            pairs.append(pair_of(tensor(avg, code), x, f"t{i}", form=form, which=which))
+            pairs.append(pair_of(tensor(avg, code), x, f"t{i}", form=form, average_index=index))
     others, plain = twin(pairs), twin(pairs)
     weights, settings = (0.0, 2.0**-6), (3, 4)
     found = run("lerp_measured", pairs, weights, *settings)
@@ -578,9 +586,9 @@ def test_measures_of_each_pair(dst: str, src: str, numbers: Make) -> None:
         np.testing.assert_allclose(found[row, [DISTANCE, SQUARE]], want[:2], rtol=slack)
         assert found[row, STILL] == want[2]
     program = run_kernels("lerp_measured", others, weights, *settings)
-    for which in (0, 1):
-        measured = program.measured(which)
-        sums = found[[i for i, pair in enumerate(pairs) if pair.which == which]].sum(axis=0)
+    for index in (0, 1):
+        measured = program.measured(index)
+        sums = found[[i for i, pair in enumerate(pairs) if pair.average_index == index]].sum(axis=0)
         np.testing.assert_allclose(np.sqrt(sums[:2]), measured[:2], rtol=1e-3)
         assert abs(sums[STILL] - measured.still) <= 0.01 * sum(map(len, before))
 
@@ -630,7 +638,7 @@ def window_pair(formats: tuple[str, ...], size: int, window: int) -> Pair:
     made = [torch.full((size,), 7, dtype=one) for one in (dst, src, rest)]
     slots = torch.full((window, size), 7, dtype=ring)
     form = formats[0] if "~" in formats[0] else ""
-    return pair_of(made[0], made[1], low=made[2], ring=slots, form=form)
+    return pair_of(made[0], made[1], residual=made[2], ring=slots, form=form)
 
 
 def assert_window(pair: Pair, formats: tuple[str, ...], seen: list[Array], window: int) -> None:
@@ -638,14 +646,14 @@ def assert_window(pair: Pair, formats: tuple[str, ...], seen: list[Array], windo
     code, src, ring, rest = (code.strip("~") for code in formats)
     want = reference.windowed_mean(np.array(seen[-window:]), window)
     mean = values_of(stored(pair.dst.owner), code)
-    low = values_of(stored(pair.low.owner), rest)
+    residual = values_of(stored(pair.residual.owner), rest)
     wide = "f64" in map(reference.real_of, (code, src))
     u = unit_roundoff("f64" if wide else "f32")
     largest = np.abs(np.array(seen[-2 * window :])).max()
     once = cast_bound(np.abs(want).astype(float), code) * (2 if "~" in formats[0] else 1)
     slack = 8 * window * u * u * largest + 2 * window * unit_roundoff(rest) * once.max()
     slack += 2.0**-62 * window * largest
-    assert np.abs(mean + low.astype(np.longdouble) - want).max() <= slack
+    assert np.abs(mean + residual.astype(np.longdouble) - want).max() <= slack
     assert np.all(np.abs(mean - want) <= once * (1 + 1e-3) + slack)
     slots = stored(pair.ring[0].owner)
     for age, values in enumerate(reversed(seen[-window:])):
@@ -706,7 +714,7 @@ def test_what_is_not_finite_passes_through(numbers: Make) -> None:
         bad = (~pair.dst.owner.isfinite()).sum()
         within = 9 <= turn < 9 + window
         assert bad == 3 if within else bad == 0 or turn < 9 + 2 * window
-        assert pair.low.owner.isfinite().all()
+        assert pair.residual.owner.isfinite().all()
         if turn == 10:
             assert pair.dst.owner[:2].tolist() == [np.inf, -np.inf]
 
@@ -782,14 +790,14 @@ def test_every_way_to_lie_in_memory(
     if operation == "window":
         far = (2 + sum(n * s for n, s in zip(shape, to_strides, strict=True)), *to_strides)
         ring = made("bf16", 4, far, 3)
-        pair = pair_of(to, of, low=made("f32", 3, to_strides), ring=ring)
+        pair = pair_of(to, of, residual=made("f32", 3, to_strides), ring=ring)
         before, (other,) = ring.clone(), twin([pair])
         run(operation, [pair], (2.0,), 0, 1, 3, 1, 2)
         torch.testing.assert_close(to, (before[0].float() + of.float()) / 2)
         assert torch.equal(ring, torch.stack([before[0], of, before[2]]))
     else:
-        low = made("i16", 3, to_strides) if dst == SPLIT else None
-        pair = pair_of(to, of, low=low, form=dst if dst == SPLIT or "~" in dst else "")
+        residual = made("i16", 3, to_strides) if dst == SPLIT else None
+        pair = pair_of(to, of, residual=residual, form=dst if dst == SPLIT or "~" in dst else "")
         (other,) = run_both(operation, [pair], (0.25,))
         if operation != "lerp":
             assert_same_bits([pair], [other])
@@ -866,17 +874,17 @@ def test_batches_cover_every_element_once(numbers: Make) -> None:
         x = torch.ones(shape, dtype=bridge.native(code))
         if len(shape) == 2 and shape[0]:
             x = x.t().contiguous().t()
-        pairs += [pair_of(gapped, x, f"t{i}"), pair_of(gapped.clone(), x, f"t{i}", which=1)]
+        pairs += [pair_of(gapped, x, f"t{i}"), pair_of(gapped.clone(), x, f"t{i}", average_index=1)]
     made = foreach.batches("lerp", pairs, 100)
-    assert [batch.which for batch in made] == sorted(batch.which for batch in made)
+    assert [batch.average_index for batch in made] == sorted(batch.average_index for batch in made)
     sizes: Counter[int] = Counter()
     for batch in made:
         assert 0 < sum(one.numel() for one in batch.dst) <= 100
-        assert not batch.low
+        assert not batch.residual
         assert not batch.ring
         assert len({one.dtype for one in batch.src}) == 1
         for row, one, of in zip(batch.rows, batch.dst, batch.src, strict=True):
-            assert pairs[row].which == batch.which
+            assert pairs[row].average_index == batch.average_index
             assert of.shape == one.shape
             sizes[row] += one.numel()
             one += of

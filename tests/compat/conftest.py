@@ -7,16 +7,16 @@ import pytest
 
 @pytest.fixture
 def on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The host's memory treated as a device's: the numbers that are fetched are noted here."""
+    """The host's memory treated as a device's: the numbers that are read are noted here."""
     from fastema.compat import mirrored
 
     reads: list[float] = []
-    fetched = mirrored.fetched
+    read = mirrored.read_number
 
     def noted(buffer: Any) -> float:
-        reads.append(fetched(buffer))
+        reads.append(read(buffer))
         return reads[-1]
 
     monkeypatch.setattr(mirrored, "is_read_at_once", lambda buffer: False)
-    monkeypatch.setattr(mirrored, "fetched", noted)
+    monkeypatch.setattr(mirrored, "read_number", noted)
     return reads

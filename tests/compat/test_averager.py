@@ -156,7 +156,7 @@ def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
     average = [torch.randn_like(p) for p in net.parameters()]
     averager = ModelAverager(average)
     averager.update(net.parameters(), 0.5, 1)
-    monkeypatch.setattr(Binding, "_looked", None)
+    monkeypatch.setattr(Binding, "_bind", None)
     averager.update(net.parameters(), 0.5, 2)
     averager.update(list(net.parameters()), 1.0, 3)
     assert all(torch.equal(a, p) for a, p in zip(average, net.parameters(), strict=True))

@@ -581,7 +581,7 @@ def test_freezing_in_turns_makes_no_new_plans(monkeypatch: pytest.MonkeyPatch) -
     ema, truth, generator = Ours(weights, 0.9), Truth(weights, copied=True), numbers(45)
     for n in range(1, 9):
         if n == 5:
-            monkeypatch.setattr(Binding, "_looked", None)
+            monkeypatch.setattr(Binding, "_bind", None)
         weights[0].requires_grad_(n % 2 == 0)
         trained(weights, generator)
         truth.step(weights, 1.0 - decay_of(n, 0.9))

@@ -31,16 +31,16 @@ from fastema.engine.cubins import CLOCK, Key, Unavailable
 from fastema.engine.program import Program
 from fastema.errors import DeviceError, DTypeError, FastemaError, StateError
 from fastema.kernels import table as abi
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 from fastema.rules import power, warmup
 
-from ..stubgpu import StubDriver, StubGpu, StubHome, compiled, gpu
+from ..stubgpu import StubContext, StubDriver, StubGpu, compiled, gpu
 
 torch = pytest.importorskip("torch")
 bridge = pytest.importorskip("fastema.bridges.torch")
-TorchHome = pytest.importorskip("fastema.bridges.torch_cuda").TorchHome
+TorchContext = pytest.importorskip("fastema.bridges.torch_cuda").TorchContext
 substitute = pytest.importorskip("fastema.bridges.torch_foreach").substitute
 FakeTensorMode = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
 
@@ -110,7 +110,7 @@ class LateDriver(StubDriver):
     def of(self, address: int) -> Block | None:
         return next((b for b in self.blocks if b.address <= address < b.address + b.nbytes), None)
 
-    def touched(self, values: Sequence[Any]) -> Iterator[int]:
+    def may_overlap(self, values: Sequence[Any]) -> Iterator[int]:
         """Addresses that a launch works on: what they lead to only if they may be read."""
         if len(values) == 1:
             yield values[0]
@@ -121,13 +121,13 @@ class LateDriver(StubDriver):
         yield from (table, *others)
         for row in range(rows):
             cells = (ctypes.c_int64 * abi.COLUMNS).from_address(table + 8 * abi.COLUMNS * row)
-            yield from (cells[column] for column in (abi.DST, abi.SRC, abi.LOW, abi.RING))
+            yield from (cells[column] for column in (abi.DST, abi.SRC, abi.RESIDUAL, abi.RING))
 
     def bound(self, kernel: Callable[..., None], values: Sequence[Any]) -> Callable[[], None]:
         name = self.launches[-1][0]
 
         def job() -> None:
-            for address in self.touched(values):
+            for address in self.may_overlap(values):
                 block = self.of(address)
                 if block is not None and block.given_away:
                     self.violations.append(f"{name} touches {block.what}, which is another's")
@@ -189,7 +189,7 @@ class LateDriver(StubDriver):
 
 
 @dataclass
-class LateHome(StubHome):
+class LateContext(StubContext):
     """Its memory comes from the hostile allocator; a capture knows its stream."""
 
     driver: LateDriver
@@ -246,13 +246,13 @@ class Late:
 
     stub: StubGpu
     driver: LateDriver
-    home: LateHome
+    context: LateContext
 
     def tensor(
         self, values: torch.Tensor, what: str = "weights", stream: int | None = None
     ) -> torch.Tensor:
         size = values.numel() * values.element_size()
-        raw = self.driver.allocate(size, self.home.handle if stream is None else stream, what)
+        raw = self.driver.allocate(size, self.context.handle if stream is None else stream, what)
         there = torch.from_numpy(raw).view(values.dtype).view(values.shape)
         return there.copy_(values)
 
@@ -262,11 +262,11 @@ class Late:
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:
         """``torch.cuda.stream(...)``."""
-        before, self.home.handle = self.home.handle, stream
+        before, self.context.handle = self.context.handle, stream
         try:
             yield
         finally:
-            self.home.handle = before
+            self.context.handle = before
 
     @contextmanager
     def capture(self, stream: int = 900) -> Iterator[list[Any]]:
@@ -281,7 +281,7 @@ class Late:
 
     def replay(self, graph: list[Any]) -> None:
         for job in graph:
-            self.driver.begin(self.home.handle, job)
+            self.driver.begin(self.context.handle, job)
 
     def settle(self) -> None:
         """Everything that is no longer needed is freed, all work done; nothing went wrong."""
@@ -295,8 +295,8 @@ class Late:
 def late(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> Late:
     driver = LateDriver()
     gpu.driver = driver
-    gpu.homes = {index: LateHome(index, driver) for index in range(2)}
-    found = Late(gpu, driver, gpu.homes[0])
+    gpu.contexts = {index: LateContext(index, driver) for index in range(2)}
+    found = Late(gpu, driver, gpu.contexts[0])
 
     def zeros(length: int, code: str, device: str) -> torch.Tensor:
         values = torch.zeros(length, dtype=bridge.native(code))
@@ -544,7 +544,7 @@ def test_a_captured_swap(late: Late) -> None:
         pass
     raw, average = weights[0].clone(), shadow(ema)
     with late.capture() as graph, ema.swapped():
-        late.driver.begin(late.home.handle, lambda: seen.append(weights[0].clone()))
+        late.driver.begin(late.context.handle, lambda: seen.append(weights[0].clone()))
     seen: list[torch.Tensor] = []
     for _ in range(2):
         late.replay(graph)
@@ -631,12 +631,12 @@ def test_a_capture_of_half_a_model_is_refused(late: Late) -> None:
     """The other half would be averaged now, once, and never by a replay."""
     first = late.random(30)
     second = late.random(30)
-    homes = late.stub.homes
+    contexts = late.stub.contexts
     places = {first.data_ptr(): 0, second.data_ptr(): 1}
     late.stub.place = lambda tensor: places.get(tensor.data_ptr(), 0)
     avg = [late.random(30), late.random(30)]
     places[avg[1].data_ptr()] = 1
-    homes[1].handle = SIDE
+    contexts[1].handle = SIDE
     plan = fastema.Plan(avg, [first, second])
     plan.lerp_(0.5)
     before = [one.clone() for one in avg]
@@ -708,8 +708,8 @@ def test_a_ring_stays_on_the_host_where_an_average_moves(gpu: StubGpu) -> None:
     assert_same(before, found["shadow"][0])
     assert torch.equal(found["ring"][0]["0"], ring)
     assert sma._store.on_host
-    assert not any(tensor.data_ptr() in gpu.home.pinned for tensor in sma.shadow.values())
-    assert sma._store.sets[0]["0"].parts["ring"][0].data_ptr() in gpu.home.pinned
+    assert not any(tensor.data_ptr() in gpu.context.pinned for tensor in sma.shadow.values())
+    assert sma._store.sets[0]["0"].parts["ring"][0].data_ptr() in gpu.context.pinned
 
 
 def test_a_ring_on_the_host_without_kernels() -> None:
@@ -719,7 +719,7 @@ def test_a_ring_on_the_host_without_kernels() -> None:
         ring = torch.empty(3, 5, 7)
         spec = TensorSpec(64, (5, 7), (7, 1), "f32", "cuda:0")
         specs = [replace(spec, owner=owner) for owner in (avg, x, rest, ring)]
-        pair = Pair("w", *specs[:2], low=specs[2], ring=(specs[3], 140))
+        pair = Pair("w", *specs[:2], residual=specs[2], ring=(specs[3], 140))
         run = substitute("window", [pair])
         for turn in (1, 2, 5):
             run(LaunchArgs((float(min(turn, 3)),), 0, 0, 3, (turn - 1) % 3, turn))
@@ -784,10 +784,10 @@ HANDLERS = """
     from fastema.engine.program import Program
     from fastema.layout.group import Pair
     from fastema.layout.spec import TensorSpec
-    from tests.stubgpu import StubDriver, StubHome, compiled
+    from tests.stubgpu import StubDriver, StubContext, compiled
 
     driver = StubDriver()
-    home = StubHome(0, driver)
+    home = StubContext(0, driver)
     engine._driver = lambda: driver
 
     def program():
@@ -855,7 +855,7 @@ def test_no_room_for_a_kernel_is_not_an_old_driver(
 
 def test_the_stream_of_all_threads_is_named(gpu: StubGpu) -> None:
     """Handle 0 is another stream where CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM is set."""
-    gpu.home.handle = 0
+    gpu.context.handle = 0
     fastema.lerp_([torch.zeros(3)], [torch.ones(3)], 0.5)
     ((_, _, stream),) = gpu.driver.take()
     assert stream == 1  # CU_STREAM_LEGACY, under either default
@@ -975,8 +975,8 @@ def test_every_kind_without_kernels(
                 continue
             average.update()
         raw = [tensor.clone() for tensor in weights]
-        which = {} if len(average.shadows) == 1 else {"which": 1}
-        with average.swapped(**which):
+        index = {} if len(average.shadows) == 1 else {"which": 1}
+        with average.swapped(**index):
             applied = [tensor.clone() for tensor in weights]
         assert all(map(torch.equal, raw, weights))
         drifts = average.drifts if options.get("drift") else ()
@@ -1022,14 +1022,14 @@ def test_a_capture_is_one_of_a_device(monkeypatch: pytest.MonkeyPatch, current: 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] in captured)
     for current[0] in (0, 1):
         captured.clear()
-        assert not TorchHome(0).capturing()
-        assert not TorchHome(1).capturing()
+        assert not TorchContext(0).capturing()
+        assert not TorchContext(1).capturing()
         captured.add(1 - current[0])
-        assert not TorchHome(current[0]).capturing()
-        assert TorchHome(1 - current[0]).capturing()
+        assert not TorchContext(current[0]).capturing()
+        assert TorchContext(1 - current[0]).capturing()
         captured.add(current[0])
-        assert TorchHome(0).capturing()
-        assert TorchHome(1).capturing()
+        assert TorchContext(0).capturing()
+        assert TorchContext(1).capturing()
 
 
 def test_a_capture_on_another_device_is_refused(
@@ -1037,9 +1037,9 @@ def test_a_capture_on_another_device_is_refused(
 ) -> None:
     """The work would be done now, once, and the graph be empty."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 0)
-    assert TorchHome(0).capturing()
+    assert TorchContext(0).capturing()
     with pytest.raises(StateError, match="cuda:1"):
-        TorchHome(1).capturing()
+        TorchContext(1).capturing()
     assert current == [0]
 
 
@@ -1053,7 +1053,7 @@ def test_a_capture_in_a_forked_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", fails)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fails)
     with pytest.raises(DeviceError, match="'spawn'"):
-        TorchHome(0).capturing()
+        TorchContext(0).capturing()
 
 
 def test_nothing_is_compiled_in_a_forked_process(
@@ -1086,14 +1086,14 @@ def test_an_upload_in_inference_mode_can_be_written_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A capturable average that was moved during an evaluation is loaded into."""
-    monkeypatch.setattr(TorchHome, "capturing", lambda home: False)
+    monkeypatch.setattr(TorchContext, "capturing", lambda context: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    home = TorchHome(0)
-    home.device = "cpu"
+    context = TorchContext(0)
+    context.device = "cpu"
     with torch.inference_mode():
-        owner, address = home.upload(np.arange(4))
-    home.write(owner, np.arange(4, 8))
-    assert home.download(owner).tolist() == [4, 5, 6, 7]
+        owner, address = context.upload(np.arange(4))
+    context.write(owner, np.arange(4, 8))
+    assert context.download(owner).tolist() == [4, 5, 6, 7]
     assert owner.data_ptr() == address
 
 
@@ -1123,7 +1123,7 @@ def test_other_allocators(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     """As with backend:cudaMallocAsync, and weights that came by DLPack: waited for, no error."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
     owners = [Foreign(known), Foreign(True)]
-    assert TorchHome(1).hold(owners) == known
+    assert TorchContext(1).hold(owners) == known
     assert owners[1].noted == ["stream of 1"]
 
 
@@ -1133,7 +1133,7 @@ def test_devices_without_kernels_are_named(
 ) -> None:
     described = bridge.describe
     monkeypatch.setattr(
-        bridge, "describe", lambda tensor: replace(described(tensor), device=device, home=None)
+        bridge, "describe", lambda tensor: replace(described(tensor), device=device, context=None)
     )
     with pytest.raises((DTypeError, DeviceError), match=f"weight: no kernels for device {device}"):
         fastema.EMA(torch.nn.Linear(2, 2))
@@ -1142,7 +1142,7 @@ def test_devices_without_kernels_are_named(
 # -- numbers ---------------------------------------------------------------------------------------
 
 
-def specs_on(home: Any, *arrays: np.ndarray) -> list[TensorSpec]:
+def specs_on(context: Any, *arrays: np.ndarray) -> list[TensorSpec]:
     return [
         TensorSpec(
             array.ctypes.data,
@@ -1151,7 +1151,7 @@ def specs_on(home: Any, *arrays: np.ndarray) -> list[TensorSpec]:
             "f32",
             "cuda:0",
             owner=array,
-            home=home,
+            context=context,
         )
         for array in arrays
     ]
@@ -1167,7 +1167,7 @@ def test_numbers_of_averages_that_do_not_begin_at_the_first(gpu: StubGpu, first:
         k: (a.astype(np.float64) + numbers[k] * (x.astype(np.float64) - a))
         for k, a in averages.items()
     }
-    pairs = [Pair("w", *specs_on(gpu.home, a, x), which=k) for k, a in averages.items()]
+    pairs = [Pair("w", *specs_on(gpu.context, a, x), average_index=k) for k, a in averages.items()]
     Program({"all": pairs}).run({"all": "lerp"}, LaunchArgs(tuple(numbers)))
     for k, average in averages.items():
         np.testing.assert_allclose(average, want[k], rtol=3e-6, atol=3e-7)
@@ -1315,7 +1315,7 @@ def test_a_captured_plan_has_nothing_on_the_host(gpu: StubGpu) -> None:
     avg = [there, torch.zeros(3)]
     plan = fastema.Plan(avg, x)
     plan.lerp_(0.5)
-    gpu.home.captured = True
+    gpu.context.captured = True
     with pytest.raises(StateError):
         plan.lerp_(0.5)
     assert avg[1].tolist() == [0.5] * 3

@@ -162,13 +162,13 @@ def test_one_launch_per_group_and_nothing_else(gpu: StubGpu) -> None:
     ema.update()
     gpu.driver.take()
     gpu.driver.calls.clear()
-    gpu.home.calls.clear()
+    gpu.context.calls.clear()
     for _ in range(5):
         step(model)
         ema.update()
     assert [name for name, _, _ in gpu.driver.take()] == ["lerp", "copy"] * 5
     assert gpu.driver.calls == {"cuLaunchKernel": 10, "cuCtxGetCurrent": 10}
-    assert not gpu.home.calls
+    assert not gpu.context.calls
 
 
 def test_a_thousand_tensors_are_one_launch(gpu: StubGpu) -> None:
@@ -184,17 +184,17 @@ def test_a_thousand_tensors_are_one_launch(gpu: StubGpu) -> None:
 def test_a_capturable_update_is_a_tick_and_the_same_launches(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model(), capturable=True)
     gpu.driver.take()
-    gpu.home.calls.clear()
+    gpu.context.calls.clear()
     ema.update()
     assert [name for name, _, _ in gpu.driver.take()] == ["advance", "lerp", "copy"]
-    assert not gpu.home.calls
+    assert not gpu.context.calls
 
 
 def test_the_current_stream_is_used(gpu: StubGpu) -> None:
     model = Model()
     ema = fastema.EMA(model)
     for handle in (5, 6, 5):
-        gpu.home.handle = handle
+        gpu.context.handle = handle
         gpu.driver.take()
         ema.update()
         assert {stream for _, _, stream in gpu.driver.take()} == {handle}
@@ -203,16 +203,16 @@ def test_the_current_stream_is_used(gpu: StubGpu) -> None:
 def test_memory_is_held_once_per_stream(gpu: StubGpu) -> None:
     model = Model()
     ema = fastema.EMA(model)
-    gpu.home.held.clear()
-    gpu.home.handle = 5
+    gpu.context.held.clear()
+    gpu.context.handle = 5
     ema.update()
-    held = {tensor.data_ptr() for tensor in gpu.home.held if isinstance(tensor, torch.Tensor)}
+    held = {tensor.data_ptr() for tensor in gpu.context.held if isinstance(tensor, torch.Tensor)}
     assert held >= {p.data_ptr() for p in model.parameters()}
     assert held >= {tensor.data_ptr() for tensor in ema.shadow.values()}
-    assert any(isinstance(owner, np.ndarray) for owner in gpu.home.held)  # the table
-    gpu.home.calls.clear()
+    assert any(isinstance(owner, np.ndarray) for owner in gpu.context.held)  # the table
+    gpu.context.calls.clear()
     ema.update()
-    assert not gpu.home.calls
+    assert not gpu.context.calls
 
 
 def test_two_devices_in_one_model(gpu: StubGpu) -> None:
@@ -223,7 +223,7 @@ def test_two_devices_in_one_model(gpu: StubGpu) -> None:
     weights = list(model.parameters())
     averages = [p.detach().clone() for p in weights]
     second |= {a.data_ptr() for a in averages[3:]}
-    gpu.homes[1].handle = 78
+    gpu.contexts[1].handle = 78
     plan = fastema.Plan(averages, weights)
     before = [a.clone() for a in averages]
     gpu.driver.take()
@@ -297,10 +297,10 @@ def test_replays_follow_the_schedule(gpu: StubGpu, options: dict[str, Any]) -> N
     gpu.place = lambda tensor: 0
     ema.update()
     gpu.driver.pending = []
-    gpu.home.captured = True
+    gpu.context.captured = True
     ema.update()
     graph, gpu.driver.pending = gpu.driver.pending, None
-    gpu.home.captured = False
+    gpu.context.captured = False
     torch.manual_seed(4)
     for _ in range(300):
         step(model)
@@ -321,10 +321,10 @@ def test_replays_follow_the_schedule(gpu: StubGpu, options: dict[str, Any]) -> N
 def test_a_capture_needs_a_capturable_average(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model())
     before = shadow(ema)
-    gpu.home.captured = True
+    gpu.context.captured = True
     with pytest.raises(StateError, match="capturable=True"):
         ema.update()
-    gpu.home.captured = False
+    gpu.context.captured = False
     assert ema.num_updates == 0
     assert_same(before, shadow(ema))
 
@@ -332,19 +332,19 @@ def test_a_capture_needs_a_capturable_average(gpu: StubGpu) -> None:
 def test_what_was_not_prepared_is_refused_in_a_capture(gpu: StubGpu) -> None:
     avg, x = [torch.randn(5)], [torch.randn(5)]
     plan = fastema.Plan(avg, x)
-    gpu.home.captured = True
+    gpu.context.captured = True
     with pytest.raises(StateError, match="once before capturing"):
         plan.lerp_(0.5)
-    gpu.home.captured = False
+    gpu.context.captured = False
     plan.lerp_(0.5)
-    gpu.home.captured = True
+    gpu.context.captured = True
     plan.lerp_(0.5)
 
 
 def test_random_bits_of_a_plan_are_not_captured(gpu: StubGpu) -> None:
     plan = fastema.Plan([torch.randn(5).bfloat16()], [torch.randn(5)], rounding="stochastic")
     plan.lerp_(0.5)
-    gpu.home.captured = True
+    gpu.context.captured = True
     with pytest.raises(StateError, match="capturable"):
         plan.lerp_(0.5)
 
@@ -364,7 +364,7 @@ def test_a_capturable_average_is_saved_and_loaded(gpu: StubGpu) -> None:
     for average in (ema, resumed):
         torch.manual_seed(1)
         for _ in range(4):
-            step(average._home)
+            step(average._own_model)
             average.update()
     assert resumed.num_updates == 9
     assert_same(shadow(ema), shadow(resumed))
@@ -510,7 +510,7 @@ def test_the_host_waits_before_it_reads_the_ring(gpu: StubGpu) -> None:
     sma.update()
     assert gpu.driver.pending
     state = sma.state_dict()
-    assert gpu.home.calls["wait"]
+    assert gpu.context.calls["wait"]
     latest = state["ring"][0]["weights.0"][5 % 3]
     assert torch.equal(latest, model.weights[0].detach())
     gpu.driver.finish()
@@ -520,10 +520,10 @@ def test_the_host_waits_before_it_reads_the_ring(gpu: StubGpu) -> None:
     sma.update()
     other.update()
     assert_same(shadow(sma), shadow(other))
-    gpu.home.calls.clear()
+    gpu.context.calls.clear()
     del other, sma
     gc.collect()
-    assert gpu.home.calls["wait"] >= 2  # nobody else knows that the device works on that memory
+    assert gpu.context.calls["wait"] >= 2  # nobody else knows that the device works on that memory
 
 
 def test_a_ring_that_is_on_the_host_stays_there(gpu: StubGpu) -> None:

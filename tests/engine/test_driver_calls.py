@@ -34,7 +34,7 @@ PREPARED = """
     from fastema.engine.step_counter import StepCounter
     from fastema.engine.cubins import Cubin, Key, Unavailable
     from fastema.engine.cuda import Device, device
-    from fastema.layout.home import LaunchArgs
+    from fastema.layout.device_context import LaunchArgs
     from fastema.engine.program import Program
     from fastema.errors import DeviceError
     from fastema.layout.group import Pair
@@ -78,7 +78,7 @@ PREPARED = """
     engine.cubin = compiled
     image_size.value = len(CODE)
 
-    class Home:
+    class DeviceContext:
         '''A device whose memory is the host's.'''
 
         def __init__(self, index, handle):
@@ -213,7 +213,7 @@ def test_a_launch_passes_on_what_it_is_given(run: Script) -> None:
 def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
     """From a program down to the driver: what the kernel finds in its seventeen parameters."""
     run("""
-    home = Home(0, 0x7F00DEADBEE0)
+    home = DeviceContext(0, 0x7F00DEADBEE0)
     members = pairs(home, (3, 5), (70_000,), (), (33,))
     program = Program({"all": members})
     program.run({"all": "lerp"}, LaunchArgs((0.25,), 11, 2**40 + 7, 3, 2, 9))
@@ -238,11 +238,11 @@ def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
 
 def test_several_averages_layouts_measures_and_a_clock(run: Script) -> None:
     run("""
-    home = Home(0, 5)
+    home = DeviceContext(0, 5)
     x = np.ones((40, 6), np.float32)[:, ::2]
-    members = [Pair("x", spec(np.zeros((40, 3), np.float32), home), spec(x, home), which=k)
+    members = [Pair("x", spec(np.zeros((40, 3), np.float32), home), spec(x, home), average_index=k)
                for k in range(3)]
-    members += [pair._replace(which=k) for pair in pairs(home, (5000,)) for k in (0, 1)]
+    members += [pair._replace(average_index=k) for pair in pairs(home, (5000,)) for k in (0, 1)]
     program = Program({"all": members})
     numbers = (0.5, 0.25, 0.125)
     program.prepare({"all": "lerp_measured"})
@@ -439,7 +439,7 @@ def test_what_a_launch_costs_the_host(run: Script) -> None:
     """For information: the calls of the bindings, and nothing of a GPU's driver."""
     out = run("""
     import time
-    home = Home(0, 5)
+    home = DeviceContext(0, 5)
     one = device(0)
     function = one.function(KEY)
     values = np.arange(17)

@@ -216,8 +216,8 @@ def test_a_block_interrupted_as_it_ends_holds_nothing_back(
     block = defer_signals()
     block.__enter__()
     with monkeypatch.context() as patch:
-        patch.setattr(defer_signals, "_put_back", raising)
-        patch.setattr(defer_signals, "_release", lambda self: self._put_back())
+        patch.setattr(defer_signals, "_restore_handlers", raising)
+        patch.setattr(defer_signals, "_release", lambda self: self._restore_handlers())
         with pytest.raises(KeyboardInterrupt):
             block.__exit__()
     signal.raise_signal(ONE)

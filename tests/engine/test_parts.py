@@ -10,8 +10,8 @@ import pytest
 
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair, check_pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 from ..support import reference

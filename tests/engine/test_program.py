@@ -17,9 +17,9 @@ from fastema.engine import registry
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import CHUNK
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 from ..support import reference
@@ -231,12 +231,12 @@ def test_averages_updated_together_are_those_updated_apart(
     pairs, sides = [], []
     for i, (shape, steps) in enumerate(zip(sizes, strides, strict=True)):
         x = guarded(numbers(int(np.prod(shape)), src, i).reshape(shape), i % 3)
-        for which in range(3):
-            values = numbers(int(np.prod(shape)), dst, 10 * i + which).reshape(shape)
-            to = guarded(values, which, steps)
-            pair = Pair(f"t{i}", spec_of(to.array, dst), spec_of(x.array, src), which=which)
+        for index in range(3):
+            values = numbers(int(np.prod(shape)), dst, 10 * i + index).reshape(shape)
+            to = guarded(values, index, steps)
+            pair = Pair(f"t{i}", spec_of(to.array, dst), spec_of(x.array, src), average_index=index)
             pairs.append(pair)
-            want = reference.lerp(values.reshape(-1), x.array.reshape(-1), weights[which], dst, src)
+            want = reference.lerp(values.reshape(-1), x.array.reshape(-1), weights[index], dst, src)
             sides.append((to, x, want))
     program = Program({"all": pairs})
     program.run({"all": "lerp"}, LaunchArgs(weights))
@@ -256,17 +256,17 @@ def test_measures_are_those_of_each_average(
     pairs, found = [], [[0.0, 0.0, 0.0] for _ in weights]
     for i, size in enumerate(sizes):
         x = numbers(size, "f32", i)
-        for which, weight in enumerate(weights):
+        for index, weight in enumerate(weights):
             avg = numbers(size, dst, 50 + i)
             after = reference.decode(reference.lerp(avg, x, weight, dst, "f32"), dst)
-            found[which][0] += np.sum((x - after) ** 2)
-            found[which][1] += np.sum(after**2)
-            found[which][2] += np.sum(after == reference.decode(avg, dst))
-            pairs.append(Pair(f"t{i}", spec_of(avg, dst), spec_of(x, "f32"), which=which))
+            found[index][0] += np.sum((x - after) ** 2)
+            found[index][1] += np.sum(after**2)
+            found[index][2] += np.sum(after == reference.decode(avg, dst))
+            pairs.append(Pair(f"t{i}", spec_of(avg, dst), spec_of(x, "f32"), average_index=index))
     program = Program({"all": pairs})
     program.run({"all": "lerp_measured"}, LaunchArgs(weights))
-    for which, (distance, square, still) in enumerate(found):
-        measured = program.measured(which)
+    for index, (distance, square, still) in enumerate(found):
+        measured = program.measured(index)
         np.testing.assert_allclose(measured[:2], np.sqrt([distance, square]), rtol=1e-4)
         assert measured.still == still
     assert program.measured(1).still == sum(sizes)
@@ -482,7 +482,7 @@ def test_averages_updated_together_are_found_in_other_places(
     avg = [[numbers(n, "f32", 10 * i + w) for w in range(3)] for i, n in enumerate((5, CHUNK + 9))]
     x = [numbers(len(one[0]), "f32", 90 + i) for i, one in enumerate(avg)]
     pairs = [
-        Pair(f"t{i}", spec_of(a, "f32"), spec_of(x[i], "f32"), which=w)
+        Pair(f"t{i}", spec_of(a, "f32"), spec_of(x[i], "f32"), average_index=w)
         for i, several in enumerate(avg)
         for w, a in enumerate(several)
     ]

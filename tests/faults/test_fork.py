@@ -105,7 +105,7 @@ def held(several):
     return [
         array.tobytes()
         for one in several
-        for part in ("shadow", "low", "ring")
+        for part in ("shadow", "residual", "ring")
         for tensors in one.state_dict().get(part, ())
         for array in tensors.values()
     ]

@@ -221,7 +221,7 @@ def test_conversion_interrupted_at_every_place(case: Case) -> None:
     average = case.average
     kept = average.state_dict()
     old = kept["shadow"][-1]["w0"].dtype
-    back = "bf16+16" if "low" in kept else old
+    back = "bf16+16" if "residual" in kept else old
     new = torch.float64
     if old == torch.float64:
         new = torch.complex64  # is refused

@@ -121,7 +121,7 @@ def test_threads_that_share_an_average(
     together([update, update, update, look])
     assert average.num_updates == 30
     found, want = average.state_dict(), twin.state_dict()
-    for part in ("shadow", "low", "ring"):
+    for part in ("shadow", "residual", "ring"):
         for one, other in zip(found.get(part, ()), want.get(part, ()), strict=True):
             for name, array in one.items():
                 np.testing.assert_array_equal(array, other[name])

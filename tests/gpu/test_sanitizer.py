@@ -53,9 +53,9 @@ print("done", float(sma.shadow["odd"].sum().isfinite()))
 
 def checker() -> str | None:
     """NVIDIA's checker, where it is installed."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    context = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=f"{home}/bin{os.pathsep}{home}/compute-sanitizer"
+        "compute-sanitizer", path=f"{context}/bin{os.pathsep}{context}/compute-sanitizer"
     )
 
 

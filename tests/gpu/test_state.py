@@ -75,7 +75,7 @@ def test_through_a_file(device: torch.device, kind: str) -> None:
         torch.save(average.state_dict(), file)
     file.seek(0)
     loaded = torch.load(file, map_location="cpu", weights_only=True)
-    for part in ("shadow", "low", "ring"):
+    for part in ("shadow", "residual", "ring"):
         for one, other in zip(loaded.get(part, ()), plain.get(part, ()), strict=True):
             assert_all_equal(one, other)
     resumed = make(given.there)

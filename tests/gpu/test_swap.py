@@ -67,7 +67,7 @@ def test_there_and_back(device: torch.device, model: str, average: str) -> None:
             assert {name: t.data_ptr() for name, t in given.there.items()} == places
         assert bytes_of(given.there) == weights
         assert bytes_of(ema.shadow) == shadow
-    for part in {"shadow", "low"} & state.keys():
+    for part in {"shadow", "residual"} & state.keys():
         assert_all_equal(ema.state_dict()[part][0], state[part][0])
     given.assert_rest_untouched()
     ema.update()

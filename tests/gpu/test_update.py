@@ -111,7 +111,7 @@ def test_an_average_in_two_halves(
         high, _ = reference.split(whole[name].value)
         assert (host(tensor) == high).all(), name
     state, other = ema.state_dict(), twin.state_dict()
-    for part in ("shadow", "low"):
+    for part in ("shadow", "residual"):
         assert_all_equal(state[part][0], other[part][0])
 
 

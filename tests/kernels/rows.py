@@ -21,13 +21,13 @@ class Row(NamedTuple):
     src: Array
     dst_step: int = 1
     src_step: int = 1
-    which: int = 0
+    average_index: int = 0
     index: int = 0
     index_step: int = 1
     index_run: int = 1 << 16
     index_jump: int = 0
     key: int = 0
-    low: Array | None = None
+    residual: Array | None = None
     ring: Array | None = None
     ring_stride: int = 0
 
@@ -37,10 +37,14 @@ def table_of(rows: Sequence[Row]) -> NDArray[np.int64]:
     cells = np.zeros((len(rows), abi.COLUMNS), np.int64)
     for one, row in zip(cells, rows, strict=True):
         one[[abi.DST, abi.SRC, abi.COUNT]] = row.dst.ctypes.data, row.src.ctypes.data, row.dst.size
-        one[[abi.DST_STEP, abi.SRC_STEP, abi.WHICH]] = row.dst_step, row.src_step, row.which
+        one[[abi.DST_STEP, abi.SRC_STEP, abi.AVERAGE]] = (
+            row.dst_step,
+            row.src_step,
+            row.average_index,
+        )
         one[[abi.INDEX, abi.INDEX_STEP, abi.KEY]] = row.index, row.index_step, row.key
         one[[abi.INDEX_RUN, abi.INDEX_JUMP]] = row.index_run, row.index_jump
-        one[abi.LOW] = 0 if row.low is None else row.low.ctypes.data
+        one[abi.RESIDUAL] = 0 if row.residual is None else row.residual.ctypes.data
         one[abi.RING] = 0 if row.ring is None else row.ring.ctypes.data
         one[abi.RING_STRIDE] = row.ring_stride
     return cells

@@ -362,7 +362,7 @@ def test_a_windowed_mean_has_its_moment(window: int, every: int, start: int) -> 
 
 def test_a_clock_that_is_set_again(gpu: StubGpu) -> None:
     """The host's side: the cells that it writes are those that the kernel reads."""
-    clock = StepCounter([gpu.homes[0], gpu.homes[1]])
+    clock = StepCounter([gpu.contexts[0], gpu.contexts[1]])
     addresses = [clock.args.clocks[f"cuda:{index}"] for index in range(2)]
     generator = np.random.default_rng(8)
     for _ in range(12):

@@ -15,6 +15,7 @@ from fastema.engine.program import Program
 from fastema.kernels import cuda
 from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.table import (
+    AVERAGE,
     COLUMNS,
     DISTANCE,
     MEASURES,
@@ -25,13 +26,12 @@ from fastema.kernels.table import (
     STEP,
     STILL,
     TURN,
-    WHICH,
     WINDOW,
 )
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 THREADS = 7
@@ -59,7 +59,7 @@ def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
         )
         for row in range(rows):
             at = row * COLUMNS
-            number, one, two, three = load(values, load(cells, at + WHICH)), 0.0, 0.0, 0.0
+            number, one, two, three = load(values, load(cells, at + AVERAGE)), 0.0, 0.0, 0.0
             for thread in range(THREADS):
                 a, b, c = body(cells, at, number, now, thread, THREADS)
                 one, two, three = one + a, two + b, three + c
@@ -137,14 +137,17 @@ def test_two_sides(operation: str, dst: str, src: str, as_on_a_gpu: Callable[[],
             generator = np.random.default_rng(11)
             kept: list[bytes] = []
             for size, off, other in LENGTHS:
-                a, low = numbers(generator, size, off, dst), numbers(generator, size, off, "i16")
+                a, residual = (
+                    numbers(generator, size, off, dst),
+                    numbers(generator, size, off, "i16"),
+                )
                 b = numbers(generator, size, other, src)
                 before = words(a), words(b)
-                companion = spec(low, "i16") if form == "bf16+16" else None
+                companion = spec(residual, "i16") if form == "bf16+16" else None
                 pair = Pair("x", spec(a, dst), spec(b, src), form, companion)
                 Program({"all": [pair]}).run({"all": operation}, LaunchArgs((0.1,), 3, 2**40 + 5))
                 assert before != (words(a), words(b))
-                kept += [words(a), words(b), words(low)]
+                kept += [words(a), words(b), words(residual)]
             runs.append(kept)
         assert runs[0] == runs[1], form
 
@@ -236,7 +239,9 @@ def test_several_averages_and_measures(src: str, as_on_a_gpu: Callable[[], None]
         generator = np.random.default_rng(4)
         x = numbers(generator, 40_003, 0, src)
         averages = [numbers(generator, 40_003, 0, "f32") for _ in range(3)]
-        pairs = [Pair("x", spec(a, "f32"), spec(x, src), which=k) for k, a in enumerate(averages)]
+        pairs = [
+            Pair("x", spec(a, "f32"), spec(x, src), average_index=k) for k, a in enumerate(averages)
+        ]
         program = Program({"all": pairs})
         program.run({"all": "lerp_measured"}, LaunchArgs((0.1, 0.01, 0.0)))
         runs.append(([words(a) for a in averages], [program.measured(k) for k in range(3)]))
@@ -271,10 +276,10 @@ def test_windowed_mean(dst: str, src: str, ring: str, as_on_a_gpu: Callable[[], 
             as_on_a_gpu()
         generator = np.random.default_rng(6)
         mean, x = numbers(generator, size, 0, dst), numbers(generator, size, 0, src)
-        low = numbers(generator, size, 0, "f32")
+        residual = numbers(generator, size, 0, "f32")
         room = -(-size // 64) * 64  # as rings are allocated: every slot begins at a cache line
         kept = numbers(generator, slots * room, 0, ring).reshape(slots, room)
-        pair = Pair("x", spec(mean, dst), spec(x, src), "", spec(low, "f32"))
+        pair = Pair("x", spec(mean, dst), spec(x, src), "", spec(residual, "f32"))
         pair = pair._replace(ring=(spec(kept[0, :size], ring), kept.strides[0]))
         program = Program({"all": [pair]})
         for turn in range(1, 9):
@@ -284,5 +289,5 @@ def test_windowed_mean(dst: str, src: str, ring: str, as_on_a_gpu: Callable[[], 
                 {"all": "window"},
                 LaunchArgs((filled,), 0, 0, slots, (turn - 1) % slots, turn),
             )
-        runs.append((words(mean), words(low), words(kept)))
+        runs.append((words(mean), words(residual), words(kept)))
     assert runs[0] == runs[1]

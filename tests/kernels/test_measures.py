@@ -42,7 +42,7 @@ def test_sums_over_rows(
         a[::3], x[::3] = reference.encode(equal, code), reference.encode(equal, src)
     after = [a.copy() for a in before]
     sides = zip(after, sources, strict=True)
-    rows = [Row(a, x, index=100 * i, key=i) for i, (a, x) in enumerate(sides)]
+    rows = [Row(a, x, average_index=100 * i, key=i) for i, (a, x) in enumerate(sides)]
     settings = {"layout": layout, "seed": SEED, "step": STEP}
     results = run("lerp_measured", (dst, src), rows, [w], **settings)
     plain = [a.copy() for a in before]
@@ -66,8 +66,8 @@ def test_the_two_halves_are_measured_as_one_number(numbers: Make) -> None:
     avg, x = numbers(1000, "f32", 1), numbers(1000, "bf16", 2)
     x[:100] = reference.cast(avg[:100], "f32", "bf16")
     avg[:100] = reference.decode(x[:100], "bf16")
-    high, low = reference.split(avg)
-    results = run("lerp_measured", ("bf16+16", "bf16"), [Row(high, x, low=low)], [1e-6])
+    high, residual = reference.split(avg)
+    results = run("lerp_measured", ("bf16+16", "bf16"), [Row(high, x, residual=residual)], [1e-6])
     want = run("lerp_measured", ("f32", "bf16"), [Row(avg, x)], [1e-6])
     np.testing.assert_allclose(results, want, rtol=1e-6)
     assert results[0, STILL] == want[0, STILL]
@@ -78,7 +78,7 @@ def test_each_average_is_measured_with_its_own_weight(numbers: Make) -> None:
     x = numbers(500, "f32", 1)
     averages = [numbers(500, "f32", 2 + k) for k in range(3)]
     weights = [0.5, 1.0, 0.0]
-    rows = [Row(a, x, which=k) for k, a in enumerate(averages)]
+    rows = [Row(a, x, average_index=k) for k, a in enumerate(averages)]
     results = run("lerp_measured", ("f32", "f32"), rows, weights, claim=3)
     for k, a in enumerate(averages):
         wide = a.astype(np.float64)

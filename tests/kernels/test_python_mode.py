@@ -13,7 +13,7 @@ SCRIPT = """
     import numpy as np
     np.seterr(all="ignore")
     import fastema
-    from fastema.layout.home import LaunchArgs
+    from fastema.layout.device_context import LaunchArgs
     from fastema.engine.program import Program
     from fastema.engine import registry
     from fastema.layout.group import Pair

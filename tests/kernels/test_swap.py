@@ -115,11 +115,11 @@ def test_park_and_unpark_lose_no_bit(
     model.assert_rest_untouched()
 
 
-@pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+@pytest.mark.parametrize("residual", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
 def test_every_high_half_of_an_average_is_parked_and_comes_back(
-    low: int, run_rows: Callable[..., None]
+    residual: int, run_rows: Callable[..., None]
 ) -> None:
-    pattern = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(low)
+    pattern = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(residual)
     weight = np.arange(1 << 16, dtype=np.uint16)[::-1].copy()
     avg, model = pattern.copy(), weight.copy()
     run_rows("park", "raw4", "raw2", "flat", [(avg, model)])

@@ -10,8 +10,8 @@ import pytest
 
 from fastema.engine.program import Program
 from fastema.kernels.table import SHARED_CHUNK
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.home import LaunchArgs
 from fastema.layout.spec import TensorSpec
 
 from ..support import reference
@@ -52,7 +52,7 @@ def test_the_same_bits_as_alone(
     starts = {(i, k): numbers(n, dst, 9 * i + k) for i, n in enumerate(SIZES) for k in range(count)}
 
     def pair(a: np.ndarray, i: int, k: int, form: str) -> Pair:
-        return Pair(f"t{i}", spec_of(a, dst), spec_of(sources[i], src), form, which=k)
+        return Pair(f"t{i}", spec_of(a, dst), spec_of(sources[i], src), form, average_index=k)
 
     together = {at: start.copy() for at, start in starts.items()}
     run([pair(a, *at, form) for at, a in together.items()], WEIGHTS[:count])
@@ -79,7 +79,7 @@ def test_layouts_and_dtypes_mixed(numbers: Make, spec_of: Spec) -> None:
         for k in range(3):
             # The average's own order of axes differs from that of half of the weights.
             a = numbers(2800, dst, 100 * i + k).reshape(shape)
-            pairs.append(Pair(f"t{i}", spec_of(a, dst), spec_of(x, src), which=k))
+            pairs.append(Pair(f"t{i}", spec_of(a, dst), spec_of(x, src), average_index=k))
             sides = a.copy(), np.ascontiguousarray(x)
             expected.append((a, reference.lerp(*sides, weights[k], dst, src)))
     run(pairs, weights)

@@ -192,7 +192,7 @@ def test_averages_of_one_tensor_are_claimed_together_each_with_its_weight(
 ) -> None:
     avg, x = numbers(600, "f32", 1), numbers(600, "f32", 2)
     table, before = hundreds(avg, x), avg.copy()
-    table[:, abi.WHICH] = 0, 1, 2, 0, 1, 2
+    table[:, abi.AVERAGE] = 0, 1, 2, 0, 1, 2
     control = np.zeros(abi.CONTROLS, np.int64)
     control[[abi.NEXT, abi.CLAIM]] = 3, 3
     weights = np.array([0.5, 0.25, 1.0])

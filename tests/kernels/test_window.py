@@ -59,7 +59,7 @@ def memory(formats: tuple[str, ...], x: np.ndarray, window: int, rows: int = 3) 
     cuts = [slice(i * x.size // rows, (i + 1) * x.size // rows) for i in range(rows)]
     stride = ring.strides[0]
     table = [
-        Row(mean[c], x[c], low=rest[c], ring=ring[0, c], ring_stride=stride, index=c.start)
+        Row(mean[c], x[c], residual=rest[c], ring=ring[0, c], ring_stride=stride, index=c.start)
         for c in cuts
     ]
     return Mean(mean, rest, ring, table, formats)
@@ -113,12 +113,14 @@ def test_spaced_elements(
     dst, src, ring, rest = formats
     window, n, code = 3, 70, dst.strip("~")
     sevens = [np.full(n, 7, reference.FLOATS[c].storage) for c in (code, rest)]
-    mean, low = (guarded(seven, 1, (3,)) for seven in sevens)
+    mean, residual = (guarded(seven, 1, (3,)) for seven in sevens)
     slots = guarded(np.full((window, n), 7, reference.FLOATS[ring].storage), 2, (3 * n + 5, 3))
     of = guarded(numbers(n, src, 1), 0, (2,))
     stride = slots.array.strides[0]
-    row = Row(mean.array, of.array, 3, 2, low=low.array, ring=slots.array[0], ring_stride=stride)
-    spaced = Mean(mean.array, low.array, slots.array, [row], formats)
+    row = Row(
+        mean.array, of.array, 3, 2, residual=residual.array, ring=slots.array[0], ring_stride=stride
+    )
+    spaced = Mean(mean.array, residual.array, slots.array, [row], formats)
     x = of.array.copy()
     dense = memory(formats, x, window, 1)
     for turn in range(1, 9):
@@ -127,7 +129,7 @@ def test_spaced_elements(
         dense.step(turn)
         for one, other in zip(spaced[:3], dense[:3], strict=True):
             np.testing.assert_array_equal(bits(one), bits(other))
-    for side in (mean, low, slots):
+    for side in (mean, residual, slots):
         side.assert_rest_untouched()
 
 

@@ -257,17 +257,22 @@ def test_memory_words(name: str) -> None:
     pointer = getattr(words, f"pointer_{name}")
     load, store = words.load, words.store
     load_dst, load_src = words.load_dst, words.load_src
-    load_low, load_ring = words.load_low, words.load_ring
+    load_residual, load_ring = words.load_residual, words.load_ring
     store_dst, store_src = words.store_dst, words.store_src
-    store_low, store_ring = words.store_low, words.store_ring
+    store_residual, store_ring = words.store_residual, words.store_ring
 
     def rotate(one, two, three, four, n):
-        to, of, low, ring = pointer(one), pointer(two), pointer(three), pointer(four)
+        to, of, residual, ring = pointer(one), pointer(two), pointer(three), pointer(four)
         for i in range(n):
-            a, b, c, d = load_dst(to, i), load_src(of, i), load_low(low, i), load_ring(ring, i)
+            a, b, c, d = (
+                load_dst(to, i),
+                load_src(of, i),
+                load_residual(residual, i),
+                load_ring(ring, i),
+            )
             store_dst(to, i, b)
             store_src(of, i, c)
-            store_low(low, i, d)
+            store_residual(residual, i, d)
             store_ring(ring, i, a)
         store(of, n, load(to, 0))
         return load(to, 0)

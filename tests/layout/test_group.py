@@ -190,7 +190,7 @@ def moved(side: list[tuple[str, TensorSpec]], to: list[int]) -> list[tuple[str, 
     return [(name, one.at(address)) for (name, one), address in zip(side, to, strict=False)]
 
 
-def touched(written: list[tuple[str, TensorSpec]], read: list[tuple[str, TensorSpec]]) -> bool:
+def may_overlap(written: list[tuple[str, TensorSpec]], read: list[tuple[str, TensorSpec]]) -> bool:
     return any(meet(reach(one), reach(other)) for _, one in written for _, other in read)
 
 
@@ -207,8 +207,10 @@ def test_a_guard_notices_spans_that_meet_wherever_they_moved(
             None if to is None else {name: one.address for name, one in side}
             for to, side in ((to_ours, now), (to_theirs, then))
         ]
-        assert guard.touched(*given_) == touched(now, then)
-    assert guard.touched(None, None) == touched(ours, theirs)  # nothing is kept from call to call
+        assert guard.may_overlap(*given_) == may_overlap(now, then)
+    assert guard.may_overlap(None, None) == may_overlap(
+        ours, theirs
+    )  # nothing is kept from call to call
 
 
 @given(SIDE, SIDE, MOVES, MOVES)
@@ -217,7 +219,7 @@ def test_what_a_guard_lets_pass_the_exact_test_lets_pass(
 ) -> None:
     ours, theirs = moved(named("w", written), there), moved(named("r", read), elsewhere)
     addresses = [{name: one.address for name, one in side} for side in (ours, theirs)]
-    if not Guard(named("w", written), named("r", read)).touched(*addresses):
+    if not Guard(named("w", written), named("r", read)).may_overlap(*addresses):
         for one in ours:
             refuse_overlap([one], theirs)
 
@@ -225,22 +227,22 @@ def test_what_a_guard_lets_pass_the_exact_test_lets_pass(
 def test_a_guard_sees_what_lies_behind_a_long_tensor() -> None:
     # The one that begins last before what is read is not the one that reaches it.
     guard = Guard([("long", spec(4096, (100,))), ("short", spec(4200, (2,)))], [("x", spec(64))])
-    assert not guard.touched(None, None)
-    assert guard.touched(None, {"x": 4400})
-    assert guard.touched(None, {"x": 4096 + 400 - 4})
-    assert not guard.touched(None, {"x": 4096 + 400})
-    assert not guard.touched(None, {"x": 4096 - 12})
-    assert guard.touched(None, {"x": 4096 - 8})
-    assert not guard.touched({"long": 1 << 20, "short": 1 << 21}, {"x": 4400})
-    assert guard.touched({"long": 1 << 20, "short": 1 << 21}, {"x": 1 << 21})
+    assert not guard.may_overlap(None, None)
+    assert guard.may_overlap(None, {"x": 4400})
+    assert guard.may_overlap(None, {"x": 4096 + 400 - 4})
+    assert not guard.may_overlap(None, {"x": 4096 + 400})
+    assert not guard.may_overlap(None, {"x": 4096 - 12})
+    assert guard.may_overlap(None, {"x": 4096 - 8})
+    assert not guard.may_overlap({"long": 1 << 20, "short": 1 << 21}, {"x": 4400})
+    assert guard.may_overlap({"long": 1 << 20, "short": 1 << 21}, {"x": 1 << 21})
 
 
 def test_a_guard_has_no_eye_for_gpus_nor_for_what_is_empty() -> None:
     there = [("w", spec(4096, device="cuda:0")), ("e", spec(4096, (0,)))]
-    assert not Guard(there, [("x", spec(4096))]).touched(None, None)
-    assert not Guard([("x", spec(4096))], there).touched(None, {"w": 4096, "e": 4096})
-    assert not Guard([], []).touched({}, {})
-    assert not Guard([], [("x", spec(4096))]).touched({}, {"x": 1})
+    assert not Guard(there, [("x", spec(4096))]).may_overlap(None, None)
+    assert not Guard([("x", spec(4096))], there).may_overlap(None, {"w": 4096, "e": 4096})
+    assert not Guard([], []).may_overlap({}, {})
+    assert not Guard([], [("x", spec(4096))]).may_overlap({}, {"x": 1})
     both = Guard([*there, ("f", spec(64))], [*there, ("x", spec(4096))])
-    assert not both.touched(None, None)
-    assert both.touched(None, {"w": 0, "e": 0, "x": 68})
+    assert not both.may_overlap(None, None)
+    assert both.may_overlap(None, {"w": 0, "e": 0, "x": 68})

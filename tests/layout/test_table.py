@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fastema.kernels.table import (
+    AVERAGE,
     CHUNK,
     COLUMNS,
     COUNT,
@@ -23,13 +24,12 @@ from fastema.kernels.table import (
     INDEX_RUN,
     INDEX_STEP,
     KEY,
-    LOW,
+    RESIDUAL,
     RING,
     RING_STRIDE,
     SHARED_CHUNK,
     SRC,
     SRC_STEP,
-    WHICH,
 )
 from fastema.layout import table
 from fastema.layout.group import Pair
@@ -79,7 +79,7 @@ def check(pairs: list[Pair], chunk: int = CHUNK) -> dict[str, np.ndarray]:
         adjacent = (rows[:, DST_STEP] == 1) & (rows[:, SRC_STEP] == 1)
         adjacent &= (rows[:, INDEX_STEP] <= 1) & (rows[:, INDEX_JUMP] == 0)
         assert adjacent.all() if layout == "flat" else not adjacent.any()
-        assert not rows[:, [LOW, RING, RING_STRIDE]].any()
+        assert not rows[:, [RESIDUAL, RING, RING_STRIDE]].any()
     return tables
 
 
@@ -231,9 +231,9 @@ def test_companion_and_ring_lie_as_the_average_does(
     strides = tuple(d for _, d, _ in axes)
     dst = TensorSpec(1 << 20, shape, strides, codes[0], "cpu")
     src = TensorSpec(1 << 30, shape, tuple(s for _, _, s in axes), codes[1], "cpu")
-    low = TensorSpec(1 << 40, shape, strides, "c128" if dst.kind.parts == 2 else "f64", "cpu")
+    residual = TensorSpec(1 << 40, shape, strides, "c128" if dst.kind.parts == 2 else "f64", "cpu")
     slot = TensorSpec(1 << 50, shape, strides, "c64" if dst.kind.parts == 2 else "bf16", "cpu")
-    pair = Pair("t", dst, src, low=low, ring=(slot, 4000))
+    pair = Pair("t", dst, src, residual=residual, ring=(slot, 4000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(table, "SHARED_CHUNK", chunk)
         tables = table.chunk_tables([pair])
@@ -246,12 +246,12 @@ def test_companion_and_ring_lie_as_the_average_does(
             for base, step, spec in (
                 (DST, DST_STEP, dst),
                 (SRC, SRC_STEP, src),
-                (LOW, DST_STEP, low),
+                (RESIDUAL, DST_STEP, residual),
                 (RING, DST_STEP, slot),
             )
         ]
         found += Counter(zip(*parts, strict=True))
-    want = Counter(zip(*(elements(spec) for spec in (dst, src, low, slot)), strict=True))
+    want = Counter(zip(*(elements(spec) for spec in (dst, src, residual, slot)), strict=True))
     assert found == want
 
 
@@ -292,8 +292,10 @@ def averages(count: int, shape: tuple[int, ...], name: str, address: int) -> lis
     order = tuple(range(len(shape)))
     src = dense(shape, order, "f32", address)
     return [
-        Pair(name, dense(shape, order, "f32", address + (1 + which << 30)), src, which=which)
-        for which in range(count)
+        Pair(
+            name, dense(shape, order, "f32", address + (1 + index << 30)), src, average_index=index
+        )
+        for index in range(count)
     ]
 
 
@@ -305,7 +307,7 @@ def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
     assert len(rows) == 3 * (-(-size // SHARED_CHUNK) + 1)
     for first in range(0, len(rows), 3):
         claimed = rows[first : first + 3]
-        np.testing.assert_array_equal(claimed[:, WHICH], [0, 1, 2])
+        np.testing.assert_array_equal(claimed[:, AVERAGE], [0, 1, 2])
         assert len({*claimed[:, DST].tolist()}) == len({*claimed[:, KEY].tolist()}) == 3
         for column in (SRC, COUNT, INDEX, INDEX_STEP):
             assert len({*claimed[:, column].tolist()}) == 1
@@ -326,7 +328,9 @@ def test_keys_tell_tensors_apart_and_nothing_else() -> None:
     assert 0 < key(one) < 1 << 32
     elsewhere = dense((2 * CHUNK,), (0,), "bf16", 1 << 40)
     assert key(one._replace(dst=elsewhere, src=elsewhere)) == key(one)
-    others = [one._replace(name=f"layer.{i}.weight", which=w) for i in range(50) for w in range(3)]
+    others = [
+        one._replace(name=f"layer.{i}.weight", average_index=w) for i in range(50) for w in range(3)
+    ]
     assert len({key(one), *map(key, others)}) == 151
 
 
@@ -379,9 +383,9 @@ def test_every_row_is_numbered_by_its_pair(
         src = dense(shape, order, "f32", (i + 1) << 40)
         if spread and len(shape) > 1:
             src = dense(shape, order[::-1], "f32", (i + 1) << 40)
-        for which in range(together):
-            dst = dense(shape, order, "f32", ((i + 1) << 40) + ((which + 1) << 30))
-            pairs.append(Pair(f"t{i}", dst, src, which=which))
+        for index in range(together):
+            dst = dense(shape, order, "f32", ((i + 1) << 40) + ((index + 1) << 30))
+            pairs.append(Pair(f"t{i}", dst, src, average_index=index))
     tables = table.numbered_tables(pairs, together, chunk)
     plain = table.chunk_tables(pairs, together, chunk)
     assert list(tables) == list(plain)
@@ -392,7 +396,7 @@ def test_every_row_is_numbered_by_its_pair(
         for row, number in zip(rows, numbers, strict=True):
             pair = pairs[number]
             assert row[KEY] == table.tensor_key(pair)
-            assert row[WHICH] == pair.which
+            assert row[AVERAGE] == pair.average_index
             for column, side in ((DST, pair.dst), (SRC, pair.src)):
                 assert 0 <= row[column] - side.address < max(side.nbytes, 1)
             seen[int(number)] += int(row[COUNT])

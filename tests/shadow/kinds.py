@@ -54,7 +54,7 @@ def all_of(average: Any) -> dict[str, Any]:
     state = average.state_dict(copy=False)
     found = {
         f"{part} {i}: {name}": bits(tensor).numpy().tobytes()
-        for part in ("shadow", "low", "ring")
+        for part in ("shadow", "residual", "ring")
         for i, tensors in enumerate(state.get(part, ()))
         for name, tensor in tensors.items()
     }

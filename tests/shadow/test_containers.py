@@ -327,7 +327,7 @@ def test_layouts_of_every_kind(layout: str, kind: str) -> None:
                 assert torch.equal(weights, plain)
             assert torch.equal(bits(whole[~inside]), outside)
         assert torch.equal(bits(whole), raw)
-    for part in ("shadow", "low", "ring"):
+    for part in ("shadow", "residual", "ring"):
         if kind != "SMA" or part == "ring":
             for one, other in zip(
                 average.state_dict().get(part, ()), twin.state_dict().get(part, ()), strict=True

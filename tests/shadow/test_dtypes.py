@@ -314,7 +314,7 @@ def test_to_two_halves_and_back(build: object, old: str, new: str) -> None:
     for which, old_values in enumerate(before):
         for name, value in exact(which).items():
             assert torch.equal(value, old_values[name].to(kept).double())
-    assert ("low" in average.state_dict()) == (new == "bf16+16")
+    assert ("residual" in average.state_dict()) == (new == "bf16+16")
     state = average.state_dict()
     twin = build(model, shadow_dtype=new)
     twin.load_state_dict(state)

@@ -149,7 +149,7 @@ def test_a_file_is_read_by_both_to_the_bit(tmp_path: Path, how: str) -> None:
     for average in (ema, other):
         average.update(model)
     want, found = ema.state_dict(), other.state_dict()
-    for part in ("shadow", "low"):
+    for part in ("shadow", "residual"):
         for mine, theirs in zip(found[part], want[part], strict=True):
             for name, tensor in theirs.items():
                 assert torch.equal(mine[name], tensor), name

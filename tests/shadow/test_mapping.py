@@ -98,7 +98,7 @@ def test_what_is_done_to_a_tensor_it_handed_out_is_not_done_to_the_average(
     average, other = KINDS[kind](model), KINDS[kind](twin)
     change(last(average)["hidden.weight"])
     state = average.state_dict(copy=False)
-    for tensors in (*state["shadow"], *state.get("low", ()), *state.get("ring", ())):
+    for tensors in (*state["shadow"], *state.get("residual", ()), *state.get("ring", ())):
         exchanged(tensors["hidden.bias"])
     assert all_of(average) == all_of(other)
     for n in range(1, 6):

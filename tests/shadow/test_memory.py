@@ -131,10 +131,10 @@ PARTS = {
     "EMA": {"shadow": 4},
     "three": {"shadow": 12},
     "SWA": {"shadow": 4},
-    "SMA": {"shadow": 4, "low": 4, "ring": 12},
+    "SMA": {"shadow": 4, "residual": 4, "ring": 12},
     "PowerEMA": {"shadow": 8},
-    "split": {"shadow": 2, "low": 2},
-    "three split": {"shadow": 6, "low": 6},
+    "split": {"shadow": 2, "residual": 2},
+    "three split": {"shadow": 6, "residual": 6},
     "random": {"shadow": 2},
 }
 
@@ -146,7 +146,7 @@ def test_every_part_takes_its_size_and_no_more(kind: str) -> None:
     elements = sum(p.numel() for p in model.parameters())
     taken = {
         part: sum(storages(t for one in state[part] for t in one.values()).values())
-        for part in ("shadow", "low", "ring")
+        for part in ("shadow", "residual", "ring")
         if part in state
     }
     assert taken.keys() == PARTS[kind].keys()
@@ -160,7 +160,7 @@ def test_every_part_takes_its_size_and_no_more(kind: str) -> None:
 def test_every_tensor_of_the_average_begins_at_a_cache_line(kind: str) -> None:
     average = KINDS[kind]([torch.randn(n) for n in (1, 15, 16, 17, 1000)])
     state = average.state_dict(copy=False)
-    for part in ("shadow", "low", "ring"):
+    for part in ("shadow", "residual", "ring"):
         for tensors in state.get(part, ()):
             slots = [slot for t in tensors.values() for slot in (t if part == "ring" else [t])]
             assert len({slot.data_ptr() % 64 for slot in slots}) == 1, part

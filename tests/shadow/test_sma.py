@@ -115,7 +115,7 @@ def test_mean_stays_exact_where_the_model_changes_its_dtype(
         seen.append(exact(model.weight.detach().to(ring)))
         want = reference.windowed_mean(np.array(seen[-window:]), window)
         state = sma.state_dict()
-        parts = (exact(state[part][0]["weight"]) for part in ("shadow", "low"))
+        parts = (exact(state[part][0]["weight"]) for part in ("shadow", "residual"))
         error = np.abs(sum(part.astype(np.longdouble) for part in parts) - want).max()
         assert error <= 8 * window * 2.0**-48 * np.abs(seen[-2 * window :]).max()
 
@@ -243,7 +243,9 @@ def test_memory_is_that_of_the_window_and_two_more(window: int, expected: int) -
     assert expected * nbytes <= held < (expected + 0.1) * nbytes
     assert most < (expected + 0.1) * nbytes
     state = sma.state_dict(copy=False)
-    parts = [state[part][0][name] for part in ("shadow", "low", "ring") for name in state[part][0]]
+    parts = [
+        state[part][0][name] for part in ("shadow", "residual", "ring") for name in state[part][0]
+    ]
     assert sum(part.nbytes for part in parts) == expected * nbytes
 
 

@@ -27,18 +27,18 @@ SPLIT = "bf16+16"
 
 def halves(ema: fastema.EMA, name: str, which: int = 0) -> tuple[np.ndarray, np.ndarray]:
     state = ema.state_dict()
-    low = state["low"][which][name]
-    assert low.dtype == torch.int16
-    return stored(state["shadow"][which][name]), low.numpy().view(np.uint16)
+    residual = state["residual"][which][name]
+    assert residual.dtype == torch.int16
+    return stored(state["shadow"][which][name]), residual.numpy().view(np.uint16)
 
 
 def assert_is_split(ema: fastema.EMA, wide: fastema.EMA, which: int = 0) -> None:
     """The two halves are what a float32 average comes apart into."""
     for name in ema.averaged_names:
-        high, low = reference.split(stored(wide.shadows[which][name]))
+        high, residual = reference.split(stored(wide.shadows[which][name]))
         got = halves(ema, name, which)
         np.testing.assert_array_equal(got[0], high)
-        np.testing.assert_array_equal(got[1], low)
+        np.testing.assert_array_equal(got[1], residual)
         assert ema.shadows[which][name].dtype == torch.bfloat16
 
 
@@ -78,13 +78,15 @@ def test_a_bfloat16_model_takes_the_high_half_and_no_more() -> None:
         ema.update()
     raw, before = snapshot(model), all_of(ema)
     high = {name: stored(tensor) for name, tensor in ema.shadow.items()}
-    lows = {name: entry.parts["low"][0] for name, entry in ema._store.sets[0].items() if entry.form}
-    bytes_of = {name: low.numpy().tobytes() for name, low in lows.items()}
+    residuals = {
+        name: entry.parts["residual"][0] for name, entry in ema._store.sets[0].items() if entry.form
+    }
+    bytes_of = {name: residual.numpy().tobytes() for name, residual in residuals.items()}
     with ema.swapped():
         for name, tensor in model.named_parameters():
             np.testing.assert_array_equal(stored(tensor), high[name])
-        for name, low in lows.items():
-            assert low.numpy().tobytes() == bytes_of[name]
+        for name, residual in residuals.items():
+            assert residual.numpy().tobytes() == bytes_of[name]
         assert all_of(ema) == before
     assert_bits(model, raw)
     assert all_of(ema) == before
@@ -192,9 +194,9 @@ def test_from_and_to_bfloat16() -> None:
     before = values(dict(ema.shadow))
     ema.to(dtype=SPLIT)
     for name in ema.averaged_names:
-        high, low = halves(ema, name)
+        high, residual = halves(ema, name)
         np.testing.assert_array_equal(high, stored(before[name]))
-        assert not low.any()
+        assert not residual.any()
     wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
     wide.load_state_dict({**ema.to(dtype="float32").state_dict()})
     ema.to(dtype=SPLIT)
@@ -224,11 +226,11 @@ def test_ends_of_the_range(dtype: torch.dtype) -> None:
 
     def check() -> None:
         value = stored(wide.shadow["w"])
-        high, low = reference.split(value)
+        high, residual = reference.split(value)
         got = halves(ema, "w")
         nan = np.isnan(value)
         np.testing.assert_array_equal(got[0][~nan], high[~nan])
-        np.testing.assert_array_equal(got[1][~nan], low[~nan])
+        np.testing.assert_array_equal(got[1][~nan], residual[~nan])
         assert np.isnan(reference.decode(got[0], "bf16"))[nan].all()
         for average in (ema, wide):
             with average.swapped():

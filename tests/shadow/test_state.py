@@ -293,7 +293,7 @@ def test_state_is_plain() -> None:
         *(trained_kind(kind) for kind in KINDS),
     ):
         state = average.state_dict()
-        parts = {key: state.pop(key) for key in ("shadow", "low", "ring") if key in state}
+        parts = {key: state.pop(key) for key in ("shadow", "residual", "ring") if key in state}
         for tensors in parts.values():
             assert type(tensors) is list
             assert all(type(tensor) is torch.Tensor for one in tensors for tensor in one.values())
@@ -373,7 +373,7 @@ def test_a_state_without_a_copy_is_that_state(kind: str) -> None:
     average = trained_kind(kind)
     state, alias = average.state_dict(), average.state_dict(copy=False)
     assert state.keys() == alias.keys()
-    for part in ("shadow", "low", "ring"):
+    for part in ("shadow", "residual", "ring"):
         for one, other in zip(state.get(part, ()), alias.get(part, ()), strict=True):
             assert_same(snapshot(one), snapshot(other))
             own = {tensor.data_ptr() for tensor in other.values()}
@@ -459,7 +459,7 @@ BROKEN: dict[str, tuple[Callable[[State], object], str]] = {
         "holds 2 averages, expected 1",
     ),
     "empty shadow": (broken(shadow=[{}]), "'conv.weight' is missing"),
-    "low": (lambda state: {**state, "low": state["shadow"]}, "'low' is unexpected"),
+    "residual": (lambda state: {**state, "residual": state["shadow"]}, "'residual' is unexpected"),
     "ring": (lambda state: {**state, "ring": state["shadow"]}, "'ring' is unexpected"),
     "two rules": (
         lambda state: {
@@ -527,18 +527,26 @@ def narrowed(part: str) -> Callable[[State], object]:
 
 
 WRONG_PARTS: dict[str, tuple[str, Callable[[State], object], list[str]]] = {
-    "no low": ("split", without("low"), ["no 'low'"]),
-    "low names": ("split", renamed("low", 0), ["'scale' is missing in low[0]", "'gain' is unex"]),
-    "low dtype": ("split", narrowed("low"), ["'scale' is f16, expected i16 in low[0]"]),
+    "no residual": ("split", without("residual"), ["no 'residual'"]),
+    "residual names": (
+        "split",
+        renamed("residual", 0),
+        ["'scale' is missing in residual[0]", "'gain' is unex"],
+    ),
+    "residual dtype": (
+        "split",
+        narrowed("residual"),
+        ["'scale' is f16, expected i16 in residual[0]"],
+    ),
     "low of two": (
         "three split",
-        lambda state: {**state, "low": state["low"][:2]},
-        ["'low' holds 2 averages, expected 3"],
+        lambda state: {**state, "residual": state["residual"][:2]},
+        ["'residual' holds 2 averages, expected 3"],
     ),
     "one of three": ("three", renamed("shadow", 1), ["'scale' is missing in shadow[1]"]),
     "no ring": ("SMA", without("ring"), ["no 'ring'"]),
     "ring dtype": ("SMA", narrowed("ring"), ["'scale' is f16, expected f32 in ring[0]"]),
-    "no remainder": ("SMA", without("low"), ["no 'low'"]),
+    "no remainder": ("SMA", without("residual"), ["no 'residual'"]),
     "a shorter window": (
         "SMA",
         lambda state: {**state, "ring": [{n: t[:2] for n, t in state["ring"][0].items()}]},

@@ -68,8 +68,8 @@ def patterns(dtype: torch.dtype) -> Any:
     high = torch.arange(1 << 16)
     if dtype.itemsize == 2:
         return high.to(torch.int16).view(dtype)
-    lows = torch.tensor([0, 1, 0x7FFF, 0x8000, 0xFFFF])
-    words = (high[:, None] << 16 | lows).reshape(-1)
+    residuals = torch.tensor([0, 1, 0x7FFF, 0x8000, 0xFFFF])
+    words = (high[:, None] << 16 | residuals).reshape(-1)
     if dtype.itemsize == 4:
         return words.to(torch.int32).view(dtype)
     return (words << 32 | words).view(dtype)
@@ -90,7 +90,7 @@ def test_every_bit_of_the_weights_comes_back(model_dtype: str, shadow_dtype: str
             assert not torch.equal(held, bits(raw))
         assert torch.equal(bits(weights["w"]), bits(raw))
         after = ema.state_dict()
-        for part in ("shadow", "low"):
+        for part in ("shadow", "residual"):
             for one, other in zip(saved.get(part, []), after.get(part, []), strict=True):
                 assert torch.equal(bits(one["w"]), bits(other["w"]))
 
@@ -190,8 +190,8 @@ def test_model_holds_the_average_itself_where_the_dtypes_agree(dtype: str) -> No
 def every_float32() -> torch.Tensor:
     """All upper halves of a float32, each with the lower halves at which rounding turns."""
     high = torch.arange(2**16, dtype=torch.int64)
-    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    words = (high[:, None] << 16 | low).reshape(-1)
+    residual = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    words = (high[:, None] << 16 | residual).reshape(-1)
     return (words - (words >> 31 << 32)).to(torch.int32).view(torch.float32)
 
 
@@ -403,7 +403,7 @@ def test_copies_taken_while_applied_are_not_the_model(kind: str, model_dtype: st
     with average.swapped(**which(average)):
         poison_(last(average).values())
         state = average.state_dict()
-        for tensors in (*state["shadow"], *state.get("low", ()), *state.get("ring", ())):
+        for tensors in (*state["shadow"], *state.get("residual", ()), *state.get("ring", ())):
             poison_(tensors.values())
     assert_bits(model, raw)
     assert all_of(average) == held

@@ -103,7 +103,7 @@ def test_kept_once(tie: str, kind: str) -> None:
     assert "embed.weight" in names
     assert OTHER_NAME[tie] not in names
     state = average.state_dict()
-    for part in ("shadow", "low", "ring"):
+    for part in ("shadow", "residual", "ring"):
         assert all(list(tensors) == names for tensors in state.get(part, ()))
     average.load_state_dict(state)
 

@@ -128,7 +128,7 @@ def test_a_table_that_is_made_at_every_step_does_not_make_the_average_look_again
 ) -> None:
     model = cached()
     ema = fastema.EMA(model, 0.75)
-    monkeypatch.setattr(Binding, "_looked", None)
+    monkeypatch.setattr(Binding, "_bind", None)
     for n in range(1, 6):
         model.table = torch.randn(n)
         model.hidden.mask = torch.randn(n) if n % 2 else None

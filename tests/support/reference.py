@@ -255,8 +255,8 @@ def split(values: Array) -> tuple[Array, Array]:
     with np.errstate(invalid="ignore"):
         away = np.ldexp(np.floor(np.ldexp(np.abs(wide), -place) + 0.5), place)
         high = _bounded(np.where(np.isinf(wide), np.inf, away), form)
-    low = values.view(np.uint32) & np.uint32(0xFFFF)
-    return encode(np.copysign(high, wide), "bf16"), low.astype(np.uint16)
+    residual = values.view(np.uint32) & np.uint32(0xFFFF)
+    return encode(np.copysign(high, wide), "bf16"), residual.astype(np.uint16)
 
 
 def windowed_mean(history: Array, size: int) -> NDArray[np.longdouble]:

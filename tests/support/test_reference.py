@@ -247,11 +247,11 @@ def test_split_halves_are_the_nearest_and_the_rest(numbers: Callable[..., np.nda
     ties = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view("f4")
     values = np.concatenate([values, ties])
     values = values[~np.isnan(values)]
-    high, low = reference.split(values)
+    high, residual = reference.split(values)
     bits = values.view(np.uint32)
     wide = high.astype(np.uint32) << np.uint32(16)
-    borrowed = (low.astype(np.uint32) >> np.uint32(15)) << np.uint32(16)
-    np.testing.assert_array_equal(wide - borrowed + low, bits)
+    borrowed = (residual.astype(np.uint32) >> np.uint32(15)) << np.uint32(16)
+    np.testing.assert_array_equal(wide - borrowed + residual, bits)
     tie = (bits & 0xFFFF) == 0x8000
     nearest = reference.encode(values.astype(np.float64), "bf16")
     np.testing.assert_array_equal(high[~tie], nearest[~tie])

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema",
         action="extend",
-        type=_several(decay),
+        type=_comma_separated(decay),
         metavar="DECAY",
         help="weight of the old average in an exponential moving average, in [0, 1); several "
         f"with commas ({DECAY} and --sma {WINDOW_SIZE} where neither is given)",
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sma",
         action="extend",
-        type=_several(count),
+        type=_comma_separated(count),
         metavar="WINDOW",
         help="values in a simple moving average; several with commas",
     )
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics",
         action="extend",
-        type=_several(str),
+        type=_comma_separated(str),
         metavar="NAME",
         help="columns to smooth, with commas; patterns such as 'val_*' do, too (all that are not "
         "steps, times or learning rates)",
@@ -182,7 +182,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--out and --plot are the same file, {args.out}")
 
 
-def _several(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
+def _comma_separated(parse: Callable[[str], _T]) -> Callable[[str], list[_T]]:
     """A parser for argparse of what stands between commas."""
     return lambda text: [parse(part.strip()) for part in text.split(",")]
 

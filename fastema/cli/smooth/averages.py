@@ -98,13 +98,13 @@ def write(file: TextIO, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) 
 def save(out: Path, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) -> None:
     """Write them to a file, of which there is the old one or the whole new one."""
     with (
-        _written(out) as partial,
+        _replaceable(out) as partial,
         open(partial, "w", encoding="utf-8", newline="") as file,
     ):
         write(file, log, smoothed, raw=raw)
 
 
-def _written(out: Path) -> AbstractContextManager[str]:
+def _replaceable(out: Path) -> AbstractContextManager[str]:
     """The name to write to; only what is a file is replaced by another, a device is not."""
     if out.exists() and not out.is_file():
         return nullcontext(str(out))
@@ -125,5 +125,5 @@ def draw(
             drawn = np.isin(log.column(name).rows, log.column(step).rows)
         series = [(one.average, one.series[drawn]) for one in group]
         panels.append(of_series(name, step or "row", curves[name], series, raw=raw))
-    with _written(out) as partial:
+    with _replaceable(out) as partial:
         picture.draw(panels, title=Path(log.source).name, out=partial)

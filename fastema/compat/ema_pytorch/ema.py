@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage
-from fastema.compat.ema_pytorch.schedule import Scheduled, finite, whole
+from fastema.compat.ema_pytorch.schedule import Scheduled, finite, whole_number
 from fastema.compat.ema_pytorch.tree import EMAPytree
 from fastema.errors import ArgumentError
 
@@ -134,7 +134,7 @@ class EMA(Scheduled, ModelAverage):
         self._set_schedule(beta, update_after_step, update_every, inv_gamma, power, min_value)
         finite(update_model_with_ema_beta, "update_model_with_ema_beta")
         if update_model_with_ema_every is not None:
-            update_model_with_ema_every = whole(
+            update_model_with_ema_every = whole_number(
                 update_model_with_ema_every, "update_model_with_ema_every"
             )
         self.update_model_with_ema_every = update_model_with_ema_every
@@ -184,7 +184,7 @@ class EMA(Scheduled, ModelAverage):
 
     def _go_on(self, step: int) -> None:
         every = self.update_model_with_ema_every
-        gives = every is not None and step % whole(every, "update_model_with_ema_every") == 0
+        gives = every is not None and step % whole_number(every, "update_model_with_ema_every") == 0
         if gives and self._is_due(step):
             self._refuse_to_give()
         super()._go_on(step)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastema.bridges.names import plain_names
 from fastema.compat.ema_pytorch import snapshots
 from fastema.compat.ema_pytorch.model import NO_NAMES, ModelAverage
-from fastema.compat.ema_pytorch.schedule import whole
+from fastema.compat.ema_pytorch.schedule import whole_number
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 from fastema.rules.posthoc import PowerProfile, solve
@@ -85,7 +85,7 @@ class KarrasEMA(ModelAverage):
         )
         self.gamma = _gamma(gamma, sigma_rel)
         self.frozen = frozen
-        self.update_every = whole(update_every, "update_every")
+        self.update_every = whole_number(update_every, "update_every")
         self.online_model = [model]
         self._take(ema_model)
         self._register_counters()
@@ -189,7 +189,7 @@ class PostHocEMA(nn.Module):
             )
         if checkpoint_every_num_steps != "manual":
             try:
-                checkpoint_every_num_steps = whole(
+                checkpoint_every_num_steps = whole_number(
                     checkpoint_every_num_steps, "checkpoint_every_num_steps"
                 )
             except ArgumentError as error:
@@ -249,7 +249,7 @@ class PostHocEMA(nn.Module):
         every = self.checkpoint_every_num_steps
         if every == "manual":
             return
-        if self.ema_models[0]._num_steps % whole(every, "checkpoint_every_num_steps") == 0:
+        if self.ema_models[0]._num_steps % whole_number(every, "checkpoint_every_num_steps") == 0:
             self.checkpoint()
 
     def checkpoint(self) -> None:
@@ -282,7 +282,7 @@ class PostHocEMA(nn.Module):
         """
         gamma = _gamma(gamma, sigma_rel)
         every = snapshots.find(self.checkpoint_folder, self.num_ema_models)
-        asked = every[-1].step if step is None else whole(step, "step", 0)
+        asked = every[-1].step if step is None else whole_number(step, "step", 0)
         if not every[0].step <= asked <= every[-1].step:
             raise ArgumentError(
                 f"step={asked}: the snapshots are of steps {every[0].step} to {every[-1].step}"

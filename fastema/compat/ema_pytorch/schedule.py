@@ -15,10 +15,10 @@ from fastema.compat.mirrored import Mirrored
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError
 
-__all__ = ["Counted", "Scheduled", "finite", "whole"]
+__all__ = ["Counted", "Scheduled", "finite", "whole_number"]
 
 
-def whole(number: Any, name: str, least: int = 1) -> int:
+def whole_number(number: Any, name: str, least: int = 1) -> int:
     """A whole number of steps: of Python, NumPy, a tensor, or a float with a whole value.
 
     An ArgumentError for anything else, or less than ``least``.
@@ -107,7 +107,7 @@ class Counted(nn.Module):
         return not self._has_begun and self._is_due(step)
 
     def _is_due(self, step: int) -> bool:
-        return step % whole(self.update_every, "update_every") == 0
+        return step % whole_number(self.update_every, "update_every") == 0
 
     def _go_on(self, step: int) -> None:
         if self._is_due(step):
@@ -115,7 +115,7 @@ class Counted(nn.Module):
 
     @property
     def _steps_per_update(self) -> int:
-        every = whole(self.update_every, "update_every")
+        every = whole_number(self.update_every, "update_every")
         return 1 if self.peer_exact or self._as_peer else every
 
     @property
@@ -148,7 +148,7 @@ class Scheduled(Counted):
         self.beta = beta
         self.is_frozen = beta == 1.0
         self.update_after_step = update_after_step
-        self.update_every = whole(update_every, "update_every")
+        self.update_every = whole_number(update_every, "update_every")
         self.inv_gamma = inv_gamma
         self.power = power
         self.min_value = min_value

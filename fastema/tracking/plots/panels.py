@@ -73,11 +73,11 @@ def averages(
 ) -> list[Average]:
     """Averages of each window and each decay given; for one there cannot be, an ArgumentError."""
     found = []
-    for size in _several(window_size):
+    for size in _many(window_size):
         make_sma = partial(SimpleMovingAverage, size, on_nonfinite=on_nonfinite)
         make_sma()  # refuses what cannot be
         found.append(Average("sma", str(size), float(size), make_sma))
-    for weight in _several(decay):
+    for weight in _many(decay):
         make_ema = partial(ExponentialMovingAverage, weight, debias, on_nonfinite=on_nonfinite)
         make_ema()
         horizon = float(round(1.0 / (1.0 - weight)))
@@ -85,7 +85,7 @@ def averages(
     return found
 
 
-def _several(given: Any) -> list[Any]:
+def _many(given: Any) -> list[Any]:
     if given is None:
         return []
     return list(given) if isinstance(given, Iterable) else [given]

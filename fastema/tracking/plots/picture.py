@@ -43,21 +43,21 @@ _BELOW: Final = 0.65
 _TITLE: Final = 0.5
 
 
-class _Look(NamedTuple):
+class _Style(NamedTuple):
     color: str
     width: float
     label_color: str
     order: float
 
 
-_LOOKS: Final[dict[Kind, list[_Look]]] = {
-    "raw": [_Look("#f3c49c", 0.8, RAW, 2.0)],
-    "reported": [_Look(REPORTED, 1.8, REPORTED, 2.4)],
+_LOOKS: Final[dict[Kind, list[_Style]]] = {
+    "raw": [_Style("#f3c49c", 0.8, RAW, 2.0)],
+    "reported": [_Style(REPORTED, 1.8, REPORTED, 2.4)],
     # The thinner one above: the two lie close to each other.
-    "sma": [_Look(color, 1.2, color, 2.8) for color in (SMA, "#0c6b50", "#63bfa3")],
-    "ema": [_Look(color, 2.4, color, 2.6) for color in (EMA, "#0d3057", "#6fa3d8")],
+    "sma": [_Style(color, 1.2, color, 2.8) for color in (SMA, "#0c6b50", "#63bfa3")],
+    "ema": [_Style(color, 2.4, color, 2.6) for color in (EMA, "#0d3057", "#6fa3d8")],
 }
-_ALONE: Final = _Look(INK, 1.6, INK, 2.0)
+_ALONE: Final = _Style(INK, 1.6, INK, 2.0)
 _SPARSE: Final = 100  # points that a thin line would hardly show
 _CROWDED: Final = 400  # points that a thick line cannot show apart
 
@@ -126,7 +126,7 @@ def _figure(found: Sequence[Panel], log: Log, title: str | None) -> Figure:
 def _draw_panel(axes: Axes, panel: Panel, log: Log) -> None:
     alone = len(panel.lines) == 1
     looks = {kind: itertools.cycle(rows) for kind, rows in _LOOKS.items()}
-    drawn: list[tuple[Line, _Look]] = []
+    drawn: list[tuple[Line, _Style]] = []
     for line in panel.lines:
         look = next(looks[line.kind])
         if line.kind == "raw" and len(line.curve.values) < _SPARSE:
@@ -179,7 +179,7 @@ def write_title(
     return bold, grey
 
 
-def _draw_curve(axes: Axes, curve: Curve, look: _Look) -> None:
+def _draw_curve(axes: Axes, curve: Curve, look: _Style) -> None:
     steps, values = thinned(curve)
     axes.plot(
         steps,
@@ -255,7 +255,7 @@ def _mark_nonfinite(axes: Axes, curve: Curve) -> int:
     return len(places)
 
 
-def _label_ends(axes: Axes, drawn: Iterable[tuple[Line, _Look]], *, named: bool) -> None:
+def _label_ends(axes: Axes, drawn: Iterable[tuple[Line, _Style]], *, named: bool) -> None:
     """Name each curve, with its last value, beside its end; names do not touch each other."""
     tall = axes.get_window_extent().height * 72.0 / axes.figure.dpi
     ends = []

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastema.errors import ArgumentError
 
-__all__ = ["Home", "LaunchArgs", "Substitute", "checked_seed"]
+__all__ = ["DeviceContext", "LaunchArgs", "Substitute", "checked_seed"]
 
 
 class LaunchArgs(NamedTuple):
@@ -36,7 +36,7 @@ Substitute = Callable[[LaunchArgs], NDArray[np.float64] | None]
 """An operation in a framework's own functions."""
 
 
-class Home(Protocol):
+class DeviceContext(Protocol):
     """A device that is not the host, as one framework sees it."""
 
     device: str
