@@ -363,7 +363,7 @@ class Transformers(_Trained):
     def build(self, which: str) -> Average:
         if which != OURS:
             return super().build(which)
-        from fastema.compat.transformers import EMACallback
+        from fastema.transformers import EMACallback
 
         callback = EMACallback(DECAY, at_end="raw")
         average = Average(lambda: callback, lambda: list(callback.ema.shadow.values()))

@@ -392,7 +392,7 @@ def test_averages_are_logged_when_they_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     if where == "device":
-        monkeypatch.setattr(fastema.lightning, "_on_host", lambda value: False)
+        monkeypatch.setattr(fastema.lightning.losses, "_on_host", lambda value: False)
     logged: dict[str, list[int]] = {}
 
     class Watching(Regression):

@@ -561,7 +561,7 @@ def test_an_update_is_prepared_once(rng: np.random.Generator, monkeypatch: Any) 
             made.append(1)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr("fastema.tensorflow.Plan", Counted)
+    monkeypatch.setattr("fastema.tensorflow.average.Plan", Counted)
     weights = variables(rng)
     ema = ExponentialMovingAverage(0.5)
     made.clear()

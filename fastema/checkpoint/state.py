@@ -99,7 +99,7 @@ def _parse_key(key: str) -> tuple[str, int, str]:
 def load_state(path: str | os.PathLike[str], like: Any) -> dict[str, Any]:
     """Read the state of an average from a file, for ``load_state_dict``.
 
-    Such a file is the ``ema.safetensors`` that :class:`fastema.compat.transformers.EMACallback`
+    Such a file is the ``ema.safetensors`` that :class:`fastema.transformers.EMACallback`
     puts beside each checkpoint of the ``Trainer``.
 
     Parameters

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from fastema.compat import tensorflow as tensorflow
     from fastema.compat import timm as timm
     from fastema.compat import torch_ema as torch_ema
-    from fastema.compat import transformers as transformers
     from fastema.compat import ultralytics as ultralytics
     from fastema.compat.replacing import Installation, install, installed, uninstall
 
@@ -43,7 +42,7 @@ _HOMES = {
         for peer in (
             *("composer", "d2go", "diffusers", "ema_pytorch", "keras", "lightning", "litema"),
             *("mmengine", "nemo", "optax", "swa_utils", "tensorflow", "timm", "torch_ema"),
-            *("transformers", "ultralytics"),
+            "ultralytics",
         )
     },
 }

@@ -19,7 +19,7 @@ from fastema.compat.averager import ModelAverager
 from fastema.compat.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.errors import ArgumentError, StateError
-from fastema.lightning import LIGHTNINGS, PACKAGES
+from fastema.lightning.packages import LIGHTNINGS, PACKAGES
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 

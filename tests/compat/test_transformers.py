@@ -38,10 +38,10 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-import fastema.compat.transformers  # noqa: E402
+import fastema.transformers  # noqa: E402
 from fastema.checkpoint import files, load_state  # noqa: E402
-from fastema.compat.transformers import EMACallback  # noqa: E402
 from fastema.errors import ArgumentError, CheckpointError, StateError  # noqa: E402
+from fastema.transformers import EMACallback  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,
@@ -559,7 +559,7 @@ def test_an_old_average_is_gone_before_the_weights_are(
     def killed(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    holder: Any = fastema.compat.transformers if name == "write_state" else fastema.EMA
+    holder: Any = fastema.transformers.weights if name == "write_state" else fastema.EMA
     with monkeypatch.context() as patch:
         patch.setattr(holder, name, killed)
         with pytest.raises(KeyboardInterrupt):
@@ -1073,7 +1073,7 @@ PROCESSES = """
     warnings.simplefilter("ignore")
     import torch
     from transformers import Trainer, TrainingArguments
-    from fastema.compat.transformers import EMACallback
+    from fastema.transformers import EMACallback
 
     class Network(torch.nn.Module):
         def __init__(self):
@@ -1210,7 +1210,7 @@ def test_the_file_is_of_one_moment_while_another_thread_updates(
         torch.nn.init.normal_(parameter)
     callback.ema.update()
     want = {name: one.clone() for name, one in callback.ema.shadow.items()}
-    write, threads = fastema.compat.transformers.write_state, []
+    write, threads = fastema.transformers.weights.write_state, []
 
     def while_another_updates(*given: Any, **metadata: str) -> None:
         threads.append(threading.Thread(target=callback.ema.update))
@@ -1218,7 +1218,7 @@ def test_the_file_is_of_one_moment_while_another_thread_updates(
         threads[-1].join(0.1)  # it comes to its end here if nothing holds it back
         write(*given, **metadata)
 
-    monkeypatch.setattr(fastema.compat.transformers, "write_state", while_another_updates)
+    monkeypatch.setattr(fastema.transformers.weights, "write_state", while_another_updates)
     callback._write(tmp_path, 1)
     threads[0].join()
     assert callback.ema.num_updates == 2

@@ -1,46 +1,22 @@
-"""Moving averages of the losses of a Lightning run, in its progress bar and its loggers.
-
->>> from lightning.pytorch import Trainer                     # doctest: +SKIP
->>> from fastema.lightning import LossAverages
->>> trainer = Trainer(callbacks=[LossAverages()])             # doctest: +SKIP
-
-The callback is one of ``lightning`` and of ``pytorch_lightning``, of whichever is installed.
-"""
+"""Moving averages of the losses of a Lightning run, in its progress bar and its loggers."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from importlib import import_module
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from fastema.errors import ArgumentError, CheckpointError
+from fastema.lightning.packages import Callback
 from fastema.tracking.scalar import OnNonFinite
 from fastema.tracking.smoother import MetricSmoother, SmoothedMetrics
 
 __all__ = ["LossAverages"]
 
-PACKAGES: Final = ("lightning.pytorch", "pytorch_lightning")
 
-
-def _installed() -> list[Any]:
-    """Import every Lightning there is: a trainer may be of either, and each knows its own only."""
-    found = []
-    for package in PACKAGES:
-        with suppress(ModuleNotFoundError):
-            found.append(import_module(package))
-    return found or [import_module(PACKAGES[0])]
-
-
-LIGHTNINGS: Final = _installed()
-
-_Callback: Any = type("Callback", tuple(one.Callback for one in LIGHTNINGS), {})
-
-
-class LossAverages(SmoothedMetrics, _Callback):  # type: ignore[misc]
+class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
     """Smooths the loss of each training batch, and the metrics that the module logs beside it.
 
     The defaults log ``train_loss_sma``, the mean over the last 20 batches, ``train_loss_ema``,

@@ -1,10 +1,4 @@
-"""Moving averages of the losses that the Hugging Face ``Trainer`` logs.
-
->>> from transformers import Trainer                               # doctest: +SKIP
->>> from fastema.transformers import LossAverages
->>> trainer = Trainer(model, args, train_dataset=data)             # doctest: +SKIP
->>> LossAverages().attach(trainer)                                 # doctest: +SKIP
-"""
+"""Moving averages of the losses that the Hugging Face ``Trainer`` logs."""
 
 from __future__ import annotations
 

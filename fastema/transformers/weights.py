@@ -1,11 +1,4 @@
-"""A moving average of weights for the Hugging Face ``Trainer``, which has none (transformers 5.23).
-
->>> from transformers import Trainer                                       # doctest: +SKIP
->>> from fastema.compat.transformers import EMACallback
->>> ema = EMACallback(decay=0.999)
->>> trainer = Trainer(model, args, callbacks=[ema], train_dataset=data)    # doctest: +SKIP
->>> trainer.train()                                                        # doctest: +SKIP
-"""
+"""A moving average of weights for the Hugging Face ``Trainer``, which has none of its own."""
 
 from __future__ import annotations
 

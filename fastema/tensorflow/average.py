@@ -1,15 +1,9 @@
-"""For TensorFlow users: ``tf.train.ExponentialMovingAverage`` on our kernels, in checkpoints."""
+"""``tf.train.ExponentialMovingAverage`` on compiled kernels."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import tensorflow as tf
@@ -21,132 +15,16 @@ from fastema.binding.swap import Calls, Swap
 from fastema.bridges.tensorflow import Unshared, unshare
 from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import (
-    ArgumentError,
-    BridgeError,
-    CheckpointError,
-    DTypeError,
-    LayoutError,
-    StateError,
-    listed,
-)
+from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError, StateError, listed
 from fastema.plan import Plan
+from fastema.tensorflow.names import name_of, stem_of
+from fastema.tensorflow.sources import DecaySource, checked_number, variable_of
+from fastema.tensorflow.state import Entry, Registry, State
+from fastema.tensorflow.traced import TracedUpdate
 
 __all__ = ["ExponentialMovingAverage"]
 
 _FLOATS: Final = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
-
-# What Keras appends to the name of a layer when another had that name before, anywhere in the
-# process.
-_COUNTER: Final = re.compile(r"_(\d+)(?=/|$)")
-
-
-class _State(tf.train.experimental.PythonState):  # type: ignore[misc]
-    """What belongs to the averages and is no tensor; a child of the object graph."""
-
-    def __init__(self) -> None:
-        # Of an averaged tensor, the share that zero still has in it: the product of the decays.
-        self.remaining: dict[str, float] = {}
-        self.steps: dict[str, int] = {}  # updates of the averages that are rounded at random
-        self.swapped = False
-
-    def serialize(self) -> str:
-        """What a checkpoint keeps of it."""
-        if self.swapped:
-            raise StateError(
-                "a checkpoint would hold the weights as the averages: save it outside of swapped()"
-            )
-        return json.dumps({"remaining": self.remaining, "steps": self.steps}, sort_keys=True)
-
-    def deserialize(self, string_value: bytes) -> None:
-        """Take over what a checkpoint has; called by TensorFlow while it restores."""
-        if self.swapped:
-            raise StateError("restore a checkpoint outside of swapped()")
-        try:
-            kept = json.loads(string_value)
-            remaining = {str(k): float(v) for k, v in kept["remaining"].items()}
-            steps = {str(k): int(v) for k, v in kept["steps"].items()}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                f"the checkpoint's record of an average cannot be read: {string_value[:200]!r}"
-            ) from None
-        self.remaining |= remaining
-        self.steps |= steps
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A list of variables as it was given once, and what updates it."""
-
-    given: list[Any]  # kept, so that no other object gets the address of one
-    averages: dict[str, Any]  # by name in the checkpoint, each variable once
-    variables: dict[str, Any]
-    narrow: bool  # one of them is of 16 bits and rounded at random
-    plan: Plan | None = None  # made at the first update: while tracing there is no memory
-
-
-@dataclass(eq=False)
-class _Books:
-    """What TensorFlow's tracking of attributes must not see: it would wrap and save it."""
-
-    names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), as they came
-    entries: dict[Any, _Entry] = field(default_factory=dict)  # by the objects' addresses, and names
-    titles: set[str] = field(default_factory=set)  # averages' names as TensorFlow prints them
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Books:
-        """The books of a copied average, about the copies of the variables."""
-        copies = {deepcopy(ref.deref(), memo).ref(): name for ref, name in self.names.items()}
-        return _Books(copies, titles=set(self.titles))
-
-
-def _inner(obj: Any) -> Any:
-    """The tf.Variable that something is or, as a Keras variable, holds; else None."""
-    if isinstance(obj, tf.Variable):
-        return obj
-    value = getattr(obj, "value", None)
-    return value if isinstance(value, tf.Variable) else None
-
-
-def _called(variable: Any) -> str:
-    return str(variable.name).removesuffix(":0")
-
-
-def _stem(obj: Any) -> tuple[str, list[tuple[str, int]]]:
-    """A variable's name without what depends on other objects, and what to sort its equals by."""
-    if isinstance(obj, tf.Variable):
-        return _called(obj), []
-    path = str(obj.path)
-    found = [(part, _COUNTER.search(part)) for part in path.split("/")]
-    order = [(_COUNTER.sub("", part), int(count[1]) if count else 0) for part, count in found]
-    return _COUNTER.sub("", path), order
-
-
-def _number(source: Any, what: str) -> Any:
-    """A number as a float, a tensor or variable as it is, checked as far as it is known."""
-    variable = _inner(source)
-    if variable is not None:
-        source = variable
-    if not isinstance(source, tf.Variable | tf.Tensor):
-        try:
-            number = float(source)
-        except (TypeError, ValueError):
-            number = math.nan
-        _check(number, what, source)
-        return number
-    real = source.dtype.is_floating or source.dtype.is_integer
-    if source.shape.rank not in (0, None) or not real:
-        raise ArgumentError(
-            f"{what} of shape {source.shape} and dtype {source.dtype.name}: expected a real scalar"
-        )
-    return source
-
-
-def _check(number: float, what: str, given: Any = None) -> None:
-    """Refuse a decay or a number of updates that is none."""
-    highest, words = (1.0, "in [0, 1]") if what == "decay" else (math.inf, "of at least 0")
-    if not 0.0 <= number <= highest or math.isinf(number):
-        shown = number if given is None else given
-        raise ArgumentError(f"{what}={shown!r}: expected a finite number {words}")
 
 
 def _refuse_replicas() -> None:
@@ -245,13 +123,13 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             raise ArgumentError(f"name={name!r}: expected a name for averages")
         Plan({}, {}, rounding=rounding, seed=seed)  # refuses what it would refuse later
         self._title, self._rounding, self._seed = name, rounding, seed
-        self._sources = _Sources(
-            _number(decay, "decay"),
-            None if num_updates is None else _number(num_updates, "num_updates"),
+        self._sources = DecaySource(
+            checked_number(decay, "decay"),
+            None if num_updates is None else checked_number(num_updates, "num_updates"),
         )
         self._zero_debias = bool(zero_debias)
-        self._books = _Books()
-        self._state = _State()
+        self._books = Registry()
+        self._state = State()
         self.shadow: Mapping[str, Any] = {}
 
     @property
@@ -325,8 +203,8 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         """
         average = self.average(var)
         if average is not None:
-            return _called(average)
-        return f"{var if isinstance(var, str) else _called(_inner(var))}/{self._title}"
+            return name_of(average)
+        return f"{var if isinstance(var, str) else name_of(variable_of(var))}/{self._title}"
 
     def variables_to_restore(self, moving_avg_variables: Any = None) -> dict[str, Any]:
         """Variables by the names of their averages, to restore averages in their place.
@@ -335,7 +213,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         averaged variables, if none are given.
         """
         chosen = self._variables() if moving_avg_variables is None else moving_avg_variables
-        return {self.average_name(variable): _inner(variable) for variable in chosen}
+        return {self.average_name(variable): variable_of(variable) for variable in chosen}
 
     def swapped(self, var_list: Any = None) -> RestoringBlock[None]:
         """A block in which variables hold their averages; they come back however it ends.
@@ -366,7 +244,8 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         strangers = [v for v in chosen if self._reference(v) not in self._books.names]
         if strangers:
             raise ArgumentError(
-                "there is no average of\n" + listed(f"{_called(_inner(v))!r}" for v in strangers)
+                "there is no average of\n"
+                + listed(f"{name_of(variable_of(v))!r}" for v in strangers)
             )
         plan = self._plan(self._entry(chosen))
         swap = Swap(Calls(plan.swap_, plan.swap_))
@@ -402,7 +281,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     @staticmethod
     def _listed(var_list: Any) -> list[Any]:
-        single = isinstance(var_list, tf.Tensor | tf.Module) or _inner(var_list) is not None
+        single = isinstance(var_list, tf.Tensor | tf.Module) or variable_of(var_list) is not None
         if single or not isinstance(var_list, Iterable):
             raise BridgeError(
                 f"var_list is a {type(var_list).__qualname__}: expected a list of variables, such "
@@ -412,7 +291,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     @staticmethod
     def _reference(var: Any) -> Any:
-        inner = _inner(var)
+        inner = variable_of(var)
         if inner is None:
             raise BridgeError(
                 f"cannot average a {type(var).__module__}.{type(var).__qualname__}; expected a "
@@ -426,7 +305,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             raise StateError("no variables are averaged yet: call apply() with a list of them")
         return [reference.deref() for reference in self._books.names]
 
-    def _parted(self, var_list: Any) -> tuple[_Entry | None, dict[str, Any]]:
+    def _parted(self, var_list: Any) -> tuple[Entry | None, dict[str, Any]]:
         """The entry of the variables in what apply() was given, and the tensors."""
         if var_list is None:
             return self._entry(self._variables()), {}
@@ -463,7 +342,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
                 f"{average.dtype.name} of shape {average.shape}"
             )
 
-    def _entry(self, given: list[Any], names: list[str] | None = None) -> _Entry:
+    def _entry(self, given: list[Any], names: list[str] | None = None) -> Entry:
         """The entry of a list of variables, looked up by who they are or made."""
         key = (tuple(map(id, given)), names and tuple(names))
         entry = self._books.entries.get(key)
@@ -477,7 +356,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._check_variables([ref.deref() for ref in new])
             self._average(self._named([variables[ref] for ref in new], wanted))
             keys = {self._books.names[ref]: ref.deref() for ref in variables}
-            entry = _Entry(
+            entry = Entry(
                 given,
                 {name: self.shadow[name] for name in keys},
                 keys,
@@ -500,28 +379,28 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         if shared:
             raise BridgeError(
                 "variables of a tf.distribute strategy are not averaged:\n"
-                + listed(f"{_called(v)!r} is a {type(v).__name__}" for v in shared)
+                + listed(f"{name_of(v)!r} is a {type(v).__name__}" for v in shared)
                 + "\nUse tf.train.ExponentialMovingAverage there."
             )
         others = [v for v in variables if v.dtype not in _FLOATS]
         if others:
             raise DTypeError(
                 "expected floats of 16 to 64 bits:\n"
-                + listed(f"{_called(v)!r} is {v.dtype.name}" for v in others)
+                + listed(f"{name_of(v)!r} is {v.dtype.name}" for v in others)
             )
         with tf.init_scope():
             empty = [v for v in variables if not v.is_initialized()]
         if empty:
             raise StateError(
                 "an average starts at the variable's value, and there is none yet:\n"
-                + listed(f"{_called(v)!r}" for v in empty)
+                + listed(f"{name_of(v)!r}" for v in empty)
                 + "\nA function creates its variables when its first call has been traced: create "
                 "them, or call apply(), outside of it first."
             )
 
     def _named(self, given: list[Any], wanted: dict[Any, str]) -> dict[Any, str]:
         """Names for new averages: those wanted, or what variables are called, made unique."""
-        stems = {self._reference(one): _stem(one) for one in given}
+        stems = {self._reference(one): stem_of(one) for one in given}
         taken, names = {*self.shadow, *wanted.values()}, {}
         for reference, (stem, _) in sorted(stems.items(), key=lambda item: item[1][1]):
             name = wanted.get(reference)
@@ -538,7 +417,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         for reference, name in names.items():
             variable = reference.deref()
             with tf.init_scope(), tf.device(variable.device):
-                title = f"{_called(variable)}/{self._title}"
+                title = f"{name_of(variable)}/{self._title}"
                 self._create(name, title, variable.read_value())
             self._books.names[reference] = name
 
@@ -557,7 +436,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     # -- the update --------------------------------------------------------------------------------
 
-    def _plan(self, entry: _Entry) -> Plan:
+    def _plan(self, entry: Entry) -> Plan:
         if entry.plan is None:
             entry.plan = Plan(
                 entry.averages, entry.variables, rounding=self._rounding, seed=self._seed
@@ -573,7 +452,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             plan.lerp_(weight)
             steps.update(dict.fromkeys(names, step + 1))
 
-    def _update(self, plan: Plan, entry: _Entry, decay: float) -> None:
+    def _update(self, plan: Plan, entry: Entry, decay: float) -> None:
         if entry.narrow:
             self._lerp(plan, entry.averages, 1.0 - decay)
         else:
@@ -590,12 +469,12 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._lerp(plan, [name], weight)
             self._state.remaining[name] = remaining
 
-    def _traced(self, entry: _Entry | None, tensors: dict[str, Any]) -> Any:
+    def _traced(self, entry: Entry | None, tensors: dict[str, Any]) -> Any:
         """The update as an operation of the function that is traced."""
         numbers, named = self._sources.symbolic(), [self.shadow[name] for name in tensors]
         averages = [] if entry is None else list(entry.averages.values())
         variables = [] if entry is None else list(entry.variables.values())
-        call = None if entry is None else _Call(entry, self._rounding, self._seed)
+        call = None if entry is None else TracedUpdate(entry, self._rounding, self._seed)
 
         def update(*values: Any) -> None:
             rest = iter(values)
@@ -622,57 +501,3 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             *(variable.handle for variable in (*named, *averages, *variables)),
         ]
         return tf.py_function(update, inputs, [], name=re.sub(r"[^\w.]", "_", self._title))
-
-
-class _Call:
-    """The update of a list of variables by what one traced function reads of them."""
-
-    def __init__(self, entry: _Entry, rounding: str, seed: int) -> None:
-        self._entry, self._lock = entry, threading.Lock()
-        # The plan looks at these whenever it runs. It is made of the variables, and now: of a
-        # tensor it would keep the first, so that its variable moved; and looking at a variable
-        # takes it away from the tensors that were read of it.
-        self._averages, self._variables = dict(entry.averages), dict(entry.variables)
-        with tf.init_scope():
-            self._plan = Plan(self._averages, self._variables, rounding=rounding, seed=seed)
-
-    @contextmanager
-    def on(self, averages: list[Any], variables: list[Any]) -> Iterator[Plan]:
-        """The plan, for as long as it is to run on these tensors."""
-        with self._lock:
-            self._averages.update(zip(self._averages, averages, strict=True))
-            self._variables.update(zip(self._variables, variables, strict=True))
-            try:
-                yield self._plan
-            finally:
-                self._averages |= self._entry.averages
-                self._variables |= self._entry.variables
-
-
-@dataclass(frozen=True, eq=False)
-class _Sources:
-    """Where the decay comes from: numbers, or tensors and variables read at each update."""
-
-    decay: Any
-    num_updates: Any
-
-    def _changing(self) -> dict[str, Any]:
-        sources = {"decay": self.decay, "num_updates": self.num_updates}
-        return {name: one for name, one in sources.items() if not isinstance(one, float | None)}
-
-    def symbolic(self) -> list[Any]:
-        """What has to be evaluated at run time, as scalars in float64."""
-        return [tf.cast(tf.convert_to_tensor(one), tf.float64) for one in self._changing().values()]
-
-    def now(self) -> float:
-        """The decay, with everything read now."""
-        return self.of([float(one.numpy()) for one in self._changing().values()])
-
-    def of(self, values: list[float]) -> float:
-        """The decay, given the values of :meth:`symbolic`."""
-        found = dict(zip(self._changing(), values, strict=True))
-        for name, value in found.items():
-            _check(value, name)
-        decay: float = found.get("decay", self.decay)
-        count = found.get("num_updates", self.num_updates)
-        return decay if count is None else min(decay, (1.0 + count) / (10.0 + count))

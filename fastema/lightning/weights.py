@@ -1,0 +1,195 @@
+"""Moving averages of the weights that a Lightning run trains, with all of fastema's options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from fastema.bridges.registry import is_divided
+from fastema.errors import ArgumentError, StateError
+from fastema.lightning.packages import Callback
+from fastema.rules import Rule
+from fastema.shadow import EMA
+from fastema.shadow.options import checked
+
+__all__ = ["EMACallback"]
+
+AtEnd = Literal["average", "raw"]
+
+
+class EMACallback(Callback):  # type: ignore[misc]
+    """Exponential moving average of the weights that a ``Trainer`` trains.
+
+    ``avg += (1 - decay) * (x - avg)`` after each batch in which an optimizer made a step, ``avg =
+    x`` as training begins. Validation in ``fit`` sees the average: it changes places with the
+    weights, bit for bit, and they come back also if validation fails. The average is part of each
+    checkpoint, and ``fit(ckpt_path=...)`` continues to the bit.
+
+    Parameters
+    ----------
+    decay : float or rule, or a sequence of them
+        Weight of the old average, in [0, 1); see :class:`fastema.EMA`. Several give several
+        averages, updated in one pass.
+    evaluate_with_average : bool
+        Whether validation in ``fit`` sees the average (default True).
+    at_end : {"average", "raw"}
+        What the model holds when ``fit`` returns, and so in ``test`` and ``predict``.
+    which : int, optional
+        With several averages, the one to evaluate and to leave in the model.
+    **options
+        ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``zero_debias``,
+        ``frozen``, ``buffers``, ``policy`` and the others of :class:`fastema.EMA`.
+
+    Raises
+    ------
+    ArgumentError
+        For an invalid argument; as ``fit`` begins, for weights that are sharded (FSDP, tensor
+        parallel): see docs/sharded.md.
+    StateError
+        If the trainer has several of these callbacks, or a step is made while the average is in
+        the model.
+
+    Notes
+    -----
+    **Checkpoints** hold the weights in training under ``"state_dict"``, and the state of the
+    average under ``"callbacks"``. To use the average of one elsewhere::
+
+        ema = fastema.EMA(module)
+        ema.load_state_dict(checkpoint["callbacks"]["fastema.lightning.EMACallback"]["ema"])
+        ema.copy_to(module)
+
+    **Steps.** With several optimizers, or several steps in one batch of manual optimization, the
+    average is updated once per batch; batches of an accumulation in which no step is made do not
+    count.
+
+    Lightning's own callbacks, with their checkpoints, are :mod:`fastema.compat.lightning`.
+
+    Examples
+    --------
+    >>> from fastema import rules
+    >>> callback = EMACallback(rules.warmup(0.999), shadow_dtype="float32")
+    """
+
+    def __init__(
+        self,
+        decay: float | Rule | Sequence[float | Rule] = 0.999,
+        *,
+        evaluate_with_average: bool = True,
+        at_end: AtEnd = "average",
+        which: int | None = None,
+        zero_debias: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
+        # Refuses what it would refuse as training begins, but for what a GPU is needed to say.
+        tried = {**options, "capturable": False}
+        count = len(EMA([torch.zeros(1)], decay, zero_debias=zero_debias, **tried).shadows)
+        if which not in range(-count, count) and (which is not None or count > 1):
+            raise ArgumentError(
+                f"which={which!r}: expected a number from 0 to {count - 1}, the one of the averages "
+                f"with decay={decay!r} to evaluate and to leave in the model"
+            )
+        self.evaluate_with_average = evaluate_with_average
+        self._decay, self._options = decay, {"zero_debias": zero_debias, **options}
+        self._which = which
+        self._ema: EMA | None = None
+        self._saved: dict[str, Any] | None = None  # of a checkpoint, until training begins
+        self._last_step = 0
+
+    @property
+    def ema(self) -> EMA:
+        """The average, once training has begun; a StateError before."""
+        if self._ema is None:
+            raise StateError("there is no average yet: it begins as trainer.fit() does")
+        return self._ema
+
+    # -- Lightning's hooks -------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint."""
+        return "fastema.lightning.EMACallback"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Drop the average of an earlier ``fit``; a checkpoint is loaded after this."""
+        if stage != "fit":
+            return
+        if sum(isinstance(one, EMACallback) for one in trainer.callbacks) > 1:
+            raise StateError(
+                "the trainer has several EMACallbacks: for several averages give one callback "
+                "several decays, decay=(0.99, 0.999)"
+            )
+        self._ema = self._saved = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin the average, or continue that of a checkpoint."""
+        if any(map(is_divided, pl_module.parameters())):
+            raise ArgumentError(
+                "EMACallback saves whole weights, and those of this model are sharded (FSDP, "
+                "tensor parallel): keep fastema.EMA(pl_module) in a callback of your own "
+                "(docs/sharded.md)"
+            )
+        ema = EMA(pl_module, self._decay, **self._options)
+        if self._saved is not None:
+            ema.load_state_dict(self._saved)
+        self._ema, self._saved, self._last_step = ema, None, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average, if an optimizer made a step."""
+        if trainer.global_step > self._last_step:
+            self.ema.update()
+            self._last_step = trainer.global_step
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put the average into the model."""
+        if self._ema is not None and self.evaluate_with_average and trainer.state.fn == "fit":
+            self._ema.apply_shadow(which=self._which)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the model its weights back."""
+        self._restore()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the model its weights back, wherever the exception came from."""
+        self._restore()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the average in the model, if the run came to its end and ``at_end`` asks for it."""
+        self._restore()
+        finished = stage == "fit" and trainer.state.status == "running"
+        if finished and self._ema is not None and self.at_end == "average":
+            # Lightning has moved the module to the host by now.
+            pl_module.load_state_dict(self._ema.model_state_dict(which=self._which), strict=False)
+
+    def _restore(self) -> None:
+        if self._ema is not None and self._ema.applied:
+            self._ema.restore()
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the average; empty before training."""
+        return {} if self._ema is None else {"ema": self._ema.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of the average until training begins."""
+        self._saved = state_dict.get("ema")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save the weights in training, also in validation, where the model holds the average."""
+        if self._ema is None or not self._ema.applied:
+            return
+        self._ema.restore()
+        try:
+            weights = trainer.strategy.lightning_module_state_dict()
+            checkpoint["state_dict"] = {
+                name: one.clone() if isinstance(one, torch.Tensor) else one
+                for name, one in weights.items()
+            }
+        finally:
+            self._ema.apply_shadow(which=self._which)
