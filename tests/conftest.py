@@ -30,6 +30,7 @@ from fastema.layout.spec import TensorSpec
 
 from .matrix import reduced
 from .peak import overall_peak
+from .support.requirements import missing_packages
 
 # The first example of a kernel may take as long as compiling it. Where a change is judged, it is
 # judged by the same examples each time; new ones are for those who can look into them.
@@ -126,13 +127,30 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the peaks."""
+    """Print the peaks, and which files were left out."""
+    for path, missing in sorted(LACKING.items()):
+        terminalreporter.write_line(f"not collected: {path}, which needs {', '.join(missing)}")
     peaks = ", ".join(f"{name} {peak:,} MB" for name, peak in sorted(PEAKS.items()))
     terminalreporter.write_line(f"peak memory: {peaks}")
 
 
+LACKING: dict[str, tuple[str, ...]] = {}
+"""Files that are not collected, and the packages that they need."""
+
+
+def _lacks_packages(path: Path) -> bool:
+    if path.suffix != ".py" or not (missing := missing_packages(path)):
+        return False
+    if "CI" in os.environ:
+        pytest.exit(f"{path} needs {', '.join(missing)}: not installed", 1)
+    LACKING[path.relative_to(Path(__file__).parent).as_posix()] = missing
+    return True
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out files without tests that are asked for: what they import takes memory and time."""
+    if _lacks_packages(collection_path):
+        return True
     wanted = config.option.markexpr
     if "not tensorflow" in wanted and "tensorflow" in collection_path.name:
         return True

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import torch
 
-from .needed import modules
 from .support import reference
-
-modules("torch", "ml_dtypes")
-
-import ml_dtypes  # noqa: E402
-import torch  # noqa: E402
 
 SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (129,)}
 CODES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

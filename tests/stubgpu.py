@@ -16,8 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numba import types
 
+from fastema.bridges import torch as bridge
+from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import CLOCK, Cubin, Key
@@ -27,11 +30,6 @@ from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
 from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
-
-torch = pytest.importorskip("torch")
-
-from fastema.bridges import torch as bridge  # noqa: E402
-from fastema.bridges.torch_foreach import substitute  # noqa: E402
 
 THREADS = 7
 """Few and odd, so that every thread has vectors, elements of the tail, or neither."""

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "bench" / "accuracy.py").exists():
-    pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
-torch = pytest.importorskip("torch")
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-import fastema  # noqa: E402
-from bench import accuracy, peers  # noqa: E402
+import fastema
+from bench import accuracy, peers
 
 pytestmark = pytest.mark.torch
 

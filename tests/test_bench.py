@@ -8,14 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "bench" / "cases.py").exists():
-    pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
-torch = pytest.importorskip("torch")
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-from bench import (  # noqa: E402
+from bench import (
     cases,
     clock,
     jobs,
@@ -27,7 +22,9 @@ from bench import (  # noqa: E402
     swaps,
     verify,
 )
-from bench.flatmodule import DTYPES, build, randomise_  # noqa: E402
+from bench.flatmodule import DTYPES, build, randomise_
+
+ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.torch
 

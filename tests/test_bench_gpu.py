@@ -12,14 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "bench" / "gpu.py").exists():
-    pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
-torch = pytest.importorskip("torch")
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-from bench import (  # noqa: E402
+from bench import (
     gpu,
     gpu_cases,
     gpu_clock,
@@ -28,10 +23,12 @@ from bench import (  # noqa: E402
     gpu_report,
     models,
 )
-from bench.flatmodule import DTYPES  # noqa: E402
-from bench.peers import OURS, Peer, Running  # noqa: E402
+from bench.flatmodule import DTYPES
+from bench.peers import OURS, Peer, Running
 
-from .needed import modules, needed  # noqa: E402
+from .support.requirements import require, require_packages
+
+ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.torch
 
@@ -452,8 +449,8 @@ def test_the_report_needs_no_torch() -> None:
 @pytest.mark.slow
 def test_the_host_time_of_an_update(tmp_path: Path) -> None:
     """Against a driver that does nothing: one launch, and the question which context is current."""
-    modules("cuda.bindings.driver")
-    needed(shutil.which("cc") is not None, "a C compiler")
+    require_packages("cuda.bindings.driver")
+    require(shutil.which("cc") is not None, "a C compiler")
     command = [sys.executable, "-m", "bench.launch", "--quick", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     rows = json.loads((tmp_path / "launch-quick.json").read_text())["rows"]

@@ -14,13 +14,12 @@ import pytest
 import fastema
 from fastema.tracking import logs
 
-from .needed import modules
+NEEDS = ("keras", "matplotlib", "sklearn", "tensorboard")
+
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 if not EXAMPLES.exists():
     pytest.skip("examples/ belongs to a checkout, not to an install", allow_module_level=True)
-modules("keras", "matplotlib", "sklearn", "tensorboard")
-
 IMAGES = 1797
 
 

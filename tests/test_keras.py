@@ -6,20 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from keras.src.utils import module_utils
 
-from .keras_backends import BACKENDS, run
-from .needed import modules
-
-modules("keras", "safetensors")
-
-from keras.src.utils import module_utils  # noqa: E402
-
-from .compat.keras_swap_cases import (  # noqa: E402
+from .compat.keras_swap_cases import (
     models_are_given_back,  # noqa: F401
     test_evaluate_and_predict_by_hand,  # noqa: F401
     test_validation_runs_with_the_average_and_every_bit_comes_back,  # noqa: F401
 )
-from .keras_cases import (  # noqa: E402
+from .keras_backends import BACKENDS, run
+from .keras_cases import (
     pytestmark,  # noqa: F401
     test_average_is_the_recursion_over_all_steps,  # noqa: F401
     test_evaluate_and_predict_with_the_average_and_every_bit_comes_back,  # noqa: F401
@@ -27,11 +22,14 @@ from .keras_cases import (  # noqa: E402
     test_swap_on_epoch_shows_the_average_to_later_callbacks,  # noqa: F401
     test_validation_runs_with_the_average,  # noqa: F401
 )
-from .keras_loss_cases import (  # noqa: E402
+from .keras_loss_cases import (
     test_keras_values_stay_the_same_to_the_bit,  # noqa: F401
     test_logs_of_batches_and_epochs,  # noqa: F401
     test_raw_is_the_batchs_own_loss,  # noqa: F401
 )
+from .support.requirements import require_packages
+
+NEEDS = ("safetensors",)
 
 
 @pytest.fixture(autouse=True)
@@ -44,5 +42,5 @@ def _no_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_cases(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    modules(backend)
+    require_packages(backend)
     run(backend, tmp_path, *["--full"] * request.config.option.full).judge()

@@ -7,28 +7,28 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
-
-from .needed import modules
-from .smoothing import assert_close, ema, sma
-
-modules("lightning", "tensorboard")
-
-import lightning.pytorch as pl  # noqa: E402
-import torch  # noqa: E402
-from lightning.pytorch.callbacks import (  # noqa: E402
+import torch
+from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     ModelCheckpoint,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader, TensorDataset
 
-import fastema.lightning  # noqa: E402
-from fastema.errors import ArgumentError  # noqa: E402
-from fastema.lightning import LossAverages  # noqa: E402
+import fastema.lightning
+from fastema.errors import ArgumentError
+from fastema.lightning import LossAverages
+
+from .smoothing import assert_close, ema, sma
+from .support.requirements import require_packages
+
+NEEDS = ("tensorboard",)
+
 
 pytestmark = [
     pytest.mark.torch,
@@ -490,7 +490,7 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 @pytest.mark.slow
 @pytest.mark.full
 def test_it_is_a_callback_of_both_packages(python: Any) -> None:
-    modules("pytorch_lightning")
+    require_packages("pytorch_lightning")
     script = """
         import warnings
         warnings.simplefilter("ignore")

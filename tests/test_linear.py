@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastema
 from fastema.errors import LayoutError
@@ -16,8 +17,6 @@ from fastema.layout.group import refuse_overlap
 from fastema.layout.spec import TensorSpec
 
 from .work import grows_linearly, lines_of
-
-torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.torch
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,15 +17,11 @@ import fastema
 from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError, LayoutError
 
 from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
-from .needed import modules
 from .shadow.truth import Loop
 from .support import reference
 
-modules("jax", "torch", "ml_dtypes")
+NEEDS = ("ml_dtypes",)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import torch  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

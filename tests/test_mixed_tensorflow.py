@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,13 +16,10 @@ import fastema
 from fastema.errors import BridgeError, FastemaError, LayoutError
 
 from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, to_torch
-from .needed import modules
 from .shadow.truth import Loop
 
-modules("tensorflow", "jax", "torch", "ml_dtypes")
+NEEDS = ("torch", "ml_dtypes")
 
-import jax.numpy as jnp  # noqa: E402
-import tensorflow as tf  # noqa: E402
 
 pytestmark = pytest.mark.tensorflow
 

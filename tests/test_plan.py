@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastema
 from fastema import plan as plan_module
@@ -19,7 +20,6 @@ from fastema.errors import ArgumentError, DTypeError, FastemaError
 
 from .support import reference
 
-torch = pytest.importorskip("torch")
 nn = torch.nn
 
 pytestmark = pytest.mark.torch

@@ -19,7 +19,8 @@ from fastema.rules.posthoc import PowerProfile
 
 from .damage import damaged_header, header_of, with_header
 
-pytest.importorskip("safetensors")
+NEEDS = ("safetensors",)
+
 
 STEPS, EVERY = 600, 50
 WIDTHS = (0.05, 0.10)

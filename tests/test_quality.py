@@ -5,22 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "bench" / "quality.py").exists():
-    pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
-torch = pytest.importorskip("torch")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
+from bench import quality, report
 
-from bench import quality, report  # noqa: E402
+NEEDS = ("matplotlib", "sklearn")
+
 
 pytestmark = pytest.mark.torch
 

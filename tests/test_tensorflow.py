@@ -13,15 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from .conftest import ROOT
-from .needed import modules
-
-modules("tensorflow", "keras")
-
-import tensorflow as tf  # noqa: E402
-
-from fastema.errors import (  # noqa: E402
+from fastema.errors import (
     ArgumentError,
     BridgeError,
     CheckpointError,
@@ -29,11 +23,15 @@ from fastema.errors import (  # noqa: E402
     LayoutError,
     StateError,
 )
-from fastema.plan import Plan  # noqa: E402
-from fastema.tensorflow import ExponentialMovingAverage  # noqa: E402
+from fastema.plan import Plan
+from fastema.tensorflow import ExponentialMovingAverage
 
-from .support import reference  # noqa: E402
-from .support.tolerance import unit_roundoff  # noqa: E402
+from .conftest import ROOT
+from .support import reference
+from .support.tolerance import unit_roundoff
+
+NEEDS = ("keras",)
+
 
 pytestmark = pytest.mark.tensorflow
 

@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import swa_utils
 
-torch = pytest.importorskip("torch")
-
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.optim import swa_utils  # noqa: E402
-
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError, BridgeError  # noqa: E402
-from fastema.torch import update_bn  # noqa: E402
+import fastema
+from fastema.errors import ArgumentError, BridgeError
+from fastema.torch import update_bn
 
 pytestmark = pytest.mark.torch
 

@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
-from .needed import modules
+from fastema.errors import ArgumentError
+from fastema.transformers import LossAverages
+
 from .smoothing import assert_close, ema, sma
 
-modules("transformers", "accelerate", "tensorboard")
+NEEDS = ("accelerate", "tensorboard")
 
-import torch  # noqa: E402
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
-from transformers.integrations import TensorBoardCallback  # noqa: E402
-
-from fastema.errors import ArgumentError  # noqa: E402
-from fastema.transformers import LossAverages  # noqa: E402
 
 pytestmark = [
     pytest.mark.torch,

@@ -39,8 +39,8 @@ class EMACallback(Callback):  # type: ignore[misc]
     which : int, optional
         With several averages, the one to evaluate and to leave in the model.
     **options
-        ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``zero_debias``,
-        ``frozen``, ``buffers``, ``policy`` and the others of :class:`fastema.EMA`.
+        ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``frozen``,
+        ``zero_debias``, ``buffers``, ``policy`` and the others of :class:`fastema.EMA`.
 
     Raises
     ------
@@ -89,8 +89,8 @@ class EMACallback(Callback):  # type: ignore[misc]
         count = len(EMA([torch.zeros(1)], decay, zero_debias=zero_debias, **tried).shadows)
         if which not in range(-count, count) and (which is not None or count > 1):
             raise ArgumentError(
-                f"which={which!r}: expected a number from 0 to {count - 1}, the one of the averages "
-                f"with decay={decay!r} to evaluate and to leave in the model"
+                f"which={which!r}: expected a number from 0 to {count - 1}: which average "
+                f"of decay={decay!r} to evaluate and to leave in the model"
             )
         self.evaluate_with_average = evaluate_with_average
         self._decay, self._options = decay, {"zero_debias": zero_debias, **options}

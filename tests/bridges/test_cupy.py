@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,15 +15,12 @@ from fastema.bridges import registry
 from fastema.errors import BridgeError, DeviceError, DTypeError, LayoutError, StateError
 from fastema.layout.dtypes import NAMES
 
-from ..needed import modules
+from ..shadow.truth import Loop
+from ..stubcupy import Device, Stream, array, cupy, ndarray
+from ..stubgpu import StubDriver
 
-modules("torch", "ml_dtypes")
+NEEDS = ("torch",)
 
-import ml_dtypes  # noqa: E402
-
-from ..shadow.truth import Loop  # noqa: E402
-from ..stubcupy import Device, Stream, array, cupy, ndarray  # noqa: E402
-from ..stubgpu import StubDriver  # noqa: E402
 
 __all__ = ["cupy"]
 

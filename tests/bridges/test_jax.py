@@ -12,28 +12,22 @@ from functools import partial
 from itertools import permutations
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastema.bridges import jax as bridge
 from fastema.bridges import registry
 from fastema.bridges.moving import Locator
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-from ..needed import modules
-
-modules("jax", "ml_dtypes")
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import ml_dtypes  # noqa: E402
-
-from fastema.bridges import jax as bridge  # noqa: E402
-
-from ..jax_layouts import in_order  # noqa: E402
+from ..jax_layouts import in_order
 
 CPU = jax.devices("cpu")[0]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,)]

@@ -14,22 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
 import fastema
+from fastema.bridges import keras as bridge
 from fastema.bridges import registry
 from fastema.errors import BridgeError, LayoutError, StateError
 
 from ..conftest import ROOT
-from ..needed import modules
 from ..shadow.truth import Loop
-
-modules("keras")
-
-import keras  # noqa: E402
-
-from fastema.bridges import keras as bridge  # noqa: E402
+from ..support.requirements import require_packages
 
 # Keras' own ways to make arrays of NumPy, old ones.
 pytestmark = pytest.mark.filterwarnings(
@@ -53,7 +49,7 @@ COPIED = set(NAMES[-2:])
 def test_on_another_backend(backend: str, tmp_path: Path) -> None:
     if backend == BACKEND:
         return  # the cases run here
-    modules(backend)
+    require_packages(backend)
     environment = {
         **os.environ,
         "KERAS_BACKEND": backend,

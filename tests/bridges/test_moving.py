@@ -8,22 +8,17 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.bridges.moving import Locator, finder_of, moves
 from fastema.bridges.registry import describe, leaves_of
 from fastema.errors import ArgumentError, BridgeError
-
-from ..needed import modules
-
-modules("jax", "torch")
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import torch  # noqa: E402
 
 Point = namedtuple("Point", ["x", "y"])
 

@@ -6,25 +6,19 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
 from fastema.bridges import registry
+from fastema.bridges import tensorflow as bridge
 from fastema.bridges.moving import Locator
 from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError
 from fastema.layout.dtypes import NAMES
-
-from ..needed import modules
-
-modules("tensorflow", "ml_dtypes")
-
-import ml_dtypes  # noqa: E402
-import tensorflow as tf  # noqa: E402
-
-from fastema.bridges import tensorflow as bridge  # noqa: E402
 
 pytestmark = pytest.mark.tensorflow
 

@@ -3,13 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from fastema.bridges import torch as bridge
 from fastema.engine.watch import watch
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import DTYPES
 
-torch = pytest.importorskip("torch")
-bridge = pytest.importorskip("fastema.bridges.torch")
 nn = torch.nn
 
 pytestmark = pytest.mark.torch

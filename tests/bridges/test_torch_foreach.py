@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from fastema.bridges import torch as bridge
+from fastema.bridges import torch_foreach as foreach
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
@@ -21,10 +24,6 @@ from fastema.layout.group import Pair
 
 from ..support import reference
 from ..support.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
-
-torch = pytest.importorskip("torch")
-bridge = pytest.importorskip("fastema.bridges.torch")
-foreach = pytest.importorskip("fastema.bridges.torch_foreach")
 
 pytestmark = pytest.mark.torch
 

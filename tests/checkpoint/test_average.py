@@ -12,7 +12,8 @@ from fastema.bridges.registry import describe
 from fastema.checkpoint import average, files
 from fastema.layout.dtypes import dtype
 
-pytest.importorskip("safetensors")
+NEEDS = ("safetensors",)
+
 
 SHAPES = {"a": (3, 5), "b": (40_000,), "none": (0, 3), "c": (), "d": (17, 1_000), "e": (1,)}
 

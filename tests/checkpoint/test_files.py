@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from fastema.bridges.registry import describe
 from fastema.checkpoint import files
 from fastema.errors import CheckpointError, StorageError
 
 from ..damage import damaged_header, header_of, with_header
-
-safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 
 def some_arrays(seed: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from fastema.errors import CheckpointError
 
 from ..damage import damaged_header, header_of, with_header
 
-pytest.importorskip("safetensors")
+NEEDS = ("safetensors",)
 
 
 def average(seed: int, **options: Any) -> fastema.EMA:

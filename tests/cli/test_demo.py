@@ -8,16 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastema.cli import demo, main
+from fastema.cli.demo import data, models, picture, speed, summary, train
+from fastema.cli.demo.choices import Recipe
+from fastema.cli.demo.train import Evaluation, History, Score, Times
 
-torch = pytest.importorskip("torch")
-for _needed in ("sklearn", "matplotlib", "rich"):
-    pytest.importorskip(_needed)
-
-from fastema.cli.demo import data, models, picture, speed, summary, train  # noqa: E402
-from fastema.cli.demo.choices import Recipe  # noqa: E402
-from fastema.cli.demo.train import Evaluation, History, Score, Times  # noqa: E402
+NEEDS = ("matplotlib", "rich", "sklearn")
 
 pytestmark = pytest.mark.torch
 

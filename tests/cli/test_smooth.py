@@ -21,7 +21,7 @@ import fastema
 from fastema.cli import main
 from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
 
-from ..needed import modules
+from ..support.requirements import require_packages
 
 ROOT = str(Path(fastema.__file__).parents[1])
 
@@ -181,7 +181,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_event_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    modules("tensorboard")
+    require_packages("tensorboard")
     from fastema.tracking import TensorBoardWriter
 
     values = np.random.default_rng(0).normal(size=50).astype(np.float32).tolist()
@@ -227,7 +227,7 @@ def test_smoothing_what_was_smoothed(
 def test_a_picture(
     suffix: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    modules("matplotlib")
+    require_packages("matplotlib")
     picture = tmp_path / f"out.{suffix}"
     picture.write_text("an older one")
     assert smooth(path, "--plot", picture) == 0
@@ -240,7 +240,7 @@ def test_a_picture(
 
 
 def test_the_picture_shows_the_columns(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules("matplotlib")
+    require_packages("matplotlib")
     from fastema.tracking.plots import picture
 
     seen: list[Any] = []

@@ -7,12 +7,10 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-from ..needed import modules
+import torch
+from torch import nn
 
-modules("torch", "ema_pytorch")
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+NEEDS = ("ema_pytorch",)
 
 
 class Network(nn.Module):

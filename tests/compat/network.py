@@ -6,14 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from ..needed import modules
 from ..shadow.truth import Loop, arithmetic_of
-
-modules("torch")
-
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
 
 CODES = {
     torch.float64: "f64",

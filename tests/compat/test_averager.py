@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastema.binding.binding import Binding
 from fastema.compat.averager import ModelAverager
 from fastema.errors import ArgumentError, LayoutError, StateError
 
-torch = pytest.importorskip("torch")
 nn = torch.nn
 
 pytestmark = pytest.mark.torch

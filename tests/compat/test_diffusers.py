@@ -16,24 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel as Theirs
+from torch import nn
 
 from fastema.binding.binding import Binding
+from fastema.compat.diffusers import EMAModel as Ours
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
 
-from ..needed import modules
-
-modules("torch", "diffusers", "accelerate")
-
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from diffusers import UNet2DModel  # noqa: E402
-from diffusers.training_utils import EMAModel as Theirs  # noqa: E402
-from torch import nn  # noqa: E402
-
-from fastema.compat.diffusers import EMAModel as Ours  # noqa: E402
-
-from .network import CODES, array, numbers  # noqa: E402
-from .parameter_lists import Parameters, Truth, parameters, same, trained, values  # noqa: E402
+from .network import CODES, array, numbers
+from .parameter_lists import Parameters, Truth, parameters, same, trained, values
 
 pytestmark = pytest.mark.torch
 

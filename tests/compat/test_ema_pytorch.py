@@ -7,21 +7,16 @@ import math
 import signal
 from typing import Any
 
+import ema_pytorch as theirs
 import numpy as np
 import pytest
 
-from ..needed import modules
+from fastema.compat import ema_pytorch as ours
+from fastema.compat.ema_pytorch import model as shared
+from fastema.compat.interface import differences
+from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError
 
-modules("torch", "ema_pytorch")
-
-import ema_pytorch as theirs  # noqa: E402
-
-from fastema.compat import ema_pytorch as ours  # noqa: E402
-from fastema.compat.ema_pytorch import model as shared  # noqa: E402
-from fastema.compat.interface import differences  # noqa: E402
-from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError  # noqa: E402
-
-from .ema_pytorch_case import (  # noqa: E402
+from .ema_pytorch_case import (
     Network,
     assert_close,
     assert_same,
@@ -33,6 +28,9 @@ from .ema_pytorch_case import (  # noqa: E402
     twins,
     values,
 )
+
+NEEDS = ("torch",)
+
 
 pytestmark = pytest.mark.torch
 

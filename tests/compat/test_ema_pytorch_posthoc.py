@@ -7,22 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import ema_pytorch as theirs
 import numpy as np
 import pytest
+from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
 
-from ..needed import modules
+from fastema.compat import ema_pytorch as ours
+from fastema.compat.ema_pytorch import snapshots
+from fastema.compat.interface import differences
+from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
-modules("torch", "ema_pytorch")
-
-import ema_pytorch as theirs  # noqa: E402
-from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma  # noqa: E402
-
-from fastema.compat import ema_pytorch as ours  # noqa: E402
-from fastema.compat.ema_pytorch import snapshots  # noqa: E402
-from fastema.compat.interface import differences  # noqa: E402
-from fastema.errors import ArgumentError, CheckpointError, LayoutError  # noqa: E402
-
-from .ema_pytorch_case import (  # noqa: E402
+from .ema_pytorch_case import (
     Network,
     assert_close,
     assert_same,
@@ -34,6 +29,9 @@ from .ema_pytorch_case import (  # noqa: E402
     twins,
     values,
 )
+
+NEEDS = ("torch",)
+
 
 pytestmark = pytest.mark.torch
 

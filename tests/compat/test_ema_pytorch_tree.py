@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import ema_pytorch as theirs
 import pytest
 
-from ..needed import modules
+from fastema.compat import ema_pytorch as ours
+from fastema.compat.interface import differences
+from fastema.errors import ArgumentError, BridgeError, LayoutError
 
-modules("torch", "ema_pytorch")
+from .ema_pytorch_case import copies, nn, torch
 
-import ema_pytorch as theirs  # noqa: E402
+NEEDS = ("torch",)
 
-from fastema.compat import ema_pytorch as ours  # noqa: E402
-from fastema.compat.interface import differences  # noqa: E402
-from fastema.errors import ArgumentError, BridgeError, LayoutError  # noqa: E402
-
-from .ema_pytorch_case import copies, nn, torch  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

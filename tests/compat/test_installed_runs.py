@@ -13,16 +13,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import fastema
 from fastema.errors import ArgumentError
 
-from ..needed import modules
+NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
 
-modules("torch", "diffusers", "ema_pytorch", "timm", "torch_ema")
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

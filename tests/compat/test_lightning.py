@@ -9,24 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import weight_averaging as peer
+from torch.optim import swa_utils
+from torch.utils.data import DataLoader, TensorDataset
 
-from ..needed import modules
+import fastema
+import fastema.compat.swa_utils
+from fastema.compat import lightning as ours
+from fastema.compat.peer_horizon import lightning as same
+from fastema.errors import ArgumentError, LayoutError, StateError
 
-modules("lightning")
-
-import lightning.pytorch as pl  # noqa: E402
-import torch  # noqa: E402
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
-from lightning.pytorch.callbacks import weight_averaging as peer  # noqa: E402
-from torch.optim import swa_utils  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
-
-import fastema  # noqa: E402
-import fastema.compat.swa_utils  # noqa: E402
-from fastema.compat import lightning as ours  # noqa: E402
-from fastema.compat.peer_horizon import lightning as same  # noqa: E402
-from fastema.errors import ArgumentError, LayoutError, StateError  # noqa: E402
+from ..support.requirements import require_packages
 
 pytestmark = [
     pytest.mark.torch,
@@ -1064,7 +1061,7 @@ def test_two_processes_keep_one_average(python: Any) -> None:
 
 @pytest.mark.slow
 def test_it_works_with_both_packages(python: Any) -> None:
-    modules("pytorch_lightning")
+    require_packages("pytorch_lightning")
     script = """
         import warnings
         warnings.simplefilter("ignore")

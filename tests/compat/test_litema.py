@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from fastema.compat.litema import LitEma, ema_weights, with_ema_weights
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
 
-torch = pytest.importorskip("torch")
 nn = torch.nn
-
-from fastema.compat.litema import LitEma, ema_weights, with_ema_weights  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

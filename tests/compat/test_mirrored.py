@@ -6,10 +6,9 @@ import copy
 import pickle
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from fastema.compat.mirrored import Mirrored  # noqa: E402
+from fastema.compat.mirrored import Mirrored
 
 pytestmark = pytest.mark.torch
 

@@ -7,21 +7,16 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from fastema.compat import optax as ours
 from fastema.errors import ArgumentError
 
 from ..conftest import ROOT
-from ..needed import modules
-
-modules("jax", "optax")
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-
-from fastema.compat import optax as ours  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16")
 BOUND = {"float64": 1e-14, "float32": 4e-7, "bfloat16": 2.0**-7, "float16": 2.0**-10}

@@ -19,7 +19,7 @@ import fastema
 from fastema.compat import replacing
 from fastema.errors import ArgumentError, PeerError
 
-from ..needed import needed
+from ..support.requirements import require
 
 
 class Ema:
@@ -305,7 +305,7 @@ def scripts() -> dict[str, Any]:
 @pytest.mark.parametrize("peer", sorted(REAL))
 def test_a_script_of_each_peer(peer: str, scripts: dict[str, Any]) -> None:
     package = package_in(REAL[peer])
-    needed(find_spec(package), package)
+    require(find_spec(package), package)
     shown = scripts[peer]
     assert isinstance(shown, dict), shown
     for when in ("late", "early"):

@@ -11,23 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import swa_utils as theirs
 
+from fastema.compat import swa_utils as ours
+from fastema.compat.interface import differences
 from fastema.errors import ArgumentError, FastemaError, LayoutError
+from fastema.torch import update_bn
 
-from ..needed import modules
-
-modules("torch")
-
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
-from torch.optim import swa_utils as theirs  # noqa: E402
-
-from fastema.compat import swa_utils as ours  # noqa: E402
-from fastema.compat.interface import differences  # noqa: E402
-from fastema.torch import update_bn  # noqa: E402
-
-from .network import Network, Truth, bits, is_float, is_parameter, numbers, tensors, trained  # noqa: E402
+from .network import Network, Truth, bits, is_float, is_parameter, numbers, tensors, trained
 
 pytestmark = pytest.mark.torch
 

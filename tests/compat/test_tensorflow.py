@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from ..needed import modules
-
-modules("tensorflow")
-
-import tensorflow as tf  # noqa: E402
-
-from fastema.compat.tensorflow import ExponentialMovingAverage  # noqa: E402
+from fastema.compat.tensorflow import ExponentialMovingAverage
 
 pytestmark = pytest.mark.tensorflow
 

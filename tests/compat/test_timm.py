@@ -19,22 +19,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from fastema.compat import timm as ours
+from fastema.compat.interface import differences
 from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
-from ..needed import modules
+from .network import Network, Truth, bits, is_float, is_parameter, numbers, tensors, trained
 
-modules("torch", "timm")
+NEEDS = ("timm",)
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from fastema.compat import timm as ours  # noqa: E402
-from fastema.compat.interface import differences  # noqa: E402
-
-from .network import Network, Truth, bits, is_float, is_parameter, numbers, tensors, trained  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

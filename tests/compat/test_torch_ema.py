@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch_ema
+from torch import nn
 
+from fastema.compat.torch_ema import ExponentialMovingAverage as Ours
 from fastema.errors import (
     ArgumentError,
     BridgeError,
@@ -24,18 +28,8 @@ from fastema.errors import (
     StateError,
 )
 
-from ..needed import modules
-
-modules("torch", "torch_ema")
-
-import torch  # noqa: E402
-import torch_ema  # noqa: E402
-from torch import nn  # noqa: E402
-
-from fastema.compat.torch_ema import ExponentialMovingAverage as Ours  # noqa: E402
-
-from .network import array, numbers  # noqa: E402
-from .parameter_lists import Parameters, Truth, parameters, same, trained, values  # noqa: E402
+from .network import array, numbers
+from .parameter_lists import Parameters, Truth, parameters, same, trained, values
 
 Theirs = torch_ema.ExponentialMovingAverage
 

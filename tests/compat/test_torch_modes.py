@@ -10,16 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from ..needed import modules
-
-modules("torch")
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-import fastema  # noqa: E402
-from fastema.compat import (  # noqa: E402
+import fastema
+from fastema.compat import (
     composer,
     ema_pytorch,
     litema,
@@ -28,9 +23,9 @@ from fastema.compat import (  # noqa: E402
     timm,
     ultralytics,
 )
-from fastema.compat.diffusers import EMAModel  # noqa: E402
-from fastema.compat.torch_ema import ExponentialMovingAverage  # noqa: E402
-from fastema.errors import ArgumentError  # noqa: E402
+from fastema.compat.diffusers import EMAModel
+from fastema.compat.torch_ema import ExponentialMovingAverage
+from fastema.errors import ArgumentError
 
 pytestmark = pytest.mark.torch
 

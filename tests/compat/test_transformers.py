@@ -18,14 +18,9 @@ from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
-
-from ..needed import modules
-
-modules("transformers", "accelerate", "safetensors")
-
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     GPT2Config,
@@ -38,10 +33,13 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 
-import fastema.transformers  # noqa: E402
-from fastema.checkpoint import files, load_state  # noqa: E402
-from fastema.errors import ArgumentError, CheckpointError, StateError  # noqa: E402
-from fastema.transformers import EMACallback  # noqa: E402
+import fastema.transformers
+from fastema.checkpoint import files, load_state
+from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.transformers import EMACallback
+
+NEEDS = ("accelerate",)
+
 
 pytestmark = [
     pytest.mark.torch,

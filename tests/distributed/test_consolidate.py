@@ -13,23 +13,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+import fastema
+from fastema.checkpoint.files import Stored
+from fastema.distributed import consolidate, dcp
+from fastema.distributed.folder import Block, begin, pieces, plan, write_blocks
+from fastema.errors import ArgumentError, CheckpointError
+from fastema.layout.dtypes import dtype
 
 from ..conftest import ROOT
-from ..needed import modules
+from . import cases, merging
+from .layouts import net
 
-modules("torch", "safetensors")
+NEEDS = ("safetensors",)
 
-import torch  # noqa: E402
-
-import fastema  # noqa: E402
-from fastema.checkpoint.files import Stored  # noqa: E402
-from fastema.distributed import consolidate, dcp  # noqa: E402
-from fastema.distributed.folder import Block, begin, pieces, plan, write_blocks  # noqa: E402
-from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
-from fastema.layout.dtypes import dtype  # noqa: E402
-
-from . import cases, merging  # noqa: E402
-from .layouts import net  # noqa: E402
 
 Run = Callable[..., list[Any]]
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from ..needed import modules
+from . import cases, saving
+from .layouts import LAYOUTS
 
-modules("torch")
+NEEDS = ("torch",)
 
-from . import cases, saving  # noqa: E402
-from .layouts import LAYOUTS  # noqa: E402
 
 Run = Callable[..., list[Any]]
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from ..needed import modules
+from . import cases
+from .layouts import LAYOUTS
+from .ranks import Ranks
 
-modules("torch")
+NEEDS = ("torch",)
 
-from . import cases  # noqa: E402
-from .layouts import LAYOUTS  # noqa: E402
-from .ranks import Ranks  # noqa: E402
 
 Run = Callable[..., list[Any]]
 

@@ -18,7 +18,7 @@ from fastema.engine import cubins
 from fastema.engine.cubins import CLOCK, INSTALL, Cubin, Key, Unavailable, cubin
 from fastema.kernels import jit
 
-from ..needed import modules
+from ..support.requirements import require_packages
 
 KEY = Key("lerp", ("f32", "bf16"), "flat", (9, 0))
 
@@ -142,7 +142,7 @@ def test_other_compilers_make_another_kernel(
 
 
 def test_the_compilers_that_are_here_are_told_apart() -> None:
-    modules("numba_cuda", "cuda.core")
+    require_packages("numba_cuda", "cuda.core")
     known = {one.split()[0] for one in cubins._versions()}
     assert known >= {"numba", "numba-cuda", "llvmlite", "cuda-core"}
 
@@ -472,7 +472,7 @@ def test_without_a_package_a_sentence_says_what_to_install(
 def test_without_a_library_a_sentence_says_what_to_install(
     gone: str, tmp_path: Path, python: Callable[..., str]
 ) -> None:
-    modules("numba_cuda", "cuda.core")
+    require_packages("numba_cuda", "cuda.core")
     found = messages(python, tmp_path, NO_LIBRARY, gone)
     for message, operation in zip(found, ("lerp", "advance"), strict=True):
         check_sentence(message, operation)
@@ -524,7 +524,7 @@ def test_an_interrupt_is_no_missing_package(folder: Path, monkeypatch: pytest.Mo
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [KEY, Key(CLOCK, (), "", (9, 0))], ids=lambda key: key.operation)
 def test_a_real_kernel(key: Key, folder: Path) -> None:
-    modules("numba_cuda", "cuda.core")
+    require_packages("numba_cuda", "cuda.core")
     begin = time.perf_counter()
     made = cubin(key)
     compiled = time.perf_counter()
@@ -538,7 +538,7 @@ def test_a_real_kernel(key: Key, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_gpu_that_is_not_supported(folder: Path) -> None:
-    modules("numba_cuda", "cuda.core")
+    require_packages("numba_cuda", "cuda.core")
     for capability in ((3, 5), (90, 0)):
         with pytest.raises(Unavailable, match=r"fastema\[cuda\]"):
             cubin(KEY._replace(capability=capability))
@@ -548,7 +548,7 @@ def test_a_gpu_that_is_not_supported(folder: Path) -> None:
 @pytest.mark.slow
 def test_another_process_compiles_nothing(tmp_path: Path, python: Callable[..., str]) -> None:
     """It does not even import the compilers: a fresh process has its kernels at once."""
-    modules("numba_cuda", "cuda.core")
+    require_packages("numba_cuda", "cuda.core")
     script = """
         import sys, time
         from fastema.engine.cubins import Key, cubin

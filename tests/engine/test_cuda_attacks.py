@@ -23,8 +23,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastema
+from fastema.bridges import torch as bridge
+from fastema.bridges.torch_cuda import TorchContext
+from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import CLOCK, Key, Unavailable
@@ -37,12 +42,6 @@ from fastema.layout.spec import TensorSpec
 from fastema.rules import power, warmup
 
 from ..stubgpu import StubContext, StubDriver, StubGpu, compiled, gpu
-
-torch = pytest.importorskip("torch")
-bridge = pytest.importorskip("fastema.bridges.torch")
-TorchContext = pytest.importorskip("fastema.bridges.torch_cuda").TorchContext
-substitute = pytest.importorskip("fastema.bridges.torch_foreach").substitute
-FakeTensorMode = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
 
 __all__ = ["gpu"]
 

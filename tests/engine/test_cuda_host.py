@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastema
 from fastema.engine import cuda as engine
@@ -19,8 +20,6 @@ from fastema.errors import ArgumentError, DeviceError, StateError
 from fastema.rules import inverse_gamma, power, warmup
 
 from ..stubgpu import StubGpu, gpu
-
-torch = pytest.importorskip("torch")
 
 __all__ = ["gpu"]
 

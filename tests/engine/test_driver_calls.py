@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from ..needed import modules, needed
+from ..support.requirements import require
 
-modules("cuda.bindings.driver")
-needed(sys.platform == "linux", "a libcuda.so.1, which is Linux's,")
+NEEDS = ("cuda.bindings.driver",)
+
+
+require(sys.platform == "linux", "a libcuda.so.1, which is Linux's,")
 
 SOURCE = Path(__file__).with_name("stub_libcuda.c")
 
@@ -123,7 +125,7 @@ PREPARED = """
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the stub."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    needed(compiler, "a C compiler")
+    require(compiler, "a C compiler")
     folder = tmp_path_factory.mktemp("driver")
     subprocess.run(
         [

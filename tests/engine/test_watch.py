@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastema.bridges.registry import leaves_of
 from fastema.engine.watch import SHARES, _ByAttributes, _ByExchange, watch
 from fastema.errors import FastemaError
 
-torch = pytest.importorskip("torch")
 nn = torch.nn
 
 pytestmark = pytest.mark.torch

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+from fastema.compat.averager import ModelAverager
+from fastema.compat.torch_ema import ExponentialMovingAverage
 
-from fastema.compat.averager import ModelAverager  # noqa: E402
-from fastema.compat.torch_ema import ExponentialMovingAverage  # noqa: E402
-
-from .interrupts import every_place, rung_during  # noqa: E402
+from .interrupts import every_place, rung_during
 
 pytestmark = pytest.mark.torch
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastema
 from fastema.errors import BridgeError, DTypeError, FastemaError, LayoutError
-
-torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.torch
 

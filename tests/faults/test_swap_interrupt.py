@@ -11,13 +11,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
 
-import fastema  # noqa: E402
-
-from ..shadow.kinds import KINDS, all_of, last, which  # noqa: E402
-from .interrupts import every_place, rung_during  # noqa: E402
+from ..shadow.kinds import KINDS, all_of, last, which
+from .interrupts import every_place, rung_during
 
 pytestmark = pytest.mark.torch
 

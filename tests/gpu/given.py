@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from fastema.kernels.table import CHUNK
 
+from ..shadow.stored import code_of, indices, stored
 from ..support import reference
-
-torch = pytest.importorskip("torch")
-from torch import Tensor  # noqa: E402
-
-from ..shadow.stored import code_of, indices, stored  # noqa: E402
 
 ON = os.environ.get("FASTEMA_GPU_TESTS_ON", "cuda")
 """Type of the device that the tests run on."""

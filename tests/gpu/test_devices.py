@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
 
-import fastema  # noqa: E402
-
-from .given import FLAT, Given, assert_all_equal, assert_equal  # noqa: E402
+from .given import FLAT, Given, assert_all_equal, assert_equal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import fastema
 from fastema import rules
+from fastema.errors import ArgumentError, StateError
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
-
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError, StateError  # noqa: E402
-
-from .given import FLAT, FLOATS, SPACED, Expected, Given, assert_all_equal, host  # noqa: E402
+from .given import FLAT, FLOATS, SPACED, Expected, Given, assert_all_equal, host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

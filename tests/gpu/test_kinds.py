@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import fastema
+from fastema.errors import NonFiniteError
+
+from ..shadow.stored import exact
 from ..support import reference
-
-torch = pytest.importorskip("torch")
-
-import fastema  # noqa: E402
-from fastema.errors import NonFiniteError  # noqa: E402
-
-from ..shadow.stored import exact  # noqa: E402
-from .given import FLAT, FLOATS, SPACED, Given, assert_all_equal, host  # noqa: E402
+from .given import FLAT, FLOATS, SPACED, Given, assert_all_equal, host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

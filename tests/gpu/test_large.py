@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+import fastema
 
 from ..support import reference
 from ..support.tolerance import unit_roundoff
-
-torch = pytest.importorskip("torch")
-from torch import Tensor  # noqa: E402
-
-import fastema  # noqa: E402
-
-from .given import assert_equal, host  # noqa: E402
+from .given import assert_equal, host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

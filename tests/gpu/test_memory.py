@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
 
-import fastema  # noqa: E402
-
-from .given import FLOATS  # noqa: E402
+from .given import FLOATS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

@@ -6,8 +6,7 @@ import os
 from collections.abc import Callable
 
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

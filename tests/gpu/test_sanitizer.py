@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastema
-
-torch = pytest.importorskip("torch")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

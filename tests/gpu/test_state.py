@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import fastema
 from fastema import rules
+from fastema.errors import LayoutError
 
-torch = pytest.importorskip("torch")
-
-import fastema  # noqa: E402
-from fastema.errors import LayoutError  # noqa: E402
-
-from .given import FLAT, FLOATS, SPACED, Given, assert_all_equal  # noqa: E402
+from .given import FLAT, FLOATS, SPACED, Given, assert_all_equal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
+from torch import Tensor
 
-torch = pytest.importorskip("torch")
-from torch import Tensor  # noqa: E402
+import fastema
 
-import fastema  # noqa: E402
-
-from .given import FLAT, Expected, Given, assert_all_equal  # noqa: E402
+from .given import FLAT, Expected, Given, assert_all_equal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

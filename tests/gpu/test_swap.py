@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+import fastema
+from fastema.errors import StateError
 
 from ..support import reference
-
-torch = pytest.importorskip("torch")
-
-import fastema  # noqa: E402
-from fastema.errors import StateError  # noqa: E402
-
-from .given import FLAT, FLOATS, SPACED, Given, assert_all_equal, host  # noqa: E402
+from .given import FLAT, FLOATS, SPACED, Given, assert_all_equal, host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

@@ -6,18 +6,15 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
 
+import fastema
 from fastema.kernels.table import CHUNK
 
+from ..shadow.stored import exact
+from ..shadow.truth import Loop, arithmetic_of
 from ..support import reference
-
-torch = pytest.importorskip("torch")
-
-import fastema  # noqa: E402
-
-from ..shadow.stored import exact  # noqa: E402
-from ..shadow.truth import Loop, arithmetic_of  # noqa: E402
-from .given import (  # noqa: E402
+from .given import (
     FLAT,
     FLOATS,
     SPACED,

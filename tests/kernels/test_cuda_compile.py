@@ -5,28 +5,22 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from ..needed import modules, needed
+from bench import kernels_gpu, sass
+from fastema.kernels import cuda
 
-modules("numba_cuda", "cuda.core")
+from ..support.requirements import require
 
-ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / "bench" / "sass.py").exists():
-    pytest.skip("bench/ belongs to a checkout, not to an install", allow_module_level=True)
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
+NEEDS = ("numba_cuda", "cuda.core")
 
-from bench import kernels_gpu, sass  # noqa: E402
-from fastema.kernels import cuda  # noqa: E402
 
-needed(sass.disassembler(), "nvdisasm")
+require(sass.disassembler(), "nvdisasm")
 
 # Every operation, format and architecture, in some kernel; every kernel where all are asked for.
 pytestmark = pytest.mark.each_value

@@ -10,7 +10,7 @@ import numpy as np
 
 import fastema
 
-from ..needed import modules
+from ..support.requirements import require_packages
 
 
 def drawn(seed: int) -> np.ndarray:
@@ -19,7 +19,7 @@ def drawn(seed: int) -> np.ndarray:
 
 def check_snapshots(make: Callable[[np.ndarray], Any], folder: Path) -> None:
     """What is written and read again is what NumPy's arrays give, to the bit."""
-    modules("safetensors")
+    require_packages("safetensors")
     found = []
     for place, of in enumerate((np.array, make)):
         part = folder / str(place)

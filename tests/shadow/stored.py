@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
+import torch
+from torch import Tensor
 
 from ..support import reference
-
-torch = pytest.importorskip("torch")
-from torch import Tensor  # noqa: E402
 
 CODES = {
     torch.float64: "f64",

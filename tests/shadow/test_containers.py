@@ -6,15 +6,14 @@ from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.errors import BridgeError, LayoutError
 
-import fastema  # noqa: E402
-from fastema.errors import BridgeError, LayoutError  # noqa: E402
-
-from .kinds import KINDS, VARIED, all_of, which  # noqa: E402
-from .weights import (  # noqa: E402
+from .kinds import KINDS, VARIED, all_of, which
+from .weights import (
     FLOATS,
     Net,
     assert_average,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.errors import DTypeError, LayoutError
 
-import fastema  # noqa: E402
-from fastema.errors import DTypeError, LayoutError  # noqa: E402
-
-from .kinds import KINDS, all_of  # noqa: E402
-from .weights import assert_bits, net, refresh_, snapshot, values  # noqa: E402
+from .kinds import KINDS, all_of
+from .weights import assert_bits, net, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.optim import swa_utils
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
-from torch.optim import swa_utils  # noqa: E402
+import fastema
+from fastema import rules
 
-import fastema  # noqa: E402
-from fastema import rules  # noqa: E402
-
-from .weights import Net, net, refresh_  # noqa: E402
+from .weights import Net, net, refresh_
 
 pytestmark = pytest.mark.torch
 
@@ -31,10 +29,6 @@ Average = dict[str, torch.Tensor]
 
 def timm_model_ema() -> ModuleType:
     """The one file of timm that is needed; the package asks for torchvision."""
-    if not (ROOT / "bench" / "peers.py").exists():
-        pytest.skip("bench/ belongs to a checkout, not to an install")
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     from bench.peers import timm_model_ema as load
 
     try:

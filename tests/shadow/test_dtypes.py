@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema.errors import ArgumentError, DTypeError, LayoutError
 
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError, DTypeError, LayoutError  # noqa: E402
-
-from .kinds import KINDS, all_of, three  # noqa: E402
-from .truth import Loop, arithmetic_of  # noqa: E402
-from .weights import FLOATS, bits, net, refresh_  # noqa: E402
+from .kinds import KINDS, all_of, three
+from .truth import Loop, arithmetic_of
+from .weights import FLOATS, bits, net, refresh_
 
 pytestmark = pytest.mark.torch
 

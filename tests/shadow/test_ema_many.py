@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema import rules
+from fastema.errors import ArgumentError, CheckpointError
 
-import fastema  # noqa: E402
-from fastema import rules  # noqa: E402
-from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
-
-from .kinds import all_of  # noqa: E402
-from .stored import Specified, same, stored  # noqa: E402
-from .weights import BUFFERS, assert_bits, bits, net, refresh_, snapshot  # noqa: E402
+from .kinds import all_of
+from .stored import Specified, same, stored
+from .weights import BUFFERS, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
 
-import fastema  # noqa: E402
-
-from .kinds import KINDS, all_of, which  # noqa: E402
-from .weights import assert_bits, net, refresh_, snapshot  # noqa: E402
+from .kinds import KINDS, all_of, which
+from .weights import assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 

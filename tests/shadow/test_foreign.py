@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastema
+from fastema import compat
+from fastema.checkpoint import load_state
+from fastema.checkpoint.state import write_state
 from fastema.errors import CheckpointError
 
-torch = pytest.importorskip("torch")
 nn = torch.nn
-
-from fastema import compat  # noqa: E402
-from fastema.checkpoint import load_state  # noqa: E402
-from fastema.checkpoint.state import write_state  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema.errors import ArgumentError, NonFiniteError
 
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError, NonFiniteError  # noqa: E402
-
-from .kinds import KINDS, all_of  # noqa: E402
-from .stored import CODES  # noqa: E402
-from .weights import net, refresh_  # noqa: E402
+from .kinds import KINDS, all_of
+from .stored import CODES
+from .weights import net, refresh_
 
 pytestmark = pytest.mark.torch
 

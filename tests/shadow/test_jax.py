@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,17 +26,13 @@ from fastema.errors import (
     StateError,
 )
 
-from ..needed import modules
+from ..jax_layouts import in_order
 from ..peak import forget_peak, peak
 from .snapshots import check_snapshots
 from .truth import Loop, arithmetic_of
 
-modules("jax", "ml_dtypes")
+NEEDS = ("ml_dtypes",)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from ..jax_layouts import in_order  # noqa: E402
 
 DECAY = 0.9
 FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}

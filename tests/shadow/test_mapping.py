@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema.errors import ArgumentError
 
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError  # noqa: E402
-
-from .kinds import KINDS, VARIED, all_of, last, which  # noqa: E402
-from .weights import assert_bits, net, refresh_, snapshot, values  # noqa: E402
+from .kinds import KINDS, VARIED, all_of, last, which
+from .weights import assert_bits, net, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
 

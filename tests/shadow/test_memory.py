@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
 
-import fastema  # noqa: E402
-
-from .kinds import KINDS, which  # noqa: E402
-from .weights import FLOATS, refresh_  # noqa: E402
+from .kinds import KINDS, which
+from .weights import FLOATS, refresh_
 
 pytestmark = pytest.mark.torch
 

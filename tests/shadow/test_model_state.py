@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.errors import LayoutError, StateError
 
-import fastema  # noqa: E402
-from fastema.errors import LayoutError, StateError  # noqa: E402
-
-from .kinds import KINDS, which  # noqa: E402
-from .weights import Net, assert_bits, bits, net, refresh_, snapshot  # noqa: E402
+from .kinds import KINDS, which
+from .weights import Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 

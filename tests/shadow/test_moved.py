@@ -11,15 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.errors import LayoutError, StateError
 
-import fastema  # noqa: E402
-from fastema.errors import LayoutError, StateError  # noqa: E402
-
-from .kinds import KINDS, VARIED, all_of, three, which  # noqa: E402
-from .weights import (  # noqa: E402
+from .kinds import KINDS, VARIED, all_of, three, which
+from .weights import (
     Net,
     assert_average,
     assert_bits,

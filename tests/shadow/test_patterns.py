@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import fastema
 from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError
-
-from ..needed import modules
-
-modules("torch")
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 
 class Model(nn.Module):

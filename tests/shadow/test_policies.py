@@ -6,17 +6,16 @@ import io
 import warnings
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.bridges import torch as bridge
+from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError
+from fastema.layout.dtypes import DTYPES
 
-import fastema  # noqa: E402
-from fastema.bridges import torch as bridge  # noqa: E402
-from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError  # noqa: E402
-from fastema.layout.dtypes import DTYPES  # noqa: E402
-
-from .kinds import KINDS, all_of  # noqa: E402
-from .weights import (  # noqa: E402
+from .kinds import KINDS, all_of
+from .weights import (
     BUFFERS,
     assert_average,
     assert_bits,

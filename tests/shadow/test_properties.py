@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
+import fastema
 
-import fastema  # noqa: E402
-
-from .weights import FLOATS, assert_bits, bits, refresh_, snapshot, values  # noqa: E402
+from .weights import FLOATS, assert_bits, bits, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
 

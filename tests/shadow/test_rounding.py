@@ -9,19 +9,16 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import fastema
+from fastema.errors import ArgumentError
 from fastema.kernels.table import CHUNK
 
 from ..support import reference
-
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
-
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError  # noqa: E402
-
-from .stored import Specified, exact, same, stored  # noqa: E402
-from .weights import FLOATS, net, refresh_  # noqa: E402
+from .stored import Specified, exact, same, stored
+from .weights import FLOATS, net, refresh_
 
 pytestmark = pytest.mark.torch
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import fastema
 from fastema.engine.watch import SHARES
 from fastema.errors import ArgumentError
-
-torch = pytest.importorskip("torch")
 
 
 def model() -> torch.nn.Sequential:

@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+import fastema
+from fastema.errors import ArgumentError, CheckpointError
 
 from ..support import reference
 from ..support.tolerance import cast_bound, unit_roundoff
-
-torch = pytest.importorskip("torch")
-
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
-
-from .kinds import all_of  # noqa: E402
-from .stored import CODES, code_of, exact, stored, tensor_of  # noqa: E402
-from .weights import net, refresh_  # noqa: E402
+from .kinds import all_of
+from .stored import CODES, code_of, exact, stored, tensor_of
+from .weights import net, refresh_
 
 pytestmark = pytest.mark.torch
 

@@ -6,18 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+
+import fastema
+from fastema.errors import DTypeError
 
 from ..support import reference
-
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
-
-import fastema  # noqa: E402
-from fastema.errors import DTypeError  # noqa: E402
-
-from .kinds import all_of  # noqa: E402
-from .stored import exact, stored, tensor_of  # noqa: E402
-from .weights import FLOATS, assert_bits, net, refresh_, snapshot, values  # noqa: E402
+from .kinds import all_of
+from .stored import exact, stored, tensor_of
+from .weights import FLOATS, assert_bits, net, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
 

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema import rules
+from fastema.errors import ArgumentError, CheckpointError
 
-import fastema  # noqa: E402
-from fastema import rules  # noqa: E402
-from fastema.errors import ArgumentError, CheckpointError  # noqa: E402
-
-from ..damage import places  # noqa: E402
-from .kinds import KINDS, all_of, which  # noqa: E402
-from .weights import (  # noqa: E402
+from ..damage import places
+from .kinds import KINDS, all_of, which
+from .weights import (
     Net,
     assert_average,
     assert_bits,

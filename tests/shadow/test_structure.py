@@ -7,15 +7,14 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.errors import LayoutError, StateError
 
-import fastema  # noqa: E402
-from fastema.errors import LayoutError, StateError  # noqa: E402
-
-from .kinds import KINDS, VARIED, all_of, which  # noqa: E402
-from .weights import Net, assert_bits, assert_same, net, refresh_, snapshot  # noqa: E402
+from .kinds import KINDS, VARIED, all_of, which
+from .weights import Net, assert_bits, assert_same, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 

@@ -6,14 +6,13 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema.errors import ArgumentError, LayoutError, StateError
 
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError, LayoutError, StateError  # noqa: E402
-
-from .kinds import KINDS, all_of, last, which  # noqa: E402
-from .weights import (  # noqa: E402
+from .kinds import KINDS, all_of, last, which
+from .weights import (
     FLOATS,
     Net,
     assert_bits,

@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
 from fastema.errors import BridgeError, CheckpointError, LayoutError, NonFiniteError, StateError
 
-from ..needed import modules
 from ..peak import forget_peak, peak
+from ..support.requirements import require_packages
 from .snapshots import check_snapshots
 from .truth import Loop, arithmetic_of
 
-modules("tensorflow", "ml_dtypes")
+NEEDS = ("ml_dtypes",)
 
-import tensorflow as tf  # noqa: E402
 
 pytestmark = pytest.mark.tensorflow
 
@@ -342,7 +342,7 @@ def test_variables_that_become_one_are_not_written() -> None:
 
 
 def test_steps_of_an_optimizer(python: Callable[..., str]) -> None:
-    modules("keras")  # whose backend is that of a whole process
+    require_packages("keras")  # whose backend is that of a whole process
     out = python(
         """
         import numpy as np, keras, tensorflow as tf, fastema

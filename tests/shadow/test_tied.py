@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.errors import LayoutError
 
-import fastema  # noqa: E402
-from fastema.errors import LayoutError  # noqa: E402
-
-from .kinds import KINDS, all_of, last, which  # noqa: E402
-from .weights import assert_bits, bits, poison_, snapshot  # noqa: E402
+from .kinds import KINDS, all_of, last, which
+from .weights import assert_bits, bits, poison_, snapshot
 
 pytestmark = pytest.mark.torch
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema.errors import ArgumentError, DeviceError, DTypeError
 
-import fastema  # noqa: E402
-from fastema.errors import ArgumentError, DeviceError, DTypeError  # noqa: E402
-
-from .kinds import all_of  # noqa: E402
-from .weights import net, refresh_  # noqa: E402
+from .kinds import all_of
+from .weights import net, refresh_
 
 pytestmark = pytest.mark.torch
 

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-torch = pytest.importorskip("torch")
-from torch import nn  # noqa: E402
+import fastema
+from fastema.binding.binding import Binding
+from fastema.errors import LayoutError
 
-import fastema  # noqa: E402
-from fastema.binding.binding import Binding  # noqa: E402
-from fastema.errors import LayoutError  # noqa: E402
-
-from .kinds import KINDS, VARIED, all_of, which  # noqa: E402
-from .weights import Net, assert_bits, net, refresh_, snapshot  # noqa: E402
+from .kinds import KINDS, VARIED, all_of, which
+from .weights import Net, assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 

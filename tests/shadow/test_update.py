@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema import rules
+from fastema.errors import ArgumentError, FastemaError, LayoutError
 
-import fastema  # noqa: E402
-from fastema import rules  # noqa: E402
-from fastema.errors import ArgumentError, FastemaError, LayoutError  # noqa: E402
-
-from .kinds import KINDS, all_of, last, which  # noqa: E402
-from .truth import Loop  # noqa: E402
-from .weights import (  # noqa: E402
+from .kinds import KINDS, all_of, last, which
+from .truth import Loop
+from .weights import (
     Net,
     assert_average,
     assert_bits,

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+import fastema
+from fastema.errors import StateError
 
-import fastema  # noqa: E402
-from fastema.errors import StateError  # noqa: E402
-
-from .kinds import KINDS, all_of, which  # noqa: E402
-from .weights import Net, assert_bits, net, refresh_, snapshot  # noqa: E402
+from .kinds import KINDS, all_of, which
+from .weights import Net, assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 

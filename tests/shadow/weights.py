@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-import pytest
-
-torch = pytest.importorskip("torch")
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
 FLOATS = {
     "f64": torch.float64,

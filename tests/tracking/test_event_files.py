@@ -13,9 +13,11 @@ import pytest
 from fastema.errors import ArgumentError
 from fastema.tracking.logs import Curve, read, read_table
 
-from ..needed import modules
+from ..support.requirements import require_packages
 
-modules("tensorboard")
+NEEDS = ("tensorboard",)
+
+
 # Protocol buffers warn of what they will not have in a later version.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -202,7 +204,7 @@ def test_folders_without_event_files(tmp_path: Path) -> None:
 
 
 def test_torch_writes_what_is_read(tmp_path: Path) -> None:
-    modules("torch")
+    require_packages("torch")
     from torch.utils.tensorboard import SummaryWriter
 
     its = points(20, 1)

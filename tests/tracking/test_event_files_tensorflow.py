@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from fastema.tracking.logs import read
 
-from ..needed import modules
+NEEDS = ("tensorboard",)
 
 pytestmark = pytest.mark.tensorflow
-
-modules("tensorflow", "tensorboard")
-import tensorflow as tf  # noqa: E402
 
 
 def test_scalars_and_what_else_is_among_them(tmp_path: Path) -> None:

@@ -15,20 +15,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from fastema.errors import ArgumentError, BridgeError
+from fastema.tracking.logs import Curve
+from fastema.tracking.plots import plot
+from fastema.tracking.plots.panels import Panel, averages, panels
+from fastema.tracking.plots.picture import spread, thinned
 
-from ..needed import modules
-
-modules("matplotlib")
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
-
-from fastema.tracking.logs import Curve  # noqa: E402
-from fastema.tracking.plots import plot  # noqa: E402
-from fastema.tracking.plots.panels import Panel, averages, panels  # noqa: E402
-from fastema.tracking.plots.picture import spread, thinned  # noqa: E402
+from ..support.requirements import require_packages
 
 BOTH = averages(20, 0.9)
 
@@ -206,7 +203,7 @@ def test_what_hugging_face_logs() -> None:
 
 
 def test_a_data_frame() -> None:
-    modules("pandas")
+    require_packages("pandas")
     import pandas
 
     frame = pandas.DataFrame(

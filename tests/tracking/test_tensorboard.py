@@ -14,22 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-
-from ..needed import modules
-from ..smoothing import assert_close, ema, sma
-
-modules("tensorboard")
-
-from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import (
     EventAccumulator,
 )
-from tensorboard.backend.event_processing.event_multiplexer import (  # noqa: E402
+from tensorboard.backend.event_processing.event_multiplexer import (
     EventMultiplexer,
 )
-from tensorboard.util.tensor_util import make_ndarray  # noqa: E402
+from tensorboard.util.tensor_util import make_ndarray
 
-from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError  # noqa: E402
-from fastema.tracking import TensorBoardWriter  # noqa: E402
+from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError
+from fastema.tracking import TensorBoardWriter
+
+from ..smoothing import assert_close, ema, sma
+from ..support.requirements import require_packages
 
 WINDOW, DECAY = 4, 0.8
 
@@ -166,7 +163,7 @@ def test_points_keep_the_time_at_which_they_came(tmp_path: Path) -> None:
 
 
 def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> None:
-    modules("torch")
+    require_packages("torch")
     import torch
 
     read: list[int] = []

@@ -1,0 +1,63 @@
+"""What tests cannot do without: skipped where it is missing, an error in continuous integration.
+
+There all dependencies are installed, and a test that is skipped would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+__all__ = ["missing_packages", "require", "require_packages"]
+
+
+@cache
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of a package that it would be in
+        return False
+
+
+def require(found: object, what: str) -> None:
+    """Skip the test, or the module that calls this at its top, unless something was found."""
+    if not found:
+        if "CI" in os.environ:
+            pytest.fail(f"{what} is missing", pytrace=False)
+        pytest.skip(f"{what} is missing", allow_module_level=True)
+
+
+def require_packages(*names: str) -> None:
+    """Skip the test unless all of these can be imported."""
+    for name in names:
+        require(_is_installed(name), name)
+
+
+@cache
+def missing_packages(path: Path) -> tuple[str, ...]:
+    """Name what a file imports at its top, or lists in ``NEEDS``, and is not installed."""
+    return tuple(sorted({name for name in _imported(path) if not _is_installed(name)}))
+
+
+def _imported(path: Path) -> Iterator[str]:
+    """Yield the packages that a file needs, and those of the files beside it that it imports."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        match node:
+            case ast.Import(names):
+                yield from (one.name for one in names if not one.name.startswith("fastema"))
+            case ast.ImportFrom(module, _, level) if level:
+                folder = path.parents[level - 1]
+                parts = (module or "").split(".")
+                below = folder.joinpath(*parts[:-1], f"{parts[-1]}.py")
+                if below.is_file():
+                    yield from missing_packages(below)
+            case ast.ImportFrom(str(module)) if not module.startswith("fastema"):
+                yield module.split(".")[0]
+            case ast.Assign([ast.Name("NEEDS")], ast.Tuple(elements)):
+                yield from (one.value for one in elements if isinstance(one, ast.Constant))
