@@ -221,7 +221,7 @@ FAULTS = [
         "engine",
         "of one average",
         "fastema/engine/program.py",
-        "group.indices[: len(results)] == which",
+        "group.indices[: len(results)] == index",
         "group.indices[: len(results)] >= 0",
     ),
     Fault(

@@ -41,7 +41,7 @@ SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64
 def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
     """A kernel with the parameters it has on a GPU, its blocks and threads in a row."""
     body, measures = cuda.bodies(operation, formats, layout), OPERATIONS[operation].measures
-    number_of, moment_of, rows_of = cuda._number, cuda._moment, cuda._rows
+    number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda._rows
 
     def run(  # type: ignore[no-untyped-def]
         table, rows, results, clock, w0, w1, w2, w3, w4, w5, w6, w7, seed, step, window, slot, turn

@@ -142,7 +142,7 @@ WITHOUT_FRAMEWORKS = """
         (
             "fastema.compat",
             "composer d2go diffusers ema_pytorch keras lightning litema mmengine nemo swa_utils"
-            " tensorflow timm torch_ema transformers ultralytics",
+            " tensorflow timm torch_ema ultralytics",
         ),
         ("fastema.tracking", ""),
     ],

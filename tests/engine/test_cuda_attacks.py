@@ -791,7 +791,7 @@ HANDLERS = """
 
     def program():
         arrays = [np.ones(3, np.float32) for _ in range(2)]
-        specs = [TensorSpec(a.ctypes.data, (3,), (1,), "f32", "cuda:0", owner=a, home=home)
+        specs = [TensorSpec(a.ctypes.data, (3,), (1,), "f32", "cuda:0", owner=a, context=home)
                  for a in arrays]
         return Program({"all": [Pair("w", *specs)]})
 

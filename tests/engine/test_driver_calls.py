@@ -113,7 +113,7 @@ PREPARED = """
     def spec(array, home, code="f32"):
         steps = tuple(step // array.itemsize for step in array.strides)
         return TensorSpec(array.ctypes.data, array.shape, steps, code, home.device, owner=array,
-                          home=home)
+                          context=home)
 
     def pairs(home, *shapes):
         return [Pair(f"t{k}", spec(np.zeros(shape, np.float32), home),

@@ -152,7 +152,7 @@ def test_the_quadrature_against_its_special_function(gamma: float, rate: float) 
     mpmath = pytest.importorskip("mpmath")
     with mpmath.workdps(40):
         exact = float(mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(rate)))
-    assert posthoc._moment(gamma, rate) == pytest.approx(exact, rel=1e-12, abs=0.0)
+    assert posthoc._exponential_moment(gamma, rate) == pytest.approx(exact, rel=1e-12, abs=0.0)
 
 
 @given(powers, powers)
