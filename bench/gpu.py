@@ -36,7 +36,7 @@ from bench.gpu_race import Outcome, race
 STAGES = ("build", "test", "benchmark")
 MINUTES = 7.5
 
-_TESTS = ("tests/gpu", "tests/test_torch.py")
+_TESTS = ("tests/gpu", "tests/torch")
 _SHARE_OF_TESTS = 0.45
 _MOST_WORKERS = 6
 """Most of the tests' time goes into compiling kernels, on one core each."""

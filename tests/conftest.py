@@ -28,8 +28,8 @@ from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
-from .matrix import reduced
-from .peak import overall_peak
+from .support.matrix import reduced
+from .support.peak import overall_peak
 from .support.requirements import missing_packages
 
 # The first example of a kernel may take as long as compiling it. Where a change is judged, it is

@@ -16,7 +16,7 @@ from fastema.errors import LayoutError
 from fastema.layout.group import refuse_overlap
 from fastema.layout.spec import TensorSpec
 
-from .work import grows_linearly, lines_of
+from .support.work import grows_linearly, lines_of
 
 pytestmark = pytest.mark.torch
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 import fastema
 from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError, LayoutError
 
-from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
 from .shadow.truth import Loop
 from .support import reference
+from .support.mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
 
 NEEDS = ("ml_dtypes",)
 

@@ -17,7 +17,7 @@ import fastema
 from fastema import errors, posthoc, rules
 from fastema.rules.posthoc import PowerProfile
 
-from .damage import damaged_header, header_of, with_header
+from .support.damage import damaged_header, header_of, with_header
 
 NEEDS = ("safetensors",)
 

@@ -48,8 +48,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         For an invalid argument; as ``fit`` begins, for weights that are sharded (FSDP, tensor
         parallel): see docs/sharded.md.
     StateError
-        If the trainer has several of these callbacks, or a step is made while the average is in
-        the model.
+        If a step is made while the average is in the model.
 
     Notes
     -----
@@ -115,14 +114,8 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Drop the average of an earlier ``fit``; a checkpoint is loaded after this."""
-        if stage != "fit":
-            return
-        if sum(isinstance(one, EMACallback) for one in trainer.callbacks) > 1:
-            raise StateError(
-                "the trainer has several EMACallbacks: for several averages give one callback "
-                "several decays, decay=(0.99, 0.999)"
-            )
-        self._ema = self._saved = None
+        if stage == "fit":
+            self._ema = self._saved = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin the average, or continue that of a checkpoint."""

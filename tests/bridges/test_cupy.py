@@ -16,8 +16,8 @@ from fastema.errors import BridgeError, DeviceError, DTypeError, LayoutError, St
 from fastema.layout.dtypes import NAMES
 
 from ..shadow.truth import Loop
-from ..stubcupy import Device, Stream, array, cupy, ndarray
-from ..stubgpu import StubDriver
+from ..support.stub_cupy import Device, Stream, array, cupy, ndarray
+from ..support.stub_gpu import StubDriver
 
 NEEDS = ("torch",)
 

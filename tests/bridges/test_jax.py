@@ -27,7 +27,7 @@ from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-from ..jax_layouts import in_order
+from ..support.jax_layouts import in_order
 
 CPU = jax.devices("cpu")[0]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,)]

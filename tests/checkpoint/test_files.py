@@ -17,7 +17,7 @@ from fastema.bridges.registry import describe
 from fastema.checkpoint import files
 from fastema.errors import CheckpointError, StorageError
 
-from ..damage import damaged_header, header_of, with_header
+from ..support.damage import damaged_header, header_of, with_header
 
 
 def some_arrays(seed: int) -> dict[str, np.ndarray]:

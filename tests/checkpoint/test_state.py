@@ -15,7 +15,7 @@ from fastema.checkpoint import files
 from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import CheckpointError
 
-from ..damage import damaged_header, header_of, with_header
+from ..support.damage import damaged_header, header_of, with_header
 
 NEEDS = ("safetensors",)
 

@@ -1,6 +1,6 @@
 """Attacks on the host's side of CUDA launches: a device that is late, and an allocator that is not.
 
-The driver of `stubgpu` is made as hostile as the rules of CUDA and of PyTorch's allocator allow.
+The driver of `stub_gpu` is made as hostile as the rules of CUDA and of PyTorch's allocator allow.
 Launches wait in a queue for each stream, and queues run in any order. Memory that is freed goes to
 the next one who asks as soon as the rules let it: at once on the stream that it was allocated on,
 after the work on those that were noted with it. A launch that then touches it is a violation.
@@ -41,7 +41,7 @@ from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 from fastema.rules import power, warmup
 
-from ..stubgpu import StubContext, StubDriver, StubGpu, compiled, gpu
+from ..support.stub_gpu import StubContext, StubDriver, StubGpu, compiled, gpu
 
 __all__ = ["gpu"]
 
@@ -783,7 +783,7 @@ HANDLERS = """
     from fastema.engine.program import Program
     from fastema.layout.group import Pair
     from fastema.layout.spec import TensorSpec
-    from tests.stubgpu import StubDriver, StubContext, compiled
+    from tests.support.stub_gpu import StubDriver, StubContext, compiled
 
     driver = StubDriver()
     home = StubContext(0, driver)

@@ -19,7 +19,7 @@ from fastema.engine.cubins import Unavailable
 from fastema.errors import ArgumentError, DeviceError, StateError
 from fastema.rules import inverse_gamma, power, warmup
 
-from ..stubgpu import StubGpu, gpu
+from ..support.stub_gpu import StubGpu, gpu
 
 __all__ = ["gpu"]
 

@@ -62,7 +62,7 @@ from fastema.rules import (
 )
 from fastema.shadow.schedule_counter import tables_for
 
-from ..stubgpu import StubGpu, clock_twin, gpu
+from ..support.stub_gpu import StubGpu, clock_twin, gpu
 
 __all__ = ["gpu"]
 

@@ -26,8 +26,8 @@ from fastema.errors import (
     StateError,
 )
 
-from ..jax_layouts import in_order
-from ..peak import forget_peak, peak
+from ..support.jax_layouts import in_order
+from ..support.peak import forget_peak, peak
 from .snapshots import check_snapshots
 from .truth import Loop, arithmetic_of
 

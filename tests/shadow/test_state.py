@@ -21,7 +21,7 @@ import fastema
 from fastema import rules
 from fastema.errors import ArgumentError, CheckpointError
 
-from ..damage import places
+from ..support.damage import places
 from .kinds import KINDS, all_of, which
 from .weights import (
     Net,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import fastema
 from fastema.errors import BridgeError, CheckpointError, LayoutError, NonFiniteError, StateError
 
-from ..peak import forget_peak, peak
+from ..support.peak import forget_peak, peak
 from ..support.requirements import require_packages
 from .snapshots import check_snapshots
 from .truth import Loop, arithmetic_of

@@ -12,7 +12,7 @@ import pytest
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
 from fastema.tracking import ExponentialMovingAverage, MetricSmoother, SimpleMovingAverage
 
-from ..damage import places
+from ..support.damage import places
 
 
 def test_gives_all_three_curves() -> None:

@@ -25,8 +25,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError
 from fastema.tracking import TensorBoardWriter
 
-from ..smoothing import assert_close, ema, sma
 from ..support.requirements import require_packages
+from ..support.smoothing import assert_close, ema, sma
 
 WINDOW, DECAY = 4, 0.8
 

@@ -1,4 +1,4 @@
-"""A CuPy that is not there: its arrays in the memory of the host, for the driver of `stubgpu`.
+"""A CuPy that is not there: its arrays in the memory of the host, for the driver of `stub_gpu`.
 
 Only what fastema calls, and what a test needs to look inside. An array of another device than the
 current one is refused where CuPy would refuse it.
@@ -20,7 +20,7 @@ from fastema.bridges import registry
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 
-from .stubgpu import StubDriver, compiled
+from .stub_gpu import StubDriver, compiled
 
 _current = [0]
 

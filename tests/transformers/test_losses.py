@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from fastema.errors import ArgumentError
 from fastema.transformers import LossAverages
 
-from .smoothing import assert_close, ema, sma
+from ..support.smoothing import assert_close, ema, sma
 
 NEEDS = ("accelerate", "tensorboard")
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from .support import reference
+from . import reference
 
 SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (129,)}
 CODES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -26,9 +26,9 @@ from fastema.errors import (
 from fastema.plan import Plan
 from fastema.tensorflow import ExponentialMovingAverage
 
-from .conftest import ROOT
-from .support import reference
-from .support.tolerance import unit_roundoff
+from ..conftest import ROOT
+from ..support import reference
+from ..support.tolerance import unit_roundoff
 
 NEEDS = ("keras",)
 

@@ -14,7 +14,7 @@ import pytest
 from fastema.compat.keras import SwapEMAWeights
 from fastema.errors import ArgumentError, StateError
 
-from ..keras_backends import on_one_backend
+from .backends import on_one_backend
 
 BACKEND = keras.backend.backend()
 Weights = list[np.ndarray]

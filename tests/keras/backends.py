@@ -2,7 +2,7 @@
 
 Keras takes its backend when it is imported, for good. A file of cases is a test module that pytest
 does not collect by its name, and that can be run by itself too:
-``KERAS_BACKEND=jax pytest tests/keras_loss_cases.py``.
+``KERAS_BACKEND=jax pytest tests/keras/losses_cases.py``.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from .conftest import ROOT
+from ..conftest import ROOT
 
 BACKENDS: Final = (
     pytest.param("tensorflow", marks=pytest.mark.tensorflow),
     "torch",
     "jax",
 )
-TESTS: Final = Path(__file__).parent
+HERE: Final = Path(__file__).parent
 CASES: Final = (
-    TESTS / "keras_cases.py",
-    TESTS / "keras_loss_cases.py",
-    TESTS / "compat" / "keras_swap_cases.py",
+    HERE / "weights_cases.py",
+    HERE / "losses_cases.py",
+    HERE / "swap_cases.py",
 )
 SECONDS = 1200
 
@@ -72,7 +72,7 @@ def run(backend: str, folder: Path, *options: str) -> Outcome:
     log = folder / "output.txt"
     with log.open("w", encoding="utf-8") as output, suppress(subprocess.TimeoutExpired):
         subprocess.run(
-            command, env=environment, cwd=TESTS.parent, stdout=output,
+            command, env=environment, cwd=ROOT, stdout=output,
             stderr=subprocess.STDOUT, timeout=SECONDS, check=False,
         )  # fmt: skip
     failed: list[str] = []

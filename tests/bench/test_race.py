@@ -24,7 +24,7 @@ from bench import (
 )
 from bench.flatmodule import DTYPES, build, randomise_
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.torch
 

@@ -22,8 +22,8 @@ import pytest
 from fastema.errors import ArgumentError, CheckpointError, NonFiniteError, StateError
 from fastema.keras import EMAWeights, LossAverages
 
-from .keras_backends import on_one_backend
-from .smoothing import assert_close, ema, sma
+from ..support.smoothing import assert_close, ema, sma
+from .backends import on_one_backend
 
 BACKEND = keras.backend.backend()
 COMPILED = BACKEND != "torch"

@@ -24,8 +24,8 @@ import fastema.lightning
 from fastema.errors import ArgumentError
 from fastema.lightning import LossAverages
 
-from .smoothing import assert_close, ema, sma
-from .support.requirements import require_packages
+from ..support.requirements import require_packages
+from ..support.smoothing import assert_close, ema, sma
 
 NEEDS = ("tensorboard",)
 

@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 from keras.src.utils import module_utils
 
-from .compat.keras_swap_cases import (
+from ..support.requirements import require_packages
+from .backends import BACKENDS, run
+from .losses_cases import (
+    test_keras_values_stay_the_same_to_the_bit,  # noqa: F401
+    test_logs_of_batches_and_epochs,  # noqa: F401
+    test_raw_is_the_batchs_own_loss,  # noqa: F401
+)
+from .swap_cases import (
     models_are_given_back,  # noqa: F401
     test_evaluate_and_predict_by_hand,  # noqa: F401
     test_validation_runs_with_the_average_and_every_bit_comes_back,  # noqa: F401
 )
-from .keras_backends import BACKENDS, run
-from .keras_cases import (
+from .weights_cases import (
     pytestmark,  # noqa: F401
     test_average_is_the_recursion_over_all_steps,  # noqa: F401
     test_evaluate_and_predict_with_the_average_and_every_bit_comes_back,  # noqa: F401
@@ -22,12 +28,6 @@ from .keras_cases import (
     test_swap_on_epoch_shows_the_average_to_later_callbacks,  # noqa: F401
     test_validation_runs_with_the_average,  # noqa: F401
 )
-from .keras_loss_cases import (
-    test_keras_values_stay_the_same_to_the_bit,  # noqa: F401
-    test_logs_of_batches_and_epochs,  # noqa: F401
-    test_raw_is_the_batchs_own_loss,  # noqa: F401
-)
-from .support.requirements import require_packages
 
 NEEDS = ("safetensors",)
 

@@ -16,8 +16,8 @@ import fastema
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.keras import EMAWeights
 
-from .keras_backends import on_one_backend
-from .support.tolerance import unit_roundoff
+from ..support.tolerance import unit_roundoff
+from .backends import on_one_backend
 
 BACKEND = keras.backend.backend()
 DECAY = 0.8

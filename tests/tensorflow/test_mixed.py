@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import fastema
 from fastema.errors import BridgeError, FastemaError, LayoutError
 
-from .mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, to_torch
-from .shadow.truth import Loop
+from ..shadow.truth import Loop
+from ..support.mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, to_torch
 
 NEEDS = ("torch", "ml_dtypes")
 

@@ -26,9 +26,9 @@ from bench import (
 from bench.flatmodule import DTYPES
 from bench.peers import OURS, Peer, Running
 
-from .support.requirements import require, require_packages
+from ..support.requirements import require, require_packages
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.torch
 

@@ -1,0 +1,188 @@
+"""``fastema.lightning.EMACallback``: what is averaged, evaluated, saved and left in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import fastema
+from fastema import rules
+from fastema.errors import ArgumentError, StateError
+from fastema.lightning import EMACallback
+
+pytestmark = [
+    pytest.mark.torch,
+    # What Lightning's dependencies say of each other, and its advice.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+DECAY = 0.75
+NAME = "fastema.lightning.EMACallback"
+
+
+class Regression(pl.LightningModule):
+    """Notes its weights after each step, and those that validation sees."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = torch.nn.Linear(3, 2)
+        self.trained: list[torch.Tensor] = [self.layer.weight.detach().clone()]
+        self.validated: list[torch.Tensor] = []
+        self.fails_at = fails_at
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch[0]).square().mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.trained.append(self.layer.weight.detach().clone())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(self.layer.weight.detach().clone())
+        if len(self.validated) == self.fails_at:
+            raise RuntimeError("validation failed")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def _loader(self, seed: int) -> torch.utils.data.DataLoader[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        data = torch.utils.data.TensorDataset(torch.randn(12, 3, generator=generator))
+        return torch.utils.data.DataLoader(data, batch_size=3)
+
+    def train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        return self._loader(0)
+
+    def val_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+        return self._loader(1)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
+    def make(*callbacks: pl.Callback, epochs: int = 2, **options: Any) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), logger=False,
+            default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
+            **options,
+        )  # fmt: skip
+
+    return make
+
+
+def averaged(weights: list[torch.Tensor], decay: float = DECAY) -> torch.Tensor:
+    average = weights[0].double()
+    for x in weights[1:]:
+        average = decay * average + (1 - decay) * x.double()
+    return average.float()
+
+
+def test_validation_and_the_end_have_the_average_and_training_never_does(
+    trainer: Callable[..., pl.Trainer],
+) -> None:
+    module, ema = Regression(), EMACallback(DECAY)
+    trainer(ema, num_sanity_val_steps=0).fit(module)
+    assert len(module.trained) == 9
+    torch.testing.assert_close(module.validated[0], averaged(module.trained[:5]))
+    torch.testing.assert_close(module.validated[-1], averaged(module.trained))
+    torch.testing.assert_close(module.layer.weight.detach(), averaged(module.trained))
+    plain = Regression()
+    trainer().fit(plain)
+    assert all(map(torch.equal, module.trained, plain.trained))
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [({"accumulate_grad_batches": 2}, 2), ({"accumulate_grad_batches": 3}, 3)],
+)
+def test_only_batches_with_a_step_count(
+    options: dict[str, int], batches: int, trainer: Callable[..., pl.Trainer]
+) -> None:
+    ema = EMACallback(DECAY)
+    trainer(ema, epochs=1, **options).fit(Regression())
+    assert ema.ema.num_updates == -(-4 // batches)
+
+
+def test_weights_come_back_when_validation_fails(trainer: Callable[..., pl.Trainer]) -> None:
+    module, ema = Regression(fails_at=2), EMACallback(DECAY)
+    with pytest.raises(RuntimeError, match="validation failed"):
+        trainer(ema, num_sanity_val_steps=0).fit(module)
+    assert torch.equal(module.layer.weight, module.trained[-1])
+    assert not ema.ema.applied
+
+
+@pytest.mark.parametrize("at_end", ["average", "raw"])
+def test_a_resumed_run_continues_to_the_bit(
+    at_end: Any, trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    def callback() -> EMACallback:
+        return EMACallback(
+            (DECAY, rules.warmup(0.9)), which=0, shadow_dtype="bfloat16", at_end=at_end
+        )
+
+    saving = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, save_last=True)
+    whole, ema = Regression(), callback()
+    trainer(ema, saving).fit(whole)
+    checkpoint = torch.load(saving.last_model_path, weights_only=True)
+    assert torch.equal(checkpoint["state_dict"]["layer.weight"], whole.trained[-1])
+
+    first = sorted((tmp_path / "saved").glob("epoch=0*.ckpt"))[0]
+    resumed, again = Regression(), callback()
+    trainer(again).fit(resumed, ckpt_path=str(first))
+    assert again.ema.num_updates == ema.ema.num_updates == 8
+    for ours, theirs in zip(again.ema.shadows, ema.ema.shadows, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    is_average = torch.equal(whole.layer.weight, ema.ema.shadows[0]["layer.weight"].float())
+    assert is_average == (at_end == "average")
+
+
+def test_a_checkpoint_gives_the_average_without_the_callback(
+    trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    saving = ModelCheckpoint(tmp_path / "saved")
+    module, callback = Regression(), EMACallback(DECAY)
+    trainer(callback, saving).fit(module)
+    checkpoint = torch.load(saving.best_model_path, weights_only=True)
+    fresh = Regression()
+    ema = fastema.EMA(fresh)
+    ema.load_state_dict(checkpoint["callbacks"][NAME]["ema"], schedule="mine")
+    ema.copy_to(fresh)
+    assert torch.equal(fresh.layer.weight, module.layer.weight)
+
+
+def test_a_checkpoint_saved_in_validation_has_the_weights_in_training(
+    trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    path = tmp_path / "inside.ckpt"
+
+    class Saves(pl.Callback):
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            trainer.save_checkpoint(path)
+
+    module = Regression()
+    trainer(EMACallback(DECAY), Saves(), num_sanity_val_steps=0, epochs=1).fit(module)
+    saved = torch.load(path, weights_only=True)["state_dict"]["layer.weight"]
+    assert torch.equal(saved, module.trained[-1])
+    torch.testing.assert_close(module.layer.weight.detach(), averaged(module.trained))
+
+
+def test_bad_arguments_are_refused_at_once() -> None:
+    with pytest.raises(ArgumentError, match=r"which=None.*0 to 1"):
+        EMACallback((0.9, 0.99))
+    with pytest.raises(ArgumentError, match="at_end='best'"):
+        EMACallback(at_end="best")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="decay"):
+        EMACallback(1.5)
+    with pytest.raises(StateError, match="no average yet"):
+        _ = EMACallback().ema
