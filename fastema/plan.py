@@ -208,7 +208,7 @@ class Plan:
         self, operation: str, check: Callable[[], None], x: Any = None, weight: float = 0.0
     ) -> None:
         binding, swaps = self.binding, operation == "swap"
-        once = f"plan.{operation}_(x=...)"
+        once = "" if swaps else f"plan.{operation}_(x=...)"
         with self._lock, binding.current(x, write=swaps, once=once) as program:
             check()
             program.run(_OPERATIONS[operation], LaunchArgs((weight,), self._seed, self.calls))

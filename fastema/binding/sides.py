@@ -120,8 +120,10 @@ class Sampled(Watched):
 
     def find(self, container: Any, *, write: bool) -> Located | None:
         """See :class:`Side`; before a write, and at first, all tensors are looked at."""
-        if write or self._full:
-            self._full = max(self._full - 1, 0)
+        if write:
+            return super().find(container, write=write)
+        if self._full:
+            self._full -= 1
             return super().find(container, write=write)
         share, self._share = self._share, (self._share + 1) % SHARES
         moved = self._watch.changed_in(share) or _changed(self._trained[share::SHARES])

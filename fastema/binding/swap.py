@@ -164,7 +164,11 @@ class InMemory:
     def apply(self) -> None:
         """See :class:`Way`."""
         self._assigned.apply()
-        self._program.run(_APPLY)
+        try:
+            self._program.run(_APPLY)
+        except BaseException:
+            self._assigned.restore()
+            raise
 
     def restore(self) -> None:
         """See :class:`Way`."""
@@ -344,7 +348,11 @@ class WatchedMemory(NamedTuple):
     def apply(self) -> None:
         """See :class:`Way`."""
         self.memory.apply()
-        self.watch.begin()
+        try:
+            self.watch.begin()
+        except BaseException:
+            self.memory.restore()
+            raise
 
     def restore(self) -> None:
         """See :class:`Way`."""

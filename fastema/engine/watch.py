@@ -83,10 +83,10 @@ def _seen(spec: TensorSpec, describe: _Fingerprint) -> tuple[Any, _Fingerprint, 
 
 
 def _part(items: Sized, share: int | None) -> slice:
-    """A share of some items; all of them for None."""
+    """A share of some items, never empty, so that what moves all of them shows in each; or all."""
     if share is None:
         return slice(None)
-    return slice(len(items) * share // SHARES, len(items) * (share + 1) // SHARES)
+    return slice(len(items) * share // SHARES, -(len(items) * (share + 1) // -SHARES))
 
 
 def _differs(owner: Any, look: _Fingerprint, seen: object) -> bool:
@@ -186,7 +186,16 @@ class _ByExchange(Watch):
         dims = np.zeros(firsts[-1], np.int64)
         # Everything whose address is noted must outlive this.
         containers = [one.container for one in dicts]
-        self._kept = (containers, entries, owners, held, entry, tensor, dims, scratch)
+        self._kept: tuple[Any, ...] = (
+            containers,
+            entries,
+            owners,
+            held,
+            entry,
+            tensor,
+            dims,
+            scratch,
+        )
         functions = (
             _c_address(ctypes.pythonapi.PyDict_Next),
             leaves.items[0].spec.exchange,
@@ -202,10 +211,18 @@ class _ByExchange(Watch):
 
         # One that cannot be described any more has changed: the first check says so.
         cpu_watch.describe_all(*args(held[:0], tensor))
-        self._args = {
-            share: args(held[_part(held, share)], tensor[_part(tensor, share)])
-            for share in (None, *range(SHARES))
-        }
+        self._args: dict[int | None, tuple[int, ...]] = {None: args(held, tensor)}
+        tables = []
+        values = [{*entry[2 * row[3] + 1 : 2 * (row[3] + row[2]) : 2]} for row in rows]
+        known = {id(one.spec.owner) for one in leaves.items}
+        empty = [number for number, ids in enumerate(values) if not ids & known]
+        for share in range(SHARES):
+            items = leaves.items[_part(leaves.items, share)]
+            ids = {id(one.spec.owner) for one in items}
+            holding = [number for number, found in enumerate(values) if found & ids]
+            tables.append(held[holding + empty[_part(empty, share)]])
+            self._args[share] = args(tables[-1], tensor[_part(tensor, share)])
+        self._kept += (tables,)
 
     def _any_moved(self, share: int | None) -> bool:
         return bool(self._check(*self._args[share]))

@@ -243,7 +243,7 @@ class Evaluated(Updating[Weights]):
         def apply() -> Any:
             self.apply_shadow(model, which=which)
             own.append(self._applied)
-            return self._own_model if model is None else model
+            return self._container if model is None else model
 
         def restore() -> None:
             with self._lock:  # an outer block's average is not this one's to restore

@@ -239,6 +239,8 @@ class Updating(Generic[Weights]):
                 self._refuse_long_steps(steps)
             with self._current(model, once=_ONCE) as program:
                 self._update(program, steps)
+            if self._binding.model.fixed:
+                self._own_model = None
 
     def _refuse_long_steps(self, steps: int) -> None:
         if self._count is not None or self._format.window:

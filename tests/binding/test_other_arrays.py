@@ -1,0 +1,109 @@
+"""Averages that are given other arrays than those they were built from, and partial failures."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import fastema
+from fastema.binding.swap import WriteWatch
+from fastema.engine.program import Program
+from fastema.errors import ArgumentError, LayoutError
+
+
+def fixed(kind: str, values: list[float]) -> object:
+    """Return an array that never changes."""
+    if kind == "jax":
+        return jnp.array(values, jnp.float32)
+    array = np.array(values, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+def test_used_arrays_are_refused_though_the_average_was_built_from_others() -> None:
+    ema = fastema.EMA({"w": np.array([1.0, 2.0], np.float32)}, decay=0.5)
+    ema.update({"w": fixed("jax", [3.0, 4.0])})
+    with pytest.raises(ArgumentError, match="no new arrays"):
+        ema.update()
+    np.testing.assert_array_equal(ema.shadow["w"], [2.0, 3.0])
+
+
+def test_the_latest_read_only_arrays_are_averaged_again() -> None:
+    ema = fastema.EMA({"w": np.array([1.0, 2.0], np.float32)}, decay=0.5)
+    ema.update({"w": fixed("read-only", [3.0, 4.0])})
+    ema.update()
+    np.testing.assert_array_equal(ema.shadow["w"], [2.5, 3.5])
+
+
+@pytest.mark.parametrize("kind", ["jax", "read-only"])
+def test_a_block_names_the_arrays_that_hold_the_average(kind: str) -> None:
+    ema = fastema.EMA({"w": fixed(kind, [1.0, 2.0])}, decay=0.5)
+    latest = {"w": np.array([3.0, 4.0], np.float32)}
+    ema.update(latest)
+    with ema.swapped() as weights:
+        assert weights is latest
+        np.testing.assert_array_equal(weights["w"], [2.0, 3.0])
+    np.testing.assert_array_equal(latest["w"], [3.0, 4.0])
+
+
+def test_a_swap_with_arrays_that_never_change_says_so() -> None:
+    plan = fastema.Plan([np.full(2, 3.0, np.float32)], [jnp.array([1.0, 2.0])])
+    plan.lerp_(0.5)
+    with pytest.raises(LayoutError, match="read-only"):
+        plan.swap_()
+
+
+@pytest.mark.torch
+def test_a_sampled_average_looks_at_everything_at_its_first_update() -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(40)])
+    ema = fastema.EMA(model, decay=0.5, watch="sample")
+    with ema.swapped():
+        pass
+    before = ema.shadow["39.bias"].clone()
+    model[39].bias.data = model[39].bias.data + 1
+    ema.update()
+    torch.testing.assert_close(ema.shadow["39.bias"], before + 0.5)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("number", [1, 5, 20])
+def test_a_sampled_average_notices_at_once_what_moves_all_tensors(number: int) -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2, bias=False) for _ in range(number)])
+    ema = fastema.EMA(model, decay=0.5, watch="sample")
+    for _ in range(5):
+        ema.update()
+    before = ema.shadow["0.weight"].clone()
+    moved = {name: one + 1 for name, one in model.state_dict().items()}
+    model.load_state_dict(moved, assign=True)
+    ema.update()
+    torch.testing.assert_close(ema.shadow["0.weight"], before + 0.5)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("fails", ["run", "begin"])
+def test_a_swap_that_fails_half_way_takes_back_what_it_did(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    ema = fastema.EMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight += 1
+    ema.update()
+    raw, average = model.weight.detach().clone(), ema.shadow["weight"].clone()
+    holder = Program if fails == "run" else WriteWatch
+    with monkeypatch.context() as patch:
+
+        def broken(*_: object) -> None:
+            raise MemoryError(fails)
+
+        patch.setattr(holder, fails, broken)
+        with pytest.raises(MemoryError):
+            ema.apply_shadow()
+    assert not ema.applied
+    assert torch.equal(model.weight, raw)
+    assert torch.equal(ema.shadow["weight"], average)
+    with ema.swapped():
+        assert torch.equal(model.weight, average)
+    assert torch.equal(model.weight, raw)
