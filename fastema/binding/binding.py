@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from fastema.binding.sides import NOTHING, STAYED, Moving, Owned, Side, Trained, Watched
 from fastema.bridges.moving import Located
-from fastema.bridges.registry import bridge_of, leaves_of, materialised, reshard, written
+from fastema.bridges.registry import bridge_of, leaves_of, materialised, reshard, write_listeners
 from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
@@ -369,11 +369,11 @@ class Binding:
     def notify_write(self, *sides: int) -> None:
         """Tell frameworks that count writes that tensors of these sides (0, 1) were written."""
         for side in sides:
-            for tell, arrays in self.cached(("listeners", side), partial(self._listeners, side)):
-                tell(arrays)
+            for notify, arrays in self.cached(("listeners", side), partial(self._listeners, side)):
+                notify(arrays)
 
     def _listeners(self, side: int) -> list[Any]:
-        return written((pair.dst, pair.src)[side].owner for pair in self._bound.pairs)
+        return write_listeners((pair.dst, pair.src)[side].owner for pair in self._bound.pairs)
 
     def capturing(self) -> bool:
         """Return whether work on the weights' devices is being captured into a graph."""

@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from fastema.binding.binding import can_be_assigned
 from fastema.bridges.memory import allocate
-from fastema.bridges.registry import bridge_of, versions_of, written
+from fastema.bridges.registry import bridge_of, versions_of, write_listeners
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.layout.group import Pair
@@ -227,8 +227,8 @@ def write_averages(pairs: Sequence[Pair]) -> None:
     _Assigned([pair for pair in pairs if can_be_assigned(pair.src)]).apply()
     there = [pair for pair in pairs if not can_be_assigned(pair.src)]
     Program({"all": there}).run({"all": "cast_back"})
-    for tell, arrays in written(pair.src.owner for pair in there):
-        tell(arrays)
+    for notify, arrays in write_listeners(pair.src.owner for pair in there):
+        notify(arrays)
 
 
 def rounded(pairs: Sequence[Pair]) -> list[Any]:
@@ -335,8 +335,8 @@ class WriteWatch:
         for one in self._versions:
             one.end(put_back=unmoved)
         if not unmoved:
-            for tell, arrays in written(s.owner for s in self.now.values() if s.writable):
-                tell(arrays)
+            for notify, arrays in write_listeners(s.owner for s in self.now.values() if s.writable):
+                notify(arrays)
 
 
 class WatchedMemory(NamedTuple):

@@ -19,7 +19,7 @@ and the others
 
 ======================================  ==========================================================
 ``MEMORY``                              the bridge whose arrays hold averages of these
-``shown(memory)``                       an array of this framework with a copy of such memory,
+``to_framework(memory)``                an array of this framework with a copy of such memory,
                                         where users are not given a view of it
 ======================================  ==========================================================
 
@@ -30,14 +30,14 @@ Where it applies, there are also
 ``code(dtype)``                         the code of the framework's dtype object
 ``scalar(array)``                       the number in an array of one element, or a function that
                                         reads it later, where reading now would wait for a device
-``written(arrays)``                     tells the framework that fastema wrote these
+``notify_write(arrays)``                tells the framework that fastema wrote these
 ``Versions(arrays)``                    version counters of arrays that hold other contents for a
                                         while: ``begin()``, ``written()``, ``end(put_back=)``
 ``never_changes(array)``                whether an array has its values for good
 ``finder(specs, arrays)``               finds arrays that move, see :mod:`fastema.bridges.moving`
 ``state_of(module)``                    the entries of a module's state dict, with our names
 ``part_of``, ``is_divided``,            arrays that are divided among processes, see
-``gathered``, ``ranks_of``, ``reshard`` :mod:`fastema.bridges.registry`
+``gather``, ``ranks_of``, ``reshard``   :mod:`fastema.bridges.registry`
 ``value(holder)``,                      the array in a variable that is given another one whenever
 ``assign(holder, array)``               it changes, and giving it another one
 ======================================  ==========================================================

@@ -71,7 +71,7 @@ def to_framework(memory: NDArray[Any]) -> Any:
 
 @cache
 def _made_by_backend() -> Any:
-    return getattr(bridge_of(keras.ops.zeros(())), "shown", None)
+    return getattr(bridge_of(keras.ops.zeros(())), "to_framework", None)
 
 
 def finder(specs: Sequence[TensorSpec], variables: Sequence[Any]) -> Finder:

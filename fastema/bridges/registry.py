@@ -41,7 +41,7 @@ __all__ = [
     "scalar",
     "state_of",
     "versions_of",
-    "written",
+    "write_listeners",
 ]
 
 # Import names, and those of the bridges. Keras comes first: its models are modules of its backends.
@@ -124,9 +124,9 @@ def _by_function(arrays: Iterable[Any], name: str) -> list[tuple[Callable[..., A
     return list(found.items())
 
 
-def written(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any]]]:
+def write_listeners(arrays: Iterable[Any]) -> list[tuple[Callable[[Any], None], list[Any]]]:
     """Group arrays by the function to call with them after each write, where there is one."""
-    return _by_function(arrays, "written")
+    return _by_function(arrays, "notify_write")
 
 
 def versions_of(arrays: Iterable[Any]) -> list[Any]:
@@ -178,7 +178,7 @@ def fitted(array: Any, spec: TensorSpec) -> Any:
     if division is not None:
         if division == spec.division:
             return array
-        array = bridge.gathered(array)
+        array = bridge.gather(array)
     if spec.whole is None or spec.offset is None:
         return array
     block = zip(spec.offset, spec.shape, strict=True)

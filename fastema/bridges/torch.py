@@ -168,7 +168,7 @@ def reshard(container: Any) -> None:
         reshard_modules(one.modules())
 
 
-def written(tensors: Sequence[torch.Tensor]) -> None:
+def notify_write(tensors: Sequence[torch.Tensor]) -> None:
     """Tell autograd that these tensors were written, as torch's own in-place operations do."""
     try:
         torch.autograd.graph.increment_version(tensors)
@@ -254,7 +254,7 @@ class Versions:
         if put_back and not shared:
             self._set(self._before)
         else:
-            written(self._tensors)
+            notify_write(self._tensors)
 
     def _set(self, versions: array[int]) -> bool:
         """Set all counters, or, where this torch cannot, count as after any write."""
@@ -263,7 +263,7 @@ class Versions:
             numbers = cast("tuple[int, ...]", versions)
             torch._C._autograd._unsafe_set_version_counter(self._tensors, numbers)
         except (AttributeError, TypeError):  # before torch 2.7
-            written(self._tensors)
+            notify_write(self._tensors)
             return False
         return True
 

@@ -265,8 +265,8 @@ def _converter(like: TensorSpec) -> Callable[[Any], Any]:
 
 @cache
 def _converter_by(bridge: ModuleType) -> Callable[[Any], Any]:
-    shown: Callable[[Any], Any] = getattr(bridge, "shown", None) or memory_by(bridge).alias
-    return shown
+    convert: Callable[[Any], Any] = getattr(bridge, "to_framework", None) or memory_by(bridge).alias
+    return convert
 
 
 def _conversion(old: Entry, new: Entry) -> tuple[str, list[Pair]]:

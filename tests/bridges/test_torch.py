@@ -115,11 +115,11 @@ def test_transfer_is_no_copy_where_nothing_moves() -> None:
 def test_writing_is_told_to_autograd() -> None:
     tensors = [torch.ones(3), nn.Parameter(torch.ones(2))]
     before = [tensor._version for tensor in tensors]
-    bridge.written(tensors)
+    bridge.notify_write(tensors)
     assert [tensor._version for tensor in tensors] == [version + 1 for version in before]
     with torch.inference_mode():
         silent = torch.ones(2)
-    bridge.written([silent, tensors[0]])
+    bridge.notify_write([silent, tensors[0]])
     assert tensors[0]._version == before[0] + 2
 
 
@@ -136,7 +136,7 @@ def test_writing_is_told_to_autograd_where_inference_tensors_raise(
     with torch.inference_mode():
         silent = torch.ones(2)
     tensors = [silent, torch.ones(3), nn.Parameter(torch.ones(2)), silent]
-    bridge.written(tensors)
+    bridge.notify_write(tensors)
     assert list(map(id, told)) == list(map(id, tensors[1:3]))
 
 

@@ -378,7 +378,7 @@ def test_a_share_at_a_time_sees_everything_in_turn() -> None:
         model[k].weight.data = before
         before = model[k].bias
         model[k].bias = torch.nn.Parameter(before.detach().clone())
-    assert 1 <= sum(watching.changed_in(share) for share in range(SHARES)) <= 2
+        assert 1 <= sum(watching.changed_in(share) for share in range(SHARES)) <= 2
         model[k].bias = before
     assert not any(watching.changed_in(share) for share in range(SHARES))
     model.to(torch.float64)
