@@ -247,7 +247,7 @@ def test_the_picture_shows_the_columns(path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(picture, "draw", lambda panels, **_: seen.extend(panels))
     target = path.with_suffix(".png")
     monkeypatch.setattr(os, "replace", lambda *_: None)  # nothing was drawn
-    monkeypatch.setattr("fastema.checkpoint.files.settle", lambda _: None)
+    monkeypatch.setattr("fastema.checkpoint.files.fsync", lambda _: None)
     assert smooth(path, "--plot", target, "--ema", 0.9, "--metrics", "loss,val_loss,lr") == 0
     loss, val_loss, rate = seen
     was = columns(path.read_text())

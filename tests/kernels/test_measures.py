@@ -42,7 +42,7 @@ def test_sums_over_rows(
         a[::3], x[::3] = reference.encode(equal, code), reference.encode(equal, src)
     after = [a.copy() for a in before]
     sides = zip(after, sources, strict=True)
-    rows = [Row(a, x, average_index=100 * i, key=i) for i, (a, x) in enumerate(sides)]
+    rows = [Row(a, x, index=100 * i, key=i) for i, (a, x) in enumerate(sides)]
     settings = {"layout": layout, "seed": SEED, "step": STEP}
     results = run("lerp_measured", (dst, src), rows, [w], **settings)
     plain = [a.copy() for a in before]
