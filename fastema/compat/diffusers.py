@@ -1,4 +1,12 @@
-"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it."""
+"""The class of diffusers on our kernels: ``EMAModel``, as the training scripts use it.
+
+Notes
+-----
+Where it differs:
+
+- Theirs: lists of another length are cut to the shorter; here: refused.
+- Theirs: ``store()`` after ``copy_to()`` loses the weights; here: an error.
+"""
 
 from __future__ import annotations
 

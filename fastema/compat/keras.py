@@ -1,4 +1,19 @@
-"""``keras.callbacks.SwapEMAWeights``: evaluation with the average of an optimizer's ``use_ema``."""
+"""``keras.callbacks.SwapEMAWeights``: evaluation with the average of an optimizer's ``use_ema``.
+
+Notes
+-----
+Where it differs:
+
+- Theirs: on TensorFlow a swap changes weights in their last place; here: exact.
+- Theirs: ``predict`` leaves the average in the model; here: takes it back.
+- Theirs: evaluates zeros before the first step; here: the weights as they are.
+- Theirs: an evaluation that raises leaves the average in the model; here: the weights come back, at
+  the latest when the model is used again.
+- Theirs: a ``fit`` with ``swap_on_epoch=True`` that stops early leaves the average nowhere; here:
+  in the model.
+- Theirs: on JAX a second ``fit`` with ``use_ema=True`` fails; here: works.
+- Theirs: two callbacks undo each other; here: an error.
+"""
 
 from __future__ import annotations
 

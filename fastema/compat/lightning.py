@@ -6,6 +6,28 @@
 
 They are callbacks of ``lightning`` and of ``pytorch_lightning``, of whichever is installed, and
 work with those older versions, too, that have none of their own.
+
+Notes
+-----
+Where it differs:
+
+- Theirs: swaps before the first update: validation sees weights of no training; here: the weights
+  as they are.
+- Theirs: under ``bf16-true`` each validation rounds the float32 average; here: exact.
+- Theirs: an exception in validation leaves the average in the model; here: the weights come back.
+- Theirs: ``update_every_n_steps=n`` makes the horizon n times as long; here: ``decay ** n`` (*).
+- Theirs: of several steps in a batch ``should_update`` is asked about the last; here: about each
+  (*).
+- Theirs: ``save_weights_only=True`` saves raw weights where the average was monitored; here: the
+  average.
+- Theirs: a checkpoint at the end of training has the average twice; here: and the weights in
+  training.
+- Theirs: a run that ends without an update goes back to where it began; here: stays.
+- Theirs: a finished run that is resumed gives the model the weights in training; here: the average.
+- Theirs: outside ``fit`` puts the average, or weights, of an earlier one into the model; here:
+  leaves the model alone.
+- Theirs: a second ``fit`` goes on with the step of the first; the epoch of the latest update is not
+  saved; here: counts anew; saved.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""``LitEma`` of latent diffusion and Stable Diffusion, and the averages in their checkpoints."""
+"""``LitEma`` of latent diffusion and Stable Diffusion, and the averages in their checkpoints.
+
+Notes
+-----
+Where it differs:
+
+- Theirs: an average of another dtype is never updated; here: averages.
+"""
 
 from __future__ import annotations
 

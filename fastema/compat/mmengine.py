@@ -1,4 +1,11 @@
-"""The averaged models of MMEngine, and the averages in its checkpoints."""
+"""The averaged models of MMEngine, and the averages in its checkpoints.
+
+Notes
+-----
+Where it differs:
+
+- Theirs: ``interval=n`` makes the horizon n times as long; here: ``(1 - momentum) ** n`` (*).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""``optax.incremental_update``, ``periodic_update`` and ``ema`` for trees in the host's memory."""
+"""``optax.incremental_update``, ``periodic_update`` and ``ema`` for trees in the host's memory.
+
+Notes
+-----
+Where it differs:
+
+- Theirs: rounds ``step_size * new`` to bfloat16 for a float32 average; here: exact to rounding.
+"""
 
 from __future__ import annotations
 

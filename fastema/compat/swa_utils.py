@@ -10,6 +10,16 @@ The functions work in torch's own ``AveragedModel``, and through it in Lightning
 ...     model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.999)
 ... )
 >>> averaged.update_parameters(model)
+
+Notes
+-----
+Where it differs:
+
+- Theirs: raises for a float32 average of bfloat16 weights; here: averages.
+- Theirs: integer buffers with ``use_buffers=True`` stay where they began; here: exact.
+- Theirs: pairs tensors by position, and stops at the shorter list; here: by name; another model is
+  refused.
+- Theirs: waits for the GPU at each step; here: reads the count when it was loaded.
 """
 
 from __future__ import annotations

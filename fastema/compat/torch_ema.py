@@ -1,4 +1,15 @@
-"""The class of torch_ema on our kernels: ``ExponentialMovingAverage`` of a list of parameters."""
+"""The class of torch_ema on our kernels: ``ExponentialMovingAverage`` of a list of parameters.
+
+Notes
+-----
+Where it differs:
+
+- Theirs: ``load_state_dict`` rounds a float32 average of a bfloat16 model to bfloat16; here: keeps
+  the wider dtype.
+- Theirs: ``average_parameters()`` within another one loses the weights; here: both put back what
+  they found.
+- Theirs: ``store()`` after ``copy_to()`` loses the weights; here: an error.
+"""
 
 from __future__ import annotations
 

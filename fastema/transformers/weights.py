@@ -120,7 +120,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     ``avg += (1 - decay) * (x - avg)`` after each step of the optimizer, ``avg = x`` as training
     begins. Average and weights change places for an evaluation, bit for bit. ``ema.safetensors`` in
     the folder of a checkpoint is the average; a run that resumes from there goes on to the bit.
-    More is in docs/drop-in.md.
+    More is in docs/trainers.md.
 
     Parameters
     ----------
