@@ -24,6 +24,14 @@ from fastema.keras.steps import Steps, inner
 from fastema.keras.ways import Aside, UnlessWritten
 from fastema.rules import Rule
 from fastema.shadow import EMA
+from fastema.shadow.options import (
+    OnNonFinite,
+    Policy,
+    Rounding,
+    WatchMode,
+    checked_which,
+    options_in,
+)
 
 __all__ = ["EMAWeights"]
 
@@ -75,9 +83,10 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         A ``.weights.h5`` file for the average at the end of training.
     which : int, optional
         With several decays, the place of the one that is evaluated and saved.
-    **options
-        Of :class:`fastema.EMA`: ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``,
-        ``start_after``, ``zero_debias``, ``frozen``, ``buffers``, ``on_nonfinite``, ``drift``.
+    zero_debias, shadow_dtype, rounding, seed, update_every, start_after
+        See :class:`fastema.EMA`.
+    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+        See :class:`fastema.EMA`.
 
     Raises
     ------
@@ -125,16 +134,24 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         backup: str | os.PathLike[str] | None = None,
         save_path: str | os.PathLike[str] | None = None,
         which: int | None = None,
-        **options: Any,
+        zero_debias: bool = False,
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
+        drift: bool = False,
+        capturable: bool = False,
+        watch: WatchMode = "all",
     ) -> None:
+        options = options_in(locals()) | {"zero_debias": zero_debias}
         super().__init__()
-        count = len(decay) if isinstance(decay, Sequence) else 1
-        if which not in range(count) and (which is not None or count > 1):
-            raise ArgumentError(
-                f"which={which!r}: say by a number from 0 to {count - 1} which one of the averages "
-                f"with decay={decay!r} is evaluated and saved"
-            )
-        self._decay, self._options, self._which = decay, options, which
+        self._which = checked_which(which, decay)
+        self._decay, self._options = decay, options
         self._swap_on_epoch = swap_on_epoch
         self._backup = _path(backup, "backup", _BACKUP)
         self._save_path = _path(save_path, "save_path", _WEIGHTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,15 @@ from fastema.errors import ArgumentError, StateError
 from fastema.lightning.packages import Callback
 from fastema.rules import Rule
 from fastema.shadow import EMA
-from fastema.shadow.options import checked
+from fastema.shadow.options import (
+    OnNonFinite,
+    Policy,
+    Rounding,
+    WatchMode,
+    checked,
+    checked_which,
+    options_in,
+)
 
 __all__ = ["EMACallback"]
 
@@ -38,9 +46,10 @@ class EMACallback(Callback):  # type: ignore[misc]
         What the model holds when ``fit`` returns, and so in ``test`` and ``predict``.
     which : int, optional
         With several averages, the one to evaluate and to leave in the model.
-    **options
-        ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``frozen``,
-        ``zero_debias``, ``buffers``, ``policy`` and the others of :class:`fastema.EMA`.
+    zero_debias, shadow_dtype, rounding, seed, update_every, start_after
+        See :class:`fastema.EMA`.
+    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+        See :class:`fastema.EMA`.
 
     Raises
     ------
@@ -79,21 +88,28 @@ class EMACallback(Callback):  # type: ignore[misc]
         at_end: AtEnd = "average",
         which: int | None = None,
         zero_debias: bool = False,
-        **options: Any,
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
+        drift: bool = False,
+        capturable: bool = False,
+        watch: WatchMode = "all",
     ) -> None:
+        options = options_in(locals()) | {"zero_debias": zero_debias}
         super().__init__()
         self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
         # Refuses what it would refuse as training begins, but for what a GPU is needed to say.
         tried = {**options, "capturable": False}
-        count = len(EMA([torch.zeros(1)], decay, zero_debias=zero_debias, **tried).shadows)
-        if which not in range(-count, count) and (which is not None or count > 1):
-            raise ArgumentError(
-                f"which={which!r}: expected a number from 0 to {count - 1}: which average "
-                f"of decay={decay!r} to evaluate and to leave in the model"
-            )
+        EMA([torch.zeros(1)], decay, **tried)
+        self._which = checked_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
-        self._decay, self._options = decay, {"zero_debias": zero_debias, **options}
-        self._which = which
+        self._decay, self._options = decay, options
         self._ema: EMA | None = None
         self._saved: dict[str, Any] | None = None  # of a checkpoint, until training begins
         self._last_step = 0

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastema.errors import ArgumentError
 from fastema.rules import Constant, Rule, Window, debiased
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
 
 __all__ = ["EMA"]
 
@@ -23,8 +20,12 @@ class EMA(Average[Weights]):
 
     Parameters
     ----------
-    weights : torch module, array, or list, tuple, dict or iterator of arrays
-        See :class:`Average`.
+    weights : torch module, Keras model, JAX pytree, array, or list, tuple, dict of arrays
+        What is averaged. A module's structure is watched: a parameter that was re-pointed
+        (``p.data = ...``, ``.to()``, ``load_state_dict(assign=True)``) is found again; one that was
+        added, removed, renamed, reshaped or untied is an error. Tied weights are averaged once. A
+        list of torch modules is one model, such as the stages of a pipeline. With DTensors (FSDP2,
+        tensor parallel) each rank averages its part; all ranks of the mesh must build the average.
     decay : float or rule, or a sequence of them
         Weight of the old average, in [0, 1), or a schedule of :mod:`fastema.rules`. Several are
         averages of their own that are updated in one pass over the weights; ``shadows`` holds them,
@@ -32,10 +33,50 @@ class EMA(Average[Weights]):
     zero_debias : bool
         Begin with nothing and correct the bias, as Adam does: the weights of the start have no
         share in the average, which is that of the weights seen so far.
-    **options
-        ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``frozen``,
-        ``buffers``, ``policy``, ``on_nonfinite``, ``drift``, ``capturable`` and ``watch``, see
-        :class:`Average`.
+    shadow_dtype : dtype or str, optional
+        Dtype of the average, such as ``torch.float32`` or ``"float32"``; by default that of the
+        weights. ``"bf16+16"`` is a float32 in two halves: ``shadow`` holds the nearest bfloat16,
+        ready to be used or saved, and another buffer the 16 bits that complete it.
+    rounding : {"stochastic", "nearest"}, optional
+        Rounding of 16-bit averages, stochastic by default. Rounded to nearest, an average stops
+        moving once ``w * |x - avg|`` is below half of its last place. Random bits are a function of
+        ``seed``, the step, the tensor's name and the element's index in the tensor, so that a run
+        has the same bits however it is resumed or sharded. Other averages round to nearest even.
+    seed : int
+        Seed for stochastic rounding, >= 0.
+    update_every : int
+        Work at every k-th call only, as the rule says for steps of length k: the same horizon.
+    start_after : int
+        For this many calls the average is the weights themselves.
+    frozen : {"skip", "copy", "average"}
+        What to do with parameters that need no gradient. Skipped ones take no memory and no time
+        and are no part of the average; unfreezing one later is then an error.
+    buffers : {"copy", "average", "skip"}
+        What to do with buffers, such as BatchNorm statistics: ``copy`` keeps those of the latest
+        update, ``average`` averages floats. Integers and booleans are always copied exactly.
+        Buffers registered with ``persistent=False`` are always skipped.
+    policy : mapping of str to {"average", "copy", "skip"}, optional
+        What to do with names that match a pattern (:mod:`fnmatch`), such as ``{"*.expert_bias":
+        "average", "visual.*": "skip"}``, instead of ``frozen`` and ``buffers``. The first match
+        wins.
+    on_nonfinite : {"propagate", "skip", "raise"}
+        What to do with a NaN or an infinity in the weights or in copied floats: average it, leave
+        out the whole call and count it in ``num_skipped``, or raise. The last two read the tensors
+        once more first. Ranks that share DTensors decide together, by an all-reduce of one number.
+    drift : bool
+        Measure in the same pass how far the weights are from the average, see :attr:`drift`. Not
+        for DTensors.
+    capturable : bool
+        Count the updates on the GPU, so that :meth:`update` can be captured in a CUDA graph whose
+        replays follow the schedule, warm-ups and random bits included. Costs one small kernel per
+        update; reading :attr:`num_updates` then waits for the GPU. Call :meth:`update` once on the
+        capturing stream first, or build the average there.
+    watch : {"all", "sample"}
+        Which tensors :meth:`update` checks for having moved: all of them, about 40 nanoseconds each
+        for torch, or a sixteenth of them in turn. What moves every tensor is then still noticed at
+        once, a single ``p.data = ...`` up to 15 updates late; until then the average follows the
+        memory that the tensor had, which is kept. Not for storage that is freed and filled again
+        (FSDP).
 
     Attributes
     ----------
@@ -46,8 +87,13 @@ class EMA(Average[Weights]):
 
     Raises
     ------
-    ArgumentError, LayoutError, DTypeError, BridgeError
-        See :class:`Average`.
+    ArgumentError
+        For a parameter without a valid value, and a pattern that matches no name.
+    LayoutError
+        If there is nothing to average, or a tensor is expanded, read-only or partly shares memory
+        with another; if ranks do not agree.
+    DTypeError, BridgeError
+        For tensors that no kernel can average: integers as weights, sparse, on the meta device.
 
     Notes
     -----
@@ -79,8 +125,20 @@ class EMA(Average[Weights]):
         decay: float | Rule | Sequence[float | Rule] = 0.999,
         *,
         zero_debias: bool = False,
-        **options: Unpack[Options],
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
+        drift: bool = False,
+        capturable: bool = False,
+        watch: WatchMode = "all",
     ) -> None:
+        options = options_in(locals())
         several = decay if isinstance(decay, Sequence) else (decay,)
         rules = [one if isinstance(one, Rule) else Constant(one) for one in several]
         if any(isinstance(rule, Window) for rule in rules):

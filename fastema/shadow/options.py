@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Final, Literal, get_args
 
 from fastema.binding.swap import SPLIT
 from fastema.bridges.registry import bridge_of, dtype_code
@@ -14,14 +14,15 @@ from fastema.shadow.entries import Policy, Rounding, ShadowFormat
 
 __all__ = [
     "OnNonFinite",
-    "Options",
     "Policy",
     "Rounding",
     "WatchMode",
     "checked",
+    "checked_which",
     "destination",
     "dtype_of",
     "format_of",
+    "options_in",
     "patterns_of",
 ]
 
@@ -29,21 +30,26 @@ OnNonFinite = Literal["propagate", "skip", "raise"]
 WatchMode = Literal["all", "sample"]
 
 
-class Options(TypedDict, total=False):
-    """Keywords of :class:`fastema.shadow.Average`, which says what they mean."""
+_OPTIONS: Final = (
+    *("shadow_dtype", "rounding", "seed", "update_every", "start_after", "frozen", "buffers"),
+    *("policy", "on_nonfinite", "drift", "capturable", "watch"),
+)
 
-    shadow_dtype: Any
-    rounding: Rounding | None
-    seed: int
-    update_every: int
-    start_after: int
-    frozen: Policy
-    buffers: Policy
-    on_nonfinite: OnNonFinite
-    drift: bool
-    capturable: bool
-    watch: WatchMode
-    policy: Mapping[str, Policy] | None
+
+def checked_which(which: int | None, decay: Any) -> int | None:
+    """Check which of the averages of these decays a callback evaluates and saves."""
+    count = len(decay) if isinstance(decay, Sequence) else 1
+    if which not in range(-count, count) and (which is not None or count > 1):
+        raise ArgumentError(
+            f"which={which!r}: expected a number from 0 to {count - 1}, that of the average of "
+            f"decay={decay!r} to evaluate and to save"
+        )
+    return which
+
+
+def options_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the keywords that all averages share from the ``locals()`` of a constructor."""
+    return {name: value for name, value in arguments.items() if name in _OPTIONS}
 
 
 def patterns_of(policy: Any) -> dict[str, Policy]:

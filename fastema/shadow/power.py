@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastema.rules import power
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
 
 __all__ = ["PowerEMA"]
 
@@ -26,12 +23,14 @@ class PowerEMA(Average[Weights]):
     Parameters
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
-        See :class:`Average`.
+        See :class:`fastema.EMA`.
     sigma_rels : float or sequence of float
         Of each average, in (0, 0.288); two are needed to synthesise others. They are updated in one
         pass over the weights.
-    **options
-        See :class:`Average`.
+    shadow_dtype, rounding, seed, update_every, start_after
+        See :class:`fastema.EMA`.
+    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+        See :class:`fastema.EMA`.
 
     See Also
     --------
@@ -47,7 +46,20 @@ class PowerEMA(Average[Weights]):
         self,
         weights: Weights,
         sigma_rels: float | Sequence[float] = (0.05, 0.10),
-        **options: Unpack[Options],
+        *,
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
+        drift: bool = False,
+        capturable: bool = False,
+        watch: WatchMode = "all",
     ) -> None:
+        options = options_in(locals())
         several = sigma_rels if isinstance(sigma_rels, Sequence) else (sigma_rels,)
         super().__init__(weights, [power(sigma) for sigma in several], **options)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from fastema.errors import ArgumentError
 from fastema.layout.device_context import LaunchArgs
 from fastema.rules import Window
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
 
 __all__ = ["SMA"]
 
@@ -29,7 +27,7 @@ class SMA(Average[Weights]):
     Parameters
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
-        See :class:`Average`.
+        See :class:`fastema.EMA`.
     window : int
         Updates, at least 1. With ``update_every=k`` it reaches back ``k * window`` steps.
     ring_dtype : dtype or str, optional
@@ -39,8 +37,10 @@ class SMA(Average[Weights]):
         Keep the ring in the memory of the host, for weights on a GPU that has no room for so many
         copies of them. The kernel reads and writes one slot of it per update, over the bus. (Torch
         takes a power of two of such memory: 70 GB become 128.)
-    **options
-        See :class:`Average`, without ``drift``.
+    shadow_dtype, rounding, seed, update_every, start_after
+        See :class:`fastema.EMA`.
+    frozen, buffers, policy, on_nonfinite, capturable, watch
+        See :class:`fastema.EMA`.
 
     Notes
     -----
@@ -76,10 +76,19 @@ class SMA(Average[Weights]):
         *,
         ring_dtype: Any = None,
         ring_device: Literal["cpu"] | None = None,
-        **options: Unpack[Options],
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
+        capturable: bool = False,
+        watch: WatchMode = "all",
     ) -> None:
-        if options.get("drift"):
-            raise ArgumentError("drift=True: a windowed mean measures no drift")
+        options = options_in(locals())
         if ring_device not in (None, "cpu"):
             raise ArgumentError(
                 f"ring_device={ring_device!r}: expected 'cpu', or None for that of the weights"

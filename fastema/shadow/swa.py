@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 from fastema.rules import CumulativeMean
 from fastema.shadow.average import Average, Weights
-from fastema.shadow.options import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from fastema.shadow.options import OnNonFinite, Policy, Rounding, WatchMode, options_in
 
 __all__ = ["SWA"]
 
@@ -23,10 +21,13 @@ class SWA(Average[Weights]):
     Parameters
     ----------
     weights : torch module, array, or list, tuple, dict or iterator of arrays
-        See :class:`Average`.
-    **options
-        See :class:`Average`. ``shadow_dtype="float64"`` keeps long means fit for
-        :func:`fastema.mean_between`.
+        See :class:`fastema.EMA`.
+    shadow_dtype : dtype or str, optional
+        ``"float64"`` keeps long means exact enough for :func:`fastema.mean_between`.
+    rounding, seed, update_every, start_after
+        See :class:`fastema.EMA`.
+    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+        See :class:`fastema.EMA`.
 
     Notes
     -----
@@ -50,5 +51,22 @@ class SWA(Average[Weights]):
     https://arxiv.org/abs/1803.05407
     """
 
-    def __init__(self, weights: Weights, **options: Unpack[Options]) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
+        drift: bool = False,
+        capturable: bool = False,
+        watch: WatchMode = "all",
+    ) -> None:
+        options = options_in(locals())
         super().__init__(weights, CumulativeMean(), **options)

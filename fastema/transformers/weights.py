@@ -24,7 +24,15 @@ from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.rules import Rule
 from fastema.shadow import EMA
-from fastema.shadow.options import checked
+from fastema.shadow.options import (
+    OnNonFinite,
+    Policy,
+    Rounding,
+    WatchMode,
+    checked,
+    checked_which,
+    options_in,
+)
 
 __all__ = ["EMACallback"]
 
@@ -135,9 +143,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         with the weights of that checkpoint.
     which : int, optional
         Of several averages the one that is evaluated and given to the model.
-    **options
-        ``shadow_dtype``, ``rounding``, ``seed``, ``update_every``, ``start_after``, ``zero_debias``
-        and the others of :class:`fastema.EMA`.
+    zero_debias, shadow_dtype, rounding, seed, update_every, start_after
+        See :class:`fastema.EMA`.
+    frozen, buffers, policy, on_nonfinite, drift, capturable, watch
+        See :class:`fastema.EMA`.
 
     Raises
     ------
@@ -158,21 +167,28 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         on_missing: OnMissing = "raise",
         which: int | None = None,
         zero_debias: bool = False,
-        **options: Any,
+        shadow_dtype: Any = None,
+        rounding: Rounding | None = None,
+        seed: int = 0,
+        update_every: int = 1,
+        start_after: int = 0,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
+        drift: bool = False,
+        capturable: bool = False,
+        watch: WatchMode = "all",
     ) -> None:
+        options = options_in(locals()) | {"zero_debias": zero_debias}
         self.at_end: AtEnd = checked(at_end, "at_end", AtEnd)
         self.on_missing: OnMissing = checked(on_missing, "on_missing", OnMissing)
         # Refuses what it would refuse as training begins, but for what a GPU is needed to say.
         tried = {**options, "capturable": False}
-        count = len(EMA([torch.zeros(1)], decay, zero_debias=zero_debias, **tried).shadows)
-        if which not in range(-count, count) and (which is not None or count > 1):
-            raise ArgumentError(
-                f"which={which!r}: say by a number from 0 to {count - 1} which one of the averages "
-                f"with decay={decay!r} is evaluated and given to the model"
-            )
+        EMA([torch.zeros(1)], decay, **tried)
+        self._which = checked_which(which, decay)
         self.evaluate_with_average = evaluate_with_average
-        self._decay, self._options = decay, {"zero_debias": zero_debias, **options}
-        self._which = which
+        self._decay, self._options = decay, options
 
     _ema: EMA | None = None
     _model: Any = None

@@ -1155,7 +1155,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         ({"decay": 1.5}, "decay"),
         ({"at_end": "both"}, "at_end='both': expected one of average, raw"),
         ({"on_missing": "skip"}, "on_missing='skip': expected one of raise, begin"),
-        ({"decay": (0.9, 0.99)}, "which=None: say by a number from 0 to 1"),
+        ({"decay": (0.9, 0.99)}, "which=None: expected a number from 0 to 1"),
         ({"which": 1}, "which=1"),
         ({"frozen": "melt"}, "frozen"),
     ):
