@@ -22,17 +22,17 @@ from fastema.layout.spec import Leaves, Role
 __all__ = ["Plan", "PolicyOf", "copy_", "lerp_", "mean_between", "swap_"]
 
 PolicyOf: TypeAlias = Callable[[str, Role], Literal["average", "copy", "skip"]]
-"""What is done with a tensor of ``x``, by its name and what the model uses it for."""
+"""Decides what to do with a tensor of ``x``, by its name and role in the model."""
 
 _OPERATIONS: Final = {
     "lerp": {"averaged": "lerp", "copied": "copy"},
     "copy": {"averaged": "copy", "copied": "copy"},
     "swap": {"averaged": "swap", "copied": "swap"},
 }
-"""What each operation of a plan does with the tensors that are averaged, and with the others."""
+"""Kernel operations of a plan's methods, for averaged and for copied tensors."""
 
 _MARKS = {"nearest": "", "stochastic": "~"}
-"""How a kernel's format says how it rounds."""
+"""Marks of the kernel formats that round in a certain way."""
 
 
 def _without_skipped(leaves: Leaves, policy: PolicyOf, roles: Mapping[str, Role]) -> Leaves:
@@ -89,7 +89,7 @@ def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
 
 @dataclass(frozen=True)
 class _Selection:
-    """What a plan pairs; it knows no plan, so that neither keeps the other alive."""
+    """Selects the pairs of a plan; holds no reference to the plan, so that there is no cycle."""
 
     policy: PolicyOf | None
     mark: str
@@ -112,7 +112,7 @@ class _Selection:
         return Match(parts, dst, src, self._policy_parameters(x))
 
     def _policy_parameters(self, x: Leaves) -> list[Trained]:
-        """Parameters of which the policy asks whether they are trained."""
+        """Parameters whose policy depends on whether they are trained."""
         policy = self.policy
         if policy is None:
             return []
@@ -230,7 +230,7 @@ class Plan:
             )
 
     def _lerped(self) -> tuple[list[str], bool]:
-        """What is averaged and no float, and whether random bits are used."""
+        """List averaged tensors that are no floats, and tell whether random bits are used."""
         pairs = self.binding.tagged["averaged"]
         exact = [f"{one.name!r} is {one.dst.dtype}" for one in pairs if one.dst.kind.real is None]
         return exact, any(pair.form.endswith("~") for pair in pairs)

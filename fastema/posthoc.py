@@ -1,7 +1,7 @@
 """Averages chosen after training: snapshots of power-function averages, and what is made of them.
 
 Keep snapshots of two power-function averages during a run, and any other average at any step of it
-can be put together afterwards: no length has to be chosen beforehand.
+can be synthesized afterwards: no length has to be chosen beforehand.
 
 >>> import tempfile, numpy as np, fastema
 >>> weights = {"w": np.zeros(3)}
@@ -73,12 +73,12 @@ class Snapshot(NamedTuple):
 
     @property
     def profile(self) -> PowerProfile:
-        """How the average weighs the steps since its start."""
+        """Weight of the steps since the start in the average."""
         return PowerProfile(self.step - self.start, self.gamma)
 
 
 class Synthesized(NamedTuple):
-    """An average put together from snapshots."""
+    """An average synthesized from snapshots."""
 
     tensors: dict[str, Any]  # NumPy arrays by name
     error: float  # L2 distance of the profile from the wanted one, relative to the norm of that
@@ -173,7 +173,7 @@ def _save(average: Average, chosen: list[int], folder: Path, wanted: DType | Non
 
 
 def _width(gamma: float) -> str:
-    """What a width is called in the name of a file: no two widths alike."""
+    """Return a width's part of a file name: different for any two widths."""
     width, widest = sigma_rel_of(gamma), sigma_rel_of(0.0)
     for digits in range(3, 9):
         text = f"{width:.{digits}f}"
@@ -260,7 +260,7 @@ def synthesize(
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Synthesized:
-    """Put an average that nobody tracked together from snapshots.
+    """Synthesize an average that was not tracked, from snapshots.
 
     The coefficients are those whose sum of profiles is nearest to the wanted profile, least squares
     in float64 under the condition that they sum to 1; the tensors are summed in float64 while they
@@ -334,7 +334,7 @@ def synthesize(
 
 
 def _advice(found: Sequence[Snapshot], last: int, error: float) -> str:
-    """What to do about an average that these snapshots do not give."""
+    """Return advice about an average that these snapshots cannot give."""
     text = f"the profile of the synthesised average is off by {error:.2g} (more than {_POOR}): "
     newest = max(one.step for one in found if one.step <= last)
     if newest < last:

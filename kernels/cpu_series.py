@@ -64,7 +64,7 @@ STRETCH: Final = 128
 
 @device_fn
 def _rounded_off(x, y, total):
-    """What ``total = x + y`` rounded off; 0 for what is not finite."""
+    """The rounding error of ``total = x + y``; 0 if not finite."""
     took = total - x
     return nan_to_zero((x - (total - took)) + (y - took))
 

@@ -115,7 +115,7 @@ def _number(cells, at, clock, numbers):
 
 @device_fn
 def _launch_args(clock, now):
-    """What changes from step to step: from the clock, where there is one."""
+    """Load what changes from step to step: from the clock, if there is one."""
     if clock:
         cells = pointer_i64(clock)
         seed, step = load(cells, abi.SEED), load(cells, abi.STEP)

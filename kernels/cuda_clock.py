@@ -48,7 +48,7 @@ def _look_up(address, rows, count, thread, threads):
 
 @device_fn
 def advance(clock, done, thread, threads):
-    """What one thread does to take the clock from ``done`` updates to the next.
+    """Advance the clock from ``done`` updates to the next, on one thread.
 
     As :meth:`fastema.rules.Schedule.weights`: nothing before ``START`` and between the steps that
     work; at ``START`` the averages become the weights; then each has the weight of its table.

@@ -50,7 +50,7 @@ def _mapped_index(row, place):
 
 
 _INDICES = {"flat": (_first_index, _next_index), "strided": (index_map, _mapped_index)}
-"""By layout, what a row has for its elements' indices, and the index of an element."""
+"""By layout: the columns of a row's indices, and the index of an element."""
 
 
 def _vector(step: Step, n: int, index):

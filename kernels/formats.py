@@ -1,4 +1,4 @@
-"""How each element format lies in memory: its pointer, and its way to and from arithmetic.
+"""Element formats: their pointers, and their conversions to and from arithmetic.
 
 A new dtype is one row here (and one in ``fastema.layout.dtypes``).
 """
@@ -133,7 +133,7 @@ _CHEAPER = {
     "cpu": {},
     "cuda": {"bf16": FORMATS["bf16"]._replace(encode=_GPU_BF16, encode_wide=_from_wide(_GPU_BF16))},
 }
-"""By device, formats in which it has instructions that others have not."""
+"""Formats for which a device has instructions of its own."""
 
 _FROM_BF16 = {
     "cpu": {
@@ -142,7 +142,7 @@ _FROM_BF16 = {
     },
     "cuda": {"bf16~": scalar.encode_bf16_of_bf16_random_gpu},
 }
-"""By device, cheaper encodings for averages of bfloat16 numbers alone."""
+"""Cheaper encodings, by device, for averages of bfloat16 numbers alone."""
 
 
 class Access(NamedTuple):

@@ -1,4 +1,4 @@
-"""How kernels are compiled and where their machine code is kept.
+"""Compilation of kernels, and the cache of their machine code.
 
 Numba's on-disk cache does not notice an edit in another file, so shared scalar maths would go stale
 after an upgrade, and its default place leaves files behind an uninstall. Kernels therefore go to a
@@ -74,7 +74,7 @@ def _source_stamp() -> str:
 
 
 SOURCE_STAMP = _source_stamp()
-"""Of the sources as they were imported: an upgrade under a running process changes nothing."""
+"""Hash of the sources as imported: an upgrade under a running process changes nothing."""
 
 
 def _roots() -> Iterator[Path]:
@@ -93,7 +93,7 @@ def _roots() -> Iterator[Path]:
 
 
 def _private(folder: Path) -> bool:
-    """Whether nobody else can write here: cache entries are code that will be run."""
+    """Return whether only this user can write here: cache entries are code that will be run."""
     if not hasattr(os, "getuid"):
         return True
     found = folder.stat()

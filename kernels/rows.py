@@ -1,4 +1,4 @@
-"""What the loops of both devices share: the columns of a row, a step on memory, a windowed mean."""
+"""Shared by the loops of both devices: columns of a row, a step on memory, a windowed mean."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastema.kernels.words import load, low32
 
 @device_fn
 def row_key(cells, at, seed, step):
-    """What the random bits of a row begin with."""
+    """Start the random bits of a row."""
     return scalar.random_key(seed, step, load(cells, at + abi.KEY), load(cells, at + abi.INDEX))
 
 
 @device_fn
 def index_map(cells, at):
-    """What :func:`scalar.index_of` needs for the low halves of a row's indices."""
+    """Load what :func:`scalar.index_of` needs for the low halves of a row's indices."""
     step, run = load(cells, at + abi.INDEX_STEP), load(cells, at + abi.INDEX_RUN)
     rise = low32(load(cells, at + abi.INDEX_JUMP) - run * step)
     return low32(load(cells, at + abi.INDEX)), low32(step), rise, np.float32(1) / np.float32(run)

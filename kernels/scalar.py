@@ -105,7 +105,7 @@ def index_of(place, first, step, rise, inverse):
 
 
 def random_key(seed, step, tensor, index):
-    """What the random bits of a row begin with; of the index only the high half enters here."""
+    """Start the random bits of a row; only the high half of the index enters here."""
     key = xor32(mix32(xor32(low32(seed), 0x9E3779B9)), high32(seed))
     key = xor32(mix32(key), low32(step))
     key = xor32(mix32(key), high32(step))
@@ -200,7 +200,7 @@ def _rounded_away(bits):
 
 
 def park_model(avg):
-    """What a bfloat16 model holds while its float32 average is applied (see :func:`park_shadow`).
+    """The bits of a bfloat16 model while its float32 average is applied (see :func:`park_shadow`).
 
     The nearest bfloat16; ties go away from zero, because ties to even cannot be undone. A NaN keeps
     its high half; where that is an infinity's, it becomes a quiet one.
@@ -241,12 +241,12 @@ def split_high(value):
 
 
 def split_low(value):
-    """What completes it to the float32, bit for bit (a signalling NaN comes back quiet)."""
+    """The residual that completes it to the float32 (a signalling NaN comes back quiet)."""
     return narrow16(bits32(value))
 
 
 def stowed_high(bits):
-    """As :func:`split_high`, for 32 bits that are kept in an average's two halves meanwhile.
+    """The high half of 32 bits that an average's two halves keep; compare :func:`split_high`.
 
     No pattern is lost, for which there are too many NaNs: of the signalling ones whose high half is
     an infinity's, those that would be rounded up have the high half of a zero here.

@@ -1,4 +1,4 @@
-"""What each operation does with the stored numbers of one element: all that CPU and GPU share.
+"""The steps: what each operation does with one element, shared by CPU and GPU.
 
 A step is a function of stored values, written in words, without addresses and loops:
 
@@ -27,7 +27,7 @@ _NOTHING = (np.float32(0),) * 3
 
 
 class Formats(NamedTuple):
-    """How the streams of a step are stored; None for what it does not have."""
+    """Formats of a step's streams; None for a stream that it lacks."""
 
     dst: str
     src: str
@@ -123,7 +123,7 @@ def cast_back(dst: str, src: str, device: str) -> Step:
 
 
 def finite(dst: str, src: str, device: str) -> Step:
-    """How many elements of the source are NaN or infinite, in ``DISTANCE``; nothing is written.
+    """Count the NaN and infinite elements of the source, in ``DISTANCE``; write nothing.
 
     Bytes moved: the source once.
     """
@@ -158,7 +158,7 @@ def swap(dst: str, src: str, device: str) -> Step:
 
 
 def _on_bits(moved: Any, writes: str = "ds") -> Callable[[str, str, str], Step]:
-    """What makes the step ``moved(d, residual, s) -> (d, residual, s)`` on raw bits."""
+    """Make the step ``moved(d, residual, s) -> (d, residual, s)`` on raw bits."""
 
     @device_fn
     def apply(d, residual, s, r, w, word):
@@ -212,7 +212,7 @@ class Window(NamedTuple):
 def window(dst: str, src: str, ring: str, residual: str, device: str) -> Window:
     """The mean of the last values of ``src``, as they are stored in the ring.
 
-    The mean is a sum of two floats, of which the companion, f32 or f64, holds the second.
+    The mean is a sum of two floats; the companion, f32 or f64, holds the second.
     """
     real, read, write, read_src, _ = access(dst, src, device, ring)
     recall = FORMATS[ring].decode

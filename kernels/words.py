@@ -270,7 +270,7 @@ def tag(builder, instruction, stream):
 
 
 def is_cuda(context):
-    """Whether code is made for a GPU."""
+    """Return whether code is made for a GPU."""
     return type(context).__name__ == "CUDATargetContext"
 
 

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class Match(NamedTuple):
-    """What a surface makes of the tensors of both sides.
+    """The pairs that a surface selected from the tensors of both sides.
 
     ``pairs`` are checked, each memory once, by the tag under which the program knows them; averages
     that are updated together follow each other, tensor by tensor. ``dst`` and ``src`` are to be
@@ -52,7 +52,7 @@ def is_fixed(spec: TensorSpec) -> bool:
 
 
 class Outline(NamedTuple):
-    """What stays of a model while its tensors change.
+    """The parts of a model that stay while its tensors change.
 
     ``order`` has all names in the container's order. ``fixed`` names tensors in pairs that never
     change: the next step has others.
@@ -148,7 +148,7 @@ class _Current:
     ) -> None:
         binding = self._binding
         bound = binding._bound
-        if kind is not None:  # the next call goes on with the tensors of the one before
+        if kind is not None:  # the next call continues with the tensors of the one before
             binding._bound = self._before
         if bound.guard is not None:
             if kind is None and self._once:
@@ -317,7 +317,7 @@ class Binding:
 
     @property
     def model(self) -> Outline:
-        """What stays of the model."""
+        """The parts of the model that stay while its tensors change."""
         return self._bound.model
 
     @property
@@ -339,7 +339,7 @@ class Binding:
 
     @property
     def addresses(self) -> Mapping[str, int]:
-        """Where the model's tensors were found, by name, if they move."""
+        """Addresses of the model's tensors, by name, if they move."""
         return self._bound.located[1].addresses
 
     @property
@@ -363,7 +363,7 @@ class Binding:
         return found
 
     def forget(self, key: Any) -> None:
-        """Make something anew at the next call of :meth:`cached`."""
+        """Drop a cached value; the next call of :meth:`cached` makes it again."""
         self._bound.cached.pop(key, None)
 
     def notify_write(self, *sides: int) -> None:

@@ -75,7 +75,7 @@ class Watched(Owned):
         self._trained = trained
         self.leaves = leaves
         self._elements = [*container] if isinstance(container, list) else None
-        try:  # whoever wants to keep a model alive does it elsewhere
+        try:  # a weak reference: the surface decides what keeps the model alive
             self._container: Callable[[], Any] = ref(container)
         except TypeError:
             self._container = lambda: container
@@ -85,7 +85,7 @@ class Watched(Owned):
         return None if not self._is_same_container(container) or self.changed() else STAYED
 
     def _is_same_container(self, container: Any) -> bool:
-        """Whether this is the container, or a list of the same objects."""
+        """Return whether this is the container, or a list of the same objects."""
         if container is self._container():
             return True
         elements = self._elements

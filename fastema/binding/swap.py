@@ -107,7 +107,7 @@ class Swap:
 # -- in memory ------------------------------------------------------------------------------------
 
 SPLIT: Final = "bf16+16"
-"""Kernel format of a float32 average in two halves, of which the first is the nearest bfloat16."""
+"""Kernel format of a float32 average in two halves; the first is the nearest bfloat16."""
 
 _APPLY: Final = {"bits": "swap", "park": "park", "spare": "cast_back"}
 _RESTORE: Final = {"bits": "swap", "park": "unpark", "kept": "copy"}
@@ -176,7 +176,7 @@ class InMemory:
         self._program.run(_RESTORE)
 
     def relocate(self, pairs: Iterable[Pair]) -> None:
-        """Go on with the same tensors in other memory, to which somebody moved them."""
+        """Continue with the same tensors after they moved to other memory."""
         self._program = self._prepared(_by_way(pairs))
 
 
@@ -281,7 +281,7 @@ def _recover(pairs: Sequence[Pair], into: Sequence[Recovered]) -> None:
 
 
 def _in_halves(pair: Pair) -> bool:
-    """Whether an average in two halves has changed places with whole weights."""
+    """Return whether an average in two halves has changed places with whole weights."""
     return way_of(pair) == "bits" and pair.dst.dtype != pair.src.dtype
 
 

@@ -26,7 +26,7 @@ _CODES: Final = {
     **{(5, bits): f"c{bits}" for bits in (64, 128)},
     (6, 8): "bool",
 }
-"""By DLPack's kind of number and its bits."""
+"""Dtype codes by DLPack's kind of number and number of bits."""
 
 _HEADER_WORDS: Final = 2
 """Version (two uint32), address of an earlier version's table."""

@@ -112,7 +112,7 @@ class _Model:
         return True
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
-        raise BridgeError("a Keras model is not made anew: use swapped(), or copy_to(other_model)")
+        raise BridgeError("cannot make a new Keras model: use swapped(), or copy_to(other_model)")
 
 
 def _with_the_trainer(model: Any) -> dict[int, Any]:

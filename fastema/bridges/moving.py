@@ -29,7 +29,7 @@ With ``write`` they are about to be written, there and then.
 
 
 class Located(NamedTuple):
-    """Where the tensors of a container lie, by name, as long as this is kept."""
+    """Addresses of a container's tensors, by name, valid while this object is kept."""
 
     addresses: dict[str, int]
     kept: list[Any]

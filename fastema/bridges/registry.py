@@ -55,7 +55,7 @@ _ANY_OTHER: Final = "dlpack"
 
 
 def _loaded() -> Iterator[ModuleType]:
-    """Yield the bridges of the frameworks that somebody imported: the others own nothing."""
+    """Yield the bridges of the imported frameworks: the others own nothing."""
     for framework in _FRAMEWORKS:
         if framework in sys.modules:
             yield _bridge(framework)

@@ -3,7 +3,7 @@
 Tensors never change. Variables do, usually by being given another tensor, so that they lie
 elsewhere after most steps. They are written in place only after TensorFlow itself has given them
 memory that no tensor shares, by the protocol of its own scatter operations, which copy at that
-point where somebody still holds the old value.
+point where the old value is still referenced.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _unshared_rows(handle: Any, dtype: Any) -> Any:
 
 
 def _unshared_whole(handle: Any, dtype: Any) -> Any:
-    """As :func:`_unshared_rows` of a scalar: a slice of no dimensions is everything."""
+    """Do what :func:`_unshared_rows` does for a scalar: a slice of no dimensions is all of it."""
     none, value = tf.constant([], tf.int32), _read_value(handle, dtype)
     tf.raw_ops.ResourceStridedSliceAssign(
         ref=handle, begin=none, end=none, strides=none, value=value
@@ -331,7 +331,7 @@ class _Module:
         return [variable for _, variable in found]
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
-        raise BridgeError("a tf.Module is not made anew: use swapped(), or copy_to(other_module)")
+        raise BridgeError("cannot make a new tf.Module: use swapped(), or copy_to(other_module)")
 
 
 def _variables(module: Any) -> list[tuple[str, Any]]:

@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """How the written side is stored: loaded to a flat tensor to compute with, and stored back."""
+    """Load and store of the written side: to a flat tensor to compute with, and back."""
 
     load: Callable[[Batch], Tensor]
     store: Callable[[Batch, Tensor, LaunchArgs], None]
@@ -86,7 +86,7 @@ def _flat(tensors: list[Tensor], dtype: torch.dtype, device: torch.device | None
 
 
 def _rounds_twice(source: Tensor, target: Tensor) -> bool:
-    """Whether torch goes by way of float32, rounding twice."""
+    """Return whether torch goes by way of float32, rounding twice."""
     return source.dtype == torch.float64 and target.dtype in _HALVES
 
 
@@ -120,7 +120,7 @@ def _to_odd(values: Tensor) -> Tensor:
 
 
 def _mixed(x: Any) -> Any:
-    """As ``fastema.kernels.scalar.mix32``, of an int, or in place of a tensor of 64 bits."""
+    """Compute ``fastema.kernels.scalar.mix32`` of an int, or in place of a tensor of 64 bits."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x ^= x >> shift
         x *= factor
@@ -130,7 +130,7 @@ def _mixed(x: Any) -> Any:
 
 
 def _random_words(place: tuple[int, int, Tensor], args: LaunchArgs, device: Any) -> Tensor:
-    """As ``fastema.kernels.scalar.random_key`` and ``random_word``, of every element of a piece."""
+    """Compute ``random_key`` and ``random_word`` of the kernels for all elements of a piece."""
     tensor, first, indices = place
     start = first + int(indices.storage_offset())
     last, index = start, torch.full((), start, dtype=torch.int64, device=device)
@@ -216,7 +216,7 @@ _FORMS: Final = {
 
 
 def _high(bits: Tensor) -> Tensor:
-    """As ``fastema.kernels.scalar.park_model``."""
+    """Compute ``fastema.kernels.scalar.park_model``."""
     nan = (bits & 0x7FFFFFFF) > 0x7F800000
     high = bits >> 16
     nearest = ((bits >> 15) & 1).add_(high)
@@ -232,7 +232,7 @@ def _unparked(model: Tensor, parked: Tensor) -> Tensor:
 
 
 def _stowed(bits: Tensor) -> Tensor:
-    """As ``fastema.kernels.scalar.stowed_high``."""
+    """Compute ``fastema.kernels.scalar.stowed_high``."""
     nan = (bits & 0x7FFFFFFF) > 0x7F80FFFF
     high = bits >> 16
     rounded = ((bits >> 15) & 1).add_(high)
@@ -241,7 +241,7 @@ def _stowed(bits: Tensor) -> Tensor:
 
 
 def _unstowed(high: Tensor, residual: Tensor) -> Tensor:
-    """As ``fastema.kernels.scalar.unstowed``."""
+    """Compute ``fastema.kernels.scalar.unstowed``."""
     beyond = ((high & 0x7FFF) == 0).logical_and_(residual < 0)
     return torch.where(beyond, (high | 0x7F80) << 16 | residual & 0xFFFF, _unparked(high, residual))
 

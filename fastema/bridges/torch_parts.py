@@ -104,7 +104,7 @@ def _fingerprint(tensor: DTensor) -> object:
 
 @dataclass(frozen=True)
 class _Division:
-    """How a DTensor is divided: see :class:`fastema.layout.spec.Division`."""
+    """Division of a DTensor: see :class:`fastema.layout.spec.Division`."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -176,7 +176,7 @@ def gather(tensor: DTensor) -> torch.Tensor:
 
 
 def refuse_fsdp1(module: torch.nn.Module) -> None:
-    """Refuse modules whose weights lie in one flat parameter, of which each rank has a stretch."""
+    """Refuse modules whose weights lie in one flat parameter that is split among ranks."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(
         isinstance(one, fsdp.FullyShardedDataParallel) for one in module.modules()

@@ -56,19 +56,19 @@ _CODES: Final = {in_header: code for code, in_header in _NAMES.items()}
 _LONGEST_HEADER: Final = 100_000_000
 
 _METADATA: Final = "__metadata__"
-"""Where a header has the annotations, among the tensors."""
+"""Key of the metadata in a header."""
 
 _MOST: Final = 2**63 - 1
 """The largest extent or offset."""
 
 _MOST_AXES: Final = 32
-"""As many as arrays of NumPy 1 can have."""
+"""Most axes of a tensor: the limit of NumPy 1."""
 
 _PARTIAL: Final = re.compile(r"\..+\.fastema-[0-9a-f]{12}\..+", re.DOTALL)
-"""Names of files that are being written, or were when somebody was killed."""
+"""Names of files that are being written, or were left by a killed process."""
 
 _seeking = threading.Lock()
-"""Where a file cannot be read at an offset without moving in it."""
+"""Serializes reads where a file has no positioned read."""
 
 
 class Stored(NamedTuple):
@@ -90,7 +90,7 @@ class Stored(NamedTuple):
 
 
 class File(NamedTuple):
-    """A safetensors file, of which the header has been read."""
+    """A safetensors file whose header has been read."""
 
     path: Path
     tensors: dict[str, Stored]
@@ -150,7 +150,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
 
 
 def header_of(tensors: Mapping[str, Stored | TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with whose tensors follow each other in this order.
+    """Build the header of a file whose tensors follow each other in this order.
 
     A CheckpointError for a name or a dtype that no file can have.
     """
@@ -199,7 +199,7 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
     file system does not say whether they are. A StorageError if the file cannot be written.
     """
     final = Path(path)
-    # Made by whoever writes it, with the rights that a new file has here.
+    # With the permissions that a new file has here.
     partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
     with storing(final), _lock_folder(final.parent):
         try:
@@ -250,9 +250,9 @@ def fsync(path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> File:
-    """What a file holds, without its tensors' bytes; a CheckpointError if it is damaged."""
+    """Read a file's header; a CheckpointError if the file is damaged."""
     name = Path(path)
-    if not stat.S_ISREG(name.stat().st_mode):  # to open a pipe would wait for somebody to write
+    if not stat.S_ISREG(name.stat().st_mode):  # opening a pipe would block until it has a writer
         raise CheckpointError(f"{name} is not a file")
     with name.open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size

@@ -18,10 +18,10 @@ from fastema.errors import CheckpointError, DTypeError
 __all__ = ["load_state", "read_state", "write_state"]
 
 _KEY: Final = "state"
-"""Of the plain values among a file's annotations, and of the tensor that holds them, too."""
+"""Key of the plain values in a file's metadata, and of the tensor that holds them too."""
 
 _SUMS: Final = "crc32"
-"""Of the checksums of all tensors among a file's annotations."""
+"""Key of all tensors' checksums in a file's metadata."""
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metadata: str) -> None:
@@ -39,7 +39,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
         else:
             plain[key] = value
     text = json.dumps(plain)
-    # The annotations are lost where somebody reads the file by safetensors' load_file.
+    # safetensors' load_file drops the annotations.
     arrays[_KEY] = np.frombuffer(text.encode(), np.uint8)
     specs = {name: describe(array) for name, array in arrays.items()}
     sums = {name: zlib.crc32(bytes_of(array)) for name, array in arrays.items()}

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _installed(module: str) -> bool:
-    """Whether `module` can be found, without importing it."""
+    """Return whether `module` can be found, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:  # an import hook that refuses the name

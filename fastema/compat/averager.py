@@ -1,4 +1,4 @@
-"""What the drop-in classes share: averages in tensors of the user's that follow a model."""
+"""Averages in the user's own tensors that follow a model: shared by the drop-in classes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class _Stage:
         }
 
     def fits(self, averages: Mapping[str, Tensor], weights: Leaves) -> bool:
-        """Whether it is of these names, shapes, dtypes and devices, tied in the same way."""
+        """Return whether it is of these names, shapes, dtypes and devices, tied in the same way."""
         other = _tensors(weights)
         return (
             self.tensors.keys() == other.keys()
@@ -303,7 +303,7 @@ class ModelAverager:
     # -- where everything is ----------------------------------------------------------------------
 
     def _is_apart(self, weights: Leaves) -> bool:
-        """Whether an average is on another device than its weights."""
+        """Return whether an average is on another device than its weights."""
         averages, theirs = _tensors(leaves_of(self._averaged)), _tensors(weights)
         return any(averages[n].device != theirs[n].device for n in averages.keys() & theirs)
 

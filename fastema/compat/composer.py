@@ -33,7 +33,7 @@ _TIME: Final = re.compile(r"(\d+)(ba|ep)")
 
 
 class _CallState:
-    """What follows the averages that a caller keeps, and how often it was called."""
+    """The averager of averages that a caller keeps, and its number of calls."""
 
     def __init__(self) -> None:
         self.names: frozenset[str] = frozenset()
@@ -52,7 +52,7 @@ class _CallState:
 
 
 _call_states: weakref.WeakKeyDictionary[Any, _CallState] = weakref.WeakKeyDictionary()
-"""By the object that holds the averages; their tensors do not keep it."""
+"""By the object that holds the averages; does not keep it alive."""
 
 
 def _tied(model: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, str]:
@@ -102,7 +102,7 @@ def compute_ema(model: nn.Module, ema_model: Any, smoothing: float = 0.99) -> No
     ------
     LayoutError
         Naming the averages that the model lacks, the trained parameters that have no average, and
-        those of which the shapes differ; nothing was written.
+        those with other shapes; nothing was written.
     ArgumentError, BridgeError
         For a ``smoothing`` out of range; for another kind of ``ema_model``.
 

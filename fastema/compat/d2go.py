@@ -83,7 +83,7 @@ def load(ema: EMA, checkpoint: Mapping[str, Any], num_updates: int | None = None
 
 
 def export(ema: EMA, model: nn.Module | None = None) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint of D2Go holds of an average: ``{"ema_state": {name: tensor}}``, copies.
+    """Return D2Go's checkpoint of an average: ``{"ema_state": {name: tensor}}``, copies.
 
     D2Go asks for every name that it averages: build the average with ``frozen="average",
     buffers="average"`` for its default configuration.

@@ -34,7 +34,7 @@ _KINDS: Final[dict[str, type]] = {
     "inv_gamma": Real,
     "power": Real,
 }
-"""What a state holds besides the tensors; in a saved model, entries of its configuration."""
+"""Entries of a state besides the tensors; in a saved model, of its configuration."""
 
 _RENAMED: Final = {"max_value": "decay", "min_value": "min_decay", "device": "to()"}
 """Deprecated arguments, and what diffusers says to use instead."""

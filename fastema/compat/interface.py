@@ -13,7 +13,7 @@ _NAMED: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL
 
 
 def differences(theirs: Any, ours: Any) -> list[str]:
-    """What a peer's class or function has that ours does not know, and the reverse, in words.
+    """List what a peer's class or function has and ours lacks, and the reverse.
 
     Parameters and their defaults have to be the same, but for further ones of ours that are given
     by keyword; every public method and property of theirs has to be there.

@@ -45,7 +45,7 @@ The latest is the last. A call takes back what it finds there, however the one b
 
 
 def _optimizers(model: Any) -> list[Any]:
-    """Those of the model that average."""
+    """Return the optimizers of the model that average."""
     optimizer = getattr(model, "optimizer", None)  # a model that was not compiled has none
     found = [] if optimizer is None else inner(optimizer)
     return [one for one in found if one.use_ema]
@@ -185,7 +185,7 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
 
     def _register(self) -> None:
-        """Be known to the model, for whoever is called next."""
+        """Register with the model, so that a later callback finds this one."""
         # Unseen by Keras, which tracks what is set.
         owners = self.model.__dict__.setdefault(_OWNERS, [])
         if self not in owners:

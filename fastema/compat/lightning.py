@@ -26,8 +26,8 @@ Where it differs:
 - Theirs: a finished run that is resumed gives the model the weights in training; here: the average.
 - Theirs: outside ``fit`` puts the average, or weights, of an earlier one into the model; here:
   leaves the model alone.
-- Theirs: a second ``fit`` goes on with the step of the first; the epoch of the latest update is not
-  saved; here: counts anew; saved.
+- Theirs: a second ``fit`` continues with the step of the first, and the epoch of the latest
+  update is not saved; here: the count starts again, and the epoch is saved.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def _peers(name: str) -> tuple[type, ...]:
 
 
 def _is_averaging(callback: Any) -> bool:
-    """Whether it is an averaging callback, of ours or of Lightning's."""
+    """Return whether it is an averaging callback, of ours or of Lightning's."""
     theirs = (getattr(one.callbacks, "WeightAveraging", WeightAveraging) for one in LIGHTNINGS)
     return isinstance(callback, (WeightAveraging, *theirs))
 
 
 def _is_sharding(strategy: Any) -> bool:
-    """Whether a strategy divides weights among processes."""
+    """Return whether a strategy divides weights among processes."""
     names = ("FSDPStrategy", "ModelParallelStrategy")
     theirs = (getattr(one.strategies, name, ()) for one in LIGHTNINGS for name in names)
     return isinstance(strategy, tuple(theirs))
@@ -126,7 +126,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         return self._average_model is not None and bool(self._average_model.n_averaged)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether to update the average now, by default after each step; override it.
+        """Return whether to update the average now, by default after each step; override it.
 
         ``step_idx`` is the number of the optimizer's latest step, from 0, or None at the end of an
         epoch; ``epoch_idx`` that of the epoch that ends, or None after a step.
@@ -224,7 +224,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._phase = "failed"
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Give the model the average for good, and let go of the trainer."""
+        """Leave the average in the model, and release the trainer."""
         if stage != "fit" and self._phase == "training":
             return
         has_average, not_trained = self._exchange is not None, self._phase == "training"
@@ -338,7 +338,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "first update from here."
             )
             return
-        _utilities.rank_zero_info("WeightAveraging: the checkpoint has an average, which goes on.")
+        _utilities.rank_zero_info("WeightAveraging: the checkpoint has an average: it continues.")
         average = {f"module.{name}": value for name, value in checkpoint["state_dict"].items()}
         strict = getattr(pl_module, "strict_loading", True)
         self._average_model.load_state_dict(average | checkpoint["averaging_state"], strict=strict)
@@ -386,7 +386,7 @@ def _no_op() -> Steps[None]:
 
 
 def _overrides_configure_model(pl_module: Any) -> bool:
-    """Whether the user's module, and not Lightning's base class, has the hook."""
+    """Return whether the user's module, and not Lightning's base class, has the hook."""
     hook = getattr(type(pl_module), "configure_model", None)
     return hook is not None and not hook.__module__.startswith(PACKAGES)
 
@@ -456,7 +456,7 @@ class EMAWeightAveraging(_EMAWeightAveraging):  # type: ignore[misc]
         self._as_peer |= peer_exact
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Whether the arguments of the constructor ask for an update now."""
+        """Return whether the arguments of the constructor ask for an update now."""
         if step_idx is not None:
             first = self.update_starting_at_step
             every = self.update_every_n_steps

@@ -246,7 +246,7 @@ class _ListAverager:
 
 
 class _Planned(NamedTuple):
-    """What updates the averages while certain parameters are frozen."""
+    """The averager for one set of frozen parameters."""
 
     averager: ModelAverager
     weights: dict[str, Tensor]
@@ -264,7 +264,7 @@ def _share_memory(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
 
 
 def _has_kernel(average: Tensor, weight: Tensor) -> bool:
-    """Whether one can be copied into the other by a kernel."""
+    """Return whether one can be copied into the other by a kernel."""
     try:
         kinds = describe(average).kind, describe(weight).kind
     except (BridgeError, DTypeError):
@@ -369,7 +369,7 @@ class ListAverage:
         self._averager.forget()
 
     def _checked_parameters(self, parameters: Iterable[Tensor], call: str) -> list[Tensor]:
-        """As many parameters as there are averages."""
+        """Return a list of parameters, as many as there are averages."""
         given = as_list(parameters, call)
         if len(given) != len(self._shadow):
             raise LayoutError(

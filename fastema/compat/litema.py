@@ -156,7 +156,7 @@ class LitEma(nn.Module):
             if not problems:
                 raise
             raise LayoutError(
-                "the model's trained parameters are not those of which there are averages; freeze "
+                "the averages are not those of the model's trained parameters; freeze "
                 "what was not trained when LitEma was built, or build a new LitEma:\n"
                 + listed(problems)
             ) from None
@@ -293,7 +293,7 @@ def with_ema_weights(
         :class:`fastema.EMA` with ``buffers="skip"``. A LayoutError if two are the same without
         dots.
     decay, num_updates : float, int
-        What a :class:`LitEma` that loads it goes on with; -1 updates for a decay that does not
+        What a :class:`LitEma` that loads it continues with; -1 updates for a decay that does not
         grow.
     """
     state = _state_of(checkpoint)

@@ -11,7 +11,7 @@ __all__ = ["Mirrored", "is_read_at_once", "read_number"]
 
 
 def is_read_at_once(buffer: Tensor) -> bool:
-    """Whether a number is to be read each time: it costs nothing, or nobody counts its writes."""
+    """Return whether to read a number each time: reading is free, or its writes are not counted."""
     return buffer.device.type == "cpu" or buffer.is_inference()
 
 
@@ -21,7 +21,7 @@ def read_number(buffer: Tensor) -> float:
 
 
 class Mirrored:
-    """What a buffer of one element holds; fetched from its device only after somebody wrote to it.
+    """The number in a buffer of one element, read from its device only after a write.
 
     A buffer that was replaced (``.to()``, assigned) or written (``load_state_dict``, ``fill_``) is
     noticed by its identity and its version. On an accelerator a write through ``.data`` is not.

@@ -98,7 +98,7 @@ class BaseAveragedModel(nn.Module):
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
-        """What is averaged, by its name in :attr:`module`."""
+        """The averaged tensors, by their names in :attr:`module`."""
         if self.update_buffers:
             return dict(self.module.state_dict())
         return dict(self.module.named_parameters())
@@ -119,7 +119,7 @@ class BaseAveragedModel(nn.Module):
     def update_parameters(self, model: nn.Module) -> None:
         """Take a model, on any device, into the average; call it after each optimizer step.
 
-        A LayoutError names the tensors that only one of the two has, or of which the shapes differ;
+        A LayoutError names the tensors that only one of the two has, or whose shapes differ;
         nothing was written or counted then.
         """
         done = int(self._count.read(self.steps))
@@ -154,7 +154,7 @@ class BaseAveragedModel(nn.Module):
                 average.copy_(source)
 
     def _averaged_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """What is averaged of a model, by all the names that it has without wrappers' prefixes."""
+        """Return a model's averaged tensors, by all their names without wrappers' prefixes."""
         found: Mapping[str, Any]
         if self.update_buffers:
             found = model.state_dict()
@@ -213,7 +213,7 @@ class ExponentialMovingAverage(_Lerped):
         Weight of the *new* value, in (0, 1), else an ArgumentError. Above 0.5, most likely a decay,
         it is a UserWarning.
     peer_exact : bool
-        Average with ``momentum`` at every ``interval``-th update, as MMEngine does, to go on with a
+        Average with ``momentum`` at every ``interval``-th update, as MMEngine does, to continue a
         run that began there with an ``interval`` above 1.
 
     Examples
@@ -310,7 +310,7 @@ def _exchanged(
 
 
 def export(average: BaseAveragedModel, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a checkpoint of MMEngine with an ``EMAHook`` holds of an average and its model.
+    """Return what MMEngine's checkpoint with an ``EMAHook`` holds of an average and its model.
 
     ``"state_dict"`` is the *average* by the model's names, ready to be used; ``"ema_state_dict"``
     has ``steps``, and the weights in training under ``module.*``. The tensors are not copied. A

@@ -27,7 +27,7 @@ def frozen_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
 
 
 def _persistence(module: nn.Module) -> dict[str, bool]:
-    """Whether each tensor is part of the module's state."""
+    """Return whether each tensor is part of the module's state."""
     leaves = leaves_of(module)
     named = {one.name: one.persistent for one in leaves.items}
     return {**named, **{one.name: one.persistent for one in leaves.opaque}}

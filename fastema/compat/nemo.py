@@ -82,7 +82,7 @@ def _state_of(checkpoint: Any) -> Mapping[str, Any]:
 
 
 def _ahead_of(ema: EMA, every: int) -> int:
-    """By how much its count is ahead of NeMo's, which updates with steps 1, 1 + every, ..."""
+    """Return the lead of its count over NeMo's, which updates with steps 1, 1 + every, ..."""
     return (ema.schedule.phase - 1) % every
 
 
@@ -92,7 +92,7 @@ def load(
     """Take over the average in the state of NeMo's ``EMAOptimizer``.
 
     The schedule is that of ``ema``: build it with ``rule(state["decay"], state["every_n_steps"])``
-    and ``update_every=state["every_n_steps"]`` to go on with the same numbers. The count of its
+    and ``update_every=state["every_n_steps"]`` to continue with the same numbers. The count of its
     updates is set so that those that do work fall on the same steps.
 
     Parameters

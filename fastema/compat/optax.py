@@ -33,13 +33,13 @@ def _is_none(leaf: Any) -> bool:
 
 
 def _traced(*trees: Any) -> bool:
-    """Whether this runs while a function is traced, or with what stands for arrays then."""
+    """Return whether this runs while a function is traced, or with what stands for arrays then."""
     leaves = jax.tree.leaves(trees)
     return is_traced() or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
 
 
 def _on_host(leaf: Any) -> bool:
-    """Whether a leaf's memory can be read: NumPy's, or of a JAX array on one CPU device."""
+    """Return whether a leaf's memory can be read: NumPy's, or of a JAX array on one CPU device."""
     if type(leaf) is np.ndarray:  # others have rules of their own, such as masks
         return bool(leaf.dtype.isnative)
     if not isinstance(leaf, jax.Array) or leaf.is_deleted():
@@ -68,7 +68,7 @@ def _promoted_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
 
 
 def _is_weak(value: Any) -> bool:
-    """Whether it gives way to the dtypes of others, as Python's numbers do."""
+    """Return whether it gives way to the dtypes of others, as Python's numbers do."""
     return bool(getattr(value, "weak_type", False))
 
 
@@ -88,7 +88,7 @@ def _averaged_dtype(new: Any, old: Any, step_size: Any) -> np.dtype[Any] | None:
 
 
 def _devices(*arrays: Any) -> set[Any]:
-    """Where JAX arrays are that were put there on purpose; more than one is an error of Optax."""
+    """Return the devices that arrays are committed to; more than one is an error of Optax."""
     found = [one for one in arrays if isinstance(one, jax.Array) and one.committed]
     return {device for one in found for device in one.devices()}
 
@@ -100,7 +100,7 @@ def _copied(array: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _to_jax(memory: NDArray[Any], *like: Any) -> Any:
-    """Memory that nobody else knows as a JAX array, on the device that these make of it."""
+    """Turn memory that is referenced nowhere else into a JAX array on the default device."""
     arrays = [one for one in like if isinstance(one, jax.Array)]
     chosen = next((one for one in arrays if one.committed), arrays[0] if arrays else None)
     (device,) = (None,) if chosen is None else chosen.devices()
@@ -221,12 +221,12 @@ def periodic_update(new_tensors: Any, old_tensors: Any, steps: Any, update_perio
 
 
 def _is_whole(number: Any) -> bool:
-    """Whether it is an integer, or an array of just one."""
+    """Return whether it is an integer, or an array of just one."""
     return np.ndim(number) == 0 and jnp.issubdtype(jnp.result_type(number), jnp.integer)
 
 
 def _forms(tree: Any) -> Any:
-    """What two trees must have in common to be exchanged."""
+    """Return what two trees must have in common to be exchanged."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [(np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 

@@ -1,4 +1,4 @@
-"""Ours in the place of a peer's classes, for scripts that import the peer's."""
+"""Puts our classes in place of a peer's, for scripts that import the peer's."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _KNOWN: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "timm": {"timm.utils.model_ema": ("ModelEma", "ModelEmaV2", "ModelEmaV3")},
     "torch_ema": {"torch_ema.ema": _AVERAGE},
 }
-"""What is replaced of each peer: where it is defined, and wherever else it was imported to."""
+"""The places where each peer's names are replaced: definitions and imports."""
 
 
 class _Replaced(NamedTuple):
@@ -81,7 +81,7 @@ class Installation:
     def __exit__(self, *_: object) -> None:
         with _lock:
             for peer, places in self._places.items():
-                if _installed.get(peer) is places:  # not one that was installed anew meanwhile
+                if _installed.get(peer) is places:  # not one that was installed again meanwhile
                     uninstall(peer)
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class Installation:
 
 
 def install(*peers: str, horizon: Horizon = "peer") -> Installation:
-    """Put our classes in the place of a peer's: an existing script gains the kernels unchanged.
+    """Put our classes in place of a peer's: an existing script gains the kernels unchanged.
 
     Their names are replaced where they are defined and in every module that has imported them, so
     it does not matter whether the script imports them before or after. They update after the same
@@ -214,7 +214,7 @@ def _version(distribution: str) -> str:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # of a module that somebody made by hand
+    except ValueError:  # of a module made by hand
         return package in sys.modules
 
 

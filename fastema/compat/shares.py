@@ -1,4 +1,4 @@
-"""What the drop-in classes are given as a decay."""
+"""Checks of the decays that users give to drop-in classes."""
 
 from __future__ import annotations
 

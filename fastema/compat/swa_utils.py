@@ -69,7 +69,7 @@ _SPARE_CALLS: Final = 8
 
 
 class _Rule:
-    """What an update takes in, without a decay for the mean of all, and how 16 bits are rounded."""
+    """Decay of an update (none for the mean of all), and rounding of 16-bit averages."""
 
     def __init__(self, decay: float | None, rounding: Rounding, seed: int) -> None:
         ModelAverager({}, rounding=rounding, seed=seed)  # refuses what it would refuse later
@@ -79,7 +79,7 @@ class _Rule:
         return "swa" if self.decay is None else f"ema, decay={self.decay}"
 
     def weight(self, count: int) -> float:
-        """Of the new weights, after ``count`` models were averaged."""
+        """Return the weight of the new weights after ``count`` models."""
         return 1.0 / (count + 1) if self.decay is None else 1.0 - self.decay
 
     def average(self, averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
@@ -105,7 +105,7 @@ class _Memory:
         self._dtypes = [tensor.dtype for tensor in tensors]
 
     def is_of(self, others: Sequence[Tensor]) -> bool:
-        """Whether these have the same storages, strides and dtypes."""
+        """Return whether these have the same storages, strides and dtypes."""
         if [other.dtype for other in others] != self._dtypes:
             return False
         try:
@@ -376,7 +376,7 @@ class AveragedModel(peer.AveragedModel):
         self._count.count(self.n_averaged)
 
     def _rule(self) -> _Rule | None:
-        """What the functions stand for; None for one that is not of this module."""
+        """Return the rule behind averaging functions; None for functions from elsewhere."""
         found = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
         if found is None:
             return _DEFAULT

@@ -143,7 +143,7 @@ class _Module(nn.Module):
         self._averager = _TimmAverager()
 
     def _settings(self, exclude_buffers: bool = False) -> dict[str, Any]:
-        """Of :meth:`ModuleAverager.of`, as the attributes are now."""
+        """Return keywords for :meth:`ModuleAverager.of`, from the attributes as they are now."""
         return {}
 
     def set(self, model: nn.Module) -> None:

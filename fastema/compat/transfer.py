@@ -126,7 +126,7 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
 
     Everything that is averaged has to be there. What is only copied, such as buffers, may be
     missing and then stays; what the average leaves out may be there. ``num_updates`` is the count
-    that the schedule goes on from, by default the average's own. A CheckpointError names every
+    that the schedule continues from, by default the average's own. A CheckpointError names every
     tensor that does not fit; nothing was changed then.
     """
     state = ema.state_dict(copy=False)

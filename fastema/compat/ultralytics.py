@@ -20,7 +20,7 @@ from fastema.rules.checks import checked_positive
 __all__ = ["ModelEMA", "Ramp", "export", "load"]
 
 _TEACHER = "teacher_model"
-"""What a distillation model calls the part of which there is to be no average."""
+"""The attribute of a distillation model that is not averaged: its teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class ModelEMA:
     def update(self, model: nn.Module) -> None:
         """Take a model into the average; call it after each optimizer step.
 
-        A LayoutError names the tensors that only one of the two has, or of which the shapes differ;
+        A LayoutError names the tensors that only one of the two has, or whose shapes differ;
         nothing was written or counted then.
         """
         if not self.enabled:
@@ -156,7 +156,7 @@ class ModelEMA:
 
 
 def export(ema: ModelEMA) -> dict[str, Any]:
-    """What a checkpoint of Ultralytics holds of the average: ``"ema"`` and ``"updates"``.
+    """Return Ultralytics' checkpoint of an average: ``"ema"`` and ``"updates"``.
 
     The averaged model is in float16 there, as Ultralytics saves it. Keep ``ema.ema.state_dict()``
     beside it to resume without the loss of 13 bits of each weight.

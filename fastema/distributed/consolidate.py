@@ -27,7 +27,7 @@ from fastema.shadow.average import Average
 __all__ = ["consolidate"]
 
 _METADATA: Final = {"format": "pt"}
-"""What transformers asks of every file."""
+"""Metadata that transformers asks of every file."""
 
 
 def consolidate(
@@ -137,7 +137,7 @@ def _saved(
 
 
 def _united(group: Group, found: live.Held) -> tuple[dict[str, Stored], set[str]]:
-    """The tensors of all processes, and those of which this one writes what it has."""
+    """The tensors of all processes, and those that this one writes its part of."""
     every = group.gather((found.tensors, found.divided))
     tensors: dict[str, Stored] = {}
     first: dict[str, int] = {}

@@ -151,7 +151,7 @@ class Chunked(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """What a folder holds."""
+    """The contents of a folder."""
 
     path: Path
     tensors: dict[str, Chunked]  # by key
@@ -224,7 +224,7 @@ def _checked(path: Path, found: Any) -> Folder:
 
 
 def _overlap(chunks: list[_Chunk]) -> bool:
-    """Whether two blocks have an element in common."""
+    """Return whether two blocks have an element in common."""
     filled = [one for one in chunks if math.prod(one.shape)]
     if len(filled) < 2 or not filled[0].shape:
         return len(filled) > 1
@@ -305,7 +305,7 @@ class _Reader:
         return data
 
     def _data_offset(self) -> int:
-        """Where the elements begin in the file."""
+        """Return where the elements begin in the file."""
         chunk = self._chunk
         try:
             if not stat.S_ISREG(chunk.path.stat().st_mode):

@@ -26,7 +26,7 @@ _INDEX: Final = "model.safetensors.index.json"
 
 
 class Block(NamedTuple):
-    """What a process has of a tensor."""
+    """The block of a tensor that a process has."""
 
     name: str
     offset: tuple[int, ...]  # of its first element in the whole

@@ -1,4 +1,4 @@
-"""What this process holds of an average, tensor by tensor, as the model's state would have it."""
+"""The parts of an average in this process, by name, as in the model's state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Held", "held"]
 
 @dataclass
 class Held:
-    """Tensors by name, those of which several processes have a part, and this one's blocks."""
+    """Tensors by name, the names of those that are divided, and the blocks of this process."""
 
     tensors: dict[str, Stored] = field(default_factory=dict)
     divided: set[str] = field(default_factory=set)

@@ -1,1 +1,1 @@
-"""What writes memory: kernels looked up, run over tables, on threads."""
+"""Writes memory: looks kernels up and runs them over tables, on threads."""

@@ -21,7 +21,7 @@ def _check_nothing() -> None:
 
 @dataclass(frozen=True)
 class Steps(Generic[Value]):
-    """What a :class:`RestoringBlock` does.
+    """The steps of a :class:`RestoringBlock`.
 
     ``apply`` runs with signals held back as the block begins and returns what ``with ... as``
     names. ``restore`` undoes it, exactly once, with signals held back; it also runs where ``apply``

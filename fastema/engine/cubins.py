@@ -39,7 +39,7 @@ class Unavailable(DeviceError):
 
 
 class Key(NamedTuple):
-    """What a kernel does, and for which GPUs."""
+    """A kernel's operation and formats, and the GPUs it is compiled for."""
 
     operation: str
     formats: tuple[str, ...]

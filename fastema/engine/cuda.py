@@ -67,7 +67,7 @@ _NOT_TAKEN: Final = frozenset(
         *("NOT_SUPPORTED", "UNSUPPORTED_PTX_VERSION"),
     )
 )
-"""What a driver says of code that it will never take."""
+"""Driver errors for code that the driver will never accept."""
 
 
 class Device:
@@ -97,7 +97,7 @@ class Device:
         self._context_number = int(self._context)
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
-        """What a call of the driver gave; DeviceError if it failed."""
+        """Unpack the answer of a driver call; DeviceError if it failed."""
         error, *rest = answer
         if error:
             advice = (

@@ -203,7 +203,7 @@ class CudaGroup(Group):
             return self._measured
         if self._measures is None:
             return super().results()
-        # Asked for anew each time: a graph may have been replayed since.
+        # Downloaded each time: a graph may have been replayed since.
         return self._context.download(self._measures).reshape(-1, MEASURES)
 
 

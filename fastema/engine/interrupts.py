@@ -27,7 +27,7 @@ _set, _get = _in_c.signal, _in_c.getsignal
 
 
 class _Action(ctypes.Structure):
-    """What the system does on a signal: Linux' ``struct sigaction``."""
+    """Linux' ``struct sigaction``: the action for a signal."""
 
     _fields_ = (
         ("function", ctypes.c_void_p),
@@ -50,7 +50,7 @@ _active: list[defer_signals] = []
 """The outermost block of the main thread, while there is one."""
 
 _handlers: dict[int, Any] = {}
-"""By signal, the handler that :func:`_record_signal` stands in for, or did in an earlier block."""
+"""Handlers by signal that :func:`_record_signal` replaces, or replaced in an earlier block."""
 
 _changed_in_c: set[int] = set()
 """Signals whose action is not what Python alone would have set."""
@@ -59,7 +59,7 @@ _changed_in_c: set[int] = set()
 def _record_signal(number: int, frame: FrameType | None) -> None:
     if _active:
         _active[0].noted.append((number, frame))
-    else:  # put back after the block by somebody who found it there
+    else:  # put back after the block by code that saved it inside
         _handlers[number](number, frame)
 
 

@@ -122,7 +122,7 @@ class Program:
             )
 
     def measured(self, index: int) -> Measured:
-        """What the latest run of a measuring operation found of one of the averages."""
+        """Return what the latest measuring run found for one of the averages."""
         distance = square = 0.0
         still = 0
         for group in self._groups:
@@ -134,7 +134,7 @@ class Program:
         return Measured(math.sqrt(distance), math.sqrt(square), still)
 
     def all_finite(self) -> bool:
-        """Whether the latest run of ``"finite"`` found nothing else."""
+        """Return whether the latest run of ``"finite"`` found nothing else."""
         return not any(np.any(group.results()[:, DISTANCE]) for group in self._groups)
 
 

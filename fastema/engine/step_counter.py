@@ -49,7 +49,7 @@ class _DeviceCounter:
             first = abi.TABLES + 2 * place
             cells[first : first + 2] = address, len(table)
         self.context.write(self.owner, cells)
-        self._tables = uploaded  # only now nobody reads the ones before
+        self._tables = uploaded  # from here on the old tables are not read
         self._streams.renew()
         self._stream()
 

@@ -28,7 +28,7 @@ class Watch:
         self._held = [(one, _members(one, transient)) for one in held]
 
     def changed(self) -> bool:
-        """Whether any tensor moved, changed shape or dtype, or was replaced."""
+        """Return whether any tensor moved, changed shape or dtype, or was replaced."""
         return self._replaced() or self._any_moved(None)
 
     def changed_in(self, share: int) -> bool:
@@ -36,7 +36,7 @@ class Watch:
         return (share == 0 and self._replaced()) or self._any_moved(share)
 
     def _replaced(self) -> bool:
-        """Whether containers hold other objects."""
+        """Return whether containers hold other objects."""
         for one, members in self._held:
             now = _members(one, self._transient)
             if len(now) != len(members) or not all(map(is_, now, members)):
@@ -44,7 +44,7 @@ class Watch:
         return False
 
     def _any_moved(self, share: int | None) -> bool:
-        """Whether tensors of a share, or any, are elsewhere or others."""
+        """Return whether tensors of a share, or any, are elsewhere or others."""
         raise NotImplementedError
 
 
@@ -63,7 +63,7 @@ def _members(held: Held, transient: bool) -> list[Any]:
 
 
 class _Wrapped:
-    """What wrappers hold now, in their order."""
+    """The tensors that wrappers hold now, in their order."""
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._wrappers = [(spec.wrapped, spec.owner) for spec in specs if spec.wrapped is not None]
@@ -92,7 +92,7 @@ def _part(items: Sized, share: int | None) -> slice:
 def _differs(owner: Any, look: _Fingerprint, seen: object) -> bool:
     try:
         return look(owner) != seen
-    except FastemaError:  # it cannot be described any more: whoever looks again says why
+    except FastemaError:  # no longer describable: looking again raises the reason
         return True
 
 
@@ -122,7 +122,7 @@ _dict_next = ctypes.PYFUNCTYPE(
 
 
 class _Places:
-    """Where ``PyDict_Next`` finds an entry of a dict at once, in half the time of a lookup."""
+    """Positions at which ``PyDict_Next`` finds an entry of a dict, in half the time of a lookup."""
 
     def __init__(self) -> None:
         self._position, self._key = ctypes.c_ssize_t(), ctypes.py_object()

@@ -36,10 +36,10 @@ _GAIN: Final = 2.0
 has so many times less, the error is the rounding of the weights themselves."""
 
 _FITTED: Final = 0.5 - 0.5 * np.cos(np.pi * (np.arange(36) + 0.5) / 36)
-"""Where a polynomial is fitted, as shares of a piece: close together towards its ends."""
+"""Nodes of a polynomial fit, as shares of a piece: close together towards its ends."""
 
 _CHECKED: Final = (np.arange(1, 25) * 0.6180339887498949) % 1.0
-"""Where it is checked besides: multiples of the golden section, even and without a period."""
+"""Further points to check it at: multiples of the golden section, even and without a period."""
 
 _ADVICE: Final = (
     "Update the average outside of the captured graph, or use a rule that changes smoothly"
@@ -94,7 +94,7 @@ def weight_table(weight: Callable[[int], float], last: int = 2**31) -> NDArray[n
             _refine(at, first, length, _fitted(at, first, length), rows)
         rows.append(_constant(end, at(last)))
     table = np.array(rows)
-    # But those that only go on with the one weight of the row before.
+    # But those that only continue with the one weight of the row before.
     one_weight = table[:, SCALE] == 0
     again = one_weight[1:] & one_weight[:-1] & (np.diff(table[:, COEFFICIENTS]) == 0)
     table = table[np.concatenate(([True], ~again))]
@@ -145,7 +145,7 @@ def _blocks(first: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def _same(at: _Weight, start: int, toward: int) -> int:
-    """How many updates on end have the weight of the first of them, from start towards another."""
+    """Count the updates in a row that have the weight of the first, from start towards another."""
     value, sign = at(start), 1 if toward >= start else -1
     # The run is longer than good and at most bad.
     good, bad, reach = 0, abs(toward - start) + 1, 1
@@ -172,7 +172,7 @@ def _same(at: _Weight, start: int, toward: int) -> int:
 
 
 def _fit_places(length: int) -> _Updates:
-    """Where a piece is fitted, counted from its first update."""
+    """Return the updates at which a piece is fitted, counted from its first."""
     return np.arange(length) if length <= _WHOLE else np.unique((_FITTED * length).astype(np.int64))
 
 

@@ -1,4 +1,4 @@
-"""What gives a model its weights back where no callback is called any more."""
+"""Guards that give a model its weights back when no callback is called any more."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _USES: Final = (
 
 
 def is_running(model: Any, *names: str) -> bool:
-    """Whether this is called from within one of the model's methods, by a callback perhaps.
+    """Return whether this is called from within one of the model's methods, by a callback perhaps.
 
     Keras keeps no note of that, and a call that raised ends without a word to its callbacks.
     """
@@ -44,7 +44,7 @@ def is_running(model: Any, *names: str) -> bool:
 
 
 def is_end_of_data(error: BaseException) -> bool:
-    """Whether an error is no failure: iterators of JAX end so, and those of TensorFlow."""
+    """Return whether an error is no failure: iterators of JAX end so, and those of TensorFlow."""
     return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
 
 

@@ -217,14 +217,14 @@ class LossAverages(SmoothedMetrics, keras.callbacks.Callback):  # type: ignore[m
         """Expect the batch: what is trained outside of this run is not of this run."""
         sums = self._sums
         assert sums is not None
-        if not sums.installed:  # somebody trained the model in a callback
+        if not sums.installed:  # a callback trained the model
             self._process_pending()
             sums.install()
             self._begin()
         sums.start_recording()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begin to count batches; find a train function again that was made anew meanwhile."""
+        """Start counting batches; wrap the train function again if Keras made a new one."""
         assert self._sums is not None
         self._process_pending()
         self._sums.install()

@@ -1,4 +1,4 @@
-"""How far a model's optimizer has come."""
+"""Steps of a model's optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inner(optimizer: Any) -> list[Any]:
 
 
 class Steps:
-    """How many steps a model's optimizer has taken.
+    """Counts the steps that a model's optimizer has taken.
 
     A batch that only adds to accumulated gradients is none, nor one whose scaled gradients were not
     finite; an execution of several batches is several.

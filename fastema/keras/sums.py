@@ -1,4 +1,4 @@
-"""What each batch adds to the means that a model reports while it trains.
+"""Sums of each batch, recovered from the means that a model reports while it trains.
 
 Keras keeps of a metric the sum and the count since the epoch began, in float32. The difference of
 two such sums is off by their rounding, which grows with the epoch. Here what a batch adds is told
@@ -27,7 +27,7 @@ from fastema.keras.guards import is_end_of_data
 __all__ = ["BatchSums"]
 
 _KEY: Final = "fastema: what the batch added"
-"""Of the entry in a step's logs that is taken out again before anybody sees them."""
+"""Key of our entry in a step's logs, removed before anybody sees them."""
 
 _MOST_PENDING: Final = 10_000
 """Executions that may wait for the callback."""
@@ -90,7 +90,7 @@ def _results(metrics: Sequence[Any], result: Callable[[Any], Any]) -> Iterator[N
 
 
 class _Recorder:
-    """What is added to a variable, as it is added."""
+    """Records what is added to a variable."""
 
     def __init__(self, variable: Any) -> None:
         self._variable = variable
@@ -115,7 +115,7 @@ class _Recorder:
         return self._add(value)
 
     def total(self) -> Any:
-        """Of all that was added, in the graph that is traced now; None if that cannot be said."""
+        """Sum all additions in the graph that is traced now; None if some are unknown."""
         if not self._added:
             return None
         if not hasattr(self._added[0], "detach"):  # TensorFlow
@@ -391,7 +391,7 @@ class BatchSums:
         return value
 
     def _match_results(self, logs: Mapping[str, Any], metrics: Mapping[int, Any]) -> None:
-        """Keep which of the logs are results of which metrics."""
+        """Match logs with the metrics that they are results of."""
         self.names = list(logs)
         self._sources = [
             (name, metrics[id(value)]) for name, value in logs.items() if id(value) in metrics
@@ -404,7 +404,7 @@ class BatchSums:
         ]
 
     def _summed(self, added: Any) -> Any:
-        """Over the steps of an execution, of which TensorFlow keeps the logs of the last one."""
+        """Sum over the steps of an execution; TensorFlow keeps the logs of the last one only."""
         if self.model.steps_per_execution == 1:
             return added
         if self._recent is None:

@@ -36,7 +36,7 @@ from fastema.shadow.options import (
 __all__ = ["EMAWeights"]
 
 Hook: TypeAlias = Literal["test", "predict", "epoch", "block"]
-"""Where in a run the average was put into the model: it is taken back at the end of the same."""
+"""Phase of a run in which the average was applied: it is restored at the end of the same."""
 
 _WEIGHTS: Final = ".weights.h5"
 _BACKUP: Final = ".safetensors"
@@ -190,7 +190,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._averaged is not None and model is not self._averaged:
             raise StateError(
                 f"this EMAWeights averages another model, {self._averaged.name!r}: make one for "
-                "each model (and load_state_dict() to go on in a model that was loaded anew)"
+                "each model (and load_state_dict() to continue in a model that was loaded anew)"
             )
         return model
 
@@ -249,7 +249,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self.ema.update(steps=passed)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs: ``ema.state_dict()``."""
+        """Return ``ema.state_dict()``, for :meth:`load_state_dict`."""
         return self.ema.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -425,7 +425,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._open()
 
     def _open(self) -> None:
-        # Not in on_train_begin: there other callbacks load what they go on with.
+        # Not in on_train_begin: there other callbacks load what they continue with.
         if not self._opening:
             return
         self._opening = False

@@ -1,4 +1,4 @@
-"""What a kernel's launch needs of the framework that owns a device's memory."""
+"""Arguments of a launch, and the interface of a framework that owns a device's memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["DeviceContext", "LaunchArgs", "Substitute", "checked_seed"]
 
 
 class LaunchArgs(NamedTuple):
-    """What changes from run to run. Random bits depend on ``seed``, ``step`` and the element."""
+    """Arguments that change from run to run; random bits depend on ``seed`` and ``step``."""
 
     numbers: Sequence[float] = (0.0,)  # weights by the pairs' `which`; values in a windowed mean
     seed: int = 0
@@ -43,13 +43,13 @@ class DeviceContext(Protocol):
     """Such as ``"cuda:0"``."""
 
     index: int
-    """Of the device among those that the process sees."""
+    """Number of the device among those that the process sees."""
 
     def stream(self) -> int:
         """Handle of the stream that the framework would work on now."""
 
     def capturing(self) -> bool:
-        """Whether that stream is being captured into a graph."""
+        """Return whether that stream is being captured into a graph."""
 
     def upload(self, array: NDArray[Any]) -> tuple[Any, int]:
         """A copy of an array on the device: its owner, and its address. Waits for the copy."""
@@ -63,7 +63,7 @@ class DeviceContext(Protocol):
     def hold(self, owners: Iterable[Any]) -> bool:
         """Do not give memory to others before the work on the current stream is done with it.
 
-        Whether that is so of all of it; if not, whoever lets go of it has to :meth:`wait`.
+        False if some of it cannot be held: the caller must then :meth:`wait` before freeing it.
         """
 
     def wait(self) -> None:

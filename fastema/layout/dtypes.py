@@ -60,7 +60,7 @@ NAMES: Final = {
     **{f"int{n}": f"i{n}" for n in (8, 16, 32, 64)},
     **{f"uint{n}": f"u{n}" for n in (8, 16, 32, 64)},
 }
-"""What frameworks call a dtype, to its code."""
+"""Names that frameworks give to dtypes, to codes."""
 
 NAME_OF: Final = {**{code: name for name, code in NAMES.items()}, **_SMALL}
 """The way back, for those too that PyTorch alone has in buffers."""

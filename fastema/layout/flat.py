@@ -18,7 +18,7 @@ ALIGNMENT: Final = 64
 
 
 class Placement(NamedTuple):
-    """Where tensors go in a flat buffer: the buffer's length and each one's offset, in elements."""
+    """Places of tensors in a flat buffer: its length and each one's offset, in elements."""
 
     length: int
     offsets: list[int]

@@ -108,7 +108,7 @@ def refuse_unwritable(name: str, spec: TensorSpec) -> None:
 
 
 def refuse_shared_elements(name: str, spec: TensorSpec) -> None:
-    """Refuse a tensor of which several indices are one element: it cannot take an average."""
+    """Refuse a tensor whose indices share elements: it cannot hold an average."""
     if spec.overlaps_itself:
         raise LayoutError(
             f"{name}: several indices of {spec} share one element (expanded, or strides "
@@ -148,7 +148,7 @@ class _Use(NamedTuple):
 
 
 def _share_an_element(one: TensorSpec, other: TensorSpec) -> bool:
-    """Whether two tensors of one device do."""
+    """Return whether two tensors of one device do."""
     (first, end), (other_first, other_end) = one.span(), other.span()
     if first >= other_end or other_first >= end:
         return False
@@ -162,7 +162,7 @@ def _share_an_element(one: TensorSpec, other: TensorSpec) -> bool:
 def refuse_overlap(
     written: Sequence[tuple[str, TensorSpec]], read: Sequence[tuple[str, TensorSpec]] = ()
 ) -> None:
-    """Refuse tensors of which one is written where another is written or read.
+    """Refuse tensors that are written where another one is written or read.
 
     The time is linear in the number of tensors, and in that of the elements of those that lie
     between each other's, such as the columns of one matrix. The LayoutError names both tensors.
@@ -245,7 +245,7 @@ class Guard:
     def may_overlap(
         self, written: Mapping[str, int] | None, read: Mapping[str, int] | None
     ) -> bool:
-        """Whether spans of the two sides meet: there the exact test has to decide.
+        """Return whether spans of the two sides meet: there the exact test has to decide.
 
         Addresses are given by name; a side without them is where it was.
         """

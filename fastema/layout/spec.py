@@ -1,4 +1,4 @@
-"""What the rest of fastema knows of a tensor: where its elements lie, and who owns them."""
+"""Descriptions of tensors: where their elements lie, and who owns them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Role = Literal["weight", "frozen", "buffer"]
 
 
 class _Geometry(NamedTuple):
-    """What shape, strides and dtype say of a tensor, wherever it lies."""
+    """Properties of a tensor that follow from shape, strides and dtype alone."""
 
     size: int
     nbytes: int
@@ -63,7 +63,7 @@ def _geometry(shape: tuple[int, ...], strides: tuple[int, ...], code: str) -> _G
 
 
 class Division(Protocol):
-    """How a tensor is divided among processes; two are equal on all of them or on none."""
+    """Division of a tensor among processes; two are equal on all of them or on none."""
 
     @property
     def is_first(self) -> bool:
@@ -235,7 +235,7 @@ class Held(NamedTuple):
 
 
 class Attributes:
-    """What an object has in its ``__dict__``; does not keep it alive."""
+    """An object's ``__dict__``, without keeping the object alive."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)
@@ -250,14 +250,14 @@ class Ranks(Protocol):
     """The processes that hold parts of the same tensors."""
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is set on any of them."""
+        """Return whether a flag is set on any of them."""
 
     def compare(self, facts: Mapping[str, str]) -> None:
         """Raise a LayoutError on every process, if one has other facts than the first."""
 
 
 class Structure(Protocol):
-    """How a container holds its tensors, without the tensors."""
+    """The structure of a container, without its tensors."""
 
     def flatten(self, container: Any, *, write: bool = False) -> Sequence[Any] | None:
         """The tensors of a container, about to be written or not; None if it is built otherwise."""
@@ -290,7 +290,7 @@ class Leaves:
 
     @property
     def roles(self) -> dict[str, Role]:
-        """What every tensor is used for, by name; of those without a description too."""
+        """Roles of all tensors by name, also of those without a description."""
         everything: list[Leaf | Opaque] = [*self.items, *self.opaque]
         return {one.name: one.role for one in everything}
 

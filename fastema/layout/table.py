@@ -70,17 +70,17 @@ class _Axis(NamedTuple):
     place: int
 
     def follows(self, inner: _Axis) -> bool:
-        """Whether this axis goes on in memory where an inner one ends."""
+        """Return whether this axis continues in memory where an inner one ends."""
         n = inner.extent
         return self.dst == n * inner.dst and self.src == n * inner.src
 
     def continues(self, inner: _Axis) -> bool:
-        """Whether both are one axis."""
+        """Return whether both are one axis."""
         return self.follows(inner) and self.place == inner.extent * inner.place
 
 
 class _Walk(NamedTuple):
-    """What a row walks: an axis and, where runs of it follow each other in memory, the next one.
+    """The axes that a row walks: one, and the next where its runs follow each other in memory.
 
     Without an outer axis that one is of extent 1.
     """
@@ -182,7 +182,7 @@ def _rows(pair: Pair, most: int) -> Table:
 
 
 def _streams(pair: Pair) -> list[tuple[int, int, int]]:
-    """What lies in memory: column of its address, column of its step, bytes of an element."""
+    """List the streams: column of the address, column of the step, bytes of an element."""
     slot = None if pair.ring is None else pair.ring[0]
     streams = [
         *((DST, DST_STEP, pair.dst), (SRC, SRC_STEP, pair.src)),
@@ -238,7 +238,7 @@ def _halved(rows: Table, pair: Pair) -> Table:
 
 
 def _clip_rows(rows: Table, pair: Pair, first: NDArray[np.int64], end: NDArray[np.int64]) -> Table:
-    """Of every row the elements from one place up to another; changes the rows."""
+    """Keep the elements of every row from one place up to another, in place."""
     for column, step, size in _streams(pair):
         rows[:, column] += first * rows[:, step] * size
     runs, rest = first // rows[:, INDEX_RUN], first % rows[:, INDEX_RUN]
@@ -255,7 +255,7 @@ def _pattern(group: Sequence[Pair], chunk: int | None) -> Table:
 
 
 def _form(pair: Pair) -> _Form:
-    """All that its rows depend on, but for its addresses and its name."""
+    """Return everything that a pair's rows depend on, except addresses and name."""
     _, dst, src, _, residual, ring, _ = pair
     companion = None if residual is None else residual.dtype
     slots = None if ring is None else (ring[0].dtype, ring[1])

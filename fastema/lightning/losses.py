@@ -168,7 +168,7 @@ class LossAverages(SmoothedMetrics, Callback):  # type: ignore[misc]
         try:
             self._smoother.load_state_dict(state_dict)
         except CheckpointError as error:
-            warnings.warn(f"LossAverages begins anew: {error}", stacklevel=2)
+            warnings.warn(f"LossAverages starts again from nothing: {error}", stacklevel=2)
 
     # -- their parts -------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Debiased(Rule):
 
     @property
     def phase(self) -> int | None:  # type: ignore[override]
-        """That of the rule."""
+        """The decay of the rule inside."""
         return self.inner.phase
 
     def decay(self, n: int) -> float:

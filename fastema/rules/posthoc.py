@@ -1,4 +1,4 @@
-"""Averages found after the run: a profile that nobody tracked, put together from snapshots.
+"""Averages chosen after the run: any profile, synthesized from snapshots.
 
 The profile of an average at a step is how its weight is spread over the steps before, as a density
 that integrates to 1. A sum of snapshots has the sum of their profiles, so the coefficients whose
@@ -117,12 +117,12 @@ class ExponentialProfile:
 
 
 Profile: TypeAlias = PowerProfile | ExponentialProfile
-"""How the weight of an average at ``step`` is spread over ``[0, step]``."""
+"""Distribution of an average's weight at ``step`` over ``[0, step]``."""
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """What :func:`solve` found.
+    """The result of :func:`solve`.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How far back an average of weights looks at a step of a run."""
+"""Age of the weights in an average at a step of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FIRST = 16
 
 
 class Reach(NamedTuple):
-    """What an average is made of at a step.
+    """Composition of an average at a step.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ _INITIAL = _Span(0.0, 0.0, 1.0, 0.0, 0.0)
 
 
 def _steady(weight: float, updates: int, every: int) -> _Span:
-    """As many updates with the same weight, put together by doubling."""
+    """Join equal updates by doubling."""
     if weight == 1.0:
         return _Span(0.0, float(updates * every), 1.0, 0.0, 0.0)
     rate = math.log1p(-weight)
@@ -127,7 +127,7 @@ def _power_ages(gamma: float, updates: int) -> tuple[float, float]:
 
 
 def effective_steps(rule: Rule, n: int, every: int = 1) -> Reach:
-    """How far back the average of a rule looks at a step: mean age and initial share.
+    """Compute mean age and initial share of a rule's average at a step.
 
     With ``w`` the weight of the new value, the mean age after an update is
     ``(1 - w) * (mean age before + every)``: in the long run ``1 / (1 - decay) - 1`` steps for a

@@ -120,7 +120,7 @@ def _name_of(kind: type[Rule]) -> str:
 
 
 def described(rule: Rule) -> dict[str, Any]:
-    """What :meth:`Rule.to_dict` says; an error names the rule if no checkpoint can hold it."""
+    """Call :meth:`Rule.to_dict`; an error names the rule if no checkpoint can hold it."""
     plain: dict[str, Any] = plain_value(rule.to_dict(), f"{type(rule).__name__}.to_dict()")
     return plain
 

@@ -72,7 +72,7 @@ class Schedule:
         return (self.start_after - self.phase) % self.update_every
 
     def log_decays(self, step: int) -> tuple[float, ...]:
-        """What :meth:`weigh` needs of the run so far, where every step was a call of its own."""
+        """Return what :meth:`weigh` needs to know of a run in which every step was a call."""
         m, every = max(step - self.start_after, 0), self.update_every
         taken = m + self.offset if m else 0
         return tuple([rule.log_decay(taken - taken % every, every) for rule in self.rules])
@@ -142,7 +142,7 @@ class Schedule:
         return tuple([rule.decay(max(m, 1)) for rule in self.rules])
 
     def follows(self, step: int) -> bool:
-        """Whether the averages are still the weights themselves at this step."""
+        """Return whether the averages are still the weights themselves at this step."""
         return step < self.start_after
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every average of weights does: update, apply for evaluation, take back, save and load."""
+"""The base of all averages of weights: update, apply, restore, save and load."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Average(Saveable[Weights]):
 
     @property
     def drift(self) -> Drift:
-        """How the average stood to the weights after the latest update.
+        """Distance between average and weights after the latest update.
 
         Raises
         ------

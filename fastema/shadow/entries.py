@@ -1,4 +1,4 @@
-"""What is averaged: which tensors of a model, by which policy, in memory of which kind."""
+"""Selection: which tensors of a model are averaged, by which policy, in which format."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Names:
 
     @property
     def still(self) -> set[str]:
-        """What has to stay frozen."""
+        """Names that have to stay frozen."""
         return (self.skipped | self.frozen) - self.chosen
 
 
 class Selection(NamedTuple):
-    """Which leaves an average holds: by policy, each memory once."""
+    """The leaves that an average holds: by policy, each memory once."""
 
     averaged: list[Leaf]
     copied: list[Leaf]
@@ -143,7 +143,7 @@ def select(
 
 
 def _memory(spec: TensorSpec) -> object:
-    """What tells a tensor's memory from others; an empty part is tied where its object is."""
+    """Return a key of a tensor's memory; an empty part is tied if its object is."""
     return spec if spec.size else id(spec.owner)
 
 
@@ -156,7 +156,7 @@ def companion(kind: DType, weights: DType, form: str) -> DType:
 
 
 class ShadowFormat(NamedTuple):
-    """How averages are to be stored."""
+    """Storage format of averages."""
 
     dtype: DType | None = None  # None for that of the weights
     split: bool = False  # a float32 in two halves

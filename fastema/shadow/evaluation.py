@@ -177,7 +177,7 @@ class Evaluated(Updating[Weights]):
         StateError
             While an average is applied.
         BridgeError
-            For a module or model, of which there is only one.
+            For a module or model: there is only one.
 
         Examples
         --------
@@ -194,7 +194,7 @@ class Evaluated(Updating[Weights]):
             structure = binding.model.structure
             if structure is None:
                 raise BridgeError(
-                    "a module is not made anew: use swapped(), or copy_to(other_module)"
+                    "cannot make a new module: use swapped(), or copy_to(other_module)"
                 )
             pairs = binding.of(which)
             shown = {
@@ -287,7 +287,7 @@ class Evaluated(Updating[Weights]):
             write_averages(pairs)
 
     def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
-        """What ``model.state_dict()`` would hold with the average in the model, in new tensors.
+        """Return what ``model.state_dict()`` would hold with the average applied, in new tensors.
 
         For ``other.load_state_dict(ema.model_state_dict())``, ``torch.save``, safetensors, or
         :func:`torch.func.functional_call`; the model is only read.
@@ -326,7 +326,7 @@ class Evaluated(Updating[Weights]):
             entries, found, kept = self._state_of(model, which)
             averaged = {name: key for key, name in reversed(kept.items()) if name in entries}
             wanted = {name: describe(found[key][1]) for name, key in averaged.items()}
-            # Memory of its own for each, so that whoever keeps one does not keep all.
+            # Separate memory for each, so that keeping one does not keep all.
             made = {name: allocate([(spec, spec.kind)])[0] for name, spec in wanted.items()}
             pairs = [
                 entries[name].pair(spec, 0)._replace(name=averaged[name], ring=None)

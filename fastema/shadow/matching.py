@@ -41,7 +41,7 @@ def refuse_other_model(
 
 
 def _gone_or_reshaped(found: Mapping[str, Leaf], entries: Mapping[str, Entry]) -> dict[str, str]:
-    """What is wrong with averaged tensors, by name."""
+    """List what is wrong with averaged tensors, by name."""
     problems = {name: f"{name!r} is gone from the model" for name in entries if name not in found}
     for name, entry in entries.items():
         if name in found and found[name].spec.full_shape != entry.spec.full_shape:

@@ -1,4 +1,4 @@
-"""What all averages take by keyword, checked."""
+"""Checks of the keywords that all averages share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an average averages over, in words."""
+"""Reports in words: what an average averages over."""
 
 from __future__ import annotations
 

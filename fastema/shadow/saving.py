@@ -36,7 +36,7 @@ class Saveable(Evaluated[Weights]):
         Takes what :meth:`torch.Tensor.to` takes: ``to(device)``, ``to(dtype)``, ``to(device,
         dtype)``, ``to(tensor)`` for the device and dtype of that tensor, and keywords. Values are
         rounded once where the new dtype is narrower; stochastic rounding stays on or off as it was.
-        A graph in which an update was captured goes on with the average as it was: capture it anew.
+        A graph that captured an update continues with the average as it was: capture it again.
 
         Parameters
         ----------
@@ -100,7 +100,7 @@ class Saveable(Evaluated[Weights]):
             return self
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
-        """What is needed to go on: counters, schedule, and the averaged tensors by name.
+        """Return what is needed to continue: counters, schedule and the averaged tensors by name.
 
         Plain values and tensors only: ``torch.load(weights_only=True)`` reads it. It holds the
         average also while that is applied to the model, never the raw weights in its place.
@@ -167,7 +167,7 @@ class Saveable(Evaluated[Weights]):
         return store.tensors()
 
     def load_state_dict(self, state: Mapping[str, Any], *, schedule: SavedOrMine = "saved") -> None:
-        """Take over a saved average: a run goes on to the bit as if it had not been interrupted.
+        """Take over a saved average: a run continues to the bit as if it had not been interrupted.
 
         The counters, the seed and the rounding are the saved ones, and so is the schedule unless
         you keep your own. Tensors are copied into the average's memory.
@@ -177,7 +177,7 @@ class Saveable(Evaluated[Weights]):
         state : mapping
             Of :meth:`state_dict`.
         schedule : {"saved", "mine"}
-            Which rules, ``update_every`` and ``start_after`` to go on with. By default the saved
+            Which rules, ``update_every`` and ``start_after`` to continue with. By default the saved
             ones, with a warning that names both where they differ from those this average was built
             with. ``"mine"`` keeps those it was built with, to change the decay on purpose.
 

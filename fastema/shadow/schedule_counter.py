@@ -48,7 +48,7 @@ def refuse_uneven(schedule: Schedule, done: int, log_decays: Sequence[float]) ->
         if not math.isclose(saved, even, rel_tol=1e-9):
             raise CheckpointError(
                 f"{rule!r} was saved by a run that took several steps at once, update(steps=n), "
-                "which an average that counts on the GPU cannot go on with: build it without "
+                "which an average that counts on the GPU cannot continue with: build it without "
                 "capturable=True"
             )
 
@@ -69,7 +69,7 @@ class ScheduleCounter:
 
     @property
     def args(self) -> LaunchArgs:
-        """What a program runs by."""
+        """The arguments that a program runs with."""
         return self._clock.args
 
     def advance(self) -> None:

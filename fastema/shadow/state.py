@@ -18,7 +18,7 @@ from fastema.shadow.store import PARTS, Tensors
 __all__ = ["Saved", "SavedOrMine", "pack", "unpack"]
 
 SavedOrMine = Literal["saved", "mine"]
-"""Whose schedule goes on when a state is loaded."""
+"""Whose schedule continues when a state is loaded."""
 
 FORMAT: Final = "fastema"
 VERSION: Final = 1
@@ -67,7 +67,7 @@ def _is_debiased(schedule: Schedule) -> bool:
 
 
 def _is(found: Any, expected: str | int) -> bool:
-    """Whether they are equal; an array, whose comparison is none, is not."""
+    """Return whether they are equal; an array, whose comparison is none, is not."""
     return type(found) is type(expected) and found == expected
 
 
@@ -140,7 +140,7 @@ def _body(
 
 
 def _log_decays(found: Any, schedule: Schedule, which: SavedOrMine) -> tuple[float, ...] | None:
-    """What a state says of the beginning's shares, None if it fits no run of the schedule."""
+    """Return a state's shares of the beginning; None if they fit no run of the schedule."""
     if not _is_debiased(schedule):
         return schedule.log_decays(0) if found is None or which == "mine" else None
     if found is None and which == "mine":  # it was averaged with its beginning, and keeps that

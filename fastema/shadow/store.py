@@ -21,7 +21,7 @@ from fastema.shadow.entries import Selection, ShadowFormat, companion
 __all__ = ["PARTS", "Entry", "Store", "Tensors"]
 
 PARTS: Final = ("shadow", "residual", "ring")
-"""What an average of a tensor may consist of: itself, its companion, the ring of a window."""
+"""Parts of a tensor's average: itself, its residual, the ring of a window."""
 
 Tensors = dict[str, list[dict[str, Any]]]
 """Part to one mapping of names to something, for each of the averages."""

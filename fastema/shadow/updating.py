@@ -47,14 +47,14 @@ else:
 _WATCHES: Final[dict[WatchMode, type[Watched]]] = {"all": Watched, "sample": Sampled}
 
 _ONCE: Final = "ema.update(params)"
-"""How arrays that never change are given anew."""
+"""How to pass new arrays where arrays never change."""
 
 
 class Updating(Generic[Weights]):
     """Averages in flat buffers and the update of all in one call; see :class:`Average`."""
 
     _operation: ClassVar[str] = "lerp"
-    """What the kernels do with what is averaged."""
+    """Kernel operation for the averaged tensors."""
 
     @uncollected
     def __init__(
@@ -130,7 +130,7 @@ class Updating(Generic[Weights]):
         return ShadowBinding(container, store, self._names, self._watch, leaves)
 
     def _common_settings(self) -> dict[str, str]:
-        """What all ranks have to agree on, by what it is of."""
+        """Return the settings that all ranks have to share, by name."""
         facts = {
             "class": type(self).__name__,
             "schedule": str(self._schedule),
@@ -286,7 +286,7 @@ class Updating(Generic[Weights]):
         return LaunchArgs(weights, self._seed, step)
 
     def _check_finite(self, step: int) -> bool:
-        """Whether all weights are finite; what is to be done where they are not."""
+        """Check that all weights are finite; else do what ``on_nonfinite`` says."""
         names = self._binding.not_finite()
         if not (names if self._ranks is None else self._ranks.any(bool(names))):
             return True

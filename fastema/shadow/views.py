@@ -1,4 +1,4 @@
-"""What is seen of an average: its tensors by name, and how it stands to the weights."""
+"""Views of an average: its tensors by name, and its distance to the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Drift", "Shadow"]
 
 
 class Drift(NamedTuple):
-    """How an average stood to the weights after an update.
+    """Distance between an average and the weights after an update.
 
     Attributes
     ----------

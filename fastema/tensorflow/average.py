@@ -134,7 +134,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
 
     @property
     def name(self) -> str:
-        """What the names of averages end in."""
+        """The ending of the averages' names."""
         return self._title
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]

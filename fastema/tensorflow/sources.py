@@ -1,4 +1,4 @@
-"""Where the decay of an update comes from, and which objects are variables."""
+"""The source of an update's decay, and the variables in what users pass."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_number(number: float, what: str, given: Any = None) -> None:
 
 @dataclass(frozen=True, eq=False)
 class DecaySource:
-    """Where the decay comes from: numbers, or tensors and variables read at each update."""
+    """The source of the decay: numbers, or tensors and variables read at each update."""
 
     decay: Any
     num_updates: Any
@@ -61,7 +61,7 @@ class DecaySource:
         return {name: one for name, one in sources.items() if not isinstance(one, float | None)}
 
     def symbolic(self) -> list[Any]:
-        """What has to be evaluated at run time, as scalars in float64."""
+        """Return what has to be evaluated at run time, as scalars in float64."""
         return [tf.cast(tf.convert_to_tensor(one), tf.float64) for one in self._changing().values()]
 
     def now(self) -> float:

@@ -1,4 +1,4 @@
-"""What an average knows besides its tensors: what a checkpoint keeps, and what it does not."""
+"""The state of an average besides its tensors: saved in checkpoints, or not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Entry", "Registry", "State"]
 
 
 class State(tf.train.experimental.PythonState):  # type: ignore[misc]
-    """What belongs to the averages and is no tensor; a child of the object graph."""
+    """The part of the state that is no tensor; a child of the object graph."""
 
     def __init__(self) -> None:
         # Of an averaged tensor, the share that zero still has in it: the product of the decays.
@@ -25,7 +25,7 @@ class State(tf.train.experimental.PythonState):  # type: ignore[misc]
         self.swapped = False
 
     def serialize(self) -> str:
-        """What a checkpoint keeps of it."""
+        """Return what a checkpoint keeps, as JSON."""
         if self.swapped:
             raise StateError(
                 "a checkpoint would hold the weights as the averages: save it outside of swapped()"
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(eq=False)
 class Registry:
-    """What TensorFlow's tracking of attributes must not see: it would wrap and save it."""
+    """Attributes hidden from TensorFlow's tracking, which would wrap and save them."""
 
     names: dict[Any, str] = field(default_factory=dict)  # by tf.Variable.ref(), as they came
     entries: dict[Any, Entry] = field(default_factory=dict)  # by the objects' addresses, and names

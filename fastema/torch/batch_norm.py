@@ -20,7 +20,7 @@ Forward: TypeAlias = Callable[[Any, Any], object]
 State: TypeAlias = "tuple[_BatchNorm, dict[str, torch.Tensor]]"
 
 _INSIDE: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What wrappers (data parallel, averaged, compiled, sharded, checkpointed) call the model."""
+"""Attributes in which wrappers hold the model: data parallel, averaged, compiled, sharded, ..."""
 
 
 def update_bn(
@@ -177,8 +177,8 @@ def _caller(model: nn.Module) -> Forward:
         taken = {key: value for key, value in given.items() if names is None or key in names}
         if not taken:
             raise ArgumentError(
-                f"the model's forward takes {sorted(names or ())}, of which a batch with the keys "
-                f"{list(given)} has none; say how to call it, such as "
+                f"the model's forward takes {sorted(names or ())}, and a batch with the keys "
+                f"{list(given)} has none of them; say how to call it, such as "
                 "forward=lambda model, batch: model(batch['image'])"
             )
         return model(**taken)

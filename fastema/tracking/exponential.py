@@ -83,7 +83,7 @@ class ExponentialMovingAverage(MovingAverage):
         return {"decay": self._decay, "debias": self._debias, "on_nonfinite": self._on_nonfinite}
 
     def _before(self, x: float, weight: float) -> tuple[float, float, float, float]:
-        """What the next value meets: without a correction the first one is all of the past."""
+        """Return the past that the next value meets: uncorrected, the first value is all of it."""
         if self._num_updates or self._debias:
             return self._state
         return weight * x, 0.0, weight, 0.0

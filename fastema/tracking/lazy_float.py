@@ -1,4 +1,4 @@
-"""A number that is not there yet: it is read from its device when somebody looks."""
+"""A number that is read from its device on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the moving averages of numbers have in common: losses, accuracies, gradient norms."""
+"""The common base of moving averages of numbers: losses, accuracies, gradient norms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIGHTEST, HEAVIEST = 1e-100, 1e100
 """Weights between which products and sums of them neither overflow nor vanish."""
 
 MOST_PENDING: Final = 1024
-"""Values that may wait on a device; then they are read, whoever looks or not."""
+"""Values that may wait on a device before they are read, whether asked for or not."""
 
 
 class MovingAverage(ABC):
@@ -38,10 +38,10 @@ class MovingAverage(ABC):
     Parameters
     ----------
     on_nonfinite : {"show", "skip", "propagate", "raise"}
-        What a NaN or an infinity does. ``"show"``: the average reads as that value until the next
-        finite one, with which it goes on from before; it is never taken in, so that one bad batch
-        neither hides nor spoils the curve (TensorBoard's smoothing draws it so). ``"skip"``: it is
-        left out, the average stays. ``"propagate"``: IEEE arithmetic. ``"raise"``: a
+        What to do with a NaN or an infinity. ``"show"``: the average reads as that value until the
+        next finite one, and then continues from before; the value is never averaged, so that one
+        bad batch neither hides nor spoils the curve (as in TensorBoard's smoothing). ``"skip"``:
+        leave it out, keep the average. ``"propagate"``: IEEE arithmetic. ``"raise"``: a
         :class:`~fastema.errors.NonFiniteError`, with nothing changed.
     """
 
@@ -230,7 +230,7 @@ class MovingAverage(ABC):
 
     @property
     def on_nonfinite(self) -> OnNonFinite:
-        """What a NaN or an infinity does."""
+        """What to do with a NaN or an infinity."""
         return self._on_nonfinite
 
     @property
@@ -253,7 +253,7 @@ class MovingAverage(ABC):
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that goes on from here: numbers, strings and lists, which JSON holds exactly."""
+        """All that is needed to continue: numbers, strings and lists, exact in JSON."""
         self._read_pending()
         return {
             **self._settings(),

@@ -136,7 +136,7 @@ class MetricSmoother:
             name, value = self._unwritten[0]
             try:
                 found = float(value)
-            except Exception:  # which whoever reads the number itself is told
+            except Exception:  # raised again by reading the number itself
                 found = math.nan
             del self._unwritten[0]
             self._history.setdefault(name, array("d")).append(found)
@@ -187,7 +187,7 @@ class MetricSmoother:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that goes on from here, as JSON holds it; what was recorded is not part of it."""
+        """All that is needed to continue, fit for JSON, without what was recorded."""
         return {
             **self._settings(),
             "latest": self.averages,
@@ -245,7 +245,7 @@ class SmoothedMetrics:
         return self._smoother.steps
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the averages go on from, as JSON holds it; the history is not part of it."""
+        """All that is needed to continue the averages, fit for JSON, without the history."""
         self._process_pending()
         return self._smoother.state_dict()
 

@@ -83,7 +83,7 @@ class TensorBoardWriter:
         self._points = _Points(self.folder, [kind for kind, wanted in kinds.items() if wanted])
         self._counts: dict[str, int] = {}
         self._written_at = time.monotonic()
-        # Also when the program ends, and when nobody holds the writer any more.
+        # Also at exit, and when the writer is no longer referenced.
         self._finalizer = weakref.finalize(self, self._points.close)
 
     @property
@@ -158,7 +158,7 @@ class TensorBoardWriter:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the averages go on from, as JSON holds it."""
+        """All that is needed to continue the averages, as JSON holds it."""
         return {"averages": self._smoother.state_dict(), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -65,7 +65,7 @@ class WindowSum:
 
     @property
     def count(self) -> int:
-        """How many numbers it is the sum of."""
+        """Count of the numbers in the sum."""
         return self._state[5]
 
     def numbers(self) -> NDArray[np.float64]:
@@ -79,7 +79,7 @@ def _floats(numbers: NDArray[np.float64]) -> Floats:
 
 
 def _sums_from_behind(numbers: Floats) -> tuple[Floats, Floats]:
-    """Of ``numbers[i:]`` for every i to the end: the sums, and what they round off."""
+    """Sum ``numbers[i:]`` for every i: the sums, and what they round off."""
     if len(numbers) >= _VECTORISED:
         return _scan(np.frombuffer(numbers))
     sums, rests = [0.0], [0.0]

@@ -48,7 +48,7 @@ _WEIGHTS: Final = (
     "pytorch_model*.bin",
     "adapter_model*.bin",
 )
-"""What the Trainer calls the files of the weights."""
+"""File names that the Trainer gives to weights."""
 
 _PIECE, _PIECES = 4096, 64
 """Bytes that are read at a place of a file, and places in it besides those of its tensors."""
@@ -61,7 +61,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """Of the size, and of pieces of each tensor: quick for files of any size."""
+    """Hash the size and pieces of each tensor: quick for files of any size."""
     size = path.stat().st_size
     places = {size * i // _PIECES for i in range(_PIECES)} | {max(size - _PIECE, 0)}
     with suppress(CheckpointError):  # of another format, or with other dtypes than averages have
@@ -83,7 +83,7 @@ def _clear_folder(folder: Path) -> None:
 
 
 _OF_A_RUN: Final = ("_ema", "_model", "_is_given", "_seen", "_is_ahead", "_written", "_trainer")
-"""What belongs to one trainer and one run of it."""
+"""Attributes that belong to one run of one trainer."""
 
 
 class _WrappedMethod:
@@ -127,7 +127,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     ``avg += (1 - decay) * (x - avg)`` after each step of the optimizer, ``avg = x`` as training
     begins. Average and weights change places for an evaluation, bit for bit. ``ema.safetensors`` in
-    the folder of a checkpoint is the average; a run that resumes from there goes on to the bit.
+    the folder of a checkpoint is the average; a run that resumes from there continues to the bit.
     More is in docs/trainers.md.
 
     Parameters
@@ -199,7 +199,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     _trainer: Callable[[], Any] = staticmethod(lambda: None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the average and the trainer, of which a copy has its own."""
+        """Leave out the average and the trainer: a copy has its own."""
         return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
 
     @property
@@ -338,7 +338,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         return self.ema.swapped(which=self._which)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """``trainer.save_model(output_dir)`` with the average in the place of the weights."""
+        """``trainer.save_model(output_dir)`` with the average instead of the weights."""
         with self.swapped():
             self._trainer().save_model(output_dir)
 
@@ -351,7 +351,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Begin the average, or go on with that of a checkpoint."""
+        """Begin the average, or continue with that of a checkpoint."""
         trainer = self._find_trainer() or self._trainer()
         if trainer is None and self.evaluate_with_average:
             raise StateError(
@@ -394,7 +394,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         _load(ema, found)
         if ema.schedule != own:
             warnings.warn(
-                f"the average of {folder} goes on with the schedule that it was saved with, "
+                f"the average of {folder} continues with the schedule that it was saved with, "
                 f"{ema.schedule}, and not with that of EMACallback, {own}; for the latter delete "
                 f"{_FILE} there and begin a new average, with on_missing='begin'",
                 stacklevel=2,
@@ -428,7 +428,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def _refuse_applied(self, what: str) -> None:
         if self._ema is not None and self._ema.applied:
             raise StateError(
-                f"the trainer {what} while the average is in the model in the place of its "
+                f"the trainer {what} while the average is in the model instead of its "
                 "weights: call ema.restore(), or leave the swapped() block, before"
             )
 
@@ -467,7 +467,7 @@ def _callers() -> Iterator[tuple[Any, Mapping[str, Any]]]:
 
 
 def _resumed_from(trainer: Any) -> Path | None:
-    """What the trainer's ``train``, which has led here, was told to resume from."""
+    """Return the checkpoint that the calling ``trainer.train()`` resumes from."""
     for caller, variables in _callers():
         if caller is trainer and "resume_from_checkpoint" in variables:
             found = variables["resume_from_checkpoint"]

@@ -340,7 +340,7 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -
             np.testing.assert_array_equal(averages.history[name][-rest:], curve[-rest:])
 
     other = LossAverages(WINDOW + 1, DECAY, record=True)
-    with pytest.warns(UserWarning, match="LossAverages begins anew"):
+    with pytest.warns(UserWarning, match="LossAverages starts again"):
         trainer(tmp_path, other, saving()).fit(resumed := made(), loader(), ckpt_path=path)
     curve = ema(resumed.losses, DECAY, resumed.sizes)
     assert_close(other.history["train_loss_ema"], curve)

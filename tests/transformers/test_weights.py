@@ -641,7 +641,9 @@ def test_a_resumed_average_keeps_its_schedule_and_says_so(
     if options == {"decay": DECAY}:
         run.train(path)
     else:
-        with pytest.warns(UserWarning, match=r"goes on with the schedule.*0\.8.*not with that of"):
+        with pytest.warns(
+            UserWarning, match=r"continues with the schedule.*0\.8.*not with that of"
+        ):
             run.train(path)
     assert_same(snapshot(model), snapshot(whole))
 

@@ -1,4 +1,4 @@
-"""What may be asked of the demo, known before anything heavy is imported."""
+"""Choices of the demo's command line, known before anything heavy is imported."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ TRAIN_IMAGES = 898  # half of them: a large test set, so that 0.1 points of accu
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the command line asks for, and its defaults; `add_arguments` says what each means."""
+    """The command line's settings and their defaults; `add_arguments` explains each."""
 
     model: str = "cnn"
     decay: float = 0.99

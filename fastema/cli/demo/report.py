@@ -1,4 +1,4 @@
-"""What the demo prints: an introduction, a progress bar, the table and the closing words.
+"""The demo's output: an introduction, a progress bar, the table and the closing words.
 
 The text is plain ASCII, so that it survives whatever terminal, pipe or log it ends up in.
 """

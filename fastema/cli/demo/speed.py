@@ -1,4 +1,4 @@
-"""How fast this machine moves the bytes of one EMA update, and how fast `fastema.EMA` does."""
+"""Time of one EMA update on this machine, beside that of moving as many bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTLE_S = 0.01  # OpenMP threads keep their cores busy for some milliseconds af
 
 @dataclass(frozen=True)
 class Machine:
-    """What one update of a model costs on this machine when nothing else runs."""
+    """Cost of one update of a model on this machine when nothing else runs."""
 
     update_bytes: int  # read and written by one update
     start_s: float  # until the first update is done: its kernel is compiled or loaded

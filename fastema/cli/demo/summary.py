@@ -1,4 +1,4 @@
-"""What a run showed, in a few numbers and one sentence; shared by the report and the picture."""
+"""Summary of a run in a few numbers and one sentence, for the report and the picture."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ core, and sums over several threads would depend on how many there are."""
 
 @dataclass(frozen=True)
 class Score:
-    """How one set of weights does on the test images."""
+    """Scores of one set of weights on the test images."""
 
     loss: float  # mean cross-entropy, nats
     accuracy: float  # percent
@@ -72,7 +72,7 @@ class Times:
 
 @dataclass
 class History:
-    """All that a run leaves behind for the table, the words and the picture."""
+    """Everything recorded in a run, for the table, the text and the picture."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
     times: list[Times] = field(default_factory=list)  # one per epoch

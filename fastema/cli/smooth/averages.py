@@ -96,7 +96,7 @@ def write(file: TextIO, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) 
 
 
 def save(out: Path, log: Table, smoothed: Sequence[Smoothed], *, raw: bool) -> None:
-    """Write them to a file, of which there is the old one or the whole new one."""
+    """Write them to a file, atomically: the old file stays until the new one is complete."""
     with (
         _replaceable(out) as partial,
         open(partial, "w", encoding="utf-8", newline="") as file,

@@ -1,4 +1,4 @@
-"""What ``fastema smooth`` says when it is done."""
+"""The closing words of ``fastema smooth``."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class EMA(Scheduled, ModelAverage):
     lazy_init_ema : bool
         Make the averaged model at the first update only.
     peer_exact : bool
-        The numbers of ema_pytorch, to go on with an old run: ``decay`` in place of
+        The numbers of ema_pytorch, to continue with an old run: ``decay`` in place of
         ``decay**update_every``, in single precision, and 16-bit averages rounded to nearest.
 
     Attributes

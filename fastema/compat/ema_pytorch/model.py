@@ -1,4 +1,4 @@
-"""What the averages of models have in common: which of their tensors follow which, and how."""
+"""The common base of averages of models: which tensors follow which, and how."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["NO_NAMES", "ModelAverage"]
 Done = Literal["average", "copy", "skip"]
 
 NO_NAMES: set[str] = set()
-"""What is ignored by default; an average has a set of its own."""
+"""Names ignored by default; each average has its own set."""
 
 
 class ModelAverage(Counted):
@@ -140,7 +140,7 @@ class ModelAverage(Counted):
         averager.update(current_model, weight, self._num_steps)
 
     def _averager(self, written: nn.Module, read: nn.Module, *, everything: bool) -> ModelAverager:
-        """What writes one model from the other, kept for the next time."""
+        """Return the averager that writes one model from the other, kept for the next time."""
         back = written is self.model and written is not self.ema_model
         names = self.param_or_buffer_names_no_ema, self.ignore_names, self.ignore_startswith_names
         settings = *map(set, names), self._rounding
@@ -156,7 +156,7 @@ class ModelAverage(Counted):
     def _done(
         self, back: bool, everything: bool, both: frozenset[str], plain: str, role: Role
     ) -> Done:
-        """What is done with a tensor; of tied ones, the first name counts, as in the peer."""
+        """Decide what to do with a tensor; for tied ones the first name counts, as in the peer."""
         name = self._names.get(plain, plain)
         if back and name not in self.parameter_names and name not in self.buffer_names:
             return "skip"

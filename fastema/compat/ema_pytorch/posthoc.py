@@ -52,7 +52,7 @@ class KarrasEMA(ModelAverage):
     frozen : bool
         Whether updates after the first copy do nothing.
     peer_exact : bool
-        The numbers of ema_pytorch, to go on with an old run: every update counts for one step,
+        The numbers of ema_pytorch, to continue with an old run: every update counts for one step,
         which with ``update_every=10`` makes a width of 0.05 one of 0.246; and 16-bit averages are
         rounded to nearest.
     ema_model, update_every, and all others
@@ -116,16 +116,16 @@ class KarrasEMA(ModelAverage):
         }
 
     def _profile(self, gamma: float, step: int) -> PowerProfile:
-        """What an average of an exponent weighs after so many calls: the run began at time 0."""
+        """Return the profile of an exponent after so many calls: the run began at time 0."""
         last = (step - 1) // self.update_every * self.update_every
         return PowerProfile(last + 2, gamma)
 
 
 class PostHocEMA(nn.Module):
-    """Power-function averages with snapshots on disk, and any other average put together of them.
+    """Power-function averages with snapshots on disk, and any other average synthesized from them.
 
     :class:`fastema.PowerEMA` and :mod:`fastema.posthoc` do the same with all averages in one pass
-    over the weights, safetensors files, and the error of what is put together.
+    over the weights, safetensors files, and the error of what is synthesized.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ class PostHocEMA(nn.Module):
         if len(gammas) < 2 or len(set(gammas)) != len(gammas):
             raise ArgumentError(
                 f"the averages have the exponents {gammas}: expected at least two different ones, "
-                "of which others can be put together"
+                "from which others can be synthesized"
             )
         if checkpoint_every_num_steps != "manual":
             try:
@@ -224,11 +224,11 @@ class PostHocEMA(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """That of the counters."""
+        """The device of the counters."""
         return self.step.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """What each averaged model returns."""
+        """Return the output of each averaged model."""
         return tuple(ema_model(*args, **kwargs) for ema_model in self.ema_models)
 
     def copy_params_from_model_to_ema(self) -> None:
@@ -305,7 +305,7 @@ class PostHocEMA(nn.Module):
         return synthesized
 
     def _exponent(self, gamma: float) -> float:
-        """Of the profile that an average has: not the one asked for, with the peer's numbers."""
+        """Return the exponent of an average's profile: with the peer's numbers a different one."""
         first = self.ema_models[0]
         if not first.peer_exact:
             return gamma
@@ -314,7 +314,7 @@ class PostHocEMA(nn.Module):
             raise ArgumentError(
                 f"with peer_exact=True and update_every={first.update_every} the average of "
                 f"gamma={gamma:g} has the exponent {exponent:.3g}: of weights that fall from the "
-                "beginning of a run on, nothing can be put together"
+                "beginning of a run on, nothing can be synthesized"
             )
         return exponent
 
@@ -338,6 +338,6 @@ class PostHocEMA(nn.Module):
 
 
 def _noise(state: dict[str, Any]) -> float:
-    """How far coefficients are held down: large ones multiply the rounding of a snapshot."""
+    """Return the penalty on coefficients: large ones multiply the rounding of a snapshot."""
     floats = (one for one in state.values() if isinstance(one, Tensor) and one.is_floating_point())
     return 1e-2 if any(one.itemsize == 2 for one in floats) else 1e-4

@@ -103,7 +103,7 @@ class Counted(nn.Module):
                 self._go_on(step)
 
     def _is_copied(self, step: int) -> bool:
-        """Whether the average is made the weights at a step."""
+        """Return whether the average is made the weights at a step."""
         return not self._has_begun and self._is_due(step)
 
     def _is_due(self, step: int) -> bool:
@@ -179,7 +179,7 @@ class Scheduled(Counted):
         return not self._has_begun or (self._is_due(step) and step <= self.update_after_step)
 
     def _weight(self, decay: float | None) -> float:
-        """Of the new values: by a decay that is given, or that of the schedule."""
+        """Return the weight of new values: from a given decay, or from the schedule."""
         if decay is not None:
             return 1.0 - decay
         decay, steps = self.get_current_decay(), self._steps_per_update

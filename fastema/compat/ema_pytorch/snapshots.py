@@ -85,7 +85,7 @@ class _Mapped(File):
     """A snapshot that torch has mapped into memory, as a file whose offsets are addresses."""
 
     rows: dict[str, Tensor]
-    """What the memory belongs to, row-major."""
+    """Owner of the memory, row-major."""
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, memoryview], None]]:

@@ -81,7 +81,7 @@ class EMAPytree(Scheduled):
 
     @property
     def pytree(self) -> Any:
-        """What is followed."""
+        """The tree that is averaged."""
         return self.online_pytree[0]
 
     @property
@@ -114,7 +114,7 @@ class EMAPytree(Scheduled):
             averager.update(current, weight, self._num_steps)
 
     def _paired(self, averaged: Any, current: Any) -> tuple[ModelAverager, list[Tensor]]:
-        """What makes the one tree follow the other, and the tensors of that."""
+        """Return the averager of two trees, and the tensors of the source."""
         ours, theirs = pytrees.tree_flatten(averaged), pytrees.tree_flatten(current)
         if ours[1] != theirs[1]:
             raise LayoutError(

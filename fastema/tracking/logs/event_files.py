@@ -24,7 +24,7 @@ from fastema.tracking.logs.table import Column, Table
 _OTHER_LOGS: Final = ("*.csv", "*.tsv", "*.jsonl", "trainer_state.json")
 
 _OUR_RUNS: Final = ("raw", "sma", "ema")
-"""What TensorBoardWriter calls the folders of an experiment: its metrics are `loss_raw`, ..."""
+"""Names that TensorBoardWriter gives to an experiment's folders: metrics `loss_raw`, ..."""
 
 _LONGEST_CHECKED: Final = 65_536
 """Bytes of an event; longer ones are images and the like, and would take long."""
@@ -59,7 +59,7 @@ def _age(file: Path) -> list[tuple[int, str]]:
 
 
 def _affixes(run: Path, runs: Iterable[Path], top: Path) -> tuple[str, str]:
-    """What the names of a run's metrics begin and end with."""
+    """Beginnings and endings of the names of a run's metrics."""
     siblings = [other.name for other in runs if other.parent == run.parent]
     suffix = ""
     if run.name in _OUR_RUNS and sum(name in _OUR_RUNS for name in siblings) > 1:
@@ -120,7 +120,7 @@ def _scalar_reader() -> Callable[[Sequence[Path]], dict[str, Points]]:
 
 
 def _records(file: Path, checksum: Callable[[bytes], int]) -> Iterator[tuple[int, bytes]]:
-    """Where each event begins, and its bytes; one that is not all there yet is left out.
+    """Yield where each event begins, and its bytes; an incomplete last one is left out.
 
     A record is its length in 8 bytes, 4 bytes of checksum of these, the event, and 4 of checksum.
     """

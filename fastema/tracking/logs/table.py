@@ -31,7 +31,7 @@ _NAME: Final = re.compile(r"(.+)_(raw|sma|ema)(?:_([0-9.]+))?")
 
 
 class Curve(NamedTuple):
-    """What was measured when, in the order in which it was recorded."""
+    """Measurements and their steps, in the order in which they were recorded."""
 
     steps: NDArray[np.int64] | NDArray[np.float64]  # (n,)
     values: NDArray[np.float64]  # (n,)
@@ -45,7 +45,7 @@ class Column(NamedTuple):
 
 
 class Role(NamedTuple):
-    """How a column belongs to a metric."""
+    """Role of a column for a metric."""
 
     metric: str
     kind: Literal["", "raw", "sma", "ema"] = ""  # "" for the metric's own column

@@ -1,4 +1,4 @@
-"""What a picture of a history shows: for each metric its lines, held by it or computed."""
+"""Panels of a picture: for each metric its lines, recorded or computed."""
 
 from __future__ import annotations
 

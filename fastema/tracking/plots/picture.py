@@ -288,7 +288,7 @@ def label_end(axes: Axes, text: str, height: float, color: str, **style: Any) ->
 
 
 def heights_of(axes: Axes, values: Iterable[float]) -> list[float]:
-    """Where values lie, as fractions of the height of the axes."""
+    """Return the heights of values, as fractions of the height of the axes."""
     axes.get_ylim()  # settles the limits, which the transformation below takes as they are
     to_fraction = axes.transData + axes.transAxes.inverted()
     return [float(to_fraction.transform((1.0, value))[1]) for value in values]

@@ -1,4 +1,4 @@
-"""How our pictures look: colours that stay apart for all kinds of eyes, and what is around them."""
+"""Style of our pictures: colours that all kinds of eyes can tell apart, fonts, frames."""
 
 from __future__ import annotations
 
