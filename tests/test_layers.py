@@ -191,7 +191,7 @@ TABLE = {
         " lightning engine.blocks errors lazy typing",
         theirs=f"numpy {FRAMEWORKS}",
     ),
-    "compat.replacing": Room(ours="compat engine.interrupts engine.locks errors typing"),
+    "compat.installation": Room(ours="compat engine.interrupts engine.locks errors typing"),
     "compat.keras": Room(ours="keras plan binding engine.interrupts errors typing", theirs="keras"),
     # What the drop-in classes share takes back the weights whatever interrupts it.
     "compat.torch_ema": Room(ours="compat engine.blocks errors typing", theirs="torch"),

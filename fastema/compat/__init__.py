@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from fastema.compat import timm as timm
     from fastema.compat import torch_ema as torch_ema
     from fastema.compat import ultralytics as ultralytics
-    from fastema.compat.replacing import Installation, install, installed, uninstall
+    from fastema.compat.installation import Installation, install, installed, uninstall
 
 __all__ = ["Installation", "install", "installed", "uninstall"]
 
 _HOMES = {
-    **dict.fromkeys(__all__, "fastema.compat.replacing"),
+    **dict.fromkeys(__all__, "fastema.compat.installation"),
     **{
         peer: f"fastema.compat.{peer}"
         for peer in (

@@ -13,7 +13,7 @@ import pytest
 
 from fastema.compat import ema_pytorch as ours
 from fastema.compat.ema_pytorch import model as shared
-from fastema.compat.interface import differences
+from fastema.compat.signatures import differences
 from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError
 
 from .ema_pytorch_case import (

@@ -14,7 +14,7 @@ from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
 
 from fastema.compat import ema_pytorch as ours
 from fastema.compat.ema_pytorch import snapshots
-from fastema.compat.interface import differences
+from fastema.compat.signatures import differences
 from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
 from .ema_pytorch_case import (

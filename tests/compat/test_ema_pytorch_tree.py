@@ -9,7 +9,7 @@ import ema_pytorch as theirs
 import pytest
 
 from fastema.compat import ema_pytorch as ours
-from fastema.compat.interface import differences
+from fastema.compat.signatures import differences
 from fastema.errors import ArgumentError, BridgeError, LayoutError
 
 from .ema_pytorch_case import copies, nn, torch

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import swa_utils as theirs
 
 from fastema.compat import swa_utils as ours
-from fastema.compat.interface import differences
+from fastema.compat.signatures import differences
 from fastema.errors import ArgumentError, FastemaError, LayoutError
 from fastema.torch import update_bn
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastema.compat import timm as ours
-from fastema.compat.interface import differences
+from fastema.compat.signatures import differences
 from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
 from .network import Network, Truth, bits, is_float, is_parameter, numbers, tensors, trained

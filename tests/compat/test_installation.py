@@ -16,7 +16,7 @@ from unittest.mock import MagicMock
 import pytest
 
 import fastema
-from fastema.compat import replacing
+from fastema.compat import installation
 from fastema.errors import ArgumentError, PeerError
 
 from ..support.requirements import require
@@ -52,7 +52,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         module(monkeypatch, name, Ema=original, __path__=[])
         module(monkeypatch, f"{name}.ema", Ema=original, other=object())
         module(monkeypatch, f"fastema.compat.{name}", Ema=Ema, their_ema=original)
-        monkeypatch.setitem(replacing._KNOWN, name, {f"{name}.ema": ("Ema",)})
+        monkeypatch.setitem(installation._KNOWN, name, {f"{name}.ema": ("Ema",)})
     script = module(monkeypatch, "script", Average=sys.modules["fakepeer"].Ema, number=3)
     yield script
     for name in ("fakepeer", "otherpeer"):
@@ -134,7 +134,7 @@ def test_a_peer_that_breaks_as_it_is_imported(
 ) -> None:
     (tmp_path / "brokenpeer.py").write_text("raise RuntimeError('no such operator')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(replacing._KNOWN, "brokenpeer", {"brokenpeer": ("Ema",)})
+    monkeypatch.setitem(installation._KNOWN, "brokenpeer", {"brokenpeer": ("Ema",)})
     with pytest.raises(PeerError, match="RuntimeError: no such operator"):
         fastema.compat.install("fakepeer", "brokenpeer")
     assert fastema.compat.installed() == ()
@@ -202,7 +202,7 @@ def test_an_unknown_interface_is_refused_by_name_and_version(
     peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = peer.Average
-    monkeypatch.setattr(replacing.metadata, "version", lambda name: "99.1")
+    monkeypatch.setattr(installation.metadata, "version", lambda name: "99.1")
     monkeypatch.setattr(sys.modules["otherpeer.ema"], "Ema", theirs(__init__=more))
     with pytest.raises(PeerError, match=r"otherpeer 99\.1 .*\n.*takes 'novelty'"):
         fastema.compat.install("fakepeer", "otherpeer")
@@ -216,7 +216,7 @@ def test_a_name_that_is_gone_and_a_peer_that_is_missing(
     monkeypatch.delattr(sys.modules["otherpeer.ema"], "Ema")
     with pytest.raises(PeerError, match=r"otherpeer\.ema\.Ema is missing"):
         fastema.compat.install("otherpeer")
-    monkeypatch.setitem(replacing._KNOWN, "absent", {"no_such_peer.ema": ("Ema",)})
+    monkeypatch.setitem(installation._KNOWN, "absent", {"no_such_peer.ema": ("Ema",)})
     with pytest.raises(PeerError, match="no-such-peer is not installed"):
         fastema.compat.install("absent")
 

@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from fastema.compat.interface import differences
+from fastema.compat.signatures import differences
 
 
 class Theirs:

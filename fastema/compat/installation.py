@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-from fastema.compat.interface import differences
+from fastema.compat.signatures import differences
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
 from fastema.errors import ArgumentError, PeerError, listed
