@@ -88,7 +88,7 @@ def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
 
 
 @dataclass(frozen=True)
-class _Selection:
+class _PairSelection:
     """Selects the pairs of a plan; holds no reference to the plan, so that there is no cycle."""
 
     policy: PolicyOf | None
@@ -199,7 +199,7 @@ class Plan:
         self.binding = Binding(
             materialised(avg),
             materialised(x),
-            _Selection(policy, _MARKS[rounding], self._called),
+            _PairSelection(policy, _MARKS[rounding], self._called),
             labels=("avg ", "x "),
             look=_resharded_leaves,
         )

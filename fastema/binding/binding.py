@@ -15,7 +15,7 @@ from fastema.engine.cuda import refuse_forked
 from fastema.engine.program import Program
 from fastema.errors import LayoutError
 from fastema.layout.device_context import DeviceContext
-from fastema.layout.group import Guard, Pair, refuse_overlap
+from fastema.layout.group import OverlapGuard, Pair, refuse_overlap
 from fastema.layout.spec import Leaves, Role, Structure, TensorSpec
 
 __all__ = ["Binding", "Match", "Matcher", "Outline", "can_be_assigned", "is_fixed"]
@@ -78,7 +78,7 @@ class _Bound:
     model: Outline
     labels: tuple[str, str]
     contexts: list[DeviceContext]  # devices of the weights that are not the host
-    guard: Guard | None  # if one of the sides moves
+    guard: OverlapGuard | None  # if one of the sides moves
     located: tuple[Located, Located] = (STAYED, STAYED)
     cached: dict[Any, Any] = field(default_factory=dict)  # by others, for these pairs
 
@@ -225,7 +225,7 @@ class Binding:
                 sides.append(self._watch(watched, container, trained, transient=not owned))
         guard = None
         if dst.moving or src.moving:
-            guard = Guard(
+            guard = OverlapGuard(
                 [(pair.name, pair.dst) for pair in pairs],
                 [(pair.name, pair.src) for pair in pairs if not pair.average_index],
             )

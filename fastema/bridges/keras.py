@@ -22,7 +22,7 @@ from fastema.bridges.names import named
 from fastema.bridges.registry import bridge_of
 from fastema.bridges.registry import describe as describe_any
 from fastema.errors import BridgeError
-from fastema.layout.spec import Attributes, Held, Leaf, Leaves, Role, TensorSpec
+from fastema.layout.spec import Attributes, Leaf, Leaves, Role, TensorContainer, TensorSpec
 
 MEMORY: Final = "numpy"
 """The framework whose arrays hold averages of variables that are given new arrays."""
@@ -137,9 +137,12 @@ _PARTS: Final = ("_layers", "_trainable_variables", "_non_trainable_variables")
 """Attributes of a layer: the lists through which it holds its variables."""
 
 
-def _held(layer: Any) -> list[Held]:
+def _held(layer: Any) -> list[TensorContainer]:
     own = tuple(name for name in _PARTS if name in vars(layer))
-    return [Held(Attributes(layer), own), *(Held(getattr(layer, name)) for name in _PARTS)]
+    return [
+        TensorContainer(Attributes(layer), own),
+        *(TensorContainer(getattr(layer, name)) for name in _PARTS),
+    ]
 
 
 def _role(variable: Any, made_to_train: Container[int]) -> Role:

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from fastema.bridges.names import named, refuse_repeated
 from fastema.errors import ArgumentError, BridgeError, DTypeError
-from fastema.layout.spec import Held, Leaf, Leaves, Ranks, TensorSpec
+from fastema.layout.spec import Leaf, Leaves, Ranks, TensorContainer, TensorSpec
 
 __all__ = [
     "ask",
@@ -238,7 +238,7 @@ def state_of(container: Any) -> dict[str, tuple[str, Any]]:
 
 def _flatten(
     tree: Any, path: str = "", above: tuple[Any, ...] = ()
-) -> tuple[list[tuple[str, Any]], list[Held]]:
+) -> tuple[list[tuple[str, Any]], list[TensorContainer]]:
     """Return the leaves of nested lists, tuples and dicts by name, and the lists and dicts.
 
     Refuses containers that no walk would come to the end of: JAX leaves Python unusable after one.
@@ -257,7 +257,7 @@ def _flatten(
             f"lists, tuples or dicts are nested more than {_DEEPEST} deep; give the arrays in one"
         )
     leaves: list[tuple[str, Any]] = []
-    held = [] if isinstance(tree, tuple) else [Held(tree)]
+    held = [] if isinstance(tree, tuple) else [TensorContainer(tree)]
     for key, value in entries:
         name = f"{path}.{key!s}" if path else str(key)
         if type(value) in _owners:  # an array of a kind that was seen before

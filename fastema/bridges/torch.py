@@ -27,7 +27,7 @@ from fastema.bridges.torch_parts import gather as gather
 from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
 from fastema.layout.dtypes import NAME_OF
-from fastema.layout.spec import Attributes, Held, Leaf, Leaves, Opaque, Role, TensorSpec
+from fastema.layout.spec import Attributes, Leaf, Leaves, Opaque, Role, TensorContainer, TensorSpec
 
 _NATIVE: Final[dict[str, torch.dtype]] = {
     code: getattr(torch, name) for code, name in NAME_OF.items() if hasattr(torch, name)
@@ -283,7 +283,7 @@ def walk(container: Any) -> Leaves | None:
     parameters = _union(one.named_parameters(remove_duplicate=False) for one in modules)
     buffers = _union(one.named_buffers(remove_duplicate=False) for one in modules)
     transient: set[str] = set()
-    held = [Held(container)] if isinstance(container, list) else []
+    held = [TensorContainer(container)] if isinstance(container, list) else []
     for module in modules:
         _record_containers(module, transient, held)
     paths = [*parameters, *buffers]
@@ -350,7 +350,9 @@ _MEMBERS: Final = ("_parameters", "_buffers", "_modules")
 """Attributes of a module, each a mapping of names."""
 
 
-def _record_containers(container: torch.nn.Module, transient: set[str], held: list[Held]) -> None:
+def _record_containers(
+    container: torch.nn.Module, transient: set[str], held: list[TensorContainer]
+) -> None:
     """Add the paths that the module's state leaves out, and the containers of its tensors."""
     seen: set[int] = set()
     for path, module in container.named_modules(remove_duplicate=False):
@@ -361,12 +363,16 @@ def _record_containers(container: torch.nn.Module, transient: set[str], held: li
         seen.add(id(module))
         own = tuple(name for name in _MEMBERS if name in vars(module))
         # The others are held by what holds them, and are looked at in compiled code.
-        held.append(Held(Attributes(module) if module is container else vars(module), own))
+        held.append(
+            TensorContainer(Attributes(module) if module is container else vars(module), own)
+        )
         for name in _MEMBERS:
             members = getattr(module, name)
             kept = out if name == "_buffers" else frozenset()
             held.append(
-                Held(members if isinstance(members, dict) else _Scripted(members), None, kept)
+                TensorContainer(
+                    members if isinstance(members, dict) else _Scripted(members), None, kept
+                )
             )
 
 

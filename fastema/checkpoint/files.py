@@ -27,7 +27,7 @@ from fastema.layout.spec import TensorSpec
 __all__ = [
     "File",
     "Fill",
-    "Stored",
+    "StoredTensor",
     "fsync",
     "header_of",
     "moved_into_place",
@@ -71,7 +71,7 @@ _seeking = threading.Lock()
 """Serializes reads where a file has no positioned read."""
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor in a file, or on its way to one."""
 
     kind: DType
@@ -93,7 +93,7 @@ class File(NamedTuple):
     """A safetensors file whose header has been read."""
 
     path: Path
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
     def opened(self) -> AbstractContextManager[Fill]:
@@ -149,7 +149,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorSpec], **met
             opened.write(tensors[name].bytes())
 
 
-def header_of(tensors: Mapping[str, Stored | TensorSpec], metadata: Mapping[str, str]) -> bytes:
+def header_of(
+    tensors: Mapping[str, StoredTensor | TensorSpec], metadata: Mapping[str, str]
+) -> bytes:
     """Build the header of a file whose tensors follow each other in this order.
 
     A CheckpointError for a name or a dtype that no file can have.
@@ -285,13 +287,13 @@ def _whole_number(value: Any) -> int:
     return number
 
 
-def _stored(entry: Any, start: int, size: int) -> Stored:
+def _stored(entry: Any, start: int, size: int) -> StoredTensor:
     entry = _of_type(entry, dict)
     shape = tuple(_whole_number(extent) for extent in _of_type(entry["shape"], list))
     if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) > _MOST:
         raise ValueError(f"the shape {list(shape)} is that of no array")
     first, end = (start + _whole_number(offset) for offset in _of_type(entry["data_offsets"], list))
-    found = Stored(dtype(_CODES[_of_type(entry["dtype"], str)]), shape, first)
+    found = StoredTensor(dtype(_CODES[_of_type(entry["dtype"], str)]), shape, first)
     if not start <= first <= end <= size or end - first != found.nbytes:
         raise ValueError("a tensor lies outside the file; it was cut short")
     return found

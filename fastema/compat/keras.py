@@ -25,7 +25,7 @@ import keras
 from fastema.binding.swap import Calls, Swap, Way
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, DTypeError, StateError
-from fastema.keras.guards import ErrorGuard, Guard, UseGuard, guard_use, is_running
+from fastema.keras.guards import ErrorGuard, UseGuard, WeightGuard, guard_use, is_running
 from fastema.keras.steps import inner, whole_number
 from fastema.keras.ways import Aside, is_gone
 from fastema.plan import Plan
@@ -179,8 +179,8 @@ class SwapEMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self.swap_on_epoch = swap_on_epoch
         self._hook: Hook | None = None
         self._swap: Swap | None = None
-        self._guards: list[Guard] = []
-        self._fit_guards: list[Guard] = []
+        self._guards: list[WeightGuard] = []
+        self._fit_guards: list[WeightGuard] = []
         self._model_owned: Any = None
         self._run: Any = None  # parameters of the call of Keras, one object for all its callbacks
 

@@ -28,7 +28,7 @@ from fastema.layout.spec import Role
 
 __all__ = [
     "ListAverage",
-    "Stored",
+    "StoredWeights",
     "as_list",
     "clone_list",
     "first_places",
@@ -276,7 +276,7 @@ def _policy(copied: frozenset[int], name: str, role: Role) -> Literal["average",
     return "copy" if int(name) in copied else "average"
 
 
-class Stored:
+class StoredWeights:
     """``store()`` and ``restore()`` of weights that are kept in an attribute of their owner's.
 
     The attribute ``name`` is ``nothing`` without stored weights. Whether parameters hold the
@@ -354,7 +354,7 @@ class ListAverage:
     """The device of that; None for where the parameters are."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
-        self._averager, self._stored = _ListAverager(), Stored(self._stored_as)
+        self._averager, self._stored = _ListAverager(), StoredWeights(self._stored_as)
         self._shadow = clone_list(parameters)
         setattr(self, self._stored_as, None)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastema.compat.averager import ModelAverager
-from fastema.compat.lists import Stored
+from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
@@ -118,7 +118,7 @@ class LitEma(nn.Module):
         for name, parameter in trained.items():
             self.register_buffer(self.m_name2s_name[name], parameter.detach().clone())
         self.collected_params: list[Tensor] = []
-        self._stored = Stored("collected_params", nothing=[])
+        self._stored = StoredWeights("collected_params", nothing=[])
         self._calls = 0
         self._limit, self._count = Mirrored(), Mirrored()
         shorts = {id(one): self.m_name2s_name[name] for name, one in trained.items()}

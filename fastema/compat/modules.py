@@ -33,7 +33,7 @@ def _persistence(module: nn.Module) -> dict[str, bool]:
     return {**named, **{one.name: one.persistent for one in leaves.opaque}}
 
 
-class _Policy:
+class _BufferPolicy:
     """Averages parameters; copies all buffers, or averages those that are saved with a module."""
 
     def __init__(self, averaged: nn.Module, buffers: Buffers, left_out: str) -> None:
@@ -63,7 +63,7 @@ class ModuleAverager:
 
     def __init__(self, left_out: str = "") -> None:
         self._left_out = left_out
-        self._made: tuple[nn.Module, dict[str, Any], _Policy, ModelAverager] | None = None
+        self._made: tuple[nn.Module, dict[str, Any], _BufferPolicy, ModelAverager] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy looks everything up for itself."""
@@ -84,7 +84,7 @@ class ModuleAverager:
         """
         settings = {"buffers": buffers, **rounding}
         if self._made is None or self._made[0] is not averaged or self._made[1] != settings:
-            policy = _Policy(averaged, buffers, self._left_out)
+            policy = _BufferPolicy(averaged, buffers, self._left_out)
             self._made = averaged, settings, policy, ModelAverager(averaged, policy, **rounding)
         *_, policy, averager = self._made
         policy.model = None if model is None else weakref.ref(model)

@@ -68,7 +68,7 @@ _SPARE_CALLS: Final = 8
 # -- what is averaged, and how often it was -------------------------------------------------------
 
 
-class _Rule:
+class _UpdateRule:
     """Decay of an update (none for the mean of all), and rounding of 16-bit averages."""
 
     def __init__(self, decay: float | None, rounding: Rounding, seed: int) -> None:
@@ -89,15 +89,15 @@ class _Rule:
         return torch.lerp(averaged, current, 1.0 - self.decay)
 
 
-def _exponential(decay: float, rounding: Rounding, seed: int) -> _Rule:
+def _exponential(decay: float, rounding: Rounding, seed: int) -> _UpdateRule:
     refuse_no_share(decay, "decay")
-    return _Rule(decay, rounding, seed)
+    return _UpdateRule(decay, rounding, seed)
 
 
 # -- functions for an AveragedModel ---------------------------------------------------------------
 
 
-class _Memory:
+class _KnownMemory:
     """Tensors that are kept, and known again under other tensor objects."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -114,22 +114,22 @@ class _Memory:
             return False
 
 
-class _Group:
+class _DeviceGroup:
     """Lists of tensors that are averaged together, under new tensor objects at each step."""
 
-    def __init__(self, averaged: Sequence[Tensor], rule: _Rule) -> None:
-        self.averaged = _Memory(averaged)
+    def __init__(self, averaged: Sequence[Tensor], rule: _UpdateRule) -> None:
+        self.averaged = _KnownMemory(averaged)
         self._averager = ModelAverager(
             self.averaged.tensors, rounding=rule.rounding, seed=rule.seed
         )
-        self._current: _Memory | None = None
+        self._current: _KnownMemory | None = None
         self._moves = 0
         self.step: int | None = None
         self.last_call = 0
 
     def update(self, current: Sequence[Tensor], weight: float, step: int) -> None:
         same = self._current is not None and self._current.is_of(current)
-        found = self._current if same else _Memory(current)
+        found = self._current if same else _KnownMemory(current)
         assert found is not None
         self._averager.update(found.tensors, weight, step)
         self.step, self._current = step, found
@@ -142,9 +142,9 @@ class _Group:
 class _MultiAverage:
     """``fn(averaged, current, num_averaged)``, in place, of lists of tensors."""
 
-    def __init__(self, rule: _Rule) -> None:
+    def __init__(self, rule: _UpdateRule) -> None:
         self.rule = rule
-        self._groups: dict[tuple[object, ...], _Group] = {}
+        self._groups: dict[tuple[object, ...], _DeviceGroup] = {}
         self._count = Mirrored()
         self._calls = 0
 
@@ -169,14 +169,14 @@ class _MultiAverage:
         key = len(averaged), first.data_ptr(), last.data_ptr(), first.dtype, first.device
         group = self._groups.get(key)
         if group is None or not group.averaged.is_of(averaged):
-            group = _Group(averaged, self.rule)
+            group = _DeviceGroup(averaged, self.rule)
         step = self._step(group, num_averaged)
         group.update(current, self.rule.weight(step), step)
         self._groups[key] = group
         self._calls = group.last_call = self._calls + 1
         self._drop_unused()
 
-    def _step(self, group: _Group, num_averaged: Tensor | int) -> int:
+    def _step(self, group: _DeviceGroup, num_averaged: Tensor | int) -> int:
         if not isinstance(num_averaged, Tensor):
             return int(num_averaged)
         waits = not mirrored.is_read_at_once(num_averaged)
@@ -194,7 +194,7 @@ class _MultiAverage:
 class _SingleAverage:
     """``fn(averaged, current, num_averaged)``: a new tensor."""
 
-    def __init__(self, rule: _Rule) -> None:
+    def __init__(self, rule: _UpdateRule) -> None:
         self.rule = rule
         self._calls = 0
 
@@ -256,7 +256,7 @@ def get_swa_multi_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) ->
     :class:`AveragedModel` does not. Float64 tensors are averaged with a float64 weight; torch's
     float32 leaves errors of 1e-8.
     """
-    return _MultiAverage(_Rule(None, rounding, seed))
+    return _MultiAverage(_UpdateRule(None, rounding, seed))
 
 
 def get_ema_avg_fn(
@@ -277,12 +277,12 @@ def get_swa_avg_fn(*, rounding: Rounding = "stochastic", seed: int = 0) -> AvgFn
 
     See :func:`get_ema_avg_fn`.
     """
-    return _SingleAverage(_Rule(None, rounding, seed))
+    return _SingleAverage(_UpdateRule(None, rounding, seed))
 
 
 # -- the class ------------------------------------------------------------------------------------
 
-_DEFAULT: Final = _Rule(None, "stochastic", 0)
+_DEFAULT: Final = _UpdateRule(None, "stochastic", 0)
 
 
 def _parameters(name: str, role: str) -> Literal["average", "copy"]:
@@ -346,7 +346,7 @@ class AveragedModel(peer.AveragedModel):
 
     def _begin(self) -> None:
         self._count = Mirrored()
-        self._used: tuple[_Rule, bool, ModelAverager] | None = None
+        self._used: tuple[_UpdateRule, bool, ModelAverager] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is bound to memory."""
@@ -375,14 +375,14 @@ class AveragedModel(peer.AveragedModel):
             averager.update(model, rule.weight(count), count)
         self._count.count(self.n_averaged)
 
-    def _rule(self) -> _Rule | None:
+    def _rule(self) -> _UpdateRule | None:
         """Return the rule behind averaging functions; None for functions from elsewhere."""
         found = self.avg_fn if self.multi_avg_fn is None else self.multi_avg_fn
         if found is None:
             return _DEFAULT
         return found.rule if isinstance(found, _MultiAverage | _SingleAverage) else None
 
-    def _averager(self, rule: _Rule) -> ModelAverager:
+    def _averager(self, rule: _UpdateRule) -> ModelAverager:
         found = self._used
         if found is None or found[0] is not rule or found[1] != self.use_buffers:
             policy = None if self.use_buffers else _parameters

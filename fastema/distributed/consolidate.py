@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from fastema.checkpoint.files import Stored
+from fastema.checkpoint.files import StoredTensor
 from fastema.distributed import dcp, live
 from fastema.distributed.folder import (
     Block,
@@ -19,7 +19,7 @@ from fastema.distributed.folder import (
     refuse_occupied,
     write_blocks,
 )
-from fastema.distributed.group import Group
+from fastema.distributed.group import RankGroup
 from fastema.errors import ArgumentError, CheckpointError, listed
 from fastema.rules.checks import checked_whole
 from fastema.shadow.average import Average
@@ -99,7 +99,7 @@ def consolidate(
     >>> sorted(load_file(out / "model.safetensors"))
     ['bias', 'weight']
     """
-    group = Group()
+    group = RankGroup()
     target = Path(folder)
     most = checked_whole(max_bytes, "max_bytes", 1 << 20) // 4
     checked_whole(file_bytes, "file_bytes", 1)
@@ -110,7 +110,7 @@ def consolidate(
     if key is not None or rest is not None:
         raise ArgumentError("key= and rest= are for folders of torch.distributed.checkpoint")
     with source.lock:
-        found = group.agreed(lambda: live.held(source, which))
+        found = group.agreed(lambda: live.describe_live(source, which))
         if source._ranks is not None:
             source._ranks.compare(source._common_settings())
         tensors, mine = _united(group, found)
@@ -120,8 +120,8 @@ def consolidate(
 
 
 def _saved(
-    path: Path, key: str | None, which: int | None, rest: str | None, group: Group
-) -> tuple[dict[str, Stored], list[Block]]:
+    path: Path, key: str | None, which: int | None, rest: str | None, group: RankGroup
+) -> tuple[dict[str, StoredTensor], list[Block]]:
     """The tensors of a saved folder, and this process's share of their blocks."""
     opened = dcp.opened(path)
     chosen = dcp.average_in(opened, key, which)
@@ -136,10 +136,10 @@ def _saved(
     return tensors, blocks[group.rank :: group.size]
 
 
-def _united(group: Group, found: live.Held) -> tuple[dict[str, Stored], set[str]]:
+def _united(group: RankGroup, found: live.LiveAverage) -> tuple[dict[str, StoredTensor], set[str]]:
     """The tensors of all processes, and those that this one writes its part of."""
     every = group.gather((found.tensors, found.divided))
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     first: dict[str, int] = {}
     problems = []
     for rank, (theirs, _) in enumerate(every):
@@ -159,9 +159,9 @@ def _united(group: Group, found: live.Held) -> tuple[dict[str, Stored], set[str]
 
 
 def _write(
-    group: Group,
+    group: RankGroup,
     folder: Path,
-    tensors: dict[str, Stored],
+    tensors: dict[str, StoredTensor],
     blocks: Iterable[Block],
     files_from: str | os.PathLike[str] | None,
     file_bytes: int,

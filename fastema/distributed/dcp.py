@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastema.checkpoint.files import Stored, reading
+from fastema.checkpoint.files import StoredTensor, reading
 from fastema.distributed.folder import Block
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
@@ -146,7 +146,7 @@ class _Chunk(NamedTuple):
 class Chunked(NamedTuple):
     """A tensor of a folder, and its blocks."""
 
-    tensor: Stored
+    tensor: StoredTensor
     chunks: list[_Chunk]
 
 
@@ -215,7 +215,7 @@ def _checked(path: Path, found: Any) -> Folder:
             if Path(name).name != name:
                 raise CheckpointError(f"{key}: {name!r} is no file of the folder")
             chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
-        tensor = Stored(dtype(_CODE_OF[state[0]]), shape)
+        tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)
         if sum(math.prod(one.shape) for one in chunks) != tensor.size or _overlap(chunks):
             raise CheckpointError(f"{key}: its blocks are not the whole tensor")
         tensors[key] = Chunked(tensor, chunks)
@@ -288,7 +288,7 @@ def blocks_of(name: str, stored: Chunked) -> Iterator[Block]:
 class _Reader:
     """Reads a block by row-major pieces."""
 
-    def __init__(self, name: str, tensor: Stored, chunk: _Chunk) -> None:
+    def __init__(self, name: str, tensor: StoredTensor, chunk: _Chunk) -> None:
         self._name, self._tensor, self._chunk = name, tensor, chunk
         self._strides = row_major(chunk.shape)
         self._begin: int | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import bytes_of
-from fastema.checkpoint.files import Stored, fsync, header_of, storing
+from fastema.checkpoint.files import StoredTensor, fsync, header_of, storing
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.flat import row_major
 
@@ -42,7 +42,9 @@ class Files(NamedTuple):
     headers: dict[str, bytes]
 
 
-def plan(tensors: Mapping[str, Stored], file_bytes: int, metadata: Mapping[str, str]) -> Files:
+def plan(
+    tensors: Mapping[str, StoredTensor], file_bytes: int, metadata: Mapping[str, str]
+) -> Files:
     """Distribute tensors over files of at most ``file_bytes``, in order; at least one each."""
     groups: list[list[str]] = [[]]
     room = file_bytes
@@ -93,7 +95,11 @@ def begin(folder: Path, files: Files) -> Path:
 
 
 def write_blocks(
-    folder: Path, files: Files, tensors: Mapping[str, Stored], blocks: Iterable[Block], most: int
+    folder: Path,
+    files: Files,
+    tensors: Mapping[str, StoredTensor],
+    blocks: Iterable[Block],
+    most: int,
 ) -> None:
     """Write this process's blocks where they belong, in pieces of at most ``most`` bytes."""
     with storing(folder), ExitStack() as stack:
@@ -131,7 +137,9 @@ def pieces(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[s
         yield slice(i, min(i + rows, shape[0])), *(slice(0, extent) for extent in shape[1:])
 
 
-def _runs(block: Block, piece: tuple[slice, ...], tensor: Stored) -> Iterator[tuple[int, int, int]]:
+def _runs(
+    block: Block, piece: tuple[slice, ...], tensor: StoredTensor
+) -> Iterator[tuple[int, int, int]]:
     """Stretches of a piece that are adjacent in the whole: byte there, byte here, and count."""
     size = tensor.kind.itemsize
     extents = [one.stop - one.start for one in piece]

@@ -8,12 +8,12 @@ from typing import Any, TypeVar, cast
 
 from fastema.errors import CheckpointError
 
-__all__ = ["Group"]
+__all__ = ["RankGroup"]
 
 Value = TypeVar("Value")
 
 
-class Group:
+class RankGroup:
     """All processes of the default process group."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from fastema.binding.swap import rounded
 from fastema.bridges.memory import row_major_on_host
 from fastema.bridges.registry import describe, part_of
-from fastema.checkpoint.files import Stored
+from fastema.checkpoint.files import StoredTensor
 from fastema.distributed.folder import Block
 from fastema.errors import CheckpointError, FastemaError
 from fastema.layout.dtypes import DType
@@ -19,20 +19,20 @@ from fastema.layout.spec import TensorSpec
 from fastema.shadow.average import Average
 from fastema.shadow.store import Entry
 
-__all__ = ["Held", "held"]
+__all__ = ["LiveAverage", "describe_live"]
 
 
 @dataclass
-class Held:
+class LiveAverage:
     """Tensors by name, the names of those that are divided, and the blocks of this process."""
 
-    tensors: dict[str, Stored] = field(default_factory=dict)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
     divided: set[str] = field(default_factory=set)
     blocks: list[Block] = field(default_factory=list)
 
     def add(self, name: str, spec: TensorSpec, kind: DType, read: Callable[..., Any]) -> None:
         """Add a tensor; its block, unless another process has the same."""
-        self.tensors[name] = Stored(kind, spec.full_shape)
+        self.tensors[name] = StoredTensor(kind, spec.full_shape)
         if spec.division is not None:
             self.divided.add(name)
             if not spec.division.is_first:
@@ -41,13 +41,13 @@ class Held:
         self.blocks.append(Block(name, offset, spec.shape, read))
 
 
-def held(ema: Average[Any], which: int | None) -> Held:
+def describe_live(ema: Average[Any], which: int | None) -> LiveAverage:
     """Describe what ``ema.model_state_dict(which=which)`` would hold, without making it.
 
     Tied weights are there once, by the first name that the model's state has for them.
     """
     ema._refuse_applied("consolidate")
-    found = Held()
+    found = LiveAverage()
     seen: set[str] = set()
     entries, state, names = ema._state_of(None, which)
     for key, kept in names.items():

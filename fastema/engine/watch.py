@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.errors import FastemaError
-from fastema.layout.spec import Held, Leaves, TensorSpec
+from fastema.layout.spec import Leaves, TensorContainer, TensorSpec
 
 __all__ = ["SHARES", "Watch", "watch"]
 
@@ -23,7 +23,7 @@ SHARES: Final = 16
 class Watch:
     """Remembers where the tensors of a container lie."""
 
-    def __init__(self, held: Sequence[Held], transient: bool) -> None:
+    def __init__(self, held: Sequence[TensorContainer], transient: bool) -> None:
         self._transient = transient
         self._held = [(one, _members(one, transient)) for one in held]
 
@@ -48,7 +48,7 @@ class Watch:
         raise NotImplementedError
 
 
-def _members(held: Held, transient: bool) -> list[Any]:
+def _members(held: TensorContainer, transient: bool) -> list[Any]:
     """The objects that must stay: chosen values, keys and values of a mapping, or elements."""
     container, keys, loose = held
     if keys is not None:
@@ -143,7 +143,9 @@ class _Places:
         raise KeyError(key)
 
 
-def _dict_tables(held: Sequence[Held], transient: bool) -> tuple[list[tuple[int, ...]], list[Any]]:
+def _dict_tables(
+    held: Sequence[TensorContainer], transient: bool
+) -> tuple[list[tuple[int, ...]], list[Any]]:
     """Rows of the table of dicts, and the keys and objects of their entries in turn."""
     rows: list[tuple[int, ...]] = []
     entries: list[Any] = []
@@ -171,7 +173,7 @@ class _ByExchange(Watch):
         self._check = cpu_watch.any_change
         dicts = [one for one in leaves.held if type(one.container) is dict]
         others = [one for one in leaves.held if type(one.container) is not dict]
-        others.append(Held(_Wrapped([leaf.spec for leaf in leaves.items])))
+        others.append(TensorContainer(_Wrapped([leaf.spec for leaf in leaves.items])))
         super().__init__(others, transient)
         rows, entries = _dict_tables(dicts, transient)
         held = np.array(rows, np.int64).reshape(-1, cpu_watch.DICT)

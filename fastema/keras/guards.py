@@ -9,8 +9,8 @@ from typing import Any, Final
 
 __all__ = [
     "ErrorGuard",
-    "Guard",
     "UseGuard",
+    "WeightGuard",
     "guard_use",
     "is_end_of_data",
     "is_running",
@@ -48,7 +48,7 @@ def is_end_of_data(error: BaseException) -> bool:
     return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
 
 
-class Guard:
+class WeightGuard:
     """Stands in for a method of an object, until it is removed."""
 
     def __init__(self, of: Any, name: str) -> None:
@@ -71,7 +71,7 @@ class Guard:
             del vars(self._of)[self._name]
 
 
-class ErrorGuard(Guard):
+class ErrorGuard(WeightGuard):
     """Gives the weights back where the method raises."""
 
     def __init__(self, of: Any, name: str, restore: Callable[[], None]) -> None:
@@ -88,7 +88,7 @@ class ErrorGuard(Guard):
             raise
 
 
-class UseGuard(Guard):
+class UseGuard(WeightGuard):
     """Gives the weights back before the method is called, ``unless`` it may see them as they are.
 
     ``restore`` also removes this guard, or raises.
@@ -112,7 +112,7 @@ class UseGuard(Guard):
         return getattr(self._of, self._name)(*args, **kwargs)
 
 
-def guard_use(model: Any, restore: Callable[[], None]) -> list[Guard]:
+def guard_use(model: Any, restore: Callable[[], None]) -> list[WeightGuard]:
     """Give the weights back if the model is used again after a call that raised.
 
     Within the call that put the average into the model, other callbacks evaluate, save and write
@@ -123,7 +123,7 @@ def guard_use(model: Any, restore: Callable[[], None]) -> list[Guard]:
     return [*training, *(UseGuard(model, name, restore, within) for name in _USES)]
 
 
-def refuse_writes(model: Any, refuse: Callable[[str], None]) -> list[Guard]:
+def refuse_writes(model: Any, refuse: Callable[[str], None]) -> list[WeightGuard]:
     """Refuse what would train or overwrite the average in a model; ``refuse(method)`` raises."""
     names = ("fit", "train_on_batch", "load_weights", "set_weights")
     return [UseGuard(model, name, partial(refuse, name)) for name in names]

@@ -1,4 +1,4 @@
-"""Steps of a model's optimizer."""
+"""OptimizerSteps of a model's optimizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-__all__ = ["Steps", "in_flight", "inner", "whole_number"]
+__all__ = ["OptimizerSteps", "in_flight", "inner", "whole_number"]
 
 
 def inner(optimizer: Any) -> list[Any]:
@@ -18,7 +18,7 @@ def inner(optimizer: Any) -> list[Any]:
     return [optimizer]
 
 
-class Steps:
+class OptimizerSteps:
     """Counts the steps that a model's optimizer has taken.
 
     A batch that only adds to accumulated gradients is none, nor one whose scaled gradients were not
@@ -46,7 +46,7 @@ class Steps:
         """Whether each batch is a step: a counter need not be fetched from a device then."""
 
     def done(self) -> int:
-        """Steps so far."""
+        """OptimizerSteps so far."""
         # In an epoch of the JAX backend the variables are empty, and their values on the way.
         state = getattr(self._model, "_jax_state", None) or {}
         values = None if not in_flight(self._model) else state.get("optimizer_variables")

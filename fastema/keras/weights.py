@@ -15,12 +15,11 @@ import keras
 from fastema.binding.swap import Calls, Swap
 from fastema.bridges.registry import leaves_of
 from fastema.checkpoint import files, state
-from fastema.engine.blocks import RestoringBlock
-from fastema.engine.blocks import Steps as BlockSteps
+from fastema.engine.blocks import RestoringBlock, Steps
 from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, StateError
-from fastema.keras.guards import ErrorGuard, Guard, guard_use, refuse_writes
-from fastema.keras.steps import Steps, inner
+from fastema.keras.guards import ErrorGuard, WeightGuard, guard_use, refuse_writes
+from fastema.keras.steps import OptimizerSteps, inner
 from fastema.keras.ways import Aside, UnlessWritten
 from fastema.rules import Rule
 from fastema.shadow import EMA
@@ -158,13 +157,13 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._ema: EMA | None = None
         self._averaged: Any = None
         self._pending: Mapping[str, Any] | None = None
-        self._steps: Steps | None = None
+        self._steps: OptimizerSteps | None = None
         self._done = 0
         self._opening = self._in_batch = False
         self._swap: Swap | None = None
         self._hook: Hook | None = None
-        self._guards: list[Guard] = []
-        self._fit_guard: Guard | None = None
+        self._guards: list[WeightGuard] = []
+        self._fit_guard: WeightGuard | None = None
 
     # -- the average ------------------------------------------------------------------------------
 
@@ -205,7 +204,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self._ema, self._averaged, self._pending = ema, model, None
         return True
 
-    def _counted(self, model: Any) -> Steps:
+    def _counted(self, model: Any) -> OptimizerSteps:
         """The counter of the model's optimizer, and what stands in the way of one."""
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
@@ -218,7 +217,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "the optimizer has use_ema=True: it would write an average of its own into the "
                 "model, and that would be averaged again; leave out use_ema, or EMAWeights"
             )
-        return Steps(model)
+        return OptimizerSteps(model)
 
     def update(self) -> None:
         """Take the current weights into the average, if the optimizer has made a step since.
@@ -354,11 +353,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         """
         return RestoringBlock(self._block_steps)
 
-    def _block_steps(self) -> BlockSteps[None]:
+    def _block_steps(self) -> Steps[None]:
         is_outermost = self._hook is None
-        return BlockSteps(
-            partial(self._apply, "block"), self.restore if is_outermost else lambda: None
-        )
+        return Steps(partial(self._apply, "block"), self.restore if is_outermost else lambda: None)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the average to a file as Keras writes a model's weights.

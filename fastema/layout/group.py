@@ -17,7 +17,7 @@ from fastema.errors import DTypeError, LayoutError
 from fastema.layout.spec import TensorSpec
 
 __all__ = [
-    "Guard",
+    "OverlapGuard",
     "Pair",
     "averaged_form",
     "check_pair",
@@ -234,7 +234,7 @@ def _overlap(one: _Use, other: _Use) -> LayoutError:
     )
 
 
-class Guard:
+class OverlapGuard:
     """Notices, in a few NumPy calls, that tensors which moved may lie where others are written."""
 
     def __init__(

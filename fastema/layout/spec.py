@@ -17,13 +17,13 @@ from fastema.layout.dtypes import DType, dtype
 __all__ = [
     "Attributes",
     "Division",
-    "Held",
     "Leaf",
     "Leaves",
     "Opaque",
     "Ranks",
     "Role",
     "Structure",
+    "TensorContainer",
     "TensorSpec",
 ]
 
@@ -221,7 +221,7 @@ class Opaque:
     persistent: bool = True
 
 
-class Held(NamedTuple):
+class TensorContainer(NamedTuple):
     """A container through which tensors are held: its entries must stay the same objects.
 
     Of a dict, or of :class:`Attributes`, the ``keys`` count, whatever else it holds; by default all
@@ -278,7 +278,7 @@ class Leaves:
 
     items: Sequence[Leaf]
     describe: Callable[[Any], TensorSpec]
-    held: Sequence[Held] = ()
+    held: Sequence[TensorContainer] = ()
     opaque: Sequence[Opaque] = ()
     structure: Structure | None = None
     moving: bool = False

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.checkpoint.files import Stored
+from fastema.checkpoint.files import StoredTensor
 from fastema.distributed import consolidate, dcp
 from fastema.distributed.folder import Block, begin, pieces, plan, write_blocks
 from fastema.errors import ArgumentError, CheckpointError
@@ -195,7 +195,7 @@ def test_pieces_of_blocks_fill_a_tensor(tmp_path: Path, seed: int) -> None:
     for points in cuts:
         spans = list(pairwise(points))
         blocks = [(*block, span) for block in blocks for span in spans]
-    tensors = {"w": Stored(dtype("f32"), shape)}
+    tensors = {"w": StoredTensor(dtype("f32"), shape)}
     files = plan(tensors, 1000, {})
     partial = begin(tmp_path / "out", files)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastema.errors import DTypeError, LayoutError
 from fastema.layout.group import (
-    Guard,
+    OverlapGuard,
     Pair,
     check_pair,
     refuse_overlap,
@@ -199,7 +199,7 @@ def test_a_guard_notices_spans_that_meet_wherever_they_moved(
     written: list[TensorSpec], read: list[TensorSpec], there: list[int], elsewhere: list[int]
 ) -> None:
     ours, theirs = named("w", written), named("r", read)
-    guard = Guard(ours, theirs)
+    guard = OverlapGuard(ours, theirs)
     for to_ours, to_theirs in [(None, None), (there, None), (None, there), (there, elsewhere)]:
         now = ours if to_ours is None else moved(ours, to_ours)
         then = theirs if to_theirs is None else moved(theirs, to_theirs)
@@ -219,14 +219,16 @@ def test_what_a_guard_lets_pass_the_exact_test_lets_pass(
 ) -> None:
     ours, theirs = moved(named("w", written), there), moved(named("r", read), elsewhere)
     addresses = [{name: one.address for name, one in side} for side in (ours, theirs)]
-    if not Guard(named("w", written), named("r", read)).may_overlap(*addresses):
+    if not OverlapGuard(named("w", written), named("r", read)).may_overlap(*addresses):
         for one in ours:
             refuse_overlap([one], theirs)
 
 
 def test_a_guard_sees_what_lies_behind_a_long_tensor() -> None:
     # The one that begins last before what is read is not the one that reaches it.
-    guard = Guard([("long", spec(4096, (100,))), ("short", spec(4200, (2,)))], [("x", spec(64))])
+    guard = OverlapGuard(
+        [("long", spec(4096, (100,))), ("short", spec(4200, (2,)))], [("x", spec(64))]
+    )
     assert not guard.may_overlap(None, None)
     assert guard.may_overlap(None, {"x": 4400})
     assert guard.may_overlap(None, {"x": 4096 + 400 - 4})
@@ -239,10 +241,10 @@ def test_a_guard_sees_what_lies_behind_a_long_tensor() -> None:
 
 def test_a_guard_has_no_eye_for_gpus_nor_for_what_is_empty() -> None:
     there = [("w", spec(4096, device="cuda:0")), ("e", spec(4096, (0,)))]
-    assert not Guard(there, [("x", spec(4096))]).may_overlap(None, None)
-    assert not Guard([("x", spec(4096))], there).may_overlap(None, {"w": 4096, "e": 4096})
-    assert not Guard([], []).may_overlap({}, {})
-    assert not Guard([], [("x", spec(4096))]).may_overlap({}, {"x": 1})
-    both = Guard([*there, ("f", spec(64))], [*there, ("x", spec(4096))])
+    assert not OverlapGuard(there, [("x", spec(4096))]).may_overlap(None, None)
+    assert not OverlapGuard([("x", spec(4096))], there).may_overlap(None, {"w": 4096, "e": 4096})
+    assert not OverlapGuard([], []).may_overlap({}, {})
+    assert not OverlapGuard([], [("x", spec(4096))]).may_overlap({}, {"x": 1})
+    both = OverlapGuard([*there, ("f", spec(64))], [*there, ("x", spec(4096))])
     assert not both.may_overlap(None, None)
     assert both.may_overlap(None, {"w": 0, "e": 0, "x": 68})

@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from fastema.checkpoint.files import moved_into_place
 from fastema.errors import ArgumentError, NonFiniteError
 from fastema.tracking.logs.table import Table
-from fastema.tracking.plots.panels import Average, of_series
+from fastema.tracking.plots.panels import AveragedLine, of_series
 
 
 class Smoothed(NamedTuple):
     """One average of one metric."""
 
     metric: str
-    average: Average
+    average: AveragedLine
     column: str  # its name in the output
     series: NDArray[np.float64]  # (n,), one for each of the metric's values
 
 
 def smooth(
     log: Table,
-    averages: Sequence[Average],
+    averages: Sequence[AveragedLine],
     *,
     metrics: Sequence[str] | None = None,
     weights: str | None = None,
@@ -73,7 +73,9 @@ def smooth(
     return smoothed
 
 
-def _column(name: str, average: Average, averages: Sequence[Average], taken: set[str]) -> str:
+def _column(
+    name: str, average: AveragedLine, averages: Sequence[AveragedLine], taken: set[str]
+) -> str:
     """``loss_ema``; ``loss_ema_0.9`` where it is one of several, or the other is taken."""
     short = f"{name}_{average.kind}"
     alone = sum(other.kind == average.kind for other in averages) == 1

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from fastema.bridges.registry import describe
 from fastema.checkpoint.average import weighted_sum
-from fastema.checkpoint.files import File, Stored, moved_into_place
+from fastema.checkpoint.files import File, StoredTensor, moved_into_place
 from fastema.errors import CheckpointError, listed
 
-__all__ = ["Snapshot", "find", "read", "weighted", "write"]
+__all__ = ["SnapshotFile", "find", "read", "weighted", "write"]
 
 _NAME: Final = re.compile(r"(\d+)\.(\d+)\.pt")
 
 _PREFIX: Final = "ema_model."
 
 
-class Snapshot(NamedTuple):
+class SnapshotFile(NamedTuple):
     """A file with one of the averages at one step."""
 
     path: Path
@@ -49,13 +49,13 @@ def _stored(value: Any, dtype: torch.dtype) -> Any:
     return value.to(device="cpu", dtype=dtype if value.is_floating_point() else None, copy=True)
 
 
-def find(folder: Path, count: int) -> list[Snapshot]:
+def find(folder: Path, count: int) -> list[SnapshotFile]:
     """The snapshots in a folder, by step; those before the first update are left out.
 
     A CheckpointError if there are none, or one is of an average beyond ``count``.
     """
     matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.pt")]
-    every = [Snapshot(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
+    every = [SnapshotFile(path, int(hit[1]), int(hit[2])) for path, hit in matches if hit]
     beyond = [f"{one.path.name} is of average {one.which}" for one in every if one.which >= count]
     if beyond:
         raise CheckpointError(
@@ -105,7 +105,7 @@ def _mapped(path: Path, names: Sequence[str]) -> _Mapped:
                 raise CheckpointError(f"{name!r} is sparse in {path}: expected a dense tensor")
             rows[name] = value.contiguous()
     tensors = {
-        name: Stored(describe(row).kind, tuple(row.shape), row.data_ptr())
+        name: StoredTensor(describe(row).kind, tuple(row.shape), row.data_ptr())
         for name, row in rows.items()
     }
     file = _Mapped(path, tensors, {})
@@ -147,7 +147,7 @@ def weighted(
     return {name: torch.from_numpy(array) for name, array in result.items()}
 
 
-def _wide(stored: Stored, like: Tensor) -> NDArray[Any]:
+def _wide(stored: StoredTensor, like: Tensor) -> NDArray[Any]:
     """Memory for a sum."""
     dtype = "f8" if like.dtype in (torch.float64, torch.complex128) else "f4"
     return np.empty(stored.shape, np.result_type(dtype, "c8") if stored.kind.parts == 2 else dtype)

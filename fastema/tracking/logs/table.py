@@ -44,8 +44,8 @@ class Column(NamedTuple):
     values: NDArray[np.float64]  # (n,)
 
 
-class Role(NamedTuple):
-    """Role of a column for a metric."""
+class ColumnRole(NamedTuple):
+    """ColumnRole of a column for a metric."""
 
     metric: str
     kind: Literal["", "raw", "sma", "ema"] = ""  # "" for the metric's own column
@@ -160,20 +160,20 @@ def metrics(columns: Mapping[str, Column] | Mapping[str, Curve]) -> list[str]:
     ]
 
 
-def role(name: str, names: Collection[str]) -> Role:
+def role(name: str, names: Collection[str]) -> ColumnRole:
     """Split ``loss_ema_0.9`` where `names` has its metric too, as ``loss`` or ``loss_raw``.
 
     ``loss_raw`` is split where there is ``loss`` or an average of it. Others are their own metric.
     """
     part = _NAME.fullmatch(name)
     if part is None:
-        return Role(name)
+        return ColumnRole(name)
     metric, kind, setting = part.groups("")
     known = metric in names or (kind != "raw" and f"{metric}_raw" in names)
     if kind == "raw" and not known:
         others = filter(None, map(_NAME.fullmatch, names))
         known = any(other[1] == metric and other[2] != "raw" for other in others)
-    return Role(metric, cast(Any, kind), setting) if known else Role(name)
+    return ColumnRole(metric, cast(Any, kind), setting) if known else ColumnRole(name)
 
 
 def _is_no_metric(name: str) -> bool:

@@ -42,7 +42,7 @@ class Panel(NamedTuple):
     remark: str = ""
 
 
-class Average(NamedTuple):
+class AveragedLine(NamedTuple):
     """One of the averages asked for."""
 
     kind: Literal["sma", "ema"]
@@ -70,18 +70,18 @@ def averages(
     *,
     debias: bool = False,
     on_nonfinite: OnNonFinite = "show",
-) -> list[Average]:
+) -> list[AveragedLine]:
     """Averages of each window and each decay given; for one there cannot be, an ArgumentError."""
     found = []
     for size in _many(window_size):
         make_sma = partial(SimpleMovingAverage, size, on_nonfinite=on_nonfinite)
         make_sma()  # refuses what cannot be
-        found.append(Average("sma", str(size), float(size), make_sma))
+        found.append(AveragedLine("sma", str(size), float(size), make_sma))
     for weight in _many(decay):
         make_ema = partial(ExponentialMovingAverage, weight, debias, on_nonfinite=on_nonfinite)
         make_ema()
         horizon = float(round(1.0 / (1.0 - weight)))
-        found.append(Average("ema", repr(float(weight)), horizon, make_ema))
+        found.append(AveragedLine("ema", repr(float(weight)), horizon, make_ema))
     return found
 
 
@@ -95,7 +95,7 @@ def panels(
     history: object,
     metrics: str | Sequence[str] | None = None,
     *,
-    averages: Sequence[Average],
+    averages: Sequence[AveragedLine],
     raw: bool = True,
 ) -> list[Panel]:
     """One panel for each metric; `averages` are for metrics whose averages it does not hold."""
@@ -121,7 +121,7 @@ def _names(curves: Mapping[str, Curve], chosen: Sequence[str] | None) -> list[st
     return list(dict.fromkeys(chosen))
 
 
-def _panel(name: str, found: History, averages: Sequence[Average], *, raw: bool) -> Panel:
+def _panel(name: str, found: History, averages: Sequence[AveragedLine], *, raw: bool) -> Panel:
     curves = found.curves
     own = curves.get(f"{name}_raw")
     lines = []
@@ -145,7 +145,7 @@ def of_series(
     name: str,
     axis: str,
     curve: Curve,
-    series: Sequence[tuple[Average, NDArray[np.float64]]],
+    series: Sequence[tuple[AveragedLine, NDArray[np.float64]]],
     *,
     raw: bool = True,
 ) -> Panel:
