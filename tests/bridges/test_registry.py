@@ -15,7 +15,7 @@ from fastema.bridges.registry import (
     dtype_code,
     leaves_of,
     materialised,
-    written,
+    write_listeners,
 )
 from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError
 
@@ -106,7 +106,8 @@ def test_iterators_are_kept_as_lists() -> None:
 def test_tensors_are_grouped_by_the_function_to_call_after_a_write() -> None:
     torch = pytest.importorskip("torch")
     tensors = [torch.ones(2), torch.ones(3)]
-    ((notify, found),) = written([tensors[0], ONE, tensors[1]])  # NumPy keeps no record of writes
+    # NumPy keeps no record of writes.
+    ((notify, found),) = write_listeners([tensors[0], ONE, tensors[1]])
     assert all(one is other for one, other in zip(found, tensors, strict=True))
     notify(found)
     assert [one._version for one in tensors] == [1, 1]
