@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,19 +127,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if ALL in names:
         names = [name for name in QUESTIONS if name != "gpu"]
+    if len(names) > 1:
+        if options.case or "gpu" in names:
+            command_line.error("--case, and the question gpu, go with one question")
+        # Each by itself: frameworks share a process's memory and cores, and some exclude others.
+        flags = ["--quick"] * options.quick + ["--out", str(options.out.resolve())]
+        calls = [[sys.executable, "-m", "bench", name, *flags] for name in names]
+        return max([subprocess.run(call, cwd=report.ROOT).returncode for call in calls])
     settings = Settings(
-        *(options.quick, tuple(options.case), options.out),
+        *(options.quick, tuple(options.case), options.out.resolve()),
         *(options.device, options.minutes, tuple(options.only), options.select),
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    questions = {name: load(name) for name in names}
-    known = [case for one in questions.values() for case in one.cases(settings)]
+    (name,) = names
+    question = load(name)
+    known = question.cases(settings)
     for case in options.case:
-        if not any(case in (name, *name.split(":")) for name in known):
+        if not any(case in (one, *one.split(":")) for one in known):
             command_line.error(f"no case is called {case!r}; there are: {', '.join(known)}")
-    given = " ".join(sys.argv[1:] if arguments is None else arguments)
-    done = [answer(*one, settings, f"python -m bench {given}") for one in questions.items()]
-    return 0 if all(done) else 1
+    command = ["python", "-m", "bench", name, *["--quick"] * options.quick]
+    command += ["--case", *options.case] if options.case else []
+    return 0 if answer(name, question, settings, shlex.join(command)) else 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
@@ -16,11 +14,11 @@ from bench.gpu.cases import DeviceCase, build, fill_, least_memory, traffic
 from bench.gpu.clock import Budget, Clock, Memory
 from bench.gpu.peers import COPY, DEVICE_PEERS, refusals
 from bench.race.checks import sample
-from bench.race.clock import MIN_ROUNDS, spread
+from bench.race.clock import interleave, spread
 from bench.race.contest import Job
 from bench.race.flat_module import DTYPES
 from bench.race.jobs import DECAY, check_update
-from bench.race.peers import OURS, Peer, Running
+from bench.race.peers import OURS, Peer
 from bench.race.report import Row
 from bench.race.shapes import total_elements
 
@@ -39,9 +37,7 @@ class Started:
     memory: Memory | None
 
 
-def start(
-    peer: Peer[Running], model: nn.Module, case: DeviceCase, clock: Clock, seed: int
-) -> Started:
+def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: int) -> Started:
     """Set an entry up, compare its first result with the float64 reference, and warm it up.
 
     Raises
@@ -69,8 +65,8 @@ def _host_time(job: Job, clock: Clock) -> float:
 
 
 def groups(
-    peers: Sequence[Peer[Running]],
-    begin: Callable[[Peer[Running]], Started],
+    peers: Sequence[Peer],
+    begin: Callable[[Peer], Started],
     give_up: Callable[[str, Exception | None], None],
     clock: Clock,
     least: int = 0,
@@ -93,7 +89,7 @@ def groups(
     waiting = list(peers)
     while waiting:
         group: list[Started] = []
-        left: list[Peer[Running]] = []
+        left: list[Peer] = []
         for peer in waiting:
             if group and clock.free_bytes() < least:
                 left.append(peer)
@@ -128,45 +124,6 @@ def _room(group: Sequence[Started], clock: Clock) -> bool:
     return passing <= clock.free_bytes()
 
 
-def timed(
-    jobs: Mapping[str, Job],
-    ahead_s: Mapping[str, float],
-    refresh: Job,
-    rounds: int,
-    clock: Clock,
-    budget_s: float,
-) -> dict[str, list[float]]:
-    """Time all jobs in turn, A B C A B C ..., with new weights in every round.
-
-    Parameters
-    ----------
-    jobs, ahead_s
-        Name -> call, and what it takes the host, in seconds.
-    refresh
-        Called at the beginning of each round.
-    rounds
-        At most; the first one is not counted.
-    clock
-        Of the device.
-    budget_s
-        No new round begins after this time, unless fewer than `MIN_ROUNDS` are done.
-    """
-    durations: dict[str, list[float]] = {name: [] for name in jobs}
-    gc.collect()
-    gc.disable()
-    try:
-        end = time.perf_counter() + budget_s
-        for done in range(rounds + 1):
-            if done > MIN_ROUNDS and time.perf_counter() > end:
-                break
-            refresh()
-            for name, job in jobs.items():
-                durations[name].append(clock.device_time(job, 2 * ahead_s[name] + 50e-6))
-    finally:
-        gc.enable()
-    return {name: times[1:] for name, times in durations.items()}
-
-
 class Copy:
     """The device's own copy from one memory to another.
 
@@ -189,7 +146,7 @@ class Copy:
 
 
 def race(
-    case: DeviceCase, clock: Clock, budget: Budget, peers: Sequence[Peer[Running]] = DEVICE_PEERS
+    case: DeviceCase, clock: Clock, budget: Budget, peers: Sequence[Peer] = DEVICE_PEERS
 ) -> list[Row]:
     """Run one case; return the rows of all entries, of those that did not run with the reason."""
     needed, free = least_memory(case), clock.free_bytes()
@@ -202,7 +159,7 @@ def race(
     field = _Field(case, model, Copy(traffic(case, model), clock.device), clock, budget)
     seeds = count(1)
 
-    def begin(peer: Peer[Running]) -> Started:
+    def begin(peer: Peer) -> Started:
         if not budget.left():
             raise TimeoutError("no time was left")
         return start(peer, model, case, clock, next(seeds))
@@ -255,13 +212,13 @@ class _Field:
         weights = [p.detach() for p in self.model.parameters()]
         hosts = {one.name: one.host_s for one in started}
         hosts[COPY] = _host_time(self.copy, self.clock)
-        durations = timed(
+        durations = interleave(
             {one.name: one.update for one in started} | {COPY: self.copy},
-            hosts,
-            lambda: torch._foreach_neg_(weights),
             self.case.rounds,
-            self.clock,
-            min(self.case.budget_s, self.budget.left()),
+            budget_s=min(self.case.budget_s, self.budget.left()),
+            settle_s=0.0,
+            before_round=lambda: torch._foreach_neg_(weights),
+            time_of=lambda name, job: self.clock.device_time(job, 2 * hosts[name] + 50e-6),
         )
         per_second = self.copy.nbytes / median(durations[COPY])
         memories = {one.name: one.memory for one in started}

@@ -240,9 +240,7 @@ COMPARED = {
 }
 
 
-def _peer(
-    peer: peers.Peer[peers.Running], dtype: str, model: nn.Module, decay: float
-) -> peers.Running:
+def _peer(peer: peers.Peer, dtype: str, model: nn.Module, decay: float) -> peers.Running:
     return peer.setup(model, decay, DTYPES[dtype])
 
 

@@ -23,6 +23,8 @@ def interleave(
     hot: bool = False,
     budget_s: float = float("inf"),
     settle_s: float = SETTLE_S,
+    before_round: Callable[[], object] = lambda: None,
+    time_of: Callable[[str, Callable[[], object]], float] = lambda name, job: seconds(job),
 ) -> dict[str, list[float]]:
     """Time all jobs in turn, A B C A B C ..., so that whatever disturbs the machine hits all.
 
@@ -38,12 +40,17 @@ def interleave(
         No new round begins after this time, in seconds, unless fewer than `MIN_ROUNDS` are done.
     settle_s
         Pause before each call, in seconds.
+    before_round
+        Called before each round.
+    time_of
+        Times one call of a job, given its name too.
 
     Returns
     -------
     dict
         Name -> durations in seconds, one per round, as many for each name.
     """
+    before_round()
     for job in jobs.values():
         job()
     durations: dict[str, list[float]] = {name: [] for name in jobs}
@@ -54,11 +61,12 @@ def interleave(
         for done in range(rounds):
             if done >= MIN_ROUNDS and time.perf_counter() > end:
                 break
+            before_round()
             for name, job in jobs.items():
                 time.sleep(settle_s)
                 if hot:
                     job()
-                durations[name].append(seconds(job))
+                durations[name].append(time_of(name, job))
     finally:
         gc.enable()
     return durations

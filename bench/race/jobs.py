@@ -11,15 +11,14 @@ from bench.race.cases import Case
 from bench.race.checks import assert_averaged, assert_equal, sample
 from bench.race.contest import Job
 from bench.race.flat_module import DTYPES, FlatModule, build, randomise_
-from bench.race.peers import PEERS, Peer, Running
-from bench.race.swap_peers import SWAPS, Swapping
+from bench.race.peers import PEERS, SWAPS, Peer, Running
 
 DECAY = 0.9
 """Low, so that one update shows even in a bf16 average and the check before the race means
 something. The time of an update does not depend on it."""
 
 
-def table(case: Case) -> tuple[Peer[Running], ...] | tuple[Peer[Swapping], ...]:
+def table(case: Case) -> tuple[Peer, ...]:
     """Return the peers that answer the case's question."""
     return SWAPS if case.question == "swap" else PEERS
 
@@ -44,9 +43,7 @@ def naming(case: Case, peer: str) -> Iterator[None]:
         raise AssertionError(f"{case.name}, {peer}: {error}") from error
 
 
-def check_update(
-    peer: Peer[Running] | Peer[Swapping], running: Running, model: nn.Module, before: list[Tensor]
-) -> None:
+def check_update(peer: Peer, running: Running, model: nn.Module, before: list[Tensor]) -> None:
     """Update once from averages that equal ``before``, and refuse a result that differs."""
     running.update()
     assert_averaged(
@@ -59,25 +56,26 @@ def check_update(
     )
 
 
-def _check_swap(swapping: Swapping, model: FlatModule, averages: list[Tensor]) -> None:
+def _check_swap(running: Running, model: FlatModule, averages: list[Tensor]) -> None:
+    """Swap once, and refuse averages or weights that are not where they belong."""
     weights = [sample(p) for p in model.parameters()]
-    swapping.apply()
+    running.apply()
     assert_equal(list(model.parameters()), averages)
-    swapping.restore()
+    running.restore()
     assert_equal(list(model.parameters()), weights)
-    assert_equal(swapping.average(), averages)
+    assert_equal(running.average(), averages)
 
 
-def _there_and_back(swapping: Swapping) -> Job:
+def _there_and_back(running: Running) -> Job:
     def job() -> None:
-        swapping.apply()
-        swapping.restore()
+        running.apply()
+        running.restore()
 
     return job
 
 
 def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[str, Job]:
-    """Set up the peers that take part in `case`, on one model, and check each one's result.
+    """Set up the peers that take part in `case`, on one model, and return name -> call.
 
     Parameters
     ----------
@@ -86,12 +84,7 @@ def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[
     only
         Name of the one peer to set up; all where it is None.
     check
-        Compare the first result of each with the float64 reference.
-
-    Returns
-    -------
-    dict
-        Name -> call.
+        Compare the first result of each with what it must be.
 
     Raises
     ------
@@ -105,13 +98,14 @@ def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[
     # Whatever a peer did so far, its averages still equal these weights.
     before = [sample(p) for p in model.parameters()] if check else []
     randomise_(model, seed=1)
-    for peer, state in states.items() if check else ():
-        with naming(case, peer.name):
-            if isinstance(state, Swapping):
-                _check_swap(state, model, before)
-            else:
-                check_update(peer, state, model, before)
-    return {
-        peer.name: _there_and_back(state) if isinstance(state, Swapping) else state.update
-        for peer, state in states.items()
-    }
+    jobs: dict[str, Job] = {}
+    for peer, running in states.items():
+        swaps = case.question == "swap"
+        jobs[peer.name] = _there_and_back(running) if swaps else running.update
+        if check:
+            with naming(case, peer.name):
+                if swaps:
+                    _check_swap(running, model, before)
+                else:
+                    check_update(peer, running, model, before)
+    return jobs

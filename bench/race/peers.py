@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
-
-State = TypeVar("State")
-"""What a peer's set-up returns."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,8 @@ class Running:
 
     update: Callable[[], object]
     average: Callable[[], list[Tensor]]  # in the order of model.parameters()
+    apply: Callable[[], object] | None = None  # the average into the model
+    restore: Callable[[], object] | None = None  # and the weights back
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, eq=False)
-class Peer(Generic[State]):
+class Peer:
     """One row of a table.
 
     Parameters
@@ -50,7 +50,7 @@ class Peer(Generic[State]):
     name
         As reports show it.
     setup
-        ``setup(model, decay, average_dtype)``: a `Running`, or what another question needs.
+        ``setup(model, decay, average_dtype)`` puts it to work.
     module
         Top-level module that must be installed; None where torch alone is enough.
     refusals
@@ -59,14 +59,17 @@ class Peer(Generic[State]):
         With an f32 average of a bf16 model, ``(1 - decay) * weight`` is rounded to bf16 on the way.
     stochastic
         Rounds at random to one of the two neighbours in bf16.
+    swap
+        Its name in races of swaps; empty where it does not take part.
     """
 
     name: str
-    setup: Callable[[nn.Module, float, torch.dtype], State]
+    setup: Callable[[nn.Module, float, torch.dtype], Running]
     module: str | None = None
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     rounds_weights: bool = False
     stochastic: bool = False
+    swap: str = ""
 
     def missing(self) -> str | None:
         """Return why the peer cannot run here at all, or None if it can."""
@@ -130,8 +133,18 @@ def _torch_ema(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
 
     ema = ExponentialMovingAverage(model.parameters(), decay, use_num_updates=False)
     ema.to(dtype=dtype)
+
     # Without an argument it goes by weak references, and nothing else here holds the model.
-    return Running(lambda: ema.update(model.parameters()), lambda: ema.shadow_params)
+    def apply() -> None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+
+    return Running(
+        lambda: ema.update(model.parameters()),
+        lambda: ema.shadow_params,
+        apply,
+        lambda: ema.restore(model.parameters()),
+    )
 
 
 def _ema_pytorch(foreach: bool) -> Callable[[nn.Module, float, torch.dtype], Running]:
@@ -191,9 +204,23 @@ def _diffusers(foreach: bool) -> Callable[[nn.Module, float, torch.dtype], Runni
         ema = EMAModel(model.parameters(), decay=decay, min_decay=decay, foreach=foreach)
         ema.to(dtype=dtype)
         ema.step(model.parameters())  # the first call uses decay 0
-        return Running(lambda: ema.step(model.parameters()), lambda: ema.shadow_params)
+
+        def apply() -> None:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+
+        return Running(
+            lambda: ema.step(model.parameters()),
+            lambda: ema.shadow_params,
+            apply,
+            lambda: ema.restore(list(model.parameters())),
+        )
 
     return setup
+
+
+def _tensors_of(ema: Any, names: list[str]) -> list[Tensor]:
+    return [ema.shadow[name] for name in names]
 
 
 def _fastema(rounding: str) -> Callable[[nn.Module, float, torch.dtype], Running]:
@@ -202,7 +229,8 @@ def _fastema(rounding: str) -> Callable[[nn.Module, float, torch.dtype], Running
 
         ema = fastema.EMA(model, decay, shadow_dtype=dtype, rounding=rounding)
         names = [name for name, _ in model.named_parameters()]
-        return Running(ema.update, lambda: [ema.shadow[name] for name in names])
+        average = partial(_tensors_of, ema, names)
+        return Running(ema.update, average, ema.apply_shadow, ema.restore)
 
     return setup
 
@@ -223,8 +251,8 @@ _SAME_DTYPE_ONLY = Refusal(
 _NOTHING_TO_CAST = Refusal("nothing to cast: the same as torch._foreach_lerp_")
 _ONLY_BF16_AVERAGES = Refusal("an f32 average is not rounded: the same as the entry without it")
 
-PEERS: tuple[Peer[Running], ...] = (
-    Peer(OURS, _fastema("stochastic"), stochastic=True),
+PEERS: tuple[Peer, ...] = (
+    Peer(OURS, _fastema("stochastic"), stochastic=True, swap=OURS),
     Peer(
         "fastema.EMA, nearest",
         _fastema("nearest"),
@@ -244,7 +272,7 @@ PEERS: tuple[Peer[Running], ...] = (
         refusals={"bf16/f32": _SAME_DTYPE_ONLY},
     ),
     Peer("AveragedModel avg_fn", _averaged_model_single, rounds_weights=True),
-    Peer("torch_ema", _torch_ema, module="torch_ema"),
+    Peer("torch_ema", _torch_ema, module="torch_ema", swap="torch_ema store + copy_to + restore"),
     Peer("ema_pytorch", _ema_pytorch(foreach=False), module="ema_pytorch"),
     Peer("ema_pytorch foreach", _ema_pytorch(foreach=True), module="ema_pytorch"),
     Peer("timm ModelEmaV3", _timm(stochastic=False), module="timm"),
@@ -255,6 +283,19 @@ PEERS: tuple[Peer[Running], ...] = (
         refusals={"f32/f32": _ONLY_BF16_AVERAGES, "bf16/f32": _ONLY_BF16_AVERAGES},
         stochastic=True,
     ),
-    Peer("diffusers EMAModel", _diffusers(foreach=False), module="diffusers"),
-    Peer("diffusers EMAModel foreach", _diffusers(foreach=True), module="diffusers"),
+    Peer(
+        "diffusers EMAModel",
+        _diffusers(foreach=False),
+        module="diffusers",
+        swap="diffusers store + copy_to + restore",
+    ),
+    Peer(
+        "diffusers EMAModel foreach",
+        _diffusers(foreach=True),
+        module="diffusers",
+        swap="diffusers store + copy_to + restore, foreach",
+    ),
 )
+
+SWAPS = tuple(replace(peer, name=peer.swap) for peer in PEERS if peer.swap)
+"""Those that put the average into the model for evaluation, and the weights back."""

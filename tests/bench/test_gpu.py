@@ -165,12 +165,12 @@ class FakeClock(clock.HostClock):
         self.released += 1
 
 
-def peer(name: str) -> Peer[Running]:
+def peer(name: str) -> Peer:
     return Peer(name, lambda model, decay, dtype: Running(lambda: None, list))
 
 
 def grouped(
-    device: FakeClock, names: str, begin: Callable[[Peer[Running]], race.Started]
+    device: FakeClock, names: str, begin: Callable[[Peer], race.Started]
 ) -> tuple[list[str], dict[str, Exception | None]]:
     """Names of the entries of each group, and those that gave up."""
     gone: dict[str, Exception | None] = {}
@@ -193,7 +193,7 @@ def test_all_that_fit_run_together() -> None:
 def test_what_does_not_fit_runs_in_another_group() -> None:
     device = FakeClock(room=2)
 
-    def begin(one: Peer[Running]) -> race.Started:
+    def begin(one: Peer) -> race.Started:
         if not device.free_bytes():
             raise torch.cuda.OutOfMemoryError
         device.held += 1
@@ -205,7 +205,7 @@ def test_what_does_not_fit_runs_in_another_group() -> None:
 def test_what_is_needed_in_passing_counts_too() -> None:
     device = FakeClock(room=10)
 
-    def begin(one: Peer[Running]) -> race.Started:
+    def begin(one: Peer) -> race.Started:
         return started(one.name, passing=11 if one.name in "AC" else 0)
 
     # A leaves no room for what it needs in passing beside another, nor C.
@@ -216,7 +216,7 @@ def test_what_fits_nowhere_gives_up() -> None:
     device = FakeClock(room=10)
     broken = ValueError("broken")
 
-    def begin(one: Peer[Running]) -> race.Started:
+    def begin(one: Peer) -> race.Started:
         if one.name == "B":
             raise torch.cuda.OutOfMemoryError
         if one.name == "C":
@@ -251,16 +251,6 @@ def test_entries_without_time_are_skipped_by_name() -> None:
     rows = race.race(cases.SMALL[0], clock.HostClock(CPU), clock.Budget(0))
     assert "no time was left" in {row.missing for row in rows}
     assert not any(row.failed or row.figures for row in rows)
-
-
-def test_jobs_are_timed_in_turn_on_fresh_weights() -> None:
-    order: list[str] = []
-    jobs = {name: lambda name=name: order.append(name) for name in "AB"}
-    durations = race.timed(
-        jobs, dict.fromkeys("AB", 0.0), lambda: order.append("-"), 2, FakeClock(1), 60.0
-    )
-    assert "".join(order) == 3 * "-AB"  # the first round is not counted
-    assert {name: len(times) for name, times in durations.items()} == {"A": 2, "B": 2}
 
 
 # -- targets --------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from bench.race import (
     readme,
     report,
     shapes,
-    swap_peers,
 )
 from bench.race.flat_module import DTYPES, build, randomise_
 from bench.race.question import Question, Settings
@@ -59,7 +58,7 @@ def skip_unless_running(peer: peers.Peer, mix: str) -> None:
 
 
 @pytest.mark.parametrize(("peer", "mix"), entries(peers.PEERS))
-def test_peer_averages_at_constant_decay(peer: peers.Peer[peers.Running], mix: str) -> None:
+def test_peer_averages_at_constant_decay(peer: peers.Peer, mix: str) -> None:
     skip_unless_running(peer, mix)
     weights, average = mix.split("/")
     model = build(tiny(), weights)
@@ -89,8 +88,8 @@ def test_peer_averages_at_constant_decay(peer: peers.Peer[peers.Running], mix: s
             three_updates()
 
 
-@pytest.mark.parametrize(("peer", "mix"), entries(swap_peers.SWAPS))
-def test_swap_peer_goes_there_and_back(peer: peers.Peer[swap_peers.Swapping], mix: str) -> None:
+@pytest.mark.parametrize(("peer", "mix"), entries(peers.SWAPS))
+def test_swap_peer_goes_there_and_back(peer: peers.Peer, mix: str) -> None:
     skip_unless_running(peer, mix)
     jobs.prepare(cases.Case("tiny", mix, tiny, 1, question="swap"), only=peer.name)
 
@@ -195,6 +194,19 @@ def test_jobs_run_in_turn() -> None:
     )
     assert "".join(order) == "ABC" + 2 * "ABC"  # the first is the warm-up round
     assert {name: len(times) for name, times in durations.items()} == {"A": 2, "B": 2, "C": 2}
+
+
+def test_rounds_begin_anew_and_have_their_own_clock() -> None:
+    order: list[str] = []
+    durations = clock.interleave(
+        {name: lambda: None for name in "AB"},
+        rounds=2,
+        settle_s=0.0,
+        before_round=lambda: order.append("-"),
+        time_of=lambda name, job: order.append(name) or 7.0,
+    )
+    assert "".join(order) == "--AB-AB"  # the warm-up round is not timed
+    assert durations == {"A": [7.0, 7.0], "B": [7.0, 7.0]}
 
 
 def test_a_spent_budget_leaves_the_fewest_rounds() -> None:
