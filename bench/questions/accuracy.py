@@ -33,8 +33,6 @@ DTYPES = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
 }
-MANTISSA = {"f64": 52, "f32": 23, "f16": 10, "bf16": 7}
-SMALLEST_EXPONENT = {"f64": -1022, "f32": -126, "f16": -14, "bf16": -126}
 SIXTEEN_BITS = ("f16", "bf16")
 
 Wide = NDArray[np.longdouble]
@@ -68,8 +66,9 @@ def wide(tensor: Tensor) -> Wide:
 
 def last_place(values: Wide, dtype: str) -> Wide:
     """Return the unit in the last place at these values."""
-    exponent = np.maximum(np.frexp(values)[1] - 1, SMALLEST_EXPONENT[dtype])
-    return np.ldexp(np.longdouble(1), exponent - MANTISSA[dtype])
+    info = torch.finfo(DTYPES[dtype])
+    powers = np.ldexp(np.longdouble(1), np.frexp(values)[1] - 1)
+    return np.maximum(powers, info.smallest_normal) * info.eps
 
 
 def rounding_at_random(start: Tensor, dtype: str, decay: float) -> tuple[fastema.EMA, Tensor]:
@@ -426,30 +425,15 @@ def long_run(decay: float, amount: Amount, subjects: dict[str, list[Subject]]) -
 
 
 def long_runs(amount: Amount) -> Iterator[Row]:
-    """Yield the rows of all runs, table by table, and what does not run with the reason."""
+    """Yield the rows of all runs, and what does not run with the reason."""
     reasons = {(w, subject): refusal(subject, w) for w in MODELS for subject in SUBJECTS}
     running = {w: [subject for subject in SUBJECTS if reasons[w, subject] is None] for w in MODELS}
-    found: list[Row] = []
     for decay in DECAYS:
-        found += long_run(decay, amount, running)
+        yield from long_run(decay, amount, running)
         print(f"decay {decay}: {max(amount.marks):,} updates", file=sys.stderr)
-    first = next(iter(VIEWS))
-    found += [
-        Row(first.format(weights), subject.name, missing=reason)
-        for (weights, subject), reason in reasons.items()
-        if reason is not None
-    ]
-    titles = [title.format(weights) for title in VIEWS for weights in MODELS]
-    order = {
-        name: place for place, name in enumerate(["f32", "bf16+16", "bf16", "f16", "no average"])
-    }
-    yield from sorted(
-        found,
-        key=lambda row: (
-            titles.index(row.table),
-            order[row.entry.partition(":")[0].partition(",")[0]],
-        ),
-    )
+    for (weights, subject), reason in reasons.items():
+        if reason is not None:
+            yield Row(next(iter(VIEWS)).format(weights), subject.name, missing=reason)
 
 
 @contextmanager

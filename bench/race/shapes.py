@@ -18,20 +18,8 @@ def gpt2(
 ) -> Inventory:
     """Parameters of GPT-2; the defaults are GPT-2 small.
 
-    Parameters
-    ----------
-    layers, width, vocab, context
-        Number of blocks, embedding width, vocabulary size and longest sequence.
-
-    Returns
-    -------
-    Inventory
-        ``4 + 12 * layers`` tensors. The output projection is tied to ``wte`` and so is not listed
-        again: GPT-2 small has 148 tensors with 124,439,808 elements.
-
-    Notes
-    -----
-    The names are those of the published checkpoints. Projections are stored as
+    ``4 + 12 * layers`` tensors: 148 with 124,439,808 elements. The output projection is tied to
+    ``wte`` and so is not listed again. Names are those of the published checkpoints, projections
     ``(inputs, outputs)``.
     """
     inventory: Inventory = [
@@ -76,16 +64,8 @@ def _resnet50_convolutions() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 def resnet50(classes: int = 1_000) -> Inventory:
     """Parameters of ResNet-50, the weights and biases of its batch norms among them.
 
-    Parameters
-    ----------
-    classes
-        Number of outputs of the last layer.
-
-    Returns
-    -------
-    Inventory
-        161 tensors, 25,557,032 elements with 1,000 classes; two thirds of the tensors belong to
-        batch norms and hold 0.2 % of the elements.
+    161 tensors, 25,557,032 elements with 1,000 classes; two thirds of the tensors belong to batch
+    norms and hold 0.2 % of the elements.
     """
     inventory: Inventory = []
     for convolution, norm, shape in _resnet50_convolutions():
@@ -101,10 +81,7 @@ def resnet50(classes: int = 1_000) -> Inventory:
 def resnet50_buffers() -> Inventory:
     """Buffers of ResNet-50: running mean and variance, and a 0-dim integer counter, per batch norm.
 
-    Returns
-    -------
-    Inventory
-        159 tensors; those whose names end in ``num_batches_tracked`` are integers.
+    159 tensors; those whose names end in ``num_batches_tracked`` are integers.
     """
     inventory: Inventory = []
     for _, norm, shape in _resnet50_convolutions():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -131,25 +128,6 @@ def test_elements_that_were_seen_to_change_stay_changed() -> None:
     assert shares == [0.75, 0.5]
 
 
-def raising(error: Exception) -> Callable[..., Any]:
-    def setup(model: torch.nn.Module, decay: float) -> peers.Running:
-        raise error
-
-    return setup
-
-
-def test_a_refusal_is_told_from_a_mistake() -> None:
-    def of(error: Exception, missing: str | None = None) -> str | None:
-        subject = accuracy.Subject("peer", "f32", "nearest", raising(error), missing)
-        return accuracy.refusal(subject, "f32")
-
-    refused = of(RuntimeError("expected dtype float\nand more"))
-    assert refused == "raises: RuntimeError, expected dtype float"
-    assert of(RuntimeError(), "peer is not installed") == "absent: peer is not installed"
-    with pytest.raises(KeyError):
-        of(KeyError("a mistake of ours"))
-
-
 # -- everything, small ----------------------------------------------------------------------------
 
 
@@ -200,19 +178,3 @@ def test_peers_are_there_or_it_is_said_why_not(measured: list[Row]) -> None:
         for subject in accuracy.SUBJECTS:
             entry = (weights, subject.name)
             assert (entry in ran) != (entry in refused or subject.name in absent)
-
-
-@pytest.mark.slow
-def test_each_pair_of_dtypes_has_its_row() -> None:
-    amount = accuracy.Amount(elements=200, short=3, run_elements=32, marks=(10, 20))
-    rows = list(accuracy.updates(amount))
-    kinds = {(row.entry, row["weights"], row["rounding"]) for row in rows}
-    assert len(kinds) == len(rows) == 4 * 4 + 2 * 4
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.0, "0 %"), (3e-6, "< 0.001 %"), (0.0345, "3.5 %"), (0.9996, "99.9 %"), (37.7, "3,770 %")],
-)
-def test_percentages(share: float, text: str) -> None:
-    assert accuracy.percent(share) == text

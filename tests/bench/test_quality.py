@@ -188,11 +188,6 @@ def test_test_rows_choose_nothing() -> None:
     )
 
 
-def test_seeds_of_the_choice_are_not_those_of_the_test() -> None:
-    assert quality.FULL.seeds >= 10
-    assert quality.FULL.seeds < quality.FIRST_TUNING_SEED
-
-
 def test_the_raw_weights_choose() -> None:
     def row(rate: float, raw: float, ema: float) -> quality.Scored:
         return {"rate": rate, "scores": {"raw": {"RMSE": raw}, "EMA": {"RMSE": ema}}}
@@ -307,23 +302,6 @@ def test_each_is_compared_with_the_right_raw_weights() -> None:
 
 
 # -- tables ---------------------------------------------------------------------------------------
-
-
-def test_changes_as_text() -> None:
-    assert quality.percent([-2.04, -2.26, -1.81]) == "-2.0 % (-2.3 to -1.8)"
-    assert quality.percent([0.021, -0.001, 0.104]) == "+0.02 % (0.00 to +0.10)"
-    assert quality.percent([-0.01, -1.3, 12.0]) == "0.0 % (-1.3 to +12.0)"
-
-
-def test_what_is_uncertain_is_marked() -> None:
-    runs = made({("constant", "EMA"): 0.9}, seeds=20)
-    for run in runs:
-        if run["task"] == "diabetes" and run["schedule"] == "constant":
-            run["scores"]["SWA"]["RMSE"] *= 0.9 if run["seed"] % 2 else 1.1
-    short = quality.summary(list(quality.comparisons(runs)))
-    line = {row.column: row for row in short if row.entry == "diabetes, RMSE, constant"}
-    assert line["raw"]["mean"] == 19.5
-    assert [line[w]["uncertain"] for w in quality.AVERAGES] == [False, True, True]
 
 
 def test_stored_comparisons_are_those_of_the_stored_scores() -> None:

@@ -19,7 +19,6 @@ from bench.race import (
     jobs,
     memory,
     peers,
-    processes,
     readme,
     report,
     shapes,
@@ -137,10 +136,6 @@ def test_bytes_per_element(question: str, mix: str, expected: int) -> None:
     assert case.bytes_per_element == expected
 
 
-def test_bytes_agree_with_torch() -> None:
-    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == cases.BYTES
-
-
 @pytest.mark.parametrize(
     ("inventory", "tensors", "elements"),
     [
@@ -159,11 +154,6 @@ def test_bytes_agree_with_torch() -> None:
 def test_inventories(inventory: shapes.Inventory, tensors: int, elements: int) -> None:
     assert len(inventory) == len({name for name, _ in inventory}) == tensors
     assert shapes.total_elements(inventory) == elements
-
-
-def test_sides_of_small_matrices() -> None:
-    sides = [side for _, shape in shapes.many_small() for side in shape]
-    assert (min(sides), max(sides)) == (8, 64)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -267,10 +257,6 @@ def test_a_race_gives_every_figure() -> None:
     ours = rows[0].figures
     assert (ours["peak_extra_mb"], ours["bytes_per_element"], ours["ratio"]) == (1.5, 10, 1)
     assert all(ours[name] > 0 for name in ("ms", "gbps", "share_of_limit", "host_us"))
-
-
-def test_a_function_is_called_in_a_process_of_its_own() -> None:
-    assert processes.call_apart(memory.peaks_of_cases, [], True) == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
