@@ -60,9 +60,8 @@ def answer(name: str, question: Question, settings: Settings, command: str) -> b
     """Measure and store one question; return whether nothing failed."""
     from bench.race import machine
 
-    packages = question.packages or machine.PACKAGES
     header = {
-        **machine.header(command, settings.quick, packages),
+        **machine.header(command, settings.quick, question.packages or machine.PACKAGES),
         **question.header(settings),
     }
     if question.result_name is not None:
@@ -135,8 +134,13 @@ def main(arguments: list[str] | None = None) -> int:
         calls = [[sys.executable, "-m", "bench", name, *flags] for name in names]
         return max([subprocess.run(call, cwd=report.ROOT).returncode for call in calls])
     settings = Settings(
-        *(options.quick, tuple(options.case), options.out.resolve()),
-        *(options.device, options.minutes, tuple(options.only), options.select),
+        quick=options.quick,
+        cases=tuple(options.case),
+        out=options.out.resolve(),
+        device=options.device,
+        minutes=options.minutes,
+        stages=tuple(options.only),
+        select=options.select,
     )
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     (name,) = names

@@ -212,6 +212,7 @@ def _driver() -> str | None:
 
 
 def _facts(settings: Settings) -> dict[str, Any]:
+    refuse(settings)
     device = torch.device(settings.device)
     if device.type != "cuda":
         return {"device": "**Dry run on a CPU: no number here says anything**"}
@@ -261,7 +262,6 @@ def cases(settings: Settings) -> list[str]:
 
 def rows(settings: Settings) -> Rows:
     """Build, test and race, as long as there is time."""
-    refuse(settings)
     total = Budget(60 * settings.minutes)
     device = torch.device(settings.device)
     if device.type == "cuda":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from bench.gpu.cases import DeviceCase
-from bench.race.peers import PEERS, Peer, Refusal, Running, copies
+from bench.race.peers import PEERS, Peer, Refusal, Running, copies, our_ema
 
 COPY = "device-to-device copy"
 """The yardstick: what the device's own copy of as many bytes takes."""
@@ -22,35 +22,15 @@ _FEW = 160
 """Tensors that are compiled: the compiler takes minutes over a thousand."""
 
 
-def _shadow(ema: object, model: nn.Module) -> Callable[[], list[Tensor]]:
-    names = [name for name, _ in model.named_parameters()]
-    return lambda: [ema.shadow[name] for name in names]  # type: ignore[attr-defined]
-
-
-def _split(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-    import fastema
-
-    ema = fastema.EMA(model, decay, shadow_dtype="bf16+16")
-    return Running(ema.update, _shadow(ema, model))
-
-
-def _sampled(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
-    import fastema
-
-    ema = fastema.EMA(model, decay, shadow_dtype=dtype, watch="sample")
-    return Running(ema.update, _shadow(ema, model))
-
-
 def _captured(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
     """An update that is replayed; the weights stay where they are."""
-    import fastema
-
-    ema = fastema.EMA(model, decay, shadow_dtype=dtype, capturable=True)
-    ema.update()  # on equal weights, which changes nothing: whatever a capture forbids happens now
+    running = our_ema(capturable=True)(model, decay, dtype)
+    # On equal weights, which changes nothing: whatever a capture forbids happens now.
+    running.update()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ema.update()
-    return Running(graph.replay, _shadow(ema, model))
+        running.update()
+    return Running(graph.replay, running.average)
 
 
 def _compiled(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
@@ -95,10 +75,10 @@ def _refused(*mixes: str, why: Refusal) -> Mapping[str, Refusal]:
 
 _HERE: tuple[Peer, ...] = (
     Peer(CAPTURED, _captured, stochastic=True),
-    Peer(SAMPLED, _sampled, stochastic=True),
+    Peer(SAMPLED, our_ema(watch="sample"), stochastic=True),
     Peer(
         "fastema.EMA, bf16+16",
-        _split,
+        our_ema(shadow_dtype="bf16+16"),
         refusals=_refused("f32/f32", "bf16/bf16", why=_ONLY_F32_PRECISION),
     ),
     Peer(COMPILED, _compiled),

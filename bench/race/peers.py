@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -219,18 +218,17 @@ def _diffusers(foreach: bool) -> Callable[[nn.Module, float, torch.dtype], Runni
     return setup
 
 
-def _tensors_of(ema: Any, names: list[str]) -> list[Tensor]:
-    return [ema.shadow[name] for name in names]
+def our_ema(**options: Any) -> Callable[[nn.Module, float, torch.dtype], Running]:
+    """Return the set-up of `fastema.EMA` with these options."""
 
-
-def _fastema(rounding: str) -> Callable[[nn.Module, float, torch.dtype], Running]:
     def setup(model: nn.Module, decay: float, dtype: torch.dtype) -> Running:
         import fastema
 
-        ema = fastema.EMA(model, decay, shadow_dtype=dtype, rounding=rounding)
+        ema = fastema.EMA(model, decay, **{"shadow_dtype": dtype, **options})
         names = [name for name, _ in model.named_parameters()]
-        average = partial(_tensors_of, ema, names)
-        return Running(ema.update, average, ema.apply_shadow, ema.restore)
+        return Running(
+            ema.update, lambda: [ema.shadow[name] for name in names], ema.apply_shadow, ema.restore
+        )
 
     return setup
 
@@ -252,10 +250,10 @@ _NOTHING_TO_CAST = Refusal("nothing to cast: the same as torch._foreach_lerp_")
 _ONLY_BF16_AVERAGES = Refusal("an f32 average is not rounded: the same as the entry without it")
 
 PEERS: tuple[Peer, ...] = (
-    Peer(OURS, _fastema("stochastic"), stochastic=True, swap=OURS),
+    Peer(OURS, our_ema(rounding="stochastic"), stochastic=True, swap=OURS),
     Peer(
         "fastema.EMA, nearest",
-        _fastema("nearest"),
+        our_ema(rounding="nearest"),
         refusals={"f32/f32": _ONLY_BF16_AVERAGES, "bf16/f32": _ONLY_BF16_AVERAGES},
     ),
     Peer("fastema.Plan.lerp_", _fastema_plan),
