@@ -346,9 +346,12 @@ class Lightning(_Trained):
 
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = pl.Trainer(
-            accelerator="cpu", max_steps=steps, callbacks=[Both()],
-            enable_model_summary=False, **options,
-        )  # fmt: skip
+            accelerator="cpu",
+            max_steps=steps,
+            callbacks=[Both()],
+            enable_model_summary=False,
+            **options,
+        )
         trainer.fit(Module(), DataLoader(torch.arange(steps), batch_size=1))
 
 
@@ -401,10 +404,16 @@ class Transformers(_Trained):
         rows = [{"input_ids": row, "labels": row} for row in self.tokens.repeat(steps, 1)]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                folder, max_steps=steps, per_device_train_batch_size=2, report_to=[],
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=2,
+                report_to=[],
                 learning_rate=1e-3,
-                save_strategy="no", use_cpu=True, disable_tqdm=True, logging_strategy="no",
-            )  # fmt: skip
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+                logging_strategy="no",
+            )
             trainer = Trainer(self.model, arguments, train_dataset=rows, callbacks=callbacks)
             spent = seconds_of(trainer.train)
         note(STEP, (spent - sum(averaging)) / steps)
