@@ -67,40 +67,17 @@ test-full: $(VENV)/.test-all $(VENV)/.timm
 bench-quick: $(VENV)/.bench $(VENV)/.timm
 	$(SAY) "python -m bench --quick $(ARGS)"
 	@$(PY) -m bench --quick $(ARGS)
-	$(SAY) "python -m bench.averages --quick, bench.bridges --quick, bench.tracking --quick"
-	@$(PY) -m bench.averages --quick
-	@$(PY) -m bench.bridges --quick
-	@$(PY) -m bench.tracking --quick
-	$(SAY) "python -m bench.drop_in --quick, two of its loops"
-	@$(PY) -m bench.drop_in --quick --only "torch AveragedModel, GPT-2" "diffusers EMAModel, UNet"
 
 # What is said of GPU kernels needs their compilers, which the tests bring along.
 bench: $(VENV)/.test-all $(VENV)/.timm
-	$(SAY) "python -m bench $(ARGS)"
-	@$(PY) -m bench $(ARGS)
-	$(SAY) "python -m bench.drop_in"
-	@$(PY) -m bench.drop_in
-	$(SAY) "python -m bench.averages, bench.bridges, bench.tensorflow_apply, bench.tracking"
-	@$(PY) -m bench.averages
-	@$(PY) -m bench.bridges
-	@$(PY) -m bench.tensorflow_apply
-	@$(PY) -m bench.tracking
-	$(SAY) "python -m bench.sharded"
-	@$(PY) -m bench.sharded
-	$(SAY) "python -m bench.keras_step, bench.keras_losses"
-	@$(PY) -m bench.keras_step
-	@$(PY) -m bench.keras_losses
-	$(SAY) "python -m bench.launch, bench.kernels_gpu, bench.accuracy, bench.quality"
-	@$(PY) -m bench.launch
-	@$(PY) -m bench.kernels_gpu
-	@$(PY) -m bench.accuracy
-	@$(PY) -m bench.quality
+	$(SAY) "python -m bench all $(ARGS)"
+	@$(PY) -m bench all $(ARGS)
 
 # With the Python and the packages that are there, and no environment of its own: GPU machines
 # come with a torch that fits their driver.
 gpu-check:
-	$(SAY) "python -m bench.gpu $(ARGS)"
-	@PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench.gpu $(ARGS)
+	$(SAY) "python -m bench gpu $(ARGS)"
+	@PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench gpu $(ARGS)
 
 lint: $(VENV)/.dev
 	$(SAY) "ruff check"

@@ -1,61 +1,157 @@
-"""``python -m bench [--quick] [--case NAME ...] [--out DIR]``: run, print and keep the tables."""
+"""``python -m bench QUESTION... [--quick]``: measure, print the tables, and keep them."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from bench import bench_import, machine, report
-from bench.cases import Case, select
+from bench.race import report
+from bench.race.question import Question, Settings
 
-_IMPORT_ROUNDS = {"quick": 1, "cpu": 7}
+QUESTIONS = {
+    "cpu": "updates and swaps of PyTorch models, beside peers and the memory's limit",
+    "first-update": "how long until the first update: imports, compiling, the cache",
+    "averages": "several decays, windows, 16 bits, guards, synthesis from snapshots",
+    "bridges": "a leaf of each framework, and a large JAX tree beside optax",
+    "tracking": "moving averages of numbers, one by one and as series",
+    "drop-in": "training loops before and after install(): time, share of a step, memory",
+    "keras-step": "a training step and an evaluation in Keras, on three backends",
+    "keras-losses": "batch losses in Keras, on three backends: time and exactness",
+    "tensorflow-apply": "apply of TensorFlow variables beside tf.train's",
+    "sharded": "two ranks: steps, memory, and one folder of their parts",
+    "launch": "the host's share of a GPU update, without a GPU",
+    "kernels-gpu": "registers and instructions of the GPU kernels, without a GPU",
+    "accuracy": "how far averages are from exact ones",
+    "quality": "whether averaging the weights helps",
+    "gpu": "on a machine with a CUDA GPU: build, test, benchmark",
+}
+QUICK = ("cpu", "first-update", "averages", "bridges", "tracking", "drop-in")
+"""What ``--quick`` runs where no question is named."""
+
+ALL = "all"
+"""Every question but the one that needs a GPU."""
 
 
-def skipped(cases: list[Case]) -> list[dict[str, str]]:
-    """Return one row for each entry that does not take part in a case, with the reason."""
-    from bench.jobs import refusals
-
-    return [
-        {"case": case.name, "mix": case.mix, "peer": peer, "reason": reason}
-        for case in cases
-        for peer, reason in refusals(case).items()
-    ]
+def load(name: str) -> Question:
+    """Return a question; what it measures is imported now."""
+    module = "bench.gpu.check" if name == "gpu" else f"bench.questions.{name.replace('-', '_')}"
+    question: Question = importlib.import_module(module).QUESTION
+    return question
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small shapes, under 3 minutes")
-    parser.add_argument(
-        "--case", nargs="+", default=[], metavar="NAME", help="only cases of these names"
-    )
-    parser.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
-    options = parser.parse_args()
-    try:
-        cases = select(options.quick, options.case)
-    except ValueError as error:
-        parser.error(str(error))
-    mode = "quick" if options.quick else "cpu"
-    arguments = ["--quick"] if options.quick else []
-    arguments += ["--case", *options.case] if options.case else []
-    from bench.races import run  # it imports torch, which --help does not wait for
+def page(
+    question: Question, stem: str, header: dict[str, Any], rows: list[report.Row], remark: str = ""
+) -> str:
+    """Return a result as Markdown, with its picture where it has one."""
+    remark = f": quick, small shapes and few rounds{remark}" if header["quick"] else remark
+    method = question.method
+    if question.draw is not None:
+        method = f"![{question.title}]({stem}.png)\n\n{method}"
+    return report.markdown(question.title + remark, method, header, rows, question.figures)
 
-    rows, failed = run(cases, options.quick)
-    if failed:
-        print("failed, nothing is stored: " + ", ".join(failed), file=sys.stderr)
-        return 1
-    result = {
-        "header": machine.header(" ".join(["python -m bench", *arguments]), mode),
-        "rows": rows,
-        "skipped": skipped(cases),
-        "startup": [] if options.case else bench_import.measure(_IMPORT_ROUNDS[mode]),
+
+def answer(name: str, question: Question, settings: Settings, command: str) -> bool:
+    """Measure and store one question; return whether nothing failed."""
+    from bench.race import machine
+
+    header = {
+        **machine.header(command, settings.quick, question.packages or machine.PACKAGES),
+        **question.header(settings),
     }
-    text = report.markdown(result)
-    print(text)
-    # A part of the cases must not replace the result of all of them.
-    name = mode + ("-part" if options.case else "")
-    report.store(options.out, name, result, text)
-    return 0
+    if question.result_name is not None:
+        stem = question.result_name(settings)
+    else:
+        part = bool(settings.cases and question.cases(settings))
+        stem = name + "-quick" * settings.quick + "-part" * part
+    rows: list[report.Row] = []
+    for row in question.rows(settings):
+        if question.keeps_parts and rows and row.table != rows[-1].table:
+            text = page(question, stem, header, rows, ": incomplete")
+            report.store(settings.out, stem, header, rows, text)
+        rows.append(row)
+    print(text := page(question, stem, header, rows))
+    failed = [row for row in rows if row.failed]
+    if failed and not question.keeps_parts:
+        print(f"{name}: {len(failed)} failed, nothing is stored", file=sys.stderr)
+        return False
+    report.store(settings.out, stem, header, rows, text)
+    if question.draw is not None:
+        question.draw(rows, header, settings.out / f"{stem}.png")
+    return not failed
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    width = max(map(len, QUESTIONS))
+    listed = "\n".join(f"  {name:{width}}  {about}" for name, about in QUESTIONS.items())
+    made = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"questions:\n{listed}\n  {ALL:{width}}  all of them but gpu",
+    )
+    made.add_argument("questions", nargs="*", metavar="QUESTION", choices=[*QUESTIONS, ALL, []])
+    made.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    made.add_argument("--case", nargs="+", default=[], metavar="NAME", help="only these cases")
+    made.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
+    made.add_argument(
+        "--readme", choices=("write", "check"), help="the table in README.md, from a stored result"
+    )
+    gpu = made.add_argument_group("gpu")
+    gpu.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu is a dry run")
+    gpu.add_argument("--minutes", type=float, default=Settings.minutes, help="for all of it")
+    gpu.add_argument(
+        "--only", nargs="+", choices=Settings.stages, default=Settings.stages, metavar="STAGE"
+    )
+    gpu.add_argument("--select", default="", metavar="EXPR", help="only these tests (-k)")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    command_line = parser()
+    options = command_line.parse_args(arguments)
+    if options.readme:
+        from bench.race import readme
+
+        return readme.main(check=options.readme == "check")
+    names = list(options.questions) or (list(QUICK) if options.quick else [])
+    if not names:
+        command_line.print_help()
+        return 0
+    if ALL in names:
+        names = [name for name in QUESTIONS if name != "gpu"]
+    if len(names) > 1:
+        if options.case or "gpu" in names:
+            command_line.error("--case, and the question gpu, go with one question")
+        # Each by itself: frameworks share a process's memory and cores, and some exclude others.
+        flags = ["--quick"] * options.quick + ["--out", str(options.out.resolve())]
+        calls = [[sys.executable, "-m", "bench", name, *flags] for name in names]
+        return max([subprocess.run(call, cwd=report.ROOT).returncode for call in calls])
+    settings = Settings(
+        quick=options.quick,
+        cases=tuple(options.case),
+        out=options.out.resolve(),
+        device=options.device,
+        minutes=options.minutes,
+        stages=tuple(options.only),
+        select=options.select,
+    )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    (name,) = names
+    question = load(name)
+    known = question.cases(settings)
+    for case in options.case:
+        if not any(case in (one, *one.split(":")) for one in known):
+            command_line.error(f"no case is called {case!r}; there are: {', '.join(known)}")
+    command = ["python", "-m", "bench", name, *["--quick"] * options.quick]
+    command += ["--case", *options.case] if options.case else []
+    return 0 if answer(name, question, settings, shlex.join(command)) else 1
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-"""``bench.accuracy`` measures what it says: against exact recursions, and it sees what stalls."""
+"""The accuracy question measures against exact recursions, and sees what stalls."""
 
 from __future__ import annotations
-
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import fastema
-from bench import accuracy, peers
+from bench.questions import accuracy
+from bench.race import peers
+from bench.race.flat_module import STD
+from bench.race.report import Row
 
 pytestmark = pytest.mark.torch
 
-TINY = accuracy.Settings(elements=2_000, short=20, run_elements=256, marks=(40, 200))
+TINY = accuracy.Amount(elements=2_000, short=20, run_elements=256, marks=(40, 200))
 FEW_DECAYS = (0.999, 0.9999)
 
 
@@ -70,7 +68,7 @@ def test_weights_drift_and_shake_as_told() -> None:
     path = np.stack([walk.start, *(walk.advance().copy() for _ in range(10 * horizon))])
     for row in path[1:]:
         assert np.array_equal(same.advance(), row)
-    moved = (path - path[0]).astype(np.float64) / accuracy.STD
+    moved = (path - path[0]).astype(np.float64) / STD
     # Ten horizons of 1 %, and noise of 10 %, are independent of each other.
     expected = (10 * accuracy.DRIFT) ** 2 + accuracy.NOISE**2
     assert np.mean(moved[-1] ** 2) == pytest.approx(expected, rel=0.03)
@@ -130,48 +128,29 @@ def test_elements_that_were_seen_to_change_stay_changed() -> None:
     assert shares == [0.75, 0.5]
 
 
-def raising(error: Exception) -> Callable[..., Any]:
-    def setup(model: torch.nn.Module, decay: float) -> peers.Running:
-        raise error
-
-    return setup
-
-
-def test_a_refusal_is_told_from_a_mistake() -> None:
-    def of(error: Exception, missing: str | None = None) -> accuracy.Subject:
-        return accuracy.Subject("peer", "f32", "nearest", raising(error), missing)
-
-    refused = accuracy.refusal(of(RuntimeError("expected dtype float\nand more")), "f32")
-    assert refused == "raises: RuntimeError, expected dtype float"
-    assert accuracy.refusal(of(RuntimeError(), "peer is not installed"), "f32") == (
-        "absent: peer is not installed"
-    )
-    with pytest.raises(KeyError):
-        accuracy.refusal(of(KeyError("a mistake of ours")), "f32")
-
-
 # -- everything, small ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
+def measured() -> list[Row]:
     with pytest.MonkeyPatch.context() as patch, accuracy.one_thread():
         patch.setattr(accuracy, "DECAYS", FEW_DECAYS)
-        return {"settings": vars(TINY), "updates": [], **accuracy.measure_runs(TINY)}
+        return list(accuracy.long_runs(TINY))
 
 
-def figures(measured: dict[str, Any], name: str, key: str) -> list[float]:
-    found = [row[key] for row in measured["rows"] if row["name"] == name]
+def figures(measured: list[Row], name: str, figure: str) -> list[float]:
+    found = [row[figure] for row in measured if row.entry == name and figure in row.figures]
     assert len(found) == len(accuracy.MODELS) * len(FEW_DECAYS) * len(TINY.marks)
     return found
 
 
 @pytest.mark.slow
-def test_long_run_sees_what_precision_does(measured: dict[str, Any]) -> None:
+def test_long_run_sees_what_precision_does(measured: list[Row]) -> None:
     assert max(figures(measured, "f32: fastema", "of_movement")) < 0.005
     # Two halves of a float32 are that float32; what is stored of it is its nearest bfloat16.
     whole = figures(measured, "bf16+16: fastema", "relative")
     assert whole == figures(measured, "f32: fastema", "relative")
+    assert len(set(whole)) == 8
     half = figures(measured, f"bf16, nearest: {accuracy.HALF}", "relative")
     once = figures(measured, f"bf16: {accuracy.ONCE}", "relative")
     assert half == pytest.approx(once, rel=1e-3)
@@ -179,102 +158,23 @@ def test_long_run_sees_what_precision_does(measured: dict[str, Any]) -> None:
         nearest, at_random = (f"{dtype}, {how}: fastema" for how in ("nearest", "stochastic"))
         assert min(figures(measured, nearest, "still")) > stalled
         assert max(figures(measured, nearest, "followed")) < 0.5
-        stalled_shares, moving_shares = (
-            figures(measured, name, "still") for name in (nearest, at_random)
-        )
-        for still, moving in zip(stalled_shares, moving_shares, strict=True):
-            assert still > moving + 0.1
+        moving = figures(measured, at_random, "still")
+        for still, other in zip(figures(measured, nearest, "still"), moving, strict=True):
+            assert still > other + 0.1
 
 
 @pytest.mark.slow
-def test_a_decay_of_its_own_gives_other_figures(measured: dict[str, Any]) -> None:
-    assert len(set(figures(measured, "f32: fastema", "relative"))) == 8
-
-
-@pytest.mark.slow
-def test_peers_are_there_or_it_is_said_why_not(measured: dict[str, Any]) -> None:
-    compared = {subject.package for subject in accuracy.SUBJECTS}
-    assert {name.removesuffix(", stochastic") for name in accuracy.COMPARED} < compared
+def test_peers_are_there_or_it_is_said_why_not(measured: list[Row]) -> None:
     refused = {
-        (row["weights"], row["name"])
-        for row in measured["refused"]
-        if row["reason"].startswith("raises")
+        (row.table[:4].strip(), row.entry) for row in measured if row.missing.startswith("raises")
     }
     assert refused == {
         ("f32", "bf16, nearest: AveragedModel multi_avg_fn"),
         ("bf16", "f32: AveragedModel multi_avg_fn"),
     }
-    ran = {(row["weights"], row["name"]) for row in measured["rows"]}
+    absent = {row.entry for row in measured if row.missing.startswith("absent")}
+    ran = {(row.table[:4].strip(), row.entry) for row in measured if not row.missing}
     for weights in accuracy.MODELS:
         for subject in accuracy.SUBJECTS:
-            entry = (weights, subject.about["name"])
-            assert (entry in ran) != (entry in refused or subject.missing is not None)
-
-
-@pytest.mark.slow
-def test_tables_show_every_row(measured: dict[str, Any]) -> None:
-    header = {
-        "mode": "accuracy",
-        "cpu": "A CPU",
-        "cores": 2,
-        "system": "Linux",
-        "machine": "x86_64",
-        "threads": {"torch": 1},
-        "versions": {"python": "3.11"},
-        "command": "python -m bench.accuracy",
-        "date_utc": "2026-01-02T03:04:05+00:00",
-        "commit": "0123456789ab",
-    }
-    update = {
-        "avg": "bf16",
-        "weights": "f32",
-        "rounding": "stochastic",
-        "one_update_ulp": 0.987,
-        "many_updates_relative": 0.0042,
-    }
-    result = json.loads(json.dumps({**measured, "updates": [update], "header": header}))
-    lines = accuracy.markdown(result).splitlines()
-    assert not any("nan" in line for line in lines)
-    entries = {(row["weights"], row["name"]) for row in measured["rows"] + measured["refused"]}
-    for name in {name for _, name in entries}:
-        shown = [line for line in lines if line.startswith(f"| {name}") and line.count("|") == 6]
-        shown = [line for line in shown if line.split("|")[1].strip() == name]
-        models = [weights for weights, other in entries if other == name]
-        assert len(shown) == 3 * len(models), name  # three tables of each model
-    assert any("0.987" in line and "4.2e-03" in line for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [
-        (0.0, "0 %"),
-        (3e-6, "< 0.001 %"),
-        (0.00012, "0.012 %"),
-        (0.0345, "3.5 %"),
-        (0.5, "50 %"),
-        (0.9996, "99.9 %"),
-        (1.0, "100 %"),
-        (37.7, "3,770 %"),
-    ],
-)
-def test_percentages(share: float, text: str) -> None:
-    assert accuracy.percent(share) == text
-
-
-@pytest.mark.slow
-def test_command_keeps_its_tables(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = accuracy.Settings(elements=200, short=3, run_elements=32, marks=(10, 20))
-    monkeypatch.setattr(accuracy, "QUICK", small)
-    monkeypatch.setattr(accuracy, "DECAYS", (0.9,))
-    threads = torch.get_num_threads(), fastema.get_num_threads()
-    assert accuracy.main(["--quick", "--out", str(tmp_path)]) == 0
-    assert threads == (torch.get_num_threads(), fastema.get_num_threads())
-    text = (tmp_path / "quick-accuracy.md").read_text(encoding="utf-8")
-    assert text in capsys.readouterr().out
-    result = json.loads((tmp_path / "quick-accuracy.json").read_text(encoding="utf-8"))
-    assert accuracy.markdown(result) == text
-    assert result["header"]["threads"] == {"torch": 1, "fastema": 1}
-    kinds = {(row["avg"], row["weights"], row["rounding"]) for row in result["updates"]}
-    assert len(kinds) == len(result["updates"]) == 4 * 4 + 2 * 4
+            entry = (weights, subject.name)
+            assert (entry in ran) != (entry in refused or subject.name in absent)

@@ -1,9 +1,8 @@
-"""``bench.quality`` compares fairly: in pairs, and test rows choose nothing."""
+"""The quality question compares fairly: in pairs, and test rows choose nothing."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import quality, report
+from bench.questions import quality
+from bench.race.report import RESULTS, Row, load
 
 NEEDS = ("matplotlib", "sklearn")
 
@@ -20,10 +20,10 @@ NEEDS = ("matplotlib", "sklearn")
 pytestmark = pytest.mark.torch
 
 REGRESSION, _, CLASSIFIER = quality.TASKS
-SHORT = quality.Settings(epochs=1, seeds=2, tuning_seeds=1, rates=2)
+SHORT = quality.Amount(epochs=1, seeds=2, tuning_seeds=1, rates=2)
 
 
-def task_of(rows: quality.Rows, task: quality.Task = REGRESSION) -> quality.Task:
+def task_of(rows: quality.Data, task: quality.Task = REGRESSION) -> quality.Task:
     return replace(task, load=lambda: rows)
 
 
@@ -33,7 +33,7 @@ def task_of(rows: quality.Rows, task: quality.Task = REGRESSION) -> quality.Task
 def numbered(count: int = 60) -> quality.Task:
     """Classes are left as they are, so a class of its own tells each row."""
     x = np.random.default_rng(3).normal(size=(count, 4)) * 7.0 + 2.0
-    return task_of(quality.Rows(x, np.arange(count), None), replace(CLASSIFIER, test_share=1 / 3))
+    return task_of(quality.Data(x, np.arange(count), None), replace(CLASSIFIER, test_share=1 / 3))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1_000])
@@ -58,13 +58,13 @@ def test_only_training_rows_give_the_scale(task: quality.Task) -> None:
     scale = rows.x.max()
     everything = np.arange(len(rows.x))
     by_row = task_of(
-        quality.Rows(rows.x, everything, rows.strata), replace(task, metrics={"log loss": ""})
+        quality.Data(rows.x, everything, rows.strata), replace(task, metrics=("log loss",))
     )
     held = quality.split(by_row, 5, validation=False).y_held.numpy()
     kept = np.setdiff1d(everything, held)
     x, y = rows.x.copy(), rows.y.copy()
     x[held] += 3.0 * scale
-    moved = quality.split(task_of(quality.Rows(x, y, rows.strata), task), 5, validation=False)
+    moved = quality.split(task_of(quality.Data(x, y, rows.strata), task), 5, validation=False)
     assert torch.equal(moved.x, data.x)
     assert torch.equal(moved.y, data.y)
     assert moved.x_held.mean() > data.x_held.mean() + 1.0
@@ -172,13 +172,13 @@ def by_numpy(task: quality.Task, outputs: np.ndarray, data: quality.Split) -> di
 def test_test_rows_choose_nothing() -> None:
     """With NaN for every test row of the one tuning seed, tuning finds the same."""
     rows = CLASSIFIER.load()
-    everything = quality.Rows(rows.x, np.arange(len(rows.x)), rows.strata)
+    everything = quality.Data(rows.x, np.arange(len(rows.x)), rows.strata)
     final = quality.split(
         task_of(everything, CLASSIFIER), quality.FIRST_TUNING_SEED, validation=False
     )
     poisoned = rows.x.copy()
     poisoned[final.y_held.numpy()] = np.nan
-    blind = task_of(quality.Rows(poisoned, rows.y, rows.strata), CLASSIFIER)
+    blind = task_of(quality.Data(poisoned, rows.y, rows.strata), CLASSIFIER)
     with quality.reproducible():
         found = quality.tune(CLASSIFIER, "constant", SHORT)
         assert quality.tune(blind, "constant", SHORT) == found
@@ -188,13 +188,8 @@ def test_test_rows_choose_nothing() -> None:
     )
 
 
-def test_seeds_of_the_choice_are_not_those_of_the_test() -> None:
-    assert quality.FULL.seeds >= 10
-    assert quality.FULL.seeds < quality.FIRST_TUNING_SEED
-
-
 def test_the_raw_weights_choose() -> None:
-    def row(rate: float, raw: float, ema: float) -> quality.Row:
+    def row(rate: float, raw: float, ema: float) -> quality.Scored:
         return {"rate": rate, "scores": {"raw": {"RMSE": raw}, "EMA": {"RMSE": ema}}}
 
     rows = [
@@ -229,11 +224,9 @@ def test_comparison_of_pairs(seed: int) -> None:
     theirs = generator.normal(10.0, 1.0, 10)
     ours = theirs * generator.normal(0.98, 0.02, 10)
     found = quality.compare(ours, theirs)
-    assert found["change_percent"] == pytest.approx(
-        100 * (ours.sum() - theirs.sum()) / theirs.sum()
-    )
-    assert found["better"] + found["worse"] == found["n"] == 10
-    assert found["better"] == sum(a < b for a, b in zip(ours, theirs, strict=True))
+    change = 100 * (ours.sum() - theirs.sum()) / theirs.sum()
+    assert found["change_percent"][0] == pytest.approx(change)
+    assert found["better"] == [sum(a < b for a, b in zip(ours, theirs, strict=True)), 10]
     assert found["mean"] == pytest.approx(ours.mean())
     assert found["sd"] == pytest.approx(np.sqrt(np.sum((ours - ours.mean()) ** 2) / 9))
     assert found["p"] == pytest.approx(signed_rank_p(ours - theirs))
@@ -257,11 +250,11 @@ def test_the_interval_is_paired_and_covers() -> None:
 def test_no_difference_at_all() -> None:
     same = np.array([2.0, 3.0, 2.5])
     found = quality.compare(same, same.copy())
-    assert (found["p"], found["better"], found["worse"]) == (1.0, 0, 0)
-    assert (found["change_percent"], found["interval_percent"]) == (0.0, [0.0, 0.0])
+    assert (found["p"], found["better"]) == (1.0, [0, 3])
+    assert found["change_percent"] == [0.0, 0.0, 0.0]
 
 
-def made(score: dict[tuple[str, str], float], seeds: int = 6) -> list[quality.Row]:
+def made(score: dict[tuple[str, str], float], seeds: int = 6) -> list[quality.Scored]:
     """Runs whose scores are known: a base per seed, times a factor per schedule and weights."""
     return [
         {
@@ -294,86 +287,53 @@ def test_each_is_compared_with_the_right_raw_weights() -> None:
         ("cosine", "SWA"): 0.55,
         ("cosine", "SMA"): 0.45,
     }
-    rows = quality.comparisons(made(factors))
-    assert len(rows) == 3 * 4 * sum(len(task.metrics) for task in quality.TASKS)
+    rows = list(quality.comparisons(made(factors)))
+    metrics = sum(len(task.metrics) for task in quality.TASKS)
+    assert len(rows) == (4 + 4 + 5) * metrics
+    assert sum("p" in row.figures for row in rows) == quality.TESTS == (3 + 3 + 4) * metrics
     for row in rows:
         against = factors[row["against"], "raw"]
         factor = factors[row["schedule"], row["weights"]] / against
-        if "p" in row:
-            assert row["change_percent"] == pytest.approx(100 * (factor - 1))
-            assert row["interval_percent"] == pytest.approx([100 * (factor - 1)] * 2)
+        if "p" in row.figures:
+            assert row["change_percent"] == pytest.approx([100 * (factor - 1)] * 3)
         else:
             assert row["weights"] == "raw"
             assert row["mean"] == pytest.approx(12.5 * against)
 
 
-# -- tables, all of it ----------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 
-def test_changes_as_text() -> None:
-    def text(change: float, low: float, high: float) -> str:
-        return quality.percent({"change_percent": change, "interval_percent": [low, high]})
-
-    assert text(-2.04, -2.26, -1.81) == "-2.0 % (-2.3 to -1.8)"
-    assert text(0.021, -0.001, 0.104) == "+0.02 % (0.00 to +0.10)"
-    assert text(-0.01, -1.3, 12.0) == "0.0 % (-1.3 to +12.0)"
-
-
-def test_what_is_uncertain_is_marked() -> None:
-    runs = made({("constant", "EMA"): 0.9}, seeds=20)
-    for run in runs:
-        if run["task"] == "diabetes" and run["schedule"] == "constant":
-            run["scores"]["SWA"]["RMSE"] *= 0.9 if run["seed"] % 2 else 1.1
-    result = {"comparisons": quality.comparisons(runs)}
-    line = next(x for x in quality.summary(result).splitlines() if "diabetes, RMSE, constant" in x)
-    _, raw, ema, swa, sma = (cell.strip() for cell in line.strip("|").split("|"))
-    assert (raw, ema, sma) == ("19.50", "-10.0 % (-10.0 to -10.0)", "0.00 % (0.00 to 0.00) ?")
-    assert swa.endswith(" ?")
-    assert "-10.0 to 0.0 % (digit halves, constant" in quality.claim(result)
-    assert "0.0 % (digit halves, cosine" in quality.claim(result)
-
-
-def test_stored_tables_are_those_of_the_stored_values() -> None:
-    stored = report.RESULTS / "quality.json"
-    if not stored.exists():
-        pytest.skip("no result is stored")
-    result = json.loads(stored.read_text(encoding="utf-8"))
-    assert quality.markdown(result) == stored.with_suffix(".md").read_text(encoding="utf-8")
-    again = quality.comparisons(result["runs"])
-    for got, want in zip(again, result["comparisons"], strict=True):
-        assert got.keys() == want.keys()
-        for key, value in want.items():
-            close = value if isinstance(value, str) else pytest.approx(value, rel=1e-9, abs=1e-9)
-            assert got[key] == close, key
-    assert quality.Settings(**result["settings"]) == quality.FULL
+def test_stored_comparisons_are_those_of_the_stored_scores() -> None:
+    compared = [row for row in load(RESULTS / "quality.json")[1] if "p" in row.figures]
+    assert len(compared) == quality.TESTS
+    stored = load(RESULTS / "quality.json")[1]
+    for row in compared:
+        (raw,) = (
+            other
+            for other in stored
+            if other.table == row.table and "sd" in other.figures and "p" not in other.figures
+        )
+        again = quality.compare(np.array(row["scores"]), np.array(raw["scores"]))
+        for name, value in again.items():
+            assert row[name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
 
 
 @pytest.mark.slow
-def test_a_short_run_writes_everything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(quality, "QUICK", SHORT)
+def test_a_short_run_gives_everything(tmp_path: Path) -> None:
     threads, random = torch.get_num_threads(), torch.get_rng_state()
-    assert quality.main(["--quick", "--out", str(tmp_path)]) == 0
+    tuned, runs = quality.measure(SHORT)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), random)
-    result = json.loads((tmp_path / "quick-quality.json").read_text(encoding="utf-8"))
-    text = (tmp_path / "quick-quality.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out.strip() == text.strip()
-    assert text == quality.markdown(result)
-    assert "too short to tell" in text
-    assert "(quick-quality.png)" in text
-    assert {"scikit-learn", "scipy", "torch", "fastema"} <= result["header"]["versions"].keys()
-    runs = {(run["task"], run["schedule"], run["seed"]) for run in result["runs"]}
+    seen = {(run["task"], run["schedule"], run["seed"]) for run in runs}
     names = [task.name for task in quality.TASKS]
-    assert runs == set(itertools.product(names, quality.SCHEDULES, range(SHORT.seeds)))
-    for run in result["runs"]:
-        tuned = [
-            row
-            for row in result["tuning"]
-            if (row["task"], row["schedule"]) == (run["task"], run["schedule"])
+    assert seen == set(itertools.product(names, quality.SCHEDULES, range(SHORT.seeds)))
+    for run in runs:
+        tried = [
+            one for one in tuned if (one["task"], one["schedule"]) == (run["task"], run["schedule"])
         ]
         (task,) = (task for task in quality.TASKS if task.name == run["task"])
-        assert run["rate"] == quality.chosen(task, tuned)
-    assert result["comparisons"] == json.loads(json.dumps(quality.comparisons(result["runs"])))
-    assert (tmp_path / "quick-quality.png").read_bytes().startswith(b"\x89PNG")
+        assert run["rate"] == quality.chosen(task, tried)
+    rows: list[Row] = list(quality.tables(tuned, runs))
+    quality.draw(rows, {"command": "", "date_utc": ""}, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import (
+from bench import __main__ as command
+from bench.questions import cpu
+from bench.race import (
     cases,
+    checks,
     clock,
+    contest,
     jobs,
     memory,
-    models,
     peers,
-    races,
+    readme,
     report,
-    swaps,
-    verify,
+    shapes,
 )
-from bench.flatmodule import DTYPES, build, randomise_
+from bench.race.flat_module import DTYPES, build, randomise_
+from bench.race.question import Question, Settings
+from bench.race.report import Figure, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +34,9 @@ pytestmark = pytest.mark.torch
 DECAY = 0.9
 
 
-def tiny() -> models.Inventory:
+def tiny() -> shapes.Inventory:
     return [
-        *models.gpt2(layers=1, width=16, vocab=50, context=8),
+        *shapes.gpt2(layers=1, width=16, vocab=50, context=8),
         ("one", (1,)),
         ("odd", (3, 5, 7)),
         ("big", (70_001,)),  # above the 32,768 elements at which torch starts threads
@@ -54,19 +57,19 @@ def skip_unless_running(peer: peers.Peer, mix: str) -> None:
 
 
 @pytest.mark.parametrize(("peer", "mix"), entries(peers.PEERS))
-def test_peer_averages_at_constant_decay(peer: peers.Peer[peers.Running], mix: str) -> None:
+def test_peer_averages_at_constant_decay(peer: peers.Peer, mix: str) -> None:
     skip_unless_running(peer, mix)
     weights, average = mix.split("/")
     model = build(tiny(), weights)
 
     def three_updates() -> None:
         running = peer.setup(model, DECAY, DTYPES[average])
-        before = [verify.sample(p) for p in model.parameters()]
+        before = [checks.sample(p) for p in model.parameters()]
         for seed in (1, 2, 3):
             randomise_(model, seed)
             running.update()
             assert all(a.dtype == DTYPES[average] for a in running.average())
-            verify.assert_averaged(
+            checks.assert_averaged(
                 running.average(),
                 before,
                 list(model.parameters()),
@@ -74,7 +77,7 @@ def test_peer_averages_at_constant_decay(peer: peers.Peer[peers.Running], mix: s
                 rounds_weights=peer.rounds_weights,
                 stochastic=peer.stochastic,
             )
-            before = [verify.sample(a) for a in running.average()]
+            before = [checks.sample(a) for a in running.average()]
 
     refused = peer.refusals.get(mix)
     if refused is None:
@@ -84,8 +87,8 @@ def test_peer_averages_at_constant_decay(peer: peers.Peer[peers.Running], mix: s
             three_updates()
 
 
-@pytest.mark.parametrize(("peer", "mix"), entries(swaps.SWAPS))
-def test_swap_peer_goes_there_and_back(peer: peers.Peer[swaps.Swapping], mix: str) -> None:
+@pytest.mark.parametrize(("peer", "mix"), entries(peers.SWAPS))
+def test_swap_peer_goes_there_and_back(peer: peers.Peer, mix: str) -> None:
     skip_unless_running(peer, mix)
     jobs.prepare(cases.Case("tiny", mix, tiny, 1, question="swap"), only=peer.name)
 
@@ -95,17 +98,17 @@ def test_unbiased_stochastic_rounding_is_told_from_a_stalled_average() -> None:
     weights = [torch.full((1000,), 2.0, dtype=torch.bfloat16)]
     stalled = [torch.full((1000,), 1.0, dtype=torch.bfloat16)]
     with pytest.raises(AssertionError, match="1000 of 1000 elements differ"):
-        verify.assert_averaged(stalled, before, weights, DECAY, stochastic=True)
+        checks.assert_averaged(stalled, before, weights, DECAY, stochastic=True)
 
 
 @pytest.mark.parametrize("wrong", [0, 149_999, 75_000])
 def test_a_peer_that_leaves_out_a_chunk_is_caught(wrong: int) -> None:
     before, weight = torch.randn(150_000), torch.randn(150_000)
     got = torch.lerp(before, weight, 1 - DECAY)
-    verify.assert_averaged([got], [before.double()], [weight], DECAY)
+    checks.assert_averaged([got], [before.double()], [weight], DECAY)
     got[wrong] = before[wrong]
     with pytest.raises(AssertionError, match="tensor 0: 1 of 150000"):
-        verify.assert_averaged([got], [before.double()], [weight], DECAY)
+        checks.assert_averaged([got], [before.double()], [weight], DECAY)
 
 
 def test_a_failed_check_names_case_and_peer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,40 +136,45 @@ def test_bytes_per_element(question: str, mix: str, expected: int) -> None:
     assert case.bytes_per_element == expected
 
 
-def test_bytes_agree_with_torch() -> None:
-    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == cases.BYTES
-
-
 @pytest.mark.parametrize(
     ("inventory", "tensors", "elements"),
     [
-        (models.gpt2(), 148, 124_439_808),
-        (models.resnet50(), 161, 25_557_032),
-        (models.resnet50_buffers(), 3 * 53, 2 * 26_560 + 53),
-        (models.many_small(), 1_000, 1_346_818),
-        (models.equal(), 400, 20_000_000),
-        (models.flat(), 1, 100_000_000),
-        (models.scalars(7), 7, 7),
+        (shapes.gpt2(), 148, 124_439_808),
+        (shapes.resnet50(), 161, 25_557_032),
+        (shapes.resnet50_buffers(), 3 * 53, 2 * 26_560 + 53),
+        (shapes.many_small(), 1_000, 1_346_818),
+        (shapes.equal(), 400, 20_000_000),
+        (shapes.flat(), 1, 100_000_000),
+        (shapes.scalars(7), 7, 7),
+        (shapes.llama(), 291, 6_738_415_616),
+        (shapes.vit(), 152, 86_567_656),
+        (shapes.vit_with_resnet50(), 152 + 161, 86_567_656 + 25_557_032),
     ],
 )
-def test_inventories(inventory: models.Inventory, tensors: int, elements: int) -> None:
+def test_inventories(inventory: shapes.Inventory, tensors: int, elements: int) -> None:
     assert len(inventory) == len({name for name, _ in inventory}) == tensors
-    assert models.total_elements(inventory) == elements
+    assert shapes.total_elements(inventory) == elements
 
 
-def test_sides_of_small_matrices() -> None:
-    sides = [side for _, shape in models.many_small() for side in shape]
-    assert (min(sides), max(sides)) == (8, 64)
+@pytest.mark.parametrize("quick", [False, True])
+def test_each_case_is_chosen_by_its_name_alone(quick: bool) -> None:
+    names = cpu.cases(Settings(quick=quick))
+    assert len(set(names)) == len(names)
+    assert [n for n in names if Settings(cases=(names[-1],)).wants(n)] == names[-1:]
+    assert {n.split(":")[0] for n in names if Settings(cases=("swap",)).wants(n)} == {"swap"}
 
 
-def test_case_names_are_unique_and_selectable() -> None:
-    for quick in (False, True):
-        everything = cases.select(quick)
-        assert len({case.name for case in everything}) == len(everything)
-        assert cases.select(quick, [everything[-1].name]) == [everything[-1]]
-        assert {c.question for c in cases.select(quick, ["swap"])} == {"swap"}
-    with pytest.raises(ValueError, match="no case is called 'gpt3'"):
-        cases.select(False, ["gpt3"])
+def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["cpu", "--case", "gpt3"])
+    assert "no case is called 'gpt3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", command.QUESTIONS)
+def test_every_question_has_its_file(name: str) -> None:
+    module = "gpu/check" if name == "gpu" else f"questions/{name.replace('-', '_')}"
+    text = (ROOT / "bench" / f"{module}.py").read_text(encoding="utf-8")
+    assert "QUESTION = Question(" in text
 
 
 def test_jobs_run_in_turn() -> None:
@@ -176,6 +184,19 @@ def test_jobs_run_in_turn() -> None:
     )
     assert "".join(order) == "ABC" + 2 * "ABC"  # the first is the warm-up round
     assert {name: len(times) for name, times in durations.items()} == {"A": 2, "B": 2, "C": 2}
+
+
+def test_rounds_begin_anew_and_have_their_own_clock() -> None:
+    order: list[str] = []
+    durations = clock.interleave(
+        {name: lambda: None for name in "AB"},
+        rounds=2,
+        settle_s=0.0,
+        before_round=lambda: order.append("-"),
+        time_of=lambda name, job: order.append(name) or 7.0,
+    )
+    assert "".join(order) == "--AB-AB"  # the warm-up round is not timed
+    assert durations == {"A": [7.0, 7.0], "B": [7.0, 7.0]}
 
 
 def test_a_spent_budget_leaves_the_fewest_rounds() -> None:
@@ -194,23 +215,48 @@ def test_hot_jobs_run_once_more_before_they_are_timed() -> None:
     assert "".join(order) == "AB" + "AABB"
 
 
+def test_shares_of_the_limit_count_the_bytes_of_each_entry(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = {"A": 2.0, "B": 8.0, contest.LIMITS[0]: 1.0, contest.LIMITS[1]: 4.0}
+    monkeypatch.setattr(
+        contest, "interleave", lambda jobs, *_, **__: {name: [seconds[name]] * 3 for name in jobs}
+    )
+    idle = dict.fromkeys("AB", lambda: None)
+    rows = contest.contest("t", idle, rounds=3, n_elements=100, bytes_per_element={"A": 4, "B": 8})
+    found = {row.entry: row for row in rows}
+    assert [found[n]["share_of_limit"] for n in seconds] == [0.5, 0.25, 1.0, 0.25]
+    assert [found[n]["gbps"] * 1e9 for n in seconds] == [200, 100, 400, 100]
+    assert [found[n]["ratio"] for n in seconds] == [1, 4, 0.5, 2]
+    assert found["B"]["ms"] == 8_000
+
+
 def test_a_failed_race_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def race(case: cases.Case, peaks: dict[str, int | None]) -> races.Outcome:
-        if case.model == "bad":
-            raise AssertionError("it differs")
-        return races.Outcome({name: [0.25, 0.5, 4.0] for name in jobs.names(case)}, {}, peaks)
+    def race(case: cases.Case, peaks: dict[str, int | None]) -> list[Row]:
+        assert case.model != "bad", "it differs"
+        return [Row(case.title, peers.OURS, {"ms": 500.0})]
 
-    monkeypatch.setattr(races, "race", race)
+    monkeypatch.setattr(cpu, "race", race)
     both = [cases.Case(name, "f32/f32", tiny, 3, memory=False) for name in ("bad", "tiny")]
-    rows, failed = races.run(both, quick=True)
-    assert failed == ["update:bad:f32/f32"]
+    monkeypatch.setattr(cpu, "FULL", both)
+    first, *others = cpu.rows(Settings())
+    assert first.failed
+    assert "it differs" in first.missing
     assert "it differs" in capsys.readouterr().err
-    assert {(row["case"], row["median_ms"]) for row in rows} == {("update:tiny:f32/f32", 500.0)}
-    assert [row["peer"] for row in rows] == [
-        name for name in jobs.names(both[1]) if name not in jobs.refusals(both[1])
-    ]
+    assert [row.entry for row in others if not row.missing] == [peers.OURS]
+    assert {row.entry for row in others if row.missing} == set(jobs.refusals(both[1]))
+
+
+def test_a_race_gives_every_figure() -> None:
+    case = cases.Case("tiny", "bf16/f32", tiny, 3, budget_s=0.0)
+    rows = cpu.race(case, {peers.OURS: 1_500_000})
+    assert [row.entry for row in rows][:1] == [peers.OURS]
+    assert [row.entry for row in rows][-2:] == list(contest.LIMITS)
+    ours = rows[0].figures
+    assert (ours["peak_extra_mb"], ours["bytes_per_element"], ours["ratio"]) == (1.5, 10, 1)
+    assert all(ours[name] > 0 for name in ("ms", "gbps", "share_of_limit", "host_us"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -219,90 +265,123 @@ def test_peak_counts_memory_that_is_freed_again() -> None:
     assert 63 * 2**20 < peak < 80 * 2**20
 
 
-def test_cases_and_report_need_no_torch() -> None:
-    code = "import sys, bench.cases, bench.report; assert not {'torch', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_listing_the_questions_needs_no_torch() -> None:
+    code = "import sys, bench.__main__ as m; assert m.main([]) == 0; "
+    code += "assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.fixture
-def result() -> report.Result:
-    def row(case: str, peer: str, ms: float) -> report.Row:
-        question, _, mix = case.split(":")
-        return {
-            "case": case,
-            "question": question,
-            "mix": mix,
-            "peer": peer,
-            "n_tensors": 148,
-            "n_elements": 124_439_808,
-            "bytes_per_element": 12,
-            "rounds": 5,
-            "median_ms": ms,
-            "p20_ms": ms,
-            "p80_ms": 1.5 * ms,
-            "gbps": 50.0,
-            "share_of_limit": 0.954,
-            "ratio_to_fastema": ms / 30.0,
-            "peak_extra_bytes": None if peer.startswith("limit") else 1_500_000,
-            "host_us": None if peer.startswith("limit") else 12.5,
-        }
+# -- tables and files -----------------------------------------------------------------------------
 
-    update, mixed = "update:gpt2-small:f32/f32", "update:gpt2-small:bf16/f32"
-    return {
-        "header": {
-            "mode": "cpu",
-            "command": "python -m bench",
-            "date_utc": "2026-01-02T03:04:05+00:00",
-            "commit": "0123456789ab",
-            "machine": "x86_64",
-            "system": "Linux",
-            "cpu": "A CPU",
-            "cores": 2,
-            "threads": {"torch": 2, "fastema": 2},
-            "versions": {"python": "3.11.7"},
-        },
-        "rows": [
-            row(update, peers.OURS, 30.0),
-            row(update, "torch_ema", 123.4),
-            row(update, jobs.LIMITS[0], 28.6),
-            row(mixed, peers.OURS, 30.0),
-        ],
-        "skipped": [
-            {"case": mixed, "mix": "bf16/f32", "peer": "torch_ema", "reason": "raises: no reason"}
-        ],
-        "startup": [{"what": "import fastema", "cache": None, "median_ms": 1.5, "rounds": 3}],
-    }
+UPDATE, MIXED = list(readme.TABLES[0])[:2]
 
 
-def test_stored_result_renders(result: report.Result) -> None:
-    text = report.markdown(json.loads(json.dumps(result)))
-    assert "### Update: gpt2-small, f32 model, f32 average" in text
-    line = next(line for line in text.splitlines() if line.startswith("| torch_ema"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["torch_ema", "123", "123–185", "50.0", "95%", "4.11", "1.50", "12.5"]
-    assert "- torch_ema: raises: no reason." in text
-    assert "quick mode" not in text
-    assert "quick mode" in report.markdown(
-        {**result, "header": result["header"] | {"mode": "quick"}}
-    )
+def stored_rows() -> list[Row]:
+    def row(table: str, entry: str, ms: float) -> Row:
+        figures = {"n_tensors": 148, "rounds": 5, "ms": ms, "spread_ms": [ms, 1.5 * ms]}
+        host = None if entry.startswith("limit") else 12.5
+        return Row(table, entry, {**figures, "ratio": ms / 30.0, "host_us": host})
+
+    return [
+        row(UPDATE, peers.OURS, 30.0),
+        row(UPDATE, "torch_ema", 123.4),
+        row(UPDATE, contest.LIMITS[0], 28.6),
+        row(MIXED, peers.OURS, 30.0),
+        Row(MIXED, "torch_ema", missing="raises: no reason"),
+    ]
 
 
-def test_readme_table_is_generated_and_checked(result: report.Result, tmp_path: Path) -> None:
-    stored, readme = tmp_path / "cpu.json", tmp_path / "README.md"
-    stored.write_text(json.dumps(result), encoding="utf-8")
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n", encoding="utf-8")
-    arguments = ["--result", str(stored), "--readme", str(readme)]
-    assert report.main([*arguments, "--check"]) == 1
-    assert report.main(arguments) == 0
-    assert report.main([*arguments, "--check"]) == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{report.START}\n")
-    assert text.endswith(f"{report.END}\nafter\n")
-    assert "123 (4.11×)" in text
-    assert "raises" in text
-    assert "old" not in text
+HEADER = {
+    "quick": False,
+    "command": "python -m bench cpu",
+    "date_utc": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789ab",
+    "machine": "x86_64",
+    "system": "Linux",
+    "cpu": "A CPU",
+    "cores": 2,
+    "threads": {"torch": 2, "fastema": 2},
+    "versions": {"python": "3.11.7"},
+}
 
 
-def test_readme_without_markers_is_refused() -> None:
+def cells(text: str, entry: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {entry} "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_a_table_shows_what_its_rows_know() -> None:
+    text = report.markdown("Title", "How.", HEADER, stored_rows())
+    assert f"### {UPDATE}\n\n148 tensors, 5 rounds." in text
+    assert cells(text, "torch_ema") == ["123", "123–185", "4.11", "12.5"]
+    assert cells(text, contest.LIMITS[0])[-1] == "–"
+    assert "Not run:\n\n- torch_ema: raises: no reason." in text
+
+
+def test_rows_of_one_entry_share_a_line() -> None:
+    rows = [
+        Row("t", "one", {"ms": 1.0, "spread_ms": [0, 2], "added": 0.5}, "CPU"),
+        Row("t", "one", {"ms": 2.0}, "GPU"),
+        Row("t", "two", {"ms": 300.0}, "GPU"),
+    ]
+    figures = {**report.FIGURES, "added": Figure("(added)", "({:+.2f})".format)}
+    text = report.table("t", rows, figures)
+    assert cells(text, "ms (added)") == ["CPU", "GPU"]
+    assert cells(text, "one") == ["1.00 (+0.50)", "2.00"]
+    assert cells(text, "two") == ["–", "300"]
+
+
+def test_a_stored_result_is_read_back(tmp_path: Path) -> None:
+    report.store(tmp_path, "cpu", HEADER, stored_rows(), "text")
+    assert report.load(tmp_path / "cpu.json") == (HEADER, stored_rows())
+    assert (tmp_path / "cpu.md").read_text(encoding="utf-8") == "text"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.tensorflow] * name.startswith("tensorflow"))
+        for name in command.QUESTIONS
+        if (report.RESULTS / f"{name}.json").exists()
+    ],
+)
+def test_stored_pages_are_those_of_the_stored_rows(name: str) -> None:
+    try:
+        question = command.load(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    header, rows = report.load(report.RESULTS / f"{name}.json")
+    text = command.page(question, name, header, rows)
+    assert text == (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("failed", "stored"), [(False, True), (True, False)])
+def test_a_failure_leaves_the_stored_result(tmp_path: Path, failed: bool, stored: bool) -> None:
+    rows = [Row("t", "one", missing="it differs", failed=failed)]
+    question = Question("Title", "How.", lambda settings: rows)
+    settings = Settings(quick=True, out=tmp_path)
+    assert command.answer("cpu", question, settings, "python -m bench cpu") is stored
+    assert (tmp_path / "cpu-quick.json").exists() is stored
+
+
+def test_readme_table_is_generated_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report.store(tmp_path, "cpu", HEADER, stored_rows(), "")
+    made = readme.section(tmp_path / "cpu.json")
+    monkeypatch.setattr(readme, "section", lambda: made)
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.START}\nold\n{readme.END}\nafter\n", encoding="utf-8")
+    assert readme.main(check=True, readme=page) == 1
+    assert readme.main(check=False, readme=page) == 0
+    assert readme.main(check=True, readme=page) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{readme.START}\n")
+    assert text.endswith(f"{readme.END}\nafter\n")
+    assert cells(text, "torch_ema")[:2] == ["123 (4.11×)", "raises"]
     with pytest.raises(ValueError, match="lacks the markers"):
-        report.put_between_markers("no table here", "section")
+        readme.put_between_markers("no table here", "section")
+
+
+def test_the_table_in_the_readme_is_the_stored_one() -> None:
+    assert command.main(["--readme", "check"]) == 0

@@ -237,7 +237,7 @@ def homes(script, names):
 
 def seen(peer, statement, names):
     if peer == "timm":
-        from bench.without_torchvision import stand_in
+        from bench.race.without_torchvision import stand_in
         stand_in()
     fastema.compat.install(peer)
     late = written(f"{peer}_late", statement)

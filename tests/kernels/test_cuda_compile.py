@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from bench import kernels_gpu, sass
+from bench.gpu import disassembly
+from bench.questions import kernels_gpu
 from fastema.kernels import cuda
 
 from ..support.requirements import require
@@ -20,7 +21,7 @@ from ..support.requirements import require
 NEEDS = ("numba_cuda", "cuda.core")
 
 
-require(sass.disassembler(), "nvdisasm")
+require(disassembly.disassembler(), "nvdisasm")
 
 # Every operation, format and architecture, in some kernel; every kernel where all are asked for.
 pytestmark = pytest.mark.each_value
@@ -187,8 +188,8 @@ def compiled() -> Iterator[Callable[[Variant], cuda.Binary]]:
 
 
 @lru_cache(maxsize=1)
-def disassembled(cubin: bytes) -> sass.Code:
-    return sass.disassembled(cubin)
+def disassembled(cubin: bytes) -> disassembly.Code:
+    return disassembly.disassembled(cubin)
 
 
 def bits_moved(sides: str, formats: Sequence[str], elements: int = 1) -> Counter[int]:
@@ -216,7 +217,7 @@ def check_report(made: cuda.Binary, variant: Variant) -> None:
     assert 0 < made.registers <= most_registers(operation, formats, layout, capability)
 
 
-def wide_loops(made: cuda.Binary) -> list[list[sass.Instruction]]:
+def wide_loops(made: cuda.Binary) -> list[list[disassembly.Instruction]]:
     """The loops that move 128 bits at a time; nothing may be in local memory."""
     code = disassembled(made.cubin)
     assert not [one for one in code.instructions if one.name in ("LDL", "STL")]
@@ -236,7 +237,7 @@ def check_code(made: cuda.Binary, variant: Variant) -> None:
     elements = 128 // max(bits_moved(reads + writes, formats))
     full = 0
     for loop in wide_loops(made):
-        loads, stores = sass.accesses(loop, "LDG"), sass.accesses(loop, "STG")
+        loads, stores = disassembly.accesses(loop, "LDG"), disassembly.accesses(loop, "STG")
         unrolled = times(bits_moved(reads, formats, elements), loads)
         if unrolled:
             assert not writes or times(bits_moved(writes, formats, elements), stores) == unrolled
@@ -251,7 +252,7 @@ def check_code(made: cuda.Binary, variant: Variant) -> None:
     assert full
 
 
-def check_lerp(loop: list[sass.Instruction], formats: Sequence[str], elements: int) -> None:
+def check_lerp(loop: list[disassembly.Instruction], formats: Sequence[str], elements: int) -> None:
     """One subtraction and one fused multiply-add per element, and no other product."""
     count = Counter(one.name for one in loop)
     kind = "D" if "f64" in formats else "F"
@@ -308,16 +309,8 @@ def test_the_table_of_the_benchmarks(compiled: Callable[[Variant], cuda.Binary])
     (variant,) = variants([("lerp", ("f32", "bf16"))], "flat", [USUAL])
     operation, formats, _, capability = variant
     row = kernels_gpu.row((operation, formats), capability, compiled(variant))
-    assert (row["bytes_per_element"], row["loop_elements"]) == (10, 4)
+    assert (row["bytes"], row["loop_elements"]) == (10, 4)
     assert (row["loads"], row["stores"]) == ({64: 1, 128: 1}, {128: 1})
+    assert kernels_gpu.accesses(row["loads"]) == "128 + 64"
     assert row["loop"]["FFMA"] == row["loop"]["FADD"] == 4
     assert sum(row["loop"].values()) == row["loop_instructions"] < row["instructions"]
-    line = kernels_gpu.table([row]).splitlines()[-1]
-    assert [cell.strip() for cell in line.split("|")[1:6]] == [
-        "lerp f32/bf16",
-        "10",
-        "4",
-        "128 + 64",
-        "128",
-    ]
-    assert f"{row['registers']}; {row['loop_instructions'] / 4:.2f}" in line

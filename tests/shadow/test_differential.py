@@ -29,7 +29,7 @@ Average = dict[str, torch.Tensor]
 
 def timm_model_ema() -> ModuleType:
     """The one file of timm that is needed; the package asks for torchvision."""
-    from bench.peers import timm_model_ema as load
+    from bench.race.peers import timm_model_ema as load
 
     try:
         return load()

@@ -1,0 +1,339 @@
+"""``make gpu-check``, ``python -m bench gpu``: fastema on a GPU, built, tested and measured.
+
+Within the time given it compiles the kernels, runs the tests marked ``gpu``, races fastema against
+its peers, and writes ``bench/results/gpu-<name>.json`` and ``.md``. It takes the Python and the
+packages that are there and leaves out, by name, what is not. ``--device cpu --quick --out DIR``
+runs the same lines without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from bench.gpu.cases import FULL, SMALL, DeviceCase
+from bench.gpu.clock import Budget, Clock, clock_of
+from bench.gpu.race import failure, race
+from bench.gpu.targets import targets
+from bench.race import machine
+from bench.race.question import Question, Settings
+from bench.race.report import RESULTS, ROOT, Figure, Row, Rows, number
+
+_TESTS = ("tests/gpu", "tests/torch")
+_SHARE_OF_TESTS = 0.45
+_MOST_WORKERS = 6
+"""Most of the tests' time goes into compiling kernels, on one core each."""
+_SPARE_S = 15.0
+"""What is kept for the case that is running when the time is up, and for writing the result."""
+_TOOLKIT = Path("/usr/local/cuda")
+
+# -- build ----------------------------------------------------------------------------------------
+
+_FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "f32 -> f32": ("float32", {}),
+    "f64 -> f64": ("float64", {}),
+    "bf16 -> f32": ("bfloat16", {"shadow_dtype": "float32"}),
+    "f16 -> f32": ("float16", {"shadow_dtype": "float32"}),
+    "bf16 -> bf16, nearest": ("bfloat16", {"rounding": "nearest"}),
+    "bf16 -> bf16, stochastic": ("bfloat16", {}),
+    "f16 -> f16, stochastic": ("float16", {}),
+    "bf16 -> bf16+16": ("bfloat16", {"shadow_dtype": "bf16+16"}),
+    "bf16 -> f32, two decays, guard, drift": (
+        "bfloat16",
+        {
+            "decay": (0.99, 0.999),
+            "shadow_dtype": "float32",
+            "on_nonfinite": "skip",
+            "drift": True,
+        },
+    ),
+}
+
+
+def _use(weights: list[torch.Tensor], options: dict[str, Any]) -> None:
+    import fastema
+
+    ema = fastema.EMA(weights, **options)
+    ema.update()
+    with ema.swapped(which=0):
+        pass
+
+
+def _window(weights: list[torch.Tensor], options: dict[str, Any]) -> None:
+    import fastema
+
+    fastema.SMA(weights, **options).update()
+
+
+def build(clock: Clock, most: int | None = None) -> Iterator[Row]:
+    """Use every kind of kernel once, and once more, and yield what that took.
+
+    ``most`` is for dry runs: no more than the first so many.
+    """
+    jobs: dict[str, tuple[Callable[[list[torch.Tensor], dict[str, Any]], None], str, Any]] = {
+        name: (_use, dtype, options) for name, (dtype, options) in _FORMS.items()
+    }
+    jobs["bf16, windowed mean"] = (_window, "bfloat16", {"window": 3})
+    for what, (use, dtype, options) in list(jobs.items())[:most]:
+        figures = {}
+        try:
+            for figure in ("first_ms", "again_ms"):
+                # Without gaps and with them: a kernel each.
+                whole = torch.randn(9_001, device=clock.device).to(getattr(torch, dtype))
+                began = time.perf_counter()
+                use([whole[:5_000], whole[5_001::2]], options)
+                clock.wait()
+                figures[figure] = (time.perf_counter() - began) * 1e3
+        except Exception as error:
+            yield failure("Kernels", f"fastema, {what}", error)
+        else:
+            yield Row("Kernels", what, figures)
+
+
+def _build_with_warnings(clock: Clock, most: int | None) -> Iterator[Row]:
+    """Build, and add what fastema warns of: kernels that it had to do without."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield from list(build(clock, most))
+    ours = (one for one in caught if one.category.__module__.startswith("fastema"))
+    for text in dict.fromkeys(str(one.message) for one in ours):
+        yield Row("Kernels", "warning", missing=text, failed=True)
+
+
+# -- tests ----------------------------------------------------------------------------------------
+
+
+def _reported(path: Path) -> Iterator[Row]:
+    """Yield what pytest reported; nothing was passed where it wrote nothing."""
+    written = path.exists() and path.stat().st_size
+    cases = list(ElementTree.parse(path).iter("testcase")) if written else []
+    failed = [
+        f"{case.get('classname')}.{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skips = (case.find("skipped") for case in cases)
+    reasons = Counter(skip.get("message") or "" for skip in skips if skip is not None)
+    skipped = sum(reasons.values())
+    counts = {"passed": len(cases) - len(failed) - skipped, "failed": len(failed)}
+    yield Row("Tests", "pytest -m gpu", {**counts, "skipped": skipped})
+    for name in failed:
+        yield Row("Tests", name, missing="it failed", failed=True)
+    for reason, times in reasons.items():
+        yield Row("Tests", f"{times} skipped", missing=reason)
+
+
+def run_tests(device: torch.device, limit_s: float, select: str = "") -> Iterator[Row]:
+    """Run the tests marked ``gpu`` in a process of their own, for as long as they may take.
+
+    Parameters
+    ----------
+    device
+        A GPU, or the CPU for those that run there too.
+    limit_s
+        Then they are stopped, and what they found so far is returned.
+    select
+        Only those that pytest's ``-k`` selects by it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", *_TESTS, "-m", "gpu", "-q", f"--junitxml={path}"]
+        command += ["-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short"]
+        if find_spec("xdist") is not None:
+            workers = max(min(machine.cores() // 2, _MOST_WORKERS), 1)
+            command += ["-n", str(workers), "--dist", "loadfile"]
+        command += ["-k", select] if select else []
+        # Of whatever versions are here; what they will drop some day is not the question.
+        for name in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
+            command += ["-W", f"default::{name}"]
+        environment = {**os.environ, "FASTEMA_GPU_TESTS_ON": device.type}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        timed_out = False
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            process.send_signal(signal.SIGINT)  # it still reports what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        yield from _reported(path)
+    if timed_out or process.returncode:
+        reason = "stopped: the time was up" if timed_out else f"status {process.returncode}"
+        yield Row("Tests", "pytest", missing=reason, failed=True)
+
+
+# -- benchmark ------------------------------------------------------------------------------------
+
+
+def benchmark(cases: list[DeviceCase], clock: Clock, budget: Budget) -> Iterator[Row]:
+    """Race the cases in order; those that no time is left for are named."""
+    for case in cases:
+        if not budget.left():
+            yield Row(case.title, "all", missing="dropped, the time was up")
+            continue
+        began = budget.spent()
+        try:
+            yield from race(case, clock, budget)
+            clock.release()
+        except Exception as error:  # a device that failed once may raise at every call
+            yield failure(case.title, "all", error)
+        print(f"{case.name}: {budget.spent() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+# -- the question ---------------------------------------------------------------------------------
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def _facts(settings: Settings) -> dict[str, Any]:
+    refuse(settings)
+    device = torch.device(settings.device)
+    if device.type != "cuda":
+        return {"device": "**Dry run on a CPU: no number here says anything**"}
+    found = torch.cuda.get_device_properties(device)
+    facts = (
+        found.name,
+        f"{found.total_memory / 1e9:.0f} GB",
+        f"{found.multi_processor_count} multiprocessors",
+        f"L2 {found.L2_cache_size / 1e6:.0f} MB",
+        f"capability {found.major}.{found.minor}",
+        f"driver {_driver()}",
+    )
+    return {"device": ", ".join(facts)}
+
+
+def result_name(settings: Settings) -> str:
+    """Return the name of the result's files, without their endings."""
+    device = torch.device(settings.device)
+    if device.type != "cuda":
+        return "gpu-dry-run"
+    name = torch.cuda.get_device_name(device).lower()
+    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-").removeprefix("nvidia-")
+    whole = Settings(out=settings.out, device=settings.device, minutes=settings.minutes)
+    return f"gpu-{name}" + ("" if settings == whole else "-part")
+
+
+def refuse(settings: Settings) -> None:
+    """Leave the program where there is no device, or a dry run would replace results."""
+    dry = torch.device(settings.device).type != "cuda"
+    if not dry and not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA device; --device cpu --quick --out DIR is a dry run")
+    kept = settings.out.resolve()
+    if (dry or settings.quick) and (kept == RESULTS or RESULTS in kept.parents):
+        raise SystemExit("a dry run belongs elsewhere than bench/results: --out DIR")
+
+
+def name_toolkit() -> None:
+    """Say where the compiler of GPU kernels may look for its library, where nobody else does."""
+    if _TOOLKIT.is_dir() and not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
+        os.environ["CUDA_HOME"] = str(_TOOLKIT)
+
+
+def cases(settings: Settings) -> list[str]:
+    """Return the names of all cases; the tensors of a quick run are tiny."""
+    return [case.name for case in (SMALL if settings.quick else FULL)]
+
+
+def rows(settings: Settings) -> Rows:
+    """Build, test and race, as long as there is time."""
+    total = Budget(60 * settings.minutes)
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    name_toolkit()
+    clock = clock_of(device)
+    chosen = [case for case in (SMALL if settings.quick else FULL) if settings.wants(case.name)]
+    found: list[Row] = []
+
+    def tested() -> Iterator[Row]:
+        limit_s = min(_SHARE_OF_TESTS * 60 * settings.minutes, total.left())
+        return run_tests(device, limit_s, settings.select)
+
+    stages: dict[str, Callable[[], Iterator[Row]]] = {
+        "build": lambda: _build_with_warnings(clock, 3 if settings.quick else None),
+        "test": tested,
+        "benchmark": lambda: benchmark(chosen, clock, Budget(total.left() - _SPARE_S)),
+    }
+    seconds = {}
+    for stage, measure in stages.items():
+        if stage in settings.stages:
+            began = total.spent()
+            for row in measure():
+                found.append(row)
+                yield row
+            seconds[stage] = total.spent() - began
+    yield from targets(found)
+    for stage, spent in seconds.items():
+        yield Row("Time taken", stage, {"seconds": spent})
+
+
+METHOD = """\
+All entries of a group run in turn, A B C A B C ..., in one process; a case of which not all entries
+fit in memory at once has several groups. Medians. Each result was found equal to a float64
+reference first. *device* is the time between two events of the device around a call that was queued
+before the device came to it, after memory larger than the caches was read; a call that waits for
+the device itself shows that. *host* is what the call takes the host with nothing queued. TB/s
+counts the least bytes that the work needs, whatever an entry really moves; *the copy* is the
+device's own, of as many bytes up to 4 GB, in the same group. Allocations are requests to torch's
+allocator in one call, and the peak of what they take."""
+
+_milliseconds = "{:.4g}".format
+
+QUESTION = Question(
+    "fastema on a GPU",
+    METHOD,
+    rows,
+    cases,
+    packages=(
+        *("numpy", "numba", "torch", "torch-ema", "ema-pytorch", "timm", "diffusers"),
+        *("numba-cuda", "cuda-core", "cuda-bindings", "cuda-toolkit", "triton", "apex"),
+    ),
+    header=_facts,
+    result_name=result_name,
+    keeps_parts=True,
+    figures={
+        "first_ms": Figure("first use, ms", number),
+        "again_ms": Figure("the next, ms", number),
+        "passed": Figure("passed", str),
+        "failed": Figure("failed", str),
+        "skipped": Figure("skipped", str),
+        "device_ms": Figure("device ms", _milliseconds),
+        "device_spread_ms": Figure("p20–p80", lambda ends: "–".join(map(_milliseconds, ends))),
+        "tbps": Figure("TB/s", number),
+        "share_of_copy": Figure("of the copy", "{:.1%}".format),
+        "ratio": Figure("time / fastema", number),
+        "allocations": Figure("allocations", number),
+        "peak_mb": Figure("peak MB", number),
+        "group": Figure("group", str),
+        "wanted": Figure("wanted", str),
+        "measured": Figure("measured", str),
+        "met": Figure("", lambda met: "met" if met else "missed"),
+        "seconds": Figure("seconds", "{:.0f}".format),
+    },
+)

@@ -1,0 +1,249 @@
+"""Races on a GPU: entries set up, found right, and timed in turn, as many at once as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from statistics import median
+
+import torch
+from torch import nn
+
+from bench.gpu.cases import DeviceCase, build, fill_, least_memory, traffic
+from bench.gpu.clock import Budget, Clock, Memory
+from bench.gpu.peers import COPY, DEVICE_PEERS, refusals
+from bench.race.checks import sample
+from bench.race.clock import interleave, spread
+from bench.race.contest import Job
+from bench.race.flat_module import DTYPES
+from bench.race.jobs import DECAY, check_update
+from bench.race.peers import OURS, Peer
+from bench.race.report import Row
+from bench.race.shapes import total_elements
+
+_COPY_BYTES = 2 << 30
+_WARM_UP, _HOST_ROUNDS, _HOST_S = 2, 15, 0.5
+_OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Started:
+    """An entry that was found right and is ready to be timed."""
+
+    name: str
+    update: Job
+    host_s: float
+    memory: Memory | None
+
+
+def start(peer: Peer, model: nn.Module, case: DeviceCase, clock: Clock, seed: int) -> Started:
+    """Set an entry up, compare its first result with the float64 reference, and warm it up.
+
+    Raises
+    ------
+    AssertionError
+        The result differs.
+    """
+    running = peer.setup(model, DECAY, DTYPES[case.average_dtype])
+    # Whatever set-up did, the averages still equal these weights.
+    before = [sample(p) for p in model.parameters()]
+    fill_(model, seed)
+    check_update(peer, running, model, before)
+    for _ in range(_WARM_UP):
+        running.update()
+    memory = clock.memory(running.update)
+    return Started(peer.name, running.update, _host_time(running.update, clock), memory)
+
+
+def _host_time(job: Job, clock: Clock) -> float:
+    """The median of some calls, of fewer where they take long."""
+    times = [clock.host_time(job)]
+    while len(times) < _HOST_ROUNDS and sum(times) < _HOST_S:
+        times.append(clock.host_time(job))
+    return median(times)
+
+
+def groups(
+    peers: Sequence[Peer],
+    begin: Callable[[Peer], Started],
+    give_up: Callable[[str, Exception | None], None],
+    clock: Clock,
+    least: int = 0,
+) -> Iterator[list[Started]]:
+    """Yield groups of started entries that fit in memory together, until all have been in one.
+
+    Parameters
+    ----------
+    peers
+        In order of importance.
+    begin
+        Starts one; it may run out of memory.
+    give_up
+        Told the name of each that cannot run, and the error; None where it does not fit even alone.
+    clock
+        Of the device whose memory it is.
+    least
+        Bytes that every entry takes: with fewer free it is not begun beside others.
+    """
+    waiting = list(peers)
+    while waiting:
+        group: list[Started] = []
+        left: list[Peer] = []
+        for peer in waiting:
+            if group and clock.free_bytes() < least:
+                left.append(peer)
+                continue
+            try:
+                group.append(begin(peer))
+            except _OUT_OF_MEMORY:
+                left.append(peer)
+            except Exception as error:
+                give_up(peer.name, error.with_traceback(None))  # the frames hold memory
+            else:
+                if len(group) == 1 or _room(group, clock):
+                    continue
+                group.pop()
+                left.append(peer)
+            clock.release()
+        if not group:
+            for peer in left:
+                give_up(peer.name, None)
+            return
+        yield group
+        group.clear()
+        clock.release()
+        waiting = left
+
+
+def _room(group: Sequence[Started], clock: Clock) -> bool:
+    """Whether there is memory for what each of a group allocates in passing."""
+    passing = max((one.memory.peak_bytes for one in group if one.memory is not None), default=0)
+    if passing > clock.free_bytes():
+        clock.release()
+    return passing <= clock.free_bytes()
+
+
+class Copy:
+    """The device's own copy from one memory to another.
+
+    Parameters
+    ----------
+    nbytes
+        Read and written together; of the largest cases a part, which is as fast.
+    device
+        Whose memory.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        count = max(min(nbytes // 2, _COPY_BYTES) // 4, 1)
+        self._source = torch.randn(count, device=device)
+        self._target = torch.empty_like(self._source)
+        self.nbytes = 2 * 4 * count
+
+    def __call__(self) -> None:
+        self._target.copy_(self._source)
+
+
+def race(
+    case: DeviceCase, clock: Clock, budget: Budget, peers: Sequence[Peer] = DEVICE_PEERS
+) -> list[Row]:
+    """Run one case; return the rows of all entries, of those that did not run with the reason."""
+    needed, free = least_memory(case), clock.free_bytes()
+    if needed > 0.95 * free:
+        reason = f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+        return [Row(case.title, "all", missing=reason)]
+    out = refusals(case, clock.device)
+    missing = [Row(case.title, name, missing=reason) for name, reason in out.items()]
+    model = build(case, clock.device)
+    field = _Field(case, model, Copy(traffic(case, model), clock.device), clock, budget)
+    seeds = count(1)
+
+    def begin(peer: Peer) -> Started:
+        if not budget.left():
+            raise TimeoutError("no time was left")
+        return start(peer, model, case, clock, next(seeds))
+
+    def give_up(name: str, error: Exception | None) -> None:
+        if error is None:
+            missing.append(Row(case.title, name, missing="needs more memory than there is"))
+        elif isinstance(error, TimeoutError):
+            missing.append(Row(case.title, name, missing=str(error)))
+        else:
+            missing.append(failure(case.title, name, error))
+
+    chosen = [peer for peer in peers if peer.name not in out]
+    average = total_elements(case.inventory()) * DTYPES[case.average_dtype].itemsize
+    rows: list[Row] = []
+    with torch.no_grad():
+        for group, started in enumerate(groups(chosen, begin, give_up, clock, average), 1):
+            rows += field.run(started, group)
+    ours = next((row["device_ms"] for row in rows if row.entry == OURS), None)
+    torch._dynamo.reset()  # what was compiled holds its tensors
+    return [_with_ratio(row, ours) for row in rows] + missing
+
+
+def _with_ratio(row: Row, ours: float | None) -> Row:
+    ratio = None if ours is None else row["device_ms"] / ours
+    return replace(row, figures={**row.figures, "ratio": ratio})
+
+
+def failure(table: str, entry: str, error: BaseException) -> Row:
+    """Return the row of an entry that raised, or computed something else.
+
+    Only that of an entry of ours is an error of the check.
+    """
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return Row(table, entry, missing=text, failed=entry.startswith(("fastema", "all")))
+
+
+@dataclass(frozen=True)
+class _Field:
+    """What the entries of a case race on: the weights, and the copy that they are set against."""
+
+    case: DeviceCase
+    model: nn.Module
+    copy: Copy
+    clock: Clock
+    budget: Budget
+
+    def run(self, started: Sequence[Started], group: int) -> list[Row]:
+        """Time a group of entries and the copy in turn, and return their rows."""
+        weights = [p.detach() for p in self.model.parameters()]
+        hosts = {one.name: one.host_s for one in started}
+        hosts[COPY] = _host_time(self.copy, self.clock)
+        durations = interleave(
+            {one.name: one.update for one in started} | {COPY: self.copy},
+            self.case.rounds,
+            budget_s=min(self.case.budget_s, self.budget.left()),
+            settle_s=0.0,
+            before_round=lambda: torch._foreach_neg_(weights),
+            time_of=lambda name, job: self.clock.device_time(job, 2 * hosts[name] + 50e-6),
+        )
+        per_second = self.copy.nbytes / median(durations[COPY])
+        memories = {one.name: one.memory for one in started}
+        inventory = self.case.inventory()
+        elements = total_elements(inventory)
+        nbytes = traffic(self.case, self.model)
+        rows = []
+        for name, times in durations.items():
+            typical, memory = median(times), memories.get(name)
+            moved = self.copy.nbytes if name == COPY else nbytes
+            figures = {
+                "n_tensors": len(inventory),
+                "n_elements": elements,
+                "bytes_per_element": nbytes / elements,
+                "bytes": moved,
+                "rounds_in_group": len(times),
+                "device_ms": typical * 1e3,
+                "device_spread_ms": [one * 1e3 for one in spread(times)],
+                "host_us": hosts[name] * 1e6,
+                "tbps": moved / typical / 1e12,
+                "share_of_copy": moved / typical / per_second,
+                "allocations": None if memory is None else memory.allocations,
+                "peak_mb": None if memory is None else memory.peak_bytes / 1e6,
+                "driver_bytes": None if memory is None else memory.driver_bytes,
+                "group": group,
+            }
+            rows.append(Row(self.case.title, name, figures))
+        return rows

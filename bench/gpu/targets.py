@@ -1,0 +1,112 @@
+"""What was aimed at on a GPU, and what was found. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from bench.race.report import Row, number
+
+OURS, PLAN, CAPTURED = "fastema.EMA", "fastema.Plan.lerp_", "fastema.EMA, captured"
+SAMPLED, COMPILED = "fastema.EMA, watch=sample", "torch.compile of a lerp_ loop"
+
+SAME = "Update: flat-1B, f32 model, f32 average"
+MIXED = "Update: flat-1B, bf16 model, f32 average"
+NARROW = "Update: flat-1B, bf16 model, bf16 average"
+SMALL = "Update: small-1000, f32 model, f32 average"
+GPT2 = "Update: gpt2-small, bf16 model, f32 average"
+
+
+class Found:
+    """The figures of a run, by case and entry; None where there is none."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = [row for row in rows if "device_ms" in row.figures]
+
+    def least(self, case: str, fits: Callable[[str], bool], figure: str) -> float | None:
+        """Return the least of a figure over the entries that fit."""
+        found = [r[figure] for r in self._rows if r.table == case and fits(r.entry)]
+        return min(found, default=None)
+
+    def of(self, case: str, entry: str, figure: str = "device_ms") -> float | None:
+        """Return a figure of one entry."""
+        return self.least(case, lambda name: name == entry, figure)
+
+    def replay_beyond_plan(self, case: str) -> float | None:
+        """Return by how many microseconds a replay takes the device longer than the bare kernel."""
+        replay, bare = self.of(case, CAPTURED), self.of(case, PLAN)
+        return None if replay is None or bare is None else (replay - bare) * 1e3
+
+    def allocations(self) -> float | None:
+        """Return the most memory requests of an update of ours."""
+        counted = [r["allocations"] for r in self._rows if r.entry.startswith("fastema")]
+        return None if None in counted or not counted else max(counted)
+
+
+def _over(one: float | None, other: float | None) -> float | None:
+    return None if one is None or not other else one / other
+
+
+def _of_torch(entry: str) -> bool:
+    """Whether an entry is torch itself: an operation, a loop, `AveragedModel`."""
+    return entry.startswith(("torch ", "torch.", "AveragedModel"))
+
+
+def _of_eager_torch(entry: str) -> bool:
+    return _of_torch(entry) and entry != COMPILED
+
+
+def targets(rows: Sequence[Row]) -> Iterator[Row]:
+    """Yield what was aimed at, what was found, and whether it is met."""
+    found = Found(rows)
+    ms = found.of
+    eager = found.least(MIXED, _of_eager_torch, "device_ms")
+    any_torch = found.least(MIXED, _of_torch, "device_ms")
+    averaged_model = found.least(SMALL, lambda e: e.startswith("AveragedModel"), "host_us")
+    host = ms(SMALL, OURS, "host_us")
+    against_torch = "bf16 -> f32, 1B elements, against the best of torch, "
+    wanted = [
+        ("f32 -> f32, 1B elements, of the copy", ">=", 0.92, "", ms(SAME, OURS, "share_of_copy")),
+        ("bf16 -> f32, 1B elements, of the copy", ">=", 0.92, "", ms(MIXED, OURS, "share_of_copy")),
+        (f"{against_torch}not compiled", ">=", 1.7, "×", _over(eager, ms(MIXED, OURS))),
+        (
+            f"{against_torch}torch.compile included",
+            *(">=", 1.7, "×", _over(any_torch, ms(MIXED, OURS))),
+        ),
+        (
+            "bf16 at random, 1B elements, against timm ModelEmaV3, stochastic",
+            *(">=", 6.0, "×", _over(ms(NARROW, "timm ModelEmaV3, stochastic"), ms(NARROW, OURS))),
+        ),
+        (
+            "1,000 small tensors, host time against AveragedModel, its faster way",
+            *(">=", 20.0, "×", _over(averaged_model, host)),
+        ),
+        ("1,000 small tensors, host time of an update", "<=", 100.0, " µs", host),
+        (
+            "1,000 small tensors, host time of an update, watch=sample",
+            *("<=", 15.0, " µs", ms(SMALL, SAMPLED, "host_us")),
+        ),
+        (
+            "device time of a replay beyond that of the bare kernel, 1,000 small tensors",
+            *("<=", 5.0, " µs", found.replay_beyond_plan(SMALL)),
+        ),
+        ("the same, GPT-2 small, bf16 -> f32", "<=", 5.0, " µs", found.replay_beyond_plan(GPT2)),
+        (
+            "memory requests of an update, the most of all cases",
+            *("<=", 0.0, "", found.allocations()),
+        ),
+    ]
+    for target, sign, bound, unit, value in wanted:
+        figures = {
+            "wanted": f"{sign} {number(bound)}{unit}",
+            "measured": None if value is None else f"{number(value)}{unit}",
+            "value": value,
+            "met": None if value is None else value >= bound if sign == ">=" else value <= bound,
+        }
+        yield Row("Targets", target, figures)
+    level = _over(ms(SAME, "torch._foreach_lerp_"), ms(SAME, OURS))
+    measured = None if level is None else f"{number(level)}×"
+    yield Row(
+        "Targets",
+        "f32 -> f32, 1B elements, against torch._foreach_lerp_, one pass as well",
+        {"wanted": None, "measured": measured, "value": level, "met": None},
+    )

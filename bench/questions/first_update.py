@@ -1,0 +1,94 @@
+"""How long until the first update: importing, compiling, and finding compiled code on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.race.clock import timing
+from bench.race.question import Question, Settings
+from bench.race.report import ROOT, Figure, Row, Rows
+
+
+@dataclass(frozen=True)
+class Start:
+    """One figure: the time of `timed`, after `untimed`, in a fresh process."""
+
+    name: str
+    timed: str
+    untimed: str = ""
+    compiles: bool = False
+
+
+_ARRAYS = "import numpy as np; a, x = np.ones(1000, 'f4'), np.zeros(1000, 'f4')"
+_MODEL = "import torch; model = torch.nn.Linear(100, 100)"
+
+STARTS = (
+    Start("import numpy", "import numpy"),
+    Start("import numba", "import numba"),
+    Start("import fastema", "import fastema"),
+    Start(
+        "import fastema, first lerp_ of NumPy arrays",
+        f"{_ARRAYS}\nimport fastema; fastema.lerp_([a], [x], 0.1)",
+        compiles=True,
+    ),
+    Start(
+        "import fastema, EMA(model), first update, f32; torch imported before",
+        "import fastema; fastema.EMA(model).update()",
+        untimed=_MODEL,
+        compiles=True,
+    ),
+    Start(
+        "import fastema, EMA(model), first update, bf16 model, f32 average; torch imported before",
+        "import fastema; fastema.EMA(model, shadow_dtype=torch.float32).update()",
+        untimed=f"{_MODEL}.bfloat16()",
+        compiles=True,
+    ),
+)
+
+
+def seconds(start: Start, cache: Path) -> float:
+    """Return the time of one start in a fresh process that caches compiled code in `cache`."""
+    code = (
+        f"import time\n{start.untimed}\nbegin = time.perf_counter()\n"
+        f"{start.timed}\nprint(time.perf_counter() - begin)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout)
+
+
+def rows(settings: Settings) -> Rows:
+    """Yield one row per start, two (cold and warm) where it compiles."""
+    with tempfile.TemporaryDirectory() as folder:  # the imported packages' files are in memory
+        seconds(STARTS[-1], Path(folder))
+    for start in STARTS:
+        times: dict[str, list[float]] = {"cold": [], "warm": []}
+        for _ in range(1 if settings.quick else 7):
+            with tempfile.TemporaryDirectory() as folder:
+                if start.compiles:
+                    times["cold"].append(seconds(start, Path(folder)))
+                times["warm"].append(seconds(start, Path(folder)))
+        for cache, found in times.items():
+            if found:
+                cached = cache if start.compiles else ""
+                yield Row("Fresh processes", start.name, {"cache": cached, **timing(found)})
+
+
+METHOD = """\
+Each figure comes from fresh processes. A cold start finds an empty cache folder; the warm start
+after it, what the cold one left there."""
+
+QUESTION = Question(
+    "How long until the first update", METHOD, rows, figures={"cache": Figure("cache", str)}
+)

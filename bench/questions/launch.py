@@ -1,0 +1,144 @@
+"""What an update of a GPU model costs the host, measured without a GPU.
+
+The real bindings call a driver that does nothing (``tests/engine/stub_libcuda.c``), and PyTorch's
+CPU tensors pass for tensors on a GPU. What is missing is the time inside the real driver, about two
+microseconds per launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.race.clock import timing
+from bench.race.processes import call_apart
+from bench.race.question import Question, Settings
+from bench.race.report import ROOT, Figure, Row, Rows
+
+SOURCE = ROOT / "tests" / "engine" / "stub_libcuda.c"
+COUNTS = (10, 100, 1_000)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "EMA": {},
+    'EMA, watch="sample"': {"watch": "sample"},
+    "EMA, capturable": {"capturable": True},
+    'EMA, capturable, watch="sample"': {"capturable": True, "watch": "sample"},
+}
+
+
+class DeviceContext:
+    """A device whose memory is the host's."""
+
+    index, device = 0, "cuda:0"
+
+    def stream(self) -> int:
+        return 7
+
+    def capturing(self) -> bool:
+        return False
+
+    def upload(self, array: np.ndarray) -> tuple[np.ndarray, int]:
+        there = array.copy()
+        return there, there.ctypes.data
+
+    def write(self, owner: np.ndarray, array: np.ndarray) -> None:
+        owner[...] = array
+
+    def hold(self, owners: Any) -> bool:
+        return True
+
+
+def on_a_gpu() -> None:
+    """Let PyTorch's tensors pass for tensors on a GPU, and kernels for compiled ones."""
+    import torch
+
+    from fastema.bridges import torch as bridge
+    from fastema.engine import cuda
+    from fastema.engine.cubins import Cubin
+
+    describe, zeros, context = bridge.describe, bridge.zeros, DeviceContext()
+
+    def described(tensor: torch.Tensor) -> Any:
+        return replace(describe(tensor), device=context.device, context=context)
+
+    bridge.describe = described
+    bridge.zeros = lambda length, code, _: zeros(length, code, "cpu")
+    cuda.cubin = lambda key: Cubin(key.operation, bytes(64))
+
+
+def durations(call: Callable[[], object], rounds: int, calls: int) -> list[float]:
+    """Return the seconds of so many calls, in every round."""
+    found = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
+    """Measure in a process whose bindings find the driver that does nothing."""
+    import torch
+    from cuda.bindings import driver
+
+    import fastema
+
+    on_a_gpu()
+    _, device = driver.cuDeviceGet(0)
+    driver.cuCtxPushCurrent(driver.cuDevicePrimaryCtxRetain(device)[1])  # as PyTorch would have
+    counter = ctypes.c_int64.in_dll(ctypes.CDLL("libcuda.so.1"), "stub_count")
+    rows = []
+    for count in COUNTS:
+        torch.manual_seed(0)
+        model = torch.nn.ParameterList(torch.randn(64) for _ in range(count))
+        for name, options in VARIANTS.items():
+            ema = fastema.EMA(model, 0.999, **options)
+            durations(ema.update, 1, 100)
+            counter.value = 0
+            ema.update()
+            asked = counter.value
+            figures = timing(durations(ema.update, rounds, calls), "us", calls)
+            figures["driver_calls"] = asked
+            rows.append({"table": f"{count:,} tensors", "entry": name, "figures": figures})
+    return rows
+
+
+def rows(settings: Settings) -> Rows:
+    """Build the driver that does nothing, and measure with it."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise SystemExit("the question `launch` needs a C compiler, called cc")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "libcuda.so.1"
+        made = [compiler, "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([*made, "-o", str(library), str(SOURCE)], check=True)
+        paths = [folder, os.environ.get("LD_LIBRARY_PATH", "")]
+        environment = {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
+        amount = (5, 200) if settings.quick else (21, 1_000)
+        return [Row(**row) for row in call_apart(measure, *amount, environment=environment)]
+
+
+METHOD = """\
+The real bindings call a driver that does nothing, PyTorch's CPU tensors pass for tensors on a GPU:
+what is missing is the time inside the real driver, about 2 µs per launch. Tensors of 64 elements in
+a `torch.nn.ParameterList`; medians of rounds of 1,000 updates, 200 in quick mode. *All* looks at
+every tensor for one that moved, *sample* at a sixteenth of them in turn. Calls of the driver per
+update: one launch for the weights, one that advances the clock where there is one, and before each
+the question which context is current."""
+
+QUESTION = Question(
+    "What an update of a GPU model costs the host",
+    METHOD,
+    rows,
+    figures={"driver_calls": Figure("driver calls", str)},
+)

@@ -1,0 +1,124 @@
+"""The cases: which tensors, in which dtypes, how often. Importable without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from bench.race import shapes
+
+BYTES = {"f32": 4, "bf16": 2}
+"""Bytes of one element per dtype code."""
+
+MIXES = ("f32/f32", "bf16/f32", "bf16/bf16")
+"""Model dtype / average dtype."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One race: a shape inventory in one mix of dtypes.
+
+    Parameters
+    ----------
+    model
+        Name of the inventory.
+    mix
+        One of `MIXES`.
+    inventory
+        Makes the list of names and shapes.
+    rounds
+        Timed rounds after the warm-up round, as far as `budget_s` goes.
+    question
+        ``"update"``: one update of the average. ``"swap"``: average into the model and back.
+    hot
+        Call each job once, untimed, right before the timed call: its tensors lie in the caches as
+        far as they fit. Otherwise the other jobs have run in between and evicted what they could.
+    memory
+        Measure peak extra memory too, which takes a process per peer.
+    budget_s
+        Time after which no new round begins, in seconds.
+    """
+
+    model: str
+    mix: str
+    inventory: Callable[[], shapes.Inventory]
+    rounds: int
+    question: Literal["update", "swap"] = "update"
+    hot: bool = False
+    memory: bool = True
+    budget_s: float = 60.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.question}:{self.model}{'-hot' if self.hot else ''}:{self.mix}"
+
+    @property
+    def title(self) -> str:
+        """Of its table."""
+        kind = "Update" if self.question == "update" else "Swap and back"
+        weights, average = self.mix.split("/")
+        hot = ", hot" if self.hot else ""
+        return f"{kind}: {self.model}{hot}, {weights} model, {average} average"
+
+    @property
+    def weight_dtype(self) -> str:
+        return self.mix.split("/")[0]
+
+    @property
+    def average_dtype(self) -> str:
+        return self.mix.split("/")[1]
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Least traffic per element: each side read once, and written once where it changes.
+
+        An update reads the weight and the average and writes the average. Putting the average
+        into the model and taking it out again is two swaps; each reads and writes both sides.
+        """
+        weight, average = BYTES[self.weight_dtype], BYTES[self.average_dtype]
+        if self.question == "swap":
+            return 2 * (2 * weight + 2 * average)
+        return weight + 2 * average
+
+
+FULL = [
+    Case(model, mix, inventory, rounds, hot=hot, memory=not hot)
+    for model, inventory, rounds, hot in (
+        ("gpt2-small", shapes.gpt2, 20, False),
+        ("resnet50", shapes.resnet50, 30, False),
+        ("small-1000", shapes.many_small, 100, False),
+        ("small-1000", shapes.many_small, 100, True),
+        ("equal-400x50k", shapes.equal, 30, False),
+        ("flat-100M", shapes.flat, 20, False),
+    )
+    for mix in MIXES
+] + [Case("gpt2-small", mix, shapes.gpt2, 15, question="swap") for mix in ("f32/f32", "bf16/f32")]
+
+_QUICK_GPT2 = partial(shapes.gpt2, layers=2, vocab=8_192)
+_QUICK_S = 0.8
+
+QUICK = [
+    Case(
+        model,
+        mix,
+        inventory,
+        15,
+        hot=hot,
+        memory=model.startswith("gpt2") and mix == "bf16/f32",
+        budget_s=_QUICK_S,
+    )
+    for model, inventory, hot, mixes in (
+        ("gpt2-2-layers", _QUICK_GPT2, False, MIXES),
+        ("resnet50", shapes.resnet50, False, MIXES[:1]),
+        ("small-1000", shapes.many_small, False, MIXES),
+        ("small-1000", shapes.many_small, True, MIXES[:1]),
+        ("equal-400x20k", partial(shapes.equal, elements=20_000), False, MIXES[:1]),
+        ("flat-10M", partial(shapes.flat, elements=10_000_000), False, MIXES),
+    )
+    for mix in mixes
+] + [
+    Case("gpt2-2-layers", mix, _QUICK_GPT2, 15, question="swap", budget_s=_QUICK_S)
+    for mix in ("f32/f32", "bf16/f32")
+]

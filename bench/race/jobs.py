@@ -1,0 +1,111 @@
+"""From a case to its jobs: named zero-argument calls, set up and found right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from bench.race.cases import Case
+from bench.race.checks import assert_averaged, assert_equal, sample
+from bench.race.contest import Job
+from bench.race.flat_module import DTYPES, FlatModule, build, randomise_
+from bench.race.peers import PEERS, SWAPS, Peer, Running
+
+DECAY = 0.9
+"""Low, so that one update shows even in a bf16 average and the check before the race means
+something. The time of an update does not depend on it."""
+
+
+def table(case: Case) -> tuple[Peer, ...]:
+    """Return the peers that answer the case's question."""
+    return SWAPS if case.question == "swap" else PEERS
+
+
+def refusals(case: Case) -> dict[str, str]:
+    """Return name -> reason of the peers that do not take part in a case."""
+    reasons = {}
+    for peer in table(case):
+        if case.mix in peer.refusals:
+            reasons[peer.name] = peer.refusals[case.mix].reason
+        elif (missing := peer.missing()) is not None:
+            reasons[peer.name] = missing
+    return reasons
+
+
+@contextmanager
+def naming(case: Case, peer: str) -> Iterator[None]:
+    """Put the names of case and peer in front of a failed check."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{case.name}, {peer}: {error}") from error
+
+
+def check_update(peer: Peer, running: Running, model: nn.Module, before: list[Tensor]) -> None:
+    """Update once from averages that equal ``before``, and refuse a result that differs."""
+    running.update()
+    assert_averaged(
+        running.average(),
+        before,
+        list(model.parameters()),
+        DECAY,
+        rounds_weights=peer.rounds_weights,
+        stochastic=peer.stochastic,
+    )
+
+
+def _check_swap(running: Running, model: FlatModule, averages: list[Tensor]) -> None:
+    """Swap once, and refuse averages or weights that are not where they belong."""
+    weights = [sample(p) for p in model.parameters()]
+    running.apply()
+    assert_equal(list(model.parameters()), averages)
+    running.restore()
+    assert_equal(list(model.parameters()), weights)
+    assert_equal(running.average(), averages)
+
+
+def _there_and_back(running: Running) -> Job:
+    def job() -> None:
+        running.apply()
+        running.restore()
+
+    return job
+
+
+def prepare(case: Case, *, only: str | None = None, check: bool = True) -> dict[str, Job]:
+    """Set up the peers that take part in `case`, on one model, and return name -> call.
+
+    Parameters
+    ----------
+    case
+        What to do to which tensors.
+    only
+        Name of the one peer to set up; all where it is None.
+    check
+        Compare the first result of each with what it must be.
+
+    Raises
+    ------
+    AssertionError
+        A result differs; the text names case and peer.
+    """
+    model = build(case.inventory(), case.weight_dtype)
+    out = refusals(case)
+    peers = [p for p in table(case) if p.name not in out and only in (None, p.name)]
+    states = {peer: peer.setup(model, DECAY, DTYPES[case.average_dtype]) for peer in peers}
+    # Whatever a peer did so far, its averages still equal these weights.
+    before = [sample(p) for p in model.parameters()] if check else []
+    randomise_(model, seed=1)
+    jobs: dict[str, Job] = {}
+    for peer, running in states.items():
+        swaps = case.question == "swap"
+        jobs[peer.name] = _there_and_back(running) if swaps else running.update
+        if check:
+            with naming(case, peer.name):
+                if swaps:
+                    _check_swap(running, model, before)
+                else:
+                    check_update(peer, running, model, before)
+    return jobs

@@ -1,0 +1,70 @@
+"""What the Keras questions share: backends in processes of their own, a network, a clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from bench.race.processes import call_apart
+from bench.race.question import Settings
+from bench.race.report import Row
+
+BACKENDS = {"tensorflow": "TensorFlow", "torch": "PyTorch", "jax": "JAX"}
+PACKAGES = ("numpy", "numba", "keras", "torch", "tensorflow-cpu", "tensorflow", "jax")
+BATCH = 32
+
+
+def backends(settings: Settings) -> list[str]:
+    """Return the names that ``--case`` can choose from."""
+    return list(BACKENDS)
+
+
+def on_each_backend(
+    measure: Callable[[bool], list[dict[str, Any]]], settings: Settings
+) -> Iterator[Row]:
+    """Yield the rows of each backend, which Keras takes when it is imported, for good.
+
+    Parameters
+    ----------
+    measure
+        Called in a process of its own with `settings.quick`; returns rows as dicts.
+    settings
+        Of the run.
+    """
+    for backend, name in BACKENDS.items():
+        if settings.wants(backend):
+            quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_BACKEND": backend}
+            for row in call_apart(measure, settings.quick, environment=quiet):
+                yield replace(Row(**row), column=name)
+
+
+def perceptron() -> Any:
+    """A perceptron of a million weights in 6 tensors."""
+    import keras
+
+    dense = keras.layers.Dense
+    layers = [dense(800, "relu"), dense(480, "relu"), dense(10)]
+    return keras.Sequential([keras.Input((784,)), *layers], name="net")
+
+
+def epoch_clock() -> Any:
+    """A callback that times epochs from within: without what fit() does before and after."""
+    import keras
+
+    class Clock(keras.callbacks.Callback):  # type: ignore[misc]
+        """Has no hook for batches, which would end asynchronous dispatch on JAX."""
+
+        seconds = 0.0
+
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self._began = time.perf_counter()
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            for variable in self.model.trainable_variables:  # waits for what is still computed
+                if hasattr(variable.value, "block_until_ready"):
+                    variable.value.block_until_ready()
+            self.seconds = time.perf_counter() - self._began
+
+    return Clock()

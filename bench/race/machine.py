@@ -1,0 +1,85 @@
+"""What a result has to say about where it comes from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bench.race.report import ROOT
+
+PACKAGES = ("numpy", "numba", "torch", "torch-ema", "ema-pytorch", "timm", "diffusers")
+
+
+def cpu_model() -> str:
+    """Return the CPU's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Return the number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of Python, fastema and whatever is compared, as far as installed."""
+    import fastema
+
+    found = {"python": platform.python_version(), "fastema": fastema.__version__}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Return the checkout's commit, with a ``+`` where files differ from it; empty without git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def header(command: str, quick: bool, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+    """Return the header of a result: machine, threads, versions, command, date, commit."""
+    import torch
+
+    import fastema
+
+    return {
+        "quick": quick,
+        "command": command,
+        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "threads": {"torch": torch.get_num_threads(), "fastema": fastema.get_num_threads()},
+        "versions": versions(packages),
+    }

@@ -1,0 +1,228 @@
+"""One type of row, one printer of tables, one writer of results. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one entry.
+
+    Parameters
+    ----------
+    table
+        Title of the table that it stands in.
+    entry
+        What was measured; the first cell of its line.
+    figures
+        Name -> number, or whatever JSON holds. Those that `FIGURES` or the question's own figures
+        name are shown, in this order; the others are only stored.
+    column
+        Rows of one table that differ in it share a line: each is one cell, under this head.
+    missing
+        Why there are no figures.
+    failed
+        Whether that is an error.
+    """
+
+    table: str
+    entry: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    column: str = ""
+    missing: str = ""
+    failed: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return self.figures[name]
+
+
+Rows = Iterable[Row]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How a figure is shown: the head of its column, and its text.
+
+    With `caption` it stands above the table as long as all rows agree on it; with `detail` it is
+    left out where rows share a line.
+    """
+
+    head: str
+    text: Callable[[Any], str]
+    caption: bool = False
+    detail: bool = False
+
+
+def number(value: float | None) -> str:
+    """Return a number with three significant digits, a dash for None."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{1 if abs(value) >= 10 else 2}f}"
+
+
+def span(ends: Sequence[float]) -> str:
+    """Return two numbers as a range."""
+    return "–".join(map(number, ends))
+
+
+_count = "{:,}".format
+
+FIGURES = {
+    "n_tensors": Figure("tensors", _count, caption=True),
+    "n_elements": Figure("elements", _count, caption=True),
+    "bytes_per_element": Figure("bytes per element", "{:.3g}".format, caption=True),
+    "rounds": Figure("rounds", _count, caption=True),
+    "ms": Figure("ms", number),
+    "spread_ms": Figure("p20–p80", span, detail=True),
+    "us": Figure("µs", number),
+    "spread_us": Figure("p20–p80", span, detail=True),
+    "gbps": Figure("GB/s", number),
+    "share_of_limit": Figure("of the limit", "{:.0%}".format),
+    "ratio": Figure("time / the first", number),
+    "peak_extra_mb": Figure("peak extra MB", number),
+    "host_us": Figure("host µs", number),
+}
+"""Figures that several questions give: `ms` and `us` are medians, spreads are percentiles."""
+
+
+def aligned(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns also line up as plain text; the first is left-bound."""
+    lines = [head, *body]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+
+    def render(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]) + " |"
+
+    rule = "|" + "|".join(
+        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":"
+        for column, width in enumerate(widths)
+    )
+    return "\n".join([render(head), rule + "|", *map(render, lines[1:])])
+
+
+def _text(row: Row, name: str, figures: Mapping[str, Figure]) -> str:
+    if name not in row.figures:
+        return ""
+    value = row[name]
+    return "–" if value is None else figures[name].text(value)
+
+
+def _lines(
+    rows: list[Row], shown: list[str], figures: Mapping[str, Figure]
+) -> tuple[list[str], list[list[str]]]:
+    """Return head and body of a table with a line for each row."""
+    body = [[row.entry, *(_text(row, name, figures) for name in shown)] for row in rows]
+    return ["", *(figures[name].head for name in shown)], body
+
+
+def _crossed(
+    rows: list[Row], shown: list[str], figures: Mapping[str, Figure]
+) -> tuple[list[str], list[list[str]]]:
+    """Return head and body of a table with a line for each entry and its rows side by side."""
+    columns = list(dict.fromkeys(row.column for row in rows))
+    cells = {
+        (row.entry, row.column): " ".join(
+            filter(None, (_text(row, name, figures) for name in shown))
+        )
+        for row in rows
+    }
+    entries = dict.fromkeys(row.entry for row in rows)
+    head = [" ".join(figures[name].head for name in shown), *columns]
+    return head, [[entry, *(cells.get((entry, c), "–") for c in columns)] for entry in entries]
+
+
+def table(title: str, rows: list[Row], figures: Mapping[str, Figure]) -> str:
+    """Return a table with its title, what all its rows agree on, and what was not run."""
+    measured = [row for row in rows if not row.missing]
+    names = [n for n in dict.fromkeys(n for row in measured for n in row.figures) if n in figures]
+    crossed = any(row.column for row in measured)
+    parts = [f"### {title}"]
+    caption = [
+        n for n in names if figures[n].caption and len({r.figures.get(n) for r in measured}) == 1
+    ]
+    if caption:
+        facts = (f"{figures[n].text(measured[0][n])} {figures[n].head}" for n in caption)
+        parts.append(", ".join(facts) + ".")
+    if measured:
+        shown = [
+            n
+            for n in names
+            if n not in caption and not (crossed and (figures[n].caption or figures[n].detail))
+        ]
+        parts.append(aligned(*(_crossed if crossed else _lines)(measured, shown, figures)))
+    for kind, failed in (("Not run", False), ("Failed", True)):
+        out = [row for row in rows if row.missing and row.failed is failed]
+        lines = dict.fromkeys(
+            f"- {row.entry}{f', {row.column}' * bool(row.column)}: {row.missing}." for row in out
+        )
+        if lines:
+            parts.append(f"{kind}:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def provenance(header: Mapping[str, Any]) -> str:
+    """Return one paragraph: machine, threads, versions, command, date, commit."""
+
+    def listed(field: str) -> str:
+        return ", ".join(f"{name} {value}" for name, value in header.get(field, {}).items())
+
+    machine = ""
+    if "cpu" in header:
+        machine = (
+            f"{header['cpu']}, {header['cores']} cores, {header['system']} {header['machine']}; "
+            f"threads: {listed('threads')}. "
+        )
+    device = f"{header['device']}; " if "device" in header else ""
+    commit = f", commit {header['commit']}." if header["commit"] else "."
+    return (
+        f"{device}{machine}{listed('versions')}. `{header['command']}` on {header['date_utc']}"
+        + commit
+    )
+
+
+def markdown(
+    title: str,
+    method: str,
+    header: Mapping[str, Any],
+    rows: Rows,
+    figures: Mapping[str, Figure] | None = None,
+) -> str:
+    """Return a result as a page: what it is, how it was measured, and all tables."""
+    by_table: dict[str, list[Row]] = {}
+    for row in rows:
+        by_table.setdefault(row.table, []).append(row)
+    known = {**FIGURES, **(figures or {})}
+    tables = [table(name, those, known) for name, those in by_table.items()]
+    return "\n\n".join([f"# {title}", provenance(header), method, *tables]) + "\n"
+
+
+def store(folder: Path, name: str, header: Mapping[str, Any], rows: Rows, text: str) -> None:
+    """Write a result and its page side by side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"header": header, "rows": [_without_defaults(row) for row in rows]}
+    stored = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    (folder / f"{name}.json").write_text(stored, encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def _without_defaults(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if value or name == "figures"}
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Return header and rows of a stored result."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result["header"], [Row(**row) for row in result["rows"]]
