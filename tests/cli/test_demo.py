@@ -179,11 +179,6 @@ def test_evaluations_and_times_of_each_epoch() -> None:
         assert times.limits_s
 
 
-def test_one_step_per_epoch_is_enough() -> None:
-    _, history = _train(Recipe(model="mlp", epochs=2, batch_size=898))
-    assert [seen.epoch for seen in history.evaluations] == [1.0, 2.0]
-
-
 def test_torch_settings_and_random_numbers_are_left_alone() -> None:
     threads = torch.get_num_threads()
     state = torch.random.get_rng_state()
