@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_the_old_file(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "settle", full)
+    monkeypatch.setattr(files, "fsync", full)
     new = np.arange(5.0)
     with pytest.raises(OSError, match="No space"):
         files.write(path, {"x": describe(new)})
@@ -170,7 +170,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
         import numpy as np
         from fastema.bridges.registry import describe
         from fastema.checkpoint import files
-        files.settle = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+        files.fsync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
         array = np.arange(1000.0)
         files.write({str(path)!r}, {{"x": describe(array)}})
     """

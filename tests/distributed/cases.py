@@ -153,7 +153,7 @@ def training(layout: str) -> None:
         )
 
 
-def gather() -> None:
+def gathered() -> None:
     """An update between an evaluation and the next step is refused, with what to do."""
     model = divided("fsdp 4")
     ema = trained("f32", model)

@@ -197,11 +197,20 @@ def test_a_smoother_goes_on_after_a_number_that_cannot_be_read() -> None:
     assert len(smoother.steps["loss"]) == 3
 
 
-def test_arrays_and_tensors_calculate_with_it() -> None:
-    x = Device().value(2.0)
-    array = np.array([1.0, 5.0])
+@pytest.mark.parametrize(
+    ("module", "make"), [("numpy", "array"), ("torch", "tensor"), ("jax.numpy", "array")]
+)
+def test_arrays_of_each_framework_calculate_with_a_lazy_float(module: str, make: str) -> None:
+    framework = pytest.importorskip(module)
+    x, array = Device().value(2.0), getattr(framework, make)([1.0, 5.0])
     assert (array - x).tolist() == [-1.0, 3.0]
     assert (x - array).tolist() == [1.0, -3.0]
+    if module == "torch":
+        assert framework.add(array, x, alpha=2).tolist() == [5.0, 9.0]
+
+
+def test_functions_of_numpy_and_python_take_a_lazy_float() -> None:
+    x = Device().value(2.0)
     assert np.array([x, x]).dtype == np.float64
     assert not np.isnan(x)
     assert np.exp(x) == math.exp(2.0)

@@ -23,6 +23,7 @@ KINDS: dict[str, Made] = {
     "sma200": lambda **o: SimpleMovingAverage(200, **o),
     "ema": lambda **o: ExponentialMovingAverage(0.9, **o),
     "ema0": lambda **o: ExponentialMovingAverage(0.0, **o),
+    "ema_quick": lambda **o: ExponentialMovingAverage(0.3, **o),
     "ema_slow": lambda **o: ExponentialMovingAverage(0.9995, **o),
     "debiased": lambda **o: ExponentialMovingAverage(0.9, True, **o),
     "debiased_slow": lambda **o: ExponentialMovingAverage(0.9995, True, **o),
@@ -162,6 +163,8 @@ def test_propagates_as_arithmetic_does(at_once: bool) -> None:
     ema = ExponentialMovingAverage(0.5, on_nonfinite="propagate")
     assert np.isnan(run(ema, [1.0, math.nan, 3.0], at_once)).tolist() == [False, True, True]
     assert sma.num_skipped == 0
+    ema.reset()
+    assert run(ema, [1.0, math.inf, 1.0], at_once) == [1.0, math.inf, math.inf]
 
 
 @kinds
@@ -194,23 +197,20 @@ def test_weight_zero_leaves_out(made: Made) -> None:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.0, True, "3", None])
-def test_window_size_is_refused(size: Any) -> None:
-    with pytest.raises(ArgumentError, match="window_size"):
-        SimpleMovingAverage(size)
-
-
-@pytest.mark.parametrize("decay", [1.0, -0.1, math.nan, "0.9", None])
-def test_decay_is_refused(decay: Any) -> None:
-    with pytest.raises(ArgumentError, match="decay"):
-        ExponentialMovingAverage(decay)
-
-
-def test_other_arguments_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="debias"):
-        ExponentialMovingAverage(0.9, 1)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        *((SimpleMovingAverage, [size], "window_size") for size in (0, -1, 2.0, True, "3", None)),
+        (SimpleMovingAverage, [10**13], r"window_size=.*at most 1,000,000,000"),
+        *((ExponentialMovingAverage, [d], "decay") for d in (1.0, -0.1, math.nan, "0.9", None)),
+        (ExponentialMovingAverage, [0.9, 1], "debias"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(kind: Any, options: list[Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        kind(*options)
     with pytest.raises(ArgumentError, match="show, skip, propagate, raise"):
-        SimpleMovingAverage(3, on_nonfinite="ignore")  # type: ignore[arg-type]
+        kind(on_nonfinite="ignore", **{"window_size": 3} if kind is SimpleMovingAverage else {})
 
 
 @kinds
@@ -396,8 +396,3 @@ def test_masked_values_are_not_finite() -> None:
     x = np.ma.masked_greater([1.0, 99.0, 3.0], 50.0)
     found = SimpleMovingAverage(3, on_nonfinite="skip").update_many(x)
     assert found.tolist() == [1.0, 1.0, 2.0]
-
-
-def test_a_window_that_no_memory_holds() -> None:
-    with pytest.raises(ArgumentError, match=r"window_size=.*at most 1,000,000,000"):
-        SimpleMovingAverage(10**13)
