@@ -212,11 +212,6 @@ def test_a_log_by_its_path(tmp_path: Path) -> None:
     assert panels(str(path), averages=BOTH)[0].axis == "row"
 
 
-def test_curves() -> None:
-    curve = Curve(np.array([3, 9]), np.array([2.0, 1.0]))
-    assert by_label(panels({"loss": curve}, averages=BOTH)[0])["raw"] is curve
-
-
 def test_chosen_metrics() -> None:
     columns = {name: noisy(5) for name in ("loss", "loss_raw", "acc", "lr")}
     assert [panel.name for panel in panels(columns, averages=[])] == ["loss", "acc"]
