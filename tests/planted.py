@@ -49,385 +49,266 @@ class Fault(NamedTuple):
     new: str
 
 
+# Room, file, name of the fault, and what becomes what.
+PLANTED = {
+    "binding": {
+        "fastema/binding/swap.py": {
+            "undone before done": (
+                "                    way.apply()\n                    self._due.append(way)\n",
+                "                    self._due.append(way)\n                    way.apply()\n",
+            ),
+            "undone once": (
+                "                self._due[-1].restore()\n                self._due.pop()\n",
+                "                self._due[-1].restore()\n                self._due.clear()\n",
+            ),
+        },
+        "fastema/binding/binding.py": {
+            "overlap later": (
+                "            if self.guard.may_overlap(dst, src):\n",
+                "            if self.guard is None:\n",
+            ),
+            "fixed kept": (
+                "pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair",
+                "pair",
+            ),
+            "used again": (
+                "            if kind is None and self._once:\n",
+                "            if kind is None and not self._once:\n",
+            ),
+            "loose for good": (
+                "            fits = bound.match in (match, self._match)\n",
+                "            fits = True\n",
+            ),
+        },
+        "fastema/binding/sides.py": {
+            "unfrozen": (
+                "self._watch.changed() or (bool(trained) and _changed(trained))",
+                "self._watch.changed()",
+            ),
+            "first looks": ("        self._full = 2 ", "        self._full = 0 "),
+        },
+        "fastema/compat/averager.py": {
+            "moved in a block": ("        if self._moved():\n", "        if False:\n")
+        },
+    },
+    "kernels": {
+        "kernels/scalar.py": {
+            "ties": (
+                "nearest = shr32(add32(bits, add32(odd, 0x7FFF)), 16)",
+                "nearest = shr32(add32(bits, 0x8000), 16)",
+            ),
+            "weight one": ("return x if w == 1 else fma", "return fma"),
+            "largest half": (
+                "above32(magnitude, 0x477FE000), beyond",
+                "above32(magnitude, 0x477FEFFF), beyond",
+            ),
+            "seed": ("    key = xor32(mix32(key), high32(step))\n", ""),
+        },
+        "kernels/steps.py": {
+            "stood still": ("real(1) if after == before", "real(1) if after == x")
+        },
+    },
+    "rules": {
+        "fastema/rules/rule.py": {
+            "steps between": (
+                "-math.expm1(every * math.log(decay))",
+                "-math.expm1(math.log(decay))",
+            )
+        },
+        "fastema/rules/schedule.py": {
+            "begins late": ("if m < 0 or not step:", "if m <= 0 or not step:"),
+            "due": (
+                "counted // every - (counted - steps) // every",
+                "counted // every - (counted - 1) // every",
+            ),
+        },
+        "fastema/rules/debias.py": {
+            "nothing left": (
+                "max(log_decay + math.log1p(-weight), GONE)",
+                "max(log_decay + math.log1p(-0.5 * weight), GONE)",
+            )
+        },
+    },
+    "layout": {
+        "fastema/layout/group.py": {
+            "overlap": ("begin[1:] >= np.maximum.accumulate(end)[:-1]", "begin[1:] >= end[:-1]")
+        },
+        "fastema/layout/table.py": {
+            "merged axes": (
+                "return self.dst == n * inner.dst and self.src == n * inner.src",
+                "return self.dst == n * inner.dst",
+            ),
+            "half of an index": ("one_half = first // _HALF == reach // _HALF", "one_half = True"),
+        },
+        "fastema/layout/flat.py": {
+            "aligned": ("length += -(-size // unit) * unit", "length += size")
+        },
+    },
+    "engine": {
+        "fastema/engine/watch.py": {
+            "first share": (
+                "(share == 0 and self._replaced())",
+                "(share != 0 and self._replaced())",
+            )
+        },
+        "fastema/engine/cpu.py": {
+            "waits": ("if not future.cancel():\n                future.result()", "future.cancel()")
+        },
+        "fastema/engine/program.py": {
+            "all finite": ("return not any(np.any(group", "return not all(np.any(group"),
+            "of one average": (
+                "group.indices[: len(results)] == index",
+                "group.indices[: len(results)] >= 0",
+            ),
+        },
+    },
+    "shadow": {
+        "fastema/shadow/updating.py": {
+            "counts the skipped": (
+                "        if not weights:\n            self._done = step\n            return\n",
+                "        if not weights:\n            return\n",
+            ),
+            "seed of a step": (
+                "return LaunchArgs(weights, self._seed, step)",
+                "return LaunchArgs(weights, self._seed, self._done)",
+            ),
+            "refused in a block": ('            self._refuse_applied("update")\n', ""),
+        },
+        "fastema/binding/swap.py": {
+            "saved while applied": ('pair.src if way_of(pair) == "bits" else pair.dst', "pair.dst")
+        },
+        "fastema/shadow/entries.py": {
+            "tied": (
+                "first.setdefault(_memory(leaf.spec), leaf.name)",
+                "first[_memory(leaf.spec)] = leaf.name",
+            )
+        },
+    },
+    "plan": {
+        "fastema/binding/binding.py": {
+            "as it was": ("            binding._bound = self._before\n", "            pass\n")
+        },
+        "fastema/plan.py": {
+            "calls": ("            self.calls += 1\n", ""),
+            "tells autograd": ("(0, 1) if swaps else (0,)", "(0,)"),
+        },
+    },
+    "state": {
+        "fastema/checkpoint/state.py": {
+            "damage": (
+                "if sums.get(key) != zlib.crc32(bytes_of(array)):",
+                "if key in sums and False:",
+            )
+        },
+        "fastema/shadow/saving.py": {
+            "rounding": ('"stochastic" if self._format.random else "nearest"', '"nearest"')
+        },
+    },
+    "bridges": {
+        "fastema/bridges/torch.py": {
+            "inference": (
+                "increment_version([t for t in tensors if not t.is_inference()])",
+                "increment_version([t for t in tensors if t.is_inference()])",
+            ),
+            "conjugate": (
+                "if not plain or tensor.is_conj() or tensor.is_neg()",
+                "if not plain or tensor.is_neg()",
+            ),
+        },
+        "fastema/bridges/numpy.py": {
+            "strides": (
+                "if not flags.aligned or any(step % itemsize for step in strides):",
+                "if not flags.aligned:",
+            )
+        },
+        "fastema/bridges/moving.py": {
+            "used arrays": ("if self._used and all(map(_refers, self._used, arrays)):", "if False:")
+        },
+    },
+    "compat": {
+        "fastema/compat/torch_ema.py": {
+            "decay grows": (
+                "min(decay, (1 + step) / (10 + step))",
+                "min(decay, (2 + step) / (11 + step))",
+            )
+        },
+        "fastema/compat/diffusers.py": {
+            "after a step": (
+                "optimization_step - self.update_after_step - 1)",
+                "optimization_step - self.update_after_step)",
+            ),
+            "floor": (
+                "return max(min(grown, self.decay), self.min_decay)",
+                "return min(grown, self.decay)",
+            ),
+        },
+    },
+    "tracking": {
+        "fastema/tracking/window.py": {
+            "rest of a sum": (
+                "(front - (total - took)) + (behind - took)) + low + back_low[at]",
+                "(front - (total - took)) + (behind - took)) + low",
+            )
+        },
+        "fastema/tracking/scalar.py": {
+            "no weight": ("            if not weight:\n                return self._reading\n", "")
+        },
+    },
+    "distributed": {
+        "fastema/binding/binding.py": {
+            "stale weights in a block": ("        if write:\n            reshard(container)\n", "")
+        },
+        "fastema/bridges/torch_parts.py": {
+            "part at the beginning": (
+                "offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None",
+                "offset=(0,) * len(whole) if is_part else None",
+            ),
+            "even shards": (
+                "TensorMeta(torch.Size(self.shape), self.strides, array.dtype)",
+                "TensorMeta(torch.Size(array.shape), array.stride(), array.dtype)",
+            ),
+            "one storage": ("DTensor(from_dlpack(array.detach()),", "DTensor(array.detach(),"),
+            "slots divided": (
+                "            tuple(map(_with_axis_before, self.placements)),",
+                "            self.placements,",
+            ),
+        },
+        "fastema/bridges/torch_ranks.py": {
+            "ranks not asked": (
+                "            dist.all_reduce(value, dist.ReduceOp.MAX, group)\n",
+                "            pass\n",
+            ),
+            "one digest": (
+                "            if not all(torch.equal(one, found[0]) for one in found):",
+                "            if not torch.equal(digest, found[0]):",
+            ),
+        },
+        "fastema/shadow/matching.py": {
+            "any division": ("        if now != was\n", "        if now != was and name is None\n")
+        },
+        "fastema/shadow/entries.py": {
+            "last pattern": ("patterns[matching[0]]", "patterns[matching[-1]]")
+        },
+        "fastema/distributed/folder.py": {
+            "stretches": (
+                "    while axis and extents[axis - 1] == tensor.shape[axis - 1]:",
+                "    while axis and extents[axis - 1] <= tensor.shape[axis - 1]:",
+            )
+        },
+        "fastema/distributed/dcp.py": {
+            "a path in a folder": (
+                "            if Path(name).name != name:",
+                "            if not name:",
+            )
+        },
+    },
+}
+
 FAULTS = [
-    Fault(
-        "binding",
-        "undone before done",
-        "fastema/binding/swap.py",
-        "                    way.apply()\n                    self._due.append(way)\n",
-        "                    self._due.append(way)\n                    way.apply()\n",
-    ),
-    Fault(
-        "binding",
-        "undone once",
-        "fastema/binding/swap.py",
-        "                self._due[-1].restore()\n                self._due.pop()\n",
-        "                self._due[-1].restore()\n                self._due.clear()\n",
-    ),
-    Fault(
-        "binding",
-        "overlap later",
-        "fastema/binding/binding.py",
-        "            if self.guard.may_overlap(dst, src):\n",
-        "            if self.guard is None:\n",
-    ),
-    Fault(
-        "binding",
-        "fixed kept",
-        "fastema/binding/binding.py",
-        "pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair",
-        "pair",
-    ),
-    Fault(
-        "binding",
-        "used again",
-        "fastema/binding/binding.py",
-        "            if kind is None and self._once:\n",
-        "            if kind is None and not self._once:\n",
-    ),
-    Fault(
-        "binding",
-        "unfrozen",
-        "fastema/binding/sides.py",
-        "self._watch.changed() or (bool(trained) and _changed(trained))",
-        "self._watch.changed()",
-    ),
-    Fault(
-        "binding",
-        "first looks",
-        "fastema/binding/sides.py",
-        "        self._full = 2 ",
-        "        self._full = 0 ",
-    ),
-    Fault(
-        "binding",
-        "loose for good",
-        "fastema/binding/binding.py",
-        "            fits = bound.match in (match, self._match)\n",
-        "            fits = True\n",
-    ),
-    Fault(
-        "binding",
-        "moved in a block",
-        "fastema/compat/averager.py",
-        "        if self._moved():\n",
-        "        if False:\n",
-    ),
-    Fault(
-        "kernels",
-        "ties",
-        "kernels/scalar.py",
-        "nearest = shr32(add32(bits, add32(odd, 0x7FFF)), 16)",
-        "nearest = shr32(add32(bits, 0x8000), 16)",
-    ),
-    Fault(
-        "kernels", "weight one", "kernels/scalar.py", "return x if w == 1 else fma", "return fma"
-    ),
-    Fault(
-        "kernels",
-        "largest half",
-        "kernels/scalar.py",
-        "above32(magnitude, 0x477FE000), beyond",
-        "above32(magnitude, 0x477FEFFF), beyond",
-    ),
-    Fault(
-        "kernels", "seed", "kernels/scalar.py", "    key = xor32(mix32(key), high32(step))\n", ""
-    ),
-    Fault(
-        "kernels",
-        "stood still",
-        "kernels/steps.py",
-        "real(1) if after == before",
-        "real(1) if after == x",
-    ),
-    Fault(
-        "rules",
-        "steps between",
-        "fastema/rules/rule.py",
-        "-math.expm1(every * math.log(decay))",
-        "-math.expm1(math.log(decay))",
-    ),
-    Fault(
-        "rules",
-        "begins late",
-        "fastema/rules/schedule.py",
-        "if m < 0 or not step:",
-        "if m <= 0 or not step:",
-    ),
-    Fault(
-        "rules",
-        "due",
-        "fastema/rules/schedule.py",
-        "counted // every - (counted - steps) // every",
-        "counted // every - (counted - 1) // every",
-    ),
-    Fault(
-        "rules",
-        "nothing left",
-        "fastema/rules/debias.py",
-        "max(log_decay + math.log1p(-weight), GONE)",
-        "max(log_decay + math.log1p(-0.5 * weight), GONE)",
-    ),
-    Fault(
-        "layout",
-        "overlap",
-        "fastema/layout/group.py",
-        "begin[1:] >= np.maximum.accumulate(end)[:-1]",
-        "begin[1:] >= end[:-1]",
-    ),
-    Fault(
-        "layout",
-        "merged axes",
-        "fastema/layout/table.py",
-        "return self.dst == n * inner.dst and self.src == n * inner.src",
-        "return self.dst == n * inner.dst",
-    ),
-    Fault(
-        "layout",
-        "half of an index",
-        "fastema/layout/table.py",
-        "one_half = first // _HALF == reach // _HALF",
-        "one_half = True",
-    ),
-    Fault(
-        "layout",
-        "aligned",
-        "fastema/layout/flat.py",
-        "length += -(-size // unit) * unit",
-        "length += size",
-    ),
-    Fault(
-        "engine",
-        "first share",
-        "fastema/engine/watch.py",
-        "(share == 0 and self._replaced())",
-        "(share != 0 and self._replaced())",
-    ),
-    Fault(
-        "engine",
-        "waits",
-        "fastema/engine/cpu.py",
-        "if not future.cancel():\n                future.result()",
-        "future.cancel()",
-    ),
-    Fault(
-        "engine",
-        "all finite",
-        "fastema/engine/program.py",
-        "return not any(np.any(group",
-        "return not all(np.any(group",
-    ),
-    Fault(
-        "engine",
-        "of one average",
-        "fastema/engine/program.py",
-        "group.indices[: len(results)] == index",
-        "group.indices[: len(results)] >= 0",
-    ),
-    Fault(
-        "shadow",
-        "counts the skipped",
-        "fastema/shadow/updating.py",
-        "        if not weights:\n            self._done = step\n            return\n",
-        "        if not weights:\n            return\n",
-    ),
-    Fault(
-        "shadow",
-        "seed of a step",
-        "fastema/shadow/updating.py",
-        "return LaunchArgs(weights, self._seed, step)",
-        "return LaunchArgs(weights, self._seed, self._done)",
-    ),
-    Fault(
-        "shadow",
-        "saved while applied",
-        "fastema/binding/swap.py",
-        'pair.src if way_of(pair) == "bits" else pair.dst',
-        "pair.dst",
-    ),
-    Fault(
-        "shadow",
-        "tied",
-        "fastema/shadow/entries.py",
-        "first.setdefault(_memory(leaf.spec), leaf.name)",
-        "first[_memory(leaf.spec)] = leaf.name",
-    ),
-    Fault(
-        "shadow",
-        "refused in a block",
-        "fastema/shadow/updating.py",
-        '            self._refuse_applied("update")\n',
-        "",
-    ),
-    Fault(
-        "plan",
-        "as it was",
-        "fastema/binding/binding.py",
-        "            binding._bound = self._before\n",
-        "            pass\n",
-    ),
-    Fault("plan", "calls", "fastema/plan.py", "            self.calls += 1\n", ""),
-    Fault(
-        "plan",
-        "tells autograd",
-        "fastema/plan.py",
-        "(0, 1) if swaps else (0,)",
-        "(0,)",
-    ),
-    Fault(
-        "state",
-        "damage",
-        "fastema/checkpoint/state.py",
-        "if sums.get(key) != zlib.crc32(bytes_of(array)):",
-        "if key in sums and False:",
-    ),
-    Fault(
-        "state",
-        "rounding",
-        "fastema/shadow/saving.py",
-        '"stochastic" if self._format.random else "nearest"',
-        '"nearest"',
-    ),
-    Fault(
-        "bridges",
-        "inference",
-        "fastema/bridges/torch.py",
-        "increment_version([t for t in tensors if not t.is_inference()])",
-        "increment_version([t for t in tensors if t.is_inference()])",
-    ),
-    Fault(
-        "bridges",
-        "conjugate",
-        "fastema/bridges/torch.py",
-        "if not plain or tensor.is_conj() or tensor.is_neg()",
-        "if not plain or tensor.is_neg()",
-    ),
-    Fault(
-        "bridges",
-        "strides",
-        "fastema/bridges/numpy.py",
-        "if not flags.aligned or any(step % itemsize for step in strides):",
-        "if not flags.aligned:",
-    ),
-    Fault(
-        "bridges",
-        "used arrays",
-        "fastema/bridges/moving.py",
-        "if self._used and all(map(_refers, self._used, arrays)):",
-        "if False:",
-    ),
-    Fault(
-        "compat",
-        "decay grows",
-        "fastema/compat/torch_ema.py",
-        "min(decay, (1 + step) / (10 + step))",
-        "min(decay, (2 + step) / (11 + step))",
-    ),
-    Fault(
-        "compat",
-        "after a step",
-        "fastema/compat/diffusers.py",
-        "optimization_step - self.update_after_step - 1)",
-        "optimization_step - self.update_after_step)",
-    ),
-    Fault(
-        "compat",
-        "floor",
-        "fastema/compat/diffusers.py",
-        "return max(min(grown, self.decay), self.min_decay)",
-        "return min(grown, self.decay)",
-    ),
-    Fault(
-        "tracking",
-        "rest of a sum",
-        "fastema/tracking/window.py",
-        "(front - (total - took)) + (behind - took)) + low + back_low[at]",
-        "(front - (total - took)) + (behind - took)) + low",
-    ),
-    Fault(
-        "tracking",
-        "no weight",
-        "fastema/tracking/scalar.py",
-        "            if not weight:\n                return self._reading\n",
-        "",
-    ),
-    Fault(
-        "distributed",
-        "stale weights in a block",
-        "fastema/binding/binding.py",
-        "        if write:\n            reshard(container)\n",
-        "",
-    ),
-    Fault(
-        "distributed",
-        "part at the beginning",
-        "fastema/bridges/torch_parts.py",
-        "offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None",
-        "offset=(0,) * len(whole) if is_part else None",
-    ),
-    Fault(
-        "distributed",
-        "even shards",
-        "fastema/bridges/torch_parts.py",
-        "TensorMeta(torch.Size(self.shape), self.strides, array.dtype)",
-        "TensorMeta(torch.Size(array.shape), array.stride(), array.dtype)",
-    ),
-    Fault(
-        "distributed",
-        "one storage",
-        "fastema/bridges/torch_parts.py",
-        "DTensor(from_dlpack(array.detach()),",
-        "DTensor(array.detach(),",
-    ),
-    Fault(
-        "distributed",
-        "ranks not asked",
-        "fastema/bridges/torch_ranks.py",
-        "            dist.all_reduce(value, dist.ReduceOp.MAX, group)\n",
-        "            pass\n",
-    ),
-    Fault(
-        "distributed",
-        "one digest",
-        "fastema/bridges/torch_ranks.py",
-        "            if not all(torch.equal(one, found[0]) for one in found):",
-        "            if not torch.equal(digest, found[0]):",
-    ),
-    Fault(
-        "distributed",
-        "any division",
-        "fastema/shadow/matching.py",
-        "        if now != was\n",
-        "        if now != was and name is None\n",
-    ),
-    Fault(
-        "distributed",
-        "slots divided",
-        "fastema/bridges/torch_parts.py",
-        "            tuple(map(_with_axis_before, self.placements)),",
-        "            self.placements,",
-    ),
-    Fault(
-        "distributed",
-        "last pattern",
-        "fastema/shadow/entries.py",
-        "patterns[matching[0]]",
-        "patterns[matching[-1]]",
-    ),
-    Fault(
-        "distributed",
-        "stretches",
-        "fastema/distributed/folder.py",
-        "    while axis and extents[axis - 1] == tensor.shape[axis - 1]:",
-        "    while axis and extents[axis - 1] <= tensor.shape[axis - 1]:",
-    ),
-    Fault(
-        "distributed",
-        "a path in a folder",
-        "fastema/distributed/dcp.py",
-        "            if Path(name).name != name:",
-        "            if not name:",
-    ),
+    Fault(room, name, file, old, new)
+    for room, files in PLANTED.items()
+    for file, changes in files.items()
+    for name, (old, new) in changes.items()
 ]
 
 

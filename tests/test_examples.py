@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import fastema
 from fastema.tracking import logs
+
+from .support.process import run_python
 
 NEEDS = ("keras", "matplotlib", "sklearn", "tensorboard")
 
@@ -23,24 +21,12 @@ if not EXAMPLES.exists():
 IMAGES = 1797
 
 
-def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    root = str(Path(fastema.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 def test_staircase(tmp_path: Path) -> None:
     folder, out = tmp_path / "logs", tmp_path / "staircase.png"
     epochs, size = 3, 32
     given = ["--epochs", epochs, "--batch-size", size, "--logs", folder, "--out", out]
-    done = run("staircase.py", *given)
+    done = run_python(EXAMPLES / "staircase.py", *given)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -82,6 +68,6 @@ def test_staircase(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_staircase_does_not_mix_runs(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("")
-    done = run("staircase.py", "--logs", tmp_path)
+    done = run_python(EXAMPLES / "staircase.py", "--logs", tmp_path)
     assert done.returncode == 2
     assert "is not empty" in done.stderr

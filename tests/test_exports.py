@@ -81,16 +81,6 @@ def test_exported_name_is_documented(name: str) -> None:
         assert unnamed == [], f"parameters that the docstring of fastema.{name} does not name"
 
 
-def test_dir_lists_the_exported_names() -> None:
-    assert set(fastema.__all__) <= set(dir(fastema))
-
-
-def test_star_import() -> None:
-    space: dict[str, object] = {}
-    exec("from fastema import *", space)
-    assert set(fastema.__all__) <= set(space)
-
-
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         fastema.no_such_name  # noqa: B018 - the access is the test

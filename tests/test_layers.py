@@ -1,4 +1,4 @@
-"""Imports point down: each room of the house may import what the table below allows it, no more.
+"""Each package and module of fastema imports only what the table allows it.
 
 Read with ast, so that an import counts wherever it stands: at the top, inside a function, under
 TYPE_CHECKING, relative, or as a literal handed to `importlib.import_module`.
@@ -9,360 +9,102 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import fastema
 
+LAYOUT = ".errors .layout"
+BELOW_AVERAGES = f"{LAYOUT} .binding .engine .bridges"
+BELOW_CLI = (
+    ".binding .bridges .checkpoint .compat .distributed .engine .errors .keras .layout .lightning"
+    " .plan .posthoc .rules .shadow .tensorflow .torch .tracking .transformers"
+)
 FRAMEWORKS = (
     "cupy diffusers ema_pytorch flax jax jaxlib keras lightning optax pytorch_lightning"
     " tensorflow timm torch torch_ema transformers"
 )
-ROOMS_BELOW_CLI = (
-    "binding bridges checkpoint compat distributed engine errors keras layout lightning plan"
-    " posthoc rules shadow tensorflow torch tracking transformers typing"
+COMPILER = "numba numpy llvmlite"
+CALLBACKS = (
+    ".errors .shadow .plan .binding .checkpoint .tracking .rules .bridges .engine.blocks"
+    " .engine.interrupts numpy"
 )
+MOVING = f"{LAYOUT} .bridges.registry .bridges.dlpack .bridges.moving .bridges.names numpy alone"
 
-
-@dataclass(frozen=True)
-class Import:
-    target: str  # dotted, such as `fastema.layout.spec` or `numba.cuda`
-    line: int
-    lazy: bool  # inside a function or under TYPE_CHECKING: not run while the module is imported
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a room or a module may import besides the standard library and its own room."""
-
-    ours: str = ""  # rooms and modules of fastema
-    theirs: str = ""  # third-party packages
-    lazy_ours: str = ""  # only where it does not run while we are imported
-    lazy_theirs: str = ""
-    never: str = ""  # not of ours, and not allowed although a line above or Python itself has it
-    own_room: bool = True
-
-    def allows(self, found: Import, module: str) -> bool:
-        """Whether `module`, which is in this room, may import what was found."""
-        target, top = found.target, found.target.split(".")[0]
-        if top == "fastema":
-            inner = target.removeprefix("fastema.")
-            own = self.own_room and module != "" and _among(inner, module.split(".")[0])
-            return own or _among(inner, self.ours) or (found.lazy and _among(inner, self.lazy_ours))
-        if _among(target, self.never):
-            return False
-        return (
-            top in sys.stdlib_module_names
-            or _among(target, self.theirs)
-            or (found.lazy and _among(target, self.lazy_theirs))
-        )
-
-
-# The most specific entry counts: `kernels.scalar` before `kernels`. "" is fastema/__init__.py.
+# What may be imported besides the standard library and modules of the same package. The most
+# specific entry counts, and an entry may end in `_`. `.layout` is fastema's own; `lazy:` allows it
+# only where it does not run while the module is imported, `not:` forbids it although another entry
+# or the standard library has it; `alone`: modules of the same package need an entry too.
 TABLE = {
-    "": Room(ours="lazy", lazy_ours=f"fastema {ROOMS_BELOW_CLI}", lazy_theirs="numpy torch"),
-    "errors": Room(),
-    "lazy": Room(),
-    "typing": Room(theirs="numpy"),
-    "kernels": Room(theirs="numba numpy llvmlite", never="numba.cuda"),
-    "kernels.scalar": Room(theirs="numpy"),
-    "kernels.table": Room(theirs="numpy", own_room=False),
-    "kernels.operations": Room(own_room=False),
-    "kernels.words": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
-    "kernels.jit": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
-    "kernels.cuda": Room(theirs="numba numpy llvmlite", lazy_theirs="cuda numba_cuda"),
-    "kernels.cuda_": Room(theirs="numba numpy llvmlite cuda numba_cuda"),
-    "rules": Room(ours="errors typing", never="time datetime"),
-    "rules.posthoc": Room(ours="errors typing", theirs="numpy", never="time datetime"),
-    "layout": Room(ours="errors typing kernels.table", theirs="numpy"),
-    "engine": Room(ours="layout errors typing kernels", theirs="numpy"),
-    "engine.cuda": Room(
-        ours="layout errors typing kernels engine", theirs="numpy", lazy_theirs="cuda"
-    ),
+    "": f".lazy lazy:.fastema {' '.join(f'lazy:{name}' for name in BELOW_CLI.split())}"
+    " lazy:numpy lazy:torch",
+    "errors": "",
+    "lazy": "",
+    "kernels": f"{COMPILER} not:numba.cuda",
+    "kernels.scalar": "numpy",
+    "kernels.table": "numpy alone",
+    "kernels.operations": "alone",
+    "kernels.words": f"{COMPILER} lazy:cuda lazy:numba_cuda",
+    "kernels.jit": f"{COMPILER} lazy:cuda lazy:numba_cuda",
+    "kernels.cuda": f"{COMPILER} lazy:cuda lazy:numba_cuda",
+    "kernels.cuda_": f"{COMPILER} cuda numba_cuda",
+    "rules": ".errors not:time not:datetime",
+    "rules.posthoc": ".errors numpy not:time not:datetime",
+    "layout": ".errors .kernels.table numpy",
+    "engine": f"{LAYOUT} .kernels numpy",
+    "engine.cuda": f"{LAYOUT} .kernels .engine numpy lazy:cuda",
     # Bridges meet in the registry, which imports one when its framework is there, and do not
-    # know each other. DLPack and what wrappers do to names is what they share.
-    "bridges": Room(ours="layout errors typing", own_room=False),
-    "bridges.registry": Room(
-        ours="layout errors typing bridges.names", lazy_ours="bridges", own_room=False
-    ),
-    # New memory is asked of the bridge that an array has.
-    "bridges.memory": Room(
-        ours="layout errors typing bridges.registry", theirs="numpy", own_room=False
-    ),
-    **{
-        f"bridges.{name}": Room(
-            ours="layout errors typing bridges.registry bridges.dlpack bridges.names",
-            theirs=f"numpy {packages}",
-            own_room=False,
-        )
-        for name, packages in {
-            "dlpack": "",
-            "moving": "",
-            "names": "",
-            "numpy": "",
-        }.items()
-    },
-    # Frameworks whose arrays lie elsewhere after every step.
-    **{
-        f"bridges.{name}": Room(
-            ours="layout errors typing bridges.registry bridges.dlpack bridges.moving"
-            " bridges.names",
-            theirs=f"numpy {name}",
-            own_room=False,
-        )
-        for name in ("jax", "keras", "tensorflow")
-    },
-    "bridges.cupy": Room(
-        ours="layout errors typing bridges.names", theirs="numpy cupy", own_room=False
-    ),
-    # Of torch's bridge: its GPUs, its DTensors and the ranks that hold them, and what its own
-    # functions do where our kernels are missing.
-    "bridges.torch": Room(
-        ours="layout errors typing bridges.dlpack bridges.names bridges.torch_cuda "
-        "bridges.torch_parts bridges.torch_ranks",
-        theirs="numpy torch",
-        own_room=False,
-    ),
-    "bridges.torch_cuda": Room(
-        ours="layout errors typing",
-        theirs="numpy torch",
-        lazy_ours="bridges.torch_foreach",
-        own_room=False,
-    ),
-    "bridges.torch_parts": Room(ours="layout errors typing", theirs="torch", own_room=False),
-    "bridges.torch_ranks": Room(ours="layout errors typing", theirs="torch", own_room=False),
-    "bridges.torch_foreach": Room(
-        ours="layout errors typing kernels.table kernels.operations",
-        theirs="numpy torch",
-        own_room=False,
-    ),
-    # What ties an average to a model; it asks its surfaces what is to be paired.
-    "binding": Room(ours="engine bridges layout errors typing"),
-    "plan": Room(ours="binding engine bridges layout errors typing"),
-    "shadow": Room(
-        ours="binding rules engine bridges layout errors typing",
-        theirs="numpy",
-        lazy_theirs="typing_extensions",  # which type checkers bring along
-    ),
-    # Bridges read what frameworks hold in place of numbers.
-    "tracking": Room(ours="rules engine bridges errors lazy typing", theirs="numpy"),
-    "tracking.plots.picture": Room(ours="tracking errors typing", theirs="numpy matplotlib"),
-    "tracking.plots": Room(ours="tracking errors typing", theirs="numpy", lazy_theirs="matplotlib"),
-    "tracking.tensorboard": Room(
-        ours="tracking rules errors typing", theirs="numpy", lazy_theirs="tensorboard"
-    ),
-    "tracking.logs.event_files": Room(
-        ours="tracking errors typing", theirs="numpy", lazy_theirs="tensorboard"
-    ),
-    **{
-        name: Room(
-            ours="shadow plan binding checkpoint tracking rules bridges engine.blocks"
-            " engine.interrupts errors typing",
-            theirs=f"numpy {packages}",
-        )
-        for name, packages in {
-            "keras": "keras",
-            "lightning": "lightning pytorch_lightning torch",
-            "transformers": "transformers torch",
-        }.items()
-    },
-    # Its averages and what it notes of them must not be parted by an interrupt.
-    "tensorflow": Room(
-        ours="plan binding bridges engine.blocks engine.interrupts errors typing",
-        theirs="numpy tensorflow",
-    ),
-    "checkpoint": Room(ours="engine bridges layout errors typing", theirs="numpy"),
+    # know each other. New memory is asked of the bridge that an array has.
+    "bridges": f"{LAYOUT} alone",
+    "bridges.registry": f"{LAYOUT} .bridges.names lazy:.bridges alone",
+    "bridges.memory": f"{LAYOUT} .bridges.registry numpy alone",
+    "bridges.dlpack": f"{LAYOUT} .bridges.registry .bridges.names numpy alone",
+    "bridges.moving": f"{LAYOUT} .bridges.registry .bridges.dlpack .bridges.names numpy alone",
+    "bridges.names": f"{LAYOUT} .bridges.registry .bridges.dlpack numpy alone",
+    "bridges.numpy": f"{LAYOUT} .bridges.registry .bridges.dlpack .bridges.names numpy alone",
+    "bridges.jax": f"{MOVING} jax",
+    "bridges.keras": f"{MOVING} keras",
+    "bridges.tensorflow": f"{MOVING} tensorflow",
+    "bridges.cupy": f"{LAYOUT} .bridges.names numpy cupy alone",
+    "bridges.torch": f"{LAYOUT} .bridges.dlpack .bridges.names .bridges.torch_cuda"
+    " .bridges.torch_parts .bridges.torch_ranks numpy torch alone",
+    "bridges.torch_cuda": f"{LAYOUT} lazy:.bridges.torch_foreach numpy torch alone",
+    "bridges.torch_parts": f"{LAYOUT} torch alone",
+    "bridges.torch_ranks": f"{LAYOUT} torch alone",
+    "bridges.torch_foreach": f"{LAYOUT} .kernels.table .kernels.operations numpy torch alone",
+    "binding": f"{LAYOUT} .engine .bridges",
+    "plan": BELOW_AVERAGES,
+    "shadow": f"{BELOW_AVERAGES} .rules numpy lazy:typing_extensions",
+    "tracking": ".errors .rules .engine .bridges .lazy numpy",
+    "tracking.plots.picture": ".errors .tracking numpy matplotlib",
+    "tracking.plots": ".errors .tracking numpy lazy:matplotlib",
+    "tracking.tensorboard": ".errors .tracking .rules numpy lazy:tensorboard",
+    "tracking.logs.event_files": ".errors .tracking numpy lazy:tensorboard",
+    "keras": f"{CALLBACKS} keras",
+    "lightning": f"{CALLBACKS} lightning pytorch_lightning torch",
+    "transformers": f"{CALLBACKS} transformers torch",
+    "tensorflow": ".errors .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
+    " tensorflow",
+    "checkpoint": f"{LAYOUT} .engine .bridges numpy",
     # Where PyTorch runs no processes this one is alone: torch is never imported here.
-    "distributed": Room(
-        ours="shadow binding checkpoint bridges rules layout errors typing", theirs="numpy"
-    ),
-    # What is made of averages and files together.
-    "posthoc": Room(
-        ours="shadow binding checkpoint plan rules engine bridges layout errors typing",
-        theirs="numpy",
-        lazy_theirs="rich",
-    ),
-    # In fastema's own namespace: there where PyTorch is not, so PyTorch is imported by the call.
-    "torch": Room(ours="errors typing", lazy_theirs="torch rich"),
-    "compat": Room(
-        ours="shadow binding rules plan bridges layout checkpoint posthoc torch tensorflow"
-        " lightning engine.blocks errors lazy typing",
-        theirs=f"numpy {FRAMEWORKS}",
-    ),
-    "compat.installation": Room(ours="compat engine.interrupts engine.locks errors typing"),
-    "compat.keras": Room(ours="keras plan binding engine.interrupts errors typing", theirs="keras"),
-    # What the drop-in classes share takes back the weights whatever interrupts it.
-    "compat.torch_ema": Room(ours="compat engine.blocks errors typing", theirs="torch"),
-    "compat.ema_pytorch": Room(
-        ours="compat shadow rules plan bridges layout checkpoint posthoc engine.interrupts errors"
-        " typing",
-        theirs="numpy torch",
-    ),
-    "compat.averager": Room(
-        ours="binding plan bridges layout engine.blocks errors typing", theirs="torch"
-    ),
-    # Commands sit on top of everything; what the extras bring is imported when a command runs,
-    # which test_light_import.py sees to.
-    "cli": Room(
-        ours=f"fastema {ROOMS_BELOW_CLI}",
-        theirs=f"numpy numba matplotlib rich sklearn psutil {FRAMEWORKS}",
-    ),
-    "__main__": Room(ours="cli"),
+    "distributed": f"{LAYOUT} .shadow .binding .checkpoint .bridges .rules numpy",
+    "posthoc": f"{BELOW_AVERAGES} .shadow .checkpoint .plan .rules numpy lazy:rich",
+    # Found as fastema.torch also where PyTorch is missing, so the call imports PyTorch.
+    "torch": ".errors lazy:torch lazy:rich",
+    "compat": f"{LAYOUT} .shadow .binding .rules .plan .bridges .checkpoint .posthoc .torch"
+    f" .tensorflow .lightning .engine.blocks .lazy numpy {FRAMEWORKS}",
+    "compat.installation": ".errors .compat .engine.interrupts .engine.locks",
+    "compat.keras": ".errors .keras .plan .binding .engine.interrupts keras",
+    "compat.torch_ema": ".errors .compat .engine.blocks torch",
+    "compat.ema_pytorch": f"{LAYOUT} .compat .shadow .rules .plan .bridges .checkpoint .posthoc"
+    " .engine.interrupts numpy torch",
+    "compat.averager": f"{LAYOUT} .binding .plan .bridges .engine.blocks torch",
+    # test_light_import.py sees that what the extras bring is imported when a command runs.
+    "cli": f".fastema {BELOW_CLI} numpy numba matplotlib rich sklearn psutil {FRAMEWORKS}",
+    "__main__": ".cli",
 }
-
-
-def _among(target: str, names: str) -> bool:
-    """Whether `target` is one of `names` or lies within one."""
-    return any(target == name or target.startswith(f"{name}.") for name in names.split())
-
-
-def _entry(module: str) -> str | None:
-    """Key of the most specific entry of TABLE for a module; an entry may end in `_`."""
-    fits = [
-        key
-        for key in TABLE
-        if key == module
-        or (key and module.startswith(f"{key}."))
-        or (key.endswith("_") and module.startswith(key))
-    ]
-    return max(fits, key=len, default=None)
-
-
-def _dotted(path: str) -> tuple[str, bool]:
-    """Return the module of a path below fastema/, and whether it is a package's __init__."""
-    parts = path.removesuffix(".py").split("/")
-    is_package = parts[-1] == "__init__"
-    return ".".join(parts[:-1] if is_package else parts), is_package
-
-
-class _Imports(ast.NodeVisitor):
-    def __init__(self, module: str, is_package: bool, known: frozenset[str]) -> None:
-        name = f"fastema.{module}".rstrip(".")
-        self.package = name if is_package else name.rpartition(".")[0]
-        self.known = known
-        self.lazy = False
-        self.found: list[Import] = []
-
-    def _add(self, node: ast.AST, target: str) -> None:
-        self.found.append(Import(target, getattr(node, "lineno", 0), self.lazy))
-
-    def _relative(self, level: int, rest: str) -> str:
-        package = self.package.split(".")
-        return ".".join([*package[: len(package) - (level - 1)], *filter(None, [rest])])
-
-    def visit_Import(self, node: ast.Import) -> None:
-        for alias in node.names:
-            self._add(node, alias.name)
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        source = node.module or ""
-        if node.level:
-            source = self._relative(node.level, source)
-        ours = source.split(".")[0] == "fastema"
-        for alias in node.names:
-            inner = f"{source}.{alias.name}"
-            # Of ours, `from a import b` names the module a.b or something that a holds.
-            self._add(node, source if ours and inner not in self.known else inner)
-
-    def visit_Call(self, node: ast.Call) -> None:
-        function = node.func
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if name in ("import_module", "__import__") and node.args:
-            literal = self._literal(node.args[0])
-            rest = literal.lstrip(".")
-            if rest != literal:
-                literal = self._relative(len(literal) - len(rest), rest)
-            if literal:
-                self._add(node, literal)
-        self.generic_visit(node)
-
-    @staticmethod
-    def _literal(node: ast.expr) -> str:
-        """Return the string; of an f-string, the whole names that stand before the first hole."""
-        if isinstance(node, ast.JoinedStr) and node.values:
-            head = node.values[0]
-            text = head.value if isinstance(head, ast.Constant) else ""
-            return text.rpartition(".")[0]
-        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
-
-    def _visit_lazily(self, nodes: list[ast.stmt] | list[ast.expr]) -> None:
-        before, self.lazy = self.lazy, True
-        for node in nodes:
-            self.visit(node)
-        self.lazy = before
-
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        for expression in (*node.decorator_list, node.args):
-            self.visit(expression)
-        self._visit_lazily(node.body)
-
-    visit_AsyncFunctionDef = visit_FunctionDef
-
-    def visit_Lambda(self, node: ast.Lambda) -> None:
-        self._visit_lazily([node.body])
-
-    def visit_If(self, node: ast.If) -> None:
-        test = node.test
-        name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", "")
-        if name == "TYPE_CHECKING":
-            self._visit_lazily(node.body)
-            for other in node.orelse:
-                self.visit(other)
-        else:
-            self.generic_visit(node)
-
-
-def imports(sources: Mapping[str, str]) -> Iterator[tuple[str, str, Import]]:
-    """Yield (path, module, import) for each import in `sources`, a mapping of path to code."""
-    modules = {f"fastema.{_dotted(path)[0]}" for path in sources}
-    known = frozenset(modules | {module.rpartition(".")[0] for module in modules})
-    for path, code in sources.items():
-        module, is_package = _dotted(path)
-        visitor = _Imports(module, is_package, known)
-        visitor.visit(ast.parse(code, path))
-        for found in visitor.found:
-            yield path, module, found
-
-
-def violations(sources: Mapping[str, str]) -> list[str]:
-    """Return a line for each import that the table does not allow and each homeless module."""
-    problems = [
-        f"{path}: in no room of the table: give it one, and say in CONTRIBUTING.md what it is for"
-        for path in sources
-        if _entry(_dotted(path)[0]) is None
-    ]
-    for path, module, found in imports(sources):
-        key = _entry(module)
-        if key is not None and not TABLE[key].allows(found, module):
-            when = "" if found.lazy else " while it is imported"
-            problems.append(f"{path}:{found.line}: {key or 'fastema'} imports {found.target}{when}")
-    return problems
-
-
-def circles(sources: Mapping[str, str]) -> set[str]:
-    """Return the modules that import each other, wherever the imports stand, joined by blanks."""
-    below: dict[str, set[str]] = {_dotted(path)[0]: set() for path in sources}
-    for _, module, found in imports(sources):
-        if found.target.startswith("fastema."):
-            below[module].add(found.target.removeprefix("fastema."))
-
-    def reached(module: str) -> set[str]:
-        seen: set[str] = set()
-        waiting = [module]
-        while waiting:
-            for other in below.get(waiting.pop(), set()) - seen:
-                seen.add(other)
-                waiting.append(other)
-        return seen
-
-    reach = {module: reached(module) for module in below}
-    return {
-        " ".join(sorted(other for other in found if module in reach.get(other, set())))
-        for module, found in reach.items()
-        if module in found
-    }
 
 
 def _package_sources() -> dict[str, str]:
@@ -374,179 +116,216 @@ def _package_sources() -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in sorted(files.items())}
 
 
-def test_imports_point_down() -> None:
-    assert violations(_package_sources()) == []
+def _module(path: str) -> str:
+    """Return the dotted name of a path below fastema/, empty for fastema itself."""
+    return path.removesuffix(".py").removesuffix("__init__").rstrip("/").replace("/", ".")
+
+
+SOURCES = _package_sources()
+MODULES = {_module(path) for path in SOURCES}
+
+
+def _nodes(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Yield each node, and whether it does not run while the module is imported."""
+    yield node, lazy
+    lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    guard = (
+        isinstance(node, ast.If) and ast.unparse(node.test).rpartition(".")[2] == "TYPE_CHECKING"
+    )
+    body = node.body if isinstance(node, ast.If) else []
+    for child in ast.iter_child_nodes(node):
+        yield from _nodes(child, lazy or (guard and child in body))
+
+
+def _literal(node: ast.expr) -> str:
+    """Return a string; of an f-string, the whole names that stand before the first brace."""
+    if isinstance(node, ast.JoinedStr) and node.values:
+        return _literal(node.values[0]).rpartition(".")[0]
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def imports(path: str, code: str) -> Iterator[tuple[str, bool, int]]:
+    """Yield (dotted target, lazy, line) of each import; fastema's own begin with a dot."""
+    package = _module(path).split(".")
+    if not path.endswith("__init__.py"):
+        package.pop()
+
+    def absolute(level: int, name: str) -> str:
+        if not level:
+            return name
+        return ".".join(["fastema", *filter(None, package[: len(package) - level + 1]), name])
+
+    for node, lazy in _nodes(ast.parse(code, path)):
+        targets: list[str] = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = absolute(node.level, node.module or "").rstrip(".")
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                # `from a import b` names the module a.b or something that a holds.
+                ours = source.split(".")[0] == "fastema"
+                is_module = inner.removeprefix("fastema.") in MODULES
+                targets.append(source if ours and not is_module else inner)
+        elif isinstance(node, ast.Call) and node.args:
+            called = ast.unparse(node.func).rpartition(".")[2]
+            name = _literal(node.args[0]) if called in ("import_module", "__import__") else ""
+            level = len(name) - len(name.lstrip("."))
+            targets = [absolute(level, name.lstrip("."))] if name else []
+        for target in targets:
+            ours = target == "fastema" or target.startswith("fastema.")
+            name = target.removeprefix("fastema") or ".fastema"
+            yield name if ours else target, lazy, getattr(node, "lineno", 0)
+
+
+def _entry(module: str) -> str | None:
+    """Return the most specific key of the table for a module."""
+    fits = [
+        key
+        for key in TABLE
+        if key == module
+        or (key and module.startswith(f"{key}."))
+        or (key.endswith("_") and module.startswith(key))
+    ]
+    return max(fits, key=len, default=None)
+
+
+def _allowed(target: str, lazy: bool, module: str, entry: str) -> bool:
+    tokens = entry.split()
+    if module and "alone" not in tokens:
+        tokens.append("." + module.split(".")[0])
+
+    def listed(prefix: str = "") -> bool:
+        return any(f"{prefix}{target}.".startswith(f"{token}.") for token in tokens)
+
+    if listed("not:"):
+        return False
+    is_standard = target.split(".")[0] in sys.stdlib_module_names
+    return is_standard or listed() or (lazy and listed("lazy:"))
+
+
+def violations(sources: Mapping[str, str]) -> list[str]:
+    """Return a line for each import that the table does not allow and each unlisted module."""
+    problems = []
+    for path, code in sources.items():
+        module = _module(path)
+        key = _entry(module)
+        if key is None:
+            problems.append(f"{path}: add it to the table and to CONTRIBUTING.md")
+            continue
+        for target, lazy, line in imports(path, code):
+            if not _allowed(target, lazy, module, TABLE[key]):
+                when = "" if lazy else " while it is imported"
+                problems.append(f"{path}:{line}: {key or 'fastema'} imports {target}{when}")
+    return problems
+
+
+def assert_no_cycle(sources: Mapping[str, str]) -> None:
+    """Raise CycleError where modules import each other, wherever the imports stand."""
+    TopologicalSorter(
+        {
+            _module(path): {
+                target[1:] for target, _, _ in imports(path, code) if target.startswith(".")
+            }
+            for path, code in sources.items()
+        }
+    ).prepare()
+
+
+def test_modules_import_only_what_the_table_allows() -> None:
+    assert violations(SOURCES) == []
 
 
 def test_no_module_is_imported_by_what_it_imports() -> None:
-    assert circles(_package_sources()) == set()
+    assert_no_cycle(SOURCES)
+    typed = "if TYPE_CHECKING:\n    from fastema.layout import group"
+    with pytest.raises(CycleError):
+        assert_no_cycle({"layout/spec.py": typed, "layout/group.py": "from . import spec"})
 
 
-def test_a_circle_is_seen() -> None:
-    assert circles(HOUSE) == set()
-    typed = (
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fastema.layout import group"
-    )
-    house = {**HOUSE, "layout/spec.py": typed, "layout/group.py": "import fastema.layout.spec"}
-    assert circles(house) == {"layout.group layout.spec"}
+def test_sources_are_those_of_every_package_and_of_the_linked_kernels() -> None:
+    packages = {path.split("/")[0].removesuffix(".py") for path in SOURCES}
+    assert {name.split(".")[0] for name in TABLE} - {""} <= packages
+    engine = [path for path in SOURCES if path.startswith("engine/")]
+    targets = [target for path in engine for target, _, _ in imports(path, SOURCES[path])]
+    assert any(target.startswith(".kernels.") for target in targets)
 
 
-def test_the_walk_sees_the_whole_house() -> None:
-    sources = _package_sources()
-    rooms = {path.split("/")[0] for path in sources if "/" in path}
-    assert {"kernels", "rules", "layout", "engine", "bridges", "shadow", "cli"} <= rooms
-    assert {"checkpoint", "posthoc.py", "torch", "plan.py"} <= rooms | sources.keys()
-    targets = {(module, found.target) for _, module, found in imports(sources)}
-    assert any(module.startswith("engine") and "kernels." in name for module, name in targets)
-
-
-# A house in small; each planted line is added to one of its modules.
-HOUSE = {
-    "__init__.py": "",
-    "errors.py": "",
-    "typing.py": "",
-    "kernels/table.py": "",
-    "kernels/words.py": "",
-    "kernels/scalar.py": "",
-    "rules/__init__.py": "",
-    "rules/ema.py": "",
-    "layout/__init__.py": "",
-    "layout/spec.py": "",
-    "layout/table.py": "",
-    "engine/__init__.py": "",
-    "engine/ops.py": "",
-    "bridges/__init__.py": "",
-    "bridges/registry.py": "",
-    "bridges/memory.py": "",
-    "bridges/numpy.py": "",
-    "bridges/torch.py": "",
-    "shadow/__init__.py": "",
-    "shadow/average.py": "",
-    "plan.py": "",
-    "checkpoint/__init__.py": "",
-    "checkpoint/files.py": "",
-    "posthoc.py": "",
-    "torch.py": "",
-    "keras.py": "",
-    "tensorflow.py": "",
-    "__main__.py": "",
-    "cli/__init__.py": "",
-    "cli/demo.py": "",
+FORBIDDEN = {
+    "engine/ops.py": [
+        "from fastema.shadow import average",
+        "import fastema.shadow.average",
+        "from ..shadow.average import EMA",
+        "from .. import shadow",
+        "from fastema import EMA",
+        "import fastema",
+        "class C:\n    async def f(self):\n        from ..shadow import average",
+        "if TYPE_CHECKING:\n    from fastema.shadow import average",
+        "try:\n    import torch\nexcept ImportError:\n    torch = None",
+        "def f():\n    import torch.nn as nn",
+        "def f():\n    return importlib.import_module('fastema.shadow')",
+        "f = lambda: import_module('..shadow', __package__)",
+        "f = lambda x: import_module(f'fastema.bridges.{x}')",
+        "torch = __import__('torch')",
+        "from ..bridges import registry",
+    ],
+    "engine/__init__.py": ["from ..shadow import average"],
+    "layout/table.py": ["from fastema.kernels import table, scalar", "import numba"],
+    "rules/ema.py": ["from time import perf_counter", "import numpy as np"],
+    "kernels/words.py": ["from fastema.layout import spec", "import torch"],
+    "kernels/window.py": ["from numba import cuda"],
+    "kernels/scalar.py": ["import numba"],
+    "kernels/table.py": ["from . import words"],
+    "bridges/registry.py": [
+        "from fastema.bridges import torch",
+        "torch = import_module('fastema.bridges.torch')",
+        "def f():\n    import torch",
+        "from fastema.bridges import memory",
+    ],
+    "bridges/memory.py": ["from fastema.bridges import torch", "import torch"],
+    "bridges/torch.py": [
+        "def f():\n    import jax",
+        "from . import numpy",
+        "def f():\n    from fastema.kernels import table",
+    ],
+    "shadow/average.py": [
+        "def f():\n    import torch",
+        "from fastema.kernels.table import CHUNK",
+        "def f():\n    from fastema import posthoc",
+        "from fastema.plan import Plan",
+    ],
+    "plan.py": ["from fastema.shadow import average"],
+    "checkpoint/files.py": ["def f():\n    import safetensors"],
+    "posthoc.py": ["import rich", "def f():\n    import torch"],
+    "torch.py": ["import numpy", "import torch", "if not TYPE_CHECKING:\n    import torch"],
+    "keras.py": ["from fastema import tensorflow"],
+    "cli/demo.py": ["from fastema.kernels import table"],
+    "__init__.py": ["if TYPE_CHECKING:\n    x = 1\nelse:\n    import numpy"],
+    "attic/old.py": [""],
 }
 
 
 @pytest.mark.parametrize(
-    ("path", "line"),
-    [
-        ("engine/ops.py", "from fastema.shadow import average"),
-        ("engine/ops.py", "import fastema.shadow.average"),
-        ("engine/ops.py", "from ..shadow.average import EMA"),
-        ("engine/ops.py", "from .. import shadow"),
-        ("engine/__init__.py", "from ..shadow import average"),
-        ("engine/ops.py", "from fastema import EMA"),
-        ("engine/ops.py", "import fastema"),
-        ("engine/ops.py", "def f():\n    from fastema import shadow"),
-        ("engine/ops.py", "class C:\n    async def f(self):\n        from ..shadow import average"),
-        ("engine/ops.py", "if TYPE_CHECKING:\n    from fastema.shadow import average"),
-        ("engine/ops.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
-        ("engine/ops.py", "def f():\n    import torch.nn as nn"),
-        ("engine/ops.py", "def f():\n    return importlib.import_module('fastema.shadow')"),
-        ("engine/ops.py", "f = lambda: import_module('..shadow', __package__)"),
-        ("engine/ops.py", "f = lambda x: import_module(f'fastema.bridges.{x}')"),
-        ("engine/ops.py", "torch = __import__('torch')"),
-        ("engine/ops.py", "from ..bridges import registry"),
-        ("engine/ops.py", "from fastema.rules import ema"),
-        ("layout/table.py", "from fastema.kernels import words"),
-        ("layout/table.py", "from fastema.kernels import table, scalar"),
-        ("layout/table.py", "import numba"),
-        ("layout/spec.py", "from fastema.rules import ema"),
-        ("rules/ema.py", "import time"),
-        ("rules/ema.py", "from time import perf_counter"),
-        ("rules/ema.py", "import numpy as np"),
-        ("rules/ema.py", "def f():\n    from fastema.engine import ops"),
-        ("kernels/words.py", "from fastema.layout import spec"),
-        ("kernels/words.py", "from fastema.errors import FastemaError"),
-        ("kernels/words.py", "import torch"),
-        ("kernels/scalar.py", "import numba"),
-        ("kernels/table.py", "from fastema.kernels.words import add"),
-        ("kernels/table.py", "from . import words"),
-        ("bridges/__init__.py", "from fastema.bridges import torch"),
-        ("bridges/registry.py", "from fastema.bridges import torch"),
-        ("bridges/registry.py", "torch = import_module('fastema.bridges.torch')"),
-        ("bridges/registry.py", "def f():\n    import torch"),
-        ("bridges/memory.py", "from fastema.bridges import torch"),
-        ("bridges/memory.py", "def f():\n    from fastema.engine import ops"),
-        ("bridges/memory.py", "import torch"),
-        ("bridges/registry.py", "from fastema.bridges import memory"),
-        ("bridges/torch.py", "from fastema.bridges.memory import allocate"),
-        ("bridges/torch.py", "def f():\n    import jax"),
-        ("bridges/torch.py", "from fastema.bridges.numpy import specs"),
-        ("bridges/torch.py", "from . import numpy"),
-        ("bridges/torch.py", "from fastema.engine import ops"),
-        ("bridges/torch.py", "def f():\n    from fastema.kernels import table"),
-        ("shadow/average.py", "def f():\n    import torch"),
-        ("shadow/average.py", "from fastema.kernels.table import CHUNK"),
-        ("shadow/average.py", "from fastema.cli import demo"),
-        ("shadow/average.py", "def f():\n    from fastema import posthoc"),
-        ("shadow/average.py", "from fastema.checkpoint import files"),
-        ("shadow/average.py", "from fastema.plan import Plan"),
-        ("plan.py", "from fastema.shadow import average"),
-        ("checkpoint/files.py", "from fastema.shadow import average"),
-        ("checkpoint/files.py", "def f():\n    import safetensors"),
-        ("checkpoint/files.py", "def f():\n    import torch"),
-        ("checkpoint/files.py", "from fastema.kernels import table"),
-        ("posthoc.py", "from fastema.kernels import table"),
-        ("posthoc.py", "def f():\n    import torch"),
-        ("posthoc.py", "import rich"),
-        ("torch.py", "from fastema.shadow import average"),
-        ("torch.py", "from fastema.bridges import torch"),
-        ("torch.py", "import numpy"),
-        ("torch.py", "import torch"),
-        ("rules/ema.py", "from fastema.posthoc import synthesize"),
-        ("keras.py", "from fastema import tensorflow"),
-        ("keras.py", "from fastema.engine import ops"),
-        ("cli/demo.py", "from fastema.kernels import table"),
-        ("__init__.py", "from fastema.shadow import average"),
-        ("__init__.py", "import numpy"),
-        ("errors.py", "from fastema.layout import spec"),
-        ("attic.py", "import math"),
-        ("attic/old.py", ""),
-    ],
+    ("path", "code"), [(path, code) for path, codes in FORBIDDEN.items() for code in codes]
 )
-def test_planted_violation_is_caught(path: str, line: str) -> None:
-    assert violations(HOUSE) == []
-    found = violations({**HOUSE, path: line})
-    assert found
-    assert all(problem.startswith(path) for problem in found)
+def test_forbidden_import_is_reported(path: str, code: str) -> None:
+    (problem,) = violations({path: code})
+    assert problem.startswith(path)
 
 
 @pytest.mark.parametrize(
-    ("path", "line"),
+    ("path", "code"),
     [
         ("engine/ops.py", "from typing import Any\nimport os, threading, numpy as np"),
-        ("engine/ops.py", "from fastema.kernels import words\nfrom ..layout.table import x"),
         ("engine/__init__.py", "from .ops import lerp_\nfrom fastema.errors import FastemaError"),
-        ("layout/table.py", "from fastema.kernels import table\nfrom fastema.typing import X"),
         ("layout/table.py", "import fastema.kernels.table as kt\nfrom .spec import TensorSpec"),
-        ("kernels/scalar.py", "from fastema.kernels import words\nimport math"),
-        ("kernels/words.py", "import numba\nfrom llvmlite import ir"),
         ("kernels/cuda_update.py", "from numba import cuda\nfrom fastema.kernels import table"),
-        ("bridges/torch.py", "import torch, numpy\nfrom fastema.layout.spec import TensorSpec"),
-        ("bridges/torch.py", "from fastema.bridges.dlpack import exchange_address"),
         ("bridges/registry.py", "def f(): return import_module(f'fastema.bridges.{name}')"),
-        ("shadow/average.py", "from fastema.engine import ops\nfrom fastema.bridges import x"),
-        ("bridges/memory.py", "from fastema.bridges.registry import bridge_of"),
-        ("shadow/average.py", "from fastema.bridges import memory"),
-        ("plan.py", "from fastema.bridges.memory import allocate\nfrom fastema.engine import ops"),
-        ("checkpoint/files.py", "import numpy\nfrom fastema.layout.spec import TensorSpec"),
-        ("checkpoint/files.py", "from fastema.engine import ops\nfrom .files import x"),
-        ("posthoc.py", "from fastema.shadow import average\nfrom fastema.checkpoint import files"),
         ("posthoc.py", "import numpy\nfrom fastema.plan import Plan\ndef f():\n    import rich"),
-        ("torch.py", "from fastema.errors import FastemaError\ndef f():\n    import torch"),
-        ("keras.py", "import keras\nfrom fastema.shadow import average"),
+        ("torch.py", "def f():\n    import torch"),
         ("cli/demo.py", "import fastema, torch\nfrom rich.table import Table"),
         ("__init__.py", "if TYPE_CHECKING:\n    from fastema.shadow.average import EMA"),
     ],
 )
-def test_what_the_table_allows_passes(path: str, line: str) -> None:
-    assert violations({**HOUSE, path: line}) == []
+def test_allowed_imports_are_not_reported(path: str, code: str) -> None:
+    assert violations({path: code}) == []

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 
 import fastema
 from fastema import cli
 
-ROOT = str(Path(fastema.__file__).parents[1])
+from ..support.process import run_python
 
 # The names are refused as an import hook, or an installation without the extra, would do it.
 WITHOUT = """
@@ -30,17 +27,6 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 sys.exit(main({arguments!r}))
 """
-
-
-def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH", "")]))
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 class _Interrupted:
@@ -65,7 +51,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_python_m_fastema() -> None:
-    done = _python("-m", "fastema", "--version")
+    done = run_python("-m", "fastema", "--version")
     assert (done.returncode, done.stdout) == (0, f"fastema {fastema.__version__}\n")
 
 
@@ -92,7 +78,7 @@ def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_front_end_is_light() -> None:
-    done = _python(
+    done = run_python(
         "-c",
         "import json, sys; before = set(sys.modules); from fastema.cli import main\n"
         "try: main(['demo', '--help'])\n"
@@ -119,7 +105,7 @@ def test_the_front_end_is_light() -> None:
 def test_missing_packages_are_named_with_the_way_to_get_them(
     missing: list[str], named: str
 ) -> None:
-    done = _python("-c", WITHOUT.format(missing=missing, arguments=["demo"]))
+    done = run_python("-c", WITHOUT.format(missing=missing, arguments=["demo"]))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
@@ -129,7 +115,7 @@ def test_missing_packages_are_named_with_the_way_to_get_them(
 
 def test_help_needs_no_extra() -> None:
     missing = ["matplotlib", "rich", "sklearn", "torch", "numba", "numpy"]
-    done = _python("-c", WITHOUT.format(missing=missing, arguments=["demo", "--help"]))
+    done = run_python("-c", WITHOUT.format(missing=missing, arguments=["demo", "--help"]))
     assert done.returncode == 0, done.stderr
     assert "--decay" in done.stdout
 

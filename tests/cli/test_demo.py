@@ -152,12 +152,6 @@ def test_averaging_does_not_disturb_the_training() -> None:
     assert [seen.ema for seen in slow.evaluations] != [seen.ema for seen in quick.evaluations]
 
 
-def test_without_decay_the_average_is_the_weights() -> None:
-    _, history = _train(Recipe(model="mlp", epochs=1, batch_size=64, decay=0.0))
-    for seen in history.evaluations:
-        assert seen.ema == seen.raw
-
-
 @pytest.mark.slow
 def test_the_average_wins_by_the_default_recipe() -> None:
     _, history = _train(Recipe(model="mlp", epochs=12))
@@ -177,11 +171,6 @@ def test_evaluations_and_times_of_each_epoch() -> None:
         assert times.update_s > 0
         assert times.step_s > 0
         assert times.limits_s
-
-
-def test_one_step_per_epoch_is_enough() -> None:
-    _, history = _train(Recipe(model="mlp", epochs=2, batch_size=898))
-    assert [seen.epoch for seen in history.evaluations] == [1.0, 2.0]
 
 
 def test_torch_settings_and_random_numbers_are_left_alone() -> None:
@@ -215,22 +204,6 @@ def test_the_split() -> None:
     test_images = {image.numpy().tobytes() for image in digits.test_images}
     assert not train_images & test_images
     assert not torch.equal(data.load(seed=1).labels, digits.labels)
-
-
-def test_shifts_move_the_image_by_one_pixel() -> None:
-    digits = data.load(seed=0)
-    unmoved, up_left = digits.shifted[4], digits.shifted[8]
-    assert torch.equal(up_left[:, :, :7, :7], unmoved[:, :, 1:, 1:])
-    assert torch.equal(up_left[:, :, 7], torch.full_like(up_left[:, :, 7], unmoved.min()))
-
-
-def test_batches_see_each_image_at_most_once() -> None:
-    digits = data.load(seed=0)
-    generator = torch.Generator().manual_seed(0)
-    seen = list(data.batches(digits, 100, generator))
-    assert [images.shape for images, _ in seen] == [(100, 1, 8, 8)] * 8
-    counts = torch.cat([labels for _, labels in seen]).bincount(minlength=10)
-    assert bool((counts <= digits.labels.bincount()).all())
 
 
 # Speed, words, picture

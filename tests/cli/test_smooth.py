@@ -17,13 +17,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fastema
 from fastema.cli import main
 from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
 
+from ..support.process import run as run_command
+from ..support.process import run_python
 from ..support.requirements import require_packages
+from ..support.smoothing import assert_close, ema, sma
 
-ROOT = str(Path(fastema.__file__).parents[1])
+SMOOTH = ("-m", "fastema", "smooth")
 
 
 def log(count: int = 200, seed: int = 0) -> str:
@@ -53,33 +55,8 @@ def written(average: Any, cells: list[str], weights: list[str] | None = None) ->
     return column
 
 
-def assert_close(column: list[str], reference: list[float]) -> None:
-    np.testing.assert_allclose([float(cell) for cell in column if cell], reference, rtol=1e-12)
-
-
-def ema(cells: list[str], decay: float, sizes: list[str] | None = None) -> list[float]:
-    """From the first value on; where there are sizes, debiased and weighted by them."""
-    values = [float(cell) for cell in cells if cell]
-    if sizes is None:
-        found = values[:1]
-        for value in values[1:]:
-            found.append(decay * found[-1] + (1.0 - decay) * value)
-        return found
-    ages = [np.arange(count, -1, -1.0) for count in range(len(values))]
-    weights = [decay**age * np.array(sizes[: len(age)], float) for age in ages]
-    return [float(np.average(values[: len(w)], weights=w)) for w in weights]
-
-
-def sma(cells: list[str], size: int, sizes: list[str] | None = None) -> list[float]:
-    values = np.array([float(cell) for cell in cells if cell])
-    weights = np.array(sizes, float) if sizes else np.ones(len(values))
-    ends = range(1, len(values) + 1)
-    return [
-        float(
-            np.average(values[max(0, end - size) : end], weights=weights[max(0, end - size) : end])
-        )
-        for end in ends
-    ]
+def floats(column: list[str]) -> list[float]:
+    return [float(cell) for cell in column if cell]
 
 
 @pytest.fixture
@@ -105,11 +82,12 @@ def test_the_columns(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     for name in ("loss", "val_loss", "size"):
         assert got[f"{name}_sma"] == written(SimpleMovingAverage(7), was[name])
-        assert_close(got[f"{name}_sma"], sma(was[name], 7))
+        values = floats(was[name])
+        assert_close(floats(got[f"{name}_sma"]), sma(values, 7))
         for decay in ("0.9", "0.99", "0.5"):
             average = ExponentialMovingAverage(float(decay))
             assert got[f"{name}_ema_{decay}"] == written(average, was[name])
-            assert_close(got[f"{name}_ema_{decay}"], ema(was[name], float(decay)))
+            assert_close(floats(got[f"{name}_ema_{decay}"]), ema(values, float(decay)))
     printed = capsys.readouterr()
     assert printed.out == ""
     said = printed.err.splitlines()
@@ -133,8 +111,9 @@ def test_weights_and_debias(path: Path, capsys: pytest.CaptureFixture[str]) -> N
     average = ExponentialMovingAverage(0.9, debias=True)
     assert got["loss_ema"] == written(average, was["loss"], was["size"])
     assert got["loss_sma"] == written(SimpleMovingAverage(20), was["loss"], was["size"])
-    assert_close(got["loss_ema"], ema(was["loss"], 0.9, was["size"]))
-    assert_close(got["loss_sma"], sma(was["loss"], 20, was["size"]))
+    losses, sizes = floats(was["loss"]), floats(was["size"])
+    assert_close(floats(got["loss_ema"]), ema(losses, 0.9, sizes, debias=True))
+    assert_close(floats(got["loss_sma"]), sma(losses, 20, sizes))
 
 
 @given(
@@ -381,20 +360,8 @@ def test_no_column_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 # As a process
 
 
-def _command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH", "")]))
-    return subprocess.run(
-        [sys.executable, "-m", "fastema", "smooth", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
-
-
 def test_in_a_pipe(path: Path) -> None:
-    done = _command("-", "--metrics", "loss", input=path.read_text())
+    done = run_python(*SMOOTH, "-", "--metrics", "loss", input=path.read_text())
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 201
     assert "200 rows" in done.stderr
@@ -404,13 +371,7 @@ def test_whoever_reads_may_stop(tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
     path.write_text(log(20_000))
     command = f'"{sys.executable}" -m fastema smooth "{path}" --quiet | head -n 1'
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
-        env={**os.environ, "PYTHONPATH": ROOT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("bash", "-o", "pipefail", "-c", command)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("epoch,step,loss")
 
@@ -422,34 +383,20 @@ def test_without_matplotlib(path: Path) -> None:
         "from fastema.cli import main\n"
         f"sys.exit(main(['smooth', {str(path)!r}, '--plot', {str(path.with_suffix('.png'))!r}]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": ROOT},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python("-c", code)
     assert done.returncode == 2
     assert "--plot takes the matplotlib package: pip install matplotlib" in done.stderr
 
 
 def test_standard_input_is_read_as_a_file_is() -> None:
     text = "\ufeffstep,µ\n0,1.0\n1,3.0\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "fastema", "smooth", "-", "--sma", "2"],
-        input=text.encode(),
-        env={**os.environ, "PYTHONPATH": ROOT, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
-        capture_output=True,
-        check=True,
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = run_python(
+        *SMOOTH, "-", "--sma", 2, input=text.encode(), text=False, environment=ascii_only
     )
+    assert done.returncode == 0
     assert columns(done.stdout.decode())["µ_sma"] == ["1.0", "2.0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "fastema", "smooth", "-"],
-        input=b"step,loss\n0,\xff\n",
-        env={**os.environ, "PYTHONPATH": ROOT},
-        capture_output=True,
-        check=False,
-    )
+    done = run_python(*SMOOTH, "-", input=b"step,loss\n0,\xff\n", text=False)
     assert done.returncode == 2
     assert b"is no text" in done.stderr
     assert b"Traceback" not in done.stderr
@@ -470,7 +417,7 @@ def test_a_named_pipe_is_written_once(path: Path, tmp_path: Path) -> None:
     os.mkfifo(pipe)
     with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
         try:
-            done = _command(str(path), "-o", str(pipe), timeout=60)
+            done = run_python(*SMOOTH, path, "-o", pipe, timeout=60)
             text, _ = reader.communicate(timeout=60)
         finally:
             reader.kill()

@@ -50,12 +50,6 @@ def test_block_names_what_apply_returns_and_restores_once() -> None:
     assert held.calls == ["apply", "restore"]
 
 
-def test_nothing_runs_before_the_block_begins() -> None:
-    held = Held()
-    held.block()
-    assert held.calls == []
-
-
 def test_exception_in_the_block_comes_out_after_the_restore() -> None:
     held = Held()
     with pytest.raises(StopIteration), held.block(verify=lambda: fail("not reached")):

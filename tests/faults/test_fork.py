@@ -257,23 +257,6 @@ def test_workers_of_a_data_loader(python: Callable[..., str]) -> None:
     assert python(script, quiet=False).strip() == "done"
 
 
-def test_pool_of_processes(python: Callable[..., str]) -> None:
-    python(
-        PREAMBLE
-        + """
-import multiprocessing
-
-def task(value):
-    own, weights = arrays(value)
-    update(fastema.Plan([own], [weights]), own, value)
-    return float(own[0])
-
-with multiprocessing.get_context("fork").Pool(2) as pool:
-    assert pool.map_async(task, range(6)).get(20) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-"""
-    )
-
-
 def test_child_of_another_thread_can_be_interrupted(python: Callable[..., str]) -> None:
     # Interrupts wait while the main thread updates; in a child forked meanwhile nobody ends that.
     python(

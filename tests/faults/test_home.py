@@ -11,7 +11,6 @@ import pytest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="folders of POSIX systems")
 
-READ_ONLY = "/proc"
 NOWHERE = "/dev/null/nowhere"  # nobody can make a folder there, root neither
 
 UPDATE = """
@@ -32,40 +31,41 @@ BARE = dict.fromkeys(
 )
 
 
-@pytest.mark.slow
-def test_read_only_home_and_cache_home(tmp_path: Path, python: Callable[..., str]) -> None:
-    settings = {**BARE, "HOME": NOWHERE, "XDG_CACHE_HOME": NOWHERE, "TMPDIR": str(tmp_path)}
-    used = python(UPDATE, "", **settings).strip()
-    assert Path(used).parent == tmp_path / f"fastema-{os.getuid()}"
+CASES = {
+    # settings beside BARE ({} is a folder that can be written to), and the folder of the cache
+    "no home": ({"TMPDIR": "{}"}, "{}/fastema-USER"),
+    "home that cannot be made": (
+        {"HOME": NOWHERE, "XDG_CACHE_HOME": NOWHERE, "TMPDIR": "{}"},
+        "{}/fastema-USER",
+    ),
+    "home that may be read but not written": (
+        {"HOME": "/proc", "TMPDIR": "{}"},
+        "{}/fastema-USER",
+    ),
+    "cache home": ({"HOME": NOWHERE, "XDG_CACHE_HOME": "{}"}, "{}/fastema"),
+    "cache setting that cannot be written": (
+        {"NUMBA_CACHE_DIR": NOWHERE, "XDG_CACHE_HOME": "{}"},
+        "{}/fastema",
+    ),
+}
+quick = ("cache home", "cache setting that cannot be written")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.isdir(READ_ONLY), reason="no folder that nobody can write to")
-def test_home_that_may_be_read_but_not_written(tmp_path: Path, python: Callable[..., str]) -> None:
-    settings = {**BARE, "HOME": READ_ONLY, "TMPDIR": str(tmp_path)}
-    assert Path(python(UPDATE, "", **settings).strip()).is_relative_to(tmp_path)
-
-
-def test_cache_home_is_used(tmp_path: Path, python: Callable[..., str]) -> None:
-    used = python(UPDATE, "", **{**BARE, "HOME": NOWHERE, "XDG_CACHE_HOME": str(tmp_path)})
-    assert Path(used.strip()).parent == tmp_path / "fastema"
-
-
-def test_unwritable_cache_setting_is_passed_over(
-    tmp_path: Path, python: Callable[..., str]
+@pytest.mark.parametrize(
+    "case",
+    [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_kernels_are_cached_in_the_first_folder_that_can_be_written(
+    case: str, tmp_path: Path, python: Callable[..., str]
 ) -> None:
-    settings = {**BARE, "NUMBA_CACHE_DIR": NOWHERE, "XDG_CACHE_HOME": str(tmp_path)}
-    assert Path(python(UPDATE, "", **settings).strip()).parent == tmp_path / "fastema"
-
-
-@pytest.mark.slow
-def test_user_without_a_home(tmp_path: Path, python: Callable[..., str]) -> None:
+    given, folder = CASES[case]
+    settings = {**BARE, **{name: value.format(tmp_path) for name, value in given.items()}}
     # As in a container whose user id the list of users does not know.
-    unknown = "import pwd\npwd.getpwuid = {}.__getitem__\n"
-    used = python(unknown + dedent(UPDATE), "", **{**BARE, "TMPDIR": str(tmp_path)}).strip()
-    assert Path(used).parent == tmp_path / f"fastema-{os.getuid()}"
+    unknown = "import pwd\npwd.getpwuid = {}.__getitem__\n" if case == "no home" else ""
+    used = Path(python(unknown + dedent(UPDATE), "", **settings).strip())
+    assert str(used.parent) == folder.format(tmp_path).replace("USER", str(os.getuid()))
 
 
-def test_nothing_can_be_written_anywhere(python: Callable[..., str]) -> None:
+def test_update_works_where_nothing_can_be_written(python: Callable[..., str]) -> None:
     settings = {**BARE, "HOME": NOWHERE, "TMPDIR": NOWHERE, "NUMBA_CACHE_DIR": NOWHERE}
     assert python(UPDATE, "no temporary folder", **settings).strip() == "None"

@@ -95,31 +95,7 @@ def shares(rule: rules.Rule, step: int, every: int) -> np.ndarray:
     return found
 
 
-def test_widths() -> None:
-    assert PowerProfile(7, gamma_of(0.13)).sigma_rel == pytest.approx(0.13)
-
-
 # -- Dot products ---------------------------------------------------------------------------------
-
-
-@given(profiles, profiles)
-def test_dot_is_symmetric_and_obeys_cauchy_and_schwarz(one: Profile, other: Profile) -> None:
-    assert dot(one, other) == pytest.approx(dot(other, one), rel=1e-12, abs=1e-290)
-    assert dot(one, one) > 0
-    assert 0 <= dot(one, other) <= math.sqrt(dot(one, one) * dot(other, other)) * (1 + 1e-12)
-
-
-@given(profiles, profiles, st.sampled_from([1e-3, 256.0]))
-def test_dot_scales_with_the_unit(one: Profile, other: Profile, unit: float) -> None:
-    def in_unit(profile: Profile) -> Profile:
-        if isinstance(profile, ExponentialProfile):
-            return ExponentialProfile(profile.step * unit, profile.half_life * unit)
-        assert isinstance(profile, PowerProfile)
-        return PowerProfile(profile.step * unit, profile.gamma)
-
-    scaled = dot(in_unit(one), in_unit(other)) * unit
-    # A profile far older than the other's reach has next to no product with it.
-    assert scaled == pytest.approx(dot(one, other), rel=1e-9, abs=1e-200)
 
 
 @settings(deadline=None)
@@ -153,33 +129,6 @@ def test_the_quadrature_against_its_special_function(gamma: float, rate: float) 
     with mpmath.workdps(40):
         exact = float(mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(rate)))
     assert posthoc._exponential_moment(gamma, rate) == pytest.approx(exact, rel=1e-12, abs=0.0)
-
-
-@given(powers, powers)
-def test_power_products_by_hand(one: PowerProfile, other: PowerProfile) -> None:
-    a, b = sorted((one, other), key=lambda p: p.step)
-    log = (
-        math.log(a.gamma + 1)
-        + math.log(b.gamma + 1)
-        - math.log(a.gamma + b.gamma + 1)
-        + b.gamma * (math.log(a.step) - math.log(b.step))
-        - math.log(b.step)
-    )
-    assert dot(one, other) == pytest.approx(math.exp(log), rel=1e-10, abs=1e-300)
-
-
-def test_a_half_life_far_beyond_the_run_is_the_uniform_profile() -> None:
-    flat, other = ExponentialProfile(500.0, 1e12), PowerProfile(700.0, 3.3)
-    assert dot(flat, flat) == pytest.approx(1 / 500, rel=1e-9, abs=0.0)
-    assert dot(flat, other) == pytest.approx(
-        dot(PowerProfile(500.0, 0.0), other), rel=1e-9, abs=0.0
-    )
-
-
-@given(st.lists(profiles, min_size=1, max_size=6))
-def test_all_products_at_once(several: list[Profile]) -> None:
-    expected = [[dot(one, other) for other in several] for one in several]
-    np.testing.assert_allclose(posthoc._products(several), expected, rtol=1e-12)
 
 
 # -- Synthesis ------------------------------------------------------------------------------------
@@ -239,14 +188,6 @@ def test_nothing_near_is_better(target: Profile) -> None:
             assert cost(found + size * move) > cost(found)
 
 
-def test_more_snapshots_come_nearer() -> None:
-    target = PowerProfile(10_000, gamma_of(0.08))
-    errors = [solve(snapshots((0.05, 0.1), 10_000, n), target).error for n in (4, 8, 16, 32, 64)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[0] > 1e-2
-    assert errors[-1] < 5e-4
-
-
 @given(st.integers(1, 20), st.integers(0, 39))
 def test_what_was_kept_is_itself(count: int, index: int) -> None:
     kept = snapshots((0.05, 0.10), 1000, count)
@@ -283,15 +224,6 @@ def test_any_snapshots(times: list[float], sigma_rel: float, part: float) -> Non
     used = [p for p in kept if p.step <= target.step]
     alone = min(solve([p], target).error for p in used)
     assert found.error <= alone + 2e-4
-
-
-def test_order_does_not_matter() -> None:
-    kept = snapshots((0.05, 0.10), 5000, 9)
-    target = PowerProfile(4000, gamma_of(0.2))
-    order = np.random.default_rng(1).permutation(len(kept))
-    one = np.array(solve(kept, target).coefficients)
-    other = solve([kept[i] for i in order], target).coefficients
-    np.testing.assert_allclose(other, one[order], rtol=1e-6, atol=1e-9)
 
 
 # -- Coefficients that do not explode -------------------------------------------------------------
@@ -406,28 +338,6 @@ def test_averages_of_noise_are_found_with_the_error_that_is_stated(every: int) -
         assert measured <= found.error * 1.1, name
         if every == 10 and name != "exponential":
             assert measured >= found.error * 0.7, name
-
-
-@pytest.mark.parametrize("every", [10, 50])
-def test_averages_of_a_random_walk_are_found(every: int) -> None:
-    run = tracked(every, rough=0.0)
-    for name, target in run["wanted"].items():
-        found = solve(run["kept"], target)
-        made = sum(c * a for c, a in zip(found.coefficients, run["arrays"], strict=True) if c)
-        wanted = run["results"][name]
-        measured = np.linalg.norm(made - wanted)
-        # Slow movement is averaged better than noise is.
-        assert measured / np.linalg.norm(wanted) < found.error / 5, name
-        # As expected: each step of the walk counts with what the profiles differ in after it.
-        cells = np.zeros(STEPS)
-        for c, profile in zip(found.coefficients, run["kept"], strict=True):
-            if c:
-                cells[: int(profile.step)] += c * masses(profile, int(profile.step))
-        cells[: int(target.step)] -= masses(target, int(target.step))
-        after = np.cumsum(cells.reshape(-1, every).sum(1)[::-1])
-        assert measured / math.sqrt(WIDTH) == pytest.approx(
-            np.linalg.norm(after), rel=0.05, abs=0.0
-        ), name
 
 
 # -- Refusals -------------------------------------------------------------------------------------

@@ -197,22 +197,9 @@ def test_the_walk_looks_at_a_bounded_number_of_steps() -> None:
     assert Counting.calls < 200_000
 
 
-@given(anything, st.integers(1, 300), st.integers(1, 20))
-def test_between_updates_the_average_ages(rule: rules.Rule, updates: int, every: int) -> None:
-    at = effective_steps(rule, updates * every, every)
-    later = effective_steps(rule, updates * every + every - 1, every)
-    assert later.mean_age == pytest.approx(at.mean_age + every - 1)
-    assert later[1:] == at[1:]
-
-
 def test_at_the_beginning() -> None:
     assert effective_steps(rules.constant(0.9), 0) == Reach(0.0, 0.0, 1.0)
     assert effective_steps(rules.power(0.1), 1) == Reach(0.0, 0.0, 0.0)
-
-
-def test_units_has_it_too() -> None:
-    assert units.effective_steps is effective_steps
-    assert units.Reach is Reach
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, None, True], ids=repr)

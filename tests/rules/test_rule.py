@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from typing import Any
@@ -86,15 +85,6 @@ def test_the_weight_of_a_step_is_what_the_decay_leaves(rule: rules.Rule, n: int)
     assert rule.weight(n) == pytest.approx(1.0 - rule.decay(n), rel=1e-13, abs=2e-16)
 
 
-@given(every_rule, counts, strides)
-def test_rules_are_pure(rule: rules.Rule, k: int, every: int) -> None:
-    first = rule.weight(k * every, every)
-    for other in (1, k + 1, k + 299, max(k - 1, 1)):
-        rule.weight(other * every, every)
-        rule.weight(other)
-    assert rule.weight(k * every, every) == first
-
-
 @given(every_rule)
 def test_description_and_repr_rebuild_the_rule(rule: rules.Rule) -> None:
     rule.weight(7)
@@ -127,11 +117,6 @@ def test_a_power_of_a_decay_near_one_keeps_its_digits(distance: float, every: in
         context.prec = 50
         exact = float(1 - Decimal(decay) ** every)
     assert Given(decay).weight(every, every) == pytest.approx(exact, rel=1e-13, abs=0.0)
-
-
-@given(decays)
-def test_the_weight_of_one_step_is_exact(decay: float) -> None:
-    assert Given(decay).weight(3) == 1.0 - decay
 
 
 @given(strides)
@@ -224,15 +209,6 @@ def test_a_function_for_a_decay_is_told_of_the_rules(decay: Any) -> None:
             build()
 
 
-def test_a_rule_needs_a_decay() -> None:
-    class Nothing(rules.Rule):
-        pass
-
-    for kind in (Nothing, rules.Rule):
-        with pytest.raises(TypeError, match="decay"):
-            kind()  # type: ignore[abstract]
-
-
 @pytest.mark.parametrize(
     "plain",
     [
@@ -269,8 +245,3 @@ def test_descriptions_of_no_rule(plain: Any) -> None:
 def test_an_unknown_rule_says_which_are_known() -> None:
     with pytest.raises(ArgumentError, match=r"'Cosine'(.|\n)*Constant(.|\n)*Warmup(.|\n)*defined"):
         rules.rule_from_dict({"rule": "Cosine"})
-
-
-def test_rules_need_no_arrays(python: Callable[..., str]) -> None:
-    script = "import sys, fastema.rules.units; print(sorted({'numpy', 'numba'} & set(sys.modules)))"
-    assert python(script).strip() == "[]"

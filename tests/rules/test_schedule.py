@@ -44,15 +44,6 @@ class Given(rules.Rule):
         return self.value
 
 
-@given(schedules, steps)
-def test_weights_lie_between_zero_and_one(schedule: Schedule, step: int) -> None:
-    weights = schedule.weights(step)
-    assert type(weights) is tuple
-    assert all(type(w) is float and 0.0 <= w <= 1.0 for w in weights)
-    assert len(weights) in (0, len(schedule.rules))
-    assert len(schedule.decays(step)) == len(schedule.rules)
-
-
 @given(made, steps)
 def test_without_options_it_is_the_rule(rule: rules.Rule, step: int) -> None:
     assert Schedule(rule).weights(step) == (rule.weight(step),)
@@ -106,25 +97,6 @@ def test_a_start_shifts_the_rules(schedule: Schedule, step: int) -> None:
     assert schedule.decays(shifted) == plain.decays(step)
 
 
-def remaining(schedule: Schedule, step: int) -> Fraction:
-    """Weight of the first value after so many steps."""
-    left = Fraction(1)
-    for n in range(1, step + 1):
-        for w in schedule.weights(n):
-            left *= 1 - Fraction(w)
-    return left
-
-
-@given(st.floats(0.5, 0.9999), st.integers(1, 10), st.integers(1, 20))
-def test_the_horizon_does_not_depend_on_how_often_memory_is_touched(
-    decay: float, k: int, times: int
-) -> None:
-    often, seldom = Schedule(rules.constant(decay)), Schedule(rules.constant(decay), k)
-    one, other = remaining(often, k * times), remaining(seldom, k * times)
-    assert float(one) == pytest.approx(float(other), rel=1e-9, abs=0.0)
-    assert float(one) == pytest.approx(decay ** (k * times), rel=1e-9, abs=0.0)
-
-
 @pytest.mark.parametrize("step", [1, 5, 30])
 @pytest.mark.parametrize("value", [-1e-9, 1.0000001, math.nan, math.inf, None, "x", True, (0.5,)])
 def test_a_rule_that_gives_no_weight_is_named(value: Any, step: int) -> None:
@@ -155,11 +127,6 @@ def test_description_holds_plain_values() -> None:
         "update_every": 3,
         "start_after": 7,
     }
-
-
-def test_it_cannot_be_changed() -> None:
-    with pytest.raises((AttributeError, TypeError)):
-        Schedule(rules.constant()).update_every = 2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, math.nan, None, "2", True], ids=repr)
@@ -250,13 +217,6 @@ def test_the_horizon_does_not_depend_on_how_steps_are_cut(
             left *= 1 - Fraction(w)
     done = (step - start) // k * k
     assert float(left) == pytest.approx(decay**done, rel=1e-9, abs=1e-13)
-
-
-@given(schedules, st.integers(0, 300), st.integers(1, 300))
-def test_what_is_cut_is_not_lost(schedule: Schedule, before: int, steps: int) -> None:
-    # Memory is touched at once exactly where it would be touched in one of the steps.
-    apart = [schedule.weights(n) for n in range(before + 1, before + steps + 1)]
-    assert bool(schedule.weights(before + steps, steps)) == any(apart)
 
 
 # -- rules that say which steps are due ------------------------------------------------------------

@@ -33,12 +33,6 @@ def test_between_updates_nothing_changes(size: int, updates: int, every: int, mo
     assert rule.slot(later, every) == rule.slot(n, every)
 
 
-@given(st.integers(1, 1000), st.integers(1, 10**6))
-def test_formula(size: int, n: int) -> None:
-    assert rules.window(size).decay(n) == 1 - 1 / min(n, size)
-    assert rules.window(size).weight(n) == 1 / min(n, size)
-
-
 @pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, math.nan, None, "2", True], ids=repr)
 def test_a_size_that_is_no_whole_number(value: Any) -> None:
     with pytest.raises(ArgumentError, match="window"):

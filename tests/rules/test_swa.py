@@ -19,12 +19,5 @@ def test_it_is_the_mean_of_what_it_saw(values: list[int], every: int) -> None:
     assert float(average) == pytest.approx(sum(values) / len(values), rel=1e-12, abs=1e-6)
 
 
-@given(st.integers(1, 10**9), st.integers(1, 1000))
-def test_formula(updates: int, every: int) -> None:
-    rule = rules.cumulative_mean()
-    assert rule.weight(updates * every, every) == pytest.approx(1 / updates, rel=1e-15, abs=0.0)
-    assert rule.decay(updates) == pytest.approx(1 - 1 / updates, abs=1e-16)
-
-
 def test_before_the_first_update_is_due_nothing_exceeds_a_copy() -> None:
     assert rules.cumulative_mean().weight(3, 10) == 1.0

@@ -72,13 +72,6 @@ def test_rescaled_is_so_many_steps_in_one(decay: float, factor: int) -> None:
     )
 
 
-@given(st.floats(0.5, 0.99999), st.sampled_from([0.5, 2.0, 8.0]), st.integers(1, 512))
-def test_rescaled_keeps_the_half_life_in_samples(decay: float, factor: float, batch: int) -> None:
-    before = units.half_life_of_decay(decay, batch)
-    after = units.half_life_of_decay(units.rescaled(decay, factor), batch * factor)
-    assert after == pytest.approx(before, rel=1e-9, abs=0.0)
-
-
 def test_no_memory() -> None:
     assert units.half_life_of_decay(0.0) == 0.0
     assert units.effective_window(0.0) == 1.0

@@ -236,12 +236,6 @@ def test_random_words_in_whole_numbers() -> None:
             assert word == x * (2 * x + 1) % 2**32 >> 16
 
 
-def test_keys_of_tensors_are_told_apart() -> None:
-    names = [f"layers.{i}.{kind}" for i in range(200) for kind in ("weight", "bias")]
-    keys = [reference.tensor_key(name, which) for name in names for which in range(3)]
-    assert len(set(keys)) == len(keys)
-
-
 def test_split_halves_are_the_nearest_and_the_rest(numbers: Callable[..., np.ndarray]) -> None:
     values = np.concatenate([numbers(20_000, "f32", 1), numbers(20_000, "f32", 2, "bits")])
     ties = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view("f4")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -84,13 +83,6 @@ def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
         read(tmp_path)
     write(tmp_path, {"loss": points(3, 2)}, kind="scalars")
     assert set(read(tmp_path)) == {"step", "loss"}
-
-
-def test_several_files_of_a_run_follow_each_other(tmp_path: Path) -> None:
-    first, second = points(5, 1), points(5, 2, start=5)
-    write(tmp_path, {"loss": first}, kind="simple")
-    write(tmp_path, {"loss": second}, kind="simple")
-    assert points_of(read(tmp_path)["loss"]) == rounded([*first, *second])
 
 
 def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
@@ -221,12 +213,3 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setitem(sys.modules, "tensorboard.util.tensor_util", None)
     with pytest.raises(ArgumentError, match="pip install tensorboard"):
         read(tmp_path)
-
-
-def test_reading_other_logs_does_not_load_it(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text("step,loss\n1,2\n")
-    code = (
-        "import sys; from fastema.tracking.logs import read; read(sys.argv[1])\n"
-        "assert not {'tensorboard', 'matplotlib', 'numba', 'torch'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "log.csv")], check=True)

@@ -93,10 +93,6 @@ def test_separated_by_blanks() -> None:
     same(curves["acc"], [1, 2], [0.25, 0.5])
 
 
-def test_one_column() -> None:
-    same(read(io.StringIO("loss\n2\n1\n"))["loss"], [0, 1], [2, 1])
-
-
 def test_from_a_file_with_a_byte_order_mark_and_carriage_returns(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_bytes(b"\xef\xbb\xbfstep,loss\r\n5,1\r\n6,2\r\n")
@@ -211,12 +207,6 @@ def test_values_within_values() -> None:
     same(read(io.StringIO(text))["train/loss"], [1, 2], [2, 1])
 
 
-@given(st.lists(NUMBERS, min_size=2, max_size=20))
-def test_every_number_survives_json(values: list[float]) -> None:
-    lines = "\n".join(json.dumps({"x": value}) for value in values)
-    same(read(io.StringIO(lines))["x"], range(len(values)), values)
-
-
 # Which metrics
 
 
@@ -291,15 +281,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(bytes(range(256)))
     with pytest.raises(ArgumentError, match=r"weights.bin is no text.*tfevents"):
         read(binary)
-
-
-def test_a_long_log_is_read_in_one_pass() -> None:
-    rows = 30_000
-    values = np.random.default_rng(0).normal(size=rows)
-    text = "step,loss\n" + "".join(
-        f"{row},{value!r}\n" for row, value in enumerate(values.tolist())
-    )
-    same(read(io.StringIO(text))["loss"], np.arange(rows), values)
 
 
 # Scalars of frameworks within rows

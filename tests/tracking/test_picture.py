@@ -26,6 +26,7 @@ from fastema.tracking.plots.panels import Panel, averages, panels
 from fastema.tracking.plots.picture import spread, thinned
 
 from ..support.requirements import require_packages
+from ..support.smoothing import ema, sma
 
 BOTH = averages(20, 0.9)
 
@@ -33,18 +34,6 @@ BOTH = averages(20, 0.9)
 def noisy(count: int, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     return 2.0 * np.exp(-np.arange(count) / (1 + count / 3)) + generator.normal(0.5, 0.1, count)
-
-
-def sma(values: np.ndarray, size: int) -> list[float]:
-    ends = range(1, len(values) + 1)
-    return [math.fsum(values[max(0, end - size) : end]) / min(end, size) for end in ends]
-
-
-def ema(values: np.ndarray, decay: float) -> list[float]:
-    found = [float(values[0])]
-    for value in values[1:].tolist():
-        found.append(decay * found[-1] + (1.0 - decay) * value)
-    return found
 
 
 def by_label(panel: Panel) -> dict[str, Curve]:
@@ -221,11 +210,6 @@ def test_a_log_by_its_path(tmp_path: Path) -> None:
     assert (panel.name, panel.axis) == ("loss", "epoch")
     path.write_text('{"loss": 2}\n{"loss": 1}\n')
     assert panels(str(path), averages=BOTH)[0].axis == "row"
-
-
-def test_curves() -> None:
-    curve = Curve(np.array([3, 9]), np.array([2.0, 1.0]))
-    assert by_label(panels({"loss": curve}, averages=BOTH)[0])["raw"] is curve
 
 
 def test_chosen_metrics() -> None:

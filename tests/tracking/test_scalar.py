@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
 from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
@@ -25,6 +23,7 @@ KINDS: dict[str, Made] = {
     "sma200": lambda **o: SimpleMovingAverage(200, **o),
     "ema": lambda **o: ExponentialMovingAverage(0.9, **o),
     "ema0": lambda **o: ExponentialMovingAverage(0.0, **o),
+    "ema_quick": lambda **o: ExponentialMovingAverage(0.3, **o),
     "ema_slow": lambda **o: ExponentialMovingAverage(0.9995, **o),
     "debiased": lambda **o: ExponentialMovingAverage(0.9, True, **o),
     "debiased_slow": lambda **o: ExponentialMovingAverage(0.9995, True, **o),
@@ -77,15 +76,6 @@ def test_every_average_is_the_exact_one(made: Made, weighted: bool, sign: bool) 
     assert average.num_updates == len(x)
 
 
-def test_simple_mean_is_within_one_rounding() -> None:
-    x = series(3_000)
-    average = SimpleMovingAverage(100)
-    for i, value in enumerate(x):
-        window = x[max(0, i - 99) : i + 1]
-        expected = float(sum(map(Fraction, window)) / len(window))
-        assert abs(average.update(value) - expected) <= math.ulp(expected)
-
-
 @kinds
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_series_at_once_is_one_by_one(made: Made, weighted: bool) -> None:
@@ -111,18 +101,6 @@ def test_a_series_at_once_is_one_by_one(made: Made, weighted: bool) -> None:
         assert found == expected  # to the bit
 
 
-def test_as_pandas_defines_them() -> None:
-    pandas = pytest.importorskip("pandas")
-    x = series(500, seed=9)
-    frame = pandas.Series(x)
-    for average, expected in (
-        (SimpleMovingAverage(13), frame.rolling(13, min_periods=1).mean()),
-        (ExponentialMovingAverage(0.83), frame.ewm(alpha=1 - 0.83, adjust=False).mean()),
-        (ExponentialMovingAverage(0.83, True), frame.ewm(alpha=1 - 0.83, adjust=True).mean()),
-    ):
-        np.testing.assert_allclose(average.update_many(x), expected, rtol=1e-13)
-
-
 @pytest.mark.slow
 def test_no_drift_in_ten_million_values() -> None:
     rng = np.random.default_rng(2)
@@ -137,15 +115,6 @@ def test_no_drift_in_ten_million_values() -> None:
     expected = math.fsum((0.001 * powers * tail).tolist())
     assert by_decay[-1] == pytest.approx(expected, rel=1e-13)
     assert sma.update(0.0) == pytest.approx(math.fsum([*x[-999:], 0.0]) / 1_000, rel=3e-16)
-
-
-def test_no_drift_one_by_one() -> None:
-    average = SimpleMovingAverage(10)
-    for x in np.random.default_rng(8).lognormal(0.0, 5.0, 200_000).tolist():
-        average.update(x)
-    for _ in range(9):
-        average.update(0.1)
-    assert average.update(0.1) == 0.1
 
 
 @kinds
@@ -194,6 +163,8 @@ def test_propagates_as_arithmetic_does(at_once: bool) -> None:
     ema = ExponentialMovingAverage(0.5, on_nonfinite="propagate")
     assert np.isnan(run(ema, [1.0, math.nan, 3.0], at_once)).tolist() == [False, True, True]
     assert sma.num_skipped == 0
+    ema.reset()
+    assert run(ema, [1.0, math.inf, 1.0], at_once) == [1.0, math.inf, math.inf]
 
 
 @kinds
@@ -226,23 +197,20 @@ def test_weight_zero_leaves_out(made: Made) -> None:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, -1, 2.0, True, "3", None])
-def test_window_size_is_refused(size: Any) -> None:
-    with pytest.raises(ArgumentError, match="window_size"):
-        SimpleMovingAverage(size)
-
-
-@pytest.mark.parametrize("decay", [1.0, -0.1, math.nan, "0.9", None])
-def test_decay_is_refused(decay: Any) -> None:
-    with pytest.raises(ArgumentError, match="decay"):
-        ExponentialMovingAverage(decay)
-
-
-def test_other_arguments_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="debias"):
-        ExponentialMovingAverage(0.9, 1)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        *((SimpleMovingAverage, [size], "window_size") for size in (0, -1, 2.0, True, "3", None)),
+        (SimpleMovingAverage, [10**13], r"window_size=.*at most 1,000,000,000"),
+        *((ExponentialMovingAverage, [d], "decay") for d in (1.0, -0.1, math.nan, "0.9", None)),
+        (ExponentialMovingAverage, [0.9, 1], "debias"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(kind: Any, options: list[Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        kind(*options)
     with pytest.raises(ArgumentError, match="show, skip, propagate, raise"):
-        SimpleMovingAverage(3, on_nonfinite="ignore")  # type: ignore[arg-type]
+        kind(on_nonfinite="ignore", **{"window_size": 3} if kind is SimpleMovingAverage else {})
 
 
 @kinds
@@ -388,44 +356,8 @@ def test_count_and_repr() -> None:
 
 # -- algebra ---------------------------------------------------------------------------------------
 
-FLOATS = st.floats(-1e6, 1e6, allow_subnormal=False)
-
-
-@settings(deadline=None)
-@given(st.sampled_from(sorted(KINDS)), st.lists(FLOATS, min_size=1, max_size=50), FLOATS)
-def test_moves_with_the_values(kind: str, x: list[float], by: float) -> None:
-    here, there = KINDS[kind](), KINDS[kind]()
-    for value in x:
-        found = there.update(value + by)
-        expected = here.update(value) + by
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-8)
-        assert min(x) - 1e-9 <= here.average <= max(x) + 1e-9
-
-
-@settings(deadline=None)
-@given(
-    st.sampled_from(sorted(KINDS)),
-    st.lists(FLOATS, min_size=1, max_size=40),
-    st.floats(1e-3, 1e3),
-)
-def test_only_ratios_of_weights_count(kind: str, x: list[float], weight: float) -> None:
-    plain, weighted = KINDS[kind](), KINDS[kind]()
-    for value in x:
-        assert weighted.update(value, weight) == pytest.approx(
-            plain.update(value), rel=1e-12, abs=1e-12
-        )
-
 
 # -- the ends of the range -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.01, 0.3, 0.499])
-def test_small_decays_are_as_exact(decay: float) -> None:
-    average = ExponentialMovingAverage(decay)
-    x = [1e8, 1.0, 1.0, 3e-7, 1.0, 1e8, 1e-3]
-    for i, value in enumerate(x):
-        expected = exact(average, x[: i + 1], [1.0] * (i + 1))
-        assert average.update(value) == pytest.approx(expected, rel=5e-16)
 
 
 def test_the_largest_floats() -> None:
@@ -434,13 +366,6 @@ def test_the_largest_floats() -> None:
     found = [average.update(value) for value in x]
     np.testing.assert_allclose(found, at_once.update_many(x), rtol=1e-15)
     assert math.isfinite(average.average)
-
-
-def test_infinities_in_exponential_averages() -> None:
-    x = [1.0, math.inf, 1.0]
-    for at_once in (False, True):
-        average = ExponentialMovingAverage(0.5, on_nonfinite="propagate")
-        assert run(average, x, at_once) == [1.0, math.inf, math.inf]
 
 
 @pytest.mark.parametrize("size", [9, 20, 100, 257])
@@ -471,8 +396,3 @@ def test_masked_values_are_not_finite() -> None:
     x = np.ma.masked_greater([1.0, 99.0, 3.0], 50.0)
     found = SimpleMovingAverage(3, on_nonfinite="skip").update_many(x)
     assert found.tolist() == [1.0, 1.0, 2.0]
-
-
-def test_a_window_that_no_memory_holds() -> None:
-    with pytest.raises(ArgumentError, match=r"window_size=.*at most 1,000,000,000"):
-        SimpleMovingAverage(10**13)

@@ -1,0 +1,37 @@
+"""Run another process that imports the same fastema as this one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fastema
+
+ROOT = str(Path(fastema.__file__).parents[1])
+
+
+def run(
+    *command: object,
+    environment: Mapping[str, str] | None = None,
+    text: bool = True,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """Run a command and capture what it prints; the caller looks at the exit status."""
+    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        list(map(str, command)),
+        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        capture_output=True,
+        text=text,
+        check=False,
+        **options,
+    )
+
+
+def run_python(*arguments: object, **options: Any) -> subprocess.CompletedProcess[Any]:
+    """Run this interpreter with arguments."""
+    return run(sys.executable, *arguments, **options)
