@@ -105,7 +105,9 @@ def test_one_large_tensor_beside_many_small_ones_is_balanced(workers: int) -> No
     assert max(done) < 1.1 * sum(sizes) / workers
 
 
-def test_launches_of_several_threads_do_not_mix_while_threads_are_set(threads: Callable[[int], None]) -> None:
+def test_launches_of_several_threads_do_not_mix_while_threads_are_set(
+    threads: Callable[[int], None],
+) -> None:
     stop = threading.Event()
     failed: list[object] = []
 
@@ -179,7 +181,9 @@ def test_numbers_of_threads_that_are_none_are_refused(count: object) -> None:
     assert fastema.get_num_threads() == before
 
 
-def test_the_default_number_of_threads_is_what_the_process_may_run_on(python: Callable[..., str]) -> None:
+def test_the_default_number_of_threads_is_what_the_process_may_run_on(
+    python: Callable[..., str],
+) -> None:
     python("""
         import os
         import fastema

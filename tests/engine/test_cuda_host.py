@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from fastema.bridges.torch_cuda import TorchContext
 from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
-from fastema.engine.cubins import Key, Unavailable
+from fastema.engine.cubins import Key
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, DeviceError, FastemaError, StateError
 from fastema.kernels import table as abi
@@ -68,7 +68,7 @@ AVERAGES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 SLOW = ("nearest", "debiased", "window", "late window")
 
 
-def marked(names: Mapping[str, Any], slow: tuple[str, ...]) -> list[Any]:
+def marked(names: Iterable[str], slow: tuple[str, ...]) -> list[Any]:
     return [pytest.param(one, marks=pytest.mark.slow if one in slow else []) for one in names]
 
 
@@ -81,7 +81,7 @@ def test_an_average_on_a_gpu_is_that_of_the_cpu(
 ) -> None:
     kind, options = AVERAGES[case]
     if capturable and case in ("eleven", "ring on the host"):
-        with pytest.raises(ArgumentError, match="up to 8 averages|ring_device"):
+        with pytest.raises(ArgumentError, match=r"up to 8 averages|ring_device"):
             kind(Model(dtype), capturable=True, **options)
         return
     found = []
@@ -138,15 +138,14 @@ def test_all_bits_of_a_seed_count(gpu: StubGpu, seed: int, capturable: bool) -> 
     assert not torch.equal(found[1], found[3])
 
 
-MIXED = ("flat", "spaced", "half", "empty")
-
-
 def mixed_weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
-    spaced = torch.randn(40, 9)[:, ::2]
-    return dict(
-        zip(MIXED, (torch.randn(5000), spaced, torch.randn(77).bfloat16(), torch.randn(0, 3)))
-    )
+    return {
+        "flat": torch.randn(5000),
+        "spaced": torch.randn(40, 9)[:, ::2],
+        "half": torch.randn(77).bfloat16(),
+        "empty": torch.randn(0, 3),
+    }
 
 
 @pytest.mark.slow
@@ -164,7 +163,7 @@ def test_drift_adds_up_over_groups_and_layouts(gpu: StubGpu) -> None:
         assert 0 <= drift.still < 0.1
 
 
-@pytest.mark.parametrize("bad", marked(dict.fromkeys(MIXED[:3]), ("spaced", "half")))
+@pytest.mark.parametrize("bad", marked(["flat", "spaced", "half"], ("spaced", "half")))
 def test_a_guard_looks_at_every_group_and_layout(gpu: StubGpu, bad: str) -> None:
     weights = mixed_weights() if bad != "flat" else {"flat": torch.randn(5000)}
     raising = fastema.EMA(weights, 0.5, on_nonfinite="raise")

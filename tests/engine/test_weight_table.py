@@ -294,7 +294,8 @@ JUMPING: dict[str, Weight] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one != "alternating")) for one in JUMPING]
+    "name",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one != "alternating")) for one in JUMPING],
 )
 def test_weights_that_jump_too_often_are_refused(name: str) -> None:
     weight = Counted(JUMPING[name])

@@ -66,7 +66,7 @@ def test_every_element_is_averaged(device: torch.device, average: str) -> None:
         assert not bool(((new.double() - want).abs() > bound).any())
 
 
-def test_random_bits_of_places_beyond_32_bits(device: torch.device) -> None:
+def test_random_bits_beyond_32_bits_are_those_of_their_places(device: torch.device) -> None:
     count = elements_of(device)
     need(device, 6 * count)
     x = torch.empty(count, dtype=torch.bfloat16, device=device)
@@ -83,25 +83,7 @@ def test_random_bits_of_places_beyond_32_bits(device: torch.device) -> None:
         assert (host(ema.shadow["w"][window]) == want).all()
 
 
-def test_exchange_and_back(device: torch.device) -> None:
-    """A float32 average in bfloat16 weights, and both back to the bit."""
-    count = elements_of(device)
-    need(device, count * (2 + 2 + 4 + 4) + 100 * PART)
-    x = torch.empty(count, dtype=torch.bfloat16, device=device)
-    random_(x, 5)
-    ema = fastema.EMA({"w": x}, DECAY, shadow_dtype="f32")
-    random_(x, 6)
-    ema.update()
-    weights, shadow = x.clone(), ema.shadow["w"].clone()
-    with ema.swapped():
-        for given, average in parts(x, shadow):
-            off = (given.double() - average.double()).abs()
-            assert bool((off <= 2.0**-8 * average.double().abs()).all())
-    for now, then in (*parts(x, weights), *parts(ema.shadow["w"], shadow)):
-        assert torch.equal(now, then)
-
-
-def test_many_elements_in_many_tensors(device: torch.device) -> None:
+def test_many_tensors_of_more_elements_together_than_32_bits_count(device: torch.device) -> None:
     """Together more than 32 bits count, each of them small, of odd sizes."""
     count = elements_of(device)
     need(device, 6 * count)

@@ -81,15 +81,8 @@ OTHERS: list[Kernel] = [
     ("window", ("f32", "f64", "f64", "f64")),
 ]
 
-ROUNDED_APART: list[Kernel] = [
-    ("lerp", ("f32", "bf16")),
-    ("lerp", ("f64", "f64")),
-    ("lerp", ("f16~", "f32")),
-    ("copy", ("f32", "bf16")),
-    ("add", ("f64", "f32")),
-    ("window", ("f32", "f32", "f32", "f32")),
-    ("window", ("f64", "f64", "f64", "f64")),
-]
+ROUNDED_APART = {"lerp", "copy", "add", "window"}
+"""Operations whose sums and products say how they are rounded: they may not be fused."""
 
 USUAL_KERNELS: list[Kernel] = [
     ("lerp", ("f32", "bf16")),
@@ -102,14 +95,10 @@ USUAL_KERNELS: list[Kernel] = [
 """One of each family, in the fast tests."""
 
 READS_AND_WRITES = {
-    "lerp": ("ds", "d"),
-    "lerp_measured": ("ds", "d"),
-    "add": ("ds", "d"),
+    **dict.fromkeys(("lerp", "lerp_measured", "add"), ("ds", "d")),
+    **dict.fromkeys(("swap", "park", "unpark"), ("ds", "ds")),
     "copy": ("s", "d"),
     "cast_back": ("d", "s"),
-    "swap": ("ds", "ds"),
-    "park": ("ds", "ds"),
-    "unpark": ("ds", "ds"),
     "finite": ("s", ""),
 }
 """Of d, the written side (with its companion, where it has one), and s, the other side."""
@@ -266,14 +255,17 @@ FLAT = variants(PLAIN + EACH_KIND, "flat", ARCHITECTURES) + variants(OTHERS, "fl
 SPACED = variants(
     [*PLAIN, *EACH_KIND, *(one for one in OTHERS if one[0] == "lerp")], "strided", [USUAL]
 )
-APART = variants(ROUNDED_APART, "flat", [USUAL])
 CLOCKS = variants([(CLOCK, ("none",))], "flat", ARCHITECTURES)
 
 
 @pytest.mark.parametrize("variant", listed(FLAT, USUAL_KERNELS))
-def test_adjacent_elements(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
+def test_kernels_of_adjacent_elements_move_128_bits_at_a_time(
+    variant: Variant, compiled: Callable[[Variant], cuda.Binary]
+) -> None:
     made = compiled(variant)
     check_report(made, variant)
+    if variant.operation in ROUNDED_APART:  # as on the CPU
+        assert not re.search(r"\b(add|sub|mul)\.f(32|64)\b", made.ptx)
     if variant.operation != "window":
         check_code(made, variant)
     else:  # many loops, each with streams of its own
@@ -282,21 +274,16 @@ def test_adjacent_elements(variant: Variant, compiled: Callable[[Variant], cuda.
 
 
 @pytest.mark.parametrize("variant", listed(SPACED, USUAL_KERNELS[:1]))
-def test_spaced_elements(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
+def test_kernels_of_spaced_elements_spill_nothing(
+    variant: Variant, compiled: Callable[[Variant], cuda.Binary]
+) -> None:
     check_report(compiled(variant), variant)
 
 
-@pytest.mark.parametrize("variant", listed(APART, USUAL_KERNELS))
-def test_what_is_not_written_fused_is_rounded_twice(
+@pytest.mark.parametrize("variant", listed(CLOCKS, [(CLOCK, ("none",))]))
+def test_the_clock_spills_nothing(
     variant: Variant, compiled: Callable[[Variant], cuda.Binary]
 ) -> None:
-    """Sums and products that say how they are rounded may not be fused; on the CPU they are not."""
-    ptx = compiled(variant).ptx
-    assert not re.search(r"\b(add|sub|mul)\.f(32|64)\b", ptx)
-
-
-@pytest.mark.parametrize("variant", listed(CLOCKS, [(CLOCK, ("none",))]))
-def test_the_clock(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
     made = compiled(variant)
     check_report(made, variant)
     names = {one.name for one in disassembled(made.cubin).instructions}
@@ -304,7 +291,9 @@ def test_the_clock(variant: Variant, compiled: Callable[[Variant], cuda.Binary])
     assert not names & {"LDL", "STL"}
 
 
-def test_the_table_of_the_benchmarks(compiled: Callable[[Variant], cuda.Binary]) -> None:
+def test_the_table_of_the_benchmarks_counts_what_is_in_the_code(
+    compiled: Callable[[Variant], cuda.Binary],
+) -> None:
     (variant,) = variants([("lerp", ("f32", "bf16"))], "flat", [USUAL])
     operation, formats, _, capability = variant
     row = kernels_gpu.row((operation, formats), capability, compiled(variant))
@@ -313,11 +302,6 @@ def test_the_table_of_the_benchmarks(compiled: Callable[[Variant], cuda.Binary])
     assert row["loop"]["FFMA"] == row["loop"]["FADD"] == 4
     assert sum(row["loop"].values()) == row["loop_instructions"] < row["instructions"]
     line = kernels_gpu.table([row]).splitlines()[-1]
-    assert [cell.strip() for cell in line.split("|")[1:6]] == [
-        "lerp f32/bf16",
-        "10",
-        "4",
-        "128 + 64",
-        "128",
-    ]
+    cells = [cell.strip() for cell in line.split("|")[1:6]]
+    assert cells == ["lerp f32/bf16", "10", "4", "128 + 64", "128"]
     assert f"{row['registers']}; {row['loop_instructions'] / 4:.2f}" in line

@@ -68,7 +68,7 @@ def test_the_two_halves_are_measured_as_one_number() -> None:
 
 
 BAD = {
-    **dict.fromkeys(("f64", "f32", "f16"), [np.inf, -np.inf, np.nan]),
+    **{code: [np.inf, -np.inf, np.nan] for code in ("f64", "f32", "f16")},
     "bf16": [0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF],
 }
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["STORAGE", "Guarded", "assert_same", "bits", "guarded", "numbers", "spec_of"]
+__all__ = ["STORAGE", "Guarded", "assert_same", "bits", "guarded", "is_nan", "numbers", "spec_of"]
 
 Array = NDArray[Any]
 
@@ -33,7 +33,8 @@ def bits(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(f"u{size}")
 
 
-def _is_nan(array: Array, code: str) -> Array:
+def is_nan(array: Array, code: str) -> Array:
+    """Say which reals are NaN, of complex numbers one after the other."""
     if code == "bf16":
         return np.asarray((array & 0x7FFF) > 0x7F80)
     reals = np.ascontiguousarray(array).view(array.real.dtype) if array.dtype.kind == "c" else array
@@ -44,7 +45,7 @@ def assert_same(got: Array, want: Array, code: str) -> None:
     """Assert that arrays are equal to the bit, except that any NaN equals any NaN."""
     assert got.dtype == want.dtype
     assert got.shape == want.shape
-    nan_got, nan_want = _is_nan(got, code).reshape(-1), _is_nan(want, code).reshape(-1)
+    nan_got, nan_want = is_nan(got, code).reshape(-1), is_nan(want, code).reshape(-1)
     np.testing.assert_array_equal(nan_got, nan_want)
     a, b = bits(got), bits(want)
     wrong = np.flatnonzero((a != b) & ~nan_want)
