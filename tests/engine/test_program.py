@@ -10,8 +10,6 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fastema.engine import registry
 from fastema.engine.program import Program
@@ -140,59 +138,6 @@ def test_every_way_to_lie_in_memory_is_as_specified(
     of.assert_rest_untouched()
 
 
-@pytest.mark.parametrize(("dst", "src"), [("f32", "bf16"), ("bf16", "bf16"), ("f64", "f32")])
-def test_threads_layout_and_grouping_do_not_change_a_bit(
-    dst: str, src: str, threads: Threads
-) -> None:
-    avg, x = numbers(5 * CHUNK + 11, dst, 1), numbers(5 * CHUNK + 11, src, 2)
-
-    def result(count: int, cuts: list[int], step: int = 1, order: int = 1) -> Array:
-        threads(count)
-        spaced = np.empty(len(avg) * step, avg.dtype)[::step]
-        spaced[:] = avg
-        sides = list(zip(np.split(spaced, cuts), np.split(x, cuts), strict=True))[::order]
-        run("lerp", sides, dst, src, 0.3)
-        return bits(spaced)
-
-    want = result(1, [])
-    for count, cuts, step, order in (
-        (2, [], 1, 1),
-        (3, [1, 2, 66, CHUNK + 7], 1, 1),
-        (2, [1, 2, 66, CHUNK + 7], 1, -1),
-        (2, [77], 2, 1),
-    ):
-        np.testing.assert_array_equal(result(count, cuts, step, order), want)
-
-
-REALS = [code for code in REAL if code != "f16"]
-HARD = st.one_of(st.just(0.0), st.floats(2.0**-10, 2.0**10, width=32))
-
-
-@given(
-    st.lists(st.tuples(HARD, HARD), min_size=1, max_size=130),
-    st.floats(2.0**-20, 1, width=32),
-    st.sampled_from(REALS),
-    st.sampled_from(REAL),
-    st.sampled_from([2.0, -1.0, -0.5]),
-)
-def test_an_update_is_linear_and_has_fixed_points(
-    values: list[tuple[float, float]], w: float, dst: str, src: str, scale: float
-) -> None:
-    wide = np.array(values, np.float64)
-
-    def lerp(factor: float, weight: float, equal: bool = False) -> Array:
-        avg = reference.encode(factor * wide[:, 0], dst)
-        x = avg.copy() if equal else reference.encode(factor * wide[:, 1], src)
-        run("lerp", [(avg, x)], dst, dst if equal else src, weight)
-        return reference.decode(avg, dst)
-
-    # Rounding sees neither powers of two nor signs.
-    np.testing.assert_array_equal(lerp(scale, w), scale * lerp(1.0, w))
-    start = reference.decode(reference.encode(wide[:, 0], dst), dst)
-    np.testing.assert_array_equal(lerp(1.0, 0.0), start)
-    np.testing.assert_array_equal(lerp(1.0, w, equal=True), start)
-
-
 # -- random bits -----------------------------------------------------------------------------------
 
 SHAPE = (24, 10, 35)
@@ -244,21 +189,6 @@ def test_random_bits_are_those_of_indices_in_the_whole_tensor(
         got = in_order(avg, order)
         round_at_random(got, in_order(x, other), dst, src, whole=whole, offset=offset)
         np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.parametrize("parts", [(1, 1, 3), (4, 1, 1), (1, 5, 2), (3, 2, 4)])
-def test_parts_of_a_tensor_have_its_random_bits(parts: tuple[int, ...]) -> None:
-    avg, x = random_sides("bf16", "bf16")
-    want = specified(avg, x, "bf16", "bf16", np.arange(avg.size).reshape(SHAPE))
-    got = np.empty_like(avg)
-    cuts = [np.array_split(np.arange(n), count) for n, count in zip(SHAPE, parts, strict=True)]
-    for i, axes in enumerate(product(*cuts)):
-        places = tuple(slice(axis[0], axis[-1] + 1) for axis in axes)
-        offset = tuple(int(axis[0]) for axis in axes)
-        part = in_order(avg[places], list(permutations(range(3)))[i % 6])
-        round_at_random(part, x[places], "bf16", "bf16", whole=SHAPE, offset=offset)
-        got[places] = part
-    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f64")])

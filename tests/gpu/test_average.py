@@ -53,7 +53,7 @@ KINDS: list[tuple[str, Make, dict[str, Any]]] = [
     ("f32", fastema.SMA, {"window": 4, "ring_device": "cpu"}),
     ("bf16", fastema.SMA, {"window": 4, "update_every": 2, "start_after": 3}),
     ("f32", fastema.SWA, {"shadow_dtype": "float64"}),
-    ("f32", fastema.PowerEMA, {"sigma_rel": (0.05, 0.2)}),
+    ("f32", fastema.PowerEMA, {"sigma_rels": (0.05, 0.2)}),
 ]
 
 
@@ -98,7 +98,7 @@ def test_an_average_is_updated_evaluated_saved_and_resumed_as_on_the_cpu(
         one.load_state_dict(loaded)
     run(given, range(9, 16), there, here, *resumed)
     assert_equal_averages(there, here, *resumed)
-    assert there.report()["num_updates"] == here.report()["num_updates"]
+    assert options.get("drift") or there.report() == here.report()
     given.assert_rest_untouched()
 
 

@@ -11,7 +11,7 @@ import fastema
 
 from ..support import reference
 from ..support.tolerance import unit_roundoff
-from .given import assert_equal, host
+from .given import host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -81,26 +81,3 @@ def test_random_bits_beyond_32_bits_are_those_of_their_places(device: torch.devi
         words = reference.random_words(11, 1, reference.tensor_key("w"), places)
         want = reference.lerp(old, host(x[window]), 1 - DECAY, "bf16", "bf16", words)
         assert (host(ema.shadow["w"][window]) == want).all()
-
-
-def test_many_tensors_of_more_elements_together_than_32_bits_count(device: torch.device) -> None:
-    """Together more than 32 bits count, each of them small, of odd sizes."""
-    count = elements_of(device)
-    need(device, 6 * count)
-    sizes = [count // 64 + 2 * i + 1 for i in range(64)]
-    weights = {
-        f"w{i}": torch.empty(n, dtype=torch.bfloat16, device=device) for i, n in enumerate(sizes)
-    }
-    for i, tensor in enumerate(weights.values()):
-        random_(tensor, i)
-    ema = fastema.EMA(weights, DECAY, rounding="nearest")
-    ends = {name: tensor[-500:].cpu().clone() for name, tensor in weights.items()}
-    for i, tensor in enumerate(weights.values()):
-        random_(tensor, 100 + i)
-    twin = fastema.EMA(ends, DECAY, rounding="nearest")
-    for name, tensor in ends.items():
-        tensor.copy_(weights[name][-500:])
-    ema.update()
-    twin.update()
-    for name, tensor in twin.shadow.items():
-        assert_equal(ema.shadow[name][-500:], tensor, name)

@@ -88,24 +88,6 @@ def warm_cache(filled_cache: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(filled_cache, tmp_path / "copy"))
 
 
-@pytest.mark.slow
-def test_processes_that_compile_at_once_do_not_mix_their_kernels_up(
-    tmp_path: Path, python: Callable[..., str]
-) -> None:
-    together = """
-        import subprocess, sys
-        runs = [subprocess.Popen([sys.executable, "-c", *sys.argv[1:2], dtype])
-                for dtype in sys.argv[2:]]
-        assert [run.wait() for run in runs] == [0] * len(runs)
-    """
-    dtypes = ("f2", "f4", "f8")
-    python(together, dedent(SEVERAL), *dtypes, "f2", "f2", NUMBA_CACHE_DIR=str(tmp_path))
-    # In one process now, where no function of one may go by the name of another's.
-    for order in (dtypes, dtypes[::-1]):
-        found = python(SEVERAL, *order, NUMBA_CACHE_DIR=str(tmp_path)).split()
-        assert found == [f"{dtype}:1" for dtype in order]
-
-
 # Numba reads the index, writes it with a new number, and then the machine code under that number.
 # Both processes read it while it is empty; the second writes all, then the first its code.
 RACE = """
@@ -144,7 +126,6 @@ RACE = """
 
 
 @pytest.mark.slow
-@pytest.mark.full
 def test_no_kernel_is_given_the_code_of_another_one(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:

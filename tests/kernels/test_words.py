@@ -120,25 +120,6 @@ def test_nan_becomes_zero(code: str) -> None:
     check(words.nan_to_zero, np.where(np.isnan(values), kind.type(0), values), values)
 
 
-@pytest.mark.parametrize("code", KINDS)
-def test_a_sum_in_any_order_is_a_sum(code: str) -> None:
-    sum_any_order, real = words.sum_any_order, KINDS[code].type
-    # Of small whole numbers, every order gives the same.
-    values = np.random.default_rng(3).integers(-1000, 1000, 4001).astype(real)
-
-    def total(values):
-        found = real(0)
-        for i in range(len(values)):
-            found = sum_any_order(found, values[i])
-        return found
-
-    for run in (total, njit(total)):
-        assert run(values) == values.sum()
-        assert np.isnan(run(np.append(values, real(np.nan))))
-    x, y = numbers(900, code, 1), numbers(900, code, 2)
-    check(sum_any_order, x + y, x, y)
-
-
 @converts_half
 def test_halves_and_floats_are_converted_around_every_half() -> None:
     want = reference.cast(HALVES.view(np.float16), "f16", "f32")
@@ -174,49 +155,6 @@ def test_fma_is_rounded_once(code: str) -> None:
         wide = [side.astype(np.float64) for side in (x, y, z)]
         want = np.array([exact(w, d[None], a[None])[0] for w, d, a in zip(*wide, strict=True)])
         check(words.fma, want.astype(kind), x, y, z)
-
-
-POINTERS = {
-    f"{name[0]}{8 * size}": f"{name[0]}{size}"
-    for name, size in (
-        *(("u", 1), ("u", 2), ("u", 4), ("i", 8)),
-        *(("f", 4), ("f", 8)),
-    )
-}
-
-
-@pytest.mark.parametrize("name", POINTERS)
-def test_loads_and_stores_of_every_width(name: str) -> None:
-    pointer = getattr(words, f"pointer_{name}")
-    load, store = words.load, words.store
-    load_dst, load_src, load_residual, load_ring = (
-        getattr(words, f"load_{side}") for side in ("dst", "src", "residual", "ring")
-    )
-    store_dst, store_src, store_residual, store_ring = (
-        getattr(words, f"store_{side}") for side in ("dst", "src", "residual", "ring")
-    )
-
-    def rotate(one, two, three, four, n):
-        to, of, residual, ring = pointer(one), pointer(two), pointer(three), pointer(four)
-        for i in range(n):
-            a, b = load_dst(to, i), load_src(of, i)
-            c, d = load_residual(residual, i), load_ring(ring, i)
-            store_dst(to, i, b)
-            store_src(of, i, c)
-            store_residual(residual, i, d)
-            store_ring(ring, i, a)
-        store(of, n, load(to, 0))
-        return load(to, 0)
-
-    for run in (rotate, njit(rotate)):
-        values = np.arange(3, 43).astype(POINTERS[name]).reshape(4, 10)
-        sides = [row.copy() for row in values]
-        first = run(*(side.ctypes.data for side in sides), 9)
-        assert first == values[1, 0]
-        want = np.roll(values, -1, axis=0)
-        want[:, 9] = values[:, 9]
-        want[1, 9] = values[1, 0]
-        np.testing.assert_array_equal(sides, want)
 
 
 def test_prefetch_of_any_address_is_harmless() -> None:
