@@ -36,62 +36,48 @@ RAW = ("raw1", "raw2", "raw4", "raw8")
 Kernel = tuple[str, tuple[str, ...]]
 """An operation and its formats."""
 
-PLAIN: list[Kernel] = [
-    *(("lerp", (dst, src)) for dst in NARROW for src in NARROW),
-    *((operation, (raw, raw)) for operation in ("copy", "swap") for raw in RAW),
-    *((operation, ("raw4", "raw2")) for operation in ("park", "unpark")),
-]
+
+def kernels(*several: str) -> list[Kernel]:
+    """Kernels as text: an operation and its formats, with spaces between them."""
+    return [(operation, tuple(formats)) for operation, *formats in map(str.split, several)]
+
+
+PLAIN = kernels(
+    *(f"lerp {dst} {src}" for dst in NARROW for src in NARROW),
+    *(f"{operation} {raw} {raw}" for operation in ("copy", "swap") for raw in RAW),
+    *("park raw4 raw2", "unpark raw4 raw2"),
+)
 """What most launches are: for every architecture."""
 
-EACH_KIND: list[Kernel] = [
-    ("lerp", ("f64", "f64")),
-    ("lerp", ("bf16~", "bf16")),
-    ("lerp", ("f16~", "f32")),
-    ("lerp", ("bf16+16", "bf16")),
-    ("lerp_measured", ("f32", "bf16")),
-    ("copy", ("f32", "bf16")),
-    ("cast_back", ("bf16+16", "f32")),
-    ("swap", ("bf16+16", "raw4")),
-    ("add", ("f64", "f32")),
-    ("finite", ("f32", "bf16")),
-    ("window", ("f32", "f32", "f32", "f32")),
-]
+EACH_KIND = kernels(
+    *("lerp f64 f64", "lerp bf16~ bf16", "lerp f16~ f32", "lerp bf16+16 bf16"),
+    *("lerp_measured f32 bf16", "copy f32 bf16", "cast_back bf16+16 f32", "swap bf16+16 raw4"),
+    *("add f64 f32", "finite f32 bf16", "window f32 f32 f32 f32"),
+)
 """So are these, one of each kind of the others."""
 
-OTHERS: list[Kernel] = [
-    *(("lerp", (dst, src)) for dst in FORMS for src in REALS),
-    *(("lerp_measured", (dst, "bf16")) for dst in FORMS),
-    ("lerp_measured", ("f32", "f32")),
-    *(("copy", (dst, src)) for dst in (*REALS, "bf16+16") for src in REALS if dst != src),
-    *(("cast_back", ("bf16+16", src)) for src in REALS),
-    *(
-        ("cast_back", pair)
-        for pair in (("f64", "f32"), ("f32", "f16"), ("f16", "bf16"), ("bf16", "f32"))
-    ),
-    *(("swap", (dst, src)) for dst in REALS for src in REALS if dst != src),
-    ("swap", ("bf16+16", "raw4")),
-    *(("add", ("f64", src)) for src in REALS),
-    ("add", ("f32", "bf16")),
-    *(("finite", ("f64", src)) for src in ("f64", "bf16")),
-    *(("finite", ("f32", src)) for src in NARROW),
-    *(("window", (f"{real}~", real, real, "f32")) for real in ("f16", "bf16")),
-    ("window", ("f64", "f64", "f64", "f64")),
-    ("window", ("f32", "bf16", "bf16", "f32")),
-    ("window", ("f32", "f32", "bf16", "f32")),
-    ("window", ("f32", "f64", "f64", "f64")),
-]
+OTHERS = kernels(
+    *(f"lerp {dst} {src}" for dst in FORMS for src in REALS),
+    *(f"lerp_measured {dst} bf16" for dst in FORMS),
+    *("lerp_measured f32 f32", "add f32 bf16"),
+    *(f"copy {dst} {src}" for dst in (*REALS, "bf16+16") for src in REALS if dst != src),
+    *(f"cast_back bf16+16 {src}" for src in REALS),
+    *("cast_back f64 f32", "cast_back f32 f16", "cast_back f16 bf16", "cast_back bf16 f32"),
+    *(f"swap {dst} {src}" for dst in REALS for src in REALS if dst != src),
+    *(f"add f64 {src}" for src in REALS),
+    *("finite f64 f64", "finite f64 bf16", *(f"finite f32 {src}" for src in NARROW)),
+    *(f"window {real}~ {real} {real} f32" for real in ("f16", "bf16")),
+    *("window f64 f64 f64 f64", "window f32 bf16 bf16 f32", "window f32 f32 bf16 f32"),
+    "window f32 f64 f64 f64",
+)
 
 ROUNDED_APART = {"lerp", "copy", "add", "window"}
 """Operations whose sums and products say how they are rounded: they may not be fused."""
 
-USUAL_KERNELS: list[Kernel] = [
-    ("lerp", ("f32", "bf16")),
-    ("lerp_measured", ("f32", "bf16")),
-    ("copy", ("f32", "bf16")),
-    ("swap", ("raw4", "raw4")),
-    ("add", ("f64", "f32")),
-    ("finite", ("f32", "bf16")),
-]
+USUAL_KERNELS = kernels(
+    *("lerp f32 bf16", "lerp_measured f32 bf16", "copy f32 bf16", "swap raw4 raw4"),
+    *("add f64 f32", "finite f32 bf16"),
+)
 """One of each family, in the fast tests."""
 
 READS_AND_WRITES = {
@@ -117,10 +103,10 @@ class Variant(NamedTuple):
     capability: tuple[int, int]
 
 
-def variants(kernels: Iterable[Kernel], layout: str, architectures: Sequence[int]) -> list[Variant]:
+def variants(several: Iterable[Kernel], layout: str, architectures: Sequence[int]) -> list[Variant]:
     return [
         Variant(*kernel, layout, divmod(architecture, 10))
-        for kernel in kernels
+        for kernel in several
         for architecture in architectures
     ]
 
