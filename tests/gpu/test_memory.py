@@ -72,8 +72,9 @@ def test_swaps_windowed_means_and_plans_take_no_memory(
     gpu: torch.device, model: str, average: str
 ) -> None:
     weights = weights_of(FLOATS[model], gpu)
-    ema, sma = fastema.EMA(weights, 0.9, shadow_dtype=average), fastema.SMA(weights, 3)
-    plan = fastema.Plan({name: tensor.clone() for name, tensor in weights.items()}, weights)
+    ema, wide = fastema.EMA(weights, 0.9, shadow_dtype=average), weights_of(torch.float32, gpu)
+    sma = fastema.SMA(wide, 3)
+    plan = fastema.Plan({name: tensor.clone() for name, tensor in wide.items()}, wide)
 
     def work() -> None:
         with ema.swapped():

@@ -213,17 +213,6 @@ def test_dense_tensors_are_one_stretch_in_any_order(
         check([Pair("t", dst, dense(shape, codes[1], 1 << 30))])
 
 
-@pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-def test_long_rows_are_cut(size: int) -> None:
-    pair = Pair("t", dense((size,), "f32", 1 << 20), dense((size,), "bf16", 1 << 30))
-    (rows,) = table.chunk_tables([pair]).values()
-    assert len(rows) == -(-size // CHUNK)
-    assert rows[:, abi.COUNT].sum() == size
-    begins = np.arange(len(rows)) * CHUNK
-    np.testing.assert_array_equal(rows[:, abi.DST], (1 << 20) + 4 * begins)
-    np.testing.assert_array_equal(rows[:, abi.SRC], (1 << 30) + 2 * begins)
-
-
 def averages(count: int, shape: tuple[int, ...], name: str, address: int) -> list[Pair]:
     """Several averages of one tensor."""
     src = dense(shape, "f32", address)
