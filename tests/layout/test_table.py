@@ -9,7 +9,7 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fastema.kernels import table as abi
@@ -135,6 +135,8 @@ EXTENTS = st.one_of(st.integers(0, 5), st.integers(2**16 - 3, 2**16), st.integer
     st.lists(st.sampled_from([1, 2, 3, -1]), min_size=4, max_size=4),
     st.sampled_from([3, 16, 50, CHUNK]),
 )
+@example([(4, 2**32 - 2, 0)], [0, 1, 2, 3], [0, 1, 2, 3], [1] * 4, CHUNK)
+@example([(3, 0, 0), (4, 2**32 - 2, 0)], [1, 0, 2, 3], [0, 1, 2, 3], [1] * 4, CHUNK)
 def test_indices_are_those_in_the_whole_tensor_in_row_major_order(
     axes: list[tuple[int, int, int]], to: list[int], of: list[int], spread: list[int], chunk: int
 ) -> None:
