@@ -765,7 +765,7 @@ def test_an_interrupt_waits_for_the_launches_of_all_groups_and_the_clock(
 
 HANDLERS = """
     import faulthandler, os, signal, sys
-    faulthandler.dump_traceback_later(10, exit=True)
+    faulthandler.dump_traceback_later(50, exit=True)
     import numpy as np
     from fastema.engine import cuda as engine
     from fastema.engine.program import Program
