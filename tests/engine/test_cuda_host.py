@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,231 +14,311 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastema
+from fastema.bridges.torch_cuda import TorchContext
+from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
-from fastema.engine.cubins import Unavailable
-from fastema.errors import ArgumentError, DeviceError, StateError
+from fastema.engine.cubins import Key
+from fastema.engine.program import Program
+from fastema.errors import ArgumentError, DeviceError, FastemaError, StateError
+from fastema.kernels import table as abi
+from fastema.layout.device_context import LaunchArgs
+from fastema.layout.group import Pair
+from fastema.layout.spec import TensorSpec
 from fastema.rules import inverse_gamma, power, warmup
 
-from ..support.stub_gpu import StubGpu, gpu
+from ..support.arrays import numbers, spec_of
+from ..support.stub_gpu import StubGpu, assert_equal, compiled, gpu, move, no_kernels, shadow
 
 __all__ = ["gpu"]
 
-DTYPES = (torch.float32, torch.bfloat16)
-
 
 class Model(torch.nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    """Tensors of many sizes, some of several rows, one spaced."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        shapes = [(37, 11), (5,), (0,), (), (64, 33), (1000,)]
-        self.weights = torch.nn.ParameterList(
-            torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes
-        )
+        torch.manual_seed(0)
+        shapes = [(37, 11), (5,), (0,), (), (64, 33), (70_001,)]
+        weights = [torch.randn(shape).to(dtype) for shape in shapes]
+        weights.append(torch.randn(40_000).to(dtype)[::2])
+        self.weights = torch.nn.ParameterList(map(torch.nn.Parameter, weights))
         self.register_buffer("count", torch.tensor(3))
 
 
-def step(model: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.9).add_(torch.randn(parameter.shape).to(parameter.dtype))
+# -- numbers ---------------------------------------------------------------------------------------
+
+POWERS = [power(0.02 + 0.02 * k) if k % 2 else 1 - 0.5**k for k in range(11)]
+AVERAGES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "plain": (fastema.EMA, {}),
+    "wide": (fastema.EMA, {"shadow_dtype": "float32", "decay": warmup(0.9)}),
+    "late": (fastema.EMA, {"start_after": 4, "update_every": 2, "decay": inverse_gamma(0.99)}),
+    "narrow": (fastema.EMA, {"shadow_dtype": "bfloat16", "seed": 7}),
+    "eight": (fastema.EMA, {"decay": POWERS[:8]}),
+    "eleven": (fastema.EMA, {"decay": POWERS}),
+    "ring on the host": (fastema.SMA, {"window": 3, "ring_device": "cpu"}),
+    "nearest": (fastema.EMA, {"rounding": "nearest", "update_every": 3}),
+    "debiased": (fastema.EMA, {"zero_debias": True, "drift": True}),
+    "window": (fastema.SMA, {"window": 4}),
+    "late window": (fastema.SMA, {"window": 4, "start_after": 3, "update_every": 2}),
+}
+SLOW = ("nearest", "debiased", "window", "late window")
 
 
-def shadow(average: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in average.shadow.items()}
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-class Large(Model):
-    """With tensors of several rows, on both devices."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        super().__init__(dtype, seed)
-        self.weights.append(torch.nn.Parameter(torch.randn(70_001).to(dtype)))
-        self.weights.append(torch.nn.Parameter(torch.randn(40_000).to(dtype)[::2]))
-
-
-def on_cpu_too(
-    stub: StubGpu,
-    make: Any,
-    steps: int = 12,
-    dtype: torch.dtype = torch.float32,
-    kind: type[Model] = Model,
-) -> Any:
-    """The same run on the stub and on the CPU."""
-    found = []
-    for on_gpu in (True, False):
-        stub.place = lambda tensor, on_gpu=on_gpu: 0 if on_gpu else None
-        model = kind(dtype)
-        average = make(model, on_gpu)
-        torch.manual_seed(9)
-        for _ in range(steps):
-            step(model)
-            average.update()
-        found.append((shadow(average), average.num_updates))
-    stub.place = lambda tensor: 0
-    assert found[0][1] == found[1][1]
-    return found[0][0], found[1][0]
+def marked(names: Iterable[str], slow: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(one, marks=pytest.mark.slow if one in slow else []) for one in names]
 
 
 @pytest.mark.each_value
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("case", marked(AVERAGES, SLOW))
+def test_an_average_on_a_gpu_is_that_of_the_cpu(
+    gpu: StubGpu, dtype: torch.dtype, capturable: bool, case: str
+) -> None:
+    kind, options = AVERAGES[case]
+    if capturable and case in ("eleven", "ring on the host"):
+        with pytest.raises(ArgumentError, match=r"up to 8 averages|ring_device"):
+            kind(Model(dtype), capturable=True, **options)
+        return
+    found = []
+    for place in (0, None):
+        gpu.place = lambda tensor, place=place: place
+        model = Model(dtype)
+        average = kind(model, capturable=capturable and place == 0, **options)
+        if case == "ring on the host" and place == 0:
+            ((_, entry),) = [one for one in average._store if one[1].name == "weights.0"]
+            assert [entry.parts[part][1].device for part in ("ring", "shadow")] == ["cpu", "cuda:0"]
+        torch.manual_seed(9)
+        for _ in range(12):
+            move(model.parameters())
+            average.update()
+        found.append(([dict(one) for one in average.shadows], average.num_updates))
+    assert found[0][1] == found[1][1]
+    for there, here in zip(found[0][0], found[1][0], strict=True):
+        assert_equal(there, here)
+
+
+@pytest.mark.parametrize("first", [0, 3, 14])
+def test_weights_are_those_of_averages_that_do_not_begin_at_the_first(
+    gpu: StubGpu, first: int
+) -> None:
+    weights = np.random.default_rng(first).uniform(0.1, 0.9, first + 3)
+    x, averages = numbers(100, "f32"), {k: numbers(100, "f32", k) for k in range(first, first + 3)}
+    want = {k: a + weights[k] * (x.astype(np.float64) - a) for k, a in averages.items()}
+    there = {"code": "f32", "device": "cuda:0", "context": gpu.context}
+    pairs = [
+        Pair("w", spec_of(a, **there), spec_of(x, **there), average_index=k)
+        for k, a in averages.items()
+    ]
+    Program({"all": pairs}).run({"all": "lerp"}, LaunchArgs(tuple(weights)))
+    for k, average in averages.items():
+        np.testing.assert_allclose(average, want[k], rtol=3e-6, atol=3e-7)
+
+
+def mixed_weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {
+        "flat": torch.randn(5000),
+        "spaced": torch.randn(40, 9)[:, ::2],
+        "half": torch.randn(77).bfloat16(),
+        "empty": torch.randn(0, 3),
+    }
+
+
+@pytest.mark.slow
+def test_drift_adds_up_over_groups_and_layouts(gpu: StubGpu) -> None:
+    weights = mixed_weights()
+    decays = tuple(1 - 0.7**k for k in range(1, 12))
+    ema = fastema.EMA(weights, decays, shadow_dtype="float32", drift=True)
+    move(weights.values())
+    ema.update()
+    for drift, average in zip(ema.drifts, ema.shadows, strict=True):
+        apart = sum((weights[n].double() - average[n].double()).square().sum() for n in weights)
+        size = sum(average[n].double().square().sum() for n in weights)
+        assert drift.distance == pytest.approx(float(apart) ** 0.5, rel=1e-4)
+        assert drift.relative == pytest.approx(float(apart / size) ** 0.5, rel=1e-4)
+        assert 0 <= drift.still < 0.1
+
+
+@pytest.mark.parametrize("bad", marked(["flat", "spaced", "half"], ("spaced", "half")))
+def test_a_guard_looks_at_every_group_and_layout(gpu: StubGpu, bad: str) -> None:
+    weights = mixed_weights() if bad != "flat" else {"flat": torch.randn(5000)}
+    raising = fastema.EMA(weights, 0.5, on_nonfinite="raise")
+    skipping = fastema.EMA(weights, 0.5, on_nonfinite="skip")
+    before = shadow(raising)
+    weights[bad][tuple(n - 1 for n in weights[bad].shape)] = torch.inf
+    with pytest.raises(FastemaError, match=f"'{bad}' holds"):
+        raising.update()
+    skipping.update()
+    assert (raising.num_updates, skipping.num_updates, skipping.num_skipped) == (0, 0, 1)
+    assert_equal(before, shadow(raising))
+    assert_equal(before, shadow(skipping))
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"shadow_dtype": "float32", "decay": warmup(0.9)},
-        pytest.param({"rounding": "nearest", "update_every": 3}, marks=pytest.mark.slow),
-        {"start_after": 4, "update_every": 2, "decay": inverse_gamma(0.99, power=0.7)},
-        pytest.param({"zero_debias": True, "drift": True}, marks=pytest.mark.slow),
-        {"shadow_dtype": "bfloat16", "seed": 7},
-    ],
+    [{}, {"capturable": True}, {"drift": True, "capturable": True}, {"on_nonfinite": "raise"}],
     ids=str,
 )
-def test_an_update_is_the_cpu_update(
-    gpu: StubGpu, dtype: torch.dtype, capturable: bool, options: dict[str, Any]
-) -> None:
-    def make(model: Model, on_gpu: bool) -> fastema.EMA:
-        return fastema.EMA(model, **options, capturable=capturable and on_gpu)
-
-    assert_same(*on_cpu_too(gpu, make, dtype=dtype))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("options", [{}, {"start_after": 3, "update_every": 2}], ids=str)
-def test_a_windowed_mean_is_that_of_the_cpu(
-    gpu: StubGpu, capturable: bool, options: dict[str, Any]
-) -> None:
-    def make(model: Model, on_gpu: bool) -> fastema.SMA:
-        return fastema.SMA(model, window=4, capturable=capturable and on_gpu, **options)
-
-    assert_same(*on_cpu_too(gpu, make, kind=Large))
+def test_an_average_of_empty_tensors_counts(gpu: StubGpu, options: dict[str, Any]) -> None:
+    ema = fastema.EMA([torch.randn(0), torch.randn(3, 0)], 0.5, **options)
+    for _ in range(2):
+        ema.update()
+    with ema.swapped():
+        pass
+    assert ema.num_updates == 2
+    assert not options.get("drift") or ema.drift == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.slow
-def test_large_and_spaced_tensors(gpu: StubGpu) -> None:
-    """Their random bits are those of the CPU, however the two divide them."""
+@pytest.mark.parametrize("there", [True, False], ids=["to the CPU", "from the CPU"])
+def test_a_run_is_resumed_on_the_other_device_to_the_bit(gpu: StubGpu, there: bool) -> None:
+    options: dict[str, Any] = {"decay": (warmup(0.9), 0.99), "update_every": 2, "start_after": 3}
+    torch.manual_seed(0)
+    weights = [torch.randn(200).bfloat16(), torch.randn(3, 5)]
 
-    def make(model: Model, on_gpu: bool) -> fastema.EMA:
-        return fastema.EMA(model, warmup(0.9), shadow_dtype="bfloat16")
+    def built(on_gpu: bool) -> fastema.EMA:
+        gpu.place = lambda tensor: 0 if on_gpu else None
+        return fastema.EMA(weights, capturable=on_gpu, **options)
 
-    assert_same(*on_cpu_too(gpu, make, kind=Large, steps=4))
-
-
-@pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("count", [3, 8, 11])
-def test_several_averages(gpu: StubGpu, capturable: bool, count: int) -> None:
-    rules = [power(0.02 + 0.02 * k) if k % 2 else 1 - 0.5**k for k in range(count)]
-    models = [Model(), Model()]
-    gpu.place = lambda tensor: 0
-    if capturable and count > 8:
-        with pytest.raises(ArgumentError, match="up to 8 averages"):
-            fastema.EMA(models[0], rules, capturable=True)
-        return
-    there = fastema.EMA(models[0], rules, capturable=capturable)
-    gpu.place = lambda tensor: None
-    here = fastema.EMA(models[1], rules)
-    for average, model in ((there, models[0]), (here, models[1])):
-        torch.manual_seed(2)
-        gpu.place = lambda tensor, average=average: 0 if average is there else None
-        for _ in range(7):
-            step(model)
-            average.update()
-    for one, other in zip(there.shadows, here.shadows, strict=True):
-        assert_same(dict(one), dict(other))
+    reference, resumed = built(False), built(there)
+    for step in range(14):
+        if step == 7:
+            gpu.place = lambda tensor: 0 if there else None
+            state = resumed.state_dict()
+            resumed = built(not there)
+            resumed.load_state_dict(state)
+        move(weights)
+        gpu.place = lambda tensor: None
+        reference.update()
+        gpu.place = lambda tensor, step=step: 0 if there == (step < 7) else None
+        resumed.update()
+    assert resumed.num_updates == 14
+    for one, other in zip(resumed.shadows, reference.shadows, strict=True):
+        assert_equal(one, other)
 
 
-def test_one_launch_per_group_and_nothing_else(gpu: StubGpu) -> None:
-    """Per update: one launch for the weights, one for the buffers; no upload, no wait."""
+def test_an_average_moves_to_the_cpu_and_into_snapshots(gpu: StubGpu, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
     model = Model()
-    ema = fastema.EMA(model)
+    ema = fastema.PowerEMA(model, 0.1)
+    move(model.parameters())
+    ema.update()
+    before = shadow(ema)
+    paths = fastema.posthoc.save_snapshot(ema, tmp_path)
+    for path, average in zip(paths, ema.shadows, strict=True):
+        assert_equal(load_file(path), dict(average))
+    there = {t.untyped_storage().data_ptr() for one in ema.shadows for t in one.values()}
+    gpu.place = lambda tensor: 0 if tensor.untyped_storage().data_ptr() in there else None
+    ema.to("cpu")
+    assert_equal(before, shadow(ema))
+    gpu.driver.take()
+    ema.update()
+    assert not gpu.driver.take()
+
+
+@pytest.mark.slow
+def test_a_ring_on_the_host_stays_there_where_the_average_moves_to_a_gpu(gpu: StubGpu) -> None:
+    gpu.place = lambda tensor: None
+    weights = [torch.randn(50)]
+    sma = fastema.SMA(weights, 3, ring_device="cpu")
+    for _ in range(5):
+        move(weights)
+        sma.update()
+    before, ring = shadow(sma), sma.state_dict()["ring"][0]["0"].clone()
+    gpu.place = lambda tensor: 0
+    gpu.on_host.update({t.untyped_storage().data_ptr(): t for t in sma.shadow.values()})
+    sma.to("cuda:0")
+    found = sma.state_dict()
+    assert_equal(before, found["shadow"][0])
+    assert torch.equal(found["ring"][0]["0"], ring)
+    assert sma._store.on_host
+    assert not any(tensor.data_ptr() in gpu.context.pinned for tensor in sma.shadow.values())
+    assert sma._store.sets[0]["0"].parts["ring"][0].data_ptr() in gpu.context.pinned
+    with pytest.raises(ArgumentError, match="ring_device='cuda:1'"):
+        fastema.SMA(weights, ring_device="cuda:1")
+
+
+def test_more_rows_than_a_grid_has_blocks_are_one_launch() -> None:
+    rows = 2**31 + 5
+    part = cuda_group._Part("flat", np.broadcast_to(np.int64(0), (rows, abi.COLUMNS)))
+    assert (part.blocks, part.values["rows"]) == (2**31 - 1, rows)
+
+
+# -- launches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_an_update_is_one_launch_for_each_group_and_nothing_else(
+    gpu: StubGpu, capturable: bool
+) -> None:
+    weights = {f"w{k}": torch.randn(1 + k % 300) for k in range(1000)}
+    model = torch.nn.ParameterDict(weights)
+    model.register_buffer("count", torch.tensor(3))
+    ema = fastema.EMA(model, capturable=capturable)
     ema.update()
     gpu.driver.take()
     gpu.driver.calls.clear()
     gpu.context.calls.clear()
     for _ in range(5):
-        step(model)
+        move(model.values())
         ema.update()
-    assert [name for name, _, _ in gpu.driver.take()] == ["lerp", "copy"] * 5
-    assert gpu.driver.calls == {"cuLaunchKernel": 10, "cuCtxGetCurrent": 10}
+    launches = [("advance", 1, 77)] * capturable + [("lerp", 1000, 77), ("copy", 1, 77)]
+    assert gpu.driver.take() == launches * 5
+    count = 5 * len(launches)
+    assert gpu.driver.calls == {"cuLaunchKernel": count, "cuCtxGetCurrent": count}
     assert not gpu.context.calls
 
 
-def test_a_thousand_tensors_are_one_launch(gpu: StubGpu) -> None:
-    tensors = [torch.randn(1 + k % 300) for k in range(1000)]
-    ema = fastema.EMA(tensors)
-    ema.update()
-    gpu.driver.take()
-    ema.update()
-    ((name, blocks, _),) = gpu.driver.take()
-    assert (name, blocks) == ("lerp", 1000)
-
-
-def test_a_capturable_update_is_a_tick_and_the_same_launches(gpu: StubGpu) -> None:
-    ema = fastema.EMA(Model(), capturable=True)
-    gpu.driver.take()
-    gpu.context.calls.clear()
-    ema.update()
-    assert [name for name, _, _ in gpu.driver.take()] == ["advance", "lerp", "copy"]
-    assert not gpu.context.calls
-
-
-def test_the_current_stream_is_used(gpu: StubGpu) -> None:
+def test_memory_is_held_once_for_each_current_stream(gpu: StubGpu) -> None:
     model = Model()
     ema = fastema.EMA(model)
-    for handle in (5, 6, 5):
+    gpu.driver.take()
+    for handle in (5, 6):
+        gpu.context.held.clear()
         gpu.context.handle = handle
-        gpu.driver.take()
         ema.update()
+        owners = gpu.context.held
+        held = {one.data_ptr() for one in owners if isinstance(one, torch.Tensor)}
+        assert held >= {p.data_ptr() for p in model.parameters()}
+        assert held >= {tensor.data_ptr() for tensor in ema.shadow.values()}
+        assert any(isinstance(one, np.ndarray) for one in owners)  # the table
+        gpu.context.calls.clear()
+        ema.update()
+        assert not gpu.context.calls
         assert {stream for _, _, stream in gpu.driver.take()} == {handle}
 
 
-def test_memory_is_held_once_per_stream(gpu: StubGpu) -> None:
-    model = Model()
-    ema = fastema.EMA(model)
-    gpu.context.held.clear()
-    gpu.context.handle = 5
-    ema.update()
-    held = {tensor.data_ptr() for tensor in gpu.context.held if isinstance(tensor, torch.Tensor)}
-    assert held >= {p.data_ptr() for p in model.parameters()}
-    assert held >= {tensor.data_ptr() for tensor in ema.shadow.values()}
-    assert any(isinstance(owner, np.ndarray) for owner in gpu.context.held)  # the table
-    gpu.context.calls.clear()
-    ema.update()
-    assert not gpu.context.calls
+def test_the_stream_of_all_threads_is_named(gpu: StubGpu) -> None:
+    """Handle 0 is another stream where CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM is set."""
+    gpu.context.handle = 0
+    fastema.lerp_([torch.zeros(3)], [torch.ones(3)], 0.5)
+    ((_, _, stream),) = gpu.driver.take()
+    assert stream == 1  # CU_STREAM_LEGACY, under either default
 
 
-def test_two_devices_in_one_model(gpu: StubGpu) -> None:
-    model = Model()
-    second = {p.data_ptr() for p in list(model.parameters())[3:]}
-    gpu.place = lambda tensor: int(tensor.data_ptr() in second)
-    # The average of a tensor lies where the tensor does, which the stub cannot tell by its address.
-    weights = list(model.parameters())
+def test_a_model_on_two_devices_is_launched_on_both(gpu: StubGpu) -> None:
+    weights = list(Model().parameters())
     averages = [p.detach().clone() for p in weights]
-    second |= {a.data_ptr() for a in averages[3:]}
+    second = {one.data_ptr() for side in (weights, averages) for one in side[3:]}
+    gpu.place = lambda tensor: int(tensor.data_ptr() in second)
     gpu.contexts[1].handle = 78
     plan = fastema.Plan(averages, weights)
     before = [a.clone() for a in averages]
-    gpu.driver.take()
-    step(model)
+    move(weights)
     plan.lerp_(0.25)
-    assert sorted(stream for _, _, stream in gpu.driver.take()) == [77, 78]
+    assert {stream for _, _, stream in gpu.driver.take()} == {77, 78}
     assert gpu.driver.calls["cuCtxPushCurrent"] == gpu.driver.calls["cuCtxPopCurrent"] > 0
     assert gpu.driver.current == [1000]
     for average, start, weight in zip(averages, before, weights, strict=True):
         torch.testing.assert_close(average, start.lerp(weight.detach(), 0.25))
 
 
-def test_a_thread_without_a_context(gpu: StubGpu) -> None:
+def test_a_thread_without_a_context_updates(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model())
     gpu.driver.current = [0]
     thread = threading.Thread(target=ema.update)
@@ -245,157 +328,41 @@ def test_a_thread_without_a_context(gpu: StubGpu) -> None:
     assert gpu.driver.current == [0]
 
 
-@pytest.mark.slow
-def test_swap_and_restore(gpu: StubGpu) -> None:
-    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {"shadow_dtype": "float32"})):
-        model = Model(dtype)
-        ema = fastema.EMA(model, 0.5, **options)
-        step(model)
-        ema.update()
-        raw, average = {n: p.clone() for n, p in model.state_dict().items()}, shadow(ema)
-        with ema.swapped():
-            for name, tensor in model.state_dict().items():
-                near = average[name].to(tensor.dtype)  # of two equally near, either
-                torch.testing.assert_close(tensor, near, rtol=2**-7, atol=0)
-        assert_same(raw, dict(model.state_dict()))
-        assert_same(average, shadow(ema))
-
-
-def test_the_host_may_run_ahead(gpu: StubGpu) -> None:
-    """Parameters are read at the launch; nothing on the host is needed when the device is late."""
-    model = Model()
-    ema = fastema.EMA(model, warmup(0.9))
-    twin_model = Model()
-    gpu.place = lambda tensor: None
-    reference = fastema.EMA(twin_model, warmup(0.9))
-    for _ in range(6):
-        reference.update()
-    gpu.place = lambda tensor: 0
-    gpu.driver.pending = []
-    for _ in range(6):
-        ema.update()
-    gpu.driver.finish()
-    gpu.driver.pending = None
-    assert_same(shadow(ema), shadow(reference))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"decay": warmup(0.999), "rounding": "stochastic"},
-        {"decay": (0.9, power(0.1)), "update_every": 2, "start_after": 5},
-    ],
-    ids=str,
-)
-def test_replays_follow_the_schedule(gpu: StubGpu, options: dict[str, Any]) -> None:
-    """What a graph does: the launches of one update, again and again, without the host."""
-    model, other = Model(torch.bfloat16), Model(torch.bfloat16)
-    ema = fastema.EMA(model, **options, capturable=True)
-    gpu.place = lambda tensor: None
-    eager = fastema.EMA(other, **options)
-    gpu.place = lambda tensor: 0
-    ema.update()
-    gpu.driver.pending = []
-    gpu.context.captured = True
-    ema.update()
-    graph, gpu.driver.pending = gpu.driver.pending, None
-    gpu.context.captured = False
-    torch.manual_seed(4)
-    for _ in range(300):
-        step(model)
-        for launch in graph:
-            launch()
-    gpu.place = lambda tensor: None
-    torch.manual_seed(4)
-    eager.update()
-    for _ in range(300):
-        step(other)
-        eager.update()
-    gpu.place = lambda tensor: 0
-    assert ema.num_updates == eager.num_updates == 301
-    for one, two in zip(ema.shadows, eager.shadows, strict=True):
-        assert_same(dict(one), dict(two))
-
-
-def test_a_capture_needs_a_capturable_average(gpu: StubGpu) -> None:
+def test_what_cannot_be_captured_is_refused(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model())
+    narrow = [torch.randn(5).bfloat16()]
+    rounded = fastema.Plan(narrow, [torch.randn(5)], rounding="stochastic")
+    rounded.lerp_(0.5)
+    plan = fastema.Plan([torch.randn(5)], [torch.randn(5)])
     before = shadow(ema)
     gpu.context.captured = True
-    with pytest.raises(StateError, match="capturable=True"):
-        ema.update()
+    for call, message in (
+        (ema.update, "capturable=True"),
+        (lambda: rounded.lerp_(0.5), "capturable"),
+        (lambda: plan.lerp_(0.5), "once before capturing"),
+    ):
+        with pytest.raises(StateError, match=message):
+            call()
     gpu.context.captured = False
     assert ema.num_updates == 0
-    assert_same(before, shadow(ema))
-
-
-def test_what_was_not_prepared_is_refused_in_a_capture(gpu: StubGpu) -> None:
-    avg, x = [torch.randn(5)], [torch.randn(5)]
-    plan = fastema.Plan(avg, x)
-    gpu.context.captured = True
-    with pytest.raises(StateError, match="once before capturing"):
-        plan.lerp_(0.5)
-    gpu.context.captured = False
+    assert_equal(before, shadow(ema))
     plan.lerp_(0.5)
     gpu.context.captured = True
     plan.lerp_(0.5)
 
 
-def test_random_bits_of_a_plan_are_not_captured(gpu: StubGpu) -> None:
-    plan = fastema.Plan([torch.randn(5).bfloat16()], [torch.randn(5)], rounding="stochastic")
-    plan.lerp_(0.5)
-    gpu.context.captured = True
-    with pytest.raises(StateError, match="capturable"):
-        plan.lerp_(0.5)
-
-
-def test_a_capturable_average_is_saved_and_loaded(gpu: StubGpu) -> None:
-    model = Model()
-    ema = fastema.EMA(model, warmup(0.99), capturable=True)
-    for _ in range(5):
-        step(model)
-        ema.update()
-    state = ema.state_dict()
-    assert state["num_updates"] == 5
-    twin_model = Model()
-    twin_model.load_state_dict(model.state_dict())
-    resumed = fastema.EMA(twin_model, warmup(0.99), capturable=True)
-    resumed.load_state_dict(state)
-    for average in (ema, resumed):
-        torch.manual_seed(1)
-        for _ in range(4):
-            step(average._own_model)
-            average.update()
-    assert resumed.num_updates == 9
-    assert_same(shadow(ema), shadow(resumed))
-
-
-def test_capturable_is_for_gpus(gpu: StubGpu) -> None:
+def test_capturable_is_for_gpus_and_not_for_guards(gpu: StubGpu) -> None:
+    with pytest.raises(ArgumentError, match="on_nonfinite='skip'"):
+        fastema.EMA(Model(), capturable=True, on_nonfinite="skip")
     gpu.place = lambda tensor: None
     with pytest.raises(ArgumentError, match="some are on cpu"):
         fastema.EMA(Model(), capturable=True)
-    with pytest.raises(ArgumentError, match="on_nonfinite='skip'"):
-        fastema.EMA(Model(), capturable=True, on_nonfinite="skip")
 
 
-def test_guard_and_drift(gpu: StubGpu) -> None:
-    model = Model()
-    ema = fastema.EMA(model, 0.9, on_nonfinite="skip", drift=True)
-    step(model)
-    ema.update()
-    expected = sum(
-        float((p.detach().double() - ema.shadow[name].double()).square().sum())
-        for name, p in model.named_parameters()
-    )
-    assert ema.drift.distance == pytest.approx(expected**0.5, rel=1e-4)
-    before = shadow(ema)
-    with torch.no_grad():
-        model.weights[0][3, 3] = torch.nan
-    ema.update()
-    assert ema.num_skipped == 1
-    assert_same(before, shadow(ema))
+# -- what fails ------------------------------------------------------------------------------------
 
 
-def test_a_failed_launch_names_the_error(gpu: StubGpu) -> None:
+def test_a_failed_launch_names_the_error_and_is_no_update(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model())
     gpu.driver.refused = 1
     with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
@@ -405,47 +372,142 @@ def test_a_failed_launch_names_the_error(gpu: StubGpu) -> None:
     assert ema.num_updates == 1
 
 
-def test_after_a_fork(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    ema = fastema.EMA(Model())
-    monkeypatch.setattr(engine, "_forked", False)
-    engine._after_fork()
-    with pytest.raises(DeviceError, match="'spawn'"):
-        ema.update()
-
-
-def test_a_fork_before_any_gpu_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_devices", {})
-    monkeypatch.setattr(engine, "_forked", False)
-    engine._after_fork()
-    assert not engine._forked
-
-
-def test_without_kernels_torch_does_it_and_says_so(
+def test_code_that_the_driver_refuses_is_replaced_and_memory_that_is_full_is_not(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(key: Any) -> None:
-        raise Unavailable("numba-cuda is missing: pip install 'fastema[cuda]'")
+    """With the memory taken by the model a kernel may fit later: nothing slower for good."""
+    load, error = gpu.driver.cuModuleLoadData, SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY")
+    monkeypatch.setattr(gpu.driver, "cuModuleLoadData", lambda code: (error, None))
+    plan = fastema.Plan([torch.zeros(3)], [torch.ones(3)])
+    with pytest.raises(DeviceError, match="CUDA_ERROR_OUT_OF_MEMORY") as caught:
+        plan.lerp_(0.5)
+    assert "580" not in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.driver, "cuModuleLoadData", load)
+        plan.lerp_(0.5)
+    assert gpu.driver.take() == [("lerp", 1, 77)]
+    error.name = "CUDA_ERROR_NO_BINARY_FOR_GPU"
+    with pytest.warns(cuda_group.SlowWarning, match="NO_BINARY_FOR_GPU.*580"):
+        fastema.copy_([torch.zeros(3)], [torch.ones(3).bfloat16()])
+
+
+def test_without_kernels_torch_averages_and_one_warning_says_so(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt takes the compilers a good part of a second, and guards look at each tensor."""
+    tried: list[Key] = []
+
+    def none(key: Key) -> None:
+        tried.append(key)
+        no_kernels(key)
 
     monkeypatch.setattr(engine, "cubin", none)
-    model = Model()
+    weights = {f"w{k}": torch.randn(5) for k in range(20)}
     with pytest.warns(cuda_group.SlowWarning, match=r"fastema\[cuda\].*cuda:0.*slower"):
-        ema = fastema.EMA(model, 0.75)
+        ema = fastema.EMA(weights, 0.75, on_nonfinite="skip")
     start = shadow(ema)
-    step(model)
-    ema.update()  # it is said once
+    move(weights.values())
     ema.update()
-    for name, parameter in model.named_parameters():
-        want = start[name].lerp(parameter.detach(), 0.25).lerp(parameter.detach(), 0.25)
-        torch.testing.assert_close(ema.shadow[name], want)
-    with pytest.raises(DeviceError, match=r"fastema\[cuda\]"):
-        fastema.EMA(Model(), capturable=True)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(ema.shadow[name], start[name].lerp(tensor, 0.25))
+    weights["w3"][1] = torch.nan
+    ema.update()
+    assert ema.num_skipped == 1
+    assert len(tried) == len(set(tried))
 
 
-def test_a_driver_that_refuses_the_code(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = SimpleNamespace(name="CUDA_ERROR_NO_BINARY_FOR_GPU")
-    monkeypatch.setattr(gpu.driver, "cuModuleLoadData", lambda code: (refused, None))
-    with pytest.warns(cuda_group.SlowWarning, match="NO_BINARY_FOR_GPU.*580"):
-        fastema.lerp_([torch.zeros(3)], [torch.ones(3)], 0.5)
+def test_a_warning_that_is_an_error_is_one_every_time(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "cubin", no_kernels)
+    for _ in range(2):
+        with pytest.raises(cuda_group.SlowWarning):
+            fastema.EMA([torch.randn(5)], 0.5)
+
+
+def test_a_capturable_average_without_all_its_kernels_is_refused_when_it_is_built(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def some(key: Key) -> Any:
+        return no_kernels(key) if key.operation == "lerp" else compiled(key)
+
+    for compiler in (some, no_kernels):
+        monkeypatch.setattr(cuda_group, "_warned", set())
+        monkeypatch.setattr(engine, "cubin", compiler)
+        refused = pytest.raises(FastemaError, match=r"capturable|fastema\[cuda\]")
+        with pytest.warns(cuda_group.SlowWarning), refused:
+            fastema.EMA([torch.randn(5)], 0.5, capturable=True)
+
+
+WITHOUT_KERNELS = {
+    "stochastic": (fastema.EMA, {"decay": 0.75, "shadow_dtype": "bfloat16"}),
+    "nearest": (fastema.EMA, {"decay": 0.75, "shadow_dtype": "float16", "rounding": "nearest"}),
+    "two halves": (fastema.EMA, {"decay": warmup(0.9), "shadow_dtype": "bf16+16"}),
+    "several": (fastema.EMA, {"decay": tuple(1 - 0.6**k for k in range(1, 12))}),
+    "power": (fastema.PowerEMA, {"update_every": 2, "start_after": 1}),
+    "window": (fastema.SMA, {"window": 3}),
+    "measured": (fastema.EMA, {"decay": (0.5, 0.75), "drift": True}),
+    "guarded": (fastema.EMA, {"decay": 0.75, "on_nonfinite": "skip"}),
+}
+RARE = ("nearest", "two halves", "window", "measured", "guarded")
+"""Those whose kernels on the CPU no other test needs."""
+
+
+@pytest.mark.parametrize("case", marked(WITHOUT_KERNELS, RARE))
+def test_averages_without_kernels_are_those_of_the_cpu_but_for_rounding(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    kind, options = WITHOUT_KERNELS[case]
+    monkeypatch.setattr(engine, "cubin", no_kernels)
+    torch.manual_seed(5)
+    start = [torch.randn(61, 9), torch.randn(0), torch.randn(9, 14)[:, ::2], torch.tensor(7)]
+    found = []
+    for place in (0, None):
+        gpu.place = lambda tensor, place=place: place
+        weights = [tensor.clone() for tensor in start]
+        slow = pytest.warns(cuda_group.SlowWarning) if place == 0 else nullcontext()
+        with slow:
+            average = kind(weights, **options)
+        torch.manual_seed(6)
+        for step in range(9):
+            move(weights[:3])
+            if case == "guarded" and step == 4:
+                weights[0][2, 2], kept = torch.inf, weights[0][2, 2].clone()
+                average.update()
+                weights[0][2, 2] = kept
+                continue
+            average.update()
+        raw = [tensor.clone() for tensor in weights]
+        index = {} if len(average.shadows) == 1 else {"which": 1}
+        with average.swapped(**index):
+            applied = [tensor.clone() for tensor in weights]
+        assert all(map(torch.equal, raw, weights))
+        drifts = average.drifts if options.get("drift") else ()
+        tensors = [*(t for one in average.shadows for t in one.values()), *applied]
+        found.append((tensors, drifts, average.num_updates, average.num_skipped))
+    (tensors, drifts, *counts), (others, measured, *same) = found
+    assert counts == same
+    # Of random bits, a path of each may be a few places apart.
+    narrow = {"stochastic": 6 * 2**-8, "nearest": 2**-9}.get(case, 2e-6)
+    for one, other in zip(tensors, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=narrow, atol=narrow)
+    for drift, other_drift in zip(drifts, measured, strict=True):
+        assert drift == pytest.approx(other_drift, rel=1e-4)
+
+
+def test_a_ring_on_the_host_is_no_operand_of_torchs_functions() -> None:
+    """They have all of theirs on one device: looked at with tensors without data."""
+    with FakeTensorMode():
+        avg, x, rest = (torch.empty(5, 7, device="cuda") for _ in range(3))
+        spec = TensorSpec(64, (5, 7), (7, 1), "f32", "cuda:0")
+        specs = [replace(spec, owner=owner) for owner in (avg, x, rest, torch.empty(3, 5, 7))]
+        pair = Pair("w", *specs[:2], residual=specs[2], ring=(specs[3], 140))
+        run = substitute("window", [pair])
+        for turn in (1, 2, 5):
+            run(LaunchArgs((float(min(turn, 3)),), 0, 0, 3, (turn - 1) % 3, turn))
+
+
+# -- torch's devices -------------------------------------------------------------------------------
 
 
 def test_torch_without_cuda_says_so() -> None:
@@ -457,83 +519,107 @@ def test_torch_without_cuda_says_so() -> None:
     ema.update()
 
 
-def test_an_average_moves_between_devices(gpu: StubGpu) -> None:
-    model = Model()
-    ema = fastema.EMA(model, 0.5)
-    step(model)
+def test_a_capture_on_another_device_than_the_current_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch answers for the current device; the graph would be empty, the work done once, now."""
+    current, captured = [0], set[int]()
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] in captured)
+    for current[0] in (0, 1):
+        here, other = TorchContext(current[0]), TorchContext(1 - current[0])
+        captured.clear()
+        assert not here.capturing()
+        assert not other.capturing()
+        captured.add(1 - current[0])
+        assert not here.capturing()
+        assert other.capturing()
+        captured.add(current[0])
+        assert here.capturing()
+        assert other.capturing()
+        captured.remove(1 - current[0])
+        with pytest.raises(StateError, match=f"cuda:{1 - current[0]}"):
+            other.capturing()
+        assert here.capturing()
+
+
+def test_a_forked_process_is_refused_the_gpu_and_averages_on_the_cpu(
+    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of the parent may have held the compiler's lock, for ever."""
+    ema, found = fastema.EMA([torch.randn(5)], 0.5), engine.device(0)
+    monkeypatch.setattr(engine, "_forked", False)
+    engine._after_fork()
+    monkeypatch.setattr(engine, "cubin", lambda key: pytest.fail("compiled"))
+    for call in (ema.update, lambda: found.function(Key("add", ("f32", "f32"), "flat", (9, 0)))):
+        with pytest.raises(DeviceError, match="'spawn'"):
+            call()
+    gpu.place = lambda tensor: None
+    weights = [torch.zeros(5)]
+    ema = fastema.EMA(weights, 0.5)
+    weights[0] += 1
     ema.update()
-    before = shadow(ema)
-    gpu.place = lambda tensor: None  # the model was moved; the average still is on the GPU
-    there = {t.untyped_storage().data_ptr() for t in ema.shadow.values()}
-    gpu.place = lambda tensor: 0 if tensor.untyped_storage().data_ptr() in there else None
-    ema.to("cpu")
-    assert_same(before, shadow(ema))
-    gpu.driver.take()
-    ema.update()
-    assert not gpu.driver.take()
+    assert ema.shadow["0"].tolist() == [0.5] * 5
 
 
-def test_snapshots_of_an_average_on_a_gpu(gpu: StubGpu, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
+def test_torchs_errors_in_a_forked_process_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> bool:
+        raise RuntimeError("CUDA error: initialization error")
 
-    model = Model()
-    ema = fastema.PowerEMA(model)
-    for _ in range(3):
-        step(model)
-        ema.update()
-    paths = fastema.posthoc.save_snapshot(ema, tmp_path)
-    for path, average in zip(paths, ema.shadows, strict=True):
-        assert_same(load_file(path), dict(average))
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", fails)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fails)
+    with pytest.raises(DeviceError, match="'spawn'"):
+        TorchContext(0).capturing()
 
 
-def test_a_ring_in_the_memory_of_the_host(gpu: StubGpu) -> None:
-    def make(model: Model, on_gpu: bool) -> fastema.SMA:
-        average = fastema.SMA(model, window=3, ring_device="cpu")
-        if on_gpu:
-            ((_, entry),) = [one for one in average._store if one[1].name == "weights.0"]
-            ring, shadow = entry.parts["ring"][1], entry.parts["shadow"][1]
-            assert (ring.device, shadow.device) == ("cpu", "cuda:0")
-        return average
-
-    assert_same(*on_cpu_too(gpu, make))
-
-
-def test_the_host_waits_before_it_reads_the_ring(gpu: StubGpu) -> None:
-    model = Model()
-    sma = fastema.SMA(model, window=3, ring_device="cpu")
-    gpu.driver.pending = []
-    for _ in range(5):
-        step(model)
-        sma.update()
-        gpu.driver.finish()
-    sma.update()
-    assert gpu.driver.pending
-    state = sma.state_dict()
-    assert gpu.context.calls["wait"]
-    latest = state["ring"][0]["weights.0"][5 % 3]
-    assert torch.equal(latest, model.weights[0].detach())
-    gpu.driver.finish()
-    gpu.driver.pending = None
-    other = fastema.SMA(model, window=3, ring_device="cpu")
-    other.load_state_dict(state)
-    sma.update()
-    other.update()
-    assert_same(shadow(sma), shadow(other))
-    gpu.context.calls.clear()
-    del other, sma
-    gc.collect()
-    assert gpu.context.calls["wait"] >= 2  # nobody else knows that the device works on that memory
+def test_an_upload_in_inference_mode_can_be_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchContext, "capturing", lambda context: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
+    context = TorchContext(0)
+    context.device = "cpu"
+    with torch.inference_mode():
+        owner, address = context.upload(np.arange(4))
+    context.write(owner, np.arange(4, 8))
+    assert context.download(owner).tolist() == [4, 5, 6, 7]
+    assert owner.data_ptr() == address
 
 
-def test_a_ring_that_is_on_the_host_stays_there(gpu: StubGpu) -> None:
-    model = Model()
-    sma = fastema.SMA(model, window=3, ring_device="cpu")
-    for _ in range(4):
-        step(model)
-        sma.update()
-    before = shadow(sma)
-    sma.to("cuda:0")
-    assert sma._store.on_host
-    assert_same(before, shadow(sma))
-    with pytest.raises(ArgumentError, match="ring_device='cuda:1'"):
-        fastema.SMA(model, ring_device="cuda:1")
+class Foreign:
+    """A tensor on a GPU whose memory torch's allocator does not know, or warns of."""
+
+    is_cuda = True
+
+    def __init__(self, known: bool) -> None:
+        self.known = known
+        self.noted: list[Any] = []
+
+    def detach(self) -> Foreign:
+        return self
+
+    def record_stream(self, stream: Any) -> None:
+        if not self.known:
+            raise RuntimeError("ptr not found in ptr_info")
+        warnings.warn("Called record_stream on tensor whose original ...", stacklevel=1)
+        self.noted.append(stream)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_memory_of_other_allocators_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """As with backend:cudaMallocAsync, and weights that came by DLPack."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
+    owners = [Foreign(known), Foreign(True)]
+    assert TorchContext(1).hold(owners) == known
+    assert owners[1].noted == ["stream of 1"]

@@ -40,7 +40,7 @@ PREPARED = """
     from fastema.engine.program import Program
     from fastema.errors import DeviceError
     from fastema.layout.group import Pair
-    from fastema.layout.spec import TensorSpec
+    from tests.support.arrays import spec_of
 
     class Call(ctypes.Structure):
         _fields_ = [("function", c_char * 40), ("text", c_char * 200), ("count", c_int64),
@@ -69,6 +69,11 @@ PREPARED = """
     def fail(function, code):
         failing.value, error.value = function.encode(), code
 
+    # Seventeen parameters, and where a launch finds them.
+    values = np.arange(17)
+    places = values.ctypes.data + 8 * np.arange(17)
+    address = int(places.ctypes.data)
+
     FIRST, SECOND = 0xC0000, 0xC0001  # the contexts of the devices
     KEY = Key("lerp", ("f32", "bf16"), "flat", (9, 0))
     CODE = np.random.default_rng(3).bytes(50_001)  # with any bytes, zeros too
@@ -87,33 +92,19 @@ PREPARED = """
             self.index, self.device, self.handle = index, f"cuda:{index}", handle
             self.uploaded = []
 
-        def stream(self):
-            return self.handle
-
-        def capturing(self):
-            return False
+        stream = lambda self: self.handle
+        capturing = lambda self: False
+        hold = lambda self, owners: True
 
         def upload(self, array):
-            there = array.copy()
-            self.uploaded.append(there)
-            return there, there.ctypes.data
-
-        def download(self, owner):
-            return owner.copy()
+            self.uploaded.append(array.copy())
+            return self.uploaded[-1], self.uploaded[-1].ctypes.data
 
         def write(self, owner, array):
             owner[...] = array
 
-        def hold(self, owners):
-            return True
-
-        def wait(self):
-            pass
-
-    def spec(array, home, code="f32"):
-        steps = tuple(step // array.itemsize for step in array.strides)
-        return TensorSpec(array.ctypes.data, array.shape, steps, code, home.device, owner=array,
-                          context=home)
+    def spec(array, home):
+        return spec_of(array, "f32", home.device, context=home)
 
     def pairs(home, *shapes):
         return [Pair(f"t{k}", spec(np.zeros(shape, np.float32), home),
@@ -145,7 +136,7 @@ def run(driver: Path, python: Script) -> Script:
     return lambda script, **more: python(PREPARED + script, LD_LIBRARY_PATH=path, **more)
 
 
-def test_a_device_is_asked_for(run: Script) -> None:
+def test_a_device_is_asked_for_once_and_gets_each_kernel_whole_and_once(run: Script) -> None:
     run("""
     one = device(0)
     assert one.capability == (9, 0)
@@ -158,14 +149,6 @@ def test_a_device_is_asked_for(run: Script) -> None:
     ]
     assert device(0) is one
     assert take() == []
-    assert device(1).capability == (12, 0)
-    """)
-
-
-def test_a_kernel_arrives_whole_and_once(run: Script) -> None:
-    run("""
-    one = device(0)
-    take()
     function = one.function(KEY)
     calls = take()
     assert [name for name, _, _ in calls] == [
@@ -180,11 +163,11 @@ def test_a_kernel_arrives_whole_and_once(run: Script) -> None:
     assert int(function) == 0xF0001
     assert one.function(KEY) is function
     assert take() == []
-    other = one.function(KEY._replace(layout="strided"))
-    assert int(other) == 0xF0002
+    assert int(one.function(KEY._replace(layout="strided"))) == 0xF0002
     assert [text for name, text, _ in take() if name == "cuModuleGetFunction"] == [
         "kernel_of_lerp_strided"
     ]
+    assert device(1).capability == (12, 0)
     """)
 
 
@@ -282,9 +265,6 @@ def test_the_context_of_others_comes_back(run: Script) -> None:
     run("""
     one, two = device(0), device(1)
     functions = [one.function(KEY), two.function(KEY)]
-    values = np.arange(17)
-    places = values.ctypes.data + 8 * np.arange(17)
-    address = int(places.ctypes.data)
 
     def launched_in():
         take()
@@ -362,9 +342,7 @@ def test_errors_name_what_the_driver_says(run: Script) -> None:
     refused(DeviceError, lambda: one.function(KEY), "CUDA_ERROR_DEINITIALIZED")
 
     function = one.function(KEY)
-    values = np.arange(17)
-    places = values.ctypes.data + 8 * np.arange(17)
-    launch = lambda: one.launch(function, 1, 256, 0, int(places.ctypes.data))
+    launch = lambda: one.launch(function, 1, 256, 0, address)
     for code, word in ((700, "CUDA_ERROR_ILLEGAL_ADDRESS"), (719, "CUDA_ERROR_LAUNCH_FAILED"),
                        (701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"),
                        (900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"),
@@ -400,71 +378,35 @@ def test_without_a_driver_a_sentence_says_so(python: Script, tmp_path: Path) -> 
         assert "<newline>" not in message
 
 
-def test_after_a_fork_the_child_makes_no_call(run: Script) -> None:
+def test_a_fork_before_the_first_call_does_no_harm_and_one_after_it_is_refused(
+    run: Script,
+) -> None:
     run("""
+    def forked(child):
+        pid = os.fork()
+        if not pid:
+            os._exit(0 if child() else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert forked(lambda: device(0).function(KEY) and names()[-1] == "cuCtxPopCurrent") == 0
+    assert take() == []
+
     one = device(0)
     function = one.function(KEY)
-    values = np.arange(17)
-    places = values.ctypes.data + 8 * np.arange(17)
-    launch = lambda: one.launch(function, 1, 256, 0, int(places.ctypes.data))
+    launch = lambda: one.launch(function, 1, 256, 0, address)
     launch()
     take()
-    pid = os.fork()
-    if not pid:
-        refusals = 0
+
+    def refused():
+        count = 0
         for call in (launch, lambda: one.function(KEY._replace(layout="strided"))):
             try:
                 call()
             except DeviceError as error:
-                refusals += "spawn" in str(error)
-        os._exit(0 if refusals == 2 and take() == [] else 1)
+                count += "spawn" in str(error)
+        return count == 2 and take() == []
+
+    assert forked(refused) == 0
     launch()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert names() == ["cuCtxGetCurrent", "cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"]
     """)
-
-
-def test_a_fork_before_the_first_call_does_no_harm(run: Script) -> None:
-    run("""
-    pid = os.fork()
-    if not pid:
-        function = device(0).function(KEY)
-        os._exit(0 if names()[-1] == "cuCtxPopCurrent" else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert take() == []
-    device(0).function(KEY)
-    """)
-
-
-@pytest.mark.slow
-def test_what_a_launch_costs_the_host(run: Script) -> None:
-    """For information: the calls of the bindings, and nothing of a GPU's driver."""
-    out = run("""
-    import time
-    home = DeviceContext(0, 5)
-    one = device(0)
-    function = one.function(KEY)
-    values = np.arange(17)
-    places = values.ctypes.data + 8 * np.arange(17)
-    address = int(places.ctypes.data)
-    program = Program({"all": pairs(home, *[(7,)] * 1000)})
-    operations, moment = {"all": "lerp"}, LaunchArgs((0.1,))
-    program.run(operations, moment)
-    driver.cuCtxPushCurrent(one._context)
-
-    def per_call(call, times):
-        for _ in range(times // 10):
-            call()
-        before = count.value
-        begin = time.perf_counter()
-        for _ in range(times):
-            call()
-        elapsed = time.perf_counter() - begin
-        assert count.value - before == 2 * times  # is the context ours, and the launch
-        return 1e6 * elapsed / times
-
-    launch = per_call(lambda: one.launch(function, 1, 256, 0, address), 100_000)
-    update = per_call(lambda: program.run(operations, moment), 20_000)
-    print(f"Device.launch: {launch:.2f} us; a run over 1,000 tensors: {update:.2f} us")
-    """)
-    print(out)

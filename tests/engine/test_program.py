@@ -5,63 +5,64 @@ from __future__ import annotations
 import gc
 import time
 import tracemalloc
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Sequence
+from itertools import permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fastema.engine import registry
 from fastema.engine.program import Program
-from fastema.errors import DTypeError
-from fastema.kernels.table import CHUNK
+from fastema.errors import DTypeError, LayoutError
+from fastema.kernels.table import CHUNK, SHARED_CHUNK
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DTYPES
-from fastema.layout.group import Pair
+from fastema.layout.group import Pair, check_pair
 from fastema.layout.spec import TensorSpec
 
 from ..support import reference
+from ..support.arrays import Guarded, assert_same, bits, guarded, numbers, spec_of
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
 EXACT = [code for code, kind in DTYPES.items() if kind.whole]
 PAIRS = [*product(REAL, REAL), *product(COMPLEX, COMPLEX)]
-PAIR_IDS = ["-".join(pair) for pair in PAIRS]
 SIZES = [0, 1, 65, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 W = 0.125
 
 pytestmark = pytest.mark.usefixtures("eager")
 
-Check = Callable[..., None]
-Make = Callable[..., np.ndarray]
+Array = np.ndarray
+Threads = Callable[[int], None]
 
 
-def expected(
-    operation: str, a: np.ndarray, b: np.ndarray, dst: str, src: str
-) -> tuple[np.ndarray, np.ndarray]:
+def run(operation: str, sides: Sequence[tuple[Array, Array]], dst: str, src: str) -> Program:
+    """Run pairs of arrays through the engine."""
+    pairs = [Pair(f"t{i}", spec_of(a, dst), spec_of(b, src)) for i, (a, b) in enumerate(sides)]
+    program = Program({"all": pairs})
+    program.run({"all": operation}, LaunchArgs((W,)))
+    return program
+
+
+def expected(operation: str, a: Array, b: Array, dst: str, src: str) -> tuple[Array, Array]:
     """What both sides hold afterwards."""
-    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    shape, a, b = a.shape, a.reshape(-1), b.reshape(-1)
     if operation == "lerp":
-        return reference.lerp(a.reshape(-1), b.reshape(-1), W, dst, src).reshape(a.shape), b
-    if operation == "copy":
-        return reference.cast(b.reshape(-1), src, dst).reshape(a.shape), b
-    new_a, new_b = reference.swap(a.reshape(-1), b.reshape(-1), dst, src)
-    return new_a.reshape(a.shape), new_b.reshape(a.shape)
+        after = reference.lerp(a, b, W, dst, src), b
+    elif operation == "copy":
+        after = reference.cast(b, src, dst), b
+    else:
+        after = reference.swap(a, b, dst, src)
+    return after[0].reshape(shape), after[1].reshape(shape)
+
+
+# -- dtypes and layouts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operation", ["lerp", "copy", "swap"])
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids=PAIR_IDS)
-def test_every_pair_of_floats(
-    dst: str,
-    src: str,
-    operation: str,
-    numbers: Make,
-    guarded: Callable[..., object],
-    assert_same: Check,
-    run_pairs: Callable[..., Program],
-    threads: Callable[[int], None],
+@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+def test_every_pair_of_floats_is_as_specified(
+    dst: str, src: str, operation: str, threads: Threads
 ) -> None:
     threads(2)
     sizes = SIZES if dst in ("f32", "bf16", "c64") else [0, 1, 65, CHUNK + 1]
@@ -70,7 +71,7 @@ def test_every_pair_of_floats(
         for i, n in enumerate(sizes)
     ]
     want = [expected(operation, to.array, of.array, dst, src) for to, of in sides]
-    run_pairs(operation, [(to.array, of.array) for to, of in sides], dst, src, W)
+    run(operation, [(to.array, of.array) for to, of in sides], dst, src)
     for (to, of), (new, other) in zip(sides, want, strict=True):
         assert_same(to.array, new, dst)
         assert_same(of.array, other, src)
@@ -79,15 +80,13 @@ def test_every_pair_of_floats(
 
 
 @pytest.mark.parametrize("code", [*EXACT, *REAL, *COMPLEX])
-def test_equal_dtypes_are_moved_to_the_bit(
-    code: str, numbers: Make, bits: Make, run_pairs: Callable[..., Program]
-) -> None:
+def test_equal_dtypes_are_moved_to_the_bit(code: str) -> None:
     a, b = numbers(700, code, 1, "bits"), numbers(700, code, 2, "bits")
     old = a.copy()
-    run_pairs("swap", [(a, b)], code, code)
+    run("swap", [(a, b)], code, code)
     np.testing.assert_array_equal(bits(b), bits(old))
     b[:] = numbers(700, code, 3, "bits")
-    run_pairs("copy", [(a, b)], code, code)
+    run("copy", [(a, b)], code, code)
     np.testing.assert_array_equal(bits(a), bits(b))
 
 
@@ -96,7 +95,6 @@ LAYOUTS = {
     "row-major": ((6, 5, 8), (40, 8, 1), (40, 8, 1)),
     "transposed": ((6, 80), (1, 6), (1, 6)),
     "channels last": ((4, 6, 5, 7), (210, 1, 42, 6), (210, 1, 42, 6)),
-    "permuted": ((6, 5, 8), (1, 48, 6), (1, 48, 6)),
     "differently permuted": ((6, 5, 8), (40, 8, 1), (1, 48, 6)),
     "0-dim": ((), (), ()),
     "ones": ((1, 1, 1), (1, 1, 1), (9, 4, 7)),
@@ -111,8 +109,6 @@ LAYOUTS = {
     "one source element": ((9, 70), (70, 1), (0, 0)),
     "long and strided": ((CHUNK + 3,), (2,), (1,)),
 }
-
-
 # An expanded tensor is not written, integers are not averaged.
 CASES = [
     pytest.param(dst, src, operation, layout, id=f"{dst}-{src}-{operation}-{layout}")
@@ -125,143 +121,154 @@ CASES = [
 
 
 @pytest.mark.parametrize(("dst", "src", "operation", "layout"), CASES)
-def test_every_way_to_lie_in_memory(
-    dst: str,
-    src: str,
-    operation: str,
-    layout: str,
-    numbers: Make,
-    guarded: Callable[..., object],
-    assert_same: Check,
-    run_pairs: Callable[..., Program],
+def test_every_way_to_lie_in_memory_is_as_specified(
+    dst: str, src: str, operation: str, layout: str
 ) -> None:
     shape, *strides = LAYOUTS[layout]
     size = int(np.prod(shape))
     to = guarded(numbers(size, dst, 1).reshape(shape), 1, strides[0])
     of = guarded(numbers(size, src, 2).reshape(shape), 2, strides[1])
     new, other = expected(operation, to.array, of.array, dst, src)
-    run_pairs(operation, [(to.array, of.array)], dst, src, W)
-    assert_same(np.ascontiguousarray(to.array), new, dst)
-    assert_same(np.ascontiguousarray(of.array), other, src)
+    run(operation, [(to.array, of.array)], dst, src)
+    assert_same(to.array, new, dst)
+    assert_same(of.array, other, src)
     to.assert_rest_untouched()
     of.assert_rest_untouched()
 
 
-@pytest.mark.parametrize(("dst", "src"), [("f32", "bf16"), ("bf16", "bf16"), ("f64", "f32")])
-def test_threads_layout_and_grouping_do_not_change_a_bit(
-    dst: str,
-    src: str,
-    numbers: Make,
-    bits: Make,
-    run_pairs: Callable[..., Program],
-    threads: Callable[[int], None],
+# -- random bits -----------------------------------------------------------------------------------
+
+SHAPE = (24, 10, 35)
+SEED, STEP = 2**40 + 3, 2**33 + 7
+WHOLES = {
+    "the part itself": (SHAPE, (0, 0, 0)),
+    "small": ((40, 19, 60), (3, 2, 5)),
+    "large": ((2**20, 2**10, 2**10), (2**19, 7, 0)),
+    "over a multiple of 2**32": ((1000, 5000, 1001), (845, 673, 600)),
+    "axes beyond 2**32": ((25, 11, 2**33), (1, 1, 2**32 - 17)),
+}
+
+
+def in_order(array: Array, order: tuple[int, ...]) -> Array:
+    """A copy whose axes lie in memory in this order."""
+    return array.transpose(order).copy().transpose(np.argsort(order))
+
+
+def round_at_random(avg: Array, x: Array, dst: str, src: str, **part: object) -> None:
+    pair = Pair("t", spec_of(avg, dst), spec_of(x, src, **part), f"{dst}~")
+    Program({"all": [pair]}).run({"all": "lerp"}, LaunchArgs((0.3,), SEED, STEP))
+
+
+def specified(avg: Array, x: Array, dst: str, src: str, index: Array) -> Array:
+    words = reference.random_words(SEED, STEP, reference.tensor_key("t"), index)
+    return reference.lerp(avg, x, 0.3, dst, src, words)
+
+
+def random_sides(dst: str, src: str) -> tuple[Array, Array]:
+    size = int(np.prod(SHAPE))
+    return numbers(size, dst, 0).reshape(SHAPE), numbers(size, src, 1).reshape(SHAPE)
+
+
+@pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("f16", "f32")])
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("name", WHOLES)
+def test_random_bits_are_those_of_indices_in_the_whole_tensor(
+    name: str, order: tuple[int, ...], dst: str, src: str
 ) -> None:
-    avg, x = numbers(5 * CHUNK + 11, dst, 1), numbers(5 * CHUNK + 11, src, 2)
-
-    def result(count: int, cuts: list[int], step: int = 1, order: int = 1) -> np.ndarray:
-        threads(count)
-        spaced = np.empty(len(avg) * step, avg.dtype)[::step]
-        spaced[:] = avg
-        sides = list(zip(np.split(spaced, cuts), np.split(x, cuts), strict=True))[::order]
-        run_pairs("lerp", sides, dst, src, 0.3)
-        return bits(spaced)
-
-    want = result(1, [])
-    np.testing.assert_array_equal(result(2, []), want)
-    np.testing.assert_array_equal(result(3, [1, 2, 66, CHUNK + 7]), want)
-    np.testing.assert_array_equal(result(2, [1, 2, 66, CHUNK + 7], order=-1), want)
-    np.testing.assert_array_equal(result(2, [77], step=2), want)
+    avg, x = random_sides(dst, src)
+    whole, offset = WHOLES[name]
+    axes = np.meshgrid(
+        *(np.arange(n) + o for n, o in zip(SHAPE, offset, strict=True)), indexing="ij"
+    )
+    index = (axes[0] * whole[1] + axes[1]) * whole[2] + axes[2]
+    assert (len(np.unique(index >> 32)) > 1) == ("2**32" in name)
+    want = specified(avg, x, dst, src, index)
+    for other in {order, (0, 1, 2)}:
+        got = in_order(avg, order)
+        round_at_random(got, in_order(x, other), dst, src, whole=whole, offset=offset)
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f64")])
-def test_random_bits_belong_to_elements_not_to_chunks_threads_or_places(
-    dst: str,
-    src: str,
-    numbers: Make,
-    bits: Make,
-    spec_of: Callable[..., TensorSpec],
-    threads: Callable[[int], None],
+def test_random_bits_do_not_depend_on_chunks_threads_or_places(
+    dst: str, src: str, threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 3 * CHUNK + 11
     avg, x = numbers(size, dst, 1), numbers(size, src, 2)
-    other = numbers(500, dst, 3), numbers(500, src, 4)
-
-    def result(
-        count: int, space: int = 1, among: bool = False, seed: int = 5, step: int = 9
-    ) -> np.ndarray:
+    want = bits(specified(avg, x, dst, src, np.arange(size)))
+    for count, space, chunk in ((1, 1, CHUNK), (3, 1, 1000), (2, 2, CHUNK), (1, -1, CHUNK)):
         threads(count)
+        monkeypatch.setattr("fastema.layout.table.CHUNK", chunk)
         spaced = np.empty(size * abs(space), avg.dtype)[::space]
         spaced[:] = avg
-        pairs = [Pair("t", spec_of(spaced, dst), spec_of(x, src), f"{dst}~")]
-        if among:
-            first = Pair("a", spec_of(other[0].copy(), dst), spec_of(other[1], src), f"{dst}~")
-            pairs.insert(0, first)
-        program = Program({"all": pairs})
-        program.run({"all": "lerp"}, LaunchArgs((0.3,), seed, step))
-        return bits(spaced)
-
-    want = result(1)
-    for got in (result(2), result(3, among=True), result(2, space=2), result(1, space=-1)):
-        np.testing.assert_array_equal(got, want)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastema.layout.table.CHUNK", 1000)
-        np.testing.assert_array_equal(result(2), want)
-    exact = bits(reference.lerp(avg, x, 0.3, dst, src))
-    unlike = [np.mean(want != bits_) for bits_ in (exact, result(1, seed=6), result(1, step=10))]
-    assert all(0.2 < share < 0.8 for share in unlike)
+        round_at_random(spaced, x, dst, src)
+        np.testing.assert_array_equal(bits(spaced), want)
 
 
-@pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("f32", "bf16"), ("c64", "c64")])
-@pytest.mark.parametrize("count", [1, 3])
-def test_averages_updated_together_are_those_updated_apart(
-    dst: str,
-    src: str,
-    count: int,
-    numbers: Make,
-    guarded: Callable[..., object],
-    assert_same: Check,
-    spec_of: Callable[..., TensorSpec],
-    threads: Callable[[int], None],
+def test_sides_that_are_different_parts_are_refused() -> None:
+    x = np.zeros(8, np.float32)
+    one, other = (spec_of(x, "f32", whole=(24,), offset=(first,)) for first in (0, 8))
+    check_pair(Pair("w", one, one))
+    check_pair(Pair("w", spec_of(x, "f32"), one))
+    message = r"w: the average is the part at \(0,\).*\(8,\) of \[24\]"
+    with pytest.raises(LayoutError, match=message):
+        check_pair(Pair("w", one, other))
+
+
+# -- several averages, measures, guards ------------------------------------------------------------
+
+WEIGHTS = (0.3, 0.01, 0.0009765625, 1.0)
+SHAPES = [(0,), (1,), (65,), (SHARED_CHUNK - 1,), (2 * SHARED_CHUNK + 77,), (70, 40), (3, 5)]
+SPREAD = {(70, 40): (1, 70), (3, 5): (9, 1)}
+"""Strides of some averages: another order of axes than that of the weights, and gaps."""
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("dst", "src", "form"),
+    [
+        *(("f32", "f32", ""), ("f32", "bf16", ""), ("bf16", "bf16", "bf16~"), ("f64", "f32", "")),
+        ("c64", "c64", ""),
+    ],
+)
+def test_several_averages_in_one_run_are_those_of_a_run_each(
+    dst: str, src: str, form: str, workers: int, count: int, threads: Threads
 ) -> None:
-    """Tensors of many sizes and layouts, three averages of each."""
-    threads(count)
-    weights = (0.5, 0.125, 1.0)
-    sizes = [(0,), (1,), (65,), (CHUNK + 1,), (7, 30), (3, 5)]
-    strides = [None, None, None, None, (90, 1), (1, 3)]
+    threads(workers)
     pairs, sides = [], []
-    for i, (shape, steps) in enumerate(zip(sizes, strides, strict=True)):
-        x = guarded(numbers(int(np.prod(shape)), src, i).reshape(shape), i % 3)
-        for index in range(3):
-            values = numbers(int(np.prod(shape)), dst, 10 * i + index).reshape(shape)
-            to = guarded(values, index, steps)
-            pair = Pair(f"t{i}", spec_of(to.array, dst), spec_of(x.array, src), average_index=index)
-            pairs.append(pair)
-            want = reference.lerp(values.reshape(-1), x.array.reshape(-1), weights[index], dst, src)
+    for i, shape in enumerate(SHAPES):
+        size = int(np.prod(shape))
+        x = guarded(numbers(size, src, i).reshape(shape), i % 3)
+        for k in range(count):
+            start = numbers(size, dst, 10 * i + k).reshape(shape)
+            to = guarded(start, k, SPREAD.get(shape))
+            ours, theirs = spec_of(to.array, dst), spec_of(x.array, src)
+            pairs.append(Pair(f"t{i}", ours, theirs, form, average_index=k))
+            key = reference.tensor_key(f"t{i}", k)
+            words = reference.random_words(5, 6, key, np.arange(size)) if form else None
+            flat = start.reshape(-1), x.array.reshape(-1)
+            want = reference.lerp(*flat, WEIGHTS[k], dst, src, words).reshape(shape)
             sides.append((to, x, want))
-    program = Program({"all": pairs})
-    program.run({"all": "lerp"}, LaunchArgs(weights))
+    Program({"all": pairs}).run({"all": "lerp"}, LaunchArgs(WEIGHTS[:count], 5, 6))
     for to, x, want in sides:
-        assert_same(np.ascontiguousarray(to.array).reshape(-1), want, dst)
+        assert_same(to.array, want, dst)
         to.assert_rest_untouched()
         x.assert_untouched()
 
 
 @pytest.mark.parametrize("dst", ["f32", "f64", "bf16"])
-def test_measures_are_those_of_each_average(
-    dst: str, numbers: Make, spec_of: Callable[..., TensorSpec], threads: Callable[[int], None]
-) -> None:
+def test_measures_are_those_of_each_average(dst: str, threads: Threads) -> None:
     threads(3)
-    sizes = [5, 1000, 3 * CHUNK + 5]
-    weights = (0.25, 0.0)
-    pairs, found = [], [[0.0, 0.0, 0.0] for _ in weights]
+    sizes, weights = [5, 1000, 3 * CHUNK + 5], (0.25, 0.0)
+    pairs, found = [], np.zeros((2, 3))
     for i, size in enumerate(sizes):
         x = numbers(size, "f32", i)
         for index, weight in enumerate(weights):
             avg = numbers(size, dst, 50 + i)
             after = reference.decode(reference.lerp(avg, x, weight, dst, "f32"), dst)
-            found[index][0] += np.sum((x - after) ** 2)
-            found[index][1] += np.sum(after**2)
-            found[index][2] += np.sum(after == reference.decode(avg, dst))
+            still = np.sum(after == reference.decode(avg, dst))
+            found[index] += np.sum((x - after) ** 2), np.sum(after**2), still
             pairs.append(Pair(f"t{i}", spec_of(avg, dst), spec_of(x, "f32"), average_index=index))
     program = Program({"all": pairs})
     program.run({"all": "lerp_measured"}, LaunchArgs(weights))
@@ -272,26 +279,20 @@ def test_measures_are_those_of_each_average(
     assert program.measured(1).still == sum(sizes)
 
 
-def test_what_is_not_finite_is_found_wherever_it_is(
-    numbers: Make, spec_of: Callable[..., TensorSpec], threads: Callable[[int], None]
-) -> None:
+def test_what_is_not_finite_is_found_wherever_it_is(threads: Threads) -> None:
     threads(2)
     avg, x = numbers(3 * CHUNK, "f32", 1), numbers(3 * CHUNK, "bf16", 2)
     other = numbers(9, "f64", 3), numbers(9, "f64", 4)
-    program = Program(
-        {
-            "all": [
-                Pair("t", spec_of(avg, "f32"), spec_of(x, "bf16")),
-                Pair("u", spec_of(other[0], "f64"), spec_of(other[1], "f64")),
-            ]
-        }
-    )
+    pairs = [
+        Pair("t", spec_of(avg, "f32"), spec_of(x, "bf16")),
+        Pair("u", *(spec_of(side, "f64") for side in other)),
+    ]
+    program, before = Program({"all": pairs}), avg.copy()
 
     def finite() -> bool:
         program.run({"all": "finite"})
         return program.all_finite()
 
-    before = avg.copy()
     assert finite()
     for place in (0, 63, CHUNK, 3 * CHUNK - 1):
         for pattern in (0x7F80, 0xFF80, 0x7FC0, 0x7F81):
@@ -304,80 +305,10 @@ def test_what_is_not_finite_is_found_wherever_it_is(
     np.testing.assert_array_equal(avg, before)
 
 
-FINITE = st.floats(-(2.0**50), 2.0**50, width=32)
+# -- what a program is asked to do -----------------------------------------------------------------
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=130),
-    st.floats(0, 1, width=32),
-    st.sampled_from(REAL),
-    st.sampled_from(REAL),
-)
-def test_properties_of_an_update(
-    run_pairs: Callable[..., Program],
-    bits: Make,
-    values: list[tuple[float, float]],
-    w: float,
-    dst: str,
-    src: str,
-) -> None:
-    wide = np.array(values, np.float64)
-    avg, x = reference.encode(wide[:, 0], dst), reference.encode(wide[:, 1], src)
-
-    def lerp(a: np.ndarray, b: np.ndarray, weight: float, code: str = src) -> np.ndarray:
-        out = a.copy()
-        run_pairs("lerp", [(out, b)], dst, code, weight)
-        return out
-
-    # A weight of 1 copies, 0 keeps (but for the sign of a zero), equals stay.
-    np.testing.assert_array_equal(bits(lerp(avg, x, 1.0)), bits(reference.cast(x, src, dst)))
-    finite = np.isfinite(reference.decode(avg, dst)) & np.isfinite(reference.decode(x, src))
-    avg, x = avg[finite], x[finite]
-    kept = reference.decode(avg, dst)
-    np.testing.assert_array_equal(reference.decode(lerp(avg, x, 0.0), dst), kept)
-    np.testing.assert_array_equal(reference.decode(lerp(avg, avg, w, dst), dst), kept)
-    # The order of the elements is of no account.
-    np.testing.assert_array_equal(
-        bits(lerp(avg[::-1].copy(), x[::-1].copy(), w))[::-1], bits(lerp(avg, x, w))
-    )
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(
-        st.tuples(*[st.one_of(st.just(0.0), st.floats(2.0**-10, 2.0**10, width=32))] * 2),
-        min_size=1,
-        max_size=80,
-    ),
-    st.floats(2.0**-20, 1, width=32),
-    st.sampled_from(["f64", "f32", "bf16"]),
-    st.sampled_from(REAL),
-    st.sampled_from([2.0, -1.0, -0.5]),
-)
-def test_an_update_is_linear(
-    run_pairs: Callable[..., Program],
-    values: list[tuple[float, float]],
-    w: float,
-    dst: str,
-    src: str,
-    scale: float,
-) -> None:
-    wide = np.array(values, np.float64)
-
-    def update(factor: float) -> np.ndarray:
-        avg = reference.encode(factor * wide[:, 0], dst)
-        x = reference.encode(factor * wide[:, 1], src)
-        run_pairs("lerp", [(avg, x)], dst, src, w)
-        return reference.decode(avg, dst)
-
-    # Rounding does not see powers of two, nor signs.
-    np.testing.assert_array_equal(update(scale), scale * update(1.0))
-
-
-def test_only_the_tags_of_a_run_are_touched(
-    numbers: Make, spec_of: Callable[..., TensorSpec]
-) -> None:
+def test_only_the_tags_of_a_run_are_touched() -> None:
     sides = {tag: (numbers(90, "f32", i), numbers(90, "f32", 9 + i)) for i, tag in enumerate("abc")}
     program = Program(
         {tag: [Pair(tag, spec_of(a, "f32"), spec_of(x, "f32"))] for tag, (a, x) in sides.items()}
@@ -387,9 +318,10 @@ def test_only_the_tags_of_a_run_are_touched(
     np.testing.assert_array_equal(sides["a"], [before["a"][1], before["a"][1]])
     np.testing.assert_array_equal(sides["b"], before["b"])
     np.testing.assert_array_equal(sides["c"], before["c"][::-1])
+    Program({"all": []}).run({"all": "lerp"}, LaunchArgs((0.5,)))
 
 
-def test_integers_are_not_averaged(numbers: Make, spec_of: Callable[..., TensorSpec]) -> None:
+def test_integers_are_not_averaged_nor_tensors_on_devices_without_kernels() -> None:
     floats, whole = numbers(9, "f32", 1), numbers(9, "i32", 2)
     pairs = [
         Pair("f", spec_of(floats, "f32"), spec_of(floats + 1, "f32")),
@@ -400,20 +332,14 @@ def test_integers_are_not_averaged(numbers: Make, spec_of: Callable[..., TensorS
     with pytest.raises(DTypeError, match="i32"):
         program.run({"all": "lerp"}, LaunchArgs((0.5,)))
     np.testing.assert_array_equal(floats, before)
-
-
-def test_devices_without_kernels_are_refused() -> None:
     spec = TensorSpec(64, (3,), (1,), "f32", "tpu:0")
-    with pytest.raises(DTypeError, match=r"layer.*tpu:0"):
+    with pytest.raises(DTypeError, match=r"layer.*no kernels for device tpu:0"):
         Program({"all": [Pair("layer", spec, spec)]})
 
 
-def test_nothing_to_do() -> None:
-    Program({"all": []}).run({"all": "lerp"}, LaunchArgs((0.5,)))
-
+# -- tensors that move -----------------------------------------------------------------------------
 
 POISON = {"f32": np.float32(np.nan), "f16": np.float16(np.nan), "bf16": np.uint16(0x7FC0)}
-
 RELOCATED = {
     "flat": ((3 * CHUNK + 5,), (1,), (1,)),
     "strided": ((7, 30), (90, 1), (1, 7)),
@@ -423,116 +349,75 @@ RELOCATED = {
 }
 
 
-@pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("f32", "bf16"), ("f16", "f32")])
+@pytest.mark.parametrize(
+    ("dst", "src", "count"), [("f32", "f32", 3), ("f32", "bf16", 1), ("f16", "f32", 1)]
+)
 @pytest.mark.parametrize("sides", ["dst", "src", "both"])
 def test_tensors_that_moved_are_worked_on_where_they_are(
-    dst: str,
-    src: str,
-    sides: str,
-    numbers: Make,
-    guarded: Callable[..., object],
-    assert_same: Check,
-    spec_of: Callable[..., TensorSpec],
-    threads: Callable[[int], None],
+    dst: str, src: str, count: int, sides: str, threads: Threads
 ) -> None:
+    """Once and again; memory that they had before is left alone."""
     threads(2)
+    if sides != "src":
+        count = 1  # averages of one tensor share its name
 
-    def put(values: np.ndarray, side: int, layout: str, move: int) -> object:
-        return guarded(values, start=move % 5, strides=RELOCATED[layout][1 + side])
+    def put(values: Array, name: str, side: int, move: int) -> Guarded:
+        return guarded(values, start=move % 5, strides=RELOCATED[name][1 + side])
 
-    def fresh(side: int, code: str, seed: int) -> dict[str, object]:
+    def fresh(side: int, code: str, seed: int) -> dict[str, Guarded]:
         return {
-            name: put(numbers(int(np.prod(shape)), code, seed + i).reshape(shape), side, name, seed)
+            name: put(numbers(int(np.prod(shape)), code, seed + i).reshape(shape), name, side, seed)
             for i, (name, (shape, *_)) in enumerate(RELOCATED.items())
         }
 
-    avg, x = fresh(0, dst, 1), fresh(1, src, 100)
-    pairs = [Pair(n, spec_of(avg[n].array, dst), spec_of(x[n].array, src)) for n in RELOCATED]
-    program = Program({"one": pairs[::2], "other": pairs[1::2]})
-    operations = {"one": "lerp", "other": "lerp"}
+    averages, x = [fresh(0, dst, 1 + 7 * k) for k in range(count)], fresh(1, src, 100)
+    pairs = [
+        Pair(n, spec_of(avg[n].array, dst), spec_of(x[n].array, src), average_index=k)
+        for n in RELOCATED
+        for k, avg in enumerate(averages)
+    ]
+    half = 2 * count
+    program = Program({"one": pairs[:half], "other": pairs[half:]})
     for move in range(1, 5):
-        want = {n: expected("lerp", avg[n].array, x[n].array, dst, src)[0] for n in RELOCATED}
-        program.run(operations, LaunchArgs((W,)))
-        for n in RELOCATED:
-            assert_same(np.ascontiguousarray(avg[n].array), want[n], dst)
-            avg[n].assert_rest_untouched()
-            x[n].assert_untouched()
-        left = {}
-        if sides != "src":  # the values go along, and the memory that they had must not be touched
-            left["dst"] = avg
-            avg = {n: put(one.array.copy(), 0, n, 10 * move) for n, one in avg.items()}
+        want = [
+            {n: expected("lerp", avg[n].array, x[n].array, dst, src)[0] for n in RELOCATED}
+            for avg in averages
+        ]
+        program.run({"one": "lerp", "other": "lerp"}, LaunchArgs((W,) * count))
+        for avg, after in zip(averages, want, strict=True):
+            for n in RELOCATED:
+                assert_same(avg[n].array, after[n], dst)
+                avg[n].assert_rest_untouched()
+                x[n].assert_untouched()
+        left: dict[str, dict[str, Guarded]] = {}
+        if sides != "src":  # the values go along
+            left["dst"] = averages[0]
+            averages[0] = {
+                n: put(one.array.copy(), n, 0, 10 * move) for n, one in averages[0].items()
+            }
         if sides != "dst":
             left["src"], x = x, fresh(1, src, 100 * (move + 1))
         for side, old in left.items():
             for one in old.values():
-                one.array[...] = POISON[dst if side == "dst" else src]
-                one._before[...] = one._poison
-        now = {"dst": avg, "src": x}
+                one.poison(POISON[dst if side == "dst" else src])
+        now = {"dst": averages[0], "src": x}
         program.relocate(**{s: {n: now[s][n].array.ctypes.data for n in RELOCATED} for s in left})
-        program.run({}, LaunchArgs((W,)))
+        program.run({}, LaunchArgs((W,) * count))
         for old in left.values():
             for one in old.values():
                 one.assert_untouched()
 
 
-def test_averages_updated_together_are_found_in_other_places(
-    numbers: Make, spec_of: Callable[..., TensorSpec], assert_same: Check
-) -> None:
-    weights = (0.5, 0.25, 1.0)
-    avg = [[numbers(n, "f32", 10 * i + w) for w in range(3)] for i, n in enumerate((5, CHUNK + 9))]
-    x = [numbers(len(one[0]), "f32", 90 + i) for i, one in enumerate(avg)]
-    pairs = [
-        Pair(f"t{i}", spec_of(a, "f32"), spec_of(x[i], "f32"), average_index=w)
-        for i, several in enumerate(avg)
-        for w, a in enumerate(several)
-    ]
-    program = Program({"all": pairs})
-    later = [numbers(len(one), "f32", 70 + i) for i, one in enumerate(x)]
-    want = [
-        reference.lerp(a, later[i], weights[w], "f32", "f32")
-        for i, several in enumerate(avg)
-        for w, a in enumerate(several)
-    ]
-    for one in x:
-        one[...] = np.nan
-    program.relocate(src={f"t{i}": one.ctypes.data for i, one in enumerate(later)})
-    program.run({"all": "lerp"}, LaunchArgs(weights))
-    for got, wanted in zip([a for several in avg for a in several], want, strict=True):
-        assert_same(got, wanted, "f32")
-
-
-def test_a_move_is_not_added_to_the_last_one(
-    numbers: Make, spec_of: Callable[..., TensorSpec]
-) -> None:
-    whole = np.full(3000, np.nan, np.float32)
-    avg, x = numbers(1000, "f32", 1), whole[:1000]
-    x[...] = numbers(1000, "f32", 2)
-    program = Program({"all": [Pair("t", spec_of(avg, "f32"), spec_of(x, "f32"))]})
-    for start in (500, 1999, 0, 2000, 2000, 1):
-        values = numbers(1000, "f32", start)
-        whole[:] = np.nan
-        whole[start : start + 1000] = values
-        program.relocate(src={"t": whole[start:].ctypes.data})
-        program.run({"all": "copy"})
-        np.testing.assert_array_equal(avg, values)
-
-
 @pytest.mark.slow
 def test_later_runs_compile_nothing_and_keep_no_memory(
-    numbers: Make,
-    run_pairs: Callable[..., Program],
-    threads: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads(2)
     sides = [(numbers(n, "f32", n), numbers(n, "f32", n + 1)) for n in (5, 1000, 3 * CHUNK)]
-    program = run_pairs("lerp", sides, "f32", "f32", W)
+    program = run("lerp", sides, "f32", "f32")
     made = dict(registry._made)
     monkeypatch.setattr("fastema.engine.cpu_group.kernel", None)  # asked for once only
     monkeypatch.setattr("fastema.engine.cpu_group.numbered_tables", None)
-    for _ in range(20):
-        program.run({"all": "lerp"}, LaunchArgs((W,)))
-    assert registry._made == made
     tracemalloc.start()
     try:
         held = []
@@ -544,5 +429,6 @@ def test_later_runs_compile_nothing_and_keep_no_memory(
             held.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
+    assert registry._made == made
     # What a run keeps, every round keeps; what else grows and shrinks, the least of them does not.
     assert min(np.diff(held)) < 2500

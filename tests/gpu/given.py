@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ FLOATS = {
     "bf16": torch.bfloat16,
 }
 
-Tensors = dict[str, Tensor]
 Layout = Callable[..., Tensor]
 
 _POISON = float("nan")
@@ -52,6 +52,9 @@ SPACED: dict[str, Layout] = {
     "permuted": lambda new: new(6, 33, 20).permute(2, 0, 1),
     "everywhere": lambda new: new(9, 10, 11)[::2, 1:, ::3],
 }
+
+
+LAYOUTS = {**FLAT, **SPACED}
 
 
 class Given:
@@ -142,6 +145,22 @@ def assert_all_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
         assert_equal(one[name], other[name], name)
 
 
+def run(given: Given, steps: Iterable[int], *averages: Any) -> None:
+    """Some steps of training: fresh weights, and an update of each average."""
+    for step in steps:
+        given.refresh(step)
+        for one in averages:
+            one.update()
+
+
+def assert_equal_averages(one: Any, *others: Any) -> None:
+    """Assert that averages are at one step, and equal bit for bit."""
+    for other in others:
+        assert one.num_updates == other.num_updates
+        for mine, theirs in zip(one.shadows, other.shadows, strict=True):
+            assert_all_equal(mine, theirs)
+
+
 class Expected:
     """What an average of one tensor must be, by the specification, whatever device it is on.
 
@@ -171,8 +190,9 @@ class Expected:
         x = host(weights)
         self.value = reference.lerp(self.value, x, weight, self.code, code_of(weights), words)
 
-    def check(self, average: Tensor, name: str = "") -> None:
-        """Assert that the average is that, bit for bit; any NaN equals any."""
+    def check(self, average: Tensor, name: str = "", value: np.ndarray | None = None) -> None:
+        """Assert that the average is that, or a given one, bit for bit; any NaN equals any."""
+        self.value = self.value if value is None else value
         value = np.ascontiguousarray(self.value)
         if self._dtype == torch.bfloat16:
             want = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)

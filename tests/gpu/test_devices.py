@@ -10,7 +10,7 @@ import torch
 
 import fastema
 
-from .given import FLAT, Given, assert_all_equal, assert_equal
+from .given import FLAT, Given, assert_all_equal, assert_equal_averages, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -33,26 +33,26 @@ def spread(two: list[torch.device], dtype: torch.dtype) -> tuple[list[Given], di
     return givens, there, here
 
 
-@pytest.mark.parametrize("current", [0, 1])
-def test_one_model_on_two_devices(two: list[torch.device], current: int) -> None:
-    givens, there, here = spread(two, torch.bfloat16)
-    with torch.cuda.device(current):
-        ema, twin = (fastema.EMA(side, (0.9, 0.99)) for side in (there, here))
-        for step in range(1, 5):
-            for number, given in enumerate(givens):
-                given.refresh(10 * step + number)
-            ema.update()
-            twin.update()
-        assert torch.cuda.current_device() == current
-        for one, other in zip(ema.shadows, twin.shadows, strict=True):
-            assert_all_equal(one, other)
-        with ema.swapped(which=1), twin.swapped(which=1):
-            assert_all_equal(there, here)
-    for name, tensor in ema.shadows[0].items():
-        assert tensor.device == two[int(name[0])]
+def test_one_model_on_two_devices_is_that_of_the_cpu(two: list[torch.device]) -> None:
+    rule = fastema.rules.warmup(0.99)
+    for current, options in ((0, {}), (1, {}), (0, {"capturable": True})):
+        givens, there, here = spread(two, torch.bfloat16)
+        with torch.cuda.device(current):
+            ema, twin = fastema.EMA(there, (0.9, rule), **options), fastema.EMA(here, (0.9, rule))
+            for step in range(1, 8):
+                for number, given in enumerate(givens):
+                    given.refresh(10 * step + number)
+                ema.update()
+                twin.update()
+            assert torch.cuda.current_device() == current
+            assert_equal_averages(ema, twin)
+            with ema.swapped(which=1), twin.swapped(which=1):
+                assert_all_equal(there, here)
+        for name, tensor in ema.shadows[0].items():
+            assert tensor.device == two[int(name[0])]
 
 
-def test_streams_of_both_devices(two: list[torch.device]) -> None:
+def test_updates_are_on_the_current_streams_of_both_devices(two: list[torch.device]) -> None:
     givens, there, here = spread(two, torch.float32)
     ema, twin = fastema.EMA(there, 0.9), fastema.EMA(here, 0.9)
     streams = [torch.cuda.Stream(device) for device in two]
@@ -71,31 +71,17 @@ def test_streams_of_both_devices(two: list[torch.device]) -> None:
     assert_all_equal(ema.shadow, twin.shadow)
 
 
-def test_a_capturable_average_counts_on_both(two: list[torch.device]) -> None:
-    givens, there, here = spread(two, torch.bfloat16)
-    rule = fastema.rules.warmup(0.99)
-    ema, twin = fastema.EMA(there, rule, capturable=True), fastema.EMA(here, rule)
-    for step in range(1, 8):
-        for number, given in enumerate(givens):
-            given.refresh(10 * step + number)
-        ema.update()
-        twin.update()
-    assert ema.num_updates == 7
-    assert_all_equal(ema.shadow, twin.shadow)
-
-
-def test_the_second_device_alone(two: list[torch.device]) -> None:
+def test_a_model_on_the_second_device_alone_is_that_of_the_cpu(two: list[torch.device]) -> None:
     given = Given(FLAT, torch.float32, two[1])
     given.refresh(0)
     ema, twin = fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)
-    given.refresh(1)
-    ema.update()
-    twin.update()
-    assert_all_equal(ema.shadow, twin.shadow)
-    assert_equal(given.there["odd"], given.here["odd"])
+    run(given, [1], ema, twin)
+    assert_equal_averages(ema, twin)
 
 
-def test_visible_devices(gpu: torch.device, python: Callable[..., str]) -> None:
+def test_devices_are_numbered_among_those_that_the_process_sees(
+    gpu: torch.device, python: Callable[..., str]
+) -> None:
     """Numbers count among the devices that the process sees."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     last = seen.split(",")[-1] if seen else str(torch.cuda.device_count() - 1)

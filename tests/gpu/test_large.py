@@ -11,7 +11,7 @@ import fastema
 
 from ..support import reference
 from ..support.tolerance import unit_roundoff
-from .given import assert_equal, host
+from .given import host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -66,7 +66,7 @@ def test_every_element_is_averaged(device: torch.device, average: str) -> None:
         assert not bool(((new.double() - want).abs() > bound).any())
 
 
-def test_random_bits_of_places_beyond_32_bits(device: torch.device) -> None:
+def test_random_bits_beyond_32_bits_are_those_of_their_places(device: torch.device) -> None:
     count = elements_of(device)
     need(device, 6 * count)
     x = torch.empty(count, dtype=torch.bfloat16, device=device)
@@ -81,44 +81,3 @@ def test_random_bits_of_places_beyond_32_bits(device: torch.device) -> None:
         words = reference.random_words(11, 1, reference.tensor_key("w"), places)
         want = reference.lerp(old, host(x[window]), 1 - DECAY, "bf16", "bf16", words)
         assert (host(ema.shadow["w"][window]) == want).all()
-
-
-def test_exchange_and_back(device: torch.device) -> None:
-    """A float32 average in bfloat16 weights, and both back to the bit."""
-    count = elements_of(device)
-    need(device, count * (2 + 2 + 4 + 4) + 100 * PART)
-    x = torch.empty(count, dtype=torch.bfloat16, device=device)
-    random_(x, 5)
-    ema = fastema.EMA({"w": x}, DECAY, shadow_dtype="f32")
-    random_(x, 6)
-    ema.update()
-    weights, shadow = x.clone(), ema.shadow["w"].clone()
-    with ema.swapped():
-        for given, average in parts(x, shadow):
-            off = (given.double() - average.double()).abs()
-            assert bool((off <= 2.0**-8 * average.double().abs()).all())
-    for now, then in (*parts(x, weights), *parts(ema.shadow["w"], shadow)):
-        assert torch.equal(now, then)
-
-
-def test_many_elements_in_many_tensors(device: torch.device) -> None:
-    """Together more than 32 bits count, each of them small, of odd sizes."""
-    count = elements_of(device)
-    need(device, 6 * count)
-    sizes = [count // 64 + 2 * i + 1 for i in range(64)]
-    weights = {
-        f"w{i}": torch.empty(n, dtype=torch.bfloat16, device=device) for i, n in enumerate(sizes)
-    }
-    for i, tensor in enumerate(weights.values()):
-        random_(tensor, i)
-    ema = fastema.EMA(weights, DECAY, rounding="nearest")
-    ends = {name: tensor[-500:].cpu().clone() for name, tensor in weights.items()}
-    for i, tensor in enumerate(weights.values()):
-        random_(tensor, 100 + i)
-    twin = fastema.EMA(ends, DECAY, rounding="nearest")
-    for name, tensor in ends.items():
-        tensor.copy_(weights[name][-500:])
-    ema.update()
-    twin.update()
-    for name, tensor in twin.shadow.items():
-        assert_equal(ema.shadow[name][-500:], tensor, name)

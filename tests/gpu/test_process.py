@@ -46,39 +46,6 @@ def test_a_forked_process_is_told(gpu: torch.device, python: Callable[..., str])
     assert said.split() == ["child", "0", "True", "2"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_averages_on_the_cpu(
-    device: torch.device, python: Callable[..., str]
-) -> None:
-    said = python(
-        """
-        import os, sys, warnings
-        warnings.simplefilter("ignore", DeprecationWarning)
-        import torch, fastema
-
-        weights = [torch.randn(1000, device=sys.argv[1])]
-        fastema.EMA(weights, 0.9).update()
-        child = os.fork()
-        if not child:
-            code = 3
-            try:
-                own = [torch.full((1000,), 4.0)]
-                ema = fastema.EMA(own, 0.5)
-                own[0].fill_(6.0)
-                ema.update()
-                code = 0 if bool((ema.shadow["0"] == 5.0).all()) else 4
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        print("child", os.waitstatus_to_exitcode(status))
-        """,
-        str(device),
-        timeout=120.0,
-        quiet=False,
-    )
-    assert said.split() == ["child", "0"]
-
-
 def test_a_fresh_process_finds_its_kernels(
     device: torch.device, python: Callable[..., str]
 ) -> None:

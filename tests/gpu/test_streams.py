@@ -6,15 +6,15 @@ import gc
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastema
 
-from .given import FLAT, Expected, Given, assert_all_equal
+from .given import FLAT, Expected, Given, assert_equal_averages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -29,16 +29,11 @@ def busy() -> None:
     torch.cuda._sleep(CYCLES)
 
 
-def of(tensor: Tensor, name: str = "w") -> Expected:
-    """What follows an average of one tensor."""
-    return Expected(tensor, name)
-
-
-def test_the_current_stream(gpu: torch.device) -> None:
+def test_an_update_is_queued_on_the_current_stream(gpu: torch.device) -> None:
     """What is queued there before the update is seen by it, and it by what is queued after."""
     weights = {"w": torch.randn(COUNT, device=gpu)}
     ema = fastema.EMA(weights, 0.9)
-    expected = of(ema.shadow["w"])
+    expected = Expected(ema.shadow["w"], "w")
     new = torch.randn(COUNT, device=gpu)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -54,29 +49,11 @@ def test_the_current_stream(gpu: torch.device) -> None:
     expected.check(ema.shadow["w"])
 
 
-def test_a_stream_for_each_call(gpu: torch.device) -> None:
-    given = Given(FLAT, torch.bfloat16, gpu)
-    given.refresh(0)
-    ema, twin = fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)
-    streams = [torch.cuda.Stream() for _ in range(3)] + [torch.cuda.default_stream()]
-    before = torch.cuda.current_stream()
-    for step in range(1, 13):
-        stream = streams[step % 4]
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            given.refresh(step)
-            ema.update()
-        twin.update()
-        before = stream
-    torch.cuda.synchronize()
-    assert_all_equal(ema.shadow, twin.shadow)
-
-
-def test_weights_freed_before_the_update_has_run(gpu: torch.device) -> None:
+def test_weights_freed_before_the_update_has_run_are_averaged(gpu: torch.device) -> None:
     """Their memory goes to nobody else until it has."""
     x = torch.randn(COUNT, device=gpu)
     avg = torch.randn(COUNT, device=gpu)
-    expected, values = of(avg), x.clone()
+    expected, values = Expected(avg, "w"), x.clone()
     plan = fastema.Plan([avg], [x])
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -92,11 +69,11 @@ def test_weights_freed_before_the_update_has_run(gpu: torch.device) -> None:
     assert all(bool(one.isnan().all()) for one in taken)
 
 
-def test_weights_replaced_before_the_update_has_run(gpu: torch.device) -> None:
+def test_weights_replaced_before_the_update_has_run_are_averaged(gpu: torch.device) -> None:
     """The average found the new memory; the old was given back with an update pending on it."""
     parameter = torch.nn.Parameter(torch.randn(COUNT, device=gpu))
     ema = fastema.EMA({"w": parameter}, 0.9)
-    expected = of(ema.shadow["w"])
+    expected = Expected(ema.shadow["w"], "w")
     values = [torch.randn(COUNT, device=gpu) for _ in range(3)]
     for step, one in enumerate(values, 1):
         expected.update(one, 1 - 0.9, step)
@@ -116,13 +93,13 @@ def test_weights_replaced_before_the_update_has_run(gpu: torch.device) -> None:
     assert len(taken) == 3
 
 
-def test_an_average_given_up_before_its_update_has_run(gpu: torch.device) -> None:
+def test_an_average_dropped_before_its_update_has_run_is_updated(gpu: torch.device) -> None:
     """Its tables go with it, and what is left of it is right."""
     weights = {f"w{i}": torch.randn(1_000 + i, device=gpu) for i in range(50)}
     ema = fastema.EMA(weights, 0.9)
     ema.update()
     shadows = dict(ema.shadow)
-    expected = {name: of(tensor, name) for name, tensor in shadows.items()}
+    expected = {name: Expected(tensor, name) for name, tensor in shadows.items()}
     for name, tensor in weights.items():
         tensor.normal_()
         expected[name].update(tensor, 1 - 0.9, 2)
@@ -188,7 +165,7 @@ def test_nothing_waits_for_the_device(gpu: torch.device) -> None:
         assert not before.query()
 
 
-def test_threads_with_streams_of_their_own(gpu: torch.device) -> None:
+def test_threads_with_streams_of_their_own_update_at_once(gpu: torch.device) -> None:
     """Each a thread that has not used the device before."""
     givens = [Given(FLAT, torch.bfloat16, gpu) for _ in range(4)]
     pairs = []
@@ -196,51 +173,20 @@ def test_threads_with_streams_of_their_own(gpu: torch.device) -> None:
         given.refresh(number)
         pairs.append((fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)))
     torch.cuda.synchronize()
-    errors: list[BaseException] = []
     together = threading.Barrier(len(givens))
 
     def work(number: int) -> None:
-        try:
-            together.wait(30)
-            ema, twin = pairs[number]
-            with torch.cuda.stream(torch.cuda.Stream(gpu)):
-                for step in range(20):
-                    givens[number].refresh(100 * number + step)
-                    ema.update()
-                    twin.update()
-                torch.cuda.current_stream().synchronize()
-        except BaseException as error:
-            errors.append(error)
+        together.wait(30)
+        ema, twin = pairs[number]
+        with torch.cuda.stream(torch.cuda.Stream(gpu)):
+            for step in range(20):
+                givens[number].refresh(100 * number + step)
+                ema.update()
+                twin.update()
+            torch.cuda.current_stream().synchronize()
 
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(len(givens))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert not errors
+    with ThreadPoolExecutor(len(givens)) as pool:
+        list(pool.map(work, range(len(givens)), timeout=120))
     for ema, twin in pairs:
         assert ema.num_updates == 20
-        assert_all_equal(ema.shadow, twin.shadow)
-
-
-def test_a_thread_whose_first_work_is_an_update(device: torch.device) -> None:
-    given = Given(FLAT, torch.float32, device)
-    given.refresh(0)
-    ema, twin = fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)
-    given.refresh(1)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            ema.update()
-        except BaseException as error:
-            errors.append(error)
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    worker.join(60)
-    assert not errors
-    twin.update()
-    assert_all_equal(ema.shadow, twin.shadow)
+        assert_equal_averages(ema, twin)

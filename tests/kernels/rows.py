@@ -21,7 +21,7 @@ class Row(NamedTuple):
     src: Array
     dst_step: int = 1
     src_step: int = 1
-    average_index: int = 0
+    average: int = 0
     index: int = 0
     index_step: int = 1
     index_run: int = 1 << 16
@@ -36,17 +36,11 @@ def table_of(rows: Sequence[Row]) -> NDArray[np.int64]:
     """The chunk table."""
     cells = np.zeros((len(rows), abi.COLUMNS), np.int64)
     for one, row in zip(cells, rows, strict=True):
-        one[[abi.DST, abi.SRC, abi.COUNT]] = row.dst.ctypes.data, row.src.ctypes.data, row.dst.size
-        one[[abi.DST_STEP, abi.SRC_STEP, abi.AVERAGE]] = (
-            row.dst_step,
-            row.src_step,
-            row.average_index,
-        )
-        one[[abi.INDEX, abi.INDEX_STEP, abi.KEY]] = row.index, row.index_step, row.key
-        one[[abi.INDEX_RUN, abi.INDEX_JUMP]] = row.index_run, row.index_jump
-        one[abi.RESIDUAL] = 0 if row.residual is None else row.residual.ctypes.data
-        one[abi.RING] = 0 if row.ring is None else row.ring.ctypes.data
-        one[abi.RING_STRIDE] = row.ring_stride
+        one[abi.COUNT] = row.dst.size
+        for name, value in row._asdict().items():
+            if value is not None:
+                at = value if isinstance(value, int) else value.ctypes.data
+                one[getattr(abi, name.upper())] = at
     return cells
 
 
@@ -65,10 +59,12 @@ def run(
     Measures that no kernel writes stay -1.
     """
     cells, numbers = table_of(rows), np.array(weights, np.float64)
+    assert all(0 <= row.average < len(numbers) for row in rows)
     control, results = np.zeros(abi.CONTROLS, np.int64), np.full((len(rows), abi.MEASURES), -1.0)
     control[[abi.CLAIM, abi.RESULTS]] = claim, results.ctypes.data
     for name, value in settings.items():
         control[getattr(abi, name.upper())] = value
     made = kernel(operation, formats, layout)
     made(cells.ctypes.data, len(cells), numbers.ctypes.data, control.ctypes.data)
+    assert control[abi.NEXT] >= len(rows)  # nothing is left for a thread that comes late
     return results

@@ -37,80 +37,55 @@ RAW = ("raw1", "raw2", "raw4", "raw8")
 Kernel = tuple[str, tuple[str, ...]]
 """An operation and its formats."""
 
-PLAIN: list[Kernel] = [
-    *(("lerp", (dst, src)) for dst in NARROW for src in NARROW),
-    *((operation, (raw, raw)) for operation in ("copy", "swap") for raw in RAW),
-    *((operation, ("raw4", "raw2")) for operation in ("park", "unpark")),
-]
+
+def kernels(*several: str) -> list[Kernel]:
+    """Kernels as text: an operation and its formats, with spaces between them."""
+    return [(operation, tuple(formats)) for operation, *formats in map(str.split, several)]
+
+
+PLAIN = kernels(
+    *(f"lerp {dst} {src}" for dst in NARROW for src in NARROW),
+    *(f"{operation} {raw} {raw}" for operation in ("copy", "swap") for raw in RAW),
+    *("park raw4 raw2", "unpark raw4 raw2"),
+)
 """What most launches are: for every architecture."""
 
-EACH_KIND: list[Kernel] = [
-    ("lerp", ("f64", "f64")),
-    ("lerp", ("bf16~", "bf16")),
-    ("lerp", ("f16~", "f32")),
-    ("lerp", ("bf16+16", "bf16")),
-    ("lerp_measured", ("f32", "bf16")),
-    ("copy", ("f32", "bf16")),
-    ("cast_back", ("bf16+16", "f32")),
-    ("swap", ("bf16+16", "raw4")),
-    ("add", ("f64", "f32")),
-    ("finite", ("f32", "bf16")),
-    ("window", ("f32", "f32", "f32", "f32")),
-]
+EACH_KIND = kernels(
+    *("lerp f64 f64", "lerp bf16~ bf16", "lerp f16~ f32", "lerp bf16+16 bf16"),
+    *("lerp_measured f32 bf16", "copy f32 bf16", "cast_back bf16+16 f32", "swap bf16+16 raw4"),
+    *("add f64 f32", "finite f32 bf16", "window f32 f32 f32 f32"),
+)
 """So are these, one of each kind of the others."""
 
-OTHERS: list[Kernel] = [
-    *(("lerp", (dst, src)) for dst in FORMS for src in REALS),
-    *(("lerp_measured", (dst, "bf16")) for dst in FORMS),
-    ("lerp_measured", ("f32", "f32")),
-    *(("copy", (dst, src)) for dst in (*REALS, "bf16+16") for src in REALS if dst != src),
-    *(("cast_back", ("bf16+16", src)) for src in REALS),
-    *(
-        ("cast_back", pair)
-        for pair in (("f64", "f32"), ("f32", "f16"), ("f16", "bf16"), ("bf16", "f32"))
-    ),
-    *(("swap", (dst, src)) for dst in REALS for src in REALS if dst != src),
-    ("swap", ("bf16+16", "raw4")),
-    *(("add", ("f64", src)) for src in REALS),
-    ("add", ("f32", "bf16")),
-    *(("finite", ("f64", src)) for src in ("f64", "bf16")),
-    *(("finite", ("f32", src)) for src in NARROW),
-    *(("window", (f"{real}~", real, real, "f32")) for real in ("f16", "bf16")),
-    ("window", ("f64", "f64", "f64", "f64")),
-    ("window", ("f32", "bf16", "bf16", "f32")),
-    ("window", ("f32", "f32", "bf16", "f32")),
-    ("window", ("f32", "f64", "f64", "f64")),
-]
+OTHERS = kernels(
+    *(f"lerp {dst} {src}" for dst in FORMS for src in REALS),
+    *(f"lerp_measured {dst} bf16" for dst in FORMS),
+    *("lerp_measured f32 f32", "add f32 bf16"),
+    *(f"copy {dst} {src}" for dst in (*REALS, "bf16+16") for src in REALS if dst != src),
+    *(f"cast_back bf16+16 {src}" for src in REALS),
+    *("cast_back f64 f32", "cast_back f32 f16", "cast_back f16 bf16", "cast_back bf16 f32"),
+    *(f"swap {dst} {src}" for dst in REALS for src in REALS if dst != src),
+    *(f"add f64 {src}" for src in REALS),
+    *("finite f64 f64", "finite f64 bf16", *(f"finite f32 {src}" for src in NARROW)),
+    *(f"window {real}~ {real} {real} f32" for real in ("f16", "bf16")),
+    *("window f64 f64 f64 f64", "window f32 bf16 bf16 f32", "window f32 f32 bf16 f32"),
+    "window f32 f64 f64 f64",
+)
 
-ROUNDED_APART: list[Kernel] = [
-    ("lerp", ("f32", "bf16")),
-    ("lerp", ("f64", "f64")),
-    ("lerp", ("f16~", "f32")),
-    ("copy", ("f32", "bf16")),
-    ("add", ("f64", "f32")),
-    ("window", ("f32", "f32", "f32", "f32")),
-    ("window", ("f64", "f64", "f64", "f64")),
-]
+ROUNDED_APART = {"lerp", "copy", "add", "window"}
+"""Operations whose sums and products say how they are rounded: they may not be fused."""
 
-USUAL_KERNELS: list[Kernel] = [
-    ("lerp", ("f32", "bf16")),
-    ("lerp_measured", ("f32", "bf16")),
-    ("copy", ("f32", "bf16")),
-    ("swap", ("raw4", "raw4")),
-    ("add", ("f64", "f32")),
-    ("finite", ("f32", "bf16")),
-]
+USUAL_KERNELS = kernels(
+    *("lerp f32 bf16", "lerp_measured f32 bf16", "copy f32 bf16", "swap raw4 raw4"),
+    *("add f64 f32", "finite f32 bf16"),
+)
 """One of each family, in the fast tests."""
 
 READS_AND_WRITES = {
-    "lerp": ("ds", "d"),
-    "lerp_measured": ("ds", "d"),
-    "add": ("ds", "d"),
+    **dict.fromkeys(("lerp", "lerp_measured", "add"), ("ds", "d")),
+    **dict.fromkeys(("swap", "park", "unpark"), ("ds", "ds")),
     "copy": ("s", "d"),
     "cast_back": ("d", "s"),
-    "swap": ("ds", "ds"),
-    "park": ("ds", "ds"),
-    "unpark": ("ds", "ds"),
     "finite": ("s", ""),
 }
 """Of d, the written side (with its companion, where it has one), and s, the other side."""
@@ -129,10 +104,10 @@ class Variant(NamedTuple):
     capability: tuple[int, int]
 
 
-def variants(kernels: Iterable[Kernel], layout: str, architectures: Sequence[int]) -> list[Variant]:
+def variants(several: Iterable[Kernel], layout: str, architectures: Sequence[int]) -> list[Variant]:
     return [
         Variant(*kernel, layout, divmod(architecture, 10))
-        for kernel in kernels
+        for kernel in several
         for architecture in architectures
     ]
 
@@ -267,14 +242,17 @@ FLAT = variants(PLAIN + EACH_KIND, "flat", ARCHITECTURES) + variants(OTHERS, "fl
 SPACED = variants(
     [*PLAIN, *EACH_KIND, *(one for one in OTHERS if one[0] == "lerp")], "strided", [USUAL]
 )
-APART = variants(ROUNDED_APART, "flat", [USUAL])
 CLOCKS = variants([(CLOCK, ("none",))], "flat", ARCHITECTURES)
 
 
 @pytest.mark.parametrize("variant", listed(FLAT, USUAL_KERNELS))
-def test_adjacent_elements(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
+def test_kernels_of_adjacent_elements_move_128_bits_at_a_time(
+    variant: Variant, compiled: Callable[[Variant], cuda.Binary]
+) -> None:
     made = compiled(variant)
     check_report(made, variant)
+    if variant.operation in ROUNDED_APART:  # as on the CPU
+        assert not re.search(r"\b(add|sub|mul)\.f(32|64)\b", made.ptx)
     if variant.operation != "window":
         check_code(made, variant)
     else:  # many loops, each with streams of its own
@@ -283,21 +261,16 @@ def test_adjacent_elements(variant: Variant, compiled: Callable[[Variant], cuda.
 
 
 @pytest.mark.parametrize("variant", listed(SPACED, USUAL_KERNELS[:1]))
-def test_spaced_elements(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
+def test_kernels_of_spaced_elements_spill_nothing(
+    variant: Variant, compiled: Callable[[Variant], cuda.Binary]
+) -> None:
     check_report(compiled(variant), variant)
 
 
-@pytest.mark.parametrize("variant", listed(APART, USUAL_KERNELS))
-def test_what_is_not_written_fused_is_rounded_twice(
+@pytest.mark.parametrize("variant", listed(CLOCKS, [(CLOCK, ("none",))]))
+def test_the_clock_spills_nothing(
     variant: Variant, compiled: Callable[[Variant], cuda.Binary]
 ) -> None:
-    """Sums and products that say how they are rounded may not be fused; on the CPU they are not."""
-    ptx = compiled(variant).ptx
-    assert not re.search(r"\b(add|sub|mul)\.f(32|64)\b", ptx)
-
-
-@pytest.mark.parametrize("variant", listed(CLOCKS, [(CLOCK, ("none",))]))
-def test_the_clock(variant: Variant, compiled: Callable[[Variant], cuda.Binary]) -> None:
     made = compiled(variant)
     check_report(made, variant)
     names = {one.name for one in disassembled(made.cubin).instructions}
@@ -305,7 +278,9 @@ def test_the_clock(variant: Variant, compiled: Callable[[Variant], cuda.Binary])
     assert not names & {"LDL", "STL"}
 
 
-def test_the_table_of_the_benchmarks(compiled: Callable[[Variant], cuda.Binary]) -> None:
+def test_the_table_of_the_benchmarks_counts_what_is_in_the_code(
+    compiled: Callable[[Variant], cuda.Binary],
+) -> None:
     (variant,) = variants([("lerp", ("f32", "bf16"))], "flat", [USUAL])
     operation, formats, _, capability = variant
     row = kernels_gpu.row((operation, formats), capability, compiled(variant))

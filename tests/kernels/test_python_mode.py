@@ -17,23 +17,16 @@ SCRIPT = """
     from fastema.engine.program import Program
     from fastema.engine import registry
     from fastema.layout.group import Pair
-    from fastema.layout.spec import TensorSpec
-
-    STORAGE = {
-        "f64": "f8", "f32": "f4", "f16": "f2", "bf16": "u2", "c64": "c8", "i32": "i4", "i16": "i2"
-    }
+    from tests.support import arrays
+    from tests.support.arrays import spec_of
 
     def numbers(code, seed):
-        dtype = np.dtype(STORAGE[code])
-        values = np.random.default_rng(seed).integers(0, 256, 90 * dtype.itemsize, np.uint8)
-        values = values.view(dtype)
-        if code != "bf16" and dtype.kind in "fc":
-            values[:60] = np.random.default_rng(seed).normal(size=60)
+        values = arrays.numbers(90, code, seed, "bits")
+        values[:60] = arrays.numbers(60, code, seed)
         return values
 
     def spec(array, code, step):
-        size = len(array[::step])
-        return TensorSpec(array.ctypes.data, (size,), (step,), code, "cpu", owner=array)
+        return spec_of(array[::step], code)
 
     results = []
     FLOATS = (
@@ -57,10 +50,9 @@ SCRIPT = """
 
     def plain(side, code):
         # Any NaN is as good as another.
-        if code == "bf16":
-            side[(side & 0x7FFF) > 0x7F80] = 0x7FC0
-        elif side.dtype.kind in "fc":
-            side.view(side.real.dtype)[np.isnan(side.view(side.real.dtype))] = np.nan
+        if code == "bf16" or side.dtype.kind in "fc":
+            reals = side.view(side.real.dtype)
+            reals[arrays.is_nan(side, code)] = 0x7FC0 if code == "bf16" else np.nan
         return side.tobytes().hex()
 
     for i, (operation, dst, src, step, form) in enumerate(CASES):
@@ -72,7 +64,7 @@ SCRIPT = """
             low = spec(*sides[-1], step)
         elif operation == "window":
             wide = "f64" if dst == "f64" else "f32"
-            sides.append((np.random.default_rng(i).normal(size=90).astype(STORAGE[wide]), wide))
+            sides.append((arrays.numbers(90, wide, i), wide))
             low = spec(*sides[-1], step)
             sides.append((np.concatenate([numbers(src, 300 + i), numbers(src, 301 + i)]), src))
             slots = sides[-1][0]
@@ -94,7 +86,7 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_the_same_bits_without_the_compiler(python: Callable[..., str]) -> None:
+def test_kernels_without_the_compiler_give_the_same_bits(python: Callable[..., str]) -> None:
     # Forty kernels to compile, where none is in the cache.
     compiled = json.loads(python(SCRIPT, timeout=240, NUMBA_DISABLE_JIT="0"))
     plain = json.loads(python(SCRIPT, NUMBA_DISABLE_JIT="1"))
@@ -105,7 +97,7 @@ def test_the_same_bits_without_the_compiler(python: Callable[..., str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_the_watch_runs_as_python(python: Callable[..., str]) -> None:
+def test_a_watch_without_the_compiler_notices_weights_that_move(python: Callable[..., str]) -> None:
     pytest.importorskip("torch")
     script = """
         import torch

@@ -16,15 +16,20 @@ from fastema.kernels import formats, scalar
 from fastema.kernels.jit import device_fn
 
 from ..support import reference
+from ..support.arrays import assert_same, numbers
 
 HALVES = np.arange(1 << 16, dtype=np.uint16)
 WEIGHTS = [0.3, 1e-3, 0.5, 1.0, 0.0, 1 - 2.0**-24, -0.7, 1.75, 1e-42]
-F32_EDGES = [0.0, 1.0, 1 + 2.0**-23, 3.1415927, 1.4e-45, 1.1754942e-38, 3.4028235e38, np.inf]
-F64_EDGES = [0.0, 1.0, 1 + 2.0**-52, 3.141592653589793, 5e-324, 2.2e-308, 1.79e308, np.inf]
+EDGES = {
+    "f32": [0.0, 1.0, 1 + 2.0**-23, 3.1415927, 1.4e-45, 1.1754942e-38, 3.4028235e38, np.inf],
+    "f64": [0.0, 1.0, 1 + 2.0**-52, 3.141592653589793, 5e-324, 2.2e-308, 1.79e308, np.inf],
+}
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
+Array = np.ndarray
 
-def midpoints(code: str) -> np.ndarray:
+
+def midpoints(code: str) -> Array:
     """Every finite pattern's value and the middle to the next one, as float64."""
     infinite = 0x7C00 if code == "f16" else 0x7F80
     patterns = np.arange(infinite, dtype=np.uint16)
@@ -32,7 +37,7 @@ def midpoints(code: str) -> np.ndarray:
     return (low + np.append(low[1:], 2.0 ** (reference.FLOATS[code].highest + 1))) / 2
 
 
-def around(points: np.ndarray, kind: type) -> np.ndarray:
+def around(points: Array, kind: type) -> Array:
     """The points and their neighbours in a wider format, of both signs."""
     points = points.astype(kind)
     far = np.array([np.inf, np.nan, 1e-44], kind)
@@ -40,7 +45,7 @@ def around(points: np.ndarray, kind: type) -> np.ndarray:
     return np.concatenate([*sides, *(-side for side in sides)])
 
 
-def compiled(function: Callable[..., object], result: type, values: np.ndarray) -> np.ndarray:
+def compiled(function: Callable[..., object], result: type, values: Array) -> Array:
     @njit
     def run(out, values):
         for i in range(len(values)):
@@ -51,42 +56,37 @@ def compiled(function: Callable[..., object], result: type, values: np.ndarray) 
     return out
 
 
-@pytest.mark.parametrize("real", [np.float32, np.float64])
-def test_lerp_in_python_is_the_specification(
-    real: type, numbers: Callable[..., np.ndarray], assert_same: Callable[..., None]
+def check(
+    function: Callable[..., object], values: Array, want: Array, code: str, every: int
 ) -> None:
-    code = "f32" if real is np.float32 else "f64"
-    edges = F32_EDGES if code == "f32" else F64_EDGES
-    signed = [sign * edge for edge in edges for sign in (1, -1)] + [np.nan]
+    """Compare a function's results: compiled of all values, and in plain Python of some."""
+    kind = np.dtype(np.uint16) if want.dtype.itemsize == 2 else want.dtype
+    assert_same(compiled(function, kind, values).view(want.dtype), want, code)
+    with np.errstate(all="ignore"):
+        in_python = np.array([function(value) for value in values[::every]], kind)
+    assert_same(in_python.view(want.dtype), want[::every], code)
+
+
+@pytest.mark.parametrize("code", EDGES)
+def test_lerp_is_the_specification(code: str) -> None:
+    real = np.dtype(reference.FLOATS[code].storage).type
+    signed = [sign * edge for edge in EDGES[code] for sign in (1, -1)] + [np.nan]
     cross = np.array(list(product(signed, signed)), real)
     random = [numbers(400, code, seed, kind) for seed in (1, 2) for kind in ("weights", "bits")]
-    avg = np.concatenate([cross[:, 0], *random[:2]])
-    x = np.concatenate([cross[:, 1], *random[2:]])
+    avg, x = np.concatenate([cross.T, np.array(random).reshape(2, -1)], axis=1)
     for weight in WEIGHTS:
-        w = real(weight)
         with np.errstate(all="ignore"):
-            got = [scalar.lerp(a, b, w) for a, b in zip(avg, x, strict=True)]
+            got = [scalar.lerp(a, b, real(weight)) for a, b in zip(avg, x, strict=True)]
         assert all(type(one) is real for one in got)
-        want = reference.lerp(avg, x, weight, code, code)
-        assert_same(np.array(got), want, code)
-
-
-@given(FINITE, st.floats(0, 1, width=32))
-def test_lerp_of_equal_numbers_is_a_fixed_point(value: float, weight: float) -> None:
-    x = np.float32(value)
-    assert scalar.lerp(x, x, np.float32(weight)) == x
-
-
-@given(st.floats(width=32), FINITE)
-def test_lerp_of_weight_one_is_the_new_value(avg: float, x: float) -> None:
-    got = scalar.lerp(np.float32(avg), np.float32(x), np.float32(1))
-    assert got.view(np.uint32) == np.float32(x).view(np.uint32)
+        assert_same(np.array(got), reference.lerp(avg, x, weight, code, code), code)
 
 
 @given(FINITE, FINITE, st.floats(0, 1, width=32))
-def test_lerp_lies_between_both(avg: float, x: float, weight: float) -> None:
+def test_lerp_lies_between_both_and_has_fixed_points(avg: float, x: float, weight: float) -> None:
     a, b, w = np.float32(avg), np.float32(x), np.float32(weight)
+    assert scalar.lerp(b, b, w) == b
     with np.errstate(over="ignore", invalid="ignore"):
+        assert scalar.lerp(a, b, np.float32(1)).tobytes() == b.tobytes()
         difference = b - a
         got = scalar.lerp(a, b, w)
     if np.isfinite(difference):
@@ -95,35 +95,31 @@ def test_lerp_lies_between_both(avg: float, x: float, weight: float) -> None:
         assert min(float(a), float(b)) - slack <= float(got) <= max(float(a), float(b)) + slack
 
 
-def test_bf16_decodes_exactly(assert_same: Callable[..., None]) -> None:
-    want = reference.cast(HALVES, "bf16", "f32")
-    assert_same(compiled(scalar.decode_bf16, np.float32, HALVES), want, "f32")
-    got = np.array([scalar.decode_bf16(word) for word in HALVES[::31]])
-    assert_same(got, want[::31], "f32")
+def test_halves_decode_exactly() -> None:
+    check(scalar.decode_bf16, HALVES, reference.cast(HALVES, "bf16", "f32"), "f32", 31)
+    decoded = reference.cast(HALVES.view(np.float16), "f16", "f32")
+    check(scalar.decode_f16, HALVES, decoded, "f32", 7)
 
 
 CODES = {"bf16": scalar.encode_bf16, "f16": scalar.encode_f16}
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_f32_is_rounded_to_nearest_even(
-    code: str, numbers: Callable[..., np.ndarray], assert_same: Callable[..., None]
-) -> None:
-    values = np.concatenate(
-        [around(midpoints(code), np.float32), numbers(50_000, "f32", 5, "bits")]
-    )
-    want = reference.cast(values, "f32", code).view(np.uint16)
-    encode = CODES[code]
-    storage = reference.FLOATS[code].storage
-    got = compiled(encode, np.uint16, values)
-    assert_same(got.view(storage), want.view(storage), code)
-    some = slice(None, None, 53)
+def test_f32_is_rounded_to_nearest_even_and_nan_stays_nan(code: str) -> None:
+    random = numbers(200_000, "f32", 8, "bits")
+    values = np.concatenate([around(midpoints(code), np.float32), random])
+    fractions = np.concatenate([[1, 0x7FFFFF, 0x400000], random.view(np.uint32)[:2000] >> 9 | 1])
+    nan = (fractions | 0x7F800000).astype(np.uint32)
+    values = np.concatenate([values, (nan | np.uint32(0x80000000)).view(np.float32)])
+    values = np.concatenate([values, nan.view(np.float32)])
     with np.errstate(all="ignore"):
-        got = np.array([encode(value) for value in values[some]], np.uint16)
-    assert_same(got.view(storage), want[some].view(storage), code)
+        want = reference.cast(values, "f32", code)
+    check(CODES[code], values, want, code, 53)
+    signs = compiled(CODES[code], np.uint16, nan.view(np.float32)) >> 15
+    assert not signs.any()
 
 
-def test_what_comes_of_bf16_is_rounded_as_any_float(numbers: Callable[..., np.ndarray]) -> None:
+def test_what_comes_of_bf16_is_rounded_as_any_float() -> None:
     """But for its NaN, of which only those with nothing in their low half come up there."""
     quiet = np.array([0x7FC00000, 0xFFC00000, 0x7FFF0000, 0xFF810000], np.uint32).view(np.float32)
     random = numbers(50_000, "f32", 5, "bits")
@@ -132,24 +128,16 @@ def test_what_comes_of_bf16_is_rounded_as_any_float(numbers: Callable[..., np.nd
     want = compiled(scalar.encode_bf16, np.uint16, values)
     want[-1] = 0xFF81  # signalling, and left so
     np.testing.assert_array_equal(compiled(scalar.encode_bf16_of_bf16, np.uint16, values), want)
-    some = slice(None, None, 97)
-    got = np.array([scalar.encode_bf16_of_bf16(value) for value in values[some]])
-    np.testing.assert_array_equal(got, want[some])
+    got = np.array([scalar.encode_bf16_of_bf16(value) for value in values[::97]])
+    np.testing.assert_array_equal(got, want[::97])
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_f64_is_rounded_once(
-    code: str, numbers: Callable[..., np.ndarray], assert_same: Callable[..., None]
-) -> None:
+def test_f64_is_rounded_once(code: str) -> None:
     # Just beside a midpoint, by less than float32 can tell: two roundings to nearest go wrong.
     middle = midpoints(code)
-    values = np.concatenate(
-        [
-            around(middle, np.float64),
-            around(middle * (1 + 2.0**-40), np.float64),
-            numbers(20_000, "f64", 6, "bits"),
-        ]
-    )
+    near = [around(middle, np.float64), around(middle * (1 + 2.0**-40), np.float64)]
+    values = np.concatenate([*near, numbers(20_000, "f64", 6, "bits")])
     want = reference.cast(values, "f64", code)
     with np.errstate(all="ignore"):
         twice = reference.cast(values.astype(np.float32), "f32", code)
@@ -160,43 +148,11 @@ def test_f64_is_rounded_once(
     def encode(value):
         return encode_wide(value, np.uint32(0xFFFF))  # not rounded by random bits
 
-    assert_same(compiled(encode, np.uint16, values).view(want.dtype), want, code)
-    some = slice(None, None, 71)
-    with np.errstate(all="ignore"):
-        got = np.array([encode(value) for value in values[some]], np.uint16)
-    assert_same(got.view(want.dtype), want[some], code)
+    check(encode, values, want, code, 71)
 
 
-def test_f16_by_integers_is_the_specification(
-    numbers: Callable[..., np.ndarray], assert_same: Callable[..., None]
-) -> None:
-    decoded = reference.cast(HALVES.view(np.float16), "f16", "f32")
-    assert_same(compiled(scalar.decode_f16, np.float32, HALVES), decoded, "f32")
-    with np.errstate(all="ignore"):
-        in_python = np.array([scalar.decode_f16(word) for word in HALVES[::7]])
-    assert_same(in_python, decoded[::7], "f32")
-    floats = np.concatenate(
-        [around(midpoints("f16"), np.float32), numbers(200_000, "f32", 8, "bits")]
-    )
-    with np.errstate(all="ignore"):
-        encoded = reference.cast(floats, "f32", "f16")
-    assert_same(compiled(scalar.encode_f16, np.uint16, floats).view(np.float16), encoded, "f16")
-
-
-def test_nan_stays_nan_in_sixteen_bits() -> None:
-    generator = np.random.default_rng(4)
-    fractions = np.concatenate([[1, 0x7FFFFF, 0x400000], generator.integers(1, 1 << 23, 2000)])
-    for sign in (0, 0x80000000):
-        pattern = (fractions | 0x7F800000 | sign).astype(np.uint32)
-        for code, encode in CODES.items():
-            form = reference.FLOATS[code].storage
-            got = compiled(encode, np.uint16, pattern.view(np.float32))
-            assert np.isnan(reference.decode(got.view(form), code)).all()
-            np.testing.assert_array_equal(got >> 15, pattern >> 31)
-
-
-def test_index_of_every_place_in_a_row() -> None:
-    """Whatever the length of the runs: the quotient is one of whole numbers."""
+def test_an_index_is_that_of_its_place_in_runs_of_any_length() -> None:
+    """The quotient is one of whole numbers."""
 
     @njit
     def rows(out, runs, first, step, jump):
@@ -225,51 +181,22 @@ def test_index_of_every_place_in_a_row() -> None:
                 assert scalar.index_of(np.uint32(place), *args) == want[place]
 
 
-def test_park_is_undone_to_the_bit(numbers: Callable[..., np.ndarray]) -> None:
+def test_bits_that_are_parked_or_stowed_come_back() -> None:
     pattern = numbers(3000, "u32", 1, "bits")
     ties = (pattern & np.uint32(0xFFFF0000)) | np.uint32(0x8000)
     nans = (pattern & np.uint32(0x807FFFFF)) | np.uint32(0x7F800000)
     some = numbers(500, "f32", 3).view(np.uint32)
     avg = np.concatenate([pattern, ties, nans, nans & np.uint32(0xFF80FFFF), some])
-    weight = numbers(len(avg), "u16", 2, "bits")
-    for a, raw in zip(avg, weight, strict=True):
+    for a, raw in zip(avg, numbers(len(avg), "u16", 2, "bits"), strict=True):
         model, parked = scalar.park_model(a), scalar.park_shadow(a, raw)
         assert model.dtype == np.uint16
         assert scalar.unpark_model(parked) == raw
         back = scalar.unpark_shadow(model, parked)
         lost = 0x7F800000 < a & 0x7FFFFFFF < 0x7F810000  # no NaN that has come from arithmetic
         assert back == (a | 0x400000 if lost else a)
-
-
-def test_stowed_bits_come_back(numbers: Callable[..., np.ndarray]) -> None:
-    pattern = numbers(3000, "u32", 1, "bits")
-    nans = (pattern & np.uint32(0x807FFFFF)) | np.uint32(0x7F800000)
-    for bits in np.concatenate([pattern, nans, nans & np.uint32(0xFF80FFFF)]):
-        low = np.uint16(bits & 0xFFFF)
-        assert scalar.unstowed(scalar.stowed_high(bits), low) == bits
-        half = scalar.split_high(bits.view(np.float32))  # as an average has it
+        low = np.uint16(a & 0xFFFF)
+        assert scalar.unstowed(scalar.stowed_high(a), low) == a
+        half = scalar.split_high(a.view(np.float32))  # as an average has it
         whole = scalar.unstowed(half, low)
         assert whole == scalar.join_halves(half, low).view(np.uint32)
         assert scalar.stowed_high(whole) == half
-
-
-def test_park_gives_the_model_the_nearest(numbers: Callable[..., np.ndarray]) -> None:
-    avg = np.concatenate(
-        [
-            numbers(4000, "f32", 1),
-            numbers(4000, "f32", 2, "bits"),
-            around(midpoints("bf16"), np.float32)[::9],
-        ]
-    )
-    model = np.array([scalar.park_model(pattern) for pattern in avg.view(np.uint32)])
-    want = reference.cast(avg, "f32", "bf16")
-    finite = np.isfinite(avg)
-    value, exact = reference.decode(model, "bf16"), reference.decode(avg, "f32")
-    tie = finite & (avg.view(np.uint32) & 0xFFFF == 0x8000)
-    assert tie.any()
-    np.testing.assert_array_equal(model[finite & ~tie], want[finite & ~tie])
-    # Of two that are as near, the one further from zero.
-    np.testing.assert_array_equal(model[tie], (avg.view(np.uint32)[tie] >> 16) + 1)
-    assert (np.abs(value) >= np.abs(exact))[tie].all()
-    np.testing.assert_array_equal(np.isnan(value), np.isnan(exact))
-    np.testing.assert_array_equal(model[np.isinf(avg)], want[np.isinf(avg)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -11,17 +10,16 @@ import pytest
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
+from ..support.arrays import assert_same, bits, guarded, numbers
 from .rows import Row, run
-
-Make = Callable[..., np.ndarray]
-Check = Callable[..., None]
 
 SPLIT = "bf16+16"
 SOURCES = ["f32", "bf16", "f16", "f64"]
-SIZES = [0, 1, BLOCK - 1, BLOCK + 1, 3 * BLOCK + 7]
+
+Array = np.ndarray
 
 
-def joined(high: np.ndarray, residual: np.ndarray) -> np.ndarray:
+def joined(high: Array, residual: Array) -> Array:
     """The float32: the high half was rounded up where the low half's first bit is set."""
     wide, rest = high.astype(np.uint32) << np.uint32(16), residual.astype(np.uint32)
     nan = (high & 0x7FFF) > 0x7F80
@@ -29,33 +27,29 @@ def joined(high: np.ndarray, residual: np.ndarray) -> np.ndarray:
     return (wide - borrowed + rest).view(np.float32)
 
 
-def test_joined_undoes_the_split(numbers: Make) -> None:
-    values = np.concatenate([numbers(9000, "f32", 1, "bits"), numbers(9000, "f32", 1)])
-    values = values[~np.isnan(values)]
-    got = joined(*reference.split(values))
-    np.testing.assert_array_equal(got.view(np.uint32), values.view(np.uint32))
-
-
+@pytest.mark.parametrize("steps", [(1, 1), (2, 1), (1, 3), (-3, 2)])
 @pytest.mark.parametrize("kind", ["weights", "bits"])
 @pytest.mark.parametrize("src", SOURCES)
-def test_updates_are_those_of_a_float32(
-    src: str, kind: str, numbers: Make, guarded: Callable[..., object], assert_same: Check
-) -> None:
-    for n, w in product(SIZES, (1e-3, 0.3, 1.0, 0.0)):
+def test_updates_are_those_of_a_float32(src: str, kind: str, steps: tuple[int, int]) -> None:
+    layout = "flat" if steps == (1, 1) else "strided"
+    sizes = [0, 1, BLOCK - 1, BLOCK + 1, 3 * BLOCK + 7]
+    for n, w in product(sizes, (1e-3, 0.3, 1.0, 0.0)):
         avg, x = numbers(n, "f32", n, kind), numbers(n, src, n + 1, kind)
-        high, residual = (guarded(half, start=n % 3) for half in reference.split(avg))
-        of = guarded(x, start=5)
-        run("lerp", (SPLIT, src), [Row(high.array, of.array, residual=residual.array)], [w])
+        halves = [guarded(half, n % 3, steps[:1]) for half in reference.split(avg)]
+        high, residual = (one.array for one in halves)
+        of = guarded(x, 5, steps[1:])
+        row = Row(high, of.array, *steps, residual=residual)
+        run("lerp", (SPLIT, src), [row], [w], layout=layout)
         want = reference.lerp(avg, x, w, "f32", src)
-        assert_same(joined(high.array, residual.array), want, "f32")
-        assert_same(high.array.copy(), reference.split(want)[0], "bf16")
-        for side in (high, residual):
+        assert_same(joined(high, residual), want, "f32")
+        assert_same(high, reference.split(want)[0], "bf16")
+        for side in halves:
             side.assert_rest_untouched()
         of.assert_untouched()
 
 
 @pytest.mark.parametrize("src", SOURCES)
-def test_a_long_run_is_that_of_a_float32(src: str, numbers: Make, bits: Make) -> None:
+def test_a_long_run_is_that_of_a_float32(src: str) -> None:
     n = 2 * BLOCK + 3
     avg = numbers(n, "f32", 1)
     high, residual = reference.split(avg)
@@ -67,23 +61,7 @@ def test_a_long_run_is_that_of_a_float32(src: str, numbers: Make, bits: Make) ->
     np.testing.assert_array_equal([high, residual], reference.split(avg))
 
 
-@pytest.mark.parametrize(("to_step", "of_step"), [(2, 1), (1, 3), (-3, 2)])
-def test_the_low_half_lies_as_the_high_half_does(
-    to_step: int, of_step: int, numbers: Make, guarded: Callable[..., object], assert_same: Check
-) -> None:
-    n = 131
-    avg, x = numbers(n, "f32", 1), numbers(n, "f32", 2)
-    high, residual = (guarded(half, 1, (to_step,)) for half in reference.split(avg))
-    of = guarded(x, 2, (of_step,))
-    row = Row(high.array, of.array, to_step, of_step, residual=residual.array)
-    run("lerp", (SPLIT, "f32"), [row], [0.3], layout="strided")
-    got = joined(high.array.copy(), residual.array.copy())
-    assert_same(got, reference.lerp(avg, x, 0.3, "f32", "f32"), "f32")
-    for side in (high, residual):
-        side.assert_rest_untouched()
-
-
-def test_every_kind_of_number_comes_back_to_the_bit(numbers: Make) -> None:
+def test_every_kind_of_number_comes_back_to_the_bit() -> None:
     ends = np.array([0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0x8000, 0x7FFF, 0, 0x7F800000])
     ties = np.arange(1 << 16) << 16 | 0x8000
     all_bits = np.concatenate([ends, ends | 0x80000000, ties]).astype(np.uint32)
@@ -92,16 +70,13 @@ def test_every_kind_of_number_comes_back_to_the_bit(numbers: Make) -> None:
     run("copy", (SPLIT, "f32"), [Row(high, values, residual=residual)])
     back = np.zeros(values.size, np.float32)
     run("cast_back", (SPLIT, "f32"), [Row(high, back, residual=residual)])
-    nan = np.isnan(values)
-    want = values.view(np.uint32)
-    np.testing.assert_array_equal(back.view(np.uint32)[~nan], want[~nan])
-    np.testing.assert_array_equal(back.view(np.uint32)[nan], want[nan] | 0x400000)
-    expected = reference.split(values[~nan])
-    np.testing.assert_array_equal([high[~nan], residual[~nan]], expected)
+    nan, want = np.isnan(values), values.view(np.uint32)
+    np.testing.assert_array_equal(back.view(np.uint32), np.where(nan, want | 0x400000, want))
+    np.testing.assert_array_equal([high[~nan], residual[~nan]], reference.split(values[~nan]))
 
 
 @pytest.mark.parametrize("src", SOURCES)
-def test_to_weights_and_back(src: str, numbers: Make, assert_same: Check) -> None:
+def test_the_average_is_cast_to_weights_and_copied_from_them(src: str) -> None:
     avg, x = numbers(3000, "f32", 1, "bits"), numbers(3000, src, 2, "bits")
     high, residual = reference.split(avg)
     out = x.copy()
@@ -111,31 +86,20 @@ def test_to_weights_and_back(src: str, numbers: Make, assert_same: Check) -> Non
     assert_same(joined(high, residual), reference.encode(reference.decode(x, src), "f32"), "f32")
 
 
-def test_weights_of_float32_change_places_with_both_halves(
-    numbers: Make, assert_same: Check
-) -> None:
-    avg, x = numbers(3000, "f32", 1, "bits"), numbers(3000, "f32", 2, "bits")
-    high, residual = reference.split(avg)
-    weights = x.copy()
-    row = Row(high, weights.view(np.uint32), residual=residual)
-    run("swap", (SPLIT, "raw4"), [row])
-    assert_same(weights, avg, "f32")
-    plain = ~np.isnan(x)
-    assert_same(joined(high, residual)[plain], x[plain], "f32")
-    run("swap", (SPLIT, "raw4"), [row])
-    np.testing.assert_array_equal(weights.view(np.uint32), x.view(np.uint32))
-    assert_same(joined(high, residual), avg, "f32")
-
-
-@pytest.mark.parametrize("residual", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-def test_no_bit_of_the_weights_is_lost_by_a_swap(residual: int) -> None:
-    """Every high half of a float32, NaNs of all kinds among them."""
-    bits = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(residual)
-    high, rest = reference.split(np.linspace(-3, 3, bits.size, dtype=np.float32))
-    weights, halves = bits.copy(), (high.copy(), rest.copy())
-    row = Row(halves[0], weights, residual=halves[1])
-    run("swap", (SPLIT, "raw4"), [row])
-    np.testing.assert_array_equal(weights.view(np.float32), joined(high, rest))
-    run("swap", (SPLIT, "raw4"), [row])
-    np.testing.assert_array_equal(weights, bits)
-    np.testing.assert_array_equal(halves, (high, rest))
+@pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+def test_weights_of_float32_change_places_with_both_halves_and_no_bit_is_lost(low: int) -> None:
+    """Every high half of a float32, NaNs of all kinds among them, on either side."""
+    weights = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(low)
+    start = numbers(weights.size, "f32", 2, "bits")
+    high, residual = reference.split(start)
+    before, halves = weights.copy(), (high.copy(), residual.copy())
+    rows = [Row(high, weights, residual=residual)]
+    run("swap", (SPLIT, "raw4"), rows)
+    assert_same(weights.view(np.float32), start, "f32")
+    plain = ~np.isnan(before.view(np.float32))
+    assert_same(joined(high, residual)[plain], before.view(np.float32)[plain], "f32")
+    run("swap", (SPLIT, "raw4"), rows)
+    np.testing.assert_array_equal(weights, before)
+    finite = ~np.isnan(start)
+    np.testing.assert_array_equal([high[finite], residual[finite]], [h[finite] for h in halves])
+    assert_same(joined(high, residual), start, "f32")

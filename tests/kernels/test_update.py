@@ -1,33 +1,63 @@
-"""The update and the copy of every pair of formats, to the bit, on rows made by hand."""
+"""Updates, copies and swaps of every pair of formats, to the bit, on rows made by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
 import numpy as np
 import pytest
 
-from fastema.engine.registry import kernel
-from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
+from ..support.arrays import assert_same, guarded, numbers
 from ..support.tolerance import exact_lerp, lerp_bound
+from .rows import Row, run
 
 # What rounds by random bits, or lies in two halves, has files of its own.
-FLOATS = list(reference.FLOATS)
-PAIRS = [pytest.param(dst, src, id=f"{dst}-{src}") for dst, src in product(FLOATS, FLOATS)]
-# Strided loops run the same element: one pair of each kind suffices beyond the update.
-SOME = [("f32", "bf16"), ("bf16", "f64"), ("f16", "f16"), ("f64", "f32")]
-SOME_PAIRS = [pytest.param(*pair, id="-".join(pair)) for pair in SOME]
+PAIRS = list(product(reference.FLOATS, reference.FLOATS))
+OPERATIONS = ["lerp", "copy", "swap"]
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7]
-STARTS = [0, 1, 2, 8]
-WEIGHTS = [0.0009765625, 0.3, 1.0, 0.0, -0.7, 1.75]
 RAW = {"raw1": "u8", "raw2": "u16", "raw4": "u32", "raw8": "i64"}
 
+Array = np.ndarray
 
-def specials(code: str) -> np.ndarray:
+
+def expected(operation: str, a: Array, b: Array, dst: str, src: str, w: float) -> list[Array]:
+    """What both sides hold afterwards; a NaN may have become a quiet one."""
+    if operation == "lerp":
+        return [reference.lerp(a, b, w, dst, src), b]
+    moved = reference.encode(reference.decode(b, src), dst)
+    return [moved, reference.encode(reference.decode(a, dst), src) if operation == "swap" else b]
+
+
+def check(
+    operation: str,
+    formats: tuple[str, str],
+    sides: list[tuple[Array, Array]],
+    w: float = 0.3,
+    *,
+    starts: tuple[int, int] = (0, 0),
+    steps: tuple[int, int] | None = None,
+) -> None:
+    """Run rows of numbers and compare both sides, and that nothing around them is written."""
+    watched, want = [], []
+    for side in sides:
+        row = zip(side, starts, steps or (1, 1), strict=True)
+        watched.append([guarded(array, start, (step,)) for array, start, step in row])
+        a, b = (one.array.copy() for one in watched[-1])  # as they are where elements overlap
+        want.append(expected(operation, a, b, *formats, w))
+    rows = [Row(to.array, of.array, *(steps or ())) for to, of in watched]
+    run(operation, formats, rows, [w], layout="strided" if steps else "flat")
+    for pair, after in zip(watched, want, strict=True):
+        for one, values, code in zip(pair, after, formats, strict=True):
+            assert_same(one.array, values, code)
+            one.assert_rest_untouched()
+        if operation != "swap":
+            pair[1].assert_untouched()
+
+
+def specials(code: str) -> Array:
     """Numbers that are hard on arithmetic, as stored."""
     form = reference.FLOATS[code]
     unit = 2.0 ** (1 - form.digits)
@@ -38,169 +68,133 @@ def specials(code: str) -> np.ndarray:
     return reference.encode(both, code)
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_lerp_on_rows_of_every_size(
-    dst: str,
-    src: str,
-    numbers: Callable[..., np.ndarray],
-    guarded: Callable[..., object],
-    assert_same: Callable[..., None],
-    run_rows: Callable[..., None],
+@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_rows_of_every_size_are_as_specified_wherever_they_begin(
+    operation: str, dst: str, src: str
 ) -> None:
-    cases = list(product(SIZES, STARTS))
-    # Where a row begins is not the same on both sides.
-    sides = [
-        (guarded(numbers(n, dst, 2 * n + s), s), guarded(numbers(n, src, 2 * n + s + 99), 8 - s))
-        for n, s in cases
-    ]
-    want = [reference.lerp(to.array.copy(), of.array.copy(), 0.3, dst, src) for to, of in sides]
-    run_rows("lerp", dst, src, "flat", [(to.array, of.array) for to, of in sides], 0.3)
-    for (to, of), expected in zip(sides, want, strict=True):
-        assert_same(to.array, expected, dst)
-        to.assert_rest_untouched()
-        of.assert_untouched()
+    sides = [(numbers(n, dst, n), numbers(n, src, n + 99)) for n in SIZES]
+    for start in (0, 1, 2, 8):
+        check(operation, (dst, src), sides, starts=(start, 8 - start))
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_lerp_of_special_values(
-    dst: str,
-    src: str,
-    numbers: Callable[..., np.ndarray],
-    assert_same: Callable[..., None],
-    run_rows: Callable[..., None],
-) -> None:
+@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_kind_of_number_is_as_specified(operation: str, dst: str, src: str) -> None:
     a, b = specials(dst), specials(src)
-    random = [numbers(1500, code, 7, "bits") for code in (dst, src)]
+    random = [numbers(20_000, code, 7, "bits") for code in (dst, src)]
     avg = np.concatenate([np.repeat(a, len(b)), random[0]])
     x = np.concatenate([np.tile(b, len(a)), random[1]])
-    for w in WEIGHTS:
-        want = reference.lerp(avg, x, w, dst, src)
-        flat = avg.copy()
-        run_rows("lerp", dst, src, "flat", [(flat, x)], w)
-        assert_same(flat, want, dst)
-        spaced = avg.copy()
-        run_rows("lerp", dst, src, "strided", [(spaced, x)], w)
-        assert_same(spaced, want, dst)
+    if operation == "lerp":
+        for w in (0.0009765625, 0.3, 1.0, 0.0, -0.7, 1.75):
+            few = avg[:2500], x[:2500]
+            check(operation, (dst, src), [few], w)
+            check(operation, (dst, src), [few], w, steps=(1, 1))
+        return
+    every = np.arange(1 << 16, dtype=np.uint16)
+    if src in ("f16", "bf16"):
+        avg = np.concatenate([avg, np.resize(avg, every.size)])
+        x = np.concatenate([x, every.view(x.dtype)])
+    check(operation, (dst, src), [(avg, x)])
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_lerp_is_within_the_bound(
-    dst: str, src: str, numbers: Callable[..., np.ndarray], run_rows: Callable[..., None]
-) -> None:
+@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+def test_an_update_is_within_the_bound(dst: str, src: str) -> None:
     avg, x = numbers(20_000, dst, 21), numbers(20_000, src, 22)
     for w in (1e-4, 0.1, 0.9):
         got = avg.copy()
-        run_rows("lerp", dst, src, "flat", [(got, x)], w)
+        run("lerp", (dst, src), [Row(got, x)], [w])
         error = np.abs(reference.decode(got, dst) - exact_lerp(avg, x, w, dst, src))
         np.testing.assert_array_less(error.astype(np.float64), lerp_bound(avg, x, w, dst, src))
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_copy_rounds_once(
-    dst: str,
-    src: str,
-    numbers: Callable[..., np.ndarray],
-    guarded: Callable[..., object],
-    assert_same: Callable[..., None],
-    run_rows: Callable[..., None],
+# Strided loops run the same element: one pair of each kind suffices beyond the update.
+@pytest.mark.parametrize(
+    ("dst", "src"), [("f32", "bf16"), ("bf16", "f64"), ("f16", "f16"), ("f64", "f16")]
+)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("steps", [(1, 3), (3, 1), (2, 5), (-1, 2), (2, -3), (1, 0)])
+def test_spaced_elements_are_as_specified(
+    operation: str, dst: str, src: str, steps: tuple[int, int]
 ) -> None:
-    x = np.concatenate([specials(src), numbers(3000, src, 3), numbers(20_000, src, 4, "bits")])
-    if src in ("f16", "bf16"):
-        x = np.concatenate([x, np.arange(1 << 16, dtype=np.uint16).view(x.dtype)])
-    to = guarded(numbers(len(x), dst, 5), start=1)
-    run_rows("copy", dst, src, "flat", [(to.array, x)])
-    # Within one format the layout above takes the raw copy, so this one may quieten a NaN.
-    assert_same(to.array, reference.encode(reference.decode(x, src), dst), dst)
-    to.assert_rest_untouched()
-
-
-@pytest.mark.parametrize(("dst", "src"), SOME_PAIRS)
-@pytest.mark.parametrize("operation", ["lerp", "copy"])
-@pytest.mark.parametrize(("to_step", "of_step"), [(1, 3), (3, 1), (2, 5), (-1, 2), (2, -3), (1, 0)])
-def test_spaced_elements(
-    dst: str,
-    src: str,
-    operation: str,
-    to_step: int,
-    of_step: int,
-    numbers: Callable[..., np.ndarray],
-    guarded: Callable[..., object],
-    assert_same: Callable[..., None],
-    run_rows: Callable[..., None],
-) -> None:
-    n = 131
-    to = guarded(numbers(n, dst, 1), 1, (to_step,))
-    of = guarded(numbers(n, src, 2), 2, (of_step,))
-    avg, x = to.array.copy(), of.array.copy()
-    run_rows(operation, dst, src, "strided", [(to.array, of.array, to_step, of_step)], 0.3)
-    want = reference.lerp(avg, x, 0.3, dst, src)
-    if operation == "copy":
-        want = reference.encode(reference.decode(x, src), dst)
-    assert_same(to.array.copy(), want, dst)
-    to.assert_rest_untouched()
-    of.assert_untouched()
+    if operation == "swap" and 0 in steps:  # an expanded tensor is not written
+        return
+    sides = [(numbers(131, dst, 1), numbers(131, src, 2))]
+    check(operation, (dst, src), sides, starts=(1, 2), steps=steps)
 
 
 @pytest.mark.parametrize("layout", ["flat", "strided"])
 @pytest.mark.parametrize("raw", RAW)
-def test_copy_moves_bits(
-    raw: str,
-    layout: str,
-    numbers: Callable[..., np.ndarray],
-    guarded: Callable[..., object],
-    run_rows: Callable[..., None],
-) -> None:
-    step = 1 if layout == "flat" else 3
+@pytest.mark.parametrize("operation", ["copy", "swap"])
+def test_bits_are_moved(operation: str, raw: str, layout: str) -> None:
+    steps = (1, 1) if layout == "flat" else (2, 3)
     for n in SIZES:
-        to = guarded(numbers(n, RAW[raw], 1), 1, (step,))
-        of = guarded(numbers(n, RAW[raw], 2), 0, (1,))
-        run_rows("copy", raw, raw, layout, [(to.array, of.array, step, 1)])
-        np.testing.assert_array_equal(to.array, of.array)
+        to, of = (guarded(numbers(n, RAW[raw], k), k, steps[k : k + 1]) for k in (0, 1))
+        a, b = to.array.copy(), of.array.copy()
+        run(operation, (raw, raw), [Row(to.array, of.array, *steps)], layout=layout)
+        np.testing.assert_array_equal(to.array, b)
+        np.testing.assert_array_equal(of.array, a if operation == "swap" else b)
         to.assert_rest_untouched()
-        of.assert_untouched()
+        of.assert_rest_untouched()
 
 
-def hundreds(avg: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Rows of a hundred elements each."""
-    table = np.zeros((len(avg) // 100, abi.COLUMNS), np.int64)
-    for i, cells in enumerate(table):
-        cells[abi.DST], cells[abi.SRC] = avg.ctypes.data + 400 * i, x.ctypes.data + 400 * i
-        cells[[abi.COUNT, abi.DST_STEP, abi.SRC_STEP]] = 100, 1, 1
-    return table
+# -- a wide average in narrow weights --------------------------------------------------------------
 
 
-def run_table(table: np.ndarray, weights: np.ndarray, control: np.ndarray) -> None:
-    made = kernel("lerp", ("f32", "f32"), "flat")
-    made(table.ctypes.data, len(table), weights.ctypes.data, control.ctypes.data)
+def as_it_comes_back(pattern: Array) -> Array:
+    """A signalling NaN that would be an infinity in 16 bits, which no arithmetic makes, quiet."""
+    size = pattern & np.uint32(0x7FFFFFFF)
+    changed = (size > 0x7F800000) & (size < 0x7F810000)
+    return np.where(changed, pattern | np.uint32(0x400000), pattern)
 
 
-def test_rows_are_taken_from_where_the_cursor_stands(
-    numbers: Callable[..., np.ndarray],
+def patterns(kind: int | str) -> Array:
+    """Of float32: random ones and ties, or every high half with one low half."""
+    if isinstance(kind, int):
+        return (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(kind)
+    found = numbers(30_000, "u32", 1, "bits")
+    found[::5] = (found[::5] & np.uint32(0xFFFF0000)) | np.uint32(0x8000)
+    found[1::5] = numbers(len(found[1::5]), "f32", 3).view(np.uint32)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["flat", "strided"])
+@pytest.mark.parametrize("kind", ["random", 0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+def test_an_average_is_parked_in_the_weights_and_no_bit_is_lost(
+    kind: int | str, layout: str
 ) -> None:
-    avg, x = numbers(300, "f32", 1), numbers(300, "f32", 2)
-    table, before = hundreds(avg, x), avg.copy()
-    control = np.zeros(abi.CONTROLS, np.int64)
-    control[[abi.NEXT, abi.CLAIM]] = 1, 1
-    run_table(table, np.array([0.5]), control)
-    np.testing.assert_array_equal(avg[:100], before[:100])
-    np.testing.assert_array_equal(avg[100:], before[100:] + 0.5 * (x - before)[100:])
-    assert control[abi.NEXT] >= 3  # nothing is left for a thread that comes late
+    step = 1 if layout == "flat" else 2
+    pattern = patterns(kind)
+    values, nan = pattern.view(np.float32), np.isnan(pattern.view(np.float32))
+    tie = ~nan & (pattern & 0xFFFF == 0x8000)
+    with np.errstate(over="ignore"):
+        nearest = reference.cast(values, "f32", "bf16")
+    for size in (1, BLOCK + 1, pattern.size):
+        weight = numbers(size, "u16", 2, "bits")
+        avg, model = (guarded(one[:size], 1, (step,)) for one in (pattern, weight))
+        rows = [Row(avg.array, model.array, step, step)]
+        run("park", ("raw4", "raw2"), rows, layout=layout)
+        held, plain = model.array, (~nan & ~tie)[:size]
+        np.testing.assert_array_equal(held[plain], nearest[:size][plain])
+        # Of two that are as near, the one further from zero.
+        np.testing.assert_array_equal(held[tie[:size]], (pattern[:size][tie[:size]] >> 16) + 1)
+        assert np.isnan(reference.decode(held[nan[:size]], "bf16")).all()
+        run("unpark", ("raw4", "raw2"), rows, layout=layout)
+        np.testing.assert_array_equal(model.array, weight)
+        np.testing.assert_array_equal(avg.array, as_it_comes_back(pattern[:size]))
+        avg.assert_rest_untouched()
+        model.assert_rest_untouched()
 
 
-def test_averages_of_one_tensor_are_claimed_together_each_with_its_weight(
-    numbers: Callable[..., np.ndarray], assert_same: Callable[..., None]
-) -> None:
-    avg, x = numbers(600, "f32", 1), numbers(600, "f32", 2)
-    table, before = hundreds(avg, x), avg.copy()
-    table[:, abi.AVERAGE] = 0, 1, 2, 0, 1, 2
-    control = np.zeros(abi.CONTROLS, np.int64)
-    control[[abi.NEXT, abi.CLAIM]] = 3, 3
-    weights = np.array([0.5, 0.25, 1.0])
-    run_table(table, weights, control)
-    np.testing.assert_array_equal(avg[:300], before[:300])
-    for first, weight in zip((300, 400, 500), weights, strict=True):
-        row = slice(first, first + 100)
-        want = reference.lerp(before[row], x[row], weight, "f32", "f32")
-        assert_same(avg[row], want, "f32")
-    assert control[abi.NEXT] >= 6
-    assert control[abi.NEXT] % 3 == 0
+# -- claims ----------------------------------------------------------------------------------------
+
+
+def test_averages_of_one_tensor_are_claimed_together_from_where_the_cursor_stands() -> None:
+    avg, x = numbers(600, "f32", 1).reshape(6, 100), numbers(600, "f32", 2).reshape(6, 100)
+    before, weights = avg.copy(), [0.5, 0.25, 1.0]
+    rows = [Row(a, b, average=k % 3) for k, (a, b) in enumerate(zip(avg, x, strict=True))]
+    run("lerp", ("f32", "f32"), rows, weights, claim=3, next=3)
+    np.testing.assert_array_equal(avg[:3], before[:3])
+    for k in range(3, 6):
+        want = reference.lerp(before[k], x[k], weights[k % 3], "f32", "f32")
+        assert_same(avg[k], want, "f32")

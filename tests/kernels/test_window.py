@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +13,9 @@ from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
+from ..support.arrays import Guarded, bits, guarded, numbers
 from ..support.tolerance import cast_bound, unit_roundoff
 from .rows import Row, run, table_of
-
-Make = Callable[..., np.ndarray]
 
 # Formats of the mean, the weights, the ring and the remainder.
 FORMATS = [
@@ -33,36 +31,46 @@ FORMATS = [
 ]
 FAST = FORMATS[0], FORMATS[4]
 
+Array = np.ndarray
+
 
 class Mean(NamedTuple):
-    """The memory of a windowed mean of ``rows * size`` elements."""
+    """The memory of a windowed mean."""
 
-    mean: np.ndarray
-    rest: np.ndarray
-    ring: np.ndarray  # (window, rows * size)
+    mean: Array
+    rest: Array
+    ring: Array  # (window, size)
     rows: list[Row]
     formats: tuple[str, ...]
+    watched: list[Guarded]
 
-    def step(self, turn: int, layout: str = "flat") -> None:
+    def step(self, turn: int) -> None:
         window = len(self.ring)
-        number, slot = float(min(turn, window)), (turn - 1) % window
-        moment = {"window": window, "slot": slot, "turn": turn, "seed": 1, "step": turn}
-        run("window", self.formats, self.rows, [number], layout=layout, **moment)
+        args = {"window": window, "slot": (turn - 1) % window, "turn": turn, "step": turn}
+        layout = "flat" if self.rows[0].dst_step == 1 else "strided"
+        number = float(min(turn, window))
+        run("window", self.formats, self.rows, [number], layout=layout, seed=1, **args)
 
 
-def memory(formats: tuple[str, ...], x: np.ndarray, window: int, rows: int = 3) -> Mean:
+def memory(
+    formats: tuple[str, ...], x: Array, window: int, rows: int = 3, step: int = 1, of_step: int = 1
+) -> Mean:
     """Nothing in it is zero at first: the first update must not look at what was there."""
+    n = x.size
     dst, _, ring_format, rest_format = (code.strip("~") for code in formats)
-    storage = [reference.FLOATS[code].storage for code in (dst, rest_format, ring_format)]
-    mean, rest = (np.full(x.size, 7, one) for one in storage[:2])
-    ring = np.full((window, x.size), 7, storage[2])
-    cuts = [slice(i * x.size // rows, (i + 1) * x.size // rows) for i in range(rows)]
+    sevens = [np.full(n, 7, reference.FLOATS[code].storage) for code in (dst, rest_format)]
+    watched = [guarded(seven, 1, (step,)) for seven in sevens]
+    slots = np.full((window, n), 7, reference.FLOATS[ring_format].storage)
+    watched.append(guarded(slots, 2, (step * n + 5, step)))
+    mean, rest, ring = (one.array for one in watched)
+    cuts = [slice(i * n // rows, (i + 1) * n // rows) for i in range(rows)]
+    places = [(mean[c], x[c], rest[c], ring[0, c], c.start) for c in cuts]
     stride = ring.strides[0]
     table = [
-        Row(mean[c], x[c], residual=rest[c], ring=ring[0, c], ring_stride=stride, index=c.start)
-        for c in cuts
+        Row(a, b, step, of_step, residual=r, ring=slot, ring_stride=stride, index=start)
+        for a, b, r, slot, start in places
     ]
-    return Mean(mean, rest, ring, table, formats)
+    return Mean(mean, rest, ring, table, formats, watched)
 
 
 # A kernel of windowed means takes three seconds to compile: of most formats, with the slow tests.
@@ -75,21 +83,20 @@ def memory(formats: tuple[str, ...], x: np.ndarray, window: int, rows: int = 3) 
         for one in FORMATS
     ],
 )
-def test_the_mean_of_what_is_in_the_ring(
-    formats: tuple[str, ...], window: int, numbers: Make
+def test_the_mean_and_its_remainder_are_those_of_what_is_in_the_ring(
+    formats: tuple[str, ...], window: int
 ) -> None:
     dst, src, ring, rest = formats
     code, size = dst.strip("~"), 3 * (BLOCK + 5)
     x = numbers(size, src, 0)
     held = memory(formats, x, window)
-    seen: list[np.ndarray] = []
+    seen: list[Array] = []
     u = unit_roundoff("f64" if "f64" in (dst, src) else "f32")
     for turn in range(1, 2 * window + 9):
         x[:] = numbers(size, src, turn)
         seen.append(reference.decode(reference.cast(x, src, ring), ring))
         held.step(turn)
-        history = np.array(seen[-window:])
-        want = reference.windowed_mean(history, window)
+        want = reference.windowed_mean(np.array(seen[-window:]), window)
         got = reference.decode(held.mean, code)
         # What the mean and its remainder are off by together: what arithmetic leaves out, and the
         # rounding of the remainder, in two windows of updates. Long doubles have 64 bits.
@@ -103,39 +110,31 @@ def test_the_mean_of_what_is_in_the_ring(
         slots = reference.decode(held.ring, ring)
         for age, values in enumerate(reversed(seen[-window:])):
             np.testing.assert_array_equal(slots[(turn - 1 - age) % window], values)
+    for side in held.watched:
+        side.assert_rest_untouched()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("formats", [FORMATS[0], FORMATS[4]], ids="-".join)
-def test_spaced_elements(
-    formats: tuple[str, ...], numbers: Make, bits: Make, guarded: Callable[..., object]
-) -> None:
-    dst, src, ring, rest = formats
-    window, n, code = 3, 70, dst.strip("~")
-    sevens = [np.full(n, 7, reference.FLOATS[c].storage) for c in (code, rest)]
-    mean, residual = (guarded(seven, 1, (3,)) for seven in sevens)
-    slots = guarded(np.full((window, n), 7, reference.FLOATS[ring].storage), 2, (3 * n + 5, 3))
-    of = guarded(numbers(n, src, 1), 0, (2,))
-    stride = slots.array.strides[0]
-    row = Row(
-        mean.array, of.array, 3, 2, residual=residual.array, ring=slots.array[0], ring_stride=stride
-    )
-    spaced = Mean(mean.array, residual.array, slots.array, [row], formats)
+@pytest.mark.parametrize("formats", FAST, ids="-".join)
+def test_spaced_elements_have_the_bits_of_adjacent_ones(formats: tuple[str, ...]) -> None:
+    n = 70
+    of = guarded(numbers(n, formats[1], 1), 0, (2,))
+    spaced = memory(formats, of.array, 3, 1, step=3, of_step=2)
     x = of.array.copy()
-    dense = memory(formats, x, window, 1)
+    dense = memory(formats, x, 3, 1)
     for turn in range(1, 9):
-        of.array[:] = x[:] = numbers(n, src, turn)
-        spaced.step(turn, "strided")
+        of.array[:] = x[:] = numbers(n, formats[1], turn)
+        spaced.step(turn)
         dense.step(turn)
         for one, other in zip(spaced[:3], dense[:3], strict=True):
             np.testing.assert_array_equal(bits(one), bits(other))
-    for side in (mean, residual, slots):
+    for side in spaced.watched:
         side.assert_rest_untouched()
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("window", [1, 2, 5, 16])
-def test_what_is_not_finite_passes_through(window: int, bad: float, numbers: Make) -> None:
+def test_what_is_not_finite_passes_through_and_leaves_nothing(window: int, bad: float) -> None:
     x = numbers(3 * BLOCK, "f32", 0)
     held, clean = memory(FORMATS[0], x, window), x.copy()
     mirror = memory(FORMATS[0], clean, window)
@@ -154,8 +153,6 @@ def test_what_is_not_finite_passes_through(window: int, bad: float, numbers: Mak
         np.testing.assert_array_equal(held.rest, mirror.rest)
 
 
-# -- a million updates -----------------------------------------------------------------------------
-
 UPDATES = 1_000_000
 SCALES = {
     "steady": np.ones(UPDATES),
@@ -163,18 +160,18 @@ SCALES = {
     "sudden fall": np.where(np.arange(UPDATES) < UPDATES // 2, 1.0, 1e-6),
     "spikes": np.where(np.arange(UPDATES) % 1009 == 0, 1e6, 1.0),
 }
+WINDOW, SLOT, TURN, NEXT = abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT
 
 
 @njit
-def steps(made, table, rows, number, numbers, settings, control, x, mean, history, at):
+def steps(made, table, rows, number, numbers, control, x, mean, history, at):
     """Run the kernel over a history; the means after the updates ``at``."""
-    window, slot, turn, cursor = settings
     kept = np.empty((len(at), x.size))
     number_of = 0
     for i in range(len(history)):
         x[:] = history[i]
-        number[0] = min(i + 1, control[window])
-        control[slot], control[turn], control[cursor] = i % control[window], i + 1, 0
+        number[0] = min(i + 1, control[WINDOW])
+        control[SLOT], control[TURN], control[NEXT] = i % control[WINDOW], i + 1, 0
         made(table, rows, numbers, control.ctypes.data)
         if number_of < len(at) and at[number_of] == i:
             kept[number_of] = mean
@@ -192,30 +189,23 @@ def test_a_million_updates_leave_no_drift(window: int, course: str) -> None:
     held = memory(FORMATS[0], x, window, 2)
     table, number = table_of(held.rows), np.zeros(1)
     control = np.zeros(abi.CONTROLS, np.int64)
-    control[[abi.CLAIM, abi.WINDOW]] = 1, window
+    control[[abi.CLAIM, WINDOW]] = 1, window
     # Every hundredth update or so, and all around the fall and at the end.
     around = UPDATES // 2 + np.arange(-5, 3 * window)
     at = np.unique(np.r_[0 : 3 * window, 0:UPDATES:97, around, UPDATES - 500 : UPDATES])
-    settings = np.array([abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT])
     made = kernel("window", held.formats, "flat")
-    got = steps(
-        made,
-        *(table.ctypes.data, len(table), number, number.ctypes.data, settings, control),
-        *(x, held.mean, history, at),
-    )
-    first = np.maximum(at + 1 - window, 0)
+    cells = table.ctypes.data, len(table), number, number.ctypes.data, control
+    got = steps(made, *cells, x, held.mean, history, at)
+    first, oldest = (np.maximum(at + 1 - span, 0) for span in (window, 2 * window))
     sums = np.array([history[i : n + 1].sum(0, np.float64) for i, n in zip(first, at, strict=True)])
     want = sums / (at + 1 - first)[:, None]
-    oldest = np.maximum(at + 1 - 2 * window, 0)
-    largest = np.array([np.abs(history[i : n + 1]).max() for i, n in zip(oldest, at, strict=True)])[
-        :, None
-    ]
+    largest = [[np.abs(history[i : n + 1]).max()] for i, n in zip(oldest, at, strict=True)]
     # As promised: half a unit in the last place, and 8 W u**2 of the largest in two windows.
     u = 2.0**-24
-    bound = cast_bound(want, "f32") * (1 + u) + 8 * window * u * u * largest
+    bound = cast_bound(want, "f32") * (1 + u) + 8 * window * u * u * np.array(largest)
     np.testing.assert_array_less(np.abs(got - want), bound)
     # Where the largest and the mean are of one size, that is a few units in the last place.
     off = np.abs(got - want) / np.spacing(np.abs(want.astype(np.float32)))
-    settled = np.broadcast_to(np.abs(want) > largest / 1000, off.shape)
+    settled = np.broadcast_to(np.abs(want) > np.array(largest) / 1000, off.shape)
     assert settled.mean() > 0.9 or course == "spikes"
     assert off[settled].max() < 2

@@ -1,3 +1,5 @@
+"""Dtypes, tensors in memory, and flat buffers."""
+
 from __future__ import annotations
 
 from itertools import permutations, product
@@ -8,46 +10,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.errors import DTypeError
+from fastema.kernels.formats import FORMATS
+from fastema.layout.dtypes import DTYPES, average_of, dtype, parse, raw
+from fastema.layout.flat import ALIGNMENT, dense_strides, place
 from fastema.layout.spec import Leaf, Leaves, TensorSpec
+
+from ..support import reference
 
 
 def spec(shape: tuple[int, ...], strides: tuple[int, ...], code: str = "f32") -> TensorSpec:
     return TensorSpec(1 << 20, shape, strides, code, "cpu")
 
 
-def addresses(one: TensorSpec) -> list[int]:
-    """The address of every element, in order of the indices."""
-    size = one.kind.itemsize
-    indices = product(*(range(n) for n in one.shape))
-    return [
-        one.address + size * sum(i * s for i, s in zip(index, one.strides, strict=True))
-        for index in indices
-    ]
-
-
 AXES = st.lists(st.tuples(st.integers(0, 4), st.integers(-9, 9)), max_size=4)
 
 
 @given(AXES, st.sampled_from(["f32", "bf16", "c128", "bool"]))
-def test_span_holds_every_element(axes: list[tuple[int, int]], code: str) -> None:
+def test_a_span_holds_every_element_and_dense_is_one_stretch_without_gaps(
+    axes: list[tuple[int, int]], code: str
+) -> None:
     one = spec(tuple(n for n, _ in axes), tuple(s for _, s in axes), code)
+    size, indices = one.kind.itemsize, product(*(range(n) for n in one.shape))
+    found = sorted(
+        one.address + size * sum(i * s for i, s in zip(index, one.strides, strict=True))
+        for index in indices
+    )
+    assert (one.size, one.nbytes) == (len(found), len(found) * size)
     first, after = one.span()
-    found = addresses(one)
-    assert one.size == len(found)
-    assert one.nbytes == len(found) * one.kind.itemsize
     if not found:
         assert first == after
-    else:
-        assert (first, after) == (min(found), max(found) + one.kind.itemsize)
-
-
-@given(AXES)
-def test_dense_is_one_stretch_without_gaps(axes: list[tuple[int, int]]) -> None:
-    one = spec(tuple(n for n, _ in axes), tuple(s for _, s in axes))
-    if not one.size:
         return
-    found = sorted(addresses(one))
-    stretch = list(range(one.address, one.address + 4 * one.size, 4))
+    assert (first, after) == (found[0], found[-1] + size)
+    stretch = list(range(one.address, one.address + size * one.size, size))
     if one.dense:
         assert found == stretch
     elif all(stride >= 0 for _, stride in axes):
@@ -55,29 +49,38 @@ def test_dense_is_one_stretch_without_gaps(axes: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_every_order_of_axes_is_dense(order: tuple[int, ...]) -> None:
+def test_every_order_of_axes_is_dense_and_kept_by_a_flat_buffer(order: tuple[int, ...]) -> None:
     array = np.empty((3, 1, 5, 2), np.float32).transpose(order)
-    assert spec(array.shape, tuple(s // 4 for s in array.strides)).dense
+    one = spec(array.shape, tuple(s // 4 for s in array.strides))
+    assert one.dense
+    if 1 not in (one.shape[0], one.shape[-1]):
+        assert [n for n in dense_strides(one) if n] == list(one.strides)
 
 
 @pytest.mark.parametrize(
-    ("shape", "strides"),
-    [((3, 4), (5, 1)), ((4,), (2,)), ((4,), (-1,)), ((3, 4), (0, 1)), ((3, 3), (1, 1))],
+    ("shape", "strides", "want"),
+    [
+        ((2, 3), (6, 2), (3, 1)),
+        ((2, 3), (0, 1), (3, 1)),
+        ((4,), (-1,), (1,)),
+        ((3, 3), (1, 1), (3, 1)),
+        ((2, 0, 3), (9, 9, 9), (3, 3, 1)),
+    ],
 )
-def test_gaps_and_repetitions_are_not_dense(
-    shape: tuple[int, ...], strides: tuple[int, ...]
+def test_gaps_and_repetitions_are_not_dense_and_become_row_major(
+    shape: tuple[int, ...], strides: tuple[int, ...], want: tuple[int, ...]
 ) -> None:
-    assert not spec(shape, strides).dense
+    assert not spec(shape, strides).dense or 0 in shape
+    assert dense_strides(spec(shape, strides)) == want
 
 
-def test_single_element_is_dense_whatever_its_strides() -> None:
+def test_a_single_element_is_dense_whatever_its_strides() -> None:
     assert spec((), ()).dense
     assert spec((1, 1), (7, -3)).dense
 
 
-def test_owner_is_not_compared() -> None:
-    one = TensorSpec(64, (2,), (1,), "f32", "cpu", owner=object())
-    other = TensorSpec(64, (2,), (1,), "f32", "cpu", owner=object())
+def test_specs_are_compared_by_all_but_their_owner_and_say_what_they_are() -> None:
+    one, other = (TensorSpec(64, (2,), (1,), "f32", "cpu", owner=object()) for _ in range(2))
     assert one == other
     assert hash(one) == hash(other)
     for different in (
@@ -89,17 +92,68 @@ def test_owner_is_not_compared() -> None:
         TensorSpec(64, (2,), (1,), "f32", "cpu", writable=False),
     ):
         assert one != different
-
-
-def test_text_says_what_it_is() -> None:
     assert str(spec((3, 4), (4, 1), "bf16")) == "bf16[3, 4] on cpu"
+    leaves = Leaves([Leaf(name, one) for name in "ba"], lambda owner: owner)
+    assert leaves.names == ["b", "a"]
 
 
-def test_unknown_dtype() -> None:
+@given(st.lists(st.integers(0, 200)), st.sampled_from([1, 2, 4, 8, 16]))
+def test_tensors_in_a_flat_buffer_begin_at_lines_and_do_not_touch(
+    sizes: list[int], itemsize: int
+) -> None:
+    length, offsets = place(sizes, itemsize)
+    assert all(offset * itemsize % ALIGNMENT == 0 for offset in offsets)
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    assert all(end <= begin for end, begin in zip(ends, offsets[1:], strict=False))
+    assert length >= max(ends, default=0)
+    # Less than a line is lost per tensor.
+    assert length - sum(sizes) <= len(sizes) * ALIGNMENT // itemsize
+
+
+@pytest.mark.parametrize("code", DTYPES)
+def test_every_dtype_has_its_kernel_formats(code: str) -> None:
+    kind = dtype(code)
+    assert parse(code) is kind
+    assert kind.code == code
+    assert FORMATS[raw(kind)].itemsize * kind.parts == kind.itemsize
+    if kind.real is not None:
+        assert FORMATS[kind.real].itemsize * kind.parts == kind.itemsize
+        assert reference.real_of(code) == kind.real
+        assert np.dtype(reference.FLOATS[kind.real].storage).itemsize * kind.parts == kind.itemsize
+
+
+def test_dtypes_have_long_names_and_others_are_refused() -> None:
+    for code, names in {
+        "f64": ("float64", "double"),
+        "f32": ("float32", "float"),
+        "f16": ("float16", "half"),
+        "bf16": ("bfloat16",),
+        "c64": ("complex64",),
+        "c128": ("complex128",),
+    }.items():
+        assert {parse(name).code for name in names} == {code}
+    for name in ("float8", "", "F32", "int"):
+        with pytest.raises(DTypeError, match=r"f64.*bool"):
+            parse(name)
     with pytest.raises(DTypeError, match="f8"):
         _ = spec((1,), (1,), "f8").kind
 
 
-def test_names_of_leaves_are_in_order() -> None:
-    leaves = Leaves([Leaf("b", spec((1,), (1,))), Leaf("a", spec((1,), (1,)))], lambda owner: owner)
-    assert leaves.names == ["b", "a"]
+@pytest.mark.parametrize(
+    ("weights", "wanted", "average"),
+    [
+        *(("bf16", None, "bf16"), ("bf16", "f32", "f32"), ("f64", "f16", "f16")),
+        *(("c64", None, "c64"), ("c64", "f64", "c128"), ("c128", "f32", "c64")),
+        *(("c64", "c128", "c128"), ("i64", None, "i64")),
+        *(("f32", "i32", None), ("f32", "c64", None), ("c64", "f16", None), ("c128", "bf16", None)),
+    ],
+)
+def test_an_average_has_the_dtype_that_is_wanted_if_it_can_hold_it(
+    weights: str, wanted: str | None, average: str | None
+) -> None:
+    chosen = None if wanted is None else dtype(wanted)
+    if average is not None:
+        assert average_of(dtype(weights), chosen) == dtype(average)
+        return
+    with pytest.raises(DTypeError, match=wanted):
+        average_of(dtype(weights), chosen)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -23,13 +23,26 @@ from fastema.bridges import torch as bridge
 from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
-from fastema.engine.cubins import CLOCK, Cubin, Key
+from fastema.engine.cubins import CLOCK, Cubin, Key, Unavailable
 from fastema.kernels import cuda, cuda_clock
 from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
 from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
+
+__all__ = [
+    "StubContext",
+    "StubDriver",
+    "StubGpu",
+    "assert_equal",
+    "clock_twin",
+    "compiled",
+    "gpu",
+    "move",
+    "no_kernels",
+    "shadow",
+]
 
 THREADS = 7
 """Few and odd, so that every thread has vectors, elements of the tail, or neither."""
@@ -177,6 +190,30 @@ def compiled(key: Key) -> Cubin:
     name = repr(key)
     KEYS[name] = key
     return Cubin(name, name.encode())
+
+
+def no_kernels(key: Key) -> NoReturn:
+    """In place of the compiler, where there is none."""
+    raise Unavailable("no compiler: pip install 'fastema[cuda]'")
+
+
+def shadow(average: Any) -> dict[str, torch.Tensor]:
+    """Copy the tensors of an average."""
+    return {name: tensor.clone() for name, tensor in average.shadow.items()}
+
+
+def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    """Assert that named tensors are equal."""
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def move(tensors: Iterable[torch.Tensor]) -> None:
+    """Change weights as a step of training does."""
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.mul_(0.9).add_(torch.randn(tensor.shape).to(tensor.dtype))
 
 
 @dataclass
