@@ -373,18 +373,6 @@ def test_a_subclass_that_does_not_copy_keeps_the_weights(tmp_path: Path) -> None
     assert differ(callback._average_model.module.state_dict(), module.steps[-1])
 
 
-def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
-    found = []
-    for library in (peer, ours):
-        callback = library.EMAWeightAveraging(decay=0.8)
-        module = fitted(tmp_path, callback, accumulate_grad_batches=3)
-        assert len(module.steps) == 2 * EPOCHS  # the rest of an epoch is a step too
-        assert callback._average_model.n_averaged == 2 * EPOCHS
-        found.append(module)
-    assert_near(found[1].state_dict(), average_of(found[1].steps, [0.8] * (2 * EPOCHS)))
-    assert_near(found[1].state_dict(), found[0].state_dict())
-
-
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
@@ -446,36 +434,6 @@ def test_a_run_without_an_average_is_resumed_with_one(tmp_path: Path) -> None:
         found.append(module)
     assert_near(found[1].state_dict(), found[0].state_dict())
     assert_near(found[1].state_dict(), average_of(found[1].steps[2 * STEPS :], [0.8] * 10))
-
-
-def test_a_resumed_run_has_an_average_from_the_start(tmp_path: Path) -> None:
-    callback = ours.EMAWeightAveraging(decay=0.8)
-    fitted(tmp_path, callback, saving(tmp_path), max_epochs=2)
-    path = tmp_path / "epoch=1.ckpt"
-    module = Network()
-    module.steps = [{}] * (2 * STEPS)
-    again = ours.EMAWeightAveraging(decay=0.8)
-    fitted(
-        tmp_path, again, module=module, ckpt_path=str(path), max_epochs=3, num_sanity_val_steps=1
-    )
-    assert_same(module.validated[0], torch.load(path, weights_only=True)["state_dict"])
-
-
-@LIBRARIES
-def test_weights_alone_are_saved_of_the_average_that_was_monitored(
-    tmp_path: Path, library: Any
-) -> None:
-    saver = saving(tmp_path, monitor="val_loss", save_weights_only=True)
-    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saver)
-    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
-    assert "callbacks" not in saved
-    assert "current_model_state" not in saved
-    if library is ours:
-        assert_same(saved["state_dict"], module.validated[1])
-        best = Network.load_from_checkpoint(saver.best_model_path)
-        assert_same(snapshot(best), module.validated[int(saver.best_model_path[-6])])
-    else:  # those in training, whose loss is not known
-        assert_same(saved["state_dict"], module.steps[2 * STEPS - 1])
 
 
 def test_the_strategy_is_left_as_it_was(tmp_path: Path) -> None:
@@ -571,16 +529,6 @@ def test_a_run_goes_on_from_the_last_checkpoint(tmp_path: Path, library: Any) ->
     assert len(rest.steps) == STEPS * EPOCHS
     same = not differ(snapshot(rest), snapshot(whole))
     assert same is (library is ours)
-
-
-@LIBRARIES
-def test_to_resume_a_finished_run_gives_the_average(tmp_path: Path, library: Any) -> None:
-    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saving(tmp_path))
-    path = str(tmp_path / f"epoch={EPOCHS - 1}.ckpt")
-    again = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), ckpt_path=path)
-    assert not again.steps
-    want = snapshot(module) if library is ours else module.steps[-1]
-    assert_near(again.state_dict(), want)
 
 
 @LIBRARIES
@@ -682,20 +630,6 @@ def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
     assert_near(default.state_dict(), average_of(default.steps, decays))
 
 
-def test_steps_of_several_optimizers_are_resumed(tmp_path: Path) -> None:
-    def callback() -> Any:
-        return ours.EMAWeightAveraging(decay=0.8, update_every_n_steps=4)
-
-    whole = fitted(tmp_path / "whole", callback(), module=Alternating())
-    begun = Alternating()
-    fitted(tmp_path / "a", callback(), saving(tmp_path / "a"), module=begun, max_epochs=1)
-    rest = Alternating()
-    path = str(tmp_path / "a" / "epoch=0.ckpt")
-    fitted(tmp_path / "b", callback(), module=rest, ckpt_path=path)
-    assert len(rest.steps) == STEPS * (EPOCHS - 1)
-    assert_same(snapshot(rest), snapshot(whole))
-
-
 class Another(ours.EMAWeightAveraging):
     pass
 
@@ -736,20 +670,6 @@ def test_before_the_first_update_the_weights_are_validated_and_saved(
         assert_same(saved["state_dict"], begun)
     want = average_of(module.steps, [None] * 2 * STEPS + [0.8] * 2 * STEPS)
     assert_near(module.state_dict(), want)
-
-
-@LIBRARIES
-def test_a_run_without_an_update_keeps_what_it_learned(tmp_path: Path, library: Any) -> None:
-    callback = library.EMAWeightAveraging(update_starting_at_step=10_000)
-    module = fitted(tmp_path, callback)
-    assert_same(snapshot(module), module.steps[-1] if library is ours else snapshot(Network()))
-
-
-@LIBRARIES
-def test_integer_buffers_are_exact(tmp_path: Path, library: Any) -> None:
-    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.9))
-    count = module.norm.num_batches_tracked
-    assert (int(count) == STEPS * EPOCHS) is (library is ours)
 
 
 class Failing(Network):
@@ -852,26 +772,6 @@ def test_validations_do_not_change_the_run(tmp_path: Path, precision: Any) -> No
     assert_near(average, want)
 
 
-def test_in_bfloat16_theirs_is_rounded_by_each_validation(tmp_path: Path) -> None:
-    callback = peer.EMAWeightAveraging(decay=0.9)
-    fitted(tmp_path, callback, precision="bf16-true")
-    assert callback._average_model is not None
-    average = callback._average_model.module.first.weight.detach()
-    assert average.dtype == torch.float32
-    torch.testing.assert_close(average, average.bfloat16().float(), rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_a_float32_average_in_a_bfloat16_validation(tmp_path: Path) -> None:
-    path = tmp_path / "middle.ckpt"
-    options: dict[str, Any] = {"precision": "bf16-true", "max_epochs": 2}
-    callback = ours.EMAWeightAveraging(decay=0.9)
-    module = fitted(tmp_path, callback, InValidation(path, False), **options)
-    saved = torch.load(path, weights_only=True)
-    assert_same(saved["current_model_state"], module.steps[-1])
-    assert callback._average_model is not None
-    assert_same(saved["state_dict"], callback._average_model.module.state_dict())
-
-
 class Sixteen(Network):
     def __init__(self) -> None:
         super().__init__()
@@ -907,18 +807,6 @@ def test_a_second_fit_is_averaged_too(tmp_path: Path, library: Any, by: str) -> 
         assert_near(module.state_dict(), average_of(steps, [0.8] * len(steps)))
     else:
         assert_same(snapshot(module), snapshot(Network()))
-
-
-def test_a_trainer_that_goes_on_counts_on(tmp_path: Path) -> None:
-    callback = ours.EMAWeightAveraging(decay=0.8)
-    module = Network()
-    run = trainer(tmp_path, callback, max_epochs=2)
-    run.fit(module, loader(), loader(1))
-    run.fit_loop.max_epochs = 4
-    run.fit(module, loader(), loader(1))
-    assert callback._average_model is not None
-    assert callback._average_model.n_averaged == 2 * STEPS
-    assert_near(module.state_dict(), average_of(module.steps[2 * STEPS :], [0.8] * 2 * STEPS))
 
 
 class Growing(Callback):
@@ -987,18 +875,8 @@ def test_layers_that_are_made_late_are_averaged(tmp_path: Path) -> None:
     assert_near(module.state_dict(), average_of(module.steps, [0.8] * STEPS * EPOCHS))
 
 
-def test_outside_fit_a_checkpoint_has_the_model(tmp_path: Path) -> None:
-    module = Network()
-    run = trainer(tmp_path, ours.EMAWeightAveraging())
-    run.validate(module, loader(1), verbose=False)
-    run.save_checkpoint(tmp_path / "x.ckpt")
-    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    assert_same(saved["state_dict"], snapshot(module))
-    assert "averaging_state" not in saved
-
-
 @pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
-def test_wrong_decays(decay: float) -> None:
+def test_a_decay_outside_is_refused(decay: float) -> None:
     with pytest.raises(ArgumentError, match="decay"):
         ours.EMAWeightAveraging(decay=decay)
 
