@@ -183,22 +183,6 @@ def test_a_state_that_does_not_fit_changes_nothing(
     assert same(ema.shadow_params, before)
 
 
-def test_a_state_of_another_model_is_refused_by_name() -> None:
-    """Theirs takes it, and goes on with what is left of both."""
-    weights = parameters(33)
-    other = parameters(33)
-    other[4] = nn.Parameter(torch.ones(1, 1, 1))
-    theirs, ours = Theirs(weights), Ours(weights)
-    theirs.load_state_dict(Theirs(weights[:3]).state_dict())
-    theirs.step(weights)
-    assert len(theirs.shadow_params) == 3
-    with pytest.raises(LayoutError, match="3 tensors, expected 8"):
-        ours.load_state_dict(Theirs(weights[:3]).state_dict())
-    with pytest.raises(LayoutError, match=r"number 4 has shape \[1, 1, 1\], expected \[1, 1, 33"):
-        ours.load_state_dict(Ours(other).state_dict())
-    assert same(ours.shadow_params, weights)
-
-
 # -- the average in the model ----------------------------------------------------------------------
 
 

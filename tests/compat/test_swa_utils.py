@@ -176,19 +176,6 @@ def test_integers_are_copied_exactly(kind: str) -> None:
     assert not torch.equal(other.module.places, model.places)
 
 
-@pytest.mark.parametrize("kind", ["default", "swa multi", "swa"])
-def test_the_mean_of_integers_fails_in_theirs(kind: str) -> None:
-    model = Network(9)
-    other = theirs.AveragedModel(model, use_buffers=True, **function(theirs, kind))
-    mine = ours.AveragedModel(model, use_buffers=True, **function(ours, kind))
-    for averaged in (other, mine):
-        averaged.update_parameters(model)
-    with pytest.raises(RuntimeError):
-        other.update_parameters(model)
-    mine.update_parameters(model)
-    assert torch.equal(mine.module.places, model.places)
-
-
 @pytest.mark.parametrize("container", [ours, theirs])
 @pytest.mark.parametrize("kind", ["ema multi", "ema"])
 @pytest.mark.parametrize("narrow", NARROW)
