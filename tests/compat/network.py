@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shadow.truth import Loop, arithmetic_of
+from ..support.peers import is_float, tensors
 
 CODES = {
     torch.float64: "f64",
@@ -29,17 +30,24 @@ class Network(nn.Module):
         Of everything that is a float; by default one parameter and one buffer are float64.
     integers : bool
         With buffers of integers and booleans.
+    tied : bool
+        Whether the head has the weight of the embedding.
     """
 
     def __init__(
-        self, seed: int = 0, dtype: torch.dtype | None = None, integers: bool = True
+        self,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        integers: bool = True,
+        tied: bool = True,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(7, 5)
         self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         self.norm: nn.Module = nn.BatchNorm2d(4) if integers else nn.GroupNorm(2, 4)
         self.head = nn.Linear(5, 7)
-        self.head.weight = self.embed.weight
+        if tied:
+            self.head.weight = self.embed.weight
         self.frozen = nn.Parameter(torch.empty(33), requires_grad=False)
         self.transposed = nn.Parameter(torch.empty(6, 4).t())
         self.scalar = nn.Parameter(torch.empty(()))
@@ -80,12 +88,7 @@ def array(tensor: Tensor) -> Any:
     return tensor.detach().double().numpy()
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
+def bits(model: nn.Module | dict[str, Tensor]) -> dict[str, bytes]:
     return {
         name: tensor.detach().clone().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         for name, tensor in tensors(model).items()
@@ -93,39 +96,31 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     }
 
 
-def is_float(name: str, tensor: Tensor) -> bool:
-    return tensor.is_floating_point()
-
-
-def is_parameter(name: str, tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
-
-
 class Truth:
     """The average of a model as float64 loops, beside what is only copied.
 
     Parameters
     ----------
-    averaged : nn.Module
+    averaged : nn.Module or dict of tensors
         What the average begins as, in its dtypes.
     model : nn.Module
         What it will follow, in its own.
     which : callable
-        Of a tensor's name and itself: whether it is averaged.
+        Of the name and the tensor of the model: whether it is averaged.
     random : bool
         16-bit averages are rounded at random.
     """
 
     def __init__(
         self,
-        averaged: nn.Module,
+        averaged: nn.Module | dict[str, Tensor],
         model: nn.Module,
         which: Callable[[str, Tensor], bool] = is_float,
         random: bool = True,
     ) -> None:
         weights, self.loops = tensors(model), dict[str, Loop]()
         for name, tensor in tensors(averaged).items():
-            if which(name, tensor) and tensor.is_floating_point():
+            if which(name, weights[name]) and tensor.is_floating_point():
                 stored = CODES[tensor.dtype]
                 arithmetic = arithmetic_of(CODES[weights[name].dtype], stored)
                 narrow = stored in ("f16", "bf16")
@@ -136,7 +131,7 @@ class Truth:
             if name in self.loops:
                 self.loops[name].step(array(tensor), weight)
 
-    def check(self, averaged: nn.Module, model: nn.Module) -> None:
+    def check(self, averaged: nn.Module | dict[str, Tensor], model: nn.Module) -> None:
         """Averages within their bounds; the rest as in the model, but what ``cache`` may be."""
         assert self.loops
         weights = tensors(model)

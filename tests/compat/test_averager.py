@@ -179,16 +179,6 @@ def test_tensors_that_move_are_found() -> None:
     assert_close(average, want, 1e-15)
 
 
-def test_tied_weights_are_averaged_once() -> None:
-    net = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
-    net[1].weight = net[0].weight
-    average = copy.deepcopy(net).requires_grad_(False)
-    average[0].weight.normal_()
-    old = average[0].weight.clone()
-    ModelAverager(average).update(net, 0.1, 1)
-    torch.testing.assert_close(average[0].weight, torch.lerp(old, net[0].weight.detach(), 0.1))
-
-
 def test_another_model_is_refused_before_anything_is_written() -> None:
     net = network(5)
     average = average_of(net)

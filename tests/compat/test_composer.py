@@ -15,7 +15,8 @@ from fastema.errors import ArgumentError, BridgeError, CheckpointError, LayoutEr
 from fastema.rules import Schedule
 from fastema.shadow.schedule_counter import tables_for
 
-from .network import Network, Truth, bits, is_float, numbers, tensors, torch, trained
+from ..support.peers import tensors
+from .network import Network, bits, numbers, torch, trained
 
 nn = torch.nn
 
@@ -39,23 +40,6 @@ class EMAParameters:
         current = tensors(model)
         for name, avg in self.all().items():
             avg.copy_(avg * smoothing + current[name].data * (1.0 - smoothing))
-
-
-def saved_float(name: str, tensor: Any) -> bool:
-    return is_float(name, tensor) and name != "cache"
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("smoothing", [0.0, 0.7, 1.0])
-def test_compute_ema_of_a_module(smoothing: float, dtype: Any) -> None:
-    model, generator = Network(1, dtype), numbers(2)
-    ema_model = copy.deepcopy(model)
-    truth = Truth(ema_model, model, saved_float)
-    for _ in range(10):
-        trained(model, generator)
-        composer.compute_ema(model, ema_model, smoothing=smoothing)
-        truth.step(model, 1 - smoothing)
-    truth.check(ema_model, model)
 
 
 def test_compute_ema_of_parameters() -> None:

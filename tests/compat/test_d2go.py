@@ -11,7 +11,8 @@ from fastema.compat import d2go
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.rules import rule_from_dict
 
-from .network import Network, Truth, is_float, numbers, tensors, torch, trained
+from ..support.peers import is_float, tensors
+from .network import Network, Truth, numbers, torch, trained
 
 nn = torch.nn
 

@@ -10,7 +10,6 @@ from typing import Any
 import ema_pytorch as theirs
 import numpy as np
 import pytest
-from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma
 
 from fastema.compat import ema_pytorch as ours
 from fastema.compat.ema_pytorch import snapshots
@@ -93,20 +92,6 @@ def test_same_numbers_at_every_step(settings: Any, own: Any) -> None:
         assert mine.beta == pytest.approx(yours.beta, abs=1e-9)
         assert_close(mine.ema_model, yours.ema_model, atol=1e-8)
     assert not torch.equal(mine.ema_model.scale, mine.model.scale)
-
-
-@pytest.mark.parametrize("every", [2, 5, 100])
-def test_same_numbers_with_peer_exact(every: int) -> None:
-    mine, yours = both("KarrasEMA", gamma=3.0, own={"peer_exact": True}, update_every=every)
-    run([mine, yours], range(60))
-    assert mine.beta == pytest.approx(yours.beta, abs=1e-12)
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-12)
-
-
-def test_gammas_of_widths() -> None:
-    for sigma_rel in (0.01, 0.05, 0.1, 0.2, 0.28):
-        gamma = ours.KarrasEMA(Clock(), sigma_rel=sigma_rel).gamma
-        assert gamma == pytest.approx(sigma_rel_to_gamma(sigma_rel), rel=1e-8)
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 3000), (10, 6000), (100, 30_000)])
@@ -320,12 +305,6 @@ def test_between_snapshots_it_is_the_average_of_the_one_before(tmp_path: Path) -
             made.synthesize_ema_model(sigma_rel=0.07, step=step)
 
 
-def test_theirs_has_another_width(tmp_path: Path) -> None:
-    made, truth = recorded(theirs, tmp_path, every=10)
-    found = profile(made.synthesize_ema_model(sigma_rel=0.07).ema_model.moments, 600)
-    assert found != pytest.approx(truth[0.07, 600], rel=0.2)
-
-
 @pytest.mark.parametrize("direction", ["ours", "theirs"])
 def test_snapshots_of_the_other_library(direction: str, tmp_path: Path) -> None:
     writer, reader = (ours, theirs) if direction == "ours" else (theirs, ours)
@@ -530,11 +509,6 @@ def test_resuming_in_the_other_library(tmp_path: Path) -> None:
         assert (int(other.step), other.device) == (25, torch.device("cpu"))
         for one, same in zip(other.ema_models, whole.ema_models, strict=True):
             assert_close(one.ema_model, same.ema_model, atol=1e-12)
-
-
-def test_a_call_asks_all_of_them(tmp_path: Path) -> None:
-    made = ours.PostHocEMA(nn.Linear(2, 1), gammas=(1.0, 2.0, 3.0), checkpoint_folder=tmp_path)
-    assert [out.shape for out in made(torch.ones(4, 2))] == [(4, 1)] * 3
 
 
 @pytest.mark.parametrize(

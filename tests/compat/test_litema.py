@@ -7,7 +7,6 @@ import gc
 import pickle
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,18 +65,6 @@ class Recursion:
         assert int(ema.num_updates) == self.n
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999, 1.0])
-@pytest.mark.parametrize("counted", [True, False])
-def test_average_is_the_recursion(decay: float, counted: bool) -> None:
-    model = model_of()
-    ema, want = LitEma(model, decay, counted), Recursion(model, decay, counted)
-    for _ in range(40):
-        trained(model)
-        ema(model)
-        want(model)
-    want.check(ema)
-
-
 def test_state_is_the_peers() -> None:
     ema = LitEma(model_of(), decay=0.99)
     state = ema.state_dict()
@@ -132,43 +119,6 @@ def test_average_that_moves_goes_on(way: str) -> None:
     if before is not ema:
         assert torch.equal(before.get_buffer("0weight"), kept)
         assert int(before.num_updates) == 1
-
-
-def test_float32_average_of_another_dtype_where_the_peer_averages_nothing() -> None:
-    model = model_of(dtype=torch.bfloat16)
-    ema = LitEma(model, 0.9).float()
-    want = Recursion(model, 0.9)
-    for _ in range(20):
-        trained(model)
-        ema(model)
-        want(model)
-    want.check(ema)
-    # What the peer does with such a shadow: it updates the copy that type_as makes.
-    shadow, param = torch.zeros(3), torch.ones(3, dtype=torch.bfloat16)
-    shadow.type_as(param).sub_(0.5 * (shadow.type_as(param) - param))
-    assert not shadow.any()
-
-
-def test_bfloat16_average_moves() -> None:
-    model = nn.Linear(200, 100, bias=False).to(torch.bfloat16)
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    runs = []
-    for _ in range(2):
-        ema = LitEma(model, 0.999, use_num_upates=True)
-        ema.num_updates.fill_(100_000)
-        with torch.no_grad():
-            other = copy.deepcopy(model)
-            other.weight.fill_(1.01)
-        for _ in range(700):
-            ema(other)
-        runs.append(ema.weight)
-    assert torch.equal(*runs)
-    stays = torch.ones((), dtype=torch.bfloat16)
-    nearest = stays - torch.tensor(0.001) * (stays - other.weight.detach()[0, 0])
-    assert float(nearest.to(torch.bfloat16)) == 1.0
-    exact = 1 + (float(other.weight.detach()[0, 0]) - 1) * (1 - 0.999**700)
-    assert abs(float(runs[0].double().mean()) - exact) < 4e-4
 
 
 def test_copy_to_store_and_restore() -> None:
@@ -236,29 +186,6 @@ def reshaped() -> Any:
     return model
 
 
-@pytest.mark.parametrize("other", [larger, reshaped, lambda: model_of()[:1]])
-def test_other_models_are_refused_and_nothing_is_written(other: Callable[[], Any]) -> None:
-    ema = LitEma(model_of())
-    ema(model_of(1))
-    before = {name: one.clone() for name, one in ema.state_dict().items()}
-    with pytest.raises(LayoutError, match=r"weight"):
-        ema(other())
-    with pytest.raises(LayoutError, match=r"weight"):
-        ema.copy_to(other())
-    assert all(torch.equal(one, before[name]) for name, one in ema.state_dict().items())
-
-
-def test_frozen_later_is_averaged_on() -> None:
-    model = model_of()
-    ema, want = LitEma(model, 0.9), Recursion(model, 0.9)
-    model[0].requires_grad_(False)
-    for _ in range(3):
-        trained(model)
-        ema(model)
-        want(model)
-    want.check(ema)
-
-
 def test_names_that_collide_are_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -272,19 +199,6 @@ def test_names_that_collide_are_refused() -> None:
     with pytest.raises(ArgumentError, match="from 0 to 1"):
         LitEma(model_of(), decay=1.5)
     assert issubclass(ArgumentError, ValueError)
-
-
-def test_re_pointed_parameters_and_wrappers() -> None:
-    model = model_of()
-    ema, want = LitEma(model, 0.9), Recursion(model, 0.9)
-    wrapped = nn.DataParallel(model)
-    for step in range(6):
-        trained(model)
-        if step % 2:
-            model[0].weight.data = model[0].weight.data.clone()
-        ema(wrapped if step > 2 else model)
-        want(model)
-    want.check(ema)
 
 
 def test_tied_parameters_have_one_average() -> None:

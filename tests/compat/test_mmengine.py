@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import pickle
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,28 +17,15 @@ from fastema.compat.mmengine import (
 )
 from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
-from .network import (
-    Network,
-    Truth,
-    bits,
-    is_float,
-    is_parameter,
-    numbers,
-    tensors,
-    torch,
-    trained,
-)
+from ..support.peers import is_parameter, is_saved_float, tensors
+from .network import Network, Truth, bits, numbers, torch, trained
 
 nn = torch.nn
 
 pytestmark = pytest.mark.torch
 
 
-def saved_float(name: str, tensor: Any) -> bool:
-    return is_float(name, tensor) and name != "cache"
-
-
-WHICH = {False: is_parameter, True: saved_float}
+WHICH = {False: is_parameter, True: is_saved_float}
 """What is averaged, by ``update_buffers``."""
 
 Weight = Callable[[int, int], float]
@@ -132,35 +115,6 @@ def test_numbers_out_of_range_are_refused() -> None:
         ExponentialMovingAverage(Network(), 0.999)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["state", "deepcopy", "pickle", "double"])
-def test_interrupted_run_goes_on(kind: str, way: str) -> None:
-    make, weight = KINDS[kind]
-    model, generator = Network(1, torch.float32), numbers(3)
-    average = make(model)
-    for _ in range(6):
-        trained(model, generator)
-        average.update_parameters(model)
-    if way == "state":
-        other = make(Network(8, torch.float32))
-        other.load_state_dict(average.state_dict())
-    elif way == "deepcopy":
-        other = copy.deepcopy(average)
-    elif way == "pickle":
-        other = pickle.loads(pickle.dumps(average))
-    else:
-        other = average.double()
-    before = None if other is average else bits(average.module)
-    truth = Truth(other.module, model, is_parameter)
-    for n in range(6, 12):
-        trained(model, generator)
-        other.update_parameters(model)
-        truth.step(model, weight(n, 1))
-    truth.check(other.module, model)
-    assert int(other.steps) == 12
-    assert before is None or bits(average.module) == before
-
-
 def test_avg_func_of_the_users_own() -> None:
     class Signs(BaseAveragedModel):
         def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
@@ -194,36 +148,6 @@ def test_avg_func_of_one_tensor_is_the_same_average(kind: str) -> None:
         got = old.clone()
         average.avg_func(got, new, steps)
         torch.testing.assert_close(got, old.lerp(new, weight(int(steps), 2)))
-
-
-def test_average_of_another_dtype() -> None:
-    model, generator = Network(1, torch.bfloat16), numbers(4)
-    average = ExponentialMovingAverage(model, 0.1).float()
-    average.update_parameters(model)
-    truth = Truth(average.module, model, is_parameter)
-    for _ in range(12):
-        trained(model, generator)
-        average.update_parameters(nn.DataParallel(model))
-        truth.step(model, 0.1)
-    truth.check(average.module, model)
-
-
-def test_the_peers_way_with_buffers() -> None:
-    """Twice for tied weights, and integers of the first update."""
-    model, generator = Network(2, torch.float32), numbers(8)
-    average = ExponentialMovingAverage(model, 0.5, update_buffers=True)
-    average.update_parameters(model)
-    theirs, kept = copy.deepcopy(model), model.embed.weight.detach().clone()
-    trained(model, generator)
-    average.update_parameters(model)
-    for name, one in theirs.state_dict().items():
-        if one.is_floating_point():
-            one.lerp_(model.state_dict()[name], 0.5)
-    new = model.embed.weight.detach()
-    torch.testing.assert_close(average.module.embed.weight, kept.lerp(new, 0.5))
-    torch.testing.assert_close(theirs.embed.weight.detach(), kept.lerp(new, 0.75))
-    assert torch.equal(average.module.places, model.places)
-    assert not torch.equal(theirs.places, model.places)
 
 
 def test_other_models_are_refused_and_nothing_is_written() -> None:
@@ -376,19 +300,6 @@ def test_update_buffers_may_be_set_later(start: bool) -> None:
             average.update_parameters(model)
             truth.step(model, 0.1)
             truth.check(average.module, model)
-
-
-@pytest.mark.parametrize("make", [ExponentialMovingAverage, Own])
-@pytest.mark.parametrize("update_buffers", [False, True])
-def test_the_model_is_not_kept_alive(make: Any, update_buffers: bool) -> None:
-    model = Network()
-    average = make(model, 0.1, interval=2, update_buffers=update_buffers)
-    for given in (model, nn.DataParallel(model)) * 3:
-        average.update_parameters(given)
-    gone = [weakref.ref(one) for one in [model, *tensors(model).values()]]
-    del model, given
-    gc.collect()
-    assert not any(reference() is not None for reference in gone)
 
 
 @pytest.mark.parametrize("way", ["none", "list", "state", "ema_state", "key"])

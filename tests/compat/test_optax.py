@@ -76,15 +76,6 @@ def test_incremental_update_is_optax(new_dtype: str, old_dtype: str, numpy: Any)
         assert np.array_equal(np.asarray(one), other)  # both stay as they were
 
 
-def test_a_run_of_updates() -> None:
-    mine = theirs = tree(0, "float32")
-    for step in range(50):
-        new = tree(step, "float32")
-        mine = ours.incremental_update(new, mine, 0.05)
-        theirs = optax.incremental_update(new, theirs, 0.05)
-    assert_near(mine, theirs, 1e-5)
-
-
 def test_float32_average_of_bfloat16_where_optax_rounds_the_products() -> None:
     mine = theirs = tree(0, "float32")
     exact = jax.tree.map(reals, mine)

@@ -17,33 +17,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import swa_utils as theirs
 
 from fastema.compat import swa_utils as ours
-from fastema.compat.signatures import differences
-from fastema.errors import ArgumentError, FastemaError, LayoutError
+from fastema.errors import ArgumentError, LayoutError
 from fastema.torch import update_bn
 
-from .network import Network, Truth, bits, is_float, is_parameter, numbers, tensors, trained
+from ..support.peers import SWA_KINDS as FUNCTIONS
+from ..support.peers import is_float, is_parameter, swa_weight, tensors
+from ..support.peers import swa_function as function
+from .network import Network, Truth, bits, numbers, trained
 
 pytestmark = pytest.mark.torch
 
 DECAY = 0.9
-FUNCTIONS = ("default", "ema multi", "ema", "swa multi", "swa")
 KINDS = {"mixed": None, "f64": torch.float64, "f32": torch.float32}
 NARROW = [torch.bfloat16, torch.float16]
 
 
-def function(module: Any, kind: str, decay: float = DECAY, **options: Any) -> dict[str, Any]:
-    """The arguments of an AveragedModel for one of the functions of a module."""
-    name, _, multi = kind.partition(" ")
-    if name == "default":
-        return {}
-    arguments = (decay,) if name == "ema" else ()
-    made = getattr(module, f"get_{name}_{'multi_' if multi else ''}avg_fn")(*arguments, **options)
-    return {"multi_avg_fn" if multi else "avg_fn": made}
-
-
-def weight(kind: str, n: int, decay: float = DECAY) -> float:
-    """Of the new weights in update ``n``, from 0."""
-    return 1.0 if not n else 1 - decay if kind.startswith("ema") else 1 / (n + 1)
+def weight(kind: str, n: int) -> float:
+    return swa_weight(n, kind)
 
 
 def weight_of_theirs(kind: str, n: int) -> float:
@@ -66,12 +56,6 @@ def resumed(averaged: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 
 # -- the same interface ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", theirs.__all__)
-def test_every_name_is_there_with_the_same_arguments(name: str) -> None:
-    assert sorted(ours.__all__) == sorted(theirs.__all__)
-    assert differences(getattr(theirs, name), getattr(ours, name)) == []
 
 
 def test_it_is_one_of_theirs_with_the_same_state() -> None:
@@ -107,13 +91,6 @@ def test_arguments_that_have_no_meaning() -> None:
         ours.get_swa_multi_avg_fn(rounding="up")
     with pytest.raises(ArgumentError, match="seed="):
         ours.get_ema_avg_fn(seed=-1)
-
-
-@pytest.mark.parametrize("module", [ours, theirs])
-def test_both_functions_at_once(module: Any) -> None:
-    arguments = {**function(module, "ema"), **function(module, "ema multi")}
-    with pytest.raises(AssertionError):
-        module.AveragedModel(nn.Linear(2, 2), **arguments)
 
 
 def test_functions_say_what_they_are() -> None:
@@ -152,35 +129,6 @@ def test_equals_theirs(kind: str, use_buffers: bool, kinds: str) -> None:
         assert torch.equal(averaged.module.cache, model.cache) is not use_buffers
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.0])
-@pytest.mark.parametrize("kind", ["ema", "ema multi"])
-@pytest.mark.parametrize("module", [ours, theirs])
-def test_the_ends_of_the_range(module: Any, kind: str, decay: float) -> None:
-    model = Network(3)
-    averaged = module.AveragedModel(model, **function(ours, kind, decay))
-    averaged.update_parameters(model)
-    before = copy.deepcopy(model)
-    trained(model, numbers(4))
-    averaged.update_parameters(model)
-    expected = before if decay else model
-    for name, tensor in averaged.module.named_parameters():
-        assert torch.equal(tensor, expected.get_parameter(name)), name
-
-
-@pytest.mark.parametrize("kind", FUNCTIONS)
-def test_not_a_number_goes_in(kind: str) -> None:
-    model = nn.Linear(3, 2)
-    averages = [ours.AveragedModel(model, **function(ours, kind))]
-    averages += [theirs.AveragedModel(model, **function(m, kind)) for m in (ours, theirs)]
-    for n in range(3):
-        with torch.no_grad():
-            model.weight[0, 0] = float("nan") if n == 1 else 1.0
-        for averaged in averages:
-            averaged.update_parameters(model)
-    for averaged in averages:
-        assert averaged.module.weight.isnan().sum() == 1
-
-
 @pytest.mark.parametrize("integers", [False, True], ids=["tensor", "int"])
 @pytest.mark.parametrize("kind", ["ema", "ema multi", "swa", "swa multi"])
 def test_functions_alone(kind: str, integers: bool) -> None:
@@ -208,26 +156,6 @@ def test_functions_alone(kind: str, integers: bool) -> None:
     truth.check(averaged, model)
 
 
-def test_complex_weights() -> None:
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64, generator=numbers(7)))
-    averages = [
-        container.AveragedModel(model, **function(source, kind))
-        for kind in ("ema multi", "swa")
-        for container, source in ((ours, ours), (theirs, ours), (theirs, theirs))
-    ]
-    generator = numbers(8)
-    for _ in range(6):
-        with torch.no_grad():
-            model.weight.copy_(torch.randn(5, 3, dtype=torch.complex64, generator=generator))
-        for averaged in averages:
-            averaged.update_parameters(model)
-    for first in (0, 3):
-        expected = averages[first + 2].module.weight
-        for averaged in averages[first : first + 2]:
-            torch.testing.assert_close(averaged.module.weight, expected)
-
-
 # -- where theirs is wrong -------------------------------------------------------------------------
 
 
@@ -246,53 +174,6 @@ def test_integers_are_copied_exactly(kind: str) -> None:
         for averaged in (mine, mixed):
             assert torch.equal(averaged.module.get_buffer(name), model.get_buffer(name)), name
     assert not torch.equal(other.module.places, model.places)
-
-
-@pytest.mark.parametrize("kind", ["default", "swa multi", "swa"])
-def test_the_mean_of_integers_fails_in_theirs(kind: str) -> None:
-    model = Network(9)
-    other = theirs.AveragedModel(model, use_buffers=True, **function(theirs, kind))
-    mine = ours.AveragedModel(model, use_buffers=True, **function(ours, kind))
-    for averaged in (other, mine):
-        averaged.update_parameters(model)
-    with pytest.raises(RuntimeError):
-        other.update_parameters(model)
-    mine.update_parameters(model)
-    assert torch.equal(mine.module.places, model.places)
-
-
-MIXED = [
-    (container, kind, narrow)
-    for narrow in NARROW
-    for kind in FUNCTIONS
-    for container in (ours, theirs)
-    # Their class refuses lists of float32 and float16 before it calls a function.
-    if container is ours
-    or (kind != "default" and (not kind.endswith("multi") or narrow == torch.bfloat16))
-]
-
-
-@pytest.mark.parametrize(("container", "kind", "narrow"), MIXED)
-def test_a_wide_average_of_narrow_weights(container: Any, kind: str, narrow: torch.dtype) -> None:
-    model = Network(11, narrow)
-    averaged = container.AveragedModel(model, **function(ours, kind))
-    averaged.module.to(torch.float32)
-    truth, generator = Truth(averaged.module, model, is_parameter), numbers(12)
-    for n in range(12):
-        trained(model, generator)
-        truth.step(model, weight(kind, n))
-        averaged.update_parameters(model)
-    truth.check(averaged.module, model)
-    assert averaged.module.frozen.dtype == torch.float32
-
-
-def test_a_wide_average_of_narrow_weights_fails_in_theirs() -> None:
-    model = Network(11, torch.bfloat16)
-    averaged = theirs.AveragedModel(model, **function(theirs, "ema multi"))
-    averaged.module.to(torch.float32)
-    averaged.update_parameters(model)
-    with pytest.raises(RuntimeError, match="dtype"):
-        averaged.update_parameters(model)
 
 
 @pytest.mark.parametrize("container", [ours, theirs])
@@ -329,105 +210,7 @@ def test_a_narrow_average_moves(narrow: torch.dtype, kind: str, container: Any) 
     assert expected - 1 > 5 * unit / 2 * (steps / size) ** 0.5
 
 
-@pytest.mark.parametrize("kind", FUNCTIONS)
-@pytest.mark.parametrize("narrow", NARROW)
-def test_narrow_averages_stay_within_their_bounds(narrow: torch.dtype, kind: str) -> None:
-    model = Network(13, narrow)
-    averages = [ours.AveragedModel(model, **function(ours, kind))]
-    if kind != "default":
-        averages.append(theirs.AveragedModel(model, **function(ours, kind)))
-    truth, generator = Truth(averages[0].module, model, is_parameter), numbers(14)
-    for n in range(10):
-        trained(model, generator)
-        truth.step(model, weight(kind, n))
-        for averaged in averages:
-            averaged.update_parameters(model)
-    for averaged in averages:
-        truth.check(averaged.module, model)
-
-
-def smaller() -> nn.Module:
-    model = Network(15)
-    model.head.bias = None
-    return model
-
-
-def larger() -> nn.Module:
-    model = Network(15)
-    model.register_parameter("further", nn.Parameter(torch.zeros(3)))
-    return model
-
-
-def reshaped() -> nn.Module:
-    model = Network(15)
-    model.frozen = nn.Parameter(torch.zeros(34))
-    return model
-
-
-def without_a_buffer() -> nn.Module:
-    model = Network(15)
-    del model.places
-    return model
-
-
-@pytest.mark.parametrize("kind", [*FUNCTIONS, "of the user"])
-@pytest.mark.parametrize("updates", [0, 2])
-@pytest.mark.parametrize(
-    ("other", "name"),
-    [
-        (smaller, r"head\.bias"),
-        (larger, "further"),
-        (reshaped, "frozen"),
-        (without_a_buffer, "places"),
-    ],
-)
-def test_another_model_is_refused(
-    other: Callable[[], nn.Module], name: str, updates: int, kind: str
-) -> None:
-    model = Network(16)
-    chosen = function(ours if kind in FUNCTIONS else theirs, kind if kind in FUNCTIONS else "ema")
-    averaged = ours.AveragedModel(model, **chosen)
-    for _ in range(updates):
-        averaged.update_parameters(model)
-    before = snapshot(averaged)
-    with pytest.raises(LayoutError, match=name) as caught:
-        averaged.update_parameters(other())
-    assert isinstance(caught.value, FastemaError)
-    assert snapshot(averaged) == before
-    trained(model, numbers(17))
-    averaged.update_parameters(model)
-    assert snapshot(averaged) != before
-
-
-def test_theirs_takes_a_smaller_model() -> None:
-    model = Network(16)
-    averaged = theirs.AveragedModel(model)
-    averaged.update_parameters(smaller())
-    assert int(averaged.n_averaged) == 1
-
-
 # -- states in both directions ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("kind", FUNCTIONS)
-@pytest.mark.parametrize(("first", "second"), [(ours, theirs), (theirs, ours), (ours, ours)])
-def test_an_interrupted_run_goes_on_in_the_other(
-    first: Any, second: Any, kind: str, kinds: str
-) -> None:
-    model = Network(18, KINDS[kinds])
-    averaged = first.AveragedModel(model, **function(first, kind))
-    truth, generator = Truth(averaged.module, model, is_parameter), numbers(19)
-    for n in range(14):
-        if n == 7:
-            begun = second.AveragedModel(Network(20, KINDS[kinds]), **function(second, kind))
-            averaged = resumed(begun, averaged.state_dict())
-        trained(model, generator)
-        by_theirs = (first if n < 7 else second) is theirs
-        truth.step(model, (weight_of_theirs if by_theirs else weight)(kind, n))
-        averaged.update_parameters(model)
-    truth.check(averaged.module, model)
-    assert int(averaged.n_averaged) == 14
 
 
 @pytest.mark.parametrize("container", [ours, theirs])
@@ -528,58 +311,6 @@ def repointed(model: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def assigned(model: nn.Module) -> None:
-    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
-    model.head.weight = model.embed.weight
-
-
-def dense(model: nn.Module) -> None:
-    """Other strides in the same places."""
-    for name, parameter in model.named_parameters():
-        if name == "transposed":
-            parameter.data = parameter.data.t().reshape(parameter.shape)
-
-
-@pytest.mark.parametrize("change", [repointed, assigned, dense])
-@pytest.mark.parametrize("side", ["model", "average"])
-@pytest.mark.parametrize("container", [ours, theirs])
-@pytest.mark.parametrize("kind", ["ema multi", "swa multi"])
-def test_tensors_that_move(
-    kind: str, container: Any, side: str, change: Callable[[nn.Module], None]
-) -> None:
-    model = Network(26)
-    averaged = container.AveragedModel(model, **function(ours, kind))
-    truth, generator = Truth(averaged.module, model, is_parameter), numbers(27)
-    for n in range(12):
-        if n in (4, 8):
-            if change is dense and side == "average":
-                for loops in ([truth.loops["transposed"]],):
-                    for loop in loops:
-                        loop.value = loop.value.T.reshape(loop.value.shape)
-                        loop.error = loop.error.T.reshape(loop.error.shape)
-            change(model if side == "model" else averaged.module)
-        trained(model, generator)
-        truth.step(model, weight(kind, n))
-        averaged.update_parameters(model)
-    truth.check(averaged.module, model)
-
-
-@pytest.mark.parametrize("container", [ours, theirs])
-@pytest.mark.parametrize("kind", ["ema multi", "swa multi"])
-def test_an_average_that_is_cast_on_the_way(kind: str, container: Any) -> None:
-    model = Network(28, torch.float32)
-    averaged = container.AveragedModel(model, **function(ours, kind))
-    truth, generator = Truth(averaged.module, model, is_parameter), numbers(29)
-    for n in range(12):
-        if n == 6:
-            averaged.module.to(torch.float64)
-        trained(model, generator)
-        truth.step(model, weight(kind, n))
-        averaged.update_parameters(model)
-    truth.check(averaged.module, model)
-    assert averaged.module.scalar.dtype == torch.float64
-
-
 def test_buffers_from_now_on() -> None:
     model = Network(30)
     averaged = ours.AveragedModel(model)
@@ -594,27 +325,6 @@ def test_buffers_from_now_on() -> None:
             )
         averaged.update_parameters(model)
     truth.check(averaged.module, model)
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="eager")
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled], ids=["parallel", "compiled"])
-@pytest.mark.parametrize("which", ["model", "average", "both"])
-def test_wrapped_models(which: str, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    model = Network(32)
-    wrapped = wrap(model)
-    averaged = ours.AveragedModel(
-        model if which == "model" else wrapped, **function(ours, "ema multi")
-    )
-    inner = averaged.module if which == "model" else next(averaged.module.children())
-    truth, generator = Truth(inner, model, is_parameter), numbers(33)
-    for n in range(6):
-        trained(model, generator)
-        truth.step(model, weight("ema", n))
-        averaged.update_parameters(model if which == "average" else wrapped)
-    truth.check(inner, model)
 
 
 # -- functions and memory --------------------------------------------------------------------------
@@ -798,16 +508,6 @@ def test_from_ours_to_a_function_of_the_user_and_back() -> None:
         truth.step(model, weight("swa", n))
         averaged.update_parameters(model)
     truth.check(averaged.module, model)
-
-
-def test_gradients_are_not_recorded() -> None:
-    model = nn.Linear(3, 2)
-    averaged = ours.AveragedModel(model, **function(ours, "ema multi"))
-    for _ in range(2):
-        averaged.update_parameters(model)
-    assert averaged.module.weight.requires_grad
-    assert averaged.module.weight.is_leaf
-    assert averaged.module.weight.grad_fn is None
 
 
 def test_the_rest_of_the_module() -> None:

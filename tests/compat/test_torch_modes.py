@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from torch import nn
 import fastema
 from fastema.compat import (
     composer,
-    ema_pytorch,
     litema,
     mmengine,
     swa_utils,
@@ -30,53 +29,10 @@ from fastema.errors import ArgumentError
 pytestmark = pytest.mark.torch
 
 # How an average is made of a model, updated, and where its module is.
-CASES: dict[str, tuple[Callable[..., Any], str, str]] = {
-    "AveragedModel": (swa_utils.AveragedModel, "update_parameters", "module"),
-    "ModelEma": (lambda m: timm.ModelEma(m, 0.5), "update", "ema"),
-    "ModelEmaV2": (lambda m: timm.ModelEmaV2(m, 0.5), "update", "module"),
-    "ModelEmaV3": (lambda m: timm.ModelEmaV3(m, 0.5), "update", "module"),
-    "EMA": (
-        lambda m: ema_pytorch.EMA(m, update_after_step=0, update_every=1),
-        "update",
-        "ema_model",
-    ),
-    "ExponentialMovingAverage": (
-        mmengine.ExponentialMovingAverage,
-        "update_parameters",
-        "module",
-    ),
-    "ModelEMA": (ultralytics.ModelEMA, "update", "ema"),
-}
 
 
 def network() -> Any:
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
-
-
-def trained(case: str, model: Any) -> Any:
-    make, update, inside = CASES[case]
-    average = make(model)
-    generator = torch.Generator().manual_seed(7)
-    for _ in range(4):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator))
-        getattr(average, update)(*([] if case == "EMA" else [model]))
-    return getattr(average, inside)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-@pytest.mark.parametrize("case", CASES)
-def test_a_scripted_module_is_averaged_as_the_module_itself(case: str) -> None:
-    plain = network()
-    scripted = torch.jit.script(copy.deepcopy(plain))
-    got, want = trained(case, scripted), trained(case, plain)
-    for name, tensor in want.state_dict().items():
-        assert torch.equal(got.state_dict()[name], tensor), name
-    assert not torch.equal(want[0].weight, plain[0].weight)
-    # Not computed from the model: no graph is kept, and none leads back to it.
-    assert all(one.is_leaf for one in got.parameters())
 
 
 # -- torch.utils.swap_tensors ----------------------------------------------------------------------

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import math
-import pickle
-import weakref
 from typing import Any
 
 import pytest
 
 import fastema
 from fastema.compat.ultralytics import ModelEMA, Ramp, export, load
-from fastema.errors import ArgumentError, CheckpointError, LayoutError
+from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import rule_from_dict
 
-from .network import Network, Truth, bits, numbers, tensors, torch, trained
+from ..support.peers import is_saved_float, tensors
+from .network import Network, Truth, bits, numbers, torch, trained
 
 nn = torch.nn
 
@@ -27,10 +25,6 @@ pytestmark = pytest.mark.torch
 def decay_of(n: int, decay: float = 0.9999, tau: float = 2000) -> float:
     """The schedule as Ultralytics writes it."""
     return decay * (1 - math.exp(-n / tau))
-
-
-def averaged(name: str, tensor: Any) -> bool:
-    return tensor.is_floating_point() and name != "cache"
 
 
 @pytest.mark.parametrize(("decay", "tau"), [(0.9999, 2000), (0.9, 5.0), (1.0, 3), (0.0, 1)])
@@ -54,7 +48,7 @@ def test_average_is_the_recursion(dtype: Any) -> None:
     ema = ModelEMA(model, decay=0.95, tau=6, updates=3)
     assert not ema.ema.training
     assert not any(one.requires_grad for one in ema.ema.parameters())
-    truth = Truth(ema.ema, model, averaged)
+    truth = Truth(ema.ema, model, is_saved_float)
     for n in range(4, 24):
         trained(model, generator)
         ema.update(model)
@@ -69,40 +63,10 @@ def test_defaults_and_attributes() -> None:
     assert ema.decay(100) == pytest.approx(decay_of(100), rel=1e-12)
 
 
-def test_the_peers_way_leaves_integers_and_averages_tied_weights_twice() -> None:
-    model = Network(2, torch.float32)
-    ema, generator = ModelEMA(model, 0.5, 0.01), numbers(8)
-    theirs, kept = copy.deepcopy(model), model.embed.weight.detach().clone()
-    trained(model, generator)
-    ema.update(model)
-    for name, one in theirs.state_dict().items():
-        if one.is_floating_point():
-            one.lerp_(model.state_dict()[name], 0.5)
-    half = kept.lerp(model.embed.weight.detach(), 0.5)
-    quarter = kept.lerp(model.embed.weight.detach(), 0.75)
-    torch.testing.assert_close(ema.ema.embed.weight, half)
-    torch.testing.assert_close(theirs.embed.weight.detach(), quarter)
-    assert torch.equal(ema.ema.places, model.places)
-    assert not torch.equal(theirs.places, model.places)
-
-
-@pytest.mark.parametrize("shadow", [torch.float32, torch.float64])
-def test_average_of_another_dtype(shadow: Any) -> None:
-    model, generator = Network(1, torch.bfloat16), numbers(4)
-    ema = ModelEMA(model, 0.9, 1)
-    ema.ema.to(shadow)
-    truth = Truth(ema.ema, model, averaged)
-    for n in range(1, 12):
-        trained(model, generator)
-        ema.update(model)
-        truth.step(model, 1 - decay_of(n, 0.9, 1))
-    truth.check(ema.ema, model)
-
-
 def test_follows_the_model_that_is_given() -> None:
     first, second, generator = Network(1), Network(2), numbers(3)
     ema = ModelEMA(first, 0.8, 1)
-    truth = Truth(ema.ema, first, averaged)
+    truth = Truth(ema.ema, first, is_saved_float)
     wrapped = nn.DataParallel(second)
     compiled = torch.compile(first, backend="eager")
     given = [first, second, wrapped, compiled, first]
@@ -141,7 +105,7 @@ def test_replaced_decay_and_average() -> None:
     ema = ModelEMA(model)
     ema.decay = lambda n: 0.25 * n
     ema.ema = copy.deepcopy(ema.ema)
-    truth = Truth(ema.ema, model, averaged)
+    truth = Truth(ema.ema, model, is_saved_float)
     for n in (1, 2, 3):
         trained(model, generator)
         ema.update(model)
@@ -181,45 +145,6 @@ def test_teacher_has_no_average() -> None:
     torch.testing.assert_close(ema.ema.student_model.weight, old + 0.5)
     assert list(ema.ema.state_dict()) == ["student_model.weight", "student_model.bias"]
     assert model.teacher_model is not None
-
-
-def test_other_models_are_refused_and_nothing_is_written() -> None:
-    ema = ModelEMA(Network())
-    before = bits(ema.ema)
-    larger, reshaped, smaller = Network(1), Network(1), Network(1)
-    larger.more = nn.Linear(2, 2)
-    reshaped.scalar = nn.Parameter(torch.ones(3))
-    del smaller.wide
-    for other, name in ((larger, "more.weight"), (reshaped, "scalar"), (smaller, "wide")):
-        with pytest.raises(LayoutError, match=name):
-            ema.update(other)
-        assert bits(ema.ema) == before
-        assert ema.updates == 0
-
-
-def test_not_a_number_goes_into_the_average() -> None:
-    model = Network()
-    ema = ModelEMA(model)
-    with torch.no_grad():
-        model.wide[5] = math.nan
-    ema.update(model)
-    assert torch.isnan(ema.ema.wide).nonzero().tolist() == [[5]]
-
-
-@pytest.mark.parametrize("way", ["pickle", "deepcopy"])
-def test_copies_go_their_own_ways(way: str) -> None:
-    model, generator = Network(1, torch.bfloat16), numbers(5)
-    ema = ModelEMA(model, 0.9, 2)
-    trained(model, generator)
-    ema.update(model)
-    other = pickle.loads(pickle.dumps(ema)) if way == "pickle" else copy.deepcopy(ema)
-    before = bits(ema.ema)
-    trained(model, generator)
-    other.update(model)
-    assert bits(ema.ema) == before != bits(other.ema)
-    ema.update(model)
-    assert bits(ema.ema) == bits(other.ema)  # the random bits too
-    assert ema.updates == other.updates == 2
 
 
 def test_checkpoint_goes_round() -> None:
@@ -293,17 +218,6 @@ def test_number_of_updates_may_be_in_a_tensor() -> None:
     ema = ModelEMA(Network())
     load(ema, {**damaged(), "updates": torch.tensor(7)})
     assert (type(ema.updates), ema.updates) == (int, 7)
-
-
-def test_the_model_is_not_kept_alive() -> None:
-    model = Network()
-    ema = ModelEMA(model)
-    for given in (model, nn.DataParallel(model), model):
-        ema.update(given)
-    gone = [weakref.ref(one) for one in [model, *tensors(model).values()]]
-    del model, given
-    gc.collect()
-    assert not any(reference() is not None for reference in gone)
 
 
 def test_the_rule_in_an_ema_of_fastema() -> None:

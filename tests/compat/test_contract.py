@@ -1,0 +1,531 @@
+"""What holds for every class of a peer: numbers, states, copies and refusals."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastema.compat.signatures import differences
+from fastema.errors import FastemaError, LayoutError
+
+from ..support.peers import PEERS, Peer, tensors
+from .network import Network, Truth, bits, numbers, trained
+
+NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
+
+pytestmark = pytest.mark.torch
+
+DTYPES = {
+    "mixed": None,
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
+NARROW = [torch.bfloat16, torch.float16]
+
+SCHEDULES = [
+    pytest.param(name, one, id=f"{name}-{one}")
+    for name, peer in PEERS.items()
+    for one in peer.schedules
+]
+
+
+def peers(wanted: Callable[[Peer], bool] = lambda peer: True) -> pytest.MarkDecorator:
+    names = [name for name, peer in PEERS.items() if wanted(peer)]
+    return pytest.mark.parametrize("peer", names)
+
+
+def first_schedule(peer: Peer) -> dict[str, Any]:
+    return next(iter(peer.schedules.values()))
+
+
+class Run:
+    """An average of a model in training, and the reference beside it."""
+
+    def __init__(
+        self, name: str, model: nn.Module, options: dict[str, Any] | None = None, of: str = "ours"
+    ) -> None:
+        self.peer, self.model = PEERS[name], model
+        self.options = first_schedule(self.peer) if options is None else options
+        self.average = self.build(of)
+        self.refer()
+        self.generator, self.n = numbers(4), 0
+
+    def build(self, of: str = "ours", model: nn.Module | None = None) -> Any:
+        return self.peer.make(
+            self.peer.module(of), self.model if model is None else model, **self.options
+        )
+
+    def refer(self) -> None:
+        """Let the reference start from the averages of now."""
+        averaged = self.peer.averaged
+        self.truth = Truth(
+            self.averages(), self.model, lambda name, one: averaged(name, one) and name != "cache"
+        )
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        return self.peer.averages(self.average, self.model)
+
+    def train(self, steps: int, *others: Any, given: nn.Module | None = None) -> None:
+        """Train, and update this average and others."""
+        for _ in range(steps):
+            trained(self.model, self.generator)
+            self.truth.step(self.model, self.peer.weight(self.n, **self.options))
+            for average in (self.average, *others):
+                self.peer.update(average, self.model if given is None else given, self.n)
+            self.n += 1
+
+    def check(self, average: Any = None) -> None:
+        checked = self.average if average is None else average
+        self.truth.check(self.peer.averages(checked, self.model), self.model)
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# -- interface -------------------------------------------------------------------------------------
+
+CLASSES = {
+    "torch_ema": ["ExponentialMovingAverage"],
+    "diffusers": ["EMAModel"],
+    "swa_utils default": [
+        "AveragedModel",
+        "get_ema_multi_avg_fn",
+        "get_ema_avg_fn",
+        "get_swa_multi_avg_fn",
+        "get_swa_avg_fn",
+        "update_bn",
+        "SWALR",
+    ],
+    "timm ModelEma": ["ModelEma", "ModelEmaV2", "ModelEmaV3"],
+    "ema_pytorch EMA": ["EMA", "KarrasEMA", "PostHocEMA"],
+}
+
+
+@pytest.mark.parametrize("peer", CLASSES)
+def test_all_names_have_the_arguments_of_the_peers(peer: str) -> None:
+    ours, theirs = (PEERS[peer].module(which) for which in ("ours", "theirs"))
+    for name in CLASSES[peer]:
+        assert differences(getattr(theirs, name), getattr(ours, name)) == []
+    assert peer != "swa_utils default" or sorted(CLASSES[peer]) == sorted(theirs.__all__)
+
+
+@peers(lambda peer: peer.installed and peer.follows)
+def test_attributes_and_states_are_those_of_the_peer(peer: str) -> None:
+    case, model = PEERS[peer], Network(1, integers=False, tied=False)
+    options = first_schedule(case)
+    one, other = (case.make(case.module(which), model, **options) for which in ("ours", "theirs"))
+    assert isinstance(one, nn.Module) is isinstance(other, nn.Module)
+    for name, value in vars(other).items():
+        if name.startswith("_") or name in ("avg_fn", "multi_avg_fn", "sync_count"):
+            continue
+        mine = getattr(one, name)
+        assert type(mine) is type(value) or isinstance(value, nn.Module), name
+        if isinstance(value, bool | int | float | str | set):
+            assert mine == value, name
+    mine, theirs = case.state(one), case.state(other)
+    assert list(mine) == list(theirs)
+    for name, value in theirs.items():
+        assert type(mine[name]) is type(value), name
+        if torch.is_tensor(value):
+            assert (mine[name].dtype, mine[name].shape) == (value.dtype, value.shape), name
+    for name, tensor in case.averages(one, model).items():
+        yours = case.averages(other, model)[name]
+        assert (tensor.dtype, tensor.stride()) == (yours.dtype, yours.stride())
+        assert tensor.requires_grad is yours.requires_grad
+        assert tensor.data_ptr() != tensors(model)[name].data_ptr() or not tensor.numel()
+    for ours, yours in zip(modules(case, one), modules(case, other), strict=True):
+        assert ours.training is yours.training
+
+
+def modules(peer: Peer, average: Any) -> list[nn.Module]:
+    return list(peer.averaged_module(average).modules()) if peer.inside else []
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("peer", "schedule"), SCHEDULES)
+def test_averages_are_the_reference_and_the_rest_is_copied(
+    peer: str, schedule: str, dtype: str
+) -> None:
+    """Tied weights once, integers exactly, frozen weights and buffers as the peer has them."""
+    run = Run(peer, Network(3, DTYPES[dtype]), PEERS[peer].schedules[schedule])
+    run.train(16)
+    run.check()
+    if run.peer.inside:
+        inside = run.peer.averaged_module(run.average)
+        assert inside.head.weight is inside.embed.weight
+
+
+@pytest.mark.parametrize("dtype", ["mixed", "f32", "f64"])
+@pytest.mark.parametrize(
+    ("peer", "schedule"),
+    [one for one in SCHEDULES if (case := PEERS[one.values[0]]).installed and case.exact],
+)
+def test_the_peer_is_as_close_to_the_reference(peer: str, schedule: str, dtype: str) -> None:
+    """But for tied weights and integers, where some go wrong."""
+    model = Network(5, DTYPES[dtype], integers=False, tied=False)
+    run = Run(peer, model, PEERS[peer].schedules[schedule])
+    theirs = run.build("theirs")
+    run.train(16, theirs)
+    run.check()
+    run.check(theirs)
+    cached = [
+        torch.equal(tensors(run.peer.averaged_module(one))["cache"], model.cache)
+        for one in (run.average, theirs)
+        if run.peer.inside
+    ]
+    assert len(set(cached)) <= 1
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+@peers()
+def test_a_float32_average_of_16_bit_weights_is_the_reference(
+    peer: str, narrow: torch.dtype
+) -> None:
+    run = Run(peer, Network(7, narrow))
+    run.peer.convert(run.average, torch.float32)
+    run.refer()
+    run.train(12)
+    run.check()
+    assert run.averages()["wide"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+@peers(lambda peer: peer.slow is not None)
+def test_a_16_bit_average_moves_where_rounding_to_nearest_stands_still(
+    peer: str, narrow: torch.dtype
+) -> None:
+    """From 1 towards 1.5, by less than half a unit in the last place of each step."""
+    size, steps, decay = 4096, 60, 0.9998
+    case, model = PEERS[peer], nn.Module()
+    model.weight = nn.Parameter(torch.ones(size, dtype=narrow))
+    kinds = ("ours", "theirs") if case.installed else ("ours",)
+    assert case.slow is not None
+    averages = [case.make(case.module(kind), model, **case.slow) for kind in kinds]
+    for average in averages:
+        case.update(average, model, 0)
+    with torch.no_grad():
+        model.weight.fill_(1.5)
+    for n in range(1, steps + 1):
+        for average in averages:
+            case.update(average, model, n)
+    ours, *theirs = (case.averages(average, model)["weight"] for average in averages)
+    rounds_at_random = peer == "timm ModelEmaV3" and narrow == torch.bfloat16
+    assert all(torch.all(one == 1).item() is not rounds_at_random for one in theirs)
+    # Without a bias the mean is within five standard deviations of the truth: half a unit in
+    # the last place for each of `steps` times `size` roundings.
+    bound = 5 * torch.finfo(narrow).eps / 2 * (steps / size) ** 0.5
+    expected = 1.5 - 0.5 * decay**steps
+    assert abs(ours.double().mean().item() - expected) < bound < expected - 1
+
+
+@peers()
+def test_nan_goes_in_and_stays_where_it_was(peer: str) -> None:
+    run = Run(peer, Network(9))
+    for value in (1.0, float("nan"), 2.0):
+        with torch.no_grad():
+            run.model.wide[5] = value
+        run.peer.update(run.average, run.model, run.n)
+        run.n += 1
+    if run.peer.weight(run.n - 1, **run.options) < 1:
+        assert torch.isnan(run.averages()["wide"]).nonzero().tolist() == [[5]]
+    assert not torch.isnan(run.averages()["embed.weight"]).any()
+
+
+@peers(lambda peer: peer.installed and peer.exact and peer.averages_complex)
+def test_complex_weights_are_averaged_as_the_peer_does(peer: str) -> None:
+    case, model, generator = PEERS[peer], nn.Module(), numbers(8)
+    model.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64, generator=generator))
+    options = first_schedule(case)
+    one, other = (case.make(case.module(kind), model, **options) for kind in ("ours", "theirs"))
+    for n in range(6):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(5, 3, dtype=torch.complex64, generator=generator))
+        for average in (one, other):
+            case.update(average, model, n)
+    got, want = (case.averages(average, model)["weight"] for average in (one, other))
+    torch.testing.assert_close(got, want)
+
+
+@peers(lambda peer: peer.wrong_integers or peer.wrong_ties)
+def test_integers_and_ties_go_wrong_in_the_peer(peer: str) -> None:
+    run = Run(peer, Network(11))
+    theirs = run.build("theirs")
+    run.train(3, theirs)
+    run.check()
+    found = run.peer.averages(theirs, run.model)
+    assert torch.equal(found["places"], run.model.places) is not run.peer.wrong_integers
+    ours = run.averages()["embed.weight"]
+    assert torch.allclose(found["embed.weight"], ours, rtol=1e-5) is not run.peer.wrong_ties
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["mixed", "f32", "f64"])
+@pytest.mark.parametrize(
+    ("first", "second"), [("ours", "theirs"), ("theirs", "ours"), ("ours", "ours")]
+)
+@peers(lambda peer: peer.installed and peer.exact)
+def test_an_interrupted_run_goes_on_in_the_other(
+    peer: str, first: str, second: str, dtype: str
+) -> None:
+    run = Run(peer, Network(13, DTYPES[dtype], integers=False, tied=False), of=first)
+    run.train(7)
+    state = through_a_file(run.peer.state(run.average))
+    run.average = run.build(second)
+    run.peer.load(run.average, state)
+    run.train(7)
+    run.check()
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+@peers(lambda peer: peer.resumes)
+def test_a_resumed_16_bit_average_is_the_same_to_the_bit(peer: str, narrow: torch.dtype) -> None:
+    found = []
+    for stop in (None, 1, 7):
+        run = Run(peer, Network(15, narrow))
+        run.train(stop or 0)
+        if stop:
+            state = through_a_file(run.peer.state(run.average))
+            run.average = run.build()
+            run.peer.load(run.average, state)
+        run.train(11 - (stop or 0))
+        averages = {name: one for name, one in run.averages().items() if name != "cache"}
+        found.append(bits(averages))
+    assert all(one == found[0] for one in found)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "file"])
+@peers(lambda peer: peer.follows and peer.ours != "composer")
+def test_a_copy_goes_on_by_itself(peer: str, way: str) -> None:
+    run = Run(peer, Network(17, torch.bfloat16))
+    run.train(4)
+    first, before = run.average, fingerprint(run.average, run)
+    if way == "deepcopy":
+        run.average = copy.deepcopy(first)
+    elif way == "pickle":
+        run.average = pickle.loads(pickle.dumps(first))
+    else:
+        file = io.BytesIO()
+        torch.save(first, file)
+        file.seek(0)
+        run.average = torch.load(file, weights_only=False)
+    assert type(run.average) is type(first)
+    assert fingerprint(run.average, run) == before
+    trained(run.model, run.generator)
+    run.truth.step(run.model, run.peer.weight(run.n, **run.options))
+    run.peer.update(run.average, run.model, run.n)
+    run.check()
+    assert fingerprint(first, run) == before != fingerprint(run.average, run)
+    run.peer.update(first, run.model, run.n)
+    assert fingerprint(first, run) == fingerprint(run.average, run), "random bits and counts"
+
+
+def fingerprint(average: Any, run: Run) -> Any:
+    """All of the averages, and the counts."""
+    names = ("num_updates", "optimization_step", "n_averaged", "steps", "updates")
+    counts = [getattr(average, name, None) for name in names]
+    averages = bits(run.peer.averages(average, run.model))
+    return averages, [None if one is None else int(one) for one in counts]
+
+
+# -- models that change ----------------------------------------------------------------------------
+
+
+def repointed(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def assigned(model: nn.Module) -> None:
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    model.head.weight = model.embed.weight
+
+
+def restrided(model: nn.Module) -> None:
+    model.transposed.data = model.transposed.data.contiguous()
+
+
+def cast(model: nn.Module) -> None:
+    model.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [repointed, assigned, restrided, cast])
+@peers()
+def test_tensors_of_the_model_that_move_are_found(
+    peer: str, change: Callable[[nn.Module], None]
+) -> None:
+    run = Run(peer, Network(19, torch.float32))
+    run.train(4)
+    change(run.model)
+    run.train(4)
+    run.check()
+
+
+@pytest.mark.parametrize("change", [repointed, assigned, restrided, cast])
+@peers(lambda peer: bool(peer.inside))
+def test_tensors_of_the_average_that_move_are_found(
+    peer: str, change: Callable[[nn.Module], None]
+) -> None:
+    run = Run(peer, Network(21, torch.float32))
+    run.train(4)
+    change(run.peer.averaged_module(run.average))
+    run.train(4)
+    run.check()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = pytest.mark.parametrize("wrap", [nn.DataParallel, compiled])
+
+
+@WRAPPERS
+@peers(lambda peer: peer.follows and peer.ours not in ("torch_ema", "diffusers"))
+def test_a_wrapped_model_is_averaged_as_the_model_itself(
+    peer: str, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    run = Run(peer, Network(23))
+    run.train(2)
+    run.train(2, given=wrap(run.model))
+    run.train(2)
+    run.check()
+
+
+@WRAPPERS
+@pytest.mark.parametrize("given", ["model", "wrapped"])
+@peers(lambda peer: peer.ours in ("swa_utils", "timm"))
+def test_an_average_of_a_wrapped_model_is_that_of_the_model(
+    peer: str, given: str, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    run = Run(peer, Network(25))
+    wrapped = wrap(run.model)
+    average = run.build(model=wrapped)
+    for n in range(4):
+        trained(run.model, run.generator)
+        run.truth.step(run.model, run.peer.weight(n, **run.options))
+        run.peer.update(average, wrapped if given == "wrapped" else run.model, n)
+    (inside,) = run.peer.averaged_module(average).children()
+    run.truth.check(inside, run.model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@peers(lambda peer: bool(peer.inside))
+def test_a_scripted_module_is_averaged_as_the_module_itself(peer: str) -> None:
+    case, found = PEERS[peer], []
+    plain = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    for model in (copy.deepcopy(plain), torch.jit.script(copy.deepcopy(plain))):
+        average = case.make(case.module(), model, **first_schedule(case))
+        generator = numbers(7)
+        for n in range(4):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator))
+            case.update(average, model, n)
+        found.append(case.averaged_module(average))
+        # Not computed from the model: no graph is kept, and none leads back to it.
+        assert all(one.is_leaf for one in found[-1].parameters())
+    one, other = (module.state_dict() for module in found)
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+    assert not torch.equal(one["0.weight"], plain[0].weight)
+
+
+@pytest.mark.parametrize("wrap", [None, nn.DataParallel])
+@peers(lambda peer: peer.follows)
+def test_the_model_is_not_kept_alive(peer: str, wrap: Any) -> None:
+    run = Run(peer, Network(27))
+    case, average, model = run.peer, run.average, run.model
+    del run
+    given = model if wrap is None else wrap(model)
+    for n in range(3):
+        case.update(average, given, n)
+    gone = [weakref.ref(one) for one in [model, *tensors(model).values()]]
+    del model, given
+    gc.collect()
+    assert not any(reference() is not None for reference in gone)
+
+
+@peers(lambda peer: peer.ours in ("torch_ema", "diffusers"))
+def test_an_average_goes_with_its_last_reference(peer: str) -> None:
+    """No cycle: memory of a GPU is not to wait for the garbage collector."""
+    run = Run(peer, Network(29))
+    run.train(2)
+    if peer == "torch_ema":
+        with run.average.average_parameters():
+            pass
+    reference = weakref.ref(run.average.shadow_params[0])
+    gc.disable()
+    try:
+        del run
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def smaller(model: Any) -> None:
+    model.head.bias = None
+
+
+def larger(model: Any) -> None:
+    model.register_parameter("further", nn.Parameter(torch.zeros(3)))
+
+
+def reshaped(model: Any) -> None:
+    model.wide = nn.Parameter(torch.zeros(3))
+
+
+def without_a_buffer(model: Any) -> None:
+    del model.places
+
+
+CHANGES = {smaller: r"head\.bias", larger: "further", reshaped: "wide", without_a_buffer: "places"}
+REFUSALS = [
+    pytest.param(name, change, named, id=f"{name}-{change.__name__}")
+    for name, peer in PEERS.items()
+    for change, named in CHANGES.items()
+    # Lists, and the averages of LitEma, are of parameters alone.
+    if peer.follows and (change is not without_a_buffer or peer.inside or name == "composer")
+]
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+@pytest.mark.parametrize(("peer", "change", "named"), REFUSALS)
+def test_another_model_is_refused_by_name_before_anything_is_written(
+    peer: str, change: Callable[[Any], None], named: str, updates: int
+) -> None:
+    run = Run(peer, Network(31))
+    run.train(updates)
+    before = fingerprint(run.average, run)
+    other = Network(33)
+    change(other)
+    listed = run.peer.ours in ("torch_ema", "diffusers")
+    words = r"parameters were given|4.* \[257\]" if listed else named
+    with pytest.raises(LayoutError, match=words) as caught:
+        run.peer.update(run.average, other, run.n)
+    assert isinstance(caught.value, FastemaError)
+    assert fingerprint(run.average, run) == before
+    run.train(2)
+    run.check()

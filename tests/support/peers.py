@@ -1,0 +1,527 @@
+"""The peers' classes that average a model: how each is built, updated, read and saved.
+
+An entry serves ours and the peer's own alike, and states the peer's schedule once more, in
+closed form. ``tests/compat`` asks the same of all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PEERS", "Peer", "is_float", "is_parameter", "is_saved_float", "tensors"]
+
+Options = dict[str, Any]
+
+
+def tensors(model: Any) -> dict[str, Tensor]:
+    """Parameters and buffers, each once."""
+    if isinstance(model, dict):
+        return model
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def is_float(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def is_parameter(name: str, tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def is_saved_float(name: str, tensor: Tensor) -> bool:
+    """A float that a state dict holds: ``cache`` is not persistent."""
+    return is_float(name, tensor) and name != "cache"
+
+
+def is_trained(name: str, tensor: Tensor) -> bool:
+    return is_parameter(name, tensor) and name != "frozen"
+
+
+@cache
+def timm_averages() -> Any:
+    """timm's module of averages by itself: the package asks for torchvision."""
+    package = find_spec("timm")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    (folder,) = package.submodule_search_locations
+    spec = spec_from_file_location("timm.utils.model_ema", f"{folder}/utils/model_ema.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _update(average: Any, model: Any, n: int) -> None:
+    average.update(model)
+
+
+def _update_parameters(average: Any, model: Any, n: int) -> None:
+    average.update_parameters(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One class of a peer.
+
+    Parameters
+    ----------
+    ours : str
+        The module of ``fastema.compat``.
+    home : str, optional
+        The peer's own module; None where the peer is not installed for tests.
+    make : callable
+        Of the module, the model and options.
+    weight : callable
+        Weight of the model in update ``n``, counted from 0, with the options.
+    schedules : dict
+        Options by name.
+    slow : dict, optional
+        Options of an average that moves by 0.0002 of the difference at each update.
+    inside : str
+        Attribute with the averaged module; empty where there is none.
+    averaged : callable
+        Of a name and a tensor of the model. What is in an average besides is copied.
+    update : callable
+        Of the average, the model and ``n``.
+    exact : bool
+        The peer's own numbers are within the error bound of the reference.
+    follows : bool
+        Each update is given the model.
+    wrong_integers, wrong_ties : bool
+        The peer averages integers, or a tied weight twice.
+    averages_complex : bool
+        The peer averages complex numbers as it does real ones.
+    resumes : bool
+        Random bits go on from the state, with the step in it or given.
+    """
+
+    ours: str
+    make: Callable[..., Any]
+    weight: Callable[..., float]
+    schedules: dict[str, Options]
+    home: str | None = None
+    slow: Options | None = None
+    inside: str = "module"
+    averaged: Callable[[str, Tensor], bool] = is_saved_float
+    update: Callable[[Any, Any, int], None] = _update
+    exact: bool = True
+    follows: bool = True
+    wrong_integers: bool = False
+    wrong_ties: bool = False
+    averages_complex: bool = True
+    resumes: bool = True
+
+    def module(self, which: str = "ours") -> Any:
+        """Import ours, or theirs."""
+        if which == "ours":
+            return import_module(f"fastema.compat.{self.ours}")
+        assert self.home is not None
+        if self.home == "timm.utils.model_ema":
+            return timm_averages()
+        return import_module(self.home)
+
+    @property
+    def installed(self) -> bool:
+        return self.home is not None and find_spec(self.home.partition(".")[0]) is not None
+
+    def averages(self, average: Any, model: Any) -> dict[str, Tensor]:
+        """Averages, and what is copied beside them, by the names of the model."""
+        if hasattr(average, "shadow_params"):
+            names = [name for name, _ in model.named_parameters()]
+            return dict(zip(names, average.shadow_params, strict=True))
+        if hasattr(average, "m_name2s_name"):
+            stored = average.m_name2s_name.items()
+            return {name: average.get_buffer(short) for name, short in stored}
+        return tensors(self.averaged_module(average))
+
+    def averaged_module(self, average: Any) -> Any:
+        return getattr(average, self.inside) if self.inside else average
+
+    def state(self, average: Any) -> Any:
+        """The state of an average; of the module, where the class has none."""
+        return (average if hasattr(average, "state_dict") else average.ema).state_dict()
+
+    def load(self, average: Any, state: Any) -> None:
+        (average if hasattr(average, "state_dict") else average.ema).load_state_dict(state)
+
+    def convert(self, average: Any, dtype: torch.dtype) -> None:
+        """Cast the averages alone."""
+        if hasattr(average, "shadow_params"):
+            average.to(dtype=dtype)
+        elif self.inside:
+            getattr(average, self.inside).to(dtype)
+        else:
+            average.to(dtype)
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+
+def counted_weight(n: int, decay: float, use_num_updates: bool = True) -> float:
+    return 1.0 - (min(decay, (2 + n) / (11 + n)) if use_num_updates else decay)
+
+
+def diffusers_weight(
+    n: int,
+    decay: float = 0.9999,
+    min_decay: float = 0.0,
+    update_after_step: int = 0,
+    use_ema_warmup: bool = False,
+    inv_gamma: float = 1.0,
+    power: float = 2 / 3,
+    foreach: bool = False,
+) -> float:
+    s = n - update_after_step
+    if s <= 0:
+        return 1.0
+    grown = 1 - (1 + s / inv_gamma) ** -power if use_ema_warmup else (1 + s) / (10 + s)
+    return 1.0 - float(max(min_decay, min(decay, grown)))
+
+
+def swa_weight(n: int, kind: str, decay: float = 0.9, use_buffers: bool = False) -> float:
+    return 1.0 if not n else 1 - decay if kind.startswith("ema") else 1 / (n + 1)
+
+
+def constant_weight(n: int, decay: float) -> float:
+    return 1 - decay
+
+
+def timm_weight(
+    n: int,
+    decay: float = 0.9999,
+    min_decay: float = 0.0,
+    update_after_step: int = 0,
+    use_warmup: bool = False,
+    warmup_gamma: float = 1.0,
+    warmup_power: float = 2 / 3,
+    **others: Any,
+) -> float:
+    s = n - update_after_step - 1
+    if s <= 0:
+        return 1.0
+    if use_warmup:
+        decay = max(min(1 - (1 + s / warmup_gamma) ** -warmup_power, decay), min_decay)
+    return 1 - decay
+
+
+def ema_pytorch_weight(
+    n: int,
+    beta: float = 0.9999,
+    update_after_step: int = 100,
+    inv_gamma: float = 1.0,
+    power: float = 2 / 3,
+    min_value: float = 0.0,
+    update_every: int = 1,
+) -> float:
+    s = n - update_after_step
+    if not n or s <= 0:
+        return 1.0
+    return 1 - min(max(1 - (1 + s / inv_gamma) ** -power, min_value), beta)
+
+
+def karras_weight(n: int, gamma: float, update_every: int = 1) -> float:
+    return 1 - (1 - 1 / (n + 2)) ** (gamma + 1) if n else 1.0
+
+
+def litema_weight(n: int, decay: float, use_num_upates: bool = True) -> float:
+    return counted_weight(n, float(np.float32(decay)), use_num_upates)
+
+
+def mmengine_weight(n: int, kind: str, momentum: float = 0.1, **others: Any) -> float:
+    if not n or kind == "StochasticWeightAverage":
+        return 1 / (n + 1)
+    return momentum if kind == "ExponentialMovingAverage" else max(momentum, 3 / (3 + n))
+
+
+# -- constructors ----------------------------------------------------------------------------------
+
+
+def swa_function(module: Any, kind: str, decay: float = 0.9, **options: Any) -> Options:
+    """The arguments of an AveragedModel for one of the functions of a module."""
+    name, _, multi = kind.partition(" ")
+    if name == "default":
+        return {}
+    arguments = (decay,) if name == "ema" else ()
+    made = getattr(module, f"get_{name}_{'multi_' if multi else ''}avg_fn")(*arguments, **options)
+    return {"multi_avg_fn" if multi else "avg_fn": made}
+
+
+def _averaged_model(
+    module: Any, model: Any, kind: str, decay: float = 0.9, use_buffers: bool = False
+) -> Any:
+    function = swa_function(module, kind, decay)
+    return module.AveragedModel(model, use_buffers=use_buffers, **function)
+
+
+def _mmengine(module: Any, model: Any, kind: str, **options: Any) -> Any:
+    gamma = {"gamma": 3} if kind == "MomentumAnnealingEMA" else {}
+    return getattr(module, kind)(model, **{**options, **gamma})
+
+
+def _composer(module: Any, model: Any, decay: float) -> Any:
+    """The averaged module, with the function that updates it."""
+    average = copy.deepcopy(model)
+    average.compute = partial(module.compute_ema, smoothing=decay)
+    return average
+
+
+def _of(name: str, lists: bool = False) -> Callable[..., Any]:
+    """A class that takes the model, or a list of its parameters, and options."""
+
+    def make(module: Any, model: Any, **options: Any) -> Any:
+        given = list(model.parameters()) if lists else model
+        return getattr(module, name)(given, **options)
+
+    return make
+
+
+SWA_KINDS = ("default", "ema multi", "ema", "swa multi", "swa")
+DECAYS: dict[str, Options] = {f"decay {d}": {"decay": d} for d in (0.9, 0.0, 0.3, 1.0)}
+
+PEERS: dict[str, Peer] = {
+    "torch_ema": Peer(
+        ours="torch_ema",
+        home="torch_ema",
+        make=_of("ExponentialMovingAverage", lists=True),
+        weight=counted_weight,
+        schedules={
+            f"{'counted' if counted else 'constant'} {decay}": {
+                "decay": decay,
+                "use_num_updates": counted,
+            }
+            for decay in (0.9, 0.0, 0.5, 0.995, 1.0)
+            for counted in (True, False)
+        },
+        slow={"decay": 0.9998, "use_num_updates": False},
+        inside="",
+        averaged=is_parameter,
+        update=lambda average, model, n: average.update(model.parameters()),
+    ),
+    "diffusers": Peer(
+        ours="diffusers",
+        home="diffusers.training_utils",
+        make=_of("EMAModel", lists=True),
+        weight=diffusers_weight,
+        schedules={
+            "all": {
+                "decay": 0.9,
+                "min_decay": 0.3,
+                "update_after_step": 3,
+                "use_ema_warmup": True,
+                "inv_gamma": 2.5,
+                "power": 0.75,
+                "foreach": True,
+            },
+            "ramp": {},
+            "low": {"decay": 0.5},
+            "floor": {"decay": 0.9, "min_decay": 0.4},
+            "constant": {"decay": 0.95, "min_decay": 0.95},
+            "floor above": {"decay": 0.5, "min_decay": 0.75},
+            "late": {"update_after_step": 7},
+            "warmup": {"use_ema_warmup": True},
+            "mean": {"use_ema_warmup": True, "power": 1, "inv_gamma": 1, "decay": 1.0},
+        },
+        slow={"decay": 0.9998, "min_decay": 0.9998},
+        inside="",
+        averaged=is_trained,
+        update=lambda average, model, n: average.step(model.parameters()),
+    ),
+    **{
+        f"swa_utils {kind}": Peer(
+            ours="swa_utils",
+            home="torch.optim.swa_utils",
+            make=_averaged_model,
+            weight=swa_weight,
+            schedules={"weights": {"kind": kind}},
+            slow={"kind": kind, "decay": 0.9998} if kind.startswith("ema") else None,
+            averaged=is_parameter,
+            update=_update_parameters,
+            # Their lists are averaged with a float32, in float64 too.
+            exact=kind != "swa multi",
+        )
+        for kind in SWA_KINDS
+    },
+    **{
+        f"swa_utils {kind} of buffers": Peer(
+            ours="swa_utils",
+            home="torch.optim.swa_utils",
+            make=_averaged_model,
+            weight=swa_weight,
+            schedules={"buffers": {"kind": kind, "use_buffers": True}},
+            update=_update_parameters,
+            exact=kind != "swa multi",
+            wrong_integers=kind.startswith("ema"),
+        )
+        for kind in SWA_KINDS
+    },
+    "timm ModelEma": Peer(
+        ours="timm",
+        home="timm.utils.model_ema",
+        make=_of("ModelEma"),
+        weight=constant_weight,
+        schedules=DECAYS,
+        slow={"decay": 0.9998},
+        inside="ema",
+        wrong_integers=True,
+        wrong_ties=True,
+        resumes=False,
+    ),
+    "timm ModelEmaV2": Peer(
+        ours="timm",
+        home="timm.utils.model_ema",
+        make=_of("ModelEmaV2"),
+        weight=constant_weight,
+        schedules=DECAYS,
+        slow={"decay": 0.9998},
+        wrong_integers=True,
+        wrong_ties=True,
+        resumes=False,
+    ),
+    "timm ModelEmaV3": Peer(
+        ours="timm",
+        home="timm.utils.model_ema",
+        make=_of("ModelEmaV3"),
+        weight=constant_weight,
+        schedules=DECAYS,
+        slow={"decay": 0.9998},
+        wrong_ties=True,
+        averages_complex=False,
+        resumes=False,
+    ),
+    "timm ModelEmaV3 by step": Peer(
+        averages_complex=False,
+        ours="timm",
+        home="timm.utils.model_ema",
+        make=_of("ModelEmaV3"),
+        weight=timm_weight,
+        schedules={
+            "warmup": {"decay": 0.95, "use_warmup": True},
+            "plain": {"decay": 0.95},
+            "floor": {
+                "decay": 0.95,
+                "use_warmup": True,
+                "warmup_gamma": 3.0,
+                "warmup_power": 0.9,
+                "min_decay": 0.2,
+            },
+            "late": {"decay": 0.95, "update_after_step": 4},
+            "late warmup": {"decay": 0.95, "use_warmup": True, "update_after_step": 2},
+            "one by one": {"decay": 0.95, "foreach": False},
+            "float64": {"decay": 0.95, "dtype": torch.float64, "device": "cpu"},
+        },
+        update=lambda average, model, n: average.update(model, step=n),
+    ),
+    "timm ModelEmaV3 of parameters": Peer(
+        ours="timm",
+        home="timm.utils.model_ema",
+        make=_of("ModelEmaV3"),
+        weight=timm_weight,
+        schedules={
+            "plain": {"decay": 0.95, "exclude_buffers": True},
+            "warmup": {"decay": 0.95, "exclude_buffers": True, "use_warmup": True},
+        },
+        averaged=is_parameter,
+        update=lambda average, model, n: average.update(model, step=n),
+    ),
+    "ema_pytorch EMA": Peer(
+        ours="ema_pytorch",
+        home="ema_pytorch",
+        make=lambda module, model, **options: module.EMA(model, update_every=1, **options),
+        weight=ema_pytorch_weight,
+        schedules={
+            "late": {"update_after_step": 3, "inv_gamma": 4.0, "power": 0.75},
+            "floor": {"update_after_step": 5, "beta": 0.9, "min_value": 0.3},
+            "early": {"update_after_step": -2, "min_value": 0.8, "beta": 0.9},
+            "mean": {"update_after_step": 0, "power": 1.0, "beta": 0.99},
+            "model": {"update_after_step": 0, "beta": 0.0},
+        },
+        slow={"update_after_step": -1, "beta": 0.9998, "min_value": 0.9998},
+        inside="ema_model",
+        update=lambda average, model, n: average.update(),
+        exact=False,  # decays are rounded to float32
+        follows=False,
+        resumes=False,
+        wrong_integers=True,
+    ),
+    "ema_pytorch KarrasEMA": Peer(
+        ours="ema_pytorch",
+        home="ema_pytorch",
+        make=lambda module, model, **options: module.KarrasEMA(model, update_every=1, **options),
+        weight=karras_weight,
+        schedules={f"gamma {gamma}": {"gamma": gamma} for gamma in (2.5, 0.0, 6.94)},
+        inside="ema_model",
+        update=lambda average, model, n: average.update(),
+        exact=False,
+        follows=False,
+        resumes=False,
+    ),
+    **{
+        f"mmengine {kind}{' of buffers' if buffers else ''}": Peer(
+            ours="mmengine",
+            make=_mmengine,
+            weight=mmengine_weight,
+            schedules={
+                "momentum": {
+                    "kind": kind,
+                    "update_buffers": buffers,
+                    **({"momentum": 0.1} if "Stochastic" not in kind else {}),
+                }
+            },
+            slow={"kind": kind, "momentum": 0.0002}
+            if kind == "ExponentialMovingAverage" and not buffers
+            else None,
+            averaged=is_saved_float if buffers else is_parameter,
+            update=_update_parameters,
+        )
+        for kind in ("StochasticWeightAverage", "ExponentialMovingAverage", "MomentumAnnealingEMA")
+        for buffers in (False, True)
+    },
+    "ultralytics": Peer(
+        ours="ultralytics",
+        make=_of("ModelEMA"),
+        weight=lambda n, decay=0.9999, tau=2000: 1 - decay * (1 - math.exp(-(n + 1) / tau)),
+        schedules={"ramp": {"decay": 0.95, "tau": 6}, "default": {}},
+        slow={"decay": 0.9998, "tau": 1e-3},
+        resumes=False,
+        inside="ema",
+    ),
+    "litema": Peer(
+        ours="litema",
+        make=_of("LitEma"),
+        weight=litema_weight,
+        schedules={
+            f"{'counted' if counted else 'constant'} {decay}": {
+                "decay": decay,
+                "use_num_upates": counted,
+            }
+            for decay in (0.9, 0.0, 0.5, 0.9999, 1.0)
+            for counted in (True, False)
+        },
+        slow={"decay": 0.9998, "use_num_upates": False},
+        inside="",
+        averaged=is_trained,
+        update=lambda average, model, n: average(model),
+    ),
+    "composer": Peer(
+        ours="composer",
+        make=_composer,
+        weight=constant_weight,
+        schedules={f"smoothing {decay}": {"decay": decay} for decay in (0.7, 0.0, 1.0)},
+        inside="",
+        update=lambda average, model, n: average.compute(model, average),
+        resumes=False,
+    ),
+}
+"""By the name of the module of ours and, where it has several, the class."""
