@@ -273,7 +273,7 @@ def test_later_calls_look_nothing_up_and_keep_no_memory(monkeypatch: pytest.Monk
     plan.lerp_(0.5)
     plan.swap_()
     monkeypatch.setattr(plan_module, "matched", None)
-    for name in ("leaves_of", "Program", "refuse_overlap", "written"):
+    for name in ("leaves_of", "Program", "refuse_overlap", "write_listeners"):
         monkeypatch.setattr(binding_module, name, None)
     monkeypatch.setattr(sides_module, "watch", None)
     for _ in range(20):

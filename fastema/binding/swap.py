@@ -97,11 +97,20 @@ class Swap:
                 raise
 
     def restore(self) -> None:
-        """Put the weights back; nothing if they are there."""
+        """Put the weights back; nothing if they are there.
+
+        A way that raises is tried again by the next call; the others put back what is theirs.
+        """
         with defer_signals():
-            while self._due:
-                self._due[-1].restore()
-                self._due.pop()
+            failed: BaseException | None = None
+            for way in reversed([*self._due]):
+                try:
+                    way.restore()
+                    self._due.remove(way)
+                except BaseException as error:
+                    failed = failed or error
+            if failed is not None:
+                raise failed
 
 
 # -- in memory ------------------------------------------------------------------------------------

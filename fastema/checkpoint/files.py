@@ -269,6 +269,9 @@ def read(path: str | os.PathLike[str]) -> File:
         for value in metadata.values():
             _of_type(value, str)
         tensors = {key: _stored(entry, 8 + length, size) for key, entry in header.items()}
+        end = max((one.offset + one.nbytes for one in tensors.values()), default=8 + length)
+        if end != size:
+            raise ValueError(f"{size - end} bytes at its end belong to no tensor")
     except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{name} is not a safetensors file: {error}") from None
     return File(name, tensors, metadata)

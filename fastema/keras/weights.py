@@ -155,6 +155,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         self._backup = _path(backup, "backup", _BACKUP)
         self._save_path = _path(save_path, "save_path", _WEIGHTS)
         self._ema: EMA | None = None
+        self._written: StateError | None = None  # raised as soon as a swap is undone
         self._averaged: Any = None
         self._pending: Mapping[str, Any] | None = None
         self._steps: OptimizerSteps | None = None
@@ -298,6 +299,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
                 "its swapped() block, first"
             )
         swap = self._swap_for(hook, model)
+        self._written = None
         with defer_signals():
             self._swap, self._hook = swap, hook
             _held_by[model] = weakref.ref(self)
@@ -316,7 +318,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         is_jax = keras.backend.backend() == "jax"
         if hook != "epoch" and not is_jax:
             apply = partial(ema.apply_shadow, which=which)
-            return Swap(Calls(apply, lambda: ema.restore() if ema.applied else None))
+            return Swap(Calls(apply, self._restore_ema))
         if is_jax:
             model.jax_state_sync()
         names = ema.shadows[0].keys()
@@ -330,13 +332,38 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             self.restore()
 
     def restore(self) -> None:
-        """Give the model its own weights back, if it holds the average, however it came to it."""
+        """Give the model its own weights back, if it holds the average, however it came to it.
+
+        Raises
+        ------
+        StateError
+            Once the weights are back, if averaged weights were written meanwhile (on PyTorch).
+        """
+        self._put_back()
+        self._verify()
+
+    def _put_back(self) -> None:
         with defer_signals():
             if self._swap is not None:
                 self._swap.restore()
             self._swap = self._hook = None
             while self._guards:
                 self._guards.pop().remove()
+
+    def _restore_ema(self) -> None:
+        """Restore, and keep for :meth:`_verify` what an average says once the weights are back."""
+        try:
+            if self.ema.applied:
+                self.ema.restore()
+        except StateError as error:
+            if self.ema.applied:
+                raise
+            self._written = error
+
+    def _verify(self) -> None:
+        error, self._written = self._written, None
+        if error is not None:
+            raise error
 
     def _guard(self, name: str) -> None:
         self._guards.append(ErrorGuard(self._checked_model(), name, self.restore))
@@ -355,7 +382,9 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _block_steps(self) -> Steps[None]:
         is_outermost = self._hook is None
-        return Steps(partial(self._apply, "block"), self.restore if is_outermost else lambda: None)
+        if not is_outermost:
+            return Steps(partial(self._apply, "block"), lambda: None)
+        return Steps(partial(self._apply, "block"), self._put_back, self._verify)
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the average to a file as Keras writes a model's weights.

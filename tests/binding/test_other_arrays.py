@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fastema
-from fastema.binding.swap import WriteWatch
+from fastema.binding.swap import Calls, Swap, WriteWatch
+from fastema.compat.averager import ModelAverager
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, LayoutError
 
@@ -107,3 +108,45 @@ def test_a_swap_that_fails_half_way_takes_back_what_it_did(
     with ema.swapped():
         assert torch.equal(model.weight, average)
     assert torch.equal(model.weight, raw)
+
+
+def test_a_way_that_fails_keeps_no_other_from_being_undone() -> None:
+    undone: list[str] = []
+    broken = [True]
+
+    def restore() -> None:
+        if broken:
+            raise MemoryError("no room")
+        undone.append("second")
+
+    swap = Swap(
+        Calls(lambda: None, lambda: undone.append("first")),
+        Calls(lambda: None, restore),
+        Calls(lambda: None, lambda: undone.append("third")),
+    )
+    swap.apply()
+    with pytest.raises(MemoryError):
+        swap.restore()
+    assert undone == ["third", "first"]
+    assert swap.applied
+    broken.clear()
+    swap.restore()
+    assert undone == ["third", "first", "second"]
+    assert not swap.applied
+
+
+@pytest.mark.torch
+def test_weights_come_back_though_averages_cannot_be_written_back() -> None:
+    model = torch.nn.Linear(3, 2)
+    averaged = torch.nn.Linear(3, 2)
+    raw = model.weight.detach().double()
+    averager = ModelAverager(averaged)
+
+    def move() -> None:
+        with averager.swapped(model):
+            model.double()
+            del averaged.bias
+
+    with pytest.raises(LayoutError, match="'bias' is gone"):
+        move()
+    assert torch.equal(model.weight.detach(), raw)
