@@ -58,8 +58,8 @@ PLANTED = {
                 "                    self._due.append(way)\n                    way.apply()\n",
             ),
             "undone once": (
-                "                self._due[-1].restore()\n                self._due.pop()\n",
-                "                self._due[-1].restore()\n                self._due.clear()\n",
+                "                    way.restore()\n                    self._due.remove(way)\n",
+                "                    way.restore()\n                    self._due.clear()\n",
             ),
         },
         "fastema/binding/binding.py": {

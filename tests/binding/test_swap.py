@@ -58,7 +58,8 @@ def test_a_restore_that_fails_can_be_called_again() -> None:
         swap.restore()
     assert swap.applied
     swap.restore()
-    assert log == ["+a", "+b", "-b", "-a"]
+    assert log == ["+a", "+b", "-a", "-b"]
+    assert not swap.applied
 
 
 @pytest.mark.usefixtures("sigint")
