@@ -130,6 +130,7 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
         self._zero_debias = bool(zero_debias)
         self._books = Registry()
         self._state = State()
+        self._unfinished: Swap | None = None
         self.shadow: Mapping[str, Any] = {}
 
     @property
@@ -255,12 +256,16 @@ class ExponentialMovingAverage(tf.Module):  # type: ignore[misc]
             self._state.swapped = True
 
         def restore() -> None:
+            self._unfinished = swap  # until it is done: it may raise
             swap.restore()
-            self._state.swapped = False
+            self._unfinished, self._state.swapped = None, False
 
         return Steps(apply, restore)
 
     def _refuse_swapped(self) -> None:
+        if self._unfinished is not None:
+            self._unfinished.restore()
+            self._unfinished, self._state.swapped = None, False
         if self._state.swapped:
             raise StateError("the variables hold their averages: leave the swapped() block first")
 

@@ -920,6 +920,30 @@ def test_a_swap_is_taken_back_after_an_error(rng: np.random.Generator, tmp_path:
     assert len(ema.shadow) == len(weights)
 
 
+def test_a_swap_back_that_fails_is_done_by_the_next_call(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = variables(rng)
+    ema = ExponentialMovingAverage(0.9)
+    ema.apply(weights)
+    move(rng, weights)
+    raw, mean = values(weights), values(averages(ema, weights))
+    swap, fails = Plan.swap_, [False, True]
+
+    def failing(plan: Plan) -> None:
+        if fails and fails.pop(0):
+            raise OSError("busy")
+        swap(plan)
+
+    monkeypatch.setattr(Plan, "swap_", failing)
+    with pytest.raises(OSError, match="busy"), ema.swapped():
+        pass
+    assert_equal(values(weights), mean)
+    with ema.swapped():
+        assert_equal(values(weights), mean)
+    assert_equal(values(weights), raw)
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """In the background an interrupt is ignored."""
