@@ -52,7 +52,7 @@ def test_stages_of_the_dry_run(dry: list[Row]) -> None:
     # All of them: ``FASTEMA_GPU_TESTS_ON=cpu python -m pytest tests/gpu``.
     tests, *skips = (row for row in dry if row.table == "Tests")
     assert tests["failed"] == 0
-    assert tests["passed"] > 5
+    assert tests["passed"] > 2
     assert "only a GPU has it" in {row.missing for row in skips}
 
 
