@@ -16,6 +16,10 @@ JOBS ?= auto
 
 PY := $(VENV)/bin/python
 ALONE := $(VENV)-numpy
+CUDA12 := $(VENV)-cuda12
+# What the GPU kernels of a wheel are compiled with: their drivers are those of CUDA 12 and 13.
+TOOLKIT := cuda-bindings==12.9.10 cuda-core==1.2.2 cuda-toolkit[nvcc,nvjitlink,nvrtc]==12.9.2.0 \
+  numba-cuda==0.30.4 numba==0.68.1
 PYTEST := -m pytest -n $(JOBS) --dist worksteal --durations=25 --durations-min=1
 # A stamp is younger than these exactly when the environment was installed from them.
 PINS := pyproject.toml constraints.txt Makefile
@@ -25,7 +29,7 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-full bench bench-quick gpu-check lint format dev clean
+.PHONY: help demo test test-all test-full bench bench-quick gpu-check cubins wheel lint format dev clean
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
@@ -35,10 +39,11 @@ help:
 	@echo "make bench-quick  the benchmarks in short, under four minutes"
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
+	@echo "make wheel        sdist and wheel in dist/, with GPU kernels for every architecture; ten minutes"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
-	@echo "make clean        remove $(VENV), $(ALONE), caches and build products"
+	@echo "make clean        remove $(VENV), $(ALONE), $(CUDA12), caches and build products"
 
 demo: $(VENV)/.demo
 	$(SAY) "fastema demo $(ARGS)"
@@ -79,6 +84,16 @@ gpu-check:
 	$(SAY) "python -m bench gpu $(ARGS)"
 	@PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench gpu $(ARGS)
 
+cubins: $(CUDA12)/.made
+	$(SAY) "compiling the GPU kernels"
+	@$(CUDA12)/bin/python -m fastema.engine.build_cubins $(ARGS)
+
+# From an empty folder: a `build` folder beside pyproject.toml would be taken for the tool.
+wheel: cubins $(VENV)/.test
+	$(SAY) "building the sdist and the wheel"
+	@root="$$PWD"; cd "$$(mktemp -d)" && \
+	  FASTEMA_RELEASE=1 "$$root/$(PY)" -m build --no-isolation --outdir "$$root/dist" "$$root"
+
 lint: $(VENV)/.dev
 	$(SAY) "ruff check"
 	@$(PY) -m ruff check .
@@ -97,8 +112,8 @@ dev: $(VENV)/.dev
 	@$(PY) -m pre_commit install
 
 clean:
-	$(SAY) "removing $(VENV), $(ALONE), caches and build products"
-	@rm -rf $(VENV) $(ALONE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	$(SAY) "removing $(VENV), $(ALONE), $(CUDA12), caches and build products"
+	@rm -rf $(VENV) $(ALONE) $(CUDA12) fastema/cubins build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -115,6 +130,12 @@ $(ALONE)/.made: $(PINS)
 	$(SAY) "making $(ALONE), with what fastema itself depends on"
 	@$(PYTHON) -m venv $(ALONE)
 	@$(ALONE)/bin/python -m pip install -c constraints.txt -e . hypothesis pytest pytest-xdist
+	@touch "$@"
+
+$(CUDA12)/.made: Makefile pyproject.toml
+	$(SAY) "making $(CUDA12), with the compilers of CUDA 12.9"
+	@$(PYTHON) -m venv $(CUDA12)
+	@$(CUDA12)/bin/python -m pip install -e . $(TOOLKIT)
 	@touch "$@"
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made

@@ -23,22 +23,33 @@ from fastema.kernels.jit import device_fn
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.rows import window_body
 from fastema.kernels.table import DISTANCE, GPU_THREADS, MAX_AVERAGES, MEASURES, SQUARE, STILL
+from fastema.kernels.variants import CLOCK
 from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 
 _REGISTERS = 32
-_MORE = {
-    **{"~": 40, "f64": 40, "lerp_measured": 64, "window": 64, "advance": 64},
-    **{"strided ~": 48, "swap bf16+16": 40},
-}
-"""Registers per thread: 32 let a multiprocessor be full; more for what would spill otherwise."""
+"""Registers per thread that let a multiprocessor be full; more where something would spill."""
 
-_SMALLER = {(8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1)}
-"""Capabilities whose multiprocessors have 1,536 threads, not 2,048, for as many registers: there
-40 let them be full."""
+_MOST_REGISTERS = 128
+
+_FEWER_THREADS = {
+    (7, 5): 64,
+    **dict.fromkeys(((8, 6), (8, 7), (8, 9), (11, 0), (12, 0), (12, 1)), 40),
+}
+"""The same where a multiprocessor has 1,024 or 1,536 threads, not 2,048, for as many registers."""
+
+_CONVERTS_BF16 = (8, 0)
+"""The first capability with instructions that make a bfloat16 of a float32."""
 
 _compiling = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_compiling._at_fork_reinit)
+
+
+class Ptx(NamedTuple):
+    """A kernel in PTX: its name, and the text."""
+
+    name: str
+    text: str
 
 
 class Binary(NamedTuple):
@@ -52,16 +63,16 @@ class Binary(NamedTuple):
     spilled: int
 
 
-def bodies(operation: str, formats: tuple[str, ...], layout: str):
+def bodies(operation: str, formats: tuple[str, ...], layout: str, device: str = "cuda"):
     """``body(cells, at, number, now, thread, threads) -> sums`` of one thread and row.
 
     ``now`` holds the seed, the step, the window, the slot and the turn. The same function runs on
     host addresses, thread after thread: the test of the GPU's kernels where there is none.
     """
-    step = getattr(steps, operation)(*formats, device="cuda")
+    step = getattr(steps, operation)(*formats, device=device)
     if OPERATIONS[operation].needs_ring:
         dst, src, *_ = formats
-        start = steps.copy(dst.removesuffix("~"), src, "cuda")
+        start = steps.copy(dst.removesuffix("~"), src, device)
         return _windowed(step, start, layout)
     (walk,) = walks([step], layout)
     real = step.real
@@ -198,36 +209,31 @@ _PARAMETERS = types.void(*(types.int64,) * 4, *(types.float64,) * MAX_AVERAGES, 
 def compile_kernel(
     operation: str, formats: tuple[str, ...], layout: str, capability: tuple[int, int]
 ) -> Binary:
-    """Compile one operation for GPUs of a compute capability.
+    """Compile one operation, or ``advance`` without formats, for GPUs of a compute capability.
 
     Raises
     ------
     ImportError
         If numba-cuda, cuda.core or a library that they need is missing.
     """
+    return assemble(translate(operation, formats, layout, capability), capability)
+
+
+def translate(
+    operation: str, formats: tuple[str, ...], layout: str, capability: tuple[int, int]
+) -> Ptx:
+    """Translate a kernel to PTX, for GPUs of a compute capability and all newer ones."""
+    if operation == CLOCK:
+        return _ptx(operation, _advance(), types.void(types.int64), capability)
+    device = "cuda" if capability >= _CONVERTS_BF16 else "cuda, bf16 by integers"
     finish = _measure() if OPERATIONS[operation].measures else _measure_nothing
-    kernel = _kernel(bodies(operation, formats, layout), finish)
-    mark = formats[0][-1]
-    asking = (operation, mark, *formats, f"{layout} {mark}", f"{operation} {formats[0]}")
-    least = 40 if capability in _SMALLER else _REGISTERS
-    most = max(least, *(_MORE.get(what, 0) for what in asking))
-    return _binary(kernel, _PARAMETERS, most, capability)
+    kernel = _kernel(bodies(operation, formats, layout, device), finish)
+    return _ptx(operation, kernel, _PARAMETERS, capability)
 
 
-def compile_clock(capability: tuple[int, int]) -> Binary:
-    """Compile ``advance(clock)``, which takes a clock to the next update with one block.
-
-    Raises
-    ------
-    ImportError
-        As :func:`compile_kernel`.
-    """
-    return _binary(_advance(), types.void(types.int64), _MORE["advance"], capability)
-
-
-def _binary(kernel, signature, most: int, capability: tuple[int, int]) -> Binary:
+def _ptx(operation: str, kernel, signature, capability: tuple[int, int]) -> Ptx:
+    import_module("cuda.core")  # which :func:`assemble` needs next
     import_module("numba_cuda")  # numba has a GPU target of its own, of long ago: not that one
-    from cuda.core import Linker, LinkerOptions, ObjectCode
     from numba import cuda
     from numba.cuda import dispatcher
     from numba.cuda.cudadrv import nvvm
@@ -239,23 +245,40 @@ def _binary(kernel, signature, most: int, capability: tuple[int, int]) -> Binary
         # A product and a sum are rounded twice, as on the CPU, unless the kernel says fma.
         nvvm.compile_ir = partial(compiled, fma=False)
         try:
-            ptx, _ = cuda.compile_ptx(kernel, signature, cc=capability)
+            text, _ = cuda.compile_ptx(kernel, signature, cc=capability)
         finally:
             dispatcher.get_current_device, nvvm.compile_ir = asked, compiled
+    entry = re.search(r"\.entry\s+(\w+)", text)
+    assert entry is not None
+    name = f"fastema_{operation}"  # Numba's own has two hundred characters
+    return Ptx(name, text.replace(entry.group(1), name))
+
+
+def assemble(ptx: Ptx, capability: tuple[int, int]) -> Binary:
+    """Make machine code of PTX, with as few registers as it takes to spill none."""
+    least = _FEWER_THREADS.get(capability, _REGISTERS)
+    for registers in range(least, _MOST_REGISTERS, 8):
+        made = _assembled(ptx, capability, registers)
+        if not made.spilled:
+            break
+    return made
+
+
+def _assembled(ptx: Ptx, capability: tuple[int, int], registers: int) -> Binary:
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
     major, minor = capability
     options = LinkerOptions(
-        arch=f"sm_{major}{minor}", max_register_count=most, ptxas_options=["-v"]
+        arch=f"sm_{major}{minor}", max_register_count=registers, ptxas_options=["-v"]
     )
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
+    linker = Linker(ObjectCode.from_ptx(ptx.text.encode()), options=options)
     linked = linker.link("cubin")
     log = linker.get_info_log()
-    entry = re.search(r"\.entry\s+(\w+)", ptx)
-    assert entry is not None
 
     def reported(pattern: str) -> int:
         found = re.search(pattern, log)
         return int(found.group(1)) if found else 0
 
     spilled = reported(r"(\d+) bytes spill stores") + reported(r"(\d+) bytes spill loads")
-    registers, stack = reported(r"Used (\d+) registers"), reported(r"(\d+) bytes stack")
-    return Binary(entry.group(1), ptx, bytes(linked.code), registers, stack, spilled)
+    used, stack = reported(r"Used (\d+) registers"), reported(r"(\d+) bytes stack")
+    return Binary(ptx.name, ptx.text, bytes(linked.code), used, stack, spilled)

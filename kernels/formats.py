@@ -132,6 +132,7 @@ _GPU_BF16 = _nearest(words.float_to_bf16)
 _CHEAPER = {
     "cpu": {},
     "cuda": {"bf16": FORMATS["bf16"]._replace(encode=_GPU_BF16, encode_wide=_from_wide(_GPU_BF16))},
+    "cuda, bf16 by integers": {},
 }
 """Formats for which a device has instructions of its own."""
 
@@ -141,6 +142,7 @@ _FROM_BF16 = {
         "bf16~": scalar.encode_bf16_of_bf16_random,
     },
     "cuda": {"bf16~": scalar.encode_bf16_of_bf16_random_gpu},
+    "cuda, bf16 by integers": {"bf16~": scalar.encode_bf16_of_bf16_random_gpu},
 }
 """Cheaper encodings, by device, for averages of bfloat16 numbers alone."""
 

@@ -28,6 +28,7 @@ from numba.core.serialize import dumps
 from numba.extending import register_jitable
 
 from fastema.kernels import scalar
+from fastema.kernels.stamp import source_stamp
 
 
 def _content(function: Any) -> str:
@@ -64,16 +65,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_cache_switch._at_fork_reinit)
 
 
-def _source_stamp() -> str:
-    """Sixteen hex digits that change with any edit to any kernel source."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-SOURCE_STAMP = _source_stamp()
+SOURCE_STAMP = source_stamp()
 """Hash of the sources as imported: an upgrade under a running process changes nothing."""
 
 

@@ -1,8 +1,8 @@
-"""GPU kernels by (operation, formats, layout, compute capability), compiled once and kept on disk.
+"""GPU kernels by (operation, formats, layout, compute capability): shipped, or compiled once.
 
-An entry is named by what its code depends on: the kernel, all kernel sources, the compute
-capability, and the versions of the compilers. It carries a checksum; one that does not fit is
-compiled again.
+What was compiled here is kept on disk. An entry is named by what its code depends on: the kernel,
+all kernel sources, the compute capability, and the versions of the compilers. It carries a
+checksum; one that does not fit is compiled again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from fastema.engine import shipped
 from fastema.errors import DeviceError
 
-__all__ = ["CLOCK", "INSTALL", "Cubin", "Key", "Unavailable", "cubin"]
+__all__ = ["INSTALL", "Cubin", "Key", "Unavailable", "cubin"]
 
 INSTALL: Final = "pip install 'fastema[cuda]' ('fastema[cuda12]' for a driver of CUDA 12)"
 
@@ -45,10 +46,6 @@ class Key(NamedTuple):
     formats: tuple[str, ...]
     layout: str
     capability: tuple[int, int]
-
-
-CLOCK: Final = "advance"
-"""The operation of the kernel that takes a clock to the next update."""
 
 
 class Cubin(NamedTuple):
@@ -121,8 +118,7 @@ def _compile(key: Key) -> Cubin:
     try:
         from fastema.kernels import cuda
 
-        clock = key.operation == CLOCK
-        made = cuda.compile_clock(key.capability) if clock else cuda.compile_kernel(*key)
+        made = cuda.compile_kernel(*key)
     except Exception as error:  # the compilers' libraries have errors of their own, of no one kind
         reason = next(iter(str(error).strip().splitlines()), "") or "no message"
         raise Unavailable(
@@ -134,7 +130,10 @@ def _compile(key: Key) -> Cubin:
 
 
 def cubin(key: Key, compiled: Callable[[Key], Cubin] = _compile) -> Cubin:
-    """The machine code of a kernel, from the disk or, where it is not there, compiled."""
+    """The machine code of a kernel: shipped, from the disk or, where it is not there, compiled."""
+    code = shipped.read(*key)
+    if code is not None:
+        return Cubin(shipped.entry_name(key.operation), code)
     path = _path(key)
     if path is None:
         return compiled(key)

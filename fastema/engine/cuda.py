@@ -7,13 +7,17 @@ every framework works in. Nothing here waits for the device or allocates on it.
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
-from fastema.engine.cubins import INSTALL, Cubin, Key, Unavailable, cubin
+from fastema.engine.cubins import Cubin, Key, Unavailable, cubin
+from fastema.engine.driver import Driver, DriverError
 from fastema.engine.locks import lock
 from fastema.errors import DeviceError
 
 __all__ = ["Device", "device", "refuse_forked"]
+
+_T = TypeVar("_T")
 
 _devices: dict[int, Device] = {}
 _making = lock()
@@ -40,25 +44,15 @@ def refuse_forked() -> None:
         )
 
 
-def _driver() -> Any:
-    """The driver's functions; Unavailable without a driver, or the package that calls it."""
+def _driver() -> Driver:
+    """The driver; Unavailable where there is none."""
     try:
-        from cuda.bindings import driver
-
-        (error,) = driver.cuInit(0)
-    except Exception as failure:  # of the loader of the library, which has errors of its own
+        return Driver()
+    except (OSError, DriverError) as failure:
         raise Unavailable(
-            f"the CUDA driver cannot be called ({type(failure).__name__}: {failure}): it comes "
-            f"with the GPU's display driver, and what calls it with {INSTALL}"
+            f"the CUDA driver cannot be used ({failure}): it comes with the GPU's display driver"
         ) from failure
-    if error:
-        raise Unavailable(f"the CUDA driver does not start: {error.name}")
-    return driver
 
-
-_LEGACY_STREAM: Final = 1
-"""The default stream of all threads by a name of its own: 0 is another one, for each thread, where
-the bindings are told so (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM)."""
 
 _NOT_TAKEN: Final = frozenset(
     f"CUDA_ERROR_{reason}"
@@ -80,47 +74,41 @@ class Device:
     def __init__(self, index: int) -> None:
         self._driver = driver = _driver()
         self._index = index
-        self._functions: dict[Key, Any] = {}
+        self._functions: dict[Key, int] = {}
         self._unavailable: dict[Key, str] = {}
         self._loading = lock()
-        handle = self._checked(driver.cuDeviceGet(index))
-        names = driver.CUdevice_attribute
-        major, minor = (
-            self._checked(driver.cuDeviceGetAttribute(one, handle))
-            for one in (
-                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
+        try:
+            self.capability = driver.capability(index)
+            self._context = driver.context(index)
+        except DriverError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: DriverError) -> DeviceError:
+        advice = (
+            "free some of its memory, also what a framework holds in reserve, and call again"
+            if error.name == "CUDA_ERROR_OUT_OF_MEMORY"
+            else "after an illegal access or a failed kernel, in whichever package, only a new "
+            "process helps"
         )
-        self.capability = int(major), int(minor)
-        self._context = self._checked(driver.cuDevicePrimaryCtxRetain(handle))
-        self._context_number = int(self._context)
+        return DeviceError(f"cuda:{self._index}: the driver says {error.name}; {advice}")
 
-    def _checked(self, answer: tuple[Any, ...]) -> Any:
-        """Unpack the answer of a driver call; DeviceError if it failed."""
-        error, *rest = answer
-        if error:
-            advice = (
-                "free some of its memory, also what a framework holds in reserve, and call again"
-                if error.name == "CUDA_ERROR_OUT_OF_MEMORY"
-                else "after an illegal access or a failed kernel, in whichever package, only a new "
-                "process helps"
-            )
-            raise DeviceError(f"cuda:{self._index}: the driver says {error.name}; {advice}")
-        return rest[0] if rest else None
-
-    def _enter(self) -> bool:
-        """Make the device's context current where it is not; whether :meth:`_release` is needed."""
+    def _in_context(self, call: Callable[..., _T], *args: Any) -> _T:
+        """Call a function of the driver with the device's context as the current one."""
         refuse_forked()
-        if int(self._checked(self._driver.cuCtxGetCurrent())) == self._context_number:
-            return False
-        self._checked(self._driver.cuCtxPushCurrent(self._context))
-        return True
+        driver = self._driver
+        try:
+            foreign = driver.current() != self._context
+            if foreign:
+                driver.push(self._context)
+            try:
+                return call(*args)
+            finally:
+                if foreign:
+                    driver.pop()
+        except DriverError as error:
+            raise self._failure(error) from error
 
-    def _release(self) -> None:
-        self._checked(self._driver.cuCtxPopCurrent())
-
-    def function(self, key: Key) -> Any:
+    def function(self, key: Key) -> int:
         """A kernel of this device; the first request loads it, and compiles it if need be."""
         refuse_forked()
         with self._loading:
@@ -138,40 +126,28 @@ class Device:
             self._unavailable[key] = str(error)  # itself it would keep what its frames hold
             raise
 
-    def _loaded(self, key: Key, made: Cubin) -> Any:
-        entered = self._enter()
+    def _loaded(self, key: Key, made: Cubin) -> int:
         try:
-            answer = self._driver.cuModuleLoadData(made.code)
-            if answer[0] and answer[0].name in _NOT_TAKEN:
-                raise Unavailable(
-                    f"cuda:{self._index}: the driver does not take the GPU kernel "
-                    f"{key.operation} ({answer[0].name}): it is made with CUDA 13, which needs a "
-                    "driver of version 580 or later"
-                )
-            module = self._checked(answer)
-            return self._checked(self._driver.cuModuleGetFunction(module, made.name.encode()))
-        finally:
-            if entered:
-                self._release()
+            return self._in_context(self._driver.function, made.code, made.name)
+        except DeviceError as error:
+            name = getattr(error.__cause__, "name", "")
+            if name not in _NOT_TAKEN:
+                raise
+            raise Unavailable(
+                f"cuda:{self._index}: the driver does not take the GPU kernel {key.operation} "
+                f"({name}); kernels of a wheel need a driver of version 525 or later, those that "
+                "CUDA 13 compiled here 580 or later"
+            ) from None
 
     def launch(
-        self, function: Any, blocks: int, threads: int, stream: int, parameters: int
+        self, function: int, blocks: int, threads: int, stream: int, parameters: int
     ) -> None:
         """Put a kernel on a stream, given by its handle.
 
         ``parameters`` is the address of an array of the addresses of the kernel's parameters, which
         are read now.
         """
-        entered = self._enter()
-        try:
-            launched = self._driver.cuLaunchKernel(
-                function, blocks, 1, 1, threads, 1, 1, 0, stream or _LEGACY_STREAM, parameters, 0
-            )
-        finally:
-            if entered:
-                self._release()
-        if launched[0]:
-            self._checked(launched)
+        self._in_context(self._driver.launch, function, blocks, threads, stream, parameters)
 
 
 def device(index: int) -> Device:

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.engine import cuda
-from fastema.engine.cubins import CLOCK, Key
+from fastema.engine.cubins import Key
 from fastema.engine.streams import StreamTracker
 from fastema.engine.weight_table import weight_table
 from fastema.errors import ArgumentError
 from fastema.kernels import table as abi
+from fastema.kernels.variants import CLOCK
 from fastema.layout.device_context import DeviceContext, LaunchArgs
 
 __all__ = ["StepCounter", "contexts_of", "tables_of"]

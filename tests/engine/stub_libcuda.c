@@ -1,9 +1,7 @@
 /* A CUDA driver without a GPU: it notes down its calls, and fails where it is told to.
 
-   Built as libcuda.so.1, it is what the real bindings load. Tests read `stub_calls` in the same
+   Built as libcuda.so.1, it is what ctypes loads. Tests read `stub_calls` in the same
    process. Handles are numbers that tell what they are of. */
-#define _GNU_SOURCE
-#include <dlfcn.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -61,15 +59,35 @@ EXPORT int cuInit(unsigned flags) {
     return 0;
 }
 
-EXPORT int cuDriverGetVersion(int *version) {
-    *version = 13000;
-    return 0;
-}
+static const struct {
+    int error;
+    const char *name;
+} names[] = {
+    {1, "CUDA_ERROR_INVALID_VALUE"},
+    {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+    {4, "CUDA_ERROR_DEINITIALIZED"},
+    {100, "CUDA_ERROR_NO_DEVICE"},
+    {101, "CUDA_ERROR_INVALID_DEVICE"},
+    {200, "CUDA_ERROR_INVALID_IMAGE"},
+    {209, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
+    {218, "CUDA_ERROR_INVALID_PTX"},
+    {222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"},
+    {400, "CUDA_ERROR_INVALID_HANDLE"},
+    {500, "CUDA_ERROR_NOT_FOUND"},
+    {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+    {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"},
+    {719, "CUDA_ERROR_LAUNCH_FAILED"},
+    {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"},
+    {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+    {999, "CUDA_ERROR_UNKNOWN"},
+};
 
-EXPORT int cuDeviceGetCount(int *count) {
-    NOTED("", 0);
-    *count = DEVICES;
-    return 0;
+EXPORT int cuGetErrorName(int error, const char **name) {
+    *name = 0;
+    for (unsigned i = 0; i < sizeof names / sizeof *names; i++)
+        if (names[i].error == error)
+            *name = names[i].name;
+    return *name ? 0 : 1;
 }
 
 EXPORT int cuDeviceGet(int *device, int ordinal) {
@@ -100,7 +118,7 @@ EXPORT int cuCtxGetCurrent(uint64_t *context) {
     return 0;
 }
 
-EXPORT int cuCtxPushCurrent(uint64_t context) {
+EXPORT int cuCtxPushCurrent_v2(uint64_t context) {
     NOTED("", context);
     if (depth == MOST_CONTEXTS)
         return 2; /* CUDA_ERROR_OUT_OF_MEMORY */
@@ -108,7 +126,7 @@ EXPORT int cuCtxPushCurrent(uint64_t context) {
     return 0;
 }
 
-EXPORT int cuCtxPopCurrent(uint64_t *context) {
+EXPORT int cuCtxPopCurrent_v2(uint64_t *context) {
     NOTED("", 0);
     if (!depth)
         return 201; /* CUDA_ERROR_INVALID_CONTEXT */
@@ -141,26 +159,4 @@ EXPORT int cuLaunchKernel(uint64_t function, unsigned gx, unsigned gy, unsigned 
     for (int64_t i = 0; i < stub_parameters; i++)
         values[11 + i] = *parameters[i];
     return noted(__func__, "", (int)(11 + stub_parameters), values);
-}
-
-/* Whatever version of a function is asked for, there is one. */
-EXPORT int cuGetProcAddress_v2(const char *symbol, void **address, int version, uint64_t flags,
-                               int *status) {
-    Dl_info here;
-    (void)version, (void)flags;
-    *address = 0;
-    if (dladdr((void *)cuInit, &here)) {
-        void *self = dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD);
-        if (self) {
-            *address = dlsym(self, strcmp(symbol, "cuGetProcAddress") ? symbol : __func__);
-            dlclose(self);
-        }
-    }
-    if (status)
-        *status = *address ? 0 : 1;
-    return *address ? 0 : 500; /* CUDA_ERROR_NOT_FOUND */
-}
-
-EXPORT int cuGetProcAddress(const char *symbol, void **address, int version, uint64_t flags) {
-    return cuGetProcAddress_v2(symbol, address, version, flags, 0);
 }

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.engine import cubins
-from fastema.engine.cubins import CLOCK, INSTALL, Cubin, Key, Unavailable, cubin
+from fastema.engine.cubins import INSTALL, Cubin, Key, Unavailable, cubin
 from fastema.kernels import jit
+from fastema.kernels.variants import CLOCK
 
 from ..support.requirements import require_packages
 

@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from fastema.bridges import torch as bridge
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import Key
+from fastema.engine.driver import DriverError
 from fastema.errors import DeviceError, StateError
 from fastema.kernels import table as abi
 from fastema.rules import constant, power, warmup
@@ -136,16 +136,14 @@ class LateDriver(StubDriver):
 
         return job
 
-    def cuLaunchKernel(self, key: Key, *rest: int) -> tuple[Any, ...]:
+    def launch(self, key: Key, blocks: int, threads: int, stream: int, parameters: int) -> None:
         self.pending = []
         try:
-            answer = super().cuLaunchKernel(key, *rest)
-            stream = rest[7]
+            super().launch(key, blocks, threads, stream, parameters)
             for job in self.pending:
                 self.begin(stream, job)
         finally:
             self.pending = None
-        return answer
 
     def begin(self, stream: int, job: Callable[[], None]) -> None:
         """Work comes to a stream."""
@@ -720,16 +718,16 @@ def test_an_average_that_cannot_be_moved_stays_as_it_was(
     weights = [late.random(30)]
     ema = fastema.EMA(weights, 0.5, capturable=True)
     ema.update()
-    found = late.driver.cuModuleGetFunction
+    found = late.driver.function
 
-    def refused(module: int, name: bytes) -> tuple[Any, ...]:
-        if b"lerp" in name:
-            return SimpleNamespace(name="CUDA_ERROR_NOT_FOUND"), None
-        return found(module, name)
+    def refused(code: bytes, name: str) -> Key:
+        if "lerp" in name:
+            raise DriverError("CUDA_ERROR_NOT_FOUND")
+        return found(code, name)
 
     count, store = ema._count, ema._store
     with monkeypatch.context() as patch:
-        patch.setattr(late.driver, "cuModuleGetFunction", refused)
+        patch.setattr(late.driver, "function", refused)
         with pytest.raises(DeviceError, match="NOT_FOUND"):
             ema.to(dtype="float64")
     assert ema._count is count
@@ -745,20 +743,20 @@ def test_an_interrupt_waits_for_the_launches_of_all_groups_and_the_clock(
     ema = fastema.EMA(weights, 0.5, capturable=capturable)
     ema.update()
     late.driver.take()
-    launch = late.driver.cuLaunchKernel
+    launch = late.driver.launch
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return launch(*arguments)
 
-    late.driver.cuLaunchKernel = interrupted  # type: ignore[method-assign]
+    late.driver.launch = interrupted  # type: ignore[method-assign]
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             ema.update()
     finally:
         signal.signal(signal.SIGINT, handler)
-    late.driver.cuLaunchKernel = launch  # type: ignore[method-assign]
+    late.driver.launch = launch  # type: ignore[method-assign]
     assert len(late.driver.take()) == 3 + capturable
     assert ema.num_updates == 2
 
@@ -799,14 +797,14 @@ HANDLERS = """
         return compiled(key)
 
     engine.cubin = slow
-    launch = driver.cuLaunchKernel
+    launch = driver.launch
 
     def interrupted(key, *rest):
         if key.operation == "lerp":
             os.kill(os.getpid(), wanted)
         return launch(key, *rest)
 
-    driver.cuLaunchKernel = interrupted
+    driver.launch = interrupted
     one.run({"all": "lerp"})
     print("done")
 """

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import Key
+from fastema.engine.driver import DriverError
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, DeviceError, FastemaError, StateError
 from fastema.kernels import table as abi
@@ -270,7 +270,7 @@ def test_an_update_is_one_launch_for_each_group_and_nothing_else(
     launches = [("advance", 1, 77)] * capturable + [("lerp", 1000, 77), ("copy", 1, 77)]
     assert gpu.driver.take() == launches * 5
     count = 5 * len(launches)
-    assert gpu.driver.calls == {"cuLaunchKernel": count, "cuCtxGetCurrent": count}
+    assert gpu.driver.calls == {"launch": count, "current": count}
     assert not gpu.context.calls
 
 
@@ -293,14 +293,6 @@ def test_memory_is_held_once_for_each_current_stream(gpu: StubGpu) -> None:
         assert {stream for _, _, stream in gpu.driver.take()} == {handle}
 
 
-def test_the_stream_of_all_threads_is_named(gpu: StubGpu) -> None:
-    """Handle 0 is another stream where CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM is set."""
-    gpu.context.handle = 0
-    fastema.lerp_([torch.zeros(3)], [torch.ones(3)], 0.5)
-    ((_, _, stream),) = gpu.driver.take()
-    assert stream == 1  # CU_STREAM_LEGACY, under either default
-
-
 def test_a_model_on_two_devices_is_launched_on_both(gpu: StubGpu) -> None:
     weights = list(Model().parameters())
     averages = [p.detach().clone() for p in weights]
@@ -312,20 +304,20 @@ def test_a_model_on_two_devices_is_launched_on_both(gpu: StubGpu) -> None:
     move(weights)
     plan.lerp_(0.25)
     assert {stream for _, _, stream in gpu.driver.take()} == {77, 78}
-    assert gpu.driver.calls["cuCtxPushCurrent"] == gpu.driver.calls["cuCtxPopCurrent"] > 0
-    assert gpu.driver.current == [1000]
+    assert gpu.driver.calls["push"] == gpu.driver.calls["pop"] > 0
+    assert gpu.driver.contexts == [1000]
     for average, start, weight in zip(averages, before, weights, strict=True):
         torch.testing.assert_close(average, start.lerp(weight.detach(), 0.25))
 
 
 def test_a_thread_without_a_context_updates(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model())
-    gpu.driver.current = [0]
+    gpu.driver.contexts = [0]
     thread = threading.Thread(target=ema.update)
     thread.start()
     thread.join()
     assert ema.num_updates == 1
-    assert gpu.driver.current == [0]
+    assert gpu.driver.contexts == [0]
 
 
 def test_what_cannot_be_captured_is_refused(gpu: StubGpu) -> None:
@@ -376,17 +368,21 @@ def test_code_that_the_driver_refuses_is_replaced_and_memory_that_is_full_is_not
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the memory taken by the model a kernel may fit later: nothing slower for good."""
-    load, error = gpu.driver.cuModuleLoadData, SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY")
-    monkeypatch.setattr(gpu.driver, "cuModuleLoadData", lambda code: (error, None))
+    load, error = gpu.driver.function, DriverError("CUDA_ERROR_OUT_OF_MEMORY")
+
+    def fails(code: bytes, name: str) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(gpu.driver, "function", fails)
     plan = fastema.Plan([torch.zeros(3)], [torch.ones(3)])
     with pytest.raises(DeviceError, match="CUDA_ERROR_OUT_OF_MEMORY") as caught:
         plan.lerp_(0.5)
     assert "580" not in str(caught.value)
     with monkeypatch.context() as patch:
-        patch.setattr(gpu.driver, "cuModuleLoadData", load)
+        patch.setattr(gpu.driver, "function", load)
         plan.lerp_(0.5)
     assert gpu.driver.take() == [("lerp", 1, 77)]
-    error.name = "CUDA_ERROR_NO_BINARY_FOR_GPU"
+    error = DriverError("CUDA_ERROR_NO_BINARY_FOR_GPU")
     with pytest.warns(cuda_group.SlowWarning, match="NO_BINARY_FOR_GPU.*580"):
         fastema.copy_([torch.zeros(3)], [torch.ones(3).bfloat16()])
 

@@ -1,6 +1,6 @@
-"""The real bindings of the CUDA driver, over a driver that notes down its calls.
+"""The calls of the CUDA driver, over a driver that notes them down.
 
-The scripts run in processes of their own, where the bindings load the stub as `libcuda.so.1`.
+The scripts run in processes of their own, where ctypes loads the stub as `libcuda.so.1`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import pytest
 
 from ..support.requirements import require
 
-NEEDS = ("cuda.bindings.driver",)
-
-
 require(sys.platform == "linux", "a libcuda.so.1, which is Linux's,")
 
 SOURCE = Path(__file__).with_name("stub_libcuda.c")
@@ -30,8 +27,6 @@ PREPARED = """
     from ctypes import c_char, c_int64, c_ubyte, c_uint64
 
     import numpy as np
-    from cuda.bindings import driver
-
     from fastema.engine import cuda as engine
     from fastema.engine.step_counter import StepCounter
     from fastema.engine.cubins import Cubin, Key, Unavailable
@@ -145,6 +140,7 @@ def test_a_device_is_asked_for_once_and_gets_each_kernel_whole_and_once(run: Scr
         ("cuDeviceGet", "", [0]),
         ("cuDeviceGetAttribute", "", [75, 0]),
         ("cuDeviceGetAttribute", "", [76, 0]),
+        ("cuDeviceGet", "", [0]),
         ("cuDevicePrimaryCtxRetain", "", [0]),
     ]
     assert device(0) is one
@@ -152,8 +148,8 @@ def test_a_device_is_asked_for_once_and_gets_each_kernel_whole_and_once(run: Scr
     function = one.function(KEY)
     calls = take()
     assert [name for name, _, _ in calls] == [
-        "cuCtxGetCurrent", "cuCtxPushCurrent", "cuModuleLoadData", "cuModuleGetFunction",
-        "cuCtxPopCurrent",
+        "cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuModuleLoadData", "cuModuleGetFunction",
+        "cuCtxPopCurrent_v2",
     ]
     assert calls[1][2] == [FIRST]
     assert calls[2][2] == [FIRST]  # loaded into the device's context
@@ -176,7 +172,7 @@ def test_a_launch_passes_on_what_it_is_given(run: Script) -> None:
     generator = np.random.default_rng(5)
     one = device(0)
     function = one.function(KEY)
-    driver.cuCtxPushCurrent(one._context)
+    one._driver.push(one._context)
     for _ in range(200):
         take()
         values = generator.integers(-2**63, 2**63 - 1, 17, np.int64)
@@ -205,8 +201,8 @@ def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
     first = take()
     program.run({"all": "lerp"}, LaunchArgs((-0.5,), 12, 13))
     second = take()
-    assert [name for name, _, _ in second] == ["cuCtxGetCurrent", "cuCtxPushCurrent",
-                                               "cuLaunchKernel", "cuCtxPopCurrent"]
+    assert [name for name, _, _ in second] == ["cuCtxGetCurrent", "cuCtxPushCurrent_v2",
+                                               "cuLaunchKernel", "cuCtxPopCurrent_v2"]
     (table,) = home.uploaded
     for calls, number, now in ((first, 0.25, [11, 2**40 + 7, 3, 2, 9]),
                                (second, -0.5, [12, 13, 0, 0, 0])):
@@ -272,22 +268,22 @@ def test_the_context_of_others_comes_back(run: Script) -> None:
         two.launch(functions[1], 1, 256, 0, address)
         calls = take()
         contexts = [values[10] for name, _, values in calls if name == "cuLaunchKernel"]
-        pushes = [values[0] for name, _, values in calls if name == "cuCtxPushCurrent"]
-        assert sum(name == "cuCtxPopCurrent" for name, _, _ in calls) == len(pushes)
+        pushes = [values[0] for name, _, values in calls if name == "cuCtxPushCurrent_v2"]
+        assert sum(name == "cuCtxPopCurrent_v2" for name, _, _ in calls) == len(pushes)
         return contexts, pushes
 
     def current():
-        return int(driver.cuCtxGetCurrent()[1])
+        return one._driver.current()
 
     assert current() == 0
     assert launched_in() == ([FIRST, SECOND], [FIRST, SECOND])
     assert current() == 0
     for held, pushed in ((one._context, [SECOND]), (two._context, [FIRST]),
-                         (driver.CUcontext(0xABC), [FIRST, SECOND])):
-        driver.cuCtxPushCurrent(held)
+                         (0xABC, [FIRST, SECOND])):
+        one._driver.push(held)
         assert launched_in() == ([FIRST, SECOND], pushed)
         assert current() == int(held)
-        driver.cuCtxPopCurrent()
+        one._driver.pop()
 
     found = []
 
@@ -295,7 +291,7 @@ def test_the_context_of_others_comes_back(run: Script) -> None:
         found.append(launched_in())
         found.append(current())
 
-    driver.cuCtxPushCurrent(one._context)
+    one._driver.push(one._context)
     thread = threading.Thread(target=in_a_thread)  # has no current context, whatever we have
     thread.start()
     thread.join()
@@ -329,7 +325,7 @@ def test_errors_name_what_the_driver_says(run: Script) -> None:
     assert not engine._devices
 
     one = device(0)
-    current = lambda: int(driver.cuCtxGetCurrent()[1])
+    current = one._driver.current
     for code, word in ((209, "CUDA_ERROR_NO_BINARY_FOR_GPU"), (218, "CUDA_ERROR_INVALID_PTX"),
                        (222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"), (200, "INVALID_IMAGE")):
         fail("cuModuleLoadData", code)
@@ -350,7 +346,7 @@ def test_errors_name_what_the_driver_says(run: Script) -> None:
         fail("cuLaunchKernel", code)
         refused(DeviceError, launch, word, "cuda:0", "new process")
         assert current() == 0
-    for name in ("cuCtxGetCurrent", "cuCtxPushCurrent"):
+    for name in ("cuCtxGetCurrent", "cuCtxPushCurrent_v2"):
         take()
         fail(name, 700)
         refused(DeviceError, launch, "CUDA_ERROR_ILLEGAL_ADDRESS")
@@ -388,7 +384,7 @@ def test_a_fork_before_the_first_call_does_no_harm_and_one_after_it_is_refused(
             os._exit(0 if child() else 1)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    assert forked(lambda: device(0).function(KEY) and names()[-1] == "cuCtxPopCurrent") == 0
+    assert forked(lambda: device(0).function(KEY) and names()[-1] == "cuCtxPopCurrent_v2") == 0
     assert take() == []
 
     one = device(0)
@@ -408,5 +404,6 @@ def test_a_fork_before_the_first_call_does_no_harm_and_one_after_it_is_refused(
 
     assert forked(refused) == 0
     launch()
-    assert names() == ["cuCtxGetCurrent", "cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"]
+    assert names() == ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel",
+                       "cuCtxPopCurrent_v2"]
     """)

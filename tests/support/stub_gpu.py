@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,11 +22,13 @@ from fastema.bridges import torch as bridge
 from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
-from fastema.engine.cubins import CLOCK, Cubin, Key, Unavailable
+from fastema.engine.cubins import Cubin, Key, Unavailable
+from fastema.engine.driver import DriverError
 from fastema.kernels import cuda, cuda_clock
 from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
+from fastema.kernels.variants import CLOCK
 from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
 
@@ -101,58 +102,44 @@ PARAMETERS = [ctypes.c_int64] * 4 + [ctypes.c_double] * 8 + [ctypes.c_int64] * 5
 
 @dataclass
 class StubDriver:
-    """The calls of the driver that are made, as `cuda.bindings.driver` has them."""
+    """A driver as :class:`fastema.engine.driver.Driver`, whose kernels run on the host."""
 
     calls: Counter[str] = field(default_factory=Counter)
     launches: list[tuple[str, int, int]] = field(default_factory=list)  # operation, blocks, stream
-    current: list[int] = field(default_factory=lambda: [1000])
+    contexts: list[int] = field(default_factory=lambda: [1000])
     pending: list[Callable[[], None]] | None = None
     """Where it is a list, launches wait in it: a device is later than the host."""
     refused: int = 0
-    modules: dict[int, bytes] = field(default_factory=dict)
-    CUdevice_attribute = SimpleNamespace(
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=0,
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=1,
-    )
 
-    def cuDeviceGet(self, index: int) -> tuple[int, int]:
-        return 0, index
+    def capability(self, index: int) -> tuple[int, int]:
+        return 9, 0
 
-    def cuDeviceGetAttribute(self, which: int, device: int) -> tuple[int, int]:
-        return 0, (9, 0)[which]
+    def context(self, index: int) -> int:
+        return 1000 + index
 
-    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[int, int]:
-        return 0, 1000 + device
+    def current(self) -> int:
+        self.calls["current"] += 1
+        return self.contexts[-1]
 
-    def cuCtxGetCurrent(self) -> tuple[int, int]:
-        self.calls["cuCtxGetCurrent"] += 1
-        return 0, self.current[-1]
+    def push(self, context: int) -> None:
+        self.calls["push"] += 1
+        self.contexts.append(context)
 
-    def cuCtxPushCurrent(self, context: int) -> tuple[int]:
-        self.calls["cuCtxPushCurrent"] += 1
-        self.current.append(context)
-        return (0,)
+    def pop(self) -> None:
+        self.calls["pop"] += 1
+        self.contexts.pop()
 
-    def cuCtxPopCurrent(self) -> tuple[int, int]:
-        self.calls["cuCtxPopCurrent"] += 1
-        return 0, self.current.pop()
+    def function(self, code: bytes, name: str) -> Key:
+        self.calls["function"] += 1
+        assert code == name.encode()
+        return KEYS[name]
 
-    def cuModuleLoadData(self, code: bytes) -> tuple[int, int]:
-        self.calls["cuModuleLoadData"] += 1
-        self.modules[len(self.modules)] = code
-        return 0, len(self.modules) - 1
-
-    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[int, Key]:
-        assert self.modules[module] == name
-        return 0, KEYS[name.decode()]
-
-    def cuLaunchKernel(self, key: Key, *rest: int) -> tuple[Any, ...]:
-        blocks, _, _, threads, _, _, shared, stream, parameters, extra = rest
-        self.calls["cuLaunchKernel"] += 1
-        assert (threads, shared, extra) == (256, 0, 0)
+    def launch(self, key: Key, blocks: int, threads: int, stream: int, parameters: int) -> None:
+        self.calls["launch"] += 1
+        assert threads == 256
         if self.refused:
             self.refused -= 1
-            return (SimpleNamespace(name="CUDA_ERROR_LAUNCH_FAILED"),)
+            raise DriverError("CUDA_ERROR_LAUNCH_FAILED")
         self.launches.append((key.operation, blocks, stream))
         if key.operation == CLOCK:
             job = self.bound(clock_twin(), read(parameters, [ctypes.c_int64]))
@@ -164,7 +151,6 @@ class StubDriver:
             job()
         else:
             self.pending.append(job)
-        return (0,)
 
     @staticmethod
     def bound(kernel: Callable[..., None], values: Sequence[Any]) -> Callable[[], None]:

@@ -1,0 +1,110 @@
+"""The GPU kernels that a wheel brings, compiled with CUDA 12.9.
+
+``fastema/cubins/`` has a folder for each compute capability that there is machine code for, and
+``ptx`` for GPUs that are newer than all of them. A file there holds the kernels of one operation: a
+line of JSON, ``[[formats, layout, bytes], ...]``, and the code in this order, compressed as one.
+``stamp`` says from which kernel sources: those of an edited checkout never load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from fastema.errors import DeviceError
+from fastema.kernels.stamp import source_stamp
+
+__all__ = [
+    "CAPABILITIES",
+    "FOLDER",
+    "PTX",
+    "PTX_CAPABILITY",
+    "Kernels",
+    "entry_name",
+    "kernels",
+    "read",
+    "write",
+]
+
+FOLDER: Final = Path(__file__).parents[1] / "cubins"
+
+CAPABILITIES: Final = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
+"""Those with machine code, which also runs on later ones of the same first number."""
+
+PTX: Final = "ptx"
+"""The folder for other GPUs."""
+
+PTX_CAPABILITY: Final = (8, 0)
+"""The first capability that the PTX is for; the driver compiles it."""
+
+_Key = tuple[tuple[str, ...], str]
+Kernels = dict[_Key, bytes]
+"""Code by formats and layout."""
+
+
+def entry_name(operation: str) -> str:
+    """Return the name of an operation's kernels in their code."""
+    return f"fastema_{operation}"
+
+
+def _targets(capability: tuple[int, int]) -> Iterator[str]:
+    """Yield the folders whose code runs on a GPU, the best one first."""
+    for major, minor in reversed(CAPABILITIES):
+        if major == capability[0] and minor <= capability[1]:
+            yield f"sm_{major}{minor}"
+    if capability >= PTX_CAPABILITY:
+        yield PTX
+
+
+def read(
+    operation: str, formats: tuple[str, ...], layout: str, capability: tuple[int, int]
+) -> bytes | None:
+    """Return a kernel's machine code or PTX; None where none was shipped.
+
+    Raises
+    ------
+    DeviceError
+        If a file of the installation is damaged.
+    """
+    try:
+        if (FOLDER / "stamp").read_text(encoding="ascii") != source_stamp():
+            return None
+    except OSError:
+        return None
+    return kernels(FOLDER, operation, capability).get((formats, layout))
+
+
+def kernels(folder: Path, operation: str, capability: tuple[int, int]) -> Kernels:
+    """Return the code of all of an operation's kernels for a GPU."""
+    for target in _targets(capability):
+        path = folder / target / f"{operation}.xz"
+        if path.exists():
+            return dict(_entries(path))
+    return {}
+
+
+def _entries(path: Path) -> Iterator[tuple[_Key, bytes]]:
+    try:
+        import lzma
+
+        head, code = lzma.decompress(path.read_bytes()).split(b"\n", 1)
+        at = 0
+        for formats, layout, size in json.loads(head):
+            yield (tuple(formats), layout), code[at : at + size]
+            at += size
+    except (ImportError, OSError, ValueError, EOFError, lzma.LZMAError) as error:
+        raise DeviceError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): install fastema anew"
+        ) from error
+
+
+def write(path: Path, kernels: Kernels) -> None:
+    """Write the kernels of one operation."""
+    import lzma
+
+    head = json.dumps([[*key, len(code)] for key, code in kernels.items()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = head.encode() + b"\n" + b"".join(kernels.values())
+    path.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))

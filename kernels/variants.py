@@ -1,0 +1,62 @@
+"""The GPU kernels that averages, swaps and copies select: those that a wheel brings compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+FLOATS = ("f64", "f32", "f16", "bf16")
+FORMS = (*FLOATS, "f16~", "bf16~", "bf16+16")
+"""Formats that an average is stored in; that of a windowed mean in all but the last."""
+
+RAW = ("raw1", "raw2", "raw4", "raw8")
+LAYOUTS = ("flat", "strided")
+CLOCK = "advance"
+"""The kernel that takes a clock to the next update, which has no formats and no layout."""
+
+
+class Variant(NamedTuple):
+    """An operation, the formats of its streams, and the layout of its tables."""
+
+    operation: str
+    formats: tuple[str, ...]
+    layout: str
+
+
+def _formats() -> Iterator[tuple[str, ...]]:
+    """Yield operations and their formats."""
+    for dst in FORMS:
+        for src in FLOATS:
+            yield "lerp", dst, src
+            yield "lerp_measured", dst, src
+            yield "finite", dst, src
+    for dst in (*FLOATS, "bf16+16"):
+        for src in FLOATS:
+            if dst != src:
+                yield "copy", dst, src
+                yield "cast_back", dst, src
+    for dst in FLOATS:
+        for src in FLOATS:
+            if dst != src:
+                yield "swap", dst, src
+    for raw in RAW:
+        yield "copy", raw, raw
+        yield "cast_back", raw, raw
+        yield "swap", raw, raw
+    yield "swap", "bf16+16", "raw4"
+    yield "park", "raw4", "raw2"
+    yield "unpark", "raw4", "raw2"
+    for dst in FORMS[:-1]:
+        for src in FLOATS:
+            for ring in FLOATS:
+                yield "window", dst, src, ring, "f64" if "f64" in (dst, src) else "f32"
+
+
+def variants() -> list[Variant]:
+    """Return every kernel of a wheel, the clock's last."""
+    found = [
+        Variant(operation, tuple(formats), layout)
+        for operation, *formats in dict.fromkeys(_formats())
+        for layout in LAYOUTS
+    ]
+    return [*found, Variant(CLOCK, (), "")]

@@ -1,0 +1,255 @@
+"""The GPU kernels of a wheel: all that are selected, found by GPU, never those of other sources."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastema
+from fastema.engine import build_cubins, cubins, shipped
+from fastema.engine.cubins import Key, cubin
+from fastema.errors import ArgumentError, DeviceError
+from fastema.kernels.stamp import source_stamp
+from fastema.kernels.variants import variants
+
+from ..support.requirements import require_packages
+from ..support.stub_gpu import KEYS, StubGpu, gpu
+
+__all__ = ["gpu"]
+
+RNG = np.random.default_rng(5)
+LERP = ("lerp", ("f32", "bf16"), "flat")
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "ptx")
+
+
+# -- what is shipped -------------------------------------------------------------------------------
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+USES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "several": {"decay": (0.9, 0.99)},
+    "guard and drift": {"on_nonfinite": "skip", "drift": True},
+    "capturable": {"capturable": True},
+}
+
+
+def model(dtype: str) -> torch.nn.Module:
+    """Tensors with gaps and without, a buffer of floats and one of whole numbers."""
+    module = torch.nn.Module()
+    values = torch.randn(60).to(getattr(torch, dtype))
+    module.flat = torch.nn.Parameter(values[:20].clone())
+    module.spaced = torch.nn.Parameter(values[20:].reshape(8, 5)[:, ::2])
+    module.register_buffer("mean", values[:5].clone())
+    module.register_buffer("count", torch.tensor(3))
+    module.register_buffer("flags", torch.tensor([True, False]))
+    module.register_buffer("bytes", torch.arange(5, dtype=torch.int8))
+    return module
+
+
+def use(average: Any, weights: torch.nn.Module) -> None:
+    """Call all that launches kernels."""
+    average.update()
+    for index in range(len(getattr(average, "averages", ())) or 1):
+        with average.swapped(which=index):
+            pass
+        average.copy_to(weights, which=index)
+    average.load_state_dict(average.state_dict())
+    average.update()
+
+
+@pytest.fixture
+def selected(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note the kernels that are asked for; what is launched does nothing."""
+    monkeypatch.setattr(gpu.driver, "launch", lambda *args: None)
+    KEYS.clear()
+
+
+def check_selected(least: int) -> None:
+    asked = {key[:3] for key in KEYS.values()}
+    assert not asked - set(variants())
+    assert len(asked) >= least
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.usefixtures("selected")
+def test_every_kernel_that_an_average_selects_is_shipped(dtype: str) -> None:
+    for stored, rounding, options in product(
+        (None, *FLOATS, "bf16+16"), ("stochastic", "nearest"), USES.values()
+    ):
+        weights = model(dtype)
+        try:
+            average = fastema.EMA(weights, shadow_dtype=stored, rounding=rounding, **options)
+        except ArgumentError:  # a rounding that this dtype does not have
+            continue
+        use(average, weights)
+    for kind in (fastema.SWA, fastema.PowerEMA):
+        weights = model(dtype)
+        use(kind(weights), weights)
+    check_selected(20)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.usefixtures("selected")
+def test_every_kernel_that_a_window_selects_is_shipped(dtype: str) -> None:
+    for stored, ring, rounding in product(
+        (None, *FLOATS), (None, *FLOATS), ("stochastic", "nearest")
+    ):
+        weights = model(dtype)
+        try:
+            average = fastema.SMA(
+                weights, window=3, shadow_dtype=stored, ring_dtype=ring, rounding=rounding
+            )
+        except ArgumentError:
+            continue
+        use(average, weights)
+    check_selected(4)
+
+
+@pytest.mark.usefixtures("selected")
+def test_every_kernel_that_a_plan_selects_is_shipped() -> None:
+    for dst, src in product(FLOATS, FLOATS):
+        one, other = (torch.randn(30).to(getattr(torch, name)) for name in (dst, src))
+        for first, second in ((one, other), (one[::2], other[::2])):
+            plan = fastema.Plan([first], [second], rounding="stochastic")
+            plan.lerp_(0.5)
+            plan.copy_()
+            plan.swap_()
+    check_selected(60)
+
+
+# -- how it is found -------------------------------------------------------------------------------
+
+
+def code_for(target: str, operation: str = "lerp") -> bytes:
+    return f"{target} {operation}".encode()
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one kernel for every GPU."""
+    for target in TARGETS:
+        others = {(("f32", "f32"), "flat"): b"another", (LERP[1], "strided"): b"gaps"}
+        shipped.write(tmp_path / target / "lerp.xz", {**others, LERP[1:]: code_for(target)})
+    (tmp_path / "stamp").write_text(source_stamp())
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [
+        *(((7, 5), "sm_75"), ((8, 0), "sm_80"), ((8, 6), "sm_80"), ((8, 9), "sm_80")),
+        *(((9, 0), "sm_90"), ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "ptx")),
+        *(((12, 0), "sm_120"), ((12, 1), "sm_120"), ((13, 0), "ptx")),
+    ],
+)
+@pytest.mark.usefixtures("wheel")
+def test_a_gpu_gets_the_code_that_runs_on_it(capability: tuple[int, int], target: str) -> None:
+    made = cubin(Key(*LERP, capability))
+    assert made == ("fastema_lerp", code_for(target))
+
+
+@pytest.mark.usefixtures("wheel")
+def test_what_is_not_shipped_is_none() -> None:
+    assert shipped.read(*LERP, (7, 0)) is None
+    assert shipped.read("copy", *LERP[1:], (9, 0)) is None
+    assert shipped.read("lerp", ("f64", "f64"), "flat", (9, 0)) is None
+
+
+def test_kernels_of_other_sources_do_not_load(wheel: Path) -> None:
+    (wheel / "stamp").write_text("0" * 16)
+    assert shipped.read(*LERP, (9, 0)) is None
+    (wheel / "stamp").unlink()
+    assert shipped.read(*LERP, (9, 0)) is None
+
+
+def test_a_damaged_file_is_an_error_that_names_it(wheel: Path) -> None:
+    path = wheel / "sm_90" / "lerp.xz"
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], RNG.bytes(len(whole))):
+        path.write_bytes(content)
+        with pytest.raises(DeviceError, match=r"sm_90.*lerp\.xz cannot be read.*install"):
+            shipped.read(*LERP, (9, 0))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    kernels = {
+        (one.formats, one.layout): RNG.bytes(int(RNG.integers(0, 2_000)))
+        for one in variants()
+        if one.operation == "lerp"
+    }
+    shipped.write(tmp_path / "sm_90" / "lerp.xz", kernels)
+    assert shipped.kernels(tmp_path, "lerp", (9, 0)) == kernels
+
+
+# -- how it is made --------------------------------------------------------------------------------
+
+
+def test_another_toolkit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastema.kernels import cuda
+
+    ptx = cuda.Ptx("fastema_lerp", ".version 9.0\n.target sm_80\n")
+    monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
+    with pytest.raises(RuntimeError, match=r"version 9\.0, not 8\.8.*CUDA 12\.9"):
+        build_cubins._compiled(variants()[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mul.f32 %f1, %f2, %f3;", "could be fused"),
+        ("add.f64 %d1, %d2, %d3;", "could be fused"),
+        ("mul.rn.f32 %f1, %f2, %f3; fma.rn.f32 %f1, %f1, %f2, %f3;", ""),
+    ],
+)
+def test_arithmetic_that_could_be_fused_is_refused(
+    text: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastema.kernels import cuda
+
+    ptx = cuda.Ptx("fastema_lerp", f".version 8.8\n{text}")
+    made = cuda.Binary(ptx.name, ptx.text, b"code", 32, 0, 0)
+    monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
+    monkeypatch.setattr(cuda, "assemble", lambda *args: made)
+    if words:
+        with pytest.raises(RuntimeError, match=words):
+            build_cubins._compiled(variants()[0])
+    else:
+        codes = build_cubins._compiled(variants()[0])
+        assert codes == {**dict.fromkeys(TARGETS[:-1], b"code"), "ptx": ptx.text.encode()}
+
+
+@pytest.mark.parametrize("wrong", [{"spilled": 8}, {"stack": 16}, {"name": "other"}], ids=str)
+def test_kernels_that_spill_or_have_another_name_are_refused(
+    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastema.kernels import cuda
+
+    ptx = cuda.Ptx(wrong.get("name", "fastema_lerp"), ".version 8.8\n")
+    made = cuda.Binary(ptx.name, ptx.text, b"code", 32, 0, 0)._replace(**wrong)
+    monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
+    monkeypatch.setattr(cuda, "assemble", lambda *args: made)
+    with pytest.raises(RuntimeError, match=r"lerp.*(spills|other)"):
+        build_cubins._compiled(variants()[0])
+
+
+@pytest.mark.slow
+def test_old_gpus_make_bfloat16_by_integers() -> None:
+    require_packages("numba_cuda", "cuda.core")
+    from fastema.kernels import cuda
+
+    for formats in (("bf16", "f32"), ("bf16~", "bf16"), ("bf16+16", "f32")):
+        made = cuda.compile_kernel("lerp", formats, "flat", (7, 5))
+        assert (made.stack, made.spilled) == (0, 0)
+        assert "cvt.rn.bf16" not in made.ptx
+
+
+def test_a_missing_kernel_is_compiled(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cubins, "_path", lambda key: None)
+    key = Key("copy", ("f32", "bf16"), "flat", (9, 0))
+    assert cubin(key, lambda key: cubins.Cubin("compiled", b"here")).name == "compiled"
