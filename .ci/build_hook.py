@@ -1,4 +1,4 @@
-"""What hatchling asks before it makes an sdist or a wheel: are the GPU kernels there?
+"""Check, before hatchling makes an sdist or a wheel, that the GPU kernels are there.
 
 A release (FASTEMA_RELEASE=1, as ``make wheel`` sets it) fails without them; other builds go on, and
 such a wheel compiles its GPU kernels where it is used, as a checkout does.

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import fastema
+from fastema.kernels.stamp import source_stamp
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
@@ -93,6 +94,52 @@ def test_wheel_holds_the_kernels(wheel_names: list[str]) -> None:
     inside = {n.removeprefix("fastema/kernels/") for n in wheel_names if "/kernels/" in n}
     assert KERNELS
     assert inside == KERNELS
+
+
+def _tree(folder: Path) -> Path:
+    """Copy what a build takes."""
+    for name in ("fastema", "kernels", ".ci"):
+        skipped = shutil.ignore_patterns("__pycache__", "cubins", "kernels")
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped if name == "fastema" else None)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def _wheel(tree: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", out, tree],
+        cwd=out,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_release_has_gpu_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
+    _need("build", "hatchling")
+    tree, out = _tree(tmp_path / "tree"), tmp_path / "out"
+    out.mkdir()
+    done = _wheel(tree, out, FASTEMA_RELEASE="1")
+    assert done.returncode
+    assert "no compiled GPU kernels in fastema/cubins: make cubins" in done.stderr + done.stdout
+    assert not list(out.iterdir())
+    target = tree / "fastema" / "cubins" / "sm_90"
+    target.mkdir(parents=True)
+    (target / "lerp.xz").write_bytes(b"code")
+    (target.parent / "stamp").write_text("0" * 16)
+    done = _wheel(tree, out)
+    assert done.returncode
+    assert "were compiled from other sources" in done.stderr + done.stdout
+    (target.parent / "stamp").write_text(source_stamp())
+    done = _wheel(tree, out, FASTEMA_RELEASE="1")
+    assert not done.returncode, done.stderr
+    (path,) = out.iterdir()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("fastema/cubins/sm_90/lerp.xz") == b"code"
+        assert archive.read("fastema/cubins/stamp").decode() == source_stamp()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What an update of a GPU model costs the host, measured without a GPU.
 
-The real bindings call a driver that does nothing (``tests/engine/stub_libcuda.c``), and PyTorch's
+The driver does nothing (``tests/engine/stub_libcuda.c``), and PyTorch's
 CPU tensors pass for tensors on a GPU. What is missing is the time inside the real driver, about two
 microseconds per launch.
 """
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class DeviceContext:
     """A device whose memory is the host's."""
 
-    index, device = 0, "cuda:0"
+    index, device, without_kernels = 0, "cuda:0", None
 
     def stream(self) -> int:
         return 7
@@ -87,15 +87,15 @@ def durations(call: Callable[[], object], rounds: int, calls: int) -> list[float
 
 
 def measure(rounds: int, calls: int) -> list[dict[str, Any]]:
-    """Measure in a process whose bindings find the driver that does nothing."""
+    """Measure in a process that finds the driver that does nothing."""
     import torch
-    from cuda.bindings import driver
 
     import fastema
+    from fastema.engine.driver import Driver
 
     on_a_gpu()
-    _, device = driver.cuDeviceGet(0)
-    driver.cuCtxPushCurrent(driver.cuDevicePrimaryCtxRetain(device)[1])  # as PyTorch would have
+    driver = Driver()
+    driver.push(driver.context(0))  # as PyTorch would have it
     counter = ctypes.c_int64.in_dll(ctypes.CDLL("libcuda.so.1"), "stub_count")
     rows = []
     for count in COUNTS:
@@ -129,7 +129,7 @@ def rows(settings: Settings) -> Rows:
 
 
 METHOD = """\
-The real bindings call a driver that does nothing, PyTorch's CPU tensors pass for tensors on a GPU:
+The driver does nothing, PyTorch's CPU tensors pass for tensors on a GPU:
 what is missing is the time inside the real driver, about 2 µs per launch. Tensors of 64 elements in
 a `torch.nn.ParameterList`; medians of rounds of 1,000 updates, 200 in quick mode. *All* looks at
 every tensor for one that moved, *sample* at a sixteenth of them in turn. Calls of the driver per

@@ -100,6 +100,8 @@ def transfer(array: Any, device: str) -> Any:
 class CupyContext:
     """One CUDA device; see :class:`fastema.layout.device_context.DeviceContext`."""
 
+    without_kernels: str | None = None
+
     def __init__(self, index: int) -> None:
         self.index = index
         self.device = f"cuda:{index}"

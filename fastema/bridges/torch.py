@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastema.bridges import torch_cuda
 from fastema.bridges.dlpack import exchange_address
 from fastema.bridges.names import named, plain_names
+from fastema.bridges.torch_other import context_of
 from fastema.bridges.torch_parts import (
     describe_part,
     is_divided,
@@ -26,6 +26,7 @@ from fastema.bridges.torch_parts import (
 from fastema.bridges.torch_parts import gather as gather
 from fastema.bridges.torch_ranks import Ranks
 from fastema.errors import BridgeError, DeviceError, DTypeError, FastemaError
+from fastema.layout.device_context import DeviceContext
 from fastema.layout.dtypes import NAME_OF
 from fastema.layout.spec import Attributes, Leaf, Leaves, Opaque, Role, TensorContainer, TensorSpec
 
@@ -78,7 +79,7 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         return describe_part(tensor, describe)
     if torch.nn.parameter.is_lazy(tensor):
         raise BridgeError("no shape yet (a lazy module); run the model once before averaging it")
-    device, gpu = _device(tensor.device)
+    device, context = _device(tensor.device)
     plain = tensor.layout is torch.strided and device != "meta"
     if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
         raise BridgeError(
@@ -95,7 +96,7 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
         device,
         owner=tensor,
         exchange=exchange_address(tensor),
-        context=None if gpu is None else torch_cuda.context(gpu),
+        context=context,
     )
     if spec.size and not (address and _within_storage(tensor, spec)):
         raise BridgeError(
@@ -110,9 +111,9 @@ def describe(tensor: torch.Tensor) -> TensorSpec:
 
 
 @cache
-def _device(device: torch.device) -> tuple[str, int | None]:
-    """Return a device's name, and the number of one that CUDA drives."""
-    return str(device), device.index if device.type == "cuda" else None
+def _device(device: torch.device) -> tuple[str, DeviceContext | None]:
+    """Return a device's name, and what drives it."""
+    return str(device), context_of(device)
 
 
 def _within_storage(tensor: torch.Tensor, spec: TensorSpec) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from fastema.errors import DeviceError, StateError
 from fastema.layout.device_context import Substitute
 from fastema.layout.group import Pair
 
-__all__ = ["TorchContext", "context"]
+__all__ = ["TorchContext"]
 
 
 # The handle without an object around it, as torch's own compiler asks for it: a tenth of the time.
@@ -28,6 +27,8 @@ _current = getattr(
 
 class TorchContext:
     """One CUDA device; see :class:`fastema.layout.device_context.DeviceContext`."""
+
+    without_kernels: str | None = None
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -119,7 +120,3 @@ class TorchContext:
         from fastema.bridges.torch_foreach import substitute
 
         return substitute(operation, pairs)
-
-
-context: Final = cache(TorchContext)
-"""The device of a number: the same object every time."""

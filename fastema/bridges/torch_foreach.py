@@ -314,9 +314,11 @@ def _finite(batch: Batch, args: LaunchArgs) -> Tensor:
 def _sums(batch: Batch, measures: dict[int, Tensor]) -> Tensor:
     """The sums over every piece, by the column of each measure: ``[pieces, MEASURES]``."""
     sizes = [one.numel() for one in batch.dst]
-    found = torch.zeros(len(sizes), MEASURES, dtype=torch.float64, device=batch.dst[0].device)
+    device = batch.dst[0].device
+    wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
+    found = torch.zeros(len(sizes), MEASURES, dtype=wide, device=device)
     for column, values in measures.items():
-        sums = [part.sum(dtype=torch.float64) for part in values.split(sizes)]
+        sums = [part.sum(dtype=wide) for part in values.split(sizes)]
         found[:, column] = torch.stack(sums)
     return found
 

@@ -97,6 +97,8 @@ class CudaGroup(Group):
 
     def prepare(self, operation: str) -> Callable[[], None]:
         """Load, and compile where it is new, what an operation needs: the launch."""
+        if self._context.without_kernels is not None:
+            return self._substitute(operation, self._context.without_kernels)
         cuda.refuse_forked()
         if self._context.capturing():
             raise StateError(
@@ -113,7 +115,11 @@ class CudaGroup(Group):
                 for part in self._parts
             ]
         except Unavailable as error:
-            return self._without_kernels(operation, error)
+            return self._substitute(
+                operation,
+                f"{error}. Until then work on {self._context.device} is done by the framework's "
+                "own functions, several times slower",
+            )
         for part in self._parts:
             part.upload(self._context)
         if OPERATIONS[operation].measures and self._measures is None:
@@ -169,17 +175,12 @@ class CudaGroup(Group):
             except Exception:  # in a capture; at the end of the process, or of the device
                 keep_for_graphs(self._owners())
 
-    def _without_kernels(self, operation: str, error: Unavailable) -> Callable[[], None]:
+    def _substitute(self, operation: str, reason: str) -> Callable[[], None]:
         """The operation in the framework's own functions, and a warning, once for a device."""
         run = self._context.substitute(operation, self._members)
         device = self._context.device
         if device not in _warned:
-            warnings.warn(
-                f"{error}. Until then work on {device} is done by the framework's own functions, "
-                "several times slower",
-                SlowWarning,
-                stacklevel=2,
-            )
+            warnings.warn(reason, SlowWarning, stacklevel=2)
             _warned.add(device)  # only now: where warnings are errors, the next call warns as well
         return partial(self._substituted, run)
 

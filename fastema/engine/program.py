@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
 
 __all__ = ["Measured", "Program"]
-
-_GROUPS: Final = {"cpu": "fastema.engine.cpu_group", "cuda": "fastema.engine.cuda_group"}
-"""Kind of device to the module whose ``groups`` makes launches for it."""
 
 
 class Measured(NamedTuple):
@@ -140,8 +137,8 @@ class Program:
 
 def _groups(tag: str, members: Sequence[Pair]) -> Sequence[Group]:
     first = members[0]
-    module = _GROUPS.get(first.dst.device.partition(":")[0])
-    if module is None:
+    if first.dst.context is None and first.dst.device != "cpu":
         raise DTypeError(f"{first.name}: no kernels for device {first.dst.device}")
-    made: Sequence[Group] = import_module(module).groups(tag, members)
+    module = "cpu_group" if first.dst.context is None else "cuda_group"
+    made: Sequence[Group] = import_module(f"fastema.engine.{module}").groups(tag, members)
     return made

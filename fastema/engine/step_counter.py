@@ -114,4 +114,6 @@ def contexts_of(devices: Mapping[str, DeviceContext | None]) -> list[DeviceConte
                 f"capturable=True is for weights on a GPU, and some are on {device}; on a CPU "
                 "there is nothing to capture: leave it out"
             )
+        if context.without_kernels is not None:
+            raise ArgumentError(f"capturable=True needs a GPU of NVIDIA: {context.without_kernels}")
     return [context for context in devices.values() if context is not None]

@@ -45,6 +45,9 @@ class DeviceContext(Protocol):
     index: int
     """Number of the device among those that the process sees."""
 
+    without_kernels: str | None
+    """A sentence where no kernels of ours run there, and the framework's functions do the work."""
+
     def stream(self) -> int:
         """Handle of the stream that the framework would work on now."""
 

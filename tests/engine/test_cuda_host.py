@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastema
+from fastema.bridges import torch_other
 from fastema.bridges.torch_cuda import TorchContext
 from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
@@ -385,6 +386,36 @@ def test_code_that_the_driver_refuses_is_replaced_and_memory_that_is_full_is_not
     error = DriverError("CUDA_ERROR_NO_BINARY_FOR_GPU")
     with pytest.warns(cuda_group.SlowWarning, match="NO_BINARY_FOR_GPU.*580"):
         fastema.copy_([torch.zeros(3)], [torch.ones(3).bfloat16()])
+
+
+OTHERS = [("cuda", "6.4", "ROCm"), ("mps", None, "Metal"), ("xpu", None, "Intel GPUs")]
+
+
+@pytest.mark.parametrize(("kind", "hip", "name"), OTHERS)
+def test_a_gpu_of_others_is_averaged_by_torch_and_no_cuda_is_advised(
+    gpu: StubGpu, kind: str, hip: str | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    context = torch_other.context_of.__wrapped__(torch.device(kind, 0))
+    assert context.device == f"{kind}:0"
+    gpu.contexts[0] = context
+    monkeypatch.setattr(context, "device", "cuda:0")  # the name that the stub gives its tensors
+    monkeypatch.setattr(engine, "_driver", lambda: pytest.fail("the driver was asked"))
+    model = Model(torch.bfloat16)
+    ema = fastema.EMA(model, 0.9, shadow_dtype="float32")
+    with pytest.warns(cuda_group.SlowWarning) as caught:
+        ema.update()
+    ema.update()  # without another warning
+    assert str(caught[0].message) == (
+        f"fastema has no kernels for {name}: PyTorch's own functions average what is on {kind}:0"
+    )
+    assert len(caught) == 1
+    raw = shadow(ema)
+    with ema.swapped():
+        pass
+    assert_equal(raw, shadow(ema))
+    with pytest.raises(ArgumentError, match=f"needs a GPU of NVIDIA: .*{name}"):
+        fastema.EMA(model, capturable=True)
 
 
 def test_without_kernels_torch_averages_and_one_warning_says_so(

@@ -83,6 +83,8 @@ PREPARED = """
     class DeviceContext:
         '''A device whose memory is the host's.'''
 
+        without_kernels = None
+
         def __init__(self, index, handle):
             self.index, self.device, self.handle = index, f"cuda:{index}", handle
             self.uploaded = []
@@ -215,6 +217,44 @@ def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
         assert numbers.tolist() == [number] + [0.0] * 7
         assert rest[12:] == now
     """)
+
+
+def test_kernels_of_a_wheel_need_the_driver_alone(run: Script, tmp_path: Path) -> None:
+    run(
+        """
+    import sys
+    from pathlib import Path
+
+    from fastema.engine import cubins, shipped
+    from fastema.kernels.stamp import source_stamp
+
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in ("numba_cuda", "cuda"):
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Missing())
+    shipped.FOLDER = Path(os.environ["FOLDER"])
+    code = {(("f32", "f32"), "flat"): CODE, (("raw4", "raw4"), "flat"): b"another"}
+    shipped.write(shipped.FOLDER / "sm_90" / "lerp.xz", code)
+    (shipped.FOLDER / "stamp").write_text(source_stamp())
+    engine.cubin = cubins.cubin
+
+    home = DeviceContext(0, 5)
+    program = Program({"all": pairs(home, (3, 5))})
+    program.run({"all": "lerp"}, LaunchArgs((0.25,)))
+    calls = take()
+    assert bytes(image[:len(CODE)]) == CODE
+    assert [text for name, text, _ in calls if name == "cuModuleGetFunction"] == ["fastema_lerp"]
+    assert calls[-2][0] == "cuLaunchKernel"
+    assert not {"cuda", "numba_cuda", "numba.cuda"} & set(sys.modules)
+    try:
+        device(0).function(KEY)
+    except Unavailable as error:
+        assert "could not be compiled" in str(error)
+    """,
+        FOLDER=str(tmp_path),
+    )
 
 
 def test_several_averages_layouts_measures_and_a_clock(run: Script) -> None:
