@@ -135,14 +135,24 @@ def _launch_args(clock, now):
 
 
 @device_fn
-def _rows(clock, rows):
+def _all_rows(clock, rows):
+    return rows
+
+
+@device_fn
+def _rows_unless_idle(clock, rows):
     """Rows to work on: none where the clock says that nothing is to be done."""
     if clock and load(pointer_i64(clock), abi.IDLE):
         return np.int64(0)
     return rows
 
 
-def _kernel(body, finish):
+def rows_to_do(operation: str):
+    """``rows_to_do(clock, rows)``: what looks at weights does so before the clock advances."""
+    return _all_rows if operation == "finite" else _rows_unless_idle
+
+
+def _kernel(body, finish, to_do):
     """The kernel that runs a body, and ``finish`` with its sums, for every row of a block."""
     from numba import cuda
 
@@ -153,18 +163,18 @@ def _kernel(body, finish):
         thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
         row = np.int64(cuda.blockIdx.x)
         now = _launch_args(clock, (seed, step, window, slot, turn))
-        rows = _rows(clock, rows)
+        rows = to_do(clock, rows)
         while row < rows:
             at = row * abi.COLUMNS
             number = _number(cells, at, clock, (w0, w1, w2, w3, w4, w5, w6, w7))
-            finish(results, row, thread, body(cells, at, number, now, thread, threads))
+            finish(results, clock, row, thread, body(cells, at, number, now, thread, threads))
             row += np.int64(cuda.gridDim.x)
 
     return kernel
 
 
 @device_fn
-def _measure_nothing(results, row, thread, measures):
+def _measure_nothing(results, clock, row, thread, measures):
     pass
 
 
@@ -173,7 +183,7 @@ def _measure():
     from numba import cuda
 
     @device_fn
-    def measure(results, row, thread, measures):
+    def measure(results, clock, row, thread, measures):
         sums = cuda.shared.array((MEASURES, GPU_THREADS), np.float64)
         sums[DISTANCE, thread], sums[SQUARE, thread], sums[STILL, thread] = measures
         half = GPU_THREADS // 2
@@ -191,14 +201,36 @@ def _measure():
     return measure
 
 
+def _flag_or_measure():
+    """Tells the clock, where there is one, that something is not finite; else writes how much."""
+    measure = _measure()
+
+    @device_fn
+    def flag_or_measure(results, clock, row, thread, measures):
+        if not clock:
+            measure(results, clock, row, thread, measures)
+        elif measures[0] > 0.0:  # any thread that finds something writes the same
+            cuda_clock.flag(clock)
+
+    return flag_or_measure
+
+
+def _finish(operation: str):
+    """What becomes of the sums that a thread has made of a row."""
+    if not OPERATIONS[operation].measures:
+        return _measure_nothing
+    return _flag_or_measure() if operation == "finite" else _measure()
+
+
 def _advance():
     from numba import cuda
 
-    def kernel(clock):
+    def kernel(first):
         thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
-        done = cuda_clock.done(clock)
+        clock = first + np.int64(cuda.blockIdx.x) * (8 * abi.CLOCK_CELLS)
+        before = cuda_clock.read(clock, first)
         cuda.syncthreads()  # everyone has read what the first thread is going to write
-        cuda_clock.advance(clock, done, thread, threads)
+        cuda_clock.advance(clock, before, thread, threads)
 
     return kernel
 
@@ -226,8 +258,8 @@ def translate(
     if operation == CLOCK:
         return _ptx(operation, _advance(), types.void(types.int64), capability)
     device = "cuda" if capability >= _CONVERTS_BF16 else "cuda, bf16 by integers"
-    finish = _measure() if OPERATIONS[operation].measures else _measure_nothing
-    kernel = _kernel(bodies(operation, formats, layout, device), finish)
+    body = bodies(operation, formats, layout, device)
+    kernel = _kernel(body, _finish(operation), rows_to_do(operation))
     return _ptx(operation, kernel, _PARAMETERS, capability)
 
 

@@ -1,7 +1,7 @@
 """A clock on the GPU: the step of a run and the weights of its averages, which advance there.
 
 A captured graph runs the same launches again and again; what changes from step to step has to be
-found in device memory. One block of threads takes it to the next update.
+found in device memory. A block of threads takes a clock to the next update.
 """
 
 from __future__ import annotations
@@ -14,9 +14,22 @@ from fastema.kernels.words import load, pointer_f64, pointer_i64, store
 
 
 @device_fn
-def done(clock):
-    """Updates so far."""
-    return load(pointer_i64(clock), abi.DONE)
+def read(clock, first):
+    """Load what all threads have to know before one of them writes.
+
+    Returns the updates so far, the number of this call, and whether it is to be left out: the
+    ``first`` of several clocks knows.
+    """
+    cells = pointer_i64(clock)
+    call = load(cells, abi.TRIES) + 1
+    return load(cells, abi.DONE), call, load(pointer_i64(first), abi.NOT_FINITE) == call
+
+
+@device_fn
+def flag(clock):
+    """Have the next call of :func:`advance` leave its update out: a weight is not finite."""
+    cells = pointer_i64(clock)
+    store(cells, abi.NOT_FINITE, load(cells, abi.TRIES) + 1)
 
 
 @device_fn
@@ -47,28 +60,34 @@ def _look_up(address, rows, count, thread, threads):
 
 
 @device_fn
-def advance(clock, done, thread, threads):
-    """Advance the clock from ``done`` updates to the next, on one thread.
+def advance(clock, before, thread, threads):
+    """Advance the clock to the next update, on one thread; ``before`` is what :func:`read` found.
 
     As :meth:`fastema.rules.Schedule.weights`: nothing before ``START`` and between the steps that
     work; at ``START`` the averages become the weights; then each has the weight of its table.
     """
     cells, numbers = pointer_i64(clock), pointer_f64(clock)
+    done, call, flagged = before
     step = done + 1
     m, every = step - load(cells, abi.START), load(cells, abi.EVERY)
     begins = m == 0
     idle = m < 0 or m % every != 0
     count = max(m // every, 1)
     slots = load(cells, abi.WINDOW)
+    skips = flagged and not idle
     if thread == 0:
-        store(cells, abi.DONE, step)
-        store(cells, abi.STEP, step)
-        store(cells, abi.IDLE, np.int64(1) if idle else np.int64(0))
-        if slots:
+        store(cells, abi.TRIES, call)
+        store(cells, abi.IDLE, np.int64(1) if idle or skips else np.int64(0))
+        if skips:
+            store(cells, abi.SKIPPED, load(cells, abi.SKIPPED) + 1)
+        else:
+            store(cells, abi.DONE, step)
+            store(cells, abi.STEP, step)
+        if slots and not skips:
             store(numbers, abi.WEIGHTS, float(min(count, slots)))
             store(cells, abi.SLOT, (count - 1) % slots)
             store(cells, abi.TURN, np.int64(0) if begins else count)
-    if not (idle or slots):
+    if not (idle or skips or slots):
         for which in range(abi.MAX_AVERAGES):
             rows = load(cells, abi.TABLES + 2 * which + 1)
             if begins:

@@ -42,7 +42,7 @@ Control, ``int64[CONTROLS]``:
 On a GPU the numbers, up to ``MAX_AVERAGES``, and what the control block has of the moment are
 parameters of the kernel. Where a captured graph is to run the kernel again at later steps, they
 are in device memory instead and advance there: the *clock*, ``int64[CLOCK_CELLS]``, which begins
-like a control block.
+like a control block. More averages than ``MAX_AVERAGES`` have several clocks, one after the other.
 
 ===============  ==================================================================================
 ``IDLE``         not 0 where nothing is to be done at this step (in the place of ``NEXT``)
@@ -50,6 +50,9 @@ like a control block.
 ``DONE``         updates so far, those that had nothing to do included
 ``START``        updates before the averages begin
 ``EVERY``        work is done at every so many-th update
+``TRIES``        calls so far, those that were left out included
+``NOT_FINITE``   in the first clock, the latest call at which a weight was not finite
+``SKIPPED``      calls that were left out for it
 ``TABLES``       for each of the averages, the address and the number of rows of the table of its
                  weights
 ===============  ==================================================================================
@@ -82,7 +85,9 @@ CONTROLS = 8
 IDLE = NEXT
 MAX_AVERAGES = 8
 WEIGHTS = CONTROLS
-DONE, START, EVERY, TABLES = range(WEIGHTS + MAX_AVERAGES, WEIGHTS + MAX_AVERAGES + 4)
+DONE, START, EVERY, TRIES, NOT_FINITE, SKIPPED, TABLES = range(
+    WEIGHTS + MAX_AVERAGES, WEIGHTS + MAX_AVERAGES + 7
+)
 CLOCK_CELLS = TABLES + 2 * MAX_AVERAGES
 
 FIRST, SCALE, COEFFICIENTS = range(3)

@@ -29,7 +29,6 @@ def _formats() -> Iterator[tuple[str, ...]]:
         for src in FLOATS:
             yield "lerp", dst, src
             yield "lerp_measured", dst, src
-            yield "finite", dst, src
     for dst in (*FLOATS, "bf16+16"):
         for src in FLOATS:
             if dst != src:
@@ -39,6 +38,8 @@ def _formats() -> Iterator[tuple[str, ...]]:
         for src in FLOATS:
             if dst != src:
                 yield "swap", dst, src
+    for src in FLOATS:
+        yield "finite", src, src
     for raw in RAW:
         yield "copy", raw, raw
         yield "cast_back", raw, raw

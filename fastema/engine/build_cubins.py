@@ -15,7 +15,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -40,6 +41,9 @@ _PTX_VERSION: Final = "8.8"
 _FUSIBLE: Final = re.compile(r"\b(add|sub|mul|mad)\.f(32|64)\b")
 """Arithmetic that does not say how it is rounded: the assembler may make a fused product and sum of
 it, which a kernel asks for by ``fma.rn`` where it wants one."""
+
+_AT_ONCE: Final = 32
+"""Kernels that the same processes compile."""
 
 _NEWER: Final = 99, 0
 """A GPU that there is no machine code for."""
@@ -76,26 +80,35 @@ def _compiled(variant: Variant) -> Codes:
     return codes
 
 
+def _all_compiled(wanted: Sequence[Variant], processes: int) -> Iterator[tuple[Variant, Codes]]:
+    """Yield kernels and their code, compiled by processes that end now and then.
+
+    Compilers do not give memory back.
+    """
+    context = multiprocessing.get_context("spawn")
+    for first in range(0, len(wanted), _AT_ONCE):
+        some = wanted[first : first + _AT_ONCE]
+        with ProcessPoolExecutor(processes, context, initializer=gc.disable) as pool:
+            yield from zip(some, pool.map(_compiled, some), strict=True)
+
+
 def build(folder: Path, wanted: Sequence[Variant], processes: int) -> None:
     """Compile kernels into a folder, which is replaced once all are there."""
     began, operations = time.monotonic(), dict.fromkeys(one.operation for one in wanted)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new, done = Path(temporary) / "cubins", 0
-        context = multiprocessing.get_context("spawn")
-        # Compilers do not give memory back.
-        with context.Pool(processes, initializer=gc.disable, maxtasksperchild=20) as pool:
-            for operation in operations:
-                ours = [one for one in wanted if one.operation == operation]
-                by_target: dict[str, Kernels] = {}
-                for variant, codes in zip(ours, pool.imap(_compiled, ours), strict=True):
-                    for target, code in codes.items():
-                        by_target.setdefault(target, {})[variant.formats, variant.layout] = code
-                done += len(ours)
-                spent = time.monotonic() - began
-                print(f"{operation}: {done} of {len(wanted)} kernels, {spent:.0f} s", flush=True)
-                for target, made in by_target.items():
-                    write(new / target / f"{operation}.xz", made)
+        for operation in operations:
+            ours = [one for one in wanted if one.operation == operation]
+            made: dict[str, Kernels] = {}
+            for variant, codes in _all_compiled(ours, processes):
+                for target, code in codes.items():
+                    made.setdefault(target, {})[variant.formats, variant.layout] = code
+            for target, kernels_of_target in made.items():
+                write(new / target / f"{operation}.xz", kernels_of_target)
+            done += len(ours)
+            spent = time.monotonic() - began
+            print(f"{operation}: {done} of {len(wanted)} kernels, {spent:.0f} s", flush=True)
         (new / "stamp").write_text(source_stamp(), encoding="ascii")
         for operation in operations:
             expected = {one[1:] for one in wanted if one.operation == operation}

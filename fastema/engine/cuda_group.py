@@ -21,7 +21,7 @@ from fastema.engine.group import Group, formats_of
 from fastema.engine.streams import StreamTracker, keep_for_graphs
 from fastema.errors import DTypeError, StateError
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.table import AVERAGE, GPU_THREADS, MAX_AVERAGES, MEASURES
+from fastema.kernels.table import AVERAGE, CLOCK_CELLS, GPU_THREADS, MAX_AVERAGES, MEASURES
 from fastema.layout.device_context import DeviceContext, LaunchArgs, Substitute
 from fastema.layout.group import Pair
 from fastema.layout.table import Table, chunk_tables, gpu_chunk
@@ -80,11 +80,12 @@ class CudaGroup(Group):
             raise DTypeError(f"{members[0].name}: no kernels for device {members[0].dst.device}")
         super().__init__(tag, members)
         self._context = context
-        numbers = sorted({pair.average_index for pair in members})
-        self._first, self._count = numbers[0], len(numbers)
+        batch, last = divmod(max(pair.average_index for pair in members), MAX_AVERAGES)
+        self._first, self._count = batch * MAX_AVERAGES, last + 1
+        self._clock_offset = 8 * CLOCK_CELLS * batch
         # Which rows of a windowed mean are computed afresh is counted in rows: as on the CPU.
         chunk = None if members[0].ring else gpu_chunk(members)
-        tables = chunk_tables(members, len(numbers), chunk)
+        tables = chunk_tables(members, len({pair.average_index for pair in members}), chunk)
         columns = [table[:, AVERAGE] for table in tables.values()]
         self.indices = np.concatenate([np.empty(0, np.int64), *columns])
         for column in columns:
@@ -143,6 +144,7 @@ class CudaGroup(Group):
         self._args = args
         numbers = args.numbers[self._first : self._first + self._count] or args.numbers
         clock = args.clocks.get(self._context.device, 0)
+        clock += self._clock_offset if clock else 0
         for part in self._parts:
             values = part.values
             values["numbers"][: self._count] = numbers

@@ -21,11 +21,11 @@ __all__ = ["StepCounter", "contexts_of", "tables_of"]
 
 
 class _DeviceCounter:
-    """The clock of one device."""
+    """The clocks of one device: one for every eight averages."""
 
-    def __init__(self, context: DeviceContext) -> None:
-        self.context = context
-        self.owner, self.address = context.upload(np.zeros(abi.CLOCK_CELLS, np.int64))
+    def __init__(self, context: DeviceContext, clocks: int) -> None:
+        self.context, self._clocks = context, clocks
+        self.owner, self.address = context.upload(np.zeros((clocks, abi.CLOCK_CELLS), np.int64))
         self._gpu = gpu = cuda.device(context.index)
         self._function = gpu.function(Key(CLOCK, (), "", gpu.capability))
         self._values = np.array([self.address], np.int64)
@@ -42,14 +42,17 @@ class _DeviceCounter:
 
     def advance(self) -> None:
         places = int(self._places.ctypes.data)
-        self._gpu.launch(self._function, 1, abi.GPU_THREADS, self._stream(), places)
+        stream = self._stream()
+        self._gpu.launch(self._function, self._clocks, abi.GPU_THREADS, stream, places)
 
     def set(self, cells: NDArray[np.int64], tables: Sequence[NDArray[np.float64]]) -> None:
+        whole = np.repeat(cells[None], self._clocks, axis=0)
         uploaded = [self.context.upload(table) for table in tables]
-        for place, ((_, address), table) in enumerate(zip(uploaded, tables, strict=True)):
+        for index, ((_, address), table) in enumerate(zip(uploaded, tables, strict=True)):
+            clock, place = divmod(index, abi.MAX_AVERAGES)
             first = abi.TABLES + 2 * place
-            cells[first : first + 2] = address, len(table)
-        self.context.write(self.owner, cells)
+            whole[clock, first : first + 2] = address, len(table)
+        self.context.write(self.owner, whole)
         self._tables = uploaded  # from here on the old tables are not read
         self._streams.renew()
         self._stream()
@@ -61,8 +64,9 @@ class StepCounter:
     Without the kernel that advances it, making one is a DeviceError.
     """
 
-    def __init__(self, contexts: Sequence[DeviceContext]) -> None:
-        self._counters = [_DeviceCounter(context) for context in contexts]
+    def __init__(self, contexts: Sequence[DeviceContext], num_averages: int = 1) -> None:
+        clocks = -(-num_averages // abi.MAX_AVERAGES)
+        self._counters = [_DeviceCounter(context, clocks) for context in contexts]
         self.args = LaunchArgs(clocks={one.context.device: one.address for one in self._counters})
 
     def set(
@@ -74,6 +78,7 @@ class StepCounter:
         start: int,
         every: int,
         window: int = 0,
+        skipped: int = 0,
     ) -> None:
         """Go on after ``done`` updates with another schedule; waits for the devices.
 
@@ -81,9 +86,9 @@ class StepCounter:
         """
         cells = np.zeros(abi.CLOCK_CELLS, np.int64)
         cells[[abi.IDLE, abi.DONE, abi.STEP, abi.SEED]] = 1, done, done, seed
-        cells[[abi.START, abi.EVERY, abi.WINDOW]] = start, every, window
+        cells[[abi.START, abi.EVERY, abi.WINDOW, abi.SKIPPED]] = start, every, window, skipped
         for one in self._counters:
-            one.set(cells.copy(), tables)
+            one.set(cells, tables)
 
     def advance(self) -> None:
         """Put the step to the next update on the current stream of every device."""
@@ -92,17 +97,19 @@ class StepCounter:
 
     def done(self) -> int:
         """Updates so far; waits for the device."""
+        return self._cell(abi.DONE)
+
+    def skipped(self) -> int:
+        """Updates left out because a weight was not finite; waits for the device."""
+        return self._cell(abi.SKIPPED)
+
+    def _cell(self, place: int) -> int:
         one = self._counters[0]
-        return int(one.context.download(one.owner)[abi.DONE])
+        return int(one.context.download(one.owner).reshape(-1)[place])
 
 
 def tables_of(weights: Sequence[Callable[[int], float]]) -> list[NDArray[np.float64]]:
     """The tables of a clock for averages with these weights at the ``u``-th update that works."""
-    if len(weights) > abi.MAX_AVERAGES:
-        raise ArgumentError(
-            f"capturable=True holds up to {abi.MAX_AVERAGES} averages, not {len(weights)}; build "
-            "two objects"
-        )
     return [weight_table(weight) for weight in weights]
 
 

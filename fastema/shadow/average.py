@@ -104,7 +104,7 @@ class Average(Saveable[Weights]):
 
     def report(self) -> str:
         """In words, what the average averages over at this point of the run."""
-        return report(type(self).__name__, self._schedule, self.num_updates, self._num_skipped)
+        return report(type(self).__name__, self._schedule, self.num_updates, self.num_skipped)
 
     def __repr__(self) -> str:
         averaged = [entry for entry in self._store.sets[0].values() if entry.averaged]

@@ -10,6 +10,7 @@ from fastema.binding.swap import InMemory, Swap, WatchedMemory, WriteWatch
 from fastema.bridges.registry import describe
 from fastema.engine.program import Program
 from fastema.errors import FastemaError, LayoutError, listed
+from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair, check_pair, refuse_overlap, refuse_shared_elements
 from fastema.layout.spec import Leaves
 from fastema.shadow.entries import Names
@@ -137,6 +138,19 @@ class ShadowBinding(Binding):
             program.relocate(self.addresses, self.addresses)
         program.run({"all": "finite"})
         return [] if program.all_finite() else _not_finite(self._sources(names))
+
+    def flag_nonfinite(self, args: LaunchArgs) -> None:
+        """Have the device's counter leave the next update out if a weight is not finite.
+
+        The same tensors are looked at as by :meth:`not_finite`; nothing waits.
+        """
+        _, program = self.cached("finite", self._finite_program)
+        program.run({"all": "finite"}, args)
+
+    def prepare_flag(self) -> None:
+        """Load what :meth:`flag_nonfinite` needs."""
+        _, program = self.cached("finite", self._finite_program)
+        program.prepare({"all": "finite"})
 
     def _finite_program(self) -> tuple[set[str], Program]:
         copied = [p for p in self.pairs if p.name not in self._averaged and p.src.kind.real]

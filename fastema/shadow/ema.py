@@ -63,13 +63,14 @@ class EMA(Average[Weights]):
         What to do with a NaN or an infinity in the weights or in copied floats: average it, leave
         out the whole call and count it in ``num_skipped``, or raise. The last two read the tensors
         once more first. Ranks that share DTensors decide together, by an all-reduce of one number.
+        With ``capturable=True`` the GPU leaves updates out, and nothing waits; it cannot raise.
     drift : bool
         Measure in the same pass how far the weights are from the average, see :attr:`drift`. Not
         for DTensors.
     capturable : bool
         Count the updates on the GPU, so that :meth:`update` can be captured in a CUDA graph whose
         replays follow the schedule, warm-ups and random bits included. Costs one small kernel per
-        update; reading :attr:`num_updates` then waits for the GPU. Call :meth:`update` once on the
+        update; reading :attr:`num_updates` or :attr:`num_skipped` waits for the GPU. Call :meth:`update` once on the
         capturing stream first, or build the average there.
     watch : {"all", "sample"}
         Which tensors :meth:`update` checks for having moved: all of them, about 40 nanoseconds each

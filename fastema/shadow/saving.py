@@ -90,8 +90,9 @@ class Saveable(Evaluated[Weights]):
             binding = self._bind(self._binding.container, store)
             count = self._count
             if count is not None:
-                done = count.done()
-                count = ScheduleCounter(binding.contexts, self._schedule, self._seed, done)
+                done, skipped = count.done(), count.skipped()
+                contexts = binding.contexts
+                count = ScheduleCounter(contexts, self._schedule, self._seed, done, skipped)
                 self._warm_up(count, binding)
             if self._captured:  # its replays must not write where others are
                 keep_for_graphs(self._store, self._count)
@@ -121,7 +122,7 @@ class Saveable(Evaluated[Weights]):
                 self._ranks.compare(self._common_settings())
             counters = {
                 "num_updates": self.num_updates,
-                "num_skipped": self._num_skipped,
+                "num_skipped": self.num_skipped,
                 "seed": self._seed,
             }
             log_decays = self._log_decays
@@ -215,7 +216,9 @@ class Saveable(Evaluated[Weights]):
                 self._log_decays = saved.log_decays
                 self._measured = None
                 if self._count is not None:  # first: it waits for replays that are still to come
-                    self._count.set(self._schedule, tables, self._seed, self._done)
+                    self._count.set(
+                        self._schedule, tables, self._seed, self._done, self._num_skipped
+                    )
                 program.run({"all": "copy"})
         if saved.schedule != own:
             warnings.warn(

@@ -62,10 +62,11 @@ class ScheduleCounter:
         schedule: Schedule,
         seed: int,
         done: int = 0,
+        skipped: int = 0,
     ) -> None:
         tables = tables_for(schedule)
-        self._clock = StepCounter(contexts_of(contexts))
-        self.set(schedule, tables, seed, done)
+        self._clock = StepCounter(contexts_of(contexts), len(schedule.rules))
+        self.set(schedule, tables, seed, done, skipped)
 
     @property
     def args(self) -> LaunchArgs:
@@ -80,7 +81,11 @@ class ScheduleCounter:
         """Updates so far; waits for the device."""
         return self._clock.done()
 
-    def set(self, schedule: Schedule, tables: Tables, seed: int, done: int) -> None:
+    def skipped(self) -> int:
+        """Updates left out because a weight was not finite; waits for the device."""
+        return self._clock.skipped()
+
+    def set(self, schedule: Schedule, tables: Tables, seed: int, done: int, skipped: int) -> None:
         """Go on from another update, by another schedule whose tables these are."""
         self._clock.set(
             tables,
@@ -89,4 +94,5 @@ class ScheduleCounter:
             start=schedule.start_after,
             every=schedule.update_every,
             window=_window(schedule),
+            skipped=skipped,
         )

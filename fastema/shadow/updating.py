@@ -81,10 +81,10 @@ class Updating(Generic[Weights]):
         buffers = checked(buffers, "buffers", Policy)
         self._watch = _WATCHES[checked(watch, "watch", WatchMode)]
         self._on_nonfinite = checked(on_nonfinite, "on_nonfinite", OnNonFinite)
-        if capturable and on_nonfinite != "propagate":
+        if capturable and on_nonfinite == "raise":
             raise ArgumentError(
-                f"on_nonfinite={on_nonfinite!r} is decided by the host, which a captured graph "
-                "does not ask; with capturable=True only 'propagate' is possible"
+                "on_nonfinite='raise' is decided by the host, which a captured graph does not ask; "
+                "with capturable=True 'skip' leaves the update out"
             )
         self._seed = checked_seed(seed)
         self._measures = drift
@@ -123,8 +123,18 @@ class Updating(Generic[Weights]):
         self._count: ScheduleCounter | None = None
         self._captured = False
         if capturable:
+            self._refuse_several_deciders()
             self._count = ScheduleCounter(self._binding.contexts, self._schedule, self._seed)
             self._warm_up(self._count, self._binding)
+
+    def _refuse_several_deciders(self) -> None:
+        """Refuse devices, or ranks, that would each skip updates by what they see themselves."""
+        several = len(self._binding.contexts) > 1 or self._ranks is not None
+        if self._on_nonfinite == "skip" and several:
+            raise ArgumentError(
+                "on_nonfinite='skip' with capturable=True is decided on the device, and these "
+                "weights are divided among several; leave one of the two out"
+            )
 
     def _bind(self, container: Any, store: Store, leaves: Leaves | None = None) -> ShadowBinding:
         return ShadowBinding(container, store, self._names, self._watch, leaves)
@@ -157,6 +167,8 @@ class Updating(Generic[Weights]):
         """
         with binding.current() as program:
             program.run(self._operations, count.args)
+        if self._on_nonfinite == "skip":
+            binding.prepare_flag()
 
     # -- the weights ------------------------------------------------------------------------------
 
@@ -182,7 +194,7 @@ class Updating(Generic[Weights]):
     @property
     def num_skipped(self) -> int:
         """Calls of :meth:`update` that changed nothing because a weight was not finite."""
-        return self._num_skipped
+        return self._num_skipped if self._count is None else self._count.skipped()
 
     @property
     def decay(self) -> float | tuple[float, ...]:
@@ -278,6 +290,8 @@ class Updating(Generic[Weights]):
         program.prepare(self._operations)
         self._captured = self._captured or self._binding.capturing()
         with defer_signals():
+            if self._on_nonfinite == "skip":
+                self._binding.flag_nonfinite(count.args)
             count.advance()
             program.run(self._operations, count.args)
             self._measured = program if self._measures else None

@@ -8,6 +8,7 @@ after the work on those that were noted with it. A launch that then touches it i
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import os
@@ -571,6 +572,55 @@ def test_drift_is_that_of_the_latest_replay(late: Late) -> None:
         late.replay(graph)
         apart = weights[0].double() - ema.shadow["0"].double()
         assert ema.drift.distance == pytest.approx(float(apart.square().sum()) ** 0.5, rel=1e-5)
+
+
+def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Late) -> None:
+    options = {"decay": [warmup(0.9), *(0.9,) * 9], "start_after": 2, "update_every": 2}
+    weights = [late.random(300), late.random(7).bfloat16()]
+    mask = late.tensor(torch.tensor([float("-inf"), 1.0]), "a mask")
+    model = torch.nn.ParameterList(weights)
+    model.register_buffer("mask", mask)
+    ema = fastema.EMA(model, capturable=True, on_nonfinite="skip", **options)
+    late.stub.place = lambda tensor: None
+    there = copy.deepcopy(model)
+    want = fastema.EMA(there, on_nonfinite="skip", **options)
+    late.stub.place = lambda tensor: 0
+    ema.update()
+    want.update()
+    with late.capture() as graph:
+        ema.update()
+    late.context.calls.clear()
+    generator = np.random.default_rng(4)
+    for _ in range(40):
+        move(model.parameters())
+        if generator.random() < 0.6:
+            model[int(generator.integers(2))].data.view(-1)[3] = generator.choice([np.nan, np.inf])
+        there.load_state_dict(model.state_dict())
+        late.replay(graph)
+        late.stub.place = lambda tensor: None
+        want.update()
+        late.stub.place = lambda tensor: 0
+        for parameter in model.parameters():
+            parameter.data.nan_to_num_(0.5, 0.5, 0.5)
+    assert not late.context.calls  # nothing was asked of the device, nothing waited
+    assert (ema.num_updates, ema.num_skipped) == (want.num_updates, want.num_skipped)
+    assert ema.num_skipped > 3
+    for got, expected in zip(ema.shadows, want.shadows, strict=True):
+        assert_equal(dict(got), dict(expected))
+    state = ema.state_dict()
+    assert state["num_skipped"] == want.num_skipped
+    resumed = fastema.EMA(model, capturable=True, on_nonfinite="skip", **options)
+    resumed.load_state_dict(state)
+    assert resumed.num_skipped == want.num_skipped
+    assert resumed.to(dtype="float64").num_skipped == want.num_skipped
+
+
+def test_weights_that_were_not_finite_before_the_first_update_leave_none_out(late: Late) -> None:
+    weights = [late.tensor(torch.tensor([float("nan"), 1.0]))]
+    ema = fastema.EMA(weights, 0.5, capturable=True, on_nonfinite="skip")
+    weights[0][0] = 2.0
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (1, 0)
 
 
 def test_a_capture_after_the_model_moved_is_refused_until_one_call_outside(late: Late) -> None:

@@ -102,10 +102,10 @@ def tables_of(rules: Sequence[Rule], every: int) -> list[Table]:
 @functools.cache
 def threads_twin() -> Any:
     """The kernel with any number of threads, in any order: ``run(clock, order, threads)``."""
-    done, advance = cuda_clock.done, cuda_clock.advance
+    read, advance = cuda_clock.read, cuda_clock.advance
 
     def run(clock, order, threads):  # type: ignore[no-untyped-def]
-        before = done(clock)
+        before = read(clock, clock)
         for k in range(threads):
             advance(clock, before, load(pointer_i64(order), k), threads)
 
@@ -137,6 +137,7 @@ class Clock:
                 abi.START: start,
                 abi.EVERY: every,
                 abi.WINDOW: window,
+                **dict.fromkeys((abi.TRIES, abi.NOT_FINITE, abi.SKIPPED), 0),
             },
             **{abi.TABLES + 2 * k + 1: 0 for k in range(MAX_AVERAGES)},
         }.items():
@@ -153,11 +154,13 @@ class Clock:
         if self.cells[abi.WINDOW]:
             written += [abi.SLOT, abi.TURN]
         self.cells[written] = POISON
-        (run or clock_twin())(self.address)
+        calls = int(self.cells[abi.TRIES])
+        run(self.address) if run else clock_twin()(self.address, 1)
         assert self.cells[abi.DONE] == self.cells[abi.STEP] == done + 1
+        assert self.cells[abi.TRIES] == calls + 1
         assert self.cells[abi.IDLE] in (0, 1)
         rest = np.ones(len(before), bool)
-        rest[AROUND + np.array([abi.DONE, *written])] = False
+        rest[AROUND + np.array([abi.DONE, abi.TRIES, *written])] = False
         assert np.array_equal(self._whole[rest], before[rest])
         kept = self.cells[abi.WEIGHTS : abi.WEIGHTS + MAX_AVERAGES] == POISON
         if self.cells[abi.WINDOW]:
@@ -173,6 +176,34 @@ class Clock:
             return ()
         found = self.cells[abi.WEIGHTS : abi.WEIGHTS + len(self.tables)].view(np.float64)
         return tuple(found.tolist())
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_flagged_update_is_left_out_and_counted(window: int) -> None:
+    rules = (constant(0.9), power(0.05))
+    schedule = Schedule(rules, 2, 3)
+    clock = Clock(tables_of(rules, 2), start=3, every=2, window=window)
+    flag = cpu_kernel(types.void(types.int64))(cuda_clock.flag)
+    generator, step, skipped = np.random.default_rng(7), 0, 0
+    for _ in range(200):
+        flagged = generator.random() < 0.4
+        if flagged:
+            flag(clock.address)
+        idle = not exact(schedule, step + 1)
+        if flagged and not idle:
+            before = clock.cells.copy()
+            clock_twin()(clock.address, 1)
+            skipped += 1
+            same = np.ones(CLOCK_CELLS, bool)
+            same[[abi.TRIES, abi.IDLE, abi.SKIPPED]] = False
+            assert np.array_equal(clock.cells[same], before[same])
+            assert clock.cells[abi.IDLE]
+        else:
+            clock_twin()(clock.address, 1)
+            step += 1
+            assert clock.cells[abi.IDLE] == idle
+        assert clock.cells[[abi.DONE, abi.SKIPPED]].tolist() == [step, skipped]
+    assert skipped > 20
 
 
 def exact(schedule: Schedule, step: int) -> tuple[float, ...]:

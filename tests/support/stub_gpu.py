@@ -27,7 +27,7 @@ from fastema.engine.driver import DriverError
 from fastema.kernels import cuda, cuda_clock
 from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.operations import OPERATIONS
-from fastema.kernels.table import COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
+from fastema.kernels.table import CLOCK_CELLS, COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
 from fastema.kernels.variants import CLOCK
 from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
@@ -55,7 +55,8 @@ SIGNATURE = types.void(*(types.int64,) * 4, *(types.float64,) * 8, *(types.int64
 def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
     """A kernel with the parameters it has on a GPU, its blocks and threads in a row."""
     body, measures = cuda.bodies(operation, formats, layout), OPERATIONS[operation].measures
-    number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda._rows
+    number_of, moment_of, rows_of = cuda._number, cuda._launch_args, cuda.rows_to_do(operation)
+    flags, flag = operation == "finite", cuda_clock.flag
 
     def run(  # type: ignore[no-untyped-def]
         table, rows, results, clock, w0, w1, w2, w3, w4, w5, w6, w7, seed, step, window, slot, turn
@@ -69,7 +70,10 @@ def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
             for thread in range(THREADS):
                 a, b, c = body(cells, at, number, now, thread, THREADS)
                 one, two, three = one + a, two + b, three + c
-            if measures:
+            if flags and clock:
+                if one > 0.0:
+                    flag(clock)
+            elif measures:
                 found = pointer_f64(results)
                 store(found, row * MEASURES + DISTANCE, one)
                 store(found, row * MEASURES + SQUARE, two)
@@ -80,15 +84,17 @@ def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
 
 @cache
 def clock_twin() -> Any:
-    """The kernel that advances a clock."""
-    done, advance = cuda_clock.done, cuda_clock.advance
+    """The kernel that advances clocks, the last one first."""
+    read, advance = cuda_clock.read, cuda_clock.advance
 
-    def run(clock):  # type: ignore[no-untyped-def]
-        before = done(clock)
-        for thread in range(THREADS):
-            advance(clock, before, thread, THREADS)
+    def run(first, clocks):  # type: ignore[no-untyped-def]
+        for block in range(clocks - 1, -1, -1):
+            clock = first + block * (8 * CLOCK_CELLS)
+            before = read(clock, first)
+            for thread in range(THREADS):
+                advance(clock, before, thread, THREADS)
 
-    return cpu_kernel(types.void(types.int64))(run)
+    return cpu_kernel(types.void(types.int64, types.int64))(run)
 
 
 def read(address: int, kinds: Sequence[type]) -> list[Any]:
@@ -142,7 +148,7 @@ class StubDriver:
             raise DriverError("CUDA_ERROR_LAUNCH_FAILED")
         self.launches.append((key.operation, blocks, stream))
         if key.operation == CLOCK:
-            job = self.bound(clock_twin(), read(parameters, [ctypes.c_int64]))
+            job = self.bound(clock_twin(), [*read(parameters, [ctypes.c_int64]), blocks])
         else:
             values = read(parameters, PARAMETERS)
             assert blocks == values[1]
