@@ -15,6 +15,15 @@ CLOCK = "advance"
 """The kernel that takes a clock to the next update, which has no formats and no layout."""
 
 
+_RINGS = {
+    "f64": FLOATS,
+    "f32": ("f32", "f16", "bf16"),
+    "f16": ("f16",),
+    "bf16": ("bf16",),
+}
+"""What a window keeps of weights: their own dtype or a narrower one."""
+
+
 class Variant(NamedTuple):
     """An operation, the formats of its streams, and the layout of its tables."""
 
@@ -49,7 +58,7 @@ def _formats() -> Iterator[tuple[str, ...]]:
     yield "unpark", "raw4", "raw2"
     for dst in FORMS[:-1]:
         for src in FLOATS:
-            for ring in FLOATS:
+            for ring in _RINGS[src]:
                 yield "window", dst, src, ring, "f64" if "f64" in (dst, src) else "f32"
 
 

@@ -70,8 +70,8 @@ class EMA(Average[Weights]):
     capturable : bool
         Count the updates on the GPU, so that :meth:`update` can be captured in a CUDA graph whose
         replays follow the schedule, warm-ups and random bits included. Costs one small kernel per
-        update; reading :attr:`num_updates` or :attr:`num_skipped` waits for the GPU. Call :meth:`update` once on the
-        capturing stream first, or build the average there.
+        update; reading :attr:`num_updates` or :attr:`num_skipped` waits for the GPU. Call
+        :meth:`update` once on the capturing stream first, or build the average there.
     watch : {"all", "sample"}
         Which tensors :meth:`update` checks for having moved: all of them, about 40 nanoseconds each
         for torch, or a sixteenth of them in turn. What moves every tensor is then still noticed at

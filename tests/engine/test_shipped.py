@@ -96,8 +96,9 @@ def test_every_kernel_that_an_average_selects_is_shipped(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.usefixtures("selected")
 def test_every_kernel_that_a_window_selects_is_shipped(dtype: str) -> None:
+    narrower = {"float64": FLOATS, "float32": FLOATS[1:]}
     for stored, ring, rounding in product(
-        (None, *FLOATS), (None, *FLOATS), ("stochastic", "nearest")
+        (None, *FLOATS), (None, *narrower.get(dtype, ())), ("stochastic", "nearest")
     ):
         weights = model(dtype)
         try:
