@@ -23,6 +23,11 @@ ROOMS = {
     "rules": ["tests/rules"],
     "layout": ["tests/layout"],
     "engine": ["tests/engine"],
+    "gpu": [
+        *(f"tests/engine/test_{name}.py" for name in ("shipped", "driver_calls", "cuda_host")),
+        *("tests/engine/test_cuda_attacks.py", "tests/kernels/test_cuda_clock.py"),
+        "tests/kernels/test_cuda_compile.py",
+    ],
     "shadow": ["tests/shadow"],
     "binding": [
         "tests/binding",
@@ -89,6 +94,41 @@ PLANTED = {
         },
         "fastema/compat/averager.py": {
             "moved in a block": ("        if self._moved():\n", "        if False:\n")
+        },
+    },
+    "gpu": {
+        "fastema/engine/shipped.py": {
+            "any older code": ("if major == capability[0] and", "if major <= capability[0] and"),
+            "other sources": (" != source_stamp():", ' == "":'),
+            "next kernel": ("            at += size\n", "            at += size + 1\n"),
+        },
+        "fastema/engine/build_cubins.py": {
+            "fused products": ("(add|sub|mul|mad)", "(add|sub|mad)"),
+            "spilled registers": ("if made.spilled or made.stack:", "if made.stack:"),
+        },
+        "fastema/engine/driver.py": {"minor before major": ("= 75, 76\n", "= 76, 75\n")},
+        "fastema/engine/cuda.py": {
+            "context kept": (
+                "                if foreign:\n                    driver.pop()\n",
+                "                if not foreign:\n                    driver.pop()\n",
+            ),
+        },
+        "fastema/engine/cuda_group.py": {
+            "first clock": ("= 8 * CLOCK_CELLS * batch\n", "= 0 * CLOCK_CELLS * batch\n"),
+        },
+        "kernels/cuda.py": {
+            "guard when idle": (
+                'return _all_rows if operation == "finite" else _rows_unless_idle',
+                "return _rows_unless_idle",
+            ),
+            "products and sums": ("partial(compiled, fma=False)", "partial(compiled, fma=True)"),
+        },
+        "kernels/cuda_clock.py": {
+            "idle steps skipped": ("skips = flagged and not idle", "skips = flagged"),
+            "flag for the last": ("load(cells, abi.TRIES) + 1)", "load(cells, abi.TRIES))"),
+        },
+        "kernels/variants.py": {
+            "no copies of bits": ('        yield "copy", raw, raw\n', ""),
         },
     },
     "kernels": {

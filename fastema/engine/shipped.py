@@ -50,8 +50,8 @@ def entry_name(operation: str) -> str:
 
 
 def _targets(capability: tuple[int, int]) -> Iterator[str]:
-    """Yield the folders whose code runs on a GPU, the best one first."""
-    for major, minor in reversed(CAPABILITIES):
+    """Yield the folders whose code runs on a GPU, the better one first."""
+    for major, minor in CAPABILITIES:
         if major == capability[0] and minor <= capability[1]:
             yield f"sm_{major}{minor}"
     if capability >= PTX_CAPABILITY:

@@ -14,6 +14,8 @@ import pytest
 
 import fastema
 
+from ..support.arrays import numbers
+
 SIZE = 1 << 20
 
 
@@ -50,9 +52,7 @@ class Alarms:
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("count", [1, 3])
-def test_interrupted_updates_are_whole(
-    count: int, numbers: Callable[..., np.ndarray], threads: Callable[[int], None]
-) -> None:
+def test_interrupted_updates_are_whole(count: int, threads: Callable[[int], None]) -> None:
     threads(count)
     cut = [0, 1, 1000, SIZE // 3, SIZE]
     whole, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)

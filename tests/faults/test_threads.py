@@ -12,6 +12,8 @@ import pytest
 
 import fastema
 
+from ..support.arrays import numbers
+
 pytestmark = pytest.mark.usefixtures("eager")
 
 SIZE = 700_000
@@ -51,7 +53,7 @@ def together(tasks: list[Callable[[], None]]) -> None:
 @pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize("callers", [2, 3])
 def test_threads_with_plans_of_their_own(
-    callers: int, count: int, numbers: Callable[..., np.ndarray], threads: Callable[[int], None]
+    callers: int, count: int, threads: Callable[[int], None]
 ) -> None:
     threads(count)
     sides = [(numbers(SIZE, "f32", i), numbers(SIZE, "f32", 9 + i)) for i in range(callers)]
@@ -68,9 +70,7 @@ def test_threads_with_plans_of_their_own(
 
 
 @pytest.mark.parametrize("callers", [2, 3])
-def test_threads_that_share_a_plan(
-    callers: int, numbers: Callable[..., np.ndarray], threads: Callable[[int], None]
-) -> None:
+def test_threads_that_share_a_plan(callers: int, threads: Callable[[int], None]) -> None:
     threads(2)
     avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)
     want = serial(avg, x, callers * STEPS // 6)
@@ -96,7 +96,6 @@ BUILDS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_threads_that_share_an_average(
     build: Callable[[dict[str, np.ndarray]], Any],
-    numbers: Callable[..., np.ndarray],
     threads: Callable[[int], None],
 ) -> None:
     """Every call is whole and counted, whatever else is called meanwhile."""
@@ -174,9 +173,7 @@ def test_kernels_are_asked_for_by_many_threads_at_once(python: Callable[..., str
     python(script, NUMBA_CACHE_DIR="")
 
 
-def test_the_gil_is_free_during_an_update(
-    numbers: Callable[..., np.ndarray], threads: Callable[[int], None]
-) -> None:
+def test_the_gil_is_free_during_an_update(threads: Callable[[int], None]) -> None:
     threads(1)
     avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)
     plan = fastema.Plan([np.tile(avg, 20)], [np.tile(x, 20)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from . import reference, tolerance
+from .arrays import assert_same, numbers
 from .tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
 
 FLOATS = list(reference.FLOATS)
@@ -72,9 +72,7 @@ def test_encode_around_every_midpoint(code: str) -> None:
 
 
 @pytest.mark.parametrize("code", ["f32", "f16"])
-def test_encode_agrees_with_numpy(
-    code: str, numbers: Callable[..., np.ndarray], assert_same: Callable[..., None]
-) -> None:
+def test_encode_agrees_with_numpy(code: str) -> None:
     storage = reference.FLOATS[code].storage
     values = np.concatenate([numbers(9000, "f64", 1, "bits"), numbers(9000, "f64", 2) * 2.0**-20])
     with np.errstate(all="ignore"):
@@ -93,8 +91,6 @@ def test_lerp_rounds_where_it_says(
     dst: str,
     src: str,
     kind: str,
-    numbers: Callable[..., np.ndarray],
-    assert_same: Callable[..., None],
 ) -> None:
     avg, x = numbers(400, dst, 5, kind), numbers(400, src, 6, kind)
     real = np.float64 if dst == "f64" else np.float32
@@ -130,7 +126,7 @@ def _as_real(exact: Fraction | float, code: str) -> float:
 
 @pytest.mark.parametrize("dst", FLOATS)
 @pytest.mark.parametrize("src", FLOATS)
-def test_lerp_is_within_its_bound(dst: str, src: str, numbers: Callable[..., np.ndarray]) -> None:
+def test_lerp_is_within_its_bound(dst: str, src: str) -> None:
     avg, x = numbers(5000, dst, 7), numbers(5000, src, 8)
     for w in WEIGHTS:
         got = reference.decode(reference.lerp(avg, x, w, dst, src), dst)
@@ -148,7 +144,7 @@ def test_cast_bound_is_reached_by_ties_only(code: str) -> None:
     np.testing.assert_array_equal(cast_bound(np.zeros(1), code), [form.smallest / 2])
 
 
-def test_complex_numbers_are_pairs(numbers: Callable[..., np.ndarray]) -> None:
+def test_complex_numbers_are_pairs() -> None:
     avg, x = numbers(50, "c64", 1), numbers(50, "c128", 2)
     got = reference.lerp(avg, x, 0.3, "c64", "c128")
     assert got.dtype == np.complex64
@@ -236,7 +232,7 @@ def test_random_words_in_whole_numbers() -> None:
             assert word == x * (2 * x + 1) % 2**32 >> 16
 
 
-def test_split_halves_are_the_nearest_and_the_rest(numbers: Callable[..., np.ndarray]) -> None:
+def test_split_halves_are_the_nearest_and_the_rest() -> None:
     values = np.concatenate([numbers(20_000, "f32", 1), numbers(20_000, "f32", 2, "bits")])
     ties = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16) | np.uint32(0x8000)).view("f4")
     values = np.concatenate([values, ties])

@@ -28,6 +28,7 @@ from fastema.tensorflow import ExponentialMovingAverage
 
 from ..conftest import ROOT
 from ..support import reference
+from ..support.arrays import assert_same
 from ..support.tolerance import unit_roundoff
 
 NEEDS = ("keras",)
@@ -117,9 +118,7 @@ def averages(ema: Any, weights: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("code", CODES)
-def test_values_to_the_bit(
-    code: str, rounding: str, way: Way, rng: np.random.Generator, assert_same: Any
-) -> None:
+def test_values_to_the_bit(code: str, rounding: str, way: Way, rng: np.random.Generator) -> None:
     weights = variables(rng, code)
     ema = ExponentialMovingAverage(0.97, rounding=rounding, seed=9)
     update = way(lambda: ema.apply(weights))
