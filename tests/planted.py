@@ -329,13 +329,13 @@ PLANTED = {
         "fastema/shadow/entries.py": {
             "last pattern": ("patterns[matching[0]]", "patterns[matching[-1]]")
         },
-        "fastema/distributed/folder.py": {
+        "fastema/checkpoint/folder.py": {
             "stretches": (
                 "    while axis and extents[axis - 1] == tensor.shape[axis - 1]:",
                 "    while axis and extents[axis - 1] <= tensor.shape[axis - 1]:",
             )
         },
-        "fastema/distributed/dcp.py": {
+        "fastema/checkpoint/dcp.py": {
             "a path in a folder": (
                 "            if Path(name).name != name:",
                 "            if not name:",

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from fastema.checkpoint import dcp
 from fastema.checkpoint.files import StoredTensor
-from fastema.distributed import dcp, live
-from fastema.distributed.folder import (
+from fastema.checkpoint.folder import (
     Block,
     Files,
     begin,
@@ -19,6 +19,7 @@ from fastema.distributed.folder import (
     refuse_occupied,
     write_blocks,
 )
+from fastema.distributed import live
 from fastema.distributed.group import RankGroup
 from fastema.errors import ArgumentError, CheckpointError, listed
 from fastema.rules.checks import checked_whole

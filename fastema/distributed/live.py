@@ -11,7 +11,7 @@ from fastema.binding.swap import rounded
 from fastema.bridges.memory import row_major_on_host
 from fastema.bridges.registry import describe, part_of
 from fastema.checkpoint.files import StoredTensor
-from fastema.distributed.folder import Block
+from fastema.checkpoint.folder import Block
 from fastema.errors import CheckpointError, FastemaError
 from fastema.layout.dtypes import DType
 from fastema.layout.group import Pair

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import fastema
+from fastema.checkpoint import dcp
 from fastema.checkpoint.files import StoredTensor
-from fastema.distributed import consolidate, dcp
-from fastema.distributed.folder import Block, begin, pieces, plan, write_blocks
+from fastema.checkpoint.folder import Block, begin, pieces, plan, write_blocks
+from fastema.distributed import consolidate
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.layout.dtypes import dtype
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
-import pickletools
 import stat
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastema.checkpoint import pickles
 from fastema.checkpoint.files import StoredTensor, reading
-from fastema.distributed.folder import Block
+from fastema.checkpoint.folder import Block
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
@@ -25,22 +24,6 @@ from fastema.layout.flat import row_major
 __all__ = ["Chunked", "Folder", "average_in", "blocks_of", "opened", "state_in"]
 
 _CODE_OF: Final = {name: code for code, name in NAME_OF.items()}
-
-_STORAGES: Final = {
-    "DoubleStorage": "f64",
-    "FloatStorage": "f32",
-    "HalfStorage": "f16",
-    "BFloat16Storage": "bf16",
-    "ComplexFloatStorage": "c64",
-    "ComplexDoubleStorage": "c128",
-    "CharStorage": "i8",
-    "ShortStorage": "i16",
-    "IntStorage": "i32",
-    "LongStorage": "i64",
-    "ByteStorage": "u8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "",
-}
 
 _LONGEST: Final = 1 << 28
 """Bytes of the description of a folder that is still read."""
@@ -85,54 +68,6 @@ _ALLOWED: Final[dict[tuple[str, str], Any]] = {
 }
 
 
-def _refuse_far_places(data: bytes) -> None:
-    """Refuse a pickle that keeps an object at a far place, up to which memory would be taken."""
-    count = 0
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            if int(argument or 0) > count + 256:
-                raise pickle.UnpicklingError(f"it keeps an object at {argument}")
-            count += 1
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes nothing but what is allowed."""
-
-    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any]) -> None:
-        _refuse_far_places(data)
-        super().__init__(io.BytesIO(data))
-        self._allowed = allowed
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._allowed[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-
-class _Rebuilt(NamedTuple):
-    """A tensor in a file of its own: its storage, and how it lies there."""
-
-    storage: tuple[Any, ...]
-    offset: int
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _rebuilt(storage: Any, offset: int, size: Any, strides: Any, *_: Any) -> _Rebuilt:
-    return _Rebuilt(tuple(storage), int(offset), tuple(size), tuple(strides))
-
-
-_ALLOWED_IN_TENSOR: Final[dict[tuple[str, str], Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
-    ("collections", "OrderedDict"): OrderedDict,
-    **{(module, name): name for module in ("torch", "torch.storage") for name in _STORAGES},
-}
-
-
 class _Chunk(NamedTuple):
     """A block of a tensor, and the part of a file that it is in."""
 
@@ -162,7 +97,7 @@ def opened(path: Path) -> Folder:
     """Read the description of a folder; a CheckpointError if it is missing or damaged."""
     description = path / ".metadata"
     try:
-        found = _Unpickler(_content(description), _ALLOWED).load()
+        found = pickles.load(_content(description), _ALLOWED)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} has no .metadata: it is no folder of torch.distributed.checkpoint, or one "
@@ -330,12 +265,12 @@ class _Reader:
         ):
             raise CheckpointError(f"{self._name}: its description is compressed, or too long")
         with archive.open(described) as file:
-            found = _Unpickler(file.read(_LONGEST_OF_TENSOR), _ALLOWED_IN_TENSOR).load()
-        if not isinstance(found, _Rebuilt):
+            found = pickles.load(file.read(_LONGEST_OF_TENSOR), pickles.TENSORS)
+        if not isinstance(found, pickles.Rebuilt):
             raise CheckpointError(f"{self._name}: there is no plain tensor")
         _, kind, key, _, _ = found.storage
         code = self._tensor.kind.code
-        if _STORAGES.get(kind) != code or found.size != self._chunk.shape:
+        if pickles.STORAGES.get(kind) != code or found.size != self._chunk.shape:
             raise CheckpointError(
                 f"{self._name}: the file has a {kind} of shape {list(found.size)}, expected "
                 f"{code}{list(self._chunk.shape)}"
