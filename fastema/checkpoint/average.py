@@ -1,9 +1,10 @@
-"""Files averaged in a stream: what is in memory is the result and a few MB."""
+"""Tensors of several checkpoints summed in a stream: what is in memory is a few pieces of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Final, NamedTuple
@@ -12,98 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.bridges.memory import Memory
-from fastema.checkpoint.files import File
+from fastema.checkpoint.files import File, Fill, StoredTensor
 from fastema.engine.program import Program
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DType, average_of, parse
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["weighted_sum"]
+__all__ = ["Read", "Write", "weighted_sum", "weighted_sums"]
 
-_AT_ONCE: Final = 16 << 20
-"""Bytes of all files together that are read before they are summed: they are still in the cache
-then."""
+Read = Callable[[str, int, memoryview], None]
+"""``read(name, first, buffer)``: fill a buffer with a tensor's bytes from one on."""
 
-_LEAST: Final = 1 << 14
-"""Elements of each file that are read at once, however many files there are."""
+Write = Callable[[int, str, int, memoryview], None]
+"""``write(output, name, first, buffer)``: put bytes of a sum where they belong."""
 
-_READERS: Final = 8
-"""Threads that read: more than cores, since a disk answers several requests at a time best."""
+_ROOM: Final = 1 << 16
+"""Elements of a piece: its sums, in float64, stay in the second-level cache."""
+
+_TOGETHER: Final = 16
+"""Checkpoints whose pieces are in memory at a time, for each thread."""
+
+_THREADS: Final = 8
+"""Threads that read and sum: more than cores, since a disk answers several requests at a time
+best."""
 
 Bytes = NDArray[np.uint8]
-
-
-def weighted_sum(
-    files: Sequence[File],
-    coefficients: Sequence[float],
-    result: Mapping[str, Memory],
-    summed: Collection[str],
-    advance: Callable[[int], None] = lambda n: None,
-) -> None:
-    """``result = sum of coefficient * file``, in float64, rounded once to the result's dtypes.
-
-    All files have the same tensors, those not ``summed`` are taken from the last one, and
-    ``result`` is row-major. ``advance`` is called with the number of bytes that were read.
-    """
-    with ExitStack() as stack:
-        fills = [stack.enter_context(file.opened()) for file in files]
-        newest = files[-1]
-        for name, (_, spec) in result.items():
-            if name not in summed and spec.nbytes:
-                fills[-1](newest.tensors[name].offset, spec.bytes())
-        threads = min(_READERS, 4 * (os.cpu_count() or 1))
-        readers = stack.enter_context(ThreadPoolExecutor(threads, "fastema-read"))
-        groups: dict[tuple[DType, DType], list[str]] = {}
-        for name in summed:
-            groups.setdefault((newest.tensors[name].kind, result[name][1].kind), []).append(name)
-        for (kind, to), names in groups.items():
-            bench = _Workbench(coefficients, kind, to)
-            for batch in _batches(names, newest, bench.room):
-                parts = [
-                    readers.submit(_read_piece, fill, file, batch, buffer)
-                    for fill, file, buffer in zip(fills, files, bench.buffers, strict=True)
-                ]
-                for part in parts:
-                    part.result()
-                bench.add_up()
-                for piece in batch:
-                    here, there, count = (
-                        n * to.itemsize for n in (piece.at, piece.first, piece.size)
-                    )
-                    target = result[piece.name][1].bytes()
-                    target[there : there + count] = bench.rounded.data[here : here + count]
-                advance(len(files) * kind.itemsize * sum(piece.size for piece in batch))
-
-
-class _Workbench:
-    """Buffers for a part of every file, and the programs that make a part of the result of them."""
-
-    def __init__(self, coefficients: Sequence[float], kind: DType, to: DType) -> None:
-        fitting = _AT_ONCE // (len(coefficients) * kind.itemsize)
-        self.room = max(fitting // _LEAST, 1) * _LEAST
-        wide = average_of(kind, parse("f64"))
-        self.buffers = [np.zeros(self.room * kind.itemsize, np.uint8) for _ in coefficients]
-        self.rounded = np.zeros(self.room * to.itemsize, np.uint8)
-        self._total = np.zeros(self.room * wide.itemsize, np.uint8)
-        total = self._spec(self._total, wide)
-        terms = [
-            Pair("sum", total, self._spec(buffer, kind), average_index=index)
-            for index, buffer in enumerate(self.buffers)
-        ]
-        self._sum = Program({"all": terms})
-        self._round = Program({"all": [Pair("sum", self._spec(self.rounded, to), total)]})
-        self._args = LaunchArgs(coefficients)
-
-    def _spec(self, memory: Bytes, kind: DType) -> TensorSpec:
-        address = memory.ctypes.data
-        return TensorSpec(address, (self.room,), (1,), kind.code, "cpu", owner=memory)
-
-    def add_up(self) -> None:
-        """Make ``rounded`` of the buffers."""
-        self._total.fill(0)
-        self._sum.run({"all": "add"}, self._args)
-        self._round.run({"all": "copy"})
 
 
 class _Piece(NamedTuple):
@@ -115,28 +50,190 @@ class _Piece(NamedTuple):
     at: int
 
 
-def _batches(names: Sequence[str], file: File, room: int) -> Iterator[list[_Piece]]:
-    """The tensors cut into pieces, as many at a time as the buffers have room for."""
+class _Batch(NamedTuple):
+    """Pieces that fill a buffer, of tensors of the same dtypes."""
+
+    kinds: tuple[DType, ...]  # in each checkpoint
+    to: DType
+    pieces: list[_Piece]
+
+
+def weighted_sums(
+    reads: Sequence[Read],
+    tensors: Sequence[Mapping[str, StoredTensor]],
+    coefficients: Sequence[Sequence[float]],
+    wanted: Mapping[str, DType],
+    write: Write,
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """``output = sum of coefficient * checkpoint``, in float64, rounded once to what is wanted.
+
+    Parameters
+    ----------
+    reads, tensors : sequence
+        Of every checkpoint, how it is read and what it holds, of one shape in all.
+    coefficients : sequence of sequence of float
+        For every output, one number for each checkpoint. All outputs are made in one pass.
+    wanted : mapping of str to DType
+        The tensors to sum, floats in every checkpoint, and their dtypes in the outputs.
+    write : function
+        Called from several threads, with pieces that do not overlap.
+    advance : function
+        Called with the number of bytes that were read.
+    """
+    batches = _batches(tensors, wanted)
+    taking = threading.Lock()
+    stop = threading.Event()
+
+    def work() -> None:
+        benches: dict[tuple[tuple[DType, ...], DType], _Workbench] = {}
+        while not stop.is_set():
+            with taking:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            key = batch.kinds, batch.to
+            if key not in benches:
+                benches.clear()  # what another pair of dtypes took
+                benches[key] = _Workbench(coefficients, *key)
+            advance(benches[key].run(reads, batch.pieces, write))
+
+    threads = min(_THREADS, 4 * (os.cpu_count() or 1))
+    with ThreadPoolExecutor(threads, "fastema-sum") as pool:
+        futures = [pool.submit(work) for _ in range(threads)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+
+
+class _Workbench:
+    """A thread's buffers, and the programs that make a piece of every output of them."""
+
+    def __init__(
+        self, coefficients: Sequence[Sequence[float]], kinds: tuple[DType, ...], to: DType
+    ) -> None:
+        self._kinds, self._to = kinds, to
+        wide = average_of(to, parse("f64"))
+        count = min(len(kinds), _TOGETHER)
+        largest = max(kind.itemsize for kind in kinds)
+        self._buffers: list[Bytes] = [np.zeros(_ROOM * largest, np.uint8) for _ in range(count)]
+        self._totals: list[Bytes] = [
+            np.zeros(_ROOM * wide.itemsize, np.uint8) for _ in coefficients
+        ]
+        self._rounded: list[Bytes] = [np.zeros(_ROOM * to.itemsize, np.uint8) for _ in coefficients]
+        totals = [_spec(total, wide) for total in self._totals]
+        self._groups = [
+            self._group(range(begin, min(begin + count, len(kinds))), totals, coefficients)
+            for begin in range(0, len(kinds), count)
+        ]
+        pairs = [
+            Pair(f"{k}", _spec(rounded, to), total)
+            for k, (rounded, total) in enumerate(zip(self._rounded, totals, strict=True))
+        ]
+        self._round = Program({"all": pairs})
+
+    def _group(
+        self,
+        members: range,
+        totals: Sequence[TensorSpec],
+        coefficients: Sequence[Sequence[float]],
+    ) -> tuple[range, Program, LaunchArgs]:
+        """Some of the checkpoints, what adds them to the totals, and their coefficients."""
+        pairs: list[Pair] = []
+        numbers: list[float] = []
+        for k, total in enumerate(totals):
+            for place, i in enumerate(members):
+                source = _spec(self._buffers[place], self._kinds[i])
+                pairs.append(Pair(f"{k}", total, source, average_index=len(numbers)))
+                numbers.append(coefficients[k][i])
+        return members, Program({"all": pairs}), LaunchArgs(numbers)
+
+    def run(self, reads: Sequence[Read], pieces: Sequence[_Piece], write: Write) -> int:
+        """Sum some pieces and write them; return the bytes that were read."""
+        for total in self._totals:
+            total.fill(0)
+        elements = sum(piece.size for piece in pieces)
+        done = 0
+        for members, program, args in self._groups:
+            for buffer, i in zip(self._buffers, members, strict=False):
+                size = self._kinds[i].itemsize
+                for name, first, count, at in pieces:
+                    part = buffer.data[at * size : (at + count) * size]
+                    reads[i](name, first * size, part)
+                done += elements * size
+            program.run({"all": "add"}, args)
+        self._round.run({"all": "copy"})
+        size = self._to.itemsize
+        for k, rounded in enumerate(self._rounded):
+            for name, first, count, at in pieces:
+                write(k, name, first * size, rounded.data[at * size : (at + count) * size])
+        return done
+
+
+def _room_for(itemsize: int) -> Bytes:
+    return np.zeros(_ROOM * itemsize, np.uint8)
+
+
+def _spec(memory: Bytes, kind: DType) -> TensorSpec:
+    return TensorSpec(memory.ctypes.data, (_ROOM,), (1,), kind.code, "cpu", owner=memory)
+
+
+def _batches(
+    tensors: Sequence[Mapping[str, StoredTensor]], wanted: Mapping[str, DType]
+) -> Iterator[_Batch]:
+    """Cut the tensors into pieces, as many at a time as the buffers have room for."""
+    groups: dict[tuple[tuple[DType, ...], DType], list[str]] = {}
+    for name, to in wanted.items():
+        kinds = tuple(one[name].kind for one in tensors)
+        groups.setdefault((kinds, to), []).append(name)
+    for (kinds, to), names in groups.items():
+        for pieces in _filled(names, tensors[0]):
+            yield _Batch(kinds, to, pieces)
+
+
+def _filled(names: Iterable[str], tensors: Mapping[str, StoredTensor]) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     at = 0
     for name in names:
-        size, first = file.tensors[name].size, 0
+        size, first = tensors[name].size, 0
         while first < size:
-            piece = _Piece(name, first, min(size - first, room - at), at)
+            piece = _Piece(name, first, min(size - first, _ROOM - at), at)
             batch.append(piece)
             first, at = first + piece.size, at + piece.size
-            if at == room:
+            if at == _ROOM:
                 yield batch
                 batch, at = [], 0
     if batch:
         yield batch
 
 
-def _read_piece(
-    fill: Callable[[int, memoryview], None], file: File, batch: Sequence[_Piece], buffer: Bytes
+def weighted_sum(
+    files: Sequence[File],
+    coefficients: Sequence[float],
+    result: Mapping[str, Memory],
+    summed: Collection[str],
+    advance: Callable[[int], None] = lambda n: None,
 ) -> None:
-    view = buffer.data
-    for piece in batch:
-        kind, _, offset = file.tensors[piece.name]
-        begin, end = piece.at * kind.itemsize, (piece.at + piece.size) * kind.itemsize
-        fill(offset + piece.first * kind.itemsize, view[begin:end])
+    """Sum safetensors files into row-major memory; see :func:`weighted_sums`.
+
+    All files have the same tensors; those not ``summed`` are taken from the last one.
+    """
+    with ExitStack() as stack:
+        reads = [_reader(file, stack.enter_context(file.opened())) for file in files]
+        for name, (_, spec) in result.items():
+            if name not in summed and spec.nbytes:
+                reads[-1](name, 0, spec.bytes())
+
+        def write(output: int, name: str, first: int, data: memoryview) -> None:
+            result[name][1].bytes()[first : first + len(data)] = data
+
+        tensors = [file.tensors for file in files]
+        wanted = {name: result[name][1].kind for name in summed}
+        weighted_sums(reads, tensors, [coefficients], wanted, write, advance)
+
+
+def _reader(file: File, fill: Fill) -> Read:
+    return lambda name, first, buffer: fill(file.tensors[name].offset + first, buffer)

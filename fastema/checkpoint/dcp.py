@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fastema.checkpoint import pickles
 from fastema.checkpoint.files import StoredTensor, reading
 from fastema.checkpoint.folder import Block
+from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
@@ -231,7 +232,7 @@ class _Reader:
     def __call__(self, piece: tuple[slice, ...]) -> Any:
         size = self._tensor.kind.itemsize
         if self._begin is None:
-            self._begin = self._data_offset()
+            self._begin = self.data_offset()
         extents = [one.stop - one.start for one in piece]
         at = sum(one.start * s for one, s in zip(piece, self._strides, strict=True)) * size
         data: NDArray[Any] = np.empty(math.prod(extents) * size, np.uint8)
@@ -239,7 +240,7 @@ class _Reader:
             fill(self._begin + at, memoryview(data.data))
         return data
 
-    def _data_offset(self) -> int:
+    def data_offset(self) -> int:
         """Return where the elements begin in the file."""
         chunk = self._chunk
         try:
@@ -268,16 +269,15 @@ class _Reader:
             found = pickles.load(file.read(_LONGEST_OF_TENSOR), pickles.TENSORS)
         if not isinstance(found, pickles.Rebuilt):
             raise CheckpointError(f"{self._name}: there is no plain tensor")
-        _, kind, key, _, _ = found.storage
         code = self._tensor.kind.code
-        if pickles.STORAGES.get(kind) != code or found.size != self._chunk.shape:
+        if found.code != code or found.size != self._chunk.shape:
             raise CheckpointError(
-                f"{self._name}: the file has a {kind} of shape {list(found.size)}, expected "
+                f"{self._name}: the file has {found.code} of shape {list(found.size)}, expected "
                 f"{code}{list(self._chunk.shape)}"
             )
         if found.strides != self._strides and math.prod(found.size) > 1:
             raise CheckpointError(f"{self._name}: its block is not row-major; load it with torch")
-        data = entries[f"data/{key}"]
+        data = entries[f"data/{found.key}"]
         size = self._tensor.kind.itemsize
         if data.compress_type != zipfile.ZIP_STORED or data.file_size < size * (
             found.offset + math.prod(found.size)
@@ -316,3 +316,36 @@ class _Part(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def stretches_of(name: str, stored: Chunked) -> Stretches:
+    """Where the bytes of a tensor lie, in the files that hold its blocks."""
+    chunks = [one for one in stored.chunks if math.prod(one.shape)]
+    paths = list(dict.fromkeys(one.path for one in chunks))
+
+    def table() -> NDArray[np.int64]:
+        parts = [_stretches(name, stored.tensor, one, paths.index(one.path)) for one in chunks]
+        whole = np.concatenate(parts)
+        return np.asarray(whole[np.argsort(whole[:, 2], kind="stable")])
+
+    return Stretches(paths, table)
+
+
+def _stretches(name: str, tensor: StoredTensor, chunk: _Chunk, place: int) -> NDArray[np.int64]:
+    """The stretches of a block: of the axes from which on it has all of the whole, one."""
+    size, axes = tensor.kind.itemsize, len(chunk.shape)
+    while axes and chunk.shape[axes - 1] == tensor.shape[axes - 1]:
+        axes -= 1
+    outer, inner = chunk.shape[: max(axes - 1, 0)], chunk.shape[max(axes - 1, 0) :]
+    strides = row_major(tensor.shape)
+    first = sum(o * s for o, s in zip(chunk.offset, strides, strict=True))
+    there = np.array(first, np.int64)
+    for extent, stride in zip(outer, strides, strict=False):
+        there = there[..., None] + np.arange(extent, dtype=np.int64) * stride
+    begins = there.reshape(-1)
+    begin = _Reader(name, tensor, chunk).data_offset()
+    found = np.empty((len(begins), 3), np.int64)
+    found[:, 0] = place
+    found[:, 1] = begin + np.arange(len(begins), dtype=np.int64) * (math.prod(inner) * size)
+    found[:, 2] = begins * size
+    return found

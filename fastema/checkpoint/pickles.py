@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from fastema.layout.dtypes import NAME_OF
+
 __all__ = ["STORAGES", "TENSORS", "Rebuilt", "load"]
 
 STORAGES: Final = {
@@ -26,7 +28,6 @@ STORAGES: Final = {
     "BoolStorage": "bool",
     "UntypedStorage": "",
 }
-
 """Names of PyTorch's storages, to codes."""
 
 
@@ -59,23 +60,60 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Rebuilt(NamedTuple):
-    """A tensor in a file of its own: its storage, and how it lies there."""
+    """A tensor: its storage, how it lies there, and its dtype's code."""
 
     storage: tuple[Any, ...]
     offset: int
     size: tuple[int, ...]
     strides: tuple[int, ...]
+    code: str
+
+    @property
+    def key(self) -> str:
+        """The name of the storage in its file."""
+        return str(self.storage[2])
 
 
-def _rebuilt(storage: Any, offset: int, size: Any, strides: Any, *_: Any) -> Rebuilt:
-    return Rebuilt(tuple(storage), int(offset), tuple(size), tuple(strides))
+def _whole(found: Any) -> int:
+    if type(found) is not int or not 0 <= found < 2**62:
+        raise pickle.UnpicklingError(f"{found!r} is no extent, offset or stride")
+    return found
+
+
+def _rebuilt(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    code: Any = None,
+    *_: Any,
+) -> Rebuilt:
+    kind = tuple(storage)
+    if len(kind) != 5 or not isinstance(kind[1], str):
+        raise pickle.UnpicklingError("a tensor has no storage")
+    extents, steps = tuple(map(_whole, size)), tuple(map(_whole, strides))
+    if len(extents) != len(steps):
+        raise pickle.UnpicklingError("a tensor has not as many strides as axes")
+    of_storage = STORAGES.get(kind[1], "")
+    return Rebuilt(kind, _whole(offset), extents, steps, of_storage or str(code))
+
+
+def _parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
 
 
 TENSORS: Final[dict[tuple[str, str], Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuilt,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch", "Size"): tuple,
+    **{("torch", name): code for code, name in NAME_OF.items()},
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, name): name for module in ("torch", "torch.storage") for name in STORAGES},
 }
+"""What a state dict of tensors and plain values names."""
 
 
 def load(data: bytes, allowed: Mapping[tuple[str, str], Any]) -> Any:

@@ -30,14 +30,15 @@ def written(folder: Path, count: int, kind: str, seed: int) -> tuple[list[files.
     return made, arrays
 
 
-@pytest.mark.parametrize("room", [1 << 14, 1 << 16])
+@pytest.mark.parametrize(("room", "together"), [(1_000, 2), (1 << 16, 16)])
 @pytest.mark.parametrize(
     ("kind", "to"), [("float32", "f32"), ("float16", "f32"), ("float64", "f64"), ("float32", "f64")]
 )
 def test_sum(
-    kind: str, to: str, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, to: str, room: int, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(average, "_AT_ONCE", room)
+    monkeypatch.setattr(average, "_ROOM", room)
+    monkeypatch.setattr(average, "_TOGETHER", together)
     made, arrays = written(tmp_path, 5, kind, seed=4)
     coefficients = [3.0, -2.5, 0.25, 1.5, -1.25]
     kinds = {name: dtype("i64" if name == "steps" else to) for name in (*SHAPES, "steps")}

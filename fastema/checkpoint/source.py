@@ -1,0 +1,309 @@
+"""Finished checkpoints of any layout: their tensors by name, read in parts, never run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from fastema.checkpoint import dcp, files, torch_file
+from fastema.checkpoint.files import StoredTensor, reading
+from fastema.checkpoint.stretches import Stretches
+from fastema.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Read", "open_checkpoint"]
+
+Read = Callable[[str, int, memoryview], None]
+"""``read(name, first, buffer)``: fill a buffer with a tensor's row-major bytes, from one on."""
+
+_INDEX: Final = ".index.json"
+_LONGEST_INDEX: Final = 100_000_000
+_MOST_OPEN: Final = 256
+"""Files of a checkpoint that are open at a time."""
+
+_STATES: Final = ("state_dict", "model_state_dict", "model", "module", "ema_state_dict", "ema")
+"""Where programs put a model's state among other things; the first that is there is taken."""
+
+_COUNTERS: Final = ("global_step", "step", "iteration", "num_steps")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint.
+
+    Attributes
+    ----------
+    path : Path
+    format : str
+        "safetensors", "sharded safetensors", "torch", "sharded torch" or "torch.distributed".
+    tensors : dict of str to StoredTensor
+    metadata : dict of str to str
+    step : int or None
+        As its metadata or its name says.
+    tied : dict of str to str
+        Names of memory that another name has already, and that name.
+    layout : dict of str to list of str
+        The names in every file, as they lie there; of a format that is not written, one file.
+    files : list of Path
+        All that belongs to it.
+    """
+
+    path: Path
+    format: str
+    tensors: dict[str, StoredTensor]
+    places: Mapping[str, Stretches] = field(repr=False)
+    layout: dict[str, list[str]] = field(repr=False)
+    files: list[Path] = field(repr=False)
+    metadata: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    step: int | None = None
+
+    def opened(self) -> AbstractContextManager[Read]:
+        """Open its files: a function that reads from them, and that threads may share."""
+        return _opened(self)
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint) -> Iterator[Read]:
+    paths = dict.fromkeys(path for place in checkpoint.places.values() for path in place.paths)
+    with ExitStack() as stack:
+        few = len(paths) <= _MOST_OPEN
+        fills = {path: stack.enter_context(reading(path)) for path in paths if few}
+
+        def read(name: str, first: int, buffer: memoryview) -> None:
+            for path, offset, begin, count in checkpoint.places[name].within(first, len(buffer)):
+                part = buffer[begin : begin + count]
+                if few:
+                    fills[path](offset, part)
+                else:
+                    with reading(path) as fill:
+                        fill(offset, part)
+
+        yield read
+
+
+def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+    """Read which tensors a checkpoint holds, whatever its layout.
+
+    Parameters
+    ----------
+    path : path
+        A safetensors file, or a folder or an index of several; a file of ``torch.save``, or a
+        folder of several; a Hugging Face folder; a folder of torch.distributed.checkpoint.
+    key : str, optional
+        Where the weights are among other things, such as ``"trainer.ema"``, with dots. By default
+        ``state_dict``, ``model_state_dict``, ``model``, ``module``, ``ema_state_dict`` or ``ema``,
+        whichever comes first.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none of these, damaged, or names something besides tensors and plain values, which
+        would have to be run.
+
+    Notes
+    -----
+    Nothing of a checkpoint is run, and no more is read than its descriptions.
+    """
+    found = Path(path)
+    try:
+        mode = found.stat().st_mode
+        if stat.S_ISDIR(mode):
+            made = _open_folder(found, key)
+        elif not stat.S_ISREG(mode):  # opening a pipe would block until it has a writer
+            raise CheckpointError(f"{found} is no file and no folder")
+        else:
+            made = _open_file(found, key)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {found}: {error.strerror or error}") from None
+    except ValueError as error:  # a name with a zero in it
+        raise CheckpointError(f"cannot read {str(found)!r}: {error}") from None
+    if not made.tensors:
+        raise CheckpointError(f"{found} holds no tensors")
+    return made
+
+
+def _open_file(path: Path, key: str | None) -> Checkpoint:
+    if path.name.endswith(_INDEX):
+        return _open_index(path, key)
+    with path.open("rb") as file:
+        start = file.read(4)
+    return _open_torch([path], path, key) if start == b"PK\3\4" else _open_safetensors([path], path)
+
+
+def _open_folder(path: Path, key: str | None) -> Checkpoint:
+    if (path / ".metadata").exists():
+        return _open_dcp(path, key)
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
+        indices = sorted(path.glob(f"{pattern}{_INDEX}"))
+        one = sorted(path.glob(pattern))
+        found = indices or one
+        if len(found) == 1:
+            return _renamed(_open_file(found[0], key), path)
+        if found:
+            raise CheckpointError(
+                f"{path} holds {len(found)} files that could be meant, such as {found[0].name} and "
+                f"{found[1].name}; name one of them"
+            )
+    raise CheckpointError(
+        f"{path} holds no checkpoint: no .safetensors, .bin, .pt or .pth file, and no .metadata of "
+        "torch.distributed.checkpoint"
+    )
+
+
+def _renamed(found: Checkpoint, path: Path) -> Checkpoint:
+    """The checkpoint of a folder, whose name may say the step."""
+    step = found.step if found.step is not None else _step_of_name(path)
+    values = {**found.__dict__, "path": path, "step": step}
+    return Checkpoint(**values)
+
+
+def _open_index(path: Path, key: str | None) -> Checkpoint:
+    if path.stat().st_size > _LONGEST_INDEX:
+        raise CheckpointError(f"{path} is longer than any index")
+    try:
+        index = json.loads(path.read_bytes())
+        names = index["weight_map"]
+        if not isinstance(names, dict) or not all(isinstance(one, str) for one in names.values()):
+            raise ValueError("its weight_map does not map names to files")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no index of a checkpoint: {error}") from None
+    listed = dict.fromkeys(names.values())
+    for name in listed:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{path}: {name!r} is no file beside it")
+    parts = [path.parent / name for name in listed]
+    for part in parts:
+        if not part.is_file():
+            raise CheckpointError(f"{path} names {part.name}, which is not there")
+    first = parts[0] if parts else path
+    with first.open("rb") as file:
+        zipped = file.read(4) == b"PK\3\4"
+    found = _open_torch(parts, path, key) if zipped else _open_safetensors(parts, path)
+    missing = [
+        name
+        for name, part in names.items()
+        if (name not in found.tensors and name not in found.tied)
+        or (name in found.places and found.places[name].paths[0].name != part)
+    ]
+    if missing:
+        raise CheckpointError(f"{path}: {missing[0]!r} is not in the file that it names")
+    kept = {name: found.tensors[name] for name in found.tensors if name in names}
+    layout = {
+        file: [name for name in inside if name in kept] for file, inside in found.layout.items()
+    }
+    return Checkpoint(
+        **{**found.__dict__, "tensors": kept, "layout": layout, "files": [*found.files, path]}
+    )
+
+
+def _open_safetensors(paths: list[Path], path: Path) -> Checkpoint:
+    tensors: dict[str, StoredTensor] = {}
+    places: dict[str, Stretches] = {}
+    layout: dict[str, list[str]] = {}
+    metadata: dict[str, str] = {}
+    for part in paths:
+        found = files.read(part)
+        inside = sorted(found.tensors, key=lambda name: (found.tensors[name].offset, name))
+        for name in inside:
+            if name in tensors:
+                raise CheckpointError(f"{part}: {name!r} is in another file too")
+            tensors[name] = found.tensors[name]
+            places[name] = Stretches.whole(part, found.tensors[name].offset)
+        layout[part.name] = inside
+        metadata |= found.metadata
+    kind = "safetensors" if len(paths) == 1 else "sharded safetensors"
+    step = _step_of(metadata)
+    step = _step_of_name(path) if step is None else step
+    return Checkpoint(path, kind, tensors, places, layout, paths, metadata, {}, step)
+
+
+def _open_torch(paths: list[Path], path: Path, key: str | None) -> Checkpoint:
+    tensors: dict[str, StoredTensor] = {}
+    places: dict[str, Stretches] = {}
+    tied: dict[str, str] = {}
+    step: int | None = None
+    for part in paths:
+        state = torch_file.read(part)
+        chosen, prefix = _chosen(state, key, part)
+        step = _step_of(state) if step is None else step
+        owners: dict[Any, str] = {}
+        for name, one in torch_file.tensors_in(chosen).items():
+            stored, offset = torch_file.place_of(part, f"{prefix}{name}", one, state)
+            if name in tensors:
+                raise CheckpointError(f"{part}: {name!r} is in another file too")
+            owner = owners.setdefault((offset, stored.kind, stored.shape), name)
+            if owner != name and stored.nbytes:
+                tied[name] = owner
+                continue
+            tensors[name], places[name] = stored, Stretches.whole(part, offset)
+    kind = "torch" if len(paths) == 1 else "sharded torch"
+    step = _step_of_name(path) if step is None else step
+    layout = {"model.safetensors": list(tensors)}
+    return Checkpoint(path, kind, tensors, places, layout, paths, {}, tied, step)
+
+
+def _open_dcp(path: Path, key: str | None) -> Checkpoint:
+    folder = dcp.opened(path)
+    flat = {name: ".".join(map(str, folder.places.get(name, (name,)))) for name in folder.tensors}
+    wanted = [key] if key is not None else [*_STATES, None]
+    for prefix in wanted:
+        start = "" if prefix is None else f"{prefix}."
+        chosen = {
+            place.removeprefix(start): name
+            for name, place in flat.items()
+            if place.startswith(start)
+        }
+        if chosen:
+            break
+    else:
+        raise CheckpointError(f"{path} has nothing at {key!r}")
+    tensors = {name: folder.tensors[one].tensor for name, one in chosen.items()}
+    places = {name: dcp.stretches_of(name, folder.tensors[one]) for name, one in chosen.items()}
+    used = dict.fromkeys(part for place in places.values() for part in place.paths)
+    layout = {"model.safetensors": list(tensors)}
+    every = [*used, path / ".metadata"]
+    step = _step_of_name(path)
+    return Checkpoint(path, "torch.distributed", tensors, places, layout, every, {}, {}, step)
+
+
+def _chosen(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, str]:
+    """The part of a file that holds the weights, and where it is."""
+    if key is not None:
+        inner: Any = state.content
+        for one in key.split("."):
+            try:
+                inner = inner[int(one) if isinstance(inner, list | tuple) else one]
+            except (KeyError, ValueError, IndexError, TypeError):
+                raise CheckpointError(f"{path} has nothing at {key!r}") from None
+        return inner, f"{key}."
+    for one in _STATES:
+        inner = state.content.get(one) if isinstance(state.content, dict) else None
+        if isinstance(inner, dict) and torch_file.tensors_in(inner):
+            return inner, f"{one}."
+    return state.content, ""
+
+
+def _step_of(values: Any) -> int | None:
+    """The step that a checkpoint says it is of."""
+    plain = values.content if isinstance(values, torch_file.State) else values
+    for name in _COUNTERS if isinstance(plain, dict) else ():
+        value = plain.get(name)
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+            return int(value)
+        if type(value) is int and 0 <= value < 2**62:
+            return value
+    return None
+
+
+def _step_of_name(path: Path) -> int | None:
+    """The last number in a name, as in ``checkpoint-500`` and ``step_000500.safetensors``."""
+    name = path.name.removesuffix(_INDEX)
+    numbers = re.findall(r"(?<![.\d])\d{1,18}(?!\d)", Path(name).stem if path.suffix else name)
+    return int(numbers[-1]) if numbers else None

@@ -1,0 +1,125 @@
+"""Files of ``torch.save``, read without PyTorch and without running anything in them."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from fastema.checkpoint import pickles
+from fastema.checkpoint.files import StoredTensor
+from fastema.checkpoint.pickles import Rebuilt
+from fastema.errors import CheckpointError
+from fastema.layout.dtypes import DTYPES, dtype
+from fastema.layout.flat import row_major
+
+__all__ = ["State", "place_of", "read", "tensors_in"]
+
+_LONGEST: Final = 1 << 28
+"""Bytes of a description that are still read."""
+
+_DEEPEST: Final = 64
+"""Mappings within mappings that are looked into."""
+
+
+class State(NamedTuple):
+    """What a file holds: its description with :class:`Rebuilt` for tensors, and its storages."""
+
+    content: Any
+    storages: dict[str, tuple[int, int]]  # first byte in the file, and bytes
+
+
+def read(path: Path) -> State:
+    """Read the description of a file; a CheckpointError if it is damaged or would run code."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            size = path.stat().st_size
+            entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+            described = entries["data.pkl"]
+            _refuse_compressed(path, described)
+            if described.file_size > _LONGEST:
+                raise CheckpointError(f"{path}: its description is longer than any")
+            if "byteorder" in entries and _content(archive, entries["byteorder"]) != b"little":
+                raise CheckpointError(f"{path} was written on a big-endian machine")
+            content = pickles.load(_content(archive, described), pickles.TENSORS)
+            storages = {}
+            for name, one in entries.items():
+                if name.startswith("data/"):
+                    _refuse_compressed(path, one)
+                    begin = _data_of(file, one.header_offset)
+                    if begin + one.file_size > size:
+                        raise CheckpointError(f"{path} was cut short")
+                    storages[name.removeprefix("data/")] = begin, one.file_size
+    except (CheckpointError, OSError):
+        raise
+    except KeyError:
+        raise CheckpointError(f"{path} is no file of torch.save: it has no data.pkl") from None
+    except Exception as error:  # of zipfile and pickle, which have errors of many kinds
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return State(content, storages)
+
+
+def _refuse_compressed(path: Path, entry: zipfile.ZipInfo) -> None:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise CheckpointError(f"{path}: {entry.filename!r} is compressed, as torch.save never does")
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    with archive.open(entry) as opened:
+        return opened.read(_LONGEST)
+
+
+def _data_of(file: Any, header: int) -> int:
+    """The first byte of an entry, behind its header."""
+    file.seek(header)
+    head = file.read(30)
+    if len(head) != 30 or head[:4] != b"PK\3\4":
+        raise ValueError("an entry is not where the directory says")
+    return (
+        header + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    )
+
+
+def tensors_in(content: Any) -> dict[str, Rebuilt]:
+    """Return the tensors in nested mappings and lists, by their keys with dots between them."""
+    return dict(_walk(content, "", 0))
+
+
+def _walk(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Rebuilt]]:
+    if depth > _DEEPEST:
+        raise CheckpointError(f"{prefix[:100]!r}...: mappings within mappings without end")
+    if isinstance(content, Rebuilt):
+        yield prefix.removesuffix("."), content
+        return
+    if isinstance(content, dict):
+        items: Any = content.items()
+    elif isinstance(content, list | tuple):
+        items = enumerate(content)
+    else:
+        return
+    for key, value in items:
+        if isinstance(key, str | int):
+            yield from _walk(value, f"{prefix}{key}.", depth + 1)
+
+
+def place_of(path: Path, name: str, tensor: Rebuilt, state: State) -> tuple[StoredTensor, int]:
+    """Return a tensor's dtype and shape, and its first byte in the file."""
+    if tensor.code not in DTYPES:
+        raise CheckpointError(f"{path}: {name} is of a dtype that is not known: {tensor.code}")
+    kind = dtype(tensor.code)
+    stored = StoredTensor(kind, tensor.size)
+    if tensor.strides != row_major(tensor.size) and math.prod(tensor.size) > 1:
+        raise CheckpointError(
+            f"{path}: {name} is not row-major (strides {list(tensor.strides)}); save it with "
+            ".contiguous()"
+        )
+    try:
+        begin, size = state.storages[tensor.key]
+    except KeyError:
+        raise CheckpointError(f"{path}: the numbers of {name} are not there") from None
+    first = tensor.offset * kind.itemsize
+    if first + stored.nbytes > size:
+        raise CheckpointError(f"{path}: {name} is longer than what is stored of it")
+    return stored, begin + first
