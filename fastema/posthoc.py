@@ -36,8 +36,8 @@ import numpy as np
 from fastema.binding.swap import SPLIT
 from fastema.bridges.memory import Memory, allocate
 from fastema.bridges.registry import bridge_of, describe
-from fastema.checkpoint.average import weighted_sum
 from fastema.checkpoint.files import File, read, storing, write
+from fastema.checkpoint.sums import weighted_sum
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, CheckpointError, StateError, listed
 from fastema.layout.dtypes import DType, average_of, parse

@@ -181,6 +181,7 @@ most 40 one of sm_120."""
 COMPILERS = (
     *("numba", "numba-cuda", "llvmlite", "cuda-core"),
     *("nvidia-nvvm", "nvidia-cuda-nvrtc", "nvidia-nvjitlink", "nvidia-cuda-nvdisasm"),
+    *("nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvrtc-cu12", "nvidia-nvjitlink-cu12"),
 )
 
 QUESTION = Question(

@@ -17,9 +17,21 @@ from fastema.checkpoint.files import StoredTensor, fsync, header_of, storing
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.flat import row_major
 
-__all__ = ["Block", "Files", "begin", "finish", "plan", "refuse_occupied", "write_blocks"]
+__all__ = [
+    "Block",
+    "Files",
+    "begin",
+    "finish",
+    "plan",
+    "refuse_occupied",
+    "write_at",
+    "write_blocks",
+]
 
-_WEIGHTS: Final = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
+_WEIGHTS: Final = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
+    *(".distcp", ".metadata"),
+}
 """Endings of files that hold weights, or say in which file they are."""
 
 _INDEX: Final = "model.safetensors.index.json"
@@ -114,7 +126,7 @@ def write_blocks(
                 array = block.read(piece)
                 data = bytes_of(array)  # lives no longer than the array
                 for at, first, count in _runs(block, piece, tensor):
-                    _write_at(handles[file], data[first : first + count], begin + at)
+                    write_at(handles[file], data[first : first + count], begin + at)
         for handle in handles.values():
             os.fsync(handle)
 
@@ -161,7 +173,8 @@ def _runs(
         yield at * size, number * count, count
 
 
-def _write_at(handle: int, data: memoryview, offset: int) -> None:
+def write_at(handle: int, data: memoryview, offset: int) -> None:
+    """Write bytes to an open file from an offset on."""
     while data:
         count = os.pwrite(handle, data, offset)
         if not count:
@@ -181,7 +194,8 @@ def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) 
             (partial / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
             fsync(partial / _INDEX)
         for path in sorted(copied_from.iterdir()) if copied_from is not None else ():
-            weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+            ending = path.suffix or path.name
+            weights = ending in _WEIGHTS or path.name.endswith(".index.json")
             if path.is_file() and not weights:
                 shutil.copyfile(path, partial / path.name)
                 fsync(partial / path.name)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastema
-from fastema.cli import demo, smooth
+from fastema.cli import average, demo, smooth
 
-COMMANDS: dict[str, Any] = {"demo": demo, "smooth": smooth}
+COMMANDS: dict[str, Any] = {"average": average, "demo": demo, "smooth": smooth}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastema.bridges.registry import describe
-from fastema.checkpoint.average import weighted_sum
 from fastema.checkpoint.files import File, StoredTensor, moved_into_place
+from fastema.checkpoint.sums import weighted_sum
 from fastema.errors import CheckpointError, listed
 
 __all__ = ["SnapshotFile", "find", "read", "weighted", "write"]

@@ -1,0 +1,367 @@
+"""Averages of finished checkpoints, written while they are read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from fastema.checkpoint.files import StoredTensor, header_of, moved_into_place, storing
+from fastema.checkpoint.folder import Files, begin, finish, refuse_occupied, write_at
+from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.checkpoint.sums import Read, weighted_sums
+from fastema.errors import ArgumentError, CheckpointError, listed
+
+__all__ = ["PROVENANCE", "Merge", "average", "check", "merge", "prepare"]
+
+PROVENANCE: Final = "fastema.average"
+"""Key of the metadata of an average that says what it was made of."""
+
+_PIECE: Final = 1 << 22
+"""Bytes that are copied, or compared, at a time."""
+
+_Path = str | os.PathLike[str]
+
+
+@dataclass
+class Merge:
+    """What is to be averaged: checkpoints that fit each other, and what is said of them.
+
+    Attributes
+    ----------
+    checkpoints : list of Checkpoint
+        Oldest first; the last is the newest.
+    averaged : set of str
+        Names of floats: the sums.
+    equal : set of str
+        Names of tensors that have to be equal in all, and are not averaged.
+    newest : set of str
+        Names of whole numbers, one each, that are taken from the newest.
+    notes : list of str
+        What should be known of the result.
+    """
+
+    checkpoints: list[Checkpoint]
+    averaged: set[str] = field(default_factory=set)
+    equal: set[str] = field(default_factory=set)
+    newest: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> Checkpoint:
+        """The newest checkpoint, whose dtypes and files the result has."""
+        return self.checkpoints[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        names = self.averaged | self.equal
+        every = sum(one.tensors[name].nbytes for one in self.checkpoints for name in names)
+        return every + sum(self.last.tensors[name].nbytes for name in self.newest)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the result is a folder."""
+        return self.last.path.is_dir() or len(self.last.layout) > 1
+
+
+def average(
+    paths: Sequence[_Path],
+    weights: Sequence[float],
+    out: _Path,
+    *,
+    key: str | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Path:
+    """Average finished checkpoints: ``out = sum of weight * checkpoint``.
+
+    The sum is computed in float64 and rounded once, in pieces: memory stays below 256 MB whatever
+    the sizes of the checkpoints and their number.
+
+    Parameters
+    ----------
+    paths : sequence of paths
+        Of any layout that :func:`open_checkpoint` reads, oldest first.
+    weights : sequence of float
+        One for each, of any sign; a warning says so where they do not sum to 1, or one is negative.
+    out : path
+        A folder that is not there yet where the newest checkpoint is a folder, else a file. It has
+        the newest one's files, names and dtypes, as safetensors; its config and tokenizer files are
+        copied along.
+    key : str, optional
+        Where the weights are among other things; see :func:`open_checkpoint`.
+    advance : function
+        Called, from several threads, with the number of bytes that were read.
+
+    Returns
+    -------
+    Path
+        ``out``, whole and synchronised to the disk; nothing is there if this fails.
+
+    Raises
+    ------
+    CheckpointError
+        If names, shapes or whole numbers differ, a tensor's bytes are no floats and differ, or a
+        checkpoint cannot be read; if ``out`` is one of the checkpoints, or a folder with something
+        in it.
+    ArgumentError
+        For another number of weights than checkpoints, or a weight that is not finite.
+    StorageError
+        If it cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, torch
+    >>> from safetensors.torch import load_file, save_file
+    >>> from fastema.checkpoint import average
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for step, value in ((100, 1.0), (200, 4.0)):
+    ...     save_file({"w": torch.full((2,), value)}, folder / f"step-{step}.safetensors")
+    >>> paths = sorted(folder.iterdir())
+    >>> load_file(average(paths, [0.5, 0.5], folder / "mean.safetensors"))["w"]
+    tensor([2.5000, 2.5000])
+    """
+    made = prepare([open_checkpoint(path, key) for path in paths])
+    merge(made, {Path(out): weights}, advance)
+    return Path(out)
+
+
+def prepare(checkpoints: Sequence[Checkpoint]) -> Merge:
+    """Check that checkpoints fit each other, by what is said of their tensors."""
+    if not checkpoints:
+        raise ArgumentError("there are no checkpoints to average")
+    made = Merge(list(checkpoints))
+    _refuse_differences(made)
+    for name, tensor in made.last.tensors.items():
+        kinds = [one.tensors[name].kind for one in checkpoints]
+        if all(kind.real is not None for kind in kinds):
+            if len({kind.parts for kind in kinds}) > 1:
+                raise CheckpointError(f"{name!r} is complex in some of the checkpoints only")
+            made.averaged.add(name)
+        elif tensor.kind.whole and tensor.size == 1:
+            made.newest.add(name)
+        else:
+            made.equal.add(name)
+    _note(made)
+    return made
+
+
+def _refuse_differences(made: Merge) -> None:
+    last, problems = made.last, []
+    for one in made.checkpoints[:-1]:
+        for name in {**last.tensors, **one.tensors}:
+            ours, theirs = last.tensors.get(name), one.tensors.get(name)
+            if ours is None or theirs is None:
+                there, gone = (one, last) if ours is None else (last, one)
+                problems.append(f"{name!r} is in {there.path.name}, not in {gone.path.name}")
+            elif ours.shape != theirs.shape:
+                shapes = f"{list(theirs.shape)} in {one.path.name}, {list(ours.shape)}"
+                problems.append(f"{name!r} is {shapes} in {last.path.name}")
+            elif ours.kind != theirs.kind and None in (ours.kind.real, theirs.kind.real):
+                codes = f"{theirs.kind.code} in {one.path.name}, {ours.kind.code}"
+                problems.append(f"{name!r} is {codes} in {last.path.name}")
+    if problems:
+        raise CheckpointError("the checkpoints do not fit each other:\n" + listed(problems))
+
+
+def _note(made: Merge) -> None:
+    names = made.averaged
+    if any(name.endswith(("running_mean", "running_var")) for name in names):
+        made.notes.append(
+            "batch-norm statistics are averaged like weights; recompute them with "
+            "fastema.torch.update_bn if you have the data"
+        )
+    if any("lora_A" in name for name in names) and any("lora_B" in name for name in names):
+        made.notes.append(
+            "LoRA pairs are averaged each: mean(A) mean(B) is not mean(A B); merge the adapters "
+            "into the weights first if that matters"
+        )
+    if made.last.tied:
+        made.notes.append(
+            f"{len(made.last.tied)} tied names are written once; the metadata says whose they are"
+        )
+
+
+def merge(
+    made: Merge,
+    outputs: Mapping[Path, Sequence[float]],
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write one average for each set of weights, all from one pass of reading."""
+    check(made, outputs)
+    with ExitStack() as stack:
+        reads = [stack.enter_context(one.opened()) for one in made.checkpoints]
+        _refuse_unequal(made, reads, advance)
+        targets = [
+            stack.enter_context(_target(made, out, weights)) for out, weights in outputs.items()
+        ]
+
+        def write(output: int, name: str, first: int, data: memoryview) -> None:
+            targets[output](name, first, data)
+
+        _copy(made, reads[-1], targets, advance)
+        tensors = [one.tensors for one in made.checkpoints]
+        wanted = {n: one.kind for n, one in made.last.tensors.items() if n in made.averaged}
+        weighted_sums(reads, tensors, list(outputs.values()), wanted, write, advance)
+
+
+def check(made: Merge, outputs: Mapping[Path, Sequence[float]]) -> None:
+    """Refuse weights that do not fit, and outputs that cannot be."""
+    for out, weights in outputs.items():
+        _check_weights(weights, made)
+        _refuse_output(out, made)
+
+
+def _check_weights(weights: Sequence[float], made: Merge) -> None:
+    if len(weights) != len(made.checkpoints):
+        raise ArgumentError(f"{len(weights)} weights for {len(made.checkpoints)} checkpoints")
+    total = sum(weights)
+    if not abs(total) < float("inf"):
+        raise ArgumentError(f"weights={list(weights)}: expected finite numbers")
+    if abs(total - 1.0) > 1e-6:
+        warnings.warn(f"the weights sum to {total:.6g}, not to 1", stacklevel=5)
+    if min(weights) < 0.0:
+        warnings.warn("some weights are negative: the result is no average", stacklevel=5)
+
+
+def _refuse_output(out: Path, made: Merge) -> None:
+    real = out.resolve()
+    for one in made.checkpoints:
+        if real == one.path.resolve() or real in {path.resolve() for path in one.files}:
+            raise CheckpointError(f"{out} is one of the checkpoints; name another output")
+    if made.is_folder:
+        refuse_occupied(out)
+    elif out.is_dir():
+        raise CheckpointError(f"{out} is a folder, and the result is a file; name one in it")
+    elif out.suffix != ".safetensors":
+        raise CheckpointError(f"{out}: the result is a safetensors file; let its name end so")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out}: there is no folder {out.parent}")
+
+
+def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int], None]) -> None:
+    """Refuse whole numbers, and floats of a byte, that are not the same in all checkpoints."""
+    problems = []
+    for name in sorted(made.equal):
+        tensor = made.last.tensors[name]
+        sums = {_checksum(read, name, tensor) for read in reads}
+        advance(tensor.nbytes * len(reads))
+        if len(sums) > 1:
+            what = "whole numbers" if tensor.kind.whole else "scaled or packed numbers"
+            problems.append(f"{name!r}, {tensor.kind.code}{list(tensor.shape)}: {what} that differ")
+    if problems:
+        raise CheckpointError(
+            "the mean of these would mean nothing (average before you quantise, or leave them out):"
+            "\n" + listed(problems)
+        )
+
+
+def _checksum(read: Read, name: str, tensor: StoredTensor) -> tuple[int, int]:
+    one, other = 0, 1
+    for data in _pieces(read, name, tensor):
+        one, other = zlib.crc32(data, one), zlib.adler32(data, other)
+    return one, other
+
+
+def _pieces(read: Read, name: str, tensor: StoredTensor) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(_PIECE, tensor.nbytes)))
+    for first in range(0, tensor.nbytes, _PIECE):
+        part = buffer[: min(_PIECE, tensor.nbytes - first)]
+        read(name, first, part)
+        yield part
+
+
+def _copy(
+    made: Merge,
+    read: Read,
+    targets: Sequence[Callable[[str, int, memoryview], None]],
+    advance: Callable[[int], None],
+) -> None:
+    for name in made.equal | made.newest:
+        tensor = made.last.tensors[name]
+        first = 0
+        for data in _pieces(read, name, tensor):
+            for target in targets:
+                target(name, first, data)
+            first += len(data)
+        advance(tensor.nbytes if name in made.newest else 0)
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _metadata(made: Merge, weights: Sequence[float]) -> dict[str, str]:
+    """What a result says of where it came from."""
+    sources = "; ".join(
+        f"{weight:.9g} * {one.path.name}"
+        for one, weight in zip(made.checkpoints, weights, strict=True)
+        if weight
+    )
+    kept = {key: value for key, value in made.last.metadata.items() if key == "format"}
+    return {"format": "pt", **kept, **made.last.tied, PROVENANCE: sources}
+
+
+@contextmanager
+def _target(
+    made: Merge, out: Path, weights: Sequence[float]
+) -> Iterator[Callable[[str, int, memoryview], None]]:
+    """A function that writes parts of tensors, and the whole result at the end, or nothing."""
+    files = _files(made, _metadata(made, weights))
+    if made.is_folder:
+        partial = begin(out, files)
+        try:
+            with _writing(partial, files) as write:
+                yield write
+            source = made.last.path if made.last.path.is_dir() else made.last.path.parent
+            finish(partial, out, files, source)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return
+    with moved_into_place(out) as name:
+        path = Path(name)
+        (file,) = files.sizes
+        with path.open("xb") as opened:
+            opened.write(files.headers[file])
+            opened.truncate(files.sizes[file])
+        with _writing(
+            path.parent,
+            files._replace(places={one: (path.name, at) for one, (_, at) in files.places.items()}),
+        ) as write:
+            yield write
+
+
+def _files(made: Merge, metadata: Mapping[str, str]) -> Files:
+    """The files of the result: those of the newest checkpoint, by its layout."""
+    files = Files({}, {}, {})
+    for file, names in made.last.layout.items():
+        header = header_of({name: made.last.tensors[name] for name in names}, metadata)
+        offset = len(header)
+        for name in names:
+            files.places[name] = file, offset
+            offset += made.last.tensors[name].nbytes
+        files.headers[file], files.sizes[file] = header, offset
+    return files
+
+
+@contextmanager
+def _writing(folder: Path, files: Files) -> Iterator[Callable[[str, int, memoryview], None]]:
+    with storing(folder), ExitStack() as stack:
+        handles: dict[str, int] = {}
+        for file in dict.fromkeys(file for file, _ in files.places.values()):
+            handles[file] = os.open(folder / file, os.O_WRONLY)
+            stack.callback(os.close, handles[file])
+
+        def write(name: str, first: int, data: memoryview) -> None:
+            file, begin_of = files.places[name]
+            write_at(handles[file], data, begin_of + first)
+
+        yield write
+        for handle in handles.values():
+            os.fsync(handle)

@@ -1,0 +1,205 @@
+"""The work of ``fastema average``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastema.checkpoint import weights
+from fastema.checkpoint.merge import Merge, check, merge, prepare
+from fastema.checkpoint.select import select
+from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.errors import ArgumentError, CheckpointError
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Average what was asked for, or say what would be done."""
+    made = prepare(_checkpoints(args))
+    averages = _averages(args, made.checkpoints)
+    if args.out is None and not args.dry_run:
+        raise ArgumentError("name the output: -o OUT")
+    outputs = _outputs(args.out or Path("out"), list(averages), made)
+    wanted = dict(zip(outputs, averages.values(), strict=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if args.out is not None:
+            check(made, wanted)
+        if not args.json:
+            _print_table(made, averages)
+        if not args.dry_run:
+            began = time.monotonic()
+            with _progress(made.nbytes, args.json) as advance:
+                merge(made, wanted, advance)
+            spent = time.monotonic() - began
+    for one in dict.fromkeys(str(one.message) for one in caught):
+        print(f"warning: {one}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(_summary(made, averages, outputs, args.dry_run), indent=2))
+        return
+    for note in made.notes:
+        print(f"note: {note}")
+    written = ", ".join(map(str, outputs))
+    if args.dry_run:
+        print(f"would read {_size(made.nbytes)} and write {written}")
+    else:
+        rate = _size(made.nbytes / max(spent, 1e-9))
+        print(f"{written}: {_size(made.nbytes)} read in {spent:.1f} s, {rate}/s")
+
+
+def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
+    if args.dir is not None:
+        if args.paths:
+            raise ArgumentError("give checkpoints, or --dir, not both")
+        return select(
+            args.dir,
+            last=args.last,
+            window=args.window,
+            min_spacing=args.min_spacing or 0,
+            key=args.key,
+        )
+    if args.last or args.window or args.min_spacing:
+        raise ArgumentError("--last, --window and --min-spacing choose among those of --dir")
+    if not args.paths:
+        raise ArgumentError("name checkpoints, or a folder of them: --dir DIR")
+    return [open_checkpoint(path, args.key) for path in args.paths]
+
+
+def _averages(
+    args: argparse.Namespace, checkpoints: Sequence[Checkpoint]
+) -> dict[str, list[float]]:
+    """The weights of every average that is asked for, by a name for its output."""
+    n = len(checkpoints)
+    found: dict[str, list[float]] = {}
+    if args.swa:
+        found["swa"] = weights.swa(n)
+    if args.sma:
+        found[f"sma{args.sma}"] = weights.sma(n, args.sma)
+    if args.ema is not None:
+        found[f"ema{args.ema:g}"] = weights.ema(_steps(checkpoints, "--ema"), args.ema)
+    if args.wma:
+        found["wma"] = weights.wma(n)
+    if args.wsm:
+        found[f"wsm-{args.wsm}"] = weights.wsm(n, args.wsm)
+    if args.sigma_rel is not None:
+        found[f"sigma{args.sigma_rel:g}"] = _of_width(checkpoints, args.sigma_rel)
+    if args.weights is not None:
+        if len(args.weights) != n:
+            raise ArgumentError(f"--weights has {len(args.weights)} numbers for {n} checkpoints")
+        found["weights"] = args.weights
+    return found or {"swa": weights.swa(n)}
+
+
+def _steps(checkpoints: Sequence[Checkpoint], option: str) -> list[int]:
+    unknown = [one.path.name for one in checkpoints if one.step is None]
+    if unknown:
+        raise CheckpointError(
+            f"{option} needs the step of every checkpoint, from its name or its metadata; that of "
+            f"{unknown[0]} is not known"
+        )
+    return [one.step or 0 for one in checkpoints]
+
+
+def _of_width(checkpoints: Sequence[Checkpoint], width: float) -> list[float]:
+    """Weigh snapshots of power-function averages."""
+    steps, gammas = [], []
+    for one in checkpoints:
+        try:
+            start = int(one.metadata["start"])
+            steps.append(int(one.metadata["step"]) - start)
+            gammas.append(float(one.metadata["gamma"]))
+        except (KeyError, ValueError):
+            raise CheckpointError(
+                f"--sigma-rel: {one.path} is no snapshot of a power-function average, as "
+                "fastema.posthoc.save_snapshot writes them"
+            ) from None
+    found, error = weights.sigma_rel(steps, gammas, width)
+    if error > 0.05:
+        warnings.warn(
+            f"the profile is off by {error:.2g}: these snapshots cannot give this width",
+            stacklevel=1,
+        )
+    return found
+
+
+def _outputs(out: Path, names: Sequence[str], made: Merge) -> list[Path]:
+    if len(names) == 1:
+        return [out]
+    suffix = "" if made.is_folder else out.suffix
+    stem = out.name.removesuffix(suffix) if suffix else out.name
+    return [out.with_name(f"{stem}-{name}{suffix}") for name in names]
+
+
+def _print_table(made: Merge, averages: dict[str, list[float]]) -> None:
+    """Print a line for every checkpoint, with its weights."""
+    head = ["checkpoint", "step", "size", *averages]
+    rows = [
+        [
+            one.path.name,
+            "?" if one.step is None else str(one.step),
+            _size(sum(tensor.nbytes for tensor in one.tensors.values())),
+            *(f"{found[i]:.6g}" for found in averages.values()),
+        ]
+        for i, one in enumerate(made.checkpoints)
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in [head, *rows]:
+        first, *rest = (
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *rest]))
+
+
+def _summary(
+    made: Merge, averages: dict[str, list[float]], outputs: Sequence[Path], dry: bool
+) -> dict[str, Any]:
+    return {
+        "checkpoints": [
+            {"path": str(one.path), "format": one.format, "step": one.step}
+            for one in made.checkpoints
+        ],
+        "outputs": [
+            {"path": str(out), "average": name, "weights": found, "written": not dry}
+            for out, (name, found) in zip(outputs, averages.items(), strict=True)
+        ],
+        "bytes_read": made.nbytes,
+        "notes": made.notes,
+    }
+
+
+@contextmanager
+def _progress(nbytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how much was read, how fast, and how long it will take."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    try:
+        from rich import progress as bars
+        from rich.console import Console
+    except ImportError:
+        yield lambda n: None
+        return
+    columns = (
+        *(bars.TextColumn("averaging"), bars.BarColumn(), bars.DownloadColumn()),
+        *(bars.TransferSpeedColumn(), bars.TimeRemainingColumn()),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("averaging", total=nbytes)
+        yield lambda n: bar.advance(task, n)
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
