@@ -18,7 +18,7 @@ from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, listed
 
-__all__ = ["PROVENANCE", "Merge", "average", "check", "merge", "prepare"]
+__all__ = ["PROVENANCE", "Merge", "average", "check", "merge", "prepare", "warn_of"]
 
 PROVENANCE: Final = "fastema.average"
 """Key of the metadata of an average that says what it was made of."""
@@ -128,6 +128,8 @@ def average(
     tensor([2.5000, 2.5000])
     """
     made = prepare([open_checkpoint(path, key) for path in paths])
+    check(made, {Path(out): weights})
+    warn_of(weights)
     merge(made, {Path(out): weights}, advance)
     return Path(out)
 
@@ -221,13 +223,17 @@ def check(made: Merge, outputs: Mapping[Path, Sequence[float]]) -> None:
 def _check_weights(weights: Sequence[float], made: Merge) -> None:
     if len(weights) != len(made.checkpoints):
         raise ArgumentError(f"{len(weights)} weights for {len(made.checkpoints)} checkpoints")
-    total = sum(weights)
-    if not abs(total) < float("inf"):
+    if not abs(sum(weights)) < float("inf"):
         raise ArgumentError(f"weights={list(weights)}: expected finite numbers")
+
+
+def warn_of(weights: Sequence[float]) -> None:
+    """Warn of weights that make no average."""
+    total = sum(weights)
     if abs(total - 1.0) > 1e-6:
-        warnings.warn(f"the weights sum to {total:.6g}, not to 1", stacklevel=5)
+        warnings.warn(f"the weights sum to {total:.6g}, not to 1", stacklevel=3)
     if min(weights) < 0.0:
-        warnings.warn("some weights are negative: the result is no average", stacklevel=5)
+        warnings.warn("some weights are negative: the result is no average", stacklevel=3)
 
 
 def _refuse_output(out: Path, made: Merge) -> None:

@@ -81,7 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the power-function average of this relative width, from snapshots of fastema.posthoc",
     )
     group.add_argument(
-        "--weights", type=_numbers, metavar="W1,W2,...", help="these weights, exactly"
+        "--weights",
+        type=_numbers,
+        metavar="W1,W2,...",
+        help="these weights, exactly (--weights=-1,2 where the first is negative)",
     )
 
 

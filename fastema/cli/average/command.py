@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastema.checkpoint import weights
-from fastema.checkpoint.merge import Merge, check, merge, prepare
+from fastema.checkpoint.merge import Merge, check, merge, prepare, warn_of
 from fastema.checkpoint.select import select
 from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.errors import ArgumentError, CheckpointError
@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         if args.out is not None:
             check(made, wanted)
+        if args.weights is not None:
+            warn_of(args.weights)
         if not args.json:
             _print_table(made, averages)
         if not args.dry_run:

@@ -1,0 +1,151 @@
+"""``fastema average`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastema.cli import main
+
+NEEDS = ("safetensors", "torch")
+
+LORA = {"lora_A": torch.ones(2), "lora_B": torch.ones(1)}
+STEPS = (100, 200, 450, 500, 900)
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run("--swa ...")`` in a folder of checkpoints: exit code, output, and errors."""
+    monkeypatch.chdir(tmp_path)
+    for step in STEPS:
+        tensors = {
+            "w": torch.full((5,), step / 100),
+            "lora_A": torch.ones(2),
+            "lora_B": torch.ones(1),
+        }
+        save_file(tensors, tmp_path / f"step-{step}.safetensors")
+
+    def called(line: str) -> tuple[int, str, str]:
+        code = main(["average", *line.split()])
+        return code, *capsys.readouterr()
+
+    return called
+
+
+def test_a_mean_of_named_checkpoints(run: Any, tmp_path: Path) -> None:
+    code, out, err = run("step-100.safetensors step-200.safetensors -o mean.safetensors")
+    assert (code, err) == (0, "")
+    assert load_file(tmp_path / "mean.safetensors")["w"].tolist() == [1.5] * 5
+    lines = out.splitlines()
+    assert lines[0].split() == ["checkpoint", "step", "size", "swa"]
+    assert lines[1].split() == ["step-100.safetensors", "100", "32", "B", "0.5"]
+    assert "note: LoRA pairs" in out
+    assert lines[-1].startswith("mean.safetensors: 64 B read in ")
+
+
+def test_several_averages_of_a_folder_have_names_of_their_own(run: Any, tmp_path: Path) -> None:
+    code, out, _ = run("--dir . --last 3 --swa --ema 0.999 --wsm 1-sqrt -o merged.safetensors")
+    assert code == 0
+    found = {p.name: load_file(p)["w"][0].item() for p in tmp_path.glob("merged*")}
+    weights = 0.999**450, 0.999**400 - 0.999**450, 1 - 0.999**400
+    assert found == {
+        "merged-swa.safetensors": pytest.approx((4.5 + 5 + 9) / 3),
+        "merged-ema0.999.safetensors": pytest.approx(
+            sum(w * v for w, v in zip(weights, (4.5, 5, 9), strict=True))
+        ),
+        "merged-wsm-1-sqrt.safetensors": pytest.approx(
+            (1 / 3) ** 0.5 * 4.5 + ((2 / 3) ** 0.5 - (1 / 3) ** 0.5) * 5 + (1 - (2 / 3) ** 0.5) * 9
+        ),
+    }
+    assert "step-900.safetensors   900" in out
+
+
+def test_a_dry_run_writes_nothing(run: Any, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = run("--dir . --window 401 --weights 0.25,0.75 --dry-run -o x.safetensors")
+    assert code == 0
+    assert "0.25" in out
+    assert out.endswith("would read 64 B and write x.safetensors\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_json_says_what_was_done(run: Any) -> None:
+    code, out, _ = run("--dir . --last 2 --json -o mean.safetensors")
+    found = json.loads(out)
+    assert code == 0
+    assert [one["step"] for one in found["checkpoints"]] == [500, 900]
+    assert found["outputs"] == [
+        {"path": "mean.safetensors", "average": "swa", "weights": [0.5, 0.5], "written": True}
+    ]
+    assert found["bytes_read"] == 64
+
+
+def test_odd_weights_are_warned_of(run: Any) -> None:
+    code, _, err = run(
+        "step-100.safetensors step-200.safetensors --weights=-1,1.5 -o o.safetensors"
+    )
+    assert code == 0
+    assert err.splitlines() == [
+        "warning: the weights sum to 0.5, not to 1",
+        "warning: some weights are negative: the result is no average",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("-o x.safetensors", "name checkpoints, or a folder of them: --dir DIR"),
+        ("--dir . step-100.safetensors -o x.safetensors", "not both"),
+        ("step-100.safetensors --last 2 -o x.safetensors", "choose among those of --dir"),
+        ("--dir .", "name the output: -o OUT"),
+        ("--dir nothing -o x.safetensors", "cannot read nothing: No such file or directory"),
+        ("--dir . --last 9 -o x.safetensors", "last=9: 5 checkpoints of . are left"),
+        ("--dir . --sma 9 -o x.safetensors", "sma=9: there are 5 checkpoints"),
+        ("--dir . --weights 1,2 -o x.safetensors", "--weights has 2 numbers for 5 checkpoints"),
+        ("--dir . -o step-100.safetensors", "is one of the checkpoints; name another output"),
+        ("--dir . --sigma-rel 0.1 -o x.safetensors", "is no snapshot of a power-function average"),
+        ("final.safetensors step-100.safetensors --ema 0.9 -o x.safetensors", "No such file"),
+        ("--dir . --key a.b -o x.safetensors --dry-run", ""),
+    ],
+)
+def test_what_cannot_be_is_one_line(run: Any, tmp_path: Path, line: str, words: str) -> None:
+    code, _, err = run(line)
+    if not words:
+        assert code == 0  # a safetensors file has one place
+        return
+    assert code == 2
+    assert err.startswith("fastema average: ")
+    assert words in err
+    assert len(list(tmp_path.iterdir())) == len(STEPS)
+
+
+@pytest.mark.parametrize(
+    "option", ["--ema 1.5", "--sma 0", "--wsm cubic", "--weights a", "--sigma-rel 3"]
+)
+def test_options_that_cannot_be_are_usage_errors(run: Any, option: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(f"--dir . {option} -o x.safetensors")
+    assert caught.value.code == 2
+
+
+def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
+    import fastema
+    from fastema import posthoc
+
+    weights = [torch.zeros(4)]
+    average = fastema.PowerEMA(weights, (0.05, 0.1))
+    for step in range(1, 201):
+        weights[0].fill_(step)
+        average.update()
+        if not step % 20:
+            posthoc.save_snapshot(average, tmp_path / "snapshots")
+    code, _, err = run("--dir snapshots --sigma-rel 0.07 -o width.safetensors")
+    assert (code, err) == (0, "")
+    want = posthoc.synthesize(tmp_path / "snapshots", sigma_rel=0.07).tensors
+    (got,) = load_file(tmp_path / "width.safetensors").values()
+    torch.testing.assert_close(got, torch.from_numpy(next(iter(want.values()))), rtol=1e-5, atol=0)
