@@ -24,6 +24,7 @@ QUESTIONS = {
     "keras-step": "a training step and an evaluation in Keras, on three backends",
     "keras-losses": "batch losses in Keras, on three backends: time and exactness",
     "tensorflow-apply": "apply of TensorFlow variables beside tf.train's",
+    "checkpoints": "averaging finished checkpoints, beside a loop with safetensors",
     "sharded": "two ranks: steps, memory, and one folder of their parts",
     "launch": "the host's share of a GPU update, without a GPU",
     "kernels-gpu": "registers and instructions of the GPU kernels, without a GPU",
