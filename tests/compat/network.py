@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+
+from fastema import EMA
+from fastema.errors import CheckpointError
 
 from ..shadow.truth import Loop, arithmetic_of
 from ..support.peers import is_float, tensors
@@ -141,3 +146,13 @@ class Truth:
             elif name != "cache":
                 assert np.array_equal(array(tensor), array(weights[name])), name
                 assert torch.equal(tensor, weights[name].to(tensor.dtype)), name
+
+
+@contextmanager
+def refused(ema: EMA, message: str) -> Iterator[None]:
+    """Expect a CheckpointError, and neither a counted update nor a changed average."""
+    before = {name: one.clone() for name, one in ema.shadow.items()}
+    with pytest.raises(CheckpointError, match=message):
+        yield
+    assert ema.num_updates == 0
+    assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())

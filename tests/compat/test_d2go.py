@@ -8,11 +8,11 @@ import pytest
 
 import fastema
 from fastema.compat import d2go
-from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.errors import ArgumentError, StateError
 from fastema.rules import rule_from_dict
 
 from ..support.peers import is_float, tensors
-from .network import Network, Truth, numbers, torch, trained
+from .network import Network, Truth, numbers, refused, torch, trained
 
 nn = torch.nn
 
@@ -173,19 +173,16 @@ def changed(**others: Any) -> dict[str, Any]:
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(state: Any, message: str) -> None:
     ema = average_of(Network(2))
-    before = {name: one.clone() for name, one in ema.shadow.items()}
-    with pytest.raises(CheckpointError, match=message):
+    with refused(ema, message):
         d2go.load(ema, state, num_updates=7)
-    assert ema.num_updates == 0
-    assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())
 
 
 def test_averages_without_a_counterpart_are_refused() -> None:
     state = changed()
-    with pytest.raises(ArgumentError, match="2 averages"):
-        d2go.load(average_of(Network(2), (0.9, 0.99)), state)
-    with pytest.raises(ArgumentError, match="2 averages"):
-        d2go.export(average_of(Network(2), (0.9, 0.99)))
+    several = average_of(Network(2), (0.9, 0.99))
+    for ask in (lambda: d2go.load(several, state), lambda: d2go.export(several)):
+        with pytest.raises(ArgumentError, match="2 averages"):
+            ask()
     split = average_of(Network(2, torch.bfloat16), shadow_dtype="bf16+16")
     with pytest.raises(ArgumentError, match="float32"):
         d2go.load(split, state)

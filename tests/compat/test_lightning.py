@@ -23,14 +23,11 @@ from fastema.compat import lightning as ours
 from fastema.compat.peer_horizon import lightning as same
 from fastema.errors import ArgumentError, LayoutError, StateError
 
+from ..support.lightning_runs import MARKS, quiet_trainer
 from ..support.requirements import require_packages
 
 pytestmark = [
-    pytest.mark.torch,
-    # What Lightning's dependencies say of each other, and its advice.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    *MARKS,
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     # Lightning's callback, where a checkpoint is loaded for a test.
@@ -92,18 +89,8 @@ def loader(batches: int = STEPS) -> DataLoader[Any]:
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": EPOCHS,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
+    settings = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0, **options}
+    return quiet_trainer(folder, *callbacks, **settings)
 
 
 def fitted(
@@ -997,22 +984,23 @@ def test_outside_fit_a_checkpoint_has_the_model(tmp_path: Path) -> None:
     assert "averaging_state" not in saved
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan")])
-def test_wrong_decays(decay: float) -> None:
-    with pytest.raises(ArgumentError, match="decay"):
-        ours.EMAWeightAveraging(decay=decay)
-
-
-def test_a_rule_as_decay_is_refused_by_what_takes_it() -> None:
-    rule: Any = fastema.rules.warmup(0.99)
-    with pytest.raises(ArgumentError, match=r"decay=Warmup.*expected a number.*fastema\.EMA takes"):
-        ours.EMAWeightAveraging(decay=rule)
-
-
-@pytest.mark.parametrize("name", ["avg_fn", "multi_avg_fn"])
-def test_a_decay_and_a_function_are_refused(name: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"use WeightAveraging\({name}=\.\.\.\)"):
-        ours.EMAWeightAveraging(**{name: swa_utils.get_ema_avg_fn()})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[({"decay": decay}, "decay") for decay in (-0.1, 1.5, float("nan"))],
+        (
+            {"decay": fastema.rules.warmup(0.99)},
+            r"decay=Warmup.*expected a number.*fastema\.EMA takes",
+        ),
+        *[
+            ({name: swa_utils.get_ema_avg_fn()}, rf"use WeightAveraging\({name}=\.\.\.\)")
+            for name in ("avg_fn", "multi_avg_fn")
+        ],
+    ],
+)
+def test_wrong_decays_and_functions_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        ours.EMAWeightAveraging(**options)
 
 
 DISTRIBUTED = """

@@ -24,6 +24,7 @@ import fastema.lightning
 from fastema.errors import ArgumentError
 from fastema.lightning import LossAverages
 
+from ..support.lightning_runs import MARKS, quiet_trainer
 from ..support.requirements import require_packages
 from ..support.smoothing import assert_close, ema, sma
 
@@ -31,12 +32,8 @@ NEEDS = ("tensorboard",)
 
 
 pytestmark = [
-    pytest.mark.torch,
-    # What Lightning's dependencies say of each other, and its advice.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    *MARKS,
     pytest.mark.filterwarnings("ignore:.*ended before the epoch ended and your dataloader is"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
 ]
 
@@ -81,17 +78,7 @@ def loader(samples: int = 43, batch: int = 8) -> DataLoader[Any]:
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 3,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": folder,
-    }
-    return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
+    return quiet_trainer(folder, *callbacks, **{"max_epochs": 3, **options})
 
 
 def made(kind: type[Regression] = Regression) -> Regression:

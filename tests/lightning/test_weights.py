@@ -16,12 +16,10 @@ from fastema import rules
 from fastema.errors import ArgumentError, StateError
 from fastema.lightning import EMACallback
 
+from ..support.lightning_runs import MARKS, quiet_trainer
+
 pytestmark = [
-    pytest.mark.torch,
-    # What Lightning's dependencies say of each other, and its advice.
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    *MARKS,
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
@@ -70,12 +68,7 @@ class Regression(pl.LightningModule):
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., pl.Trainer]:
     def make(*callbacks: pl.Callback, epochs: int = 2, **options: Any) -> pl.Trainer:
-        return pl.Trainer(
-            accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), logger=False,
-            default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
-            enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
-            **options,
-        )  # fmt: skip
+        return quiet_trainer(tmp_path, *callbacks, max_epochs=epochs, **options)
 
     return make
 

@@ -9,21 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from fastema.errors import ArgumentError
 from fastema.transformers import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
+from .runs import MARKS, quiet_trainer
 
 NEEDS = ("accelerate", "tensorboard")
 
 
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning"),
-]
+pytestmark = MARKS
 
 WINDOW, DECAY = 3, 0.7
 STEPS = 18  # three epochs of six
@@ -45,35 +43,11 @@ class Regression(torch.nn.Module):
         return {"loss": loss, "logits": self.layer(x)}
 
 
-def data(samples: int = 24) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, 3, generator=generator)
-    y = x.sum(1, keepdim=True) + torch.randn(samples, 1, generator=generator)
-    return [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
-
-
 def trainer(
     folder: Path, *callbacks: Any, model: torch.nn.Module | None = None, **options: Any
 ) -> Trainer:
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "logging_steps": 4,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return Trainer(
-        model or Regression(),
-        TrainingArguments(**{**settings, **options}),
-        train_dataset=data(),
-        eval_dataset=data(8),
-        callbacks=list(callbacks),
-    )
+    options = {"num_train_epochs": 3, "logging_steps": 4, **options}
+    return quiet_trainer(folder, *callbacks, given={"model": model or Regression()}, **options)
 
 
 def column(run: Trainer, name: str) -> list[float]:

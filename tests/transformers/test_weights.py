@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import pickle
 import shutil
 import socket
@@ -30,7 +29,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
-    TrainingArguments,
 )
 
 import fastema.transformers
@@ -38,13 +36,12 @@ from fastema.checkpoint import files, load_state
 from fastema.errors import ArgumentError, CheckpointError, StateError
 from fastema.transformers import EMACallback
 
+from .runs import MARKS, data, quiet_trainer
+
 NEEDS = ("accelerate",)
 
 
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found:UserWarning"),
-]
+pytestmark = MARKS
 
 DECAY, STEPS = 0.8, 12  # two epochs of six
 FILE = "ema.safetensors"
@@ -74,13 +71,6 @@ def snapshot(module: torch.nn.Module) -> State:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def data(samples: int = 24) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, 3, generator=generator)
-    y = x.sum(1, keepdim=True) + torch.randn(samples, 1, generator=generator)
-    return [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
-
-
 class Noting(TrainerCallback):
     """Keeps the weights as they are at events."""
 
@@ -102,35 +92,14 @@ class Noting(TrainerCallback):
 
 
 def trainer(
-    folder: Path,
-    *callbacks: Any,
-    model: torch.nn.Module | None = None,
-    kind: type[Trainer] = Trainer,
-    **options: Any,
+    folder: Path, *callbacks: Any, model: torch.nn.Module | None = None, **options: Any
 ) -> Trainer:
-    given = {name: options.pop(name) for name in ("model_init", "optimizers") if name in options}
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 8,
-        "learning_rate": 0.05,
-        "logging_steps": 100,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+    names = ("model_init", "optimizers", "train_dataset", "eval_dataset")
+    given = {name: options.pop(name) for name in names if name in options}
     if "model_init" not in given:
         given["model"] = model or Network()
-    return kind(
-        args=TrainingArguments(**{**settings, **options}),
-        train_dataset=data(),
-        eval_dataset=data(8),
-        callbacks=list(callbacks),
-        **given,
-    )
+    settings = {"num_train_epochs": 2, "per_device_eval_batch_size": 8, "logging_steps": 100}
+    return quiet_trainer(folder, *callbacks, given=given, **{**settings, **options})
 
 
 def average_in(folder: Path) -> State:
@@ -387,7 +356,7 @@ def test_checkpoints_hold_the_weights_and_the_average_in_files_of_their_own(
         assert not [one for one in folder.iterdir() if one.name.startswith(".")]
 
 
-@pytest.mark.parametrize("how", ["a path", "the last", "elsewhere", "by name"])
+@pytest.mark.parametrize("how", ["a path", "the last", "elsewhere", "by name", "added"])
 def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, how: str) -> None:
     whole, noting = Network(), Noting()
     trainer(tmp_path / "whole", noting, EMACallback(DECAY), model=whole, **EVERY_FOUR).train()
@@ -404,7 +373,10 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, how: str) -> None
         saved = shutil.move(saved, tmp_path / "moved")
     model, rest, ema = Network(), Noting(), EMACallback(DECAY)
     run = trainer(folder, rest, model=model, **EVERY_FOUR, **SAVED)
-    ema.attach(run)
+    if how == "added":
+        run.add_callback(ema)
+    else:
+        ema.attach(run)
     if how == "by name":
         run.train(resume_from_checkpoint=saved)
     else:
@@ -416,42 +388,73 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, how: str) -> None
     assert ema.ema.num_updates == STEPS
 
 
-def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
+def lose_average(folder: Path) -> None:
+    (folder / FILE).unlink()
+
+
+def take_average_of_step_4(folder: Path) -> None:
+    shutil.copy(folder.parent / "checkpoint-4" / FILE, folder / FILE)
+
+
+def damage_average(folder: Path) -> None:
+    whole = bytearray((folder / FILE).read_bytes())
+    stored = files.read(folder / FILE).tensors["shadow.0.second.weight"]
+    whole[stored.offset + 5] ^= 64
+    (folder / FILE).write_bytes(whole)
+
+
+def change_one_weight(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    held["second.bias"] += 1
+    save_file(held, path, metadata={"format": "pt"})
+
+
+def run_without_average(folder: Path) -> None:
+    """Train into the folders of a run that had an average."""
+    old = (folder / FILE).read_bytes()
+    trainer(folder.parent, **SAVED, learning_rate=0.3).train()
+    assert (folder / FILE).read_bytes() == old
+
+
+OTHER_WEIGHTS = r"average of other weights.*model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (lose_average, [{}], r"checkpoint-8 has no ema.safetensors.*'begin'"),
+        (take_average_of_step_4, [{}], "average of step 4, and training resumes at step 8"),
+        (lambda folder: None, [{"shadow_dtype": "bfloat16"}], r"first.weight.*f32, expected bf16"),
+        (damage_average, [{}], r"damaged: 'shadow\.0\.second\.weight' is"),
+        (change_one_weight, [{}], OTHER_WEIGHTS),
+        (run_without_average, [{}, {"on_missing": "begin"}], OTHER_WEIGHTS),
+    ],
+)
+def test_a_checkpoint_with_an_average_that_does_not_fit_is_refused(
+    tmp_path: Path, changes: Callable[[Path], object], options: list[Any], message: str
+) -> None:
+    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
+    changes(tmp_path / "checkpoint-8")
+    for given in options:
+        run = trainer(tmp_path / "rest", EMACallback(DECAY, **given))
+        with pytest.raises(CheckpointError, match=message):
+            run.train(str(tmp_path / "checkpoint-8"))
+
+
+def test_an_average_begins_at_a_checkpoint_without_one_where_asked_to(tmp_path: Path) -> None:
     trainer(tmp_path, **SAVED).train()
-    run = trainer(tmp_path / "rest", EMACallback(DECAY))
-    path = str(tmp_path / "checkpoint-8")
-    with pytest.raises(CheckpointError, match=r"checkpoint-8 has no ema.safetensors.*'begin'"):
-        run.train(path)
     model, noting = Network(), Noting()
     run = trainer(tmp_path / "b", noting, EMACallback(DECAY, on_missing="begin"), model=model)
-    run.train(path)
+    run.train(str(tmp_path / "checkpoint-8"))
     begun = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
     assert_near(snapshot(model), average_of(begun, noting.steps))
 
 
-def test_an_average_of_another_step_is_refused(tmp_path: Path) -> None:
+def test_files_without_weights_are_not_other_weights(tmp_path: Path) -> None:
     trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
-    shutil.copy(tmp_path / "checkpoint-4" / FILE, tmp_path / "checkpoint-8" / FILE)
-    run = trainer(tmp_path / "rest", EMACallback(DECAY))
-    with pytest.raises(CheckpointError, match="average of step 4, and training resumes at step 8"):
-        run.train(str(tmp_path / "checkpoint-8"))
-
-
-def test_an_average_of_other_precision_is_refused(tmp_path: Path) -> None:
-    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
-    run = trainer(tmp_path / "rest", EMACallback(DECAY, shadow_dtype="bfloat16"))
-    with pytest.raises(CheckpointError, match=r"first.weight.*f32, expected bf16"):
-        run.train(str(tmp_path / "checkpoint-8"))
-
-
-def test_a_callback_that_is_added_late_resumes_too(tmp_path: Path) -> None:
-    whole = Network()
-    trainer(tmp_path, EMACallback(DECAY), model=whole, **SAVED).train()
-    model = Network()
-    run = trainer(tmp_path / "rest", model=model)
-    run.add_callback(EMACallback(DECAY))
-    run.train(str(tmp_path / "checkpoint-8"))
-    assert_same(snapshot(model), snapshot(whole))
+    (tmp_path / "checkpoint-8" / "notes.safetensors").write_bytes(b"")
+    trainer(tmp_path / "rest", EMACallback(DECAY)).train(str(tmp_path / "checkpoint-8"))
 
 
 def test_a_resumed_run_that_does_not_say_from_where_is_refused(tmp_path: Path) -> None:
@@ -496,29 +499,6 @@ def test_a_trainer_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     assert "save_model" not in vars(run)
 
 
-def test_an_average_of_another_run_is_refused(tmp_path: Path) -> None:
-    """A run without an average writes into the folders of one that had it."""
-    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
-    old = (tmp_path / "checkpoint-8" / FILE).read_bytes()
-    trainer(tmp_path, **SAVED, learning_rate=0.3).train()
-    assert (tmp_path / "checkpoint-8" / FILE).read_bytes() == old
-    for missing in ("raise", "begin"):
-        ema = EMACallback(DECAY, on_missing=missing)  # type: ignore[arg-type]
-        with pytest.raises(CheckpointError, match=r"average of other weights.*model.safetensors"):
-            trainer(tmp_path / "rest", ema).train(str(tmp_path / "checkpoint-8"))
-
-
-def test_a_damaged_average_is_refused_by_the_name_of_the_tensor(tmp_path: Path) -> None:
-    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
-    path = tmp_path / "checkpoint-8" / FILE
-    whole = bytearray(path.read_bytes())
-    stored = files.read(path).tensors["shadow.0.second.weight"]
-    whole[stored.offset + 5] ^= 64
-    path.write_bytes(whole)
-    with pytest.raises(CheckpointError, match=r"damaged: 'shadow\.0\.second\.weight' is"):
-        trainer(tmp_path / "rest", EMACallback(DECAY)).train(str(path.parent))
-
-
 @pytest.mark.parametrize("how", ["load_state", "load_file"])
 def test_the_file_beside_a_checkpoint_is_loaded_into_an_average_of_ones_own(
     tmp_path: Path, how: str
@@ -530,20 +510,6 @@ def test_the_file_beside_a_checkpoint_is_loaded_into_an_average_of_ones_own(
     ema.load_state_dict(load_state(path, ema.shadow) if how == "load_state" else load_file(path))
     assert ema.num_updates == STEPS
     assert_same(dict(ema.shadow), dict(callback.ema.shadow))
-
-
-def test_one_changed_tensor_is_other_weights(tmp_path: Path) -> None:
-    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
-    path = tmp_path / "checkpoint-8" / "model.safetensors"
-    held = load_file(path)
-    held["second.bias"] += 1
-    save_file(held, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="average of other weights"):
-        trainer(tmp_path / "rest", EMACallback(DECAY)).train(str(path.parent))
-    # Files that are no weights do not count, and those that are missing do.
-    trainer(tmp_path, EMACallback(DECAY), **SAVED).train()
-    (path.parent / "notes.safetensors").write_bytes(b"")
-    trainer(tmp_path / "rest", EMACallback(DECAY)).train(str(path.parent))
 
 
 @pytest.mark.parametrize("name", ["write_state", "state_dict"])
@@ -683,40 +649,35 @@ def test_the_best_model_is_the_one_whose_average_is(
     assert ema.ema.num_updates == best + 1
 
 
-def test_a_best_model_without_an_average_is_taken_as_it_is(tmp_path: Path) -> None:
-    class Losing(TrainerCallback):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lose_average, r"has no ema\.safetensors: the model holds its weights"),
+        (
+            change_one_weight,
+            r"has the wrong ema\.safetensors \(.*other weights.*\): the model holds",
+        ),
+    ],
+)
+def test_a_best_model_whose_average_does_not_fit_is_taken_as_it_is(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    class Spoiling(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            os.unlink(Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE)
+            spoil(tmp_path / f"checkpoint-{state.global_step}")
 
     model, noting, ema = Network(), Noting(), EMACallback(DECAY)
     run = trainer(tmp_path, noting, model=model, load_best_model_at_end=True, **EVERY_FOUR, **SAVED)
     ema.attach(run)
-    run.add_callback(Losing())
-    with pytest.warns(UserWarning, match=r"has no ema\.safetensors: the model holds its weights"):
+    run.add_callback(Spoiling())
+    with pytest.warns(UserWarning, match=message):
         run.train()
-    raw = noting.steps[run.state.best_global_step - 1]
+    raw = load_file(f"{run.state.best_model_checkpoint}/model.safetensors")
+    if spoil is lose_average:
+        assert_same(raw, noting.steps[run.state.best_global_step - 1])
     assert_same(snapshot(model), raw)
     run.evaluate()
     assert_same(model.evaluated[-1], raw)
-
-
-def test_a_best_model_with_the_average_of_another_is_taken_as_it_is(tmp_path: Path) -> None:
-    class Mixing(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            path = tmp_path / f"checkpoint-{state.global_step}" / "model.safetensors"
-            held = {name: value + 1 for name, value in load_file(path).items()}
-            save_file(held, path, metadata={"format": "pt"})
-
-    model = Network()
-    run = trainer(
-        tmp_path, EMACallback(DECAY), Mixing(), model=model, load_best_model_at_end=True,
-        **EVERY_FOUR, **SAVED,
-    )  # fmt: skip
-    with pytest.warns(
-        UserWarning, match=r"has the wrong ema\.safetensors \(.*other weights.*\): the model holds"
-    ):
-        run.train()
-    assert_same(snapshot(model), load_file(f"{run.state.best_model_checkpoint}/model.safetensors"))
 
 
 # -- copies and references ------------------------------------------------------------------------
@@ -1003,27 +964,12 @@ def test_generation_sees_the_average(tmp_path: Path) -> None:
         )
     )
     ema, noting, noted = EMACallback(DECAY, at_end="raw"), Noting(), []
-    run = Seq2SeqTrainer(
-        model=model,
-        args=Seq2SeqTrainingArguments(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            max_steps=4,
-            per_device_train_batch_size=4,
-            learning_rate=0.05,
-            eval_strategy="steps",
-            eval_steps=2,
-            predict_with_generate=True,
-            generation_max_length=8,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=words(),
-        eval_dataset=words(4),
-        callbacks=[noting, ema],
-    )
+    run = trainer(
+        tmp_path, noting, ema, model=model, kind=Seq2SeqTrainer,
+        arguments=Seq2SeqTrainingArguments, train_dataset=words(), eval_dataset=words(4),
+        max_steps=4, eval_strategy="steps", eval_steps=2,
+        predict_with_generate=True, generation_max_length=8,
+    )  # fmt: skip
     with noting_encoder(model, noted):
         run.train()
         run.predict(words(4))

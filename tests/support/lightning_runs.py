@@ -1,0 +1,32 @@
+"""Trainers of the tests that run Lightning, and what Lightning warns of meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import pytorch as pl
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+# What Lightning's dependencies say of each other, and its advice.
+MARKS = [
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def quiet_trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
+    """Make a trainer on the CPU that shows and saves nothing but what the callbacks ask for."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**settings, **options})
