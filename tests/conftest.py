@@ -1,4 +1,4 @@
-"""What tests share: numbers to compute with, guarded memory, and fresh interpreters."""
+"""What tests share: options, numbers to compute with, threads, and fresh interpreters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,8 @@ from hypothesis import settings
 
 import fastema
 from fastema.engine import cpu
-from fastema.engine.program import Program
-from fastema.engine.registry import kernel
-from fastema.kernels import table as abi
-from fastema.layout.device_context import LaunchArgs
-from fastema.layout.dtypes import DTYPES
-from fastema.layout.group import Pair
-from fastema.layout.spec import TensorSpec
 
+from .support import arrays
 from .support.matrix import reduced
 from .support.peak import overall_peak
 from .support.requirements import missing_packages
@@ -160,184 +154,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if mark in collection_path.read_text(encoding="utf-8") else True
 
 
-STORAGE = {
-    "f64": np.float64,
-    "f32": np.float32,
-    "f16": np.float16,
-    "bf16": np.uint16,
-    "c64": np.complex64,
-    "c128": np.complex128,
-    "bool": np.bool_,
-    **{f"i{8 * n}": np.dtype(f"i{n}").type for n in (1, 2, 4, 8)},
-    **{f"u{8 * n}": np.dtype(f"u{n}").type for n in (1, 2, 4, 8)},
-}
-WORD = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
 @pytest.fixture(scope="session")
-def bits() -> Callable[[np.ndarray], np.ndarray]:
-    """Any array as unsigned integers, so that every bit is compared; complex ones as two."""
-
-    def view(array: np.ndarray) -> np.ndarray:
-        size = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
-        return np.ascontiguousarray(array).reshape(-1).view(WORD[size])
-
-    return view
-
-
-def _is_nan(array: np.ndarray, code: str) -> np.ndarray:
-    if code == "bf16":
-        return (array & 0x7FFF) > 0x7F80
-    reals = array.reshape(-1).view(array.real.dtype) if array.dtype.kind == "c" else array
-    return np.isnan(reals) if reals.dtype.kind == "f" else np.zeros(reals.shape, bool)
-
-
-@pytest.fixture(scope="session")
-def assert_same(bits: Callable[..., np.ndarray]) -> Callable[[np.ndarray, np.ndarray, str], None]:
-    """Equal to the bit, except that any NaN equals any NaN."""
-
-    def check(got: np.ndarray, want: np.ndarray, code: str) -> None:
-        assert got.dtype == want.dtype
-        assert got.shape == want.shape
-        nan_got, nan_want = _is_nan(got, code).reshape(-1), _is_nan(want, code).reshape(-1)
-        np.testing.assert_array_equal(nan_got, nan_want)
-        a, b = bits(got), bits(want)
-        wrong = np.flatnonzero((a != b) & ~nan_want)
-        assert not wrong.size, (
-            f"{wrong.size} of {a.size} {code} differ, the first at {wrong[0]}: "
-            f"{a[wrong[0]]:#x}, expected {b[wrong[0]]:#x}"
-        )
-
-    return check
+def assert_same() -> Callable[[np.ndarray, np.ndarray, str], None]:
+    return arrays.assert_same
 
 
 @pytest.fixture(scope="session")
 def numbers() -> Callable[..., np.ndarray]:
-    """``numbers(size, code, seed)``: stored weights-like numbers, none of them zero.
-
-    ``kind="bits"`` gives every pattern there is (NaN, infinities, subnormals), evenly.
-    """
-
-    def make(size: int, code: str, seed: int = 0, kind: str = "weights") -> np.ndarray:
-        generator = np.random.default_rng([seed, len(code), DTYPES[code].itemsize])
-        storage = np.dtype(STORAGE[code])
-        if code == "bool":
-            return generator.integers(0, 2, size).astype(bool)
-        if kind == "bits" or DTYPES[code].real is None:
-            return generator.integers(0, 256, size * storage.itemsize, np.uint8).view(storage)
-        parts = DTYPES[code].parts
-        values = generator.normal(size=size * parts) * 2.0 ** generator.integers(
-            -6, 3, size * parts
-        )
-        if code == "bf16":
-            return (values.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-        real = np.empty(0, storage).real.dtype
-        return values.astype(real).view(storage)
-
-    return make
-
-
-class Guarded:
-    """Memory of which only some elements may be written: the rest is watched.
-
-    ``array`` lies ``start`` elements from a cache line, within poison on both sides; gaps of a
-    strided view are watched too.
-    """
-
-    def __init__(self, array: np.ndarray, poison: np.ndarray, owned: np.ndarray) -> None:
-        self.array = array
-        self._poison = poison  # the whole memory, in bytes
-        self._owned = owned  # which of its bytes belong to the array
-        self._before = poison.copy()
-
-    def assert_rest_untouched(self) -> None:
-        """Assert that nothing but the array's elements has changed."""
-        changed = (self._poison != self._before) & ~self._owned
-        assert not changed.any(), f"written outside, at byte {np.flatnonzero(changed)[0]}"
-
-    def assert_untouched(self) -> None:
-        """Assert that nothing has changed at all."""
-        np.testing.assert_array_equal(self._poison, self._before)
-
-
-@pytest.fixture(scope="session")
-def guarded() -> Callable[..., Guarded]:
-    """``guarded(values, start, strides)``: values laid out in watched, poisoned memory.
-
-    Parameters are the values as stored, the first element's distance from a cache line, and
-    strides in elements (dense where not given; negative ones lie before the first element).
-    """
-
-    def make(values: np.ndarray, start: int = 0, strides: tuple[int, ...] | None = None) -> Guarded:
-        size = values.itemsize
-        if strides is None:
-            strides = tuple(step // size for step in np.empty(values.shape, values.dtype).strides)
-        spans = [(n - 1) * s for n, s in zip(values.shape, strides, strict=True) if n > 0]
-        before = -sum(span for span in spans if span < 0)
-        length = before + sum(span for span in spans if span > 0) + 1
-        margin = 64 + start * size
-        raw = np.full(64 + margin + length * size + 256, 0xA5, np.uint8)
-        first = -raw.ctypes.data % 64 + margin + before * size
-        steps = tuple(s * size for s in strides)
-        array = np.ndarray(values.shape, values.dtype, raw, first, steps)
-        owned = np.zeros(raw.shape, bool)
-        if values.size:
-            array[...] = values
-            index = np.ndarray(
-                values.shape, np.int64, np.arange(raw.size), first * 8, tuple(s * 8 for s in steps)
-            )
-            owned[(index.reshape(-1, 1) + np.arange(size)).reshape(-1)] = True
-        return Guarded(array, raw, owned)
-
-    return make
-
-
-def _spec_of(array: np.ndarray, code: str) -> TensorSpec:
-    steps = tuple(step // array.itemsize for step in array.strides)
-    return TensorSpec(array.ctypes.data, array.shape, steps, code, "cpu", owner=array)
-
-
-@pytest.fixture(scope="session")
-def spec_of() -> Callable[[np.ndarray, str], TensorSpec]:
-    """``spec_of(array, code)``: a NumPy array described as of any dtype (bfloat16 as uint16)."""
-    return _spec_of
-
-
-@pytest.fixture(scope="session")
-def run_rows() -> Callable[..., None]:
-    """``run_rows(operation, dst, src, layout, rows, weight)``: a kernel on a table made by hand.
-
-    Rows are (array, array) or (array, array, step, step); ``dst`` and ``src`` kernel formats.
-    """
-
-    def run(
-        operation: str, dst: str, src: str, layout: str, rows: Any, weight: float = 0.0
-    ) -> None:
-        table = np.zeros((len(rows), abi.COLUMNS), np.int64)
-        for cells, (to, of, *steps) in zip(table, rows, strict=True):
-            cells[[abi.DST, abi.SRC, abi.COUNT]] = to.ctypes.data, of.ctypes.data, to.size
-            cells[[abi.DST_STEP, abi.SRC_STEP]] = steps or (1, 1)
-        numbers, control = np.array([weight]), np.zeros(abi.CONTROLS, np.int64)
-        control[abi.CLAIM] = 1
-        made = kernel(operation, (dst, src), layout)
-        made(table.ctypes.data, len(table), numbers.ctypes.data, control.ctypes.data)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def run_pairs() -> Callable[..., Program]:
-    """``run_pairs(operation, [(dst, src), ...], dst, src, weight)``: arrays through the engine."""
-
-    def run(operation: str, sides: Any, dst: str, src: str, weight: float = 0.0) -> Program:
-        pairs = [
-            Pair(f"t{i}", _spec_of(a, dst), _spec_of(b, src)) for i, (a, b) in enumerate(sides)
-        ]
-        program = Program({"all": pairs})
-        program.run({"all": operation}, LaunchArgs((weight,)))
-        return program
-
-    return run
+    return arrays.numbers
 
 
 @pytest.fixture
