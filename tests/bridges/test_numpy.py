@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
 from fastema.bridges import numpy as bridge
 from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import DTYPES, NAMES
+
+from ..support.arrays import numbers
 
 CODES = [code for code in NAMES.values() if code != "bf16"]
 
@@ -31,7 +31,7 @@ def test_dtypes_without_kernels(dtype: object) -> None:
         bridge.code(dtype)
 
 
-def test_bfloat16_of_ml_dtypes(numbers: Callable[..., np.ndarray]) -> None:
+def test_bfloat16_of_ml_dtypes() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     assert bridge.code(ml_dtypes.bfloat16) == "bf16"
     assert bridge.native("bf16") == np.dtype(ml_dtypes.bfloat16)
@@ -77,7 +77,7 @@ def test_description_of_where_an_array_lies(array: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_new_arrays_and_views(code: str, numbers: Callable[..., np.ndarray]) -> None:
+def test_new_arrays_and_views(code: str) -> None:
     flat = bridge.zeros(40, code, "cpu")
     flat[:] = numbers(40, code, 1)
     assert bridge.owns(flat)

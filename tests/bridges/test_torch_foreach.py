@@ -23,6 +23,7 @@ from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 
 from ..support import reference
+from ..support.arrays import assert_same, numbers
 from ..support.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
 
 pytestmark = pytest.mark.torch
@@ -37,8 +38,6 @@ STEPS = {"f16": 13, "bf16": 16}
 WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Array = np.ndarray
-Make = Callable[..., Array]
-Check = Callable[..., None]
 
 
 # -- tensors, pairs and runs -----------------------------------------------------------------------
@@ -193,7 +192,7 @@ WEIGHTS = [0.0, 2.0**-10, 0.3, 0.5, 0.77, 1 - 2.0**-30, 1.0]
 
 
 @pytest.mark.parametrize(("dst", "src"), PAIRS, ids=PAIR_IDS)
-def test_average_of_every_pair_of_floats(dst: str, src: str, numbers: Make) -> None:
+def test_average_of_every_pair_of_floats(dst: str, src: str) -> None:
     sides = with_specials(numbers(1500, dst, 1), numbers(1500, src, 2), dst, src)
     for w in WEIGHTS:
         for form in ("", dst) if DTYPES[dst].parts == 1 else ("",):
@@ -209,7 +208,7 @@ def test_average_of_every_pair_of_floats(dst: str, src: str, numbers: Make) -> N
 
 
 @pytest.mark.parametrize("src", REAL)
-def test_average_in_two_halves(src: str, numbers: Make) -> None:
+def test_average_in_two_halves(src: str) -> None:
     avg, x = with_specials(numbers(1500, "f32", 1), numbers(1500, src, 2), "f32", src)
     for w in WEIGHTS:
         pair = split_pair(avg, tensor(x, src))
@@ -235,7 +234,7 @@ def joined(pair: Pair) -> Array:
     return ((high - up << 16) | residual).astype(np.uint32).view(np.float32)
 
 
-def test_averages_updated_together(numbers: Make) -> None:
+def test_averages_updated_together() -> None:
     weights = (0.5, 0.125, 1.0)
     pairs = []
     for i, (size, code) in enumerate([(700, "f32"), (900, "bf16"), (1, "f32"), (1000, "f32")]):
@@ -257,7 +256,7 @@ def test_averages_updated_together(numbers: Make) -> None:
         *(("c128", "c64"), (SPLIT, "f32")),
     ],
 )
-def test_terms_of_a_weighted_sum(dst: str, src: str, numbers: Make) -> None:
+def test_terms_of_a_weighted_sum(dst: str, src: str) -> None:
     coefficients = (0.3, -1.7, 0.9)
     terms = [tensor(numbers(3000, src, i), src) for i in range(3)]
     begin = numbers(3000, "f32" if dst == SPLIT else dst, 9)
@@ -370,7 +369,7 @@ def test_rounding_of_special_numbers(code: str) -> None:
 
 @pytest.mark.parametrize("src", REAL)
 @pytest.mark.parametrize("code", STEPS)
-def test_average_rounded_by_random_bits(code: str, src: str, numbers: Make) -> None:
+def test_average_rounded_by_random_bits(code: str, src: str) -> None:
     before, x = numbers(20_000, code, 1), numbers(20_000, src, 2)
     for w in (0.01, 0.3, 0.8):
         avg = tensor(before, code)
@@ -388,7 +387,7 @@ def test_average_rounded_by_random_bits(code: str, src: str, numbers: Make) -> N
         assert abs(z) < 5
 
 
-def test_random_bits_belong_to_seed_step_tensor_and_place(numbers: Make) -> None:
+def test_random_bits_belong_to_seed_step_tensor_and_place() -> None:
     before, x = numbers(5000, "bf16", 1), numbers(5000, "f32", 2)
     others = [(numbers(700, "bf16", 3), numbers(700, "f32", 4))] * 2
 
@@ -434,7 +433,6 @@ def test_random_bits_are_the_kernels(
     src: str,
     order: tuple[int, ...],
     whole: str,
-    numbers: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(foreach, "AT_ONCE", 999)
@@ -456,7 +454,7 @@ def test_random_bits_are_the_kernels(
 
 
 @pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
-def test_copies_are_rounded_to_nearest(operation: str, numbers: Make) -> None:
+def test_copies_are_rounded_to_nearest(operation: str) -> None:
     pair = pair_of(tensor(numbers(3000, "bf16"), "bf16"), tensor(numbers(3000, "f32"), "f32"))
     assert_same_bits([pair], run_both(operation, [pair._replace(form="bf16~")]))
 
@@ -475,9 +473,7 @@ def halfway(code: str, size: int = 1000) -> Array:
 
 @pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize(("dst", "src"), PAIRS, ids=PAIR_IDS)
-def test_copies_of_every_pair_of_floats(
-    dst: str, src: str, operation: str, numbers: Make, assert_same: Check
-) -> None:
+def test_copies_of_every_pair_of_floats(dst: str, src: str, operation: str) -> None:
     avg, x = (numbers(3000, code, i, "bits") for i, code in enumerate((dst, src)))
     avg, x = with_specials(avg, x, dst, src)
     for code, other, array in ((src, dst, x), (dst, src, avg)):
@@ -492,7 +488,7 @@ def test_copies_of_every_pair_of_floats(
 
 @pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize("code", [*EXACT, *REAL, *COMPLEX])
-def test_equal_dtypes_are_moved_to_the_bit(code: str, operation: str, numbers: Make) -> None:
+def test_equal_dtypes_are_moved_to_the_bit(code: str, operation: str) -> None:
     sides = [tensor(numbers(700, code, i, "bits"), code) for i in (1, 2)]
     old = [words(one).clone() for one in sides]
     form = f"{code}~" if code in STEPS else ""
@@ -504,9 +500,7 @@ def test_equal_dtypes_are_moved_to_the_bit(code: str, operation: str, numbers: M
 
 @pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize("src", REAL)
-def test_copies_of_an_average_in_two_halves(
-    src: str, operation: str, numbers: Make, assert_same: Check
-) -> None:
+def test_copies_of_an_average_in_two_halves(src: str, operation: str) -> None:
     ties = ((np.arange(1 << 16) << 16) | 0x8000).astype(np.uint32).view(np.float32)
     avg = np.concatenate([numbers(3000, "f32", 1, "bits"), ties])
     x = np.concatenate(
@@ -525,7 +519,7 @@ def test_copies_of_an_average_in_two_halves(
         assert_same(stored(pair.src.owner), avg, "f32")
 
 
-def test_park_and_back(numbers: Make) -> None:
+def test_park_and_back() -> None:
     ends = np.array([0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0x8000, 0x7FFF, 0, 0x7F800000])
     ties = np.concatenate([np.arange(1 << 16) << 16 | low for low in (0x8000, 0x7FFF, 1)])
     avg = np.concatenate([ends, ends | 0x80000000, ties]).astype(np.uint32).view(np.float32)
@@ -557,7 +551,7 @@ def test_park_and_back(numbers: Make) -> None:
         *(("f16~", "f32"), (SPLIT, "f32"), (SPLIT, "bf16"), ("c64", "c64")),
     ],
 )
-def test_measures_of_each_pair(dst: str, src: str, numbers: Make) -> None:
+def test_measures_of_each_pair(dst: str, src: str) -> None:
     code = dst.strip("~")
     pairs, before = [], []
     for i, size in enumerate([1, 5000, 0, 37, 4000]):
@@ -593,7 +587,7 @@ def test_measures_of_each_pair(dst: str, src: str, numbers: Make) -> None:
 
 
 @pytest.mark.parametrize("src", [*REAL, *COMPLEX])
-def test_number_of_elements_that_are_not_finite(src: str, numbers: Make) -> None:
+def test_number_of_elements_that_are_not_finite(src: str) -> None:
     wide = {"c64": "c64", "c128": "c128"}.get(src, "f32")
     arrays = [with_specials(*[numbers(n, src, n, "bits")] * 2, src, src)[0] for n in (900, 5)]
     arrays += [numbers(n, src, n) for n in (0, 900, 7)]
@@ -675,9 +669,7 @@ RUNNERS = {
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("window", [1, 2, 7])
 @pytest.mark.parametrize("formats", WINDOWS, ids="-".join)
-def test_mean_of_what_is_in_the_ring(
-    formats: tuple[str, ...], window: int, runner: str, numbers: Make
-) -> None:
+def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, runner: str) -> None:
     _, src, ring, _ = formats
     pair = window_pair(formats, 500, window)
     other = twin([pair])
@@ -700,7 +692,7 @@ def test_mean_of_what_is_in_the_ring(
             assert np.all(np.abs(got - theirs) <= near)
 
 
-def test_what_is_not_finite_passes_through(numbers: Make) -> None:
+def test_what_is_not_finite_passes_through() -> None:
     window, formats = 4, WINDOWS[0]
     pair = window_pair(formats, 90, window)
     for turn in range(1, 30):
@@ -774,9 +766,7 @@ def gaps(one: Any) -> Any:
 
 
 @pytest.mark.parametrize(("operation", "dst", "src", "layout"), CASES)
-def test_every_way_to_lie_in_memory(
-    operation: str, dst: str, src: str, layout: str, numbers: Make
-) -> None:
+def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: str) -> None:
     shape, to_strides, of_strides = LAYOUTS[layout]
     size = int(np.prod(shape))
 
@@ -813,7 +803,7 @@ def test_every_way_to_lie_in_memory(
 # -- what torch keeps of a tensor ------------------------------------------------------------------
 
 
-def test_parameters_keep_what_they_are_and_autograd_is_told(numbers: Make) -> None:
+def test_parameters_keep_what_they_are_and_autograd_is_told() -> None:
     model = [torch.nn.Parameter(tensor(numbers(90, "f32", i), "f32")) for i in (1, 2)]
     avg = [tensor(numbers(90, "f32", i), "f32") for i in (3, 4)]
     pairs = [pair_of(a, p, f"t{i}") for i, (a, p) in enumerate(zip(avg, model, strict=True))]
@@ -827,7 +817,7 @@ def test_parameters_keep_what_they_are_and_autograd_is_told(numbers: Make) -> No
 
 
 @pytest.mark.parametrize("operation", ["lerp", "swap", "copy"])
-def test_tensors_of_inference_mode(operation: str, numbers: Make) -> None:
+def test_tensors_of_inference_mode(operation: str) -> None:
     with torch.inference_mode():
         sides = [tensor(numbers(90, code, i), code) for i, code in enumerate(["bf16", "f32"])]
     pair = pair_of(*sides)
@@ -835,7 +825,7 @@ def test_tensors_of_inference_mode(operation: str, numbers: Make) -> None:
     assert_same_bits([pair], run_both(operation, [pair], (0.25,)))
 
 
-def test_defaults_of_torch_are_of_no_account(numbers: Make) -> None:
+def test_defaults_of_torch_are_of_no_account() -> None:
     def result() -> list[Array]:
         x = tensor(numbers(900, "f64", 2), "f64")
         avg = [tensor(numbers(900, code, 1), code) for code in ("f16", "bf16")]
@@ -862,7 +852,7 @@ def test_defaults_of_torch_are_of_no_account(numbers: Make) -> None:
 # -- batches and memory ----------------------------------------------------------------------------
 
 
-def test_batches_cover_every_element_once(numbers: Make) -> None:
+def test_batches_cover_every_element_once() -> None:
     shapes = [(700,), (30, 40), (), (0, 3), (3, 5, 7), (1, 900)]
     pairs = []
     for i, shape in enumerate(shapes):
@@ -909,7 +899,7 @@ def test_dense_pieces_are_flat_whatever_the_order_of_axes() -> None:
     assert mean.ring[0].shape == (3, 7)
 
 
-def test_pieces_are_those_of_the_whole(numbers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def results(most: int) -> list[Array]:
         monkeypatch.setattr(foreach, "AT_ONCE", most)
         found = []
@@ -971,7 +961,7 @@ EVERYTHING = [
 
 @pytest.mark.parametrize(("operation", "dst", "src"), EVERYTHING)
 def test_memory_does_not_grow_with_the_tensors(
-    operation: str, dst: str, src: str, numbers: Make, monkeypatch: pytest.MonkeyPatch
+    operation: str, dst: str, src: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = 3000
     monkeypatch.setattr(foreach, "AT_ONCE", at_once)
