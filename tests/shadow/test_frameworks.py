@@ -46,25 +46,25 @@ def wide(framework: Framework, arrays: Any) -> dict[str, np.ndarray]:
     return {name: framework.read(one).astype(np.float64) for name, one in arrays.items()}
 
 
-@pytest.mark.parametrize("stored", FLOATS)
 @pytest.mark.parametrize("weights", FLOATS)
-def test_equals_a_float64_loop(framework: Framework, weights: str, stored: str) -> None:
-    held = framework.made(values(0, FLOATS[weights]))
-    ema = fastema.EMA(held, DECAY, shadow_dtype=FLOATS[stored])
-    random, arithmetic = stored in ("f16", "bf16"), arithmetic_of(weights, stored)
-    loops = {n: Loop(x, stored, arithmetic, random) for n, x in wide(framework, held).items()}
-    for n in range(1, 41):
-        given = framework.train(held, values(n, FLOATS[weights]))
-        before = framework.bits(held)
-        ema.update(*given)
-        assert framework.bits(held) == before
-        for name, x in wide(framework, held).items():
-            loops[name].step(x, 1 - DECAY)
-    assert set(ema.shadow) == set(loops)
-    for name, loop in loops.items():
-        assert isinstance(ema.shadow[name], framework.kind)
-        assert ema.shadow[name].dtype == FLOATS[stored]
-        loop.check(wide(framework, ema.shadow)[name], name)
+def test_equals_a_float64_loop(framework: Framework, weights: str) -> None:
+    for stored in FLOATS:  # every pair, of each framework
+        held = framework.made(values(0, FLOATS[weights]))
+        ema = fastema.EMA(held, DECAY, shadow_dtype=FLOATS[stored])
+        random, arithmetic = stored in ("f16", "bf16"), arithmetic_of(weights, stored)
+        loops = {n: Loop(x, stored, arithmetic, random) for n, x in wide(framework, held).items()}
+        for n in range(1, 41):
+            given = framework.train(held, values(n, FLOATS[weights]))
+            before = framework.bits(held)
+            ema.update(*given)
+            assert framework.bits(held) == before
+            for name, x in wide(framework, held).items():
+                loops[name].step(x, 1 - DECAY)
+        assert set(ema.shadow) == set(loops)
+        for name, loop in loops.items():
+            assert isinstance(ema.shadow[name], framework.kind)
+            assert ema.shadow[name].dtype == FLOATS[stored]
+            loop.check(wide(framework, ema.shadow)[name], name)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
@@ -82,49 +82,47 @@ def test_complex(framework: Framework, dtype: str) -> None:
     assert framework.bits(held) == {"w": two.tobytes()}
 
 
-@pytest.mark.parametrize("shadow_dtype", [None, "float64"])
 @pytest.mark.parametrize("dtype", ["bool", *INTEGERS])
-def test_what_is_no_float_is_copied_exactly(
-    framework: Framework, dtype: str, shadow_dtype: str | None
-) -> None:
+def test_what_is_no_float_is_copied_exactly(framework: Framework, dtype: str) -> None:
     raw = np.random.default_rng(1).integers(0, 256, 80 * np.dtype(dtype).itemsize, np.uint8)
     new = raw.view(dtype) if dtype != "bool" else raw > 99
-    held = framework.made({"w": np.ones(3, np.float32), "n": np.zeros(80, dtype)})
-    ema = fastema.EMA(held, DECAY, shadow_dtype=shadow_dtype)
-    ema.update(*framework.train(held, {"n": new}))
-    assert ema.shadow["n"].dtype == dtype
-    np.testing.assert_array_equal(ema.shadow["n"], new)
-    framework.train(held, {"n": new[::-1]})
-    with ema.swapped() as swapped:
-        np.testing.assert_array_equal(swapped["n"], new)
-    np.testing.assert_array_equal(held["n"], new[::-1])
+    for shadow_dtype in (None, "float64"):
+        held = framework.made({"w": np.ones(3, np.float32), "n": np.zeros(80, dtype)})
+        ema = fastema.EMA(held, DECAY, shadow_dtype=shadow_dtype)
+        ema.update(*framework.train(held, {"n": new}))
+        assert ema.shadow["n"].dtype == dtype
+        np.testing.assert_array_equal(ema.shadow["n"], new)
+        framework.train(held, {"n": new[::-1]})
+        with ema.swapped() as swapped:
+            np.testing.assert_array_equal(swapped["n"], new)
+        np.testing.assert_array_equal(held["n"], new[::-1])
 
 
 @pytest.mark.parametrize("framework", [FRAMEWORKS[0], FRAMEWORKS[2]], indirect=True)
 @pytest.mark.parametrize("stored", [*FLOATS.values(), "bf16+16"])
-@pytest.mark.parametrize("weights", FLOATS.values())
-def test_swaps_between_dtypes_come_back(framework: Framework, weights: str, stored: str) -> None:
-    held = framework.made(values(0, weights))
-    ema = fastema.EMA(held, 0.5, shadow_dtype=stored)
-    for n in range(1, 4):
-        ema.update(*framework.train(held, values(n, weights)))
-    raw, average = framework.bits(held), framework.bits(ema.shadow)
-    for _ in range(3):
-        with ema.swapped() as swapped:
-            assert swapped is held
+def test_swaps_between_dtypes_come_back(framework: Framework, stored: str) -> None:
+    for weights in FLOATS.values():
+        held = framework.made(values(0, weights))
+        ema = fastema.EMA(held, 0.5, shadow_dtype=stored)
+        for n in range(1, 4):
+            ema.update(*framework.train(held, values(n, weights)))
+        raw, average = framework.bits(held), framework.bits(ema.shadow)
+        for _ in range(3):
+            with ema.swapped() as swapped:
+                assert swapped is held
+                assert framework.bits(ema.shadow) == average
+                assert framework.bits(ema.state_dict()["shadow"][0]) == average
+                for name, one in held.items():
+                    shadow, got = framework.read(ema.shadow[name]), framework.read(one)
+                    if "bf" in weights + stored:
+                        near = [x.astype(np.float64) for x in (got, shadow)]
+                        np.testing.assert_allclose(*near, rtol=2**-7, atol=1e-6)
+                    else:
+                        assert got.tobytes() == shadow.astype(got.dtype).tobytes()
+                with pytest.raises(StateError):
+                    ema.update()
+            assert framework.bits(held) == raw
             assert framework.bits(ema.shadow) == average
-            assert framework.bits(ema.state_dict()["shadow"][0]) == average
-            for name, one in held.items():
-                shadow, got = framework.read(ema.shadow[name]), framework.read(one)
-                if "bf" in weights + stored:
-                    near = [x.astype(np.float64) for x in (got, shadow)]
-                    np.testing.assert_allclose(*near, rtol=2**-7, atol=1e-6)
-                else:
-                    assert got.tobytes() == shadow.astype(got.dtype).tobytes()
-            with pytest.raises(StateError):
-                ema.update()
-        assert framework.bits(held) == raw
-        assert framework.bits(ema.shadow) == average
 
 
 def test_weights_that_are_not_finite(framework: Framework) -> None:
