@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +26,7 @@ from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
+from ..support.arrays import random_bits
 from ..support.jax_layouts import in_order
 
 CPU = jax.devices("cpu")[0]
@@ -41,16 +41,6 @@ def all_widths() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
-
-
-def numbers(shape: tuple[int, ...], name: str, seed: int = 0) -> np.ndarray:
-    """Random bits of a dtype: NaN and infinities too."""
-    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
-    generator = np.random.default_rng([seed, len(name)])
-    if name == "bool":
-        return generator.integers(0, 2, shape).astype(bool)
-    size = int(np.prod(shape)) * dtype.itemsize
-    return generator.integers(0, 256, size, np.uint8).view(dtype).reshape(shape)
 
 
 def read(spec: TensorSpec, dtype: Any) -> np.ndarray:
@@ -84,7 +74,7 @@ def assert_read(array: Any) -> TensorSpec:
 def test_every_dtype_is_read_where_it_lies(name: str) -> None:
     with all_widths():
         for i, shape in enumerate(SHAPES):
-            values = numbers(shape, name, i)
+            values = random_bits(shape, name, i)
             array = jnp.asarray(values)
             assert array.dtype.name == name
             assert bridge.owns(array)
@@ -98,7 +88,7 @@ ORDERS = [order for rank in (2, 3, 4) for order in permutations(range(rank))]
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_orders_of_axes_that_were_asked_for(order: tuple[int, ...], name: str) -> None:
-    values = numbers((2, 3, 4, 5)[: len(order)], name)
+    values = random_bits((2, 3, 4, 5)[: len(order)], name)
     array = in_order(values, order)
     spec = assert_read(array)
     shape = [values.shape[axis] for axis in order]
@@ -107,14 +97,14 @@ def test_orders_of_axes_that_were_asked_for(order: tuple[int, ...], name: str) -
 
 
 def test_other_views_of_arrays_are_arrays() -> None:
-    base = jnp.asarray(numbers((6, 8), "float32"))
+    base = jnp.asarray(random_bits((6, 8), "float32"))
     for array in (base.T, base[1:, ::2], base[::-1], base.reshape(-1), base.swapaxes(0, 1)[2]):
         assert_read(array)
 
 
 @given(st.lists(st.integers(0, 5), max_size=4), st.sampled_from(["float32", "int8", "bool"]))
 def test_any_shape(shape: list[int], name: str) -> None:
-    assert_read(jnp.asarray(numbers(tuple(shape), name)))
+    assert_read(jnp.asarray(random_bits(tuple(shape), name)))
 
 
 def test_weak_types_are_plain_arrays() -> None:
@@ -129,7 +119,7 @@ def test_memory_of_numpy_that_jax_borrowed() -> None:
     whole = np.zeros(400, np.float32)
     start = -whole.ctypes.data % 64 // 4
     mine = whole[start : start + 70]
-    mine[...] = numbers((70,), "float32")
+    mine[...] = random_bits((70,), "float32")
     array = jax.device_put(mine)
     if array.unsafe_buffer_pointer() == mine.ctypes.data:
         assert bridge.describe(array).address == mine.ctypes.data
@@ -385,8 +375,11 @@ def locator(container: Any) -> Locator:
 
 def arrays_of(seed: int) -> dict[str, Any]:
     return {
-        "a": jnp.asarray(numbers((70,), "float32", seed)),
-        "b": {"c": jnp.asarray(numbers((3, 4), "bfloat16", seed)), "d": jnp.zeros((0, 2)) + seed},
+        "a": jnp.asarray(random_bits((70,), "float32", seed)),
+        "b": {
+            "c": jnp.asarray(random_bits((3, 4), "bfloat16", seed)),
+            "d": jnp.zeros((0, 2)) + seed,
+        },
     }
 
 
@@ -477,18 +470,18 @@ def test_results_that_are_still_being_computed_are_waited_for() -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if "64" not in n and "128" not in n])
 def test_what_is_shown_is_a_copy(name: str) -> None:
     for shape in ((), (64,), (4096,), (3, 0)):
-        memory = numbers(shape, name)
+        memory = random_bits(shape, name)
         before = memory.tobytes()
         to_framework = bridge.to_framework(memory)
         assert isinstance(to_framework, jax.Array)
         assert to_framework.dtype.name == name
-        memory[...] = numbers(shape, name, 1)
+        memory[...] = random_bits(shape, name, 1)
         assert np.asarray(to_framework).tobytes() == before
 
 
 @pytest.mark.parametrize("name", ["float64", "int64", "uint64", "complex128"])
 def test_wide_dtypes_are_shown_as_they_are(name: str) -> None:
-    memory = numbers((33,), name)
+    memory = random_bits((33,), name)
     before = memory.tobytes()
     to_framework = bridge.to_framework(memory)
     assert type(to_framework) is np.ndarray

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -20,19 +19,11 @@ from fastema.bridges.moving import Locator
 from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError
 from fastema.layout.dtypes import NAMES
 
+from ..support.arrays import random_bits
+
 pytestmark = pytest.mark.tensorflow
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,)]
-
-
-def numbers(shape: tuple[int, ...], name: str, seed: int = 0) -> np.ndarray:
-    """Random bits of a dtype: NaN and infinities too."""
-    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
-    generator = np.random.default_rng([seed, len(name), *shape])
-    if name == "bool":
-        return generator.integers(0, 2, shape).astype(bool)
-    size = int(np.prod(shape)) * dtype.itemsize
-    return generator.integers(0, 256, size, np.uint8).view(dtype).reshape(shape)
 
 
 def at(address: int, like: np.ndarray) -> bytes:
@@ -49,7 +40,7 @@ def put(variable: Any, values: np.ndarray) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_dtype_is_read_where_it_lies(name: str) -> None:
     for i, shape in enumerate(SHAPES):
-        values = numbers(shape, name, i)
+        values = random_bits(shape, name, i)
         variable, tensor = tf.Variable(values), tf.constant(values)
         for array, writable in ((variable, True), (tensor, False)):
             assert bridge.owns(array)
@@ -66,7 +57,7 @@ def test_every_dtype_is_read_where_it_lies(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_writes_are_seen_by_the_variable_alone(name: str) -> None:
     for i, shape in enumerate(SHAPES):
-        old, new, newer = (numbers(shape, name, 10 * i + j) for j in range(3))
+        old, new, newer = (random_bits(shape, name, 10 * i + j) for j in range(3))
         given_ = tf.constant(old)
         one, other = tf.Variable(given_), tf.Variable(given_)
         one.assign(given_)
@@ -134,7 +125,7 @@ def test_variables_may_be_averaged_as_they_are_again() -> None:
 
 def test_variables_that_share_a_tensor_are_two() -> None:
     for shape in (None, tf.TensorShape([None, None]), tf.TensorShape(None)):
-        given_ = tf.constant(numbers((6, 7), "int32"))
+        given_ = tf.constant(random_bits((6, 7), "int32"))
         one, other = (tf.Variable(given_, shape=shape) for _ in range(2))
         one.assign(given_)
         other.assign(given_)
@@ -347,13 +338,13 @@ def test_a_variable_that_is_made_again_is_found() -> None:
 @given(st.lists(st.sampled_from(["assign", "add", "share", "hold", "drop", "scatter"]),
                 max_size=12), st.booleans())  # fmt: skip
 def test_variables_are_found_whatever_was_done_to_them(steps: list[str], write: bool) -> None:
-    variables = [tf.Variable(numbers((5, 3), "int32", i)) for i in range(3)]
+    variables = [tf.Variable(random_bits((5, 3), "int32", i)) for i in range(3)]
     find = Locator(registry.leaves_of(variables), variables)
     held: list[tuple[Any, bytes]] = []
     for n, step in enumerate(steps):
         one, other = variables[n % 3], variables[(n + 1) % 3]
         if step == "assign":
-            one.assign(numbers((5, 3), "int32", n))
+            one.assign(random_bits((5, 3), "int32", n))
         elif step == "add":
             one.assign_add(tf.ones_like(one))
         elif step == "share":
@@ -422,12 +413,12 @@ def test_tensors_and_variables_together() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_shown_is_a_copy(name: str) -> None:
     for shape in ((), (64,), (4096,), (3, 0)):
-        memory = numbers(shape, name)
+        memory = random_bits(shape, name)
         before = memory.tobytes()
         to_framework = bridge.to_framework(memory)
         assert isinstance(to_framework, tf.Tensor)
         assert to_framework.dtype.name == name
-        memory[...] = numbers(shape, name, 1)
+        memory[...] = random_bits(shape, name, 1)
         assert to_framework.numpy().tobytes() == before
 
 

@@ -38,8 +38,6 @@ STEPS = {"f16": 13, "bf16": 16}
 WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Array = np.ndarray
-Make = Callable[..., Array]
-Check = Callable[..., None]
 
 
 # -- tensors, pairs and runs -----------------------------------------------------------------------

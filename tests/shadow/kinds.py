@@ -7,7 +7,7 @@ from typing import Any
 
 import fastema
 
-from .weights import Tensor, bits
+from .weights import Tensor, bits, net, train_
 
 Kind = Callable[..., Any]
 """``kind(weights, **options)`` builds an average."""
@@ -36,6 +36,14 @@ KINDS: dict[str, Kind] = {
 
 VARIED = ("three", "SMA", "split", "three split", "random")
 """Kinds that differ in how they lie in memory; the others are an EMA with another rule."""
+
+
+def trained_kind(kind: str, model: Any = None, updates: int = 5, **options: Any) -> Any:
+    """An average of a kind after some updates, of a `Net` unless a model is given."""
+    model = net() if model is None else model
+    average = KINDS[kind](model, **options)
+    train_(model, range(1, updates + 1), average)
+    return average
 
 
 def which(average: Any) -> dict[str, int]:

@@ -11,7 +11,7 @@ from fastema.errors import ArgumentError, DTypeError, LayoutError
 
 from .kinds import KINDS, all_of, three
 from .truth import Loop, arithmetic_of
-from .weights import FLOATS, bits, net, refresh_
+from .weights import FLOATS, bits, net, refresh_, train_
 
 pytestmark = pytest.mark.torch
 
@@ -52,31 +52,6 @@ def run_pair(
 def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) -> None:
     arithmetic = arithmetic_of(weights, stored)
     run_pair(FLOATS[weights], FLOATS[stored], stored, arithmetic, rounding)
-
-
-@pytest.mark.parametrize("weights", FLOATS)
-def test_an_average_in_two_halves_equals_a_float64_loop(weights: str) -> None:
-    """They are a float32 average, and the one that is seen is the nearest bfloat16 to it."""
-    params = [torch.empty(shape, dtype=FLOATS[weights]) for shape in SHAPES]
-    refresh_(params, 0)
-    ema = fastema.EMA(params, DECAY, shadow_dtype="bf16+16")
-    wide = fastema.EMA(params, DECAY, shadow_dtype="float32")
-    loops = [Loop(real(p), "f32", arithmetic_of(weights, "f32")) for p in params]
-    for n in range(1, UPDATES + 1):
-        refresh_(params, n)
-        ema.update()
-        wide.update()
-        for loop, p in zip(loops, params, strict=True):
-            loop.step(real(p), 1 - DECAY)
-    for name, whole in wide.shadow.items():
-        assert ema.shadow[name].dtype == torch.bfloat16
-        off, least = (half.double() - whole for half in (ema.shadow[name], whole.bfloat16()))
-        assert torch.equal(off.abs(), least.abs())
-    target = [torch.empty(shape) for shape in SHAPES]
-    ema.copy_to(target)
-    for p, name, loop in zip(target, wide.shadow, loops, strict=True):
-        assert torch.equal(bits(p), bits(wide.shadow[name]))
-        loop.check(real(p), name)
 
 
 @pytest.mark.parametrize("stored", COMPLEX)
@@ -298,9 +273,7 @@ def test_to_two_halves_and_back(build: object, old: str, new: str) -> None:
     """Both together are converted, not the one that is seen; then the run goes on in the other."""
     model = net()
     average = build(model, shadow_dtype=old)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
+    train_(model, range(1, 6), average)
 
     def exact(which: int) -> dict[str, torch.Tensor]:
         target = net(3, torch.float64)

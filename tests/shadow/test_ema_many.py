@@ -13,7 +13,7 @@ from fastema.errors import ArgumentError, CheckpointError
 
 from .kinds import all_of
 from .stored import Specified, same, stored
-from .weights import BUFFERS, assert_bits, bits, net, refresh_, snapshot
+from .weights import BUFFERS, assert_bits, net, refresh_, snapshot, train_
 
 pytestmark = pytest.mark.torch
 
@@ -45,30 +45,22 @@ def assorted(scale: float = 1.0) -> dict[str, torch.Tensor]:
     return weights
 
 
-def updated(average: Any, weights: Any, steps: range) -> Any:
-    for step in steps:
-        refresh_(weights, step)
-        average.update()
-    return average
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"update_every": 3}, {"start_after": 4, "update_every": 2}]
 )
 @pytest.mark.parametrize("several", [DECAYS, MIXED], ids=["decays", "mixed"])
 def test_each_is_to_the_bit_what_it_is_alone(several: Any, options: dict[str, Any]) -> None:
     weights = assorted()
-    together = fastema.EMA(weights, several, rounding="nearest", **options)
-    updated(together, weights, range(1, 20))
-    assert len(together.shadows) == len(several)
-    for rule, shadow in zip(several, together.shadows, strict=True):
-        weights = assorted()
-        alone = fastema.EMA(weights, rule, rounding="nearest", **options)
-        assert same(updated(alone, weights, range(1, 20)).shadow, shadow)
-    decays = [fastema.EMA(weights, one, **options) for one in several]
-    for one in decays:
-        updated(one, weights, range(1, 20))
-    assert together.decay == tuple(one.decay for one in decays)
+    together, *alone = (
+        fastema.EMA(weights, one, rounding="nearest", **options) for one in (several, *several)
+    )
+    for step in range(1, 20):
+        refresh_(weights, step)
+        for one in (together, *alone):
+            one.update()
+        assert together.decay == tuple(one.decay for one in alone)
+    for one, shadow in zip(alone, together.shadows, strict=True):
+        assert same(one.shadow, shadow)
 
 
 def test_each_has_random_bits_of_its_own() -> None:
@@ -100,7 +92,7 @@ def test_one_in_a_sequence_is_one() -> None:
 def test_copied_buffers_are_in_all_of_them_and_take_memory_once() -> None:
     model = net()
     ema = fastema.EMA(model, DECAYS)
-    updated(ema, model, range(1, 4))
+    train_(model, range(1, 4), ema)
     buffers = dict(model.named_buffers())
     for shadow in ema.shadows:
         assert BUFFERS.issubset(shadow)
@@ -115,7 +107,8 @@ def test_copied_buffers_are_in_all_of_them_and_take_memory_once() -> None:
 @pytest.mark.parametrize("which", [0, 1, 2, -1])
 def test_one_is_applied_and_the_others_stay(which: int, dtype: torch.dtype) -> None:
     model = net(0, dtype)
-    ema = updated(fastema.EMA(model, DECAYS, shadow_dtype="float32"), model, range(1, 6))
+    ema = fastema.EMA(model, DECAYS, shadow_dtype="float32")
+    train_(model, range(1, 6), ema)
     before, raw = all_of(ema), snapshot(model)
     others = [
         shadow["conv.weight"].data_ptr() for i, shadow in enumerate(ema.shadows) if i != which % 3
@@ -138,25 +131,6 @@ def test_one_is_applied_and_the_others_stay(which: int, dtype: torch.dtype) -> N
         assert all_of(ema) == before
 
 
-@pytest.mark.parametrize("which", [None, 3, -4, True, 1.0, "0"])
-@pytest.mark.parametrize("call", ["apply_shadow", "swapped", "copy_to"])
-def test_which_one_has_to_be_said(call: str, which: Any) -> None:
-    model = net()
-    ema = fastema.EMA(model, DECAYS)
-    before = snapshot(model)
-    arguments = {"model": net(1)} if call == "copy_to" else {}
-    # It names the choices. A block is refused where it is entered.
-    made = getattr(ema, call)
-    enter = (lambda **chosen: made(**chosen).__enter__()) if call == "swapped" else made
-    with pytest.raises(ArgumentError, match=r"which=.*0\.99"):
-        enter(**arguments, which=which)
-    assert not ema.applied
-    assert_bits(model, before)
-    for read in ("shadow", "drift"):
-        with pytest.raises(fastema.errors.FastemaError):
-            getattr(ema, read)
-
-
 def test_one_alone_may_be_named() -> None:
     model = net()
     ema = fastema.EMA(model, 0.9)
@@ -170,19 +144,11 @@ def test_one_alone_may_be_named() -> None:
         ema.apply_shadow(which=1)
 
 
-def test_copies_of_each() -> None:
-    model, other = net(), net(5)
-    ema = updated(fastema.EMA(model, DECAYS), model, range(1, 4))
-    for which in range(3):
-        ema.copy_to(other, which=which)
-        for name, tensor in other.named_parameters():
-            assert torch.equal(bits(tensor), bits(ema.shadows[which][name]))
-
-
 @pytest.mark.parametrize("applied", [None, 1])
 def test_saved_and_resumed(applied: int | None) -> None:
     weights, twins = assorted(), assorted()
-    ema = updated(fastema.EMA(weights, MIXED), weights, range(1, 6))
+    ema = fastema.EMA(weights, MIXED)
+    train_(weights, range(1, 6), ema)
     if applied is None:
         state = ema.state_dict()
     else:
@@ -191,8 +157,8 @@ def test_saved_and_resumed(applied: int | None) -> None:
     resumed = fastema.EMA(twins, (0.5,) * len(MIXED))
     resumed.load_state_dict(state)
     assert resumed.schedule == ema.schedule
-    updated(ema, weights, range(6, 11))
-    updated(resumed, twins, range(6, 11))
+    train_(weights, range(6, 11), ema)
+    train_(twins, range(6, 11), resumed)
     assert all_of(resumed) == all_of(ema)
     with pytest.raises(CheckpointError):
         fastema.EMA(twins, MIXED[:-1]).load_state_dict(state)
@@ -202,7 +168,8 @@ def test_saved_and_resumed(applied: int | None) -> None:
 
 def test_another_dtype_for_all_of_them() -> None:
     model = net()
-    ema = updated(fastema.EMA(model, DECAYS), model, range(1, 4))
+    ema = fastema.EMA(model, DECAYS)
+    train_(model, range(1, 4), ema)
     before = [{name: stored(shadow[name]) for name in ema.averaged_names} for shadow in ema.shadows]
     ema.to(dtype="float64")
     for shadow, was in zip(ema.shadows, before, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 import fastema
 
-from .kinds import KINDS, all_of, which
+from .kinds import KINDS, all_of, trained_kind, which
 from .weights import assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -31,15 +30,6 @@ def trained() -> fastema.EMA:
     ema.update()
     refresh_(model, 2)
     return ema
-
-
-def trained_kind(kind: str) -> Any:
-    model = net()
-    average = KINDS[kind](model)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
-    return average
 
 
 # What a file holds, in bytes for each byte of a float32 model.

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, NonFiniteError
+from fastema.errors import NonFiniteError
 
 from .kinds import KINDS, all_of
 from .stored import CODES
-from .weights import net, refresh_
+from .weights import net, refresh_, train_
 
 pytestmark = pytest.mark.torch
 
@@ -68,9 +67,7 @@ def test_one_bad_element_leaves_everything_as_it_was(dtype: torch.dtype, place: 
     # And it goes on as if those calls had not been.
     clean = weights_of(dtype)
     mirror = fastema.EMA(clean, (0.5, 0.9))
-    for step in (1, 99):
-        refresh_(clean, step)
-        mirror.update()
+    train_(clean, (1, 99), mirror)
     refresh_(weights, 99)
     for one in (skipping, raising):
         one.update()
@@ -208,11 +205,6 @@ def test_weights_that_moved_are_looked_at_where_they_are() -> None:
     weights["a"].data = torch.ones(700)
     ema.update()
     assert (ema.num_updates, ema.num_skipped) == (2, 1)
-
-
-def test_a_policy_that_nobody_knows() -> None:
-    with pytest.raises(ArgumentError, match="on_nonfinite"):
-        fastema.EMA([np.ones(3)], on_nonfinite="ignore")  # type: ignore[arg-type]
 
 
 class Normed(torch.nn.Module):

@@ -12,17 +12,14 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError, StateError
 
-from .kinds import KINDS, which
+from .kinds import KINDS, trained_kind, which
 from .weights import Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 
 
 def trained(model: Any, kind: str = "EMA", **options: Any) -> Any:
-    average = KINDS[kind](model, **options)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
+    average = trained_kind(kind, model, **options)
     refresh_(model, 9)
     return average
 

@@ -27,6 +27,7 @@ from .weights import (
     refresh_,
     snapshot,
     tensors_of,
+    train_,
     values,
 )
 
@@ -255,9 +256,7 @@ CONVERSIONS = [converted(d) for d in (torch.float64, torch.float16, torch.bfloat
 def test_update_follows_the_weights(move: Move) -> None:
     model = net()
     ema = fastema.EMA(model, 0.75)
-    for n in (1, 2):
-        refresh_(model, n)
-        ema.update()
+    train_(model, (1, 2), ema)
     old = values(dict(ema.shadow))
     poison_(move(model))
     refresh_(model, 3)
@@ -330,9 +329,7 @@ def test_move_while_applied(move: Move, kind: str) -> None:
     """The values stay what they are and lie elsewhere; nothing is lost on either side."""
     model = net()
     average = {**KINDS, **WIDE}[kind](model)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
+    train_(model, range(1, 6), average)
     refresh_(model, 7)
     raw, held = snapshot(model), all_of(average)
     with average.swapped(**which(average)):
@@ -359,9 +356,7 @@ INTO_BF16 = {
 def test_move_while_an_average_is_in_a_bfloat16_model(move: Move, kind: str) -> None:
     model = net(0, torch.bfloat16)
     average = INTO_BF16[kind](model)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
+    train_(model, range(1, 6), average)
     refresh_(model, 7)
     if move is module_replaced:
         torch.set_default_dtype(torch.bfloat16)

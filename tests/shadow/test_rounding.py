@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from itertools import product
@@ -13,12 +12,11 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.errors import ArgumentError
 from fastema.kernels.table import CHUNK
 
 from ..support import reference
-from .stored import Specified, exact, same, stored
-from .weights import FLOATS, net, refresh_
+from .stored import Specified, exact, same
+from .weights import FLOATS, refresh_, train_
 
 pytestmark = pytest.mark.torch
 
@@ -163,21 +161,7 @@ def test_seeds_tensors_and_rounding() -> None:
     specified.check(nearest.shadow["a"])
 
 
-@pytest.mark.parametrize(
-    "options", [{"rounding": "up"}, {"seed": -1}, {"seed": 2**63}, {"seed": True}]
-)
-def test_what_is_no_rounding_and_no_seed(options: dict[str, object]) -> None:
-    with pytest.raises(ArgumentError, match=next(iter(options))):
-        fastema.EMA([torch.ones(3)], **options)
-
-
 # -- the same bits wherever and however it runs ----------------------------------------------------
-
-
-def run(ema: fastema.EMA, weights: dict[str, torch.Tensor], steps: range) -> None:
-    for step in steps:
-        refresh_(weights, step)
-        ema.update()
 
 
 @pytest.mark.usefixtures("eager")
@@ -208,28 +192,11 @@ def test_threads_and_company_do_not_matter(threads: Callable[[int], None]) -> No
         assert torch.equal(backwards[name], whole[name])
 
 
-def test_a_resumed_run_has_the_same_bits() -> None:
-    weights = weights_of(torch.bfloat16)
-    ema = fastema.EMA(weights, (DECAY, fastema.rules.warmup()), seed=7)
-    run(ema, weights, range(1, 6))
-    file = io.BytesIO()
-    torch.save(ema.state_dict(), file)
-    file.seek(0)
-    run(ema, weights, range(6, 11))
-    elsewhere = weights_of(torch.bfloat16)
-    resumed = fastema.EMA(elsewhere, (0.5, 0.5), seed=1)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    run(resumed, elsewhere, range(6, 11))
-    assert resumed.state_dict()["seed"] == 7
-    for one, other in zip(resumed.shadows, ema.shadows, strict=True):
-        assert same(one, other)
-
-
 def test_weights_that_move_change_no_bit() -> None:
     weights, twins = weights_of(torch.bfloat16), weights_of(torch.bfloat16)
     ema, moving = fastema.EMA(weights, DECAY), fastema.EMA(twins, DECAY)
     for step in range(1, 9):
-        run(ema, weights, range(step, step + 1))
+        train_(weights, range(step, step + 1), ema)
         if step % 2:
             # To gaps, to another order of axes, and back: the average stays where it is.
             for tensor in twins.values():
@@ -237,24 +204,8 @@ def test_weights_that_move_change_no_bit() -> None:
                     tensor.data = torch.empty(3 * len(tensor), dtype=tensor.dtype)[::3]
                 elif tensor.dim() > 1:
                     tensor.data = torch.empty_like(tensor.mT.contiguous()).mT
-        run(moving, twins, range(step, step + 1))
+        train_(twins, range(step, step + 1), moving)
         assert same(moving.shadow, ema.shadow)
-
-
-def test_a_wrapped_model_has_the_bits_of_the_model() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    model = net(0, torch.bfloat16)
-    averages = [fastema.EMA(one, DECAY) for one in (model, Wrapper(model))]
-    refresh_(model, 1)
-    for one in averages:
-        one.update()
-    bare, wrapped = ([stored(t) for t in one.shadow.values()] for one in averages)
-    for one, other in zip(bare, wrapped, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 # -- nearest stalls, random does not ---------------------------------------------------------------

@@ -15,7 +15,7 @@ from fastema.errors import DTypeError
 from ..support import reference
 from .kinds import all_of
 from .stored import exact, stored, tensor_of
-from .weights import FLOATS, assert_bits, net, refresh_, snapshot, values
+from .weights import FLOATS, assert_bits, net, refresh_, snapshot, train_, values
 
 pytestmark = pytest.mark.torch
 
@@ -46,10 +46,7 @@ def test_it_is_a_float32_run_to_the_bit(dtype: str) -> None:
     ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
     wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
     assert_is_split(ema, wide)
-    for step in range(200):
-        refresh_(model, step)
-        ema.update()
-        wide.update()
+    train_(model, range(200), ema, wide)
     assert_is_split(ema, wide)
     # The half that is used alone is the nearest bfloat16: half a unit in the last place at most.
     for name in ema.averaged_names:
@@ -71,9 +68,7 @@ def test_the_high_half_is_a_checkpoint() -> None:
 def test_a_bfloat16_model_takes_the_high_half_and_no_more() -> None:
     model = net(0, torch.bfloat16)
     ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
-    for step in range(5):
-        refresh_(model, step)
-        ema.update()
+    train_(model, range(5), ema)
     raw, before = snapshot(model), all_of(ema)
     high = {name: stored(tensor) for name, tensor in ema.shadow.items()}
     residuals = {
@@ -95,10 +90,7 @@ def test_a_model_holds_the_whole_average_rounded_once(dtype: str) -> None:
     model = net(0, FLOATS[dtype])
     ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
     wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
-    for step in range(5):
-        refresh_(model, step)
-        ema.update()
-        wide.update()
+    train_(model, range(5), ema, wide)
     raw, before = snapshot(model), all_of(ema)
     with ema.swapped():
         assert all_of(ema) == before
@@ -119,38 +111,12 @@ def test_a_model_holds_the_whole_average_rounded_once(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("applied", [False, True])
-def test_saved_and_resumed_inside_and_outside_of_the_block(dtype: str, applied: bool) -> None:
-    model = net(0, FLOATS[dtype])
-    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
-    for step in range(4):
-        refresh_(model, step)
-        ema.update()
-    if applied:
-        with ema.swapped():
-            state = ema.state_dict()
-    else:
-        state = ema.state_dict()
-    twin = net(5, FLOATS[dtype])
-    resumed = fastema.EMA(twin, 0.5, shadow_dtype=SPLIT)
-    resumed.load_state_dict(state)
-    for step in range(4, 8):
-        for one, average in ((model, ema), (twin, resumed)):
-            refresh_(one, step)
-            average.update()
-    assert all_of(resumed) == all_of(ema)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_several_at_once(dtype: str) -> None:
     decays = (0.9, 0.99, 0.5)
     model = net(0, FLOATS[dtype])
     ema = fastema.EMA(model, decays, shadow_dtype=SPLIT)
     wide = fastema.EMA(model, decays, shadow_dtype="float32")
-    for step in range(1, 6):
-        refresh_(model, step)
-        ema.update()
-        wide.update()
+    train_(model, range(1, 6), ema, wide)
     for which in range(3):
         assert_is_split(ema, wide, which)
     raw, before = snapshot(model), all_of(ema)
@@ -255,10 +221,7 @@ def test_complex_weights_and_windows_have_no_halves() -> None:
 def test_other_averages(kind: Any) -> None:
     model = nn.Linear(30, 20)
     ema, wide = (kind(model, shadow_dtype=one) for one in (SPLIT, "float32"))
-    for step in range(1, 20):
-        refresh_(model, step)
-        ema.update()
-        wide.update()
+    train_(model, range(1, 20), ema, wide)
     for which in range(len(ema.shadows)):
         assert_is_split(ema, wide, which)
 

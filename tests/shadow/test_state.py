@@ -22,8 +22,9 @@ from fastema import rules
 from fastema.errors import ArgumentError, CheckpointError
 
 from ..support.damage import places
-from .kinds import KINDS, all_of, which
+from .kinds import KINDS, all_of, trained_kind, which
 from .weights import (
+    FLOATS,
     Net,
     assert_average,
     assert_bits,
@@ -32,6 +33,7 @@ from .weights import (
     net,
     refresh_,
     snapshot,
+    train_,
     values,
 )
 
@@ -59,19 +61,8 @@ def silence() -> Iterator[None]:
 def trained(updates: int = 3, dtype: torch.dtype | None = None, **options: Any) -> fastema.EMA:
     model = net(0, dtype)
     ema = fastema.EMA(model, options.pop("decay", 0.9), **options)
-    for n in range(1, updates + 1):
-        refresh_(model, n)
-        ema.update()
+    train_(model, range(1, updates + 1), ema)
     return ema
-
-
-def trained_kind(kind: str, updates: int = 5, **options: Any) -> Any:
-    model = net()
-    average = KINDS[kind](model, **options)
-    for n in range(1, updates + 1):
-        refresh_(model, n)
-        average.update()
-    return average
 
 
 def everything(ema: fastema.EMA) -> State:
@@ -106,12 +97,6 @@ RUNS: dict[str, State] = {
 }
 
 
-def run(model: Net, ema: fastema.EMA, first: int, last: int) -> None:
-    for n in range(first, last + 1):
-        refresh_(model, n)
-        ema.update()
-
-
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_resumed_run_is_equal_to_the_bit(options: State, applied: bool) -> None:
@@ -121,10 +106,10 @@ def test_resumed_run_is_equal_to_the_bit(options: State, applied: bool) -> None:
         return model, fastema.EMA(model, **options)
 
     model, ema = build()
-    run(model, ema, 1, 14)
+    train_(model, range(1, 15), ema)
 
     first_model, first = build()
-    run(first_model, first, 1, 7)
+    train_(first_model, range(1, 8), first)
     raw = copy.deepcopy(first_model.state_dict())
     if applied:
         with first.swapped():
@@ -137,14 +122,14 @@ def test_resumed_run_is_equal_to_the_bit(options: State, applied: bool) -> None:
     second_model.load_state_dict(raw)
     second.load_state_dict(saved)
     assert_unchanged(second, everything(first))
-    run(second_model, second, 8, 14)
+    train_(second_model, range(8, 15), second)
     assert_unchanged(second, everything(ema))
 
 
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize("cut", [0, 2, 8])
 @pytest.mark.parametrize("options", [{}, {"update_every": 2, "start_after": 3}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_of_every_kind_is_equal_to_the_bit(
     kind: str, dtype: torch.dtype, options: State, cut: int, applied: bool
@@ -154,23 +139,23 @@ def test_resumed_run_of_every_kind_is_equal_to_the_bit(
         return model, KINDS[kind](model, **{**options, **other})
 
     model, average = build(seed=5)
-    run(model, average, 1, 14)
+    train_(model, range(1, 15), average)
 
     first_model, first = build(seed=5)
-    run(first_model, first, 1, cut)
+    train_(first_model, range(1, cut + 1), first)
     raw = copy.deepcopy(first_model.state_dict())
     with first.swapped(**which(first)) if applied else nullcontext():
         saved = through_a_file(first.state_dict())
 
     # It has the weights of its own beginning, another past, another seed.
     second_model, second = build(seed=99, update_every=1)
-    run(second_model, second, 20, 26)
+    train_(second_model, range(20, 27), second)
     second_model.load_state_dict(raw)
     differs = second.schedule != first.schedule
     with pytest.warns(UserWarning, match="schedule") if differs else silence():
         second.load_state_dict(saved)
     assert all_of(second) == all_of(first)
-    run(second_model, second, cut + 1, 14)
+    train_(second_model, range(cut + 1, 15), second)
     assert all_of(second) == all_of(average)
 
 
@@ -263,12 +248,12 @@ def test_the_saved_rounding_goes_on(rounding: Any) -> None:
         return model, fastema.EMA(model, 0.9, rounding=rounding)
 
     model, whole = build(rounding)
-    run(model, whole, 1, 9)
+    train_(model, range(1, 10), whole)
     first_model, first = build(rounding)
-    run(first_model, first, 1, 4)
+    train_(first_model, range(1, 5), first)
     second_model, second = build(other)
     second.load_state_dict(through_a_file(first.state_dict()))
-    run(second_model, second, 5, 9)
+    train_(second_model, range(5, 10), second)
     assert all_of(second) == all_of(whole)
     assert second.to(torch.float32).to(torch.bfloat16).state_dict()["rounding"] == rounding
 
@@ -566,7 +551,7 @@ def test_parts_that_do_not_fit_are_refused_whole(case: str) -> None:
     average = trained_kind(kind)
     before = all_of(average)
     with pytest.raises(CheckpointError) as caught:
-        average.load_state_dict(change(trained_kind(kind, 7).state_dict()))
+        average.load_state_dict(change(trained_kind(kind, updates=7).state_dict()))
     for part in messages:
         assert part in str(caught.value)
     assert all_of(average) == before

@@ -13,7 +13,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError, StateError
 
-from .kinds import KINDS, VARIED, all_of, which
+from .kinds import KINDS, VARIED, all_of, trained_kind, which
 from .weights import Net, assert_bits, assert_same, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -126,10 +126,7 @@ CALLS = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_model_is_refused_by_name(change: Change, call: str, kind: str) -> None:
     model = net()
-    average = KINDS[kind](model)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
+    average = trained_kind(kind, model)
     change(model)
     weights, held = snapshot(model), all_of(average)
     with pytest.raises((LayoutError, TypeError)) as caught:
@@ -194,10 +191,7 @@ def test_conversion_beside_a_changed_model_leaves_one_average() -> None:
 
 
 def ready_kind(model: nn.Module, kind: str) -> Any:
-    average = KINDS[kind](model)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
+    average = trained_kind(kind, model)
     refresh_(model, 7)
     return average
 

@@ -11,8 +11,8 @@ import torch
 import fastema
 from fastema.errors import StateError
 
-from .kinds import KINDS, all_of, which
-from .weights import Net, assert_bits, net, refresh_, snapshot
+from .kinds import KINDS, all_of, trained_kind, which
+from .weights import Net, assert_bits, net, refresh_, snapshot, train_
 
 pytestmark = pytest.mark.torch
 
@@ -22,9 +22,7 @@ Write = Callable[[Net], object]
 def trained(dtype: Any = None, shadow_dtype: Any = None) -> tuple[Net, fastema.EMA[Net]]:
     model = net(0, dtype)
     ema = fastema.EMA(model, 0.5, shadow_dtype=shadow_dtype)
-    for n in (1, 2):
-        refresh_(model, n)
-        ema.update()
+    train_(model, (1, 2), ema)
     refresh_(model, 3)
     return model, ema
 
@@ -122,10 +120,7 @@ def test_buffers_may_be_written(buffers: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_and_moving_is_no_writing(kind: str) -> None:
     model = net(0)
-    average = KINDS[kind](model)
-    for n in range(1, 6):
-        refresh_(model, n)
-        average.update()
+    average = trained_kind(kind, model)
     raw, held = snapshot(model), all_of(average)
     with average.swapped(**which(average)):
         model.eval()

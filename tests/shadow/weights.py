@@ -71,6 +71,14 @@ def refresh_(weights: Any, seed: int) -> None:
                 tensor.copy_(torch.randint(1, 100, tensor.shape, generator=generator))
 
 
+def train_(weights: Any, steps: Iterable[int], *averages: Any) -> None:
+    """Give weights fresh numbers at each step, and update all averages."""
+    for step in steps:
+        refresh_(weights, step)
+        for one in averages:
+            one.update()
+
+
 def poison_(tensors: Iterable[Tensor]) -> None:
     """Fill memory that nobody should read any more: NaN, and for integers the largest."""
     for tensor in tensors:

@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["STORAGE", "Guarded", "assert_same", "bits", "guarded", "is_nan", "numbers", "spec_of"]
+__all__ = [
+    "STORAGE",
+    "Guarded",
+    "assert_same",
+    "bits",
+    "guarded",
+    "is_nan",
+    "numbers",
+    "random_bits",
+    "spec_of",
+]
 
 Array = NDArray[Any]
 
@@ -68,6 +78,18 @@ def numbers(size: int, code: str, seed: int = 0, kind: str = "weights") -> Array
     if code == "bf16":
         return (values.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
     return values.astype(np.empty(0, storage).real.dtype).view(storage)
+
+
+def random_bits(shape: tuple[int, ...], name: str, seed: int = 0) -> Array:
+    """Draw an array of a dtype by its name, bfloat16 too; NaN and infinities are among it."""
+    import ml_dtypes
+
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+    generator = np.random.default_rng([seed, len(name), *shape])
+    if name == "bool":
+        return generator.integers(0, 2, shape).astype(bool)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return generator.integers(0, 256, size, np.uint8).view(dtype).reshape(shape)
 
 
 class Guarded:

@@ -1,0 +1,92 @@
+"""Named arrays of the frameworks whose weights are averaged without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ..support.requirements import require_packages
+
+FRAMEWORKS = ["numpy", "jax", pytest.param("tensorflow", marks=pytest.mark.tensorflow)]
+
+
+class Framework:
+    """Makes arrays and reads them; ``kind`` is the class of those that an average shows."""
+
+    kind: type = np.ndarray
+
+    def make(self, array: np.ndarray) -> Any:
+        return array.copy()
+
+    def fill(self, size: int, value: float) -> Any:
+        """New memory that holds one float32 again and again."""
+        return np.full(size, value, np.float32)
+
+    def read(self, one: Any) -> np.ndarray:
+        return np.asarray(one)
+
+    def train(self, weights: dict[str, Any], new: dict[str, np.ndarray]) -> tuple[Any, ...]:
+        """Take a step, and return what ``update()`` is called with afterwards."""
+        for name, array in new.items():
+            weights[name][...] = array
+        return ()
+
+    def bits(self, weights: Any) -> dict[str, bytes]:
+        return {name: self.read(one).tobytes() for name, one in weights.items()}
+
+    def made(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {name: self.make(array) for name, array in arrays.items()}
+
+
+class Jax(Framework):
+    """A step of training makes a new tree."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self.kind = jax.Array
+        self.make = jax.numpy.asarray
+        self.fill = lambda size, value: jax.numpy.full(size, value, "float32").block_until_ready()
+
+    def train(self, weights: dict[str, Any], new: dict[str, np.ndarray]) -> tuple[Any, ...]:
+        weights.update(self.made(new))
+        return (dict(weights),)
+
+
+class TensorFlow(Framework):
+    """A step of training gives variables new tensors."""
+
+    def __init__(self) -> None:
+        import tensorflow as tf
+
+        self.kind = tf.Tensor
+        self.make = tf.Variable
+        self.fill = lambda size, value: tf.fill([size], np.float32(value))
+
+    def read(self, one: Any) -> np.ndarray:
+        # NumPy alone cannot make an array of a bfloat16 scalar of TensorFlow.
+        return np.asarray(one.numpy() if hasattr(one, "numpy") else one)
+
+    def train(self, weights: dict[str, Any], new: dict[str, np.ndarray]) -> tuple[Any, ...]:
+        for name, array in new.items():
+            weights[name].assign(array)
+        return ()
+
+
+@contextmanager
+def using(name: str) -> Iterator[Framework]:
+    """A framework, JAX with numbers of 64 bits."""
+    require_packages(name, "ml_dtypes")
+    if name != "jax":
+        yield {"numpy": Framework, "tensorflow": TensorFlow}[name]()
+        return
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield Jax()
+    jax.config.update("jax_enable_x64", before)

@@ -1,0 +1,203 @@
+"""What holds for the arrays of every framework: NumPy, JAX, TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastema
+from fastema.errors import NonFiniteError, StateError
+
+from .frameworks import FRAMEWORKS, Framework, using
+from .snapshots import check_snapshots
+from .truth import Loop, arithmetic_of
+
+NEEDS = ("ml_dtypes",)
+
+DECAY = 0.9
+FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (2, 3, 4)}
+INTEGERS = [f"{sign}int{n}" for sign in ("", "u") for n in (8, 16, 32, 64)]
+
+
+@pytest.fixture(params=FRAMEWORKS)
+def framework(request: pytest.FixtureRequest) -> Iterator[Framework]:
+    with using(request.param) as found:
+        yield found
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+def values(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    kind = dtype_of(dtype)
+    return {n: np.asarray(generator.normal(size=s)).astype(kind) for n, s in SHAPES.items()}
+
+
+def wide(framework: Framework, arrays: Any) -> dict[str, np.ndarray]:
+    return {name: framework.read(one).astype(np.float64) for name, one in arrays.items()}
+
+
+@pytest.mark.parametrize("weights", FLOATS)
+def test_equals_a_float64_loop(framework: Framework, weights: str) -> None:
+    for stored in FLOATS:  # every pair, of each framework
+        held = framework.made(values(0, FLOATS[weights]))
+        ema = fastema.EMA(held, DECAY, shadow_dtype=FLOATS[stored])
+        random, arithmetic = stored in ("f16", "bf16"), arithmetic_of(weights, stored)
+        loops = {n: Loop(x, stored, arithmetic, random) for n, x in wide(framework, held).items()}
+        for n in range(1, 41):
+            given = framework.train(held, values(n, FLOATS[weights]))
+            before = framework.bits(held)
+            ema.update(*given)
+            assert framework.bits(held) == before
+            for name, x in wide(framework, held).items():
+                loops[name].step(x, 1 - DECAY)
+        assert set(ema.shadow) == set(loops)
+        for name, loop in loops.items():
+            assert isinstance(ema.shadow[name], framework.kind)
+            assert ema.shadow[name].dtype == FLOATS[stored]
+            loop.check(wide(framework, ema.shadow)[name], name)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_complex(framework: Framework, dtype: str) -> None:
+    parts = np.random.default_rng(0).normal(size=(2, 9, 14))
+    one, two = (x.view(np.complex128).astype(dtype) for x in parts)
+    held = framework.made({"w": one})
+    ema = fastema.EMA(held, 0.5)
+    ema.update(*framework.train(held, {"w": two}))
+    average = framework.read(ema.shadow["w"]).copy()
+    assert average.dtype == dtype
+    np.testing.assert_allclose(average, (one + two) / 2, rtol=1e-6, atol=1e-6)
+    with ema.swapped() as swapped:
+        assert framework.bits(swapped) == {"w": average.tobytes()}
+    assert framework.bits(held) == {"w": two.tobytes()}
+
+
+@pytest.mark.parametrize("dtype", ["bool", *INTEGERS])
+def test_what_is_no_float_is_copied_exactly(framework: Framework, dtype: str) -> None:
+    raw = np.random.default_rng(1).integers(0, 256, 80 * np.dtype(dtype).itemsize, np.uint8)
+    new = raw.view(dtype) if dtype != "bool" else raw > 99
+    for shadow_dtype in (None, "float64"):
+        held = framework.made({"w": np.ones(3, np.float32), "n": np.zeros(80, dtype)})
+        ema = fastema.EMA(held, DECAY, shadow_dtype=shadow_dtype)
+        ema.update(*framework.train(held, {"n": new}))
+        assert ema.shadow["n"].dtype == dtype
+        np.testing.assert_array_equal(ema.shadow["n"], new)
+        framework.train(held, {"n": new[::-1]})
+        with ema.swapped() as swapped:
+            np.testing.assert_array_equal(swapped["n"], new)
+        np.testing.assert_array_equal(held["n"], new[::-1])
+
+
+@pytest.mark.parametrize("framework", [FRAMEWORKS[0], FRAMEWORKS[2]], indirect=True)
+@pytest.mark.parametrize("stored", [*FLOATS.values(), "bf16+16"])
+def test_swaps_between_dtypes_come_back(framework: Framework, stored: str) -> None:
+    for weights in FLOATS.values():
+        held = framework.made(values(0, weights))
+        ema = fastema.EMA(held, 0.5, shadow_dtype=stored)
+        for n in range(1, 4):
+            ema.update(*framework.train(held, values(n, weights)))
+        raw, average = framework.bits(held), framework.bits(ema.shadow)
+        for _ in range(3):
+            with ema.swapped() as swapped:
+                assert swapped is held
+                assert framework.bits(ema.shadow) == average
+                assert framework.bits(ema.state_dict()["shadow"][0]) == average
+                for name, one in held.items():
+                    shadow, got = framework.read(ema.shadow[name]), framework.read(one)
+                    if "bf" in weights + stored:
+                        near = [x.astype(np.float64) for x in (got, shadow)]
+                        np.testing.assert_allclose(*near, rtol=2**-7, atol=1e-6)
+                    else:
+                        assert got.tobytes() == shadow.astype(got.dtype).tobytes()
+                with pytest.raises(StateError):
+                    ema.update()
+            assert framework.bits(held) == raw
+            assert framework.bits(ema.shadow) == average
+
+
+def test_weights_that_are_not_finite(framework: Framework) -> None:
+    good = {"w": np.full(90, 3.0, np.float32), "v": np.full(3, 3.0, np.float32)}
+    held = framework.made(good)
+    skipping = fastema.EMA(held, 0.5, on_nonfinite="skip")
+    raising = fastema.EMA(held, 0.5, on_nonfinite="raise")
+    for place, bad in {70: np.nan, 0: np.inf, 89: -np.inf}.items():
+        spoilt = good["w"].copy()
+        spoilt[place] = bad
+        given = framework.train(held, {"w": spoilt})
+        skipping.update(*given)
+        with pytest.raises(NonFiniteError, match="'w' holds"):
+            raising.update(*given)
+        given = framework.train(held, good)
+        for ema in (skipping, raising):
+            np.testing.assert_array_equal(ema.shadow["w"], good["w"])
+            ema.update(*given)
+            np.testing.assert_array_equal(ema.shadow["w"], good["w"])
+    assert (skipping.num_updates, skipping.num_skipped) == (3, 3)
+
+
+def test_freed_memory_is_not_read(framework: Framework) -> None:
+    # What was freed is somebody else's, poisoned, at the next call.
+    held = framework.made({"w": np.ones(50_000, np.float32)})
+    ema = fastema.EMA(held, DECAY)
+    loop = Loop(np.ones(50_000), "f32", "f32")
+    for n in range(20):
+        new = np.random.default_rng(n).normal(size=50_000).astype(np.float32)
+        given = framework.train(held, {"w": new})
+        poison = [framework.fill(50_000, np.nan) for _ in range(3)]
+        ema.update(*given)
+        loop.step(new, 1 - DECAY)
+        del given, poison
+    loop.check(framework.read(ema.shadow["w"]))
+
+
+@pytest.mark.parametrize("stored", [None, "bfloat16", "bf16+16"])
+def test_a_run_goes_on_to_the_bit(framework: Framework, stored: str | None) -> None:
+    held, later = framework.made(values(0)), framework.made(values(99))
+    ema = fastema.EMA(held, fastema.rules.warmup(0.99), shadow_dtype=stored, seed=3)
+    for n in range(1, 5):
+        ema.update(*framework.train(held, values(n)))
+    state = ema.state_dict()
+    assert all(type(one) is np.ndarray for one in state["shadow"][0].values())
+    with ema.swapped():
+        while_applied = ema.state_dict()
+    assert framework.bits(while_applied["shadow"][0]) == framework.bits(state["shadow"][0])
+    other = fastema.EMA(later, 0.5, shadow_dtype=stored)
+    other.load_state_dict(while_applied)
+    assert framework.bits(other.shadow) == framework.bits(ema.shadow)
+    for n in range(5, 9):
+        for weights, one in ((held, ema), (later, other)):
+            one.update(*framework.train(weights, values(n)))
+    assert framework.bits(other.shadow) == framework.bits(ema.shadow)
+    assert other.num_updates == 8
+
+
+@pytest.mark.parametrize("kind", ["SWA", "SMA", "PowerEMA"])
+def test_the_other_averages(framework: Framework, kind: str) -> None:
+    options = {"SWA": {}, "SMA": {"window": 3}, "PowerEMA": {"sigma_rels": (0.1,)}}
+    held = framework.made(values(0))
+    made = getattr(fastema, kind)(held, **options[kind])
+    for n in range(1, 7):
+        made.update(*framework.train(held, values(n)))
+    for name, shadow in made.shadow.items():
+        history = np.stack([values(n)[name] for n in range(7)]).astype(np.float64)
+        if kind == "PowerEMA":
+            want = history[0]
+            for n, x in enumerate(history[1:], 1):
+                want = want + made.schedule.rules[0].weight(n) * (x - want)
+        else:
+            want = history[-3 if kind == "SMA" else 1 :].mean(0)
+        np.testing.assert_allclose(framework.read(shadow), want, rtol=2e-5, atol=1e-6)
+
+
+def test_snapshots_on_disk(framework: Framework, tmp_path: Path) -> None:
+    check_snapshots(framework.make, tmp_path)
