@@ -383,10 +383,14 @@ def caught(fault: Fault, full: bool) -> tuple[bool, str]:
 
 
 def main() -> int:
-    wanted = [argument for argument in sys.argv[1:] if argument != "--full"]
+    wanted = {argument for argument in sys.argv[1:] if argument != "--full"}
+    unknown = wanted.difference(*((fault.room, fault.name) for fault in FAULTS))
+    if unknown:
+        print(f"{__doc__}\nno room and no fault: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     missed = 0
     for fault in FAULTS:
-        if wanted and not {fault.room, fault.name} & set(wanted):
+        if wanted and not {fault.room, fault.name} & wanted:
             continue
         began = time.monotonic()
         found, said = caught(fault, "--full" in sys.argv)

@@ -15,8 +15,8 @@ from bench.race.question import Question, Settings
 from bench.race.report import Figure, Row, Rows, number
 from bench.race.shapes import gpt2
 
-CHECKPOINTS = 20
-DTYPES = ("float16", "float32")
+CASES = (("float16", 20, 2, 1), ("float32", 10, 2, 0))
+"""Dtype, checkpoints, and rounds with all of it in the page cache and with nothing."""
 
 
 def write(folder: str, count: int, dtype: str, share: float) -> int:
@@ -103,37 +103,42 @@ def measure(way: str, folder: str, cold: bool) -> tuple[float, int]:
 
 def rows(settings: Settings) -> Rows:
     """Yield the time of each way, cached and not."""
-    count, share, rounds = (4, 0.2, 1) if settings.quick else (CHECKPOINTS, 1.0, 3)
-    for dtype in DTYPES:
+    for dtype, count, *rounds in CASES:
+        count, share, rounds = (4, 0.2, [1, 1]) if settings.quick else (count, 1.0, rounds)
         folder = tempfile.mkdtemp()
         try:
             nbytes = call_apart(write, folder, count, dtype, share)
-            for cold in (False, True):
+            for cold, times in enumerate(rounds):
                 table = f"{count} checkpoints, {dtype}, {'not ' * cold}in the page cache"
                 found: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
-                for _ in range(rounds):
+                for _ in range(times):
                     for way in WAYS:
-                        found[way].append(tuple(call_apart(measure, way, folder, cold)))
-                least = {way: min(one for one, _ in several) for way, several in found.items()}
-                *_, floor = least.values()
-                for way, several in found.items():
-                    figures = {
-                        "seconds": sorted(one for one, _ in several)[len(several) // 2],
-                        "GB_s": nbytes / least[way] / 1e9,
-                        "of_bytes": least[way] / floor,
-                        "peak_more_mb": max(peak for _, peak in several),
-                    }
-                    yield Row(table, way, figures)
+                        found[way].append(tuple(call_apart(measure, way, folder, bool(cold))))
+                if times:
+                    yield from _compared(table, found, nbytes)
         finally:
             shutil.rmtree(folder)
+
+
+def _compared(table: str, found: dict[str, list[tuple[float, int]]], nbytes: int) -> Rows:
+    least = {way: min(one for one, _ in several) for way, several in found.items()}
+    *_, floor = least.values()
+    for way, several in found.items():
+        figures = {
+            "seconds": least[way],
+            "GB_s": nbytes / least[way] / 1e9,
+            "of_bytes": least[way] / floor,
+            "peak_more_mb": max(peak for _, peak in several),
+        }
+        yield Row(table, way, figures)
 
 
 METHOD = """\
 Checkpoints of GPT-2 small's tensors as safetensors, averaged into one of the same dtype and
 synchronised to the disk. Every figure is of a process of its own that has done the same with two
-small checkpoints before, the ways in turn; medians of seconds, the least for the rates. *Of the
-bytes* is the time beside reading all bytes into one buffer and writing one checkpoint. Memory is
-what the process took at its peak beyond the small trial's."""
+small checkpoints before, the ways in turn; the least of two rounds, of one where nothing was in the
+page cache. *Of the bytes* is the time beside reading all bytes into one buffer and writing one
+checkpoint. Memory is what the process took at its peak beyond the small trial's."""
 
 QUESTION = Question(
     "How fast finished checkpoints are averaged",
