@@ -34,9 +34,13 @@ _ROOM: Final = 1 << 16
 _TOGETHER: Final = 16
 """Checkpoints whose pieces are in memory at a time, for each thread."""
 
-_THREADS: Final = 8
-"""Threads that read and sum: more than cores, since a disk answers several requests at a time
-best."""
+_MOST_THREADS: Final = 8
+
+
+def _threads() -> int:
+    """As many as there are cores: more would push each other's buffers out of the caches."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 Bytes = NDArray[np.uint8]
 
@@ -98,7 +102,7 @@ def weighted_sums(
                 benches[key] = _Workbench(coefficients, *key)
             advance(benches[key].run(reads, batch.pieces, write))
 
-    threads = min(_THREADS, 4 * (os.cpu_count() or 1))
+    threads = min(_threads(), _MOST_THREADS)
     with ThreadPoolExecutor(threads, "fastema-sum") as pool:
         futures = [pool.submit(work) for _ in range(threads)]
         try:
