@@ -30,6 +30,12 @@ _MOST_OPEN: Final = 256
 _STATES: Final = ("state_dict", "model_state_dict", "model", "module", "ema_state_dict", "ema")
 """Where programs put a model's state among other things; the first that is there is taken."""
 
+_MODELS: Final = (
+    *("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"),
+    *("pytorch_model.bin", "adapter_model.bin"),
+)
+"""Names of the model in a folder that holds other files of such endings too."""
+
 _COUNTERS: Final = ("global_step", "step", "iteration", "num_steps")
 
 
@@ -140,6 +146,10 @@ def _open_file(path: Path, key: str | None) -> Checkpoint:
 def _open_folder(path: Path, key: str | None) -> Checkpoint:
     if (path / ".metadata").exists():
         return _open_dcp(path, key)
+    for name in _MODELS:
+        for file in (path / f"{name}{_INDEX}", path / name):
+            if file.exists():
+                return _renamed(_open_file(file, key), path)
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         indices = sorted(path.glob(f"{pattern}{_INDEX}"))
         one = sorted(path.glob(pattern))
