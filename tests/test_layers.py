@@ -89,7 +89,7 @@ TABLE = {
     "transformers": f"{CALLBACKS} transformers torch",
     "tensorflow": ".errors .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
     " tensorflow",
-    "checkpoint": f"{LAYOUT} .engine .bridges .rules numpy",
+    "checkpoint": f"{LAYOUT} .shadow .engine .bridges .rules numpy",
     # Where PyTorch runs no processes this one is alone: torch is never imported here.
     "distributed": f"{LAYOUT} .shadow .binding .checkpoint .bridges .rules numpy",
     "posthoc": f"{BELOW_AVERAGES} .shadow .checkpoint .plan .rules numpy lazy:rich",
