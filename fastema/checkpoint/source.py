@@ -8,7 +8,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -170,8 +170,7 @@ def _open_folder(path: Path, key: str | None) -> Checkpoint:
 def _renamed(found: Checkpoint, path: Path) -> Checkpoint:
     """The checkpoint of a folder, whose name may say the step."""
     step = found.step if found.step is not None else _step_of_name(path)
-    values = {**found.__dict__, "path": path, "step": step}
-    return Checkpoint(**values)
+    return replace(found, path=path, step=step)
 
 
 def _open_index(path: Path, key: str | None) -> Checkpoint:
@@ -208,9 +207,7 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
     layout = {
         file: [name for name in inside if name in kept] for file, inside in found.layout.items()
     }
-    return Checkpoint(
-        **{**found.__dict__, "tensors": kept, "layout": layout, "files": [*found.files, path]}
-    )
+    return replace(found, tensors=kept, layout=layout, files=[*found.files, path])
 
 
 def _open_safetensors(paths: list[Path], path: Path) -> Checkpoint:
