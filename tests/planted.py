@@ -99,7 +99,7 @@ PLANTED = {
     "gpu": {
         "fastema/engine/shipped.py": {
             "any older code": ("if major == capability[0] and", "if major <= capability[0] and"),
-            "other sources": (" != source_stamp():", ' == "":'),
+            "other sources": (" != _sources():", ' == "":'),
             "next kernel": ("            at += size\n", "            at += size + 1\n"),
         },
         "fastema/engine/build_cubins.py": {

@@ -18,6 +18,7 @@ from fastema.checkpoint import pickles
 from fastema.checkpoint.files import StoredTensor, reading
 from fastema.checkpoint.folder import Block
 from fastema.checkpoint.stretches import Stretches
+from fastema.checkpoint.torch_file import data_of
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import NAME_OF, dtype
 from fastema.layout.flat import row_major
@@ -283,10 +284,7 @@ class _Reader:
             found.offset + math.prod(found.size)
         ):
             raise CheckpointError(f"{self._name}: its bytes are compressed, or too few")
-        part.seek(data.header_offset)
-        head = part.read(30)
-        lengths = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-        begin = data.header_offset + 30 + lengths + found.offset * size
+        begin = data_of(part, data.header_offset) + found.offset * size
         if begin + math.prod(found.size) * size > self._chunk.length:
             raise CheckpointError(f"{self._name}: its bytes lie outside of its part of the file")
         return begin

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,6 +21,7 @@ __all__ = [
     "Block",
     "Files",
     "begin",
+    "files_of",
     "finish",
     "plan",
     "refuse_occupied",
@@ -66,13 +67,22 @@ def plan(
             room = file_bytes
         groups[-1].append(name)
         room -= tensor.nbytes
+    many = len(groups)
+    names_of = {
+        "model.safetensors" if many == 1 else f"model-{i:05d}-of-{many:05d}.safetensors": names
+        for i, names in enumerate(groups, 1)
+    }
+    return files_of(names_of, tensors, metadata)
+
+
+def files_of(
+    layout: Mapping[str, Sequence[str]],
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str],
+) -> Files:
+    """Lay tensors out in files, each with the names that the layout gives it."""
     files = Files({}, {}, {})
-    for number, names in enumerate(groups, 1):
-        file = (
-            "model.safetensors"
-            if len(groups) == 1
-            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        )
+    for file, names in layout.items():
         header = header_of({name: tensors[name] for name in names}, metadata)
         offset = len(header)
         for name in names:

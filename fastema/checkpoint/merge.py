@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from fastema.checkpoint.files import StoredTensor, header_of, moved_into_place, storing
-from fastema.checkpoint.folder import Files, begin, finish, refuse_occupied, write_at
+from fastema.checkpoint.files import StoredTensor, moved_into_place, storing
+from fastema.checkpoint.folder import Files, begin, files_of, finish, refuse_occupied, write_at
 from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, listed
@@ -318,7 +318,7 @@ def _target(
     made: Merge, out: Path, weights: Sequence[float]
 ) -> Iterator[Callable[[str, int, memoryview], None]]:
     """A function that writes parts of tensors, and the whole result at the end, or nothing."""
-    files = _files(made, _metadata(made, weights))
+    files = files_of(made.last.layout, made.last.tensors, _metadata(made, weights))
     if made.is_folder:
         partial = begin(out, files)
         try:
@@ -341,19 +341,6 @@ def _target(
             files._replace(places={one: (path.name, at) for one, (_, at) in files.places.items()}),
         ) as write:
             yield write
-
-
-def _files(made: Merge, metadata: Mapping[str, str]) -> Files:
-    """The files of the result: those of the newest checkpoint, by its layout."""
-    files = Files({}, {}, {})
-    for file, names in made.last.layout.items():
-        header = header_of({name: made.last.tensors[name] for name in names}, metadata)
-        offset = len(header)
-        for name in names:
-            files.places[name] = file, offset
-            offset += made.last.tensors[name].nbytes
-        files.headers[file], files.sizes[file] = header, offset
-    return files
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 from fastema.layout.flat import row_major
 
-__all__ = ["State", "place_of", "read", "tensors_in"]
+__all__ = ["State", "data_of", "place_of", "read", "tensors_in"]
 
 _LONGEST: Final = 1 << 28
 """Bytes of a description that are still read."""
@@ -48,7 +48,7 @@ def read(path: Path) -> State:
             for name, one in entries.items():
                 if name.startswith("data/"):
                     _refuse_compressed(path, one)
-                    begin = _data_of(file, one.header_offset)
+                    begin = data_of(file, one.header_offset)
                     if begin + one.file_size > size:
                         raise CheckpointError(f"{path} was cut short")
                     storages[name.removeprefix("data/")] = begin, one.file_size
@@ -71,8 +71,8 @@ def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
         return opened.read(_LONGEST)
 
 
-def _data_of(file: Any, header: int) -> int:
-    """The first byte of an entry, behind its header."""
+def data_of(file: Any, header: int) -> int:
+    """Return the first byte of a zip entry, behind its header; a ValueError if none is there."""
     file.seek(header)
     head = file.read(30)
     if len(head) != 30 or head[:4] != b"PK\3\4":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -49,6 +50,9 @@ def entry_name(operation: str) -> str:
     return f"fastema_{operation}"
 
 
+_sources = cache(source_stamp)  # asked for with every kernel
+
+
 def _targets(capability: tuple[int, int]) -> Iterator[str]:
     """Yield the folders whose code runs on a GPU, the better one first."""
     for major, minor in CAPABILITIES:
@@ -69,7 +73,7 @@ def read(
         If a file of the installation is damaged.
     """
     try:
-        if (FOLDER / "stamp").read_text(encoding="ascii") != source_stamp():
+        if (FOLDER / "stamp").read_text(encoding="ascii") != _sources():
             return None
     except OSError:
         return None
@@ -96,7 +100,7 @@ def _entries(path: Path) -> Iterator[tuple[_Key, bytes]]:
             at += size
     except (ImportError, OSError, ValueError, EOFError, lzma.LZMAError) as error:
         raise DeviceError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): install fastema anew"
+            f"{path} cannot be read ({type(error).__name__}: {error}): reinstall fastema"
         ) from error
 
 

@@ -190,7 +190,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
         if self._averaged is not None and model is not self._averaged:
             raise StateError(
                 f"this EMAWeights averages another model, {self._averaged.name!r}: make one for "
-                "each model (and load_state_dict() to continue in a model that was loaded anew)"
+                "each model (and load_state_dict() to continue in another model that was loaded)"
             )
         return model
 
