@@ -48,7 +48,7 @@ class _Pool:
         futures: list[Future[None]] = []
         with self.lock:
             if self.executor is None:
-                self.executor = ThreadPoolExecutor(self.threads - 1, "fastema")
+                self.executor = ThreadPoolExecutor(self.threads - 1, "fastema-run")
             try:
                 for _ in range(helpers):
                     futures.append(self.executor.submit(task, *args))  # noqa: PERF401 (keeps those)

@@ -135,7 +135,7 @@ def test_launches_of_several_threads_do_not_mix_while_threads_are_set(
 
 def test_threads_that_are_no_longer_wanted_end(threads: Callable[[int], None]) -> None:
     def ours() -> list[threading.Thread]:
-        return [one for one in threading.enumerate() if one.name.startswith("fastema")]
+        return [one for one in threading.enumerate() if one.name.startswith("fastema-run")]
 
     for _ in range(5):
         threads(4)
