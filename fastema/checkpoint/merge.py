@@ -18,7 +18,7 @@ from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, listed
 
-__all__ = ["PROVENANCE", "Merge", "average", "check", "merge", "prepare", "warn_of"]
+__all__ = ["PROVENANCE", "Merge", "average", "check", "copy", "merge", "prepare", "warn_of"]
 
 PROVENANCE: Final = "fastema.average"
 """Key of the metadata of an average that says what it was made of."""
@@ -201,7 +201,8 @@ def merge(
         reads = [stack.enter_context(one.opened()) for one in made.checkpoints]
         _refuse_unequal(made, reads, advance)
         targets = [
-            stack.enter_context(_target(made, out, weights)) for out, weights in outputs.items()
+            stack.enter_context(_target(made, out, _sources(made, weights)))
+            for out, weights in outputs.items()
         ]
 
         def write(output: int, name: str, first: int, data: memoryview) -> None:
@@ -211,6 +212,14 @@ def merge(
         tensors = [one.tensors for one in made.checkpoints]
         wanted = {n: one.kind for n, one in made.last.tensors.items() if n in made.averaged}
         weighted_sums(reads, tensors, list(outputs.values()), wanted, write, advance)
+
+
+def copy(found: Checkpoint, out: Path, sources: str) -> None:
+    """Write a checkpoint's tensors as they are, as safetensors, while they are read."""
+    made = Merge([found], equal=set(found.tensors))
+    _refuse_output(out, made)
+    with found.opened() as read, _target(made, out, sources) as write:
+        _copy(made, read, [write], lambda n: None)
 
 
 def check(made: Merge, outputs: Mapping[Path, Sequence[float]]) -> None:
@@ -302,23 +311,26 @@ def _copy(
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def _metadata(made: Merge, weights: Sequence[float]) -> dict[str, str]:
-    """What a result says of where it came from."""
-    sources = "; ".join(
+def _sources(made: Merge, weights: Sequence[float]) -> str:
+    return "; ".join(
         f"{weight:.9g} * {one.path.name}"
         for one, weight in zip(made.checkpoints, weights, strict=True)
         if weight
     )
+
+
+def _metadata(made: Merge, sources: str) -> dict[str, str]:
+    """What a result says of where it came from."""
     kept = {key: value for key, value in made.last.metadata.items() if key == "format"}
     return {"format": "pt", **kept, **made.last.tied, PROVENANCE: sources}
 
 
 @contextmanager
 def _target(
-    made: Merge, out: Path, weights: Sequence[float]
+    made: Merge, out: Path, sources: str
 ) -> Iterator[Callable[[str, int, memoryview], None]]:
     """A function that writes parts of tensors, and the whole result at the end, or nothing."""
-    files = files_of(made.last.layout, made.last.tensors, _metadata(made, weights))
+    files = files_of(made.last.layout, made.last.tensors, _metadata(made, sources))
     if made.is_folder:
         partial = begin(out, files)
         try:

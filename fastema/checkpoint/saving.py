@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fastema.checkpoint import files
-from fastema.checkpoint.state import read_state, write_state
+from fastema.checkpoint.source import is_torch_file
+from fastema.checkpoint.state import is_state, read_state, write_state
+from fastema.checkpoint.stored import load
 from fastema.engine.locks import lock
+from fastema.errors import CheckpointError
 from fastema.shadow.average import Average
 from fastema.shadow.state import SavedOrMine
 
@@ -109,7 +112,19 @@ def load_into(
     *,
     schedule: SavedOrMine = "saved",
 ) -> None:
-    """Load what :func:`save` wrote; see :meth:`fastema.EMA.load_state_dict`.
+    """Load an average, by :func:`save` or by another library, into one of fastema's.
+
+    Parameters
+    ----------
+    ema : EMA, SWA, SMA or PowerEMA
+    path : path
+        A file of :func:`save`, whose schedule, counters and tensors go on as
+        :meth:`fastema.EMA.load_state_dict` says; or what else :func:`load` reads, into an average
+        of a PyTorch model: the averages and the number of updates then, while the schedule is that
+        of ``ema``. Names are looked up without wrappers' prefixes; lists (torch_ema, diffusers,
+        NeMo) are in the order of ``model.parameters()``. Buffers that the file lacks stay.
+    schedule : {"saved", "mine"}
+        Whose schedule continues, from a file of fastema's.
 
     Raises
     ------
@@ -118,8 +133,19 @@ def load_into(
         nothing is changed then.
     """
     _writer.raise_failed(all_of_them=True)
-    like = next(iter(ema.shadows[0].values()))
-    ema.load_state_dict(read_state(files.read(path), like), schedule=schedule)
+    file = Path(path)
+    if file.is_file() and not is_torch_file(file):
+        found = files.read(file)
+        if is_state(found):
+            like = next(iter(ema.shadows[0].values()))
+            ema.load_state_dict(read_state(found, like), schedule=schedule)
+            return
+    stored = load(file)
+    if stored.library == "model":
+        raise CheckpointError(f"{file} holds a model's weights and no average")
+    from fastema.checkpoint.transfer import load_stored
+
+    load_stored(ema, stored, schedule)
 
 
 def wait() -> None:

@@ -17,7 +17,7 @@ from fastema.checkpoint.files import StoredTensor, reading
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Read", "open_checkpoint"]
+__all__ = ["Checkpoint", "Read", "is_torch_file", "open_checkpoint"]
 
 Read = Callable[[str, int, memoryview], None]
 """``read(name, first, buffer)``: fill a buffer with a tensor's row-major bytes, from one on."""
@@ -118,7 +118,7 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     Nothing of a checkpoint is run, and no more is read than its descriptions.
     """
     found = Path(path)
-    try:
+    with _reading(found):
         mode = found.stat().st_mode
         if stat.S_ISDIR(mode):
             made = _open_folder(found, key)
@@ -126,21 +126,36 @@ def open_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
             raise CheckpointError(f"{found} is no file and no folder")
         else:
             made = _open_file(found, key)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {found}: {error.strerror or error}") from None
-    except ValueError as error:  # a name with a zero in it
-        raise CheckpointError(f"cannot read {str(found)!r}: {error}") from None
     if not made.tensors:
         raise CheckpointError(f"{found} holds no tensors")
     return made
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A block in which the system's errors are a CheckpointError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # a name with a zero in it
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}") from None
+
+
+def is_torch_file(path: Path) -> bool:
+    """Return whether something is a regular file that begins like one of ``torch.save``."""
+    with _reading(path):
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\3\4"
+
+
 def _open_file(path: Path, key: str | None) -> Checkpoint:
     if path.name.endswith(_INDEX):
         return _open_index(path, key)
-    with path.open("rb") as file:
-        start = file.read(4)
-    return _open_torch([path], path, key) if start == b"PK\3\4" else _open_safetensors([path], path)
+    zipped = is_torch_file(path)
+    return _open_torch([path], path, key) if zipped else _open_safetensors([path], path)
 
 
 def _open_folder(path: Path, key: str | None) -> Checkpoint:
@@ -191,9 +206,7 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
     for part in parts:
         if not part.is_file():
             raise CheckpointError(f"{path} names {part.name}, which is not there")
-    first = parts[0] if parts else path
-    with first.open("rb") as file:
-        zipped = file.read(4) == b"PK\3\4"
+    zipped = is_torch_file(parts[0] if parts else path)
     found = _open_torch(parts, path, key) if zipped else _open_safetensors(parts, path)
     missing = [
         name
@@ -283,13 +296,7 @@ def _open_dcp(path: Path, key: str | None) -> Checkpoint:
 def _chosen(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, str]:
     """The part of a file that holds the weights, and where it is."""
     if key is not None:
-        inner: Any = state.content
-        for one in key.split("."):
-            try:
-                inner = inner[int(one) if isinstance(inner, list | tuple) else one]
-            except (KeyError, ValueError, IndexError, TypeError):
-                raise CheckpointError(f"{path} has nothing at {key!r}") from None
-        return inner, f"{key}."
+        return torch_file.part_of(state.content, key, path), f"{key}."
     for one in _STATES:
         inner = state.content.get(one) if isinstance(state.content, dict) else None
         if isinstance(inner, dict) and torch_file.tensors_in(inner):

@@ -15,13 +15,16 @@ from fastema.bridges.registry import describe, memory_of
 from fastema.checkpoint import files
 from fastema.errors import CheckpointError, DTypeError
 
-__all__ = ["load_state", "read_state", "write_state"]
+__all__ = ["has_good_sums", "is_state", "load_state", "read_state", "write_state"]
 
 _KEY: Final = "state"
 """Key of the plain values in a file's metadata, and of the tensor that holds them too."""
 
 _SUMS: Final = "crc32"
 """Key of all tensors' checksums in a file's metadata."""
+
+_PIECE: Final = 1 << 22
+"""Bytes that are read at a time where they are only looked at."""
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metadata: str) -> None:
@@ -46,12 +49,42 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], **metada
     files.write(path, specs, **{_KEY: text, _SUMS: json.dumps(sums)}, **metadata)
 
 
+def is_state(found: files.File) -> bool:
+    """Return whether :func:`write_state` wrote a file."""
+    return _KEY in found.metadata
+
+
+def has_good_sums(found: files.File) -> bool:
+    """Return whether a file has checksums; a CheckpointError if a tensor's is another."""
+    try:
+        sums = json.loads(found.metadata[_SUMS])
+    except (KeyError, ValueError, RecursionError):
+        return False
+    if not isinstance(sums, dict):
+        return False
+    buffer = memoryview(bytearray(_PIECE))
+    with found.opened() as fill:
+        for name, stored in found.tensors.items():
+            crc = 0
+            for first in range(0, stored.nbytes, _PIECE):
+                part = buffer[: min(_PIECE, stored.nbytes - first)]
+                fill(stored.offset + first, part)
+                crc = zlib.crc32(part, crc)
+            if sums.get(name) != crc:
+                raise _damaged(found, name)
+    return True
+
+
+def _damaged(found: files.File, name: str) -> CheckpointError:
+    return CheckpointError(f"{found.path} is damaged: {name!r} is not what was written to it")
+
+
 def read_state(found: files.File, like: Any) -> dict[str, Any]:
     """The state dict in a file, with arrays of the framework of ``like``.
 
     A CheckpointError if :func:`write_state` did not write it, or a checksum differs.
     """
-    if _KEY not in found.metadata:
+    if not is_state(found):
         raise CheckpointError(f"{found.path} does not hold the state of an average")
     bridge = memory_of(like)
     try:
@@ -70,9 +103,7 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
                 array = bridge.zeros(stored.size, stored.kind.code, "cpu").reshape(stored.shape)
                 fill(stored.offset, bytes_of(array))
                 if sums.get(key) != zlib.crc32(bytes_of(array)):
-                    raise CheckpointError(
-                        f"{found.path} is damaged: {key!r} is not what was written to it"
-                    )
+                    raise _damaged(found, key)
                 if key == _KEY:
                     continue
                 part, place, name = places[key]

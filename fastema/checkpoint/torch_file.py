@@ -15,7 +15,7 @@ from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 from fastema.layout.flat import row_major
 
-__all__ = ["State", "data_of", "place_of", "read", "tensors_in"]
+__all__ = ["State", "data_of", "part_of", "place_of", "read", "tensors_in"]
 
 _LONGEST: Final = 1 << 28
 """Bytes of a description that are still read."""
@@ -82,15 +82,25 @@ def data_of(file: Any, header: int) -> int:
     )
 
 
-def tensors_in(content: Any) -> dict[str, Rebuilt]:
+def part_of(content: Any, key: str, path: Path) -> Any:
+    """Return what lies at a key with dots; a CheckpointError if there is nothing."""
+    for one in key.split("."):
+        try:
+            content = content[int(one) if isinstance(content, list | tuple) else one]
+        except (KeyError, ValueError, IndexError, TypeError):
+            raise CheckpointError(f"{path} has nothing at {key!r}") from None
+    return content
+
+
+def tensors_in(content: Any, kind: type = Rebuilt) -> dict[str, Any]:
     """Return the tensors in nested mappings and lists, by their keys with dots between them."""
-    return dict(_walk(content, "", 0))
+    return dict(_walk(content, kind, "", 0))
 
 
-def _walk(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Rebuilt]]:
+def _walk(content: Any, kind: type, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     if depth > _DEEPEST:
         raise CheckpointError(f"{prefix[:100]!r}...: mappings within mappings without end")
-    if isinstance(content, Rebuilt):
+    if isinstance(content, kind):
         yield prefix.removesuffix("."), content
         return
     if isinstance(content, dict):
@@ -101,7 +111,7 @@ def _walk(content: Any, prefix: str, depth: int) -> Iterator[tuple[str, Rebuilt]
         return
     for key, value in items:
         if isinstance(key, str | int):
-            yield from _walk(value, f"{prefix}{key}.", depth + 1)
+            yield from _walk(value, kind, f"{prefix}{key}.", depth + 1)
 
 
 def place_of(path: Path, name: str, tensor: Rebuilt, state: State) -> tuple[StoredTensor, int]:

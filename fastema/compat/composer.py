@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
-from fastema.compat.transfer import (
+from fastema.checkpoint.transfer import (
     averages_of,
     averages_or_copies,
     by_plain_name,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastema.compat.transfer import averages_of, averages_or_copies, mapping_in, take_over
+from fastema.checkpoint.transfer import averages_of, averages_or_copies, mapping_in, take_over
 from fastema.rules import Constant, Rule
 from fastema.rules.checks import checked_decay, checked_least
 from fastema.shadow import EMA

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastema.compat.transfer import (
+from fastema.checkpoint.transfer import (
     averages_of,
     by_plain_name,
     mapping_in,

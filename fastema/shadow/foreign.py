@@ -11,7 +11,7 @@ from fastema.bridges.memory import bytes_of, row_major_on_host
 from fastema.errors import FastemaError
 from fastema.shadow.store import PARTS
 
-__all__ = ["identify", "unflattened"]
+__all__ = ["identify", "library_of", "unflattened"]
 
 _PLAIN: Final = "state"
 """Name of the tensor of a file that holds the state's plain values, as JSON."""
@@ -48,6 +48,7 @@ def _is_flat(state: Mapping[Any, Any]) -> bool:
 class _Layout(NamedTuple):
     """A library's way to save an average."""
 
+    library: str  # as its module in fastema.compat is called; empty where no average is in it
     keys: str  # entries that every such state has
     what: str
     reads: str  # the call that takes it
@@ -58,55 +59,71 @@ _COMPAT: Final = "fastema.compat."
 
 _LAYOUTS: Final = (
     _Layout(
+        "torch_ema",
         "decay num_updates shadow_params",
         "the state of torch_ema's ExponentialMovingAverage",
         f"{_COMPAT}torch_ema.ExponentialMovingAverage.load_state_dict",
     ),
     _Layout(
+        "diffusers",
         "optimization_step shadow_params",
         "the state of diffusers' EMAModel",
         f"{_COMPAT}diffusers.EMAModel.load_state_dict",
     ),
     _Layout(
+        "lightning",
         "averaging_state current_model_state state_dict",
         "a checkpoint of Lightning with an average",
         f"Trainer.fit(ckpt_path=...) with {_COMPAT}lightning.WeightAveraging",
     ),
-    _Layout("pytorch-lightning_version", "a checkpoint of Lightning", "Trainer.fit(ckpt_path=...)"),
     _Layout(
+        "", "pytorch-lightning_version", "a checkpoint of Lightning", "Trainer.fit(ckpt_path=...)"
+    ),
+    _Layout(
+        "ema_pytorch",
         "initted step",
         "the state of ema_pytorch's EMA",
         f"{_COMPAT}ema_pytorch.EMA.load_state_dict",
     ),
     _Layout(
+        "swa_utils",
         "n_averaged",
         "the state of torch's AveragedModel",
         f"{_COMPAT}swa_utils.AveragedModel.load_state_dict",
         "module.",
     ),
     _Layout(
+        "mmengine",
         "steps",
         "the state of an average of MMEngine",
         f"{_COMPAT}mmengine.ExponentialMovingAverage.load_state_dict",
         "module.",
     ),
     _Layout(
-        "state_dict_ema", "a checkpoint of timm", f"{_COMPAT}timm.ModelEma(model, resume=path)"
+        "timm",
+        "state_dict_ema",
+        "a checkpoint of timm",
+        f"{_COMPAT}timm.ModelEma(model, resume=path)",
     ),
     _Layout(
+        "nemo",
         "ema current_step every_n_steps",
         "a checkpoint of NeMo's EMAOptimizer",
         f"{_COMPAT}nemo.load",
     ),
-    _Layout("ema updates", "a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load"),
-    _Layout("ema_model", "the state of Composer's EMA", f"{_COMPAT}composer.load"),
-    _Layout("ema_state", "a checkpoint of D2Go", f"{_COMPAT}d2go.load"),
     _Layout(
+        "ultralytics", "ema updates", "a checkpoint of Ultralytics", f"{_COMPAT}ultralytics.load"
+    ),
+    _Layout("composer", "ema_model", "the state of Composer's EMA", f"{_COMPAT}composer.load"),
+    _Layout("d2go", "ema_state", "a checkpoint of D2Go", f"{_COMPAT}d2go.load"),
+    _Layout(
+        "litema",
         "decay num_updates",
         "the state of Stable Diffusion's LitEma",
         f"{_COMPAT}litema.LitEma.load_state_dict",
     ),
     _Layout(
+        "timm",
         "",
         "a model's state with the names of a wrapper: timm's ModelEmaV2 and ModelEmaV3, or "
         "DataParallel",
@@ -140,6 +157,11 @@ def identify(state: Any) -> str:
             "which a new average begins with these weights"
         )
     return lacks
+
+
+def library_of(state: Mapping[Any, Any]) -> str:
+    """The library in whose layout a mapping holds an average; empty for none that is known."""
+    return next((layout.library for layout in _LAYOUTS if _fits(state, layout)), "")
 
 
 def _fits(state: Mapping[Any, Any], layout: _Layout) -> bool:

@@ -8,24 +8,42 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastema.bridges.memory import bytes_of
 from fastema.bridges.names import plain_names
+from fastema.checkpoint.source import Checkpoint
+from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.layout.dtypes import NAME_OF
 from fastema.rules.checks import checked_whole
 from fastema.shadow import EMA
+from fastema.shadow.state import SavedOrMine
 
 __all__ = [
     "averages_of",
     "averages_or_copies",
     "by_plain_name",
     "load_modules",
+    "load_stored",
     "mapping_in",
     "mismatches",
     "take_over",
+    "tensors_of",
     "unfit",
     "whole_in",
 ]
 
 Value = TypeVar("Value")
+
+
+def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint into memory."""
+    found = {}
+    with checkpoint.opened() as read:
+        for name, stored in checkpoint.tensors.items():
+            tensor = torch.empty(stored.shape, dtype=getattr(torch, NAME_OF[stored.kind.code]))
+            read(name, 0, bytes_of(tensor))
+            found[name] = tensor
+    return found
 
 
 def by_plain_name(named: Mapping[str, Value]) -> dict[str, Value]:
@@ -154,6 +172,37 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
     if "log_decays" in state:  # of a bias correction: what so many updates leave of the beginning
         state["log_decays"] = list(ema.schedule.log_decays(count))
     ema.load_state_dict(state)
+
+
+def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
+    """Load an average that was found in a file of another library's, or of ``torch.save``."""
+    if stored.library == "fastema":
+        content = torch.load(stored.path, map_location="cpu", weights_only=True)
+        states = [one for one in (content, *content.values()) if isinstance(one, Mapping)]
+        state = next(one for one in states if one.get("format") == "fastema")
+        ema.load_state_dict(state, schedule=schedule)
+        return
+    take_over(ema, _by_name(ema, stored), stored.num_updates)
+
+
+def _by_name(ema: EMA, stored: StoredAverage) -> dict[str, Tensor]:
+    """The tensors of a file by the names that they have in an average."""
+    tensors, own = tensors_of(stored.checkpoint), list(ema.shadow)
+    if stored.names == "full":
+        return tensors
+    if stored.names == "without dots":
+        dots = {name.replace(".", ""): name for name in own}
+        return {dots.get(name, name): one for name, one in tensors.items()}
+    averaged = [name for name in own if name in ema.averaged_names]
+    for names in (averaged, own):  # frozen parameters are in the list, or are not
+        shapes = [ema.shadow[name].shape for name in names]
+        if shapes == [one.shape for one in tensors.values()]:
+            return dict(zip(names, tensors.values(), strict=True))
+    raise CheckpointError(
+        f"{stored.path} holds a list of {len(tensors)} tensors, which by their shapes are not the "
+        f"{len(averaged)} averaged ones in their order; convert it with "
+        "fastema.checkpoint.convert(..., names=...)"
+    )
 
 
 def _cast_like(found: Tensor, own: Tensor) -> Tensor:

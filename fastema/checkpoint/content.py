@@ -1,0 +1,123 @@
+"""Files as mappings whose tensors lie there unread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from fastema.bridges.names import plain_names
+from fastema.checkpoint import torch_file
+from fastema.checkpoint.files import StoredTensor
+from fastema.checkpoint.pickles import Rebuilt
+from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
+from fastema.checkpoint.stretches import Stretches
+from fastema.errors import CheckpointError
+
+__all__ = ["Content", "Leaf", "gathered", "open_content", "untied"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor of a file, found but not read."""
+
+    stored: StoredTensor
+    place: Stretches
+
+
+class Content(NamedTuple):
+    """A file's mappings, whose tensors :meth:`find` finds and nobody has read."""
+
+    path: Path
+    mapping: Mapping[Any, Any]
+    state: torch_file.State | None = None  # of a file of torch.save
+
+    def find(self, name: str, one: Any) -> Leaf:
+        """Find a tensor; a CheckpointError if it cannot be averaged as it lies there."""
+        if isinstance(one, Leaf):
+            return one
+        assert self.state is not None
+        stored, offset = torch_file.place_of(self.path, name, one, self.state)
+        return Leaf(stored, Stretches.whole(self.path, offset))
+
+    def tensors(self, part: Any) -> dict[str, Any]:
+        """The tensors of a part of the file, by their keys with dots."""
+        return torch_file.tensors_in(part, Leaf if self.state is None else Rebuilt)
+
+    def number(self, found: Any, name: str) -> int | float:
+        """A number, by itself or in a tensor of one element."""
+        if isinstance(found, Rebuilt | Leaf):
+            leaf = self.find(name, found)
+            kind = _NUMBERS.get(leaf.stored.kind.code)
+            if leaf.stored.size == 1 and kind is not None:
+                buffer = bytearray(leaf.stored.nbytes)
+                with checkpoint_of(self.path, {name: leaf}).opened() as read:
+                    read(name, 0, memoryview(buffer))
+                value: int | float = np.frombuffer(buffer, kind)[0].item()
+                return value
+        if not isinstance(found, int | float):
+            raise CheckpointError(f"{self.path}: {name!r} is no number")
+        return found
+
+    def whole(self, found: Any, name: str) -> int:
+        """A whole number of at least 0."""
+        value = self.number(found, name)
+        if not 0 <= value < 2**62 or value != int(value):
+            raise CheckpointError(f"{self.path}: {name!r} is {value}, expected a count")
+        return int(value)
+
+
+_NUMBERS: Final = {
+    **{"f64": "<f8", "f32": "<f4", "f16": "<f2", "bool": "|b1"},
+    **{f"{sign}{8 * size}": f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)},
+}
+"""Code to what NumPy calls the dtype of a number."""
+
+
+def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | None]:
+    """A file's mappings; of what is no file of ``torch.save``, also the checkpoint."""
+    if is_torch_file(path):
+        state = torch_file.read(path)
+        part = state.content if key is None else torch_file.part_of(state.content, key, path)
+        return Content(path, part if isinstance(part, Mapping) else {"": part}, state), None
+    whole = open_checkpoint(path, key)
+    leaves = {name: Leaf(one, whole.places[name]) for name, one in whole.tensors.items()}
+    return Content(path, leaves), whole
+
+
+def checkpoint_of(path: Path, tensors: Mapping[str, Leaf]) -> Checkpoint:
+    return Checkpoint(
+        path,
+        "torch" if is_torch_file(path) else "safetensors",
+        {name: one.stored for name, one in tensors.items()},
+        {name: one.place for name, one in tensors.items()},
+        {"model.safetensors": list(tensors)},
+        list(dict.fromkeys(part for one in tensors.values() for part in one.place.paths)),
+    )
+
+
+def gathered(content: Content, part: Any) -> Checkpoint:
+    """The tensors of a part by their names without the prefixes of wrappers."""
+    held = content.tensors(part)
+    leaves = [content.find(name, one) for name, one in held.items()]
+    return checkpoint_of(content.path, dict(zip(plain_names(list(held)), leaves, strict=True)))
+
+
+def untied(found: Checkpoint) -> Checkpoint:
+    """The same with one name for each memory, the first; ``tied`` has the others."""
+    owners: dict[Any, str] = {}
+    tied = dict(found.tied)
+    for name, stored in found.tensors.items():
+        if stored.nbytes:
+            path, offset, _, _ = next(found.places[name].within(0, 1))
+            owner = owners.setdefault((path, offset, stored.kind, stored.shape), name)
+            if owner != name:
+                tied[name] = owner
+    kept = {name: one for name, one in found.tensors.items() if name not in tied}
+    layout = {
+        file: [name for name in names if name in kept] for file, names in found.layout.items()
+    }
+    return replace(found, tensors=kept, tied=tied, layout=layout)

@@ -1,0 +1,428 @@
+"""Averages converted from one library's layout to another's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from fastema.checkpoint.content import untied
+from fastema.checkpoint.files import moved_into_place
+from fastema.checkpoint.layouts import diffusers_options
+from fastema.checkpoint.merge import copy
+from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
+from fastema.checkpoint.state import write_state
+from fastema.checkpoint.stored import StoredAverage, load
+from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Warmup, Window
+from fastema.rules.checks import checked_decay
+from fastema.shadow.state import pack
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LIBRARIES", "Conversion", "convert"]
+
+_Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of an average.
+
+    Attributes
+    ----------
+    path : Path
+        The file that was written.
+    source : StoredAverage
+    to : str
+        The library whose layout it has.
+    lost : list of str
+        What the source holds and this layout has no place for.
+    """
+
+    path: Path
+    source: StoredAverage
+    to: str
+    lost: list[str] = field(default_factory=list)
+
+
+def convert(
+    src: _Path,
+    dst: _Path,
+    *,
+    to: str,
+    names: _Path | Sequence[str] | None = None,
+    decay: float | None = None,
+    key: str | None = None,
+    index: int = 0,
+) -> Conversion:
+    """Write an average in the layout of another library.
+
+    Parameters
+    ----------
+    src : path
+        What :func:`load` reads.
+    dst : path
+        The file; there is the old one or the whole new one, whatever happens. For
+        ``to="safetensors"`` a folder where the source is one.
+    to : str
+        "fastema" (for :func:`load_into`), "safetensors" (the averaged weights alone), "swa_utils",
+        "timm", "torch_ema", "ema_pytorch", "diffusers", "litema", "mmengine" or "d2go": the module
+        of ``fastema.compat`` says which class. The owner loads it by ``torch.load`` and
+        ``load_state_dict``.
+    names : path or sequence of str, optional
+        The names of ``model.parameters()``, in their order, or a checkpoint of ``torch.save`` that
+        has them so. Needed where the source is a list (torch_ema, diffusers, NeMo) or has names
+        without dots (LitEma) and the result has names; and where the result is a list and the
+        source a safetensors file, which keeps no order.
+    decay : float, optional
+        Of the further updates, in [0, 1): where the source does not tell, and the result has it.
+    key, index
+        See :func:`load`.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, or these names do not fit.
+    ArgumentError
+        If ``to`` is not known, or a decay or names are needed.
+    StorageError
+        If it cannot be written.
+
+    Notes
+    -----
+    The average has to fit into memory, except for ``to="safetensors"``, which is streamed.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, torch
+    >>> from fastema.checkpoint import convert
+    >>> from fastema.compat.torch_ema import ExponentialMovingAverage
+    >>> model = torch.nn.Linear(3, 2)
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> ema = ExponentialMovingAverage(model.parameters(), decay=0.99)
+    >>> torch.save(ema.state_dict(), folder / "ema.pt")
+    >>> done = convert(folder / "ema.pt", folder / "d2go.pt", to="d2go", names=["weight", "bias"])
+    >>> list(torch.load(folder / "d2go.pt")["ema_state"])
+    ['weight', 'bias']
+    >>> done.lost
+    ['the number of updates, 0', 'the schedule, Warmup(limit=0.99)']
+    """
+    if to not in LIBRARIES:
+        raise ArgumentError(f"to={to!r}: expected one of {', '.join(LIBRARIES)}")
+    wanted, out = _WRITERS[to], Path(dst)
+    source = load(src, key=key, index=index)
+    if decay is not None:
+        source = replace(source, schedule=Schedule(Constant(checked_decay(decay))))
+    source, lost = _arranged(source, wanted, _listed_names(names))
+    lost += source.notes
+    if source.num_updates is not None and not wanted.counts:
+        lost.append(f"the number of updates, {source.num_updates}")
+    schedule = source.schedule
+    if schedule is not None and not wanted.keeps(schedule):
+        lost.append(f"the schedule, {_said(schedule)}")
+    if source.weights is not None and not wanted.weights:
+        lost.append("the weights in training, which the source holds too")
+    _refuse_itself(out, source)
+    wanted.write(source, out)
+    return Conversion(out, source, to, lost)
+
+
+def _said(schedule: Schedule) -> str:
+    rule = repr(schedule.rules[0])
+    every = f" every {schedule.update_every} steps" if schedule.update_every > 1 else ""
+    start = f" after step {schedule.start_after}" if schedule.start_after else ""
+    return f"{rule}{every}{start}"
+
+
+def _refuse_itself(out: Path, source: StoredAverage) -> None:
+    real = out.resolve()
+    if real in {source.path.resolve(), *(one.resolve() for one in source.checkpoint.files)}:
+        raise CheckpointError(f"{out} is the source; name another output")
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+_STATISTICS: Final = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_parameter(name: str, checkpoint: Checkpoint) -> bool:
+    """Return whether a tensor is a parameter, as far as a name and a dtype tell."""
+    inner = name.rpartition(".")[2]
+    return checkpoint.tensors[name].kind.real is not None and inner not in _STATISTICS
+
+
+def _listed_names(given: _Path | Sequence[str] | None) -> list[str] | None:
+    if given is None:
+        return None
+    if isinstance(given, str | os.PathLike):
+        model = open_checkpoint(given)
+        if not is_torch_file(Path(given)):
+            raise ArgumentError(
+                f"names={os.fspath(given)!r}: safetensors keeps no order; give a file of "
+                "torch.save, or the list of names"
+            )
+        return [name for name in model.tensors if _is_parameter(name, model)]
+    return list(given)
+
+
+def _arranged(
+    source: StoredAverage, wanted: _Writer, names: list[str] | None
+) -> tuple[StoredAverage, list[str]]:
+    """The tensors by the names, and in the order, that the result needs; and what is left out."""
+    found = source.checkpoint
+    keys = list(found.tensors)
+    if source.names == "full" or (source.names, wanted.names) == ("places", "places"):
+        new = keys
+    elif names is None:
+        raise ArgumentError(
+            f"{source.path} ({source.library}) has no names of the model, which {wanted.library} "
+            "needs: pass names, those of model.named_parameters()"
+        )
+    elif source.names == "places":
+        new = names
+    else:
+        dots = {name.replace(".", ""): name for name in names}
+        missing = [name for name in keys if name not in dots]
+        if missing:
+            raise CheckpointError(f"the names lack one that is {missing[0]!r} without dots")
+        new = [dots[name] for name in keys]
+    if len(new) != len(keys):
+        raise CheckpointError(f"{len(new)} names for the {len(keys)} tensors of {source.path}")
+    source = replace(source, checkpoint=_renamed(found, dict(zip(new, keys, strict=True))))
+    if wanted.names == "full":
+        return source, []
+    kept = new if source.names == "places" else _parameters(source, names, wanted)
+    left = [name for name in new if name not in set(kept)]
+    lost = [f"what is no parameter: {_shortened(left)}"] if left else []
+    by_place = wanted.names == "places"
+    of_places = {str(i) if by_place else name: name for i, name in enumerate(kept)}
+    return replace(source, checkpoint=_renamed(source.checkpoint, of_places)), lost
+
+
+def _parameters(source: StoredAverage, names: list[str] | None, wanted: _Writer) -> list[str]:
+    """The names of parameters, in the order of the model."""
+    found = source.checkpoint
+    if names is not None:
+        missing = [f"{name!r} is missing" for name in names if name not in found.tensors]
+        if missing:
+            raise CheckpointError(f"{source.path} lacks parameters:\n" + listed(missing))
+        return names
+    if wanted.names == "places" and not is_torch_file(source.path):
+        raise ArgumentError(
+            f"{wanted.library} keeps a list in the order of model.parameters(), which {source.path}"
+            " does not tell: pass names"
+        )
+    found = untied(found)
+    return [name for name in found.tensors if _is_parameter(name, found)]
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _renamed(found: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint with new names for some of its tensors: new name to old."""
+    return replace(
+        found,
+        tensors={new: found.tensors[old] for new, old in names.items()},
+        places={new: found.places[old] for new, old in names.items()},
+        layout={"model.safetensors": list(names)} if len(found.layout) == 1 else found.layout,
+    )
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _never(schedule: Schedule) -> bool:
+    return False
+
+
+class _Writer(NamedTuple):
+    """How a library's layout is written, and what has a place in it."""
+
+    library: str
+    write: Callable[[StoredAverage, Path], None]
+    names: Literal["full", "parameters", "places"] = "full"  # of all, of parameters, or a list
+    counts: bool = False
+    keeps: Callable[[Schedule], bool] = _never
+    weights: bool = False
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    from fastema.checkpoint.transfer import tensors_of
+
+    return tensors_of(checkpoint)
+
+
+def _saved(content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]]) -> Any:
+    """A function that writes what is made of the tensors, with ``torch.save``."""
+
+    def write(source: StoredAverage, out: Path) -> None:
+        import torch
+
+        made = content(source, _tensors(source.checkpoint))
+        with moved_into_place(out) as partial:
+            torch.save(made, partial)
+
+    return write
+
+
+def _number(value: float, dtype: str = "int64") -> Tensor:
+    import torch
+
+    return torch.tensor(value, dtype=getattr(torch, dtype))
+
+
+def _decay_of(source: StoredAverage, to: str) -> float:
+    """The decay of an update, or its limit."""
+    schedule = source.schedule
+    rule = schedule.rules[0] if schedule is not None else None
+    limit = getattr(rule, "limit", getattr(rule, "value", None))
+    if limit is None:
+        found = source.options.get("decay")
+        if not isinstance(found, int | float):
+            raise ArgumentError(
+                f"{to} keeps a decay, which {source.path} ({source.library}) does not tell: pass "
+                "decay"
+            )
+        return float(found)
+    return float(limit) ** (schedule.update_every if schedule is not None else 1)
+
+
+def _is_simple(schedule: Schedule) -> bool:
+    """Return whether it is a decay at every step, or one that grows as torch_ema's does."""
+    rule, later = schedule.rules[0], schedule.start_after
+    if type(rule) is Warmup:
+        return not later and schedule.update_every == 1
+    return isinstance(rule, Constant) and schedule.update_every == 1
+
+
+def _grows(source: StoredAverage) -> bool:
+    return source.schedule is not None and isinstance(source.schedule.rules[0], Warmup)
+
+
+def _torch_ema(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "decay": _decay_of(source, "torch_ema"),
+        "num_updates": (source.num_updates or 0) if _grows(source) else None,
+        "shadow_params": list(tensors.values()),
+        "collected_params": None,
+    }
+
+
+def _diffusers(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    options = diffusers_options(source.schedule)
+    if options is None:
+        known = source.options if source.library == "diffusers" else {}
+        decay = known.get("decay", None)
+        decay = _decay_of(source, "diffusers") if decay is None else decay
+        options = {"decay": decay, "min_decay": decay, **known}
+    usual = {"update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+    count = {"optimization_step": source.num_updates or 0}
+    return {**usual, **options, **count, "shadow_params": list(tensors.values())}
+
+
+def _swa_utils(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    named = {f"module.{name}": one for name, one in tensors.items()}
+    return {"n_averaged": _number(source.num_updates or 0), **named}
+
+
+def _ema_pytorch(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    begun = bool(source.num_updates) or source.num_updates is None
+    counters = {"initted": _number(begun, "bool"), "step": _number(source.num_updates or 0)}
+    weights = {} if source.weights is None else _tensors(source.weights)
+    return {
+        **counters,
+        **{f"online_model.{name}": one for name, one in weights.items()},
+        **{f"ema_model.{name}": one for name, one in tensors.items()},
+    }
+
+
+def _mmengine(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    named = {f"module.{name}": one for name, one in tensors.items()}
+    return {"steps": _number(source.num_updates or 0), **named}
+
+
+def _timm(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    weights = {} if source.weights is None else {"state_dict": _tensors(source.weights)}
+    return {**weights, "state_dict_ema": tensors}
+
+
+def _litema(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    short = {name.replace(".", ""): one for name, one in tensors.items()}
+    if len(short) != len(tensors):
+        raise CheckpointError(f"{source.path}: two names are the same without dots")
+    count = (source.num_updates or 0) if _grows(source) else -1
+    decay = _number(_decay_of(source, "litema"), "float32")
+    return {"decay": decay, "num_updates": _number(count, "int32"), **short}
+
+
+def _d2go(source: StoredAverage, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {"ema_state": tensors}
+
+
+def _write_ours(source: StoredAverage, out: Path) -> None:
+    schedule = source.schedule
+    if schedule is None:
+        raise ArgumentError(
+            f"{source.path} ({source.library}) does not tell how its average goes on: pass "
+            "decay, or build an average with the schedule that you want and use "
+            "load_into(ema, path)"
+        )
+    rule = schedule.rules[0]
+    if isinstance(rule, Window):
+        raise ArgumentError(
+            f"{source.path}: a windowed mean goes on from its own file only, which has the weights "
+            "of its window"
+        )
+    kind = next((name for known, name in _KINDS.items() if isinstance(rule, known)), "EMA")
+    kind = source.options.get("kind", kind) if source.library == "fastema" else kind
+    seed = source.options.get("seed", 0) if source.library == "fastema" else 0
+    counters = {"num_updates": source.num_updates or 0, "num_skipped": 0, "seed": seed}
+    logs = schedule.log_decays(counters["num_updates"])
+    tensors = {"shadow": [_tensors(untied(source.checkpoint))]}
+    write_state(out, pack(kind, counters, schedule, logs, "stochastic", tensors))
+
+
+_KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"}
+"""Rule to the class whose averages have it, where that is not EMA."""
+
+
+def _write_weights(source: StoredAverage, out: Path) -> None:
+    copy(untied(source.checkpoint), out, f"{source.library}: {source.path.name}")
+
+
+def _always(schedule: Schedule) -> bool:
+    return True
+
+
+_WRITERS: Final = {
+    one.library: one
+    for one in (
+        _Writer("fastema", _write_ours, counts=True, keeps=_always),
+        _Writer("safetensors", _write_weights),
+        _Writer("swa_utils", _saved(_swa_utils), counts=True),
+        _Writer("timm", _saved(_timm), weights=True),
+        _Writer("torch_ema", _saved(_torch_ema), "places", True, _is_simple),
+        _Writer("ema_pytorch", _saved(_ema_pytorch), counts=True, weights=True),
+        _Writer(
+            "diffusers",
+            _saved(_diffusers),
+            "places",
+            True,
+            lambda schedule: diffusers_options(schedule) is not None,
+        ),
+        _Writer("litema", _saved(_litema), "parameters", True, _is_simple),
+        _Writer("mmengine", _saved(_mmengine), counts=True),
+        _Writer("d2go", _saved(_d2go)),
+    )
+}
+"""Library to how its layout is written."""
+
+LIBRARIES: Final = tuple(_WRITERS)
+"""What :func:`convert` writes."""

@@ -1,0 +1,151 @@
+"""What a checkpoint holds: who wrote it, how its average goes on, its tensors, and if it is whole."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastema.checkpoint import files
+from fastema.checkpoint.source import Checkpoint, is_torch_file
+from fastema.checkpoint.state import has_good_sums
+from fastema.checkpoint.stored import StoredAverage, load
+from fastema.errors import CheckpointError
+from fastema.rules.reach import Reach, effective_steps
+
+__all__ = ["Description", "inspect"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint, described.
+
+    Attributes
+    ----------
+    average : StoredAverage
+        Library, names, updates, schedule and tensors; see :func:`load`.
+    reach : Reach or None
+        How far its average lags behind the weights, in steps; None where the schedule or the number
+        of updates is not known.
+    parameters : int
+        Elements of the averages.
+    nbytes : int
+        Bytes of the averages.
+    dtypes : dict of str to int
+        Code to the number of tensors.
+    checked : str
+        What was read of the contents, and found good: "checksums", or "sizes" where there are no
+        checksums, or none were asked for.
+    """
+
+    average: StoredAverage
+    reach: Reach | None
+    parameters: int
+    nbytes: int
+    dtypes: dict[str, int]
+    checked: str
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The averages by name."""
+        return self.average.checkpoint
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in strings, numbers, lists and dicts, for JSON."""
+        average, schedule = self.average, self.average.schedule
+        return {
+            "path": str(average.path),
+            "library": average.library,
+            "format": self.checkpoint.format,
+            "step": self.checkpoint.step,
+            "num_updates": average.num_updates,
+            "schedule": None if schedule is None else schedule.to_dict(),
+            "options": average.options,
+            "mean_age": None if self.reach is None else self.reach.mean_age,
+            "std_age": None if self.reach is None else self.reach.std_age,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "dtypes": self.dtypes,
+            "names": average.names,
+            "tensors": {
+                name: {"dtype": one.kind.code, "shape": list(one.shape)}
+                for name, one in self.checkpoint.tensors.items()
+            },
+            "holds_weights": average.weights is not None,
+            "checked": self.checked,
+            "notes": average.notes,
+        }
+
+
+def inspect(
+    path: str | os.PathLike[str], *, key: str | None = None, index: int = 0, check: bool = False
+) -> Description:
+    """Describe a checkpoint: its library, schedule, step and tensors, and whether it is whole.
+
+    Parameters
+    ----------
+    path, key, index
+        See :func:`load`.
+    check : bool
+        Read everything and compare it with the checksums in the file: those of :func:`save`, and
+        of ``torch.save``. A safetensors file of others has none.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, is cut short, or a checksum differs.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np, fastema
+    >>> from fastema.checkpoint import inspect, save
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "ema.safetensors"
+    >>> ema = fastema.EMA([np.ones(3)], decay=0.9)
+    >>> ema.update()
+    >>> save(ema, path)
+    >>> found = inspect(path, check=True)
+    >>> found.average.library, found.parameters, found.checked
+    ('fastema', 3, 'checksums')
+    """
+    found = load(path, key=key, index=index)
+    tensors = found.checkpoint.tensors.values()
+    dtypes: dict[str, int] = {}
+    for one in tensors:
+        dtypes[one.kind.code] = dtypes.get(one.kind.code, 0) + 1
+    return Description(
+        found,
+        _reach(found),
+        sum(one.size for one in tensors),
+        sum(one.nbytes for one in tensors),
+        dtypes,
+        _checked(found) if check else "sizes",
+    )
+
+
+def _reach(found: StoredAverage) -> Reach | None:
+    schedule, count = found.schedule, found.num_updates
+    if schedule is None or not count or count <= schedule.start_after:
+        return None
+    return effective_steps(schedule.rules[0], count - schedule.start_after, schedule.update_every)
+
+
+def _checked(found: StoredAverage) -> str:
+    paths = dict.fromkeys(found.checkpoint.files)
+    good = [_has_good_sums(path) for path in paths]
+    return "checksums" if all(good) else "sizes"
+
+
+def _has_good_sums(path: Path) -> bool:
+    """Return whether a file has checksums; a CheckpointError if one differs."""
+    if path.is_file() and is_torch_file(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+        if bad is not None:
+            raise CheckpointError(f"{path} is damaged: {bad!r} is not what was written to it")
+        return True
+    return path.suffix == ".safetensors" and has_good_sums(files.read(path))
