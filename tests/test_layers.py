@@ -90,6 +90,8 @@ TABLE = {
     "tensorflow": ".errors .plan .binding .bridges .engine.blocks .engine.interrupts numpy"
     " tensorflow",
     "checkpoint": f"{LAYOUT} .shadow .engine .bridges .rules numpy",
+    "checkpoint.conversion": f"{LAYOUT} .shadow .bridges .rules lazy:torch",
+    "checkpoint.transfer": f"{LAYOUT} .shadow .bridges .rules torch",
     # Where PyTorch runs no processes this one is alone: torch is never imported here.
     "distributed": f"{LAYOUT} .shadow .binding .checkpoint .bridges .rules numpy",
     "posthoc": f"{BELOW_AVERAGES} .shadow .checkpoint .plan .rules numpy lazy:rich",

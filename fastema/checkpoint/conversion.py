@@ -15,7 +15,7 @@ from fastema.checkpoint.merge import copy
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.state import write_state
 from fastema.checkpoint.stored import StoredAverage, load
-from fastema.errors import ArgumentError, CheckpointError, listed
+from fastema.errors import ArgumentError, CheckpointError, StorageError, listed
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Warmup, Window
 from fastema.rules.checks import checked_decay
 from fastema.shadow.state import pack
@@ -266,8 +266,11 @@ def _saved(content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]]
         import torch
 
         made = content(source, _tensors(source.checkpoint))
-        with moved_into_place(out) as partial:
-            torch.save(made, partial)
+        with moved_into_place(out) as partial, open(partial, "xb") as opened:
+            try:
+                torch.save(made, opened)
+            except RuntimeError as error:  # of its writer, for any error of the system
+                raise StorageError(f"cannot write {out}: {error}") from error
 
     return write
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: who wrote it, how its average goes on, its tensors, and if it is whole."""
+"""Descriptions of checkpoints: who wrote one, how its average goes on, whether it is whole."""
 
 from __future__ import annotations
 

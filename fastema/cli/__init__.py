@@ -9,14 +9,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import fastema
-from fastema.cli import average, demo, smooth
+from fastema.cli import average, convert, demo, inspect, smooth
+from fastema.errors import FastemaError
 
-COMMANDS: dict[str, Any] = {"average": average, "demo": demo, "smooth": smooth}
+COMMANDS: dict[str, Any] = {
+    "average": average,
+    "convert": convert,
+    "demo": demo,
+    "inspect": inspect,
+    "smooth": smooth,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +51,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         code: int = command.run(args)
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print(f"fastema {args.command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FastemaError as error:
+        print(f"fastema {args.command}: {error}", file=sys.stderr)
+    except OSError as error:
+        about = f"{error.filename}: " if error.filename else ""
+        print(f"fastema {args.command}: {about}{error.strerror or error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from fastema.compat.modules import NamedAverager
-from fastema.compat.shares import refuse_no_share
 from fastema.checkpoint.transfer import (
     averages_of,
     averages_or_copies,
@@ -20,6 +18,8 @@ from fastema.checkpoint.transfer import (
     take_over,
     whole_in,
 )
+from fastema.compat.modules import NamedAverager
+from fastema.compat.shares import refuse_no_share
 from fastema.errors import ArgumentError, BridgeError, CheckpointError
 from fastema.rules import Aligned
 from fastema.shadow import EMA

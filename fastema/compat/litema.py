@@ -15,12 +15,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from fastema.checkpoint.transfer import by_plain_name, mapping_in, unfit
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
-from fastema.checkpoint.transfer import by_plain_name, mapping_in, unfit
 from fastema.errors import CheckpointError, LayoutError, listed
 
 __all__ = ["LitEma", "ema_weights", "with_ema_weights"]

@@ -17,12 +17,12 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from fastema.checkpoint.transfer import by_plain_name, load_modules, mapping_in, mismatches
 from fastema.compat.averager import ModelAverager
 from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
-from fastema.checkpoint.transfer import by_plain_name, load_modules, mapping_in, mismatches
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, listed
 from fastema.layout.spec import Role
 from fastema.rules.checks import checked_whole

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from fastema.checkpoint.transfer import load_modules, mapping_in, whole_in
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
-from fastema.checkpoint.transfer import load_modules, mapping_in, whole_in
 from fastema.errors import CheckpointError
 from fastema.rules import Rule
 from fastema.rules.checks import checked_positive

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from fastema.cli.arguments import count, decay, number
-from fastema.errors import FastemaError
 
 SUMMARY = "Average finished checkpoints: safetensors, torch files, Hugging Face and DCP folders."
 EXTRA = "posthoc"
@@ -92,9 +90,5 @@ def run(args: argparse.Namespace) -> int:
     """Choose, check, average, write; the exit code."""
     from fastema.cli.average import command
 
-    try:
-        command.run(args)
-    except FastemaError as error:
-        print(f"fastema average: {error}", file=sys.stderr)
-        return 2
+    command.run(args)
     return 0

@@ -16,6 +16,7 @@ from fastema.checkpoint import weights
 from fastema.checkpoint.merge import Merge, check, merge, prepare, warn_of
 from fastema.checkpoint.select import select
 from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.cli.sizes import size
 from fastema.errors import ArgumentError, CheckpointError
 
 __all__ = ["run"]
@@ -51,10 +52,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"note: {note}")
     written = ", ".join(map(str, outputs))
     if args.dry_run:
-        print(f"would read {_size(made.nbytes)} and write {written}")
+        print(f"would read {size(made.nbytes)} and write {written}")
     else:
-        rate = _size(made.nbytes / max(spent, 1e-9))
-        print(f"{written}: {_size(made.nbytes)} read in {spent:.1f} s, {rate}/s")
+        rate = size(made.nbytes / max(spent, 1e-9))
+        print(f"{written}: {size(made.nbytes)} read in {spent:.1f} s, {rate}/s")
 
 
 def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
@@ -147,7 +148,7 @@ def _print_table(made: Merge, averages: dict[str, list[float]]) -> None:
         [
             one.path.name,
             "?" if one.step is None else str(one.step),
-            _size(sum(tensor.nbytes for tensor in one.tensors.values())),
+            size(sum(tensor.nbytes for tensor in one.tensors.values())),
             *(f"{found[i]:.6g}" for found in averages.values()),
         ]
         for i, one in enumerate(made.checkpoints)
@@ -197,11 +198,3 @@ def _progress(nbytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     with bars.Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("averaging", total=nbytes)
         yield lambda n: bar.advance(task, n)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastema.cli.arguments import (
     picture_path,
     writable_path,
 )
-from fastema.errors import ArgumentError, FastemaError
+from fastema.errors import ArgumentError
 
 _T = TypeVar("_T")
 
@@ -117,18 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, average, write, draw; the exit code."""
-    try:
-        _run(args)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except FastemaError as error:
-        print(f"fastema smooth: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        about = f"{error.filename}: " if error.filename else ""
-        print(f"fastema smooth: {about}{error.strerror or error}", file=sys.stderr)
-        return 2
+    _run(args)
     return 0
 
 

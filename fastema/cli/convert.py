@@ -1,0 +1,55 @@
+"""``fastema convert``: an average in the layout of another library."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastema.cli.arguments import decay
+
+SUMMARY = "Write an average in the layout of another library."
+EXTRA = "torch"
+NEEDS: dict[str, str] = {}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``fastema convert``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "examples:\n"
+        "  fastema convert ema.safetensors ema.pt --to diffusers --names model.pt\n"
+        "  fastema convert lightning.ckpt weights.safetensors --to safetensors\n"
+        "  fastema convert torch_ema.pt ema.safetensors --to fastema --names model.pt\n"
+    )
+    parser.add_argument("src", type=Path, help="a file or folder; fastema inspect describes it")
+    parser.add_argument("dst", type=Path, help="the file that is written, or replaced")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="LIBRARY",
+        help="fastema, safetensors (the averaged weights alone), swa_utils, timm, torch_ema, "
+        "ema_pytorch, diffusers, litema, mmengine or d2go",
+    )
+    parser.add_argument(
+        "--names",
+        type=Path,
+        metavar="MODEL",
+        help="the model's state dict, a file of torch.save: names and order of its parameters, for "
+        "layouts that are lists or have no dots",
+    )
+    parser.add_argument("--decay", type=decay, help="of further updates, if the source has none")
+    parser.add_argument("--key", help="where the state is among other things, such as trainer.ema")
+    parser.add_argument("--index", type=int, default=0, help="which of several averages")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was lost; the exit code."""
+    from fastema.checkpoint import convert
+
+    options = {"names": args.names, "decay": args.decay, "key": args.key, "index": args.index}
+    done = convert(args.src, args.dst, to=args.to, **options)
+    number = len(done.source.checkpoint.tensors)
+    print(f"{done.path}: {done.to}, {number} tensors of {args.src} ({done.source.library})")
+    for one in done.lost:
+        print(f"not carried: {one}")
+    return 0

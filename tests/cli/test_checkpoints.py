@@ -1,0 +1,111 @@
+"""``fastema inspect`` and ``fastema convert`` as they are typed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastema
+from fastema.checkpoint import save
+from fastema.cli import main
+
+NEEDS = ("safetensors", "torch")
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run("inspect ema.safetensors")`` beside an average and its model: code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 2)
+    ema = fastema.EMA(model, decay=0.99)
+    for _ in range(1000):
+        ema.update()
+    save(ema, tmp_path / "ema.safetensors")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+
+    def called(line: str) -> tuple[int, str, str]:
+        code = main(line.split())
+        return code, *capsys.readouterr()
+
+    return called
+
+
+def test_an_average_is_described(run: Any) -> None:
+    code, out, err = run("inspect ema.safetensors --check --tensors")
+    assert (code, err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[0] != " ")
+    assert lines["updates"] == "1,000"
+    assert lines["schedule"] == "Constant(value=0.99)"
+    assert lines["lag"].startswith("99 +/- 99.46 ")
+    assert lines["lag"].endswith("behind the model")
+    assert lines["tensors"] == "2 tensors (2 f32), 8 elements"
+    assert lines["whole"] == "yes, by its checksums"
+    assert "  'weight': f32[2, 3]" in out.splitlines()
+
+
+def test_the_description_for_programs(run: Any) -> None:
+    code, out, _ = run("inspect ema.safetensors --json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["library"] == "fastema"
+    assert found["num_updates"] == 1000
+    assert found["tensors"] == {
+        "bias": {"dtype": "f32", "shape": [2]},
+        "weight": {"dtype": "f32", "shape": [2, 3]},
+    }
+
+
+def test_an_average_is_converted_and_what_is_lost_is_said(run: Any, tmp_path: Path) -> None:
+    code, out, err = run("convert ema.safetensors swa.pt --to swa_utils")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "swa.pt: swa_utils, 2 tensors of ema.safetensors (fastema)",
+        "not carried: the schedule, Constant(value=0.99)",
+    ]
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
+    average.load_state_dict(torch.load(tmp_path / "swa.pt", weights_only=True))
+    assert average.n_averaged == 1000
+    code, out, _ = run("convert ema.safetensors ema.pt --to torch_ema --names model.pt")
+    assert (code, len(out.splitlines())) == (0, 1)
+
+
+WRONG = {
+    "inspect nowhere.pt": "fastema inspect: cannot read",
+    "inspect model.pt --key a.b": "fastema inspect: model.pt has nothing at 'a.b'",
+    "inspect ema.safetensors --index 3": "fastema inspect: index=3",
+    "convert ema.safetensors out.pt --to keras": "fastema convert: to='keras'",
+    "convert ema.safetensors nowhere/out.pt --to d2go": "fastema convert: cannot write",
+    "convert ema.safetensors out.pt --to torch_ema": "fastema convert: torch_ema keeps a list",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_cannot_be_is_one_line(line: str, run: Any, tmp_path: Path) -> None:
+    before = {one.name for one in tmp_path.iterdir()}
+    code, out, err = run(line)
+    assert (code, out) == (2, "")
+    assert err.startswith(WRONG[line])
+    assert err.count("\n") == 1
+    assert {one.name for one in tmp_path.iterdir()} == before
+
+
+def test_a_reader_may_stop_reading(run: Any, tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from fastema.cli import main\n"
+        "read, write = os.pipe()\n"
+        "os.close(read)\n"
+        "os.dup2(write, 1)\n"
+        "sys.exit(main(['inspect', 'ema.safetensors']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
