@@ -11,6 +11,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ __all__ = [
     "StoredTensor",
     "fsync",
     "header_of",
+    "lock_folder",
     "moved_into_place",
     "read",
     "reading",
@@ -65,7 +67,7 @@ _MOST_AXES: Final = 32
 """Most axes of a tensor: the limit of NumPy 1."""
 
 _PARTIAL: Final = re.compile(r"\..+\.fastema-[0-9a-f]{12}\..+", re.DOTALL)
-"""Names of files that are being written, or were left by a killed process."""
+"""Names of files and folders that are being written, or were left by a killed process."""
 
 _AHEAD: Final = 8
 """How much more is asked for, in multiples of what was read."""
@@ -209,7 +211,7 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
     final = Path(path)
     # With the permissions that a new file has here.
     partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
-    with storing(final), _lock_folder(final.parent):
+    with storing(final), lock_folder(final.parent):
         try:
             yield os.fspath(partial)
             fsync(partial)
@@ -223,7 +225,7 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
 
 
 @contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """A block in which this process writes in a folder; what killed ones left goes before it.
 
     All who write there share a lock of the folder, which the system takes from those that are
@@ -244,7 +246,11 @@ def _lock_folder(folder: Path) -> Iterator[None]:
 def _remove_partial(folder: Path) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            if not _PARTIAL.fullmatch(entry.name) or entry.is_symlink():
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry.path, ignore_errors=True)
+            elif entry.is_file():
                 os.unlink(entry.path)
 
 

@@ -8,12 +8,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fastema.bridges.memory import bytes_of
-from fastema.checkpoint.files import StoredTensor, fsync, header_of, storing
+from fastema.checkpoint.files import StoredTensor, fsync, header_of, lock_folder, storing
 from fastema.errors import CheckpointError, StorageError
 from fastema.layout.flat import row_major
 
@@ -23,6 +23,7 @@ __all__ = [
     "begin",
     "files_of",
     "finish",
+    "new_folder",
     "plan",
     "refuse_occupied",
     "write_at",
@@ -101,7 +102,10 @@ def refuse_occupied(folder: Path) -> None:
 
 
 def begin(folder: Path, files: Files) -> Path:
-    """Make a hidden folder beside the wanted one, with files of their final size."""
+    """Make a hidden folder beside the wanted one, with files of their final size.
+
+    The caller holds the lock of the folder above, :func:`~fastema.checkpoint.files.lock_folder`.
+    """
     partial = folder.with_name(f".{folder.name}.fastema-{secrets.token_hex(6)}.part")
     with storing(folder):
         partial.mkdir()
@@ -114,6 +118,19 @@ def begin(folder: Path, files: Files) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return partial
+
+
+@contextmanager
+def new_folder(folder: Path, files: Files, copied_from: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name at the end of the block, or is removed."""
+    with storing(folder), lock_folder(folder.parent):
+        partial = begin(folder, files)
+        try:
+            yield partial
+            finish(partial, folder, files, copied_from)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def write_blocks(

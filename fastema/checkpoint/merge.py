@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from fastema.checkpoint.files import StoredTensor, moved_into_place, storing
-from fastema.checkpoint.folder import Files, begin, files_of, finish, refuse_occupied, write_at
+from fastema.checkpoint.folder import Files, files_of, new_folder, refuse_occupied, write_at
 from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, listed
@@ -332,15 +331,9 @@ def _target(
     """A function that writes parts of tensors, and the whole result at the end, or nothing."""
     files = files_of(made.last.layout, made.last.tensors, _metadata(made, sources))
     if made.is_folder:
-        partial = begin(out, files)
-        try:
-            with _writing(partial, files) as write:
-                yield write
-            source = made.last.path if made.last.path.is_dir() else made.last.path.parent
-            finish(partial, out, files, source)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        source = made.last.path if made.last.path.is_dir() else made.last.path.parent
+        with new_folder(out, files, source) as partial, _writing(partial, files) as write:
+            yield write
         return
     with moved_into_place(out) as name:
         path = Path(name)
