@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from fastema.checkpoint.content import untied
 from fastema.checkpoint.files import moved_into_place
 from fastema.checkpoint.layouts import diffusers_options
-from fastema.checkpoint.merge import copy
+from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
 from fastema.checkpoint.state import write_state
 from fastema.checkpoint.stored import StoredAverage, load
@@ -126,7 +126,7 @@ def convert(
         lost.append(f"the schedule, {_said(schedule)}")
     if source.weights is not None and not wanted.weights:
         lost.append("the weights in training, which the source holds too")
-    _refuse_itself(out, source)
+    refuse_source(out, source.checkpoint)
     wanted.write(source, out)
     return Conversion(out, source, to, lost)
 
@@ -136,12 +136,6 @@ def _said(schedule: Schedule) -> str:
     every = f" every {schedule.update_every} steps" if schedule.update_every > 1 else ""
     start = f" after step {schedule.start_after}" if schedule.start_after else ""
     return f"{rule}{every}{start}"
-
-
-def _refuse_itself(out: Path, source: StoredAverage) -> None:
-    real = out.resolve()
-    if real in {source.path.resolve(), *(one.resolve() for one in source.checkpoint.files)}:
-        raise CheckpointError(f"{out} is the source; name another output")
 
 
 # -- names -----------------------------------------------------------------------------------------

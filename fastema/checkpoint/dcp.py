@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.checkpoint import pickles
-from fastema.checkpoint.files import StoredTensor, reading
+from fastema.checkpoint.files import StoredTensor, read_whole, reading
 from fastema.checkpoint.folder import Block
 from fastema.checkpoint.stretches import Stretches
 from fastema.checkpoint.torch_file import data_of
@@ -32,6 +32,9 @@ _LONGEST: Final = 1 << 28
 
 _LONGEST_OF_TENSOR: Final = 1 << 16
 """The same of a tensor."""
+
+_MOST_BLOCKS: Final = 1 << 17
+"""Blocks of a tensor: more than there are processes."""
 
 
 class _Record:
@@ -98,13 +101,13 @@ class Folder(NamedTuple):
 def opened(path: Path) -> Folder:
     """Read the description of a folder; a CheckpointError if it is missing or damaged."""
     description = path / ".metadata"
-    try:
-        found = pickles.load(_content(description), _ALLOWED)
-    except FileNotFoundError:
+    if not description.exists():
         raise CheckpointError(
             f"{path} has no .metadata: it is no folder of torch.distributed.checkpoint, or one "
             "whose writers were killed"
-        ) from None
+        )
+    try:
+        found = pickles.load(read_whole(description, _LONGEST), _ALLOWED)
     except CheckpointError:
         raise
     except Exception as error:
@@ -115,14 +118,6 @@ def opened(path: Path) -> Folder:
         raise
     except Exception as error:
         raise CheckpointError(f"{description} is damaged: {error!r}") from None
-
-
-def _content(path: Path) -> bytes:
-    """Read a description, which is a plain file."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _LONGEST:
-        raise CheckpointError(f"{path} is no plain file, or longer than any description")
-    return path.read_bytes()
 
 
 def _checked(path: Path, found: Any) -> Folder:
@@ -153,6 +148,8 @@ def _checked(path: Path, found: Any) -> Folder:
                 raise CheckpointError(f"{key}: {name!r} is no file of the folder")
             chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
         tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)
+        if len(chunks) > _MOST_BLOCKS:
+            raise CheckpointError(f"{key}: it has {len(chunks)} blocks, more than any")
         if sum(math.prod(one.shape) for one in chunks) != tensor.size or _overlap(chunks):
             raise CheckpointError(f"{key}: its blocks are not the whole tensor")
         tensors[key] = Chunked(tensor, chunks)
@@ -167,9 +164,14 @@ def _overlap(chunks: list[_Chunk]) -> bool:
         return len(filled) > 1
     first = np.array([one.offset for one in filled], np.int64)
     end = first + np.array([one.shape for one in filled], np.int64)
+    # Along the axis that is cut most, a block has few others beside it.
+    axis = int(np.argmax([len(np.unique(first[:, k])) for k in range(first.shape[1])]))
+    order = np.argsort(first[:, axis], kind="stable")
+    first, end = first[order], end[order]
+    last = np.searchsorted(first[:, axis], end[:, axis], "left")
     return any(
-        bool(((first[i] < end[:i]) & (first[:i] < end[i])).all(1).any())
-        for i in range(1, len(filled))
+        bool(((first[i] < end[i + 1 : n]) & (first[i + 1 : n] < end[i])).all(1).any())
+        for i, n in enumerate(last)
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "lock_folder",
     "moved_into_place",
     "read",
+    "read_whole",
     "reading",
     "storing",
     "write",
@@ -110,9 +111,15 @@ class File(NamedTuple):
 def reading(path: Path) -> Iterator[Fill]:
     """A function that fills a buffer with a file's bytes from an offset on; threads may share it.
 
-    It raises a CheckpointError if the file has become shorter meanwhile.
+    A CheckpointError if it is not there, no file, or becomes shorter meanwhile.
     """
-    with path.open("rb", buffering=0) as opened:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise CheckpointError(f"{path} is not a file")
+        file = path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    with file as opened:
 
         def fill(offset: int, buffer: memoryview) -> None:
             ahead = len(buffer)
@@ -125,6 +132,21 @@ def reading(path: Path) -> Iterator[Fill]:
                 os.posix_fadvise(opened.fileno(), offset, _AHEAD * ahead, os.POSIX_FADV_WILLNEED)
 
         yield fill
+
+
+def read_whole(path: Path, most: int) -> bytes:
+    """Read a small file; a CheckpointError if it is none, or has more than ``most`` bytes."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a file")
+        with path.open("rb") as opened:
+            content = opened.read(most + 1)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(content) > most:
+        raise CheckpointError(f"{path} has more than {most} bytes, too many for what it is")
+    return content
 
 
 def _read_at(opened: Any, offset: int, buffer: memoryview) -> int:

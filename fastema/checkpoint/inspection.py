@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastema.checkpoint import files
+from fastema.checkpoint import files, torch_file
 from fastema.checkpoint.source import Checkpoint, is_torch_file
 from fastema.checkpoint.state import has_good_sums
 from fastema.checkpoint.stored import StoredAverage, load
-from fastema.errors import CheckpointError
 from fastema.rules.reach import Reach, effective_steps
 
 __all__ = ["Description", "inspect"]
@@ -140,12 +138,6 @@ def _checked(found: StoredAverage) -> str:
 def _has_good_sums(path: Path) -> bool:
     """Return whether a file has checksums; a CheckpointError if one differs."""
     if path.is_file() and is_torch_file(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                bad = archive.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
-        if bad is not None:
-            raise CheckpointError(f"{path} is damaged: {bad!r} is not what was written to it")
+        torch_file.check(path)
         return True
     return path.suffix == ".safetensors" and has_good_sums(files.read(path))

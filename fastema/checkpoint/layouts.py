@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from fastema.checkpoint.content import Content
+from fastema.checkpoint.files import read_whole
 from fastema.checkpoint.merge import PROVENANCE
 from fastema.checkpoint.source import Checkpoint
 from fastema.errors import ArgumentError, CheckpointError
@@ -382,12 +383,11 @@ _READERS: Final[dict[str, Callable[[Content, Mapping[Any, Any]], Found]]] = {
 
 def _config_of(path: Path) -> dict[str, Any] | None:
     """The counters that diffusers keeps in the configuration of a folder."""
-    config = path / "config.json"
+    if not (path / "config.json").is_file():
+        return None
     try:
-        if not path.is_dir() or config.stat().st_size > _LONGEST_CONFIG:
-            return None
-        found = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_whole(path / "config.json", _LONGEST_CONFIG))
+    except (ValueError, RecursionError):
         return None
     if isinstance(found, dict) and {"optimization_step", "update_after_step"} <= found.keys():
         return _only(found, *_DIFFUSERS)

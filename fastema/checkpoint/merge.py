@@ -17,7 +17,17 @@ from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, listed
 
-__all__ = ["PROVENANCE", "Merge", "average", "check", "copy", "merge", "prepare", "warn_of"]
+__all__ = [
+    "PROVENANCE",
+    "Merge",
+    "average",
+    "check",
+    "copy",
+    "merge",
+    "prepare",
+    "refuse_source",
+    "warn_of",
+]
 
 PROVENANCE: Final = "fastema.average"
 """Key of the metadata of an average that says what it was made of."""
@@ -245,10 +255,8 @@ def warn_of(weights: Sequence[float]) -> None:
 
 
 def _refuse_output(out: Path, made: Merge) -> None:
-    real = out.resolve()
     for one in made.checkpoints:
-        if real == one.path.resolve() or real in {path.resolve() for path in one.files}:
-            raise CheckpointError(f"{out} is one of the checkpoints; name another output")
+        refuse_source(out, one, "one of the checkpoints")
     if made.is_folder:
         refuse_occupied(out)
     elif out.is_dir():
@@ -257,6 +265,13 @@ def _refuse_output(out: Path, made: Merge) -> None:
         raise CheckpointError(f"{out}: the result is a safetensors file; let its name end so")
     if not out.parent.is_dir():
         raise CheckpointError(f"{out}: there is no folder {out.parent}")
+
+
+def refuse_source(out: Path, found: Checkpoint, what: str = "the source") -> None:
+    """Refuse an output that is a checkpoint, or a file of it."""
+    real = os.path.realpath(out)  # Path.resolve fails for a link to itself
+    if real in {os.path.realpath(path) for path in (found.path, *found.files)}:
+        raise CheckpointError(f"{out} is {what}; name another output")
 
 
 def _refuse_unequal(made: Merge, reads: Sequence[Read], advance: Callable[[int], None]) -> None:

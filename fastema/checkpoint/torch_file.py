@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,10 +16,13 @@ from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
 from fastema.layout.flat import row_major
 
-__all__ = ["State", "data_of", "part_of", "place_of", "read", "tensors_in"]
+__all__ = ["State", "check", "data_of", "part_of", "place_of", "read", "tensors_in"]
 
 _LONGEST: Final = 1 << 28
 """Bytes of a description that are still read."""
+
+_PIECE: Final = 1 << 22
+"""Bytes that are read at a time where they are only looked at."""
 
 _DEEPEST: Final = 64
 """Mappings within mappings that are looked into."""
@@ -33,32 +37,51 @@ class State(NamedTuple):
 
 def read(path: Path) -> State:
     """Read the description of a file; a CheckpointError if it is damaged or would run code."""
+    with _archive(path) as (file, archive):
+        size = path.stat().st_size
+        entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+        if "data.pkl" not in entries:
+            raise CheckpointError(f"{path} is no file of torch.save: it has no data.pkl")
+        described = entries["data.pkl"]
+        _refuse_compressed(path, described)
+        if described.file_size > _LONGEST:
+            raise CheckpointError(f"{path}: its description is longer than any")
+        if "byteorder" in entries and _content(archive, entries["byteorder"]) != b"little":
+            raise CheckpointError(f"{path} was written on a big-endian machine")
+        content = pickles.load(_content(archive, described), pickles.TENSORS)
+        storages = {}
+        for name, one in entries.items():
+            if name.startswith("data/"):
+                _refuse_compressed(path, one)
+                begin = data_of(file, one.header_offset)
+                if begin + one.file_size > size:
+                    raise CheckpointError(f"{path} was cut short")
+                storages[name.removeprefix("data/")] = begin, one.file_size
+    return State(content, storages)
+
+
+def check(path: Path) -> None:
+    """Read a file whole; a CheckpointError if a checksum is not that of what it is of."""
+    with _archive(path) as (_, archive):
+        for one in archive.infolist():
+            _refuse_compressed(path, one)
+            with archive.open(one) as opened:
+                while opened.read(_PIECE):
+                    pass
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
+    """A file opened, and as a zip; any error in the block is a CheckpointError."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            size = path.stat().st_size
-            entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
-            described = entries["data.pkl"]
-            _refuse_compressed(path, described)
-            if described.file_size > _LONGEST:
-                raise CheckpointError(f"{path}: its description is longer than any")
-            if "byteorder" in entries and _content(archive, entries["byteorder"]) != b"little":
-                raise CheckpointError(f"{path} was written on a big-endian machine")
-            content = pickles.load(_content(archive, described), pickles.TENSORS)
-            storages = {}
-            for name, one in entries.items():
-                if name.startswith("data/"):
-                    _refuse_compressed(path, one)
-                    begin = data_of(file, one.header_offset)
-                    if begin + one.file_size > size:
-                        raise CheckpointError(f"{path} was cut short")
-                    storages[name.removeprefix("data/")] = begin, one.file_size
-    except (CheckpointError, OSError):
+            yield file, archive
+    except CheckpointError:
         raise
-    except KeyError:
-        raise CheckpointError(f"{path} is no file of torch.save: it has no data.pkl") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # of zipfile and pickle, which have errors of many kinds
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    return State(content, storages)
+        raise CheckpointError(f"{path} is damaged, or no file of torch.save: {error}") from None
 
 
 def _refuse_compressed(path: Path, entry: zipfile.ZipInfo) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,8 @@ from fastema.checkpoint import files
 from fastema.errors import CheckpointError, StorageError
 
 from ..support.damage import damaged_header, header_of, with_header
+
+ROOT = Path(__file__).parents[2]
 
 
 def some_arrays(seed: int) -> dict[str, np.ndarray]:
@@ -287,3 +290,11 @@ def test_elements_lie_at_multiples_of_their_size(tmp_path: Path) -> None:
     files.write(path, {name: describe(array) for name, array in some_arrays(4).items()})
     for tensor in files.read(path).tensors.values():
         assert tensor.offset % tensor.kind.itemsize == 0
+
+
+@pytest.mark.slow
+def test_tampered_checkpoints_are_refused_by_a_line() -> None:
+    seed = random.SystemRandom().randrange(1 << 30)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.checkpoint.fuzz", "4", f"--seed={seed}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"

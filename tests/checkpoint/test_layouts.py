@@ -18,7 +18,8 @@ from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Constant, CumulativeMean, Power, Warmup
 from fastema.rules.ema import InverseGamma
-from tests.support.peers import PEERS, Peer
+
+from ..support.peers import PEERS, Peer
 
 NEEDS = ("safetensors", "torch")
 
