@@ -166,7 +166,7 @@ def test_saved_folders_that_are_not_what_they_should_be(
         folder = spoilt()
         (folder / name).unlink()
         os.mkfifo(folder / name)
-        with pytest.raises(CheckpointError, match="no plain file|is not a file"):
+        with pytest.raises(CheckpointError, match=r"no plain file|is not a file"):
             consolidate(folder, "out", which=0)
         (folder / name).unlink()
     generator = np.random.default_rng(0)
