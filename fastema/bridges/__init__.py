@@ -37,7 +37,7 @@ Where it applies, there are also
 ``finder(specs, arrays)``               finds arrays that move, see :mod:`fastema.bridges.moving`
 ``state_of(module)``                    the entries of a module's state dict, with our names
 ``part_of``, ``is_divided``,            arrays that are divided among processes, see
-``gather``, ``ranks_of``, ``reshard``   :mod:`fastema.bridges.registry`
+``gather``, ``ranks_of``, ``reshard``, ``world_of``   :mod:`fastema.bridges.registry`
 ``value(holder)``,                      the array in a variable that is given another one whenever
 ``assign(holder, array)``               it changes, and giving it another one
 ======================================  ==========================================================

@@ -41,6 +41,7 @@ __all__ = [
     "scalar",
     "state_of",
     "versions_of",
+    "world_of",
     "write_listeners",
 ]
 
@@ -204,6 +205,12 @@ def is_divided(array: Any) -> bool:
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:
     """Return the processes that hold parts of the same arrays; None if no array is divided."""
     found = (function(members) for function, members in _by_function(arrays, "ranks_of"))
+    return next((ranks for ranks in found if ranks is not None), None)
+
+
+def world_of(arrays: Iterable[Any]) -> Ranks | None:
+    """Return all processes that train together; None where there is one."""
+    found = (function(members) for function, members in _by_function(arrays, "world_of"))
     return next((ranks for ranks in found if ranks is not None), None)
 
 

@@ -163,6 +163,11 @@ def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:
     return Ranks(meshes) if meshes else None
 
 
+def world_of(tensors: Sequence[torch.Tensor]) -> Ranks | None:
+    """Return all ranks of the default group; None where there is one, or none was made."""
+    return Ranks.of_world(tensors[0].device.type)
+
+
 def reshard(container: Any) -> None:
     """Make the modules of FSDP2 hold their own parts, where they hold gathered parameters."""
     for one in _modules(container):

@@ -38,6 +38,15 @@ class Ranks:
                 mesh.get_group(dim) for mesh in meshes_asked for dim in range(mesh.ndim)
             ]
 
+    @classmethod
+    def of_world(cls, device_type: str) -> Ranks | None:
+        """All ranks of the default group; None where there is one, or no group."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        made = cls.__new__(cls)
+        made._device, made._groups = torch.device(device_type), [dist.group.WORLD]
+        return made
+
     def any(self, flag: bool) -> bool:
         """Return whether a flag is set on any rank: one all-reduce of a number."""
         value = torch.tensor([flag], dtype=torch.int32, device=self._device)

@@ -144,7 +144,7 @@ def _checked(path: Path, found: Any) -> Folder:
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(f"{key}: its bytes are compressed; load it with torch")
             name = str(info.relative_path)
-            if Path(name).name != name:
+            if Path(name).name != name or "\0" in name:
                 raise CheckpointError(f"{key}: {name!r} is no file of the folder")
             chunks.append(_Chunk(offset, extents, path / name, int(info.offset), int(info.length)))
         tensor = StoredTensor(dtype(_CODE_OF[state[0]]), shape)

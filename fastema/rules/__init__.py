@@ -8,10 +8,12 @@ from fastema.rules.debias import Debiased, debiased
 from fastema.rules.ema import (
     Aligned,
     Constant,
+    HalfLifeFraction,
     InverseGamma,
     Warmup,
     constant,
     half_life,
+    half_life_fraction,
     inverse_gamma,
     warmup,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "Constant",
     "CumulativeMean",
     "Debiased",
+    "HalfLifeFraction",
     "InverseGamma",
     "Power",
     "Reach",
@@ -39,6 +42,7 @@ __all__ = [
     "effective_steps",
     "gamma_of",
     "half_life",
+    "half_life_fraction",
     "inverse_gamma",
     "power",
     "rule_from_dict",

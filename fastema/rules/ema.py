@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fastema.errors import ArgumentError
@@ -11,10 +12,12 @@ from fastema.rules.rule import Rule
 __all__ = [
     "Aligned",
     "Constant",
+    "HalfLifeFraction",
     "InverseGamma",
     "Warmup",
     "constant",
     "half_life",
+    "half_life_fraction",
     "inverse_gamma",
     "warmup",
 ]
@@ -92,6 +95,44 @@ class InverseGamma(Rule):
         return max(self.minimum, min(grown, self.limit))
 
 
+@dataclass(frozen=True, slots=True)
+class HalfLifeFraction(Rule):
+    """See :func:`half_life_fraction`."""
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fraction", checked_positive(self.fraction, "fraction"))
+
+    def decay(self, n: int) -> float:
+        """``2 ** (-1 / (fraction * n))``."""
+        return float(2.0 ** (-1.0 / (self.fraction * n)))
+
+    def weight(self, n: int, every: int = 1) -> float:
+        """One minus the product of the decays of the ``every`` steps up to ``n``."""
+        half_lives = _harmonic(max(n - every, 0), n) / self.fraction
+        return -math.expm1(-math.log(2.0) * half_lives)
+
+
+_SUMMED = 64
+"""Up to so many reciprocals are added one by one."""
+
+
+def _harmonic(begin: int, end: int) -> float:
+    """``1 / (begin + 1) + ... + 1 / end``, to the last digits."""
+    first = min(end, begin + _SUMMED)
+    found = math.fsum(1.0 / i for i in range(begin + 1, first + 1))
+    if first == end:
+        return found
+    return found + math.log(end / first) + _remainder(end) - _remainder(first)
+
+
+def _remainder(n: int) -> float:
+    """``1 + 1/2 + ... + 1/n`` beyond ``ln n`` and Euler's constant, for n of at least 64."""
+    square = float(n) * n
+    return 0.5 / n - 1.0 / (12.0 * square) + 1.0 / (120.0 * square * square)
+
+
 def constant(decay: float = 0.999) -> Constant:
     """The same decay at every step.
 
@@ -157,6 +198,31 @@ def inverse_gamma(
     0.75
     """
     return InverseGamma(decay, inv_gamma, power, minimum)
+
+
+def half_life_fraction(fraction: float = 0.05) -> HalfLifeFraction:
+    """A half-life that is a share of the run so far: ``decay(n) = 2 ** (-1 / (fraction * n))``.
+
+    The average looks back over the same share of the run at any length, so that nothing has to be
+    set anew for a longer one. Nearly the power-function average with ``gamma = ln 2 / fraction -
+    1``; ``fraction = 0.05`` has a relative width of 0.063. The default of torchtitan.
+
+    Parameters
+    ----------
+    fraction : float
+        Above 0.
+
+    References
+    ----------
+    https://arxiv.org/abs/2602.03702
+
+    Examples
+    --------
+    >>> rule = half_life_fraction(0.05)
+    >>> rule.decay(1000) == half_life(50).decay(1)
+    True
+    """
+    return HalfLifeFraction(fraction)
 
 
 def half_life(steps: float) -> Constant:

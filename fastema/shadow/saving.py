@@ -214,6 +214,7 @@ class Saveable(Evaluated[Weights]):
                 self._seed, self._schedule = saved.counters["seed"], saved.schedule
                 self._format, self._store, self._binding = rounded
                 self._log_decays = saved.log_decays
+                self._version += 1
                 self._measured = None
                 if self._count is not None:  # first: it waits for replays that are still to come
                     self._count.set(

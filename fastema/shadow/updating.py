@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic
 
 from fastema.binding.sides import Sampled, Watched
-from fastema.bridges.registry import leaves_of, materialised, ranks_of, reshard
+from fastema.bridges.registry import leaves_of, materialised, ranks_of, reshard, world_of
 from fastema.engine.collector import uncollected
 from fastema.engine.interrupts import defer_signals
 from fastema.engine.locks import rlock
@@ -19,6 +19,7 @@ from fastema.rules import Rule, Schedule
 from fastema.rules.checks import MOST, checked_whole
 from fastema.shadow.binding import SYNC, ShadowBinding, ShadowSwap
 from fastema.shadow.entries import select
+from fastema.shadow.following import Follower
 from fastema.shadow.options import (
     OnNonFinite,
     Policy,
@@ -112,6 +113,8 @@ class Updating(Generic[Weights]):
                 )
             self._ranks.compare(self._common_settings())
         self._log_decays = self._schedule.log_decays(0)
+        self._version = 0
+        self._follower: Follower | None = None
         self._lock = rlock()
         self._applied: ShadowSwap | None = None
         self._measured: Program | None = None
@@ -254,6 +257,83 @@ class Updating(Generic[Weights]):
             if self._binding.model.fixed:
                 self._own_model = None
 
+    def follow(self, *optimizers: Any, update_if: Callable[[], bool] | None = None) -> None:
+        """Update after each step of these optimizers, by their own hooks; call no ``update()``.
+
+        Once after all of them have stepped: with accumulated gradients, closures, schedulers, and
+        ``GradScaler``, whose skipped steps do not count. Where a fused optimizer is stepped by
+        ``GradScaler``, whether it did is read from the device.
+
+        Parameters
+        ----------
+        *optimizers : torch.optim.Optimizer
+            All that train the averaged weights; also as Lightning or Accelerate wrap them.
+        update_if : function, optional
+            Called after each step; where it returns False, the weights of this step are left out,
+            and the next that are averaged count for the steps since the latest update
+            (``steps=``; a windowed mean has one entry fewer). With several ranks they are left out
+            if any of them says so, by one all-reduce of a number.
+
+        Raises
+        ------
+        StateError
+            If it follows optimizers already.
+        ArgumentError
+            If one is no optimizer of PyTorch, is given twice, or there is none; for ``update_if``
+            of an average that counts on the GPU.
+
+        Notes
+        -----
+        Steps that were left out since the latest update are not saved. An optimizer that steps
+        several times before another one does counts once.
+
+        Examples
+        --------
+        >>> import torch, fastema
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> ema = fastema.EMA(model, decay=0.9)
+        >>> ema.follow(optimizer)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> ema.num_updates
+        1
+        """
+        if self._follower is not None:
+            raise StateError("follow() was called already: unfollow() first, or give all at once")
+        if update_if is not None and self._count is not None:
+            raise ArgumentError(
+                "update_if= is decided by the host, which a captured graph does not ask; leave it "
+                "or capturable=True out"
+            )
+        owners = [spec.owner for spec in self._binding.weights.values()]
+        together = self._ranks if self._ranks is not None else world_of(owners)
+
+        def is_wanted() -> bool:
+            assert update_if is not None
+            left_out = not update_if()
+            return not (left_out if together is None else together.any(left_out))
+
+        def update(steps: int) -> None:
+            self.update(steps=1 if self._format.window else steps)
+
+        self._follower = Follower(optimizers, update, None if update_if is None else is_wanted)
+
+    def unfollow(self) -> None:
+        """Follow no optimizers any more; nothing happens if it follows none."""
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+
+    @property
+    def version(self) -> int:
+        """A number that grows whenever the averages were written: by updates and by loading.
+
+        What was computed with the average, such as a teacher's targets, is up to date while it is
+        the same. Reading it waits for the GPU if the average counts there.
+        """
+        return self._version if self._count is None else self._version + self._count.done()
+
     def _refuse_long_steps(self, steps: int) -> None:
         if self._count is not None or self._format.window:
             reason = "counts on the GPU" if self._count is not None else "holds one entry per step"
@@ -283,6 +363,7 @@ class Updating(Generic[Weights]):
         with defer_signals():
             program.run(operations, args)
             self._done, self._log_decays = step, log_decays
+            self._version += 1
             self._measured = None if begins or not self._measures else program
 
     def _update_by(self, count: ScheduleCounter, program: Program) -> None:
@@ -328,6 +409,7 @@ class Updating(Generic[Weights]):
                 "would do so at every replay: capture it after that, or without the average"
             )
         program.run(SYNC)
+        self._version += 1
 
     def _is_synced(self) -> bool:
         # Where nothing is waited for, the count need not be fetched from a device.

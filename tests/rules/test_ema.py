@@ -100,3 +100,28 @@ def test_numbers_of_other_libraries() -> None:
     numpy = pytest.importorskip("numpy")
     assert rules.constant(numpy.float32(0.5)).to_dict() == {"rule": "Constant", "value": 0.5}
     assert type(rules.constant(numpy.float64(0.5)).decay(1)) is float
+
+
+@pytest.mark.parametrize("every", [1, 3, 64, 65, 1000, 40_000])
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 1.0])
+def test_a_share_of_the_run_is_the_product_of_its_decays(fraction: float, every: int) -> None:
+    rule = rules.half_life_fraction(fraction)
+    for n in (every, 2 * every, 50 * every):
+        steps = range(n - every + 1, n + 1)
+        left = math.fsum(-math.log(2.0) / (fraction * step) for step in steps)
+        assert rule.weight(n, every) == pytest.approx(-math.expm1(left), rel=1e-13)
+    assert rule.decay(7) == pytest.approx(0.5 ** (1 / (7 * fraction)), rel=1e-15)
+
+
+def test_a_share_of_the_run_is_nearly_a_power_function() -> None:
+    found = rules.effective_steps(rules.half_life_fraction(0.05), 20_000)
+    gamma = math.log(2.0) / 0.05 - 1
+    wanted = rules.effective_steps(rules.power(rules.sigma_rel_of(gamma)), 20_000)
+    assert found.mean_age == pytest.approx(wanted.mean_age, rel=1e-3)
+    assert found.std_age == pytest.approx(wanted.std_age, rel=1e-3)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -1.0, math.nan, "x"])
+def test_a_share_of_nothing_is_refused(fraction: Any) -> None:
+    with pytest.raises(ArgumentError, match="fraction"):
+        rules.half_life_fraction(fraction)

@@ -1,0 +1,79 @@
+"""Updates by the hooks of optimizers: once after all of them have stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastema.errors import ArgumentError
+
+__all__ = ["Follower"]
+
+_HOOK = "register_step_post_hook"
+
+
+class Follower:
+    """Calls ``update(steps)`` once after all of some optimizers have stepped.
+
+    Parameters
+    ----------
+    optimizers : sequence of torch.optim.Optimizer
+    update : function
+        Called with the number of steps since its previous call.
+    update_if : function, optional
+        Whether the weights of a step are to be averaged; those that are not count in the next.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Any],
+        update: Callable[[int], None],
+        update_if: Callable[[], bool] | None,
+    ) -> None:
+        found = [_unwrapped(one) for one in optimizers]
+        if not found or len({id(one) for one in found}) < len(found):
+            raise ArgumentError(
+                f"follow() was given {len(found)} optimizers, expected at least one, and each once"
+            )
+        self._update, self._update_if = update, update_if
+        self._all = frozenset(range(len(found)))
+        self._waiting, self._steps = set(self._all), 0
+        self._handles = [
+            getattr(one, _HOOK)(self._hook(number)) for number, one in enumerate(found)
+        ]
+
+    def _hook(self, number: int) -> Callable[..., None]:
+        def stepped(optimizer: Any, *_: Any) -> None:
+            # A fused optimizer that GradScaler calls decides on the device whether it steps.
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is None or not float(found_inf):
+                self._stepped(number)
+
+        return stepped
+
+    def _stepped(self, number: int) -> None:
+        self._waiting.discard(number)
+        if self._waiting:
+            return
+        self._waiting = set(self._all)
+        self._steps += 1
+        if self._update_if is None or self._update_if():
+            steps, self._steps = self._steps, 0
+            self._update(steps)
+
+    def close(self) -> None:
+        """Follow no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer whose step is the one that hooks see: within Lightning's and Accelerate's."""
+    while hasattr(getattr(optimizer, "optimizer", None), "step"):
+        optimizer = optimizer.optimizer
+    if not callable(getattr(optimizer, _HOOK, None)):
+        raise ArgumentError(
+            f"follow() was given a {type(optimizer).__name__}: expected optimizers of torch.optim, "
+            "or of a class of theirs; elsewhere call update() after each step"
+        )
+    return optimizer

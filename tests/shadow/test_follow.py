@@ -1,0 +1,282 @@
+"""Averages that follow optimizers by PyTorch's own hooks."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastema
+from fastema.errors import ArgumentError, StateError
+from fastema.rules import Warmup
+
+NEEDS = ("torch",)
+
+
+def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+
+def backward(model: nn.Module, n: int, factor: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    loss = model(torch.randn(5, 3, generator=generator)).square().mean() * factor
+    loss.backward()
+    return loss
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert one.num_updates == other.num_updates
+    for name, wanted in other.shadow.items():
+        assert torch.equal(one.shadow[name], wanted), name
+
+
+def pair(model: nn.Module, **options: Any) -> tuple[fastema.EMA, fastema.EMA]:
+    """An average that is to follow, and one to be updated by hand."""
+    return tuple(fastema.EMA(model, **{"decay": Warmup(0.9), **options}) for _ in range(2))  # type: ignore[return-value]
+
+
+def test_every_step_is_an_update() -> None:
+    model, optimizer = build()
+    ema, other = pair(model)
+    ema.follow(optimizer)
+    for n in range(7):
+        backward(model, n)
+        optimizer.step()
+        optimizer.zero_grad()
+        other.update()
+    assert_same(ema, other)
+    assert ema.num_updates == 7
+
+
+def test_accumulated_gradients_count_once() -> None:
+    model, optimizer = build()
+    ema = fastema.EMA(model, decay=0.9)
+    ema.follow(optimizer)
+    for n in range(12):
+        backward(model, n)
+        if n % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ema.num_updates == 3
+
+
+def test_a_closure_that_is_called_often_counts_once() -> None:
+    model, _ = build()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=6)
+    ema = fastema.EMA(model, decay=0.9)
+    ema.follow(optimizer)
+    calls = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        calls.append(1)
+        return backward(model, 1)
+
+    optimizer.step(closure)
+    assert ema.num_updates == 1
+    assert len(calls) > 1
+
+
+def test_a_scheduler_of_the_learning_rate_changes_nothing() -> None:
+    model, optimizer = build()
+    ema = fastema.EMA(model, decay=0.9)
+    ema.follow(optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for n in range(3):
+        backward(model, n)
+        optimizer.step()
+        scheduler.step()
+    assert ema.num_updates == 3
+
+
+def test_several_optimizers_are_one_step_when_all_have_stepped() -> None:
+    model, _ = build()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = torch.optim.Adam(model[2].parameters(), lr=0.1)
+    ema, other = pair(model)
+    ema.follow(first, second)
+    for n in range(4):
+        backward(model, n)
+        first.step()
+        assert ema.num_updates == n
+        second.step()
+        other.update()
+        assert_same(ema, other)
+    for _ in range(5):  # as a critic that is trained more often
+        first.step()
+    assert ema.num_updates == 4
+    second.step()
+    assert ema.num_updates == 5
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "Adam, fused": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
+    "SGD, fused": lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_that_the_scaler_skips_do_not_count(name: str, unscaled: bool) -> None:
+    model, _ = build()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    ema, other = pair(model)
+    ema.follow(optimizer)
+    for n in range(6):
+        optimizer.zero_grad()
+        bad = n in (0, 2, 3)
+        loss = model(torch.full((2, 3), float("inf") if bad else float(n))).sum()
+        scaler.scale(loss).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if not bad:
+            other.update()
+        assert all(one.isfinite().all() for one in model.parameters())
+        assert_same(ema, other)
+    assert ema.num_updates == 3
+
+
+def test_an_optimizer_within_another_object_is_found() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer = optimizer
+
+        def step(self) -> None:
+            self.optimizer.step()
+
+    model, optimizer = build()
+    ema = fastema.EMA(model, decay=0.9)
+    wrapped = Wrapper(Wrapper(optimizer))
+    ema.follow(wrapped)
+    backward(model, 1)
+    wrapped.step()
+    assert ema.num_updates == 1
+
+
+def test_steps_that_are_not_wanted_count_in_the_next_that_is() -> None:
+    model, optimizer = build()
+    ema, other = pair(model, decay=0.8)
+    wanted = iter([True, False, False, True, False, True])
+    ema.follow(optimizer, update_if=lambda: next(wanted))
+    for steps in (1, None, None, 3, None, 2):
+        backward(model, steps or 9)
+        optimizer.step()
+        if steps is not None:
+            other.update(steps=steps)
+        assert_same(ema, other)
+    assert ema.num_updates == 6
+
+
+def test_a_windowed_mean_leaves_out_what_is_not_wanted() -> None:
+    model, optimizer = build()
+    sma = fastema.SMA(model, window=2)
+    wanted = iter([True, False, True])
+    sma.follow(optimizer, update_if=lambda: next(wanted))
+    kept = []
+    for n in range(3):
+        backward(model, n)
+        optimizer.step()
+        if n != 1:
+            kept.append(copy.deepcopy(model[0].weight.detach()))
+    torch.testing.assert_close(sma.shadow["0.weight"], (kept[0] + kept[1]) / 2)
+
+
+def test_an_update_that_fails_is_taken_in_with_the_next() -> None:
+    model, optimizer = build()
+    ema, other = pair(model, decay=0.8)
+    ema.follow(optimizer)
+    backward(model, 1)
+    with ema.swapped(), pytest.raises(StateError, match="applied"):
+        ema.update()
+    optimizer.step()
+    other.update()
+    assert_same(ema, other)
+
+
+def test_it_follows_no_longer() -> None:
+    model, optimizer = build()
+    ema = fastema.EMA(model, decay=0.9)
+    ema.unfollow()
+    ema.follow(optimizer)
+    with pytest.raises(StateError, match="unfollow"):
+        ema.follow(optimizer)
+    backward(model, 1)
+    optimizer.step()
+    ema.unfollow()
+    optimizer.step()
+    assert ema.num_updates == 1
+    ema.follow(optimizer)
+    optimizer.step()
+    assert ema.num_updates == 2
+
+
+WRONG: dict[str, tuple[Callable[[Any, Any], tuple[Any, ...]], str]] = {
+    "none": (lambda model, optimizer: (), "was given 0 optimizers"),
+    "twice the same": (lambda model, optimizer: (optimizer, optimizer), "each once"),
+    "a model": (lambda model, optimizer: (model,), "was given a Sequential"),
+    "a scheduler": (
+        lambda model, optimizer: (3,),
+        "was given a int: expected optimizers of torch.optim",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_optimizer_is_refused(name: str) -> None:
+    model, optimizer = build()
+    ema = fastema.EMA(model, decay=0.9)
+    given, said = WRONG[name]
+    with pytest.raises(ArgumentError, match=said):
+        ema.follow(*given(model, optimizer))
+    ema.follow(optimizer)
+    optimizer.step()
+    assert ema.num_updates == 1
+
+
+def test_the_optimizer_can_still_be_copied_and_saved() -> None:
+    model, optimizer = build()
+    ema = fastema.EMA(model, decay=0.9)
+    ema.follow(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert ema.num_updates == 1
+
+
+def test_nothing_is_kept_alive_when_it_is_over() -> None:
+    model, optimizer = build()
+    ema = fastema.EMA(model, decay=0.9)
+    ema.follow(optimizer)
+    ema.unfollow()
+    gone = weakref.ref(ema)
+    del ema
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_version_grows_when_the_average_is_written() -> None:
+    model, _optimizer = build()
+    ema = fastema.EMA(model, decay=0.9, update_every=2)
+    versions = [ema.version]
+    ema.update()  # between two updates of the memory
+    versions.append(ema.version)
+    ema.update()
+    versions.append(ema.version)
+    state = ema.state_dict()
+    with ema.swapped():
+        versions.append(ema.version)
+    ema.load_state_dict(state)
+    versions.append(ema.version)
+    assert versions == [0, 0, 1, 1, 2]
