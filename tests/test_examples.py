@@ -71,3 +71,12 @@ def test_staircase_does_not_mix_runs(tmp_path: Path) -> None:
     done = run_python(EXAMPLES / "staircase.py", "--logs", tmp_path)
     assert done.returncode == 2
     assert "is not empty" in done.stderr
+
+
+@pytest.mark.slow
+def test_self_distillation() -> None:
+    done = run_python(EXAMPLES / "self_distillation.py", "--steps", 500)
+    assert done.returncode == 0, done.stderr
+    found = [re.findall(r"([\d.]+)%(?:   |$)", line) for line in done.stdout.splitlines()]
+    (alone, _), (_, taught) = [[float(one) for one in line] for line in found]
+    assert taught > alone + 10

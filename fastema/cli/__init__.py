@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastema
-from fastema.cli import average, convert, demo, inspect, smooth
+from fastema.cli import average, convert, demo, inspect, plan, smooth
 from fastema.errors import FastemaError
 
 COMMANDS: dict[str, Any] = {
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Any] = {
     "convert": convert,
     "demo": demo,
     "inspect": inspect,
+    "plan": plan,
     "smooth": smooth,
 }
 

@@ -58,7 +58,7 @@ class EMA(Average[Weights]):
     policy : mapping of str to {"average", "copy", "skip"}, optional
         What to do with names that match a pattern (:mod:`fnmatch`), such as ``{"*.expert_bias":
         "average", "visual.*": "skip"}``, instead of ``frozen`` and ``buffers``. The first match
-        wins.
+        wins. Tensors that match a ``"skip"`` may come and go later, as adapters do.
     on_nonfinite : {"propagate", "skip", "raise"}
         What to do with a NaN or an infinity in the weights or in copied floats: average it, leave
         out the whole call and count it in ``num_skipped``, or raise. The last two read the tensors

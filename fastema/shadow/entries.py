@@ -36,6 +36,12 @@ class Names:
     buffers: set[str]  # copied or averaged
     aliases: dict[str, str]  # further names of tied weights, to the name that is kept
     chosen: set[str]  # those whose policy a pattern gives
+    patterns: Mapping[str, Policy]  # of the user's
+
+    def may_come(self, name: str) -> bool:
+        """Return whether a new tensor is skipped by a pattern, as an adapter of its own may be."""
+        matching = (policy for one, policy in self.patterns.items() if fnmatchcase(name, one))
+        return next(matching, None) == "skip"
 
     @property
     def still(self) -> set[str]:
@@ -139,7 +145,8 @@ def select(
         refuse_shared_elements(leaf.name, leaf.spec)
     still = {leaf.name for leaf in copied if leaf.role == "frozen"}
     statistics = {leaf.name for leaf in held if leaf.role == "buffer"}
-    return Selection(averaged, copied, Names(skipped, still, statistics, aliases, {*chosen}))
+    names = Names(skipped, still, statistics, aliases, {*chosen}, patterns or {})
+    return Selection(averaged, copied, names)
 
 
 def _memory(spec: TensorSpec) -> object:

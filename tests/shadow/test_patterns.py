@@ -183,3 +183,52 @@ def test_an_optimizers_step_in_a_block_is_noticed(options: dict[str, bool]) -> N
         other = nn.Linear(2, 2)
         other(torch.ones(1, 2)).sum().backward()
         torch.optim.AdamW(other.parameters(), lr=0.1, **options).step()
+
+
+class Adapted(nn.Module):
+    """A frozen layer with low-rank adapters, as PEFT names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.add("default")
+
+    def add(self, name: str) -> None:
+        self.lora_A[name] = nn.Parameter(torch.randn(2, 4))
+        self.lora_B[name] = nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        adapters = zip(self.lora_A.values(), self.lora_B.values(), strict=True)
+        return self.base(x) + sum((x @ a.T @ b.T for a, b in adapters), torch.zeros(()))
+
+
+def test_adapters_that_a_pattern_skips_come_and_go() -> None:
+    model = Adapted()
+    ema = fastema.EMA(model, decay=0.5, policy={"*.default": "average", "*": "skip"})
+    assert set(ema.shadow) == {"lora_A.default", "lora_B.default"}
+    model.add("other")
+    moved(model.lora_A)
+    ema.update()
+    expected = model.lora_A["default"].detach() - 0.5
+    torch.testing.assert_close(ema.shadow["lora_A.default"], expected)
+    with ema.swapped():
+        torch.testing.assert_close(model.lora_A["default"].detach(), expected)
+    del model.lora_A["other"], model.lora_B["other"]
+    ema.update()
+    unknown = fastema.EMA(model, decay=0.5, policy={"base.*": "skip"})
+    model.add("other")
+    with pytest.raises(LayoutError, match=r"'lora_A\.other' is new in the model"):
+        unknown.update()
+
+
+def test_a_teacher_is_the_model_called_with_the_average() -> None:
+    model = Adapted()
+    ema = fastema.EMA(model, decay=0.5)
+    moved(model.lora_B)
+    ema.update()
+    x = torch.randn(3, 4)
+    found = torch.func.functional_call(model, dict(ema.shadow), (x,))
+    with ema.swapped():
+        assert torch.equal(found, model(x))
+    assert not torch.equal(found, model(x))

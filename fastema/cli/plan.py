@@ -1,0 +1,139 @@
+"""``fastema plan``: what an average costs in memory and time, by arithmetic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+
+from fastema.cli.arguments import count, number
+
+SUMMARY = "Say what an average of a large model costs: bytes per rank, seconds per update."
+EXTRA = ""
+NEEDS: dict[str, str] = {}
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
+
+_positive = number(float, lambda value: 0.0 < value < 1e30, "a number above 0")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``fastema plan``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "examples:\n"
+        "  fastema plan --params 7e9 --dtype bf16\n"
+        "  fastema plan --params 70e9 --dtype bf16 --world 64 --link 50 --step 2.5\n"
+    )
+    parser.add_argument("--params", type=_positive, required=True, help="weights of the model")
+    parser.add_argument(
+        "--dtype", choices=sorted(_BYTES), default="bf16", help="of the weights (%(default)s)"
+    )
+    parser.add_argument("--world", type=count, default=1, help="ranks that share the model")
+    parser.add_argument(
+        "--hbm",
+        type=_positive,
+        default=3350.0,
+        help="GB/s of a GPU's memory (%(default)g, an H100's)",
+    )
+    parser.add_argument(
+        "--link", type=_positive, default=50.0, help="GB/s from a GPU to the host (%(default)g)"
+    )
+    parser.add_argument(
+        "--host", type=_positive, default=100.0, help="GB/s of the host's memory (%(default)g)"
+    )
+    parser.add_argument(
+        "--ranks-per-host", type=count, default=8, help="that share it (%(default)s)"
+    )
+    parser.add_argument("--every", type=count, default=10, metavar="K", help="update_every (10)")
+    parser.add_argument("--step", type=_positive, help="seconds of a training step, for shares")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to keep an average."""
+
+    name: str
+    call: str
+    gpu_bytes: float  # per rank, beside the model
+    host_bytes: float
+    moved: float  # bytes of memory read and written per update, on the device that computes
+    link_bytes: float
+    seconds: float  # of an update, averaged over the steps
+
+
+def ways(args: argparse.Namespace) -> list[Way]:
+    """Compute every way's cost."""
+    weights, size, world = args.params, _BYTES[args.dtype], args.world
+    dtype = {4: "float32", 2: args.dtype}[size]
+    part = weights / world
+
+    def on_gpu(name: str, call: str, n: float, stored: float, every: int = 1) -> Way:
+        moved = n * (size + 2 * stored)
+        return Way(name, call, n * stored, 0.0, moved, 0.0, moved / args.hbm / 1e9 / every)
+
+    precise = 'shadow_dtype="float32"'
+    found = [on_gpu("on each GPU, float32", f"EMA(model, {precise})", weights, 4)]
+    if world > 1:
+        found.append(on_gpu("sharded, float32", f"EMA(fsdp_model, {precise})", part, 4))
+    n, where = (part, "sharded") if world > 1 else (weights, "on the GPU")
+    model = "fsdp_model" if world > 1 else "model"
+    if size == 2:
+        found += [
+            on_gpu(f"{where}, bf16+16", f'EMA({model}, shadow_dtype="bf16+16")', n, 4),
+            on_gpu(f"{where}, {dtype}, rounded at random", f"EMA({model})", n, 2),
+        ]
+    call = f"EMA({model}, {precise}, update_every={args.every})"
+    found.append(on_gpu(f"{where}, every {args.every} steps", call, n, 4, args.every))
+    moved = n * (size + size + 8)  # into a copy on the host, and from there into the average
+    crossing = n * size / args.link / 1e9
+    computing = moved / (args.host / min(world, args.ranks_per_host)) / 1e9
+    call = f"EMA(host_copy, {precise})"
+    found.append(
+        Way(
+            *("on the host, float32", call, 0.0, n * (size + 4), moved, n * size),
+            max(crossing, computing),
+        )
+    )
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; the exit code."""
+    found = ways(args)
+    if args.json:
+        print(json.dumps([asdict(way) for way in found], indent=2))
+        return 0
+    from fastema.cli.sizes import size
+
+    head = ["way", "GPU memory", "host memory", "moved", "over the link", "per step"]
+    if args.step:
+        head.append("of a step")
+    rows = []
+    for way in found:
+        row = [way.name, size(way.gpu_bytes), size(way.host_bytes), size(way.moved)]
+        row += [size(way.link_bytes), _duration(way.seconds)]
+        if args.step:
+            row.append(f"{way.seconds / args.step:.2%}")
+        rows.append([cell if cell != "0 B" else "-" for cell in row])
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    ranks = f", {args.world} ranks" if args.world > 1 else ""
+    print(f"{args.params:,.0f} weights in {args.dtype}{ranks}; per rank, beside the model:\n")
+    for row in [head, *rows]:
+        cells = zip(row, widths, strict=True)
+        line = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(cells)]
+        print("  ".join(line).rstrip())
+    print("\ncalls:")
+    for way in found:
+        print(f"  {way.name.ljust(widths[0])}  fastema.{way.call}")
+    print(
+        f"\nArithmetic from {args.hbm:g} GB/s on the GPU, {args.link:g} GB/s over the link and "
+        f"{args.host:g} GB/s of the host,\nshared by {min(args.world, args.ranks_per_host)}: a "
+        "lower bound. On the host: copy the weights into host_copy, then update from there."
+    )
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

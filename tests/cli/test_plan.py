@@ -1,0 +1,56 @@
+"""``fastema plan``: the arithmetic of what an average costs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fastema.cli import main
+
+
+def planned(capsys: pytest.CaptureFixture[str], line: str) -> dict[str, dict[str, Any]]:
+    assert main(["plan", *line.split(), "--json"]) == 0
+    return {way["name"]: way for way in json.loads(capsys.readouterr().out)}
+
+
+def test_each_way_costs_what_its_bytes_say(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "--params 64e9 --dtype bf16 --world 64 --hbm 2000 --link 50 --host 80")
+    whole = found["on each GPU, float32"]
+    assert (whole["gpu_bytes"], whole["moved"], whole["seconds"]) == (256e9, 640e9, 0.32)
+    part = found["sharded, float32"]
+    assert (part["gpu_bytes"], part["moved"], part["seconds"]) == (4e9, 10e9, 0.005)
+    assert found["sharded, bf16+16"]["gpu_bytes"] == 4e9
+    rough = found["sharded, bf16, rounded at random"]
+    assert (rough["gpu_bytes"], rough["moved"]) == (2e9, 6e9)
+    assert found["sharded, every 10 steps"]["seconds"] == pytest.approx(0.0005)
+    host = found["on the host, float32"]
+    assert (host["gpu_bytes"], host["host_bytes"], host["link_bytes"]) == (0.0, 6e9, 2e9)
+    assert host["seconds"] == max(2 / 50, 12 / (80 / 8))
+
+
+def test_one_gpu_has_nothing_to_share(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "--params 1e8 --dtype float32 --every 5")
+    assert list(found) == [
+        "on each GPU, float32",
+        "on the GPU, every 5 steps",
+        "on the host, float32",
+    ]
+
+
+def test_the_table_has_a_row_and_a_call_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--params", "7e9", "--step", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("7,000,000,000 weights in bf16; per rank")
+    assert out.count("bf16+16") == 3
+    assert "of a step" in out
+    assert 'fastema.EMA(model, shadow_dtype="bf16+16")' in out
+
+
+@pytest.mark.parametrize("line", ["", "--params 0", "--params x", "--params 1e9 --dtype int8"])
+def test_what_is_no_plan_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["plan", *line.split()])
+    assert raised.value.code == 2
+    assert "fastema plan: error" in capsys.readouterr().err
