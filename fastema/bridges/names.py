@@ -9,7 +9,10 @@ from fastema.errors import BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
-__all__ = ["code_of", "named", "plain_names", "refuse_repeated"]
+__all__ = ["LONE", "code_of", "named", "plain_names", "refuse_repeated"]
+
+LONE: Final = "array"
+"""Name of an array that is in no container."""
 
 _WRAPPERS: Final = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Path components that compile, sharding and checkpointing wrappers put into names."""
@@ -26,11 +29,11 @@ def code_of(framework: str, name: str) -> str:
 
 
 def named(name: str, describe: Callable[[Any], TensorSpec], array: Any) -> TensorSpec:
-    """Describe an array; an error says which one it was (nothing, for a lone array)."""
+    """Describe an array; an error says which one it was."""
     try:
         return describe(array)
     except (BridgeError, DTypeError) as error:
-        raise type(error)(f"{name}: {error}" if name else str(error)) from None
+        raise type(error)(f"{name}: {error}") from None
 
 
 def refuse_repeated(names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from numbers import Complex, Real
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from fastema.bridges.names import named, refuse_repeated
+from fastema.bridges.names import LONE, named, refuse_repeated
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.spec import Leaf, Leaves, Ranks, TensorContainer, TensorSpec
 
@@ -256,7 +256,7 @@ def _flatten(
     elif isinstance(tree, list | tuple):
         entries = enumerate(tree)
     else:
-        return [(path, tree)], []
+        return [(path if above else LONE, tree)], []
     if any(tree is one for one in above):
         raise BridgeError(f"{path!r} is a {type(tree).__name__} that holds itself")
     if len(above) == _DEEPEST:

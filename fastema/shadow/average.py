@@ -6,7 +6,7 @@ import math
 
 from fastema.engine.program import Program
 from fastema.errors import StateError
-from fastema.shadow.reports import report
+from fastema.shadow.reports import named, report
 from fastema.shadow.saving import Saveable
 from fastema.shadow.updating import Weights
 from fastema.shadow.views import Drift
@@ -110,11 +110,13 @@ class Average(Saveable[Weights]):
         averaged = [entry for entry in self._store.sets[0].values() if entry.averaged]
         elements = sum(entry.spec.size for entry in averaged)
         dtypes = "/".join(sorted({e.form.strip("~") or e.spec.dtype for e in averaged}))
-        updates = self.num_updates
-        decays = self._schedule.decays(max(updates, 1))
-        decay = ", ".join(f"{one:g}" for one in decays)
+        rules = "; ".join(named(rule) for rule in self._schedule.rules)
         state = ", applied" if self.applied else ""
         return (
-            f"{type(self).__name__}({elements:,} weights in {len(averaged)} tensors, {dtypes}, "
-            f"decay {decay}, {updates:,} updates{state})"
+            f"{type(self).__name__}({elements:,} weights in {_counted(len(averaged), 'tensor')}, "
+            f"{dtypes}, {rules}, {_counted(self.num_updates, 'update')}{state})"
         )
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

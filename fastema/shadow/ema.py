@@ -140,7 +140,7 @@ class EMA(Average[Weights]):
         watch: WatchMode = "all",
     ) -> None:
         options = options_in(locals())
-        several = decay if isinstance(decay, Sequence) else (decay,)
+        several = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else (decay,)
         rules = [one if isinstance(one, Rule) else Constant(one) for one in several]
         if any(isinstance(rule, Window) for rule in rules):
             raise ArgumentError("a windowed mean needs a ring: build fastema.SMA(weights, window)")

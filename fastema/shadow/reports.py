@@ -5,22 +5,27 @@ from __future__ import annotations
 from fastema.rules import Constant, CumulativeMean, Debiased, Power, Rule, Schedule, Window
 from fastema.rules.units import effective_steps
 
-__all__ = ["report"]
+__all__ = ["named", "report"]
 
 _NEGLIGIBLE = 0.0005
 """Shares below this one are called nothing."""
 
 
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
+
+
 def _count(number: float, thing: str) -> str:
-    rounded = f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.2g}"
+    rounded = _number(number)
     return f"{rounded} {thing}{'' if rounded == '1' else 's'}"
 
 
-def _named(rule: Rule) -> str:
+def named(rule: Rule) -> str:
+    """Say in words which average a rule gives."""
     if isinstance(rule, Constant):
         return f"decay {rule.value!r}"
     if isinstance(rule, Debiased):
-        return f"{_named(rule.inner)}, bias-corrected"
+        return f"{named(rule.inner)}, bias-corrected"
     if isinstance(rule, CumulativeMean):
         return "mean of all weights"
     if isinstance(rule, Window):
@@ -34,10 +39,10 @@ def _named(rule: Rule) -> str:
 
 def _of_rule(rule: Rule, n: int, every: int) -> str:
     reach = effective_steps(rule, n, every)
-    age, spread = (_count(steps, "step") for steps in (reach.mean_age, reach.std_age))
-    text = f"{_named(rule)}: "
+    text = f"{named(rule)}: "
     if reach.mean_age or reach.std_age:
-        text += f"its weights are {age} old on average (standard deviation {spread})"
+        age = _number(reach.mean_age)
+        text += f"lags {age} +/- {_count(reach.std_age, 'step')} behind the model"
     else:
         text += "it is the latest weights"
     if reach.initial_share >= _NEGLIGIBLE:

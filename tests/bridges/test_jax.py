@@ -341,7 +341,7 @@ def test_leaves_are_named_by_the_way_to_them() -> None:
 
 
 def test_one_array_alone_and_lists() -> None:
-    assert registry.leaves_of(jnp.ones(3)).names == [""]
+    assert registry.leaves_of(jnp.ones(3)).names == ["array"]
     assert registry.leaves_of([jnp.ones(3), (np.ones(2),)]).names == ["0", "1.0"]
 
 

@@ -25,7 +25,7 @@ ONE, TWO, THREE = np.ones(2), np.ones(3, np.float32), np.array(2.5)
 @pytest.mark.parametrize(
     ("container", "names"),
     [
-        (ONE, [""]),
+        (ONE, ["array"]),
         ([ONE, TWO], ["0", "1"]),
         ((ONE, [TWO, THREE]), ["0", "1.0", "1.1"]),
         ({"a": ONE, "b": {"c": TWO}}, ["a", "b.c"]),

@@ -145,7 +145,7 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 CONTAINERS = {
-    "tensor": (lambda: numbers(5), [""]),
+    "tensor": (lambda: numbers(5), ["array"]),
     "list": (lambda: [numbers(2), numbers(3)], ["0", "1"]),
     "tuple": (lambda: (numbers(2), numbers(3)), ["0", "1"]),
     "namedtuple": (lambda: Pair(numbers(2), numbers(3)), ["0", "1"]),

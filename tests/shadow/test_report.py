@@ -32,29 +32,24 @@ def after(kind: str, updates: int, **options: Any) -> Any:
 
 AT_100 = {
     "ema": "EMA after 100 updates\n"
-    "decay 0.99: its weights are 63 steps old on average (standard deviation 36 steps); "
+    "decay 0.99: lags 63 +/- 36 steps behind the model; "
     "36.6 % of it is the weights it was built from",
     "several": "EMA after 100 updates\n"
-    "decay 0.9: its weights are 9 steps old on average (standard deviation 9.5 steps); "
+    "decay 0.9: lags 9 +/- 9.5 steps behind the model; "
     "nothing is left of the weights it was built from\n"
-    "decay 0.999: its weights are 95 steps old on average (standard deviation 18 steps); "
+    "decay 0.999: lags 95 +/- 18 steps behind the model; "
     "90.5 % of it is the weights it was built from",
     "debiased": "EMA after 100 updates\n"
-    "decay 0.99, bias-corrected: its weights are 41 steps old on average "
-    "(standard deviation 28 steps)",
+    "decay 0.99, bias-corrected: lags 41 +/- 28 steps behind the model",
     "warmup": "EMA after 100 updates\n"
-    "Warmup(limit=0.9999): its weights are 10 steps old on average "
-    "(standard deviation 9.6 steps); nothing is left of the weights it was built from",
-    "swa": "SWA after 100 updates\n"
-    "mean of all weights: its weights are 50 steps old on average (standard deviation 29 steps)",
+    "Warmup(limit=0.9999): lags 10 +/- 9.6 steps behind the model; nothing is left of the weights "
+    "it was built from",
+    "swa": "SWA after 100 updates\nmean of all weights: lags 50 +/- 29 steps behind the model",
     "sma": "SMA after 100 updates\n"
-    "mean of the last 5 weights: its weights are 2 steps old on average "
-    "(standard deviation 1.4 steps)",
+    "mean of the last 5 weights: lags 2 +/- 1.4 steps behind the model",
     "power": "PowerEMA after 100 updates\n"
-    "power function of sigma_rel 0.05: its weights are 4.8 steps old on average "
-    "(standard deviation 5 steps)\n"
-    "power function of sigma_rel 0.1: its weights are 11 steps old on average "
-    "(standard deviation 10 steps)",
+    "power function of sigma_rel 0.05: lags 4.8 +/- 5 steps behind the model\n"
+    "power function of sigma_rel 0.1: lags 11 +/- 10 steps behind the model",
 }
 
 
@@ -90,7 +85,7 @@ def test_the_numbers_are_those_of_the_rules(kind: str, updates: int, every: int)
         return
     for line, rule in zip(lines, average.schedule.rules, strict=True):
         reach = effective_steps(rule, updates, every)
-        said = re.search(r"weights are ([\d.,]+) steps? old .*deviation ([\d.,]+) steps?\)", line)
+        said = re.search(r"lags ([\d.,]+) \+/- ([\d.,]+) steps? behind", line)
         if said is None:
             assert line.endswith("it is the latest weights")
             assert reach.mean_age == 0
@@ -115,8 +110,7 @@ def test_where_only_some_updates_work_and_it_begins_later() -> None:
     report = after("swa", 1100, start_after=100).report()
     assert report == (
         "SWA after 1,100 updates, averaged from step 100 on\n"
-        "mean of all weights: its weights are 500 steps old on average "
-        "(standard deviation 289 steps)"
+        "mean of all weights: lags 500 +/- 289 steps behind the model"
     )
 
 
@@ -139,3 +133,20 @@ def test_a_rule_of_the_users_own_is_called_by_its_name() -> None:
     ema = fastema.EMA([np.ones(2)], rules.inverse_gamma(0.9, power=0.5))
     ema.update()
     assert repr(ema.schedule.rules[0]) in ema.report()
+
+
+SHOWN = {
+    "ema": "EMA(3 weights in 1 tensor, f64, decay 0.99, 1 update)",
+    "several": "EMA(3 weights in 1 tensor, f64, decay 0.9; decay 0.999, 1 update)",
+    "debiased": "EMA(3 weights in 1 tensor, f64, decay 0.99, bias-corrected, 1 update)",
+    "warmup": "EMA(3 weights in 1 tensor, f64, Warmup(limit=0.9999), 1 update)",
+    "swa": "SWA(3 weights in 1 tensor, f64, mean of all weights, 1 update)",
+    "sma": "SMA(3 weights in 1 tensor, f64, mean of the last 5 weights, 1 update)",
+    "power": "PowerEMA(3 weights in 1 tensor, f64, power function of sigma_rel 0.05; power "
+    "function of sigma_rel 0.1, 1 update)",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_shows_its_rule(kind: str) -> None:
+    assert repr(after(kind, 1)) == SHOWN[kind]

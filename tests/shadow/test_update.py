@@ -376,3 +376,8 @@ def test_repr_says_what_it_is() -> None:
     with ema.swapped():
         assert "applied" in repr(ema)
     assert "conv.weight" in repr(ema.shadow)
+
+
+def test_a_decay_in_quotes_is_shown_as_it_was_given() -> None:
+    with pytest.raises(ArgumentError, match=r"decay='0\.9': expected a number"):
+        fastema.EMA([torch.ones(3)], decay="0.9")  # type: ignore[arg-type]
