@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from fastema.engine import series
 from fastema.errors import ArgumentError
 from fastema.rules.checks import checked_decay
-from fastema.tracking.scalar import Floats, MovingAverage, OnNonFinite, Run
+from fastema.tracking.scalar import SCALE, Floats, MovingAverage, OnNonFinite, Run
 
 __all__ = ["ExponentialMovingAverage"]
+
+_State: TypeAlias = "tuple[float, float, float, float]"
 
 
 class ExponentialMovingAverage(MovingAverage):
@@ -62,7 +64,7 @@ class ExponentialMovingAverage(MovingAverage):
     def _begin(self) -> None:
         super()._begin()
         # Averages of products and of weights, each with what was rounded off.
-        self._state: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+        self._state: _State = (0.0, 0.0, 0.0, 0.0)
 
     @property
     def decay(self) -> float:
@@ -82,37 +84,52 @@ class ExponentialMovingAverage(MovingAverage):
     def _settings(self) -> dict[str, Any]:
         return {"decay": self._decay, "debias": self._debias, "on_nonfinite": self._on_nonfinite}
 
-    def _before(self, x: float, weight: float) -> tuple[float, float, float, float]:
-        """Return the past that the next value meets: uncorrected, the first value is all of it."""
-        if self._num_updates or self._debias:
-            return self._state
-        return weight * x, 0.0, weight, 0.0
+    def _before(self, x: float, weight: float) -> _State:
+        """Return the past that the next value meets: uncorrected, the first value is all of it.
+
+        Weights are scaled but for ``weight = 1`` after a past of such alone, whose total is 1.
+        """
+        if not (self._num_updates or self._debias):
+            return weight * x, 0.0, weight, 0.0
+        state = self._state
+        if weight != 1.0 == state[2]:
+            average, residual, total, rest = state
+            state = average * SCALE, residual * SCALE, total * SCALE, rest * SCALE
+        return state
+
+    def _is_plain(self) -> bool:
+        """Return whether no weight but 1 was seen, and no bias is corrected."""
+        return self._state[2] == 1.0 or not (self._num_updates or self._debias)
 
     def _push(self, x: float, weight: float) -> float:
-        average, residual, total, weight_residual = self._before(x, weight)
-        average, residual = _step(average, residual, weight * x, self._decay)
-        if weight == 1.0 == total:
-            self._state = (average, residual, total, weight_residual)
+        if weight == 1.0 and self._is_plain():
+            average, residual, total, rest = self._before(x, 1.0)
+            average, residual = _step(average, residual, x, self._decay)
+            self._state = (average, residual, total, rest)
             return average
-        total, weight_residual = _step(total, weight_residual, weight, self._decay)
-        self._state = (average, residual, total, weight_residual)
+        weight *= SCALE
+        average, residual, total, rest = self._before(x, weight)
+        average, residual = _step(average, residual, weight * x, self._decay)
+        total, rest = _step(total, rest, weight, self._decay)
+        self._state = (average, residual, total, rest)
         # To first order in what was rounded off: without it the quotient would be off by both.
         ratio = average / total
-        return ratio + (residual - ratio * weight_residual) / total
+        return ratio + (residual - ratio * rest) / total
 
     def _run(self, x: Floats, weights: Floats | None) -> Run:
         given = np.ones(len(x)) if weights is None else weights
-        product, residual, total, weight_residual = self._before(float(x[0]), float(given[0]))
+        plain = self._is_plain() and bool((given == 1.0).all())
+        if not plain:
+            given = given * SCALE
+        product, residual, total, rest = self._before(float(x[0]), float(given[0]))
         average, (product, residual) = series.ewm_mean(
-            x if weights is None else given * x, self._decay, (product, residual)
+            x if plain else given * x, self._decay, (product, residual)
         )
         finite = math.isfinite(average[-1])
-        if (given != 1.0).any() or total != 1.0:
-            weight, (total, weight_residual) = series.ewm_mean(
-                given, self._decay, (total, weight_residual)
-            )
+        if not plain:
+            weight, (total, rest) = series.ewm_mean(given, self._decay, (total, rest))
             average /= weight
-        state = product, residual, total, weight_residual
+        state = product, residual, total, rest
         return average, finite, lambda: setattr(self, "_state", state)
 
     def _memory(self) -> dict[str, Any]:

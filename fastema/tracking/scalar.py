@@ -31,6 +31,9 @@ LIGHTEST, HEAVIEST = 1e-100, 1e100
 MOST_PENDING: Final = 1024
 """Values that may wait on a device before they are read, whether asked for or not."""
 
+SCALE: Final = 2.0**-380
+"""Weights are multiplied by this, which rounds nothing: no product of one and a value overflows."""
+
 
 class MovingAverage(ABC):
     """A moving average of numbers that come one by one.

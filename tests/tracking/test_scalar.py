@@ -396,3 +396,34 @@ def test_masked_values_are_not_finite() -> None:
     x = np.ma.masked_greater([1.0, 99.0, 3.0], 50.0)
     found = SimpleMovingAverage(3, on_nonfinite="skip").update_many(x)
     assert found.tolist() == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 2.0], [2.0, 1e100, 1e100]])
+@pytest.mark.parametrize("kind", [SimpleMovingAverage, ExponentialMovingAverage])
+@pytest.mark.parametrize("values", [[1e308, 1e308, 1e308], [1.7e308, -1.7e308, 1.7e308]])
+def test_the_largest_floats_have_averages(kind: Any, values: Any, weights: Any) -> None:
+    each = weights or [1.0] * len(values)
+    one, many = kind(), kind()
+    found = [one.update(x, w) for x, w in zip(values, each, strict=True)]
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(many.update_many(values, weights), found, rtol=1e-14)
+    if kind is SimpleMovingAverage:
+        small = np.multiply(values, 2.0**-64)
+        expected = np.average(small, weights=np.divide(each, max(each))) * 2.0**64
+        assert found[-1] == pytest.approx(expected, rel=1e-14)
+    # And they are forgotten.
+    other = kind(window_size=3) if kind is SimpleMovingAverage else kind(decay=0.0)
+    for x, w in zip(values, each, strict=True):
+        other.update(x, w)
+    last = [other.update(x) for x in (1.0, 2.0, 4.5)][-1]
+    assert last == pytest.approx(2.5 if kind is SimpleMovingAverage else 4.5, rel=1e-14)
+
+
+@pytest.mark.parametrize("kind", [SimpleMovingAverage, ExponentialMovingAverage])
+def test_a_refused_series_with_weights_changes_nothing(kind: Any) -> None:
+    average = kind(on_nonfinite="raise")
+    average.update_many([1.0, 2.0])
+    before = average.state_dict()
+    with pytest.raises(NonFiniteError):
+        average.update_many([3.0, math.nan], [2.0, 3.0])
+    assert average.state_dict() == before
