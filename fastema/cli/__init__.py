@@ -34,8 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 for success, 2 for a usage error, an input that cannot be used or a package that is
     missing, 130 after an interrupt; argparse raises SystemExit for ``--help`` and wrong arguments.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    if sys.stdout is None:
+        print("fastema: standard output is closed", file=sys.stderr)
+        return 2
+    parser, commands = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.get(args.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -69,18 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="fastema",
         description="In-place moving averages of model weights at the speed of memory.",
     )
     parser.add_argument("--version", action="version", version=f"fastema {fastema.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
+    made = {}
     for name, command in COMMANDS.items():
-        command.add_arguments(
-            subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
-        )
-    return parser
+        made[name] = subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
+        command.add_arguments(made[name])
+    return parser, made
 
 
 def _installed(module: str) -> bool:

@@ -430,3 +430,101 @@ def test_a_log_that_is_being_written(tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text("wall time,loss\n2024-01-01 10:00,2\n2024-01-01 10:01,3\n2024-01-01 10:02")
     assert smooth(path, "--sma", 2) == 0
     assert columns(capsys.readouterr().out)["loss_sma"][:2] == ["2.0", "2.5"]
+
+
+NO_LOG = {
+    "commas alone": (",", "names of columns, but no row yet"),
+    "a quote alone": ('"', "its lines are empty"),
+    "empty cells": (",,,\n,,\n", "no column of numbers"),
+    "a deep list": ("[" * 3000 + "]" * 3000, "it is nested deeper than any log"),
+    "a deep object": ('{"a":' * 3000 + "1" + "}" * 3000, "it is nested deeper than any log"),
+}
+
+
+@pytest.mark.parametrize("name", NO_LOG)
+def test_what_is_no_log_is_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, said = NO_LOG[name]
+    (tmp_path / "log").write_text(text)
+    assert smooth(tmp_path / "log") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text('{"\\ud800": 2, "note": "\\udfff"}\n{"\\ud800": 3}\n')
+    out = tmp_path / "out.csv"
+    assert smooth(tmp_path / "log", "-o", out) == 0
+    got = columns(out.read_text(encoding="utf-8"))
+    assert got["\\ud800"] == ["2", "3"]
+    assert got["note"] == ["\\udfff", ""]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_decimal_commas(delimiter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [["step", "loss"], ["1", "0,5"], ["2", "-1,25e-1"], ["3", "nan"], ["4", "2"]]
+    (tmp_path / "log").write_text("\n".join(map(delimiter.join, rows)) + "\n")
+    assert smooth(tmp_path / "log", "--sma", "1") == 0
+    got = columns(capsys.readouterr().out, delimiter)
+    assert got["loss"] == ["0,5", "-1,25e-1", "nan", "2"]
+    assert got["loss_sma"] == ["0.5", "-0.125", "nan", "2.0"]
+
+
+def test_times_and_speeds_of_a_trainer_are_no_metrics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"loss": 0.5, "eval_runtime": 3.2, "train_samples_per_second": 10.5, "total_flos": 3e9}
+    (tmp_path / "log").write_text("".join(f"{json.dumps(row)}\n" for _ in range(3)))
+    assert smooth(tmp_path / "log") == 0
+    averages = [name for name in columns(capsys.readouterr().out) if name.endswith("_ema")]
+    assert averages == ["loss_ema"]
+
+
+def test_many_columns_are_read(tmp_path: Path) -> None:
+    names = [f"a_rather_long_name_of_column_{i}" for i in range(6000)]
+    rows = [",".join(names), *(",".join([str(k)] * len(names)) for k in range(2))]
+    (tmp_path / "log").write_text("\n".join(rows) + "\n")
+    assert smooth(tmp_path / "log", "-o", tmp_path / "out.csv", "--sma", "2") == 0
+    header, _ = (tmp_path / "out.csv").read_text().split("\n", 1)
+    assert header.count(",") == 2 * len(names) - 1
+
+
+def test_an_average_that_was_asked_for_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_packages("matplotlib")
+    from fastema.tracking.plots import picture
+
+    shown: list[Any] = []
+    monkeypatch.setattr(picture, "draw", lambda panels, **options: shown.append((panels, options)))
+    (tmp_path / "log").write_text(log(18))
+    plot = tmp_path / "x.png"
+    smooth(tmp_path / "log", "--plot", plot, "--metrics", "loss")
+    smooth(tmp_path / "log", "--plot", plot, "--metrics", "loss", "--sma", "20", "--log-scale=on")
+    (default, first), (asked, second) = shown
+    assert [line.label for line in default[0].lines] == ["raw"]
+    assert [line.label for line in asked[0].lines] == ["raw", "SMA 20"]
+    assert (first["log"], second["log"]) == ("auto", True)
+
+
+def test_a_wrong_option_shows_the_usage_of_its_command(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        smooth(path, "--bogus")
+    said = capsys.readouterr().err
+    assert said.startswith("usage: fastema smooth ")
+    assert "unrecognized arguments: --bogus" in said
+
+
+@pytest.mark.parametrize(("redirected", "said"), [("<&-", "input is"), (">&-", "output is")])
+def test_closed_streams_are_one_line(redirected: str, said: str, path: Path) -> None:
+    source = "-" if "<" in redirected else str(path)
+    command = f"'{sys.executable}' -m fastema smooth '{source}' {redirected}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -111,6 +111,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="keep the metrics themselves beside their averages",
     )
+    parser.add_argument(
+        "--log-scale",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="of the panels whose values span a factor of 30, of all, or of none (%(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print no summary")
 
 
@@ -124,7 +130,8 @@ def _run(args: argparse.Namespace) -> None:
     _check_paths(args)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ArgumentError("--plot takes the matplotlib package: pip install matplotlib")
-    if args.ema is args.sma is None:
+    asked_for = not (args.ema is args.sma is None)
+    if not asked_for:
         args.ema, args.sma = [DECAY], [WINDOW_SIZE]
 
     from fastema.cli.smooth import averages, summary
@@ -148,13 +155,16 @@ def _run(args: argparse.Namespace) -> None:
     elif out:
         averages.save(out, log, smoothed, raw=args.raw)
     if args.plot:
-        averages.draw(args.plot, log, smoothed, step, raw=args.raw)
+        scale = {"auto": "auto", "on": True, "off": False}[args.log_scale]
+        averages.draw(args.plot, log, smoothed, step, args.raw, asked_for, scale)
     if not args.quiet:
         print(summary.summary(log, smoothed, step, out, args.plot), file=sys.stderr)
 
 
 def _standard_input() -> TextIO:
     """Read as files are: in UTF-8, with or without a mark at its beginning."""
+    if sys.stdin is None:
+        raise ArgumentError("standard input is closed; name a file")
     buffer = getattr(sys.stdin, "buffer", None)
     return sys.stdin if buffer is None else io.TextIOWrapper(buffer, encoding="utf-8-sig")
 

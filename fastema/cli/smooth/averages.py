@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,9 +114,15 @@ def _replaceable(out: Path) -> AbstractContextManager[str]:
 
 
 def draw(
-    out: Path, log: Table, smoothed: Sequence[Smoothed], step: str | None, *, raw: bool
+    out: Path,
+    log: Table,
+    smoothed: Sequence[Smoothed],
+    step: str | None,
+    raw: bool,
+    asked_for: bool,
+    scale: Any,
 ) -> None:
-    """Draw the metrics and their averages."""
+    """Draw the metrics and their averages; those of short curves too where they were asked for."""
     from fastema.tracking.plots import picture
 
     curves = log.curves(step)
@@ -126,6 +132,6 @@ def draw(
         if step is not None:  # a row without a step is not drawn
             drawn = np.isin(log.column(name).rows, log.column(step).rows)
         series = [(one.average, one.series[drawn]) for one in group]
-        panels.append(of_series(name, step or "row", curves[name], series, raw=raw))
+        panels.append(of_series(name, step or "row", curves[name], series, raw, asked_for))
     with _replaceable(out) as partial:
-        picture.draw(panels, title=Path(log.source).name, out=partial)
+        picture.draw(panels, log=scale, title=Path(log.source).name, out=partial)

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -59,11 +60,13 @@ def _csv(text: str, source: str) -> Table:
         raise ArgumentError(f"{source} is no text; a log has a name per column in its first line")
     delimiter = _delimiter(text, source)
     rows = _rows(io.StringIO(text), delimiter, source)
-    _, header = next(rows)
+    _, header = next(rows, (0, []))
+    if not header:
+        raise ArgumentError(f"{source} has no names of columns: its lines are empty")
     names = [name.strip() for name in header]
     # The index of a data frame has no name of its own.
     names = [name or (f"column {place}" if place else "index") for place, name in enumerate(names)]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ArgumentError(f"{source}: two columns are called {', '.join(twice)}")
     if all(parsed([name]) is not None for name in names):
@@ -106,8 +109,11 @@ def _delimiter(text: str, source: str) -> str:
 
     def cells(delimiter: str) -> tuple[bool, int]:
         sample = itertools.islice(_rows(io.StringIO(whole), delimiter, source), _SAMPLE_LINES)
-        counts = [len(row) for _, row in sample]
-        return len(set(counts)) == 1 and counts[0] > 1, counts[0]
+        try:
+            counts = [len(row) for _, row in sample]
+        except ArgumentError:  # a line without this separator is longer than any cell may be
+            return False, 0
+        return len(set(counts)) == 1 and counts[0] > 1, max(counts[:1], default=0)
 
     # Of equals the first; a comma also where nothing separates anything.
     return max(_DELIMITERS, key=cells)
@@ -115,18 +121,28 @@ def _delimiter(text: str, source: str) -> str:
 
 def _json(text: str, source: str) -> Table:
     try:
-        found = json.loads(text)
+        found = _parsed_json(text, source)
     except ValueError:
         found = _json_lines(text, source)
     if isinstance(found, dict) and isinstance(found.get("log_history"), list):
         found = found["log_history"]
     if isinstance(found, dict) and found and all(isinstance(row, list) for row in found.values()):
         length = max(map(len, found.values()))
-        cells = {str(name): [_cell(value) for value in column] for name, column in found.items()}
+        cells = {
+            _printable(str(name)): [_cell(value) for value in column]
+            for name, column in found.items()
+        }
         for column in cells.values():
             column += [""] * (length - len(column))
         return of_cells(cells, source)
     return from_rows([found] if isinstance(found, dict) else found, source)
+
+
+def _parsed_json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ArgumentError(f"{source}: it is nested deeper than any log") from None
 
 
 def _json_lines(text: str, source: str) -> list[Any]:
@@ -135,7 +151,9 @@ def _json_lines(text: str, source: str) -> list[Any]:
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(_parsed_json(line, source))
+        except ArgumentError:
+            raise
         except ValueError as error:
             if number == len(lines) and rows and not text.endswith("\n"):
                 break  # the run is in the middle of it
@@ -164,14 +182,19 @@ def _flat(row: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
         else:
-            yield f"{prefix}{name}", _cell(value)
+            yield _printable(f"{prefix}{name}"), _cell(value)
+
+
+def _printable(text: str) -> str:
+    """The text; a lone half of a surrogate pair, which no file can hold, as its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        return _printable(value)
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()  # a scalar of NumPy or a framework
     # float.__repr__ for NumPy's own subclass of float, too.

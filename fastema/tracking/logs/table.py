@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, cast
 
 import numpy as np
@@ -24,7 +25,11 @@ STEP_COLUMNS: Final = (
 
 _TIMES: Final = ("time", "wall_time", "timestamp", "_timestamp", "_runtime", "elapsed", "created")
 _RATE: Final = re.compile(r"(.*_)?(lr|learning_rate)([-_].*)?")
+_SPEED: Final = re.compile(r"(.*_)?(runtime|\w+_per_second|total_flos)")
 _BLANKS: Final = frozenset(("", "na", "n/a", "<na>", "none", "null"))
+
+_DECIMAL: Final = re.compile(r"\s*[+-]?\d*,?\d+([eE][+-]?\d+)?\s*|\s*[+-]?(nan|inf)\s*", re.I)
+"""A number with a decimal comma, or none."""
 
 _NAME: Final = re.compile(r"(.+)_(raw|sma|ema)(?:_([0-9.]+))?")
 """The name of a column that was worked out from another one, or kept beside such a one."""
@@ -65,7 +70,7 @@ class Table:
     counted_by: str | None = None
     """The column that counts the steps, where that is known."""
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """The number of rows, without the names of the columns."""
         return max(map(len, self.cells.values()), default=0)
@@ -178,7 +183,7 @@ def role(name: str, names: Collection[str]) -> ColumnRole:
 
 def _is_no_metric(name: str) -> bool:
     short = _short(name)
-    return short in (*STEP_COLUMNS, *_TIMES) or bool(_RATE.fullmatch(short))
+    return short in (*STEP_COLUMNS, *_TIMES) or any(one.fullmatch(short) for one in (_RATE, _SPEED))
 
 
 def _short(name: str) -> str:
@@ -195,19 +200,24 @@ def _is_blank(cell: str) -> bool:
     return cell.strip().lower() in _BLANKS
 
 
-def parsed(cells: Sequence[str]) -> Column | None:
-    """The numbers of a column, unless something else stands in it or it is all blank."""
+def parsed(cells: Sequence[str], delimiter: str = ",") -> Column | None:
+    """The numbers of a column, unless something else stands in it or it is all blank.
+
+    Where commas separate no cells, they may be decimal ones, as in ``0,5``.
+    """
+    rows = [row for row, cell in enumerate(cells) if not _is_blank(cell)]
     try:
-        rows = [row for row, cell in enumerate(cells) if not _is_blank(cell)]
         values = [float(cells[row]) for row in rows]
     except ValueError:
-        return None
+        if delimiter == "," or not all(_DECIMAL.fullmatch(cells[row]) for row in rows):
+            return None
+        values = [float(cells[row].replace(",", ".")) for row in rows]
     return Column(np.array(rows, np.int64), np.array(values, np.float64)) if rows else None
 
 
 def of_cells(cells: dict[str, list[str]], source: str, delimiter: str = ",") -> Table:
     """A table of text; without a column of numbers an ArgumentError."""
-    found = {name: parsed(column) for name, column in cells.items()}
+    found = {name: parsed(column, delimiter) for name, column in cells.items()}
     numbers = {name: column for name, column in found.items() if column is not None}
     if not numbers:
         raise ArgumentError(f"{source}: no column of numbers among {', '.join(cells) or 'none'}")

@@ -146,16 +146,17 @@ def of_series(
     axis: str,
     curve: Curve,
     series: Sequence[tuple[AveragedLine, NDArray[np.float64]]],
-    *,
     raw: bool = True,
+    every: bool = False,
 ) -> Panel:
     """The panel of a metric and its averages, but for those over more than a third of the values.
 
-    Such an average is most of the time where it began, and would be taken for the metric.
+    Such an average is most of the time where it began, and would be taken for the metric. With
+    ``every`` they are drawn all the same.
     """
     lines, short = [], []
     for average, values in series:
-        if len(values) >= _LEAST * average.horizon:
+        if every or len(values) >= _LEAST * average.horizon:
             lines.append(Line(average.kind, average.label, Curve(curve.steps, values)))
         else:
             short.append(average.label)
