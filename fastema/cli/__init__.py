@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastema
-from fastema.cli import average, convert, demo, inspect, plan, smooth
+from fastema.cli import average, convert, demo, doctor, inspect, plan, smooth
 from fastema.errors import FastemaError
 
 COMMANDS: dict[str, Any] = {
     "average": average,
     "convert": convert,
     "demo": demo,
+    "doctor": doctor,
     "inspect": inspect,
     "plan": plan,
     "smooth": smooth,

@@ -1,0 +1,220 @@
+"""``fastema doctor``: what is installed, what works, and what an update costs here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+SUMMARY = "Check the installation: versions, devices, kernels against references, speed."
+EXTRA = ""
+NEEDS: dict[str, str] = {}
+
+_EXTRAS = {
+    "torch": ("torch", "PyTorch models"),
+    "jax": ("jax", "JAX pytrees"),
+    "keras": ("keras", "Keras models and callbacks"),
+    "tensorflow": ("tensorflow", "TensorFlow variables"),
+    "cupy": ("cupy", "CuPy arrays"),
+    "lightning": ("lightning", "Lightning callbacks"),
+    "transformers": ("transformers", "the Trainer's callbacks"),
+    "safetensors": ("posthoc", "reading our files in other programs"),
+    "rich": ("posthoc", "progress bars"),
+    "matplotlib": ("tracking", "pictures"),
+    "tensorboard": ("tracking", "TensorBoard"),
+}
+"""Package to the extra that brings it, and what for."""
+
+_BYTES = 96_000_000
+"""That the yardstick moves in a call: more than caches hold."""
+
+
+class _Check(NamedTuple):
+    """One kernel beside its reference."""
+
+    name: str
+    error: str  # empty if it is right
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``fastema doctor``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "examples:\n  fastema doctor\n  fastema doctor --json > doctor.json\n"
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found; 1 if a kernel is wrong."""
+    found = dict(_findings())
+    failed = {check.name: check.error for check in found["checks"] if check.error}
+    if args.json:
+        found["checks"] = {check.name: check.error or "right" for check in found["checks"]}
+        print(json.dumps(found, indent=2, default=str))
+    else:
+        _print(found)
+    for name, error in failed.items():
+        print(f"fastema doctor: {name} is wrong: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _findings() -> Iterator[tuple[str, Any]]:
+    import fastema
+    from fastema.engine import diagnosis
+
+    packages = {"python": platform.python_version(), "fastema": fastema.__version__}
+    packages |= {name: metadata.version(name) for name in ("numpy", "numba")}
+    yield "packages", {**packages, **{n: v for n in _EXTRAS if (v := _version(n))}}
+    yield "missing", {name: extra for name, (extra, _) in _EXTRAS.items() if not _version(name)}
+    yield "machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    yield "threads", fastema.get_num_threads()
+    yield "gpu", diagnosis.gpu()._asdict()
+    began = time.perf_counter()
+    yield "checks", list(_checks())
+    yield "seconds of the checks, kernels compiled or loaded", time.perf_counter() - began
+    folder, nbytes = diagnosis.cache()
+    yield "cache", {"folder": folder, "bytes": nbytes}
+    yield "GB/s", _bandwidth()
+
+
+def _version(package: str) -> str | None:
+    if find_spec(package) is None:
+        return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # of another name: tensorflow-cpu, cupy-cuda13x
+        names = metadata.packages_distributions().get(package)
+        return metadata.version(names[0]) if names else "?"
+
+
+# -- kernels beside references -------------------------------------------------------------------
+
+
+def _checks() -> Iterator[_Check]:
+    import numpy as np
+
+    generator = np.random.default_rng()
+    numpy_pairs: list[tuple[str, Any, Any, float]] = [
+        ("float64", np.float64, None, 1e-15),
+        ("float32", np.float32, None, 3e-7),
+        ("float16", np.float16, None, 2e-3),
+        ("float16, averaged in float32", np.float16, "float32", 3e-7),
+    ]
+    for name, dtype, shadow, tolerance in numpy_pairs:
+        arrays = [generator.standard_normal(n).astype(dtype) for n in (10_007, 3)]
+        yield _Check(f"update of {name}", _wrong_update(arrays, shadow, tolerance, _plain))
+    if find_spec("torch") is None:
+        return
+    import torch
+
+    def wide(x: Any) -> Any:
+        return x.detach().double().numpy()
+
+    for name, shadow, tolerance in (
+        ("bfloat16", None, 1.6e-2),
+        ("bfloat16, averaged in float32", "float32", 3e-7),
+        ("bfloat16, averaged in two halves", "bf16+16", 1.6e-2),
+    ):
+        tensors = [torch.randn(n, dtype=torch.bfloat16) for n in (10_007, 3)]
+        yield _Check(f"update of {name}", _wrong_update(tensors, shadow, tolerance, wide))
+    model = torch.nn.Linear(301, 77)
+    yield _Check("swap and back of float32", _wrong_swap(model, torch))
+
+
+def _plain(x: Any) -> Any:
+    return x.astype("float64")
+
+
+def _wrong_update(
+    arrays: list[Any], shadow: str | None, tolerance: float, wide: Callable[[Any], Any]
+) -> str:
+    """How an average differs from the definition, by more than rounding."""
+    import numpy as np
+
+    import fastema
+
+    ema = fastema.EMA(arrays, decay=0.75, shadow_dtype=shadow)
+    before = [wide(one).copy() for one in arrays]
+    for one in arrays:
+        one[...] = 3 * one + 1
+    ema.update()
+    for number, (one, old) in enumerate(zip(arrays, before, strict=True)):
+        expected = 0.75 * old + 0.25 * wide(one)
+        found = wide(ema.shadow[str(number)])
+        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        if not error <= tolerance:
+            return f"off by {error:.2g} of the largest, expected at most {tolerance:.2g}"
+    return ""
+
+
+def _wrong_swap(model: Any, torch: Any) -> str:
+    import fastema
+
+    ema = fastema.EMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.mul_(2)
+    ema.update()
+    raw, average = model.weight.detach().clone(), ema.shadow["weight"].clone()
+    with ema.swapped():
+        if not torch.equal(model.weight, average):
+            return "the model does not hold the average"
+    return "" if torch.equal(model.weight, raw) else "the weights did not come back"
+
+
+# -- speed ---------------------------------------------------------------------------------------
+
+
+def _bandwidth() -> float:
+    """GB/s of the better of two kernels that only move bytes."""
+    from fastema.engine import limit
+
+    best = 0.0
+    for make in (limit.ReadReadWrite, limit.StreamCopy):
+        move, times = make(_BYTES), []
+        for _ in range(6):
+            began = time.perf_counter()
+            move()
+            times.append(time.perf_counter() - began)
+        best = max(best, _BYTES / statistics.median(times[1:]) / 1e9)
+    return best
+
+
+def _print(found: dict[str, Any]) -> None:
+    from fastema.cli.sizes import size
+
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    print(f"installed  {packages}")
+    threads = found["threads"]
+    print(f"machine    {found['machine']}; {threads} thread{'s' if threads > 1 else ''}")
+    gpu = found["gpu"]
+    if gpu["driver"]:
+        print(f"GPU        none that CUDA knows ({gpu['driver']})")
+    else:
+        kernels = "came with the wheel" if gpu["shipped"] else "are compiled: fastema[cuda]"
+        print(f"GPU        compute capability {gpu['capability']}; its kernels {kernels}")
+    folder, nbytes = found["cache"]["folder"], found["cache"]["bytes"]
+    print(f"cache      {folder or 'nowhere to write: compiled anew each time'}, {size(nbytes)}")
+    wrong = [check for check in found["checks"] if check.error]
+    number = len(found["checks"])
+    print(f"kernels    {number - len(wrong)} of {number} as their references")
+    rate = found["GB/s"]
+    print(f"memory     {rate:.3g} GB/s, read and written by all threads")
+    for name, nbytes in (("float32", 12), ("bfloat16 with a float32 average", 10)):
+        costs = ", ".join(
+            f"{count:.0e} weights {1e3 * count * nbytes / rate / 1e9:.3g} ms".replace("e+0", "e")
+            for count in (1e7, 1e8, 1e9)
+        )
+        print(f"an update  of {costs} ({name}, at that speed)")
+    for extra in dict.fromkeys(found["missing"].values()):
+        names = [name for name, one in found["missing"].items() if one == extra]
+        why = dict.fromkeys(_EXTRAS[name][1] for name in names)
+        print(
+            f'missing    {", ".join(names)}, for {", ".join(why)}: pip install "fastema[{extra}]"'
+        )

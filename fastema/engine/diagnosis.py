@@ -1,0 +1,45 @@
+"""What there is to run kernels on this machine: threads, caches, GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from fastema.engine import shipped
+
+__all__ = ["Cache", "Gpu", "cache", "gpu"]
+
+
+class Cache(NamedTuple):
+    """Compiled CPU kernels on the disk."""
+
+    folder: Path | None  # None where nothing can be kept: each process compiles anew
+    nbytes: int
+
+
+class Gpu(NamedTuple):
+    """What the driver of NVIDIA GPUs says, and where kernels come from."""
+
+    driver: str  # empty if it works, else why not
+    capability: tuple[int, int] | None = None
+    shipped: bool = False  # kernels came with the wheel
+
+
+def cache() -> Cache:
+    """Find the folder of compiled CPU kernels, and what is in it."""
+    from fastema.kernels.jit import cache_folder
+
+    folder = cache_folder()
+    files = folder.rglob("*") if folder is not None else ()
+    return Cache(folder, sum(one.stat().st_size for one in files if one.is_file()))
+
+
+def gpu() -> Gpu:
+    """Ask the driver for the first GPU."""
+    from fastema.engine.driver import Driver, DriverError
+
+    try:
+        capability = Driver().capability(0)
+    except (OSError, DriverError) as error:
+        return Gpu(str(error))
+    return Gpu("", capability, shipped.FOLDER.is_dir())
