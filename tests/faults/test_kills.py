@@ -1,4 +1,4 @@
-"""Files that were being written when their writer was killed, at random moments."""
+"""Writers that are killed at random moments, and runs that are long."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-NEEDS = ("safetensors",)
+NEEDS = ("safetensors", "torch")
 ROOT = Path(__file__).parents[2]
 OPERATIONS = ("save", "save later", "average", "average folders", "convert")
 
@@ -22,3 +22,12 @@ def test_killed_writers_leave_whole_files(operation: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
     print(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+def test_a_long_run_takes_no_more_memory() -> None:
+    command = [sys.executable, "-m", "tests.faults.soak", "3000", "300"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("objects of Python") == 7

@@ -1,0 +1,96 @@
+"""A long run: ``python -m tests.faults.soak 200000 20000`` updates and swaps, memory and time.
+
+Both have to stay as they were after the first tenth, also where the average follows an optimizer,
+weights are re-pointed at times, and states are saved and loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastema
+
+PARTS = 10
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("no VmRSS in /proc/self/status")
+
+
+def soak(name: str, call: Callable[[int], Any], count: int) -> str:
+    """Call something often; raise if memory or time grows."""
+    seconds, held, traced = [], [], []
+    for part in range(PARTS):
+        if part == 1:
+            tracemalloc.start()
+        began = time.perf_counter()
+        for i in range(count // PARTS):
+            call(i)
+        seconds.append((time.perf_counter() - began) / (count // PARTS))
+        gc.collect()
+        held.append(resident())
+        traced.append(tracemalloc.get_traced_memory()[0] if part else 0)
+    tracemalloc.stop()
+    grown, objects = held[-1] - held[1], traced[-1] - traced[1]
+    slower = statistics.median(seconds[-3:]) / statistics.median(seconds[1:4])
+    said = (
+        f"{name}: {count:,} in parts of {1e6 * min(seconds):.1f} to {1e6 * max(seconds):.1f} us "
+        f"each, the last {slower:.2f} times the first; memory {grown / 1e6:+.1f} MB, objects of "
+        f"Python {objects / 1e3:+.1f} kB"
+    )
+    assert grown < 8e6, said
+    assert objects < 50e3, said
+    return said
+
+
+def run(updates: int, swaps: int) -> list[str]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4, bias=False))
+    model.bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ema = fastema.EMA(model, decay=(0.99, 0.999), shadow_dtype="float32", on_nonfinite="skip")
+
+    def moved(i: int) -> None:
+        if i % 100 == 0:
+            model[0].weight.data = model[0].weight.data.clone()
+        ema.update()
+
+    def swapped(i: int) -> None:
+        with ema.swapped(which=i % 2):
+            pass
+
+    followed = fastema.EMA(model, decay=0.99)
+    followed.follow(optimizer)
+    said = [
+        soak("updates", lambda i: ema.update(), updates),
+        soak("updates of weights that move", moved, updates // 10),
+        soak("swaps", swapped, swaps),
+        soak("steps that are followed", lambda i: optimizer.step(), updates // 10),
+        soak("states saved", lambda i: ema.state_dict(), swaps),
+        soak("states loaded", lambda i, s=ema.state_dict(): ema.load_state_dict(s), swaps // 10),
+    ]
+    made = soak("averages built", lambda i: fastema.EMA(model, decay=0.9), swaps // 10)
+    return [*said, made]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("updates", type=int)
+    parser.add_argument("swaps", type=int)
+    given = parser.parse_args()
+    print("\n".join(run(given.updates, given.swaps)))
