@@ -74,6 +74,7 @@ def run(updates: int, swaps: int) -> list[str]:
         with ema.swapped(which=i % 2):
             pass
 
+    state = ema.state_dict()
     followed = fastema.EMA(model, decay=0.99)
     followed.follow(optimizer)
     said = [
@@ -82,7 +83,7 @@ def run(updates: int, swaps: int) -> list[str]:
         soak("swaps", swapped, swaps),
         soak("steps that are followed", lambda i: optimizer.step(), updates // 10),
         soak("states saved", lambda i: ema.state_dict(), swaps),
-        soak("states loaded", lambda i, s=ema.state_dict(): ema.load_state_dict(s), swaps // 10),
+        soak("states loaded", lambda i: ema.load_state_dict(state), swaps // 10),
     ]
     made = soak("averages built", lambda i: fastema.EMA(model, decay=0.9), swaps // 10)
     return [*said, made]
