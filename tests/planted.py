@@ -337,7 +337,7 @@ PLANTED = {
         },
         "fastema/checkpoint/dcp.py": {
             "a path in a folder": (
-                "            if Path(name).name != name or "\\0" in name:",
+                '            if Path(name).name != name or "\\0" in name:',
                 "            if not name:",
             )
         },
