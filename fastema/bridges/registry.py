@@ -32,6 +32,7 @@ __all__ = [
     "fitted",
     "is_divided",
     "leaves_of",
+    "link_of",
     "materialised",
     "memory_by",
     "memory_of",
@@ -212,6 +213,16 @@ def world_of(arrays: Iterable[Any]) -> Ranks | None:
     """Return all processes that train together; None where there is one."""
     found = (function(members) for function, members in _by_function(arrays, "world_of"))
     return next((ranks for ranks in found if ranks is not None), None)
+
+
+def link_of(tensors: Mapping[str, Any]) -> Any:
+    """Return the way to memory of the host and back; see :mod:`fastema.bridges.torch_link`."""
+    makers = _by_function(tensors.values(), "link")
+    if len(makers) != 1 or len(makers[0][1]) < len(tensors):
+        raise BridgeError(
+            "offload=True is for models of PyTorch; their tensors go over to the host"
+        )
+    return makers[0][0](tensors)
 
 
 def reshard(container: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any, ClassVar, Final, cast
@@ -166,6 +166,13 @@ def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:
 def world_of(tensors: Sequence[torch.Tensor]) -> Ranks | None:
     """Return all ranks of the default group; None where there is one, or none was made."""
     return Ranks.of_world(tensors[0].device.type)
+
+
+def link(tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return the way between tensors and memory of the host that is as large."""
+    from fastema.bridges.torch_link import Link
+
+    return Link(tensors)
 
 
 def reshard(container: Any) -> None:

@@ -104,7 +104,7 @@ class Average(Saveable[Weights]):
 
     def report(self) -> str:
         """In words, what the average averages over at this point of the run."""
-        return report(type(self).__name__, self._schedule, self.num_updates, self.num_skipped)
+        return report(self._kind, self._schedule, self.num_updates, self.num_skipped)
 
     def __repr__(self) -> str:
         averaged = [entry for entry in self._store.sets[0].values() if entry.averaged]
@@ -113,7 +113,7 @@ class Average(Saveable[Weights]):
         rules = "; ".join(named(rule) for rule in self._schedule.rules)
         state = ", applied" if self.applied else ""
         return (
-            f"{type(self).__name__}({elements:,} weights in {_counted(len(averaged), 'tensor')}, "
+            f"{self._kind}({elements:,} weights in {_counted(len(averaged), 'tensor')}, "
             f"{dtypes}, {rules}, {_counted(self.num_updates, 'update')}{state})"
         )
 

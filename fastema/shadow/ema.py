@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fastema.errors import ArgumentError
 from fastema.rules import Constant, Rule, Window, debiased
@@ -78,6 +78,9 @@ class EMA(Average[Weights]):
         once, a single ``p.data = ...`` up to 15 updates late; until then the average follows the
         memory that the tensor had, which is kept. Not for storage that is freed and filled again
         (FSDP).
+    offload : bool
+        Keep the average in memory of the host and update it there on a thread, beside the training
+        step; for PyTorch models without DTensors. See ``docs/offload.md``.
 
     Attributes
     ----------
@@ -120,6 +123,9 @@ class EMA(Average[Weights]):
     https://doi.org/10.1137/0330046
     """
 
+    _on_host: ClassVar[Any] = None
+    """The class of averages in memory of the host."""
+
     def __init__(
         self,
         weights: Weights,
@@ -138,8 +144,12 @@ class EMA(Average[Weights]):
         drift: bool = False,
         capturable: bool = False,
         watch: WatchMode = "all",
+        offload: bool = False,
     ) -> None:
         options = options_in(locals())
+        if offload:
+            self._become_offloaded(weights, decay, zero_debias, options)
+            return
         several = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else (decay,)
         rules = [one if isinstance(one, Rule) else Constant(one) for one in several]
         if any(isinstance(rule, Window) for rule in rules):
@@ -147,3 +157,10 @@ class EMA(Average[Weights]):
         if zero_debias:
             rules = [debiased(rule) for rule in rules]
         super().__init__(weights, rules, **options)
+
+    def _become_offloaded(self, weights: Any, decay: Any, zero_debias: bool, options: Any) -> None:
+        # With __new__ a class would show its parameters, and type checkers its result.
+        if type(self) is not EMA:
+            raise ArgumentError(f"offload=True is for fastema.EMA, not for {type(self).__name__}")
+        self.__class__ = self._on_host
+        self._on_host.__init__(self, weights, decay, zero_debias=zero_debias, **options)

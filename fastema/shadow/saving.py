@@ -130,7 +130,7 @@ class Saveable(Evaluated[Weights]):
                 log_decays = self._schedule.log_decays(counters["num_updates"])
             rounding: Rounding = "stochastic" if self._format.random else "nearest"
             return pack(
-                type(self).__name__,
+                self._kind,
                 counters,
                 self._schedule,
                 log_decays,
@@ -200,7 +200,7 @@ class Saveable(Evaluated[Weights]):
         with self._lock:
             self._refuse_applied("load_state_dict")
             own = self._schedule
-            saved = unpack(state, type(self).__name__, own, self._store.specs(), schedule)
+            saved = unpack(state, self._kind, own, self._store.specs(), schedule)
             program = self._store.load(saved.tensors)
             tables = [] if self._count is None else tables_for(saved.schedule)
             if self._count is not None:

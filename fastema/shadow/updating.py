@@ -57,6 +57,11 @@ class Updating(Generic[Weights]):
     _operation: ClassVar[str] = "lerp"
     """Kernel operation for the averaged tensors."""
 
+    @property
+    def _kind(self) -> str:
+        """The class that states and reports name."""
+        return type(self).__name__
+
     @uncollected
     def __init__(
         self,
@@ -145,7 +150,7 @@ class Updating(Generic[Weights]):
     def _common_settings(self) -> dict[str, str]:
         """Return the settings that all ranks have to share, by name."""
         facts = {
-            "class": type(self).__name__,
+            "class": self._kind,
             "schedule": str(self._schedule),
             "num_updates": str(self._done),
             "num_skipped": str(self._num_skipped),

@@ -1,0 +1,149 @@
+"""Weights copied to memory of the host while training goes on, and back."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fastema.errors import BridgeError, LayoutError, listed
+
+__all__ = ["Fetch", "Link"]
+
+_PIECE: Final = 64 << 20
+"""Bytes that are copied at a time where the processor copies."""
+
+
+class Link:
+    """The way between tensors on any device and memory of the host that is as large.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        Those whose contents go over; later ones have the same names, shapes and dtypes.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        divided = [name for name, one in tensors.items() if hasattr(one, "device_mesh")]
+        if divided:
+            raise BridgeError(
+                "offload=True is not for DTensors; keep the average on the devices, where it is "
+                f"divided as they are:\n{listed(map(repr, divided))}"
+            )
+        self.staging = {name: _on_host(one) for name, one in tensors.items()}
+        self.delay: Callable[[int], None] | None = None
+        """Called before each piece with its number, where the processor copies: a slower link."""
+        self._streams = {
+            one.device: torch.cuda.Stream(one.device) for one in tensors.values() if one.is_cuda
+        }
+
+    def before_steps(self, owner: Any, method: str) -> Callable[[], None]:
+        """Call a method before any optimizer steps, while its owner lives; return what ends it."""
+        reference = weakref.ref(owner)
+
+        def hook(*_: Any) -> None:
+            found = reference()
+            if found is not None:
+                getattr(found, method)()
+
+        removed = register_optimizer_step_pre_hook(hook).remove
+        end: Callable[[], None] = weakref.finalize(owner, removed)
+        return end
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that go over in one direction."""
+        return sum(one.nbytes for one in self.staging.values())
+
+    def fetch(self, tensors: Mapping[str, torch.Tensor]) -> Fetch:
+        """Begin to copy the tensors to the host: GPUs on streams of their own, at once."""
+        self._check(tensors)
+        pairs = [(self.staging[name], one.detach()) for name, one in tensors.items()]
+        events = []
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))  # the weights are written by then
+            with torch.cuda.stream(stream):
+                for target, source in pairs:
+                    if source.device == device:
+                        target.copy_(source, non_blocking=True)
+                        source.record_stream(stream)
+            events.append((device, stream.record_event()))
+        near = [pair for pair in pairs if not pair[1].is_cuda]
+        return Fetch(near, events, self.delay)
+
+    def send(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy what is staged into the tensors; return when it is there."""
+        self._check(tensors)
+        with torch.no_grad():
+            for name, one in tensors.items():
+                one.detach().copy_(self.staging[name], non_blocking=True)
+        for device in self._streams:  # the staged memory may be written from now on
+            torch.cuda.current_stream(device).synchronize()
+
+    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        problems = [f"{name!r} is gone" for name in self.staging if name not in tensors]
+        problems += [f"{name!r} is new" for name in tensors if name not in self.staging]
+        for name, one in tensors.items():
+            was = self.staging.get(name)
+            if was is not None and (one.shape, one.dtype) != (was.shape, was.dtype):
+                now = f"{one.dtype}{list(one.shape)}"
+                problems.append(f"{name!r} is now {now}, was {was.dtype}{list(was.shape)}")
+            elif was is not None and one.is_cuda and one.device not in self._streams:
+                self._streams[one.device] = torch.cuda.Stream(one.device)
+        if problems:
+            raise LayoutError("the model no longer matches the average:\n" + listed(problems))
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory of the host like that of a tensor; a GPU writes there on its own."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+
+
+class Fetch:
+    """Tensors on their way to the host."""
+
+    def __init__(
+        self,
+        near: list[tuple[torch.Tensor, torch.Tensor]],
+        events: list[tuple[torch.device, Any]],
+        delay: Callable[[int], None] | None,
+    ) -> None:
+        self._near, self._events, self._delay = near, events, delay
+        self._copied = threading.Event()
+
+    def complete(self) -> None:
+        """Copy what the processor copies, and wait until all is there."""
+        try:
+            with torch.no_grad():
+                for number, (target, source) in enumerate(self._pieces()):
+                    if self._delay is not None:
+                        self._delay(number)
+                    target.copy_(source)
+            for _, event in self._events:
+                event.synchronize()
+        finally:
+            self._near = []
+            self._copied.set()
+
+    def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for target, source in self._near:
+            if source.nbytes <= _PIECE or not (
+                source.is_contiguous() and target.is_contiguous() and source.ndim
+            ):
+                yield target, source
+                continue
+            size = max(_PIECE // source.element_size(), 1)
+            yield from zip(target.view(-1).split(size), source.view(-1).split(size), strict=True)
+
+    def fence(self) -> bool:
+        """Have what comes next wait until the tensors may be written; whether the host waited."""
+        for device, event in self._events:
+            torch.cuda.current_stream(device).wait_event(event)
+        if not self._near or self._copied.is_set():
+            return False
+        self._copied.wait()
+        return True

@@ -1,0 +1,287 @@
+"""The exponential moving average in memory of the host, updated beside the training step."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from fastema.binding.swap import WriteWatch
+from fastema.bridges.registry import leaves_of, link_of, materialised, state_of
+from fastema.engine.blocks import Steps
+from fastema.engine.interrupts import defer_signals
+from fastema.engine.locks import lock
+from fastema.errors import ArgumentError, StateError
+from fastema.layout.spec import Leaves, TensorSpec
+from fastema.rules import Rule
+from fastema.shadow.ema import EMA
+from fastema.shadow.entries import select
+from fastema.shadow.options import Policy, checked, patterns_of
+from fastema.shadow.views import Shadow
+
+__all__ = ["OffloadStats", "OffloadedEMA"]
+
+
+class OffloadStats(NamedTuple):
+    """What an average on the host has cost so far.
+
+    Attributes
+    ----------
+    queue_depth : int
+        Updates that are not done yet: 0 or 1.
+    seconds_waited : float
+        That training waited, for the weights to be copied or for an update to be done.
+    bytes_moved : int
+        Over the link, in both directions.
+    """
+
+    queue_depth: int
+    seconds_waited: float
+    bytes_moved: int
+
+
+class OffloadedEMA(EMA[Any]):
+    """What ``EMA(model, offload=True)`` builds; see :class:`fastema.EMA`.
+
+    The weights are copied to memory of the host as large as they are, and averaged there on a
+    thread, while training goes on. Before an optimizer of PyTorch steps again it waits until the
+    weights are copied; :meth:`wait` does so for a loop that writes them in another way.
+    """
+
+    def __init__(
+        self,
+        weights: Any,
+        decay: float | Rule | Sequence[float | Rule] = 0.999,
+        *,
+        frozen: Policy = "skip",
+        buffers: Policy = "copy",
+        policy: Mapping[str, Policy] | None = None,
+        capturable: bool = False,
+        **options: Any,
+    ) -> None:
+        if capturable:
+            raise ArgumentError("capturable=True counts on the GPU, and offload=True on the host")
+        self._module = materialised(weights)
+        leaves = leaves_of(self._module)
+        policies = checked(frozen, "frozen", Policy), checked(buffers, "buffers", Policy)
+        chosen = select(leaves, *policies, patterns_of(policy))
+        self._averaged = {leaf.name for leaf in chosen.averaged if leaf.role != "buffer"}
+        self._tied = chosen.names.aliases
+        kept: dict[str, Policy] = {leaf.name: "average" for leaf in chosen.averaged}
+        kept |= {leaf.name: "copy" for leaf in chosen.copied}
+        self._kept = list(kept)
+        self._link = link_of(self._owners(leaves))
+        self._end_fences = self._link.before_steps(self, "wait")
+        self._turn = lock()
+        self._fetch: Any = None
+        self._job: Future[None] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+        self._pending, self._waited, self._moved = 0, 0.0, 0
+        self._holder: Any = None  # the model that the average is applied to, if given
+        self._writes: WriteWatch | None = None
+        self._link.fetch(self._owners(leaves)).complete()
+        exactly = {glob.escape(name): what for name, what in kept.items()}
+        super().__init__(self._link.staging, decay, policy=exactly, **options)
+
+    def _owners(self, leaves: Leaves) -> dict[str, Any]:
+        """The model's tensors that are kept, by name."""
+        kept = set(self._kept)
+        return {leaf.name: leaf.spec.owner for leaf in leaves.items if leaf.name in kept}
+
+    def _tensors(self, model: Any = None) -> dict[str, Any]:
+        return self._owners(leaves_of(self._module if model is None else materialised(model)))
+
+    @property
+    def _kind(self) -> str:
+        return "EMA"  # states go from one to the other
+
+    # -- the worker -------------------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Return when the weights may be written: the latest update has its copy of them.
+
+        On a GPU its stream waits, and the host goes on. Called before each step of an optimizer of
+        PyTorch; call it where something else writes the weights.
+        """
+        if self._fetch is not None:
+            began = time.perf_counter()
+            if self._fetch.fence():
+                self._waited += time.perf_counter() - began
+
+    def _drain(self) -> None:
+        """Wait until all updates are done; raise what one of them raised."""
+        job = self._job
+        if job is None:
+            return
+        began = time.perf_counter()
+        alone = self._pid != os.getpid()  # a child of fork has no worker: the copy is as it was
+        try:
+            if not alone:
+                job.result()
+        finally:
+            self._waited += time.perf_counter() - began
+            if alone or job.done():  # an interrupt leaves it to the next call
+                self._job, self._fetch, self._pending = None, None, 0
+
+    def _settle(self) -> None:
+        """Wait until all updates are done; until start_after the average is the weights of now."""
+        self._drain()
+        if self._applied is None and self._is_synced():
+            self._link.fetch(self._tensors()).complete()
+
+    def _submit(self, steps: int) -> None:
+        if self._pool is None or self._pid != os.getpid():
+            self._pool, self._pid = ThreadPoolExecutor(1, "fastema-offload"), os.getpid()
+        fetch = self._fetch
+
+        def work() -> None:
+            try:
+                fetch.complete()
+                super(OffloadedEMA, self).update(steps=steps)
+            finally:
+                self._pending = 0
+
+        self._pending = steps
+        self._job = self._pool.submit(work)
+
+    @property
+    def offload_stats(self) -> OffloadStats:
+        """Updates under way, seconds that training waited, bytes moved over the link."""
+        depth = int(self._job is not None and not self._job.done())
+        return OffloadStats(depth, self._waited, self._moved)
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def update(self, model: Any = None, *, steps: int = 1) -> None:
+        """Take the current weights into the average, on a thread; returns at once.
+
+        If the update before is not done, it is waited for. What an update raises, the next call
+        does. See :meth:`fastema.EMA.update`.
+        """
+        with self._turn:
+            self._drain()
+            self._refuse_applied("update")
+            self._fetch = self._link.fetch(self._tensors(model))
+            self._moved += self._link.nbytes
+            self._submit(steps)
+
+    @property
+    def num_updates(self) -> int:
+        """Calls of :meth:`update` so far, with the one that is not done yet."""
+        return self._done + self._pending
+
+    def update_from_host(self, tensors: Mapping[str, Any]) -> None:
+        """Take in weights that are on the host already, by name; nothing goes over the link.
+
+        For trainers that keep copies there: master weights, a checkpoint being written. The tensors
+        may be written when this returns.
+        """
+        self._drain()
+        self._refuse_applied("update_from_host")
+        self._link.fetch({name: tensors[name] for name in self._kept if name in tensors}).complete()
+        super().update()
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def apply_shadow(self, model: Any = None, *, which: int | None = None) -> None:
+        """Put the average into the model, in place; see :meth:`fastema.EMA.apply_shadow`."""
+        self._settle()
+        self._refuse_applied("apply_shadow")
+        leaves = leaves_of(self._module if model is None else materialised(model))
+        tensors = self._owners(leaves)
+        writes = WriteWatch(self._specs(leaves), self._averaged)
+        self._link.fetch(tensors).complete()  # the raw weights, to the bit
+        with defer_signals():
+            super().apply_shadow(which=which)
+            try:
+                self._link.send(tensors)
+                writes.begin()
+            except BaseException:
+                super()._restore(None)
+                self._link.send(tensors)
+                raise
+            self._holder, self._writes = model, writes
+        self._moved += 2 * self._link.nbytes
+
+    def _specs(self, leaves: Leaves) -> dict[str, TensorSpec]:
+        kept = set(self._kept)
+        return {leaf.name: leaf.spec for leaf in leaves.items if leaf.name in kept}
+
+    def _restore(self, model: Any) -> list[str]:
+        if self._applied is None or self._writes is None:
+            return super()._restore(None)
+        leaves = leaves_of(
+            self._module if (one := model or self._holder) is None else materialised(one)
+        )
+        writes, specs = self._writes, self._specs(leaves)
+        written = writes.written()
+        with defer_signals():
+            super()._restore(None)
+            self._link.send(self._owners(leaves))
+            writes.now = specs
+            writes.end()
+            self._holder = self._writes = None
+        self._moved += self._link.nbytes
+        return written
+
+    def _swap_steps(self, model: Any, which: int | None) -> Steps[Any]:
+        steps: Steps[Any] = super()._swap_steps(model, which)
+
+        def apply() -> Any:
+            steps.apply()
+            return self._module if model is None else model
+
+        return Steps(apply, steps.restore, steps.verify)
+
+    def copy_to(self, model: Any, *, which: int | None = None) -> None:
+        """Write the average into a model; see :meth:`fastema.EMA.copy_to`."""
+        self._settle()
+        held = super().model_state_dict(which=which)
+        target = self._tensors(model)
+        missing = [name for name in held if name not in target]
+        if missing:
+            raise StateError(f"copy_to(): the model has no {missing[0]!r}")
+        for name, one in held.items():
+            if name in target:
+                target[name].detach().copy_(one)
+
+    def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
+        """Return the model's state with the average applied, on the model's devices."""
+        self._settle()
+        held = super().model_state_dict(which=which)
+        found = state_of(self._module if model is None else materialised(model))
+        kept = {key: self._tied.get(name, name) for key, (name, _) in found.items()}
+        return {
+            key: held[kept[key]].to(entry.device) if kept[key] in held else entry
+            for key, (_, entry) in found.items()
+        }
+
+    @property
+    def shadows(self) -> tuple[Shadow, ...]:
+        """The averaged tensors by name, on the host, of every average."""
+        self._settle()
+        return super().shadows
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def to(self, *target: Any, device: Any = None, dtype: Any = None, **options: Any) -> Any:
+        """Change the dtype of the average; it stays on the host."""
+        self._drain()
+        return super().to(*target, device=device, dtype=dtype, **options)
+
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """Return what is needed to continue; see :meth:`fastema.EMA.state_dict`."""
+        self._settle()
+        return super().state_dict(copy=copy)
+
+    def load_state_dict(self, state: Mapping[str, Any], **options: Any) -> None:
+        """Take over a saved average; see :meth:`fastema.EMA.load_state_dict`."""
+        self._drain()
+        super().load_state_dict(state, **options)
+
+
+EMA._on_host = OffloadedEMA
