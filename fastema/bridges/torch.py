@@ -165,7 +165,7 @@ def ranks_of(tensors: Iterable[torch.Tensor]) -> Ranks | None:
 
 def world_of(tensors: Sequence[torch.Tensor]) -> Ranks | None:
     """Return all ranks of the default group; None where there is one, or none was made."""
-    return Ranks.of_world(tensors[0].device.type)
+    return Ranks.of_world()
 
 
 def link(tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -39,12 +39,13 @@ class Ranks:
             ]
 
     @classmethod
-    def of_world(cls, device_type: str) -> Ranks | None:
+    def of_world(cls) -> Ranks | None:
         """All ranks of the default group; None where there is one, or no group."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return None
         made = cls.__new__(cls)
-        made._device, made._groups = torch.device(device_type), [dist.group.WORLD]
+        made._device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+        made._groups = [dist.group.WORLD]
         return made
 
     def any(self, flag: bool) -> bool:

@@ -318,6 +318,24 @@ def data_parallel() -> None:
     assert_equal(averages(ema), averages(reference))
 
 
+def followed_together() -> list[int]:
+    """What one rank leaves out all do, of replicas and of shards; and updates on the host."""
+    counts = []
+    for divide in (lambda model: model, fully_shard):
+        model = divide(net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        ema = fastema.EMA(model, decay=0.8)
+        wanted = iter([True, dist.get_rank() != 1, dist.get_rank() != 2, True])
+        ema.follow(optimizer, update_if=lambda wanted=wanted: next(wanted))
+        for count in (1, 1, 1, 4):
+            optimizer.step()
+            assert ema.num_updates == count
+        counts.append(ema.num_updates)
+    with pytest.raises(fastema.errors.BridgeError, match="offload=True is not for DTensors"):
+        fastema.EMA(fully_shard(net()), offload=True)
+    return counts
+
+
 def without_one() -> list[str]:
     """One rank is gone: what the other says, and how long it took."""
     model = fully_shard(net())

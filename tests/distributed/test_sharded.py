@@ -117,3 +117,7 @@ def test_a_rank_that_is_gone_is_an_error_within_the_timeout() -> None:
     assert updates == "1"  # an update asks nobody
     for one in (state, built):
         assert float(one.partition(" ")[0]) < 20
+
+
+def test_a_step_that_one_rank_leaves_out_all_do(run: Run) -> None:
+    assert run(cases.followed_together) == [[4, 4]] * 4
