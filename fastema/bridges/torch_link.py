@@ -140,9 +140,15 @@ class Fetch:
             yield from zip(target.view(-1).split(size), source.view(-1).split(size), strict=True)
 
     def fence(self) -> bool:
-        """Have what comes next wait until the tensors may be written; whether the host waited."""
+        """Have what comes next wait until the tensors may be written; whether the host waited.
+
+        A graph that is being captured cannot wait for what is not in it.
+        """
         for device, event in self._events:
-            torch.cuda.current_stream(device).wait_event(event)
+            stream = torch.cuda.current_stream(device)
+            with torch.cuda.stream(stream):
+                if not torch.cuda.is_current_stream_capturing():
+                    stream.wait_event(event)
         if not self._near or self._copied.is_set():
             return False
         self._copied.wait()

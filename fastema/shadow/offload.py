@@ -13,13 +13,12 @@ from fastema.binding.swap import WriteWatch
 from fastema.bridges.registry import leaves_of, link_of, materialised, state_of
 from fastema.engine.blocks import Steps
 from fastema.engine.interrupts import defer_signals
-from fastema.engine.locks import lock
-from fastema.errors import ArgumentError, StateError
+from fastema.errors import ArgumentError, LayoutError, listed
 from fastema.layout.spec import Leaves, TensorSpec
 from fastema.rules import Rule
 from fastema.shadow.ema import EMA
 from fastema.shadow.entries import select
-from fastema.shadow.options import Policy, checked, patterns_of
+from fastema.shadow.options import Policy, checked, destination, patterns_of
 from fastema.shadow.views import Shadow
 
 __all__ = ["OffloadStats", "OffloadedEMA"]
@@ -75,7 +74,6 @@ class OffloadedEMA(EMA[Any]):
         self._kept = list(kept)
         self._link = link_of(self._owners(leaves))
         self._end_fences = self._link.before_steps(self, "wait")
-        self._turn = lock()
         self._fetch: Any = None
         self._job: Future[None] | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -141,7 +139,7 @@ class OffloadedEMA(EMA[Any]):
         def work() -> None:
             try:
                 fetch.complete()
-                super(OffloadedEMA, self).update(steps=steps)
+                self._take_in(None, steps)  # all others wait for it, under the lock
             finally:
                 self._pending = 0
 
@@ -162,7 +160,7 @@ class OffloadedEMA(EMA[Any]):
         If the update before is not done, it is waited for. What an update raises, the next call
         does. See :meth:`fastema.EMA.update`.
         """
-        with self._turn:
+        with self._lock:
             self._drain()
             self._refuse_applied("update")
             self._fetch = self._link.fetch(self._tensors(model))
@@ -174,38 +172,48 @@ class OffloadedEMA(EMA[Any]):
         """Calls of :meth:`update` so far, with the one that is not done yet."""
         return self._done + self._pending
 
+    @property
+    def num_skipped(self) -> int:
+        """Updates that changed nothing because a weight was not finite; waits for the latest."""
+        with self._lock:
+            self._drain()
+            return self._num_skipped
+
     def update_from_host(self, tensors: Mapping[str, Any]) -> None:
         """Take in weights that are on the host already, by name; nothing goes over the link.
 
         For trainers that keep copies there: master weights, a checkpoint being written. The tensors
         may be written when this returns.
         """
-        self._drain()
-        self._refuse_applied("update_from_host")
-        self._link.fetch({name: tensors[name] for name in self._kept if name in tensors}).complete()
-        super().update()
+        with self._lock:
+            self._drain()
+            self._refuse_applied("update_from_host")
+            found = {name: tensors[name] for name in self._kept if name in tensors}
+            self._link.fetch(found).complete()
+            self._take_in(None, 1)
 
     # -- evaluation -------------------------------------------------------------------------------
 
     def apply_shadow(self, model: Any = None, *, which: int | None = None) -> None:
         """Put the average into the model, in place; see :meth:`fastema.EMA.apply_shadow`."""
-        self._settle()
-        self._refuse_applied("apply_shadow")
-        leaves = leaves_of(self._module if model is None else materialised(model))
-        tensors = self._owners(leaves)
-        writes = WriteWatch(self._specs(leaves), self._averaged)
-        self._link.fetch(tensors).complete()  # the raw weights, to the bit
-        with defer_signals():
-            super().apply_shadow(which=which)
-            try:
-                self._link.send(tensors)
-                writes.begin()
-            except BaseException:
-                super()._restore(None)
-                self._link.send(tensors)
-                raise
-            self._holder, self._writes = model, writes
-        self._moved += 2 * self._link.nbytes
+        with self._lock:
+            self._settle()
+            self._refuse_applied("apply_shadow")
+            leaves = leaves_of(self._module if model is None else materialised(model))
+            tensors = self._owners(leaves)
+            writes = WriteWatch(self._specs(leaves), self._averaged)
+            self._link.fetch(tensors).complete()  # the raw weights, to the bit
+            with defer_signals():
+                super().apply_shadow(which=which)
+                try:
+                    self._link.send(tensors)
+                    writes.begin()
+                except BaseException:
+                    super()._restore(None)
+                    self._link.send(tensors)
+                    raise
+                self._holder, self._writes = model, writes
+            self._moved += 2 * self._link.nbytes
 
     def _specs(self, leaves: Leaves) -> dict[str, TensorSpec]:
         kept = set(self._kept)
@@ -239,20 +247,20 @@ class OffloadedEMA(EMA[Any]):
 
     def copy_to(self, model: Any, *, which: int | None = None) -> None:
         """Write the average into a model; see :meth:`fastema.EMA.copy_to`."""
-        self._settle()
-        held = super().model_state_dict(which=which)
-        target = self._tensors(model)
-        missing = [name for name in held if name not in target]
+        with self._lock:
+            self._settle()
+            held, target = super().model_state_dict(which=which), self._tensors(model)
+        missing = [f"{name!r} is missing" for name in self._kept if name not in target]
         if missing:
-            raise StateError(f"copy_to(): the model has no {missing[0]!r}")
-        for name, one in held.items():
-            if name in target:
-                target[name].detach().copy_(one)
+            raise LayoutError("the model is not that of the average:\n" + listed(missing))
+        for name in self._kept:
+            target[name].detach().copy_(held[name])
 
     def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
         """Return the model's state with the average applied, on the model's devices."""
-        self._settle()
-        held = super().model_state_dict(which=which)
+        with self._lock:
+            self._settle()
+            held = super().model_state_dict(which=which)
         found = state_of(self._module if model is None else materialised(model))
         kept = {key: self._tied.get(name, name) for key, (name, _) in found.items()}
         return {
@@ -263,25 +271,37 @@ class OffloadedEMA(EMA[Any]):
     @property
     def shadows(self) -> tuple[Shadow, ...]:
         """The averaged tensors by name, on the host, of every average."""
-        self._settle()
-        return super().shadows
+        with self._lock:
+            self._settle()
+            return super().shadows
+
+    def _tensor(self, index: int, name: str) -> Any:
+        with self._lock:
+            self._drain()
+            return super()._tensor(index, name)
 
     # -- saving -----------------------------------------------------------------------------------
 
     def to(self, *target: Any, device: Any = None, dtype: Any = None, **options: Any) -> Any:
         """Change the dtype of the average; it stays on the host."""
-        self._drain()
-        return super().to(*target, device=device, dtype=dtype, **options)
+        there, _ = destination(target, device, dtype)
+        if there is not None and not str(there).startswith("cpu"):
+            raise ArgumentError(f"to({there!r}): the average was built with offload=True; it stays")
+        with self._lock:
+            self._drain()
+            return super().to(*target, device=device, dtype=dtype, **options)
 
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Return what is needed to continue; see :meth:`fastema.EMA.state_dict`."""
-        self._settle()
-        return super().state_dict(copy=copy)
+        with self._lock:
+            self._settle()
+            return super().state_dict(copy=copy)
 
     def load_state_dict(self, state: Mapping[str, Any], **options: Any) -> None:
         """Take over a saved average; see :meth:`fastema.EMA.load_state_dict`."""
-        self._drain()
-        super().load_state_dict(state, **options)
+        with self._lock:
+            self._drain()
+            super().load_state_dict(state, **options)
 
 
 EMA._on_host = OffloadedEMA

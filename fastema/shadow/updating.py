@@ -253,14 +253,18 @@ class Updating(Generic[Weights]):
             With ``on_nonfinite="raise"``, naming the tensors; nothing was written.
         """
         with self._lock:
-            steps = checked_whole(steps, "steps", 1, MOST - self._done)
-            self._refuse_applied("update")
-            if steps != 1:
-                self._refuse_long_steps(steps)
-            with self._current(model, once=_ONCE) as program:
-                self._update(program, steps)
-            if self._binding.model.fixed:
-                self._own_model = None
+            self._take_in(model, steps)
+
+    def _take_in(self, model: Any, steps: int) -> None:
+        """Do what :meth:`update` does; the caller sees to it that nobody else calls meanwhile."""
+        steps = checked_whole(steps, "steps", 1, MOST - self._done)
+        self._refuse_applied("update")
+        if steps != 1:
+            self._refuse_long_steps(steps)
+        with self._current(model, once=_ONCE) as program:
+            self._update(program, steps)
+        if self._binding.model.fixed:
+            self._own_model = None
 
     def follow(self, *optimizers: Any, update_if: Callable[[], bool] | None = None) -> None:
         """Update after each step of these optimizers, by their own hooks; call no ``update()``.
