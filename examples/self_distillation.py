@@ -13,37 +13,16 @@ from __future__ import annotations
 import argparse
 
 import torch
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from digits import TRAINED, accuracy, load, network
 from torch.nn import functional
 
 import fastema
 
-TRAINED = 1200
-"""Images that are trained on; the other 597 are for the test."""
-
-
-def load(wrong: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, their digits, and labels of which a share is random."""
-    data, target = load_digits(return_X_y=True)
-    order = torch.randperm(len(data))
-    images, digits = (
-        torch.tensor(data, dtype=torch.float32)[order] / 16,
-        torch.tensor(target)[order],
-    )
-    labels = digits.clone()
-    spoilt = torch.rand(len(labels)) < wrong
-    labels[spoilt] = torch.randint(10, (int(spoilt.sum()),))
-    return images, digits, labels
-
 
 def train(steps: int, share: float, seed: int = 0) -> tuple[float, float]:
     """Accuracy of the model and of its average, where the teacher has this share of the loss."""
-    torch.manual_seed(seed)
-    images, digits, labels = load(wrong=0.5)
-    model = nn.Sequential(
-        *(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
-    )
+    images, digits, labels = load(seed=seed)
+    model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     ema = fastema.EMA(model, decay=0.998)
     ema.follow(optimizer)  # updates after each of its steps
@@ -60,14 +39,9 @@ def train(steps: int, share: float, seed: int = 0) -> tuple[float, float]:
         loss.backward()
         optimizer.step()
 
-    def accuracy() -> float:
-        with torch.no_grad():
-            right = model(images[TRAINED:]).argmax(1) == digits[TRAINED:]
-        return right.float().mean().item()
-
-    trained = accuracy()
+    trained = accuracy(model, images, digits)
     with ema.swapped():
-        return trained, accuracy()
+        return trained, accuracy(model, images, digits)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from fastema.tracking import logs
 
 from .support.process import run_python
 
-NEEDS = ("keras", "matplotlib", "sklearn", "tensorboard")
+NEEDS = ("jax", "keras", "lightning", "matplotlib", "safetensors", "sklearn", "tensorboard")
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -73,10 +73,32 @@ def test_staircase_does_not_mix_runs(tmp_path: Path) -> None:
     assert "is not empty" in done.stderr
 
 
+EVERY = {
+    "pytorch_loop": 5,
+    "lightning_callback": 5,
+    "keras_callback": 5,
+    "jax_loop": 5,
+    "average_checkpoints": 3,
+}
+"""Example to the percent by which its average is better than its weights, at least."""
+
+
 @pytest.mark.slow
-def test_self_distillation() -> None:
-    done = run_python(EXAMPLES / "self_distillation.py", "--steps", 500)
+@pytest.mark.parametrize("name", EVERY)
+def test_an_example_prints_what_it_says(name: str) -> None:
+    done = run_python(EXAMPLES / f"{name}.py")
     assert done.returncode == 0, done.stderr
+    found = re.findall(r"weights ([\d.]+)%   average ([\d.]+)%", done.stdout)
+    ((weights, average),) = found
+    assert float(average) >= float(weights) + EVERY[name]
+
+
+@pytest.mark.slow
+def test_examples_of_several_averages() -> None:
+    done = run_python(EXAMPLES / "self_distillation.py", "--steps", 500)
     found = [re.findall(r"([\d.]+)%(?:   |$)", line) for line in done.stdout.splitlines()]
     (alone, _), (_, taught) = [[float(one) for one in line] for line in found]
     assert taught > alone + 10
+    done = run_python(EXAMPLES / "mixed_precision.py")
+    exact, _, still = (float(line.rpartition(" ")[2][:-1]) for line in done.stdout.splitlines()[1:])
+    assert exact > still + 10

@@ -1,0 +1,47 @@
+"""The task of the other examples: handwritten digits, a small network, a high learning rate.
+
+A model that is trained at a high learning rate moves around the best weights; its average lies
+nearer to them. Half of the labels are wrong, so that there is something to average out.
+"""
+
+from __future__ import annotations
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+TRAINED = 1200
+"""Images that are trained on; the other 597 are for the test."""
+
+
+def load(wrong: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, their digits, and labels of which a share is random."""
+    torch.manual_seed(seed)
+    data, target = load_digits(return_X_y=True)
+    order = torch.randperm(len(data))
+    images, digits = (
+        torch.tensor(data, dtype=torch.float32)[order] / 16,
+        torch.tensor(target)[order],
+    )
+    labels = digits.clone()
+    spoilt = torch.rand(len(labels)) < wrong
+    labels[spoilt] = torch.randint(10, (int(spoilt.sum()),))
+    return images, digits, labels
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, digits: Tensor) -> float:
+    """The share of the test's images that a model reads right."""
+    device = next(model.parameters()).device
+    right = model(images[TRAINED:].to(device)).argmax(1).cpu() == digits[TRAINED:]
+    return right.float().mean().item()
+
+
+def report(trained: float, averaged: float) -> None:
+    print(f"weights {trained:.1%}   average {averaged:.1%}")
