@@ -119,6 +119,8 @@ def convert(
         source = replace(source, schedule=Schedule(Constant(checked_decay(decay))))
     source, lost = _arranged(source, wanted, _listed_names(names))
     lost += source.notes
+    if source.library == "model":
+        lost.append("nothing tells that these are averages: a model's weights")
     if source.num_updates is not None and not wanted.counts:
         lost.append(f"the number of updates, {source.num_updates}")
     schedule = source.schedule

@@ -457,6 +457,8 @@ def test_a_windowed_mean_goes_on_from_its_own_file_only(tmp_path: Path) -> None:
 def test_a_models_weights_are_no_average(tmp_path: Path) -> None:
     torch.save(MODEL, tmp_path / "model.pt")
     assert load(tmp_path / "model.pt").library == "model"
+    done = convert(tmp_path / "model.pt", tmp_path / "d2go.pt", to="d2go")
+    assert done.lost == ["nothing tells that these are averages: a model's weights"]
     with pytest.raises(CheckpointError, match="holds a model's weights and no average"):
         load_into(fastema.EMA(build_model()), tmp_path / "model.pt")
 
