@@ -450,7 +450,8 @@ def test_what_is_no_log_is_one_line(
     assert smooth(tmp_path / "log") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert said in printed.err
+    # Newer Pythons read deeper lists.
+    assert said in printed.err or (name == "a deep list" and "expected rows" in printed.err)
     assert printed.err.count("\n") == 1
 
 

@@ -446,7 +446,8 @@ def test_nothing_is_kept_alive() -> None:
 def test_a_child_of_fork_goes_on(python: Callable[..., str]) -> None:
     said = python(
         """
-        import os, torch, fastema
+        import os, warnings, torch, fastema
+        warnings.simplefilter("ignore")  # that there are threads is what is tested
         model = torch.nn.Linear(3, 2)
         ema = fastema.EMA(model, decay=0.5, offload=True)
         ema.update()

@@ -170,7 +170,10 @@ def from_rows(rows: object, source: str) -> Table:
             f"{source}: expected rows that name their values, such as "
             '{"step": 10, "loss": 0.5}, or names with lists of values'
         )
-    flat = [dict(_flat(row)) for row in rows]
+    try:
+        flat = [dict(_flat(row)) for row in rows]
+    except RecursionError:
+        raise ArgumentError(f"{source}: it is nested deeper than any log") from None
     names = dict.fromkeys(itertools.chain.from_iterable(flat))
     cells = {name: [row.get(name, "") for row in flat] for name in names}
     return of_cells(cells, source)
