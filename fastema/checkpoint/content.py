@@ -1,4 +1,4 @@
-"""Files as mappings whose tensors lie there unread."""
+"""Checkpoint files as nested mappings, whose tensors are found but not read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Leaf:
 
 
 class Content(NamedTuple):
-    """A file's mappings, whose tensors :meth:`find` finds and nobody has read."""
+    """The nested mappings of a file; :meth:`find` describes a tensor in them without reading it."""
 
     path: Path
     mapping: Mapping[Any, Any]
@@ -78,7 +78,7 @@ _NUMBERS: Final = {
 
 
 def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | None]:
-    """A file's mappings; of what is no file of ``torch.save``, also the checkpoint."""
+    """Open a file's mappings; of formats other than torch.save's also the checkpoint."""
     if is_torch_file(path):
         state = torch_file.read(path)
         part = state.content if key is None else torch_file.part_of(state.content, key, path)
@@ -100,14 +100,14 @@ def checkpoint_of(path: Path, tensors: Mapping[str, Leaf]) -> Checkpoint:
 
 
 def gathered(content: Content, part: Any) -> Checkpoint:
-    """The tensors of a part by their names without the prefixes of wrappers."""
+    """Collect the tensors of a part, by names without the prefixes of wrappers."""
     held = content.tensors(part)
     leaves = [content.find(name, one) for name, one in held.items()]
     return checkpoint_of(content.path, dict(zip(plain_names(list(held)), leaves, strict=True)))
 
 
 def untied(found: Checkpoint) -> Checkpoint:
-    """The same with one name for each memory, the first; ``tied`` has the others."""
+    """Drop all names but the first of tied tensors; ``tied`` maps them to the first."""
     owners: dict[Any, str] = {}
     tied = dict(found.tied)
     for name, stored in found.tensors.items():

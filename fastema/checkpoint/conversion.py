@@ -30,7 +30,7 @@ _Path = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of an average.
+    """The result of a conversion.
 
     Attributes
     ----------
@@ -168,7 +168,7 @@ def _listed_names(given: _Path | Sequence[str] | None) -> list[str] | None:
 def _arranged(
     source: StoredAverage, wanted: _Writer, names: list[str] | None
 ) -> tuple[StoredAverage, list[str]]:
-    """The tensors by the names, and in the order, that the result needs; and what is left out."""
+    """Rename and order tensors as the result needs them; list what is left out."""
     found = source.checkpoint
     keys = list(found.tensors)
     if source.names == "full" or (source.names, wanted.names) == ("places", "places"):
@@ -239,7 +239,7 @@ def _never(schedule: Schedule) -> bool:
 
 
 class _Writer(NamedTuple):
-    """How a library's layout is written, and what has a place in it."""
+    """How to write a library's layout, and what it can hold."""
 
     library: str
     write: Callable[[StoredAverage, Path], None]
@@ -256,7 +256,7 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _saved(content: Callable[[StoredAverage, dict[str, Tensor]], dict[str, Any]]) -> Any:
-    """A function that writes what is made of the tensors, with ``torch.save``."""
+    """Return a function that builds a state from the tensors and writes it with ``torch.save``."""
 
     def write(source: StoredAverage, out: Path) -> None:
         import torch
@@ -294,7 +294,7 @@ def _decay_of(source: StoredAverage, to: str) -> float:
 
 
 def _is_simple(schedule: Schedule) -> bool:
-    """Return whether it is a decay at every step, or one that grows as torch_ema's does."""
+    """Return whether it is a constant decay, or torch_ema's warm-up, at every step."""
     rule, later = schedule.rules[0], schedule.start_after
     if type(rule) is Warmup:
         return not later and schedule.update_every == 1

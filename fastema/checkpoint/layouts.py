@@ -20,8 +20,7 @@ from fastema.shadow.store import PARTS
 __all__ = ["Found", "Names", "diffusers_options", "read"]
 
 Names = Literal["full", "without dots", "places"]
-"""How tensors are called: as in the model; as there, but for the dots; by their places in a list.
-"""
+"""Names of tensors: the model's; the model's without dots; positions in a list."""
 
 _LONGEST_CONFIG: Final = 1 << 24
 
@@ -54,7 +53,7 @@ _LITEMA: Final = "model_ema."
 
 
 def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, Found | None]:
-    """The library, and what it has left; "model" and nothing where no average is told apart."""
+    """Return the library that wrote a file and its average; ("model", None) without an average."""
     if whole is not None:
         ours = _of_fastema(content, whole, index)
         if ours is not None:
@@ -80,7 +79,7 @@ def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, F
 
 
 def _candidates(mapping: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    """Mappings that may be the state of an average: the file's, and some within."""
+    """Yield the mappings that may be the state of an average: the file's, and some within."""
     state = mapping.get("state", mapping)
     algorithms = state.get("algorithms") if isinstance(state, Mapping) else None
     if isinstance(algorithms, Mapping):  # of Composer, whose model may hold the average
@@ -117,7 +116,7 @@ def _begins(name: Any, prefix: str) -> bool:
 
 
 def _under(mapping: Mapping[Any, Any], prefix: str) -> dict[str, Any]:
-    """The entries whose names begin so, without that."""
+    """Return the entries whose names begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in mapping.items() if _begins(k, prefix)}
 
 
@@ -193,7 +192,7 @@ def _of_snapshot(content: Content, metadata: Mapping[str, str]) -> Found:
 
 
 def _scheduled(rule: Callable[[], Rule], every: int = 1, start: int = 0) -> Schedule | None:
-    """A schedule; None where a saved number has no place in it."""
+    """Build a schedule; None if a saved number is out of its range."""
     try:
         return Schedule(rule(), every, start)
     except (ArgumentError, ZeroDivisionError, OverflowError):
@@ -251,7 +250,7 @@ def _of_diffusers(content: Content, state: Mapping[Any, Any], names: Names = "pl
 
 
 def diffusers_options(schedule: Schedule | None) -> dict[str, Any] | None:
-    """What diffusers calls a schedule; None where it has no such."""
+    """Express a schedule in diffusers' options; None if it has no such schedule."""
     if schedule is None or schedule.update_every > 1:
         return None
     rule, start = schedule.rules[0], {"update_after_step": schedule.start_after}
@@ -264,7 +263,7 @@ def diffusers_options(schedule: Schedule | None) -> dict[str, Any] | None:
 
 
 def _diffusers_rule(numbers: Mapping[str, float], grows: bool, step: int) -> Rule:
-    """The rule of the further updates; an ArgumentError where there is none."""
+    """Return the rule for the updates to come; an ArgumentError if there is none."""
     decay, least = numbers["decay"], numbers["min_decay"]
     growing = max(step - 1, 0)
     if least == decay and step > 1:

@@ -55,7 +55,7 @@ def is_state(found: files.File) -> bool:
 
 
 def has_good_sums(found: files.File) -> bool:
-    """Return whether a file has checksums; a CheckpointError if a tensor's is another."""
+    """Return whether a file has checksums; a CheckpointError if one differs."""
     try:
         sums = json.loads(found.metadata[_SUMS])
     except (KeyError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Averages in the files of any library: which one wrote them, of what, and what is continued."""
+"""Averages found in the files of any library: who wrote them, and how they go on."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def read(path: Path) -> State:
 
 
 def check(path: Path) -> None:
-    """Read a file whole; a CheckpointError if a checksum is not that of what it is of."""
+    """Read a whole file and compare its checksums; a CheckpointError if one differs."""
     with _archive(path) as (_, archive):
         for one in archive.infolist():
             _refuse_compressed(path, one)
@@ -72,7 +72,7 @@ def check(path: Path) -> None:
 
 @contextmanager
 def _archive(path: Path) -> Iterator[tuple[Any, zipfile.ZipFile]]:
-    """A file opened, and as a zip; any error in the block is a CheckpointError."""
+    """Open a file, and as a zip; any error in the block becomes a CheckpointError."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield file, archive

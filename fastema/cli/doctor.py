@@ -34,7 +34,7 @@ _EXTRAS = {
 """Package to the extra that brings it, and what for."""
 
 _BYTES = 96_000_000
-"""That the yardstick moves in a call: more than caches hold."""
+"""Bytes that the bandwidth test moves in a call: more than caches hold."""
 
 
 class _Check(NamedTuple):
