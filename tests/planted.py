@@ -212,7 +212,7 @@ PLANTED = {
                 "return LaunchArgs(weights, self._seed, step)",
                 "return LaunchArgs(weights, self._seed, self._done)",
             ),
-            "refused in a block": ('            self._refuse_applied("update")\n', ""),
+            "refused in a block": ('        self._refuse_applied("update")\n', ""),
         },
         "fastema/binding/swap.py": {
             "saved while applied": ('pair.src if way_of(pair) == "bits" else pair.dst', "pair.dst")
