@@ -129,6 +129,8 @@ def convert(
     if source.weights is not None and not wanted.weights:
         lost.append("the weights in training, which the source holds too")
     refuse_source(out, source.checkpoint)
+    if isinstance(names, str | os.PathLike):
+        refuse_source(out, open_checkpoint(names), "the model that names are taken from")
     wanted.write(source, out)
     return Conversion(out, source, to, lost)
 
@@ -385,7 +387,8 @@ def _write_ours(source: StoredAverage, out: Path) -> None:
     counters = {"num_updates": source.num_updates or 0, "num_skipped": 0, "seed": seed}
     logs = schedule.log_decays(counters["num_updates"])
     tensors = {"shadow": [_tensors(untied(source.checkpoint))]}
-    write_state(out, pack(kind, counters, schedule, logs, "stochastic", tensors))
+    rounding = source.options.get("rounding", "stochastic")
+    write_state(out, pack(kind, counters, schedule, logs, rounding, tensors))
 
 
 _KINDS: Final[dict[type[Rule], str]] = {CumulativeMean: "SWA", Power: "PowerEMA"}

@@ -64,7 +64,7 @@ _ALLOWED: Final[dict[tuple[str, str], Any]] = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): pickles.TENSORS["torch", "Size"],
     ("collections", "OrderedDict"): OrderedDict,
     ("pathlib", "PosixPath"): _Record,
     ("pathlib", "Path"): _Record,
@@ -263,6 +263,8 @@ class _Reader:
 
     def _in_archive(self, archive: zipfile.ZipFile, part: Any) -> int:
         entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
+        if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+            raise CheckpointError(f"{self._name} was written on a big-endian machine")
         described = entries["data.pkl"]
         if described.compress_type != zipfile.ZIP_STORED or (
             described.file_size > _LONGEST_OF_TENSOR
@@ -278,7 +280,7 @@ class _Reader:
                 f"{self._name}: the file has {found.code} of shape {list(found.size)}, expected "
                 f"{code}{list(self._chunk.shape)}"
             )
-        if found.strides != self._strides and math.prod(found.size) > 1:
+        if not pickles.is_row_major(found):
             raise CheckpointError(f"{self._name}: its block is not row-major; load it with torch")
         data = entries[f"data/{found.key}"]
         size = self._tensor.kind.itemsize

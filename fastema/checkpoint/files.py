@@ -231,6 +231,10 @@ def moved_into_place(path: str | os.PathLike[str], suffix: str = ".part") -> Ite
     file system does not say whether they are. A StorageError if the file cannot be written.
     """
     final = Path(path)
+    if not final.name or "\0" in final.name:
+        raise StorageError(f"{os.fspath(path)!r} is no name of a file")
+    if final.exists() and not final.is_file():
+        raise StorageError(f"{final} is no file, and is not replaced by one")
     # With the permissions that a new file has here.
     partial = final.with_name(f".{final.name}.fastema-{secrets.token_hex(6)}{suffix}")
     with storing(final), lock_folder(final.parent):
@@ -261,7 +265,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 locks.flock(handle, locks.LOCK_EX | locks.LOCK_NB)
                 _remove_partial(folder)
-            locks.flock(handle, locks.LOCK_SH)
+            with suppress(OSError):  # another program's lock is not waited for
+                locks.flock(handle, locks.LOCK_SH | locks.LOCK_NB)
         yield
 
 
@@ -297,18 +302,29 @@ def read(path: str | os.PathLike[str]) -> File:
             raise CheckpointError(f"{name} is not a safetensors file, or was cut short")
         text = opened.read(length)
     try:
-        header = _of_type(json.loads(text), dict)
+        header = _of_type(json.loads(text, object_pairs_hook=_without_repeats), dict)
         annotations = header.pop(_METADATA, None)
         metadata = {} if annotations is None else _of_type(annotations, dict)
         for value in metadata.values():
             _of_type(value, str)
         tensors = {key: _stored(entry, 8 + length, size) for key, entry in header.items()}
-        end = max((one.offset + one.nbytes for one in tensors.values()), default=8 + length)
+        end = 8 + length
+        for one in sorted(tensors.values(), key=lambda one: (one.offset, one.nbytes)):
+            if one.offset != end:
+                raise ValueError("its tensors overlap, or leave room between them")
+            end += one.nbytes
         if end != size:
             raise ValueError(f"{size - end} bytes at its end belong to no tensor")
     except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{name} is not a safetensors file: {error}") from None
     return File(name, tensors, metadata)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _of_type(value: Any, kind: type) -> Any:

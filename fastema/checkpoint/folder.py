@@ -36,8 +36,6 @@ _WEIGHTS: Final = {
 }
 """Endings of files that hold weights, or say in which file they are."""
 
-_INDEX: Final = "model.safetensors.index.json"
-
 
 class Block(NamedTuple):
     """The block of a tensor that a process has."""
@@ -54,6 +52,7 @@ class Files(NamedTuple):
     sizes: dict[str, int]  # of each file, in bytes
     places: dict[str, tuple[str, int]]  # tensor to its file, and to its first byte there
     headers: dict[str, bytes]
+    index_name: str = "model.safetensors.index.json"
 
 
 def plan(
@@ -218,12 +217,12 @@ def finish(partial: Path, folder: Path, files: Files, copied_from: Path | None) 
                 "metadata": {"total_size": total},
                 "weight_map": {name: file for name, (file, _) in files.places.items()},
             }
-            (partial / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-            fsync(partial / _INDEX)
+            (partial / files.index_name).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            fsync(partial / files.index_name)
         for path in sorted(copied_from.iterdir()) if copied_from is not None else ():
             ending = path.suffix or path.name
             weights = ending in _WEIGHTS or path.name.endswith(".index.json")
-            if path.is_file() and not weights:
+            if path.is_file() and not weights and path.name not in files.sizes:
                 shutil.copyfile(path, partial / path.name)
                 fsync(partial / path.name)
         fsync(partial)

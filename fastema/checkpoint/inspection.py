@@ -11,6 +11,7 @@ from fastema.checkpoint import files, torch_file
 from fastema.checkpoint.source import Checkpoint, is_torch_file
 from fastema.checkpoint.state import has_good_sums
 from fastema.checkpoint.stored import StoredAverage, load
+from fastema.errors import CheckpointError
 from fastema.rules.reach import Reach, effective_steps
 
 __all__ = ["Description", "inspect"]
@@ -108,6 +109,9 @@ def inspect(
     ('fastema', 3, 'checksums')
     """
     found = load(path, key=key, index=index)
+    missing = [one for one in found.checkpoint.files if not one.is_file()]
+    if missing:
+        raise CheckpointError(f"{path} is not whole: {missing[0].name} is not there")
     tensors = found.checkpoint.tensors.values()
     dtypes: dict[str, int] = {}
     for one in tensors:

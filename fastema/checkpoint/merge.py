@@ -177,6 +177,8 @@ def _refuse_differences(made: Merge) -> None:
             elif ours.kind != theirs.kind and None in (ours.kind.real, theirs.kind.real):
                 codes = f"{theirs.kind.code} in {one.path.name}, {ours.kind.code}"
                 problems.append(f"{name!r} is {codes} in {last.path.name}")
+        if one.tied != last.tied and {one.format, last.format} <= {"torch", "sharded torch"}:
+            problems.append(f"other names are tied in {one.path.name} than in {last.path.name}")
     if problems:
         raise CheckpointError("the checkpoints do not fit each other:\n" + listed(problems))
 
@@ -336,7 +338,7 @@ def _sources(made: Merge, weights: Sequence[float]) -> str:
 def _metadata(made: Merge, sources: str) -> dict[str, str]:
     """What a result says of where it came from."""
     kept = {key: value for key, value in made.last.metadata.items() if key == "format"}
-    return {"format": "pt", **kept, **made.last.tied, PROVENANCE: sources}
+    return {**made.last.tied, "format": "pt", **kept, PROVENANCE: sources}
 
 
 @contextmanager
@@ -345,6 +347,9 @@ def _target(
 ) -> Iterator[Callable[[str, int, memoryview], None]]:
     """A function that writes parts of tensors, and the whole result at the end, or nothing."""
     files = files_of(made.last.layout, made.last.tensors, _metadata(made, sources))
+    for one in made.last.files:
+        if one.name.endswith(".safetensors.index.json"):
+            files = files._replace(index_name=one.name)
     if made.is_folder:
         source = made.last.path if made.last.path.is_dir() else made.last.path.parent
         with new_folder(out, files, source) as partial, _writing(partial, files) as write:

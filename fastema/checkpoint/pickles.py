@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from fastema.layout.dtypes import NAME_OF
+from fastema.layout.flat import row_major
 
-__all__ = ["STORAGES", "TENSORS", "Rebuilt", "load"]
+__all__ = ["STORAGES", "TENSORS", "Rebuilt", "is_row_major", "load"]
 
 STORAGES: Final = {
     "DoubleStorage": "f64",
@@ -31,10 +32,34 @@ STORAGES: Final = {
 """Names of PyTorch's storages, to codes."""
 
 
+_MOST_AXES: Final = 64
+
+_BETWEEN: Final = {
+    "BINGET",
+    "LONG_BINGET",
+    "GET",
+    "MEMOIZE",
+    "BINPUT",
+    "LONG_BINPUT",
+    "PUT",
+    "MARK",
+}
+"""Opcodes that can stand between tuples which hold each other."""
+
+_MOST_TUPLES: Final = 16
+"""Tuples within tuples, one directly in the other: hashing deeper ones could crash Python."""
+
+
 def _refuse_far_places(data: bytes) -> None:
     """Refuse a pickle that keeps an object at a far place, up to which memory would be taken."""
-    count = 0
+    count = tuples = 0
     for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name.startswith("TUPLE"):
+            tuples += 1
+            if tuples > _MOST_TUPLES:
+                raise pickle.UnpicklingError("it nests tuples")
+        elif opcode.name not in _BETWEEN:
+            tuples = 0
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             if int(argument or 0) > count + 256:
                 raise pickle.UnpicklingError(f"it keeps an object at {argument}")
@@ -74,6 +99,15 @@ class Rebuilt(NamedTuple):
         return str(self.storage[2])
 
 
+def is_row_major(found: Rebuilt) -> bool:
+    """Return whether the elements follow each other; axes of one element have any stride."""
+    expected = row_major(found.size)
+    return 0 in found.size or all(
+        extent == 1 or one == other
+        for extent, one, other in zip(found.size, found.strides, expected, strict=True)
+    )
+
+
 def _whole(found: Any) -> int:
     if type(found) is not int or not 0 <= found < 2**62:
         raise pickle.UnpicklingError(f"{found!r} is no extent, offset or stride")
@@ -87,9 +121,23 @@ def _rebuilt(
     strides: Any,
     grad: Any,
     hooks: Any,
-    code: Any = None,
-    *_: Any,
+    metadata: Any = None,
 ) -> Rebuilt:
+    return _rebuilt_as(storage, offset, size, strides, grad, hooks, None, metadata)
+
+
+def _rebuilt_as(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    code: Any,
+    metadata: Any = None,
+) -> Rebuilt:
+    if metadata:  # conjugated or negated when it is read
+        raise pickle.UnpicklingError(f"a tensor is to be changed: {metadata!r}; save a .clone()")
     kind = tuple(storage)
     if len(kind) != 5 or not isinstance(kind[1], str):
         raise pickle.UnpicklingError("a tensor has no storage")
@@ -104,11 +152,33 @@ def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
+class _Function:
+    """A function whose attributes a pickle cannot set."""
+
+    __slots__ = ("_call",)
+    _call: Any
+
+    def __init__(self, call: Any) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name!r} of a function")
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+
+def _size(extents: Any) -> tuple[int, ...]:
+    if not isinstance(extents, list | tuple) or len(extents) > _MOST_AXES:
+        raise pickle.UnpicklingError("a shape is none")
+    return tuple(map(_whole, extents))
+
+
 TENSORS: Final[dict[tuple[str, str], Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuilt,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuilt),
+    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuilt_as),
+    ("torch._utils", "_rebuild_parameter"): _Function(_parameter),
+    ("torch", "Size"): _Function(_size),
     **{("torch", name): code for code, name in NAME_OF.items()},
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, name): name for module in ("torch", "torch.storage") for name in STORAGES},

@@ -46,11 +46,13 @@ class _Writer:
     def raise_failed(self, *, all_of_them: bool = False) -> None:
         """Raise the first error of writes that ended, or wait for all to end first."""
         with self._lock:
-            done = [one for one in self._writes if all_of_them or one.done()]
-            self._writes = [one for one in self._writes if one not in done]
-        errors = [error for one in done if (error := one.exception()) is not None]
-        if errors:
-            raise errors[0]
+            writes = [one for one in self._writes if all_of_them or one.done()]
+        for one in writes:
+            error = one.exception()  # waits, and an interrupt leaves it to the next call
+            with self._lock:
+                self._writes = [other for other in self._writes if other is not one]
+            if error is not None:
+                raise error
 
     def _report(self) -> None:
         for one in self._writes:
@@ -97,7 +99,7 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
     >>> other.num_updates
     1
     """
-    _writer.raise_failed()
+    _writer.raise_failed(all_of_them=wait)  # a write of before must not come after this one
     target = Path(path)
     if not wait:
         _writer.submit(target, ema.state_dict())

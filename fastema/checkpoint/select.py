@@ -63,6 +63,12 @@ def select(
             + "\nName the checkpoints one by one, oldest first."
         )
     steps = {one.path.name: one.step or 0 for one in found}
+    if len({(one.step, one.metadata.get("gamma")) for one in found}) < len(found):
+        raise CheckpointError(
+            f"{root}: several checkpoints are of one step by their names: "
+            + ", ".join(f"{name} of {step}" for name, step in list(steps.items())[:4])
+            + "; name them one by one, oldest first"
+        )
     found.sort(key=lambda one: (steps[one.path.name], one.path.name))
     newest = steps[found[-1].path.name]
     taken: list[Checkpoint] = []

@@ -136,6 +136,8 @@ def _reading(path: Path) -> Iterator[None]:
     """A block in which the system's errors are a CheckpointError that names the path."""
     try:
         yield
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # a name with a zero in it
@@ -154,8 +156,15 @@ def is_torch_file(path: Path) -> bool:
 def _open_file(path: Path, key: str | None) -> Checkpoint:
     if path.name.endswith(_INDEX):
         return _open_index(path, key)
-    zipped = is_torch_file(path)
-    return _open_torch([path], path, key) if zipped else _open_safetensors([path], path)
+    if is_torch_file(path):
+        return _open_torch([path], path, key)
+    _refuse_key(path, key)
+    return _open_safetensors([path], path)
+
+
+def _refuse_key(path: Path, key: str | None) -> None:
+    if key is not None:
+        raise CheckpointError(f"{path} has nothing at {key!r}: it holds tensors by name alone")
 
 
 def _open_folder(path: Path, key: str | None) -> Checkpoint:
@@ -206,6 +215,8 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
         if not part.is_file():
             raise CheckpointError(f"{path} names {part.name}, which is not there")
     zipped = is_torch_file(parts[0] if parts else path)
+    if not zipped:
+        _refuse_key(path, key)
     found = _open_torch(parts, path, key) if zipped else _open_safetensors(parts, path)
     missing = [
         name
@@ -215,6 +226,11 @@ def _open_index(path: Path, key: str | None) -> Checkpoint:
     ]
     if missing:
         raise CheckpointError(f"{path}: {missing[0]!r} is not in the file that it names")
+    lost = [name for name in names if name in found.tied and found.tied[name] not in names]
+    if lost:
+        raise CheckpointError(
+            f"{path}: {lost[0]!r} is tied to {found.tied[lost[0]]!r}, which the index leaves out"
+        )
     kept = {name: found.tensors[name] for name in found.tensors if name in names}
     layout = {
         file: [name for name in inside if name in kept] for file, inside in found.layout.items()
@@ -270,26 +286,26 @@ def _open_torch(paths: list[Path], path: Path, key: str | None) -> Checkpoint:
 
 def _open_dcp(path: Path, key: str | None) -> Checkpoint:
     folder = dcp.opened(path)
-    flat = {name: ".".join(map(str, folder.places.get(name, (name,)))) for name in folder.tensors}
-    wanted = [key] if key is not None else [*_STATES, None]
-    for prefix in wanted:
-        start = "" if prefix is None else f"{prefix}."
+    places = {name: tuple(map(str, folder.places.get(name, (name,)))) for name in folder.tensors}
+    wanted = [tuple(key.split("."))] if key is not None else [*((one,) for one in _STATES), ()]
+    for prefix in wanted:  # a flat name such as "model.weight" is in no mapping "model"
+        depth = len(prefix)
         chosen = {
-            place.removeprefix(start): name
-            for name, place in flat.items()
-            if place.startswith(start)
+            ".".join(place[depth:]): name
+            for name, place in places.items()
+            if place[:depth] == prefix and len(place) > depth
         }
         if chosen:
             break
     else:
         raise CheckpointError(f"{path} has nothing at {key!r}")
     tensors = {name: folder.tensors[one].tensor for name, one in chosen.items()}
-    places = {name: dcp.stretches_of(name, folder.tensors[one]) for name, one in chosen.items()}
-    used = dict.fromkeys(part for place in places.values() for part in place.paths)
+    lie = {name: dcp.stretches_of(name, folder.tensors[one]) for name, one in chosen.items()}
+    used = dict.fromkeys(part for place in lie.values() for part in place.paths)
     layout = {"model.safetensors": list(tensors)}
     every = [*used, path / ".metadata"]
     step = _step_of_name(path)
-    return Checkpoint(path, "torch.distributed", tensors, places, layout, every, {}, {}, step)
+    return Checkpoint(path, "torch.distributed", tensors, lie, layout, every, {}, {}, step)
 
 
 def _chosen(state: torch_file.State, key: str | None, path: Path) -> tuple[Any, str]:

@@ -72,6 +72,8 @@ def has_good_sums(found: files.File) -> bool:
                 crc = zlib.crc32(part, crc)
             if sums.get(name) != crc:
                 raise _damaged(found, name)
+            if name == _KEY and crc != zlib.crc32(found.metadata[_KEY].encode()):
+                raise _damaged(found, name)
     return True
 
 
@@ -105,6 +107,8 @@ def read_state(found: files.File, like: Any) -> dict[str, Any]:
                 if sums.get(key) != zlib.crc32(bytes_of(array)):
                     raise _damaged(found, key)
                 if key == _KEY:
+                    if bytes(bytes_of(array)) != found.metadata[_KEY].encode():
+                        raise _damaged(found, key)
                     continue
                 part, place, name = places[key]
                 several = state.setdefault(part, [])

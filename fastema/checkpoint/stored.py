@@ -10,7 +10,7 @@ from typing import Any
 from fastema.checkpoint.content import gathered, open_content
 from fastema.checkpoint.layouts import Names, read
 from fastema.checkpoint.source import Checkpoint, open_checkpoint
-from fastema.errors import CheckpointError
+from fastema.errors import CheckpointError, FastemaError
 from fastema.rules import Schedule
 
 __all__ = ["StoredAverage", "load"]
@@ -94,7 +94,12 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
     ('torch_ema', 'places', {'decay': 0.9, 'num_updates': 0})
     """
     content, whole = open_content(Path(path), key)
-    library, found = read(content, whole, index)
+    try:
+        library, found = read(content, whole, index)
+    except FastemaError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no state of an average: {error}") from None
     if found is None:
         return StoredAverage(Path(path), "model", whole or open_checkpoint(path, key))
     averages = gathered(content, found.averages)

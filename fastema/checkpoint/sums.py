@@ -150,6 +150,8 @@ class _Workbench:
         numbers: list[float] = []
         for k, total in enumerate(totals):
             for place, i in enumerate(members):
+                if not coefficients[k][i]:  # 0 times a NaN would be one
+                    continue
                 source = _spec(self._buffers[place], self._kinds[i])
                 pairs.append(Pair(f"{k}", total, source, average_index=len(numbers)))
                 numbers.append(coefficients[k][i])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,14 @@ from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.pickles import Rebuilt
 from fastema.errors import CheckpointError
 from fastema.layout.dtypes import DTYPES, dtype
-from fastema.layout.flat import row_major
 
 __all__ = ["State", "check", "data_of", "part_of", "place_of", "read", "tensors_in"]
 
 _LONGEST: Final = 1 << 28
 """Bytes of a description that are still read."""
+
+_MOST_ENTRIES: Final = 1 << 22
+"""Entries of mappings and lists that are looked into."""
 
 _PIECE: Final = 1 << 22
 """Bytes that are read at a time where they are only looked at."""
@@ -117,10 +118,17 @@ def part_of(content: Any, key: str, path: Path) -> Any:
 
 def tensors_in(content: Any, kind: type = Rebuilt) -> dict[str, Any]:
     """Return the tensors in nested mappings and lists, by their keys with dots between them."""
-    return dict(_walk(content, kind, "", 0))
+    found: dict[str, Any] = {}
+    for name, one in _walk(content, kind, "", 0, iter(range(_MOST_ENTRIES))):
+        if name in found:
+            raise CheckpointError(f"two tensors are called {name!r}")
+        found[name] = one
+    return found
 
 
-def _walk(content: Any, kind: type, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+def _walk(
+    content: Any, kind: type, prefix: str, depth: int, left: Iterator[int]
+) -> Iterator[tuple[str, Any]]:
     if depth > _DEEPEST:
         raise CheckpointError(f"{prefix[:100]!r}...: mappings within mappings without end")
     if isinstance(content, kind):
@@ -133,8 +141,10 @@ def _walk(content: Any, kind: type, prefix: str, depth: int) -> Iterator[tuple[s
     else:
         return
     for key, value in items:
+        if next(left, None) is None:  # what holds the same twice, and so on, has no end
+            raise CheckpointError(f"{prefix[:100]!r}...: more entries than any checkpoint has")
         if isinstance(key, str | int):
-            yield from _walk(value, kind, f"{prefix}{key}.", depth + 1)
+            yield from _walk(value, kind, f"{prefix}{key}.", depth + 1, left)
 
 
 def place_of(path: Path, name: str, tensor: Rebuilt, state: State) -> tuple[StoredTensor, int]:
@@ -143,7 +153,7 @@ def place_of(path: Path, name: str, tensor: Rebuilt, state: State) -> tuple[Stor
         raise CheckpointError(f"{path}: {name} is of a dtype that is not known: {tensor.code}")
     kind = dtype(tensor.code)
     stored = StoredTensor(kind, tensor.size)
-    if tensor.strides != row_major(tensor.size) and math.prod(tensor.size) > 1:
+    if not pickles.is_row_major(tensor):
         raise CheckpointError(
             f"{path}: {name} is not row-major (strides {list(tensor.strides)}); save it with "
             ".contiguous()"

@@ -177,7 +177,10 @@ def take_over(ema: EMA, averages: Mapping[str, Any], num_updates: int | None = N
 def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
     """Load an average that was found in a file of another library's, or of ``torch.save``."""
     if stored.library == "fastema":
-        content = torch.load(stored.path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(stored.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many kinds
+            raise CheckpointError(f"{stored.path} is damaged: {error}") from None
         states = [one for one in (content, *content.values()) if isinstance(one, Mapping)]
         state = next(one for one in states if one.get("format") == "fastema")
         ema.load_state_dict(state, schedule=schedule)
