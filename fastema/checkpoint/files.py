@@ -28,6 +28,7 @@ from fastema.layout.spec import TensorSpec
 __all__ = [
     "File",
     "Fill",
+    "ReplacedError",
     "StoredTensor",
     "fsync",
     "header_of",
@@ -95,23 +96,34 @@ class StoredTensor(NamedTuple):
         return self.size * self.kind.itemsize
 
 
+class ReplacedError(CheckpointError):
+    """A file that became another one between two looks at it."""
+
+
 class File(NamedTuple):
     """A safetensors file whose header has been read."""
 
     path: Path
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
+    version: tuple[int, ...] | None = None  # what tells another file of this name
 
     def opened(self) -> AbstractContextManager[Fill]:
         """Open the file for :func:`reading`."""
-        return reading(self.path)
+        return reading(self.path, self.version)
+
+
+def _version_of(opened: Any) -> tuple[int, ...]:
+    found = os.fstat(opened.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[Fill]:
+def reading(path: Path, version: tuple[int, ...] | None = None) -> Iterator[Fill]:
     """A function that fills a buffer with a file's bytes from an offset on; threads may share it.
 
-    A CheckpointError if it is not there, no file, or becomes shorter meanwhile.
+    A CheckpointError if it is not there, no file, becomes shorter meanwhile, or is another one
+    than that of a version.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
@@ -120,6 +132,8 @@ def reading(path: Path) -> Iterator[Fill]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     with file as opened:
+        if version is not None and _version_of(opened) != version:
+            raise ReplacedError(f"{path} was changed while it was read; read it again")
 
         def fill(offset: int, buffer: memoryview) -> None:
             ahead = len(buffer)
@@ -296,6 +310,7 @@ def read(path: str | os.PathLike[str]) -> File:
     if not stat.S_ISREG(name.stat().st_mode):  # opening a pipe would block until it has a writer
         raise CheckpointError(f"{name} is not a file")
     with name.open("rb") as opened:
+        version = _version_of(opened)
         size = os.fstat(opened.fileno()).st_size
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
@@ -317,7 +332,7 @@ def read(path: str | os.PathLike[str]) -> File:
             raise ValueError(f"{size - end} bytes at its end belong to no tensor")
     except (ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{name} is not a safetensors file: {error}") from None
-    return File(name, tensors, metadata)
+    return File(name, tensors, metadata, version)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fastema.checkpoint import files
 from fastema.checkpoint.source import is_torch_file
@@ -20,6 +20,10 @@ from fastema.shadow.average import Average
 from fastema.shadow.state import SavedOrMine
 
 __all__ = ["load_into", "save", "wait"]
+
+
+_ATTEMPTS: Final = 20
+"""Times that a file is read which is replaced each time."""
 
 
 class _Writer:
@@ -137,10 +141,10 @@ def load_into(
     _writer.raise_failed(all_of_them=True)
     file = Path(path)
     if file.is_file() and not is_torch_file(file):
-        found = files.read(file)
-        if is_state(found):
-            like = next(iter(ema.shadows[0].values()))
-            ema.load_state_dict(read_state(found, like), schedule=schedule)
+        like = next(iter(ema.shadows[0].values()))
+        state = _read_whole(file, like)
+        if state is not None:
+            ema.load_state_dict(state, schedule=schedule)
             return
     stored = load(file)
     if stored.library == "model":
@@ -148,6 +152,20 @@ def load_into(
     from fastema.checkpoint.transfer import load_stored
 
     load_stored(ema, stored, schedule)
+
+
+def _read_whole(file: Path, like: Any) -> dict[str, Any] | None:
+    """Read a state, again where a writer replaces the file meanwhile; None if it holds none."""
+    for attempt in range(_ATTEMPTS):
+        found = files.read(file)
+        if not is_state(found):
+            return None
+        try:
+            return read_state(found, like)
+        except files.ReplacedError:
+            if attempt + 1 == _ATTEMPTS:
+                raise
+    raise AssertionError
 
 
 def wait() -> None:

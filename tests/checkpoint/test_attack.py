@@ -85,6 +85,27 @@ def test_a_later_save_is_not_overtaken_by_an_earlier_one() -> None:
     assert inspect("out").average.num_updates == 2
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again() -> None:
+    ema = fastema.EMA([np.zeros(1000, np.float32)], decay=0.5)
+    mine = fastema.EMA([np.zeros(1000, np.float32)], decay=0.5)
+    save(ema, "ema")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            ema.update()
+            save(ema, "ema")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(100):
+            load_into(mine, "ema")
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_every_failed_write_is_told() -> None:
     ema = fastema.EMA([np.ones(3)], decay=0.5)
     for name in ("a", "b"):
