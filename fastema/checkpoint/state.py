@@ -72,7 +72,8 @@ def has_good_sums(found: files.File) -> bool:
                 crc = zlib.crc32(part, crc)
             if sums.get(name) != crc:
                 raise _damaged(found, name)
-            if name == _KEY and crc != zlib.crc32(found.metadata[_KEY].encode()):
+            plain = found.metadata.get(_KEY, "").encode(errors="surrogatepass")
+            if name == _KEY and crc != zlib.crc32(plain):
                 raise _damaged(found, name)
     return True
 
