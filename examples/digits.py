@@ -15,7 +15,7 @@ TRAINED = 1200
 
 
 def load(wrong: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, their digits, and labels of which a share is random."""
+    """Return images, their digits, and labels, a share of which are random."""
     torch.manual_seed(seed)
     data, target = load_digits(return_X_y=True)
     order = torch.randperm(len(data))

@@ -1,8 +1,8 @@
 """Self-distillation: a model is taught by its own average, and learns less of what is wrong.
 
-A small network learns to read digits of which half have a random label. It learns the wrong ones by
-heart; its average over the run less so. Taught in part by that average, it hardly does. The teacher
-is the model called with the averaged weights: there is no second model.
+A small network learns to read digits, half of which have random labels. It memorises the wrong
+labels; its average does so less. Taught in part by that average, it hardly memorises them. The
+teacher is the model called with the averaged weights: there is no second model.
 
     pip install fastema torch scikit-learn
     python examples/self_distillation.py

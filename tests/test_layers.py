@@ -73,7 +73,7 @@ TABLE = {
     "bridges.torch_cuda": f"{LAYOUT} lazy:.bridges.torch_foreach numpy torch alone",
     "bridges.torch_other": f"{LAYOUT} .bridges.torch_cuda lazy:.bridges.torch_foreach numpy torch"
     " alone",
-    "bridges.torch_link": f"{LAYOUT} torch alone",
+    "bridges.torch_link": f"{LAYOUT} .bridges.torch_parts torch alone",
     "bridges.torch_parts": f"{LAYOUT} torch alone",
     "bridges.torch_ranks": f"{LAYOUT} torch alone",
     "bridges.torch_foreach": f"{LAYOUT} .kernels.table .kernels.operations numpy torch alone",

@@ -205,13 +205,16 @@ def is_divided(array: Any) -> bool:
 
 def ranks_of(arrays: Iterable[Any]) -> Ranks | None:
     """Return the processes that hold parts of the same arrays; None if no array is divided."""
-    found = (function(members) for function, members in _by_function(arrays, "ranks_of"))
-    return next((ranks for ranks in found if ranks is not None), None)
+    return _first_ranks(arrays, "ranks_of")
 
 
 def world_of(arrays: Iterable[Any]) -> Ranks | None:
     """Return all processes that train together; None where there is one."""
-    found = (function(members) for function, members in _by_function(arrays, "world_of"))
+    return _first_ranks(arrays, "world_of")
+
+
+def _first_ranks(arrays: Iterable[Any], name: str) -> Ranks | None:
+    found = (function(members) for function, members in _by_function(arrays, name))
     return next((ranks for ranks in found if ranks is not None), None)
 
 

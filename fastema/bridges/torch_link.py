@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fastema.bridges.torch_parts import is_divided
 from fastema.errors import BridgeError, LayoutError, listed
 
 __all__ = ["Fetch", "Link"]
@@ -28,7 +29,7 @@ class Link:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        divided = [name for name, one in tensors.items() if hasattr(one, "device_mesh")]
+        divided = [name for name, one in tensors.items() if is_divided(one)]
         if divided:
             raise BridgeError(
                 "offload=True is not for DTensors; keep the average on the devices, where it is "

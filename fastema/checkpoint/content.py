@@ -47,6 +47,17 @@ class Content(NamedTuple):
         """The tensors of a part of the file, by their keys with dots."""
         return torch_file.tensors_in(part, Leaf if self.state is None else Rebuilt)
 
+    def checkpoint(self, tensors: Mapping[str, Leaf]) -> Checkpoint:
+        """Return some tensors of the file, by these names."""
+        return Checkpoint(
+            self.path,
+            "safetensors" if self.state is None else "torch",
+            {name: one.stored for name, one in tensors.items()},
+            {name: one.place for name, one in tensors.items()},
+            {"model.safetensors": list(tensors)},
+            list(dict.fromkeys(part for one in tensors.values() for part in one.place.paths)),
+        )
+
     def number(self, found: Any, name: str) -> int | float:
         """A number, by itself or in a tensor of one element."""
         if isinstance(found, Rebuilt | Leaf):
@@ -54,7 +65,7 @@ class Content(NamedTuple):
             kind = _NUMBERS.get(leaf.stored.kind.code)
             if leaf.stored.size == 1 and kind is not None:
                 buffer = bytearray(leaf.stored.nbytes)
-                with checkpoint_of(self.path, {name: leaf}).opened() as read:
+                with self.checkpoint({name: leaf}).opened() as read:
                     read(name, 0, memoryview(buffer))
                 value: int | float = np.frombuffer(buffer, kind)[0].item()
                 return value
@@ -88,22 +99,11 @@ def open_content(path: Path, key: str | None) -> tuple[Content, Checkpoint | Non
     return Content(path, leaves), whole
 
 
-def checkpoint_of(path: Path, tensors: Mapping[str, Leaf]) -> Checkpoint:
-    return Checkpoint(
-        path,
-        "torch" if is_torch_file(path) else "safetensors",
-        {name: one.stored for name, one in tensors.items()},
-        {name: one.place for name, one in tensors.items()},
-        {"model.safetensors": list(tensors)},
-        list(dict.fromkeys(part for one in tensors.values() for part in one.place.paths)),
-    )
-
-
 def gathered(content: Content, part: Any) -> Checkpoint:
     """Collect the tensors of a part, by names without the prefixes of wrappers."""
     held = content.tensors(part)
     leaves = [content.find(name, one) for name, one in held.items()]
-    return checkpoint_of(content.path, dict(zip(plain_names(list(held)), leaves, strict=True)))
+    return content.checkpoint(dict(zip(plain_names(list(held)), leaves, strict=True)))
 
 
 def untied(found: Checkpoint) -> Checkpoint:

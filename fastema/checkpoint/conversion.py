@@ -117,7 +117,7 @@ def convert(
     source = load(src, key=key, index=index)
     if decay is not None:
         source = replace(source, schedule=Schedule(Constant(checked_decay(decay))))
-    source, lost = _arranged(source, wanted, _listed_names(names))
+    source, lost = _arranged(source, wanted, _listed_names(names, out))
     lost += source.notes
     if source.library == "model":
         lost.append("nothing tells that these are averages: a model's weights")
@@ -129,8 +129,6 @@ def convert(
     if source.weights is not None and not wanted.weights:
         lost.append("the weights in training, which the source holds too")
     refuse_source(out, source.checkpoint)
-    if isinstance(names, str | os.PathLike):
-        refuse_source(out, open_checkpoint(names), "the model that names are taken from")
     wanted.write(source, out)
     return Conversion(out, source, to, lost)
 
@@ -153,11 +151,12 @@ def _is_parameter(name: str, checkpoint: Checkpoint) -> bool:
     return checkpoint.tensors[name].kind.real is not None and inner not in _STATISTICS
 
 
-def _listed_names(given: _Path | Sequence[str] | None) -> list[str] | None:
+def _listed_names(given: _Path | Sequence[str] | None, out: Path) -> list[str] | None:
     if given is None:
         return None
     if isinstance(given, str | os.PathLike):
         model = open_checkpoint(given)
+        refuse_source(out, model, "the model that names are taken from")
         if not is_torch_file(Path(given)):
             raise ArgumentError(
                 f"names={os.fspath(given)!r}: safetensors keeps no order; give a file of "

@@ -114,18 +114,6 @@ def _whole(found: Any) -> int:
     return found
 
 
-def _rebuilt(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    strides: Any,
-    grad: Any,
-    hooks: Any,
-    metadata: Any = None,
-) -> Rebuilt:
-    return _rebuilt_as(storage, offset, size, strides, grad, hooks, None, metadata)
-
-
 def _rebuilt_as(
     storage: Any,
     offset: Any,
@@ -150,6 +138,11 @@ def _rebuilt_as(
 
 def _parameter(tensor: Any, *_: Any) -> Any:
     return tensor
+
+
+def _rebuilt(*args: Any) -> Rebuilt:
+    """Rebuild a tensor whose storage tells its dtype: the seventh argument is its metadata."""
+    return _rebuilt_as(*(*args[:6], None, *args[6:]))
 
 
 class _Function:

@@ -200,7 +200,8 @@ def _print(found: dict[str, Any]) -> None:
         kernels = "came with the wheel" if gpu["shipped"] else "are compiled: fastema[cuda]"
         print(f"GPU        compute capability {gpu['capability']}; its kernels {kernels}")
     folder, nbytes = found["cache"]["folder"], found["cache"]["bytes"]
-    print(f"cache      {folder or 'nowhere to write: compiled anew each time'}, {size(nbytes)}")
+    place = folder or "no writable folder: each process compiles the kernels again"
+    print(f"cache      {place}, {size(nbytes)}")
     wrong = [check for check in found["checks"] if check.error]
     number = len(found["checks"])
     print(f"kernels    {number - len(wrong)} of {number} as their references")

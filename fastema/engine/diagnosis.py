@@ -13,7 +13,7 @@ __all__ = ["Cache", "Gpu", "cache", "gpu"]
 class Cache(NamedTuple):
     """Compiled CPU kernels on the disk."""
 
-    folder: Path | None  # None where nothing can be kept: each process compiles anew
+    folder: Path | None  # None if no folder is writable: each process compiles again
     nbytes: int
 
 

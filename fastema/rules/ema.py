@@ -203,9 +203,10 @@ def inverse_gamma(
 def half_life_fraction(fraction: float = 0.05) -> HalfLifeFraction:
     """A half-life that is a share of the run so far: ``decay(n) = 2 ** (-1 / (fraction * n))``.
 
-    The average looks back over the same share of the run at any length, so that nothing has to be
-    set anew for a longer one. Nearly the power-function average with ``gamma = ln 2 / fraction -
-    1``; ``fraction = 0.05`` has a relative width of 0.063. The default of torchtitan.
+    The average looks back over the same share of the run at any length, so that a
+    longer run needs no other setting. Nearly the power-function average with
+    ``gamma = ln 2 / fraction - 1``; ``fraction = 0.05`` has a relative width of
+    0.063. The default of torchtitan.
 
     Parameters
     ----------

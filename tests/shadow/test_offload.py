@@ -49,6 +49,14 @@ def assert_same(one: Any, other: Any) -> None:
         assert torch.equal(one.shadow[name], wanted), name
 
 
+def assert_all_same(several: Any, others: Any) -> None:
+    """Assert that mappings of names to tensors are equal, one by one."""
+    for one, other in zip(several, others, strict=True):
+        assert list(one) == list(other)
+        for name in other:
+            assert torch.equal(one[name], other[name]), name
+
+
 OPTIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "bfloat16 with float32": (torch.bfloat16, {"shadow_dtype": "float32"}),
@@ -84,10 +92,7 @@ def test_it_is_the_average_to_the_bit(both: Any) -> None:
     assert isinstance(offloaded, OffloadedEMA)
     assert isinstance(offloaded, fastema.EMA)
     train(model, (offloaded, ema))
-    for one, other in zip(offloaded.shadows, ema.shadows, strict=True):
-        assert list(one) == list(other)
-        for name in other:
-            assert torch.equal(one[name], other[name]), name
+    assert_all_same(offloaded.shadows, ema.shadows)
     assert offloaded.num_updates == ema.num_updates == 5
     assert offloaded.averaged_names == ema.averaged_names
 
@@ -108,8 +113,7 @@ def test_the_model_holds_the_average_and_gets_its_weights_back(both: Any) -> Non
         for name, one in model.state_dict().items():
             assert torch.equal(one, raw[name]), name
     train(model, (offloaded, ema), 2)
-    for one, other in zip(offloaded.shadows, ema.shadows, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in other)
+    assert_all_same(offloaded.shadows, ema.shadows)
 
 
 def test_states_go_from_one_kind_to_the_other(both: Any) -> None:
@@ -120,13 +124,11 @@ def test_states_go_from_one_kind_to_the_other(both: Any) -> None:
     assert state.keys() == wanted.keys()
     assert state["num_updates"] == wanted["num_updates"]
     for part in ("shadow", "residual"):
-        for one, other in zip(state.get(part, ()), wanted.get(part, ()), strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in other)
+        assert_all_same(state.get(part, ()), wanted.get(part, ()))
     ema.load_state_dict(state)
     offloaded.load_state_dict(wanted)
     train(model, (offloaded, ema), 2)
-    for one, other in zip(offloaded.shadows, ema.shadows, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in other)
+    assert_all_same(offloaded.shadows, ema.shadows)
 
 
 def test_other_models_get_the_average(both: Any) -> None:
@@ -147,12 +149,11 @@ def test_other_models_get_the_average(both: Any) -> None:
 
 
 class SlowLink:
-    """A link that waits before each tensor until it is let go on, and notes what happens."""
+    """A link that waits before each tensor until ``go`` is set, and records what happens."""
 
     def __init__(self, ema: Any) -> None:
         self.go, self.events = threading.Event(), []
         ema._link.delay = self
-        self._begun = False
 
     def __call__(self, number: int) -> None:
         self.events.append(f"copy {number}")
