@@ -26,6 +26,7 @@ QUESTIONS = {
     "tensorflow-apply": "apply of TensorFlow variables beside tf.train's",
     "checkpoints": "averaging finished checkpoints, beside a loop with safetensors",
     "sharded": "two ranks: steps, memory, and one folder of their parts",
+    "offload": "averages on the host: how long training waits, and memory",
     "launch": "the host's share of a GPU update, without a GPU",
     "kernels-gpu": "registers and instructions of the GPU kernels, without a GPU",
     "accuracy": "how far averages are from exact ones",

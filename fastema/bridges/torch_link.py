@@ -10,8 +10,8 @@ from typing import Any, Final
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fastema.bridges.torch_parts import is_divided
-from fastema.errors import BridgeError, LayoutError, listed
+from fastema.bridges.torch_parts import is_divided, local, with_part
+from fastema.errors import LayoutError, listed
 
 __all__ = ["Fetch", "Link"]
 
@@ -25,21 +25,20 @@ class Link:
     Parameters
     ----------
     tensors : mapping of str to Tensor
-        Those whose contents go over; later ones have the same names, shapes and dtypes.
+        Those whose contents go over, of DTensors this rank's parts; later ones have the same names,
+        shapes, dtypes and divisions.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        divided = [name for name, one in tensors.items() if is_divided(one)]
-        if divided:
-            raise BridgeError(
-                "offload=True is not for DTensors; keep the average on the devices, where it is "
-                f"divided as they are:\n{listed(map(repr, divided))}"
-            )
         self.staging = {name: _on_host(one) for name, one in tensors.items()}
+        self._staged = {name: local(one) for name, one in self.staging.items()}
+        self._checked: Mapping[str, torch.Tensor] | None = None
         self.delay: Callable[[int], None] | None = None
         """Called before each piece with its number, where the processor copies: a slower link."""
         self._streams = {
-            one.device: torch.cuda.Stream(one.device) for one in tensors.values() if one.is_cuda
+            one.device: torch.cuda.Stream(one.device)
+            for one in map(local, tensors.values())
+            if one.is_cuda
         }
 
     def before_steps(self, owner: Any, method: str) -> Callable[[], None]:
@@ -58,12 +57,12 @@ class Link:
     @property
     def nbytes(self) -> int:
         """Bytes that go over in one direction."""
-        return sum(one.nbytes for one in self.staging.values())
+        return sum(one.nbytes for one in self._staged.values())
 
     def fetch(self, tensors: Mapping[str, torch.Tensor]) -> Fetch:
         """Begin to copy the tensors to the host: GPUs on streams of their own, at once."""
-        self._check(tensors)
-        pairs = [(self.staging[name], one.detach()) for name, one in tensors.items()]
+        self.check(tensors)
+        pairs = [(self._staged[name], local(one).detach()) for name, one in tensors.items()]
         events = []
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))  # the weights are written by then
@@ -78,30 +77,41 @@ class Link:
 
     def send(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy what is staged into the tensors; return when it is there."""
-        self._check(tensors)
+        self.check(tensors)
         with torch.no_grad():
             for name, one in tensors.items():
-                one.detach().copy_(self.staging[name], non_blocking=True)
+                local(one).detach().copy_(self._staged[name], non_blocking=True)
         for device in self._streams:  # the staged memory may be written from now on
             torch.cuda.current_stream(device).synchronize()
 
-    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Refuse tensors that do not have the names, shapes, dtypes and divisions of the first."""
+        if tensors is self._checked:
+            return
         problems = [f"{name!r} is gone" for name in self.staging if name not in tensors]
         problems += [f"{name!r} is new" for name in tensors if name not in self.staging]
         for name, one in tensors.items():
             was = self.staging.get(name)
-            if was is not None and (one.shape, one.dtype) != (was.shape, was.dtype):
-                now = f"{one.dtype}{list(one.shape)}"
-                problems.append(f"{name!r} is now {now}, was {was.dtype}{list(was.shape)}")
-            elif was is not None and one.is_cuda and one.device not in self._streams:
+            if was is not None and (now := _layout(one)) != _layout(was):
+                problems.append(f"{name!r} is now {now}, was {_layout(was)}")
+            elif local(one).is_cuda and one.device not in self._streams:
                 self._streams[one.device] = torch.cuda.Stream(one.device)
         if problems:
             raise LayoutError("the model no longer matches the average:\n" + listed(problems))
+        self._checked = tensors
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    """In words, what must stay: dtype, shape, and how a DTensor is divided."""
+    placed = f", {tensor.placements} of {tensor.device_mesh}" if is_divided(tensor) else ""
+    return f"{tensor.dtype}{list(tensor.shape)}{placed}"
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     """Memory of the host like that of a tensor; a GPU writes there on its own."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+    part = local(tensor)
+    memory = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda, requires_grad=False)
+    return with_part(tensor, memory) if is_divided(tensor) else memory
 
 
 class Fetch:

@@ -154,6 +154,12 @@ def _with_axis_before(placement: Any) -> Any:
     return type(placement)(placement.dim + 1, **options)
 
 
+def with_part(tensor: DTensor, part: torch.Tensor) -> DTensor:
+    """Make a DTensor that is divided as another one, with a part on any device."""
+    placed = tensor.device_mesh, tuple(tensor.placements)
+    return _Division(*placed, tuple(tensor.shape), tensor.stride()).tensor(part)
+
+
 def gather(tensor: DTensor) -> torch.Tensor:
     """Return the whole of a DTensor on every rank; all of them have to call this."""
     # As bytes: neither gloo nor NCCL sends 16-bit integers.

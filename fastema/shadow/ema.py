@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fastema.errors import ArgumentError
 from fastema.rules import Constant, Rule, Window, debiased
@@ -78,9 +78,11 @@ class EMA(Average[Weights]):
         once, a single ``p.data = ...`` up to 15 updates late; until then the average follows the
         memory that the tensor had, which is kept. Not for storage that is freed and filled again
         (FSDP).
-    offload : bool
+    offload : bool or "skip"
         Keep the average in memory of the host and update it there on a thread, beside the training
-        step; for PyTorch models without DTensors. See ``docs/offload.md``.
+        step; for PyTorch models. Where the thread falls behind, :meth:`update` waits for it; with
+        ``"skip"`` updates are left out then, and the next one counts for their steps too (ranks
+        decide together, by an all-reduce of one number). See ``docs/offload.md``.
 
     Attributes
     ----------
@@ -144,11 +146,11 @@ class EMA(Average[Weights]):
         drift: bool = False,
         capturable: bool = False,
         watch: WatchMode = "all",
-        offload: bool = False,
+        offload: bool | Literal["skip"] = False,
     ) -> None:
         options = options_in(locals())
-        if offload:
-            self._become_offloaded(weights, decay, zero_debias, options)
+        if offload is not False:
+            self._become_offloaded(weights, decay, zero_debias, offload, options)
             return
         several = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else (decay,)
         rules = [one if isinstance(one, Rule) else Constant(one) for one in several]
@@ -158,9 +160,14 @@ class EMA(Average[Weights]):
             rules = [debiased(rule) for rule in rules]
         super().__init__(weights, rules, **options)
 
-    def _become_offloaded(self, weights: Any, decay: Any, zero_debias: bool, options: Any) -> None:
+    def _become_offloaded(
+        self, weights: Any, decay: Any, zero_debias: bool, offload: Any, options: Any
+    ) -> None:
         # With __new__ a class would show its parameters, and type checkers its result.
         if type(self) is not EMA:
             raise ArgumentError(f"offload=True is for fastema.EMA, not for {type(self).__name__}")
+        if offload is not True and offload != "skip":
+            raise ArgumentError(f"offload={offload!r}: expected True, False or 'skip'")
         self.__class__ = self._on_host
+        options["when_behind"] = "wait" if offload is True else "skip"
         self._on_host.__init__(self, weights, decay, zero_debias=zero_debias, **options)

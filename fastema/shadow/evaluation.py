@@ -16,9 +16,8 @@ from fastema.engine.interrupts import defer_signals
 from fastema.engine.program import Program
 from fastema.errors import BridgeError, StateError, listed
 from fastema.layout.group import check_pair, refuse_overlap, refuse_unwritable, unique
-from fastema.layout.spec import TensorSpec
 from fastema.shadow.binding import ShadowSwap
-from fastema.shadow.matching import names_of_state, pairs_to
+from fastema.shadow.matching import names_of_state, pairs_to, refuse_other_holder
 from fastema.shadow.store import Entry
 from fastema.shadow.updating import Updating, Weights
 from fastema.shadow.views import Shadow
@@ -107,29 +106,15 @@ class Evaluated(Updating[Weights]):
         if self._applied is None:
             raise StateError("restore() without apply_shadow(): the model holds its own weights")
         if model is not None:
-            self._refuse_other_model(materialised(model), self._applied)
+            refuse_other_holder(
+                materialised(model), self._applied.container, self._applied.watch.weights
+            )
         with self._applied_swap() as swap:
             names = swap.watch.written()
             with defer_signals():
                 swap.restore()
                 self._applied = None
         return names
-
-    @staticmethod
-    def _refuse_other_model(container: Any, swap: ShadowSwap) -> None:
-        if container is swap.container:
-            return
-        found = {leaf.name: leaf.spec for leaf in leaves_of(container).items}
-
-        def is_same(name: str, spec: TensorSpec) -> bool:
-            # Where tensors move, the place says nothing.
-            return name in found and (found[name] == spec or found[name].owner is spec.owner)
-
-        if not all(is_same(name, spec) for name, spec in swap.watch.weights.items()):
-            raise StateError(
-                "the average is applied to another model; restore() without an argument takes "
-                "it back from there"
-            )
 
     @contextmanager
     def _applied_swap(self) -> Iterator[ShadowSwap]:

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastema.errors import LayoutError, listed
+from fastema.bridges.registry import leaves_of
+from fastema.errors import LayoutError, StateError, listed
 from fastema.layout.group import Pair
-from fastema.layout.spec import Division, Leaf, Leaves
+from fastema.layout.spec import Division, Leaf, Leaves, TensorSpec
 from fastema.shadow.entries import Names
 from fastema.shadow.store import Entry
 
-__all__ = ["names_of_state", "pairs_to", "refuse_divided_otherwise", "refuse_other_model"]
+__all__ = [
+    "names_of_state",
+    "pairs_to",
+    "refuse_divided_otherwise",
+    "refuse_other_holder",
+    "refuse_other_model",
+]
 
 
 def refuse_other_model(
@@ -117,6 +124,23 @@ def names_of_state(
             "ema.shadow, or swapped() and model.state_dict()"
         )
     return kept
+
+
+def refuse_other_holder(container: Any, holder: Any, weights: Mapping[str, TensorSpec]) -> None:
+    """Refuse to take the average back from a model other than ``holder``, which has it."""
+    if container is holder:
+        return
+    found = {leaf.name: leaf.spec for leaf in leaves_of(container).items}
+
+    def is_same(name: str, spec: TensorSpec) -> bool:
+        # Where tensors move, the place says nothing.
+        return name in found and (found[name] == spec or found[name].owner is spec.owner)
+
+    if not all(is_same(name, spec) for name, spec in weights.items()):
+        raise StateError(
+            "the average is applied to another model; restore() without an argument takes it back "
+            "from there"
+        )
 
 
 def pairs_to(leaves: Leaves, entries: Mapping[str, Entry], names: Names) -> list[Pair]:

@@ -7,18 +7,35 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
+from fastema.binding.binding import Binding, Match
+from fastema.binding.sides import NOTHING, Trained
 from fastema.binding.swap import WriteWatch
-from fastema.bridges.registry import leaves_of, link_of, materialised, state_of
+from fastema.bridges.registry import leaves_of, link_of, materialised, reshard, state_of
 from fastema.engine.blocks import Steps
 from fastema.engine.interrupts import defer_signals
-from fastema.errors import ArgumentError, LayoutError, listed
+from fastema.errors import ArgumentError
 from fastema.layout.spec import Leaves, TensorSpec
 from fastema.rules import Rule
+from fastema.rules.checks import MOST, checked_whole
 from fastema.shadow.ema import EMA
 from fastema.shadow.entries import select
-from fastema.shadow.options import Policy, checked, destination, patterns_of
+from fastema.shadow.matching import (
+    names_of_state,
+    pairs_to,
+    refuse_other_holder,
+    refuse_other_model,
+)
+from fastema.shadow.options import (
+    OnNonFinite,
+    Policy,
+    WhenBehind,
+    checked,
+    destination,
+    patterns_of,
+)
 from fastema.shadow.views import Shadow
 
 __all__ = ["OffloadStats", "OffloadedEMA"]
@@ -35,11 +52,14 @@ class OffloadStats(NamedTuple):
         That training waited, for the weights to be copied or for an update to be done.
     bytes_moved : int
         Over the link, in both directions.
+    steps_skipped : int
+        Updates left out because the one before was not done (``offload="skip"``).
     """
 
     queue_depth: int
     seconds_waited: float
     bytes_moved: int
+    steps_skipped: int
 
 
 class OffloadedEMA(EMA[Any]):
@@ -55,47 +75,83 @@ class OffloadedEMA(EMA[Any]):
         weights: Any,
         decay: float | Rule | Sequence[float | Rule] = 0.999,
         *,
+        when_behind: WhenBehind = "wait",
         frozen: Policy = "skip",
         buffers: Policy = "copy",
         policy: Mapping[str, Policy] | None = None,
+        on_nonfinite: OnNonFinite = "propagate",
         capturable: bool = False,
         **options: Any,
     ) -> None:
         if capturable:
             raise ArgumentError("capturable=True counts on the GPU, and offload=True on the host")
-        self._module = materialised(weights)
-        leaves = leaves_of(self._module)
+        module = materialised(weights)
+        reshard(module)
+        leaves = leaves_of(module)
         policies = checked(frozen, "frozen", Policy), checked(buffers, "buffers", Policy)
         chosen = select(leaves, *policies, patterns_of(policy))
-        self._averaged = {leaf.name for leaf in chosen.averaged if leaf.role != "buffer"}
-        self._tied = chosen.names.aliases
         kept: dict[str, Policy] = {leaf.name: "average" for leaf in chosen.averaged}
         kept |= {leaf.name: "copy" for leaf in chosen.copied}
-        self._kept = list(kept)
-        self._link = link_of(self._owners(leaves))
+        if on_nonfinite != "propagate" and any(
+            leaf.spec.division is not None for leaf in leaves.items if leaf.name in kept
+        ):
+            raise ArgumentError(
+                f"on_nonfinite={on_nonfinite!r} is decided by all ranks that share DTensors, which "
+                "a thread beside the training step cannot ask; leave it or offload=True out"
+            )
+        self._kept, self._module = list(kept), module
+        tensors = self._owners(leaves)
+        self._link = link_of(tensors)
         self._end_fences = self._link.before_steps(self, "wait")
         self._fetch: Any = None
         self._job: Future[None] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self._pending, self._waited, self._moved = 0, 0.0, 0
-        self._holder: Any = None  # the model that the average is applied to, if given
-        self._writes: WriteWatch | None = None
-        self._link.fetch(self._owners(leaves)).complete()
+        self._skips_behind, self._behind, self._num_behind = when_behind == "skip", 0, 0
+        self._writes: WriteWatch | None = None  # of the model that holds the average
+        self._link.fetch(tensors).complete()
         exactly = {glob.escape(name): what for name, what in kept.items()}
-        super().__init__(self._link.staging, decay, policy=exactly, **options)
-
-    def _owners(self, leaves: Leaves) -> dict[str, Any]:
-        """The model's tensors that are kept, by name."""
-        kept = set(self._kept)
-        return {leaf.name: leaf.spec.owner for leaf in leaves.items if leaf.name in kept}
-
-    def _tensors(self, model: Any = None) -> dict[str, Any]:
-        return self._owners(leaves_of(self._module if model is None else materialised(model)))
+        super().__init__(
+            self._link.staging, decay, policy=exactly, on_nonfinite=on_nonfinite, **options
+        )
+        self._names = chosen.names  # as the user knows them
+        self._model = Binding(None, module, partial(self._match, False), leaves=leaves)
 
     @property
     def _kind(self) -> str:
         return "EMA"  # states go from one to the other
+
+    # -- the model --------------------------------------------------------------------------------
+
+    def _owners(self, leaves: Leaves) -> dict[str, Any]:
+        """The model's tensors that are kept, by name."""
+        found = {leaf.name: leaf.spec.owner for leaf in leaves.items}
+        return {name: found[name] for name in self._kept}
+
+    def _match(self, match_subset: bool, _: Leaves, model: Leaves) -> Match:
+        """Check that a model still fits; nothing is paired, since no kernel reads it."""
+        names = self._names
+        refuse_other_model(model, self._store.sets[0], names, match_subset=match_subset)
+        frozen = [
+            Trained(leaf.spec.owner, before=False)
+            for leaf in model.items
+            if leaf.name in names.still and leaf.role == "frozen"
+        ]
+        return Match({}, NOTHING, model.only({*self._kept, *names.aliases}), frozen)
+
+    def _leaves(self, model: Any = None, *, write: bool = False, restore: bool = False) -> Leaves:
+        """The model's tensors as they lie now, looked up again only where one is elsewhere."""
+        match = partial(self._match, True) if restore else None
+        with self._model.current(
+            self._module if model is None else model, write=write, match=match
+        ):
+            return self._model.watched[1]
+
+    def _tensors(self, model: Any = None) -> dict[str, Any]:
+        leaves = self._leaves(model)
+        found: dict[str, Any] = self._model.cached("tensors", lambda: self._owners(leaves))
+        return found
 
     # -- the worker -------------------------------------------------------------------------------
 
@@ -148,28 +204,41 @@ class OffloadedEMA(EMA[Any]):
 
     @property
     def offload_stats(self) -> OffloadStats:
-        """Updates under way, seconds that training waited, bytes moved over the link."""
+        """Updates under way, seconds waited, bytes moved over the link, steps skipped."""
         depth = int(self._job is not None and not self._job.done())
-        return OffloadStats(depth, self._waited, self._moved)
+        return OffloadStats(depth, self._waited, self._moved, self._num_behind)
 
     # -- training ---------------------------------------------------------------------------------
 
     def update(self, model: Any = None, *, steps: int = 1) -> None:
         """Take the current weights into the average, on a thread; returns at once.
 
-        If the update before is not done, it is waited for. What an update raises, the next call
+        If the update before is not done, it is waited for; with ``offload="skip"`` this one is left
+        out instead, and the next one counts for its steps too. What an update raises, the next call
         does. See :meth:`fastema.EMA.update`.
         """
         with self._lock:
-            self._drain()
             self._refuse_applied("update")
+            steps = checked_whole(steps, "steps", 1, MOST - self.num_updates) + self._behind
+            if self._skips_behind and self._is_behind():
+                self._num_behind += steps - self._behind
+                self._behind = steps
+                return
+            self._drain()
             self._fetch = self._link.fetch(self._tensors(model))
             self._moved += self._link.nbytes
+            self._behind = 0
             self._submit(steps)
+
+    def _is_behind(self) -> bool:
+        """Return whether the update before is not done; on any rank, where there are several."""
+        behind = self._job is not None and not self._job.done()
+        ranks = self._deciding_ranks()
+        return behind if ranks is None else ranks.any(behind)
 
     @property
     def num_updates(self) -> int:
-        """Calls of :meth:`update` so far, with the one that is not done yet."""
+        """Steps taken in so far, with those of the update that is not done yet."""
         return self._done + self._pending
 
     @property
@@ -182,15 +251,24 @@ class OffloadedEMA(EMA[Any]):
     def update_from_host(self, tensors: Mapping[str, Any]) -> None:
         """Take in weights that are on the host already, by name; nothing goes over the link.
 
-        For trainers that keep copies there: master weights, a checkpoint being written. The tensors
-        may be written when this returns.
+        For trainers that keep copies in the weights' dtypes there, to save or to send them. The
+        tensors may be written when this returns. Master weights of another dtype are averaged
+        themselves: ``EMA(masters)``.
+
+        Raises
+        ------
+        StateError
+            While the average is applied.
+        LayoutError
+            If a tensor is missing, or differs from the model's in shape, dtype or division.
         """
         with self._lock:
             self._drain()
             self._refuse_applied("update_from_host")
             found = {name: tensors[name] for name in self._kept if name in tensors}
             self._link.fetch(found).complete()
-            self._take_in(None, 1)
+            steps, self._behind = 1 + self._behind, 0
+            self._take_in(None, steps)
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -199,9 +277,8 @@ class OffloadedEMA(EMA[Any]):
         with self._lock:
             self._settle()
             self._refuse_applied("apply_shadow")
-            leaves = leaves_of(self._module if model is None else materialised(model))
-            tensors = self._owners(leaves)
-            writes = WriteWatch(self._specs(leaves), self._averaged)
+            leaves = self._leaves(model, write=True)
+            tensors, writes = self._owners(leaves), self._write_watch(leaves)
             self._link.fetch(tensors).complete()  # the raw weights, to the bit
             with defer_signals():
                 super().apply_shadow(which=which)
@@ -212,27 +289,32 @@ class OffloadedEMA(EMA[Any]):
                     super()._restore(None)
                     self._link.send(tensors)
                     raise
-                self._holder, self._writes = model, writes
+                self._writes = writes
             self._moved += 2 * self._link.nbytes
 
     def _specs(self, leaves: Leaves) -> dict[str, TensorSpec]:
-        kept = set(self._kept)
-        return {leaf.name: leaf.spec for leaf in leaves.items if leaf.name in kept}
+        found = {leaf.name: leaf.spec for leaf in leaves.items}
+        return {name: found[name] for name in self._kept}
+
+    def _write_watch(self, leaves: Leaves) -> WriteWatch:
+        return WriteWatch(self._specs(leaves), self.averaged_names)
 
     def _restore(self, model: Any) -> list[str]:
         if self._applied is None or self._writes is None:
             return super()._restore(None)
-        leaves = leaves_of(
-            self._module if (one := model or self._holder) is None else materialised(one)
-        )
-        writes, specs = self._writes, self._specs(leaves)
+        writes = self._writes
+        if model is not None:
+            refuse_other_holder(materialised(model), self._model.container, writes.weights)
+        leaves = self._leaves(self._model.container, write=True, restore=True)
+        tensors, specs = self._owners(leaves), self._specs(leaves)
+        self._link.check(tensors)
         written = writes.written()
         with defer_signals():
             super()._restore(None)
-            self._link.send(self._owners(leaves))
+            self._link.send(tensors)
             writes.now = specs
             writes.end()
-            self._holder = self._writes = None
+            self._writes = None
         self._moved += self._link.nbytes
         return written
 
@@ -249,23 +331,26 @@ class OffloadedEMA(EMA[Any]):
         """Write the average into a model; see :meth:`fastema.EMA.copy_to`."""
         with self._lock:
             self._settle()
-            held, target = super().model_state_dict(which=which), self._tensors(model)
-        missing = [f"{name!r} is missing" for name in self._kept if name not in target]
-        if missing:
-            raise LayoutError("the model is not that of the average:\n" + listed(missing))
-        for name in self._kept:
-            target[name].detach().copy_(held[name])
+            container = materialised(model)
+            reshard(container)
+            pairs = pairs_to(leaves_of(container), self._store.sets[0], self._names)
+            tensors = {pair.name: pair.src.owner for pair in pairs}
+            link = link_of(tensors)
+            super().copy_to(link.staging, which=which)
+            link.send(tensors)
 
     def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
         """Return the model's state with the average applied, on the model's devices."""
         with self._lock:
             self._settle()
-            held = super().model_state_dict(which=which)
-        found = state_of(self._module if model is None else materialised(model))
-        kept = {key: self._tied.get(name, name) for key, (name, _) in found.items()}
+            held = super().model_state_dict(self._link.staging, which=which)
+        container = self._module if model is None else materialised(model)
+        reshard(container)
+        found = state_of(container)
+        names = names_of_state(found, self._store.sets[0], self._names)
         return {
-            key: held[kept[key]].to(entry.device) if kept[key] in held else entry
-            for key, (_, entry) in found.items()
+            key: held[name].to(found[key][1].device) if name in held else found[key][1]
+            for key, name in names.items()
         }
 
     @property

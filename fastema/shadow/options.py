@@ -28,6 +28,7 @@ __all__ = [
 
 OnNonFinite = Literal["propagate", "skip", "raise"]
 WatchMode = Literal["all", "sample"]
+WhenBehind = Literal["wait", "skip"]
 
 
 _OPTIONS: Final = (

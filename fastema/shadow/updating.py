@@ -315,8 +315,7 @@ class Updating(Generic[Weights]):
                 "update_if= is decided by the host, which a captured graph does not ask; leave it "
                 "or capturable=True out"
             )
-        owners = [spec.owner for spec in self._binding.weights.values()]
-        together = self._ranks if self._ranks is not None else world_of(owners)
+        together = self._deciding_ranks()
 
         def is_wanted() -> bool:
             assert update_if is not None
@@ -327,6 +326,12 @@ class Updating(Generic[Weights]):
             self.update(steps=1 if self._format.window else steps)
 
         self._follower = Follower(optimizers, update, None if update_if is None else is_wanted)
+
+    def _deciding_ranks(self) -> Any:
+        """All ranks that hold parts or replicas of the weights; None where there is one process."""
+        if self._ranks is not None:
+            return self._ranks
+        return world_of(spec.owner for spec in self._binding.weights.values())
 
     def unfollow(self) -> None:
         """Follow no optimizers any more; nothing happens if it follows none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -332,9 +333,93 @@ def followed_together() -> list[int]:
             optimizer.step()
             assert ema.num_updates == count
         counts.append(ema.num_updates)
-    with pytest.raises(fastema.errors.BridgeError, match="offload=True is not for DTensors"):
-        fastema.EMA(fully_shard(net()), offload=True)
     return counts
+
+
+def on_host(layout: str, kind: str) -> None:
+    """An average on the host of divided weights is the one beside them, to the bit."""
+    if not holds(layout):
+        return
+    model = divided(layout)
+    plain, offloaded = trained(kind, model), OFFLOADED[kind](divided(layout))
+    for step in range(4):
+        offloaded.wait()
+        put(offloaded._module, weights(step))
+        offloaded.update()
+    which = {"which": 1} if kind == "two" else {}
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    host = offloaded._module
+    with torch.no_grad():
+        raw = full(host(x))  # may leave gathered weights behind
+        with plain.swapped(**which), offloaded.swapped(**which):
+            assert torch.equal(full(host(x)), full(model(x)))
+        assert torch.equal(full(host(x)), raw)
+        assert torch.equal(full(model(x)), raw)
+    assert_equal(averages(offloaded), averages(plain))
+    for one in (model, host):
+        reshard(one)
+    one, other = divided(layout), divided(layout)
+    offloaded.copy_to(one, **which)
+    plain.copy_to(other, **which)
+    held = offloaded.model_state_dict(**which)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(full(one.state_dict()[name]), full(tensor)), name
+        assert torch.equal(full(held[name]), full(tensor)), name
+    state, wanted = offloaded.state_dict(), plain.state_dict()
+    plain.load_state_dict(state)
+    offloaded.load_state_dict(wanted)
+    for average, of in ((plain, model), (offloaded, host)):
+        put(of, weights(7))
+        average.update()
+    assert_equal(averages(offloaded), averages(plain))
+
+
+OFFLOADED = {
+    kind: lambda model, kind=kind: _with(MAKE[kind], model, offload=True)
+    for kind in MAKE
+    if kind != "window"
+}
+
+
+def _with(make: Callable[[Any], Any], model: Any, **options: Any) -> Any:
+    """Build an average with further options."""
+    plain = fastema.EMA
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastema, "EMA", lambda *args, **given: plain(*args, **given, **options))
+        return make(model)
+
+
+def skipped_together() -> list[tuple[int, int]]:
+    """What one rank has no time for all leave out; and what is refused."""
+    found = []
+    for divide in (lambda model: model, fully_shard):
+        model = divide(net())
+        ema = fastema.EMA(model, decay=0.8, offload="skip")
+        late = threading.Event()
+        ema._link.delay = lambda _, late=late: late.wait(20)
+        for rank in (1, 2):
+            put(model, weights(rank))
+            late.clear()
+            if rank != dist.get_rank():
+                late.set()
+            ema.update()
+            if rank != dist.get_rank():
+                ema._drain()
+            dist.barrier()
+            ema.update()  # left out on all ranks, since one is behind
+            late.set()
+            ema._drain()
+            dist.barrier()
+            ema.update()
+            ema._drain()
+            dist.barrier()
+        found.append((ema.num_updates, ema.offload_stats.steps_skipped))
+        reference = fastema.EMA(model, decay=0.8)
+        assert ema.shadow.keys() == reference.shadow.keys()
+    for reaction in ("skip", "raise"):
+        with pytest.raises(ArgumentError, match=f"on_nonfinite='{reaction}' is decided by all"):
+            fastema.EMA(fully_shard(net()), offload=True, on_nonfinite=reaction)
+    return found
 
 
 def without_one() -> list[str]:

@@ -121,3 +121,14 @@ def test_a_rank_that_is_gone_is_an_error_within_the_timeout() -> None:
 
 def test_a_step_that_one_rank_leaves_out_all_do(run: Run) -> None:
     assert run(cases.followed_together) == [[4, 4]] * 4
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", cases.OFFLOADED)
+def test_an_average_on_the_host_gives_the_same_bits(run: Run, layout: str, kind: str) -> None:
+    run(cases.on_host, layout, kind)
+
+
+def test_an_update_that_one_rank_has_no_time_for_all_leave_out(run: Run) -> None:
+    assert run(cases.skipped_together) == [[(6, 2), (6, 2)]] * 4

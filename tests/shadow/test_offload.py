@@ -240,7 +240,7 @@ def test_the_stats_say_what_it_cost() -> None:
     model = build()
     offloaded = fastema.EMA(model, decay=0.5, offload=True, buffers="skip")
     nbytes = sum(one.nbytes for one in model.parameters() if one.requires_grad)
-    assert offloaded.offload_stats == (0, 0.0, 0)
+    assert offloaded.offload_stats == (0, 0.0, 0, 0)
     link = SlowLink(offloaded)
     offloaded.update()
     assert offloaded.offload_stats.queue_depth == 1
@@ -248,6 +248,7 @@ def test_the_stats_say_what_it_cost() -> None:
     link.go.set()
     offloaded.state_dict()
     assert offloaded.offload_stats[::2] == (0, nbytes)
+    assert offloaded.offload_stats.steps_skipped == 0
     with offloaded.swapped():
         pass
     assert offloaded.offload_stats.bytes_moved == 4 * nbytes
@@ -318,6 +319,31 @@ def test_it_stays_on_the_host() -> None:
         offloaded.to("cuda")
 
 
+def test_updates_are_left_out_while_it_is_behind_and_the_horizon_is_kept() -> None:
+    model = build()
+    offloaded = fastema.EMA(model, decay=0.5, offload="skip")
+    reference = fastema.EMA(model, decay=0.5)
+    link = SlowLink(offloaded)
+    move(model, 0)
+    offloaded.update()
+    reference.update()
+    for n in (1, 2):  # these do not wait for the first
+        offloaded.update(steps=n)
+    assert offloaded.num_updates == 1
+    assert offloaded.offload_stats.steps_skipped == 3
+    link.go.set()
+    assert offloaded.state_dict()["num_updates"] == 1
+    move(model, 3)
+    offloaded.update()
+    reference.update(steps=4)
+    assert_same(offloaded, reference)
+    assert offloaded.num_updates == 5
+    move(model, 4)
+    offloaded.update()
+    reference.update()
+    assert_same(offloaded, reference)
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -376,8 +402,69 @@ def test_a_model_that_changed_is_refused() -> None:
     model = build()
     offloaded = fastema.EMA(model, decay=0.5, offload=True)
     model[2] = nn.Linear(4, 3, bias=False)
-    with pytest.raises(LayoutError, match=r"'2\.weight' is now torch\.float32\[3, 4\]"):
+    with pytest.raises(LayoutError, match=r"'2\.weight' is now \[3, 4\], was \[4, 4\]"):
         offloaded.update()
+
+
+def test_names_are_those_of_the_model() -> None:
+    model = build()
+    model.add_module("tied", model[2])
+    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
+    for one in (offloaded, ema):
+        assert one.skipped_names == {"0.bias"}
+        assert one.aliases == {"tied.weight": "2.weight"}
+    model[0].bias.requires_grad_(True)
+    for one in (offloaded, ema):
+        with pytest.raises(LayoutError, match=r"'0\.bias' is trained now but was frozen"):
+            one.update()
+
+
+def test_a_model_in_another_dtype_gets_the_whole_precision() -> None:
+    model = build(torch.bfloat16)
+    options: dict[str, Any] = {"decay": 0.9, "shadow_dtype": "float32"}
+    offloaded, ema = (fastema.EMA(model, offload=on, **options) for on in (True, False))
+    train(model, (offloaded, ema))
+    one, other = build(), build()
+    offloaded.copy_to(one)
+    ema.copy_to(other)
+    assert_all_same([one.state_dict()], [other.state_dict()])
+    assert not torch.equal(one[2].weight, one[2].weight.bfloat16().float())
+
+
+def test_restore_is_refused_where_it_cannot_be_done_and_loses_nothing() -> None:
+    model = build()
+    offloaded = fastema.EMA(model, decay=0.5, offload=True)
+    move(model, 1)
+    raw = model[2].weight.detach().clone()
+    offloaded.update()
+    offloaded.apply_shadow()
+    with pytest.raises(StateError, match="applied to another model"):
+        offloaded.restore(build())
+    model.half()
+    with pytest.raises(LayoutError, match=r"'2\.weight' is now torch\.float16"):
+        offloaded.restore()
+    model.float()
+    assert offloaded.applied
+    offloaded.restore()
+    assert torch.equal(model[2].weight, raw)
+
+
+# -- the model that moves -------------------------------------------------------------------------
+
+
+def test_weights_that_are_replaced_are_found_again() -> None:
+    model = build()
+    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
+    for n in range(4):
+        offloaded.wait()
+        if n == 1:
+            model[2].weight.data = model[2].weight.data.clone()
+        if n == 2:
+            model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+        move(model, n)
+        offloaded.update()
+        ema.update()
+    assert_same(offloaded, ema)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -386,6 +473,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: fastema.EMA(build(), offload=True, capturable=True),
         ArgumentError,
         "offload=True on the host",
+    ),
+    "another word": (
+        lambda: fastema.EMA(build(), offload="drop"),  # type: ignore[arg-type]
+        ArgumentError,
+        "offload='drop': expected True, False or 'skip'",
     ),
     "a subclass": (
         lambda: type("Own", (fastema.EMA,), {})(build(), offload=True),
@@ -411,6 +503,9 @@ def test_weights_that_are_on_the_host_already() -> None:
     offloaded.update_from_host(masters)
     assert_same(offloaded, ema)
     assert offloaded.offload_stats.bytes_moved == 0
+    masters["2.weight"] = masters["2.weight"].double()
+    with pytest.raises(LayoutError, match=r"'2\.weight' is now torch\.float64"):
+        offloaded.update_from_host(masters)
     del masters["2.weight"]
     with pytest.raises(LayoutError, match=r"'2\.weight' is gone"):
         offloaded.update_from_host(masters)
