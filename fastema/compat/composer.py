@@ -20,6 +20,7 @@ from fastema.checkpoint.transfer import (
 )
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, BridgeError, CheckpointError
 from fastema.rules import Aligned
 from fastema.shadow import EMA
@@ -44,11 +45,14 @@ class _CallState:
     def update(self, averages: dict[str, Tensor], model: nn.Module, weight: float) -> None:
         """Update averages by name, those too that have further names in the model."""
         if self.names != averages.keys():
-            self.names, self.tied = frozenset(averages), _tied(model, averages)
-            self.averager = NamedAverager([*averages, *self.tied])
-        tied = {name: averages[first] for name, first in self.tied.items()}
-        self.averager.of({**averages, **tied}).update(model, weight, self.calls)
-        self.calls += 1
+            names, tied = frozenset(averages), _tied(model, averages)
+            averager = NamedAverager([*averages, *tied])
+            self.tied, self.averager, self.names = tied, averager, names
+        more = {name: averages[first] for name, first in self.tied.items()}
+        follows = self.averager.of({**averages, **more})
+        with defer_signals():  # an update is done and counted, or neither
+            follows.update(model, weight, self.calls)
+            self.calls += 1
 
 
 _call_states: weakref.WeakKeyDictionary[Any, _CallState] = weakref.WeakKeyDictionary()

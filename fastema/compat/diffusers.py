@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastema.compat.lists import ListAverage, as_list, load_list, move_list, write
 from fastema.compat.shares import refuse_no_share
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, LayoutError
 
 __all__ = ["EMAModel"]
@@ -173,7 +174,9 @@ class EMAModel(ListAverage):
         decay = float(self.get_decay(step))
         frozen = frozenset(at for at, one in enumerate(weights) if not one.requires_grad)
         try:
-            self._averager.update(self._shadow, weights, 1 - decay, step, frozen)
+            with defer_signals():  # an update is done and counted, or neither
+                self._averager.update(self._shadow, weights, 1 - decay, step, frozen)
+                self.optimization_step, self.cur_decay_value = step, decay
         except LayoutError:
             if any(hasattr(one, "ds_id") for one in weights):
                 raise LayoutError(
@@ -181,7 +184,6 @@ class EMAModel(ListAverage):
                     "within deepspeed.zero.GatheredParameters(parameters)"
                 ) from None
             raise
-        self.optimization_step, self.cur_decay_value = step, decay
 
     def restore(self, parameters: Iterable[Tensor]) -> None:
         """Write what :meth:`store` kept into parameters, to the bit, and keep it no longer."""

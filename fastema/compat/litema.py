@@ -21,6 +21,7 @@ from fastema.compat.lists import StoredWeights
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import NamedAverager
 from fastema.compat.shares import refuse_no_share
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError, LayoutError, listed
 
 __all__ = ["LitEma", "ema_weights", "with_ema_weights"]
@@ -194,10 +195,11 @@ class LitEma(nn.Module):
         if done >= 0:
             decay = min(decay, (2 + done) / (11 + done))
         step = done + 1 if done >= 0 else self._calls
-        self._call(model, lambda averager: averager.update(model, 1.0 - decay, step))
-        if done >= 0:
-            self._count.count(self.num_updates)
-        self._calls += 1
+        with defer_signals():  # an update is done and counted, or neither
+            self._call(model, lambda averager: averager.update(model, 1.0 - decay, step))
+            if done >= 0:
+                self._count.count(self.num_updates)
+            self._calls += 1
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averages into a model's parameters; raises as :meth:`forward`."""

@@ -23,6 +23,7 @@ from fastema.compat.lists import first_places
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, listed
 from fastema.layout.spec import Role
 from fastema.rules.checks import checked_whole
@@ -125,17 +126,18 @@ class BaseAveragedModel(nn.Module):
         done = int(self._count.read(self.steps))
         buffers: Literal["saved", "copy"] = "saved" if self.update_buffers else "copy"
         averager = self._averager.of(self.module, buffers=buffers)
-        if done == 0:
-            averager.copy(model)
-        elif done % self.interval == 0:
-            weight = self._weight(done)
-            if weight is None:
-                self._call_avg_func(model)
-            else:
-                averager.update(model, weight, done)
-        elif not self.update_buffers and any(True for _ in self.module.buffers()):
-            self._copier.copy(model)
-        self._count.count(self.steps)
+        with defer_signals():  # an update is done and counted, or neither
+            if done == 0:
+                averager.copy(model)
+            elif done % self.interval == 0:
+                weight = self._weight(done)
+                if weight is None:
+                    self._call_avg_func(model)
+                else:
+                    averager.update(model, weight, done)
+            elif not self.update_buffers and any(True for _ in self.module.buffers()):
+                self._copier.copy(model)
+            self._count.count(self.steps)
 
     def _call_avg_func(self, model: nn.Module) -> None:
         averages, sources = self._averaged_of(self.module), self._averaged_of(model)

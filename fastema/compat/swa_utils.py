@@ -37,6 +37,7 @@ from fastema.compat import mirrored
 from fastema.compat.averager import ModelAverager
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.shares import refuse_no_share
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import LayoutError, listed
 from fastema.plan import Plan
 from fastema.torch import update_bn
@@ -369,11 +370,12 @@ class AveragedModel(peer.AveragedModel):
             return
         count = int(self._count.read(self.n_averaged))
         averager = self._averager(rule)
-        if count == 0:
-            averager.copy(model)
-        else:
-            averager.update(model, rule.weight(count), count)
-        self._count.count(self.n_averaged)
+        with defer_signals():  # an update is done and counted, or neither
+            if count == 0:
+                averager.copy(model)
+            else:
+                averager.update(model, rule.weight(count), count)
+            self._count.count(self.n_averaged)
 
     def _rule(self) -> _UpdateRule | None:
         """Return the rule behind averaging functions; None for functions from elsewhere."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastema.compat.averager import duplicate
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError, LayoutError
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
@@ -46,8 +47,10 @@ class _TimmAverager(ModuleAverager):
     def update(self, averaged: nn.Module, model: nn.Module, decay: float, **settings: Any) -> None:
         """``avg = decay * avg + (1 - decay) * x``."""
         refuse_no_share(decay, "decay")
-        self.of(averaged, model, **settings).update(model, 1.0 - decay, self.step)
-        self.step += 1
+        averager = self.of(averaged, model, **settings)
+        with defer_signals():  # an update is done and counted, or neither
+            averager.update(model, 1.0 - decay, self.step)
+            self.step += 1
 
 
 class ModelEma:

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastema.compat.lists import ListAverage, as_list, clone_list, load_list, move_list, write
 from fastema.compat.shares import refuse_no_share
 from fastema.engine.blocks import RestoringBlock, Steps
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import ArgumentError, CheckpointError
 
 __all__ = ["ExponentialMovingAverage"]
@@ -120,10 +121,11 @@ class ExponentialMovingAverage(ListAverage):
             step = self.num_updates + 1
             decay = min(decay, (1 + step) / (10 + step))
         weights = self._get_parameters(parameters, "update")
-        self._averager.update(self._shadow, weights, 1.0 - decay, step)
-        self._num_calls = step
-        if self.num_updates is not None:
-            self.num_updates = step
+        with defer_signals():  # an update is done and counted, or neither
+            self._averager.update(self._shadow, weights, 1.0 - decay, step)
+            self._num_calls = step
+            if self.num_updates is not None:
+                self.num_updates = step
 
     def copy_to(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Write the average into parameters, rounded to their dtypes; raises as :meth:`update`."""

@@ -13,6 +13,7 @@ from torch import nn
 from fastema.checkpoint.transfer import load_modules, mapping_in, whole_in
 from fastema.compat.modules import ModuleAverager, frozen_copy
 from fastema.compat.shares import refuse_no_share
+from fastema.engine.interrupts import defer_signals
 from fastema.errors import CheckpointError
 from fastema.rules import Rule
 from fastema.rules.checks import checked_positive
@@ -132,8 +133,10 @@ class ModelEMA:
             return
         step = self.updates + 1
         averager = self._averager.of(self.ema)
-        averager.update(_unwrapped(model), 1.0 - self.decay(step), step)
-        self.updates = step
+        weight = 1.0 - self.decay(step)
+        with defer_signals():  # an update is done and counted, or neither
+            averager.update(_unwrapped(model), weight, step)
+            self.updates = step
 
     def update_attr(
         self,

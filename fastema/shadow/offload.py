@@ -225,10 +225,12 @@ class OffloadedEMA(EMA[Any]):
                 self._behind = steps
                 return
             self._drain()
-            self._fetch = self._link.fetch(self._tensors(model))
-            self._moved += self._link.nbytes
-            self._behind = 0
-            self._submit(steps)
+            tensors = self._tensors(model)
+            with defer_signals():  # weights that are fetched are averaged and counted
+                self._fetch = self._link.fetch(tensors)
+                self._moved += self._link.nbytes
+                self._behind = 0
+                self._submit(steps)
 
     def _is_behind(self) -> bool:
         """Return whether the update before is not done; on any rank, where there are several."""
