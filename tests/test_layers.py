@@ -99,10 +99,10 @@ TABLE = {
     # Found as fastema.torch also where PyTorch is missing, so the call imports PyTorch.
     "torch": ".errors lazy:torch lazy:rich",
     "compat": f"{LAYOUT} .shadow .binding .rules .plan .bridges .checkpoint .posthoc .torch"
-    f" .tensorflow .lightning .engine.blocks .lazy numpy {FRAMEWORKS}",
+    f" .tensorflow .lightning .engine.blocks .engine.interrupts .lazy numpy {FRAMEWORKS}",
     "compat.installation": ".errors .compat .engine.interrupts .engine.locks",
     "compat.keras": ".errors .keras .plan .binding .engine.interrupts keras",
-    "compat.torch_ema": ".errors .compat .engine.blocks torch",
+    "compat.torch_ema": ".errors .compat .engine.blocks .engine.interrupts torch",
     "compat.ema_pytorch": f"{LAYOUT} .compat .shadow .rules .plan .bridges .checkpoint .posthoc"
     " .engine.interrupts numpy torch",
     "compat.averager": f"{LAYOUT} .binding .plan .bridges .engine.blocks torch",
