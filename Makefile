@@ -29,7 +29,7 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-full bench bench-quick gpu-check cubins wheel lint format dev clean
+.PHONY: help demo test test-all test-full bench bench-quick gpu-check cubins wheel docs lint format dev clean
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
@@ -40,6 +40,7 @@ help:
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
 	@echo "make wheel        sdist and wheel in dist/, with GPU kernels for every architecture; ten minutes"
+	@echo "make docs         the documentation as a site, in site/; half a minute"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
@@ -94,6 +95,11 @@ wheel: cubins $(VENV)/.test
 	@root="$$PWD"; cd "$$(mktemp -d)" && \
 	  FASTEMA_RELEASE=1 "$$root/$(PY)" -m build --no-isolation --outdir "$$root/dist" "$$root"
 
+# A link or an anchor that leads nowhere fails it. Nothing is fetched while it is built or read.
+docs: $(VENV)/.docs
+	$(SAY) "mkdocs build --strict"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "site/index.html"
+
 lint: $(VENV)/.dev
 	$(SAY) "ruff check"
 	@$(PY) -m ruff check .
@@ -113,7 +119,7 @@ dev: $(VENV)/.dev
 
 clean:
 	$(SAY) "removing $(VENV), $(ALONE), $(CUDA12), caches and build products"
-	@rm -rf $(VENV) $(ALONE) $(CUDA12) fastema/cubins build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ALONE) $(CUDA12) fastema/cubins build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -138,7 +144,7 @@ $(CUDA12)/.made: Makefile pyproject.toml
 	@$(CUDA12)/bin/python -m pip install -e . $(TOOLKIT)
 	@touch "$@"
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made
+$(VENV)/.demo $(VENV)/.test $(VENV)/.test-all $(VENV)/.bench $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: $(PINS) | $(VENV)/.made
 	$(SAY) "installing fastema[$(or $(EXTRAS),$*)] into $(VENV), pinned by constraints.txt"
 	@$(PY) -m pip install -c constraints.txt -e ".[$(or $(EXTRAS),$*)]"
 	@touch "$@"

@@ -26,19 +26,52 @@ PEERS = {
     "optax": "Optax",
     "litema": "`LitEma`",
     "mmengine": "mmengine",
+    "ultralytics": "ultralytics",
+    "nemo": "NeMo",
+    "composer": "Composer",
+    "d2go": "d2go",
 }
 """Modules of fastema.compat, in the order of the table, and what it calls the peer."""
 
 _DIFFERENCE = re.compile(r"^- Theirs: (.+?); here: (.+?)\.$", re.MULTILINE)
 
 
-def differences(module: str) -> list[tuple[str, str]]:
-    """Read what the docstring of a module says of theirs, and of ours."""
+def _parsed(module: str) -> ast.Module:
     path = ROOT / "fastema" / "compat" / module
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def differences(module: str) -> list[tuple[str, str]]:
+    """Read what the docstring of a module says of theirs, and of ours."""
+    text = ast.get_docstring(_parsed(module)) or ""
     joined = re.sub(r"\n +", " ", text.partition("Where it differs:")[2])
     return [(theirs, ours) for theirs, ours in _DIFFERENCE.findall(joined)]
+
+
+def introduction(module: str) -> str:
+    """Read the docstring of a module up to its notes."""
+    return (ast.get_docstring(_parsed(module)) or "").partition("\nNotes\n")[0].strip()
+
+
+def public(module: str) -> list[str]:
+    """Read the names in a module's ``__all__`` that are ours."""
+    theirs: set[str] = set()
+    for node in _parsed(module).body:
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("fastema"):
+            theirs |= {one.name for one in node.names}
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return [name for name in ast.literal_eval(node.value) if name not in theirs]
+    raise ValueError(f"{module} has no __all__")
+
+
+def installable() -> set[str]:
+    """Read which peers ``fastema.compat.install`` knows."""
+    for node in _parsed("installation").body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "_KNOWN":
+            assert isinstance(node.value, ast.Dict)
+            return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise ValueError("installation.py has no _KNOWN")
 
 
 def table() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
 FILE = re.compile(r"`((?:bench/results|docs|examples|tests|fastema|kernels|bench)/[\w./-]+\.\w+)`")
@@ -23,6 +23,15 @@ def test_links_and_named_files_exist(page: Path) -> None:
     missing = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
     missing += [name for name in FILE.findall(text) if not (ROOT / name).exists()]
     assert not missing
+
+
+@pytest.mark.skipif(not PAGES[0].exists(), reason="pages belong to a checkout, not to an install")
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    named = set(re.findall(r": ([\w/-]+\.md)$", navigation, re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    made = {"index.md", "examples.md", "contributing.md", "changelog.md", "reference/commands.md"}
+    assert pages == named - made
 
 
 @pytest.mark.skipif(not PAGES[0].exists(), reason="pages belong to a checkout, not to an install")
