@@ -107,7 +107,8 @@ TABLE = {
     " .engine.interrupts numpy torch",
     "compat.averager": f"{LAYOUT} .binding .plan .bridges .engine.blocks torch",
     # test_light_import.py sees that what the extras bring is imported when a command runs.
-    "cli": f".fastema {BELOW_CLI} numpy numba matplotlib rich sklearn psutil {FRAMEWORKS}",
+    "cli": f".fastema {BELOW_CLI} numpy numba matplotlib rich sklearn psutil torchvision"
+    f" {FRAMEWORKS}",
     "__main__": ".cli",
 }
 

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastema
-from fastema.cli import average, convert, demo, doctor, inspect, plan, smooth
+from fastema.cli import average, bench, convert, demo, doctor, inspect, plan, smooth
 from fastema.errors import FastemaError
 
 COMMANDS: dict[str, Any] = {
     "average": average,
+    "bench": bench,
     "convert": convert,
     "demo": demo,
     "doctor": doctor,

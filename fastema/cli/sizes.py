@@ -1,8 +1,13 @@
-"""Numbers of bytes, for people."""
+"""Numbers, for people."""
 
 from __future__ import annotations
 
-__all__ = ["size"]
+__all__ = ["figure", "size"]
+
+
+def figure(value: float) -> str:
+    """Write a number with three digits, without an exponent where it is large."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def size(nbytes: float) -> str:

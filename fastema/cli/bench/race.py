@@ -1,0 +1,197 @@
+"""Ways to update an average, each timed in turn with fastema."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import fastema
+from fastema.cli.bench.shapes import Shapes
+from fastema.errors import ArgumentError
+
+DECAY = 0.999
+
+
+class Result(NamedTuple):
+    """What one way took; ``ms`` is None where it does not run, and ``why`` says why."""
+
+    name: str
+    ms: float | None = None
+    ratio: float | None = None
+    gbps: float | None = None
+    share: float | None = None
+    why: str = ""
+
+
+Job = Callable[[], object]
+
+
+class Way(NamedTuple):
+    """A way at work on one model."""
+
+    update: Job
+    averages: Callable[[], Iterable[torch.Tensor]]  # in the order of the model's parameters
+
+
+Setup = Callable[[nn.Module, torch.dtype], Way]
+
+
+def _weights(model: nn.Module) -> list[torch.Tensor]:
+    return [one.detach() for one in model.parameters()]
+
+
+def _ours(model: nn.Module, dtype: torch.dtype) -> Way:
+    ema = fastema.EMA(model, DECAY, shadow_dtype=dtype)
+    return Way(ema.update, ema.shadow.values)
+
+
+def _loop(model: nn.Module, dtype: torch.dtype) -> Way:
+    pairs = [(one.to(dtype, copy=True), one) for one in _weights(model)]
+
+    def update() -> None:
+        for average, weight in pairs:
+            average.mul_(DECAY).add_(weight, alpha=1 - DECAY)
+
+    return Way(update, lambda: [average for average, _ in pairs])
+
+
+def _foreach(model: nn.Module, dtype: torch.dtype) -> Way:
+    weights = _weights(model)
+    averages = [one.to(dtype, copy=True) for one in weights]
+
+    def update() -> None:
+        torch._foreach_lerp_(averages, [one.to(dtype) for one in weights], 1 - DECAY)
+
+    return Way(update, lambda: averages)
+
+
+def _averaged_model(model: nn.Module, dtype: torch.dtype) -> Way:
+    swa = torch.optim.swa_utils
+    averaged = swa.AveragedModel(model, multi_avg_fn=swa.get_ema_multi_avg_fn(DECAY))
+    averaged.module.to(dtype)
+    averaged.update_parameters(model)  # the first call only copies
+    return Way(lambda: averaged.update_parameters(model), averaged.module.parameters)
+
+
+def _torch_ema(model: nn.Module, dtype: torch.dtype) -> Way:
+    parameters = list(model.parameters())
+    ema = import_module("torch_ema").ExponentialMovingAverage(parameters, DECAY, False)
+    ema.to(dtype=dtype)
+    return Way(lambda: ema.update(parameters), lambda: ema.shadow_params)
+
+
+def _timm(model: nn.Module, dtype: torch.dtype) -> Way:
+    ema = import_module("timm.utils").ModelEmaV3(model, decay=DECAY, dtype=dtype)
+    return Way(lambda: ema.update(model), ema.module.parameters)
+
+
+def _ema_pytorch(model: nn.Module, dtype: torch.dtype) -> Way:
+    ema = import_module("ema_pytorch").EMA(
+        model,
+        ema_model=copy.deepcopy(model).to(dtype),
+        beta=DECAY,
+        min_value=DECAY,
+        update_every=1,
+        update_after_step=0,
+        coerce_dtype=True,
+    )
+    ema.update()  # the first call only copies
+    return Way(ema.update, ema.ema_model.parameters)
+
+
+def _diffusers(model: nn.Module, dtype: torch.dtype) -> Way:
+    parameters = list(model.parameters())
+    ema = import_module("diffusers.training_utils").EMAModel(
+        parameters, decay=DECAY, min_decay=DECAY, foreach=True
+    )
+    ema.to(dtype=dtype)
+    ema.step(parameters)  # the first call only copies
+    return Way(lambda: ema.step(parameters), lambda: ema.shadow_params)
+
+
+WAYS: dict[str, tuple[str, Setup]] = {
+    "torch mul_/add_ loop": ("torch", _loop),
+    "torch._foreach_lerp_": ("torch", _foreach),
+    "torch AveragedModel": ("torch", _averaged_model),
+    "torch_ema": ("torch_ema", _torch_ema),
+    "ema_pytorch": ("ema_pytorch", _ema_pytorch),
+    "timm ModelEmaV3": ("timm", _timm),
+    "diffusers EMAModel": ("diffusers", _diffusers),
+}
+"""By name: the package that it needs, and how it is set up."""
+
+
+def races(shapes: Shapes, args: argparse.Namespace) -> Iterator[Result]:
+    """Time each way in turn with fastema and with the memory's limit; fastema comes first."""
+    dtype, average = getattr(torch, args.dtype), getattr(torch, args.average)
+    try:
+        made = [torch.randn(shape, dtype=dtype, device=args.device) for shape in shapes]
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        raise ArgumentError(f"--device {args.device}: {reason}") from None
+    model = nn.ParameterList(made)
+    each = dtype.itemsize + 2 * average.itemsize
+    nbytes = each * sum(one.numel() for one in made)
+    ours = _ours(model, average).update
+    limit = _limit(nbytes) if args.device == "cpu" else None
+    seconds, plain = _race([ours, *([limit] if limit else [])], args)
+    share = None if limit is None else plain / seconds
+    yield Result("fastema.EMA", seconds * 1e3, 1.0, nbytes / seconds / 1e9, share)
+    for name, (package, setup) in WAYS.items():
+        if find_spec(package) is None:
+            yield Result(name, why=f"{package} is not installed")
+            continue
+        try:
+            theirs = setup(model, average).update
+            same, other = _race([ours, theirs], args)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")[:60]
+            yield Result(name, why=f"raises {type(error).__name__}: {reason}")
+        else:
+            share = None if limit is None else plain / other
+            yield Result(name, other * 1e3, other / same, nbytes / other / 1e9, share)
+        theirs = None  # type: ignore[assignment]
+        gc.collect()  # memory for the next one
+
+
+def _limit(nbytes: int) -> Job:
+    """The better of two kernels that only move as many bytes."""
+    from fastema.engine.limit import ReadReadWrite, StreamCopy
+
+    kernels: list[Job] = [ReadReadWrite(nbytes), StreamCopy(nbytes)]
+    return min(kernels, key=lambda one: _seconds_of(one, 3))
+
+
+def _seconds_of(job: Job, rounds: int) -> float:
+    job()
+    return median(_timed(job) for _ in range(rounds))
+
+
+def _timed(job: Job) -> float:
+    began = time.perf_counter()
+    job()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _race(jobs: list[Job], args: argparse.Namespace) -> list[float]:
+    """Median seconds of each, called in turn; a second entry where there is one job alone."""
+    times: list[list[float]] = [[] for _ in jobs]
+    for job in jobs:
+        job()  # compiles, and fills caches of its own
+    end = time.perf_counter() + args.seconds
+    while time.perf_counter() < end or len(times[-1]) < 3:
+        for job, found in zip(jobs, times, strict=True):
+            found.append(_timed(job))
+    return [median(found) for found in times] + [0.0] * (2 - len(jobs))
