@@ -12,7 +12,10 @@ from fastema.tracking import logs
 
 from .support.process import run_python
 
-NEEDS = ("jax", "keras", "lightning", "matplotlib", "safetensors", "sklearn", "tensorboard")
+NEEDS = (
+    *("jax", "keras", "lightning", "matplotlib", "safetensors", "sklearn", "tensorboard"),
+    "transformers",
+)
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -78,6 +81,7 @@ EVERY = {
     "lightning_callback": 5,
     "keras_callback": 5,
     "jax_loop": 5,
+    "trainer_callback": 5,
     "average_checkpoints": 3,
 }
 """Example to the percent by which its average is better than its weights, at least."""
@@ -91,6 +95,25 @@ def test_an_example_prints_what_it_says(name: str) -> None:
     found = re.findall(r"weights ([\d.]+)%   average ([\d.]+)%", done.stdout)
     ((weights, average),) = found
     assert float(average) >= float(weights) + EVERY[name]
+
+
+@pytest.mark.slow
+def test_sharded_training_on_two_ranks() -> None:
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = run_python(*start, EXAMPLES / "fsdp2.py")
+    assert done.returncode == 0, done.stderr
+    ((weights, average),) = re.findall(r"weights ([\d.]+)%   average ([\d.]+)%", done.stdout)
+    assert float(average) > float(weights) + 1
+    assert "one folder: 6 tensors, safetensors" in done.stdout
+
+
+@pytest.mark.slow
+def test_widths_are_chosen_after_training() -> None:
+    done = run_python(EXAMPLES / "diffusion_posthoc.py")
+    assert done.returncode == 0, done.stderr
+    weights, *averages = map(float, re.findall(r"loss ([\d.]+)", done.stdout))
+    assert len(averages) == 5
+    assert min(averages) < 0.98 * weights
 
 
 @pytest.mark.slow
