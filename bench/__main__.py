@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.race import report
+from bench.race import baseline, report
 from bench.race.question import Question, Settings
 
 QUESTIONS = {
     "cpu": "updates and swaps of PyTorch models, beside peers and the memory's limit",
+    "counts": "modules, operations, allocations, bytes: what no machine changes",
     "first-update": "how long until the first update: imports, compiling, the cache",
     "averages": "several decays, windows, 16 bits, guards, synthesis from snapshots",
     "bridges": "a leaf of each framework, and a large JAX tree beside optax",
@@ -33,7 +34,7 @@ QUESTIONS = {
     "quality": "whether averaging the weights helps",
     "gpu": "on a machine with a CUDA GPU: build, test, benchmark",
 }
-QUICK = ("cpu", "first-update", "averages", "bridges", "tracking", "drop-in")
+QUICK = ("counts", "cpu", "first-update", "averages", "bridges", "tracking", "drop-in")
 """What ``--quick`` runs where no question is named."""
 
 ALL = "all"
@@ -85,7 +86,10 @@ def answer(name: str, question: Question, settings: Settings, command: str) -> b
     report.store(settings.out, stem, header, rows, text)
     if question.draw is not None:
         question.draw(rows, header, settings.out / f"{stem}.png")
-    return not failed
+    whole = settings.quick and not settings.cases
+    if whole and settings.baseline == "write":
+        baseline.write(name, rows)
+    return not failed and (not whole or baseline.check(name, rows))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,6 +108,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=report.RESULTS, metavar="DIR")
     made.add_argument(
         "--readme", choices=("write", "check"), help="the table in README.md, from a stored result"
+    )
+    made.add_argument(
+        "--baseline",
+        choices=("write", "check"),
+        default="check",
+        help="with --quick: compare with bench/results/baseline.json, or write it (%(default)s)",
     )
     gpu = made.add_argument_group("gpu")
     gpu.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu is a dry run")
@@ -132,13 +142,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.case or "gpu" in names:
             command_line.error("--case, and the question gpu, go with one question")
         # Each by itself: frameworks share a process's memory and cores, and some exclude others.
-        flags = ["--quick"] * options.quick + ["--out", str(options.out.resolve())]
+        flags = ["--quick"] * options.quick + ["--baseline", options.baseline]
+        flags += ["--out", str(options.out.resolve())]
         calls = [[sys.executable, "-m", "bench", name, *flags] for name in names]
         return max([subprocess.run(call, cwd=report.ROOT).returncode for call in calls])
     settings = Settings(
         quick=options.quick,
         cases=tuple(options.case),
         out=options.out.resolve(),
+        baseline=options.baseline,
         device=options.device,
         minutes=options.minutes,
         stages=tuple(options.only),

@@ -22,6 +22,8 @@ class Settings:
         Names, or parts of names between colons; all cases where it is empty.
     out
         Folder of the results.
+    baseline
+        What to do with the stored figures of quick runs: "check" or "write".
     device, minutes, stages, select
         Of the GPU check alone.
     """
@@ -29,6 +31,7 @@ class Settings:
     quick: bool = False
     cases: tuple[str, ...] = ()
     out: Path = RESULTS
+    baseline: str = "check"
     device: str = "cuda"
     minutes: float = 7.5
     stages: tuple[str, ...] = ("build", "test", "benchmark")

@@ -1,0 +1,126 @@
+"""What is counted and not timed: modules imported, operations, allocations, bytes per element."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastema
+from bench.race.question import Question, Settings
+from bench.race.report import ROOT, Figure, Row, Rows
+
+IMPORTS = {
+    "import fastema": "import fastema",
+    "import fastema.tracking, one average": (
+        "import fastema.tracking as t; t.SimpleMovingAverage(9).update(1.0)"
+    ),
+    "an average of a PyTorch model, one update": (
+        "import torch; before = set(sys.modules); import fastema; "
+        "fastema.EMA(torch.nn.Linear(2, 2)).update()"
+    ),
+}
+
+PAIRS = {
+    "float32": (torch.float32, None),
+    "bfloat16, average float32": (torch.bfloat16, "float32"),
+    "bfloat16": (torch.bfloat16, None),
+    "bfloat16, average bf16+16": (torch.bfloat16, "bf16+16"),
+    "float16, average float32": (torch.float16, "float32"),
+}
+
+KB = 4
+"""Memory of Python's objects is given in steps of so many kB."""
+
+
+class _Counted(TorchDispatchMode):
+    """Counts PyTorch's operations in a block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _modules() -> Iterator[Row]:
+    for name, statement in IMPORTS.items():
+        code = (
+            "import json, sys\nbefore = set(sys.modules)\n"
+            f"{statement}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        found = json.loads(done.stdout)
+        ours = sum(one.partition(".")[0] == "fastema" for one in found)
+        heavy = {"numpy", "numba", "torch", "jax", "keras", "matplotlib", "safetensors"}
+        figures = {"modules": ours, "heavy": ", ".join(sorted(heavy & set(found))) or "none"}
+        yield Row("Modules of fastema that are imported", name, figures)
+
+
+def _work(call: Callable[[], object]) -> dict[str, int]:
+    """What a call does beside the kernels."""
+    for _ in range(3):
+        call()
+    with _Counted() as counted:
+        call()
+    tracemalloc.start()
+    call()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    call()
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    return {"operations": counted.count, "python_kb": -(-peak // (KB << 10)) * KB}
+
+
+def _calls() -> Iterator[Row]:
+    for name, (dtype, shadow) in PAIRS.items():
+        torch.manual_seed(0)
+        weights = [torch.randn(300, dtype=dtype) for _ in range(100)]
+        ema = fastema.EMA(weights, 0.999, shadow_dtype=shadow)
+
+        def swap(ema: Any = ema) -> None:
+            with ema.swapped():
+                pass
+
+        parts = ema.state_dict()
+        stored = sum(t.itemsize for p in ("shadow", "residual") for t in _firsts(parts.get(p)))
+        figures = {"bytes_per_element": dtype.itemsize + 2 * stored}
+        yield Row("100 tensors: an update", name, {**figures, **_work(ema.update)})
+        yield Row("100 tensors: swap and back", name, _work(swap))
+
+
+def _firsts(part: Any) -> list[torch.Tensor]:
+    return [next(iter(one.values())) for one in part or ()]
+
+
+def rows(settings: Settings) -> Rows:
+    """Return all counts; the same in quick mode."""
+    return [*_modules(), *_calls()]
+
+
+METHOD = f"""\
+Nothing here is timed: the numbers are the same on every machine, and `make bench-quick` fails where
+they differ from those that are stored. *Operations* are those that PyTorch is asked for in a call,
+*Python's objects* the peak of their memory in it, in steps of {KB} kB."""
+
+QUESTION = Question(
+    "What an average does beside its kernels",
+    METHOD,
+    rows,
+    packages=("torch", "numpy", "numba"),
+    figures={
+        "modules": Figure("modules", str),
+        "heavy": Figure("of others", str),
+        "operations": Figure("operations", str),
+        "python_kb": Figure("Python's objects, kB", str),
+    },
+)
