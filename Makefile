@@ -29,7 +29,8 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-full bench bench-quick gpu-check cubins wheel docs lint format dev clean
+.PHONY: help demo test test-all test-full bench bench-quick gpu-check cubins wheel docs lint format dev clean \
+  release-check
 
 help:
 	@echo "make demo         train a small model on real data, with and without its average"
@@ -42,6 +43,7 @@ help:
 	@echo "make wheel        sdist and wheel in dist/, with GPU kernels for every architecture; ten minutes"
 	@echo "make docs         the documentation as a site, in site/; half a minute"
 	@echo "make lint         ruff check, ruff format --check, mypy"
+	@echo "make release-check  all of it, then wheel and sdist in empty environments; an hour"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make dev          all of the tools in $(VENV), and the pre-commit hooks"
 	@echo "make clean        remove $(VENV), $(ALONE), $(CUDA12), caches and build products"
@@ -107,6 +109,14 @@ lint: $(VENV)/.dev
 	@$(PY) -m ruff format --check .
 	$(SAY) "mypy (half a minute where there is no cache yet)"
 	@$(PY) -m mypy
+	$(SAY) "mypy --strict of what users write"
+	@$(PY) -m mypy --strict tests/typing/user_code.py
+
+# Every test and benchmark, the site, the linters, the wheel with all GPU kernels, and what is built in
+# empty environments of every Python there is.
+release-check: test-all bench-quick docs lint wheel
+	$(SAY) ".ci/release_check dist"
+	@.ci/release_check dist
 
 format: $(VENV)/.dev
 	$(SAY) "ruff check --fix, ruff format"
