@@ -14,6 +14,7 @@ import errno
 import itertools
 import os
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -502,6 +503,8 @@ def run(trials: int, seed: int, of: str = "") -> Iterator[str]:
     pairs: set[tuple[str, str, str]] = set()
     longest = 25  # trials of one pair of twins
     for turn in range(0, trials, longest):
+        if turn and turn % 1_000 == 0:
+            print(f"{turn:,} trials", file=sys.stderr, flush=True)
         name, subject = subjects[turn // longest % len(subjects)]
         with tempfile.TemporaryDirectory() as folder:
             twins = [subject.build(Path(folder) / side) for side in ("subject", "twin")]
