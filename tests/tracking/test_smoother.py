@@ -72,6 +72,7 @@ def test_refused(options: dict[str, Any]) -> None:
         *(({"a": 1.0}, {"step": k}, ArgumentError, "step") for k in (1.5, "3", 2**70)),
         ({"a": 1.0}, {"step": np.float64(2.0)}, ArgumentError, "step"),
     ],
+    ids=repr,
 )
 def test_a_refused_update_changes_nothing(
     metrics: dict[str, Any], options: dict[str, Any], error: type[Exception], words: str
