@@ -10,36 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastema.cli import main
-
 NEEDS = ("safetensors", "torch")
 
-LORA = {"lora_A": torch.ones(2), "lora_B": torch.ones(1)}
 STEPS = (100, 200, 450, 500, 900)
+LORA = {"lora_A": torch.ones(2), "lora_B": torch.ones(1)}
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``run("--swa ...")`` in a folder of checkpoints: exit code, output, and errors."""
+def run(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run("--swa ...")`` in a folder of checkpoints: output, and errors."""
     monkeypatch.chdir(tmp_path)
     for step in STEPS:
-        tensors = {
-            "w": torch.full((5,), step / 100),
-            "lora_A": torch.ones(2),
-            "lora_B": torch.ones(1),
-        }
+        tensors = {"w": torch.full((5,), step / 100), **LORA}
         save_file(tensors, tmp_path / f"step-{step}.safetensors")
-
-    def called(line: str) -> tuple[int, str, str]:
-        code = main(["average", *line.split()])
-        return code, *capsys.readouterr()
-
-    return called
+    return lambda line, **options: fastema(f"average {line}", **options)
 
 
 def test_a_mean_of_named_checkpoints(run: Any, tmp_path: Path) -> None:
-    code, out, err = run("step-100.safetensors step-200.safetensors -o mean.safetensors")
-    assert (code, err) == (0, "")
+    out, err = run("step-100.safetensors step-200.safetensors -o mean.safetensors")
+    assert err == ""
     assert load_file(tmp_path / "mean.safetensors")["w"].tolist() == [1.5] * 5
     lines = out.splitlines()
     assert lines[0].split() == ["checkpoint", "step", "size", "swa"]
@@ -49,8 +38,7 @@ def test_a_mean_of_named_checkpoints(run: Any, tmp_path: Path) -> None:
 
 
 def test_several_averages_of_a_folder_have_names_of_their_own(run: Any, tmp_path: Path) -> None:
-    code, out, _ = run("--dir . --last 3 --swa --ema 0.999 --wsm 1-sqrt -o merged.safetensors")
-    assert code == 0
+    out, _ = run("--dir . --last 3 --swa --ema 0.999 --wsm 1-sqrt -o merged.safetensors")
     found = {p.name: load_file(p)["w"][0].item() for p in tmp_path.glob("merged*")}
     weights = 0.999**450, 0.999**400 - 0.999**450, 1 - 0.999**400
     assert found == {
@@ -67,17 +55,14 @@ def test_several_averages_of_a_folder_have_names_of_their_own(run: Any, tmp_path
 
 def test_a_dry_run_writes_nothing(run: Any, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
-    code, out, _ = run("--dir . --window 401 --weights 0.25,0.75 --dry-run -o x.safetensors")
-    assert code == 0
+    out, _ = run("--dir . --window 401 --weights 0.25,0.75 --dry-run -o x.safetensors")
     assert "0.25" in out
     assert out.endswith("would read 64 B and write x.safetensors\n")
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_json_says_what_was_done(run: Any) -> None:
-    code, out, _ = run("--dir . --last 2 --json -o mean.safetensors")
-    found = json.loads(out)
-    assert code == 0
+    found = json.loads(run("--dir . --last 2 --json -o mean.safetensors").out)
     assert [one["step"] for one in found["checkpoints"]] == [500, 900]
     assert found["outputs"] == [
         {"path": "mean.safetensors", "average": "swa", "weights": [0.5, 0.5], "written": True}
@@ -86,10 +71,7 @@ def test_json_says_what_was_done(run: Any) -> None:
 
 
 def test_odd_weights_are_warned_of(run: Any) -> None:
-    code, _, err = run(
-        "step-100.safetensors step-200.safetensors --weights=-1,1.5 -o o.safetensors"
-    )
-    assert code == 0
+    _, err = run("step-100.safetensors step-200.safetensors --weights=-1,1.5 -o o.safetensors")
     assert err.splitlines() == [
         "warning: the weights sum to 0.5, not to 1",
         "warning: some weights are negative: the result is no average",
@@ -114,8 +96,7 @@ def test_odd_weights_are_warned_of(run: Any) -> None:
     ],
 )
 def test_what_cannot_be_is_one_line(run: Any, tmp_path: Path, line: str, words: str) -> None:
-    code, _, err = run(line)
-    assert code == 2
+    _, err = run(line, code=2)
     assert err.startswith("fastema average: ")
     assert words in err
     assert len(list(tmp_path.iterdir())) == len(STEPS)
@@ -125,9 +106,8 @@ def test_what_cannot_be_is_one_line(run: Any, tmp_path: Path, line: str, words: 
     "option", ["--ema 1.5", "--sma 0", "--wsm cubic", "--weights a", "--sigma-rel 3"]
 )
 def test_options_that_cannot_be_are_usage_errors(run: Any, option: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        run(f"--dir . {option} -o x.safetensors")
-    assert caught.value.code == 2
+    _, err = run(f"--dir . {option} -o x.safetensors", code=2)
+    assert err.startswith("usage: fastema average ")
 
 
 def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
@@ -141,8 +121,7 @@ def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
         average.update()
         if not step % 20:
             posthoc.save_snapshot(average, tmp_path / "snapshots")
-    code, _, err = run("--dir snapshots --sigma-rel 0.07 -o width.safetensors")
-    assert (code, err) == (0, "")
+    assert run("--dir snapshots --sigma-rel 0.07 -o width.safetensors").err == ""
     want = posthoc.synthesize(tmp_path / "snapshots", sigma_rel=0.07).tensors
     (got,) = load_file(tmp_path / "width.safetensors").values()
     torch.testing.assert_close(got, torch.from_numpy(next(iter(want.values()))), rtol=1e-5, atol=0)

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import fastema
+from fastema import EMA
 from fastema.checkpoint import save
-from fastema.cli import main
+
+from ..support.process import run_python
 
 NEEDS = ("safetensors", "torch")
 
 
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``run("inspect ema.safetensors")`` beside an average and its model: code, output, errors."""
+def run(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run("inspect ema.safetensors")`` beside an average and its model: output, errors."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
     model = torch.nn.Linear(3, 2)
-    ema = fastema.EMA(model, decay=0.99)
+    ema = EMA(model, decay=0.99)
     for _ in range(1000):
         ema.update()
     save(ema, tmp_path / "ema.safetensors")
     torch.save(model.state_dict(), tmp_path / "model.pt")
-
-    def called(line: str) -> tuple[int, str, str]:
-        code = main(line.split())
-        return code, *capsys.readouterr()
-
-    return called
+    return fastema
 
 
 def test_an_average_is_described(run: Any) -> None:
-    code, out, err = run("inspect ema.safetensors --check --tensors")
-    assert (code, err) == (0, "")
+    out, err = run("inspect ema.safetensors --check --tensors")
+    assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[0] != " ")
     assert lines["updates"] == "1,000"
     assert lines["schedule"] == "Constant(value=0.99)"
@@ -51,9 +45,7 @@ def test_an_average_is_described(run: Any) -> None:
 
 
 def test_the_description_for_programs(run: Any) -> None:
-    code, out, _ = run("inspect ema.safetensors --json")
-    found = json.loads(out)
-    assert code == 0
+    found = json.loads(run("inspect ema.safetensors --json").out)
     assert found["library"] == "fastema"
     assert found["num_updates"] == 1000
     assert found["tensors"] == {
@@ -63,8 +55,8 @@ def test_the_description_for_programs(run: Any) -> None:
 
 
 def test_an_average_is_converted_and_what_is_lost_is_said(run: Any, tmp_path: Path) -> None:
-    code, out, err = run("convert ema.safetensors swa.pt --to swa_utils")
-    assert (code, err) == (0, "")
+    out, err = run("convert ema.safetensors swa.pt --to swa_utils")
+    assert err == ""
     assert out.splitlines() == [
         "swa.pt: swa_utils, 2 tensors of ema.safetensors (fastema)",
         "not carried: the schedule, Constant(value=0.99)",
@@ -72,8 +64,8 @@ def test_an_average_is_converted_and_what_is_lost_is_said(run: Any, tmp_path: Pa
     average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
     average.load_state_dict(torch.load(tmp_path / "swa.pt", weights_only=True))
     assert average.n_averaged == 1000
-    code, out, _ = run("convert ema.safetensors ema.pt --to torch_ema --names model.pt")
-    assert (code, len(out.splitlines())) == (0, 1)
+    out, _ = run("convert ema.safetensors ema.pt --to torch_ema --names model.pt")
+    assert len(out.splitlines()) == 1
 
 
 WRONG = {
@@ -89,14 +81,15 @@ WRONG = {
 @pytest.mark.parametrize("line", WRONG)
 def test_what_cannot_be_is_one_line(line: str, run: Any, tmp_path: Path) -> None:
     before = {one.name for one in tmp_path.iterdir()}
-    code, out, err = run(line)
-    assert (code, out) == (2, "")
+    out, err = run(line, code=2)
+    assert out == ""
     assert err.startswith(WRONG[line])
     assert err.count("\n") == 1
     assert {one.name for one in tmp_path.iterdir()} == before
 
 
-def test_a_reader_may_stop_reading(run: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("run")
+def test_a_reader_may_stop_reading(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
         "from fastema.cli import main\n"
@@ -105,7 +98,5 @@ def test_a_reader_may_stop_reading(run: Any, tmp_path: Path) -> None:
         "os.dup2(write, 1)\n"
         "sys.exit(main(['inspect', 'ema.safetensors']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = run_python("-c", script, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

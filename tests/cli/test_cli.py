@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
-import fastema
-from fastema import cli
+from fastema import __version__, cli
 
 from ..support.process import run_python
 
@@ -43,38 +43,22 @@ class _Interrupted:
         raise KeyboardInterrupt
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"fastema {fastema.__version__}\n"
-
-
-def test_python_m_fastema() -> None:
+def test_version(fastema: Any) -> None:
+    version = f"fastema {__version__}\n"
+    assert fastema("--version").out == version
     done = run_python("-m", "fastema", "--version")
-    assert (done.returncode, done.stdout) == (0, f"fastema {fastema.__version__}\n")
+    assert (done.returncode, done.stdout) == (0, version)
 
 
-def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 2
-    assert "demo" in capsys.readouterr().err
-
-
-def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["polish"])
-    assert stopped.value.code == 2
-    assert "polish" in capsys.readouterr().err
+@pytest.mark.parametrize(("command", "said"), [("", "demo"), ("polish", "polish")])
+def test_what_is_no_command(command: str, said: str, fastema: Any) -> None:
+    assert said in fastema(command, code=2).err
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_help_of_each_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
-    assert stopped.value.code == 0
-    assert "".join(cli.COMMANDS[command].SUMMARY.split()) in "".join(
-        capsys.readouterr().out.split()
-    )
+def test_help_of_each_command(command: str, fastema: Any) -> None:
+    out = fastema(f"{command} --help").out
+    assert "".join(cli.COMMANDS[command].SUMMARY.split()) in "".join(out.split())
 
 
 def test_the_front_end_is_light() -> None:
@@ -120,7 +104,6 @@ def test_help_needs_no_extra() -> None:
     assert "--decay" in done.stdout
 
 
-def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, fastema: Any) -> None:
     monkeypatch.setitem(cli.COMMANDS, "wait", _Interrupted())
-    assert cli.main(["wait", "--forever"]) == 130
-    assert capsys.readouterr().err == "fastema wait: interrupted\n"
+    assert fastema("wait --forever", code=130).err == "fastema wait: interrupted\n"

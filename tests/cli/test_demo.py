@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastema.cli import demo, main
+from fastema.cli import demo
 from fastema.cli.demo import data, models, picture, speed, summary, train
 from fastema.cli.demo.choices import Recipe
 from fastema.cli.demo.train import Evaluation, History, Score, Times
@@ -19,7 +20,7 @@ NEEDS = ("matplotlib", "rich", "sklearn")
 
 pytestmark = pytest.mark.torch
 
-SHORT = ["demo", "--model", "mlp", "--epochs", "2", "--batch-size", "64"]
+SHORT = "demo --model mlp --epochs 2 --batch-size 64"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -46,11 +47,10 @@ def _history(pairs: list[tuple[float, float]], loss: float = 0.1) -> History:
 # The command
 
 
-def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run(tmp_path: Path, fastema: Callable[..., Any]) -> None:
     out = tmp_path / "a [bold]picture.png"
-    assert main([*SHORT, "--out", str(out)]) == 0
+    printed = fastema(SHORT, "--out", out).out
     assert out.read_bytes().startswith(PNG)
-    printed = capsys.readouterr().out
     assert "\x1b" not in printed  # not a terminal: no colours, no moving cursor
     assert printed.splitlines()[-1] == f"Picture: {out}"
     assert [len(row) for row in _rows(printed)] == [9, 9]
@@ -58,9 +58,8 @@ def test_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert max(map(len, printed.splitlines()[:-1])) <= 80
 
 
-def test_quiet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SHORT, "--quiet", "--out", str(tmp_path / "a.png")]) == 0
-    printed = capsys.readouterr().out
+def test_quiet(tmp_path: Path, fastema: Callable[..., Any]) -> None:
+    printed = fastema(SHORT, "--quiet", "--out", tmp_path / "a.png").out
     assert "epoch   loss" not in printed
     assert printed.count("\n") < 10
 
@@ -73,7 +72,8 @@ def test_again_in_a_new_process_it_says_the_same(
     said = []
     # Another number of threads is another order of sums, unless the demo sees to it.
     for threads in ("1", "4"):
-        printed = python(script, *SHORT, "--out", str(tmp_path / "a.png"), OMP_NUM_THREADS=threads)
+        arguments = [*SHORT.split(), "--out", str(tmp_path / "a.png")]
+        printed = python(script, *arguments, OMP_NUM_THREADS=threads)
         scores = [row[:4] for row in _rows(printed)]
         words = re.findall(r"^  (?:raw|EMA) weights .*$", printed, re.MULTILINE)
         assert (len(scores), len(words)) == (2, 2)
@@ -99,32 +99,27 @@ def test_again_in_a_new_process_it_says_the_same(
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )
-def test_bad_arguments(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["demo", *arguments])
-    assert stopped.value.code == 2
-    assert complaint in capsys.readouterr().err
+def test_bad_arguments(arguments: list[str], complaint: str, fastema: Callable[..., Any]) -> None:
+    err = fastema("demo", *arguments, code=2).err
+    assert err.startswith("usage: fastema demo ")
+    assert complaint in err
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fastema: Callable[..., Any]
 ) -> None:
     (tmp_path / "folder.png").mkdir()
     for out in (tmp_path / "nowhere" / "a.png", tmp_path / "folder.png"):
-        with pytest.raises(SystemExit) as stopped:
-            main(["demo", "--out", str(out)])
-        assert stopped.value.code == 2
-        assert f"--out: cannot write {out}: " in capsys.readouterr().err
+        assert f"--out: cannot write {out}: " in fastema("demo", "--out", out, code=2).err
 
 
-def test_checking_a_path_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+def test_checking_a_path_leaves_the_folder_as_it_was(
+    tmp_path: Path, fastema: Callable[..., Any]
+) -> None:
     kept = tmp_path / "kept.png"
     kept.write_bytes(b"an older picture")
     for out in (kept, tmp_path / "new.png"):
-        with pytest.raises(SystemExit):
-            main(["demo", "--out", str(out), "--epochs", "0"])
+        fastema("demo", "--out", out, "--epochs", "0", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
     assert kept.read_bytes() == b"an older picture"
 

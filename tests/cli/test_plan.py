@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from fastema.cli import main
+
+@pytest.fixture
+def planned(fastema: Any) -> Callable[[str], dict[str, dict[str, Any]]]:
+    return lambda line: {way["name"]: way for way in json.loads(fastema(f"plan {line} --json").out)}
 
 
-def planned(capsys: pytest.CaptureFixture[str], line: str) -> dict[str, dict[str, Any]]:
-    assert main(["plan", *line.split(), "--json"]) == 0
-    return {way["name"]: way for way in json.loads(capsys.readouterr().out)}
-
-
-def test_each_way_costs_what_its_bytes_say(capsys: pytest.CaptureFixture[str]) -> None:
-    found = planned(capsys, "--params 64e9 --dtype bf16 --world 64 --hbm 2000 --link 50 --host 80")
+def test_each_way_costs_what_its_bytes_say(planned: Any) -> None:
+    found = planned("--params 64e9 --dtype bf16 --world 64 --hbm 2000 --link 50 --host 80")
     whole = found["on each GPU, float32"]
     assert (whole["gpu_bytes"], whole["moved"], whole["seconds"]) == (256e9, 640e9, 0.32)
     part = found["sharded, float32"]
@@ -30,18 +29,13 @@ def test_each_way_costs_what_its_bytes_say(capsys: pytest.CaptureFixture[str]) -
     assert host["seconds"] == max(2 / 50, 12 / (80 / 8))
 
 
-def test_one_gpu_has_nothing_to_share(capsys: pytest.CaptureFixture[str]) -> None:
-    found = planned(capsys, "--params 1e8 --dtype float32 --every 5")
-    assert list(found) == [
-        "on each GPU, float32",
-        "on the GPU, every 5 steps",
-        "on the host, float32",
-    ]
+def test_one_gpu_has_nothing_to_share(planned: Any) -> None:
+    names = ["on each GPU, float32", "on the GPU, every 5 steps", "on the host, float32"]
+    assert list(planned("--params 1e8 --dtype float32 --every 5")) == names
 
 
-def test_the_table_has_a_row_and_a_call_for_each(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--params", "7e9", "--step", "0.5"]) == 0
-    out = capsys.readouterr().out
+def test_the_table_has_a_row_and_a_call_for_each(fastema: Any) -> None:
+    out = fastema("plan --params 7e9 --step 0.5").out
     assert out.startswith("7,000,000,000 weights in bf16; per rank")
     assert out.count("bf16+16") == 3
     assert "of a step" in out
@@ -49,8 +43,5 @@ def test_the_table_has_a_row_and_a_call_for_each(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("line", ["", "--params 0", "--params x", "--params 1e9 --dtype int8"])
-def test_what_is_no_plan_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        main(["plan", *line.split()])
-    assert raised.value.code == 2
-    assert "fastema plan: error" in capsys.readouterr().err
+def test_what_is_no_plan_is_refused(line: str, fastema: Any) -> None:
+    assert "fastema plan: error" in fastema(f"plan {line}", code=2).err

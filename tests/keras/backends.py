@@ -25,10 +25,8 @@ BACKENDS: Final = (
     "jax",
 )
 HERE: Final = Path(__file__).parent
-CASES: Final = (
-    HERE / "weights_cases.py",
-    HERE / "losses_cases.py",
-    HERE / "swap_cases.py",
+CASES: Final = tuple(
+    HERE / f"{name}_cases.py" for name in ("weights", "evaluation", "losses", "losses_runs", "swap")
 )
 SECONDS = 1200
 

@@ -10,6 +10,10 @@ from keras.src.utils import module_utils
 
 from ..support.requirements import require_packages
 from .backends import BACKENDS, run
+from .evaluation_cases import (
+    test_evaluate_and_predict_with_the_average_and_every_bit_comes_back,  # noqa: F401
+    test_validation_runs_with_the_average,  # noqa: F401
+)
 from .losses_cases import (
     test_keras_values_stay_the_same_to_the_bit,  # noqa: F401
     test_logs_of_batches_and_epochs,  # noqa: F401
@@ -23,10 +27,8 @@ from .swap_cases import (
 from .weights_cases import (
     pytestmark,  # noqa: F401
     test_average_is_the_recursion_over_all_steps,  # noqa: F401
-    test_evaluate_and_predict_with_the_average_and_every_bit_comes_back,  # noqa: F401
     test_saved_weights_are_the_average,  # noqa: F401
     test_swap_on_epoch_shows_the_average_to_later_callbacks,  # noqa: F401
-    test_validation_runs_with_the_average,  # noqa: F401
 )
 
 NEEDS = ("safetensors",)

@@ -11,12 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    EarlyStopping,
-    ModelCheckpoint,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -65,8 +60,14 @@ class Regression(pl.LightningModule):
         return [loss for loss, _ in self.seen]
 
     @property
-    def sizes(self) -> list[float]:
-        return [float(size) for _, size in self.seen]
+    def curves(self) -> dict[str, np.ndarray]:
+        """What the averages of the losses are to be, each weighing as its batch is large."""
+        sizes = [float(size) for _, size in self.seen]
+        return {
+            "train_loss_raw": np.array(self.losses),
+            "train_loss_sma": sma(self.losses, WINDOW, sizes),
+            "train_loss_ema": ema(self.losses, DECAY, sizes),
+        }
 
 
 def loader(samples: int = 43, batch: int = 8) -> DataLoader[Any]:
@@ -81,9 +82,18 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
     return quiet_trainer(folder, *callbacks, **{"max_epochs": 3, **options})
 
 
-def made(kind: type[Regression] = Regression) -> Regression:
+def made(kind: type[Regression] = Regression, *given: Any) -> Regression:
     torch.manual_seed(1)
-    return kind()
+    return kind(*given)
+
+
+def recorded(
+    folder: Path, *callbacks: Callback, module: Regression | None = None, **options: Any
+) -> tuple[Regression, LossAverages]:
+    """A run with averages that keep all they give."""
+    module, averages = module or made(), LossAverages(WINDOW, DECAY, record=True)
+    trainer(folder, averages, *callbacks, **options).fit(module, loader())
+    return module, averages
 
 
 def rows(folder: Path, name: str) -> dict[int, float]:
@@ -95,18 +105,12 @@ def rows(folder: Path, name: str) -> dict[int, float]:
 def test_loggers_and_history_hold_the_curves_of_the_definition(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    module, averages = made(), LossAverages(WINDOW, DECAY, record=True)
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
-    trainer(tmp_path, averages, logger=loggers).fit(module, loader())
+    module, averages = recorded(tmp_path, logger=loggers)
     assert len(module.losses) == 18
-    assert len(set(module.sizes)) == 2  # a short last batch
-    want = {
-        "train_loss_raw": np.array(module.losses),
-        "train_loss_sma": sma(module.losses, WINDOW, module.sizes),
-        "train_loss_ema": ema(module.losses, DECAY, module.sizes),
-    }
+    assert len({size for _, size in module.seen}) == 2  # a short last batch
     found = EventAccumulator(str(next((tmp_path / "tb").rglob("events.*")).parent)).Reload()
-    for name, curve in want.items():
+    for name, curve in module.curves.items():
         assert_close(averages.history[name], curve)
         logged = rows(tmp_path / "csv", name)
         assert list(logged) == list(range(18))
@@ -140,7 +144,7 @@ def test_what_is_logged_per_step_is_smoothed_and_nothing_else(tmp_path: Path) ->
         tmp_path, averages, logger=CSVLogger(tmp_path), num_sanity_val_steps=1, val_check_interval=2
     )
     run.fit(module, loader(), loader())
-    losses, sizes = np.array(module.losses, np.float32), module.sizes
+    losses, sizes = np.array(module.losses, np.float32), [float(size) for _, size in module.seen]
     at_odd = [k for k in range(18) if k % 6 % 2]
     want = {
         "train_loss": (losses.astype(float), sizes),
@@ -208,26 +212,24 @@ def test_the_bar_shows_the_averages_of_the_batch(tmp_path: Path, shown: bool, ca
     assert ("train_loss_ema=" in out) is shown
     assert not any("train_loss_raw" in metrics for metrics in bar.shown)
     if shown:
-        smoothed = ema(module.losses, DECAY, module.sizes)
+        smoothed = module.curves["train_loss_ema"]
         assert_close([metrics["train_loss_ema"] for metrics in bar.shown], smoothed)
         assert f"train_loss_ema={smoothed[-1]:.3f}"[:19] in out
 
 
 def test_accumulated_gradients_leave_the_losses_whole(tmp_path: Path) -> None:
-    module, averages = made(), LossAverages(WINDOW, DECAY, record=True)
-    run = trainer(tmp_path, averages, accumulate_grad_batches=4, logger=CSVLogger(tmp_path))
-    run.fit(module, loader())
+    logger = CSVLogger(tmp_path)
+    module, averages = recorded(tmp_path, accumulate_grad_batches=4, logger=logger)
     assert len(module.losses) == 18
     # A power of two divides exactly: not even a bit is lost on the way.
     np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
-    smoothed = ema(module.losses, DECAY, module.sizes)
+    smoothed = module.curves["train_loss_ema"]
     assert_close(averages.history["train_loss_ema"], smoothed)
     # The logger writes once per step of the optimizer: at batches 3 and 5 of 6.
     logged = rows(tmp_path, "train_loss_ema")
     assert_close(list(logged.values()), smoothed[[3, 5, 9, 11, 15, 17]])
-    other = LossAverages(record=True)
-    trainer(tmp_path, other, accumulate_grad_batches=3).fit(module := made(), loader())
-    np.testing.assert_allclose(other.history["train_loss_raw"], module.losses, rtol=2e-7)
+    module, averages = recorded(tmp_path, accumulate_grad_batches=3)
+    np.testing.assert_allclose(averages.history["train_loss_raw"], module.losses, rtol=2e-7)
 
 
 class Adversarial(Regression):
@@ -254,11 +256,9 @@ class Adversarial(Regression):
 
 @pytest.mark.parametrize("returned", ["nothing", "tensor", "mapping"])
 def test_manual_optimization_with_two_optimizers(tmp_path: Path, returned: str) -> None:
-    torch.manual_seed(1)
-    module, averages = Adversarial(returned), LossAverages(WINDOW, DECAY, record=True)
-    trainer(tmp_path, averages).fit(module, loader())
-    twice = [2.0 * loss for loss in module.losses]
-    assert_close(averages.history["g_loss_sma"], sma(twice, WINDOW, module.sizes))
+    module, averages = recorded(tmp_path, module=made(Adversarial, returned))
+    # Twice a number is twice its average, to the bit.
+    assert_close(averages.history["g_loss_sma"], 2.0 * module.curves["train_loss_sma"])
     assert ("train_loss_sma" in averages.history) is (returned != "nothing")
     if returned != "nothing":
         np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
@@ -271,10 +271,9 @@ class Skipping(Regression):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_skipped_batches_are_left_out(tmp_path: Path) -> None:
-    module, averages = made(Skipping), LossAverages(WINDOW, DECAY, record=True)
-    trainer(tmp_path, averages, max_epochs=2).fit(module, loader())
+    module, averages = recorded(tmp_path, module=made(Skipping), max_epochs=2)
     assert list(averages.steps["train_loss"]) == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11]
-    assert_close(averages.history["train_loss_sma"], sma(module.losses, WINDOW, module.sizes))
+    assert_close(averages.history["train_loss_sma"], module.curves["train_loss_sma"])
 
 
 def test_any_weight_can_be_given_to_a_batch(tmp_path: Path) -> None:
@@ -316,21 +315,19 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -
     rest = len(resumed.losses)
     assert rest >= 10
     # Within an epoch a plain loader begins again: these are the losses that there were.
-    losses, sizes = module.losses + resumed.losses, module.sizes + resumed.sizes
-    assert_close(averages.history["train_loss_sma"][-rest:], sma(losses, WINDOW, sizes)[-rest:])
-    assert_close(averages.history["train_loss_ema"][-rest:], ema(losses, DECAY, sizes)[-rest:])
+    module.seen += resumed.seen
+    for name in ("train_loss_sma", "train_loss_ema"):
+        assert_close(averages.history[name][-rest:], module.curves[name][-rest:])
 
     if stop_after == 6:  # between epochs it is the run that there would have been, to the bit
-        whole = LossAverages(WINDOW, DECAY, record=True)
-        trainer(tmp_path, whole).fit(made(), loader())
+        _, whole = recorded(tmp_path)
         for name, curve in whole.history.items():
             np.testing.assert_array_equal(averages.history[name][-rest:], curve[-rest:])
 
     other = LossAverages(WINDOW + 1, DECAY, record=True)
     with pytest.warns(UserWarning, match="LossAverages starts again"):
         trainer(tmp_path, other, saving()).fit(resumed := made(), loader(), ckpt_path=path)
-    curve = ema(resumed.losses, DECAY, resumed.sizes)
-    assert_close(other.history["train_loss_ema"], curve)
+    assert_close(other.history["train_loss_ema"], resumed.curves["train_loss_ema"])
 
 
 def test_a_run_from_the_first_step_begins_anew_and_a_continued_one_goes_on(tmp_path: Path) -> None:
@@ -339,39 +336,34 @@ def test_a_run_from_the_first_step_begins_anew_and_a_continued_one_goes_on(tmp_p
         module = made()
         run = trainer(tmp_path, averages, max_epochs=1)
         run.fit(module, loader())
-        assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, module.sizes))
+        assert_close(averages.history["train_loss_ema"], module.curves["train_loss_ema"])
     run.fit_loop.max_epochs = 2
     run.fit(module, loader())
     assert len(module.losses) == 12
-    assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, module.sizes))
+    assert_close(averages.history["train_loss_ema"], module.curves["train_loss_ema"])
 
 
 def test_checkpoints_and_early_stopping_monitor_the_averages(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path / "best", monitor="train_loss_ema", save_top_k=1)
     stop = EarlyStopping("train_loss_sma", patience=0, mode="max", check_on_train_epoch_end=True)
-    averages = LossAverages(WINDOW, DECAY, record=True)
-    run = trainer(tmp_path, averages, best, stop, max_epochs=50)
-    run.fit(module := made(), loader())
-    smoothed = sma(module.losses, WINDOW, module.sizes)
+    module, _ = recorded(tmp_path, best, stop, max_epochs=50)
+    smoothed = module.curves["train_loss_sma"]
     assert smoothed[11] < smoothed[5]  # it learns, which this one takes for a reason to stop
     assert len(module.losses) == 12
-    want = ema(module.losses, DECAY, module.sizes)[[5, 11]].min()
+    want = module.curves["train_loss_ema"][[5, 11]].min()
     assert_close([float(best.best_model_score)], [want])
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": 3}, {"barebones": True, "max_epochs": 1}])
 def test_runs_that_log_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
     module, averages = made(), LossAverages(WINDOW, DECAY, record=True)
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
+    shows = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    quiet: dict[str, Any] = dict.fromkeys(shows, False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*barebones")
         run = pl.Trainer(callbacks=[averages], accelerator="cpu", logger=False, **quiet, **options)
         run.fit(module, loader())
-    assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, module.sizes))
+    assert_close(averages.history["train_loss_ema"], module.curves["train_loss_ema"])
 
 
 @pytest.mark.parametrize("where", ["device", "host", "host, bar"])
@@ -393,11 +385,7 @@ def test_averages_are_logged_when_they_are_shown(
     shown = [3, 5, 7, 11, 15, 17]  # each fourth, and the last of an epoch
     assert logged["train_loss_raw"] == shown
     assert logged["train_loss_ema"] == (list(range(18)) if where == "host, bar" else shown)
-    for name, curve in (
-        ("train_loss_raw", np.array(module.losses)),
-        ("train_loss_sma", sma(module.losses, WINDOW, module.sizes)),
-        ("train_loss_ema", ema(module.losses, DECAY, module.sizes)),
-    ):
+    for name, curve in module.curves.items():
         found = rows(tmp_path, name)
         assert list(found) == [3, 7, 11, 15]
         assert_close(list(found.values()), curve[[3, 7, 11, 15]])
@@ -455,9 +443,8 @@ def test_two_processes_smooth_their_own_losses_or_the_mean(python: Any) -> None:
 
 
 def test_two_of_them_in_one_trainer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        RuntimeError, match="more than one stateful callback of type `LossAverages`"
-    ):
+    words = "more than one stateful callback of type `LossAverages`"
+    with pytest.raises(RuntimeError, match=words):
         trainer(tmp_path, LossAverages(), LossAverages(50))
 
 

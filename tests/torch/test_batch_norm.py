@@ -30,9 +30,13 @@ class Loaded(Exception):
     """What a loader or a model of these tests raises."""
 
 
+def dims_of(norm: type[nn.Module]) -> int:
+    return {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(norm, 0)
+
+
 def net(norm: type[nn.Module] = nn.BatchNorm1d, momentum: float | None = 0.3) -> nn.Module:
     """Two layers of norms, with statistics that no reset would give."""
-    dims = {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(norm, 0)
+    dims = dims_of(norm)
     mix: nn.Module = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims](3, 5, *[1] * bool(dims))
     model = nn.Sequential(mix, norm(5, momentum=momentum), nn.ReLU(), norm(5, momentum=momentum))
     for buffer in model.buffers():
@@ -45,10 +49,6 @@ def net(norm: type[nn.Module] = nn.BatchNorm1d, momentum: float | None = 0.3) ->
 
 def inputs(count: int = 4, size: int = 6, dims: int = 0) -> list[Tensor]:
     return [torch.randn(size + i, 3, *[4] * dims) * (i + 1) + i for i in range(count)]
-
-
-def dims_of(norm: type[nn.Module]) -> int:
-    return {nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}.get(norm, 0)
 
 
 def state(model: nn.Module) -> State:
@@ -74,6 +74,12 @@ def by_torch(model: nn.Module, loader: Any) -> nn.Module:
     return model
 
 
+def assert_as_torch(model: nn.Module, loader: Any) -> None:
+    expected = by_torch(model, loader)
+    update_bn(loader, model)
+    assert_equal(model, expected)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20)
@@ -85,10 +91,9 @@ def _seeded() -> None:
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.__name__)
 def test_statistics_equal_torchs(norm: type[nn.Module], momentum: float | None) -> None:
-    model, loader = net(norm, momentum), inputs(dims=dims_of(norm))
-    before, expected = state(model), by_torch(model, loader)
-    update_bn(loader, model)
-    assert_equal(model, expected)
+    model = net(norm, momentum)
+    before = state(model)
+    assert_as_torch(model, inputs(dims=dims_of(norm)))
     changed = {name for name, was in before.items() if not torch.equal(was, state(model)[name])}
     assert changed == {name for name, _ in model.named_buffers()}
     assert momenta(model) == [momentum] * 2
@@ -123,10 +128,7 @@ def test_the_first_of_a_list_or_tuple_is_the_input(wrap: Callable[[Any], Any]) -
 def test_layers_without_statistics_are_left_alone() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3))
     model[0].momentum = 0.4
-    loader = inputs()
-    expected = by_torch(model, loader)
-    update_bn(loader, model)
-    assert_equal(model, expected)
+    assert_as_torch(model, inputs())
     assert momenta(model) == [0.4, 0.1]
 
 
@@ -152,11 +154,7 @@ def test_without_statistics_the_loader_is_not_touched(model: nn.Module) -> None:
 
 def test_a_data_loader() -> None:
     data = torch.utils.data.TensorDataset(torch.randn(20, 3), torch.randn(20))
-    loader = torch.utils.data.DataLoader(data, batch_size=8)
-    model = net()
-    expected = by_torch(model, loader)
-    update_bn(loader, model)
-    assert_equal(model, expected)
+    assert_as_torch(net(), torch.utils.data.DataLoader(data, batch_size=8))
 
 
 # -- what stays -----------------------------------------------------------------------------------
@@ -356,13 +354,12 @@ def test_a_mapping_without_a_known_name_is_an_error() -> None:
 def test_forward_gets_model_and_whole_batch(batch: str) -> None:
     model, loader = net(), inputs()
     expected = by_torch(model, [x + 1 for x in loader])
-    wrapped = [{"tensor": x, "tuple": (0, x), "dict": {"deep": [x]}}[batch] for x in loader]
-    picked = {
-        "tensor": lambda batch: batch,
-        "tuple": lambda batch: batch[1],
-        "dict": lambda batch: batch["deep"][0],
-    }
-    update_bn(wrapped, model, forward=lambda given, each: given(picked[batch](each) + 1))
+    wrap, pick = {
+        "tensor": (lambda x: x, lambda batch: batch),
+        "tuple": (lambda x: (0, x), lambda batch: batch[1]),
+        "dict": (lambda x: {"deep": [x]}, lambda batch: batch["deep"][0]),
+    }[batch]
+    update_bn(map(wrap, loader), model, forward=lambda given, each: given(pick(each) + 1))
     assert_equal(model, expected)
 
 
@@ -472,6 +469,13 @@ def test_progress_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- with an average ------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def train(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter += torch.randn_like(parameter)
+    model(inputs(1)[0])
+
+
 @pytest.mark.parametrize(
     "make", [fastema.EMA, fastema.SWA, fastema.SMA], ids=lambda make: make.__name__
 )
@@ -480,12 +484,9 @@ def test_the_average_keeps_its_statistics_and_the_weights_get_theirs(
 ) -> None:
     model, loader = net(), inputs()
     average = make(model)
-    with torch.no_grad():
-        for _ in range(3):
-            for parameter in model.parameters():
-                parameter += torch.randn_like(parameter)
-            model(inputs(1)[0])
-            average.update()
+    for _ in range(3):
+        train(model)
+        average.update()
     raw = state(model)
     with average.swapped():
         applied = state(model)
@@ -505,10 +506,7 @@ def test_the_average_keeps_its_statistics_and_the_weights_get_theirs(
 def test_an_error_while_the_average_is_applied_loses_nothing() -> None:
     model = net()
     average = fastema.EMA(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += torch.randn_like(parameter)
-    model(inputs(1)[0])
+    train(model)
     average.update()
     raw, kept = state(model), {name: tensor.clone() for name, tensor in average.shadow.items()}
     with pytest.raises(Loaded), average.swapped():

@@ -13,6 +13,7 @@ from fastema.errors import ArgumentError
 from fastema.tracking.logs import Curve, read, read_table
 
 from ..support.requirements import require_packages
+from ..support.smoothing import ema, sma
 
 NEEDS = ("tensorboard",)
 
@@ -72,9 +73,8 @@ def test_a_run(kind: str, tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     for source in (tmp_path, file, str(tmp_path)):
         curves = read(source)
-        assert {name: points_of(curves[name]) for name in tags} == {
-            name: rounded(tags[name]) for name in tags
-        }
+        for name, its in tags.items():
+            assert points_of(curves[name]) == rounded(its)
 
 
 def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
@@ -132,10 +132,8 @@ def test_runs_of_our_writer_are_metrics_of_one(tmp_path: Path) -> None:
     assert set(read(tmp_path / "first")) == {"step", *names}
     assert set(read(tmp_path / "first" / "ema")) == {"step", "loss"}
     table = read_table(tmp_path)
-    assert set(table.numbers) == {
-        "step",
-        *(f"{run}/{n}" for run in ("first", "second") for n in names),
-    }
+    both = {f"{run}/{name}" for run in ("first", "second") for name in names}
+    assert set(table.numbers) == {"step", *both}
     assert table.metrics() == ["first/loss_raw", "second/loss_raw"]
 
 
@@ -146,17 +144,12 @@ def test_what_our_writer_writes_comes_back(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path, window_size=5, decay=0.8) as writer:
         for step, value in values:
             writer.add_scalar("train/loss", value, step)
+    raw = [value for _, value in values]
     curves = read(tmp_path)
-    ema, window, want = None, [], {"raw": values, "sma": [], "ema": []}
-    for step, value in values:
-        ema = value if ema is None else ema + (1 - 0.8) * (value - ema)
-        window = [*window, value][-5:]
-        want["ema"].append((step, ema))
-        want["sma"].append((step, sum(window) / len(window)))
-    for kind, its in want.items():
+    for kind, want in {"raw": raw, "sma": sma(raw, 5), "ema": ema(raw, 0.8)}.items():
         curve = curves[f"train/loss_{kind}"]
-        assert curve.steps.tolist() == [step for step, _ in its]
-        np.testing.assert_allclose(curve.values, [value for _, value in its], rtol=2e-7)
+        assert curve.steps.tolist() == [step for step, _ in values]
+        np.testing.assert_allclose(curve.values, want, rtol=2e-7)
 
 
 def test_a_file_that_was_cut_short(tmp_path: Path) -> None:

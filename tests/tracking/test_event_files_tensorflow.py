@@ -40,23 +40,16 @@ def test_the_callback_of_keras(tmp_path: Path) -> None:
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     x, y = np.random.default_rng(0).normal(size=(2, 37, 4)).astype(np.float32)
-    history = model.fit(
-        x,
-        y[:, :1],
-        batch_size=8,
-        epochs=2,
-        verbose=0,
-        validation_split=0.25,
-        callbacks=[
-            keras.callbacks.LambdaCallback(
-                on_train_batch_end=lambda batch, logs: seen.append(float(logs["loss"]))
-            ),
-            keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=False),
-        ],
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(float(logs["loss"]))
     )
+    board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=False)
+    history = model.fit(
+        x, y[:, :1], batch_size=8, epochs=2, verbose=0, validation_split=0.25,
+        callbacks=[note, board],
+    ).history  # fmt: skip
     curves = read(tmp_path)
     np.testing.assert_array_equal(curves["train/batch_loss"].values, np.float32(seen))
-    np.testing.assert_array_equal(
-        curves["validation/epoch_loss"].values, np.float32(history.history["val_loss"])
-    )
-    assert curves["validation/epoch_loss"].steps.tolist() == [0, 1]
+    validated = curves["validation/epoch_loss"]
+    np.testing.assert_array_equal(validated.values, np.float32(history["val_loss"]))
+    assert validated.steps.tolist() == [0, 1]

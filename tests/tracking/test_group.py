@@ -27,32 +27,30 @@ def test_each_name_has_its_own_average() -> None:
     assert repr(group) == f"MetricAverages({dict(group)!r})"
 
 
-def test_an_unknown_name_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("metrics", "error", "words"),
+    [
+        ({"loss": 9.0, "acc": 1.0}, ArgumentError, r"'acc'.*'loss', 'accuracy'"),
+        ({"loss": "low"}, BridgeError, "expected a number"),
+    ],
+)
+def test_a_refused_update_changes_nothing(metrics: Any, error: Any, words: str) -> None:
     group = made()
     group.update({"loss": 3.0})
-    with pytest.raises(ArgumentError, match=r"'acc'.*'loss', 'accuracy'"):
-        group.update({"loss": 9.0, "acc": 1.0})
+    with pytest.raises(error, match=words):
+        group.update(metrics)
     assert group["loss"].num_updates == 1
 
 
-def test_a_value_that_is_no_number() -> None:
-    with pytest.raises(BridgeError, match="expected a number"):
-        made().update({"loss": "low"})
+ONE = SimpleMovingAverage(2)
 
 
-@pytest.mark.parametrize(
-    "averages",
-    [{}, None, [SimpleMovingAverage(2)], {"loss": 3}, {1: SimpleMovingAverage(2)}, {"a": dict}],
-)
+@pytest.mark.parametrize("averages", [{}, None, [ONE], {"loss": 3}, {1: ONE}, {"a": dict}])
 def test_refused(averages: Any) -> None:
     with pytest.raises(ArgumentError, match="averages"):
         MetricAverages(averages)
-
-
-def test_one_average_under_two_names() -> None:
-    one = SimpleMovingAverage(2)
     with pytest.raises(ArgumentError, match="two names"):
-        MetricAverages({"a": one, "b": one})
+        MetricAverages({"a": ONE, "b": ONE})
 
 
 def test_state_goes_on_or_changes_nothing() -> None:
@@ -63,16 +61,11 @@ def test_state_goes_on_or_changes_nothing() -> None:
     assert other.update({"loss": 0.3, "accuracy": 0.1}) == group.update(
         {"loss": 0.3, "accuracy": 0.1}
     )
-    before = other.averages
+    before, loss = other.averages, {"loss": made()["loss"].state_dict()}
     with pytest.raises(CheckpointError, match="loss"):
-        other.load_state_dict({"loss": made()["loss"].state_dict()})
+        other.load_state_dict(loss)
     with pytest.raises(CheckpointError, match="decay"):
-        other.load_state_dict(
-            {
-                "loss": made()["loss"].state_dict(),
-                "accuracy": ExponentialMovingAverage(0.5).state_dict(),
-            }
-        )
+        other.load_state_dict(loss | {"accuracy": ExponentialMovingAverage(0.5).state_dict()})
     assert other.averages == before
     other.reset()
     assert other["loss"].num_updates == other["accuracy"].num_updates == 0

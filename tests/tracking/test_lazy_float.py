@@ -159,13 +159,13 @@ def test_an_interrupted_read_has_lost_nothing() -> None:
     assert found == average.average == 5.0
 
 
+def fail() -> float:
+    raise RuntimeError("device lost")
+
+
 @pytest.mark.parametrize("what", ["reset", "load"])
 def test_results_from_before_stay_what_they_were(what: str) -> None:
     device, average = Device(), SimpleMovingAverage(2)
-
-    def fail() -> float:
-        raise RuntimeError("device lost")
-
     found = [average.update(device.value(4.0)), average.update(LazyFloat(fail))]
     found.append(average.update(device.value(6.0)))
     if what == "reset":
@@ -183,9 +183,6 @@ def test_results_from_before_stay_what_they_were(what: str) -> None:
 
 
 def test_a_smoother_goes_on_after_a_number_that_cannot_be_read() -> None:
-    def fail() -> float:
-        raise RuntimeError("device lost")
-
     smoother = MetricSmoother(2, None, record=True)
     smoother.update({"loss": 1.0})
     smoother.update({"loss": LazyFloat(fail)})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +23,7 @@ from fastema.tracking.plots import plot
 from fastema.tracking.plots.panels import Panel, averages, panels
 from fastema.tracking.plots.picture import spread, thinned
 
+from ..support.process import run_python
 from ..support.requirements import require_packages
 from ..support.smoothing import ema, sma
 
@@ -130,26 +129,6 @@ def test_names_that_only_look_like_averages() -> None:
         np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
 
 
-def test_a_column_of_a_mapping_counts() -> None:
-    history = {"step": [10, 20, 30], "loss": [3.0, 2.0, 1.0], "lr": [0.1] * 3, "note": ["a"] * 3}
-    (panel,) = panels(history, averages=BOTH)
-    assert (panel.name, panel.axis) == ("loss", "step")
-    assert by_label(panel)["raw"].steps.tolist() == [10, 20, 30]
-
-
-def test_what_keras_returns() -> None:
-    # Validated after every second epoch.
-    history = {"loss": [4.0, 3.0, 2.0, 1.0], "val_loss": [3.5, 1.5]}
-    fitted = SimpleNamespace(history=history, epoch=[0, 1, 2, 3], params={})
-    for given_ in (fitted, SimpleNamespace(history=fitted)):  # a model holds it, too
-        loss, val_loss = panels(given_, averages=BOTH)
-        assert loss.axis == "epoch"
-        assert by_label(loss)["raw"].steps.tolist() == [1, 2, 3, 4]
-        assert by_label(val_loss)["raw"].steps.tolist() == [2, 4]
-    resumed = SimpleNamespace(history={"loss": [4.0, 3.0]}, epoch=[7, 8])
-    assert by_label(panels(resumed, averages=BOTH)[0])["raw"].steps.tolist() == [8, 9]
-
-
 def test_what_our_callbacks_record() -> None:
     raw = noisy(40)
     recorder = SimpleNamespace(
@@ -179,16 +158,39 @@ def test_what_a_metric_smoother_records() -> None:
     np.testing.assert_allclose(its_ema.values, ema(loss, 0.8), rtol=1e-13)
 
 
-def test_what_hugging_face_logs() -> None:
-    rows = [{"loss": 2.0 - i, "lr": 1e-3, "step": 10 * i, "epoch": i / 2} for i in range(3)]
-    rows.append({"eval_loss": 0.5, "step": 20, "epoch": 1.0})
-    rows.append({"eval_loss": 0.25, "step": 30, "epoch": 1.5})
-    state = SimpleNamespace(log_history=rows)
-    for history in (rows, state, SimpleNamespace(state=state)):
-        loss, eval_loss = panels(history, averages=BOTH)
-        assert (loss.name, eval_loss.name) == ("loss", "eval_loss")
-        assert by_label(loss)["raw"].steps.tolist() == [0, 10, 20]
-        assert by_label(eval_loss)["raw"].values.tolist() == [0.5, 0.25]
+# Validated after every second epoch.
+KERAS = SimpleNamespace(
+    history={"loss": [4.0, 3.0, 2.0, 1.0], "val_loss": [3.5, 1.5]}, epoch=[0, 1, 2, 3], params={}
+)
+RESUMED = SimpleNamespace(history={"loss": [4.0, 3.0]}, epoch=[7, 8])
+COLUMNS = {"step": [10, 20, 30], "loss": [3.0, 2.0, 1.0], "lr": [0.1] * 3, "note": ["a"] * 3}
+ROWS = [
+    *({"loss": 2.0 - i, "lr": 1e-3, "step": 10 * i, "epoch": i / 2} for i in range(3)),
+    {"eval_loss": 0.5, "step": 20, "epoch": 1.0},
+    {"eval_loss": 0.25, "step": 30, "epoch": 1.5},
+]
+STATE = SimpleNamespace(log_history=ROWS)
+OF_KERAS = {"loss": ([1, 2, 3, 4], [4.0, 3.0, 2.0, 1.0]), "val_loss": ([2, 4], [3.5, 1.5])}
+OF_ROWS = {"loss": ([0, 10, 20], [2.0, 1.0, 0.0]), "eval_loss": ([20, 30], [0.5, 0.25])}
+HISTORIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "columns, one of which counts": (COLUMNS, "step", {"loss": ([10, 20, 30], [3.0, 2.0, 1.0])}),
+    "what fit returns": (KERAS, "epoch", OF_KERAS),
+    "a model of Keras": (SimpleNamespace(history=KERAS), "epoch", OF_KERAS),
+    "what fit returns, resumed": (RESUMED, "epoch", {"loss": ([8, 9], [4.0, 3.0])}),
+    "rows of Hugging Face": (ROWS, "step", OF_ROWS),
+    "a state of Hugging Face": (STATE, "step", OF_ROWS),
+    "a trainer of Hugging Face": (SimpleNamespace(state=STATE), "step", OF_ROWS),
+}
+
+
+@pytest.mark.parametrize("kind", HISTORIES)
+def test_histories_of_trainers(kind: str) -> None:
+    history, axis, want = HISTORIES[kind]
+    found = panels(history, averages=BOTH)
+    assert [(panel.name, panel.axis) for panel in found] == [(name, axis) for name in want]
+    for panel in found:
+        curve = by_label(panel)["raw"]
+        assert (curve.steps.tolist(), curve.values.tolist()) == want[panel.name]
 
 
 def test_a_data_frame() -> None:
@@ -259,15 +261,9 @@ def test_the_lines_are_the_curves() -> None:
         np.testing.assert_allclose(got, want, rtol=1e-13)
     assert axes.get_title(loc="left") == "loss"
     assert axes.get_xlabel() == "step"
-    ends = [text for text in texts(axes) if "\n" in text]
-    assert sorted(ends) == sorted(
-        f"{name}\n{value:.4g}"
-        for name, value in (
-            ("raw", values[-1]),
-            ("SMA 9", sma(values, 9)[-1]),
-            ("EMA 0.8", ema(values, 0.8)[-1]),
-        )
-    )
+    ends = {text for text in texts(axes) if "\n" in text}
+    last = {"raw": values[-1], "SMA 9": sma(values, 9)[-1], "EMA 0.8": ema(values, 0.8)[-1]}
+    assert ends == {f"{name}\n{value:.4g}" for name, value in last.items()}
 
 
 @pytest.mark.parametrize(
@@ -426,7 +422,8 @@ def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert settings() == before"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.png")], check=True)
+    done = run_python("-c", code, tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
 
 
 def test_dollars_in_names_are_dollars() -> None:

@@ -39,17 +39,14 @@ def test_metrics_are_taken_up_as_they_come() -> None:
     assert smoother.update({"a": 1.0}) == {"a_sma": 1.0}
     assert smoother.update({"b": 4.0, "a": 3.0}) == {"b_sma": 4.0, "a_sma": 2.0}
     assert smoother.averages == {"a_sma": 2.0, "b_sma": 4.0}
-    assert {name: steps.tolist() for name, steps in smoother.steps.items()} == {
-        "a": [1, 2],
-        "b": [1],
-    }
+    steps = {name: its.tolist() for name, its in smoother.steps.items()}
+    assert steps == {"a": [1, 2], "b": [1]}
 
 
 def test_nothing_is_recorded_unless_asked_for() -> None:
     smoother = MetricSmoother()
     smoother.update({"loss": 1.0})
-    assert smoother.history == {}
-    assert smoother.steps == {}
+    assert smoother.history == smoother.steps == {}
 
 
 @pytest.mark.parametrize(
@@ -67,31 +64,26 @@ def test_refused(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "weight", "error"),
+    ("metrics", "options", "error", "words"),
     [
-        ({"a": 1.0, "b": "x"}, 1.0, BridgeError),
-        ({"a": 1.0}, -1.0, ArgumentError),
-        ({"a": 1.0, "b": math.nan}, 1.0, NonFiniteError),
+        ({"a": 1.0, "b": "x"}, {}, BridgeError, "expected a number"),
+        ({"b": 1.0}, {"weight": -1.0}, ArgumentError, "weight"),
+        ({"a": 1.0, "b": math.nan}, {}, NonFiniteError, "nan"),
+        *(({"a": 1.0}, {"step": k}, ArgumentError, "step") for k in (1.5, "3", 2**70)),
+        ({"a": 1.0}, {"step": np.float64(2.0)}, ArgumentError, "step"),
     ],
+    ids=repr,
 )
 def test_a_refused_update_changes_nothing(
-    metrics: dict[str, Any], weight: float, error: type[Exception]
+    metrics: dict[str, Any], options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     smoother = MetricSmoother(on_nonfinite="raise", record=True)
     smoother.update({"a": 2.0})
     before = smoother.state_dict()
-    with pytest.raises(error):
-        smoother.update(metrics, weight)
+    with pytest.raises(error, match=words):
+        smoother.update(metrics, **options)
     assert smoother.state_dict() == before
     assert smoother.history["a_raw"].tolist() == [2.0]
-
-
-@pytest.mark.parametrize("step", [1.5, "3", 2**70, np.float64(2.0)])
-def test_a_refused_step_changes_nothing(step: Any) -> None:
-    smoother = MetricSmoother(record=True)
-    with pytest.raises(ArgumentError, match="step"):
-        smoother.update({"loss": 1.0}, step=step)
-    assert smoother.averages == {}
 
 
 def test_says_what_it_is() -> None:

@@ -9,22 +9,20 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import (
-    EventAccumulator,
-)
-from tensorboard.backend.event_processing.event_multiplexer import (
-    EventMultiplexer,
-)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.util.tensor_util import make_ndarray
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError
 from fastema.tracking import TensorBoardWriter
 
+from ..support.process import run_python
 from ..support.requirements import require_packages
 from ..support.smoothing import assert_close, ema, sma
 
@@ -53,8 +51,12 @@ def read(folder: Path, run: str, tag: str) -> list[Point]:
     ]
 
 
-def values(folder: Path, run: str, tag: str) -> np.ndarray:
+def values(folder: Path, run: str, tag: str = "loss") -> np.ndarray:
     return np.array([point.value for point in read(folder, run, tag)], np.float32)
+
+
+def steps(folder: Path, run: str, tag: str = "loss") -> list[int]:
+    return [point.step for point in read(folder, run, tag)]
 
 
 def assert_rounded(got: Any, want: np.ndarray) -> None:
@@ -108,7 +110,7 @@ def test_what_is_not_wanted_is_not_written(
     assert {path.name for path in tmp_path.iterdir()} == runs
     if "ema" in runs:
         want = ema(losses, DECAY, debias=options.get("debias", False))
-        assert_rounded(values(tmp_path, "ema", "loss"), want)
+        assert_rounded(values(tmp_path, "ema"), want)
 
 
 def test_steps_are_counted_for_each_tag_by_default(tmp_path: Path) -> None:
@@ -117,36 +119,29 @@ def test_steps_are_counted_for_each_tag_by_default(tmp_path: Path) -> None:
             writer.add_scalar("often", loss)
             if k % 3 == 2:
                 writer.add_scalar("seldom", loss)
-    assert [point.step for point in read(tmp_path, "sma", "often")] == list(range(9))
-    assert [point.step for point in read(tmp_path, "sma", "seldom")] == [0, 1, 2]
+    assert steps(tmp_path, "sma", "often") == list(range(9))
+    assert steps(tmp_path, "sma", "seldom") == [0, 1, 2]
 
 
 def test_points_are_written_out_when_there_are_many_or_time_has_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def written() -> int:
-        return len(read(tmp_path, "raw", "loss"))
-
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     writer = TensorBoardWriter(tmp_path, flush_secs=10.0, max_queue=12)
-    losses = iter(drawn(20))
-    for want in (0, 0, 0, 4):  # three points each
-        writer.add_scalar("loss", next(losses))
-        assert written() == want
-    writer.add_scalar("loss", next(losses))
-    clock[0] += 9.0
-    writer.add_scalar("loss", next(losses))
-    assert written() == 4
-    clock[0] += 1.0
-    writer.add_scalar("loss", next(losses))
+
+    def written(later: float = 0.0, then: Callable[[], object] = lambda: None) -> int:
+        clock[0] += later
+        writer.add_scalar("loss", 1.5)  # three points
+        then()
+        return len(read(tmp_path, "raw", "loss"))
+
+    assert [written() for _ in range(5)] == [0, 0, 0, 4, 4]
+    assert written(later=9.0) == 4
+    assert written(later=1.0) == 7
     assert written() == 7
-    writer.add_scalar("loss", next(losses))
-    writer.flush()
-    assert written() == 8
-    writer.add_scalar("loss", next(losses))
-    writer.close()
-    assert written() == 9
+    assert written(then=writer.flush) == 9
+    assert written(then=writer.close) == 10
 
 
 def test_points_keep_the_time_at_which_they_came(tmp_path: Path) -> None:
@@ -191,7 +186,7 @@ def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> No
     writer.close()
     assert read
     for run, curve in (("sma", sma(losses, WINDOW)), ("ema", ema(losses, DECAY))):
-        assert_rounded(values(tmp_path, run, "loss"), curve)
+        assert_rounded(values(tmp_path, run), curve)
 
 
 SCRIPT = """
@@ -214,8 +209,8 @@ SCRIPT = """
 def test_a_program_that_ends_without_closing_loses_nothing(tmp_path: Path, python: Any) -> None:
     python(SCRIPT, str(tmp_path), "forget", "keep", quiet=False)  # what its packages warn of
     for how in ("forget", "keep"):
-        assert len(values(tmp_path / how, "raw", "loss")) == 50
-        assert len(values(tmp_path / how, "ema", "loss")) == 50
+        assert len(values(tmp_path / how, "raw")) == 50
+        assert len(values(tmp_path / how, "ema")) == 50
 
 
 @pytest.mark.slow
@@ -235,7 +230,7 @@ def test_what_was_written_out_survives_the_process(tmp_path: Path) -> None:
     process.stdin.close()
     process.stdout.close()
     for run in ("raw", "sma", "ema"):
-        assert len(values(tmp_path / "flush and be killed", run, "loss")) == 30
+        assert len(values(tmp_path / "flush and be killed", run)) == 30
 
 
 def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path) -> None:
@@ -265,7 +260,7 @@ def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
                 with pytest.raises(CheckpointError):
                     other.load_state_dict(wrong)
             assert other.add_scalar("loss", 5.0)["loss_sma"] == 5.0
-    assert [point.step for point in read(tmp_path / "b", "raw", "loss")] == [0]
+    assert steps(tmp_path / "b", "raw") == [0]
 
 
 def test_what_is_not_finite_and_beyond_float32(tmp_path: Path) -> None:
@@ -273,8 +268,8 @@ def test_what_is_not_finite_and_beyond_float32(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path, WINDOW, DECAY) as writer:
         for value in series:
             writer.add_scalar("loss", value)
-    np.testing.assert_array_equal(values(tmp_path, "raw", "loss"), [1, np.nan, 3, np.inf])
-    np.testing.assert_array_equal(values(tmp_path, "sma", "loss")[:3], [1, np.nan, 2])
+    np.testing.assert_array_equal(values(tmp_path, "raw"), [1, np.nan, 3, np.inf])
+    np.testing.assert_array_equal(values(tmp_path, "sma")[:3], [1, np.nan, 2])
 
 
 def test_wrong_use(tmp_path: Path) -> None:
@@ -317,9 +312,9 @@ def test_a_forked_process_leaves_the_files_alone(tmp_path: Path) -> None:
     assert os.wait()[1] == 0
     writer.add_scalar("loss", 2.5)
     """
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
-    subprocess.run(command, check=True, timeout=60)
-    assert values(tmp_path, "raw", "loss").tolist() == [1.5, 2.5]
+    done = run_python("-W", "ignore", "-c", textwrap.dedent(program), timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert values(tmp_path, "raw").tolist() == [1.5, 2.5]
 
 
 def test_a_value_that_cannot_be_read_takes_no_other_along(tmp_path: Path) -> None:
@@ -333,7 +328,7 @@ def test_a_value_that_cannot_be_read_takes_no_other_along(tmp_path: Path) -> Non
     writer.add_scalar("loss", 3.0, 2)
     with pytest.raises(RuntimeError, match="device lost"):
         writer.close()
-    assert [point.step for point in read(tmp_path, "raw", "loss")] == [0, 2]
+    assert steps(tmp_path, "raw") == [0, 2]
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from fastema.errors import ArgumentError
 from fastema.transformers import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
+from .network import At
 from .runs import MARKS, quiet_trainer
 
 NEEDS = ("accelerate", "tensorboard")
@@ -86,15 +87,12 @@ def test_logs_and_history_hold_the_curves_of_the_definition(tmp_path: Path, caps
     assert not {"loss_sma", "loss_ema"} & run.state.log_history[-1].keys()
 
 
-class AtTheEndOfEpochs(TrainerCallback):
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_log = True
-        return control
-
-
 def test_a_mean_weighs_the_steps_that_it_stands_for(tmp_path: Path) -> None:
+    def log(state: Any, control: Any) -> None:
+        control.should_log = True
+
     averages = LossAverages(WINDOW, DECAY, metrics=("loss", "grad_norm"))
-    run = trainer(tmp_path, averages, AtTheEndOfEpochs(), logging_steps=4, logging_first_step=True)
+    run = trainer(tmp_path, averages, At("on_epoch_end", log), logging_first_step=True)
     run.train()
     at = [entry["step"] for entry in run.state.log_history if "loss" in entry]
     assert at == [1, 4, 6, 8, 12, 16, 18]
@@ -108,17 +106,11 @@ def test_a_mean_weighs_the_steps_that_it_stands_for(tmp_path: Path) -> None:
 
 def test_evaluations_are_smoothed_where_asked_and_can_choose_the_best(tmp_path: Path) -> None:
     run = trainer(
-        tmp_path,
-        LossAverages(WINDOW, DECAY, metrics=["loss", "eval_loss"]),
-        eval_strategy="steps",
-        eval_steps=6,
-        save_strategy="steps",
-        save_steps=6,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss_ema",
-        greater_is_better=False,
-        logging_steps=5,
-    )
+        tmp_path, LossAverages(WINDOW, DECAY, metrics=["loss", "eval_loss"]),
+        eval_strategy="steps", eval_steps=6, save_strategy="steps", save_steps=6,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss_ema",
+        greater_is_better=False, logging_steps=5,
+    )  # fmt: skip
     run.train()
     evaluated = column(run, "eval_loss")
     assert len(evaluated) == 3
@@ -181,10 +173,7 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path, restored:
 
     averages, seeing = LossAverages(WINDOW, DECAY), Seeing()
     rest = trainer(
-        tmp_path / "rest",
-        seeing,
-        restore_callback_states_from_checkpoint=restored,
-        **options,
+        tmp_path / "rest", seeing, restore_callback_states_from_checkpoint=restored, **options
     )
     averages.attach(rest).attach(rest)
     rest.train(resume_from_checkpoint=str(saved))
@@ -224,11 +213,12 @@ def test_it_can_be_given_as_a_class(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ArgumentError, match=r"metrics='loss': expected names, such as \('loss',\)"):
-        LossAverages(metrics="loss")
-    with pytest.raises(ArgumentError, match=r"metrics=\(\)"):
-        LossAverages(metrics=())
+    for options, words in (
+        ({"metrics": "loss"}, r"metrics='loss': expected names, such as \('loss',\)"),
+        ({"metrics": ()}, r"metrics=\(\)"),
+        ({"decay": 1.5}, "decay"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            LossAverages(**options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"attach\(Linear\): expected a transformers.Trainer"):
         LossAverages().attach(torch.nn.Linear(1, 1))
-    with pytest.raises(ArgumentError, match="decay"):
-        LossAverages(decay=1.5)

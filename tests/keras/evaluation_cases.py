@@ -1,0 +1,473 @@
+"""Tests of evaluation with EMAWeights, and of calls that raise; see test_backends.py."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from fastema.errors import StateError
+from fastema.keras import EMAWeights
+
+from .backends import on_one_backend
+from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
+from .models import (
+    Weights,
+    assert_near,
+    assert_same,
+    build,
+    differ,
+    loaded,
+    model_of,
+    set_weights,
+    trained,
+    values,
+    weights,
+)
+from .runs import Raising, Seen, average, expected, fitted, recorded
+
+pytestmark = MARKS
+
+
+@pytest.mark.parametrize("kind", ["plain", "bfloat16"])
+def test_validation_runs_with_the_average(kind: str) -> None:
+    run = recorded(kind, epochs=1)
+    model, ema, seen = model_of(kind), EMAWeights(DECAY, shadow_dtype="float32"), Seen()
+    history = fit(model, ema, seen, epochs=1).history
+    assert not ema.applied
+    assert_same(weights(model), run.steps[-1])
+    assert_same(seen.at["epoch_end"][0], run.steps[-1])
+    (during,) = seen.at["test_begin"]
+    bound = 2.0**-8 if kind == "bfloat16" else 0.0
+    for name, value in average(ema).items():
+        got, want = during[name].astype(np.float64), value.astype(np.float64)
+        np.testing.assert_allclose(got, want, rtol=bound, atol=0, err_msg=name)
+    assert not differ({n: during[n] for n in during if "moving" in n}, run.steps[-1])
+    other = model_of(kind)
+    set_weights(other, during)
+    assert other.evaluate(XV, YV, batch_size=BATCH, verbose=0) == history["val_loss"][0]
+
+
+def test_evaluate_and_predict_with_the_average_and_every_bit_comes_back() -> None:
+    now, seen = fitted(), Seen()
+    model, ema, raw, avg = now
+    assert differ(trained(model, raw), trained(model, avg))
+    loss = model.evaluate(XV, YV, verbose=0, callbacks=[ema, seen])
+    output = model.predict(XV, verbose=0, callbacks=[ema, seen])
+    assert_same(seen.at["test_begin"][0], avg)
+    assert_same(seen.at["predict_begin"][0], avg)
+    now.assert_unchanged()
+    assert model.predict(XV, verbose=0).tobytes() != output.tobytes()
+    with ema.swapped():
+        assert ema.applied
+        assert_same(weights(model), avg)
+        assert model.evaluate(XV, YV, verbose=0) == loss
+        assert model.evaluate(XV, YV, verbose=0, callbacks=[ema]) == loss
+        with ema.swapped():
+            assert_same(weights(model), avg)
+        assert_same(weights(model), avg)
+        assert model.predict(XV, verbose=0, callbacks=[ema]).tobytes() == output.tobytes()
+        assert_same(weights(model), avg)
+    now.assert_unchanged()
+
+
+def test_keras_perturbs_weights_by_its_swap_on_tensorflow() -> None:
+    """What EMAWeights is to do better; when Keras does it too, this test may go."""
+    model = build(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=DECAY))
+    kept: list[Weights] = []
+
+    def evaluate(epoch: int, logs: Any) -> None:
+        kept.append(trained(model))
+        model.evaluate(XV, YV, verbose=0, callbacks=[keras.callbacks.SwapEMAWeights()])
+        kept.append(trained(model))
+
+    look = keras.callbacks.LambdaCallback(on_epoch_end=evaluate)
+    fit(model, look, epochs=1, validation_data=None)
+    before, after = kept
+    if BACKEND == "tensorflow":
+        assert any(before[name].tobytes() != after[name].tobytes() for name in before)
+    else:
+        assert_same(after, before)
+
+
+def test_data_of_unknown_length() -> None:
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first in range(0, len(XV), BATCH):
+            yield XV[first : first + BATCH], YV[first : first + BATCH]
+
+    (model, ema, raw, avg), seen = fitted(), Seen()
+    got = model.evaluate(batches(), verbose=0, callbacks=[seen, ema])
+    assert_same(seen.at["test_end"][0], avg)
+    assert_same(weights(model), raw)
+    with ema.swapped():
+        assert model.evaluate(XV, YV, batch_size=BATCH, verbose=0) == pytest.approx(got, rel=1e-6)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
+def test_statistics_of_batch_normalisation(buffers: Any) -> None:
+    run = recorded(epochs=1)
+    model, ema, seen = model_of(), EMAWeights(DECAY, buffers=buffers), Seen()
+    fit(model, ema, seen, epochs=1)
+    (during,) = seen.at["test_begin"]
+    during = {name: one for name, one in during.items() if "moving" in name}
+    avg = {name: run.start[name].astype(np.float64) for name in during}
+    for step in run.steps:
+        for name in during:
+            avg[name] += (1 - DECAY) * (step[name] - avg[name])
+    if buffers == "average":
+        assert_near(during, avg, BATCHES)
+    else:
+        assert_same(during, {name: run.steps[-1][name] for name in during})
+    assert during.keys().isdisjoint(average(ema)) == (buffers == "skip")
+    assert_same(weights(model), run.steps[-1])
+
+
+def test_frozen_layers_stay_as_they_are() -> None:
+    keras.utils.set_random_seed(2)
+    model = build()
+    model.get_layer("first").trainable = False
+    model.compile("sgd", "mse")
+    before, ema, seen = weights(model), EMAWeights(DECAY), Seen()
+    fit(model, ema, seen, epochs=1)
+    assert not {"first/kernel", "first/bias"} & average(ema).keys()
+    for found in (weights(model), *seen.at["test_begin"]):
+        assert found["first/kernel"].tobytes() == before["first/kernel"].tobytes()
+
+
+@on_one_backend
+def test_one_of_several_averages_is_evaluated() -> None:
+    run = recorded(epochs=1)
+    model, ema, seen = model_of(), EMAWeights((0.5, DECAY), which=1), Seen()
+    fit(model, ema, seen, epochs=1)
+    (during,) = seen.at["test_begin"]
+    assert_near(during, expected(run), BATCHES)
+    assert_near(average(ema, 0), expected(run, lambda n: 0.5), BATCHES)
+    assert_same(weights(model), run.steps[-1])
+
+
+def test_a_prediction_within_an_evaluation_is_of_the_average_too() -> None:
+    (model, ema, _, avg), seen = fitted(), Seen()
+
+    def predicts(batch: int, logs: Any) -> None:
+        if BACKEND != "jax":  # whose model has no weights within an evaluation
+            model.predict(XV, verbose=0)
+
+    within = keras.callbacks.LambdaCallback(on_test_batch_end=predicts)
+    model.evaluate(XV, YV, batch_size=BATCH, verbose=0, callbacks=[within, seen, ema])
+    assert_same(seen.at["test_end"][0], avg)
+
+
+# -- exceptions -----------------------------------------------------------------------------------
+
+
+class Data(keras.utils.PyDataset):
+    """Batches of which one cannot be had."""
+
+    def __init__(self, error: type[BaseException], good: int, only_x: bool = False) -> None:
+        super().__init__()
+        self.error, self.good, self.only_x = error, good, only_x
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= self.good:
+            raise self.error("planted")
+        x, y = XV[:BATCH], YV[:BATCH]
+        return x if self.only_x else (x, y)
+
+
+def failing(error: type[BaseException], good: int) -> Raising:
+    return Raising(error, "on_test_batch_end", "on_predict_batch_end", after=good)
+
+
+def untouched(model: Any, *names: str) -> bool:
+    """Whether functions of the model are its own again."""
+    kinds = [type(vars(model).get(name)) for name in names]
+    return all(kind.__module__ != "fastema.keras.guards" for kind in kinds)
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("where", ["callback before", "callback after", "data"])
+def test_an_error_in_the_validation_of_fit(where: str, good: int, error: Any) -> None:
+    if where == "data" and error is KeyboardInterrupt and BACKEND == "tensorflow":
+        error = MemoryError  # TensorFlow turns what a generator raises into its own errors
+    run = recorded(epochs=1)
+    model, ema = model_of(), EMAWeights(DECAY)
+    callbacks = {
+        "callback before": [failing(error, good), ema],
+        "callback after": [ema, failing(error, good)],
+        "data": [ema],
+    }[where]
+    data = Data(error, good) if where == "data" else (XV, YV)
+    with pytest.raises(BaseException, match="planted"):
+        fit(model, *callbacks, validation_data=data, validation_batch_size=BATCH)
+    assert not ema.applied
+    assert_same(weights(model), run.steps[-1])
+    assert_near(average(ema), expected(run), BATCHES)
+    assert untouched(model, "test_function")
+    after = model.evaluate(XV, YV, verbose=0)
+    fit(model, ema, epochs=1)  # and it goes on
+    assert ema.ema.num_updates == 2 * BATCHES
+    assert np.isfinite(after)
+
+
+@pytest.mark.parametrize("call", ["validation", "evaluate", "predict"])
+def test_an_error_of_the_model(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = fitted("eager")
+    model, ema = now.model, now.ema
+    calls, inner = iter(range(100)), type(model).call
+
+    def fails(self: Any, *arguments: Any, training: bool = False, **options: Any) -> Any:
+        if not training and next(calls) == 1:
+            raise ZeroDivisionError("planted")
+        return inner(self, *arguments, training=training, **options)
+
+    options = {"batch_size": BATCH, "verbose": 0, "callbacks": [ema]}
+    calls_of = {
+        "predict": lambda: model.predict(XV, **options),
+        "evaluate": lambda: model.evaluate(XV, YV, **options),
+        "validation": lambda: fit(model, ema, epochs=1, validation_batch_size=BATCH),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "call", fails)
+        with pytest.raises(ZeroDivisionError, match="planted"):
+            calls_of[call]()
+    assert untouched(model, "test_function", "predict_function")
+    if call == "validation":
+        assert not ema.applied
+        assert ema.ema.num_updates == 2 * BATCHES
+        assert differ(trained(model), average(ema))
+    else:
+        now.assert_unchanged()
+    model.predict(XV, verbose=0)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("call", ["evaluate", "fit"])
+def test_an_error_within_what_jax_compiled(call: str, good: int) -> None:
+    """Whose arguments were donated by then, the state of random numbers among them."""
+    if BACKEND != "jax":
+        return  # elsewhere a computation does not take its arguments' memory
+    import jax
+
+    calls = [-1]
+
+    class Bomb(keras.layers.Layer):
+        def call(self, x: Any, training: bool = False) -> Any:
+            def host(array: Any) -> Any:
+                calls[0] -= 1
+                if calls[0] == -1:
+                    raise ZeroDivisionError("planted")
+                return np.asarray(array)
+
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return x if training else jax.pure_callback(host, shape, x)
+
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Dense(3), keras.layers.Dropout(0.25), Bomb(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *layers], name="net")
+    model.compile("sgd", "mse")
+    ema = EMAWeights(DECAY)
+    fit(model, ema, epochs=1, validation_data=None)
+    raw, avg = weights(model), average(ema)
+    calls[0] = good
+    fails = {
+        "fit": lambda: fit(model, ema, epochs=1, validation_batch_size=BATCH),
+        "evaluate": lambda: model.evaluate(XV, YV, batch_size=BATCH, verbose=0, callbacks=[ema]),
+    }
+    with pytest.raises(Exception, match=r"planted|NoneType"):  # Keras may fail in what follows
+        fails[call]()
+    assert calls[0] < 0
+    assert not ema.applied
+    if call == "evaluate":
+        assert_same(weights(model), raw)
+        assert_same(average(ema), avg)
+    calls[0] = -2
+    before = ema.ema.num_updates
+    fit(model, ema, epochs=1)
+    assert ema.ema.num_updates == before + BATCHES
+    assert all(np.isfinite(one).all() for one in weights(model).values())
+
+
+@pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.parametrize("call", ["evaluate", "predict"])
+@pytest.mark.parametrize("where", ["callback", "data"])
+def test_an_error_that_a_call_of_its_own_does_not_tell(where: str, call: str, good: int) -> None:
+    now = fitted()
+    model, ema = now.model, now.ema
+
+    def fails(*callbacks: Any) -> None:
+        given: dict[str, Any] = {"x": XV, "batch_size": BATCH}
+        if where == "data":
+            given = {"x": Data(OSError, good, call == "predict")}
+        else:
+            callbacks += (failing(OSError, good),)
+            given |= {"y": YV} if call == "evaluate" else {}
+        with pytest.raises(BaseException, match="planted"):
+            getattr(model, call)(**given, verbose=0, callbacks=[*callbacks])
+
+    fails(ema)
+    if where == "data" and BACKEND == "jax":
+        assert not ema.applied
+    ema.restore()
+    now.assert_unchanged()
+    # The next hook does it too.
+    fails(ema)
+    loss = model.evaluate(XV, YV, verbose=0, callbacks=[ema])
+    now.assert_unchanged()
+    assert untouched(model, "test_function", "predict_function")
+    # And a block always.
+    with ema.swapped():
+        fails()
+    now.assert_unchanged()
+    with ema.swapped():
+        assert model.evaluate(XV, YV, verbose=0) == loss
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_fit_after_an_evaluation_that_failed_trains_the_weights(same: bool) -> None:
+    run = recorded()
+    model, ema = model_of(), EMAWeights(DECAY)
+    fit(model, ema, epochs=1)
+    with pytest.raises(OSError, match="planted"):
+        model.evaluate(XV, YV, verbose=0, callbacks=[ema, failing(OSError, 0)])
+    # Another callback takes out of the model what the first one left there.
+    fit(model, ema if same else EMAWeights(DECAY), epochs=1)
+    assert_same(weights(model), run.steps[-1])
+    assert not ema.applied
+    assert_near(average(ema), expected(run, steps=slice(None if same else BATCHES)), 2 * BATCHES)
+
+
+USES: dict[str, Callable[[Any, Path], object]] = {
+    "fit": lambda model, path: fit(model, epochs=1, validation_data=None),
+    "train_on_batch": lambda model, path: model.train_on_batch(X[:BATCH], Y[:BATCH]),
+    "evaluate": lambda model, path: [model.evaluate(XV, YV, verbose=0)],
+    "predict": lambda model, path: model.predict(XV, verbose=0),
+    "save": lambda model, path: model.save(path / "model.keras"),
+    "save_weights": lambda model, path: model.save_weights(path / "model.weights.h5"),
+    "get_weights": lambda model, path: model.get_weights(),
+    "set_weights": lambda model, path: model.set_weights([2 * one for one in model.get_weights()]),
+}
+
+
+def left_with_the_average(hook: str = "on_train_end") -> tuple[Any, EMAWeights]:
+    """A model whose training an error ended before its own weights came back."""
+    model, ema = model_of(), EMAWeights(DECAY, swap_on_epoch=True)
+    epochs = 2 if hook == "on_epoch_begin" else 1
+    with pytest.raises(OSError, match="planted"):
+        fit(
+            model, Raising(OSError, hook, after=epochs - 1), ema, epochs=epochs,
+            validation_data=None,
+        )  # fmt: skip
+    assert ema.applied
+    return model, ema
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_end"])
+@pytest.mark.parametrize("use", USES)
+def test_a_model_that_an_error_left_with_the_average_has_its_weights_when_it_is_used(
+    hook: str, use: str, tmp_path: Path
+) -> None:
+    model = model_of()
+    fit(model, epochs=1, validation_data=None)
+    raw = weights(model)
+    want_result = USES[use](model, tmp_path)
+    want = weights(model)
+    model, ema = left_with_the_average(hook)
+    assert_same(weights(model), average(ema))
+    if use == "set_weights":  # what is written stays
+        set_weights(model, {name: 2 * one for name, one in raw.items()})
+    else:
+        found = USES[use](model, tmp_path)
+        if use in ("evaluate", "predict", "get_weights"):
+            for one, other in zip(found, want_result, strict=True):  # type: ignore[call-overload]
+                np.testing.assert_array_equal(one, other)
+    assert not ema.applied
+    assert_same(weights(model), want)
+    ema.restore()
+    assert_same(weights(model), want)
+    if use == "save_weights":
+        assert_same(loaded(tmp_path / "model.weights.h5"), raw)
+    assert untouched(model, *(name for name in USES if name != "evaluate"))
+
+
+def test_the_average_outlives_its_callback_where_the_model_holds_it() -> None:
+    raw = fitted().raw
+    model, ema = left_with_the_average()
+    del ema
+    gc.collect()
+    model.predict(XV, verbose=0)
+    assert_same(weights(model), raw)
+
+
+def test_a_block_refuses_what_would_train_or_overwrite_the_average(tmp_path: Path) -> None:
+    now = fitted()
+    model, ema, state = now.model, now.ema, now.ema.state_dict()
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    refused: dict[str, Callable[[], object]] = {
+        "fit": lambda: USES["fit"](model, tmp_path),
+        "fit while": lambda: fit(model, ema, epochs=1),
+        "train_on_batch": lambda: USES["train_on_batch"](model, tmp_path),
+        "set_weights": lambda: USES["set_weights"](model, tmp_path),
+        "load_weights": lambda: model.load_weights(path),
+        "update": ema.update,
+        "load_state_dict": lambda: ema.load_state_dict(state),
+    }
+    with ema.swapped():
+        for name, call in refused.items():
+            words = f"{name.removesuffix(' while')} while the model holds the average"
+            with pytest.raises(StateError, match=words):
+                call()
+        assert_same(weights(model), now.avg)
+    now.assert_unchanged()
+    model.load_weights(path)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch counts writes")
+@pytest.mark.parametrize("raised", [None, ValueError("mine")], ids=["write", "write and raise"])
+def test_a_write_in_a_block_is_told_once_the_callback_is_ready_again(raised: Any) -> None:
+    model, ema = model_of(), EMAWeights(DECAY)
+    fit(model, ema)
+    raw = values(model.weights)
+
+    def write() -> None:
+        with ema.swapped():
+            model.layers[-1].kernel.assign(np.ones((6, 1)))
+            if raised is not None:
+                raise raised
+
+    with pytest.raises(StateError if raised is None else ValueError):
+        write()
+    assert not ema.applied
+    for one, before in zip(values(model.weights), raw, strict=True):
+        np.testing.assert_array_equal(one, before)
+    with ema.swapped():
+        assert ema.applied
+    fit(model, ema, epochs=1)
+
+
+def test_a_fit_that_failed_leaves_nothing_behind_the_next() -> None:
+    model = model_of()
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, EMAWeights(DECAY), Raising(KeyboardInterrupt, "on_train_batch_end", after=1))
+    fit(model, EMAWeights(DECAY), epochs=1)
+    assert "evaluate" not in vars(model)
+
+
+def test_a_model_is_given_its_own_functions_back() -> None:
+    model, ema = model_of(), EMAWeights(DECAY)
+    before = dict(vars(model))
+    fit(model, ema, epochs=1)
+    model.predict(XV, verbose=0, callbacks=[ema])
+    assert "evaluate" not in vars(model)
+    assert untouched(model, *before)
+    assert keras.models.clone_model(model).name == "net"

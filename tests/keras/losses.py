@@ -1,0 +1,122 @@
+"""Models whose losses can be said without Keras, and runs of them with LossAverages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from fastema.keras import LossAverages
+
+from .data import BACKEND
+from .models import synced, values
+
+COMPILED = BACKEND != "torch"
+PURE = BACKEND == "jax"  # where nothing is written, and so nothing noted
+BATCH, COUNT = 8, 45  # five batches of 8, and one of 5
+BATCHES = 6
+Curve = np.ndarray
+
+_draw = np.random.default_rng(23)
+X = _draw.normal(size=(COUNT, 4)).astype(np.float32)
+Y = np.sin(X.sum(1, keepdims=True)).astype(np.float32)
+W = _draw.uniform(0.2, 3.0, COUNT).astype(np.float32)
+LABELS = (Y > 0.2).astype(np.float32)
+
+
+def build(rate: float = 0.05, *, kind: type = keras.Sequential, **compiled: Any) -> Any:
+    """A linear model: what its loss is can be said without Keras."""
+    keras.utils.set_random_seed(7)
+    model = kind([keras.Input((4,)), keras.layers.Dense(1, name="only")])
+    model.compile(**{"optimizer": keras.optimizers.SGD(rate), "loss": "mse", **compiled})
+    return model
+
+
+def fit(model: Any, *callbacks: Any, y: Any = Y, **options: Any) -> Any:
+    options = {"epochs": 2, "batch_size": BATCH, "verbose": 0, "shuffle": False, **options}
+    return model.fit(X, y, callbacks=[*callbacks], **options)
+
+
+def parts(values: np.ndarray) -> list[np.ndarray]:
+    """By batch."""
+    return [values[i : i + BATCH] for i in range(0, len(values), BATCH)]
+
+
+def arrays(model: Any) -> list[np.ndarray]:
+    return [one.astype(np.float64) for one in values(synced(model).weights)]
+
+
+class Errors(keras.callbacks.Callback):
+    """The model's errors on each batch, from its weights before the step, in float64."""
+
+    def __init__(self, y: np.ndarray = Y) -> None:
+        super().__init__()
+        self.y = y
+        self.batches: list[np.ndarray] = []
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        kernel, bias = arrays(self.model)
+        x, y = parts(X)[batch], parts(self.y)[batch]
+        self.batches.append((x @ kernel + bias - y)[:, 0])
+
+    def losses(self) -> Curve:
+        return np.array([np.mean(one**2) for one in self.batches])
+
+    def absolute(self) -> Curve:
+        return np.array([np.mean(np.abs(one)) for one in self.batches])
+
+
+class Seen(keras.callbacks.Callback):
+    """What the logs hold for callbacks that come after ours."""
+
+    async_safe = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: dict[int, dict[str, float]] = {}
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.batches[batch + 100_000 * len(self.epochs)] = dict(logs)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.epochs.append(dict(logs))
+
+    def curve(self, name: str) -> Curve:
+        return np.array([self.batches[key][name] for key in sorted(self.batches)])
+
+
+class OwnMetrics(keras.Sequential):
+    """Might do anything to its metrics."""
+
+    def compute_metrics(self, *arguments: Any, **options: Any) -> Any:
+        return super().compute_metrics(*arguments, **options)
+
+
+def assert_exact(got: Any, want: Any, roundings: int = 12) -> None:
+    """Within a few roundings of float32: those of the loss itself, in another order than ours."""
+    want = np.asarray(want, np.float64)
+    got = np.asarray(got, np.float64)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=roundings * 2.0**-24, atol=1e-7)
+
+
+def squares_of(model: Any, x: np.ndarray = X, y: np.ndarray = Y) -> Curve:
+    """The squared errors of a model, by sample."""
+    kernel, bias = arrays(model)
+    return (x @ kernel + bias - y)[:, 0] ** 2
+
+
+def measured(*callbacks: Any, model: Any = None, **compiled: Any) -> tuple[LossAverages, Errors]:
+    """A run whose losses, and mean absolute errors where it has them, are those of its batches."""
+    losses, errors = LossAverages(), Errors()
+    fit(model or build(**compiled), losses, errors, *callbacks)
+    assert_exact(losses.history["loss_raw"], errors.losses())
+    if "mae_raw" in losses.history:
+        assert_exact(losses.history["mae_raw"], errors.absolute())
+    return losses, errors
+
+
+def names_with(*metrics: str) -> set[str]:
+    return {f"{name}_{kind}" for name in metrics for kind in ("raw", "sma", "ema")}

@@ -1,0 +1,350 @@
+"""Tests of LossAverages beside other callbacks, and in run after run; see test_backends.py."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import gc
+import json
+import math
+import pickle
+import re
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.keras import EMAWeights, LossAverages
+
+from ..support.smoothing import assert_close, ema
+from .backends import on_one_backend
+from .data import BACKEND, MARKS
+from .losses import (
+    BATCH,
+    BATCHES,
+    COMPILED,
+    Errors,
+    Seen,
+    W,
+    X,
+    Y,
+    arrays,
+    assert_exact,
+    build,
+    fit,
+    measured,
+    parts,
+    squares_of,
+)
+from .runs import Raising
+
+pytestmark = MARKS
+
+# -- other callbacks -------------------------------------------------------------------------------
+
+
+@on_one_backend
+def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
+    table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    early: list[tuple[Any, str]] = [
+        (table, "CSVLogger reads the logs"),
+        (keras.callbacks.History(), "History reads the logs"),
+        (keras.callbacks.EarlyStopping("loss_ema"), "EarlyStopping monitors 'loss_ema'"),
+        (keras.callbacks.ReduceLROnPlateau("loss_sma"), "ReduceLROnPlateau monitors 'loss_sma'"),
+    ]
+    model = build()
+    before = arrays(model)
+    for other, what in early:
+        with pytest.raises(ArgumentError, match=f"{what}.*put LossAverages first in the list"):
+            fit(model, EMAWeights(), other, LossAverages())
+    table.csv_file.close()
+    assert all((one == two).all() for one, two in zip(before, arrays(model), strict=True))
+    with pytest.raises(ArgumentError, match="two LossAverages"):
+        fit(model, LossAverages(), LossAverages())
+
+    # One that is called by another is in no list.
+    inner = LossAverages()
+    inner.set_model(model)
+    hooks = ("on_train_begin", "on_train_batch_begin", "on_train_batch_end", "on_train_end")
+    calls = {hook: getattr(inner, hook) for hook in hooks}
+    fit(model, keras.callbacks.LambdaCallback(**calls), epochs=1)
+    assert len(inner.history["loss_raw"]) == BATCHES
+    lone = LossAverages()
+    lone.set_model(model)
+    lone.on_train_begin()
+    model.train_on_batch(X, Y)
+    with pytest.raises(StateError, match="on_train_batch_begin"):
+        lone.on_train_batch_end(0, {})
+    lone.on_train_end()
+    # These need nothing of ours.
+    fit(
+        model,
+        keras.callbacks.EarlyStopping("val_loss"),
+        keras.callbacks.LearningRateScheduler(lambda epoch: 0.01),
+        LossAverages(),
+        validation_data=(X, Y),
+    )
+
+
+@on_one_backend
+def test_files_stopping_and_rates_use_what_is_added(tmp_path: Path) -> None:
+    losses = LossAverages(window_size=3)
+    stop = keras.callbacks.EarlyStopping("loss_sma", mode="max", patience=1)
+    path = tmp_path / "best.weights.h5"
+    model = build()
+    table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    slower = keras.callbacks.ReduceLROnPlateau("loss_ema", mode="max", patience=0, factor=0.5)
+    best = keras.callbacks.ModelCheckpoint(
+        path, monitor="loss_ema", mode="min", save_best_only=True, save_weights_only=True
+    )
+    history = fit(model, losses, table, slower, best, stop, epochs=9).history
+    assert len(history["loss"]) == stop.stopped_epoch + 1 == 2  # it falls, and was to rise
+    assert float(model.optimizer.learning_rate) < 0.05
+    assert path.exists()
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("loss", "loss_raw", "loss_sma", "loss_ema"):
+        assert [float(row[name]) for row in rows] == history[name]
+
+
+@on_one_backend
+def test_progress_bar_shows_values_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = LossAverages(window_size=2)
+    fit(build(), losses, epochs=1, verbose=1)
+    shown = re.findall(r"loss_(raw|sma|ema): ([-+.e\d]+)", capsys.readouterr().out.split("\n")[0])
+    last = {name: float(number) for name, number in shown}
+    assert last.keys() == {"raw", "sma", "ema"}
+    for name, number in last.items():
+        assert number == pytest.approx(losses.history[f"loss_{name}"][-1], abs=6e-5)
+    assert len({round(one, 3) for one in last.values()}) == 3
+
+
+@on_one_backend
+@pytest.mark.skipif(find_spec("tensorflow") is None, reason="its callback writes with TensorFlow")
+def test_tensorboard_files(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    losses = LossAverages(window_size=3)
+    board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=False)
+    fit(build(), losses, board, validation_data=(X[:9], Y[:9]))
+    del board
+    gc.collect()
+    events = EventAccumulator(str(tmp_path / "train"), size_guidance={"tensors": 0})  # all of them
+    events.Reload()
+
+    def curve(tag: str) -> list[float]:
+        return [float(tensor_util.make_ndarray(one.tensor_proto)) for one in events.Tensors(tag)]
+
+    for name in ("loss_raw", "loss_sma", "loss_ema"):
+        want = np.float32(losses.history[name])
+        assert curve(f"batch_{name}") == want.tolist()
+        assert curve(f"epoch_{name}") == want[[BATCHES - 1, 2 * BATCHES - 1]].tolist()
+    steps = [one.step for one in events.Tensors("batch_loss_raw")]
+    assert steps == list(range(1, 2 * BATCHES + 1))
+
+
+@on_one_backend
+def test_beside_an_average_of_the_weights() -> None:
+    alone = EMAWeights(0.8)
+    fit(build(), alone)
+    for first in (False, True):
+        ours, losses, errors = EMAWeights(0.8), LossAverages(), Errors()
+        fit(build(), *([ours, losses, errors] if first else [losses, ours, errors]))
+        assert_exact(losses.history["loss_raw"], errors.losses())
+        for found, want in zip(ours.ema.shadow.values(), alone.ema.shadow.values(), strict=True):
+            assert_exact(*map(keras.ops.convert_to_numpy, (found, want)))
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_values_keep_their_batches_in_other_threads(threads: bool) -> None:
+    """Where Keras runs callbacks so: on JAX and PyTorch."""
+
+    class Chosen(LossAverages):
+        async_safe = threads
+        seen: set[int] = set()  # noqa: RUF012
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            super().on_train_batch_end(batch, logs)
+            self.seen.add(threading.get_ident())
+
+    x, y = np.repeat(X, 20, 0), np.repeat(Y, 20, 0)
+    model = build(rate=0.0)
+    squares = squares_of(model, x, y)
+    losses, seen = Chosen(window_size=5), Seen()
+    model.fit(x, y, batch_size=3, epochs=2, shuffle=False, verbose=0, callbacks=[losses, seen])
+    others = losses.seen - {threading.get_ident()}
+    assert bool(others) == (threads and BACKEND != "tensorflow")
+    assert_exact(losses.history["loss_raw"], squares.reshape(-1, 3).mean(1).tolist() * 2)
+    assert len(seen.batches) == 2 * len(squares) // 3
+    for name in ("loss_raw", "loss_sma", "loss_ema"):
+        assert_close(seen.curve(name), losses.history[name])
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_averages_go_on_in_the_next_fit_and_nothing_is_compiled_again() -> None:
+    calls: list[int] = []
+
+    def loss(y: Any, y_pred: Any) -> Any:
+        calls.append(1)
+        return keras.ops.mean(keras.ops.square(y - y_pred), axis=-1)
+
+    model = build(loss=loss)
+    losses, errors = LossAverages(window_size=50, decay=0.95), Errors()
+    fit(model, losses, errors)
+    traced = len(calls)
+    assert not isinstance(vars(model)["train_function"], type(losses._sums))
+    fit(model, losses, errors, initial_epoch=2, epochs=3)
+    assert_exact(losses.history["loss_raw"], errors.losses())
+    assert len(losses.history["loss_raw"]) == 3 * BATCHES
+    assert_close(losses.history["loss_ema"], ema(losses.history["loss_raw"], 0.95))
+    if COMPILED:
+        assert len(calls) == traced
+    assert fit(model, epochs=1).history.keys() == {"loss"}  # without us, as ever
+    losses.reset()
+    assert not losses.averages
+    assert not losses.history
+
+
+def test_a_model_compiled_again_is_followed() -> None:
+    model, losses = build(), LossAverages()
+    fit(model, losses)
+    model.compile(keras.optimizers.SGD(0.01), "mae", metrics=["mse"])
+    errors = Errors()
+    fit(model, losses, errors)
+    assert_exact(losses.history["mse_raw"], errors.losses())
+    assert_exact(losses.history["loss_raw"][2 * BATCHES :], errors.absolute())
+
+
+@on_one_backend
+def test_a_callback_goes_on_with_another_model() -> None:
+    losses, errors = LossAverages(), Errors()
+    for rate in (0.05, 0.01):
+        fit(build(rate), losses, errors)
+    assert_exact(losses.history["loss_raw"], errors.losses())
+
+
+def test_a_run_that_fails_leaves_the_models_own_function() -> None:
+    model, losses = build(), LossAverages()
+    fit(model, losses, epochs=1)
+    own = model.train_function
+
+    def batches() -> Any:
+        yield X[:BATCH], Y[:BATCH]
+        yield X[:BATCH, :3], Y[:BATCH]  # does not fit the model
+
+    with pytest.raises(Exception, match=r".+"):
+        model.fit(batches(), steps_per_epoch=2, verbose=0, callbacks=[losses])
+    assert model.train_function is own
+
+
+def test_a_run_that_another_callback_ended_is_no_burden() -> None:
+    model, losses = build(), LossAverages()
+    with pytest.raises(OSError, match="planted"):
+        fit(model, losses, Raising(OSError, "on_train_batch_end", after=1))
+    seen = losses.history["loss_raw"].tolist()
+    assert len(seen) == 2
+    assert fit(model, y=100 * Y).history.keys() == {"loss"}
+    model.train_on_batch(X, 100 * Y)
+    assert losses.history["loss_raw"].tolist() == seen
+    own = model.train_function
+    assert "fastema" not in type(own).__module__
+    measured(model=model)
+    assert model.train_function is own
+    with pytest.raises(ArgumentError, match="'acc'"):
+        fit(model, LossAverages(metrics=["acc"]))
+    assert model.train_function is own
+
+
+def test_what_is_trained_in_a_callback_is_not_of_the_run() -> None:
+    model, other = build(), build()
+    nested = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: model.train_on_batch(X, 100 * Y),
+        on_train_batch_end=lambda batch, logs: batch == 2 and other.train_on_batch(X, Y),
+    )
+    measured(nested, model=model)
+    assert "fastema" not in type(model.train_function).__module__
+
+
+@on_one_backend
+def test_copies_hold_the_averages_and_nothing_of_the_run() -> None:
+    model, losses = build(), LossAverages()
+    copy.deepcopy(losses)
+    fit(model, losses)
+    for other in (copy.deepcopy(losses), pickle.loads(pickle.dumps(losses))):
+        assert other.history == losses.history
+        fit(build(), other, epochs=1)
+        assert len(other.history["loss_raw"]) == 3 * BATCHES
+    assert len(losses.history["loss_raw"]) == 2 * BATCHES
+
+
+@on_one_backend
+def test_which_way_is_better_is_said_or_asked_for() -> None:
+    stop = keras.callbacks.EarlyStopping(monitor="loss_ema", patience=1)
+    model = build()
+    history = fit(model, LossAverages(), stop, epochs=3).history
+    assert len(history["loss"]) == 3  # it falls all the time, which is what is wanted
+    stop = keras.callbacks.EarlyStopping(monitor="mae_sma")
+    model = build(metrics=["mae"])
+    with pytest.raises(ArgumentError, match=r"EarlyStopping\(monitor='mae_sma'\): say mode="):
+        fit(model, LossAverages(), stop)
+    assert fit(model).history.keys() == {"loss", "mae"}
+
+
+def test_resumed_run_goes_on_as_if_never_interrupted() -> None:
+    whole = LossAverages(window_size=7, decay=0.9)
+    fit(build(), whole, epochs=4)
+    model, first = build(), LossAverages(window_size=7, decay=0.9)
+    fit(model, first, epochs=2)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = LossAverages(window_size=7, decay=0.9)
+    second.load_state_dict(state)
+    assert second.averages == first.averages
+    fit(model, second, initial_epoch=2, epochs=4)
+    for name in ("loss_raw", "loss_sma", "loss_ema"):
+        assert_exact(second.history[name], whole.history[name][2 * BATCHES :])
+    with pytest.raises(CheckpointError, match="window_size"):
+        LossAverages(window_size=8).load_state_dict(state)
+
+
+def test_a_loop_of_ones_own() -> None:
+    model, losses, errors = build(metrics=["mae"]), LossAverages(), Errors()
+    callbacks = keras.callbacks.CallbackList([losses, errors], model=model)
+    callbacks.on_train_begin()
+    for epoch in range(2):
+        callbacks.on_epoch_begin(epoch)
+        for i, (x, y) in enumerate(zip(parts(X), parts(Y), strict=True)):
+            callbacks.on_train_batch_begin(i)
+            logs = model.train_on_batch(x, y, return_dict=True)
+            callbacks.on_train_batch_end(i, logs)
+        callbacks.on_epoch_end(epoch)
+    callbacks.on_train_end()
+    assert_exact(losses.history["loss_raw"], errors.losses())
+    assert_exact(losses.history["mae_raw"], errors.absolute())
+    assert not math.isnan(losses.averages["loss_ema"])
+
+
+def test_shapes_that_are_not_known_and_datasets_without_an_end() -> None:
+    def batches() -> Any:
+        while True:
+            yield from zip(parts(X), parts(Y), parts(W), strict=True)
+
+    keras.utils.set_random_seed(7)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mae"])
+    losses = LossAverages()
+    model.fit(
+        batches(), steps_per_epoch=BATCHES, epochs=2, verbose=0, callbacks=[losses], shuffle=False
+    )
+    kernel, bias = arrays(model)
+    errors = (X @ kernel + bias - Y)[:, 0]
+    want = [np.mean(w * e**2) for e, w in zip(parts(errors), parts(W), strict=True)]
+    assert_exact(losses.history["loss_raw"], want * 2)
+    assert_exact(losses.history["mae_raw"], [np.mean(np.abs(e)) for e in parts(errors)] * 2)

@@ -1,0 +1,127 @@
+"""``fastema.tensorflow`` with Keras on TensorFlow: the backend is a matter of the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from fastema.tensorflow import ExponentialMovingAverage
+
+from ..conftest import ROOT
+from .variables import drawn, variables
+from .ways import Way, assert_moves
+
+pytestmark = pytest.mark.tensorflow
+
+on_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="run by test_in_another_process"
+)
+
+
+@pytest.mark.slow
+def test_in_another_process() -> None:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", __file__],
+        env={**os.environ, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": path},
+        cwd=ROOT / "tests", capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@on_tensorflow
+def test_counters(way: Way, rng: np.random.Generator) -> None:
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(2)
+    weights = variables(rng, "f64", [(3,)])
+    ema = ExponentialMovingAverage(0.99, optimizer.iterations)
+    update = way(lambda: ema.apply(weights))
+    update()
+    assert_moves(rng, weights, ema, update, 0.75)
+    optimizer.iterations.assign(5)
+    assert_moves(rng, weights, ema, update, 0.6)
+
+
+def dense(count: int = 3) -> Any:
+    layers = [keras.layers.Dense(4, use_bias=False) for _ in range(count)]
+    model = keras.Sequential([*layers, keras.layers.Dense(2, name="out_1")])
+    model.build((None, 4))
+    return model
+
+
+@on_tensorflow
+def test_names_do_not_depend_on_other_layers(rng: np.random.Generator) -> None:
+    first = dense()
+    keras.layers.Dense(3)
+    second, third = dense(), dense(12)
+    assert first.weights[0].path != second.weights[0].path
+    found = []
+    for model in (first, second):
+        ema = ExponentialMovingAverage(0.9)
+        ema.apply(model.trainable_variables)
+        found.append([(n, tuple(a.shape)) for n, a in ema.shadow.items()])
+    assert found[0] == found[1]
+    # The order of a list does not matter, and the tenth layer comes after the second.
+    straight, shuffled = ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9)
+    straight.apply(third.trainable_variables)
+    given = list(third.trainable_variables)
+    rng.shuffle(given)
+    shuffled.apply(given)
+    for name, average in straight.shadow.items():
+        np.testing.assert_array_equal(average.numpy(), shuffled.shadow[name].numpy())
+    kernels = third.weights[:12]
+    names = ["sequential/dense/kernel", *(f"sequential/dense/kernel#{i}" for i in range(1, 12))]
+    for kernel, name in zip(kernels, names, strict=True):
+        assert straight.average(kernel) is straight.shadow[name]
+
+
+@on_tensorflow
+def test_a_model_that_is_fitted(rng: np.random.Generator, tmp_path: Path) -> None:
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+            self.ema = ExponentialMovingAverage(0.75)
+
+        def call(self, x: Any) -> Any:
+            return self.dense(x)
+
+        def train_step(self, data: Any) -> Any:
+            logs = super().train_step(data)
+            self.ema.apply(self.trainable_variables)
+            return logs
+
+    def follow(batch: int, logs: Any) -> None:
+        now = model.dense.kernel.numpy().astype(np.float64)
+        seen.append(seen[-1] + 0.25 * (now - seen[-1]))
+
+    x = drawn(rng, (40, 3)).astype(np.float32)
+    model = Model()
+    model(x)
+    model.compile(keras.optimizers.SGD(0.05), "mse", jit_compile=False)
+    seen = [model.dense.kernel.numpy().astype(np.float64)]
+    model.ema.apply(model.trainable_variables)
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=follow)
+    model.fit(x, x[:, :2], batch_size=8, epochs=3, verbose=0, callbacks=[note])
+    assert len(seen) == 16
+    average = model.ema.average(model.dense.kernel)
+    assert average is model.ema.average(model.dense.kernel.value)
+    np.testing.assert_allclose(average.numpy(), seen[-1], atol=1e-6)
+    assert np.abs(seen[-1] - model.dense.kernel.numpy()).max() > 1e-4
+    path = tf.train.Checkpoint(model).save(tmp_path / "keras")
+    other = Model()
+    other(x)
+    tf.train.Checkpoint(other).restore(path).expect_partial()
+    other.ema.apply(other.trainable_variables)
+    want = 0.75 * average.numpy() + 0.25 * other.dense.kernel.numpy()
+    np.testing.assert_allclose(other.ema.average(other.dense.kernel).numpy(), want, atol=1e-6)

@@ -1,0 +1,543 @@
+"""Names, checkpoints and swaps of ``fastema.tensorflow``, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    DTypeError,
+    LayoutError,
+    StateError,
+)
+from fastema.plan import Plan
+from fastema.tensorflow import ExponentialMovingAverage
+
+from .variables import CODES, SCALE, Rng, averaged, drawn, move, stored, values, variables
+from .ways import Way, assert_equal, averages, eagerly, traced
+
+pytestmark = pytest.mark.tensorflow
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+def test_names_as_tensorflow_gives_them() -> None:
+    weights = [
+        tf.Variable([1.0, 2.0], name="a/w"),
+        tf.Variable(1.0, name="w"),
+        tf.Variable([2.0]),
+        tf.Variable(5.0, name="w"),
+    ]
+    ours = ExponentialMovingAverage(0.9, name="slow_one")
+    theirs = tf.train.ExponentialMovingAverage(0.9, name="slow_one")
+    assert ours.name == theirs.name
+    assert ours.average(weights[0]) is theirs.average(weights[0]) is None
+    for weight in weights[:3]:
+        assert ours.average_name(weight) == theirs.average_name(weight)
+    with tf.name_scope("elsewhere"):
+        ours.apply(weights)
+        theirs.apply(weights)
+    for weight in weights:
+        assert ours.average_name(weight) == theirs.average_name(weight)
+        assert ours.average(weight).name == theirs.average(weight).name
+    found = ours.variables_to_restore(weights)
+    assert found == theirs.variables_to_restore(weights)
+    assert ours.variables_to_restore() == found
+    assert len(found) == 4
+    assert ours.average_name("loss") == "loss/slow_one"
+
+
+def test_names_in_a_checkpoint() -> None:
+    weights = [tf.Variable(float(i), name=name) for i, name in enumerate(("w", "b", "w", "w"))]
+    ema = ExponentialMovingAverage(0.9)
+    ema.apply(weights)
+    assert list(ema.shadow) == ["w", "b", "w#1", "w#2"]
+    ema.apply({"mine": tf.Variable(1.0), "w#3": tf.Variable(2.0)})
+    ema.apply([tf.Variable(7.0, name="w")])
+    assert list(ema.shadow) == ["w", "b", "w#1", "w#2", "mine", "w#3", "w#4"]
+    assert [average.numpy() for average in ema.shadow.values()] == [0, 1, 2, 3, 1, 2, 7]
+    assert ema.average("mine").numpy() == 1
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+class Trained(tf.Module):
+    """A model that averages its own weights, and a loss."""
+
+    def __init__(self, rng: Rng, code: str = "f32") -> None:
+        super().__init__()
+        self.weights = variables(rng, code)
+        self.count = tf.Variable(0, dtype=tf.int64)
+        self.ema = ExponentialMovingAverage(0.99, self.count, zero_debias=True, seed=3)
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.int64)])
+    def step(self, seed: Any) -> None:
+        self.count.assign_add(1)
+        for i, weight in enumerate(self.weights):
+            noise = tf.random.stateless_uniform(weight.shape, [seed, i], -SCALE, SCALE)
+            weight.assign(tf.cast(noise, weight.dtype))
+        self.ema.apply(self.weights)
+        self.ema.apply({"loss": tf.reduce_sum([tf.reduce_sum(w) for w in self.weights])})
+
+    @tf.function(input_signature=[])
+    def total(self) -> Any:
+        return tf.reduce_sum([tf.reduce_sum(tf.cast(w, tf.float64)) for w in self.weights])
+
+    def train(self, first: int, last: int) -> Trained:
+        for step in range(first, last):
+            self.step(tf.constant(step, tf.int64))
+        return self
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {name: stored(average) for name, average in self.ema.shadow.items()}
+
+
+def assert_states_equal(got: Trained, want: Trained) -> None:
+    assert got.state().keys() == want.state().keys()
+    for name, value in want.state().items():
+        np.testing.assert_array_equal(got.state()[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("code", ["f32", "bf16"])
+def test_a_resumed_run_goes_on_to_the_bit(
+    code: str, before: bool, rng: Rng, tmp_path: Path
+) -> None:
+    """Random rounding, debiasing and all, restored before the averages exist or after."""
+    whole = Trained(rng, code).train(0, 4)
+    path = tf.train.Checkpoint(model=whole).save(tmp_path / "half")
+    whole.train(4, 9)
+    resumed = Trained(rng, code)
+    if not before:
+        resumed.train(50, 52)
+    status = tf.train.Checkpoint(model=resumed).restore(path)
+    if before:
+        with pytest.raises(AssertionError, match="shadow"):
+            status.assert_consumed()
+    resumed.train(4, 5)
+    status.assert_consumed()
+    resumed.train(5, 9)
+    assert_states_equal(resumed, whole)
+
+
+def test_only_the_averages(rng: Rng, tmp_path: Path) -> None:
+    weights, ema = averaged(rng)
+    ema.apply(weights)
+    path = tf.train.Checkpoint(ema=ema).write(tmp_path / "averages")
+    names = {name for name, _ in tf.train.list_variables(path) if "/shadow/" in name}
+    assert len(names) == len(weights)
+    assert "ema/shadow/v.S2#1/.ATTRIBUTES/VARIABLE_VALUE" in names
+    want = values(averages(ema, weights))
+    move(rng, weights)
+    ema.apply(weights)
+    tf.train.Checkpoint(ema=ema).read(path).assert_consumed()
+    assert_equal(values(averages(ema, weights)), want)
+    # A fresh one, of which the first update is already one of the restored averages.
+    other = ExponentialMovingAverage(0.75)
+    status = tf.train.Checkpoint(ema=other).read(path)
+    other.apply(weights)
+    status.assert_consumed()
+    for weight, old in zip(weights, want, strict=True):
+        expected = old + 0.25 * (values([weight])[0] - old)
+        np.testing.assert_allclose(values([other.average(weight)])[0], expected, atol=1e-6)
+
+
+def test_what_a_checkpoint_lacks_is_reported(rng: Rng, tmp_path: Path) -> None:
+    weights = variables(rng)
+    ema, more = ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9)
+    ema.apply(weights[:-1])
+    path = tf.train.Checkpoint(ema=ema).write(tmp_path / "fewer")
+    more.apply(weights)
+    with pytest.raises(AssertionError, match=r"v/2"):
+        tf.train.Checkpoint(ema=more).read(path).assert_existing_objects_matched()
+    assert_equal(values(averages(more, weights[:-1])), values(averages(ema, weights[:-1])))
+    fewer = ExponentialMovingAverage(0.9)
+    fewer.apply(weights[:2])
+    with pytest.raises(AssertionError, match="shadow"):
+        tf.train.Checkpoint(ema=fewer).read(path).assert_consumed()
+
+
+def test_a_record_that_cannot_be_read() -> None:
+    ema = ExponentialMovingAverage(0.9)
+    for text in (b"", b"[]", b"{}", b'{"remaining": {"x": []}, "steps": {}}'):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            ema._state.deserialize(text)
+
+
+ELSEWHERE = """
+    import os, sys
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import numpy as np
+    import tensorflow as tf
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    from fastema.tensorflow import ExponentialMovingAverage
+    unrelated = [tf.Variable(float(i), name="v/1") for i in range(3)]
+    ExponentialMovingAverage(0.5).apply(unrelated)
+    folder, exported = sys.argv[1:]
+    weights = [tf.Variable(np.zeros(s), name=f"v/{len(s)}") for s in [(5,), (2, 3), (4,)]]
+    ema = ExponentialMovingAverage(0.75)
+    status = tf.train.Checkpoint(weights=weights, ema=ema).restore(folder)
+
+    @tf.function
+    def update():
+        ema.apply(weights)
+
+    update()
+    status.assert_consumed()
+    for weight in weights:
+        print(ema.average(weight).numpy().tolist())
+    loaded = tf.saved_model.load(exported)
+    print(float(loaded.total()))
+    print(sum(float(tf.reduce_sum(a)) for a in loaded.ema.shadow.values()))
+    try:
+        loaded.step(tf.constant(1, tf.int64))
+    except tf.errors.InvalidArgumentError as error:
+        print("callback" in str(error))
+"""
+
+
+@pytest.mark.slow
+def test_another_process(rng: Rng, tmp_path: Path, python: Any) -> None:
+    """With other variables of the same names before, and one thread for a graph's operations."""
+    weights = [tf.Variable(drawn(rng, s), name=f"v/{len(s)}") for s in [(5,), (2, 3), (4,)]]
+    ema = ExponentialMovingAverage(0.75)
+    ema.apply(weights)
+    old = values(weights)
+    move(rng, weights)
+    ema.apply(weights)
+    path = tf.train.Checkpoint(weights=weights, ema=ema).save(tmp_path / "saved")
+    model = Trained(rng).train(0, 3)
+    tf.saved_model.save(model, tmp_path / "exported")
+    lines = python(ELSEWHERE, path, str(tmp_path / "exported"), quiet=False).splitlines()
+    for line, first, weight in zip(lines[:3], old, weights, strict=True):
+        once = first + 0.25 * (weight.numpy() - first)
+        want = once + 0.25 * (weight.numpy() - once)
+        np.testing.assert_allclose(np.array(eval(line)), want, atol=1e-14)
+    assert float(lines[3]) == pytest.approx(float(model.total()))
+    total = sum(float(tf.reduce_sum(average)) for average in model.ema.shadow.values())
+    assert float(lines[4]) == pytest.approx(total)
+    assert lines[5] == "True"
+
+
+def test_it_is_a_module(rng: Rng) -> None:
+    model = Trained(rng).train(0, 2)
+    shown = {v.ref() for v in model.variables}
+    assert {average.ref() for average in model.ema.shadow.values()} <= shown
+    assert len(model.trainable_variables) == len(model.weights) + 1
+    assert model.ema in model.submodules
+
+
+def test_a_copied_model_averages_its_own_weights(rng: Rng) -> None:
+    class Model(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = variables(rng, "f64")
+            self.ema = ExponentialMovingAverage(0.5)
+
+    model = Model()
+    model.ema.apply(model.weights)
+    other = copy.deepcopy(model)
+    before = values(model.ema.shadow.values())
+    move(rng, other.weights)
+    other.ema.apply(other.weights)
+    assert_equal(values(model.ema.shadow.values()), before)
+    for old, new, weight in zip(before, model.weights, other.weights, strict=True):
+        assert other.ema.average(new) is None
+        got = other.ema.average(weight).numpy()
+        np.testing.assert_allclose(got, (old + weight.numpy()) / 2, atol=1e-14)
+
+
+# -- swapped --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_swap_is_exact(code: str, rng: Rng) -> None:
+    weights, ema = averaged(rng, 0.9, code)
+    for _ in range(2):
+        ema.apply(weights)
+        move(rng, weights)
+    raw, mean = [stored(w) for w in weights], [stored(a) for a in averages(ema, weights)]
+    held = [weight.read_value() for weight in weights]
+    for _ in range(2):
+        with ema.swapped():
+            assert_equal([stored(w) for w in weights], mean)
+            assert_equal([stored(a) for a in averages(ema, weights)], raw)
+        assert_equal([stored(w) for w in weights], raw)
+        assert_equal([stored(a) for a in averages(ema, weights)], mean)
+    assert_equal([tensor.numpy().tobytes() for tensor in held], [a.tobytes() for a in raw])
+    ema.apply(weights)
+
+
+def test_a_swap_of_some(rng: Rng) -> None:
+    weights, ema = averaged(rng)
+    raw, mean = values(weights), values(averages(ema, weights))
+    with ema.swapped(weights[3:5]):
+        assert_equal(values(weights), raw[:3] + mean[3:5] + raw[5:])
+    assert_equal(values(weights), raw)
+    strange = ema.swapped([weights[0], tf.Variable(1.0, name="stranger")])
+    with pytest.raises(ArgumentError, match="no average"), strange:
+        pass
+    assert_equal(values(weights), raw)
+
+
+def test_a_swap_is_taken_back_after_an_error(rng: Rng, tmp_path: Path) -> None:
+    weights, ema = averaged(rng)
+    checkpoint = tf.train.Checkpoint(ema=ema)
+    path = checkpoint.save(tmp_path / "c")
+    update = traced(lambda: ema.apply(weights))
+    update()
+    move(rng, weights)
+    raw, mean = values(weights), values(averages(ema, weights))
+    inside: list[Callable[[], object]] = [
+        lambda: ema.apply(weights),
+        lambda: ema.apply([tf.Variable(1.0)]),
+        update,
+        lambda: checkpoint.save(tmp_path / "d"),
+        lambda: checkpoint.restore(path),
+        lambda: ema.swapped().__enter__(),
+    ]
+    for refused in inside:
+        kinds = (StateError, tf.errors.UnknownError)
+        with pytest.raises(kinds, match=r"swapped\(\)"), ema.swapped():
+            refused()
+        assert_equal(values(weights), raw)
+        assert_equal(values(averages(ema, weights)), mean)
+    assert len(ema.shadow) == len(weights)
+
+
+def test_a_swap_back_that_fails_is_done_by_the_next_call(
+    rng: Rng, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, ema = averaged(rng)
+    raw, mean = values(weights), values(averages(ema, weights))
+    swap, fails = Plan.swap_, [False, True]
+
+    def failing(plan: Plan) -> None:
+        if fails and fails.pop(0):
+            raise OSError("busy")
+        swap(plan)
+
+    monkeypatch.setattr(Plan, "swap_", failing)
+    with pytest.raises(OSError, match="busy"), ema.swapped():
+        pass
+    assert_equal(values(weights), mean)
+    with ema.swapped():
+        assert_equal(values(weights), mean)
+    assert_equal(values(weights), raw)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """In the background an interrupt is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_of_a_swap_leaves_the_weights(rng: Rng) -> None:
+    weights, ema = averaged(rng)
+    raw = values(weights)
+    for when in (0, 1):
+        with ema.swapped():
+            pass
+        plan = ema._plan(ema._entry(weights))
+        swap, calls = plan.swap_, []
+
+        def interrupted(swap: Any = swap, calls: list[int] = calls, when: int = when) -> None:
+            calls.append(1)
+            swap()
+            if len(calls) == when + 1:
+                signal.raise_signal(signal.SIGINT)
+
+        plan.swap_ = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt), ema.swapped():
+            assert when == 1
+        del plan.swap_
+        assert len(calls) == 2
+        assert_equal(values(weights), raw)
+        ema.apply(weights)
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan"), "0.9x", None])
+def test_decays_that_are_none(decay: Any) -> None:
+    with pytest.raises(ArgumentError, match="decay"):
+        ExponentialMovingAverage(decay)
+    with pytest.raises(ArgumentError, match="num_updates"):
+        ExponentialMovingAverage(0.9, -1)
+
+
+def test_options_that_are_none() -> None:
+    for options in ({"rounding": "up"}, {"seed": -1}, {"name": ""}, {"name": 3}):
+        with pytest.raises(ArgumentError, match=next(iter(options))):
+            ExponentialMovingAverage(0.9, **options)
+    for source in (tf.Variable([1.0, 2.0]), tf.Variable("x"), tf.constant([0.9])):
+        with pytest.raises(ArgumentError, match="scalar"):
+            ExponentialMovingAverage(source)
+
+
+def test_numbers_that_become_wrong(way: Way, rng: Rng) -> None:
+    weights = variables(rng)
+    decay, count = tf.Variable(0.5), tf.Variable(0)
+    ema = ExponentialMovingAverage(decay, count)
+    update = way(lambda: ema.apply(weights))
+    update()
+    before = values(averages(ema, weights))
+    move(rng, weights)
+    for variable, wrong, right in ((decay, 2.0, 0.5), (decay, np.nan, 0.5), (count, -10, 0)):
+        variable.assign(wrong)
+        with pytest.raises((ArgumentError, tf.errors.InvalidArgumentError), match="expected a fin"):
+            update()
+        variable.assign(right)
+        assert_equal(values(averages(ema, weights)), before)
+    update()
+    assert (values(averages(ema, weights))[-1] != before[-1]).any()
+
+
+def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:
+    yield "no list", BridgeError, "list of variables", lambda: tf.Variable([1.0])
+    yield "a tensor", BridgeError, "list of variables", lambda: tf.constant([1.0])
+    yield "a module", BridgeError, "list of variables", lambda: tf.Module()
+    yield "a number", BridgeError, "list of variables", lambda: 3
+    yield "tensors", BridgeError, "needs a name", lambda: [tf.constant(1.0)]
+    yield "arrays", BridgeError, "ndarray", lambda: [np.ones(2)]
+    yield "an array", BridgeError, "ndarray", lambda: {"a": np.ones(2)}
+    yield "integers", DTypeError, "'n' is int32", lambda: [tf.Variable(1, name="n")]
+    yield "complex", DTypeError, "complex64", lambda: [tf.Variable(1j, dtype=tf.complex64)]
+    yield "an integer", DTypeError, "int32", lambda: {"n": tf.constant(1)}
+    yield "no name", ArgumentError, "no name", lambda: {3: tf.Variable(1.0)}
+    yield "empty name", ArgumentError, "no name", lambda: {"": tf.constant(1.0)}
+    yield "taken", ArgumentError, "another average", lambda: {"w": tf.Variable(1.0)}
+    yield "taken too", ArgumentError, "variable's average", lambda: {"w": tf.constant(1.0)}
+    yield "shape", LayoutError, r"\(2,\)", lambda: {"loss": tf.constant([1.0, 2.0])}
+    yield "dtype", LayoutError, "float64", lambda: {"loss": tf.constant(1.0, tf.float64)}
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "given"), [pytest.param(*rest, id=name) for name, *rest in refused()]
+)
+def test_lists_that_are_refused(error: type[Exception], words: str, given: Any, way: Way) -> None:
+    """Before anything is created or written, also of what stands before it in the list."""
+    weight = tf.Variable([1.0, 2.0], name="w")
+    ema = ExponentialMovingAverage(0.5)
+    ema.apply({"w": weight, "loss": tf.constant(4.0)})
+    weight.assign([5.0, 6.0])
+    wrong = given()
+    if isinstance(wrong, list):
+        wrong = [weight, tf.Variable(3.0, name="fresh"), *wrong]
+    elif isinstance(wrong, dict):
+        wrong = {"w": weight, "fresh": tf.Variable(3.0)} | wrong
+    # Errors while a function is traced are of a class of TensorFlow's.
+    kinds = error if way is eagerly else Exception
+    with pytest.raises(kinds, match=words):
+        way(lambda: ema.apply(wrong))()
+    assert list(ema.shadow) == ["w", "loss"]
+    assert ema.average(weight).numpy().tolist() == [1.0, 2.0]
+    assert ema.average("loss").numpy() == 2.0
+
+
+def test_a_second_name_is_refused() -> None:
+    weight = tf.Variable(1.0)
+    ema = ExponentialMovingAverage(0.5)
+    ema.apply({"w": weight})
+    ema.apply([weight])
+    with pytest.raises(ArgumentError, match="already"):
+        ema.apply({"v": weight})
+    other = tf.Variable(1.0)
+    with pytest.raises(ArgumentError, match="several names"):
+        ema.apply({"a": other, "b": other})
+    assert list(ema.shadow) == ["w"]
+
+
+def test_without_a_list(way: Way) -> None:
+    ema = ExponentialMovingAverage(0.5)
+    with pytest.raises(StateError, match="no variables"):
+        ema.apply()
+    with pytest.raises(StateError, match="no variables"), ema.swapped():
+        pass
+    way(lambda: ema.apply([]))()
+    way(lambda: ema.apply({}))()
+    assert ema.average("x") is None
+    with pytest.raises(BridgeError, match="cannot average"):
+        ema.average(3)
+
+
+def test_a_variable_twice_is_updated_once() -> None:
+    weight = tf.Variable(1.0)
+    ema = ExponentialMovingAverage(0.5)
+    ema.apply([weight, weight])
+    weight.assign(3.0)
+    ema.apply([weight, weight])
+    assert ema.average(weight).numpy() == 2.0
+
+
+def test_where_it_cannot_work() -> None:
+    weight = tf.Variable([1.0, 2.0])
+    ema = ExponentialMovingAverage(0.5)
+    ema.apply([weight])
+
+    @tf.function(jit_compile=True)
+    def compiled(x: Any) -> Any:
+        ema.apply([weight])
+        return x
+
+    @tf.function
+    def nested(x: Any) -> Any:
+        return compiled(x)
+
+    for function in (compiled, nested):
+        with pytest.raises(Exception, match="XLA cannot call the kernel"):
+            function(tf.constant(1.0))
+    with tf.Graph().as_default(), pytest.raises(BridgeError, match="TensorFlow 1"):
+        ema.apply([weight])
+
+    @tf.function
+    def swapping() -> None:
+        with ema.swapped():
+            pass
+
+    with pytest.raises(Exception, match="around the call"):
+        swapping()
+
+    class Late(tf.Module):
+        weight = None
+
+        @tf.function
+        def __call__(self) -> None:
+            if self.weight is None:
+                self.weight = tf.Variable(3.0, name="late")
+            ema.apply([self.weight])
+
+    with pytest.raises(Exception, match=r"no.* yet:\s+- 'late'"):
+        Late()()
+    assert len(ema.shadow) == 1
+
+
+def test_replicas_are_refused_by_name() -> None:
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    ema = ExponentialMovingAverage(0.5)
+    weight = tf.Variable(1.0)
+    with strategy.scope():
+        mirrored = tf.Variable(1.0, name="mirrored")
+        with pytest.raises(BridgeError, match="MirroredStrategy"):
+            ema.apply([weight])
+    with pytest.raises(BridgeError, match=r"'mirrored' is a MirroredVariable"):
+        ema.apply([weight, mirrored])
+    with pytest.raises(BridgeError, match="MirroredStrategy"):
+        strategy.run(lambda: ema.apply([weight]))
+    assert not ema.shadow

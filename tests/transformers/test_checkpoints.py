@@ -1,0 +1,423 @@
+"""Averages in the checkpoints of the Hugging Face Trainer: saved, resumed, and refused."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+import fastema.transformers
+from fastema.checkpoint import files, load_state
+from fastema.errors import CheckpointError, StateError
+from fastema.transformers import EMACallback
+
+from ..support.torch_states import assert_near, assert_same, differ, snapshot
+from .averaged import prepared, trained, trainer
+from .network import (
+    DECAY,
+    EVERY_FOUR,
+    FILE,
+    SAVED,
+    STEPS,
+    At,
+    Network,
+    Noting,
+    average_in,
+    average_of,
+)
+from .runs import MARKS
+
+NEEDS = ("accelerate",)
+
+pytestmark = MARKS
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "warmup": {"decay": fastema.rules.warmup(0.9)},
+    "mean": {"decay": fastema.rules.cumulative_mean()},
+    "every second, later": {"update_every": 2, "start_after": 3},
+    "sixteen bits": {"shadow_dtype": "bfloat16", "seed": 7},
+    "sixteen bits and sixteen": {"shadow_dtype": "bf16+16"},
+    "debiased": {"zero_debias": True, "shadow_dtype": torch.float64},
+    "two": {"decay": (0.5, 0.9), "which": 1, "buffers": "average"},
+    "the last of two": {"decay": (0.5, 0.9), "which": -1},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_all_options_of_an_average_are_passed_on_and_resumed_to_the_bit(
+    tmp_path: Path, option: str
+) -> None:
+    options = {"decay": DECAY, **OPTIONS[option]}
+    run = trained(tmp_path, EMACallback(**options), **EVERY_FOUR, **SAVED)
+    again = trained(
+        tmp_path / "rest", EMACallback(**options), resume=tmp_path / "checkpoint-8", **EVERY_FOUR
+    )
+    assert_same(snapshot(again.model), snapshot(run.model))
+    assert_same(again.model.evaluated[-1], run.model.evaluated[-1])
+    assert again.ema.ema.num_updates == STEPS
+
+    which = options.pop("which", None)
+    expected = fastema.EMA(begun := Network(), **options)
+    noting = Noting()
+    trainer(tmp_path / "plain", noting).train()
+    for step in noting.steps:
+        begun.load_state_dict(step)
+        expected.update()
+    with expected.swapped(which=which):
+        assert_same(snapshot(run.model), snapshot(begun))
+
+
+def test_checkpoints_hold_the_weights_and_the_average_in_files_of_their_own(
+    tmp_path: Path,
+) -> None:
+    noting = trained(tmp_path, save_total_limit=2, **SAVED).noting
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
+    for step in (8, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert_same(load_file(folder / "model.safetensors"), noting.steps[step - 1])
+        assert_near(average_in(folder), noting.average(step))
+        assert not [one for one in folder.iterdir() if one.name.startswith(".")]
+
+
+@pytest.mark.parametrize("how", ["a path", "the last", "elsewhere", "by name", "added"])
+def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, how: str) -> None:
+    def stop(state: Any, control: Any) -> None:
+        control.should_training_stop = state.global_step == 8
+
+    whole, folder = trained(tmp_path / "whole", **EVERY_FOUR), tmp_path / "run"
+    # The average is written before or after others see the checkpoint.
+    trained(folder, first=[At("on_save", stop)], **SAVED)
+    saved: Any = str(folder / "checkpoint-8")
+    if how == "elsewhere":
+        saved = shutil.move(saved, tmp_path / "moved")
+    model, rest, ema = Network(), Noting(), EMACallback(DECAY)
+    run = trainer(folder, rest, model=model, **EVERY_FOUR, **SAVED)
+    if how == "added":
+        run.add_callback(ema)
+    else:
+        ema.attach(run)
+    if how == "by name":
+        run.train(resume_from_checkpoint=saved)
+    else:
+        run.train(True if how == "the last" else saved)
+    assert len(rest.steps) == 4
+    assert_same(rest.steps[-1], whole.noting.steps[-1])
+    assert_same(snapshot(model), snapshot(whole.model))
+    assert_same(model.evaluated[-1], whole.model.evaluated[-1])
+    assert ema.ema.num_updates == STEPS
+
+
+def lose_average(folder: Path) -> None:
+    (folder / FILE).unlink()
+
+
+def take_average_of_step_4(folder: Path) -> None:
+    shutil.copy(folder.parent / "checkpoint-4" / FILE, folder / FILE)
+
+
+def damage_average(folder: Path) -> None:
+    whole = bytearray((folder / FILE).read_bytes())
+    stored = files.read(folder / FILE).tensors["shadow.0.second.weight"]
+    whole[stored.offset + 5] ^= 64
+    (folder / FILE).write_bytes(whole)
+
+
+def change_one_weight(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    held = load_file(path)
+    held["second.bias"] += 1
+    save_file(held, path, metadata={"format": "pt"})
+
+
+def run_without_average(folder: Path) -> None:
+    """Train into the folders of a run that had an average."""
+    old = (folder / FILE).read_bytes()
+    trainer(folder.parent, **SAVED, learning_rate=0.3).train()
+    assert (folder / FILE).read_bytes() == old
+
+
+OTHER_WEIGHTS = r"average of other weights.*model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (lose_average, [{}], r"checkpoint-8 has no ema.safetensors.*'begin'"),
+        (take_average_of_step_4, [{}], "average of step 4, and training resumes at step 8"),
+        (lambda folder: None, [{"shadow_dtype": "bfloat16"}], r"first.weight.*f32, expected bf16"),
+        (damage_average, [{}], r"damaged: 'shadow\.0\.second\.weight' is"),
+        (change_one_weight, [{}], OTHER_WEIGHTS),
+        (run_without_average, [{}, {"on_missing": "begin"}], OTHER_WEIGHTS),
+    ],
+)
+def test_a_checkpoint_with_an_average_that_does_not_fit_is_refused(
+    tmp_path: Path, changes: Callable[[Path], object], options: list[Any], message: str
+) -> None:
+    trained(tmp_path, **SAVED)
+    changes(tmp_path / "checkpoint-8")
+    for given in options:
+        with pytest.raises(CheckpointError, match=message):
+            trained(
+                tmp_path / "rest", EMACallback(DECAY, **given), resume=tmp_path / "checkpoint-8"
+            )
+
+
+def test_an_average_begins_at_a_checkpoint_without_one_where_asked_to(tmp_path: Path) -> None:
+    trainer(tmp_path, **SAVED).train()
+    saved, ema = tmp_path / "checkpoint-8", EMACallback(DECAY, on_missing="begin")
+    run = trained(tmp_path / "b", ema, resume=saved)
+    begun = load_file(saved / "model.safetensors")
+    assert_near(snapshot(run.model), average_of(begun, run.noting.steps))
+
+
+def test_files_without_weights_are_not_other_weights(tmp_path: Path) -> None:
+    trained(tmp_path, **SAVED)
+    (tmp_path / "checkpoint-8" / "notes.safetensors").write_bytes(b"")
+    trained(tmp_path / "rest", resume=tmp_path / "checkpoint-8")
+
+
+def test_a_resumed_run_that_does_not_say_from_where_is_refused(tmp_path: Path) -> None:
+    ema = EMACallback(DECAY, evaluate_with_average=False)
+    run = trainer(tmp_path)
+    run.state.global_step = 8
+    with pytest.raises(StateError, match=r"resumes at step 8.*resume_from_checkpoint"):
+        ema.on_train_begin(run.args, run.state, run.control, model=run.model)
+
+
+def test_the_average_is_where_the_trainer_saves(tmp_path: Path) -> None:
+    class Elsewhere(Trainer):
+        def _get_output_dir(self, trial: Any) -> str:
+            return str(Path(str(self.args.output_dir)) / "deeper")
+
+    whole = trained(tmp_path, kind=Elsewhere, **SAVED)
+    folder = tmp_path / "deeper" / "checkpoint-8"
+    assert (folder / FILE).exists()
+    rest = trained(tmp_path / "rest", resume=folder)
+    assert_same(snapshot(rest.model), snapshot(whole.model))
+
+
+def test_a_trainer_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    class Saving(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            self.save_model(str(tmp_path / "mine"))
+
+    class Silent(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            pass
+
+    trained(tmp_path, kind=Saving, **SAVED)
+    assert (tmp_path / "mine" / FILE).exists()
+    run = prepared(tmp_path, kind=Silent, **SAVED).trainer
+    with pytest.raises(CheckpointError, match=r"not in .*checkpoint-4.*_get_output_dir"):
+        run.train()
+    assert "save_model" not in vars(run)
+
+
+@pytest.mark.parametrize("how", ["load_state", "load_file"])
+def test_the_file_beside_a_checkpoint_is_loaded_into_an_average_of_ones_own(
+    tmp_path: Path, how: str
+) -> None:
+    callback = trained(tmp_path, **SAVED).ema
+    ema = fastema.EMA(Network(), DECAY)
+    path = tmp_path / f"checkpoint-{STEPS}" / FILE
+    ema.load_state_dict(load_state(path, ema.shadow) if how == "load_state" else load_file(path))
+    assert ema.num_updates == STEPS
+    assert_same(dict(ema.shadow), dict(callback.ema.shadow))
+
+
+@pytest.mark.parametrize("name", ["write_state", "state_dict"])
+def test_an_old_average_is_gone_before_the_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    trained(tmp_path, **SAVED)
+    folder = tmp_path / "checkpoint-4"
+    (folder / f".{FILE}.0123.part").write_bytes(b"of a run that was killed")
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    holder: Any = fastema.transformers.weights if name == "write_state" else fastema.EMA
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path, **SAVED, learning_rate=0.3)
+    assert not [one for one in folder.iterdir() if FILE in one.name]
+    assert (folder / "model.safetensors").exists()
+
+
+def test_the_average_is_there_before_older_checkpoints_go(tmp_path: Path) -> None:
+    seen = []
+
+    def found() -> list[str]:
+        return sorted(one.parent.name for one in tmp_path.glob(f"checkpoint-*/{FILE}"))
+
+    class Pushing(Trainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            seen.append((Path(output_dir).name, found()))
+
+    trained(tmp_path, kind=Pushing, **SAVED, save_total_limit=1)
+    assert seen == [
+        ("checkpoint-4", ["checkpoint-4"]),
+        ("checkpoint-8", ["checkpoint-4", "checkpoint-8"]),
+        ("checkpoint-12", ["checkpoint-12", "checkpoint-8"]),
+    ]
+    assert found() == ["checkpoint-12"]
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_that_another_callback_asks_for(tmp_path: Path, event: str) -> None:
+    """As ``JITCheckpointCallback`` does on SIGTERM, before this callback's turn."""
+
+    def ask(state: Any, control: Any) -> None:
+        if state.global_step == 5:
+            run.trainer._save_checkpoint(run.trainer.model, trial=None)
+
+    run = prepared(tmp_path, first=[At(event, ask)])
+    run.trainer.train()
+    assert_near(average_in(tmp_path / "checkpoint-5"), run.noting.average(5))
+    assert_near(snapshot(run.model), run.noting.average())
+    rest = trained(tmp_path / "rest", resume=tmp_path / "checkpoint-5")
+    # Of the batch before its step, that is taken again, the Trainer saves the buffers.
+    for one, other in zip(rest.model.parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_the_average_as_weights_is_refused(tmp_path: Path) -> None:
+    def metrics(found: Any) -> dict[str, float]:
+        run._save_checkpoint(run.model, trial=None)
+        return {}
+
+    run = prepared(tmp_path, **EVERY_FOUR).trainer
+    run.compute_metrics = metrics
+    with pytest.raises(StateError, match="about to save a checkpoint while the average"):
+        run.train()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{"decay": 0.9}, {"decay": DECAY, "update_every": 2}, {"decay": DECAY}]
+)
+def test_a_resumed_average_keeps_its_schedule_and_says_so(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = trained(tmp_path, **SAVED)
+    run = prepared(tmp_path / "rest", EMACallback(**options))
+    path = str(tmp_path / "checkpoint-8")
+    if options == {"decay": DECAY}:
+        run.trainer.train(path)
+    else:
+        words = r"continues with the schedule.*0\.8.*not with that of"
+        with pytest.warns(UserWarning, match=words):
+            run.trainer.train(path)
+    assert_same(snapshot(run.model), snapshot(whole.model))
+
+
+@pytest.mark.parametrize("at_end", ["average", "raw"])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_best_model_is_the_one_whose_average_is(
+    tmp_path: Path, at_end: Any, limit: int | None
+) -> None:
+    # Large steps: the loss is greatest somewhere in the middle, and that is what is looked for.
+    run, model, noting, ema = trained(
+        tmp_path, EMACallback(0.5, at_end=at_end), load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True, save_total_limit=limit,
+        learning_rate=1.0, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    best = int(np.argmax(losses))
+    assert 0 < best < len(losses) - 1
+    assert run.state.best_global_step == best + 1
+    assert run.state.best_metric == losses[best]
+    raw, average = noting.steps[best], model.evaluated[best]
+    assert_same(snapshot(model), average if at_end == "average" else raw)
+    assert run.evaluate()["eval_loss"] == losses[best]
+    assert ema.ema.num_updates == best + 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lose_average, r"has no ema\.safetensors: the model holds its weights"),
+        (
+            change_one_weight,
+            r"has the wrong ema\.safetensors \(.*other weights.*\): the model holds",
+        ),
+    ],
+)
+def test_a_best_model_whose_average_does_not_fit_is_taken_as_it_is(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    model, noting, ema = Network(), Noting(), EMACallback(DECAY)
+    run = trainer(tmp_path, noting, model=model, load_best_model_at_end=True, **EVERY_FOUR, **SAVED)
+    ema.attach(run)
+    run.add_callback(
+        At("on_save", lambda state, _: spoil(tmp_path / f"checkpoint-{state.global_step}"))
+    )
+    with pytest.warns(UserWarning, match=message):
+        run.train()
+    raw = load_file(f"{run.state.best_model_checkpoint}/model.safetensors")
+    if spoil is lose_average:
+        assert_same(raw, noting.steps[run.state.best_global_step - 1])
+    assert_same(snapshot(model), raw)
+    run.evaluate()
+    assert_same(model.evaluated[-1], raw)
+
+
+def test_each_trial_of_a_search_has_an_average_of_its_own(tmp_path: Path) -> None:
+    """The steps of ``hyperparameter_search``, whose backends are packages of their own."""
+    run = trainer(
+        tmp_path, ema := EMACallback(DECAY), model_init=Network, load_best_model_at_end=True,
+        **EVERY_FOUR, **SAVED,
+    )  # fmt: skip
+    for name in ("run-0", "run-1"):
+        # As the backends make them.
+        run._get_output_dir = lambda trial, name=name: str(tmp_path / name)
+        initial = run._init_training_state
+
+        def of_a_search(*args: Any, initial: Any = initial, **kwargs: Any) -> Any:
+            found = initial(*args, **kwargs)
+            run.state.is_hyper_param_search = True
+            return found
+
+        run._init_training_state = of_a_search
+        run.train()
+        assert (tmp_path / name / "checkpoint-12" / FILE).exists()
+        assert run.evaluate()["eval_loss"] == run.state.best_metric
+        assert ema.ema.num_updates == run.state.best_global_step
+        assert differ(snapshot(run.model), snapshot(Network()))
+
+
+def test_the_file_is_of_one_moment_while_another_thread_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    callback = EMACallback(0.5)
+    callback._ema = fastema.EMA(model, 0.5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    callback.ema.update()
+    want = {name: one.clone() for name, one in callback.ema.shadow.items()}
+    write, threads = fastema.transformers.weights.write_state, []
+
+    def while_another_updates(*given: Any, **metadata: str) -> None:
+        threads.append(threading.Thread(target=callback.ema.update))
+        threads[-1].start()
+        threads[-1].join(0.1)  # it comes to its end here if nothing holds it back
+        write(*given, **metadata)
+
+    monkeypatch.setattr(fastema.transformers.weights, "write_state", while_another_updates)
+    callback._write(tmp_path, 1)
+    threads[0].join()
+    assert callback.ema.num_updates == 2
+    found = load_file(tmp_path / FILE)
+    assert all(torch.equal(found[f"shadow.0.{name}"], one) for name, one in want.items())
