@@ -89,6 +89,12 @@ def trained(model: nn.Module, generator: torch.Generator) -> None:
                 buffer.copy_(torch.randint(2**24, 2**52, buffer.shape, generator=generator))
 
 
+def repointed(model: nn.Module) -> None:
+    """The same weights elsewhere in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def array(tensor: Tensor) -> Any:
     return tensor.detach().double().numpy()
 
