@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -45,6 +47,21 @@ def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> boo
         one.dtype == other.dtype and torch.equal(one.detach(), other.detach())
         for one, other in zip(tensors, others, strict=True)
     )
+
+
+def write_into(weights: Iterable[Any], contents: Iterable[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for one, value in zip(weights, contents, strict=True):
+            one.copy_(value)
+
+
+@contextmanager
+def refused(error: Any, words: str, *kept: list[Any]) -> Iterator[None]:
+    """Expect an error, and none of these tensors to have changed."""
+    before = [values(tensors) for tensors in kept]
+    with pytest.raises(error, match=words):
+        yield
+    assert all(map(same, kept, before))
 
 
 class Truth:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from fastema.compat.signatures import differences
 from fastema.errors import FastemaError, LayoutError
 
 from ..support.peers import PEERS, Peer, tensors
-from .network import Network, Truth, bits, numbers, repointed, trained
+from .network import Network, Truth, bits, numbers, repointed, through_a_file, trained
 
 NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
 
@@ -88,13 +87,6 @@ class Run:
     def check(self, average: Any = None) -> None:
         checked = self.average if average is None else average
         self.truth.check(self.peer.averages(checked, self.model), self.model)
-
-
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # -- interface -------------------------------------------------------------------------------------
@@ -324,10 +316,7 @@ def test_a_copy_goes_on_by_itself(peer: str, way: str) -> None:
     elif way == "pickle":
         run.average = pickle.loads(pickle.dumps(first))
     else:
-        file = io.BytesIO()
-        torch.save(first, file)
-        file.seek(0)
-        run.average = torch.load(file, weights_only=False)
+        run.average = through_a_file(first, weights_only=False)
     assert type(run.average) is type(first)
     if run.peer.ours == "swa_utils":
         assert b"ModelAverager" not in pickle.dumps(first), "what is bound to memory"

@@ -352,6 +352,10 @@ def test_functions_from_elsewhere_run_as_in_theirs(
         other.update_parameters(model)
     assert snapshot(one) == snapshot(other)
     assert torch.equal(one.module.cache, model.cache) is not use_buffers
+    model.wide = nn.Parameter(torch.zeros(3))
+    with pytest.raises(LayoutError, match="wide"):
+        one.update_parameters(model)
+    assert snapshot(one) == snapshot(other)
 
 
 def test_from_ours_to_a_function_of_the_user_and_back() -> None:
