@@ -150,6 +150,19 @@ class Truth:
             if name in self.loops:
                 self.loops[name].step(array(tensor), weight)
 
+    def train(
+        self,
+        model: nn.Module,
+        generator: torch.Generator,
+        weight: float,
+        *updates: Callable[[nn.Module], Any],
+    ) -> None:
+        """Train the model, and take its weights in; so do the averages with these updates."""
+        trained(model, generator)
+        self.step(model, weight)
+        for update in updates:
+            update(model)
+
     def check(self, averaged: nn.Module | dict[str, Tensor], model: nn.Module) -> None:
         """Averages within their bounds; the rest as in the model, but what ``cache`` may be."""
         assert self.loops

@@ -21,7 +21,6 @@ from fastema.errors import ArgumentError
 
 NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
 
-
 pytestmark = pytest.mark.torch
 
 STEPS = 137

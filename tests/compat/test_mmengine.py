@@ -24,7 +24,6 @@ nn = torch.nn
 
 pytestmark = pytest.mark.torch
 
-
 WHICH = {False: is_parameter, True: is_saved_float}
 """What is averaged, by ``update_buffers``."""
 
