@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -113,6 +113,8 @@ def test_the_interface_as_it_is_used() -> None:
         }
     ),
 )
+@example(step=9, settings={"decay": 0.5, "min_decay": 0.75, "use_warmup": True})
+@example(step=3, settings={"update_after_step": 2})
 def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None:
     one, other = (
         module.ModelEmaV3(nn.Linear(1, 1), **settings).get_decay(step) for module in (ours, theirs)
