@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +12,6 @@ import pytest
 
 from fastema.compat import optax as ours
 from fastema.errors import ArgumentError
-
-from ..conftest import ROOT
 
 DTYPES = ("float32", "bfloat16", "float16")
 BOUND = {"float64": 1e-14, "float32": 4e-7, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -49,8 +44,7 @@ def reals(one: Any) -> np.ndarray:
 def assert_near(got: Any, want: Any, bound: float) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert one.dtype == other.dtype
-        assert one.shape == other.shape
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert isinstance(one, jax.Array) == isinstance(other, jax.Array)
         np.testing.assert_allclose(reals(one), reals(other), rtol=bound, atol=4 * bound)
 
@@ -157,7 +151,7 @@ def test_arrays_of_numpy_with_rules_of_their_own() -> None:
     assert_alike(new[0], old[0], 0.25)
 
 
-def test_results_are_where_those_of_optax_are() -> None:
+def test_results_are_where_those_of_optax_are(python: Any) -> None:
     code = """
 import itertools, jax, jax.numpy as jnp, optax
 jax.config.update("jax_num_cpu_devices", 2)
@@ -176,11 +170,7 @@ for new, old, weight in itertools.product((free, here, there), (free, here, ther
     assert found[0] == found[1], found
 print("alike")
 """
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.stdout == "alike\n", done.stderr
+    assert python(code, quiet=False, JAX_PLATFORMS="cpu") == "alike\n"
 
 
 def test_results_are_nobody_elses_memory() -> None:
@@ -233,9 +223,9 @@ def test_a_step_makes_16_bits_move() -> None:
     assert abs(reals(mean["steps"]["w"]).mean() - exact) < 2e-4
     assert set(reals(mean["none"]["w"])) == {1.0}  # as they are asked to
     assert abs(reals(mean["optax"]["w"]).mean() - exact) > 2e-3
-    again = ours.incremental_update(new, {"w": jnp.ones(20_000, jnp.bfloat16)}, 0.5, step=4)
-    other = ours.incremental_update(new, {"w": jnp.ones(20_000, jnp.bfloat16)}, 0.5, step=4)
-    np.testing.assert_array_equal(reals(again["w"]), reals(other["w"]))
+    ones = {"w": jnp.ones(20_000, jnp.bfloat16)}
+    again, other = (ours.incremental_update(new, ones, 0.5, step=4)["w"] for _ in range(2))
+    np.testing.assert_array_equal(reals(again), reals(other))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, jnp.int32(8)])

@@ -147,9 +147,7 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
 
     def update(*counts: int) -> None:
         for n in counts:
-            trained(model, generator)
-            truth.step(model, weight("swa", n))
-            averaged.update_parameters(model)
+            truth.train(model, generator, weight("swa", n), averaged.update_parameters)
         truth.check(averaged.module, model)
 
     update(0, 1, 2, 3)
@@ -187,16 +185,14 @@ def test_the_random_bits_of_an_accelerator_are_the_same(
     name: str, on_an_accelerator: list[float]
 ) -> None:
     """Whether the count is given as a number, or in a tensor that is not read."""
-    results = []
-    for counted in (int, torch.tensor):
-        apply, generator = getattr(ours, name)(seed=7), numbers(51)
-        average = [torch.zeros(500, dtype=torch.bfloat16)]
-        weights = [torch.zeros(500, dtype=torch.bfloat16)]
-        for n in range(1, 6):
-            weights[0].copy_(torch.randn(500, generator=generator))
-            apply(average, weights, counted(n))
-        results.append(average[0].tolist())
-    assert results[0] == results[1]
+    one, other = torch.zeros(2, 500, dtype=torch.bfloat16)
+    generator = numbers(51)
+    pairs = [(getattr(ours, name)(seed=7), *each) for each in ((one, int), (other, torch.tensor))]
+    for n in range(1, 6):
+        weights = torch.randn(500, generator=generator).bfloat16()
+        for apply, average, counted in pairs:
+            apply([average], [weights], counted(n))
+    assert torch.equal(one, other)
 
 
 # -- models that change ----------------------------------------------------------------------------
@@ -229,9 +225,8 @@ def test_one_function_for_several_models() -> None:
         for at in range(3):
             if n % (1, 7, 20)[at]:
                 continue
-            trained(models[at], generator)
-            truths[at].step(models[at], weight("ema", counts[at]))
-            averages[at].update_parameters(models[at])
+            share = weight("ema", counts[at])
+            truths[at].train(models[at], generator, share, averages[at].update_parameters)
             counts[at] += 1
     for averaged, model, truth in zip(averages, models, truths, strict=True):
         truth.check(averaged.module, model)
@@ -277,23 +272,19 @@ def test_the_same_place_is_not_the_same_tensor() -> None:
         for _ in range(2):
             apply([average], [new], 1)
         torch.testing.assert_close(average, 0.75 * new, equal_nan=True)
-    average = torch.zeros(4, 4)
-    for new in (memory, memory.t()):
-        average.zero_()
-        apply([average], [new], 1)
-        torch.testing.assert_close(average, 0.5 * new)
-    wide, bits16 = torch.zeros(4, 8), memory.view(torch.int16)
-    for new in (bits16.view(torch.bfloat16), bits16.view(torch.float16)):
-        wide.zero_()
-        apply([wide], [new], 1)
-        torch.testing.assert_close(wide, 0.5 * new.float(), equal_nan=True)
-    average.zero_()
-    apply([average], [memory], 1)
-    torch.testing.assert_close(average, 0.5 * memory)
-    for seen in (average.t(), average):
-        average.zero_()
-        apply([seen], [memory], 1)
-        torch.testing.assert_close(seen, 0.5 * memory)
+    average, wide, halves = torch.zeros(4, 4), torch.zeros(4, 8), memory.view(torch.int16)
+    for written, new in (
+        (average, memory),
+        (average, memory.t()),
+        (wide, halves.view(torch.bfloat16)),
+        (wide, halves.view(torch.float16)),
+        (average, memory),
+        (average.t(), memory),
+        (average, memory),
+    ):
+        written.zero_()
+        apply([written], [new], 1)
+        torch.testing.assert_close(written, 0.5 * new.float(), equal_nan=True)
 
 
 def test_lists_that_do_not_match() -> None:
@@ -364,9 +355,7 @@ def test_from_ours_to_a_function_of_the_user_and_back() -> None:
     truth, generator = Truth(averaged.module, model, is_parameter), numbers(46)
     for n in range(9):
         averaged.avg_fn = theirs.get_swa_avg_fn() if 3 <= n < 6 else None
-        trained(model, generator)
-        truth.step(model, weight("swa", n))
-        averaged.update_parameters(model)
+        truth.train(model, generator, weight("swa", n), averaged.update_parameters)
     truth.check(averaged.module, model)
 
 
