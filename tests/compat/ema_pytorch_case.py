@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ema_pytorch as theirs
-import pytest
 import torch
 from torch import nn
 
@@ -98,17 +96,6 @@ def assert_same(model: Any, before: dict[str, Any]) -> None:
     assert now.keys() == before.keys()
     for name, tensor in now.items():
         assert torch.equal(tensor.nan_to_num(7.5), before[name].nan_to_num(7.5)), name
-
-
-@contextmanager
-def refused(ema: Any, error: Any, words: str | None = None) -> Iterator[None]:
-    """Expect an error, and neither a counted step nor a changed average or model."""
-    before, step = (values(ema.ema_model), values(ema.model)), int(ema.step)
-    with pytest.raises(error, match=words):
-        yield
-    assert int(ema.step) == step
-    assert_same(ema.ema_model, before[0])
-    assert_same(ema.model, before[1])
 
 
 def copies(ema: Any) -> Iterator[Any]:

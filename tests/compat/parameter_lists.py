@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 
@@ -53,15 +51,6 @@ def write_into(weights: Iterable[Any], contents: Iterable[torch.Tensor]) -> None
     with torch.no_grad():
         for one, value in zip(weights, contents, strict=True):
             one.copy_(value)
-
-
-@contextmanager
-def refused(error: Any, words: str, *kept: list[Any]) -> Iterator[None]:
-    """Expect an error, and none of these tensors to have changed."""
-    before = [values(tensors) for tensors in kept]
-    with pytest.raises(error, match=words):
-        yield
-    assert all(map(same, kept, before))
 
 
 class Truth:

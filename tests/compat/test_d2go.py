@@ -12,7 +12,7 @@ from fastema.errors import ArgumentError, StateError
 from fastema.rules import rule_from_dict
 
 from ..support.peers import tensors
-from .network import Network, numbers, refused, torch, trained
+from .network import Network, load_refused, numbers, torch, trained
 
 nn = torch.nn
 
@@ -161,7 +161,7 @@ def changed(**others: Any) -> dict[str, Any]:
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(state: Any, message: str) -> None:
     ema = average_of(Network(2))
-    with refused(ema, message):
+    with load_refused(ema, message):
         d2go.load(ema, state, num_updates=7)
 
 

@@ -19,8 +19,8 @@ from fastema.compat.diffusers import EMAModel as Ours
 from fastema.errors import ArgumentError, LayoutError
 
 from ..support.peers import PEERS, diffusers_weight
-from .network import array, numbers
-from .parameter_lists import Truth, parameters, refused, same, trained, values
+from .network import array, numbers, refused
+from .parameter_lists import Truth, parameters, same, trained, values
 
 pytestmark = pytest.mark.torch
 

@@ -23,13 +23,13 @@ from .ema_pytorch_case import (
     floats,
     nn,
     pair,
-    refused,
     run,
     torch,
     train,
     twins,
     values,
 )
+from .network import refused
 
 NEEDS = ("torch",)
 
@@ -386,7 +386,7 @@ def stack(*sizes: int) -> Any:
 )
 def test_another_model_is_refused(average: tuple[int, ...], named: str) -> None:
     ema = ours.EMA(stack(3, 3), ema_model=stack(*average))
-    with refused(ema, LayoutError, named):
+    with refused(LayoutError, named, ema, ema.model):
         ema.update()
     assert not ema.initted
     if len(average) != 2:
@@ -398,7 +398,7 @@ def test_a_failed_update_changes_nothing() -> None:
     run([mine, yours], range(5))
     for ema in (mine, yours):
         ema.model.conv.weight.data = torch.zeros(2, 2, dtype=torch.float64)
-    with refused(mine, LayoutError, r"conv\.weight"):
+    with refused(LayoutError, r"conv\.weight", mine, mine.model):
         mine.update()
     with pytest.raises(RuntimeError):
         yours.update()
@@ -416,7 +416,7 @@ def test_what_cannot_be_given_back_is_not_half_an_update(kept: float) -> None:
     # It can be read, and not be written.
     weight = mine.model.conv.weight
     weight.data = torch.ones(1, dtype=torch.float64).expand(weight.shape)
-    with refused(mine, LayoutError, r"conv\.weight"):
+    with refused(LayoutError, r"conv\.weight", mine, mine.model):
         mine.update()
     weight.data = weight.data.clone()
     before = mine.ema_model.conv.weight.clone()
@@ -435,7 +435,7 @@ def test_an_interrupted_step_is_taken_and_counted_or_neither(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, refused(mine, KeyboardInterrupt):
+    with monkeypatch.context() as patch, refused(KeyboardInterrupt, None, mine, mine.model):
         patch.setattr(mine, "update_moving_average", interrupted)
         mine.update()
 
@@ -484,7 +484,7 @@ def test_later_values_are_checked_before_anything_is_written(name: str, value: A
     run([ema], range(3))
     setattr(ema, name, value)
     train([ema.model], 1, 3)
-    with refused(ema, ArgumentError, name):
+    with refused(ArgumentError, name, ema, ema.model):
         ema.update()
 
 

@@ -21,12 +21,12 @@ from .ema_pytorch_case import (
     floats,
     nn,
     pair,
-    refused,
     run,
     torch,
     train,
     values,
 )
+from .network import refused
 
 NEEDS = ("torch",)
 
@@ -143,7 +143,7 @@ def test_a_failed_update_changes_nothing() -> None:
     run([ema], range(9))
     ema.step.fill_(10)
     ema.model.scale.data = torch.zeros(3, dtype=torch.float64)
-    with refused(ema, LayoutError, "scale"):
+    with refused(LayoutError, "scale", ema, ema.model):
         ema.update()
 
 

@@ -22,8 +22,8 @@ from fastema.errors import (
     StateError,
 )
 
-from .network import numbers
-from .parameter_lists import parameters, refused, same, trained, values, write_into
+from .network import numbers, refused
+from .parameter_lists import parameters, same, trained, values, write_into
 
 pytestmark = pytest.mark.torch
 

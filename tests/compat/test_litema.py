@@ -16,8 +16,8 @@ import torch
 from fastema.compat.litema import LitEma, ema_weights, with_ema_weights
 from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
 
-from .network import Network, numbers, trained
-from .parameter_lists import refused, same, values
+from .network import Network, numbers, refused, trained
+from .parameter_lists import same, values
 from .runs import Run
 
 nn = torch.nn

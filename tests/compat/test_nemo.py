@@ -10,7 +10,7 @@ import fastema
 from fastema.compat import nemo
 from fastema.errors import ArgumentError, CheckpointError
 
-from .network import Network, numbers, refused, torch, trained
+from .network import Network, load_refused, numbers, torch, trained
 
 pytestmark = pytest.mark.torch
 
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         ({"optimizer_states": [optimizer.state_dict()]}, optimizer, "0 states"),
         ({"ema": state["ema"], "every_n_steps": 1}, optimizer, "lacks current_step"),
     ):
-        with refused(ema, message):
+        with load_refused(ema, message):
             nemo.load(ema, given, model, order)
 
 
@@ -205,7 +205,7 @@ def test_states_that_are_none_are_refused(change: Any, message: str) -> None:
     ema = average_of(model, 0.9, 1)
     peer = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 1)
     assert len(peer.ema) == 11
-    with refused(ema, message):
+    with load_refused(ema, message):
         nemo.load(ema, {**peer.state_dict(), **change}, model)
 
 

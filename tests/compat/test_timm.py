@@ -24,7 +24,7 @@ from fastema.compat import timm as ours
 from fastema.errors import CheckpointError, LayoutError
 
 from ..support.peers import is_saved_float, tensors, timm_averages
-from .network import Network, Truth, bits, numbers, trained
+from .network import Network, Truth, bits, numbers, refused, trained
 
 NEEDS = ("timm",)
 
@@ -355,12 +355,10 @@ def test_a_function_of_a_subclass() -> None:
     truth = Truth(average.module, model, is_saved_float)
     truth.train(model, numbers(49), 0.5, average.update)
     truth.check(average.module, model)
-    before = bits(average.module)
     shorter = Network(48)
     shorter.head.bias = None
-    with pytest.raises(LayoutError):
+    with refused(LayoutError, None, average):
         average.update(shorter)
-    assert bits(average.module) == before
 
 
 def test_methods_of_a_subclass_are_called() -> None:

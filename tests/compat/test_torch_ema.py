@@ -24,8 +24,8 @@ from fastema.errors import (
     LayoutError,
 )
 
-from .network import array, numbers, through_a_file
-from .parameter_lists import Truth, parameters, refused, same, trained, values, write_into
+from .network import array, numbers, refused, through_a_file
+from .parameter_lists import Truth, parameters, same, trained, values, write_into
 
 Theirs = torch_ema.ExponentialMovingAverage
 
