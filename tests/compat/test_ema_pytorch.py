@@ -150,17 +150,6 @@ def test_a_run_goes_on_in_the_other_library(direction: str, interrupted: int, ev
     assert int(fresh.step) == 36
 
 
-def test_a_default_run_resumes_to_the_bit_in_16_bits() -> None:
-    settings: dict[str, Any] = {"update_after_step": 3, "update_every": 2, "beta": 0.98}
-    whole, part = (ours.EMA(Network(0, torch.bfloat16), **settings) for _ in range(2))
-    run([whole], range(50))
-    run([part], range(21))
-    resumed = ours.EMA(Network(5, torch.bfloat16), **settings)
-    loaded(resumed, part)
-    run([resumed], range(21, 50))
-    assert_same(resumed.ema_model, values(whole.ema_model))
-
-
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("EMA", {"update_after_step": 2, "update_every": 3}), ("KarrasEMA", {"sigma_rel": 0.1})],

@@ -147,13 +147,7 @@ def test_a_failed_update_changes_nothing() -> None:
         ema.update()
 
 
-def test_integers_are_copied_and_16_bits_move() -> None:
-    model = Network(0, torch.bfloat16)
-    ema = ours.KarrasEMA(model, gamma=1.0, update_every=1)
-    for step in range(5):
-        train([model], 1, step)
-        ema.update()
-    assert int(ema.ema_model.norm.num_batches_tracked) == 5
+def test_16_bits_move() -> None:
     clocks = []
     for module in (ours, theirs):
         linear = nn.Linear(64, 64, bias=False).bfloat16()

@@ -478,7 +478,6 @@ PEERS: dict[str, Peer] = {
         update=lambda average, model, n: average.update(),
         exact=False,  # decays are rounded to float32
         follows=False,
-        resumes=False,
         wrong_integers=True,
     ),
     "ema_pytorch KarrasEMA": Peer(
@@ -491,7 +490,6 @@ PEERS: dict[str, Peer] = {
         update=lambda average, model, n: average.update(),
         exact=False,
         follows=False,
-        resumes=False,
     ),
     **{
         f"mmengine {kind}{' of buffers' if buffers else ''}": Peer(
