@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import ema_pytorch as theirs
 import torch
 from torch import nn
+
+from fastema.compat import ema_pytorch as ours
 
 NEEDS = ("ema_pytorch",)
 
@@ -66,15 +69,25 @@ def twins(count: int = 2, seed: int = 0, dtype: Any = torch.float64) -> list[Any
     return [Network(seed, dtype) for _ in range(count)]
 
 
-def assert_close(ours: Any, theirs: Any, atol: float, rtol: float = 0.0) -> None:
+def pair(
+    name: str = "EMA", *, seed: int = 0, dtype: Any = torch.float64, **settings: Any
+) -> tuple[Any, Any]:
+    """A class of ours and of theirs on two equal models; ``peer_exact`` is of ours alone."""
+    mine, yours = twins(2, seed, dtype)
+    known = {key: value for key, value in settings.items() if key != "peer_exact"}
+    return getattr(ours, name)(mine, **settings), getattr(theirs, name)(yours, **known)
+
+
+def run(emas: Any, steps: Iterable[int], seed: int = 1) -> None:
+    for step in steps:
+        train([ema.model for ema in emas], seed, step)
+        for ema in emas:
+            ema.update()
+
+
+def assert_close(one: Any, other: Any, atol: float) -> None:
     """Float tensors of two models, by name."""
-    want = floats(theirs)
-    assert floats(ours).keys() == want.keys()
-    for name, tensor in floats(ours).items():
-        assert tensor.dtype == want[name].dtype
-        torch.testing.assert_close(
-            tensor.double(), want[name].double(), atol=atol, rtol=rtol, msg=lambda m, n=name: n + m
-        )
+    torch.testing.assert_close(floats(one), floats(other), atol=atol, rtol=0.0)
 
 
 def assert_same(model: Any, before: dict[str, Any]) -> None:

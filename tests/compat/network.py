@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +18,7 @@ from fastema.errors import CheckpointError
 from ..shadow.truth import Loop, arithmetic_of
 from ..support.peers import is_float, tensors
 
-CODES = {
-    torch.float64: "f64",
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-}
+CODES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 class Network(nn.Module):
@@ -89,6 +85,19 @@ def trained(model: nn.Module, generator: torch.Generator) -> None:
                 buffer.copy_(torch.randint(2**24, 2**52, buffer.shape, generator=generator))
 
 
+def repointed(model: nn.Module) -> None:
+    """The same weights elsewhere in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def through_a_file(state: Any, weights_only: bool = True) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
 def array(tensor: Tensor) -> Any:
     return tensor.detach().double().numpy()
 
@@ -136,6 +145,19 @@ class Truth:
             if name in self.loops:
                 self.loops[name].step(array(tensor), weight)
 
+    def train(
+        self,
+        model: nn.Module,
+        generator: torch.Generator,
+        weight: float,
+        *updates: Callable[[nn.Module], Any],
+    ) -> None:
+        """Train the model, and take its weights in; so do the averages with these updates."""
+        trained(model, generator)
+        self.step(model, weight)
+        for update in updates:
+            update(model)
+
     def check(self, averaged: nn.Module | dict[str, Tensor], model: nn.Module) -> None:
         """Averages within their bounds; the rest as in the model, but what ``cache`` may be."""
         assert self.loops
@@ -149,10 +171,22 @@ class Truth:
 
 
 @contextmanager
-def refused(ema: EMA, message: str) -> Iterator[None]:
+def refused(error: Any, words: str | None, *sides: Any) -> Iterator[None]:
+    """Expect an error, and no bit of these modules, dicts or lists of tensors to change."""
+
+    def state() -> list[dict[str, bytes]]:
+        lists = (dict(enumerate(side)) if isinstance(side, list) else side for side in sides)
+        return [bits(side) for side in lists]
+
+    before = state()
+    with pytest.raises(error, match=words):
+        yield
+    assert state() == before
+
+
+@contextmanager
+def load_refused(ema: EMA, message: str) -> Iterator[None]:
     """Expect a CheckpointError, and neither a counted update nor a changed average."""
-    before = {name: one.clone() for name, one in ema.shadow.items()}
-    with pytest.raises(CheckpointError, match=message):
+    with refused(CheckpointError, message, dict(ema.shadow)):
         yield
     assert ema.num_updates == 0
-    assert all(torch.equal(one, before[name]) for name, one in ema.shadow.items())

@@ -47,6 +47,12 @@ def same(tensors: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> boo
     )
 
 
+def write_into(weights: Iterable[Any], contents: Iterable[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for one, value in zip(weights, contents, strict=True):
+            one.copy_(value)
+
+
 class Truth:
     """The averages of parameters as float64 loops; ``copied`` says what frozen ones become."""
 

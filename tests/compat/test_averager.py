@@ -8,7 +8,6 @@ import pickle
 import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,58 +15,33 @@ from fastema.binding.binding import Binding
 from fastema.compat.averager import ModelAverager
 from fastema.errors import ArgumentError, LayoutError, StateError
 
+from ..support.peers import is_float, tensors
+from .network import Network, Truth, bits, numbers, refused, trained
+
 nn = torch.nn
 
 pytestmark = pytest.mark.torch
 
 
-def network(seed: int, dtype: Any = torch.float32) -> Any:
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Linear(7, 4))
-    net[0].to(memory_format=torch.channels_last)
-    for p in [*net.parameters(), net[1].running_mean]:
-        p.data.normal_()
-    net[1].num_batches_tracked.fill_(seed * 1000 + 7)
-    return net.to(dtype)
+def made(
+    seed: int, weights: Any = torch.float32, averages: Any = torch.float32, policy: Any = None
+) -> tuple[Any, Any, Any]:
+    """A model, an average of other values, and what updates it."""
+    net: Any = Network(seed, weights)
+    average: Any = Network(seed + 100, averages).requires_grad_(False)
+    return net, average, ModelAverager(average, policy)
 
 
-def average_of(net: Any, dtype: Any = torch.float32) -> Any:
-    average = copy.deepcopy(net).requires_grad_(False)
-    for p in [*average.parameters(), average[1].running_mean]:
-        p.data.normal_()
-    return average.to(dtype)
+def copied(model: Any) -> dict[str, Any]:
+    return {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
 
 
-def values(net: Any) -> dict[str, Any]:
-    return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-
-def assert_same(got: Any, want: dict[str, Any]) -> None:
-    now = values(got) if isinstance(got, nn.Module) else got
-    assert list(now) == list(want)
-    for name, tensor in want.items():
-        assert now[name].dtype == tensor.dtype, name
-        assert torch.equal(now[name], tensor), name
-
-
-def expected(old: dict[str, Any], x: dict[str, Any], weight: float) -> dict[str, Any]:
-    found = {}
-    for name, avg in old.items():
-        if not avg.is_floating_point():
-            found[name] = x[name]
-            continue
-        a, b = avg.double().numpy(), x[name].double().numpy()
-        found[name] = torch.from_numpy(np.asarray(a + weight * (b - a)))
-    return found
-
-
-def assert_close(got: Any, want: dict[str, Any], rtol: float) -> None:
-    for name, tensor in want.items():
-        now = values(got)[name]
-        if tensor.is_floating_point():
-            torch.testing.assert_close(now.double(), tensor, rtol=rtol, atol=rtol)
-        else:
-            assert torch.equal(now, tensor), name
+def assert_back(model: Any, before: dict[str, Any]) -> None:
+    """The values of before, in whatever dtypes they are now."""
+    now = tensors(model)
+    assert now.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(now[name].to(tensor.dtype), tensor), name
 
 
 @pytest.fixture(params=["beside", "staged"])
@@ -78,71 +52,70 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("where")
+WHERE = pytest.mark.usefixtures("where")
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+)
+WEIGHTS = pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+
+# -- updates ---------------------------------------------------------------------------------------
+
+
+@DTYPES
+@WEIGHTS
+@WHERE
 def test_update_and_copy(dtype: Any, weights: Any) -> None:
-    net = network(1, weights)
-    average = average_of(net, dtype)
-    averager = ModelAverager(average)
+    net, average, averager = made(1, weights, dtype)
+    truth, generator = Truth(average, net, is_float), numbers(2)
     for step, weight in enumerate((0.25, 0.1, 1.0, 0.5), 1):
-        net = network(step + 1, weights) if step == 2 else net
-        with torch.no_grad():
-            for p in net.parameters():
-                p += torch.randn_like(p)
-        net[1].num_batches_tracked += 1
-        want = expected(values(average), values(net), weight)
-        before = values(net)
+        net = Network(9, weights) if step == 2 else net
+        truth.train(net, generator, weight)
+        before = bits(net)
         averager.update(net, weight, step)
-        assert_close(average, want, {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}.get(dtype, 1e-6))
-        assert_same(net, before)
+        truth.check(average, net)
+        assert bits(net) == before
     averager.copy(net)
-    assert_same(average, {name: t.to(average.state_dict()[name]) for name, t in before.items()})
+    assert bits(average) == bits(copy.deepcopy(net).to(dtype))
 
 
-@pytest.mark.usefixtures("where")
+@WHERE
 def test_policy_by_the_role_in_the_model() -> None:
-    net = network(2)
-    net[2].bias.requires_grad_(False)
-    average = average_of(net)
     asked: dict[str, str] = {}
 
     def policy(name: str, role: str) -> Any:
         asked.setdefault(name, role)  # what it would be otherwise is asked as well
         return {"weight": "average", "frozen": "skip", "buffer": "copy"}[role]
 
-    old, x = values(average), values(net)
-    ModelAverager(average, policy).update(net, 0.25, 1)
-    assert asked["2.bias"] == "frozen"
-    assert asked["1.running_mean"] == "buffer"
-    now = values(average)
-    assert torch.equal(now["2.bias"], old["2.bias"])
-    assert torch.equal(now["1.running_mean"], x["1.running_mean"])
-    assert torch.equal(now["1.num_batches_tracked"], x["1.num_batches_tracked"])
-    torch.testing.assert_close(now["2.weight"], torch.lerp(old["2.weight"], x["2.weight"], 0.25))
+    net, average, averager = made(2, policy=policy)
+    old = copied(average)
+    averager.update(net, 0.25, 1)
+    assert (asked["frozen"], asked["scale"]) == ("frozen", "buffer")
+    assert torch.equal(average.frozen, old["frozen"])
+    for name in ("scale", "places"):
+        assert torch.equal(tensors(average)[name], tensors(net)[name])
+    torch.testing.assert_close(average.wide, torch.lerp(old["wide"], net.wide.detach(), 0.25))
 
 
-@pytest.mark.usefixtures("where")
+@WHERE
 def test_parameters_that_are_frozen_and_trained_again() -> None:
-    net = network(12)
-    average = average_of(net)
-    averager = ModelAverager(average, lambda name, role: "skip" if role == "frozen" else "average")
-    bias = net[2].bias
-    for trained in (True, False, False, True):
-        bias.requires_grad_(trained)
-        old = average[2].bias.clone()
+    net, average, averager = made(
+        12, policy=lambda name, role: "skip" if role == "frozen" else "average"
+    )
+    for is_trained in (True, False, False, True):
+        net.wide.requires_grad_(is_trained)
+        old = average.wide.clone()
         averager.update(net, 0.5, 1)
-        want = torch.lerp(old, bias.detach(), 0.5) if trained else old
-        torch.testing.assert_close(average[2].bias, want, rtol=1e-6, atol=1e-6)
+        want = torch.lerp(old, net.wide.detach(), 0.5) if is_trained else old
+        torch.testing.assert_close(average.wide, want, rtol=1e-6, atol=1e-6)
 
 
 def test_policy_is_asked_again_after_forget() -> None:
     average, x = [torch.randn(3), torch.randn(2)], [torch.randn(3), torch.randn(2)]
-    copied: set[str] = set()
-    averager = ModelAverager(average, lambda name, role: "copy" if name in copied else "average")
+    copies: set[str] = set()
+    averager = ModelAverager(average, lambda name, role: "copy" if name in copies else "average")
     averager.update(x, 0.5, 1)
     assert not torch.equal(average[1], x[1])
-    copied.add("1")
+    copies.add("1")
     averager.forget()
     averager.update(x, 0.5, 2)
     assert torch.equal(average[1], x[1])
@@ -152,7 +125,7 @@ def test_policy_is_asked_again_after_forget() -> None:
 def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    net = network(3)
+    net = Network(3)
     average = [torch.randn_like(p) for p in net.parameters()]
     averager = ModelAverager(average)
     averager.update(net.parameters(), 0.5, 1)
@@ -163,58 +136,115 @@ def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
 
 
 def test_tensors_that_move_are_found() -> None:
-    net = network(4)
-    average = average_of(net)
-    averager = ModelAverager(average)
+    net, average, averager = made(4)
     averager.update(net, 0.5, 1)
-    net[2].weight.data = torch.randn(4, 7)
-    average[2].bias.data = torch.randn(4)
-    net[0].load_state_dict({n: t + 1 for n, t in net[0].state_dict().items()}, assign=True)
-    want = expected(values(average), values(net), 0.5)
-    averager.update(net, 0.5, 2)
-    assert_close(average, want, 1e-6)
-    average.double()
-    want = expected(values(average), values(net), 0.5)
-    averager.update(net, 0.5, 3)
-    assert_close(average, want, 1e-15)
+    net.wide.data = torch.randn(257)
+    average.frozen.data = torch.randn(33)
+    net.conv.load_state_dict({n: t + 1 for n, t in net.conv.state_dict().items()}, assign=True)
+    for step, dtype in ((2, torch.float32), (3, torch.float64)):
+        average.to(dtype)
+        truth = Truth(average, net, is_float)
+        truth.step(net, 0.5)
+        averager.update(net, 0.5, step)
+        truth.check(average, net)
 
 
-def test_another_model_is_refused_before_anything_is_written() -> None:
-    net = network(5)
-    average = average_of(net)
-    averager = ModelAverager(average)
+def test_random_bits_depend_on_the_step_alone() -> None:
+    net, average, _ = made(11, torch.bfloat16, torch.bfloat16)
+    averages = [average, *(copy.deepcopy(average) for _ in range(3))]
+    averagers = [
+        ModelAverager(one, seed=seed) for one, seed in zip(averages, (1, 1, 1, 2), strict=True)
+    ]
+    averagers[1].update(copy.deepcopy(averages[1]), 0.0, 5)  # a call more
+    for averager, step in zip(averagers, (9, 9, 10, 9), strict=True):
+        averager.update(net, 0.01, step)
+    assert bits(averages[1]) == bits(average)
+    for other in averages[2:]:
+        assert not torch.equal(other.wide, average.wide)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_follows_with_averages_of_its_own(duplicate: Any) -> None:
+    net, average, averager = made(10)
     averager.update(net, 0.5, 1)
-    before = values(average)
-    for other in (net[:2], nn.Sequential(*net, nn.Linear(1, 1)), network(6)[2:]):
-        with pytest.raises(LayoutError, match="weight"):
-            averager.update(other, 0.5, 2)
-    wrong = network(7)
-    wrong[2].weight = nn.Parameter(torch.randn(4, 8))
-    with pytest.raises(LayoutError, match=r"2\.weight"):
-        averager.update(wrong, 0.5, 2)
-    assert_same(average, before)
+    own, follower = duplicate((average, averager))
+    before = bits(average)
+    follower.update(net, 1.0, 2)
+    assert bits(average) == before
+    assert bits(own) == bits(net)
+
+
+@WHERE
+def test_a_model_is_not_kept_alive() -> None:
+    net, _, averager = made(17)
+    averager.update(net, 0.5, 1)
+    with averager.swapped(net):
+        pass
+    weight = weakref.ref(net.wide)
+    del net
+    gc.collect()
+    assert weight() is None
+    averager.update(Network(18), 0.5, 2)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def changed(name: str, part: Any) -> Any:
+    net = Network(5, torch.float32)
+    setattr(net, name, part)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (changed("wide", None), "wide"),
+        (changed("more", nn.Linear(1, 1)), "'more.weight' is only in the model"),
+        (changed("wide", nn.Parameter(torch.randn(8))), "wide"),
+        (nn.Linear(3, 2), "weight"),
+    ],
+)
+@WHERE
+def test_another_model_is_refused_before_anything_is_written(other: Any, words: str) -> None:
+    net, average, averager = made(5)
+    before = bits(average)
+    averager.check(net)
+    assert bits(average) == before
+    with refused(LayoutError, words, average):
+        averager.check(other)
+    averager.update(net, 0.5, 1)
+    with refused(LayoutError, words, average):
+        averager.update(other, 0.5, 2)
     averager.update(net, 1.0, 2)  # and goes on
-    assert_same(average, values(net))
+    assert bits(average) == bits(net)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("where")
+def test_bad_arguments() -> None:
+    with pytest.raises(ArgumentError, match="rounding"):
+        ModelAverager([], rounding="up")
+    with pytest.raises(ArgumentError, match="seed"):
+        ModelAverager([], seed=-1)
+
+
+# -- the averages in the model ---------------------------------------------------------------------
+
+
+@DTYPES
+@WEIGHTS
+@WHERE
 def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> None:
-    net = network(8, weights)
-    average = average_of(net, dtype)
-    averager = ModelAverager(average)
-    raw, old = values(net), values(average)
+    net, average, averager = made(8, weights, dtype)
+    raw, old = bits(net), copied(average)
     versions = [p._version for p in net.parameters()]
 
     def evaluate() -> None:
-        for name, tensor in values(net).items():
-            given = old[name].to(raw[name].dtype)
-            torch.testing.assert_close(tensor, given, rtol=0.008, atol=1e-30)
-        shown = {name: tensor.clone() for name, tensor in averager.averages().items()}
-        assert set(shown) == set(old)
-        for name, tensor in old.items():
-            assert torch.equal(shown[name], tensor), name
+        for name, tensor in tensors(net).items():
+            given = old[name].to(tensor.dtype)
+            torch.testing.assert_close(tensor.detach(), given, rtol=0.008, atol=1e-30)
+        shown = averager.averages()
+        assert shown.keys() == {*old, "head.weight"}
+        assert bits({name: shown[name] for name in old}) == bits(old)
         for call in (
             lambda: averager.update(net, 0.5, 1),
             lambda: averager.copy(net),
@@ -226,20 +256,16 @@ def test_swapped_is_exact_and_shows_the_averages(dtype: Any, weights: Any) -> No
                 call()
         raise RuntimeError("evaluation went wrong")
 
-    def evaluate_swapped() -> None:
-        with averager.swapped(net):
-            evaluate()
-
-    with pytest.raises(RuntimeError, match="evaluation"):
-        evaluate_swapped()
-    assert_same(net, raw)
-    assert_same(average, old)
+    with pytest.raises(RuntimeError, match="evaluation"), averager.swapped(net):
+        evaluate()
+    assert bits(net) == raw
+    assert bits(average) == bits(old)
     assert [p._version for p in net.parameters()] == versions  # a graph that needs them is right
     averager.update(net, 1.0, 1)
 
 
 def _there_and_back(net: Any) -> None:
-    dtype = net[0].bias.dtype
+    dtype = net.wide.dtype
     net.half()
     net.to(dtype)
 
@@ -247,176 +273,84 @@ def _there_and_back(net: Any) -> None:
 ACTIONS: dict[str, Any] = {
     "cast": lambda net: net.double(),
     "cast and back": _there_and_back,
-    "pointed elsewhere": lambda net: setattr(net[2].weight, "data", net[2].weight.data.clone()),
+    "pointed elsewhere": lambda net: setattr(net.wide, "data", net.wide.data.clone()),
     "assigned": lambda net: net.load_state_dict(
         {name: tensor.clone() for name, tensor in net.state_dict().items()}, assign=True
     ),
-    "replaced": lambda net: setattr(net[2], "bias", nn.Parameter(torch.randn(4))),
+    "replaced": lambda net: setattr(net, "frozen", nn.Parameter(torch.randn(33))),
 }
 
 
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("side", ["weights", "averages"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.usefixtures("where")
+@WHERE
 def test_what_moves_inside_the_block_gets_its_own_contents(
     action: str, side: str, dtype: Any
 ) -> None:
-    net = network(13, dtype)
-    average = average_of(net)
+    net, average = (
+        Network(seed, of, tied=False) for seed, of in ((13, dtype), (14, torch.float32))
+    )
     averager = ModelAverager(average)
-    raw, old = values(net), values(average)
+    raw, old = copied(net), copied(average)
     with averager.swapped(net):
         ACTIONS[action](net if side == "weights" else average)
-    for name, tensor in values(net).items():
-        assert torch.equal(tensor.to(raw[name].dtype), raw[name]), name
+    assert_back(net, raw)
     if (
         side == "averages"
         and averager._stage is not None
         and action in ("cast and back", "replaced")
     ):
         return  # they were not lent: what is done to them is done to them
-    for name, tensor in values(average).items():
-        assert torch.equal(tensor.to(old[name].dtype), old[name]), name
+    assert_back(average, old)
 
 
-@pytest.mark.usefixtures("where")
+@WHERE
 def test_what_is_taken_away_inside_the_block_is_named_and_the_rest_comes_back() -> None:
-    net = network(14)
-    average = average_of(net)
-    raw, old = values(net), values(average)
-
-    def remove() -> None:
-        with ModelAverager(average).swapped(net):
-            del net[2].bias
-
-    with pytest.raises(LayoutError, match=r"'2\.bias' is gone"):
-        remove()
-    del raw["2.bias"]
-    assert_same(net, raw)
-    assert_same(average, old)
+    net, average, averager = made(14)
+    raw, old = copied(net), bits(average)
+    with pytest.raises(LayoutError, match="'wide' is gone"), averager.swapped(net):
+        del net.wide
+    del raw["wide"]
+    assert_back(net, raw)
+    assert bits(average) == old
 
 
-@pytest.mark.usefixtures("where")
+@WHERE
 def test_blocks_are_checked_as_they_begin() -> None:
-    net = network(15)
-    average = average_of(net)
-    averager = ModelAverager(average)
+    net, average, averager = made(15)
     one, two = averager.swapped(net), averager.swapped(net)
-    with torch.no_grad():
-        net[2].weight.mul_(3)
-    raw, old = values(net), values(average)
+    trained(net, numbers(3))
+    raw, old = bits(net), bits(average)
     with one, pytest.raises(StateError, match="holds the average"):
         two.__enter__()
-    assert_same(net, raw)
-    assert_same(average, old)
+    assert bits(net) == raw
+    assert bits(average) == old
 
 
-@pytest.mark.usefixtures("where")
+@WHERE
 def test_tied_weights_of_a_model_elsewhere() -> None:
-    net = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
-    net[1].weight = net[0].weight
-    average = copy.deepcopy(net).requires_grad_(False)
-    averager = ModelAverager(average)
+    net, average, averager = made(19)
+    truth, generator = Truth(average, net, is_float), numbers(20)
     for step in range(1, 4):
-        with torch.no_grad():
-            net[0].weight.normal_()
-        old = average[0].weight.clone()
-        averager.update(net, 0.1, step)
-        torch.testing.assert_close(average[1].weight, torch.lerp(old, net[0].weight.detach(), 0.1))
-    raw, averaged = net[0].weight.detach().clone(), average[0].weight.clone()
+        truth.train(net, generator, 0.1, lambda model, n=step: averager.update(model, 0.1, n))
+        truth.check(average, net)
+    raw, averaged = net.embed.weight.detach().clone(), average.embed.weight.clone()
     with averager.swapped(net):
-        assert torch.equal(net[1].weight, averaged)
-    assert torch.equal(net[1].weight, raw)
-    net[1].weight = nn.Parameter(torch.randn(5, 5))  # tied no more
+        assert torch.equal(net.head.weight, averaged)
+    assert torch.equal(net.head.weight, raw)
+    net.head.weight = nn.Parameter(torch.randn(7, 5))  # tied no more
     with pytest.raises(LayoutError, match="overlap"):
         averager.update(net, 0.1, 4)
 
 
-@pytest.mark.usefixtures("where")
-def test_a_larger_model_is_refused_wherever_it_is() -> None:
-    net = network(16)
-    average = average_of(net)
-    averager = ModelAverager(average)
-    averager.update(net, 0.5, 1)
-    before = values(average)
-    net.register_parameter("more", nn.Parameter(torch.randn(2)))
-    with pytest.raises(LayoutError, match="'more' is only in the model"):
-        averager.update(net, 0.5, 2)
-    assert_same(average, before)
-
-
-@pytest.mark.usefixtures("where")
-def test_check_writes_nothing_and_says_what_an_update_would() -> None:
-    net = network(19)
-    average = average_of(net)
-    averager, before = ModelAverager(average), values(average)
-    averager.check(net)
-    assert_same(average, before)
-    net.register_parameter("more", nn.Parameter(torch.randn(2)))
-    with pytest.raises(LayoutError, match="'more' is only in the model"):
-        averager.check(net)
-
-
-@pytest.mark.usefixtures("where")
-def test_a_model_is_not_kept_alive() -> None:
-    net = network(17)
-    average = average_of(net)
-    averager = ModelAverager(average)
-    averager.update(net, 0.5, 1)
-    with averager.swapped(net):
-        pass
-    weight = weakref.ref(net[2].weight)
-    del net
-    gc.collect()
-    assert weight() is None
-    averager.update(network(18), 0.5, 2)
-
-
-@pytest.mark.usefixtures("where")
+@WHERE
 def test_give() -> None:
-    net = network(9, torch.bfloat16)
-    average = average_of(net)
-    average[1].num_batches_tracked.fill_(3)
-    averager = ModelAverager(average, lambda name, role: "skip" if name == "2.bias" else "average")
-    raw = values(net)
+    net, average, averager = made(
+        9, torch.bfloat16, policy=lambda name, role: "skip" if name == "wide" else "average"
+    )
+    raw = net.wide.detach().clone()
     averager.give(net)
-    now = values(net)
-    assert torch.equal(now.pop("2.bias"), raw["2.bias"])
-    for name, tensor in now.items():
-        assert torch.equal(tensor, average.state_dict()[name].to(tensor.dtype)), name
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_follows_with_averages_of_its_own(duplicate: Any) -> None:
-    net = network(10)
-    average = average_of(net)
-    holder = {"average": average, "averager": ModelAverager(average)}
-    holder["averager"].update(net, 0.5, 1)
-    other = duplicate(holder)
-    before = values(average)
-    other["averager"].update(net, 1.0, 2)
-    assert_same(average, before)
-    assert_same(other["average"], values(net))
-
-
-def test_random_bits_depend_on_the_step_alone() -> None:
-    net = network(11, torch.bfloat16)
-    averages = [average_of(net, torch.bfloat16)]
-    averages += [copy.deepcopy(averages[0]) for _ in range(3)]
-    followers = [
-        ModelAverager(one, seed=seed) for one, seed in zip(averages, (1, 1, 1, 2), strict=True)
-    ]
-    followers[1].update(copy.deepcopy(averages[1]), 0.0, 5)  # a call more
-    for averager, step in zip(followers, (9, 9, 10, 9), strict=True):
-        averager.update(net, 0.01, step)
-    assert_same(averages[1], values(averages[0]))
-    for other in averages[2:]:
-        assert not torch.equal(other[2].weight, averages[0][2].weight)
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(ArgumentError, match="rounding"):
-        ModelAverager([], rounding="up")
-    with pytest.raises(ArgumentError, match="seed"):
-        ModelAverager([], seed=-1)
+    assert torch.equal(net.wide, raw)
+    for name, tensor in tensors(net).items():
+        assert name == "wide" or torch.equal(tensor, tensors(average)[name].to(tensor.dtype)), name

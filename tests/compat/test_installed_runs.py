@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +18,9 @@ from torch import nn
 import fastema
 from fastema.errors import ArgumentError
 
-NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
+from ..support.peers import timm_averages
 
+NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
 
 pytestmark = pytest.mark.torch
 
@@ -113,15 +113,7 @@ SCRIPTS: dict[str, tuple[str, Callable[..., Iterator[tuple[Update, Tensors]]]]] 
 
 @pytest.fixture(autouse=True)
 def timm_without_its_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module of timm's averages by itself: the package asks for torchvision."""
-    name = "timm.utils.model_ema"
-    (folder,) = importlib.util.find_spec("timm").submodule_search_locations  # type: ignore
-    spec = importlib.util.spec_from_file_location(name, f"{folder}/utils/model_ema.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "timm.utils.model_ema", timm_averages())
 
 
 def run(peer: str, folder: Path) -> list[list[list[Any]]]:
@@ -154,14 +146,12 @@ def everything(home: ModuleType) -> Any:
 
 def differing(one: list[list[list[Any]]], other: list[list[list[Any]]]) -> set[int]:
     """Which averages differ at any time by more than what float32 decays are off."""
-    found = set()
-    for mine, theirs in zip(one, other, strict=True):
-        for at, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-            if not all(
-                torch.allclose(x, y, rtol=2e-5, atol=2e-5) for x, y in zip(a, b, strict=True)
-            ):
-                found.add(at)
-    return found
+    return {
+        at
+        for mine, theirs in zip(one, other, strict=True)
+        for at, pair in enumerate(zip(mine, theirs, strict=True))
+        if not all(torch.allclose(*both, rtol=2e-5, atol=2e-5) for both in zip(*pair, strict=True))
+    }
 
 
 @pytest.mark.parametrize("peer", SCRIPTS)

@@ -10,7 +10,7 @@ import fastema
 from fastema.compat import nemo
 from fastema.errors import ArgumentError, CheckpointError
 
-from .network import Network, numbers, refused, torch, trained
+from .network import Network, load_refused, numbers, torch, trained
 
 pytestmark = pytest.mark.torch
 
@@ -58,6 +58,10 @@ def average_of(model: Any, decay: float, every: int) -> fastema.EMA:
     return fastema.EMA(model, nemo.rule(decay, every), update_every=every, frozen="average")
 
 
+def runs(model: Any, decay: float, every: int) -> tuple[Peer, fastema.EMA]:
+    return Peer(optimizer_of(model), decay, every), average_of(model, decay, every)
+
+
 def assert_close(ema: fastema.EMA, peer: Peer, model: Any) -> None:
     places = {id(one): place for place, one in enumerate(peer.parameters())}
     for name, one in model.named_parameters():
@@ -74,69 +78,56 @@ def test_rule_is_the_schedule(every: int) -> None:
         nemo.rule(0.9, 0)
 
 
+def run(model: Any, generator: Any, steps: int, peer: Peer, *averages: fastema.EMA) -> None:
+    """Steps of the peer's, with averages that have to be the same after each."""
+    for _ in range(steps):
+        trained(model, generator)
+        peer.step()
+        for ema in averages:
+            ema.update()
+            assert_close(ema, peer, model)
+
+
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_whole_run_updates_with_the_same_steps(every: int) -> None:
     """NeMo's first step updates the average, then every k-th."""
-    model, generator = Network(1), numbers(2)
-    peer = Peer(optimizer_of(model), 0.8, every)
-    ema = average_of(model, 0.8, every)
-    for _ in range(34):
-        trained(model, generator)
-        peer.step()
-        ema.update()
-        assert_close(ema, peer, model)
+    model = Network(1)
+    run(model, numbers(2), 34, *runs(model, 0.8, every))
 
 
 def test_state_is_taken_over_at_its_steps_by_any_schedule() -> None:
     """Also where updates are counted from the beginning of the average."""
     model, generator = Network(1), numbers(2)
-    optimizer = optimizer_of(model)
-    peer = Peer(optimizer, 0.8, 4)
-    for _ in range(6):
-        trained(model, generator)
-        peer.step()
+    peer = Peer(optimizer_of(model), 0.8, 4)
+    run(model, generator, 6, peer)
     ema = fastema.EMA(model, 0.8**0.25, update_every=4, frozen="average")
-    nemo.load(ema, peer.state_dict(), model, optimizer)
-    assert nemo.export(ema, model, optimizer)["current_step"] == 6
-    for _ in range(9):
-        trained(model, generator)
-        peer.step()
-        ema.update()
-        assert_close(ema, peer, model)
+    nemo.load(ema, peer.state_dict(), model, peer.optimizer)
+    assert nemo.export(ema, model, peer.optimizer)["current_step"] == 6
+    run(model, generator, 9, peer, ema)
 
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("steps", [1, 5, 6, 7])
 def test_both_directions_at_any_step(every: int, steps: int) -> None:
     model, generator = Network(1), numbers(2)
-    optimizer = optimizer_of(model)
-    peer = Peer(optimizer, 0.8, every)
-    for _ in range(steps):
-        trained(model, generator)
-        peer.step()
+    peer, ema = runs(model, 0.8, every)
+    run(model, generator, steps, peer)
     state = peer.state_dict()
-    ema = average_of(model, state["decay"], state["every_n_steps"])
-    nemo.load(ema, {"optimizer_states": [state], "state_dict": {}}, model, optimizer)
+    nemo.load(ema, {"optimizer_states": [state], "state_dict": {}}, model, peer.optimizer)
     assert_close(ema, peer, model)
-    for _ in range(7):  # theirs, and on with ours
-        trained(model, generator)
-        peer.step()
-        ema.update()
-        assert_close(ema, peer, model)
-    saved = nemo.export(ema, model, optimizer)
+    run(model, generator, 7, peer, ema)  # theirs, and on with ours
+    saved = nemo.export(ema, model, peer.optimizer)
     assert saved.keys() == state.keys()
     assert isinstance(saved["ema"], tuple)
-    assert saved["every_n_steps"] == every
+    assert (saved["every_n_steps"], saved["current_step"]) == (every, peer.current_step)
     assert saved["decay"] == pytest.approx(0.8, rel=1e-12)
-    assert saved["current_step"] == peer.current_step
-    back = Peer(optimizer, 0.1, 1)
+    back = Peer(peer.optimizer, 0.1, 1)
     back.load_state_dict(saved)
     for _ in range(7):  # and back to theirs
         trained(model, generator)
         peer.step()
         back.step()
-        for one, want in zip(back.ema, peer.ema, strict=True):
-            torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(back.ema, peer.ema, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("done", range(6))
@@ -148,11 +139,7 @@ def test_phase_of_a_run_that_began_here(done: int) -> None:
     state = nemo.export(ema, model, optimizer_of(model))
     peer = Peer(optimizer_of(model), 0.1, 1)
     peer.load_state_dict(state)
-    for _ in range(7):
-        trained(model, generator)
-        ema.update()
-        peer.step()
-        assert_close(ema, peer, model)
+    run(model, generator, 7, peer, ema)
 
 
 def test_order_of_the_model_by_default() -> None:
@@ -181,8 +168,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         ({"optimizer_states": [optimizer.state_dict()]}, optimizer, "0 states"),
         ({"ema": state["ema"], "every_n_steps": 1}, optimizer, "lacks current_step"),
     ):
-        with refused(ema, message):
+        with load_refused(ema, message):
             nemo.load(ema, given, model, order)
+
+
+@pytest.mark.parametrize("checkpoint", [None, [1], {"optimizer_states": None}, {1: 2}])
+def test_checkpoints_that_are_none_are_refused(checkpoint: Any) -> None:
+    model = Network(1)
+    with pytest.raises(CheckpointError, match="expected"):
+        nemo.load(average_of(model, 0.9, 1), checkpoint, model)
 
 
 def with_wide(wide: Any) -> dict[str, Any]:
@@ -211,7 +205,7 @@ def test_states_that_are_none_are_refused(change: Any, message: str) -> None:
     ema = average_of(model, 0.9, 1)
     peer = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 1)
     assert len(peer.ema) == 11
-    with refused(ema, message):
+    with load_refused(ema, message):
         nemo.load(ema, {**peer.state_dict(), **change}, model)
 
 
@@ -222,10 +216,3 @@ def test_counts_may_be_in_tensors() -> None:
     counts = {"current_step": torch.tensor(5), "every_n_steps": torch.tensor([3])}
     nemo.load(ema, {**state, **counts}, model)
     assert ema.num_updates == 5
-
-
-@pytest.mark.parametrize("checkpoint", [None, [1], {"optimizer_states": None}, {1: 2}])
-def test_checkpoints_that_are_none_are_refused(checkpoint: Any) -> None:
-    model = Network(1)
-    with pytest.raises(CheckpointError, match="expected"):
-        nemo.load(average_of(model, 0.9, 1), checkpoint, model)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
-import pickle
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,14 +17,13 @@ from fastema.errors import ArgumentError, LayoutError
 from fastema.torch import update_bn
 
 from ..support.peers import SWA_KINDS as FUNCTIONS
-from ..support.peers import is_float, is_parameter, swa_weight, tensors
+from ..support.peers import is_parameter, swa_weight, tensors
 from ..support.peers import swa_function as function
-from .network import Network, Truth, bits, numbers, trained
+from .network import Network, Truth, array, bits, numbers, repointed, trained
 
 pytestmark = pytest.mark.torch
 
 DECAY = 0.9
-KINDS = {"mixed": None, "f64": torch.float64, "f32": torch.float32}
 NARROW = [torch.bfloat16, torch.float16]
 
 
@@ -36,23 +31,8 @@ def weight(kind: str, n: int) -> float:
     return swa_weight(n, kind)
 
 
-def weight_of_theirs(kind: str, n: int) -> float:
-    """Their lists are averaged with a float32, in float64 too."""
-    found = weight(kind, n)
-    return float(np.float32(found)) if kind == "swa multi" else found
-
-
 def snapshot(averaged: nn.Module) -> tuple[dict[str, bytes], int]:
     return bits(averaged), int(averaged.n_averaged)
-
-
-def resumed(averaged: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """An average with a state that went through a file."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    averaged.load_state_dict(torch.load(file, weights_only=True))
-    return averaged
 
 
 # -- the same interface ----------------------------------------------------------------------------
@@ -64,14 +44,8 @@ def test_it_is_one_of_theirs_with_the_same_state() -> None:
     assert isinstance(one, theirs.AveragedModel)
     one.update_parameters(model)
     other.update_parameters(model)
-    mine, state = one.state_dict(), other.state_dict()
-    assert list(mine) == list(state)
-    for name, tensor in state.items():
-        assert torch.equal(mine[name], tensor), name
-        assert mine[name].dtype == tensor.dtype
-    assert one.avg_fn is None
-    assert one.multi_avg_fn is None
-    assert one.use_buffers is False
+    assert snapshot(one) == snapshot(other)
+    assert (one.avg_fn, one.multi_avg_fn, one.use_buffers) == (None, None, False)
     tokens = torch.randint(7, (3, 2), generator=numbers(1))
     assert torch.equal(one(tokens), model(tokens))
 
@@ -84,13 +58,17 @@ def test_a_decay_outside_is_a_value_error(module: Any, name: str, decay: float) 
         getattr(module, name)(decay)
 
 
-def test_arguments_that_have_no_meaning() -> None:
-    with pytest.raises(ArgumentError, match="decay="):
-        ours.get_ema_multi_avg_fn(float("nan"))
-    with pytest.raises(ArgumentError, match="rounding="):
-        ours.get_swa_multi_avg_fn(rounding="up")
-    with pytest.raises(ArgumentError, match="seed="):
-        ours.get_ema_avg_fn(seed=-1)
+@pytest.mark.parametrize(
+    ("function", "wrong"),
+    [
+        ("get_ema_multi_avg_fn", {"decay": float("nan")}),
+        ("get_swa_multi_avg_fn", {"rounding": "up"}),
+        ("get_ema_avg_fn", {"seed": -1}),
+    ],
+)
+def test_arguments_that_have_no_meaning(function: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=f"{next(iter(wrong))}="):
+        getattr(ours, function)(**wrong)
 
 
 def test_functions_say_what_they_are() -> None:
@@ -99,34 +77,6 @@ def test_functions_say_what_they_are() -> None:
 
 
 # -- the same numbers ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("use_buffers", [False, True], ids=["weights", "buffers"])
-@pytest.mark.parametrize("kind", FUNCTIONS)
-def test_equals_theirs(kind: str, use_buffers: bool, kinds: str) -> None:
-    # Averages of integers are where theirs goes wrong.
-    model = Network(1, KINDS[kinds], integers=not use_buffers)
-    mine, yours = function(ours, kind), function(theirs, kind)
-    averages = {
-        "ours": ours.AveragedModel(model, use_buffers=use_buffers, **mine),
-        "our function in theirs": theirs.AveragedModel(model, use_buffers=use_buffers, **mine),
-        "their function in ours": ours.AveragedModel(model, use_buffers=use_buffers, **yours),
-        "theirs": theirs.AveragedModel(model, use_buffers=use_buffers, **yours),
-    }
-    which = is_float if use_buffers else is_parameter
-    truth, rounded = (Truth(averages["ours"].module, model, which) for _ in range(2))
-    generator = numbers(2)
-    for n in range(15):
-        trained(model, generator)
-        truth.step(model, weight(kind, n))
-        rounded.step(model, weight_of_theirs(kind, n))
-        for averaged in averages.values():
-            averaged.update_parameters(model)
-    for name, averaged in averages.items():
-        (rounded if name.startswith("their") else truth).check(averaged.module, model)
-        assert int(averaged.n_averaged) == 15, name
-        assert torch.equal(averaged.module.cache, model.cache) is not use_buffers
 
 
 @pytest.mark.parametrize("integers", [False, True], ids=["tensor", "int"])
@@ -156,78 +106,24 @@ def test_functions_alone(kind: str, integers: bool) -> None:
     truth.check(averaged, model)
 
 
-# -- where theirs is wrong -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["ema multi", "ema"])
-def test_integers_are_copied_exactly(kind: str) -> None:
-    model = Network(9)
-    mine = ours.AveragedModel(model, use_buffers=True, **function(ours, kind))
-    mixed = theirs.AveragedModel(model, use_buffers=True, **function(ours, kind))
-    other = theirs.AveragedModel(model, use_buffers=True, **function(theirs, kind))
-    generator = numbers(10)
-    for _ in range(5):
-        trained(model, generator)
-        for averaged in (mine, mixed, other):
-            averaged.update_parameters(model)
-    for name in ("places", "mask", "norm.num_batches_tracked"):
-        for averaged in (mine, mixed):
-            assert torch.equal(averaged.module.get_buffer(name), model.get_buffer(name)), name
-    assert not torch.equal(other.module.places, model.places)
+# -- random bits -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("container", [ours, theirs])
 @pytest.mark.parametrize("kind", ["ema multi", "ema"])
 @pytest.mark.parametrize("narrow", NARROW)
-def test_a_narrow_average_moves(narrow: torch.dtype, kind: str, container: Any) -> None:
-    """From 1 towards 1.5, by less than half a unit in the last place of each step."""
-    size, steps, decay = 4096, 60, 0.9998
+def test_a_narrow_average_that_is_rounded_to_nearest_stands_still(
+    narrow: torch.dtype, kind: str, container: Any
+) -> None:
     model = nn.Module()
-    model.weight = nn.Parameter(torch.ones(size, dtype=narrow))
-    averages = {
-        name: container.AveragedModel(model, **function(source, kind, decay, **options))
-        for name, container, source, options in (
-            ("moves", container, ours, {}),
-            ("nearest", container, ours, {"rounding": "nearest"}),
-            ("theirs", theirs, theirs, {}),
-        )
-    }
-    for averaged in averages.values():
+    model.weight = nn.Parameter(torch.ones(4096, dtype=narrow))
+    chosen = function(ours, kind, 0.9998, rounding="nearest")
+    averaged = container.AveragedModel(model, **chosen)
+    for value in [1.0] + 60 * [1.5]:
+        with torch.no_grad():
+            model.weight.fill_(value)
         averaged.update_parameters(model)
-    with torch.no_grad():
-        model.weight.fill_(1.5)
-    for _ in range(steps):
-        for averaged in averages.values():
-            averaged.update_parameters(model)
-    for name in ("nearest", "theirs"):
-        assert torch.all(averages[name].module.weight == 1), name
-    # A step is rounded up or down by at most a unit, so without a bias its mean is within
-    # five standard deviations of the truth: half a unit each for `steps` times `size` of them.
-    unit = torch.finfo(narrow).eps
-    expected = 1.5 - 0.5 * decay**steps
-    off = averages["moves"].module.weight.double().mean().item() - expected
-    assert abs(off) < 5 * unit / 2 * (steps / size) ** 0.5
-    assert expected - 1 > 5 * unit / 2 * (steps / size) ** 0.5
-
-
-# -- states in both directions ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("container", [ours, theirs])
-@pytest.mark.parametrize("kind", ["ema multi", "swa multi"])
-def test_a_resumed_run_has_the_same_random_bits(kind: str, container: Any) -> None:
-    results = []
-    for stop in (None, 5):
-        model, generator = Network(21, torch.bfloat16), numbers(22)
-        averaged = container.AveragedModel(model, **function(ours, kind, seed=3))
-        for n in range(10):
-            if n == stop:
-                begun = container.AveragedModel(model, **function(ours, kind, seed=3))
-                averaged = resumed(begun, averaged.state_dict())
-            trained(model, generator)
-            averaged.update_parameters(model)
-        results.append(bits(averaged))
-    assert results[0] == results[1]
+    assert torch.all(averaged.module.weight == 1)
 
 
 def test_the_seed_changes_the_random_bits() -> None:
@@ -251,9 +147,7 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
 
     def update(*counts: int) -> None:
         for n in counts:
-            trained(model, generator)
-            truth.step(model, weight("swa", n))
-            averaged.update_parameters(model)
+            truth.train(model, generator, weight("swa", n), averaged.update_parameters)
         truth.check(averaged.module, model)
 
     update(0, 1, 2, 3)
@@ -291,24 +185,17 @@ def test_the_random_bits_of_an_accelerator_are_the_same(
     name: str, on_an_accelerator: list[float]
 ) -> None:
     """Whether the count is given as a number, or in a tensor that is not read."""
-    results = []
-    for counted in (int, torch.tensor):
-        apply, generator = getattr(ours, name)(seed=7), numbers(51)
-        average = [torch.zeros(500, dtype=torch.bfloat16)]
-        weights = [torch.zeros(500, dtype=torch.bfloat16)]
-        for n in range(1, 6):
-            weights[0].copy_(torch.randn(500, generator=generator))
-            apply(average, weights, counted(n))
-        results.append(average[0].tolist())
-    assert results[0] == results[1]
+    one, other = torch.zeros(2, 500, dtype=torch.bfloat16)
+    generator = numbers(51)
+    pairs = [(getattr(ours, name)(seed=7), *each) for each in ((one, int), (other, torch.tensor))]
+    for n in range(1, 6):
+        weights = torch.randn(500, generator=generator).bfloat16()
+        for apply, average, counted in pairs:
+            apply([average], [weights], counted(n))
+    assert torch.equal(one, other)
 
 
 # -- models that change ----------------------------------------------------------------------------
-
-
-def repointed(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
 
 
 def test_buffers_from_now_on() -> None:
@@ -319,10 +206,8 @@ def test_buffers_from_now_on() -> None:
         averaged.use_buffers = n >= 4
         trained(model, generator)
         for name, loop in truth.loops.items():
-            copied = n < 4 and isinstance(tensors(model)[name], nn.Parameter) is False
-            loop.step(
-                tensors(model)[name].detach().double().numpy(), 1.0 if copied else 1 / (n + 1)
-            )
+            copied = n < 4 and not isinstance(tensors(model)[name], nn.Parameter)
+            loop.step(array(tensors(model)[name]), 1.0 if copied else 1 / (n + 1))
         averaged.update_parameters(model)
     truth.check(averaged.module, model)
 
@@ -340,9 +225,8 @@ def test_one_function_for_several_models() -> None:
         for at in range(3):
             if n % (1, 7, 20)[at]:
                 continue
-            trained(models[at], generator)
-            truths[at].step(models[at], weight("ema", counts[at]))
-            averages[at].update_parameters(models[at])
+            share = weight("ema", counts[at])
+            truths[at].train(models[at], generator, share, averages[at].update_parameters)
             counts[at] += 1
     for averaged, model, truth in zip(averages, models, truths, strict=True):
         truth.check(averaged.module, model)
@@ -388,23 +272,19 @@ def test_the_same_place_is_not_the_same_tensor() -> None:
         for _ in range(2):
             apply([average], [new], 1)
         torch.testing.assert_close(average, 0.75 * new, equal_nan=True)
-    average = torch.zeros(4, 4)
-    for new in (memory, memory.t()):
-        average.zero_()
-        apply([average], [new], 1)
-        torch.testing.assert_close(average, 0.5 * new)
-    wide, bits16 = torch.zeros(4, 8), memory.view(torch.int16)
-    for new in (bits16.view(torch.bfloat16), bits16.view(torch.float16)):
-        wide.zero_()
-        apply([wide], [new], 1)
-        torch.testing.assert_close(wide, 0.5 * new.float(), equal_nan=True)
-    average.zero_()
-    apply([average], [memory], 1)
-    torch.testing.assert_close(average, 0.5 * memory)
-    for seen in (average.t(), average):
-        average.zero_()
-        apply([seen], [memory], 1)
-        torch.testing.assert_close(seen, 0.5 * memory)
+    average, wide, halves = torch.zeros(4, 4), torch.zeros(4, 8), memory.view(torch.int16)
+    for written, new in (
+        (average, memory),
+        (average, memory.t()),
+        (wide, halves.view(torch.bfloat16)),
+        (wide, halves.view(torch.float16)),
+        (average, memory),
+        (average.t(), memory),
+        (average, memory),
+    ):
+        written.zero_()
+        apply([written], [new], 1)
+        torch.testing.assert_close(written, 0.5 * new.float(), equal_nan=True)
 
 
 def test_lists_that_do_not_match() -> None:
@@ -431,71 +311,42 @@ def test_integers_and_mixed_dtypes_of_one_tensor() -> None:
     assert torch.equal(mixed, torch.tensor([0.5, 1.5]))
 
 
-# -- copies ----------------------------------------------------------------------------------------
-
-
-def through_pickle(averaged: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(averaged))
-
-
-def through_a_file(averaged: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(averaged, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, through_pickle, through_a_file])
-@pytest.mark.parametrize("container", [ours, theirs])
-@pytest.mark.parametrize("kind", FUNCTIONS)
-def test_copies_go_on_by_themselves(
-    kind: str, container: Any, way: Callable[[nn.Module], nn.Module]
-) -> None:
-    model, generator = Network(41), numbers(42)
-    averaged = container.AveragedModel(model, **function(ours, kind))
-    truth = Truth(averaged.module, model, is_parameter)
-    for n in range(4):
-        trained(model, generator)
-        truth.step(model, weight(kind, n))
-        averaged.update_parameters(model)
-    assert b"ModelAverager" not in pickle.dumps(averaged), "what is bound to memory"
-    other = way(averaged)
-    assert type(other) is type(averaged)
-    before = snapshot(averaged)
-    assert snapshot(other) == before
-    for n in range(4, 8):
-        trained(model, generator)
-        truth.step(model, weight(kind, n))
-        other.update_parameters(model)
-    truth.check(other.module, model)
-    assert int(other.n_averaged) == 8
-    assert snapshot(averaged) == before
-
-
 # -- what a user brings ----------------------------------------------------------------------------
 
 
-def test_functions_of_the_user_run_as_in_theirs() -> None:
-    def single(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        return averaged + (current - averaged) / (count + 3)
+def single(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+    return averaged + (current - averaged) / (count + 3)
 
-    def several(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        for one, new in zip(averaged, current, strict=True):
-            one.copy_(single(one, new, count))
 
-    model = Network(43)
-    chosen: list[dict[str, Any]] = [{"avg_fn": single}, {"multi_avg_fn": several}]
-    pairs = [
-        [module.AveragedModel(model, **arguments) for module in (ours, theirs)]
-        for arguments in chosen
-    ]
-    generator = numbers(44)
+def several(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    for one, new in zip(averaged, current, strict=True):
+        one.copy_(single(one, new, count))
+
+
+@pytest.mark.parametrize("use_buffers", [False, True], ids=["weights", "buffers"])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"avg_fn": single}, {"multi_avg_fn": several}, *(function(theirs, k) for k in FUNCTIONS[1:])],
+    ids=["single", "several", *FUNCTIONS[1:]],
+)
+def test_functions_from_elsewhere_run_as_in_theirs(
+    arguments: dict[str, Any], use_buffers: bool
+) -> None:
+    model, generator = Network(43, integers=not use_buffers), numbers(44)
+    one, other = (
+        module.AveragedModel(model, use_buffers=use_buffers, **arguments)
+        for module in (ours, theirs)
+    )
     for _ in range(5):
         trained(model, generator)
-        for averaged in (one for pair in pairs for one in pair):
-            averaged.update_parameters(model)
-    for one, other in pairs:
-        assert snapshot(one) == snapshot(other)
+        one.update_parameters(model)
+        other.update_parameters(model)
+    assert snapshot(one) == snapshot(other)
+    assert torch.equal(one.module.cache, model.cache) is not use_buffers
+    model.wide = nn.Parameter(torch.zeros(3))
+    with pytest.raises(LayoutError, match="wide"):
+        one.update_parameters(model)
+    assert snapshot(one) == snapshot(other)
 
 
 def test_from_ours_to_a_function_of_the_user_and_back() -> None:
@@ -504,9 +355,7 @@ def test_from_ours_to_a_function_of_the_user_and_back() -> None:
     truth, generator = Truth(averaged.module, model, is_parameter), numbers(46)
     for n in range(9):
         averaged.avg_fn = theirs.get_swa_avg_fn() if 3 <= n < 6 else None
-        trained(model, generator)
-        truth.step(model, weight("swa", n))
-        averaged.update_parameters(model)
+        truth.train(model, generator, weight("swa", n), averaged.update_parameters)
     truth.check(averaged.module, model)
 
 

@@ -4,84 +4,64 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import importlib
 import importlib.util
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
 from fastema.compat import timm as ours
 from fastema.errors import CheckpointError, LayoutError
 
-from ..support.peers import is_saved_float, tensors
-from .network import Network, Truth, bits, numbers, trained
+from ..support.peers import is_saved_float, tensors, timm_averages
+from .network import Network, Truth, bits, numbers, refused, trained
 
 NEEDS = ("timm",)
-
 
 pytestmark = pytest.mark.torch
 
 
-def _part(name: str, root: Path) -> ModuleType:
-    package = ModuleType(name)
-    package.__path__ = [str(root.joinpath(*name.split(".")[1:]))]
-    return package
+theirs = timm_averages()
 
 
-@contextmanager
-def without_torchvision() -> Iterator[None]:
-    """The files of timm that have to do with averages; the whole of it needs torchvision."""
-    spec = importlib.util.find_spec("timm")
-    assert spec is not None
-    assert spec.origin is not None
-    root = Path(spec.origin).parent
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _of_timm(name)}
-    try:
-        sys.modules.update(
-            {name: _part(name, root) for name in ("timm", "timm.models", "timm.utils")}
-        )
-        averages = importlib.import_module("timm.utils.model_ema")
-        source = ast.parse((root / "utils" / "model.py").read_text())
-        wanted = ("unwrap_model", "get_state_dict")
-        source.body = [one for one in source.body if getattr(one, "name", "") in wanted]
-        model = ModuleType("timm.utils.model")
-        vars(model)["ModelEma"] = averages.ModelEma
-        exec(compile(source, "timm/utils/model.py", "exec"), vars(model))
-        sys.modules[model.__name__] = model
-        yield
-    finally:
-        for name in [name for name in sys.modules if _of_timm(name)]:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
-def _of_timm(name: str) -> bool:
-    return name.partition(".")[0] == "timm"
-
-
-with without_torchvision():
-    theirs = importlib.import_module("timm.utils.model_ema")
+def without_timm() -> dict[str, ModuleType]:
+    """Take timm's modules out of those that are imported."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "timm"]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 @pytest.fixture
 def timm() -> Iterator[Callable[[str], ModuleType]]:
-    """What imports a module of timm."""
-    with without_torchvision():
-        sys.modules["timm.utils.model_ema"] = theirs
-        vars(sys.modules["timm.utils.model"])["ModelEma"] = theirs.ModelEma
-        yield importlib.import_module
+    """What imports those modules of timm that have to do with averages; others need torchvision."""
+    spec = importlib.util.find_spec("timm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    (root,) = spec.submodule_search_locations
+    source = ast.parse(Path(root, "utils", "model.py").read_text())
+    wanted = ("unwrap_model", "get_state_dict")
+    source.body = [one for one in source.body if getattr(one, "name", "") in wanted]
+    packages = {name: ModuleType(name) for name in ("timm", "timm.models", "timm.utils")}
+    for name, package in packages.items():
+        package.__path__ = [str(Path(root, *name.split(".")[1:]))]
+    model = ModuleType("timm.utils.model")
+    vars(model)["ModelEma"] = theirs.ModelEma
+    exec(compile(source, "timm/utils/model.py", "exec"), vars(model))
+    before = without_timm()
+    sys.modules.update(packages)
+    sys.modules.update({"timm.utils.model": model, "timm.utils.model_ema": theirs})
+    yield importlib.import_module
+    without_timm()
+    sys.modules.update(before)
 
 
 CLASSES = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
@@ -105,16 +85,15 @@ def untied(seed: int = 0, dtype: torch.dtype | None = None) -> Network:
 # -- the same interface ----------------------------------------------------------------------------
 
 
-def test_the_interface_as_it_is_used(tmp_path: Path) -> None:
+def test_the_interface_as_it_is_used() -> None:
     model = untied(1)
     tokens = torch.randint(7, (4, 3), generator=numbers(0))
     for name in CLASSES[1:]:
         average = made(ours, name, model)
         trained(model, numbers(2))
         average.set(model)
-        assert torch.equal(average(tokens), model(tokens))
-        assert torch.equal(average.module(tokens), model(tokens))
-        assert set(average.state_dict()) == {f"module.{key}" for key in model.state_dict()}
+        for called in (average, average.module):
+            assert torch.equal(called(tokens), model(tokens))
     assert made(ours, "ModelEma", model).module is not model
 
 
@@ -123,35 +102,23 @@ def test_the_interface_as_it_is_used(tmp_path: Path) -> None:
 
 @given(
     step=st.none() | st.integers(0, 10**7),
-    decay=st.floats(0, 1),
-    min_decay=st.floats(0, 1),
-    after=st.integers(-1, 10**4),
-    warmup=st.booleans(),
-    gamma=st.floats(0.1, 1e4),
-    power=st.floats(0.1, 2),
+    settings=st.fixed_dictionaries(
+        {
+            "decay": st.floats(0, 1),
+            "min_decay": st.floats(0, 1),
+            "update_after_step": st.integers(-1, 10**4),
+            "use_warmup": st.booleans(),
+            "warmup_gamma": st.floats(0.1, 1e4),
+            "warmup_power": st.floats(0.1, 2),
+        }
+    ),
 )
-def test_the_decay_is_theirs(
-    step: int | None,
-    decay: float,
-    min_decay: float,
-    after: int,
-    warmup: bool,
-    gamma: float,
-    power: float,
-) -> None:
-    pair = [
-        module.ModelEmaV3(
-            nn.Linear(1, 1),
-            decay,
-            min_decay=min_decay,
-            update_after_step=after,
-            use_warmup=warmup,
-            warmup_gamma=gamma,
-            warmup_power=power,
-        )
-        for module in (ours, theirs)
-    ]
-    one, other = (average.get_decay(step) for average in pair)
+@example(step=9, settings={"decay": 0.5, "min_decay": 0.75, "use_warmup": True})
+@example(step=3, settings={"update_after_step": 2})
+def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None:
+    one, other = (
+        module.ModelEmaV3(nn.Linear(1, 1), **settings).get_decay(step) for module in (ours, theirs)
+    )
     assert math.isclose(one, other, rel_tol=4 * sys.float_info.epsilon, abs_tol=1e-15)
 
 
@@ -177,8 +144,7 @@ def test_another_module_in_its_place(name: str) -> None:
     replaced = untied(14)
     setattr(average, "ema" if name == "ModelEma" else "module", replaced)
     truth = Truth(replaced, model, is_saved_float)
-    truth.step(model, 1 - DECAY)
-    average.update(model)
+    truth.train(model, numbers(15), 1 - DECAY, average.update)
     truth.check(replaced, model)
 
 
@@ -211,9 +177,7 @@ def test_narrow_averages_stay_within_their_bounds(random: bool, narrow: torch.dt
     average = made(ours, "ModelEmaV3", model, stochastic_rounding=random)
     truth, generator = Truth(average.module, model, is_saved_float, random), numbers(20)
     for _ in range(10):
-        trained(model, generator)
-        truth.step(model, 1 - DECAY)
-        average.update(model)
+        truth.train(model, generator, 1 - DECAY, average.update)
     truth.check(average.module, model)
 
 
@@ -228,9 +192,7 @@ def test_what_is_in_no_state_may_differ() -> None:
     model.register_buffer("later", torch.ones(2), persistent=False)
     model.head.register_buffer("later", torch.ones(2), persistent=False)
     truth = Truth(average.module, model, is_saved_float)
-    trained(model, numbers(25))
-    truth.step(model, 1 - DECAY)
-    average.update(model)
+    truth.train(model, numbers(25), 1 - DECAY, average.update)
     truth.check(average.module, model)
     del model.cache
     average.update(model)
@@ -259,6 +221,7 @@ def test_random_bits_are_those_of_seed_and_step() -> None:
     assert found["one"] == found["again"]
     assert found["one"] != found["other seed"]
     assert found["one"] != found["other steps"]
+    averages["one"].update(model, step=10**30)
 
 
 def test_no_two_steps_share_their_random_bits() -> None:
@@ -320,10 +283,8 @@ def test_files_of_the_training_script(
             assert torch.equal(value, state[key]), key
         assert not any(parameter.requires_grad for parameter in one.ema.parameters())
     truth = Truth(inner(average), model, is_saved_float)
-    trained(model, numbers(35))
-    truth.step(model, 1 - DECAY)
+    truth.train(model, numbers(35), 1 - DECAY, resumed[0].update)
     resumed[0].ema.cache.copy_(model.cache)
-    resumed[0].update(model)
     truth.check(resumed[0].ema, model)
 
 
@@ -360,9 +321,7 @@ def test_an_average_that_is_compiled(timm: Callable[[str], ModuleType], name: st
     average = made(ours, name, model)
     fast = torch.compile(average, backend="eager")
     truth = Truth(average.module, model, is_saved_float)
-    trained(model, numbers(41))
-    truth.step(model, 1 - DECAY)
-    fast.update(model)
+    truth.train(model, numbers(41), 1 - DECAY, fast.update)
     truth.check(average.module, model)
     assert timm("timm.utils.model").unwrap_model(fast) is average.module
 
@@ -394,16 +353,12 @@ def test_a_function_of_a_subclass() -> None:
     model = Network(48)
     average = Half(model)
     truth = Truth(average.module, model, is_saved_float)
-    trained(model, numbers(49))
-    truth.step(model, 0.5)
-    average.update(model)
+    truth.train(model, numbers(49), 0.5, average.update)
     truth.check(average.module, model)
-    before = bits(average.module)
     shorter = Network(48)
     shorter.head.bias = None
-    with pytest.raises(LayoutError):
+    with refused(LayoutError, None, average):
         average.update(shorter)
-    assert bits(average.module) == before
 
 
 def test_methods_of_a_subclass_are_called() -> None:
@@ -417,9 +372,7 @@ def test_methods_of_a_subclass_are_called() -> None:
     model = untied(50)
     average = Noted(model, DECAY)
     truth = Truth(average.module, model, is_saved_float)
-    trained(model, numbers(51))
-    truth.step(model, 1 - DECAY / 2)
-    average.update(model, step=4)
+    truth.train(model, numbers(51), 1 - DECAY / 2, lambda one: average.update(one, step=4))
     truth.check(average.module, model)
     assert decays == [DECAY]
 
@@ -432,23 +385,11 @@ def test_subclasses_with_an_update_of_their_own() -> None:
 
         return Scaled
 
-    states = []
-    for where in (ours, theirs):
-        model = untied(11)
-        average = scaled(where.ModelEmaV2)(model, decay=0.75)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1.0)
-        average.update(model)
-        states.append(copy.deepcopy(average.module.state_dict()))
-        average.set(model)
-        states.append(average.module.state_dict())
-    for one, other in zip(states[:2], states[2:], strict=True):
-        for name, tensor in one.items():
-            torch.testing.assert_close(tensor, other[name])
-
-
-def test_steps_of_any_size() -> None:
-    model = Network(12, torch.bfloat16)
-    average = ours.ModelEmaV3(model, decay=0.5)
-    average.update(model, step=10**30)
+    model = untied(11)
+    pair = [scaled(where.ModelEmaV2)(model, decay=0.75) for where in (ours, theirs)]
+    trained(model, numbers(12))
+    for name in ("update", "set"):
+        for average in pair:
+            getattr(average, name)(model)
+        one, other = (average.module.state_dict() for average in pair)
+        torch.testing.assert_close(one, other)

@@ -14,14 +14,7 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.compat import (
-    composer,
-    litema,
-    mmengine,
-    swa_utils,
-    timm,
-    ultralytics,
-)
+from fastema.compat import composer, litema, mmengine, swa_utils, timm, ultralytics
 from fastema.compat.diffusers import EMAModel
 from fastema.compat.torch_ema import ExponentialMovingAverage
 from fastema.errors import ArgumentError

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import swa_utils
 
 __all__ = ["PEERS", "Peer", "is_float", "is_parameter", "is_saved_float", "tensors"]
 
@@ -105,6 +106,8 @@ class Peer:
         The peer averages complex numbers as it does real ones.
     resumes : bool
         Random bits go on from the state, with the step in it or given.
+    own : bool
+        The class is ours; otherwise the peer's, with a function of ours.
     """
 
     ours: str
@@ -122,6 +125,7 @@ class Peer:
     wrong_ties: bool = False
     averages_complex: bool = True
     resumes: bool = True
+    own: bool = True
 
     def module(self, which: str = "ours") -> Any:
         """Import ours, or theirs."""
@@ -265,6 +269,13 @@ def _averaged_model(
     return module.AveragedModel(model, use_buffers=use_buffers, **function)
 
 
+def _function_in_torchs_class(
+    module: Any, model: Any, kind: str, decay: float = 0.9, use_buffers: bool = False
+) -> Any:
+    function = swa_function(module, kind, decay)
+    return swa_utils.AveragedModel(model, use_buffers=use_buffers, **function)
+
+
 def _mmengine(module: Any, model: Any, kind: str, **options: Any) -> Any:
     gamma = {"gamma": 3} if kind == "MomentumAnnealingEMA" else {}
     return getattr(module, kind)(model, **{**options, **gamma})
@@ -366,6 +377,21 @@ PEERS: dict[str, Peer] = {
         )
         for kind in SWA_KINDS
     },
+    **{
+        f"swa_utils {kind} inside torch{' of buffers' if buffers else ''}": Peer(
+            ours="swa_utils",
+            make=_function_in_torchs_class,
+            weight=swa_weight,
+            schedules={"only": {"kind": kind, "use_buffers": buffers}},
+            slow={"kind": kind, "decay": 0.9998} if kind.startswith("ema") else None,
+            averaged=is_saved_float if buffers else is_parameter,
+            update=_update_parameters,
+            own=False,
+            resumes=kind.endswith("multi"),
+        )
+        for kind in SWA_KINDS[1:]
+        for buffers in (False, True)
+    },
     "timm ModelEma": Peer(
         ours="timm",
         home="timm.utils.model_ema",
@@ -452,7 +478,6 @@ PEERS: dict[str, Peer] = {
         update=lambda average, model, n: average.update(),
         exact=False,  # decays are rounded to float32
         follows=False,
-        resumes=False,
         wrong_integers=True,
     ),
     "ema_pytorch KarrasEMA": Peer(
@@ -465,7 +490,6 @@ PEERS: dict[str, Peer] = {
         update=lambda average, model, n: average.update(),
         exact=False,
         follows=False,
-        resumes=False,
     ),
     **{
         f"mmengine {kind}{' of buffers' if buffers else ''}": Peer(

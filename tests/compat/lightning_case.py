@@ -1,0 +1,183 @@
+"""What the tests of Lightning's averaging callbacks share: a small run, and averages of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import weight_averaging as peer
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastema.compat import lightning as ours
+
+from ..support.lightning_runs import MARKS as RUNS
+from ..support.lightning_runs import quiet_trainer
+
+MARKS = [
+    *RUNS,
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    # Lightning's callback, where a checkpoint is loaded for a test.
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
+]
+LIBRARIES = pytest.mark.parametrize("library", [peer, ours], ids=["theirs", "ours"])
+STEPS, EPOCHS = 5, 4  # steps per epoch
+
+State = dict[str, torch.Tensor]
+
+
+class Network(pl.LightningModule):
+    """Notes its weights, as they are after each step of the optimizer and in each validation."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.first = torch.nn.Linear(3, 3, bias=False)
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.second = torch.nn.Linear(3, 3)
+        if tied:
+            self.second.weight = self.first.weight
+        self.steps: list[State] = []
+        self.validated: list[State] = []
+        self.tested: list[State] = []
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+
+    def loss_of(self, batch: Any) -> torch.Tensor:
+        x, y = (part.to(self.first.weight.dtype) for part in batch)
+        return (self.second(torch.tanh(self.norm(self.first(x)))) - y).square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.loss_of(batch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step > len(self.steps):
+            self.steps.append(snapshot(self))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(snapshot(self))
+        self.log("val_loss", self.loss_of(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.tested.append(snapshot(self))
+
+
+class Alternating(Network):
+    """Two optimizers, whose steps are counted in one row."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        first = [*self.first.parameters(), *self.norm.parameters()]
+        return [torch.optim.SGD(part, lr=0.1) for part in (first, self.second.parameters())]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss_of(batch))
+            optimizer.step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append(snapshot(self))
+
+
+def at(hook: str, action: Callable[[Any, Any], Any]) -> Callback:
+    """A callback that does this, with the trainer and the module, in one of Lightning's hooks."""
+    callback = Callback()
+    setattr(callback, hook, lambda run, module, *args: action(run, module))
+    return callback
+
+
+def saving(folder: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "{epoch}", save_top_k=-1, **options)
+
+
+def loader(batches: int = STEPS) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * batches, 3, generator=generator)
+    y = x.flip(1) + torch.randn(4 * batches, 3, generator=generator)
+    return DataLoader(TensorDataset(x, y), 4)
+
+
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> pl.Trainer:
+    settings = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0, **options}
+    return quiet_trainer(folder, *callbacks, **settings)
+
+
+def fit(run: pl.Trainer, module: Network | None = None, **options: Any) -> Network:
+    module = module or Network()
+    run.fit(module, loader(), loader(1), **options)
+    return module
+
+
+def fitted(
+    folder: Path, *callbacks: Callback, module: Network | None = None, **options: Any
+) -> Network:
+    return fit(trainer(folder, *callbacks, **options), module)
+
+
+def resumed(
+    path: Path, *callbacks: Callback, module: Network | None = None, **options: Any
+) -> Network:
+    """A module that goes on from a checkpoint; its steps before are empty."""
+    module = module or Network()
+    module.steps = [{}] * load(path)["global_step"]
+    run = trainer(path.parent / "resumed", *callbacks, **options)
+    return fit(run, module, ckpt_path=str(path))
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def snapshot(module: torch.nn.Module) -> State:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def average_in(callback: Any) -> State:
+    return callback._average_model.module.state_dict()
+
+
+def floats(state: State) -> State:
+    """Without integers, which Lightning's callback truncates."""
+    return {name: value for name, value in state.items() if value.is_floating_point()}
+
+
+def assert_near(found: State, want: State) -> None:
+    found, want = floats(found), floats(want)
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=2e-6, atol=2e-7)
+
+
+def assert_same(found: State, want: State) -> None:
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert found[name].dtype == value.dtype
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+def differ(one: State, other: State) -> bool:
+    return any(not torch.equal(one[name], other[name]) for name in floats(one))
+
+
+def average_of(steps: list[State], decays: list[float | None], buffers: bool = True) -> State:
+    """In float64: None for a step that is left out; the first one that is not is copied."""
+    result: State = {}
+    for step, decay in zip(steps, decays, strict=True):
+        if decay is None:
+            continue
+        for name, value in step.items():
+            exact = value.double() if value.is_floating_point() else value
+            averaged = name in result and value.is_floating_point()
+            if averaged and (buffers or "running" not in name):
+                result[name] = decay * result[name] + (1 - decay) * exact
+            else:
+                result[name] = exact
+    return result

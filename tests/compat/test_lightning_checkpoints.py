@@ -1,0 +1,370 @@
+"""What Lightning saves and loads, and which weights the model has, while it is averaged."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import weight_averaging as peer
+
+from fastema.compat import lightning as ours
+
+from .lightning_case import (
+    EPOCHS,
+    LIBRARIES,
+    MARKS,
+    STEPS,
+    Alternating,
+    Network,
+    assert_near,
+    assert_same,
+    at,
+    average_in,
+    average_of,
+    differ,
+    fit,
+    fitted,
+    load,
+    loader,
+    resumed,
+    saving,
+    snapshot,
+    trainer,
+)
+
+pytestmark = MARKS
+
+WEIGHTS_ONLY = pytest.mark.parametrize("weights_only", [False, True])
+
+
+def validate(run: Any, module: Any = None, **options: Any) -> None:
+    run.validate(module, loader(1), verbose=False, **options)
+
+
+# -- runs that are resumed -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [peer, ours], ids=["theirs", "ours"])
+@pytest.mark.parametrize("second", [peer, ours], ids=["theirs", "ours"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": 0.8},
+        {"decay": 0.8, "update_every_n_steps": 3},
+        {"decay": 0.6, "use_buffers": False, "update_starting_at_epoch": 1},
+    ],
+    ids=["each step", "each third", "and epochs"],
+)
+def test_an_interrupted_run_goes_on_in_either_library(
+    tmp_path: Path, first: Any, second: Any, options: dict[str, Any]
+) -> None:
+    def callback(library: Any) -> Any:
+        exact = {"peer_exact": True} if library is ours else {}
+        return library.EMAWeightAveraging(**options, **exact)
+
+    whole = fitted(tmp_path / "whole", callback(second))
+    begun = fitted(tmp_path, callback(first), saving(tmp_path), max_epochs=2)
+    saved = load(tmp_path / "epoch=1.ckpt")
+    assert differ(saved["state_dict"], saved["current_model_state"])
+    assert_same(saved["current_model_state"], begun.steps[-1])
+    assert list(saved["averaging_state"]) == ["n_averaged"]
+    assert "EMAWeightAveraging" in saved["callbacks"]
+
+    module = resumed(tmp_path / "epoch=1.ckpt", callback(second), num_sanity_val_steps=1)
+    assert len(module.steps) == STEPS * EPOCHS
+    assert_near(module.state_dict(), whole.state_dict())
+    assert_near(module.steps[-1], whole.steps[-1])
+    at_once, *later = module.validated
+    assert_same(at_once, saved["state_dict"])
+    for one, other in zip(later, whole.validated[2:], strict=True):
+        assert_near(one, other)
+    if first is second is ours:
+        assert_same(snapshot(module), snapshot(whole))
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
+@pytest.mark.filterwarnings("ignore:The checkpoint was written without WeightAveraging")
+def test_a_run_without_an_average_is_resumed_with_one(tmp_path: Path) -> None:
+    fitted(tmp_path, saving(tmp_path), max_epochs=2)
+    theirs, mine = (
+        resumed(tmp_path / "epoch=1.ckpt", library.EMAWeightAveraging(decay=0.8))
+        for library in (peer, ours)
+    )
+    assert_near(mine.state_dict(), theirs.state_dict())
+    assert_near(mine.state_dict(), average_of(mine.steps[2 * STEPS :], [0.8] * 10))
+
+
+@LIBRARIES
+def test_a_run_goes_on_from_the_last_checkpoint(tmp_path: Path, library: Any) -> None:
+    whole = fitted(tmp_path / "whole", library.EMAWeightAveraging(decay=0.8))
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1000)
+    fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saver, max_epochs=2)
+    rest = resumed(tmp_path / "last.ckpt", library.EMAWeightAveraging(decay=0.8))
+    assert len(rest.steps) == STEPS * EPOCHS
+    assert differ(snapshot(rest), snapshot(whole)) is (library is peer)
+
+
+@LIBRARIES
+def test_to_resume_a_finished_run_gives_the_average(tmp_path: Path, library: Any) -> None:
+    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saving(tmp_path))
+    path = tmp_path / f"epoch={EPOCHS - 1}.ckpt"
+    again = resumed(path, library.EMAWeightAveraging(decay=0.8))
+    assert not any(again.steps)
+    assert_near(again.state_dict(), snapshot(module) if library is ours else module.steps[-1])
+
+
+def test_steps_of_several_optimizers_are_resumed(tmp_path: Path) -> None:
+    def callback() -> Any:
+        return ours.EMAWeightAveraging(decay=0.8, update_every_n_steps=4)
+
+    whole = fitted(tmp_path, callback(), saving(tmp_path), module=Alternating())
+    rest = resumed(tmp_path / "epoch=0.ckpt", callback(), module=Alternating())
+    assert sum(map(bool, rest.steps)) == STEPS * (EPOCHS - 1)
+    assert_same(snapshot(rest), snapshot(whole))
+
+
+# -- what is saved ---------------------------------------------------------------------------------
+
+
+@LIBRARIES
+def test_weights_alone_are_saved_of_the_average_that_was_monitored(
+    tmp_path: Path, library: Any
+) -> None:
+    saver = saving(tmp_path, monitor="val_loss", save_weights_only=True)
+    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saver)
+    saved = load(tmp_path / "epoch=1.ckpt")
+    assert not {"callbacks", "current_model_state"} & saved.keys()
+    if library is ours:
+        assert_same(saved["state_dict"], module.validated[1])
+        best = Network.load_from_checkpoint(saver.best_model_path)
+        assert_same(snapshot(best), module.validated[int(saver.best_model_path[-6])])
+    else:  # those in training, whose loss is not known
+        assert_same(saved["state_dict"], module.steps[2 * STEPS - 1])
+
+
+def test_the_strategy_is_left_as_it_was(tmp_path: Path) -> None:
+    run = trainer(tmp_path, ours.EMAWeightAveraging())
+    fit(run)
+    assert "save_checkpoint" not in vars(run.strategy)
+    own = run.strategy.save_checkpoint = run.strategy.save_checkpoint  # somebody else's
+    run.fit_loop.max_epochs = EPOCHS + 1
+    fit(run)
+    assert run.strategy.save_checkpoint is own
+
+
+def saving_in_validation(path: Path, weights_only: bool = False) -> Callback:
+    def save(run: Any, module: Any) -> None:
+        if run.current_epoch == 1:
+            run.save_checkpoint(path, weights_only=weights_only)
+
+    return at("on_validation_batch_end", save)
+
+
+@LIBRARIES
+@WEIGHTS_ONLY
+def test_a_checkpoint_in_a_validation_does_not_mistake_them(
+    tmp_path: Path, library: Any, weights_only: bool
+) -> None:
+    path = tmp_path / "middle.ckpt"
+    other = saving_in_validation(path, weights_only)
+    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), other)
+    saved, raw, average = load(path), module.steps[2 * STEPS - 1], module.validated[1]
+    mistaken = library is peer and not weights_only
+    assert_same(saved["state_dict"], raw if mistaken else average)
+    if not weights_only:
+        assert_same(saved["current_model_state"], average if mistaken else raw)
+    plain = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8))
+    assert_same(snapshot(module), snapshot(plain))
+
+
+def test_a_checkpoint_of_a_float32_average_in_a_bfloat16_validation(tmp_path: Path) -> None:
+    path, callback = tmp_path / "middle.ckpt", ours.EMAWeightAveraging(decay=0.9)
+    other = saving_in_validation(path)
+    module = fitted(tmp_path, callback, other, precision="bf16-true", max_epochs=2)
+    assert_same(load(path)["current_model_state"], module.steps[-1])
+    assert_same(load(path)["state_dict"], average_in(callback))
+
+
+class AtTheEnd(Callback):
+    """Saves when training has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path / "all.ckpt")
+        trainer.save_checkpoint(self.path / "weights.ckpt", weights_only=True)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path / "later.ckpt")
+
+
+@LIBRARIES
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("first", [True, False])
+def test_checkpoints_of_the_end_have_the_weights_in_training(
+    tmp_path: Path, library: Any, precision: Any, first: bool
+) -> None:
+    callback, other = library.EMAWeightAveraging(decay=0.8), AtTheEnd(tmp_path)
+    callbacks = (other, callback) if first else (callback, other)
+    module = fitted(tmp_path, *callbacks, precision=precision)
+    for name in ("all.ckpt", "later.ckpt"):
+        saved = load(tmp_path / name)
+        raw = not differ(saved["current_model_state"], module.steps[-1])
+        assert raw is (library is ours or (first and name == "all.ckpt"))
+        if library is ours:
+            assert_same(saved["state_dict"], average_in(callback))
+    if library is ours:
+        average = saved["state_dict"]
+        want = {name: one.to(module.steps[-1][name].dtype) for name, one in average.items()}
+        assert_same(snapshot(module), want)
+        if precision == "32-true":
+            assert_same(load(tmp_path / "weights.ckpt")["state_dict"], average)
+
+
+@LIBRARIES
+def test_after_fit_the_model_is_saved_as_it_is(tmp_path: Path, library: Any) -> None:
+    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8))
+    other, path = Network(), tmp_path / "later.ckpt"
+    average = snapshot(fit(run))
+    run.save_checkpoint(path)
+    assert_same(load(path)["state_dict"], average)
+    validate(run, other)
+    for weights_only in (False, True):
+        run.save_checkpoint(path, weights_only=weights_only)
+        saved = load(path)
+        if library is ours:
+            assert_same(saved["state_dict"], snapshot(other))
+            assert "current_model_state" not in saved
+        elif not weights_only:
+            assert_near(saved["state_dict"], average)
+
+
+@WEIGHTS_ONLY
+def test_what_an_exception_leaves_is_saved_alike(tmp_path: Path, weights_only: bool) -> None:
+    def stop(run: Any, module: Any) -> None:
+        if run.global_step == 7:
+            raise RuntimeError("enough")
+
+    saver = ModelCheckpoint(
+        tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1, save_on_exception=True,
+        save_weights_only=weights_only,
+    )  # fmt: skip
+    stopping = at("on_train_batch_end", stop)
+    module, other = Network(), Network()
+    run = trainer(tmp_path, ours.EMAWeightAveraging(decay=0.8), stopping, saver)
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(run, module)
+    steps = [*module.steps[:6], snapshot(module)]
+    run.save_checkpoint(tmp_path / "step=7-by-hand.ckpt", weights_only=weights_only)
+    for step, name in ((6, "step=6"), (7, "step=7"), (7, "step=7-by-hand")):
+        saved = load(tmp_path / f"{name}.ckpt")
+        assert_near(saved["state_dict"], average_of(steps[:step], [0.8] * step))
+        if not weights_only:
+            assert_same(saved["current_model_state"], steps[step - 1])
+    # Another use of the trainer is none of that run.
+    validate(run, other)
+    run.save_checkpoint(tmp_path / "other.ckpt", weights_only=weights_only)
+    assert_same(load(tmp_path / "other.ckpt")["state_dict"], snapshot(other))
+
+
+def test_outside_fit_a_checkpoint_has_the_model(tmp_path: Path) -> None:
+    module, run = Network(), trainer(tmp_path, ours.EMAWeightAveraging())
+    validate(run, module)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    saved = load(tmp_path / "x.ckpt")
+    assert_same(saved["state_dict"], snapshot(module))
+    assert "averaging_state" not in saved
+
+
+@LIBRARIES
+def test_before_the_first_update_the_weights_are_validated_and_saved(
+    tmp_path: Path, library: Any
+) -> None:
+    callback = library.EMAWeightAveraging(decay=0.8, update_starting_at_step=2 * STEPS)
+    module, begun = Network(), snapshot(Network())
+    fitted(tmp_path, callback, saving(tmp_path), module=module)
+    saved, first = load(tmp_path / "epoch=0.ckpt"), module.steps[STEPS - 1]
+    assert saved["averaging_state"]["n_averaged"] == 0
+    assert_same(saved["current_model_state"], first)
+    # Theirs: Lightning#21724.
+    assert_same(module.validated[0], first if library is ours else begun)
+    assert_same(saved["state_dict"], first if library is ours else begun)
+    if library is ours:
+        assert_same(module.validated[1], module.steps[2 * STEPS - 1])
+    want = average_of(module.steps, [None] * 2 * STEPS + [0.8] * 2 * STEPS)
+    assert_near(module.state_dict(), want)
+
+
+# -- which weights the model has -------------------------------------------------------------------
+
+
+class Failing(Network):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.trainer.current_epoch == 1:
+            raise self.error("in the middle")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Lightning ignores Ctrl-C once it has seen one."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@LIBRARIES
+@pytest.mark.parametrize(
+    ("error", "raised"), [(RuntimeError, RuntimeError), (KeyboardInterrupt, SystemExit)]
+)
+@pytest.mark.usefixtures("interruptible")
+def test_a_validation_that_fails_leaves_the_weights(
+    tmp_path: Path, library: Any, error: type[BaseException], raised: type[BaseException]
+) -> None:
+    module, callback = Failing(error), library.EMAWeightAveraging(decay=0.8)
+    run = trainer(tmp_path, callback)
+    with pytest.raises(raised):
+        fit(run, module)
+    raw, average = module.steps[-1], module.validated[-1]
+    assert_same(snapshot(module), raw if library is ours else average)
+    assert_same(average_in(callback), average if library is ours else raw)
+    if library is ours:
+        run.test(module, loader(1), verbose=False)
+        assert "save_checkpoint" not in vars(run.strategy)
+
+
+@LIBRARIES
+def test_a_checkpoint_that_is_tested_is_the_average(tmp_path: Path, library: Any) -> None:
+    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8), saving(tmp_path))
+    module, path = fit(run), str(tmp_path / "epoch=1.ckpt")
+    raw, average = module.steps[2 * STEPS - 1], module.validated[1]
+    run.test(module, loader(1), ckpt_path=path, verbose=False)
+    assert_same(module.tested[0], average if library is ours else raw)
+    validate(run, module, ckpt_path=path)
+    assert_same(module.validated[EPOCHS], average)
+    other = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8))
+    for _ in range(2):
+        fresh = Network()
+        other.test(fresh, loader(1), ckpt_path=path, verbose=False)
+        assert_same(fresh.tested[0], average)
+
+
+@LIBRARIES
+def test_outside_fit_the_model_is_validated_as_it_is(tmp_path: Path, library: Any) -> None:
+    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8))
+    module = fit(run)
+    average, own = snapshot(module), module.steps[STEPS]
+    validate(run, module)
+    assert_same(module.validated[-1], average)
+    module.load_state_dict(own)
+    validate(run, module)
+    assert_same(module.validated[-1], own if library is ours else average)

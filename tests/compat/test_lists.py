@@ -1,0 +1,265 @@
+"""What holds for both classes that average lists of parameters: torch_ema's and diffusers'."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch_ema
+from diffusers import training_utils
+from torch import nn
+
+from fastema.compat.diffusers import EMAModel
+from fastema.compat.torch_ema import ExponentialMovingAverage
+from fastema.errors import (
+    ArgumentError,
+    BridgeError,
+    CheckpointError,
+    DTypeError,
+    FastemaError,
+    LayoutError,
+    StateError,
+)
+
+from .network import numbers, refused
+from .parameter_lists import parameters, same, trained, values, write_into
+
+pytestmark = pytest.mark.torch
+
+
+class Case(NamedTuple):
+    """A class, and the names that its attributes and its update have; whether it keeps weights."""
+
+    ours: Any
+    theirs: Any
+    update: str
+    stored: str
+    keeps: bool
+
+    def updated(self, weights: Any) -> Any:
+        """An average of weights of before."""
+        ema = self.ours(weights, 0.9)
+        trained(weights, numbers(1))
+        getattr(ema, self.update)(weights)
+        return ema
+
+
+CASES = {
+    "torch_ema": Case(
+        ExponentialMovingAverage,
+        torch_ema.ExponentialMovingAverage,
+        "update",
+        "collected_params",
+        True,
+    ),
+    "diffusers": Case(EMAModel, training_utils.EMAModel, "step", "temp_stored_params", False),
+}
+LISTS = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize(
+    ("cls", "name"), [("torch_ema", "decay"), ("diffusers", "decay"), ("diffusers", "min_decay")]
+)
+def test_a_decay_outside_is_refused(cls: str, name: str, value: float) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}="):
+        CASES[cls].ours(parameters(), **{name: value})
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+@LISTS
+def test_a_loaded_state_is_a_copy(case: Case) -> None:
+    weights = parameters(22)
+    other, ema = case.ours(weights, 0.5), case.updated(weights)
+    state = ema.state_dict()
+    assert state["shadow_params"] is ema.shadow_params
+    other.load_state_dict(state)
+    before = values(state["shadow_params"])
+    trained(weights, numbers(24))
+    getattr(other, case.update)(weights)
+    assert same(state["shadow_params"], before)
+    assert not same(other.shadow_params, before)
+    ema.load_state_dict(state)
+    assert same(ema.shadow_params, before)
+
+
+@LISTS
+def test_the_wider_dtype_is_kept(case: Case) -> None:
+    weights = parameters(28, [torch.bfloat16])
+    wide, narrow = case.ours(weights, 0.9), case.ours(weights, 0.9)
+    wide.to(dtype=torch.float32)
+    trained(wide.shadow_params, numbers(29))
+    narrow.load_state_dict(wide.state_dict())
+    assert same(narrow.shadow_params, wide.shadow_params)
+    wide.load_state_dict(case.ours(weights, 0.9).state_dict())
+    assert same(wide.shadow_params, [one.float() for one in weights])
+
+
+WRONG: dict[str, list[tuple[dict[str, Any], Any, str]]] = {
+    "torch_ema": [
+        ({"num_updates": "many"}, CheckpointError, "num_updates"),
+        ({"shadow_params": None}, CheckpointError, "shadow_params"),
+        ({"collected_params": 3}, CheckpointError, "collected_params"),
+        ({"collected_params": []}, LayoutError, "collected_params"),
+    ],
+    "diffusers": [
+        ({"decay": "high"}, CheckpointError, "decay"),
+        ({"min_decay": -1.0}, CheckpointError, "min_decay"),
+        ({"min_decay": None}, CheckpointError, "min_decay"),
+        ({"optimization_step": 1.5}, CheckpointError, "optimization_step"),
+        ({"update_after_step": "7"}, CheckpointError, "update_after_step"),
+        ({"use_ema_warmup": 1}, CheckpointError, "use_ema_warmup"),
+        ({"inv_gamma": "1"}, CheckpointError, "inv_gamma"),
+        ({"power": []}, CheckpointError, "power"),
+        ({"shadow_params": 3}, CheckpointError, "shadow_params"),
+    ],
+}
+for each in WRONG.values():
+    each += [
+        ({"decay": 1.5}, CheckpointError, "decay"),
+        ({"shadow_params": [1.0]}, CheckpointError, "shadow_params"),
+        ({"shadow_params": []}, LayoutError, "0 tensors, expected 8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "error", "words"),
+    [(cls, *one) for cls, cases in WRONG.items() for one in cases],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    cls: str, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    case, weights = CASES[cls], parameters(31)
+    ema = case.updated(weights)
+    before = ema.state_dict()
+    with refused(error, words, ema.shadow_params):
+        ema.load_state_dict({**case.ours(parameters(32), 0.5).state_dict(), **change})
+    assert {**ema.state_dict(), "shadow_params": 0} == {**before, "shadow_params": 0}
+
+
+@LISTS
+def test_a_state_of_another_model_is_refused_by_place(case: Case) -> None:
+    weights, other = parameters(29), parameters(29)
+    other[4] = nn.Parameter(torch.ones(1, 1, 32))
+    other[5] = nn.Parameter(torch.ones(257, dtype=torch.int32), requires_grad=False)
+    ema = case.ours(weights, 0.9)
+    for words in (
+        r"number 4 has shape \[1, 1, 32\], expected \[1, 1, 33",
+        r"number 5 is torch\.int32, expected torch\.float32",
+    ):
+        with refused(LayoutError, words, ema.shadow_params):
+            ema.load_state_dict(case.ours(other, 0.9).state_dict())
+        other[4] = weights[4]
+
+
+# -- the average in the model ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])
+@LISTS
+def test_store_copy_to_restore_do_what_theirs_do(case: Case, narrow: torch.dtype | None) -> None:
+    weights = parameters(33)
+    pair = [cls(weights, 0.7) for cls in (case.ours, case.theirs)]
+    trained(weights, numbers(34))
+    raw, versions = values(weights), [weight._version for weight in weights]
+    held = []
+    for ema in pair:
+        if narrow is not None:
+            ema.to(dtype=narrow)
+        ema.store(iter(weights))
+        assert same(getattr(ema, case.stored), raw)
+        ema.copy_to(iter(weights))
+        held.append(values(weights))
+        ema.restore(iter(weights))
+        assert same(weights, raw)
+        if case.keeps:
+            assert same(getattr(ema, case.stored), raw)
+        else:
+            assert getattr(ema, case.stored) is None
+            with pytest.raises((StateError, RuntimeError), match="store"):
+                ema.restore(weights)
+    assert same(*held)
+    assert same(held[0], [average.float() for average in pair[0].shadow_params])
+    # As theirs: a graph that needs the weights is right when they are back.
+    assert [weight._version for weight in weights] == versions
+
+
+@LISTS
+def test_a_second_store_does_not_lose_the_weights(case: Case) -> None:
+    weights = parameters(35)
+    ema, theirs = case.ours(weights, 0.9), case.theirs(weights, 0.9)
+    trained(weights, numbers(36))
+    raw = values(weights)
+    theirs.store(weights)
+    theirs.copy_to(weights)
+    theirs.store(weights)
+    theirs.restore(weights)
+    assert not same(weights, raw)  # theirs has lost them
+    write_into(weights, raw)
+
+    ema.store(weights)
+    ema.store(weights)  # nothing is lost by that
+    ema.copy_to(weights)
+    for given in (weights, parameters(36)):
+        with pytest.raises(StateError, match="restore"):
+            ema.store(given)
+    ema.restore(weights)
+    assert same(weights, raw)
+    ema.store(weights)
+    ema.restore(weights)
+    ema.copy_to(weights)  # for good, by now
+    ema.store(weights)
+
+
+@LISTS
+def test_stored_weights_can_be_given_up(case: Case) -> None:
+    weights, others = parameters(37), parameters(38)
+    ema = case.ours(weights, 0.9)
+    ema.store(weights)
+    ema.copy_to(others)
+    ema.store(weights)  # these were not overwritten
+    ema.copy_to(weights)
+    setattr(ema, case.stored, None)
+    ema.store(weights)
+    assert same(getattr(ema, case.stored), ema.shadow_params)
+
+
+@LISTS
+def test_restore_into_other_shapes_keeps_what_was_stored(case: Case) -> None:
+    weights, others = parameters(38), parameters(38)
+    ema = case.ours(weights, 0.9)
+    ema.store(weights)
+    others[6] = nn.Parameter(torch.zeros(6, 4))
+    words = "7 parameters were given" if case.keeps else r"given 7 parameters, store\(\) 8: give"
+    for given, message in (
+        (others, r"number 6 has shape \[6, 4\], expected \[4, 6\]"),
+        (others[:-1], words),
+    ):
+        with refused(LayoutError, message, others):
+            ema.restore(given)
+    trained(weights, numbers(39))
+    ema.restore(weights)
+    assert same(weights, ema.shadow_params)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (torch.ones(257, device="meta"), BridgeError),
+        (torch.ones(1).expand(257), LayoutError),
+        (torch.ones(257, dtype=torch.complex64), DTypeError),
+    ],
+)
+@LISTS
+def test_the_last_of_a_list_is_looked_at_before_the_first_is_written(
+    case: Case, wrong: torch.Tensor, error: type[FastemaError]
+) -> None:
+    weights = [*parameters(73), nn.Parameter(torch.ones(257))]
+    ema, others = case.ours(weights, 0.9), [*parameters(74), wrong]
+    ema.store(weights)
+    for call in (ema.copy_to, ema.restore):
+        with refused(error, "8", others[:-1]):
+            call(others)
