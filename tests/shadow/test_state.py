@@ -184,14 +184,6 @@ def test_a_windowed_mean_goes_on_as_its_ring_was_filled() -> None:
     assert all_of(second) == before
 
 
-def test_the_same_schedule_is_loaded_in_silence() -> None:
-    saved = through_a_file(trained(5, decay=0.5, seed=3).state_dict())
-    ema = fastema.EMA(net(4), 0.5, seed=8)
-    with silence():
-        ema.load_state_dict(saved)
-    assert ema.state_dict()["seed"] == 3
-
-
 @pytest.mark.parametrize("schedule", ["own", None, True])
 def test_whose_schedule_is_one_of_two_words(schedule: Any) -> None:
     ema = trained(5)
@@ -216,18 +208,6 @@ def test_the_saved_rounding_goes_on(rounding: Any) -> None:
     train_(second_model, range(5, 10), second)
     assert all_of(second) == all_of(whole)
     assert second.to(torch.float32).to(torch.bfloat16).state_dict()["rounding"] == rounding
-
-
-def test_saved_while_applied_it_never_holds_raw_weights() -> None:
-    for shadow_dtype in ("float32", "bfloat16", "float64"):
-        ema = trained(3, torch.bfloat16, shadow_dtype=shadow_dtype)
-        before = through_a_file(ema.state_dict())
-        with ema.swapped():
-            during = through_a_file(ema.state_dict())
-        assert_same(snapshot(during["shadow"][0]), snapshot(before["shadow"][0]))
-        assert {k: v for k, v in during.items() if k != "shadow"} == {
-            k: v for k, v in before.items() if k != "shadow"
-        }
 
 
 def test_state_is_plain() -> None:
@@ -291,20 +271,6 @@ def test_dtype_of_the_average_is_kept(dtype: torch.dtype) -> None:
     wrong.to(dtype=dtype)
     wrong.load_state_dict(state)
     assert_same(snapshot(dict(wrong.shadow)), snapshot(dict(ema.shadow)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_loading_what_was_saved_before_takes_all_of_it_back(kind: str) -> None:
-    average = trained_kind(kind, seed=11)
-    before = all_of(average)
-    saved = average.state_dict()
-    model = net(7)
-    for _ in range(5):
-        refresh_(model, 8)
-        average.update(model)
-    assert all_of(average) != before
-    average.load_state_dict(saved)
-    assert all_of(average) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
