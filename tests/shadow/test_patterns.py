@@ -69,23 +69,17 @@ def test_frozen_weights_that_no_pattern_names_stay_frozen() -> None:
         ema.update()
 
 
-WRONG: list[tuple[Any, type[Exception], str]] = [
-    (
-        {"*.bias": "copy", "expert": "average"},
-        ArgumentError,
-        r"(?s)no name matches.*'expert'.*'text\.weight'",
-    ),
-    ({"table": "average"}, ArgumentError, "never averaged"),
-    ({"*": "mean"}, ArgumentError, r"policy\['\*'\]='mean'"),
-    ("average", ArgumentError, "expected patterns"),
-    ({"*": "skip"}, LayoutError, "nothing to average"),
-]
-
-
-@pytest.mark.parametrize(("policy", "error", "said"), WRONG)
-def test_wrong_patterns_are_refused(policy: Any, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
-        fastema.EMA(Model(), policy=policy)
+def test_wrong_patterns_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)no name matches.*'expert'.*'text\.weight'"):
+        fastema.EMA(Model(), policy={"*.bias": "copy", "expert": "average"})
+    with pytest.raises(ArgumentError, match="never averaged"):
+        fastema.EMA(Model(), policy={"table": "average"})
+    with pytest.raises(ArgumentError, match=r"policy\['\*'\]='mean'"):
+        fastema.EMA(Model(), policy={"*": "mean"})  # type: ignore[dict-item]
+    with pytest.raises(ArgumentError, match="expected patterns"):
+        fastema.EMA(Model(), policy="average")  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="nothing to average"):
+        fastema.EMA(Model(), policy={"*": "skip"})
 
 
 def test_modules_in_a_list_are_one_model() -> None:
