@@ -229,6 +229,9 @@ def test_a_new_list_of_the_same_parameters_is_the_same_weights() -> None:
     ema.update(model.parameters())
     for i, (before, p) in enumerate(zip(old, model.parameters(), strict=True)):
         torch.testing.assert_close(ema.shadow[str(i)], before.lerp(p.detach(), 0.5))
+    half = {name: tensor / 2 for name, tensor in ema.shadow.items()}
+    ema.update([torch.zeros_like(p) for p in model.parameters()])  # and of others is not
+    assert_bits(dict(ema.shadow), snapshot(half))
 
 
 def test_two_entries_of_one_name() -> None:

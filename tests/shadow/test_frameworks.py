@@ -13,7 +13,7 @@ from fastema.errors import NonFiniteError, StateError
 
 from .frameworks import FLOATS, FRAMEWORKS, Framework, using, values
 from .snapshots import check_snapshots
-from .truth import Loop, arithmetic_of
+from .truth import Loop, Loops, arithmetic_of
 
 NEEDS = ("ml_dtypes",)
 
@@ -33,19 +33,18 @@ def test_equals_a_float64_loop(framework: Framework, weights: str) -> None:
         held = framework.made(values(0, FLOATS[weights]))
         ema = fastema.EMA(held, DECAY, shadow_dtype=FLOATS[stored])
         random, arithmetic = stored in ("f16", "bf16"), arithmetic_of(weights, stored)
-        loops = {n: Loop(x, stored, arithmetic, random) for n, x in framework.wide(held).items()}
+        loops = Loops(framework.wide(held), stored, arithmetic, random)
         for n in range(1, 41):
             given = framework.train(held, values(n, FLOATS[weights]))
             before = framework.bits(held)
             ema.update(*given)
             assert framework.bits(held) == before
-            for name, x in framework.wide(held).items():
-                loops[name].step(x, 1 - DECAY)
-        assert set(ema.shadow) == set(loops)
-        for name, loop in loops.items():
-            assert isinstance(ema.shadow[name], framework.kind)
-            assert ema.shadow[name].dtype == FLOATS[stored]
-            loop.check(framework.wide(ema.shadow)[name], name)
+            loops.step(framework.wide(held), 1 - DECAY)
+        assert set(ema.shadow) == set(held)
+        for one in ema.shadow.values():
+            assert isinstance(one, framework.kind)
+            assert one.dtype == FLOATS[stored]
+        loops.check(framework.wide(ema.shadow))
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])

@@ -29,7 +29,7 @@ from fastema.errors import (
 from ..support.jax_layouts import in_order
 from ..support.peak import forget_peak, peak
 from .frameworks import DTYPES, patterns, using, values
-from .truth import Loop
+from .truth import Loop, Loops
 
 NEEDS = ("ml_dtypes",)
 
@@ -320,13 +320,11 @@ def test_update_without_the_new_tree_is_refused_and_counts_nothing(kind: str) ->
 
 def test_a_tree_that_is_given_again_is_averaged_again() -> None:
     ema, tree = fastema.EMA(params(0), DECAY), params(1)
-    loops = {n: Loop(x, "f32", "f32") for n, x in wide(params(0)).items()}
+    loops = Loops(wide(params(0)), "f32", "f32")
     for _ in range(4):
         ema.update(tree)
-        for name, x in wide(tree).items():
-            loops[name].step(x, 1 - DECAY)
-    for name, loop in loops.items():
-        loop.check(np.asarray(ema.shadow[name]).astype(np.float64), name)
+        loops.step(wide(tree), 1 - DECAY)
+    loops.check(ema.shadow)
 
 
 class Network:

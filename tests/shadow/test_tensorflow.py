@@ -21,7 +21,7 @@ from fastema.errors import BridgeError, CheckpointError, LayoutError
 from ..support.peak import forget_peak, peak
 from ..support.requirements import require_packages
 from .frameworks import DTYPES, TensorFlow, patterns, values
-from .truth import Loop
+from .truth import Loops
 
 NEEDS = ("ml_dtypes",)
 
@@ -120,7 +120,7 @@ def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None
     weights = {name: tf.Variable(values(0)[name]) for name in "abe"}
     source = tf.constant(values(7)["a"])
     ema = fastema.EMA(weights, 0.5)
-    loops = {n: Loop(x, "f32", "f32") for n, x in wide(weights).items()}
+    loops = Loops(wide(weights), "f32", "f32")
     for n, step in enumerate(steps):
         if step == "assign":
             for name, one in weights.items():
@@ -144,11 +144,9 @@ def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None
         if step in ("update", "tape"):
             if step == "update":
                 ema.update()
-            for name, x in wide(weights).items():
-                loops[name].step(x, 0.5)
+            loops.step(wide(weights), 0.5)
         assert all(tensor.numpy().tobytes() == was for tensor, was in held)
-    for name, loop in loops.items():
-        loop.check(wide(ema.shadow)[name], name)
+    loops.check(wide(ema.shadow))
 
 
 def test_the_tape_still_knows_the_values_of_the_forward_pass() -> None:
@@ -464,17 +462,14 @@ def test_a_state_may_hold_tensors_and_variables() -> None:
 def test_several_averages_in_one_pass() -> None:
     weights = variables(0)
     ema = fastema.EMA(weights, (0.5, 0.9))
-    loops = [{n: Loop(x, "f32", "f32") for n, x in wide(weights).items()} for _ in range(2)]
+    loops = [Loops(wide(weights), "f32", "f32") for _ in range(2)]
     for n in range(1, 5):
         assign(weights, n)
-        new = wide(weights)
         ema.update()
         for decay, of in zip((0.5, 0.9), loops, strict=True):
-            for name, loop in of.items():
-                loop.step(new[name], 1 - decay)
+            of.step(wide(weights), 1 - decay)
     raw = bits(weights)
     for which in range(2):
         with ema.swapped(which=which):
-            for name, loop in loops[which].items():
-                loop.check(weights[name].numpy(), name)
+            loops[which].check(wide(weights))
         assert bits(weights) == raw

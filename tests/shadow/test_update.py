@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from fastema import rules
 from fastema.errors import ArgumentError, FastemaError, LayoutError
 
 from .kinds import KINDS, all_of, last, unchanged, which
-from .truth import Loop
+from .truth import Loops
 from .weights import (
     Net,
     assert_average,
@@ -46,21 +47,8 @@ SCHEDULES = {
 WINDOW = {"decay": rules.window(3)}
 
 
-def loops_of(model: Net) -> dict[str, Loop]:
-    return {
-        name: Loop(parameter.detach().numpy(), "f32", "f32")
-        for name, parameter in model.named_parameters()
-    }
-
-
-def step(model: Net, loops: dict[str, Loop], weight: float) -> None:
-    for name, parameter in model.named_parameters():
-        loops[name].step(parameter.detach().numpy(), weight)
-
-
-def check(ema: fastema.EMA, loops: dict[str, Loop]) -> None:
-    for name, loop in loops.items():
-        loop.check(ema.shadow[name].numpy(), name)
+def arrays(model: Net) -> dict[str, np.ndarray]:
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -68,14 +56,14 @@ def test_schedule_equals_a_float64_loop(schedule: str) -> None:
     decay, formula = SCHEDULES[schedule]
     model = net()
     ema = fastema.EMA(model, decay)
-    loops = loops_of(model)
+    loops = Loops(arrays(model), "f32", "f32")
     for n in range(1, 101):
         refresh_(model, n)
         ema.update()
-        step(model, loops, 1 - formula(n))
+        loops.step(arrays(model), 1 - formula(n))
         assert ema.num_updates == n
         assert math.isclose(ema.decay, formula(n), rel_tol=1e-12, abs_tol=1e-12)
-    check(ema, loops)
+    loops.check(ema.shadow)
 
 
 @pytest.mark.parametrize("schedule", ["number", "warmup", "inverse_gamma"])
@@ -84,13 +72,13 @@ def test_update_every_takes_the_decay_to_the_kth_power(schedule: str, every: int
     decay, formula = SCHEDULES[schedule]
     model = net()
     ema = fastema.EMA(model, decay, update_every=every)
-    loops = loops_of(model)
+    loops = Loops(arrays(model), "f32", "f32")
     for n in range(1, 51):
         refresh_(model, n)
         ema.update()
         if n % every == 0:
-            step(model, loops, 1 - formula(n) ** every)
-    check(ema, loops)
+            loops.step(arrays(model), 1 - formula(n) ** every)
+    loops.check(ema.shadow)
 
 
 def test_between_updates_nothing_is_written() -> None:
@@ -108,16 +96,16 @@ def test_between_updates_nothing_is_written() -> None:
 def test_start_after_begins_the_average_there(start: int, every: int) -> None:
     model = net()
     ema = fastema.EMA(model, rules.warmup(0.9), start_after=start, update_every=every)
-    loops: dict[str, Loop] = {}
+    loops = Loops({}, "f32", "f32")
     for n in range(1, 31):
         refresh_(model, n)
         ema.update()
         m = n - start
         if m == 0:
-            loops = loops_of(model)
+            loops = Loops(arrays(model), "f32", "f32")
         elif m > 0 and m % every == 0:
-            step(model, loops, 1 - min(0.9, (1 + m) / (10 + m)) ** every)
-    check(ema, loops)
+            loops.step(arrays(model), 1 - min(0.9, (1 + m) / (10 + m)) ** every)
+    loops.check(ema.shadow)
 
 
 def read_shadow(average: Any, model: Net) -> dict[str, torch.Tensor]:
