@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import fastema
 from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError, LayoutError
 
-from .shadow.truth import Loop
+from .shadow.truth import Loops
 from .support import reference
 from .support.mixed import PAIRS, SHAPES, Arrays, bits, lerped, numbers, plain, stored, to_torch
 
@@ -222,13 +222,11 @@ def test_traced_arrays_are_refused() -> None:
 @pytest.mark.parametrize("first", MAKE)
 def test_an_average_goes_on_with_weights_of_another_framework(first: str, later: str) -> None:
     ema = fastema.EMA(made(first, numbers(0)), 0.5)
-    loops = {n: Loop(x, "f32", "f32") for n, x in numbers(0).items()}
+    loops = Loops(numbers(0), "f32", "f32")
     for seed in range(1, 5):
         ema.update(made(later if seed % 2 else first, numbers(seed)))
-        for name, loop in loops.items():
-            loop.step(numbers(seed)[name], 0.5)
-    for name, loop in loops.items():
-        loop.check(plain(ema.shadow[name]), name)
+        loops.step(numbers(seed), 0.5)
+    loops.check({name: plain(one) for name, one in ema.shadow.items()})
     target = made("torch", numbers(9))
     ema.copy_to(target)
     assert bits(target) == bits({**ema.shadow})

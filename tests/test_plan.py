@@ -152,25 +152,13 @@ def replace_data(net: Any) -> None:
         parameter.data = parameter.data * 2 + 1
 
 
-def convert(net: Any) -> None:
-    net.to(torch.bfloat16)
-
-
-def widen(net: Any) -> None:
-    net.double()
+def replace_parameter(net: Any) -> None:
+    net[1].weight = nn.Parameter(torch.randn(4, 7))
 
 
 def assign(net: Any) -> None:
     state = {name: 3 - 2 * value for name, value in net.state_dict().items()}
     net.load_state_dict(state, assign=True)
-
-
-def replace_module(net: Any) -> None:
-    net[1] = nn.Linear(7, 4)
-
-
-def replace_parameter(net: Any) -> None:
-    net[1].weight = nn.Parameter(torch.randn(4, 7))
 
 
 def other_strides(net: Any) -> None:
@@ -179,22 +167,28 @@ def other_strides(net: Any) -> None:
 
 
 def same_storage_other_strides(net: Any) -> None:
-    weight = net[1].weight
-    weight.data = weight.data.view(-1).view(7, 4).t()
+    net[1].weight.data = net[1].weight.data.view(-1).view(7, 4).t()
 
 
 def move_within_storage(net: Any) -> None:
-    weight = net[1].weight
-    weight.data = torch.cat([torch.randn(3, 7), weight.data])[2:6]
+    net[1].weight.data = torch.cat([torch.randn(3, 7), net[1].weight.data])[2:6]
 
 
-MOVES = [
-    *(replace_data, convert, widen, assign, replace_module, replace_parameter),
-    *(other_strides, same_storage_other_strides, move_within_storage),
-]
+MOVES: dict[str, Callable[[Any], object]] = {
+    "data": replace_data,
+    "bfloat16": lambda net: net.to(torch.bfloat16),
+    "double": lambda net: net.double(),
+    "assign": assign,
+    "module": lambda net: net.__setitem__(1, nn.Linear(7, 4)),
+    "parameter": replace_parameter,
+    "other strides": other_strides,
+    "same storage": same_storage_other_strides,
+    "within storage": move_within_storage,
+}
+moves = pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 
 
-@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+@moves
 def test_weights_that_moved_are_found_again(move: Callable[[Any], None]) -> None:
     net = network(5)
     avg = averages(net)
@@ -207,7 +201,7 @@ def test_weights_that_moved_are_found_again(move: Callable[[Any], None]) -> None
     assert_equal(avg, lerped(old, net, 0.25))
 
 
-@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+@moves
 def test_averages_that_moved_are_written_where_they_are(move: Callable[[Any], None]) -> None:
     net = network(6)
     weights = averages(net)
@@ -324,7 +318,7 @@ def test_random_rounding_on_request() -> None:
     assert not torch.equal(run(rounding="stochastic", seed=4), random)
 
 
-@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+@moves
 def test_random_bits_go_on_where_weights_moved(move: Callable[[Any], None]) -> None:
     net, still = network(5), network(5)
     averaged = [averages(one, torch.bfloat16) for one in (net, still)]

@@ -12,6 +12,35 @@ import pytest
 from ..support.requirements import require_packages
 
 FRAMEWORKS = ["numpy", "jax", pytest.param("tensorflow", marks=pytest.mark.tensorflow)]
+SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (2, 3, 4)}
+FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+DTYPES = [*FLOATS.values(), "complex64", "complex128"]
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name, None) or name)
+
+
+def values(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Normal numbers of some shapes: no zero among them."""
+    generator = np.random.default_rng(seed)
+    kind = dtype_of(dtype)
+    return {n: np.asarray(generator.normal(size=s)).astype(kind) for n, s in SHAPES.items()}
+
+
+def patterns(dtype: str, seed: int) -> np.ndarray:
+    """Every kind of bits: payloads of NaN, infinities, zeros of both signs, subnormals."""
+    kind = dtype_of(dtype)
+    generator = np.random.default_rng([seed, kind.itemsize])
+    found = generator.integers(0, 256, 900 * kind.itemsize, np.uint8).view(kind)
+    words = found.view(f"u{min(kind.itemsize, 8)}")
+    high = np.array(1, words.dtype) << np.array(8 * words.itemsize - 1, words.dtype)
+    words[:2] = 0, high
+    found[4:7] = np.array([np.nan, np.inf, -np.inf], np.float32).astype(kind)
+    words[8] = (words[4] if kind.kind != "c" else words[8]) ^ np.array(5, words.dtype)
+    return found
 
 
 class Framework:
@@ -37,6 +66,9 @@ class Framework:
 
     def bits(self, weights: Any) -> dict[str, bytes]:
         return {name: self.read(one).tobytes() for name, one in weights.items()}
+
+    def wide(self, weights: Any) -> dict[str, np.ndarray]:
+        return {name: self.read(one).astype(np.float64) for name, one in weights.items()}
 
     def made(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         return {name: self.make(array) for name, array in arrays.items()}

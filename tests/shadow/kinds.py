@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import fastema
 
-from .weights import Tensor, bits, net, train_
+from .weights import Tensor, assert_bits, bits, net, snapshot, train_
 
 Kind = Callable[..., Any]
 """``kind(weights, **options)`` builds an average."""
@@ -46,6 +47,10 @@ def trained_kind(kind: str, model: Any = None, updates: int = 5, **options: Any)
     return average
 
 
+PARTS = ("shadow", "residual", "ring")
+"""The lists of tensors in a state."""
+
+
 def which(average: Any) -> dict[str, int]:
     """The argument that names the last of several averages; none where there is one."""
     count = len(average.shadows)
@@ -57,19 +62,23 @@ def last(average: Any) -> dict[str, Tensor]:
     return dict(average.shadows[-1])
 
 
-def all_of(average: Any) -> dict[str, Any]:
-    """All that an average holds, bit for bit: averages, companions, rings and counters."""
+def all_of(average: Any) -> dict[Any, Any]:
+    """All that an average holds, bit for bit: averages, companions, rings, counters, schedule."""
     state = average.state_dict(copy=False)
-    found = {
-        f"{part} {i}: {name}": bits(tensor).numpy().tobytes()
-        for part in ("shadow", "residual", "ring")
-        for i, tensors in enumerate(state.get(part, ()))
+    parts = {part: state.pop(part) for part in PARTS if part in state}
+    return state | {
+        (part, i, name): (tensor.dtype, bits(tensor).numpy().tobytes())
+        for part, averages in [*parts.items(), ("shadows", average.shadows)]
+        for i, tensors in enumerate(averages)
         for name, tensor in tensors.items()
     }
-    seen = {
-        f"shadows[{i}]: {name}": bits(tensor).numpy().tobytes()
-        for i, shadow in enumerate(average.shadows)
-        for name, tensor in shadow.items()
-    }
-    counters = {key: state[key] for key in ("kind", "num_updates", "num_skipped", "seed")}
-    return {**found, **seen, **counters}
+
+
+@contextmanager
+def unchanged(weights: Any, *averages: Any) -> Iterator[None]:
+    """A block after which weights and averages are what they were, to the bit."""
+    raw, held = snapshot(weights), [all_of(one) for one in averages]
+    yield
+    assert_bits(weights, raw)
+    assert [all_of(one) for one in averages] == held
+    assert not any(one.applied for one in averages)

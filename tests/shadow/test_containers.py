@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import fastema
 from fastema.errors import BridgeError, LayoutError
 
-from .kinds import KINDS, VARIED, all_of, which
+from .kinds import KINDS, PARTS, VARIED, all_of, unchanged, which
 from .weights import (
     FLOATS,
     Net,
@@ -94,10 +95,9 @@ def test_wrappers_do_not_matter(built: str, used: str) -> None:
     plain = dict(zip(values(Net()), values(second).values(), strict=True))
     ema.update(second)
     assert_average(ema, old, plain, 0.5)
-    raw, average = snapshot(second), snapshot(dict(ema.shadow))
-    with ema.swapped(second):
+    average = snapshot(dict(ema.shadow))
+    with unchanged(second, ema), ema.swapped(second):
         assert same_values(second, average)
-    assert_bits(second, raw)
     resumed = fastema.EMA(second, 0.5)
     resumed.load_state_dict(ema.state_dict())
     assert_bits(dict(resumed.shadow), average)
@@ -110,34 +110,30 @@ def test_a_child_called_module_beside_others_keeps_its_name() -> None:
     model["head"].requires_grad_(False)
     ema = fastema.EMA(model, 0.5)
     assert list(ema.shadow) == ["module.weight", "module.bias"]
-    state = ema.state_dict()
-    refresh_(model, 1)
-    ema.update()
-    ema.load_state_dict(state)
+    with unchanged({}, ema):
+        state = ema.state_dict()
+        refresh_(model, 1)
+        ema.update()
+        ema.load_state_dict(state)
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        {"module.a": 0, "module.b": 0},
-        {"module": {"a": 0, "b": 0}},
-        {"_orig_mod.a": 0, "a": 0},
-        {"": 0, "b": 0},
-        {"a.b": 0, "a": {"c": 0}},
-        {1: 0, 2: 0},
-    ],
-    ids=str,
-)
-def test_names_of_a_dict_load_as_they_were_saved(weights: dict[object, object]) -> None:
-    def filled(tree: object) -> object:
+NAMED: list[dict[Any, Any]] = [
+    *({"module.a": 0, "module.b": 0}, {"module": {"a": 0, "b": 0}}, {"_orig_mod.a": 0, "a": 0}),
+    *({"": 0, "b": 0}, {"a.b": 0, "a": {"c": 0}}, {1: 0, 2: 0}),
+]
+
+
+@pytest.mark.parametrize("weights", NAMED, ids=str)
+def test_names_of_a_dict_load_as_they_were_saved(weights: dict[Any, Any]) -> None:
+    def filled(tree: Any) -> Any:
         if isinstance(tree, dict):
             return {key: filled(value) for key, value in tree.items()}
         return torch.randn(3)
 
-    ema = fastema.EMA(filled(weights), 0.5)
-    average = snapshot(dict(ema.shadow))
-    ema.load_state_dict(ema.state_dict())
-    assert_bits(dict(ema.shadow), average)
+    made = filled(weights)
+    ema = fastema.EMA(made, 0.5)
+    with unchanged({}, ema):
+        ema.load_state_dict(ema.state_dict())
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -177,27 +173,18 @@ def test_containers(container: str) -> None:
         pass
 
 
-def replace_in(weights: object, key: object) -> None:
-    weights[key] = torch.full_like(weights[key], 3.0)
-
-
-# A container and what replaces its first tensor, of ones, by one of threes.
+THREES = torch.full((4,), 3.0)
+# A container, and what replaces its first tensor, of ones, by one of threes.
 REPLACEMENTS = {
-    "dict": (lambda w: {"a": w}, lambda c: replace_in(c, "a")),
-    "list": (lambda w: [w], lambda c: replace_in(c, 0)),
-    "mapping": (lambda w: UserDict(a=w), lambda c: replace_in(c, "a")),
-    "dict in a dict": (lambda w: {"a": {"b": w}}, lambda c: replace_in(c["a"], "b")),
-    "whole dict in a dict": (
-        lambda w: {"a": {"b": w}},
-        lambda c: c.update(a={"b": torch.full((4,), 3.0)}),
-    ),
-    "list in a dict": (lambda w: {"a": [w]}, lambda c: replace_in(c["a"], 0)),
-    "whole list in a dict": (
-        lambda w: {"a": [w]},
-        lambda c: c.update(a=[torch.full((4,), 3.0)]),
-    ),
-    "dict in a list": (lambda w: [{"a": w}], lambda c: replace_in(c[0], "a")),
-    "list in a tuple": (lambda w: ([w],), lambda c: replace_in(c[0], 0)),
+    "dict": (lambda w: {"a": w}, lambda c: c.update(a=THREES)),
+    "list": (lambda w: [w], lambda c: c.__setitem__(0, THREES)),
+    "mapping": (lambda w: UserDict(a=w), lambda c: c.update(a=THREES)),
+    "dict in a dict": (lambda w: {"a": {"b": w}}, lambda c: c["a"].update(b=THREES)),
+    "whole dict in a dict": (lambda w: {"a": {"b": w}}, lambda c: c.update(a={"b": THREES})),
+    "list in a dict": (lambda w: {"a": [w]}, lambda c: c["a"].__setitem__(0, THREES)),
+    "whole list in a dict": (lambda w: {"a": [w]}, lambda c: c.update(a=[THREES])),
+    "dict in a list": (lambda w: [{"a": w}], lambda c: c[0].update(a=THREES)),
+    "list in a tuple": (lambda w: ([w],), lambda c: c[0].__setitem__(0, THREES)),
 }
 
 
@@ -216,16 +203,15 @@ def test_replaced_entries_are_followed(kind: str, explicit: bool) -> None:
     torch.testing.assert_close(average, torch.full((4,), 2.0))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda c: c.append(torch.ones(2)),
-        lambda c: c.pop(),
-        lambda c: c.clear(),
-        lambda c: c.__setitem__(0, torch.ones(5)),
-    ],
-    ids=["append", "pop", "clear", "reshape"],
-)
+LISTS = {
+    "append": lambda c: c.append(torch.ones(2)),
+    "pop": lambda c: c.pop(),
+    "clear": lambda c: c.clear(),
+    "reshape": lambda c: c.__setitem__(0, torch.ones(5)),
+}
+
+
+@pytest.mark.parametrize("change", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("explicit", [False, True])
 def test_lists_that_changed_are_refused(change: Callable[[object], None], explicit: bool) -> None:
     container = [torch.ones(4), torch.ones(3)]
@@ -243,6 +229,9 @@ def test_a_new_list_of_the_same_parameters_is_the_same_weights() -> None:
     ema.update(model.parameters())
     for i, (before, p) in enumerate(zip(old, model.parameters(), strict=True)):
         torch.testing.assert_close(ema.shadow[str(i)], before.lerp(p.detach(), 0.5))
+    half = {name: tensor / 2 for name, tensor in ema.shadow.items()}
+    ema.update([torch.zeros_like(p) for p in model.parameters()])  # and of others is not
+    assert_bits(dict(ema.shadow), snapshot(half))
 
 
 def test_two_entries_of_one_name() -> None:
@@ -273,13 +262,21 @@ LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
 }
 
 
+def laid_out(layout: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, the memory that they lie in, and where in it they do not."""
+    weights = LAYOUTS[layout](dtype)
+    whole = weights if weights._base is None else weights._base
+    inside = torch.zeros(whole.shape, dtype=torch.bool)
+    inside.as_strided(weights.shape, weights.stride(), weights.storage_offset()).fill_(True)
+    refresh_([whole], 0)
+    return weights, whole, ~inside
+
+
 @pytest.mark.parametrize("dtypes", [("f32", "f32"), ("bf16", "f32"), ("f16", "f64")], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, dtypes: tuple[str, str]) -> None:
     """The right elements are averaged and swapped, and nothing around them is touched."""
-    weights = LAYOUTS[layout](FLOATS[dtypes[0]])
-    whole = weights if weights._base is None else weights._base
-    refresh_([whole], 0)
+    weights, whole, outside = laid_out(layout, FLOATS[dtypes[0]])
     ema = fastema.EMA({"w": weights}, 0.5, shadow_dtype=FLOATS[dtypes[1]])
     old = values({"w": weights})
     refresh_([whole], 1)
@@ -288,25 +285,17 @@ def test_layouts(layout: str, dtypes: tuple[str, str]) -> None:
     assert ema.shadow["w"].shape == weights.shape
     assert_average(ema, old, {"w": weights}, 0.5)
     assert torch.equal(bits(whole), raw)
-    inside = torch.zeros(whole.shape, dtype=torch.bool)
-    inside.as_strided(weights.shape, weights.stride(), weights.storage_offset()).fill_(True)
-    outside = whole[~inside].clone()
-    expected = ema.shadow["w"].to(weights.dtype, copy=True)
-    with ema.swapped():
+    around, expected = bits(whole[outside]), ema.shadow["w"].to(weights.dtype, copy=True)
+    with unchanged([whole], ema), ema.swapped():
         torch.testing.assert_close(weights, expected)
-        assert torch.equal(bits(whole[~inside]), bits(outside))
-    assert torch.equal(bits(whole), raw)
+        assert torch.equal(bits(whole[outside]), around)
 
 
 @pytest.mark.parametrize("kind", VARIED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_every_kind(layout: str, kind: str) -> None:
     """As of weights that lie one after the other; nothing around them is touched."""
-    weights = LAYOUTS[layout](torch.float32)
-    whole = weights if weights._base is None else weights._base
-    inside = torch.zeros(whole.shape, dtype=torch.bool)
-    inside.as_strided(weights.shape, weights.stride(), weights.storage_offset()).fill_(True)
-    refresh_([whole], 0)
+    weights, whole, outside = laid_out(layout, torch.float32)
     plain = weights.clone(memory_format=torch.contiguous_format)
     # Random bits belong to places in memory.
     options = {"rounding": "nearest"} if kind == "random" else {}
@@ -314,24 +303,21 @@ def test_layouts_of_every_kind(layout: str, kind: str) -> None:
     for n in range(1, 8):
         refresh_([whole], n)
         plain.copy_(weights)
-        raw = bits(whole)
-        average.update()
+        with unchanged([whole]):
+            average.update()
         twin.update()
-        assert torch.equal(bits(whole), raw)
-        outside = bits(whole[~inside])
-        with average.swapped(**which(average)), twin.swapped(**which(twin)):
+        around = bits(whole[outside])
+        both = average.swapped(**which(average)), twin.swapped(**which(twin))
+        with unchanged([whole], average), both[0], both[1]:
             # When a mean is computed afresh depends on the layout: it may be off by a last place.
             torch.testing.assert_close(weights, plain, rtol=2.0**-23, atol=2.0**-24)
             if kind != "SMA":
                 assert torch.equal(weights, plain)
-            assert torch.equal(bits(whole[~inside]), outside)
-        assert torch.equal(bits(whole), raw)
-    for part in ("shadow", "residual", "ring"):
-        if kind != "SMA" or part == "ring":
-            for one, other in zip(
-                average.state_dict().get(part, ()), twin.state_dict().get(part, ()), strict=True
-            ):
-                assert_bits(one, snapshot(other))
+            assert torch.equal(bits(whole[outside]), around)
+    found, want = average.state_dict(), twin.state_dict()
+    for part in PARTS if kind != "SMA" else ["ring"]:
+        for one, other in zip(found.get(part, ()), want.get(part, ()), strict=True):
+            assert_bits(one, snapshot(other))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -342,11 +328,10 @@ def test_fused_projection_as_three_parameters(axis: int) -> None:
     old = fused.clone()
     ema = fastema.EMA(model, 0.5)
     fused.add_(1)
-    raw = bits(fused)
-    ema.update()
-    with ema.swapped():
-        torch.testing.assert_close(fused, old + 0.5)
-    assert torch.equal(bits(fused), raw)
+    with unchanged([fused]):
+        ema.update()
+        with ema.swapped():
+            torch.testing.assert_close(fused, old + 0.5)
 
 
 def test_dense_averages_keep_the_order_of_axes() -> None:

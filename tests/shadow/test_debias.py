@@ -79,38 +79,6 @@ def test_nothing_is_left_of_the_beginning() -> None:
     np.testing.assert_allclose(averages[0], 3.0, rtol=1e-3)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_several(count: int) -> None:
-    x = np.random.default_rng(0).normal(size=50)
-    decays = (0.9, 0.99, rules.warmup(0.999))[:count]
-    ema = fastema.EMA([x], decays, zero_debias=True)
-    alone = [fastema.EMA([x], decay, zero_debias=True) for decay in decays]
-    for step in range(1, 30):
-        x[:] = weights_at(step, float)[:50]
-        for one in (ema, *alone):
-            one.update()
-    for shadow, one in zip(ema.shadows, alone, strict=True):
-        np.testing.assert_array_equal(shadow["0"], one.shadow["0"])
-
-
-def test_a_resumed_run_goes_on_with_the_share_it_had() -> None:
-    x = np.ones(30)
-    ema = fastema.EMA([x], rules.warmup(0.999), zero_debias=True)
-    for step in range(1, 40):
-        x[:] = weights_at(step, float)[:30]
-        ema.update()
-        if step == 20:
-            state = ema.state_dict()
-    y = np.ones(30)
-    resumed = fastema.EMA([y], 0.5)
-    resumed.load_state_dict(state)
-    for step in range(21, 40):
-        y[:] = weights_at(step, float)[:30]
-        resumed.update()
-    np.testing.assert_array_equal(resumed.shadow["0"], ema.shadow["0"])
-    assert math.isclose(resumed.decay, ema.decay)
-
-
 MIXED = {
     "constant": rules.constant(0.9),
     "slow": rules.constant(0.999999),
@@ -183,6 +151,7 @@ def test_a_run_of_mixed_steps_resumes_to_the_bit(rule: str) -> None:
         for call in range(at + 1, len(cuts)):
             y[:] = weights_at(call, np.float64)
             resumed.update(steps=cuts[call])
+        assert resumed.decay == ema.decay
         for one, other in zip(resumed.shadows, ema.shadows, strict=True):
             np.testing.assert_array_equal(one["0"], other["0"])
         assert plain(resumed.state_dict()) == plain(states[-1])
@@ -202,22 +171,12 @@ def test_a_state_holds_the_share_only_where_it_is_needed() -> None:
     assert mixed.state_dict()["log_decays"] == [-64.0, pytest.approx(4 * math.log(0.9))]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        None,
-        [],
-        [-1.0, -1.0],
-        [0.5],
-        [-65.0],
-        [math.nan],
-        ["-1"],
-        [True],
-        -1.0,
-        np.array([-1.0]),
-    ],
-    ids=repr,
-)
+DAMAGED: list[Any] = [
+    *(None, [], [-1.0, -1.0], [0.5], [-65.0], [math.nan], ["-1"], [True], -1.0, np.array([-1.0])),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=repr)
 def test_a_state_without_a_valid_share_is_refused(damage: Any) -> None:
     x = weights_at(0, np.float32)
     ema = fastema.EMA([x], 0.9, zero_debias=True)

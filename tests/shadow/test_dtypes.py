@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, DTypeError, LayoutError
+from fastema.errors import ArgumentError, DTypeError
 
 from .kinds import KINDS, all_of, three
 from .truth import Loop, arithmetic_of
@@ -27,12 +27,17 @@ def real(tensor: torch.Tensor) -> np.ndarray:
     return parts.detach().double().numpy()
 
 
-def run_pair(
-    weights: torch.dtype, stored: torch.dtype, code: str, arithmetic: str, rounding: str | None
-) -> None:
-    params = [torch.empty(shape, dtype=weights) for shape in SHAPES]
+KEPT = [(w, s, r) for w in FLOATS for s in FLOATS for r in (None, "nearest")]
+KEPT += [(w, s, None) for w in COMPLEX for s in COMPLEX]
+
+
+@pytest.mark.parametrize(("weights", "stored", "rounding"), KEPT)
+def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) -> None:
+    dtypes, code = {**FLOATS, **COMPLEX}, REAL_PART.get(stored, stored)
+    params = [torch.empty(shape, dtype=dtypes[weights]) for shape in SHAPES]
     refresh_(params, 0)
-    ema = fastema.EMA(params, DECAY, shadow_dtype=stored, rounding=rounding)
+    ema = fastema.EMA(params, DECAY, shadow_dtype=dtypes[stored], rounding=rounding)
+    arithmetic = arithmetic_of(REAL_PART.get(weights, weights), code)
     random = code in NARROW and rounding != "nearest"
     loops = [Loop(real(p), code, arithmetic, random) for p in params]
     for n in range(1, UPDATES + 1):
@@ -42,24 +47,8 @@ def run_pair(
             loop.step(real(p), 1 - DECAY)
     assert ema.num_updates == UPDATES
     for name, loop in zip(ema.shadow, loops, strict=True):
-        assert ema.shadow[name].dtype == stored
+        assert ema.shadow[name].dtype == dtypes[stored]
         loop.check(real(ema.shadow[name]), name)
-
-
-@pytest.mark.parametrize("rounding", [None, "nearest"])
-@pytest.mark.parametrize("stored", FLOATS)
-@pytest.mark.parametrize("weights", FLOATS)
-def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) -> None:
-    arithmetic = arithmetic_of(weights, stored)
-    run_pair(FLOATS[weights], FLOATS[stored], stored, arithmetic, rounding)
-
-
-@pytest.mark.parametrize("stored", COMPLEX)
-@pytest.mark.parametrize("weights", COMPLEX)
-def test_complex_equals_a_float64_loop(weights: str, stored: str) -> None:
-    code = REAL_PART[stored]
-    arithmetic = arithmetic_of(REAL_PART[weights], code)
-    run_pair(COMPLEX[weights], COMPLEX[stored], code, arithmetic, None)
 
 
 @pytest.mark.parametrize("name", ["float32", "f32", torch.float32])
@@ -101,11 +90,10 @@ def test_one_average_of_many_dtypes() -> None:
     assert torch.equal(ema.shadow["count"], params["count"])
 
 
-SIGNED = [torch.int8, torch.int16, torch.int32, torch.int64]
-UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool]
+WHOLE = [torch.bool, *(getattr(torch, f"{u}int{n}") for u in ("", "u") for n in (8, 16, 32, 64))]
 
 
-@pytest.mark.parametrize("dtype", [*SIGNED, *UNSIGNED])
+@pytest.mark.parametrize("dtype", WHOLE)
 def test_integers_and_booleans_are_copied_exactly(dtype: torch.dtype) -> None:
     params = {"w": torch.randn(5), "n": torch.randint(0, 2, (333,)).to(dtype)}
     ema = fastema.EMA(params, 0.999, shadow_dtype=torch.float64)
@@ -129,11 +117,6 @@ def test_half_average_of_complex_weights_is_refused_by_name() -> None:
         fastema.EMA(params, shadow_dtype=torch.bfloat16)
 
 
-def test_only_integers_is_nothing_to_average() -> None:
-    with pytest.raises(LayoutError, match="nothing to average"):
-        fastema.EMA([torch.arange(4)])
-
-
 def test_to_nearest_a_narrow_average_moves_as_long_as_updates_round_to_something() -> None:
     x = torch.full((100,), 1.0, dtype=torch.bfloat16)
     ema = fastema.EMA([x], 0.9, rounding="nearest")
@@ -155,18 +138,14 @@ def test_by_random_bits_a_narrow_average_never_stops(dtype: torch.dtype, kind: s
     build = (
         fastema.PowerEMA if kind == "PowerEMA" else lambda w, **o: fastema.EMA(w, decays[kind], **o)
     )
-    narrow, wide = build([x]), build([exact])
-    stalled = build([x], rounding="nearest")
-    if kind == "PowerEMA":  # its first updates take most of the weights over
-        for _ in range(100):
+    narrow, wide, stalled = build([x]), build([exact]), build([x], rounding="nearest")
+    # The first updates of a power average take most of the weights over.
+    for value, count_of in ((1.0, 100 if kind == "PowerEMA" else 0), (1.0625, updates)):
+        x.fill_(value)
+        exact.fill_(value)
+        for _ in range(count_of):
             for one in (narrow, wide, stalled):
                 one.update()
-    x.fill_(1.0625)
-    exact.fill_(1.0625)
-    for _ in range(updates):
-        narrow.update()
-        wide.update()
-        stalled.update()
     last_place = torch.finfo(dtype).eps
     # Each update leaves a variance of a quarter of the last place squared at most.
     room = 6 * (updates / count) ** 0.5 * last_place / 2
@@ -304,18 +283,18 @@ def test_a_windowed_mean_keeps_its_dtype() -> None:
         refresh_(model, n)
         average.update()
         twin.update()
-        with pytest.raises(ArgumentError, match="window"):
+        with pytest.raises(ArgumentError, match=r"window"):
             average.to(dtype=torch.float64)
         assert all_of(average) == all_of(twin)
 
 
 def test_what_cannot_be_in_two_halves_is_refused() -> None:
     weights = {"fine": torch.randn(3), "phase": torch.randn(3, dtype=torch.complex64)}
-    with pytest.raises(DTypeError, match="phase"):
+    with pytest.raises(DTypeError, match=r"phase: .*c64 weights cannot be in two halves"):
         fastema.EMA(weights, shadow_dtype="bf16+16")
-    with pytest.raises(DTypeError, match="windowed"):
+    with pytest.raises(DTypeError, match=r"windowed.*halves"):
         fastema.SMA(net(), shadow_dtype="bf16+16")
     ema = fastema.EMA(weights)
-    with pytest.raises(DTypeError, match="c64"):
+    with pytest.raises(DTypeError, match=r"c64.*halves"):
         ema.to(dtype="bf16+16")
     ema.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,19 +12,16 @@ import fastema
 from fastema import rules
 from fastema.errors import ArgumentError, CheckpointError
 
-from .kinds import all_of
+from .kinds import all_of, unchanged
 from .stored import Specified, same, stored
-from .weights import BUFFERS, assert_bits, net, refresh_, snapshot, train_
+from .weights import BUFFERS, net, refresh_, train_
 
 pytestmark = pytest.mark.torch
 
 DECAYS = (0.9, 0.99, 0.5)
 MIXED = (
-    0.9,
-    rules.cumulative_mean(),
-    rules.power(0.1),
-    rules.warmup(0.99),
-    rules.debiased(rules.constant(0.95)),
+    *(0.9, rules.cumulative_mean(), rules.power(0.1), rules.warmup(0.99)),
+    *(rules.debiased(rules.constant(0.95)), rules.debiased(rules.warmup(0.999))),
 )
 
 
@@ -109,37 +107,30 @@ def test_one_is_applied_and_the_others_stay(which: int, dtype: torch.dtype) -> N
     model = net(0, dtype)
     ema = fastema.EMA(model, DECAYS, shadow_dtype="float32")
     train_(model, range(1, 6), ema)
-    before, raw = all_of(ema), snapshot(model)
-    others = [
-        shadow["conv.weight"].data_ptr() for i, shadow in enumerate(ema.shadows) if i != which % 3
-    ]
-    mean = ema.shadows[which]["conv.weight"].clone()
+    before = all_of(ema)
+
+    def others() -> list[int]:
+        rest = [shadow for i, shadow in enumerate(ema.shadows) if i != which % 3]
+        return [shadow["conv.weight"].data_ptr() for shadow in rest]
+
+    places, mean = others(), ema.shadows[which]["conv.weight"].clone()
     for _ in range(2):
-        with ema.swapped(which=which):
+        with unchanged(model, ema), ema.swapped(which=which):
             held = model.conv.weight.detach()
             torch.testing.assert_close(held.float(), mean, rtol=2.0**-8, atol=0)
             assert dtype == torch.bfloat16 or torch.equal(held, mean)
             assert all_of(ema) == before
             # Those that are not in the model are seen where they are, not as copies.
-            seen = [
-                shadow["conv.weight"].data_ptr()
-                for i, shadow in enumerate(ema.shadows)
-                if i != which % 3
-            ]
-            assert seen == others
-        assert_bits(model, raw)
-        assert all_of(ema) == before
+            assert others() == places
 
 
 def test_one_alone_may_be_named() -> None:
     model = net()
     ema = fastema.EMA(model, 0.9)
     refresh_(model, 1)
-    raw = snapshot(model)
     for which in (0, -1, None):
-        with ema.swapped(which=which):
+        with unchanged(model, ema), ema.swapped(which=which):
             assert ema.applied
-        assert_bits(model, raw)
     with pytest.raises(ArgumentError, match="which=1"):
         ema.apply_shadow(which=1)
 
@@ -149,21 +140,17 @@ def test_saved_and_resumed(applied: int | None) -> None:
     weights, twins = assorted(), assorted()
     ema = fastema.EMA(weights, MIXED)
     train_(weights, range(1, 6), ema)
-    if applied is None:
+    with nullcontext() if applied is None else ema.swapped(which=applied):
         state = ema.state_dict()
-    else:
-        with ema.swapped(which=applied):
-            state = ema.state_dict()
     resumed = fastema.EMA(twins, (0.5,) * len(MIXED))
     resumed.load_state_dict(state)
     assert resumed.schedule == ema.schedule
     train_(weights, range(6, 11), ema)
     train_(twins, range(6, 11), resumed)
     assert all_of(resumed) == all_of(ema)
-    with pytest.raises(CheckpointError):
-        fastema.EMA(twins, MIXED[:-1]).load_state_dict(state)
-    with pytest.raises(CheckpointError):
-        fastema.EMA(twins, 0.9).load_state_dict(state)
+    for rules_ in (MIXED[:-1], 0.9):
+        with pytest.raises(CheckpointError):
+            fastema.EMA(twins, rules_).load_state_dict(state)
 
 
 def test_another_dtype_for_all_of_them() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +11,13 @@ import pytest
 import fastema
 from fastema.errors import NonFiniteError, StateError
 
-from .frameworks import FRAMEWORKS, Framework, using
+from .frameworks import FLOATS, FRAMEWORKS, Framework, using, values
 from .snapshots import check_snapshots
-from .truth import Loop, arithmetic_of
+from .truth import Loop, Loops, arithmetic_of
 
 NEEDS = ("ml_dtypes",)
 
 DECAY = 0.9
-FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-SHAPES = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2), "e": (2, 3, 4)}
 INTEGERS = [f"{sign}int{n}" for sign in ("", "u") for n in (8, 16, 32, 64)]
 
 
@@ -30,41 +27,24 @@ def framework(request: pytest.FixtureRequest) -> Iterator[Framework]:
         yield found
 
 
-def dtype_of(name: str) -> np.dtype[Any]:
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
-
-
-def values(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    kind = dtype_of(dtype)
-    return {n: np.asarray(generator.normal(size=s)).astype(kind) for n, s in SHAPES.items()}
-
-
-def wide(framework: Framework, arrays: Any) -> dict[str, np.ndarray]:
-    return {name: framework.read(one).astype(np.float64) for name, one in arrays.items()}
-
-
 @pytest.mark.parametrize("weights", FLOATS)
 def test_equals_a_float64_loop(framework: Framework, weights: str) -> None:
     for stored in FLOATS:  # every pair, of each framework
         held = framework.made(values(0, FLOATS[weights]))
         ema = fastema.EMA(held, DECAY, shadow_dtype=FLOATS[stored])
         random, arithmetic = stored in ("f16", "bf16"), arithmetic_of(weights, stored)
-        loops = {n: Loop(x, stored, arithmetic, random) for n, x in wide(framework, held).items()}
+        loops = Loops(framework.wide(held), stored, arithmetic, random)
         for n in range(1, 41):
             given = framework.train(held, values(n, FLOATS[weights]))
             before = framework.bits(held)
             ema.update(*given)
             assert framework.bits(held) == before
-            for name, x in wide(framework, held).items():
-                loops[name].step(x, 1 - DECAY)
-        assert set(ema.shadow) == set(loops)
-        for name, loop in loops.items():
-            assert isinstance(ema.shadow[name], framework.kind)
-            assert ema.shadow[name].dtype == FLOATS[stored]
-            loop.check(wide(framework, ema.shadow)[name], name)
+            loops.step(framework.wide(held), 1 - DECAY)
+        assert set(ema.shadow) == set(held)
+        for one in ema.shadow.values():
+            assert isinstance(one, framework.kind)
+            assert one.dtype == FLOATS[stored]
+        loops.check(framework.wide(ema.shadow))
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
@@ -179,6 +159,18 @@ def test_a_run_goes_on_to_the_bit(framework: Framework, stored: str | None) -> N
             one.update(*framework.train(weights, values(n)))
     assert framework.bits(other.shadow) == framework.bits(ema.shadow)
     assert other.num_updates == 8
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS[1:], indirect=True)
+def test_what_was_shown_and_saved_stays_as_it_was(framework: Framework) -> None:
+    was = np.arange(4096, dtype=np.float32)
+    held = framework.made({"w": was})
+    ema = fastema.EMA(held, 0.5)
+    seen, state = ema.shadow["w"], ema.state_dict()["shadow"][0]["w"]
+    for n in range(3):
+        ema.update(*framework.train(held, {"w": np.full(4096, n + 99, np.float32)}))
+    for one in (seen, state):
+        np.testing.assert_array_equal(framework.read(one), was)
 
 
 @pytest.mark.parametrize("kind", ["SWA", "SMA", "PowerEMA"])

@@ -129,19 +129,6 @@ def test_the_step_is_the_number_of_the_call(start: int, every: int) -> None:
     specified.check(ema.shadow["w"])
 
 
-def test_other_dtypes_have_no_random_bits() -> None:
-    weights = {"a": torch.randn(500), "b": torch.randn(500).double()}
-    averages = [
-        fastema.EMA(weights, DECAY, seed=1),
-        fastema.EMA(weights, DECAY, seed=2),
-        fastema.EMA(weights, DECAY, rounding="nearest"),
-    ]
-    refresh_(weights, 1)
-    for one in averages:
-        one.update()
-        assert same(one.shadow, averages[0].shadow)
-
-
 def test_seeds_tensors_and_rounding() -> None:
     start = torch.randn(2000).bfloat16()
     weights = {"a": start.clone(), "b": start.clone()}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import fastema
-from fastema.errors import DTypeError
 
 from ..support import reference
-from .kinds import all_of
+from .kinds import KINDS, all_of, unchanged
 from .stored import exact, stored, tensor_of
 from .weights import FLOATS, assert_bits, net, refresh_, snapshot, train_, values
 
@@ -41,48 +37,37 @@ def assert_is_split(ema: fastema.EMA, wide: fastema.EMA, which: int = 0) -> None
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_it_is_a_float32_run_to_the_bit(dtype: str) -> None:
+@pytest.mark.parametrize("kind", ["EMA", "three", "SWA", "PowerEMA"])
+def test_it_is_a_float32_run_to_the_bit(kind: str, dtype: str) -> None:
     model = net(0, FLOATS[dtype])
-    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
-    wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
-    assert_is_split(ema, wide)
-    train_(model, range(200), ema, wide)
-    assert_is_split(ema, wide)
+    ema, wide = (KINDS[kind](model, shadow_dtype=one) for one in (SPLIT, "float32"))
+    for steps in (0, 200):
+        train_(model, range(steps), ema, wide)
+        for which in range(len(ema.shadows)):
+            assert_is_split(ema, wide, which)
     # The half that is used alone is the nearest bfloat16: half a unit in the last place at most.
-    for name in ema.averaged_names:
-        high, value = exact(ema.shadow[name]), exact(wide.shadow[name])
-        assert (np.abs(high - value) <= 2.0**-8 * np.abs(value)).all()
+    for shadow, other in zip(ema.shadows, wide.shadows, strict=True):
+        for name in ema.averaged_names:
+            high, value = exact(shadow[name]), exact(other[name])
+            assert (np.abs(high - value) <= 2.0**-8 * np.abs(value)).all()
 
 
-def test_the_high_half_is_a_checkpoint() -> None:
-    model = net(0, torch.bfloat16)
-    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
-    refresh_(model, 1)
-    ema.update()
-    ready = net(9, torch.bfloat16)
-    ready.load_state_dict(dict(ema.shadow))
-    with ema.swapped():
-        assert_bits(model, snapshot(ready))
-
-
-def test_a_bfloat16_model_takes_the_high_half_and_no_more() -> None:
+def test_the_high_half_is_a_checkpoint_and_all_that_a_bfloat16_model_takes() -> None:
     model = net(0, torch.bfloat16)
     ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
     train_(model, range(5), ema)
-    raw, before = snapshot(model), all_of(ema)
-    high = {name: stored(tensor) for name, tensor in ema.shadow.items()}
+    before = all_of(ema)
+    ready = net(9, torch.bfloat16)
+    ready.load_state_dict(dict(ema.shadow))
     residuals = {
         name: entry.parts["residual"][0] for name, entry in ema._store.sets[0].items() if entry.form
     }
     bytes_of = {name: residual.numpy().tobytes() for name, residual in residuals.items()}
-    with ema.swapped():
-        for name, tensor in model.named_parameters():
-            np.testing.assert_array_equal(stored(tensor), high[name])
+    with unchanged(model, ema), ema.swapped():
+        assert_bits(model, snapshot(ready))
         for name, residual in residuals.items():
             assert residual.numpy().tobytes() == bytes_of[name]
         assert all_of(ema) == before
-    assert_bits(model, raw)
-    assert all_of(ema) == before
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -91,8 +76,8 @@ def test_a_model_holds_the_whole_average_rounded_once(dtype: str) -> None:
     ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
     wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
     train_(model, range(5), ema, wide)
-    raw, before = snapshot(model), all_of(ema)
-    with ema.swapped():
+    before = all_of(ema)
+    with unchanged(model, ema), ema.swapped():
         assert all_of(ema) == before
         for name, tensor in model.named_parameters():
             average = stored(wide.shadow[name])
@@ -100,8 +85,6 @@ def test_a_model_holds_the_whole_average_rounded_once(dtype: str) -> None:
             if dtype == "bf16":
                 want, _ = reference.split(average)
             np.testing.assert_array_equal(stored(tensor), want)
-    assert_bits(model, raw)
-    assert all_of(ema) == before
     # A copy is rounded to nearest even from the whole, also to bfloat16.
     other = net(3, FLOATS[dtype])
     ema.copy_to(other)
@@ -119,17 +102,16 @@ def test_several_at_once(dtype: str) -> None:
     train_(model, range(1, 6), ema, wide)
     for which in range(3):
         assert_is_split(ema, wide, which)
-    raw, before = snapshot(model), all_of(ema)
+    before = all_of(ema)
     for which in range(3):
-        with ema.swapped(which=which):
-            held = {name: stored(tensor) for name, tensor in model.named_parameters()}
-            assert all_of(ema) == before
-        if dtype != "bf16":
-            with wide.swapped(which=which):
-                for name, tensor in model.named_parameters():
-                    np.testing.assert_array_equal(stored(tensor), held[name])
-        assert_bits(model, raw)
-        assert all_of(ema) == before
+        with unchanged(model, ema):
+            with ema.swapped(which=which):
+                held = {name: stored(tensor) for name, tensor in model.named_parameters()}
+                assert all_of(ema) == before
+            if dtype != "bf16":
+                with wide.swapped(which=which):
+                    for name, tensor in model.named_parameters():
+                        np.testing.assert_array_equal(stored(tensor), held[name])
 
 
 def test_to_another_dtype_and_back() -> None:
@@ -208,22 +190,6 @@ def test_ends_of_the_range(dtype: torch.dtype) -> None:
         ema.update()
         wide.update()
         check()
-
-
-def test_complex_weights_and_windows_have_no_halves() -> None:
-    with pytest.raises(DTypeError, match="halves"):
-        fastema.EMA({"w": torch.ones(3, dtype=torch.complex64)}, shadow_dtype=SPLIT)
-    with pytest.raises(DTypeError, match="halves"):
-        fastema.SMA({"w": torch.ones(3)}, shadow_dtype=SPLIT)
-
-
-@pytest.mark.parametrize("kind", [fastema.SWA, fastema.PowerEMA])
-def test_other_averages(kind: Any) -> None:
-    model = nn.Linear(30, 20)
-    ema, wide = (kind(model, shadow_dtype=one) for one in (SPLIT, "float32"))
-    train_(model, range(1, 20), ema, wide)
-    for which in range(len(ema.shadows)):
-        assert_is_split(ema, wide, which)
 
 
 def test_its_random_numbers_stay_out_of_it() -> None:

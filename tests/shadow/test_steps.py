@@ -179,6 +179,8 @@ def test_what_is_no_number_of_steps(steps: Any) -> None:
     x[...] = values(1)
     with pytest.raises(ArgumentError, match="steps"):
         ema.update(steps=steps)
+    with ema.swapped(), pytest.raises(StateError, match="restore"):
+        ema.update(steps=2)
     assert ema.num_updates == 0
     np.testing.assert_array_equal(ema.shadow["0"], values(0))
 
@@ -222,11 +224,3 @@ def test_weights_that_are_not_finite() -> None:
         assert ema.num_updates == 0
         np.testing.assert_array_equal(ema.shadow["0"], before)
     assert skipping.num_skipped == 1
-
-
-def test_not_while_it_is_applied() -> None:
-    x = values(0)
-    ema = fastema.EMA([x], 0.5)
-    with ema.swapped(), pytest.raises(StateError, match="restore"):
-        ema.update(steps=2)
-    assert ema.num_updates == 0

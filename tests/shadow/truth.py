@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,23 @@ class Loop:
         worst = np.max(off - 2 * self.error, initial=-1.0)
         assert np.isfinite(off).all(), f"{name}: not finite"
         assert worst <= 0, f"{name}: {worst} beyond the bound"
+
+
+class Loops:
+    """A :class:`Loop` for each of some named arrays of one dtype."""
+
+    def __init__(self, weights: Mapping[str, NDArray[Any]], *options: Any) -> None:
+        self.of = {name: Loop(one, *options) for name, one in weights.items()}
+
+    def step(self, weights: Mapping[str, NDArray[Any]], weight: float) -> None:
+        """Take in new weights."""
+        for name, loop in self.of.items():
+            loop.step(weights[name], weight)
+
+    def check(self, average: Mapping[str, Any]) -> None:
+        """Assert that every average is within its bound."""
+        for name, loop in self.of.items():
+            loop.check(average[name], name)
 
 
 def arithmetic_of(weights: str, stored: str) -> str:
