@@ -30,16 +30,27 @@ NEAR_IN_FULL = 200
 
 @functools.cache
 def places(code: CodeType) -> frozenset[int]:
-    """Offsets of a function's instructions before which a signal handler may run."""
+    """Offsets of a function's instructions before which a signal handler may run.
+
+    What a handler raises after a call is handled where the call stands, and what a tracer raises
+    where the next instruction stands: left out where these differ, as at the end of a ``with``.
+    """
     instructions = list(dis.get_instructions(code))
     found = {instructions[0].offset}
     for one, following in itertools.pairwise(instructions):
-        if one.opname.startswith(CHECKED_AFTER):
+        same = _handler(code, one.offset) == _handler(code, following.offset)
+        if one.opname.startswith(CHECKED_AFTER) and same:
             found.add(following.offset)
         target = one.argval if one.opcode in dis.hasjrel or one.opcode in dis.hasjabs else None
         if target is not None and target <= one.offset:
             found.add(target)
     return frozenset(found)
+
+
+def _handler(code: CodeType, offset: int) -> int | None:
+    """Where an exception is handled that is raised at an instruction; before Python 3.11 None."""
+    table = getattr(dis, "_parse_exception_table", lambda _: ())(code)
+    return next((one.target for one in table if one.start <= offset < one.end), None)
 
 
 class At:

@@ -467,6 +467,8 @@ def trial(subject: Side, twin: Side, op: Op, fault: Fault, chance: random.Random
         fault(subject, lambda: op.do(subject, seed), chance, many)
     except REFUSALS as error:
         ended = type(error).__name__
+    if isinstance(lock := getattr(subject.average, "lock", None), type(threading.RLock())):
+        assert not lock._is_owned(), "the lock is still held"
     subject.settle()
     for _ in range(2):  # what a worker raised is told once
         with contextlib.suppress(FastemaError, RuntimeError, OSError):
