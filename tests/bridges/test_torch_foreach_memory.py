@@ -1,0 +1,342 @@
+"""Where tensors may lie, what PyTorch keeps of them, and memory, in PyTorch's functions."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastema.bridges import torch as bridge
+from fastema.bridges import torch_foreach as foreach
+from fastema.errors import DTypeError
+from fastema.kernels.table import STILL
+from fastema.layout.device_context import LaunchArgs
+
+from ..support.arrays import numbers
+from .foreach_runs import (
+    EXACT,
+    REAL,
+    SPLIT,
+    STEPS,
+    WINDOWS,
+    Array,
+    assert_same_bits,
+    joined,
+    owners,
+    pair_of,
+    run,
+    run_both,
+    split_pair,
+    stored,
+    tensor,
+    twin,
+    window_pair,
+    words,
+)
+
+pytestmark = pytest.mark.torch
+
+
+# -- where tensors lie -----------------------------------------------------------------------------
+
+# Shape, then strides of both sides in elements.
+LAYOUTS = {
+    "row-major": ((6, 5, 8), (40, 8, 1), (40, 8, 1)),
+    "transposed": ((6, 80), (1, 6), (1, 6)),
+    "channels last": ((4, 6, 5, 7), (210, 1, 42, 6), (210, 1, 42, 6)),
+    "differently permuted": ((6, 5, 8), (40, 8, 1), (1, 48, 6)),
+    "0-dim": ((), (), ()),
+    "ones": ((1, 1, 1), (1, 1, 1), (9, 4, 7)),
+    "empty": ((3, 0, 2), (0, 2, 1), (0, 2, 1)),
+    "every second": ((70,), (2,), (2,)),
+    "rows of a matrix": ((7, 30), (90, 1), (60, 1)),
+    "gaps on one side": ((7, 30), (30, 1), (64, 1)),
+    "expanded source": ((9, 70), (70, 1), (0, 1)),
+    "one source element": ((9, 70), (70, 1), (0, 0)),
+}
+
+
+def laid_out(values: Array, code: str, strides: tuple[int, ...], start: int = 3) -> Any:
+    """A tensor of these values and strides within memory that holds something else."""
+    source = tensor(values.copy(), code)
+    length = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True) if n)
+    filler = torch.full((start + length + 9,), 85, dtype=torch.uint8).to(source.dtype)
+    placed = filler.as_strided(values.shape, strides, start)
+    if values.size and 0 not in strides:
+        placed.copy_(source)
+    return placed
+
+
+MOVES = [
+    *(("lerp", *codes) for codes in (("f32", "bf16"), ("f32", "f32"), ("c64", "c64"))),
+    *(("lerp", *codes) for codes in (("bf16~", "f32"), (SPLIT, "f32"))),
+    *(("copy", *codes) for codes in (("f32", "bf16"), ("i16", "i16"), ("c64", "c64"))),
+    *(("swap", *codes) for codes in (("i16", "i16"), ("c64", "c64"), (SPLIT, "f32"))),
+    ("park", "f32", "bf16"),
+    ("window", "f32", "bf16"),
+]
+
+
+CASES = [
+    pytest.param(*move, layout, id="-".join([*move, layout]))
+    for move, layout in product(MOVES, LAYOUTS)
+    if not ("source" in layout and move[0] in ("swap", "park"))  # which would write it
+]
+
+
+def gaps(one: Any) -> Any:
+    """The memory around a tensor's elements."""
+    whole = torch.empty(0, dtype=one.dtype).set_(one.untyped_storage()).clone()
+    places = torch.arange(len(whole))
+    whole[places.as_strided(one.shape, one.stride(), one.storage_offset()).reshape(-1)] = 0
+    return words(whole)
+
+
+@pytest.mark.parametrize(("operation", "dst", "src", "layout"), CASES)
+def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: str) -> None:
+    shape, to_strides, of_strides = LAYOUTS[layout]
+    size = int(np.prod(shape))
+
+    def made(code: str, seed: int, strides: tuple[int, ...], *slots: int) -> Any:
+        values = numbers(size * int(np.prod(slots)), code, seed)
+        return laid_out(values.reshape((*slots, *shape)), code, strides, 2 + seed)
+
+    to = made({SPLIT: "bf16"}.get(dst, dst.strip("~")), 1, to_strides)
+    of = made(src, 2, of_strides)
+    if operation == "window":
+        far = (2 + sum(n * s for n, s in zip(shape, to_strides, strict=True)), *to_strides)
+        ring = made("bf16", 4, far, 3)
+        pair = pair_of(to, of, residual=made("f32", 3, to_strides), ring=ring)
+        before, (other,) = ring.clone(), twin([pair])
+        run(operation, [pair], (2.0,), 0, 1, 3, 1, 2)
+        torch.testing.assert_close(to, (before[0].float() + of.float()) / 2)
+        assert torch.equal(ring, torch.stack([before[0], of, before[2]]))
+    else:
+        residual = made("i16", 3, to_strides) if dst == SPLIT else None
+        pair = pair_of(to, of, residual=residual, form=dst if dst == SPLIT or "~" in dst else "")
+        (other,) = run_both(operation, [pair], (0.25,))
+        if operation != "lerp":
+            assert_same_bits([pair], [other])
+        elif dst == SPLIT:
+            np.testing.assert_allclose(joined(pair), joined(other), rtol=1e-6, atol=1e-9)
+        elif "~" in dst:  # all but those that were rounded apart before
+            assert (to != other.dst.owner).sum() <= size // 100
+        else:
+            torch.testing.assert_close(to, other.dst.owner, rtol=1e-6, atol=1e-6)
+    for one, two in zip(owners(pair), owners(other), strict=True):
+        assert torch.equal(gaps(one), gaps(two))
+
+
+# -- what torch keeps of a tensor ------------------------------------------------------------------
+
+
+def test_parameters_keep_what_they_are_and_autograd_is_told() -> None:
+    model = [torch.nn.Parameter(tensor(numbers(90, "f32", i), "f32")) for i in (1, 2)]
+    avg = [tensor(numbers(90, "f32", i), "f32") for i in (3, 4)]
+    pairs = [pair_of(a, p, f"t{i}") for i, (a, p) in enumerate(zip(avg, model, strict=True))]
+    run("lerp", pairs, (0.5,))
+    assert all(a.grad_fn is None and not a.requires_grad for a in avg)
+    loss = sum((p * p).sum() for p in model)
+    run("swap", pairs)
+    assert all(p.is_leaf and p.requires_grad and p.grad_fn is None for p in model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("operation", ["lerp", "swap", "copy"])
+def test_tensors_of_inference_mode(operation: str) -> None:
+    with torch.inference_mode():
+        sides = [tensor(numbers(90, code, i), code) for i, code in enumerate(["bf16", "f32"])]
+    pair = pair_of(*sides)
+    assert pair.dst.owner.is_inference()
+    assert_same_bits([pair], run_both(operation, [pair], (0.25,)))
+
+
+def test_defaults_of_torch_are_of_no_account() -> None:
+    def result() -> list[Array]:
+        x = tensor(numbers(900, "f64", 2), "f64")
+        avg = [tensor(numbers(900, code, 1), code) for code in ("f16", "bf16")]
+        random = [
+            pair_of(a, x, f"t{i}", form=f"{code}~")
+            for i, (a, code) in enumerate(zip(avg, STEPS, strict=True))
+        ]
+        measures = run("lerp_measured", random, (0.3,))
+        mean = window_pair(WINDOWS[1], 900, 3)
+        run("window", [mean], (1.0,), 0, 0, 3, 1, 1)
+        return [*map(stored, avg), measures, stored(mean.dst.owner)]
+
+    want = result()
+    prepared = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        got = result()
+    finally:
+        torch.set_default_dtype(prepared)
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# -- batches and memory ----------------------------------------------------------------------------
+
+
+def test_batches_cover_every_element_once() -> None:
+    shapes = [(700,), (30, 40), (), (0, 3), (3, 5, 7), (1, 900)]
+    pairs = []
+    for i, shape in enumerate(shapes):
+        whole = torch.zeros(*shape[:-1], 2 * shape[-1]) if shape else torch.zeros(2)
+        gapped = whole[..., ::2] if i % 2 else whole[..., : shape[-1] if shape else 1]
+        gapped = gapped if shape else whole[0]
+        code = "bf16" if i % 3 else "f32"
+        x = torch.ones(shape, dtype=bridge.native(code))
+        if len(shape) == 2 and shape[0]:
+            x = x.t().contiguous().t()
+        pairs += [pair_of(gapped, x, f"t{i}"), pair_of(gapped.clone(), x, f"t{i}", average_index=1)]
+    made = foreach.batches("lerp", pairs, 100)
+    assert [batch.average_index for batch in made] == sorted(batch.average_index for batch in made)
+    sizes: Counter[int] = Counter()
+    for batch in made:
+        assert 0 < sum(one.numel() for one in batch.dst) <= 100
+        assert not batch.residual
+        assert not batch.ring
+        assert len({one.dtype for one in batch.src}) == 1
+        for row, one, of in zip(batch.rows, batch.dst, batch.src, strict=True):
+            assert pairs[row].average_index == batch.average_index
+            assert of.shape == one.shape
+            sizes[row] += one.numel()
+            one += of
+    for row, pair in enumerate(pairs):
+        assert sizes[row] == pair.dst.size
+        assert torch.all(pair.dst.owner == 1)
+        assert pair.dst.owner.untyped_storage().nbytes() == 0 or (
+            torch.empty(0).set_(pair.dst.owner.untyped_storage()).sum() == pair.dst.size
+        )
+    # Full ones: no more than twice as many as there have to be, of each kind.
+    assert len(made) <= 2 * (sum(sizes.values()) // 100) + 4
+
+
+def test_dense_pieces_are_flat_whatever_the_order_of_axes() -> None:
+    """Lists of tensors that lie alike are what torch takes in one launch."""
+    avg, x = (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2))
+    other = torch.zeros(2, 3, 4, 5, dtype=torch.complex64).permute(3, 0, 2, 1)
+    gapped = torch.zeros(9, 8)[:, :4]
+    pairs = [pair_of(avg, x), pair_of(other, other.clone()), pair_of(gapped, gapped.clone())]
+    made = foreach.batches("lerp", pairs, 1000)
+    assert [[one.shape for one in batch.dst] for batch in made] == [[(120,), (240,), (9, 4)]]
+    (mean,) = foreach.batches("window", [window_pair(WINDOWS[0], 7, 3)], 1000)
+    assert mean.ring[0].shape == (3, 7)
+
+
+def test_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def results(most: int) -> list[Array]:
+        monkeypatch.setattr(foreach, "AT_ONCE", most)
+        found = []
+        for operation, dst, src in [("lerp", "f32", "bf16"), ("swap", "f16", "f64")]:
+            a = tensor(numbers(7000, dst, 1).reshape(70, 100), dst).t()
+            x = tensor(numbers(7000, src, 2).reshape(100, 70), src)
+            run(operation, [pair_of(a, x)], (0.25,))
+            found += [stored(a), stored(x)]
+        pair = split_pair(numbers(7000, "f32", 1), tensor(numbers(7000, "f32", 2), "f32"))
+        measures = run("lerp_measured", [pair], (0.75,))
+        mean = window_pair(WINDOWS[0], 7000, 3)
+        run("window", [mean], (2.0,), 0, 0, 3, 1, 2)
+        return [*found, joined(pair), measures[:, STILL], stored(mean.dst.owner)]
+
+    for one, other in zip(results(1 << 20), results(999), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of storages that torch's functions made and that are still held."""
+
+    def __init__(self, known: Sequence[Any]) -> None:
+        super().__init__()
+        self._known = {one.untyped_storage()._cdata for one in known}
+        self._held: Counter[int] = Counter()
+        self._sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def _gone(self, storage: int) -> None:
+        self._held[storage] -= 1
+        if not self._held[storage]:
+            del self._held[storage]
+            del self._sizes[storage]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in torch.utils._pytree.tree_leaves(out):
+            if isinstance(one, torch.Tensor):
+                storage = one.untyped_storage()._cdata
+                if storage not in self._known:
+                    self._held[storage] += 1
+                    self._sizes[storage] = one.untyped_storage().nbytes()
+                    weakref.finalize(one, self._gone, storage)
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return out
+
+
+EVERYTHING = [
+    *product(
+        ["lerp", "lerp_measured", "add"], ["f64", "f32", "bf16~", "f16~", "bf16", SPLIT], REAL
+    ),
+    *product(["copy", "cast_back", "swap"], ["f64", "f32", "bf16", SPLIT], REAL),
+    *(("finite", "f32", src) for src in REAL),
+    ("park", "f32", "bf16"),
+    ("unpark", "f32", "bf16"),
+    *(("window", dst, src) for dst, src, *_ in WINDOWS),
+]
+
+
+@pytest.mark.parametrize(("operation", "dst", "src"), EVERYTHING)
+def test_memory_does_not_grow_with_the_tensors(
+    operation: str, dst: str, src: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = 3000
+    monkeypatch.setattr(foreach, "AT_ONCE", at_once)
+    formats = next((one for one in WINDOWS if one[:2] == (dst, src)), ())
+
+    def peak(sizes: Sequence[int]) -> int:
+        pairs = []
+        for i, size in enumerate(sizes):
+            x = tensor(numbers(size, src, i), src)
+            if operation == "window":
+                pairs.append(window_pair(formats, size, 3))
+            elif dst == SPLIT:
+                pairs.append(split_pair(numbers(size, "f32", 9), x))
+            else:
+                code = dst.strip("~")
+                form = dst if "~" in dst else ""
+                pairs.append(pair_of(tensor(numbers(size, code, 9), code), x, form=form))
+        once = foreach.substitute(operation, pairs)
+        with LiveBytes([one for pair in pairs for one in owners(pair)]) as live:
+            once(LaunchArgs((3.0 if operation == "window" else 0.75,), 0, 0, 3, 1, 3))
+        return live.peak
+
+    measures = 200  # a few numbers for each piece
+    parts = 2 if dst == "c64" else 1
+    assert peak([9000]) <= foreach.BYTES * at_once + measures
+    assert peak([at_once // 10] * 10) <= foreach.BYTES * at_once + 10 * measures
+    assert peak([at_once * 10]) <= peak([at_once]) + 10 * measures * parts
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["read_read_write", "lerp_", ""])
+def test_operations_that_are_refused(operation: str) -> None:
+    pair = pair_of(torch.ones(3), torch.ones(3))
+    with pytest.raises(DTypeError, match=f"^{operation}: torch has no functions.*lerp_measured"):
+        foreach.substitute(operation, [pair])
+
+
+@pytest.mark.parametrize("operation", ["lerp", "lerp_measured", "add", "finite", "window"])
+@pytest.mark.parametrize("code", EXACT)
+def test_integers_are_not_averaged(operation: str, code: str) -> None:
+    one = torch.ones(3, dtype=bridge.native(code))
+    with pytest.raises(DTypeError, match=f"{code} is not averaged"):
+        foreach.substitute(operation, [pair_of(one, one.clone())])
