@@ -25,8 +25,8 @@ ROOMS = {
     "engine": ["tests/engine"],
     "gpu": [
         *(f"tests/engine/test_{name}.py" for name in ("shipped", "driver_calls", "cuda_host")),
-        *("tests/engine/test_cuda_attacks.py", "tests/kernels/test_cuda_clock.py"),
-        "tests/kernels/test_cuda_compile.py",
+        *(f"tests/engine/test_{name}.py" for name in ("cuda_attacks", "cuda_graphs")),
+        *("tests/kernels/test_cuda_clock.py", "tests/kernels/test_cuda_compile.py"),
     ],
     "shadow": ["tests/shadow"],
     "binding": [

@@ -1,0 +1,289 @@
+"""Attacks on the host's side of CUDA launches: graphs, and what their replays do."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastema
+from fastema.errors import StateError
+from fastema.rules import constant, power, warmup
+
+from ..support.stub_gpu import (
+    assert_equal,
+    gpu,
+    move,
+    shadow,
+)
+from .late_device import SIDE, Late, late
+
+__all__ = ["gpu", "late"]
+
+
+# -- graphs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["warmed up there", "fresh stream"])
+def test_a_graph_outlives_the_tables_it_was_captured_with(late: Late, warm: bool) -> None:
+    """The model moves, the average looks again; the graph still has tables, and its old weights."""
+    model = torch.nn.ParameterList([late.random(300)])
+    ema = fastema.EMA(model, 0.5, capturable=True)
+    with late.on(900 if warm else SIDE):
+        ema.update()
+    with late.capture(900) as graph:
+        ema.update()
+    old = model[0].data
+    model[0].data = late.random(300)
+    ema.update()
+    gc.collect()
+    average = shadow(ema)["0"]
+    late.replay(graph)
+    assert late.driver.violations == []
+    torch.testing.assert_close(ema.shadow["0"], average.lerp(old, 0.5))
+    assert ema.num_updates == 3
+
+
+def test_a_graph_follows_the_schedule_that_was_loaded(late: Late) -> None:
+    """In memory that is the loaded tables'."""
+    weights, others = ([late.random(300)] for _ in range(2))
+    ema = fastema.EMA(weights, warmup(0.9), capturable=True)
+    late.stub.place = lambda tensor: None
+    saved = fastema.EMA(others, power(0.1))
+    for _ in range(7):
+        saved.update()
+    state = saved.state_dict()
+    late.stub.place = lambda tensor: 0
+    ema.update()
+    with late.capture() as graph:
+        ema.update()
+    late.replay(graph)
+    ema.load_state_dict(state)
+    gc.collect()
+    want = shadow(ema)["0"]
+    for step in range(8, 58):
+        move(weights)
+        want.lerp_(weights[0], saved.schedule.weights(step)[0])
+        late.replay(graph)
+    torch.testing.assert_close(ema.shadow["0"], want)
+    assert ema.num_updates == 57
+    assert ema.schedule == saved.schedule
+    late.settle()
+
+
+@pytest.mark.slow
+def test_replays_of_an_average_that_was_moved_do_not_write_where_others_are(late: Late) -> None:
+    weights = [late.random(300)]
+    ema = fastema.EMA(weights, 0.5, capturable=True)
+    ema.update()
+    with late.capture() as graph:
+        ema.update()
+    ema.to(dtype="float64")
+    gc.collect()
+    late.driver.finish()
+    late.replay(graph)
+    assert late.driver.violations == []
+    assert ema.num_updates == 1
+
+
+def test_drift_is_that_of_the_latest_replay(late: Late) -> None:
+    weights = [late.random(300)]
+    ema = fastema.EMA(weights, 0.5, drift=True, capturable=True)
+    ema.update()
+    with late.capture() as graph:
+        ema.update()
+    for _ in range(3):
+        move(weights)
+        late.replay(graph)
+        apart = weights[0].double() - ema.shadow["0"].double()
+        assert ema.drift.distance == pytest.approx(float(apart.square().sum()) ** 0.5, rel=1e-5)
+
+
+def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Late) -> None:
+    options = {"decay": [warmup(0.9), *(0.9,) * 9], "start_after": 2, "update_every": 2}
+    weights = [late.random(300), late.random(7).bfloat16()]
+    mask = late.tensor(torch.tensor([float("-inf"), 1.0]), "a mask")
+    model = torch.nn.ParameterList(weights)
+    model.register_buffer("mask", mask)
+    ema = fastema.EMA(model, capturable=True, on_nonfinite="skip", **options)
+    late.stub.place = lambda tensor: None
+    there = copy.deepcopy(model)
+    want = fastema.EMA(there, on_nonfinite="skip", **options)
+    late.stub.place = lambda tensor: 0
+    ema.update()
+    want.update()
+    with late.capture() as graph:
+        ema.update()
+    late.context.calls.clear()
+    generator = np.random.default_rng(4)
+    for _ in range(40):
+        move(model.parameters())
+        if generator.random() < 0.6:
+            model[int(generator.integers(2))].data.view(-1)[3] = generator.choice([np.nan, np.inf])
+        there.load_state_dict(model.state_dict())
+        late.replay(graph)
+        late.stub.place = lambda tensor: None
+        want.update()
+        late.stub.place = lambda tensor: 0
+        for parameter in model.parameters():
+            parameter.data.nan_to_num_(0.5, 0.5, 0.5)
+    assert not late.context.calls  # nothing was asked of the device, nothing waited
+    assert (ema.num_updates, ema.num_skipped) == (want.num_updates, want.num_skipped)
+    assert ema.num_skipped > 3
+    for got, expected in zip(ema.shadows, want.shadows, strict=True):
+        assert_equal(dict(got), dict(expected))
+    state = ema.state_dict()
+    assert state["num_skipped"] == want.num_skipped
+    resumed = fastema.EMA(model, capturable=True, on_nonfinite="skip", **options)
+    resumed.load_state_dict(state)
+    assert resumed.num_skipped == want.num_skipped
+    assert resumed.to(dtype="float64").num_skipped == want.num_skipped
+
+
+def test_weights_that_were_not_finite_before_the_first_update_leave_none_out(late: Late) -> None:
+    weights = [late.tensor(torch.tensor([float("nan"), 1.0]))]
+    ema = fastema.EMA(weights, 0.5, capturable=True, on_nonfinite="skip")
+    weights[0][0] = 2.0
+    ema.update()
+    assert (ema.num_updates, ema.num_skipped) == (1, 0)
+
+
+def test_a_capture_after_the_model_moved_is_refused_until_one_call_outside(late: Late) -> None:
+    model = torch.nn.ParameterList([late.random(300)])
+    ema = fastema.EMA(model, 0.5, capturable=True)
+    model[0].data = late.random(300)
+    before = shadow(ema)
+    with late.capture() as graph, pytest.raises(StateError, match="before this stream was capt"):
+        ema.update()
+    assert graph == []
+    assert ema.num_updates == 0
+    assert_equal(before, shadow(ema))
+    ema.update()
+    with late.capture() as graph:
+        ema.update()
+    assert len(graph) == 2
+    assert ema.num_updates == 1
+
+
+def test_weights_and_average_change_places_and_back_in_one_graph(late: Late) -> None:
+    weights = [late.random(300)]
+    ema = fastema.EMA(weights, 0.5)
+    move(weights)
+    ema.update()
+    with ema.swapped():
+        pass
+    raw, average = weights[0].clone(), shadow(ema)
+    seen: list[torch.Tensor] = []
+    with late.capture() as graph, ema.swapped():
+        late.driver.begin(late.context.handle, lambda: seen.append(weights[0].clone()))
+    for _ in range(2):
+        late.replay(graph)
+        assert torch.equal(seen.pop(), average["0"])
+        assert torch.equal(weights[0], raw)
+        assert_equal(average, shadow(ema))
+    late.settle()
+
+
+@pytest.mark.parametrize(
+    "call", [lambda ema: ema.shadow["0"], fastema.EMA.apply_shadow], ids=["shadow", "apply"]
+)
+def test_what_is_copied_until_a_start_is_not_captured(
+    late: Late, call: Callable[[fastema.EMA], object]
+) -> None:
+    """A replay would overwrite the average with the weights at every step of the run."""
+    weights = [late.random(30)]
+    ema = fastema.EMA(weights, 0.5, start_after=2)
+    ema.update()
+    with ema.swapped():
+        pass
+    with late.capture() as graph, pytest.raises(StateError):
+        call(ema)
+    assert graph == []
+
+
+REPLAYED: list[dict[str, Any]] = [
+    {"decay": warmup(0.999), "start_after": 3, "update_every": 2},
+    {"decay": warmup(0.9), "start_after": 3, "shadow_dtype": "bfloat16"},
+    {"decay": (constant(0.9), power(0.1)), "start_after": 5, "update_every": 2},
+    {"start_after": 2, "shadow_dtype": "bfloat16", "rounding": "nearest", "drift": True},
+    {"decay": warmup(0.9), "start_after": 1, "shadow_dtype": "bf16+16", "update_every": 3},
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*REPLAYED[:3], *(pytest.param(one, marks=pytest.mark.slow) for one in REPLAYED[3:])],
+    ids=str,
+)
+def test_every_replay_is_an_update_of_a_run_on_the_cpu_to_the_bit(
+    late: Late, options: dict[str, Any]
+) -> None:
+    """Before the start, at it, and long after, where weights come from polynomials."""
+    weights = [late.random(500)]
+    others = [weights[0].clone()]
+    ema = fastema.EMA(weights, seed=2**62 + 3, capturable=True, **options)
+    late.stub.place = lambda tensor: None
+    twin = fastema.EMA(others, seed=2**62 + 3, **options)
+    late.stub.place = lambda tensor: 0
+    with late.capture() as graph:
+        ema.update()
+    for step in range(1, 201):
+        move(weights)
+        others[0].copy_(weights[0])
+        late.replay(graph)
+        late.stub.place = lambda tensor: None
+        twin.update()
+        want = [dict(one) for one in twin.shadows] if step < 20 or step % 20 == 0 else []
+        late.stub.place = lambda tensor: 0
+        for found, one in zip(ema.shadows, want, strict=False):
+            assert_equal(found, one)
+        assert not want or ema.num_updates == step
+
+
+@pytest.mark.slow
+def test_a_windowed_mean_at_its_start_is_the_weights(late: Late) -> None:
+    """Not what a narrower ring has of them."""
+    weights = [late.random(50)]
+    sma = fastema.SMA(weights, 3, ring_dtype="bfloat16", start_after=2, capturable=True)
+    for _ in range(2):
+        move(weights)
+        sma.update()
+    assert torch.equal(sma.shadow["0"], weights[0])
+
+
+@pytest.mark.parametrize("place", [1, None], ids=["another GPU", "the host"])
+def test_a_capture_of_half_a_model_is_refused(late: Late, place: int | None) -> None:
+    """The other half would be averaged now, once, and never by a replay."""
+    weights, average = ([late.random(30), late.random(30)] for _ in range(2))
+    elsewhere = {weights[1].data_ptr(), average[1].data_ptr()}
+    late.stub.place = lambda tensor: place if tensor.data_ptr() in elsewhere else 0
+    late.stub.contexts[1].handle = SIDE
+    plan = fastema.Plan(average, weights)
+    plan.lerp_(0.5)
+    before = [one.clone() for one in average]
+    with late.capture() as graph, pytest.raises(StateError):
+        plan.lerp_(0.5)
+    assert graph == []
+    assert all(map(torch.equal, before, average))
+
+
+def test_a_state_is_loaded_after_the_replays_that_wait(late: Late) -> None:
+    weights = [late.random(300)]
+    ema = fastema.EMA(weights, 0.5, capturable=True)
+    ema.update()
+    state = ema.state_dict()
+    with late.capture() as graph:
+        ema.update()
+    late.driver.late = True
+    move(weights)
+    with late.on(SIDE):
+        late.replay(graph)
+    ema.load_state_dict(state)
+    late.settle()
+    assert ema.num_updates == 1
+    assert_equal(shadow(ema), state["shadow"][0])
