@@ -5,8 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as futures_wait
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,6 +64,20 @@ class OffloadStats(NamedTuple):
     steps_skipped: int
 
 
+_offloaded: weakref.WeakSet[Any] = weakref.WeakSet()
+"""All averages on the host: a fork waits until what is under way is done, or half would be seen."""
+
+
+def _wait_before_fork() -> None:
+    for one in list(_offloaded):
+        if one._job is not None:
+            futures_wait([one._job])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_wait_before_fork)
+
+
 class OffloadedEMA(EMA[Any]):
     """What ``EMA(model, offload=True)`` builds; see :class:`fastema.EMA`.
 
@@ -107,8 +123,11 @@ class OffloadedEMA(EMA[Any]):
         self._job: Future[None] | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
-        self._pending, self._waited, self._moved = 0, 0.0, 0
-        self._skips_behind, self._behind, self._num_behind = when_behind == "skip", 0, 0
+        self._target: int | None = None  # number of updates once the one under way is done
+        self._waited, self._moved = 0.0, 0
+        # Steps that were left out, and those of them that the update under way counts for.
+        self._behind, self._taken_behind = 0, 0
+        self._skips_behind, self._num_behind = when_behind == "skip", 0
         self._writes: WriteWatch | None = None  # of the model that holds the average
         self._link.fetch(tensors).complete()
         exactly = {glob.escape(name): what for name, what in kept.items()}
@@ -117,6 +136,7 @@ class OffloadedEMA(EMA[Any]):
         )
         self._names = chosen.names  # as the user knows them
         self._model = Binding(None, module, partial(self._match, False), leaves=leaves)
+        _offloaded.add(self)
 
     @property
     def _kind(self) -> str:
@@ -172,14 +192,16 @@ class OffloadedEMA(EMA[Any]):
         if job is None:
             return
         began = time.perf_counter()
-        alone = self._pid != os.getpid()  # a child of fork has no worker: the copy is as it was
         try:
-            if not alone:
-                job.result()
+            job.result()
+        except BaseException:
+            if job.done():  # the steps that were left out before it still count
+                self._behind += self._taken_behind
+            raise
         finally:
             self._waited += time.perf_counter() - began
-            if alone or job.done():  # an interrupt leaves it to the next call
-                self._job, self._fetch, self._pending = None, None, 0
+            if job.done():  # an interrupt leaves it to the next call
+                self._job, self._fetch, self._taken_behind = None, None, 0
 
     def _settle(self) -> None:
         """Wait until all updates are done; until start_after the average is the weights of now."""
@@ -188,7 +210,7 @@ class OffloadedEMA(EMA[Any]):
             self._link.fetch(self._tensors()).complete()
 
     def _submit(self, steps: int) -> None:
-        if self._pool is None or self._pid != os.getpid():
+        if self._pool is None or self._pid != os.getpid():  # threads are not forked
             self._pool, self._pid = ThreadPoolExecutor(1, "fastema-offload"), os.getpid()
         fetch = self._fetch
 
@@ -197,10 +219,14 @@ class OffloadedEMA(EMA[Any]):
                 fetch.complete()
                 self._take_in(None, steps)  # all others wait for it, under the lock
             finally:
-                self._pending = 0
+                self._target = None
 
-        self._pending = steps
-        self._job = self._pool.submit(work)
+        self._target = self._done + steps
+        try:
+            self._job = self._pool.submit(work)
+        except BaseException:  # no thread could be started
+            self._target, self._fetch = None, None
+            raise
 
     @property
     def offload_stats(self) -> OffloadStats:
@@ -215,22 +241,22 @@ class OffloadedEMA(EMA[Any]):
 
         If the update before is not done, it is waited for; with ``offload="skip"`` this one is left
         out instead, and the next one counts for its steps too. What an update raises, the next call
-        does. See :meth:`fastema.EMA.update`.
+        raises, and does nothing else. See :meth:`fastema.EMA.update`.
         """
         with self._lock:
             self._refuse_applied("update")
-            steps = checked_whole(steps, "steps", 1, MOST - self.num_updates) + self._behind
+            steps = checked_whole(steps, "steps", 1, MOST - self.num_updates - self._behind)
             if self._skips_behind and self._is_behind():
-                self._num_behind += steps - self._behind
-                self._behind = steps
+                self._num_behind += steps
+                self._behind += steps
                 return
             self._drain()
             tensors = self._tensors(model)
             with defer_signals():  # weights that are fetched are averaged and counted
                 self._fetch = self._link.fetch(tensors)
+                self._submit(steps + self._behind)
                 self._moved += self._link.nbytes
-                self._behind = 0
-                self._submit(steps)
+                self._behind, self._taken_behind = 0, self._behind
 
     def _is_behind(self) -> bool:
         """Return whether the update before is not done; on any rank, where there are several."""
@@ -241,7 +267,15 @@ class OffloadedEMA(EMA[Any]):
     @property
     def num_updates(self) -> int:
         """Steps taken in so far, with those of the update that is not done yet."""
-        return self._done + self._pending
+        target = self._target
+        return self._done if target is None else target
+
+    @property
+    def version(self) -> int:
+        """See :attr:`fastema.EMA.version`; waits for the latest update."""
+        with self._lock:
+            self._drain()
+            return super().version
 
     @property
     def num_skipped(self) -> int:
@@ -269,8 +303,8 @@ class OffloadedEMA(EMA[Any]):
             self._refuse_applied("update_from_host")
             found = {name: tensors[name] for name in self._kept if name in tensors}
             self._link.fetch(found).complete()
-            steps, self._behind = 1 + self._behind, 0
-            self._take_in(None, steps)
+            self._take_in(None, 1 + self._behind)
+            self._behind = 0
 
     # -- evaluation -------------------------------------------------------------------------------
 
@@ -343,13 +377,17 @@ class OffloadedEMA(EMA[Any]):
 
     def model_state_dict(self, model: Any = None, *, which: int | None = None) -> dict[str, Any]:
         """Return the model's state with the average applied, on the model's devices."""
-        with self._lock:
-            self._settle()
-            held = super().model_state_dict(self._link.staging, which=which)
         container = self._module if model is None else materialised(model)
         reshard(container)
         found = state_of(container)
         names = names_of_state(found, self._store.sets[0], self._names)
+        theirs = {name: found[key][1] for key, name in names.items() if name in self._kept}
+        with self._lock:
+            self._settle()
+            staged = self._link.staging
+            if any(one.dtype != staged[name].dtype for name, one in theirs.items()):
+                staged = {**staged, **link_of(theirs).staging}  # to be rounded to their dtypes once
+            held = super().model_state_dict(staged, which=which)
         return {
             key: held[name].to(found[key][1].device) if name in held else found[key][1]
             for key, name in names.items()

@@ -375,6 +375,62 @@ def test_what_the_worker_raises_the_next_call_does(call: str) -> None:
     assert offloaded.state_dict()["num_updates"] == 1
 
 
+def test_steps_that_were_left_out_count_though_an_update_raises() -> None:
+    model = build()
+    offloaded = fastema.EMA(model, decay=0.5, offload="skip", on_nonfinite="raise")
+    reference = fastema.EMA(model, decay=0.5)
+    link = SlowLink(offloaded)
+    offloaded.update()
+    offloaded.update()  # left out
+    link.go.set()
+    offloaded.state_dict()
+    good = model[2].weight.detach().clone()
+    for call in (
+        lambda: (offloaded.update(), offloaded.state_dict()),
+        lambda: offloaded.update_from_host(model.state_dict()),
+    ):
+        with torch.no_grad():
+            model[2].weight.fill_(torch.nan)
+        with pytest.raises(NonFiniteError):
+            call()
+        with torch.no_grad():
+            model[2].weight.copy_(good)
+    reference.update()
+    move(model, 1)
+    offloaded.update()
+    reference.update(steps=2)
+    assert_same(offloaded, reference)
+
+
+def test_an_update_that_cannot_be_started_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    offloaded = fastema.EMA(model, decay=0.5, offload=True)
+
+    def submit(*_: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.ThreadPoolExecutor.submit", submit)
+        with pytest.raises(RuntimeError, match="start new thread"):
+            offloaded.update()
+    offloaded.wait()
+    assert (offloaded.num_updates, offloaded.offload_stats.queue_depth) == (0, 0)
+    offloaded.update()
+    assert offloaded.state_dict()["num_updates"] == 1
+
+
+def test_counters_while_an_update_is_under_way() -> None:
+    model = build()
+    offloaded = fastema.EMA(model, decay=0.5, offload=True)
+    before = offloaded.version
+    seen = set()
+    for count in range(1, 200):
+        offloaded.update()
+        seen |= {offloaded.num_updates - count for _ in range(20)}
+    assert seen == {0}
+    assert offloaded.version == before + 199  # up to date with what is read next
+
+
 def test_skipped_updates_are_counted() -> None:
     model = build()
     offloaded = fastema.EMA(model, decay=0.5, offload=True, on_nonfinite="skip")
@@ -425,10 +481,13 @@ def test_a_model_in_another_dtype_gets_the_whole_precision() -> None:
     offloaded, ema = (fastema.EMA(model, offload=on, **options) for on in (True, False))
     train(model, (offloaded, ema))
     one, other = build(), build()
+    assert_all_same([offloaded.model_state_dict(one)], [ema.model_state_dict(one)])
     offloaded.copy_to(one)
     ema.copy_to(other)
     assert_all_same([one.state_dict()], [other.state_dict()])
     assert not torch.equal(one[2].weight, one[2].weight.bfloat16().float())
+    train(model, (offloaded, ema), 1)
+    assert_all_same(offloaded.shadows, ema.shadows)
 
 
 def test_restore_is_refused_where_it_cannot_be_done_and_loses_nothing() -> None:
@@ -559,6 +618,29 @@ def test_a_child_of_fork_goes_on(python: Callable[..., str]) -> None:
         """
     )
     assert said.splitlines() == ["child True", "parent 2"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_waits_for_what_is_under_way(python: Callable[..., str]) -> None:
+    said = python(
+        """
+        import os, time, warnings, torch, fastema
+        warnings.simplefilter("ignore")
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema = fastema.EMA(model, decay=0.5, offload="skip")
+        ema._link.delay = lambda number: time.sleep(0.1)
+        ema.update()
+        child = os.fork()
+        if not child:
+            optimizer.step()
+            ema.update()
+            print(ema.state_dict()["num_updates"], ema.offload_stats.steps_skipped, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        """
+    )
+    assert said.split() == ["2", "0"]
 
 
 def test_an_update_under_way_is_finished_at_exit(python: Callable[..., str]) -> None:
