@@ -440,6 +440,8 @@ def _subjects() -> dict[str, Subject]:
         )
     faults = {name: FAULTS[name] for name in OF_PEERS}
     for name, peer in PEERS.items():
+        if "inside torch" in name:  # the class that counts is torch's
+            continue
         options = peer.schedules[next(iter(peer.schedules))]
         blocks = name in ("torch_ema", "diffusers", "litema")
         found[name] = Subject(
