@@ -23,7 +23,7 @@ class Settings:
     out
         Folder of the results.
     baseline
-        What to do with the stored figures of quick runs: "check" or "write".
+        What to do with the stored figures of quick runs: "check", "write", or nothing.
     device, minutes, stages, select
         Of the GPU check alone.
     """
@@ -31,7 +31,7 @@ class Settings:
     quick: bool = False
     cases: tuple[str, ...] = ()
     out: Path = RESULTS
-    baseline: str = "check"
+    baseline: str = ""
     device: str = "cuda"
     minutes: float = 7.5
     stages: tuple[str, ...] = ("build", "test", "benchmark")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -362,6 +363,18 @@ def test_a_failure_leaves_the_stored_result(tmp_path: Path, failed: bool, stored
     settings = Settings(quick=True, out=tmp_path)
     assert command.answer("cpu", question, settings, "python -m bench cpu") is stored
     assert (tmp_path / "cpu-quick.json").exists() is stored
+
+
+def test_a_result_that_lacks_a_row_of_the_baseline_is_stored_and_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = Question("Title", "How.", lambda settings: [])
+    settings = Settings(quick=True, out=tmp_path, baseline="check")
+    assert not command.answer("counts", question, settings, "python -m bench counts")
+    assert (tmp_path / "counts-quick.json").exists()
+    assert "is not measured any more" in capsys.readouterr().err
+    chosen = replace(settings, cases=("one",))
+    assert command.answer("counts", question, chosen, "python -m bench counts --case one")
 
 
 def test_readme_table_is_generated_and_checked(
