@@ -29,7 +29,7 @@ SAY = @printf '\n==> %s\n'
 .DELETE_ON_ERROR:
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-full bench bench-quick gpu-check cubins wheel docs lint format dev clean \
+.PHONY: help demo test test-all test-full bench bench-quick gpu-check compiled wheel docs lint format dev clean \
   release-check
 
 help:
@@ -40,7 +40,7 @@ help:
 	@echo "make bench-quick  the benchmarks in short, under four minutes"
 	@echo "make bench        the benchmarks in full: speed, accuracy, quality; an hour"
 	@echo "make gpu-check    on a machine with a CUDA GPU: build, test, benchmark; eight minutes"
-	@echo "make wheel        sdist and wheel in dist/, with GPU kernels for every architecture; ten minutes"
+	@echo "make wheel        sdist and wheel in dist/, with compiled kernels of CPUs and GPUs; twenty minutes"
 	@echo "make docs         the documentation as a site, in site/; half a minute"
 	@echo "make lint         ruff check, ruff format --check, mypy"
 	@echo "make release-check  all of it, then wheel and sdist in empty environments; an hour"
@@ -87,12 +87,13 @@ gpu-check:
 	$(SAY) "python -m bench gpu $(ARGS)"
 	@PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m bench gpu $(ARGS)
 
-cubins: $(CUDA12)/.made
-	$(SAY) "compiling the GPU kernels"
-	@$(CUDA12)/bin/python -m fastema.engine.build_cubins $(ARGS)
+# For those who work on a checkout, too: `make compiled ARGS="--device cpu"`.
+compiled: $(CUDA12)/.made
+	$(SAY) "compiling the kernels of processors and GPUs"
+	@$(CUDA12)/bin/python -m fastema.engine.build_kernels $(ARGS)
 
 # From an empty folder: a `build` folder beside pyproject.toml would be taken for the tool.
-wheel: cubins $(VENV)/.test
+wheel: compiled $(VENV)/.test
 	$(SAY) "building the sdist and the wheel"
 	@root="$$PWD"; cd "$$(mktemp -d)" && \
 	  FASTEMA_RELEASE=1 "$$root/$(PY)" -m build --no-isolation --outdir "$$root/dist" "$$root"
@@ -112,7 +113,7 @@ lint: $(VENV)/.dev
 	$(SAY) "mypy --strict of what users write"
 	@$(PY) -m mypy --strict tests/typing/user_code.py
 
-# Every test and benchmark, the site, the linters, the wheel with all GPU kernels, and what is built in
+# Every test and benchmark, the site, the linters, the wheel with all kernels, and what is built in
 # empty environments of every Python there is.
 release-check: test-all bench-quick docs lint wheel
 	$(SAY) ".ci/release_check dist"
@@ -129,7 +130,7 @@ dev: $(VENV)/.dev
 
 clean:
 	$(SAY) "removing $(VENV), $(ALONE), $(CUDA12), caches and build products"
-	@rm -rf $(VENV) $(ALONE) $(CUDA12) fastema/cubins build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ALONE) $(CUDA12) fastema/compiled build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:

@@ -1,7 +1,7 @@
-"""Check, before hatchling makes an sdist or a wheel, that the GPU kernels are there.
+"""Check, before hatchling makes an sdist or a wheel, that the compiled kernels are there.
 
 A release (FASTEMA_RELEASE=1, as ``make wheel`` sets it) fails without them; other builds go on, and
-such a wheel compiles its GPU kernels where it is used, as a checkout does.
+such a wheel compiles its kernels where it is used, as a checkout does.
 """
 
 import os
@@ -19,15 +19,17 @@ class KernelsHook(BuildHookInterface):
         """See hatchling."""
         if version == "editable":
             return
-        stamp = Path(self.root, "fastema", "cubins", "stamp")
         sources = runpy.run_path(str(Path(self.root, "kernels", "stamp.py")))["source_stamp"]()
-        if not stamp.exists():
-            problem = "there are no compiled GPU kernels in fastema/cubins"
-            if os.environ.get("FASTEMA_RELEASE"):
-                raise RuntimeError(f"{problem}: make cubins")
-            self.app.display_warning(f"fastema: {problem}; they will be compiled on first use")
-        elif stamp.read_text(encoding="ascii") != sources:
-            raise RuntimeError(
-                "the GPU kernels in fastema/cubins were compiled from other sources: make cubins, "
-                "or remove that folder to build without them"
-            )
+        for device in ("cpu", "gpu"):
+            stamp = Path(self.root, "fastema", "compiled", device, "stamp")
+            place = f"fastema/compiled/{device}"
+            if not stamp.exists():
+                problem = f"there are no compiled kernels in {place}"
+                if os.environ.get("FASTEMA_RELEASE"):
+                    raise RuntimeError(f"{problem}: make compiled")
+                self.app.display_warning(f"fastema: {problem}; they will be compiled on first use")
+            elif stamp.read_text(encoding="ascii") != sources:
+                raise RuntimeError(
+                    f"the kernels in {place} were compiled from other sources: make compiled, "
+                    "or remove that folder to build without them"
+                )

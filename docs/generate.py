@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from difflib import unified_diff
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +97,9 @@ def main(arguments: list[str]) -> int:
     old = PAGE.read_text(encoding="utf-8")
     new = page(old)
     if "--check" in arguments:
+        lines = old.splitlines(), new.splitlines()
+        print(*unified_diff(*lines, "docs/drop-in.md", "docstrings", lineterm=""), sep="\n")
+        print("up to date" if new == old else "python docs/generate.py writes it")
         return int(new != old)
     PAGE.write_text(new, encoding="utf-8")
     return 0

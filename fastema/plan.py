@@ -75,7 +75,14 @@ def matched(dst: Leaves, src: Leaves, called: tuple[str, str]) -> list[Pair]:
     src.refuse_opaque()
     sources = {leaf.name: leaf.spec for leaf in src.items}
     names = set(dst.names)
-    problems = [f"{name!r} is only in {called[1]}" for name in sources if name not in names]
+    places = {spec.address: name for name, spec in sources.items() if name in names}
+    places.pop(0, None)  # empty tensors
+    problems = [
+        f"{name!r} is only in {called[1]}"
+        + (f", where it is {places[at]!r} under another name" if at in places else "")
+        for name, at in ((name, spec.address) for name, spec in sources.items())
+        if name not in names
+    ]
     problems += [f"{name!r} is only in {called[0]}" for name in dst.names if name not in sources]
     if problems:
         raise LayoutError(
@@ -124,8 +131,8 @@ class _PairSelection:
         ]
 
     def _rounded(self, pair: Pair) -> Pair:
-        narrow = pair.dst.dtype in ("f16", "bf16")
-        return pair._replace(form=f"{pair.dst.dtype}{self.mark}") if narrow else pair
+        random = pair.dst.kind.random
+        return pair._replace(form=f"{pair.dst.dtype}{self.mark}") if random else pair
 
 
 class Plan:

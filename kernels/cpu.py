@@ -1,15 +1,17 @@
 """The kernels of the CPU: over the rows of a table, and over the elements of a row.
 
-A kernel is ``_over_rows(body)``. Its body is mostly a walk, which loads what a step reads, applies
-it, stores what it writes, and returns the sums of its measures; what a step does not use, the
-random bits and the sums too, costs nothing.
+A kernel is ``_over_rows(body)``, compiled. Its body is mostly a walk, which loads what a step
+reads, applies it, stores what it writes, and returns the sums of its measures; what a step does not
+use, the random bits and the sums too, costs nothing.
 """
 
 from __future__ import annotations
 
 from fastema.kernels import scalar, steps
 from fastema.kernels import table as abi
-from fastema.kernels.jit import cpu_kernel, device_fn
+from fastema.kernels.cpu_series import ewm_mean, rolling_mean
+from fastema.kernels.cpu_watch import look
+from fastema.kernels.jit import device_fn
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.rows import addresses, index_map, row_key, single, streams, window_body
 from fastema.kernels.steps import Step
@@ -26,8 +28,13 @@ from fastema.kernels.words import (
 )
 
 
-def kernel(operation: str, formats: tuple[str, ...], layout: str):
-    """Compile one operation for the formats of the written side, the other side, and so on."""
+def function(operation: str, formats: tuple[str, ...], layout: str):
+    """One operation for the formats of the written side, the other side, and so on; or another.
+
+    It is Python, of 64-bit integers, for :func:`fastema.kernels.jit.compiled`.
+    """
+    if operation in _OTHERS:
+        return _OTHERS[operation]
     step = getattr(steps, operation)(*formats, device="cpu")
     if OPERATIONS[operation].needs_ring:
         return _over_rows(_windowed(step, layout))
@@ -43,7 +50,6 @@ def _over_rows(body):
     control block.
     """
 
-    @cpu_kernel()
     def rows_loop(table, rows, numbers, control):
         cells, settings = pointer_i64(table), pointer_i64(control)
         values = pointer_f64(numbers)
@@ -180,5 +186,8 @@ def _strided(step: Step, size: int = abi.BLOCK):
 
     return walk
 
+
+_OTHERS = {one.__name__: one for one in (look, rolling_mean, ewm_mean)}
+"""What is no operation on pairs of tensors."""
 
 _WALKS = {"flat": _flat, "strided": _strided}

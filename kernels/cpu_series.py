@@ -2,31 +2,30 @@
 
 Both work on sums of two floats, the second of which holds what the first one rounded off, so that
 each result is rounded once or twice from the exact one.
-
-A series is cut into rows, which threads take from one cursor. Table, ``int64[rows, COLUMNS]``:
-
-===========  ====================================================================================
-``SRC``      address of the row's first value
-``PREV``     address of the ``size`` values before it, zeros where there were none
-``DST``      address of the row's first result
-``COUNT``    values in the row
-``SEEN``     values before the row, as far as they are in its first window: at most ``size``
-``ODD``      written: 1 where a result is not finite, else 0
-===========  ====================================================================================
-
-Control, ``int64[CONTROLS]``: ``NEXT``, the next row to take; ``SIZE``, that of the window; and
-``DIVIDE``, 1 where sums are to be divided by how many values they are of.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
 
-import numpy as np
-from numba import types
-
-from fastema.kernels.jit import cpu_kernel, device_fn
+from fastema.kernels.jit import device_fn
+from fastema.kernels.series_table import (
+    COLUMNS,
+    COUNT,
+    DIVIDE,
+    DST,
+    ENTERED,
+    LANES,
+    NEXT,
+    ODD,
+    PLACES,
+    PREV,
+    ROOM,
+    SEEN,
+    SIZE,
+    SRC,
+    STRETCH,
+)
 from fastema.kernels.words import (
     fetch_add,
     fma,
@@ -41,25 +40,6 @@ from fastema.kernels.words import (
     store_src,
     sum_any_order,
 )
-
-SRC: Final = 0
-PREV: Final = 1
-DST: Final = 2
-COUNT: Final = 3
-SEEN: Final = 4
-ODD: Final = 5
-COLUMNS: Final = 6
-
-NEXT: Final = 0
-SIZE: Final = 1
-DIVIDE: Final = 2
-CONTROLS: Final = 3
-
-LANES: Final = 4
-"""Running sums that are worked on at a time, since each waits for its last addition."""
-
-STRETCH: Final = 128
-"""Values of a lane worked on in turn where sums slide: what is between stays in the cache."""
 
 
 @device_fn
@@ -125,6 +105,14 @@ def _sizes(values, first, count):
     for i in range(first, first + count):
         total = sum_any_order(total, abs(load_src(values, i)))
     return total
+
+
+@device_fn
+def _power_above(x):
+    """The least power of two above a positive number; NaN for the largest (after Rump, 2008)."""
+    scaled = x * 2.0**53
+    power = (scaled + x) - scaled
+    return power if power > x else x + x
 
 
 @device_fn
@@ -194,9 +182,9 @@ def _slide(cells, at, size, divide, scratch):
     sizes = _sizes(prev, 0, size + count)
     if lane == 0 or not sizes < math.inf:
         return math.nan
-    power = math.frexp(sizes)[1]
-    shift = math.ldexp(1.5, power + 2)
-    least = math.ldexp(float(lane) * float(size), power + 2 - 50)
+    top = _power_above(sizes)
+    shift = 6.0 * top
+    least = float(lane) * float(size) * 2.0**-48 * top
     n = float(size) if divide else 1.0
     inverse = 1.0 / n
     a, a_rest = _split_total(prev, 0, size, shift)
@@ -222,13 +210,14 @@ def _slide(cells, at, size, divide, scratch):
     return odd
 
 
-@cpu_kernel()
-def rolling_mean(table, rows, numbers, control):
+def rolling_mean(table, rows, scratch, control):
     """Means, or sums, of the last ``SIZE`` values, at every value of every row."""
     cells, settings = pointer_i64(table), pointer_i64(control)
     size, divide = load(settings, SIZE), load(settings, DIVIDE)
-    room = np.empty(max(2 * LANES * STRETCH, 2 * size))
-    scratch = np.int64(room.ctypes.data)
+    place = fetch_add(control + 8 * ENTERED, 1)
+    if place >= load(settings, PLACES):
+        return  # the others do the work
+    scratch += place * load(settings, ROOM)
     row = fetch_add(control + 8 * NEXT, 1)
     while row < rows:
         at = row * COLUMNS
@@ -239,7 +228,6 @@ def rolling_mean(table, rows, numbers, control):
             odd = _put_together(cells, at, size, divide, scratch)
         store(cells, at + ODD, 0 if odd == 0.0 else 1)
         row = fetch_add(control + 8 * NEXT, 1)
-    room[0] = 0.0  # Numba frees an array after its last use, and an address is none
 
 
 # -- exponential averages -------------------------------------------------------------------------
@@ -264,19 +252,17 @@ def _ewm_stretch(src, dst, sums, rests, first, count, decay, w, w_rest, high, lo
     return high, low
 
 
-@cpu_kernel(types.void(*[types.int64] * 4))
-def ewm_mean(source, count, target, numbers):
+def ewm_mean(source, count, target, numbers, scratch):
     """``avg = decay avg + (1 - decay) x`` for every value.
 
     ``numbers``, ``float64[3]``: the decay, the average before and what it rounded off; the last two
-    are written.
+    are written. ``scratch`` is room for two stretches.
     """
     src, dst, values = pointer_f64(source), pointer_f64(target), pointer_f64(numbers)
     decay, high, low = load(values, 0), load(values, 1), load(values, 2)
     w = 1.0 - decay
     w_rest = (1.0 - w) - decay
-    room = np.empty(2 * STRETCH)
-    sums, rests = pointer_f64(room.ctypes.data), pointer_f64(room.ctypes.data + 8 * STRETCH)
+    sums, rests = pointer_f64(scratch), pointer_f64(scratch + 8 * STRETCH)
     first = 0
     while first < count:
         now = min(STRETCH, count - first)
@@ -284,4 +270,3 @@ def ewm_mean(source, count, target, numbers):
         first += now
     store(values, 1, high)
     store(values, 2, low)
-    room[0] = 0.0  # Numba frees an array after its last use, and an address is none

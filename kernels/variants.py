@@ -1,4 +1,4 @@
-"""The GPU kernels that averages, swaps and copies select: those that a wheel brings compiled."""
+"""The kernels that averages, swaps and copies select: those that a wheel brings compiled."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ FORMS = (*FLOATS, "f16~", "bf16~", "bf16+16")
 
 RAW = ("raw1", "raw2", "raw4", "raw8")
 LAYOUTS = ("flat", "strided")
+ENTRY = "fastema_kernel"
+"""What a kernel of the CPU is called in its machine code."""
+
+FUNCTIONS = ("look", "rolling_mean", "ewm_mean")
+"""Compiled functions of the CPU that are no operations on pairs of tensors."""
+
 CLOCK = "advance"
 """The kernel that takes a clock to the next update, which has no formats and no layout."""
 
@@ -62,11 +68,19 @@ def _formats() -> Iterator[tuple[str, ...]]:
                 yield "window", dst, src, ring, "f64" if "f64" in (dst, src) else "f32"
 
 
-def variants() -> list[Variant]:
-    """Return every kernel of a wheel, the clock's last."""
-    found = [
+def _of_pairs() -> list[Variant]:
+    return [
         Variant(operation, tuple(formats), layout)
         for operation, *formats in dict.fromkeys(_formats())
         for layout in LAYOUTS
     ]
-    return [*found, Variant(CLOCK, (), "")]
+
+
+def gpu_variants() -> list[Variant]:
+    """Return every GPU kernel of a wheel, the clock's last."""
+    return [*_of_pairs(), Variant(CLOCK, (), "")]
+
+
+def cpu_variants() -> list[Variant]:
+    """Return every CPU kernel of a wheel, those that are not of pairs last."""
+    return [*_of_pairs(), *(Variant(name, (), "") for name in FUNCTIONS)]

@@ -99,10 +99,10 @@ PLANTED = {
     "gpu": {
         "fastema/engine/shipped.py": {
             "any older code": ("if major == capability[0] and", "if major <= capability[0] and"),
-            "other sources": (" != _sources():", ' == "":'),
+            "other sources": (" == _sources()\n", ' != "  "\n'),
             "next kernel": ("            at += size\n", "            at += size + 1\n"),
         },
-        "fastema/engine/build_cubins.py": {
+        "fastema/engine/build_kernels.py": {
             "fused products": ("(add|sub|mul|mad)", "(add|sub|mad)"),
             "spilled registers": ("if made.spilled or made.stack:", "if made.stack:"),
         },

@@ -7,14 +7,19 @@ import builtins
 import importlib
 import inspect
 import pkgutil
+import re
+import runpy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import fastema
-from fastema import errors
+from fastema import errors, rules
 from fastema.lazy import lazy_names
+
+ROOT = Path(__file__).parents[1]
 
 # Plain values: a docstring of their type would say nothing about them.
 VALUES = {"__version__"}
@@ -183,3 +188,39 @@ def test_only_packages_known_to_be_lazy_have_a_getattr() -> None:
     assert (
         sorted(m.__name__ for m in _modules(tensorflow=False) if "__getattr__" in vars(m)) == LAZY
     )
+
+
+SHARED = {
+    *("__init__", "averager", "installation", "lists", "mirrored", "modules", "peer_horizon"),
+    *("shares", "signatures"),
+}
+"""What in fastema/compat is no peer's."""
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="belongs to a checkout")
+def test_a_drop_in_is_listed_wherever_drop_ins_are() -> None:
+    from fastema.compat import _HOMES, __all__, installation
+
+    peers = set(_HOMES) - set(__all__)
+    files = {path.stem for path in (ROOT / "fastema" / "compat").iterdir() if path.stem[0] != "_"}
+    assert files - SHARED == peers, "_HOMES in fastema/compat/__init__.py"
+    page = (ROOT / "docs" / "drop-in.md").read_text(encoding="utf-8")
+    table = page.partition("## What there is")[2].partition("## ")[0]
+    listed = {row.split("|")[2].strip(" `") for row in table.splitlines() if row.startswith("| ")}
+    assert listed - {"module"} == peers, "the table of docs/drop-in.md, What there is"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:fastema\.compat)?\.(\w+)`", readme))
+    assert named >= peers - {"tensorflow"}, "README.md, In place of what you use"
+    assert installation._KNOWN.keys() <= peers
+    described = set(re.findall(r'``"(\w+)"``', installation.install.__doc__ or ""))
+    assert installation._KNOWN.keys() == described - {"peer", "corrected"}, "install's docstring"
+    generator = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert generator["PEERS"].keys() == peers - {"tensorflow"}, "PEERS in docs/generate.py"
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="belongs to a checkout")
+def test_every_rule_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "rules.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^        - (\w+)$", page, re.MULTILINE))
+    functions = {name for name in rules.__all__ if inspect.isfunction(getattr(rules, name))}
+    assert listed >= functions, "docs/reference/rules.md"

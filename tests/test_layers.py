@@ -54,6 +54,7 @@ TABLE = {
     "rules.posthoc": ".errors numpy not:time not:datetime",
     "layout": ".errors .kernels.table numpy",
     "engine": f"{LAYOUT} .kernels numpy",
+    "engine.native": ".engine .kernels lazy:llvmlite",
     "engine.cuda": f"{LAYOUT} .kernels .engine numpy lazy:cuda",
     # Bridges meet in the registry, which imports one when its framework is there, and do not
     # know each other. New memory is asked of the bridge that an array has.

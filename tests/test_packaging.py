@@ -99,7 +99,7 @@ def test_wheel_holds_the_kernels(wheel_names: list[str]) -> None:
 def _tree(folder: Path) -> Path:
     """Copy what a build takes."""
     for name in ("fastema", "kernels", ".ci"):
-        skipped = shutil.ignore_patterns("__pycache__", "cubins", "kernels")
+        skipped = shutil.ignore_patterns("__pycache__", "compiled", "kernels")
         shutil.copytree(ROOT / name, folder / name, ignore=skipped if name == "fastema" else None)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -118,28 +118,32 @@ def _wheel(tree: Path, out: Path, **environment: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.slow
-def test_release_has_gpu_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
+def test_release_has_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
     _need("build", "hatchling")
     tree, out = _tree(tmp_path / "tree"), tmp_path / "out"
     out.mkdir()
     done = _wheel(tree, out, FASTEMA_RELEASE="1")
     assert done.returncode
-    assert "no compiled GPU kernels in fastema/cubins: make cubins" in done.stderr + done.stdout
+    assert "no compiled kernels in fastema/compiled/cpu: make compiled" in done.stderr + done.stdout
     assert not list(out.iterdir())
-    target = tree / "fastema" / "cubins" / "sm_90"
-    target.mkdir(parents=True)
-    (target / "lerp.xz").write_bytes(b"code")
-    (target.parent / "stamp").write_text("0" * 16)
+    compiled = tree / "fastema" / "compiled"
+    for target in ("cpu/x86-64-v3", "gpu/sm_90"):
+        (compiled / target).mkdir(parents=True)
+        (compiled / target / "lerp.xz").write_bytes(b"code")
+    (compiled / "cpu" / "stamp").write_text(source_stamp())
+    (compiled / "gpu" / "stamp").write_text("0" * 16)
     done = _wheel(tree, out)
     assert done.returncode
-    assert "were compiled from other sources" in done.stderr + done.stdout
-    (target.parent / "stamp").write_text(source_stamp())
+    assert "compiled/gpu were compiled from other sources" in done.stderr + done.stdout
+    (compiled / "gpu" / "stamp").write_text(source_stamp())
     done = _wheel(tree, out, FASTEMA_RELEASE="1")
     assert not done.returncode, done.stderr
     (path,) = out.iterdir()
     with zipfile.ZipFile(path) as archive:
-        assert archive.read("fastema/cubins/sm_90/lerp.xz") == b"code"
-        assert archive.read("fastema/cubins/stamp").decode() == source_stamp()
+        for target in ("cpu/x86-64-v3", "gpu/sm_90"):
+            assert archive.read(f"fastema/compiled/{target}/lerp.xz") == b"code"
+            stamp = archive.read(f"fastema/compiled/{target[:3]}/stamp")
+            assert stamp.decode() == source_stamp()
 
 
 @pytest.mark.slow

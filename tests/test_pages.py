@@ -37,4 +37,6 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
 @pytest.mark.skipif(not PAGES[0].exists(), reason="pages belong to a checkout, not to an install")
 def test_generated_tables_are_up_to_date() -> None:
     script = ROOT / "docs" / "generate.py"
-    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0
+    command = [sys.executable, script, "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -47,7 +47,7 @@ def compare(
         if not figures:  # a peer that is not installed here
             continue
         if before is None:
-            wrong.append(f"{name}: is new; python -m bench --baseline write")
+            wrong.append(f"{name}: is new; python -m bench QUESTION --quick --baseline write")
             continue
         wrong += [
             f"{name}: {one} is {figures.get(one)}, was {before[one]}"

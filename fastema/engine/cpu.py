@@ -43,9 +43,9 @@ class _Pool:
         self.lock = threading.Lock()
         self.executor: ThreadPoolExecutor | None = None
 
-    def submit(self, helpers: int, task: Callable[..., None], *args: int) -> list[Future[None]]:
+    def submit(self, helpers: int, task: Callable[..., object], *args: int) -> list[Future[object]]:
         """Start a task on helpers; fewer, or none, where no thread can be started."""
-        futures: list[Future[None]] = []
+        futures: list[Future[object]] = []
         with self.lock:
             if self.executor is None:
                 self.executor = ThreadPoolExecutor(self.threads - 1, "fastema-run")

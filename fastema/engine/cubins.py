@@ -1,23 +1,15 @@
 """GPU kernels by (operation, formats, layout, compute capability): shipped, or compiled once.
 
-What was compiled here is kept on disk. An entry is named by what its code depends on: the kernel,
-all kernel sources, the compute capability, and the versions of the compilers. It carries a
-checksum; one that does not fit is compiled again.
+What was compiled here is kept on disk, by what its code depends on: the kernel, the compute
+capability, and the versions of the compilers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
-from importlib import metadata
-from pathlib import Path
 from typing import Final, NamedTuple
 
-from fastema.engine import shipped
+from fastema.engine import disk_cache, shipped
 from fastema.errors import DeviceError
 
 __all__ = ["INSTALL", "Cubin", "Key", "Unavailable", "cubin"]
@@ -30,9 +22,6 @@ _COMPILERS: Final = (
     *("nvidia-nvjitlink-cu12", "nvidia-cuda-nvcc-cu12"),
 )
 """Distributions whose version may change what comes out; some may be missing."""
-
-_MAGIC: Final = b"fastema cubin 1\n"
-_HEAD: Final = len(_MAGIC) + hashlib.sha256().digest_size
 
 
 class Unavailable(DeviceError):
@@ -55,63 +44,14 @@ class Cubin(NamedTuple):
     code: bytes
 
 
-@cache
-def _versions() -> tuple[str, ...]:
-    found = []
-    for name in _COMPILERS:
-        with suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return tuple(found)
-
-
-def _path(key: Key) -> Path | None:
-    from fastema.kernels.jit import SOURCE_STAMP, cache_folder
-
-    folder = cache_folder()
-    if folder is None:
-        return None
-    content = repr((key, SOURCE_STAMP, _versions())).encode()
-    return folder / f"{key.operation}-{hashlib.sha256(content).hexdigest()[:24]}.cubin"
-
-
-def _sealed(body: bytes) -> bytes:
-    return _MAGIC + hashlib.sha256(body).digest()
-
-
 def _packed(made: Cubin) -> bytes:
     name = made.name.encode()
-    body = len(name).to_bytes(4, "little") + name + made.code
-    return _sealed(body) + body
+    return len(name).to_bytes(4, "little") + name + made.code
 
 
-def _unpacked(stored: bytes) -> Cubin | None:
-    """The entry; None if it is not whole."""
-    body = stored[_HEAD:]
-    if stored[:_HEAD] != _sealed(body):
-        return None
+def _unpacked(body: bytes) -> Cubin:
     end = 4 + int.from_bytes(body[:4], "little")
     return Cubin(body[4:end].decode(), body[end:])
-
-
-def _read(path: Path) -> Cubin | None:
-    try:
-        return _unpacked(path.read_bytes())
-    except OSError:
-        return None
-
-
-def _write(path: Path, made: Cubin) -> None:
-    """Put an entry in its place at once; without it the next process compiles again."""
-    with suppress(OSError):
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_packed(made))
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
 
 
 def _compile(key: Key) -> Cubin:
@@ -131,14 +71,13 @@ def _compile(key: Key) -> Cubin:
 
 def cubin(key: Key, compiled: Callable[[Key], Cubin] = _compile) -> Cubin:
     """The machine code of a kernel: shipped, from the disk or, where it is not there, compiled."""
-    code = shipped.read(*key)
+    code = shipped.read("gpu", *key[:3], shipped.gpu_targets(key.capability))
     if code is not None:
         return Cubin(shipped.entry_name(key.operation), code)
-    path = _path(key)
-    if path is None:
-        return compiled(key)
-    found = _read(path)
-    if found is None:
-        found = compiled(key)
-        _write(path, found)
-    return found
+    path = disk_cache.entry(*key, disk_cache.versions(*_COMPILERS), suffix=".cubin")
+    body = disk_cache.read(path)
+    if body is not None:
+        return _unpacked(body)
+    made = compiled(key)
+    disk_cache.write(path, _packed(made))
+    return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from fastema.engine import shipped
+from fastema.engine import disk_cache, shipped
 
 __all__ = ["Cache", "Gpu", "cache", "gpu"]
 
@@ -27,9 +27,7 @@ class Gpu(NamedTuple):
 
 def cache() -> Cache:
     """Find the folder of compiled CPU kernels, and what is in it."""
-    from fastema.kernels.jit import cache_folder
-
-    folder = cache_folder()
+    folder = disk_cache.folder()
     files = folder.rglob("*") if folder is not None else ()
     return Cache(folder, sum(one.stat().st_size for one in files if one.is_file()))
 
@@ -42,4 +40,4 @@ def gpu() -> Gpu:
         capability = Driver().capability(0)
     except (OSError, DriverError) as error:
         return Gpu(str(error))
-    return Gpu("", capability, shipped.FOLDER.is_dir())
+    return Gpu("", capability, shipped.current("gpu"))

@@ -1,35 +1,43 @@
-"""Kernels of the CPU by (operation, formats, layout), compiled on first use."""
+"""Kernels of the CPU by (operation, formats, layout), made on first use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from fastema.engine import native
 from fastema.engine.locks import lock
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
 
-__all__ = ["Kernel", "kernel"]
+__all__ = ["Kernel", "function", "kernel"]
 
-Kernel = Callable[[int, int, int, int], None]
+Kernel = Callable[[int, int, int, int], object]
 """``kernel(table, rows, numbers, control)``, see :mod:`fastema.kernels.table`."""
 
-_made: dict[tuple[str, tuple[str, ...], str], Kernel] = {}
+_made: dict[tuple[str, tuple[str, ...], str], Callable[..., int]] = {}
 _making = lock()
 
 
 def kernel(operation: str, formats: tuple[str, ...], layout: str) -> Kernel:
-    """The kernel for a key; the first request compiles it or loads it from disk.
+    """Return the kernel for a key; the first request loads it, or compiles it.
 
     ``formats`` are those of the written side, the other side and, for a windowed mean, the ring and
     the companion.
     """
-    key = operation, formats, layout
+    if operation not in OPERATIONS:
+        known = ", ".join(sorted(OPERATIONS))
+        raise DTypeError(f"no kernel for {operation}; known are {known}")
+    return _once(operation, formats, layout)
+
+
+def function(name: str) -> Callable[..., int]:
+    """Return a compiled function that is not of pairs of tensors."""
+    return _once(name, (), "")
+
+
+def _once(*key: Any) -> Callable[..., int]:
     with _making:
         if key not in _made:
-            if operation not in OPERATIONS:
-                known = ", ".join(sorted(OPERATIONS))
-                raise DTypeError(f"no kernel for {operation}; known are {known}")
-            from fastema.kernels import cpu
-
-            _made[key] = cpu.kernel(*key)
+            _made[key] = native.function(*key)
         return _made[key]

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastema.engine import cpu
+from fastema.engine.registry import function
+from fastema.kernels import series_table as k
 
 __all__ = ["ewm_mean", "rolling_mean"]
 
@@ -27,8 +29,6 @@ def rolling_mean(
     ``x`` is float64, one-dimensional and without gaps; ``history`` are the values before it, the
     latest last, at most ``size``. With ``divide=False`` the sums are returned.
     """
-    from fastema.kernels import cpu_series as k
-
     size = min(size, len(history) + len(x)) or 1  # a longer window is never full
     before = np.concatenate([np.zeros(size - len(history)), history])
     result = np.empty(len(x))
@@ -43,12 +43,16 @@ def rolling_mean(
     table[:, k.SEEN] = np.minimum(starts + len(history), size)
     # Threads take rows in turn: far apart, lest two of them meet in one new page of the results,
     # which both would then clear.
-    apart = -(-len(starts) // cpu.get_num_threads())
+    threads = cpu.get_num_threads()
+    apart = -(-len(starts) // threads)
     table = table[np.argsort(np.arange(len(starts)) % max(apart, 1), kind="stable")]
     control = np.zeros(k.CONTROLS, np.int64)
     control[k.SIZE], control[k.DIVIDE] = size, divide
+    scratch = np.empty((threads, k.room(size)))
+    control[k.PLACES], control[k.ROOM] = scratch.shape[0], scratch.strides[0]
     nbytes = x.nbytes + result.nbytes
-    cpu.launch(k.rolling_mean, table.ctypes.data, len(table), 0, control.ctypes.data, nbytes)
+    addresses = table.ctypes.data, len(table), scratch.ctypes.data, control.ctypes.data
+    cpu.launch(function("rolling_mean"), *addresses, nbytes)
     return result, not table[:, k.ODD].any()
 
 
@@ -60,9 +64,10 @@ def ewm_mean(
     ``x`` is float64, one-dimensional and without gaps; ``start`` is the average before, and what it
     rounded off.
     """
-    from fastema.kernels import cpu_series as k
-
     result = np.empty(len(x))
     numbers = np.array([decay, *start])
-    k.ewm_mean(x.ctypes.data, len(x), result.ctypes.data, numbers.ctypes.data)
+    scratch = np.empty(2 * k.STRETCH)
+    function("ewm_mean")(
+        x.ctypes.data, len(x), result.ctypes.data, numbers.ctypes.data, scratch.ctypes.data
+    )
     return result, (float(numbers[1]), float(numbers[2]))

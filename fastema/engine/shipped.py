@@ -1,18 +1,19 @@
-"""The GPU kernels that a wheel brings, compiled with CUDA 12.9.
+"""The kernels that a wheel brings, compiled; those of GPUs with CUDA 12.9.
 
-``fastema/cubins/`` has a folder for each compute capability that there is machine code for, and
-``ptx`` for GPUs that are newer than all of them. A file there holds the kernels of one operation: a
-line of JSON, ``[[formats, layout, bytes], ...]``, and the code in this order, compressed as one.
-``stamp`` says from which kernel sources: those of an edited checkout never load.
+``fastema/compiled/gpu/`` has a folder for each compute capability that there is machine code for,
+and ``ptx`` for GPUs that are newer than all of them; ``fastema/compiled/cpu/`` has one for each
+level of processors. A file there holds the kernels of one operation: a line of JSON, ``[[formats,
+layout, bytes], ...]``, and the code in this order, compressed as one. ``stamp``, beside these
+folders, says from which kernel sources: those of an edited checkout never load.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from fastema.errors import DeviceError
 from fastema.kernels.stamp import source_stamp
@@ -22,14 +23,19 @@ __all__ = [
     "FOLDER",
     "PTX",
     "PTX_CAPABILITY",
+    "Device",
     "Kernels",
+    "current",
     "entry_name",
+    "gpu_targets",
     "kernels",
     "read",
     "write",
 ]
 
-FOLDER: Final = Path(__file__).parents[1] / "cubins"
+FOLDER: Final = Path(__file__).parents[1] / "compiled"
+
+Device = Literal["cpu", "gpu"]
 
 CAPABILITIES: Final = ((7, 5), (8, 0), (9, 0), (10, 0), (12, 0))
 """Those with machine code, which also runs on later ones of the same first number."""
@@ -53,7 +59,7 @@ def entry_name(operation: str) -> str:
 _sources = cache(source_stamp)  # asked for with every kernel
 
 
-def _targets(capability: tuple[int, int]) -> Iterator[str]:
+def gpu_targets(capability: tuple[int, int]) -> Iterator[str]:
     """Yield the folders whose code runs on a GPU, the better one first."""
     for major, minor in CAPABILITIES:
         if major == capability[0] and minor <= capability[1]:
@@ -62,27 +68,32 @@ def _targets(capability: tuple[int, int]) -> Iterator[str]:
         yield PTX
 
 
+def current(device: Device) -> bool:
+    """Return whether there are kernels, and of these sources."""
+    try:
+        return (FOLDER / device / "stamp").read_text(encoding="ascii") == _sources()
+    except OSError:
+        return False
+
+
 def read(
-    operation: str, formats: tuple[str, ...], layout: str, capability: tuple[int, int]
+    device: Device, operation: str, formats: tuple[str, ...], layout: str, targets: Iterable[str]
 ) -> bytes | None:
-    """Return a kernel's machine code or PTX; None where none was shipped.
+    """Return a kernel's machine code or PTX for the first of some targets; None without any.
 
     Raises
     ------
     DeviceError
         If a file of the installation is damaged.
     """
-    try:
-        if (FOLDER / "stamp").read_text(encoding="ascii") != _sources():
-            return None
-    except OSError:
+    if not current(device):
         return None
-    return kernels(FOLDER, operation, capability).get((formats, layout))
+    return kernels(FOLDER / device, operation, targets).get((formats, layout))
 
 
-def kernels(folder: Path, operation: str, capability: tuple[int, int]) -> Kernels:
-    """Return the code of all of an operation's kernels for a GPU."""
-    for target in _targets(capability):
+def kernels(folder: Path, operation: str, targets: Iterable[str]) -> Kernels:
+    """Return the code of all of an operation's kernels for the first target that has them."""
+    for target in targets:
         path = folder / target / f"{operation}.xz"
         if path.exists():
             return dict(_entries(path))

@@ -11,7 +11,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from fastema.engine.registry import function
 from fastema.errors import FastemaError
+from fastema.kernels import watch_table as abi
 from fastema.layout.spec import Leaves, TensorContainer, TensorSpec
 
 __all__ = ["SHARES", "Watch", "watch"]
@@ -168,20 +170,18 @@ class _ByExchange(Watch):
     """The same in one compiled loop, through the framework's DLPack exchange function."""
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
-        from fastema.kernels import cpu_watch
-
-        self._check = cpu_watch.any_change
+        self._look = function("look")
         dicts = [one for one in leaves.held if type(one.container) is dict]
         others = [one for one in leaves.held if type(one.container) is not dict]
         others.append(TensorContainer(_Wrapped([leaf.spec for leaf in leaves.items])))
         super().__init__(others, transient)
         rows, entries = _dict_tables(dicts, transient)
-        held = np.array(rows, np.int64).reshape(-1, cpu_watch.DICT)
+        held = np.array(rows, np.int64).reshape(-1, abi.DICT)
         entry = np.array([0 if one is _ANY else id(one) for one in entries], np.int64)
-        scratch = np.zeros(cpu_watch.SCRATCH_WORDS, np.int64)
+        scratch = np.zeros(abi.SCRATCH_WORDS, np.int64)
         ranks = [len(leaf.spec.shape) for leaf in leaves.items]
         firsts = [0, *accumulate(2 * rank for rank in ranks)]
-        tensor = np.zeros((len(ranks), cpu_watch.TENSOR), np.int64)
+        tensor = np.zeros((len(ranks), abi.TENSOR), np.int64)
         owners = [leaf.spec.tensor for leaf in leaves.items]
         tensor[:, 0] = [id(owner) for owner in owners]
         tensor[:, 3], tensor[:, 4] = ranks, firsts[:-1]
@@ -198,23 +198,25 @@ class _ByExchange(Watch):
             dims,
             scratch,
         )
-        functions = (
-            _c_address(ctypes.pythonapi.PyDict_Next),
-            leaves.items[0].spec.exchange,
-            _c_address(ctypes.pythonapi.PyErr_Clear),
-        )
+        task = np.zeros(abi.WORDS, np.int64)
+        task[abi.DICT_NEXT] = _c_address(ctypes.pythonapi.PyDict_Next)
+        task[abi.DESCRIBE] = leaves.items[0].spec.exchange
+        task[abi.CLEAR_ERROR] = _c_address(ctypes.pythonapi.PyErr_Clear)
+        task[abi.ENTRIES_AT], task[abi.DIMS_AT] = entry.ctypes.data, dims.ctypes.data
+        task[abi.SCRATCH_AT] = scratch.ctypes.data
 
-        def args(dicts: NDArray[np.int64], tensors: NDArray[np.int64]) -> tuple[int, ...]:
-            return (
-                *(dicts.ctypes.data, len(dicts), entry.ctypes.data),
-                *(tensors.ctypes.data, len(tensors), dims.ctypes.data),
-                *(*functions, scratch.ctypes.data),
-            )
+        def task_of(dicts: NDArray[np.int64], tensors: NDArray[np.int64]) -> NDArray[np.int64]:
+            made = task.copy()
+            made[abi.DICTS], made[abi.DICTS_AT] = len(dicts), dicts.ctypes.data
+            made[abi.TENSORS], made[abi.TENSORS_AT] = len(tensors), tensors.ctypes.data
+            return made
 
+        record = task_of(held[:0], tensor)
+        record[abi.RECORD] = 1
         # One that cannot be described any more has changed: the first check says so.
-        cpu_watch.describe_all(*args(held[:0], tensor))
-        self._args: dict[int | None, tuple[int, ...]] = {None: args(held, tensor)}
+        self._look(record.ctypes.data)
         tables = []
+        tasks: dict[int | None, NDArray[np.int64]] = {None: task_of(held, tensor)}
         values = [{*entry[2 * row[3] + 1 : 2 * (row[3] + row[2]) : 2]} for row in rows]
         known = {id(one.spec.owner) for one in leaves.items}
         empty = [number for number, ids in enumerate(values) if not ids & known]
@@ -223,11 +225,12 @@ class _ByExchange(Watch):
             ids = {id(one.spec.owner) for one in items}
             holding = [number for number, found in enumerate(values) if found & ids]
             tables.append(held[holding + empty[_part(empty, share)]])
-            self._args[share] = args(tables[-1], tensor[_part(tensor, share)])
+            tasks[share] = task_of(tables[-1], tensor[_part(tensor, share)])
         self._kept += (tables,)
+        self._tasks = {share: (one.ctypes.data, one) for share, one in tasks.items()}
 
     def _any_moved(self, share: int | None) -> bool:
-        return bool(self._check(*self._args[share]))
+        return bool(self._look(self._tasks[share][0]))
 
 
 def watch(leaves: Leaves, *, transient: bool = True) -> Watch:

@@ -13,7 +13,8 @@ class DType(NamedTuple):
     """One dtype: its code, bytes per element, and what it is to a kernel.
 
     ``real`` is the float format an element is made of (``parts`` of them), None where the dtype is
-    not averaged but copied bit for bit. ``whole`` says whether it holds integers or booleans.
+    not averaged but copied bit for bit. ``whole`` says whether it holds integers or booleans, and
+    ``random`` whether averages in it can be rounded at random: there is a kernel format ``code~``.
     """
 
     code: str
@@ -21,13 +22,14 @@ class DType(NamedTuple):
     real: str | None
     parts: int = 1
     whole: bool = False
+    random: bool = False
 
 
 _FLOATS: Final = (
     DType("f64", 8, "f64"),
     DType("f32", 4, "f32"),
-    DType("f16", 2, "f16"),
-    DType("bf16", 2, "bf16"),
+    DType("f16", 2, "f16", random=True),
+    DType("bf16", 2, "bf16", random=True),
     DType("c64", 8, "f32", parts=2),
     DType("c128", 16, "f64", parts=2),
 )

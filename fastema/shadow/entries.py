@@ -185,4 +185,4 @@ class ShadowFormat(NamedTuple):
         kind = average_of(weights, self.dtype)
         if self.split:
             return kind, SPLIT
-        return kind, f"{kind.code}~" if self.random and kind.code in ("f16", "bf16") else ""
+        return kind, f"{kind.code}~" if self.random and kind.random else ""

@@ -53,6 +53,7 @@ class _Layout(NamedTuple):
     what: str
     reads: str  # the call that takes it
     prefix: str = ""  # of its other entries
+    flat: bool = False  # its other entries are tensors, whose names have no dots
 
 
 _COMPAT: Final = "fastema.compat."
@@ -121,6 +122,7 @@ _LAYOUTS: Final = (
         "decay num_updates",
         "the state of Stable Diffusion's LitEma",
         f"{_COMPAT}litema.LitEma.load_state_dict",
+        flat=True,
     ),
     _Layout(
         "timm",
@@ -171,4 +173,5 @@ def _fits(state: Mapping[Any, Any], layout: _Layout) -> bool:
         all(key in state for key in keys)
         and (not layout.prefix or bool(others))
         and all(isinstance(name, str) and name.startswith(layout.prefix) for name in others)
+        and not (layout.flat and any("." in n or not hasattr(state[n], "shape") for n in others))
     )

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastema.engine import cubins
+from fastema.engine import cubins, disk_cache
 from fastema.engine.cubins import INSTALL, Cubin, Key, Unavailable, cubin
-from fastema.kernels import jit
 from fastema.kernels.variants import CLOCK
 
 from ..support.requirements import require_packages
@@ -56,7 +55,7 @@ class Compiler:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -86,7 +85,7 @@ def test_other_sources_are_another_kernel(folder: Path, monkeypatch: pytest.Monk
     compiler = Compiler()
     compiler.check(KEY, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(jit, "SOURCE_STAMP", "0123456789abcdef")
+        patch.setattr(disk_cache, "SOURCE_STAMP", "0123456789abcdef")
         compiler.check(KEY, 2)
     compiler.check(KEY, 2)
 
@@ -101,11 +100,11 @@ def test_another_version_of_a_compiler_makes_another_kernel(
     def version(asked: str) -> str:
         found = versions[asked]
         if found is None:
-            raise cubins.metadata.PackageNotFoundError(asked)
+            raise disk_cache.metadata.PackageNotFoundError(asked)
         return found
 
-    monkeypatch.setattr(cubins, "_versions", cubins._versions.__wrapped__)
-    monkeypatch.setattr(cubins.metadata, "version", version)
+    monkeypatch.setattr(disk_cache, "versions", disk_cache.versions.__wrapped__)
+    monkeypatch.setattr(disk_cache.metadata, "version", version)
     compiler = Compiler()
     for installed, asked in (("1.2.3", 1), (other, 2), ("1.2.3", 2)):
         versions[name] = installed
@@ -114,7 +113,7 @@ def test_another_version_of_a_compiler_makes_another_kernel(
 
 def test_the_versions_of_all_compilers_count() -> None:
     require_packages("numba_cuda", "cuda.core")
-    known = {one.split()[0] for one in cubins._versions()}
+    known = {one.split()[0] for one in disk_cache.versions(*cubins._COMPILERS)}
     assert known >= {"numba", "numba-cuda", "llvmlite", "cuda-core"}
 
 
@@ -131,7 +130,7 @@ DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
     "empty": lambda stored, generator: b"",
     "truncated": lambda stored, generator: stored[: int(generator.integers(1, len(stored)))],
     "longer": lambda stored, generator: stored + generator.bytes(int(generator.integers(1, 100))),
-    "magic": lambda stored, generator: b"fastema cubin 0\n" + stored[16:],
+    "magic": lambda stored, generator: b"fastema kernel 0\n" + stored[17:],
     "garbage": lambda stored, generator: generator.bytes(len(stored)),
     "zeros": lambda stored, generator: bytes(len(stored)),  # of some file systems, after a crash
     "flipped": flip,
@@ -155,12 +154,18 @@ def test_a_damaged_entry_is_compiled_again_and_made_good(kind: str, folder: Path
 def test_any_cubin_is_read_as_written_and_any_one_damage_is_seen(data: st.DataObject) -> None:
     encodable = st.text(st.characters(codec="utf-8"), max_size=300)
     made = Cubin(data.draw(encodable), data.draw(st.binary(max_size=3_000)))
-    stored = cubins._packed(made)
-    assert cubins._unpacked(stored) == made
-    place = data.draw(st.integers(0, len(stored) - 1))
-    value = data.draw(st.integers(0, 255).filter(lambda byte: byte != stored[place]))
-    assert cubins._unpacked(stored[:place] + bytes([value]) + stored[place + 1 :]) is None
-    assert cubins._unpacked(stored[:place]) is None
+    body = cubins._packed(made)
+    assert cubins._unpacked(body) == made
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "entry"
+        disk_cache.write(path, body)
+        stored = path.read_bytes()
+        assert disk_cache.read(path) == body
+        place = data.draw(st.integers(0, len(stored) - 1))
+        value = data.draw(st.integers(0, 255).filter(lambda byte: byte != stored[place]))
+        for damaged in (stored[:place] + bytes([value]) + stored[place + 1 :], stored[:place]):
+            path.write_bytes(damaged)
+            assert disk_cache.read(path) is None
 
 
 # -- folders that cannot be used -------------------------------------------------------------------
@@ -180,8 +185,8 @@ def no_writing(folder: Path) -> Path:
 
 
 def an_entry_that_is_a_folder(folder: Path) -> Path:
-    jit.cache_folder = lambda: folder
-    path = cubins._path(KEY)
+    disk_cache.folder = lambda: folder  # type: ignore[assignment]
+    path = disk_cache.entry(*KEY, disk_cache.versions(*cubins._COMPILERS), suffix=".cubin")
     assert path is not None
     path.mkdir()
     return folder
@@ -201,9 +206,9 @@ def an_entry_that_is_a_folder(folder: Path) -> Path:
 def test_without_a_folder_kernels_are_compiled_each_time(
     place: Callable[[Path], Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jit, "cache_folder", lambda: None)  # undone by the end of the test
+    monkeypatch.setattr(disk_cache, "folder", lambda: None)  # undone by the end of the test
     folder = place(tmp_path)
-    monkeypatch.setattr(jit, "cache_folder", lambda: folder)
+    monkeypatch.setattr(disk_cache, "folder", lambda: folder)
     compiler = Compiler()
     compiler.check(KEY, 1)
     compiler.check(KEY, 2)
@@ -230,12 +235,14 @@ WRITERS = """
     import os, sys
     from pathlib import Path
     import numpy as np
-    from fastema.engine import cubins
+    from fastema.engine import cubins, disk_cache
     from fastema.engine.cubins import Cubin, Key, cubin
-    from fastema.kernels import jit
+
+    def path(key):
+        return disk_cache.entry(*key, disk_cache.versions(*cubins._COMPILERS), suffix=".cubin")
 
     folder = Path(sys.argv[1])
-    jit.cache_folder = lambda: folder
+    disk_cache.folder = lambda: folder
     KEYS = [Key("lerp", ("f32", f), "flat", (9, 0)) for f in ("f32", "f16", "bf16")]
     CONTENT = {
         key: Cubin(repr(key), np.random.default_rng(number).bytes(1 << 20))
@@ -260,7 +267,7 @@ def test_processes_that_write_and_delete_entries_find_whole_ones_or_none(
                 assert found == CONTENT[key]
                 hits, misses = hits + (not asked), misses + bool(asked)
                 if generator.random() < 0.3:
-                    cubins._path(key).unlink(missing_ok=True)
+                    path(key).unlink(missing_ok=True)
             assert hits > 10 and misses > 10, (hits, misses)
             os._exit(0)
         children.append(pid)
@@ -281,7 +288,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(
 
     def half(*args):
         file = opened(*args)
-        file.raw.write(b"fastema cubin 1\\n" + bytes(1000))
+        file.raw.write(b"fastema kernel 1\\n" + bytes(1000))
         die()
 
     opened = os.fdopen

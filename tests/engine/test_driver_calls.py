@@ -236,8 +236,8 @@ def test_kernels_of_a_wheel_need_the_driver_alone(run: Script, tmp_path: Path) -
     sys.meta_path.insert(0, Missing())
     shipped.FOLDER = Path(os.environ["FOLDER"])
     code = {(("f32", "f32"), "flat"): CODE, (("raw4", "raw4"), "flat"): b"another"}
-    shipped.write(shipped.FOLDER / "sm_90" / "lerp.xz", code)
-    (shipped.FOLDER / "stamp").write_text(source_stamp())
+    shipped.write(shipped.FOLDER / "gpu" / "sm_90" / "lerp.xz", code)
+    (shipped.FOLDER / "gpu" / "stamp").write_text(source_stamp())
     engine.cubin = cubins.cubin
 
     home = DeviceContext(0, 5)

@@ -60,7 +60,7 @@ def expected(operation: str, a: Array, b: Array, dst: str, src: str) -> tuple[Ar
 
 
 @pytest.mark.parametrize("operation", ["lerp", "copy", "swap"])
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("dst", "src"), PAIRS)
 def test_every_pair_of_floats_is_as_specified(
     dst: str, src: str, operation: str, threads: Threads
 ) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import fastema
-from fastema.engine import build_cubins, cubins, shipped
+from fastema.engine import build_kernels, cubins, disk_cache, shipped
 from fastema.engine.cubins import Key, cubin
 from fastema.errors import ArgumentError, DeviceError
 from fastema.kernels.stamp import source_stamp
-from fastema.kernels.variants import variants
+from fastema.kernels.variants import gpu_variants
 
 from ..support.requirements import require_packages
 from ..support.stub_gpu import KEYS, StubGpu, gpu
@@ -71,7 +71,7 @@ def selected(gpu: StubGpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_selected(least: int) -> None:
     asked = {key[:3] for key in KEYS.values()}
-    assert not asked - set(variants())
+    assert not asked - set(gpu_variants())
     assert len(asked) >= least
 
 
@@ -130,13 +130,19 @@ def code_for(target: str, operation: str = "lerp") -> bytes:
     return f"{target} {operation}".encode()
 
 
+def read(
+    operation: str, formats: tuple[str, ...], layout: str, capability: tuple[int, int]
+) -> bytes | None:
+    return shipped.read("gpu", operation, formats, layout, shipped.gpu_targets(capability))
+
+
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with one kernel for every GPU."""
     for target in TARGETS:
         others = {(("f32", "f32"), "flat"): b"another", (LERP[1], "strided"): b"gaps"}
-        shipped.write(tmp_path / target / "lerp.xz", {**others, LERP[1:]: code_for(target)})
-    (tmp_path / "stamp").write_text(source_stamp())
+        shipped.write(tmp_path / "gpu" / target / "lerp.xz", {**others, LERP[1:]: code_for(target)})
+    (tmp_path / "gpu" / "stamp").write_text(source_stamp())
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     return tmp_path
 
@@ -157,35 +163,36 @@ def test_a_gpu_gets_the_code_that_runs_on_it(capability: tuple[int, int], target
 
 @pytest.mark.usefixtures("wheel")
 def test_what_is_not_shipped_is_none() -> None:
-    assert shipped.read(*LERP, (7, 0)) is None
-    assert shipped.read("copy", *LERP[1:], (9, 0)) is None
-    assert shipped.read("lerp", ("f64", "f64"), "flat", (9, 0)) is None
+    assert read(*LERP, (7, 0)) is None
+    assert read("copy", *LERP[1:], (9, 0)) is None
+    assert read("lerp", ("f64", "f64"), "flat", (9, 0)) is None
 
 
 def test_kernels_of_other_sources_do_not_load(wheel: Path) -> None:
-    (wheel / "stamp").write_text("0" * 16)
-    assert shipped.read(*LERP, (9, 0)) is None
-    (wheel / "stamp").unlink()
-    assert shipped.read(*LERP, (9, 0)) is None
+    stamp = wheel / "gpu" / "stamp"
+    stamp.write_text("0" * 16)
+    assert read(*LERP, (9, 0)) is None
+    stamp.unlink()
+    assert read(*LERP, (9, 0)) is None
 
 
 def test_a_damaged_file_is_an_error_that_names_it(wheel: Path) -> None:
-    path = wheel / "sm_90" / "lerp.xz"
+    path = wheel / "gpu" / "sm_90" / "lerp.xz"
     whole = path.read_bytes()
     for content in (b"", whole[: len(whole) // 2], RNG.bytes(len(whole))):
         path.write_bytes(content)
         with pytest.raises(DeviceError, match=r"sm_90.*lerp\.xz cannot be read.*install"):
-            shipped.read(*LERP, (9, 0))
+            read(*LERP, (9, 0))
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     kernels = {
         (one.formats, one.layout): RNG.bytes(int(RNG.integers(0, 2_000)))
-        for one in variants()
+        for one in gpu_variants()
         if one.operation == "lerp"
     }
     shipped.write(tmp_path / "sm_90" / "lerp.xz", kernels)
-    assert shipped.kernels(tmp_path, "lerp", (9, 0)) == kernels
+    assert shipped.kernels(tmp_path, "lerp", ("sm_99", "sm_90")) == kernels
 
 
 # -- how it is made --------------------------------------------------------------------------------
@@ -197,7 +204,7 @@ def test_another_toolkit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ptx = cuda.Ptx("fastema_lerp", ".version 9.0\n.target sm_80\n")
     monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
     with pytest.raises(RuntimeError, match=r"version 9\.0, not 8\.8.*CUDA 12\.9"):
-        build_cubins._compiled(variants()[0])
+        build_kernels._for_gpus(gpu_variants()[0])
 
 
 @pytest.mark.parametrize(
@@ -219,9 +226,9 @@ def test_arithmetic_that_could_be_fused_is_refused(
     monkeypatch.setattr(cuda, "assemble", lambda *args: made)
     if words:
         with pytest.raises(RuntimeError, match=words):
-            build_cubins._compiled(variants()[0])
+            build_kernels._for_gpus(gpu_variants()[0])
     else:
-        codes = build_cubins._compiled(variants()[0])
+        codes = build_kernels._for_gpus(gpu_variants()[0])
         assert codes == {**dict.fromkeys(TARGETS[:-1], b"code"), "ptx": ptx.text.encode()}
 
 
@@ -236,7 +243,7 @@ def test_kernels_that_spill_or_have_another_name_are_refused(
     monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
     monkeypatch.setattr(cuda, "assemble", lambda *args: made)
     with pytest.raises(RuntimeError, match=r"lerp.*(spills|other)"):
-        build_cubins._compiled(variants()[0])
+        build_kernels._for_gpus(gpu_variants()[0])
 
 
 @pytest.mark.slow
@@ -251,6 +258,6 @@ def test_old_gpus_make_bfloat16_by_integers() -> None:
 
 
 def test_a_missing_kernel_is_compiled(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cubins, "_path", lambda key: None)
+    monkeypatch.setattr(disk_cache, "folder", lambda: None)
     key = Key("copy", ("f32", "bf16"), "flat", (9, 0))
     assert cubin(key, lambda key: cubins.Cubin("compiled", b"here")).name == "compiled"

@@ -23,8 +23,8 @@ UPDATE = """
     avg, x = np.arange(1.0, 40.0), np.arange(1, 40, dtype=np.float32)
     fastema.lerp_([avg], [3 * x], 0.5)
     np.testing.assert_array_equal(avg, 2 * x)
-    from fastema.kernels import jit
-    print(jit.cache_folder())
+    from fastema.engine import disk_cache
+    print(disk_cache.folder())
 """
 BARE = dict.fromkeys(
     ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "TMPDIR", "TEMP", "TMP", "LOCALAPPDATA"]

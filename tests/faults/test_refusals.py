@@ -98,3 +98,12 @@ def test_freed_storage_is_refused_and_not_read() -> None:
     with pytest.raises(BridgeError, match=r"kept.*freed"):
         plan.lerp_(0.5)
     assert torch.equal(avg, torch.full((300,), 3.0))
+
+
+def test_a_tied_weight_that_an_average_lacks_is_named_with_its_other_name() -> None:
+    model = {"embed.weight": GOOD.copy(), "bias": GOOD.copy()}
+    model["head.weight"] = model["embed.weight"]
+    avg = {name: model[name].copy() for name in ("embed.weight", "bias")}
+    words = r"'head.weight' is only in the second, where it is 'embed.weight' under another name"
+    with pytest.raises(LayoutError, match=words):
+        fastema.Plan(avg, model)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numba import types
+from numba import njit, types
 from numpy.typing import NDArray
 
 import fastema
@@ -27,7 +27,6 @@ from fastema.engine.step_counter import StepCounter
 from fastema.engine.weight_table import evaluate
 from fastema.kernels import cuda_clock
 from fastema.kernels import table as abi
-from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.table import CLOCK_CELLS, MAX_AVERAGES
 from fastema.kernels.words import load, pointer_i64
 from fastema.rules import (
@@ -109,7 +108,7 @@ def threads_twin() -> Any:
         for k in range(threads):
             advance(clock, before, load(pointer_i64(order), k), threads)
 
-    return cpu_kernel(types.void(types.int64, types.int64, types.int64))(run)
+    return njit(types.void(types.int64, types.int64, types.int64), error_model="numpy")(run)
 
 
 class Clock:
@@ -183,7 +182,7 @@ def test_a_flagged_update_is_left_out_and_counted(window: int) -> None:
     rules = (constant(0.9), power(0.05))
     schedule = Schedule(rules, 2, 3)
     clock = Clock(tables_of(rules, 2), start=3, every=2, window=window)
-    flag = cpu_kernel(types.void(types.int64))(cuda_clock.flag)
+    flag = njit(types.void(types.int64), error_model="numpy")(cuda_clock.flag)
     generator, step, skipped = np.random.default_rng(7), 0, 0
     for _ in range(200):
         flagged = generator.random() < 0.4

@@ -22,7 +22,7 @@ SIZES = [1, BLOCK - 1, BLOCK, 5 * BLOCK + 9, 40 * BLOCK + 1]
 
 
 @pytest.mark.parametrize("layout", ["flat", "strided"])
-@pytest.mark.parametrize(("dst", "src"), FORMATS, ids="-".join)
+@pytest.mark.parametrize(("dst", "src"), FORMATS)
 def test_measures_of_an_update_are_sums_over_its_rows(dst: str, src: str, layout: str) -> None:
     code, weights = dst.strip("~"), [0.01, 0.5, 0.25, 0.125, 0.0625]
     before = [numbers(n, code, i) for i, n in enumerate(SIZES)]

@@ -36,7 +36,7 @@ def words_of(place: int, size: int, step: int = STEP, *, every: int = 1) -> Arra
 @pytest.mark.parametrize(
     ("to_step", "of_step", "every"), [(1, 1, 1), (1, 3, 1), (3, 1, 5), (-2, 2, 70_000)]
 )
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("dst", "src"), PAIRS)
 def test_rows_of_every_size_are_as_specified_wherever_they_lie(
     dst: str, src: str, to_step: int, of_step: int, every: int
 ) -> None:
@@ -60,7 +60,7 @@ def test_rows_of_every_size_are_as_specified_wherever_they_lie(
         of.assert_untouched()
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("dst", "src"), PAIRS)
 def test_every_kind_of_number_is_as_specified(dst: str, src: str) -> None:
     avg, x = (
         np.concatenate([numbers(3000, code, 7, "bits"), numbers(3000, code)]) for code in (dst, src)

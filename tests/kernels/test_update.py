@@ -68,7 +68,7 @@ def specials(code: str) -> Array:
     return reference.encode(both, code)
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("dst", "src"), PAIRS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_rows_of_every_size_are_as_specified_wherever_they_begin(
     operation: str, dst: str, src: str
@@ -78,7 +78,7 @@ def test_rows_of_every_size_are_as_specified_wherever_they_begin(
         check(operation, (dst, src), sides, starts=(start, 8 - start))
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("dst", "src"), PAIRS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_kind_of_number_is_as_specified(operation: str, dst: str, src: str) -> None:
     a, b = specials(dst), specials(src)
@@ -98,7 +98,7 @@ def test_every_kind_of_number_is_as_specified(operation: str, dst: str, src: str
     check(operation, (dst, src), [(avg, x)])
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids="-".join)
+@pytest.mark.parametrize(("dst", "src"), PAIRS)
 def test_an_update_is_within_the_bound(dst: str, src: str) -> None:
     avg, x = numbers(20_000, dst, 21), numbers(20_000, src, 22)
     for w in (1e-4, 0.1, 0.9):

@@ -243,5 +243,7 @@ def test_descriptions_of_no_rule(plain: Any) -> None:
 
 
 def test_an_unknown_rule_says_which_are_known() -> None:
-    with pytest.raises(ArgumentError, match=r"'Cosine'(.|\n)*Constant(.|\n)*Warmup(.|\n)*defined"):
-        rules.rule_from_dict({"rule": "Cosine"})
+    with pytest.raises(
+        ArgumentError, match=r"'NoSuchRule'(.|\n)*Constant(.|\n)*Warmup(.|\n)*defined"
+    ):
+        rules.rule_from_dict({"rule": "NoSuchRule"})

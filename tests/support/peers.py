@@ -76,6 +76,9 @@ def _update_parameters(average: Any, model: Any, n: int) -> None:
 class Peer:
     """One class of a peer.
 
+    Its averages are found in ``shadow_params``, by ``m_name2s_name``, or in the module that
+    ``inside`` names (:meth:`averages`), and cast there (:meth:`convert`).
+
     Parameters
     ----------
     ours : str

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
-from numba import types
+from numba import njit, types
 
 from fastema.bridges import torch as bridge
 from fastema.bridges.torch_foreach import substitute
@@ -25,7 +25,6 @@ from fastema.engine import cuda_group
 from fastema.engine.cubins import Cubin, Key, Unavailable
 from fastema.engine.driver import DriverError
 from fastema.kernels import cuda, cuda_clock
-from fastema.kernels.jit import cpu_kernel
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.table import CLOCK_CELLS, COLUMNS, DISTANCE, MEASURES, SQUARE, STILL
 from fastema.kernels.variants import CLOCK
@@ -79,7 +78,7 @@ def twin(operation: str, formats: tuple[str, ...], layout: str) -> Any:
                 store(found, row * MEASURES + SQUARE, two)
                 store(found, row * MEASURES + STILL, three)
 
-    return cpu_kernel(SIGNATURE)(run)
+    return njit(SIGNATURE, nogil=True, error_model="numpy")(run)
 
 
 @cache
@@ -94,7 +93,7 @@ def clock_twin() -> Any:
             for thread in range(THREADS):
                 advance(clock, before, thread, THREADS)
 
-    return cpu_kernel(types.void(types.int64, types.int64))(run)
+    return njit(types.void(types.int64, types.int64), error_model="numpy")(run)
 
 
 def read(address: int, kinds: Sequence[type]) -> list[Any]:

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from fastema.engine import watch
+from fastema.kernels.watch_table import TENSORS
 
 
 def lines_of(call: Callable[[], Any]) -> int:
@@ -22,7 +23,7 @@ def lines_of(call: Callable[[], Any]) -> int:
         lines += event == "line"
         if event == "call" and frame.f_code is watch._ByExchange._any_moved.__code__:
             watched = frame.f_locals
-            lines += watched["self"]._args[watched["share"]][4]  # tensors
+            lines += watched["self"]._tasks[watched["share"]][1][TENSORS]
         return line
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:

@@ -1,7 +1,8 @@
-"""``python -m fastema.engine.build_cubins``: compile the GPU kernels that a wheel brings.
+"""``python -m fastema.engine.build_kernels``: compile the kernels that a wheel brings.
 
-With the toolkit of CUDA 12.9, whose machine code the drivers of CUDA 12 and 13 load, and without a
-GPU. It takes ten minutes on two cores and fails where one kernel does, or is not found afterwards.
+Those of processors (``--device cpu``) with Numba alone, on Linux. Those of GPUs with the toolkit of
+CUDA 12.9, whose machine code the drivers of CUDA 12 and 13 load, and without a GPU. Each takes ten
+minutes on two cores. It fails where one kernel does, or is not found afterwards.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
+from fastema.engine import native
 from fastema.engine.shipped import (
     CAPABILITIES,
     FOLDER,
     PTX,
     PTX_CAPABILITY,
+    Device,
     Kernels,
     entry_name,
+    gpu_targets,
     kernels,
     write,
 )
 from fastema.kernels.stamp import source_stamp
-from fastema.kernels.variants import Variant, variants
+from fastema.kernels.variants import Variant, cpu_variants, gpu_variants
 
 __all__ = ["build", "main"]
 
@@ -52,7 +56,12 @@ Codes = dict[str, bytes]
 """Code by the folder that it is for."""
 
 
-def _compiled(variant: Variant) -> Codes:
+def _for_processors(variant: Variant) -> Codes:
+    """Compile one kernel for the level that this process was begun for."""
+    return {os.environ["NUMBA_CPU_NAME"]: native.compiled(*variant)}
+
+
+def _for_gpus(variant: Variant) -> Codes:
     """Compile one kernel for every target: PTX once for those that have all instructions."""
     from fastema.kernels import cuda
 
@@ -80,7 +89,44 @@ def _compiled(variant: Variant) -> Codes:
     return codes
 
 
-def _all_compiled(wanted: Sequence[Variant], processes: int) -> Iterator[tuple[Variant, Codes]]:
+class _Job(NamedTuple):
+    """What is compiled for a kind of device.
+
+    ``compiled`` is called in processes that have ``environments`` in turn; ``targets`` are the
+    folders that a device looks into, of one device after the other.
+    """
+
+    wanted: list[Variant]
+    compiled: Callable[[Variant], Codes]
+    environments: Sequence[Mapping[str, str]]
+    targets: Sequence[Sequence[str]]
+
+
+_JOBS: Final[Mapping[Device, _Job]] = {
+    "cpu": _Job(
+        cpu_variants(),
+        _for_processors,
+        [{"NUMBA_CPU_NAME": level, "NUMBA_CPU_FEATURES": ""} for level in native.LEVELS],
+        [[level] for level in native.LEVELS],
+    ),
+    "gpu": _Job(
+        gpu_variants(),
+        _for_gpus,
+        [{}],
+        [list(gpu_targets(capability)) for capability in (*CAPABILITIES, _NEWER)],
+    ),
+}
+
+
+def _begin(environment: Mapping[str, str]) -> None:
+    """Begin a process: Numba is not imported yet."""
+    gc.disable()
+    os.environ.update(environment)
+
+
+def _all_compiled(
+    job: _Job, wanted: Sequence[Variant], processes: int
+) -> Iterator[tuple[Variant, Codes]]:
     """Yield kernels and their code, compiled by processes that end now and then.
 
     Compilers do not give memory back.
@@ -88,52 +134,53 @@ def _all_compiled(wanted: Sequence[Variant], processes: int) -> Iterator[tuple[V
     context = multiprocessing.get_context("spawn")
     for first in range(0, len(wanted), _AT_ONCE):
         some = wanted[first : first + _AT_ONCE]
-        with ProcessPoolExecutor(processes, context, initializer=gc.disable) as pool:
-            yield from zip(some, pool.map(_compiled, some), strict=True)
+        for environment in job.environments:
+            with ProcessPoolExecutor(processes, context, _begin, (environment,)) as pool:
+                yield from zip(some, pool.map(job.compiled, some), strict=True)
 
 
-def build(folder: Path, wanted: Sequence[Variant], processes: int) -> None:
-    """Compile kernels into a folder, which is replaced once all are there."""
-    began, operations = time.monotonic(), dict.fromkeys(one.operation for one in wanted)
+def build(folder: Path, device: Device, operations: Sequence[str], processes: int) -> None:
+    """Compile kernels into a folder, which is replaced once all are there.
+
+    ``operations`` are those wanted; all where there is none.
+    """
+    job, began, done = _JOBS[device], time.monotonic(), 0
+    wanted = [one for one in job.wanted if not operations or one.operation in operations]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        new, done = Path(temporary) / "cubins", 0
-        for operation in operations:
+        new = Path(temporary) / device
+        for operation in dict.fromkeys(one.operation for one in wanted):
             ours = [one for one in wanted if one.operation == operation]
             made: dict[str, Kernels] = {}
-            for variant, codes in _all_compiled(ours, processes):
+            for variant, codes in _all_compiled(job, ours, processes):
                 for target, code in codes.items():
                     made.setdefault(target, {})[variant.formats, variant.layout] = code
             for target, kernels_of_target in made.items():
                 write(new / target / f"{operation}.xz", kernels_of_target)
+            expected = {one[1:] for one in ours}
+            if any(kernels(new, operation, names).keys() != expected for names in job.targets):
+                raise RuntimeError(f"{operation}: not what was to be written")
             done += len(ours)
             spent = time.monotonic() - began
             print(f"{operation}: {done} of {len(wanted)} kernels, {spent:.0f} s", flush=True)
         (new / "stamp").write_text(source_stamp(), encoding="ascii")
-        for operation in operations:
-            expected = {one[1:] for one in wanted if one.operation == operation}
-            for capability in (*CAPABILITIES, _NEWER):
-                if kernels(new, operation, capability).keys() != expected:
-                    raise RuntimeError(f"{operation} for {capability}: not what was to be written")
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    print(
-        f"{folder}: {len(wanted)} kernels for {len(CAPABILITIES)} capabilities and PTX, "
-        f"{size / 1e6:.2f} MB"
-    )
+    print(f"{folder}: {len(wanted)} kernels of the {device}, {size / 1e6:.2f} MB")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write them")
-    parser.add_argument("--operation", action="append", help="only kernels of this; for tests")
+    parser.add_argument("--device", choices=list(_JOBS), action="append", help="all without it")
+    parser.add_argument("--operation", action="append", default=[], help="only this; for tests")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(argv)
-    wanted = [one for one in variants() if not args.operation or one.operation in args.operation]
-    build(args.folder, wanted, args.processes)
+    for device in args.device or _JOBS:
+        build(args.folder / device, device, args.operation, args.processes)
 
 
 if __name__ == "__main__":

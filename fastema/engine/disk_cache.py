@@ -1,0 +1,119 @@
+"""Compiled kernels on the disk: a folder that is ours alone, entries that are read whole or not.
+
+The folder is named by the hash of all kernel sources, so that an upgrade never runs old code, and
+lies where an uninstall expects caches. Standard library only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from fastema.kernels.stamp import source_stamp
+
+__all__ = ["SOURCE_STAMP", "entry", "folder", "read", "versions", "write"]
+
+SOURCE_STAMP: Final = source_stamp()
+"""Hash of the kernel sources as imported: an upgrade under a running process changes nothing."""
+
+_MAGIC: Final = b"fastema kernel 1\n"
+_HEAD: Final = len(_MAGIC) + hashlib.sha256().digest_size
+
+
+def _roots() -> Iterator[Path]:
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(os.environ["NUMBA_CACHE_DIR"]) / "fastema"
+    if sys.platform == "win32":
+        variable, default = "LOCALAPPDATA", Path("~", "AppData", "Local")
+    else:
+        variable, default = "XDG_CACHE_HOME", Path("~", ".cache")
+    with suppress(RuntimeError):  # a user without a home
+        yield Path(os.environ.get(variable) or default).expanduser() / "fastema"
+    owner = os.getuid() if hasattr(os, "getuid") else "user"
+    with suppress(OSError):  # no folder for temporary files
+        yield Path(tempfile.gettempdir()) / f"fastema-{owner}"
+
+
+def _private(folder: Path) -> bool:
+    """Return whether only this user can write here: entries are code that will be run."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = folder.stat()
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@functools.cache
+def folder() -> Path | None:
+    """Return the first place that can be written and is ours alone; None where there is none."""
+    for root in _roots():
+        found = root / SOURCE_STAMP
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found.mkdir(mode=0o700, exist_ok=True)
+            with tempfile.TemporaryFile(dir=found):
+                pass
+            if _private(root) and _private(found):
+                return found
+        except OSError:
+            continue
+    return None
+
+
+def entry(name: str, *depends: object, suffix: str) -> Path | None:
+    """Return the place of a kernel whose code depends on this, and on the sources."""
+    into = folder()
+    if into is None:
+        return None
+    content = repr((name, SOURCE_STAMP, depends)).encode()
+    return into / f"{name}-{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
+
+
+@functools.cache
+def versions(*distributions: str) -> tuple[str, ...]:
+    """Return the names and versions of those that are installed."""
+    found = []
+    for name in distributions:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return tuple(found)
+
+
+def _sealed(body: bytes) -> bytes:
+    return _MAGIC + hashlib.sha256(body).digest()
+
+
+def read(path: Path | None) -> bytes | None:
+    """Return what was written; None if it is not there, or not whole."""
+    if path is None:
+        return None
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    body = stored[_HEAD:]
+    return body if stored[:_HEAD] == _sealed(body) else None
+
+
+def write(path: Path | None, body: bytes) -> None:
+    """Put an entry in its place at once; where that fails the next process compiles again."""
+    if path is None:
+        return
+    with suppress(OSError):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(_sealed(body) + body)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise

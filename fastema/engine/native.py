@@ -1,0 +1,133 @@
+"""CPU kernels as functions: their machine code was shipped, is on the disk, or is compiled now.
+
+Compiling takes a second, and Numba is imported for it; the rest takes milliseconds, without Numba.
+LLVM puts the code in its place; ctypes calls it and releases the GIL meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Final
+
+from fastema.engine import disk_cache, shipped
+from fastema.kernels.variants import ENTRY
+
+__all__ = ["LEVELS", "SETTINGS", "compiled", "function", "levels"]
+
+SETTINGS: Final = tuple(
+    f"NUMBA_{name}"
+    for name in ("CPU_NAME", "CPU_FEATURES", "ENABLE_AVX", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE")
+)
+"""What Numba reads in the environment about the code it makes."""
+
+_COMPILERS: Final = ("numba", "llvmlite")
+
+_V3: Final = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+
+LEVELS: Final = {
+    "x86-64-v4": (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+    "x86-64-v3": _V3,
+}
+"""Levels of the x86-64 psABI that a wheel brings code for, the better one first, and what a
+processor must have."""
+
+_WORD: Final = ctypes.c_int64
+
+_KERNEL: Final = ctypes.CFUNCTYPE(_WORD, *[_WORD] * 4)
+_PROTOTYPES: Final = {
+    "ewm_mean": ctypes.CFUNCTYPE(_WORD, *[_WORD] * 5),
+    "look": ctypes.PYFUNCTYPE(_WORD, _WORD),  # holds the GIL: it calls Python's C functions
+}
+"""How functions are called, where it is not as the kernels of a table are."""
+
+
+@cache
+def _binding() -> Any:
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    return binding
+
+
+@cache
+def _host() -> tuple[str, str, str]:
+    """Return the triple, the name and the features of this processor, as Numba finds them."""
+    llvm = _binding()
+    return llvm.get_process_triple(), llvm.get_host_cpu_name(), _features().flatten()
+
+
+def _features() -> Any:
+    try:
+        return _binding().get_host_cpu_features()
+    except RuntimeError:  # LLVM does not know this processor's
+        return _binding().targets.FeatureMap()
+
+
+@cache
+def levels() -> tuple[str, ...]:
+    """Return the levels whose code runs on this machine; none where Numba was told otherwise."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return ()
+    if any(name in os.environ for name in SETTINGS):
+        return ()
+    features = _features()
+    return tuple(
+        level for level, wanted in LEVELS.items() if all(features.get(one) for one in wanted)
+    )
+
+
+def _depends() -> Iterator[object]:
+    """Yield what code depends on besides the sources."""
+    yield _host()
+    yield [os.environ.get(name) for name in SETTINGS]
+    yield disk_cache.versions(*_COMPILERS)
+
+
+def compiled(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
+    """Compile a function, for what Numba compiles for."""
+    from fastema.kernels import cpu, jit
+
+    code: bytes = jit.target_machine().emit_object(
+        jit.compiled(cpu.function(operation, formats, layout))
+    )
+    return code
+
+
+def _code(operation: str, formats: tuple[str, ...], layout: str) -> bytes:
+    """Return the machine code of a function."""
+    code = shipped.read("cpu", operation, formats, layout, levels())
+    if code is not None:
+        return code
+    path = disk_cache.entry(operation, formats, layout, *_depends(), suffix=".o")
+    code = disk_cache.read(path)
+    if code is None:
+        code = compiled(operation, formats, layout)
+        disk_cache.write(path, code)
+    return code
+
+
+def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[..., int]:
+    """Return a function of 64-bit integers, made ready to be called."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+        from fastema.kernels import cpu
+
+        python: Callable[..., int] = cpu.function(operation, formats, layout)
+        return python
+    llvm = _binding()
+    triple, name, features = _host()
+    machine = llvm.Target.from_triple(triple).create_target_machine(
+        cpu=name, features=features, codemodel="jitdefault", jit=True
+    )
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(_code(operation, formats, layout)))
+    engine.finalize_object()
+    made: Any = _PROTOTYPES.get(operation, _KERNEL)(engine.get_function_address(ENTRY))
+    made.engine = engine  # the code lies in it
+    loaded: Callable[..., int] = made
+    return loaded

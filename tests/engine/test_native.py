@@ -1,0 +1,260 @@
+"""CPU kernels as machine code: found again, never stale, never trusted blindly, never required."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastema
+from fastema.engine import build_kernels, disk_cache, native, shipped
+from fastema.kernels import stamp as stamps
+from fastema.kernels.variants import cpu_variants
+
+KERNELS = Path(fastema.__file__).parent / "kernels"
+
+UPDATES = """
+    import sys
+    import numpy as np
+    import fastema
+    for dtype in sys.argv[1:]:
+        avg, x = np.arange(1, 101, dtype=np.float32), np.arange(2, 202, 2).astype(dtype)
+        before = "numba" in sys.modules
+        fastema.lerp_([avg], [x], 0.5)
+        np.testing.assert_array_equal(avg, 1.5 * np.arange(1, 101))
+        print("found" if before == ("numba" in sys.modules) else "compiled")
+"""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_only_what_is_used_is_compiled_and_only_once(
+    tmp_path: Path, python: Callable[..., str]
+) -> None:
+    cache = tmp_path / "cache"
+    assert python(UPDATES, "f2", NUMBA_CACHE_DIR=str(cache)).split() == ["compiled"]
+    (made,) = _files(cache)
+    assert made.name.startswith("lerp-")
+    assert made.suffix == ".o"
+    assert made.parent == cache / "fastema" / disk_cache.SOURCE_STAMP
+    before = made.stat()
+    assert python(UPDATES, "f2", NUMBA_CACHE_DIR=str(cache)).split() == ["found"]
+    assert _files(cache) == [made]
+    after = made.stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x7fELF junk" * 99, pytest.param(b"", marks=pytest.mark.slow), None],
+    ids=["garbage", "empty", "half"],
+)
+def test_a_damaged_entry_is_compiled_again_and_made_good_and_others_are_kept(
+    content: bytes | None, tmp_path: Path, python: Callable[..., str]
+) -> None:
+    python(UPDATES, "f2", NUMBA_CACHE_DIR=str(tmp_path))
+    (entry,) = _files(tmp_path)
+    python(UPDATES, "f8", NUMBA_CACHE_DIR=str(tmp_path))
+    stored = entry.read_bytes()
+    entry.write_bytes(stored[: len(stored) // 2] if content is None else content)
+    seen = [python(UPDATES, "f8", "f2", NUMBA_CACHE_DIR=str(tmp_path)).split() for _ in range(2)]
+    assert seen == [["found", "compiled"], ["found", "found"]]
+    assert entry.read_bytes() == stored
+
+
+def test_code_for_another_cpu_or_of_another_compiler_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines of several kinds share a home."""
+    monkeypatch.setattr(disk_cache, "folder", lambda: tmp_path)
+
+    def entry() -> Path | None:
+        return disk_cache.entry("lerp", *native._depends(), suffix=".o")
+
+    seen = {entry()}
+    for change in (
+        lambda: monkeypatch.setattr(native, "_host", lambda: ("x86_64-linux", "other", "+avx2")),
+        lambda: monkeypatch.setenv("NUMBA_CPU_NAME", "generic"),
+        lambda: monkeypatch.setenv("NUMBA_OPT", "1"),
+        lambda: monkeypatch.setattr(disk_cache, "versions", lambda *names: ("numba 9.9",)),
+    ):
+        assert entry() in seen
+        change()
+        assert entry() not in seen
+        seen.add(entry())
+
+
+# -- what a wheel brings ---------------------------------------------------------------------------
+
+needs_levels = pytest.mark.skipif(
+    not native.levels(), reason="a wheel has no code for this machine"
+)
+
+SHIPPED = """
+    import sys
+    from pathlib import Path
+    from fastema.engine import shipped
+    shipped.FOLDER = Path(sys.argv.pop(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("features", "found"),
+    [
+        ("avx2 bmi bmi2 f16c fma lzcnt movbe", ["x86-64-v3"]),
+        ("avx2 bmi bmi2 fma lzcnt movbe", []),
+        ("avx512f avx512bw avx512cd avx512dq avx512vl", []),
+        (
+            "avx2 bmi bmi2 f16c fma lzcnt movbe avx512f avx512bw avx512cd avx512dq avx512vl",
+            ["x86-64-v4", "x86-64-v3"],
+        ),
+    ],
+)
+def test_a_processor_gets_the_best_code_that_runs_on_it(
+    features: str, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_features", lambda: dict.fromkeys(features.split(), True))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    for name in native.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    levels = native.levels.__wrapped__
+    assert list(levels()) == found
+    with monkeypatch.context() as patch:
+        patch.setenv("NUMBA_CPU_NAME", "generic")
+        assert levels() == ()
+    with monkeypatch.context() as patch:
+        patch.setattr(native.platform, "machine", lambda: "aarch64")
+        assert levels() == ()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert levels() == ()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels of a few operations, as a wheel has them."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build_kernels.build(folder / "cpu", "cpu", ["look", "finite"], 2)
+    return folder
+
+
+@needs_levels
+@pytest.mark.slow
+def test_shipped_code_needs_no_compiler_and_counts_as_compiled_code_does(
+    wheel: Path, tmp_path: Path, python: Callable[..., str]
+) -> None:
+    script = """
+    import json
+    import numpy as np
+    from fastema.engine import registry
+    from fastema.kernels import table as abi
+    found = []
+    for layout in ("flat", "strided"):
+        x = np.random.default_rng(3).normal(size=1000).astype(np.float32)
+        x[::7] = np.nan
+        table, control = np.zeros((1, abi.COLUMNS), np.int64), np.zeros(abi.CONTROLS, np.int64)
+        table[0, abi.DST] = table[0, abi.SRC] = x.ctypes.data
+        table[0, abi.COUNT], table[0, abi.DST_STEP], table[0, abi.SRC_STEP] = 1000, 1, 1
+        table[0, abi.INDEX_RUN] = 1
+        numbers, results = np.ones(1), np.empty((1, abi.MEASURES))
+        control[abi.CLAIM], control[abi.RESULTS] = 1, results.ctypes.data
+        finite = registry.kernel("finite", ("f32", "f32"), layout)
+        finite(table.ctypes.data, 1, numbers.ctypes.data, control.ctypes.data)
+        found.append(results[0, abi.DISTANCE])
+    print(json.dumps([found, "numba" in sys.modules]))
+    """
+    cache = str(tmp_path / "cache")
+    script = SHIPPED + script
+    assert json.loads(python(script, str(wheel), NUMBA_CACHE_DIR=cache)) == [[143.0] * 2, False]
+    assert not _files(tmp_path)
+    # Of other sources it would not load.
+    other = tmp_path / "other"
+    shutil.copytree(wheel, other)
+    (other / "cpu" / "stamp").write_text("0" * 16)
+    assert json.loads(python(script, str(other), NUMBA_CACHE_DIR=cache)) == [[143.0] * 2, True]
+
+
+@needs_levels
+@pytest.mark.slow
+def test_what_is_built_is_read_for_each_level(wheel: Path) -> None:
+    expected = {one[1:] for one in cpu_variants() if one.operation == "finite"}
+    for level in native.LEVELS:
+        found = shipped.kernels(wheel / "cpu", "finite", (level,))
+        assert found.keys() == expected
+        assert all(code.startswith(b"\x7fELF") for code in found.values())
+
+
+# -- the sources, and the folder -------------------------------------------------------------------
+
+
+def test_the_stamp_covers_every_kernel_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "kernels"
+    shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(stamps, "__file__", str(copy / "stamp.py"))
+    stamp = stamps.source_stamp
+    assert stamp() == disk_cache.SOURCE_STAMP
+    seen = {stamp()}
+    for source in sorted(copy.glob("*.py")):
+        with source.open("a") as file:
+            file.write("# \n")
+        assert stamp() not in seen, source.name
+        seen.add(stamp())
+    (copy / "new.py").write_text("")
+    assert stamp() not in seen
+
+
+def test_an_edit_is_never_answered_with_old_code(tmp_path: Path) -> None:
+    package = tmp_path / "fastema"
+    shutil.copytree(
+        Path(fastema.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    script = (
+        "import numpy as np, fastema; a = np.ones(3, np.float32); "
+        "fastema.lerp_(a, a * 3, 0.25); print(*a)"
+    )
+
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+    }
+
+    def run() -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.check_output(command, env=environment, text=True, cwd=tmp_path).strip()
+
+    assert run() == "1.5 1.5 1.5"
+    source = package / "kernels" / "scalar.py"
+    text = source.read_text()
+    assert "fma(w, x - avg, avg)" in text
+    source.write_text(text.replace("fma(w, x - avg, avg)", "fma(w, x - avg, avg) + avg"))
+    assert run() == "2.5 2.5 2.5"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="modes of files are those of POSIX")
+@pytest.mark.parametrize("open_to", [stat.S_IWGRP, stat.S_IWOTH])
+@pytest.mark.parametrize("level", ["root", "folder"])
+def test_a_folder_that_others_can_write_is_not_used(
+    level: str, open_to: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, private = tmp_path / "shared", tmp_path / "private"
+    monkeypatch.setattr(disk_cache, "_roots", lambda: iter([shared, private]))
+    folder = shared / disk_cache.SOURCE_STAMP
+    folder.mkdir(mode=0o700, parents=True)
+    exposed = shared if level == "root" else folder
+    exposed.chmod(0o700 | open_to)
+    assert disk_cache.folder.__wrapped__() == private / disk_cache.SOURCE_STAMP
+    exposed.chmod(0o700)
+    assert disk_cache.folder.__wrapped__() == folder
