@@ -75,6 +75,7 @@ def _findings() -> Iterator[tuple[str, Any]]:
     yield "missing", {name: extra for name, (extra, _) in _EXTRAS.items() if not _version(name)}
     yield "machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     yield "threads", fastema.get_num_threads()
+    yield "cpu", {"shipped": diagnosis.shipped_level()}
     yield "gpu", diagnosis.gpu()._asdict()
     began = time.perf_counter()
     yield "checks", list(_checks())
@@ -204,7 +205,9 @@ def _print(found: dict[str, Any]) -> None:
     print(f"cache      {place}, {size(nbytes)}")
     wrong = [check for check in found["checks"] if check.error]
     number = len(found["checks"])
-    print(f"kernels    {number - len(wrong)} of {number} as their references")
+    level = found["cpu"]["shipped"]
+    came = f", came with the wheel for {level}" if level else ", compiled here"
+    print(f"kernels    {number - len(wrong)} of {number} as their references{came}")
     rate = found["GB/s"]
     print(f"memory     {rate:.3g} GB/s, read and written by all threads")
     for name, nbytes in (("float32", 12), ("bfloat16 with a float32 average", 10)):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from fastema.engine import disk_cache, shipped
+from fastema.engine import disk_cache, native, shipped
 
-__all__ = ["Cache", "Gpu", "cache", "gpu"]
+__all__ = ["Cache", "Gpu", "cache", "gpu", "shipped_level"]
 
 
 class Cache(NamedTuple):
@@ -30,6 +30,11 @@ def cache() -> Cache:
     folder = disk_cache.folder()
     files = folder.rglob("*") if folder is not None else ()
     return Cache(folder, sum(one.stat().st_size for one in files if one.is_file()))
+
+
+def shipped_level() -> str:
+    """Return the level of processors that kernels came compiled for, or nothing."""
+    return next(iter(native.levels()), "") if shipped.current("cpu") else ""
 
 
 def gpu() -> Gpu:

@@ -127,7 +127,8 @@ def function(operation: str, formats: tuple[str, ...], layout: str) -> Callable[
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(_code(operation, formats, layout)))
     engine.finalize_object()
-    made: Any = _PROTOTYPES.get(operation, _KERNEL)(engine.get_function_address(ENTRY))
-    made.engine = engine  # the code lies in it
-    loaded: Callable[..., int] = made
-    return loaded
+    made: Callable[..., int] = _PROTOTYPES.get(operation, _KERNEL)(
+        engine.get_function_address(ENTRY)
+    )
+    engine.detach()  # never taken down: at the end of a process threads may be in the code
+    return made

@@ -80,7 +80,7 @@ SCRIPT = """
             results.append([operation, dst, src, step, form, held])
     python_mode = os.environ.get("NUMBA_DISABLE_JIT") == "1"
     kernels = list(registry._made.values())
-    assert all(hasattr(one, "engine") != python_mode for one in kernels)
+    assert all(hasattr(one, "argtypes") != python_mode for one in kernels)
     print(json.dumps(results))
 """
 
