@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastema.kernels import scalar, steps
 from fastema.kernels import table as abi
 from fastema.kernels.cpu_series import ewm_mean, rolling_mean
-from fastema.kernels.cpu_watch import look
+from fastema.kernels.cpu_watch import check_tensors
 from fastema.kernels.jit import device_fn
 from fastema.kernels.operations import OPERATIONS
 from fastema.kernels.rows import addresses, index_map, row_key, single, streams, window_body
@@ -29,9 +29,10 @@ from fastema.kernels.words import (
 
 
 def function(operation: str, formats: tuple[str, ...], layout: str):
-    """One operation for the formats of the written side, the other side, and so on; or another.
+    """Return the Python function that :func:`fastema.kernels.jit.compiled` makes a kernel of.
 
-    It is Python, of 64-bit integers, for :func:`fastema.kernels.jit.compiled`.
+    ``formats`` are those of the written side, the other side, and so on; a function that does not
+    work on pairs of tensors has none, and no layout.
     """
     if operation in _OTHERS:
         return _OTHERS[operation]
@@ -187,7 +188,7 @@ def _strided(step: Step, size: int = abi.BLOCK):
     return walk
 
 
-_OTHERS = {one.__name__: one for one in (look, rolling_mean, ewm_mean)}
-"""What is no operation on pairs of tensors."""
+_OTHERS = {one.__name__: one for one in (check_tensors, rolling_mean, ewm_mean)}
+"""Functions that do not work on pairs of tensors."""
 
 _WALKS = {"flat": _flat, "strided": _strided}

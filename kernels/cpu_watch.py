@@ -29,7 +29,7 @@ from fastema.kernels.words import call, load, pointer_i64, store
 _DATA, _DEVICE, _RANK_DTYPE, _SHAPE, _STRIDES, _OFFSET = range(6)
 
 
-def look(task):
+def check_tensors(task):
     """Fill in rows of tensors, and their dimensions, or compare: 1 where anything is not as it was.
 
     To record, the rows hold already which object each is, its rank, and its first place in the

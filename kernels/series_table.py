@@ -43,6 +43,6 @@ STRETCH: Final = 128
 """Values of a lane worked on in turn where sums slide: what is between stays in the cache."""
 
 
-def room(size: int) -> int:
-    """Numbers that a thread works with besides the series, for a window of ``size``."""
+def scratch_numbers(size: int) -> int:
+    """Return how many float64 of scratch a thread needs for a window of ``size``."""
     return max(2 * LANES * STRETCH, 2 * size)

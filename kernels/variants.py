@@ -14,8 +14,8 @@ LAYOUTS = ("flat", "strided")
 ENTRY = "fastema_kernel"
 """What a kernel of the CPU is called in its machine code."""
 
-FUNCTIONS = ("look", "rolling_mean", "ewm_mean")
-"""Compiled functions of the CPU that are no operations on pairs of tensors."""
+FUNCTIONS = ("check_tensors", "rolling_mean", "ewm_mean")
+"""CPU functions that do not work on pairs of tensors."""
 
 CLOCK = "advance"
 """The kernel that takes a clock to the next update, which has no formats and no layout."""

@@ -73,9 +73,14 @@ def read(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def write(name: str, rows: Iterable[Row], folder: Path = RESULTS) -> None:
-    """Store a question's figures as what later ones are compared with."""
+    """Store a question's figures as what later ones are compared with.
+
+    Those of peers that are not installed here stay.
+    """
     known = read(folder)
-    known[name] = {row: figures for row, figures in figures_of(rows).items() if figures}
+    before = known.get(name, {})
+    found = {row: figures or before.get(row, {}) for row, figures in figures_of(rows).items()}
+    known[name] = {row: figures for row, figures in found.items() if figures}
     text = json.dumps(dict(sorted(known.items())), indent=1, sort_keys=True)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 

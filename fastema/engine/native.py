@@ -41,7 +41,9 @@ _WORD: Final = ctypes.c_int64
 _KERNEL: Final = ctypes.CFUNCTYPE(_WORD, *[_WORD] * 4)
 _PROTOTYPES: Final = {
     "ewm_mean": ctypes.CFUNCTYPE(_WORD, *[_WORD] * 5),
-    "look": ctypes.PYFUNCTYPE(_WORD, _WORD),  # holds the GIL: it calls Python's C functions
+    "check_tensors": ctypes.PYFUNCTYPE(
+        _WORD, _WORD
+    ),  # holds the GIL: it calls Python's C functions
 }
 """How functions are called, where it is not as the kernels of a table are."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastema.engine import native
 from fastema.engine.locks import lock
 from fastema.errors import DTypeError
 from fastema.kernels.operations import OPERATIONS
@@ -28,16 +27,18 @@ def kernel(operation: str, formats: tuple[str, ...], layout: str) -> Kernel:
     if operation not in OPERATIONS:
         known = ", ".join(sorted(OPERATIONS))
         raise DTypeError(f"no kernel for {operation}; known are {known}")
-    return _once(operation, formats, layout)
+    return _load_once(operation, formats, layout)
 
 
 def function(name: str) -> Callable[..., int]:
     """Return a compiled function that is not of pairs of tensors."""
-    return _once(name, (), "")
+    return _load_once(name, (), "")
 
 
-def _once(*key: Any) -> Callable[..., int]:
+def _load_once(*key: Any) -> Callable[..., int]:
     with _making:
         if key not in _made:
+            from fastema.engine import native
+
             _made[key] = native.function(*key)
         return _made[key]

@@ -48,7 +48,7 @@ def rolling_mean(
     table = table[np.argsort(np.arange(len(starts)) % max(apart, 1), kind="stable")]
     control = np.zeros(k.CONTROLS, np.int64)
     control[k.SIZE], control[k.DIVIDE] = size, divide
-    scratch = np.empty((threads, k.room(size)))
+    scratch = np.empty((threads, k.scratch_numbers(size)))
     control[k.PLACES], control[k.ROOM] = scratch.shape[0], scratch.strides[0]
     nbytes = x.nbytes + result.nbytes
     addresses = table.ctypes.data, len(table), scratch.ctypes.data, control.ctypes.data

@@ -170,7 +170,7 @@ class _ByExchange(Watch):
     """The same in one compiled loop, through the framework's DLPack exchange function."""
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
-        self._look = function("look")
+        self._check = function("check_tensors")
         dicts = [one for one in leaves.held if type(one.container) is dict]
         others = [one for one in leaves.held if type(one.container) is not dict]
         others.append(TensorContainer(_Wrapped([leaf.spec for leaf in leaves.items])))
@@ -214,7 +214,7 @@ class _ByExchange(Watch):
         record = task_of(held[:0], tensor)
         record[abi.RECORD] = 1
         # One that cannot be described any more has changed: the first check says so.
-        self._look(record.ctypes.data)
+        self._check(record.ctypes.data)
         tables = []
         tasks: dict[int | None, NDArray[np.int64]] = {None: task_of(held, tensor)}
         values = [{*entry[2 * row[3] + 1 : 2 * (row[3] + row[2]) : 2]} for row in rows]
@@ -230,7 +230,7 @@ class _ByExchange(Watch):
         self._tasks = {share: (one.ctypes.data, one) for share, one in tasks.items()}
 
     def _any_moved(self, share: int | None) -> bool:
-        return bool(self._look(self._tasks[share][0]))
+        return bool(self._check(self._tasks[share][0]))
 
 
 def watch(leaves: Leaves, *, transient: bool = True) -> Watch:

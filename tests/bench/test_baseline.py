@@ -57,6 +57,8 @@ def test_rows_that_come_or_go_fail_unless_a_peer_is_missing(
     assert "New | x: is new" in capsys.readouterr().err
     gone = Row("An update", "a peer", missing="is not installed")
     assert baseline.check("cpu", [rows()[0], gone], tmp_path)
+    baseline.write("cpu", [rows()[0], gone], tmp_path)
+    assert baseline.read(tmp_path)["cpu"]["An update | a peer"] == {"ratio": 4.0}
 
 
 def test_a_ratio_that_has_fallen_is_a_warning(
