@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -13,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastema
+from bench.questions import launch
 from bench.race.question import Question, Settings
-from bench.race.report import ROOT, Figure, Row, Rows
+from bench.race.report import ROOT, Figure, Row, Rows, number
 
 IMPORTS = {
     "import fastema": "import fastema",
@@ -34,6 +36,9 @@ PAIRS = {
     "bfloat16, average bf16+16": (torch.bfloat16, "bf16+16"),
     "float16, average float32": (torch.float16, "float32"),
 }
+
+CAPABILITY = 9, 0
+GPU_KERNELS = (("f32", "f32"), ("f32", "bf16"), ("bf16~", "bf16"))
 
 KB = 4
 """Memory of Python's objects is given in steps of so many kB."""
@@ -103,19 +108,50 @@ def _calls() -> Iterator[Row]:
         yield Row("100 tensors: swap and back", name, _work(swap))
 
 
+def _launches() -> Iterator[Row]:
+    """What the driver of a GPU is asked for, without a GPU."""
+    table = "A GPU model of 100 tensors: an update"
+    if shutil.which("cc") is None:
+        yield from (Row(table, name, missing="there is no C compiler") for name in launch.VARIANTS)
+        return
+    for row in launch.rows(Settings(quick=True)):
+        if row.table == "100 tensors":
+            yield Row(table, row.entry, {"driver_calls": row["driver_calls"]})
+
+
+def _machine_code() -> Iterator[Row]:
+    """What the kernels of a GPU are made of, without a GPU."""
+    major, minor = CAPABILITY
+    for formats in GPU_KERNELS:
+        table, name = f"Kernels of sm_{major}{minor}", f"lerp {'/'.join(formats)}"
+        try:
+            from bench.questions import kernels_gpu
+            from fastema.kernels import cuda
+
+            made = cuda.compile_kernel("lerp", formats, "flat", CAPABILITY)
+            found = kernels_gpu.row(("lerp", formats), CAPABILITY, made)
+        except (ImportError, FileNotFoundError) as error:  # no compiler, or no nvdisasm
+            yield Row(table, name, missing=str(error))
+            continue
+        kept = ("instructions_per_element", "registers", "spilled_bytes")
+        yield Row(table, name, {one: found[one] for one in kept})
+
+
 def _firsts(part: Any) -> list[torch.Tensor]:
     return [next(iter(one.values())) for one in part or ()]
 
 
 def rows(settings: Settings) -> Rows:
     """Return all counts; the same in quick mode."""
-    return [*_modules(), *_calls()]
+    return [*_modules(), *_calls(), *_launches(), *_machine_code()]
 
 
 METHOD = f"""\
 Nothing here is timed: the numbers are the same on every machine, and `make bench-quick` fails where
 they differ from those that are stored. *Operations* are those that PyTorch is asked for in a call,
-*Python's objects* the peak of their memory in it, in steps of {KB} kB."""
+*Python's objects* the peak of their memory in it, in steps of {KB} kB, *driver calls* what a GPU's
+driver would be asked for. Machine code differs a little from one CUDA toolkit to the next: a
+quarter more of it fails."""
 
 QUESTION = Question(
     "What an average does beside its kernels",
@@ -127,5 +163,9 @@ QUESTION = Question(
         "heavy": Figure("of others", str),
         "operations": Figure("operations", str),
         "python_kb": Figure("Python's objects, kB", str),
+        "driver_calls": Figure("driver calls", str),
+        "instructions_per_element": Figure("instructions per element", number),
+        "registers": Figure("registers", str),
+        "spilled_bytes": Figure("bytes spilled", str),
     },
 )
