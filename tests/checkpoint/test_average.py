@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -29,128 +23,20 @@ from fastema.errors import ArgumentError, CheckpointError, StorageError
 
 from ..conftest import ROOT
 from ..support.requirements import require
+from .written import (
+    SAVED,
+    STATES,
+    WEIGHTS,
+    assert_average,
+    save_dcp,
+    save_folder,
+    save_safetensors,
+    save_torch,
+    state,
+    two,
+)
 
 NEEDS = ("safetensors", "torch")
-
-WEIGHTS = [0.1, 0.2, 0.3, 0.15, 0.25]
-State = dict[str, torch.Tensor]
-
-
-def state(seed: int) -> State:
-    """Tensors of many dtypes and sizes, one larger than a piece."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return {
-        "emb.weight": random(700, 131),
-        "out.weight": random(40, 30).bfloat16(),
-        "bn.running_mean": random(5).double(),
-        "bn.num_batches_tracked": torch.tensor(seed),
-        "half": random(7).half(),
-        "ids": torch.arange(9),
-        "scaled": torch.tensor([1, 2, 3]).to(torch.float8_e4m3fn),
-        "empty": torch.zeros(0, 3),
-        "scalar": random(),
-        "complex": torch.complex(random(3), random(3)),
-    }
-
-
-STATES = [state(seed) for seed in range(5)]
-
-
-def save_safetensors(path: Path, one: State) -> Path:
-    save_file(one, file := path.with_name(f"{path.name}.safetensors"))
-    return file
-
-
-def save_torch(path: Path, one: State) -> Path:
-    torch.save({"model": one, "lr": 0.1, "names": ["a", None]}, file := path.with_suffix(".pt"))
-    return file
-
-
-def save_lightning(path: Path, one: State) -> Path:
-    torch.save({"state_dict": one, "global_step": 7}, file := path.with_suffix(".ckpt"))
-    return file
-
-
-def save_sharded(path: Path, one: State) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-    (path / "optimizer.pt").write_bytes(b"")
-    names, half = list(one), len(one) // 2
-    where = {}
-    for number, some in enumerate((names[:half], names[half:]), 1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: one[name] for name in some}, path / file)
-        where |= dict.fromkeys(some, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return path
-
-
-def save_sharded_torch(path: Path, one: State) -> Path:
-    path.mkdir()
-    names, half = list(one), len(one) // 2
-    where = {}
-    for number, some in enumerate((names[:half], names[half:]), 1):
-        file = f"pytorch_model-0000{number}-of-00002.bin"
-        torch.save({name: one[name] for name in some}, path / file)
-        where |= dict.fromkeys(some, file)
-    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    return path
-
-
-def save_folder(path: Path, one: State) -> Path:
-    path.mkdir()
-    (path / "config.json").write_text("{}")
-    (path / "tokenizer.json").write_text("[]")
-    save_file(one, path / "model.safetensors")
-    return path
-
-
-def save_dcp(path: Path, one: State) -> Path:
-    from torch.distributed import checkpoint
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        checkpoint.save({"model": one, "step": torch.tensor(3)}, checkpoint_id=str(path))
-    return path
-
-
-SAVED: dict[str, tuple[Callable[[Path, State], Path], str]] = {
-    "safetensors": (save_safetensors, "safetensors"),
-    "torch.save": (save_torch, "torch"),
-    "Lightning": (save_lightning, "torch"),
-    "sharded safetensors": (save_sharded, "sharded safetensors"),
-    "sharded torch": (save_sharded_torch, "sharded torch"),
-    "Hugging Face folder": (save_folder, "safetensors"),
-    "torch.distributed": (save_dcp, "torch.distributed"),
-}
-
-
-def loaded(out: Path) -> State:
-    found: State = {}
-    for file in sorted(out.glob("*.safetensors")) if out.is_dir() else [out]:
-        found |= load_file(file)
-    return found
-
-
-def assert_average(out: Path, coefficients: list[float], states: list[State] = STATES) -> None:
-    """Assert that a result is the sum in float64, rounded once; the rest is the newest's."""
-    got = loaded(out)
-    assert got.keys() == states[-1].keys()
-    for name, tensor in states[-1].items():
-        assert got[name].dtype == tensor.dtype, name
-        assert got[name].shape == tensor.shape, name
-        if tensor.dtype in (torch.int64, torch.float8_e4m3fn):
-            assert torch.equal(got[name].float(), tensor.float()), name
-            continue
-        wide = torch.complex128 if tensor.is_complex() else torch.float64
-        want = sum(c * one[name].to(wide) for c, one in zip(coefficients, states, strict=True))
-        half_ulp = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(tensor.dtype, 2.0**-24)
-        error = (got[name].to(wide) - want).abs()
-        assert (error <= want.abs() * 1.01 * half_ulp + 1e-12).all(), name
 
 
 @pytest.mark.parametrize("layout", SAVED)
@@ -258,215 +144,6 @@ def test_tied_names_are_averaged_once_and_named_in_the_metadata(tmp_path: Path) 
     with safe_open(out, "pt") as opened:
         assert opened.metadata()["head"] == "emb"  # as safetensors.torch.load_model reads it
         assert opened.metadata()["fastema.average"] == "0.5 * 0.pt; 0.5 * 1.pt"
-
-
-# -- what is refused -------------------------------------------------------------------------------
-
-
-def two(tmp_path: Path, *changes: dict[str, Any]) -> list[Path]:
-    made = []
-    for i, change in enumerate(changes):
-        one = {name: t for name, t in {**STATES[i], **change}.items() if t is not None}
-        made.append(save_safetensors(tmp_path / f"{i}", one))
-    return made
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"half": None}, "'half' is in 0.safetensors, not in 1.safetensors"),
-        ({"more": torch.ones(2)}, "'more' is in 1.safetensors, not in 0.safetensors"),
-        ({"half": torch.ones(8)}, r"'half' is \[7\] in 0.safetensors, \[8\] in 1.safetensors"),
-        ({"half": torch.ones(7).int()}, "'half' is f16 in 0.safetensors, i32 in 1.safetensors"),
-        ({"ids": torch.arange(9) + 1}, r"'ids', i64\[9\]: whole numbers that differ"),
-        (
-            {"scaled": torch.tensor([1, 2, 4]).to(torch.float8_e4m3fn)},
-            r"'scaled', f8e4m3fn\[3\]: scaled or packed numbers that differ",
-        ),
-        ({"complex": torch.ones(3)}, "'complex' is complex in some"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(
-    change: dict[str, Any], words: str, tmp_path: Path
-) -> None:
-    paths = two(tmp_path, {}, change)
-    with pytest.raises(CheckpointError, match=words):
-        average(paths, [0.5, 0.5], tmp_path / "out.safetensors")
-    assert sorted(tmp_path.iterdir()) == paths
-
-
-def test_outputs_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    paths = two(tmp_path, {}, {})
-    (tmp_path / "link.safetensors").symlink_to(paths[0])
-    (tmp_path / "folder").mkdir()
-    before = paths[0].read_bytes()
-    for out, words in (
-        (paths[0], "one of the checkpoints"),
-        (tmp_path / "link.safetensors", "one of the checkpoints"),
-        (tmp_path / "folder", "is a folder"),
-        (tmp_path / "out.pt", "let its name end so"),
-        (tmp_path / "none" / "out.safetensors", "there is no folder"),
-    ):
-        with pytest.raises(CheckpointError, match=words):
-            average(paths, [0.5, 0.5], out)
-    folders = [save_folder(tmp_path / f"f{i}", STATES[i]) for i in range(2)]
-    (tmp_path / "folder" / "notes.txt").write_text("mine")
-    for out, words in ((tmp_path / "folder", "not empty"), (folders[0], "one of the checkpoints")):
-        with pytest.raises(CheckpointError, match=words):
-            average(folders, [0.5, 0.5], out)
-    assert paths[0].read_bytes() == before
-    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["notes.txt"]
-
-
-def test_weights_are_exact_and_odd_ones_are_warned_of(tmp_path: Path) -> None:
-    paths = two(tmp_path, {}, {})
-    out = tmp_path / "out.safetensors"
-    with pytest.warns(UserWarning, match=r"sum to 1\.1, not to 1"):
-        average(paths, [0.1, 1.0], out)
-    assert_average(out, [0.1, 1.0], STATES[:2])
-    with pytest.warns(UserWarning, match="negative"):
-        average(paths, [-1.0, 2.0], out)
-    assert_average(out, [-1.0, 2.0], STATES[:2])
-    with pytest.raises(ArgumentError, match="3 weights for 2 checkpoints"):
-        average(paths, [1, 1, 1], out)
-    with pytest.raises(ArgumentError, match="finite"):
-        average(paths, [float("nan"), 1.0], out)
-    with pytest.raises(ArgumentError, match="no checkpoints"):
-        average([], [], out)
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return os.system, ("touch /tmp/fastema-was-here",)
-
-
-def test_a_pickle_with_code_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "1.pt"
-    torch.save({"w": torch.ones(2), "args": Evil()}, path)
-    with pytest.raises(CheckpointError, match=r"asks for posix\.system|asks for nt\.system"):
-        open_checkpoint(path)
-    assert not Path("/tmp/fastema-was-here").exists()
-    path.write_bytes(pickle.dumps({"w": 1}))
-    with pytest.raises(CheckpointError):
-        open_checkpoint(path)
-
-
-def rezipped(path: Path, change: Callable[[dict[str, bytes]], None], **options: Any) -> None:
-    with zipfile.ZipFile(path) as archive:
-        entries = {one.filename: archive.read(one) for one in archive.infolist()}
-    change(entries)
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-
-
-def test_damaged_torch_files_are_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "1.pt"
-
-    def fresh() -> bytes:
-        torch.save({"w": torch.randn(50), "t": torch.randn(4, 3).t()}, path)
-        return path.read_bytes()
-
-    fresh()
-    with pytest.raises(CheckpointError, match="t is not row-major"):
-        open_checkpoint(path)
-    torch.save({"w": torch.randn(50)}, path)
-    whole = path.read_bytes()
-    for change, words in (
-        (lambda e: e.pop(next(n for n in e if n.endswith("data.pkl"))), "no data.pkl"),
-        (lambda e: e.pop(next(n for n in e if n.endswith("data/0"))), "the numbers of w"),
-        (lambda e: e.update({n: b"12" for n in e if n.endswith("data/0")}), "longer than what is"),
-        (lambda e: e.update({n: b"big" for n in e if n.endswith("byteorder")}), "big-endian"),
-    ):
-        path.write_bytes(whole)
-        rezipped(path, change)
-        with pytest.raises(CheckpointError, match=words):
-            open_checkpoint(path)
-    path.write_bytes(whole)
-    rezipped(path, lambda entries: None, compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(CheckpointError, match="compressed"):
-        open_checkpoint(path)
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"1\.pt"):
-        open_checkpoint(path)
-
-
-@pytest.mark.parametrize("name", ["../0.safetensors", "/etc/passwd", "a/b", "..", "", "a\0b"])
-def test_an_index_names_files_beside_it_alone(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    save_file(STATES[0], tmp_path / "0.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"half": name}}))
-    with pytest.raises(CheckpointError, match="is no file beside it"):
-        open_checkpoint(folder)
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 5000, "\xff"],
-    ids=range(7),
-)
-def test_a_damaged_index_is_one_sentence(content: str, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text(content, encoding="latin-1")
-    with pytest.raises(
-        CheckpointError, match=r"no index of a checkpoint|holds no tensors"
-    ) as caught:
-        open_checkpoint(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_index_of_what_is_not_there(tmp_path: Path) -> None:
-    save_sharded(tmp_path / "1", STATES[0])
-    index = tmp_path / "1" / "model.safetensors.index.json"
-    where = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": {**where, "ghost": where["half"]}}))
-    with pytest.raises(CheckpointError, match="'ghost' is not in the file that it names"):
-        open_checkpoint(tmp_path / "1")
-    index.write_text(json.dumps({"weight_map": {**where, "half": "gone.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"gone\.safetensors, which is not there"):
-        open_checkpoint(tmp_path / "1")
-
-
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-    save_file({"a": torch.ones(1)}, tmp_path / "b.safetensors")
-    for path, words in (
-        (tmp_path / "nothing", "No such file"),
-        (tmp_path / "empty", "holds no checkpoint"),
-        (tmp_path / "pipe.safetensors", "no file and no folder"),
-        (tmp_path, "files that could be meant"),
-        ("a\0b", "cannot read"),
-    ):
-        with pytest.raises(CheckpointError, match=words):
-            open_checkpoint(path)
-
-
-@settings(max_examples=60)
-@given(data=st.data())
-def test_changed_bytes_are_an_error_or_a_checkpoint(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("fuzz")
-    save = data.draw(st.sampled_from([save_safetensors, save_torch]))
-    path = save(folder / "1", {"w": torch.ones(3), "b": torch.zeros(2, 2).half()})
-    content = bytearray(path.read_bytes())
-    limit = len(content) if save is save_torch else 300
-    for _ in range(data.draw(st.integers(1, 6))):
-        content[data.draw(st.integers(0, min(limit, len(content)) - 1))] = data.draw(
-            st.integers(0, 255)
-        )
-    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
-    try:
-        found = open_checkpoint(path)
-    except CheckpointError:
-        return
-    with found.opened() as read:
-        for name, tensor in found.tensors.items():
-            read(name, 0, memoryview(bytearray(tensor.nbytes)))
 
 
 # -- which, and with what weights ------------------------------------------------------------------

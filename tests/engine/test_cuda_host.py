@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastema
 from fastema.bridges import torch_other
-from fastema.bridges.torch_cuda import TorchContext
 from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
@@ -534,121 +532,3 @@ def test_a_ring_on_the_host_is_no_operand_of_torchs_functions() -> None:
         run = substitute("window", [pair])
         for turn in (1, 2, 5):
             run(LaunchArgs((float(min(turn, 3)),), 0, 0, 3, (turn - 1) % 3, turn))
-
-
-# -- torch's devices -------------------------------------------------------------------------------
-
-
-def test_torch_without_cuda_says_so() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("torch has CUDA here")
-    ema = fastema.EMA(torch.nn.Linear(2, 2))
-    with pytest.raises(DeviceError, match="cannot move a tensor to cuda"):
-        ema.to("cuda")
-    ema.update()
-
-
-def test_a_capture_on_another_device_than_the_current_one_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Torch answers for the current device; the graph would be empty, the work done once, now."""
-    current, captured = [0], set[int]()
-
-    @contextmanager
-    def device(index: int) -> Iterator[None]:
-        before, current[0] = current[0], index
-        try:
-            yield
-        finally:
-            current[0] = before
-
-    monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] in captured)
-    for current[0] in (0, 1):
-        here, other = TorchContext(current[0]), TorchContext(1 - current[0])
-        captured.clear()
-        assert not here.capturing()
-        assert not other.capturing()
-        captured.add(1 - current[0])
-        assert not here.capturing()
-        assert other.capturing()
-        captured.add(current[0])
-        assert here.capturing()
-        assert other.capturing()
-        captured.remove(1 - current[0])
-        with pytest.raises(StateError, match=f"cuda:{1 - current[0]}"):
-            other.capturing()
-        assert here.capturing()
-
-
-def test_a_forked_process_is_refused_the_gpu_and_averages_on_the_cpu(
-    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A thread of the parent may have held the compiler's lock, for ever."""
-    ema, found = fastema.EMA([torch.randn(5)], 0.5), engine.device(0)
-    monkeypatch.setattr(engine, "_forked", False)
-    engine._after_fork()
-    monkeypatch.setattr(engine, "cubin", lambda key: pytest.fail("compiled"))
-    for call in (ema.update, lambda: found.function(Key("add", ("f32", "f32"), "flat", (9, 0)))):
-        with pytest.raises(DeviceError, match="'spawn'"):
-            call()
-    gpu.place = lambda tensor: None
-    weights = [torch.zeros(5)]
-    ema = fastema.EMA(weights, 0.5)
-    weights[0] += 1
-    ema.update()
-    assert ema.shadow["0"].tolist() == [0.5] * 5
-
-
-def test_torchs_errors_in_a_forked_process_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> bool:
-        raise RuntimeError("CUDA error: initialization error")
-
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", fails)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fails)
-    with pytest.raises(DeviceError, match="'spawn'"):
-        TorchContext(0).capturing()
-
-
-def test_an_upload_in_inference_mode_can_be_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TorchContext, "capturing", lambda context: False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    context = TorchContext(0)
-    context.device = "cpu"
-    with torch.inference_mode():
-        owner, address = context.upload(np.arange(4))
-    context.write(owner, np.arange(4, 8))
-    assert context.download(owner).tolist() == [4, 5, 6, 7]
-    assert owner.data_ptr() == address
-
-
-class Foreign:
-    """A tensor on a GPU whose memory torch's allocator does not know, or warns of."""
-
-    is_cuda = True
-
-    def __init__(self, known: bool) -> None:
-        self.known = known
-        self.noted: list[Any] = []
-
-    def detach(self) -> Foreign:
-        return self
-
-    def record_stream(self, stream: Any) -> None:
-        if not self.known:
-            raise RuntimeError("ptr not found in ptr_info")
-        warnings.warn("Called record_stream on tensor whose original ...", stacklevel=1)
-        self.noted.append(stream)
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_memory_of_other_allocators_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
-    """As with backend:cudaMallocAsync, and weights that came by DLPack."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
-    owners = [Foreign(known), Foreign(True)]
-    assert TorchContext(1).hold(owners) == known
-    assert owners[1].noted == ["stream of 1"]

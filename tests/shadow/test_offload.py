@@ -18,73 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import fastema
-from fastema.errors import ArgumentError, BridgeError, LayoutError, NonFiniteError, StateError
+from fastema.errors import ArgumentError, BridgeError, LayoutError
 from fastema.shadow.offload import OffloadedEMA
+
+from .offloaded import SlowLink, assert_all_same, assert_same, both, build, move, train
 
 NEEDS = ("torch",)
 
-
-def build(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False))
-    model[0].bias.requires_grad_(False)
-    return model.to(dtype)
-
-
-def move(model: nn.Module, n: int) -> None:
-    generator = torch.Generator().manual_seed(n)
-    with torch.no_grad():
-        for one in model.state_dict().values():
-            if one.is_floating_point():
-                one.add_(torch.randn(one.shape, generator=generator).to(one.dtype))
-            else:
-                one.add_(1)
-
-
-def assert_same(one: Any, other: Any) -> None:
-    assert one.num_updates == other.num_updates
-    assert list(one.shadow) == list(other.shadow)
-    for name, wanted in other.shadow.items():
-        assert one.shadow[name].dtype == wanted.dtype
-        assert torch.equal(one.shadow[name], wanted), name
-
-
-def assert_all_same(several: Any, others: Any) -> None:
-    """Assert that mappings of names to tensors are equal, one by one."""
-    for one, other in zip(several, others, strict=True):
-        assert list(one) == list(other)
-        for name in other:
-            assert torch.equal(one[name], other[name]), name
-
-
-OPTIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "float32": (torch.float32, {}),
-    "bfloat16 with float32": (torch.bfloat16, {"shadow_dtype": "float32"}),
-    "two halves": (torch.bfloat16, {"shadow_dtype": "bf16+16"}),
-    "random bits": (torch.bfloat16, {"seed": 3}),
-    "several": (torch.float32, {"decay": (0.5, 0.9), "update_every": 2}),
-    "all averaged": (torch.float32, {"buffers": "average", "frozen": "copy"}),
-    "patterns": (torch.float32, {"policy": {"1.*": "skip", "2.*": "average"}}),
-    "debiased, later": (torch.float32, {"zero_debias": True, "start_after": 2}),
-}
-
-
-@pytest.fixture(params=OPTIONS)
-def both(request: pytest.FixtureRequest) -> tuple[nn.Module, Any, Any]:
-    """A model with an average on the host, and one beside it."""
-    dtype, options = OPTIONS[request.param]
-    model = build(dtype)
-    options = {"decay": 0.75, **options}
-    offloaded = fastema.EMA(model, offload=True, **options)
-    return model, offloaded, fastema.EMA(model, **options)
-
-
-def train(model: nn.Module, averages: tuple[Any, ...], steps: int = 5) -> None:
-    for n in range(steps):
-        averages[0].wait()
-        move(model, n)
-        for one in averages:
-            one.update()
+__all__ = ["both"]
 
 
 def test_it_is_the_average_to_the_bit(both: Any) -> None:
@@ -146,18 +87,6 @@ def test_other_models_get_the_average(both: Any) -> None:
 
 
 # -- the order of events --------------------------------------------------------------------------
-
-
-class SlowLink:
-    """A link that waits before each tensor until ``go`` is set, and records what happens."""
-
-    def __init__(self, ema: Any) -> None:
-        self.go, self.events = threading.Event(), []
-        ema._link.delay = self
-
-    def __call__(self, number: int) -> None:
-        self.events.append(f"copy {number}")
-        assert self.go.wait(20)
 
 
 def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them() -> None:
@@ -342,170 +271,6 @@ def test_updates_are_left_out_while_it_is_behind_and_the_horizon_is_kept() -> No
     offloaded.update()
     reference.update()
     assert_same(offloaded, reference)
-
-
-# -- errors ---------------------------------------------------------------------------------------
-
-
-CALLS: dict[str, Callable[[Any], Any]] = {
-    "update": lambda ema: ema.update(),
-    "shadow": lambda ema: ema.shadow["0.weight"],
-    "state_dict": lambda ema: ema.state_dict(),
-    "swapped": lambda ema: ema.apply_shadow(),
-    "copy_to": lambda ema: ema.copy_to(build()),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_what_the_worker_raises_the_next_call_does(call: str) -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True, on_nonfinite="raise")
-    before = {name: one.clone() for name, one in offloaded.shadow.items()}
-    with torch.no_grad():
-        model[2].weight[0, 0] = torch.nan
-    offloaded.update()
-    with pytest.raises(NonFiniteError, match=r"'2\.weight'"):
-        CALLS[call](offloaded)
-    assert offloaded.num_updates == 0
-    for name, one in before.items():
-        assert torch.equal(offloaded.shadow[name], one)
-    with torch.no_grad():
-        model[2].weight[0, 0] = 1.0
-    offloaded.update()
-    assert offloaded.state_dict()["num_updates"] == 1
-
-
-def test_steps_that_were_left_out_count_though_an_update_raises() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload="skip", on_nonfinite="raise")
-    reference = fastema.EMA(model, decay=0.5)
-    link = SlowLink(offloaded)
-    offloaded.update()
-    offloaded.update()  # left out
-    link.go.set()
-    offloaded.state_dict()
-    good = model[2].weight.detach().clone()
-    for call in (
-        lambda: (offloaded.update(), offloaded.state_dict()),
-        lambda: offloaded.update_from_host(model.state_dict()),
-    ):
-        with torch.no_grad():
-            model[2].weight.fill_(torch.nan)
-        with pytest.raises(NonFiniteError):
-            call()
-        with torch.no_grad():
-            model[2].weight.copy_(good)
-    reference.update()
-    move(model, 1)
-    offloaded.update()
-    reference.update(steps=2)
-    assert_same(offloaded, reference)
-
-
-def test_an_update_that_cannot_be_started_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True)
-
-    def submit(*_: Any) -> Any:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("concurrent.futures.ThreadPoolExecutor.submit", submit)
-        with pytest.raises(RuntimeError, match="start new thread"):
-            offloaded.update()
-    offloaded.wait()
-    assert (offloaded.num_updates, offloaded.offload_stats.queue_depth) == (0, 0)
-    offloaded.update()
-    assert offloaded.state_dict()["num_updates"] == 1
-
-
-def test_counters_while_an_update_is_under_way() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True)
-    before = offloaded.version
-    seen = set()
-    for count in range(1, 200):
-        offloaded.update()
-        seen |= {offloaded.num_updates - count for _ in range(20)}
-    assert seen == {0}
-    assert offloaded.version == before + 199  # up to date with what is read next
-
-
-def test_skipped_updates_are_counted() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True, on_nonfinite="skip")
-    with torch.no_grad():
-        model[2].weight[0, 0] = torch.inf
-    offloaded.update()
-    assert (offloaded.num_skipped, offloaded.num_updates) == (1, 0)
-
-
-def test_weights_written_while_it_is_applied_are_noticed_and_come_back() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True)
-    move(model, 1)
-    offloaded.update()
-    raw = model[2].weight.detach().clone()
-    with pytest.raises(StateError, match=r"'2\.weight'"), offloaded.swapped(), torch.no_grad():
-        model[2].weight.add_(1)
-    assert torch.equal(model[2].weight, raw)
-    with pytest.raises(StateError, match="applied"), offloaded.swapped():
-        offloaded.update()
-    assert not offloaded.applied
-
-
-def test_a_model_that_changed_is_refused() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True)
-    model[2] = nn.Linear(4, 3, bias=False)
-    with pytest.raises(LayoutError, match=r"'2\.weight' is now \[3, 4\], was \[4, 4\]"):
-        offloaded.update()
-
-
-def test_names_are_those_of_the_model() -> None:
-    model = build()
-    model.add_module("tied", model[2])
-    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
-    for one in (offloaded, ema):
-        assert one.skipped_names == {"0.bias"}
-        assert one.aliases == {"tied.weight": "2.weight"}
-    model[0].bias.requires_grad_(True)
-    for one in (offloaded, ema):
-        with pytest.raises(LayoutError, match=r"'0\.bias' is trained now but was frozen"):
-            one.update()
-
-
-def test_a_model_in_another_dtype_gets_the_whole_precision() -> None:
-    model = build(torch.bfloat16)
-    options: dict[str, Any] = {"decay": 0.9, "shadow_dtype": "float32"}
-    offloaded, ema = (fastema.EMA(model, offload=on, **options) for on in (True, False))
-    train(model, (offloaded, ema))
-    one, other = build(), build()
-    assert_all_same([offloaded.model_state_dict(one)], [ema.model_state_dict(one)])
-    offloaded.copy_to(one)
-    ema.copy_to(other)
-    assert_all_same([one.state_dict()], [other.state_dict()])
-    assert not torch.equal(one[2].weight, one[2].weight.bfloat16().float())
-    train(model, (offloaded, ema), 1)
-    assert_all_same(offloaded.shadows, ema.shadows)
-
-
-def test_restore_is_refused_where_it_cannot_be_done_and_loses_nothing() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True)
-    move(model, 1)
-    raw = model[2].weight.detach().clone()
-    offloaded.update()
-    offloaded.apply_shadow()
-    with pytest.raises(StateError, match="applied to another model"):
-        offloaded.restore(build())
-    model.half()
-    with pytest.raises(LayoutError, match=r"'2\.weight' is now torch\.float16"):
-        offloaded.restore()
-    model.float()
-    assert offloaded.applied
-    offloaded.restore()
-    assert torch.equal(model[2].weight, raw)
 
 
 # -- the model that moves -------------------------------------------------------------------------
