@@ -25,9 +25,10 @@ ROOMS = {
     "engine": ["tests/engine"],
     "gpu": [
         *(f"tests/engine/test_{name}.py" for name in ("shipped", "driver_calls", "cuda_host")),
-        *(f"tests/engine/test_{name}.py" for name in ("cuda_attacks", "cuda_graphs")),
+        *(f"tests/engine/test_{name}.py" for name in ("cuda_attacks", "cuda_graphs", "cuda_torch")),
         *("tests/kernels/test_cuda_clock.py", "tests/kernels/test_cuda_compile.py"),
     ],
+    "native": [f"tests/engine/test_{name}.py" for name in ("native", "cubins", "series", "watch")],
     "shadow": ["tests/shadow"],
     "binding": [
         "tests/binding",
@@ -94,6 +95,24 @@ PLANTED = {
         },
         "fastema/compat/averager.py": {
             "moved in a block": ("        if self._moved():\n", "        if False:\n")
+        },
+    },
+    "native": {
+        "fastema/engine/disk_cache.py": {
+            "damaged entries": (
+                "if stored[:_HEAD] == _sealed(body) else None",
+                "if True else None",
+            ),
+            "writable by a group": ("(stat.S_IWGRP | stat.S_IWOTH)", "stat.S_IWOTH"),
+            "two kernels, one entry": ("(name, SOURCE_STAMP, depends)", "(name, SOURCE_STAMP)"),
+        },
+        "fastema/engine/native.py": {
+            "another processor": ("if any(name in os.environ for name in SETTINGS):", "if False:"),
+            "the other level": ("if all(features.get(one)", "if any(features.get(one)"),
+        },
+        "kernels/cpu_watch.py": {"strides": ("store(dim, at + 1, load(strides, d))", "pass")},
+        "kernels/cpu_series.py": {
+            "scratch shared": ("scratch += place * load(settings, ROOM)", "pass")
         },
     },
     "gpu": {
