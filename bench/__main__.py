@@ -110,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
         "--readme", choices=("write", "check"), help="the table in README.md, from a stored result"
     )
     made.add_argument(
+        "--machines", action="store_true", help="bench/results/machines.md, from stored results"
+    )
+    made.add_argument(
         "--baseline",
         choices=("write", "check"),
         default="check",
@@ -132,6 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
         from bench.race import readme
 
         return readme.main(check=options.readme == "check")
+    if options.machines:
+        from bench.race import machines
+
+        machines.write(options.out)
+        return 0
     names = list(options.questions) or (list(QUICK) if options.quick else [])
     if not names:
         command_line.print_help()

@@ -18,6 +18,7 @@ from bench.race import (
     clock,
     contest,
     jobs,
+    machines,
     memory,
     peers,
     readme,
@@ -394,6 +395,22 @@ def test_readme_table_is_generated_and_checked(
     assert cells(text, "torch_ema")[:2] == ["123 (4.11×)", "raises"]
     with pytest.raises(ValueError, match="lacks the markers"):
         readme.put_between_markers("no table here", "section")
+
+
+def test_machines_stand_side_by_side(tmp_path: Path) -> None:
+    report.store(tmp_path, "cpu", HEADER, stored_rows(), "")
+    other = {**HEADER, "cpu": "Another", "cores": 64}
+    report.store(tmp_path / "big", "cpu", other, stored_rows()[1:], "")
+    assert command.main(["--machines", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / machines.PAGE).read_text(encoding="utf-8")
+    assert cells(text, "")[-1] == "big: Another, 64 cores"
+    assert cells(text, peers.OURS) == ["30.0 ms", "–"]
+    assert cells(text, "torch_ema") == ["4.11×"] * 2
+
+
+def test_the_page_of_machines_is_that_of_the_stored_results() -> None:
+    stored = (report.RESULTS / machines.PAGE).read_text(encoding="utf-8")
+    assert stored == machines.page()
 
 
 def test_the_table_in_the_readme_is_the_stored_one() -> None:

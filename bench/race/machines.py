@@ -1,0 +1,50 @@
+"""The page that sets the CPU race of one machine beside those of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.race.readme import TABLES
+from bench.race.report import RESULTS, Row, aligned, load, number
+
+PAGE = "machines.md"
+
+INTRODUCTION = """\
+# The CPU race on several machines
+
+Medians of fastema in ms, and of the others as multiples of it, each from the machine's own
+`cpu.json`. `make bench ARGS="--out bench/results/NAME"` measures another machine, and
+`python -m bench --machines` writes this page."""
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or row.missing:
+        return "–"
+    return f"{number(row['ms'])} ms" if row["ratio"] == 1 else f"{number(row['ratio'])}×"
+
+
+def page(folder: Path = RESULTS) -> str:
+    """Return the page of the results in a folder, and in the folders in it."""
+    found = {}
+    for path in sorted(folder.glob("cpu.json")) + sorted(folder.glob("*/cpu.json")):
+        header, rows = load(path)
+        name = f"{header['cpu']}, {header['cores']} cores"
+        if path.parent != folder:
+            name = f"{path.parent.name}: {name}"
+        found[name] = {(row.table, row.entry): row for row in rows}
+    parts = [INTRODUCTION]
+    for title in (title for columns in TABLES for title in columns):
+        entries = dict.fromkeys(
+            entry for rows in found.values() for table, entry in rows if table == title
+        )
+        body = [
+            [entry, *(_cell(rows.get((title, entry))) for rows in found.values())]
+            for entry in sorted(entries, key=lambda entry: entry.startswith("limit"))
+        ]
+        parts += [f"## {title}", aligned(["", *found], body)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(folder: Path = RESULTS) -> None:
+    """Write the page beside the results."""
+    (folder / PAGE).write_text(page(folder), encoding="utf-8")
