@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from fastema.engine.program import Program
 from fastema.errors import StateError
+from fastema.shadow.hints import hint
 from fastema.shadow.reports import named, report
 from fastema.shadow.saving import Saveable
 from fastema.shadow.updating import Weights
@@ -101,6 +103,14 @@ class Average(Saveable[Weights]):
         reals = sum(e.spec.size * e.spec.kind.parts for e in entries if e.averaged)
         relative = distance / size if size else math.inf if distance else 0.0
         return Drift(distance, relative, still / max(reals, 1))
+
+    if not TYPE_CHECKING:  # which would let every name pass
+
+        def __getattr__(self, name):
+            try:
+                return object.__getattribute__(self, name)
+            except AttributeError as error:
+                raise AttributeError(f"{error}{hint(name)}", name=name, obj=self) from None
 
     def report(self) -> str:
         """In words, what the average averages over at this point of the run."""
