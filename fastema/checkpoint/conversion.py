@@ -18,6 +18,7 @@ from fastema.checkpoint.stored import StoredAverage, load
 from fastema.errors import ArgumentError, CheckpointError, StorageError, listed
 from fastema.rules import Constant, CumulativeMean, Power, Rule, Schedule, Warmup, Window
 from fastema.rules.checks import checked_decay
+from fastema.shadow.reports import named_schedule
 from fastema.shadow.state import pack
 
 if TYPE_CHECKING:
@@ -125,19 +126,12 @@ def convert(
         lost.append(f"the number of updates, {source.num_updates}")
     schedule = source.schedule
     if schedule is not None and not wanted.keeps(schedule):
-        lost.append(f"the schedule, {_said(schedule)}")
+        lost.append(f"the schedule, {named_schedule(schedule)}")
     if source.weights is not None and not wanted.weights:
         lost.append("the weights in training, which the source holds too")
     refuse_source(out, source.checkpoint)
     wanted.write(source, out)
     return Conversion(out, source, to, lost)
-
-
-def _said(schedule: Schedule) -> str:
-    rule = repr(schedule.rules[0])
-    every = f" every {schedule.update_every} steps" if schedule.update_every > 1 else ""
-    start = f" after step {schedule.start_after}" if schedule.start_after else ""
-    return f"{rule}{every}{start}"
 
 
 # -- names -----------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(found: Description) -> Iterator[tuple[str, str]]:
     from fastema.cli.sizes import size
+    from fastema.shadow.reports import named_schedule
 
     average, checkpoint = found.average, found.checkpoint
     what = {
@@ -69,11 +70,7 @@ def _lines(found: Description) -> Iterator[tuple[str, str]]:
     if average.num_updates is not None:
         yield "updates", f"{average.num_updates:,}"
     if average.schedule is not None:
-        every, start = average.schedule.update_every, average.schedule.start_after
-        later = (f", every {every} steps" if every > 1 else "") + (
-            f", after step {start:,}" if start else ""
-        )
-        yield "schedule", f"{average.schedule.rules[0]!r}{later}"
+        yield "schedule", named_schedule(average.schedule)
     if average.options:
         yield "options", ", ".join(f"{name}={value}" for name, value in average.options.items())
     if found.reach is not None:

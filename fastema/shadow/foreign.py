@@ -45,6 +45,10 @@ def _is_flat(state: Mapping[Any, Any]) -> bool:
     return bool(names) and all(isinstance(n, str) and _TENSOR.fullmatch(n) for n in names)
 
 
+_PLAIN_TYPES: Final = (Mapping, list, str, int, float)
+"""What is no tensor, nor stands for one that has not been read."""
+
+
 class _Layout(NamedTuple):
     """A library's way to save an average."""
 
@@ -166,6 +170,10 @@ def library_of(state: Mapping[Any, Any]) -> str:
     return next((layout.library for layout in _LAYOUTS if _fits(state, layout)), "")
 
 
+def _is_flat_tensor(name: str, value: Any) -> bool:
+    return not name or ("." not in name and not isinstance(value, _PLAIN_TYPES))
+
+
 def _fits(state: Mapping[Any, Any], layout: _Layout) -> bool:
     keys = layout.keys.split()
     others = [name for name in state if name not in keys]
@@ -173,5 +181,5 @@ def _fits(state: Mapping[Any, Any], layout: _Layout) -> bool:
         all(key in state for key in keys)
         and (not layout.prefix or bool(others))
         and all(isinstance(name, str) and name.startswith(layout.prefix) for name in others)
-        and not (layout.flat and any("." in n or not hasattr(state[n], "shape") for n in others))
+        and (not layout.flat or all(_is_flat_tensor(name, state[name]) for name in others))
     )

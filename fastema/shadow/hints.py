@@ -8,7 +8,7 @@ __all__ = ["hint"]
 
 _MODULE: Final = (
     "an average is not a module: swapped() puts it into the model, model_state_dict() is the "
-    "model's state with it, and torch.func.functional_call(model, ema.shadow, x) calls the model with it"
+    "model's state with it, torch.func.functional_call(model, ema.shadow, x) runs the model with it"
 )
 _TENSORS: Final = "its tensors are in ema.shadow, by name"
 _MOVED: Final = "use to(), as with a tensor"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastema.rules import Constant, CumulativeMean, Debiased, Power, Rule, Schedule, Window
 from fastema.rules.units import effective_steps
 
-__all__ = ["named", "report"]
+__all__ = ["named", "named_schedule", "report"]
 
 _NEGLIGIBLE = 0.0005
 """Shares below this one are called nothing."""
@@ -35,6 +35,16 @@ def named(rule: Rule) -> str:
     if isinstance(rule, Power):
         return f"power function of sigma_rel {rule.sigma_rel:.3g}"
     return repr(rule)
+
+
+def named_schedule(schedule: Schedule) -> str:
+    """Return a schedule in words, such as ``decay 0.999, every 4 steps, after step 1,000``."""
+    parts = ["; ".join(named(rule) for rule in schedule.rules)]
+    if schedule.update_every > 1:
+        parts.append(f"every {schedule.update_every:,} steps")
+    if schedule.start_after:
+        parts.append(f"after step {schedule.start_after:,}")
+    return ", ".join(parts)
 
 
 def _of_rule(rule: Rule, n: int, every: int) -> str:

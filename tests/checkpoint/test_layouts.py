@@ -370,7 +370,7 @@ def test_the_weights_alone_are_streamed_with_tied_names_once(tmp_path: Path) -> 
     torch.save(average.state_dict(), tmp_path / "swa.pt")
     done = convert(tmp_path / "swa.pt", tmp_path / "w.safetensors", to="safetensors")
     assert set(load_file(done.path)) == {"a.weight", "a.bias", "b.bias"}
-    assert done.lost[-2:] == ["the number of updates, 1", "the schedule, CumulativeMean()"]
+    assert done.lost[-2:] == ["the number of updates, 1", "the schedule, mean of all weights"]
     with done.path.open("rb") as file:
         assert b'"b.weight": "a.weight"' in file.read()
 

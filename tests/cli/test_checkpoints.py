@@ -36,7 +36,7 @@ def test_an_average_is_described(run: Any) -> None:
     assert err == ""
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[0] != " ")
     assert lines["updates"] == "1,000"
-    assert lines["schedule"] == "Constant(value=0.99)"
+    assert lines["schedule"] == "decay 0.99"
     assert lines["lag"].startswith("99 +/- 99.46 ")
     assert lines["lag"].endswith("behind the model")
     assert lines["tensors"] == "2 tensors (2 f32), 8 elements"
@@ -59,7 +59,7 @@ def test_an_average_is_converted_and_what_is_lost_is_said(run: Any, tmp_path: Pa
     assert err == ""
     assert out.splitlines() == [
         "swa.pt: swa_utils, 2 tensors of ema.safetensors (fastema)",
-        "not carried: the schedule, Constant(value=0.99)",
+        "not carried: the schedule, decay 0.99",
     ]
     average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
     average.load_state_dict(torch.load(tmp_path / "swa.pt", weights_only=True))

@@ -183,3 +183,12 @@ def test_a_flipped_bit_anywhere_in_the_tensors_is_found(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"is damaged: '.*' is not what was written"):
             load_state(path, ema.shadows[0])
+
+
+@pytest.mark.parametrize(
+    "more", [{"shadow": {"w": np.ones(3)}}, {"0.weight": np.ones(3)}, {"params": [np.ones(3)]}]
+)
+def test_a_state_of_ones_own_is_not_taken_for_that_of_litema(more: dict[str, Any]) -> None:
+    state = {"decay": 0.9, "num_updates": 3, **more}
+    with pytest.raises(CheckpointError, match=r"it is not a fastema state dict$"):
+        fastema.EMA({"w": np.ones(3)}).load_state_dict(state)
