@@ -144,6 +144,8 @@ def build(folder: Path, device: Device, operations: Sequence[str], processes: in
 
     ``operations`` are those wanted; all where there is none.
     """
+    if device == "cpu" and not native.has_levels():
+        raise RuntimeError("the CPU kernels of a wheel are compiled on Linux, on x86-64")
     job, began, done = _JOBS[device], time.monotonic(), 0
     wanted = [one for one in job.wanted if not operations or one.operation in operations]
     folder.parent.mkdir(parents=True, exist_ok=True)

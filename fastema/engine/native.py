@@ -17,7 +17,7 @@ from typing import Any, Final
 from fastema.engine import disk_cache, shipped
 from fastema.kernels.variants import ENTRY
 
-__all__ = ["LEVELS", "SETTINGS", "compiled", "function", "levels"]
+__all__ = ["LEVELS", "SETTINGS", "compiled", "function", "has_levels", "levels"]
 
 SETTINGS: Final = tuple(
     f"NUMBA_{name}"
@@ -71,10 +71,15 @@ def _features() -> Any:
         return _binding().targets.FeatureMap()
 
 
+def has_levels() -> bool:
+    """Return whether the machine is of the kind that wheels bring code for."""
+    return sys.platform == "linux" and platform.machine() == "x86_64"
+
+
 @cache
 def levels() -> tuple[str, ...]:
     """Return the levels whose code runs on this machine; none where Numba was told otherwise."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
+    if not has_levels():
         return ()
     if any(name in os.environ for name in SETTINGS):
         return ()

@@ -140,6 +140,8 @@ def test_a_processor_gets_the_best_code_that_runs_on_it(
     with monkeypatch.context() as patch:
         patch.setattr(native.platform, "machine", lambda: "aarch64")
         assert levels() == ()
+        with pytest.raises(RuntimeError, match="on x86-64"):
+            build_kernels.build(Path("nowhere"), "cpu", [], 1)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert levels() == ()
 
