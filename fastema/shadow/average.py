@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from fastema.engine.program import Program
 from fastema.errors import StateError
-from fastema.shadow.hints import hint
 from fastema.shadow.reports import named, report
 from fastema.shadow.saving import Saveable
 from fastema.shadow.updating import Weights
@@ -110,6 +109,8 @@ class Average(Saveable[Weights]):
             try:
                 return object.__getattribute__(self, name)
             except AttributeError as error:
+                from fastema.shadow.hints import hint
+
                 raise AttributeError(f"{error}{hint(name)}", name=name, obj=self) from None
 
     def report(self) -> str:
