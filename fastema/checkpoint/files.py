@@ -314,7 +314,9 @@ def read(path: str | os.PathLike[str]) -> File:
         size = os.fstat(opened.fileno()).st_size
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-            raise CheckpointError(f"{name} is not a safetensors file, or was cut short")
+            raise CheckpointError(
+                f"{name} is neither a safetensors file nor one of torch.save, or was cut short"
+            )
         text = opened.read(length)
     try:
         header = _of_type(json.loads(text, object_pairs_hook=_without_repeats), dict)

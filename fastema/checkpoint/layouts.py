@@ -17,7 +17,7 @@ from fastema.rules.ema import InverseGamma
 from fastema.shadow.foreign import library_of
 from fastema.shadow.store import PARTS
 
-__all__ = ["Found", "Names", "diffusers_options", "read"]
+__all__ = ["Found", "Names", "candidates", "diffusers_options", "read"]
 
 Names = Literal["full", "without dots", "places"]
 """Names of tensors: the model's; the model's without dots; positions in a list."""
@@ -63,7 +63,7 @@ def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, F
             return "diffusers", _of_diffusers(
                 content, {**counters, "shadow_params": content.mapping}, "full"
             )
-    for state in _candidates(content.mapping):
+    for state in candidates(content.mapping):
         if state.get("format") == "fastema":
             return "fastema", _of_state(content, state, state, index)
         library = library_of(state)
@@ -78,7 +78,7 @@ def read(content: Content, whole: Checkpoint | None, index: int) -> tuple[str, F
     return "model", None
 
 
-def _candidates(mapping: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
+def candidates(mapping: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
     """Yield the mappings that may be the state of an average: the file's, and some within."""
     state = mapping.get("state", mapping)
     algorithms = state.get("algorithms") if isinstance(state, Mapping) else None
@@ -96,6 +96,10 @@ def _candidates(mapping: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
     if isinstance(model, Mapping) and f"{_LITEMA}decay" in model:
         averages = {k.removeprefix(_LITEMA): v for k, v in model.items() if _begins(k, _LITEMA)}
         yield {**averages, "": {k: v for k, v in model.items() if not _begins(k, _LITEMA)}}
+    callbacks = mapping.get("callbacks")  # of Lightning, where ours keeps an average
+    for one in callbacks.values() if isinstance(callbacks, Mapping) else ():
+        if isinstance(one, Mapping) and _has(one.get("ema"), "format"):
+            yield one["ema"]
     yield mapping
     for name in _WITHIN:
         inner = mapping.get(name)

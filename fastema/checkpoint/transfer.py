@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastema.bridges.memory import bytes_of
 from fastema.bridges.names import plain_names
+from fastema.checkpoint.layouts import candidates
 from fastema.checkpoint.source import Checkpoint
 from fastema.checkpoint.stored import StoredAverage
 from fastema.errors import ArgumentError, CheckpointError, listed
@@ -181,8 +182,7 @@ def load_stored(ema: Any, stored: StoredAverage, schedule: SavedOrMine) -> None:
             content = torch.load(stored.path, map_location="cpu", weights_only=True)
         except Exception as error:  # of many kinds
             raise CheckpointError(f"{stored.path} is damaged: {error}") from None
-        states = [one for one in (content, *content.values()) if isinstance(one, Mapping)]
-        state = next(one for one in states if one.get("format") == "fastema")
+        state = next(one for one in candidates(content) if one.get("format") == "fastema")
         ema.load_state_dict(state, schedule=schedule)
         return
     take_over(ema, _by_name(ema, stored), stored.num_updates)

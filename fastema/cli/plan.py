@@ -17,6 +17,12 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16
 _positive = number(float, lambda value: 0.0 < value < 1e30, "a number above 0")
 
 
+def _params(text: str) -> float:
+    """A number of weights, such as 7e9 or 7B."""
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper(), 0.0)
+    return scale * _positive(text[:-1]) if scale else _positive(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``fastema plan``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -25,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  fastema plan --params 7e9 --dtype bf16\n"
         "  fastema plan --params 70e9 --dtype bf16 --world 64 --link 50 --step 2.5\n"
     )
-    parser.add_argument("--params", type=_positive, required=True, help="weights of the model")
+    parser.add_argument(
+        "--params", type=_params, required=True, help="weights of the model, such as 7e9 or 7B"
+    )
     parser.add_argument(
         "--dtype", choices=sorted(_BYTES), default="bf16", help="of the weights (%(default)s)"
     )

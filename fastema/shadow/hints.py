@@ -8,10 +8,10 @@ __all__ = ["hint"]
 
 _MODULE: Final = (
     "an average is not a module: swapped() puts it into the model, model_state_dict() is the "
-    "model's state with it, torch.func.functional_call(model, ema.shadow, x) runs the model with it"
+    "model's state with it, also for torch.func.functional_call(model, ema.model_state_dict(), x)"
 )
 _TENSORS: Final = "its tensors are in ema.shadow, by name"
-_MOVED: Final = "use to(), as with a tensor"
+_MOVED: Final = "use to(), such as ema.to('cuda') or ema.to(torch.float16)"
 _UPDATE: Final = "use update(), after every optimizer step"
 _SWAP: Final = "use `with ema.swapped():`, or apply_shadow() and restore(), which keep the weights"
 

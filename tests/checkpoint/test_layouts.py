@@ -517,3 +517,21 @@ def test_a_malformed_state_is_a_line_that_names_the_file(name: str, tmp_path: Pa
         return
     with pytest.raises(CheckpointError, match=r"odd\.pt"):
         load(tmp_path / "odd.pt")
+
+
+def test_an_average_of_our_callback_is_found_in_lightnings_checkpoint(tmp_path: Path) -> None:
+    model = build_model()
+    ema = fastema.EMA(model, 0.5)
+    move(model, 1)
+    ema.update()
+    callback = {"ema": ema.state_dict(), "decay": [0.5]}
+    checkpoint = {
+        "state_dict": model.state_dict(),
+        "callbacks": {"ModelCheckpoint{}": {}, "fastema.lightning.EMACallback": callback},
+    }
+    torch.save(checkpoint, tmp_path / "epoch=1-step=16.ckpt")
+    found = load(tmp_path / "epoch=1-step=16.ckpt")
+    assert (found.library, found.num_updates) == ("fastema", 1)
+    other = fastema.EMA(build_model(), 0.5)
+    load_into(other, tmp_path / "epoch=1-step=16.ckpt")
+    assert_same(dict(other.shadow), dict(ema.shadow))

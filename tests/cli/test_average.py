@@ -38,9 +38,11 @@ def test_a_mean_of_named_checkpoints(run: Any, tmp_path: Path) -> None:
 
 
 def test_several_averages_of_a_folder_have_names_of_their_own(run: Any, tmp_path: Path) -> None:
-    out, _ = run("--dir . --last 3 --swa --ema 0.999 --wsm 1-sqrt -o merged.safetensors")
+    out, _ = run("--dir . --last 3 --swa --ema 0.999 --ema 0.9 --wsm 1-sqrt -o merged.safetensors")
     found = {p.name: load_file(p)["w"][0].item() for p in tmp_path.glob("merged*")}
     weights = 0.999**450, 0.999**400 - 0.999**450, 1 - 0.999**400
+    short = found.pop("merged-ema0.9.safetensors")
+    assert short == pytest.approx(9)  # the one before is 400 steps older
     assert found == {
         "merged-swa.safetensors": pytest.approx((4.5 + 5 + 9) / 3),
         "merged-ema0.999.safetensors": pytest.approx(

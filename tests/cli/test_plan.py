@@ -34,6 +34,11 @@ def test_one_gpu_has_nothing_to_share(planned: Any) -> None:
     assert list(planned("--params 1e8 --dtype float32 --every 5")) == names
 
 
+@pytest.mark.parametrize("text", ["7B", "7b", "7000M", "0.007T", "7e9"])
+def test_weights_are_counted_as_people_count_them(text: str, fastema: Any) -> None:
+    assert fastema(f"plan --params {text}").out.startswith("7,000,000,000 weights")
+
+
 def test_the_table_has_a_row_and_a_call_for_each(fastema: Any) -> None:
     out = fastema("plan --params 7e9 --step 0.5").out
     assert out.startswith("7,000,000,000 weights in bf16; per rank")

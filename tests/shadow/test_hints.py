@@ -20,7 +20,7 @@ def ema() -> fastema.EMA:
     ("name", "said"),
     [
         ("average_parameters", r"swapped\(\)"),
-        ("module", r"functional_call\(model, ema\.shadow, x\)"),
+        ("module", r"functional_call\(model, ema\.model_state_dict\(\), x\)"),
         ("cuda", r"use to\(\)"),
         ("step", r"use update\(\)"),
         ("shadow_params", r"ema\.shadow"),

@@ -56,12 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", help="where the weights are in a checkpoint, such as trainer.ema")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
-    group = parser.add_argument_group("averages, all made in one pass of reading")
+    group = parser.add_argument_group(
+        "averages, all made in one pass of reading; --sma, --ema and --sigma-rel as often as wanted"
+    )
     group.add_argument("--swa", action="store_true", help="the mean of all (the default)")
-    group.add_argument("--sma", type=count, metavar="N", help="the mean of the last N")
+    group.add_argument(
+        "--sma", type=count, action="append", metavar="N", help="the mean of the last N"
+    )
     group.add_argument(
         "--ema",
         type=decay,
+        action="append",
         metavar="DECAY",
         help="an exponential average, by its decay per step: each checkpoint counts with the steps "
         "since the one before",
@@ -75,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sigma-rel",
         type=_width,
+        action="append",
         metavar="WIDTH",
         help="the power-function average of this relative width, from snapshots of fastema.posthoc",
     )

@@ -84,16 +84,15 @@ def _averages(
     found: dict[str, list[float]] = {}
     if args.swa:
         found["swa"] = weights.swa(n)
-    if args.sma:
-        found[f"sma{args.sma}"] = weights.sma(n, args.sma)
-    if args.ema is not None:
-        found[f"ema{args.ema:g}"] = weights.ema(_steps(checkpoints, "--ema"), args.ema)
+    found |= {f"sma{size}": weights.sma(n, size) for size in args.sma or ()}
+    for decay in args.ema or ():
+        found[f"ema{decay:g}"] = weights.ema(_steps(checkpoints, "--ema"), decay)
     if args.wma:
         found["wma"] = weights.wma(n)
     if args.wsm:
         found[f"wsm-{args.wsm}"] = weights.wsm(n, args.wsm)
-    if args.sigma_rel is not None:
-        found[f"sigma{args.sigma_rel:g}"] = _of_width(checkpoints, args.sigma_rel)
+    for width in args.sigma_rel or ():
+        found[f"sigma{width:g}"] = _of_width(checkpoints, width)
     if args.weights is not None:
         if len(args.weights) != n:
             raise ArgumentError(f"--weights has {len(args.weights)} numbers for {n} checkpoints")

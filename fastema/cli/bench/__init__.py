@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from fastema.cli.arguments import number, picture_path
+from fastema.errors import ArgumentError
 
 SUMMARY = "Time an update of your own model's shapes, beside other libraries' averages."
 EXTRA = "torch"
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from fastema.cli.bench.race import races
     from fastema.cli.bench.shapes import shapes_of
 
+    if args.output is not None and find_spec("matplotlib") is None:
+        raise ArgumentError("--output needs matplotlib: pip install matplotlib")
     title, shapes = shapes_of(args)
     found: list[Any] = []
     for one in races(shapes, args):
