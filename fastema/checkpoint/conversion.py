@@ -110,7 +110,7 @@ def convert(
     >>> list(torch.load(folder / "d2go.pt")["ema_state"])
     ['weight', 'bias']
     >>> done.lost
-    ['the number of updates, 0', 'the schedule, Warmup(limit=0.99)']
+    ['the number of updates, 0', 'the schedule, decay 0.99 with warm-up']
     """
     if to not in LIBRARIES:
         raise ArgumentError(f"to={to!r}: expected one of {', '.join(LIBRARIES)}")

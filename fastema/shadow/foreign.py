@@ -156,7 +156,10 @@ def identify(state: Any) -> str:
             return f"{lacks}, but holds one: load the entry {name!r}"
     for layout in _LAYOUTS:
         if _fits(state, layout):
-            return f"{lacks}, but {layout.what}, which {layout.reads} takes"
+            return (
+                f"{lacks}, but {layout.what}, which {layout.reads} takes; "
+                "fastema.checkpoint.load_into(ema, path) reads a file of it"
+            )
     if all(isinstance(name, str) and hasattr(one, "shape") for name, one in state.items()):
         return (
             f"{lacks}, but tensors by name, as the state of a model: load it into the model, of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastema.rules import Constant, CumulativeMean, Debiased, Power, Rule, Schedule, Window
+from fastema.rules import Constant, CumulativeMean, Debiased, Power, Rule, Schedule, Warmup, Window
 from fastema.rules.units import effective_steps
 
 __all__ = ["named", "named_schedule", "report"]
@@ -24,6 +24,8 @@ def named(rule: Rule) -> str:
     """Say in words which average a rule gives."""
     if isinstance(rule, Constant):
         return f"decay {rule.value!r}"
+    if isinstance(rule, Warmup):
+        return f"decay {rule.limit!r} with warm-up"
     if isinstance(rule, Debiased):
         return f"{named(rule.inner)}, bias-corrected"
     if isinstance(rule, CumulativeMean):

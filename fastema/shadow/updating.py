@@ -30,6 +30,7 @@ from fastema.shadow.options import (
     format_of,
     patterns_of,
 )
+from fastema.shadow.reports import named
 from fastema.shadow.schedule_counter import ScheduleCounter
 from fastema.shadow.store import Store
 
@@ -444,6 +445,8 @@ class Updating(Generic[Weights]):
         if which is None and count == 1:
             return 0
         if isinstance(which, bool) or not isinstance(which, int) or not -count <= which < count:
-            rules = ", ".join(f"{i}: {rule!r}" for i, rule in enumerate(self._schedule.rules))
-            raise ArgumentError(f"which={which!r}: say which of the averages is meant ({rules})")
+            rules = ", ".join(f"{i}: {named(rule)}" for i, rule in enumerate(self._schedule.rules))
+            raise ArgumentError(
+                f"which={which!r}: say which of the averages is meant ({rules}); ema.shadows has all"
+            )
         return which % count

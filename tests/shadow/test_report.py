@@ -42,7 +42,7 @@ AT_100 = {
     "debiased": "EMA after 100 updates\n"
     "decay 0.99, bias-corrected: lags 41 +/- 28 steps behind the model",
     "warmup": "EMA after 100 updates\n"
-    "Warmup(limit=0.9999): lags 10 +/- 9.6 steps behind the model; nothing is left of the weights "
+    "decay 0.9999 with warm-up: lags 10 +/- 9.6 steps behind the model; nothing is left of the weights "
     "it was built from",
     "swa": "SWA after 100 updates\nmean of all weights: lags 50 +/- 29 steps behind the model",
     "sma": "SMA after 100 updates\n"
@@ -139,7 +139,7 @@ SHOWN = {
     "ema": "EMA(3 weights in 1 tensor, f64, decay 0.99, 1 update)",
     "several": "EMA(3 weights in 1 tensor, f64, decay 0.9; decay 0.999, 1 update)",
     "debiased": "EMA(3 weights in 1 tensor, f64, decay 0.99, bias-corrected, 1 update)",
-    "warmup": "EMA(3 weights in 1 tensor, f64, Warmup(limit=0.9999), 1 update)",
+    "warmup": "EMA(3 weights in 1 tensor, f64, decay 0.9999 with warm-up, 1 update)",
     "swa": "SWA(3 weights in 1 tensor, f64, mean of all weights, 1 update)",
     "sma": "SMA(3 weights in 1 tensor, f64, mean of the last 5 weights, 1 update)",
     "power": "PowerEMA(3 weights in 1 tensor, f64, power function of sigma_rel 0.05; power "
