@@ -447,6 +447,6 @@ class Updating(Generic[Weights]):
         if isinstance(which, bool) or not isinstance(which, int) or not -count <= which < count:
             rules = ", ".join(f"{i}: {named(rule)}" for i, rule in enumerate(self._schedule.rules))
             raise ArgumentError(
-                f"which={which!r}: say which of the averages is meant ({rules}); ema.shadows has all"
+                f"which={which!r}: say which of the averages is meant ({rules}); `shadows` has all"
             )
         return which % count

@@ -42,8 +42,8 @@ AT_100 = {
     "debiased": "EMA after 100 updates\n"
     "decay 0.99, bias-corrected: lags 41 +/- 28 steps behind the model",
     "warmup": "EMA after 100 updates\n"
-    "decay 0.9999 with warm-up: lags 10 +/- 9.6 steps behind the model; nothing is left of the weights "
-    "it was built from",
+    "decay 0.9999 with warm-up: lags 10 +/- 9.6 steps behind the model; nothing is left of the "
+    "weights it was built from",
     "swa": "SWA after 100 updates\nmean of all weights: lags 50 +/- 29 steps behind the model",
     "sma": "SMA after 100 updates\n"
     "mean of the last 5 weights: lags 2 +/- 1.4 steps behind the model",
