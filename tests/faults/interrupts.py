@@ -94,12 +94,13 @@ def count(call: Callable[[], object]) -> int:
 
 
 def every_place(call: Callable[[], object], check: Callable[[], object]) -> None:
-    """Interrupt a call everywhere; of a long one's middle, at every twentieth place."""
+    """Interrupt a call everywhere; of a long one's middle, at a hundred places at most."""
     many = -count(call)
     check()
     assert many > 20
+    apart = max(20, many // 100)
     for k in range(1, many + 1):
-        if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % 20 == 0:
+        if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % apart == 0:
             interrupted(k, call)
             check()
 

@@ -42,82 +42,50 @@ def fail(message: str) -> Any:
     raise ValueError(message)
 
 
-def test_block_names_what_apply_returns_and_restores_once() -> None:
+# Steps that fail, the error that comes out, and the calls that were made.
+FAILING: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "apply": ({"apply": lambda: fail("half way")}, "half way", ["restore"]),
+    "restore": ({"restore": lambda: fail("gone")}, "gone", ["apply"]),
+    "verify": ({"verify": lambda: fail("written")}, "written", ["apply", "restore"]),
+}
+
+
+@pytest.mark.parametrize("step", FAILING)
+def test_failed_step_is_raised_after_one_restore(step: str) -> None:
+    changes, words, calls = FAILING[step]
     held = Held()
-    with held.block() as value:
-        assert value == "value"
-        assert held.inside
-    assert held.calls == ["apply", "restore"]
+    with pytest.raises(ValueError, match=words), held.block(**changes):
+        pass
+    assert held.calls == calls
+    with pytest.raises(ValueError, match="checks"), RestoringBlock(lambda: fail("checks")):
+        pass
 
 
-def test_exception_in_the_block_comes_out_after_the_restore() -> None:
+def test_exception_in_the_block_comes_out_after_the_restore_and_without_verification() -> None:
     held = Held()
     with pytest.raises(StopIteration), held.block(verify=lambda: fail("not reached")):
         raise StopIteration
     assert held.calls == ["apply", "restore"]
 
 
-def test_failed_preparation_restores_nothing() -> None:
-    held = Held()
-    with pytest.raises(ValueError, match="checks"), RestoringBlock(lambda: fail("checks")):
-        pass
-    assert held.calls == []
-
-
-def test_failed_apply_is_restored() -> None:
-    held = Held()
-    with pytest.raises(ValueError, match="half way"), held.block(apply=lambda: fail("half way")):
-        pass
-    assert held.calls == ["restore"]
-
-
-def test_failed_restore_is_raised_and_not_repeated() -> None:
-    tried = []
-
-    def restore() -> None:
-        tried.append(1)
-        fail("gone")
-
-    held = Held()
-    with pytest.raises(ValueError, match="gone"), held.block(restore=restore):
-        pass
-    assert len(tried) == 1
-
-
-def test_verification_runs_after_the_restore() -> None:
-    held = Held()
-    with (
-        pytest.raises(ValueError, match="written"),
-        held.block(verify=lambda: held.calls.append("verify") or fail("written")),
-    ):
-        pass
-    assert held.calls == ["apply", "restore", "verify"]
-
-
-def test_verification_is_skipped_where_the_block_raised_inside_a_handler() -> None:
-    """An exception that is being handled outside is not the block's own, and the reverse."""
+def test_verification_runs_inside_a_handler_of_another_exception() -> None:
     held = Held()
     try:
         fail("outside")
     except ValueError:
-        with held.block(verify=lambda: held.calls.append("verify")):
-            pass
+        with held.block(verify=lambda: held.calls.append("verify")) as value:
+            assert value == "value"
     assert held.calls == ["apply", "restore", "verify"]
 
 
-def test_block_is_refused_a_second_time() -> None:
+def test_block_serves_once_in_a_stack_and_as_a_decorator() -> None:
     held = Held()
     block = held.block()
-    with block, pytest.raises(RuntimeError, match="entered before"), block:
-        pass
-    assert held.calls == ["apply", "restore"]
-
-
-def test_exit_stack_and_decorator_restore() -> None:
-    held = Held()
     with contextlib.ExitStack() as stack:
-        assert stack.enter_context(held.block()) == "value"
+        assert stack.enter_context(block) == "value"
         assert held.inside
+        with pytest.raises(RuntimeError, match="entered before"), block:
+            pass
 
     @held.block()
     def nested(depth: int) -> None:
@@ -128,20 +96,15 @@ def test_exit_stack_and_decorator_restore() -> None:
     assert held.calls == ["apply", "restore"] + ["apply"] * 3 + ["restore"] * 3
 
 
-def test_abandoned_block_restores_when_it_is_freed() -> None:
+def test_abandoned_block_restores_when_it_is_freed_and_a_used_one_keeps_nothing_alive() -> None:
     held = Held()
     block = held.block()
     block.__enter__()
     assert held.inside
     del block
     assert not held.inside
-
-
-def test_kept_block_keeps_nothing_alive() -> None:
-    held = Held()
-    block = held.block()
-    before = sys.getrefcount(held)
-    with block:
+    used, before = held.block(), sys.getrefcount(held)
+    with used:
         pass
     assert sys.getrefcount(held) == before
 

@@ -29,10 +29,7 @@ def update():
 
 # What is run, and how often it says that an update was done.
 CASES = {
-    "after updates": ("update()", 1),
-    "in an exit handler": ("atexit.register(update)", 1),
     "in an exit handler, after updates": ("atexit.register(update)\nupdate()", 2),
-    "while threads are joined": ("threading._register_atexit(update)", 1),
     "while a thread updates": (
         """
 def loop():
@@ -56,14 +53,6 @@ def late():
         thread.join()
 
 atexit.register(late)
-update()
-""",
-        2,
-    ),
-    "after the number of threads was set at the end": (
-        """
-atexit.register(update)
-atexit.register(fastema.set_num_threads, 2)
 update()
 """,
         2,

@@ -64,7 +64,7 @@ update(shared, avg, 2)
 """
 
 
-def test_child_updates_after_its_parent_did(python: Callable[..., str]) -> None:
+def test_child_and_its_child_update_after_their_parent_did(python: Callable[..., str]) -> None:
     python(
         PREAMBLE
         + """
@@ -74,6 +74,7 @@ def task():
     x[:] = 6
     update(shared, avg, 4)
     assert fastema.get_num_threads() == 3
+    in_child(lambda: update(shared, avg, 4))
 
 for _ in range(3):
     in_child(task)
@@ -132,19 +133,6 @@ def task():
 for _ in range(2):
     in_child(task)
 task()
-"""
-    )
-
-
-def test_grandchild_updates_too(python: Callable[..., str]) -> None:
-    python(
-        PREAMBLE
-        + """
-def task():
-    update(shared, avg, 2)
-    in_child(lambda: update(shared, avg, 2))
-
-in_child(task)
 """
     )
 

@@ -38,23 +38,14 @@ CASES = {
         {"HOME": NOWHERE, "XDG_CACHE_HOME": NOWHERE, "TMPDIR": "{}"},
         "{}/fastema-USER",
     ),
-    "home that may be read but not written": (
-        {"HOME": "/proc", "TMPDIR": "{}"},
-        "{}/fastema-USER",
-    ),
-    "cache home": ({"HOME": NOWHERE, "XDG_CACHE_HOME": "{}"}, "{}/fastema"),
     "cache setting that cannot be written": (
         {"NUMBA_CACHE_DIR": NOWHERE, "XDG_CACHE_HOME": "{}"},
         "{}/fastema",
     ),
 }
-quick = ("cache home", "cache setting that cannot be written")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_kernels_are_cached_in_the_first_folder_that_can_be_written(
     case: str, tmp_path: Path, python: Callable[..., str]
 ) -> None:

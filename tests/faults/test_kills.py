@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -15,30 +14,20 @@ ROOT = Path(__file__).parents[2]
 OPERATIONS = ("save", "save later", "average", "average folders", "convert")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_killed_writers_leave_whole_files(operation: str) -> None:
-    seed = random.SystemRandom().randrange(1 << 30)
-    command = [sys.executable, "-m", "tests.faults.kills", operation, "25", f"--seed={seed}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-    print(done.stdout)
+SEED = random.SystemRandom().randrange(1 << 30)
+PROGRAMS = {
+    **{f"kills {one}": ["kills", one, "25", f"--seed={SEED}"] for one in OPERATIONS},
+    "trials": ["trials", "500", f"--seed={SEED}"],
+    "soak": ["soak", "1000", "100"],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_faults_in_any_operation_lose_nothing() -> None:
-    seed = random.SystemRandom().randrange(1 << 30)
-    command = [sys.executable, "-m", "tests.faults.trials", "500", f"--seed={seed}"]
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="forks, and reads Linux' /proc")
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_files_stay_whole_nothing_is_lost_and_memory_stays(name: str) -> None:
+    program, *arguments = PROGRAMS[name]
+    command = [sys.executable, "-m", f"tests.faults.{program}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     print(done.stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
-def test_a_long_run_takes_no_more_memory() -> None:
-    command = [sys.executable, "-m", "tests.faults.soak", "1000", "100"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("objects of Python") == 7
