@@ -7,7 +7,7 @@ from itertools import combinations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .matrix import WIDE, covering, reduced
+from .matrix import WIDE, reduced
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=1, unique=True))
@@ -22,27 +22,12 @@ def test_every_pair_that_occurs_is_run(rows: list[tuple[int, ...]]) -> None:
     assert kept == reduced(cases)
 
 
-def test_a_product_of_five_takes_little_more_than_its_two_longest_sides() -> None:
-    cases = [("test", dict(zip("abcde", format(n, "05b"), strict=True))) for n in range(2**5)]
-    assert len(reduced(cases)) <= 8
-
-
 def test_two_arguments_are_reduced_where_there_are_many() -> None:
     def product(n: int, m: int) -> set[int]:
         return reduced([("test", {"a": i, "b": j}) for i in range(n) for j in range(m)])
 
     assert len(product(4, WIDE // 4)) == WIDE
     assert len(product(5, WIDE // 4)) == 6
-
-
-def test_each_test_is_reduced_by_itself_and_one_argument_never() -> None:
-    cases = [(test, {"a": i}) for test in ("one", "other") for i in range(50)]
-    assert reduced(cases) == set(range(100))
-    assert reduced([("one", {"a": 1}), ("one", {"a": True}), ("one", {"a": 1.0})]) == {
-        0,
-        1,
-        2,
-    }
 
 
 def test_every_value_of_what_a_tuple_holds() -> None:
@@ -54,16 +39,3 @@ def test_every_value_of_what_a_tuple_holds() -> None:
     for values in (lambda k: k[0], lambda k: k[1][0], lambda k: k[1][1]):
         assert set(map(values, kept)) == set(map(values, made))
     assert {cases[i][1]["layout"] for i in reduced(cases, {"test"})} == {0, 1}
-
-
-def test_values_without_a_hash_are_told_by_which_they_are() -> None:
-    lists = [[], [], [1]]
-    cases = [("test", {"a": one, "b": b, "c": c}) for one in lists for b in "xy" for c in "xy"]
-    kept = reduced(cases)
-    assert len(kept) == 6
-    for one in lists:
-        assert {cases[i][1]["b"] for i in kept if cases[i][1]["a"] is one} == {"x", "y"}
-
-
-def test_covering_takes_the_fullest_first() -> None:
-    assert covering([{1}, {1, 2, 3}, {3, 4}]) == [1, 2]

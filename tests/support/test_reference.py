@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from fractions import Fraction
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-from . import reference, tolerance
+from . import reference
 from .arrays import assert_same, numbers
-from .tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
 
-FLOATS = list(reference.FLOATS)
 WEIGHTS = [0.3, 1e-4, 0.5, 1.0, 0.0, -0.7, 1.75]
 
 
@@ -29,14 +24,6 @@ def _value(pattern: int, form: reference.Float) -> Fraction:
     if exponent:
         fraction += 1 << (form.digits - 1)
     return fraction * Fraction(2) ** (max(exponent, 1) + form.lowest - form.digits)
-
-
-@pytest.mark.parametrize("module", [reference, tolerance])
-def test_the_specification_imports_nothing_of_what_it_judges(module: ModuleType) -> None:
-    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {getattr(node, "module", None) or node.names[0].name for node in found}
-    assert not any(name.startswith("fastema") for name in names)
 
 
 @pytest.mark.parametrize("code", ["f16", "bf16"])
@@ -69,14 +56,6 @@ def test_encode_around_every_midpoint(code: str) -> None:
         np.testing.assert_array_equal(encoded(np.nextafter(middle, 0)), patterns | bit)
         np.testing.assert_array_equal(encoded(middle), (patterns + (patterns & 1)) | bit)
         np.testing.assert_array_equal(encoded(np.nextafter(middle, np.inf)), (patterns + 1) | bit)
-
-
-@pytest.mark.parametrize("code", ["f32", "f16"])
-def test_encode_agrees_with_numpy(code: str) -> None:
-    storage = reference.FLOATS[code].storage
-    values = np.concatenate([numbers(9000, "f64", 1, "bits"), numbers(9000, "f64", 2) * 2.0**-20])
-    with np.errstate(all="ignore"):
-        assert_same(reference.encode(values, code), values.astype(storage), code)
 
 
 def _fused(w: float, d: float, z: float) -> Fraction | float:
@@ -124,37 +103,6 @@ def _as_real(exact: Fraction | float, code: str) -> float:
     return float(rounded)
 
 
-@pytest.mark.parametrize("dst", FLOATS)
-@pytest.mark.parametrize("src", FLOATS)
-def test_lerp_is_within_its_bound(dst: str, src: str) -> None:
-    avg, x = numbers(5000, dst, 7), numbers(5000, src, 8)
-    for w in WEIGHTS:
-        got = reference.decode(reference.lerp(avg, x, w, dst, src), dst)
-        error = np.abs(got - exact_lerp(avg, x, w, dst, src)).astype(np.float64)
-        np.testing.assert_array_less(error, lerp_bound(avg, x, w, dst, src))
-
-
-@pytest.mark.parametrize("code", FLOATS)
-def test_cast_bound_is_reached_by_ties_only(code: str) -> None:
-    u = unit_roundoff(code)
-    assert reference.decode(reference.encode(np.array([1 + 2 * u]), code), code) == [1 + 2 * u]
-    if code != "f64":
-        assert reference.decode(reference.encode(np.array([1 + u]), code), code) == [1.0]
-    form = reference.FLOATS[code]
-    np.testing.assert_array_equal(cast_bound(np.zeros(1), code), [form.smallest / 2])
-
-
-def test_complex_numbers_are_pairs() -> None:
-    avg, x = numbers(50, "c64", 1), numbers(50, "c128", 2)
-    got = reference.lerp(avg, x, 0.3, "c64", "c128")
-    assert got.dtype == np.complex64
-    for part in ("real", "imag"):
-        pieces = [np.ascontiguousarray(getattr(side, part)) for side in (avg, x)]
-        want = reference.lerp(*pieces, 0.3, "f32", "f64")
-        np.testing.assert_array_equal(getattr(got, part), want)
-    np.testing.assert_array_equal(reference.cast(x, "c128", "c64"), x.astype(np.complex64))
-
-
 ALL_WORDS = np.arange(1 << 16, dtype=np.uint16)
 SIXTEEN = {"bf16": [1.7, 3.3895e38, 1e-39, 2.0**-133], "f16": [1.7, 60000.3, 3e-5, 5e-8, 65504.0]}
 
@@ -184,22 +132,6 @@ def test_random_rounding_takes_a_neighbour_and_has_the_value_as_its_mean(code: s
         np.testing.assert_array_equal(got.mean(), value)
         # A larger word never takes a value nearer to zero.
         assert (np.diff(np.abs(got)) >= 0).all()
-
-
-def test_random_rounding_at_the_ends_of_the_range() -> None:
-    values = np.array([3.395e38, -3.4028e38, 1e39, np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-60])
-    for words in (np.zeros(9, np.uint16), np.full(9, 0xFFFF, np.uint16)):
-        got = reference.encode_random(values, words, "bf16")
-        most = 0x7F7F
-        np.testing.assert_array_equal(got[:5], [most, most | 0x8000, most, 0x7F80, 0xFF80])
-        assert got[5] & 0x7FFF > 0x7F80
-        np.testing.assert_array_equal(got[6:8], [0, 0x8000])
-    values = np.array([65504.0, 65519.9, 65520.0, 1e9, np.inf, np.nan, 0.0, -0.0, -1e-60])
-    want = np.array([65504.0, 65504.0, np.inf, np.inf, np.inf, np.nan, 0.0, -0.0, -0.0], np.float16)
-    for words in (np.zeros(9, np.uint16), np.full(9, 0xFFFF, np.uint16)):
-        got = reference.encode_random(values, words, "f16")
-        np.testing.assert_array_equal(got, want)
-        np.testing.assert_array_equal(np.signbit(got[6:]), np.signbit(want[6:]))
 
 
 def test_a_float64_is_rounded_at_random_once() -> None:
