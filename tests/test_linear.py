@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -87,35 +86,6 @@ def test_calls_take_twice_the_work_for_twice_the_tensors(weights: str, call: str
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_averages_are_built_in_linear_time(weights: str) -> None:
     assert grows_linearly(lambda count: CALLS["build"](WEIGHTS[weights](count)))
-
-
-@pytest.mark.parametrize("stored", ["bfloat16", "bf16+16", "float64"])
-@pytest.mark.parametrize("call", ["state_dict applied", "read applied", "to"])
-def test_averages_of_other_dtypes_take_linear_time(call: str, stored: str) -> None:
-    def call_of(count: int) -> Callable[[], Any]:
-        ema = ready(WEIGHTS["tensors"](count), call != "to", shadow_dtype=stored)
-        if call == "to":
-            return lambda: ema.to(dtype="float32")
-        return ema.state_dict if call == "state_dict applied" else reading(ema)
-
-    assert grows_linearly(call_of)
-
-
-def test_copy_to_goes_over_the_names_that_are_skipped_once() -> None:
-    """Which is done in C for a set, where no line of Python is counted."""
-
-    class Skipped(list[str]):
-        times = 0
-
-        def __iter__(self) -> Iterator[str]:
-            Skipped.times += 1
-            return super().__iter__()
-
-    weights = module(30)
-    ema = ready(weights)
-    ema._names = replace(ema._names, skipped=Skipped())
-    ema.copy_to(weights)
-    assert Skipped.times == 1
 
 
 # -- overlap ---------------------------------------------------------------------------------------

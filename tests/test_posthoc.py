@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import tracemalloc
 import warnings
@@ -15,7 +14,6 @@ import pytest
 
 import fastema
 from fastema import errors, posthoc, rules
-from fastema.rules.posthoc import PowerProfile
 
 from .support.damage import damaged_header, header_of, with_header
 
@@ -77,45 +75,6 @@ def test_what_was_tracked_is_reconstructed(run: Run, target: dict[str, float], s
     steps = {posthoc._snapshot(posthoc.read(path)).step for path in found.coefficients}
     assert max(steps) <= step
     assert step - run.ema.schedule.update_every < found.step <= step
-
-
-def test_a_width_that_was_tracked_comes_back(run: Run) -> None:
-    found = posthoc.synthesize(run.folder, sigma_rel=0.05)
-    assert found.error < 1e-6
-    want = run.ema.shadows[0]["w"]
-    np.testing.assert_allclose(found.tensors["w"], want, rtol=1e-6, atol=1e-6)
-    assert set(found.tensors) == {"w", "n.b"}
-
-
-def test_each_snapshot_is_a_checkpoint_with_its_profile(run: Run) -> None:
-    from safetensors.numpy import load_file
-
-    found = posthoc.find_snapshots(run.folder)
-    assert len(found) == 2 * STEPS // EVERY
-    assert sorted({round(one.profile.sigma_rel, 12) for one in found}) == list(WIDTHS)
-    last = max(one.step for one in found)
-    (wide,) = [o for o in found if o.step == last and o.profile.sigma_rel > 0.07]
-    assert wide.profile == PowerProfile(last - run.ema.schedule.start_after, wide.gamma)
-    np.testing.assert_array_equal(load_file(wide.path)["w"], run.ema.shadows[1]["w"])
-
-
-def test_into_weights_and_a_file(run: Run, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
-
-    target = {"w": np.full(400, 9.0), "n": {"b": np.full(30, 9.0, np.float32)}}
-    out = tmp_path / "out.safetensors"
-    found = posthoc.synthesize(run.folder, sigma_rel=0.12, into=target, out=out)
-    np.testing.assert_array_equal(target["w"], found.tensors["w"])
-    np.testing.assert_array_equal(target["n"]["b"], found.tensors["n.b"].astype(np.float32))
-    np.testing.assert_array_equal(load_file(out)["w"], found.tensors["w"])
-
-
-def test_files_may_be_chosen_in_any_order(run: Run) -> None:
-    paths = [one.path for one in posthoc.find_snapshots(run.folder)]
-    chosen = posthoc.synthesize(reversed(paths), sigma_rel=0.12, dtype="float64")
-    np.testing.assert_array_equal(
-        chosen.tensors["w"], posthoc.synthesize(run.folder, sigma_rel=0.12).tensors["w"]
-    )
 
 
 def test_progress_reaches_the_end(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,14 +158,6 @@ def test_a_width_that_the_snapshots_cannot_give_warns_and_names_theirs(
     assert out.exists()
 
 
-def test_a_result_is_shown_without_its_tensors(run: Run) -> None:
-    found = posthoc.synthesize(run.folder, sigma_rel=0.07)
-    shown = repr(found)
-    assert len(shown) < 120
-    assert "430 elements in 2 tensors" in shown
-    assert f"step {found.step}" in shown
-
-
 # -- files ----------------------------------------------------------------------------------------
 
 
@@ -217,32 +168,6 @@ def updated(rules_: object, count: int = 3) -> fastema.Average:
         weights[0] += 1.0
         average.update()
     return average
-
-
-@pytest.mark.parametrize(
-    ("widths", "names"),
-    [
-        ((0.05, 0.10), ["0.050", "0.100"]),
-        ((0.0501, 0.0504), ["0.0501", "0.0504"]),
-        ((0.25, 0.123456), ["0.250", "0.123456"]),
-        ((0.0001,), ["0.0001"]),
-    ],
-)
-def test_files_are_called_by_widths_that_differ(
-    widths: tuple[float, ...], names: list[str], tmp_path: Path
-) -> None:
-    paths = posthoc.save_snapshot(updated([rules.power(one) for one in widths]), tmp_path)
-    assert [path.name for path in paths] == [f"step000000003-{n}.safetensors" for n in names]
-    found = posthoc.find_snapshots(tmp_path)
-    assert {one.gamma for one in found} == {rules.gamma_of(one) for one in widths}
-
-
-def test_widths_that_differ_in_the_last_digit_get_files_of_their_own(tmp_path: Path) -> None:
-    gammas = [7.0, np.nextafter(7.0, 8.0), 0.0, 5e-324, 1e100, rules.gamma_of(0.1)]
-    gammas += [np.nextafter(rules.gamma_of(0.1), 0.0)]
-    paths = posthoc.save_snapshot(updated([rules.Power(float(one)) for one in gammas]), tmp_path)
-    assert len(set(paths)) == len(gammas)
-    assert {one.gamma for one in posthoc.find_snapshots(tmp_path)} == set(gammas)
 
 
 def test_all_files_are_of_one_moment_while_another_thread_updates(
@@ -277,26 +202,6 @@ def test_all_files_are_of_one_moment_while_another_thread_updates(
     for path, one in zip(paths, want, strict=True):
         assert path.name.startswith("step000000003")
         np.testing.assert_array_equal(load_file(path)["0"], one)
-
-
-def test_what_is_no_file_in_a_folder_is_passed_over(tmp_path: Path) -> None:
-    paths = posthoc.save_snapshot(updated(rules.power(0.1)), tmp_path)
-    os.mkfifo(tmp_path / "pipe.safetensors")
-    (tmp_path / "folder.safetensors").mkdir()
-    assert [one.path for one in posthoc.find_snapshots(tmp_path)] == paths
-
-
-def test_a_folder_that_cannot_be_made_is_our_error(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("")
-    with pytest.raises(errors.StorageError, match="cannot write"):
-        posthoc.save_snapshot(updated(rules.power(0.1)), tmp_path / "a" / "b")
-
-
-def test_a_name_that_the_format_keeps_for_itself_is_refused(tmp_path: Path) -> None:
-    ema = fastema.PowerEMA({"__metadata__": np.ones(3)}, 0.1)
-    ema.update()
-    with pytest.raises(errors.CheckpointError, match="'__metadata__'"):
-        posthoc.save_snapshot(ema, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -346,15 +251,6 @@ def test_without_a_power_average() -> None:
         posthoc.save_snapshot(updated(0.9, 1), "nowhere")
 
 
-def test_before_the_first_update(tmp_path: Path) -> None:
-    ema = fastema.PowerEMA([np.ones(3)], start_after=5)
-    for _ in range(6):
-        with pytest.raises(errors.StateError, match="after the first update"):
-            posthoc.save_snapshot(ema, tmp_path)
-        ema.update()
-    assert len(posthoc.save_snapshot(ema, tmp_path)) == 2
-
-
 WISHES: list[tuple[dict[str, float], str]] = [
     ({}, "give one of the two"),
     ({"sigma_rel": 0.1, "half_life": 3.0}, "give one of the two"),
@@ -368,12 +264,6 @@ WISHES: list[tuple[dict[str, float], str]] = [
 def test_impossible_wishes(run: Run, arguments: dict[str, float], text: str) -> None:
     with pytest.raises(errors.ArgumentError, match=text):
         posthoc.synthesize(run.folder, **arguments)
-
-
-def test_a_step_before_the_first_snapshot(run: Run) -> None:
-    first = min(one.step for one in posthoc.find_snapshots(run.folder))
-    with pytest.raises(errors.ArgumentError, match="first snapshot"):
-        posthoc.synthesize(run.folder, sigma_rel=0.1, step=first - 1)
 
 
 def test_folders_without_snapshots(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 import fastema
 from bench.questions import accuracy
 from bench.race import peers
-from bench.race.flat_module import STD
 from bench.race.report import Row
 
 pytestmark = pytest.mark.torch
@@ -60,23 +59,6 @@ def test_many_updates(average: str, rounding: str, least: float, most: float) ->
 # -- the weights ----------------------------------------------------------------------------------
 
 
-def test_weights_drift_and_shake_as_told() -> None:
-    horizon, elements = 20, 40_000
-    walk, same = (accuracy.Walk(elements, horizon, seed=7) for _ in range(2))
-    start = torch.from_numpy(walk.start)
-    assert torch.equal(start, start.bfloat16().float())
-    path = np.stack([walk.start, *(walk.advance().copy() for _ in range(10 * horizon))])
-    for row in path[1:]:
-        assert np.array_equal(same.advance(), row)
-    moved = (path - path[0]).astype(np.float64) / STD
-    # Ten horizons of 1 %, and noise of 10 %, are independent of each other.
-    expected = (10 * accuracy.DRIFT) ** 2 + accuracy.NOISE**2
-    assert np.mean(moved[-1] ** 2) == pytest.approx(expected, rel=0.03)
-    steps = np.diff(moved[-50:], axis=0)
-    expected = 2 * (1 - accuracy.MEMORY) * accuracy.NOISE**2 + (accuracy.DRIFT / horizon) ** 2
-    assert np.mean(steps**2) == pytest.approx(expected, rel=0.03)
-
-
 # -- what is compared -----------------------------------------------------------------------------
 
 
@@ -91,19 +73,6 @@ def test_exact_average_is_the_sum_in_closed_form() -> None:
     assert np.array_equal(exact.start, path[0])
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5, 1.0, 3.0])
-def test_an_average_that_went_a_part_of_the_way(part: float) -> None:
-    draw = np.random.default_rng(6)
-    exact = accuracy.Exact(torch.from_numpy(draw.normal(size=400)), 0.5)
-    exact.update(torch.from_numpy(draw.normal(size=400)))
-    average = exact.start + part * (exact.average - exact.start)
-    found = exact.compare(exact.start, average)
-    assert found["followed"] == pytest.approx(part, abs=1e-14)
-    assert found["of_movement"] == pytest.approx(abs(1 - part), abs=1e-14)
-    rms = np.linalg.norm(average - exact.average) / np.linalg.norm(exact.average)
-    assert found["relative"] == pytest.approx(rms, rel=1e-12, abs=1e-15)
-
-
 def scripted(steps: list[list[float]]) -> accuracy.Subject:
     """An average that takes the given values one after the other."""
 
@@ -112,20 +81,6 @@ def scripted(steps: list[list[float]]) -> accuracy.Subject:
         return peers.Running(lambda: average.copy_(torch.tensor(next(rest))), lambda: [average])
 
     return accuracy.Subject("scripted", "f32", "nearest", setup)
-
-
-def test_elements_that_were_seen_to_change_stay_changed() -> None:
-    subject = scripted([[1, 1, 1, 1], [2, 1, 1, 1], [1, 1, 5, 1]])
-    model = accuracy.model_of(np.ones(4, np.float32), "f32")
-    track = accuracy.Track(subject, model, 0.5)
-    exact = accuracy.Exact(model.weights.detach(), 0.5)
-    exact.update(torch.full((4,), 2.0))
-    shares = []
-    for _ in range(2):
-        track.update()
-        track.look()
-        shares.append(track.compare(exact)["still"])
-    assert shares == [0.75, 0.5]
 
 
 # -- everything, small ----------------------------------------------------------------------------
@@ -161,20 +116,3 @@ def test_long_run_sees_what_precision_does(measured: list[Row]) -> None:
         moving = figures(measured, at_random, "still")
         for still, other in zip(figures(measured, nearest, "still"), moving, strict=True):
             assert still > other + 0.1
-
-
-@pytest.mark.slow
-def test_peers_are_there_or_it_is_said_why_not(measured: list[Row]) -> None:
-    refused = {
-        (row.table[:4].strip(), row.entry) for row in measured if row.missing.startswith("raises")
-    }
-    assert refused == {
-        ("f32", "bf16, nearest: AveragedModel multi_avg_fn"),
-        ("bf16", "f32: AveragedModel multi_avg_fn"),
-    }
-    absent = {row.entry for row in measured if row.missing.startswith("absent")}
-    ran = {(row.table[:4].strip(), row.entry) for row in measured if not row.missing}
-    for weights in accuracy.MODELS:
-        for subject in accuracy.SUBJECTS:
-            entry = (weights, subject.name)
-            assert (entry in ran) != (entry in refused or subject.name in absent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,19 +79,6 @@ def test_a_dry_run_stays_out_of_the_results(out: Path) -> None:
         check.refuse(replace(DRY, out=out))
 
 
-def test_cases_without_time_are_named() -> None:
-    rows = list(check.benchmark(cases.SMALL, clock.HostClock(CPU), clock.Budget(0)))
-    assert [row.table for row in rows] == [case.title for case in cases.SMALL]
-    assert {row.missing for row in rows} == {"dropped, the time was up"}
-
-
-def test_names_of_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert check.result_name(Settings(minutes=5)) == "gpu-h100-80gb-hbm3"
-    assert check.result_name(Settings(cases=("llama-7b",))) == "gpu-h100-80gb-hbm3-part"
-    assert check.result_name(DRY) == "gpu-dry-run"
-
-
 @pytest.mark.parametrize(
     ("entry", "fatal"), [("torch_ema", False), ("fastema.EMA, captured", True), ("all", True)]
 )
@@ -103,93 +89,15 @@ def test_only_what_is_ours_makes_the_check_fail(entry: str, fatal: bool) -> None
 # -- cases ----------------------------------------------------------------------------------------
 
 
-def test_traffic_counts_every_tensor_by_its_dtype() -> None:
-    (case,) = (case for case in cases.SMALL if case.model == "vit-batchnorm")
-    model = cases.build(case, CPU)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
-    assert {b.dtype for b in model.buffers()} == {torch.float32, torch.int64}
-    narrow, norm = 33 * 17 + 33, 5
-    assert cases.traffic(case, model) == narrow * 10 + norm * 12 + 2 * (4 * 5 + 8)
-
-
 # -- groups ---------------------------------------------------------------------------------------
-
-
-class FakeClock(clock.HostClock):
-    """Memory for a few entries of one byte each."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__(CPU)
-        self.room, self.held, self.released = room, 0, 0
-
-    def free_bytes(self) -> int:
-        return self.room - self.held
-
-    def release(self) -> None:
-        self.released += 1
 
 
 def peer(name: str) -> Peer:
     return Peer(name, lambda model, decay, dtype: Running(lambda: None, list))
 
 
-def grouped(
-    device: FakeClock, names: str, begin: Callable[[Peer], race.Started]
-) -> tuple[list[str], dict[str, Exception | None]]:
-    """Names of the entries of each group, and those that gave up."""
-    gone: dict[str, Exception | None] = {}
-    groups = []
-    for group in race.groups([peer(n) for n in names], begin, gone.__setitem__, device):
-        groups.append("".join(one.name for one in group))
-        device.held = 0
-    return groups, gone
-
-
 def started(name: str, passing: int = 0) -> race.Started:
     return race.Started(name, lambda: None, 0.0, clock.Memory(0, passing, 0))
-
-
-def test_all_that_fit_run_together() -> None:
-    device = FakeClock(room=9)
-    assert grouped(device, "ABC", lambda one: started(one.name)) == (["ABC"], {})
-
-
-def test_what_does_not_fit_runs_in_another_group() -> None:
-    device = FakeClock(room=2)
-
-    def begin(one: Peer) -> race.Started:
-        if not device.free_bytes():
-            raise torch.cuda.OutOfMemoryError
-        device.held += 1
-        return started(one.name)
-
-    assert grouped(device, "ABCDE", begin) == (["AB", "CD", "E"], {})
-
-
-def test_what_is_needed_in_passing_counts_too() -> None:
-    device = FakeClock(room=10)
-
-    def begin(one: Peer) -> race.Started:
-        return started(one.name, passing=11 if one.name in "AC" else 0)
-
-    # A leaves no room for what it needs in passing beside another, nor C.
-    assert grouped(device, "ABC", begin) == (["A", "B", "C"], {})
-
-
-def test_what_fits_nowhere_gives_up() -> None:
-    device = FakeClock(room=10)
-    broken = ValueError("broken")
-
-    def begin(one: Peer) -> race.Started:
-        if one.name == "B":
-            raise torch.cuda.OutOfMemoryError
-        if one.name == "C":
-            raise broken
-        return started(one.name)
-
-    groups, gone = grouped(device, "ABCD", begin)
-    assert groups == ["AD"]
-    assert gone == {"B": None, "C": broken}
 
 
 def test_wrong_results_are_failures() -> None:
@@ -203,18 +111,6 @@ def test_wrong_results_are_failures() -> None:
     assert failed.entry == "fastema.idle"
     assert "differ from the float64 reference" in failed.missing
     assert all(row.missing for row in rows)
-
-
-def test_a_case_that_is_too_large_is_skipped_by_name() -> None:
-    (row,) = race.race(cases.FULL[0], FakeClock(room=1_000_000_000), clock.Budget(60))
-    assert row.missing == "needs 6 GB, 1 GB are free"
-    assert row.table == cases.FULL[0].title
-
-
-def test_entries_without_time_are_skipped_by_name() -> None:
-    rows = race.race(cases.SMALL[0], clock.HostClock(CPU), clock.Budget(0))
-    assert "no time was left" in {row.missing for row in rows}
-    assert not any(row.failed or row.figures for row in rows)
 
 
 # -- targets --------------------------------------------------------------------------------------

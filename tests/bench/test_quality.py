@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,59 +21,7 @@ REGRESSION, _, CLASSIFIER = quality.TASKS
 SHORT = quality.Amount(epochs=1, seeds=2, tuning_seeds=1, rates=2)
 
 
-def task_of(rows: quality.Data, task: quality.Task = REGRESSION) -> quality.Task:
-    return replace(task, load=lambda: rows)
-
-
 # -- data -----------------------------------------------------------------------------------------
-
-
-def numbered(count: int = 60) -> quality.Task:
-    """Classes are left as they are, so a class of its own tells each row."""
-    x = np.random.default_rng(3).normal(size=(count, 4)) * 7.0 + 2.0
-    return task_of(quality.Data(x, np.arange(count), None), replace(CLASSIFIER, test_share=1 / 3))
-
-
-@pytest.mark.parametrize("seed", [0, 1, 1_000])
-def test_splits_share_no_row(seed: int) -> None:
-    task = numbered()
-    final, tuning = (quality.split(task, seed, validation=v) for v in (False, True))
-    test = set(final.y_held.tolist())
-    assert len(test) == 20
-    assert set(final.y.tolist()) == set(range(60)) - test
-    fitted, validated = set(tuning.y.tolist()), set(tuning.y_held.tolist())
-    assert len(validated) == 10
-    assert not fitted & validated
-    assert fitted | validated == set(final.y.tolist())
-    other = quality.split(task, seed + 1, validation=False)
-    assert set(other.y_held.tolist()) != test
-
-
-@pytest.mark.parametrize("task", quality.TASKS, ids=lambda task: task.name)
-def test_only_training_rows_give_the_scale(task: quality.Task) -> None:
-    rows = task.load()
-    data = quality.split(task, 5, validation=False)
-    scale = rows.x.max()
-    everything = np.arange(len(rows.x))
-    by_row = task_of(
-        quality.Data(rows.x, everything, rows.strata), replace(task, metrics=("log loss",))
-    )
-    held = quality.split(by_row, 5, validation=False).y_held.numpy()
-    kept = np.setdiff1d(everything, held)
-    x, y = rows.x.copy(), rows.y.copy()
-    x[held] += 3.0 * scale
-    moved = quality.split(task_of(quality.Data(x, y, rows.strata), task), 5, validation=False)
-    assert torch.equal(moved.x, data.x)
-    assert torch.equal(moved.y, data.y)
-    assert moved.x_held.mean() > data.x_held.mean() + 1.0
-    assert math.isclose(data.x.mean(), 0.0, abs_tol=1e-5)
-    assert math.isclose(data.x.std(), 1.0, rel_tol=1e-3)
-    if not task.classes:
-        assert math.isclose(data.scale, rows.y[kept].std(), rel_tol=1e-12)
-        back = data.y_held.double() * data.scale + rows.y[kept].mean()
-        assert sorted(back.flatten().tolist()) == pytest.approx(
-            sorted(rows.y[held].flatten()), abs=1e-3
-        )
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -108,26 +54,6 @@ def test_averages_are_what_the_text_says(steps: int) -> None:
     for name, average in kept.items():
         got = average.shadow["weight"].double().numpy()[0]
         np.testing.assert_allclose(got, expected[name], rtol=1e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("schedule", quality.SCHEDULES)
-def test_learning_rates_of_a_run(
-    schedule: quality.Schedule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates: list[float] = []
-    step = torch.optim.SGD.step
-
-    def recorded(self: torch.optim.SGD, closure: None = None) -> None:
-        rates.append(self.param_groups[0]["lr"])
-        step(self)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
-    data = quality.split(REGRESSION, 0, validation=False)
-    with quality.reproducible():
-        quality.train(REGRESSION, data, 0.002, schedule, 2, 0)
-    steps = 2 * (len(data.x) // REGRESSION.batch_size)
-    turns = np.arange(steps) / steps if schedule == "cosine" else np.zeros(steps)
-    np.testing.assert_allclose(rates, 0.001 * (1.0 + np.cos(np.pi * turns)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("task", [REGRESSION, CLASSIFIER], ids=lambda task: task.name)
@@ -169,67 +95,7 @@ def by_numpy(task: quality.Task, outputs: np.ndarray, data: quality.Split) -> di
 # -- choice of the learning rate ------------------------------------------------------------------
 
 
-def test_test_rows_choose_nothing() -> None:
-    """With NaN for every test row of the one tuning seed, tuning finds the same."""
-    rows = CLASSIFIER.load()
-    everything = quality.Data(rows.x, np.arange(len(rows.x)), rows.strata)
-    final = quality.split(
-        task_of(everything, CLASSIFIER), quality.FIRST_TUNING_SEED, validation=False
-    )
-    poisoned = rows.x.copy()
-    poisoned[final.y_held.numpy()] = np.nan
-    blind = task_of(quality.Data(poisoned, rows.y, rows.strata), CLASSIFIER)
-    with quality.reproducible():
-        found = quality.tune(CLASSIFIER, "constant", SHORT)
-        assert quality.tune(blind, "constant", SHORT) == found
-    assert [row["rate"] for row in found] == [0.003, 0.01]
-    assert all(
-        math.isfinite(row["scores"][w]["log loss"]) for row in found for w in quality.WEIGHTS
-    )
-
-
-def test_the_raw_weights_choose() -> None:
-    def row(rate: float, raw: float, ema: float) -> quality.Scored:
-        return {"rate": rate, "scores": {"raw": {"RMSE": raw}, "EMA": {"RMSE": ema}}}
-
-    rows = [
-        row(0.1, math.nan, 0.5),
-        row(0.2, 3.0, 1.0),
-        row(0.3, 2.0, 4.0),
-        row(0.4, 2.5, math.inf),
-    ]
-    assert quality.chosen(REGRESSION, rows) == 0.3
-    assert quality.chosen(REGRESSION, rows, "EMA") == 0.1
-    assert quality.chosen(REGRESSION, rows[::-1]) == 0.3
-
-
 # -- comparison -----------------------------------------------------------------------------------
-
-
-def signed_rank_p(differences: np.ndarray) -> float:
-    """Two-sided, over all signs that the differences could have had."""
-    ranks = np.argsort(np.argsort(abs(differences))) + 1
-    sums = [
-        sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign)
-        for signs in itertools.product((0, 1), repeat=len(ranks))
-    ]
-    seen = ranks[differences > 0].sum()
-    tails = (np.mean([s <= seen for s in sums]), np.mean([s >= seen for s in sums]))
-    return min(1.0, 2 * float(min(tails)))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_comparison_of_pairs(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    theirs = generator.normal(10.0, 1.0, 10)
-    ours = theirs * generator.normal(0.98, 0.02, 10)
-    found = quality.compare(ours, theirs)
-    change = 100 * (ours.sum() - theirs.sum()) / theirs.sum()
-    assert found["change_percent"][0] == pytest.approx(change)
-    assert found["better"] == [sum(a < b for a, b in zip(ours, theirs, strict=True)), 10]
-    assert found["mean"] == pytest.approx(ours.mean())
-    assert found["sd"] == pytest.approx(np.sqrt(np.sum((ours - ours.mean()) ** 2) / 9))
-    assert found["p"] == pytest.approx(signed_rank_p(ours - theirs))
 
 
 def test_the_interval_is_paired_and_covers() -> None:
@@ -245,13 +111,6 @@ def test_the_interval_is_paired_and_covers() -> None:
         held += low <= -3.0 <= high
         assert 0.5 < high - low < 4.0  # 4 * 2 % / sqrt(20) = 1.8 %
     assert 80 <= held <= 99
-
-
-def test_no_difference_at_all() -> None:
-    same = np.array([2.0, 3.0, 2.5])
-    found = quality.compare(same, same.copy())
-    assert (found["p"], found["better"]) == (1.0, [0, 3])
-    assert found["change_percent"] == [0.0, 0.0, 0.0]
 
 
 def made(score: dict[tuple[str, str], float], seeds: int = 6) -> list[quality.Scored]:
@@ -274,31 +133,6 @@ def made(score: dict[tuple[str, str], float], seeds: int = 6) -> list[quality.Sc
         for seed in range(seeds)
         for schedule in quality.SCHEDULES
     ]
-
-
-def test_each_is_compared_with_the_right_raw_weights() -> None:
-    factors = {
-        ("constant", "raw"): 1.0,
-        ("constant", "EMA"): 0.9,
-        ("constant", "SWA"): 0.8,
-        ("constant", "SMA"): 1.1,
-        ("cosine", "raw"): 0.5,
-        ("cosine", "EMA"): 0.6,
-        ("cosine", "SWA"): 0.55,
-        ("cosine", "SMA"): 0.45,
-    }
-    rows = list(quality.comparisons(made(factors)))
-    metrics = sum(len(task.metrics) for task in quality.TASKS)
-    assert len(rows) == (4 + 4 + 5) * metrics
-    assert sum("p" in row.figures for row in rows) == quality.TESTS == (3 + 3 + 4) * metrics
-    for row in rows:
-        against = factors[row["against"], "raw"]
-        factor = factors[row["schedule"], row["weights"]] / against
-        if "p" in row.figures:
-            assert row["change_percent"] == pytest.approx([100 * (factor - 1)] * 3)
-        else:
-            assert row["weights"] == "raw"
-            assert row["mean"] == pytest.approx(12.5 * against)
 
 
 # -- tables ---------------------------------------------------------------------------------------

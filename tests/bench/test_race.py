@@ -19,7 +19,6 @@ from bench.race import (
     contest,
     jobs,
     machines,
-    memory,
     peers,
     readme,
     report,
@@ -27,7 +26,7 @@ from bench.race import (
 )
 from bench.race.flat_module import DTYPES, build, randomise_
 from bench.race.question import Question, Settings
-from bench.race.report import Figure, Row
+from bench.race.report import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,54 +137,11 @@ def test_bytes_per_element(question: str, mix: str, expected: int) -> None:
     assert case.bytes_per_element == expected
 
 
-@pytest.mark.parametrize(
-    ("inventory", "tensors", "elements"),
-    [
-        (shapes.gpt2(), 148, 124_439_808),
-        (shapes.resnet50(), 161, 25_557_032),
-        (shapes.resnet50_buffers(), 3 * 53, 2 * 26_560 + 53),
-        (shapes.many_small(), 1_000, 1_346_818),
-        (shapes.equal(), 400, 20_000_000),
-        (shapes.flat(), 1, 100_000_000),
-        (shapes.scalars(7), 7, 7),
-        (shapes.llama(), 291, 6_738_415_616),
-        (shapes.vit(), 152, 86_567_656),
-        (shapes.vit_with_resnet50(), 152 + 161, 86_567_656 + 25_557_032),
-    ],
-)
-def test_inventories(inventory: shapes.Inventory, tensors: int, elements: int) -> None:
-    assert len(inventory) == len({name for name, _ in inventory}) == tensors
-    assert shapes.total_elements(inventory) == elements
-
-
-@pytest.mark.parametrize("quick", [False, True])
-def test_each_case_is_chosen_by_its_name_alone(quick: bool) -> None:
-    names = cpu.cases(Settings(quick=quick))
-    assert len(set(names)) == len(names)
-    assert [n for n in names if Settings(cases=(names[-1],)).wants(n)] == names[-1:]
-    assert {n.split(":")[0] for n in names if Settings(cases=("swap",)).wants(n)} == {"swap"}
-
-
-def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        command.main(["cpu", "--case", "gpt3"])
-    assert "no case is called 'gpt3'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", command.QUESTIONS)
 def test_every_question_has_its_file(name: str) -> None:
     module = "gpu/check" if name == "gpu" else f"questions/{name.replace('-', '_')}"
     text = (ROOT / "bench" / f"{module}.py").read_text(encoding="utf-8")
     assert "QUESTION = Question(" in text
-
-
-def test_jobs_run_in_turn() -> None:
-    order: list[str] = []
-    durations = clock.interleave(
-        {name: lambda name=name: order.append(name) for name in "ABC"}, rounds=2, settle_s=0.0
-    )
-    assert "".join(order) == "ABC" + 2 * "ABC"  # the first is the warm-up round
-    assert {name: len(times) for name, times in durations.items()} == {"A": 2, "B": 2, "C": 2}
 
 
 def test_rounds_begin_anew_and_have_their_own_clock() -> None:
@@ -199,22 +155,6 @@ def test_rounds_begin_anew_and_have_their_own_clock() -> None:
     )
     assert "".join(order) == "--AB-AB"  # the warm-up round is not timed
     assert durations == {"A": [7.0, 7.0], "B": [7.0, 7.0]}
-
-
-def test_a_spent_budget_leaves_the_fewest_rounds() -> None:
-    durations = clock.interleave({"A": lambda: None}, rounds=9, budget_s=0.0, settle_s=0.001)
-    assert len(durations["A"]) == clock.MIN_ROUNDS
-
-
-def test_hot_jobs_run_once_more_before_they_are_timed() -> None:
-    order: list[str] = []
-    clock.interleave(
-        {name: lambda name=name: order.append(name) for name in "AB"},
-        rounds=1,
-        hot=True,
-        settle_s=0.0,
-    )
-    assert "".join(order) == "AB" + "AABB"
 
 
 def test_shares_of_the_limit_count_the_bytes_of_each_entry(
@@ -261,12 +201,6 @@ def test_a_race_gives_every_figure() -> None:
     assert all(ours[name] > 0 for name in ("ms", "gbps", "share_of_limit", "host_us"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_peak_counts_memory_that_is_freed_again() -> None:
-    peak = memory.peak_extra_bytes(lambda: bytearray(64 * 2**20))
-    assert 63 * 2**20 < peak < 80 * 2**20
-
-
 def test_listing_the_questions_needs_no_torch() -> None:
     code = "import sys, bench.__main__ as m; assert m.main([]) == 0; "
     code += "assert not {'torch', 'numpy'} & set(sys.modules)"
@@ -310,33 +244,6 @@ HEADER = {
 def cells(text: str, entry: str) -> list[str]:
     line = next(line for line in text.splitlines() if line.startswith(f"| {entry} "))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
-
-def test_a_table_shows_what_its_rows_know() -> None:
-    text = report.markdown("Title", "How.", HEADER, stored_rows())
-    assert f"### {UPDATE}\n\n148 tensors, 5 rounds." in text
-    assert cells(text, "torch_ema") == ["123", "123–185", "4.11", "12.5"]
-    assert cells(text, contest.LIMITS[0])[-1] == "–"
-    assert "Not run:\n\n- torch_ema: raises: no reason." in text
-
-
-def test_rows_of_one_entry_share_a_line() -> None:
-    rows = [
-        Row("t", "one", {"ms": 1.0, "spread_ms": [0, 2], "added": 0.5}, "CPU"),
-        Row("t", "one", {"ms": 2.0}, "GPU"),
-        Row("t", "two", {"ms": 300.0}, "GPU"),
-    ]
-    figures = {**report.FIGURES, "added": Figure("(added)", "({:+.2f})".format)}
-    text = report.table("t", rows, figures)
-    assert cells(text, "ms (added)") == ["CPU", "GPU"]
-    assert cells(text, "one") == ["1.00 (+0.50)", "2.00"]
-    assert cells(text, "two") == ["–", "300"]
-
-
-def test_a_stored_result_is_read_back(tmp_path: Path) -> None:
-    report.store(tmp_path, "cpu", HEADER, stored_rows(), "text")
-    assert report.load(tmp_path / "cpu.json") == (HEADER, stored_rows())
-    assert (tmp_path / "cpu.md").read_text(encoding="utf-8") == "text"
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-import fastema
 from fastema.binding.binding import Binding, Match
-from fastema.bridges.registry import leaves_of
 from fastema.errors import LayoutError
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
@@ -44,22 +39,6 @@ def replaced(x: dict[str, Any], rng: np.random.Generator) -> None:
 def resized(x: dict[str, Any], rng: np.random.Generator) -> None:
     x["a"].resize(7, refcheck=False)
     x["a"] = np.concatenate([x["a"], rng.standard_normal(64)])[:7].copy()
-
-
-@pytest.mark.parametrize("move", [replaced, resized])
-def test_tensors_that_moved_are_found(
-    move: Callable[..., None],
-    sides: tuple[dict[str, Any], dict[str, Any]],
-    rng: np.random.Generator,
-) -> None:
-    avg, x = sides
-    binding = Binding(avg, x, by_name)
-    run(binding)
-    move(x, rng)
-    want = {name: avg[name] + 0.5 * (x[name] - avg[name]) for name in avg}
-    run(binding)
-    for name in avg:
-        np.testing.assert_allclose(avg[name], want[name], rtol=1e-15)
 
 
 def test_a_block_that_raises_leaves_the_binding_with_the_model_before(
@@ -118,29 +97,3 @@ def test_arrays_that_move_are_found_at_every_call_and_not_kept() -> None:
     np.testing.assert_allclose(avg["a"], 0.5 * 0.5 + 1.5)
     assert all(pair.src.owner is None for pair in binding.pairs)
     assert binding.addresses == {}
-
-
-def test_memory_of_ours_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = leaves_of({"a": np.zeros(3)})
-    binding = Binding(None, {"a": np.ones(3)}, lambda _, model: by_name(ours, model))
-    run(binding)
-    np.testing.assert_array_equal(ours.items[0].spec.owner, np.full(3, 0.5))
-    assert binding.watched[0].items == []
-
-
-def test_averages_and_plans_go_with_their_last_reference() -> None:
-    """Without the collector, which may come late for the memory of a GPU."""
-    w = [np.ones(3)]
-    gc.collect()
-    gc.disable()
-    try:
-        ema, plan = fastema.EMA(w, 0.5), fastema.Plan([np.zeros(3)], w)
-        ema.update()
-        with ema.swapped():
-            plan.swap_()
-        assert ema.shadow
-        alive = [weakref.ref(one) for one in (ema, plan, ema._binding, plan.binding)]
-        del ema, plan
-        assert [one() for one in alive] == [None] * 4
-    finally:
-        gc.enable()

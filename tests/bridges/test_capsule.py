@@ -111,12 +111,3 @@ def test_the_old_protocol_is_only_read() -> None:
     np.testing.assert_allclose(average, expected, rtol=1e-6)
     with pytest.raises(LayoutError, match="read-only"):
         fastema.lerp_([Old(average)], [weights], 0.5)
-
-
-def test_moved_memory_is_found_again() -> None:
-    box = Current(numbers(5))
-    ema = fastema.EMA([box], 0.5)
-    start = ema.shadow["0"].astype(float)
-    box.array = numbers(5, seed=3)
-    ema.update()
-    np.testing.assert_allclose(ema.shadow["0"], (start + box.array) / 2, rtol=1e-6)

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.bridges import registry
 from fastema.errors import BridgeError, DeviceError, DTypeError, LayoutError, StateError
-from fastema.layout.dtypes import NAMES
 
-from ..shadow.truth import Loop
 from ..support.stub_cupy import Device, Stream, array, cupy, ndarray
 from ..support.stub_gpu import StubDriver
 
@@ -52,31 +49,6 @@ def bridge() -> Any:
     return sys.modules["fastema.bridges.cupy"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_dtype_is_described(name: str) -> None:
-    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
-    one = array(np.ones((3, 4), dtype))
-    spec = registry.describe(one)
-    assert (spec.dtype, spec.shape, spec.strides) == (NAMES[name], (3, 4), (4, 1))
-    assert (spec.address, spec.device, spec.writable) == (one.data.ptr, "cuda:0", True)
-    assert spec.owner is one
-    assert bridge().code(dtype) == NAMES[name]
-    assert bridge().native(NAMES[name]) == dtype
-
-
-def test_views_and_devices() -> None:
-    whole = array(np.arange(40.0))
-    rows = ndarray((4, 3), np.float64, whole.data + 16, (80, 8))
-    spec = registry.describe(rows)
-    assert (spec.address, spec.strides) == (whole.data.ptr + 16, (10, 1))
-    with Device(1):
-        other = array(np.ones(3))
-    spec = registry.describe(other)
-    assert spec.device == "cuda:1"
-    assert spec.context is registry.describe(other).context
-    assert spec.context.stream() == 5001
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -90,37 +62,6 @@ def test_arrays_that_cannot_be_averaged(
 ) -> None:
     with pytest.raises(error, match=rf"^odd: .*{message}"):
         fastema.EMA({"fine": array(np.ones(2)), "odd": make()}, 0.5)
-
-
-@pytest.mark.each_value
-@pytest.mark.parametrize(
-    "stored",
-    ["f32", "bf16", *(pytest.param(one, marks=pytest.mark.slow) for one in ("f64", "f16"))],
-)
-@pytest.mark.parametrize("weights", ["f32", "bf16"])
-def test_equals_a_float64_loop(weights: str, stored: str, cupy: StubDriver) -> None:
-    held = on_gpu(values(0, FLOATS[weights]))
-    ema = fastema.EMA(held, 0.9, shadow_dtype=FLOATS[stored])
-    random = stored in ("f16", "bf16")
-    arithmetic = "f64" if stored == "f64" else "f32"
-    loops = {n: Loop(x.there, stored, arithmetic, random) for n, x in held.items()}
-    cupy.take()
-    for n in range(1, 6):
-        new = values(n, FLOATS[weights])
-        fill(held, new)
-        before = bits(held)
-        ema.update()
-        assert bits(held) == before
-        for name, loop in loops.items():
-            loop.step(new[name], 1 - 0.9)
-    launches = cupy.take()
-    assert {operation for operation, *_ in launches} == {"lerp"}
-    assert {stream for *_, stream in launches} == {5000}
-    for name, loop in loops.items():
-        shadow = ema.shadow[name]
-        assert type(shadow) is ndarray
-        assert shadow.dtype == FLOATS[stored]
-        loop.check(shadow.there.astype(np.float64), name)
 
 
 @pytest.mark.each_value
@@ -149,16 +90,6 @@ def test_swap_is_exact(weights: str, stored: str) -> None:
         assert bits(ema.shadow) == average
 
 
-def test_bits_survive_a_swap() -> None:
-    raw = np.random.default_rng(1).integers(0, 256, 4000, np.uint8).view(np.float32)
-    weights = [array(np.ones(1000, np.float32))]
-    ema = fastema.EMA(weights, 0.5)
-    weights[0].there[...] = raw
-    with ema.swapped():
-        np.testing.assert_array_equal(weights[0].there, 1)
-    assert weights[0].there.tobytes() == raw.tobytes()
-
-
 def test_state_goes_to_the_host_and_back() -> None:
     held = on_gpu(values(0))
     ema = fastema.EMA(held, 0.9)
@@ -175,23 +106,6 @@ def test_state_goes_to_the_host_and_back() -> None:
     ema.update()
     other.update()
     assert bits(other.shadow) == bits(ema.shadow)
-
-
-def test_arrays_that_were_replaced_are_found() -> None:
-    held = on_gpu(values(0))
-    ema = fastema.EMA(held, 0.5)
-    for n in range(1, 4):
-        old = dict(held)
-        for name, new in values(n).items():
-            held[name] = array(new)
-        for one in old.values():
-            one.there[...] = np.nan
-        ema.update()
-    want = sum(
-        (np.array([0.125, 0.125, 0.25, 0.5])[n] * values(n)["e"].astype(np.float64))
-        for n in range(4)
-    )
-    np.testing.assert_allclose(ema.shadow["e"].there, want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_current_device_and_stream_are_used(cupy: StubDriver) -> None:
@@ -260,14 +174,6 @@ def test_plans() -> None:
         plan.lerp_(0.5, avg)
 
 
-def test_drift_is_measured() -> None:
-    weights = [array(np.zeros(1000, np.float32) + 1)]
-    ema = fastema.EMA(weights, 0.5, drift=True)
-    weights[0].there[...] = 3
-    ema.update()
-    assert ema.drift.distance == pytest.approx(np.sqrt(1000.0), rel=1e-5)
-
-
 def test_two_kinds_of_memory() -> None:
     there, here = array(np.ones(3, np.float32)), np.ones(3, np.float32)
     with pytest.raises(LayoutError, match=r"0: the average is on cpu, the weights on cuda:0"):
@@ -298,10 +204,3 @@ def test_without_the_compilers_there_is_no_substitute(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine, "_devices", {})
     with pytest.raises(DTypeError, match=r"pip install 'fastema\[cuda\]'"):
         fastema.EMA([array(np.ones(3, np.float32))], 0.5)
-
-
-def test_objects_that_are_not_cupys_are_left_to_others() -> None:
-    assert registry.bridge_of(np.ones(2)).__name__ == "fastema.bridges.numpy"
-    leaves = registry.leaves_of({"a": [array(np.ones(2)), array(np.ones(3))]})
-    assert leaves.names == ["a.0", "a.1"]
-    assert not leaves.moving

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fastema.bridges import jax as bridge
 from fastema.bridges import registry
@@ -85,47 +81,6 @@ def test_every_dtype_is_read_where_it_lies(name: str) -> None:
 ORDERS = [order for rank in (2, 3, 4) for order in permutations(range(rank))]
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_orders_of_axes_that_were_asked_for(order: tuple[int, ...], name: str) -> None:
-    values = random_bits((2, 3, 4, 5)[: len(order)], name)
-    array = in_order(values, order)
-    spec = assert_read(array)
-    shape = [values.shape[axis] for axis in order]
-    assert spec.dense
-    assert [values.shape[axis] for axis in np.argsort([-s for s in spec.strides])] == shape
-
-
-def test_other_views_of_arrays_are_arrays() -> None:
-    base = jnp.asarray(random_bits((6, 8), "float32"))
-    for array in (base.T, base[1:, ::2], base[::-1], base.reshape(-1), base.swapaxes(0, 1)[2]):
-        assert_read(array)
-
-
-@given(st.lists(st.integers(0, 5), max_size=4), st.sampled_from(["float32", "int8", "bool"]))
-def test_any_shape(shape: list[int], name: str) -> None:
-    assert_read(jnp.asarray(random_bits(tuple(shape), name)))
-
-
-def test_weak_types_are_plain_arrays() -> None:
-    weak = jnp.asarray(1.5)
-    assert weak.weak_type
-    spec = assert_read(weak)
-    assert (spec.dtype, spec.shape) == ("f32", ())
-    assert_read(jnp.asarray(2.5) * 3)
-
-
-def test_memory_of_numpy_that_jax_borrowed() -> None:
-    whole = np.zeros(400, np.float32)
-    start = -whole.ctypes.data % 64 // 4
-    mine = whole[start : start + 70]
-    mine[...] = random_bits((70,), "float32")
-    array = jax.device_put(mine)
-    if array.unsafe_buffer_pointer() == mine.ctypes.data:
-        assert bridge.describe(array).address == mine.ctypes.data
-    assert_read(array)
-
-
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "key": (lambda: jax.random.key(0), DTypeError, r"key<.*no kernel"),
     "keys": (lambda: jax.random.split(jax.random.key(1), 3), DTypeError, "no kernel"),
@@ -139,11 +94,6 @@ def test_dtypes_without_kernels(case: str) -> None:
     make, error, message = REFUSED[case]
     with pytest.raises(error, match=rf"^tree\.odd: .*{message}"):
         registry.leaves_of({"tree": {"even": jnp.ones(2), "odd": make()}})
-
-
-def test_old_style_keys_are_integers() -> None:
-    spec = assert_read(jax.random.PRNGKey(5))
-    assert spec.dtype == "u32"
 
 
 def test_deleted_and_donated_arrays() -> None:
@@ -194,23 +144,6 @@ def test_traced_arrays_have_no_memory(transformation: str) -> None:
         assert "jit, grad and vmap" in message
         assert "optax.incremental_update" in message
     assert_read(jnp.ones(3))  # and outside all is well again
-
-
-@pytest.mark.parametrize("transformation", ["jit", "scan", "make_jaxpr", "eval_shape"])
-def test_whole_arrays_in_a_traced_function_would_be_read_once(transformation: str) -> None:
-    seen: list[Any] = []
-    TRACED[transformation](describing(seen, jnp.ones(2)), jnp.arange(1.0, 4.0))
-    assert seen
-    assert all(isinstance(message, str) and "would run once" in message for message in seen)
-
-
-def test_it_is_known_without_jax_internals_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "_at_top_level", None)
-    seen: list[Any] = []
-    jax.jit(describing(seen, jnp.ones(2)))(jnp.ones(3))
-    (message,) = seen
-    assert "would run once" in message
-    assert_read(jnp.ones(3))
 
 
 def test_callbacks_from_compiled_code_are_outside() -> None:
@@ -314,56 +247,9 @@ def tree(one: Callable[[int], Any]) -> Any:
     }
 
 
-NAMES_OF_TREE = {
-    "params.Dense_0.kernel": 0, "params.Dense_0.bias": 1, "params.scale": 2,
-    "point.x": 3, "point.y.0": 4,
-    "layer.kernel": 5, "layer.bias.0": 6,
-    "bare.0": 7, "bare.1": 8,
-}  # fmt: skip
-
-
-def test_leaves_are_named_by_the_way_to_them() -> None:
-    arrays = [jnp.full((i + 1,), float(i + 1)) for i in range(9)]
-    leaves = registry.leaves_of(tree(arrays.__getitem__))
-    assert {leaf.name: leaf.spec.owner.size - 1 for leaf in leaves.items} == NAMES_OF_TREE
-    for leaf in leaves.items:
-        assert leaf.spec.owner is arrays[NAMES_OF_TREE[leaf.name]]
-    assert leaves.moving
-    assert leaves.structure is not None
-    rebuilt = leaves.structure.rebuild([leaf.name for leaf in leaves.items])
-    assert rebuilt["params"]["scale"] == "params.scale"
-    assert isinstance(rebuilt["point"], Point)
-    assert rebuilt["point"].y == ["point.y.0", None]
-    assert isinstance(rebuilt["layer"], Dense)
-    assert (rebuilt["layer"].bias, rebuilt["layer"].kind) == (("layer.bias.0",), "dense")
-    assert rebuilt["bare"].parts == ("bare.0", "bare.1")
-    assert (rebuilt["none"], rebuilt["empty"]) == (None, {})
-
-
-def test_one_array_alone_and_lists() -> None:
-    assert registry.leaves_of(jnp.ones(3)).names == ["array"]
-    assert registry.leaves_of([jnp.ones(3), (np.ones(2),)]).names == ["0", "1.0"]
-
-
 def test_two_leaves_of_one_name() -> None:
     with pytest.raises(BridgeError, match=r"'a\.b'"):
         registry.leaves_of({"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
-
-
-def test_what_is_no_array_is_named() -> None:
-    for odd in (3, 2.5, "text", np.float32(1.0)):
-        with pytest.raises(BridgeError, match=r"^step: cannot average"):
-            registry.leaves_of({"w": jnp.ones(2), "step": odd})
-
-
-@pytest.mark.parametrize("make", [np.ones, jnp.ones], ids=["numpy", "jax"])
-def test_keys_that_cannot_be_sorted_are_no_obstacle(make: Callable[..., Any]) -> None:
-    container = {3: make(2), "a": [make(3)], None: make(1)}
-    leaves = registry.leaves_of(container)
-    assert leaves.names == ["3", "a.0", "None"]
-    assert leaves.moving == (make is jnp.ones)
-    assert leaves.structure is not None
-    assert leaves.structure.rebuild([1, 2, 3]) == {3: 1, "a": [2], None: 3}
 
 
 # -- arrays that move ------------------------------------------------------------------------------
@@ -381,16 +267,6 @@ def arrays_of(seed: int) -> dict[str, Any]:
             "d": jnp.zeros((0, 2)) + seed,
         },
     }
-
-
-def test_arrays_are_found_where_they_are() -> None:
-    find = locator(arrays_of(0))
-    for seed in range(1, 6):
-        now = arrays_of(seed)
-        found = find.locate(now)
-        assert found is not None
-        assert found.addresses["a"] == now["a"].unsafe_buffer_pointer()
-        assert found.addresses["b.c"] == now["b"]["c"].unsafe_buffer_pointer()
 
 
 OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -414,37 +290,12 @@ OTHERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", OTHERS)
-def test_other_trees_are_not_taken_for_these(case: str) -> None:
-    find = locator(arrays_of(0))
-    assert find.locate(OTHERS[case](arrays_of(1))) is None
-    assert find.locate(arrays_of(2)) is not None
-
-
-def test_donated_arrays_are_not_found() -> None:
-    find, gone = locator(arrays_of(0)), arrays_of(1)
-    gone["a"].delete()
-    assert find.locate(gone) is None
-
-
 def test_nothing_is_found_while_a_function_is_traced() -> None:
     whole = arrays_of(0)
     find = locator(whole)
     found = []
     jax.jit(lambda t: found.append((find.locate(t), find.locate(whole))))(arrays_of(1))
     assert found == [(None, None)]
-
-
-def test_no_array_outlives_its_step() -> None:
-    first = arrays_of(0)
-    find = locator(first)
-    for seed in range(1, 4):
-        now = arrays_of(seed)
-        assert find.locate(now) is not None
-    watched = [weakref.ref(one) for t in (first, now) for one in jax.tree.leaves(t)]
-    del first, now
-    gc.collect()
-    assert [one() for one in watched] == [None] * len(watched)
 
 
 def test_results_that_are_still_being_computed_are_waited_for() -> None:

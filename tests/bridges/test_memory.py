@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -56,30 +54,3 @@ def test_nothing_overlaps_and_lines_are_not_shared(slots: int) -> None:
             assert (slot.ctypes.data - array.base.ctypes.data) % ALIGNMENT == 0
     for number, (array, _) in enumerate(made, 1):
         assert (array == number % 2).all()
-
-
-def test_one_flat_buffer_for_each_dtype() -> None:
-    likes = [describe(np.ones(n, np.float32)) for n in (3, 5, 7)]
-    arrays = [
-        a for a, _ in allocate(zip(likes, map(DTYPES.get, ("f32", "f64", "f32")), strict=True))
-    ]
-    assert arrays[0].base is arrays[2].base
-    assert arrays[0].base is not arrays[1].base
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("slots", [0, 3])
-def test_each_framework_gets_memory_of_its_own(slots: int) -> None:
-    torch = pytest.importorskip("torch")
-    weights: list[Any] = [torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last), np.ones(4)]
-    made = allocate([(describe(one), DTYPES["f32"]) for one in weights], slots)
-    tensor, array = (memory for memory, _ in made)
-    assert isinstance(tensor, torch.Tensor)
-    assert isinstance(array, np.ndarray)
-    inner = tensor[0] if slots else tensor
-    assert inner.stride() == weights[0].stride()
-    assert tensor.dtype == torch.float32
-
-
-def test_nothing_wanted() -> None:
-    assert allocate([]) == []

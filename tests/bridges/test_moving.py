@@ -8,17 +8,14 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fastema.bridges.moving import Locator, finder_of, moves
+from fastema.bridges.moving import Locator, finder_of
 from fastema.bridges.registry import describe, leaves_of
-from fastema.errors import ArgumentError, BridgeError
+from fastema.errors import ArgumentError
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -42,27 +39,6 @@ def locator(container: Any) -> Locator:
 
 def values(seed: int, size: int = 7) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=size).astype(np.float32)
-
-
-def test_what_moves() -> None:
-    assert moves(jnp.ones(2))
-    assert not moves(np.ones(2))
-    assert not moves(torch.ones(2))
-    assert not leaves_of([np.ones(2), torch.ones(2)]).moving
-    assert leaves_of([np.ones(2), {"a": jnp.ones(2)}]).moving
-
-
-@given(st.lists(st.sampled_from(sorted(MAKE)), min_size=1, max_size=7), st.integers(1, 4))
-def test_any_mix_is_found_name_by_name(kinds: list[str], steps: int) -> None:
-    container = {f"n{i}": MAKE[kind](values(i, i + 1)) for i, kind in enumerate(kinds)}
-    find = locator(container)
-    for step in range(steps):
-        for i, kind in enumerate(kinds):
-            if kind == "jax":  # the others stay where they are
-                container[f"n{i}"] = MAKE[kind](values(100 * step + i, i + 1))
-        found = find.locate(container)
-        assert found is not None
-        assert found.addresses == {name: address(one) for name, one in container.items()}
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
@@ -143,13 +119,6 @@ def test_one_array_under_two_names() -> None:
     assert apart.locate([one, one], write=True) is None
 
 
-def test_empty_arrays_are_never_one() -> None:
-    empty = [jnp.zeros((0, 3)), jnp.zeros((0, 3)), jnp.asarray(values(0))]
-    find = locator(empty)
-    for write in (False, True):
-        assert find.locate([empty[0], empty[0], empty[2]], write=write) is not None
-
-
 def test_memory_is_kept_as_long_as_what_was_found() -> None:
     find = locator([jnp.asarray(values(0))])
     tree = [jnp.asarray(values(1))]
@@ -163,26 +132,6 @@ def test_memory_is_kept_as_long_as_what_was_found() -> None:
     del found
     gc.collect()
     assert watched() is None
-
-
-@pytest.mark.parametrize("odd", [None, 3, "text", object(), [jnp.ones(3)]])
-def test_what_is_no_array_is_not_found(odd: Any) -> None:
-    find = locator([jnp.ones(7), jnp.ones(7)])
-    try:
-        assert find.locate([jnp.ones(7), odd]) is None
-    except BridgeError as error:
-        pytest.fail(f"whoever describes it says why: {error}")
-    assert find.locate(odd) is None
-
-
-def test_traced_and_deleted_arrays_are_not_found() -> None:
-    find = locator({"w": jnp.ones(7)})
-    found = []
-    jax.jit(lambda t: found.append(find.locate(t)))({"w": jnp.ones(7)})
-    assert found == [None]
-    gone = {"w": jnp.ones(7)}
-    gone["w"].delete()
-    assert find.locate(gone) is None
 
 
 def test_arrays_that_never_change_are_refused_a_second_time() -> None:

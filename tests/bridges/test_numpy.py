@@ -5,24 +5,11 @@ import pytest
 
 from fastema.bridges import numpy as bridge
 from fastema.errors import BridgeError, DTypeError
-from fastema.layout.dtypes import DTYPES, NAMES
+from fastema.layout.dtypes import NAMES
 
 from ..support.arrays import numbers
 
 CODES = [code for code in NAMES.values() if code != "bf16"]
-
-
-@pytest.mark.parametrize("code", CODES)
-def test_codes_and_dtypes_go_both_ways(code: str) -> None:
-    native = bridge.native(code)
-    assert bridge.code(native) == code
-    assert native.itemsize == DTYPES[code].itemsize
-
-
-@pytest.mark.parametrize("alias", [int, float, complex, bool, np.longlong, np.intc, np.uintp, "f4"])
-def test_other_names_of_the_same(alias: object) -> None:
-    code = bridge.code(alias)
-    assert bridge.native(code) == np.dtype(alias)
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">i8", "O", "S3", "U2", "M8[s]", "V4", np.longdouble])
@@ -76,17 +63,6 @@ def test_description_of_where_an_array_lies(array: np.ndarray) -> None:
     assert spec.owner is array
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_new_arrays_and_views(code: str) -> None:
-    flat = bridge.zeros(40, code, "cpu")
-    flat[:] = numbers(40, code, 1)
-    assert bridge.owns(flat)
-    view = bridge.view(flat, 3, (4, 5), (1, 4))
-    assert np.shares_memory(view, flat)
-    np.testing.assert_array_equal(view, flat[3:23].reshape(5, 4).T)
-    assert bridge.describe(view).address == flat.ctypes.data + 3 * flat.itemsize
-
-
 def test_unaligned_arrays_are_refused() -> None:
     # The first element lies between two places where a kernel may read one.
     array = np.frombuffer(bytearray(41), np.uint8)[1:].view(np.float32)
@@ -94,28 +70,8 @@ def test_unaligned_arrays_are_refused() -> None:
         bridge.describe(array)
 
 
-def test_elements_that_lie_between_others_are_refused() -> None:
-    records = np.ones(5, [("a", np.float32), ("b", np.uint8)])
-    with pytest.raises(BridgeError, match="multiples of 4"):
-        bridge.describe(records["a"])
-
-
 def test_aligned_complex_numbers_at_odd_steps_are_refused() -> None:
     array = np.ndarray((3,), np.complex128, np.zeros(9), strides=(24,))
     assert array.flags.aligned  # each half is
     with pytest.raises(BridgeError, match="multiples of 16"):
         bridge.describe(array)
-
-
-def test_arrays_know_one_device() -> None:
-    assert bridge.transfer(BASE, "cpu") is BASE
-    with pytest.raises(BridgeError, match="cuda:0"):
-        bridge.transfer(BASE, "cuda:0")
-
-
-def test_what_belongs_to_the_bridge() -> None:
-    assert bridge.owns(np.ones(2))
-    assert bridge.owns(np.ones(2).view(np.recarray))
-    for other in (1.5, [1.0], np.float32(1.0), memoryview(b"ab")):
-        assert not bridge.owns(other)
-    assert bridge.describe(np.ones(2)).exchange == 0

@@ -49,11 +49,6 @@ def test_what_is_no_number(value: Any) -> None:
         scalar(value)
 
 
-def test_several_numbers_name_their_shape() -> None:
-    with pytest.raises(BridgeError, match=r"one number.*numpy\.ndarray of shape \(2, 3\)"):
-        scalar(np.ones((2, 3)))
-
-
 def test_torch() -> None:
     torch = pytest.importorskip("torch")
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64):

@@ -8,18 +8,10 @@ import torch
 from fastema.bridges import torch as bridge
 from fastema.engine.watch import watch
 from fastema.errors import BridgeError, DTypeError
-from fastema.layout.dtypes import DTYPES
 
 nn = torch.nn
 
 pytestmark = pytest.mark.torch
-
-
-@pytest.mark.parametrize("code", DTYPES)
-def test_codes_and_dtypes_go_both_ways(code: str) -> None:
-    native = bridge.native(code)
-    assert bridge.code(native) == code
-    assert native.itemsize == DTYPES[code].itemsize
 
 
 @pytest.mark.parametrize("dtype", [torch.bits8, torch.quint8, torch.complex32])
@@ -55,12 +47,6 @@ def test_description_of_where_a_tensor_lies(case: str) -> None:
     assert (spec.dtype, spec.device) == (bridge.code(tensor.dtype), "cpu")
     assert spec.writable
     assert spec.owner is tensor
-
-
-def _freed() -> Any:
-    tensor = torch.ones(30)
-    tensor.untyped_storage().resize_(0)
-    return tensor
 
 
 def _left(nbytes: int) -> Any:
@@ -99,37 +85,6 @@ def test_tensors_without_plain_memory_are_refused(case: str) -> None:
         bridge.describe(tensor)
 
 
-@pytest.mark.parametrize("code", DTYPES)
-def test_new_tensors_and_views(code: str) -> None:
-    flat = bridge.zeros(40, code, "cpu")
-    assert bridge.owns(flat)
-    assert flat.dtype == bridge.native(code)
-    if DTYPES[code].real or DTYPES[code].whole:
-        flat.copy_(torch.arange(1, 41))
-    view = bridge.view(flat, 3, (4, 5), (1, 4))
-    assert view.data_ptr() == flat.data_ptr() + 3 * flat.element_size()
-    if DTYPES[code].real or DTYPES[code].whole:
-        assert torch.equal(view, flat[3:23].view(5, 4).t())
-
-
-def test_transfer_is_no_copy_where_nothing_moves() -> None:
-    parameter = nn.Parameter(torch.ones(3))
-    there = bridge.transfer(parameter, "cpu")
-    assert there.data_ptr() == parameter.data_ptr()
-    assert not there.requires_grad
-
-
-def test_writing_is_told_to_autograd() -> None:
-    tensors = [torch.ones(3), nn.Parameter(torch.ones(2))]
-    before = [tensor._version for tensor in tensors]
-    bridge.notify_write(tensors)
-    assert [tensor._version for tensor in tensors] == [version + 1 for version in before]
-    with torch.inference_mode():
-        silent = torch.ones(2)
-    bridge.notify_write([silent, tensors[0]])
-    assert tensors[0]._version == before[0] + 2
-
-
 def test_writing_is_told_to_autograd_where_inference_tensors_raise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -159,14 +114,6 @@ def test_buffers_that_a_state_leaves_out_are_marked() -> None:
         kept = {one.name for one in everything if one.persistent}
         assert kept == set(net.state_dict())
         assert {one.name for one in everything} - kept == {"1.0.cache", "1.small"}
-
-
-def test_a_buffer_held_twice_is_left_out_under_one_name_alone() -> None:
-    net = nn.Sequential(nn.Identity(), nn.Identity())
-    net[0].register_buffer("table", torch.ones(3))
-    net[1].register_buffer("table", net[0].table, persistent=False)
-    marks = {leaf.name: leaf.persistent for leaf in bridge.walk(net).items}
-    assert marks == {"0.table": True, "1.table": False}
 
 
 def network() -> Any:
@@ -227,13 +174,6 @@ def test_tensors_of_a_module_that_cannot_be_used(
     assert isinstance(opaque[name].error, error)
     with pytest.raises(error, match=f"{name}.*{message}"):
         leaves.refuse_opaque()
-
-
-def test_an_alias_shares_memory() -> None:
-    parameter = nn.Parameter(torch.ones(3))
-    other = bridge.alias(parameter)
-    assert other is not parameter
-    assert bridge.describe(other) == bridge.describe(parameter)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

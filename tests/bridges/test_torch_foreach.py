@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,20 +10,16 @@ import torch
 
 from fastema.bridges import torch as bridge
 from fastema.bridges import torch_foreach as foreach
-from fastema.layout.dtypes import DTYPES
 
 from ..support import reference
 from ..support.arrays import numbers
 from ..support.tolerance import exact_lerp, lerp_bound, unit_roundoff
 from .foreach_runs import (
-    PAIR_IDS,
-    PAIRS,
     REAL,
     SPLIT,
     STEPS,
     Array,
     assert_lerped,
-    assert_same_bits,
     joined,
     pair_of,
     run,
@@ -46,22 +41,6 @@ pytestmark = pytest.mark.torch
 WEIGHTS = [0.0, 2.0**-10, 0.3, 0.5, 0.77, 1 - 2.0**-30, 1.0]
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS, ids=PAIR_IDS)
-def test_average_of_every_pair_of_floats(dst: str, src: str) -> None:
-    sides = with_specials(numbers(1500, dst, 1), numbers(1500, src, 2), dst, src)
-    for w in WEIGHTS:
-        for form in ("", dst) if DTYPES[dst].parts == 1 else ("",):
-            pair = pair_of(tensor(sides[0], dst), tensor(sides[1], src), form=form)
-            (other,) = run_both("lerp", [pair], (w,))
-            got, theirs = stored(pair.dst.owner), stored(other.dst.owner)
-            assert_lerped(got, *sides, w, dst, src, theirs)
-            if w == 0:
-                np.testing.assert_array_equal(values_of(got, dst), values_of(theirs, dst))
-            if dst in STEPS:
-                assert np.mean(got[:1500] == theirs[:1500]) > 0.99
-            np.testing.assert_array_equal(words(pair.src.owner), words(other.src.owner))
-
-
 @pytest.mark.parametrize("src", REAL)
 def test_average_in_two_halves(src: str) -> None:
     avg, x = with_specials(numbers(1500, "f32", 1), numbers(1500, src, 2), "f32", src)
@@ -69,21 +48,6 @@ def test_average_in_two_halves(src: str) -> None:
         pair = split_pair(avg, tensor(x, src))
         (other,) = run_both("lerp", [pair], (w,))
         assert_lerped(joined(pair), avg, x, w, "f32", src, joined(other))
-
-
-def test_averages_updated_together() -> None:
-    weights = (0.5, 0.125, 1.0)
-    pairs = []
-    for i, (size, code) in enumerate([(700, "f32"), (900, "bf16"), (1, "f32"), (1000, "f32")]):
-        x = tensor(numbers(size, code, i), code)
-        for index in range(3):
-            avg = tensor(numbers(size, "f32", 10 * i + index), "f32")
-            pairs.append(pair_of(avg, x, f"t{i}", average_index=index))
-    others = run_both("lerp", pairs, weights)
-    for pair, other in zip(pairs, others, strict=True):
-        torch.testing.assert_close(pair.dst.owner, other.dst.owner, rtol=1e-6, atol=1e-6)
-        if pair.average_index == 2:
-            assert torch.equal(pair.dst.owner, pair.src.owner.to(torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -166,44 +130,6 @@ def test_rounding_is_unbiased(code: str, src: str, scale: str) -> None:
             assert abs(z) < 5, (part, z)
 
 
-def test_rounding_is_unbiased_from_step_to_step() -> None:
-    size, steps = 3000, 100
-    values = np.random.default_rng(3).uniform(1, 2, size).astype(np.float32).astype(np.float64)
-    _, high, share = neighbours(values, "bf16")
-    chosen = (share > 0.1) & (share < 0.9)
-    ups = sum(
-        (rounded(values, "bf16", "f32", 1, step) == high).astype(int) for step in range(steps)
-    )
-    z = ((ups - steps * share) / np.sqrt(steps * share * (1 - share) + (share == 0)))[chosen]
-    assert abs(z.sum()) / np.sqrt(len(z)) < 5
-    # The squares of independent ones have mean 1 and variance 2.
-    assert abs((z**2).mean() - 1) < 5 * np.sqrt(2 / len(z))
-
-
-@pytest.mark.parametrize("code", STEPS)
-def test_rounding_of_special_numbers(code: str) -> None:
-    form = reference.FLOATS[code]
-    f32 = reference.FLOATS["f32"].largest
-    values = np.array([0.0, np.inf, form.largest, form.smallest, 2.0**form.lowest, 1.0])
-    values = np.concatenate([values, -values])
-    fixed = np.repeat(values, 50)
-    np.testing.assert_array_equal(rounded(fixed, code), fixed)
-    assert np.array_equal(np.signbit(rounded(fixed, code)), np.signbit(fixed))
-    largest = np.repeat([f32, -f32, form.largest * (1 + 2.0**-20)], 200)
-    with np.errstate(over="ignore"):
-        got = rounded(largest.astype(np.float32).astype(float), code)
-    if code == "bf16":  # a finite number stays finite
-        assert np.isfinite(got).all()
-    else:  # beyond the largest one, to nearest
-        want = np.repeat([np.inf, -np.inf, form.largest], 200)
-        np.testing.assert_array_equal(got, want)
-    bits = np.array([0x7F800001, 0xFF800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
-    x = torch.from_numpy(np.repeat(bits, 99).view(np.float32))
-    avg = torch.zeros(len(x), dtype=bridge.native(code))
-    run("lerp", [pair_of(avg, x, form=f"{code}~")], (1.0,))
-    assert avg.isnan().all()
-
-
 @pytest.mark.parametrize("src", REAL)
 @pytest.mark.parametrize("code", STEPS)
 def test_average_rounded_by_random_bits(code: str, src: str) -> None:
@@ -222,35 +148,6 @@ def test_average_rounded_by_random_bits(code: str, src: str) -> None:
         inner = among & (low != high) & (share > 0.01) & (share < 0.99)
         z = ((got == high) - share)[inner].sum() / np.sqrt((share * (1 - share))[inner].sum())
         assert abs(z) < 5
-
-
-def test_random_bits_belong_to_seed_step_tensor_and_place() -> None:
-    before, x = numbers(5000, "bf16", 1), numbers(5000, "f32", 2)
-    others = [(numbers(700, "bf16", 3), numbers(700, "f32", 4))] * 2
-
-    def result(
-        seed: int = 5, step: int = 9, name: str = "t", index: int = 0, among: bool = False
-    ) -> Array:
-        avg = tensor(before, "bf16")
-        pairs = [pair_of(avg, tensor(x, "f32"), name, form="bf16~", average_index=index)]
-        if among:
-            around = [
-                pair_of(
-                    tensor(a, "bf16"), tensor(b, "f32"), f"o{i}", form="bf16~", average_index=index
-                )
-                for i, (a, b) in enumerate(others)
-            ]
-            pairs = [around[0], *pairs, around[1]]
-        run("lerp", pairs, (0.3, 0.3), seed, step)
-        return stored(avg)
-
-    want = result()
-    np.testing.assert_array_equal(result(), want)
-    np.testing.assert_array_equal(result(among=True), want)
-    changed = [result(seed=6), result(step=10), result(name="u"), result(index=1)]
-    changed += [result(seed=5 + 2**40), result(step=9 + 2**32)]
-    assert all(0.2 < np.mean(one != want) < 0.5 for one in changed)
-    assert all(0.2 < np.mean(a != b) < 0.5 for a, b in pairwise(changed))
 
 
 # A part of a whole tensor, whose indices may pass a multiple of 2**32: whole and offset.
@@ -288,9 +185,3 @@ def test_random_bits_are_the_kernels(
         run(operation, [pair], (1.0,), 2**40 + 3, 2**33 + 7)
         run_kernels(operation, [other], (1.0,), 2**40 + 3, 2**33 + 7)
         assert torch.equal(words(to), words(again))
-
-
-@pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
-def test_copies_are_rounded_to_nearest(operation: str) -> None:
-    pair = pair_of(tensor(numbers(3000, "bf16"), "bf16"), tensor(numbers(3000, "f32"), "f32"))
-    assert_same_bits([pair], run_both(operation, [pair._replace(form="bf16~")]))

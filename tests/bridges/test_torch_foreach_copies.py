@@ -18,7 +18,6 @@ from ..support.arrays import assert_same, numbers
 from ..support.tolerance import cast_bound, unit_roundoff
 from .foreach_runs import (
     COMPLEX,
-    EXACT,
     PAIR_IDS,
     PAIRS,
     REAL,
@@ -39,7 +38,6 @@ from .foreach_runs import (
     values_of,
     window_pair,
     with_specials,
-    words,
 )
 
 pytestmark = pytest.mark.torch
@@ -73,18 +71,6 @@ def test_copies_of_every_pair_of_floats(dst: str, src: str, operation: str) -> N
 
 
 @pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
-@pytest.mark.parametrize("code", [*EXACT, *REAL, *COMPLEX])
-def test_equal_dtypes_are_moved_to_the_bit(code: str, operation: str) -> None:
-    sides = [tensor(numbers(700, code, i, "bits"), code) for i in (1, 2)]
-    old = [words(one).clone() for one in sides]
-    form = f"{code}~" if code in STEPS else ""
-    run(operation, [pair_of(*sides, form=form)])
-    new = {"copy": (1, 1), "cast_back": (0, 0), "swap": (1, 0)}[operation]
-    for side, index in zip(sides, new, strict=True):
-        assert torch.equal(words(side), old[index])
-
-
-@pytest.mark.parametrize("operation", ["copy", "cast_back", "swap"])
 @pytest.mark.parametrize("src", REAL)
 def test_copies_of_an_average_in_two_halves(src: str, operation: str) -> None:
     ties = ((np.arange(1 << 16) << 16) | 0x8000).astype(np.uint32).view(np.float32)
@@ -103,28 +89,6 @@ def test_copies_of_an_average_in_two_halves(src: str, operation: str) -> None:
         assert_same(joined(pair), x, "f32")
     if operation != "copy":
         assert_same(stored(pair.src.owner), avg, "f32")
-
-
-def test_park_and_back() -> None:
-    ends = np.array([0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0x8000, 0x7FFF, 0, 0x7F800000])
-    ties = np.concatenate([np.arange(1 << 16) << 16 | low for low in (0x8000, 0x7FFF, 1)])
-    avg = np.concatenate([ends, ends | 0x80000000, ties]).astype(np.uint32).view(np.float32)
-    avg = np.concatenate([avg, numbers(30_000, "f32", 3, "bits")])
-    x = np.resize(np.random.default_rng(1).permutation(1 << 16).astype(np.uint16), avg.size)
-    pair = pair_of(tensor(avg, "f32"), tensor(x, "bf16"))
-    assert_same_bits([pair], run_both("park", [pair]))
-    nan = np.isnan(avg)
-    away = reference.split(avg[~nan])[0]
-    np.testing.assert_array_equal(stored(pair.src.owner)[~nan], away)
-    assert_same_bits([pair], run_both("unpark", [pair]))
-    np.testing.assert_array_equal(stored(pair.src.owner), x)
-    bits = avg.view(np.uint32)
-    lost = nan & (bits & 0x7FFF0000 == 0x7F800000)
-    back = np.where(lost, bits | np.uint32(0x400000), bits)
-    np.testing.assert_array_equal(stored(pair.dst.owner).view(np.uint32), back)
-    # A model that was written meanwhile, by whatever numbers.
-    pair = pair_of(tensor(avg, "f32"), tensor(x, "bf16"))
-    assert_same_bits([pair], run_both("unpark", [pair]))
 
 
 # -- measures --------------------------------------------------------------------------------------
@@ -254,21 +218,3 @@ def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, runn
                 code == "f64" and "f32" in formats
             )
             assert np.all(np.abs(got - theirs) <= near)
-
-
-def test_what_is_not_finite_passes_through() -> None:
-    window, formats = 4, WINDOWS[0]
-    pair = window_pair(formats, 90, window)
-    for turn in range(1, 30):
-        x = torch.from_numpy(numbers(90, "f32", turn))
-        if turn == 9:
-            x[:3] = torch.tensor([np.inf, -np.inf, np.nan])
-        pair.src.owner.copy_(x)
-        moment = ((float(min(turn, window)),), 1, turn, window, (turn - 1) % window, turn)
-        (run if turn < 12 else run_kernels)("window", [pair], *moment)
-        bad = (~pair.dst.owner.isfinite()).sum()
-        within = 9 <= turn < 9 + window
-        assert bad == 3 if within else bad == 0 or turn < 9 + 2 * window
-        assert pair.residual.owner.isfinite().all()
-        if turn == 10:
-            assert pair.dst.owner[:2].tolist() == [np.inf, -np.inf]

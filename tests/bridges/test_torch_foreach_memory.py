@@ -15,7 +15,6 @@ import torch
 from fastema.bridges import torch as bridge
 from fastema.bridges import torch_foreach as foreach
 from fastema.errors import DTypeError
-from fastema.kernels.table import STILL
 from fastema.layout.device_context import LaunchArgs
 
 from ..support.arrays import numbers
@@ -23,7 +22,6 @@ from .foreach_runs import (
     EXACT,
     REAL,
     SPLIT,
-    STEPS,
     WINDOWS,
     Array,
     assert_same_bits,
@@ -33,7 +31,6 @@ from .foreach_runs import (
     run,
     run_both,
     split_pair,
-    stored,
     tensor,
     twin,
     window_pair,
@@ -149,39 +146,6 @@ def test_parameters_keep_what_they_are_and_autograd_is_told() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("operation", ["lerp", "swap", "copy"])
-def test_tensors_of_inference_mode(operation: str) -> None:
-    with torch.inference_mode():
-        sides = [tensor(numbers(90, code, i), code) for i, code in enumerate(["bf16", "f32"])]
-    pair = pair_of(*sides)
-    assert pair.dst.owner.is_inference()
-    assert_same_bits([pair], run_both(operation, [pair], (0.25,)))
-
-
-def test_defaults_of_torch_are_of_no_account() -> None:
-    def result() -> list[Array]:
-        x = tensor(numbers(900, "f64", 2), "f64")
-        avg = [tensor(numbers(900, code, 1), code) for code in ("f16", "bf16")]
-        random = [
-            pair_of(a, x, f"t{i}", form=f"{code}~")
-            for i, (a, code) in enumerate(zip(avg, STEPS, strict=True))
-        ]
-        measures = run("lerp_measured", random, (0.3,))
-        mean = window_pair(WINDOWS[1], 900, 3)
-        run("window", [mean], (1.0,), 0, 0, 3, 1, 1)
-        return [*map(stored, avg), measures, stored(mean.dst.owner)]
-
-    want = result()
-    prepared = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        got = result()
-    finally:
-        torch.set_default_dtype(prepared)
-    for one, other in zip(got, want, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 # -- batches and memory ----------------------------------------------------------------------------
 
 
@@ -218,37 +182,6 @@ def test_batches_cover_every_element_once() -> None:
         )
     # Full ones: no more than twice as many as there have to be, of each kind.
     assert len(made) <= 2 * (sum(sizes.values()) // 100) + 4
-
-
-def test_dense_pieces_are_flat_whatever_the_order_of_axes() -> None:
-    """Lists of tensors that lie alike are what torch takes in one launch."""
-    avg, x = (torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last) for _ in range(2))
-    other = torch.zeros(2, 3, 4, 5, dtype=torch.complex64).permute(3, 0, 2, 1)
-    gapped = torch.zeros(9, 8)[:, :4]
-    pairs = [pair_of(avg, x), pair_of(other, other.clone()), pair_of(gapped, gapped.clone())]
-    made = foreach.batches("lerp", pairs, 1000)
-    assert [[one.shape for one in batch.dst] for batch in made] == [[(120,), (240,), (9, 4)]]
-    (mean,) = foreach.batches("window", [window_pair(WINDOWS[0], 7, 3)], 1000)
-    assert mean.ring[0].shape == (3, 7)
-
-
-def test_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    def results(most: int) -> list[Array]:
-        monkeypatch.setattr(foreach, "AT_ONCE", most)
-        found = []
-        for operation, dst, src in [("lerp", "f32", "bf16"), ("swap", "f16", "f64")]:
-            a = tensor(numbers(7000, dst, 1).reshape(70, 100), dst).t()
-            x = tensor(numbers(7000, src, 2).reshape(100, 70), src)
-            run(operation, [pair_of(a, x)], (0.25,))
-            found += [stored(a), stored(x)]
-        pair = split_pair(numbers(7000, "f32", 1), tensor(numbers(7000, "f32", 2), "f32"))
-        measures = run("lerp_measured", [pair], (0.75,))
-        mean = window_pair(WINDOWS[0], 7000, 3)
-        run("window", [mean], (2.0,), 0, 0, 3, 1, 2)
-        return [*found, joined(pair), measures[:, STILL], stored(mean.dst.owner)]
-
-    for one, other in zip(results(1 << 20), results(999), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):

@@ -54,24 +54,11 @@ def test_shards_of_any_ending_are_not_copied_over_the_average() -> None:
     assert load_file("out/a.sft")["a"].tolist() == [1.5, 1.5]
 
 
-def test_the_index_keeps_its_name() -> None:
-    shards("s-1", 1.0, ".safetensors", "diffusion_pytorch_model")
-    average(["s-1"], [1.0], "out")
-    assert Path("out/diffusion_pytorch_model.safetensors.index.json").exists()
-
-
 @pytest.mark.parametrize("how", [torch.conj, lambda x: torch.conj(x).imag])
 def test_a_tensor_that_torch_changes_when_it_is_read_is_refused(how: Any) -> None:
     torch.save({"w": how(torch.tensor([1 + 2j]))}, "c.pt")
     with pytest.raises(CheckpointError, match="is to be changed"):
         average(["c.pt"], [1.0], "c.safetensors")
-
-
-def test_a_checkpoint_of_no_weight_has_no_part() -> None:
-    save_file({"a": torch.tensor([float("nan")])}, "n-1.safetensors")
-    save_file({"a": torch.ones(1)}, "n-2.safetensors")
-    average(["n-1.safetensors", "n-2.safetensors"], [0.0, 1.0], "m.safetensors")
-    assert load_file("m.safetensors")["a"].item() == 1.0
 
 
 def test_a_later_save_is_not_overtaken_by_an_earlier_one() -> None:
@@ -227,12 +214,6 @@ def test_odd_states_are_a_line(name: str) -> None:
         inspect("odd.pt")
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "."])
-def test_what_is_no_name_is_refused(name: str) -> None:
-    with pytest.raises(StorageError):
-        save(fastema.EMA([np.ones(3)]), name)
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
 def test_a_pipe_is_not_replaced() -> None:
     os.mkfifo("pipe")
@@ -259,13 +240,6 @@ def test_a_folder_without_its_files_is_not_whole() -> None:
     next(Path("gone").glob("*.distcp")).unlink()
     with pytest.raises(CheckpointError, match="is not whole"):
         inspect("gone")
-
-
-def test_axes_of_one_element_have_any_stride() -> None:
-    model = nn.Conv2d(4, 8, 1).to(memory_format=torch.channels_last)
-    torch.save(model.state_dict(), "conv.pt")
-    average(["conv.pt"], [1.0], "conv.safetensors")
-    assert torch.equal(load_file("conv.safetensors")["weight"], model.weight)
 
 
 def test_rounding_is_carried_and_the_model_is_no_output() -> None:

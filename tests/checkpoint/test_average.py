@@ -63,16 +63,6 @@ def test_an_average_is_the_sum_in_float64_of_any_layout(layout: str, tmp_path: P
         assert {file.name for file in out.iterdir()} == expected
 
 
-def test_the_model_of_a_folder_is_taken_and_not_what_lies_beside_it(tmp_path: Path) -> None:
-    paths = [save_folder(tmp_path / f"checkpoint-{i}", one) for i, one in enumerate(STATES)]
-    for path in paths:  # as the Trainer and our callback leave them
-        save_file({"other": torch.ones(1)}, path / "ema.safetensors")
-        torch.save({"state": {}}, path / "optimizer.pt")
-    out = average(paths, WEIGHTS, tmp_path / "out")
-    assert_average(out, WEIGHTS)
-    assert not (out / "ema.safetensors").exists()
-
-
 def test_layouts_and_dtypes_may_be_mixed_and_the_newest_decides(tmp_path: Path) -> None:
     wide = {name: t.double() if t.dtype == torch.float32 else t for name, t in STATES[1].items()}
     first = save_dcp(tmp_path / "a", STATES[0])

@@ -57,43 +57,6 @@ def test_what_is_written_is_read_by_the_package(tmp_path: Path) -> None:
     assert files.read(path).metadata == {"note": "x", "n": "3"}
 
 
-def test_what_the_package_writes_is_read(tmp_path: Path) -> None:
-    arrays = some_arrays(2)
-    path = tmp_path / "a.safetensors"
-    safetensors_numpy.save_file(arrays, path, metadata={"who": "them"})
-    found = files.read(path)
-    assert found.metadata == {"who": "them"}
-    for name, array in arrays.items():
-        assert found.tensors[name].shape == array.shape
-        assert found.tensors[name].size == array.size
-    assert content(path) == {name: array.tobytes() for name, array in arrays.items()}
-
-
-def test_bfloat16_from_torch(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file
-
-    tensor = torch.randn(5, 3).bfloat16()
-    path = tmp_path / "a.safetensors"
-    files.write(path, {"x": describe(tensor)})
-    assert torch.equal(load_file(path)["x"], tensor)
-    assert files.read(path).tensors["x"].kind.code == "bf16"
-
-
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-def test_floats_of_8_bits_from_torch(name: str, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file
-
-    tensor = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name))
-    path = tmp_path / "a.safetensors"
-    files.write(path, {"x": describe(tensor)})
-    loaded = load_file(path)["x"]
-    assert loaded.dtype == tensor.dtype
-    assert torch.equal(loaded.view(torch.uint8), tensor.view(torch.uint8))
-    assert files.read(path).tensors["x"].kind.code == name.replace("float8_", "f8")
-
-
 @pytest.mark.parametrize("array", [np.ones((4, 6)).T, np.ones(8)[::2], np.ones(3, np.complex128)])
 def test_what_the_format_cannot_hold_is_refused_before_a_file_is_made(
     array: np.ndarray, tmp_path: Path
@@ -132,38 +95,6 @@ def test_damage_is_found_at_once(kind: str, tmp_path: Path) -> None:
     path.write_bytes(damaged(kind, path.read_bytes()))
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         files.read(path)
-
-
-def test_a_file_cut_short_later_is_found_when_it_is_used(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    array = np.arange(100.0)
-    files.write(path, {"x": describe(array)})
-    found = files.read(path)
-    os.truncate(path, path.stat().st_size - 8)
-    with (
-        pytest.raises(CheckpointError, match="was changed while it was read"),
-        found.opened() as fill,
-    ):
-        fill(found.tensors["x"].offset, memoryview(bytearray(800)))
-
-
-def test_a_failed_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "a.safetensors"
-    old = np.arange(3.0)
-    files.write(path, {"x": describe(old)})
-    before = path.read_bytes()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files, "fsync", full)
-    new = np.arange(5.0)
-    with pytest.raises(OSError, match="No space"):
-        files.write(path, {"x": describe(new)})
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -216,13 +147,6 @@ def test_what_another_is_writing_is_left_alone(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == names
 
 
-def test_a_write_within_a_write_leaves_the_outer_one_alone(tmp_path: Path) -> None:
-    with files.moved_into_place(tmp_path / "outer") as partial:
-        Path(partial).write_text("outer")
-        files.write(tmp_path / "inner", {"x": describe(np.arange(4.0))})
-    assert (tmp_path / "outer").read_text() == "outer"
-
-
 def test_a_full_disk_is_our_error_and_leaves_the_old_file(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     path = tmp_path / "a.safetensors"
@@ -240,21 +164,6 @@ def test_a_full_disk_is_our_error_and_leaves_the_old_file(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_missing_folder_is_our_error_and_the_systems(tmp_path: Path) -> None:
-    path = tmp_path / "no" / "a.safetensors"
-    with pytest.raises(OSError, match="cannot write") as caught:
-        files.write(path, {"x": describe(np.arange(3.0))})
-    assert isinstance(caught.value, CheckpointError)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["__metadata__", "\ud800"], ids=ascii)
-def test_names_that_no_file_can_hold_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="of this name"):
-        files.write(tmp_path / "a.safetensors", {name: describe(np.arange(3.0))})
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -279,19 +188,6 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     for path in (pipe, tmp_path):
         with pytest.raises(CheckpointError, match="is not a file"):
             files.read(path)
-
-
-def test_the_package_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    files.write(tmp_path / "a.safetensors", {"x": describe(np.arange(3.0))})
-    assert content(tmp_path / "a.safetensors") == {"x": np.arange(3.0).tobytes()}
-
-
-def test_elements_lie_at_multiples_of_their_size(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    files.write(path, {name: describe(array) for name, array in some_arrays(4).items()})
-    for tensor in files.read(path).tensors.values():
-        assert tensor.offset % tensor.kind.itemsize == 0
 
 
 @pytest.mark.slow

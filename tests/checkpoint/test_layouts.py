@@ -16,7 +16,7 @@ from fastema.checkpoint import convert, inspect, load, load_into, save
 from fastema.checkpoint.conversion import LIBRARIES
 from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import ArgumentError, CheckpointError
-from fastema.rules import Constant, CumulativeMean, Power, Warmup
+from fastema.rules import Constant, Power
 from fastema.rules.ema import InverseGamma
 
 from ..support.peers import PEERS, Peer
@@ -375,38 +375,6 @@ def test_the_weights_alone_are_streamed_with_tied_names_once(tmp_path: Path) -> 
         assert b'"b.weight": "a.weight"' in file.read()
 
 
-def test_a_warm_up_goes_on_from_its_count(tmp_path: Path) -> None:
-    model = build_model()
-    average = fastema.compat.torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.99)
-    ema = fastema.EMA(model, decay=Warmup(0.99), buffers="skip")
-    for step in range(6):
-        move(model, step)
-        average.update()
-        ema.update()
-    torch.save(average.state_dict(), tmp_path / "ema.pt")
-    names = parameters(model)
-    convert(tmp_path / "ema.pt", tmp_path / "ema.safetensors", to="fastema", names=names)
-    other = fastema.EMA(model, decay=0.5, buffers="skip")
-    load_into(other, tmp_path / "ema.safetensors")
-    assert (other.schedule, other.num_updates) == (ema.schedule, 6)
-    assert_same(dict(other.shadow), dict(ema.shadow))
-    convert(tmp_path / "ema.safetensors", tmp_path / "back.pt", to="torch_ema", names=names)
-    state = torch.load(tmp_path / "back.pt", weights_only=True)
-    assert (state["decay"], state["num_updates"]) == (0.99, 6)
-
-
-def test_a_mean_is_that_of_swa(tmp_path: Path) -> None:
-    model = build_model()
-    average = torch.optim.swa_utils.AveragedModel(model)
-    average.update_parameters(model)
-    torch.save(average.state_dict(), tmp_path / "swa.pt")
-    convert(tmp_path / "swa.pt", tmp_path / "swa.safetensors", to="fastema")
-    swa = fastema.SWA(model)
-    load_into(swa, tmp_path / "swa.safetensors")
-    assert isinstance(swa.schedule.rules[0], CumulativeMean)
-    assert swa.num_updates == 1
-
-
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown library": ({"to": "keras"}, r"to='keras': expected one of fastema, safetensors"),
     "a list without names": ({"to": "swa_utils"}, r"torch_ema\) has no names of the model"),
@@ -429,12 +397,6 @@ def test_a_conversion_that_cannot_be_is_refused(name: str, tmp_path: Path) -> No
         convert(tmp_path / "ema.pt", out, **given)
     assert [one.name for one in tmp_path.iterdir()] == ["ema.pt"]
     assert (tmp_path / "ema.pt").read_bytes() == before
-
-
-def test_a_list_needs_an_order_that_safetensors_has_not(tmp_path: Path) -> None:
-    save(fastema.EMA(build_model(), decay=0.9), tmp_path / "ema.safetensors")
-    with pytest.raises(ArgumentError, match=r"in the order of model\.parameters"):
-        convert(tmp_path / "ema.safetensors", tmp_path / "out.pt", to="torch_ema")
 
 
 def test_a_decay_is_asked_for_where_none_is_known(tmp_path: Path) -> None:

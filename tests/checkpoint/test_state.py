@@ -26,22 +26,6 @@ def average(seed: int, **options: Any) -> fastema.EMA:
     return fastema.EMA(weights, (rules.warmup(0.99), 0.5), **options)
 
 
-def test_a_bias_corrected_average_of_mixed_steps_comes_back(tmp_path: Path) -> None:
-    ema = average(1, zero_debias=True)
-    for steps in (1, 4, 2):
-        ema.update(steps=steps)
-    path = tmp_path / "a.safetensors"
-    write_state(path, ema.state_dict(), step="7")
-    found = read_state(files.read(path), np.zeros(1))
-    assert found["log_decays"] == ema.state_dict()["log_decays"]
-    other = average(2, zero_debias=True)
-    other.load_state_dict(found)
-    for one, two in zip(ema.shadows, other.shadows, strict=True):
-        for name in one:
-            np.testing.assert_array_equal(one[name], two[name])
-    assert other.state_dict()["log_decays"] == ema.state_dict()["log_decays"]
-
-
 @pytest.mark.parametrize("place", [-1, -30, -60])
 def test_a_changed_byte_of_a_tensor_is_damage(place: int, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"

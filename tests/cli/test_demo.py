@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastema.cli import demo
-from fastema.cli.demo import data, models, picture, speed, summary, train
+from fastema.cli.demo import models, picture, speed, summary, train
 from fastema.cli.demo.choices import Recipe
 from fastema.cli.demo.train import Evaluation, History, Score, Times
 
@@ -56,12 +56,6 @@ def test_a_short_run(tmp_path: Path, fastema: Callable[..., Any]) -> None:
     assert [len(row) for row in _rows(printed)] == [9, 9]
     assert "GB/s" in printed
     assert max(map(len, printed.splitlines()[:-1])) <= 80
-
-
-def test_quiet(tmp_path: Path, fastema: Callable[..., Any]) -> None:
-    printed = fastema(SHORT, "--quiet", "--out", tmp_path / "a.png").out
-    assert "epoch   loss" not in printed
-    assert printed.count("\n") < 10
 
 
 @pytest.mark.slow
@@ -113,17 +107,6 @@ def test_a_picture_that_cannot_be_written_is_refused_before_training(
         assert f"--out: cannot write {out}: " in fastema("demo", "--out", out, code=2).err
 
 
-def test_checking_a_path_leaves_the_folder_as_it_was(
-    tmp_path: Path, fastema: Callable[..., Any]
-) -> None:
-    kept = tmp_path / "kept.png"
-    kept.write_bytes(b"an older picture")
-    for out in (kept, tmp_path / "new.png"):
-        fastema("demo", "--out", out, "--epochs", "0", code=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.png"]
-    assert kept.read_bytes() == b"an older picture"
-
-
 # Training
 
 
@@ -140,13 +123,6 @@ def test_a_seed_fixes_all_numbers(model: str) -> None:
     assert other.evaluations != history.evaluations
 
 
-def test_averaging_does_not_disturb_the_training() -> None:
-    _, slow = _train(Recipe(model="mlp", epochs=2, batch_size=64, decay=0.99))
-    _, quick = _train(Recipe(model="mlp", epochs=2, batch_size=64, decay=0.5))
-    assert [seen.raw for seen in slow.evaluations] == [seen.raw for seen in quick.evaluations]
-    assert [seen.ema for seen in slow.evaluations] != [seen.ema for seen in quick.evaluations]
-
-
 @pytest.mark.slow
 def test_the_average_wins_by_the_default_recipe() -> None:
     _, history = _train(Recipe(model="mlp", epochs=12))
@@ -154,29 +130,6 @@ def test_the_average_wins_by_the_default_recipe() -> None:
     assert seen.ema_accuracy.mean > seen.raw_accuracy.mean
     assert seen.ema_loss.mean < seen.raw_loss.mean
     assert seen.ema_accuracy.std < seen.raw_accuracy.std
-
-
-def test_evaluations_and_times_of_each_epoch() -> None:
-    _, history = _train(Recipe(model="mlp", epochs=3, batch_size=64))
-    ends = [seen.epoch for seen in history.epoch_ends]
-    assert ends == [1.0, 2.0, 3.0]
-    assert len(history.evaluations) == 3 * train.EVALUATIONS_PER_EPOCH
-    assert [len(times.steps_s) for times in history.times] == [898 // 64] * 3
-    for times in history.times:
-        assert times.update_s > 0
-        assert times.step_s > 0
-        assert times.limits_s
-
-
-def test_torch_settings_and_random_numbers_are_left_alone() -> None:
-    threads = torch.get_num_threads()
-    state = torch.random.get_rng_state()
-    with train.reproducible():
-        assert torch.are_deterministic_algorithms_enabled()
-        train.prepare(Recipe(model="mlp"))
-    assert torch.get_num_threads() == threads
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 # Models and data
@@ -189,30 +142,7 @@ def test_models(name: str) -> None:
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, models.CLASSES)
 
 
-def test_the_split() -> None:
-    digits = data.load(seed=0)
-    assert digits.shifted.shape == (9, demo.TRAIN_IMAGES, 1, 8, 8)
-    assert digits.test_images.shape == (1797 - demo.TRAIN_IMAGES, 1, 8, 8)
-    assert digits.shifted.dtype == digits.test_images.dtype == torch.float32
-    assert digits.labels.bincount().min() >= 80  # stratified: about 90 of each
-    train_images = {image.numpy().tobytes() for image in digits.shifted[4]}
-    test_images = {image.numpy().tobytes() for image in digits.test_images}
-    assert not train_images & test_images
-    assert not torch.equal(data.load(seed=1).labels, digits.labels)
-
-
 # Speed, words, picture
-
-
-def test_measuring_leaves_the_model_alone() -> None:
-    model = models.build("mlp")
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    machine = speed.measure(model)
-    assert all(map(torch.equal, before, model.parameters()))
-    assert machine.update_bytes == 12 * sum(parameter.numel() for parameter in before)
-    assert machine.gbps(machine.update_s) > 0
-    assert machine.gbps(machine.limit_s) > 0
-    machine.yardstick()
 
 
 @pytest.mark.parametrize(
@@ -228,18 +158,6 @@ def test_measuring_leaves_the_model_alone() -> None:
 )
 def test_the_takeaway_says_what_happened(raw: float, ema: float, said: str) -> None:
     assert summary.takeaway(summary.tail(_history([(raw, ema)]))).startswith(said)
-
-
-def test_a_diverged_run_is_called_so() -> None:
-    seen = summary.tail(_history([(10.0, 10.0)], loss=math.nan))
-    assert "diverged" in summary.takeaway(seen)
-
-
-def test_the_tail_is_the_last_third() -> None:
-    seen = summary.tail(_history([(0.0, 0.0)] * 4 + [(96.0, 99.0), (98.0, 99.0)]))
-    assert seen.epochs == 2
-    assert (seen.raw_accuracy.mean, seen.raw_accuracy.std) == (97.0, 1.0)
-    assert (seen.ema_accuracy.mean, seen.ema_accuracy.std) == (99.0, 0.0)
 
 
 @pytest.mark.parametrize("suffix", demo.PICTURE_SUFFIXES)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fastema import EMA, __version__, cli, get_num_threads
-from fastema.engine import limit
 
 NEEDS = ("torch",)
 
@@ -66,11 +65,3 @@ def test_a_swap_that_loses_weights_is_noticed(
     monkeypatch.setattr(EMA, "_restore", spoilt)
     said = "swap and back of float32 is wrong: the weights did not come back"
     assert said in doctor(code=1).err
-
-
-def test_packages_that_are_missing_have_a_command(
-    doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli.doctor, "_version", lambda package: None if package == "jax" else "1")
-    monkeypatch.setattr(limit, "StreamCopy", limit.ReadReadWrite)
-    assert 'missing    jax, for JAX pytrees: pip install "fastema[jax]"' in doctor().out

@@ -140,11 +140,6 @@ def test_every_value_and_policy(
     assert got["x_ema"] == written(ExponentialMovingAverage(decay, **kept), cells)
 
 
-def test_other_separators_stay(path: Path, smooth: Any) -> None:
-    path.write_text("step\tloss\n1\t2.0\n2\t1.0\n")
-    assert smooth(path, "--sma", 2).out == "step\tloss\tloss_sma\n1\t2.0\t2.0\n2\t1.0\t1.5\n"
-
-
 def test_json(path: Path, smooth: Any) -> None:
     rows = [{"loss": 2.0, "step": 10}, {"eval_loss": 3.0, "step": 10}, {"loss": 1.0, "step": 20}]
     path.write_text(json.dumps({"log_history": rows}))
@@ -168,36 +163,6 @@ def test_event_files(tmp_path: Path, smooth: Any) -> None:
     assert got[raw[0]] == list(map(repr, values))
     assert got[f"{raw[0]}_ema"] == written(ExponentialMovingAverage(0.75), got[raw[0]])
     assert len(got) == 5
-
-
-def test_without_the_raw_columns(path: Path, smooth: Any) -> None:
-    got = columns(smooth(path, "--no-raw", "--metrics", "*loss", "--ema", 0.9).out)
-    assert list(got) == ["epoch", "step", "lr", "note", "size", "loss_ema", "val_loss_ema"]
-
-
-def test_smoothing_what_was_smoothed(path: Path, tmp_path: Path, smooth: Any) -> None:
-    once = tmp_path / "once.csv"
-    smooth(path, "--metrics", "loss", "--ema", 0.9, "-o", once)
-    got = columns(smooth(once, "--metrics", "loss", "--ema", 0.99).out)
-    assert list(got)[-2:] == ["loss_ema", "loss_ema_0.99"]
-    # The averages that are there are not averaged again.
-    got = columns(smooth(once).out)
-    assert [name for name in got if name.startswith("loss_ema_")] == ["loss_ema_0.9"]
-    once.write_text("loss,loss_ema,loss_ema_0.5\n1,2,3\n2,3,4\n")
-    said = smooth(once, "--metrics", "loss", "--ema", 0.5, code=2).err
-    assert "has a column 'loss_ema_0.5' already" in said
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_picture(suffix: str, path: Path, tmp_path: Path, smooth: Any) -> None:
-    require_packages("matplotlib")
-    picture = tmp_path / f"out.{suffix}"
-    picture.write_text("an older one")
-    printed = smooth(path, "--plot", picture)
-    assert printed.out == ""  # nobody asked for the columns
-    assert printed.err.splitlines()[-1] == f"Picture: {picture}"
-    assert picture.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
-    assert "loss_ema" in smooth(path, "--plot", picture, "-o", "-").out
 
 
 def test_the_picture_shows_the_columns(
@@ -310,28 +275,11 @@ def test_a_write_that_fails_leaves_the_older_file(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("older", [True, False])
-def test_a_link_is_followed(older: bool, path: Path, tmp_path: Path, smooth: Any) -> None:
-    (tmp_path / "real").mkdir()
-    link, target = tmp_path / "out.csv", tmp_path / "real" / "out.csv"
-    link.symlink_to("real/out.csv")
-    if older:
-        target.write_text("older")
-    smooth(path, "-o", link)
-    assert link.is_symlink()
-    assert "loss_ema" in columns(target.read_text())
-
-
 def test_a_device_is_written_to(path: Path, tmp_path: Path, smooth: Any) -> None:
     link = tmp_path / "null"
     link.symlink_to(os.devnull)
     smooth(path, "-o", link)
     assert not Path(os.devnull).is_file()
-
-
-def test_no_column_counts(path: Path, smooth: Any) -> None:
-    path.write_text("batch,loss\n0,3\n1,2\n0,1\n")
-    assert "3 rows; no column that counts the steps" in smooth(path).err
 
 
 # As a process
@@ -394,11 +342,6 @@ def test_a_named_pipe_is_written_once(path: Path, tmp_path: Path) -> None:
     assert "loss_ema" in columns(text)
 
 
-def test_a_log_that_is_being_written(path: Path, smooth: Any) -> None:
-    path.write_text("wall time,loss\n2024-01-01 10:00,2\n2024-01-01 10:01,3\n2024-01-01 10:02")
-    assert columns(smooth(path, "--sma", 2).out)["loss_sma"][:2] == ["2.0", "2.5"]
-
-
 NO_LOG = {
     "commas alone": (",", "names of columns, but no row yet"),
     "a quote alone": ('"', "its lines are empty"),
@@ -419,17 +362,6 @@ def test_what_is_no_log_is_one_line(name: str, path: Path, smooth: Any) -> None:
     assert printed.err.count("\n") == 1
 
 
-def test_half_a_surrogate_pair_is_written_as_an_escape(
-    path: Path, tmp_path: Path, smooth: Any
-) -> None:
-    path.write_text('{"\\ud800": 2, "note": "\\udfff"}\n{"\\ud800": 3}\n')
-    out = tmp_path / "out.csv"
-    smooth(path, "-o", out)
-    got = columns(out.read_text(encoding="utf-8"))
-    assert got["\\ud800"] == ["2", "3"]
-    assert got["note"] == ["\\udfff", ""]
-
-
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_decimal_commas(delimiter: str, path: Path, smooth: Any) -> None:
     rows = [["step", "loss"], ["1", "0,5"], ["2", "-1,25e-1"], ["3", "nan"], ["4", "2"]]
@@ -437,13 +369,6 @@ def test_decimal_commas(delimiter: str, path: Path, smooth: Any) -> None:
     got = columns(smooth(path, "--sma", "1").out, delimiter)
     assert got["loss"] == ["0,5", "-1,25e-1", "nan", "2"]
     assert got["loss_sma"] == ["0.5", "-0.125", "nan", "2.0"]
-
-
-def test_times_and_speeds_of_a_trainer_are_no_metrics(path: Path, smooth: Any) -> None:
-    row = {"loss": 0.5, "eval_runtime": 3.2, "train_samples_per_second": 10.5, "total_flos": 3e9}
-    path.write_text("".join(f"{json.dumps(row)}\n" for _ in range(3)))
-    averages = [name for name in columns(smooth(path).out) if name.endswith("_ema")]
-    assert averages == ["loss_ema"]
 
 
 def test_many_columns_are_read(path: Path, tmp_path: Path, smooth: Any) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import pickle
-import weakref
 from typing import Any
 
 import pytest
@@ -13,10 +10,10 @@ import torch
 
 from fastema.binding.binding import Binding
 from fastema.compat.averager import ModelAverager
-from fastema.errors import ArgumentError, LayoutError, StateError
+from fastema.errors import LayoutError, StateError
 
 from ..support.peers import is_float, tensors
-from .network import Network, Truth, bits, numbers, refused, trained
+from .network import Network, Truth, bits, numbers, refused
 
 nn = torch.nn
 
@@ -61,41 +58,6 @@ WEIGHTS = pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 # -- updates ---------------------------------------------------------------------------------------
 
 
-@DTYPES
-@WEIGHTS
-@WHERE
-def test_update_and_copy(dtype: Any, weights: Any) -> None:
-    net, average, averager = made(1, weights, dtype)
-    truth, generator = Truth(average, net, is_float), numbers(2)
-    for step, weight in enumerate((0.25, 0.1, 1.0, 0.5), 1):
-        net = Network(9, weights) if step == 2 else net
-        truth.train(net, generator, weight)
-        before = bits(net)
-        averager.update(net, weight, step)
-        truth.check(average, net)
-        assert bits(net) == before
-    averager.copy(net)
-    assert bits(average) == bits(copy.deepcopy(net).to(dtype))
-
-
-@WHERE
-def test_policy_by_the_role_in_the_model() -> None:
-    asked: dict[str, str] = {}
-
-    def policy(name: str, role: str) -> Any:
-        asked.setdefault(name, role)  # what it would be otherwise is asked as well
-        return {"weight": "average", "frozen": "skip", "buffer": "copy"}[role]
-
-    net, average, averager = made(2, policy=policy)
-    old = copied(average)
-    averager.update(net, 0.25, 1)
-    assert (asked["frozen"], asked["scale"]) == ("frozen", "buffer")
-    assert torch.equal(average.frozen, old["frozen"])
-    for name in ("scale", "places"):
-        assert torch.equal(tensors(average)[name], tensors(net)[name])
-    torch.testing.assert_close(average.wide, torch.lerp(old["wide"], net.wide.detach(), 0.25))
-
-
 @WHERE
 def test_parameters_that_are_frozen_and_trained_again() -> None:
     net, average, averager = made(
@@ -107,19 +69,6 @@ def test_parameters_that_are_frozen_and_trained_again() -> None:
         averager.update(net, 0.5, 1)
         want = torch.lerp(old, net.wide.detach(), 0.5) if is_trained else old
         torch.testing.assert_close(average.wide, want, rtol=1e-6, atol=1e-6)
-
-
-def test_policy_is_asked_again_after_forget() -> None:
-    average, x = [torch.randn(3), torch.randn(2)], [torch.randn(3), torch.randn(2)]
-    copies: set[str] = set()
-    averager = ModelAverager(average, lambda name, role: "copy" if name in copies else "average")
-    averager.update(x, 0.5, 1)
-    assert not torch.equal(average[1], x[1])
-    copies.add("1")
-    averager.forget()
-    averager.update(x, 0.5, 2)
-    assert torch.equal(average[1], x[1])
-    assert not torch.equal(average[0], x[0])
 
 
 def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
@@ -147,44 +96,6 @@ def test_tensors_that_move_are_found() -> None:
         truth.step(net, 0.5)
         averager.update(net, 0.5, step)
         truth.check(average, net)
-
-
-def test_random_bits_depend_on_the_step_alone() -> None:
-    net, average, _ = made(11, torch.bfloat16, torch.bfloat16)
-    averages = [average, *(copy.deepcopy(average) for _ in range(3))]
-    averagers = [
-        ModelAverager(one, seed=seed) for one, seed in zip(averages, (1, 1, 1, 2), strict=True)
-    ]
-    averagers[1].update(copy.deepcopy(averages[1]), 0.0, 5)  # a call more
-    for averager, step in zip(averagers, (9, 9, 10, 9), strict=True):
-        averager.update(net, 0.01, step)
-    assert bits(averages[1]) == bits(average)
-    for other in averages[2:]:
-        assert not torch.equal(other.wide, average.wide)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_follows_with_averages_of_its_own(duplicate: Any) -> None:
-    net, average, averager = made(10)
-    averager.update(net, 0.5, 1)
-    own, follower = duplicate((average, averager))
-    before = bits(average)
-    follower.update(net, 1.0, 2)
-    assert bits(average) == before
-    assert bits(own) == bits(net)
-
-
-@WHERE
-def test_a_model_is_not_kept_alive() -> None:
-    net, _, averager = made(17)
-    averager.update(net, 0.5, 1)
-    with averager.swapped(net):
-        pass
-    weight = weakref.ref(net.wide)
-    del net
-    gc.collect()
-    assert weight() is None
-    averager.update(Network(18), 0.5, 2)
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -218,13 +129,6 @@ def test_another_model_is_refused_before_anything_is_written(other: Any, words: 
         averager.update(other, 0.5, 2)
     averager.update(net, 1.0, 2)  # and goes on
     assert bits(average) == bits(net)
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(ArgumentError, match="rounding"):
-        ModelAverager([], rounding="up")
-    with pytest.raises(ArgumentError, match="seed"):
-        ModelAverager([], seed=-1)
 
 
 # -- the averages in the model ---------------------------------------------------------------------
@@ -313,18 +217,6 @@ def test_what_is_taken_away_inside_the_block_is_named_and_the_rest_comes_back() 
         del net.wide
     del raw["wide"]
     assert_back(net, raw)
-    assert bits(average) == old
-
-
-@WHERE
-def test_blocks_are_checked_as_they_begin() -> None:
-    net, average, averager = made(15)
-    one, two = averager.swapped(net), averager.swapped(net)
-    trained(net, numbers(3))
-    raw, old = bits(net), bits(average)
-    with one, pytest.raises(StateError, match="holds the average"):
-        two.__enter__()
-    assert bits(net) == raw
     assert bits(average) == old
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import weakref
 from typing import Any
 
 import pytest
@@ -12,8 +9,6 @@ import pytest
 import fastema
 from fastema.compat import composer
 from fastema.errors import ArgumentError, BridgeError, CheckpointError
-from fastema.rules import Schedule
-from fastema.shadow.schedule_counter import tables_for
 
 from ..support.peers import tensors
 from .network import Network, load_refused, numbers, refused, torch, trained
@@ -63,49 +58,12 @@ def test_compute_ema_of_parameters() -> None:
     assert "frozen" not in ours.all()
 
 
-def test_compute_ema_default_is_the_peers() -> None:
-    model, ema_model = nn.Linear(3, 2), nn.Linear(3, 2)
-    want = ema_model.weight.detach() * 0.99 + model.weight.detach() * 0.01
-    composer.compute_ema(model, ema_model)
-    torch.testing.assert_close(ema_model.weight.detach(), want)
-
-
-@pytest.mark.parametrize("which", ["model", "average"])
-@pytest.mark.parametrize("make", [copy.deepcopy, EMAParameters])
-def test_compute_ema_keeps_neither_side_alive(make: Any, which: str) -> None:
-    sides: dict[str, Any] = {"model": Network(1)}
-    sides["average"] = make(sides["model"])
-    for wrap in (lambda model: model, nn.DataParallel, lambda model: model):
-        composer.compute_ema(wrap(sides["model"]), sides["average"])
-    inside = tensors(sides["model"]).values() if which == "model" else ()
-    gone = [weakref.ref(one) for one in [sides[which], *inside]]
-    del sides[which], inside
-    gc.collect()
-    assert not any(reference() is not None for reference in gone)
-
-
 def test_compute_ema_refuses() -> None:
     model, ema_model = Network(1), Network(2)
     with refused(ArgumentError, "smoothing", ema_model):
         composer.compute_ema(model, ema_model, 1.5)
     with pytest.raises(BridgeError, match="named_parameters_dict"):
         composer.compute_ema(model, object())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "decay", "interval"),
-    [
-        ({}, 2 ** (-1 / 1000), 1),
-        ({"half_life": "50ba"}, 2 ** (-1 / 50), 1),
-        ({"half_life": "50ba", "update_interval": "5ba"}, 2 ** (-5 / 50), 5),
-        ({"half_life": "3ep", "update_interval": "1ep"}, 2 ** (-1 / 3), 1),
-        ({"half_life": None, "smoothing": 0.9}, 0.9, 1),
-        ({"half_life": None, "smoothing": 0.9, "update_interval": "4ba"}, 0.9, 4),
-    ],
-)
-def test_rule_is_the_schedule(arguments: Any, decay: float, interval: int) -> None:
-    rule = composer.rule(**arguments)
-    assert rule.weight(interval, interval) == pytest.approx(1 - decay, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -263,14 +221,6 @@ def test_a_model_with_more_than_the_average_is_not_exported() -> None:
         composer.export(ema, model)
 
 
-def test_checkpoints_from_before_algorithms_were_in_a_list() -> None:
-    averages = Network(3)
-    state = {"algorithms": {"Mixup": {}, "EMA": state_of(EMAParameters(averages))}}
-    ema = average_of(Network(2))
-    composer.load(ema, {"state": state}, num_updates=5)
-    assert torch.equal(ema.shadow["wide"], averages.wide)
-
-
 def within(state: Any, **others: Any) -> dict[str, Any]:
     """A trainer's checkpoint with this state of the algorithm."""
     return {"state": {"model": {}, "algorithms": [("EMA", state)], **others}}
@@ -319,30 +269,3 @@ def test_checkpoint_that_does_not_fit_is_refused(checkpoint: Any, message: str) 
     for count in (None, 3):
         with load_refused(ema, message):
             composer.load(ema, checkpoint, num_updates=count)
-
-
-@pytest.mark.parametrize(
-    ("timestamp", "given", "count"),
-    [
-        (None, None, 0),
-        ({}, None, 0),
-        ({"Timestamp": {"batch": torch.tensor(6)}}, None, 6),
-        ({"Timestamp": {"batch": 6}}, 9, 9),
-    ],
-)
-def test_batches_of_the_run(timestamp: Any, given: Any, count: int) -> None:
-    ema = average_of(Network(2))
-    composer.load(ema, within(with_parts(), timestamp=timestamp), given)
-    assert ema.num_updates == count
-
-
-@pytest.mark.parametrize("num_updates", [-1, "x", 1.5])
-def test_number_of_updates_that_is_none_is_refused(num_updates: Any) -> None:
-    with pytest.raises(ArgumentError, match="num_updates"):
-        composer.load(average_of(Network(2)), within(with_parts()), num_updates)
-
-
-def test_schedule_of_composer_is_refused_where_the_gpu_counts() -> None:
-    schedule = Schedule(composer.rule("10ba"), update_every=10, start_after=1)
-    with pytest.raises(ArgumentError, match="capturable=True counts update_every=10 from"):
-        tables_for(schedule)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -19,7 +18,7 @@ from fastema.compat.diffusers import EMAModel as Ours
 from fastema.errors import ArgumentError, LayoutError
 
 from ..support.peers import PEERS, diffusers_weight
-from .network import array, numbers, refused
+from .network import numbers, refused
 from .parameter_lists import Truth, parameters, same, trained, values
 
 pytestmark = pytest.mark.torch
@@ -55,28 +54,6 @@ def test_arguments_of_old_scripts() -> None:
 # -- the same numbers ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_get_decay_is_theirs(schedule: str) -> None:
-    one, other = (cls(parameters(), **SCHEDULES[schedule]) for cls in (Ours, Theirs))
-    for n in [*range(300), 10**4, 10**6]:
-        assert one.get_decay(n) == other.get_decay(n)
-        assert one.get_decay(n) == pytest.approx(
-            1.0 - diffusers_weight(n - 1, **SCHEDULES[schedule]), rel=2**-50
-        )
-
-
-def test_until_update_after_step_the_average_is_the_weights_exactly() -> None:
-    weights, generator = parameters(4), numbers(5)
-    ema = Ours(weights, update_after_step=3)
-    for _ in range(4):
-        trained(weights, generator)
-        ema.step(weights)
-        assert same(ema.shadow_params, weights)
-    trained(weights, generator)
-    ema.step(weights)
-    assert not same(ema.shadow_params, weights)
-
-
 @pytest.mark.parametrize("turns", [False, True])
 def test_what_needs_no_gradient_is_looked_at_at_every_step(
     turns: bool, monkeypatch: pytest.MonkeyPatch
@@ -98,22 +75,6 @@ def test_what_needs_no_gradient_is_looked_at_at_every_step(
     truth.check(other.shadow_params)
 
 
-def test_settings_that_are_changed_on_the_way() -> None:
-    weights, generator = parameters(12), numbers(13)
-    one, other = Ours(weights), Theirs(weights)
-    truth = Truth(weights, copied=True)
-    for n in range(1, 20):
-        if n == 8:
-            for ema in (one, other):
-                ema.decay, ema.use_ema_warmup, ema.power, ema.optimization_step = 0.8, True, 1.5, 2
-        trained(weights, generator)
-        one.step(weights)
-        other.step(weights)
-        truth.step(weights, 1.0 - float(other.cur_decay_value or 0.0))
-    truth.check(one.shadow_params)
-    truth.check(other.shadow_params)
-
-
 # -- states ----------------------------------------------------------------------------------------
 
 
@@ -125,17 +86,6 @@ def test_a_part_of_a_state_leaves_the_rest_as_it_is() -> None:
         assert (ema.decay, ema.update_after_step, ema.optimization_step) == (0.7, 4, 12)
         assert ema.power == 1
         assert same(ema.shadow_params, before)
-
-
-def test_a_whole_number_as_min_decay_can_be_saved() -> None:
-    """Theirs refuses what it wrote itself."""
-    weights = parameters(30)
-    with pytest.raises(ValueError, match="min_decay"):
-        Theirs(weights).load_state_dict(Theirs(weights, min_decay=0).state_dict())
-    state = Ours(weights, min_decay=0).state_dict()
-    for cls in (Ours, Theirs):
-        cls(weights).load_state_dict(state)
-    Ours(weights).load_state_dict(Theirs(weights, min_decay=0).state_dict())
 
 
 # -- the average in the model ----------------------------------------------------------------------
@@ -193,14 +143,6 @@ def test_a_saved_folder_is_read_by_both(first: Any, then: Any, tmp_path: Path) -
     ema.save_pretrained(again)
     average = UNet2DModel.from_pretrained(again)
     assert same(average.parameters(), ema.shadow_params)
-
-
-def test_a_model_without_an_average_gives_a_new_one(tmp_path: Path) -> None:
-    model = unet(45)
-    model.save_pretrained(tmp_path)
-    ema = Ours.from_pretrained(tmp_path, UNet2DModel)
-    assert (ema.optimization_step, ema.decay) == (0, 0.9999)
-    assert same(ema.shadow_params, model.parameters())
 
 
 def test_saving_needs_to_know_the_model(tmp_path: Path) -> None:
@@ -268,23 +210,6 @@ def script(folder: Path, cls: Any, *, stop: int | None = None, resume: Any = Non
     return ema
 
 
-@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model:FutureWarning")
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [(Ours, Ours), (Ours, Theirs), (Theirs, Ours)],
-    ids=["ours", "to theirs", "from theirs"],
-)
-def test_a_script_that_is_stopped_and_resumed(first: Any, then: Any, tmp_path: Path) -> None:
-    whole = script(tmp_path / "whole", Theirs)
-    stopped = script(tmp_path / "half", first, stop=3)
-    assert stopped.optimization_step == 3
-    resumed = script(tmp_path / "rest", then, resume=tmp_path / "half")
-    assert resumed.optimization_step == whole.optimization_step == 6
-    for one, other in zip(resumed.shadow_params, whole.shadow_params, strict=True):
-        scale = 6 * 2.0**-23 * float(other.abs().max())
-        np.testing.assert_allclose(array(one), array(other), rtol=0, atol=4 * scale)
-
-
 def accelerated(ema: Any) -> Accelerator:
     accelerator = Accelerator(cpu=True)
     accelerator.register_for_checkpointing(ema)
@@ -307,15 +232,6 @@ def test_accelerate_checkpoints_it(first: Any, tmp_path: Path) -> None:
 
 
 # -- moves and copies ------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
-def test_pinning_without_a_gpu_changes_nothing() -> None:
-    ema = Ours(parameters(54))
-    before = list(ema.shadow_params)
-    with pytest.raises(RuntimeError):
-        ema.pin_memory()
-    assert all(one is other for one, other in zip(ema.shadow_params, before, strict=True))
 
 
 def test_pinned_averages_take_the_place_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import signal
 from typing import Any
 
 import ema_pytorch as theirs
-import numpy as np
 import pytest
 
 from fastema.compat import ema_pytorch as ours
@@ -18,8 +17,6 @@ from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError
 from .ema_pytorch_case import (
     Network,
     assert_close,
-    assert_same,
-    copies,
     floats,
     nn,
     pair,
@@ -76,24 +73,6 @@ def test_same_numbers_with_peer_exact(settings: Any, every: int, foreach: bool) 
     assert spread(yours) > 0.1 or settings.get("beta") == 0.0
 
 
-def test_schedule_in_closed_form() -> None:
-    model = Network()
-    ema = ours.EMA(model, beta=0.95, update_after_step=4, update_every=3, inv_gamma=2.0, power=0.7)
-    average, seen = {}, 0
-    for step in range(60):
-        train([model], 3, step)
-        ema.update()
-        now = {name: tensor.clone() for name, tensor in floats(model).items()}
-        if step == 0 or (step % 3 == 0 and step <= 4):
-            average = now
-        elif step % 3 == 0:
-            decay = min(1 - (1 + (step - 4) / 2.0) ** -0.7, 0.95) ** 3
-            average = {n: decay * average[n] + (1 - decay) * now[n] for n in now}
-            seen += 1
-        torch.testing.assert_close(floats(ema.ema_model), average, atol=1e-12, rtol=0)
-    assert seen == 18
-
-
 @pytest.mark.parametrize(
     ("kind", "every", "schedule"),
     [
@@ -124,14 +103,6 @@ def test_names(kind: str, every: int, schedule: dict[str, Any]) -> None:
 # -- checkpoints ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("include", [True, False])
-def test_state_has_their_layout(include: bool) -> None:
-    mine, yours = pair(include_online_model=include, update_after_step=0)
-    assert list(mine.state_dict()) == list(yours.state_dict())
-    assert any(name.startswith("online_model.") for name in mine.state_dict()) is include
-    assert isinstance(mine.online_model, nn.Module if include else list)
-
-
 @pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
 @pytest.mark.parametrize("interrupted", [1, 4, 17, 18])
 @pytest.mark.parametrize("every", [1, 3])
@@ -148,23 +119,6 @@ def test_a_run_goes_on_in_the_other_library(direction: str, interrupted: int, ev
     run([fresh], range(interrupted, 36))
     assert_close(fresh.ema_model, whole[1].ema_model, atol=1e-13)
     assert int(fresh.step) == 36
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [("EMA", {"update_after_step": 2, "update_every": 3}), ("KarrasEMA", {"sigma_rel": 0.1})],
-)
-def test_copies_go_on_alike(kind: str, settings: dict[str, Any]) -> None:
-    mine, _ = pair(kind, **settings)
-    run([mine], range(10))
-    for one in copies(mine):
-        assert one.model is not mine.model
-        run([one], range(10, 25))
-        again = copy.deepcopy(mine)
-        run([again], range(10, 25))
-        assert_same(one.ema_model, values(again.ema_model))
-        assert spread(one) > 0.1
-    assert int(mine.step) == 10
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -208,45 +162,6 @@ def test_the_model_follows_the_average(kept: float, every: int) -> None:
     mine.update_model_with_ema(0.25)
     yours.update_model_with_ema(0.25)
     assert_close(mine.model, yours.model, atol=1e-12)
-
-
-def test_copies_both_ways() -> None:
-    mine, yours = pair(ignore_names={"table"})
-    train([mine.model, yours.model], 1, 1)
-    mine.copy_params_from_model_to_ema()
-    yours.copy_params_from_model_to_ema()
-    assert_close(mine.ema_model, yours.ema_model, atol=0.0)
-    assert_same(mine.ema_model, values(mine.model))
-    train([mine.ema_model, yours.ema_model], 2, 2)
-    count = int(mine.model.norm.num_batches_tracked)
-    mine.copy_params_from_ema_to_model()
-    yours.copy_params_from_ema_to_model()
-    for one in (yours.model, mine.ema_model):
-        assert_close(mine.model, one, atol=0.0)
-    assert int(mine.model.norm.num_batches_tracked) == count
-
-
-def test_two_models_of_ones_own_and_hyperparameters_that_change() -> None:
-    mine, yours = pair(**SINGLE, peer_exact=True)
-    one, other = twins(2, 5)
-    current = Network(6)
-    for step in range(40):
-        if step == 4:  # another average from here on
-            mine.ema_model, yours.ema_model = twins(2, 8)
-        if step == 10:
-            mine.beta = yours.beta = 0.5
-        if step == 20:
-            mine.update_every = yours.update_every = 4
-        if step == 30:
-            mine.ignore_names.add("scale")
-            yours.ignore_names = {"scale"}
-        run([mine, yours], [step])
-        mine.update_moving_average(one, current, 0.75)
-        yours.update_moving_average(other, current, 0.75)
-    assert_close(one, other, atol=1e-13)
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
-    assert floats(one)["scale"] != floats(current)["scale"]
-    assert ours.EMA(Network()).ignore_names == set()
 
 
 def test_hook_of_an_optimizer() -> None:
@@ -301,18 +216,6 @@ def test_calls_go_to_the_average() -> None:
     assert torch.equal(ema(x), ema.ema_model(x))
 
 
-@pytest.mark.parametrize("moved", [True, False])
-def test_only_the_average_is_moved_to_another_device(
-    moved: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    monkeypatch.setattr(shared, "_follow_device", lambda *models: calls.append(models))
-    settings = {"update_model_with_ema_every": 1, "update_model_with_ema_beta": 0.5}
-    ema = ours.EMA(Network(), **SINGLE, **settings, move_ema_to_online_device=moved)
-    run([ema], range(4))
-    assert calls == [(ema.ema_model, ema.model)] * (3 * moved)
-
-
 def test_a_model_follows_the_device_of_another() -> None:
     ema = ours.EMA(Network())
     ema.restore_ema_model_device()
@@ -323,14 +226,6 @@ def test_a_model_follows_the_device_of_another() -> None:
     assert one.weight.device.type == "cpu"
     shared._follow_device(one, other)
     assert one.weight.device.type == "meta"
-
-
-def test_a_model_of_ones_own_for_the_average() -> None:
-    given = Network(4)
-    assert ours.EMA(Network(), ema_model=given).ema_model is given
-    ema = ours.EMA(Network(), ema_model=lambda: Network(4, torch.float32))
-    assert next(ema.ema_model.parameters()).dtype == torch.float32
-    assert not any(p.requires_grad for p in ema.ema_model.parameters())
 
 
 def test_a_model_that_cannot_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,18 +265,6 @@ def stack(*sizes: int) -> Any:
     return nn.Sequential(*(nn.Linear(3, size) for size in sizes))
 
 
-@pytest.mark.parametrize(
-    ("average", "named"), [((3, 4), "1.weight"), ((3,), "1.weight"), ((3, 3, 2), "2.weight")]
-)
-def test_another_model_is_refused(average: tuple[int, ...], named: str) -> None:
-    ema = ours.EMA(stack(3, 3), ema_model=stack(*average))
-    with refused(LayoutError, named, ema, ema.model):
-        ema.update()
-    assert not ema.initted
-    if len(average) != 2:
-        theirs.EMA(stack(3, 3), ema_model=stack(*average), update_after_step=0).update()  # silently
-
-
 def test_a_failed_update_changes_nothing() -> None:
     mine, yours = pair(**SINGLE)
     run([mine, yours], range(5))
@@ -395,23 +278,6 @@ def test_a_failed_update_changes_nothing() -> None:
     mine.model.conv.weight.data = torch.zeros(5, 3, 3, 3, dtype=torch.float64)
     mine.update()
     assert int(mine.step) == 6
-
-
-@pytest.mark.parametrize("kept", [0.0, 0.5])
-def test_what_cannot_be_given_back_is_not_half_an_update(kept: float) -> None:
-    given_back = {"update_model_with_ema_every": 3, "update_model_with_ema_beta": kept}
-    mine, _ = pair(**SINGLE, **given_back)
-    run([mine], range(6))
-    # It can be read, and not be written.
-    weight = mine.model.conv.weight
-    weight.data = torch.ones(1, dtype=torch.float64).expand(weight.shape)
-    with refused(LayoutError, r"conv\.weight", mine, mine.model):
-        mine.update()
-    weight.data = weight.data.clone()
-    before = mine.ema_model.conv.weight.clone()
-    mine.update()
-    assert int(mine.step) == 7
-    assert not torch.equal(mine.ema_model.conv.weight, before)
 
 
 def test_an_interrupted_step_is_taken_and_counted_or_neither(
@@ -477,39 +343,7 @@ def test_later_values_are_checked_before_anything_is_written(name: str, value: A
         ema.update()
 
 
-@pytest.mark.parametrize("every", [np.int64(3), 3.0, torch.tensor(3)], ids=repr)
-def test_whole_numbers_of_any_type(every: Any) -> None:
-    settings = {"update_after_step": 0, "beta": 0.9, "peer_exact": True}
-    mine, yours = pair(**settings, update_every=every, update_model_with_ema_every=every)
-    assert type(mine.update_every) is type(mine.update_model_with_ema_every) is int
-    run([mine, yours], range(12))
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-12)
-    assert spread(yours) > 0.1
-
-
-@pytest.mark.parametrize("own", [{}, {"peer_exact": True}], ids=str)
-def test_decays_without_a_bound(own: Any) -> None:
-    mine, yours = pair(**SINGLE, beta=None, power=2.0, **own)
-    run([mine, yours], range(40))
-    assert mine.get_current_decay() == pytest.approx(1 - 40**-2.0, abs=1e-7)
-    assert mine.get_current_decay() > 0.9993
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
-
-
 # -- what happens to models in training -----------------------------------------------------------
-
-
-def test_an_average_that_is_cast_with_its_model_or_replaced() -> None:
-    mine, yours = pair(**SINGLE, peer_exact=True)
-    for step in range(12):
-        for ema in (mine, yours):
-            if step == 4:
-                ema.to(torch.float32)
-            if step == 8:
-                ema.ema_model = copy.deepcopy(ema.ema_model)
-        run([mine, yours], [step])
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
-    assert next(mine.ema_model.parameters()).dtype == torch.float32
 
 
 class Wrapped(nn.Module):
@@ -534,31 +368,6 @@ def test_wrapped_models(name: str) -> None:
         mine.update()
         yours.update()
     assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
-
-
-@WRAPPERS
-def test_names_with_those_of_wrappers(name: str) -> None:
-    settings = {
-        "ignore_names": {f"{name}.scale"},
-        "ignore_startswith_names": {f"{name}.conv"},
-        "param_or_buffer_names_no_ema": {f"{name}.frozen"},
-    }
-    emas = [e.EMA(Wrapped(Network(), name), **SINGLE, **settings) for e in (ours, theirs)]
-    for step in range(8):
-        train([getattr(ema.model, name) for ema in emas], 1, step)
-        for ema in emas:
-            ema.update()
-    assert_close(emas[0].ema_model, emas[1].ema_model, atol=1e-5)
-    inside, model = (getattr(one, name) for one in (emas[0].ema_model, emas[0].model))
-    assert torch.equal(inside.frozen, model.frozen)
-    assert not torch.equal(inside.scale, model.scale)
-
-
-def test_no_memory_of_the_other_is_shared() -> None:
-    model = Network()
-    ema = ours.EMA(model, ema_model=model)
-    with pytest.raises(LayoutError, match="overlap"):
-        ema.update()
 
 
 def test_their_wrapper_takes_ours() -> None:

@@ -13,20 +13,17 @@ import pytest
 
 from fastema.compat import ema_pytorch as ours
 from fastema.compat.ema_pytorch import snapshots
-from fastema.errors import ArgumentError, CheckpointError, LayoutError
+from fastema.errors import ArgumentError, CheckpointError
 
 from .ema_pytorch_case import (
     Network,
     assert_close,
-    floats,
     nn,
     pair,
     run,
     torch,
-    train,
     values,
 )
-from .network import refused
 
 NEEDS = ("torch",)
 
@@ -97,56 +94,6 @@ def test_the_width_is_the_one_asked_for(every: int, steps: int) -> None:
         assert found[1][0] < 0.65
 
 
-def test_closed_form() -> None:
-    model = Network()
-    ema = ours.KarrasEMA(model, gamma=2.0, update_every=4)
-    average: Any = None
-    for step in range(41):
-        train([model], 2, step)
-        ema.update()
-        if step % 4 == 0:
-            now = {n: x.clone() for n, x in floats(model).items()}
-            beta = (1 - 4 / (step + 2)) ** 3 if step else 0.0
-            average = {n: beta * average[n] + (1 - beta) * now[n] for n in now} if step else now
-    torch.testing.assert_close(floats(ema.ema_model), average, atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_freezing(frozen: bool) -> None:
-    mine, yours = pair("KarrasEMA", gamma=3.0, frozen=frozen, update_every=1)
-    run([mine, yours], range(5))
-    lists = (list(one.iter_all_ema_params_and_buffers()) for one in (mine, yours))
-    torch.testing.assert_close(*lists, atol=1e-12, rtol=0)
-    assert_close(mine.ema_model, yours.ema_model, atol=0.0 if frozen else 1e-12)
-    assert not torch.equal(mine.ema_model.scale, mine.model.scale)
-
-
-@pytest.mark.parametrize("direction", ["ours to theirs", "theirs to ours"])
-@pytest.mark.parametrize("every", [1, 3])
-def test_a_run_goes_on_in_the_other_library(direction: str, every: int) -> None:
-    settings = {"gamma": 4.0, "update_every": every, "peer_exact": True}
-    emas, fresh = pair("KarrasEMA", **settings), pair("KarrasEMA", seed=3, **settings)
-    whole = pair("KarrasEMA", **settings)[1]
-    run([whole], range(30))
-    run(emas, range(11))
-    theirs_first = direction.startswith("theirs")
-    first, second = emas[theirs_first], fresh[not theirs_first]
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    second.ema_model.hidden.copy_(first.ema_model.hidden)
-    second.online_model = [first.model]
-    run([second], range(11, 30))
-    assert_close(second.ema_model, whole.ema_model, atol=1e-12)
-
-
-def test_a_failed_update_changes_nothing() -> None:
-    ema = ours.KarrasEMA(Network(), sigma_rel=0.1, update_every=2)
-    run([ema], range(9))
-    ema.step.fill_(10)
-    ema.model.scale.data = torch.zeros(3, dtype=torch.float64)
-    with refused(LayoutError, "scale", ema, ema.model):
-        ema.update()
-
-
 def test_16_bits_move() -> None:
     clocks = []
     for module in (ours, theirs):
@@ -161,23 +108,6 @@ def test_16_bits_move() -> None:
         clocks.append(late.ema_model.weight.double().mean().item())
     assert clocks[0] == pytest.approx(1.25 - 0.25 * (3001 / 4501) ** 2, rel=0.01)
     assert clocks[1] == 1.0
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"gamma": 1.0, "sigma_rel": 0.1},
-        {"gamma": -0.5},
-        {"sigma_rel": 0.3},
-        {"gamma": 1.0, "update_every": 0},
-        {"gamma": 1.0, "ignore_names": "scale"},
-    ],
-    ids=str,
-)
-def test_arguments_are_checked(given: Any) -> None:
-    with pytest.raises(ArgumentError):
-        ours.KarrasEMA(Network(), **given)
 
 
 # -- PostHocEMA -----------------------------------------------------------------------------------
@@ -246,18 +176,6 @@ def test_between_snapshots_it_is_the_average_of_the_one_before(tmp_path: Path) -
             made.synthesize_ema_model(sigma_rel=0.07, step=step)
 
 
-@pytest.mark.parametrize("direction", ["ours", "theirs"])
-def test_snapshots_of_the_other_library(direction: str, tmp_path: Path) -> None:
-    writer, reader = (ours, theirs) if direction == "ours" else (theirs, ours)
-    made, truth = recorded(writer, tmp_path, steps=300)
-    other = several(tmp_path, module=reader)
-    for width in (0.07, 0.15):
-        want = truth[width, 300]
-        for one in (made, other):
-            found = profile(one.synthesize_ema_model(sigma_rel=width).ema_model.moments, 300)
-            assert found == pytest.approx(want, rel=0.02)
-
-
 def test_old_snapshots_of_theirs_with_peer_exact(tmp_path: Path) -> None:
     _, truth = recorded(theirs, tmp_path, every=4, steps=1200)
     for own in ({"peer_exact": True}, {}):
@@ -296,32 +214,6 @@ def test_files_have_their_layout(dtype: Any, tmp_path: Path) -> None:
     assert exact["step"].item() == 26
 
 
-def test_a_synthesis_of_everything_in_a_model(tmp_path: Path) -> None:
-    model = Network(0, torch.float32)
-    names = {"param_or_buffer_names_no_ema": {"scale"}, "ignore_names": {"frozen"}}
-    settings = {"checkpoint_every_num_steps": 20, "checkpoint_dtype": torch.float32}
-    made = several(tmp_path, model, update_every=5, **names, **settings)
-    truth = ours.KarrasEMA(model, sigma_rel=0.15, update_every=5)
-    for step in range(200):
-        train([model], 1, step)
-        made.update()
-        truth.update()
-    kept = values(made.ema_models[0].ema_model)
-    train([model], 1, 200)
-    got = made.synthesize_ema_model(sigma_rel=0.15)
-    found, want = values(got.ema_model), values(truth.ema_model)
-    size = max(tensor.abs().max().item() for tensor in floats(model).values() if tensor.numel())
-    for name in ("conv.weight", "conv.bias", "embedding.weight", "norm.running_var", "table"):
-        torch.testing.assert_close(found[name], want[name], atol=0.02 * size, rtol=0)
-    assert got.ema_model.head.weight is got.ema_model.embedding.weight
-    for name in ("scale", "frozen", "norm.num_batches_tracked", "mask"):
-        assert torch.equal(found[name], kept[name]), name
-    assert got.ema_model.none.shape == (0, 3)
-    earlier = made.synthesize_ema_model(sigma_rel=0.15, step=100).ema_model
-    assert int(earlier.norm.num_batches_tracked) == 96  # the latest update of 100 calls
-    torch.testing.assert_close(got(torch.ones(1, 4)), got.ema_model(torch.ones(1, 4)))
-
-
 def test_a_synthesis_is_the_average_itself_where_it_was_stored(tmp_path: Path) -> None:
     settings = {"checkpoint_every_num_steps": "manual", "checkpoint_dtype": torch.float64}
     made = several(tmp_path, Network(), gammas=(3.0, 8.0), update_every=3, **settings)
@@ -337,44 +229,6 @@ def test_a_synthesis_is_the_average_itself_where_it_was_stored(tmp_path: Path) -
         if name != "hidden":  # not in a state_dict
             torch.testing.assert_close(tensor, before[name], atol=1e-12, rtol=0)
     assert len(list(tmp_path.glob("*.pt"))) == 6
-
-
-@pytest.mark.parametrize(("dtype", "digits"), [(torch.float16, 11), (torch.bfloat16, 8)])
-def test_the_rounding_of_snapshots_is_not_multiplied(
-    dtype: Any, digits: int, tmp_path: Path
-) -> None:
-    linear = nn.Linear(40, 50, bias=False).double()
-    nn.init.normal_(linear.weight)
-    made = several(tmp_path, linear, checkpoint_every_num_steps=5, checkpoint_dtype=dtype)
-    truth = ours.KarrasEMA(linear, sigma_rel=0.02, update_every=1)
-    step = torch.randn(50, 40, dtype=torch.float64) / 1000
-    for _ in range(300):
-        linear.weight.data += step
-        made.update()
-        truth.update()
-    got, want = (one.ema_model.weight for one in (made.synthesize_ema_model(sigma_rel=0.02), truth))
-    off = ((got - want) / want).abs().median().item()
-    # The nearest profile of all has coefficients of norm 17, and would be off by 5 of these.
-    assert 0.0 < off < 3.5 * 2.0**-digits
-
-
-@pytest.mark.parametrize("written_by", ["plain", "wrapped"])
-def test_names_of_wrappers(written_by: str, tmp_path: Path) -> None:
-    models = {"plain": Clock(), "wrapped": torch.compile(Clock(), backend="eager")}
-    clock = models.pop(written_by)
-    gammas: Any = {"gammas": (3.0, 8.0)}
-    exact = {"checkpoint_every_num_steps": 10, "checkpoint_dtype": torch.float64}
-    made = several(tmp_path, clock, **gammas, **exact)
-    for step in range(1, 101):
-        clock.tick(step)
-        made.update()
-    (other,) = models.values()
-    got, want = (
-        next(one.synthesize_ema_model(gamma=5.0).ema_model.parameters())
-        for one in (several(tmp_path, other, **gammas), made)
-    )
-    assert torch.equal(got, want)
-    assert 80 < want[0] < 90
 
 
 def test_models_of_ones_own(tmp_path: Path) -> None:
@@ -475,34 +329,6 @@ def test_tensors_in_a_snapshot_that_are_not_averaged(tmp_path: Path) -> None:
         torch.save({**whole, weight: changed}, path)
         with pytest.raises(CheckpointError, match=rf"(?s)'0\.weight' is {says}.*1\.1\.pt"):
             made.synthesize_ema_model(sigma_rel=0.15)
-
-
-def test_a_folder_that_is_gone(tmp_path: Path) -> None:
-    folder = tmp_path / "run 5"
-    made = several(folder)
-    made.update()
-    folder.rmdir()
-    with pytest.raises(CheckpointError, match="run 5"):
-        made.checkpoint()
-    with pytest.raises(CheckpointError, match="run 5"):
-        made.synthesize_ema_model(sigma_rel=0.15)
-
-
-def test_whole_numbers_of_numpy(tmp_path: Path) -> None:
-    made = several(tmp_path, checkpoint_every_num_steps=np.int64(4), update_every=np.int64(2))
-    for _ in range(9):
-        made.update()
-    assert {path.name for path in tmp_path.iterdir()} == {"0.4.pt", "1.4.pt", "0.8.pt", "1.8.pt"}
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    made = several(tmp_path)
-    made.update()
-    left, others = tmp_path / ".0.1.pt.fastema-0123456789ab.part", tmp_path / "0.1.pt.part"
-    for path in (left, others):
-        path.write_bytes(b"half of")
-    made.checkpoint()
-    assert {path.name for path in tmp_path.iterdir()} == {"0.1.pt", "1.1.pt", others.name}
 
 
 def test_snapshots_of_another_model(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -154,23 +152,6 @@ def differing(one: list[list[list[Any]]], other: list[list[list[Any]]]) -> set[i
     }
 
 
-@pytest.mark.parametrize("peer", SCRIPTS)
-def test_an_installed_class_averages_when_and_over_what_its_peer_does(
-    peer: str, tmp_path: Path
-) -> None:
-    theirs = run(peer, tmp_path / "theirs")
-    with fastema.compat.install(peer):
-        installed = run(peer, tmp_path / "ours")
-    assert differing(theirs, installed) == set()
-
-
-def test_the_corrected_horizon_is_for_those_who_ask(tmp_path: Path) -> None:
-    with fastema.compat.install("ema_pytorch", horizon="corrected"):
-        asked = run("ema_pytorch", tmp_path / "asked")
-    theirs = run("ema_pytorch", tmp_path / "theirs")
-    assert differing(theirs, asked) == {0, 1, 2, 3, 4, 5, 6}
-
-
 def test_a_synthesis_is_of_the_averages_that_were_asked_for(tmp_path: Path) -> None:
     """With update_every above 1 these are wider than asked, in theirs and under install()."""
 
@@ -219,16 +200,6 @@ def test_sixteen_bits_move_under_install_too() -> None:
                 fastema.compat.uninstall("ema_pytorch")
     assert values[0] == 1.0
     assert values[1] == pytest.approx(1.25 - 0.25 * 0.999**400, abs=0.01)
-
-
-def test_installed_averages_are_copied_and_pickled() -> None:
-    with fastema.compat.install("ema_pytorch"):
-        peer = import_module("ema_pytorch")
-        made = peer.EMA(nn.Linear(2, 2), update_after_step=0)
-        made.update()
-        for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-            assert type(other) is peer.EMA
-            other.update()
 
 
 def test_another_horizon_is_refused_while_a_peer_is_installed() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +9,6 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import weight_averaging as peer
 from torch.optim import swa_utils
 
@@ -19,12 +16,11 @@ import fastema
 import fastema.compat.swa_utils
 from fastema.compat import lightning as ours
 from fastema.compat.peer_horizon import lightning as same
-from fastema.errors import ArgumentError, LayoutError, StateError
+from fastema.errors import ArgumentError, StateError
 
 from ..support.requirements import require_packages
 from .lightning_case import (
     EPOCHS,
-    LIBRARIES,
     MARKS,
     STEPS,
     Alternating,
@@ -32,17 +28,12 @@ from .lightning_case import (
     State,
     assert_near,
     assert_same,
-    at,
     average_in,
     average_of,
     differ,
-    fit,
     fitted,
     floats,
-    resumed,
-    saving,
     snapshot,
-    trainer,
 )
 
 pytestmark = MARKS
@@ -93,27 +84,6 @@ def test_numbers_and_state_equal_lightnings(tmp_path: Path, configuration: str) 
     begun = 0 if "epochs" not in configuration else 2
     for one, seen in zip(module.validated[begun:], other.validated[begun:], strict=True):
         assert_near(one, seen)
-
-
-@pytest.mark.parametrize("use_buffers", [True, False])
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_average_is_that_of_the_definition(
-    tmp_path: Path, use_buffers: bool, tied: bool
-) -> None:
-    callback = ours.EMAWeightAveraging(
-        use_buffers=use_buffers, decay=0.9, update_every_n_steps=3, update_starting_at_step=2
-    )
-    module = fitted(tmp_path, callback, module=Network(tied))
-    # Steps 3, 6, 9, ... of 0, 1, 2, ...
-    decays = [0.9**3 if k >= 2 and k % 3 == 0 else None for k in range(COUNT)]
-    for epoch, seen in enumerate(module.validated):
-        end = STEPS * (epoch + 1)
-        want = average_of(module.steps[:end], decays[:end], use_buffers)
-        assert_near(seen, want)
-        # Copied at the latest update, exactly.
-        assert seen["norm.num_batches_tracked"] == want["norm.num_batches_tracked"]
-    assert len(module.validated) == EPOCHS
-    assert_same(snapshot(module), module.validated[-1])
 
 
 def test_update_every_n_steps_keeps_the_horizon_unless_asked_for_theirs(tmp_path: Path) -> None:
@@ -174,12 +144,6 @@ def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
     assert_near(default.state_dict(), average_of(default.steps, decays))
 
 
-@LIBRARIES
-def test_integer_buffers_are_exact(tmp_path: Path, library: Any) -> None:
-    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.9))
-    assert (int(module.norm.num_batches_tracked) == COUNT) is (library is ours)
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
 def test_validations_do_not_change_the_run(tmp_path: Path, precision: Any) -> None:
     found = []
@@ -208,106 +172,7 @@ def test_in_bfloat16_theirs_is_rounded_by_each_validation(tmp_path: Path) -> Non
     assert torch.equal(average, average.bfloat16().float())
 
 
-@LIBRARIES
-@pytest.mark.parametrize("by", ["steps", "epochs"])
-def test_a_second_fit_is_averaged_too(tmp_path: Path, library: Any, by: str) -> None:
-    options = {"update_every_n_steps": 0, "update_starting_at_epoch": 0} if by == "epochs" else {}
-    callback = library.EMAWeightAveraging(decay=0.8, **options)
-    fitted(tmp_path, callback)
-    module = fitted(tmp_path, callback, max_epochs=2)
-    if library is ours:
-        steps = module.steps[STEPS - 1 :: STEPS] if by == "epochs" else module.steps
-        assert_near(module.state_dict(), average_of(steps, [0.8] * len(steps)))
-    else:
-        assert_same(snapshot(module), snapshot(Network()))
-
-
-def test_a_trainer_that_goes_on_counts_on(tmp_path: Path) -> None:
-    callback = ours.EMAWeightAveraging(decay=0.8)
-    run = trainer(tmp_path, callback, max_epochs=2)
-    module = fit(run)
-    run.fit_loop.max_epochs = 4
-    fit(run, module)
-    assert callback._average_model is not None
-    assert callback._average_model.n_averaged == 2 * STEPS
-    assert_near(module.state_dict(), average_of(module.steps[2 * STEPS :], [0.8] * 2 * STEPS))
-
-
-@LIBRARIES
-def test_a_run_without_an_update_keeps_what_it_learned(tmp_path: Path, library: Any) -> None:
-    module = fitted(tmp_path, library.EMAWeightAveraging(update_starting_at_step=10_000))
-    assert_same(snapshot(module), module.steps[-1] if library is ours else snapshot(Network()))
-
-
 # -- subclasses ------------------------------------------------------------------------------------
-
-
-class OddEpochs(ours.WeightAveraging):
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        assert (step_idx is None) is not (epoch_idx is None)
-        return epoch_idx is not None and epoch_idx % 2 == 1
-
-
-def test_a_subclass_says_when(tmp_path: Path) -> None:
-    callback = OddEpochs()
-    module = fitted(tmp_path, callback)
-    ends = module.steps[STEPS - 1 :: STEPS]
-    assert_near(module.state_dict(), average_of([ends[1], ends[3]], [0.0, 0.5]))
-    for seen, epoch in zip(module.validated, (0, 1, 1, 1), strict=True):
-        assert_same(seen, ends[epoch])
-    found = callback.state_dict()
-    assert (found["latest_update_step"], found["latest_update_epoch"]) == (0, 3)
-
-
-def telling(base: Any, calls: list[Any], asked: list[int | None]) -> Any:
-    """A subclass that notes when the methods that subclasses override are called."""
-
-    class Telling(base):  # type: ignore[misc]
-        def noted(self, name: str, pl_module: Any) -> None:
-            run = pl_module.trainer
-            calls.append((name, run.current_epoch, run.global_step, run.sanity_checking))
-
-        def _swap_models(self, pl_module: Any) -> None:
-            self.noted("swap", pl_module)
-            super()._swap_models(pl_module)
-
-        def _copy_average_to_current(self, pl_module: Any) -> None:
-            self.noted("copy", pl_module)
-            super()._copy_average_to_current(pl_module)
-
-        def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-            asked.append(step_idx)
-            return super().should_update(step_idx, epoch_idx)
-
-    return Telling
-
-
-@pytest.mark.parametrize(
-    ("options", "settings"),
-    [
-        ({}, {}),
-        ({"update_starting_at_step": 12, "update_every_n_steps": 3}, {"num_sanity_val_steps": 1}),
-        (
-            {"update_starting_at_step": 3, "update_every_n_steps": 3},
-            {"val_check_interval": 2, "accumulate_grad_batches": 2},
-        ),
-        ({"update_every_n_steps": 0}, {"limit_val_batches": 0}),
-    ],
-    ids=["each step", "late", "within epochs", "never"],
-)
-def test_what_subclasses_override_is_called_when_lightning_calls_it(
-    tmp_path: Path, options: dict[str, Any], settings: dict[str, Any]
-) -> None:
-    """Also before the first update, and where checkpoints are written of an exchanged model."""
-    told: dict[Any, tuple[list[Any], list[int | None]]] = {}
-    for library in (peer, ours, same):
-        told[library] = [], []
-        callback = telling(library.EMAWeightAveraging, *told[library])(**options)
-        folder = tmp_path / library.__name__
-        saver = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=False)
-        fitted(folder, callback, saver, **settings)
-    assert told[ours][0] == told[peer][0] != []
-    assert told[same] == told[peer]  # installed, it is asked as often, too
 
 
 def test_a_subclass_that_does_not_copy_keeps_the_weights(tmp_path: Path) -> None:
@@ -322,16 +187,6 @@ def test_a_subclass_that_does_not_copy_keeps_the_weights(tmp_path: Path) -> None
 
 
 # -- being one of theirs ---------------------------------------------------------------------------
-
-
-def test_what_install_puts_in_their_place_has_their_horizon() -> None:
-    with fastema.compat.install("lightning"):
-        assert pl.callbacks.EMAWeightAveraging is same.EMAWeightAveraging
-        assert issubclass(pl.callbacks.EMAWeightAveraging, pl.callbacks.WeightAveraging)
-        # A checkpoint has the state of a callback under this name.
-        assert same.EMAWeightAveraging().state_key == "EMAWeightAveraging"
-    with fastema.compat.install("lightning", horizon="corrected"):
-        assert pl.callbacks.EMAWeightAveraging is ours.EMAWeightAveraging
 
 
 def test_they_are_lightnings() -> None:
@@ -355,16 +210,6 @@ def test_they_are_lightnings() -> None:
     assert (found["latest_update_step"], found["latest_update_epoch"]) == (7, -1)
 
 
-def test_copies(tmp_path: Path) -> None:
-    callback = ours.EMAWeightAveraging(decay=0.8)
-    sent = pickle.loads(pickle.dumps(callback))
-    module = fitted(tmp_path, callback)
-    duplicate = copy.deepcopy(callback)
-    assert duplicate._average_model is not callback._average_model
-    for one in (sent, duplicate):
-        assert_same(snapshot(fitted(tmp_path, one)), snapshot(module))
-
-
 class Late(Network):
     """Makes a layer when it is asked to."""
 
@@ -385,30 +230,7 @@ def test_layers_that_are_made_late_are_averaged(tmp_path: Path) -> None:
     assert_near(module.state_dict(), average_of(module.steps, [0.8] * COUNT))
 
 
-def test_averages_in_sixteen_bits_move_and_are_resumed_to_the_bit(tmp_path: Path) -> None:
-    def narrow() -> Network:
-        return Network().to(torch.bfloat16)
-
-    first, second = (ours.EMAWeightAveraging(decay=0.999) for _ in range(2))
-    whole = fitted(tmp_path, first, saving(tmp_path), module=narrow())
-    assert differ(snapshot(whole), whole.steps[0])
-    rest = resumed(tmp_path / "epoch=1.ckpt", second, module=narrow())
-    assert_same(snapshot(rest), snapshot(whole))
-    for callback in (first, second):
-        assert average_in(callback)["first.weight"].dtype == torch.bfloat16
-
-
 # -- refusals --------------------------------------------------------------------------------------
-
-
-def test_another_model_is_refused_by_name(tmp_path: Path) -> None:
-    def grow(run: Any, module: Any) -> None:
-        if run.global_step == 3:
-            module.register_parameter("late", torch.nn.Parameter(torch.zeros(2)))
-
-    growing = at("on_train_batch_start", grow)
-    with pytest.raises(LayoutError, match="'late'"):
-        fitted(tmp_path, ours.EMAWeightAveraging(decay=0.8), growing)
 
 
 class Another(ours.EMAWeightAveraging):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import weight_averaging as peer
 
 from fastema.compat import lightning as ours
@@ -99,16 +99,6 @@ def test_a_run_without_an_average_is_resumed_with_one(tmp_path: Path) -> None:
 
 
 @LIBRARIES
-def test_a_run_goes_on_from_the_last_checkpoint(tmp_path: Path, library: Any) -> None:
-    whole = fitted(tmp_path / "whole", library.EMAWeightAveraging(decay=0.8))
-    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1000)
-    fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saver, max_epochs=2)
-    rest = resumed(tmp_path / "last.ckpt", library.EMAWeightAveraging(decay=0.8))
-    assert len(rest.steps) == STEPS * EPOCHS
-    assert differ(snapshot(rest), snapshot(whole)) is (library is peer)
-
-
-@LIBRARIES
 def test_to_resume_a_finished_run_gives_the_average(tmp_path: Path, library: Any) -> None:
     module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saving(tmp_path))
     path = tmp_path / f"epoch={EPOCHS - 1}.ckpt"
@@ -156,94 +146,6 @@ def test_the_strategy_is_left_as_it_was(tmp_path: Path) -> None:
     assert run.strategy.save_checkpoint is own
 
 
-def saving_in_validation(path: Path, weights_only: bool = False) -> Callback:
-    def save(run: Any, module: Any) -> None:
-        if run.current_epoch == 1:
-            run.save_checkpoint(path, weights_only=weights_only)
-
-    return at("on_validation_batch_end", save)
-
-
-@LIBRARIES
-@WEIGHTS_ONLY
-def test_a_checkpoint_in_a_validation_does_not_mistake_them(
-    tmp_path: Path, library: Any, weights_only: bool
-) -> None:
-    path = tmp_path / "middle.ckpt"
-    other = saving_in_validation(path, weights_only)
-    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), other)
-    saved, raw, average = load(path), module.steps[2 * STEPS - 1], module.validated[1]
-    mistaken = library is peer and not weights_only
-    assert_same(saved["state_dict"], raw if mistaken else average)
-    if not weights_only:
-        assert_same(saved["current_model_state"], average if mistaken else raw)
-    plain = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8))
-    assert_same(snapshot(module), snapshot(plain))
-
-
-def test_a_checkpoint_of_a_float32_average_in_a_bfloat16_validation(tmp_path: Path) -> None:
-    path, callback = tmp_path / "middle.ckpt", ours.EMAWeightAveraging(decay=0.9)
-    other = saving_in_validation(path)
-    module = fitted(tmp_path, callback, other, precision="bf16-true", max_epochs=2)
-    assert_same(load(path)["current_model_state"], module.steps[-1])
-    assert_same(load(path)["state_dict"], average_in(callback))
-
-
-class AtTheEnd(Callback):
-    """Saves when training has ended."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path / "all.ckpt")
-        trainer.save_checkpoint(self.path / "weights.ckpt", weights_only=True)
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path / "later.ckpt")
-
-
-@LIBRARIES
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("first", [True, False])
-def test_checkpoints_of_the_end_have_the_weights_in_training(
-    tmp_path: Path, library: Any, precision: Any, first: bool
-) -> None:
-    callback, other = library.EMAWeightAveraging(decay=0.8), AtTheEnd(tmp_path)
-    callbacks = (other, callback) if first else (callback, other)
-    module = fitted(tmp_path, *callbacks, precision=precision)
-    for name in ("all.ckpt", "later.ckpt"):
-        saved = load(tmp_path / name)
-        raw = not differ(saved["current_model_state"], module.steps[-1])
-        assert raw is (library is ours or (first and name == "all.ckpt"))
-        if library is ours:
-            assert_same(saved["state_dict"], average_in(callback))
-    if library is ours:
-        average = saved["state_dict"]
-        want = {name: one.to(module.steps[-1][name].dtype) for name, one in average.items()}
-        assert_same(snapshot(module), want)
-        if precision == "32-true":
-            assert_same(load(tmp_path / "weights.ckpt")["state_dict"], average)
-
-
-@LIBRARIES
-def test_after_fit_the_model_is_saved_as_it_is(tmp_path: Path, library: Any) -> None:
-    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8))
-    other, path = Network(), tmp_path / "later.ckpt"
-    average = snapshot(fit(run))
-    run.save_checkpoint(path)
-    assert_same(load(path)["state_dict"], average)
-    validate(run, other)
-    for weights_only in (False, True):
-        run.save_checkpoint(path, weights_only=weights_only)
-        saved = load(path)
-        if library is ours:
-            assert_same(saved["state_dict"], snapshot(other))
-            assert "current_model_state" not in saved
-        elif not weights_only:
-            assert_near(saved["state_dict"], average)
-
-
 @WEIGHTS_ONLY
 def test_what_an_exception_leaves_is_saved_alike(tmp_path: Path, weights_only: bool) -> None:
     def stop(run: Any, module: Any) -> None:
@@ -270,15 +172,6 @@ def test_what_an_exception_leaves_is_saved_alike(tmp_path: Path, weights_only: b
     validate(run, other)
     run.save_checkpoint(tmp_path / "other.ckpt", weights_only=weights_only)
     assert_same(load(tmp_path / "other.ckpt")["state_dict"], snapshot(other))
-
-
-def test_outside_fit_a_checkpoint_has_the_model(tmp_path: Path) -> None:
-    module, run = Network(), trainer(tmp_path, ours.EMAWeightAveraging())
-    validate(run, module)
-    run.save_checkpoint(tmp_path / "x.ckpt")
-    saved = load(tmp_path / "x.ckpt")
-    assert_same(saved["state_dict"], snapshot(module))
-    assert "averaging_state" not in saved
 
 
 @LIBRARIES
@@ -356,15 +249,3 @@ def test_a_checkpoint_that_is_tested_is_the_average(tmp_path: Path, library: Any
         fresh = Network()
         other.test(fresh, loader(1), ckpt_path=path, verbose=False)
         assert_same(fresh.tested[0], average)
-
-
-@LIBRARIES
-def test_outside_fit_the_model_is_validated_as_it_is(tmp_path: Path, library: Any) -> None:
-    run = trainer(tmp_path, library.EMAWeightAveraging(decay=0.8))
-    module = fit(run)
-    average, own = snapshot(module), module.steps[STEPS]
-    validate(run, module)
-    assert_same(module.validated[-1], average)
-    module.load_state_dict(own)
-    validate(run, module)
-    assert_same(module.validated[-1], own if library is ours else average)

@@ -13,7 +13,6 @@ from torch import nn
 from fastema.compat.diffusers import EMAModel
 from fastema.compat.torch_ema import ExponentialMovingAverage
 from fastema.errors import (
-    ArgumentError,
     BridgeError,
     CheckpointError,
     DTypeError,
@@ -58,44 +57,7 @@ CASES = {
 LISTS = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-@pytest.mark.parametrize(
-    ("cls", "name"), [("torch_ema", "decay"), ("diffusers", "decay"), ("diffusers", "min_decay")]
-)
-def test_a_decay_outside_is_refused(cls: str, name: str, value: float) -> None:
-    with pytest.raises(ArgumentError, match=f"{name}="):
-        CASES[cls].ours(parameters(), **{name: value})
-
-
 # -- states ----------------------------------------------------------------------------------------
-
-
-@LISTS
-def test_a_loaded_state_is_a_copy(case: Case) -> None:
-    weights = parameters(22)
-    other, ema = case.ours(weights, 0.5), case.updated(weights)
-    state = ema.state_dict()
-    assert state["shadow_params"] is ema.shadow_params
-    other.load_state_dict(state)
-    before = values(state["shadow_params"])
-    trained(weights, numbers(24))
-    getattr(other, case.update)(weights)
-    assert same(state["shadow_params"], before)
-    assert not same(other.shadow_params, before)
-    ema.load_state_dict(state)
-    assert same(ema.shadow_params, before)
-
-
-@LISTS
-def test_the_wider_dtype_is_kept(case: Case) -> None:
-    weights = parameters(28, [torch.bfloat16])
-    wide, narrow = case.ours(weights, 0.9), case.ours(weights, 0.9)
-    wide.to(dtype=torch.float32)
-    trained(wide.shadow_params, numbers(29))
-    narrow.load_state_dict(wide.state_dict())
-    assert same(narrow.shadow_params, wide.shadow_params)
-    wide.load_state_dict(case.ours(weights, 0.9).state_dict())
-    assert same(wide.shadow_params, [one.float() for one in weights])
 
 
 WRONG: dict[str, list[tuple[dict[str, Any], Any, str]]] = {
@@ -212,37 +174,6 @@ def test_a_second_store_does_not_lose_the_weights(case: Case) -> None:
     ema.restore(weights)
     ema.copy_to(weights)  # for good, by now
     ema.store(weights)
-
-
-@LISTS
-def test_stored_weights_can_be_given_up(case: Case) -> None:
-    weights, others = parameters(37), parameters(38)
-    ema = case.ours(weights, 0.9)
-    ema.store(weights)
-    ema.copy_to(others)
-    ema.store(weights)  # these were not overwritten
-    ema.copy_to(weights)
-    setattr(ema, case.stored, None)
-    ema.store(weights)
-    assert same(getattr(ema, case.stored), ema.shadow_params)
-
-
-@LISTS
-def test_restore_into_other_shapes_keeps_what_was_stored(case: Case) -> None:
-    weights, others = parameters(38), parameters(38)
-    ema = case.ours(weights, 0.9)
-    ema.store(weights)
-    others[6] = nn.Parameter(torch.zeros(6, 4))
-    words = "7 parameters were given" if case.keeps else r"given 7 parameters, store\(\) 8: give"
-    for given, message in (
-        (others, r"number 6 has shape \[6, 4\], expected \[4, 6\]"),
-        (others[:-1], words),
-    ):
-        with refused(LayoutError, message, others):
-            ema.restore(given)
-    trained(weights, numbers(39))
-    ema.restore(weights)
-    assert same(weights, ema.shadow_params)
 
 
 @pytest.mark.parametrize(

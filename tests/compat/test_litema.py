@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import pickle
-import weakref
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -39,19 +34,6 @@ def cloned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: one.clone() for name, one in state.items()}
 
 
-def test_state_is_the_peers() -> None:
-    model = Network()
-    ema = LitEma(model, decay=0.99)
-    state = ema.state_dict()
-    assert list(state) == ["decay", "num_updates", *short_names(model).values()]
-    assert (state["decay"].dtype, state["num_updates"].dtype) == (torch.float32, torch.int32)
-    assert state["decay"].shape == state["num_updates"].shape == ()
-    assert ema.m_name2s_name == short_names(model)
-    assert ema.collected_params == []
-    assert int(LitEma(model, use_num_upates=False).num_updates) == -1
-    assert float(LitEma(model).decay) == float(np.float32(0.9999))
-
-
 def test_a_run_goes_on_with_the_count_and_the_decay_of_the_state() -> None:
     run = Run("litema", Network(1), {"decay": 0.95})
     run.train(12)
@@ -64,23 +46,6 @@ def test_a_run_goes_on_with_the_count_and_the_decay_of_the_state() -> None:
     assert int(run.average.num_updates) == 21
 
 
-@pytest.mark.parametrize("way", ["half", "double", "assign"])
-def test_averages_that_are_replaced_go_on_and_are_not_kept_alive(way: str) -> None:
-    run = Run("litema", Network(1, torch.float32), {"decay": 0.9})
-    run.train(1)
-    gone = weakref.ref(run.average.get_buffer("wide"))
-    if way == "assign":
-        run.average.load_state_dict(cloned(run.average.state_dict()), assign=True)
-    else:
-        getattr(run.average, way)()
-    gc.collect()
-    assert gone() is None
-    run.refer()
-    run.train(5)
-    run.check()
-    assert int(run.average.num_updates) == 6
-
-
 def test_reset_counts_anew() -> None:
     options = {"decay": 0.99, "use_num_upates": False}
     run = Run("litema", Network(1), options)
@@ -91,38 +56,6 @@ def test_reset_counts_anew() -> None:
     run.train(3)
     run.check()
     assert int(run.average.num_updates) == 3
-
-
-def test_counters_are_read_once_and_after_others_wrote(on_an_accelerator: list[float]) -> None:
-    model = Network()
-    ema = LitEma(model, 0.9)
-    for _ in range(5):
-        ema(model)
-    assert len(on_an_accelerator) == 2  # the count and the decay
-    ema.num_updates.fill_(41)
-    ema(model)
-    assert on_an_accelerator[2:] == [41]
-    assert int(ema.num_updates) == 42
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("call", ["to", "type"])
-def test_counters_keep_their_dtypes(dtype: Any, call: str) -> None:
-    pipeline = Pipeline(nn.Linear(5, 4))
-    ema = pipeline.model_ema
-    ema.decay.fill_(0.9999)
-    getattr(pipeline, call)(dtype)
-    assert (ema.decay.dtype, ema.num_updates.dtype) == (torch.float32, torch.int32)
-    assert float(ema.decay) == float(np.float32(0.9999))
-    assert ema.weight.dtype == dtype
-    assert torch.tensor(0.9999).to(dtype) == 1  # which would be an average that stands still
-    assert list(ema.state_dict()) == ["decay", "num_updates", "weight", "bias"]
-    ema.num_updates.fill_(10**6)
-    before = ema.weight.double()
-    with torch.no_grad():
-        pipeline.model.weight.add_(1000)
-    ema(pipeline.model)
-    assert (ema.weight.double() - before).mean().item() == pytest.approx(0.1, abs=0.03)
 
 
 # -- the average in the model ----------------------------------------------------------------------
@@ -178,29 +111,6 @@ def test_store_refuses_to_lose_weights_that_somebody_has(other: bool) -> None:
     assert same(raw, ema.collected_params)
     ema.collected_params = []
     ema.store(model.parameters())
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_has_lent_nothing(duplicate: Any) -> None:
-    model = Network()
-    ema = LitEma(model)
-    ema.store(model.parameters())
-    ema.copy_to(model)
-    duplicate(ema).store(model.parameters())
-    with pytest.raises(StateError):
-        ema.store(model.parameters())
-
-
-def test_another_model_may_be_stored_when_the_first_is_gone() -> None:
-    ema = LitEma(Network())
-    for seed in range(30):  # the memory of one often becomes that of the next
-        model = Network(seed)
-        ema.store(model.parameters())
-        ema.copy_to(model)
-        gone = [weakref.ref(one) for one in [model, *model.parameters()]]
-        del model
-        gc.collect()
-        assert not any(reference() is not None for reference in gone)
 
 
 # -- models that do not fit ------------------------------------------------------------------------
@@ -310,26 +220,3 @@ def test_averages_out_of_and_into_a_checkpoint(whole: bool) -> None:
 def test_checkpoint_of_another_model_is_refused(other: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         ema_weights(Pipeline(Network()).state_dict(), OTHERS[other]())
-
-
-@pytest.mark.parametrize(
-    ("found", "message"),
-    [
-        (None, "of type NoneType, expected a tensor"),
-        (1.5, "of type float, expected a tensor"),
-        (torch.empty(257, device="meta"), "no contents"),
-        (torch.zeros(257).to_sparse(), "sparse_coo, expected a dense"),
-    ],
-)
-def test_averages_that_are_no_tensors_are_refused(found: Any, message: str) -> None:
-    pipeline = Pipeline(Network())
-    state = {**pipeline.state_dict(), "model_ema.wide": found}
-    with pytest.raises(CheckpointError, match=message):
-        ema_weights(state, pipeline.model)
-
-
-@pytest.mark.parametrize("checkpoint", [None, [1], {"state_dict": None}, {3: torch.ones(1)}])
-def test_checkpoints_that_are_no_mappings_are_refused(checkpoint: Any) -> None:
-    for call in (ema_weights, with_ema_weights):
-        with pytest.raises(CheckpointError, match="expected"):
-            call(checkpoint, Network() if call is ema_weights else {})

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 
@@ -37,12 +34,3 @@ def test_on_the_host_every_write_is_seen() -> None:
         other = torch.tensor(4)
         mirror.count(other)
         assert mirror.read(other) == 5
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_knows_nothing(duplicate: object, on_an_accelerator: list[float]) -> None:
-    mirror, buffer = Mirrored(), torch.tensor(3)
-    mirror.read(buffer)
-    assert callable(duplicate)
-    assert duplicate(mirror).read(buffer) == 3
-    assert on_an_accelerator == [3, 3]

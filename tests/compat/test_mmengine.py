@@ -114,11 +114,6 @@ def test_numbers_out_of_range_are_refused(make: Any, words: str) -> None:
         make(Network())
 
 
-def test_a_momentum_that_looks_like_a_decay_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="1 - decay"):
-        ExponentialMovingAverage(Network(), 0.999)
-
-
 def test_avg_func_of_the_users_own() -> None:
     class Signs(BaseAveragedModel):
         def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
@@ -140,17 +135,6 @@ def test_avg_func_of_the_users_own() -> None:
     assert torch.equal(signs.module.places, model.places)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_avg_func_of_one_tensor_is_the_same_average(kind: str) -> None:
-    make, weight = KINDS[kind]
-    average = make(Network(), interval=2, **peer_exact(kind))
-    for steps in (2, torch.tensor(4)):
-        old, new = torch.randn(5), torch.randn(5)
-        got = old.clone()
-        average.avg_func(got, new, steps)
-        torch.testing.assert_close(got, old.lerp(new, weight(int(steps), 2)))
-
-
 def others() -> dict[str, Network]:
     """Models that are not the one that is averaged, by a name in which they differ."""
     larger, reshaped, smaller = Network(1), Network(1), Network(1)
@@ -158,16 +142,6 @@ def others() -> dict[str, Network]:
     reshaped.scalar = nn.Parameter(torch.ones(3))
     del smaller.mask  # a buffer, which the peer would not miss
     return {"mask": smaller, "more.weight": larger, "scalar": reshaped}
-
-
-def test_other_models_are_refused_and_nothing_is_written() -> None:
-    average = ExponentialMovingAverage(Network(), 0.1, interval=2)
-    for steps in range(3):  # a copy, buffers alone, an average
-        for name, other in others().items():
-            if steps != 1 or name == "mask":
-                with refused(LayoutError, name, average):
-                    average.update_parameters(other)
-        average.update_parameters(Network(3))
 
 
 def hook_saves(average: Any, model: Any) -> dict[str, Any]:
@@ -243,36 +217,6 @@ def test_own_avg_func_is_called_after_all_was_checked(update_buffers: bool) -> N
         assert average.calls == ()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_avg_func_of_an_instance(kind: str) -> None:
-    model, generator = Network(1), numbers(2)
-    average = KINDS[kind][0](model)
-    average.update_parameters(model)
-    truth = Truth(average.module, model, is_parameter)
-    average.avg_func = lambda averaged, source, steps: averaged.lerp_(source, 0.85)
-    truth.train(model, generator, 0.85, average.update_parameters)
-    truth.check(average.module, model)
-    del average.avg_func  # and ours again
-    before = bits(average.module)
-    average.update_parameters(model)
-    assert bits(average.module) != before
-
-
-@pytest.mark.parametrize("start", [False, True])
-def test_update_buffers_may_be_set_later(start: bool) -> None:
-    model, generator = Network(1), numbers(2)
-    average = ExponentialMovingAverage(model, 0.1, update_buffers=start)
-    average.update_parameters(model)
-    trained(model, generator)
-    average.update_parameters(model)
-    for update_buffers in (not start, start):
-        average.update_buffers = update_buffers
-        truth = Truth(average.module, model, WHICH[update_buffers])
-        for _ in range(3):
-            truth.train(model, generator, 0.1, average.update_parameters)
-            truth.check(average.module, model)
-
-
 def damaged(whole: dict[str, Any], part: str | None, name: str | None, one: Any) -> Any:
     """A checkpoint with something else in place of it, a part or an entry; ``...`` for nothing."""
     if part is None:
@@ -311,10 +255,3 @@ def test_checkpoints_that_do_not_fit_are_refused(
     checkpoint = damaged(hook_saves(average, Network(2)), part, name, found)
     with refused(CheckpointError, message, average, model):
         load(average, checkpoint, model)
-
-
-def test_a_checkpoint_of_a_larger_model_is_refused() -> None:
-    larger = others()["more.weight"]
-    checkpoint = hook_saves(ExponentialMovingAverage(larger, 0.3), larger)
-    with pytest.raises(CheckpointError, match=r"module\.more\.weight' is unexpected"):
-        load(ExponentialMovingAverage(Network(1), 0.3), checkpoint, Network(1))

@@ -8,7 +8,7 @@ import pytest
 
 import fastema
 from fastema.compat import nemo
-from fastema.errors import ArgumentError, CheckpointError
+from fastema.errors import ArgumentError
 
 from .network import Network, load_refused, numbers, torch, trained
 
@@ -88,13 +88,6 @@ def run(model: Any, generator: Any, steps: int, peer: Peer, *averages: fastema.E
             assert_close(ema, peer, model)
 
 
-@pytest.mark.parametrize("every", [1, 3, 10])
-def test_whole_run_updates_with_the_same_steps(every: int) -> None:
-    """NeMo's first step updates the average, then every k-th."""
-    model = Network(1)
-    run(model, numbers(2), 34, *runs(model, 0.8, every))
-
-
 def test_state_is_taken_over_at_its_steps_by_any_schedule() -> None:
     """Also where updates are counted from the beginning of the average."""
     model, generator = Network(1), numbers(2)
@@ -130,33 +123,6 @@ def test_both_directions_at_any_step(every: int, steps: int) -> None:
         torch.testing.assert_close(back.ema, peer.ema, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("done", range(6))
-def test_phase_of_a_run_that_began_here(done: int) -> None:
-    model, generator = Network(1), numbers(2)
-    ema = average_of(model, 0.5, 3)
-    for _ in range(done):
-        ema.update()
-    state = nemo.export(ema, model, optimizer_of(model))
-    peer = Peer(optimizer_of(model), 0.1, 1)
-    peer.load_state_dict(state)
-    run(model, generator, 7, peer, ema)
-
-
-def test_order_of_the_model_by_default() -> None:
-    model = Network(1)
-    peer = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 1)
-    trained(model, numbers(1))
-    peer.step()
-    ema = fastema.EMA(Network(3), nemo.rule(0.9))  # which leaves frozen ones out
-    nemo.load(ema, peer.state_dict(), model)
-    assert ema.num_updates == 1
-    for (name, _), one in zip(model.named_parameters(), peer.ema, strict=True):
-        assert name == "frozen" or torch.equal(ema.shadow[name], one), name
-    saved = nemo.export(ema, model, peer.optimizer)["ema"]
-    for (name, raw), one in zip(model.named_parameters(), saved, strict=True):
-        assert torch.equal(one, raw if name == "frozen" else ema.shadow[name]), name
-
-
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     model = Network(1)
     ema, optimizer = average_of(model, 0.9, 1), optimizer_of(model)
@@ -170,13 +136,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     ):
         with load_refused(ema, message):
             nemo.load(ema, given, model, order)
-
-
-@pytest.mark.parametrize("checkpoint", [None, [1], {"optimizer_states": None}, {1: 2}])
-def test_checkpoints_that_are_none_are_refused(checkpoint: Any) -> None:
-    model = Network(1)
-    with pytest.raises(CheckpointError, match="expected"):
-        nemo.load(average_of(model, 0.9, 1), checkpoint, model)
 
 
 def with_wide(wide: Any) -> dict[str, Any]:
@@ -207,12 +166,3 @@ def test_states_that_are_none_are_refused(change: Any, message: str) -> None:
     assert len(peer.ema) == 11
     with load_refused(ema, message):
         nemo.load(ema, {**peer.state_dict(), **change}, model)
-
-
-def test_counts_may_be_in_tensors() -> None:
-    model = Network(1)
-    ema = average_of(model, 0.9, 3)
-    state = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 3).state_dict()
-    counts = {"current_step": torch.tensor(5), "every_n_steps": torch.tensor([3])}
-    nemo.load(ema, {**state, **counts}, model)
-    assert ema.num_updates == 5

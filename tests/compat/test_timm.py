@@ -23,8 +23,8 @@ from torch import nn
 from fastema.compat import timm as ours
 from fastema.errors import CheckpointError, LayoutError
 
-from ..support.peers import is_saved_float, tensors, timm_averages
-from .network import Network, Truth, bits, numbers, refused, trained
+from ..support.peers import is_saved_float, timm_averages
+from .network import Network, Truth, numbers, refused, trained
 
 NEEDS = ("timm",)
 
@@ -85,18 +85,6 @@ def untied(seed: int = 0, dtype: torch.dtype | None = None) -> Network:
 # -- the same interface ----------------------------------------------------------------------------
 
 
-def test_the_interface_as_it_is_used() -> None:
-    model = untied(1)
-    tokens = torch.randint(7, (4, 3), generator=numbers(0))
-    for name in CLASSES[1:]:
-        average = made(ours, name, model)
-        trained(model, numbers(2))
-        average.set(model)
-        for called in (average, average.module):
-            assert torch.equal(called(tokens), model(tokens))
-    assert made(ours, "ModelEma", model).module is not model
-
-
 # -- the same numbers ------------------------------------------------------------------------------
 
 
@@ -122,63 +110,7 @@ def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None
     assert math.isclose(one, other, rel_tol=4 * sys.float_info.epsilon, abs_tol=1e-15)
 
 
-def test_buffers_that_are_excluded_on_the_way() -> None:
-    model = untied(11)
-    pair = [made(module, "ModelEmaV3", model) for module in (ours, theirs)]
-    generator = numbers(12)
-    for n in range(9):
-        trained(model, generator)
-        for average in pair:
-            average.exclude_buffers = 3 <= n < 6
-            average.update(model)
-        assert torch.equal(pair[0].module.scale, model.scale) is (3 <= n < 6)
-    for one, other in zip(pair[0].module.buffers(), pair[1].module.buffers(), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_another_module_in_its_place(name: str) -> None:
-    model = untied(13)
-    average = made(ours, name, model)
-    average.update(model)
-    replaced = untied(14)
-    setattr(average, "ema" if name == "ModelEma" else "module", replaced)
-    truth = Truth(replaced, model, is_saved_float)
-    truth.train(model, numbers(15), 1 - DECAY, average.update)
-    truth.check(replaced, model)
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_not_a_number_goes_in_and_a_copy_takes_it_out(name: str) -> None:
-    model = nn.Linear(3, 2)
-    pair = [made(module, name, model) for module in (ours, theirs)]
-    with torch.no_grad():
-        model.weight[0, 0] = float("nan")
-    for average in pair:
-        average.update(model)
-        assert inner(average).weight.isnan().sum() == 1
-    with torch.no_grad():
-        model.weight.fill_(2)
-    for average in pair:
-        average.update(model)
-        average.decay = 0.0
-        average.update(model)
-    assert torch.all(inner(pair[0]).weight == 2)
-    assert inner(pair[1]).weight.isnan().any()
-
-
 # -- where theirs is wrong -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("narrow", NARROW)
-@pytest.mark.parametrize("random", [True, False])
-def test_narrow_averages_stay_within_their_bounds(random: bool, narrow: torch.dtype) -> None:
-    model = untied(19, narrow)
-    average = made(ours, "ModelEmaV3", model, stochastic_rounding=random)
-    truth, generator = Truth(average.module, model, is_saved_float, random), numbers(20)
-    for _ in range(10):
-        truth.train(model, generator, 1 - DECAY, average.update)
-    truth.check(average.module, model)
 
 
 def test_what_is_in_no_state_may_differ() -> None:
@@ -203,25 +135,6 @@ def test_what_is_in_no_state_may_differ() -> None:
 
 
 # -- random bits -----------------------------------------------------------------------------------
-
-
-def test_random_bits_are_those_of_seed_and_step() -> None:
-    model, generator = untied(26, torch.bfloat16), numbers(27)
-    averages = {
-        "one": made(ours, "ModelEmaV3", model),
-        "again": made(ours, "ModelEmaV3", model),
-        "other seed": made(ours, "ModelEmaV3", model, stochastic_rounding_seed=-5),
-        "other steps": made(ours, "ModelEmaV3", model),
-    }
-    for step in range(4):
-        trained(model, generator)
-        for name, average in averages.items():
-            average.update(model, step=step + 100 * (name == "other steps") + 10)
-    found = {name: bits(average.module) for name, average in averages.items()}
-    assert found["one"] == found["again"]
-    assert found["one"] != found["other seed"]
-    assert found["one"] != found["other steps"]
-    averages["one"].update(model, step=10**30)
 
 
 def test_no_two_steps_share_their_random_bits() -> None:
@@ -314,35 +227,7 @@ def test_files_without_an_average(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 # -- models that are wrapped, move, and are copied -------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CLASSES[1:])
-def test_an_average_that_is_compiled(timm: Callable[[str], ModuleType], name: str) -> None:
-    """As the training script does it: for validation, while it is updated as before."""
-    model = untied(40)
-    average = made(ours, name, model)
-    fast = torch.compile(average, backend="eager")
-    truth = Truth(average.module, model, is_saved_float)
-    truth.train(model, numbers(41), 1 - DECAY, fast.update)
-    truth.check(average.module, model)
-    assert timm("timm.utils.model").unwrap_model(fast) is average.module
-
-
 # -- details ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CLASSES[1:])
-@pytest.mark.parametrize("narrow", [None, *NARROW])
-def test_set_makes_it_the_weights(name: str, narrow: torch.dtype | None) -> None:
-    model = Network(46)
-    options = {"exclude_buffers": True} if name == "ModelEmaV3" else {}
-    pair = [made(module, name, model, **options) for module in (ours, theirs)]
-    for average in pair:
-        if narrow is not None:
-            average.module.to(narrow)
-    trained(model, numbers(47))
-    for average in pair:
-        average.set(model)
-    assert bits(pair[0].module) == bits(pair[1].module)
-    assert tensors(pair[0].module)["places"].tolist() == model.places.tolist()
 
 
 def test_a_function_of_a_subclass() -> None:
@@ -359,22 +244,6 @@ def test_a_function_of_a_subclass() -> None:
     shorter.head.bias = None
     with refused(LayoutError, None, average):
         average.update(shorter)
-
-
-def test_methods_of_a_subclass_are_called() -> None:
-    decays = []
-
-    class Noted(ours.ModelEmaV3):
-        def apply_update_(self, model: nn.Module, decay: float) -> None:
-            decays.append(decay)
-            super().apply_update_(model, decay / 2)
-
-    model = untied(50)
-    average = Noted(model, DECAY)
-    truth = Truth(average.module, model, is_saved_float)
-    truth.train(model, numbers(51), 1 - DECAY / 2, lambda one: average.update(one, step=4))
-    truth.check(average.module, model)
-    assert decays == [DECAY]
 
 
 def test_subclasses_with_an_update_of_their_own() -> None:

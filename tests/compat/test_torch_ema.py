@@ -24,7 +24,7 @@ from fastema.errors import (
     LayoutError,
 )
 
-from .network import array, numbers, refused, through_a_file
+from .network import array, numbers, refused
 from .parameter_lists import Truth, parameters, same, trained, values, write_into
 
 Theirs = torch_ema.ExponentialMovingAverage
@@ -45,83 +45,10 @@ def test_what_is_no_list_of_tensors_is_refused(wrong: Any) -> None:
         Ours(wrong, 0.9)
 
 
-def test_no_parameters_at_all() -> None:
-    ema = Ours([], 0.9)
-    for call in (ema.update, ema.store, ema.copy_to, ema.restore):
-        call()
-    with ema.average_parameters():
-        assert ema.shadow_params == []
-    assert ema.num_updates == 1
-
-
 # -- the same numbers ------------------------------------------------------------------------------
 
 
-def test_a_square_parameter_that_is_transposed_in_place() -> None:
-    """The address stays, the order of the elements does not."""
-    weight = nn.Parameter(torch.randn(4, 4, generator=numbers(8)))
-    ema = Ours([weight], 0.0, False)
-    ema.update()
-    weight.data = weight.data.t()
-    ema.update()
-    assert torch.equal(ema.shadow_params[0], weight.detach())
-
-
-def test_a_decay_and_a_shadow_that_are_changed_on_the_way() -> None:
-    weights, generator = parameters(3), numbers(4)
-    one, other = Ours(weights, 0.9, False), Theirs(weights, 0.9, False)
-    truth = Truth(weights)
-    for n in range(20):
-        one.decay = other.decay = 0.9 if n < 10 else 0.5
-        trained(weights, generator)
-        truth.step(weights, 1.0 - one.decay)
-        one.update()
-        other.update()
-    truth.check(one.shadow_params)
-    truth.check(other.shadow_params)
-    one.shadow_params = [average.double() for average in one.shadow_params]
-    one.shadow_params[0] = torch.zeros(5, 7)
-    truth = Truth(one.shadow_params)
-    truth.step(weights, 0.5)
-    one.update()
-    truth.check(one.shadow_params)
-    assert one.shadow_params[2].dtype == torch.float64
-
-
-def test_parameters_of_another_model_are_taken_in() -> None:
-    """Also in turn, and of a list that is a view of parameters."""
-    first, second = parameters(11), parameters(12)
-    one, other = Ours(first, 0.8), Theirs(first, 0.8)
-    truth = Truth(first)
-    for n in range(1, 9):
-        weights = [first, second, [p.data for p in second]][n % 3]
-        truth.step(weights, 1.0 - decay_of(n, 0.8, True))
-        one.update(weights)
-        other.update(weights)
-    truth.check(one.shadow_params)
-    truth.check(other.shadow_params)
-
-
 # -- states ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("first", "then"), [(Ours, Theirs), (Theirs, Ours), (Ours, Ours)], ids=["to", "from", "ours"]
-)
-@pytest.mark.parametrize("counted", [True, False])
-def test_a_state_says_how_a_run_goes_on(first: Any, then: Any, counted: bool) -> None:
-    weights, generator = parameters(19), numbers(20)
-    ema, truth = first(weights, 0.95, counted), Truth(weights)
-    for n in range(1, 30):
-        if n == 13:
-            state = through_a_file(ema.state_dict())
-            ema = then(parameters(99), 0.1, not counted)
-            ema.load_state_dict(state)
-        trained(weights, generator)
-        truth.step(weights, 1.0 - decay_of(n, 0.95, counted))
-        ema.update(weights)
-    truth.check(ema.shadow_params)
-    assert (ema.decay, ema.num_updates) == (0.95, 29 if counted else None)
 
 
 def test_a_state_without_an_entry_is_refused() -> None:
@@ -179,58 +106,6 @@ def test_average_parameters(given: bool, weight: torch.dtype, average: torch.dty
     ema.update()
 
 
-def test_a_state_saved_inside_the_block_is_loaded_by_both() -> None:
-    weights = parameters(41, [torch.bfloat16])
-    ema = Ours(weights, 0.7)
-    ema.to(dtype=torch.float32)
-    trained(weights, numbers(42))
-    ema.update()
-    averages = values(ema.shadow_params)
-    with ema.average_parameters():
-        state = through_a_file(ema.state_dict())
-    for cls in (Ours, Theirs):
-        loaded = cls([one.detach().float() for one in weights], 0.1)
-        loaded.load_state_dict(state)
-        assert same(loaded.shadow_params, averages)
-
-
-def test_copy_to_inside_the_block_does_nothing() -> None:
-    """Of a tie it would write the other one of the two nearest."""
-    weights = [nn.Parameter(torch.tensor([1.0, 1.5], dtype=torch.bfloat16))]
-    ema = Ours(weights, 0.5)
-    ema.shadow_params = [torch.tensor([1.0 + 2.0**-8, 1.25])]
-    raw, averages = values(weights), values(ema.shadow_params)
-    with ema.average_parameters():
-        ema.copy_to()
-    assert same(weights, raw)
-    assert same(ema.shadow_params, averages)
-
-
-def test_a_teacher_may_be_asked_between_forward_and_backward() -> None:
-    net = nn.Linear(3, 2)
-    gradients = []
-    for make in (Ours, Theirs):
-        ema = make(net.parameters(), 0.5)
-        x = torch.ones(4, 3)
-        student = net(x)
-        with torch.no_grad(), ema.average_parameters():
-            teacher = net(x) + 1.0
-        net.zero_grad()
-        (student - teacher).square().sum().backward()
-        gradients.append(values([p.grad for p in net.parameters()]))
-    assert same(*gradients)
-
-
-def test_averages_that_are_moved_away_are_let_go() -> None:
-    weights = parameters(57)
-    ema = Ours(weights, 0.7)
-    ema.update()
-    old = weakref.ref(ema.shadow_params[0])
-    ema.to(dtype=torch.float64)
-    gc.collect()
-    assert old() is None
-
-
 @pytest.mark.parametrize("fails", [True, False])
 def test_the_weights_come_back_into_parameters_that_moved_inside(fails: bool) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -285,21 +160,6 @@ def test_a_block_between_store_and_restore() -> None:
         write_into(weights, raw)
 
 
-def test_the_block_decorates_a_function() -> None:
-    weights = parameters(59)
-    ema = Ours(weights, 0.7)
-    trained(weights, numbers(60))
-    raw, averages = values(weights), values(ema.shadow_params)
-
-    @ema.average_parameters()
-    def evaluated() -> list[torch.Tensor]:
-        return values(weights)
-
-    assert same(evaluated(), averages)
-    assert same(evaluated(), averages)
-    assert same(weights, raw)
-
-
 # -- tied weights, integers ------------------------------------------------------------------------
 
 
@@ -323,30 +183,6 @@ def test_a_parameter_that_is_twice_in_the_list(dtype: torch.dtype) -> None:
     theirs = Theirs(tied, 0.9)
     theirs.load_state_dict(pickle.loads(pickle.dumps(ema.state_dict())))
     assert same(theirs.shadow_params, averages)
-
-
-def test_parameters_that_are_tied_no_more() -> None:
-    one = nn.Parameter(torch.randn(3))
-    other = nn.Parameter(one.data)
-    ema = Ours([one, other], 0.5, False)
-    old = one.detach().clone()
-    other.data = torch.randn(3)
-    ema.update()
-    for average, weight in zip(ema.shadow_params, (one, other), strict=True):
-        torch.testing.assert_close(average, torch.lerp(old, weight.detach(), 0.5))
-
-
-def test_integers_are_copied_where_theirs_fails() -> None:
-    steps = nn.Parameter(torch.tensor([2**40 + 1, 7]), requires_grad=False)
-    weights = [nn.Parameter(torch.randn(3, generator=numbers(63))), steps]
-    theirs, ema = Theirs(weights, 0.9), Ours(weights, 0.9)
-    steps.data += 5
-    with pytest.raises(RuntimeError):
-        theirs.update()
-    ema.update()
-    assert ema.shadow_params[1].tolist() == [2**40 + 6, 12]
-    ema.to(dtype=torch.float64)
-    assert [one.dtype for one in ema.shadow_params] == [torch.float64, torch.int64]
 
 
 # -- what lives how long ---------------------------------------------------------------------------

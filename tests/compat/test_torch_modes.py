@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,20 +59,6 @@ def test_diffusers_average_lets_a_model_convert_by_swapping() -> None:
     torch.testing.assert_close(ema.shadow_params[0].double(), truth, rtol=1e-6, atol=1e-7)
 
 
-def test_a_list_keeps_no_memory_of_parameters_that_are_gone() -> None:
-    model = network()
-    frozen = nn.Parameter(torch.randn(5).to(torch.float8_e4m3fn), requires_grad=False)
-    ema = EMAModel([*model.parameters(), frozen])
-    for _ in range(3):
-        ema.step([*model.parameters(), frozen])
-    ema.store([*model.parameters(), frozen])
-    memory = [weakref.ref(one.untyped_storage()) for one in [*model.parameters(), frozen]]
-    assert all(one() is not None for one in memory)
-    del model, frozen
-    gc.collect()
-    assert all(one() is None for one in memory)
-
-
 def test_parameters_that_change_their_kind_are_taken_as_they_are_now() -> None:
     """What is copied, not averaged, may be of a dtype without a kernel, and back."""
     weight = nn.Parameter(torch.randn(5), requires_grad=False)
@@ -85,21 +70,6 @@ def test_parameters_that_change_their_kind_are_taken_as_they_are_now() -> None:
 
 
 # -- pickle ----------------------------------------------------------------------------------------
-
-
-def test_torch_ema_average_is_pickled_with_its_model_and_goes_on() -> None:
-    model = network()
-    ema = ExponentialMovingAverage(model.parameters(), 0.75)
-    ema.update()
-    again, own = pickle.loads(pickle.dumps((model, ema)))
-    for one in (model, again):
-        nn.init.constant_(one[0].weight, 3.0)
-    ema.update()
-    own.update()
-    assert own.num_updates == ema.num_updates == 2
-    for mine, theirs in zip(own.shadow_params, ema.shadow_params, strict=True):
-        assert torch.equal(mine, theirs)
-    assert not torch.equal(own.shadow_params[0], model[0].weight)
 
 
 def test_torch_ema_average_that_was_pickled_alone_asks_for_parameters() -> None:

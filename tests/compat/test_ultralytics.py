@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-import fastema
-from fastema.compat.ultralytics import ModelEMA, Ramp, export, load
-from fastema.errors import ArgumentError, CheckpointError
-from fastema.rules import rule_from_dict
+from fastema.compat.ultralytics import ModelEMA, export, load
+from fastema.errors import CheckpointError
 
-from ..support.peers import is_saved_float, tensors
-from .network import Network, Truth, bits, numbers, refused, through_a_file, torch, trained
+from ..support.peers import tensors
+from .network import Network, bits, numbers, refused, through_a_file, torch, trained
 
 nn = torch.nn
 
@@ -24,47 +22,6 @@ pytestmark = pytest.mark.torch
 def decay_of(n: int, decay: float = 0.9999, tau: float = 2000) -> float:
     """The schedule as Ultralytics writes it."""
     return decay * (1 - math.exp(-n / tau))
-
-
-@pytest.mark.parametrize(("decay", "tau"), [(0.9999, 2000), (0.9, 5.0), (1.0, 3), (0.0, 1)])
-def test_rule_is_the_schedule(decay: float, tau: float) -> None:
-    rule = Ramp(decay, tau)
-    for n in (1, 2, 17, 5000):
-        assert rule(n) == rule.decay(n) == pytest.approx(decay_of(n, decay, tau), rel=1e-12)
-    assert rule_from_dict(rule.to_dict()) == rule
-
-
-@pytest.mark.parametrize(("decay", "tau"), [(-0.1, 3), (1.1, 3), (0.9, 0), (float("nan"), 1)])
-def test_numbers_out_of_range_are_refused(decay: float, tau: float) -> None:
-    with pytest.raises(ArgumentError):
-        ModelEMA(Network(), decay, tau)
-
-
-def test_defaults_and_attributes() -> None:
-    model = Network().train()
-    ema = ModelEMA(model)
-    assert (ema.updates, ema.enabled, ema.ema.training) == (0, True, False)
-    assert not any(one.requires_grad for one in ema.ema.parameters())
-    assert ema.decay(100) == pytest.approx(decay_of(100), rel=1e-12)
-
-
-def test_follows_the_model_that_is_given() -> None:
-    """Counted on from ``updates``."""
-    first, second, generator = Network(1), Network(2), numbers(3)
-    ema = ModelEMA(first, 0.8, 1, updates=3)
-    truth = Truth(ema.ema, first, is_saved_float)
-    for n, model in enumerate([first, second, first], 4):
-        truth.train(model, generator, 1 - decay_of(n, 0.8, 1), ema.update)
-        truth.check(ema.ema, model)
-    assert ema.updates == 6
-
-
-def test_wrapped_model_is_copied_without_wrappers() -> None:
-    model = Network()
-    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
-        ema = ModelEMA(wrapped)
-        assert type(ema.ema) is Network
-        assert list(ema.ema.state_dict()) == list(model.state_dict())
 
 
 def test_disabled_does_nothing() -> None:
@@ -77,17 +34,6 @@ def test_disabled_does_nothing() -> None:
     ema.update_attr(model)
     assert bits(ema.ema) == before
     assert ema.updates == 0
-
-
-def test_replaced_decay_and_average() -> None:
-    model, generator = Network(1), numbers(2)
-    ema = ModelEMA(model)
-    ema.decay = lambda n: 0.25 * n
-    ema.ema = copy.deepcopy(ema.ema)
-    truth = Truth(ema.ema, model, is_saved_float)
-    for n in (1, 2, 3):
-        truth.train(model, generator, 1 - 0.25 * n, ema.update)
-    truth.check(ema.ema, model)
 
 
 def test_attributes_are_copied() -> None:
@@ -177,21 +123,3 @@ def test_checkpoints_that_are_none_are_refused(checkpoint: Any, message: str) ->
     with refused(CheckpointError, message, ema.ema):
         load(ema, checkpoint)
     assert ema.updates == 0
-
-
-def test_number_of_updates_may_be_in_a_tensor() -> None:
-    ema = ModelEMA(Network())
-    load(ema, {**damaged(), "updates": torch.tensor(7)})
-    assert (type(ema.updates), ema.updates) == (int, 7)
-
-
-def test_the_rule_in_an_ema_of_fastema() -> None:
-    model, generator = Network(1), numbers(4)
-    ours = fastema.EMA(model, Ramp(0.95, 6), frozen="average", buffers="average")
-    theirs = ModelEMA(model, 0.95, 6)
-    for _ in range(5):
-        trained(model, generator)
-        ours.update()
-        theirs.update(model)
-    for name in ours.averaged_names - {"cache"}:
-        assert torch.equal(ours.shadow[name], tensors(theirs.ema)[name].detach()), name

@@ -12,7 +12,6 @@ import pytest
 
 import fastema
 from fastema.engine import cpu
-from fastema.errors import ArgumentError
 from fastema.kernels.table import COUNT
 from fastema.layout.group import Pair
 from fastema.layout.spec import TensorSpec
@@ -105,34 +104,6 @@ def test_one_large_tensor_beside_many_small_ones_is_balanced(workers: int) -> No
     assert max(done) < 1.1 * sum(sizes) / workers
 
 
-def test_launches_of_several_threads_do_not_mix_while_threads_are_set(
-    threads: Callable[[int], None],
-) -> None:
-    stop = threading.Event()
-    failed: list[object] = []
-
-    def update() -> None:
-        while not stop.is_set():
-            kernel = Rows()
-            try:
-                cpu.launch(kernel, 0, 50, 0, 0, PLENTY)
-            except BaseException as raised:
-                failed.append(raised)
-            if kernel.inside or kernel.rows() != list(range(50)):
-                failed.append(kernel.rows())
-
-    callers = [threading.Thread(target=update) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    for i in range(60):
-        threads(1 + i % 3)
-    stop.set()
-    for caller in callers:
-        caller.join(30)
-        assert not caller.is_alive()
-    assert failed == []
-
-
 def test_threads_that_are_no_longer_wanted_end(threads: Callable[[int], None]) -> None:
     def ours() -> list[threading.Thread]:
         return [one for one in threading.enumerate() if one.name.startswith("fastema-run")]
@@ -171,14 +142,6 @@ def test_the_caller_works_alone_where_no_thread_can_be_started(
     time.sleep(0.05)
     assert second.rows() == list(range(30))
     assert first.entered == entered
-
-
-@pytest.mark.parametrize("count", [0, -1, True, 2.0, "2", None])
-def test_numbers_of_threads_that_are_none_are_refused(count: object) -> None:
-    before = fastema.get_num_threads()
-    with pytest.raises(ArgumentError, match=f"threads={count!r}"):
-        fastema.set_num_threads(count)
-    assert fastema.get_num_threads() == before
 
 
 def test_the_default_number_of_threads_is_what_the_process_may_run_on(

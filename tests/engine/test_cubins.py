@@ -81,15 +81,6 @@ def test_each_kernel_is_compiled_once_into_an_entry_of_its_own(folder: Path) -> 
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_other_sources_are_another_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = Compiler()
-    compiler.check(KEY, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(disk_cache, "SOURCE_STAMP", "0123456789abcdef")
-        compiler.check(KEY, 2)
-    compiler.check(KEY, 2)
-
-
 @pytest.mark.parametrize("name", cubins._COMPILERS)
 @pytest.mark.parametrize("other", ["1.2.4", None])
 def test_another_version_of_a_compiler_makes_another_kernel(
@@ -169,51 +160,6 @@ def test_any_cubin_is_read_as_written_and_any_one_damage_is_seen(data: st.DataOb
 
 
 # -- folders that cannot be used -------------------------------------------------------------------
-
-
-def a_file(folder: Path) -> Path:
-    path = folder / "file"
-    path.write_text("")
-    return path
-
-
-def no_writing(folder: Path) -> Path:
-    if hasattr(os, "geteuid") and not os.geteuid():
-        pytest.skip("root may write everywhere")
-    folder.chmod(0o500)
-    return folder
-
-
-def an_entry_that_is_a_folder(folder: Path) -> Path:
-    disk_cache.folder = lambda: folder  # type: ignore[assignment]
-    path = disk_cache.entry(*KEY, disk_cache.versions(*cubins._COMPILERS), suffix=".cubin")
-    assert path is not None
-    path.mkdir()
-    return folder
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        lambda folder: folder / "not" / "there",
-        lambda folder: None,
-        a_file,
-        no_writing,
-        an_entry_that_is_a_folder,
-    ],
-    ids=["absent", "none", "a file", "no writing", "an entry that is a folder"],
-)
-def test_without_a_folder_kernels_are_compiled_each_time(
-    place: Callable[[Path], Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk_cache, "folder", lambda: None)  # undone by the end of the test
-    folder = place(tmp_path)
-    monkeypatch.setattr(disk_cache, "folder", lambda: folder)
-    compiler = Compiler()
-    compiler.check(KEY, 1)
-    compiler.check(KEY, 2)
-    tmp_path.chmod(0o700)
-    assert not [path for path in tmp_path.rglob("*.cubin") if path.is_file()]
 
 
 @pytest.mark.parametrize("failing", ["mkstemp", "fdopen", "replace"])

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 import fastema
-from fastema.engine import cuda as engine
-from fastema.engine import cuda_group
 from fastema.engine.cubins import Key
 from fastema.engine.driver import DriverError
 from fastema.errors import DeviceError
@@ -24,7 +22,6 @@ from ..support.stub_gpu import (
     assert_equal,
     gpu,
     move,
-    no_kernels,
     shadow,
 )
 from .late_device import MAIN, SIDE, THIRD, Late, late
@@ -157,36 +154,6 @@ def test_an_average_in_the_weights_is_taken_back_on_another_stream(
     late.settle()
     assert torch.equal(weights["w"], raw)
     assert_equal(shadow(ema), average)
-
-
-def test_an_average_is_freed_with_its_last_name(late: Late) -> None:
-    """Its memory on a GPU is not left to a collection of garbage that may come late."""
-    weights = [late.random(5)]
-    gc.collect()
-    gc.disable()
-    try:
-        ema = fastema.EMA(weights, (0.5, 0.9), drift=True, capturable=True)
-        ema.update()
-        with ema.swapped(which=1):
-            pass
-        assert ema.drifts
-        del ema
-        assert {block.what for block in late.driver.blocks if not block.given_away} == {"weights"}
-    finally:
-        gc.enable()
-
-
-def test_memory_is_held_where_torch_averages_without_kernels(
-    late: Late, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "cubin", no_kernels)
-    weights = [late.random(5)]
-    with pytest.warns(cuda_group.SlowWarning):
-        ema = fastema.EMA(weights, 0.5)
-    with late.on(SIDE):
-        ema.update()
-    held = {block.what for block in late.driver.blocks if SIDE in block.noted}
-    assert held == {"weights", "an average"}
 
 
 def test_the_host_waits_before_it_reads_or_drops_a_ring_on_the_host(gpu: StubGpu) -> None:

@@ -91,19 +91,6 @@ def test_replays_of_an_average_that_was_moved_do_not_write_where_others_are(late
     assert ema.num_updates == 1
 
 
-def test_drift_is_that_of_the_latest_replay(late: Late) -> None:
-    weights = [late.random(300)]
-    ema = fastema.EMA(weights, 0.5, drift=True, capturable=True)
-    ema.update()
-    with late.capture() as graph:
-        ema.update()
-    for _ in range(3):
-        move(weights)
-        late.replay(graph)
-        apart = weights[0].double() - ema.shadow["0"].double()
-        assert ema.drift.distance == pytest.approx(float(apart.square().sum()) ** 0.5, rel=1e-5)
-
-
 def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Late) -> None:
     options = {"decay": [warmup(0.9), *(0.9,) * 9], "start_after": 2, "update_every": 2}
     weights = [late.random(300), late.random(7).bfloat16()]
@@ -143,14 +130,6 @@ def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Lat
     resumed.load_state_dict(state)
     assert resumed.num_skipped == want.num_skipped
     assert resumed.to(dtype="float64").num_skipped == want.num_skipped
-
-
-def test_weights_that_were_not_finite_before_the_first_update_leave_none_out(late: Late) -> None:
-    weights = [late.tensor(torch.tensor([float("nan"), 1.0]))]
-    ema = fastema.EMA(weights, 0.5, capturable=True, on_nonfinite="skip")
-    weights[0][0] = 2.0
-    ema.update()
-    assert (ema.num_updates, ema.num_skipped) == (1, 0)
 
 
 def test_a_capture_after_the_model_moved_is_refused_until_one_call_outside(late: Late) -> None:
@@ -270,20 +249,3 @@ def test_a_capture_of_half_a_model_is_refused(late: Late, place: int | None) -> 
         plan.lerp_(0.5)
     assert graph == []
     assert all(map(torch.equal, before, average))
-
-
-def test_a_state_is_loaded_after_the_replays_that_wait(late: Late) -> None:
-    weights = [late.random(300)]
-    ema = fastema.EMA(weights, 0.5, capturable=True)
-    ema.update()
-    state = ema.state_dict()
-    with late.capture() as graph:
-        ema.update()
-    late.driver.late = True
-    move(weights)
-    with late.on(SIDE):
-        late.replay(graph)
-    ema.load_state_dict(state)
-    late.settle()
-    assert ema.num_updates == 1
-    assert_equal(shadow(ema), state["shadow"][0])

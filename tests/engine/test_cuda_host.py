@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastema
 from fastema.bridges import torch_other
-from fastema.bridges.torch_foreach import substitute
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import Key
 from fastema.engine.driver import DriverError
 from fastema.engine.program import Program
 from fastema.errors import ArgumentError, DeviceError, FastemaError, StateError
-from fastema.kernels import table as abi
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
-from fastema.layout.spec import TensorSpec
 from fastema.rules import inverse_gamma, power, warmup
 
 from ..support.arrays import numbers, spec_of
@@ -158,21 +151,6 @@ def test_a_guard_looks_at_every_group_and_layout(gpu: StubGpu, bad: str) -> None
     assert_equal(before, shadow(skipping))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"capturable": True}, {"drift": True, "capturable": True}, {"on_nonfinite": "raise"}],
-    ids=str,
-)
-def test_an_average_of_empty_tensors_counts(gpu: StubGpu, options: dict[str, Any]) -> None:
-    ema = fastema.EMA([torch.randn(0), torch.randn(3, 0)], 0.5, **options)
-    for _ in range(2):
-        ema.update()
-    with ema.swapped():
-        pass
-    assert ema.num_updates == 2
-    assert not options.get("drift") or ema.drift == (0.0, 0.0, 0.0)
-
-
 @pytest.mark.parametrize("there", [True, False], ids=["to the CPU", "from the CPU"])
 def test_a_run_is_resumed_on_the_other_device_to_the_bit(gpu: StubGpu, there: bool) -> None:
     options: dict[str, Any] = {"decay": (warmup(0.9), 0.99), "update_every": 2, "start_after": 3}
@@ -200,26 +178,6 @@ def test_a_run_is_resumed_on_the_other_device_to_the_bit(gpu: StubGpu, there: bo
         assert_equal(one, other)
 
 
-def test_an_average_moves_to_the_cpu_and_into_snapshots(gpu: StubGpu, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    model = Model()
-    ema = fastema.PowerEMA(model, 0.1)
-    move(model.parameters())
-    ema.update()
-    before = shadow(ema)
-    paths = fastema.posthoc.save_snapshot(ema, tmp_path)
-    for path, average in zip(paths, ema.shadows, strict=True):
-        assert_equal(load_file(path), dict(average))
-    there = {t.untyped_storage().data_ptr() for one in ema.shadows for t in one.values()}
-    gpu.place = lambda tensor: 0 if tensor.untyped_storage().data_ptr() in there else None
-    ema.to("cpu")
-    assert_equal(before, shadow(ema))
-    gpu.driver.take()
-    ema.update()
-    assert not gpu.driver.take()
-
-
 @pytest.mark.slow
 def test_a_ring_on_the_host_stays_there_where_the_average_moves_to_a_gpu(gpu: StubGpu) -> None:
     gpu.place = lambda tensor: None
@@ -240,12 +198,6 @@ def test_a_ring_on_the_host_stays_there_where_the_average_moves_to_a_gpu(gpu: St
     assert sma._store.sets[0]["0"].parts["ring"][0].data_ptr() in gpu.context.pinned
     with pytest.raises(ArgumentError, match="ring_device='cuda:1'"):
         fastema.SMA(weights, ring_device="cuda:1")
-
-
-def test_more_rows_than_a_grid_has_blocks_are_one_launch() -> None:
-    rows = 2**31 + 5
-    part = cuda_group._Part("flat", np.broadcast_to(np.int64(0), (rows, abi.COLUMNS)))
-    assert (part.blocks, part.values["rows"]) == (2**31 - 1, rows)
 
 
 # -- launches --------------------------------------------------------------------------------------
@@ -290,33 +242,6 @@ def test_memory_is_held_once_for_each_current_stream(gpu: StubGpu) -> None:
         ema.update()
         assert not gpu.context.calls
         assert {stream for _, _, stream in gpu.driver.take()} == {handle}
-
-
-def test_a_model_on_two_devices_is_launched_on_both(gpu: StubGpu) -> None:
-    weights = list(Model().parameters())
-    averages = [p.detach().clone() for p in weights]
-    second = {one.data_ptr() for side in (weights, averages) for one in side[3:]}
-    gpu.place = lambda tensor: int(tensor.data_ptr() in second)
-    gpu.contexts[1].handle = 78
-    plan = fastema.Plan(averages, weights)
-    before = [a.clone() for a in averages]
-    move(weights)
-    plan.lerp_(0.25)
-    assert {stream for _, _, stream in gpu.driver.take()} == {77, 78}
-    assert gpu.driver.calls["push"] == gpu.driver.calls["pop"] > 0
-    assert gpu.driver.contexts == [1000]
-    for average, start, weight in zip(averages, before, weights, strict=True):
-        torch.testing.assert_close(average, start.lerp(weight.detach(), 0.25))
-
-
-def test_a_thread_without_a_context_updates(gpu: StubGpu) -> None:
-    ema = fastema.EMA(Model())
-    gpu.driver.contexts = [0]
-    thread = threading.Thread(target=ema.update)
-    thread.start()
-    thread.join()
-    assert ema.num_updates == 1
-    assert gpu.driver.contexts == [0]
 
 
 def test_what_cannot_be_captured_is_refused(gpu: StubGpu) -> None:
@@ -443,15 +368,6 @@ def test_without_kernels_torch_averages_and_one_warning_says_so(
     assert len(tried) == len(set(tried))
 
 
-def test_a_warning_that_is_an_error_is_one_every_time(
-    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "cubin", no_kernels)
-    for _ in range(2):
-        with pytest.raises(cuda_group.SlowWarning):
-            fastema.EMA([torch.randn(5)], 0.5)
-
-
 def test_a_capturable_average_without_all_its_kernels_is_refused_when_it_is_built(
     gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,15 +436,3 @@ def test_averages_without_kernels_are_those_of_the_cpu_but_for_rounding(
         torch.testing.assert_close(one, other, rtol=narrow, atol=narrow)
     for drift, other_drift in zip(drifts, measured, strict=True):
         assert drift == pytest.approx(other_drift, rel=1e-4)
-
-
-def test_a_ring_on_the_host_is_no_operand_of_torchs_functions() -> None:
-    """They have all of theirs on one device: looked at with tensors without data."""
-    with FakeTensorMode():
-        avg, x, rest = (torch.empty(5, 7, device="cuda") for _ in range(3))
-        spec = TensorSpec(64, (5, 7), (7, 1), "f32", "cuda:0")
-        specs = [replace(spec, owner=owner) for owner in (avg, x, rest, torch.empty(3, 5, 7))]
-        pair = Pair("w", *specs[:2], residual=specs[2], ring=(specs[3], 140))
-        run = substitute("window", [pair])
-        for turn in (1, 2, 5):
-            run(LaunchArgs((float(min(turn, 3)),), 0, 0, 3, (turn - 1) % 3, turn))

@@ -22,15 +22,6 @@ from ..support.stub_gpu import StubGpu, gpu
 __all__ = ["gpu"]
 
 
-def test_torch_without_cuda_says_so() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("torch has CUDA here")
-    ema = fastema.EMA(torch.nn.Linear(2, 2))
-    with pytest.raises(DeviceError, match="cannot move a tensor to cuda"):
-        ema.to("cuda")
-    ema.update()
-
-
 def test_a_capture_on_another_device_than_the_current_one_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

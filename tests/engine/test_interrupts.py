@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -67,17 +66,6 @@ def action(number: int) -> tuple[int | None, int]:
     return now.function, now.flags
 
 
-def test_handlers_run_when_the_outermost_block_is_over(calls: list[int], noting: Handler) -> None:
-    with defer_signals():
-        with defer_signals():
-            signal.raise_signal(ONE)
-        update()
-        signal.raise_signal(ONE)
-        assert calls == []
-    assert calls == [ONE, ONE]
-    assert signal.getsignal(ONE) is noting
-
-
 def test_a_handler_that_raises_drops_no_other_signal(calls: list[int]) -> None:
     def failing(number: int, frame: FrameType | None) -> None:
         calls.append(number)
@@ -103,21 +91,6 @@ def test_a_handler_that_raises_drops_no_other_signal(calls: list[int]) -> None:
         assert signal.getsignal(number) is failing
 
 
-def test_a_handler_that_returns_leaves_the_exception_of_another_one(
-    calls: list[int], noting: Handler
-) -> None:
-    signal.signal(TWO, raising)
-
-    def block() -> None:
-        with defer_signals():
-            signal.raise_signal(TWO)
-            signal.raise_signal(ONE)
-
-    with pytest.raises(KeyboardInterrupt):
-        block()
-    assert calls == [ONE]
-
-
 def test_a_handler_that_updates_an_average_finishes_before_the_next_one(calls: list[int]) -> None:
     """A signal that comes while it runs is handled at once."""
 
@@ -137,18 +110,6 @@ def test_a_handler_that_updates_an_average_finishes_before_the_next_one(calls: l
     assert calls == [signal.SIGTERM, ONE, TWO]
 
 
-def test_a_handler_set_in_the_block_stays_and_is_called(calls: list[int]) -> None:
-    def later(number: int, frame: FrameType | None) -> None:
-        calls.append(number)
-
-    signal.signal(ONE, lambda number, frame: calls.append(-number))
-    with defer_signals():
-        signal.raise_signal(ONE)
-        signal.signal(ONE, later)
-    assert signal.getsignal(ONE) is later
-    assert calls == [ONE]
-
-
 def test_a_signal_that_a_handler_has_ignored_is_ignored(calls: list[int]) -> None:
     def once(number: int, frame: FrameType | None) -> None:
         calls.append(number)
@@ -160,19 +121,6 @@ def test_a_signal_that_a_handler_has_ignored_is_ignored(calls: list[int]) -> Non
         signal.raise_signal(ONE)
     assert calls == [ONE]
     assert signal.getsignal(ONE) is signal.SIG_IGN
-
-
-def test_what_getsignal_finds_in_a_block_still_calls_the_handler(
-    calls: list[int], noting: Handler
-) -> None:
-    with defer_signals():
-        found = signal.signal(ONE, signal.SIG_IGN)
-    signal.signal(ONE, found)
-    signal.raise_signal(ONE)
-    assert calls == [ONE]
-    update()
-    signal.raise_signal(ONE)
-    assert calls == [ONE, ONE]
 
 
 def raising(*_: object) -> None:
@@ -211,32 +159,6 @@ def test_a_block_interrupted_as_it_ends_holds_nothing_back(
     assert signal.getsignal(ONE) is noting
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
-def test_signals_without_a_python_handler_are_left_alone(handler: signal.Handlers) -> None:
-    signal.signal(ONE, handler)
-    before = action(ONE)
-    with defer_signals():
-        assert (signal.getsignal(ONE), action(ONE)) == (handler, before)
-    assert (signal.getsignal(ONE), action(ONE)) == (handler, before)
-
-
-def test_a_block_of_another_thread_holds_nothing_back(calls: list[int], noting: Handler) -> None:
-    inside, over = threading.Event(), threading.Event()
-
-    def block() -> None:
-        with defer_signals():
-            inside.set()
-            assert over.wait(20)
-
-    thread = threading.Thread(target=block)
-    thread.start()
-    assert inside.wait(20)
-    signal.raise_signal(ONE)
-    assert calls == [ONE]
-    over.set()
-    thread.join()
-
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sigaction is read on Linux only")
 
 
@@ -266,13 +188,3 @@ def test_updates_leave_a_handler_of_faulthandler_in_place(
     update()
     signal.raise_signal(ONE)
     assert calls == [ONE] * 3
-
-
-@linux
-def test_updates_leave_system_calls_restarting(noting: Handler) -> None:
-    plain = action(ONE)
-    signal.siginterrupt(ONE, False)
-    restarting = action(ONE)
-    assert restarting != plain
-    update()
-    assert action(ONE) == restarting

@@ -21,7 +21,7 @@ from fastema.layout.group import Pair, check_pair
 from fastema.layout.spec import TensorSpec
 
 from ..support import reference
-from ..support.arrays import Guarded, assert_same, bits, guarded, numbers, spec_of
+from ..support.arrays import Guarded, assert_same, guarded, numbers, spec_of
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
@@ -79,17 +79,6 @@ def test_every_pair_of_floats_is_as_specified(
         of.assert_rest_untouched()
 
 
-@pytest.mark.parametrize("code", [*EXACT, *REAL, *COMPLEX])
-def test_equal_dtypes_are_moved_to_the_bit(code: str) -> None:
-    a, b = numbers(700, code, 1, "bits"), numbers(700, code, 2, "bits")
-    old = a.copy()
-    run("swap", [(a, b)], code, code)
-    np.testing.assert_array_equal(bits(b), bits(old))
-    b[:] = numbers(700, code, 3, "bits")
-    run("copy", [(a, b)], code, code)
-    np.testing.assert_array_equal(bits(a), bits(b))
-
-
 # shape, then strides of both sides in elements.
 LAYOUTS = {
     "row-major": ((6, 5, 8), (40, 8, 1), (40, 8, 1)),
@@ -118,22 +107,6 @@ CASES = [
     if not (operation == "swap" and "source" in layout)
     if not (operation == "lerp" and dst == "i16")
 ]
-
-
-@pytest.mark.parametrize(("dst", "src", "operation", "layout"), CASES)
-def test_every_way_to_lie_in_memory_is_as_specified(
-    dst: str, src: str, operation: str, layout: str
-) -> None:
-    shape, *strides = LAYOUTS[layout]
-    size = int(np.prod(shape))
-    to = guarded(numbers(size, dst, 1).reshape(shape), 1, strides[0])
-    of = guarded(numbers(size, src, 2).reshape(shape), 2, strides[1])
-    new, other = expected(operation, to.array, of.array, dst, src)
-    run(operation, [(to.array, of.array)], dst, src)
-    assert_same(to.array, new, dst)
-    assert_same(of.array, other, src)
-    to.assert_rest_untouched()
-    of.assert_rest_untouched()
 
 
 # -- random bits -----------------------------------------------------------------------------------
@@ -189,22 +162,6 @@ def test_random_bits_are_those_of_indices_in_the_whole_tensor(
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(("dst", "src"), [("bf16", "bf16"), ("bf16", "f32"), ("f16", "f64")])
-def test_random_bits_do_not_depend_on_chunks_threads_or_places(
-    dst: str, src: str, threads: Threads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = 3 * CHUNK + 11
-    avg, x = numbers(size, dst, 1), numbers(size, src, 2)
-    want = bits(specified(avg, x, dst, src, np.arange(size)))
-    for count, space, chunk in ((1, 1, CHUNK), (3, 1, 1000), (2, 2, CHUNK), (1, -1, CHUNK)):
-        threads(count)
-        monkeypatch.setattr("fastema.layout.table.CHUNK", chunk)
-        spaced = np.empty(size * abs(space), avg.dtype)[::space]
-        spaced[:] = avg
-        round_at_random(spaced, x, dst, src)
-        np.testing.assert_array_equal(bits(spaced), want)
-
-
 def test_sides_that_are_different_parts_are_refused() -> None:
     x = np.zeros(8, np.float32)
     one, other = (spec_of(x, "f32", whole=(24,), offset=(first,)) for first in (0, 8))
@@ -257,28 +214,6 @@ def test_several_averages_in_one_run_are_those_of_a_run_each(
         x.assert_untouched()
 
 
-@pytest.mark.parametrize("dst", ["f32", "f64", "bf16"])
-def test_measures_are_those_of_each_average(dst: str, threads: Threads) -> None:
-    threads(3)
-    sizes, weights = [5, 1000, 3 * CHUNK + 5], (0.25, 0.0)
-    pairs, found = [], np.zeros((2, 3))
-    for i, size in enumerate(sizes):
-        x = numbers(size, "f32", i)
-        for index, weight in enumerate(weights):
-            avg = numbers(size, dst, 50 + i)
-            after = reference.decode(reference.lerp(avg, x, weight, dst, "f32"), dst)
-            still = np.sum(after == reference.decode(avg, dst))
-            found[index] += np.sum((x - after) ** 2), np.sum(after**2), still
-            pairs.append(Pair(f"t{i}", spec_of(avg, dst), spec_of(x, "f32"), average_index=index))
-    program = Program({"all": pairs})
-    program.run({"all": "lerp_measured"}, LaunchArgs(weights))
-    for index, (distance, square, still) in enumerate(found):
-        measured = program.measured(index)
-        np.testing.assert_allclose(measured[:2], np.sqrt([distance, square]), rtol=1e-4)
-        assert measured.still == still
-    assert program.measured(1).still == sum(sizes)
-
-
 def test_what_is_not_finite_is_found_wherever_it_is(threads: Threads) -> None:
     threads(2)
     avg, x = numbers(3 * CHUNK, "f32", 1), numbers(3 * CHUNK, "bf16", 2)
@@ -306,19 +241,6 @@ def test_what_is_not_finite_is_found_wherever_it_is(threads: Threads) -> None:
 
 
 # -- what a program is asked to do -----------------------------------------------------------------
-
-
-def test_only_the_tags_of_a_run_are_touched() -> None:
-    sides = {tag: (numbers(90, "f32", i), numbers(90, "f32", 9 + i)) for i, tag in enumerate("abc")}
-    program = Program(
-        {tag: [Pair(tag, spec_of(a, "f32"), spec_of(x, "f32"))] for tag, (a, x) in sides.items()}
-    )
-    before = {tag: (a.copy(), x.copy()) for tag, (a, x) in sides.items()}
-    program.run({"a": "lerp", "c": "swap"}, LaunchArgs((1.0,)))
-    np.testing.assert_array_equal(sides["a"], [before["a"][1], before["a"][1]])
-    np.testing.assert_array_equal(sides["b"], before["b"])
-    np.testing.assert_array_equal(sides["c"], before["c"][::-1])
-    Program({"all": []}).run({"all": "lerp"}, LaunchArgs((0.5,)))
 
 
 def test_integers_are_not_averaged_nor_tensors_on_devices_without_kernels() -> None:

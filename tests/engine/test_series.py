@@ -81,50 +81,6 @@ def test_a_spike_leaves_no_trace(size: int, spike: float) -> None:
                 assert abs(found[end - 1] - expected) <= math.ulp(expected), (place, end)
 
 
-@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("size", [1, 6, 400])
-def test_what_is_not_finite_stays_as_long_as_it_is_in_the_window(size: int, odd: float) -> None:
-    n = 300_000
-    clean = np.random.default_rng(2).uniform(0.5, 1.5, n)
-    x, spoilt = clean.copy(), np.zeros(n, bool)
-    for place in (0, 1, size, 131_072 + size, 250_003):
-        x[place] = odd
-        spoilt[place : place + size] = True
-    found, finite = series.rolling_mean(x, NOTHING, size, divide=True)
-    assert not finite
-    np.testing.assert_array_equal(found[spoilt], np.full(spoilt.sum(), odd))
-    expected, _ = series.rolling_mean(clean, NOTHING, size, divide=True)
-    whole = np.flatnonzero(~spoilt)[np.flatnonzero(~spoilt) >= size]
-    np.testing.assert_allclose(found[whole], expected[whole], rtol=4e-16)
-
-
-def test_infinities_of_both_signs_are_nan_while_both_are_in_the_window() -> None:
-    x = np.array([1.0, math.inf, 2.0, -math.inf, 3.0, 4.0, 5.0])
-    found, _ = series.rolling_mean(x, NOTHING, 3, divide=False)
-    np.testing.assert_equal(found, [1.0, math.inf, math.inf, math.nan, -math.inf, -math.inf, 12.0])
-
-
-def test_sums_are_exact_where_they_can_be() -> None:
-    rng = np.random.default_rng(4)
-    rare = np.where(rng.random(300_000) < 1e-4, 1.0, 0.0)
-    for x in (np.zeros(300_000), rare, rng.choice([-1.0, 1.0], 300_000)):
-        found, finite = series.rolling_mean(x, NOTHING, 50, divide=False)
-        assert finite
-        np.testing.assert_array_equal(found, np.convolve(x, np.ones(50))[: len(x)].round())
-    smallest = rng.integers(-9, 10, 300_000) * 5e-324
-    found, _ = series.rolling_mean(smallest, NOTHING, 10, divide=False)
-    want = windows(smallest[-5_000:], smallest[-5_010:-5_000], 10, False)
-    np.testing.assert_array_equal(found[-5_000:], want)
-
-
-def test_sums_near_the_largest_float_do_not_overflow() -> None:
-    x = np.random.default_rng(6).uniform(-1.0, 1.0, 300_000) * 1e307
-    found, finite = series.rolling_mean(x, NOTHING, 10, divide=True)
-    assert finite
-    expected = windows(x[-5_000:], x[-5_010:-5_000], 10, True)
-    np.testing.assert_allclose(found[-5_000:], expected, rtol=1e-13, atol=1e291)
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9])
 def test_an_exponential_mean_is_exact_and_resumes(decay: float) -> None:
     rng = np.random.default_rng(int(decay * 1000))

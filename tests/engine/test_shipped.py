@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.engine import build_kernels, cubins, disk_cache, shipped
+from fastema.engine import build_kernels, shipped
 from fastema.engine.cubins import Key, cubin
 from fastema.errors import ArgumentError, DeviceError
 from fastema.kernels.stamp import source_stamp
@@ -161,21 +161,6 @@ def test_a_gpu_gets_the_code_that_runs_on_it(capability: tuple[int, int], target
     assert made == ("fastema_lerp", code_for(target))
 
 
-@pytest.mark.usefixtures("wheel")
-def test_what_is_not_shipped_is_none() -> None:
-    assert read(*LERP, (7, 0)) is None
-    assert read("copy", *LERP[1:], (9, 0)) is None
-    assert read("lerp", ("f64", "f64"), "flat", (9, 0)) is None
-
-
-def test_kernels_of_other_sources_do_not_load(wheel: Path) -> None:
-    stamp = wheel / "gpu" / "stamp"
-    stamp.write_text("0" * 16)
-    assert read(*LERP, (9, 0)) is None
-    stamp.unlink()
-    assert read(*LERP, (9, 0)) is None
-
-
 def test_a_damaged_file_is_an_error_that_names_it(wheel: Path) -> None:
     path = wheel / "gpu" / "sm_90" / "lerp.xz"
     whole = path.read_bytes()
@@ -183,16 +168,6 @@ def test_a_damaged_file_is_an_error_that_names_it(wheel: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(DeviceError, match=r"sm_90.*lerp\.xz cannot be read.*install"):
             read(*LERP, (9, 0))
-
-
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    kernels = {
-        (one.formats, one.layout): RNG.bytes(int(RNG.integers(0, 2_000)))
-        for one in gpu_variants()
-        if one.operation == "lerp"
-    }
-    shipped.write(tmp_path / "sm_90" / "lerp.xz", kernels)
-    assert shipped.kernels(tmp_path, "lerp", ("sm_99", "sm_90")) == kernels
 
 
 # -- how it is made --------------------------------------------------------------------------------
@@ -255,9 +230,3 @@ def test_old_gpus_make_bfloat16_by_integers() -> None:
         made = cuda.compile_kernel("lerp", formats, "flat", (7, 5))
         assert (made.stack, made.spilled) == (0, 0)
         assert "cvt.rn.bf16" not in made.ptx
-
-
-def test_a_missing_kernel_is_compiled(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_cache, "folder", lambda: None)
-    key = Key("copy", ("f32", "bf16"), "flat", (9, 0))
-    assert cubin(key, lambda key: cubins.Cubin("compiled", b"here")).name == "compiled"

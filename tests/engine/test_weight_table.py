@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastema import rules
 from fastema.engine.weight_table import evaluate, weight_table
 from fastema.errors import ArgumentError
-from fastema.kernels.table import DEGREE, WEIGHT_COLUMNS
+from fastema.kernels.table import WEIGHT_COLUMNS
 
 LAST = 2**31
 CLOSE = 4e-15  # relative, where the rule is rounded by less
@@ -150,16 +150,6 @@ def test_the_first_updates_are_exact_and_others_close_in_any_arithmetic(
         assert abs(fused(table, update) - want) <= CLOSE * want + rounding
 
 
-@pytest.mark.parametrize("every", [1, 10])
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9999999])
-def test_a_constant_is_one_piece(decay: float, every: int) -> None:
-    weight = weight_of(rules.constant(decay), every)
-    (row,) = weight_table(weight)
-    assert row.tolist() == [1.0, 0.0, weight(1), *[0.0] * DEGREE]
-    for update in (1, 1000, 2**40):
-        assert evaluate(row[None], update) == weight(1)
-
-
 def first_where(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The first update for which something holds that goes on to hold, by bisection."""
     while low < high:
@@ -194,29 +184,6 @@ def test_a_rule_is_exact_from_its_limit_on(rule: rules.Rule, every: int) -> None
     assert evaluate(table, begins - 1) == pytest.approx(weight(begins - 1), rel=1e-6)
 
 
-def test_a_lower_limit_is_exact_to_its_end() -> None:
-    weight = weight_of(rules.inverse_gamma(0.9999, inv_gamma=5000.0, power=0.75, minimum=0.9))
-    ends = first_where(lambda update: weight(update) != weight(1), 1, LAST)
-    assert ends > 64
-    table = weight_table(weight)
-    assert table[0, :3].tolist() == [1.0, 0.0, weight(1)]
-    assert table[1, 0] == ends
-    assert evaluate(table, ends - 1) == weight(1)
-    assert evaluate(table, ends) == weight(ends)
-
-
-@pytest.mark.parametrize("decay", [0.9, 0.999, 0.99999])
-def test_a_debiased_rule_is_exact_once_nothing_of_the_start_is_left(decay: float) -> None:
-    weight = weight_of(rules.debiased(rules.constant(decay)))
-    table = weight_table(weight)
-    # From here on decay**n is below 2**-60, and a sum of 1 and it is 1.
-    gone = math.ceil(-60 * math.log(2) / math.log(decay))
-    assert table[-1, 1] == 0.0
-    assert table[-1, 0] <= gone
-    for update in (gone, gone + 1, gone + 12_345, LAST, 2**50):
-        assert evaluate(table, update) == weight(update) == weight(LAST)
-
-
 @pytest.mark.parametrize(
     "span", [(123_456_789, 2**53), (300_000, 300_001), (40_000_000, 50_000_000), (71, 4000)]
 )
@@ -224,23 +191,6 @@ def test_a_while_with_another_weight_is_exact_on_both_sides(span: tuple[int, int
     table = weight_table(lambda update: 0.7 if span[0] <= update < span[1] else 0.5)
     want = [[1.0, 0.0, 0.5], [span[0], 0.0, 0.7], [span[1], 0.0, 0.5]]
     assert table[:, :3].tolist() == [row for row in want if row[0] <= LAST]
-
-
-@pytest.mark.parametrize("reset", [20_000, 300_000, 4_000_001])
-def test_a_single_update_that_stands_out_is_found(reset: int) -> None:
-    def weight(update: int) -> float:
-        return 1.0 if update == reset else 1 / (update + 9)
-
-    table = weight_table(weight)
-    updates = np.concatenate((np.arange(reset - 1000, reset + 1000), some_updates(4, 10_000)))
-    assert evaluate(table, reset) == 1.0
-    assert_close(table, weight, updates, 0.0)
-
-
-def test_a_polynomial_is_kept_between_0_and_1() -> None:
-    table = np.zeros((2, WEIGHT_COLUMNS))
-    table[:, :4] = [[1.0, 1.0, 0.5, 0.7], [3.0, 0.0, 1.0 + 2**-52, 0.0]]
-    assert [evaluate(table, update) for update in (1, 2, 3)] == [0.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("last", [1, 2, 63, 64, 65, 66, 67, 100, 8191, 12_345])
@@ -271,18 +221,6 @@ SMOOTH: dict[str, Weight] = {
 }
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_rules_of_ones_own_are_close_where_they_are_smooth(name: str) -> None:
-    weight = SMOOTH[name]
-    table = weight_table(weight)
-    first = np.arange(1, 45_000 if name == "steps" else 5001)
-    updates = np.concatenate((first, some_updates(1, 20_000), borders(table)))
-    assert_close(table, weight, updates, 2.0**-52)
-    if name == "steps":
-        assert len(table) < 256
-        assert {*looked_up(table, updates)} <= {weight(391 * k) for k in range(101)}
-
-
 JUMPING: dict[str, Weight] = {
     "alternating": lambda n: 0.1 if n % 2 else 0.01,
     "wave": lambda n: 0.5 + 0.4 * math.sin(n),
@@ -311,12 +249,6 @@ def test_weights_that_jump_too_often_are_refused(name: str) -> None:
 def test_a_number_that_is_no_weight_is_named(value: float) -> None:
     with pytest.raises(ArgumentError, match=r"weight at update 70 is .*\[0, 1\]"):
         weight_table(lambda update: value if update == 70 else 1 / (update + 1))
-
-
-@pytest.mark.parametrize("last", [0, 2**53])
-def test_a_last_update_out_of_range_is_refused(last: int) -> None:
-    with pytest.raises(ArgumentError, match="last="):
-        weight_table(lambda update: 0.5, last)
 
 
 decays = st.one_of(

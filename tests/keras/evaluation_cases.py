@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 from fastema.errors import StateError
 from fastema.keras import EMAWeights
 
-from .backends import on_one_backend
 from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
 from .models import (
     Weights,
@@ -29,7 +27,7 @@ from .models import (
     values,
     weights,
 )
-from .runs import Raising, Seen, average, expected, fitted, recorded
+from .runs import Raising, Seen, average, fitted, recorded
 
 pytestmark = MARKS
 
@@ -95,19 +93,6 @@ def test_keras_perturbs_weights_by_its_swap_on_tensorflow() -> None:
         assert_same(after, before)
 
 
-def test_data_of_unknown_length() -> None:
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for first in range(0, len(XV), BATCH):
-            yield XV[first : first + BATCH], YV[first : first + BATCH]
-
-    (model, ema, raw, avg), seen = fitted(), Seen()
-    got = model.evaluate(batches(), verbose=0, callbacks=[seen, ema])
-    assert_same(seen.at["test_end"][0], avg)
-    assert_same(weights(model), raw)
-    with ema.swapped():
-        assert model.evaluate(XV, YV, batch_size=BATCH, verbose=0) == pytest.approx(got, rel=1e-6)
-
-
 @pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
 def test_statistics_of_batch_normalisation(buffers: Any) -> None:
     run = recorded(epochs=1)
@@ -125,41 +110,6 @@ def test_statistics_of_batch_normalisation(buffers: Any) -> None:
         assert_same(during, {name: run.steps[-1][name] for name in during})
     assert during.keys().isdisjoint(average(ema)) == (buffers == "skip")
     assert_same(weights(model), run.steps[-1])
-
-
-def test_frozen_layers_stay_as_they_are() -> None:
-    keras.utils.set_random_seed(2)
-    model = build()
-    model.get_layer("first").trainable = False
-    model.compile("sgd", "mse")
-    before, ema, seen = weights(model), EMAWeights(DECAY), Seen()
-    fit(model, ema, seen, epochs=1)
-    assert not {"first/kernel", "first/bias"} & average(ema).keys()
-    for found in (weights(model), *seen.at["test_begin"]):
-        assert found["first/kernel"].tobytes() == before["first/kernel"].tobytes()
-
-
-@on_one_backend
-def test_one_of_several_averages_is_evaluated() -> None:
-    run = recorded(epochs=1)
-    model, ema, seen = model_of(), EMAWeights((0.5, DECAY), which=1), Seen()
-    fit(model, ema, seen, epochs=1)
-    (during,) = seen.at["test_begin"]
-    assert_near(during, expected(run), BATCHES)
-    assert_near(average(ema, 0), expected(run, lambda n: 0.5), BATCHES)
-    assert_same(weights(model), run.steps[-1])
-
-
-def test_a_prediction_within_an_evaluation_is_of_the_average_too() -> None:
-    (model, ema, _, avg), seen = fitted(), Seen()
-
-    def predicts(batch: int, logs: Any) -> None:
-        if BACKEND != "jax":  # whose model has no weights within an evaluation
-            model.predict(XV, verbose=0)
-
-    within = keras.callbacks.LambdaCallback(on_test_batch_end=predicts)
-    model.evaluate(XV, YV, batch_size=BATCH, verbose=0, callbacks=[within, seen, ema])
-    assert_same(seen.at["test_end"][0], avg)
 
 
 # -- exceptions -----------------------------------------------------------------------------------
@@ -190,32 +140,6 @@ def untouched(model: Any, *names: str) -> bool:
     """Whether functions of the model are its own again."""
     kinds = [type(vars(model).get(name)) for name in names]
     return all(kind.__module__ != "fastema.keras.guards" for kind in kinds)
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-@pytest.mark.parametrize("good", [0, 1])
-@pytest.mark.parametrize("where", ["callback before", "callback after", "data"])
-def test_an_error_in_the_validation_of_fit(where: str, good: int, error: Any) -> None:
-    if where == "data" and error is KeyboardInterrupt and BACKEND == "tensorflow":
-        error = MemoryError  # TensorFlow turns what a generator raises into its own errors
-    run = recorded(epochs=1)
-    model, ema = model_of(), EMAWeights(DECAY)
-    callbacks = {
-        "callback before": [failing(error, good), ema],
-        "callback after": [ema, failing(error, good)],
-        "data": [ema],
-    }[where]
-    data = Data(error, good) if where == "data" else (XV, YV)
-    with pytest.raises(BaseException, match="planted"):
-        fit(model, *callbacks, validation_data=data, validation_batch_size=BATCH)
-    assert not ema.applied
-    assert_same(weights(model), run.steps[-1])
-    assert_near(average(ema), expected(run), BATCHES)
-    assert untouched(model, "test_function")
-    after = model.evaluate(XV, YV, verbose=0)
-    fit(model, ema, epochs=1)  # and it goes on
-    assert ema.ema.num_updates == 2 * BATCHES
-    assert np.isfinite(after)
 
 
 @pytest.mark.parametrize("call", ["validation", "evaluate", "predict"])
@@ -296,55 +220,6 @@ def test_an_error_within_what_jax_compiled(call: str, good: int) -> None:
     assert all(np.isfinite(one).all() for one in weights(model).values())
 
 
-@pytest.mark.parametrize("good", [0, 1])
-@pytest.mark.parametrize("call", ["evaluate", "predict"])
-@pytest.mark.parametrize("where", ["callback", "data"])
-def test_an_error_that_a_call_of_its_own_does_not_tell(where: str, call: str, good: int) -> None:
-    now = fitted()
-    model, ema = now.model, now.ema
-
-    def fails(*callbacks: Any) -> None:
-        given: dict[str, Any] = {"x": XV, "batch_size": BATCH}
-        if where == "data":
-            given = {"x": Data(OSError, good, call == "predict")}
-        else:
-            callbacks += (failing(OSError, good),)
-            given |= {"y": YV} if call == "evaluate" else {}
-        with pytest.raises(BaseException, match="planted"):
-            getattr(model, call)(**given, verbose=0, callbacks=[*callbacks])
-
-    fails(ema)
-    if where == "data" and BACKEND == "jax":
-        assert not ema.applied
-    ema.restore()
-    now.assert_unchanged()
-    # The next hook does it too.
-    fails(ema)
-    loss = model.evaluate(XV, YV, verbose=0, callbacks=[ema])
-    now.assert_unchanged()
-    assert untouched(model, "test_function", "predict_function")
-    # And a block always.
-    with ema.swapped():
-        fails()
-    now.assert_unchanged()
-    with ema.swapped():
-        assert model.evaluate(XV, YV, verbose=0) == loss
-
-
-@pytest.mark.parametrize("same", [False, True])
-def test_fit_after_an_evaluation_that_failed_trains_the_weights(same: bool) -> None:
-    run = recorded()
-    model, ema = model_of(), EMAWeights(DECAY)
-    fit(model, ema, epochs=1)
-    with pytest.raises(OSError, match="planted"):
-        model.evaluate(XV, YV, verbose=0, callbacks=[ema, failing(OSError, 0)])
-    # Another callback takes out of the model what the first one left there.
-    fit(model, ema if same else EMAWeights(DECAY), epochs=1)
-    assert_same(weights(model), run.steps[-1])
-    assert not ema.applied
-    assert_near(average(ema), expected(run, steps=slice(None if same else BATCHES)), 2 * BATCHES)
-
-
 USES: dict[str, Callable[[Any, Path], object]] = {
     "fit": lambda model, path: fit(model, epochs=1, validation_data=None),
     "train_on_batch": lambda model, path: model.train_on_batch(X[:BATCH], Y[:BATCH]),
@@ -398,15 +273,6 @@ def test_a_model_that_an_error_left_with_the_average_has_its_weights_when_it_is_
     assert untouched(model, *(name for name in USES if name != "evaluate"))
 
 
-def test_the_average_outlives_its_callback_where_the_model_holds_it() -> None:
-    raw = fitted().raw
-    model, ema = left_with_the_average()
-    del ema
-    gc.collect()
-    model.predict(XV, verbose=0)
-    assert_same(weights(model), raw)
-
-
 def test_a_block_refuses_what_would_train_or_overwrite_the_average(tmp_path: Path) -> None:
     now = fitted()
     model, ema, state = now.model, now.ema, now.ema.state_dict()
@@ -452,22 +318,3 @@ def test_a_write_in_a_block_is_told_once_the_callback_is_ready_again(raised: Any
     with ema.swapped():
         assert ema.applied
     fit(model, ema, epochs=1)
-
-
-def test_a_fit_that_failed_leaves_nothing_behind_the_next() -> None:
-    model = model_of()
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            fit(model, EMAWeights(DECAY), Raising(KeyboardInterrupt, "on_train_batch_end", after=1))
-    fit(model, EMAWeights(DECAY), epochs=1)
-    assert "evaluate" not in vars(model)
-
-
-def test_a_model_is_given_its_own_functions_back() -> None:
-    model, ema = model_of(), EMAWeights(DECAY)
-    before = dict(vars(model))
-    fit(model, ema, epochs=1)
-    model.predict(XV, verbose=0, callbacks=[ema])
-    assert "evaluate" not in vars(model)
-    assert untouched(model, *before)
-    assert keras.models.clone_model(model).name == "net"

@@ -13,7 +13,6 @@ from .data import BACKEND
 from .models import synced, values
 
 COMPILED = BACKEND != "torch"
-PURE = BACKEND == "jax"  # where nothing is written, and so nothing noted
 BATCH, COUNT = 8, 45  # five batches of 8, and one of 5
 BATCHES = 6
 Curve = np.ndarray

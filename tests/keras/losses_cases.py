@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import keras
@@ -20,7 +19,6 @@ from .losses import (
     BATCHES,
     COUNT,
     LABELS,
-    PURE,
     Errors,
     OwnMetrics,
     Seen,
@@ -31,7 +29,6 @@ from .losses import (
     assert_exact,
     build,
     fit,
-    measured,
     names_with,
     parts,
     squares_of,
@@ -110,65 +107,6 @@ def test_keras_values_stay_the_same_to_the_bit() -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(
-    "compiled",
-    [
-        {"gradient_accumulation_steps": 4},
-        {"run_eagerly": True, "metrics": ["mae"]},
-        {"jit_compile": True, "metrics": ["mae"]},
-    ],
-    ids=lambda compiled: next(iter(compiled)),
-)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_ways_to_run_a_step(compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled by XLA, or by PyTorch's compiler, whose slow part is left out here."""
-    if BACKEND == "torch":
-        import torch
-
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled = dict(compiled)
-    steps = compiled.pop("gradient_accumulation_steps", None)
-    optimizer = keras.optimizers.SGD(0.1 if steps else 0.05, gradient_accumulation_steps=steps)
-    losses, _ = measured(optimizer=optimizer, **compiled)
-    assert ("mae_raw" in losses.history) == ("metrics" in compiled)
-
-
-class Mine(keras.metrics.Mean):
-    """Writes its sums in its own way."""
-
-    def update_state(self, y: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        self.total.assign(self.total + keras.ops.sum(keras.ops.square(y - y_pred)))
-        self.count.assign(self.count + keras.ops.cast(keras.ops.shape(y)[0], "float32"))
-
-
-def test_metrics_of_a_batch_alone() -> None:
-    root = keras.metrics.RootMeanSquaredError(name="root")
-    losses, errors = measured(metrics=[root, Mine(name="mine")])
-    assert_exact(losses.history["root_raw"], np.sqrt(errors.losses()))
-    assert_exact(losses.history["mine_raw"], errors.losses())
-
-
-@pytest.mark.parametrize("own_step", [False, True])
-def test_late_in_a_long_epoch(own_step: bool) -> None:
-    """Sums as they are after millions of batches: their differences would be nothing but noise."""
-
-    def late(epoch: int, logs: Any) -> None:
-        model.metrics[0].total.assign(3e7)
-        model.metrics[0].count.assign(2e7)
-
-    model = build(kind=OwnMetrics if own_step else keras.Sequential)
-    losses, errors, seen = LossAverages(), Errors(), Seen()
-    fit(model, keras.callbacks.LambdaCallback(on_epoch_begin=late), losses, errors, seen)
-    assert seen.curve("loss").min() > 1.49  # so it was late
-    if own_step and PURE:
-        off = np.abs(losses.history["loss_raw"] - errors.losses())
-        assert off.max() > 1e-3
-        # What the documentation says: half a unit in the last place of the sum, by the count.
-        assert (off <= 3.1e7 * 2**-24 / np.array([len(one) for one in errors.batches])).all()
-    else:
-        assert_exact(losses.history["loss_raw"], errors.losses())
-
-
 def test_outputs_of_their_own_losses() -> None:
     keras.utils.set_random_seed(3)
     inputs = keras.Input((4,))
@@ -210,23 +148,6 @@ def test_an_execution_of_several_steps_is_their_mean(own_step: bool) -> None:
     assert_exact(losses.history["loss_raw"], [squares[:32].mean(), squares[32:].mean()] * 3, 40)
     assert_close(losses.history["loss_ema"], ema(losses.history["loss_raw"], 0.5))
     assert_close(seen.curve("loss_sma"), losses.history["loss_sma"])
-
-
-def test_losses_added_by_layers_are_part_of_it() -> None:
-    keras.utils.set_random_seed(7)
-    layer = keras.layers.Dense(1, kernel_regularizer=keras.regularizers.L2(0.5))
-    model = keras.Sequential([keras.Input((4,)), layer])
-    model.compile(keras.optimizers.SGD(0.05), "mse")
-    penalties: list[float] = []
-
-    note = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda batch, logs: penalties.append(
-            0.5 * float(np.sum(arrays(model)[0] ** 2))
-        )
-    )
-    losses, errors = LossAverages(), Errors()
-    fit(model, losses, errors, note)
-    assert_exact(losses.history["loss_raw"], errors.losses() + penalties)
 
 
 def test_a_batch_that_is_not_finite_spoils_itself_only() -> None:
@@ -271,17 +192,6 @@ def test_metrics_that_are_no_means_are_left_out() -> None:
         fit(build(), LossAverages(metrics=["loss", "acc"]))
 
 
-def test_a_model_without_means() -> None:
-    class Nothing(keras.Sequential):
-        @property
-        def metrics(self) -> list[Any]:
-            return []
-
-    losses = LossAverages()
-    fit(build(kind=Nothing), losses, epochs=1)
-    assert not losses.history
-
-
 @on_one_backend
 def test_what_is_logged_can_be_chosen() -> None:
     history = fit(build(), LossAverages(window_size=None, raw=False), epochs=1).history
@@ -296,83 +206,6 @@ def test_what_is_logged_can_be_chosen() -> None:
     for wrong in ({"window_size": 0}, {"decay": 1.5}, {"metrics": "loss"}, {"on_nonfinite": "no"}):
         with pytest.raises(ArgumentError, match=next(iter(wrong))):
             LossAverages(**wrong)
-
-
-class OwnStep(keras.Sequential):
-    """A step as people write it: names of logs that are not those of metrics."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.total_tracker = keras.metrics.Mean(name="tracked_total")
-        self.other_tracker = keras.metrics.Mean(name="size")
-
-    @property
-    def metrics(self) -> list[Any]:
-        return [self.total_tracker, self.other_tracker]
-
-    def _logs(self, loss: Any, y_pred: Any) -> dict[str, Any]:
-        self.total_tracker.update_state(loss)
-        self.other_tracker.update_state(keras.ops.abs(y_pred))
-        result = self.total_tracker.result()
-        return {"loss": result, "size": self.other_tracker.result(), "twice": 2 * result}
-
-    if BACKEND == "tensorflow":
-
-        def train_step(self, data: Any) -> Any:
-            import tensorflow as tf
-
-            x, y = data
-            with tf.GradientTape() as tape:
-                y_pred = self(x, training=True)
-                loss = self.compute_loss(x, y, y_pred)
-            gradients = tape.gradient(loss, self.trainable_weights)
-            self.optimizer.apply(gradients, self.trainable_weights)
-            return self._logs(loss, y_pred)
-
-    elif BACKEND == "torch":
-
-        def train_step(self, data: Any) -> Any:
-            import torch
-
-            x, y = data
-            self.zero_grad()
-            y_pred = self(x, training=True)
-            loss = self.compute_loss(x, y, y_pred)
-            loss.backward()
-            gradients = [one.value.grad for one in self.trainable_weights]
-            with torch.no_grad():
-                self.optimizer.apply(gradients, self.trainable_weights)
-            return self._logs(loss, y_pred)
-
-    else:
-
-        def train_step(self, state: Any, data: Any) -> Any:
-            import jax
-
-            x, y = data
-            weights, rest, optimizer, sums = state
-
-            def losses(weights: Any) -> Any:
-                y_pred, _ = self.stateless_call(weights, rest, x, training=True)
-                return self.compute_loss(x, y, y_pred), y_pred
-
-            (loss, y_pred), gradients = jax.value_and_grad(losses, has_aux=True)(weights)
-            weights, optimizer = self.optimizer.stateless_apply(optimizer, gradients, weights)
-            mapping = list(zip(self.metrics_variables, sums, strict=True))
-            with keras.StatelessScope(state_mapping=mapping) as scope:
-                logs = self._logs(loss, y_pred)
-            sums = [scope.get_current_value(one) for one in self.metrics_variables]
-            return logs, (weights, rest, optimizer, sums)
-
-
-def test_a_train_step_of_the_users_own() -> None:
-    model = build(kind=OwnStep)
-    losses, errors, seen = LossAverages(), Errors(), Seen()
-    history = fit(model, losses, errors, seen).history
-    assert history.keys() == names_with("loss", "size") | {"loss", "size", "twice"}
-    # Its tracker counts batches, not samples.
-    assert_exact(losses.history["loss_raw"], errors.losses(), 100)
-    assert_exact(seen.epochs[-1]["twice"], 2 * np.mean(errors.losses()[BATCHES:]))
 
 
 def test_a_train_function_that_goes_around_train_step_is_an_error() -> None:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
-import gc
 import json
-import math
 import pickle
-import re
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +26,14 @@ from .losses import (
     COMPILED,
     Errors,
     Seen,
-    W,
     X,
     Y,
     arrays,
     assert_exact,
     build,
     fit,
-    measured,
-    parts,
     squares_of,
 )
-from .runs import Raising
 
 pytestmark = MARKS
 
@@ -112,55 +104,6 @@ def test_files_stopping_and_rates_use_what_is_added(tmp_path: Path) -> None:
         assert [float(row[name]) for row in rows] == history[name]
 
 
-@on_one_backend
-def test_progress_bar_shows_values_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    losses = LossAverages(window_size=2)
-    fit(build(), losses, epochs=1, verbose=1)
-    shown = re.findall(r"loss_(raw|sma|ema): ([-+.e\d]+)", capsys.readouterr().out.split("\n")[0])
-    last = {name: float(number) for name, number in shown}
-    assert last.keys() == {"raw", "sma", "ema"}
-    for name, number in last.items():
-        assert number == pytest.approx(losses.history[f"loss_{name}"][-1], abs=6e-5)
-    assert len({round(one, 3) for one in last.values()}) == 3
-
-
-@on_one_backend
-@pytest.mark.skipif(find_spec("tensorflow") is None, reason="its callback writes with TensorFlow")
-def test_tensorboard_files(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util import tensor_util
-
-    losses = LossAverages(window_size=3)
-    board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=False)
-    fit(build(), losses, board, validation_data=(X[:9], Y[:9]))
-    del board
-    gc.collect()
-    events = EventAccumulator(str(tmp_path / "train"), size_guidance={"tensors": 0})  # all of them
-    events.Reload()
-
-    def curve(tag: str) -> list[float]:
-        return [float(tensor_util.make_ndarray(one.tensor_proto)) for one in events.Tensors(tag)]
-
-    for name in ("loss_raw", "loss_sma", "loss_ema"):
-        want = np.float32(losses.history[name])
-        assert curve(f"batch_{name}") == want.tolist()
-        assert curve(f"epoch_{name}") == want[[BATCHES - 1, 2 * BATCHES - 1]].tolist()
-    steps = [one.step for one in events.Tensors("batch_loss_raw")]
-    assert steps == list(range(1, 2 * BATCHES + 1))
-
-
-@on_one_backend
-def test_beside_an_average_of_the_weights() -> None:
-    alone = EMAWeights(0.8)
-    fit(build(), alone)
-    for first in (False, True):
-        ours, losses, errors = EMAWeights(0.8), LossAverages(), Errors()
-        fit(build(), *([ours, losses, errors] if first else [losses, ours, errors]))
-        assert_exact(losses.history["loss_raw"], errors.losses())
-        for found, want in zip(ours.ema.shadow.values(), alone.ema.shadow.values(), strict=True):
-            assert_exact(*map(keras.ops.convert_to_numpy, (found, want)))
-
-
 @pytest.mark.parametrize("threads", [False, True])
 def test_values_keep_their_batches_in_other_threads(threads: bool) -> None:
     """Where Keras runs callbacks so: on JAX and PyTorch."""
@@ -213,24 +156,6 @@ def test_averages_go_on_in_the_next_fit_and_nothing_is_compiled_again() -> None:
     assert not losses.history
 
 
-def test_a_model_compiled_again_is_followed() -> None:
-    model, losses = build(), LossAverages()
-    fit(model, losses)
-    model.compile(keras.optimizers.SGD(0.01), "mae", metrics=["mse"])
-    errors = Errors()
-    fit(model, losses, errors)
-    assert_exact(losses.history["mse_raw"], errors.losses())
-    assert_exact(losses.history["loss_raw"][2 * BATCHES :], errors.absolute())
-
-
-@on_one_backend
-def test_a_callback_goes_on_with_another_model() -> None:
-    losses, errors = LossAverages(), Errors()
-    for rate in (0.05, 0.01):
-        fit(build(rate), losses, errors)
-    assert_exact(losses.history["loss_raw"], errors.losses())
-
-
 def test_a_run_that_fails_leaves_the_models_own_function() -> None:
     model, losses = build(), LossAverages()
     fit(model, losses, epochs=1)
@@ -245,34 +170,6 @@ def test_a_run_that_fails_leaves_the_models_own_function() -> None:
     assert model.train_function is own
 
 
-def test_a_run_that_another_callback_ended_is_no_burden() -> None:
-    model, losses = build(), LossAverages()
-    with pytest.raises(OSError, match="planted"):
-        fit(model, losses, Raising(OSError, "on_train_batch_end", after=1))
-    seen = losses.history["loss_raw"].tolist()
-    assert len(seen) == 2
-    assert fit(model, y=100 * Y).history.keys() == {"loss"}
-    model.train_on_batch(X, 100 * Y)
-    assert losses.history["loss_raw"].tolist() == seen
-    own = model.train_function
-    assert "fastema" not in type(own).__module__
-    measured(model=model)
-    assert model.train_function is own
-    with pytest.raises(ArgumentError, match="'acc'"):
-        fit(model, LossAverages(metrics=["acc"]))
-    assert model.train_function is own
-
-
-def test_what_is_trained_in_a_callback_is_not_of_the_run() -> None:
-    model, other = build(), build()
-    nested = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: model.train_on_batch(X, 100 * Y),
-        on_train_batch_end=lambda batch, logs: batch == 2 and other.train_on_batch(X, Y),
-    )
-    measured(nested, model=model)
-    assert "fastema" not in type(model.train_function).__module__
-
-
 @on_one_backend
 def test_copies_hold_the_averages_and_nothing_of_the_run() -> None:
     model, losses = build(), LossAverages()
@@ -283,19 +180,6 @@ def test_copies_hold_the_averages_and_nothing_of_the_run() -> None:
         fit(build(), other, epochs=1)
         assert len(other.history["loss_raw"]) == 3 * BATCHES
     assert len(losses.history["loss_raw"]) == 2 * BATCHES
-
-
-@on_one_backend
-def test_which_way_is_better_is_said_or_asked_for() -> None:
-    stop = keras.callbacks.EarlyStopping(monitor="loss_ema", patience=1)
-    model = build()
-    history = fit(model, LossAverages(), stop, epochs=3).history
-    assert len(history["loss"]) == 3  # it falls all the time, which is what is wanted
-    stop = keras.callbacks.EarlyStopping(monitor="mae_sma")
-    model = build(metrics=["mae"])
-    with pytest.raises(ArgumentError, match=r"EarlyStopping\(monitor='mae_sma'\): say mode="):
-        fit(model, LossAverages(), stop)
-    assert fit(model).history.keys() == {"loss", "mae"}
 
 
 def test_resumed_run_goes_on_as_if_never_interrupted() -> None:
@@ -312,39 +196,3 @@ def test_resumed_run_goes_on_as_if_never_interrupted() -> None:
         assert_exact(second.history[name], whole.history[name][2 * BATCHES :])
     with pytest.raises(CheckpointError, match="window_size"):
         LossAverages(window_size=8).load_state_dict(state)
-
-
-def test_a_loop_of_ones_own() -> None:
-    model, losses, errors = build(metrics=["mae"]), LossAverages(), Errors()
-    callbacks = keras.callbacks.CallbackList([losses, errors], model=model)
-    callbacks.on_train_begin()
-    for epoch in range(2):
-        callbacks.on_epoch_begin(epoch)
-        for i, (x, y) in enumerate(zip(parts(X), parts(Y), strict=True)):
-            callbacks.on_train_batch_begin(i)
-            logs = model.train_on_batch(x, y, return_dict=True)
-            callbacks.on_train_batch_end(i, logs)
-        callbacks.on_epoch_end(epoch)
-    callbacks.on_train_end()
-    assert_exact(losses.history["loss_raw"], errors.losses())
-    assert_exact(losses.history["mae_raw"], errors.absolute())
-    assert not math.isnan(losses.averages["loss_ema"])
-
-
-def test_shapes_that_are_not_known_and_datasets_without_an_end() -> None:
-    def batches() -> Any:
-        while True:
-            yield from zip(parts(X), parts(Y), parts(W), strict=True)
-
-    keras.utils.set_random_seed(7)
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mae"])
-    losses = LossAverages()
-    model.fit(
-        batches(), steps_per_epoch=BATCHES, epochs=2, verbose=0, callbacks=[losses], shuffle=False
-    )
-    kernel, bias = arrays(model)
-    errors = (X @ kernel + bias - Y)[:, 0]
-    want = [np.mean(w * e**2) for e, w in zip(parts(errors), parts(W), strict=True)]
-    assert_exact(losses.history["loss_raw"], want * 2)
-    assert_exact(losses.history["mae_raw"], [np.mean(np.abs(e)) for e in parts(errors)] * 2)

@@ -158,15 +158,6 @@ def test_validation_runs_with_the_average_and_every_bit_comes_back(policy: str) 
     assert differ(*want[0])
 
 
-def test_the_loss_is_that_of_the_average() -> None:
-    model = build()
-    history = fit(model, SwapEMAWeights(), epochs=1).history
-    # At the end of fit Keras puts the average into the model.
-    assert_same(*state(model))
-    found = model.evaluate(XV, YV, batch_size=4, verbose=0)
-    assert found == pytest.approx(history["val_loss"][0], rel=1e-6)
-
-
 def test_evaluate_and_predict_by_hand() -> None:
     (model, (weights, averages)), swap, seen = stepped(), SwapEMAWeights(), Seen(state)
     CALLS["evaluate"](model, swap, seen)
@@ -178,15 +169,6 @@ def test_evaluate_and_predict_by_hand() -> None:
     assert_state(model, weights, averages)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - plain).max() > 1e-4
-
-
-@on_one_backend
-def test_the_peer_leaves_the_average_after_predict() -> None:
-    model, (weights, averages) = stepped()
-    CALLS["predict"](model, keras.callbacks.SwapEMAWeights())
-    for name, got in trained(model).items():
-        np.testing.assert_allclose(got, averages[name], rtol=1e-5, atol=1e-7)
-        assert np.abs(got - weights[name]).max() > 1e-9
 
 
 def test_at_the_end_of_an_epoch_for_other_callbacks(tmp_path: Path) -> None:
@@ -203,37 +185,6 @@ def test_at_the_end_of_an_epoch_for_other_callbacks(tmp_path: Path) -> None:
         other.load_weights(tmp_path / f"{epoch + 1}.weights.h5")
         assert_same(trained(other), averages)
     assert_same(trained(model), want[2][1])
-
-
-def test_a_fit_that_ends_early_ends_with_the_average() -> None:
-    average = reference(2)[1][1]
-
-    def stop(epoch: int, logs: Any) -> None:
-        model.stop_training = epoch == 1
-
-    stops = keras.callbacks.LambdaCallback(on_epoch_end=stop)
-    for first in (False, True):
-        model, swap = build(), SwapEMAWeights(swap_on_epoch=True)
-        fit(model, *([stops, swap] if first else [swap, stops]), epochs=9)
-        assert_state(model, average, average)
-        assert "finalize_variable_values" not in vars(model.optimizer)
-        assert "evaluate" not in vars(model)
-        fit(model, swap, epochs=1)  # and on
-    model = build()
-    fit(model, keras.callbacks.SwapEMAWeights(swap_on_epoch=True), stops, epochs=9)
-    for name, got in trained(model).items():  # the peer's: the weights, and no average any more
-        assert np.abs(got - average[name]).max() > 1e-6
-
-
-def test_a_second_fit_goes_on_as_without() -> None:
-    plain, model, swap = build(), build(), SwapEMAWeights(swap_on_epoch=True)
-    for _ in range(2):
-        fit(plain, validation_data=None)
-        if BACKEND == "jax":  # where Keras lets two variables share an array that it donates
-            for one in averages_of(plain):
-                one.assign(keras.ops.copy(one))
-        fit(model, swap)
-        assert_state(model, *state(plain))
 
 
 def test_numbers_are_the_peers() -> None:
@@ -296,14 +247,6 @@ def test_before_the_first_step_the_model_is_evaluated() -> None:
     assert abs(theirs - got) > 1e-3
 
 
-def test_optimizers_within_others() -> None:
-    model, seen = build(wrap=keras.optimizers.LossScaleOptimizer), Seen(state)
-    fit(model, SwapEMAWeights(), seen, epochs=1)
-    (at_test,), ((weights, averages),) = seen.at["test_begin"], seen.at["epoch_end"]
-    assert_state(at_test, averages, weights)
-    assert differ(weights, averages)
-
-
 def test_a_saved_model_goes_on(tmp_path: Path) -> None:
     want, model = reference(3), build()
 
@@ -338,13 +281,6 @@ def test_what_is_refused() -> None:
         if BACKEND != "jax" or call in CALLS.values():
             assert_same(trained(model), before[0])
         assert left_in(model) == set()
-
-
-@on_one_backend
-def test_interface() -> None:
-    assert SwapEMAWeights().swap_on_epoch is False
-    assert SwapEMAWeights(True).swap_on_epoch is True
-    assert isinstance(SwapEMAWeights(), keras.callbacks.Callback)
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -406,69 +342,3 @@ def test_a_fit_that_is_cut_short(error: Any, after: str, which: str, hook: str) 
         assert_same(start[0], want[0])
         assert_same(*state(model))
     assert left_in(model) == set() or (BACKEND, which) == ("jax", "none")
-
-
-@pytest.mark.parametrize("which", ["same", "fresh"])
-@pytest.mark.parametrize("on_epoch", [False, True])
-@pytest.mark.parametrize("first", [False, True])
-def test_evaluations_by_other_callbacks(which: str, on_epoch: bool, first: bool) -> None:
-    if BACKEND == "jax":
-        pytest.skip("Keras loses the state of a fit there in which the model is evaluated")
-    want = reference(3)
-    model, swap, seen, within = build(), SwapEMAWeights(on_epoch), Seen(state), Seen(trained)
-
-    def evaluate(epoch: int, logs: Any) -> None:
-        some = swap if which == "same" else SwapEMAWeights()
-        before = trained(model)
-        for call in CALLS.values():
-            call(model, some, within)
-        assert_same(trained(model), before)
-
-    nested = keras.callbacks.LambdaCallback(on_epoch_end=evaluate)
-    fit(model, *([nested, swap, seen] if first else [swap, nested, seen]), epochs=3)
-    for hook in ("test_begin", "predict_begin"):
-        for one, known in zip(within.at[hook], want, strict=True):
-            assert_same(one, known[1])
-    for (weights, _), known in zip(seen.at["epoch_end"], want, strict=True):
-        assert_same(weights, known[on_epoch])
-    assert_same(trained(model), want[2][1])
-    assert left_in(model) == set()
-
-
-def test_weights_are_saved_and_loaded_as_such_after_a_call_that_raised(tmp_path: Path) -> None:
-    path = tmp_path / "model.weights.h5"
-    (model, before), swap = stepped(), SwapEMAWeights()
-    with pytest.raises(RuntimeError, match="planted"):
-        BROKEN["hook"](model, swap)
-    model.save_weights(path)
-    assert_same(trained(model), before[0])
-    with pytest.raises(RuntimeError, match="planted"):
-        BROKEN["hook"](model, swap)
-    model.set_weights([2 * one for one in model.get_weights()])
-    assert_same(state(model)[1], before[1])
-    model.load_weights(path)
-    assert_same(trained(model), before[0])
-    assert left_in(model) == set()
-
-
-def test_a_prediction_within_an_evaluation_is_of_the_average_too() -> None:
-    if BACKEND == "jax":
-        pytest.skip("a model has no weights there while it is evaluated")
-    (model, before), seen = stepped(), Seen(trained)
-    predicts = keras.callbacks.LambdaCallback(
-        on_test_batch_end=lambda batch, logs: model.predict(XV, verbose=0)
-    )
-    CALLS["evaluate"](model, predicts, seen, SwapEMAWeights())
-    assert_same(seen.at["test_end"][0], before[1])
-    assert_same(trained(model), before[0])
-
-
-@on_one_backend
-def test_one_callback_for_several_models() -> None:
-    both, swap = [stepped(), stepped()], SwapEMAWeights()
-    with pytest.raises(Exception, match="planted"):
-        BROKEN["evaluate"](both[0][0], swap)
-    CALLS["evaluate"](both[1][0], swap)
-    for model, known in both:
-        assert_state(model, *known)
-        assert left_in(model) == set()

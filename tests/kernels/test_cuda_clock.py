@@ -233,28 +233,6 @@ def check(clock: Clock, schedule: Schedule, step: int) -> None:
         assert abs(a - b) <= bound(rule, b, schedule.update_every), (rule, step, a, b)
 
 
-@pytest.mark.parametrize(
-    ("every", "start", "rules"),
-    [
-        (1, 2, (constant(0.25), *RULES[:7])),
-        (10, 7, RULES[4:]),
-    ],
-)
-def test_the_first_thousands_of_updates_follow_the_schedule(
-    every: int, start: int, rules: tuple[Rule, ...]
-) -> None:
-    schedule = Schedule(rules, every, start)
-    clock = Clock(tables_of(rules, every), start=start, every=every)
-    steps = 12_000 if every > 1 else 5_000
-    idle = 0
-    for step in range(1, steps + 1):
-        clock.advance()
-        check(clock, schedule, step)
-        idle += not clock.weights
-    worked = (steps - start) // every + (1 if start else 0)
-    assert idle == steps - worked
-
-
 @given(
     rules=st.lists(st.sampled_from(RULES), min_size=1, max_size=MAX_AVERAGES, unique=True),
     every=st.sampled_from([1, 2, 10]),
@@ -273,19 +251,6 @@ def test_any_update_follows_the_schedule(
     for step in range(done + 1, done + every + 2):
         clock.advance()
         check(clock, schedule, step)
-
-
-@pytest.mark.parametrize("done", [2**31, 2**32, 2**53])
-@pytest.mark.parametrize("every", [1, 10])
-def test_weights_stay_from_the_end_of_the_tables_on(done: int, every: int) -> None:
-    rules = RULES[4:9]
-    clock = Clock(tables_of(rules, every), done=done * every - 1, every=every)
-    clock.advance()
-    last = tuple(rule.weight(LAST * every, every) for rule in rules)
-    assert clock.weights == last  # to the bit: this update has a piece of its own
-    assert clock.cells[abi.DONE] == done * every
-    follow = Schedule(rules, every).weights(done * every)
-    assert (follow == last) == (done == LAST)
 
 
 def twin_of(clock: int, order: NDArray[np.int64]) -> None:

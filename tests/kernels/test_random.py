@@ -74,21 +74,6 @@ def test_every_kind_of_number_is_as_specified(dst: str, src: str) -> None:
             assert_same(got, want, dst)
 
 
-@pytest.mark.parametrize("changed", ["seed", "seed's high half", "step", "step's high half", "key"])
-def test_bits_depend_on_everything(changed: str) -> None:
-    def after(seed: int = 1, step: int = 1, key: int = 1) -> Array:
-        got = avg.copy()
-        run("lerp", ("bf16~", "bf16"), [Row(got, x, key=key)], [0.01], seed=seed, step=step)
-        return got
-
-    avg, x = numbers(4000, "bf16", 1), numbers(4000, "bf16", 2)
-    word, high = changed.partition("'")[::2]
-    other = after(**{word: 1 + 2**32 if high else 2})
-    np.testing.assert_array_equal(after(), after())
-    # Where neighbours are about as likely as each other, half of the elements come out different.
-    assert 0.2 < (after() != other).mean() < 0.5
-
-
 # -- unbiased --------------------------------------------------------------------------------------
 
 
@@ -120,21 +105,6 @@ def scores(values: Array, code: str, groups: Array, step: int = 1) -> Iterator[f
         spread = math.sqrt(float((share * (1 - share))[inside].sum()))
         assert spread > 0
         yield float(error[inside].sum()) / spread
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("code", NARROW)
-def test_the_mean_error_is_zero_at_every_share_of_the_way(code: str, sign: int) -> None:
-    # 2**16 draws at each of 34 shares: a bias of 0.01 units in the last place would show.
-    finest = 2.0 ** (reference.FLOATS[code].digits - 24)
-    shares = np.array([finest, *np.arange(1, 33) / 33, 1 - finest])
-    unit = reference.FLOATS[code].digits - 1
-    values = sign * (1 + 2.0**-unit * np.repeat(shares, 1 << 16)).astype(np.float32)
-    groups = np.repeat(np.arange(34), 1 << 16)
-    found = list(scores(values, code, groups, step=2 + sign))
-    assert len(found) == 34
-    assert max(map(abs, found)) < 5
-    assert abs(sum(found)) / math.sqrt(34) < 5
 
 
 @pytest.mark.parametrize("code", NARROW)
@@ -220,20 +190,6 @@ def test_words_are_uniform_and_none_tells_of_another(stream: tuple[int, int, int
     assert picture[1:, 1:-1].max() < math.log(picture.size) + 14
 
 
-@pytest.mark.parametrize("shift", [10, 0], ids=["high bits", "low bits"])
-@pytest.mark.parametrize("stream", [FIRST, OTHERS["far on"]], ids=["first", "far on"])
-def test_pairs_and_triples_of_elements_fill_the_lattice(
-    stream: tuple[int, int, int], shift: int
-) -> None:
-    words = words_in(stream)
-    found = {lag: excess(joint(words[:-lag], words[lag:], shift)) for lag in LAGS}
-    assert max(found.values()) < 6, found
-    few = ((words >> (12 if shift else 0)) & 15).astype(np.int64)
-    for lag in (1, 64, 1024):
-        one, two, three = few[: -2 * lag], few[lag:-lag], few[2 * lag :]
-        assert excess(np.bincount(one * 256 + two * 16 + three, minlength=4096)) < 6
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_steps_seeds_tensors_and_averages_have_nothing_in_common(name: str) -> None:
     first, words = words_in(FIRST), words_in(OTHERS[name])
@@ -249,19 +205,6 @@ def test_steps_seeds_tensors_and_averages_have_nothing_in_common(name: str) -> N
     places = np.arange(LENGTH)
     for flip in (1, 3, 255, 65_536):
         assert abs(float(signal @ other[places ^ flip])) < 5 * math.sqrt(LENGTH)
-
-
-def test_the_words_of_an_element_from_step_to_step_are_independent() -> None:
-    steps, places = 1 << 12, np.array([0, 1, 2, 63, 64, 65_535, 65_536, 2**33])
-    key = reference.tensor_key("layer.weight")
-    history = np.array([reference.random_words(5, n, key, places) for n in range(1, steps + 1)])
-    signal = centred(history)
-    assert np.abs(signal.sum(axis=0)).max() < 5 * math.sqrt(steps)
-    for lag in (1, 2, 3, 10, 64, 1000):
-        products = (signal[:-lag] * signal[lag:]).sum(axis=0)
-        assert np.abs(products).max() < 5 * math.sqrt(steps - lag)
-    power = np.abs(np.fft.rfft(signal, axis=0))[1:-1] ** 2 / steps
-    assert power.max() < math.log(power.size) + 14
 
 
 # -- the ends of the range -------------------------------------------------------------------------

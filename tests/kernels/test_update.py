@@ -11,7 +11,6 @@ from fastema.kernels.table import BLOCK
 
 from ..support import reference
 from ..support.arrays import assert_same, guarded, numbers
-from ..support.tolerance import exact_lerp, lerp_bound
 from .rows import Row, run
 
 # What rounds by random bits, or lies in two halves, has files of its own.
@@ -98,16 +97,6 @@ def test_every_kind_of_number_is_as_specified(operation: str, dst: str, src: str
     check(operation, (dst, src), [(avg, x)])
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_an_update_is_within_the_bound(dst: str, src: str) -> None:
-    avg, x = numbers(20_000, dst, 21), numbers(20_000, src, 22)
-    for w in (1e-4, 0.1, 0.9):
-        got = avg.copy()
-        run("lerp", (dst, src), [Row(got, x)], [w])
-        error = np.abs(reference.decode(got, dst) - exact_lerp(avg, x, w, dst, src))
-        np.testing.assert_array_less(error.astype(np.float64), lerp_bound(avg, x, w, dst, src))
-
-
 # Strided loops run the same element: one pair of each kind suffices beyond the update.
 @pytest.mark.parametrize(
     ("dst", "src"), [("f32", "bf16"), ("bf16", "f64"), ("f16", "f16"), ("f64", "f16")]
@@ -187,14 +176,3 @@ def test_an_average_is_parked_in_the_weights_and_no_bit_is_lost(
 
 
 # -- claims ----------------------------------------------------------------------------------------
-
-
-def test_averages_of_one_tensor_are_claimed_together_from_where_the_cursor_stands() -> None:
-    avg, x = numbers(600, "f32", 1).reshape(6, 100), numbers(600, "f32", 2).reshape(6, 100)
-    before, weights = avg.copy(), [0.5, 0.25, 1.0]
-    rows = [Row(a, b, average=k % 3) for k, (a, b) in enumerate(zip(avg, x, strict=True))]
-    run("lerp", ("f32", "f32"), rows, weights, claim=3, next=3)
-    np.testing.assert_array_equal(avg[:3], before[:3])
-    for k in range(3, 6):
-        want = reference.lerp(before[k], x[k], weights[k % 3], "f32", "f32")
-        assert_same(avg[k], want, "f32")

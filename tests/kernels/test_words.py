@@ -14,10 +14,9 @@ from numba import njit, types
 from fastema.kernels import formats, scalar, words
 
 from ..support import reference
-from ..support.arrays import assert_same, bits, numbers
+from ..support.arrays import assert_same, numbers
 
 EDGES = [0, 1, 2, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
-SHIFTS = [0, 1, 13, 16, 31]
 HALVES = np.arange(1 << 16, dtype=np.uint16)
 TINY, HUGE = 1.4e-45, 3.4028235e38
 REALS = [0.0, -0.0, 1.0, -1.0, 3.1415927, TINY, -TINY, 1.1754944e-38, HUGE, -HUGE, np.inf, np.nan]
@@ -64,54 +63,6 @@ def check(word: Callable[..., object], want: Array, *columns: Array, every: int 
         assert_same(in_python(word, want.dtype, *some), want[::every], code)
 
 
-INTEGER_WORDS: dict[str, tuple[Callable[[int, int], int], list[int]]] = {
-    "add32": (lambda x, y: (x + y) % 2**32, EDGES),
-    "sub32": (lambda x, y: (x - y) % 2**32, EDGES),
-    "mul32": (lambda x, y: (x * y) % 2**32, [*EDGES, 0x7FEB352D, 0x846CA68B]),
-    "and32": (lambda x, y: x & y, EDGES),
-    "or32": (lambda x, y: x | y, EDGES),
-    "xor32": (lambda x, y: x ^ y, EDGES),
-    "shl32": (lambda x, y: (x << y) % 2**32, SHIFTS),
-    "shr32": (lambda x, y: x >> y, SHIFTS),
-    "above32": (lambda x, y: x > y, EDGES),
-}
-
-
-@pytest.mark.parametrize("name", INTEGER_WORDS)
-def test_integer_words(name: str) -> None:
-    plain, second = INTEGER_WORDS[name]
-    x, y = pairs(second)
-    kind = np.dtype(bool) if name == "above32" else U32
-    want = np.array([plain(int(a), int(b)) for a, b in zip(x, y, strict=True)], kind)
-    check(getattr(words, name), want, x, y)
-
-
-def test_words_that_select_and_change_widths() -> None:
-    x, y = pairs(EDGES)
-    chosen = (x >> np.uint32(3)) % 2 == 1
-    check(words.select32, np.where(chosen, x, y), chosen, x, y)
-    check(words.widen16, HALVES.astype(U32), HALVES, every=1 << 8)
-    check(words.narrow16, x.astype(U16), x)
-    whole = (x.astype(np.int64) << 32) | y  # of both signs
-    assert (whole < 0).any()
-    check(words.low32, y, whole)
-    check(words.high32, x, whole)
-
-
-def test_words_that_turn_numbers_and_bits_into_each_other() -> None:
-    whole = np.array([0, 1, 2, 65_535, 2**22 - 1, 2**24 - 1, 2**24, 2**30], np.uint32)
-    check(words.float_of_int, whole.astype(F32), whole)
-    floats = np.array([0.0, 0.99999994, 1.5, 8_388_607.5, 2.0**30], np.float32)
-    check(words.int_of_float, np.array([0, 0, 1, 8_388_607, 2**30], U32), floats)
-    anything = numbers(4000, "f32", 1, "bits")
-    pattern = anything.view(np.uint32)
-    check(words.bits32, pattern, anything)
-    for run in (in_python, in_kernel):
-        back = run(words.float_of_bits32, F32, pattern)
-        # A signalling NaN may come back quiet where a float passes through a register.
-        np.testing.assert_array_equal(bits(back) | 0x00400000, pattern | 0x00400000)
-
-
 @pytest.mark.parametrize("code", KINDS)
 def test_nan_becomes_zero(code: str) -> None:
     kind = KINDS[code]
@@ -155,18 +106,6 @@ def test_fma_is_rounded_once(code: str) -> None:
         wide = [side.astype(np.float64) for side in (x, y, z)]
         want = np.array([exact(w, d[None], a[None])[0] for w, d, a in zip(*wide, strict=True)])
         check(words.fma, want.astype(kind), x, y, z)
-
-
-def test_prefetch_of_any_address_is_harmless() -> None:
-    prefetch = words.prefetch
-
-    @njit
-    def ask(address):
-        prefetch(address)
-
-    for address in (0, 1, 8, 2**47 - 1, -1):
-        ask(address)
-        assert prefetch(address) is None
 
 
 def test_fetch_add_is_atomic() -> None:

@@ -15,8 +15,6 @@ from fastema.layout.group import (
     Pair,
     check_pair,
     refuse_overlap,
-    refuse_unwritable,
-    unique,
 )
 from fastema.layout.spec import TensorSpec
 
@@ -45,23 +43,6 @@ def test_pairs_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         check_pair(Pair("layer", dst, src))
-
-
-def test_pairs_that_fit_pass_and_tied_ones_are_kept_once() -> None:
-    for dst, src in (("f64", "bf16"), ("f16", "f32"), ("c64", "c128"), ("bool", "bool")):
-        check_pair(Pair("layer", spec(dtype=dst), spec(dtype=src)))
-    tied = [Pair(name, spec(4096), spec(8192)) for name in ("first", "second")]
-    other = Pair("third", spec(4096), spec(12288))
-    assert unique([*tied, other]) == [tied[0], other]
-
-
-def test_what_cannot_be_written_is_named() -> None:
-    with pytest.raises(LayoutError, match=r"layer.*f32\[3\].*read-only"):
-        refuse_unwritable("layer", spec(writable=False))
-    with pytest.raises(LayoutError, match=r"layer.*f32\[2, 3\].*expanded"):
-        refuse_unwritable("layer", spec(shape=(2, 3), strides=(0, 1)))
-    refuse_unwritable("layer", spec(shape=(1, 3), strides=(0, 1)))
-    refuse_unwritable("layer", spec(shape=(0, 3), strides=(0, 0)))
 
 
 def elements(one: TensorSpec) -> set[int]:
@@ -122,21 +103,6 @@ def test_overlap_among_columns_of_a_matrix_is_refused_exactly_where_it_is() -> N
         refuse_overlap(columns, [("again", columns[7][1])])
 
 
-def test_reading_twice_and_equal_addresses_on_two_devices_are_no_overlap() -> None:
-    refuse_overlap([("avg", spec(8192))], [("a", spec(4096)), ("b", spec(4096))])
-    refuse_overlap([("a", spec(4096)), ("b", spec(4096, device="cuda:0"))])
-
-
-def test_overlap_behind_a_long_tensor_or_one_that_has_ended_is_found() -> None:
-    # The one that begins next is not the one that is hit.
-    long, inside, after = spec(4096, (1000,)), spec(5000, (3,)), spec(4400, (3,))
-    with pytest.raises(LayoutError, match="inside"):
-        refuse_overlap([("after", after), ("inside", inside)], [("inside too", inside)])
-    for others in ([("long", long)], [("long", long), ("ended", spec(4200, (3,)))]):
-        with pytest.raises(LayoutError, match=r"long .* after .* overlap"):
-            refuse_overlap([("after", after)], others)
-
-
 def may_overlap(written: Named, read: Named) -> bool:
     """Whether spans meet, gaps included."""
 
@@ -175,26 +141,3 @@ def test_a_guard_notices_spans_that_meet_wherever_they_moved(
         if not guard.may_overlap(*addresses):  # what it lets pass the exact test lets pass
             for one in now[0]:
                 refuse_overlap([one], now[1])
-
-
-def test_a_guard_sees_what_lies_behind_a_long_tensor() -> None:
-    # The one that begins last before what is read is not the one that reaches it.
-    guard = OverlapGuard(
-        [("long", spec(4096, (100,))), ("short", spec(4200, (2,)))], [("x", spec(64))]
-    )
-    for at, want in ((4400, True), (4492, True), (4496, False), (4084, False), (4088, True)):
-        assert guard.may_overlap(None, {"x": at}) == want
-    assert not guard.may_overlap(None, None)
-    assert not guard.may_overlap({"long": 1 << 20, "short": 1 << 21}, {"x": 4400})
-    assert guard.may_overlap({"long": 1 << 20, "short": 1 << 21}, {"x": 1 << 21})
-
-
-def test_a_guard_has_no_eye_for_gpus_nor_for_what_is_empty() -> None:
-    there = [("w", spec(4096, device="cuda:0")), ("e", spec(4096, (0,)))]
-    assert not OverlapGuard(there, [("x", spec(4096))]).may_overlap(None, None)
-    assert not OverlapGuard([("x", spec(4096))], there).may_overlap(None, {"w": 4096, "e": 4096})
-    assert not OverlapGuard([], []).may_overlap({}, {})
-    assert not OverlapGuard([], [("x", spec(4096))]).may_overlap({}, {"x": 1})
-    both = OverlapGuard([*there, ("f", spec(64))], [*there, ("x", spec(4096))])
-    assert not both.may_overlap(None, None)
-    assert both.may_overlap(None, {"w": 0, "e": 0, "x": 68})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fastema.errors import DTypeError
 from fastema.kernels.formats import FORMATS
 from fastema.layout.dtypes import DTYPES, average_of, dtype, parse, raw
-from fastema.layout.flat import ALIGNMENT, dense_strides, place
-from fastema.layout.spec import Leaf, Leaves, TensorSpec
+from fastema.layout.flat import dense_strides
+from fastema.layout.spec import TensorSpec
 
 from ..support import reference
 
@@ -48,15 +48,6 @@ def test_a_span_holds_every_element_and_dense_is_one_stretch_without_gaps(
         assert found != stretch
 
 
-@pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_every_order_of_axes_is_dense_and_kept_by_a_flat_buffer(order: tuple[int, ...]) -> None:
-    array = np.empty((3, 1, 5, 2), np.float32).transpose(order)
-    one = spec(array.shape, tuple(s // 4 for s in array.strides))
-    assert one.dense
-    if 1 not in (one.shape[0], one.shape[-1]):
-        assert [n for n in dense_strides(one) if n] == list(one.strides)
-
-
 @pytest.mark.parametrize(
     ("shape", "strides", "want"),
     [
@@ -74,42 +65,6 @@ def test_gaps_and_repetitions_are_not_dense_and_become_row_major(
     assert dense_strides(spec(shape, strides)) == want
 
 
-def test_a_single_element_is_dense_whatever_its_strides() -> None:
-    assert spec((), ()).dense
-    assert spec((1, 1), (7, -3)).dense
-
-
-def test_specs_are_compared_by_all_but_their_owner_and_say_what_they_are() -> None:
-    one, other = (TensorSpec(64, (2,), (1,), "f32", "cpu", owner=object()) for _ in range(2))
-    assert one == other
-    assert hash(one) == hash(other)
-    for different in (
-        TensorSpec(68, (2,), (1,), "f32", "cpu"),
-        TensorSpec(64, (3,), (1,), "f32", "cpu"),
-        TensorSpec(64, (2,), (2,), "f32", "cpu"),
-        TensorSpec(64, (2,), (1,), "i32", "cpu"),
-        TensorSpec(64, (2,), (1,), "f32", "cuda:0"),
-        TensorSpec(64, (2,), (1,), "f32", "cpu", writable=False),
-    ):
-        assert one != different
-    assert str(spec((3, 4), (4, 1), "bf16")) == "bf16[3, 4] on cpu"
-    leaves = Leaves([Leaf(name, one) for name in "ba"], lambda owner: owner)
-    assert leaves.names == ["b", "a"]
-
-
-@given(st.lists(st.integers(0, 200)), st.sampled_from([1, 2, 4, 8, 16]))
-def test_tensors_in_a_flat_buffer_begin_at_lines_and_do_not_touch(
-    sizes: list[int], itemsize: int
-) -> None:
-    length, offsets = place(sizes, itemsize)
-    assert all(offset * itemsize % ALIGNMENT == 0 for offset in offsets)
-    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
-    assert all(end <= begin for end, begin in zip(ends, offsets[1:], strict=False))
-    assert length >= max(ends, default=0)
-    # Less than a line is lost per tensor.
-    assert length - sum(sizes) <= len(sizes) * ALIGNMENT // itemsize
-
-
 @pytest.mark.parametrize("code", DTYPES)
 def test_every_dtype_has_its_kernel_formats(code: str) -> None:
     kind = dtype(code)
@@ -120,23 +75,6 @@ def test_every_dtype_has_its_kernel_formats(code: str) -> None:
         assert FORMATS[kind.real].itemsize * kind.parts == kind.itemsize
         assert reference.real_of(code) == kind.real
         assert np.dtype(reference.FLOATS[kind.real].storage).itemsize * kind.parts == kind.itemsize
-
-
-def test_dtypes_have_long_names_and_others_are_refused() -> None:
-    for code, names in {
-        "f64": ("float64", "double"),
-        "f32": ("float32", "float"),
-        "f16": ("float16", "half"),
-        "bf16": ("bfloat16",),
-        "c64": ("complex64",),
-        "c128": ("complex128",),
-    }.items():
-        assert {parse(name).code for name in names} == {code}
-    for name in ("float8", "", "F32", "int"):
-        with pytest.raises(DTypeError, match=r"f64.*bool"):
-            parse(name)
-    with pytest.raises(DTypeError, match="f8"):
-        _ = spec((1,), (1,), "f8").kind
 
 
 @pytest.mark.parametrize(

@@ -190,18 +190,6 @@ def test_random_rows_are_long_in_every_order_of_memory(
     assert {layout: len(rows) for layout, rows in tables.items()} == {"strided": rows}
 
 
-def test_a_shard_has_long_rows_and_indices_only_where_they_are_asked_for() -> None:
-    part = TensorSpec(64, (4096, 1000), (1000, 1), "bf16", "cpu", True, (4096, 4000), (0, 1000))
-    rows = table.chunk_tables([Pair("t", part, part, "bf16~")])["strided"]
-    assert len(rows) == 64  # of 65 runs each, so that all begin at a multiple of 16 bytes
-    assert not (rows[:, abi.DST] % 16).any()
-    part = TensorSpec(64, (40, 50), (50, 1), "bf16", "cpu", True, (4096, 50), (80, 0))
-    for form, want in (("bf16~", [2000, 4000, 1]), ("", [2000, 0, 0])):
-        (row,) = table.chunk_tables([Pair("t", part, part, form)])["flat"]
-        assert row[[abi.COUNT, abi.INDEX, abi.INDEX_STEP]].tolist() == want
-        assert not row[abi.INDEX_JUMP]
-
-
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("order", list(permutations(range(4))))
 def test_dense_tensors_are_one_stretch_in_any_order(
@@ -242,69 +230,4 @@ def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
         assert named(mine, abi.SRC, abi.SRC_STEP, pair.src) == elements(pair.src)
 
 
-def test_keys_tell_tensors_apart_and_nothing_else() -> None:
-    def key(pair: Pair) -> int:
-        (rows,) = table.chunk_tables([pair]).values()
-        (found,) = {*rows[:, abi.KEY].tolist()}
-        return int(found)
-
-    one = Pair("layer.weight", dense((70,), "f32", 1 << 20), dense((70,), "f32", 64))
-    assert 0 < key(one) < 1 << 32
-    elsewhere = dense((2 * CHUNK,), "bf16", 1 << 40)
-    assert key(one._replace(dst=elsewhere, src=elsewhere)) == key(one)
-    others = [
-        one._replace(name=f"layer.{i}.weight", average_index=w) for i in range(50) for w in range(3)
-    ]
-    assert len({key(one), *map(key, others)}) == 151
-
-
-def test_flat_and_spaced_rows_lie_apart_and_what_is_empty_takes_none() -> None:
-    empty = Pair("e", dense((0, 3), "f32", 0), dense((0, 3), "f32", 0))
-    full = Pair("f", dense((), "f32", 1 << 20), dense((), "f32", 1 << 30))
-    gaps = TensorSpec(1 << 22, (40,), (2,), "f32", "cpu")
-    spread = Pair("s", gaps, dense((40,), "f32", 1 << 31))
-    assert table.chunk_tables([]) == {}
-    assert table.chunk_tables([empty]) == {}
-    tables = check([empty, full, spread])
-    assert {layout: len(rows) for layout, rows in tables.items()} == {"flat": 1, "strided": 1}
-    assert table.moved_bytes([spread, full]) == 41 * 8
-
-
-def test_rows_of_a_slice_are_walked_along_its_long_axis() -> None:
-    # 1,000 rows of 3 adjacent elements: 3 rows of 1,000 spaced ones take fewer steps.
-    dst, src = (TensorSpec(1 << n, (1000, 3), (8, 1), "f32", "cpu") for n in (20, 30))
-    assert len(check([Pair("t", dst, src)])["strided"]) == 3
-
-
 SHAPES = [(0,), (1,), (5,), (3, 7), (2, 0), (4, 3, 2), (130,), ()]
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from(SHAPES), st.booleans()), max_size=7),
-    st.integers(1, 3),
-    st.integers(1, 40),
-)
-def test_every_row_is_numbered_by_its_pair(
-    tensors: list[tuple[tuple[int, ...], bool]], together: int, chunk: int
-) -> None:
-    pairs = []
-    for i, (shape, spread) in enumerate(tensors):
-        order = tuple(range(len(shape)))[:: -1 if spread else 1]
-        several = averages(together, shape, f"t{i}", (i + 1) << 40)
-        src = dense(shape, "f32", (i + 1) << 40, order)
-        pairs += [pair._replace(src=src) for pair in several]
-    tables = table.numbered_tables(pairs, together, chunk)
-    plain = table.chunk_tables(pairs, together, chunk)
-    assert list(tables) == list(plain)
-    seen: Counter[int] = Counter()
-    for layout, (rows, numbers) in tables.items():
-        np.testing.assert_array_equal(rows, plain[layout])
-        assert numbers.shape == (len(rows),)
-        for row, number in zip(rows, numbers, strict=True):
-            pair = pairs[number]
-            assert row[abi.KEY] == table.tensor_key(pair)
-            assert row[abi.AVERAGE] == pair.average_index
-            for column, side in ((abi.DST, pair.dst), (abi.SRC, pair.src)):
-                assert 0 <= row[column] - side.address < max(side.nbytes, 1)
-            seen[int(number)] += int(row[abi.COUNT])
-    assert seen == {i: pair.dst.size for i, pair in enumerate(pairs) if pair.dst.size}

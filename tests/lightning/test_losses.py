@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -177,111 +176,9 @@ def test_metrics_are_chosen_by_name_and_wrong_names_are_told(tmp_path: Path) -> 
     assert set(averages.averages) == {"odd_sma"}
 
 
-class LoggingAnother(Regression):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = self.loss_of(batch)
-        self.log("train_loss", 4.0 * loss)
-        return loss
-
-
-def test_what_the_module_calls_its_loss_is_its_loss(tmp_path: Path) -> None:
-    averages = LossAverages(record=True)
-    trainer(tmp_path, averages).fit(module := made(LoggingAnother), loader())
-    four_times = 4.0 * np.array(module.losses)
-    np.testing.assert_array_equal(averages.history["train_loss_raw"], four_times)
-
-
-class Bar(TQDMProgressBar):
-    """Keeps what it shows after each batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shown: list[dict[str, Any]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module, *args)
-        self.shown.append(dict(self.get_metrics(trainer, pl_module)))
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_the_bar_shows_the_averages_of_the_batch(tmp_path: Path, shown: bool, capsys: Any) -> None:
-    module, bar = made(), Bar()
-    averages = LossAverages(WINDOW, DECAY, prog_bar=shown)
-    trainer(tmp_path, averages, bar, enable_progress_bar=True, max_epochs=1).fit(module, loader())
-    out = capsys.readouterr().out
-    assert ("train_loss_ema=" in out) is shown
-    assert not any("train_loss_raw" in metrics for metrics in bar.shown)
-    if shown:
-        smoothed = module.curves["train_loss_ema"]
-        assert_close([metrics["train_loss_ema"] for metrics in bar.shown], smoothed)
-        assert f"train_loss_ema={smoothed[-1]:.3f}"[:19] in out
-
-
-def test_accumulated_gradients_leave_the_losses_whole(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    module, averages = recorded(tmp_path, accumulate_grad_batches=4, logger=logger)
-    assert len(module.losses) == 18
-    # A power of two divides exactly: not even a bit is lost on the way.
-    np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
-    smoothed = module.curves["train_loss_ema"]
-    assert_close(averages.history["train_loss_ema"], smoothed)
-    # The logger writes once per step of the optimizer: at batches 3 and 5 of 6.
-    logged = rows(tmp_path, "train_loss_ema")
-    assert_close(list(logged.values()), smoothed[[3, 5, 9, 11, 15, 17]])
-    module, averages = recorded(tmp_path, accumulate_grad_batches=3)
-    np.testing.assert_allclose(averages.history["train_loss_raw"], module.losses, rtol=2e-7)
-
-
-class Adversarial(Regression):
-    """Two optimizers by hand; the loss of the second is logged only."""
-
-    def __init__(self, returned: str) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.returned = returned
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD([p], lr=0.05) for p in self.layer.parameters()]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        for optimizer in self.optimizers():
-            loss = (self.layer(batch[0]) - batch[1]).square().mean()
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-        self.seen.append((loss.item(), len(batch[0])))
-        self.log("g_loss", 2.0 * loss)
-        return {"nothing": None, "tensor": loss, "mapping": {"loss": loss}}[self.returned]
-
-
-@pytest.mark.parametrize("returned", ["nothing", "tensor", "mapping"])
-def test_manual_optimization_with_two_optimizers(tmp_path: Path, returned: str) -> None:
-    module, averages = recorded(tmp_path, module=made(Adversarial, returned))
-    # Twice a number is twice its average, to the bit.
-    assert_close(averages.history["g_loss_sma"], 2.0 * module.curves["train_loss_sma"])
-    assert ("train_loss_sma" in averages.history) is (returned != "nothing")
-    if returned != "nothing":
-        np.testing.assert_array_equal(averages.history["train_loss_raw"], module.losses)
-
-
 class Skipping(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return None if batch_idx == 2 else self.loss_of(batch)
-
-
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_skipped_batches_are_left_out(tmp_path: Path) -> None:
-    module, averages = recorded(tmp_path, module=made(Skipping), max_epochs=2)
-    assert list(averages.steps["train_loss"]) == [0, 1, 3, 4, 5, 6, 7, 9, 10, 11]
-    assert_close(averages.history["train_loss_sma"], module.curves["train_loss_sma"])
-
-
-def test_any_weight_can_be_given_to_a_batch(tmp_path: Path) -> None:
-    module = made()
-    averages = LossAverages(WINDOW, DECAY, record=True, batch_size=lambda b: float(b[0][0, 0] ** 2))
-    trainer(tmp_path, averages, max_epochs=1).fit(module, data := loader())
-    weights = [float(x[0, 0] ** 2) for x, _ in data]
-    assert_close(averages.history["train_loss_ema"], ema(module.losses, DECAY, weights))
 
 
 @pytest.mark.parametrize(
@@ -352,18 +249,6 @@ def test_checkpoints_and_early_stopping_monitor_the_averages(tmp_path: Path) -> 
     assert len(module.losses) == 12
     want = module.curves["train_loss_ema"][[5, 11]].min()
     assert_close([float(best.best_model_score)], [want])
-
-
-@pytest.mark.parametrize("options", [{"fast_dev_run": 3}, {"barebones": True, "max_epochs": 1}])
-def test_runs_that_log_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
-    module, averages = made(), LossAverages(WINDOW, DECAY, record=True)
-    shows = ("enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-    quiet: dict[str, Any] = dict.fromkeys(shows, False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*barebones")
-        run = pl.Trainer(callbacks=[averages], accelerator="cpu", logger=False, **quiet, **options)
-        run.fit(module, loader())
-    assert_close(averages.history["train_loss_ema"], module.curves["train_loss_ema"])
 
 
 @pytest.mark.parametrize("where", ["device", "host", "host, bar"])
@@ -440,12 +325,6 @@ def test_two_processes_smooth_their_own_losses_or_the_mean(python: Any) -> None:
         mean = (first[0] + second[0]) / 2
         for losses, smoothed in (first, second):
             np.testing.assert_allclose(smoothed, mean if synced else losses, rtol=1e-6)
-
-
-def test_two_of_them_in_one_trainer_are_refused(tmp_path: Path) -> None:
-    words = "more than one stateful callback of type `LossAverages`"
-    with pytest.raises(RuntimeError, match=words):
-        trainer(tmp_path, LossAverages(), LossAverages(50))
 
 
 @pytest.mark.parametrize(

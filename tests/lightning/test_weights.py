@@ -94,13 +94,6 @@ def test_validation_and_the_end_have_the_average_and_training_never_does(
     assert all(map(torch.equal, module.trained, plain.trained))
 
 
-@pytest.mark.parametrize("batches", [2, 3])
-def test_only_batches_with_a_step_count(batches: int, trainer: Callable[..., pl.Trainer]) -> None:
-    ema = EMACallback(DECAY)
-    trainer(ema, epochs=1, accumulate_grad_batches=batches).fit(Regression())
-    assert ema.ema.num_updates == -(-4 // batches)
-
-
 def test_weights_come_back_when_validation_fails(trainer: Callable[..., pl.Trainer]) -> None:
     module, ema = Regression(fails_at=2), EMACallback(DECAY)
     with pytest.raises(RuntimeError, match="validation failed"):

@@ -18,11 +18,6 @@ positive = st.floats(1e-3, 1e3)
 
 
 @given(decays, updates)
-def test_constant(decay: float, n: int) -> None:
-    assert rules.constant(decay).decay(n) == decay
-
-
-@given(decays, updates)
 @example(0.999, 8_989)
 @example(0.999, 8_990)
 def test_warmup_formula(decay: float, n: int) -> None:
@@ -35,13 +30,6 @@ def test_inverse_gamma_formula(decay: float, inv_gamma: float, power: float, n: 
     grown = -math.expm1(-power * math.log1p((n - 1) / inv_gamma))
     assert rule.decay(n) == pytest.approx(min(decay, grown), abs=1e-12)
     assert rule.decay(1) == 0.0
-
-
-@given(decays, decays, updates)
-def test_inverse_gamma_stays_above_its_minimum(one: float, other: float, n: int) -> None:
-    low, high = sorted((one, other))
-    rule = rules.inverse_gamma(high, minimum=low)
-    assert low <= rule.decay(n) <= high
 
 
 @given(st.floats(1e-3, 1e6))
@@ -91,17 +79,6 @@ def test_a_minimum_above_the_limit() -> None:
         rules.inverse_gamma(0.9, minimum=0.95)
 
 
-def test_a_half_life_too_long_for_a_float() -> None:
-    with pytest.raises(ArgumentError):
-        rules.half_life(1e18)
-
-
-def test_numbers_of_other_libraries() -> None:
-    numpy = pytest.importorskip("numpy")
-    assert rules.constant(numpy.float32(0.5)).to_dict() == {"rule": "Constant", "value": 0.5}
-    assert type(rules.constant(numpy.float64(0.5)).decay(1)) is float
-
-
 @pytest.mark.parametrize("every", [1, 3, 64, 65, 1000, 40_000])
 @pytest.mark.parametrize("fraction", [0.02, 0.05, 1.0])
 def test_a_share_of_the_run_is_the_product_of_its_decays(fraction: float, every: int) -> None:
@@ -111,17 +88,3 @@ def test_a_share_of_the_run_is_the_product_of_its_decays(fraction: float, every:
         left = math.fsum(-math.log(2.0) / (fraction * step) for step in steps)
         assert rule.weight(n, every) == pytest.approx(-math.expm1(left), rel=1e-13)
     assert rule.decay(7) == pytest.approx(0.5 ** (1 / (7 * fraction)), rel=1e-15)
-
-
-def test_a_share_of_the_run_is_nearly_a_power_function() -> None:
-    found = rules.effective_steps(rules.half_life_fraction(0.05), 20_000)
-    gamma = math.log(2.0) / 0.05 - 1
-    wanted = rules.effective_steps(rules.power(rules.sigma_rel_of(gamma)), 20_000)
-    assert found.mean_age == pytest.approx(wanted.mean_age, rel=1e-3)
-    assert found.std_age == pytest.approx(wanted.std_age, rel=1e-3)
-
-
-@pytest.mark.parametrize("fraction", [0.0, -1.0, math.nan, "x"])
-def test_a_share_of_nothing_is_refused(fraction: Any) -> None:
-    with pytest.raises(ArgumentError, match="fraction"):
-        rules.half_life_fraction(fraction)

@@ -122,15 +122,6 @@ def test_dot_against_quadrature(one: Profile, other: Profile) -> None:
         assert dot(one, other) == pytest.approx(expected, rel=1e-10, abs=0.0)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 6.94, 16.97, 300.0, 1e5])
-@pytest.mark.parametrize("rate", [1e-9, 1e-3, 1.0, 10.0, 300.0, 1e4, 1e7])
-def test_the_quadrature_against_its_special_function(gamma: float, rate: float) -> None:
-    mpmath = pytest.importorskip("mpmath")
-    with mpmath.workdps(40):
-        exact = float(mpmath.hyp1f1(1, mpmath.mpf(gamma) + 2, -mpmath.mpf(rate)))
-    assert posthoc._exponential_moment(gamma, rate) == pytest.approx(exact, rel=1e-12, abs=0.0)
-
-
 # -- Synthesis ------------------------------------------------------------------------------------
 
 
@@ -188,100 +179,7 @@ def test_nothing_near_is_better(target: Profile) -> None:
             assert cost(found + size * move) > cost(found)
 
 
-@given(st.integers(1, 20), st.integers(0, 39))
-def test_what_was_kept_is_itself(count: int, index: int) -> None:
-    kept = snapshots((0.05, 0.10), 1000, count)
-    index %= len(kept)
-    found = solve(kept, kept[index])
-    assert found == Synthesis(tuple(float(i == index) for i in range(len(kept))), 0.0)
-
-
-@given(profiles, st.floats(1.0, 10.0))
-def test_a_single_snapshot_is_taken_as_it_is(kept: Profile, later: float) -> None:
-    target = PowerProfile(kept.step * later, 3.21)
-    found = solve([kept], target)
-    assert found.coefficients == (1.0,)
-    square = dot(kept, kept) - 2 * dot(kept, target) + dot(target, target)
-    assert found.error == pytest.approx(math.sqrt(square / dot(target, target)), rel=1e-6, abs=0.0)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(st.floats(1.0, 1e6), min_size=2, max_size=30, unique=True),
-    st.floats(0.01, 0.28),
-    st.floats(0.3, 1.0),
-)
-def test_any_snapshots(times: list[float], sigma_rel: float, part: float) -> None:
-    kept = [PowerProfile(t, gamma_of(s)) for t in times for s in (0.05, 0.10)]
-    target = PowerProfile(max(times) * part, gamma_of(sigma_rel))
-    if min(times) > target.step:
-        with pytest.raises(ArgumentError, match="no snapshot"):
-            solve(kept, target)
-        return
-    found = solve(kept, target)
-    assert sum(found.coefficients) == pytest.approx(1.0, abs=1e-9)
-    # The newest alone is one choice, so the best is no worse than that, with what noise costs.
-    used = [p for p in kept if p.step <= target.step]
-    alone = min(solve([p], target).error for p in used)
-    assert found.error <= alone + 2e-4
-
-
 # -- Coefficients that do not explode -------------------------------------------------------------
-
-
-def test_snapshots_that_are_nearly_the_same() -> None:
-    """Near singular: their difference would be a derivative, at the price of huge coefficients."""
-    gamma = gamma_of(0.05)
-    kept = [PowerProfile(1000 + k * 1e-6, gamma) for k in range(20)]
-    found = solve(kept, PowerProfile(1001, gamma_of(0.051)))
-    assert max(map(abs, found.coefficients)) < 1.0
-    assert found.error == pytest.approx(
-        solve([kept[0]], PowerProfile(1001, gamma_of(0.051))).error, rel=1e-3, abs=0.0
-    )
-
-
-@pytest.mark.parametrize("sigma_rel", [0.02, 0.07, 0.12, 0.25])
-def test_many_snapshots(sigma_rel: float) -> None:
-    kept = snapshots((0.05, 0.10), 100_000, 100)
-    found = solve(kept, PowerProfile(100_000, gamma_of(sigma_rel)))
-    assert math.hypot(*found.coefficients) < 25
-    assert found.error < 0.02
-    careful = solve(kept, PowerProfile(100_000, gamma_of(sigma_rel)), noise=0.1)
-    assert math.hypot(*careful.coefficients) < math.hypot(*found.coefficients)
-    assert careful.error > found.error
-
-
-def test_very_early_snapshots_do_no_harm() -> None:
-    """Their norm is millions of times the others', and rounding must not be measured by theirs."""
-    kept = [PowerProfile(10**e, gamma_of(s)) for e in np.linspace(0, 13, 300) for s in (0.05, 0.1)]
-    target = PowerProfile(10**13, gamma_of(0.07))
-    found = solve(kept, target)
-    late = [p for p in kept if p.step > 10**11]
-    assert found.error == pytest.approx(solve(late, target).error, rel=0.05)
-    assert max(map(abs, found.coefficients[:100])) < 1e-3
-
-
-@pytest.mark.parametrize("noise", [0.0, 1e-8])
-def test_where_rounding_sets_the_limit_the_error_is_still_true(noise: float) -> None:
-    """Two hundred profiles, of which a dozen would say the same."""
-    kept = [PowerProfile(1000, gamma) for gamma in np.linspace(1, 20, 200)]
-    target = PowerProfile(1000, gamma_of(0.02))
-    found = solve(kept, target, noise=noise)
-    assert found.error == pytest.approx(distance(found, kept, target, 1000), rel=0.05)
-    assert found.error < 0.01
-    assert math.hypot(*found.coefficients) < 1e5
-
-
-@pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-2, 10.0])
-def test_any_noise(noise: float) -> None:
-    kept = [*snapshots((0.05, 0.10), 10_000, 30), PowerProfile(9000 * (1 + 1e-15), gamma_of(0.07))]
-    found = solve(kept, PowerProfile(9000 * (1 + 1e-15) * (1 + 1e-15), gamma_of(0.07)), noise=noise)
-    assert all(map(math.isfinite, found.coefficients))
-    assert sum(found.coefficients) == pytest.approx(1.0, abs=1e-9)
-    if noise >= 10:
-        # Then only the number of snapshots counts, and each gets its part.
-        used = [c for c in found.coefficients if c]
-        assert max(used) < 1.0
 
 
 # -- The averages themselves ----------------------------------------------------------------------
@@ -351,12 +249,6 @@ def test_no_snapshot_that_is_old_enough() -> None:
         solve([], PowerProfile(100, 1.0))
 
 
-def test_the_same_profile_twice() -> None:
-    kept = snapshots((0.05, 0.10), 1000, 4)
-    with pytest.raises(ArgumentError, match="snapshots 3 and 8"):
-        solve([*kept, kept[3]], PowerProfile(1000, 1.0))
-
-
 @pytest.mark.parametrize("value", [None, 5, (1000, 0.5), rules.power(0.1)], ids=repr)
 def test_what_is_no_profile(value: Any) -> None:
     good = PowerProfile(10, 1)
@@ -382,14 +274,3 @@ def test_what_is_no_number(value: Any) -> None:
             PowerProfile(10, value)
         with pytest.raises(ArgumentError, match="noise"):
             solve([PowerProfile(10, 1)], PowerProfile(20, 1), noise=value)
-
-
-def test_profiles_and_results_are_values() -> None:
-    one, other = PowerProfile(10, 1), PowerProfile(10.0, 1.0)
-    assert one == other
-    assert hash(one) == hash(other)
-    assert eval(repr(one)) == one
-    assert one != PowerProfile(10, 2)
-    assert isinstance(one, Profile)
-    with pytest.raises(AttributeError):
-        one.step = 3  # type: ignore[misc]

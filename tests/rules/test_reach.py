@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastema import rules
 from fastema.errors import ArgumentError
-from fastema.rules import Reach, effective_steps, reach, units
+from fastema.rules import Reach, effective_steps, reach
 
 decays = st.floats(0.0, 0.9999)
 made = st.one_of(
@@ -119,51 +119,6 @@ def test_a_window_is_as_old_as_its_ring(size: int, n: int, every: int) -> None:
     assert_near(found, Reach(mean, spread, 0.0))
 
 
-@given(st.floats(0.9, 1.0 - 1e-12), st.sampled_from([1, 10, 10**3, 10**6, 10**9]))
-def test_the_initial_share_of_a_constant(decay: float, n: int) -> None:
-    expected = math.exp(n * math.log(decay))
-    assert effective_steps(rules.constant(decay), n).initial_share == pytest.approx(
-        expected, rel=1e-12, abs=1e-18
-    )
-
-
-@given(st.floats(0.0, 0.99999))
-def test_in_the_long_run_the_mean_age_is_the_window_less_a_step(decay: float) -> None:
-    found = effective_steps(rules.constant(decay), 10**8)
-    assert found.mean_age == pytest.approx(units.effective_window(decay) - 1, rel=1e-9, abs=1e-9)
-    # That of the geometric distribution.
-    # (Of a decay below 1e-16 nothing is left in the weight, 1 - decay.)
-    assert found.std_age == pytest.approx(math.sqrt(decay) / (1 - decay), rel=1e-9, abs=1e-7)
-    assert found.initial_share == pytest.approx(0.0, abs=1e-12)
-
-
-def test_a_constant_that_has_hardly_begun() -> None:
-    # Of n updates with a tiny weight w: nearly all is the beginning, and the rest as in a mean.
-    n, w = 10**6, 1e-12
-    found = effective_steps(rules.constant(1 - w), n)
-    w = 1 - (1 - w)
-    assert n - found.mean_age == pytest.approx(w * n * (n + 1) / 2, rel=1e-4, abs=0.0)
-    assert found.std_age == pytest.approx(math.sqrt(w * n**3 / 3), rel=1e-4, abs=0.0)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 6.94, 19.0, 63.0, 400.0])
-@pytest.mark.parametrize("updates", [129, 167, 1_000, 4_097, 32_768, 100_000])
-def test_power_averages_of_long_runs_against_all_shares(gamma: float, updates: int) -> None:
-    rule = rules.Power(gamma)
-    assert_near(effective_steps(rule, 3 * updates, 3), by_shares(rule, 3 * updates, 3))
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.8, 6.94, 16.97, 1000.0, 1e5])
-@pytest.mark.parametrize("n", [10**5, 10**7])
-def test_a_power_average_in_the_limit(gamma: float, n: int) -> None:
-    found = effective_steps(rules.Power(gamma), n)
-    # A value stands for the step before it, half a step older than it is.
-    if n > 1000 * gamma:
-        assert found.mean_age == pytest.approx(n / (gamma + 2) - 0.5, rel=1e-3, abs=0.0)
-        assert found.std_age == pytest.approx(n * rules.sigma_rel_of(gamma), rel=1e-3, abs=0.0)
-    assert found.initial_share == 0.0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
@@ -195,11 +150,6 @@ def test_the_walk_looks_at_a_bounded_number_of_steps() -> None:
     found = effective_steps(Counting(), 10**9)
     assert found.mean_age == pytest.approx((10**9 - 1) / 2, rel=1e-5, abs=0.0)
     assert Counting.calls < 200_000
-
-
-def test_at_the_beginning() -> None:
-    assert effective_steps(rules.constant(0.9), 0) == Reach(0.0, 0.0, 1.0)
-    assert effective_steps(rules.power(0.1), 1) == Reach(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, None, True], ids=repr)

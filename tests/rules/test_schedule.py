@@ -44,24 +44,6 @@ class Given(rules.Rule):
         return self.value
 
 
-@given(made, steps)
-def test_without_options_it_is_the_rule(rule: rules.Rule, step: int) -> None:
-    assert Schedule(rule).weights(step) == (rule.weight(step),)
-    assert Schedule(rule).decays(step) == (rule.decay(step),)
-    assert not Schedule(rule).follows(step)
-    assert not Schedule(rule).follows(0)
-
-
-@given(sets, every, starts, steps)
-def test_each_rule_has_its_weight(
-    several: tuple[rules.Rule, ...], k: int, start: int, step: int
-) -> None:
-    alone = [Schedule(rule, k, start).weights(step) for rule in several]
-    assert Schedule(several, k, start).weights(step) == sum(alone, ())
-    assert Schedule(list(several), k, start) == Schedule(several, k, start)
-    assert Schedule(iter(several), k, start) == Schedule(several, k, start)
-
-
 @given(schedules, steps)
 def test_memory_is_touched_at_every_kth_step_from_the_start(schedule: Schedule, step: int) -> None:
     begun = step >= schedule.start_after
@@ -76,27 +58,6 @@ def test_memory_is_touched_at_every_kth_step_from_the_start(schedule: Schedule, 
         assert schedule.weights(step) == tuple(rule.weight(m, k) for rule in schedule.rules)
 
 
-@given(schedules)
-def test_nothing_is_due_before_the_first_step(schedule: Schedule) -> None:
-    assert schedule.weights(0) == ()
-
-
-@given(schedules, st.integers(0, 1000))
-def test_until_the_start_it_follows(schedule: Schedule, step: int) -> None:
-    assert schedule.follows(step) == (step < schedule.start_after)
-    if schedule.follows(step) and step:
-        assert schedule.weights(step) == ()
-        assert set(schedule.decays(step)) == {0.0}
-
-
-@given(schedules, steps)
-def test_a_start_shifts_the_rules(schedule: Schedule, step: int) -> None:
-    plain = Schedule(schedule.rules, schedule.update_every)
-    shifted = step + schedule.start_after
-    assert schedule.weights(shifted) == plain.weights(step)
-    assert schedule.decays(shifted) == plain.decays(step)
-
-
 @pytest.mark.parametrize("step", [1, 5, 30])
 @pytest.mark.parametrize("value", [-1e-9, 1.0000001, math.nan, math.inf, None, "x", True, (0.5,)])
 def test_a_rule_that_gives_no_weight_is_named(value: Any, step: int) -> None:
@@ -105,40 +66,12 @@ def test_a_rule_that_gives_no_weight_is_named(value: Any, step: int) -> None:
         schedule.weights(step)
 
 
-def test_whole_weights_and_numbers_of_other_libraries() -> None:
-    numpy = pytest.importorskip("numpy")
-    for value in (0, 1, numpy.float32(0.5), numpy.float64(0.25)):
-        (weight,) = Schedule(Given(value)).weights(1)
-        assert type(weight) is float
-        assert weight == value
-
-
 @given(schedules)
 def test_description_and_repr_rebuild_it(schedule: Schedule) -> None:
     plain = json.loads(json.dumps(schedule.to_dict()))
     assert Schedule.from_dict(plain) == schedule
     assert eval(repr(schedule), vars(rules)) == schedule
     assert hash(Schedule.from_dict(plain)) == hash(schedule)
-
-
-def test_description_holds_plain_values() -> None:
-    assert Schedule((rules.warmup(0.99), rules.window(3)), 3, 7).to_dict() == {
-        "rules": [{"rule": "Warmup", "limit": 0.99}, {"rule": "Window", "size": 3}],
-        "update_every": 3,
-        "start_after": 7,
-    }
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.0, 1.5, math.nan, None, "2", True], ids=repr)
-def test_update_every_that_is_no_whole_number(value: Any) -> None:
-    with pytest.raises(ArgumentError, match="update_every"):
-        Schedule(rules.constant(), value)
-
-
-@pytest.mark.parametrize("value", [-1, 0.0, 1.5, None, "2", False], ids=repr)
-def test_start_after_that_is_no_whole_number(value: Any) -> None:
-    with pytest.raises(ArgumentError, match="start_after"):
-        Schedule(rules.constant(), 1, value)
 
 
 @pytest.mark.parametrize(
@@ -178,33 +111,6 @@ def test_descriptions_of_no_schedule(plain: Any) -> None:
 calls = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
-def taken_at_once(schedule: Schedule, before: int, steps: int) -> tuple[float, ...]:
-    """The definition, step by step: which of the steps would have touched memory."""
-    seen = range(before + 1, before + steps + 1)
-    start, k = schedule.start_after, schedule.update_every
-    if start and start in seen:
-        return (1.0,) * len(schedule.rules)
-    due = [n - start for n in seen if n > start and (n - start) % k == 0]
-    if not due:
-        return ()
-    length = k * len(due)
-    return tuple(
-        rule.weigh(due[-1], length, rule.log_decay(due[-1] - length, k))[0]
-        for rule in schedule.rules
-    )
-
-
-@given(schedules, calls)
-def test_steps_that_are_taken_at_once(schedule: Schedule, cuts: list[int]) -> None:
-    before = 0
-    for steps in cuts:
-        step = before + steps
-        assert schedule.weights(step, steps) == taken_at_once(schedule, before, steps)
-        if steps == 1:
-            assert schedule.weights(step) == schedule.weights(step, 1)
-        before = step
-
-
 @given(st.floats(0.5, 0.9999), every, starts, calls)
 def test_the_horizon_does_not_depend_on_how_steps_are_cut(
     decay: float, k: int, start: int, cuts: list[int]
@@ -234,18 +140,6 @@ def test_a_rule_with_a_phase_is_due_where_it_says(start: int, phase: int) -> Non
             want = [1 - 0.9**5]
         assert list(schedule.weights(step)) == pytest.approx(want), step
     assert schedule.phase == phase % 5
-
-
-def test_steps_taken_at_once_count_the_updates_due_among_them() -> None:
-    schedule = Schedule(rules.Aligned(0.9, phase=2), update_every=5)
-    assert schedule.weights(13, steps=12) == pytest.approx((1 - 0.9**15,))  # 2, 7 and 12
-    assert schedule.weights(6, steps=4) == ()
-
-
-def test_schedule_with_a_phase_is_rebuilt_from_its_description() -> None:
-    schedule = Schedule(rules.Aligned(0.9, 3), update_every=5, start_after=2)
-    assert Schedule.from_dict(schedule.to_dict()) == schedule
-    assert rules.debiased(rules.Aligned(0.9, 3)).phase == 3
 
 
 def test_rules_of_several_phases_are_refused() -> None:

@@ -25,20 +25,7 @@ def test_slots_hold_the_last_values(size: int, updates: int, every: int) -> None
         assert rule.weight(n, every) == 1 / len(kept)
 
 
-@given(st.integers(1, 12), st.integers(1, 60), st.integers(1, 20), st.integers(0, 19))
-def test_between_updates_nothing_changes(size: int, updates: int, every: int, more: int) -> None:
-    rule, n = rules.window(size), updates * every
-    later = n + more % every
-    assert rule.filled(later, every) == rule.filled(n, every)
-    assert rule.slot(later, every) == rule.slot(n, every)
-
-
 @pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, math.nan, None, "2", True], ids=repr)
 def test_a_size_that_is_no_whole_number(value: Any) -> None:
     with pytest.raises(ArgumentError, match="window"):
         rules.window(value)
-
-
-def test_whole_numbers_of_other_libraries() -> None:
-    numpy = pytest.importorskip("numpy")
-    assert type(rules.window(numpy.int64(4)).size) is int

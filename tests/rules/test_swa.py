@@ -17,7 +17,3 @@ def test_it_is_the_mean_of_what_it_saw(values: list[int], every: int) -> None:
     for k, value in enumerate(values, 1):
         average += Fraction(rule.weight(k * every, every)) * (value - average)
     assert float(average) == pytest.approx(sum(values) / len(values), rel=1e-12, abs=1e-6)
-
-
-def test_before_the_first_update_is_due_nothing_exceeds_a_copy() -> None:
-    assert rules.cumulative_mean().weight(3, 10) == 1.0

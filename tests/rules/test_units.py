@@ -16,30 +16,6 @@ from fastema.rules import units
 
 decays = st.floats(1e-6, 1.0 - 1e-9)
 lengths = st.floats(1.0, 1e9)
-per_steps = st.floats(1e-3, 1e7)
-
-
-@pytest.mark.parametrize(
-    ("decay", "steps"), [(0.0, 1), (0.9, 10), (0.99, 100), (0.999, 1_000), (0.9999, 10_000)]
-)
-def test_the_table(decay: float, steps: int) -> None:
-    assert units.effective_window(decay) == pytest.approx(steps, rel=1e-11)
-    assert units.decay_of_window(steps) == pytest.approx(decay, abs=1e-16)
-    assert units.effective_window(decay, per_step=256) == pytest.approx(
-        256 * steps, rel=1e-11, abs=0.0
-    )
-
-
-@given(decays, per_steps)
-def test_round_trip_of_a_window(decay: float, per_step: float) -> None:
-    length = units.effective_window(decay, per_step)
-    assert units.decay_of_window(length, per_step) == pytest.approx(decay, rel=1e-9, abs=1e-15)
-
-
-@given(decays, per_steps)
-def test_round_trip_of_a_half_life(decay: float, per_step: float) -> None:
-    length = units.half_life_of_decay(decay, per_step)
-    assert units.decay_of_half_life(length, per_step) == pytest.approx(decay, rel=1e-14, abs=0.0)
 
 
 @given(lengths)
@@ -61,21 +37,6 @@ def test_samples_are_steps_times_the_batch(steps: float, batch: int) -> None:
     assert units.decay_of_window(samples, batch) == pytest.approx(
         units.decay_of_window(steps), rel=1e-12, abs=1e-15
     )
-
-
-@given(st.floats(0.5, 0.999999), st.integers(1, 64))
-def test_rescaled_is_so_many_steps_in_one(decay: float, factor: int) -> None:
-    once = math.prod([decay] * factor)
-    assert units.rescaled(decay, factor) == pytest.approx(once, rel=1e-12, abs=0.0)
-    assert units.rescaled(units.rescaled(decay, factor), 1 / factor) == pytest.approx(
-        decay, rel=1e-10, abs=0.0
-    )
-
-
-def test_no_memory() -> None:
-    assert units.half_life_of_decay(0.0) == 0.0
-    assert units.effective_window(0.0) == 1.0
-    assert units.rescaled(0.0, 8) == 0.0
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, None, "x", True], ids=repr)
@@ -114,8 +75,3 @@ def test_decays_that_would_be_one() -> None:
     ):
         with pytest.raises(ArgumentError, match=rf"{name}.*would be 1"):
             call()
-
-
-def test_a_window_shorter_than_a_step() -> None:
-    with pytest.raises(ArgumentError, match="at least one step"):
-        units.decay_of_window(100, per_step=256)

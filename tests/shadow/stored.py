@@ -38,14 +38,6 @@ def exact(tensor: Tensor) -> np.ndarray:
     return reference.decode(stored(tensor), code_of(tensor))
 
 
-def tensor_of(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """The tensor that a stored array stands for."""
-    array = np.asarray(array)
-    if dtype == torch.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
 def indices(average: Tensor) -> np.ndarray | None:
     """What random bits depend on of each element, in an average that has 16 bits."""
     if code_of(average) not in ("bf16", "f16"):

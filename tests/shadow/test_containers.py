@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fastema
-from fastema.errors import BridgeError, LayoutError
+from fastema.errors import LayoutError
 
 from .kinds import KINDS, PARTS, VARIED, all_of, unchanged, which
 from .weights import (
-    FLOATS,
     Net,
-    assert_average,
     assert_bits,
     bits,
     net,
@@ -61,12 +58,6 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def same_values(model: nn.Module, average: dict[str, torch.Tensor]) -> bool:
-    """Whether a model, whatever its names, holds these bits in this order."""
-    pairs = zip(snapshot(model).values(), average.values(), strict=True)
-    return all(one.equal(other) for one, other in pairs)
-
-
 @pytest.mark.parametrize("kind", VARIED)
 @pytest.mark.parametrize("wrapper", ["parallel", "compiled"])
 def test_wrappers_do_not_matter_to_any_kind(wrapper: str, kind: str) -> None:
@@ -84,27 +75,6 @@ def test_wrappers_do_not_matter_to_any_kind(wrapper: str, kind: str) -> None:
     assert all_of(resumed) == all_of(twin)
 
 
-@pytest.mark.parametrize("built", WRAPPERS)
-@pytest.mark.parametrize("used", WRAPPERS)
-def test_wrappers_do_not_matter(built: str, used: str) -> None:
-    """Build from one, update from, apply to, copy to and load into another."""
-    first, second = WRAPPERS[built](net(1)), WRAPPERS[used](net(2))
-    ema = fastema.EMA(first, 0.5)
-    old = values(dict(ema.shadow))
-    assert old.keys() == values(Net()).keys()
-    plain = dict(zip(values(Net()), values(second).values(), strict=True))
-    ema.update(second)
-    assert_average(ema, old, plain, 0.5)
-    average = snapshot(dict(ema.shadow))
-    with unchanged(second, ema), ema.swapped(second):
-        assert same_values(second, average)
-    resumed = fastema.EMA(second, 0.5)
-    resumed.load_state_dict(ema.state_dict())
-    assert_bits(dict(resumed.shadow), average)
-    ema.copy_to(second)
-    assert same_values(second, average)
-
-
 def test_a_child_called_module_beside_others_keeps_its_name() -> None:
     model = nn.ModuleDict({"module": nn.Linear(2, 3), "head": nn.Linear(3, 2)})
     model["head"].requires_grad_(False)
@@ -115,25 +85,6 @@ def test_a_child_called_module_beside_others_keeps_its_name() -> None:
         refresh_(model, 1)
         ema.update()
         ema.load_state_dict(state)
-
-
-NAMED: list[dict[Any, Any]] = [
-    *({"module.a": 0, "module.b": 0}, {"module": {"a": 0, "b": 0}}, {"_orig_mod.a": 0, "a": 0}),
-    *({"": 0, "b": 0}, {"a.b": 0, "a": {"c": 0}}, {1: 0, 2: 0}),
-]
-
-
-@pytest.mark.parametrize("weights", NAMED, ids=str)
-def test_names_of_a_dict_load_as_they_were_saved(weights: dict[Any, Any]) -> None:
-    def filled(tree: Any) -> Any:
-        if isinstance(tree, dict):
-            return {key: filled(value) for key, value in tree.items()}
-        return torch.randn(3)
-
-    made = filled(weights)
-    ema = fastema.EMA(made, 0.5)
-    with unchanged({}, ema):
-        ema.load_state_dict(ema.state_dict())
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -211,16 +162,6 @@ LISTS = {
 }
 
 
-@pytest.mark.parametrize("change", LISTS.values(), ids=LISTS)
-@pytest.mark.parametrize("explicit", [False, True])
-def test_lists_that_changed_are_refused(change: Callable[[object], None], explicit: bool) -> None:
-    container = [torch.ones(4), torch.ones(3)]
-    ema = fastema.EMA(container, 0.5)
-    change(container)
-    with pytest.raises(LayoutError):
-        ema.update(*([container] if explicit else []))
-
-
 def test_a_new_list_of_the_same_parameters_is_the_same_weights() -> None:
     model = net()
     ema = fastema.EMA(model.parameters(), 0.5)
@@ -232,11 +173,6 @@ def test_a_new_list_of_the_same_parameters_is_the_same_weights() -> None:
     half = {name: tensor / 2 for name, tensor in ema.shadow.items()}
     ema.update([torch.zeros_like(p) for p in model.parameters()])  # and of others is not
     assert_bits(dict(ema.shadow), snapshot(half))
-
-
-def test_two_entries_of_one_name() -> None:
-    with pytest.raises(BridgeError, match=r"a\.b"):
-        fastema.EMA({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}})
 
 
 # -- layouts --------------------------------------------------------------------------------------
@@ -272,25 +208,6 @@ def laid_out(layout: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
     return weights, whole, ~inside
 
 
-@pytest.mark.parametrize("dtypes", [("f32", "f32"), ("bf16", "f32"), ("f16", "f64")], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout: str, dtypes: tuple[str, str]) -> None:
-    """The right elements are averaged and swapped, and nothing around them is touched."""
-    weights, whole, outside = laid_out(layout, FLOATS[dtypes[0]])
-    ema = fastema.EMA({"w": weights}, 0.5, shadow_dtype=FLOATS[dtypes[1]])
-    old = values({"w": weights})
-    refresh_([whole], 1)
-    raw = bits(whole)
-    ema.update()
-    assert ema.shadow["w"].shape == weights.shape
-    assert_average(ema, old, {"w": weights}, 0.5)
-    assert torch.equal(bits(whole), raw)
-    around, expected = bits(whole[outside]), ema.shadow["w"].to(weights.dtype, copy=True)
-    with unchanged([whole], ema), ema.swapped():
-        torch.testing.assert_close(weights, expected)
-        assert torch.equal(bits(whole[outside]), around)
-
-
 @pytest.mark.parametrize("kind", VARIED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_every_kind(layout: str, kind: str) -> None:
@@ -318,26 +235,6 @@ def test_layouts_of_every_kind(layout: str, kind: str) -> None:
     for part in PARTS if kind != "SMA" else ["ring"]:
         for one, other in zip(found.get(part, ()), want.get(part, ()), strict=True):
             assert_bits(one, snapshot(other))
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_fused_projection_as_three_parameters(axis: int) -> None:
-    fused = torch.randn(24, 24)
-    model = nn.ParameterDict(dict(zip("qkv", fused.chunk(3, axis), strict=True)))
-    assert model["k"].untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
-    old = fused.clone()
-    ema = fastema.EMA(model, 0.5)
-    fused.add_(1)
-    with unchanged([fused]):
-        ema.update()
-        with ema.swapped():
-            torch.testing.assert_close(fused, old + 0.5)
-
-
-def test_dense_averages_keep_the_order_of_axes() -> None:
-    model = net().to(memory_format=torch.channels_last)
-    ema = fastema.EMA(model)
-    assert ema.shadow["conv.weight"].stride() == model.conv.weight.stride()
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])

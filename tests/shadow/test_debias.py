@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -65,20 +64,6 @@ def test_it_is_the_average_from_zero_over_what_was_seen(
     assert not np.allclose(ema.shadow["0"], x) or decay == "zero"
 
 
-def test_nothing_is_left_of_the_beginning() -> None:
-    averages = []
-    for start in (0.0, 1e30):
-        x = np.full(10, start)
-        ema = fastema.EMA([x], 0.9999, zero_debias=True)
-        for step in range(1, 6):
-            x[:] = step
-            ema.update()
-        averages.append(ema.shadow["0"])
-    np.testing.assert_array_equal(averages[0], averages[1])
-    # With a decay so near to 1 it is nearly the mean of what was seen.
-    np.testing.assert_allclose(averages[0], 3.0, rtol=1e-3)
-
-
 MIXED = {
     "constant": rules.constant(0.9),
     "slow": rules.constant(0.999999),
@@ -122,53 +107,8 @@ def test_steps_of_mixed_length_are_weighed_by_the_rule_alone(
         np.testing.assert_allclose(ema.shadow["0"], total / float(seen), rtol=1e-9)
 
 
-def test_a_first_sample_is_not_forgotten_by_a_longer_step() -> None:
-    x = np.zeros(3)
-    ema = fastema.EMA([x], 0.9, zero_debias=True)
-    x[:] = 10.0
-    ema.update()
-    x[:] = 1.0
-    ema.update(steps=2)
-    # 0.9**2 * 0.1 for the first, 1 - 0.9**2 for the second.
-    want = (0.81 * 0.1 * 10 + 0.19 * 1) / (0.81 * 0.1 + 0.19)
-    np.testing.assert_allclose(ema.shadow["0"], want, rtol=1e-14)
-
-
-@pytest.mark.parametrize("rule", MIXED)
-def test_a_run_of_mixed_steps_resumes_to_the_bit(rule: str) -> None:
-    cuts = [1, 3, 2, 1, 1, 7, 2, 1]
-    x = weights_at(0, np.float64)
-    ema = fastema.EMA([x], (MIXED[rule], 0.5), zero_debias=True, start_after=2)
-    states = []
-    for call, steps in enumerate(cuts):
-        x[:] = weights_at(call, np.float64)
-        ema.update(steps=steps)
-        states.append(ema.state_dict())
-    for at, state in enumerate(states):
-        y = np.ones(300)
-        resumed = fastema.EMA([y], (0.1, 0.2))
-        resumed.load_state_dict(json.loads(json.dumps(plain(state))) | {"shadow": state["shadow"]})
-        for call in range(at + 1, len(cuts)):
-            y[:] = weights_at(call, np.float64)
-            resumed.update(steps=cuts[call])
-        assert resumed.decay == ema.decay
-        for one, other in zip(resumed.shadows, ema.shadows, strict=True):
-            np.testing.assert_array_equal(one["0"], other["0"])
-        assert plain(resumed.state_dict()) == plain(states[-1])
-
-
 def plain(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != "shadow"}
-
-
-def test_a_state_holds_the_share_only_where_it_is_needed() -> None:
-    x = np.ones(3)
-    ema = fastema.EMA([x], 0.9)
-    ema.update()
-    assert "log_decays" not in ema.state_dict()
-    mixed = fastema.EMA([x], (rules.constant(0.5), rules.debiased(rules.constant(0.9))))
-    mixed.update(steps=4)
-    assert mixed.state_dict()["log_decays"] == [-64.0, pytest.approx(4 * math.log(0.9))]
 
 
 DAMAGED: list[Any] = [
@@ -190,12 +130,6 @@ def test_a_state_without_a_valid_share_is_refused(damage: Any) -> None:
         ema.load_state_dict(state)
     np.testing.assert_array_equal(ema.shadow["0"], before)
     assert ema.num_updates == 1
-
-
-def test_a_share_without_a_correction_is_refused() -> None:
-    ema = fastema.EMA([np.ones(3)], 0.9)
-    with pytest.raises(CheckpointError, match="log_decays"):
-        ema.load_state_dict({**ema.state_dict(), "log_decays": [-1.0]})
 
 
 @pytest.mark.parametrize("rule", ["constant", "slow", "warmup"])

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import StateError
 
-from .kinds import KINDS, all_of
+from .kinds import KINDS
 from .stored import CODES, exact
 from .weights import net, refresh_
 
@@ -51,20 +50,6 @@ def assorted() -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.mark.parametrize("decay", [0.9, (0.9, 0.999, 0.5)], ids=["one", "three"])
-def test_of_weights_of_every_dtype(decay: Any) -> None:
-    weights = assorted()
-    ema = fastema.EMA(weights, decay, drift=True)
-    plain = fastema.EMA(weights, decay)
-    for step in range(1, 6):
-        refresh_(weights, step)
-        before = before_of(ema)
-        ema.update()
-        plain.update()
-        check(ema, weights, before)
-    assert all_of(ema) == all_of(plain)  # measuring changes no bit
-
-
 # A windowed mean measures none, and what is seen of one in two halves is not the average itself.
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"SMA", "split", "three split"}))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,17 +62,6 @@ def test_of_averages_of_every_kind(kind: str, dtype: torch.dtype) -> None:
         before = before_of(average)
         average.update()
         check(average, parameters, before)
-
-
-def test_of_an_average_in_two_halves() -> None:
-    model = net(0)
-    split = fastema.EMA(model, 0.9, shadow_dtype="bf16+16", drift=True)
-    wide = fastema.EMA(model, 0.9, drift=True)
-    for step in range(1, 4):
-        refresh_(model, step)
-        split.update()
-        wide.update()
-        np.testing.assert_allclose(split.drift, wide.drift, rtol=1e-6)
 
 
 def test_stalls_show() -> None:
@@ -131,23 +105,6 @@ def test_of_the_latest_update_that_did_work() -> None:
     before = before_of(ema)
     ema.update()
     check(ema, weights, before)
-
-
-def test_there_is_none_before_the_first_and_without_asking() -> None:
-    weights = {"w": torch.randn(300)}
-    ema = fastema.EMA(weights, 0.9, drift=True, start_after=2)
-    for _ in range(3):
-        with pytest.raises(StateError, match="drift"):
-            _ = ema.drift
-        ema.update()
-    assert ema.drift.still == 1
-    ema.load_state_dict(ema.state_dict())
-    with pytest.raises(StateError, match="drift"):
-        _ = ema.drift
-    plain = fastema.EMA(weights, 0.9)
-    plain.update()
-    with pytest.raises(StateError, match="drift=True"):
-        _ = plain.drifts
 
 
 def test_of_an_average_of_zeros() -> None:

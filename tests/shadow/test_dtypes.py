@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, DTypeError
+from fastema.errors import DTypeError
 
 from .kinds import KINDS, all_of, three
 from .truth import Loop, arithmetic_of
@@ -51,45 +51,6 @@ def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) 
         loop.check(real(ema.shadow[name]), name)
 
 
-@pytest.mark.parametrize("name", ["float32", "f32", torch.float32])
-def test_shadow_dtype_is_a_name_or_a_dtype(name: object) -> None:
-    ema = fastema.EMA(net(0, torch.bfloat16), shadow_dtype=name)
-    assert ema.shadow["conv.weight"].dtype == torch.float32
-
-
-def test_float_shadow_dtype_makes_complex_averages_complex() -> None:
-    params = {"a": torch.randn(5, dtype=torch.complex128), "b": torch.randn(5).double()}
-    ema = fastema.EMA(params, shadow_dtype=torch.float32)
-    assert ema.shadow["a"].dtype == torch.complex64
-    assert ema.shadow["b"].dtype == torch.float32
-
-
-def test_one_average_of_many_dtypes() -> None:
-    params = {code: torch.empty(70, dtype=dtype) for code, dtype in {**FLOATS, **COMPLEX}.items()}
-    params["count"] = torch.empty(9, dtype=torch.int64)
-    refresh_(params, 0)
-    ema = fastema.EMA(params, DECAY)
-    loops = {
-        code: Loop(
-            real(p),
-            REAL_PART.get(code, code),
-            "f32" if code not in ("f64", "c128") else "f64",
-            random=code in NARROW,
-        )
-        for code, p in params.items()
-        if code != "count"
-    }
-    for n in range(1, 20):
-        refresh_(params, n)
-        ema.update()
-        for code, loop in loops.items():
-            loop.step(real(params[code]), 1 - DECAY)
-    for code, loop in loops.items():
-        assert ema.shadow[code].dtype == params[code].dtype
-        loop.check(real(ema.shadow[code]), code)
-    assert torch.equal(ema.shadow["count"], params["count"])
-
-
 WHOLE = [torch.bool, *(getattr(torch, f"{u}int{n}") for u in ("", "u") for n in (8, 16, 32, 64))]
 
 
@@ -109,50 +70,6 @@ def test_integers_and_booleans_are_copied_exactly(dtype: torch.dtype) -> None:
 def test_shadow_dtype_that_cannot_hold_weights(shadow_dtype: object) -> None:
     with pytest.raises(DTypeError):
         fastema.EMA(net(), shadow_dtype=shadow_dtype)
-
-
-def test_half_average_of_complex_weights_is_refused_by_name() -> None:
-    params = {"fine": torch.randn(3), "phase": torch.randn(3, dtype=torch.complex64)}
-    with pytest.raises(DTypeError, match="phase"):
-        fastema.EMA(params, shadow_dtype=torch.bfloat16)
-
-
-def test_to_nearest_a_narrow_average_moves_as_long_as_updates_round_to_something() -> None:
-    x = torch.full((100,), 1.0, dtype=torch.bfloat16)
-    ema = fastema.EMA([x], 0.9, rounding="nearest")
-    x.fill_(2.0)
-    for _ in range(100):
-        ema.update()
-    # It stops where a tenth of the distance is below half a unit in the last place.
-    assert 2.0 - 5 * 2.0**-7 <= ema.shadow["0"][0].item() < 2.0
-
-
-@pytest.mark.parametrize("kind", ["EMA", "three", "PowerEMA"])
-@pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
-def test_by_random_bits_a_narrow_average_never_stops(dtype: torch.dtype, kind: str) -> None:
-    """What an element loses another one gains: their mean follows the exact average."""
-    count, updates = 20_000, 150
-    x = torch.full((count,), 1.0, dtype=dtype)
-    exact = torch.full((1,), 1.0, dtype=torch.float64)
-    decays = {"EMA": 0.995, "three": (0.9, 0.99, 0.995)}
-    build = (
-        fastema.PowerEMA if kind == "PowerEMA" else lambda w, **o: fastema.EMA(w, decays[kind], **o)
-    )
-    narrow, wide, stalled = build([x]), build([exact]), build([x], rounding="nearest")
-    # The first updates of a power average take most of the weights over.
-    for value, count_of in ((1.0, 100 if kind == "PowerEMA" else 0), (1.0625, updates)):
-        x.fill_(value)
-        exact.fill_(value)
-        for _ in range(count_of):
-            for one in (narrow, wide, stalled):
-                one.update()
-    last_place = torch.finfo(dtype).eps
-    # Each update leaves a variance of a quarter of the last place squared at most.
-    room = 6 * (updates / count) ** 0.5 * last_place / 2
-    for i, shadow in enumerate(narrow.shadows):
-        want = wide.shadows[i]["0"].item()
-        assert abs(shadow["0"].double().mean().item() - want) < room
-    assert abs(stalled.shadows[-1]["0"].double().mean().item() - want) > 3 * room
 
 
 def test_random_bits_are_the_default_of_narrow_averages_and_of_no_others() -> None:
@@ -181,47 +98,6 @@ def test_special_values(dtype: torch.dtype, rounding: str) -> None:
     ema.update()
     expected = torch.tensor([inf, -inf, nan, 1.0, nan, nan]).to(dtype)
     torch.testing.assert_close(ema.shadow["0"], expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_subnormals_are_not_flushed(dtype: torch.dtype, rounding: str) -> None:
-    tiny = torch.finfo(dtype).tiny
-    x = torch.full((130,), tiny, dtype=dtype)
-    ema = fastema.EMA([x], 0.5, rounding=rounding)
-    x.zero_()
-    ema.update()
-    assert torch.equal(bits(ema.shadow["0"]), bits(torch.full((130,), tiny / 2, dtype=dtype)))
-
-
-def test_changing_the_dtype_of_the_model_keeps_that_of_the_average() -> None:
-    model = net()
-    ema = fastema.EMA(model, DECAY)
-    loop = Loop(real(model.hidden.weight), "f32", "f32")
-    for n, change in enumerate([model.bfloat16, model.half, model.double, model.float], 1):
-        change()
-        refresh_(model, n)
-        ema.update()
-        loop.step(real(model.hidden.weight), 1 - DECAY)
-        assert ema.shadow["hidden.weight"].dtype == torch.float32
-    loop.check(real(ema.shadow["hidden.weight"]))
-
-
-def test_to_changes_the_dtype_of_averaged_tensors_only() -> None:
-    model = net()
-    ema = fastema.EMA(model, DECAY)
-    refresh_(model, 1)
-    ema.update()
-    before = {name: tensor.clone() for name, tensor in ema.shadow.items()}
-    assert ema.to(dtype=torch.float64) is ema
-    for name, tensor in ema.shadow.items():
-        average = name in dict(model.named_parameters())
-        assert tensor.dtype == (torch.float64 if average else before[name].dtype)
-        torch.testing.assert_close(tensor.to(before[name].dtype), before[name], rtol=0, atol=0)
-    refresh_(model, 2)
-    ema.update()
-    expected = before["hidden.bias"].double().lerp(model.hidden.bias.detach().double(), 1 - DECAY)
-    torch.testing.assert_close(ema.shadow["hidden.bias"], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -273,19 +149,6 @@ def test_to_two_halves_and_back(build: object, old: str, new: str) -> None:
     average.update()
     twin.update()
     assert all_of(average) == all_of(twin)
-
-
-def test_a_windowed_mean_keeps_its_dtype() -> None:
-    """Its ring would have to be converted too; nothing is, and the run goes on."""
-    model = net()
-    average, twin = fastema.SMA(model, 3), fastema.SMA(model, 3)
-    for n in range(1, 9):
-        refresh_(model, n)
-        average.update()
-        twin.update()
-        with pytest.raises(ArgumentError, match=r"window"):
-            average.to(dtype=torch.float64)
-        assert all_of(average) == all_of(twin)
 
 
 def test_what_cannot_be_in_two_halves_is_refused() -> None:

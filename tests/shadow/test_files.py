@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import fastema
-
-from .kinds import KINDS, all_of, trained_kind, which
+from .kinds import KINDS, trained_kind, which
 from .weights import assert_bits, net, snapshot
 
 pytestmark = pytest.mark.torch
@@ -41,24 +39,6 @@ def test_a_file_holds_the_average_once(kind: str) -> None:
         assert size < len(file_of(average.state_dict())) < 1.05 * size
 
 
-def test_what_is_only_copied_is_in_a_file_once() -> None:
-    """However many averages there are."""
-    model = nn.Linear(3, 2)
-    model.register_buffer("table", torch.randn(50_000))
-    size = len(file_of(fastema.EMA(model, (0.5, 0.9, 0.99)).state_dict()))
-    assert 200_000 < size < 220_000
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_run_writes_the_same_file(kind: str) -> None:
-    """No memory that nobody wrote gets into it, such as gaps between tensors."""
-    first = file_of(trained_kind(kind).state_dict())
-    for n in range(10):
-        left = [torch.full((64 * n + 7,), float(n)) for _ in range(20)]
-        del left
-        assert file_of(trained_kind(kind).state_dict()) == first
-
-
 def test_the_shadow_loads_into_a_module_and_goes_through_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     average = trained_kind("EMA")
@@ -69,17 +49,3 @@ def test_the_shadow_loads_into_a_module_and_goes_through_safetensors(tmp_path: P
     assert_bits(other, want)
     safetensors.save_file(dict(average.shadow), tmp_path / "average.safetensors")
     assert_bits(safetensors.load_file(tmp_path / "average.safetensors"), want)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_taken_before_a_block_and_written_within_it(kind: str) -> None:
-    """A thread that writes checkpoints may come to it while the average is evaluated."""
-    average = trained_kind(kind, seed=11)
-    state = average.state_dict()
-    with average.swapped(**which(average)):
-        written = torch.load(io.BytesIO(file_of(state)), weights_only=True)
-    held = all_of(average)
-    average.update()
-    assert all_of(average) != held
-    average.load_state_dict(written)
-    assert all_of(average) == held

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError
 
 from .kinds import KINDS, VARIED, all_of, last, which
 from .weights import assert_bits, net, refresh_, snapshot, values
@@ -41,23 +40,6 @@ def test_it_cannot_be_changed() -> None:
         del ema.shadow["scale"]
     for method in ("update", "pop", "clear", "setdefault"):
         assert not hasattr(ema.shadow, method)
-
-
-def test_it_holds_the_tensors_dtypes_shapes_and_values() -> None:
-    model = net(0, torch.bfloat16)
-    shadow = fastema.EMA(model, shadow_dtype=torch.float32).shadow
-    for name, tensor in values(model).items():
-        assert shadow[name].shape == tensor.shape
-        assert torch.equal(shadow[name], tensor.to(shadow[name].dtype))
-
-
-def test_it_is_live_while_training() -> None:
-    model = net()
-    ema = fastema.EMA(model, 0.5)
-    tensor = ema.shadow["scale"]
-    refresh_(model, 1)
-    ema.update()
-    assert torch.equal(tensor, ema.shadow["scale"])
 
 
 def exchanged(tensor: torch.Tensor) -> None:
@@ -96,18 +78,3 @@ def test_what_is_done_to_a_tensor_it_handed_out_is_not_done_to_the_average(
     assert not last(average)["hidden.weight"].requires_grad
     with average.swapped(**which(average)), other.swapped(**which(other)):
         assert_bits(model, snapshot(twin))
-
-
-def test_the_mappings_of_several_averages() -> None:
-    model = net()
-    average = fastema.EMA(model, (0.5, 0.9))
-    refresh_(model, 1)
-    average.update()
-    one, other = average.shadows
-    assert list(one) == list(other) == list(values(model))
-    assert not torch.equal(one["scale"], other["scale"])
-    # What is only copied is one and the same.
-    counter = "norm.num_batches_tracked"
-    assert one[counter].data_ptr() == other[counter].data_ptr()
-    with pytest.raises(ArgumentError, match="which"):
-        _ = average.shadow

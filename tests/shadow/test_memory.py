@@ -8,7 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 import fastema
 
 from .kinds import KINDS, PARTS, which
-from .weights import FLOATS, refresh_
+from .weights import FLOATS
 
 pytestmark = pytest.mark.torch
 
@@ -87,28 +87,6 @@ def test_resident_memory(dtype: str, python: Callable[..., str]) -> None:
     assert all(cost < 0.01 * size for cost in costs), costs
 
 
-class Uncopyable(nn.Linear):
-    """A model that must not be duplicated."""
-
-    def refuse(self, *_: Any) -> NoReturn:
-        raise AssertionError("copied")
-
-    __deepcopy__ = __copy__ = __reduce_ex__ = __getstate__ = refuse
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_model_is_not_copied(kind: str) -> None:
-    model = Uncopyable(3, 4)
-    average = KINDS[kind](model)
-    refresh_(model, 1)
-    average.update()
-    with average.swapped(**which(average)):
-        average.state_dict()
-    average.load_state_dict(average.state_dict())
-    average.to("cpu", None if kind == "SMA" else torch.float64)
-    average.copy_to(model, **which(average))
-
-
 def storages(tensors: Any) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
@@ -149,16 +127,6 @@ def test_every_part_takes_one_buffer_of_its_size(
         room = slots * 63 * 40
         assert len(held) <= len(state[part])
         assert 0 <= sum(held.values()) - expected[part] * elements <= room
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_tensor_of_the_average_begins_at_a_cache_line(kind: str) -> None:
-    average = KINDS[kind]([torch.randn(n) for n in (1, 15, 16, 17, 1000)])
-    state = average.state_dict(copy=False)
-    for part in PARTS:
-        for tensors in state.get(part, ()):
-            slots = [slot for t in tensors.values() for slot in (t if part == "ring" else [t])]
-            assert len({slot.data_ptr() % 64 for slot in slots}) == 1, part
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,14 +43,6 @@ def test_it_is_what_the_model_saves_with_the_average_in_it(kind: str, dtype: tor
     assert_bits(fresh, snapshot(other))
 
 
-def test_nothing_in_it_is_memory_of_the_average_or_the_model() -> None:
-    model = net()
-    average = trained(model)
-    with unchanged(model, average):
-        for tensor in average.model_state_dict().values():
-            tensor.zero_()
-
-
 class Tied(nn.Module):
     """Tied weights, a frozen layer, a buffer that is not saved, and state that is no tensor."""
 
@@ -89,34 +80,6 @@ def test_tied_frozen_and_further_state_is_all_there() -> None:
     assert torch.equal(other.head.weight, ema.shadow["head.weight"])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what torch.compile imports
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["module.", "_orig_mod."])
-def test_keys_have_the_prefixes_of_wrappers(wrap: Any) -> None:
-    model = net()
-    ema = trained(model)
-    wrapped = wrap(model)
-    state = ema.model_state_dict(wrapped)
-    assert list(state) == list(wrapped.state_dict())
-    assert {name.partition(".")[2] for name in state} == set(ema.model_state_dict())
-    wrapped.load_state_dict(state)
-    assert torch.equal(model.head.weight, ema.shadow["head.weight"])
-
-
-def test_keys_are_those_that_hooks_make() -> None:
-    model = net()
-
-    def renamed(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        state["renamed"] = state.pop("head.weight")
-        state["conv.bias"] = state["conv.bias"].clone()
-
-    model.register_state_dict_post_hook(renamed)
-    ema = trained(model)
-    state = ema.model_state_dict()
-    assert torch.equal(state["renamed"], ema.shadow["head.weight"])
-    assert torch.equal(state["conv.bias"], ema.shadow["conv.bias"])
-    assert "head.weight" not in state
-
-
 def test_functional_call_takes_it() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     ema = trained(model)
@@ -124,22 +87,6 @@ def test_functional_call_takes_it() -> None:
     found = torch.func.functional_call(model, ema.model_state_dict(), (x,))
     with ema.swapped():
         assert torch.equal(found, model(x))
-
-
-def test_lists_and_dicts_give_their_names() -> None:
-    weights = {"a": torch.randn(3), "b": {"c": torch.randn(2, 2)}}
-    ema = fastema.EMA(weights, 0.5)
-    assert list(ema.model_state_dict()) == ["a", "b.c"]
-    arrays = [np.ones(3, np.float16)]
-    state = fastema.EMA(arrays, 0.5, shadow_dtype="float32").model_state_dict()
-    assert state["0"].dtype == np.float16
-
-
-def test_before_the_start_it_is_the_weights() -> None:
-    model = net()
-    ema = fastema.EMA(model, 0.5, start_after=10)
-    refresh_(model, 1)
-    assert torch.equal(ema.model_state_dict()["head.weight"], model.head.weight)
 
 
 def test_it_is_refused_while_the_average_is_applied_and_for_a_model_of_other_shapes() -> None:

@@ -9,16 +9,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 import fastema
-from fastema.errors import ArgumentError, BridgeError, LayoutError
+from fastema.errors import ArgumentError, BridgeError
 from fastema.shadow.offload import OffloadedEMA
 
 from .offloaded import SlowLink, assert_all_same, assert_same, both, build, move, train
@@ -72,20 +70,6 @@ def test_states_go_from_one_kind_to_the_other(both: Any) -> None:
     assert_all_same(offloaded.shadows, ema.shadows)
 
 
-def test_other_models_get_the_average(both: Any) -> None:
-    model, offloaded, ema = both
-    train(model, (offloaded, ema))
-    found = offloaded.model_state_dict(which=0)
-    wanted = ema.model_state_dict(which=0)
-    assert list(found) == list(wanted)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    one, other = build(model[0].weight.dtype), build(model[0].weight.dtype)
-    offloaded.copy_to(one, which=0)
-    ema.copy_to(other, which=0)
-    for name, tensor in other.state_dict().items():
-        assert torch.equal(one.state_dict()[name], tensor), name
-
-
 # -- the order of events --------------------------------------------------------------------------
 
 
@@ -117,37 +101,6 @@ def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them(
     assert events == ["update returned", "released", "stepped"]
     assert link.events.index("copy 1") > link.events.index("released")
     assert link.events.index("stepped") == len(link.events) - 1
-
-
-def test_without_a_fence_the_same_run_mixes_steps() -> None:
-    """What the fence is for: the test before would notice if it were not there."""
-    model = build()
-    parameters = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
-    offloaded._end_fences()
-    link = SlowLink(offloaded)
-    ema.update()
-    offloaded.update()
-    for one in parameters:
-        one.grad = torch.ones_like(one)
-    optimizer.step()
-    link.go.set()
-    assert not torch.equal(offloaded.shadow["2.weight"], ema.shadow["2.weight"])
-
-
-def test_wait_is_the_fence_of_other_loops() -> None:
-    model = build()
-    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
-    offloaded.wait()
-    offloaded._link.delay = lambda number: time.sleep(0.02)
-    for n in range(3):
-        offloaded.wait()
-        move(model, n)
-        offloaded.update()
-        ema.update()
-    assert_same(offloaded, ema)
-    assert offloaded.offload_stats.seconds_waited > 0.0
 
 
 def test_it_follows_optimizers() -> None:
@@ -218,28 +171,6 @@ def test_threads_may_update_at_once() -> None:
     assert offloaded.state_dict()["num_updates"] == 30
 
 
-def test_it_is_saved_while_updates_come_from_another_thread(tmp_path: Path) -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True)
-    offloaded._link.delay = lambda number: time.sleep(0.0005)
-    stop = threading.Event()
-
-    def update() -> None:
-        while not stop.is_set():
-            offloaded.update()
-
-    thread = threading.Thread(target=update)
-    thread.start()
-    for _ in range(5):
-        fastema.checkpoint.save(offloaded, tmp_path / "ema.safetensors")
-        with offloaded.lock, offloaded.swapped():
-            assert offloaded.applied
-    stop.set()
-    thread.join(20)
-    assert not thread.is_alive()
-    fastema.checkpoint.load_into(offloaded, tmp_path / "ema.safetensors")
-
-
 def test_it_stays_on_the_host() -> None:
     offloaded = fastema.EMA(build(), decay=0.5, offload=True)
     assert offloaded.to(torch.float64).shadow["2.weight"].dtype == torch.float64
@@ -276,21 +207,6 @@ def test_updates_are_left_out_while_it_is_behind_and_the_horizon_is_kept() -> No
 # -- the model that moves -------------------------------------------------------------------------
 
 
-def test_weights_that_are_replaced_are_found_again() -> None:
-    model = build()
-    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
-    for n in range(4):
-        offloaded.wait()
-        if n == 1:
-            model[2].weight.data = model[2].weight.data.clone()
-        if n == 2:
-            model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
-        move(model, n)
-        offloaded.update()
-        ema.update()
-    assert_same(offloaded, ema)
-
-
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "NumPy": (lambda: fastema.EMA([np.ones(3)], offload=True), BridgeError, "models of PyTorch"),
     "capturable": (
@@ -316,35 +232,6 @@ def test_what_cannot_be_on_the_host_is_refused(name: str) -> None:
     build_it, error, said = REFUSED[name]
     with pytest.raises(error, match=said):
         build_it()
-
-
-def test_weights_that_are_on_the_host_already() -> None:
-    model = build()
-    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
-    move(model, 1)
-    ema.update()
-    masters: dict[str, Tensor] = {n: one.clone() for n, one in model.state_dict().items()}
-    offloaded.update_from_host(masters)
-    assert_same(offloaded, ema)
-    assert offloaded.offload_stats.bytes_moved == 0
-    masters["2.weight"] = masters["2.weight"].double()
-    with pytest.raises(LayoutError, match=r"'2\.weight' is now torch\.float64"):
-        offloaded.update_from_host(masters)
-    del masters["2.weight"]
-    with pytest.raises(LayoutError, match=r"'2\.weight' is gone"):
-        offloaded.update_from_host(masters)
-    assert_same(offloaded, ema)
-
-
-def test_tied_weights_are_one() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
-    model["b"].weight = model["a"].weight
-    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
-    train(model, (offloaded, ema), 2)
-    assert_same(offloaded, ema)
-    found, wanted = offloaded.model_state_dict(), ema.model_state_dict()
-    assert list(found) == list(wanted) == ["a.weight", "b.weight"]
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 # -- the end --------------------------------------------------------------------------------------

@@ -11,60 +11,20 @@ from torch import nn
 
 import fastema
 from fastema.bridges import torch as bridge
-from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError
+from fastema.errors import BridgeError, DTypeError, LayoutError
 from fastema.layout.dtypes import DTYPES
 
-from .kinds import KINDS, all_of, trained_kind, unchanged
+from .kinds import KINDS, unchanged
 from .weights import (
     BUFFERS,
-    assert_average,
     bits,
     net,
     refresh_,
-    snapshot,
-    values,
 )
 
 pytestmark = pytest.mark.torch
 
 FROZEN = {"conv.weight", "conv.bias"}
-
-
-def half_frozen(seed: int = 0) -> nn.Module:
-    model = net(seed)
-    model.conv.requires_grad_(False)
-    return model
-
-
-@pytest.mark.parametrize("policy", ["copy", "average", "skip"])
-def test_buffers_and_frozen_parameters(policy: str) -> None:
-    model = half_frozen()
-    ema = fastema.EMA(model, 0.75, buffers=policy, frozen=policy)
-    for n in range(1, 4):
-        old = values(dict(ema.shadow))
-        refresh_(model, n)
-        ema.update()
-        copied = BUFFERS | FROZEN if policy == "copy" else {"norm.num_batches_tracked"}
-        assert_average(ema, old, values(model), 0.25, copied)
-    for name in ("norm.running_mean", *FROZEN):
-        assert (name in ema.shadow) == (policy != "skip")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_integer_buffers_are_exact(buffers: str, kind: str) -> None:
-    model = net()
-    average = KINDS[kind](model, buffers=buffers)
-    model.norm.num_batches_tracked.fill_(2**53 + 1)
-    average.update()
-    model.norm.num_batches_tracked.add_(1)
-    for i, shadow in enumerate(average.shadows):
-        assert shadow["norm.num_batches_tracked"].dtype == torch.int64
-        assert shadow["norm.num_batches_tracked"].item() == 2**53 + 1
-        with average.swapped(which=i):
-            assert model.norm.num_batches_tracked.item() == 2**53 + 1
-            assert shadow["norm.num_batches_tracked"].item() == 2**53 + 1
-        assert model.norm.num_batches_tracked.item() == 2**53 + 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,39 +50,6 @@ def test_buffers_of_every_kind(buffers: str, kind: str) -> None:
             assert torch.equal(bits(held), bits(want))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("policy", ["skip", "copy", "average"])
-def test_frozen_parameters_of_every_kind_swap_by_policy(policy: str, kind: str) -> None:
-    model = half_frozen()
-    average = trained_kind(kind, model, frozen=policy)
-    latest = snapshot(model)
-    refresh_(model, 7)
-    raw, held = snapshot(model), all_of(average)
-    for i in range(len(average.shadows)):
-        with unchanged(model, average), average.swapped(which=i):
-            now = snapshot(model)
-            for name in FROZEN:
-                assert torch.equal(now[name], raw[name]) == (policy == "skip")
-                assert torch.equal(now[name], latest[name]) == (policy == "copy")
-                if kind not in ("split", "three split", "random") and policy != "skip":
-                    assert torch.equal(now[name], bits(average.shadows[i][name]))
-            assert all_of(average) == held
-
-
-def test_skipped_buffers_stay_in_the_model() -> None:
-    model = net()
-    ema = fastema.EMA(model, 0.5, buffers="skip")
-    refresh_(model, 1)
-    ema.update()
-    refresh_(model, 2)
-    mean = bits(model.norm.running_mean)
-    with ema.swapped():
-        assert torch.equal(bits(model.norm.running_mean), mean)
-        model.norm.running_mean.add_(1)  # and what is done to them stays done
-    assert not torch.equal(bits(model.norm.running_mean), mean)
-    assert BUFFERS.isdisjoint(ema.state_dict()["shadow"][0])
-
-
 def test_batch_norm_in_training_updates_its_own_buffers() -> None:
     torch.manual_seed(0)
     model = net()
@@ -136,15 +63,6 @@ def test_batch_norm_in_training_updates_its_own_buffers() -> None:
         assert torch.equal(ema.shadow["norm.running_var"], model.norm.running_var)
 
 
-def test_buffers_keep_their_dtype() -> None:
-    model = net(0, torch.bfloat16)
-    model.norm.float()
-    ema = fastema.EMA(model, 0.5, shadow_dtype=torch.float32)
-    assert ema.shadow["conv.weight"].dtype == torch.float32
-    copied = {name: ema.shadow[name].dtype for name in BUFFERS}
-    assert copied == {name: values(model)[name].dtype for name in BUFFERS}
-
-
 def test_skipped_parameters_take_no_memory() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000).requires_grad_(False), nn.Linear(1000, 2))
     ema = fastema.EMA(model)
@@ -152,18 +70,6 @@ def test_skipped_parameters_take_no_memory() -> None:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ema.shadow.values()
     }
     assert sum(held.values()) < 10_000
-
-
-def test_all_frozen() -> None:
-    model = net().requires_grad_(False)
-    for frozen in ("skip", "copy"):
-        with pytest.raises(LayoutError, match="frozen='average'"):
-            fastema.EMA(model, frozen=frozen)
-    old = values(model)
-    ema = fastema.EMA(model, 0.5, frozen="average")
-    refresh_(model, 1)
-    ema.update()
-    assert_average(ema, old, values(model), 0.5)
 
 
 def test_low_rank_adapters_are_averaged_alone() -> None:
@@ -197,40 +103,6 @@ def unknown(request: pytest.FixtureRequest) -> torch.Tensor:
 
 
 REFUSALS = (BridgeError, DTypeError, LayoutError)
-
-
-def test_unknown_tensors_are_refused_a_buffer_by_its_name(unknown: torch.Tensor) -> None:
-    model = net()
-    model.register_buffer("graph", unknown)
-    with pytest.raises(REFUSALS, match="graph"):
-        fastema.EMA(model)
-    with pytest.raises(REFUSALS):
-        fastema.EMA([torch.randn(3), unknown])
-
-
-def test_unknown_buffers_may_be_skipped(unknown: torch.Tensor) -> None:
-    model = net()
-    model.register_buffer("graph", unknown)
-    ema = fastema.EMA(model, 0.5, buffers="skip")
-    old = values(dict(ema.shadow))
-    refresh_(dict(model.named_parameters()), 1)
-    ema.update()
-    assert_average(ema, old, dict(model.named_parameters()), 0.5)
-    with ema.swapped():
-        pass
-
-
-def test_unknown_frozen_parameters_are_skipped(unknown: torch.Tensor) -> None:
-    """Adapters are trained on a base of 8-bit or offloaded weights."""
-    model = net()
-    model.base = nn.Parameter(unknown, requires_grad=False)
-    ema = fastema.EMA(model, 0.5)
-    assert "base" not in ema.shadow
-    ema.update()
-    with ema.swapped():
-        pass
-    with pytest.raises(REFUSALS, match="base"):
-        fastema.EMA(model, frozen="average")
 
 
 SMALL = [code for code, kind in DTYPES.items() if not (kind.real or kind.whole)]
@@ -288,15 +160,6 @@ def test_lazy_modules_are_refused_until_they_have_a_shape() -> None:
     assert ema.shadow["0.weight"].shape == (4, 5)
 
 
-def test_weights_that_go_to_the_meta_device_are_refused() -> None:
-    model = net()
-    ema = fastema.EMA(model, 0.5)
-    model.hidden.to("meta")
-    for call in (ema.update, ema.apply_shadow):
-        with unchanged({}, ema), pytest.raises(BridgeError, match=r"hidden\.weight.*meta"):
-            call()
-
-
 def test_weights_that_become_a_conjugate_view_are_refused() -> None:
     """They keep their address; read as they lie, every imaginary part would be wrong."""
     model = nn.ParameterDict({"phase": nn.Parameter(torch.randn(9, dtype=torch.complex64))})
@@ -305,9 +168,3 @@ def test_weights_that_become_a_conjugate_view_are_refused() -> None:
     for call in (ema.update, ema.apply_shadow):
         with unchanged({}, ema), pytest.raises(BridgeError, match="phase"):
             call()
-
-
-@pytest.mark.parametrize("name", ["frozen", "buffers"])
-def test_unknown_policies(name: str) -> None:
-    with pytest.raises(ArgumentError, match=r"average, copy, skip"):
-        fastema.EMA(net(), **{name: "mean"})

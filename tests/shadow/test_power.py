@@ -68,17 +68,6 @@ def test_it_is_the_recursion(every: int) -> None:
         loop.check(shadow["0"])
 
 
-def test_the_first_update_takes_the_weights_over() -> None:
-    for every in (1, 10):
-        x = np.full(9, np.inf)
-        average = fastema.PowerEMA([x], update_every=every)
-        for step in range(1, every + 1):
-            x[:] = step
-            average.update()
-        for shadow in average.shadows:
-            np.testing.assert_array_equal(shadow["0"], every)
-
-
 def test_widths_by_default_and_one_alone() -> None:
     average = fastema.PowerEMA([np.ones(3)])
     widths = [rule.sigma_rel for rule in average.schedule.rules]

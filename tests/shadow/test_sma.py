@@ -17,8 +17,8 @@ from fastema.errors import ArgumentError
 from ..support import reference
 from ..support.tolerance import cast_bound, unit_roundoff
 from .kinds import all_of
-from .stored import CODES, code_of, exact, stored, tensor_of
-from .weights import net, refresh_, train_
+from .stored import CODES, code_of, exact, stored
+from .weights import refresh_
 
 pytestmark = pytest.mark.torch
 
@@ -118,58 +118,6 @@ def test_mean_stays_exact_where_the_model_changes_its_dtype(
         assert error <= 8 * window * 2.0**-48 * np.abs(seen[-2 * window :]).max()
 
 
-def test_nan_in_a_wider_ring_stays_one() -> None:
-    """All its bits are ones, as a GPU makes them: none may carry into the sign."""
-    model = torch.nn.Linear(6, 5, bias=False)
-    sma = fastema.SMA(model, 3, shadow_dtype="bfloat16")
-    for value in (1, 2, 3, 0x7FFFFFFF, 4, 5):
-        if value == 4:
-            model.bfloat16()
-        with torch.no_grad():
-            if value > 9:
-                model.weight.view(torch.int32).fill_(value)
-            else:
-                model.weight.fill_(value)
-        sma.update()
-    assert sma.shadow["weight"].isnan().all()  # the sixth update computes it from the ring
-
-
-@pytest.mark.parametrize("window", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("start", [0, 1, 4])
-@pytest.mark.parametrize("every", [1, 3])
-def test_update_every_and_start_after(start: int, every: int, window: int) -> None:
-    weights = {"w": torch.empty(200)}
-    refresh_(weights, 99)
-    sma = fastema.SMA(weights, window, update_every=every, start_after=start)
-    history, before = History(window, "f32", "f32", False), exact(weights["w"])
-    for step in range(1, 41):
-        refresh_(weights, step)
-        sma.update()
-        if step <= start:
-            before = exact(weights["w"])
-        elif (step - start) % every == 0:
-            history.seen.append(exact(weights["w"]))
-        if history.seen:
-            history.check(exact(sma.shadow["w"]))
-        else:
-            np.testing.assert_array_equal(exact(sma.shadow["w"]), before)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_seed_and_the_step_choose_the_random_bits(dtype: str) -> None:
-    weights = {"w": torch.full((4000,), 1 + 2.0**-12)}
-    averages = [fastema.SMA(weights, 2, shadow_dtype=dtype, seed=seed) for seed in (0, 0, 1)]
-    seen = []
-    for _ in range(6):
-        for one in averages:
-            one.update()
-        seen.append(averages[0].shadow["w"].clone())
-    one, same, other = (average.shadow["w"] for average in averages)
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-    assert not any(torch.equal(seen[-1], earlier) for earlier in seen[:-1])
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_not_finite_is_forgotten_within_two_windows(dtype: torch.dtype, bad: float) -> None:
@@ -190,15 +138,6 @@ def test_what_is_not_finite_is_forgotten_within_two_windows(dtype: torch.dtype, 
         if not 11 <= step < 11 + 2 * window:
             np.testing.assert_array_equal(got, want)
     assert all_of(sma) == all_of(mirror)
-
-
-def test_weights_that_were_not_finite_before_the_first_update() -> None:
-    weights = {"w": torch.full((50,), torch.inf)}
-    sma = fastema.SMA(weights, 3)
-    for step in range(1, 5):
-        weights["w"].fill_(float(step))
-        sma.update()
-    assert torch.equal(sma.shadow["w"], torch.full((50,), 3.0))
 
 
 @pytest.mark.parametrize(("window", "expected"), [(3, 5), (10, 12)])
@@ -247,27 +186,6 @@ CHANGED = """
 def test_a_model_that_changes_its_dtype(python: Callable[..., str]) -> None:
     """What a mean keeps beside itself does not become wider, and is not written as if it did."""
     assert python(CHANGED).strip() == "done"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swapped_and_copied_it_is_the_mean(dtype: torch.dtype) -> None:
-    model, other = net(0, dtype), net(4, dtype)
-    sma = fastema.SMA(model, 3, shadow_dtype="float32")
-    train_(model, range(5), sma)
-    before = all_of(sma)
-    mean = {name: stored(tensor) for name, tensor in sma.shadow.items()}
-    sma.copy_to(other)
-    with sma.swapped():
-        assert all_of(sma) == before
-        for name, tensor in model.named_parameters():
-            nearest = reference.cast(mean[name], "f32", CODES[dtype])
-            split, _ = reference.split(mean[name])
-            want = nearest if dtype == torch.float32 else split
-            assert torch.equal(tensor, tensor_of(want, dtype))
-    for name, tensor in other.named_parameters():
-        want = reference.cast(mean[name], "f32", CODES[dtype])
-        assert torch.equal(tensor, tensor_of(want, dtype))
-    assert all_of(sma) == before
 
 
 def test_what_it_does_not_do() -> None:

@@ -10,7 +10,7 @@ import fastema
 
 from ..support import reference
 from .kinds import KINDS, all_of, unchanged
-from .stored import exact, stored, tensor_of
+from .stored import exact, stored
 from .weights import FLOATS, assert_bits, net, refresh_, snapshot, train_, values
 
 pytestmark = pytest.mark.torch
@@ -93,45 +93,6 @@ def test_a_model_holds_the_whole_average_rounded_once(dtype: str) -> None:
         np.testing.assert_array_equal(stored(tensor), reference.encode(average, dtype))
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_several_at_once(dtype: str) -> None:
-    decays = (0.9, 0.99, 0.5)
-    model = net(0, FLOATS[dtype])
-    ema = fastema.EMA(model, decays, shadow_dtype=SPLIT)
-    wide = fastema.EMA(model, decays, shadow_dtype="float32")
-    train_(model, range(1, 6), ema, wide)
-    for which in range(3):
-        assert_is_split(ema, wide, which)
-    before = all_of(ema)
-    for which in range(3):
-        with unchanged(model, ema):
-            with ema.swapped(which=which):
-                held = {name: stored(tensor) for name, tensor in model.named_parameters()}
-                assert all_of(ema) == before
-            if dtype != "bf16":
-                with wide.swapped(which=which):
-                    for name, tensor in model.named_parameters():
-                        np.testing.assert_array_equal(stored(tensor), held[name])
-
-
-def test_to_another_dtype_and_back() -> None:
-    model = net(0)
-    ema = fastema.EMA(model, DECAY)
-    wide = fastema.EMA(model, DECAY)
-    for step in range(9):
-        refresh_(model, step)
-        ema.update()
-        wide.update()
-        assert ema.to(dtype=(SPLIT, "float32", "float64")[step % 3]) is ema
-        if step % 3 == 0:
-            assert_is_split(ema, wide)
-        if step % 3 == 1:
-            for name in ema.averaged_names:
-                assert torch.equal(ema.shadow[name], wide.shadow[name])
-        if step % 3 == 2:
-            ema.to(dtype="float32")  # what it was before a float64 came of it
-
-
 def test_from_and_to_bfloat16() -> None:
     model = net(0, torch.bfloat16)
     ema = fastema.EMA(model, DECAY)
@@ -190,16 +151,3 @@ def test_ends_of_the_range(dtype: torch.dtype) -> None:
         ema.update()
         wide.update()
         check()
-
-
-def test_its_random_numbers_stay_out_of_it() -> None:
-    weights = {"w": tensor_of(np.arange(9, dtype=np.float32), torch.float32)}
-    averages = [
-        fastema.EMA(weights, DECAY, shadow_dtype=SPLIT, rounding=one, seed=i)
-        for i, one in enumerate([None, "nearest", "stochastic"])
-    ]
-    weights["w"].add_(0.1)
-    for one in averages:
-        one.update()
-    for one in averages[1:]:
-        np.testing.assert_array_equal(halves(one, "w"), halves(averages[0], "w"))

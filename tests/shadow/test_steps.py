@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import fastema
 from fastema import rules
 from fastema.errors import ArgumentError, NonFiniteError, StateError
-from fastema.rules import Schedule
 
 from .truth import Loop
 
@@ -34,75 +33,6 @@ def test_an_update_over_steps_is_decay_to_their_number(decay: float, cuts: list[
         truth.step(x, 1 - decay**steps)
     truth.check(ema.shadow["0"])
     assert ema.num_updates == sum(cuts)
-
-
-@given(st.floats(0.3, 0.999), CUTS)
-def test_weights_that_stand_still_average_as_in_single_steps(decay: float, cuts: list[int]) -> None:
-    x, y = values(0).astype(np.float64), values(0).astype(np.float64)
-    at_once, apart = fastema.EMA([x], decay), fastema.EMA([y], decay)
-    for n, steps in enumerate(cuts):
-        x[...] = y[...] = values(n + 1)
-        at_once.update(steps=steps)
-        for _ in range(steps):
-            apart.update()
-    np.testing.assert_allclose(at_once.shadow["0"], apart.shadow["0"], rtol=1e-11, atol=1e-12)
-    assert at_once.num_updates == apart.num_updates
-    assert at_once.decay == apart.decay
-
-
-MADE = {
-    "warmup": rules.warmup(0.99),
-    "inverse_gamma": rules.inverse_gamma(),
-    "mean": rules.cumulative_mean(),
-    "power": rules.power(0.1),
-    "debiased": rules.debiased(rules.constant(0.9)),
-    "debiased-warmup": rules.debiased(rules.warmup(0.99)),
-}
-
-
-@pytest.mark.parametrize("rule", MADE)
-@pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 0), (1, 7), (4, 9)])
-def test_every_rule_and_schedule(rule: str, every: int, start: int) -> None:
-    x = values(0)
-    ema = fastema.EMA([x], MADE[rule], update_every=every, start_after=start)
-    schedule = Schedule(MADE[rule], every, start)
-    truth, step = Loop(x, "f32", "f32"), 0
-    log_decays = schedule.log_decays(0)
-    for n, steps in enumerate([1, 3, 1, 2, 8, 1, 1, 5, 17, 4]):
-        x[...] = values(n + 1)
-        ema.update(steps=steps)
-        step += steps
-        if step < start:  # the average is the weights
-            truth = Loop(x, "f32", "f32")
-        weights, log_decays = schedule.weigh(step, steps, log_decays)
-        for weight in weights:
-            truth.step(x, weight)
-        truth.check(ema.shadow["0"], f"{rule} at {step}")
-    assert ema.num_updates == step
-
-
-def test_several_averages() -> None:
-    x = values(0)
-    ema = fastema.EMA([x], (0.9, 0.5))
-    truths = [Loop(x, "f32", "f32") for _ in range(2)]
-    for n, steps in enumerate((4, 1, 9)):
-        x[...] = values(n + 1)
-        ema.update(steps=steps)
-        for truth, decay in zip(truths, (0.9, 0.5), strict=True):
-            truth.step(x, 1 - decay**steps)
-    for truth, shadow in zip(truths, ema.shadows, strict=True):
-        truth.check(shadow["0"])
-
-
-def test_a_mean_counts_each_of_the_steps() -> None:
-    x = values(0).astype(np.float64)
-    swa = fastema.SWA([x])
-    total, count = np.zeros_like(x), 0
-    for n, steps in enumerate((1, 4, 2)):
-        x[...] = values(n + 1)
-        swa.update(steps=steps)
-        total, count = total + steps * x, count + steps
-        np.testing.assert_allclose(swa.shadow["0"], total / count, rtol=1e-13)
 
 
 @given(st.floats(0.02, 0.28), CUTS, st.integers(1, 5))
@@ -156,22 +86,6 @@ def test_random_bits_are_those_of_the_step_that_is_reached() -> None:
     np.testing.assert_array_equal(again.shadow["0"], jump.shadow["0"])
 
 
-def test_resumed_in_between() -> None:
-    x = values(0)
-    ema = fastema.EMA([x], rules.warmup(0.99), update_every=4)
-    for n, steps in enumerate((3, 6)):
-        x[...] = values(n + 1)
-        ema.update(steps=steps)
-    other = fastema.EMA([x], rules.warmup(0.9))
-    other.load_state_dict(ema.state_dict())
-    for n, steps in enumerate((5, 1, 2, 10)):
-        x[...] = values(n + 5)
-        ema.update(steps=steps)
-        other.update(steps=steps)
-    assert other.num_updates == ema.num_updates == 27
-    np.testing.assert_array_equal(other.shadow["0"], ema.shadow["0"])
-
-
 @pytest.mark.parametrize("steps", [0, -1, 1.0, 2.5, "3", None, True, np.nan, 2**63], ids=repr)
 def test_what_is_no_number_of_steps(steps: Any) -> None:
     x = values(0)
@@ -183,20 +97,6 @@ def test_what_is_no_number_of_steps(steps: Any) -> None:
         ema.update(steps=2)
     assert ema.num_updates == 0
     np.testing.assert_array_equal(ema.shadow["0"], values(0))
-
-
-def test_more_updates_than_64_bits_hold_are_refused() -> None:
-    x = values(0)
-    ema = fastema.EMA([x], 0.5)
-    ema.update(steps=2**62)
-    before = ema.shadow["0"].copy()
-    x[...] = values(1)
-    with pytest.raises(ArgumentError, match=f"at most {2**62 - 1}"):
-        ema.update(steps=2**62)
-    assert ema.num_updates == 2**62
-    np.testing.assert_array_equal(ema.shadow["0"], before)
-    ema.update(steps=2**62 - 1)
-    np.testing.assert_array_equal(ema.shadow["0"], x)
 
 
 def test_a_windowed_mean_needs_every_step() -> None:

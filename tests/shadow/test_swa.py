@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -43,18 +42,6 @@ def test_it_is_the_mean_of_what_it_saw(start: int, every: int, dtype: Any) -> No
         loop.check(swa.shadow["0"].view(real))
     mean = np.mean([one.view(real) for one in seen], axis=0, dtype=np.float64)
     np.testing.assert_allclose(loop.value, mean, rtol=1e-12)
-
-
-def test_a_long_mean_in_float64_is_the_exact_one() -> None:
-    x = np.zeros(5)
-    swa = fastema.SWA([x])
-    total, steps = [Fraction(0)] * 5, 3000
-    for step in range(1, steps + 1):
-        x[:] = weights_at(step)[:5]
-        swa.update()
-        total = [one + Fraction(float(value)) for one, value in zip(total, x, strict=True)]
-    mean = np.array([float(one / steps) for one in total])
-    np.testing.assert_allclose(swa.shadow["0"], mean, rtol=steps * 2.0**-53)
 
 
 # -- between two states ----------------------------------------------------------------------------

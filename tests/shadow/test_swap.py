@@ -53,26 +53,6 @@ def patterns(dtype: torch.dtype) -> Any:
     return (words << 32 | words).view(dtype)
 
 
-@pytest.mark.parametrize("shadow_dtype", [*FLOATS, "bf16+16"])
-@pytest.mark.parametrize("model_dtype", FLOATS)
-def test_every_bit_of_the_weights_comes_back(model_dtype: str, shadow_dtype: str) -> None:
-    """Signalling NaNs too; and of the average, where it began as such weights."""
-    weights = {"w": patterns(FLOATS[model_dtype])}
-    ema = fastema.EMA(weights, 0.5, shadow_dtype=FLOATS.get(shadow_dtype, shadow_dtype))
-    saved = ema.state_dict()
-    weights["w"].copy_(weights["w"].roll(999))
-    raw = weights["w"].clone()
-    for _ in range(2):
-        with ema.swapped():
-            held = bits(weights["w"]).clone()
-            assert not torch.equal(held, bits(raw))
-        assert torch.equal(bits(weights["w"]), bits(raw))
-        after = ema.state_dict()
-        for part in ("shadow", "residual"):
-            for one, other in zip(saved.get(part, []), after.get(part, []), strict=True):
-                assert torch.equal(bits(one["w"]), bits(other["w"]))
-
-
 @pytest.mark.parametrize("model_dtype", FLOATS)
 @pytest.mark.parametrize(("kind", "options"), AVERAGES)
 def test_round_trip_is_exact(kind: str, options: dict[str, str], model_dtype: str) -> None:
@@ -101,24 +81,6 @@ def test_round_trip_is_exact(kind: str, options: dict[str, str], model_dtype: st
     average.update()
 
 
-@pytest.mark.parametrize(("kind", "options"), AVERAGES)
-def test_swapping_any_kind_between_updates_changes_nothing_later(
-    kind: str, options: dict[str, str]
-) -> None:
-    def run(look: bool) -> dict[str, Any]:
-        model = net(0, torch.bfloat16)
-        average = KINDS[kind](model, **{name: FLOATS[d] for name, d in options.items()})
-        for n in range(1, 10):
-            refresh_(model, n)
-            for i in range(len(average.shadows) if look else 0):
-                with average.swapped(which=i):
-                    average.state_dict()
-            average.update()
-        return all_of(average)
-
-    assert run(look=True) == run(look=False)
-
-
 @pytest.mark.parametrize("call", ["apply_shadow", "swapped", "copy_to"])
 @pytest.mark.parametrize("chosen", [None, 3, -4, True, 1.0, "0"])
 def test_which_of_several_has_to_be_said(call: str, chosen: object) -> None:
@@ -131,20 +93,6 @@ def test_which_of_several_has_to_be_said(call: str, chosen: object) -> None:
         for read in ("shadow", "drift"):
             with pytest.raises(fastema.errors.FastemaError):
                 getattr(average, read)
-
-
-@pytest.mark.parametrize("kind", ["three", "three split"])
-def test_while_one_is_applied_the_others_are_where_they_were(kind: str) -> None:
-    model, average = ready(kind, "bf16")
-    held = all_of(average)
-    with unchanged(model, average):
-        average.apply_shadow(which=1)
-        assert all_of(average) == held
-        with pytest.raises(StateError, match="restore"):
-            average.apply_shadow(which=2)
-        with pytest.raises(StateError, match="restore"):
-            average.copy_to(net(7), which=0)
-        average.restore()
 
 
 def every_float32() -> torch.Tensor:
@@ -203,27 +151,6 @@ def test_every_bit_pattern_survives_in_an_average_in_two_halves(model_dtype: str
     assert all_of(ema) == held
 
 
-@pytest.mark.parametrize(("model_dtype", "shadow_dtype"), PAIRS)
-def test_special_values_survive(model_dtype: str, shadow_dtype: str) -> None:
-    weights_dtype, average_dtype = FLOATS[model_dtype], FLOATS[shadow_dtype]
-
-    def special(dtype: torch.dtype) -> torch.Tensor:
-        info = torch.finfo(dtype)
-        found = [0.0, -0.0, 1.0, float("inf"), float("nan"), info.max, info.tiny]
-        found += [info.tiny / 4, info.smallest_normal * info.eps, 1 + info.eps]
-        return torch.tensor([*found, *(-x for x in found)], dtype=torch.float64).to(dtype)
-
-    raw, average = special(weights_dtype), special(average_dtype).roll(7)
-    weights = torch.ones(len(raw), dtype=weights_dtype)
-    ema = fastema.EMA({"w": weights}, 0.5, shadow_dtype=average_dtype)
-    ema.shadow["w"].copy_(average)
-    weights.copy_(raw)
-    with ema.swapped():
-        torch.testing.assert_close(weights, average.to(weights_dtype), equal_nan=True)
-    assert torch.equal(bits(weights), bits(raw))
-    assert torch.equal(bits(ema.shadow["w"]), bits(average))
-
-
 class Stop(BaseException):
     pass
 
@@ -248,27 +175,6 @@ def test_raw_weights_come_back_after_an_exception(
     average.update()
 
 
-def test_restore_within_the_block() -> None:
-    model, ema = ready()
-    raw = snapshot(model)
-    with ema.swapped():
-        ema.restore()
-        assert_bits(model, raw)
-        ema.update()
-    assert_bits(model, raw)
-    assert not ema.applied
-
-
-def test_nested_blocks_are_refused_and_the_outer_one_goes_on() -> None:
-    model, ema = ready()
-    with unchanged(model, ema), ema.swapped():
-        held = snapshot(model)
-        with pytest.raises(StateError, match="restore"), ema.swapped():
-            pytest.fail("entered twice")
-        assert ema.applied
-        assert_bits(model, held)
-
-
 def test_block_as_a_decorator() -> None:
     model, ema = ready()
 
@@ -279,17 +185,6 @@ def test_block_as_a_decorator() -> None:
     with unchanged(model, ema):
         assert evaluate()
         assert evaluate()
-
-
-def test_restore_without_apply() -> None:
-    model, ema = ready()
-    with unchanged(model, ema):
-        with pytest.raises(StateError, match="apply_shadow"):
-            ema.restore()
-        ema.apply_shadow()
-        ema.restore()
-        with pytest.raises(StateError, match="apply_shadow"):
-            ema.restore()
 
 
 CALLS: dict[str, Callable[[Any, Net], object]] = {
@@ -334,22 +229,6 @@ def test_copies_taken_while_applied_are_the_average_and_not_the_model(
     average.update()
     for found, expected in zip(kept["shadow"], want, strict=True):
         assert_bits(found, expected)
-
-
-@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
-def test_swap_on_another_model_of_the_same_names(shadow_dtype: str) -> None:
-    model, ema = ready(shadow_dtype=shadow_dtype)
-    other = net(77, torch.bfloat16)
-    raw, average = snapshot(model), all_of(ema)
-    rounded = ema.shadow["head.weight"].clone().bfloat16()
-    with unchanged(model, ema), unchanged(other, ema):
-        with ema.swapped(other):
-            assert_bits(model, raw)
-            assert all_of(ema) == average
-            assert_bits(ema.state_dict()["shadow"][0], snapshot(dict(ema.shadow)))
-            torch.testing.assert_close(other.head.weight.detach(), rounded)
-        ema.apply_shadow(other)
-        ema.restore()  # without saying of which model
 
 
 @pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])

@@ -43,26 +43,6 @@ def train_(model: nn.Module, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize(("dtype", "options"), DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tie", TIES)
-def test_a_tied_weight_of_every_kind_is_one_that_stands_alone(
-    tie: str, kind: str, dtype: torch.dtype, options: dict[str, str]
-) -> None:
-    """Averaged, kept in the ring and given random bits once, and under its first name."""
-    model, alone = Lang(tie).to(dtype), Lang("none").to(dtype)
-    alone.load_state_dict(model.state_dict(), strict=False)
-    average, other = (KINDS[kind](one, **options) for one in (model, alone))
-    for n in range(1, 8):
-        train_(model, n)
-        alone.load_state_dict(model.state_dict(), strict=False)
-        average.update()
-        other.update()
-    found, want = all_of(average), all_of(other)
-    assert {*want} >= {*found}
-    assert found == {name: want[name] for name in found}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", TIES)
 def test_swapped_once(tie: str, kind: str) -> None:
@@ -112,18 +92,6 @@ def test_tied_memory_that_moves_together_is_followed(tie: str) -> None:
     assert torch.equal(ema.shadow["embed.weight"], moved)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tie", ["parameter", "storage"])
-def test_copy_to_an_untied_model_fills_both(tie: str, kind: str) -> None:
-    """Left out, one of them would keep whatever the model was built with."""
-    average = KINDS[kind](Lang(tie))
-    target = Lang("none")
-    average.copy_to(target, **which(average))
-    half = last(average)["embed.weight"]
-    assert torch.equal(target.embed.weight.to(half.dtype), half)
-    assert torch.equal(target.head.weight, target.embed.weight)
-
-
 MISMATCHED = [
     (("none", tie), call) for tie in TIES[:2] for call in ("update", "apply_shadow", "copy_to")
 ]
@@ -135,17 +103,6 @@ def test_an_average_does_not_fit_a_model_with_other_ties(ties: tuple[str, str], 
     ema, target = fastema.EMA(Lang(ties[0]), 0.5), Lang(ties[1])
     with unchanged(target, ema), pytest.raises(LayoutError, match=r"head\.weight"):
         getattr(ema, call)(target)
-
-
-def test_one_tensor_several_times_in_a_list() -> None:
-    w = torch.randn(70)
-    old = w.clone()
-    ema = fastema.EMA([w, torch.ones(2), w], 0.5)
-    w.add_(1)
-    ema.update()
-    torch.testing.assert_close(ema.shadow["0"], old + 0.5)
-    with unchanged([w], ema), ema.swapped():
-        torch.testing.assert_close(w, old + 0.5)
 
 
 @pytest.mark.parametrize("frozen", ["skip", "copy", "average"])
@@ -177,19 +134,6 @@ def test_partly_shared_memory_is_refused_by_name() -> None:
     ):
         with pytest.raises(LayoutError, match="overlap"):
             fastema.EMA(weights)
-
-
-def test_interleaved_tensors_share_no_element() -> None:
-    memory = torch.randn(8, 6)
-    old = memory.clone()
-    ema = fastema.EMA({"left": memory[:, :3], "right": memory[:, 3:]}, 0.5)
-    memory.add_(1)
-    ema.update()
-    expected = old + 0.5
-    torch.testing.assert_close(ema.shadow["left"], expected[:, :3])
-    torch.testing.assert_close(ema.shadow["right"], expected[:, 3:])
-    with unchanged([memory], ema), ema.swapped():
-        torch.testing.assert_close(memory, expected)
 
 
 def test_weights_that_alias_the_average_are_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -51,17 +50,6 @@ CHANGES: dict[str, Change] = {
     "registered late": lambda model: late(model.conv),
     "in a new module": made("rotary", lambda: late(nn.Module())),
 }
-
-
-@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
-def test_the_average_has_the_names_of_the_models_state(buffers: str) -> None:
-    model = cached()
-    ema = fastema.EMA(model, 0.75, buffers=buffers)
-    left_out = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
-    want = set(model.state_dict()) - (left_out if buffers == "skip" else set())
-    assert set(ema.shadow) == want
-    assert {"table", "head.small"} <= ema.skipped_names
-    assert set(ema.state_dict()["shadow"][0]) == want
 
 
 @pytest.mark.parametrize("watch", ["all", "sample"])
@@ -115,26 +103,6 @@ def test_a_table_that_is_made_at_every_step_does_not_make_the_average_look_again
         with ema.swapped():
             model.table = torch.randn(2 * n)
     assert ema.num_updates == 5
-
-
-def test_a_table_that_was_replaced_is_not_kept() -> None:
-    model = cached()
-    ema = fastema.EMA(model, 0.75)
-    old = weakref.ref(model.table)
-    model.table = torch.randn(9)
-    ema.update()
-    assert old() is None
-
-
-def test_a_table_in_the_memory_of_a_weight_is_left_alone() -> None:
-    model = net()
-    model.register_buffer("transposed", model.head.weight.data.t(), persistent=False)
-    ema = fastema.EMA(model, 0.75)
-    other = net(3)
-    other.register_buffer("transposed", torch.full((12, 5), 7.0), persistent=False)
-    ema.copy_to(other)
-    assert torch.equal(other.head.weight, model.head.weight)
-    assert (other.transposed == 7.0).all()
 
 
 @pytest.mark.parametrize("name", ["table", "kept"])

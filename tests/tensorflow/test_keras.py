@@ -16,8 +16,7 @@ import tensorflow as tf
 from fastema.tensorflow import ExponentialMovingAverage
 
 from ..conftest import ROOT
-from .variables import drawn, variables
-from .ways import Way, assert_moves
+from .variables import drawn
 
 pytestmark = pytest.mark.tensorflow
 
@@ -39,50 +38,11 @@ def test_in_another_process() -> None:
     assert "skipped" not in done.stdout
 
 
-@on_tensorflow
-def test_counters(way: Way, rng: np.random.Generator) -> None:
-    optimizer = keras.optimizers.SGD()
-    optimizer.iterations.assign(2)
-    weights = variables(rng, "f64", [(3,)])
-    ema = ExponentialMovingAverage(0.99, optimizer.iterations)
-    update = way(lambda: ema.apply(weights))
-    update()
-    assert_moves(rng, weights, ema, update, 0.75)
-    optimizer.iterations.assign(5)
-    assert_moves(rng, weights, ema, update, 0.6)
-
-
 def dense(count: int = 3) -> Any:
     layers = [keras.layers.Dense(4, use_bias=False) for _ in range(count)]
     model = keras.Sequential([*layers, keras.layers.Dense(2, name="out_1")])
     model.build((None, 4))
     return model
-
-
-@on_tensorflow
-def test_names_do_not_depend_on_other_layers(rng: np.random.Generator) -> None:
-    first = dense()
-    keras.layers.Dense(3)
-    second, third = dense(), dense(12)
-    assert first.weights[0].path != second.weights[0].path
-    found = []
-    for model in (first, second):
-        ema = ExponentialMovingAverage(0.9)
-        ema.apply(model.trainable_variables)
-        found.append([(n, tuple(a.shape)) for n, a in ema.shadow.items()])
-    assert found[0] == found[1]
-    # The order of a list does not matter, and the tenth layer comes after the second.
-    straight, shuffled = ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9)
-    straight.apply(third.trainable_variables)
-    given = list(third.trainable_variables)
-    rng.shuffle(given)
-    shuffled.apply(given)
-    for name, average in straight.shadow.items():
-        np.testing.assert_array_equal(average.numpy(), shuffled.shadow[name].numpy())
-    kernels = third.weights[:12]
-    names = ["sequential/dense/kernel", *(f"sequential/dense/kernel#{i}" for i in range(1, 12))]
-    for kernel, name in zip(kernels, names, strict=True):
-        assert straight.average(kernel) is straight.shadow[name]
 
 
 @on_tensorflow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +14,10 @@ import tensorflow as tf
 from fastema.errors import (
     ArgumentError,
     BridgeError,
-    CheckpointError,
     DTypeError,
     LayoutError,
     StateError,
 )
-from fastema.plan import Plan
 from fastema.tensorflow import ExponentialMovingAverage
 
 from .variables import CODES, SCALE, Rng, averaged, drawn, move, stored, values, variables
@@ -56,18 +53,6 @@ def test_names_as_tensorflow_gives_them() -> None:
     assert ours.variables_to_restore() == found
     assert len(found) == 4
     assert ours.average_name("loss") == "loss/slow_one"
-
-
-def test_names_in_a_checkpoint() -> None:
-    weights = [tf.Variable(float(i), name=name) for i, name in enumerate(("w", "b", "w", "w"))]
-    ema = ExponentialMovingAverage(0.9)
-    ema.apply(weights)
-    assert list(ema.shadow) == ["w", "b", "w#1", "w#2"]
-    ema.apply({"mine": tf.Variable(1.0), "w#3": tf.Variable(2.0)})
-    ema.apply([tf.Variable(7.0, name="w")])
-    assert list(ema.shadow) == ["w", "b", "w#1", "w#2", "mine", "w#3", "w#4"]
-    assert [average.numpy() for average in ema.shadow.values()] == [0, 1, 2, 3, 1, 2, 7]
-    assert ema.average("mine").numpy() == 1
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -169,13 +154,6 @@ def test_what_a_checkpoint_lacks_is_reported(rng: Rng, tmp_path: Path) -> None:
         tf.train.Checkpoint(ema=fewer).read(path).assert_consumed()
 
 
-def test_a_record_that_cannot_be_read() -> None:
-    ema = ExponentialMovingAverage(0.9)
-    for text in (b"", b"[]", b"{}", b'{"remaining": {"x": []}, "steps": {}}'):
-        with pytest.raises(CheckpointError, match="cannot be read"):
-            ema._state.deserialize(text)
-
-
 ELSEWHERE = """
     import os, sys
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -231,34 +209,6 @@ def test_another_process(rng: Rng, tmp_path: Path, python: Any) -> None:
     assert lines[5] == "True"
 
 
-def test_it_is_a_module(rng: Rng) -> None:
-    model = Trained(rng).train(0, 2)
-    shown = {v.ref() for v in model.variables}
-    assert {average.ref() for average in model.ema.shadow.values()} <= shown
-    assert len(model.trainable_variables) == len(model.weights) + 1
-    assert model.ema in model.submodules
-
-
-def test_a_copied_model_averages_its_own_weights(rng: Rng) -> None:
-    class Model(tf.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weights = variables(rng, "f64")
-            self.ema = ExponentialMovingAverage(0.5)
-
-    model = Model()
-    model.ema.apply(model.weights)
-    other = copy.deepcopy(model)
-    before = values(model.ema.shadow.values())
-    move(rng, other.weights)
-    other.ema.apply(other.weights)
-    assert_equal(values(model.ema.shadow.values()), before)
-    for old, new, weight in zip(before, model.weights, other.weights, strict=True):
-        assert other.ema.average(new) is None
-        got = other.ema.average(weight).numpy()
-        np.testing.assert_allclose(got, (old + weight.numpy()) / 2, atol=1e-14)
-
-
 # -- swapped --------------------------------------------------------------------------------------
 
 
@@ -278,18 +228,6 @@ def test_a_swap_is_exact(code: str, rng: Rng) -> None:
         assert_equal([stored(a) for a in averages(ema, weights)], mean)
     assert_equal([tensor.numpy().tobytes() for tensor in held], [a.tobytes() for a in raw])
     ema.apply(weights)
-
-
-def test_a_swap_of_some(rng: Rng) -> None:
-    weights, ema = averaged(rng)
-    raw, mean = values(weights), values(averages(ema, weights))
-    with ema.swapped(weights[3:5]):
-        assert_equal(values(weights), raw[:3] + mean[3:5] + raw[5:])
-    assert_equal(values(weights), raw)
-    strange = ema.swapped([weights[0], tf.Variable(1.0, name="stranger")])
-    with pytest.raises(ArgumentError, match="no average"), strange:
-        pass
-    assert_equal(values(weights), raw)
 
 
 def test_a_swap_is_taken_back_after_an_error(rng: Rng, tmp_path: Path) -> None:
@@ -315,27 +253,6 @@ def test_a_swap_is_taken_back_after_an_error(rng: Rng, tmp_path: Path) -> None:
         assert_equal(values(weights), raw)
         assert_equal(values(averages(ema, weights)), mean)
     assert len(ema.shadow) == len(weights)
-
-
-def test_a_swap_back_that_fails_is_done_by_the_next_call(
-    rng: Rng, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights, ema = averaged(rng)
-    raw, mean = values(weights), values(averages(ema, weights))
-    swap, fails = Plan.swap_, [False, True]
-
-    def failing(plan: Plan) -> None:
-        if fails and fails.pop(0):
-            raise OSError("busy")
-        swap(plan)
-
-    monkeypatch.setattr(Plan, "swap_", failing)
-    with pytest.raises(OSError, match="busy"), ema.swapped():
-        pass
-    assert_equal(values(weights), mean)
-    with ema.swapped():
-        assert_equal(values(weights), mean)
-    assert_equal(values(weights), raw)
 
 
 @pytest.fixture
@@ -382,33 +299,6 @@ def test_decays_that_are_none(decay: Any) -> None:
         ExponentialMovingAverage(0.9, -1)
 
 
-def test_options_that_are_none() -> None:
-    for options in ({"rounding": "up"}, {"seed": -1}, {"name": ""}, {"name": 3}):
-        with pytest.raises(ArgumentError, match=next(iter(options))):
-            ExponentialMovingAverage(0.9, **options)
-    for source in (tf.Variable([1.0, 2.0]), tf.Variable("x"), tf.constant([0.9])):
-        with pytest.raises(ArgumentError, match="scalar"):
-            ExponentialMovingAverage(source)
-
-
-def test_numbers_that_become_wrong(way: Way, rng: Rng) -> None:
-    weights = variables(rng)
-    decay, count = tf.Variable(0.5), tf.Variable(0)
-    ema = ExponentialMovingAverage(decay, count)
-    update = way(lambda: ema.apply(weights))
-    update()
-    before = values(averages(ema, weights))
-    move(rng, weights)
-    for variable, wrong, right in ((decay, 2.0, 0.5), (decay, np.nan, 0.5), (count, -10, 0)):
-        variable.assign(wrong)
-        with pytest.raises((ArgumentError, tf.errors.InvalidArgumentError), match="expected a fin"):
-            update()
-        variable.assign(right)
-        assert_equal(values(averages(ema, weights)), before)
-    update()
-    assert (values(averages(ema, weights))[-1] != before[-1]).any()
-
-
 def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:
     yield "no list", BridgeError, "list of variables", lambda: tf.Variable([1.0])
     yield "a tensor", BridgeError, "list of variables", lambda: tf.constant([1.0])
@@ -449,41 +339,6 @@ def test_lists_that_are_refused(error: type[Exception], words: str, given: Any, 
     assert list(ema.shadow) == ["w", "loss"]
     assert ema.average(weight).numpy().tolist() == [1.0, 2.0]
     assert ema.average("loss").numpy() == 2.0
-
-
-def test_a_second_name_is_refused() -> None:
-    weight = tf.Variable(1.0)
-    ema = ExponentialMovingAverage(0.5)
-    ema.apply({"w": weight})
-    ema.apply([weight])
-    with pytest.raises(ArgumentError, match="already"):
-        ema.apply({"v": weight})
-    other = tf.Variable(1.0)
-    with pytest.raises(ArgumentError, match="several names"):
-        ema.apply({"a": other, "b": other})
-    assert list(ema.shadow) == ["w"]
-
-
-def test_without_a_list(way: Way) -> None:
-    ema = ExponentialMovingAverage(0.5)
-    with pytest.raises(StateError, match="no variables"):
-        ema.apply()
-    with pytest.raises(StateError, match="no variables"), ema.swapped():
-        pass
-    way(lambda: ema.apply([]))()
-    way(lambda: ema.apply({}))()
-    assert ema.average("x") is None
-    with pytest.raises(BridgeError, match="cannot average"):
-        ema.average(3)
-
-
-def test_a_variable_twice_is_updated_once() -> None:
-    weight = tf.Variable(1.0)
-    ema = ExponentialMovingAverage(0.5)
-    ema.apply([weight, weight])
-    weight.assign(3.0)
-    ema.apply([weight, weight])
-    assert ema.average(weight).numpy() == 2.0
 
 
 def test_where_it_cannot_work() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastema.errors import ArgumentError
-from fastema.tracking.logs import Curve, read, read_table
+from fastema.tracking.logs import Curve, read
 
 from ..support.requirements import require_packages
 from ..support.smoothing import ema, sma
@@ -94,19 +94,6 @@ def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
     assert points_of(curves["acc"]) == rounded(first[:5])
 
 
-def test_steps_that_go_back_stay_in_their_order(tmp_path: Path) -> None:
-    first, second = points(6, 1), points(6, 2, start=3)
-    write(tmp_path, {"loss": first, "acc": points(9, 3)}, kind="simple")
-    write(tmp_path, {"loss": second}, kind="simple")
-    table = read_table(tmp_path)
-    assert table.step_column() == "step"
-    assert points_of(table.curves("step")["loss"]) == rounded([*first, *second])
-    # In the table each step is a row, and those that came twice are two.
-    assert table.cells["step"] == list(map(str, [0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8]))
-    third = [float(cell) for cell in table.cells["loss"][3:5]]
-    assert third == [value for _, value in rounded([first[3], second[0]])]
-
-
 def test_runs_in_folders(tmp_path: Path) -> None:
     tags = {"train": points(4, 1), "validation": points(3, 2), "deep/er": points(2, 3)}
     for run, its in tags.items():
@@ -117,24 +104,6 @@ def test_runs_in_folders(tmp_path: Path) -> None:
     for run, its in tags.items():
         assert points_of(curves[f"{run}/loss"]) == rounded(its)
     assert points_of(curves["loss"]) == rounded(points(5, 4))
-
-
-def test_one_run_in_a_folder_needs_no_name(tmp_path: Path) -> None:
-    write(tmp_path / "version_0", {"loss": points(4, 1)}, kind="simple")
-    assert set(read(tmp_path)) == {"step", "loss"}
-
-
-def test_runs_of_our_writer_are_metrics_of_one(tmp_path: Path) -> None:
-    for run in ("first", "second"):
-        for kind in ("raw", "sma", "ema"):
-            write(tmp_path / run / kind, {"loss": points(4, len(run + kind))}, kind="scalars")
-    names = {f"loss_{kind}" for kind in ("raw", "sma", "ema")}
-    assert set(read(tmp_path / "first")) == {"step", *names}
-    assert set(read(tmp_path / "first" / "ema")) == {"step", "loss"}
-    table = read_table(tmp_path)
-    both = {f"{run}/{name}" for run in ("first", "second") for name in names}
-    assert set(table.numbers) == {"step", *both}
-    assert table.metrics() == ["first/loss_raw", "second/loss_raw"]
 
 
 def test_what_our_writer_writes_comes_back(tmp_path: Path) -> None:
@@ -168,13 +137,6 @@ def test_a_file_that_is_damaged_or_something_else(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(ArgumentError, match=r"tfevents.* or damaged, at byte \d+$"):
         read(file)
-
-
-def test_a_tag_called_step(tmp_path: Path) -> None:
-    write(tmp_path, {"step": points(3, 1, start=7), "loss": points(3, 2, start=7)}, kind="simple")
-    table = read_table(tmp_path)
-    assert table.step_column() == "global_step"
-    assert points_of(read(tmp_path)["loss"]) == rounded(points(3, 2, start=7))
 
 
 def test_folders_without_event_files(tmp_path: Path) -> None:

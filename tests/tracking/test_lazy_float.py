@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import copy
-import json
 import math
 import numbers
-import pickle
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fastema.errors import ArgumentError, NonFiniteError
 from fastema.tracking import ExponentialMovingAverage, MetricSmoother, SimpleMovingAverage
 from fastema.tracking.lazy_float import LazyFloat
 from fastema.tracking.scalar import MOST_PENDING
@@ -55,15 +51,6 @@ def test_a_lazy_float_is_a_float_that_is_read_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "clone", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
-)
-def test_copies_are_floats(clone: Any) -> None:
-    found = clone(Device().value(0.5))
-    assert type(found) is float
-    assert found == 0.5
-
-
-@pytest.mark.parametrize(
     "made", [lambda: SimpleMovingAverage(3), lambda: ExponentialMovingAverage()]
 )
 def test_nothing_is_read_before_somebody_looks(made: Any) -> None:
@@ -92,53 +79,6 @@ def test_all_are_read_before_they_are_too_many() -> None:
     average.update(device.value(4.0))
     assert device.reads == MOST_PENDING
     assert average.average == 2.0
-
-
-def test_a_number_that_is_refused_is_dropped() -> None:
-    device, average = Device(), SimpleMovingAverage(3, on_nonfinite="raise")
-    for x in (1.0, math.nan, 3.0):
-        average.update(device.value(x))
-    with pytest.raises(NonFiniteError):
-        average.get_average()
-    assert average.average == 2.0
-    average.update(device.value(math.inf))
-    average.reset()
-    assert average.num_updates == 0
-
-
-def test_a_smoother_reads_nothing_either() -> None:
-    device, smoother = Device(), MetricSmoother(2, 0.5, record=True)
-    found = [smoother.update({"loss": device.value(x)}) for x in (1.0, 3.0, 5.0)]
-    assert device.reads == 0
-    assert [one["loss_sma"] for one in found] == [1.0, 2.0, 4.0]
-    assert [one["loss_raw"] for one in found] == [1.0, 3.0, 5.0]
-    assert device.reads == 3
-    assert smoother.history["loss_ema"].tolist() == [1.0, 2.0, 3.5]
-    json.dumps(smoother.averages)
-
-
-def test_weights_on_a_device_are_kept_too() -> None:
-    device, average, plain = Device(), SimpleMovingAverage(3), SimpleMovingAverage(3)
-    for x, weight in ((1.0, 3), (5.0, np.float32(2.0)), (4.0, 0.5)):
-        average.update(x, device.value(float(weight)))
-        expected = plain.update(x, weight)
-    assert device.reads == 0
-    assert average.average == expected
-    refused = average.update(1.0, device.value(-1.0))
-    for _ in range(2):
-        with pytest.raises(ArgumentError, match="weight"):
-            float(refused)
-    assert average.average == expected
-
-
-def test_what_is_dropped_is_no_other_number() -> None:
-    device, average = Device(), SimpleMovingAverage(9, on_nonfinite="raise")
-    found = [average.update(device.value(x)) for x in (1.0, math.nan, 3.0, 5.0)]
-    assert found[0] == 1.0
-    for _ in range(2):
-        with pytest.raises(NonFiniteError):
-            float(found[1])
-    assert found[2:] == [2.0, 3.0]
 
 
 def test_an_interrupted_read_has_lost_nothing() -> None:

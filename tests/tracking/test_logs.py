@@ -73,44 +73,6 @@ def test_a_csv_file_comes_back(names: list[str], delimiter: str, data: st.DataOb
         same(curves[name], [place for place, _ in points], [value for _, value in points])
 
 
-def test_the_cells_stay_as_they_were() -> None:
-    text = 'epoch,"loss, train",note,lr\n0,1.50,a "b",1e-3\n1,,c,NA\n2,+.25e0\n'
-    table = read_table(io.StringIO(text))
-    assert table.cells == {
-        "epoch": ["0", "1", "2"],
-        "loss, train": ["1.50", "", "+.25e0"],
-        "note": ['a "b"', "c", ""],
-        "lr": ["1e-3", "NA", ""],
-    }
-    assert table.num_rows == 3
-    same(table.curves("epoch")["loss, train"], [0, 2], [1.5, 0.25])
-    assert "note" not in table.numbers
-
-
-def test_separated_by_blanks() -> None:
-    curves = read(io.StringIO("step  loss   acc \n  1  0.5   0.25\n 2  0.25  0.5 \n"))
-    same(curves["loss"], [1, 2], [0.5, 0.25])
-    same(curves["acc"], [1, 2], [0.25, 0.5])
-
-
-def test_from_a_file_with_a_byte_order_mark_and_carriage_returns(tmp_path: Path) -> None:
-    path = tmp_path / "log.csv"
-    path.write_bytes(b"\xef\xbb\xbfstep,loss\r\n5,1\r\n6,2\r\n")
-    for source in (path, str(path)):
-        same(read(source)["loss"], [5, 6], [1, 2])
-
-
-def test_a_nan_is_a_value_and_a_blank_is_none() -> None:
-    curve = read(io.StringIO("step,loss,x\n0,1,0\n1,,0\n2,nan,0\n3,-inf,0\n"))["loss"]
-    same(curve, [0, 2, 3], [1, math.nan, -math.inf])
-
-
-def test_a_last_line_that_is_still_being_written() -> None:
-    curves = read(io.StringIO("step,loss,acc\n0,1,0.5\n1,0.75"))
-    same(curves["loss"], [0, 1], [1, 0.75])
-    same(curves["acc"], [0], [0.5])
-
-
 # Steps
 
 
@@ -139,14 +101,6 @@ def test_the_column_that_counts(
     place = header.split(",").index(counted_by) if counted_by else None
     steps = range(len(rows)) if place is None else [row[place] for row in rows]
     same(read(io.StringIO(text))["loss"], list(steps), table.numbers["loss"].values)
-
-
-def test_metrics_of_one_step_in_rows_of_their_own() -> None:
-    # As Lightning writes them.
-    text = "epoch,step,train_loss,val_loss\n0,9,1.5,\n0,9,,1.25\n1,19,0.5,\n1,19,,0.75\n"
-    curves = read(io.StringIO(text))
-    same(curves["train_loss"], [9, 19], [1.5, 0.5])
-    same(curves["val_loss"], [9, 19], [1.25, 0.75])
 
 
 def test_a_column_named_to_count() -> None:
@@ -200,11 +154,6 @@ def test_columns_of_json() -> None:
     assert set(curves) == {"loss", "val_loss"}
     same(curves["loss"], [0, 1, 2], [3, 2, 1])
     same(curves["val_loss"], [0, 2], [2.5, 1.5])
-
-
-def test_values_within_values() -> None:
-    text = '{"step": 1, "train": {"loss": 2.0}}\n{"step": 2, "train": {"loss": 1.0}}\n'
-    same(read(io.StringIO(text))["train/loss"], [1, 2], [2, 1])
 
 
 # Which metrics
@@ -284,9 +233,3 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 # Scalars of frameworks within rows
-
-
-def test_rows_may_hold_scalars_of_numpy() -> None:
-    rows = [{"step": np.int64(3), "loss": np.float32(0.1)}, {"step": 4, "loss": np.float64(0.2)}]
-    table = logs.from_rows(rows, "history")
-    same(table.curves("step")["loss"], [3, 4], [float(np.float32(0.1)), 0.2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -15,13 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from fastema.errors import ArgumentError, BridgeError
 from fastema.tracking.logs import Curve
 from fastema.tracking.plots import plot
 from fastema.tracking.plots.panels import Panel, averages, panels
-from fastema.tracking.plots.picture import spread, thinned
+from fastema.tracking.plots.picture import thinned
 
 from ..support.process import run_python
 from ..support.requirements import require_packages
@@ -53,80 +51,6 @@ def texts(axes: Axes) -> list[str]:
 
 
 # What a history holds
-
-
-@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
-def test_a_mapping_of_numbers(kind: Any) -> None:
-    loss, acc = noisy(100), noisy(90, 1)
-    first, second = panels({"loss": kind(loss), "acc": kind(acc)}, averages=BOTH)
-    assert (first.name, second.name, first.axis) == ("loss", "acc", "step")
-    for panel, values in ((first, loss), (second, acc)):
-        lines = by_label(panel)
-        assert list(lines) == ["raw", "SMA 20", "EMA 0.9"]
-        for curve in lines.values():
-            np.testing.assert_array_equal(curve.steps, np.arange(1, len(values) + 1))
-        np.testing.assert_array_equal(lines["raw"].values, values)
-        np.testing.assert_allclose(lines["SMA 20"].values, sma(values, 20), rtol=1e-13)
-        np.testing.assert_allclose(lines["EMA 0.9"].values, ema(values, 0.9), rtol=1e-13)
-
-
-def test_several_windows_and_decays() -> None:
-    values = noisy(400)
-    (panel,) = panels(values, averages=averages([5, 50], (0.5, 0.99)), raw=False)
-    lines = by_label(panel)
-    assert list(lines) == ["SMA 5", "SMA 50", "EMA 0.5", "EMA 0.99"]
-    np.testing.assert_allclose(lines["SMA 50"].values, sma(values, 50), rtol=1e-13)
-    np.testing.assert_allclose(lines["EMA 0.5"].values, ema(values, 0.5), rtol=1e-13)
-
-
-def test_debias() -> None:
-    values = noisy(60)
-    (panel,) = panels(values, averages=averages(None, 0.9, debias=True))
-    total, want = 0.0, []
-    for count, value in enumerate(values, start=1):
-        total = 0.9 * total + 0.1 * value
-        want.append(total / (1 - 0.9**count))
-    np.testing.assert_allclose(by_label(panel)["EMA 0.9"].values, want, rtol=1e-12)
-
-
-def test_curves_shorter_than_an_average_are_not_averaged() -> None:
-    for count in (30, 59):
-        (panel,) = panels(noisy(count), averages=averages(20, 0.9))
-        assert list(by_label(panel)) == ["raw", "EMA 0.9"]
-        assert panel.remark == f"{count} points, too few for SMA 20"
-    (panel,) = panels(noisy(29), averages=BOTH, raw=False)
-    assert list(by_label(panel)) == ["raw"]
-    assert panel.remark == "29 points, not averaged"
-    (panel,) = panels(noisy(60), averages=BOTH)
-    assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
-    assert panel.remark == ""
-
-
-def test_averages_that_are_there_are_not_computed_again() -> None:
-    columns = {
-        "loss": noisy(50, 1),
-        "loss_raw": noisy(50, 2),
-        "loss_sma": noisy(50, 3),
-        "loss_ema_0.99": noisy(50, 4),
-        "acc": noisy(60, 5),
-    }
-    loss, acc = panels(columns, averages=BOTH)
-    lines = by_label(loss)
-    assert list(lines) == ["raw", "as reported", "SMA", "EMA 0.99"]
-    for label, name in zip(lines, ("loss_raw", "loss", "loss_sma", "loss_ema_0.99"), strict=True):
-        np.testing.assert_array_equal(lines[label].values, columns[name])
-    assert list(by_label(acc)) == ["raw", "SMA 20", "EMA 0.9"]
-    (loss,) = panels(columns, "loss", averages=BOTH, raw=False)
-    assert list(by_label(loss)) == ["as reported", "SMA", "EMA 0.99"]
-
-
-def test_names_that_only_look_like_averages() -> None:
-    columns = {"loss_ema": noisy(60), "gain_raw": noisy(60, 1)}
-    found = panels(columns, averages=BOTH)
-    assert [panel.name for panel in found] == ["loss_ema", "gain_raw"]
-    for panel in found:
-        assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
-        np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
 
 
 def test_what_our_callbacks_record() -> None:
@@ -214,15 +138,6 @@ def test_a_log_by_its_path(tmp_path: Path) -> None:
     assert panels(str(path), averages=BOTH)[0].axis == "row"
 
 
-def test_chosen_metrics() -> None:
-    columns = {name: noisy(5) for name in ("loss", "loss_raw", "acc", "lr")}
-    assert [panel.name for panel in panels(columns, averages=[])] == ["loss", "acc"]
-    chosen = panels(columns, ["lr", "acc", "lr"], averages=[])
-    assert [panel.name for panel in chosen] == ["lr", "acc"]
-    with pytest.raises(ArgumentError, match=r"no metric los; there are\n  - loss"):
-        panels(columns, "los", averages=[])
-
-
 @pytest.mark.parametrize(
     ("history", "complaint"),
     [
@@ -266,24 +181,6 @@ def test_the_lines_are_the_curves() -> None:
     assert ends == {f"{name}\n{value:.4g}" for name, value in last.items()}
 
 
-@pytest.mark.parametrize(
-    ("values", "log", "scale"),
-    [
-        ([100.0, 2.0, 1.0], "auto", "log"),
-        ([20.0, 2.0, 1.0], "auto", "linear"),
-        ([100.0, 0.0, 1.0], "auto", "linear"),
-        ([100.0, math.nan, 1.0], "auto", "log"),
-        ([100.0, 2.0, 1.0], False, "linear"),
-        ([2.0, 1.0], True, "log"),
-        ([-2.0, -1.0], True, "linear"),
-    ],
-)
-def test_the_scale(values: list[float], log: Any, scale: str) -> None:
-    (axes,) = plot(values, log=log).axes
-    assert axes.get_yscale() == scale
-    assert any("log scale" in text for text in texts(axes)) == (scale == "log")
-
-
 def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
     values = noisy(50)
     values[[10, 11, 30]] = math.nan, math.inf, -math.inf
@@ -299,41 +196,6 @@ def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
     }
     assert points == {"o": [14.0], "v": [11.0, 12.0, 13.0, 15.0, 31.0]}
     assert "5 not finite" in texts(axes)
-
-
-def test_nothing_finite_can_be_drawn_too() -> None:
-    (axes,) = plot([math.nan] * 30, window_size=10).axes
-    assert "30 not finite" in texts(axes)
-
-
-def test_names_at_the_ends_do_not_touch() -> None:
-    generator = np.random.default_rng(5)
-    columns = {
-        f"m{i}": generator.normal(size=100).cumsum() * generator.choice([0, 1e-3, 1]) + 1.0
-        for i in range(9)
-    }
-    figure = plot(columns, window_size=[5, 10], decay=[0.5, 0.9])
-    for axes in figure.axes:
-        boxes = [text.get_window_extent() for text in axes.texts if "\n" in text.get_text()]
-        assert len(boxes) == 5
-        for place, one in enumerate(boxes):
-            assert not any(one.overlaps(other) for other in boxes[place + 1 :])
-
-
-@given(
-    st.lists(st.floats(-0.5, 1.5), max_size=12).map(sorted),
-    st.floats(0.01, 0.3),
-)
-def test_spread(heights: list[float], apart: float) -> None:
-    got = spread(heights, apart)
-    assert len(got) == len(heights)
-    steps = np.diff(got)
-    assert (steps >= apart * (1 - 1e-9)).all()
-    if (len(heights) - 1) * apart <= 1.0 - apart:
-        assert all(apart / 2 - 1e-9 <= height <= 1 - apart / 2 + 1e-9 for height in got)
-    free = (np.diff(heights) >= apart).all()
-    if free and all(apart / 2 <= height <= 1 - apart / 2 for height in heights):
-        np.testing.assert_allclose(got, heights, atol=1e-12)
 
 
 # Long curves
@@ -366,16 +228,6 @@ def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], s
             assert np.nanmin(inside) == np.nanmin(stretch)
         else:
             assert np.isnan(inside).all()
-
-
-def test_of_a_million_values_the_spikes_are_drawn() -> None:
-    values = np.random.default_rng(0).normal(1.0, 0.01, 1_000_000)
-    values[[123_456, 700_001]] = 5.0, -3.0
-    (axes,) = plot(values, window_size=None, decay=None).axes
-    ((steps, got),) = drawn(axes)
-    assert len(got) <= 4_002
-    for step, value in ((123_457, 5.0), (700_002, -3.0)):
-        assert got[steps == step].tolist() == [value]
 
 
 # Where it goes
@@ -424,10 +276,3 @@ def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path
     )
     done = run_python("-c", code, tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
-
-
-def test_dollars_in_names_are_dollars() -> None:
-    name = "$\\frac{x$"
-    figure = plot({name: [3.0, 2.0, 1.0]}, title="$\\bad{$ and a$b$")
-    figure.savefig(io.BytesIO())
-    assert any(name in text.get_text() for text in figure.findobj(Text))

@@ -112,14 +112,6 @@ def test_no_drift_in_ten_million_values() -> None:
     assert sma.update(0.0) == pytest.approx(math.fsum([*x[-999:], 0.0]) / 1_000, rel=3e-16)
 
 
-@kinds
-def test_a_constant_stays_what_it_is(made: Made) -> None:
-    average = made()
-    ulp = math.ulp(0.1)
-    assert all(abs(average.update(0.1) - 0.1) <= ulp for _ in range(1_000))
-    assert np.abs(made().update_many(np.full(5_000, 0.1)) - 0.1).max() <= ulp
-
-
 # -- what is not finite ----------------------------------------------------------------------------
 
 ODD = [1.0, math.nan, 3.0, 5.0, math.inf, -math.inf, 2.0, 4.0]
@@ -233,35 +225,6 @@ def test_series_is_refused(values: Any, weights: Any) -> None:
     assert average.num_updates == 0
 
 
-@pytest.mark.parametrize("value", ["1", None, [1.0], np.ones(2), 1j, object()])
-def test_value_is_refused(value: Any) -> None:
-    average = ExponentialMovingAverage(0.9)
-    with pytest.raises(BridgeError, match="expected"):
-        average.update(value)
-    assert average.num_updates == 0
-
-
-@pytest.mark.parametrize(
-    "dtype", ["f8", "f4", "f2", "i8", "u1", "?", ">f8"], ids=lambda d: d.replace(">", "big")
-)
-def test_series_of_any_real_dtype(dtype: str) -> None:
-    x = np.arange(1, 41).astype(dtype)[::2]
-    expected = SimpleMovingAverage(3).update_many(x.astype(float).tolist())
-    np.testing.assert_array_equal(SimpleMovingAverage(3).update_many(x), expected)
-    one = SimpleMovingAverage(3)
-    assert [one.update(v) for v in x] == expected.tolist()
-
-
-def test_a_series_is_not_written() -> None:
-    x = np.random.default_rng(0).normal(size=500)
-    before = x.copy()
-    x.flags.writeable = False
-    for made in KINDS.values():
-        result = made().update_many(x)
-        assert not np.shares_memory(result, x)
-    np.testing.assert_array_equal(x, before)
-
-
 # -- state -----------------------------------------------------------------------------------------
 
 
@@ -318,52 +281,7 @@ def test_a_state_that_does_not_fit(average: MovingAverage, state: dict[str, Any]
     assert made.num_updates == 1
 
 
-@kinds
-def test_reset_is_a_new_one(made: Made) -> None:
-    average = made()
-    average.update_many(series(333), np.arange(1.0, 334.0))
-    average.update(math.nan)
-    average.reset()
-    assert math.isnan(average.average)
-    assert average.num_updates == average.num_skipped == average.count == 0
-    other = made()
-    assert [average.update(v) for v in (3.0, 1.0)] == [other.update(v) for v in (3.0, 1.0)]
-
-
-def test_count_and_repr() -> None:
-    sma = SimpleMovingAverage(3)
-    counts = []
-    for x in range(5):
-        sma.update(float(x))
-        counts.append(sma.count)
-    assert counts == [1, 2, 3, 3, 3]
-    assert repr(sma) == "SimpleMovingAverage(window_size=3, on_nonfinite='show')"
-    ema = ExponentialMovingAverage(0.5, True, on_nonfinite="skip")
-    assert repr(ema) == "ExponentialMovingAverage(decay=0.5, debias=True, on_nonfinite='skip')"
-
-
 # -- the ends of the range -------------------------------------------------------------------------
-
-
-def test_the_largest_floats() -> None:
-    average, at_once = ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9)
-    x = [1.7e308, -1.7e308, 1.0, 1.0]
-    found = [average.update(value) for value in x]
-    np.testing.assert_allclose(found, at_once.update_many(x), rtol=1e-15)
-    assert math.isfinite(average.average)
-
-
-@pytest.mark.parametrize("size", [9, 20, 100, 257])
-def test_spikes_of_all_sizes_leave_no_trace_in_a_series(size: int) -> None:
-    rng = np.random.default_rng(size)
-    x = rng.uniform(0.1, 1.0, 3_000)
-    places = rng.integers(0, len(x), 60)
-    x[places] *= 10.0 ** rng.uniform(0, 60, 60)
-    found = SimpleMovingAverage(size).update_many(x)
-    for end in range(1, len(x) + 1):
-        window = x[max(0, end - size) : end].tolist()
-        mean = math.fsum(window) / len(window)
-        assert abs(found[end - 1] - mean) <= math.ulp(mean), end
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -34,21 +34,6 @@ def test_gives_all_three_curves() -> None:
     assert smoother.steps["loss"].tolist() == list(range(0, 600, 10))
 
 
-def test_metrics_are_taken_up_as_they_come() -> None:
-    smoother = MetricSmoother(2, None, raw=False, record=True)
-    assert smoother.update({"a": 1.0}) == {"a_sma": 1.0}
-    assert smoother.update({"b": 4.0, "a": 3.0}) == {"b_sma": 4.0, "a_sma": 2.0}
-    assert smoother.averages == {"a_sma": 2.0, "b_sma": 4.0}
-    steps = {name: its.tolist() for name, its in smoother.steps.items()}
-    assert steps == {"a": [1, 2], "b": [1]}
-
-
-def test_nothing_is_recorded_unless_asked_for() -> None:
-    smoother = MetricSmoother()
-    smoother.update({"loss": 1.0})
-    assert smoother.history == smoother.steps == {}
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -84,10 +69,6 @@ def test_a_refused_update_changes_nothing(
         smoother.update(metrics, **options)
     assert smoother.state_dict() == before
     assert smoother.history["a_raw"].tolist() == [2.0]
-
-
-def test_says_what_it_is() -> None:
-    assert repr(MetricSmoother(5, None)).startswith("MetricSmoother(window_size=5, decay=None")
 
 
 def test_state_goes_on_or_changes_nothing() -> None:

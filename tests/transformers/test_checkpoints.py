@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 import fastema.transformers
-from fastema.checkpoint import files, load_state
+from fastema.checkpoint import files
 from fastema.errors import CheckpointError, StateError
 from fastema.transformers import EMACallback
 
-from ..support.torch_states import assert_near, assert_same, differ, snapshot
+from ..support.torch_states import assert_near, assert_same, snapshot
 from .averaged import prepared, trained, trainer
 from .network import (
     DECAY,
@@ -178,30 +178,12 @@ def test_an_average_begins_at_a_checkpoint_without_one_where_asked_to(tmp_path: 
     assert_near(snapshot(run.model), average_of(begun, run.noting.steps))
 
 
-def test_files_without_weights_are_not_other_weights(tmp_path: Path) -> None:
-    trained(tmp_path, **SAVED)
-    (tmp_path / "checkpoint-8" / "notes.safetensors").write_bytes(b"")
-    trained(tmp_path / "rest", resume=tmp_path / "checkpoint-8")
-
-
 def test_a_resumed_run_that_does_not_say_from_where_is_refused(tmp_path: Path) -> None:
     ema = EMACallback(DECAY, evaluate_with_average=False)
     run = trainer(tmp_path)
     run.state.global_step = 8
     with pytest.raises(StateError, match=r"resumes at step 8.*resume_from_checkpoint"):
         ema.on_train_begin(run.args, run.state, run.control, model=run.model)
-
-
-def test_the_average_is_where_the_trainer_saves(tmp_path: Path) -> None:
-    class Elsewhere(Trainer):
-        def _get_output_dir(self, trial: Any) -> str:
-            return str(Path(str(self.args.output_dir)) / "deeper")
-
-    whole = trained(tmp_path, kind=Elsewhere, **SAVED)
-    folder = tmp_path / "deeper" / "checkpoint-8"
-    assert (folder / FILE).exists()
-    rest = trained(tmp_path / "rest", resume=folder)
-    assert_same(snapshot(rest.model), snapshot(whole.model))
 
 
 def test_a_trainer_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
@@ -219,18 +201,6 @@ def test_a_trainer_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not in .*checkpoint-4.*_get_output_dir"):
         run.train()
     assert "save_model" not in vars(run)
-
-
-@pytest.mark.parametrize("how", ["load_state", "load_file"])
-def test_the_file_beside_a_checkpoint_is_loaded_into_an_average_of_ones_own(
-    tmp_path: Path, how: str
-) -> None:
-    callback = trained(tmp_path, **SAVED).ema
-    ema = fastema.EMA(Network(), DECAY)
-    path = tmp_path / f"checkpoint-{STEPS}" / FILE
-    ema.load_state_dict(load_state(path, ema.shadow) if how == "load_state" else load_file(path))
-    assert ema.num_updates == STEPS
-    assert_same(dict(ema.shadow), dict(callback.ema.shadow))
 
 
 @pytest.mark.parametrize("name", ["write_state", "state_dict"])
@@ -251,26 +221,6 @@ def test_an_old_average_is_gone_before_the_weights_are(
             trained(tmp_path, **SAVED, learning_rate=0.3)
     assert not [one for one in folder.iterdir() if FILE in one.name]
     assert (folder / "model.safetensors").exists()
-
-
-def test_the_average_is_there_before_older_checkpoints_go(tmp_path: Path) -> None:
-    seen = []
-
-    def found() -> list[str]:
-        return sorted(one.parent.name for one in tmp_path.glob(f"checkpoint-*/{FILE}"))
-
-    class Pushing(Trainer):
-        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            seen.append((Path(output_dir).name, found()))
-
-    trained(tmp_path, kind=Pushing, **SAVED, save_total_limit=1)
-    assert seen == [
-        ("checkpoint-4", ["checkpoint-4"]),
-        ("checkpoint-8", ["checkpoint-4", "checkpoint-8"]),
-        ("checkpoint-12", ["checkpoint-12", "checkpoint-8"]),
-    ]
-    assert found() == ["checkpoint-12"]
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
@@ -371,30 +321,6 @@ def test_a_best_model_whose_average_does_not_fit_is_taken_as_it_is(
     assert_same(snapshot(model), raw)
     run.evaluate()
     assert_same(model.evaluated[-1], raw)
-
-
-def test_each_trial_of_a_search_has_an_average_of_its_own(tmp_path: Path) -> None:
-    """The steps of ``hyperparameter_search``, whose backends are packages of their own."""
-    run = trainer(
-        tmp_path, ema := EMACallback(DECAY), model_init=Network, load_best_model_at_end=True,
-        **EVERY_FOUR, **SAVED,
-    )  # fmt: skip
-    for name in ("run-0", "run-1"):
-        # As the backends make them.
-        run._get_output_dir = lambda trial, name=name: str(tmp_path / name)
-        initial = run._init_training_state
-
-        def of_a_search(*args: Any, initial: Any = initial, **kwargs: Any) -> Any:
-            found = initial(*args, **kwargs)
-            run.state.is_hyper_param_search = True
-            return found
-
-        run._init_training_state = of_a_search
-        run.train()
-        assert (tmp_path / name / "checkpoint-12" / FILE).exists()
-        assert run.evaluate()["eval_loss"] == run.state.best_metric
-        assert ema.ema.num_updates == run.state.best_global_step
-        assert differ(snapshot(run.model), snapshot(Network()))
 
 
 def test_the_file_is_of_one_moment_while_another_thread_updates(

@@ -189,29 +189,6 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path, restored:
     assert_close(column(wider, "loss_sma")[4:], sma(column(whole, "loss"), WINDOW + 2)[4:])
 
 
-def test_after_a_checkpoint_between_logs_a_mean_stands_for_the_steps_since(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6, "logging_steps": 4}
-    trainer(tmp_path, LossAverages(WINDOW, DECAY), **options).train()
-    rest = trainer(tmp_path / "rest", LossAverages(WINDOW, DECAY), **options)
-    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    losses = column(rest, "loss")
-    assert_close(column(rest, "loss_ema"), ema(losses, DECAY, [4, 2, 4, 4]))
-
-
-def test_each_training_begins_anew(tmp_path: Path) -> None:
-    run = trainer(tmp_path, LossAverages(WINDOW, DECAY), num_train_epochs=2)
-    for _ in range(2):
-        run.train()
-        assert len(column(run, "loss")) == 3
-        assert_close(column(run, "loss_ema"), ema(column(run, "loss"), DECAY))
-
-
-def test_it_can_be_given_as_a_class(tmp_path: Path) -> None:
-    run = trainer(tmp_path, LossAverages, max_steps=8)
-    run.train()
-    assert_close(column(run, "loss_ema"), ema(column(run, "loss"), 0.9))
-
-
 def test_wrong_arguments() -> None:
     for options, words in (
         ({"metrics": "loss"}, r"metrics='loss': expected names, such as \('loss',\)"),

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-import pickle
 import socket
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +16,6 @@ from safetensors.torch import load_file
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
@@ -106,38 +101,6 @@ def test_ways_to_join_a_trainer(tmp_path: Path, how: str) -> None:
     assert_same(model.evaluated[-1], raw)
 
 
-def test_a_callback_may_move_to_another_trainer(tmp_path: Path) -> None:
-    first = trained(tmp_path, EMACallback(DECAY, at_end="raw"), **EVERY_FOUR)
-    second = trained(tmp_path, first.ema, **EVERY_FOUR)
-    assert_near(second.model.evaluated[-1], second.noting.average())
-    raw = snapshot(first.model)
-    first.trainer.evaluate()
-    assert_same(first.model.evaluated[-1], raw)
-    # And back.
-    trained(tmp_path / "saved", **SAVED)
-    first.trainer.train(str(tmp_path / "saved" / "checkpoint-8"))
-    assert first.ema.ema.num_updates == STEPS
-    first.trainer.evaluate()
-    with first.ema.swapped():
-        assert_same(snapshot(first.model), first.model.evaluated[-1])
-
-
-def test_another_training_begins_another_average(tmp_path: Path) -> None:
-    run, model, noting, _ = trained(tmp_path, **EVERY_FOUR)
-    begun = snapshot(model)
-    assert_near(begun, average_of(snapshot(Network()), noting.steps))
-    run.train()
-    assert_near(snapshot(model), average_of(begun, noting.steps[STEPS:]))
-    assert_near(model.evaluated[-2], average_of(begun, noting.steps[STEPS : STEPS + 8]))
-
-
-def test_what_is_loaded_after_training_is_evaluated(tmp_path: Path) -> None:
-    run, model, *_ = trained(tmp_path)
-    model.load_state_dict(begun := snapshot(Network()))
-    run.evaluate()
-    assert_same(model.evaluated[-1], begun)
-
-
 def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
     run = trained(tmp_path, gradient_accumulation_steps=4, num_train_epochs=3)
     steps = run.trainer.state.global_step
@@ -178,22 +141,6 @@ def test_steps_that_a_scaler_skips_are_not_counted(
 
 
 @pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_copies_of_the_callback_begin_anew(
-    tmp_path: Path, trains: bool, copied: Callable[[Any], Any]
-) -> None:
-    run = prepared(tmp_path, EMACallback(0.5, at_end="raw", update_every=2))
-    if trains:
-        run.trainer.train()
-    other = copied(run.ema)
-    with pytest.raises(StateError, match="no average yet"):
-        other.ema  # noqa: B018
-    trained(tmp_path, other, **EVERY_FOUR).assert_average_is_evaluated()
-    assert other.ema.schedule.update_every == 2
-    assert not trains or run.ema.ema.num_updates == STEPS
-
-
-@pytest.mark.parametrize("trains", [False, True])
 def test_a_copy_of_a_trainer_has_an_average_of_its_own(tmp_path: Path, trains: bool) -> None:
     trained(tmp_path / "saved", **SAVED)
     run = prepared(tmp_path, EMACallback(DECAY, at_end="raw"), **EVERY_FOUR)
@@ -214,24 +161,6 @@ def test_a_copy_of_a_trainer_has_an_average_of_its_own(tmp_path: Path, trains: b
     assert run.ema.ema.num_updates == STEPS
     with run.ema.swapped():
         assert_same(snapshot(run.model), run.model.evaluated[-1])
-
-
-@pytest.mark.parametrize("trains", [False, True])
-def test_a_trainer_is_freed_as_it_is_without_an_average(tmp_path: Path, trains: bool) -> None:
-    def is_freed(*callbacks: Any) -> bool:
-        run = trainer(tmp_path, *callbacks)
-        if trains:
-            run.train()
-        reference = weakref.ref(run)
-        del run
-        return reference() is None
-
-    gc.collect()
-    gc.disable()
-    try:
-        assert is_freed(EMACallback(DECAY)) is is_freed()
-    finally:
-        gc.enable()
 
 
 class Odd:
@@ -308,14 +237,6 @@ def test_a_forgotten_average_is_never_trained(tmp_path: Path, event: str) -> Non
     assert_same(snapshot(run.model), noting.steps[-1])
 
 
-def test_without_evaluation_of_the_average(tmp_path: Path) -> None:
-    ema = EMACallback(DECAY, evaluate_with_average=False)
-    _, model, noting, _ = trained(tmp_path, ema, **EVERY_FOUR)
-    for evaluated, step in zip(model.evaluated, (3, 7, 11), strict=True):
-        assert_same(evaluated, noting.steps[step])
-    assert_near(snapshot(model), noting.average())
-
-
 @pytest.mark.parametrize("full", ["bf16_full_eval", "fp16_full_eval"])
 def test_evaluation_in_sixteen_bits_after_training(tmp_path: Path, full: str) -> None:
     run, model, noting, _ = trained(tmp_path, EMACallback(DECAY, at_end="raw"), **{full: True})
@@ -331,25 +252,6 @@ def test_evaluation_in_sixteen_bits_after_training(tmp_path: Path, full: str) ->
         torch.testing.assert_close(value, noting.steps[-1][name].to(value.dtype), rtol=0, atol=0)
 
 
-def test_several_sets_are_evaluated_with_the_average(tmp_path: Path) -> None:
-    sets = {"one": data(8), "two": data(16)}
-    run, model, noting, _ = trained(tmp_path, eval_dataset=sets, **EVERY_FOUR)
-    assert "eval_two_loss" in run.state.log_history[-2]
-    for k in range(3):
-        first, *others = model.evaluated[3 * k : 3 * k + 3]
-        assert differ(first, noting.steps[4 * k + 3])
-        for other in others:
-            assert_same(other, first)
-
-
-def test_frozen_parameters_are_left_alone(tmp_path: Path) -> None:
-    model = Network()
-    model.first.requires_grad_(False)
-    ema = trained(tmp_path, EMACallback(DECAY, at_end="raw"), model=model, **EVERY_FOUR).ema
-    assert not [name for name in ema.ema.shadow if name.startswith("first")]
-    assert_same({"w": model.evaluated[-1]["first.weight"]}, {"w": Network().first.weight.detach()})
-
-
 # -- models of the library ------------------------------------------------------------------------
 
 
@@ -361,36 +263,6 @@ def words(samples: int = 16, length: int = 6) -> list[dict[str, torch.Tensor]]:
 
 def parameters(model: Any) -> State:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def test_tied_weights_of_a_language_model(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1
-    )
-    model = GPT2LMHeadModel(config)
-    begun, noted = parameters(model), []
-
-    note = At("on_step_end", lambda *_: noted.append(parameters(model)))
-    run = trainer(
-        tmp_path, note, EMACallback(DECAY), model=model, max_steps=6,
-        train_dataset=words(), eval_dataset=words(), **SAVED,
-    )  # fmt: skip
-    run.train()
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert_near(parameters(model), average_of(begun, noted))
-    run.save_model()
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
-    assert_same(snapshot(loaded), snapshot(model))
-    raw = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-6")
-    assert_same(parameters(raw), noted[-1])
-
-    resumed = GPT2LMHeadModel(config)
-    rest = trainer(
-        tmp_path / "rest", EMACallback(DECAY), model=resumed, max_steps=6, train_dataset=words()
-    )
-    rest.train(str(tmp_path / "checkpoint-4"))
-    assert_same(snapshot(resumed), snapshot(model))
 
 
 @contextmanager
@@ -433,17 +305,6 @@ def test_generation_sees_the_average(tmp_path: Path) -> None:
         assert event == "prediction_step" or any(
             not differ(seen, step) for step in (noting.steps[1], noting.steps[3])
         )
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_a_compiled_model(tmp_path: Path) -> None:
-    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    run, model, noting, _ = trained(tmp_path, **compiled, **EVERY_FOUR, **SAVED)
-    assert run.model_wrapped is not model
-    assert_near(snapshot(model), noting.average())
-    assert run.evaluate()["eval_loss"] == run.state.log_history[-1]["eval_loss"]
-    resumed = trained(tmp_path / "rest", resume=tmp_path / "checkpoint-8").model
-    assert_near(snapshot(resumed), snapshot(model))
 
 
 PROCESSES = """
