@@ -68,21 +68,6 @@ def lerped(avg: dict[str, Any], net: Any, weight: float) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("average", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_lerp_of_a_module(average: Any, weights: Any) -> None:
-    net = network(1, weights)
-    avg = averages(net, average)
-    before, old = snapshot(net), snapshot(avg)
-    plan = fastema.Plan(avg, net)
-    plan.lerp_(0.25)
-    first = lerped(old, net, 0.25)
-    assert_equal(avg, first)
-    plan.lerp_(0.5)
-    assert_equal(avg, lerped(first, net, 0.5))
-    assert_equal(net, before)
-
-
 def test_swap_and_copy() -> None:
     net = network(2)
     avg = averages(net)
@@ -156,23 +141,6 @@ def test_weights_that_moved_are_found_again(move: Callable[[Any], None]) -> None
     old = snapshot(avg)
     plan.lerp_(0.25)
     assert_equal(avg, lerped(old, net, 0.25))
-
-
-@moves
-def test_averages_that_moved_are_written_where_they_are(move: Callable[[Any], None]) -> None:
-    net = network(6)
-    weights = averages(net)
-    plan = fastema.Plan(net, weights)
-    plan.lerp_(0.5)
-    left = [parameter.data for parameter in net.parameters()]
-    move(net)
-    kept, old = [tensor.clone() for tensor in left], snapshot(net)
-    plan.copy_()
-    assert_equal(net, {name: weights[name].to(old[name].dtype) for name in old})
-    now = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    for tensor, before in zip(left, kept, strict=True):
-        if tensor.untyped_storage().data_ptr() not in now:
-            assert torch.equal(tensor, before)
 
 
 def test_a_container_that_no_longer_fits_is_refused_until_it_does() -> None:

@@ -1,13 +1,21 @@
-"""A binding finds both sides wherever they lie, and a call that fails leaves it as it was."""
+"""Binding: matching, moved tensors, swaps."""
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
+import fastema
 from fastema.binding.binding import Binding, Match
+from fastema.binding.swap import Calls, InMemory, Swap, WriteWatch
+from fastema.bridges.registry import describe
+from fastema.compat.averager import ModelAverager
+from fastema.engine.program import Program
 from fastema.errors import LayoutError
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.group import Pair
@@ -97,3 +105,193 @@ def test_arrays_that_move_are_found_at_every_call_and_not_kept() -> None:
     np.testing.assert_allclose(avg["a"], 0.5 * 0.5 + 1.5)
     assert all(pair.src.owner is None for pair in binding.pairs)
     assert binding.addresses == {}
+
+
+class Way:
+    def __init__(self, log: list[str], name: str, fails: bool = False) -> None:
+        self.log, self.name, self.fails = log, name, fails
+
+    def apply(self) -> None:
+        if self.fails:
+            raise ValueError(self.name)
+        self.log.append(f"+{self.name}")
+
+    def restore(self) -> None:
+        self.log.append(f"-{self.name}")
+
+
+def test_ways_are_undone_in_the_other_order_and_once() -> None:
+    log: list[str] = []
+    swap = Swap(Way(log, "a"), Way(log, "b"))
+    for call in (swap.apply, swap.apply, swap.restore, swap.restore):
+        call()
+    assert log == ["+a", "+b", "-b", "-a"]
+    assert not swap.applied
+
+
+def test_a_way_that_fails_undoes_those_before() -> None:
+    log: list[str] = []
+    swap = Swap(Way(log, "a"), Way(log, "b", fails=True), Way(log, "c"))
+    with pytest.raises(ValueError, match="b"):
+        swap.apply()
+    assert log == ["+a", "-a"]
+    assert not swap.applied
+
+
+def test_a_restore_that_fails_can_be_called_again() -> None:
+    log, failures = [], [OSError("busy")]
+
+    def restore() -> None:
+        if failures:
+            raise failures.pop()
+        log.append("-b")
+
+    swap = Swap(Way(log, "a"), Calls(lambda: log.append("+b"), restore))
+    swap.apply()
+    with pytest.raises(OSError, match="busy"):
+        swap.restore()
+    assert swap.applied
+    swap.restore()
+    assert log == ["+a", "+b", "-a", "-b"]
+    assert not swap.applied
+
+
+@pytest.mark.usefixtures("sigint")
+@pytest.mark.parametrize("when", ["apply", "restore"])
+def test_an_interrupt_waits_for_the_end_of_either(when: str) -> None:
+    log: list[str] = []
+
+    def call(sign: str) -> None:
+        if when == {"+": "apply", "-": "restore"}[sign]:
+            signal.raise_signal(signal.SIGINT)
+        log.append(sign)
+
+    swap = Swap(Calls(lambda: call("+"), lambda: call("-")))
+    try:
+        swap.apply()
+        swap.restore()
+    except KeyboardInterrupt:
+        assert log == ["+"] if when == "apply" else ["+", "-"]
+    else:
+        pytest.fail("the interrupt was lost")
+    swap.restore()
+    assert log == ["+", "-"]
+
+
+PAIRS = [("f4", "f4"), ("f8", "f4"), ("f4", "f8"), ("f2", "f4"), ("f4", "bf16"), ("bf16", "f4")]
+
+
+@pytest.mark.parametrize(("avg_dtype", "x_dtype"), PAIRS)
+def test_memory_comes_back_to_the_bit(
+    avg_dtype: str, x_dtype: str, rng: np.random.Generator
+) -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    dtypes = [bfloat16 if code == "bf16" else np.dtype(code) for code in (avg_dtype, x_dtype)]
+    avg, x = (rng.standard_normal(33).astype(dtype) for dtype in dtypes)
+    raw = avg.tobytes(), x.tobytes()
+    memory = InMemory([Pair("w", describe(avg), describe(x))])
+    swap = Swap(memory)
+    swap.apply()
+    want: Any = np.frombuffer(raw[0], dtypes[0]).astype(np.float64)
+    np.testing.assert_allclose(x.astype(np.float64), want, rtol=2.0**-8)
+    assert x.tobytes() != raw[1]
+    swap.restore()
+    assert (avg.tobytes(), x.tobytes()) == raw
+    assert memory.has_copies == (avg_dtype != x_dtype and (avg_dtype, x_dtype) != ("f4", "bf16"))
+
+
+def fixed(kind: str, values: list[float]) -> object:
+    """Return an array that never changes."""
+    if kind == "jax":
+        return jnp.array(values, jnp.float32)
+    array = np.array(values, np.float32)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("kind", ["jax", "read-only"])
+def test_a_block_names_the_arrays_that_hold_the_average(kind: str) -> None:
+    ema = fastema.EMA({"w": fixed(kind, [1.0, 2.0])}, decay=0.5)
+    latest = {"w": np.array([3.0, 4.0], np.float32)}
+    ema.update(latest)
+    with ema.swapped() as weights:
+        assert weights is latest
+        np.testing.assert_array_equal(weights["w"], [2.0, 3.0])
+    np.testing.assert_array_equal(latest["w"], [3.0, 4.0])
+
+
+def test_a_swap_with_arrays_that_never_change_says_so() -> None:
+    plan = fastema.Plan([np.full(2, 3.0, np.float32)], [jnp.array([1.0, 2.0])])
+    plan.lerp_(0.5)
+    with pytest.raises(LayoutError, match="read-only"):
+        plan.swap_()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("fails", ["run", "begin"])
+def test_a_swap_that_fails_half_way_takes_back_what_it_did(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    ema = fastema.EMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight += 1
+    ema.update()
+    raw, average = model.weight.detach().clone(), ema.shadow["weight"].clone()
+    holder = Program if fails == "run" else WriteWatch
+    with monkeypatch.context() as patch:
+
+        def broken(*_: object) -> None:
+            raise MemoryError(fails)
+
+        patch.setattr(holder, fails, broken)
+        with pytest.raises(MemoryError):
+            ema.apply_shadow()
+    assert not ema.applied
+    assert torch.equal(model.weight, raw)
+    assert torch.equal(ema.shadow["weight"], average)
+    with ema.swapped():
+        assert torch.equal(model.weight, average)
+    assert torch.equal(model.weight, raw)
+
+
+def test_a_way_that_fails_keeps_no_other_from_being_undone() -> None:
+    undone: list[str] = []
+    broken = [True]
+
+    def restore() -> None:
+        if broken:
+            raise MemoryError("no room")
+        undone.append("second")
+
+    swap = Swap(
+        Calls(lambda: None, lambda: undone.append("first")),
+        Calls(lambda: None, restore),
+        Calls(lambda: None, lambda: undone.append("third")),
+    )
+    swap.apply()
+    with pytest.raises(MemoryError):
+        swap.restore()
+    assert undone == ["third", "first"]
+    assert swap.applied
+    broken.clear()
+    swap.restore()
+    assert undone == ["third", "first", "second"]
+    assert not swap.applied
+
+
+@pytest.mark.torch
+def test_weights_come_back_though_averages_cannot_be_written_back() -> None:
+    model = torch.nn.Linear(3, 2)
+    averaged = torch.nn.Linear(3, 2)
+    raw = model.weight.detach().double()
+    averager = ModelAverager(averaged)
+
+    def move() -> None:
+        with averager.swapped(model):
+            model.double()
+            del averaged.bias
+
+    with pytest.raises(LayoutError, match="'bias' is gone"):
+        move()
+    assert torch.equal(model.weight.detach(), raw)

@@ -22,11 +22,8 @@ from ..support.tolerance import exact_lerp, lerp_bound, unit_roundoff
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
-EXACT = [code for code, kind in DTYPES.items() if kind.whole]
 PAIRS = [*product(REAL, REAL), *product(COMPLEX, COMPLEX)]
-PAIR_IDS = ["-".join(pair) for pair in PAIRS]
 SPLIT = "bf16+16"
-STEPS = {"f16": 13, "bf16": 16}
 WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Array = np.ndarray
@@ -79,17 +76,13 @@ def twin(pairs: Sequence[Pair]) -> list[Pair]:
         empty = torch.empty(0, dtype=one.dtype)
         return empty.set_(storage, one.storage_offset(), one.shape, one.stride())
 
+    def made_of(pair: Pair) -> tuple[Any, ...]:
+        residual = None if pair.residual is None else copied(pair.residual.owner)
+        ring = None if pair.ring is None else copied(pair.ring[0].owner)
+        return copied(pair.dst.owner), copied(pair.src.owner), pair.name, residual, ring
+
     return [
-        pair_of(
-            copied(pair.dst.owner),
-            copied(pair.src.owner),
-            pair.name,
-            None if pair.residual is None else copied(pair.residual.owner),
-            None if pair.ring is None else copied(pair.ring[0].owner),
-            form=pair.form,
-            average_index=pair.average_index,
-        )
-        for pair in pairs
+        pair_of(*made_of(pair), form=pair.form, average_index=pair.average_index) for pair in pairs
     ]
 
 
@@ -111,24 +104,20 @@ def run_kernels(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *s
     return program
 
 
-def run_both(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *settings: int):
+def run_both(operation: str, pairs: Sequence[Pair], *arguments: Any):
     """The substitute on the pairs, and the kernels on their twins, which are returned."""
     others = twin(pairs)
-    run(operation, pairs, numbers, *settings)
-    run_kernels(operation, others, numbers, *settings)
+    run(operation, pairs, *arguments)
+    run_kernels(operation, others, *arguments)
     return others
-
-
-def memory(one: Any) -> Any:
-    """The whole storage of a tensor, gaps included, in bytes."""
-    return torch.empty(0, dtype=torch.uint8).set_(one.untyped_storage())
 
 
 def assert_same_bits(pairs: Sequence[Pair], others: Sequence[Pair]) -> None:
     """Every byte of their storages is equal, gaps included."""
     for pair, other in zip(pairs, others, strict=True):
-        for one, two in zip(owners(pair), owners(other), strict=True):
-            assert torch.equal(memory(one), memory(two)), pair.name
+        for sides in zip(owners(pair), owners(other), strict=True):
+            one, two = (torch.ByteTensor().set_(side.untyped_storage()) for side in sides)
+            assert torch.equal(one, two), pair.name
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]
@@ -178,18 +167,28 @@ def assert_lerped(
         assert np.all(np.abs(value - exact)[finite] <= bound[finite])
 
 
-def split_pair(values: Array, src: Any, **rest: Any) -> Pair:
-    """A float32 average in two halves."""
+def kept_as(form: str) -> str:
+    """The dtype code of the numbers that an average of a form stands for."""
+    return "f32" if form == SPLIT else form.strip("~")
+
+
+def average_pair(form: str, values: Array, src: Any, name: str = "t", **rest: Any) -> Pair:
+    """A pair whose average has a form: a dtype code, one rounded by random bits, or two halves."""
+    if form != SPLIT:
+        written = tensor(values, kept_as(form))
+        return pair_of(written, src, name, form=form if "~" in form else "", **rest)
     clean = np.where(np.isnan(values), np.float32(np.nan), values)
     bits = clean.view(np.uint32)
     up = np.where(np.isnan(clean), 0, bits >> 15 & 1)
-    high = ((bits >> 16) + up).astype(np.uint16)
-    residual = (bits & 0xFFFF).astype(np.uint16).view(np.int16)
-    return pair_of(tensor(high, "bf16"), src, residual=tensor(residual, "i16"), form=SPLIT, **rest)
+    high = tensor(((bits >> 16) + up).astype(np.uint16), "bf16")
+    low = tensor((bits & 0xFFFF).astype(np.uint16).view(np.int16), "i16")
+    return pair_of(high, src, name, residual=low, form=SPLIT, **rest)
 
 
-def joined(pair: Pair) -> Array:
-    """What an average in two halves stands for, by arithmetic on its parts."""
+def average_of(pair: Pair) -> Array:
+    """The average of a pair as stored; what two halves stand for by arithmetic on them."""
+    if pair.form != SPLIT:
+        return stored(pair.dst.owner)
     high = stored(pair.dst.owner).astype(np.uint32)
     residual = stored(pair.residual.owner).view(np.uint16).astype(np.uint32)
     up = np.where((high & 0x7FFF) > 0x7F80, 0, residual >> 15)

@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 
 import fastema
+from fastema.bridges import registry
 from fastema.errors import BridgeError, DeviceError, DTypeError, LayoutError, StateError
 
+from ..shadow.truth import Loop
 from ..support.stub_cupy import Device, Stream, array, cupy, ndarray
 from ..support.stub_gpu import StubDriver
 
 NEEDS = ("torch",)
-
-
 __all__ = ["cupy"]
-
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("cupy")]
 
 SHAPES = {"a": (37, 11), "b": (5,), "c": (), "d": (0, 3), "e": (1000,)}
-FLOATS = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+FLOATS = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
 
 
 def values(seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -45,14 +44,23 @@ def bits(weights: Any) -> dict[str, bytes]:
     return {name: one.there.tobytes() for name, one in weights.items()}
 
 
-def bridge() -> Any:
-    return sys.modules["fastema.bridges.cupy"]
+def fours() -> list[Any]:
+    return [array(np.full(100, 4.0, np.float32))]
+
+
+def test_views_are_read_where_they_lie() -> None:
+    whole = array(np.arange(40.0))
+    rows = ndarray((4, 3), np.float64, whole.data + 16, (80, 8))
+    spec = registry.describe(rows)
+    assert (spec.address, spec.strides, spec.dtype) == (whole.data.ptr + 16, (10, 1), "f64")
+    assert (spec.device, spec.writable, spec.owner) == ("cuda:0", True, rows)
+    ema = fastema.EMA([rows], 0.5)
+    np.testing.assert_array_equal(ema.shadow["0"].there, rows.there)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: array(np.ones(3, ">f4").view("V4")), DTypeError, "no kernel"),
         (lambda: array(np.zeros(3, "M8[s]")), DTypeError, "datetime64"),
         (lambda: ndarray((3,), np.float32, array(np.ones(9)).data, (6,)), BridgeError, "strides"),
     ],
@@ -65,42 +73,44 @@ def test_arrays_that_cannot_be_averaged(
 
 
 @pytest.mark.each_value
-@pytest.mark.parametrize(
-    "stored",
-    [
-        *("float32", "bfloat16"),
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("bf16+16", "float64")),
-    ],
-)
+@pytest.mark.parametrize("stored", ["f32", "bf16"])
 @pytest.mark.parametrize("weights", ["f32", "bf16"])
-def test_swap_is_exact(weights: str, stored: str) -> None:
+def test_equals_a_float64_loop_and_a_swap_is_exact(weights: str, stored: str) -> None:
     held = on_gpu(values(0, FLOATS[weights]))
-    ema = fastema.EMA(held, 0.5, shadow_dtype=stored)
-    fill(held, values(1, FLOATS[weights]))
-    ema.update()
-    fill(held, values(2, FLOATS[weights]))
+    ema = fastema.EMA(held, 0.9, shadow_dtype=FLOATS[stored])
+    loops = {n: Loop(x.there, stored, "f32", stored == "bf16") for n, x in held.items()}
+    for n in range(1, 6):
+        new = values(n, FLOATS[weights])
+        if n == 3:
+            held.update(on_gpu(new))  # arrays that were replaced are found
+        fill(held, new)
+        before = bits(held)
+        ema.update()
+        assert bits(held) == before
+        for name, loop in loops.items():
+            loop.step(new[name], 1 - 0.9)
+    for name, loop in loops.items():
+        assert type(ema.shadow[name]) is ndarray
+        assert ema.shadow[name].dtype == FLOATS[stored]
+        loop.check(ema.shadow[name].there.astype(np.float64), name)
     raw, average = bits(held), bits(ema.shadow)
     for _ in range(2):
         with ema.swapped():
             for name, one in held.items():
                 close = ema.shadow[name].there.astype(np.float64)
                 np.testing.assert_allclose(one.there.astype(np.float64), close, rtol=2**-7)
-            assert bits(ema.shadow) == average
         assert bits(held) == raw
         assert bits(ema.shadow) == average
 
 
 def test_state_goes_to_the_host_and_back() -> None:
-    held = on_gpu(values(0))
-    ema = fastema.EMA(held, 0.9)
+    held, later = on_gpu(values(0)), on_gpu(values(5))
+    ema, other = fastema.EMA(held, 0.9), fastema.EMA(later, 0.5)
     fill(held, values(1))
     ema.update()
     state = ema.state_dict()
     assert all(type(one) is ndarray for one in state["shadow"][0].values())
-    later = on_gpu(values(5))
-    other = fastema.EMA(later, 0.5)
     other.load_state_dict(state)
-    assert bits(other.shadow) == bits(ema.shadow)
     fill(held, values(2))
     fill(later, values(2))
     ema.update()
@@ -120,29 +130,21 @@ def test_the_current_device_and_stream_are_used(cupy: StubDriver) -> None:
     np.testing.assert_array_equal(ema.shadow["0"].there, np.arange(1.0, 9.0) / 2)
 
 
-def test_an_update_waits_for_nothing() -> None:
-    weights = [array(np.ones(100, np.float32))]
+def test_an_update_waits_for_nothing_and_a_reader_for_it(cupy: StubDriver) -> None:
+    weights = fours()
     ema = fastema.EMA(weights, 0.5)
     ema.update()
     before = Stream.waits
-    for _ in range(5):
-        ema.update()
-    assert Stream.waits == before
-
-
-def test_work_that_is_done_later(cupy: StubDriver) -> None:
-    weights = [array(np.full(100, 4.0, np.float32))]
-    ema = fastema.EMA(weights, 0.5)
-    ema.update()
     cupy.pending = []
     weights[0].there[...] = 8
     ema.update()
+    assert Stream.waits == before
     np.testing.assert_array_equal(ema.shadow["0"].there, 4)
     np.testing.assert_array_equal(ema.shadow["0"].get(), 6)
 
 
 def test_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = [array(np.full(100, 4.0, np.float32))]
+    weights = fours()
     ema = fastema.EMA(weights, 0.5)
     counting = fastema.EMA(weights, 0.5, capturable=True)
     counting.update()
@@ -175,22 +177,21 @@ def test_plans() -> None:
 
 
 def test_two_kinds_of_memory() -> None:
-    there, here = array(np.ones(3, np.float32)), np.ones(3, np.float32)
+    there, here = fours()[0], np.ones(100, np.float32)
     with pytest.raises(LayoutError, match=r"0: the average is on cpu, the weights on cuda:0"):
         fastema.lerp_([here], [there], 0.5)
-    with pytest.raises(LayoutError, match=r"cuda:0.*cpu"):
-        fastema.lerp_([there], [here], 0.5)
     ema = fastema.EMA([there], 0.5)
     with pytest.raises(DeviceError, match=r"use array\.get\(\)"):
         ema.to("cpu")
-    with pytest.raises(DeviceError, match="not on cpu"):
-        bridge().zeros(3, "f32", "cpu")
     with pytest.raises(LayoutError, match=r"cuda:1.*cuda:0"):
         ema.to("cuda:1")
-    moved = bridge().transfer(there, "cuda:1")
+    bridge = sys.modules["fastema.bridges.cupy"]
+    with pytest.raises(DeviceError, match="not on cpu"):
+        bridge.zeros(3, "f32", "cpu")
+    moved = bridge.transfer(there, "cuda:1")
     assert moved.device.id == 1
     np.testing.assert_array_equal(moved.there, there.there)
-    assert bridge().transfer(there, "cuda:0") is there
+    assert bridge.transfer(there, "cuda:0") is there
 
 
 def test_without_the_compilers_there_is_no_substitute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,4 +204,4 @@ def test_without_the_compilers_there_is_no_substitute(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine, "cubin", refused)
     monkeypatch.setattr(engine, "_devices", {})
     with pytest.raises(DTypeError, match=r"pip install 'fastema\[cuda\]'"):
-        fastema.EMA([array(np.ones(3, np.float32))], 0.5)
+        fastema.EMA(fours(), 0.5)

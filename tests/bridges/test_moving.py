@@ -24,7 +24,6 @@ MAKE: dict[str, Callable[[Any], Any]] = {
     "torch": torch.tensor,
     "jax": jnp.asarray,
 }
-"""Each makes an array of its own from values."""
 
 
 def address(array: Any) -> int:
@@ -37,34 +36,31 @@ def locator(container: Any) -> Locator:
     return Locator(leaves_of(container), container)
 
 
-def values(seed: int, size: int = 7) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=size).astype(np.float32)
+def values(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=7).astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_what_does_not_move_is_missed_where_it_did(kind: str) -> None:
-    make, held = MAKE[kind], MAKE["jax"]
-    container = {"a": make(values(0)), "b": held(values(1))}
+    stays, moves = MAKE[kind], MAKE["jax"]
+    container = {"a": stays(values(0)), "b": moves(values(1))}
     find = locator(container)
-    assert find.locate(container) is not None
-    assert find.locate({**container, "a": make(values(2))}) is None
-    assert find.locate({**container, "a": held(values(2))}) is None
-    assert find.locate({**container, "b": make(values(2))}) is None
+    assert find.locate({**container, "b": moves(values(2))}) is not None
+    for other in ({"a": stays(values(2))}, {"a": moves(values(2))}, {"b": stays(values(2))}):
+        assert find.locate({**container, **other}) is None
     assert find.locate(container) is not None
 
 
 def test_finders_of_arrays_that_stay() -> None:
     arrays = [values(0), values(1)]
+    first, second = arrays
     find = finder_of([describe(one) for one in arrays], arrays)
     found = find(arrays, False)
     assert found is not None
     assert list(found[0]) == [address(one) for one in arrays]
-    assert find([arrays[0], values(1)], False) is None
-    assert find([arrays[0], arrays[1][:-1]], False) is None
-    assert find([arrays[0], arrays[1].view(np.int32)], False) is None
-    assert find([arrays[0], "text"], False) is None
-    assert find([arrays[0], np.array(["text"])], False) is None
-    arrays[1].flags.writeable = False
+    for other in (values(1), second[:-1], second.view(np.int32), "text", np.array(["text"])):
+        assert find([first, other], False) is None
+    second.flags.writeable = False
     assert find(arrays, True) is None
 
 
@@ -84,26 +80,16 @@ def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str
     arrays = [MAKE[kind](values(i)) for i, kind in enumerate(kinds)]
     container = STRUCTURES[structure](*arrays)
     leaves = leaves_of(container)
+    assert leaves.structure is not None
     find = Locator(leaves, container)
     found = find.locate(container)
     assert found is not None
-    by_name = {leaf.name: leaf.spec.owner for leaf in leaves.items}
-    assert {name: address(one) for name, one in by_name.items()} == found.addresses
+    assert found.addresses == {leaf.name: address(leaf.spec.owner) for leaf in leaves.items}
     for other, build in STRUCTURES.items():
         assert (find.locate(build(*arrays)) is not None) == (other == structure), other
-    assert leaves.structure is not None
-    rebuilt = leaves.structure.rebuild([leaf.name for leaf in leaves.items])
-    assert leaves_of(rebuilt_with(rebuilt, by_name)).names == leaves.names
-
-
-def rebuilt_with(tree: Any, leaves: dict[str, Any]) -> Any:
-    """The names in a tree replaced by what they name."""
-    if isinstance(tree, dict):
-        return {key: rebuilt_with(one, leaves) for key, one in tree.items()}
-    if isinstance(tree, tuple):
-        parts = [rebuilt_with(one, leaves) for one in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return [rebuilt_with(one, leaves) for one in tree] if isinstance(tree, list) else leaves[tree]
+    rebuilt = leaves.structure.rebuild([leaf.spec.owner for leaf in leaves.items])
+    assert leaves_of(rebuilt).names == leaves.names
+    assert find.locate(rebuilt) is not None
 
 
 def test_one_array_under_two_names() -> None:
@@ -111,7 +97,6 @@ def test_one_array_under_two_names() -> None:
     find = locator([one, other, one])
     assert find.locate([other, one, other]) is not None
     assert find.locate([one, other, other]) is None
-    assert find.locate([one, other, jnp.asarray(values(2))]) is None
     assert find.locate([one, one, one]) is not None  # read only: nothing can go wrong
     assert find.locate([one, one, one], write=True) is None
     apart = locator([one, other])
@@ -136,14 +121,13 @@ def test_memory_is_kept_as_long_as_what_was_found() -> None:
 
 def test_arrays_that_never_change_are_refused_a_second_time() -> None:
     weights = [jnp.asarray(values(1)), jnp.asarray(values(2))]
-    where = locator(weights)
-    located = where.locate(weights)
+    find = locator(weights)
+    located = find.locate(weights)
     assert located is not None
-    where.refuse_used(located, "here")
-    where.notify_used(located)
+    find.refuse_used(located, "here")
+    find.notify_used(located)
     with pytest.raises(ArgumentError, match=r"no new arrays.*here"):
-        where.refuse_used(located, "here")
-    weights[1] = jnp.asarray(values(3))
-    changed = where.locate(weights)
+        find.refuse_used(located, "here")
+    changed = find.locate([weights[0], jnp.asarray(values(3))])
     assert changed is not None
-    where.refuse_used(changed, "here")
+    find.refuse_used(changed, "here")

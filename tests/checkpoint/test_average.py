@@ -32,7 +32,6 @@ from .written import (
     save_folder,
     save_safetensors,
     save_torch,
-    state,
     two,
 )
 
@@ -69,20 +68,6 @@ def test_layouts_and_dtypes_may_be_mixed_and_the_newest_decides(tmp_path: Path) 
     paths = [first, save_torch(tmp_path / "b", wide), save_safetensors(tmp_path / "c", STATES[2])]
     out = average(paths, [0.5, 0.25, 0.25], tmp_path / "out.safetensors")
     assert_average(out, [0.5, 0.25, 0.25], [STATES[0], wide, STATES[2]])
-
-
-@pytest.mark.parametrize("together", [2, 16])
-def test_many_checkpoints_take_turns_in_the_same_buffers(
-    together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastema.checkpoint import source, sums
-
-    monkeypatch.setattr(sums, "_TOGETHER", together)
-    monkeypatch.setattr(source, "_MOST_OPEN", together)
-    states = [state(seed) for seed in range(20)]
-    paths = [save_safetensors(tmp_path / f"{i}", one) for i, one in enumerate(states)]
-    coefficients = np.random.default_rng(0).dirichlet(np.ones(20)).tolist()
-    assert_average(average(paths, coefficients, tmp_path / "o.safetensors"), coefficients, states)
 
 
 def test_several_averages_are_made_in_one_pass(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""``save`` and ``load_into``: an average goes on from a file as if it had not been interrupted."""
+"""Saving and loading averages."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import pytest
 import torch
 
 import fastema
+from fastema import rules
 from fastema.checkpoint import files, load_into, save, saving, wait
+from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import CheckpointError, StorageError
 
-NEEDS = ("torch",)
+from ..support.damage import damaged_header, header_of, with_header
+
+NEEDS = ("safetensors", "torch")
 
 AVERAGES: dict[str, Callable[[Any], Any]] = {
     "EMA": lambda w: fastema.EMA(w, (0.9, 0.99), shadow_dtype="bfloat16", seed=3),
@@ -137,3 +142,38 @@ def test_a_child_process_has_nothing_to_wait_for() -> None:
     writer.submit(Path("/nowhere/ema.safetensors"), {})
     writer._forget()
     writer.raise_failed(all_of_them=True)
+
+
+def average(seed: int, **options: Any) -> fastema.EMA:
+    generator = np.random.default_rng(seed)
+    weights = {"w": generator.normal(size=5), "b": generator.normal(size=3).astype(np.float32)}
+    return fastema.EMA(weights, (rules.warmup(0.99), 0.5), **options)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_damaged_state_is_our_error_whatever_is_wrong(seed: int, tmp_path: Path) -> None:
+    ema = average(1, zero_debias=True)
+    ema.update(steps=3)
+    path = tmp_path / "a.safetensors"
+    write_state(path, ema.state_dict())
+    whole = path.read_bytes()
+    header = header_of(whole)
+    if seed % 2:  # damage within the plain values
+        text = header["__metadata__"]["state"]
+        inner = damaged_header(json.loads(text), seed)
+        header["__metadata__"]["state"] = inner.decode(errors="surrogateescape")
+        damaged = json.dumps(header).encode()
+    else:
+        damaged = damaged_header(header, seed)
+    path.write_bytes(with_header(whole, damaged))
+    other = average(2, zero_debias=True)
+    before = [dict(one) for one in other.state_dict()["shadow"]]
+    try:
+        other.load_state_dict(read_state(files.read(path), np.zeros(1)))
+    except CheckpointError:
+        assert other.num_updates == 0
+        for one, was in zip(other.shadows, before, strict=True):
+            for name in one:
+                np.testing.assert_array_equal(one[name], was[name])
+    else:
+        other.update()

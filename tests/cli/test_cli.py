@@ -1,18 +1,25 @@
-"""The front end: light, clear about what is missing, and with the exit codes it documents."""
+"""The commands: version, doctor, plan, bench."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from fastema import __version__, cli
+from fastema import EMA, __version__, cli, get_num_threads
+from fastema.cli import main
+from fastema.cli.bench import race, shapes
 
 from ..support.process import run_python
+
+NEEDS = ("torch",)
 
 # The names are refused as an import hook, or an installation without the extra, would do it.
 WITHOUT = """
@@ -101,3 +108,175 @@ def test_help_needs_no_extra() -> None:
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, fastema: Any) -> None:
     monkeypatch.setitem(cli.COMMANDS, "wait", _Interrupted())
     assert fastema("wait --forever", code=130).err == "fastema wait: interrupted\n"
+
+
+@pytest.fixture
+def doctor(monkeypatch: pytest.MonkeyPatch, fastema: Any) -> Callable[..., Any]:
+    """``doctor("--json")`` with a yardstick of a few bytes: output, and errors."""
+    monkeypatch.setattr(cli.doctor, "_BYTES", 48_000)
+    return lambda *options, **how: fastema("doctor", *options, **how)
+
+
+def test_what_is_there_is_said(doctor: Callable[..., Any]) -> None:
+    out, err = doctor()
+    assert err == ""
+    assert f"numpy {np.__version__}" in out
+    assert "8 of 8 as their references" in out
+    assert f"{get_num_threads()} thread" in out
+    assert "GB/s, read and written" in out
+
+
+def test_the_findings_for_programs(doctor: Callable[..., Any]) -> None:
+    found = json.loads(doctor("--json").out)
+    assert set(found["checks"].values()) == {"right"}
+    assert found["packages"]["fastema"] == __version__
+    assert found["GB/s"] > 0
+    assert not set(found["missing"]) & set(found["packages"])
+
+
+def test_a_wrong_kernel_is_noticed(
+    doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(self: Any) -> None:
+        for one in self.shadow.values():
+            one += 1
+
+    monkeypatch.setattr(EMA, "update", update)
+    out, err = doctor(code=1)
+    assert "of 8 as their references" in out
+    assert "update of float32 is wrong: off by" in err
+    assert "swap" not in err
+
+
+def test_a_swap_that_loses_weights_is_noticed(
+    doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restore = EMA._restore
+
+    def spoilt(self: Any, model: Any) -> Any:
+        found = restore(self, model)
+        self._container.weight.data[0, 0] += 1
+        return found
+
+    monkeypatch.setattr(EMA, "_restore", spoilt)
+    said = "swap and back of float32 is wrong: the weights did not come back"
+    assert said in doctor(code=1).err
+
+
+@pytest.fixture
+def planned(fastema: Any) -> Callable[[str], dict[str, dict[str, Any]]]:
+    return lambda line: {way["name"]: way for way in json.loads(fastema(f"plan {line} --json").out)}
+
+
+def test_each_way_costs_what_its_bytes_say(planned: Any) -> None:
+    found = planned("--params 64e9 --dtype bf16 --world 64 --hbm 2000 --link 50 --host 80")
+    whole = found["on each GPU, float32"]
+    assert (whole["gpu_bytes"], whole["moved"], whole["seconds"]) == (256e9, 640e9, 0.32)
+    part = found["sharded, float32"]
+    assert (part["gpu_bytes"], part["moved"], part["seconds"]) == (4e9, 10e9, 0.005)
+    assert found["sharded, bf16+16"]["gpu_bytes"] == 4e9
+    rough = found["sharded, bf16, rounded at random"]
+    assert (rough["gpu_bytes"], rough["moved"]) == (2e9, 6e9)
+    assert found["sharded, every 10 steps"]["seconds"] == pytest.approx(0.0005)
+    host = found["on the host, float32"]
+    assert (host["gpu_bytes"], host["host_bytes"], host["link_bytes"]) == (0.0, 6e9, 2e9)
+    assert host["seconds"] == max(2 / 50, 12 / (80 / 8))
+
+
+@pytest.mark.parametrize("text", ["7B", "7b", "7000M", "0.007T", "7e9"])
+def test_weights_are_counted_as_people_count_them(text: str, fastema: Any) -> None:
+    assert fastema(f"plan --params {text}").out.startswith("7,000,000,000 weights")
+
+
+def test_the_table_has_a_row_and_a_call_for_each(fastema: Any) -> None:
+    out = fastema("plan --params 7e9 --step 0.5").out
+    assert out.startswith("7,000,000,000 weights in bf16; per rank")
+    assert out.count("bf16+16") == 3
+    assert "of a step" in out
+    assert 'fastema.EMA(model, shadow_dtype="bf16+16")' in out
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """``run(*options)`` of a few small shapes: exit code, output, errors."""
+    file = tmp_path / "shapes.json"
+    file.write_text('{"a": [3, 5], "b": [7], "c": []}')
+
+    def called(*options: str, source: tuple[str, ...] = ("--shapes", str(file))) -> Any:
+        code = main(["bench", "--seconds", "0.001", *source, *options])
+        return code, *capsys.readouterr()
+
+    return called
+
+
+def test_every_way_has_a_line(run: Callable[..., Any]) -> None:
+    code, out, err = run("--dtype", "float32")
+    assert (code, err) == (0, "")
+    assert "shapes.json: 23 weights in 3 tensors, float32, average float32, on cpu" in out
+    lines = {line.split("  ")[0] for line in out.splitlines()}
+    assert {"fastema.EMA", *race.WAYS} <= lines
+
+
+def test_figures_for_programs_and_a_picture(run: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, err = run("--json", "-o", str(tmp_path / "bench.png"))
+    found = json.loads(out)
+    assert code == 0
+    assert "bench.png" in err
+    assert (tmp_path / "bench.png").stat().st_size > 5_000
+    assert (found["elements"], found["weights"], found["average"]) == (23, "bfloat16", "float32")
+    ways = {one["name"]: one for one in found["ways"]}
+    assert ways["fastema.EMA"]["ratio"] == 1.0
+    assert ways["torch mul_/add_ loop"]["ms"] > 0
+    assert "raises RuntimeError" in ways["torch AveragedModel"]["why"]  # mixes no dtypes
+
+
+@pytest.mark.parametrize("name", [*race.WAYS, "fastema"])
+def test_a_way_does_the_update_that_it_is_timed_for(name: str) -> None:
+    package, setup = race.WAYS.get(name, ("torch", race._ours))
+    if package != "torch":
+        pytest.importorskip(package)
+    if package == "timm":
+        pytest.importorskip("torchvision")
+    model = torch.nn.ParameterList([torch.full((3, 5), 2.0), torch.full((7,), 2.0)])
+    way = setup(model, torch.float32)
+    for one in model:
+        one.data.fill_(5.0)
+    way.update()
+    for one in way.averages():
+        torch.testing.assert_close(one.detach(), torch.full_like(one, 2.003), rtol=1e-6, atol=0)
+
+
+def test_shapes_of_a_checkpoint_and_of_a_config(run: Callable[..., Any], tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(4, 2), "n": torch.ones(3, dtype=torch.int64)}},
+               tmp_path / "model.pt")  # fmt: skip
+    code, out, _ = run(source=("--checkpoint", str(tmp_path / "model.pt")))
+    assert code == 0
+    assert "model.pt: 8 weights in 1 tensor" in out
+    assert sum(one.numel() for one in shapes._gpt2()) == 124_439_808
+    pytest.importorskip("transformers")
+    assert len(shapes._of_model("transformers:GPT2Config")) == 148
+
+
+WRONG = {
+    "no library": (("--model", "resnet50"), "expected one of timm:NAME"),
+    "no such model": (("--model", "transformers:NopeConfig"), "transformers cannot make it"),
+    "no such file": (("--shapes", "nope.json"), "nope.json: No such file"),
+    "no shapes": (("--shapes", "{}"), "expected JSON with shapes"),
+    "not JSON": (("--shapes", "nope"), "expected JSON with shapes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_timed_is_one_line(
+    case: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    source, said = WRONG[case]
+    if source[0] == "--model":
+        pytest.importorskip(source[1].partition(":")[0] if ":" in source[1] else "torch")
+    elif not source[1].endswith(".json"):
+        (tmp_path / "wrong").write_text(source[1])
+        source = ("--shapes", str(tmp_path / "wrong"))
+    code, out, err = run(source=source)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 1

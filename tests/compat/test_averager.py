@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastema.binding.binding import Binding
 from fastema.compat.averager import ModelAverager
 from fastema.errors import LayoutError, StateError
 
@@ -69,19 +68,6 @@ def test_parameters_that_are_frozen_and_trained_again() -> None:
         averager.update(net, 0.5, 1)
         want = torch.lerp(old, net.wide.detach(), 0.5) if is_trained else old
         torch.testing.assert_close(average.wide, want, rtol=1e-6, atol=1e-6)
-
-
-def test_parameters_given_as_a_new_list_each_time_are_not_looked_up_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    net = Network(3)
-    average = [torch.randn_like(p) for p in net.parameters()]
-    averager = ModelAverager(average)
-    averager.update(net.parameters(), 0.5, 1)
-    monkeypatch.setattr(Binding, "_bind", None)
-    averager.update(net.parameters(), 0.5, 2)
-    averager.update(list(net.parameters()), 1.0, 3)
-    assert all(torch.equal(a, p) for a, p in zip(average, net.parameters(), strict=True))
 
 
 def test_tensors_that_move_are_found() -> None:

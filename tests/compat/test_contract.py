@@ -409,23 +409,6 @@ def test_the_model_is_not_kept_alive(peer: str, wrap: Any) -> None:
     assert not any(reference() is not None for reference in gone)
 
 
-@peers(lambda peer: peer.ours in ("torch_ema", "diffusers"))
-def test_an_average_goes_with_its_last_reference(peer: str) -> None:
-    """No cycle: memory of a GPU is not to wait for the garbage collector."""
-    run = Run(peer, Network(29))
-    run.train(2)
-    if peer == "torch_ema":
-        with run.average.average_parameters():
-            pass
-    reference = weakref.ref(run.average.shadow_params[0])
-    gc.disable()
-    try:
-        del run
-        assert reference() is None
-    finally:
-        gc.enable()
-
-
 # -- refusals --------------------------------------------------------------------------------------
 
 

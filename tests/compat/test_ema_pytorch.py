@@ -245,22 +245,6 @@ def test_a_model_that_cannot_be_copied(capsys: pytest.CaptureFixture[str]) -> No
 # -- where they are wrong -------------------------------------------------------------------------
 
 
-def test_a_32_bit_average_of_a_16_bit_model() -> None:
-    def built(module: Any, **settings: Any) -> Any:
-        wide = Network(0, torch.float32)
-        return module.EMA(Network(0, torch.bfloat16), ema_model=wide, **SINGLE, **settings)
-
-    mine, yours = built(ours), built(theirs, coerce_dtype=True)
-    run([mine, yours], range(20))
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
-    assert next(mine.ema_model.parameters()).dtype == torch.float32
-    with pytest.raises(RuntimeError, match="dtype"):
-        run([built(theirs)], range(3))
-    fresh = built(ours)
-    fresh.load_state_dict(mine.state_dict())
-    assert torch.equal(fresh.ema_model.conv.weight, mine.ema_model.conv.weight)
-
-
 def stack(*sizes: int) -> Any:
     return nn.Sequential(*(nn.Linear(3, size) for size in sizes))
 

@@ -211,3 +211,13 @@ def test_another_horizon_is_refused_while_a_peer_is_installed() -> None:
         fastema.compat.install("ema_pytorch", horizon="theirs")  # type: ignore[arg-type]
     with fastema.compat.install("ema_pytorch", horizon="corrected"):
         assert fastema.compat.installed() == ("ema_pytorch",)
+
+
+@pytest.mark.parametrize("peer", SCRIPTS)
+def test_an_installed_class_averages_when_and_over_what_its_peer_does(
+    peer: str, tmp_path: Path
+) -> None:
+    theirs = run(peer, tmp_path / "theirs")
+    with fastema.compat.install(peer):
+        installed = run(peer, tmp_path / "ours")
+    assert differing(theirs, installed) == set()

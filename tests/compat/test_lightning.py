@@ -175,17 +175,6 @@ def test_in_bfloat16_theirs_is_rounded_by_each_validation(tmp_path: Path) -> Non
 # -- subclasses ------------------------------------------------------------------------------------
 
 
-def test_a_subclass_that_does_not_copy_keeps_the_weights(tmp_path: Path) -> None:
-    class Kept(ours.EMAWeightAveraging):
-        def _copy_average_to_current(self, pl_module: Any) -> None:
-            """The average is to be read from the callback."""
-
-    callback = Kept(decay=0.5)
-    module = fitted(tmp_path, callback)
-    assert_same(snapshot(module), module.steps[-1])
-    assert differ(average_in(callback), module.steps[-1])
-
-
 # -- being one of theirs ---------------------------------------------------------------------------
 
 

@@ -18,7 +18,6 @@ from .lightning_case import (
     LIBRARIES,
     MARKS,
     STEPS,
-    Alternating,
     Network,
     assert_near,
     assert_same,
@@ -105,16 +104,6 @@ def test_to_resume_a_finished_run_gives_the_average(tmp_path: Path, library: Any
     again = resumed(path, library.EMAWeightAveraging(decay=0.8))
     assert not any(again.steps)
     assert_near(again.state_dict(), snapshot(module) if library is ours else module.steps[-1])
-
-
-def test_steps_of_several_optimizers_are_resumed(tmp_path: Path) -> None:
-    def callback() -> Any:
-        return ours.EMAWeightAveraging(decay=0.8, update_every_n_steps=4)
-
-    whole = fitted(tmp_path, callback(), saving(tmp_path), module=Alternating())
-    rest = resumed(tmp_path / "epoch=0.ckpt", callback(), module=Alternating())
-    assert sum(map(bool, rest.steps)) == STEPS * (EPOCHS - 1)
-    assert_same(snapshot(rest), snapshot(whole))
 
 
 # -- what is saved ---------------------------------------------------------------------------------

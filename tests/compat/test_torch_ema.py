@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import pickle
-import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -186,33 +184,6 @@ def test_a_parameter_that_is_twice_in_the_list(dtype: torch.dtype) -> None:
 
 
 # -- what lives how long ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("used", [True, False])
-def test_a_model_is_not_kept_alive(used: bool) -> None:
-    net = nn.Linear(3, 4)
-    reference = weakref.ref(net.weight)
-    memory = weakref.ref(net.weight.untyped_storage())
-    ema = Ours(net.parameters(), 0.9)
-    if used:
-        ema.update()
-        ema.store()
-        ema.copy_to()
-        ema.restore()
-        with ema.average_parameters():
-            pass
-        ema.update(net.parameters())
-    del net
-    gc.collect()
-    assert (reference(), memory()) == (None, None)
-    for call in (ema.update, ema.copy_to, ema.store):
-        with pytest.raises(ArgumentError, match=r"2 of the 2 parameters .* no longer exist"):
-            call()
-    assert ema.num_updates == (2 if used else 0)
-    others = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(4))]
-    ema.update(others)
-    ema.copy_to(others)
-    assert same(others, ema.shadow_params)
 
 
 # -- calls that fail -------------------------------------------------------------------------------

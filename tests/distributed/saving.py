@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,13 +150,3 @@ def without_an_average(folder: str) -> None:
     ema = fastema.EMA(fresh)
     for name, value in weights(8).items():
         assert torch.equal(full(ema.shadow[name]), value), name
-
-
-def time_of_staging(folder: str) -> float:
-    """Seconds that a save takes before updates may go on."""
-    ema = trained("f32", divided("fsdp 4"))
-    began = time.perf_counter()
-    pending = dcp.async_save({"ema": ema}, checkpoint_id=str(Path(folder)))
-    took = time.perf_counter() - began
-    pending.result()
-    return took

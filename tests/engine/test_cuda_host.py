@@ -16,13 +16,9 @@ from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
 from fastema.engine.cubins import Key
 from fastema.engine.driver import DriverError
-from fastema.engine.program import Program
 from fastema.errors import ArgumentError, DeviceError, FastemaError, StateError
-from fastema.layout.device_context import LaunchArgs
-from fastema.layout.group import Pair
 from fastema.rules import inverse_gamma, power, warmup
 
-from ..support.arrays import numbers, spec_of
 from ..support.stub_gpu import StubGpu, assert_equal, compiled, gpu, move, no_kernels, shadow
 
 __all__ = ["gpu"]
@@ -92,23 +88,6 @@ def test_an_average_on_a_gpu_is_that_of_the_cpu(
     assert found[0][1] == found[1][1]
     for there, here in zip(found[0][0], found[1][0], strict=True):
         assert_equal(there, here)
-
-
-@pytest.mark.parametrize("first", [0, 3, 14])
-def test_weights_are_those_of_averages_that_do_not_begin_at_the_first(
-    gpu: StubGpu, first: int
-) -> None:
-    weights = np.random.default_rng(first).uniform(0.1, 0.9, first + 3)
-    x, averages = numbers(100, "f32"), {k: numbers(100, "f32", k) for k in range(first, first + 3)}
-    want = {k: a + weights[k] * (x.astype(np.float64) - a) for k, a in averages.items()}
-    there = {"code": "f32", "device": "cuda:0", "context": gpu.context}
-    pairs = [
-        Pair("w", spec_of(a, **there), spec_of(x, **there), average_index=k)
-        for k, a in averages.items()
-    ]
-    Program({"all": pairs}).run({"all": "lerp"}, LaunchArgs(tuple(weights)))
-    for k, average in averages.items():
-        np.testing.assert_allclose(average, want[k], rtol=3e-6, atol=3e-7)
 
 
 def mixed_weights() -> dict[str, torch.Tensor]:

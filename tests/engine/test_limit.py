@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fastema.engine.limit import ReadReadWrite, StreamCopy
+from fastema.engine.limit import ReadReadWrite
 
 pytestmark = [
     pytest.mark.usefixtures("eager"),
@@ -25,17 +25,3 @@ def test_read_read_write_touches_every_byte(
     for want in (before ^ source, before):
         limit()
         np.testing.assert_array_equal(target, want)
-
-
-def test_stream_copy_writes_every_byte(
-    nbytes: int, count: int, threads: Callable[[int], None]
-) -> None:
-    threads(count)
-    limit = StreamCopy(nbytes)
-    assert sum(target.nbytes for target, _ in limit._parts) == 8 * max(nbytes // 16, 1)
-    for _ in range(2):
-        for target, _ in limit._parts:
-            target[:] = 1
-        limit()
-        for target, source in limit._parts:
-            np.testing.assert_array_equal(target, source)

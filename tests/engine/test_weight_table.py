@@ -184,15 +184,6 @@ def test_a_rule_is_exact_from_its_limit_on(rule: rules.Rule, every: int) -> None
     assert evaluate(table, begins - 1) == pytest.approx(weight(begins - 1), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "span", [(123_456_789, 2**53), (300_000, 300_001), (40_000_000, 50_000_000), (71, 4000)]
-)
-def test_a_while_with_another_weight_is_exact_on_both_sides(span: tuple[int, int]) -> None:
-    table = weight_table(lambda update: 0.7 if span[0] <= update < span[1] else 0.5)
-    want = [[1.0, 0.0, 0.5], [span[0], 0.0, 0.7], [span[1], 0.0, 0.5]]
-    assert table[:, :3].tolist() == [row for row in want if row[0] <= LAST]
-
-
 @pytest.mark.parametrize("last", [1, 2, 63, 64, 65, 66, 67, 100, 8191, 12_345])
 @pytest.mark.parametrize("rule", [rules.power(0.1), rules.constant(0.9), rules.warmup(0.99)])
 def test_no_update_after_the_last_is_asked_for_and_its_weight_stays(

@@ -60,20 +60,6 @@ def test_rows_of_every_size_are_as_specified_wherever_they_lie(
         of.assert_untouched()
 
 
-@pytest.mark.parametrize(("dst", "src"), PAIRS)
-def test_every_kind_of_number_is_as_specified(dst: str, src: str) -> None:
-    avg, x = (
-        np.concatenate([numbers(3000, code, 7, "bits"), numbers(3000, code)]) for code in (dst, src)
-    )
-    for step, w in enumerate((1e-3, 0.3, 1.0, 0.0)):
-        want = reference.lerp(avg, x, w, dst, src, words_of(0, avg.size, step))
-        for layout in ("flat", "strided"):
-            got = avg.copy()
-            rows = [Row(got, x, key=KEY)]
-            run("lerp", (f"{dst}~", src), rows, [w], layout=layout, seed=SEED, step=step)
-            assert_same(got, want, dst)
-
-
 # -- unbiased --------------------------------------------------------------------------------------
 
 
@@ -241,16 +227,3 @@ def test_special_numbers_stay_what_they_are(code: str, src: str) -> None:
         held = known % place == 0
         assert held.sum() > 20_000
         np.testing.assert_array_equal(got[within][held], known[held])
-
-
-@pytest.mark.parametrize("code", NARROW)
-def test_an_average_of_the_largest_numbers_is_finite(code: str) -> None:
-    form, size = reference.FLOATS[code], 4096
-    most = reference.encode(np.full(size, form.largest), code)
-    below = reference.encode(np.full(size, form.largest * (1 - 2.0**-form.digits)), code)
-    for avg, x in ((most, most), (below, most), (most, below)):
-        for w in (0.001, 1 - 2.0**-24, 0.5, 1.0):
-            got = avg.copy()
-            run("lerp", (f"{code}~", code), [Row(got, x, key=KEY)], [w], seed=SEED, step=STEP)
-            assert np.isfinite(reference.decode(got, code)).all()
-            assert_same(got, reference.lerp(avg, x, w, code, code, words_of(0, size)), code)

@@ -10,7 +10,7 @@ import pytest
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
-from ..support.arrays import assert_same, bits, guarded, numbers
+from ..support.arrays import assert_same, guarded, numbers
 from .rows import Row, run
 
 SPLIT = "bf16+16"
@@ -48,19 +48,6 @@ def test_updates_are_those_of_a_float32(src: str, kind: str, steps: tuple[int, i
         of.assert_untouched()
 
 
-@pytest.mark.parametrize("src", SOURCES)
-def test_a_long_run_is_that_of_a_float32(src: str) -> None:
-    n = 2 * BLOCK + 3
-    avg = numbers(n, "f32", 1)
-    high, residual = reference.split(avg)
-    for step in range(300):
-        x, w = numbers(n, src, 2 + step), 0.001 if step % 2 else 0.3
-        run("lerp", (SPLIT, src), [Row(high, x, residual=residual)], [w])
-        run("lerp", ("f32", src), [Row(avg, x)], [w])
-    np.testing.assert_array_equal(bits(joined(high, residual)), bits(avg))
-    np.testing.assert_array_equal([high, residual], reference.split(avg))
-
-
 def test_every_kind_of_number_comes_back_to_the_bit() -> None:
     ends = np.array([0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0x8000, 0x7FFF, 0, 0x7F800000])
     ties = np.arange(1 << 16) << 16 | 0x8000
@@ -73,17 +60,6 @@ def test_every_kind_of_number_comes_back_to_the_bit() -> None:
     nan, want = np.isnan(values), values.view(np.uint32)
     np.testing.assert_array_equal(back.view(np.uint32), np.where(nan, want | 0x400000, want))
     np.testing.assert_array_equal([high[~nan], residual[~nan]], reference.split(values[~nan]))
-
-
-@pytest.mark.parametrize("src", SOURCES)
-def test_the_average_is_cast_to_weights_and_copied_from_them(src: str) -> None:
-    avg, x = numbers(3000, "f32", 1, "bits"), numbers(3000, src, 2, "bits")
-    high, residual = reference.split(avg)
-    out = x.copy()
-    run("cast_back", (SPLIT, src), [Row(high, out, residual=residual)])
-    assert_same(out, reference.encode(reference.decode(avg, "f32"), src), src)
-    run("copy", (SPLIT, src), [Row(high, x, residual=residual)])
-    assert_same(joined(high, residual), reference.encode(reference.decode(x, src), "f32"), "f32")
 
 
 @pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])

@@ -90,19 +90,6 @@ def test_overlap_is_refused_exactly_where_it_is(specs: list[TensorSpec], count: 
     assert both in shared
 
 
-def test_overlap_among_columns_of_a_matrix_is_refused_exactly_where_it_is() -> None:
-    """Spans overlap, elements do not; dtypes of other sizes lie between them."""
-    columns = [(f"c{i}", spec(4096 + 32 * i, (9,), strides=(320,))) for i in range(40)]
-    gap, byte = spec(4100, (2,), strides=(320,), dtype="bool"), spec(4099, (1,), dtype="bool")
-    refuse_overlap([*columns, ("gap", gap)])
-    ones = [TensorSpec(4096, (1,), (1,), code, "cpu") for code in ("bool", "f32", "c128")]
-    for one in (byte, *ones):
-        with pytest.raises(LayoutError, match=r"c0.*one"):
-            refuse_overlap([*columns, ("one", one)])
-    with pytest.raises(LayoutError, match="c7"):
-        refuse_overlap(columns, [("again", columns[7][1])])
-
-
 def may_overlap(written: Named, read: Named) -> bool:
     """Whether spans meet, gaps included."""
 

@@ -1,21 +1,21 @@
-"""Dtypes, tensors in memory, and flat buffers."""
+"""Dtypes and tensors as they are described."""
 
 from __future__ import annotations
 
 from itertools import product
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastema import posthoc
 from fastema.errors import DTypeError
+from fastema.kernels import variants
 from fastema.kernels.formats import FORMATS
-from fastema.layout.dtypes import DTYPES, average_of, dtype, parse, raw
-from fastema.layout.flat import dense_strides
+from fastema.layout.dtypes import DTYPES, average_of, dtype
 from fastema.layout.spec import TensorSpec
 
-from ..support import reference
+from ..support import arrays, reference
 
 
 def spec(shape: tuple[int, ...], strides: tuple[int, ...], code: str = "f32") -> TensorSpec:
@@ -49,35 +49,6 @@ def test_a_span_holds_every_element_and_dense_is_one_stretch_without_gaps(
 
 
 @pytest.mark.parametrize(
-    ("shape", "strides", "want"),
-    [
-        ((2, 3), (6, 2), (3, 1)),
-        ((2, 3), (0, 1), (3, 1)),
-        ((4,), (-1,), (1,)),
-        ((3, 3), (1, 1), (3, 1)),
-        ((2, 0, 3), (9, 9, 9), (3, 3, 1)),
-    ],
-)
-def test_gaps_and_repetitions_are_not_dense_and_become_row_major(
-    shape: tuple[int, ...], strides: tuple[int, ...], want: tuple[int, ...]
-) -> None:
-    assert not spec(shape, strides).dense or 0 in shape
-    assert dense_strides(spec(shape, strides)) == want
-
-
-@pytest.mark.parametrize("code", DTYPES)
-def test_every_dtype_has_its_kernel_formats(code: str) -> None:
-    kind = dtype(code)
-    assert parse(code) is kind
-    assert kind.code == code
-    assert FORMATS[raw(kind)].itemsize * kind.parts == kind.itemsize
-    if kind.real is not None:
-        assert FORMATS[kind.real].itemsize * kind.parts == kind.itemsize
-        assert reference.real_of(code) == kind.real
-        assert np.dtype(reference.FLOATS[kind.real].storage).itemsize * kind.parts == kind.itemsize
-
-
-@pytest.mark.parametrize(
     ("weights", "wanted", "average"),
     [
         *(("bf16", None, "bf16"), ("bf16", "f32", "f32"), ("f64", "f16", "f16")),
@@ -95,3 +66,40 @@ def test_an_average_has_the_dtype_that_is_wanted_if_it_can_hold_it(
         return
     with pytest.raises(DTypeError, match=wanted):
         average_of(dtype(weights), chosen)
+
+
+REALS = [one for one in DTYPES.values() if one.real == one.code]
+
+TABLES = {
+    "FORMATS in kernels/formats.py": FORMATS,
+    "FLOATS in kernels/variants.py": variants.FLOATS,
+    "_NOISE in fastema/posthoc.py": posthoc._NOISE,
+    "STORAGE in tests/support/arrays.py": arrays.STORAGE,
+    "FLOATS in tests/support/reference.py": reference.FLOATS,
+}
+
+
+def test_averaged_dtypes_are_in_every_table() -> None:
+    lacking = [
+        f"{one.code} is not in {name}"
+        for one in REALS
+        for name in TABLES
+        if one.code not in TABLES[name]
+    ]
+    assert not lacking
+
+
+@pytest.mark.torch
+def test_averaged_dtypes_are_in_the_table_of_pytorch_functions() -> None:
+    pytest.importorskip("torch")
+    from fastema.bridges.torch_foreach import _FORMS
+
+    random = {f"{one.code}~" for one in REALS if one.random}
+    assert _FORMS.keys() >= {one.code for one in REALS} | random, "_FORMS in torch_foreach.py"
+
+
+def test_dtypes_are_rounded_at_random_where_there_is_a_format_for_it() -> None:
+    """A dtype without the mark would be rounded to nearest, and a small average stand still."""
+    formats = {name.removesuffix("~") for name in FORMATS if name.endswith("~")}
+    assert {one.code for one in REALS if one.random} == formats
+    assert {name.removesuffix("~") for name in variants.FORMS if name.endswith("~")} == formats

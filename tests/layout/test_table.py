@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from itertools import permutations, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -168,39 +168,6 @@ def test_indices_are_those_in_the_whole_tensor_in_row_major_order(
         assert indices(pair) == want
         bare = pair._replace(dst=replace(pair.dst, whole=None, offset=None))
         assert indices(bare) == want
-
-
-@pytest.mark.parametrize(
-    ("shape", "order", "rows"),
-    [
-        ((512, 512, 3, 3), (0, 2, 3, 1), 512),  # all that one of the outermost axis has
-        ((512, 2, 2, 2), (0, 2, 3, 1), 2),  # too short: along the long axis
-        ((1000, 2000), (1, 0), 31),  # whole runs of 1,000
-        ((8, 70_000), (1, 0), 9),  # runs of 8
-        ((70_000, 8), (1, 0), 16),  # runs that are too long for a chunk
-    ],
-)
-def test_random_rows_are_long_in_every_order_of_memory(
-    shape: tuple[int, ...], order: tuple[int, ...], rows: int
-) -> None:
-    pair = Pair("t", dense(shape, "bf16", 64, order), dense(shape, "bf16", 1 << 40, order))
-    (plain,) = table.chunk_tables([pair]).values()
-    assert len(plain) == -(-math.prod(shape) // CHUNK)
-    tables = table.chunk_tables([pair._replace(form="bf16~")])
-    assert {layout: len(rows) for layout, rows in tables.items()} == {"strided": rows}
-
-
-@pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("order", list(permutations(range(4))))
-def test_dense_tensors_are_one_stretch_in_any_order(
-    order: tuple[int, ...], codes: tuple[str, str]
-) -> None:
-    shape = (9, 1, 8, 7)
-    dst, src = (dense(shape, code, 1 << 20 + 9 * k, order) for k, code in enumerate(codes))
-    tables = check([Pair("t", dst, src)])
-    assert {layout: len(rows) for layout, rows in tables.items()} == {"flat": 1}
-    if order != (0, 1, 2, 3):
-        check([Pair("t", dst, dense(shape, codes[1], 1 << 30))])
 
 
 def averages(count: int, shape: tuple[int, ...], name: str, address: int) -> list[Pair]:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -238,17 +238,6 @@ def test_a_run_from_the_first_step_begins_anew_and_a_continued_one_goes_on(tmp_p
     run.fit(module, loader())
     assert len(module.losses) == 12
     assert_close(averages.history["train_loss_ema"], module.curves["train_loss_ema"])
-
-
-def test_checkpoints_and_early_stopping_monitor_the_averages(tmp_path: Path) -> None:
-    best = ModelCheckpoint(tmp_path / "best", monitor="train_loss_ema", save_top_k=1)
-    stop = EarlyStopping("train_loss_sma", patience=0, mode="max", check_on_train_epoch_end=True)
-    module, _ = recorded(tmp_path, best, stop, max_epochs=50)
-    smoothed = module.curves["train_loss_sma"]
-    assert smoothed[11] < smoothed[5]  # it learns, which this one takes for a reason to stop
-    assert len(module.losses) == 12
-    want = module.curves["train_loss_ema"][[5, 11]].min()
-    assert_close([float(best.best_model_score)], [want])
 
 
 @pytest.mark.parametrize("where", ["device", "host", "host, bar"])

@@ -80,21 +80,6 @@ def test_a_growing_rule_against_exact_products(scale: float, every: int) -> None
             assert corrected.weight(k * every, every) == pytest.approx(exact, rel=1e-12, abs=0.0)
 
 
-def test_what_no_longer_counts_is_not_computed() -> None:
-    calls: list[int] = []
-
-    @dataclass(frozen=True)
-    class Counted(rules.Rule):
-        def decay(self, n: int) -> float:
-            calls.append(n)
-            return 0.5
-
-    rule = rules.debiased(Counted())
-    assert rule.weight(10**9) == 0.5
-    assert rule.weight(10**9 + 1) == 0.5
-    assert len(calls) < 100
-
-
 @pytest.mark.parametrize("value", [float("nan"), -0.5, 1.5, "x"], ids=repr)
 def test_a_rule_that_gives_no_weight_is_named(value: Any) -> None:
     with pytest.raises((ArgumentError, TypeError), match=r"Wrong|unsupported|not supported"):

@@ -55,26 +55,6 @@ def masses(profile: Profile, step: int) -> np.ndarray:
     return np.diff(whole) / (1 - whole[0])
 
 
-@given(profiles)
-def test_a_density_integrates_to_one(profile: Profile) -> None:
-    # Finer towards the end, where both kinds have their weight.
-    ages = np.concatenate([[0.0], profile.step * np.logspace(-9, 0, 40_001)])
-    times = np.clip(profile.step - ages, 0.0, None)
-    values = profile.density(times)
-    middles = (values[1:] + values[:-1]) / 2
-    assert float(middles @ -np.diff(times)) == pytest.approx(1.0, rel=1e-3, abs=0.0)
-    assert np.all(values >= 0)
-    assert profile.density([-1.0, profile.step * 1.001]).tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("every", [1, 10])
-def test_a_power_profile_is_that_of_the_rule(every: int) -> None:
-    step, rule = 400, rules.power(0.12)
-    found = shares(rule, step, every)
-    profile = masses(PowerProfile(step, rule.gamma), step)
-    np.testing.assert_allclose(found, profile.reshape(-1, every).sum(1), rtol=1e-9, atol=1e-15)
-
-
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("half_life", [3.0, 80.0, 2000.0])
 def test_an_exponential_profile_is_that_of_the_corrected_rule(half_life: float, every: int) -> None:

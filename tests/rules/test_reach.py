@@ -107,18 +107,6 @@ def test_long_runs_against_all_shares(rule: rules.Rule, every: int) -> None:
     assert_near(effective_steps(rule, 20_003, every), by_shares(rule, 20_003, every))
 
 
-@given(st.integers(1, 40), st.integers(1, 200), st.integers(1, 9))
-def test_a_window_is_as_old_as_its_ring(size: int, n: int, every: int) -> None:
-    found = effective_steps(rules.window(size), n, every)
-    ages = [n - step for step in range(every, n + 1, every)][-size:]
-    if not ages:
-        assert found == Reach(n, 0.0, 1.0)
-        return
-    mean = sum(ages) / len(ages)
-    spread = math.sqrt(sum((a - mean) ** 2 for a in ages) / len(ages))
-    assert_near(found, Reach(mean, spread, 0.0))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -109,20 +108,6 @@ def test_descriptions_of_no_schedule(plain: Any) -> None:
 
 
 calls = st.lists(st.integers(1, 40), min_size=1, max_size=12)
-
-
-@given(st.floats(0.5, 0.9999), every, starts, calls)
-def test_the_horizon_does_not_depend_on_how_steps_are_cut(
-    decay: float, k: int, start: int, cuts: list[int]
-) -> None:
-    schedule = Schedule(rules.constant(decay), k, start)
-    left, step = Fraction(1), start
-    for steps in cuts:
-        step += steps
-        for w in schedule.weights(step, steps):
-            left *= 1 - Fraction(w)
-    done = (step - start) // k * k
-    assert float(left) == pytest.approx(decay**done, rel=1e-9, abs=1e-13)
 
 
 # -- rules that say which steps are due ------------------------------------------------------------

@@ -28,17 +28,6 @@ def test_a_half_life_halves(length: float) -> None:
     assert units.decay_of_half_life(length) == rules.half_life(length).decay(1)
 
 
-@given(lengths, st.integers(1, 4096))
-def test_samples_are_steps_times_the_batch(steps: float, batch: int) -> None:
-    samples = steps * batch
-    assert units.decay_of_half_life(samples, batch) == pytest.approx(
-        units.decay_of_half_life(steps), rel=1e-12, abs=0.0
-    )
-    assert units.decay_of_window(samples, batch) == pytest.approx(
-        units.decay_of_window(steps), rel=1e-12, abs=1e-15
-    )
-
-
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, None, "x", True], ids=repr)
 def test_what_is_no_length(value: Any) -> None:
     with pytest.raises(ArgumentError, match=r"window.*above 0"):
@@ -56,15 +45,6 @@ def test_what_is_no_length(value: Any) -> None:
     for function, first in zip(functions, (0.9, 0.9, 10, 10), strict=True):
         with pytest.raises(ArgumentError, match=r"per_step.*above 0"):
             function(first, per_step=value)
-
-
-@pytest.mark.parametrize("value", [1, 1.0, -0.1, math.nan, None], ids=repr)
-def test_what_is_no_decay(value: Any) -> None:
-    for call in (units.effective_window, units.half_life_of_decay):
-        with pytest.raises(ArgumentError, match=r"\[0, 1\)"):
-            call(value)
-    with pytest.raises(ArgumentError, match=r"\[0, 1\)"):
-        units.rescaled(value, 2)
 
 
 def test_decays_that_would_be_one() -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.errors import LayoutError
 
 from .kinds import KINDS, PARTS, VARIED, all_of, unchanged, which
 from .weights import (
@@ -18,7 +17,6 @@ from .weights import (
     assert_bits,
     bits,
     net,
-    poison_,
     refresh_,
     snapshot,
     values,
@@ -124,36 +122,6 @@ def test_containers(container: str) -> None:
         pass
 
 
-THREES = torch.full((4,), 3.0)
-# A container, and what replaces its first tensor, of ones, by one of threes.
-REPLACEMENTS = {
-    "dict": (lambda w: {"a": w}, lambda c: c.update(a=THREES)),
-    "list": (lambda w: [w], lambda c: c.__setitem__(0, THREES)),
-    "mapping": (lambda w: UserDict(a=w), lambda c: c.update(a=THREES)),
-    "dict in a dict": (lambda w: {"a": {"b": w}}, lambda c: c["a"].update(b=THREES)),
-    "whole dict in a dict": (lambda w: {"a": {"b": w}}, lambda c: c.update(a={"b": THREES})),
-    "list in a dict": (lambda w: {"a": [w]}, lambda c: c["a"].__setitem__(0, THREES)),
-    "whole list in a dict": (lambda w: {"a": [w]}, lambda c: c.update(a=[THREES])),
-    "dict in a list": (lambda w: [{"a": w}], lambda c: c[0].update(a=THREES)),
-    "list in a tuple": (lambda w: ([w],), lambda c: c[0].__setitem__(0, THREES)),
-}
-
-
-@pytest.mark.parametrize("explicit", [False, True])
-@pytest.mark.parametrize("kind", REPLACEMENTS)
-def test_replaced_entries_are_followed(kind: str, explicit: bool) -> None:
-    """``w[i] = w[i] - step`` is how plain tensors are trained."""
-    make, replace = REPLACEMENTS[kind]
-    weights = torch.ones(4)
-    container = make(weights)
-    ema = fastema.EMA(container, 0.5)
-    replace(container)
-    poison_([weights])
-    ema.update(*([container] if explicit else []))
-    (average,) = ema.shadow.values()
-    torch.testing.assert_close(average, torch.full((4,), 2.0))
-
-
 LISTS = {
     "append": lambda c: c.append(torch.ones(2)),
     "pop": lambda c: c.pop(),
@@ -235,9 +203,3 @@ def test_layouts_of_every_kind(layout: str, kind: str) -> None:
     for part in PARTS if kind != "SMA" else ["ring"]:
         for one, other in zip(found.get(part, ()), want.get(part, ()), strict=True):
             assert_bits(one, snapshot(other))
-
-
-@pytest.mark.parametrize("shape", [(4, 3), (2, 4, 3)])
-def test_expanded_weights_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(LayoutError, match=r"bias.*expanded(.|\n)*clone"):
-        fastema.EMA({"fine": torch.randn(3), "bias": torch.randn(3).expand(shape)})

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
@@ -73,38 +72,6 @@ MIXED = {
     "mean": rules.cumulative_mean(),
 }
 CUTS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
-
-
-def taken_in(cuts: list[int], start: int, every: int) -> list[tuple[int, int, int]]:
-    """Of calls with so many steps those that work: call, step since the start, steps taken in."""
-    found, step = [], 0
-    for call, steps in enumerate(cuts):
-        step += steps
-        last, before = (max(n, 0) // every * every for n in (step - start, step - steps - start))
-        if last > before:
-            found.append((call, last, last - before))
-    return found
-
-
-@pytest.mark.parametrize("rule", MIXED)
-@given(CUTS, st.integers(0, 9), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_steps_of_mixed_length_are_weighed_by_the_rule_alone(
-    rule: str, cuts: list[int], start: int, every: int, seed: int
-) -> None:
-    values = np.random.default_rng(seed).normal(3.0, 1.0, (len(cuts), 5))
-    x = np.full(5, 1e30)  # nothing is left of it
-    ema = fastema.EMA([x], MIXED[rule], zero_debias=True, start_after=start, update_every=every)
-    for value, steps in zip(values, cuts, strict=True):
-        x[:] = value
-        ema.update(steps=steps)
-    total, seen = np.zeros(5), Fraction(0)
-    done = taken_in(cuts, start, every)
-    for call, last, length in done:
-        weight = Fraction(MIXED[rule].weight(last, length))
-        total += float(weight) * (values[call] - total)
-        seen += weight * (1 - seen)
-    if done:
-        np.testing.assert_allclose(ema.shadow["0"], total / float(seen), rtol=1e-9)
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -104,14 +104,6 @@ def test_averaged_model(multi: bool, use_buffers: bool) -> None:
     compare(peer, decay=0.9, buffers="average" if use_buffers else "copy")
 
 
-@pytest.mark.parametrize("multi", EITHER)
-def test_averaged_model_that_takes_the_mean(multi: bool) -> None:
-    """Of the weights of each update; ``inverse_gamma`` with power 1 is the running mean too."""
-    function = {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()} if multi else {}
-    compare(averaged_model(False, **function), decay=rules.inverse_gamma(1 - 1e-9, power=1.0))
-    compare(averaged_model(False, **function), fastema.SWA)
-
-
 @pytest.mark.parametrize("warmup", EITHER)
 def test_torch_ema(warmup: bool) -> None:
     torch_ema = pytest.importorskip("torch_ema")

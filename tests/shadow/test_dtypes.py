@@ -1,15 +1,17 @@
-"""Every pair of weights' dtype and average's dtype against a float64 loop."""
+"""Dtypes of averages: given, by default, and converted."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import fastema
-from fastema.errors import DTypeError
+from fastema.errors import ArgumentError, DeviceError, DTypeError
 
-from .kinds import KINDS, all_of, three
+from .kinds import all_of, three, unchanged
 from .truth import Loop, arithmetic_of
 from .weights import FLOATS, bits, net, refresh_, train_
 
@@ -54,24 +56,6 @@ def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) 
 WHOLE = [torch.bool, *(getattr(torch, f"{u}int{n}") for u in ("", "u") for n in (8, 16, 32, 64))]
 
 
-@pytest.mark.parametrize("dtype", WHOLE)
-def test_integers_and_booleans_are_copied_exactly(dtype: torch.dtype) -> None:
-    params = {"w": torch.randn(5), "n": torch.randint(0, 2, (333,)).to(dtype)}
-    ema = fastema.EMA(params, 0.999, shadow_dtype=torch.float64)
-    refresh_(params, 7)
-    if dtype == torch.int64:
-        params["n"][0] = 2**53 + 1  # not a float64
-    ema.update()
-    assert ema.shadow["n"].dtype == dtype
-    assert torch.equal(ema.shadow["n"], params["n"])
-
-
-@pytest.mark.parametrize("shadow_dtype", [torch.int32, torch.bool, "int8", "nonsense", "c64"])
-def test_shadow_dtype_that_cannot_hold_weights(shadow_dtype: object) -> None:
-    with pytest.raises(DTypeError):
-        fastema.EMA(net(), shadow_dtype=shadow_dtype)
-
-
 def test_random_bits_are_the_default_of_narrow_averages_and_of_no_others() -> None:
     def bits_of(dtype: torch.dtype, **options: object) -> torch.Tensor:
         x = [torch.ones(500)]
@@ -86,36 +70,6 @@ def test_random_bits_are_the_default_of_narrow_averages_and_of_no_others() -> No
         assert torch.equal(default, nearest) == (dtype.itemsize > 2)
         assert torch.equal(default, bits_of(dtype, seed=7)) == (dtype.itemsize > 2)
         assert torch.equal(nearest, bits_of(dtype, rounding="nearest", seed=7))
-
-
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize("dtype", FLOATS.values(), ids=FLOATS)
-def test_special_values(dtype: torch.dtype, rounding: str) -> None:
-    inf, nan = float("inf"), float("nan")
-    x = torch.tensor([1.0, 1.0, 1.0, 1.0, inf, nan]).to(dtype)
-    ema = fastema.EMA([x], 0.5, rounding=rounding)
-    x.copy_(torch.tensor([inf, -inf, nan, 1.0, inf, 1.0]))
-    ema.update()
-    expected = torch.tensor([inf, -inf, nan, 1.0, nan, nan]).to(dtype)
-    torch.testing.assert_close(ema.shadow["0"], expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_to_another_device_takes_all_of_an_average_along(kind: str) -> None:
-    """In whatever order of axes, and the run goes on to the bit."""
-    weights = [torch.randn(4, 3, 5, 7).to(memory_format=torch.channels_last), torch.randn(6, 9).t()]
-    average, twin = KINDS[kind](weights), KINDS[kind](weights)
-    for n in range(1, 12):
-        refresh_(weights, n)
-        average.update()
-        twin.update()
-        if n in (2, 7):
-            before = all_of(average)
-            assert average.to("cpu") is average
-            assert all_of(average) == before
-            held = average.state_dict(copy=False)["shadow"][-1]
-            assert held["0"].stride() == weights[0].stride()
-        assert all_of(average) == all_of(twin)
 
 
 CHANGES = [("float32", "bf16+16"), ("bf16+16", "float64"), ("bf16+16", "bfloat16")]
@@ -161,3 +115,69 @@ def test_what_cannot_be_in_two_halves_is_refused() -> None:
     with pytest.raises(DTypeError, match=r"c64.*halves"):
         ema.to(dtype="bf16+16")
     ema.update()
+
+
+TO_FLOAT32: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "dtype": ((torch.float32,), {}),
+    "name": (("float32",), {}),
+    "numpy dtype": ((np.float32,), {}),
+    "device, dtype": (("cpu", torch.float32), {}),
+    "None, dtype": ((None, torch.float32), {}),
+    "device object, dtype": ((torch.device("cpu"), torch.float32), {"non_blocking": True}),
+    "tensor": ((torch.ones(1),), {}),
+    "parameter": ((torch.nn.Parameter(torch.ones(2)),), {}),
+    "keywords": ((), {"device": "cpu", "dtype": torch.float32}),
+}
+
+
+@pytest.mark.parametrize("stored", ["bf16+16", "bfloat16", "float64"])
+@pytest.mark.parametrize("how", TO_FLOAT32)
+def test_a_dtype_in_any_place_converts_the_average(how: str, stored: str) -> None:
+    """Every spelling converts the values and what is known of them: the run goes on alike."""
+    args, kwargs = TO_FLOAT32[how]
+    model = net(0, torch.bfloat16)
+    average, twin = (fastema.EMA(model, 0.99, shadow_dtype=stored) for _ in range(2))
+    for n in range(1, 60):
+        refresh_(model, n)
+        average.update()
+        twin.update()
+        if n == 5:
+            assert average.to(*args, **kwargs) is average
+            twin.to(dtype="float32")
+    assert average.shadow["hidden.weight"].dtype == torch.float32
+    assert all_of(average) == all_of(twin)
+
+
+@pytest.mark.parametrize("to", ["cpu", torch.device("cpu"), None])
+@pytest.mark.parametrize("stored", ["bf16+16", "bfloat16"])
+def test_a_device_alone_keeps_the_dtype(stored: str, to: Any) -> None:
+    model = net(0, torch.bfloat16)
+    average, twin = (fastema.EMA(model, 0.99, shadow_dtype=stored) for _ in range(2))
+    for n in range(1, 9):
+        refresh_(model, n)
+        average.to(to)
+        average.update()
+        twin.update()
+    assert all_of(average) == all_of(twin)
+
+
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "unknown name": (("foo",), {}, DeviceError, "foo"),
+    "number": ((3.5,), {}, DeviceError, "3.5"),
+    "bool": ((True,), {}, ArgumentError, "non_blocking"),
+    "two dtypes": ((torch.float32, torch.float64), {}, ArgumentError, "two values for dtype"),
+    "two devices": (("cpu",), {"device": "cpu"}, ArgumentError, "two values for device"),
+    "dtype as device": ((), {"device": torch.float32}, DeviceError, "float32"),
+    "device as dtype": ((), {"dtype": torch.device("cpu")}, ArgumentError, "dtype="),
+    "integer dtype": ((torch.int32,), {}, DTypeError, "i32"),
+    "copy": (("cpu",), {"copy": True}, TypeError, "copy"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_anything_else_is_refused_and_changes_nothing(what: str) -> None:
+    args, kwargs, error, message = REFUSED[what]
+    average = fastema.EMA(net(0, torch.bfloat16), 0.9, shadow_dtype="bf16+16")
+    with unchanged({}, average), pytest.raises(error, match=message):
+        average.to(*args, **kwargs)
+    average.update()

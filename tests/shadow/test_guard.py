@@ -93,21 +93,6 @@ def test_the_error_names_every_bad_tensor_and_no_other() -> None:
     assert ema.num_updates == ema.num_skipped == 0
 
 
-def test_the_weights_that_an_average_begins_with_are_looked_at() -> None:
-    weights = {"w": torch.ones(100)}
-    ema = fastema.EMA(weights, 0.5, on_nonfinite="skip", start_after=2)
-    ema.update()
-    weights["w"].fill_(torch.nan)
-    ema.update()
-    assert (ema.num_updates, ema.num_skipped) == (1, 1)
-    weights["w"].fill_(7)
-    ema.update()
-    weights["w"].fill_(9)
-    ema.update()
-    assert (ema.num_updates, ema.num_skipped) == (3, 1)
-    assert torch.equal(ema.shadow["w"], torch.full((100,), 8.0))
-
-
 def test_the_count_is_saved() -> None:
     weights = weights_of(torch.float32)
     ema = fastema.EMA(weights, 0.5, on_nonfinite="skip")

@@ -181,22 +181,3 @@ def test_no_tensor_is_allocated_by_an_update_or_a_swap(model_dtype: str, kind: s
         with average.swapped(**which(average)):
             pass
     assert sum(event.cpu_memory_usage for event in profile.key_averages()) == 0
-
-
-def big_tensors_alive() -> int:
-    """How many pieces of memory of a quarter of a million elements there are."""
-    found = [obj for obj in gc.get_objects() if type(obj) is torch.Tensor]
-    return len({t.untyped_storage().data_ptr() for t in found if t.numel() >= 250_000})
-
-
-def test_spare_buffer_is_let_go_after_the_block() -> None:
-    """Where dtypes have no exact exchange, the raw weights take one buffer, for the block only."""
-    gc.collect()
-    before = big_tensors_alive()
-    params = [torch.randn(250_000, dtype=torch.float16)]
-    ema = fastema.EMA(params, 0.9, shadow_dtype=torch.float32)
-    ema.update()
-    assert big_tensors_alive() == before + 2
-    with ema.swapped():
-        assert big_tensors_alive() == before + 3
-    assert big_tensors_alive() == before + 2

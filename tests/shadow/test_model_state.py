@@ -1,7 +1,8 @@
-"""The average as a model's own state: what `load_state_dict`, files and `functional_call` take."""
+"""The average for others: its mapping, copies of it, a model's state with it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError, StateError
 
-from .kinds import KINDS, trained_kind, unchanged, which
-from .weights import Net, assert_bits, bits, net, refresh_, snapshot
+from .kinds import KINDS, VARIED, all_of, last, trained_kind, unchanged, which
+from .weights import Net, assert_bits, bits, net, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
 
@@ -80,18 +81,139 @@ def test_tied_frozen_and_further_state_is_all_there() -> None:
     assert torch.equal(other.head.weight, ema.shadow["head.weight"])
 
 
-def test_functional_call_takes_it() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    ema = trained(model)
-    x = torch.randn(5, 3)
-    found = torch.func.functional_call(model, ema.model_state_dict(), (x,))
-    with ema.swapped():
-        assert torch.equal(found, model(x))
-
-
 def test_it_is_refused_while_the_average_is_applied_and_for_a_model_of_other_shapes() -> None:
     ema = trained(net())
     with ema.swapped(), pytest.raises(StateError, match="model_state_dict"):
         ema.model_state_dict()
     with pytest.raises(LayoutError, match=r"head\.weight: shapes differ"):
         ema.model_state_dict(Net(width=7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copy_to_of_every_kind(kind: str) -> None:
+    """Of an average in two halves the float32 that they are, rounded once."""
+    model = net()
+    average = trained_kind(kind, model)
+    raw, held = snapshot(model), all_of(average)
+    for i, shadow in enumerate(average.shadows):
+        wide = net(5, torch.float64)
+        average.copy_to(wide, which=i)
+        exact = values(wide)
+        for name, half in shadow.items():
+            if "split" in kind and name in exact and exact[name].is_floating_point():
+                assert torch.equal(exact[name], exact[name].float().double())
+                torch.testing.assert_close(half.double(), exact[name], rtol=2.0**-8, atol=0)
+            else:
+                assert torch.equal(exact[name], half.to(exact[name].dtype))
+        for dtype in (torch.float32, torch.bfloat16):
+            other = net(5, dtype)
+            average.copy_to(other, which=i)
+            for name, tensor in values(other).items():
+                assert torch.equal(tensor, exact[name].to(tensor.dtype)), name
+    assert_bits(model, raw)
+    assert all_of(average) == held
+
+
+def lacking(model: nn.Module) -> None:
+    del model.scale
+    model.conv.bias = None
+
+
+def reshaped(model: nn.Module) -> None:
+    model.hidden.bias.data = torch.randn(13)
+
+
+def training_more(model: nn.Module) -> None:
+    model.extra = nn.Parameter(torch.randn(3))  # it would stay raw among averaged ones
+
+
+UNFIT = {lacking: ["'scale'", "'conv.bias'"], reshaped: ["hidden.bias"], training_more: ["extra"]}
+
+
+@pytest.mark.parametrize("change", UNFIT)
+def test_copy_to_a_model_that_does_not_fit(change: Callable[[nn.Module], None]) -> None:
+    ema = fastema.EMA(net(), 0.5)
+    target = net(1)
+    change(target)
+    before = snapshot(target)
+    with pytest.raises(LayoutError) as caught:
+        ema.copy_to(target)
+    assert all(name in str(caught.value) for name in UNFIT[change])
+    assert_bits(target, before)
+
+
+def test_copy_to_tells_autograd() -> None:
+    """A graph built on the weights that were there is refused, as after torch's own writes."""
+    model = net()
+    ema = fastema.EMA(model, 0.5)
+    refresh_(model, 1)
+    for write in (lambda: ema.copy_to(model), ema.apply_shadow, ema.restore):
+        loss = model.head(torch.randn(2, 12, requires_grad=True)).square().sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_it_is_a_mapping_in_the_order_of_the_model() -> None:
+    model = net()
+    ema = fastema.EMA(model)
+    shadow = ema.shadow
+    assert isinstance(shadow, Mapping)
+    assert list(shadow) == list(values(model)) == [name for name, _ in shadow.items()]
+    assert len(shadow) == len(values(model))
+    assert "scale" in shadow
+    assert "nothing" not in shadow
+    assert shadow.get("nothing") is None
+    with pytest.raises(KeyError, match="nothing"):
+        shadow["nothing"]
+    with ema.swapped():
+        assert "scale" in ema.shadow
+        assert "nothing" not in ema.shadow
+
+
+def test_it_cannot_be_changed() -> None:
+    ema = fastema.EMA(net())
+    with pytest.raises(TypeError):
+        ema.shadow["scale"] = torch.ones(())
+    with pytest.raises(TypeError):
+        del ema.shadow["scale"]
+    for method in ("update", "pop", "clear", "setdefault"):
+        assert not hasattr(ema.shadow, method)
+
+
+def exchanged(tensor: torch.Tensor) -> None:
+    tensor.data = torch.full_like(tensor, 9.0)
+
+
+DONE: dict[str, Callable[[torch.Tensor], object]] = {
+    "exchanged": exchanged,
+    "reset": lambda tensor: tensor.set_(torch.full_like(tensor, 9.0)),
+    "flattened": lambda tensor: setattr(tensor, "data", tensor.data.reshape(-1)),
+    "transposed": lambda tensor: tensor.t_(),
+    "narrowed": lambda tensor: setattr(tensor, "data", tensor.data.to(torch.float16)),
+    "trained": lambda tensor: tensor.requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
+@pytest.mark.parametrize("change", DONE.values(), ids=DONE)
+def test_what_is_done_to_a_tensor_it_handed_out_is_not_done_to_the_average(
+    change: Callable[[torch.Tensor], object], kind: str
+) -> None:
+    """Other than writing its elements, which are the average's own."""
+    model, twin = net(), net()
+    average, other = KINDS[kind](model), KINDS[kind](twin)
+    change(last(average)["hidden.weight"])
+    state = average.state_dict(copy=False)
+    for tensors in (*state["shadow"], *state.get("residual", ()), *state.get("ring", ())):
+        exchanged(tensors["hidden.bias"])
+    assert all_of(average) == all_of(other)
+    for n in range(1, 6):
+        for weights, one in ((model, average), (twin, other)):
+            refresh_(weights, n)
+            one.update()
+    assert all_of(average) == all_of(other)
+    assert last(average)["hidden.weight"].shape == model.hidden.weight.shape
+    assert not last(average)["hidden.weight"].requires_grad
+    with average.swapped(**which(average)), other.swapped(**which(other)):
+        assert_bits(model, snapshot(twin))

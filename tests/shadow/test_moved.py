@@ -238,34 +238,6 @@ def test_move_while_applied(move: Move, kind: str) -> None:
     average.update()
 
 
-# What is put into a bfloat16 model by its high half, rounded to it, or by way of a spare buffer.
-INTO_BF16 = {
-    "rounded": lambda model: fastema.EMA(model, 0.75, shadow_dtype="float32"),
-    "rounded mean": lambda model: fastema.SMA(model, 3, shadow_dtype="float32"),
-    "half": KINDS["split"],
-    "one of three halves": KINDS["three split"],
-    "spare": lambda model: three(model, shadow_dtype="float64"),
-}
-
-
-@pytest.mark.parametrize("kind", INTO_BF16)
-@pytest.mark.parametrize("move", [data_assigned, state_dict_assigned, module_replaced])
-def test_move_while_an_average_is_in_a_bfloat16_model(move: Move, kind: str) -> None:
-    model = net(0, torch.bfloat16)
-    average = INTO_BF16[kind](model)
-    train_(model, range(1, 6), average)
-    refresh_(model, 7)
-    if move is module_replaced:
-        torch.set_default_dtype(torch.bfloat16)
-    held = all_of(average)
-    try:
-        with unchanged(model, average), average.swapped(**which(average)):
-            poison_left(model, move)
-            assert all_of(average) == held
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("shadow_dtype", ["float32", "float64"])
 def test_dtype_changed_while_applied(shadow_dtype: str) -> None:
     """Restoring is refused; the raw weights are still there once the dtype is what it was."""

@@ -117,9 +117,3 @@ def test_read_only_arrays_are_averaged_and_never_written() -> None:
     np.testing.assert_array_equal(later["fixed"], np.full(3, 2.0, np.float32))
     np.testing.assert_array_equal(later["free"], np.full(2, 7.0))
     np.testing.assert_array_equal(weights["fixed"], np.ones(3, np.float32))
-
-
-def test_one_array_twice_is_tied_only_where_it_can_be_written() -> None:
-    fixed, free = read_only(), np.ones(3, np.float32)
-    assert len(fastema.EMA([fixed, fixed]).shadow) == 2
-    assert len(fastema.EMA([free, free]).shadow) == 1

@@ -103,21 +103,6 @@ def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them(
     assert link.events.index("stepped") == len(link.events) - 1
 
 
-def test_it_follows_optimizers() -> None:
-    model = build()
-    parameters = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=0.1)
-    offloaded, ema = (fastema.EMA(model, decay=0.5, offload=on) for on in (True, False))
-    offloaded._link.delay = lambda number: time.sleep(0.002)
-    offloaded.follow(optimizer)
-    for n in range(5):
-        for one in parameters:
-            one.grad = torch.full_like(one, n - 1.7)
-        optimizer.step()
-        ema.update()
-    assert_same(offloaded, ema)
-
-
 def test_the_stats_say_what_it_cost() -> None:
     model = build()
     offloaded = fastema.EMA(model, decay=0.5, offload=True, buffers="skip")

@@ -10,8 +10,6 @@ import pytest
 import fastema
 from fastema.errors import ArgumentError
 
-from .truth import Loop
-
 SIGMAS = (0.05, 0.10, 0.2)
 
 
@@ -50,22 +48,6 @@ def test_the_profile_is_the_closed_form(every: int, start: int) -> None:
         std = math.sqrt((profile * (ages - mean) ** 2).sum())
         assert std / n == pytest.approx(sigma, abs=1 / updates)
         assert mean / n == pytest.approx(1 / (power + 1), abs=1 / updates)
-
-
-@pytest.mark.parametrize("every", [1, 10])
-def test_it_is_the_recursion(every: int) -> None:
-    x = np.random.default_rng(0).normal(size=200).astype(np.float32)
-    average = fastema.PowerEMA([x], SIGMAS, update_every=every)
-    loops = [Loop(x, "f32", "f32") for _ in SIGMAS]
-    for step in range(1, 301):
-        x[:] = np.random.default_rng(step).normal(size=200)
-        average.update()
-        if step % every == 0:
-            for loop, sigma in zip(loops, SIGMAS, strict=True):
-                beta = (1 - every / step) ** (gamma_of(sigma) + 1)
-                loop.step(x, 1 - beta)
-    for loop, shadow in zip(loops, average.shadows, strict=True):
-        loop.check(shadow["0"])
 
 
 def test_widths_by_default_and_one_alone() -> None:

@@ -65,16 +65,6 @@ def run(weights: Weights, seed: int, updates: int, ema: fastema.EMA) -> Iterator
 
 
 @small
-@given(weights_of(*MIXED), decays, seeds)
-def test_constant_weights_are_a_fixed_point(weights: Weights, decay: float, seed: int) -> None:
-    refresh_(weights, seed)
-    ema = fastema.EMA(weights, min(decay, 0.9))
-    for _ in range(3):
-        ema.update()
-    assert_bits(dict(ema.shadow), snapshot(weights))
-
-
-@small
 @given(weights_of(*FLOATS), st.floats(0.0, 0.9), seeds, st.integers(1, 8))
 def test_the_average_stays_between_the_weights_it_has_seen(
     weights: Weights, decay: float, seed: int, updates: int
@@ -161,14 +151,6 @@ def test_state_round_trip_is_the_identity(
         refresh_(weights, seed + 9)
         ema.update()
         ema.load_state_dict(state)
-
-
-@small
-@given(weights_of(*FLOATS), seeds)
-def test_decay_zero_copies(weights: Weights, seed: int) -> None:
-    ema = fastema.EMA(weights, 0.0)
-    for _ in run(weights, seed, 2, ema):
-        assert_bits(dict(ema.shadow), snapshot(weights))
 
 
 @small

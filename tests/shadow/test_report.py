@@ -89,3 +89,20 @@ def test_a_rule_of_the_users_own_is_called_by_its_name() -> None:
     ema = fastema.EMA([np.ones(2)], rules.inverse_gamma(0.9, power=0.5))
     ema.update()
     assert repr(ema.schedule.rules[0]) in ema.report()
+
+
+SHOWN = {
+    "ema": "EMA(3 weights in 1 tensor, f64, decay 0.99, 1 update)",
+    "several": "EMA(3 weights in 1 tensor, f64, decay 0.9; decay 0.999, 1 update)",
+    "debiased": "EMA(3 weights in 1 tensor, f64, decay 0.99, bias-corrected, 1 update)",
+    "warmup": "EMA(3 weights in 1 tensor, f64, decay 0.9999 with warm-up, 1 update)",
+    "swa": "SWA(3 weights in 1 tensor, f64, mean of all weights, 1 update)",
+    "sma": "SMA(3 weights in 1 tensor, f64, mean of the last 5 weights, 1 update)",
+    "power": "PowerEMA(3 weights in 1 tensor, f64, power function of sigma_rel 0.05; power "
+    "function of sigma_rel 0.1, 1 update)",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_shows_its_rule(kind: str) -> None:
+    assert repr(after(kind, 1)) == SHOWN[kind]

@@ -17,7 +17,7 @@ from fastema.errors import ArgumentError
 from ..support import reference
 from ..support.tolerance import cast_bound, unit_roundoff
 from .kinds import all_of
-from .stored import CODES, code_of, exact, stored
+from .stored import CODES, exact
 from .weights import refresh_
 
 pytestmark = pytest.mark.torch
@@ -69,21 +69,6 @@ def test_it_is_the_mean_of_the_window(dtype: torch.dtype, window: int) -> None:
             history.seen.append(reals(weights[name]))
             history.check(reals(sma.shadow[name]))
     assert sma.num_updates == 2 * window + 5
-
-
-@pytest.mark.parametrize("ring", ["bfloat16", torch.float16, "float64"])
-def test_a_ring_of_another_dtype(ring: Any) -> None:
-    weights = {"w": torch.empty(300)}
-    sma = fastema.SMA(weights, 5, ring_dtype=ring)
-    code = {"bfloat16": "bf16", torch.float16: "f16", "float64": "f64"}[ring]
-    history = History(5, "f32", "f32", False)
-    for step in range(1, 20):
-        refresh_(weights, step)
-        sma.update()
-        kept = reference.cast(stored(weights["w"]), "f32", code)
-        history.seen.append(reference.decode(kept, code))
-        history.check(exact(sma.shadow["w"]))
-    assert code_of(sma.state_dict()["ring"][0]["w"]) == code
 
 
 @pytest.mark.parametrize(

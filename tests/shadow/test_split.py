@@ -70,29 +70,6 @@ def test_the_high_half_is_a_checkpoint_and_all_that_a_bfloat16_model_takes() -> 
         assert all_of(ema) == before
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_a_model_holds_the_whole_average_rounded_once(dtype: str) -> None:
-    model = net(0, FLOATS[dtype])
-    ema = fastema.EMA(model, DECAY, shadow_dtype=SPLIT)
-    wide = fastema.EMA(model, DECAY, shadow_dtype="float32")
-    train_(model, range(5), ema, wide)
-    before = all_of(ema)
-    with unchanged(model, ema), ema.swapped():
-        assert all_of(ema) == before
-        for name, tensor in model.named_parameters():
-            average = stored(wide.shadow[name])
-            want = reference.encode(reference.decode(average, "f32"), dtype)
-            if dtype == "bf16":
-                want, _ = reference.split(average)
-            np.testing.assert_array_equal(stored(tensor), want)
-    # A copy is rounded to nearest even from the whole, also to bfloat16.
-    other = net(3, FLOATS[dtype])
-    ema.copy_to(other)
-    for name, tensor in other.named_parameters():
-        average = reference.decode(stored(wide.shadow[name]), "f32")
-        np.testing.assert_array_equal(stored(tensor), reference.encode(average, dtype))
-
-
 def test_from_and_to_bfloat16() -> None:
     model = net(0, torch.bfloat16)
     ema = fastema.EMA(model, DECAY)

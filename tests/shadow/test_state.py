@@ -244,18 +244,6 @@ def test_names_of_a_wrapped_model_load(prefix: str) -> None:
     assert_bits(dict(ema.shadow), snapshot(state["shadow"][0]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_without_a_copy_is_that_state(kind: str) -> None:
-    average = trained_kind(kind)
-    state, alias = average.state_dict(), average.state_dict(copy=False)
-    assert state.keys() == alias.keys()
-    for part in PARTS:
-        for one, other in zip(state.get(part, ()), alias.get(part, ()), strict=True):
-            assert_same(snapshot(one), snapshot(other))
-            own = {tensor.data_ptr() for tensor in other.values()}
-            assert own.isdisjoint(tensor.data_ptr() for tensor in one.values())
-
-
 # -- what does not fit ----------------------------------------------------------------------------
 
 Change = Callable[[State], object]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastema
 from fastema import rules
-from fastema.errors import ArgumentError, NonFiniteError, StateError
+from fastema.errors import ArgumentError, StateError
 
 from .truth import Loop
 
@@ -55,22 +55,6 @@ def test_a_power_average_weighs_a_step_by_its_stretch_of_the_run(
         )
 
 
-def test_steps_before_the_start_and_across_it() -> None:
-    x = values(0)
-    ema = fastema.EMA([x], 0.5, start_after=10)
-    x[...] = values(1)
-    ema.update(steps=9)
-    np.testing.assert_array_equal(ema.shadow["0"], x)
-    assert ema.decay == 0.0
-    x[...] = values(2)
-    ema.update(steps=5)  # begins at 10, as it does for those who call it there
-    np.testing.assert_array_equal(ema.shadow["0"], x)
-    x[...] = values(3)
-    ema.update(steps=2)
-    want = 0.25 * values(2).astype(np.float64) + 0.75 * values(3)
-    np.testing.assert_allclose(ema.shadow["0"], want, rtol=1e-6, atol=1e-7)
-
-
 def test_random_bits_are_those_of_the_step_that_is_reached() -> None:
     x = values(0, (5000,)).astype(np.float16)
     jump = fastema.EMA([x], 0.9, seed=3)
@@ -109,18 +93,3 @@ def test_a_windowed_mean_needs_every_step() -> None:
     sma.update(steps=1)
     assert sma.num_updates == 1
     np.testing.assert_allclose(sma.shadow["0"], x, rtol=1e-6)
-
-
-def test_weights_that_are_not_finite() -> None:
-    x = values(0)
-    skipping = fastema.EMA([x], 0.5, on_nonfinite="skip")
-    raising = fastema.EMA([x], 0.5, on_nonfinite="raise")
-    before = x.copy()
-    x[5] = np.nan
-    skipping.update(steps=3)
-    with pytest.raises(NonFiniteError, match="'0'"):
-        raising.update(steps=3)
-    for ema in (skipping, raising):
-        assert ema.num_updates == 0
-        np.testing.assert_array_equal(ema.shadow["0"], before)
-    assert skipping.num_skipped == 1

@@ -13,7 +13,7 @@ import fastema
 from fastema.errors import LayoutError, StateError
 
 from .kinds import KINDS, VARIED, all_of, trained_kind, unchanged, which
-from .weights import Net, assert_bits, assert_same, net, refresh_, snapshot
+from .weights import Net, assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 
@@ -174,38 +174,6 @@ def test_tensor_removed_while_applied(kind: str) -> None:
     average.restore()
     assert_bits(model, raw)
     assert all_of(average) == held
-
-
-@pytest.mark.parametrize("kind", ["EMA", *VARIED])
-@pytest.mark.parametrize("change", [added, added_buffer, unfrozen])
-def test_what_is_new_while_applied_does_not_keep_the_raw_weights_away(
-    change: Change, kind: str
-) -> None:
-    """An evaluation may cache a buffer or end in ``requires_grad_(True)``: that is for update()."""
-    model = net()
-    model.conv.requires_grad_(False)
-    average = ready_kind(model, kind)
-    raw, held = snapshot(model), all_of(average)
-    with average.swapped(**which(average)):
-        change(model)
-    assert not average.applied
-    found = snapshot(model)
-    assert_same({name: found[name] for name in raw}, raw)
-    assert all_of(average) == held
-    with pytest.raises(LayoutError):
-        average.update()
-
-
-@pytest.mark.parametrize("kind", ["EMA", *VARIED])
-@pytest.mark.parametrize("call", CALLS)
-def test_untied_weights(call: str, kind: str) -> None:
-    model = Shared()
-    average = KINDS[kind](model)
-    model.head.data = model.head.data.clone()
-    with unchanged(model, average), pytest.raises(LayoutError, match="'head' was tied to 'table'"):
-        CALLS[call](average, model)
-    model.head.data = model.table.data
-    average.update()
 
 
 @pytest.mark.parametrize("call", CALLS)

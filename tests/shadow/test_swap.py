@@ -175,18 +175,6 @@ def test_raw_weights_come_back_after_an_exception(
     average.update()
 
 
-def test_block_as_a_decorator() -> None:
-    model, ema = ready()
-
-    @ema.swapped()
-    def evaluate() -> bool:
-        return ema.applied
-
-    with unchanged(model, ema):
-        assert evaluate()
-        assert evaluate()
-
-
 CALLS: dict[str, Callable[[Any, Net], object]] = {
     "apply": lambda ema, model: ema.apply_shadow(),
     "apply other": lambda ema, model: ema.apply_shadow(net(9)),

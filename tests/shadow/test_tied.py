@@ -134,12 +134,3 @@ def test_partly_shared_memory_is_refused_by_name() -> None:
     ):
         with pytest.raises(LayoutError, match="overlap"):
             fastema.EMA(weights)
-
-
-def test_weights_that_alias_the_average_are_refused() -> None:
-    model = Lang("none")
-    ema = fastema.EMA(model, 0.5)
-    model.load_state_dict(dict(ema.shadow), assign=True)
-    for call in (ema.update, ema.apply_shadow):
-        with pytest.raises(LayoutError, match="average of"):
-            call()

@@ -19,7 +19,6 @@ from .truth import Loops
 from .weights import (
     Net,
     assert_average,
-    assert_bits,
     assert_same,
     net,
     refresh_,
@@ -117,27 +116,9 @@ READERS = [
 ]
 WHOLE = [read_swapped, read_applied, read_copied]
 """Those that show float32 also where it is kept in two halves."""
-Reader = Callable[[Any, Net], dict[str, torch.Tensor]]
 PLAIN = ["EMA", "three", "SWA", "SMA", "PowerEMA"]
 READ = [(kind, read) for kind in PLAIN for read in READERS]
 READ += [(kind, read) for kind in ("split", "three split") for read in WHOLE]
-
-
-@pytest.mark.parametrize(("kind", "read"), READ)
-@pytest.mark.parametrize("every", [1, 2])
-def test_until_start_after_the_average_is_the_weights(kind: str, read: Reader, every: int) -> None:
-    model = net()
-    average = KINDS[kind](model, start_after=4, update_every=every)
-    for n in range(5):
-        if n:
-            average.update()
-        for seed in (10 + n, 20 + n):  # also as they are between two updates, but not at the last
-            assert_bits(read(average, model), snapshot(model))
-            if n < 4:
-                refresh_(model, seed)
-    begun = snapshot(model)
-    refresh_(model, 5)
-    assert_bits(read(average, model), begun)
 
 
 @pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip"}, {"start_after": 2}], ids=str)

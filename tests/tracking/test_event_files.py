@@ -66,17 +66,6 @@ def points(count: int, seed: int, start: int = 0, every: int = 1) -> Points:
     return [(start + every * place, value) for place, value in enumerate(values)]
 
 
-@pytest.mark.parametrize("kind", ["simple", "scalars"])
-def test_a_run(kind: str, tmp_path: Path) -> None:
-    tags = {"loss": points(200, 1), "val/loss": points(10, 2, start=19, every=20)}
-    write(tmp_path, tags, kind=kind)
-    (file,) = tmp_path.iterdir()
-    for source in (tmp_path, file, str(tmp_path)):
-        curves = read(source)
-        for name, its in tags.items():
-            assert points_of(curves[name]) == rounded(its)
-
-
 def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
     write(tmp_path, {"text": points(3, 1)}, kind="text")
     with pytest.raises(ArgumentError, match="no scalars in the TensorBoard event files"):
@@ -92,18 +81,6 @@ def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
     curves = read(tmp_path)
     assert points_of(curves["loss"]) == rounded([*first[:5], *second])
     assert points_of(curves["acc"]) == rounded(first[:5])
-
-
-def test_runs_in_folders(tmp_path: Path) -> None:
-    tags = {"train": points(4, 1), "validation": points(3, 2), "deep/er": points(2, 3)}
-    for run, its in tags.items():
-        write(tmp_path / run, {"loss": its}, kind="scalars")
-    write(tmp_path, {"loss": points(5, 4)}, kind="scalars")
-    curves = read(tmp_path)
-    assert set(curves) == {"step", "loss", *(f"{run}/loss" for run in tags)}
-    for run, its in tags.items():
-        assert points_of(curves[f"{run}/loss"]) == rounded(its)
-    assert points_of(curves["loss"]) == rounded(points(5, 4))
 
 
 def test_what_our_writer_writes_comes_back(tmp_path: Path) -> None:

@@ -53,19 +53,6 @@ def texts(axes: Axes) -> list[str]:
 # What a history holds
 
 
-def test_what_our_callbacks_record() -> None:
-    raw = noisy(40)
-    recorder = SimpleNamespace(
-        history={"loss_raw": raw, "loss_sma": noisy(40, 1), "loss_ema": noisy(40, 2)},
-        steps={"loss": list(range(5, 205, 5))},
-        window_size=7,
-        decay=0.75,
-    )
-    (panel,) = panels(recorder, averages=BOTH)
-    assert list(by_label(panel)) == ["raw", "SMA 7", "EMA 0.75"]
-    assert by_label(panel)["SMA 7"].steps.tolist() == recorder.steps["loss"]
-
-
 def test_what_a_metric_smoother_records() -> None:
     from fastema.tracking import MetricSmoother
 

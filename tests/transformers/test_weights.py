@@ -74,33 +74,6 @@ def test_each_evaluation_and_the_end_have_the_average_of_the_definition(
     assert_same(load_file(tmp_path / "average" / "model.safetensors"), average)
 
 
-@pytest.mark.parametrize("how", ["given", "a class", "added", "attached", "twice"])
-def test_ways_to_join_a_trainer(tmp_path: Path, how: str) -> None:
-    ema = EMACallback(at_end="raw")
-    given = {"given": [ema], "a class": [EMACallback], "twice": [ema]}.get(how, [])
-    run = trainer(tmp_path, *given, **EVERY_FOUR)
-    model: Any = run.model
-    begun = snapshot(model)
-    if how == "added":
-        run.add_callback(ema)
-    elif how in ("attached", "twice"):
-        assert ema.attach(run) is ema
-    run.evaluate()  # there is no average yet
-    run.train()
-    found = [one for one in run.callback_handler.callbacks if isinstance(one, EMACallback)]
-    assert len(found) == 1
-    assert_same(model.evaluated[0], begun)
-    assert differ(model.evaluated[-1], snapshot(model)) is (how != "a class")
-    with found[0].swapped():
-        assert_same(snapshot(model), model.evaluated[-1])
-    # Taken away again it does nothing.
-    raw = {name: value + 1 for name, value in snapshot(model).items()}
-    model.load_state_dict(raw)
-    run.remove_callback(found[0])
-    run.evaluate()
-    assert_same(model.evaluated[-1], raw)
-
-
 def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> None:
     run = trained(tmp_path, gradient_accumulation_steps=4, num_train_epochs=3)
     steps = run.trainer.state.global_step
