@@ -322,3 +322,23 @@ def test_the_page_of_machines_is_that_of_the_stored_results() -> None:
 
 def test_the_table_in_the_readme_is_the_stored_one() -> None:
     assert command.main(["--readme", "check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("inventory", "tensors", "elements"),
+    [
+        (shapes.gpt2(), 148, 124_439_808),
+        (shapes.resnet50(), 161, 25_557_032),
+        (shapes.resnet50_buffers(), 3 * 53, 2 * 26_560 + 53),
+        (shapes.many_small(), 1_000, 1_346_818),
+        (shapes.equal(), 400, 20_000_000),
+        (shapes.flat(), 1, 100_000_000),
+        (shapes.scalars(7), 7, 7),
+        (shapes.llama(), 291, 6_738_415_616),
+        (shapes.vit(), 152, 86_567_656),
+        (shapes.vit_with_resnet50(), 152 + 161, 86_567_656 + 25_557_032),
+    ],
+)
+def test_inventories(inventory: shapes.Inventory, tensors: int, elements: int) -> None:
+    assert len(inventory) == len({name for name, _ in inventory}) == tensors
+    assert shapes.total_elements(inventory) == elements

@@ -33,7 +33,7 @@ def test_memory_is_like_the_tensors_it_is_for(code: str, slots: int) -> None:
             assert spec.strides[bool(slots) :] == like.strides
         # Nothing overlaps, and no two share a cache line, nor do the slots of one.
         array[...] = number % 2
-        for slot in array if slots else [array]:
-            assert not slot.size or not slot.ctypes.data % ALIGNMENT
+        for slot in [array[i, ...] for i in range(slots)] or [array]:
+            assert not slot.size or (slot.ctypes.data - array.base.ctypes.data) % ALIGNMENT == 0
     for number, (array, _) in enumerate(made):
         assert (array == number % 2).all()

@@ -13,18 +13,8 @@ nn = torch.nn
 
 pytestmark = pytest.mark.torch
 
-
-@pytest.mark.parametrize("dtype", [torch.bits8, torch.quint8, torch.complex32])
-def test_dtypes_without_kernels(dtype: Any) -> None:
-    with pytest.raises(DTypeError, match=r"torch\.float32"):
-        bridge.code(dtype)
-    with pytest.raises(DTypeError, match="f8"):
-        bridge.native("f8")
-
-
 BASE = torch.arange(1.0, 121.0).view(4, 5, 6)
 TENSORS = {
-    "plain": BASE,
     "parameter": nn.Parameter(BASE),
     "transposed": BASE.permute(2, 0, 1),
     "slice": BASE[1:, ::2, 3],
@@ -37,13 +27,11 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("case", TENSORS)
-def test_description_of_where_a_tensor_lies(case: str) -> None:
-    tensor = TENSORS[case]
+@pytest.mark.parametrize("tensor", TENSORS.values(), ids=TENSORS)
+def test_description_of_where_a_tensor_lies(tensor: Any) -> None:
     spec = bridge.describe(tensor)
     assert spec.address == tensor.data_ptr()
-    assert spec.shape == tuple(tensor.shape)
-    assert spec.strides == tensor.stride()
+    assert (spec.shape, spec.strides) == (tuple(tensor.shape), tensor.stride())
     assert (spec.dtype, spec.device) == (bridge.code(tensor.dtype), "cpu")
     assert spec.writable
     assert spec.owner is tensor
@@ -63,31 +51,44 @@ def _fake() -> Any:
 
 
 UNUSABLE = {
-    "sparse": (lambda: torch.ones(3, 3).to_sparse(), None),
-    "compressed": (lambda: torch.ones(3, 3).to_sparse_csr(), None),
-    "meta": (lambda: torch.ones(3, device="meta"), None),
-    "conjugate": (lambda: torch.ones(3, dtype=torch.complex64).conj(), None),
-    "negative": (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, None),
-    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), None),
-    "freed": (lambda: _left(0), None),
-    "beyond the storage": (lambda: _left(64), "memory"),
-    "unaligned": (lambda: torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1), None),
-    "fake": (_fake, "fake"),
+    "sparse": lambda: torch.ones(3, 3).to_sparse(),
+    "compressed": lambda: torch.ones(3, 3).to_sparse_csr(),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "conjugate": lambda: torch.ones(3, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    "freed": lambda: _left(0),
+    "beyond the storage": lambda: _left(64),
+    "unaligned": lambda: torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1),
+    "fake": _fake,
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates some of these kinds
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_tensors_without_plain_memory_are_refused(case: str) -> None:
-    make, message = UNUSABLE[case]
-    tensor = make()
-    with pytest.raises(BridgeError, match=message):
+    tensor = UNUSABLE[case]()
+    with pytest.raises(BridgeError):
         bridge.describe(tensor)
 
 
-def test_writing_is_told_to_autograd_where_inference_tensors_raise(
+def test_dtypes_without_kernels() -> None:
+    for dtype in (torch.bits8, torch.quint8, torch.complex32):
+        with pytest.raises(DTypeError, match=r"torch\.float32"):
+            bridge.code(dtype)
+    with pytest.raises(DTypeError, match="f8"):
+        bridge.native("f8")
+
+
+def test_writing_is_told_to_autograd_but_for_tensors_of_inference_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    with torch.inference_mode():
+        silent = torch.ones(2)
+    tensors = [silent, torch.ones(3), nn.Parameter(torch.ones(2)), silent]
+    bridge.notify_write(tensors)
+    assert [one._version for one in tensors[1:3]] == [1, 1]
+
     def refusing(tensors: Any) -> None:  # as older versions of torch do
         if any(tensor.is_inference() for tensor in tensors):
             raise RuntimeError("Inference tensors do not track version counter.")
@@ -95,15 +96,33 @@ def test_writing_is_told_to_autograd_where_inference_tensors_raise(
 
     told: list[Any] = []
     monkeypatch.setattr(torch.autograd.graph, "increment_version", refusing)
-    with torch.inference_mode():
-        silent = torch.ones(2)
-    tensors = [silent, torch.ones(3), nn.Parameter(torch.ones(2)), silent]
     bridge.notify_write(tensors)
     assert list(map(id, told)) == list(map(id, tensors[1:3]))
 
 
+def network() -> Any:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4)), nn.Linear(4, 4))
+    net[0].bias.requires_grad_(False)
+    net[2].weight = net[0].weight
+    return net
+
+
+def test_walk_of_a_module() -> None:
+    net = network()
+    leaves = bridge.walk(net)
+    items = {leaf.name: leaf for leaf in leaves.items}
+    assert set(items) == set(net.state_dict())  # tied parameters have every name
+    assert items["2.weight"].spec == items["0.weight"].spec
+    named = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    assert all(items[name].spec.owner is one for name, one in named.items())
+    assert [items[f"0.{name}"].role for name in ("weight", "bias")] == ["weight", "frozen"]
+    assert items["1.0.running_mean"].role == items["1.0.num_batches_tracked"].role == "buffer"
+    assert bridge.walk([net]).names == leaves.names
+    assert bridge.walk([net, 1]) is bridge.walk([]) is bridge.walk(named) is None
+
+
 def test_buffers_that_a_state_leaves_out_are_marked() -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    net = network()
     net[1][0].register_buffer("cache", torch.ones(3), persistent=False)
     net[1].register_buffer("small", torch.ones(3).to(torch.float8_e5m2), persistent=False)
     net.register_buffer("late", None, persistent=False)
@@ -114,38 +133,6 @@ def test_buffers_that_a_state_leaves_out_are_marked() -> None:
         kept = {one.name for one in everything if one.persistent}
         assert kept == set(net.state_dict())
         assert {one.name for one in everything} - kept == {"1.0.cache", "1.small"}
-
-
-def network() -> Any:
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3, bias=False))
-    net[0].bias.requires_grad_(False)
-    net[2].weight = nn.Parameter(torch.ones(3, 4))
-    return net
-
-
-def test_walk_of_a_module() -> None:
-    net = network()
-    leaves = bridge.walk(net)
-    named = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-    assert leaves.names == list(named)
-    assert all(leaf.spec.owner is named[leaf.name] for leaf in leaves.items)
-    roles = {leaf.name: leaf.role for leaf in leaves.items}
-    assert roles["0.weight"] == "weight"
-    assert roles["0.bias"] == "frozen"
-    assert roles["1.running_mean"] == roles["1.num_batches_tracked"] == "buffer"
-    assert leaves.describe(named["0.weight"]) == bridge.describe(named["0.weight"])
-    assert bridge.walk([net]).names == leaves.names
-    assert bridge.walk([net, 1]) is bridge.walk([]) is None
-    assert bridge.walk(named) is None
-
-
-def test_tied_parameters_have_every_name() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    net[1].weight = net[0].weight
-    leaves = bridge.walk(net)
-    assert leaves.names == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    specs = {leaf.name: leaf.spec for leaf in leaves.items}
-    assert specs["0.weight"] == specs["1.weight"]
 
 
 def _small() -> Any:
@@ -169,9 +156,8 @@ def test_tensors_of_a_module_that_cannot_be_used(
 ) -> None:
     # A container may hold them where nobody asks for them; who does is told which one it is.
     leaves = bridge.walk(make())
-    opaque = {one.name: one for one in leaves.opaque}
     assert name not in leaves.names
-    assert isinstance(opaque[name].error, error)
+    assert name in {one.name for one in leaves.opaque}
     with pytest.raises(error, match=f"{name}.*{message}"):
         leaves.refuse_opaque()
 
