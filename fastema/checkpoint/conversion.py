@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from fastema.checkpoint.content import untied
-from fastema.checkpoint.files import moved_into_place
+from fastema.checkpoint.files import moved_into_place, refuse_ending
 from fastema.checkpoint.layouts import diffusers_options
 from fastema.checkpoint.merge import copy, refuse_source
 from fastema.checkpoint.source import Checkpoint, is_torch_file, open_checkpoint
@@ -87,7 +87,7 @@ def convert(
     Raises
     ------
     CheckpointError
-        If it cannot be read, or these names do not fit.
+        If it cannot be read, these names do not fit, or ``dst`` ends as files of another format.
     ArgumentError
         If ``to`` is not known, or a decay or names are needed.
     StorageError
@@ -115,6 +115,7 @@ def convert(
     if to not in LIBRARIES:
         raise ArgumentError(f"to={to!r}: expected one of {', '.join(LIBRARIES)}")
     wanted, out = _WRITERS[to], Path(dst)
+    refuse_ending(out, torch=to not in ("fastema", "safetensors"))
     source = load(src, key=key, index=index)
     if decay is not None:
         source = replace(source, schedule=Schedule(Constant(checked_decay(decay))))

@@ -37,6 +37,7 @@ __all__ = [
     "read",
     "read_whole",
     "reading",
+    "refuse_ending",
     "storing",
     "write",
 ]
@@ -235,6 +236,13 @@ def storing(path: str | os.PathLike[str]) -> Iterator[None]:
         ours = StorageError(f"cannot write {os.fspath(path)}: {error.strerror or error}")
         ours.errno = error.errno
         raise ours from error
+
+
+def refuse_ending(path: Path, *, torch: bool = False) -> None:
+    """Refuse a name by which others would take a file for one of the other format."""
+    kind, ending = ("of torch.save", ".pt") if torch else ("in safetensors", ".safetensors")
+    if path.suffix in ((".safetensors",) if torch else (".pt", ".pth", ".bin", ".ckpt")):
+        raise CheckpointError(f"{path} would be a file {kind}: let its name end in {ending}")
 
 
 @contextmanager

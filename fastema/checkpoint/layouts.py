@@ -9,8 +9,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from fastema.checkpoint.content import Content
 from fastema.checkpoint.files import read_whole
-from fastema.checkpoint.merge import PROVENANCE
-from fastema.checkpoint.source import Checkpoint
+from fastema.checkpoint.source import PROVENANCE, Checkpoint
 from fastema.errors import ArgumentError, CheckpointError
 from fastema.rules import Aligned, Constant, CumulativeMean, Power, Rule, Schedule, Warmup
 from fastema.rules.ema import InverseGamma

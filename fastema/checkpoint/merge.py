@@ -13,12 +13,12 @@ from typing import Final
 
 from fastema.checkpoint.files import StoredTensor, moved_into_place, storing
 from fastema.checkpoint.folder import Files, files_of, new_folder, refuse_occupied, write_at
-from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.checkpoint.source import PROVENANCE, Checkpoint
+from fastema.checkpoint.stored import open_weights
 from fastema.checkpoint.sums import Read, weighted_sums
 from fastema.errors import ArgumentError, CheckpointError, listed
 
 __all__ = [
-    "PROVENANCE",
     "Merge",
     "average",
     "check",
@@ -28,9 +28,6 @@ __all__ = [
     "refuse_source",
     "warn_of",
 ]
-
-PROVENANCE: Final = "fastema.average"
-"""Key of the metadata of an average that says what it was made of."""
 
 _PIECE: Final = 1 << 22
 """Bytes that are copied, or compared, at a time."""
@@ -96,7 +93,8 @@ def average(
     Parameters
     ----------
     paths : sequence of paths
-        Of any layout that :func:`open_checkpoint` reads, oldest first.
+        Of any layout that :func:`open_checkpoint` reads, oldest first. Of a state of fastema's
+        own, the average under the names of its model.
     weights : sequence of float
         One for each, of any sign; a warning says so where they do not sum to 1, or one is negative.
     out : path
@@ -136,7 +134,7 @@ def average(
     >>> load_file(average(paths, [0.5, 0.5], folder / "mean.safetensors"))["w"]
     tensor([2.5000, 2.5000])
     """
-    made = prepare([open_checkpoint(path, key) for path in paths])
+    made = prepare([open_weights(path, key) for path in paths])
     check(made, {Path(out): weights})
     warn_of(weights)
     merge(made, {Path(out): weights}, advance)

@@ -78,7 +78,9 @@ class _Unpickler(pickle.Unpickler):
         try:
             return self._allowed[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, and code is never run; save a state_dict()"
+            ) from None
 
     def persistent_load(self, pid: Any) -> Any:
         return pid

@@ -85,7 +85,8 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
     ------
     CheckpointError
         If a name or a dtype has no place in the format, or this process holds a part of the
-        average: use torch.distributed.checkpoint, or :func:`fastema.distributed.consolidate`.
+        average: use torch.distributed.checkpoint, or :func:`fastema.distributed.consolidate`. If
+        the path ends as files of torch.save do.
     StorageError
         If the file cannot be written.
 
@@ -105,6 +106,7 @@ def save(ema: Average[Any], path: str | os.PathLike[str], *, wait: bool = True) 
     """
     _writer.raise_failed(all_of_them=wait)  # a write of before must not come after this one
     target = Path(path)
+    files.refuse_ending(target)
     if not wait:
         _writer.submit(target, ema.state_dict())
         return

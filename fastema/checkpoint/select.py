@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Final
 
-from fastema.checkpoint.merge import PROVENANCE
-from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.checkpoint.source import PROVENANCE, Checkpoint
+from fastema.checkpoint.stored import open_weights
 from fastema.errors import ArgumentError, CheckpointError, listed
 
 __all__ = ["select"]
@@ -51,7 +51,7 @@ def select(
         entries = sorted(entry for entry in root.iterdir() if _may_be(entry))
     except OSError as error:
         raise CheckpointError(f"cannot read {root}: {error.strerror or error}") from None
-    every = (open_checkpoint(entry, key) for entry in entries)
+    every = (open_weights(entry, key) for entry in entries)
     found = [one for one in every if PROVENANCE not in one.metadata]
     if not found:
         raise CheckpointError(f"{root} holds no checkpoints")

@@ -17,7 +17,10 @@ from fastema.checkpoint.files import StoredTensor, reading
 from fastema.checkpoint.stretches import Stretches
 from fastema.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Read", "is_torch_file", "open_checkpoint"]
+__all__ = ["PROVENANCE", "Checkpoint", "Read", "is_torch_file", "open_checkpoint"]
+
+PROVENANCE: Final = "fastema.average"
+"""Key of the metadata of an average that says what it was made of."""
 
 Read = Callable[[str, int, memoryview], None]
 """``read(name, first, buffer)``: fill a buffer with a tensor's row-major bytes, from one on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastema.checkpoint.source import Checkpoint, open_checkpoint
 from fastema.errors import CheckpointError, FastemaError
 from fastema.rules import Schedule
 
-__all__ = ["StoredAverage", "load"]
+__all__ = ["StoredAverage", "load", "open_weights"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +116,27 @@ def load(path: str | os.PathLike[str], *, key: str | None = None, index: int = 0
         None if found.weights is None else gathered(content, found.weights),
         list(found.notes),
     )
+
+
+def open_weights(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
+    """Open a checkpoint; of a state of fastema's own, the average by the names of its model.
+
+    Raises
+    ------
+    CheckpointError
+        If the state holds several averages; see :func:`open_checkpoint` for the rest.
+    """
+    found = open_checkpoint(path, key)
+    averages = {name.split(".")[1] for name in found.tensors if name.startswith("shadow.")}
+    if "0" not in averages:
+        return found
+    stored = load(path, key=key)
+    if stored.library != "fastema":
+        return found
+    if len(averages) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(averages)} averages: write the one that is meant to a file, with "
+            "`fastema convert --to safetensors --index 0` or another index"
+        )
+    step = stored.num_updates if found.step is None else found.step
+    return replace(stored.checkpoint, step=step)

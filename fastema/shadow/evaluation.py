@@ -30,10 +30,11 @@ Other = TypeVar("Other")
 def _refuse_written(names: Sequence[str]) -> None:
     if names:
         raise StateError(
-            "weights were written while the model held the average; the model has its raw weights "
-            "back, and the average now holds what was written:\n"
+            "weights were written while the model held the average. The model has its raw weights "
+            "back; the average as it was is lost, it now holds what was written:\n"
             + listed(repr(name) for name in names)
-            + "\nCall restore(), or leave the swapped() block, before training or loading weights."
+            + "\nLoad it from a checkpoint, or build a new one. Call restore(), or leave the "
+            "swapped() block, before training or loading weights."
         )
 
 

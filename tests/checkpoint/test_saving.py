@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastema
 from fastema import rules
-from fastema.checkpoint import files, load_into, save, saving, wait
+from fastema.checkpoint import convert, files, inspect, load_into, merge, save, saving, wait
 from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import CheckpointError, StorageError
 
 from ..support.damage import damaged_header, header_of, with_header
 
 NEEDS = ("safetensors", "torch")
+
+pytestmark = pytest.mark.usefixtures("inside")
 
 AVERAGES: dict[str, Callable[[Any], Any]] = {
     "EMA": lambda w: fastema.EMA(w, (0.9, 0.99), shadow_dtype="bfloat16", seed=3),
@@ -53,19 +58,14 @@ def shadows(average: Any) -> list[dict[str, np.ndarray]]:
     return [{name: plain(x) for name, x in one.items()} for one in average.shadows]
 
 
-def assert_equal(one: Any, other: Any) -> None:
-    for got, want in zip(shadows(one), other, strict=True):
-        assert got.keys() == want.keys()
-        for name in want:
-            np.testing.assert_array_equal(got[name], want[name])
+def zeros(size: int = 3) -> fastema.EMA:
+    return fastema.EMA([np.zeros(size, np.float32)], decay=0.999)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_loaded_average_goes_on_to_the_bit(
-    name: str, kind: str, waits: bool, tmp_path: Path
-) -> None:
+def test_a_loaded_average_goes_on_to_the_bit(name: str, kind: str, waits: bool) -> None:
     if kind == "numpy" and name in ("EMA", "split"):
         pytest.importorskip("ml_dtypes")
     model = weights(kind)
@@ -73,38 +73,36 @@ def test_a_loaded_average_goes_on_to_the_bit(
     for _ in range(5):
         move(model)
         average.update()
-    path = tmp_path / "ema.safetensors"
-    save(average, path, wait=waits)
+    save(average, "ema.safetensors", wait=waits)
     then = shadows(average)
     resumed, model_then = AVERAGES[name](model), copy.deepcopy(model)
     move(model)
     average.update()  # perhaps before the file is written
-    want = shadows(average)
-    load_into(resumed, path)
-    assert_equal(resumed, then)
+    load_into(resumed, "ema.safetensors")
+    np.testing.assert_equal(shadows(resumed), then)
     for w, old in zip(model, model_then, strict=True):
         w[...] = old
     move(model)
     resumed.update()
     assert resumed.num_updates == average.num_updates == 6
-    assert_equal(resumed, want)
+    np.testing.assert_equal(shadows(resumed), shadows(average))
 
 
-def test_an_error_of_a_later_write_is_raised_by_the_next_call(tmp_path: Path) -> None:
-    average = fastema.EMA(weights("torch"))
-    path = tmp_path / "gone" / "ema.safetensors"
-    save(average, path, wait=False)
-    with pytest.raises(StorageError, match="cannot write"):
-        wait()
+def test_every_failed_write_is_told_by_the_next_call() -> None:
+    small = zeros()
+    save(zeros(3_000_000), "large", wait=False)  # which the others have to wait for
+    for name in ("a", "b"):
+        save(small, f"gone/{name}", wait=False)
+    for name in ("a", "b"):
+        with pytest.raises(StorageError, match=f"cannot write gone/{name}"):
+            wait()
     wait()
-    save(average, path, wait=False)
+    save(small, "gone/c", wait=False)
     with pytest.raises(StorageError, match="cannot write"):
-        load_into(average, path)
+        load_into(small, "gone/c")
 
 
-def test_an_error_at_the_end_of_the_process_is_printed(
-    python: Callable[..., str], tmp_path: Path
-) -> None:
+def test_an_error_at_the_end_of_the_process_is_printed(python: Callable[..., str]) -> None:
     said = python(
         """
         import contextlib, io, sys, numpy as np, fastema
@@ -112,29 +110,80 @@ def test_an_error_at_the_end_of_the_process_is_printed(
         sys.stderr = sys.stdout
         save(fastema.EMA([np.ones(3)]), sys.argv[1], wait=False)
         """,
-        str(tmp_path / "gone" / "ema.safetensors"),
+        str(Path("gone", "ema.safetensors").absolute()),
     )
     assert "fastema.checkpoint.save: cannot write" in said
 
 
-def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
-    model = weights("torch")
-    average, path = fastema.EMA(model, 0.5), tmp_path / "ema.safetensors"
-    save(average, path)
+def test_a_later_save_is_not_overtaken_by_an_earlier_one() -> None:
+    ema = zeros(3_000_000)
+    ema.update()
+    for path in ("x", "x", "out"):
+        save(ema, path, wait=False)
+    ema.update()
+    save(ema, "out")
+    wait()
+    assert inspect("out").average.num_updates == 2
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again() -> None:
+    ema, mine = zeros(1000), zeros(1000)
+    save(ema, "ema")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            ema.update()
+            save(ema, "ema")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(100):
+            load_into(mine, "ema")
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_pipe_is_not_replaced() -> None:
+    os.mkfifo("pipe")
+    with pytest.raises(StorageError, match="is no file"):
+        save(zeros(), "pipe")
+
+
+def test_a_locked_folder_is_written_to() -> None:
+    locks = pytest.importorskip("fcntl")
+    os.mkdir("locked")
+    handle = os.open("locked", os.O_RDONLY)
+    locks.flock(handle, locks.LOCK_EX)
+    thread = threading.Thread(target=save, args=(zeros(), "locked/ema"), daemon=True)
+    thread.start()
+    thread.join(20)
+    os.close(handle)
+    assert Path("locked/ema").exists()
+
+
+def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:
+    path = inside / "ema.safetensors"
+    ema = zeros()
+    save(ema, path)
     other = fastema.EMA([torch.ones(2)], 0.5)
     with pytest.raises((CheckpointError, ValueError), match="0"):
         load_into(other, path)
     assert other.shadow["0"].tolist() == [1.0, 1.0]
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    before = shadows(average)
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_into(average, path)
-    np.testing.assert_array_equal(shadows(average)[0]["0"], before[0]["0"])
+    whole = path.read_bytes()
+    # A byte of the numbers, and one of the header.
+    for damaged in (whole[:-1] + b"\1", whole.replace(b"0.999", b"0.199", 1)):
+        path.write_bytes(damaged)
+        for call in (lambda: inspect(path, check=True), lambda: load_into(ema, path)):
+            with pytest.raises(CheckpointError, match="is damaged"):
+                call()
     files.write(path, {})
     with pytest.raises(CheckpointError, match="holds no tensors"):
-        load_into(average, path)
+        load_into(ema, path)
+    assert ema.shadow["0"].tolist() == [0.0] * 3
 
 
 def test_a_child_process_has_nothing_to_wait_for() -> None:
@@ -144,36 +193,71 @@ def test_a_child_process_has_nothing_to_wait_for() -> None:
     writer.raise_failed(all_of_them=True)
 
 
-def average(seed: int, **options: Any) -> fastema.EMA:
+def average(seed: int) -> fastema.EMA:
     generator = np.random.default_rng(seed)
     weights = {"w": generator.normal(size=5), "b": generator.normal(size=3).astype(np.float32)}
-    return fastema.EMA(weights, (rules.warmup(0.99), 0.5), **options)
+    return fastema.EMA(weights, (rules.warmup(0.99), 0.5), zero_debias=True)
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_a_damaged_state_is_our_error_whatever_is_wrong(seed: int, tmp_path: Path) -> None:
-    ema = average(1, zero_debias=True)
+def test_a_damaged_state_is_our_error_whatever_is_wrong(seed: int, inside: Path) -> None:
+    ema = average(1)
     ema.update(steps=3)
-    path = tmp_path / "a.safetensors"
+    path = inside / "a.safetensors"
     write_state(path, ema.state_dict())
     whole = path.read_bytes()
     header = header_of(whole)
     if seed % 2:  # damage within the plain values
-        text = header["__metadata__"]["state"]
-        inner = damaged_header(json.loads(text), seed)
+        inner = damaged_header(json.loads(header["__metadata__"]["state"]), seed)
         header["__metadata__"]["state"] = inner.decode(errors="surrogateescape")
         damaged = json.dumps(header).encode()
     else:
         damaged = damaged_header(header, seed)
     path.write_bytes(with_header(whole, damaged))
-    other = average(2, zero_debias=True)
+    other = average(2)
     before = [dict(one) for one in other.state_dict()["shadow"]]
     try:
         other.load_state_dict(read_state(files.read(path), np.zeros(1)))
     except CheckpointError:
         assert other.num_updates == 0
-        for one, was in zip(other.shadows, before, strict=True):
-            for name in one:
-                np.testing.assert_array_equal(one[name], was[name])
+        np.testing.assert_equal([dict(one) for one in other.shadows], before)
     else:
         other.update()
+
+
+@pytest.mark.parametrize("way", ["save", "torch.save", "within"])
+def test_saved_averages_are_averaged_under_the_names_of_their_model(
+    way: str, tmp_path: Path
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    ema, paths, want = fastema.EMA(model, 0.5), [], []
+    for step in (1, 2):
+        with torch.no_grad():
+            model.weight.add_(step)
+        ema.update()
+        path = tmp_path / f"{step}{'.safetensors' if way == 'save' else '.pt'}"
+        state = ema.state_dict()
+        if way == "save":
+            save(ema, path)
+        else:
+            inside = {"model": model.state_dict(), "ema": state}
+            torch.save(state if way == "torch.save" else inside, path)
+        paths.append(path)
+        want.append({name: tensor.clone() for name, tensor in ema.shadow.items()})
+    out = merge.average(
+        paths, [0.5, 0.5], tmp_path / "mean.safetensors", key="ema" if way == "within" else None
+    )
+    found = load_file(out)
+    assert found.keys() == want[0].keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (want[0][name] + want[1][name]) / 2)
+
+
+def test_names_of_the_other_format_are_refused(tmp_path: Path) -> None:
+    ema = fastema.EMA([torch.ones(3)])
+    with pytest.raises(CheckpointError, match=r"end in \.safetensors"):
+        save(ema, tmp_path / "ema.pt")
+    save(ema, tmp_path / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=r"end in \.pt"):
+        convert(tmp_path / "ema.safetensors", tmp_path / "x.safetensors", to="timm")
+    assert [path.name for path in tmp_path.iterdir()] == ["ema.safetensors"]

@@ -415,3 +415,20 @@ def test_averages_without_kernels_are_those_of_the_cpu_but_for_rounding(
         torch.testing.assert_close(one, other, rtol=narrow, atol=narrow)
     for drift, other_drift in zip(drifts, measured, strict=True):
         assert drift == pytest.approx(other_drift, rel=1e-4)
+
+
+def test_a_model_on_two_devices_is_launched_on_both(gpu: StubGpu) -> None:
+    weights = list(Model().parameters())
+    averages = [p.detach().clone() for p in weights]
+    second = {one.data_ptr() for side in (weights, averages) for one in side[3:]}
+    gpu.place = lambda tensor: int(tensor.data_ptr() in second)
+    gpu.contexts[1].handle = 78
+    plan = fastema.Plan(averages, weights)
+    before = [a.clone() for a in averages]
+    move(weights)
+    plan.lerp_(0.25)
+    assert {stream for _, _, stream in gpu.driver.take()} == {77, 78}
+    assert gpu.driver.calls["push"] == gpu.driver.calls["pop"] > 0
+    assert gpu.driver.contexts == [1000]
+    for average, start, weight in zip(averages, before, weights, strict=True):
+        torch.testing.assert_close(average, start.lerp(weight.detach(), 0.25))

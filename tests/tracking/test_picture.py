@@ -19,7 +19,7 @@ from fastema.errors import ArgumentError, BridgeError
 from fastema.tracking.logs import Curve
 from fastema.tracking.plots import plot
 from fastema.tracking.plots.panels import Panel, averages, panels
-from fastema.tracking.plots.picture import thinned
+from fastema.tracking.plots.picture import spread, thinned
 
 from ..support.process import run_python
 from ..support.requirements import require_packages
@@ -263,3 +263,28 @@ def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path
     )
     done = run_python("-c", code, tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
+
+
+def test_names_that_only_look_like_averages() -> None:
+    columns = {"loss_ema": noisy(60), "gain_raw": noisy(60, 1)}
+    found = panels(columns, averages=BOTH)
+    assert [panel.name for panel in found] == ["loss_ema", "gain_raw"]
+    for panel in found:
+        assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
+        np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
+
+
+@given(
+    st.lists(st.floats(-0.5, 1.5), max_size=12).map(sorted),
+    st.floats(0.01, 0.3),
+)
+def test_spread(heights: list[float], apart: float) -> None:
+    got = spread(heights, apart)
+    assert len(got) == len(heights)
+    steps = np.diff(got)
+    assert (steps >= apart * (1 - 1e-9)).all()
+    if (len(heights) - 1) * apart <= 1.0 - apart:
+        assert all(apart / 2 - 1e-9 <= height <= 1 - apart / 2 + 1e-9 for height in got)
+    free = (np.diff(heights) >= apart).all()
+    if free and all(apart / 2 <= height <= 1 - apart / 2 for height in heights):
+        np.testing.assert_allclose(got, heights, atol=1e-12)

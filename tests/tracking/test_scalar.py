@@ -8,13 +8,11 @@ import math
 import pickle
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
 from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
@@ -24,15 +22,9 @@ from fastema.tracking.window import WindowSum
 Made = Callable[..., MovingAverage]
 
 KINDS: dict[str, Made] = {
-    "sma1": lambda **o: SimpleMovingAverage(1, **o),
-    "sma7": lambda **o: SimpleMovingAverage(7, **o),
-    "sma200": lambda **o: SimpleMovingAverage(200, **o),
-    "ema": lambda **o: ExponentialMovingAverage(0.9, **o),
-    "ema0": lambda **o: ExponentialMovingAverage(0.0, **o),
-    "ema_quick": lambda **o: ExponentialMovingAverage(0.3, **o),
-    "ema_slow": lambda **o: ExponentialMovingAverage(0.9995, **o),
-    "debiased": lambda **o: ExponentialMovingAverage(0.9, True, **o),
-    "debiased_slow": lambda **o: ExponentialMovingAverage(0.9995, True, **o),
+    **{f"sma{n}": partial(SimpleMovingAverage, n) for n in (1, 7, 200)},
+    **{f"ema{d}": partial(ExponentialMovingAverage, d) for d in (0.0, 0.3, 0.9, 0.9995)},
+    **{f"debiased{d}": partial(ExponentialMovingAverage, d, True) for d in (0.9, 0.9995)},
 }
 kinds = pytest.mark.parametrize("made", KINDS.values(), ids=KINDS)
 
@@ -207,27 +199,19 @@ def test_arguments_out_of_range_are_refused(kind: Any, options: list[Any], messa
 
 
 @kinds
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, 1e-101, 1e101, "2", np.ones(2)])
-def test_weight_is_refused(made: Made, weight: Any) -> None:
+def test_weights_and_series_that_cannot_be_are_refused(made: Made) -> None:
     average = made()
-    with pytest.raises((ArgumentError, BridgeError), match="expected"):
-        average.update(1.0, weight)
-    with pytest.raises(ArgumentError, match="weights"):
-        average.update_many([1.0, 2.0], [1.0, weight])
-    assert average.num_updates == 0
-
-
-@pytest.mark.parametrize(
-    ("values", "weights"),
-    [
-        ([1.0, 2.0], [1.0]),
-        *((odd, None) for odd in ([[1.0]], 1.0, ["a"], [1j], None, {"a": 1.0})),
-    ],
-)
-def test_series_is_refused(values: Any, weights: Any) -> None:
-    average = SimpleMovingAverage(3)
+    for weight in (-1.0, math.nan, math.inf, 1e-101, 1e101, "2", np.ones(2)):
+        with pytest.raises((ArgumentError, BridgeError), match="expected"):
+            average.update(1.0, weight)
+        with pytest.raises(ArgumentError, match="weights"):
+            average.update_many([1.0, 2.0], [1.0, weight])
+    series: Any
+    for series in ([[1.0]], 1.0, ["a"], [1j], None, {"a": 1.0}):
+        with pytest.raises(ArgumentError):
+            average.update_many(series)
     with pytest.raises(ArgumentError):
-        average.update_many(values, weights)
+        average.update_many([1.0, 2.0], [1.0])
     assert average.num_updates == 0
 
 
@@ -237,26 +221,23 @@ def test_series_is_refused(values: Any, weights: Any) -> None:
 @kinds
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
-def test_state_goes_on_to_the_bit(made: Made, weighted: bool, count: int) -> None:
+def test_state_goes_on(made: Made, weighted: bool, count: int) -> None:
     x = series(count + 250, seed=count)
     average = made()
     for i, value in enumerate(x[:count]):
         average.update(value, 1.0 + i % 3 if weighted else 1.0)
     average.update(math.nan)
-    state = json.loads(json.dumps(average.state_dict()))
     loaded = made()
     loaded.update(123.0)
-    loaded.load_state_dict(state)
+    loaded.load_state_dict(json.loads(json.dumps(average.state_dict())))
     copied = copy.deepcopy(average), copy.copy(average), pickle.loads(pickle.dumps(average))
-    others = [loaded, *copied]
     for value in x[count:]:
         expected = average.update(value, 2.0 if weighted else 1.0)
-        for other in others:
+        for other in (loaded, *copied):
             found = other.update(value, 2.0 if weighted else 1.0)
             assert found == pytest.approx(expected, rel=1e-15)
-    for other in others:
-        assert other.num_updates == average.num_updates
-        assert other.num_skipped == 1
+    for other in (loaded, *copied):
+        assert (other.num_updates, other.num_skipped) == (average.num_updates, 1)
 
 
 THREE, SLOW = SimpleMovingAverage(3), ExponentialMovingAverage(0.9)
@@ -269,12 +250,11 @@ THREE, SLOW = SimpleMovingAverage(3), ExponentialMovingAverage(0.9)
         (THREE, SLOW.state_dict()),
         (SLOW, ExponentialMovingAverage(0.8).state_dict()),
         (SLOW, ExponentialMovingAverage(0.9, True).state_dict()),
-        *((THREE, THREE.state_dict() | {"products": odd}) for odd in ([1.0], "7")),
+        (THREE, THREE.state_dict() | {"products": [1.0]}),
         (THREE, THREE.state_dict() | {"average": "x"}),
         (THREE, THREE.state_dict() | {"num_updates": math.inf}),
         (THREE, {}),
-        (THREE, None),
-        (SLOW, 5),
+        (SLOW, None),
         (SLOW, SLOW.state_dict() | {"state": 1}),
     ],
 )
@@ -283,22 +263,17 @@ def test_a_state_that_does_not_fit(average: MovingAverage, state: dict[str, Any]
     made.update(2.0)
     with pytest.raises(CheckpointError):
         made.load_state_dict(state)
-    assert made.average == 2.0
-    assert made.num_updates == 1
-
-
-# -- the ends of the range -------------------------------------------------------------------------
+    assert (made.average, made.num_updates) == (2.0, 1)
 
 
 def test_settings_cannot_be_changed() -> None:
-    for average, name in (
-        (SimpleMovingAverage(3), "window_size"),
-        (SimpleMovingAverage(3), "on_nonfinite"),
-        (ExponentialMovingAverage(0.9), "decay"),
-        (ExponentialMovingAverage(0.9), "debias"),
-    ):
-        with pytest.raises(AttributeError):
-            setattr(average, name, getattr(average, name))
+    for average, names in ((THREE, ("window_size", "on_nonfinite")), (SLOW, ("decay", "debias"))):
+        for name in names:
+            with pytest.raises(AttributeError):
+                setattr(average, name, getattr(average, name))
+
+
+# -- the ends of the range -------------------------------------------------------------------------
 
 
 def test_masked_values_are_not_finite() -> None:
@@ -328,25 +303,7 @@ def test_the_largest_floats_have_averages(kind: Any, values: Any, weights: Any) 
     assert last == pytest.approx(2.5 if kind is SimpleMovingAverage else 4.5, rel=1e-14)
 
 
-SIZES = (1, 2, 3, 10, 127, 128, 129, 300)  # from 128 on, sums from behind are NumPy's
-FLOATS = st.floats(-1e12, 1e12, allow_subnormal=False)
-
-
-@given(
-    st.integers(1, 40),
-    st.lists(FLOATS, max_size=60),
-    st.lists(FLOATS, min_size=1, max_size=60),
-)
-def test_begins_where_another_one_was(size: int, before: list[float], after: list[float]) -> None:
-    whole = WindowSum(size)
-    for x in before:
-        whole.push(x)
-    part = WindowSum(size, np.array(before, np.float64))
-    for x in after:
-        assert part.push(x) == pytest.approx(whole.push(x), rel=1e-15, abs=1e-15)
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 127, 128, 129, 300])  # from 128 on, NumPy adds
 @pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan, 1e300])
 def test_what_left_the_window_leaves_no_trace(size: int, odd: float) -> None:
     rng = np.random.default_rng(7)
@@ -370,9 +327,7 @@ def test_an_interrupted_push_did_not_happen() -> None:
             raise KeyboardInterrupt
 
     window, other = WindowSum(4), WindowSum(4)
-    x = np.random.default_rng(1).normal(size=11).tolist()
-    for value in x:
+    for value in series(11, sign=True):
         with pytest.raises(KeyboardInterrupt):
             window.push(Interrupting(9.0))
         assert window.push(value) == other.push(value)
-    assert all(a != b for a, b in pairwise(x))

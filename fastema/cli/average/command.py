@@ -15,7 +15,8 @@ from typing import Any
 from fastema.checkpoint import weights
 from fastema.checkpoint.merge import Merge, check, merge, prepare, warn_of
 from fastema.checkpoint.select import select
-from fastema.checkpoint.source import Checkpoint, open_checkpoint
+from fastema.checkpoint.source import Checkpoint
+from fastema.checkpoint.stored import open_weights
 from fastema.cli.sizes import size
 from fastema.errors import ArgumentError, CheckpointError
 
@@ -73,7 +74,7 @@ def _checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
         raise ArgumentError("--last, --window and --min-spacing choose among those of --dir")
     if not args.paths:
         raise ArgumentError("name checkpoints, or a folder of them: --dir DIR")
-    return [open_checkpoint(path, args.key) for path in args.paths]
+    return [open_weights(path, args.key) for path in args.paths]
 
 
 def _averages(

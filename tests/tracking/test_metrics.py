@@ -1,0 +1,144 @@
+"""Averages of several metrics: each name has its own, in one group or as one smoother."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
+from fastema.tracking import (
+    ExponentialMovingAverage,
+    MetricAverages,
+    MetricSmoother,
+    SimpleMovingAverage,
+)
+
+from ..support.damage import places
+
+ONE = SimpleMovingAverage(2)
+
+
+def grouped() -> MetricAverages:
+    return MetricAverages(
+        {"loss": SimpleMovingAverage(2), "accuracy": ExponentialMovingAverage(0.75)}
+    )
+
+
+def test_each_name_of_a_group_has_its_own_average() -> None:
+    group = grouped()
+    assert group.update({"loss": 3.0, "accuracy": 0.5}) == {"loss": 3.0, "accuracy": 0.5}
+    assert group.update({"accuracy": 1.0}) == {"accuracy": 0.625}
+    assert group.update({"loss": 6.0}, weight=2.0) == {"loss": 5.0}
+    assert group.averages == {"loss": 5.0, "accuracy": 0.625}
+    assert list(group) == ["loss", "accuracy"]
+    assert len(group) == 2
+    assert isinstance(group["loss"], SimpleMovingAverage)
+    assert repr(group) == f"MetricAverages({dict(group)!r})"
+
+
+def test_a_smoother_gives_all_three_curves() -> None:
+    rng = np.random.default_rng(0)
+    smoother = MetricSmoother(5, 0.8, debias=True, record=True)
+    sma, ema = SimpleMovingAverage(5), ExponentialMovingAverage(0.8, True)
+    x, weights = rng.lognormal(size=60), rng.integers(1, 9, 60)
+    for i, (value, weight) in enumerate(zip(x.tolist(), weights.tolist(), strict=True)):
+        found = smoother.update({"loss": value}, weight, step=10 * i)
+        assert found == smoother.averages
+        assert found == {
+            "loss_raw": value,
+            "loss_sma": sma.update(value, weight),
+            "loss_ema": ema.update(value, weight),
+        }
+    assert smoother.history["loss_raw"].tolist() == x.tolist()
+    assert smoother.history["loss_sma"][-1] == sma.average
+    assert set(smoother.history) == {"loss_raw", "loss_sma", "loss_ema"}
+    assert smoother.steps["loss"].tolist() == list(range(0, 600, 10))
+
+
+def test_groups_and_smoothers_that_cannot_be() -> None:
+    averages: Any
+    for averages in ({}, None, [ONE], {"loss": 3}, {1: ONE}, {"a": dict}, {"a": ONE, "b": ONE}):
+        with pytest.raises(ArgumentError, match="averages|two names"):
+            MetricAverages(averages)
+    options: Any
+    for options in (
+        *({"window_size": 0}, {"decay": 1.0}, {"on_nonfinite": "hide"}),
+        {"window_size": None, "decay": None, "raw": False},
+    ):
+        with pytest.raises(ArgumentError):
+            MetricSmoother(**options)
+
+
+@pytest.mark.parametrize(
+    ("made", "metrics", "options", "error", "words"),
+    [
+        (grouped, {"loss": 9.0, "x": 1.0}, {}, ArgumentError, r"'x'.*'loss', 'accuracy'"),
+        (grouped, {"loss": "low"}, {}, BridgeError, "expected a number"),
+        (MetricSmoother, {"loss": 1.0, "b": "x"}, {}, BridgeError, "expected a number"),
+        (MetricSmoother, {"b": 1.0}, {"weight": -1.0}, ArgumentError, "weight"),
+        (MetricSmoother, {"loss": 1.0, "b": math.nan}, {}, NonFiniteError, "nan"),
+        *(
+            (MetricSmoother, {"loss": 1.0}, {"step": step}, ArgumentError, "step")
+            for step in (1.5, "3", 2**70, np.float64(2.0))
+        ),
+    ],
+    ids=repr,
+)
+def test_a_refused_update_changes_nothing(
+    made: Any, metrics: Any, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    found = made() if made is grouped else made(on_nonfinite="raise", record=True)
+    found.update({"loss": 2.0})
+    before = found.state_dict()
+    with pytest.raises(error, match=words):
+        found.update(metrics, **options)
+    assert found.state_dict() == before
+    if made is MetricSmoother:
+        assert found.history["loss_raw"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize("made", [grouped, lambda: MetricSmoother(3, 0.5, record=True)])
+def test_state_goes_on_or_changes_nothing(made: Any) -> None:
+    one, other = made(), made()
+    for x in (1.0, 4.0, math.nan, 2.0):
+        one.update({"loss": x, "accuracy": x / 8})
+    other.update({"loss" if made is grouped else "gone": 1.0})
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.averages == one.averages
+    assert other.update({"loss": 7.0}) == one.update({"loss": 7.0})
+    before = other.state_dict()
+    wrong: list[Any] = [{}, [], MetricSmoother(4, 0.5).state_dict(), {"loss": before}]
+    if made is grouped:
+        wrong.append(before | {"accuracy": ExponentialMovingAverage(0.5).state_dict()})
+    else:
+        wrong.append({**before, "metrics": {"loss": {}}})
+    for state in wrong:
+        with pytest.raises(CheckpointError):
+            other.load_state_dict(state)
+    assert other.state_dict() == before
+    other.reset()
+    if made is grouped:
+        assert other["loss"].num_updates == other["accuracy"].num_updates == 0
+    else:
+        assert other.averages == other.history == other.steps == {}
+
+
+@pytest.mark.parametrize(
+    "junk", [np.ones(2), np.array("x"), None, [], {}, "x", -1, 10**400], ids=type
+)
+def test_whatever_is_in_a_place_of_a_state_it_fits_or_is_refused_in_words(junk: Any) -> None:
+    one = MetricSmoother(3, 0.5)
+    one.update({"loss": 1.0})
+    before = one.state_dict()
+    for at in range(len(list(places(before)))):
+        state = copy.deepcopy(before)
+        tree, key = list(places(state))[at]
+        tree[key] = junk
+        with suppress(CheckpointError):
+            MetricSmoother(3, 0.5).load_state_dict(state)
