@@ -12,63 +12,47 @@ from bench.race.report import Row
 
 NEEDS = ("torch",)
 
-
-def rows(**figures: object) -> list[Row]:
-    first = {"operations": 0, "python_kb": 4, "ratio": 1.0, "ms": 3.0}
-    return [
-        Row("An update", "fastema.EMA", {**first, **figures}),
-        Row("An update", "a peer", {"ratio": 4.0}),
-        Row("An update", "another", missing="is not installed"),
-    ]
+FIGURES = {"operations": 0, "python_kb": 4, "ratio": 1.0, "ms": 3.0}
+OURS = Row("An update", "fastema.EMA", FIGURES)
+PEER = Row("An update", "a peer", {"ratio": 4.0})
+GONE = Row("An update", "a peer", missing="is not installed")
+ROWS = [OURS, PEER, Row("An update", "another", missing="is not installed")]
 
 
-def test_the_same_figures_pass_in_silence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    baseline.write("cpu", rows(), tmp_path)
-    assert baseline.check("cpu", rows(python_kb=8, ms=30.0), tmp_path)
-    assert baseline.check("unknown", rows(), tmp_path)
-    assert capsys.readouterr() == ("", "")
+def ours(**figures: object) -> list[Row]:
+    return [Row("An update", "fastema.EMA", {**FIGURES, **figures}), *ROWS[1:]]
 
 
 @pytest.mark.parametrize(
-    ("figures", "said"),
+    ("rows", "good", "said"),
     [
-        ({"operations": 1}, "operations is 1, was 0"),
-        ({"python_kb": 12}, "python_kb is 12, was 4"),
+        (ours(python_kb=8, ms=30.0), True, None),
+        (ours(operations=1), False, "An update | fastema.EMA: operations is 1, was 0"),
+        (ours(python_kb=12), False, "An update | fastema.EMA: python_kb is 12, was 4"),
+        (ROWS[1:], False, "An update | fastema.EMA: is not measured any more"),
+        ([*ROWS, Row("New", "x", {"ratio": 1.0})], False, "New | x: is new"),
+        ([OURS, GONE], True, None),
+        (
+            [OURS, Row("An update", "a peer", {"ratio": 2.0}), ROWS[2]],
+            True,
+            "warning: An update | a peer: 2.00 times fastema's time, was 4.00",
+        ),
     ],
 )
-def test_another_count_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], figures: dict[str, int], said: str
+def test_counts_and_rows_fail_and_ratios_warn(
+    rows: list[Row],
+    good: bool,
+    said: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    baseline.write("cpu", rows(), tmp_path)
-    assert not baseline.check("cpu", rows(**figures), tmp_path)
-    assert f"cpu: An update | fastema.EMA: {said}" in capsys.readouterr().err
-
-
-def test_rows_that_come_or_go_fail_unless_a_peer_is_missing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    baseline.write("cpu", rows(), tmp_path)
-    assert not baseline.check("cpu", rows()[1:], tmp_path)
-    assert "fastema.EMA: is not measured any more" in capsys.readouterr().err
-    assert not baseline.check("cpu", [*rows(), Row("New", "x", {"ratio": 1.0})], tmp_path)
-    assert "New | x: is new" in capsys.readouterr().err
-    gone = Row("An update", "a peer", missing="is not installed")
-    assert baseline.check("cpu", [rows()[0], gone], tmp_path)
-    baseline.write("cpu", [rows()[0], gone], tmp_path)
+    baseline.write("cpu", ROWS, tmp_path)
+    assert baseline.check("unknown", rows, tmp_path)
+    assert baseline.check("cpu", rows, tmp_path) is good
+    err = capsys.readouterr().err
+    assert said in err if said else err == ""
+    baseline.write("cpu", [OURS, GONE], tmp_path)
     assert baseline.read(tmp_path)["cpu"]["An update | a peer"] == {"ratio": 4.0}
-
-
-def test_a_ratio_that_has_fallen_is_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    baseline.write("cpu", rows(), tmp_path)
-    slower = [rows()[0], Row("An update", "a peer", {"ratio": 2.0}), rows()[2]]
-    assert baseline.check("cpu", slower, tmp_path)
-    assert "warning: An update | a peer: 2.00 times fastema's time, was 4.00" in (
-        capsys.readouterr().err
-    )
 
 
 def test_an_update_asks_pytorch_for_nothing() -> None:

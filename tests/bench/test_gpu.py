@@ -25,25 +25,16 @@ CPU = torch.device("cpu")
 DRY = Settings(quick=True, device="cpu", minutes=15, select="bf16-f32 or nothing_waits")
 
 
-# -- the dry run ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """The rows of a dry run, of its tests a part."""
-    settings = replace(DRY, out=tmp_path_factory.mktemp("dry"))
+@pytest.mark.slow
+def test_stages_and_rows_of_the_dry_run(tmp_path: Path) -> None:
     before = sorted(RESULTS.iterdir())
+    settings = replace(DRY, out=tmp_path)
     assert command.answer("gpu", check.QUESTION, settings, "python -m bench gpu")
     assert sorted(RESULTS.iterdir()) == before
     names = ["gpu-dry-run.json", "gpu-dry-run.md"]
-    assert sorted(path.name for path in settings.out.iterdir()) == names
-    header, rows = load(settings.out / names[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    header, dry = load(tmp_path / names[0])
     assert "no number here says anything" in header["device"]
-    return rows
-
-
-@pytest.mark.slow
-def test_stages_of_the_dry_run(dry: list[Row]) -> None:
     assert not any(row.failed for row in dry)
     assert [row.entry for row in dry if row.table == "Time taken"] == list(Settings.stages)
     kernels = [row for row in dry if row.table == "Kernels"]
@@ -53,10 +44,6 @@ def test_stages_of_the_dry_run(dry: list[Row]) -> None:
     assert tests["failed"] == 0
     assert tests["passed"] > 2
     assert "only a GPU has it" in {row.missing for row in skips}
-
-
-@pytest.mark.slow
-def test_rows_of_the_dry_run(dry: list[Row]) -> None:
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
     for case in cases.SMALL:
         rows = {row.entry: row for row in dry if row.table == case.title and not row.missing}
@@ -86,20 +73,6 @@ def test_only_what_is_ours_makes_the_check_fail(entry: str, fatal: bool) -> None
     assert race.failure("t", entry, ValueError("broken")).failed is fatal
 
 
-# -- cases ----------------------------------------------------------------------------------------
-
-
-# -- groups ---------------------------------------------------------------------------------------
-
-
-def peer(name: str) -> Peer:
-    return Peer(name, lambda model, decay, dtype: Running(lambda: None, list))
-
-
-def started(name: str, passing: int = 0) -> race.Started:
-    return race.Started(name, lambda: None, 0.0, clock.Memory(0, passing, 0))
-
-
 def test_wrong_results_are_failures() -> None:
     def idle(model: torch.nn.Module, decay: float, dtype: torch.dtype) -> Running:
         averages = [p.detach().to(dtype, copy=True) for p in model.parameters()]
@@ -111,9 +84,6 @@ def test_wrong_results_are_failures() -> None:
     assert failed.entry == "fastema.idle"
     assert "differ from the float64 reference" in failed.missing
     assert all(row.missing for row in rows)
-
-
-# -- targets --------------------------------------------------------------------------------------
 
 
 def row(table: str, entry: str, ms: float, host: float = 1.0, **others: Any) -> Row:
@@ -158,19 +128,14 @@ def test_targets() -> None:
         ("memory requests", 0.0, True),
         ("f32 -> f32, 1B elements, against torch._foreach_lerp_", 1.01, None),
     ]
-    assert len(values) == len(expected)
     for (start, value, met), (name, (got, verdict)) in zip(expected, values.items(), strict=True):
         assert name.startswith(start)
         assert got == (None if value is None else pytest.approx(value))
         assert verdict is met
-
-
-def test_targets_name_cases_and_entries_that_there_are() -> None:
     titles = {case.title for case in cases.FULL}
     assert {targets.SAME, targets.MIXED, targets.NARROW, targets.SMALL, targets.GPT2} <= titles
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
-    assert {targets.OURS, targets.PLAN, targets.CAPTURED, targets.SAMPLED} <= everyone
-    assert targets.COMPILED in everyone
+    assert {OURS, targets.PLAN, targets.CAPTURED, targets.SAMPLED, targets.COMPILED} <= everyone
 
 
 @pytest.mark.slow

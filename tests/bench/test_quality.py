@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,6 @@ pytestmark = pytest.mark.torch
 
 REGRESSION, _, CLASSIFIER = quality.TASKS
 SHORT = quality.Amount(epochs=1, seeds=2, tuning_seeds=1, rates=2)
-
-
-# -- data -----------------------------------------------------------------------------------------
-
-
-# -- training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [200, 1_480])
@@ -56,28 +51,30 @@ def test_averages_are_what_the_text_says(steps: int) -> None:
         np.testing.assert_allclose(got, expected[name], rtol=1e-5, err_msg=name)
 
 
+def noted(function: Any, kept: list[Any]) -> Any:
+    return lambda *given: kept.append(function(*given)) or kept[-1]
+
+
 @pytest.mark.parametrize("task", [REGRESSION, CLASSIFIER], ids=lambda task: task.name)
 def test_a_run_scores_each_set_of_weights(
     task: quality.Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = quality.split(task, 0, validation=False)
-    models: list[torch.nn.Module] = []
-    kept: list[dict[str, object]] = []
-    network, averages = quality.network, quality.averages
-    monkeypatch.setattr(
-        quality, "network", lambda *given: models.append(network(*given)) or models[-1]
-    )
-    monkeypatch.setattr(
-        quality, "averages", lambda *given: kept.append(averages(*given)) or kept[-1]
-    )
+    made: dict[str, list[Any]] = {"network": [], "averages": []}
+    for name, kept in made.items():
+        monkeypatch.setattr(quality, name, noted(getattr(quality, name), kept))
     with quality.reproducible():
         first, again = (quality.train(task, data, 0.01, "constant", 1, 7) for _ in range(2))
     assert first == again
     assert tuple(first) == quality.WEIGHTS
     assert len({tuple(scores.values()) for scores in first.values()}) == len(quality.WEIGHTS)
-    model = models[0].eval()
+    model = made["network"][0].eval()
     for weights, scores in first.items():
-        state = model.state_dict() if weights == quality.RAW else dict(kept[0][weights].shadow)
+        state = (
+            model.state_dict()
+            if weights == quality.RAW
+            else dict(made["averages"][0][weights].shadow)
+        )
         with torch.no_grad():
             outputs = torch.func.functional_call(model, state, data.x_held).double().numpy()
         assert scores == pytest.approx(by_numpy(task, outputs, data), rel=1e-5), weights
@@ -90,12 +87,6 @@ def by_numpy(task: quality.Task, outputs: np.ndarray, data: quality.Split) -> di
     shares = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
     right = shares[np.arange(len(y)), y]
     return {"log loss": -np.log(right).mean(), "error %": 100.0 * (shares.argmax(1) != y).mean()}
-
-
-# -- choice of the learning rate ------------------------------------------------------------------
-
-
-# -- comparison -----------------------------------------------------------------------------------
 
 
 def test_the_interval_is_paired_and_covers() -> None:
@@ -113,42 +104,15 @@ def test_the_interval_is_paired_and_covers() -> None:
     assert 80 <= held <= 99
 
 
-def made(score: dict[tuple[str, str], float], seeds: int = 6) -> list[quality.Scored]:
-    """Runs whose scores are known: a base per seed, times a factor per schedule and weights."""
-    return [
-        {
-            "task": task.name,
-            "schedule": schedule,
-            "seed": seed,
-            "rate": 0.1,
-            "scores": {
-                weights: {
-                    metric: (10.0 + seed) * score.get((schedule, weights), 1.0)
-                    for metric in task.metrics
-                }
-                for weights in quality.WEIGHTS
-            },
-        }
-        for task in quality.TASKS
-        for seed in range(seeds)
-        for schedule in quality.SCHEDULES
-    ]
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-
 def test_stored_comparisons_are_those_of_the_stored_scores() -> None:
-    compared = [row for row in load(RESULTS / "quality.json")[1] if "p" in row.figures]
-    assert len(compared) == quality.TESTS
     stored = load(RESULTS / "quality.json")[1]
+    compared = [row for row in stored if "p" in row.figures]
+    assert len(compared) == quality.TESTS
+    raw = [row for row in stored if "sd" in row.figures and "p" not in row.figures]
+    scores = {row.table: np.array(row["scores"]) for row in raw}
+    assert len(scores) == len(raw)
     for row in compared:
-        (raw,) = (
-            other
-            for other in stored
-            if other.table == row.table and "sd" in other.figures and "p" not in other.figures
-        )
-        again = quality.compare(np.array(row["scores"]), np.array(raw["scores"]))
+        again = quality.compare(np.array(row["scores"]), scores[row.table])
         for name, value in again.items():
             assert row[name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,9 @@ DECAY = 0.9
 
 
 def tiny() -> shapes.Inventory:
-    return [
-        *shapes.gpt2(layers=1, width=16, vocab=50, context=8),
-        ("one", (1,)),
-        ("odd", (3, 5, 7)),
-        ("big", (70_001,)),  # above the 32,768 elements at which torch starts threads
-    ]
+    # The last is above the 32,768 elements at which torch starts threads.
+    odd = [("one", (1,)), ("odd", (3, 5, 7)), ("big", (70_001,))]
+    return [*shapes.gpt2(layers=1, width=16, vocab=50, context=8), *odd]
 
 
 def entries(table: tuple[peers.Peer, ...]) -> list[object]:
@@ -94,22 +92,17 @@ def test_swap_peer_goes_there_and_back(peer: peers.Peer, mix: str) -> None:
     jobs.prepare(cases.Case("tiny", mix, tiny, 1, question="swap"), only=peer.name)
 
 
-def test_unbiased_stochastic_rounding_is_told_from_a_stalled_average() -> None:
-    before = [torch.full((1000,), 1.0).double()]
-    weights = [torch.full((1000,), 2.0, dtype=torch.bfloat16)]
-    stalled = [torch.full((1000,), 1.0, dtype=torch.bfloat16)]
-    with pytest.raises(AssertionError, match="1000 of 1000 elements differ"):
-        checks.assert_averaged(stalled, before, weights, DECAY, stochastic=True)
-
-
 @pytest.mark.parametrize("wrong", [0, 149_999, 75_000])
-def test_a_peer_that_leaves_out_a_chunk_is_caught(wrong: int) -> None:
+def test_a_peer_that_leaves_out_a_chunk_or_stalls_is_caught(wrong: int) -> None:
     before, weight = torch.randn(150_000), torch.randn(150_000)
     got = torch.lerp(before, weight, 1 - DECAY)
     checks.assert_averaged([got], [before.double()], [weight], DECAY)
     got[wrong] = before[wrong]
     with pytest.raises(AssertionError, match="tensor 0: 1 of 150000"):
         checks.assert_averaged([got], [before.double()], [weight], DECAY)
+    one = torch.ones(1000, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="1000 of 1000 elements differ"):
+        checks.assert_averaged([one], [one.double()], [2 * one], DECAY, stochastic=True)
 
 
 def test_a_failed_check_names_case_and_peer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,26 +115,11 @@ def test_a_failed_check_names_case_and_peer(monkeypatch: pytest.MonkeyPatch) -> 
         jobs.prepare(cases.Case("tiny", "f32/f32", tiny, 1))
 
 
-@pytest.mark.parametrize(
-    ("question", "mix", "expected"),
-    [
-        ("update", "f32/f32", 12),
-        ("update", "bf16/f32", 10),
-        ("update", "bf16/bf16", 6),
-        ("swap", "f32/f32", 2 * 16),
-        ("swap", "bf16/f32", 2 * 12),
-    ],
-)
-def test_bytes_per_element(question: str, mix: str, expected: int) -> None:
-    case = cases.Case("tiny", mix, tiny, 1, question=question)  # type: ignore[arg-type]
-    assert case.bytes_per_element == expected
-
-
-@pytest.mark.parametrize("name", command.QUESTIONS)
-def test_every_question_has_its_file(name: str) -> None:
-    module = "gpu/check" if name == "gpu" else f"questions/{name.replace('-', '_')}"
-    text = (ROOT / "bench" / f"{module}.py").read_text(encoding="utf-8")
-    assert "QUESTION = Question(" in text
+def test_bytes_per_element() -> None:
+    bytes_of = {"f32/f32": 12, "bf16/f32": 10, "bf16/bf16": 6}
+    for mix, expected in bytes_of.items():
+        assert cases.Case("tiny", mix, tiny, 1).bytes_per_element == expected
+    assert cases.Case("tiny", "bf16/f32", tiny, 1, question="swap").bytes_per_element == 2 * 12
 
 
 def test_rounds_begin_anew_and_have_their_own_clock() -> None:
@@ -212,21 +190,19 @@ def test_listing_the_questions_needs_no_torch() -> None:
 UPDATE, MIXED = list(readme.TABLES[0])[:2]
 
 
-def stored_rows() -> list[Row]:
-    def row(table: str, entry: str, ms: float) -> Row:
-        figures = {"n_tensors": 148, "rounds": 5, "ms": ms, "spread_ms": [ms, 1.5 * ms]}
-        host = None if entry.startswith("limit") else 12.5
-        return Row(table, entry, {**figures, "ratio": ms / 30.0, "host_us": host})
-
-    return [
-        row(UPDATE, peers.OURS, 30.0),
-        row(UPDATE, "torch_ema", 123.4),
-        row(UPDATE, contest.LIMITS[0], 28.6),
-        row(MIXED, peers.OURS, 30.0),
-        Row(MIXED, "torch_ema", missing="raises: no reason"),
-    ]
+def stored(table: str, entry: str, ms: float) -> Row:
+    figures = {"n_tensors": 148, "rounds": 5, "ms": ms, "spread_ms": [ms, 1.5 * ms]}
+    host = None if entry.startswith("limit") else 12.5
+    return Row(table, entry, {**figures, "ratio": ms / 30.0, "host_us": host})
 
 
+ROWS = [
+    stored(UPDATE, peers.OURS, 30.0),
+    stored(UPDATE, "torch_ema", 123.4),
+    stored(UPDATE, contest.LIMITS[0], 28.6),
+    stored(MIXED, peers.OURS, 30.0),
+    Row(MIXED, "torch_ema", missing="raises: no reason"),
+]
 HEADER = {
     "quick": False,
     "command": "python -m bench cpu",
@@ -264,31 +240,28 @@ def test_stored_pages_are_those_of_the_stored_rows(name: str) -> None:
     assert text == (report.RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("failed", "stored"), [(False, True), (True, False)])
-def test_a_failure_leaves_the_stored_result(tmp_path: Path, failed: bool, stored: bool) -> None:
-    rows = [Row("t", "one", missing="it differs", failed=failed)]
-    question = Question("Title", "How.", lambda settings: rows)
-    settings = Settings(quick=True, out=tmp_path)
-    assert command.answer("cpu", question, settings, "python -m bench cpu") is stored
-    assert (tmp_path / "cpu-quick.json").exists() is stored
-
-
-def test_a_result_that_lacks_a_row_of_the_baseline_is_stored_and_fails(
+def test_what_fails_is_not_stored_and_what_lacks_a_row_of_the_baseline_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    question = Question("Title", "How.", lambda settings: [])
-    settings = Settings(quick=True, out=tmp_path, baseline="check")
-    assert not command.answer("counts", question, settings, "python -m bench counts")
+    settings = Settings(quick=True, out=tmp_path)
+
+    def answered(name: str, rows: list[Row], **options: Any) -> bool:
+        question = Question("Title", "How.", lambda settings: rows)
+        return command.answer(name, question, replace(settings, **options), "python -m bench")
+
+    for failed in (True, False):
+        assert answered("cpu", [Row("t", "one", missing="differs", failed=failed)]) is not failed
+        assert (tmp_path / "cpu-quick.json").exists() is not failed
+    assert not answered("counts", [], baseline="check")
     assert (tmp_path / "counts-quick.json").exists()
     assert "is not measured any more" in capsys.readouterr().err
-    chosen = replace(settings, cases=("one",))
-    assert command.answer("counts", question, chosen, "python -m bench counts --case one")
+    assert answered("counts", [], baseline="check", cases=("one",))
 
 
 def test_readme_table_is_generated_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report.store(tmp_path, "cpu", HEADER, stored_rows(), "")
+    report.store(tmp_path, "cpu", HEADER, ROWS, "")
     made = readme.section(tmp_path / "cpu.json")
     monkeypatch.setattr(readme, "section", lambda: made)
     page = tmp_path / "README.md"
@@ -305,9 +278,9 @@ def test_readme_table_is_generated_and_checked(
 
 
 def test_machines_stand_side_by_side(tmp_path: Path) -> None:
-    report.store(tmp_path, "cpu", HEADER, stored_rows(), "")
+    report.store(tmp_path, "cpu", HEADER, ROWS, "")
     other = {**HEADER, "cpu": "Another", "cores": 64}
-    report.store(tmp_path / "big", "cpu", other, stored_rows()[1:], "")
+    report.store(tmp_path / "big", "cpu", other, ROWS[1:], "")
     assert command.main(["--machines", "--out", str(tmp_path)]) == 0
     text = (tmp_path / machines.PAGE).read_text(encoding="utf-8")
     assert cells(text, "")[-1] == "big: Another, 64 cores"
@@ -315,12 +288,9 @@ def test_machines_stand_side_by_side(tmp_path: Path) -> None:
     assert cells(text, "torch_ema") == ["4.11×"] * 2
 
 
-def test_the_page_of_machines_is_that_of_the_stored_results() -> None:
+def test_pages_that_are_made_of_stored_results_are_up_to_date() -> None:
     stored = (report.RESULTS / machines.PAGE).read_text(encoding="utf-8")
     assert stored == machines.page()
-
-
-def test_the_table_in_the_readme_is_the_stored_one() -> None:
     assert command.main(["--readme", "check"]) == 0
 
 

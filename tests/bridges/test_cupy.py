@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,20 +14,13 @@ from fastema.bridges import registry
 from fastema.errors import BridgeError, DeviceError, DTypeError, LayoutError, StateError
 
 from ..shadow.truth import Loop
+from ..support.mixed import CODES, numbers
 from ..support.stub_cupy import Device, Stream, array, cupy, ndarray
 from ..support.stub_gpu import StubDriver
 
 NEEDS = ("torch",)
 __all__ = ["cupy"]
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("cupy")]
-
-SHAPES = {"a": (37, 11), "b": (5,), "c": (), "d": (0, 3), "e": (1000,)}
-FLOATS = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
-
-
-def values(seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return {n: np.asarray(generator.normal(size=s)).astype(dtype) for n, s in SHAPES.items()}
 
 
 def on_gpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -76,11 +68,11 @@ def test_arrays_that_cannot_be_averaged(
 @pytest.mark.parametrize("stored", ["f32", "bf16"])
 @pytest.mark.parametrize("weights", ["f32", "bf16"])
 def test_equals_a_float64_loop_and_a_swap_is_exact(weights: str, stored: str) -> None:
-    held = on_gpu(values(0, FLOATS[weights]))
-    ema = fastema.EMA(held, 0.9, shadow_dtype=FLOATS[stored])
+    held = on_gpu(numbers(0, weights))
+    ema = fastema.EMA(held, 0.9, shadow_dtype=CODES[stored])
     loops = {n: Loop(x.there, stored, "f32", stored == "bf16") for n, x in held.items()}
     for n in range(1, 6):
-        new = values(n, FLOATS[weights])
+        new = numbers(n, weights)
         if n == 3:
             held.update(on_gpu(new))  # arrays that were replaced are found
         fill(held, new)
@@ -91,9 +83,12 @@ def test_equals_a_float64_loop_and_a_swap_is_exact(weights: str, stored: str) ->
             loop.step(new[name], 1 - 0.9)
     for name, loop in loops.items():
         assert type(ema.shadow[name]) is ndarray
-        assert ema.shadow[name].dtype == FLOATS[stored]
+        assert ema.shadow[name].dtype == CODES[stored]
         loop.check(ema.shadow[name].there.astype(np.float64), name)
+    later = fastema.EMA(held, 0.5, shadow_dtype=CODES[stored])
+    later.load_state_dict(ema.state_dict())
     raw, average = bits(held), bits(ema.shadow)
+    assert bits(later.shadow) == average
     for _ in range(2):
         with ema.swapped():
             for name, one in held.items():
@@ -101,21 +96,6 @@ def test_equals_a_float64_loop_and_a_swap_is_exact(weights: str, stored: str) ->
                 np.testing.assert_allclose(one.there.astype(np.float64), close, rtol=2**-7)
         assert bits(held) == raw
         assert bits(ema.shadow) == average
-
-
-def test_state_goes_to_the_host_and_back() -> None:
-    held, later = on_gpu(values(0)), on_gpu(values(5))
-    ema, other = fastema.EMA(held, 0.9), fastema.EMA(later, 0.5)
-    fill(held, values(1))
-    ema.update()
-    state = ema.state_dict()
-    assert all(type(one) is ndarray for one in state["shadow"][0].values())
-    other.load_state_dict(state)
-    fill(held, values(2))
-    fill(later, values(2))
-    ema.update()
-    other.update()
-    assert bits(other.shadow) == bits(ema.shadow)
 
 
 def test_the_current_device_and_stream_are_used(cupy: StubDriver) -> None:
@@ -157,23 +137,6 @@ def test_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(ema.shadow["0"].there, 4)
     np.testing.assert_array_equal(counting.shadow["0"].there, 6)
     assert counting.num_updates == 2
-
-
-def test_plans() -> None:
-    avg, x = on_gpu(values(0)), on_gpu(values(1))
-    plan = fastema.Plan(avg, x)
-    plan.lerp_(0.25)
-    for name, one in avg.items():
-        old, new = values(0)[name].astype(np.float64), values(1)[name]
-        np.testing.assert_allclose(one.there, old + 0.25 * (new - old), rtol=1e-6, atol=1e-6)
-    before = bits(avg), bits(x)
-    plan.swap_()
-    assert (bits(avg), bits(x)) == before[::-1]
-    later = on_gpu(values(2))
-    plan.copy_(later)
-    assert bits(avg) == bits(later)
-    with pytest.raises(LayoutError, match="overlap"):
-        plan.lerp_(0.5, avg)
 
 
 def test_two_kinds_of_memory() -> None:

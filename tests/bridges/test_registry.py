@@ -1,9 +1,13 @@
-"""Containers of arrays of any framework, and what is refused in them."""
+"""Containers and arrays of any framework: names, descriptions, numbers, refusals, new memory."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -11,11 +15,41 @@ import numpy as np
 import pytest
 
 import fastema
+from fastema.bridges import dlpack
+from fastema.bridges import numpy as numpy_bridge
+from fastema.bridges.memory import allocate
 from fastema.bridges.names import plain_names
-from fastema.bridges.registry import bridge_of, describe, leaves_of, write_listeners
-from fastema.errors import BridgeError, DTypeError
+from fastema.bridges.registry import bridge_of, describe, leaves_of, scalar, write_listeners
+from fastema.errors import BridgeError, DTypeError, LayoutError
+from fastema.layout.dtypes import DTYPES
+from fastema.layout.flat import ALIGNMENT
+
+from ..support.arrays import numbers as stored_numbers
 
 ONE, TWO, THREE = np.ones(2), np.ones(3, np.float32), np.array(2.5)
+
+
+class Current:
+    """An array of a framework nobody has heard of, which speaks version 1 of the protocol."""
+
+    def __init__(self, array: np.ndarray, device: tuple[int, int] = (1, 0)) -> None:
+        self.array, self.device = array, device
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+
+class Old(Current):
+    def __dlpack__(self) -> Any:
+        return self.array.__dlpack__()
+
+
+class Copying(Old):
+    def __dlpack__(self) -> Any:
+        return self.array.copy().__dlpack__()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +74,6 @@ def test_containers_are_walked_in_order(container: Any, names: list[str]) -> Non
     [
         (["_orig_mod.fc.weight", "_orig_mod.b"], ["fc.weight", "b"]),
         (["module.module.a", "module.module.b"], ["a", "b"]),
-        (["_orig_mod.module.a.b"], ["a.b"]),
         (["module._orig_mod.a", "module._orig_mod.b"], ["a", "b"]),
         (["layers._fsdp_wrapped_module.w"], ["layers.w"]),
         (["layers._checkpoint_wrapped_module.0._orig_mod.w"], ["layers.0.w"]),
@@ -70,20 +103,13 @@ def test_what_cannot_be_used_is_named(array: Any, error: type[Exception]) -> Non
 
 
 def test_no_framework_is_imported_for_another_ones_arrays(python: Callable[..., str]) -> None:
-    python(
-        """
-        import sys
+    script = """
+        import sys, numpy
         from fastema.bridges.registry import leaves_of
-        from fastema.errors import BridgeError
-        try:
-            leaves_of([1])
-        except BridgeError:
-            pass
-        import numpy
         leaves_of([numpy.ones(3)])
         assert "torch" not in sys.modules
-        """
-    )
+    """
+    python(script)
 
 
 @pytest.mark.torch
@@ -149,3 +175,231 @@ def test_what_only_lacks_a_call_is_told_so() -> None:
         bridge_of(iter([ONE]))
     with pytest.raises(BridgeError, match="call it first"):
         bridge_of(model.parameters)
+
+
+# -- NumPy -----------------------------------------------------------------------------------------
+
+
+def test_dtypes_of_numpy_without_kernels() -> None:
+    for dtype in (">f4", ">i8", "O", "S3", "U2", "M8[s]", "V4", np.longdouble):
+        with pytest.raises(DTypeError, match="float32"):
+            numpy_bridge.code(dtype)
+
+
+def test_bfloat16_is_that_of_ml_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert numpy_bridge.native("bf16") == np.dtype(ml_dtypes.bfloat16)
+    array = stored_numbers(30, "bf16", 1).view(ml_dtypes.bfloat16)
+    assert numpy_bridge.describe(array).dtype == numpy_bridge.code(ml_dtypes.bfloat16) == "bf16"
+    monkeypatch.delitem(sys.modules, "ml_dtypes")
+    with pytest.raises(DTypeError, match="ml_dtypes"):
+        numpy_bridge.native("bf16")
+
+
+BASE = np.arange(1.0, 121.0, dtype=np.float32).reshape(4, 5, 6)
+ARRAYS = [
+    *(BASE.T, BASE[1:, ::2, -1], BASE[::-1, :, ::-2], BASE[0, 0, 0:0], np.array(3.5)),
+    *(np.ones(7, bool), np.ones(4, np.float16), np.ones((2, 3), np.complex128)[:, 1]),
+]
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_description_of_where_an_array_lies(array: np.ndarray) -> None:
+    spec = describe(array)
+    assert spec.address == array.ctypes.data
+    assert spec.shape == array.shape
+    assert spec.strides == tuple(step // array.itemsize for step in array.strides)
+    assert (spec.dtype, spec.device) == (numpy_bridge.code(array.dtype), "cpu")
+    assert spec.writable
+    assert spec.owner is array
+    for kind in (Current, Old):
+        mine = describe(kind(array))
+        assert bridge_of(kind(array)) is dlpack
+        assert (mine.shape, mine.dtype, mine.device) == (spec.shape, spec.dtype, "cpu")
+        if array.size:
+            assert (mine.address, mine.strides) == (spec.address, spec.strides)
+        assert mine.writable is (kind is Current)
+    assert not describe(np.broadcast_to(array, (2, *array.shape))).writable
+
+
+def test_elements_where_no_kernel_may_read_one_are_refused() -> None:
+    with pytest.raises(BridgeError):
+        numpy_bridge.describe(np.frombuffer(bytearray(41), np.uint8)[1:].view(np.float32))
+    odd_steps = np.ndarray((3,), np.complex128, np.zeros(9), strides=(24,))
+    assert odd_steps.flags.aligned  # each half is
+    with pytest.raises(BridgeError, match="multiples of 16"):
+        numpy_bridge.describe(odd_steps)
+
+
+# -- frameworks we do not know, by DLPack ----------------------------------------------------------
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_what_dlpack_cannot_describe() -> None:
+    array = numbers(3)
+    with pytest.raises(BridgeError, match="copies"):
+        describe(Copying(array))
+    with pytest.raises(BridgeError, match="device 8"):
+        describe(Current(array, (8, 0)))
+    read_only = numbers(3)
+    read_only.flags.writeable = False
+    with pytest.raises(BridgeError, match="Old"):
+        describe(Old(read_only))
+    assert not describe(Current(read_only)).writable
+    torch = pytest.importorskip("torch")
+    with pytest.raises(DTypeError, match="DLPack dtype"):
+        describe(Current(torch.zeros(3, dtype=torch.float8_e4m3fn)))
+
+
+def test_an_average_of_arrays_of_unknown_frameworks() -> None:
+    first, second = numbers(6, 5), numbers(3, seed=1)
+    before = [first.astype(float), second.astype(float)]
+    ema = fastema.EMA({"a": Current(first), "b": [Current(second)]}, 0.75)
+    first += 4
+    second *= -2
+    ema.update()
+    expected = [0.75 * b + 0.25 * x for b, x in zip(before, (first, second), strict=True)]
+    for name, truth in zip(("a", "b.0"), expected, strict=True):
+        np.testing.assert_allclose(ema.shadow[name], truth, rtol=1e-6, atol=1e-6)
+    raw, average = first.tobytes(), ema.shadow["a"].tobytes()
+    with ema.swapped():
+        assert first.tobytes() == average
+    assert first.tobytes() == raw
+    average_of_old = numbers(6, 5)
+    fastema.lerp_([average_of_old], [Old(first)], 1.0)
+    assert average_of_old.tobytes() == raw
+    with pytest.raises(LayoutError, match="read-only"):
+        fastema.lerp_([Old(first)], [average_of_old], 0.5)
+
+
+def test_another_major_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dlpack.exchange_address(np.ones(3)) == dlpack.exchange_address(3.5) == 0
+    new = ctypes.pythonapi.PyCapsule_New
+    monkeypatch.setattr(new, "restype", ctypes.py_object)
+    monkeypatch.setattr(new, "argtypes", [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p])
+    name = b"dlpack_exchange_api"
+    tables = [(ctypes.c_uint64 * 8)(major, 0, 11, 12, 13, 14, 15, 16) for major in (1, 2)]
+    # After the header come allocate, from object, to object, and the one we use.
+    for table, wanted in zip(tables, (14, 0), strict=True):
+        capsule = new(ctypes.addressof(table), name, None)
+        array_type = type("Array", (), {"__dlpack_c_exchange_api__": capsule})
+        assert dlpack.exchange_address(array_type()) == wanted
+
+
+# -- new memory ------------------------------------------------------------------------------------
+
+# Tensors, and whether memory like them has their strides; else it is row-major.
+LIKE = [
+    *((BASE, True), (BASE.transpose(2, 0, 1), True), (np.array(2.5, np.float32), True)),
+    *((BASE[:, ::2, 1:3], False), (BASE[::-1], False), (BASE[:, :0], False)),
+    (np.broadcast_to(BASE[0, 0], (3, 6)), False),
+]
+
+
+@pytest.mark.parametrize("slots", [0, 1, 3])
+@pytest.mark.parametrize("code", ["f32", "f64", "bool"])
+def test_memory_is_like_the_tensors_it_is_for(code: str, slots: int) -> None:
+    likes = [describe(array) for array, _ in LIKE]
+    made = allocate([(like, DTYPES[code]) for like in likes], slots)
+    for number, (like, (_, kept), (array, spec)) in enumerate(zip(likes, LIKE, made, strict=True)):
+        assert spec == describe(array)
+        assert spec.dtype == code
+        assert not array.any()
+        assert spec.shape == (slots,) * bool(slots) + like.shape
+        if kept:
+            assert spec.strides[bool(slots) :] == like.strides
+        # Nothing overlaps, and no two share a cache line, nor do the slots of one.
+        array[...] = number % 2
+        for slot in [array[i, ...] for i in range(slots)] or [array]:
+            assert not slot.size or (slot.ctypes.data - array.base.ctypes.data) % ALIGNMENT == 0
+    for number, (array, _) in enumerate(made):
+        assert (array == number % 2).all()
+
+
+# -- numbers; those of TensorFlow are in test_tensorflow.py ----------------------------------------
+
+NUMBERS = [
+    *(0.625, 3, True, Fraction(5, 8), Decimal("0.625"), np.float32(0.625), np.int8(-3)),
+    *(np.bool_(True), np.array(0.625), np.array([[7]], np.int16)),
+]
+NO_NUMBERS = [
+    *("1.0", None, [1.0], {}, 1j, np.ones(2), np.ones((0,)), np.complex128(1j), 10**400),
+    *(np.array("1.0"), np.array(1j), Decimal("sNaN"), object()),
+]
+
+
+def test_numbers_of_the_host() -> None:
+    for value in NUMBERS:
+        assert scalar(value) == float(np.asarray(value).item())
+        assert type(scalar(value)) is float
+    for value in NO_NUMBERS:
+        with pytest.raises(BridgeError, match="expected"):
+            scalar(value)
+
+
+def test_numbers_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int64):
+        assert scalar(torch.tensor([5], dtype=dtype)) == 5.0
+    assert scalar(torch.tensor(2.0, requires_grad=True) * 1.5) == 3.0
+    with pytest.raises(BridgeError, match=r"torch\.Tensor of shape \(3,\)"):
+        scalar(torch.ones(3))
+    with pytest.raises(BridgeError, match="without data"):
+        scalar(torch.ones((), device="meta"))
+
+    class OfAccelerator(torch.Tensor):  # copied and not read
+        device = torch.device("cuda")
+        read = False
+
+        def item(self) -> float:
+            OfAccelerator.read = True
+            return float(self.as_subclass(torch.Tensor).item())
+
+    value = torch.tensor(4.0).as_subclass(OfAccelerator)
+    later = scalar(value)
+    with torch.no_grad():
+        value.fill_(9.0)  # as a captured graph does at its next replay
+    assert not OfAccelerator.read
+    assert callable(later)
+    assert later() == 4.0
+
+
+def test_numbers_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    from fastema.bridges import jax as bridge
+
+    jnp = jax.numpy
+    for dtype in ("float32", "bfloat16", "int32"):
+        assert scalar(jax.block_until_ready(jnp.asarray(5, dtype))) == 5.0
+    gone = jnp.ones(())
+    gone.delete()
+    for call, message in (
+        (lambda: scalar(jnp.ones(3)), r"shape \(3,\)"),
+        (lambda: jax.jit(lambda x: scalar(x))(1.0), "traced"),
+        (lambda: scalar(gone), "deleted"),
+    ):
+        with pytest.raises(BridgeError, match=message):
+            call()
+
+    class Computing:  # an array that is not waited for
+        gone = False
+
+        def is_deleted(self) -> bool:
+            return self.gone
+
+        def is_ready(self) -> bool:
+            return False
+
+        def item(self) -> float:
+            return 7.0
+
+    array = Computing()
+    later = bridge.scalar(array)
+    assert callable(later)
+    assert later() == 7.0
+    array.gone = True
+    with pytest.raises(BridgeError, match="before it was read"):
+        later()

@@ -67,24 +67,6 @@ def test_writes_are_seen_by_the_variable_alone(name: str) -> None:
         assert all(tensor.numpy().tobytes() == old.tobytes() for tensor in held)
 
 
-def test_without_the_protocol_variables_are_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bridge._can_be_written.__wrapped__()  # it holds in this version
-    monkeypatch.setattr(bridge, "_can_be_written", lambda: False)
-    shared = tf.constant([1.0, 2.0])
-    variables = [tf.Variable(shared), tf.Variable(shared)]
-    for one in variables:
-        one.assign(shared)
-    ema = fastema.EMA(variables, 0.5)
-    variables[0].assign([3.0, 4.0])
-    ema.update()
-    np.testing.assert_array_equal(ema.shadow["0"], [2.0, 3.0])
-    np.testing.assert_array_equal(ema.shadow["1"], [1.0, 2.0])
-    with pytest.raises(LayoutError):
-        ema.apply_shadow()
-    with pytest.raises(LayoutError, match="read-only"):
-        fastema.Plan(variables, [np.ones(2, np.float32)] * 2)
-
-
 def test_tensors_which_never_change_are_averaged_once_unless_given_again() -> None:
     ema = fastema.EMA([tf.constant([1.0, 2.0])], 0.5)
     plan = fastema.Plan([np.zeros(2, np.float32)], [tf.constant([1.0, 2.0])])
@@ -231,26 +213,6 @@ def test_a_variable_that_is_made_again_is_found() -> None:
         del poison
         want = np.array([8.0, 9.0, 10.0]) - 4 * 0.5 ** (n + 1)
         np.testing.assert_allclose(ema.shadow["a"], want, rtol=1e-6)
-
-
-def test_tensors_and_variables_are_found_together() -> None:
-    variable, other = tf.Variable([1.0, 2.0]), tf.Variable([4.0, 5.0])
-    container = [tf.constant([3.0]), variable, tf.zeros([0, 2]), variable, other]
-    find = Locator(registry.leaves_of(container), container)
-    for n in range(4):
-        variable.assign([float(n), 5.0])
-        now = [tf.constant([float(n)]), *container[1:]]
-        found = find.locate(now, write=False)
-        assert found is not None
-        for i in (0, 1, 4):
-            assert at(found.addresses[str(i)], now[i].numpy()) == now[i].numpy().tobytes()
-        assert found.addresses["1"] == found.addresses["3"]  # one variable twice is one place
-    first, *rest = container
-    for unlike in (tf.constant([3]), np.ones(1, np.float32), None):
-        assert find.locate([unlike, *rest]) is None
-    assert find.locate(container[:-1]) is None
-    assert find.locate([first, variable, rest[1], other, other]) is None
-    assert find.locate([first, *[variable, rest[1]] * 2], write=True) is None
 
 
 # -- numbers ---------------------------------------------------------------------------------------

@@ -1,52 +1,196 @@
-"""PyTorch's functions in place of kernels, for GPUs without ours: against the kernels of the CPU.
-
-Averages, random rounding, copies, measures and windowed means.
-"""
+"""PyTorch's functions, in place of our kernels where a GPU has none, against those of the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastema.bridges import torch as bridge
 from fastema.bridges import torch_foreach as foreach
+from fastema.engine.program import Program
+from fastema.errors import DTypeError
 from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
+from fastema.layout.device_context import LaunchArgs
+from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
 
 from ..support import reference
 from ..support.arrays import assert_same, numbers
 from ..support.tolerance import cast_bound, exact_lerp, lerp_bound, unit_roundoff
-from .foreach_runs import (
-    COMPLEX,
-    PAIRS,
-    REAL,
-    SPLIT,
-    WINDOWS,
-    Array,
-    assert_lerped,
-    assert_same_bits,
-    average_of,
-    average_pair,
-    kept_as,
-    pair_of,
-    run,
-    run_both,
-    run_kernels,
-    stored,
-    tensor,
-    twin,
-    values_of,
-    window_pair,
-    with_specials,
-    words,
-)
 
 pytestmark = pytest.mark.torch
+
+REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
+COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
+PAIRS = [*product(REAL, REAL), *product(COMPLEX, COMPLEX)]
+SPLIT = "bf16+16"
+
+Array = np.ndarray
+
+
+# -- tensors, pairs and runs -----------------------------------------------------------------------
+
+
+def tensor(array: Array, code: str) -> Any:
+    """A tensor of an array as stored."""
+    return torch.from_numpy(array.copy()).view(bridge.native(code))
+
+
+def stored(one: Any) -> Array:
+    """The other way, row-major."""
+    one = one.detach().contiguous()
+    return (one.view(torch.uint16) if one.dtype == torch.bfloat16 else one).numpy()
+
+
+def pair_of(
+    dst: Any, src: Any, name: str = "t", residual: Any = None, ring: Any = None, **rest: Any
+):
+    """A pair as a store makes it; ``ring`` has its slots along the first axis."""
+    if ring is not None:
+        spec = bridge.describe(ring)
+        one = replace(spec, shape=spec.shape[1:], strides=spec.strides[1:])
+        ring = one, spec.strides[0] * spec.kind.itemsize
+    to, of = bridge.describe(dst), bridge.describe(src)
+    residual = None if residual is None else bridge.describe(residual)
+    return Pair(name, to, of, residual=residual, ring=ring, **rest)
+
+
+def twin(pairs: Sequence[Pair]) -> list[Pair]:
+    """The same pairs in other memory, gaps and sharing included."""
+    made: dict[int, Any] = {}
+
+    def copied(one: Any) -> Any:
+        if one is None:
+            return None
+        old = one.detach().untyped_storage()
+        storage = made.setdefault(old.data_ptr(), old.clone())
+        empty = torch.empty(0, dtype=one.dtype)
+        return empty.set_(storage, one.storage_offset(), one.shape, one.stride())
+
+    def again(pair: Pair) -> Pair:
+        residual, ring = pair.residual and pair.residual.owner, pair.ring and pair.ring[0].owner
+        dst, src, residual, ring = map(copied, (pair.dst.owner, pair.src.owner, residual, ring))
+        rest = {"form": pair.form, "average_index": pair.average_index}
+        return pair_of(dst, src, pair.name, residual, ring, **rest)
+
+    return list(map(again, pairs))
+
+
+def owners(pair: Pair) -> list[Any]:
+    """The tensors of a pair."""
+    specs = [pair.dst, pair.src, pair.residual, pair.ring and pair.ring[0]]
+    return [spec.owner for spec in specs if spec is not None]
+
+
+def run(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *settings: int) -> Any:
+    """The substitute, once."""
+    return foreach.substitute(operation, pairs)(LaunchArgs(numbers, *settings))
+
+
+def run_kernels(operation: str, pairs: Sequence[Pair], numbers: Any = (0.0,), *settings: int):
+    """The kernels, once; returns the program."""
+    program = Program({"all": pairs})
+    program.run({"all": operation}, LaunchArgs(numbers, *settings))
+    return program
+
+
+def run_both(operation: str, pairs: Sequence[Pair], *arguments: Any):
+    """The substitute on the pairs, and the kernels on their twins, which are returned."""
+    others = twin(pairs)
+    run(operation, pairs, *arguments)
+    run_kernels(operation, others, *arguments)
+    return others
+
+
+def assert_same_bits(pairs: Sequence[Pair], others: Sequence[Pair]) -> None:
+    """Every byte of their storages is equal, gaps included."""
+    for pair, other in zip(pairs, others, strict=True):
+        for sides in zip(owners(pair), owners(other), strict=True):
+            one, two = (torch.ByteTensor().set_(side.untyped_storage()) for side in sides)
+            assert torch.equal(one, two), pair.name
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan]
+
+
+def with_specials(array: Array, other: Array, dst: str, src: str) -> tuple[Array, Array]:
+    """Two arrays, and beside them every two special numbers."""
+    ends = [
+        [*SPECIAL, *(s * form.largest for s in (1, -1)), form.smallest, 2.0**form.lowest]
+        for form in (reference.FLOATS[reference.real_of(code)] for code in (dst, src))
+    ]
+    crossed = np.array(list(product(*ends))).T
+    sides = []
+    for values, code, kept in zip(crossed, (dst, src), (array, other), strict=True):
+        reals = reference.encode(values, reference.real_of(code))
+        if DTYPES[code].parts == 2:
+            reals = np.resize(reals, 2 * len(reals)).view(kept.dtype)
+        sides.append(np.concatenate([kept, reals]))
+    return sides[0], sides[1]
+
+
+def values_of(array: Array, code: str) -> Array:
+    """Stored numbers as float64; complex ones as pairs."""
+    return reference.decode(array.view(reference.real_of_storage(code)), reference.real_of(code))
+
+
+def assert_lerped(
+    got: Array, before: Array, x: Array, w: float, dst: str, src: str, kernels: Array
+) -> None:
+    """As near to the exact average as without one fused operation, and special where they are."""
+    value, theirs = values_of(got, dst), values_of(kernels, dst)
+    np.testing.assert_array_equal(np.isnan(value), np.isnan(theirs))
+    infinite = np.isinf(value) | np.isinf(theirs)
+    np.testing.assert_array_equal(value[infinite], theirs[infinite])
+    finite = np.isfinite(theirs)
+    assert finite.sum() > 500
+    computed = "f64" if "f64" in map(reference.real_of, (dst, src)) else "f32"
+    if reference.decode(reference.encode(np.array([w]), computed), computed) == 1:
+        want = reference.cast(x, src, dst)  # whatever the average held
+        np.testing.assert_array_equal(value, values_of(want, dst))
+        return
+    with np.errstate(all="ignore"):
+        exact = exact_lerp(before, x, w, dst, src)
+        moved = np.abs(exact - values_of(before, dst)).astype(float)
+        bound = lerp_bound(before, x, w, dst, src) + 2 * unit_roundoff(computed) * moved
+        bound += reference.FLOATS[computed].smallest
+        assert np.all(np.abs(value - exact)[finite] <= bound[finite])
+
+
+def kept_as(form: str) -> str:
+    """The dtype code of the numbers that an average of a form stands for."""
+    return "f32" if form == SPLIT else form.strip("~")
+
+
+def average_pair(form: str, values: Array, src: Any, name: str = "t", **rest: Any) -> Pair:
+    """A pair whose average has a form: a dtype code, one rounded by random bits, or two halves."""
+    if form != SPLIT:
+        written = tensor(values, kept_as(form))
+        return pair_of(written, src, name, form=form if "~" in form else "", **rest)
+    clean = np.where(np.isnan(values), np.float32(np.nan), values)
+    bits = clean.view(np.uint32)
+    up = np.where(np.isnan(clean), 0, bits >> 15 & 1)
+    high = tensor(((bits >> 16) + up).astype(np.uint16), "bf16")
+    low = tensor((bits & 0xFFFF).astype(np.uint16).view(np.int16), "i16")
+    return pair_of(high, src, name, residual=low, form=SPLIT, **rest)
+
+
+def average_of(pair: Pair) -> Array:
+    """The average of a pair as stored; what two halves stand for by arithmetic on them."""
+    if pair.form != SPLIT:
+        return stored(pair.dst.owner)
+    high = stored(pair.dst.owner).astype(np.uint32)
+    residual = stored(pair.residual.owner).view(np.uint16).astype(np.uint32)
+    up = np.where((high & 0x7FFF) > 0x7F80, 0, residual >> 15)
+    return ((high - up << 16) | residual).astype(np.uint32).view(np.float32)
+
 
 # -- averages --------------------------------------------------------------------------------------
 
@@ -82,34 +226,6 @@ def test_terms_of_a_weighted_sum(dst: str, src: str) -> None:
     assert np.all(np.abs(got - want) <= 8 * unit_roundoff(reference.real_of(code)) * sizes)
 
 
-# -- stochastic rounding ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("src", REAL)
-@pytest.mark.parametrize("code", ["f16", "bf16"])
-def test_average_rounded_by_random_bits(code: str, src: str) -> None:
-    before, x = numbers(20_000, code, 1), numbers(20_000, src, 2)
-    for w in (0.01, 0.3, 0.8):
-        pair = average_pair(f"{code}~", before, tensor(x, src))
-        run("lerp", [pair], (w,), 1, 2)
-        exact = exact_lerp(before, x, w, code, src)
-        low, high = (
-            reference.decode(
-                reference.encode_random(exact.astype(float), np.full(exact.shape, word), code), code
-            )
-            for word in (0, 0xFFFF)
-        )
-        share = (exact.astype(float) - low) / np.where(high == low, 1, high - low)
-        got = reference.decode(average_of(pair), code)
-        among = (got == low) | (got == high)
-        assert among.mean() > 0.99
-        # Of the others the value before it was rounded was on the other side of a number.
-        assert np.all(np.abs(got - exact) <= 2 * lerp_bound(before, x, w, code, src))
-        inner = among & (low != high) & (share > 0.01) & (share < 0.99)
-        z = ((got == high) - share)[inner].sum() / np.sqrt((share * (1 - share))[inner].sum())
-        assert abs(z) < 5
-
-
 # A part of a whole tensor, whose indices may pass a multiple of 2**32: whole and offset.
 WHOLES = {
     "whole": (None, None),
@@ -143,7 +259,7 @@ def test_random_bits_are_the_kernels(
     for operation in ("lerp", "lerp_measured"):
         run(operation, [pair], (1.0,), 2**40 + 3, 2**33 + 7)
         run_kernels(operation, [other], (1.0,), 2**40 + 3, 2**33 + 7)
-        assert torch.equal(words(sides[0]), words(again))
+        assert torch.equal(sides[0].view(torch.int16), again.view(torch.int16))
 
 
 # -- copies ----------------------------------------------------------------------------------------
@@ -188,9 +304,6 @@ def test_copies_of_an_average_in_two_halves(src: str, operation: str) -> None:
         assert_same_bits([pair], [other])
         assert_same(average_of(pair), avg if operation == "cast_back" else x, "f32")
         assert_same(stored(pair.src.owner), x if operation == "copy" else avg, "f32")
-
-
-# -- measures --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,6 +366,24 @@ def test_number_of_elements_that_are_not_finite(src: str) -> None:
 # -- windowed means --------------------------------------------------------------------------------
 
 
+# Average, weights, ring, and what rounding left.
+WINDOWS = [
+    *(("f32", "f32", "f32", "f32"), ("f64", "f64", "f64", "f64"), ("f32", "bf16", "bf16", "f32")),
+    *(("bf16", "bf16", "bf16", "f32"), ("bf16~", "bf16", "bf16", "f32")),
+    *(("f16~", "f16", "f16", "f32"), ("f64", "f32", "f32", "f64"), ("f32", "f64", "f32", "f32")),
+    *(("f32", "f64", "f16", "f64"), ("c64", "c64", "c64", "c64")),
+]
+
+
+def window_pair(formats: tuple[str, ...], size: int, window: int) -> Pair:
+    """Memory that holds something else before the first value."""
+    dst, src, ring, rest = (bridge.native(code.strip("~")) for code in formats)
+    made = [torch.full((size,), 7, dtype=one) for one in (dst, src, rest)]
+    slots = torch.full((window, size), 7, dtype=ring)
+    form = formats[0] if "~" in formats[0] else ""
+    return pair_of(made[0], made[1], residual=made[2], ring=slots, form=form)
+
+
 def assert_window(pair: Pair, formats: tuple[str, ...], seen: list[Array], window: int) -> None:
     """The mean is that of the ring, as near as the kernels promise; the ring holds the values."""
     code, src, ring, rest = (code.strip("~") for code in formats)
@@ -273,18 +404,10 @@ def assert_window(pair: Pair, formats: tuple[str, ...], seen: list[Array], windo
         np.testing.assert_array_equal(values_of(slots[slot], ring), values)
 
 
-# Which of both makes each update: the substitute alone, or in turn with the kernels.
-RUNNERS: dict[str, Callable[[int], Callable[..., Any]]] = {
-    "substitute": lambda turn: run,
-    "kernels first": lambda turn: (run, run_kernels)[(turn + 2) // 3 % 2],
-    "substitute first": lambda turn: (run, run_kernels)[(turn - 1) // 3 % 2],
-}
-
-
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("window", [1, 2, 7])
 @pytest.mark.parametrize("formats", WINDOWS, ids="-".join)
-def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, runner: str) -> None:
+def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, in_turn: bool) -> None:
     _, src, ring, _ = formats
     pair = window_pair(formats, 500, window)
     seen: list[Array] = []
@@ -293,5 +416,154 @@ def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, runn
         seen.append(values_of(reference.cast(x, src, ring), ring))
         pair.src.owner.copy_(tensor(x, src))
         moment = ((float(min(turn, window)),), 1, turn, window, (turn - 1) % window, turn)
-        RUNNERS[runner](turn)("window", [pair], *moment)
+        by_kernels = in_turn and turn // 3 % 2  # which go on with what the functions left
+        (run_kernels if by_kernels else run)("window", [pair], *moment)
         assert_window(pair, formats, seen, window)
+
+
+# -- where tensors lie -----------------------------------------------------------------------------
+
+# Shape, then strides of both sides in elements.
+LAYOUTS = {
+    "row-major": ((6, 5, 8), (40, 8, 1), (40, 8, 1)),
+    "transposed": ((6, 80), (1, 6), (1, 6)),
+    "channels last": ((4, 6, 5, 7), (210, 1, 42, 6), (210, 1, 42, 6)),
+    "differently permuted": ((6, 5, 8), (40, 8, 1), (1, 48, 6)),
+    "0-dim": ((), (), ()),
+    "empty": ((3, 0, 2), (0, 2, 1), (0, 2, 1)),
+    "ones": ((1, 1, 1), (1, 1, 1), (9, 4, 7)),
+    "every second": ((70,), (2,), (2,)),
+    "rows of a matrix": ((7, 30), (90, 1), (60, 1)),
+    "gaps on one side": ((7, 30), (30, 1), (64, 1)),
+    "expanded source": ((9, 70), (70, 1), (0, 1)),
+    "one source element": ((9, 70), (70, 1), (0, 0)),
+}
+
+
+def laid_out(values: Array, code: str, strides: tuple[int, ...], start: int = 3) -> Any:
+    """A tensor of these values and strides within memory that holds something else."""
+    source = tensor(values.copy(), code)
+    length = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True) if n)
+    filler = torch.full((start + length + 9,), 85, dtype=torch.uint8).to(source.dtype)
+    placed = filler.as_strided(values.shape, strides, start)
+    if values.size and 0 not in strides:
+        placed.copy_(source)
+    return placed
+
+
+MOVES = [
+    *(("lerp", *codes) for codes in (("f32", "bf16"), ("f32", "f32"), ("c64", "c64"))),
+    *(("lerp", *codes) for codes in (("bf16~", "f32"), (SPLIT, "f32"))),
+    *(("copy", *codes) for codes in (("f32", "bf16"), ("i16", "i16"), ("c64", "c64"))),
+    *(("swap", *codes) for codes in (("i16", "i16"), ("c64", "c64"), (SPLIT, "f32"))),
+    *((operation, "f32", "bf16") for operation in ("park", "unpark", "window")),
+]
+CASES = [
+    pytest.param(*move, layout, id="-".join([*move, layout]))
+    for move, layout in product(MOVES, LAYOUTS)
+    if not ("source" in layout and move[0] in ("swap", "park", "unpark"))  # which would write it
+]
+
+
+@pytest.mark.parametrize(("operation", "dst", "src", "layout"), CASES)
+def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: str) -> None:
+    shape, to_strides, of_strides = LAYOUTS[layout]
+    size = int(np.prod(shape))
+
+    def made(code: str, seed: int, strides: tuple[int, ...], *slots: int) -> Any:
+        values = numbers(size * int(np.prod(slots)), code, seed)
+        return laid_out(values.reshape((*slots, *shape)), code, strides, 2 + seed)
+
+    to = made({SPLIT: "bf16"}.get(dst, dst.strip("~")), 1, to_strides)
+    of = made(src, 2, of_strides)
+    if operation == "window":
+        far = (2 + sum(n * s for n, s in zip(shape, to_strides, strict=True)), *to_strides)
+        ring = made("bf16", 4, far, 3)
+        pair = pair_of(to, of, residual=made("f32", 3, to_strides), ring=ring)
+        before, (other,) = ring.clone(), twin([pair])
+        run(operation, [pair], (2.0,), 0, 1, 3, 1, 2)
+        torch.testing.assert_close(to, (before[0].float() + of.float()) / 2)
+        assert torch.equal(ring, torch.stack([before[0], of, before[2]]))
+    else:
+        residual = made("i16", 3, to_strides) if dst == SPLIT else None
+        pair = pair_of(to, of, residual=residual, form=dst if dst == SPLIT or "~" in dst else "")
+        (other,) = run_both(operation, [pair], (0.25,))
+        if operation != "lerp":
+            assert_same_bits([pair], [other])
+        elif "~" in dst:  # all but those that were rounded apart before
+            assert (to != other.dst.owner).sum() <= size // 100
+        else:
+            np.testing.assert_allclose(average_of(pair), average_of(other), rtol=1e-6, atol=1e-6)
+    # And the memory around their elements is as it was.
+    for one in (one for both in (pair, other) for one in owners(both)):
+        one.detach().zero_()
+    assert_same_bits([pair], [other])
+
+
+# -- batches and memory ----------------------------------------------------------------------------
+
+
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the bytes of storages that torch's functions made and that are still held."""
+
+    def __init__(self, known: Sequence[Any]) -> None:
+        super().__init__()
+        self._known = {one.untyped_storage()._cdata for one in known}
+        self._held = WeakIdKeyDictionary()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in torch.utils._pytree.tree_leaves(out):
+            if isinstance(one, torch.Tensor):
+                self._held[one] = one.untyped_storage()
+        live = {one._cdata: one.nbytes() for one in self._held.values()}
+        self.peak = max(self.peak, sum(n for one, n in live.items() if one not in self._known))
+        return out
+
+
+EVERYTHING = [
+    *product(["lerp", "lerp_measured", "add"], ["f64", "f32", "bf16~", "f16~", SPLIT], REAL),
+    *product(["copy", "cast_back", "swap"], ["f64", "f32", "bf16", SPLIT], REAL),
+    *product(["finite"], ["f32"], REAL),
+    *product(["park", "unpark"], ["f32"], ["bf16"]),
+    *(("window", dst, src) for dst, src, *_ in WINDOWS),
+]
+
+
+@pytest.mark.parametrize(("operation", "dst", "src"), EVERYTHING)
+def test_memory_does_not_grow_with_the_tensors(
+    operation: str, dst: str, src: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = 3000
+    monkeypatch.setattr(foreach, "AT_ONCE", at_once)
+    formats = next((one for one in WINDOWS if one[:2] == (dst, src)), ())
+
+    def peak(sizes: Sequence[int]) -> int:
+        pairs = []
+        for i, size in enumerate(sizes):
+            x = tensor(numbers(size, src, i), src)
+            if operation == "window":
+                pairs.append(window_pair(formats, size, 3))
+            else:
+                pairs.append(average_pair(dst, numbers(size, kept_as(dst), 9), x))
+        once = foreach.substitute(operation, pairs)
+        with LiveBytes([one for pair in pairs for one in owners(pair)]) as live:
+            once(LaunchArgs((3.0 if operation == "window" else 0.75,), 0, 0, 3, 1, 3))
+        return live.peak
+
+    measures = 200  # a few numbers for each piece
+    parts = 2 if dst == "c64" else 1
+    assert peak([9000]) <= foreach.BYTES * at_once + measures
+    assert peak([at_once // 10] * 10) <= foreach.BYTES * at_once + 10 * measures
+    assert peak([at_once * 10]) <= peak([at_once]) + 10 * measures * parts
+
+
+def test_what_torch_has_no_functions_for_is_refused() -> None:
+    ones = torch.ones(3)
+    with pytest.raises(DTypeError, match=r"^lerp_: torch has no functions.*lerp_measured"):
+        foreach.substitute("lerp_", [pair_of(ones, ones.clone())])
+    whole = torch.ones(3, dtype=torch.int64)
+    for operation in ("lerp", "lerp_measured", "add", "finite", "window"):
+        with pytest.raises(DTypeError, match="i64 is not averaged"):
+            foreach.substitute(operation, [pair_of(whole, whole.clone())])

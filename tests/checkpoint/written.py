@@ -54,30 +54,27 @@ def save_lightning(path: Path, one: State) -> Path:
     return file
 
 
-def save_sharded(path: Path, one: State) -> Path:
+def _in_two_files(path: Path, one: State, file: str, index: str, save: Any) -> Path:
     path.mkdir()
+    names, where = list(one), {}
+    for number, some in enumerate((names[: len(one) // 2], names[len(one) // 2 :]), 1):
+        save({name: one[name] for name in some}, path / file.format(number))
+        where |= dict.fromkeys(some, file.format(number))
+    (path / index).write_text(json.dumps({"weight_map": where}))
+    return path
+
+
+def save_sharded(path: Path, one: State) -> Path:
+    file, index = "model-0000{}-of-00002.safetensors", "model.safetensors.index.json"
+    _in_two_files(path, one, file, index, save_file)
     (path / "config.json").write_text("{}")
     (path / "optimizer.pt").write_bytes(b"")
-    names, half = list(one), len(one) // 2
-    where = {}
-    for number, some in enumerate((names[:half], names[half:]), 1):
-        file = f"model-0000{number}-of-00002.safetensors"
-        save_file({name: one[name] for name in some}, path / file)
-        where |= dict.fromkeys(some, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     return path
 
 
 def save_sharded_torch(path: Path, one: State) -> Path:
-    path.mkdir()
-    names, half = list(one), len(one) // 2
-    where = {}
-    for number, some in enumerate((names[:half], names[half:]), 1):
-        file = f"pytorch_model-0000{number}-of-00002.bin"
-        torch.save({name: one[name] for name in some}, path / file)
-        where |= dict.fromkeys(some, file)
-    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    return path
+    file, index = "pytorch_model-0000{}-of-00002.bin", "pytorch_model.bin.index.json"
+    return _in_two_files(path, one, file, index, torch.save)
 
 
 def save_folder(path: Path, one: State) -> Path:
@@ -88,12 +85,13 @@ def save_folder(path: Path, one: State) -> Path:
     return path
 
 
-def save_dcp(path: Path, one: State) -> Path:
+def save_dcp(path: Path, one: State, flat: bool = False) -> Path:
     from torch.distributed import checkpoint
 
+    content = one if flat else {"model": one, "step": torch.tensor(3)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        checkpoint.save({"model": one, "step": torch.tensor(3)}, checkpoint_id=str(path))
+        checkpoint.save(content, checkpoint_id=str(path))
     return path
 
 
@@ -108,16 +106,11 @@ SAVED: dict[str, tuple[Callable[[Path, State], Path], str]] = {
 }
 
 
-def loaded(out: Path) -> State:
-    found: State = {}
-    for file in sorted(out.glob("*.safetensors")) if out.is_dir() else [out]:
-        found |= load_file(file)
-    return found
-
-
 def assert_average(out: Path, coefficients: list[float], states: list[State] = STATES) -> None:
     """Assert that a result is the sum in float64, rounded once; the rest is the newest's."""
-    got = loaded(out)
+    got: State = {}
+    for file in out.glob("*.safetensors") if out.is_dir() else [out]:
+        got |= load_file(file)
     assert got.keys() == states[-1].keys()
     for name, tensor in states[-1].items():
         assert got[name].dtype == tensor.dtype, name

@@ -44,9 +44,6 @@ def _history(pairs: list[tuple[float, float]], loss: float = 0.1) -> History:
     return history
 
 
-# The command
-
-
 def test_a_short_run(tmp_path: Path, fastema: Callable[..., Any]) -> None:
     out = tmp_path / "a [bold]picture.png"
     printed = fastema(SHORT, "--out", out).out
@@ -63,40 +60,34 @@ def test_again_in_a_new_process_it_says_the_same(
     tmp_path: Path, python: Callable[..., str]
 ) -> None:
     script = "import sys; from fastema.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [*SHORT.split(), "--out", str(tmp_path / "a.png")]
     said = []
     # Another number of threads is another order of sums, unless the demo sees to it.
     for threads in ("1", "4"):
-        arguments = [*SHORT.split(), "--out", str(tmp_path / "a.png")]
         printed = python(script, *arguments, OMP_NUM_THREADS=threads)
-        scores = [row[:4] for row in _rows(printed)]
         words = re.findall(r"^  (?:raw|EMA) weights .*$", printed, re.MULTILINE)
-        assert (len(scores), len(words)) == (2, 2)
-        said.append((scores, words))
+        said.append(([row[:4] for row in _rows(printed)], words))
     assert said[0] == said[1]
+    assert [len(part) for part in said[0]] == [2, 2]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--decay", "1"], "--decay: expected a number in [0, 1), got 1"),
-        (["--decay", "-0.1"], "--decay: expected a number in [0, 1), got -0.1"),
-        (["--decay", "nan"], "--decay: expected a number in [0, 1), got nan"),
-        (["--decay", "high"], "--decay: expected a number in [0, 1), got high"),
-        (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
-        (["--epochs", "1.5"], "--epochs: expected a whole number of at least 1, got 1.5"),
-        (["--batch-size", "899"], "--batch-size: expected a whole number from 1 to 898, got 899"),
-        (["--lr", "0"], "--lr: expected a number above 0, got 0"),
-        (["--lr", "inf"], "--lr: expected a number above 0, got inf"),
-        (["--seed", "-1"], "--seed: expected a whole number in [0, 2**32), got -1"),
-        (["--model", "gpt"], "--model: invalid choice: 'gpt'"),
-        (["--out", "a.txt"], "--out: expected a name that ends in .png, .svg, .pdf, got a.txt"),
-    ],
-    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
-)
-def test_bad_arguments(arguments: list[str], complaint: str, fastema: Callable[..., Any]) -> None:
-    err = fastema("demo", *arguments, code=2).err
+DECAY, EPOCHS, RATE = "a number in [0, 1)", "a whole number of at least 1", "a number above 0"
+WRONG = {
+    **{f"--decay {given}": f"expected {DECAY}, got {given}" for given in ("1", "-0.1", "nan", "x")},
+    **{f"--epochs {given}": f"expected {EPOCHS}, got {given}" for given in ("0", "1.5")},
+    "--batch-size 899": "expected a whole number from 1 to 898, got 899",
+    **{f"--lr {given}": f"expected {RATE}, got {given}" for given in ("0", "inf")},
+    "--seed -1": "expected a whole number in [0, 2**32), got -1",
+    "--model gpt": "invalid choice: 'gpt'",
+    "--out a.txt": "expected a name that ends in .png, .svg, .pdf, got a.txt",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_bad_arguments(line: str, fastema: Callable[..., Any]) -> None:
+    err = fastema(f"demo {line}", code=2).err
     assert err.startswith("usage: fastema demo ")
-    assert complaint in err
+    assert f"{line.split()[0]}: {WRONG[line]}" in err
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_training(
@@ -105,9 +96,6 @@ def test_a_picture_that_cannot_be_written_is_refused_before_training(
     (tmp_path / "folder.png").mkdir()
     for out in (tmp_path / "nowhere" / "a.png", tmp_path / "folder.png"):
         assert f"--out: cannot write {out}: " in fastema("demo", "--out", out, code=2).err
-
-
-# Training
 
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
@@ -132,17 +120,11 @@ def test_the_average_wins_by_the_default_recipe() -> None:
     assert seen.ema_accuracy.std < seen.raw_accuracy.std
 
 
-# Models and data
-
-
 @pytest.mark.parametrize("name", demo.MODEL_NAMES)
 def test_models(name: str) -> None:
     model = models.build(name)
     assert 500_000 < sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, models.CLASSES)
-
-
-# Speed, words, picture
 
 
 @pytest.mark.parametrize(

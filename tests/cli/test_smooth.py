@@ -172,80 +172,71 @@ def test_the_picture_shows_the_columns(
     from fastema.tracking.plots import picture
 
     seen: list[Any] = []
-    monkeypatch.setattr(picture, "draw", lambda panels, **_: seen.extend(panels))
-    target = path.with_suffix(".png")
-    monkeypatch.setattr(os, "replace", lambda *_: None)  # nothing was drawn
-    monkeypatch.setattr("fastema.checkpoint.files.fsync", lambda _: None)
-    smooth(path, "--plot", target, "--ema", 0.9, "--metrics", "loss,val_loss,lr")
-    loss, val_loss, rate = seen
-    was = columns(path.read_text())
+
+    def draw(panels: Any, *, out: Any, **options: Any) -> None:
+        seen[:] = panels, options
+        Path(out).write_text("a picture")
+
+    monkeypatch.setattr(picture, "draw", draw)
+
+    def shown(*arguments: object) -> Any:
+        smooth(path, "--plot", path.with_suffix(".png"), *arguments)
+        return seen
+
+    (loss, val_loss, rate), options = shown("--ema", 0.9, "--metrics", "loss,val_loss,lr")
+    was = columns(path.read_text())["loss"]
     raw, ema = loss.lines
-    assert (loss.name, loss.axis) == ("loss", "step")
-    assert raw.curve.values.tolist() == list(map(float, was["loss"]))
-    average = ExponentialMovingAverage(0.9)
-    assert ema.curve.values.tolist() == list(map(float, written(average, was["loss"])))
-    assert ema.curve.steps.tolist() == list(range(200))
-    assert raw.curve.steps.tolist() == list(range(200))
+    assert (loss.name, loss.axis, rate.name) == ("loss", "step", "lr")
+    assert raw.curve.values.tolist() == list(map(float, was))
+    want = written(ExponentialMovingAverage(0.9), was)
+    assert ema.curve.values.tolist() == list(map(float, want))
+    assert ema.curve.steps.tolist() == raw.curve.steps.tolist() == list(range(200))
     assert val_loss.lines[0].curve.steps.tolist() == list(range(19, 200, 20))
-    assert rate.name == "lr"
+    assert options["log"] == "auto"
+    # Of curves that are shorter than an average, only what was asked for is drawn.
+    path.write_text(log(18))
+    (default,), _ = shown("--metrics", "loss")
+    (asked,), options = shown("--metrics", "loss", "--sma", 20, "--log-scale=on")
+    assert [line.label for line in default.lines] == ["raw"]
+    assert [line.label for line in asked.lines] == ["raw", "SMA 20"]
+    assert options["log"] is True
 
 
-# Refusals: exit code 2, one line on standard error, nothing written
+REFUSALS = {
+    "none.csv": "none.csv: No such file or directory",
+    "metrics.csv --metrics los": "no column 'los'; those with numbers are\n  - epoch",
+    "metrics.csv --metrics note": "column 'note' holds no numbers: row 1 has 'a, b'",
+    "metrics.csv --weights val_loss": "row 1 has a value of loss, but no weight in val_loss",
+    "metrics.csv --weights weight": "no column 'weight'",
+    "metrics.csv --step val_loss": "'val_loss' cannot count the steps",
+    "metrics.csv --metrics size --weights size": "no metric besides the weights in size",
+    "metrics.csv -o metrics.csv": "metrics.csv is the log itself",
+    "metrics.csv -o a.png --plot a.png": "--out and --plot are the same file",
+}
+USAGE = {
+    "--ema 1": "--ema: expected a number in [0, 1), got 1",
+    "--ema 0.9,x": "--ema: expected a number in [0, 1), got x",
+    "--sma 0": "--sma: expected a whole number of at least 1, got 0",
+    "--sma 2.5": "--sma: expected a whole number of at least 1, got 2.5",
+    "--plot a.txt": "--plot: expected a name that ends in .png, .svg, .pdf, got a.txt",
+    "-o nowhere/a.csv": "cannot write nowhere/a.csv: No such file or directory",
+    "--on-nonfinite hide": "invalid choice: 'hide'",
+    "--bogus": "unrecognized arguments: --bogus",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["none.csv"], "none.csv: No such file or directory"),
-        (["--metrics", "los"], "no column 'los'; those with numbers are\n  - epoch"),
-        (["--metrics", "note"], "column 'note' holds no numbers: row 1 has 'a, b'"),
-        (["--weights", "val_loss"], "row 1 has a value of loss, but no weight in val_loss"),
-        (["--weights", "weight"], "no column 'weight'"),
-        (["--step", "val_loss"], "'val_loss' cannot count the steps"),
-        (["--metrics", "size", "--weights", "size"], "no metric besides the weights in size"),
-        (["-o", "metrics.csv"], "metrics.csv is the log itself"),
-        (["-o", "a.png", "--plot", "a.png"], "--out and --plot are the same file"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_refusals(
-    arguments: list[str],
-    complaint: str,
-    path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    smooth: Any,
+@pytest.mark.parametrize("line", [*REFUSALS, *USAGE])
+def test_refusals_say_why_and_write_nothing(
+    line: str, path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
     monkeypatch.chdir(path.parent)
-    if arguments[0].startswith("-"):
-        arguments = ["metrics.csv", *arguments]
-    printed = smooth(*arguments, code=2)
+    usage = line in USAGE
+    printed = smooth(*["metrics.csv"] * usage, *line.split(), code=2)
     assert printed.out == ""
-    assert printed.err.startswith("fastema smooth: ")
-    assert complaint in printed.err
+    assert printed.err.startswith("usage: fastema smooth " if usage else "fastema smooth: ")
+    assert (USAGE if usage else REFUSALS)[line] in printed.err
     assert os.listdir() == ["metrics.csv"]
     assert path.read_text() == log()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--ema", "1"], "--ema: expected a number in [0, 1), got 1"),
-        (["--ema", "0.9,x"], "--ema: expected a number in [0, 1), got x"),
-        (["--sma", "0"], "--sma: expected a whole number of at least 1, got 0"),
-        (["--sma", "2.5"], "--sma: expected a whole number of at least 1, got 2.5"),
-        (["--plot", "a.txt"], "--plot: expected a name that ends in .png, .svg, .pdf, got a.txt"),
-        (["-o", "nowhere/a.csv"], "cannot write nowhere/a.csv: No such file or directory"),
-        (["--on-nonfinite", "hide"], "invalid choice: 'hide'"),
-        (["--bogus"], "unrecognized arguments: --bogus"),
-    ],
-    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
-)
-def test_bad_arguments_show_the_usage_of_the_command(
-    arguments: list[str], complaint: str, path: Path, smooth: Any
-) -> None:
-    said = smooth(path, *arguments, code=2).err
-    assert said.startswith("usage: fastema smooth ")
-    assert complaint in said
 
 
 def test_a_value_that_is_not_finite_can_stop_it(path: Path, tmp_path: Path, smooth: Any) -> None:
@@ -258,21 +249,20 @@ def test_a_value_that_is_not_finite_can_stop_it(path: Path, tmp_path: Path, smoo
 
 
 def test_a_write_that_fails_leaves_the_older_file(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
+    path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
     from fastema.cli.smooth import averages
-
-    out = tmp_path / "out.csv"
-    out.write_text("an older one")
 
     def fail(file: io.TextIOBase, *_: object, **__: object) -> None:
         file.write("half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(averages, "write", fail)
+    out = path.with_name("out.csv")
+    out.write_text("an older one")
     assert "No space left on device" in smooth(path, "-o", out, code=2).err
     assert out.read_text() == "an older one"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(path.parent.iterdir())) == 2
 
 
 def test_a_device_is_written_to(path: Path, tmp_path: Path, smooth: Any) -> None:
@@ -280,16 +270,6 @@ def test_a_device_is_written_to(path: Path, tmp_path: Path, smooth: Any) -> None
     link.symlink_to(os.devnull)
     smooth(path, "-o", link)
     assert not Path(os.devnull).is_file()
-
-
-# As a process
-
-
-def test_in_a_pipe(path: Path) -> None:
-    done = run_python(*SMOOTH, "-", "--metrics", "loss", input=path.read_text())
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 201
-    assert "200 rows" in done.stderr
 
 
 def test_whoever_reads_may_stop(tmp_path: Path) -> None:
@@ -314,15 +294,16 @@ def test_without_matplotlib(path: Path) -> None:
 
 
 def test_standard_input_is_read_as_a_file_is() -> None:
-    text = "\ufeffstep,µ\n0,1.0\n1,3.0\n"
-    ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    done = run_python(
-        *SMOOTH, "-", "--sma", 2, input=text.encode(), text=False, environment=ascii_only
-    )
+    def smoothed(text: bytes) -> Any:
+        ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+        command = *SMOOTH, "-", "--sma", 2
+        return run_python(*command, input=text, text=False, environment=ascii_only)
+
+    done = smoothed("\ufeffstep,µ\n0,1.0\n1,3.0\n".encode())
     assert done.returncode == 0
     got = columns(done.stdout.decode())
     assert (next(iter(got)), got["µ_sma"]) == ("step", ["1.0", "2.0"])
-    done = run_python(*SMOOTH, "-", input=b"step,loss\n0,\xff\n", text=False)
+    done = smoothed(b"step,loss\n0,\xff\n")
     assert done.returncode == 2
     assert b"is no text" in done.stderr
     assert b"Traceback" not in done.stderr
@@ -342,26 +323,6 @@ def test_a_named_pipe_is_written_once(path: Path, tmp_path: Path) -> None:
     assert "loss_ema" in columns(text)
 
 
-NO_LOG = {
-    "commas alone": (",", "names of columns, but no row yet"),
-    "a quote alone": ('"', "its lines are empty"),
-    "empty cells": (",,,\n,,\n", "no column of numbers"),
-    "a deep list": ("[" * 3000 + "]" * 3000, "it is nested deeper than any log"),
-    "a deep object": ('{"a":' * 3000 + "1" + "}" * 3000, "it is nested deeper than any log"),
-}
-
-
-@pytest.mark.parametrize("name", NO_LOG)
-def test_what_is_no_log_is_one_line(name: str, path: Path, smooth: Any) -> None:
-    text, said = NO_LOG[name]
-    path.write_text(text)
-    printed = smooth(path, code=2)
-    assert printed.out == ""
-    # Newer Pythons read deeper lists.
-    assert said in printed.err or (name == "a deep list" and "expected rows" in printed.err)
-    assert printed.err.count("\n") == 1
-
-
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_decimal_commas(delimiter: str, path: Path, smooth: Any) -> None:
     rows = [["step", "loss"], ["1", "0,5"], ["2", "-1,25e-1"], ["3", "nan"], ["4", "2"]]
@@ -378,24 +339,6 @@ def test_many_columns_are_read(path: Path, tmp_path: Path, smooth: Any) -> None:
     smooth(path, "-o", tmp_path / "out.csv", "--sma", "2")
     header, _ = (tmp_path / "out.csv").read_text().split("\n", 1)
     assert header.count(",") == 2 * len(names) - 1
-
-
-def test_an_average_that_was_asked_for_is_drawn(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    require_packages("matplotlib")
-    from fastema.tracking.plots import picture
-
-    shown: list[Any] = []
-    monkeypatch.setattr(picture, "draw", lambda panels, **options: shown.append((panels, options)))
-    path.write_text(log(18))
-    arguments = ["smooth", str(path), "--plot", str(tmp_path / "x.png"), "--metrics", "loss"]
-    main(arguments)
-    main([*arguments, "--sma", "20", "--log-scale=on"])
-    (default, first), (asked, second) = shown
-    assert [line.label for line in default[0].lines] == ["raw"]
-    assert [line.label for line in asked[0].lines] == ["raw", "SMA 20"]
-    assert (first["log"], second["log"]) == ("auto", True)
 
 
 @pytest.mark.parametrize(("redirected", "said"), [("<&-", "input is"), (">&-", "output is")])

@@ -8,10 +8,10 @@ import pytest
 
 import fastema
 from fastema.compat import composer
-from fastema.errors import ArgumentError, BridgeError, CheckpointError
+from fastema.errors import CheckpointError
 
 from ..support.peers import tensors
-from .network import Network, load_refused, numbers, refused, torch, trained
+from .network import Network, load_refused, numbers, torch, trained
 
 nn = torch.nn
 
@@ -56,30 +56,6 @@ def test_compute_ema_of_parameters() -> None:
             assert torch.equal(one, tensors(model)[name])
             assert not torch.equal(one, theirs.all()[name]) or one.dtype == torch.bool
     assert "frozen" not in ours.all()
-
-
-def test_compute_ema_refuses() -> None:
-    model, ema_model = Network(1), Network(2)
-    with refused(ArgumentError, "smoothing", ema_model):
-        composer.compute_ema(model, ema_model, 1.5)
-    with pytest.raises(BridgeError, match="named_parameters_dict"):
-        composer.compute_ema(model, object())
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"smoothing": 0.9},
-        {"half_life": None},
-        {"half_life": "0ba"},
-        {"half_life": "1000"},
-        {"half_life": "10ba", "update_interval": "1ep"},
-        {"half_life": None, "smoothing": 1.0},
-    ],
-)
-def test_rule_refuses(arguments: Any) -> None:
-    with pytest.raises(ArgumentError):
-        composer.rule(**arguments)
 
 
 def average_of(model: Any, k: int = 1, start: int = 1, **times: Any) -> fastema.EMA:
@@ -200,25 +176,6 @@ def test_checkpoints_of_a_trainer(active: bool) -> None:
     if active:
         with pytest.raises(CheckpointError, match="whole checkpoint"):
             composer.load(ema, state_of(peer, active))
-
-
-@pytest.mark.parametrize("active", [False, True])
-def test_checkpoints_from_before_0_13(active: bool) -> None:
-    averages = Network(3)
-    old = {**state_of(EMAParameters(averages), active), "ema_model": averages.state_dict()}
-    old["training_model"] = Network(4).state_dict()
-    composer.load(average_of(Network(2)), old)
-    ema = fastema.EMA(Network(2), composer.rule())
-    composer.load(ema, old)
-    assert torch.equal(ema.shadow["wide"], averages.wide)
-    assert ema.num_updates == 0
-
-
-def test_a_model_with_more_than_the_average_is_not_exported() -> None:
-    ema, model = average_of(Network(2)), Network(1)
-    model.more = nn.Parameter(torch.ones(2))
-    with load_refused(ema, "not averaged: more"):
-        composer.export(ema, model)
 
 
 def within(state: Any, **others: Any) -> dict[str, Any]:

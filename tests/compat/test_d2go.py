@@ -8,7 +8,7 @@ import pytest
 
 import fastema
 from fastema.compat import d2go
-from fastema.errors import ArgumentError, StateError
+from fastema.errors import ArgumentError
 from fastema.rules import rule_from_dict
 
 from ..support.peers import tensors
@@ -88,18 +88,6 @@ def test_numbers_and_both_directions(factor: float) -> None:
         one.check(other)
 
 
-def test_an_average_with_bias_correction_goes_on_from_the_updates_that_were_taken() -> None:
-    peer, generator = Peer(Network(1), 0.9, -1), numbers(4)
-    model = Network(5)
-    ema = average_of(model, 0.9, zero_debias=True)
-    d2go.load(ema, peer.state, num_updates=3)
-    trained(model, generator)
-    ema.update()
-    weight = (1 - 0.9) / (1 - 0.9**4)
-    want = peer.state["wide"] + weight * (model.wide.detach() - peer.state["wide"])
-    torch.testing.assert_close(ema.shadow["wide"], want)
-
-
 def changed(**others: Any) -> dict[str, Any]:
     state = {name: one.detach().clone() for name, one in tensors(Network(1)).items()}
     state |= others
@@ -127,21 +115,3 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(state: Any, message: s
     ema = average_of(Network(2))
     with load_refused(ema, message):
         d2go.load(ema, state, num_updates=7)
-
-
-def test_averages_without_a_counterpart_are_refused() -> None:
-    state = changed()
-    several = average_of(Network(2), (0.9, 0.99))
-    for ask in (lambda: d2go.load(several, state), lambda: d2go.export(several)):
-        with pytest.raises(ArgumentError, match="2 averages"):
-            ask()
-    split = average_of(Network(2, torch.bfloat16), shadow_dtype="bf16+16")
-    with pytest.raises(ArgumentError, match="float32"):
-        d2go.load(split, state)
-    split.to(dtype="float32")
-    d2go.load(split, state)
-    split.to(dtype="bf16+16")
-    assert torch.equal(split.shadow["conv.weight"], state["conv.weight"].bfloat16())
-    ema = average_of(Network(2))
-    with ema.swapped(), pytest.raises(StateError):
-        d2go.load(ema, state)

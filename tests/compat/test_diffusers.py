@@ -11,11 +11,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel as Theirs
-from torch import nn
 
 from fastema.binding.binding import Binding
 from fastema.compat.diffusers import EMAModel as Ours
-from fastema.errors import ArgumentError, LayoutError
+from fastema.errors import LayoutError
 
 from ..support.peers import PEERS, diffusers_weight
 from .network import numbers, refused
@@ -26,18 +25,6 @@ pytestmark = pytest.mark.torch
 SCHEDULES = PEERS["diffusers"].schedules
 
 # -- the same interface ----------------------------------------------------------------------------
-
-
-def test_a_module_in_place_of_parameters() -> None:
-    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    for cls in (Ours, Theirs):
-        with pytest.warns(FutureWarning, match="Module"):
-            ema = cls(net)
-        trained(net.parameters(), numbers(1))
-        with pytest.warns(FutureWarning, match="Module"):
-            ema.step(net)
-        assert (ema.use_ema_warmup, ema.optimization_step) == (True, 1)
-        assert same(ema.shadow_params, net.parameters())
 
 
 def test_arguments_of_old_scripts() -> None:
@@ -78,34 +65,7 @@ def test_what_needs_no_gradient_is_looked_at_at_every_step(
 # -- states ----------------------------------------------------------------------------------------
 
 
-def test_a_part_of_a_state_leaves_the_rest_as_it_is() -> None:
-    for cls in (Ours, Theirs):
-        ema = cls(parameters(27), 0.7, update_after_step=4)
-        before = values(ema.shadow_params)
-        ema.load_state_dict({"optimization_step": 12, "power": 1})
-        assert (ema.decay, ema.update_after_step, ema.optimization_step) == (0.7, 4, 12)
-        assert ema.power == 1
-        assert same(ema.shadow_params, before)
-
-
 # -- the average in the model ----------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
-@pytest.mark.parametrize("frozen", [torch.float8_e4m3fn, torch.complex32])
-def test_frozen_parameters_that_no_kernel_knows_are_copied(frozen: torch.dtype) -> None:
-    trained_one = nn.Parameter(torch.randn(4))
-    still = nn.Parameter(torch.randn(5).to(frozen), requires_grad=False)
-    ema = Ours([trained_one, still], 0.5, min_decay=0.5)
-    for step in range(3):
-        still.data = torch.randn(5).to(frozen)
-        with torch.no_grad():
-            trained_one.add_(1.0)
-        old = ema.shadow_params[0].clone()
-        ema.step([trained_one, still])
-        assert ema.shadow_params[1].view(torch.uint8).tolist() == still.view(torch.uint8).tolist()
-        want = trained_one.detach() if step == 0 else torch.lerp(old, trained_one.detach(), 0.5)
-        torch.testing.assert_close(ema.shadow_params[0], want)
 
 
 # -- folders of a diffusers model ------------------------------------------------------------------
@@ -143,18 +103,6 @@ def test_a_saved_folder_is_read_by_both(first: Any, then: Any, tmp_path: Path) -
     ema.save_pretrained(again)
     average = UNet2DModel.from_pretrained(again)
     assert same(average.parameters(), ema.shadow_params)
-
-
-def test_saving_needs_to_know_the_model(tmp_path: Path) -> None:
-    model = unet(46)
-    with pytest.raises(ArgumentError, match="model_cls"):
-        Ours(model.parameters(), model_config=model.config).save_pretrained(tmp_path)
-    with pytest.raises(ArgumentError, match="model_config"):
-        Ours(model.parameters(), model_cls=UNet2DModel).save_pretrained(tmp_path)
-    ema = Ours(parameters(), model_cls=UNet2DModel, model_config=model.config)
-    with pytest.raises(LayoutError, match="save_pretrained"):
-        ema.save_pretrained(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 # -- the training scripts' way ---------------------------------------------------------------------
@@ -210,40 +158,7 @@ def script(folder: Path, cls: Any, *, stop: int | None = None, resume: Any = Non
     return ema
 
 
-def accelerated(ema: Any) -> Accelerator:
-    accelerator = Accelerator(cpu=True)
-    accelerator.register_for_checkpointing(ema)
-    return accelerator
-
-
-@pytest.mark.parametrize("first", [Ours, Theirs], ids=["ours", "theirs"])
-def test_accelerate_checkpoints_it(first: Any, tmp_path: Path) -> None:
-    """As an object with a state, without hooks."""
-    weights = parameters(49)
-    ema, other = first(weights, **SCHEDULES["all"]), Ours(parameters(51))
-    for _ in range(9):
-        trained(weights, numbers(50))
-        ema.step(weights)
-    accelerated(ema).save_state(str(tmp_path))
-    accelerated(other).load_state(str(tmp_path))
-    assert same(other.shadow_params, ema.shadow_params)
-    found = other.state_dict()
-    assert all(found[name] == one for name, one in ema.state_dict().items() if "shadow" not in name)
-
-
 # -- moves and copies ------------------------------------------------------------------------------
-
-
-def test_pinned_averages_take_the_place_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda one: one.clone())
-    weights = parameters(55)
-    ema = Ours([*weights, weights[0]])
-    before = list(ema.shadow_params)
-    ema.pin_memory()
-    assert same(ema.shadow_params, before)
-    assert not any(one is other for one, other in zip(ema.shadow_params, before, strict=True))
-    assert ema.shadow_params[0] is not ema.shadow_params[8]
-    ema.step([*weights, weights[0]])
 
 
 # -- calls that fail -------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ import ema_pytorch as theirs
 import pytest
 
 from fastema.compat import ema_pytorch as ours
-from fastema.compat.ema_pytorch import model as shared
-from fastema.errors import ArgumentError, BridgeError, LayoutError, StateError
+from fastema.errors import ArgumentError, LayoutError, StateError
 
 from .ema_pytorch_case import (
     Network,
@@ -23,8 +22,6 @@ from .ema_pytorch_case import (
     run,
     torch,
     train,
-    twins,
-    values,
 )
 from .network import refused
 
@@ -71,33 +68,6 @@ def test_same_numbers_with_peer_exact(settings: Any, every: int, foreach: bool) 
         assert (int(mine.step), bool(mine.initted)) == (int(yours.step), bool(yours.initted))
         assert_close(mine.ema_model, yours.ema_model, atol=1e-13)
     assert spread(yours) > 0.1 or settings.get("beta") == 0.0
-
-
-@pytest.mark.parametrize(
-    ("kind", "every", "schedule"),
-    [
-        ("EMA", 1, {"update_after_step": 2}),
-        ("EMA", 3, {"update_after_step": 2}),
-        ("KarrasEMA", 1, {"gamma": 3.0}),
-    ],
-)
-def test_names(kind: str, every: int, schedule: dict[str, Any]) -> None:
-    settings = {
-        "param_or_buffer_names_no_ema": ["scale", "norm.running_mean"],
-        "ignore_names": {"frozen", "table"},
-        "ignore_startswith_names": {"conv.", "norm.running_v"},
-    }
-    mine, yours = pair(kind, **settings, **schedule, update_every=every, peer_exact=True)
-    run([mine, yours], range(4))
-    start = values(mine.ema_model)
-    run([mine, yours], range(4, 31))
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-12)
-    now, x = values(mine.ema_model), values(mine.model)
-    for name in ("frozen", "table", "conv.weight", "norm.running_var"):
-        assert torch.equal(now[name], start[name]), name
-    for name in ("scale", "norm.running_mean"):
-        assert torch.equal(now[name], x[name]), name
-    assert not torch.equal(now["norm.weight"], start["norm.weight"])
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -206,42 +176,6 @@ def test_forward_eval_is_in_evaluation_mode() -> None:
     assert mine.ema_model.training
 
 
-def test_calls_go_to_the_average() -> None:
-    ema = ours.EMA(Noisy(), forward_method_names=("sampled",))
-    nn.init.zeros_(ema.model.linear.weight)
-    x = torch.randn(5, 4)
-    assert torch.equal(ema.sampled(x), ema.ema_model.linear(x) + 1)
-    assert ema.eval() is ema.ema_model
-    assert (ema.ema_model.training, ema.model.training) == (False, True)
-    assert torch.equal(ema(x), ema.ema_model(x))
-
-
-def test_a_model_follows_the_device_of_another() -> None:
-    ema = ours.EMA(Network())
-    ema.restore_ema_model_device()
-    assert next(ema.ema_model.parameters()).device == ema.initted.device
-    one, other = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
-    shared._follow_device(one, nn.Linear(1, 1))
-    shared._follow_device(nn.Identity(), other)
-    assert one.weight.device.type == "cpu"
-    shared._follow_device(one, other)
-    assert one.weight.device.type == "meta"
-
-
-def test_a_model_that_cannot_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
-    class Stubborn(nn.Linear):
-        def __deepcopy__(self, memo: Any) -> Any:
-            raise RuntimeError("no copies of this")
-
-    model = Stubborn(2, 2)
-    with pytest.raises(BridgeError, match=r"no copies of this.*ema_model="):
-        ours.EMA(model)
-    with pytest.raises(SystemExit):
-        theirs.EMA(model)
-    capsys.readouterr()
-    assert isinstance(ours.EMA(model, ema_model=lambda: nn.Linear(2, 2)).ema_model, nn.Linear)
-
-
 # -- where they are wrong -------------------------------------------------------------------------
 
 
@@ -311,12 +245,6 @@ NAMES = ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_name
 VALUES = [(name, value) for name, several in WRONG.items() for value in several]
 
 
-@pytest.mark.parametrize(("name", "value"), [*VALUES, *((name, "scale") for name in NAMES)])
-def test_arguments_are_checked(name: str, value: Any) -> None:
-    with pytest.raises(ArgumentError, match=name):
-        ours.EMA(Network(), **{name: value})
-
-
 @pytest.mark.parametrize(("name", "value"), VALUES)
 def test_later_values_are_checked_before_anything_is_written(name: str, value: Any) -> None:
     ema, _ = pair(**SINGLE, update_model_with_ema_every=1)
@@ -330,40 +258,7 @@ def test_later_values_are_checked_before_anything_is_written(name: str, value: A
 # -- what happens to models in training -----------------------------------------------------------
 
 
-class Wrapped(nn.Module):
-    """As data parallel and compiled models are."""
-
-    def __init__(self, model: Any, name: str) -> None:
-        super().__init__()
-        setattr(self, name, model)
-
-
 WRAPPERS = pytest.mark.parametrize("name", ["module", "_orig_mod"])
-
-
-@WRAPPERS
-def test_wrapped_models(name: str) -> None:
-    model, plain = twins(2)
-    settings = {"ignore_names": {"scale"}, "param_or_buffer_names_no_ema": {"frozen"}}
-    mine = ours.EMA(Wrapped(model, name), ema_model=copy.deepcopy(model), **SINGLE, **settings)
-    yours = theirs.EMA(plain, **SINGLE, **settings)
-    for step in range(8):
-        train([model, plain], 1, step)
-        mine.update()
-        yours.update()
-    assert_close(mine.ema_model, yours.ema_model, atol=1e-5)
-
-
-def test_their_wrapper_takes_ours() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    ema = ours.EMA(model, **SINGLE, beta=0.5)
-    wrapper = theirs.EMAModuleWrapper(model, ema=ema)
-    wrapper.update()
-    nn.init.zeros_(model[0].weight)
-    wrapper.update()
-    x = torch.randn(3, 4)
-    assert torch.equal(wrapper(x), ema.ema_model(x))
-    assert wrapper.ema_model is ema.ema_model
 
 
 # -- counters on accelerators ---------------------------------------------------------------------

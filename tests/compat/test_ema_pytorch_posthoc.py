@@ -22,7 +22,6 @@ from .ema_pytorch_case import (
     pair,
     run,
     torch,
-    values,
 )
 
 NEEDS = ("torch",)
@@ -176,17 +175,6 @@ def test_between_snapshots_it_is_the_average_of_the_one_before(tmp_path: Path) -
             made.synthesize_ema_model(sigma_rel=0.07, step=step)
 
 
-def test_old_snapshots_of_theirs_with_peer_exact(tmp_path: Path) -> None:
-    _, truth = recorded(theirs, tmp_path, every=4, steps=1200)
-    for own in ({"peer_exact": True}, {}):
-        made = several(tmp_path, update_every=4, **own)
-        found = profile(made.synthesize_ema_model(sigma_rel=0.2).ema_model.moments, 1200)
-        assert (found == pytest.approx(truth[0.2, 1200], rel=0.03)) is bool(own)
-    never = several(tmp_path, update_every=100, peer_exact=True)
-    with pytest.raises(ArgumentError, match="exponent"):
-        never.synthesize_ema_model(sigma_rel=0.2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_files_have_their_layout(dtype: Any, tmp_path: Path) -> None:
     folders = tmp_path / "mine", tmp_path / "yours"
@@ -214,43 +202,6 @@ def test_files_have_their_layout(dtype: Any, tmp_path: Path) -> None:
     assert exact["step"].item() == 26
 
 
-def test_a_synthesis_is_the_average_itself_where_it_was_stored(tmp_path: Path) -> None:
-    settings = {"checkpoint_every_num_steps": "manual", "checkpoint_dtype": torch.float64}
-    made = several(tmp_path, Network(), gammas=(3.0, 8.0), update_every=3, **settings)
-    run([made], range(31))
-    made.checkpoint()
-    run([made], range(31, 33))  # no update in these: the same averages again
-    made.checkpoint()
-    run([made], range(33, 36))
-    made.checkpoint()
-    before = values(made.ema_models[1].ema_model)
-    got = values(made.synthesize_ema_model(gamma=8.0).ema_model)
-    for name, tensor in got.items():
-        if name != "hidden":  # not in a state_dict
-            torch.testing.assert_close(tensor, before[name], atol=1e-12, rtol=0)
-    assert len(list(tmp_path.glob("*.pt"))) == 6
-
-
-def test_models_of_ones_own(tmp_path: Path) -> None:
-    shared = Clock()
-    mine, yours = (several(tmp_path, None, module, ema_model=shared) for module in (ours, theirs))
-    assert {n for n in dir(yours) if not n.startswith("_")} - {*dir(mine)} == set()
-    assert list(mine.state_dict()) == list(yours.state_dict())
-    assert len({id(one.ema_model) for one in mine.ema_models}) == 2
-    assert len({id(one.ema_model) for one in yours.ema_models}) == 1
-    made = several(tmp_path, ema_model=Clock)
-    for step in range(1, 9):
-        made.model.tick(step)
-        made.update()
-    first, second = (one.ema_model.moments[0].item() for one in made.ema_models)
-    assert second < first < 8
-    made.copy_params_from_model_to_ema()
-    assert [one.ema_model.moments[0].item() for one in made.ema_models] == [8, 8]
-    made.model.tick(100)
-    made.copy_params_from_ema_to_model()
-    assert made.model.moments[0].item() == 8
-
-
 def test_resuming_in_the_other_library(tmp_path: Path) -> None:
     settings = {"gammas": (3.0, 8.0), "checkpoint_folder": tmp_path, "update_every": 1}
     mine, yours = pair("PostHocEMA", **settings)
@@ -268,26 +219,6 @@ def test_resuming_in_the_other_library(tmp_path: Path) -> None:
         assert (int(other.step), other.device) == (25, torch.device("cpu"))
         for one, same in zip(other.ema_models, whole.ema_models, strict=True):
             assert_close(one.ema_model, same.ema_model, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {},
-        {"sigma_rels": WIDTHS, "gammas": (1.0, 2.0)},
-        {"gammas": (1.0,)},
-        {"gammas": (1.0, 1.0)},
-        {"gammas": (1.0, -0.5)},
-        {"sigma_rels": WIDTHS, "checkpoint_every_num_steps": 0},
-        {"sigma_rels": WIDTHS, "checkpoint_every_num_steps": "never"},
-        {"sigma_rels": WIDTHS, "checkpoint_every_num_steps": 2.5},
-    ],
-    ids=str,
-)
-def test_arguments_of_snapshots_are_checked(given: Any, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError):
-        ours.PostHocEMA(Clock(), checkpoint_folder=tmp_path / "new", **given)
-    assert not (tmp_path / "new").exists()
 
 
 def test_what_cannot_be_put_together(tmp_path: Path) -> None:
@@ -316,36 +247,6 @@ def test_what_cannot_be_put_together(tmp_path: Path) -> None:
     (tmp_path / "1.10.pt").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match=r"1\.10\.pt"):
         made.synthesize_ema_model(sigma_rel=0.1)
-
-
-def test_tensors_in_a_snapshot_that_are_not_averaged(tmp_path: Path) -> None:
-    made = several(tmp_path, nn.Sequential(nn.Linear(2, 3)))
-    made.update()
-    made.checkpoint()
-    path = tmp_path / "1.1.pt"
-    whole = torch.load(path, weights_only=True)
-    weight = "ema_model.0.weight"
-    for changed, says in ((whole[weight].int(), "i32"), (whole[weight].to_sparse(), "sparse")):
-        torch.save({**whole, weight: changed}, path)
-        with pytest.raises(CheckpointError, match=rf"(?s)'0\.weight' is {says}.*1\.1\.pt"):
-            made.synthesize_ema_model(sigma_rel=0.15)
-
-
-def test_snapshots_of_another_model(tmp_path: Path) -> None:
-    made = several(tmp_path, nn.Sequential(nn.Linear(2, 3)))
-    made.update()
-    made.checkpoint()
-    for model, named in (
-        (nn.Sequential(nn.Linear(2, 4)), r"'0\.weight' has the shape \[3, 2\]"),
-        (nn.Sequential(nn.Linear(2, 3), nn.Linear(1, 1)), r"'1\.weight' is not in"),
-    ):
-        with pytest.raises(CheckpointError, match=named):
-            several(tmp_path, model).synthesize_ema_model(sigma_rel=0.1)
-    made.checkpoint_dtype = torch.float32
-    made.update()
-    made.checkpoint()
-    with pytest.raises(CheckpointError, match="f16"):
-        made.synthesize_ema_model(sigma_rel=0.15)
 
 
 def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

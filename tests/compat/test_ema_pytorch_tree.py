@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import ema_pytorch as theirs
 import pytest
 
 from fastema.compat import ema_pytorch as ours
-from fastema.errors import LayoutError
 
 from .ema_pytorch_case import nn, torch
 
@@ -50,16 +48,6 @@ def run(emas: Any, steps: Any) -> None:
 
 def assert_same(one: Any, other: Any) -> None:
     torch.testing.assert_close(leaves(one), leaves(other), atol=0, rtol=0)
-
-
-def test_interface_is_theirs() -> None:
-    assert ours.EMATensor is ours.EMAPytree
-    mine, yours = ours.EMA(tree()), theirs.EMA(tree())
-    assert isinstance(mine, ours.EMAPytree)
-    assert {n for n in dir(yours) if not n.startswith("_")} - {*dir(mine)} == set()
-    assert list(mine.state_dict()) == list(yours.state_dict()) == ["initted", "step"]
-    assert mine.ema_model is mine.ema_pytree
-    assert mine() is mine.ema_pytree
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -106,49 +94,3 @@ def test_horizon_is_that_of_single_steps() -> None:
             ema.update()
         found.append(6000 - ema.ema_pytree.item())
     assert found == pytest.approx([49, 45, 490], abs=1)
-
-
-def test_a_run_goes_on_in_the_other_library() -> None:
-    settings = {"update_after_step": 3, "update_every": 1, "peer_exact": True}
-    whole = ours.EMA(tree(), **settings)
-    run([whole], range(20))
-    part = ours.EMA(tree(), **settings)
-    run([part], range(9))
-    del settings["peer_exact"]
-    fresh = theirs.EMA(part.pytree, ema_pytree=copy.deepcopy(part.ema_pytree), **settings)
-    fresh.load_state_dict(part.state_dict())
-    again = ours.EMA(
-        copy.deepcopy(part.pytree), copy.deepcopy(part.ema_pytree), **settings, peer_exact=True
-    )
-    again.load_state_dict(fresh.state_dict())
-    run([again], range(9, 20))
-    assert_same(again.ema_pytree, whole.ema_pytree)
-    run([fresh], range(9, 20))
-    torch.testing.assert_close(leaves(fresh.ema_pytree)[0], leaves(whole.ema_pytree)[0])
-
-
-def test_results_of_operations() -> None:
-    base = torch.ones(3, requires_grad=True)
-    state = {"x": base * 2, "same": None}
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        theirs.EMA(state)
-    ema = ours.EMA(state, update_after_step=0, update_every=1, beta=0.5)
-    ema.update()
-    state["x"] = base * 4
-    ema.update()
-    assert ema.ema_pytree["x"].tolist() == pytest.approx([2 + 2 * 2 ** (-2 / 3)] * 3)
-    assert not ema.ema_pytree["x"].requires_grad
-
-
-def test_another_structure_is_refused() -> None:
-    ema = ours.EMA([torch.ones(2), torch.ones(3)], update_every=1)
-    ema.update()
-    ema.pytree.append(torch.zeros(1))
-    with pytest.raises(LayoutError, match="structure"):
-        ema.update()
-    ema.pytree.pop()
-    ema.pytree[1] = torch.zeros(4)
-    with pytest.raises(LayoutError, match="1"):
-        ema.update()
-    assert int(ema.step) == 1
-    assert ema.ema_pytree[1].tolist() == [1, 1, 1]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import weight_averaging as peer
@@ -16,7 +15,6 @@ import fastema
 import fastema.compat.swa_utils
 from fastema.compat import lightning as ours
 from fastema.compat.peer_horizon import lightning as same
-from fastema.errors import ArgumentError, StateError
 
 from ..support.requirements import require_packages
 from .lightning_case import (
@@ -105,19 +103,6 @@ def test_update_every_n_steps_keeps_the_horizon_unless_asked_for_theirs(tmp_path
     assert distance(default.state_dict(), each) < distance(theirs, each) / 3
 
 
-def test_at_the_end_of_an_epoch_the_decay_is_that_per_epoch(tmp_path: Path) -> None:
-    callback = ours.EMAWeightAveraging(
-        decay=0.9, update_every_n_steps=3, update_starting_at_epoch=1
-    )
-    module = fitted(tmp_path, callback)
-    seen, decays = [], []
-    for k, step in enumerate(module.steps):
-        seen += [step, step]
-        ends = (k + 1) % STEPS == 0 and k >= STEPS
-        decays += [0.9**3 if k % 3 == 0 else None, 0.9 if ends else None]
-    assert_near(module.state_dict(), average_of(seen, decays))
-
-
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 5])
 def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
     def run(library: Any, **options: Any) -> Network:
@@ -164,14 +149,6 @@ def test_validations_do_not_change_the_run(tmp_path: Path, precision: Any) -> No
         assert torch.equal(weight, average["first.weight"].bfloat16())
 
 
-def test_in_bfloat16_theirs_is_rounded_by_each_validation(tmp_path: Path) -> None:
-    callback = peer.EMAWeightAveraging(decay=0.9)
-    fitted(tmp_path, callback, precision="bf16-true")
-    average = average_in(callback)["first.weight"]
-    assert average.dtype == torch.float32
-    assert torch.equal(average, average.bfloat16().float())
-
-
 # -- subclasses ------------------------------------------------------------------------------------
 
 
@@ -212,63 +189,11 @@ class Late(Network):
             self.second = torch.nn.Linear(3, 3)
 
 
-def test_layers_that_are_made_late_are_averaged(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="calls configure_model"):
-        module = fitted(tmp_path, ours.EMAWeightAveraging(decay=0.8), module=Late())
-    assert "second.weight" in module.steps[0]
-    assert_near(module.state_dict(), average_of(module.steps, [0.8] * COUNT))
-
-
 # -- refusals --------------------------------------------------------------------------------------
 
 
 class Another(ours.EMAWeightAveraging):
     pass
-
-
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        (ours.WeightAveraging, ours.EMAWeightAveraging),
-        (ours.EMAWeightAveraging, Another),
-        (ours.EMAWeightAveraging, peer.WeightAveraging),
-        (peer.WeightAveraging, ours.EMAWeightAveraging),
-    ],
-)
-def test_two_averages_are_refused(tmp_path: Path, kinds: tuple[Any, Any]) -> None:
-    module = Network()
-    with pytest.raises(StateError, match=r"more than one averaging callback.*WeightAveraging"):
-        fitted(tmp_path, *(kind() for kind in kinds), module=module)
-    assert not module.steps
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        *[({"decay": decay}, "decay") for decay in (-0.1, 1.5, float("nan"))],
-        (
-            {"decay": fastema.rules.warmup(0.99)},
-            r"decay=Warmup.*expected a number.*fastema\.EMA takes",
-        ),
-        *[
-            ({name: swa_utils.get_ema_avg_fn()}, rf"use WeightAveraging\({name}=\.\.\.\)")
-            for name in ("avg_fn", "multi_avg_fn")
-        ],
-    ],
-)
-def test_wrong_decays_and_functions_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        ours.EMAWeightAveraging(**options)
-
-
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
-def test_strategies_that_divide_weights_are_refused(name: str) -> None:
-    class Given:
-        strategy = object.__new__(getattr(pl.strategies, name))
-        callbacks: ClassVar[list[Any]] = []
-
-    with pytest.raises(ArgumentError, match=rf"{name} divides the weights.*fastema\.EMA"):
-        ours.EMAWeightAveraging().setup(Given(), Network(), "fit")
 
 
 # -- processes, and packages of other names --------------------------------------------------------

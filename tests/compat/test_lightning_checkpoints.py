@@ -85,54 +85,7 @@ def test_an_interrupted_run_goes_on_in_either_library(
         assert_same(snapshot(module), snapshot(whole))
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
-@pytest.mark.filterwarnings("ignore:The checkpoint was written without WeightAveraging")
-def test_a_run_without_an_average_is_resumed_with_one(tmp_path: Path) -> None:
-    fitted(tmp_path, saving(tmp_path), max_epochs=2)
-    theirs, mine = (
-        resumed(tmp_path / "epoch=1.ckpt", library.EMAWeightAveraging(decay=0.8))
-        for library in (peer, ours)
-    )
-    assert_near(mine.state_dict(), theirs.state_dict())
-    assert_near(mine.state_dict(), average_of(mine.steps[2 * STEPS :], [0.8] * 10))
-
-
-@LIBRARIES
-def test_to_resume_a_finished_run_gives_the_average(tmp_path: Path, library: Any) -> None:
-    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saving(tmp_path))
-    path = tmp_path / f"epoch={EPOCHS - 1}.ckpt"
-    again = resumed(path, library.EMAWeightAveraging(decay=0.8))
-    assert not any(again.steps)
-    assert_near(again.state_dict(), snapshot(module) if library is ours else module.steps[-1])
-
-
 # -- what is saved ---------------------------------------------------------------------------------
-
-
-@LIBRARIES
-def test_weights_alone_are_saved_of_the_average_that_was_monitored(
-    tmp_path: Path, library: Any
-) -> None:
-    saver = saving(tmp_path, monitor="val_loss", save_weights_only=True)
-    module = fitted(tmp_path, library.EMAWeightAveraging(decay=0.8), saver)
-    saved = load(tmp_path / "epoch=1.ckpt")
-    assert not {"callbacks", "current_model_state"} & saved.keys()
-    if library is ours:
-        assert_same(saved["state_dict"], module.validated[1])
-        best = Network.load_from_checkpoint(saver.best_model_path)
-        assert_same(snapshot(best), module.validated[int(saver.best_model_path[-6])])
-    else:  # those in training, whose loss is not known
-        assert_same(saved["state_dict"], module.steps[2 * STEPS - 1])
-
-
-def test_the_strategy_is_left_as_it_was(tmp_path: Path) -> None:
-    run = trainer(tmp_path, ours.EMAWeightAveraging())
-    fit(run)
-    assert "save_checkpoint" not in vars(run.strategy)
-    own = run.strategy.save_checkpoint = run.strategy.save_checkpoint  # somebody else's
-    run.fit_loop.max_epochs = EPOCHS + 1
-    fit(run)
-    assert run.strategy.save_checkpoint is own
 
 
 @WEIGHTS_ONLY
@@ -161,25 +114,6 @@ def test_what_an_exception_leaves_is_saved_alike(tmp_path: Path, weights_only: b
     validate(run, other)
     run.save_checkpoint(tmp_path / "other.ckpt", weights_only=weights_only)
     assert_same(load(tmp_path / "other.ckpt")["state_dict"], snapshot(other))
-
-
-@LIBRARIES
-def test_before_the_first_update_the_weights_are_validated_and_saved(
-    tmp_path: Path, library: Any
-) -> None:
-    callback = library.EMAWeightAveraging(decay=0.8, update_starting_at_step=2 * STEPS)
-    module, begun = Network(), snapshot(Network())
-    fitted(tmp_path, callback, saving(tmp_path), module=module)
-    saved, first = load(tmp_path / "epoch=0.ckpt"), module.steps[STEPS - 1]
-    assert saved["averaging_state"]["n_averaged"] == 0
-    assert_same(saved["current_model_state"], first)
-    # Theirs: Lightning#21724.
-    assert_same(module.validated[0], first if library is ours else begun)
-    assert_same(saved["state_dict"], first if library is ours else begun)
-    if library is ours:
-        assert_same(module.validated[1], module.steps[2 * STEPS - 1])
-    want = average_of(module.steps, [None] * 2 * STEPS + [0.8] * 2 * STEPS)
-    assert_near(module.state_dict(), want)
 
 
 # -- which weights the model has -------------------------------------------------------------------

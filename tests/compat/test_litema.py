@@ -46,18 +46,6 @@ def test_a_run_goes_on_with_the_count_and_the_decay_of_the_state() -> None:
     assert int(run.average.num_updates) == 21
 
 
-def test_reset_counts_anew() -> None:
-    options = {"decay": 0.99, "use_num_upates": False}
-    run = Run("litema", Network(1), options)
-    run.train(3)
-    run.average.reset_num_updates()
-    run.options, run.n = {"decay": 0.99}, 0
-    assert list(run.average.state_dict())[-1] == "num_updates"
-    run.train(3)
-    run.check()
-    assert int(run.average.num_updates) == 3
-
-
 # -- the average in the model ----------------------------------------------------------------------
 
 
@@ -116,20 +104,6 @@ def test_store_refuses_to_lose_weights_that_somebody_has(other: bool) -> None:
 # -- models that do not fit ------------------------------------------------------------------------
 
 
-def test_names_that_collide_and_a_decay_outside_are_refused() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ab = nn.Linear(2, 2, bias=False)
-            self.a = nn.Module()
-            self.a.bweight = nn.Parameter(torch.ones(2))
-
-    with pytest.raises(LayoutError, match=r"'abweight', as does 'ab\.weight'"):
-        LitEma(Odd())
-    with pytest.raises(ArgumentError, match="from 0 to 1"):
-        LitEma(Network(), decay=1.5)
-
-
 def changed(name: str, part: Any) -> Any:
     model = Network()
     setattr(model, name, part)
@@ -142,38 +116,6 @@ OTHERS = {
     "smaller": lambda: changed("wide", None),
     "reshaped": lambda: changed("wide", nn.Parameter(torch.ones(3))),
 }
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ("unfrozen", "'frozen' is trained in the model, but has no average"),
-        ("larger", r"'more\.weight' is trained in the model, but has no average"),
-        ("smaller", "'wide' has an average, but the model has no such"),
-        ("reshaped", r"'wide' is \[3\] in the model, its average \[257\]"),
-    ],
-)
-def test_errors_say_what_is_the_model_and_what_to_do(other: str, message: str) -> None:
-    ema = LitEma(Network())
-    for call in (ema, ema.copy_to):
-        with pytest.raises(LayoutError, match=message) as error:
-            call(OTHERS[other]())
-        assert "build a new LitEma" in str(error.value)
-        assert "second" not in str(error.value)
-
-
-def test_parameters_that_are_trained_since_are_named() -> None:
-    model = Network()
-    ema = LitEma(model)
-    ema(model)
-    model.frozen.requires_grad_(True)
-    with pytest.raises(LayoutError, match="'frozen' is trained in the model"):
-        ema(model)
-    model.frozen.requires_grad_(False)
-    ema(model)
-    assert int(ema.num_updates) == 2
-    with pytest.raises(LayoutError, match=r"head\.weight"):  # tied no more
-        ema(Network(tied=False))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fastema.compat.mmengine import (
     export,
     load,
 )
-from fastema.errors import ArgumentError, CheckpointError, LayoutError
+from fastema.errors import CheckpointError
 
 from ..support.peers import is_parameter, is_saved_float, tensors
 from .network import Network, Truth, bits, numbers, refused, torch, trained
@@ -101,40 +101,6 @@ def test_interface() -> None:
     assert list(both.avg_parameters) == list(model.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        *((lambda of, m=m: ExponentialMovingAverage(of, m), "momentum") for m in (0.0, 1.0, -1)),
-        (lambda of: MomentumAnnealingEMA(of, gamma=0), "gamma"),
-        (lambda of: StochasticWeightAverage(of, interval=0), "interval"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(make: Any, words: str) -> None:
-    with pytest.raises(ArgumentError, match=words):
-        make(Network())
-
-
-def test_avg_func_of_the_users_own() -> None:
-    class Signs(BaseAveragedModel):
-        def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
-            averaged_param.add_(source_param.sign(), alpha=int(steps))
-
-    class Twice(ExponentialMovingAverage):
-        def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
-            averaged_param.lerp_(source_param, 2 * self.momentum)
-
-    model, generator = Network(1), numbers(2)
-    signs, twice = Signs(model), Twice(model, 0.2)
-    for one in (signs, twice):
-        one.update_parameters(model)
-    truth = Truth(twice.module, model, is_parameter)
-    old = model.wide.detach().clone()
-    truth.train(model, generator, 0.4, signs.update_parameters, twice.update_parameters)
-    truth.check(twice.module, model)
-    assert torch.equal(signs.module.wide, old + model.wide.sign())
-    assert torch.equal(signs.module.places, model.places)
-
-
 def others() -> dict[str, Network]:
     """Models that are not the one that is averaged, by a name in which they differ."""
     larger, reshaped, smaller = Network(1), Network(1), Network(1)
@@ -190,31 +156,6 @@ class Own(ExponentialMovingAverage):
         if averaged_param.numel():
             self.calls = (*self.calls, averaged_param.data_ptr())
         averaged_param.lerp_(source_param, self.momentum)
-
-
-@pytest.mark.parametrize("update_buffers", [False, True])
-@pytest.mark.parametrize("wrap", [False, True])
-def test_own_avg_func_is_called_once_for_each_memory(update_buffers: bool, wrap: bool) -> None:
-    model, generator = Network(1), numbers(2)
-    given = nn.DataParallel(model) if wrap else model
-    average = Own(model, 0.2, update_buffers=update_buffers)
-    average.update_parameters(given)
-    truth = Truth(average.module, model, WHICH[update_buffers])
-    for _ in range(4):
-        average.calls = ()
-        truth.train(model, generator, 0.2, lambda _: average.update_parameters(given))
-        truth.check(average.module, model)  # integers too
-        assert len(set(average.calls)) == len(average.calls) > 0
-
-
-@pytest.mark.parametrize("update_buffers", [False, True])
-def test_own_avg_func_is_called_after_all_was_checked(update_buffers: bool) -> None:
-    average = Own(Network(), 0.2, update_buffers=update_buffers)
-    average.update_parameters(Network(2))
-    for name, other in others().items():
-        with refused(LayoutError, name, average):
-            average.update_parameters(other)
-        assert average.calls == ()
 
 
 def damaged(whole: dict[str, Any], part: str | None, name: str | None, one: Any) -> Any:

@@ -88,17 +88,6 @@ def run(model: Any, generator: Any, steps: int, peer: Peer, *averages: fastema.E
             assert_close(ema, peer, model)
 
 
-def test_state_is_taken_over_at_its_steps_by_any_schedule() -> None:
-    """Also where updates are counted from the beginning of the average."""
-    model, generator = Network(1), numbers(2)
-    peer = Peer(optimizer_of(model), 0.8, 4)
-    run(model, generator, 6, peer)
-    ema = fastema.EMA(model, 0.8**0.25, update_every=4, frozen="average")
-    nemo.load(ema, peer.state_dict(), model, peer.optimizer)
-    assert nemo.export(ema, model, peer.optimizer)["current_step"] == 6
-    run(model, generator, 9, peer, ema)
-
-
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("steps", [1, 5, 6, 7])
 def test_both_directions_at_any_step(every: int, steps: int) -> None:
@@ -141,28 +130,3 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
 def with_wide(wide: Any) -> dict[str, Any]:
     named = dict(Network(1).named_parameters()) | {"wide": wide}
     return {"ema": tuple(named.values())}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ema": None}, "'ema' is of type NoneType"),
-        ({"ema": (1,) * 11}, "'embed.weight' is of type int, expected a tensor"),
-        ({"current_step": "x"}, "current_step='x'"),
-        ({"current_step": None}, "current_step=None"),
-        ({"current_step": -1}, "current_step=-1"),
-        ({"every_n_steps": 0}, "every_n_steps=0: expected a whole number of at least 1"),
-        ({"every_n_steps": -2}, "every_n_steps=-2"),
-        ({"every_n_steps": None}, "every_n_steps=None"),
-        (with_wide(None), "'wide'"),
-        (with_wide(3), "'wide'"),
-        (with_wide(torch.empty(257, dtype=torch.float64, device="meta")), "'wide'"),
-    ],
-)
-def test_states_that_are_none_are_refused(change: Any, message: str) -> None:
-    model = Network(1)
-    ema = average_of(model, 0.9, 1)
-    peer = Peer(torch.optim.SGD(model.parameters(), lr=0.1), 0.9, 1)
-    assert len(peer.ema) == 11
-    with load_refused(ema, message):
-        nemo.load(ema, {**peer.state_dict(), **change}, model)

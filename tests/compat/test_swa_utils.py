@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as theirs
 
 from fastema.compat import swa_utils as ours
-from fastema.errors import ArgumentError, LayoutError
+from fastema.errors import LayoutError
 
 from ..support.peers import SWA_KINDS as FUNCTIONS
 from ..support.peers import is_parameter, swa_weight
@@ -33,19 +33,6 @@ def snapshot(averaged: nn.Module) -> tuple[dict[str, bytes], int]:
 
 
 # -- the same interface ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("function", "wrong"),
-    [
-        ("get_ema_multi_avg_fn", {"decay": float("nan")}),
-        ("get_swa_multi_avg_fn", {"rounding": "up"}),
-        ("get_ema_avg_fn", {"seed": -1}),
-    ],
-)
-def test_arguments_that_have_no_meaning(function: str, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError, match=f"{next(iter(wrong))}="):
-        getattr(ours, function)(**wrong)
 
 
 # -- the same numbers ------------------------------------------------------------------------------
@@ -109,21 +96,6 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
     assert on_an_accelerator == [0, 7, 2, 11, 4, 6]
 
 
-@pytest.mark.parametrize("name", ["get_ema_multi_avg_fn", "get_swa_multi_avg_fn"])
-def test_the_random_bits_of_an_accelerator_are_the_same(
-    name: str, on_an_accelerator: list[float]
-) -> None:
-    """Whether the count is given as a number, or in a tensor that is not read."""
-    one, other = torch.zeros(2, 500, dtype=torch.bfloat16)
-    generator = numbers(51)
-    pairs = [(getattr(ours, name)(seed=7), *each) for each in ((one, int), (other, torch.tensor))]
-    for n in range(1, 6):
-        weights = torch.randn(500, generator=generator).bfloat16()
-        for apply, average, counted in pairs:
-            apply([average], [weights], counted(n))
-    assert torch.equal(one, other)
-
-
 # -- models that change ----------------------------------------------------------------------------
 
 
@@ -152,19 +124,6 @@ def test_the_same_place_is_not_the_same_tensor() -> None:
         written.zero_()
         apply([written], [new], 1)
         torch.testing.assert_close(written, 0.5 * new.float(), equal_nan=True)
-
-
-def test_lists_that_do_not_match() -> None:
-    apply = ours.get_ema_multi_avg_fn(0.5)
-    apply([], [], 1)
-    average = [torch.zeros(3), torch.zeros(2)]
-    for wrong in ([torch.ones(3)], [], [torch.ones(3), torch.ones(4)]):
-        for _ in range(2):
-            with pytest.raises(LayoutError):
-                apply(average, wrong, 1)
-    assert not any(one.any() for one in average)
-    apply(average, [torch.ones(3), torch.ones(2)], 1)
-    assert all(torch.all(one == 0.5) for one in average)
 
 
 # -- what a user brings ----------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import argparse
 import ast
 import importlib
 import importlib.util
-import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -21,10 +20,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastema.compat import timm as ours
-from fastema.errors import CheckpointError, LayoutError
 
 from ..support.peers import is_saved_float, timm_averages
-from .network import Network, Truth, numbers, refused, trained
+from .network import Network, Truth, numbers, trained
 
 NEEDS = ("timm",)
 
@@ -113,27 +111,6 @@ def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None
 # -- where theirs is wrong -------------------------------------------------------------------------
 
 
-def test_what_is_in_no_state_may_differ() -> None:
-    """Such as tables that are made anew for another size of image."""
-    model = untied(24)
-    average = made(ours, "ModelEmaV3", model)
-    average.update(model)
-    begun = average.module.cache.clone()
-    model.cache = torch.ones(9)
-    average.update(model)
-    model.register_buffer("later", torch.ones(2), persistent=False)
-    model.head.register_buffer("later", torch.ones(2), persistent=False)
-    truth = Truth(average.module, model, is_saved_float)
-    truth.train(model, numbers(25), 1 - DECAY, average.update)
-    truth.check(average.module, model)
-    del model.cache
-    average.update(model)
-    assert torch.equal(average.module.cache, begun)
-    model.register_buffer("further", torch.ones(2))
-    with pytest.raises(LayoutError, match="further"):
-        average.update(model)
-
-
 # -- random bits -----------------------------------------------------------------------------------
 
 
@@ -201,49 +178,10 @@ def test_files_of_the_training_script(
     truth.check(resumed[0].ema, model)
 
 
-def test_resuming_a_wrapped_model(tmp_path: Path) -> None:
-    model = untied(36)
-    for prefix in ("", "module."):
-        path = tmp_path / f"{prefix}checkpoint"
-        torch.save({"state_dict_ema": {prefix + k: v for k, v in model.state_dict().items()}}, path)
-        average = ours.ModelEma(nn.DataParallel(untied(37)), resume=path)
-        assert average.ema_has_module
-        for key, value in average.ema.module.state_dict().items():
-            assert torch.equal(value, model.state_dict()[key]), key
-
-
-def test_files_without_an_average(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, path = nn.Linear(2, 2), tmp_path / "checkpoint"
-    torch.save({"state_dict": {}}, path)
-    with caplog.at_level(logging.WARNING):
-        average = ours.ModelEma(model, resume=str(path))
-    assert "state_dict_ema" in caplog.text
-    assert torch.equal(average.ema.weight, model.weight)
-    torch.save([1, 2], path)
-    with pytest.raises(CheckpointError, match="state_dict_ema"):
-        ours.ModelEma(model, resume=str(path))
-
-
 # -- models that are wrapped, move, and are copied -------------------------------------------------
 
 
 # -- details ---------------------------------------------------------------------------------------
-
-
-def test_a_function_of_a_subclass() -> None:
-    class Half(ours.ModelEmaV2):
-        def update(self, model: nn.Module) -> None:
-            self._update(model, update_fn=lambda average, new: (average + new) / 2)
-
-    model = Network(48)
-    average = Half(model)
-    truth = Truth(average.module, model, is_saved_float)
-    truth.train(model, numbers(49), 0.5, average.update)
-    truth.check(average.module, model)
-    shorter = Network(48)
-    shorter.head.bias = None
-    with refused(LayoutError, None, average):
-        average.update(shorter)
 
 
 def test_subclasses_with_an_update_of_their_own() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from fastema.errors import (
 )
 
 from .network import array, numbers, refused
-from .parameter_lists import Truth, parameters, same, trained, values, write_into
+from .parameter_lists import parameters, same, trained, values, write_into
 
 Theirs = torch_ema.ExponentialMovingAverage
 
@@ -35,12 +33,6 @@ def decay_of(n: int, decay: float, counted: bool) -> float:
 
 
 # -- the same interface ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), torch.ones(3), ["a"], [nn.Linear(2, 2)]])
-def test_what_is_no_list_of_tensors_is_refused(wrong: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"model\.parameters\(\)"):
-        Ours(wrong, 0.9)
 
 
 # -- the same numbers ------------------------------------------------------------------------------
@@ -104,21 +96,6 @@ def test_average_parameters(given: bool, weight: torch.dtype, average: torch.dty
     ema.update()
 
 
-@pytest.mark.parametrize("fails", [True, False])
-def test_the_weights_come_back_into_parameters_that_moved_inside(fails: bool) -> None:
-    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    ema = Ours(net.parameters(), 0.5, False)
-    trained(list(net.parameters()), numbers(47))
-    raw, averages = values(net.parameters()), values(ema.shadow_params)
-    with suppress(OSError), ema.average_parameters():
-        net.double()
-        net[0].bias.data = net[0].bias.data.clone()
-        if fails:
-            raise OSError
-    assert same(net.parameters(), [one.double() for one in raw])
-    assert same(ema.shadow_params, averages)
-
-
 def test_a_block_in_a_block() -> None:
     """Theirs has lost the weights after it."""
     weights = parameters(48)
@@ -142,45 +119,7 @@ def test_a_block_in_a_block() -> None:
     assert same(weights, raw)
 
 
-def test_a_block_between_store_and_restore() -> None:
-    """Theirs puts the weights of the block's beginning back."""
-    weights = parameters(51)
-    ema, theirs = Ours(weights, 0.7), Theirs(weights, 0.7)
-    trained(weights, numbers(52))
-    raw = values(weights)
-    for one in (ema, theirs):
-        one.store()
-        trained(weights, numbers(53))
-        with one.average_parameters():
-            pass
-        one.restore()
-        assert same(weights, raw) is (one is ema)
-        write_into(weights, raw)
-
-
 # -- tied weights, integers ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parameter_that_is_twice_in_the_list(dtype: torch.dtype) -> None:
-    weights = parameters(61, [dtype])
-    tied = [*weights, weights[0], weights[3]]
-    ema, truth = Ours(tied, 0.9), Truth(tied, random=dtype == torch.bfloat16)
-    generator = numbers(62)
-    for n in range(1, 10):
-        trained(weights, generator)
-        truth.step(tied, 1.0 - decay_of(n, 0.9, True))
-        ema.update()
-    truth.check(ema.shadow_params)
-    raw, averages = values(tied), values(ema.shadow_params)
-    ema.store()
-    ema.copy_to()
-    assert same(weights, averages[: len(weights)])
-    ema.restore()
-    assert same(tied, raw)
-    theirs = Theirs(tied, 0.9)
-    theirs.load_state_dict(pickle.loads(pickle.dumps(ema.state_dict())))
-    assert same(theirs.shadow_params, averages)
 
 
 # -- what lives how long ---------------------------------------------------------------------------

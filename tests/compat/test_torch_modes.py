@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,29 +57,7 @@ def test_diffusers_average_lets_a_model_convert_by_swapping() -> None:
     torch.testing.assert_close(ema.shadow_params[0].double(), truth, rtol=1e-6, atol=1e-7)
 
 
-def test_parameters_that_change_their_kind_are_taken_as_they_are_now() -> None:
-    """What is copied, not averaged, may be of a dtype without a kernel, and back."""
-    weight = nn.Parameter(torch.randn(5), requires_grad=False)
-    ema = EMAModel([weight])
-    for dtype in (torch.float32, torch.float8_e4m3fn, torch.float32):
-        weight.data = torch.randn(5).to(dtype)
-        ema.step([weight])
-        assert torch.equal(ema.shadow_params[0], weight.float())
-
-
 # -- pickle ----------------------------------------------------------------------------------------
-
-
-def test_torch_ema_average_that_was_pickled_alone_asks_for_parameters() -> None:
-    model = network()
-    ema = ExponentialMovingAverage(model.parameters(), 0.75)
-    own = pickle.loads(pickle.dumps(ema))
-    gc.collect()
-    with pytest.raises(ArgumentError, match="no longer exist; give the parameters"):
-        own.update()
-    own.update(model.parameters())
-    pickle.loads(pickle.dumps(own)).update(model.parameters())
-    assert own.num_updates == 1
 
 
 # -- decays ----------------------------------------------------------------------------------------

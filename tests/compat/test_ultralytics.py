@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from fastema.compat.ultralytics import ModelEMA, export, load
-from fastema.errors import CheckpointError
 
 from ..support.peers import tensors
-from .network import Network, bits, numbers, refused, through_a_file, torch, trained
+from .network import Network, bits, numbers, through_a_file, torch, trained
 
 nn = torch.nn
 
@@ -34,23 +33,6 @@ def test_disabled_does_nothing() -> None:
     ema.update_attr(model)
     assert bits(ema.ema) == before
     assert ema.updates == 0
-
-
-def test_attributes_are_copied() -> None:
-    model: Any = Network()
-    ema = ModelEMA(model)
-    model.names, model.stride, model.args, model._private = {0: "cat"}, 32, "kept", 1
-    ema.update_attr(model, include=["names", "stride"])
-    assert (ema.ema.names, ema.ema.stride) == ({0: "cat"}, 32)
-    assert not hasattr(ema.ema, "args")
-    ema.update_attr(nn.DataParallel(model), exclude=("args",))
-    assert not hasattr(ema.ema, "args")
-    model.process_group = model.reducer = object()  # of data parallel wrappers
-    ema.update_attr(model)
-    assert ema.ema.args == "kept"
-    for name in ("_private", "process_group", "reducer"):
-        assert not hasattr(ema.ema, name)
-    assert ema.ema.embed is not model.embed
 
 
 def test_teacher_has_no_average() -> None:
@@ -98,28 +80,3 @@ def test_checkpoint_goes_round() -> None:
 
 def damaged(**others: Any) -> dict[str, Any]:
     return {"ema": {**Network(3).state_dict(), **others}, "updates": 4}
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "message"),
-    [
-        (None, "NoneType, expected a mapping"),
-        ([1], "list, expected a mapping"),
-        ({"ema": 5, "updates": 4}, "'ema' is of type int"),
-        ({"ema": {4: 5}, "updates": 4}, "the key 4"),
-        ({**damaged(), "updates": "x"}, "updates='x'"),
-        ({**damaged(), "updates": -1}, "updates=-1"),
-        (damaged(wide=None), "'wide' is of type NoneType, expected a tensor"),
-        (damaged(wide=[1.0]), "'wide' is of type list, expected a tensor"),
-        (damaged(wide=torch.empty(257, device="meta")), "'wide' has no contents"),
-        (damaged(wide=torch.ones(257).to_sparse()), "expected a dense tensor"),
-        (damaged(**{"more.weight": torch.ones(2)}), r"'more\.weight' is unexpected"),
-        ({"ema": None, "updates": None, "model": Network(3)}, "no average"),
-        ({"ema": Network(3, integers=False), "updates": 4}, "'places' is missing"),
-    ],
-)
-def test_checkpoints_that_are_none_are_refused(checkpoint: Any, message: str) -> None:
-    ema = ModelEMA(Network())
-    with refused(CheckpointError, message, ema.ema):
-        load(ema, checkpoint)
-    assert ema.updates == 0

@@ -7,15 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 import fastema
 from fastema.engine import cpu
-from fastema.kernels.table import COUNT
-from fastema.layout.group import Pair
-from fastema.layout.spec import TensorSpec
-from fastema.layout.table import chunk_tables
 
 PLENTY = 64 * cpu.BYTES_PER_THREAD
 
@@ -84,38 +79,6 @@ def test_threads_are_woken_only_where_there_is_enough_to_do(
     assert kernel.rows() == list(range(rows))
     if most == 1:
         assert set(kernel.taken) == {threading.get_ident()}
-
-
-@pytest.mark.parametrize("workers", [2, 8])
-def test_one_large_tensor_beside_many_small_ones_is_balanced(workers: int) -> None:
-    # Nothing is touched: the table only says how much there is to do.
-    sizes = [20_000_000] + [768] * 1000
-    ends = np.cumsum(sizes) * 4
-    pairs = [
-        Pair(f"t{i}", *(TensorSpec(int(end), (n,), (1,), "f32", "cpu") for _ in range(2)))
-        for i, (n, end) in enumerate(zip(sizes, ends, strict=True))
-    ]
-    (table,) = chunk_tables(pairs).values()
-    counts = table[:, COUNT].tolist()
-    assert sum(counts) == sum(sizes)
-    done = [0] * workers
-    for count in counts:  # whoever is first through with a row takes the next one
-        done[done.index(min(done))] += count
-    assert max(done) < 1.1 * sum(sizes) / workers
-
-
-def test_threads_that_are_no_longer_wanted_end(threads: Callable[[int], None]) -> None:
-    def ours() -> list[threading.Thread]:
-        return [one for one in threading.enumerate() if one.name.startswith("fastema-run")]
-
-    for _ in range(5):
-        threads(4)
-        cpu.launch(Rows(nap), 0, 40, 0, 0, PLENTY)
-    threads(1)
-    deadline = time.monotonic() + 10
-    while ours() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ours() == []
 
 
 @pytest.mark.parametrize("started", [0, 1])

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.engine import cubins, disk_cache
-from fastema.engine.cubins import INSTALL, Cubin, Key, Unavailable, cubin
+from fastema.engine.cubins import INSTALL, Cubin, Key, cubin
 from fastema.kernels.variants import CLOCK
 
 from ..support.requirements import require_packages
@@ -100,12 +100,6 @@ def test_another_version_of_a_compiler_makes_another_kernel(
     for installed, asked in (("1.2.3", 1), (other, 2), ("1.2.3", 2)):
         versions[name] = installed
         compiler.check(KEY, asked)
-
-
-def test_the_versions_of_all_compilers_count() -> None:
-    require_packages("numba_cuda", "cuda.core")
-    known = {one.split()[0] for one in disk_cache.versions(*cubins._COMPILERS)}
-    assert known >= {"numba", "numba-cuda", "llvmlite", "cuda-core"}
 
 
 # -- damage ----------------------------------------------------------------------------------------
@@ -195,32 +189,6 @@ WRITERS = """
         for number, key in enumerate(KEYS)
     }
 """
-
-
-def test_processes_that_write_and_delete_entries_find_whole_ones_or_none(
-    tmp_path: Path, python: Callable[..., str]
-) -> None:
-    script = """
-    children = []
-    for child in range(3):
-        pid = os.fork()
-        if not pid:
-            generator, hits, misses = np.random.default_rng(child), 0, 0
-            for _ in range(150):
-                key = KEYS[generator.integers(3)]
-                asked = []
-                found = cubin(key, lambda key: asked.append(key) or CONTENT[key])
-                assert found == CONTENT[key]
-                hits, misses = hits + (not asked), misses + bool(asked)
-                if generator.random() < 0.3:
-                    path(key).unlink(missing_ok=True)
-            assert hits > 10 and misses > 10, (hits, misses)
-            os._exit(0)
-        children.append(pid)
-    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    print(ends, sorted(path.suffix for path in folder.iterdir() if path.suffix != ".cubin"))
-    """
-    assert python(WRITERS + script, str(tmp_path)).split("\n")[0] == "[0, 0, 0] []"
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(
@@ -330,43 +298,7 @@ def test_without_a_package_or_library_a_sentence_says_what_to_install(
             assert "(ModuleNotFoundError: No module named" in message or "(ImportError" in message
 
 
-@pytest.mark.parametrize(
-    "error",
-    [RuntimeError("several\nlines"), OSError(2, "No such file", "libnvvm.so"), AssertionError()],
-    ids=repr,
-)
-def test_any_error_of_a_compiler_is_one_sentence_and_an_interrupt_is_none(
-    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastema.kernels import cuda
-
-    raised: BaseException = error
-
-    def fail(*args: Any) -> Any:
-        raise raised
-
-    monkeypatch.setattr(cuda, "compile_kernel", fail)
-    with pytest.raises(Unavailable) as caught:
-        cubin(KEY)
-    check_sentence(str(caught.value).replace("\n", "<newline>"), "lerp")
-    assert type(error).__name__ in str(caught.value)
-    assert caught.value.__cause__ is error
-    raised = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        cubin(KEY)
-    assert not list(folder.iterdir())
-
-
 # -- the real compiler -----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_gpu_that_is_not_supported_is_no_missing_kernel_on_disk(folder: Path) -> None:
-    require_packages("numba_cuda", "cuda.core")
-    for capability in ((3, 5), (90, 0)):
-        with pytest.raises(Unavailable, match=r"fastema\[cuda\]"):
-            cubin(KEY._replace(capability=capability))
-    assert not list(folder.iterdir())
 
 
 @pytest.mark.slow

@@ -12,13 +12,9 @@ import pytest
 import torch
 
 import fastema
-from fastema.engine.cubins import Key
-from fastema.engine.driver import DriverError
-from fastema.errors import DeviceError
 from fastema.rules import warmup
 
 from ..support.stub_gpu import (
-    StubGpu,
     assert_equal,
     gpu,
     move,
@@ -156,55 +152,7 @@ def test_an_average_in_the_weights_is_taken_back_on_another_stream(
     assert_equal(shadow(ema), average)
 
 
-def test_the_host_waits_before_it_reads_or_drops_a_ring_on_the_host(gpu: StubGpu) -> None:
-    weights = [torch.randn(37, 11)]
-    sma = fastema.SMA(weights, window=3, ring_device="cpu")
-    gpu.driver.pending = []
-    for _ in range(5):
-        move(weights)
-        sma.update()
-        gpu.driver.finish()
-    sma.update()
-    assert gpu.driver.pending
-    state = sma.state_dict()
-    assert gpu.context.calls["wait"]
-    assert torch.equal(state["ring"][0]["0"][5 % 3], weights[0])
-    gpu.driver.finish()
-    gpu.driver.pending = None
-    other = fastema.SMA(weights, window=3, ring_device="cpu")
-    other.load_state_dict(state)
-    sma.update()
-    other.update()
-    assert_equal(shadow(sma), shadow(other))
-    gpu.context.calls.clear()
-    del other, sma
-    gc.collect()
-    assert gpu.context.calls["wait"] >= 2  # nobody else knows that the device works on that memory
-
-
 # -- exceptions ------------------------------------------------------------------------------------
-
-
-def test_an_average_that_cannot_be_moved_stays_as_it_was(
-    late: Late, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = [late.random(30)]
-    ema = fastema.EMA(weights, 0.5, capturable=True)
-    ema.update()
-    found = late.driver.function
-
-    def refused(code: bytes, name: str) -> Key:
-        if "lerp" in name:
-            raise DriverError("CUDA_ERROR_NOT_FOUND")
-        return found(code, name)
-
-    count, store = ema._count, ema._store
-    with monkeypatch.context() as patch:
-        patch.setattr(late.driver, "function", refused)
-        with pytest.raises(DeviceError, match="NOT_FOUND"):
-            ema.to(dtype="float64")
-    assert ema._count is count
-    assert ema._store is store
 
 
 @pytest.mark.slow

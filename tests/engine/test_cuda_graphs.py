@@ -49,48 +49,6 @@ def test_a_graph_outlives_the_tables_it_was_captured_with(late: Late, warm: bool
     assert ema.num_updates == 3
 
 
-def test_a_graph_follows_the_schedule_that_was_loaded(late: Late) -> None:
-    """In memory that is the loaded tables'."""
-    weights, others = ([late.random(300)] for _ in range(2))
-    ema = fastema.EMA(weights, warmup(0.9), capturable=True)
-    late.stub.place = lambda tensor: None
-    saved = fastema.EMA(others, power(0.1))
-    for _ in range(7):
-        saved.update()
-    state = saved.state_dict()
-    late.stub.place = lambda tensor: 0
-    ema.update()
-    with late.capture() as graph:
-        ema.update()
-    late.replay(graph)
-    ema.load_state_dict(state)
-    gc.collect()
-    want = shadow(ema)["0"]
-    for step in range(8, 58):
-        move(weights)
-        want.lerp_(weights[0], saved.schedule.weights(step)[0])
-        late.replay(graph)
-    torch.testing.assert_close(ema.shadow["0"], want)
-    assert ema.num_updates == 57
-    assert ema.schedule == saved.schedule
-    late.settle()
-
-
-@pytest.mark.slow
-def test_replays_of_an_average_that_was_moved_do_not_write_where_others_are(late: Late) -> None:
-    weights = [late.random(300)]
-    ema = fastema.EMA(weights, 0.5, capturable=True)
-    ema.update()
-    with late.capture() as graph:
-        ema.update()
-    ema.to(dtype="float64")
-    gc.collect()
-    late.driver.finish()
-    late.replay(graph)
-    assert late.driver.violations == []
-    assert ema.num_updates == 1
-
-
 def test_replays_leave_out_what_is_not_finite_as_a_run_on_the_cpu_does(late: Late) -> None:
     options = {"decay": [warmup(0.9), *(0.9,) * 9], "start_after": 2, "update_every": 2}
     weights = [late.random(300), late.random(7).bfloat16()]
@@ -149,25 +107,6 @@ def test_a_capture_after_the_model_moved_is_refused_until_one_call_outside(late:
     assert ema.num_updates == 1
 
 
-def test_weights_and_average_change_places_and_back_in_one_graph(late: Late) -> None:
-    weights = [late.random(300)]
-    ema = fastema.EMA(weights, 0.5)
-    move(weights)
-    ema.update()
-    with ema.swapped():
-        pass
-    raw, average = weights[0].clone(), shadow(ema)
-    seen: list[torch.Tensor] = []
-    with late.capture() as graph, ema.swapped():
-        late.driver.begin(late.context.handle, lambda: seen.append(weights[0].clone()))
-    for _ in range(2):
-        late.replay(graph)
-        assert torch.equal(seen.pop(), average["0"])
-        assert torch.equal(weights[0], raw)
-        assert_equal(average, shadow(ema))
-    late.settle()
-
-
 @pytest.mark.parametrize(
     "call", [lambda ema: ema.shadow["0"], fastema.EMA.apply_shadow], ids=["shadow", "apply"]
 )
@@ -222,30 +161,3 @@ def test_every_replay_is_an_update_of_a_run_on_the_cpu_to_the_bit(
         for found, one in zip(ema.shadows, want, strict=False):
             assert_equal(found, one)
         assert not want or ema.num_updates == step
-
-
-@pytest.mark.slow
-def test_a_windowed_mean_at_its_start_is_the_weights(late: Late) -> None:
-    """Not what a narrower ring has of them."""
-    weights = [late.random(50)]
-    sma = fastema.SMA(weights, 3, ring_dtype="bfloat16", start_after=2, capturable=True)
-    for _ in range(2):
-        move(weights)
-        sma.update()
-    assert torch.equal(sma.shadow["0"], weights[0])
-
-
-@pytest.mark.parametrize("place", [1, None], ids=["another GPU", "the host"])
-def test_a_capture_of_half_a_model_is_refused(late: Late, place: int | None) -> None:
-    """The other half would be averaged now, once, and never by a replay."""
-    weights, average = ([late.random(30), late.random(30)] for _ in range(2))
-    elsewhere = {weights[1].data_ptr(), average[1].data_ptr()}
-    late.stub.place = lambda tensor: place if tensor.data_ptr() in elsewhere else 0
-    late.stub.contexts[1].handle = SIDE
-    plan = fastema.Plan(average, weights)
-    plan.lerp_(0.5)
-    before = [one.clone() for one in average]
-    with late.capture() as graph, pytest.raises(StateError):
-        plan.lerp_(0.5)
-    assert graph == []
-    assert all(map(torch.equal, before, average))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from fastema.engine.driver import DriverError
 from fastema.errors import ArgumentError, DeviceError, FastemaError, StateError
 from fastema.rules import inverse_gamma, power, warmup
 
-from ..support.stub_gpu import StubGpu, assert_equal, compiled, gpu, move, no_kernels, shadow
+from ..support.stub_gpu import StubGpu, assert_equal, gpu, move, no_kernels, shadow
 
 __all__ = ["gpu"]
 
@@ -100,21 +99,6 @@ def mixed_weights() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.slow
-def test_drift_adds_up_over_groups_and_layouts(gpu: StubGpu) -> None:
-    weights = mixed_weights()
-    decays = tuple(1 - 0.7**k for k in range(1, 12))
-    ema = fastema.EMA(weights, decays, shadow_dtype="float32", drift=True)
-    move(weights.values())
-    ema.update()
-    for drift, average in zip(ema.drifts, ema.shadows, strict=True):
-        apart = sum((weights[n].double() - average[n].double()).square().sum() for n in weights)
-        size = sum(average[n].double().square().sum() for n in weights)
-        assert drift.distance == pytest.approx(float(apart) ** 0.5, rel=1e-4)
-        assert drift.relative == pytest.approx(float(apart / size) ** 0.5, rel=1e-4)
-        assert 0 <= drift.still < 0.1
-
-
 @pytest.mark.parametrize("bad", marked(["flat", "spaced", "half"], ("spaced", "half")))
 def test_a_guard_looks_at_every_group_and_layout(gpu: StubGpu, bad: str) -> None:
     weights = mixed_weights() if bad != "flat" else {"flat": torch.randn(5000)}
@@ -157,28 +141,6 @@ def test_a_run_is_resumed_on_the_other_device_to_the_bit(gpu: StubGpu, there: bo
         assert_equal(one, other)
 
 
-@pytest.mark.slow
-def test_a_ring_on_the_host_stays_there_where_the_average_moves_to_a_gpu(gpu: StubGpu) -> None:
-    gpu.place = lambda tensor: None
-    weights = [torch.randn(50)]
-    sma = fastema.SMA(weights, 3, ring_device="cpu")
-    for _ in range(5):
-        move(weights)
-        sma.update()
-    before, ring = shadow(sma), sma.state_dict()["ring"][0]["0"].clone()
-    gpu.place = lambda tensor: 0
-    gpu.on_host.update({t.untyped_storage().data_ptr(): t for t in sma.shadow.values()})
-    sma.to("cuda:0")
-    found = sma.state_dict()
-    assert_equal(before, found["shadow"][0])
-    assert torch.equal(found["ring"][0]["0"], ring)
-    assert sma._store.on_host
-    assert not any(tensor.data_ptr() in gpu.context.pinned for tensor in sma.shadow.values())
-    assert sma._store.sets[0]["0"].parts["ring"][0].data_ptr() in gpu.context.pinned
-    with pytest.raises(ArgumentError, match="ring_device='cuda:1'"):
-        fastema.SMA(weights, ring_device="cuda:1")
-
-
 # -- launches --------------------------------------------------------------------------------------
 
 
@@ -204,25 +166,6 @@ def test_an_update_is_one_launch_for_each_group_and_nothing_else(
     assert not gpu.context.calls
 
 
-def test_memory_is_held_once_for_each_current_stream(gpu: StubGpu) -> None:
-    model = Model()
-    ema = fastema.EMA(model)
-    gpu.driver.take()
-    for handle in (5, 6):
-        gpu.context.held.clear()
-        gpu.context.handle = handle
-        ema.update()
-        owners = gpu.context.held
-        held = {one.data_ptr() for one in owners if isinstance(one, torch.Tensor)}
-        assert held >= {p.data_ptr() for p in model.parameters()}
-        assert held >= {tensor.data_ptr() for tensor in ema.shadow.values()}
-        assert any(isinstance(one, np.ndarray) for one in owners)  # the table
-        gpu.context.calls.clear()
-        ema.update()
-        assert not gpu.context.calls
-        assert {stream for _, _, stream in gpu.driver.take()} == {handle}
-
-
 def test_what_cannot_be_captured_is_refused(gpu: StubGpu) -> None:
     ema = fastema.EMA(Model())
     narrow = [torch.randn(5).bfloat16()]
@@ -246,28 +189,7 @@ def test_what_cannot_be_captured_is_refused(gpu: StubGpu) -> None:
     plan.lerp_(0.5)
 
 
-def test_capturable_is_for_gpus_and_not_for_what_the_host_decides(gpu: StubGpu) -> None:
-    with pytest.raises(ArgumentError, match=r"on_nonfinite='raise'.*'skip' leaves"):
-        fastema.EMA(Model(), capturable=True, on_nonfinite="raise")
-    gpu.place = lambda tensor: int(tensor.dtype == torch.float64)
-    with pytest.raises(ArgumentError, match="divided among several"):
-        fastema.EMA([torch.ones(3), torch.ones(3).double()], capturable=True, on_nonfinite="skip")
-    gpu.place = lambda tensor: None
-    with pytest.raises(ArgumentError, match="some are on cpu"):
-        fastema.EMA(Model(), capturable=True)
-
-
 # -- what fails ------------------------------------------------------------------------------------
-
-
-def test_a_failed_launch_names_the_error_and_is_no_update(gpu: StubGpu) -> None:
-    ema = fastema.EMA(Model())
-    gpu.driver.refused = 1
-    with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED"):
-        ema.update()
-    assert ema.num_updates == 0
-    ema.update()
-    assert ema.num_updates == 1
 
 
 def test_code_that_the_driver_refuses_is_replaced_and_memory_that_is_full_is_not(
@@ -345,20 +267,6 @@ def test_without_kernels_torch_averages_and_one_warning_says_so(
     ema.update()
     assert ema.num_skipped == 1
     assert len(tried) == len(set(tried))
-
-
-def test_a_capturable_average_without_all_its_kernels_is_refused_when_it_is_built(
-    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def some(key: Key) -> Any:
-        return no_kernels(key) if key.operation == "lerp" else compiled(key)
-
-    for compiler in (some, no_kernels):
-        monkeypatch.setattr(cuda_group, "_warned", set())
-        monkeypatch.setattr(engine, "cubin", compiler)
-        refused = pytest.raises(FastemaError, match=r"capturable|fastema\[cuda\]")
-        with pytest.warns(cuda_group.SlowWarning), refused:
-            fastema.EMA([torch.randn(5)], 0.5, capturable=True)
 
 
 WITHOUT_KERNELS = {

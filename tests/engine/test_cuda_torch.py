@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -73,29 +72,6 @@ def test_a_forked_process_is_refused_the_gpu_and_averages_on_the_cpu(
     weights[0] += 1
     ema.update()
     assert ema.shadow["0"].tolist() == [0.5] * 5
-
-
-def test_torchs_errors_in_a_forked_process_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> bool:
-        raise RuntimeError("CUDA error: initialization error")
-
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", fails)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fails)
-    with pytest.raises(DeviceError, match="'spawn'"):
-        TorchContext(0).capturing()
-
-
-def test_an_upload_in_inference_mode_can_be_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TorchContext, "capturing", lambda context: False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    context = TorchContext(0)
-    context.device = "cpu"
-    with torch.inference_mode():
-        owner, address = context.upload(np.arange(4))
-    context.write(owner, np.arange(4, 8))
-    assert context.download(owner).tolist() == [4, 5, 6, 7]
-    assert owner.data_ptr() == address
 
 
 class Foreign:

@@ -169,30 +169,6 @@ def test_a_device_is_asked_for_once_and_gets_each_kernel_whole_and_once(run: Scr
     """)
 
 
-def test_a_launch_passes_on_what_it_is_given(run: Script) -> None:
-    run("""
-    generator = np.random.default_rng(5)
-    one = device(0)
-    function = one.function(KEY)
-    one._driver.push(one._context)
-    for _ in range(200):
-        take()
-        values = generator.integers(-2**63, 2**63 - 1, 17, np.int64)
-        values[4:12] = generator.standard_normal(8).view(np.int64)
-        places = values.ctypes.data + 8 * np.arange(17)
-        blocks = int(2 ** generator.uniform(0, 31)) - 1 or 1
-        threads = int(generator.integers(1, 1025))
-        stream = int(generator.integers(0, 2**63))  # an address, as frameworks give it
-        one.launch(function, blocks, threads, stream, int(places.ctypes.data))
-        asked, (name, _, given) = take()
-        assert asked[0] == "cuCtxGetCurrent"
-        assert name == "cuLaunchKernel"
-        assert given[:9] == [int(function), blocks, 1, 1, threads, 1, 1, 0, stream]
-        assert given[9:11] == [0, FIRST]  # no extra options; launched in the device's context
-        assert given[11:] == values.view(np.uint64).tolist()
-    """)
-
-
 def test_an_update_of_many_tensors_is_one_launch(run: Script) -> None:
     """From a program down to the driver: what the kernel finds in its seventeen parameters."""
     run("""
@@ -255,46 +231,6 @@ def test_kernels_of_a_wheel_need_the_driver_alone(run: Script, tmp_path: Path) -
     """,
         FOLDER=str(tmp_path),
     )
-
-
-def test_several_averages_layouts_measures_and_a_clock(run: Script) -> None:
-    run("""
-    home = DeviceContext(0, 5)
-    x = np.ones((40, 6), np.float32)[:, ::2]
-    members = [Pair("x", spec(np.zeros((40, 3), np.float32), home), spec(x, home), average_index=k)
-               for k in range(3)]
-    members += [pair._replace(average_index=k) for pair in pairs(home, (5000,)) for k in (0, 1)]
-    program = Program({"all": members})
-    numbers = (0.5, 0.25, 0.125)
-    program.prepare({"all": "lerp_measured"})
-    loaded = [text for name, text, _ in take() if name == "cuModuleGetFunction"]
-    assert sorted(loaded) == ["kernel_of_lerp_measured_flat", "kernel_of_lerp_measured_strided"]
-    program.run({"all": "lerp_measured"}, LaunchArgs(numbers))
-    launches = [values[11:] for name, _, values in take() if name == "cuLaunchKernel"]
-    assert len(launches) == 2
-    *tables, measures = home.uploaded
-    assert {rest[0] for rest in launches} == {table.ctypes.data for table in tables}
-    assert {rest[1] for rest in launches} == {len(table) for table in tables}
-    begins = sorted(rest[2] for rest in launches)
-    assert begins[0] == measures.ctypes.data
-    assert (begins[1] - begins[0]) // 24 in {len(table) for table in tables}
-    for rest in launches:
-        found = np.array(rest[4:12], np.uint64).view(np.float64)
-        assert found.tolist() == [*numbers, 0, 0, 0, 0, 0]
-
-    clock = StepCounter([home])
-    take()
-    parameters.value = 1
-    clock.advance()
-    ((name, _, values),) = [call for call in take() if call[0] == "cuLaunchKernel"]
-    assert values[1:9] == [1, 1, 1, 256, 1, 1, 0, home.handle]
-    assert values[11:] == [home.uploaded[-1].ctypes.data] == [clock.args.clocks["cuda:0"]]
-    parameters.value = 17
-    program.run({"all": "lerp_measured"}, clock.args)
-    for name, _, values in take():
-        if name == "cuLaunchKernel":
-            assert values[11 + 3] == clock.args.clocks["cuda:0"]
-    """)
 
 
 def test_the_context_of_others_comes_back(run: Script) -> None:

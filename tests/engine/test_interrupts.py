@@ -110,34 +110,8 @@ def test_a_handler_that_updates_an_average_finishes_before_the_next_one(calls: l
     assert calls == [signal.SIGTERM, ONE, TWO]
 
 
-def test_a_signal_that_a_handler_has_ignored_is_ignored(calls: list[int]) -> None:
-    def once(number: int, frame: FrameType | None) -> None:
-        calls.append(number)
-        signal.signal(number, signal.SIG_IGN)
-
-    signal.signal(ONE, once)
-    with defer_signals():
-        signal.raise_signal(ONE)
-        signal.raise_signal(ONE)
-    assert calls == [ONE]
-    assert signal.getsignal(ONE) is signal.SIG_IGN
-
-
 def raising(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def test_a_block_interrupted_twice_as_it_begins_holds_nothing_back(
-    calls: list[int], noting: Handler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(interrupts, "_sigaction", raising)
-        for method in ("__exit__", "_release"):
-            patch.setattr(defer_signals, method, raising)
-        with pytest.raises(KeyboardInterrupt):
-            defer_signals().__enter__()
-    signal.raise_signal(ONE)
-    assert calls == [ONE]
 
 
 def test_a_block_interrupted_as_it_ends_holds_nothing_back(

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 import fastema
-from fastema.engine import build_kernels, disk_cache, native, shipped
+from fastema.engine import build_kernels, disk_cache, native
 from fastema.kernels import stamp as stamps
-from fastema.kernels.variants import cpu_variants
 
 KERNELS = Path(fastema.__file__).parent / "kernels"
 
@@ -188,16 +187,6 @@ def test_shipped_code_needs_no_compiler_and_counts_as_compiled_code_does(
     shutil.copytree(wheel, other)
     (other / "cpu" / "stamp").write_text("0" * 16)
     assert json.loads(python(script, str(other), NUMBA_CACHE_DIR=cache)) == [[143.0] * 2, True]
-
-
-@needs_levels
-@pytest.mark.slow
-def test_what_is_built_is_read_for_each_level(wheel: Path) -> None:
-    expected = {one[1:] for one in cpu_variants() if one.operation == "finite"}
-    for level in native.LEVELS:
-        found = shipped.kernels(wheel / "cpu", "finite", (level,))
-        assert found.keys() == expected
-        assert all(code.startswith(b"\x7fELF") for code in found.values())
 
 
 # -- the sources, and the folder -------------------------------------------------------------------

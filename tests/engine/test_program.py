@@ -13,12 +13,10 @@ import pytest
 
 from fastema.engine import registry
 from fastema.engine.program import Program
-from fastema.errors import DTypeError, LayoutError
 from fastema.kernels.table import CHUNK, SHARED_CHUNK
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DTYPES
-from fastema.layout.group import Pair, check_pair
-from fastema.layout.spec import TensorSpec
+from fastema.layout.group import Pair
 
 from ..support import reference
 from ..support.arrays import Guarded, assert_same, guarded, numbers, spec_of
@@ -162,16 +160,6 @@ def test_random_bits_are_those_of_indices_in_the_whole_tensor(
         np.testing.assert_array_equal(got, want)
 
 
-def test_sides_that_are_different_parts_are_refused() -> None:
-    x = np.zeros(8, np.float32)
-    one, other = (spec_of(x, "f32", whole=(24,), offset=(first,)) for first in (0, 8))
-    check_pair(Pair("w", one, one))
-    check_pair(Pair("w", spec_of(x, "f32"), one))
-    message = r"w: the average is the part at \(0,\).*\(8,\) of \[24\]"
-    with pytest.raises(LayoutError, match=message):
-        check_pair(Pair("w", one, other))
-
-
 # -- several averages, measures, guards ------------------------------------------------------------
 
 WEIGHTS = (0.3, 0.01, 0.0009765625, 1.0)
@@ -241,22 +229,6 @@ def test_what_is_not_finite_is_found_wherever_it_is(threads: Threads) -> None:
 
 
 # -- what a program is asked to do -----------------------------------------------------------------
-
-
-def test_integers_are_not_averaged_nor_tensors_on_devices_without_kernels() -> None:
-    floats, whole = numbers(9, "f32", 1), numbers(9, "i32", 2)
-    pairs = [
-        Pair("f", spec_of(floats, "f32"), spec_of(floats + 1, "f32")),
-        Pair("i", spec_of(whole, "i32"), spec_of(whole + 1, "i32")),
-    ]
-    before = floats.copy()
-    program = Program({"all": pairs})
-    with pytest.raises(DTypeError, match="i32"):
-        program.run({"all": "lerp"}, LaunchArgs((0.5,)))
-    np.testing.assert_array_equal(floats, before)
-    spec = TensorSpec(64, (3,), (1,), "f32", "tpu:0")
-    with pytest.raises(DTypeError, match=r"layer.*no kernels for device tpu:0"):
-        Program({"all": [Pair("layer", spec, spec)]})
 
 
 # -- tensors that move -----------------------------------------------------------------------------

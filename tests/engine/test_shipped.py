@@ -6,23 +6,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import fastema
 from fastema.engine import build_kernels, shipped
 from fastema.engine.cubins import Key, cubin
-from fastema.errors import ArgumentError, DeviceError
+from fastema.errors import ArgumentError
 from fastema.kernels.stamp import source_stamp
 from fastema.kernels.variants import gpu_variants
 
-from ..support.requirements import require_packages
 from ..support.stub_gpu import KEYS, StubGpu, gpu
 
 __all__ = ["gpu"]
 
-RNG = np.random.default_rng(5)
 LERP = ("lerp", ("f32", "bf16"), "flat")
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "ptx")
 
@@ -93,24 +90,6 @@ def test_every_kernel_that_an_average_selects_is_shipped(dtype: str) -> None:
     check_selected(20)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.usefixtures("selected")
-def test_every_kernel_that_a_window_selects_is_shipped(dtype: str) -> None:
-    narrower = {"float64": FLOATS, "float32": FLOATS[1:]}
-    for stored, ring, rounding in product(
-        (None, *FLOATS), (None, *narrower.get(dtype, ())), ("stochastic", "nearest")
-    ):
-        weights = model(dtype)
-        try:
-            average = fastema.SMA(
-                weights, window=3, shadow_dtype=stored, ring_dtype=ring, rounding=rounding
-            )
-        except ArgumentError:
-            continue
-        use(average, weights)
-    check_selected(4)
-
-
 @pytest.mark.usefixtures("selected")
 def test_every_kernel_that_a_plan_selects_is_shipped() -> None:
     for dst, src in product(FLOATS, FLOATS):
@@ -161,25 +140,7 @@ def test_a_gpu_gets_the_code_that_runs_on_it(capability: tuple[int, int], target
     assert made == ("fastema_lerp", code_for(target))
 
 
-def test_a_damaged_file_is_an_error_that_names_it(wheel: Path) -> None:
-    path = wheel / "gpu" / "sm_90" / "lerp.xz"
-    whole = path.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], RNG.bytes(len(whole))):
-        path.write_bytes(content)
-        with pytest.raises(DeviceError, match=r"sm_90.*lerp\.xz cannot be read.*install"):
-            read(*LERP, (9, 0))
-
-
 # -- how it is made --------------------------------------------------------------------------------
-
-
-def test_another_toolkit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastema.kernels import cuda
-
-    ptx = cuda.Ptx("fastema_lerp", ".version 9.0\n.target sm_80\n")
-    monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
-    with pytest.raises(RuntimeError, match=r"version 9\.0, not 8\.8.*CUDA 12\.9"):
-        build_kernels._for_gpus(gpu_variants()[0])
 
 
 @pytest.mark.parametrize(
@@ -205,28 +166,3 @@ def test_arithmetic_that_could_be_fused_is_refused(
     else:
         codes = build_kernels._for_gpus(gpu_variants()[0])
         assert codes == {**dict.fromkeys(TARGETS[:-1], b"code"), "ptx": ptx.text.encode()}
-
-
-@pytest.mark.parametrize("wrong", [{"spilled": 8}, {"stack": 16}, {"name": "other"}], ids=str)
-def test_kernels_that_spill_or_have_another_name_are_refused(
-    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastema.kernels import cuda
-
-    ptx = cuda.Ptx(wrong.get("name", "fastema_lerp"), ".version 8.8\n")
-    made = cuda.Binary(ptx.name, ptx.text, b"code", 32, 0, 0)._replace(**wrong)
-    monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
-    monkeypatch.setattr(cuda, "assemble", lambda *args: made)
-    with pytest.raises(RuntimeError, match=r"lerp.*(spills|other)"):
-        build_kernels._for_gpus(gpu_variants()[0])
-
-
-@pytest.mark.slow
-def test_old_gpus_make_bfloat16_by_integers() -> None:
-    require_packages("numba_cuda", "cuda.core")
-    from fastema.kernels import cuda
-
-    for formats in (("bf16", "f32"), ("bf16~", "bf16"), ("bf16+16", "f32")):
-        made = cuda.compile_kernel("lerp", formats, "flat", (7, 5))
-        assert (made.stack, made.spilled) == (0, 0)
-        assert "cvt.rn.bf16" not in made.ptx

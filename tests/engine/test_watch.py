@@ -141,22 +141,6 @@ def test_training_and_moving_back_are_no_change() -> None:
     assert not any(one.changed() for one in watching)
 
 
-@pytest.mark.parametrize("place", [0, 7])
-def test_attributes_are_found_wherever_a_module_has_them(place: int) -> None:
-    """Modules made in other ways have their dicts in another order, among other attributes."""
-    net = model()
-    inner = net[1][0]
-    attributes = dict(vars(inner))
-    vars(inner).clear()
-    vars(inner).update({f"attribute {i}": i for i in range(place)})
-    vars(inner).update(reversed(attributes.items()))
-    for i in range(place // 2):
-        del vars(inner)[f"attribute {i}"]
-    watching = watches(leaves_of(net))
-    MOVES["parameters"](net)
-    assert all(map(noticed, watching))
-
-
 def kept_of(leaves: Any) -> Any:
     return leaves.only({leaf.name for leaf in leaves.items if leaf.persistent})
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fastema import rules
 from fastema.engine.weight_table import evaluate, weight_table
-from fastema.errors import ArgumentError
 from fastema.kernels.table import WEIGHT_COLUMNS
 
 LAST = 2**31
@@ -133,23 +132,6 @@ def test_the_table_of_every_rule_is_small_and_close_at_every_update(
     assert_close(table, weight, updates, 0.0 if rule in DIRECT else every * 2.0**-52)
 
 
-@pytest.mark.parametrize("every", [1, 10])
-@pytest.mark.parametrize("rule", [*BY_DECAY, *DIRECT], ids=str)
-def test_the_first_updates_are_exact_and_others_close_in_any_arithmetic(
-    rule: rules.Rule, every: int
-) -> None:
-    weight = weight_of(rule, every)
-    table = weight_table(weight)
-    for update in range(1, 65):
-        assert evaluate(table, update) == weight(update)
-    rounding = 0.0 if rule in DIRECT else every * 2.0**-52
-    updates = np.concatenate((np.arange(60, 400, 7), some_updates(3, 200)))
-    for update, value in zip(updates.tolist(), looked_up(table, updates), strict=True):
-        assert evaluate(table, update) == value
-        want = weight(update)
-        assert abs(fused(table, update) - want) <= CLOSE * want + rounding
-
-
 def first_where(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The first update for which something holds that goes on to hold, by bisection."""
     while low < high:
@@ -210,36 +192,6 @@ SMOOTH: dict[str, Weight] = {
     "slow wave": lambda n: 0.01 + 0.005 * math.sin(n / 3e7),
     "steps": lambda n: 0.1 - 0.0009 * min(n // 391, 100),
 }
-
-
-JUMPING: dict[str, Weight] = {
-    "alternating": lambda n: 0.1 if n % 2 else 0.01,
-    "wave": lambda n: 0.5 + 0.4 * math.sin(n),
-    "single precision": lambda n: float(np.float32(1.0) / np.float32(n + 9)),
-    "every thousandth": lambda n: 1.0 if n % 1000 == 0 else 0.01,
-    "every epoch": lambda n: 1.0 if n % 391 == 0 else 0.01,
-    "every other while": lambda n: 1.0 if n > 10_000 and n % 151 == 5 else 1 / (n + 9),
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(one, marks=[pytest.mark.slow] * (one != "alternating")) for one in JUMPING],
-)
-def test_weights_that_jump_too_often_are_refused(name: str) -> None:
-    weight = Counted(JUMPING[name])
-    with pytest.raises(ArgumentError, match="outside of the captured graph") as caught:
-        weight_table(weight)
-    assert weight.calls < 1_000_000
-    if name == "alternating":
-        assert "jump too often" in str(caught.value)
-        assert len(weight_table(lambda update: weight(2 * update))) == 1  # of the even steps
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
-def test_a_number_that_is_no_weight_is_named(value: float) -> None:
-    with pytest.raises(ArgumentError, match=r"weight at update 70 is .*\[0, 1\]"):
-        weight_table(lambda update: value if update == 70 else 1 / (update + 1))
 
 
 decays = st.one_of(

@@ -98,18 +98,3 @@ print("end", flush=True)
 """
     for _ in range(4):
         assert python(PREAMBLE + script, during, timeout=30).strip() == "end"
-
-
-def test_finaliser_of_an_object_that_dies_with_its_module(python: Callable[..., str]) -> None:
-    script = """
-class Holder:
-    def __init__(self):
-        self.update = update
-    def __del__(self):
-        self.update()
-
-holder = Holder()
-update()
-"""
-    # Most modules are gone by then, so an error may be reported; it may neither hang nor crash.
-    python(PREAMBLE + script, timeout=30, quiet=False)

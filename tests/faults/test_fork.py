@@ -172,33 +172,6 @@ update(shared, avg, 2)
     )
 
 
-@pytest.mark.slow
-def test_fork_while_another_thread_compiles(python: Callable[..., str]) -> None:
-    python(
-        PREAMBLE
-        + """
-stop = threading.Event()
-
-def compiles():
-    for dtype in ("f2", "f8", "c8", "c16"):
-        a = np.full(10, 2, dtype)
-        fastema.lerp_([a], [np.full(10, 4, dtype)], 0.5)
-        assert (a == 3).all()
-    stop.set()
-
-thread = threading.Thread(target=compiles)
-thread.start()
-while not stop.is_set():
-    in_child(lambda: update(shared, avg, 2))
-    time.sleep(0.05)
-thread.join()
-""",
-        NUMBA_CACHE_DIR="/dev/null/nowhere",
-        XDG_CACHE_HOME="/dev/null/nowhere",
-        TMPDIR="/dev/null/nowhere",
-    )
-
-
 @pytest.mark.torch
 @pytest.mark.slow
 def test_workers_of_a_data_loader(python: Callable[..., str]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 import fastema
 
-from .given import FLAT, Given, assert_all_equal, assert_equal_averages, run
+from .given import FLAT, Given, assert_all_equal, assert_equal_averages
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 
@@ -69,14 +69,6 @@ def test_updates_are_on_the_current_streams_of_both_devices(two: list[torch.devi
     for device in two:
         torch.cuda.synchronize(device)
     assert_all_equal(ema.shadow, twin.shadow)
-
-
-def test_a_model_on_the_second_device_alone_is_that_of_the_cpu(two: list[torch.device]) -> None:
-    given = Given(FLAT, torch.float32, two[1])
-    given.refresh(0)
-    ema, twin = fastema.EMA(given.there, 0.9), fastema.EMA(given.here, 0.9)
-    run(given, [1], ema, twin)
-    assert_equal_averages(ema, twin)
 
 
 def test_devices_are_numbered_among_those_that_the_process_sees(

@@ -123,28 +123,6 @@ def test_tensors_of_odd_sizes_that_begin_anywhere(
         side.assert_rest_untouched()
 
 
-@pytest.mark.parametrize(("avg", "x"), PAIRS)
-def test_a_copy_writes_every_element(device: torch.device, avg: str, x: str) -> None:
-    """Into memory full of NaN, so that what was left out shows."""
-    dst, src = (Given(LAYOUTS, FLOATS[code], device) for code in (avg, x))
-    src.refresh(1)
-    fastema.copy_(dst.there, src.there)
-    for name, tensor in dst.there.items():
-        want = reference.cast(host(src.there[name]), x, avg)
-        Expected(tensor, name).check(tensor, name, want)
-    dst.assert_rest_untouched()
-
-
-@pytest.mark.parametrize("nan", [0x7FC1_2345, 0x7F80_0001, 0xFFFF_FFFF])
-def test_a_nan_keeps_its_payload_in_a_swap(device: torch.device, nan: int) -> None:
-    bits = torch.tensor([nan, 0x3F80_0000, 0x8000_0000, 0x0000_0001], dtype=torch.int64)
-    a = bits.to(torch.int32).view(torch.float32).to(device)
-    b = bits.flip(0).to(torch.int32).view(torch.float32).to(device)
-    want = host(b).tobytes(), host(a).tobytes()
-    fastema.Plan([a], [b]).swap_()
-    assert (host(a).tobytes(), host(b).tobytes()) == want
-
-
 def test_integers_booleans_and_complex_numbers_keep_their_bits(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(3)
 

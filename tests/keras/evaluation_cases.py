@@ -15,16 +15,12 @@ from fastema.keras import EMAWeights
 
 from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
 from .models import (
-    Weights,
-    assert_near,
     assert_same,
-    build,
     differ,
     loaded,
     model_of,
     set_weights,
     trained,
-    values,
     weights,
 )
 from .runs import Raising, Seen, average, fitted, recorded
@@ -74,44 +70,6 @@ def test_evaluate_and_predict_with_the_average_and_every_bit_comes_back() -> Non
     now.assert_unchanged()
 
 
-def test_keras_perturbs_weights_by_its_swap_on_tensorflow() -> None:
-    """What EMAWeights is to do better; when Keras does it too, this test may go."""
-    model = build(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=DECAY))
-    kept: list[Weights] = []
-
-    def evaluate(epoch: int, logs: Any) -> None:
-        kept.append(trained(model))
-        model.evaluate(XV, YV, verbose=0, callbacks=[keras.callbacks.SwapEMAWeights()])
-        kept.append(trained(model))
-
-    look = keras.callbacks.LambdaCallback(on_epoch_end=evaluate)
-    fit(model, look, epochs=1, validation_data=None)
-    before, after = kept
-    if BACKEND == "tensorflow":
-        assert any(before[name].tobytes() != after[name].tobytes() for name in before)
-    else:
-        assert_same(after, before)
-
-
-@pytest.mark.parametrize("buffers", ["copy", "average", "skip"])
-def test_statistics_of_batch_normalisation(buffers: Any) -> None:
-    run = recorded(epochs=1)
-    model, ema, seen = model_of(), EMAWeights(DECAY, buffers=buffers), Seen()
-    fit(model, ema, seen, epochs=1)
-    (during,) = seen.at["test_begin"]
-    during = {name: one for name, one in during.items() if "moving" in name}
-    avg = {name: run.start[name].astype(np.float64) for name in during}
-    for step in run.steps:
-        for name in during:
-            avg[name] += (1 - DECAY) * (step[name] - avg[name])
-    if buffers == "average":
-        assert_near(during, avg, BATCHES)
-    else:
-        assert_same(during, {name: run.steps[-1][name] for name in during})
-    assert during.keys().isdisjoint(average(ema)) == (buffers == "skip")
-    assert_same(weights(model), run.steps[-1])
-
-
 # -- exceptions -----------------------------------------------------------------------------------
 
 
@@ -140,37 +98,6 @@ def untouched(model: Any, *names: str) -> bool:
     """Whether functions of the model are its own again."""
     kinds = [type(vars(model).get(name)) for name in names]
     return all(kind.__module__ != "fastema.keras.guards" for kind in kinds)
-
-
-@pytest.mark.parametrize("call", ["validation", "evaluate", "predict"])
-def test_an_error_of_the_model(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = fitted("eager")
-    model, ema = now.model, now.ema
-    calls, inner = iter(range(100)), type(model).call
-
-    def fails(self: Any, *arguments: Any, training: bool = False, **options: Any) -> Any:
-        if not training and next(calls) == 1:
-            raise ZeroDivisionError("planted")
-        return inner(self, *arguments, training=training, **options)
-
-    options = {"batch_size": BATCH, "verbose": 0, "callbacks": [ema]}
-    calls_of = {
-        "predict": lambda: model.predict(XV, **options),
-        "evaluate": lambda: model.evaluate(XV, YV, **options),
-        "validation": lambda: fit(model, ema, epochs=1, validation_batch_size=BATCH),
-    }
-    with monkeypatch.context() as patched:
-        patched.setattr(type(model), "call", fails)
-        with pytest.raises(ZeroDivisionError, match="planted"):
-            calls_of[call]()
-    assert untouched(model, "test_function", "predict_function")
-    if call == "validation":
-        assert not ema.applied
-        assert ema.ema.num_updates == 2 * BATCHES
-        assert differ(trained(model), average(ema))
-    else:
-        now.assert_unchanged()
-    model.predict(XV, verbose=0)
 
 
 @pytest.mark.parametrize("good", [0, 1])
@@ -295,26 +222,3 @@ def test_a_block_refuses_what_would_train_or_overwrite_the_average(tmp_path: Pat
         assert_same(weights(model), now.avg)
     now.assert_unchanged()
     model.load_weights(path)
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch counts writes")
-@pytest.mark.parametrize("raised", [None, ValueError("mine")], ids=["write", "write and raise"])
-def test_a_write_in_a_block_is_told_once_the_callback_is_ready_again(raised: Any) -> None:
-    model, ema = model_of(), EMAWeights(DECAY)
-    fit(model, ema)
-    raw = values(model.weights)
-
-    def write() -> None:
-        with ema.swapped():
-            model.layers[-1].kernel.assign(np.ones((6, 1)))
-            if raised is not None:
-                raise raised
-
-    with pytest.raises(StateError if raised is None else ValueError):
-        write()
-    assert not ema.applied
-    for one, before in zip(values(model.weights), raw, strict=True):
-        np.testing.assert_array_equal(one, before)
-    with ema.swapped():
-        assert ema.applied
-    fit(model, ema, epochs=1)

@@ -86,13 +86,6 @@ class Seen(keras.callbacks.Callback):
         return np.array([self.batches[key][name] for key in sorted(self.batches)])
 
 
-class OwnMetrics(keras.Sequential):
-    """Might do anything to its metrics."""
-
-    def compute_metrics(self, *arguments: Any, **options: Any) -> Any:
-        return super().compute_metrics(*arguments, **options)
-
-
 def assert_exact(got: Any, want: Any, roundings: int = 12) -> None:
     """Within a few roundings of float32: those of the loss itself, in another order than ours."""
     want = np.asarray(want, np.float64)

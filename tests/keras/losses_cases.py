@@ -12,7 +12,6 @@ from fastema.errors import ArgumentError, NonFiniteError, StateError
 from fastema.keras import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
-from .backends import on_one_backend
 from .data import BACKEND, MARKS
 from .losses import (
     BATCH,
@@ -20,7 +19,6 @@ from .losses import (
     COUNT,
     LABELS,
     Errors,
-    OwnMetrics,
     Seen,
     W,
     X,
@@ -107,49 +105,6 @@ def test_keras_values_stay_the_same_to_the_bit() -> None:
     assert found[0] == found[1]
 
 
-def test_outputs_of_their_own_losses() -> None:
-    keras.utils.set_random_seed(3)
-    inputs = keras.Input((4,))
-    heads = [keras.layers.Dense(1, name=name)(inputs) for name in ("a", "b")]
-    model = keras.Model(inputs, heads)
-    model.compile(
-        keras.optimizers.SGD(0.02), ["mse", "mae"], loss_weights=[2.0, 0.5], metrics=[["mae"], None]
-    )
-    first: list[np.ndarray] = []
-    second: list[np.ndarray] = []
-
-    def both(batch: int, logs: Any) -> None:
-        kernel_a, bias_a, kernel_b, bias_b = arrays(model)
-        x, y = parts(X)[batch], parts(Y)[batch]
-        first.append(x @ kernel_a + bias_a - y)
-        second.append(x @ kernel_b + bias_b - 2 * y)
-
-    losses = LossAverages()
-    fit(model, losses, keras.callbacks.LambdaCallback(on_train_batch_begin=both), y=[Y, 2 * Y])
-    a = np.array([np.mean(e**2) for e in first])
-    b = np.array([np.mean(np.abs(e)) for e in second])
-    assert_exact(losses.history["a_loss_raw"], a)
-    assert_exact(losses.history["b_loss_raw"], b)
-    assert_exact(losses.history["loss_raw"], 2 * a + 0.5 * b)
-    assert_exact(losses.history["a_mae_raw"], [np.mean(np.abs(e)) for e in first])
-
-
-@pytest.mark.parametrize("own_step", [False, True])
-def test_an_execution_of_several_steps_is_their_mean(own_step: bool) -> None:
-    kind = OwnMetrics if own_step else keras.Sequential
-    model = build(kind=kind, steps_per_execution=4, rate=0.0)
-    losses, seen = LossAverages(window_size=3, decay=0.5), Seen()
-    if BACKEND == "torch":
-        with pytest.raises(ValueError, match="steps_per_execution"):
-            fit(model, losses)
-        return
-    squares = squares_of(model)
-    fit(model, losses, seen, epochs=3)
-    assert_exact(losses.history["loss_raw"], [squares[:32].mean(), squares[32:].mean()] * 3, 40)
-    assert_close(losses.history["loss_ema"], ema(losses.history["loss_raw"], 0.5))
-    assert_close(seen.curve("loss_sma"), losses.history["loss_sma"])
-
-
 def test_a_batch_that_is_not_finite_spoils_itself_only() -> None:
     y = Y.copy()
     y[2 * BATCH] = 6.0
@@ -190,22 +145,6 @@ def test_metrics_that_are_no_means_are_left_out() -> None:
         fit(build(metrics=metrics()), LossAverages(metrics=["auc"]), y=LABELS)
     with pytest.raises(ArgumentError, match="'acc': the model logs nothing of this name"):
         fit(build(), LossAverages(metrics=["loss", "acc"]))
-
-
-@on_one_backend
-def test_what_is_logged_can_be_chosen() -> None:
-    history = fit(build(), LossAverages(window_size=None, raw=False), epochs=1).history
-    assert history.keys() == {"loss", "loss_ema"}
-    losses = LossAverages(decay=None, record=False)
-    assert fit(build(), losses, epochs=1).history.keys() == {"loss", "loss_raw", "loss_sma"}
-    assert not losses.history
-    debiased = LossAverages(decay=0.9, debias=True)
-    fit(build(), debiased)
-    raw = debiased.history["loss_raw"]
-    assert_close(debiased.history["loss_ema"], ema(raw, 0.9, debias=True))
-    for wrong in ({"window_size": 0}, {"decay": 1.5}, {"metrics": "loss"}, {"on_nonfinite": "no"}):
-        with pytest.raises(ArgumentError, match=next(iter(wrong))):
-            LossAverages(**wrong)
 
 
 def test_a_train_function_that_goes_around_train_step_is_an_error() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
-import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from ..support.smoothing import assert_close, ema
 from .backends import on_one_backend
 from .data import BACKEND, MARKS
 from .losses import (
-    BATCH,
     BATCHES,
     COMPILED,
     Errors,
@@ -154,32 +151,6 @@ def test_averages_go_on_in_the_next_fit_and_nothing_is_compiled_again() -> None:
     losses.reset()
     assert not losses.averages
     assert not losses.history
-
-
-def test_a_run_that_fails_leaves_the_models_own_function() -> None:
-    model, losses = build(), LossAverages()
-    fit(model, losses, epochs=1)
-    own = model.train_function
-
-    def batches() -> Any:
-        yield X[:BATCH], Y[:BATCH]
-        yield X[:BATCH, :3], Y[:BATCH]  # does not fit the model
-
-    with pytest.raises(Exception, match=r".+"):
-        model.fit(batches(), steps_per_epoch=2, verbose=0, callbacks=[losses])
-    assert model.train_function is own
-
-
-@on_one_backend
-def test_copies_hold_the_averages_and_nothing_of_the_run() -> None:
-    model, losses = build(), LossAverages()
-    copy.deepcopy(losses)
-    fit(model, losses)
-    for other in (copy.deepcopy(losses), pickle.loads(pickle.dumps(losses))):
-        assert other.history == losses.history
-        fit(build(), other, epochs=1)
-        assert len(other.history["loss_raw"]) == 3 * BATCHES
-    assert len(losses.history["loss_raw"]) == 2 * BATCHES
 
 
 def test_resumed_run_goes_on_as_if_never_interrupted() -> None:

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from fastema.compat.keras import SwapEMAWeights
-from fastema.errors import ArgumentError, StateError
 
-from .backends import on_one_backend
 from .data import BACKEND, MARKS, XV, YV, X, Y, fit
 from .models import Weights, assert_same, differ, renew, state_of, trained, values
 from .runs import Raising, Seen
@@ -126,22 +124,9 @@ def left_in(model: Any) -> set[str]:
     }
 
 
-def failing_data() -> Any:
-    """Batches of a file that cannot be read to the end."""
-    yield X[:8], Y[:8]
-    raise OSError("planted")
-
-
 CALLS: dict[str, Any] = {
     "evaluate": lambda model, *some: model.evaluate(XV, YV, verbose=0, callbacks=[*some]),
     "predict": lambda model, *some: model.predict(XV, verbose=0, callbacks=[*some]),
-}
-BROKEN: dict[str, Any] = {
-    "evaluate": lambda model, swap: model.evaluate(failing_data(), verbose=0, callbacks=[swap]),
-    "predict": lambda model, swap: model.predict(failing_data(), verbose=0, callbacks=[swap]),
-    "hook": lambda model, swap: CALLS["evaluate"](
-        model, swap, Raising(RuntimeError, "on_test_batch_end")
-    ),
 }
 
 
@@ -228,25 +213,6 @@ def test_a_failing_evaluation_gives_the_weights_back() -> None:
     assert_same(trained(model), before[0])
 
 
-def test_before_the_first_step_the_model_is_evaluated() -> None:
-    model, swap, seen = new(), SwapEMAWeights(), Seen(trained)
-    before = trained(model)
-    got = CALLS["evaluate"](model, swap)
-    assert got == CALLS["evaluate"](model)
-    model.optimizer.build(model.trainable_variables)
-    assert CALLS["evaluate"](model, swap, seen) == got
-    assert_same(seen.at["test_begin"][0], before)
-    assert_same(trained(model), before)
-    peer = keras.callbacks.SwapEMAWeights()
-    if BACKEND == "tensorflow":
-        with pytest.raises(ValueError, match="use_ema"):
-            CALLS["evaluate"](new(), peer)
-        return
-    theirs = CALLS["evaluate"](new(), peer)
-    assert theirs == pytest.approx(float((YV**2).mean()), rel=1e-5)  # of weights that are zero
-    assert abs(theirs - got) > 1e-3
-
-
 def test_a_saved_model_goes_on(tmp_path: Path) -> None:
     want, model = reference(3), build()
 
@@ -263,49 +229,6 @@ def test_a_saved_model_goes_on(tmp_path: Path) -> None:
             assert got.keys() == exact.keys()
             for name, one in got.items():
                 np.testing.assert_allclose(one, exact[name], rtol=1e-6, atol=1e-7)
-
-
-@on_one_backend
-def test_what_is_refused() -> None:
-    other = build()
-    other.compile("sgd", "mse")
-    plain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])  # not compiled
-    for model, call in ((other, fit), (other, CALLS["predict"]), (plain, CALLS["predict"])):
-        with pytest.raises(ArgumentError, match="use_ema=True"):
-            call(model, SwapEMAWeights())
-    assert issubclass(ArgumentError, ValueError)
-    model, before = stepped()
-    for call in (*CALLS.values(), fit):
-        with pytest.raises(StateError, match="two SwapEMAWeights"):
-            call(model, SwapEMAWeights(), SwapEMAWeights())
-        if BACKEND != "jax" or call in CALLS.values():
-            assert_same(trained(model), before[0])
-        assert left_in(model) == set()
-
-
-@pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("after", ["evaluate", "fit", "train"])
-@pytest.mark.parametrize("which", ["same", "fresh", "none"])
-def test_what_a_call_left_that_raised_is_taken_back(broken: str, after: str, which: str) -> None:
-    model, before = stepped()
-    swap = SwapEMAWeights()
-    with pytest.raises(Exception, match="planted"):
-        BROKEN[broken](model, swap)
-    some = {"same": [swap], "fresh": [SwapEMAWeights()], "none": []}[which]
-    del swap
-    other = stepped()[0]
-    if after in CALLS:
-        found = CALLS[after](model, *some)
-        assert_state(model, *before)
-        np.testing.assert_allclose(found, CALLS[after](other, *some), rtol=1e-6)
-    else:
-        for one, with_some in ((model, some), (other, [])):
-            if after == "fit":
-                fit(one, *with_some, epochs=1)
-            else:
-                one.train_on_batch(X[:8], Y[:8])
-        assert_state(model, *state(other))
-    assert left_in(model) == set()
 
 
 @pytest.mark.parametrize(

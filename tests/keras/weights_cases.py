@@ -12,20 +12,18 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.errors import ArgumentError, CheckpointError
 from fastema.keras import EMAWeights
 
 from .backends import on_one_backend
-from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
+from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, fit
 from .models import (
     Weights,
     assert_near,
     assert_same,
-    build,
     loaded,
     model_of,
     set_weights,
-    trained,
     weights,
 )
 from .runs import Raising, Recorder, Seen, average, expected, fitted, recorded
@@ -91,31 +89,6 @@ def test_an_execution_of_several_steps_keeps_the_horizon() -> None:
     fit(model, ema)
     assert ema.ema.num_updates == 12
     assert_near(average(ema), expected(run, lambda n: DECAY ** [4, 2, 4, 2][n - 1]), 12)
-
-
-@pytest.mark.parametrize("each", [(2, 3), (3, 2)], ids=str)
-def test_steps_of_several_optimizers(each: tuple[int, int]) -> None:
-    most, last = (keras.optimizers.SGD(gradient_accumulation_steps=k) for k in each)
-    parts = keras.optimizers.OptimizerMap(most)
-    parts["net/last/.*"] = last
-    ema = EMAWeights(DECAY)
-    fit(build(keras.optimizers.MultiOptimizer(parts)), ema, epochs=1)
-    assert ema.ema.num_updates == BATCHES // 2
-
-
-def test_training_of_batches_by_hand() -> None:
-    model, ema, run = model_of("accumulating"), EMAWeights(DECAY), Recorder()
-    run.set_model(model)
-    run.on_train_begin()
-    ema.set_model(model)
-    ema.update()
-    for first in range(0, len(X), BATCH):
-        model.train_on_batch(X[first : first + BATCH], Y[first : first + BATCH])
-        run.on_train_batch_end(0)
-        ema.update()
-        ema.update()  # no step since
-    assert ema.ema.num_updates == len(run.steps) == 1
-    assert_near(average(ema), trained(model, expected(run)), 1)
 
 
 # -- other callbacks ------------------------------------------------------------------------------
@@ -211,25 +184,6 @@ def test_a_resumed_run_is_to_the_bit_that_of_one_piece(
     assert_same(weights(model), want_weights)
 
 
-@on_one_backend
-def test_a_backup_that_does_not_belong_to_the_model_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "average.safetensors"
-    fit(model_of(), EMAWeights(DECAY, backup=path))
-    model = model_of()
-    before = weights(model)
-    with pytest.raises(CheckpointError, match=r"at step 0(.|\n)* of step 12(.|\n)* of step 6"):
-        fit(model, EMAWeights(DECAY, backup=path))
-    assert_same(weights(model), before)
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="first")])
-    model.compile("sgd", "mse")
-    model.optimizer.iterations.assign(12)
-    with pytest.raises(CheckpointError, match=r"last/kernel.*unexpected"):
-        model.fit(X, np.tile(Y, 2), verbose=0, callbacks=[EMAWeights(DECAY, backup=path)])
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match="cut short"):
-        fit(model_of(), EMAWeights(DECAY, backup=path))
-
-
 # -- saving ---------------------------------------------------------------------------------------
 
 
@@ -250,33 +204,6 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     fit(model, ema, keras.callbacks.LambdaCallback(on_train_batch_end=midway), epochs=1)
     assert_same(loaded(again), kept)
     assert_same(weights(model), run.steps[-1])
-
-
-@on_one_backend
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "average.weights.h5"
-    path.write_bytes(b"old")
-    now = fitted()
-
-    def fails(model: Any, name: str) -> None:
-        Path(name).write_bytes(b"half")
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(type(now.model), "save_weights", fails)
-        with pytest.raises(OSError, match="no space left"):
-            now.ema.save_weights(path)
-    assert path.read_bytes() == b"old"
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
-    now.assert_unchanged()
-    now.ema.save_weights(path)
-    assert_same(loaded(path), now.avg)
-    new, plain = tmp_path / "new.weights.h5", tmp_path / "plain.weights.h5"
-    now.ema.save_weights(new)
-    now.model.save_weights(plain)
-    assert new.stat().st_mode == plain.stat().st_mode
 
 
 @on_one_backend
@@ -323,22 +250,3 @@ def test_state_dicts() -> None:
 def test_options_that_are_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         EMAWeights(**options)
-
-
-@on_one_backend
-def test_two_averages_in_one_fit_are_refused() -> None:
-    model = model_of()
-    with pytest.raises(StateError, match="two EMAWeights"):
-        fit(model, EMAWeights(0.9), EMAWeights(0.99))
-    one, other = EMAWeights(DECAY), EMAWeights(DECAY)
-    fit(model, one, epochs=1)
-    fit(model, other, epochs=1)  # one after the other is another matter
-    with pytest.raises(StateError, match="another EMAWeights"):
-        model.evaluate(XV, YV, verbose=0, callbacks=[one, other])
-    one.restore()
-    raw = weights(model)
-    with one.swapped(), pytest.raises(StateError, match="another EMAWeights"), other.swapped():
-        pass
-    with one.swapped(), pytest.raises(StateError, match="holds the average"):
-        fit(model, other)
-    assert_same(weights(model), raw)

@@ -14,12 +14,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-import fastema.lightning
 from fastema.errors import ArgumentError
 from fastema.lightning import LossAverages
 
 from ..support.lightning_runs import MARKS, quiet_trainer
-from ..support.requirements import require_packages
 from ..support.smoothing import assert_close, ema, sma
 
 NEEDS = ("tensorboard",)
@@ -181,21 +179,6 @@ class Skipping(Regression):
         return None if batch_idx == 2 else self.loss_of(batch)
 
 
-@pytest.mark.parametrize(
-    ("batch", "length"),
-    [
-        (torch.ones(3, 2), 3),
-        ({"name": "x", "ids": torch.ones(4, 9), "label": torch.ones(2)}, 4),
-        (("text", [None, (torch.ones(5), torch.ones(6))]), 5),
-        (torch.tensor(2.0), 1),
-        ({"no": "tensor"}, 1),
-        (None, 1),
-    ],
-)
-def test_the_weight_of_a_batch_is_the_length_of_its_first_tensor(batch: Any, length: int) -> None:
-    assert LossAverages().batch_size(batch) == length
-
-
 @pytest.mark.parametrize("stop_after", [6, 8])
 def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -> None:
     def saving() -> ModelCheckpoint:
@@ -225,44 +208,6 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -
     with pytest.warns(UserWarning, match="LossAverages starts again"):
         trainer(tmp_path, other, saving()).fit(resumed := made(), loader(), ckpt_path=path)
     assert_close(other.history["train_loss_ema"], resumed.curves["train_loss_ema"])
-
-
-def test_a_run_from_the_first_step_begins_anew_and_a_continued_one_goes_on(tmp_path: Path) -> None:
-    averages = LossAverages(WINDOW, DECAY, record=True)
-    for _ in range(2):
-        module = made()
-        run = trainer(tmp_path, averages, max_epochs=1)
-        run.fit(module, loader())
-        assert_close(averages.history["train_loss_ema"], module.curves["train_loss_ema"])
-    run.fit_loop.max_epochs = 2
-    run.fit(module, loader())
-    assert len(module.losses) == 12
-    assert_close(averages.history["train_loss_ema"], module.curves["train_loss_ema"])
-
-
-@pytest.mark.parametrize("where", ["device", "host", "host, bar"])
-def test_averages_are_logged_when_they_are_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    if where == "device":
-        monkeypatch.setattr(fastema.lightning.losses, "_on_host", lambda value: False)
-    logged: dict[str, list[int]] = {}
-
-    class Watching(Regression):
-        def log(self, name: str, *args: Any, **options: Any) -> None:
-            logged.setdefault(name, []).append(len(self.seen) - 1)
-            super().log(name, *args, **options)
-
-    module, averages = made(Watching), LossAverages(WINDOW, DECAY, prog_bar=where != "host")
-    run = trainer(tmp_path, averages, logger=CSVLogger(tmp_path), log_every_n_steps=4)
-    run.fit(module, loader())
-    shown = [3, 5, 7, 11, 15, 17]  # each fourth, and the last of an epoch
-    assert logged["train_loss_raw"] == shown
-    assert logged["train_loss_ema"] == (list(range(18)) if where == "host, bar" else shown)
-    for name, curve in module.curves.items():
-        found = rows(tmp_path, name)
-        assert list(found) == [3, 7, 11, 15]
-        assert_close(list(found.values()), curve[[3, 7, 11, 15]])
 
 
 DISTRIBUTED = """
@@ -327,33 +272,3 @@ def test_two_processes_smooth_their_own_losses_or_the_mean(python: Any) -> None:
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         LossAverages(**options)
-
-
-@pytest.mark.slow
-@pytest.mark.full
-def test_it_is_a_callback_of_both_packages(python: Any) -> None:
-    require_packages("pytorch_lightning")
-    script = """
-        import warnings
-        warnings.simplefilter("ignore")
-        from fastema.lightning import LossAverages
-        import lightning.pytorch, pytorch_lightning
-        assert isinstance(LossAverages(), lightning.pytorch.Callback)
-        assert isinstance(LossAverages(), pytorch_lightning.Callback)
-        import torch
-        class Module(pytorch_lightning.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.layer = torch.nn.Linear(1, 1)
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.1)
-            def training_step(self, batch, batch_idx):
-                return self.layer(batch).square().mean()
-        averages = LossAverages()
-        trainer = pytorch_lightning.Trainer(
-            fast_dev_run=2, callbacks=[averages], accelerator="cpu", enable_progress_bar=False
-        )
-        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 1)))
-        print(sorted(averages.averages))
-    """
-    assert "['train_loss_ema', 'train_loss_raw', 'train_loss_sma']" in python(script, quiet=False)

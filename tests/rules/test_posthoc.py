@@ -204,29 +204,7 @@ def tracked(every: int, rough: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("every", [10, 50])
-def test_averages_of_noise_are_found_with_the_error_that_is_stated(every: int) -> None:
-    run = tracked(every, rough=1.0)
-    for name, target in run["wanted"].items():
-        found = solve(run["kept"], target)
-        made = sum(c * a for c, a in zip(found.coefficients, run["arrays"], strict=True) if c)
-        size = np.linalg.norm(run["results"][name])
-        measured = np.linalg.norm(made - run["results"][name]) / size
-        # The integral over `every` steps smooths what the densities differ in, and no more.
-        assert measured <= found.error * 1.1, name
-        if every == 10 and name != "exponential":
-            assert measured >= found.error * 0.7, name
-
-
 # -- Refusals -------------------------------------------------------------------------------------
-
-
-def test_no_snapshot_that_is_old_enough() -> None:
-    kept = snapshots((0.05, 0.10), 1000, 4)
-    with pytest.raises(ArgumentError, match=r"at or before step 100:.*oldest is of step 250"):
-        solve(kept, PowerProfile(100, 1.0))
-    with pytest.raises(ArgumentError, match="there are none"):
-        solve([], PowerProfile(100, 1.0))
 
 
 @pytest.mark.parametrize("value", [None, 5, (1000, 0.5), rules.power(0.1)], ids=repr)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastema import rules
 from fastema.errors import ArgumentError
-from fastema.rules import Reach, effective_steps, reach
+from fastema.rules import Reach, effective_steps
 
 decays = st.floats(0.0, 0.9999)
 made = st.one_of(
@@ -31,19 +31,6 @@ class Wave(rules.Rule):
 
     def decay(self, n: int) -> float:
         return 0.99 + 0.009 * math.sin(n)
-
-
-@dataclass(frozen=True)
-class Hidden(rules.Rule):
-    """Another rule, of which only the numbers are seen."""
-
-    other: rules.Rule
-
-    def decay(self, n: int) -> float:
-        return self.other.decay(n)
-
-    def weight(self, n: int, every: int = 1) -> float:
-        return self.other.weight(n, every)
 
 
 @dataclass(frozen=True)
@@ -105,39 +92,6 @@ def test_against_all_shares(rule: rules.Rule, n: int, every: int) -> None:
 )
 def test_long_runs_against_all_shares(rule: rules.Rule, every: int) -> None:
     assert_near(effective_steps(rule, 20_003, every), by_shares(rule, 20_003, every))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "rule",
-    [
-        rules.power(0.25),
-        rules.power(0.05),
-        rules.cumulative_mean(),
-        rules.constant(1 - 1e-6),
-        rules.debiased(rules.constant(1 - 1e-8)),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize(("n", "every"), [(2_000_000, 1), (30_000_000, 10)])
-def test_a_rule_of_which_only_numbers_are_seen(rule: rules.Rule, n: int, every: int) -> None:
-    """The walk with its sampled part against the closed forms."""
-    assert n // every > reach._EXACT
-    known = effective_steps(rule, n, every)
-    assert_near(effective_steps(Hidden(rule), n, every), known, rel=1e-5)
-
-
-def test_the_walk_looks_at_a_bounded_number_of_steps() -> None:
-    class Counting(rules.Rule):
-        calls = 0
-
-        def decay(self, n: int) -> float:
-            Counting.calls += 1
-            return 1.0 - 1.0 / n
-
-    found = effective_steps(Counting(), 10**9)
-    assert found.mean_age == pytest.approx((10**9 - 1) / 2, rel=1e-5, abs=0.0)
-    assert Counting.calls < 200_000
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, None, True], ids=repr)

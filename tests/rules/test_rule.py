@@ -16,7 +16,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import fastema
 from fastema import rules
 from fastema.errors import ArgumentError
 
@@ -61,11 +60,6 @@ class Given(rules.Rule):
 
     def decay(self, n: int) -> float:
         return self.value
-
-
-class Bare(rules.Rule):
-    def decay(self, n: int) -> float:
-        return 0.5
 
 
 @dataclass(frozen=True)
@@ -113,28 +107,6 @@ def test_a_power_of_a_decay_near_one_keeps_its_digits(distance: float, every: in
 def test_mappings_of_rules_are_rebuilt() -> None:
     rule = Given({"first": rules.warmup(0.9), "numbers": (1, 2.5)})
     assert rules.rule_from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
-
-
-@pytest.mark.parametrize(
-    ("rule", "text"),
-    [
-        (Bare(), r"Bare.*dataclass.*to_dict"),
-        (rules.debiased(Bare()), r"Bare.*dataclass"),
-        (Steps((), Bare()), r"Bare.*dataclass"),
-        (Named("x"), "Named.*rename"),
-        (Given(abs), r"Given\.value is a builtins\.builtin_function_or_method.*checkpoint"),
-        (Given((1, {"a": object()})), r"Given\.value\[1\]\['a'\] is a builtins\.object"),
-        (Given(Decimal("0.9")), r"Given\.value is a decimal\.Decimal"),
-    ],
-)
-def test_an_average_by_a_rule_that_no_checkpoint_can_hold_is_not_built(
-    rule: rules.Rule, text: str
-) -> None:
-    numpy = pytest.importorskip("numpy")
-    with pytest.raises(ArgumentError, match=text):
-        fastema.EMA([numpy.ones(3)], rule)
-    with pytest.raises(ArgumentError, match=text):
-        rules.Schedule((rules.constant(), rule))
 
 
 @pytest.mark.parametrize(

@@ -73,18 +73,6 @@ def test_wrappers_do_not_matter_to_any_kind(wrapper: str, kind: str) -> None:
     assert all_of(resumed) == all_of(twin)
 
 
-def test_a_child_called_module_beside_others_keeps_its_name() -> None:
-    model = nn.ModuleDict({"module": nn.Linear(2, 3), "head": nn.Linear(3, 2)})
-    model["head"].requires_grad_(False)
-    ema = fastema.EMA(model, 0.5)
-    assert list(ema.shadow) == ["module.weight", "module.bias"]
-    with unchanged({}, ema):
-        state = ema.state_dict()
-        refresh_(model, 1)
-        ema.update()
-        ema.load_state_dict(state)
-
-
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape)
 
@@ -128,19 +116,6 @@ LISTS = {
     "clear": lambda c: c.clear(),
     "reshape": lambda c: c.__setitem__(0, torch.ones(5)),
 }
-
-
-def test_a_new_list_of_the_same_parameters_is_the_same_weights() -> None:
-    model = net()
-    ema = fastema.EMA(model.parameters(), 0.5)
-    old = [p.detach().clone() for p in model.parameters()]
-    refresh_(model, 1)
-    ema.update(model.parameters())
-    for i, (before, p) in enumerate(zip(old, model.parameters(), strict=True)):
-        torch.testing.assert_close(ema.shadow[str(i)], before.lerp(p.detach(), 0.5))
-    half = {name: tensor / 2 for name, tensor in ema.shadow.items()}
-    ema.update([torch.zeros_like(p) for p in model.parameters()])  # and of others is not
-    assert_bits(dict(ema.shadow), snapshot(half))
 
 
 # -- layouts --------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ import torch
 
 import fastema
 
-from .kinds import KINDS
 from .stored import CODES, exact
-from .weights import net, refresh_
+from .weights import refresh_
 
 pytestmark = pytest.mark.torch
 
@@ -48,20 +47,6 @@ def assorted() -> dict[str, torch.Tensor]:
     weights |= {"empty": torch.empty(0), "count": torch.empty(5, dtype=torch.int64)}
     refresh_(weights, 0)
     return weights
-
-
-# A windowed mean measures none, and what is seen of one in two halves is not the average itself.
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"SMA", "split", "three split"}))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_averages_of_every_kind(kind: str, dtype: torch.dtype) -> None:
-    model = net(0, dtype)
-    average = KINDS[kind](model, drift=True)
-    parameters = dict(model.named_parameters())
-    for step in range(1, 4):
-        refresh_(model, step)
-        before = before_of(average)
-        average.update()
-        check(average, parameters, before)
 
 
 def test_stalls_show() -> None:

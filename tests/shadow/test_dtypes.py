@@ -105,18 +105,6 @@ def test_to_two_halves_and_back(build: object, old: str, new: str) -> None:
     assert all_of(average) == all_of(twin)
 
 
-def test_what_cannot_be_in_two_halves_is_refused() -> None:
-    weights = {"fine": torch.randn(3), "phase": torch.randn(3, dtype=torch.complex64)}
-    with pytest.raises(DTypeError, match=r"phase: .*c64 weights cannot be in two halves"):
-        fastema.EMA(weights, shadow_dtype="bf16+16")
-    with pytest.raises(DTypeError, match=r"windowed.*halves"):
-        fastema.SMA(net(), shadow_dtype="bf16+16")
-    ema = fastema.EMA(weights)
-    with pytest.raises(DTypeError, match=r"c64.*halves"):
-        ema.to(dtype="bf16+16")
-    ema.update()
-
-
 TO_FLOAT32: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "dtype": ((torch.float32,), {}),
     "name": (("float32",), {}),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -140,32 +137,6 @@ def test_steps_that_are_not_wanted_count_in_the_next_that_is() -> None:
     assert ema.num_updates == 6
 
 
-def test_a_windowed_mean_leaves_out_what_is_not_wanted() -> None:
-    model, optimizer = build()
-    sma = fastema.SMA(model, window=2)
-    wanted = iter([True, False, True])
-    sma.follow(optimizer, update_if=lambda: next(wanted))
-    kept = []
-    for n in range(3):
-        backward(model, n)
-        optimizer.step()
-        if n != 1:
-            kept.append(copy.deepcopy(model[0].weight.detach()))
-    torch.testing.assert_close(sma.shadow["0.weight"], (kept[0] + kept[1]) / 2)
-
-
-def test_an_update_that_fails_is_taken_in_with_the_next() -> None:
-    model, optimizer = build()
-    ema, other = pair(model, decay=0.8)
-    ema.follow(optimizer)
-    backward(model, 1)
-    with ema.swapped(), pytest.raises(StateError, match="applied"):
-        ema.update()
-    optimizer.step()
-    other.update()
-    assert_same(ema, other)
-
-
 def test_it_follows_no_longer() -> None:
     model, optimizer = build()
     ema = fastema.EMA(model, decay=0.9)
@@ -204,17 +175,6 @@ def test_what_is_no_optimizer_is_refused(name: str) -> None:
     ema.follow(optimizer)
     optimizer.step()
     assert ema.num_updates == 1
-
-
-def test_nothing_is_kept_alive_when_it_is_over() -> None:
-    model, optimizer = build()
-    ema = fastema.EMA(model, decay=0.9)
-    ema.follow(optimizer)
-    ema.unfollow()
-    gone = weakref.ref(ema)
-    del ema
-    gc.collect()
-    assert gone() is None
 
 
 def test_the_version_grows_when_the_average_is_written() -> None:

@@ -93,21 +93,6 @@ def test_the_error_names_every_bad_tensor_and_no_other() -> None:
     assert ema.num_updates == ema.num_skipped == 0
 
 
-def test_the_count_is_saved() -> None:
-    weights = weights_of(torch.float32)
-    ema = fastema.EMA(weights, 0.5, on_nonfinite="skip")
-    for step in range(6):
-        refresh_(weights, step)
-        weights["a"][0] = torch.nan if step % 2 else 1.0
-        ema.update()
-    state = ema.state_dict()
-    assert (state["num_updates"], state["num_skipped"]) == (3, 3)
-    resumed = fastema.EMA(weights_of(torch.float32), 0.5, on_nonfinite="skip")
-    resumed.load_state_dict(state)
-    assert (resumed.num_updates, resumed.num_skipped) == (3, 3)
-    assert "3 calls were skipped" in resumed.report()
-
-
 class Normed(torch.nn.Module):
     """A layer with statistics, counters and a mask of infinities."""
 

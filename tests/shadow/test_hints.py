@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 
@@ -31,15 +29,6 @@ def test_a_name_of_another_library_is_answered_with_ours(
 ) -> None:
     with pytest.raises(AttributeError, match=f"'EMA' object has no attribute '{name}': .*{said}"):
         getattr(ema, name)
-
-
-def test_other_names_are_simply_missing(ema: fastema.EMA) -> None:
-    with pytest.raises(AttributeError, match=r"'EMA' object has no attribute 'nothing'$") as caught:
-        ema.nothing  # type: ignore[attr-defined] # noqa: B018
-    assert caught.value.name == "nothing"
-    assert not hasattr(ema, "__array__")
-    with pytest.raises(fastema.errors.StateError):
-        copy.deepcopy(ema)
 
 
 @pytest.mark.parametrize("kind", [fastema.EMA, fastema.SWA, fastema.SMA, fastema.PowerEMA])

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import time
-import tracemalloc
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-
-import fastema
 
 from .kinds import KINDS, PARTS, which
 from .weights import FLOATS
@@ -127,40 +121,6 @@ def test_every_part_takes_one_buffer_of_its_size(
         room = slots * 63 * 40
         assert len(held) <= len(state[part])
         assert 0 <= sum(held.values()) - expected[part] * elements <= room
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_dtype", ["f32", "bf16"])
-def test_python_objects_of_an_update_and_a_swap(model_dtype: str) -> None:
-    """Per call less than 1 % of a model of 1,000 tensors, and nothing that stays."""
-    params = [torch.randn(50, 50, dtype=FLOATS[model_dtype]) for _ in range(1000)]
-    ema = fastema.EMA(params, 0.9, shadow_dtype=torch.float32)
-    size = sum(p.numel() * p.element_size() for p in params)
-
-    def calls() -> None:
-        ema.update()
-        ema.apply_shadow()
-        ema.restore()
-        with ema.swapped():
-            pass
-
-    calls()
-    tracemalloc.start()
-    try:
-        calls()
-        _, peak = tracemalloc.get_traced_memory()
-        held = []
-        for _ in range(4):
-            for _ in range(20):
-                calls()
-            time.sleep(0.1)  # helpers that came too late still clear their queue
-            gc.collect()
-            held.append(tracemalloc.get_traced_memory()[0])
-    finally:
-        tracemalloc.stop()
-    assert peak < 0.01 * size
-    # What a call keeps, every round keeps; what else grows and shrinks, the least does not.
-    assert min(later - before for before, later in pairwise(held)) < 2048
 
 
 # Those whose averages change places with the weights of this dtype bit by bit.

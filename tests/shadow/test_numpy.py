@@ -63,17 +63,6 @@ def test_views(view: str) -> None:
     np.testing.assert_array_equal(whole, rest)
 
 
-def test_memory_mapped_file(tmp_path: Any) -> None:
-    weights = np.memmap(tmp_path / "w.bin", np.float32, "w+", shape=(50,))
-    weights[...] = 1
-    ema = fastema.EMA({"w": weights}, 0.5)
-    weights[...] = 3
-    ema.update()
-    np.testing.assert_array_equal(ema.shadow["w"], np.full(50, 2, np.float32))
-    with ema.swapped():
-        np.testing.assert_array_equal(weights, np.full(50, 2, np.float32))
-
-
 def read_only() -> np.ndarray:
     array = np.ones(3, np.float32)
     array.flags.writeable = False
@@ -91,13 +80,6 @@ ODD: dict[str, tuple[Any, type[Exception]]] = {
     "unaligned": (np.zeros(41, np.uint8)[1:].view(np.float32), BridgeError),
     "scalar": (np.float32(1.0), BridgeError),
 }
-
-
-@pytest.mark.parametrize("what", ODD)
-def test_arrays_that_cannot_be_averaged(what: str) -> None:
-    odd, error = ODD[what]
-    with pytest.raises(error):
-        fastema.EMA({"fine": np.ones(2), "odd": odd})
 
 
 def test_read_only_arrays_are_averaged_and_never_written() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -55,21 +53,6 @@ def test_the_model_holds_the_average_and_gets_its_weights_back(both: Any) -> Non
     assert_all_same(offloaded.shadows, ema.shadows)
 
 
-def test_states_go_from_one_kind_to_the_other(both: Any) -> None:
-    model, offloaded, ema = both
-    train(model, (offloaded, ema))
-    state = offloaded.state_dict()
-    wanted = ema.state_dict()
-    assert state.keys() == wanted.keys()
-    assert state["num_updates"] == wanted["num_updates"]
-    for part in ("shadow", "residual"):
-        assert_all_same(state.get(part, ()), wanted.get(part, ()))
-    ema.load_state_dict(state)
-    offloaded.load_state_dict(wanted)
-    train(model, (offloaded, ema), 2)
-    assert_all_same(offloaded.shadows, ema.shadows)
-
-
 # -- the order of events --------------------------------------------------------------------------
 
 
@@ -101,24 +84,6 @@ def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them(
     assert events == ["update returned", "released", "stepped"]
     assert link.events.index("copy 1") > link.events.index("released")
     assert link.events.index("stepped") == len(link.events) - 1
-
-
-def test_the_stats_say_what_it_cost() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True, buffers="skip")
-    nbytes = sum(one.nbytes for one in model.parameters() if one.requires_grad)
-    assert offloaded.offload_stats == (0, 0.0, 0, 0)
-    link = SlowLink(offloaded)
-    offloaded.update()
-    assert offloaded.offload_stats.queue_depth == 1
-    assert offloaded.num_updates == 1
-    link.go.set()
-    offloaded.state_dict()
-    assert offloaded.offload_stats[::2] == (0, nbytes)
-    assert offloaded.offload_stats.steps_skipped == 0
-    with offloaded.swapped():
-        pass
-    assert offloaded.offload_stats.bytes_moved == 4 * nbytes
 
 
 def test_any_delays_give_the_same_average() -> None:
@@ -220,18 +185,6 @@ def test_what_cannot_be_on_the_host_is_refused(name: str) -> None:
 
 
 # -- the end --------------------------------------------------------------------------------------
-
-
-def test_nothing_is_kept_alive() -> None:
-    model = build()
-    offloaded = fastema.EMA(model, decay=0.5, offload=True)
-    offloaded.update()
-    offloaded.state_dict()
-    gone = weakref.ref(offloaded)
-    del offloaded
-    gc.collect()
-    assert gone() is None
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

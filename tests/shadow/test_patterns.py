@@ -74,13 +74,6 @@ def test_wrong_patterns_are_refused() -> None:
         fastema.EMA(Model(), policy={"*": "skip"})
 
 
-def test_two_modules_with_one_name_are_refused() -> None:
-    shared = nn.Linear(2, 2)
-    assert set(fastema.EMA([shared, shared]).shadow) == {"weight", "bias"}
-    with pytest.raises(BridgeError, match="two modules have a tensor 'weight'"):
-        fastema.EMA([nn.Linear(2, 2), nn.Linear(2, 2)])
-
-
 class Quantized(torch.Tensor):
     """A tensor whose values lie in another one, as in torchao."""
 
@@ -111,28 +104,6 @@ def test_tensors_that_keep_their_values_elsewhere_are_refused_by_name() -> None:
     ema = fastema.EMA(model, policy={"visual.weight": "skip"})
     assert "visual.weight" in ema.skipped_names
     ema.update()
-
-
-def test_fsdp1_is_refused_by_name() -> None:
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    wrapped = fsdp.FullyShardedDataParallel.__new__(fsdp.FullyShardedDataParallel)
-    nn.Module.__init__(wrapped)
-    wrapped.inner = nn.Linear(2, 2)
-    with pytest.raises(BridgeError, match=r"FSDP1.*fully_shard"):
-        fastema.EMA(nn.Sequential(wrapped))
-
-
-def test_raw_weights_under_other_keys_are_not_taken_for_averages() -> None:
-    model = nn.Linear(2, 2)
-
-    def renamed(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-        for key in list(state):
-            state[f"model.{key}"] = state.pop(key).clone()
-
-    model._register_state_dict_hook(renamed)
-    ema = fastema.EMA(model)
-    with pytest.raises(LayoutError, match=r"'model\.weight' is not known, 'bias' is not there"):
-        ema.model_state_dict()
 
 
 class Adapted(nn.Module):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.errors import ArgumentError
 
 SIGMAS = (0.05, 0.10, 0.2)
 
@@ -48,13 +47,3 @@ def test_the_profile_is_the_closed_form(every: int, start: int) -> None:
         std = math.sqrt((profile * (ages - mean) ** 2).sum())
         assert std / n == pytest.approx(sigma, abs=1 / updates)
         assert mean / n == pytest.approx(1 / (power + 1), abs=1 / updates)
-
-
-def test_widths_by_default_and_one_alone() -> None:
-    average = fastema.PowerEMA([np.ones(3)])
-    widths = [rule.sigma_rel for rule in average.schedule.rules]
-    assert widths == pytest.approx([0.05, 0.10])
-    assert fastema.PowerEMA([np.ones(3)], 0.15).shadow.keys() == {"0"}
-    for wrong in (0.0, 0.3, -0.1, math.nan):
-        with pytest.raises(ArgumentError, match="sigma_rel"):
-            fastema.PowerEMA([np.ones(3)], (0.05, wrong))

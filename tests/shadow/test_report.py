@@ -54,22 +54,6 @@ def test_the_numbers_are_those_of_the_rules(kind: str, updates: int, every: int)
             assert float(share[1]) == pytest.approx(100 * reach.initial_share, rel=0.01)
 
 
-def test_where_only_some_updates_work_and_it_begins_later() -> None:
-    first, second = after("ema", 40, start_after=100, update_every=10).report().split("\n")
-    assert first == "EMA after 40 updates, one in 10 of which is taken in, from step 100 on"
-    assert second == "nothing is averaged yet: until step 100 it is the weights themselves"
-    assert (
-        after("ema", 105, start_after=100, update_every=10)
-        .report()
-        .endswith("nothing is averaged yet: it is the weights of step 100")
-    )
-    report = after("swa", 1100, start_after=100).report()
-    assert report == (
-        "SWA after 1,100 updates, averaged from step 100 on\n"
-        "mean of all weights: lags 500 +/- 289 steps behind the model"
-    )
-
-
 @pytest.mark.parametrize("skipped", [0, 1, 2])
 def test_what_was_skipped(skipped: int) -> None:
     x = np.ones(3)
@@ -83,12 +67,6 @@ def test_what_was_skipped(skipped: int) -> None:
     said = {1: ["1 call was skipped: a weight was not finite"]}
     said[2] = ["2 calls were skipped: a weight was not finite"]
     assert lines[1:-1] == said.get(skipped, [])
-
-
-def test_a_rule_of_the_users_own_is_called_by_its_name() -> None:
-    ema = fastema.EMA([np.ones(2)], rules.inverse_gamma(0.9, power=0.5))
-    ema.update()
-    assert repr(ema.schedule.rules[0]) in ema.report()
 
 
 SHOWN = {

@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError
 
 from ..support import reference
 from ..support.tolerance import cast_bound, unit_roundoff
@@ -69,38 +67,6 @@ def test_it_is_the_mean_of_the_window(dtype: torch.dtype, window: int) -> None:
             history.seen.append(reals(weights[name]))
             history.check(reals(sma.shadow[name]))
     assert sma.num_updates == 2 * window + 5
-
-
-@pytest.mark.parametrize(
-    ("first", "options"),
-    [
-        (torch.float64, {"shadow_dtype": "float32"}),
-        (torch.float32, {"shadow_dtype": "float32", "ring_dtype": "float64"}),
-        (torch.float64, {}),
-        (torch.float32, {}),
-    ],
-)
-def test_mean_stays_exact_where_the_model_changes_its_dtype(
-    first: torch.dtype, options: dict[str, Any]
-) -> None:
-    """What the ring holds of the weights is taken out of the mean as it went in."""
-    model, window = torch.nn.Linear(40, 30, bias=False, dtype=first), 4
-    sma = fastema.SMA(model, window, **options)
-    ring = torch.float64 if "ring_dtype" in options else first
-    seen: list[np.ndarray] = []
-    for step in range(1, 40):
-        if step in (15, 33):
-            model.to(torch.float32 if first == torch.float64 else torch.float64)
-        elif step == 25:
-            model.to(first)
-        refresh_(model, step)
-        sma.update()
-        seen.append(exact(model.weight.detach().to(ring)))
-        want = reference.windowed_mean(np.array(seen[-window:]), window)
-        state = sma.state_dict()
-        parts = (exact(state[part][0]["weight"]) for part in ("shadow", "residual"))
-        error = np.abs(sum(part.astype(np.longdouble) for part in parts) - want).max()
-        assert error <= 8 * window * 2.0**-48 * np.abs(seen[-2 * window :]).max()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -171,14 +137,3 @@ CHANGED = """
 def test_a_model_that_changes_its_dtype(python: Callable[..., str]) -> None:
     """What a mean keeps beside itself does not become wider, and is not written as if it did."""
     assert python(CHANGED).strip() == "done"
-
-
-def test_what_it_does_not_do() -> None:
-    weights = [torch.ones(3)]
-    for window in (0, -1, 2.5, True):
-        with pytest.raises(ArgumentError, match="window"):
-            fastema.SMA(weights, window)
-    with pytest.raises(TypeError, match="drift"):
-        fastema.SMA(weights, drift=True)  # type: ignore[call-arg]
-    with pytest.raises(ArgumentError, match="dtype"):
-        fastema.SMA(weights).to(dtype="float64")

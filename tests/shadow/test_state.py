@@ -19,7 +19,7 @@ from torch import nn
 
 import fastema
 from fastema import rules
-from fastema.errors import ArgumentError, CheckpointError
+from fastema.errors import CheckpointError
 
 from ..support.damage import places
 from .kinds import KINDS, PARTS, Kind, all_of, trained_kind, unchanged, which
@@ -156,37 +156,6 @@ def test_ones_own_schedule_is_kept_where_asked_for(what: str) -> None:
     refresh_(model, 5)
     ema.update()
     assert_average(ema, before, values(model), 1 - 0.25**3)
-
-
-@pytest.mark.parametrize("saved", [True, False])
-@pytest.mark.parametrize("mine", [True, False])
-def test_ones_own_schedule_may_differ_in_its_bias_correction(saved: bool, mine: bool) -> None:
-    """Of an average that kept its beginning nothing is left to correct."""
-    first = trained(4, decay=0.5, zero_debias=saved)
-    model = net(4)
-    ema = fastema.EMA(model, 0.75, zero_debias=mine)
-    ema.load_state_dict(through_a_file(first.state_dict()), schedule="mine")
-    before = values(dict(ema.shadow))
-    refresh_(model, 5)
-    ema.update()
-    taken = 1 - 0.5**4 * 0.75 if saved and mine else 1.0
-    assert_average(ema, before, values(model), 0.25 / taken)
-
-
-def test_a_windowed_mean_goes_on_as_its_ring_was_filled() -> None:
-    first = trained_kind("SMA", update_every=2)
-    second = KINDS["SMA"](net(4))
-    before = all_of(second)
-    with pytest.raises(CheckpointError, match="'mine' is not possible"):
-        second.load_state_dict(first.state_dict(), schedule="mine")
-    assert all_of(second) == before
-
-
-@pytest.mark.parametrize("schedule", ["own", None, True])
-def test_whose_schedule_is_one_of_two_words(schedule: Any) -> None:
-    ema = trained(5)
-    with pytest.raises(ArgumentError, match="saved, mine"):
-        ema.load_state_dict(ema.state_dict(), schedule=schedule)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

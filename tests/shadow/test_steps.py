@@ -81,15 +81,3 @@ def test_what_is_no_number_of_steps(steps: Any) -> None:
         ema.update(steps=2)
     assert ema.num_updates == 0
     np.testing.assert_array_equal(ema.shadow["0"], values(0))
-
-
-def test_a_windowed_mean_needs_every_step() -> None:
-    x = values(0)
-    sma = fastema.SMA([x], window=3)
-    x[...] = values(1)
-    with pytest.raises(ArgumentError, match=r"steps=2.*one entry per step"):
-        sma.update(steps=2)
-    assert sma.num_updates == 0
-    sma.update(steps=1)
-    assert sma.num_updates == 1
-    np.testing.assert_allclose(sma.shadow["0"], x, rtol=1e-6)

@@ -12,7 +12,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError, StateError
 
-from .kinds import KINDS, VARIED, all_of, trained_kind, unchanged, which
+from .kinds import VARIED, all_of, trained_kind, unchanged, which
 from .weights import Net, assert_bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
@@ -129,25 +129,6 @@ def test_changed_model_is_refused_by_name(change: str, call: str, kind: str) -> 
         CALLS[call](average, model)
     assert isinstance(caught.value, fastema.errors.FastemaError)
     assert [part for part in parts if part not in str(caught.value)] == []
-
-
-@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "skip"}, {"start_after": 2}], ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "double"])
-def test_once_the_model_is_as_before_the_average_goes_on(kind: str, options: dict) -> None:
-    model, twin = net(), net()
-    build = KINDS.get(kind, lambda w, **o: fastema.EMA(w, 0.5, shadow_dtype="float64", **o))
-    average, other = (build(m, **options) for m in (model, twin))
-    for n in range(1, 8):
-        refresh_(model, n)
-        refresh_(twin, n)
-        added(model)
-        for call in CALLS.values():
-            with pytest.raises(LayoutError, match="extra"):
-                call(average, model)
-        del model.extra
-        average.update()
-        other.update()
-    assert all_of(average) == all_of(other)
 
 
 def ready_kind(model: nn.Module, kind: str) -> Any:

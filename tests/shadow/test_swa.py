@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.errors import ArgumentError, LayoutError
 
 from .truth import Loop
 
@@ -67,25 +66,3 @@ def test_any_window_from_two_means(m: int, n: int, dtype: Any) -> None:
     want = np.mean(seen[m:], axis=0)
     # Some units in the last place of a float64, as many as the windows differ.
     np.testing.assert_allclose(got["a"], want, rtol=0, atol=8 * n / (n - m) * n * 2.0**-53)
-
-
-def test_neither_state_is_written_or_shared() -> None:
-    later, earlier = {"w": np.array([4.0, 6.0])}, {"w": np.array([1.0, 3.0])}
-    got = fastema.mean_between(later, 4, earlier, 1)
-    np.testing.assert_array_equal(got["w"], [5.0, 7.0])
-    np.testing.assert_array_equal(later["w"], [4.0, 6.0])
-    np.testing.assert_array_equal(earlier["w"], [1.0, 3.0])
-    assert not np.shares_memory(got["w"], later["w"])
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (2, 0), (3, -1), (2.0, 1), (True, False)])
-def test_what_is_no_window(n: Any, m: Any) -> None:
-    with pytest.raises(ArgumentError, match="n > m >= 1"):
-        fastema.mean_between([np.ones(2)], n, [np.ones(2)], m)
-
-
-def test_states_of_different_models() -> None:
-    with pytest.raises(LayoutError):
-        fastema.mean_between({"a": np.ones(2)}, 2, {"b": np.ones(2)}, 1)
-    with pytest.raises(LayoutError):
-        fastema.mean_between({"a": np.ones(2)}, 2, {"a": np.ones(3)}, 1)

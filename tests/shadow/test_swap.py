@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, LayoutError, StateError
+from fastema.errors import ArgumentError, StateError
 
 from .kinds import KINDS, PARTS, all_of, last, trained_kind, unchanged, which
 from .weights import (
@@ -217,27 +217,3 @@ def test_copies_taken_while_applied_are_the_average_and_not_the_model(
     average.update()
     for found, expected in zip(kept["shadow"], want, strict=True):
         assert_bits(found, expected)
-
-
-@pytest.mark.parametrize("shadow_dtype", ["f32", "bf16", "f64"])
-def test_restoring_another_model_than_the_applied_one_is_refused(shadow_dtype: str) -> None:
-    model, ema = ready(shadow_dtype=shadow_dtype)
-    other = net(77)
-    with unchanged(model, ema), unchanged(other):
-        ema.apply_shadow(model)
-        with pytest.raises((StateError, LayoutError)):
-            ema.restore(other)
-        ema.restore(model)
-
-
-def test_a_generator_of_parameters_swaps_and_comes_back() -> None:
-    model = net()
-    ema = fastema.EMA(model.parameters(), 0.5)
-    refresh_(model, 1)
-    ema.update(model.parameters())
-    average = snapshot(dict(ema.shadow))
-    with unchanged(model, ema):
-        with ema.swapped(model.parameters()):
-            assert torch.equal(bits(model.scale), average["0"])
-        ema.apply_shadow(model.parameters())
-        ema.restore(model.parameters())

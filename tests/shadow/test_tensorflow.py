@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -61,29 +60,6 @@ def test_a_swap_is_exact_to_the_bit(dtype: str) -> None:
 # -- nobody else's tensors -------------------------------------------------------------------------
 
 
-def test_variables_that_were_assigned_one_tensor_are_two() -> None:
-    given_ = tf.constant(np.random.default_rng(0).normal(size=5000).astype(np.float32))
-    was = given_.numpy().copy()
-    one, other = tf.Variable(given_), tf.Variable(given_)
-    ema = fastema.EMA({"one": one, "other": other}, 0.5)
-    assert list(ema.shadow) == ["one", "other"]
-    for n in range(1, 5):
-        one.assign(given_)
-        other.assign(given_)
-        ema.update()
-        assert ema.shadow["one"].numpy().tobytes() == was.tobytes()
-        one.assign(given_ + 2.0)
-        ema.update()
-        held = [one.value(), other.value(), given_]
-        before = [tensor.numpy().copy() for tensor in held]
-        with ema.swapped():
-            np.testing.assert_allclose(one, was + 1, rtol=1e-5, atol=1e-5)
-            assert other.numpy().tobytes() == was.tobytes()
-        for tensor, array in zip(held, before, strict=True):
-            assert tensor.numpy().tobytes() == array.tobytes(), n
-        ema.load_state_dict({**ema.state_dict(), "shadow": [{"one": was, "other": was}]})
-
-
 @given(
     st.lists(st.sampled_from(["assign", "share", "hold", "update", "swap", "tape"]), max_size=14)
 )
@@ -119,20 +95,6 @@ def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None
             loops.step(wide(weights), 0.5)
         assert all(tensor.numpy().tobytes() == was for tensor, was in held)
     loops.check(wide(ema.shadow))
-
-
-def test_the_tape_still_knows_the_values_of_the_forward_pass() -> None:
-    w = tf.Variable([2.0, 3.0])
-    ema = fastema.EMA([w], 0.5)
-    w.assign([4.0, 5.0])
-    with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(w**3)
-    with ema.swapped():
-        np.testing.assert_allclose(tape.gradient(loss, w), [48.0, 75.0])
-        with tf.GradientTape() as inner:
-            loss = tf.reduce_sum(w**2)
-        np.testing.assert_allclose(inner.gradient(loss, w), [4.0, 6.0])
-    np.testing.assert_array_equal(w, [4.0, 5.0])
 
 
 # -- tied, untied ----------------------------------------------------------------------------------
@@ -215,41 +177,6 @@ def test_called_from_a_graph() -> None:
         want = (want + x) / 2
     np.testing.assert_allclose(ema.shadow["0"], want, rtol=1e-6)
     assert ema.num_updates == 6
-
-
-def test_other_threads_assign_meanwhile() -> None:
-    weights = [tf.Variable(tf.fill([2000], 1.0)) for _ in range(6)]
-    ema = fastema.EMA(weights, 0.5)
-    stop = threading.Event()
-
-    def train() -> None:
-        n = 1.0
-        while not stop.is_set():
-            n = n % 50 + 1
-            for one in weights:
-                one.assign(tf.fill([2000], n))
-
-    threads = [threading.Thread(target=train) for _ in range(2)]
-    for one in threads:
-        one.start()
-    try:
-        for _ in range(200):
-            ema.update()
-    finally:
-        stop.set()
-        for one in threads:
-            one.join()
-    for shadow in ema.shadow.values():
-        found = shadow.numpy()
-        assert (found >= 1).all()
-        assert (found <= 50).all()
-        assert (found == found[0]).all()  # each was read as one value, not in the middle
-    for one in weights:
-        one.assign(tf.fill([2000], 3.0))
-    for _ in range(40):
-        ema.update()
-    for shadow in ema.shadow.values():
-        np.testing.assert_allclose(shadow, 3.0, rtol=1e-6)
 
 
 # -- lifetimes -------------------------------------------------------------------------------------

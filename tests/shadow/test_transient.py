@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.binding.binding import Binding
 from fastema.errors import LayoutError
 
 from .kinds import KINDS, VARIED, all_of, unchanged, which
@@ -88,21 +87,6 @@ def test_they_may_change_in_a_block_and_before_a_state_is_loaded(change: Change,
     other.copy_to(fresh, **which(average))
     with average.swapped(**which(average)):
         assert_bits(dict(fresh.state_dict()), snapshot(dict(model.state_dict())))
-
-
-def test_a_table_that_is_made_at_every_step_does_not_make_the_average_look_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = cached()
-    ema = fastema.EMA(model, 0.75)
-    monkeypatch.setattr(Binding, "_bind", None)
-    for n in range(1, 6):
-        model.table = torch.randn(n)
-        model.hidden.mask = torch.randn(n) if n % 2 else None
-        ema.update()
-        with ema.swapped():
-            model.table = torch.randn(2 * n)
-    assert ema.num_updates == 5
 
 
 @pytest.mark.parametrize("name", ["table", "kept"])

@@ -12,13 +12,12 @@ import torch
 
 import fastema
 from fastema import rules
-from fastema.errors import ArgumentError, LayoutError
+from fastema.errors import ArgumentError
 
 from .kinds import KINDS, last, unchanged, which
 from .truth import Loops
 from .weights import (
     Net,
-    assert_average,
     assert_same,
     net,
     refresh_,
@@ -162,30 +161,6 @@ def test_training_is_the_same_to_the_bit_with_and_without_an_average(kind: str) 
     assert_same(with_weights, weights)
 
 
-def test_the_average_is_no_part_of_the_graph() -> None:
-    model = net()
-    ema = fastema.EMA(model, 0.5)
-    model(torch.randn(2, 3, 6, 6)).sum().backward()
-    ema.update()
-    for tensor in ema.shadow.values():
-        assert not tensor.requires_grad
-        assert tensor.grad_fn is None
-    assert model.conv.weight.requires_grad
-    assert model.conv.weight.is_leaf
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_updates_in_any_autograd_mode(context: Callable[[], object]) -> None:
-    model = net()
-    old = values(model)
-    with context():
-        ema = fastema.EMA(model, 0.5)
-    refresh_(model, 1)
-    with context():
-        ema.update()
-    assert_average(ema, old, values(model), 0.5)
-
-
 REFUSED: list[dict[str, Any]] = [
     *({"decay": d} for d in (1.0, -0.1, float("nan"), None, "fast", [], (0.9, 1.0), (0.9, None))),
     *({"update_every": every} for every in (0, 1.5, True)),
@@ -208,15 +183,6 @@ def test_arguments_without_a_valid_value(arguments: dict[str, object]) -> None:
 def test_arguments_that_nobody_knows(build: Callable[..., object]) -> None:
     with pytest.raises(TypeError, match="update_evry"):
         build(net(), update_evry=3)
-
-
-EMPTY = [[], {}, (), torch.nn.Module(), [[], {}], [torch.arange(4)]]
-
-
-@pytest.mark.parametrize("weights", EMPTY, ids=repr)
-def test_containers_without_floats(weights: object) -> None:
-    with pytest.raises(LayoutError, match="nothing to average"):
-        fastema.EMA(weights)
 
 
 def test_repr_says_what_it_is() -> None:

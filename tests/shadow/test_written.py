@@ -82,18 +82,6 @@ def test_weights_written_meanwhile_raise_once_the_raw_ones_are_back(
     ema.update()
 
 
-def test_what_the_block_raises_comes_first() -> None:
-    model, ema = trained()
-
-    def evaluate() -> None:
-        with ema.swapped():
-            step(model)
-            raise ZeroDivisionError
-
-    with unchanged(model), pytest.raises(ZeroDivisionError):
-        evaluate()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_and_moving_is_no_writing(kind: str) -> None:
     model = net(0)

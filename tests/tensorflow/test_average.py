@@ -14,8 +14,8 @@ from fastema.tensorflow import ExponentialMovingAverage
 from ..support import reference
 from ..support.arrays import assert_same
 from ..support.tolerance import unit_roundoff
-from .variables import CODES, LARGE, SCALE, Rng, averaged, drawn, move, stored, values, variables
-from .ways import Way, assert_equal, assert_moves, averages, traced
+from .variables import CODES, LARGE, SCALE, Rng, drawn, move, stored, values, variables
+from .ways import Way, assert_moves, averages
 
 pytestmark = pytest.mark.tensorflow
 
@@ -110,23 +110,6 @@ def test_an_average_in_bfloat16_moves() -> None:
 # -- tensors --------------------------------------------------------------------------------------
 
 
-def test_debiasing_while_the_decay_grows(way: Way, rng: Rng) -> None:
-    """The average from zero, over the share of what was seen: 1 minus the product of the decays."""
-    count, source = tf.Variable(0), tf.Variable(drawn(rng, (5,)))
-    ema = ExponentialMovingAverage(0.99, count, zero_debias=True)
-    update = way(lambda: ema.apply({"x": source * 1.0}))
-    biased, left = np.zeros(5), 1.0
-    for n in (0, 1, 4, 9, 100, 100_000):
-        count.assign(n)
-        move(rng, [source])
-        update()
-        d = min(0.99, (1 + n) / (10 + n))
-        biased, left = d * biased + (1 - d) * source.numpy(), left * d
-        np.testing.assert_allclose(ema.average("x").numpy(), biased / (1 - left), atol=1e-14)
-        if n == 0:
-            np.testing.assert_array_equal(ema.average("x").numpy(), source.numpy())
-
-
 def mixed(rng: Rng, count: int) -> list[Any]:
     """Variables of several dtypes, with rows and without."""
     shapes = [(5,), (2, 3), (), (3, 1, 2), (0, 4)]
@@ -190,51 +173,6 @@ def test_order_within_a_function(rng: Rng) -> None:
         start = after.numpy()
         np.testing.assert_array_equal(ema.average(weight).numpy(), start)
         np.testing.assert_array_equal(weight.numpy(), first)
-
-
-def test_order_in_a_loop_and_a_branch(rng: Rng) -> None:
-    weight = tf.Variable(drawn(rng, (LARGE,)))
-    ema = ExponentialMovingAverage(0.5)
-    ema.apply([weight])
-    want, value = weight.numpy().copy(), weight.numpy().copy()
-
-    @tf.function
-    def function(steps: Any) -> Any:
-        for i in tf.range(steps):
-            weight.assign_add(tf.ones([LARGE], tf.float64))
-            if i % 2 == 0:
-                ema.apply([weight])
-            else:
-                weight.assign(weight * 0.5)
-        return ema.average(weight).read_value()
-
-    for steps in (5, 0, 4):
-        got = function(tf.constant(steps))
-        for i in range(steps):
-            value = value + 1
-            if i % 2 == 0:
-                want = want + 0.5 * (value - want)
-            else:
-                value = value * 0.5
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)
-
-
-def test_several_functions_and_eager_calls(rng: Rng) -> None:
-    weights, ema = averaged(rng, 0.5, "f64", [(9,), (2, 2)])
-    calls = [
-        (traced(lambda: ema.apply(weights)), weights),
-        (traced(lambda: ema.apply(weights[:1])), weights[:1]),
-        (lambda: ema.apply(weights), weights),
-        (lambda: ema.apply(weights[1:]), weights[1:]),
-        (ema.apply, weights),
-    ]
-    for number in rng.integers(0, len(calls), 40):
-        call, those = calls[number]
-        move(rng, weights)
-        others = averages(ema, [one for one in weights if all(one is not it for it in those)])
-        kept = values(others)
-        assert_moves(rng, those, ema, call, 0.5)
-        assert_equal(values(others), kept)
 
 
 def test_an_update_is_prepared_once(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:

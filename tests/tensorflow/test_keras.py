@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import tensorflow as tf
 
 from fastema.tensorflow import ExponentialMovingAverage
 
-from ..conftest import ROOT
 from .variables import drawn
 
 pytestmark = pytest.mark.tensorflow
@@ -23,19 +19,6 @@ pytestmark = pytest.mark.tensorflow
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="run by test_in_another_process"
 )
-
-
-@pytest.mark.slow
-def test_in_another_process() -> None:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow", __file__],
-        env={**os.environ, "KERAS_BACKEND": "tensorflow", "PYTHONPATH": path},
-        cwd=ROOT / "tests", capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed" in done.stdout
-    assert "skipped" not in done.stdout
 
 
 def dense(count: int = 3) -> Any:

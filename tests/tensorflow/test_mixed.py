@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
-from fastema.errors import BridgeError, LayoutError
+from fastema.errors import LayoutError
 
-from ..shadow.truth import Loop
 from ..support.mixed import SHAPES, Arrays, bits, lerped, numbers, plain, to_torch
 
 NEEDS = ("torch", "ml_dtypes")
@@ -30,7 +29,6 @@ MAKE: dict[str, Callable[[np.ndarray], Any]] = {
     "variable": tf.Variable,
     "tensor": tf.constant,
 }
-WRITABLE = ["numpy", "torch", "variable"]
 
 
 def made(kind: str, arrays: Arrays) -> dict[str, Any]:
@@ -103,33 +101,3 @@ BAD: dict[str, Callable[[Any], Any]] = {
     "integer": lambda avg: [tf.Variable([1, 2])],
     "number": lambda avg: [3.0],
 }
-
-
-def test_inside_functions() -> None:
-    avg, x = tf.Variable([1.0, 2.0]), tf.Variable([3.0, 4.0])
-    plan = fastema.Plan([avg], [x])
-    for call in (lambda: plan.lerp_(0.5), plan.swap_, plan.copy_,
-                 lambda: fastema.lerp_([avg], [x], 0.5),
-                 lambda: plan.lerp_(0.5, [x + 1.0])):  # fmt: skip
-        with pytest.raises(BridgeError, match=r"inside tf\.function"):
-            tf.function(call, autograph=False)()
-    np.testing.assert_array_equal(avg, [1.0, 2.0])
-    plan.lerp_(0.5)
-    np.testing.assert_array_equal(avg, [2.0, 3.0])
-
-
-@pytest.mark.parametrize("later", MAKE)
-@pytest.mark.parametrize("first", ["variable", "tensor"])
-def test_an_average_goes_on_with_weights_of_another_framework(first: str, later: str) -> None:
-    ema = fastema.EMA(made(first, numbers(0)), 0.5)
-    loops = {n: Loop(x, "f32", "f32") for n, x in numbers(0).items()}
-    for seed in range(1, 5):
-        ema.update(made(later if seed % 2 else first, numbers(seed)))
-        for name, loop in loops.items():
-            loop.step(numbers(seed)[name], 0.5)
-    for name, loop in loops.items():
-        loop.check(plain(ema.shadow[name]), name)
-    for kind in WRITABLE:
-        target = made(kind, numbers(9))
-        ema.copy_to(target)
-        assert bits(target) == bits({**ema.shadow})

@@ -20,7 +20,7 @@ from fastema.errors import (
 )
 from fastema.tensorflow import ExponentialMovingAverage
 
-from .variables import CODES, SCALE, Rng, averaged, drawn, move, stored, values, variables
+from .variables import CODES, SCALE, Rng, averaged, move, stored, values, variables
 from .ways import Way, assert_equal, averages, eagerly, traced
 
 pytestmark = pytest.mark.tensorflow
@@ -117,98 +117,6 @@ def test_a_resumed_run_goes_on_to_the_bit(
     assert_states_equal(resumed, whole)
 
 
-def test_only_the_averages(rng: Rng, tmp_path: Path) -> None:
-    weights, ema = averaged(rng)
-    ema.apply(weights)
-    path = tf.train.Checkpoint(ema=ema).write(tmp_path / "averages")
-    names = {name for name, _ in tf.train.list_variables(path) if "/shadow/" in name}
-    assert len(names) == len(weights)
-    assert "ema/shadow/v.S2#1/.ATTRIBUTES/VARIABLE_VALUE" in names
-    want = values(averages(ema, weights))
-    move(rng, weights)
-    ema.apply(weights)
-    tf.train.Checkpoint(ema=ema).read(path).assert_consumed()
-    assert_equal(values(averages(ema, weights)), want)
-    # A fresh one, of which the first update is already one of the restored averages.
-    other = ExponentialMovingAverage(0.75)
-    status = tf.train.Checkpoint(ema=other).read(path)
-    other.apply(weights)
-    status.assert_consumed()
-    for weight, old in zip(weights, want, strict=True):
-        expected = old + 0.25 * (values([weight])[0] - old)
-        np.testing.assert_allclose(values([other.average(weight)])[0], expected, atol=1e-6)
-
-
-def test_what_a_checkpoint_lacks_is_reported(rng: Rng, tmp_path: Path) -> None:
-    weights = variables(rng)
-    ema, more = ExponentialMovingAverage(0.9), ExponentialMovingAverage(0.9)
-    ema.apply(weights[:-1])
-    path = tf.train.Checkpoint(ema=ema).write(tmp_path / "fewer")
-    more.apply(weights)
-    with pytest.raises(AssertionError, match=r"v/2"):
-        tf.train.Checkpoint(ema=more).read(path).assert_existing_objects_matched()
-    assert_equal(values(averages(more, weights[:-1])), values(averages(ema, weights[:-1])))
-    fewer = ExponentialMovingAverage(0.9)
-    fewer.apply(weights[:2])
-    with pytest.raises(AssertionError, match="shadow"):
-        tf.train.Checkpoint(ema=fewer).read(path).assert_consumed()
-
-
-ELSEWHERE = """
-    import os, sys
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    import numpy as np
-    import tensorflow as tf
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    from fastema.tensorflow import ExponentialMovingAverage
-    unrelated = [tf.Variable(float(i), name="v/1") for i in range(3)]
-    ExponentialMovingAverage(0.5).apply(unrelated)
-    folder, exported = sys.argv[1:]
-    weights = [tf.Variable(np.zeros(s), name=f"v/{len(s)}") for s in [(5,), (2, 3), (4,)]]
-    ema = ExponentialMovingAverage(0.75)
-    status = tf.train.Checkpoint(weights=weights, ema=ema).restore(folder)
-
-    @tf.function
-    def update():
-        ema.apply(weights)
-
-    update()
-    status.assert_consumed()
-    for weight in weights:
-        print(ema.average(weight).numpy().tolist())
-    loaded = tf.saved_model.load(exported)
-    print(float(loaded.total()))
-    print(sum(float(tf.reduce_sum(a)) for a in loaded.ema.shadow.values()))
-    try:
-        loaded.step(tf.constant(1, tf.int64))
-    except tf.errors.InvalidArgumentError as error:
-        print("callback" in str(error))
-"""
-
-
-@pytest.mark.slow
-def test_another_process(rng: Rng, tmp_path: Path, python: Any) -> None:
-    """With other variables of the same names before, and one thread for a graph's operations."""
-    weights = [tf.Variable(drawn(rng, s), name=f"v/{len(s)}") for s in [(5,), (2, 3), (4,)]]
-    ema = ExponentialMovingAverage(0.75)
-    ema.apply(weights)
-    old = values(weights)
-    move(rng, weights)
-    ema.apply(weights)
-    path = tf.train.Checkpoint(weights=weights, ema=ema).save(tmp_path / "saved")
-    model = Trained(rng).train(0, 3)
-    tf.saved_model.save(model, tmp_path / "exported")
-    lines = python(ELSEWHERE, path, str(tmp_path / "exported"), quiet=False).splitlines()
-    for line, first, weight in zip(lines[:3], old, weights, strict=True):
-        once = first + 0.25 * (weight.numpy() - first)
-        want = once + 0.25 * (weight.numpy() - once)
-        np.testing.assert_allclose(np.array(eval(line)), want, atol=1e-14)
-    assert float(lines[3]) == pytest.approx(float(model.total()))
-    total = sum(float(tf.reduce_sum(average)) for average in model.ema.shadow.values())
-    assert float(lines[4]) == pytest.approx(total)
-    assert lines[5] == "True"
-
-
 # -- swapped --------------------------------------------------------------------------------------
 
 
@@ -291,14 +199,6 @@ def test_an_interrupt_of_a_swap_leaves_the_weights(rng: Rng) -> None:
 # -- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.5, float("nan"), "0.9x", None])
-def test_decays_that_are_none(decay: Any) -> None:
-    with pytest.raises(ArgumentError, match="decay"):
-        ExponentialMovingAverage(decay)
-    with pytest.raises(ArgumentError, match="num_updates"):
-        ExponentialMovingAverage(0.9, -1)
-
-
 def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:
     yield "no list", BridgeError, "list of variables", lambda: tf.Variable([1.0])
     yield "a tensor", BridgeError, "list of variables", lambda: tf.constant([1.0])
@@ -339,48 +239,6 @@ def test_lists_that_are_refused(error: type[Exception], words: str, given: Any, 
     assert list(ema.shadow) == ["w", "loss"]
     assert ema.average(weight).numpy().tolist() == [1.0, 2.0]
     assert ema.average("loss").numpy() == 2.0
-
-
-def test_where_it_cannot_work() -> None:
-    weight = tf.Variable([1.0, 2.0])
-    ema = ExponentialMovingAverage(0.5)
-    ema.apply([weight])
-
-    @tf.function(jit_compile=True)
-    def compiled(x: Any) -> Any:
-        ema.apply([weight])
-        return x
-
-    @tf.function
-    def nested(x: Any) -> Any:
-        return compiled(x)
-
-    for function in (compiled, nested):
-        with pytest.raises(Exception, match="XLA cannot call the kernel"):
-            function(tf.constant(1.0))
-    with tf.Graph().as_default(), pytest.raises(BridgeError, match="TensorFlow 1"):
-        ema.apply([weight])
-
-    @tf.function
-    def swapping() -> None:
-        with ema.swapped():
-            pass
-
-    with pytest.raises(Exception, match="around the call"):
-        swapping()
-
-    class Late(tf.Module):
-        weight = None
-
-        @tf.function
-        def __call__(self) -> None:
-            if self.weight is None:
-                self.weight = tf.Variable(3.0, name="late")
-            ema.apply([self.weight])
-
-    with pytest.raises(Exception, match=r"no.* yet:\s+- 'late'"):
-        Late()()
-    assert len(ema.shadow) == 1
 
 
 def test_replicas_are_refused_by_name() -> None:

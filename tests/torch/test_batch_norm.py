@@ -49,10 +49,6 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def momenta(model: nn.Module) -> list[float | None]:
-    return [m.momentum for m in model.modules() if hasattr(m, "momentum")]
-
-
 def assert_equal(got: Any, want: Any) -> None:
     """Every parameter and buffer, bit for bit."""
     got, want = (state(x) if isinstance(x, nn.Module) else dict(x) for x in (got, want))
@@ -77,7 +73,7 @@ def test_statistics_equal_torchs(norm: type[nn.Module], momentum: float | None) 
     assert_equal(model, expected)
     changed = {name for name, was in before.items() if not torch.equal(was, state(model)[name])}
     assert changed == {name for name, _ in model.named_buffers()}
-    assert momenta(model) == [momentum] * 2
+    assert [model[0].momentum, model[2].momentum] == [momentum] * 2
 
 
 @pytest.mark.parametrize(
@@ -89,51 +85,26 @@ def test_without_statistics_the_loader_is_not_touched(layer: nn.Module) -> None:
     assert not model.training
 
 
-# -- what stays -----------------------------------------------------------------------------------
-
-
-class Partial(nn.Module):
-    """Runs one of two layers, and keeps a third from training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused, self.frozen = (nn.BatchNorm1d(3) for _ in range(3))
-        for layer in (self.used, self.unused, self.frozen):
-            nn.init.uniform_(layer.running_mean)
-            layer.num_batches_tracked.fill_(3)
-
-    def train(self, mode: bool = True) -> Partial:
-        super().train(mode)
-        self.frozen.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.frozen(self.used(x))
-
-
 def test_layers_that_saw_no_batch_keep_their_statistics() -> None:
     """torch's leaves them reset: mean 0, variance 1."""
-    model, loader = Partial(), inputs()
-    before, expected = state(model), state(by_torch(model, loader))
-    update_bn(loader, model)
-    used = {name: expected[name] for name in expected if name.startswith("used.")}
-    assert_equal(model, {**before, **used})
+    model, loader = net(), inputs()
+    used, unused = by_torch(model[0], loader), state(model[2])
+    update_bn(loader, model, forward=lambda model, batch: model[0](batch))
+    assert_equal(model[0], used)
+    assert_equal(model[2], unused)
 
 
 def test_each_module_keeps_its_own_mode_and_no_gradients_are_recorded() -> None:
     """torch's gives all modules the mode of the outermost one."""
     model = net().train()
     model[2].eval()
-    modes = [module.training for module in model.modules()]
-    during: list[tuple[bool, bool]] = []
 
-    def look(module: nn.Module, given: Any, output: Tensor) -> None:
-        during.append((all(m.training for m in model.modules()), output.requires_grad))
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        assert not model(batch).requires_grad
+        assert all(module.training for module in model.modules())
 
-    model.register_forward_hook(look)
-    update_bn(inputs(2), model)
-    assert during == [(True, False)] * 2
-    assert [module.training for module in model.modules()] == modes
+    update_bn(inputs(2), model, forward=forward)
+    assert (model.training, model[0].training, model[2].training) == (True, True, False)
     assert torch.is_grad_enabled()
 
 
@@ -153,37 +124,39 @@ def test_an_error_of_the_loader_loses_nothing(after: int, error: BaseException) 
         update_bn(failing_loader(after, error), model)
     assert {name: tensor.numpy().tobytes() for name, tensor in state(model).items()} == before
     assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == pointers
-    assert momenta(model) == [0.3, None]
+    assert [model[0].momentum, model[2].momentum] == [0.3, None]
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("loader", "error", "message"),
-    [
-        ([], ArgumentError, "no batch"),
-        (iter([]), ArgumentError, "no batch"),
-        # torch's own
-        ([*inputs(2), torch.randn(1, 3)], ValueError, "more than 1 value per channel"),
-    ],
-    ids=["empty", "used up", "last batch of one"],
-)
-def test_loaders_that_cannot_be_used(loader: Any, error: type[Exception], message: str) -> None:
-    model = net().eval()
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "empty": ([], ArgumentError, "no batch"),
+    "used up": (iter([]), ArgumentError, "no batch"),
+    "last of one": ([*inputs(2), torch.randn(1, 3)], ValueError, "more than 1 value per"),
+    "names": (
+        [{"image": 0, "label": 1}],
+        ArgumentError,
+        r"'scale', 'x'.*'image', 'label'.*forward=",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_used_loses_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, error, message = REFUSED[case]
+    model = (Named() if case == "names" else net()).eval()
     before = state(model)
     with pytest.raises(error, match=message):
         update_bn(loader, model)
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(ArgumentError, match="pip install rich"):
+        update_bn(inputs(), model, progress=True)
     assert_equal(model, before)
-    assert momenta(model) == [0.3, 0.3]
     assert not any(module.training for module in model.modules())
 
 
 def test_a_lazy_layer_is_an_error() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
     with pytest.raises(BridgeError, match="run the model once"):
-        update_bn(inputs(), model)
-    model(torch.randn(5, 3))
-    update_bn(inputs(), model)
-    assert model[1].num_batches_tracked == 4
+        update_bn(inputs(), nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d()))
 
 
 # -- batches of many kinds ------------------------------------------------------------------------
@@ -208,7 +181,9 @@ class PassOn(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.forward = module.__call__
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        return self.module(*inputs, **kwargs)
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -243,14 +218,6 @@ def test_all_names_are_passed_to_a_model_that_takes_any() -> None:
     assert seen == [{"label", "mask"}] * 4
 
 
-def test_a_mapping_without_a_known_name_is_an_error() -> None:
-    model = Named()
-    before = state(model)
-    with pytest.raises(ArgumentError, match=r"'scale', 'x'.*'image', 'label'.*forward="):
-        update_bn([{"image": inputs()[0], "label": 1}], model)
-    assert_equal(model, before)
-
-
 @pytest.mark.parametrize(
     ("wrap", "forward"),
     [
@@ -273,7 +240,7 @@ def test_everything_nested_is_moved() -> None:
     x = torch.randn(4, 3)
     own = type("Movable", (), {"to": lambda self, device: f"moved to {device}"})()
     batch = {"list": [x, {"deep": (x, 1)}], "point": Point(x, "text"), "own": own}
-    batch |= {"mapping": UserDict(x=x), "none": None}
+    batch["mapping"] = UserDict(x=x)
     seen: list[Any] = []
 
     def forward(model: nn.Module, batch: Any) -> None:
@@ -287,22 +254,7 @@ def test_everything_nested_is_moved() -> None:
     first, deep = moved["list"][0], moved["list"][1]["deep"]
     assert all(one.is_meta for one in (first, deep[0], moved["mapping"]["x"], moved["point"].x))
     assert (type(deep), type(moved["point"])) == (tuple, Point)
-    assert (deep[1], moved["point"].y, moved["none"]) == (1, "text", None)
-    assert moved["own"] == "moved to meta"
-    assert not x.is_meta
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_follow_the_model_to_a_gpu() -> None:
-    model, loader = Named().cuda(), inputs()
-    expected = copy.deepcopy(model.inner)
-    swa_utils.update_bn(loader, expected, "cuda")
-    update_bn([{"x": x} for x in loader], model, "cuda")
-    assert_equal(model.inner, expected)
-
-
-# -- progress -------------------------------------------------------------------------------------
+    assert (deep[1], moved["point"].y, moved["own"]) == (1, "text", "moved to meta")
 
 
 @pytest.mark.parametrize("sized", [True, False])
@@ -317,26 +269,10 @@ def test_progress_is_shown_on_standard_error(
     assert printed.out == ""
 
 
-def test_progress_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich.progress", None)
-    model = net()
-    before = state(model)
-    with pytest.raises(ArgumentError, match="pip install rich"):
-        update_bn(inputs(), model, progress=True)
-    assert_equal(model, before)
-
-
-# -- with an average ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "make", [fastema.EMA, fastema.SWA, fastema.SMA], ids=lambda make: make.__name__
-)
-def test_the_average_keeps_its_statistics_and_the_weights_get_theirs(
-    make: Callable[..., Any],
-) -> None:
+@pytest.mark.parametrize("kind", ["EMA", "SWA", "SMA"])
+def test_the_average_keeps_its_statistics_and_the_weights_get_theirs(kind: str) -> None:
     model, loader = net(), inputs()
-    average = make(model)
+    average = getattr(fastema, kind)(model)
     for _ in range(3):
         with torch.no_grad():
             for parameter in model.parameters():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,18 +51,15 @@ def write(
     writer.close()
 
 
-def points_of(curve: Curve) -> Points:
-    return list(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
+def assert_points(curve: Curve, points: Points) -> None:
+    """Equal as float32, which is what an event file holds."""
+    found = list(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
+    assert found == [(step, float(np.float32(value))) for step, value in points]
 
 
-def rounded(points: Iterable[tuple[int, float]]) -> Points:
-    """As float32, which is what an event file holds."""
-    return [(step, float(np.float32(value))) for step, value in points]
-
-
-def points(count: int, seed: int, start: int = 0, every: int = 1) -> Points:
+def points(count: int, seed: int, start: int = 0) -> Points:
     values = np.random.default_rng(seed).normal(size=count).tolist()
-    return [(start + every * place, value) for place, value in enumerate(values)]
+    return list(enumerate(values, start))
 
 
 def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
@@ -74,44 +70,47 @@ def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
     assert set(read(tmp_path)) == {"step", "loss"}
 
 
+def test_runs_in_folders_and_a_tag_called_step(tmp_path: Path) -> None:
+    for seed, run in enumerate((".", "train", "deep/er")):
+        write(tmp_path / run, {"loss": points(4, seed), "step": points(4, seed)}, kind="scalars")
+    curves = read(tmp_path)
+    for seed, prefix in enumerate(("", "train/", "deep/er/")):
+        assert_points(curves[f"{prefix}loss"], points(4, seed))
+    assert set(read(tmp_path / "train")) == {"global_step", "loss", "step"}
+
+
 def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
     first, second = points(8, 1), points(5, 2, start=5)
     write(tmp_path, {"loss": first, "acc": first}, kind="simple")
     write(tmp_path, {"loss": second}, kind="simple", restart=5)
     curves = read(tmp_path)
-    assert points_of(curves["loss"]) == rounded([*first[:5], *second])
-    assert points_of(curves["acc"]) == rounded(first[:5])
+    assert_points(curves["loss"], [*first[:5], *second])
+    assert_points(curves["acc"], first[:5])
 
 
 def test_what_our_writer_writes_comes_back(tmp_path: Path) -> None:
     from fastema.tracking import TensorBoardWriter
 
-    values = points(100, 1)
+    raw = [value for _, value in points(100, 1)]
     with TensorBoardWriter(tmp_path, window_size=5, decay=0.8) as writer:
-        for step, value in values:
+        for step, value in enumerate(raw):
             writer.add_scalar("train/loss", value, step)
-    raw = [value for _, value in values]
     curves = read(tmp_path)
     for kind, want in {"raw": raw, "sma": sma(raw, 5), "ema": ema(raw, 0.8)}.items():
         curve = curves[f"train/loss_{kind}"]
-        assert curve.steps.tolist() == [step for step, _ in values]
+        assert curve.steps.tolist() == list(range(100))
         np.testing.assert_allclose(curve.values, want, rtol=2e-7)
 
 
-def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
+def test_a_file_that_was_cut_short_or_is_damaged(tmp_path: Path) -> None:
     its = points(50, 1)
     write(tmp_path, {"loss": its}, kind="simple")
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-7])
-    assert points_of(read(tmp_path)["loss"]) == rounded(its[:-1])
-
-
-def test_a_file_that_is_damaged_or_something_else(tmp_path: Path) -> None:
-    write(tmp_path, {"loss": points(50, 1)}, kind="simple")
-    (file,) = tmp_path.iterdir()
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2 :] = content[len(content) // 2 + 1 :]
-    file.write_bytes(content)
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
+    assert_points(read(tmp_path)["loss"], its[:-1])
+    half = len(content) // 2
+    file.write_bytes(content[:half] + content[half + 1 :])
     with pytest.raises(ArgumentError, match=r"tfevents.* or damaged, at byte \d+$"):
         read(file)
 
@@ -137,7 +136,7 @@ def test_torch_writes_what_is_read(tmp_path: Path) -> None:
         with SummaryWriter(str(folder)) as writer:
             for step, value in its:
                 writer.add_scalar("loss", value, step, new_style=new_style)
-        assert points_of(read(folder)["loss"]) == rounded(its)
+        assert_points(read(folder)["loss"], its)
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.errors import ArgumentError
-from fastema.tracking import logs
-from fastema.tracking.logs import read, read_table
+from fastema.tracking.logs import Curve, from_rows, read, read_table
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 # What stands in a header: anything but blanks around it, and not a number alone.
@@ -25,7 +24,7 @@ NAMES = st.text(
 ).map("n{}".format)
 
 
-def same(curve: logs.Curve, steps: Any, values: Any) -> None:
+def same(curve: Curve, steps: Any, values: Any) -> None:
     np.testing.assert_array_equal(curve.steps, steps)
     assert curve.values.dtype == np.float64
     want = np.asarray(values, np.float64)
@@ -33,15 +32,6 @@ def same(curve: logs.Curve, steps: Any, values: Any) -> None:
     np.testing.assert_array_equal(np.isnan(curve.values), nan)
     # Zeros keep their sign.
     assert curve.values[~nan].tobytes() == want[~nan].tobytes()
-
-
-def text_of(rows: list[list[str]], delimiter: str = ",") -> str:
-    file = io.StringIO()
-    csv.writer(file, delimiter=delimiter).writerows(rows)
-    return file.getvalue()
-
-
-# CSV
 
 
 @given(
@@ -61,7 +51,10 @@ def test_a_csv_file_comes_back(names: list[str], delimiter: str, data: st.DataOb
     names = [
         name.translate(dict.fromkeys(map(ord, ",;\t|"))) + str(i) for i, name in enumerate(names)
     ]
-    curves = read(io.StringIO(text_of([names, *written], delimiter)))
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows([names, *written])
+    file.seek(0)
+    curves = read(file)
     kept = [row for row, cells in enumerate(written) if any(cells)]
     assert list(curves) == names
     for column, name in enumerate(names):
@@ -71,9 +64,6 @@ def test_a_csv_file_comes_back(names: list[str], delimiter: str, data: st.DataOb
             if rows[row][column] is not None
         ]
         same(curves[name], [place for place, _ in points], [value for _, value in points])
-
-
-# Steps
 
 
 @pytest.mark.parametrize(
@@ -103,24 +93,20 @@ def test_the_column_that_counts(
     same(read(io.StringIO(text))["loss"], list(steps), table.numbers["loss"].values)
 
 
-def test_a_column_named_to_count() -> None:
+def test_steps_are_of_the_column_that_is_named_and_whole_where_they_can_be() -> None:
+    def steps(text: str, step: str | None = None) -> np.ndarray:
+        return read(io.StringIO(text), step=step)["loss"].steps
+
     text = "seen,step,loss\n16,0,3\n32,1,2\n"
-    assert read(io.StringIO(text))["loss"].steps.tolist() == [0, 1]
-    assert read(io.StringIO(text), step="seen")["loss"].steps.tolist() == [16, 32]
+    assert steps(text).tolist() == [0, 1]
+    assert steps(text, "seen").tolist() == [16, 32]
     with pytest.raises(ArgumentError, match="no column 'time'"):
-        read(io.StringIO(text), step="time")
+        steps(text, "time")
     with pytest.raises(ArgumentError, match="'seen' cannot count the steps"):
-        read(io.StringIO("seen,loss\n1,2\n,3\n"), step="seen")
+        steps("seen,loss\n1,2\n,3\n", "seen")
+    assert steps("epoch,loss\n1.0,3\n2.0,2\n").dtype == np.int64
+    assert steps("epoch,loss\n0.5,3\n1,2\n").tolist() == [0.5, 1.0]
 
-
-def test_steps_are_whole_where_they_can_be() -> None:
-    whole = read(io.StringIO("epoch,loss\n1.0,3\n2.0,2\n"))["loss"].steps
-    assert whole.dtype == np.int64
-    parts = read(io.StringIO("epoch,loss\n0.5,3\n1,2\n"))["loss"].steps
-    assert (parts.dtype, parts.tolist()) == (np.float64, [0.5, 1.0])
-
-
-# JSON
 
 ROWS: list[dict[str, Any]] = [
     {"loss": 2.5, "lr": 1e-3, "step": 10, "epoch": 0.5},
@@ -148,15 +134,16 @@ def test_rows_of_json(text: str) -> None:
     assert "note" not in curves
 
 
-def test_columns_of_json() -> None:
+def test_columns_of_json_and_values_within_rows() -> None:
     text = json.dumps({"loss": [3, 2, 1], "val_loss": [2.5, None, 1.5], "name": ["a", "b", "c"]})
     curves = read(io.StringIO(text))
     assert set(curves) == {"loss", "val_loss"}
     same(curves["loss"], [0, 1, 2], [3, 2, 1])
     same(curves["val_loss"], [0, 2], [2.5, 1.5])
-
-
-# Which metrics
+    nested = '{"step": 1, "train": {"loss": 2.0}}\n{"step": 2, "train": {"loss": 1.0}}\n'
+    same(read(io.StringIO(nested))["train/loss"], [1, 2], [2, 1])
+    rows = [{"step": np.int64(3), "loss": np.float32(0.1)}, {"step": 4, "loss": np.float64(0.2)}]
+    same(from_rows(rows, "history").curves("step")["loss"], [3, 4], [float(np.float32(0.1)), 0.2])
 
 
 TABLE = (
@@ -165,27 +152,17 @@ TABLE = (
 )
 
 
-def test_metrics_are_what_is_worth_averaging() -> None:
+def test_metrics_are_those_named_or_what_is_worth_averaging() -> None:
     table = read_table(io.StringIO(TABLE))
     # grad_ema is the average of nothing that is here.
     assert table.metrics() == ["loss", "val_loss", "acc", "grad_ema", "gain_raw"]
-
-
-def test_metrics_by_name_and_pattern() -> None:
-    table = read_table(io.StringIO(TABLE))
     assert table.metrics(["lr", "*loss", "loss"]) == ["lr", "loss", "val_loss"]
     assert table.metrics(["once"]) == ["once"]
     with pytest.raises(ArgumentError, match=r"no column 'los'; those with numbers are\n  - epoch"):
         table.metrics(["loss", "los"])
     assert read_table(io.StringIO("a[1],a1\n1,2\n")).metrics(["a[1]"]) == ["a[1]"]
-
-
-def test_nothing_worth_averaging() -> None:
     with pytest.raises(ArgumentError, match=r"looks like a metric.*\n  - step"):
         read_table(io.StringIO("step,lr\n1,2\n2,3\n")).metrics()
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(
@@ -204,7 +181,14 @@ def test_nothing_worth_averaging() -> None:
         ("[1, 2]", "expected rows that name their values"),
         ("[]", "no column of numbers among none"),
         ('{"loss": "low"}', "no column of numbers among loss"),
+        (",", "names of columns, but no row yet"),
+        ('"', "its lines are empty"),
+        (",,,\n,,\n", "no column of numbers"),
+        # Newer Pythons read deeper lists.
+        ("[" * 3000 + "]" * 3000, "it is nested deeper than any log|expected rows"),
+        ('{"a":' * 3000 + "1" + "}" * 3000, "it is nested deeper than any log"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_what_is_no_log(text: str, complaint: str) -> None:
     source = io.StringIO(text)
@@ -230,6 +214,3 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(bytes(range(256)))
     with pytest.raises(ArgumentError, match=r"weights.bin is no text.*tfevents"):
         read(binary)
-
-
-# Scalars of frameworks within rows

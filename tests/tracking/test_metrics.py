@@ -64,7 +64,7 @@ def test_a_smoother_gives_all_three_curves() -> None:
 def test_groups_and_smoothers_that_cannot_be() -> None:
     averages: Any
     for averages in ({}, None, [ONE], {"loss": 3}, {1: ONE}, {"a": dict}, {"a": ONE, "b": ONE}):
-        with pytest.raises(ArgumentError, match="averages|two names"):
+        with pytest.raises(ArgumentError, match=r"averages|two names"):
             MetricAverages(averages)
     options: Any
     for options in (

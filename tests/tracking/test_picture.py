@@ -50,9 +50,6 @@ def texts(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
 
-# What a history holds
-
-
 def test_what_a_metric_smoother_records() -> None:
     from fastema.tracking import MetricSmoother
 
@@ -104,7 +101,13 @@ def test_histories_of_trainers(kind: str) -> None:
         assert (curve.steps.tolist(), curve.values.tolist()) == want[panel.name]
 
 
-def test_a_data_frame() -> None:
+def test_a_data_frame_and_a_log_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"epoch": i, "loss": 9.0 - i}) + "\n" for i in range(4)))
+    (panel,) = panels(path, averages=BOTH)
+    assert (panel.name, panel.axis) == ("loss", "epoch")
+    path.write_text('{"loss": 2}\n{"loss": 1}\n')
+    assert panels(str(path), averages=BOTH)[0].axis == "row"
     require_packages("pandas")
     import pandas
 
@@ -116,13 +119,27 @@ def test_a_data_frame() -> None:
     assert by_label(val)["raw"].values.tolist() == [3.0, 2.5]
 
 
-def test_a_log_by_its_path(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps({"epoch": i, "loss": 9.0 - i}) + "\n" for i in range(4)))
-    (panel,) = panels(path, averages=BOTH)
-    assert (panel.name, panel.axis) == ("loss", "epoch")
-    path.write_text('{"loss": 2}\n{"loss": 1}\n')
-    assert panels(str(path), averages=BOTH)[0].axis == "row"
+def test_averages_that_are_there_are_not_computed_again() -> None:
+    names = ("loss_raw", "loss", "loss_sma", "loss_ema_0.99", "acc", "lr", "val_ema", "gain_raw")
+    columns = {name: noisy(60, seed) for seed, name in enumerate(names)}
+    loss, acc, *others = panels(columns, averages=BOTH)
+    lines = by_label(loss)
+    assert list(lines) == ["raw", "as reported", "SMA", "EMA 0.99"]
+    for label, name in zip(lines, names, strict=False):
+        np.testing.assert_array_equal(lines[label].values, columns[name])
+    assert list(by_label(acc)) == ["raw", "SMA 20", "EMA 0.9"]
+    # Names that only look like averages; a rate is no metric.
+    assert [panel.name for panel in others] == ["val_ema", "gain_raw"]
+    for panel in others:
+        assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
+        np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
+    (loss,) = panels(columns, "loss", averages=BOTH, raw=False)
+    assert list(by_label(loss)) == ["as reported", "SMA", "EMA 0.99"]
+    chosen = panels(columns, ["lr", "acc", "lr"], averages=averages([5, 50], (0.5, 0.99)))
+    assert [panel.name for panel in chosen] == ["lr", "acc"]
+    assert list(by_label(chosen[1])) == ["raw", "SMA 5", "SMA 50", "EMA 0.5", "EMA 0.99"]
+    with pytest.raises(ArgumentError, match=r"no metric los; there are\n  - loss"):
+        panels(columns, "los", averages=[])
 
 
 @pytest.mark.parametrize(
@@ -141,15 +158,10 @@ def test_a_log_by_its_path(tmp_path: Path) -> None:
 def test_what_is_no_history(history: object, complaint: str) -> None:
     with pytest.raises((ArgumentError, BridgeError), match=complaint):
         panels(history, averages=BOTH)
-
-
-@pytest.mark.parametrize("wrong", [{"window_size": 0}, {"decay": 1.0}, {"decay": [0.9, -1.0]}])
-def test_averages_that_there_cannot_be(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ArgumentError):
-        plot([1.0, 2.0], **wrong)
-
-
-# The figure
+    wrong: dict[str, Any]
+    for wrong in ({"window_size": 0}, {"decay": 1.0}, {"decay": [0.9, -1.0]}):
+        with pytest.raises(ArgumentError):
+            plot([1.0, 2.0], **wrong)
 
 
 def test_the_lines_are_the_curves() -> None:
@@ -168,6 +180,22 @@ def test_the_lines_are_the_curves() -> None:
     assert ends == {f"{name}\n{value:.4g}" for name, value in last.items()}
 
 
+@pytest.mark.parametrize(
+    ("values", "log", "scale"),
+    [
+        ([1e-3, 1.0, 10.0], "auto", "log"),
+        ([1.0, 2.0, 3.0], "auto", "linear"),
+        ([1.0, 2.0, 3.0], True, "log"),
+        ([1e-3, 1.0, 10.0], False, "linear"),
+        ([-2.0, -1.0], True, "linear"),
+    ],
+)
+def test_the_scale(values: list[float], log: Any, scale: str) -> None:
+    (axes,) = plot(values, log=log).axes
+    assert axes.get_yscale() == scale
+    assert any("log scale" in text for text in texts(axes)) == (scale == "log")
+
+
 def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
     values = noisy(50)
     values[[10, 11, 30]] = math.nan, math.inf, -math.inf
@@ -183,9 +211,6 @@ def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
     }
     assert points == {"o": [14.0], "v": [11.0, 12.0, 13.0, 15.0, 31.0]}
     assert "5 not finite" in texts(axes)
-
-
-# Long curves
 
 
 @given(
@@ -215,9 +240,6 @@ def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], s
             assert np.nanmin(inside) == np.nanmin(stretch)
         else:
             assert np.isnan(inside).all()
-
-
-# Where it goes
 
 
 @pytest.mark.parametrize(
@@ -263,15 +285,6 @@ def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path
     )
     done = run_python("-c", code, tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
-
-
-def test_names_that_only_look_like_averages() -> None:
-    columns = {"loss_ema": noisy(60), "gain_raw": noisy(60, 1)}
-    found = panels(columns, averages=BOTH)
-    assert [panel.name for panel in found] == ["loss_ema", "gain_raw"]
-    for panel in found:
-        assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
-        np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
 
 
 @given(

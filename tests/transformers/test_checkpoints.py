@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
 
 import fastema.transformers
 from fastema.checkpoint import files
-from fastema.errors import CheckpointError, StateError
+from fastema.errors import CheckpointError
 from fastema.transformers import EMACallback
 
 from ..support.torch_states import assert_near, assert_same, snapshot
-from .averaged import prepared, trained, trainer
+from .averaged import trained, trainer
 from .network import (
     DECAY,
     EVERY_FOUR,
@@ -31,7 +30,6 @@ from .network import (
     Network,
     Noting,
     average_in,
-    average_of,
 )
 from .runs import MARKS
 
@@ -170,39 +168,6 @@ def test_a_checkpoint_with_an_average_that_does_not_fit_is_refused(
             )
 
 
-def test_an_average_begins_at_a_checkpoint_without_one_where_asked_to(tmp_path: Path) -> None:
-    trainer(tmp_path, **SAVED).train()
-    saved, ema = tmp_path / "checkpoint-8", EMACallback(DECAY, on_missing="begin")
-    run = trained(tmp_path / "b", ema, resume=saved)
-    begun = load_file(saved / "model.safetensors")
-    assert_near(snapshot(run.model), average_of(begun, run.noting.steps))
-
-
-def test_a_resumed_run_that_does_not_say_from_where_is_refused(tmp_path: Path) -> None:
-    ema = EMACallback(DECAY, evaluate_with_average=False)
-    run = trainer(tmp_path)
-    run.state.global_step = 8
-    with pytest.raises(StateError, match=r"resumes at step 8.*resume_from_checkpoint"):
-        ema.on_train_begin(run.args, run.state, run.control, model=run.model)
-
-
-def test_a_trainer_with_a_checkpoint_of_its_own(tmp_path: Path) -> None:
-    class Saving(Trainer):
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            self.save_model(str(tmp_path / "mine"))
-
-    class Silent(Trainer):
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            pass
-
-    trained(tmp_path, kind=Saving, **SAVED)
-    assert (tmp_path / "mine" / FILE).exists()
-    run = prepared(tmp_path, kind=Silent, **SAVED).trainer
-    with pytest.raises(CheckpointError, match=r"not in .*checkpoint-4.*_get_output_dir"):
-        run.train()
-    assert "save_model" not in vars(run)
-
-
 @pytest.mark.parametrize("name", ["write_state", "state_dict"])
 def test_an_old_average_is_gone_before_the_weights_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -221,54 +186,6 @@ def test_an_old_average_is_gone_before_the_weights_are(
             trained(tmp_path, **SAVED, learning_rate=0.3)
     assert not [one for one in folder.iterdir() if FILE in one.name]
     assert (folder / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
-def test_a_checkpoint_that_another_callback_asks_for(tmp_path: Path, event: str) -> None:
-    """As ``JITCheckpointCallback`` does on SIGTERM, before this callback's turn."""
-
-    def ask(state: Any, control: Any) -> None:
-        if state.global_step == 5:
-            run.trainer._save_checkpoint(run.trainer.model, trial=None)
-
-    run = prepared(tmp_path, first=[At(event, ask)])
-    run.trainer.train()
-    assert_near(average_in(tmp_path / "checkpoint-5"), run.noting.average(5))
-    assert_near(snapshot(run.model), run.noting.average())
-    rest = trained(tmp_path / "rest", resume=tmp_path / "checkpoint-5")
-    # Of the batch before its step, that is taken again, the Trainer saves the buffers.
-    for one, other in zip(rest.model.parameters(), run.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_a_checkpoint_of_the_average_as_weights_is_refused(tmp_path: Path) -> None:
-    def metrics(found: Any) -> dict[str, float]:
-        run._save_checkpoint(run.model, trial=None)
-        return {}
-
-    run = prepared(tmp_path, **EVERY_FOUR).trainer
-    run.compute_metrics = metrics
-    with pytest.raises(StateError, match="about to save a checkpoint while the average"):
-        run.train()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "options", [{"decay": 0.9}, {"decay": DECAY, "update_every": 2}, {"decay": DECAY}]
-)
-def test_a_resumed_average_keeps_its_schedule_and_says_so(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
-    whole = trained(tmp_path, **SAVED)
-    run = prepared(tmp_path / "rest", EMACallback(**options))
-    path = str(tmp_path / "checkpoint-8")
-    if options == {"decay": DECAY}:
-        run.trainer.train(path)
-    else:
-        words = r"continues with the schedule.*0\.8.*not with that of"
-        with pytest.warns(UserWarning, match=words):
-            run.trainer.train(path)
-    assert_same(snapshot(run.model), snapshot(whole.model))
 
 
 @pytest.mark.parametrize("at_end", ["average", "raw"])
@@ -292,35 +209,6 @@ def test_the_best_model_is_the_one_whose_average_is(
     assert_same(snapshot(model), average if at_end == "average" else raw)
     assert run.evaluate()["eval_loss"] == losses[best]
     assert ema.ema.num_updates == best + 1
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lose_average, r"has no ema\.safetensors: the model holds its weights"),
-        (
-            change_one_weight,
-            r"has the wrong ema\.safetensors \(.*other weights.*\): the model holds",
-        ),
-    ],
-)
-def test_a_best_model_whose_average_does_not_fit_is_taken_as_it_is(
-    tmp_path: Path, spoil: Callable[[Path], None], message: str
-) -> None:
-    model, noting, ema = Network(), Noting(), EMACallback(DECAY)
-    run = trainer(tmp_path, noting, model=model, load_best_model_at_end=True, **EVERY_FOUR, **SAVED)
-    ema.attach(run)
-    run.add_callback(
-        At("on_save", lambda state, _: spoil(tmp_path / f"checkpoint-{state.global_step}"))
-    )
-    with pytest.warns(UserWarning, match=message):
-        run.train()
-    raw = load_file(f"{run.state.best_model_checkpoint}/model.safetensors")
-    if spoil is lose_average:
-        assert_same(raw, noting.steps[run.state.best_global_step - 1])
-    assert_same(snapshot(model), raw)
-    run.evaluate()
-    assert_same(model.evaluated[-1], raw)
 
 
 def test_the_file_is_of_one_moment_while_another_thread_updates(

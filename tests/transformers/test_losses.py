@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback
 
 from fastema.errors import ArgumentError
 from fastema.transformers import LossAverages
@@ -102,65 +101,6 @@ def test_a_mean_weighs_the_steps_that_it_stands_for(tmp_path: Path) -> None:
         assert_close(column(run, f"{name}_sma"), sma(values, WINDOW, weights))
         assert_close(column(run, f"{name}_ema"), ema(values, DECAY, weights))
         assert averages.averages[f"{name}_ema"] == column(run, f"{name}_ema")[-1]
-
-
-def test_evaluations_are_smoothed_where_asked_and_can_choose_the_best(tmp_path: Path) -> None:
-    run = trainer(
-        tmp_path, LossAverages(WINDOW, DECAY, metrics=["loss", "eval_loss"]),
-        eval_strategy="steps", eval_steps=6, save_strategy="steps", save_steps=6,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss_ema",
-        greater_is_better=False, logging_steps=5,
-    )  # fmt: skip
-    run.train()
-    evaluated = column(run, "eval_loss")
-    assert len(evaluated) == 3
-    want = ema(evaluated, DECAY)
-    assert_close(column(run, "eval_loss_ema"), want)
-    assert_close([run.state.best_metric], [want.min()])
-    assert_close(column(run, "loss_ema"), ema(column(run, "loss"), DECAY))
-    plain = trainer(tmp_path, LossAverages(), eval_strategy="epoch")
-    plain.train()
-    assert column(plain, "eval_loss")
-    assert not column(plain, "eval_loss_ema")
-
-
-def logged_by_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(next(folder.rglob("events.*")).parent)).Reload()
-    return {
-        tag: [(point.step, point.value) for point in found.Scalars(tag)]
-        for tag in found.Tags()["scalars"]
-    }
-
-
-@pytest.mark.parametrize("how", ["attached", "moved", "in order", "behind"])
-def test_loggers_see_the_averages_if_they_come_after(tmp_path: Path, how: str) -> None:
-    averages = LossAverages(WINDOW, DECAY)
-    if how == "in order":
-        run = trainer(tmp_path, averages, TensorBoardCallback())
-    elif how == "attached":
-        run = trainer(tmp_path, report_to="tensorboard")
-        assert averages.attach(run) is averages
-    else:
-        run = trainer(tmp_path, averages, report_to="tensorboard")
-        if how == "moved":
-            averages.attach(run)
-    assert sum(callback is averages for callback in run.callback_handler.callbacks) == 1
-    if how == "behind":
-        with pytest.warns(UserWarning, match=r"\['tensorboard'\] are called before.*attach"):
-            run.train()
-    else:
-        run.train()
-    found = logged_by_tensorboard(tmp_path)
-    assert len(found["train/loss"]) == 4
-    assert ("train/loss_ema" in found) is (how != "behind")
-    for name in ("loss", "loss_sma", "loss_ema"):
-        entries = [entry for entry in run.state.log_history if name in entry]
-        if f"train/{name}" in found:
-            want = [(entry["step"], float(np.float32(entry[name]))) for entry in entries]
-            assert found[f"train/{name}"] == want
-    assert_close(column(run, "loss_ema"), ema(column(run, "loss"), DECAY))
 
 
 @pytest.mark.parametrize("restored", [False, True])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -19,14 +17,13 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
-    TrainerState,
 )
 
 from fastema.errors import ArgumentError, StateError
 from fastema.transformers import EMACallback
 
 from ..support.torch_states import State, assert_near, assert_same, differ, snapshot
-from .averaged import Run, prepared, trained, trainer
+from .averaged import prepared, trained, trainer
 from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, At, Network, Noting, average_of
 from .runs import MARKS, data
 
@@ -113,29 +110,6 @@ def test_steps_that_a_scaler_skips_are_not_counted(
 # -- copies and references ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trains", [False, True])
-def test_a_copy_of_a_trainer_has_an_average_of_its_own(tmp_path: Path, trains: bool) -> None:
-    trained(tmp_path / "saved", **SAVED)
-    run = prepared(tmp_path, EMACallback(DECAY, at_end="raw"), **EVERY_FOUR)
-    if trains:
-        run.trainer.train()
-    other = copy.deepcopy(run.trainer)
-    model: Any = other.model
-    (own,) = (one for one in other.callback_handler.callbacks if isinstance(one, EMACallback))
-    assert own is not run.ema
-    other.evaluate()
-    assert_same(model.evaluated[-1], snapshot(model))  # there is no average yet
-    before = snapshot(run.model)
-    other.train(str(tmp_path / "saved" / "checkpoint-8"))
-    assert own.ema.num_updates == STEPS
-    Run(other, model, run.noting, own).assert_average_is_evaluated()
-    assert_same(snapshot(run.model), before)
-    run.trainer.train()
-    assert run.ema.ema.num_updates == STEPS
-    with run.ema.swapped():
-        assert_same(snapshot(run.model), run.model.evaluated[-1])
-
-
 class Odd:
     """In the stack, as stand-ins for other objects are."""
 
@@ -144,23 +118,6 @@ class Odd:
 
     def call(self, function: Callable[[], Any]) -> Any:
         return function()
-
-
-def test_odd_objects_in_the_stack(tmp_path: Path) -> None:
-    for around in (
-        Odd().call,
-        lambda function: Mock(side_effect=function)(),
-        lambda function: MagicMock(side_effect=function)(),
-    ):
-        model, ema = Network(), EMACallback(DECAY, at_end="raw")
-        run = around(lambda ema=ema, model=model: trainer(tmp_path, model=model, **EVERY_FOUR))
-        run.add_callback(ema)
-        around(run.train)
-        assert differ(model.evaluated[-1], snapshot(model))
-        begun = EMACallback(DECAY, evaluate_with_average=False)
-        given = run.args, TrainerState(), run.control
-        around(lambda begun=begun, given=given: begun.on_train_begin(*given, model=Network()))
-        assert begun.ema.num_updates == 0
 
 
 # -- what could go wrong --------------------------------------------------------------------------
@@ -208,21 +165,6 @@ def test_a_forgotten_average_is_never_trained(tmp_path: Path, event: str) -> Non
     assert len(noting.steps) == 4
     ema.ema.restore()
     assert_same(snapshot(run.model), noting.steps[-1])
-
-
-@pytest.mark.parametrize("full", ["bf16_full_eval", "fp16_full_eval"])
-def test_evaluation_in_sixteen_bits_after_training(tmp_path: Path, full: str) -> None:
-    run, model, noting, _ = trained(tmp_path, EMACallback(DECAY, at_end="raw"), **{full: True})
-    run.evaluate()
-    dtype = torch.bfloat16 if "bf16" in full else torch.float16
-    want = noting.average()
-    for name, value in model.evaluated[-1].items():
-        if value.is_floating_point():
-            assert value.dtype == dtype
-            torch.testing.assert_close(value, want[name].to(dtype))
-    # The Trainer leaves the model so.
-    for name, value in snapshot(model).items():
-        torch.testing.assert_close(value, noting.steps[-1][name].to(value.dtype), rtol=0, atol=0)
 
 
 # -- models of the library ------------------------------------------------------------------------
@@ -364,28 +306,3 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         EMACallback().attach(run)
     with pytest.raises(StateError, match="has an EMACallback already"):
         trainer(tmp_path, EMACallback(), EMACallback())
-
-
-def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ema = EMACallback()
-    run = trainer(tmp_path, ema)
-    monkeypatch.setattr(run, "is_fsdp_enabled", True)
-    with pytest.raises(ArgumentError, match="sharded"):
-        ema.on_train_begin(run.args, run.state, run.control, model=run.model)
-
-
-def test_events_without_a_trainer(tmp_path: Path) -> None:
-    run = trainer(tmp_path)
-    model, given = run.model, (run.args, run.state, run.control)
-    with pytest.raises(StateError, match="does not find the trainer"):
-        EMACallback().on_train_begin(*given, model=model)
-    ema = EMACallback(DECAY, evaluate_with_average=False)
-    ema.on_train_begin(*given, model=model)
-    begun = snapshot(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 1
-    step = snapshot(model)
-    ema.on_step_end(*given, model=model)
-    ema.on_train_end(*given, model=model)
-    assert_near(snapshot(model), average_of(begun, [step]))
