@@ -88,7 +88,7 @@ def test_groups_and_smoothers_that_cannot_be() -> None:
             for step in (1.5, "3", 2**70, np.float64(2.0))
         ),
     ],
-    ids=repr,
+    ids=lambda one: getattr(one, "__name__", repr(one)),
 )
 def test_a_refused_update_changes_nothing(
     made: Any, metrics: Any, options: dict[str, Any], error: type[Exception], words: str
