@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -86,18 +85,19 @@ def test_wrong_results_are_failures() -> None:
     assert all(row.missing for row in rows)
 
 
-def row(table: str, entry: str, ms: float, host: float = 1.0, **others: Any) -> Row:
-    figures = {"device_ms": ms, "host_us": host, "share_of_copy": 0.5, "allocations": 0}
-    return Row(table, entry, {**figures, **others})
+def row(table: str, entry: str, ms: float, host: float = 1.0, share: float = 0.5) -> Row:
+    allocations = 9 if entry.endswith("casts") else 0
+    figures = {"device_ms": ms, "host_us": host, "share_of_copy": share}
+    return Row(table, entry, {**figures, "allocations": allocations})
 
 
-def measured() -> list[Row]:
+def test_targets() -> None:
     same, mixed, small = targets.SAME, targets.MIXED, targets.SMALL
-    return [
-        row(same, OURS, 3.0, share_of_copy=0.93),
+    measured = [
+        row(same, OURS, 3.0, share=0.93),
         row(same, "torch._foreach_lerp_", 3.03),
-        row(mixed, OURS, 2.5, share_of_copy=0.91),
-        row(mixed, "torch._foreach_lerp_, casts", 5.0, allocations=9),
+        row(mixed, OURS, 2.5, share=0.91),
+        row(mixed, "torch._foreach_lerp_, casts", 5.0),
         row(mixed, "timm ModelEmaV3", 1.0),  # no path of torch's own
         row(mixed, targets.COMPILED, 3.0),
         row(targets.NARROW, OURS, 1.5),
@@ -109,11 +109,6 @@ def measured() -> list[Row]:
         row(small, targets.PLAN, 0.010),
         row(small, targets.CAPTURED, 0.0135),
     ]
-
-
-def test_targets() -> None:
-    found = targets.targets(measured())
-    values = {one.entry: (one["value"], one["met"]) for one in found}
     expected = [
         ("f32 -> f32, 1B", 0.93, True),
         ("bf16 -> f32, 1B elements, of", 0.91, False),
@@ -128,10 +123,10 @@ def test_targets() -> None:
         ("memory requests", 0.0, True),
         ("f32 -> f32, 1B elements, against torch._foreach_lerp_", 1.01, None),
     ]
-    for (start, value, met), (name, (got, verdict)) in zip(expected, values.items(), strict=True):
-        assert name.startswith(start)
-        assert got == (None if value is None else pytest.approx(value))
-        assert verdict is met
+    for (start, value, met), found in zip(expected, targets.targets(measured), strict=True):
+        assert found.entry.startswith(start)
+        assert found["value"] == (None if value is None else pytest.approx(value))
+        assert found["met"] is met
     titles = {case.title for case in cases.FULL}
     assert {targets.SAME, targets.MIXED, targets.NARROW, targets.SMALL, targets.GPT2} <= titles
     everyone = {peer.name for peer in peers.DEVICE_PEERS}

@@ -26,29 +26,20 @@ SHORT = quality.Amount(epochs=1, seeds=2, tuning_seeds=1, rates=2)
 def test_averages_are_what_the_text_says(steps: int) -> None:
     path = np.random.default_rng(steps).normal(size=(steps + 1, 3)) + 4.0  # the start, then steps
     model = torch.nn.Linear(3, 1, bias=False)
-
-    def hold(row: np.ndarray) -> None:
-        with torch.no_grad():
-            model.weight.copy_(torch.from_numpy(row))
-
-    hold(path[0])
+    weight = model.weight.detach()
+    weight.copy_(torch.from_numpy(path[0]))
     kept = quality.averages(model, steps)
     assert tuple(kept) == quality.AVERAGES
     ema = path[0].copy()
     for row in path[1:]:
-        hold(row)
+        weight.copy_(torch.from_numpy(row))
         ema += (row - ema) / (0.05 * steps)
         for average in kept.values():
             average.update()
-    every = steps // 100
-    expected = {
-        "EMA": ema,
-        "SWA": path[steps - steps // 4 + 1 :].mean(0),
-        "SMA": path[every::every][-10:].mean(0),
-    }
-    for name, average in kept.items():
-        got = average.shadow["weight"].double().numpy()[0]
-        np.testing.assert_allclose(got, expected[name], rtol=1e-5, err_msg=name)
+    swa, sma = path[steps - steps // 4 + 1 :], path[steps // 100 :: steps // 100][-10:]
+    for name, expected in {"EMA": ema, "SWA": swa.mean(0), "SMA": sma.mean(0)}.items():
+        got = kept[name].shadow["weight"].double().numpy()[0]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=name)
 
 
 def noted(function: Any, kept: list[Any]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import fastema
 from fastema.bridges import registry
 from fastema.errors import BridgeError, LayoutError, StateError
 
-from ..conftest import ROOT
 from ..shadow.truth import Loop
+from ..support.process import run_python
 from ..support.requirements import require_packages
 
 # Keras' own ways to make arrays of NumPy, old ones.
@@ -50,20 +49,14 @@ def test_on_another_backend(backend: str, tmp_path: Path) -> None:
         return  # the cases run here
     require_packages(backend)
     environment = {
-        **os.environ,
         "KERAS_BACKEND": backend,
         "KERAS_HOME": os.fspath(tmp_path),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "CUDA_VISIBLE_DEVICES": "",
         "JAX_PLATFORMS": "cpu",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "not on_another_backend"]
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, timeout=240, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    options = ("-q", "-p", "no:cacheprovider", "-k", "not on_another_backend")
+    done = run_python("-m", "pytest", __file__, *options, environment=environment, timeout=240)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
 
@@ -109,11 +102,11 @@ def by_name(made: Any) -> dict[str, np.ndarray]:
     return {name: plain(one).astype(np.float64) for name, one in pairs}
 
 
-def averaged(seed: int = 0, updates: int = 3, **options: Any) -> tuple[Any, Any]:
-    """A model with an average of some steps."""
-    made = model(seed)
+def averaged(dtype: str = "float32", **options: Any) -> tuple[Any, Any]:
+    """A model, and an average of three steps."""
+    made = model(dtype=dtype)
     ema = fastema.EMA(made, 0.5, **options)
-    for n in range(1, 1 + updates):
+    for n in range(1, 4):
         refresh(made, n)
         ema.update()
     return made, ema
@@ -145,10 +138,7 @@ def test_equals_a_float64_loop(dtype: str, stored: str | None) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stored", [None, "float32", "bf16+16"])
 def test_swaps_come_back_to_the_bit(dtype: str, stored: str | None) -> None:
-    made = model(dtype=dtype)
-    ema = fastema.EMA(made, 0.5, shadow_dtype=stored)
-    refresh(made, 1)
-    ema.update()
+    made, ema = averaged(dtype, shadow_dtype=stored)
     raw, average = bits(made), shadow(ema)
     for _ in range(3):
         ema.apply_shadow()

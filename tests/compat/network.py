@@ -22,18 +22,7 @@ CODES = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch
 
 
 class Network(nn.Module):
-    """Odd shapes and strides, a scalar, nothing at all, tied and frozen weights, all buffers.
-
-    Parameters
-    ----------
-    seed : int
-    dtype : torch.dtype, optional
-        Of everything that is a float; by default one parameter and one buffer are float64.
-    integers : bool
-        With buffers of integers and booleans.
-    tied : bool
-        Whether the head has the weight of the embedding.
-    """
+    """Odd shapes and strides, a scalar, nothing at all, tied and frozen weights, all buffers."""
 
     def __init__(
         self,
@@ -111,19 +100,7 @@ def bits(model: nn.Module | dict[str, Tensor]) -> dict[str, bytes]:
 
 
 class Truth:
-    """The average of a model as float64 loops, beside what is only copied.
-
-    Parameters
-    ----------
-    averaged : nn.Module or dict of tensors
-        What the average begins as, in its dtypes.
-    model : nn.Module
-        What it will follow, in its own.
-    which : callable
-        Of the name and the tensor of the model: whether it is averaged.
-    random : bool
-        16-bit averages are rounded at random.
-    """
+    """The average of a model as float64 loops, beside what is only copied."""
 
     def __init__(
         self,

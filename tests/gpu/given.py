@@ -58,17 +58,7 @@ LAYOUTS = {**FLAT, **SPACED}
 
 
 class Given:
-    """Named tensors on a device, each a view of poisoned memory, and their twins on the CPU.
-
-    Parameters
-    ----------
-    layouts
-        Name -> view, such as :data:`FLAT`.
-    dtype
-        Of all of them.
-    device
-        Of `there`; `here` are the twins.
-    """
+    """Named tensors on a device, each a view of poisoned memory, and their twins on the CPU."""
 
     def __init__(
         self, layouts: Mapping[str, Layout], dtype: torch.dtype, device: torch.device
@@ -162,17 +152,7 @@ def assert_equal_averages(one: Any, *others: Any) -> None:
 
 
 class Expected:
-    """What an average of one tensor must be, by the specification, whatever device it is on.
-
-    Parameters
-    ----------
-    average
-        As it is before the first update.
-    name, which, seed
-        What its random bits depend on.
-    random
-        Whether it is rounded by them, where it has 16 bits.
-    """
+    """What an average of one tensor must be, by the specification, whatever device it is on."""
 
     def __init__(
         self, average: Tensor, name: str, *, which: int = 0, seed: int = 0, random: bool = True

@@ -46,17 +46,7 @@ def indices(average: Tensor) -> np.ndarray | None:
 
 
 class Specified:
-    """What an average of one tensor must be, to the bit.
-
-    Parameters
-    ----------
-    average : Tensor
-        As it is before the first update.
-    name, which, seed
-        What its random bits depend on.
-    random : bool
-        Whether there are any.
-    """
+    """What an average of one tensor must be, to the bit."""
 
     def __init__(
         self, average: Tensor, name: str, *, which: int = 0, seed: int = 0, random: bool = True

@@ -22,15 +22,6 @@ class Loop:
     the average is kept in, one update ``avg + w * (x - avg)`` leaves at most
     ``(1 - w) |e| + 3 u w |x - avg| + u |avg| + v |avg|``: three roundings in the product (of ``w``,
     the difference and, in the fma, none, so this is generous), one in the sum and one in storing.
-
-    Parameters
-    ----------
-    weights
-        What the average begins as.
-    stored, arithmetic
-        dtype codes of the average and of the computation.
-    random
-        Whether it is stored by random bits: off by up to a whole unit in the last place then.
     """
 
     def __init__(

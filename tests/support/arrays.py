@@ -10,18 +10,6 @@ from numpy.typing import NDArray
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.spec import TensorSpec
 
-__all__ = [
-    "STORAGE",
-    "Guarded",
-    "assert_same",
-    "bits",
-    "guarded",
-    "is_nan",
-    "numbers",
-    "random_bits",
-    "spec_of",
-]
-
 Array = NDArray[Any]
 
 STORAGE: dict[str, Any] = {
@@ -117,17 +105,7 @@ class Guarded:
 
 
 def guarded(values: Array, start: int = 0, strides: tuple[int, ...] | None = None) -> Guarded:
-    """Lay values out in watched memory.
-
-    Parameters
-    ----------
-    values : array
-        As stored.
-    start : int
-        Distance of the first element from a cache line, in elements.
-    strides : tuple of int, optional
-        In elements; dense where not given. Negative ones lie before the first element.
-    """
+    """Lay values out in watched memory."""
     size = values.itemsize
     if strides is None:
         strides = tuple(step // size for step in np.empty(values.shape, values.dtype).strides)

@@ -7,8 +7,6 @@ from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Se
 from itertools import combinations
 from typing import Any, Final
 
-__all__ = ["WIDE", "covering", "reduced"]
-
 WIDE: Final = 24
 """Cases of two arguments that all run; of more, those that have every value of both."""
 
@@ -23,14 +21,6 @@ def reduced(
 
     Of a test with three arguments or more, those that have every pair of values that occurs in
     some case; of one with two and more than :data:`WIDE` cases, those that have every value.
-
-    Parameters
-    ----------
-    cases : sequence of (test, parameters)
-        A parameter that has no hash is told from others by which object it is.
-    thin : container of tests
-        Those that have every value, and no more, of any number of arguments; what a tuple holds
-        are values of their own.
     """
     of_test: defaultdict[str, list[int]] = defaultdict(list)
     for number, (test, _) in enumerate(cases):

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-__all__ = ["PEERS", "Peer", "is_float", "is_parameter", "is_saved_float", "tensors"]
-
 Options = dict[str, Any]
 
 
@@ -78,57 +76,24 @@ class Peer:
 
     Its averages are found in ``shadow_params``, by ``m_name2s_name``, or in the module that
     ``inside`` names (:meth:`averages`), and cast there (:meth:`convert`).
-
-    Parameters
-    ----------
-    ours : str
-        The module of ``fastema.compat``.
-    home : str, optional
-        The peer's own module; None where the peer is not installed for tests.
-    make : callable
-        Of the module, the model and options.
-    weight : callable
-        Weight of the model in update ``n``, counted from 0, with the options.
-    schedules : dict
-        Options by name.
-    slow : dict, optional
-        Options of an average that moves by 0.0002 of the difference at each update.
-    inside : str
-        Attribute with the averaged module; empty where there is none.
-    averaged : callable
-        Of a name and a tensor of the model. What is in an average besides is copied.
-    update : callable
-        Of the average, the model and ``n``.
-    exact : bool
-        The peer's own numbers are within the error bound of the reference.
-    follows : bool
-        Each update is given the model.
-    wrong_integers, wrong_ties : bool
-        The peer averages integers, or a tied weight twice.
-    averages_complex : bool
-        The peer averages complex numbers as it does real ones.
-    resumes : bool
-        Random bits go on from the state, with the step in it or given.
-    own : bool
-        The class is ours; otherwise the peer's, with a function of ours.
     """
 
-    ours: str
-    make: Callable[..., Any]
-    weight: Callable[..., float]
-    schedules: dict[str, Options]
-    home: str | None = None
-    slow: Options | None = None
-    inside: str = "module"
-    averaged: Callable[[str, Tensor], bool] = is_saved_float
-    update: Callable[[Any, Any, int], None] = _update
-    exact: bool = True
-    follows: bool = True
-    wrong_integers: bool = False
-    wrong_ties: bool = False
-    averages_complex: bool = True
-    resumes: bool = True
-    own: bool = True
+    ours: str  # the module of fastema.compat
+    make: Callable[..., Any]  # of the module, the model and options
+    weight: Callable[..., float]  # of the model in update n, from 0, with the options
+    schedules: dict[str, Options]  # options by name
+    home: str | None = None  # the peer's own module, where it is installed for tests
+    slow: Options | None = None  # moves by 0.0002 of the difference at each update
+    inside: str = "module"  # attribute with the averaged module; empty where there is none
+    averaged: Callable[[str, Tensor], bool] = is_saved_float  # what else there is, is copied
+    update: Callable[[Any, Any, int], None] = _update  # of the average, the model and n
+    exact: bool = True  # the peer's own numbers are within the error bound of the reference
+    follows: bool = True  # each update is given the model
+    wrong_integers: bool = False  # the peer averages integers
+    wrong_ties: bool = False  # the peer averages a tied weight twice
+    averages_complex: bool = True  # the peer averages complex numbers as real ones
+    resumes: bool = True  # random bits go on from the state, with the step in it or given
+    own: bool = True  # the class is ours; otherwise the peer's, with a function of ours
 
     def module(self, which: str = "ours") -> Any:
         """Import ours, or theirs."""

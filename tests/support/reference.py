@@ -19,22 +19,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "FLOATS",
-    "Float",
-    "cast",
-    "decode",
-    "encode",
-    "encode_random",
-    "lerp",
-    "random_words",
-    "real_of",
-    "split",
-    "swap",
-    "tensor_key",
-    "windowed_mean",
-]
-
 Array = NDArray[Any]
 Reals = NDArray[np.float64]
 Words = NDArray[np.uint32]
@@ -76,15 +60,7 @@ def real_of(code: str) -> str:
 
 
 def decode(stored: Array, code: str) -> Reals:
-    """The float64 numbers that stored reals stand for, exactly.
-
-    Parameters
-    ----------
-    stored : array of any shape
-        As the module says.
-    code : str
-        One of :data:`FLOATS`.
-    """
+    """The float64 numbers that stored reals stand for, exactly."""
     if code == "bf16":
         stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -108,14 +84,7 @@ def _bounded(values: Reals, form: Float) -> Reals:
 
 
 def encode(values: Reals, code: str) -> Array:
-    """The nearest numbers of a format, ties to even, as stored.
-
-    Parameters
-    ----------
-    values : float64 array of any shape
-    code : str
-        One of :data:`FLOATS`.
-    """
+    """The nearest numbers of a format, ties to even, as stored."""
     form = FLOATS[code]
     if code == "f64":
         return values
@@ -126,16 +95,7 @@ def encode(values: Reals, code: str) -> Array:
 
 
 def cast(x: Array, src: str, dst: str) -> Array:
-    """``x`` in another format, rounded once to nearest even; bit for bit within one format.
-
-    Parameters
-    ----------
-    x : array of any shape
-        Stored as ``src``.
-    src, dst : str
-        Codes; any code where both are the same, else floats or complex numbers with their own
-        kind.
-    """
+    """``x`` in another format, rounded once to nearest even; bit for bit within one format."""
     if src == dst:
         return x.copy()
     if src in _PARTS:
@@ -157,14 +117,6 @@ def encode_random(values: Reals, words: Array, code: str) -> Array:
     where ``f`` plus the word's highest bits reaches 1. A value is taken as a float32 first, rounded
     to odd, and below the normal range of f16 as a multiple of ``2**-37``. A finite value becomes
     no infinity in bf16; beyond the largest number f16 rounds to nearest.
-
-    Parameters
-    ----------
-    values : float64 array of any shape
-    words : array of that shape
-        Whole numbers below ``2**16``.
-    code : str
-        ``"bf16"`` or ``"f16"``.
     """
     form = FLOATS[code]
     bits = FLOATS["f32"].digits - form.digits
@@ -212,21 +164,7 @@ def _mixed(x: Words) -> Words:
 
 
 def random_words(seed: int, step: int, key: int, index: Array) -> Array:
-    """Sixteen random bits for each element of a tensor.
-
-    Parameters
-    ----------
-    seed, step : int
-        At least 0; 64 bits count.
-    key : int
-        Of the tensor, see :func:`tensor_key`.
-    index : int array of any shape
-        Of elements in the whole tensor, in row-major order.
-
-    Returns
-    -------
-    uint16 array
-    """
+    """Sixteen random bits for each element of a tensor."""
     shape = np.shape(index)
     index = np.atleast_1d(np.asarray(index, np.uint64))
     low, *others = (number >> shift & 0xFFFFFFFF for number in (seed, step) for shift in (0, 32))
@@ -243,12 +181,7 @@ def random_words(seed: int, step: int, key: int, index: Array) -> Array:
 
 
 def split(values: Array) -> tuple[Array, Array]:
-    """A float32 in two halves: the nearest bfloat16, ties away from zero, and the low 16 bits.
-
-    Parameters
-    ----------
-    values : float32 array of any shape
-    """
+    """A float32 in two halves: the nearest bfloat16, ties away from zero, and the low 16 bits."""
     form = FLOATS["bf16"]
     wide = decode(values, "f32")
     place = _last_place(wide, form)
@@ -260,13 +193,7 @@ def split(values: Array) -> tuple[Array, Array]:
 
 
 def windowed_mean(history: Array, size: int) -> NDArray[np.longdouble]:
-    """The mean of the last ``size`` rows of a history, or of all there are, in the widest floats.
-
-    Parameters
-    ----------
-    history : float array, (steps, ...)
-    size : int
-    """
+    """The mean of the last ``size`` rows of a history, or of all, in the widest floats."""
     last = history[-size:].astype(np.longdouble)
     return np.asarray(last.sum(axis=0) / len(last), np.longdouble)
 
@@ -283,17 +210,6 @@ def lerp(avg: Array, x: Array, w: float, dst: str, src: str, words: Array | None
     then ``w * difference + avg`` once, and what comes out once more to the format of ``avg``. At
     ``w == 1`` it is ``x``. Infinities and NaN follow from the formula: an infinite average stays
     infinite only against finite ``x`` of weight 1.
-
-    Parameters
-    ----------
-    avg, x : arrays of one shape
-        Stored as ``dst`` and ``src``.
-    w : float
-        Weight of ``x``.
-    dst, src : str
-        Codes, both real or both complex.
-    words : array of that shape, optional
-        Of :func:`random_words`: the result is rounded to 16 bits as they say.
     """
     if dst in _PARTS:
         storage = real_of_storage(dst), real_of_storage(src)

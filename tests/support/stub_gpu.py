@@ -31,19 +31,6 @@ from fastema.kernels.variants import CLOCK
 from fastema.kernels.words import pointer_f64, pointer_i64, store
 from fastema.layout.spec import TensorSpec
 
-__all__ = [
-    "StubContext",
-    "StubDriver",
-    "StubGpu",
-    "assert_equal",
-    "clock_twin",
-    "compiled",
-    "gpu",
-    "move",
-    "no_kernels",
-    "shadow",
-]
-
 THREADS = 7
 """Few and odd, so that every thread has vectors, elements of the tail, or neither."""
 

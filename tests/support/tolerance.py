@@ -50,18 +50,6 @@ def lerp_bound(avg: Array, x: Array, w: float, dst: str, src: str) -> Reals:
     With ``u`` of the format computed in (float64 where either side is, else float32), rounding the
     weight and the difference costs ``2 * u * |w * d|``, the fused multiply-add ``u * |r|``, and
     storing the result in a 16-bit format its own ``u * |r|``. It holds where nothing overflows.
-
-    Parameters
-    ----------
-    avg, x : arrays of one shape
-        As stored, before the update.
-    w : float
-    dst, src : str
-
-    Returns
-    -------
-    float64 array
-        Of the shape of :func:`exact_lerp`.
     """
     computed = "f64" if "f64" in (real_of(dst), real_of(src)) else "f32"
     u = unit_roundoff(computed)

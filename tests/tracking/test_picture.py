@@ -135,9 +135,9 @@ def test_averages_that_are_there_are_not_computed_again() -> None:
         np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
     (loss,) = panels(columns, "loss", averages=BOTH, raw=False)
     assert list(by_label(loss)) == ["as reported", "SMA", "EMA 0.99"]
-    chosen = panels(columns, ["lr", "acc", "lr"], averages=averages([5, 50], (0.5, 0.99)))
+    chosen = panels(columns, ["lr", "acc", "lr"], averages=averages([5, 9], (0.5, 0.8)))
     assert [panel.name for panel in chosen] == ["lr", "acc"]
-    assert list(by_label(chosen[1])) == ["raw", "SMA 5", "SMA 50", "EMA 0.5", "EMA 0.99"]
+    assert list(by_label(chosen[1])) == ["raw", "SMA 5", "SMA 9", "EMA 0.5", "EMA 0.8"]
     with pytest.raises(ArgumentError, match=r"no metric los; there are\n  - loss"):
         panels(columns, "los", averages=[])
 

@@ -33,29 +33,18 @@ def drawn(count: int, seed: int = 0) -> list[float]:
     return (np.exp(-np.arange(count) / 30) + rng.normal(size=count) / 5 + 1).tolist()
 
 
-class Point(NamedTuple):
-    step: int
-    value: float
-    wall_time: float
+class Points(NamedTuple):
+    steps: list[int]
+    values: list[float]
+    times: list[float]
 
 
-def read(folder: Path, run: str, tag: str) -> list[Point]:
+def read(folder: Path, run: str, tag: str = "loss") -> Points:
     """All points of a tag, in order."""
     found = EventAccumulator(str(folder / run), {"tensors": 0}).Reload()
-    if tag not in found.Tags()["tensors"]:
-        return []
-    return [
-        Point(event.step, make_ndarray(event.tensor_proto).item(), event.wall_time)
-        for event in found.Tensors(tag)
-    ]
-
-
-def values(folder: Path, run: str, tag: str = "loss") -> np.ndarray:
-    return np.array([point.value for point in read(folder, run, tag)], np.float32)
-
-
-def steps(folder: Path, run: str, tag: str = "loss") -> list[int]:
-    return [point.step for point in read(folder, run, tag)]
+    events = found.Tensors(tag) if tag in found.Tags()["tensors"] else []
+    values = [make_ndarray(event.tensor_proto).item() for event in events]
+    return Points([event.step for event in events], values, [event.wall_time for event in events])
 
 
 def assert_rounded(got: Any, want: np.ndarray) -> None:
@@ -78,17 +67,12 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
     assert set(runs) == {"first/raw", "first/sma", "first/ema"}
     for tag, series in (("train/loss", losses), ("rate_x", rates)):
-        want = {
-            "raw": np.array(series),
-            "sma": sma(series, WINDOW, sizes),
-            "ema": ema(series, DECAY, sizes),
-        }
-        for run, curve in want.items():
+        averages = sma(series, WINDOW, sizes), ema(series, DECAY, sizes)
+        for run, curve in zip(("raw", "sma", "ema"), (np.array(series), *averages), strict=True):
             points = read(tmp_path / "first", run, tag)
-            assert [point.step for point in points] == list(range(0, 500, 10))
-            times = [point.wall_time for point in points]
-            assert before - 1 <= times[0] <= times[-1] <= time.time()
-            assert_rounded([point.value for point in points], curve)
+            assert points.steps == list(range(0, 500, 10))
+            assert before - 1 <= points.times[0] <= points.times[-1] <= time.time()
+            assert_rounded(points.values, curve)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +89,7 @@ def test_what_is_not_wanted_is_not_written(options: Any, runs: set[str], tmp_pat
             w.add_scalar("loss", loss)
     assert {path.name for path in tmp_path.iterdir()} == runs
     if "ema" in runs:
-        assert_rounded(values(tmp_path, "ema"), ema(losses, DECAY, debias=True))
+        assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY, debias=True))
 
 
 def test_points_are_written_out_when_there_are_many_or_time_has_passed(
@@ -119,7 +103,7 @@ def test_points_are_written_out_when_there_are_many_or_time_has_passed(
         clock[0] += later
         writer.add_scalar("loss", 1.5)  # three points
         then()
-        return len(read(tmp_path, "raw", "loss"))
+        return len(read(tmp_path, "raw").steps)
 
     assert [written() for _ in range(5)] == [0, 0, 0, 4, 4]
     assert written(later=9.0) == 4
@@ -133,7 +117,7 @@ def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> No
     require_packages("torch")
     import torch
 
-    read: list[Any] = []
+    asked: list[Any] = []
 
     class OnDevice(torch.Tensor):
         """A tensor that says it lies elsewhere, and notes when it is read."""
@@ -142,22 +126,22 @@ def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> No
         is_cuda = property(lambda self: True)
 
         def item(self) -> Any:
-            read.append(self)
+            asked.append(self)
             return super().item()
 
         def __float__(self) -> float:
-            read.append(self)
+            asked.append(self)
             return super().__float__()
 
     losses = drawn(10)
     writer = TensorBoardWriter(tmp_path, WINDOW, DECAY)
     for loss in losses:
         writer.add_scalar("loss", torch.tensor(loss, dtype=torch.float64).as_subclass(OnDevice))
-    assert not read
+    assert not asked
     writer.close()
-    assert read
-    for run, curve in (("sma", sma(losses, WINDOW)), ("ema", ema(losses, DECAY))):
-        assert_rounded(values(tmp_path, run), curve)
+    assert asked
+    assert_rounded(read(tmp_path, "sma").values, sma(losses, WINDOW))
+    assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY))
 
 
 @pytest.mark.slow
@@ -175,8 +159,7 @@ def test_what_was_written_out_survives_the_process(tmp_path: Path) -> None:
     """
     done = run_python("-c", textwrap.dedent(script), tmp_path)
     assert done.returncode == -signal.SIGKILL
-    for run in ("raw", "sma", "ema"):
-        assert len(values(tmp_path, run)) == 30
+    assert [len(read(tmp_path, run).steps) for run in ("raw", "sma", "ema")] == [30] * 3
 
 
 def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path) -> None:
@@ -192,24 +175,19 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path) -> None:
         got = [writer.add_scalar("loss", loss) for loss in losses[17:]]
     assert got == want[17:]
     for run in ("raw", "sma", "ema"):
-        whole, parts = read(tmp_path / "whole", run, "loss"), read(tmp_path / "parts", run, "loss")
+        whole, parts = read(tmp_path / "whole", run), read(tmp_path / "parts", run)
         # TensorBoard reads files of one second by the names' letters: the tenth before the ninth.
-        assert sorted((p.step, p.value) for p in parts) == [(p.step, p.value) for p in whole]
+        found = sorted(zip(parts.steps, parts.values, strict=True))
+        assert found == list(zip(whole.steps, whole.values, strict=True))
+    with TensorBoardWriter(tmp_path / "other", WINDOW + 1) as other:
+        for wrong in (state, {}, {"averages": state["averages"], "counts": 3}):
+            with pytest.raises(CheckpointError):
+                other.load_state_dict(wrong)
+        assert other.add_scalar("loss", 5.0)["loss_sma"] == 5.0
+    assert read(tmp_path / "other", "raw").steps == [0]
 
 
-def test_a_state_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
-    with TensorBoardWriter(tmp_path / "a", WINDOW) as writer:
-        writer.add_scalar("loss", 3.0)
-        state = writer.state_dict()
-        with TensorBoardWriter(tmp_path / "b", WINDOW + 1) as other:
-            for wrong in (state, {}, {"averages": state["averages"], "counts": 3}):
-                with pytest.raises(CheckpointError):
-                    other.load_state_dict(wrong)
-            assert other.add_scalar("loss", 5.0)["loss_sma"] == 5.0
-    assert steps(tmp_path / "b", "raw") == [0]
-
-
-def test_wrong_use(tmp_path: Path) -> None:
+def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = TensorBoardWriter(tmp_path)
     for options in ({"step": 1.5}, {"weight": -1.0}, {"tag": ""}, {"tag": 3}):
         with pytest.raises(ArgumentError):
@@ -222,21 +200,24 @@ def test_wrong_use(tmp_path: Path) -> None:
     for call in (lambda: writer.add_scalar("loss", 1.0), writer.flush):
         with pytest.raises(StateError, match="closed: make another"):
             call()
-    assert [(point.step, point.value) for point in read(tmp_path, "raw", "loss")] == [(0, 1.5)]
+    assert read(tmp_path, "raw")[:2] == ([0], [1.5])
     for options in ({"flush_secs": -1}, {"max_queue": 0}, {"window_size": 0}, {"decay": 1.0}):
         with pytest.raises(ArgumentError):
             TensorBoardWriter(tmp_path / "never", **options)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    with pytest.raises(ArgumentError, match=r"pip install fastema\[tracking\]"):
+        TensorBoardWriter(tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
 def test_a_forked_process_leaves_the_files_alone(tmp_path: Path) -> None:
-    program = f"""
+    program = """
     import os, sys
     sys.modules["tensorflow"] = None
     from fastema.errors import StateError
     from fastema.tracking import TensorBoardWriter
-    writer = TensorBoardWriter({str(tmp_path)!r})
+    writer = TensorBoardWriter(sys.argv[1])
     writer.add_scalar("loss", 1.5)
     if os.fork() == 0:
         try:
@@ -249,9 +230,9 @@ def test_a_forked_process_leaves_the_files_alone(tmp_path: Path) -> None:
     assert os.wait()[1] == 0
     writer.add_scalar("loss", 2.5)
     """
-    done = run_python("-W", "ignore", "-c", textwrap.dedent(program), timeout=60)
+    done = run_python("-W", "ignore", "-c", textwrap.dedent(program), tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert values(tmp_path, "raw").tolist() == [1.5, 2.5]
+    assert read(tmp_path, "raw").values == [1.5, 2.5]
 
 
 def test_a_value_that_cannot_be_read_takes_no_other_along(tmp_path: Path) -> None:
@@ -265,10 +246,4 @@ def test_a_value_that_cannot_be_read_takes_no_other_along(tmp_path: Path) -> Non
     writer.add_scalar("loss", 3.0, 2)
     with pytest.raises(RuntimeError, match="device lost"):
         writer.close()
-    assert steps(tmp_path, "raw") == [0, 2]
-
-
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
-    with pytest.raises(ArgumentError, match=r"pip install fastema\[tracking\]"):
-        TensorBoardWriter(tmp_path)
+    assert read(tmp_path, "raw").steps == [0, 2]
