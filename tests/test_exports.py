@@ -117,12 +117,8 @@ def test_type_checkers_know_every_lazy_name(package: str) -> None:
     module = importlib.import_module(package)
     tree = ast.parse(inspect.getsource(module))
     conditions = {ast.unparse(one.test): one.body for one in tree.body if isinstance(one, ast.If)}
-    known = {
-        alias.asname or alias.name
-        for one in conditions["TYPE_CHECKING"]
-        if isinstance(one, ast.ImportFrom)
-        for alias in one.names
-    }
+    imports = [one for one in conditions["TYPE_CHECKING"] if isinstance(one, ast.ImportFrom)]
+    known = {alias.asname or alias.name for one in imports for alias in one.names}
     assert known == set(module._HOMES)
 
 

@@ -108,10 +108,7 @@ LAYOUTS: dict[str, Callable[[int], Sides]] = {
 def test_overlap_is_looked_for_in_linear_time_and_found(layout: Callable[[int], Sides]) -> None:
     assert grows_linearly(lambda count: lambda: refuse_overlap(*layout(count)))
     written, read = layout(200)
-    last = written[-1][1]
-    for shared in (last.address, last.span()[1] - 4):
-        other = ("other", TensorSpec(shared, (1,), (1,), "f32", "cpu"))
-        for sides in (([*written, other], read), (written, [*read, other])):
-            with pytest.raises(LayoutError) as caught:
-                refuse_overlap(*sides)
-            assert {written[-1][0], "other"} <= set(str(caught.value).replace("(", " ").split())
+    shared = ("other", TensorSpec(written[-1][1].span()[1] - 4, (1,), (1,), "f32", "cpu"))
+    for sides in (([*written, shared], read), (written, [*read, shared])):
+        with pytest.raises(LayoutError, match="other"):
+            refuse_overlap(*sides)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
-from fastema.errors import ArgumentError, BridgeError, DTypeError, FastemaError
+from fastema.errors import ArgumentError, DTypeError, FastemaError
 
 from .shadow.truth import Loops
 from .support import reference
@@ -119,18 +118,6 @@ def test_integers_are_copied_but_not_averaged() -> None:
             plan.lerp_(0.5, x)
     plan.copy_()
     np.testing.assert_array_equal(avg[0], np.arange(5) * 2)
-
-
-def test_traced_arrays_are_refused() -> None:
-    avg = [np.ones(3, np.float32)]
-    plan = fastema.Plan(avg, [jnp.ones(3)])
-    for call in (lambda x: plan.lerp_(0.5, [x]), lambda x: fastema.lerp_(avg, [x], 0.5),
-                 lambda x: plan.lerp_(0.5)):  # fmt: skip
-        with pytest.raises(BridgeError, match="jit, grad and vmap"):
-            jax.jit(call)(jnp.zeros(3))
-    np.testing.assert_array_equal(avg[0], 1)
-    plan.lerp_(0.5, [jnp.full(3, 3.0)])
-    np.testing.assert_array_equal(avg[0], 2)
 
 
 @pytest.mark.parametrize("later", MAKE)

@@ -59,13 +59,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("step", [STEPS, 400])
-@pytest.mark.parametrize(
-    "target", [{"sigma_rel": 0.07}, {"sigma_rel": 0.15}, {"half_life": 20.0}], ids=str
-)
-def test_what_was_tracked_is_reconstructed(run: Run, target: dict[str, float], step: int) -> None:
-    found = posthoc.synthesize(run.folder, step=step, **target)
-    (key,) = target.items()
-    error = np.abs(found.tensors["w"] - run.seen[step][key]).max()
+@pytest.mark.parametrize("kind", [("sigma_rel", 0.07), ("sigma_rel", 0.15), ("half_life", 20.0)])
+def test_what_was_tracked_is_reconstructed(run: Run, kind: tuple[str, float], step: int) -> None:
+    found = posthoc.synthesize(run.folder, step=step, **dict([kind]))
+    error = np.abs(found.tensors["w"] - run.seen[step][kind]).max()
     assert found.error < 0.1
     assert error < 0.01 * run.spread  # of a walk over this distance
     assert sum(found.coefficients.values()) == pytest.approx(1.0, abs=1e-9)
@@ -139,6 +136,9 @@ def test_what_the_snapshots_cannot_give_warns(
     assert found.error > 0.05
     assert load_file(out)["w"].tobytes() == found.tensors["w"].tobytes()
     assert "synthesising" in capsys.readouterr().out
+    files = [one.path for one in posthoc.find_snapshots(run.folder)]
+    chosen, whole = (posthoc.synthesize(one, sigma_rel=0.12) for one in (files[::-1], run.folder))
+    assert chosen.tensors["w"].tobytes() == whole.tensors["w"].tobytes()
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ WISHES: list[tuple[dict[str, float], str]] = [
     *(({"sigma_rel": wrong}, "sigma_rel") for wrong in (0.5, 1e-200)),
     *(({"half_life": wrong}, "half_life") for wrong in (-1.0, 1e-310)),
     ({"sigma_rel": 0.1, "step": 60.5}, "whole number"),
+    ({"sigma_rel": 0.1, "step": 2}, "first snapshot"),
 ]
 
 
@@ -236,7 +237,11 @@ def test_impossible_wishes(arguments: dict[str, float], text: str, tmp_path: Pat
 def test_folders_without_snapshots(tmp_path: Path) -> None:
     with pytest.raises(errors.CheckpointError, match="no snapshots"):
         posthoc.synthesize(tmp_path, sigma_rel=0.1)
+    with pytest.raises(errors.StateError, match="after the first update"):
+        posthoc.save_snapshot(fastema.PowerEMA([np.ones(3)], start_after=5), tmp_path)
     save_file({"w": np.ones(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(errors.StorageError, match="cannot write"):
+        posthoc.save_snapshot(updated(), tmp_path / "other.safetensors" / "within")
     with pytest.raises(errors.CheckpointError, match=r"other\.safetensors is no snapshot"):
         posthoc.synthesize(tmp_path, sigma_rel=0.1)
 

@@ -44,11 +44,6 @@ def replaced(x: dict[str, Any], rng: np.random.Generator) -> None:
     x["b"] = rng.standard_normal(7)
 
 
-def resized(x: dict[str, Any], rng: np.random.Generator) -> None:
-    x["a"].resize(7, refcheck=False)
-    x["a"] = np.concatenate([x["a"], rng.standard_normal(64)])[:7].copy()
-
-
 def test_a_block_that_raises_leaves_the_binding_with_the_model_before(
     sides: tuple[dict[str, Any], dict[str, Any]], rng: np.random.Generator
 ) -> None:

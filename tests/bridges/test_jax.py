@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,9 +157,7 @@ def test_several_devices_are_refused_by_name(python: Callable[..., str]) -> None
     )
     *refused, average = out.splitlines()
     assert len(refused) == 3
-    for line in refused:
-        assert line.startswith("w: a JAX array on ")
-        assert line.partition(": only arrays on one CPU device")[0].count(",") == 3
+    assert all(re.match(r"w: a JAX array on (.*, ){3}.*: only arrays on", one) for one in refused)
     assert average == f"1 {(np.arange(8.0) + 1).tolist()}"
 
 

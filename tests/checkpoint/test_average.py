@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -17,9 +16,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastema.checkpoint import average, merge, open_checkpoint, weights
+from fastema.checkpoint import average, dcp, merge, open_checkpoint, weights
+from fastema.checkpoint.files import StoredTensor
 from fastema.checkpoint.select import select
 from fastema.errors import ArgumentError, CheckpointError, StorageError
+from fastema.layout.dtypes import dtype
 
 from ..conftest import ROOT
 from .conftest import files_up_to
@@ -80,21 +81,14 @@ def test_several_averages_are_made_in_one_pass(tmp_path: Path) -> None:
 
 def test_parts_of_rows_in_a_distributed_folder_are_put_in_order(tmp_path: Path) -> None:
     """Blocks divided along the second axis, as tensor parallel writes them."""
-    from fastema.checkpoint import dcp
-    from fastema.checkpoint.files import StoredTensor
-    from fastema.layout.dtypes import dtype
-
     whole = np.arange(6 * 10, dtype=np.float32).reshape(6, 10)
     chunks = []
     for i, (rows, columns) in enumerate([((0, 4), (0, 3)), ((4, 6), (0, 3)), ((0, 6), (3, 10))]):
-        torch.save(
-            torch.tensor(whole[slice(*rows), slice(*columns)].copy()), tmp_path / f"{i}.distcp"
-        )
-        size = (tmp_path / f"{i}.distcp").stat().st_size
-        shape = rows[1] - rows[0], columns[1] - columns[0]
-        chunks.append(dcp._Chunk((rows[0], columns[0]), shape, tmp_path / f"{i}.distcp", 0, size))
-    stored = dcp.Chunked(StoredTensor(dtype("f32"), (6, 10)), chunks)
-    found = dcp.stretches_of("w", stored)
+        path, part = tmp_path / f"{i}.distcp", whole[slice(*rows), slice(*columns)]
+        torch.save(torch.tensor(part), path)
+        at = rows[0], columns[0]
+        chunks.append(dcp._Chunk(at, part.shape, path, 0, path.stat().st_size))
+    found = dcp.stretches_of("w", dcp.Chunked(StoredTensor(dtype("f32"), (6, 10)), chunks))
     for first, count in ((0, 240), (8, 100), (36, 4), (200, 40)):
         got = bytearray(count)
         for path, offset, at, size in found.within(first, count):
@@ -133,9 +127,6 @@ def test_shards_of_any_ending_are_not_copied_over_the_average(inside: Path) -> N
         (folder / "model.safetensors.index.json").write_text(index)
     average(["1", "2"], [0.5, 0.5], "out")
     assert load_file("out/a.sft")["a"].tolist() == [1.5, 1.5]
-
-
-# -- which, and with what weights ------------------------------------------------------------------
 
 
 def test_checkpoints_of_a_folder_are_chosen_by_step(tmp_path: Path) -> None:
@@ -193,14 +184,11 @@ def test_weights_that_cannot_be() -> None:
             call()
 
 
-# -- what does not end well ------------------------------------------------------------------------
-
 SLOWLY = """
-import sys, time
-from fastema.checkpoint import average, sums
+import sys
+from fastema.checkpoint import average
 print("ready", flush=True)
 average(sys.argv[1:4], [0.5, 0.25, 0.25], sys.argv[4])
-print("done", flush=True)
 """
 
 
@@ -214,13 +202,12 @@ def test_a_killed_average_leaves_nothing_that_looks_finished(folder: bool, tmp_p
     killed = 0
     for trial in range(12):
         out = tmp_path / (f"out{trial}" if folder else f"out{trial}.safetensors")
-        arguments = [sys.executable, "-c", SLOWLY, *map(str, paths), str(out)]
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        command = [sys.executable, "-c", SLOWLY, *map(str, paths), str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(rng.uniform(0.0, 0.6))
+            process.kill()
         killed += not out.exists()
         if out.exists():
             assert_average(out, [0.5, 0.25, 0.25], big)

@@ -131,7 +131,7 @@ def loaded_by(to: str, path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("to", WRITTEN)
-def test_our_average_is_loaded_by_the_library_it_is_converted_for(to: str) -> None:
+def test_an_average_is_loaded_by_the_library_it_is_converted_for_and_comes_back(to: str) -> None:
     model = build_model()
     torch.save(model.state_dict(), "model.pt")
     ema = trained(fastema.EMA(model, decay=0.75), model)
@@ -145,21 +145,13 @@ def test_our_average_is_loaded_by_the_library_it_is_converted_for(to: str) -> No
         assert not any("schedule" in one for one in done.lost)
         assert load(done.path).schedule.rules[0] == Constant(0.75)
     assert_same({name: found[name].detach() for name in wanted}, wanted)
-
-
-@pytest.mark.parametrize("to", WRITTEN)
-def test_an_average_comes_back_from_there_and_goes_on_alike(to: str) -> None:
-    model = build_model()
-    ema = trained(fastema.EMA(model, decay=0.75, buffers="skip"), model)
-    save(ema, "ema.safetensors")
-    convert("ema.safetensors", "out.pt", to=to, names=PARAMETERS)
     convert("out.pt", "back.safetensors", to="fastema", names=PARAMETERS, decay=0.75)
-    other = fastema.EMA(model, decay=0.1, buffers="skip")
+    other = fastema.EMA(model, decay=0.1, buffers="skip" if len(wanted) < len(MODEL) else "copy")
     load_into(other, "back.safetensors")
     move(model, 9)
     for one in (ema, other):
         one.update()
-    assert_same(dict(other.shadow), dict(ema.shadow))
+    assert_same(dict(other.shadow), {name: ema.shadow[name] for name in wanted})
 
 
 DOTLESS = {f"model_ema.{name.replace('.', '')}": one for name, one in MODEL.items()}

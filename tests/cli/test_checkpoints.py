@@ -12,8 +12,6 @@ import torch
 from fastema import EMA
 from fastema.checkpoint import save
 
-from ..support.process import run_python
-
 NEEDS = ("safetensors", "torch")
 
 
@@ -80,17 +78,3 @@ def test_what_cannot_be_is_one_line(line: str, run: Any, tmp_path: Path) -> None
     assert err.startswith(WRONG[line])
     assert err.count("\n") == 1
     assert {one.name for one in tmp_path.iterdir()} == before
-
-
-@pytest.mark.usefixtures("run")
-def test_a_reader_may_stop_reading(tmp_path: Path) -> None:
-    script = (
-        "import os, sys\n"
-        "from fastema.cli import main\n"
-        "read, write = os.pipe()\n"
-        "os.close(read)\n"
-        "os.dup2(write, 1)\n"
-        "sys.exit(main(['inspect', 'ema.safetensors']))\n"
-    )
-    done = run_python("-c", script, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")

@@ -208,3 +208,16 @@ def test_give() -> None:
     assert torch.equal(net.wide, raw)
     for name, tensor in tensors(net).items():
         assert name == "wide" or torch.equal(tensor, tensors(average)[name].to(tensor.dtype)), name
+
+
+@WHERE
+def test_parameters_that_are_frozen_and_trained_again() -> None:
+    net, average, averager = made(
+        12, policy=lambda name, role: "skip" if role == "frozen" else "average"
+    )
+    for is_trained in (True, False, False, True):
+        net.wide.requires_grad_(is_trained)
+        old = average.wide.clone()
+        averager.update(net, 0.5, 1)
+        want = torch.lerp(old, net.wide.detach(), 0.5) if is_trained else old
+        torch.testing.assert_close(average.wide, want, rtol=1e-6, atol=1e-6)

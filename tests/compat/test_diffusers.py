@@ -62,12 +62,6 @@ def test_what_needs_no_gradient_is_looked_at_at_every_step(
     truth.check(other.shadow_params)
 
 
-# -- states ----------------------------------------------------------------------------------------
-
-
-# -- the average in the model ----------------------------------------------------------------------
-
-
 # -- folders of a diffusers model ------------------------------------------------------------------
 
 
@@ -156,9 +150,6 @@ def script(folder: Path, cls: Any, *, stop: int | None = None, resume: Any = Non
         if accelerator.sync_gradients:
             ema.step(model.parameters())
     return ema
-
-
-# -- moves and copies ------------------------------------------------------------------------------
 
 
 # -- calls that fail -------------------------------------------------------------------------------

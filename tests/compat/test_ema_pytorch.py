@@ -255,12 +255,6 @@ def test_later_values_are_checked_before_anything_is_written(name: str, value: A
         ema.update()
 
 
-# -- what happens to models in training -----------------------------------------------------------
-
-
-WRAPPERS = pytest.mark.parametrize("name", ["module", "_orig_mod"])
-
-
 # -- counters on accelerators ---------------------------------------------------------------------
 
 

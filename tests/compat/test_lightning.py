@@ -149,9 +149,6 @@ def test_validations_do_not_change_the_run(tmp_path: Path, precision: Any) -> No
         assert torch.equal(weight, average["first.weight"].bfloat16())
 
 
-# -- subclasses ------------------------------------------------------------------------------------
-
-
 # -- being one of theirs ---------------------------------------------------------------------------
 
 
@@ -187,13 +184,6 @@ class Late(Network):
         if not hasattr(self, "second"):
             torch.manual_seed(6)
             self.second = torch.nn.Linear(3, 3)
-
-
-# -- refusals --------------------------------------------------------------------------------------
-
-
-class Another(ours.EMAWeightAveraging):
-    pass
 
 
 # -- processes, and packages of other names --------------------------------------------------------

@@ -147,17 +147,6 @@ def test_checkpoints_of_the_hook() -> None:
     assert torch.equal(average.module.wide, other.module.wide)
 
 
-class Own(ExponentialMovingAverage):
-    """A function of the user's for each tensor; those that it was called for are noted."""
-
-    calls: tuple[int, ...] = ()
-
-    def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
-        if averaged_param.numel():
-            self.calls = (*self.calls, averaged_param.data_ptr())
-        averaged_param.lerp_(source_param, self.momentum)
-
-
 def damaged(whole: dict[str, Any], part: str | None, name: str | None, one: Any) -> Any:
     """A checkpoint with something else in place of it, a part or an entry; ``...`` for nothing."""
     if part is None:

@@ -125,8 +125,3 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     ):
         with load_refused(ema, message):
             nemo.load(ema, given, model, order)
-
-
-def with_wide(wide: Any) -> dict[str, Any]:
-    named = dict(Network(1).named_parameters()) | {"wide": wide}
-    return {"ema": tuple(named.values())}

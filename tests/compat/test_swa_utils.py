@@ -32,9 +32,6 @@ def snapshot(averaged: nn.Module) -> tuple[dict[str, bytes], int]:
     return bits(averaged), int(averaged.n_averaged)
 
 
-# -- the same interface ----------------------------------------------------------------------------
-
-
 # -- the same numbers ------------------------------------------------------------------------------
 
 
@@ -94,9 +91,6 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
     averaged = copy.deepcopy(averaged)
     update(6, 7)
     assert on_an_accelerator == [0, 7, 2, 11, 4, 6]
-
-
-# -- models that change ----------------------------------------------------------------------------
 
 
 # -- functions and memory --------------------------------------------------------------------------

@@ -28,16 +28,6 @@ Theirs = torch_ema.ExponentialMovingAverage
 pytestmark = pytest.mark.torch
 
 
-def decay_of(n: int, decay: float, counted: bool) -> float:
-    return min(decay, (1 + n) / (10 + n)) if counted else decay
-
-
-# -- the same interface ----------------------------------------------------------------------------
-
-
-# -- the same numbers ------------------------------------------------------------------------------
-
-
 # -- states ----------------------------------------------------------------------------------------
 
 
@@ -117,12 +107,6 @@ def test_a_block_in_a_block() -> None:
             assert same(others, averages)
         assert same(others, kept)
     assert same(weights, raw)
-
-
-# -- tied weights, integers ------------------------------------------------------------------------
-
-
-# -- what lives how long ---------------------------------------------------------------------------
 
 
 # -- calls that fail -------------------------------------------------------------------------------

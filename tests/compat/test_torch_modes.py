@@ -57,9 +57,6 @@ def test_diffusers_average_lets_a_model_convert_by_swapping() -> None:
     torch.testing.assert_close(ema.shadow_params[0].double(), truth, rtol=1e-6, atol=1e-7)
 
 
-# -- pickle ----------------------------------------------------------------------------------------
-
-
 # -- decays ----------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-from typing import Any
 
 import pytest
 
@@ -16,11 +14,6 @@ from .network import Network, bits, numbers, through_a_file, torch, trained
 nn = torch.nn
 
 pytestmark = pytest.mark.torch
-
-
-def decay_of(n: int, decay: float = 0.9999, tau: float = 2000) -> float:
-    """The schedule as Ultralytics writes it."""
-    return decay * (1 - math.exp(-n / tau))
 
 
 def test_disabled_does_nothing() -> None:
@@ -76,7 +69,3 @@ def test_checkpoint_goes_round() -> None:
     # What the peer does to resume: the same module, in float32.
     peers = copy.deepcopy(checkpoint["ema"]).float().state_dict()
     assert all(torch.equal(one, peers[name]) for name, one in other.ema.state_dict().items())
-
-
-def damaged(**others: Any) -> dict[str, Any]:
-    return {"ema": {**Network(3).state_dict(), **others}, "updates": 4}

@@ -23,7 +23,6 @@ from ..support.arrays import Guarded, assert_same, guarded, numbers, spec_of
 
 REAL = [code for code, kind in DTYPES.items() if kind.real and kind.parts == 1]
 COMPLEX = [code for code, kind in DTYPES.items() if kind.parts == 2]
-EXACT = [code for code, kind in DTYPES.items() if kind.whole]
 PAIRS = [*product(REAL, REAL), *product(COMPLEX, COMPLEX)]
 SIZES = [0, 1, 65, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 W = 0.125
@@ -96,15 +95,6 @@ LAYOUTS = {
     "one source element": ((9, 70), (70, 1), (0, 0)),
     "long and strided": ((CHUNK + 3,), (2,), (1,)),
 }
-# An expanded tensor is not written, integers are not averaged.
-CASES = [
-    pytest.param(dst, src, operation, layout, id=f"{dst}-{src}-{operation}-{layout}")
-    for dst, src in (("f32", "bf16"), ("c64", "c64"), ("i16", "i16"))
-    for operation in ("lerp", "copy", "swap")
-    for layout in LAYOUTS
-    if not (operation == "swap" and "source" in layout)
-    if not (operation == "lerp" and dst == "i16")
-]
 
 
 # -- random bits -----------------------------------------------------------------------------------
@@ -226,9 +216,6 @@ def test_what_is_not_finite_is_found_wherever_it_is(threads: Threads) -> None:
     other[1][8] = np.nan
     assert not finite()
     np.testing.assert_array_equal(avg, before)
-
-
-# -- what a program is asked to do -----------------------------------------------------------------
 
 
 # -- tensors that move -----------------------------------------------------------------------------

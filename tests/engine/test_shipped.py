@@ -166,3 +166,25 @@ def test_arithmetic_that_could_be_fused_is_refused(
     else:
         codes = build_kernels._for_gpus(gpu_variants()[0])
         assert codes == {**dict.fromkeys(TARGETS[:-1], b"code"), "ptx": ptx.text.encode()}
+
+
+def test_kernels_of_other_sources_do_not_load(wheel: Path) -> None:
+    stamp = wheel / "gpu" / "stamp"
+    stamp.write_text("0" * 16)
+    assert read(*LERP, (9, 0)) is None
+    stamp.unlink()
+    assert read(*LERP, (9, 0)) is None
+
+
+@pytest.mark.parametrize("wrong", [{"spilled": 8}, {"stack": 16}, {"name": "other"}], ids=str)
+def test_kernels_that_spill_or_have_another_name_are_refused(
+    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastema.kernels import cuda
+
+    ptx = cuda.Ptx(wrong.get("name", "fastema_lerp"), ".version 8.8\n")
+    made = cuda.Binary(ptx.name, ptx.text, b"code", 32, 0, 0)._replace(**wrong)
+    monkeypatch.setattr(cuda, "translate", lambda *args: ptx)
+    monkeypatch.setattr(cuda, "assemble", lambda *args: made)
+    with pytest.raises(RuntimeError, match=r"lerp.*(spills|other)"):
+        build_kernels._for_gpus(gpu_variants()[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -77,16 +76,6 @@ def looked_up(table: np.ndarray, updates: np.ndarray) -> np.ndarray:
     for k in range(12, 1, -1):
         value = value * t + rows[:, k]
     return np.minimum(np.maximum(value, 0.0), 1.0)
-
-
-def fused(table: np.ndarray, update: int) -> float:
-    """The same by fused multiplications and additions: exact, and rounded once."""
-    first, scale, *coefficients = next(row for row in table[::-1] if row[0] <= update).tolist()
-    t = Fraction(float(Fraction(update - int(first)) * Fraction(scale) - 1))
-    value = Fraction(0)
-    for coefficient in reversed(coefficients):
-        value = Fraction(float(value * t + Fraction(coefficient)))
-    return min(max(float(value), 0.0), 1.0)
 
 
 def some_updates(seed: int, count: int) -> np.ndarray:
@@ -181,17 +170,6 @@ def test_no_update_after_the_last_is_asked_for_and_its_weight_stays(
     assert_close(table, weight, np.arange(1, last + 1), 2.0**-52)
     for update in (last, last + 1, 2 * last, LAST, 2**52):
         assert evaluate(table, update) == weight(last)
-
-
-SMOOTH: dict[str, Weight] = {
-    "half cosine": lambda n: 1e-4 + 0.01 * (1 + math.cos(math.pi * min(n / 300_000, 1.0))),
-    "ramp": lambda n: 0.5 - 0.499 * min(n / 100_000, 1.0),
-    "three ramps": lambda n: float(
-        np.interp(n, [0, 1000, 77_777, 5_000_000], [1.0, 0.1, 0.01, 0.001])
-    ),
-    "slow wave": lambda n: 0.01 + 0.005 * math.sin(n / 3e7),
-    "steps": lambda n: 0.1 - 0.0009 * min(n // 391, 100),
-}
 
 
 decays = st.one_of(

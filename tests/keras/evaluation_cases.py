@@ -73,27 +73,6 @@ def test_evaluate_and_predict_with_the_average_and_every_bit_comes_back() -> Non
 # -- exceptions -----------------------------------------------------------------------------------
 
 
-class Data(keras.utils.PyDataset):
-    """Batches of which one cannot be had."""
-
-    def __init__(self, error: type[BaseException], good: int, only_x: bool = False) -> None:
-        super().__init__()
-        self.error, self.good, self.only_x = error, good, only_x
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int) -> Any:
-        if index >= self.good:
-            raise self.error("planted")
-        x, y = XV[:BATCH], YV[:BATCH]
-        return x if self.only_x else (x, y)
-
-
-def failing(error: type[BaseException], good: int) -> Raising:
-    return Raising(error, "on_test_batch_end", "on_predict_batch_end", after=good)
-
-
 def untouched(model: Any, *names: str) -> bool:
     """Whether functions of the model are its own again."""
     kinds = [type(vars(model).get(name)) for name in names]

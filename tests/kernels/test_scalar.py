@@ -15,7 +15,6 @@ from fastema.kernels.jit import device_fn
 from ..support import reference
 from ..support.arrays import assert_same, numbers
 
-HALVES = np.arange(1 << 16, dtype=np.uint16)
 WEIGHTS = [0.3, 1e-3, 0.5, 1.0, 0.0, 1 - 2.0**-24, -0.7, 1.75, 1e-42]
 EDGES = {
     "f32": [0.0, 1.0, 1 + 2.0**-23, 3.1415927, 1.4e-45, 1.1754942e-38, 3.4028235e38, np.inf],

@@ -173,6 +173,3 @@ def test_an_average_is_parked_in_the_weights_and_no_bit_is_lost(
         np.testing.assert_array_equal(avg.array, as_it_comes_back(pattern[:size]))
         avg.assert_rest_untouched()
         model.assert_rest_untouched()
-
-
-# -- claims ----------------------------------------------------------------------------------------

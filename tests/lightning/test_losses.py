@@ -174,11 +174,6 @@ def test_metrics_are_chosen_by_name_and_wrong_names_are_told(tmp_path: Path) -> 
     assert set(averages.averages) == {"odd_sma"}
 
 
-class Skipping(Regression):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return None if batch_idx == 2 else self.loss_of(batch)
-
-
 @pytest.mark.parametrize("stop_after", [6, 8])
 def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -> None:
     def saving() -> ModelCheckpoint:

@@ -159,9 +159,6 @@ def test_nothing_near_is_better(target: Profile) -> None:
             assert cost(found + size * move) > cost(found)
 
 
-# -- Coefficients that do not explode -------------------------------------------------------------
-
-
 # -- The averages themselves ----------------------------------------------------------------------
 
 STEPS = 3000

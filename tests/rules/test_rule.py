@@ -11,7 +11,6 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -60,14 +59,6 @@ class Given(rules.Rule):
 
     def decay(self, n: int) -> float:
         return self.value
-
-
-@dataclass(frozen=True)
-class Named(rules.Rule):
-    rule: str
-
-    def decay(self, n: int) -> float:
-        return 0.5
 
 
 @given(every_rule, counts)
@@ -220,13 +211,6 @@ def test_a_share_of_the_run_is_the_product_of_its_decays(fraction: float, every:
 
 gammas = st.one_of(st.floats(0.0, 10.0), st.floats(10.0, 1e6))
 widths = st.floats(1e-6, 1 / math.sqrt(12))
-
-
-def shares(rule: rules.Rule, updates: int, every: int) -> tuple[np.ndarray, float]:
-    """Share of each update's value in the average after the last, and that of the beginning."""
-    w = np.array([rule.weight(k * every, every) for k in range(1, updates + 1)])
-    after = np.append(np.cumprod((1 - w)[::-1])[::-1][1:], 1.0)
-    return w * after, float(np.prod(1 - w))
 
 
 @given(st.integers(1, 10**9), st.sampled_from([1, 2, 100]), st.integers(0, 40))

@@ -14,7 +14,6 @@ from fastema import rules
 from fastema.errors import ArgumentError
 from fastema.rules import units
 
-decays = st.floats(1e-6, 1.0 - 1e-9)
 lengths = st.floats(1.0, 1e9)
 
 

@@ -110,14 +110,6 @@ def test_containers(container: str) -> None:
         pass
 
 
-LISTS = {
-    "append": lambda c: c.append(torch.ones(2)),
-    "pop": lambda c: c.pop(),
-    "clear": lambda c: c.clear(),
-    "reshape": lambda c: c.__setitem__(0, torch.ones(5)),
-}
-
-
 # -- layouts --------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {

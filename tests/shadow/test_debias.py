@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 import fastema
 from fastema import rules
@@ -70,7 +69,6 @@ MIXED = {
     "power": rules.power(0.1),
     "mean": rules.cumulative_mean(),
 }
-CUTS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:

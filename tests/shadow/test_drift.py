@@ -11,7 +11,7 @@ import torch
 
 import fastema
 
-from .stored import CODES, exact
+from .stored import exact
 from .weights import refresh_
 
 pytestmark = pytest.mark.torch
@@ -39,14 +39,6 @@ def check(average: Any, weights: Any, before: list[np.ndarray]) -> None:
 
 def before_of(average: Any) -> list[np.ndarray]:
     return [reals(shadow, sorted(average.averaged_names)) for shadow in average.shadows]
-
-
-def assorted() -> dict[str, torch.Tensor]:
-    weights = {code: torch.empty(1003, dtype=dtype) for dtype, code in CODES.items()}
-    weights |= {"gaps": torch.empty(900)[::3], "matrix": torch.empty(40, 70).t()}
-    weights |= {"empty": torch.empty(0), "count": torch.empty(5, dtype=torch.int64)}
-    refresh_(weights, 0)
-    return weights
 
 
 def test_stalls_show() -> None:

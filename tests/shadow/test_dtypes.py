@@ -53,9 +53,6 @@ def test_equals_a_float64_loop(weights: str, stored: str, rounding: str | None) 
         loop.check(real(ema.shadow[name]), name)
 
 
-WHOLE = [torch.bool, *(getattr(torch, f"{u}int{n}") for u in ("", "u") for n in (8, 16, 32, 64))]
-
-
 def test_random_bits_are_the_default_of_narrow_averages_and_of_no_others() -> None:
     def bits_of(dtype: torch.dtype, **options: object) -> torch.Tensor:
         x = [torch.ones(500)]

@@ -148,14 +148,6 @@ def test_a_file_is_read_by_both_to_the_bit(tmp_path: Path, how: str) -> None:
                 assert torch.equal(mine[name], tensor), name
 
 
-# What a file holds, in bytes for each byte of a float32 model.
-SIZES = {
-    **{"EMA": 1.0, "three": 3.0, "SWA": 1.0, "PowerEMA": 2.0},
-    **{"split": 1.0, "three split": 3.0, "random": 0.5},
-    "SMA": 5.0,  # the mean, its remainder and three slots
-}
-
-
 def test_the_shadow_loads_into_a_module_and_goes_through_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     average = trained_kind("EMA")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.errors import BridgeError, DTypeError, LayoutError
+from fastema.errors import LayoutError
 
 
 def fill_(weights: dict[str, np.ndarray], seed: int) -> None:
@@ -25,13 +25,6 @@ def fill_(weights: dict[str, np.ndarray], seed: int) -> None:
 
 def bits(weights: Any) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in weights.items()}
-
-
-def small(dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    shapes = {"a": (70,), "b": (3, 5), "c": (), "d": (0, 2)}
-    weights = {name: np.empty(shape, dtype) for name, shape in shapes.items()}
-    fill_(weights, 0)
-    return weights
 
 
 VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -67,19 +60,6 @@ def read_only() -> np.ndarray:
     array = np.ones(3, np.float32)
     array.flags.writeable = False
     return array
-
-
-ODD: dict[str, tuple[Any, type[Exception]]] = {
-    "broadcast": (np.broadcast_to(np.ones(3, np.float32), (2, 3)), LayoutError),
-    "byte order": (np.ones(3, ">f4"), DTypeError),
-    "longdouble": (np.ones(3, np.longdouble), DTypeError),
-    "text": (np.array(["a"]), DTypeError),
-    "object": (np.array([object()]), DTypeError),
-    "date": (np.zeros(3, "M8[s]"), DTypeError),
-    "record": (np.zeros(3, [("x", "f4"), ("y", "i1")])["x"], BridgeError),
-    "unaligned": (np.zeros(41, np.uint8)[1:].view(np.float32), BridgeError),
-    "scalar": (np.float32(1.0), BridgeError),
-}
 
 
 def test_read_only_arrays_are_averaged_and_never_written() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastema
 from fastema.bridges import torch as bridge
-from fastema.errors import BridgeError, DTypeError, LayoutError
+from fastema.errors import DTypeError
 from fastema.layout.dtypes import DTYPES
 
 from .kinds import KINDS
@@ -23,8 +23,6 @@ from .weights import (
 )
 
 pytestmark = pytest.mark.torch
-
-FROZEN = {"conv.weight", "conv.bias"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,9 +68,6 @@ def unknown(request: pytest.FixtureRequest) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compressed ones are new, quantized ones deprecated
         return UNKNOWN[request.param]()
-
-
-REFUSALS = (BridgeError, DTypeError, LayoutError)
 
 
 SMALL = [code for code, kind in DTYPES.items() if not (kind.real or kind.whole)]

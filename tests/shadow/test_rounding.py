@@ -124,6 +124,3 @@ def test_threads_and_company_do_not_matter(threads: Callable[[int], None]) -> No
     for name in shapes:
         assert torch.equal(of([name], 2)[name], whole[name])
         assert torch.equal(backwards[name], whole[name])
-
-
-# -- nearest stalls, random does not ---------------------------------------------------------------

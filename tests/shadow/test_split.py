@@ -92,10 +92,3 @@ def test_from_and_to_bfloat16() -> None:
     for name in ema.averaged_names:
         nearest = reference.encode(exact(wide.shadow[name]), "bf16")
         np.testing.assert_array_equal(stored(ema.shadow[name]), nearest)
-
-
-def special(dtype: torch.dtype) -> torch.Tensor:
-    most = 3.4028234663852886e38
-    numbers = [0.0, 1.0, most, 3.3961775e38, 3.3895e38, 1e-45, 1e-39, float("inf"), float("nan")]
-    both = np.array([*numbers, *(-x for x in numbers)], np.float32)
-    return torch.from_numpy(both).to(dtype)

@@ -39,10 +39,6 @@ def added_buffer(model: Net) -> None:
     model.register_buffer("mean", torch.randn(3))
 
 
-def unfrozen(model: Net) -> None:
-    model.conv.requires_grad_(True)
-
-
 def renamed(model: Net) -> None:
     model.gain = model.scale
     del model.scale

@@ -97,9 +97,6 @@ def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None
     loops.check(wide(ema.shadow))
 
 
-# -- tied, untied ----------------------------------------------------------------------------------
-
-
 # -- optimizers, threads, functions ----------------------------------------------------------------
 
 
@@ -179,9 +176,6 @@ def test_called_from_a_graph() -> None:
     assert ema.num_updates == 6
 
 
-# -- lifetimes -------------------------------------------------------------------------------------
-
-
 # -- all or nothing --------------------------------------------------------------------------------
 
 BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -218,6 +212,3 @@ def test_weights_that_are_refused_change_nothing(case: str) -> None:
     ema.update()
     other.update()
     assert bits(ema.shadow) == bits(other.shadow)
-
-
-# -- checkpoints -----------------------------------------------------------------------------------

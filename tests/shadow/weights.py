@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -132,11 +132,3 @@ def assert_average(
         expected = old[name].double().lerp(new[name].double(), weight)
         last_place = 4 * torch.finfo(tensor.dtype).eps
         torch.testing.assert_close(tensor.double(), expected, rtol=last_place, atol=last_place)
-
-
-def moved(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
-    """Point every parameter and buffer at new memory, and poison what it had."""
-    for _, tensor in tensors_of(model):
-        before = tensor.data
-        tensor.data = move(before)
-        poison_([before])

@@ -110,13 +110,6 @@ def test_an_average_in_bfloat16_moves() -> None:
 # -- tensors --------------------------------------------------------------------------------------
 
 
-def mixed(rng: Rng, count: int) -> list[Any]:
-    """Variables of several dtypes, with rows and without."""
-    shapes = [(5,), (2, 3), (), (3, 1, 2), (0, 4)]
-    codes = ("f32", "f64", "f32")
-    return [variables(rng, codes[i % 3], [shapes[i % 5]])[0] for i in range(count)]
-
-
 def test_the_third_apply_traces_nothing_that_grows_with_the_variables(
     rng: Rng, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,13 +91,3 @@ def test_a_plan_between_variables(steps: list[str]) -> None:
         assert bits(avg) == {k: v.tobytes() for k, v in truth.items()}
         assert bits(x) == {k: v.tobytes() for k, v in new.items()}
         assert all(plain(one).tobytes() == was for one, was in held)
-
-
-BAD: dict[str, Callable[[Any], Any]] = {
-    "itself": lambda avg: [avg],
-    "shape": lambda avg: [tf.Variable([1.0])],
-    "text": lambda avg: [tf.constant("text")],
-    "names": lambda avg: {"w": tf.Variable([1.0, 2.0])},
-    "integer": lambda avg: [tf.Variable([1, 2])],
-    "number": lambda avg: [3.0],
-}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import pickle
 from fractions import Fraction
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_a_lazy_float_is_a_float_that_is_read_once() -> None:
     assert np.float64(x) == 2.5
     assert np.asarray([x], np.float64).tolist() == [2.5]
     assert device.reads == 2  # the other one once
+    assert type(pickle.loads(pickle.dumps(x))) is float
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastema.errors import ArgumentError, BridgeError
+from fastema.tracking import MetricSmoother
 from fastema.tracking.logs import Curve
 from fastema.tracking.plots import plot
 from fastema.tracking.plots.panels import Panel, averages, panels
@@ -37,13 +38,9 @@ def by_label(panel: Panel) -> dict[str, Curve]:
     return {line.label: line.curve for line in panel.lines}
 
 
-def drawn(axes: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Steps and values of the lines, without single points and marks."""
-    return [
-        (np.asarray(line.get_xdata()), np.asarray(line.get_ydata()))
-        for line in axes.get_lines()
-        if line.get_linestyle() == "-"
-    ]
+def drawn(axes: Axes, style: str = "-") -> list[Any]:
+    """The lines of that style; points and marks have the style None."""
+    return [line for line in axes.get_lines() if line.get_linestyle() == style]
 
 
 def texts(axes: Axes) -> list[str]:
@@ -51,19 +48,15 @@ def texts(axes: Axes) -> list[str]:
 
 
 def test_what_a_metric_smoother_records() -> None:
-    from fastema.tracking import MetricSmoother
-
     smoother = MetricSmoother(window_size=5, decay=0.8, record=True)
     loss = noisy(60)
     for step, value in enumerate(loss.tolist()):
         smoother.update({"loss": value}, step=3 * step)
     (panel,) = panels(smoother, averages=BOTH)
     assert panel.name == "loss"
-    raw, its_sma, its_ema = (line.curve for line in panel.lines)
-    np.testing.assert_array_equal(raw.values, loss)
-    np.testing.assert_array_equal(raw.steps, 3 * np.arange(60))
-    np.testing.assert_allclose(its_sma.values, sma(loss, 5), rtol=1e-13)
-    np.testing.assert_allclose(its_ema.values, ema(loss, 0.8), rtol=1e-13)
+    for line, want in zip(panel.lines, (loss, sma(loss, 5), ema(loss, 0.8)), strict=True):
+        np.testing.assert_allclose(line.curve.values, want, rtol=1e-13)
+        np.testing.assert_array_equal(line.curve.steps, 3 * np.arange(60))
 
 
 # Validated after every second epoch.
@@ -170,9 +163,9 @@ def test_the_lines_are_the_curves() -> None:
     (axes,) = figure.axes
     lines = drawn(axes)
     assert len(lines) == 3
-    for (steps, got), want in zip(lines, (values, sma(values, 9), ema(values, 0.8)), strict=True):
-        np.testing.assert_array_equal(steps, np.arange(1, 201))
-        np.testing.assert_allclose(got, want, rtol=1e-13)
+    for line, want in zip(lines, (values, sma(values, 9), ema(values, 0.8)), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 201))
+        np.testing.assert_allclose(line.get_ydata(), want, rtol=1e-13)
     assert axes.get_title(loc="left") == "loss"
     assert axes.get_xlabel() == "step"
     ends = {text for text in texts(axes) if "\n" in text}
@@ -188,6 +181,7 @@ def test_the_lines_are_the_curves() -> None:
         ([1.0, 2.0, 3.0], True, "log"),
         ([1e-3, 1.0, 10.0], False, "linear"),
         ([-2.0, -1.0], True, "linear"),
+        ([math.nan, math.nan], True, "linear"),
     ],
 )
 def test_the_scale(values: list[float], log: Any, scale: str) -> None:
@@ -202,39 +196,29 @@ def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
     values[[12, 14]] = values[13], math.nan  # 12 and 13 stand between gaps, 13 alone
     values[12] = math.nan
     (axes,) = plot(values, window_size=None, decay=None).axes
-    ((_, got),) = drawn(axes)
-    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(values))
-    points = {
-        line.get_marker(): np.asarray(line.get_xdata()).tolist()
-        for line in axes.get_lines()
-        if line.get_linestyle() == "None"
-    }
+    (line,) = drawn(axes)
+    np.testing.assert_array_equal(np.isfinite(line.get_ydata()), np.isfinite(values))
+    points = {line.get_marker(): list(line.get_xdata()) for line in drawn(axes, "None")}
     assert points == {"o": [14.0], "v": [11.0, 12.0, 13.0, 15.0, 31.0]}
     assert "5 not finite" in texts(axes)
 
 
-@given(
-    st.integers(1, 500),
-    st.integers(1, 60),
-    st.sets(st.integers(0, 499), max_size=40),
-    st.integers(0, 99),
-)
+@given(st.integers(1, 500), st.integers(1, 60), st.sets(st.integers(0, 499)), st.integers(0, 99))
 def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], seed: int) -> None:
     values = np.random.default_rng(seed).normal(size=count)
     values[[hole for hole in holes if hole < count]] = math.nan
-    steps = np.arange(count) * 3
-    got_steps, got = thinned(Curve(steps, values), buckets)
-    assert (np.diff(got_steps) > 0).all()
-    np.testing.assert_array_equal(got, values[(got_steps / 3).astype(int)])
+    steps, got = thinned(Curve(np.arange(count), values), buckets)
+    assert (np.diff(steps) > 0).all()
+    np.testing.assert_array_equal(got, values[steps.astype(int)])
     if count <= 2 * buckets:
         assert len(got) == count
         return
     assert len(got) <= 2 * buckets + 2
-    assert (got_steps[0], got_steps[-1]) == (0, 3 * (count - 1))
+    assert (steps[0], steps[-1]) == (0, count - 1)
     size = -(-count // buckets)
     for start in range(0, count, size):
         stretch = values[start : start + size]
-        inside = got[(got_steps >= 3 * start) & (got_steps < 3 * (start + size))]
+        inside = got[(steps >= start) & (steps < start + size)]
         if np.isfinite(stretch).any():
             assert np.nanmax(inside) == np.nanmax(stretch)
             assert np.nanmin(inside) == np.nanmin(stretch)
@@ -242,18 +226,16 @@ def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], s
             assert np.isnan(inside).all()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
-)
-def test_files(suffix: str, start: bytes, tmp_path: Path) -> None:
-    out = tmp_path / f"curves.{suffix}"
-    figure = plot({"loss": noisy(99), "acc": noisy(9)}, title="a run", out=out)
-    assert isinstance(figure, Figure)
-    assert out.read_bytes().startswith(start)
-    assert [text.get_text() for text in figure.texts] == ["a run"]
+def test_files(tmp_path: Path) -> None:
+    for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        out = tmp_path / f"curves.{suffix}"
+        figure = plot({"loss": noisy(99), "acc": noisy(9)}, title="a run", out=out)
+        assert isinstance(figure, Figure)
+        assert out.read_bytes().startswith(start)
+        assert [text.get_text() for text in figure.texts] == ["a run"]
 
 
-def test_axes_of_another_figure() -> None:
+def test_axes_of_another_figure_and_the_most_there_can_be() -> None:
     figure = Figure()
     left, right = figure.subplots(1, 2)
     assert plot(noisy(100), ax=right, title="mine") is figure
@@ -265,9 +247,7 @@ def test_axes_of_another_figure() -> None:
     with pytest.raises(ArgumentError, match=r"one metric, name it with metrics=: a, b"):
         plot({"a": [1, 2], "b": [2, 1]}, ax=left)
     assert not left.get_lines()
-
-
-def test_more_metrics_than_a_picture_has_room_for() -> None:
+    # More metrics than a picture has room for.
     figure = plot({f"m{i}": [2.0, 1.0] for i in range(30)})
     assert len(figure.axes) == 24
     assert "and 6 more metrics" in figure.texts[0].get_text()
@@ -276,21 +256,17 @@ def test_more_metrics_than_a_picture_has_room_for() -> None:
 def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path: Path) -> None:
     code = (
         "import sys, matplotlib\n"
-        "def settings(): return dict(dict.items(matplotlib.rcParams))\n"  # resolves no backend
-        "before = settings()\n"
+        "before = dict(dict.items(matplotlib.rcParams))\n"  # resolves no backend
         "from fastema.tracking import plot\n"
         "plot([3.0, 2.0, 1.0] * 20, out=sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
-        "assert settings() == before"
+        "assert dict(dict.items(matplotlib.rcParams)) == before"
     )
     done = run_python("-c", code, tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
 
 
-@given(
-    st.lists(st.floats(-0.5, 1.5), max_size=12).map(sorted),
-    st.floats(0.01, 0.3),
-)
+@given(st.lists(st.floats(-0.5, 1.5), max_size=12).map(sorted), st.floats(0.01, 0.3))
 def test_spread(heights: list[float], apart: float) -> None:
     got = spread(heights, apart)
     assert len(got) == len(heights)

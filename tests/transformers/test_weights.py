@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,19 +105,6 @@ def test_steps_that_a_scaler_skips_are_not_counted(
     assert run.ema.ema.num_updates == STEPS - 2
     counted = [step for k, step in enumerate(run.noting.steps) if k not in (2, 3)]
     assert_near(snapshot(run.model), average_of(run.noting.begun, counted))
-
-
-# -- copies and references ------------------------------------------------------------------------
-
-
-class Odd:
-    """In the stack, as stand-ins for other objects are."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(name)
-
-    def call(self, function: Callable[[], Any]) -> Any:
-        return function()
 
 
 # -- what could go wrong --------------------------------------------------------------------------
