@@ -38,7 +38,7 @@ ROOMS = {
     ],
     "plan": ["tests/test_plan.py", "tests/test_mixed.py"],
     "state": ["tests/checkpoint", "tests/shadow/test_state.py", "tests/test_posthoc.py"],
-    "bridges": ["tests/bridges", "tests/shadow/test_written.py"],
+    "bridges": ["tests/bridges", "tests/shadow/test_swap.py"],
     "compat": ["tests/compat"],
     "tracking": ["tests/tracking"],
     "distributed": ["tests/distributed", "tests/shadow/test_patterns.py"],

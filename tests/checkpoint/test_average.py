@@ -86,8 +86,8 @@ def test_parts_of_rows_in_a_distributed_folder_are_put_in_order(tmp_path: Path) 
     for i, (rows, columns) in enumerate([((0, 4), (0, 3)), ((4, 6), (0, 3)), ((0, 6), (3, 10))]):
         path, part = tmp_path / f"{i}.distcp", whole[slice(*rows), slice(*columns)]
         torch.save(torch.tensor(part), path)
-        at = rows[0], columns[0]
-        chunks.append(dcp._Chunk(at, part.shape, path, 0, path.stat().st_size))
+        corner = rows[0], columns[0]
+        chunks.append(dcp._Chunk(corner, part.shape, path, 0, path.stat().st_size))
     found = dcp.stretches_of("w", dcp.Chunked(StoredTensor(dtype("f32"), (6, 10)), chunks))
     for first, count in ((0, 240), (8, 100), (36, 4), (200, 40)):
         got = bytearray(count)
@@ -115,6 +115,14 @@ def test_flat_names_of_a_folder_that_begin_like_a_mapping_stay() -> None:
     save_dcp(Path("flat"), tensors, flat=True)
     average(["flat"], [1.0], "out")
     assert load_file("out/model.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_checkpoint_of_no_weight_has_no_part() -> None:
+    save_file({"a": torch.tensor([float("nan")])}, "1.safetensors")
+    save_file({"a": torch.ones(1)}, "2.safetensors")
+    average(["1.safetensors", "2.safetensors"], [0.0, 1.0], "mean.safetensors")
+    assert load_file("mean.safetensors")["a"].item() == 1.0
 
 
 def test_shards_of_any_ending_are_not_copied_over_the_average(inside: Path) -> None:

@@ -132,7 +132,7 @@ def test_what_another_is_writing_is_left_alone(tmp_path: Path) -> None:
     for other in others:
         other.write_text("of the user")
     slow, quick = tmp_path / "slow", tmp_path / "quick"
-    command = [sys.executable, "-c", SLOW, slow]
+    command = [sys.executable, "-c", SLOW, str(slow)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"writing\n"

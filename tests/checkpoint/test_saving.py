@@ -149,8 +149,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again() -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
 def test_a_pipe_is_not_replaced() -> None:
     os.mkfifo("pipe")
-    with pytest.raises(StorageError, match="is no file"):
-        save(zeros(), "pipe")
+    for path, said in (("pipe", "is no file"), ("a\0b", "is no name"), (".", "is no name")):
+        with pytest.raises(StorageError, match=said):
+            save(zeros(), path)
 
 
 def test_a_locked_folder_is_written_to() -> None:

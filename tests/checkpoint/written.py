@@ -56,7 +56,8 @@ def save_lightning(path: Path, one: State) -> Path:
 
 def _in_two_files(path: Path, one: State, file: str, index: str, save: Any) -> Path:
     path.mkdir()
-    names, where = list(one), {}
+    names = list(one)
+    where: dict[str, str] = {}
     for number, some in enumerate((names[: len(one) // 2], names[len(one) // 2 :]), 1):
         save({name: one[name] for name in some}, path / file.format(number))
         where |= dict.fromkeys(some, file.format(number))

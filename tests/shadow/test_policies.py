@@ -1,9 +1,11 @@
-"""What is averaged, copied and left out: frozen parameters, buffers, tensors no kernel knows."""
+"""What is averaged, copied and skipped; buffers that a state leaves out."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +13,18 @@ from torch import nn
 
 import fastema
 from fastema.bridges import torch as bridge
-from fastema.errors import DTypeError
+from fastema.errors import DTypeError, LayoutError
 from fastema.layout.dtypes import DTYPES
 
-from .kinds import KINDS
+from .kinds import KINDS, VARIED, all_of, unchanged, which
 from .weights import (
     BUFFERS,
+    Net,
+    assert_bits,
     bits,
     net,
     refresh_,
+    snapshot,
 )
 
 pytestmark = pytest.mark.torch
@@ -112,3 +117,99 @@ def test_weights_of_8_bits_are_refused_by_name() -> None:
     assert "base" in fastema.EMA(model, frozen="copy").shadow
     with pytest.raises(DTypeError, match="'0' is f8e4m3fn"):
         fastema.lerp_([small], [small.clone()], 0.5)
+
+
+Change = Callable[[Any], object]
+
+
+def cached(seed: int = 0) -> Net:
+    """A `Net` that also keeps tables; no kernel knows the dtype of one of them."""
+    model = net(seed)
+    model.register_buffer("table", torch.randn(4), persistent=False)
+    model.hidden.register_buffer("mask", None, persistent=False)
+    small = torch.ones(3).to(torch.float8_e5m2)
+    model.head.register_buffer("small", small, persistent=False)
+    return model
+
+
+def made(name: str, value: Callable[[], Any]) -> Change:
+    return lambda model: setattr(model, name, value())
+
+
+def late(module: nn.Module) -> nn.Module:
+    module.register_buffer("places", torch.randn(3), persistent=False)
+    return module
+
+
+CHANGES: dict[str, Change] = {
+    "grown": made("table", lambda: torch.randn(9)),
+    "of another dtype": made("table", lambda: torch.arange(4)),
+    "grown in place": lambda model: model.table.resize_(2000),
+    "gone": made("table", lambda: None),
+    "deleted": lambda model: delattr(model, "table"),
+    "made at last": lambda model: setattr(model.hidden, "mask", torch.randn(7)),
+    "registered late": lambda model: late(model.conv),
+    "in a new module": made("rotary", lambda: late(nn.Module())),
+}
+
+
+@pytest.mark.parametrize("watch", ["all", "sample"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_run_goes_on_as_without_them(change: Change, watch: str) -> None:
+    model, plain = cached(), net()
+    ema, want = (fastema.EMA(one, 0.75, watch=watch) for one in (model, plain))
+    for n in range(1, 5):
+        if n == 3:
+            change(model)
+        for one in (model, plain):
+            refresh_(dict(one.state_dict()), n)
+        ema.update()
+        want.update()
+    assert_bits(dict(ema.shadow), snapshot(dict(want.shadow)))
+
+
+@pytest.mark.parametrize("kind", ["EMA", *VARIED])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_they_may_change_in_a_block_and_before_a_state_is_loaded(change: Change, kind: str) -> None:
+    model = cached()
+    average = KINDS[kind](model)
+    for n in (1, 2):
+        refresh_(dict(model.state_dict()), n)
+        average.update()
+    held = all_of(average)
+    with unchanged(dict(model.state_dict()), average), average.swapped(**which(average)):
+        change(model)
+        assert all_of(average) == held
+    resumed = cached()
+    change(resumed)
+    other = KINDS[kind](resumed)
+    other.load_state_dict(average.state_dict())
+    assert all_of(other) == held
+    fresh = cached(5)
+    other.copy_to(fresh, **which(average))
+    with average.swapped(**which(average)):
+        assert_bits(dict(fresh.state_dict()), snapshot(dict(model.state_dict())))
+
+
+@pytest.mark.parametrize("name", ["table", "kept"])
+@pytest.mark.parametrize("value", [torch.ones(9), None], ids=["grown", "none"])
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_a_buffer_that_is_saved_may_not_change_and_the_error_says_what_to_do(
+    buffers: str, value: Any, name: str
+) -> None:
+    model = net()
+    model.register_buffer("kept", torch.ones(3), persistent=name != "kept")
+    model.register_buffer("table", torch.ones(3), persistent=name != "table")
+    ema = fastema.EMA(model, 0.75, buffers=buffers)
+    model.kept = model.table = value
+    broken = {"kept": "table", "table": "kept"}[name]
+    with pytest.raises(LayoutError, match=f"'{broken}'") as caught:
+        ema.update()
+    assert f"'{name}'" not in str(caught.value)
+    for advice in ("persistent=False", "buffers='skip'"):
+        assert advice in str(caught.value)
+    model.head = nn.Linear(12, 6, bias=False)
+    model.kept = model.table = torch.ones(3)
+    with pytest.raises(LayoutError, match=r"'head\.weight'") as caught:
+        ema.update()
+    assert "persistent" not in str(caught.value)

@@ -128,9 +128,10 @@ def test_averages_that_are_there_are_not_computed_again() -> None:
         np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
     (loss,) = panels(columns, "loss", averages=BOTH, raw=False)
     assert list(by_label(loss)) == ["as reported", "SMA", "EMA 0.99"]
-    chosen = panels(columns, ["lr", "acc", "lr"], averages=averages([5, 9], (0.5, 0.8)))
+    several = averages([5, 9], (0.5, 0.8))
+    chosen = panels(columns, ["lr", "acc", "lr"], averages=several, raw=False)
     assert [panel.name for panel in chosen] == ["lr", "acc"]
-    assert list(by_label(chosen[1])) == ["raw", "SMA 5", "SMA 9", "EMA 0.5", "EMA 0.8"]
+    assert list(by_label(chosen[1])) == ["SMA 5", "SMA 9", "EMA 0.5", "EMA 0.8"]
     with pytest.raises(ArgumentError, match=r"no metric los; there are\n  - loss"):
         panels(columns, "los", averages=[])
 
@@ -224,6 +225,16 @@ def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], s
             assert np.nanmin(inside) == np.nanmin(stretch)
         else:
             assert np.isnan(inside).all()
+
+
+def test_of_a_million_values_the_spikes_are_drawn() -> None:
+    values = np.random.default_rng(0).normal(1.0, 0.01, 1_000_000)
+    values[[123_456, 700_001]] = 5.0, -3.0
+    (axes,) = plot(values, window_size=None, decay=None).axes
+    (line,) = drawn(axes)
+    found = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    assert len(found) <= 4_002
+    assert (found[123_457], found[700_002]) == (5.0, -3.0)
 
 
 def test_files(tmp_path: Path) -> None:

@@ -233,8 +233,9 @@ def test_state_goes_on(made: Made, weighted: bool, count: int) -> None:
             assert found == pytest.approx(expected, rel=1e-15)
     for other in (loaded, *copied):
         assert (other.num_updates, other.num_skipped) == (average.num_updates, 1)
+    assert average.count == min(len(x), getattr(average, "window_size", len(x)))
     average.reset()
-    assert (average.num_updates, average.num_skipped) == (0, 0)
+    assert (average.count, average.num_updates, average.num_skipped) == (0, 0, 0)
     assert average.update(5.0) == 5.0
 
 
