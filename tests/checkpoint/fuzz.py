@@ -30,7 +30,7 @@ import fastema
 from fastema.checkpoint import average, inspect, open_checkpoint, save
 from fastema.errors import FastemaError
 
-from ..support.damage import JUNK
+from ..support.damage import damaged_header, header_of, with_header
 
 SLOWEST = 5.0  # seconds that a reading may take
 
@@ -94,13 +94,12 @@ def overwrite(data: bytes, chance: random.Random) -> bytes:
 
 def header(data: bytes, chance: random.Random) -> bytes:
     """Put junk into the JSON of a safetensors header, or of an index."""
+    seed = chance.randrange(2**32)
     if data[:1] == b"{":
-        return json.dumps(replaced(json.loads(data), chance)).encode()
+        return damaged_header(json.loads(data), seed)
     if len(data) < 10 or data[8:9] != b"{":
         return flip(data, chance)
-    length = int.from_bytes(data[:8], "little")
-    text = json.dumps(replaced(json.loads(data[8 : 8 + length]), chance)).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return with_header(data, damaged_header(header_of(data), seed))
 
 
 def described(data: bytes, chance: random.Random) -> bytes:
@@ -131,22 +130,6 @@ def grown(data: bytes, chance: random.Random) -> bytes:
             b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b".",
         )
     )
-
-
-def replaced(found: Any, chance: random.Random) -> Any:
-    """The same with junk in one place."""
-    if isinstance(found, dict) and found and chance.random() < 0.9:
-        key = chance.choice(list(found))
-        new = dict(found)
-        if chance.random() < 0.1:
-            new[chance.choice(("\0", "a\nb", "../x", "__metadata__", "x" * 9999))] = new.pop(key)
-        else:
-            new[key] = replaced(found[key], chance)
-        return new
-    if isinstance(found, list) and found and chance.random() < 0.9:
-        at = chance.randrange(len(found))
-        return [*found[:at], replaced(found[at], chance), *found[at + 1 :]]
-    return chance.choice(JUNK)()
 
 
 DAMAGES: list[Callable[[bytes, random.Random], bytes]] = [

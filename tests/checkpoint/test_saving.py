@@ -168,23 +168,25 @@ def test_a_locked_folder_is_written_to() -> None:
 
 def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:
     path = inside / "ema.safetensors"
-    ema = zeros()
+    ema = fastema.EMA([np.full(3, 7.25, np.float32)], decay=0.999)
     save(ema, path)
     other = fastema.EMA([torch.ones(2)], 0.5)
     with pytest.raises((CheckpointError, ValueError), match="0"):
         load_into(other, path)
     assert other.shadow["0"].tolist() == [1.0, 1.0]
     whole = path.read_bytes()
-    # A byte of the numbers, and one of the header.
-    for damaged in (whole[:-1] + b"\1", whole.replace(b"0.999", b"0.199", 1)):
-        path.write_bytes(damaged)
+    number = np.float32(7.25).tobytes()
+    # One of the numbers, in what is not a tensor, and in the header alone.
+    for old, new in ((number, bytes(4)), (whole[-9:], b"\1" * 9), (b"0.999", b"0.199")):
+        assert old in whole
+        path.write_bytes(whole.replace(old, new, 1))
         for call in (lambda: inspect(path, check=True), lambda: load_into(ema, path)):
             with pytest.raises(CheckpointError, match="is damaged"):
                 call()
     files.write(path, {})
     with pytest.raises(CheckpointError, match="holds no tensors"):
         load_into(ema, path)
-    assert ema.shadow["0"].tolist() == [0.0] * 3
+    assert ema.shadow["0"].tolist() == [7.25] * 3
 
 
 def test_a_child_process_has_nothing_to_wait_for() -> None:

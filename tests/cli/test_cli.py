@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from fastema import EMA, __version__, cli, get_num_threads
-from fastema.cli import main
 from fastema.cli.bench import race, shapes
 
 from ..support.process import run_python
@@ -159,29 +158,28 @@ def test_weights_are_counted_as_people_count_them(fastema: Any) -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
-    """``run(*options)`` of a few small shapes: exit code, output, errors."""
-    file = tmp_path / "shapes.json"
-    file.write_text('{"a": [3, 5], "b": [7], "c": []}')
+def bench(fastema: Any, tmp_path: Path) -> Callable[..., Any]:
+    """``bench(*options)`` of a few small shapes: output, errors."""
+    (tmp_path / "shapes.json").write_text('{"a": [3, 5], "b": [7], "c": []}')
 
-    def called(*options: str, source: tuple[str, ...] = ("--shapes", str(file))) -> Any:
-        code = main(["bench", "--seconds", "0.001", *source, *options])
-        return code, *capsys.readouterr()
+    def called(
+        *options: object, source: Any = ("--shapes", tmp_path / "shapes.json"), **how: Any
+    ) -> Any:
+        return fastema("bench --seconds 0.001", *source, *options, **how)
 
     return called
 
 
 def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(
-    run: Callable[..., Any], tmp_path: Path
+    bench: Any, tmp_path: Path
 ) -> None:
-    code, out, err = run("--dtype", "float32")
-    assert (code, err) == (0, "")
+    out, err = bench("--dtype", "float32")
+    assert err == ""
     assert "shapes.json: 23 weights in 3 tensors, float32, average float32, on cpu" in out
     lines = {line.split("  ")[0] for line in out.splitlines()}
     assert {"fastema.EMA", *race.WAYS} <= lines
-    code, out, err = run("--json", "-o", str(tmp_path / "bench.png"))
+    out, err = bench("--json", "-o", tmp_path / "bench.png")
     found = json.loads(out)
-    assert code == 0
     assert "bench.png" in err
     assert (tmp_path / "bench.png").stat().st_size > 5_000
     assert (found["elements"], found["weights"], found["average"]) == (23, "bfloat16", "float32")
@@ -207,11 +205,10 @@ def test_a_way_does_the_update_that_it_is_timed_for(name: str) -> None:
         torch.testing.assert_close(one.detach(), torch.full_like(one, 2.003), rtol=1e-6, atol=0)
 
 
-def test_shapes_of_a_checkpoint_and_of_a_config(run: Callable[..., Any], tmp_path: Path) -> None:
-    torch.save({"model": {"w": torch.ones(4, 2), "n": torch.ones(3, dtype=torch.int64)}},
-               tmp_path / "model.pt")  # fmt: skip
-    code, out, _ = run(source=("--checkpoint", str(tmp_path / "model.pt")))
-    assert code == 0
+def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any, tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(4, 2), "n": torch.ones(3, dtype=torch.int64)}
+    torch.save({"model": tensors}, tmp_path / "model.pt")
+    out, _ = bench(source=("--checkpoint", tmp_path / "model.pt"))
     assert "model.pt: 8 weights in 1 tensor" in out
     assert sum(one.numel() for one in shapes._gpt2()) == 124_439_808
     pytest.importorskip("transformers")
@@ -229,16 +226,16 @@ WRONG = {
 
 @pytest.mark.parametrize("line", WRONG)
 def test_what_cannot_be_timed_is_one_line(
-    line: str, run: Callable[..., Any], tmp_path: Path
+    line: str, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     option, given = line.split()
     if ":" in given:
         pytest.importorskip("transformers")
-    if option == "--shapes" and not given.endswith(".json"):
-        file = tmp_path / "wrong"
-        file.write_text(given)
-        given = str(file)
-    code, out, err = run(source=(option, given))
-    assert (code, out) == (2, "")
+    if option == "--shapes" and given != "nope.json":
+        Path("wrong").write_text(given)
+        given = "wrong"
+    out, err = bench(source=(option, given), code=2)
+    assert out == ""
     assert WRONG[line] in err
     assert len(err.splitlines()) == 1
