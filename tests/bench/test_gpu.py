@@ -41,7 +41,7 @@ def test_stages_and_rows_of_the_dry_run(tmp_path: Path) -> None:
     # All of them: ``FASTEMA_GPU_TESTS_ON=cpu python -m pytest tests/gpu``.
     tests, *skips = (row for row in dry if row.table == "Tests")
     assert tests["failed"] == 0
-    assert tests["passed"] > 2
+    assert tests["passed"] > 0
     assert "only a GPU has it" in {row.missing for row in skips}
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
     for case in cases.SMALL:
