@@ -13,6 +13,7 @@ from fastema.errors import DTypeError
 from fastema.kernels import variants
 from fastema.kernels.formats import FORMATS
 from fastema.layout.dtypes import DTYPES, average_of, dtype
+from fastema.layout.flat import ALIGNMENT, place
 from fastema.layout.spec import TensorSpec
 
 from ..support import arrays, reference
@@ -103,3 +104,16 @@ def test_dtypes_are_rounded_at_random_where_there_is_a_format_for_it() -> None:
     formats = {name.removesuffix("~") for name in FORMATS if name.endswith("~")}
     assert {one.code for one in REALS if one.random} == formats
     assert {name.removesuffix("~") for name in variants.FORMS if name.endswith("~")} == formats
+
+
+@given(st.lists(st.integers(0, 200)), st.sampled_from([1, 2, 4, 8, 16]))
+def test_tensors_in_a_flat_buffer_begin_at_lines_and_do_not_touch(
+    sizes: list[int], itemsize: int
+) -> None:
+    length, offsets = place(sizes, itemsize)
+    assert all(offset * itemsize % ALIGNMENT == 0 for offset in offsets)
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    assert all(end <= begin for end, begin in zip(ends, offsets[1:], strict=False))
+    assert length >= max(ends, default=0)
+    # Less than a line is lost per tensor.
+    assert length - sum(sizes) <= len(sizes) * ALIGNMENT // itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -198,3 +198,16 @@ def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
 
 
 SHAPES = [(0,), (1,), (5,), (3, 7), (2, 0), (4, 3, 2), (130,), ()]
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_dense_tensors_are_one_stretch_in_any_order(
+    order: tuple[int, ...], codes: tuple[str, str]
+) -> None:
+    shape = (9, 1, 8, 7)
+    dst, src = (dense(shape, code, 1 << 20 + 9 * k, order) for k, code in enumerate(codes))
+    tables = check([Pair("t", dst, src)])
+    assert {layout: len(rows) for layout, rows in tables.items()} == {"flat": 1}
+    if order != (0, 1, 2, 3):
+        check([Pair("t", dst, dense(shape, codes[1], 1 << 30))])
