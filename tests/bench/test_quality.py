@@ -61,11 +61,8 @@ def test_a_run_scores_each_set_of_weights(
     assert len({tuple(scores.values()) for scores in first.values()}) == len(quality.WEIGHTS)
     model = made["network"][0].eval()
     for weights, scores in first.items():
-        state = (
-            model.state_dict()
-            if weights == quality.RAW
-            else dict(made["averages"][0][weights].shadow)
-        )
+        average = made["averages"][0].get(weights)
+        state = dict(average.shadow) if average else model.state_dict()
         with torch.no_grad():
             outputs = torch.func.functional_call(model, state, data.x_held).double().numpy()
         assert scores == pytest.approx(by_numpy(task, outputs, data), rel=1e-5), weights

@@ -124,24 +124,21 @@ def test_bytes_per_element() -> None:
 
 def test_rounds_begin_anew_and_have_their_own_clock() -> None:
     order: list[str] = []
-    durations = clock.interleave(
-        {name: lambda: None for name in "AB"},
-        rounds=2,
-        settle_s=0.0,
-        before_round=lambda: order.append("-"),
-        time_of=lambda name, job: order.append(name) or 7.0,
-    )
+
+    def time_of(name: str, job: object) -> float:
+        order.append(name)
+        return 7.0
+
+    idle = {name: lambda: None for name in "AB"}
+    options: Any = {"settle_s": 0.0, "before_round": lambda: order.append("-"), "time_of": time_of}
+    assert clock.interleave(idle, rounds=2, **options) == {"A": [7.0, 7.0], "B": [7.0, 7.0]}
     assert "".join(order) == "--AB-AB"  # the warm-up round is not timed
-    assert durations == {"A": [7.0, 7.0], "B": [7.0, 7.0]}
 
 
-def test_shares_of_the_limit_count_the_bytes_of_each_entry(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_shares_of_the_limit_count_the_bytes_of_each_entry(monkeypatch: Any) -> None:
     seconds = {"A": 2.0, "B": 8.0, contest.LIMITS[0]: 1.0, contest.LIMITS[1]: 4.0}
-    monkeypatch.setattr(
-        contest, "interleave", lambda jobs, *_, **__: {name: [seconds[name]] * 3 for name in jobs}
-    )
+    timed = {name: [one] * 3 for name, one in seconds.items()}
+    monkeypatch.setattr(contest, "interleave", lambda jobs, *_, **__: {n: timed[n] for n in jobs})
     idle = dict.fromkeys("AB", lambda: None)
     rows = contest.contest("t", idle, rounds=3, n_elements=100, bytes_per_element={"A": 4, "B": 8})
     found = {row.entry: row for row in rows}

@@ -120,11 +120,11 @@ def test_the_average_wins_by_the_default_recipe() -> None:
     assert seen.ema_accuracy.std < seen.raw_accuracy.std
 
 
-@pytest.mark.parametrize("name", demo.MODEL_NAMES)
-def test_models(name: str) -> None:
-    model = models.build(name)
-    assert 500_000 < sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
-    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, models.CLASSES)
+def test_models() -> None:
+    for name in demo.MODEL_NAMES:
+        model = models.build(name)
+        assert 500_000 < sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+        assert model(torch.zeros(2, 1, 8, 8)).shape == (2, models.CLASSES)
 
 
 @pytest.mark.parametrize(

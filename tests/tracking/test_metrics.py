@@ -46,18 +46,15 @@ def test_a_smoother_gives_all_three_curves() -> None:
     rng = np.random.default_rng(0)
     smoother = MetricSmoother(5, 0.8, debias=True, record=True)
     sma, ema = SimpleMovingAverage(5), ExponentialMovingAverage(0.8, True)
-    x, weights = rng.lognormal(size=60), rng.integers(1, 9, 60)
-    for i, (value, weight) in enumerate(zip(x.tolist(), weights.tolist(), strict=True)):
+    x, weights = rng.lognormal(size=60).tolist(), rng.integers(1, 9, 60).tolist()
+    for i, (value, weight) in enumerate(zip(x, weights, strict=True)):
         found = smoother.update({"loss": value}, weight, step=10 * i)
+        each = value, sma.update(value, weight), ema.update(value, weight)
         assert found == smoother.averages
-        assert found == {
-            "loss_raw": value,
-            "loss_sma": sma.update(value, weight),
-            "loss_ema": ema.update(value, weight),
-        }
-    assert smoother.history["loss_raw"].tolist() == x.tolist()
+        assert found == dict(zip(("loss_raw", "loss_sma", "loss_ema"), each, strict=True))
+    assert set(smoother.history) == set(found)
+    assert smoother.history["loss_raw"].tolist() == x
     assert smoother.history["loss_sma"][-1] == sma.average
-    assert set(smoother.history) == {"loss_raw", "loss_sma", "loss_ema"}
     assert smoother.steps["loss"].tolist() == list(range(0, 600, 10))
 
 
