@@ -144,4 +144,10 @@ def _has_good_sums(path: Path) -> bool:
     if path.is_file() and is_torch_file(path):
         torch_file.check(path)
         return True
-    return path.suffix == ".safetensors" and has_good_sums(files.read(path))
+    try:
+        found = files.read(path)
+    except CheckpointError:
+        if path.suffix == ".safetensors":
+            raise
+        return False  # an index, or a part of another format
+    return has_good_sums(found)
