@@ -84,6 +84,10 @@ class OffloadedEMA(EMA[Any]):
     The weights are copied to memory of the host as large as they are, and averaged there on a
     thread, while training goes on. Before an optimizer of PyTorch steps again it waits until the
     weights are copied; :meth:`wait` does so for a loop that writes them in another way.
+
+    :meth:`update` returns at once. If the update before is not done, it is waited for; with
+    ``offload="skip"`` this one is left out instead, and the next one counts for its steps too. What
+    an update raises, the next call raises, and does nothing else.
     """
 
     def __init__(
@@ -236,13 +240,7 @@ class OffloadedEMA(EMA[Any]):
 
     # -- training ---------------------------------------------------------------------------------
 
-    def update(self, model: Any = None, *, steps: int = 1) -> None:
-        """Take the current weights into the average, on a thread; returns at once.
-
-        If the update before is not done, it is waited for; with ``offload="skip"`` this one is left
-        out instead, and the next one counts for its steps too. What an update raises, the next call
-        raises, and does nothing else. See :meth:`fastema.EMA.update`.
-        """
+    def _advance(self, model: Any, steps: int) -> None:
         with self._lock:
             self._refuse_applied("update")
             steps = checked_whole(steps, "steps", 1, MOST - self.num_updates - self._behind)
@@ -294,10 +292,11 @@ class OffloadedEMA(EMA[Any]):
         Raises
         ------
         StateError
-            While the average is applied.
+            While the average is applied, or while it follows optimizers.
         LayoutError
             If a tensor is missing, or differs from the model's in shape, dtype or division.
         """
+        self._refuse_following("update_from_host")
         with self._lock:
             self._drain()
             self._refuse_applied("update_from_host")

@@ -239,7 +239,8 @@ class Updating(Generic[Weights]):
         Raises
         ------
         StateError
-            While the average is applied, or in a capture without ``capturable=True``.
+            While the average is applied, while it follows optimizers (each step would count twice),
+            or in a capture without ``capturable=True``.
         ArgumentError
             For more than one step of a windowed mean, or of an average that counts on the GPU; for
             more than 2**63 - 1 updates in all; if no new arrays are given and the latest ones never
@@ -253,6 +254,11 @@ class Updating(Generic[Weights]):
         NonFiniteError
             With ``on_nonfinite="raise"``, naming the tensors; nothing was written.
         """
+        self._refuse_following("update")
+        self._advance(model, steps)
+
+    def _advance(self, model: Any, steps: int) -> None:
+        """Do what :meth:`update` does, whoever calls it."""
         with self._lock:
             self._take_in(model, steps)
 
@@ -324,9 +330,16 @@ class Updating(Generic[Weights]):
             return not (left_out if together is None else together.any(left_out))
 
         def update(steps: int) -> None:
-            self.update(steps=1 if self._format.window else steps)
+            self._advance(None, 1 if self._format.window else steps)
 
         self._follower = Follower(optimizers, update, None if update_if is None else is_wanted)
+
+    def _refuse_following(self, method: str) -> None:
+        if self._follower is not None:
+            raise StateError(
+                "this average follows optimizers and is updated after each of their steps: leave "
+                f"{method}() out, or call unfollow() first"
+            )
 
     def _deciding_ranks(self) -> Any:
         """All ranks that hold parts or replicas of the weights; None where there is one process."""
