@@ -146,6 +146,8 @@ def test_it_follows_no_longer() -> None:
         ema.follow(optimizer)
     backward(model, 1)
     optimizer.step()
+    with pytest.raises(StateError, match="leave update\\(\\) out"):
+        ema.update()  # this step would count twice
     ema.unfollow()
     optimizer.step()
     assert ema.num_updates == 1
