@@ -12,11 +12,7 @@ from fastema.tracking import logs
 
 from .support.process import run_python
 
-NEEDS = (
-    *("jax", "keras", "lightning", "matplotlib", "safetensors", "sklearn", "tensorboard"),
-    "transformers",
-)
-
+NEEDS = ("jax", "keras", "lightning", "matplotlib", "sklearn", "tensorboard", "transformers")
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 if not EXAMPLES.exists():
@@ -67,24 +63,9 @@ def test_staircase(tmp_path: Path) -> None:
     assert abs(found["batch_loss_ema"][ends[0]] - float(now)) < 0.6 * (float(last) - float(now))
 
 
-@pytest.mark.slow
-@pytest.mark.full
-def test_staircase_does_not_mix_runs(tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("")
-    done = run_python(EXAMPLES / "staircase.py", "--logs", tmp_path)
-    assert done.returncode == 2
-    assert "is not empty" in done.stderr
-
-
-EVERY = {
-    "pytorch_loop": 5,
-    "lightning_callback": 5,
-    "keras_callback": 5,
-    "jax_loop": 5,
-    "trainer_callback": 5,
-    "average_checkpoints": 3,
-}
-"""Example to the percent by which its average is better than its weights, at least."""
+# Example to the percent by which its average is better than its weights, at least.
+LOOPS = ("pytorch_loop", "lightning_callback", "keras_callback", "jax_loop", "trainer_callback")
+EVERY = dict.fromkeys(LOOPS, 5) | {"average_checkpoints": 3}
 
 
 @pytest.mark.slow
@@ -92,8 +73,7 @@ EVERY = {
 def test_an_example_prints_what_it_says(name: str) -> None:
     done = run_python(EXAMPLES / f"{name}.py")
     assert done.returncode == 0, done.stderr
-    found = re.findall(r"weights ([\d.]+)%   average ([\d.]+)%", done.stdout)
-    ((weights, average),) = found
+    ((weights, average),) = re.findall(r"weights ([\d.]+)%   average ([\d.]+)%", done.stdout)
     assert float(average) >= float(weights) + EVERY[name]
 
 

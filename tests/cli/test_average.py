@@ -1,4 +1,4 @@
-"""``fastema average`` as it is typed."""
+"""``fastema average``, ``fastema inspect`` and ``fastema convert`` as they are typed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from fastema import EMA, PowerEMA, posthoc
+from fastema.checkpoint import save
 
 NEEDS = ("safetensors", "torch")
 
@@ -79,7 +82,6 @@ def test_json_says_what_was_done(run: Any) -> None:
 WRONG = {
     "-o x.safetensors": "name checkpoints, or a folder of them: --dir DIR",
     "--dir . step-100.safetensors -o x.safetensors": "not both",
-    "step-100.safetensors --last 2 -o x.safetensors": "choose among those of --dir",
     "--dir .": "name the output: -o OUT",
     "--dir nothing -o x.safetensors": "cannot read nothing: No such file or directory",
     "--dir . --last 9 -o x.safetensors": "last=9: 5 checkpoints of . are left",
@@ -87,7 +89,6 @@ WRONG = {
     "--dir . --weights 1,2 -o x.safetensors": "--weights has 2 numbers for 5 checkpoints",
     "--dir . -o step-100.safetensors": "is one of the checkpoints; name another output",
     "--dir . --sigma-rel 0.1 -o x.safetensors": "is no snapshot of a power-function average",
-    "none.safetensors step-100.safetensors --ema 0.9 -o x.safetensors": "No such file",
     "--dir . --key a.b -o x.safetensors --dry-run": "has nothing at 'a.b'",
 }
 USAGE = ("--ema 1.5", "--sma 0", "--wsm cubic", "--weights a", "--sigma-rel 3")
@@ -95,22 +96,15 @@ USAGE = ("--ema 1.5", "--sma 0", "--wsm cubic", "--weights a", "--sigma-rel 3")
 
 @pytest.mark.parametrize("line", [*WRONG, *USAGE])
 def test_what_cannot_be_is_refused_and_nothing_written(run: Any, tmp_path: Path, line: str) -> None:
-    if line in USAGE:
-        err = run(f"--dir . {line} -o x.safetensors", code=2).err
-        assert err.startswith("usage: fastema average ")
-    else:
-        err = run(line, code=2).err
-        assert err.startswith("fastema average: ")
-        assert WRONG[line] in err
+    err = run(line if line in WRONG else f"--dir . {line} -o x.safetensors", code=2).err
+    assert err.startswith("fastema average: " if line in WRONG else "usage: fastema average ")
+    assert WRONG.get(line, "") in err
     assert len(list(tmp_path.iterdir())) == len(STEPS)
 
 
 def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
-    import fastema
-    from fastema import posthoc
-
     weights = [torch.zeros(4)]
-    average = fastema.PowerEMA(weights, (0.05, 0.1))
+    average = PowerEMA(weights, (0.05, 0.1))
     for step in range(1, 201):
         weights[0].fill_(step)
         average.update()
@@ -120,3 +114,71 @@ def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
     want = posthoc.synthesize(tmp_path / "snapshots", sigma_rel=0.07).tensors
     (got,) = load_file(tmp_path / "width.safetensors").values()
     torch.testing.assert_close(got, torch.from_numpy(next(iter(want.values()))), rtol=1e-5, atol=0)
+
+
+# -- inspect and convert --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``beside("inspect ema.safetensors")`` beside an average and its model: output, errors."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 2)
+    ema = EMA(model, decay=0.99)
+    for _ in range(1000):
+        ema.update()
+    save(ema, tmp_path / "ema.safetensors")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    return fastema
+
+
+def test_an_average_is_described(beside: Any) -> None:
+    out, err = beside("inspect ema.safetensors --check --tensors")
+    assert err == ""
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[0] != " ")
+    assert lines["updates"] == "1,000"
+    assert lines["schedule"] == "decay 0.99"
+    assert lines["lag"].startswith("99 +/- 99.46 ")
+    assert lines["lag"].endswith("behind the model")
+    assert lines["tensors"] == "2 tensors (2 f32), 8 elements"
+    assert lines["whole"] == "yes, by its checksums"
+    assert "  'weight': f32[2, 3]" in out.splitlines()
+    found = json.loads(beside("inspect ema.safetensors --json").out)
+    assert (found["library"], found["num_updates"]) == ("fastema", 1000)
+    shapes = {"bias": [2], "weight": [2, 3]}
+    assert found["tensors"] == {n: {"dtype": "f32", "shape": s} for n, s in shapes.items()}
+
+
+def test_an_average_is_converted_and_what_is_lost_is_said(beside: Any, tmp_path: Path) -> None:
+    out, err = beside("convert ema.safetensors swa.pt --to swa_utils")
+    assert err == ""
+    assert out.splitlines() == [
+        "swa.pt: swa_utils, 2 tensors of ema.safetensors (fastema)",
+        "not carried: the schedule, decay 0.99",
+    ]
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
+    average.load_state_dict(torch.load(tmp_path / "swa.pt", weights_only=True))
+    assert average.n_averaged == 1000
+    out, _ = beside("convert ema.safetensors ema.pt --to torch_ema --names model.pt")
+    assert len(out.splitlines()) == 1
+
+
+NOT_CONVERTED = {
+    "inspect nowhere.pt": "fastema inspect: cannot read",
+    "inspect model.pt --key a.b": "fastema inspect: model.pt has nothing at 'a.b'",
+    "inspect ema.safetensors --index 3": "fastema inspect: index=3",
+    "convert ema.safetensors out.pt --to keras": "fastema convert: to='keras'",
+    "convert ema.safetensors nowhere/out.pt --to d2go": "fastema convert: cannot write",
+    "convert ema.safetensors out.pt --to torch_ema": "fastema convert: torch_ema keeps a list",
+}
+
+
+@pytest.mark.parametrize("line", NOT_CONVERTED)
+def test_what_cannot_be_is_one_line(line: str, beside: Any, tmp_path: Path) -> None:
+    before = {one.name for one in tmp_path.iterdir()}
+    out, err = beside(line, code=2)
+    assert out == ""
+    assert err.startswith(NOT_CONVERTED[line])
+    assert err.count("\n") == 1
+    assert {one.name for one in tmp_path.iterdir()} == before

@@ -56,20 +56,10 @@ def test_the_front_end_is_light() -> None:
 
 @pytest.mark.parametrize(
     ("missing", "named"),
-    [
-        (["sklearn"], "scikit-learn is"),
-        (["matplotlib", "rich"], "matplotlib and rich are"),
-        (
-            ["matplotlib", "rich", "sklearn", "torch"],
-            "torch, scikit-learn, matplotlib and rich are",
-        ),
-    ],
-    ids=["one", "two", "all"],
+    [("sklearn", "scikit-learn is"), ("matplotlib rich", "matplotlib and rich are")],
 )
-def test_missing_packages_are_named_with_the_way_to_get_them(
-    missing: list[str], named: str
-) -> None:
-    done = run_python("-c", WITHOUT, *missing)
+def test_missing_packages_are_named_with_the_way_to_get_them(missing: str, named: str) -> None:
+    done = run_python("-c", WITHOUT, *missing.split())
     assert (done.returncode, done.stdout) == (2, "")
     way = 'get what this command needs with: pip install "fastema[demo]"'
     assert done.stderr == f"fastema demo: {named} not installed; {way}\n"
@@ -158,30 +148,23 @@ def test_weights_are_counted_as_people_count_them(fastema: Any) -> None:
 
 
 @pytest.fixture
-def bench(fastema: Any, tmp_path: Path) -> Callable[..., Any]:
-    """``bench(*options)`` of a few small shapes: output, errors."""
-    (tmp_path / "shapes.json").write_text('{"a": [3, 5], "b": [7], "c": []}')
-
-    def called(
-        *options: object, source: Any = ("--shapes", tmp_path / "shapes.json"), **how: Any
-    ) -> Any:
-        return fastema("bench --seconds 0.001", *source, *options, **how)
-
-    return called
+def bench(fastema: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``bench(options)`` where a file has a few small shapes: output, errors."""
+    monkeypatch.chdir(tmp_path)
+    Path("shapes.json").write_text('{"a": [3, 5], "b": [7], "c": []}')
+    return lambda line, **how: fastema(f"bench --seconds 0.001 {line}", **how)
 
 
-def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(
-    bench: Any, tmp_path: Path
-) -> None:
-    out, err = bench("--dtype", "float32")
+def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(bench: Any) -> None:
+    out, err = bench("--shapes shapes.json --dtype float32")
     assert err == ""
     assert "shapes.json: 23 weights in 3 tensors, float32, average float32, on cpu" in out
     lines = {line.split("  ")[0] for line in out.splitlines()}
     assert {"fastema.EMA", *race.WAYS} <= lines
-    out, err = bench("--json", "-o", tmp_path / "bench.png")
+    out, err = bench("--shapes shapes.json --json -o bench.png")
     found = json.loads(out)
     assert "bench.png" in err
-    assert (tmp_path / "bench.png").stat().st_size > 5_000
+    assert Path("bench.png").stat().st_size > 5_000
     assert (found["elements"], found["weights"], found["average"]) == (23, "bfloat16", "float32")
     ways = {one["name"]: one for one in found["ways"]}
     assert ways["fastema.EMA"]["ratio"] == 1.0
@@ -205,11 +188,10 @@ def test_a_way_does_the_update_that_it_is_timed_for(name: str) -> None:
         torch.testing.assert_close(one.detach(), torch.full_like(one, 2.003), rtol=1e-6, atol=0)
 
 
-def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any, tmp_path: Path) -> None:
+def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any) -> None:
     tensors = {"w": torch.ones(4, 2), "n": torch.ones(3, dtype=torch.int64)}
-    torch.save({"model": tensors}, tmp_path / "model.pt")
-    out, _ = bench(source=("--checkpoint", tmp_path / "model.pt"))
-    assert "model.pt: 8 weights in 1 tensor" in out
+    torch.save({"model": tensors}, "model.pt")
+    assert "model.pt: 8 weights in 1 tensor" in bench("--checkpoint model.pt").out
     assert sum(one.numel() for one in shapes._gpt2()) == 124_439_808
     pytest.importorskip("transformers")
     assert len(shapes._of_model("transformers:GPT2Config")) == 148
@@ -219,23 +201,18 @@ WRONG = {
     "--model resnet50": "expected one of timm:NAME",
     "--model transformers:NopeConfig": "transformers cannot make it",
     "--shapes nope.json": "nope.json: No such file",
-    "--shapes {}": "expected JSON with shapes",
-    "--shapes nope": "expected JSON with shapes",
+    "--shapes empty.json": "expected JSON with shapes",
+    "--shapes text.json": "expected JSON with shapes",
 }
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_what_cannot_be_timed_is_one_line(
-    line: str, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    option, given = line.split()
-    if ":" in given:
+def test_what_cannot_be_timed_is_one_line(line: str, bench: Any) -> None:
+    if ":" in line:
         pytest.importorskip("transformers")
-    if option == "--shapes" and given != "nope.json":
-        Path("wrong").write_text(given)
-        given = "wrong"
-    out, err = bench(source=(option, given), code=2)
+    Path("empty.json").write_text("{}")
+    Path("text.json").write_text("nope")
+    out, err = bench(line, code=2)
     assert out == ""
     assert WRONG[line] in err
     assert len(err.splitlines()) == 1

@@ -100,14 +100,11 @@ def test_weights_and_debias(path: Path, smooth: Any) -> None:
     assert got["loss_sma"] == written(SimpleMovingAverage(20), was["loss"], was["size"])
 
 
-def test_what_was_smoothed_is_not_smoothed_again(path: Path, smooth: Any) -> None:
+def test_what_was_smoothed_is_not_smoothed_again_and_json_is_read(path: Path, smooth: Any) -> None:
     path.write_text("loss,loss_ema,loss_ema_0.5\n1,2,3\n2,3,4\n")
     assert list(columns(smooth(path).out))[3:] == ["loss_sma", "loss_ema_0.9"]
     said = smooth(path, "--metrics", "loss", "--ema", 0.5, code=2).err
     assert "has a column 'loss_ema_0.5' already" in said
-
-
-def test_json(path: Path, smooth: Any) -> None:
     rows = [{"loss": 2.0, "step": 10}, {"eval_loss": 3.0, "step": 10}, {"loss": 1.0, "step": 20}]
     path.write_text(json.dumps({"log_history": rows}))
     printed = smooth(path, "--ema", 0.5)
@@ -133,6 +130,11 @@ def test_event_files(tmp_path: Path, smooth: Any) -> None:
 def test_the_picture_shows_the_columns(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
+    find = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda n: None if "plot" in n else find(n))
+        said = smooth(path, "--plot", path.with_suffix(".png"), code=2).err
+    assert "--plot takes the matplotlib package: pip install matplotlib" in said
     require_packages("matplotlib")
     from fastema.tracking.plots import picture
 
@@ -180,13 +182,10 @@ REFUSALS = {
 }
 USAGE = {
     "--ema 1": "--ema: expected a number in [0, 1), got 1",
-    "--ema 0.9,x": "--ema: expected a number in [0, 1), got x",
     "--sma 0": "--sma: expected a whole number of at least 1, got 0",
-    "--sma 2.5": "--sma: expected a whole number of at least 1, got 2.5",
     "--plot a.txt": "--plot: expected a name that ends in .png, .svg, .pdf, got a.txt",
     "-o nowhere/a.csv": "cannot write nowhere/a.csv: No such file or directory",
     "--on-nonfinite hide": "invalid choice: 'hide'",
-    "--bogus": "unrecognized arguments: --bogus",
 }
 
 
@@ -237,26 +236,12 @@ def test_a_write_that_fails_leaves_the_older_file(
     assert len(list(path.parent.iterdir())) == 2
 
 
-def test_a_device_is_written_to(path: Path, tmp_path: Path, smooth: Any) -> None:
-    link = tmp_path / "null"
-    link.symlink_to(os.devnull)
-    smooth(path, "-o", link)
-    assert not Path(os.devnull).is_file()
-
-
 def test_whoever_reads_may_stop(path: Path) -> None:
     path.write_text(log(20_000))
     command = f'"{sys.executable}" -m fastema smooth "{path}" --quiet | head -n 1'
     done = run_command("bash", "-o", "pipefail", "-c", command)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("epoch,step,loss")
-
-
-def test_without_matplotlib(path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if "plot" in n else find(n))
-    said = smooth(path, "--plot", path.with_suffix(".png"), code=2).err
-    assert "--plot takes the matplotlib package: pip install matplotlib" in said
 
 
 def test_standard_input_is_read_as_a_file_is() -> None:
@@ -282,15 +267,6 @@ def test_decimal_commas(delimiter: str, path: Path, smooth: Any) -> None:
     got = columns(smooth(path, "--sma", "1").out, delimiter)
     assert got["loss"] == ["0,5", "-1,25e-1", "nan", "2"]
     assert got["loss_sma"] == ["0.5", "-0.125", "nan", "2.0"]
-
-
-def test_many_columns_are_read(path: Path, tmp_path: Path, smooth: Any) -> None:
-    names = [f"a_rather_long_name_of_column_{i}" for i in range(6000)]
-    rows = [",".join(names), *(",".join([str(k)] * len(names)) for k in range(2))]
-    path.write_text("\n".join(rows) + "\n")
-    smooth(path, "-o", tmp_path / "out.csv", "--sma", "2")
-    header, _ = (tmp_path / "out.csv").read_text().split("\n", 1)
-    assert header.count(",") == 2 * len(names) - 1
 
 
 @pytest.mark.parametrize(("redirected", "said"), [("<&-", "input is"), (">&-", "output is")])

@@ -12,7 +12,6 @@ from fastema.errors import ArgumentError
 from fastema.tracking.logs import Curve, read
 
 from ..support.requirements import require_packages
-from ..support.smoothing import ema, sma
 
 NEEDS = ("tensorboard",)
 
@@ -86,20 +85,6 @@ def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
     curves = read(tmp_path)
     assert_points(curves["loss"], [*first[:5], *second])
     assert_points(curves["acc"], first[:5])
-
-
-def test_what_our_writer_writes_comes_back(tmp_path: Path) -> None:
-    from fastema.tracking import TensorBoardWriter
-
-    raw = [value for _, value in points(100, 1)]
-    with TensorBoardWriter(tmp_path, window_size=5, decay=0.8) as writer:
-        for step, value in enumerate(raw):
-            writer.add_scalar("train/loss", value, step)
-    curves = read(tmp_path)
-    for kind, want in {"raw": raw, "sma": sma(raw, 5), "ema": ema(raw, 0.8)}.items():
-        curve = curves[f"train/loss_{kind}"]
-        assert curve.steps.tolist() == list(range(100))
-        np.testing.assert_allclose(curve.values, want, rtol=2e-7)
 
 
 def test_a_file_that_was_cut_short_or_is_damaged(tmp_path: Path) -> None:

@@ -72,7 +72,6 @@ def test_a_csv_file_comes_back(
         ("epoch,batch,loss", [(0, 0, 9), (0, 1, 8), (1, 0, 7), (1, 1, 6)], None),
         # A run that was taken up again.
         ("step,loss", [(0, 9), (1, 8), (1, 7)], None),
-        ("step,loss", [(0, 9), ("", 8), (2, 7)], None),
         ("step,loss", [(0, 9), ("nan", 8), (2, 7)], None),
         ("loss,acc", [(9, 1), (8, 2)], None),
     ],
@@ -161,24 +160,17 @@ def test_metrics_are_those_named_or_what_is_worth_averaging() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "is empty"),
         (" \n\n", "is empty"),
         ("step,loss\n", "no row yet"),
         ("1,2\n3,4\n", "the first line holds numbers; it has to name the columns"),
         ("step,loss\n1,2\n2,3,4\n", "line 3: 3 cells, but the first line names 2"),
         ("loss,loss,acc\n1,2,3\n", "two columns are called loss"),
         ("name,note\na,b\n", "no column of numbers among name, note"),
-        ("a,b\n\0,1\n", "is no text"),
         ('{"loss": 1}\n{"loss": }\n{"loss": 3}\n', "line 2: neither JSON nor"),
         ('{"loss": 1,\n', "line 1: neither JSON nor"),
         ("[1, 2]", "expected rows that name their values"),
         ("[]", "no column of numbers among none"),
-        ('{"loss": "low"}', "no column of numbers among loss"),
-        (",", "names of columns, but no row yet"),
         ('"', "its lines are empty"),
-        (",,,\n,,\n", "no column of numbers"),
-        # Newer Pythons read deeper lists.
-        ("[" * 3000 + "]" * 3000, "it is nested deeper than any log|expected rows"),
         ('{"a":' * 3000 + "1" + "}" * 3000, "it is nested deeper than any log"),
     ],
     ids=lambda value: value[:40],
@@ -191,16 +183,13 @@ def test_what_is_no_log(text: str, complaint: str) -> None:
     assert "run.log" in str(raised.value)
 
 
-def test_a_column_that_is_not_all_numbers_is_told() -> None:
+def test_columns_and_files_that_cannot_be_read(tmp_path: Path) -> None:
     table = read_table(io.StringIO("step,loss,empty\n0,1,\n1,diverged,\n"))
     assert "loss" not in table.curves()
     with pytest.raises(ArgumentError, match="'loss' holds no numbers: row 2 has 'diverged'"):
         table.column("loss")
     with pytest.raises(ArgumentError, match="'empty' holds no numbers: all of its cells are blank"):
         table.column("empty")
-
-
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.csv")
     binary = tmp_path / "weights.bin"
