@@ -78,9 +78,7 @@ PLANTED = {
             "unfrozen": (" or (bool(trained) and _changed(trained))", ""),
             "first looks": ("        self._full = 2 ", "        self._full = 0 "),
         },
-        "fastema/compat/averager.py": {
-            "moved in a block": ("        if self._moved():\n", "        if False:\n")
-        },
+        "fastema/compat/averager.py": {"moved in a block": ("if self._moved():", "if False:")},
     },
     "native": {
         "fastema/engine/disk_cache.py": {
@@ -114,9 +112,7 @@ PLANTED = {
                 "if not foreign:\n                    driver.pop()",
             )
         },
-        "fastema/engine/cuda_group.py": {
-            "first clock": ("= 8 * CLOCK_CELLS * batch\n", "= 0 * CLOCK_CELLS * batch\n")
-        },
+        "fastema/engine/cuda_group.py": {"first clock": ("= 8 * CLOCK_CELLS", "= 0 * CLOCK_CELLS")},
         "kernels/cuda.py": {
             "guard when idle": ('return _all_rows if operation == "finite" else', "return"),
             "products and sums": ("partial(compiled, fma=False)", "partial(compiled, fma=True)"),
@@ -134,33 +130,25 @@ PLANTED = {
             "largest half": ("(magnitude, 0x477FE000), beyond", "(magnitude, 0x477FEFFF), beyond"),
             "seed": ("    key = xor32(mix32(key), high32(step))\n", ""),
         },
-        "kernels/steps.py": {
-            "stood still": ("real(1) if after == before", "real(1) if after == x")
-        },
+        "kernels/steps.py": {"stood still": ("(1) if after == before", "(1) if after == x")},
     },
     "rules": {
-        "fastema/rules/rule.py": {
-            "steps between": ("math.expm1(every * math.log(decay))", "math.expm1(math.log(decay))")
-        },
+        "fastema/rules/rule.py": {"steps between": ("every * math.log(decay)", "math.log(decay)")},
         "fastema/rules/schedule.py": {
             "begins late": ("if m < 0 or not step:", "if m <= 0 or not step:"),
             "due": ("// every - (counted - steps) // every", "// every - (counted - 1) // every"),
         },
-        "fastema/rules/debias.py": {
-            "nothing left": ("math.log1p(-weight), GONE", "math.log1p(-0.5 * weight), GONE")
-        },
+        "fastema/rules/debias.py": {"nothing left": ("(-weight), GONE", "(-0.5 * weight), GONE")},
     },
     "layout": {
         "fastema/layout/group.py": {
-            "overlap": ("begin[1:] >= np.maximum.accumulate(end)[:-1]", "begin[1:] >= end[:-1]")
+            "overlap": ("begin[1:] >= np.maximum.accumulate(end)", "begin[1:] >= end")
         },
         "fastema/layout/table.py": {
             "merged axes": (" and self.src == n * inner.src", ""),
             "half of an index": ("one_half = first // _HALF == reach // _HALF", "one_half = True"),
         },
-        "fastema/layout/flat.py": {
-            "aligned": ("length += -(-size // unit) * unit", "length += size")
-        },
+        "fastema/layout/flat.py": {"aligned": ("+= -(-size // unit) * unit", "+= size")},
     },
     "engine": {
         "fastema/engine/watch.py": {"first share": ("(share == 0 and", "(share != 0 and")},
@@ -189,9 +177,7 @@ PLANTED = {
         },
     },
     "plan": {
-        "fastema/binding/binding.py": {
-            "as it was": ("            binding._bound = self._before\n", "            pass\n")
-        },
+        "fastema/binding/binding.py": {"as it was": ("binding._bound = self._before", "pass")},
         "fastema/plan.py": {
             "calls": ("            self.calls += 1\n", ""),
             "tells autograd": ("(0, 1) if swaps else (0,)", "(0,)"),
@@ -218,9 +204,7 @@ PLANTED = {
         },
     },
     "compat": {
-        "fastema/compat/torch_ema.py": {
-            "decay grows": ("(1 + step) / (10 + step)", "(2 + step) / (11 + step)")
-        },
+        "fastema/compat/torch_ema.py": {"decay grows": ("(1 + step) / (10", "(2 + step) / (11")},
         "fastema/compat/diffusers.py": {
             "after a step": ("self.update_after_step - 1)", "self.update_after_step)"),
             "floor": ("max(min(grown, self.decay), self.min_decay)", "min(grown, self.decay)"),
@@ -252,14 +236,10 @@ PLANTED = {
                 "if not torch.equal(digest, found[0]):",
             ),
         },
-        "fastema/shadow/matching.py": {
-            "any division": ("if now != was\n", "if now != was and name is None\n")
-        },
-        "fastema/shadow/entries.py": {
-            "last pattern": ("patterns[matching[0]]", "patterns[matching[-1]]")
-        },
+        "fastema/shadow/matching.py": {"any division": ("!= was", "!= was and name is None")},
+        "fastema/shadow/entries.py": {"last pattern": ("[matching[0]]", "[matching[-1]]")},
         "fastema/checkpoint/folder.py": {
-            "stretches": ("extents[axis - 1] == tensor", "extents[axis - 1] <= tensor")
+            "stretches": ("extents[axis - 1] ==", "extents[axis - 1] <=")
         },
         "fastema/checkpoint/dcp.py": {
             "a path in a folder": ('if Path(name).name != name or "\\0" in name:', "if not name:")

@@ -12,9 +12,6 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import LayoutError
-from fastema.layout.group import refuse_overlap
-from fastema.layout.spec import TensorSpec
 
 from .support.work import grows_linearly
 
@@ -77,38 +74,3 @@ CALLS: dict[str, Callable[[Any], Callable[[], Any]]] = {
 )
 def test_calls_take_twice_the_work_for_twice_the_tensors(weights: str, call: str) -> None:
     assert grows_linearly(lambda count: CALLS[call](WEIGHTS[weights](count)))
-
-
-# -- overlap ---------------------------------------------------------------------------------------
-
-Sides = tuple[list[tuple[str, TensorSpec]], list[tuple[str, TensorSpec]]]
-
-
-def spec(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(4096 + 4 * address, shape, strides, "f32", "cpu")
-
-
-# What is written and what is read, of so many tensors each.
-LAYOUTS: dict[str, Callable[[int], Sides]] = {
-    # Of one matrix: each span reaches into those of all others.
-    "columns": lambda count: ([(f"c{i}", spec(i, (5,), (count,))) for i in range(count)], []),
-    "three matrices side by side in the rows of each of many": lambda count: (
-        [(f"m{i}", spec(150 * (i // 3) + 10 * (i % 3), (5, 10), (30, 1))) for i in range(count)],
-        [],
-    ),
-    "many names of one tensor that is read between elements that are written": lambda count: (
-        [("written", spec(0, (40,), (2,)))],
-        [(f"r{i}", spec(1, (40,), (2,))) for i in range(count)],
-    ),
-    "end to end": lambda count: ([(f"p{i}", spec(5 * i, (5,), (1,))) for i in range(count)], []),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_overlap_is_looked_for_in_linear_time_and_found(layout: Callable[[int], Sides]) -> None:
-    assert grows_linearly(lambda count: lambda: refuse_overlap(*layout(count)))
-    written, read = layout(200)
-    shared = ("other", TensorSpec(written[-1][1].span()[1] - 4, (1,), (1,), "f32", "cpu"))
-    for sides in (([*written, shared], read), (written, [*read, shared])):
-        with pytest.raises(LayoutError, match="other"):
-            refuse_overlap(*sides)

@@ -13,8 +13,19 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench.questions import cpu
-from bench.race import cases, checks, clock, contest, jobs, machines, peers, readme, report, shapes
+from bench.questions import counts, cpu
+from bench.race import (
+    baseline,
+    cases,
+    checks,
+    clock,
+    contest,
+    jobs,
+    machines,
+    peers,
+    report,
+    shapes,
+)
 from bench.race.flat_module import DTYPES, build, randomise_
 from bench.race.question import Question, Settings
 from bench.race.report import Row
@@ -85,16 +96,6 @@ def test_a_peer_that_leaves_out_a_chunk_or_stalls_is_caught(wrong: int) -> None:
     one = torch.ones(1000, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="1000 of 1000 elements differ"):
         checks.assert_averaged([one], [one.double()], [2 * one], DECAY, stochastic=True)
-
-
-def test_a_failed_check_names_case_and_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def idle(model: torch.nn.Module, decay: float, dtype: torch.dtype) -> peers.Running:
-        averages = peers.copies(model, dtype)
-        return peers.Running(lambda: None, lambda: averages)
-
-    monkeypatch.setattr(jobs, "PEERS", (peers.Peer("idle", idle),))
-    with pytest.raises(AssertionError, match="update:tiny:f32/f32, idle: tensor 0"):
-        jobs.prepare(cases.Case("tiny", "f32/f32", tiny, 1))
 
 
 def test_rounds_begin_anew_and_have_their_own_clock() -> None:
@@ -193,19 +194,6 @@ def test_what_fails_is_not_stored_and_what_lacks_a_row_of_the_baseline_is(
     assert answered("counts", [], baseline="check", cases=("one",))
 
 
-def test_readme_table_is_generated_and_checked(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.START}\nold\n{readme.END}\nafter\n", encoding="utf-8")
-    assert readme.main(check=True, readme=page) == 1
-    assert readme.main(check=False, readme=page) == 0
-    assert readme.main(check=True, readme=page) == 0
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{readme.START}\n")
-    assert text.endswith(f"{readme.END}\nafter\n")
-    with pytest.raises(ValueError, match="lacks the markers"):
-        readme.put_between_markers("no table here", "section")
-
-
 def test_pages_that_are_made_of_stored_results_are_up_to_date() -> None:
     stored = (report.RESULTS / machines.PAGE).read_text(encoding="utf-8")
     assert stored == machines.page()
@@ -229,3 +217,54 @@ def test_inventories() -> None:
     for inventory, tensors, elements in INVENTORIES.values():
         assert len(inventory) == len({name for name, _ in inventory}) == tensors
         assert shapes.total_elements(inventory) == elements
+
+
+# -- what is compared with the baseline ------------------------------------------------------------
+
+FIGURES = {"operations": 0, "python_kb": 4, "ratio": 1.0, "ms": 3.0}
+OURS = Row("An update", "fastema.EMA", FIGURES)
+PEER = Row("An update", "a peer", {"ratio": 4.0})
+GONE = Row("An update", "a peer", missing="is not installed")
+ROWS = [OURS, PEER, Row("An update", "another", missing="is not installed")]
+
+
+def ours(**figures: object) -> list[Row]:
+    return [Row("An update", "fastema.EMA", {**FIGURES, **figures}), *ROWS[1:]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "good", "said"),
+    [
+        (ours(python_kb=8, ms=30.0), True, None),
+        (ours(operations=1), False, "An update | fastema.EMA: operations is 1, was 0"),
+        (ROWS[1:], False, "An update | fastema.EMA: is not measured any more"),
+        ([*ROWS, Row("New", "x", {"ratio": 1.0})], False, "New | x: is new"),
+        ([OURS, GONE], True, None),
+        (
+            [OURS, Row("An update", "a peer", {"ratio": 2.0}), ROWS[2]],
+            True,
+            "warning: An update | a peer: 2.00 times fastema's time, was 4.00",
+        ),
+    ],
+)
+def test_counts_and_rows_fail_and_ratios_warn(
+    rows: list[Row], good: bool, said: str | None, tmp_path: Path, capsys: Any
+) -> None:
+    baseline.write("cpu", ROWS, tmp_path)
+    assert baseline.check("unknown", rows, tmp_path)
+    assert baseline.check("cpu", rows, tmp_path) is good
+    err = capsys.readouterr().err
+    assert said in err if said else err == ""
+    baseline.write("cpu", [OURS, GONE], tmp_path)
+    assert baseline.read(tmp_path)["cpu"]["An update | a peer"] == {"ratio": 4.0}
+
+
+def test_an_update_asks_pytorch_for_nothing() -> None:
+    found = {(row.table, row.entry): row for row in (*counts._modules(), *counts._calls())}
+    for (table, entry), row in found.items():
+        if "update" in table:
+            assert (row["operations"], row["python_kb"]) == (0, 4), entry
+    imported = found["Modules of fastema that are imported", "import fastema"]
+    assert (imported["modules"], imported["heavy"]) == (2, "none")
+    bits = found["100 tensors: an update", "bfloat16, average float32"]["bytes_per_element"]
+    assert bits == 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,19 +38,6 @@ def test_version_and_what_is_no_command(fastema: Any) -> None:
     assert (done.returncode, done.stdout) == (0, f"fastema {__version__}\n")
     assert "demo" in fastema("", code=2).err
     assert "polish" in fastema("polish", code=2).err
-
-
-def test_the_front_end_is_light() -> None:
-    done = run_python(
-        "-c",
-        "import json, sys; before = set(sys.modules); from fastema.cli import main\n"
-        "try: main(['demo', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print(json.dumps(sorted(set(sys.modules) - before)))",
-    )
-    assert done.returncode == 0, done.stderr
-    packages = {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
-    assert packages - sys.stdlib_module_names - {"fastema"} == set()
 
 
 @pytest.mark.parametrize(

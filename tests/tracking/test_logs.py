@@ -1,4 +1,4 @@
-"""Logs of every kind come back as the curves they were written from, to the bit."""
+"""Logs and event files of every kind come back as the curves they were written from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from hypothesis import strategies as st
 
 from fastema.errors import ArgumentError
 from fastema.tracking.logs import Curve, from_rows, read, read_table
+
+from ..support.requirements import require_packages
+
+NEEDS = ("tensorboard",)
+
+# Protocol buffers warn of what they will not have in a later version.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 # What stands in a header: anything but blanks around it, and not a number alone.
@@ -196,3 +204,160 @@ def test_columns_and_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(bytes(range(256)))
     with pytest.raises(ArgumentError, match=r"weights.bin is no text.*tfevents"):
         read(binary)
+
+
+# -- event files -----------------------------------------------------------------------------------
+
+Points = list[tuple[int, float]]
+
+
+def write(
+    folder: Path, tags: dict[str, Points], *, kind: str = "tensor", restart: int | None = None
+) -> None:
+    """One more event file in a folder, by the writer of the tensorboard package."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    number = len(list(folder.glob("*"))) if folder.exists() else 0
+    writer = EventFileWriter(str(folder), filename_suffix=f".{number}")
+    # Names are ordered by the second at which a file was made, and all of these have the same.
+    if restart is not None:
+        log = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(step=restart, session_log=log))
+    for tag, points in tags.items():
+        for place, (step, value) in enumerate(points):
+            if kind == "simple":
+                one = Summary.Value(tag=tag, simple_value=value)
+            else:
+                plugin = SummaryMetadata.PluginData(plugin_name=kind)
+                metadata = SummaryMetadata(plugin_data=plugin) if place == 0 else None
+                tensor = make_tensor_proto(np.float32(value))
+                one = Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
+            writer.add_event(Event(step=step, summary=Summary(value=[one])))
+    writer.close()
+
+
+def assert_points(curve: Curve, points: Points) -> None:
+    """Equal as float32, which is what an event file holds."""
+    same(curve, [step for step, _ in points], np.float32([value for _, value in points]))
+
+
+def points(count: int, seed: int, start: int = 0) -> Points:
+    values = np.random.default_rng(seed).normal(size=count).tolist()
+    return list(enumerate(values, start))
+
+
+def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path, {"text": points(3, 1)}, kind="text")
+    with pytest.raises(ArgumentError, match="no scalars in the TensorBoard event files"):
+        read(tmp_path)
+    write(tmp_path, {"loss": points(3, 2)}, kind="scalars")
+    assert set(read(tmp_path)) == {"step", "loss"}
+
+
+def test_runs_in_folders_and_a_tag_called_step(tmp_path: Path) -> None:
+    for seed, run in enumerate((".", "train", "deep/er")):
+        write(tmp_path / run, {"loss": points(4, seed), "step": points(4, seed)}, kind="scalars")
+    curves = read(tmp_path)
+    for seed, prefix in enumerate(("", "train/", "deep/er/")):
+        assert_points(curves[f"{prefix}loss"], points(4, seed))
+    assert set(read(tmp_path / "train")) == {"global_step", "loss", "step"}
+
+
+def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
+    first, second = points(8, 1), points(5, 2, start=5)
+    write(tmp_path, {"loss": first, "acc": first}, kind="simple")
+    write(tmp_path, {"loss": second}, kind="simple", restart=5)
+    curves = read(tmp_path)
+    assert_points(curves["loss"], [*first[:5], *second])
+    assert_points(curves["acc"], first[:5])
+
+
+def test_a_file_that_was_cut_short_or_is_damaged(tmp_path: Path) -> None:
+    its = points(50, 1)
+    write(tmp_path, {"loss": its}, kind="simple")
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-7])
+    assert_points(read(tmp_path)["loss"], its[:-1])
+    half = len(content) // 2
+    file.write_bytes(content[:half] + content[half + 1 :])
+    with pytest.raises(ArgumentError, match=r"tfevents.* or damaged, at byte \d+$"):
+        read(file)
+
+
+def test_folders_without_event_files(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"no TensorBoard event file in this folder$"):
+        read(tmp_path)
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0" / "metrics.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(ArgumentError, match=r"did you mean\n  - .*version_0.metrics.csv"):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "events.out.tfevents.1")
+
+
+def test_torch_writes_what_is_read(tmp_path: Path) -> None:
+    require_packages("torch")
+    from torch.utils.tensorboard import SummaryWriter
+
+    its = points(20, 1)
+    for new_style in (False, True):
+        folder = tmp_path / str(new_style)
+        with SummaryWriter(str(folder)) as writer:
+            for step, value in its:
+                writer.add_scalar("loss", value, step, new_style=new_style)
+        assert_points(read(folder)["loss"], its)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path, {"loss": points(3, 1)})
+    monkeypatch.setitem(sys.modules, "tensorboard.util.tensor_util", None)
+    with pytest.raises(ArgumentError, match="pip install tensorboard"):
+        read(tmp_path)
+
+
+@pytest.mark.tensorflow
+def test_scalars_and_what_else_is_among_them(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    values = np.random.default_rng(0).normal(size=30).astype(np.float32)
+    writer = tf.summary.create_file_writer(str(tmp_path))
+    with writer.as_default():
+        tf.summary.image("image", np.random.default_rng(1).random((1, 300, 300, 3)), step=0)
+        for step, value in enumerate(values):
+            tf.summary.scalar("loss", value, step=5 * step)
+            tf.summary.histogram("weights", values, step=5 * step)
+            tf.summary.text("note", "text", step=5 * step)
+    writer.close()
+    curves = read(tmp_path)
+    assert set(curves) == {"step", "loss"}
+    assert curves["loss"].steps.tolist() == list(range(0, 150, 5))
+    np.testing.assert_array_equal(curves["loss"].values, values)
+
+
+# Keras reads a variable of TensorFlow as NumPy will not have it any more.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.tensorflow
+def test_the_callback_of_keras(tmp_path: Path) -> None:
+    import keras
+
+    seen: list[float] = []
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y = np.random.default_rng(0).normal(size=(2, 37, 4)).astype(np.float32)
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(float(logs["loss"]))
+    )
+    board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=False)
+    history = model.fit(
+        x, y[:, :1], batch_size=8, epochs=2, verbose=0, validation_split=0.25,
+        callbacks=[note, board],
+    ).history  # fmt: skip
+    curves = read(tmp_path)
+    np.testing.assert_array_equal(curves["train/batch_loss"].values, np.float32(seen))
+    validated = curves["validation/epoch_loss"]
+    np.testing.assert_array_equal(validated.values, np.float32(history["val_loss"]))
+    assert validated.steps.tolist() == [0, 1]

@@ -97,15 +97,11 @@ def test_a_data_frame_and_a_log_by_its_path(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"epoch": i, "loss": 9.0 - i}) + "\n" for i in range(4)))
     (panel,) = panels(path, averages=BOTH)
     assert (panel.name, panel.axis) == ("loss", "epoch")
-    path.write_text('{"loss": 2}\n{"loss": 1}\n')
-    assert panels(str(path), averages=BOTH)[0].axis == "row"
     require_packages("pandas")
     import pandas
 
-    frame = pandas.DataFrame(
-        {"step": [0, 0, 5, 5], "loss": [2.0, None, 1.0, None], "val": [None, 3.0, None, 2.5]}
-    )
-    loss, val = panels(frame.assign(note="x"), averages=BOTH)
+    columns = {"step": [0, 0, 5, 5], "loss": [2.0, None, 1.0, None], "val": [None, 3.0, None, 2.5]}
+    loss, val = panels(pandas.DataFrame(columns).assign(note="x"), averages=BOTH)
     assert by_label(loss)["raw"].steps.tolist() == [0, 5]
     assert by_label(val)["raw"].values.tolist() == [3.0, 2.5]
 

@@ -75,21 +75,14 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
             assert_rounded(points.values, curve)
 
 
-@pytest.mark.parametrize(
-    ("options", "runs"),
-    [
-        ({"decay": None}, {"raw", "sma"}),
-        ({"window_size": None, "raw": False, "debias": True}, {"ema"}),
-    ],
-)
-def test_what_is_not_wanted_is_not_written(options: Any, runs: set[str], tmp_path: Path) -> None:
+def test_what_is_not_wanted_is_not_written(tmp_path: Path) -> None:
     losses = drawn(20)
-    with TensorBoardWriter(tmp_path, **{"window_size": WINDOW, "decay": DECAY, **options}) as w:
+    options: Any = {"window_size": None, "decay": DECAY, "raw": False, "debias": True}
+    with TensorBoardWriter(tmp_path, **options) as writer:
         for loss in losses:
-            w.add_scalar("loss", loss)
-    assert {path.name for path in tmp_path.iterdir()} == runs
-    if "ema" in runs:
-        assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY, debias=True))
+            writer.add_scalar("loss", loss)
+    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
+    assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY, debias=True))
 
 
 def test_points_are_written_out_when_there_are_many_or_time_has_passed(
@@ -219,17 +212,3 @@ def test_a_fork_leaves_the_files_alone_and_what_was_written_out_survives(tmp_pat
     for run in ("raw", "sma", "ema"):
         assert read(tmp_path, run).steps == [0, 1]
     assert read(tmp_path, "raw").values == [1.5, 2.5]
-
-
-def test_a_value_that_cannot_be_read_takes_no_other_along(tmp_path: Path) -> None:
-    class Lost(float):
-        def __float__(self) -> float:
-            raise RuntimeError("device lost")
-
-    writer = TensorBoardWriter(tmp_path, window_size=None, decay=None)
-    writer.add_scalar("loss", 1.0)
-    writer._points.waiting.append(("raw", "loss", Lost(), 1, time.time()))
-    writer.add_scalar("loss", 3.0, 2)
-    with pytest.raises(RuntimeError, match="device lost"):
-        writer.close()
-    assert read(tmp_path, "raw").steps == [0, 2]
