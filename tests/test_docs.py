@@ -86,9 +86,8 @@ def surroundings() -> dict[str, Any]:
     """What a page may take for granted: a small model in training, and something to train it on."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
-    )
+    nn = torch.nn
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(3)]
 
     def evaluate(evaluated: Any) -> float:
@@ -102,7 +101,7 @@ def surroundings() -> dict[str, Any]:
         "optimizer": torch.optim.SGD(model.parameters(), 0.1),
         "loader": batches,
         "batches": batches,
-        "loss_fn": torch.nn.functional.cross_entropy,
+        "loss_fn": nn.functional.cross_entropy,
         "evaluate": evaluate,
     }
 

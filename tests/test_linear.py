@@ -43,20 +43,15 @@ def ready(weights: Any, applied: bool = False) -> fastema.EMA:
     return ema
 
 
-def reading(ema: fastema.EMA) -> Callable[[], Any]:
-    return lambda: [ema.shadow[name] for name in ema.shadow]
-
-
 CALLS: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "build": lambda weights: lambda: fastema.EMA(weights, 0.9),
     "update": lambda weights: ready(weights).update,
-    "state_dict": lambda weights: ready(weights).state_dict,
     "state_dict applied": lambda weights: ready(weights, applied=True).state_dict,
     "load_state_dict": lambda weights: partial(
         ready(weights).load_state_dict, ready(weights).state_dict()
     ),
-    "read": lambda weights: reading(ready(weights)),
-    "read applied": lambda weights: reading(ready(weights, applied=True)),
+    "read": lambda weights: partial(dict, ready(weights).shadow),
+    "read applied": lambda weights: partial(dict, ready(weights, applied=True).shadow),
     "apply_shadow": lambda weights: ready(weights).apply_shadow,
     "restore": lambda weights: ready(weights, applied=True).restore,
     "to": lambda weights: partial(ready(weights).to, dtype="float64"),

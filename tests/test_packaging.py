@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,6 +15,8 @@ import pytest
 
 import fastema
 from fastema.kernels.stamp import source_stamp
+
+from .support.requirements import require_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
@@ -39,16 +40,10 @@ def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return output
 
 
-def _need(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (pip install -e '.[test]')")
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the sdist and the wheel that was built from the sdist, not the tree."""
-    _need("build", "hatchling")
+    require_packages("build", "hatchling")
     folder = tmp_path_factory.mktemp("dist")
     _run(*BUILD, "--outdir", folder, ROOT, cwd=tmp_path_factory.mktemp("empty"))
     return folder
@@ -85,12 +80,13 @@ def test_sdist_is_the_tree_and_the_wheel_the_package_and_its_kernels(built: Path
 
 @pytest.mark.slow
 def test_release_has_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
-    _need("build", "hatchling")
+    require_packages("build", "hatchling")
     tree, out = tmp_path / "tree", tmp_path / "out"
     out.mkdir()
-    for name in ("fastema", "kernels", ".ci"):
-        skipped = shutil.ignore_patterns("__pycache__", "compiled", "kernels")
-        shutil.copytree(ROOT / name, tree / name, ignore=skipped if name == "fastema" else None)
+    skipped = shutil.ignore_patterns("__pycache__", "compiled", "kernels")
+    shutil.copytree(ROOT / "fastema", tree / "fastema", ignore=skipped)
+    for name in ("kernels", ".ci"):
+        shutil.copytree(ROOT / name, tree / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     command = (*BUILD, "--wheel", "--outdir", out, tree)
@@ -121,7 +117,7 @@ def test_release_has_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
 def test_installed_wheel_updates_an_average_and_has_its_command(
     built: Path, tmp_path: Path
 ) -> None:
-    _need("pip")
+    require_packages("pip")
     (wheel,) = built.glob("*.whl")
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site)

@@ -77,12 +77,10 @@ def assign(net: Any) -> None:
 MOVES: dict[str, Callable[[Any], object]] = {
     "data": lambda net: set_data(net, lambda w: w * 2 + 1),
     "bfloat16": lambda net: net.to(torch.bfloat16),
-    "double": lambda net: net.double(),
     "assign": assign,
     "module": lambda net: net.__setitem__(1, nn.Linear(7, 4)),
     "parameter": lambda net: setattr(net[1], "weight", nn.Parameter(torch.randn(4, 7))),
     "memory format": lambda net: net.to(memory_format=torch.contiguous_format),
-    "other strides": lambda net: set_data(net, lambda w: w.t().contiguous().t()),
     "same storage": lambda net: set_data(net, lambda w: w.view(-1).view(7, 4).t()),
     "within storage": lambda net: set_data(net, lambda w: torch.cat([torch.randn(3, 7), w])[2:6]),
 }

@@ -7,7 +7,6 @@ import threading
 import tracemalloc
 import warnings
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +81,8 @@ def test_a_module_with_buffers_and_frozen_parts(dtype: str | None, tmp_path: Pat
     tracked = fastema.PowerEMA(model, 0.08)
     for step in range(1, 101):
         model(torch.randn(2, 3, 5, 5))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
         ema.update()
         tracked.update()
         if step % 10 == 0:
@@ -194,20 +192,16 @@ def test_a_malformed_snapshot_is_refused_or_gives_finite_numbers(seed: int, tmp_
             assert all(np.isfinite(one).all() for one in found.tensors.values())
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *product(["gamma"], ["1e308", "nan", "-1", ""]),
-        *product(["step"], ["0", "3.5", str(2**63)]),
-        *product(["copied"], ["{", "3"]),
-        *(("start", "-1"), ("start", "3"), ("every", "0"), ("kind", "another")),
-    ],
-)
-def test_values_that_no_snapshot_has_are_refused(key: str, value: str, tmp_path: Path) -> None:
+NO_VALUES = ["gamma 1e308", "gamma nan", "gamma -1", "step 0", "step 3.5", f"step {2**63}"]
+NO_VALUES += ["copied {", "copied 3", "start -1", "start 3", "every 0", "kind another"]
+
+
+@pytest.mark.parametrize("line", NO_VALUES)
+def test_values_that_no_snapshot_has_are_refused(line: str, tmp_path: Path) -> None:
     (path,) = posthoc.save_snapshot(updated(), tmp_path)
     whole = path.read_bytes()
     header = header_of(whole)
-    header["__metadata__"][key] = value
+    header["__metadata__"].update([line.split()])
     path.write_bytes(with_header(whole, json.dumps(header).encode()))
     with pytest.raises(errors.CheckpointError, match="no snapshot of a power-function average"):
         posthoc.synthesize(tmp_path, sigma_rel=0.07)

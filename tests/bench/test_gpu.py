@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,9 @@ import torch
 
 from bench import __main__ as command
 from bench.gpu import cases, check, clock, peers, race, targets
-from bench.questions import launch
 from bench.race.peers import OURS, Peer, Running
 from bench.race.question import Settings
 from bench.race.report import RESULTS, Row, load
-
-from ..support.requirements import require, require_packages
 
 pytestmark = pytest.mark.torch
 
@@ -120,15 +116,3 @@ def test_targets() -> None:
     assert {targets.SAME, targets.MIXED, targets.NARROW, targets.SMALL, targets.GPT2} <= titles
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
     assert {OURS, targets.PLAN, targets.CAPTURED, targets.SAMPLED, targets.COMPILED} <= everyone
-
-
-@pytest.mark.slow
-def test_the_host_time_of_an_update() -> None:
-    """Against a driver that does nothing: one launch, and the question which context is current."""
-    require_packages("cuda.bindings.driver")
-    require(shutil.which("cc") is not None, "a C compiler")
-    rows = list(launch.rows(Settings(quick=True)))
-    assert {row.table for row in rows} == {"10 tensors", "100 tensors", "1,000 tensors"}
-    for one in rows:
-        assert one["us"] > 0
-        assert one["driver_calls"] == (4 if "capturable" in one.entry else 2)

@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from fastema.errors import ArgumentError
 from fastema.tracking.logs import Curve, from_rows, read, read_table
 
-from ..support.requirements import require_packages
-
 NEEDS = ("tensorboard",)
 
 # Protocol buffers warn of what they will not have in a later version.
@@ -249,18 +247,14 @@ def points(count: int, seed: int, start: int = 0) -> Points:
     return list(enumerate(values, start))
 
 
-def test_tensors_that_are_no_scalars_are_left_out(tmp_path: Path) -> None:
+def test_runs_in_folders_a_tag_called_step_and_tensors_that_are_no_scalars(tmp_path: Path) -> None:
     write(tmp_path, {"text": points(3, 1)}, kind="text")
     with pytest.raises(ArgumentError, match="no scalars in the TensorBoard event files"):
         read(tmp_path)
-    write(tmp_path, {"loss": points(3, 2)}, kind="scalars")
-    assert set(read(tmp_path)) == {"step", "loss"}
-
-
-def test_runs_in_folders_and_a_tag_called_step(tmp_path: Path) -> None:
     for seed, run in enumerate((".", "train", "deep/er")):
         write(tmp_path / run, {"loss": points(4, seed), "step": points(4, seed)}, kind="scalars")
     curves = read(tmp_path)
+    assert "text" not in curves
     for seed, prefix in enumerate(("", "train/", "deep/er/")):
         assert_points(curves[f"{prefix}loss"], points(4, seed))
     assert set(read(tmp_path / "train")) == {"global_step", "loss", "step"}
@@ -288,7 +282,9 @@ def test_a_file_that_was_cut_short_or_is_damaged(tmp_path: Path) -> None:
         read(file)
 
 
-def test_folders_without_event_files(tmp_path: Path) -> None:
+def test_folders_without_event_files_and_without_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with pytest.raises(ArgumentError, match=r"no TensorBoard event file in this folder$"):
         read(tmp_path)
     (tmp_path / "version_0").mkdir()
@@ -297,22 +293,6 @@ def test_folders_without_event_files(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "events.out.tfevents.1")
-
-
-def test_torch_writes_what_is_read(tmp_path: Path) -> None:
-    require_packages("torch")
-    from torch.utils.tensorboard import SummaryWriter
-
-    its = points(20, 1)
-    for new_style in (False, True):
-        folder = tmp_path / str(new_style)
-        with SummaryWriter(str(folder)) as writer:
-            for step, value in its:
-                writer.add_scalar("loss", value, step, new_style=new_style)
-        assert_points(read(folder)["loss"], its)
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write(tmp_path, {"loss": points(3, 1)})
     monkeypatch.setitem(sys.modules, "tensorboard.util.tensor_util", None)
     with pytest.raises(ArgumentError, match="pip install tensorboard"):
@@ -336,28 +316,3 @@ def test_scalars_and_what_else_is_among_them(tmp_path: Path) -> None:
     assert set(curves) == {"step", "loss"}
     assert curves["loss"].steps.tolist() == list(range(0, 150, 5))
     np.testing.assert_array_equal(curves["loss"].values, values)
-
-
-# Keras reads a variable of TensorFlow as NumPy will not have it any more.
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.tensorflow
-def test_the_callback_of_keras(tmp_path: Path) -> None:
-    import keras
-
-    seen: list[float] = []
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    x, y = np.random.default_rng(0).normal(size=(2, 37, 4)).astype(np.float32)
-    note = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: seen.append(float(logs["loss"]))
-    )
-    board = keras.callbacks.TensorBoard(tmp_path, update_freq="batch", write_graph=False)
-    history = model.fit(
-        x, y[:, :1], batch_size=8, epochs=2, verbose=0, validation_split=0.25,
-        callbacks=[note, board],
-    ).history  # fmt: skip
-    curves = read(tmp_path)
-    np.testing.assert_array_equal(curves["train/batch_loss"].values, np.float32(seen))
-    validated = curves["validation/epoch_loss"]
-    np.testing.assert_array_equal(validated.values, np.float32(history["val_loss"]))
-    assert validated.steps.tolist() == [0, 1]
