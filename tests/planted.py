@@ -25,15 +25,13 @@ ROOMS = {
     "engine": ["tests/engine"],
     "gpu": [
         *(f"tests/engine/test_{name}.py" for name in ("shipped", "driver_calls", "cuda_host")),
-        *(f"tests/engine/test_{name}.py" for name in ("cuda_attacks", "cuda_graphs", "cuda_torch")),
-        *("tests/kernels/test_cuda_clock.py", "tests/kernels/test_cuda_compile.py"),
+        *(f"tests/engine/test_cuda_{name}.py" for name in ("attacks", "graphs", "torch")),
+        *(f"tests/kernels/test_cuda_{name}.py" for name in ("clock", "compile")),
     ],
     "native": [f"tests/engine/test_{name}.py" for name in ("native", "cubins", "series", "watch")],
     "shadow": ["tests/shadow"],
     "binding": [
-        "tests/binding",
-        "tests/test_plan.py",
-        "tests/compat/test_averager.py",
+        *("tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"),
         *(f"tests/shadow/test_{name}.py" for name in ("jax", "sampled", "moved")),
     ],
     "plan": ["tests/test_plan.py", "tests/test_mixed.py"],

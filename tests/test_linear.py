@@ -18,15 +18,8 @@ from .support.work import grows_linearly
 pytestmark = pytest.mark.torch
 
 
-def module(count: int) -> Any:
-    made = torch.nn.Module()
-    for i in range(count):
-        made.register_parameter(f"p{i}", torch.nn.Parameter(torch.randn(3)))
-    return made
-
-
 WEIGHTS: dict[str, Callable[[int], Any]] = {
-    "module": module,
+    "module": lambda count: torch.nn.ParameterList(torch.randn(3) for _ in range(count)),
     "arrays": lambda count: {f"p{i}": np.full(3, i + 0.5) for i in range(count)},
     "modules": lambda count: torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(count)),
     "tensors": lambda count: {f"p{i}": torch.randn(3) for i in range(count)},

@@ -139,9 +139,6 @@ def test_what_the_snapshots_cannot_give_warns(
     assert chosen.tensors["w"].tobytes() == whole.tensors["w"].tobytes()
 
 
-# -- files ----------------------------------------------------------------------------------------
-
-
 def updated(average: Callable[..., Any] = fastema.PowerEMA, rule: Any = 0.1) -> Any:
     weights = [np.random.default_rng(0).standard_normal(4)]
     made = average(weights, rule)
@@ -206,8 +203,6 @@ def test_values_that_no_snapshot_has_are_refused(line: str, tmp_path: Path) -> N
     with pytest.raises(errors.CheckpointError, match="no snapshot of a power-function average"):
         posthoc.synthesize(tmp_path, sigma_rel=0.07)
 
-
-# -- what is refused ------------------------------------------------------------------------------
 
 WISHES: list[tuple[dict[str, float], str]] = [
     ({}, "give one of the two"),

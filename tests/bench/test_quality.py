@@ -151,15 +151,6 @@ def test_one_update_in_units_of_the_last_place(
     assert accuracy.one_update("f32", "f32", "nearest", 1_000, generator()) > 1_000
 
 
-@pytest.mark.parametrize(
-    ("average", "least", "most"), [("f64", 0.0, 1e-15), ("f32", 1e-8, 1e-6), ("bf16", 1e-4, 1e-2)]
-)
-def test_many_updates(average: str, least: float, most: float) -> None:
-    rounding = "stochastic" if average == "bf16" else "nearest"
-    error = accuracy.many_updates(average, "bf16", rounding, 500, 60, generator())
-    assert least <= error <= most
-
-
 def test_exact_average_is_the_sum_in_closed_form() -> None:
     decay, path = 0.9, np.random.default_rng(5).normal(size=(31, 17)) + 3.0
     exact = accuracy.Exact(torch.from_numpy(path[0]), decay)

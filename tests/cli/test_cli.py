@@ -35,11 +35,19 @@ sys.exit(main(["demo"]))
 """
 
 
-def test_version_and_what_is_no_command(fastema: Any) -> None:
+def test_version_interrupts_and_what_is_no_command(
+    fastema: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run_python("-m", "fastema", "--version")
     assert (done.returncode, done.stdout) == (0, f"fastema {__version__}\n")
     assert "demo" in fastema("", code=2).err
     assert "polish" in fastema("polish", code=2).err
+
+    def interrupted(args: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.COMMANDS["plan"], "run", interrupted)
+    assert fastema("plan --params 7B", code=130).err == "fastema plan: interrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -51,14 +59,6 @@ def test_missing_packages_are_named_with_the_way_to_get_them(missing: str, named
     assert (done.returncode, done.stdout) == (2, "")
     way = 'get what this command needs with: pip install "fastema[demo]"'
     assert done.stderr == f"fastema demo: {named} not installed; {way}\n"
-
-
-def test_interrupt(monkeypatch: pytest.MonkeyPatch, fastema: Any) -> None:
-    def run(args: Any) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli.COMMANDS["plan"], "run", run)
-    assert fastema("plan --params 7B", code=130).err == "fastema plan: interrupted\n"
 
 
 def test_the_doctor_says_what_is_there_and_notices_wrong_kernels(

@@ -29,9 +29,9 @@ def _rows(printed: str) -> list[list[str]]:
     return [row.split() for row in re.findall(r"^ +\d+ (.* \d+%) *$", printed, re.MULTILINE)]
 
 
-def _train(recipe: Recipe) -> tuple[train.Setup, History]:
+def _train(**recipe: Any) -> tuple[train.Setup, History]:
     with train.reproducible():
-        setup = train.prepare(recipe)
+        setup = train.prepare(Recipe(**recipe))
         return setup, train.train(setup, lambda: None, lambda _: None)
 
 
@@ -92,21 +92,18 @@ def test_bad_arguments_are_refused_before_training(line: str, fastema: Callable[
 
 @pytest.mark.parametrize("model", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 def test_a_seed_fixes_all_numbers(model: str) -> None:
-    recipe = Recipe(model=model, epochs=1, batch_size=64, seed=3)
-    setup, history = _train(recipe)
-    again_setup, again = _train(recipe)
+    recipe: Any = {"model": model, "epochs": 1, "batch_size": 64}
+    (setup, history), (again_setup, again) = (_train(**recipe, seed=3) for _ in range(2))
     assert again.evaluations == history.evaluations
     torch.testing.assert_close(again.ema_answers, history.ema_answers, rtol=0, atol=0)
     for ours, theirs in zip(setup.model.parameters(), again_setup.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    _, other = _train(Recipe(model=model, epochs=1, batch_size=64, seed=4))
-    assert other.evaluations != history.evaluations
+    assert _train(**recipe, seed=4)[1].evaluations != history.evaluations
 
 
 @pytest.mark.slow
 def test_the_average_wins_by_the_default_recipe() -> None:
-    _, history = _train(Recipe(model="mlp", epochs=12))
-    seen = summary.tail(history)
+    seen = summary.tail(_train(model="mlp", epochs=12)[1])
     assert seen.ema_accuracy.mean > seen.raw_accuracy.mean
     assert seen.ema_loss.mean < seen.raw_loss.mean
     assert seen.ema_accuracy.std < seen.raw_accuracy.std

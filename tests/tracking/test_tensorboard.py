@@ -75,16 +75,6 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
             assert_rounded(points.values, curve)
 
 
-def test_what_is_not_wanted_is_not_written(tmp_path: Path) -> None:
-    losses = drawn(20)
-    options: Any = {"window_size": None, "decay": DECAY, "raw": False, "debias": True}
-    with TensorBoardWriter(tmp_path, **options) as writer:
-        for loss in losses:
-            writer.add_scalar("loss", loss)
-    assert [path.name for path in tmp_path.iterdir()] == ["ema"]
-    assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY, debias=True))
-
-
 def test_points_are_written_out_when_there_are_many_or_time_has_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,8 +124,13 @@ def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> No
     assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY))
 
 
-def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path) -> None:
+def test_a_resumed_run_draws_the_same_curve_to_the_bit_and_nothing_unwanted(tmp_path: Path) -> None:
     losses = drawn(40)
+    with TensorBoardWriter(tmp_path / "bare", None, DECAY, raw=False, debias=True) as writer:
+        for loss in losses:
+            writer.add_scalar("loss", loss)
+    assert [path.name for path in (tmp_path / "bare").iterdir()] == ["ema"]
+    assert_rounded(read(tmp_path / "bare", "ema").values, ema(losses, DECAY, debias=True))
     with TensorBoardWriter(tmp_path / "whole", WINDOW, DECAY) as writer:
         want = [writer.add_scalar("loss", loss) for loss in losses]
     with TensorBoardWriter(tmp_path / "parts", WINDOW, DECAY) as writer:
