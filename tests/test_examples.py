@@ -39,9 +39,9 @@ def test_staircase(tmp_path: Path) -> None:
         mean = np.average(raw[end + 1 - len(sizes) : end + 1], weights=sizes)
         np.testing.assert_allclose(shown[end], mean, rtol=1e-5)
     # The table: at the end of each epoch, and over its boundary.
-    rows = re.findall(r"^ +(\d+)  (\S+) +(\S+) +(\S+)%(.*)$", done.stdout, re.MULTILINE)
-    assert [int(row[0]) for row in rows] == list(range(1, epochs + 1))
-    for (_, now, last, excess, jumps), end in zip(rows[:-1], ends[:-1], strict=True):
+    rows = re.findall(r"^ +\d+  (\S+) +(\S+) +(\S+)%(.*)$", done.stdout, re.MULTILINE)
+    assert len(rows) == epochs
+    for (now, last, excess, jumps), end in zip(rows[:-1], ends[:-1], strict=True):
         assert float(last) == pytest.approx(shown[end], abs=5.1e-4)
         assert float(excess) / 100 == pytest.approx(shown[end] / float(now) - 1, abs=0.02)
         curves = (shown, found["batch_loss_sma"], found["batch_loss_ema"])

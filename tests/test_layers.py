@@ -75,8 +75,7 @@ TABLE = {
     "bridges.torch_other": f"{LAYOUT} .bridges.torch_cuda lazy:.bridges.torch_foreach numpy torch"
     " alone",
     "bridges.torch_link": f"{LAYOUT} .bridges.torch_parts torch alone",
-    "bridges.torch_parts": f"{LAYOUT} torch alone",
-    "bridges.torch_ranks": f"{LAYOUT} torch alone",
+    **dict.fromkeys(("bridges.torch_parts", "bridges.torch_ranks"), f"{LAYOUT} torch alone"),
     "bridges.torch_foreach": f"{LAYOUT} .kernels.table .kernels.operations numpy torch alone",
     "binding": f"{LAYOUT} .engine .bridges",
     "plan": BELOW_AVERAGES,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastema
-from fastema.errors import ArgumentError, FastemaError
+from fastema.errors import ArgumentError, DTypeError, FastemaError
 
 from .shadow.truth import Loops
 from .support import reference
@@ -106,6 +106,16 @@ def test_what_is_refused_is_forgotten(case: str, before: str) -> None:
         np.testing.assert_array_equal(mine, kept)
     plan.lerp_(0.5)  # with those of before
     np.testing.assert_array_equal(mine, reference.lerp(kept, old, 0.5, "f32", "f32"))
+
+
+def test_integers_are_copied_but_not_averaged() -> None:
+    avg = [np.arange(5)]
+    plan = fastema.Plan(avg, [np.arange(5) * 2])
+    for x in (None, [np.arange(5) * 3]):
+        with pytest.raises(DTypeError, match="'0' is i64"):
+            plan.lerp_(0.5, x)
+    plan.copy_()
+    np.testing.assert_array_equal(avg[0], np.arange(5) * 2)
 
 
 @pytest.mark.parametrize("later", MAKE)

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.util.tensor_util import make_ndarray
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError
-from fastema.tracking import TensorBoardWriter
+from fastema.tracking import TensorBoardWriter, logs
 
 from ..support.process import run_python
 from ..support.requirements import require_packages
@@ -66,6 +66,8 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
     assert_close([now["train/loss_ema"] for now in returned], ema(losses, DECAY, sizes))
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
     assert set(runs) == {"first/raw", "first/sma", "first/ema"}
+    names = {f"{tag}_{run}" for tag in ("train/loss", "rate_x") for run in ("raw", "sma", "ema")}
+    assert set(logs.read(tmp_path / "first")) == {"step", *names}
     for tag, series in (("train/loss", losses), ("rate_x", rates)):
         averages = sma(series, WINDOW, sizes), ema(series, DECAY, sizes)
         for run, curve in zip(("raw", "sma", "ema"), (np.array(series), *averages), strict=True):
