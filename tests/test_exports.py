@@ -30,8 +30,7 @@ def test_every_module_is_documented_and_has_what_it_exports(tensorflow: bool) ->
             continue
         try:
             module = importlib.import_module(info.name)
-        except ModuleNotFoundError as error:
-            # A surface for a framework that is not installed; our own modules must be there.
+        except ModuleNotFoundError as error:  # a surface for a framework that is not installed
             if (error.name or "").startswith("fastema"):
                 raise
             continue

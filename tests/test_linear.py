@@ -17,7 +17,6 @@ from .support.work import grows_linearly
 
 pytestmark = pytest.mark.torch
 
-
 WEIGHTS: dict[str, Callable[[int], Any]] = {
     "module": lambda count: torch.nn.ParameterList(torch.randn(3) for _ in range(count)),
     "arrays": lambda count: {f"p{i}": np.full(3, i + 0.5) for i in range(count)},

@@ -137,15 +137,3 @@ print(fastema.__file__, inspect.getfile(script.load()))
     assert not [p.name for p in site.rglob("*.nb[ci]")]
     command = (sys.executable, "-m", "fastema", "--version")
     assert fastema.__version__ in _run(*command, cwd=tmp_path, PYTHONPATH=str(site))
-
-
-def test_kernels_link_is_tracked() -> None:
-    # Imported by another name (kernels.table), a module would exist twice.
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    code, listed = _try(git, "ls-files", "--stage", "fastema/kernels", cwd=ROOT)
-    if code:
-        pytest.skip(f"git does not read this checkout: {listed.strip()}")
-    assert listed.split()[:1] == ["120000"], "git add fastema/kernels: tracked as a link"

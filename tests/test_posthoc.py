@@ -49,12 +49,10 @@ class Run:
         self.spread = float(weights["w"].std())
 
 
-TIMES = [{}, {"update_every": 10}, {"update_every": 5, "start_after": 23}]
-
-
-@pytest.fixture(scope="module", params=TIMES)
+@pytest.fixture(scope="module", params=[(1, 0), (10, 0), (5, 23)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return Run(tmp_path_factory.mktemp("snapshots"), **request.param)
+    every, start = request.param
+    return Run(tmp_path_factory.mktemp("snapshots"), update_every=every, start_after=start)
 
 
 @pytest.mark.parametrize("step", [STEPS, 400])

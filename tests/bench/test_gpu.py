@@ -89,7 +89,6 @@ def test_targets() -> None:
         row(targets.NARROW, "timm ModelEmaV3, stochastic", 15.0),
         row(small, OURS, 0.010, 50.0),
         row(small, targets.SAMPLED, 0.010, 16.0),
-        row(small, "AveragedModel avg_fn", 9.0, 9_000.0),
         row(small, "AveragedModel multi_avg_fn", 2.0, 2_000.0),
         row(small, targets.PLAN, 0.010),
         row(small, targets.CAPTURED, 0.0135),

@@ -47,10 +47,9 @@ def entries(table: tuple[peers.Peer, ...]) -> list[object]:
 
 
 def skip_unless_running(peer: peers.Peer, mix: str) -> None:
-    if reason := peer.missing():
+    refusal = peer.refusals.get(mix)
+    if reason := peer.missing() or (refusal and not refusal.error and refusal.reason):
         pytest.skip(reason)
-    if mix in peer.refusals and peer.refusals[mix].error is None:
-        pytest.skip(peer.refusals[mix].reason)
 
 
 @pytest.mark.parametrize(("peer", "mix"), entries(peers.PEERS))

@@ -108,21 +108,6 @@ def test_what_was_smoothed_is_not_smoothed_again_and_json_is_read(path: Path, sm
     assert printed.err.startswith(f"{path}: 3 rows, step 10 to 20\n")
 
 
-def test_event_files(tmp_path: Path, smooth: Any) -> None:
-    require_packages("tensorboard")
-    from fastema.tracking import TensorBoardWriter
-
-    values = np.random.default_rng(0).normal(size=50).astype(np.float32).tolist()
-    with TensorBoardWriter(tmp_path, window_size=None, decay=None) as writer:
-        for step, value in enumerate(values):
-            writer.add_scalar("loss", value, 2 * step)
-    got = columns(smooth(tmp_path, "--ema", 0.75).out)
-    assert got["step"] == [str(2 * step) for step in range(50)]
-    raw, ema = (name for name in got if name.startswith("loss"))
-    assert got[raw] == list(map(repr, values))
-    assert got[ema] == written(ExponentialMovingAverage(0.75), got[raw])
-
-
 def test_the_picture_shows_the_columns(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:

@@ -73,7 +73,6 @@ def test_a_csv_file_comes_back(
         ("epoch,step,loss", [(0, 0, 9), (0, 10, 8), (1, 20, 7)], "step"),
         ("Epoch,loss", [(0, 9), (1, 8)], "Epoch"),
         ("global_step,epoch,loss", [(3, 0, 9), (4, 0, 8)], "global_step"),
-        ("iteration,loss", [(3, 1), (1000, 2)], "iteration"),
         # Begins anew in each epoch, and an epoch has many batches.
         ("epoch,batch,loss", [(0, 0, 9), (0, 1, 8), (1, 0, 7), (1, 1, 6)], None),
         # A run that was taken up again.
@@ -176,7 +175,6 @@ def test_metrics_are_those_named_or_what_is_worth_averaging() -> None:
         ('{"loss": 1,\n', "line 1: neither JSON nor"),
         ("[1, 2]", "expected rows that name their values"),
         ("[]", "no column of numbers among none"),
-        ('"', "its lines are empty"),
         ('{"a":' * 3000 + "1" + "}" * 3000, "it is nested deeper than any log"),
     ],
     ids=lambda value: value[:40],

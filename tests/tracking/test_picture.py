@@ -58,6 +58,7 @@ ROWS = [
     {"eval_loss": 0.5, "step": 20, "epoch": 1.0},
     {"eval_loss": 0.25, "step": 30, "epoch": 1.5},
 ]
+STATE = SimpleNamespace(log_history=ROWS)
 OF_KERAS = {"loss": ([1, 2, 3, 4], [4.0, 3.0, 2.0, 1.0]), "val_loss": ([2, 4], [3.5, 1.5])}
 OF_ROWS = {"loss": ([0, 10, 20], [2.0, 1.0, 0.0]), "eval_loss": ([20, 30], [0.5, 0.25])}
 HISTORIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -65,9 +66,7 @@ HISTORIES: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "a model of Keras": (SimpleNamespace(history=KERAS), "epoch", OF_KERAS),
     "what fit returns, resumed": (RESUMED, "epoch", {"loss": ([8, 9], [4.0, 3.0])}),
     "rows of Hugging Face": (ROWS, "step", OF_ROWS),
-    "a trainer of Hugging Face": (
-        *(SimpleNamespace(state=SimpleNamespace(log_history=ROWS)), "step", OF_ROWS),
-    ),
+    "a trainer of Hugging Face": (SimpleNamespace(state=STATE), "step", OF_ROWS),
 }
 
 
@@ -118,19 +117,18 @@ def test_averages_that_are_there_are_not_computed_again() -> None:
         panels(columns, "los", averages=[])
 
 
-@pytest.mark.parametrize(
-    ("history", "complaint"),
-    [
-        ({}, "the history is empty"),
-        (SimpleNamespace(history={}, epoch=[]), "the history is empty"),
-        (SimpleNamespace(history=None), "nothing recorded yet"),
-        (3.0, "float: expected a history"),
-        ([[1.0], [2.0]], "list: expected a history"),
-    ],
-)
-def test_what_is_no_history(history: object, complaint: str) -> None:
-    with pytest.raises((ArgumentError, BridgeError), match=complaint):
-        panels(history, averages=BOTH)
+NO_HISTORIES: list[tuple[Any, str]] = [
+    ({}, "the history is empty"),
+    (SimpleNamespace(history={}, epoch=[]), "the history is empty"),
+    (SimpleNamespace(history=None), "nothing recorded yet"),
+    *((3.0, "float: expected a history"), ([[1.0], [2.0]], "list: expected a history")),
+]
+
+
+def test_what_is_no_history() -> None:
+    for history, complaint in NO_HISTORIES:
+        with pytest.raises((ArgumentError, BridgeError), match=complaint):
+            panels(history, averages=BOTH)
     wrong: dict[str, Any]
     for wrong in ({"window_size": 0}, {"decay": [0.9, -1.0]}):
         with pytest.raises(ArgumentError):

@@ -497,15 +497,13 @@ def test_a_smoother_goes_on_after_a_number_that_cannot_be_read() -> None:
     np.testing.assert_equal(smoother.history["loss_sma"].tolist(), [1.0, math.nan, 2.0])
 
 
-@pytest.mark.parametrize(
-    ("module", "make"), [("numpy", "array"), ("torch", "tensor"), ("jax.numpy", "array")]
-)
-def test_arrays_and_functions_calculate_with_a_lazy_float(module: str, make: str) -> None:
-    framework = pytest.importorskip(module)
-    x, array = Device().value(2.0), getattr(framework, make)([1.0, 5.0])
+@pytest.mark.parametrize("make", ["numpy array", "torch tensor", "jax.numpy array"])
+def test_arrays_and_functions_calculate_with_a_lazy_float(make: str) -> None:
+    framework = pytest.importorskip(make.split()[0])
+    x, array = Device().value(2.0), getattr(framework, make.split()[1])([1.0, 5.0])
     assert (array - x).tolist() == [-1.0, 3.0]
     assert (x - array).tolist() == [1.0, -3.0]
-    if module == "torch":
+    if "torch" in make:
         assert framework.add(array, x, alpha=2).tolist() == [5.0, 9.0]
     assert np.array([x, x]).dtype == np.float64
     assert not np.isnan(x)
