@@ -25,15 +25,13 @@ ROOMS = {
     "engine": ["tests/engine"],
     "gpu": [
         *(f"tests/engine/test_{name}.py" for name in ("shipped", "driver_calls", "cuda_host")),
-        *(f"tests/engine/test_{name}.py" for name in ("cuda_attacks", "cuda_graphs", "cuda_torch")),
-        *("tests/kernels/test_cuda_clock.py", "tests/kernels/test_cuda_compile.py"),
+        *(f"tests/engine/test_cuda_{name}.py" for name in ("attacks", "graphs", "torch")),
+        *(f"tests/kernels/test_cuda_{name}.py" for name in ("clock", "compile")),
     ],
     "native": [f"tests/engine/test_{name}.py" for name in ("native", "cubins", "series", "watch")],
     "shadow": ["tests/shadow"],
     "binding": [
-        "tests/binding",
-        "tests/test_plan.py",
-        "tests/compat/test_averager.py",
+        *("tests/binding", "tests/test_plan.py", "tests/compat/test_averager.py"),
         *(f"tests/shadow/test_{name}.py" for name in ("jax", "sampled", "moved")),
     ],
     "plan": ["tests/test_plan.py", "tests/test_mixed.py"],
@@ -60,49 +58,29 @@ PLANTED = {
     "binding": {
         "fastema/binding/swap.py": {
             "undone before done": (
-                "                    way.apply()\n                    self._due.append(way)\n",
-                "                    self._due.append(way)\n                    way.apply()\n",
+                "way.apply()\n                    self._due.append(way)",
+                "self._due.append(way)\n                    way.apply()",
             ),
-            "undone once": (
-                "                    way.restore()\n                    self._due.remove(way)\n",
-                "                    way.restore()\n                    self._due.clear()\n",
-            ),
+            "undone once": ("self._due.remove(way)", "self._due.clear()"),
         },
         "fastema/binding/binding.py": {
-            "overlap later": (
-                "            if self.guard.may_overlap(dst, src):\n",
-                "            if self.guard is None:\n",
-            ),
+            "overlap later": ("if self.guard.may_overlap(dst, src):", "if self.guard is None:"),
             "fixed kept": (
                 "pair._replace(src=pair.src.with_owner(None)) if pair.name in fixed else pair",
                 "pair",
             ),
-            "used again": (
-                "            if kind is None and self._once:\n",
-                "            if kind is None and not self._once:\n",
-            ),
-            "loose for good": (
-                "            fits = bound.match in (match, self._match)\n",
-                "            fits = True\n",
-            ),
+            "used again": ("if kind is None and self._once", "if kind is None and not self._once"),
+            "loose for good": ("fits = bound.match in (match, self._match)", "fits = True"),
         },
         "fastema/binding/sides.py": {
-            "unfrozen": (
-                "self._watch.changed() or (bool(trained) and _changed(trained))",
-                "self._watch.changed()",
-            ),
+            "unfrozen": (" or (bool(trained) and _changed(trained))", ""),
             "first looks": ("        self._full = 2 ", "        self._full = 0 "),
         },
-        "fastema/compat/averager.py": {
-            "moved in a block": ("        if self._moved():\n", "        if False:\n")
-        },
+        "fastema/compat/averager.py": {"moved in a block": ("if self._moved():", "if False:")},
     },
     "native": {
         "fastema/engine/disk_cache.py": {
-            "damaged entries": (
-                "if stored[:_HEAD] == _sealed(body) else None",
-                "if True else None",
-            ),
+            "damaged entries": ("if stored[:_HEAD] == _sealed(body) else", "if True else"),
             "writable by a group": ("(stat.S_IWGRP | stat.S_IWOTH)", "stat.S_IWOTH"),
             "two kernels, one entry": ("(name, SOURCE_STAMP, depends)", "(name, SOURCE_STAMP)"),
         },
@@ -128,109 +106,62 @@ PLANTED = {
         "fastema/engine/driver.py": {"minor before major": ("= 75, 76\n", "= 76, 75\n")},
         "fastema/engine/cuda.py": {
             "context kept": (
-                "                if foreign:\n                    driver.pop()\n",
-                "                if not foreign:\n                    driver.pop()\n",
-            ),
+                "if foreign:\n                    driver.pop()",
+                "if not foreign:\n                    driver.pop()",
+            )
         },
-        "fastema/engine/cuda_group.py": {
-            "first clock": ("= 8 * CLOCK_CELLS * batch\n", "= 0 * CLOCK_CELLS * batch\n"),
-        },
+        "fastema/engine/cuda_group.py": {"first clock": ("= 8 * CLOCK_CELLS", "= 0 * CLOCK_CELLS")},
         "kernels/cuda.py": {
-            "guard when idle": (
-                'return _all_rows if operation == "finite" else _rows_unless_idle',
-                "return _rows_unless_idle",
-            ),
+            "guard when idle": ('return _all_rows if operation == "finite" else', "return"),
             "products and sums": ("partial(compiled, fma=False)", "partial(compiled, fma=True)"),
         },
         "kernels/cuda_clock.py": {
             "idle steps skipped": ("skips = flagged and not idle", "skips = flagged"),
             "flag for the last": ("load(cells, abi.TRIES) + 1)", "load(cells, abi.TRIES))"),
         },
-        "kernels/variants.py": {
-            "no copies of bits": ('        yield "copy", raw, raw\n', ""),
-        },
+        "kernels/variants.py": {"no copies of bits": ('        yield "copy", raw, raw\n', "")},
     },
     "kernels": {
         "kernels/scalar.py": {
-            "ties": (
-                "nearest = shr32(add32(bits, add32(odd, 0x7FFF)), 16)",
-                "nearest = shr32(add32(bits, 0x8000), 16)",
-            ),
+            "ties": ("add32(bits, add32(odd, 0x7FFF)), 16", "add32(bits, 0x8000), 16"),
             "weight one": ("return x if w == 1 else fma", "return fma"),
-            "largest half": (
-                "above32(magnitude, 0x477FE000), beyond",
-                "above32(magnitude, 0x477FEFFF), beyond",
-            ),
+            "largest half": ("(magnitude, 0x477FE000), beyond", "(magnitude, 0x477FEFFF), beyond"),
             "seed": ("    key = xor32(mix32(key), high32(step))\n", ""),
         },
-        "kernels/steps.py": {
-            "stood still": ("real(1) if after == before", "real(1) if after == x")
-        },
+        "kernels/steps.py": {"stood still": ("(1) if after == before", "(1) if after == x")},
     },
     "rules": {
-        "fastema/rules/rule.py": {
-            "steps between": (
-                "-math.expm1(every * math.log(decay))",
-                "-math.expm1(math.log(decay))",
-            )
-        },
+        "fastema/rules/rule.py": {"steps between": ("every * math.log(decay)", "math.log(decay)")},
         "fastema/rules/schedule.py": {
             "begins late": ("if m < 0 or not step:", "if m <= 0 or not step:"),
-            "due": (
-                "counted // every - (counted - steps) // every",
-                "counted // every - (counted - 1) // every",
-            ),
+            "due": ("// every - (counted - steps) // every", "// every - (counted - 1) // every"),
         },
-        "fastema/rules/debias.py": {
-            "nothing left": (
-                "max(log_decay + math.log1p(-weight), GONE)",
-                "max(log_decay + math.log1p(-0.5 * weight), GONE)",
-            )
-        },
+        "fastema/rules/debias.py": {"nothing left": ("(-weight), GONE", "(-0.5 * weight), GONE")},
     },
     "layout": {
         "fastema/layout/group.py": {
-            "overlap": ("begin[1:] >= np.maximum.accumulate(end)[:-1]", "begin[1:] >= end[:-1]")
+            "overlap": ("begin[1:] >= np.maximum.accumulate(end)", "begin[1:] >= end")
         },
         "fastema/layout/table.py": {
-            "merged axes": (
-                "return self.dst == n * inner.dst and self.src == n * inner.src",
-                "return self.dst == n * inner.dst",
-            ),
+            "merged axes": (" and self.src == n * inner.src", ""),
             "half of an index": ("one_half = first // _HALF == reach // _HALF", "one_half = True"),
         },
-        "fastema/layout/flat.py": {
-            "aligned": ("length += -(-size // unit) * unit", "length += size")
-        },
+        "fastema/layout/flat.py": {"aligned": ("+= -(-size // unit) * unit", "+= size")},
     },
     "engine": {
-        "fastema/engine/watch.py": {
-            "first share": (
-                "(share == 0 and self._replaced())",
-                "(share != 0 and self._replaced())",
-            )
-        },
+        "fastema/engine/watch.py": {"first share": ("(share == 0 and", "(share != 0 and")},
         "fastema/engine/cpu.py": {
             "waits": ("if not future.cancel():\n                future.result()", "future.cancel()")
         },
         "fastema/engine/program.py": {
             "all finite": ("return not any(np.any(group", "return not all(np.any(group"),
-            "of one average": (
-                "group.indices[: len(results)] == index",
-                "group.indices[: len(results)] >= 0",
-            ),
+            "of one average": (": len(results)] == index", ": len(results)] >= 0"),
         },
     },
     "shadow": {
         "fastema/shadow/updating.py": {
-            "counts the skipped": (
-                "        if not weights:\n            self._done = step\n            return\n",
-                "        if not weights:\n            return\n",
-            ),
-            "seed of a step": (
-                "return LaunchArgs(weights, self._seed, step)",
-                "return LaunchArgs(weights, self._seed, self._done)",
-            ),
+            "counts the skipped": ("self._done = step\n            return\n", "return\n"),
+            "seed of a step": ("(weights, self._seed, step)", "(weights, self._seed, self._done)"),
             "refused in a block": ('        self._refuse_applied("update")\n', ""),
         },
         "fastema/binding/swap.py": {
@@ -238,15 +169,13 @@ PLANTED = {
         },
         "fastema/shadow/entries.py": {
             "tied": (
-                "first.setdefault(_memory(leaf.spec), leaf.name)",
-                "first[_memory(leaf.spec)] = leaf.name",
+                ".setdefault(_memory(leaf.spec), leaf.name)",
+                "[_memory(leaf.spec)] = leaf.name",
             )
         },
     },
     "plan": {
-        "fastema/binding/binding.py": {
-            "as it was": ("            binding._bound = self._before\n", "            pass\n")
-        },
+        "fastema/binding/binding.py": {"as it was": ("binding._bound = self._before", "pass")},
         "fastema/plan.py": {
             "calls": ("            self.calls += 1\n", ""),
             "tells autograd": ("(0, 1) if swaps else (0,)", "(0,)"),
@@ -254,10 +183,7 @@ PLANTED = {
     },
     "state": {
         "fastema/checkpoint/state.py": {
-            "damage": (
-                "if sums.get(key) != zlib.crc32(bytes_of(array)):",
-                "if key in sums and False:",
-            )
+            "damage": ("sums.get(key) != zlib.crc32(bytes_of(array))", "key in sums and False")
         },
         "fastema/shadow/saving.py": {
             "rounding": ('"stochastic" if self._format.random else "nearest"', '"nearest"')
@@ -265,50 +191,25 @@ PLANTED = {
     },
     "bridges": {
         "fastema/bridges/torch.py": {
-            "inference": (
-                "increment_version([t for t in tensors if not t.is_inference()])",
-                "increment_version([t for t in tensors if t.is_inference()])",
-            ),
-            "conjugate": (
-                "if not plain or tensor.is_conj() or tensor.is_neg()",
-                "if not plain or tensor.is_neg()",
-            ),
+            "inference": ("tensors if not t.is_inference()])", "tensors if t.is_inference()])"),
+            "conjugate": ("not plain or tensor.is_conj() or", "not plain or"),
         },
         "fastema/bridges/numpy.py": {
-            "strides": (
-                "if not flags.aligned or any(step % itemsize for step in strides):",
-                "if not flags.aligned:",
-            )
+            "strides": ("aligned or any(step % itemsize for step in strides):", "aligned:")
         },
         "fastema/bridges/moving.py": {
-            "used arrays": ("if self._used and all(map(_refers, self._used, arrays)):", "if False:")
+            "used arrays": ("if self._used and all(map(_refers, self._used, arrays))", "if False")
         },
     },
     "compat": {
-        "fastema/compat/torch_ema.py": {
-            "decay grows": (
-                "min(decay, (1 + step) / (10 + step))",
-                "min(decay, (2 + step) / (11 + step))",
-            )
-        },
+        "fastema/compat/torch_ema.py": {"decay grows": ("(1 + step) / (10", "(2 + step) / (11")},
         "fastema/compat/diffusers.py": {
-            "after a step": (
-                "optimization_step - self.update_after_step - 1)",
-                "optimization_step - self.update_after_step)",
-            ),
-            "floor": (
-                "return max(min(grown, self.decay), self.min_decay)",
-                "return min(grown, self.decay)",
-            ),
+            "after a step": ("self.update_after_step - 1)", "self.update_after_step)"),
+            "floor": ("max(min(grown, self.decay), self.min_decay)", "min(grown, self.decay)"),
         },
     },
     "tracking": {
-        "fastema/tracking/window.py": {
-            "rest of a sum": (
-                "(front - (total - took)) + (behind - took)) + low + back_low[at]",
-                "(front - (total - took)) + (behind - took)) + low",
-            )
-        },
+        "fastema/tracking/window.py": {"rest of a sum": (" + low + back_low[at]", " + low")},
         "fastema/tracking/scalar.py": {
             "no weight": ("            if not weight:\n                return self._reading\n", "")
         },
@@ -319,46 +220,27 @@ PLANTED = {
         },
         "fastema/bridges/torch_parts.py": {
             "part at the beginning": (
-                "offset=(tuple(offset) if spec.size else (0,) * len(whole)) if is_part else None",
-                "offset=(0,) * len(whole) if is_part else None",
+                "(tuple(offset) if spec.size else (0,) * len(whole)) if is_part",
+                "(0,) * len(whole) if is_part",
             ),
-            "even shards": (
-                "TensorMeta(torch.Size(self.shape), self.strides, array.dtype)",
-                "TensorMeta(torch.Size(array.shape), array.stride(), array.dtype)",
-            ),
+            "even shards": ("Size(self.shape), self.strides", "Size(array.shape), array.stride()"),
             "one storage": ("DTensor(from_dlpack(array.detach()),", "DTensor(array.detach(),"),
-            "slots divided": (
-                "            tuple(map(_with_axis_before, self.placements)),",
-                "            self.placements,",
-            ),
+            "slots divided": ("tuple(map(_with_axis_before, self.placements))", "self.placements"),
         },
         "fastema/bridges/torch_ranks.py": {
-            "ranks not asked": (
-                "            dist.all_reduce(value, dist.ReduceOp.MAX, group)\n",
-                "            pass\n",
-            ),
+            "ranks not asked": ("dist.all_reduce(value, dist.ReduceOp.MAX, group)", "pass"),
             "one digest": (
-                "            if not all(torch.equal(one, found[0]) for one in found):",
-                "            if not torch.equal(digest, found[0]):",
+                "if not all(torch.equal(one, found[0]) for one in found):",
+                "if not torch.equal(digest, found[0]):",
             ),
         },
-        "fastema/shadow/matching.py": {
-            "any division": ("        if now != was\n", "        if now != was and name is None\n")
-        },
-        "fastema/shadow/entries.py": {
-            "last pattern": ("patterns[matching[0]]", "patterns[matching[-1]]")
-        },
+        "fastema/shadow/matching.py": {"any division": ("!= was", "!= was and name is None")},
+        "fastema/shadow/entries.py": {"last pattern": ("[matching[0]]", "[matching[-1]]")},
         "fastema/checkpoint/folder.py": {
-            "stretches": (
-                "    while axis and extents[axis - 1] == tensor.shape[axis - 1]:",
-                "    while axis and extents[axis - 1] <= tensor.shape[axis - 1]:",
-            )
+            "stretches": ("extents[axis - 1] ==", "extents[axis - 1] <=")
         },
         "fastema/checkpoint/dcp.py": {
-            "a path in a folder": (
-                '            if Path(name).name != name or "\\0" in name:',
-                "            if not name:",
-            )
+            "a path in a folder": ('if Path(name).name != name or "\\0" in name:', "if not name:")
         },
     },
 }
@@ -375,12 +257,8 @@ def caught(fault: Fault, full: bool) -> tuple[bool, str]:
     """Whether the room's tests fail, and what they say last."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(
-            ROOT,
-            copy,
-            symlinks=True,
-            ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__"),
-        )
+        ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
         target = copy / fault.file
         text = target.read_text(encoding="utf-8")
         assert text.count(fault.old) == 1, f"{fault.name}: {text.count(fault.old)} places"

@@ -1,8 +1,5 @@
-"""Each package and module of fastema imports only what the table allows it.
-
-Read with ast, so that an import counts wherever it stands: at the top, inside a function, under
-TYPE_CHECKING, relative, or as a literal handed to `importlib.import_module`.
-"""
+"""Each package and module of fastema imports only what the table allows it, wherever the import
+stands: read with ast, also within functions, under TYPE_CHECKING and by `import_module`."""
 
 from __future__ import annotations
 
@@ -75,8 +72,7 @@ TABLE = {
     "bridges.torch_other": f"{LAYOUT} .bridges.torch_cuda lazy:.bridges.torch_foreach numpy torch"
     " alone",
     "bridges.torch_link": f"{LAYOUT} .bridges.torch_parts torch alone",
-    "bridges.torch_parts": f"{LAYOUT} torch alone",
-    "bridges.torch_ranks": f"{LAYOUT} torch alone",
+    **dict.fromkeys(("bridges.torch_parts", "bridges.torch_ranks"), f"{LAYOUT} torch alone"),
     "bridges.torch_foreach": f"{LAYOUT} .kernels.table .kernels.operations numpy torch alone",
     "binding": f"{LAYOUT} .engine .bridges",
     "plan": BELOW_AVERAGES,
@@ -187,14 +183,9 @@ def imports(path: str, code: str) -> Iterator[tuple[str, bool, int]]:
 
 def _entry(module: str) -> str | None:
     """Return the most specific key of the table for a module."""
-    fits = [
-        key
-        for key in TABLE
-        if key == module
-        or (key and module.startswith(f"{key}."))
-        or (key.endswith("_") and module.startswith(key))
-    ]
-    return max(fits, key=len, default=None)
+    parts = tuple(f"{key}{'' if key.endswith('_') else '.'}" for key in TABLE if key)
+    fits = [part for part in parts if f"{module}.".startswith(part)]
+    return max(fits, key=len).removesuffix(".") if fits else module if module in TABLE else None
 
 
 def _allowed(target: str, lazy: bool, module: str, entry: str) -> bool:
@@ -229,56 +220,37 @@ def violations(sources: Mapping[str, str]) -> list[str]:
 
 def assert_no_cycle(sources: Mapping[str, str]) -> None:
     """Raise CycleError where modules import each other, wherever the imports stand."""
-    TopologicalSorter(
-        {
-            _module(path): {
-                target[1:] for target, _, _ in imports(path, code) if target.startswith(".")
-            }
-            for path, code in sources.items()
-        }
-    ).prepare()
+    targets = {
+        _module(path): {target[1:] for target, _, _ in imports(path, code) if target[0] == "."}
+        for path, code in sources.items()
+    }
+    TopologicalSorter(targets).prepare()
 
 
-def test_modules_import_only_what_the_table_allows() -> None:
+def test_modules_import_only_what_the_table_allows_and_never_each_other() -> None:
+    assert {"engine/cuda.py", "kernels/table.py", "shadow/average.py"} <= SOURCES.keys()
     assert violations(SOURCES) == []
-
-
-def test_no_module_is_imported_by_what_it_imports() -> None:
     assert_no_cycle(SOURCES)
     typed = "if TYPE_CHECKING:\n    from fastema.layout import group"
     with pytest.raises(CycleError):
         assert_no_cycle({"layout/spec.py": typed, "layout/group.py": "from . import spec"})
 
 
-def test_sources_are_those_of_every_package_and_of_the_linked_kernels() -> None:
-    packages = {path.split("/")[0].removesuffix(".py") for path in SOURCES}
-    assert {name.split(".")[0] for name in TABLE} - {""} <= packages
-    engine = [path for path in SOURCES if path.startswith("engine/")]
-    targets = [target for path in engine for target, _, _ in imports(path, SOURCES[path])]
-    assert any(target.startswith(".kernels.") for target in targets)
-
-
 FORBIDDEN = {
     "engine/ops.py": [
         "from fastema.shadow import average",
-        "from ..shadow.average import EMA",
         "from .. import shadow",
         "import fastema",
         "class C:\n    async def f(self):\n        from ..shadow import average",
         "if TYPE_CHECKING:\n    from fastema.shadow import average",
         "try:\n    import torch\nexcept ImportError:\n    torch = None",
-        "def f():\n    return importlib.import_module('fastema.shadow')",
         "f = lambda: import_module('..shadow', __package__)",
         "f = lambda x: import_module(f'fastema.bridges.{x}')",
-        "torch = __import__('torch')",
     ],
-    "engine/__init__.py": ["from ..shadow import average"],
     "rules/ema.py": ["from time import perf_counter", "import numpy as np"],
     "kernels/window.py": ["from numba import cuda"],
     "bridges/registry.py": ["from fastema.bridges import torch", "def f():\n    import torch"],
-    "bridges/torch.py": ["def f():\n    import jax", "from . import numpy"],
-    "shadow/average.py": ["def f():\n    from fastema import posthoc"],
-    "torch.py": ["if not TYPE_CHECKING:\n    import torch"],
+    "bridges/torch.py": ["def f():\n    import jax"],
     "__init__.py": ["if TYPE_CHECKING:\n    x = 1\nelse:\n    import numpy"],
     "attic/old.py": [""],
 }
@@ -290,17 +262,3 @@ FORBIDDEN = {
 def test_forbidden_import_is_reported(path: str, code: str) -> None:
     (problem,) = violations({path: code})
     assert problem.startswith(path)
-
-
-@pytest.mark.parametrize(
-    ("path", "code"),
-    [
-        ("engine/ops.py", "from typing import Any\nimport os, threading, numpy as np"),
-        ("kernels/cuda_update.py", "from numba import cuda\nfrom fastema.kernels import table"),
-        ("bridges/registry.py", "def f(): return import_module(f'fastema.bridges.{name}')"),
-        ("posthoc.py", "import numpy\nfrom fastema.plan import Plan\ndef f():\n    import rich"),
-        ("__init__.py", "if TYPE_CHECKING:\n    from fastema.shadow.average import EMA"),
-    ],
-)
-def test_allowed_imports_are_not_reported(path: str, code: str) -> None:
-    assert violations({path: code}) == []

@@ -12,24 +12,13 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import LayoutError
-from fastema.layout.group import refuse_overlap
-from fastema.layout.spec import TensorSpec
 
 from .support.work import grows_linearly
 
 pytestmark = pytest.mark.torch
 
-
-def module(count: int) -> Any:
-    made = torch.nn.Module()
-    for i in range(count):
-        made.register_parameter(f"p{i}", torch.nn.Parameter(torch.randn(3)))
-    return made
-
-
 WEIGHTS: dict[str, Callable[[int], Any]] = {
-    "module": module,
+    "module": lambda count: torch.nn.ParameterList(torch.randn(3) for _ in range(count)),
     "arrays": lambda count: {f"p{i}": np.full(3, i + 0.5) for i in range(count)},
     "modules": lambda count: torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(count)),
     "tensors": lambda count: {f"p{i}": torch.randn(3) for i in range(count)},
@@ -46,20 +35,15 @@ def ready(weights: Any, applied: bool = False) -> fastema.EMA:
     return ema
 
 
-def reading(ema: fastema.EMA) -> Callable[[], Any]:
-    return lambda: [ema.shadow[name] for name in ema.shadow]
-
-
 CALLS: dict[str, Callable[[Any], Callable[[], Any]]] = {
     "build": lambda weights: lambda: fastema.EMA(weights, 0.9),
     "update": lambda weights: ready(weights).update,
-    "state_dict": lambda weights: ready(weights).state_dict,
     "state_dict applied": lambda weights: ready(weights, applied=True).state_dict,
     "load_state_dict": lambda weights: partial(
         ready(weights).load_state_dict, ready(weights).state_dict()
     ),
-    "read": lambda weights: reading(ready(weights)),
-    "read applied": lambda weights: reading(ready(weights, applied=True)),
+    "read": lambda weights: partial(dict, ready(weights).shadow),
+    "read applied": lambda weights: partial(dict, ready(weights, applied=True).shadow),
     "apply_shadow": lambda weights: ready(weights).apply_shadow,
     "restore": lambda weights: ready(weights, applied=True).restore,
     "to": lambda weights: partial(ready(weights).to, dtype="float64"),
@@ -77,38 +61,3 @@ CALLS: dict[str, Callable[[Any], Callable[[], Any]]] = {
 )
 def test_calls_take_twice_the_work_for_twice_the_tensors(weights: str, call: str) -> None:
     assert grows_linearly(lambda count: CALLS[call](WEIGHTS[weights](count)))
-
-
-# -- overlap ---------------------------------------------------------------------------------------
-
-Sides = tuple[list[tuple[str, TensorSpec]], list[tuple[str, TensorSpec]]]
-
-
-def spec(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(4096 + 4 * address, shape, strides, "f32", "cpu")
-
-
-# What is written and what is read, of so many tensors each.
-LAYOUTS: dict[str, Callable[[int], Sides]] = {
-    # Of one matrix: each span reaches into those of all others.
-    "columns": lambda count: ([(f"c{i}", spec(i, (5,), (count,))) for i in range(count)], []),
-    "three matrices side by side in the rows of each of many": lambda count: (
-        [(f"m{i}", spec(150 * (i // 3) + 10 * (i % 3), (5, 10), (30, 1))) for i in range(count)],
-        [],
-    ),
-    "many names of one tensor that is read between elements that are written": lambda count: (
-        [("written", spec(0, (40,), (2,)))],
-        [(f"r{i}", spec(1, (40,), (2,))) for i in range(count)],
-    ),
-    "end to end": lambda count: ([(f"p{i}", spec(5 * i, (5,), (1,))) for i in range(count)], []),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_overlap_is_looked_for_in_linear_time_and_found(layout: Callable[[int], Sides]) -> None:
-    assert grows_linearly(lambda count: lambda: refuse_overlap(*layout(count)))
-    written, read = layout(200)
-    shared = ("other", TensorSpec(written[-1][1].span()[1] - 4, (1,), (1,), "f32", "cpu"))
-    for sides in (([*written, shared], read), (written, [*read, shared])):
-        with pytest.raises(LayoutError, match="other"):
-            refuse_overlap(*sides)

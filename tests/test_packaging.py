@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import pytest
 import fastema
 from fastema.kernels.stamp import source_stamp
 
+from .support.requirements import require_packages
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
 # Run from an empty folder: a `build` folder beside pyproject.toml would be taken for the tool.
@@ -27,10 +28,9 @@ if not (ROOT / "pyproject.toml").is_file():
 
 
 def _try(*command: str | Path, cwd: Path, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, env=environment, check=False, text=True, **both)
     return done.returncode, done.stdout
 
 
@@ -40,23 +40,27 @@ def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return output
 
 
-def _need(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)} (pip install -e '.[test]')")
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the sdist and the wheel that was built from the sdist, not the tree."""
-    _need("build", "hatchling")
+    require_packages("build", "hatchling")
     folder = tmp_path_factory.mktemp("dist")
     _run(*BUILD, "--outdir", folder, ROOT, cwd=tmp_path_factory.mktemp("empty"))
     return folder
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_its_kernels_and_nothing_else(built: Path) -> None:
+def test_sdist_is_the_tree_and_the_wheel_the_package_and_its_kernels(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+    names = {member.name.partition("/")[2] for member in members}
+    assert {f"kernels/{name}" for name in KERNELS} <= names
+    assert {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"} <= names
+    assert "tests/test_packaging.py" in names
+    # A link in an archive is an error on systems without links, and a second copy is a trap.
+    assert not [m.name for m in members if m.islnk() or m.issym()]
+    assert not [name for name in names if name.startswith("fastema/kernels")]
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -75,27 +79,14 @@ def test_wheel_holds_the_package_its_kernels_and_nothing_else(built: Path) -> No
 
 
 @pytest.mark.slow
-def test_sdist_keeps_the_shape_of_the_tree(built: Path) -> None:
-    (path,) = built.glob("*.tar.gz")
-    with tarfile.open(path) as archive:
-        members = archive.getmembers()
-    names = {member.name.partition("/")[2] for member in members}
-    assert {f"kernels/{name}" for name in KERNELS} <= names
-    assert {"pyproject.toml", "constraints.txt", "Makefile", "README.md", "LICENSE"} <= names
-    assert "tests/test_packaging.py" in names
-    # A link in an archive is an error on systems without links, and a second copy is a trap.
-    assert not [m.name for m in members if m.islnk() or m.issym()]
-    assert not [name for name in names if name.startswith("fastema/kernels")]
-
-
-@pytest.mark.slow
 def test_release_has_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
-    _need("build", "hatchling")
+    require_packages("build", "hatchling")
     tree, out = tmp_path / "tree", tmp_path / "out"
     out.mkdir()
-    for name in ("fastema", "kernels", ".ci"):
-        skipped = shutil.ignore_patterns("__pycache__", "compiled", "kernels")
-        shutil.copytree(ROOT / name, tree / name, ignore=skipped if name == "fastema" else None)
+    skipped = shutil.ignore_patterns("__pycache__", "compiled", "kernels")
+    shutil.copytree(ROOT / "fastema", tree / "fastema", ignore=skipped)
+    for name in ("kernels", ".ci"):
+        shutil.copytree(ROOT / name, tree / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     command = (*BUILD, "--wheel", "--outdir", out, tree)
@@ -126,7 +117,7 @@ def test_release_has_kernels_of_these_sources_or_fails(tmp_path: Path) -> None:
 def test_installed_wheel_updates_an_average_and_has_its_command(
     built: Path, tmp_path: Path
 ) -> None:
-    _need("pip")
+    require_packages("pip")
     (wheel,) = built.glob("*.whl")
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site)
@@ -146,15 +137,3 @@ print(fastema.__file__, inspect.getfile(script.load()))
     assert not [p.name for p in site.rglob("*.nb[ci]")]
     command = (sys.executable, "-m", "fastema", "--version")
     assert fastema.__version__ in _run(*command, cwd=tmp_path, PYTHONPATH=str(site))
-
-
-def test_kernels_link_is_tracked() -> None:
-    # Imported by another name (kernels.table), a module would exist twice.
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-    git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    code, listed = _try(git, "ls-files", "--stage", "fastema/kernels", cwd=ROOT)
-    if code:
-        pytest.skip(f"git does not read this checkout: {listed.strip()}")
-    assert listed.split()[:1] == ["120000"], "git add fastema/kernels: tracked as a link"

@@ -7,7 +7,6 @@ import threading
 import tracemalloc
 import warnings
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,10 @@ class Run:
         self.spread = float(weights["w"].std())
 
 
-TIMES = [{}, {"update_every": 10}, {"update_every": 5, "start_after": 23}]
-
-
-@pytest.fixture(scope="module", params=TIMES)
+@pytest.fixture(scope="module", params=[(1, 0), (10, 0), (5, 23)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return Run(tmp_path_factory.mktemp("snapshots"), **request.param)
+    every, start = request.param
+    return Run(tmp_path_factory.mktemp("snapshots"), update_every=every, start_after=start)
 
 
 @pytest.mark.parametrize("step", [STEPS, 400])
@@ -82,9 +79,8 @@ def test_a_module_with_buffers_and_frozen_parts(dtype: str | None, tmp_path: Pat
     tracked = fastema.PowerEMA(model, 0.08)
     for step in range(1, 101):
         model(torch.randn(2, 3, 5, 5))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
         ema.update()
         tracked.update()
         if step % 10 == 0:
@@ -97,7 +93,7 @@ def test_a_module_with_buffers_and_frozen_parts(dtype: str | None, tmp_path: Pat
     assert torch.equal(target["1.running_mean"], model[1].running_mean)
     assert found.tensors["0.weight"].dtype == np.float32
     if dtype == "bf16+16":  # the whole float32 average, not its first half
-        (path, *_) = posthoc.save_snapshot(ema, tmp_path / "more")
+        path, *_ = posthoc.save_snapshot(ema, tmp_path / "more")
         saved = torch.from_numpy(load_file(path)["0.weight"])
         assert torch.equal(saved.bfloat16(), ema.shadows[0]["0.weight"].contiguous())
         assert not torch.equal(saved, saved.bfloat16().float())
@@ -139,9 +135,6 @@ def test_what_the_snapshots_cannot_give_warns(
     files = [one.path for one in posthoc.find_snapshots(run.folder)]
     chosen, whole = (posthoc.synthesize(one, sigma_rel=0.12) for one in (files[::-1], run.folder))
     assert chosen.tensors["w"].tobytes() == whole.tensors["w"].tobytes()
-
-
-# -- files ----------------------------------------------------------------------------------------
 
 
 def updated(average: Callable[..., Any] = fastema.PowerEMA, rule: Any = 0.1) -> Any:
@@ -194,26 +187,20 @@ def test_a_malformed_snapshot_is_refused_or_gives_finite_numbers(seed: int, tmp_
             assert all(np.isfinite(one).all() for one in found.tensors.values())
 
 
-NO_VALUES = [
-    *product(["gamma"], ["1e308", "nan", "-1", ""]),
-    *product(["step"], ["0", "3.5", str(2**63)]),
-    *product(["copied"], ["{", "3", "[[]]"]),
-    *(("start", "-1"), ("start", "3"), ("every", "0"), ("kind", "another")),
-]
+NO_VALUES = ["gamma 1e308", "gamma nan", "gamma -1", "step 0", "step 3.5", f"step {2**63}"]
+NO_VALUES += ["copied {", "copied 3", "start -1", "start 3", "every 0", "kind another"]
 
 
-@pytest.mark.parametrize(("key", "value"), NO_VALUES)
-def test_values_that_no_snapshot_has_are_refused(key: str, value: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", NO_VALUES)
+def test_values_that_no_snapshot_has_are_refused(line: str, tmp_path: Path) -> None:
     (path,) = posthoc.save_snapshot(updated(), tmp_path)
     whole = path.read_bytes()
     header = header_of(whole)
-    header["__metadata__"][key] = value
+    header["__metadata__"].update([line.split()])
     path.write_bytes(with_header(whole, json.dumps(header).encode()))
     with pytest.raises(errors.CheckpointError, match="no snapshot of a power-function average"):
         posthoc.synthesize(tmp_path, sigma_rel=0.07)
 
-
-# -- what is refused ------------------------------------------------------------------------------
 
 WISHES: list[tuple[dict[str, float], str]] = [
     ({}, "give one of the two"),
@@ -225,11 +212,11 @@ WISHES: list[tuple[dict[str, float], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), WISHES)
-def test_impossible_wishes(arguments: dict[str, float], text: str, tmp_path: Path) -> None:
+def test_impossible_wishes(tmp_path: Path) -> None:
     posthoc.save_snapshot(updated(), tmp_path)
-    with pytest.raises(errors.ArgumentError, match=text):
-        posthoc.synthesize(tmp_path, **arguments)
+    for arguments, text in WISHES:
+        with pytest.raises(errors.ArgumentError, match=text):
+            posthoc.synthesize(tmp_path, **arguments)
     with pytest.raises(errors.ArgumentError, match="PowerEMA"):
         posthoc.save_snapshot(updated(fastema.EMA), tmp_path / "nowhere")
 
@@ -246,14 +233,11 @@ def test_folders_without_snapshots(tmp_path: Path) -> None:
         posthoc.synthesize(tmp_path, sigma_rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "rhythms", "text"),
-    [((3, 4), (1, 1), "'w' in step"), ((3, 3), (1, 2), "update_every")],
-)
-def test_snapshots_of_different_runs(sizes: Any, rhythms: Any, text: str, tmp_path: Path) -> None:
-    for step, (size, every) in enumerate(zip(sizes, rhythms, strict=True), 1):
-        ema = fastema.PowerEMA({"w": np.ones(size)}, 0.05 * every, update_every=every)
-        ema.update(steps=2 * step)
-        posthoc.save_snapshot(ema, tmp_path)
-    with pytest.raises(errors.CheckpointError, match=text):
-        posthoc.synthesize(tmp_path, sigma_rel=0.12)
+def test_snapshots_of_different_runs(tmp_path: Path) -> None:
+    for second, every, text in ((4, 1, "'w' in step"), (3, 2, "update_every")):
+        for size, times, step in ((3, 1, 2), (second, every, 4)):
+            ema = fastema.PowerEMA({"w": np.ones(size)}, 0.05 * times, update_every=times)
+            ema.update(steps=step)
+            posthoc.save_snapshot(ema, tmp_path / text)
+        with pytest.raises(errors.CheckpointError, match=text):
+            posthoc.synthesize(tmp_path / text, sigma_rel=0.12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +10,9 @@ import torch
 
 from bench import __main__ as command
 from bench.gpu import cases, check, clock, peers, race, targets
-from bench.questions import launch
 from bench.race.peers import OURS, Peer, Running
 from bench.race.question import Settings
 from bench.race.report import RESULTS, Row, load
-
-from ..support.requirements import require, require_packages
 
 pytestmark = pytest.mark.torch
 
@@ -26,37 +22,31 @@ DRY = Settings(quick=True, device="cpu", minutes=15, select="bf16-f32 or nothing
 
 @pytest.mark.slow
 def test_stages_and_rows_of_the_dry_run(tmp_path: Path) -> None:
-    before = sorted(RESULTS.iterdir())
     settings = replace(DRY, out=tmp_path)
     assert command.answer("gpu", check.QUESTION, settings, "python -m bench gpu")
-    assert sorted(RESULTS.iterdir()) == before
     names = ["gpu-dry-run.json", "gpu-dry-run.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     header, dry = load(tmp_path / names[0])
     assert "no number here says anything" in header["device"]
     assert not any(row.failed for row in dry)
     assert [row.entry for row in dry if row.table == "Time taken"] == list(Settings.stages)
-    kernels = [row for row in dry if row.table == "Kernels"]
-    assert all(row["first_ms"] > 0 and row["again_ms"] > 0 for row in kernels)
     # All of them: ``FASTEMA_GPU_TESTS_ON=cpu python -m pytest tests/gpu``.
     tests, *skips = (row for row in dry if row.table == "Tests")
-    assert tests["failed"] == 0
-    assert tests["passed"] > 0
+    assert (tests["failed"], tests["passed"] > 0) == (0, True)
     assert "only a GPU has it" in {row.missing for row in skips}
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
     for case in cases.SMALL:
-        rows = {row.entry: row for row in dry if row.table == case.title and not row.missing}
-        out = {row.entry for row in dry if row.table == case.title and row.missing}
-        assert out | set(rows) == {*everyone, peers.COPY}, case.name
-        assert not out & set(rows)
+        rows = {row.entry: row for row in dry if row.table == case.title}
+        assert set(rows) == {*everyone, peers.COPY}, case.name
         assert next(iter(rows)) == OURS
         assert rows[OURS]["ratio"] == 1
         assert rows[peers.COPY]["share_of_copy"] == pytest.approx(1)
         for row in rows.values():
-            assert {row[name] for name in ("allocations", "peak_mb", "driver_bytes")} == {None}
-            low, high = row["device_spread_ms"]
-            assert 0 < low <= row["device_ms"] <= high
-            assert row["host_us"] > 0
+            if not row.missing:
+                assert {row[name] for name in ("allocations", "peak_mb", "driver_bytes")} == {None}
+                low, high = row["device_spread_ms"]
+                assert 0 < low <= row["device_ms"] <= high
+                assert row["host_us"] > 0
 
 
 def test_a_dry_run_stays_out_of_the_results_and_peers_may_fail() -> None:
@@ -99,7 +89,6 @@ def test_targets() -> None:
         row(targets.NARROW, "timm ModelEmaV3, stochastic", 15.0),
         row(small, OURS, 0.010, 50.0),
         row(small, targets.SAMPLED, 0.010, 16.0),
-        row(small, "AveragedModel avg_fn", 9.0, 9_000.0),
         row(small, "AveragedModel multi_avg_fn", 2.0, 2_000.0),
         row(small, targets.PLAN, 0.010),
         row(small, targets.CAPTURED, 0.0135),
@@ -126,15 +115,3 @@ def test_targets() -> None:
     assert {targets.SAME, targets.MIXED, targets.NARROW, targets.SMALL, targets.GPT2} <= titles
     everyone = {peer.name for peer in peers.DEVICE_PEERS}
     assert {OURS, targets.PLAN, targets.CAPTURED, targets.SAMPLED, targets.COMPILED} <= everyone
-
-
-@pytest.mark.slow
-def test_the_host_time_of_an_update() -> None:
-    """Against a driver that does nothing: one launch, and the question which context is current."""
-    require_packages("cuda.bindings.driver")
-    require(shutil.which("cc") is not None, "a C compiler")
-    rows = list(launch.rows(Settings(quick=True)))
-    assert {row.table for row in rows} == {"10 tensors", "100 tensors", "1,000 tensors"}
-    for one in rows:
-        assert one["us"] > 0
-        assert one["driver_calls"] == (4 if "capturable" in one.entry else 2)

@@ -1,9 +1,8 @@
-"""The commands: version, doctor, plan, bench."""
+"""The commands as they are typed: version, doctor, plan, bench, average, inspect, convert."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fastema import EMA, __version__, cli, get_num_threads
+from fastema import EMA, PowerEMA, __version__, cli, get_num_threads, posthoc
+from fastema.checkpoint import save
 from fastema.cli.bench import race, shapes
 
 from ..support.process import run_python
 
-NEEDS = ("torch",)
+NEEDS = ("safetensors", "torch")
 
 # The names are refused as an import hook, or an installation without the extra, would do it.
 WITHOUT = """
@@ -34,82 +35,46 @@ sys.exit(main(["demo"]))
 """
 
 
-def test_version_and_what_is_no_command(fastema: Any) -> None:
+def test_version_interrupts_and_what_is_no_command(
+    fastema: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run_python("-m", "fastema", "--version")
     assert (done.returncode, done.stdout) == (0, f"fastema {__version__}\n")
     assert "demo" in fastema("", code=2).err
     assert "polish" in fastema("polish", code=2).err
 
+    def interrupted(args: Any) -> int:
+        raise KeyboardInterrupt
 
-def test_the_front_end_is_light() -> None:
-    done = run_python(
-        "-c",
-        "import json, sys; before = set(sys.modules); from fastema.cli import main\n"
-        "try: main(['demo', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print(json.dumps(sorted(set(sys.modules) - before)))",
-    )
-    assert done.returncode == 0, done.stderr
-    packages = {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
-    assert packages - sys.stdlib_module_names - {"fastema"} == set()
+    monkeypatch.setattr(cli.COMMANDS["plan"], "run", interrupted)
+    assert fastema("plan --params 7B", code=130).err == "fastema plan: interrupted\n"
 
 
 @pytest.mark.parametrize(
     ("missing", "named"),
-    [
-        (["sklearn"], "scikit-learn is"),
-        (["matplotlib", "rich"], "matplotlib and rich are"),
-        (
-            ["matplotlib", "rich", "sklearn", "torch"],
-            "torch, scikit-learn, matplotlib and rich are",
-        ),
-    ],
-    ids=["one", "two", "all"],
+    [("sklearn", "scikit-learn is"), ("matplotlib rich", "matplotlib and rich are")],
 )
-def test_missing_packages_are_named_with_the_way_to_get_them(
-    missing: list[str], named: str
-) -> None:
-    done = run_python("-c", WITHOUT, *missing)
+def test_missing_packages_are_named_with_the_way_to_get_them(missing: str, named: str) -> None:
+    done = run_python("-c", WITHOUT, *missing.split())
     assert (done.returncode, done.stdout) == (2, "")
     way = 'get what this command needs with: pip install "fastema[demo]"'
     assert done.stderr == f"fastema demo: {named} not installed; {way}\n"
 
 
-def test_interrupt(monkeypatch: pytest.MonkeyPatch, fastema: Any) -> None:
-    def run(args: Any) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli.COMMANDS["plan"], "run", run)
-    assert fastema("plan --params 7B", code=130).err == "fastema plan: interrupted\n"
-
-
-@pytest.fixture
-def doctor(monkeypatch: pytest.MonkeyPatch, fastema: Any) -> Callable[..., Any]:
-    """``doctor("--json")`` with a yardstick of a few bytes: output, and errors."""
+def test_the_doctor_says_what_is_there_and_notices_wrong_kernels(
+    fastema: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cli.doctor, "_BYTES", 48_000)
-    return lambda *options, **how: fastema("doctor", *options, **how)
-
-
-def test_what_is_there_is_said(doctor: Callable[..., Any]) -> None:
-    out, err = doctor()
+    out, err = fastema("doctor")
     assert err == ""
-    for said in (
-        f"numpy {np.__version__}",
-        "8 of 8 as their references",
-        f"{get_num_threads()} thread",
-        "GB/s, read and written",
-    ):
+    threads = f"{get_num_threads()} thread"
+    for said in (f"numpy {np.__version__}", "8 of 8 as their references", threads, "GB/s, read"):
         assert said in out
-    found = json.loads(doctor("--json").out)
+    found = json.loads(fastema("doctor --json").out)
     assert set(found["checks"].values()) == {"right"}
     assert found["packages"]["fastema"] == __version__
     assert found["GB/s"] > 0
     assert not set(found["missing"]) & set(found["packages"])
-
-
-def test_wrong_kernels_and_swaps_are_noticed(
-    doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
     restore = EMA._restore
 
     def update(self: Any) -> None:
@@ -123,13 +88,12 @@ def test_wrong_kernels_and_swaps_are_noticed(
 
     with monkeypatch.context() as patch:
         patch.setattr(EMA, "update", update)
-        out, err = doctor(code=1)
-    assert "of 8 as their references" in out
+        err = fastema("doctor", code=1).err
     assert "update of float32 is wrong: off by" in err
     assert "swap" not in err
     monkeypatch.setattr(EMA, "_restore", spoilt)
     said = "swap and back of float32 is wrong: the weights did not come back"
-    assert said in doctor(code=1).err
+    assert said in fastema("doctor", code=1).err
 
 
 def test_each_way_costs_what_its_bytes_say(fastema: Any) -> None:
@@ -158,30 +122,23 @@ def test_weights_are_counted_as_people_count_them(fastema: Any) -> None:
 
 
 @pytest.fixture
-def bench(fastema: Any, tmp_path: Path) -> Callable[..., Any]:
-    """``bench(*options)`` of a few small shapes: output, errors."""
-    (tmp_path / "shapes.json").write_text('{"a": [3, 5], "b": [7], "c": []}')
-
-    def called(
-        *options: object, source: Any = ("--shapes", tmp_path / "shapes.json"), **how: Any
-    ) -> Any:
-        return fastema("bench --seconds 0.001", *source, *options, **how)
-
-    return called
+def bench(fastema: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``bench(options)`` where a file has a few small shapes: output, errors."""
+    monkeypatch.chdir(tmp_path)
+    Path("shapes.json").write_text('{"a": [3, 5], "b": [7], "c": []}')
+    return lambda line, **how: fastema(f"bench --seconds 0.001 {line}", **how)
 
 
-def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(
-    bench: Any, tmp_path: Path
-) -> None:
-    out, err = bench("--dtype", "float32")
+def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(bench: Any) -> None:
+    out, err = bench("--shapes shapes.json --dtype float32")
     assert err == ""
     assert "shapes.json: 23 weights in 3 tensors, float32, average float32, on cpu" in out
     lines = {line.split("  ")[0] for line in out.splitlines()}
     assert {"fastema.EMA", *race.WAYS} <= lines
-    out, err = bench("--json", "-o", tmp_path / "bench.png")
+    out, err = bench("--shapes shapes.json --json -o bench.png")
     found = json.loads(out)
     assert "bench.png" in err
-    assert (tmp_path / "bench.png").stat().st_size > 5_000
+    assert Path("bench.png").stat().st_size > 5_000
     assert (found["elements"], found["weights"], found["average"]) == (23, "bfloat16", "float32")
     ways = {one["name"]: one for one in found["ways"]}
     assert ways["fastema.EMA"]["ratio"] == 1.0
@@ -205,11 +162,10 @@ def test_a_way_does_the_update_that_it_is_timed_for(name: str) -> None:
         torch.testing.assert_close(one.detach(), torch.full_like(one, 2.003), rtol=1e-6, atol=0)
 
 
-def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any, tmp_path: Path) -> None:
+def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any) -> None:
     tensors = {"w": torch.ones(4, 2), "n": torch.ones(3, dtype=torch.int64)}
-    torch.save({"model": tensors}, tmp_path / "model.pt")
-    out, _ = bench(source=("--checkpoint", tmp_path / "model.pt"))
-    assert "model.pt: 8 weights in 1 tensor" in out
+    torch.save({"model": tensors}, "model.pt")
+    assert "model.pt: 8 weights in 1 tensor" in bench("--checkpoint model.pt").out
     assert sum(one.numel() for one in shapes._gpt2()) == 124_439_808
     pytest.importorskip("transformers")
     assert len(shapes._of_model("transformers:GPT2Config")) == 148
@@ -219,23 +175,189 @@ WRONG = {
     "--model resnet50": "expected one of timm:NAME",
     "--model transformers:NopeConfig": "transformers cannot make it",
     "--shapes nope.json": "nope.json: No such file",
-    "--shapes {}": "expected JSON with shapes",
-    "--shapes nope": "expected JSON with shapes",
+    "--shapes empty.json": "expected JSON with shapes",
+    "--shapes text.json": "expected JSON with shapes",
 }
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_what_cannot_be_timed_is_one_line(
-    line: str, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    option, given = line.split()
-    if ":" in given:
+def test_what_cannot_be_timed_is_one_line(line: str, bench: Any) -> None:
+    if ":" in line:
         pytest.importorskip("transformers")
-    if option == "--shapes" and given != "nope.json":
-        Path("wrong").write_text(given)
-        given = "wrong"
-    out, err = bench(source=(option, given), code=2)
+    Path("empty.json").write_text("{}")
+    Path("text.json").write_text("nope")
+    out, err = bench(line, code=2)
     assert out == ""
     assert WRONG[line] in err
     assert len(err.splitlines()) == 1
+
+
+# -- average ---------------------------------------------------------------------------------------
+
+STEPS = (100, 200, 450, 500, 900)
+LORA = {"lora_A": torch.ones(2), "lora_B": torch.ones(1)}
+
+
+@pytest.fixture
+def run(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``run("--swa ...")`` in a folder of checkpoints: output, and errors."""
+    monkeypatch.chdir(tmp_path)
+    for step in STEPS:
+        tensors = {"w": torch.full((5,), step / 100), **LORA}
+        save_file(tensors, tmp_path / f"step-{step}.safetensors")
+    return lambda line, **options: fastema(f"average {line}", **options)
+
+
+def test_a_mean_of_named_checkpoints(run: Any, tmp_path: Path) -> None:
+    out, err = run("step-100.safetensors step-200.safetensors -o mean.safetensors")
+    assert err == ""
+    assert load_file(tmp_path / "mean.safetensors")["w"].tolist() == [1.5] * 5
+    lines = out.splitlines()
+    assert lines[0].split() == ["checkpoint", "step", "size", "swa"]
+    assert lines[1].split() == ["step-100.safetensors", "100", "32", "B", "0.5"]
+    assert "note: LoRA pairs" in out
+    assert lines[-1].startswith("mean.safetensors: 64 B read in ")
+
+
+def test_several_averages_of_a_folder_have_names_of_their_own(run: Any, tmp_path: Path) -> None:
+    out, _ = run("--dir . --last 3 --swa --ema 0.999 --ema 0.9 --wsm 1-sqrt -o merged.safetensors")
+    found = {p.name: load_file(p)["w"][0].item() for p in tmp_path.glob("merged*")}
+    weights = 0.999**450, 0.999**400 - 0.999**450, 1 - 0.999**400
+    short = found.pop("merged-ema0.9.safetensors")
+    assert short == pytest.approx(9)  # the one before is 400 steps older
+    assert found == {
+        "merged-swa.safetensors": pytest.approx((4.5 + 5 + 9) / 3),
+        "merged-ema0.999.safetensors": pytest.approx(
+            sum(w * v for w, v in zip(weights, (4.5, 5, 9), strict=True))
+        ),
+        "merged-wsm-1-sqrt.safetensors": pytest.approx(
+            (1 / 3) ** 0.5 * 4.5 + ((2 / 3) ** 0.5 - (1 / 3) ** 0.5) * 5 + (1 - (2 / 3) ** 0.5) * 9
+        ),
+    }
+    assert "step-900.safetensors   900" in out
+
+
+def test_a_dry_run_writes_nothing_and_odd_weights_are_warned_of(run: Any, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    out, err = run("--dir . --window 401 --weights=-0.25,0.75 --dry-run -o x.safetensors")
+    assert "-0.25" in out
+    assert out.endswith("would read 64 B and write x.safetensors\n")
+    assert err.splitlines() == [
+        "warning: the weights sum to 0.5, not to 1",
+        "warning: some weights are negative: the result is no average",
+    ]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_json_says_what_was_done(run: Any) -> None:
+    found = json.loads(run("--dir . --last 2 --json -o mean.safetensors").out)
+    assert [one["step"] for one in found["checkpoints"]] == [500, 900]
+    assert found["outputs"] == [
+        {"path": "mean.safetensors", "average": "swa", "weights": [0.5, 0.5], "written": True}
+    ]
+    assert found["bytes_read"] == 64
+
+
+NO_AVERAGE = {
+    "-o x.safetensors": "name checkpoints, or a folder of them: --dir DIR",
+    "--dir . step-100.safetensors -o x.safetensors": "not both",
+    "--dir .": "name the output: -o OUT",
+    "--dir nothing -o x.safetensors": "cannot read nothing: No such file or directory",
+    "--dir . --last 9 -o x.safetensors": "last=9: 5 checkpoints of . are left",
+    "--dir . --sma 9 -o x.safetensors": "sma=9: there are 5 checkpoints",
+    "--dir . --weights 1,2 -o x.safetensors": "--weights has 2 numbers for 5 checkpoints",
+    "--dir . -o step-100.safetensors": "is one of the checkpoints; name another output",
+    "--dir . --sigma-rel 0.1 -o x.safetensors": "is no snapshot of a power-function average",
+    "--dir . --key a.b -o x.safetensors --dry-run": "has nothing at 'a.b'",
+}
+USAGE = ("--ema 1.5", "--sma 0", "--wsm cubic", "--weights a", "--sigma-rel 3")
+
+
+@pytest.mark.parametrize("line", [*NO_AVERAGE, *USAGE])
+def test_what_cannot_be_is_refused_and_nothing_written(run: Any, tmp_path: Path, line: str) -> None:
+    err = run(line if line in NO_AVERAGE else f"--dir . {line} -o x.safetensors", code=2).err
+    assert err.startswith("fastema average: " if line in NO_AVERAGE else "usage: fastema average ")
+    assert NO_AVERAGE.get(line, "") in err
+    assert len(list(tmp_path.iterdir())) == len(STEPS)
+
+
+def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
+    weights = [torch.zeros(4)]
+    ema = PowerEMA(weights, (0.05, 0.1))
+    for step in range(1, 201):
+        weights[0].fill_(step)
+        ema.update()
+        if not step % 20:
+            posthoc.save_snapshot(ema, tmp_path / "snapshots")
+    assert run("--dir snapshots --sigma-rel 0.07 -o width.safetensors").err == ""
+    want = posthoc.synthesize(tmp_path / "snapshots", sigma_rel=0.07).tensors
+    (got,) = load_file(tmp_path / "width.safetensors").values()
+    torch.testing.assert_close(got, torch.from_numpy(next(iter(want.values()))), rtol=1e-5, atol=0)
+
+
+# -- inspect and convert --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(tmp_path: Path, fastema: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``beside("inspect ema.safetensors")`` beside an average and its model: output, errors."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 2)
+    ema = EMA(model, decay=0.99)
+    for _ in range(1000):
+        ema.update()
+    save(ema, tmp_path / "ema.safetensors")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    return fastema
+
+
+def test_an_average_is_described(beside: Any) -> None:
+    out, err = beside("inspect ema.safetensors --check --tensors")
+    assert err == ""
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[0] != " ")
+    assert lines["updates"] == "1,000"
+    assert lines["schedule"] == "decay 0.99"
+    assert lines["lag"].startswith("99 +/- 99.46 ")
+    assert lines["lag"].endswith("behind the model")
+    assert lines["tensors"] == "2 tensors (2 f32), 8 elements"
+    assert lines["whole"] == "yes, by its checksums"
+    assert "  'weight': f32[2, 3]" in out.splitlines()
+    found = json.loads(beside("inspect ema.safetensors --json").out)
+    assert (found["library"], found["num_updates"]) == ("fastema", 1000)
+    shapes = {"bias": [2], "weight": [2, 3]}
+    assert found["tensors"] == {n: {"dtype": "f32", "shape": s} for n, s in shapes.items()}
+
+
+def test_an_average_is_converted_and_what_is_lost_is_said(beside: Any, tmp_path: Path) -> None:
+    out, err = beside("convert ema.safetensors swa.pt --to swa_utils")
+    assert err == ""
+    assert out.splitlines() == [
+        "swa.pt: swa_utils, 2 tensors of ema.safetensors (fastema)",
+        "not carried: the schedule, decay 0.99",
+    ]
+    model = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
+    model.load_state_dict(torch.load(tmp_path / "swa.pt", weights_only=True))
+    assert model.n_averaged == 1000
+    out, _ = beside("convert ema.safetensors ema.pt --to torch_ema --names model.pt")
+    assert len(out.splitlines()) == 1
+
+
+NOT_CONVERTED = {
+    "inspect nowhere.pt": "fastema inspect: cannot read",
+    "inspect model.pt --key a.b": "fastema inspect: model.pt has nothing at 'a.b'",
+    "inspect ema.safetensors --index 3": "fastema inspect: index=3",
+    "convert ema.safetensors out.pt --to keras": "fastema convert: to='keras'",
+    "convert ema.safetensors nowhere/out.pt --to d2go": "fastema convert: cannot write",
+    "convert ema.safetensors out.pt --to torch_ema": "fastema convert: torch_ema keeps a list",
+}
+
+
+@pytest.mark.parametrize("line", NOT_CONVERTED)
+def test_what_cannot_be_is_one_line(line: str, beside: Any, tmp_path: Path) -> None:
+    before = {one.name for one in tmp_path.iterdir()}
+    out, err = beside(line, code=2)
+    assert out == ""
+    assert err.startswith(NOT_CONVERTED[line])
+    assert err.count("\n") == 1
+    assert {one.name for one in tmp_path.iterdir()} == before

@@ -88,26 +88,19 @@ def test_the_columns(path: Path, tmp_path: Path, smooth: Any) -> None:
     assert said[2].split()[:5] == ["loss", "200", *(f"{value:.5g}" for value in last)]
     assert said[-2:] == ["Left out, not all numbers: note", f"Averages: {out}"]
     assert {file.name for file in tmp_path.iterdir()} == {"metrics.csv", "out.csv"}
-
-
-def test_weights_and_debias(path: Path, smooth: Any) -> None:
     printed = smooth(path, "--weights", "size", "--debias", "--metrics", "loss", "--quiet")
     assert printed.err == ""
-    was, got = columns(path.read_text()), columns(printed.out)
-    assert list(got)[len(was) :] == ["loss_sma", "loss_ema"]
-    average = ExponentialMovingAverage(0.9, debias=True)
-    assert got["loss_ema"] == written(average, was["loss"], was["size"])
+    got = columns(printed.out)
+    debiased = ExponentialMovingAverage(0.9, debias=True)
+    assert got["loss_ema"] == written(debiased, was["loss"], was["size"])
     assert got["loss_sma"] == written(SimpleMovingAverage(20), was["loss"], was["size"])
 
 
-def test_what_was_smoothed_is_not_smoothed_again(path: Path, smooth: Any) -> None:
+def test_what_was_smoothed_is_not_smoothed_again_and_json_is_read(path: Path, smooth: Any) -> None:
     path.write_text("loss,loss_ema,loss_ema_0.5\n1,2,3\n2,3,4\n")
     assert list(columns(smooth(path).out))[3:] == ["loss_sma", "loss_ema_0.9"]
     said = smooth(path, "--metrics", "loss", "--ema", 0.5, code=2).err
     assert "has a column 'loss_ema_0.5' already" in said
-
-
-def test_json(path: Path, smooth: Any) -> None:
     rows = [{"loss": 2.0, "step": 10}, {"eval_loss": 3.0, "step": 10}, {"loss": 1.0, "step": 20}]
     path.write_text(json.dumps({"log_history": rows}))
     printed = smooth(path, "--ema", 0.5)
@@ -115,30 +108,20 @@ def test_json(path: Path, smooth: Any) -> None:
     assert printed.err.startswith(f"{path}: 3 rows, step 10 to 20\n")
 
 
-def test_event_files(tmp_path: Path, smooth: Any) -> None:
-    require_packages("tensorboard")
-    from fastema.tracking import TensorBoardWriter
-
-    values = np.random.default_rng(0).normal(size=50).astype(np.float32).tolist()
-    with TensorBoardWriter(tmp_path, window_size=None, decay=None) as writer:
-        for step, value in enumerate(values):
-            writer.add_scalar("loss", value, 2 * step)
-    got = columns(smooth(tmp_path, "--ema", 0.75).out)
-    assert got["step"] == [str(2 * step) for step in range(50)]
-    raw, ema = (name for name in got if name.startswith("loss"))
-    assert got[raw] == list(map(repr, values))
-    assert got[ema] == written(ExponentialMovingAverage(0.75), got[raw])
-
-
 def test_the_picture_shows_the_columns(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
+    find = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda n: None if "plot" in n else find(n))
+        said = smooth(path, "--plot", path.with_suffix(".png"), code=2).err
+    assert "--plot takes the matplotlib package: pip install matplotlib" in said
     require_packages("matplotlib")
     from fastema.tracking.plots import picture
 
     seen: list[Any] = []
 
-    def draw(panels: Any, *, out: Any, **options: Any) -> None:
+    def draw(panels: Any, *, out: str, **options: Any) -> None:
         seen[:] = panels, options
         Path(out).write_text("a picture")
 
@@ -158,12 +141,7 @@ def test_the_picture_shows_the_columns(
     assert ema.curve.steps.tolist() == raw.curve.steps.tolist() == list(range(200))
     assert val_loss.lines[0].curve.steps.tolist() == list(range(19, 200, 20))
     assert options["log"] == "auto"
-    # Of curves that are shorter than an average, only what was asked for is drawn.
-    path.write_text(log(18))
-    (default,), _ = shown("--metrics", "loss")
-    (asked,), options = shown("--metrics", "loss", "--sma", 20, "--log-scale=on")
-    assert [line.label for line in default.lines] == ["raw"]
-    assert [line.label for line in asked.lines] == ["raw", "SMA 20"]
+    _, options = shown("--metrics", "loss", "--log-scale=on")
     assert options["log"] is True
 
 
@@ -180,13 +158,11 @@ REFUSALS = {
 }
 USAGE = {
     "--ema 1": "--ema: expected a number in [0, 1), got 1",
-    "--ema 0.9,x": "--ema: expected a number in [0, 1), got x",
     "--sma 0": "--sma: expected a whole number of at least 1, got 0",
-    "--sma 2.5": "--sma: expected a whole number of at least 1, got 2.5",
     "--plot a.txt": "--plot: expected a name that ends in .png, .svg, .pdf, got a.txt",
     "-o nowhere/a.csv": "cannot write nowhere/a.csv: No such file or directory",
-    "--on-nonfinite hide": "invalid choice: 'hide'",
     "--bogus": "unrecognized arguments: --bogus",
+    "--on-nonfinite hide": "invalid choice: 'hide'",
 }
 
 
@@ -220,7 +196,7 @@ def test_values_that_are_not_finite_and_policies(path: Path, tmp_path: Path, smo
     assert not out.exists()
 
 
-def test_a_write_that_fails_leaves_the_older_file(
+def test_a_write_that_fails_leaves_the_older_file_and_one_to_a_device_the_device(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
     from fastema.cli.smooth import averages
@@ -235,12 +211,9 @@ def test_a_write_that_fails_leaves_the_older_file(
     assert "No space left on device" in smooth(path, "-o", out, code=2).err
     assert out.read_text() == "an older one"
     assert len(list(path.parent.iterdir())) == 2
-
-
-def test_a_device_is_written_to(path: Path, tmp_path: Path, smooth: Any) -> None:
-    link = tmp_path / "null"
-    link.symlink_to(os.devnull)
-    smooth(path, "-o", link)
+    monkeypatch.undo()
+    path.with_name("null").symlink_to(os.devnull)
+    smooth(path, "-o", path.with_name("null"))
     assert not Path(os.devnull).is_file()
 
 
@@ -250,13 +223,6 @@ def test_whoever_reads_may_stop(path: Path) -> None:
     done = run_command("bash", "-o", "pipefail", "-c", command)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("epoch,step,loss")
-
-
-def test_without_matplotlib(path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if "plot" in n else find(n))
-    said = smooth(path, "--plot", path.with_suffix(".png"), code=2).err
-    assert "--plot takes the matplotlib package: pip install matplotlib" in said
 
 
 def test_standard_input_is_read_as_a_file_is() -> None:
@@ -282,22 +248,3 @@ def test_decimal_commas(delimiter: str, path: Path, smooth: Any) -> None:
     got = columns(smooth(path, "--sma", "1").out, delimiter)
     assert got["loss"] == ["0,5", "-1,25e-1", "nan", "2"]
     assert got["loss_sma"] == ["0.5", "-0.125", "nan", "2.0"]
-
-
-def test_many_columns_are_read(path: Path, tmp_path: Path, smooth: Any) -> None:
-    names = [f"a_rather_long_name_of_column_{i}" for i in range(6000)]
-    rows = [",".join(names), *(",".join([str(k)] * len(names)) for k in range(2))]
-    path.write_text("\n".join(rows) + "\n")
-    smooth(path, "-o", tmp_path / "out.csv", "--sma", "2")
-    header, _ = (tmp_path / "out.csv").read_text().split("\n", 1)
-    assert header.count(",") == 2 * len(names) - 1
-
-
-@pytest.mark.parametrize(("redirected", "said"), [("<&-", "input is"), (">&-", "output is")])
-def test_closed_streams_are_one_line(redirected: str, said: str, path: Path) -> None:
-    source = "-" if "<" in redirected else str(path)
-    command = f"'{sys.executable}' -m fastema smooth '{source}' {redirected}"
-    done = run_command("sh", "-c", command)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1

@@ -1,10 +1,11 @@
-"""Averages of scalars, one by one and in series."""
+"""Averages of scalars, one by one and in series, and of numbers that are read when looked at."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+import numbers
 import pickle
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -15,8 +16,14 @@ import numpy as np
 import pytest
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, NonFiniteError
-from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
-from fastema.tracking.scalar import MovingAverage
+from fastema.tracking import (
+    ExponentialMovingAverage,
+    MetricAverages,
+    MetricSmoother,
+    SimpleMovingAverage,
+)
+from fastema.tracking.lazy_float import LazyFloat
+from fastema.tracking.scalar import MOST_PENDING, MovingAverage
 from fastema.tracking.window import WindowSum
 
 Made = Callable[..., MovingAverage]
@@ -61,37 +68,27 @@ def test_every_average_is_the_exact_one(made: Made, weighted: bool, sign: bool) 
     x = series(450, seed=weighted + 2 * sign, sign=sign)
     rng = np.random.default_rng(5)
     weights = rng.integers(1, 65, len(x)).astype(float).tolist() if weighted else [1.0] * len(x)
-    average = made()
+    average, parts = made(), made()
     assert math.isnan(average.average)
+    ones = []
     for i, (value, weight) in enumerate(zip(x, weights, strict=True)):
-        found = average.update(value, weight)
-        assert found == average.average == average.get_average()
+        ones.append(average.update(value, weight))
+        assert ones[-1] == average.average == average.get_average()
         if i % 37 < 2 or i > 440:
             expected = exact(average, x[: i + 1], weights[: i + 1])
             # Of sums with both signs, an error is relative to what is added up.
             scale = max(abs(expected), max(map(abs, x[: i + 1])) * 1e-2)
-            assert abs(found - expected) <= 4e-16 * scale, i
-    assert average.num_updates == len(x)
-
-
-@kinds
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_series_at_once_is_one_by_one(made: Made, weighted: bool) -> None:
-    rng = np.random.default_rng(11)
-    x = np.array(series(1_500, seed=4, sign=True))
-    weights = rng.uniform(0.1, 3.0, len(x)) if weighted else None
-    whole, parts = made(), made()
-    each = [1.0] * len(x) if weights is None else weights.tolist()
-    expected = [whole.update(v, w) for v, w in zip(x.tolist(), each, strict=True)]
+            assert abs(ones[-1] - expected) <= 4e-16 * scale, i
+    # A series at once is the same, in whatever parts it comes.
     found: list[float] = []
-    for begin, end in ((0, 0), (0, 1), (1, 4), (4, 205), (205, 206), (206, 1_400)):
-        part = None if weights is None else weights[begin:end]
+    for begin, end in ((0, 0), (0, 1), (1, 4), (4, 205), (205, 206), (206, 400)):
+        part = weights[begin:end] if weighted else None
         found += parts.update_many(x[begin:end], part).tolist()
-    found += [parts.update(float(x[i]), each[i]) for i in range(1_400, 1_500)]
-    np.testing.assert_allclose(found, expected, rtol=4e-15, atol=1e-15)
-    assert parts.num_updates == whole.num_updates == 1_500
-    if not weighted and isinstance(whole, SimpleMovingAverage):
-        assert found == expected  # to the bit
+    found += [parts.update(x[i], weights[i]) for i in range(400, 450)]
+    np.testing.assert_allclose(found, ones, rtol=4e-15, atol=1e-15)
+    assert parts.num_updates == average.num_updates == len(x)
+    if not weighted and isinstance(average, SimpleMovingAverage):
+        assert found == ones  # to the bit
 
 
 @pytest.mark.slow
@@ -114,7 +111,9 @@ ODD = [1.0, math.nan, 3.0, 5.0, math.inf, -math.inf, 2.0, 4.0]
 
 
 def run(average: MovingAverage, x: Sequence[float], at_once: bool) -> list[float]:
-    return average.update_many(x).tolist() if at_once else [average.update(v) for v in x]
+    # A masked value is none, as NaN is.
+    masked = np.ma.masked_invalid(x) if average.on_nonfinite == "skip" else x
+    return average.update_many(masked).tolist() if at_once else [average.update(v) for v in x]
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -173,27 +172,24 @@ def test_weight_zero_leaves_out(made: Made) -> None:
         assert found == expected
     at_once = made().update_many([1.0, math.nan, 9.0, 4.0], [2.0, 0.0, 0.0, 3.0])
     assert at_once[-1] == pytest.approx(expected, rel=1e-15)
-    assert average.num_updates == 2
-    assert average.num_skipped == 0
+    assert (average.num_updates, average.num_skipped) == (2, 0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "setting", "values"),
-    [
-        (SimpleMovingAverage, "window_size", (0, -1, 2.0, True, "3", None, 10**13)),
-        (ExponentialMovingAverage, "decay", (1.0, -0.1, math.nan, "0.9", None)),
-        (ExponentialMovingAverage, "debias", (1,)),
-        (SimpleMovingAverage, "on_nonfinite", ("ignore",)),
-    ],
-)
-def test_settings_out_of_range_are_refused_and_none_can_be_changed(
-    kind: Any, setting: str, values: tuple[Any, ...]
-) -> None:
-    for value in values:
-        with pytest.raises(ArgumentError, match=setting):
-            kind(**{setting: value})
-    with pytest.raises(AttributeError):
-        setattr(kind(), setting, getattr(kind(), setting))
+SETTINGS: list[tuple[Any, str, tuple[Any, ...]]] = [
+    (SimpleMovingAverage, "window_size", (0, -1, 2.0, True, "3", None, 10**13)),
+    (ExponentialMovingAverage, "decay", (1.0, -0.1, math.nan, "0.9", None)),
+    (ExponentialMovingAverage, "debias", (1,)),
+    (SimpleMovingAverage, "on_nonfinite", ("ignore",)),
+]
+
+
+def test_settings_out_of_range_are_refused_and_none_can_be_changed() -> None:
+    for kind, setting, values in SETTINGS:
+        for value in values:
+            with pytest.raises(ArgumentError, match=setting):
+                kind(**{setting: value})
+        with pytest.raises(AttributeError):
+            setattr(kind(), setting, getattr(kind(), setting))
 
 
 @kinds
@@ -242,33 +238,23 @@ def test_state_goes_on(made: Made, weighted: bool, count: int) -> None:
 THREE, SLOW = SimpleMovingAverage(3), ExponentialMovingAverage(0.9)
 
 
-@pytest.mark.parametrize(
-    ("average", "state"),
-    [
-        (THREE, SimpleMovingAverage(4).state_dict()),
-        (THREE, SLOW.state_dict()),
-        (SLOW, ExponentialMovingAverage(0.8).state_dict()),
-        (SLOW, ExponentialMovingAverage(0.9, True).state_dict()),
-        (THREE, THREE.state_dict() | {"products": [1.0]}),
-        (THREE, THREE.state_dict() | {"average": "x"}),
-        (THREE, THREE.state_dict() | {"num_updates": math.inf}),
-        (THREE, {}),
-        (SLOW, None),
-        (SLOW, SLOW.state_dict() | {"state": 1}),
-    ],
-)
-def test_a_state_that_does_not_fit(average: MovingAverage, state: dict[str, Any]) -> None:
-    made = copy.copy(average)
-    made.update(2.0)
-    with pytest.raises(CheckpointError):
-        made.load_state_dict(state)
-    assert (made.average, made.num_updates) == (2.0, 1)
+STATES: list[tuple[MovingAverage, Any]] = [
+    (THREE, SimpleMovingAverage(4).state_dict()),
+    (THREE, SLOW.state_dict()),
+    (SLOW, ExponentialMovingAverage(0.8).state_dict()),
+    (SLOW, ExponentialMovingAverage(0.9, True).state_dict()),
+    *((THREE, THREE.state_dict() | wrong) for wrong in ({"products": [1.0]}, {"average": "x"})),
+    *((THREE, {}), (SLOW, None), (SLOW, SLOW.state_dict() | {"state": 1})),
+]
 
 
-def test_masked_values_are_not_finite() -> None:
-    x = np.ma.masked_greater([1.0, 99.0, 3.0], 50.0)
-    found = SimpleMovingAverage(3, on_nonfinite="skip").update_many(x)
-    assert found.tolist() == [1.0, 1.0, 2.0]
+def test_a_state_that_does_not_fit() -> None:
+    for average, state in STATES:
+        made = copy.copy(average)
+        made.update(2.0)
+        with pytest.raises(CheckpointError):
+            made.load_state_dict(state)
+        assert (made.average, made.num_updates) == (2.0, 1)
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 1.0, 2.0], [2.0, 1e100, 1e100]])
@@ -284,15 +270,9 @@ def test_the_largest_floats_have_averages(kind: Any, values: Any, weights: Any) 
         small = np.multiply(values, 2.0**-64)
         expected = np.average(small, weights=np.divide(each, max(each))) * 2.0**64
         assert found[-1] == pytest.approx(expected, rel=1e-14)
-    # And they are forgotten.
-    other = kind(window_size=3) if kind is SimpleMovingAverage else kind(decay=0.0)
-    for x, w in zip(values, each, strict=True):
-        other.update(x, w)
-    last = [other.update(x) for x in (1.0, 2.0, 4.5)][-1]
-    assert last == pytest.approx(2.5 if kind is SimpleMovingAverage else 4.5, rel=1e-14)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 10, 127, 128, 129, 300])  # from 128 on, NumPy adds
+@pytest.mark.parametrize("size", [1, 2, 3, 127, 128, 129, 300])  # from 128 on, NumPy adds
 @pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan, 1e300])
 def test_what_left_the_window_leaves_no_trace(size: int, odd: float) -> None:
     rng = np.random.default_rng(7)
@@ -310,13 +290,223 @@ def test_what_left_the_window_leaves_no_trace(size: int, odd: float) -> None:
                 assert found == expected, (at, i)
 
 
-def test_an_interrupted_push_did_not_happen() -> None:
-    class Interrupting(float):
-        def __radd__(self, other: float) -> float:
-            raise KeyboardInterrupt
+# -- several metrics -------------------------------------------------------------------------------
 
-    window, other = WindowSum(4), WindowSum(4)
-    for value in series(11, sign=True):
-        with pytest.raises(KeyboardInterrupt):
-            window.push(Interrupting(9.0))
-        assert window.push(value) == other.push(value)
+ONE = SimpleMovingAverage(2)
+
+
+def grouped() -> MetricAverages:
+    return MetricAverages(
+        {"loss": SimpleMovingAverage(2), "accuracy": ExponentialMovingAverage(0.75)}
+    )
+
+
+def test_each_name_of_a_group_has_its_own_average() -> None:
+    group = grouped()
+    assert group.update({"loss": 3.0, "accuracy": 0.5}) == {"loss": 3.0, "accuracy": 0.5}
+    assert group.update({"accuracy": 1.0}) == {"accuracy": 0.625}
+    assert group.update({"loss": 6.0}, weight=2.0) == {"loss": 5.0}
+    assert group.averages == {"loss": 5.0, "accuracy": 0.625}
+    assert list(group) == ["loss", "accuracy"]
+    assert isinstance(group["loss"], SimpleMovingAverage)
+
+
+def test_a_smoother_gives_all_three_curves() -> None:
+    rng = np.random.default_rng(0)
+    smoother = MetricSmoother(5, 0.8, debias=True, record=True)
+    sma, ema = SimpleMovingAverage(5), ExponentialMovingAverage(0.8, True)
+    x, weights = rng.lognormal(size=60).tolist(), rng.integers(1, 9, 60).tolist()
+    for i, (value, weight) in enumerate(zip(x, weights, strict=True)):
+        found = smoother.update({"loss": value}, weight, step=10 * i)
+        each = value, sma.update(value, weight), ema.update(value, weight)
+        assert found == smoother.averages
+        assert found == dict(zip(("loss_raw", "loss_sma", "loss_ema"), each, strict=True))
+    assert set(smoother.history) == set(found)
+    assert smoother.history["loss_raw"].tolist() == x
+    assert smoother.history["loss_sma"][-1] == sma.average
+    assert smoother.steps["loss"].tolist() == list(range(0, 600, 10))
+
+
+def test_groups_and_smoothers_that_cannot_be() -> None:
+    averages: Any
+    for averages in ({}, None, [ONE], {"loss": 3}, {1: ONE}, {"a": dict}, {"a": ONE, "b": ONE}):
+        with pytest.raises(ArgumentError, match=r"averages|two names"):
+            MetricAverages(averages)
+    nothing = {"window_size": None, "decay": None, "raw": False}
+    options: Any
+    for options in ({"window_size": 0}, {"decay": 1.0}, {"on_nonfinite": "hide"}, nothing):
+        with pytest.raises(ArgumentError):
+            MetricSmoother(**options)
+
+
+@pytest.mark.parametrize(
+    ("made", "metrics", "options", "error", "words"),
+    [
+        (grouped, {"loss": 9.0, "x": 1.0}, {}, ArgumentError, r"'x'.*'loss', 'accuracy'"),
+        (grouped, {"loss": "low"}, {}, BridgeError, "expected a number"),
+        (MetricSmoother, {"loss": 1.0, "b": "x"}, {}, BridgeError, "expected a number"),
+        (MetricSmoother, {"b": 1.0}, {"weight": -1.0}, ArgumentError, "weight"),
+        (MetricSmoother, {"loss": 1.0, "b": math.nan}, {}, NonFiniteError, "nan"),
+        *(
+            (MetricSmoother, {"loss": 1.0}, {"step": step}, ArgumentError, "step")
+            for step in (1.5, "3", 2**70, np.float64(2.0))
+        ),
+    ],
+    ids=lambda one: getattr(one, "__name__", repr(one)),
+)
+def test_a_refused_update_changes_nothing(
+    made: Any, metrics: Any, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    found = made() if made is grouped else made(on_nonfinite="raise", record=True)
+    found.update({"loss": 2.0})
+    before = found.state_dict()
+    with pytest.raises(error, match=words):
+        found.update(metrics, **options)
+    assert found.state_dict() == before
+    if made is MetricSmoother:
+        assert found.history["loss_raw"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize("made", [grouped, lambda: MetricSmoother(3, 0.5, record=True)])
+def test_state_goes_on_or_changes_nothing(made: Any) -> None:
+    one, other = made(), made()
+    for x in (1.0, 4.0, math.nan, 2.0):
+        one.update({"loss": x, "accuracy": x / 8})
+    other.update({"loss" if made is grouped else "gone": 1.0})
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.averages == one.averages
+    assert other.update({"loss": 7.0}) == one.update({"loss": 7.0})
+    before = other.state_dict()
+    wrong: list[Any] = [{}, [], MetricSmoother(4, 0.5).state_dict(), {"loss": before}]
+    if made is grouped:
+        wrong.append(before | {"accuracy": ExponentialMovingAverage(0.5).state_dict()})
+    else:
+        wrong.append({**before, "metrics": {"loss": {}}})
+    for state in wrong:
+        with pytest.raises(CheckpointError):
+            other.load_state_dict(state)
+    assert other.state_dict() == before
+    other.reset()
+    if made is grouped:
+        assert other["loss"].num_updates == other["accuracy"].num_updates == 0
+    else:
+        assert other.averages == other.history == other.steps == {}
+
+
+# -- numbers of a device ---------------------------------------------------------------------------
+
+
+class Device:
+    """Values on a device; counts how often it is asked for one."""
+
+    reads = 0
+
+    def value(self, x: float) -> LazyFloat:
+        def read() -> float:
+            self.reads += 1
+            return x
+
+        return LazyFloat(read)
+
+
+def test_a_lazy_float_is_a_float_that_is_read_once() -> None:
+    device = Device()
+    x = device.value(2.5)
+    assert device.reads == 0
+    assert (x + 1, 1 + x, x * x, x / 2, 5 / x, x**2, 2**x, -x, abs(x)) == (
+        *(3.5, 3.5, 6.25, 1.25, 2.0, 6.25, 2**2.5, -2.5, 2.5),
+    )
+    assert (x // 2, x % 2, divmod(x, 2), round(x), int(x), math.floor(x), math.ceil(x)) == (
+        *(1.0, 0.5, (1.0, 0.5), 2, 2, 2, 3),
+    )
+    assert x == 2.5
+    assert x != 3
+    assert 2 < x < 3
+    assert x >= device.value(2.5)
+    assert hash(x) == hash(2.5)
+    assert f"{x} {x!r} {x:.3f}" == "2.5 2.5 2.500"
+    assert isinstance(x, numbers.Real)
+    assert max(1.0, x) is x
+    assert np.float64(x) == 2.5
+    assert np.asarray([x], np.float64).tolist() == [2.5]
+    assert device.reads == 2  # the other one once
+    assert type(pickle.loads(pickle.dumps(x))) is float
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: SimpleMovingAverage(3), lambda: ExponentialMovingAverage()]
+)
+def test_nothing_is_read_before_somebody_looks_or_there_are_too_many(made: Any) -> None:
+    device, average, plain = Device(), made(), made()
+    x = np.random.default_rng(0).normal(size=40).tolist()
+    found = []
+    for i, value in enumerate(x):
+        # Numbers of the host wait in line with those of the device.
+        found.append(average.update(device.value(value) if i % 3 else value, 1.0 + i % 2))
+    assert device.reads == 0
+    expected = [plain.update(value, 1.0 + i % 2) for i, value in enumerate(x)]
+    assert found[20] == expected[20]
+    assert device.reads == sum(1 for i in range(21) if i % 3)  # those before it, and its own
+    assert found == expected
+    assert device.reads == sum(1 for i in range(len(x)) if i % 3)
+    assert average.state_dict() == plain.state_dict()
+    device.reads = 0
+    for _ in range(MOST_PENDING - 1):
+        average.update(device.value(1.0))
+    assert device.reads == 0
+    average.update(device.value(4.0))
+    assert device.reads == MOST_PENDING
+
+
+def failing(error: type[BaseException]) -> Any:
+    def read() -> float:
+        raise error("device lost")
+
+    return read
+
+
+def test_results_from_before_stay_what_they_were() -> None:
+    device, average = Device(), SimpleMovingAverage(2)
+    found = [average.update(device.value(4.0)), average.update(LazyFloat(failing(RuntimeError)))]
+    found.append(average.update(device.value(6.0)))
+    other = SimpleMovingAverage(2)
+    other.update(100.0)
+    average.load_state_dict(other.state_dict())
+    assert average.average == 100.0
+    average.reset()
+    assert average.num_updates == 0
+    assert (found[0], found[2]) == (4.0, 5.0)
+    with pytest.raises(RuntimeError, match="device lost"):
+        float(found[1])
+    # An interrupted read has lost nothing.
+    average.update(1.0)
+    reads = iter([failing(KeyboardInterrupt), lambda: 9.0])
+    interrupted = average.update(LazyFloat(lambda: next(reads)()))
+    with pytest.raises(KeyboardInterrupt):
+        float(interrupted)
+    assert interrupted == average.average == 5.0
+
+
+def test_a_smoother_goes_on_after_a_number_that_cannot_be_read() -> None:
+    smoother = MetricSmoother(2, None, record=True)
+    smoother.update({"loss": 1.0})
+    smoother.update({"loss": LazyFloat(failing(RuntimeError))})
+    with pytest.raises(RuntimeError, match="device lost"):
+        smoother.averages  # noqa: B018 - reading is the test
+    assert smoother.update({"loss": 3.0}) == {"loss_raw": 3.0, "loss_sma": 2.0}
+    np.testing.assert_equal(smoother.history["loss_sma"].tolist(), [1.0, math.nan, 2.0])
+
+
+@pytest.mark.parametrize("make", ["numpy array", "torch tensor", "jax.numpy array"])
+def test_arrays_and_functions_calculate_with_a_lazy_float(make: str) -> None:
+    framework = pytest.importorskip(make.split()[0])
+    x, array = Device().value(2.0), getattr(framework, make.split()[1])([1.0, 5.0])
+    assert (array - x).tolist() == [-1.0, 3.0]
+    assert (x - array).tolist() == [1.0, -3.0]
+    if "torch" in make:
+        assert framework.add(array, x, alpha=2).tolist() == [5.0, 9.0]
+    assert np.array([x, x]).dtype == np.float64
+    assert not np.isnan(x)
+    assert np.exp(x) == math.exp(2.0)
+    assert (Fraction(1, 2) + x, x + 1j) == (2.5, 2 + 1j)
+    assert (x.real, x.imag, x.item(), complex(x)) == (2.0, 0.0, 2.0, 2 + 0j)

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_multiplexer import EventMultiple
 from tensorboard.util.tensor_util import make_ndarray
 
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError
-from fastema.tracking import TensorBoardWriter
+from fastema.tracking import TensorBoardWriter, logs
 
 from ..support.process import run_python
 from ..support.requirements import require_packages
@@ -66,6 +66,8 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
     assert_close([now["train/loss_ema"] for now in returned], ema(losses, DECAY, sizes))
     runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload().Runs()
     assert set(runs) == {"first/raw", "first/sma", "first/ema"}
+    names = {f"{tag}_{run}" for tag in ("train/loss", "rate_x") for run in ("raw", "sma", "ema")}
+    assert set(logs.read(tmp_path / "first")) == {"step", *names}
     for tag, series in (("train/loss", losses), ("rate_x", rates)):
         averages = sma(series, WINDOW, sizes), ema(series, DECAY, sizes)
         for run, curve in zip(("raw", "sma", "ema"), (np.array(series), *averages), strict=True):
@@ -73,23 +75,6 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
             assert points.steps == list(range(0, 500, 10))
             assert before - 1 <= points.times[0] <= points.times[-1] <= time.time()
             assert_rounded(points.values, curve)
-
-
-@pytest.mark.parametrize(
-    ("options", "runs"),
-    [
-        ({"decay": None}, {"raw", "sma"}),
-        ({"window_size": None, "raw": False, "debias": True}, {"ema"}),
-    ],
-)
-def test_what_is_not_wanted_is_not_written(options: Any, runs: set[str], tmp_path: Path) -> None:
-    losses = drawn(20)
-    with TensorBoardWriter(tmp_path, **{"window_size": WINDOW, "decay": DECAY, **options}) as w:
-        for loss in losses:
-            w.add_scalar("loss", loss)
-    assert {path.name for path in tmp_path.iterdir()} == runs
-    if "ema" in runs:
-        assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY, debias=True))
 
 
 def test_points_are_written_out_when_there_are_many_or_time_has_passed(
@@ -129,41 +114,25 @@ def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> No
             asked.append(self)
             return super().item()
 
-        def __float__(self) -> float:
-            asked.append(self)
-            return super().__float__()
+        __float__ = item
 
     losses = drawn(10)
-    writer = TensorBoardWriter(tmp_path, WINDOW, DECAY)
-    for loss in losses:
-        writer.add_scalar("loss", torch.tensor(loss, dtype=torch.float64).as_subclass(OnDevice))
-    assert not asked
-    writer.close()
+    with TensorBoardWriter(tmp_path, WINDOW, DECAY) as writer:
+        for loss in losses:
+            writer.add_scalar("loss", torch.tensor(loss, dtype=torch.float64).as_subclass(OnDevice))
+        assert not asked
     assert asked
     assert_rounded(read(tmp_path, "sma").values, sma(losses, WINDOW))
     assert_rounded(read(tmp_path, "ema").values, ema(losses, DECAY))
 
 
-@pytest.mark.slow
-def test_what_was_written_out_survives_the_process(tmp_path: Path) -> None:
-    script = """
-    import os, signal, sys
-    sys.modules["tensorflow"] = None  # TensorBoard would take seconds to import it
-    from fastema.tracking import TensorBoardWriter
-    writer = TensorBoardWriter(sys.argv[1])
-    for k in range(50):
-        writer.add_scalar("loss", 1.0 / (k + 1))
-        if k == 29:
-            writer.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = run_python("-c", textwrap.dedent(script), tmp_path)
-    assert done.returncode == -signal.SIGKILL
-    assert [len(read(tmp_path, run).steps) for run in ("raw", "sma", "ema")] == [30] * 3
-
-
-def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path) -> None:
+def test_a_resumed_run_draws_the_same_curve_to_the_bit_and_nothing_unwanted(tmp_path: Path) -> None:
     losses = drawn(40)
+    with TensorBoardWriter(tmp_path / "bare", None, DECAY, raw=False, debias=True) as writer:
+        for loss in losses:
+            writer.add_scalar("loss", loss)
+    assert [path.name for path in (tmp_path / "bare").iterdir()] == ["ema"]
+    assert_rounded(read(tmp_path / "bare", "ema").values, ema(losses, DECAY, debias=True))
     with TensorBoardWriter(tmp_path / "whole", WINDOW, DECAY) as writer:
         want = [writer.add_scalar("loss", loss) for loss in losses]
     with TensorBoardWriter(tmp_path / "parts", WINDOW, DECAY) as writer:
@@ -180,7 +149,7 @@ def test_a_resumed_run_draws_the_same_curve_to_the_bit(tmp_path: Path) -> None:
         found = sorted(zip(parts.steps, parts.values, strict=True))
         assert found == list(zip(whole.steps, whole.values, strict=True))
     with TensorBoardWriter(tmp_path / "other", WINDOW + 1) as other:
-        for wrong in (state, {}, {"averages": state["averages"], "counts": 3}):
+        for wrong in (state, {}):
             with pytest.raises(CheckpointError):
                 other.load_state_dict(wrong)
         assert other.add_scalar("loss", 5.0)["loss_sma"] == 5.0
@@ -211,10 +180,10 @@ def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_a_forked_process_leaves_the_files_alone(tmp_path: Path) -> None:
+def test_a_fork_leaves_the_files_alone_and_what_was_written_out_survives(tmp_path: Path) -> None:
     program = """
-    import os, sys
-    sys.modules["tensorflow"] = None
+    import os, signal, sys
+    sys.modules["tensorflow"] = None  # TensorBoard would take seconds to import it
     from fastema.errors import StateError
     from fastema.tracking import TensorBoardWriter
     writer = TensorBoardWriter(sys.argv[1])
@@ -229,21 +198,11 @@ def test_a_forked_process_leaves_the_files_alone(tmp_path: Path) -> None:
         sys.exit(1)
     assert os.wait()[1] == 0
     writer.add_scalar("loss", 2.5)
+    writer.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
     """
     done = run_python("-W", "ignore", "-c", textwrap.dedent(program), tmp_path, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for run in ("raw", "sma", "ema"):
+        assert read(tmp_path, run).steps == [0, 1]
     assert read(tmp_path, "raw").values == [1.5, 2.5]
-
-
-def test_a_value_that_cannot_be_read_takes_no_other_along(tmp_path: Path) -> None:
-    class Lost(float):
-        def __float__(self) -> float:
-            raise RuntimeError("device lost")
-
-    writer = TensorBoardWriter(tmp_path, window_size=None, decay=None)
-    writer.add_scalar("loss", 1.0)
-    writer._points.waiting.append(("raw", "loss", Lost(), 1, time.time()))
-    writer.add_scalar("loss", 3.0, 2)
-    with pytest.raises(RuntimeError, match="device lost"):
-        writer.close()
-    assert read(tmp_path, "raw").steps == [0, 2]

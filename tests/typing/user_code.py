@@ -60,17 +60,14 @@ def averages(model: Model) -> None:
     print(found.error)
 
 
-def arrays() -> None:
+def arrays_and_files() -> None:
     weights = {"w": np.ones(3)}
-    ema = fastema.EMA(weights, decay=0.9)
-    with ema.swapped() as held:
+    with fastema.EMA(weights, decay=0.9).swapped() as held:
         held["w"].sum()
     plan = fastema.Plan({"w": np.zeros(3)}, weights)
     plan.lerp_(0.1)
     fastema.lerp_([np.zeros(3)], [np.ones(3)], 0.1)
 
-
-def files() -> None:
     try:
         done: Conversion = convert("in.pt", "out.safetensors", to="safetensors")
         print(done.lost, load("out.safetensors").names, inspect("out.safetensors").average)
@@ -85,11 +82,6 @@ def in_place_of_others(model: Model) -> None:
     ema = ExponentialMovingAverage(model.parameters(), decay=0.995)
     with ema.average_parameters():
         model.forward(torch.ones(1, 2))
-
-
-def losses() -> float:
-    mean = SimpleMovingAverage(10)
-    mean.update(1.0)
-    smoother = MetricSmoother()
-    smoother.update({"loss": 0.5})
-    return mean.get_average()
+    MetricSmoother().update({"loss": 0.5})
+    mean: float = SimpleMovingAverage(10).update(1.0)
+    print(mean)
