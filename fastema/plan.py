@@ -391,7 +391,7 @@ def mean_between(later: Any, n: int, earlier: Any, m: int) -> dict[str, Any]:
     -------
     dict of str to array
         New arrays in float64 (complex128 for complex weights), by name; without the integers,
-        of which there is no mean.
+        which have no mean.
 
     Raises
     ------

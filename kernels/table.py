@@ -1,7 +1,7 @@
 """The contract between host and kernels: what a chunk table and its two blocks hold.
 
-A kernel is called as ``kernel(table, rows, numbers, control)``: four integers, of which all but
-``rows`` are addresses. It takes rows from the table until none is left, so any number of threads
+A kernel is called as ``kernel(table, rows, numbers, control)``: four integers; all but ``rows`` are
+addresses. It takes rows from the table until none is left, so any number of threads
 may run the same call at once, and a thread that comes late finds nothing to do.
 
 Chunk table, ``int64[rows, COLUMNS]``:

@@ -96,10 +96,10 @@ def test_both_sides_are_found_again_where_they_moved(move: Callable[[Any], None]
     left = [parameter.data for parameter in net.parameters()]
     move(net)
     gc.collect()
-    kept, anew = [tensor.clone() for tensor in left], snapshot(avg)
-    fastema.Plan(anew, snapshot(net)).lerp_(0.25)
+    kept, copies = [tensor.clone() for tensor in left], snapshot(avg)
+    fastema.Plan(copies, snapshot(net)).lerp_(0.25)
     plan.lerp_(0.25)
-    assert_equal(avg, anew)
+    assert_equal(avg, copies)
     reversed_plan.copy_()
     assert_equal(
         net, {name: reversed_avg[name].to(one.dtype) for name, one in snapshot(net).items()}

@@ -49,7 +49,7 @@ _ON_LARGE = (
     "ema_pytorch",
     "diffusers EMAModel",
 )
-"""Entries of a case of which few fit in memory at once: each group is set up anew."""
+"""Entries of a case, in groups that fit in memory together; each group is set up by itself."""
 
 FULL = [
     *(

@@ -432,8 +432,8 @@ Tasks: {"; ".join(f"*{task.name}*, {task.what}" for task in TASKS)}.
 
 Learning rates were chosen from {FULL.rates} values, for each task and schedule, by the first metric
 of the *raw* weights on validation rows, in runs of {FULL.tuning_seeds} seeds of their own, whose
-test rows were put aside. Then {FULL.seeds} other seeds: each draws test rows, initial weights and
-batches anew. Nothing was chosen by test rows.
+test rows were put aside. Then {FULL.seeds} other seeds: each draws new test rows, weights and
+batches. Nothing was chosen by test rows.
 
 *sd* is that of the seeds; as their test rows differ, it is larger than what matters for pairs.
 *Change*: of the mean, with its 95 % bootstrap interval over the seeds. *Better*: seeds with a lower

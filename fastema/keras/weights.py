@@ -523,7 +523,7 @@ class EMAWeights(keras.callbacks.Callback):  # type: ignore[misc]
             raise CheckpointError(
                 f"the model's optimizer is at step {done}, but the backup of the average is {held}:"
                 " continue the model from where the average was saved (BackupAndRestore saves it "
-                "at the end of the same epochs), or delete the backup to begin anew"
+                "at the end of the same epochs), or delete the backup to start over"
             )
 
     # -- evaluation -------------------------------------------------------------------------------

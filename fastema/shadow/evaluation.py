@@ -340,7 +340,7 @@ class Evaluated(Updating[Weights]):
     @property
     def shadows(self) -> tuple[Shadow, ...]:
         """:attr:`shadow` of every average."""
-        # Made anew: kept, they and the average would keep each other, and memory of a GPU with it.
+        # Created each time: kept ones and the average would keep each other alive, with GPU memory.
         return tuple(
             Shadow(list(entries), partial(self._tensor, index))
             for index, entries in enumerate(self._store.sets)

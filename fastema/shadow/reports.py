@@ -69,9 +69,9 @@ def report(kind: str, schedule: Schedule, step: int, skipped: int) -> str:
     every, start = schedule.update_every, schedule.start_after
     lines = [f"{kind} after {_count(step, 'update')}"]
     if every > 1:
-        lines[0] += f", one in {every:,} of which is taken in"
+        lines[0] += f", one in {every:,} averaged"
     if start:
-        lines[0] += f"{',' if every > 1 else ', averaged'} from step {start:,} on"
+        lines[0] += f"{'' if every > 1 else ', averaged'} from step {start:,} on"
     if skipped:
         were = "was" if skipped == 1 else "were"
         lines.append(f"{_count(skipped, 'call')} {were} skipped: a weight was not finite")

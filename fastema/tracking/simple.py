@@ -32,7 +32,7 @@ class SimpleMovingAverage(MovingAverage):
     their number. With weights the products are rounded too. To be used by one thread at a time.
 
     Memory: 24 bytes per value of the window, 48 with weights, and twice that for a moment each time
-    that the window has been filled anew, which takes 10 to 20 ns per value; so does
+    that the window has been filled once more, which takes 10 to 20 ns per value; so does
     :meth:`update_many` at its end.
 
     Parameters
