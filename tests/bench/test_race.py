@@ -27,8 +27,6 @@ from bench.race.flat_module import DTYPES, build, randomise_
 from bench.race.question import Question, Settings
 from bench.race.report import Row
 
-ROOT = Path(__file__).resolve().parents[2]
-
 pytestmark = pytest.mark.torch
 
 DECAY = 0.9

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import ema_pytorch as theirs
@@ -88,17 +86,3 @@ def run(emas: Any, steps: Iterable[int], seed: int = 1) -> None:
 def assert_close(one: Any, other: Any, atol: float) -> None:
     """Float tensors of two models, by name."""
     torch.testing.assert_close(floats(one), floats(other), atol=atol, rtol=0.0)
-
-
-def assert_same(model: Any, before: dict[str, Any]) -> None:
-    """To the bit, NaN included."""
-    now = values(model)
-    assert now.keys() == before.keys()
-    for name, tensor in now.items():
-        assert torch.equal(tensor.nan_to_num(7.5), before[name].nan_to_num(7.5)), name
-
-
-def copies(ema: Any) -> Iterator[Any]:
-    """A deep copy, and one that was pickled."""
-    yield copy.deepcopy(ema)
-    yield pickle.loads(pickle.dumps(ema))

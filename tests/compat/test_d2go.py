@@ -14,8 +14,6 @@ from fastema.rules import rule_from_dict
 from ..support.peers import tensors
 from .network import Network, load_refused, numbers, torch, trained
 
-nn = torch.nn
-
 pytestmark = pytest.mark.torch
 
 

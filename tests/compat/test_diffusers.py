@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel as Theirs
 
@@ -97,59 +96,6 @@ def test_a_saved_folder_is_read_by_both(first: Any, then: Any, tmp_path: Path) -
     ema.save_pretrained(again)
     average = UNet2DModel.from_pretrained(again)
     assert same(average.parameters(), ema.shadow_params)
-
-
-# -- the training scripts' way ---------------------------------------------------------------------
-
-
-def script(folder: Path, cls: Any, *, stop: int | None = None, resume: Any = None) -> Any:
-    """What diffusers' examples do about the average, on the CPU; an average, or its class."""
-    accelerator = Accelerator(cpu=True)
-    model = unet(47)
-    ema = cls(
-        model.parameters(),
-        decay=0.9,
-        use_ema_warmup=True,
-        model_cls=UNet2DModel,
-        model_config=model.config,
-    )
-
-    def save_hook(models: Any, states: Any, output: str) -> None:
-        ema.save_pretrained(str(Path(output) / "unet_ema"))
-        for one in models:
-            one.save_pretrained(str(Path(output) / "unet"))
-            states.pop()
-
-    def load_hook(models: Any, source: str) -> None:
-        loaded = cls.from_pretrained(str(Path(source) / "unet_ema"), UNet2DModel)
-        ema.load_state_dict(loaded.state_dict())
-        ema.to(accelerator.device)
-        for _ in range(len(models)):
-            one = models.pop()
-            one.load_state_dict(UNet2DModel.from_pretrained(source, subfolder="unet").state_dict())
-
-    accelerator.register_save_state_pre_hook(save_hook)
-    accelerator.register_load_state_pre_hook(load_hook)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ema.to(accelerator.device)
-    first = 0
-    if resume is not None:
-        accelerator.load_state(str(resume))
-        first = ema.optimization_step
-    batches = torch.randn(6, 2, 1, 8, 8, generator=numbers(48))
-    for step in range(first, 6):
-        if step == stop:
-            accelerator.save_state(str(folder))
-            break
-        with accelerator.accumulate(model):
-            loss = model(batches[step], torch.tensor([step])).sample.square().mean()
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            ema.step(model.parameters())
-    return ema
 
 
 # -- calls that fail -------------------------------------------------------------------------------

@@ -179,10 +179,6 @@ def test_forward_eval_is_in_evaluation_mode() -> None:
 # -- where they are wrong -------------------------------------------------------------------------
 
 
-def stack(*sizes: int) -> Any:
-    return nn.Sequential(*(nn.Linear(3, size) for size in sizes))
-
-
 def test_a_failed_update_changes_nothing() -> None:
     mine, yours = pair(**SINGLE)
     run([mine, yours], range(5))
@@ -241,7 +237,6 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "update_model_with_ema_every": (0, 2.5),
     "update_model_with_ema_beta": (math.nan,),
 }
-NAMES = ("param_or_buffer_names_no_ema", "ignore_names", "ignore_startswith_names")
 VALUES = [(name, value) for name, several in WRONG.items() for value in several]
 
 

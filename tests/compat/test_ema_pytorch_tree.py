@@ -46,10 +46,6 @@ def run(emas: Any, steps: Any) -> None:
             ema.update()
 
 
-def assert_same(one: Any, other: Any) -> None:
-    torch.testing.assert_close(leaves(one), leaves(other), atol=0, rtol=0)
-
-
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(
     "settings",

@@ -173,19 +173,6 @@ def test_they_are_lightnings() -> None:
     assert (found["latest_update_step"], found["latest_update_epoch"]) == (7, -1)
 
 
-class Late(Network):
-    """Makes a layer when it is asked to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        del self.second
-
-    def configure_model(self) -> None:
-        if not hasattr(self, "second"):
-            torch.manual_seed(6)
-            self.second = torch.nn.Linear(3, 3)
-
-
 # -- processes, and packages of other names --------------------------------------------------------
 
 MODULE = """

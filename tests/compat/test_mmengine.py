@@ -20,8 +20,6 @@ from fastema.errors import CheckpointError
 from ..support.peers import is_parameter, is_saved_float, tensors
 from .network import Network, Truth, bits, numbers, refused, torch, trained
 
-nn = torch.nn
-
 pytestmark = pytest.mark.torch
 
 WHICH = {False: is_parameter, True: is_saved_float}
@@ -99,15 +97,6 @@ def test_interface() -> None:
     assert list(average.avg_parameters) == [name for name, _ in model.named_parameters()]
     both = ExponentialMovingAverage(model, update_buffers=True)
     assert list(both.avg_parameters) == list(model.state_dict())
-
-
-def others() -> dict[str, Network]:
-    """Models that are not the one that is averaged, by a name in which they differ."""
-    larger, reshaped, smaller = Network(1), Network(1), Network(1)
-    larger.more = nn.Linear(2, 2)
-    reshaped.scalar = nn.Parameter(torch.ones(3))
-    del smaller.mask  # a buffer, which the peer would not miss
-    return {"mask": smaller, "more.weight": larger, "scalar": reshaped}
 
 
 def hook_saves(average: Any, model: Any) -> dict[str, Any]:

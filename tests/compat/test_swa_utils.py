@@ -20,9 +20,6 @@ from .network import Network, Truth, bits, numbers, trained
 
 pytestmark = pytest.mark.torch
 
-DECAY = 0.9
-NARROW = [torch.bfloat16, torch.float16]
-
 
 def weight(kind: str, n: int) -> float:
     return swa_weight(n, kind)

@@ -63,7 +63,6 @@ def timm() -> Iterator[Callable[[str], ModuleType]]:
 
 
 CLASSES = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
-NARROW = [torch.bfloat16, torch.float16]
 DECAY = 0.9
 
 

@@ -77,24 +77,6 @@ def test_every_pair_of_floats_is_as_specified(
 
 
 # shape, then strides of both sides in elements.
-LAYOUTS = {
-    "row-major": ((6, 5, 8), (40, 8, 1), (40, 8, 1)),
-    "transposed": ((6, 80), (1, 6), (1, 6)),
-    "channels last": ((4, 6, 5, 7), (210, 1, 42, 6), (210, 1, 42, 6)),
-    "differently permuted": ((6, 5, 8), (40, 8, 1), (1, 48, 6)),
-    "0-dim": ((), (), ()),
-    "ones": ((1, 1, 1), (1, 1, 1), (9, 4, 7)),
-    "every second": ((70,), (2,), (2,)),
-    "rows of a matrix": ((7, 30), (90, 1), (60, 1)),
-    "few columns": ((70, 3), (9, 1), (3, 1)),
-    "gaps on one side": ((7, 30), (30, 1), (64, 1)),
-    "backwards": ((65,), (-1,), (1,)),
-    "backwards on both": ((9, 31), (-40, -1), (-35, -1)),
-    "backwards rows": ((9, 70), (70, 1), (-70, 1)),
-    "expanded source": ((9, 70), (70, 1), (0, 1)),
-    "one source element": ((9, 70), (70, 1), (0, 0)),
-    "long and strided": ((CHUNK + 3,), (2,), (1,)),
-}
 
 
 # -- random bits -----------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from fastema.keras import LossAverages
-
 from .data import BACKEND
 from .models import synced, values
 
@@ -98,16 +96,6 @@ def squares_of(model: Any, x: np.ndarray = X, y: np.ndarray = Y) -> Curve:
     """The squared errors of a model, by sample."""
     kernel, bias = arrays(model)
     return (x @ kernel + bias - y)[:, 0] ** 2
-
-
-def measured(*callbacks: Any, model: Any = None, **compiled: Any) -> tuple[LossAverages, Errors]:
-    """A run whose losses, and mean absolute errors where it has them, are those of its batches."""
-    losses, errors = LossAverages(), Errors()
-    fit(model or build(**compiled), losses, errors, *callbacks)
-    assert_exact(losses.history["loss_raw"], errors.losses())
-    if "mae_raw" in losses.history:
-        assert_exact(losses.history["mae_raw"], errors.absolute())
-    return losses, errors
 
 
 def names_with(*metrics: str) -> set[str]:

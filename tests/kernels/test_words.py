@@ -16,7 +16,6 @@ from fastema.kernels import formats, scalar, words
 from ..support import reference
 from ..support.arrays import assert_same, numbers
 
-EDGES = [0, 1, 2, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF]
 HALVES = np.arange(1 << 16, dtype=np.uint16)
 TINY, HUGE = 1.4e-45, 3.4028235e38
 REALS = [0.0, -0.0, 1.0, -1.0, 3.1415927, TINY, -TINY, 1.1754944e-38, HUGE, -HUGE, np.inf, np.nan]
@@ -28,12 +27,6 @@ Array = np.ndarray
 converts_half = pytest.mark.skipif(
     not formats.CONVERTS_HALF, reason="the processor compiled for cannot convert halves"
 )
-
-
-def pairs(second: list[int]) -> tuple[Array, Array]:
-    random = np.random.default_rng(11).integers(0, 1 << 32, 300).tolist()
-    first, other = zip(*product(EDGES + random, second), strict=True)
-    return np.array(first, np.uint32), np.array(other, np.uint32)
 
 
 def in_kernel(word: Callable[..., object], result: np.dtype, *columns: Array) -> Array:

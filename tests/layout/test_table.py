@@ -197,9 +197,6 @@ def test_rows_that_read_one_chunk_follow_each_other(size: int) -> None:
         assert named(mine, abi.SRC, abi.SRC_STEP, pair.src) == elements(pair.src)
 
 
-SHAPES = [(0,), (1,), (5,), (3, 7), (2, 0), (4, 3, 2), (130,), ()]
-
-
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("order", list(permutations(range(4))))
 def test_dense_tensors_are_one_stretch_in_any_order(

@@ -35,14 +35,6 @@ class Slow(rules.Rule):
 
 
 @dataclass(frozen=True)
-class Late(rules.Rule):
-    begin: int
-
-    def decay(self, n: int) -> float:
-        return 1.0 if n < self.begin else 0.5
-
-
-@dataclass(frozen=True)
 class Wrong(rules.Rule):
     value: Any
 

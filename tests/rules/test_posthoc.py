@@ -159,48 +159,6 @@ def test_nothing_near_is_better(target: Profile) -> None:
             assert cost(found + size * move) > cost(found)
 
 
-# -- The averages themselves ----------------------------------------------------------------------
-
-STEPS = 3000
-WIDTH = 20_000  # elements: the mean over them is within about 1 % of the expectation
-
-
-def tracked(every: int, rough: float) -> dict[str, Any]:
-    """Averages of weights that wander, kept as a user would: two by power, and the wanted ones."""
-    random = np.random.default_rng(7)
-    kept_rules = {sigma_rel: rules.power(sigma_rel) for sigma_rel in (0.05, 0.10)}
-    wanted: dict[str, tuple[int, rules.Rule, Profile]] = {
-        "narrower": (3000, rules.power(0.04), PowerProfile(3000, gamma_of(0.04))),
-        "between": (3000, rules.power(0.07), PowerProfile(3000, gamma_of(0.07))),
-        "wider, earlier": (2000, rules.power(0.15), PowerProfile(2000, gamma_of(0.15))),
-        "exponential": (
-            3000,
-            rules.debiased(rules.half_life(150)),
-            ExponentialProfile(3000, 150),
-        ),
-    }
-    averages: dict[Any, np.ndarray] = {key: np.zeros(WIDTH) for key in (*kept_rules, *wanted)}
-    weights, kept, results = np.zeros(WIDTH), {}, {}
-    path = 0.0
-    for n in range(every, STEPS + 1, every):
-        # White noise and a random walk, in parts.
-        path = path + random.standard_normal(WIDTH)
-        weights = rough * random.standard_normal(WIDTH) + (1 - rough) * path
-        for key, average in averages.items():
-            rule = kept_rules[key] if key in kept_rules else wanted[key][1]
-            average += rule.weight(n, every) * (weights - average)
-            if key in kept_rules and n % 100 == 0:
-                kept[n, key] = average.copy()
-            elif key in wanted and n == wanted[key][0]:
-                results[key] = average.copy()
-    return {
-        "kept": [PowerProfile(n, gamma_of(s)) for n, s in kept],
-        "arrays": list(kept.values()),
-        "wanted": {key: profile for key, (_, _, profile) in wanted.items()},
-        "results": results,
-    }
-
-
 # -- Refusals -------------------------------------------------------------------------------------
 
 

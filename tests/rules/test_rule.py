@@ -35,22 +35,6 @@ every_rule = st.one_of(
     st.builds(rules.debiased, st.builds(rules.debiased, plain_rules)),
 )
 counts = st.integers(1, 300)
-strides = st.integers(1, 50)
-
-
-@dataclass(frozen=True)
-class Steps(rules.Rule):
-    """A rule as a user writes one, with parameters that hold others."""
-
-    parts: tuple[tuple[int, rules.Rule], ...]
-    last: rules.Rule
-    names: tuple[str, ...] = ()
-
-    def decay(self, n: int) -> float:
-        for until, rule in self.parts:
-            if n <= until:
-                return rule.decay(n)
-        return self.last.decay(n)
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,6 @@ def test_descriptions_of_no_schedule(plain: Any) -> None:
         Schedule.from_dict(plain)
 
 
-calls = st.lists(st.integers(1, 40), min_size=1, max_size=12)
-
-
 # -- rules that say which steps are due ------------------------------------------------------------
 
 

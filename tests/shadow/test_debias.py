@@ -71,10 +71,6 @@ MIXED = {
 }
 
 
-def plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key != "shadow"}
-
-
 @pytest.mark.parametrize("rule", ["constant", "slow", "warmup"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_count_on_a_gpu_goes_on_with_single_steps_alone(rule: str, every: int) -> None:

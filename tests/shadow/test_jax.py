@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,19 +18,13 @@ from fastema.errors import (
     NonFiniteError,
 )
 
-from .frameworks import using, values
+from .frameworks import values
 from .truth import Loop
 
 NEEDS = ("ml_dtypes",)
 
 
 DECAY = 0.9
-
-
-@pytest.fixture
-def all_widths() -> Iterator[None]:
-    with using("jax"):
-        yield
 
 
 def params(seed: int, dtype: str = "float32") -> dict[str, Any]:
@@ -164,12 +157,6 @@ def test_a_tree_that_was_refused_is_not_used_up() -> None:
     with pytest.raises(NonFiniteError):
         ema.update()
     assert ema.num_updates == 0
-
-
-def alive(size: int) -> int:
-    gc.collect()
-    # By their memory: older JAX has several objects of one array.
-    return len({one.unsafe_buffer_pointer() for one in jax.live_arrays() if one.size == size})
 
 
 def alias_of(ema: Any) -> Any:

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
 import fastema
 from fastema.errors import LayoutError
-
-
-def fill_(weights: dict[str, np.ndarray], seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    for array in weights.values():
-        if array.dtype.kind in "fc":
-            array[...] = generator.normal(size=array.shape)
-            if array.dtype.kind == "c":
-                array.imag[...] = generator.normal(size=array.shape)
-        else:
-            array[...] = generator.integers(0, 2, array.shape)
-
-
-def bits(weights: Any) -> dict[str, bytes]:
-    return {name: array.tobytes() for name, array in weights.items()}
-
 
 VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "fortran": lambda a: np.asfortranarray(a),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -51,28 +50,6 @@ def test_buffers_of_every_kind(buffers: str, kind: str) -> None:
             held = shadow["norm.running_mean"]
             want = latest if buffers == "copy" else as_weights.shadows[i]["norm.running_mean"]
             assert torch.equal(bits(held), bits(want))
-
-
-UNKNOWN = {
-    "sparse": lambda: torch.eye(3).to_sparse(),
-    "compressed": lambda: torch.eye(3).to_sparse_csr(),
-    "meta": lambda: torch.ones(3, device="meta"),
-    "bits": lambda: torch.ones(3, dtype=torch.uint8).view(torch.bits8),
-    "conjugate": lambda: torch.randn(3, dtype=torch.complex64).conj(),
-    "negative": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
-    "expanded": lambda: torch.randn(3).expand(4, 3),
-    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-}
-
-
-@pytest.fixture(params=UNKNOWN)
-def unknown(request: pytest.FixtureRequest) -> torch.Tensor:
-    """A tensor that no kernel can average."""
-    if request.param == "quantized" and torch.backends.quantized.engine == "none":
-        pytest.skip("this torch has no quantized tensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # compressed ones are new, quantized ones deprecated
-        return UNKNOWN[request.param]()
 
 
 SMALL = [code for code, kind in DTYPES.items() if not (kind.real or kind.whole)]

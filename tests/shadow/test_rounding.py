@@ -55,14 +55,6 @@ def test_every_tensor_is_rounded_as_specified(model: str, average: str) -> None:
             one.check(ema.shadow[name])
 
 
-FORMATS = {
-    "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
-    "channels last": lambda x: x.clone(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-}
-
-
 def test_a_run_resumed_in_another_memory_format_has_the_same_bits() -> None:
     def trained(step: int, model: nn.Module) -> None:
         with torch.no_grad():

@@ -375,9 +375,6 @@ def test_a_state_that_does_not_fit_is_refused_whole(case: str) -> None:
     average.update()
 
 
-NAMES = {"EMA": "EMA", "three": "EMA", "SWA": "SWA", "SMA": "SMA", "PowerEMA": "PowerEMA"}
-
-
 @dataclass(frozen=True)
 class Halving(rules.Rule):
     """A rule of the user's own."""

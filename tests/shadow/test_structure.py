@@ -214,7 +214,6 @@ class Lang(nn.Module):
 
 
 TIES = ["parameter", "storage", "module"]
-DTYPES = [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"shadow_dtype": "float32"})]
 OTHER_NAME = {"parameter": "head.weight", "storage": "head.weight", "module": "again.weight"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,6 @@ from .weights import (
 
 pytestmark = pytest.mark.torch
 
-PAIRS = list(itertools.product(FLOATS, FLOATS))
 AVERAGES = [*((kind, {}) for kind in KINDS), *(("EMA", {"shadow_dtype": d}) for d in FLOATS)]
 """Every kind, and of an EMA every dtype."""
 
@@ -40,18 +38,6 @@ def ready(kind: str = "EMA", model_dtype: str = "f32", shadow_dtype: Any = None)
     average = trained_kind(kind, model, **options)
     refresh_(model, 9)
     return model, average
-
-
-def patterns(dtype: torch.dtype) -> Any:
-    """Every pattern of 16 bits; as the high half of wider numbers, with several low halves."""
-    high = torch.arange(1 << 16)
-    if dtype.itemsize == 2:
-        return high.to(torch.int16).view(dtype)
-    residuals = torch.tensor([0, 1, 0x7FFF, 0x8000, 0xFFFF])
-    words = (high[:, None] << 16 | residuals).reshape(-1)
-    if dtype.itemsize == 4:
-        return words.to(torch.int32).view(dtype)
-    return (words << 32 | words).view(dtype)
 
 
 @pytest.mark.parametrize("model_dtype", FLOATS)

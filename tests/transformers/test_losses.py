@@ -24,7 +24,6 @@ NEEDS = ("accelerate", "tensorboard")
 pytestmark = MARKS
 
 WINDOW, DECAY = 3, 0.7
-STEPS = 18  # three epochs of six
 
 
 class Regression(torch.nn.Module):

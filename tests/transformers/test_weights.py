@@ -163,10 +163,6 @@ def words(samples: int = 16, length: int = 6) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
 
 
-def parameters(model: Any) -> State:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
 @contextmanager
 def noting_encoder(model: Any, noted: list[State]) -> Iterator[None]:
     """What ``generate`` calls first is not ``forward``."""
