@@ -1,4 +1,4 @@
-"""Rules: their formulas, what they refuse, and how they are described and rebuilt."""
+"""Rules, and decays in other units: formulas, refusals, bias correction, descriptions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from fastema import rules
 from fastema.errors import ArgumentError
+from fastema.rules import units
 
 decays = st.floats(0.0, 1.0, exclude_max=True)
 positive = st.floats(1e-3, 1e3)
@@ -34,7 +37,7 @@ every_rule = st.one_of(
     st.builds(rules.debiased, plain_rules),
     st.builds(rules.debiased, st.builds(rules.debiased, plain_rules)),
 )
-counts = st.integers(1, 300)
+updates = st.integers(1, 10**9)
 
 
 @dataclass(frozen=True)
@@ -45,79 +48,21 @@ class Given(rules.Rule):
         return self.value
 
 
-@given(every_rule, counts)
+# -- weights and formulas --------------------------------------------------------------------------
+
+
+@given(every_rule, st.integers(1, 300))
 def test_the_weight_of_a_step_is_what_the_decay_leaves(rule: rules.Rule, n: int) -> None:
     assert rule.weight(n) == pytest.approx(1.0 - rule.decay(n), rel=1e-13, abs=2e-16)
 
 
-@given(every_rule)
-def test_description_and_repr_rebuild_the_rule(rule: rules.Rule) -> None:
-    rule.weight(7)
-    plain = json.loads(json.dumps(rule.to_dict()))
-    for other in (
-        rules.rule_from_dict(plain),
-        eval(repr(rule), vars(rules)),
-        pickle.loads(pickle.dumps(rule)),
-        copy.deepcopy(rule),
-    ):
-        assert other == rule
-        assert hash(other) == hash(rule)
-        assert repr(other) == repr(rule)
-        assert other.weight(20, 4) == rule.weight(20, 4)
-    assert isinstance(rule, rules.Rule)
-
-
-@given(
-    st.sampled_from([1e-12, 1e-9, 1e-6, 1e-3, 0.3, 0.9]),
-    st.integers(1, 10**6),
-)
+@given(st.sampled_from([1e-12, 1e-9, 1e-6, 1e-3, 0.3, 0.9]), st.integers(1, 10**6))
 def test_a_power_of_a_decay_near_one_keeps_its_digits(distance: float, every: int) -> None:
     decay = 1.0 - distance
     with localcontext() as context:
         context.prec = 50
         exact = float(1 - Decimal(decay) ** every)
     assert Given(decay).weight(every, every) == pytest.approx(exact, rel=1e-13, abs=0.0)
-
-
-def test_mappings_of_rules_are_rebuilt() -> None:
-    rule = Given({"first": rules.warmup(0.9), "numbers": (1, 2.5)})
-    assert rules.rule_from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
-
-
-@pytest.mark.parametrize(
-    "plain",
-    [
-        {},
-        {"rule": None},
-        {"rule": "constant"},
-        {"rule": "Rule"},
-        {"rule": ["Constant"]},
-        {"rule": "Constant"},
-        {"rule": "Constant", "value": 1.0},
-        {"rule": "Constant", "value": 0.5, "more": 1},
-        {"rule": "InverseGamma", "limit": 0.9},
-        {"rule": "Debiased"},
-        {"rule": "Debiased", "inner": 0.9},
-        {"rule": "Debiased", "inner": {"rule": "Constant"}},
-        {"rule": "Debiased", "inner": {"rule": "Constant", "value": 0.9}, "_runs": {}},
-        {"rule": "Power", "gamma": -1},
-        {"rule": "Window", "size": 0},
-        {"rule": "CumulativeMean", "n": 1},
-        {"rule": "some.module.Rule"},
-        "Constant",
-        ["Constant"],
-        [("rule", "Constant", 3)],
-        None,
-        5,
-    ],
-    ids=repr,
-)
-def test_descriptions_of_no_rule(plain: Any) -> None:
-    with pytest.raises(ArgumentError):
-        rules.rule_from_dict(plain)
-
-
-updates = st.integers(1, 10**9)
 
 
 @given(decays, updates)
@@ -135,51 +80,13 @@ def test_inverse_gamma_formula(decay: float, inv_gamma: float, power: float, n: 
     assert rule.decay(1) == 0.0
 
 
-@given(st.floats(1e-3, 1e6))
-def test_half_life_halves(count: float) -> None:
-    decay = rules.half_life(count).decay(1)
-    if decay > 0.0:
-        assert count * math.log2(decay) == pytest.approx(-1.0, rel=1e-6, abs=0.0)
-
-
-NO_DECAYS: list[Any] = [
-    1.0,
-    1,
-    True,
-    -1e-9,
-    2.0,
-    math.nan,
-    math.inf,
-    -math.inf,
-    None,
-    "x",
-    [0.5],
-    1j,
-]
-
-
-@pytest.mark.parametrize("decay", NO_DECAYS, ids=repr)
-def test_what_is_no_decay(decay: Any) -> None:
-    for make in (rules.constant, rules.warmup, rules.inverse_gamma):
-        with pytest.raises(ArgumentError, match=r"\[0, 1\)"):
-            make(decay)
-    with pytest.raises(ArgumentError, match="minimum"):
-        rules.inverse_gamma(0.9, minimum=decay)
-
-
-@pytest.mark.parametrize("value", [0, -1, 0.0, math.nan, math.inf, None, "x", True, [1]], ids=repr)
-def test_what_is_not_positive(value: Any) -> None:
-    with pytest.raises(ArgumentError, match="above 0"):
-        rules.half_life(value)
-    with pytest.raises(ArgumentError, match=r"inv_gamma.*above 0"):
-        rules.inverse_gamma(0.9, inv_gamma=value)
-    with pytest.raises(ArgumentError, match=r"power.*above 0"):
-        rules.inverse_gamma(0.9, power=value)
-
-
-def test_a_minimum_above_the_limit() -> None:
-    with pytest.raises(ArgumentError, match="minimum"):
-        rules.inverse_gamma(0.9, minimum=0.95)
+@given(st.floats(1.0, 1e9))
+def test_a_half_life_halves(length: float) -> None:
+    # Beyond this the decay itself has too few digits left below 1.
+    slack = 1e-15 * length + 1e-12
+    decay = units.decay_of_half_life(length)
+    assert length * math.log(decay) == pytest.approx(-math.log(2), rel=slack, abs=0.0)
+    assert decay == rules.half_life(length).decay(1)
 
 
 @pytest.mark.parametrize("every", [1, 3, 64, 65, 1000, 40_000])
@@ -193,28 +100,23 @@ def test_a_share_of_the_run_is_the_product_of_its_decays(fraction: float, every:
     assert rule.decay(7) == pytest.approx(0.5 ** (1 / (7 * fraction)), rel=1e-15)
 
 
-gammas = st.one_of(st.floats(0.0, 10.0), st.floats(10.0, 1e6))
-widths = st.floats(1e-6, 1 / math.sqrt(12))
-
-
-@given(st.integers(1, 10**9), st.sampled_from([1, 2, 100]), st.integers(0, 40))
-def test_weights_keep_their_digits(updates: int, every: int, gamma: int) -> None:
+@given(updates, st.sampled_from([1, 2, 100]), st.integers(0, 40))
+def test_weights_by_a_power_keep_their_digits(updates: int, every: int, gamma: int) -> None:
     with localcontext() as context:
         context.prec = 60
         exact = float(1 - (1 - Decimal(1) / Decimal(updates)) ** (gamma + 1))
-    assert rules.Power(gamma).weight(updates * every, every) == pytest.approx(
-        exact, rel=1e-13, abs=0.0
-    )
+    found = rules.Power(gamma).weight(updates * every, every)
+    assert found == pytest.approx(exact, rel=1e-13, abs=0.0)
 
 
-@given(gammas, st.integers(1, 10**6))
-def test_decay_formula(gamma: float, n: int) -> None:
+@given(st.one_of(st.floats(0.0, 10.0), st.floats(10.0, 1e6)), st.integers(1, 10**6))
+def test_power_formula(gamma: float, n: int) -> None:
     rule = rules.Power(gamma)
     assert rule.decay(n) == pytest.approx((1 - 1 / n) ** (gamma + 1), abs=1e-15)
     assert rule.weight(n) == pytest.approx(1 - rule.decay(n), rel=1e-9, abs=1e-10)
 
 
-@given(widths)
+@given(st.floats(1e-6, 1 / math.sqrt(12)))
 def test_round_trip_of_sigma_rel(width: float) -> None:
     gamma = rules.gamma_of(width)
     assert gamma >= 0.0
@@ -222,24 +124,8 @@ def test_round_trip_of_sigma_rel(width: float) -> None:
     assert rules.power(width).sigma_rel == pytest.approx(width, rel=1e-14, abs=0.0)
 
 
-@pytest.mark.parametrize(
-    "value", [0, -0.1, 0.2888, 0.5, 1, math.nan, math.inf, 5e-324, None, "x", True], ids=repr
-)
-def test_what_is_no_sigma_rel(value: Any) -> None:
-    for make in (rules.power, rules.gamma_of):
-        with pytest.raises(ArgumentError, match="sigma_rel"):
-            make(value)
-
-
-@pytest.mark.parametrize("value", [-1e-9, -1, math.nan, math.inf, None, "x", False], ids=repr)
-def test_what_is_no_gamma(value: Any) -> None:
-    for make in (rules.Power, rules.sigma_rel_of):
-        with pytest.raises(ArgumentError, match="gamma"):
-            make(value)
-
-
 @given(st.integers(1, 12), st.integers(1, 60), st.integers(1, 20))
-def test_slots_hold_the_last_values(size: int, updates: int, every: int) -> None:
+def test_slots_of_a_window_hold_the_last_values(size: int, updates: int, every: int) -> None:
     rule, ring = rules.window(size), {}
     for k in range(1, updates + 1):
         n = k * every
@@ -250,15 +136,149 @@ def test_slots_hold_the_last_values(size: int, updates: int, every: int) -> None
         assert rule.weight(n, every) == 1 / len(kept)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, math.nan, None, "2", True], ids=repr)
-def test_a_size_that_is_no_whole_number(value: Any) -> None:
-    with pytest.raises(ArgumentError, match="window"):
-        rules.window(value)
-
-
 @given(st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=50), st.integers(1, 100))
-def test_it_is_the_mean_of_what_it_saw(values: list[int], every: int) -> None:
+def test_a_cumulative_mean_is_the_mean_of_what_it_saw(values: list[int], every: int) -> None:
     rule, average = rules.cumulative_mean(), Fraction(12345)
     for k, value in enumerate(values, 1):
         average += Fraction(rule.weight(k * every, every)) * (value - average)
     assert float(average) == pytest.approx(sum(values) / len(values), rel=1e-12, abs=1e-6)
+
+
+# -- bias correction -------------------------------------------------------------------------------
+
+most = st.floats(0.0, 0.99999)
+
+
+@given(
+    st.one_of(
+        st.builds(rules.constant, most),
+        st.builds(rules.warmup, most),
+        st.builds(rules.inverse_gamma, most, st.floats(0.1, 100), st.floats(0.1, 3)),
+        st.builds(rules.power, st.floats(0.01, 0.28)),
+        st.builds(rules.cumulative_mean),
+    ),
+    st.integers(1, 10),
+    st.lists(st.integers(-100, 100), min_size=1, max_size=30),
+)
+def test_debiased_is_the_zero_initialised_average_over_what_it_has_seen(
+    rule: rules.Rule, every: int, values: list[int]
+) -> None:
+    corrected = rules.debiased(rule)
+    zero, seen = Fraction(0), Fraction(0)
+    average = Fraction(10**6)  # what it began with leaves no trace
+    for k, value in enumerate(values, 1):
+        w = Fraction(rule.weight(k * every, every))
+        zero += w * (value - zero)
+        seen += w * (1 - seen)
+        average += Fraction(corrected.weight(k * every, every)) * (value - average)
+    assert float(average) == pytest.approx(float(zero / seen), rel=1e-9, abs=1e-9)
+
+
+@dataclass(frozen=True)
+class Slow(rules.Rule):
+    """Takes in little for long, so that the correction matters for long."""
+
+    scale: float
+
+    def decay(self, n: int) -> float:
+        return 1.0 - self.scale / (n + 10.0)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("scale", [0.3, 1e-9])
+def test_debiasing_a_growing_rule_against_exact_products(scale: float, every: int) -> None:
+    rule = Slow(scale)
+    corrected = rules.debiased(rule)
+    with localcontext() as context:
+        context.prec = 40
+        left = Decimal(1)
+        for k in range(1, 3001):
+            w = rule.weight(k * every, every)
+            left *= 1 - Decimal(w)
+            exact = float(Decimal(w) / (1 - left))
+            assert corrected.weight(k * every, every) == pytest.approx(exact, rel=1e-12, abs=0.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.5, 1.5], ids=repr)
+def test_a_debiased_rule_that_gives_no_weight_is_named(value: float) -> None:
+    with pytest.raises(ArgumentError, match="Given"):
+        rules.debiased(Given(value)).weight(10)
+
+
+# -- descriptions ----------------------------------------------------------------------------------
+
+
+@given(every_rule)
+@example(Given({"first": rules.warmup(0.9), "numbers": (1, 2.5)}))
+def test_description_and_copies_rebuild_the_rule(rule: rules.Rule) -> None:
+    copies = [rules.rule_from_dict(json.loads(json.dumps(rule.to_dict()))), copy.deepcopy(rule)]
+    if not isinstance(rule, Given):
+        rule.weight(7)
+        copies += [eval(repr(rule), vars(rules)), pickle.loads(pickle.dumps(rule))]
+        assert {hash(other) for other in copies} == {hash(rule)}
+        assert {other.weight(20, 4) for other in copies} == {rule.weight(20, 4)}
+    assert all(other == rule and repr(other) == repr(rule) for other in copies)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        *({}, {"rule": None}, {"rule": "constant"}, {"rule": "Rule"}, {"rule": ["Constant"]}),
+        *({"rule": "Constant", "value": 1.0}, {"rule": "Constant", "value": 0.5, "more": 1}),
+        *({"rule": "Constant"}, {"rule": "InverseGamma", "limit": 0.9}, {"rule": "Debiased"}),
+        {"rule": "Debiased", "inner": 0.9},
+        {"rule": "Debiased", "inner": {"rule": "Constant"}},
+        {"rule": "Debiased", "inner": {"rule": "Constant", "value": 0.9}, "_runs": {}},
+        *({"rule": "Power", "gamma": -1}, {"rule": "Window", "size": 0}),
+        *({"rule": "some.module.Rule"}, "Constant", [("rule", "Constant", 3)], None),
+    ],
+    ids=repr,
+)
+def test_descriptions_of_no_rule(plain: Any) -> None:
+    with pytest.raises(ArgumentError):
+        rules.rule_from_dict(plain)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+NO_NUMBERS: list[Any] = [-1, math.nan, math.inf, None, "x", True]
+NO_DECAYS: list[Any] = [1.0, 1, -1e-9, 2.0, -math.inf, [0.5], 1j]
+
+# What is called with one value, what it refuses beside those above, and what it says.
+REFUSED: dict[str, tuple[list[Callable[[Any], object]], list[Any], str]] = {
+    "decay": ([rules.constant, rules.warmup, rules.inverse_gamma], NO_DECAYS, r"\[0, 1\)"),
+    "minimum": (
+        [lambda value: rules.inverse_gamma(0.9, minimum=value)],
+        [*NO_DECAYS, 0.95],  # above the limit
+        "minimum",
+    ),
+    "length": ([rules.half_life], [0, 0.0, [1]], "above 0"),
+    "inv_gamma": ([partial(rules.inverse_gamma, 0.9)], [0, 0.0, [1]], r"inv_gamma.*above 0"),
+    "power": ([partial(rules.inverse_gamma, 0.9, 1.0)], [0, 0.0, [1]], r"power.*above 0"),
+    "sigma_rel": ([rules.power, rules.gamma_of], [0, 0.2888, 0.5, 1, 5e-324], "sigma_rel"),
+    "gamma": ([rules.Power, rules.sigma_rel_of], [-1e-9, False], "gamma"),
+    "window": ([rules.window], [0, 1.0, 2.5, "2"], "window"),
+    "window in units": ([units.decay_of_window], [0], r"window.*above 0"),
+    "half-life in units": ([units.decay_of_half_life], [0], r"half_life.*above 0"),
+    "factor": ([partial(units.rescaled, 0.9)], [0], r"factor.*above 0"),
+    "unit": (
+        [
+            *(partial(units.effective_window, 0.9), partial(units.half_life_of_decay, 0.9)),
+            *(partial(units.decay_of_window, 10), partial(units.decay_of_half_life, 10)),
+        ],
+        [0],
+        r"per_step.*above 0",
+    ),
+    "window for decay 1": ([units.decay_of_window], [1e18], "window"),
+    "half-life for decay 1": ([units.decay_of_half_life], [1e18], "half_life"),
+    "factor for decay 1": ([partial(units.rescaled, 0.9)], [1e-18], "factor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_numbers_out_of_range_are_refused_by_name(name: str) -> None:
+    calls, values, words = REFUSED[name]
+    for call in calls:
+        for value in [*NO_NUMBERS, *values]:
+            with pytest.raises(ArgumentError, match=words):
+                call(value)
