@@ -40,6 +40,18 @@ def test_memory_is_touched_at_every_kth_step_from_the_start(schedule: Schedule, 
         assert schedule.weights(step) == tuple(rule.weight(m, k) for rule in schedule.rules)
 
 
+@given(st.integers(1, 9), st.integers(0, 20), st.integers(1, 200), st.integers(1, 60))
+def test_steps_at_once_count_each_kth_step_among_them(
+    every: int, start: int, before: int, steps: int
+) -> None:
+    decay = 0.97
+    schedule = Schedule(rules.constant(decay), every, start)
+    begun = start + before
+    due = sum((n - start) % every == 0 for n in range(begun + 1, begun + steps + 1))
+    want = [1 - decay ** (due * every)] if due else []
+    assert list(schedule.weights(begun + steps, steps)) == pytest.approx(want)
+
+
 @dataclass(frozen=True)
 class Given(rules.Rule):
     value: Any
