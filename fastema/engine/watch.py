@@ -103,7 +103,7 @@ class _ByAttributes(Watch):
 
     def __init__(self, leaves: Leaves, transient: bool = True) -> None:
         super().__init__(leaves.held, transient)
-        # Of a framework that has no quicker glance, the whole description.
+        # A framework without a quicker fingerprint: the whole description.
         self._seen = [_seen(leaf.spec, leaves.describe) for leaf in leaves.items]
 
     def _any_moved(self, share: int | None) -> bool:

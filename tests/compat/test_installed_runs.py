@@ -178,30 +178,6 @@ def test_a_synthesis_is_of_the_averages_that_were_asked_for(tmp_path: Path) -> N
         assert synthesized(tmp_path / "corrected") > theirs + 20
 
 
-def test_sixteen_bits_move_under_install_too() -> None:
-    """Rounded to nearest they stand still: nobody wants that back."""
-    values = []
-    for installed in (False, True):
-        model = nn.Linear(8, 8).to(torch.bfloat16)
-        nn.init.ones_(model.weight)
-        if installed:
-            fastema.compat.install("ema_pytorch")
-        try:
-            made = import_module("ema_pytorch").EMA(model, beta=0.999, update_every=1)
-            for _ in range(101):
-                made.update()
-            made.update_after_step, made.min_value = 0, 0.999
-            nn.init.constant_(model.weight, 1.25)
-            for _ in range(400):
-                made.update()
-            values.append(made.ema_model.weight.float().mean().item())
-        finally:
-            if installed:
-                fastema.compat.uninstall("ema_pytorch")
-    assert values[0] == 1.0
-    assert values[1] == pytest.approx(1.25 - 0.25 * 0.999**400, abs=0.01)
-
-
 def test_another_horizon_is_refused_while_a_peer_is_installed() -> None:
     with fastema.compat.install("ema_pytorch", "torch_ema"):
         with pytest.raises(ArgumentError, match="installed with horizon='peer': uninstall it"):
