@@ -51,10 +51,6 @@ class Framework:
     def make(self, array: np.ndarray) -> Any:
         return array.copy()
 
-    def fill(self, size: int, value: float) -> Any:
-        """New memory that holds one float32 again and again."""
-        return np.full(size, value, np.float32)
-
     def read(self, one: Any) -> np.ndarray:
         return np.asarray(one)
 
@@ -82,7 +78,6 @@ class Jax(Framework):
 
         self.kind = jax.Array
         self.make = jax.numpy.asarray
-        self.fill = lambda size, value: jax.numpy.full(size, value, "float32").block_until_ready()
 
     def train(self, weights: dict[str, Any], new: dict[str, np.ndarray]) -> tuple[Any, ...]:
         weights.update(self.made(new))
@@ -97,7 +92,6 @@ class TensorFlow(Framework):
 
         self.kind = tf.Tensor
         self.make = tf.Variable
-        self.fill = lambda size, value: tf.fill([size], np.float32(value))
 
     def read(self, one: Any) -> np.ndarray:
         # NumPy alone cannot make an array of a bfloat16 scalar of TensorFlow.
