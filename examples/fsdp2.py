@@ -47,6 +47,7 @@ def main() -> None:
         report(trained, averaged)
         found = open_checkpoint(Path(shared[0]) / "average")
         print(f"one folder: {len(found.tensors)} tensors, {found.format}")
+    dist.barrier()  # Gloo's threads may hold tensors for a moment: a process that ends then crashes
     dist.destroy_process_group()
 
 
