@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # gives NumPy the name bfloat16
 import numpy as np
 import pytest
 
@@ -17,22 +18,15 @@ FLOATS = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat1
 DTYPES = [*FLOATS.values(), "complex64", "complex128"]
 
 
-def dtype_of(name: str) -> np.dtype[Any]:
-    import ml_dtypes
-
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
-
-
 def values(seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Normal numbers of some shapes: no zero among them."""
     generator = np.random.default_rng(seed)
-    kind = dtype_of(dtype)
-    return {n: np.asarray(generator.normal(size=s)).astype(kind) for n, s in SHAPES.items()}
+    return {n: np.asarray(generator.normal(size=s)).astype(dtype) for n, s in SHAPES.items()}
 
 
 def patterns(dtype: str, seed: int) -> np.ndarray:
     """Every kind of bits: payloads of NaN, infinities, zeros of both signs, subnormals."""
-    kind = dtype_of(dtype)
+    kind = np.dtype(dtype)
     generator = np.random.default_rng([seed, kind.itemsize])
     found = generator.integers(0, 256, 900 * kind.itemsize, np.uint8).view(kind)
     words = found.view(f"u{min(kind.itemsize, 8)}")
@@ -106,7 +100,7 @@ class TensorFlow(Framework):
 @contextmanager
 def using(name: str) -> Iterator[Framework]:
     """A framework, JAX with numbers of 64 bits."""
-    require_packages(name, "ml_dtypes")
+    require_packages(name)
     if name != "jax":
         yield {"numpy": Framework, "tensorflow": TensorFlow}[name]()
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import fastema
@@ -14,25 +15,17 @@ Kind = Callable[..., Any]
 """``kind(weights, **options)`` builds an average."""
 
 
-def three(weights: Any, **options: Any) -> fastema.EMA:
-    return fastema.EMA(weights, (0.5, 0.75, 0.875), **options)
-
+three = partial(fastema.EMA, decay=(0.5, 0.75, 0.875))
 
 KINDS: dict[str, Kind] = {
-    "EMA": lambda weights, **options: fastema.EMA(weights, 0.75, **options),
+    "EMA": partial(fastema.EMA, decay=0.75),
     "three": three,
     "SWA": fastema.SWA,
-    "SMA": lambda weights, **options: fastema.SMA(weights, 3, **options),
+    "SMA": partial(fastema.SMA, window=3),
     "PowerEMA": fastema.PowerEMA,
-    "split": lambda weights, **options: fastema.EMA(
-        weights, 0.75, **{"shadow_dtype": "bf16+16", **options}
-    ),
-    "three split": lambda weights, **options: three(
-        weights, **{"shadow_dtype": "bf16+16", **options}
-    ),
-    "random": lambda weights, **options: fastema.EMA(
-        weights, 0.75, **{"shadow_dtype": "bfloat16", **options}
-    ),
+    "split": partial(fastema.EMA, decay=0.75, shadow_dtype="bf16+16"),
+    "three split": partial(three, shadow_dtype="bf16+16"),
+    "random": partial(fastema.EMA, decay=0.75, shadow_dtype="bfloat16"),
 }
 
 VARIED = ("three", "SMA", "split", "three split", "random")

@@ -16,7 +16,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError
 
-from .kinds import KINDS, VARIED, all_of, three, unchanged, which
+from .kinds import KINDS, VARIED, all_of, unchanged, which
 from .weights import (
     Net,
     assert_bits,
@@ -44,10 +44,11 @@ def kind_of_watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 Move = Callable[[Net], object]
 
 
-def poison_left(model: Net, move: Move) -> None:
+def poison_left(model: Net, move: str) -> None:
     """Move a model's tensors, and poison all memory that it no longer uses."""
     before = [tensor.data for _, tensor in tensors_of(model)]
-    before += move(model) or []
+    returned = MOVES[move](model)
+    before += returned if isinstance(returned, list) else []
     used = {tensor.untyped_storage().data_ptr() for _, tensor in tensors_of(model)}
     poison_(one for one in before if one.untyped_storage().data_ptr() not in used)
 
@@ -57,44 +58,38 @@ def data_assigned(model: Net) -> None:
         tensor.data = tensor.data.clone()
 
 
+def data_of(path: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Move:
+    """One parameter gets memory that is made of what it had."""
+    return lambda model: setattr(
+        model.get_parameter(path), "data", change(model.get_parameter(path).data)
+    )
+
+
 def storage_set(model: Net) -> None:
-    for _, tensor in tensors_of(model):
-        with torch.no_grad():
+    with torch.no_grad():
+        for _, tensor in tensors_of(model):
             tensor.set_(tensor.detach().clone())
 
 
-def one_of_many(model: Net) -> None:
-    model.hidden.bias.data = model.hidden.bias.data.clone()
+def converted(setting: str) -> Move:
+    def move(model: Net) -> None:
+        switch = getattr(torch.__future__, f"set_{setting}_module_params_on_conversion")
+        switch(True)
+        try:
+            model._apply(torch.clone)
+        finally:
+            switch(False)
 
-
-def applied_to_each(model: Net) -> None:
-    model._apply(lambda tensor: tensor.clone())
+    return move
 
 
 def state_dict_assigned(model: Net) -> None:
     model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
 
 
-def module_replaced(model: Net) -> None:
-    replacement = nn.Linear(6, 12)
-    replacement.load_state_dict(model.hidden.state_dict())
-    model.hidden = replacement
-
-
-def all_modules_replaced(model: Net) -> None:
-    fresh = Net()
-    fresh.load_state_dict(model.state_dict())
-    for name, child in fresh.named_children():
-        setattr(model, name, child)
-    model.scale = fresh.scale
-
-
-def parameters_replaced(model: Net) -> None:
+def tensors_replaced(model: Net) -> None:
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     model.scale = nn.Parameter(model.scale.detach().clone())
-
-
-def buffers_replaced(model: Net) -> None:
     model.norm.running_mean = model.norm.running_mean.clone()
     model.norm.num_batches_tracked = model.norm.num_batches_tracked + 0
 
@@ -104,36 +99,6 @@ def tensors_swapped(model: Net) -> None:
     torch.utils.swap_tensors(model.conv.weight, other)
 
 
-def memory_shared(model: Net) -> None:
-    """The same storage object, its memory elsewhere."""
-    model.share_memory()
-
-
-def overwriting_conversion(model: Net) -> None:
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        applied_to_each(model)
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
-
-
-def swapping_conversion(model: Net) -> None:
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        applied_to_each(model)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-
-
-def channels_last(model: Net) -> None:
-    model.to(memory_format=torch.channels_last)
-    assert not model.conv.weight.is_contiguous()
-
-
-def transposed_storage(model: Net) -> None:
-    model.hidden.weight.data = model.hidden.weight.data.t().contiguous().t()
-
-
 def one_big_storage(model: Net) -> None:
     parameters = list(model.parameters())
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
@@ -141,10 +106,10 @@ def one_big_storage(model: Net) -> None:
         p.data = piece.view(p.shape)
 
 
-def strided_slices(model: Net) -> None:
+def within_nan(tensor: torch.Tensor) -> torch.Tensor:
     wide = torch.full((12, 20), float("nan"))
-    wide[:, 3:9] = model.hidden.weight.data
-    model.hidden.weight.data = wide[:, 3:9]
+    wide[:, 3:9] = tensor
+    return wide[:, 3:9]
 
 
 def called_functionally(model: Net) -> list[torch.Tensor]:
@@ -167,38 +132,43 @@ def dict_of_modules_replaced(model: Net) -> None:
     model._modules = {name: copy.deepcopy(child) for name, child in model.named_children()}
 
 
-def state_set(model: Net) -> None:
-    model.hidden.__setstate__(vars(copy.deepcopy(model.hidden)))
+MOVES: dict[str, Move] = {
+    "data assigned": data_assigned,
+    "data of one": data_of("hidden.bias", torch.clone),
+    "storage set": storage_set,
+    "applied to each": lambda model: model._apply(torch.clone),
+    "overwriting conversion": converted("overwrite"),
+    "swapping conversion": converted("swap"),
+    "state dict assigned": state_dict_assigned,
+    "module replaced": lambda model: setattr(model, "hidden", copy.deepcopy(model.hidden)),
+    "tensors replaced": tensors_replaced,
+    "tensors swapped": tensors_swapped,
+    "same storage, other memory": lambda model: model.share_memory(),
+    "channels last": lambda model: model.to(memory_format=torch.channels_last),
+    "transposed": data_of("hidden.weight", lambda weight: weight.t().contiguous().t()),
+    "a slice": data_of("hidden.weight", within_nan),
+    "one big storage": one_big_storage,
+    "called functionally": called_functionally,
+    "dicts replaced": dicts_replaced,
+    "dict of modules replaced": dict_of_modules_replaced,
+    "state set": lambda model: model.hidden.__setstate__(vars(copy.deepcopy(model.hidden))),
+    "attributes updated": lambda model: vars(model).update(vars(copy.deepcopy(model))),
+}
+OTHER_STRIDES = {"channels last", "transposed", "a slice"}
+KEPT_BY_OTHERS = {"same storage, other memory", "called functionally"}
 
 
-def attributes_updated(model: Net) -> None:
-    vars(model).update(vars(copy.deepcopy(model)))
-
-
-SAME_DTYPE = [
-    *(dicts_replaced, dict_of_modules_replaced, state_set, attributes_updated, data_assigned),
-    *(storage_set, one_of_many, applied_to_each, state_dict_assigned, module_replaced),
-    *(all_modules_replaced, parameters_replaced, buffers_replaced, tensors_swapped),
-    *(memory_shared, overwriting_conversion, swapping_conversion, channels_last),
-    *(transposed_storage, one_big_storage, strided_slices, called_functionally),
-]
-
-
-OTHER_STRIDES = {channels_last, transposed_storage, strided_slices}
-
-
-@pytest.mark.parametrize("move", SAME_DTYPE)
+@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("kind", ["EMA", *VARIED])
-def test_averages_of_every_kind_follow_the_weights(kind: str, move: Move) -> None:
+def test_averages_of_every_kind_follow_the_weights(kind: str, move: str) -> None:
     """As one does whose model stays where it is, to the bit; also into a swap and out of it."""
     model, still = net(), net()
     average, twin = KINDS[kind](model), KINDS[kind](still)
     for n in range(1, 10):
         if n in (2, 5):
             poison_left(model, move)
-        for weights, one in ((model, average), (still, twin)):
-            refresh_(weights, n)
-            one.update()
+        train_(model, [n], average)
+        train_(still, [n], twin)
         if n in (3, 6):
             poison_left(model, move)
             both = average.swapped(**which(average)), twin.swapped(**which(twin))
@@ -215,19 +185,18 @@ def test_averages_of_every_kind_follow_the_weights(kind: str, move: Move) -> Non
             assert all_of(average) == all_of(twin)
 
 
-WIDE = {
-    "double": lambda model, **o: fastema.EMA(model, 0.75, shadow_dtype="float64", **o),
-    "three double": lambda model, **o: three(model, shadow_dtype="float64", **o),
-    "double mean": lambda model, **o: fastema.SMA(model, 3, shadow_dtype="float64", **o),
-}
+WIDE = {"shadow_dtype": "float64"}
+KEPT = [(kind, {}) for kind in ("EMA", *VARIED)] + [
+    (kind, WIDE) for kind in ("EMA", "three", "SMA")
+]
 
 
-@pytest.mark.parametrize("kind", ["EMA", *VARIED, *WIDE])
-@pytest.mark.parametrize("move", SAME_DTYPE)
-def test_move_while_applied(move: Move, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "options"), KEPT, ids=str)
+@pytest.mark.parametrize("move", MOVES)
+def test_move_while_applied(move: str, kind: str, options: dict[str, str]) -> None:
     """The values stay what they are and lie elsewhere; nothing is lost on either side."""
     model = net()
-    average = {**KINDS, **WIDE}[kind](model)
+    average = KINDS[kind](model, **options)
     train_(model, range(1, 6), average)
     refresh_(model, 7)
     held = all_of(average)
@@ -237,10 +206,7 @@ def test_move_while_applied(move: Move, kind: str) -> None:
     average.update()
 
 
-KEPT_BY_OTHERS = {memory_shared, called_functionally}
-
-
-@pytest.mark.parametrize("move", [m for m in SAME_DTYPE if m not in KEPT_BY_OTHERS])
+@pytest.mark.parametrize("move", [move for move in MOVES if move not in KEPT_BY_OTHERS])
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(
     ("kind", "options"),
@@ -248,7 +214,7 @@ KEPT_BY_OTHERS = {memory_shared, called_functionally}
     ids=str,
 )
 def test_old_memory_is_let_go_by_the_next_update(
-    kind: str, options: dict[str, str], move: Move, swapped: bool
+    kind: str, options: dict[str, str], move: str, swapped: bool
 ) -> None:
     model = net()
     average = KINDS[kind](model, **options)
@@ -256,9 +222,9 @@ def test_old_memory_is_let_go_by_the_next_update(
     memory = [weakref.ref(t.untyped_storage()) for _, t in tensors_of(model)]
     if swapped:
         with average.swapped(**which(average)):
-            move(model)
+            MOVES[move](model)
     else:
-        move(model)
+        MOVES[move](model)
         average.update()
     live = {t.untyped_storage().data_ptr() for _, t in tensors_of(model)}
     kept = [ref() for ref in memory]

@@ -16,15 +16,7 @@ from fastema.errors import DTypeError, LayoutError
 from fastema.layout.dtypes import DTYPES
 
 from .kinds import KINDS, VARIED, all_of, unchanged, which
-from .weights import (
-    BUFFERS,
-    Net,
-    assert_bits,
-    bits,
-    net,
-    refresh_,
-    snapshot,
-)
+from .weights import BUFFERS, Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 
@@ -68,19 +60,16 @@ def test_buffers_of_8_bits_are_copied_to_the_bit(code: str) -> None:
     copied = raw.clone()
     raw.mul_(3)
     assert ema.shadow["scales"].dtype == dtype
-    assert torch.equal(ema.shadow["scales"].view(torch.uint8), copied)
-    with ema.swapped():
+    with unchanged(model, ema), ema.swapped():
         assert torch.equal(raw, copied)
-    assert torch.equal(raw, copied * 3)
-    ema.copy_to(other)
-    assert torch.equal(other.scales.view(torch.uint8), copied)
     file = io.BytesIO()
     torch.save(ema.state_dict(), file)
     file.seek(0)
     resumed = fastema.EMA(other, 0.5)
-    other.scales.view(torch.uint8).zero_()
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(resumed.shadow["scales"].view(torch.uint8), copied)
+    ema.copy_to(other)
+    for scales in (ema.shadow["scales"], resumed.shadow["scales"], other.scales):
+        assert torch.equal(scales.view(torch.uint8), copied)
 
 
 def test_weights_of_8_bits_are_refused_by_name() -> None:
@@ -109,24 +98,21 @@ def cached(seed: int = 0) -> Net:
     return model
 
 
-def made(name: str, value: Callable[[], Any]) -> Change:
-    return lambda model: setattr(model, name, value())
-
-
 def late(module: nn.Module) -> nn.Module:
     module.register_buffer("places", torch.randn(3), persistent=False)
     return module
 
 
+# Of what a state leaves out.
 CHANGES: dict[str, Change] = {
-    "grown": made("table", lambda: torch.randn(9)),
-    "of another dtype": made("table", lambda: torch.arange(4)),
+    "grown": lambda model: setattr(model, "table", torch.randn(9)),
+    "of another dtype": lambda model: setattr(model, "table", torch.arange(4)),
     "grown in place": lambda model: model.table.resize_(2000),
-    "gone": made("table", lambda: None),
+    "gone": lambda model: setattr(model, "table", None),
     "deleted": lambda model: delattr(model, "table"),
     "made at last": lambda model: setattr(model.hidden, "mask", torch.randn(7)),
     "registered late": lambda model: late(model.conv),
-    "in a new module": made("rotary", lambda: late(nn.Module())),
+    "in a new module": lambda model: setattr(model, "rotary", late(nn.Module())),
 }
 
 
@@ -168,21 +154,19 @@ def test_they_may_change_in_a_block_and_before_a_state_is_loaded(change: Change,
         assert_bits(dict(fresh.state_dict()), snapshot(dict(model.state_dict())))
 
 
-@pytest.mark.parametrize("name", ["table", "kept"])
 @pytest.mark.parametrize("value", [torch.ones(9), None], ids=["grown", "none"])
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 def test_a_buffer_that_is_saved_may_not_change_and_the_error_says_what_to_do(
-    buffers: str, value: Any, name: str
+    buffers: str, value: Any
 ) -> None:
     model = net()
-    model.register_buffer("kept", torch.ones(3), persistent=name != "kept")
-    model.register_buffer("table", torch.ones(3), persistent=name != "table")
+    model.register_buffer("kept", torch.ones(3), persistent=True)
+    model.register_buffer("table", torch.ones(3), persistent=False)
     ema = fastema.EMA(model, 0.75, buffers=buffers)
     model.kept = model.table = value
-    broken = {"kept": "table", "table": "kept"}[name]
-    with pytest.raises(LayoutError, match=f"'{broken}'") as caught:
+    with pytest.raises(LayoutError, match="'kept'") as caught:
         ema.update()
-    assert f"'{name}'" not in str(caught.value)
+    assert "'table'" not in str(caught.value)
     for advice in ("persistent=False", "buffers='skip'"):
         assert advice in str(caught.value)
     model.head = nn.Linear(12, 6, bias=False)

@@ -1,30 +1,41 @@
-"""What an average says of itself: plain sentences, true at every point of a run."""
+"""What an average says of itself: a report, its repr, its drift, and names of other libraries."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fastema
 from fastema import rules
 from fastema.rules.units import effective_steps
+from fastema.shadow import hints
 
-KINDS: dict[str, Any] = {
-    "ema": lambda x, **o: fastema.EMA(x, 0.99, **o),
-    "several": lambda x, **o: fastema.EMA(x, (0.9, 0.999), **o),
-    "debiased": lambda x, **o: fastema.EMA(x, 0.99, zero_debias=True, **o),
-    "warmup": lambda x, **o: fastema.EMA(x, rules.warmup(0.9999), **o),
-    "swa": fastema.SWA,
-    "sma": lambda x, **o: fastema.SMA(x, 5, **o),
-    "power": fastema.PowerEMA,
+from .stored import exact
+from .weights import net, refresh_
+
+pytestmark = pytest.mark.torch
+
+POWERS = "power function of sigma_rel 0.05; power function of sigma_rel 0.1"
+KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "ema": (fastema.EMA, {"decay": 0.99}, "decay 0.99"),
+    "several": (fastema.EMA, {"decay": (0.9, 0.999)}, "decay 0.9; decay 0.999"),
+    "debiased": (fastema.EMA, {"decay": 0.99, "zero_debias": True}, "decay 0.99, bias-corrected"),
+    "warmup": (fastema.EMA, {"decay": rules.warmup(0.9999)}, "decay 0.9999 with warm-up"),
+    "swa": (fastema.SWA, {}, "mean of all weights"),
+    "sma": (fastema.SMA, {"window": 5}, "mean of the last 5 weights"),
+    "power": (fastema.PowerEMA, {}, POWERS),
 }
 
 
 def after(kind: str, updates: int, **options: Any) -> Any:
-    average = KINDS[kind]([np.ones(3)], **options)
+    build, given, _ = KINDS[kind]
+    average = build([np.ones(3)], **given, **options)
     for _ in range(updates):
         average.update()
     return average
@@ -54,33 +65,96 @@ def test_the_numbers_are_those_of_the_rules(kind: str, updates: int, every: int)
             assert float(share[1]) == pytest.approx(100 * reach.initial_share, rel=0.01)
 
 
-@pytest.mark.parametrize("skipped", [0, 1, 2])
-def test_what_was_skipped(skipped: int) -> None:
+def test_what_was_skipped_is_reported() -> None:
     x = np.ones(3)
     ema = fastema.EMA([x], 0.9, on_nonfinite="skip")
-    x[0] = np.nan
-    for _ in range(skipped):
+    for said in ([], ["1 call was skipped"], ["2 calls were skipped"]):
+        x[0] = 1
         ema.update()
-    x[0] = 1
-    ema.update()
-    lines = ema.report().split("\n")
-    said = {1: ["1 call was skipped: a weight was not finite"]}
-    said[2] = ["2 calls were skipped: a weight was not finite"]
-    assert lines[1:-1] == said.get(skipped, [])
-
-
-SHOWN = {
-    "ema": "EMA(3 weights in 1 tensor, f64, decay 0.99, 1 update)",
-    "several": "EMA(3 weights in 1 tensor, f64, decay 0.9; decay 0.999, 1 update)",
-    "debiased": "EMA(3 weights in 1 tensor, f64, decay 0.99, bias-corrected, 1 update)",
-    "warmup": "EMA(3 weights in 1 tensor, f64, decay 0.9999 with warm-up, 1 update)",
-    "swa": "SWA(3 weights in 1 tensor, f64, mean of all weights, 1 update)",
-    "sma": "SMA(3 weights in 1 tensor, f64, mean of the last 5 weights, 1 update)",
-    "power": "PowerEMA(3 weights in 1 tensor, f64, power function of sigma_rel 0.05; power "
-    "function of sigma_rel 0.1, 1 update)",
-}
+        lines = [f"{one}: a weight was not finite" for one in said]
+        assert ema.report().split("\n")[1:-1] == lines
+        x[0] = np.nan
+        ema.update()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_average_shows_its_rule(kind: str) -> None:
-    assert repr(after(kind, 1)) == SHOWN[kind]
+    name, said = KINDS[kind][0].__name__, KINDS[kind][2]
+    assert repr(after(kind, 1)) == f"{name}(3 weights in 1 tensor, f64, {said}, 1 update)"
+
+
+def test_an_average_shows_that_it_is_applied_and_its_mapping_the_names() -> None:
+    ema = fastema.EMA(net(), 0.9)
+    with ema.swapped():
+        assert "applied" in repr(ema)
+    assert "applied" not in repr(ema)
+    assert "conv.weight" in repr(ema.shadow)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("average_parameters", r"swapped\(\)"),
+        ("module", r"functional_call\(model, ema\.model_state_dict\(\), x\)"),
+        ("cuda", r"use to\(\)"),
+        ("step", r"use update\(\)"),
+        ("shadow_params", r"ema\.shadow"),
+    ],
+)
+def test_a_name_of_another_library_is_answered_with_ours(name: str, said: str) -> None:
+    with pytest.raises(AttributeError, match=f"'EMA' object has no attribute '{name}': .*{said}"):
+        getattr(fastema.EMA([np.ones(3)]), name)
+    for kind in (fastema.EMA, fastema.SWA, fastema.SMA, fastema.PowerEMA):
+        assert not [name for name in hints._HINTS if hasattr(kind, name)]
+
+
+# -- how far the weights are from their average ---------------------------------------------------
+
+
+def test_drift_shows_an_average_that_stands_still() -> None:
+    start = torch.randn(5000).bfloat16()
+    weights = {"w": start.clone(), "equal": torch.ones(5000)}
+    nearest = fastema.EMA(weights, 0.999, rounding="nearest", drift=True)
+    random = fastema.EMA(weights, 0.999, drift=True)
+    weights["w"].mul_(1.01)
+    for one in (nearest, random):
+        one.update()
+        assert one.drift.distance > 0
+    assert nearest.drift.still == 1
+    assert 0.5 < random.drift.still < 1
+    weights["w"].copy_(start)
+    again = fastema.EMA(weights, 0.9, drift=True)
+    again.update()
+    assert again.drift == (0.0, 0.0, 1.0)
+
+
+def test_drift_is_that_of_the_latest_update_that_did_work() -> None:
+    weights = {"w": torch.randn(300)}
+    ema = fastema.EMA(weights, 0.9, update_every=3, drift=True, on_nonfinite="skip")
+
+    def check(old: np.ndarray) -> None:
+        x, average = exact(weights["w"]), exact(ema.shadow["w"])
+        distance = math.sqrt(np.square(x - average).sum())
+        assert ema.drifts == (ema.drift,)
+        assert ema.drift.distance == pytest.approx(distance, rel=1e-5)
+        size = math.sqrt(np.square(average).sum())
+        assert ema.drift.relative == pytest.approx(distance / size, rel=1e-5)
+        assert ema.drift.still == pytest.approx((average == old).mean(), abs=1e-12)
+
+    for step in range(1, 4):
+        refresh_(weights, step)
+        before = exact(ema.shadow["w"])
+        ema.update()
+    check(before)
+    drift = ema.drift
+    for value in (5.0, 6.0, torch.nan):  # the last is due
+        weights["w"].fill_(value)
+        ema.update()
+        assert ema.drift == drift
+    assert ema.num_skipped == 1
+    with ema.swapped():
+        assert ema.drift == drift
+    weights["w"] = torch.randn(300)  # elsewhere
+    before = exact(ema.shadow["w"])
+    ema.update()
+    check(before)

@@ -38,9 +38,7 @@ class Net(nn.Module):
 
 def net(seed: int = 0, dtype: torch.dtype | None = None) -> Net:
     """A `Net` no tensor of which is zero or constant."""
-    model = Net()
-    if dtype is not None:
-        model.to(dtype)
+    model = Net().to(dtype)
     refresh_(model, seed)
     return model
 
@@ -63,12 +61,10 @@ def refresh_(weights: Any, seed: int) -> None:
         with torch.no_grad():
             if tensor.is_floating_point() or tensor.is_complex():
                 wide = torch.complex128 if tensor.is_complex() else torch.float64
-                values = torch.randn(tensor.shape, generator=generator, dtype=wide)
-                tensor.copy_(values)
-            elif tensor.dtype == torch.bool:
-                tensor.copy_(torch.randint(0, 2, tensor.shape, generator=generator))
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=wide))
             else:
-                tensor.copy_(torch.randint(1, 100, tensor.shape, generator=generator))
+                low, high = (0, 2) if tensor.dtype == torch.bool else (1, 100)
+                tensor.copy_(torch.randint(low, high, tensor.shape, generator=generator))
 
 
 def train_(weights: Any, steps: Iterable[int], *averages: Any) -> None:

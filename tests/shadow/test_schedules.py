@@ -1,0 +1,241 @@
+"""Averages by every rule, against loops in float64 with the weights of the formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import partial
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastema
+from fastema import rules
+from fastema.errors import ArgumentError, CheckpointError, StateError
+from fastema.shadow.schedule_counter import refuse_uneven
+
+from .truth import Loop
+
+Decays = Callable[[int], float]
+
+# Each schedule beside its decay at step n, written out once more.
+PLAIN: dict[str, tuple[Any, Decays]] = {
+    "number": (0.95, lambda n: 0.95),
+    "slow": (0.9999, lambda n: 0.9999),
+    "zero": (0.0, lambda n: 0.0),
+    "warmup": (rules.warmup(0.99), lambda n: min(0.99, (1 + n) / (10 + n))),
+    "half-life": (rules.half_life(20), lambda n: 0.5 ** (1 / 20)),
+    "inverse gamma": (
+        rules.inverse_gamma(0.9, inv_gamma=2.0, power=0.75, minimum=0.1),
+        lambda n: min(0.9, max(0.1, 1 - (1 + (n - 1) / 2) ** -0.75)),
+    ),
+    "growing": (rules.inverse_gamma(0.9999, power=1.0), lambda n: 1 - 1 / n),
+}
+DEBIASED = ("number", "slow", "zero", "warmup", "half-life")
+
+
+def by_decay(decay: Decays, every: int) -> Iterator[float]:
+    return (1 - decay(n) ** every for n in count(every, every))
+
+
+def by_decay_from_zero(decay: Decays, every: int) -> Iterator[float]:
+    left = Fraction(1)  # a float64 would lose digits of what was seen
+    for n in count(every, every):
+        kept = Fraction(decay(n)) ** every
+        left *= kept
+        yield float((1 - kept) / (1 - left))
+
+
+def by_number(every: int) -> Iterator[float]:
+    return (1 / n for n in count(1))
+
+
+# How each average is built, and the weight of each update of the memory, by their distance.
+AVERAGES: dict[str, tuple[Callable[..., Any], Callable[[int], Iterator[float]]]] = {
+    **{
+        name: (partial(fastema.EMA, decay=d), partial(by_decay, f))
+        for name, (d, f) in PLAIN.items()
+    },
+    **{
+        f"{name}, debiased": (
+            partial(fastema.EMA, decay=PLAIN[name][0], zero_debias=True),
+            partial(by_decay_from_zero, PLAIN[name][1]),
+        )
+        for name in DEBIASED
+    },
+    "mean": (fastema.SWA, by_number),
+}
+DTYPES = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "c64": np.complex64}
+
+
+def numbers(seed: int, dtype: Any = np.float32, size: int = 100) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(1, 1, (2, size))
+    return (values[0] + 1j * values[1] if np.dtype(dtype).kind == "c" else values[0]).astype(dtype)
+
+
+@pytest.mark.parametrize("code", DTYPES)
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (0, 5), (3, 1), (7, 2), (0, 10)])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_it_is_the_loop_with_the_weights_of_the_formula(
+    kind: str, start: int, every: int, code: str
+) -> None:
+    build, weights_of = AVERAGES[kind]
+    x = numbers(0, DTYPES[code])
+    average = build([x], start_after=start, update_every=every)
+    real = "f32" if code == "c64" else code
+    dtype = DTYPES[real]
+    arithmetic = "f32" if code == "f16" else real
+
+    def fresh() -> Loop:
+        return Loop(x.view(dtype), real, arithmetic, random=code == "f16")
+
+    loop, weights = fresh(), weights_of(every)
+    for step in range(1, 151):
+        x[:] = numbers(step, DTYPES[code])
+        average.update()
+        n = step - start
+        if n <= 0:
+            loop = fresh()
+        elif n % every == 0:
+            weight = next(weights)
+            loop.step(x.view(dtype), weight)
+            assert kind not in PLAIN or math.isclose(1 - average.decay**every, weight, abs_tol=1e-9)
+        loop.check(average.shadow["0"].view(dtype))
+        assert average.num_updates == step
+
+
+SIGMAS = (0.05, 0.10, 0.2)
+
+
+@pytest.mark.parametrize("start", [0, 30])
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_profile_of_a_power_average_is_the_closed_form(every: int, start: int) -> None:
+    """Weights that are 1 in one element after another show the share that each step has."""
+    updates = 120
+    x = np.zeros(updates)
+    average = fastema.PowerEMA([x], SIGMAS, update_every=every, start_after=start)
+    n = updates * every
+    for step in range(1, start + n + 1):
+        x[:] = 0
+        x[max(step - start - 1, 0) // every] = 1
+        average.update()
+    last = np.arange(1, updates + 1) * every
+    for sigma, shadow in zip(SIGMAS, average.shadows, strict=True):
+        power = rules.gamma_of(sigma) + 1
+        profile = shadow["0"]
+        share = (last / n) ** power - ((last - every) / n) ** power
+        np.testing.assert_allclose(profile, share, rtol=1e-9, atol=1e-14)
+        assert profile.sum() == pytest.approx(1, abs=1e-12)
+        # Its width is the one that was asked for, to the coarseness of the steps.
+        ages = n - last
+        mean = (profile * ages).sum()
+        std = math.sqrt((profile * (ages - mean) ** 2).sum())
+        assert std / n == pytest.approx(sigma, abs=1 / updates)
+        assert mean / n == pytest.approx(1 / (power + 1), abs=1 / updates)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex64])
+@pytest.mark.parametrize(("m", "n"), [(1, 2), (10, 11), (40, 100), (99, 100)])
+def test_the_mean_of_any_window_from_two_means(m: int, n: int, dtype: Any) -> None:
+    weights = {"a": numbers(0, dtype), "count": np.arange(3)}
+    wide = np.complex128 if np.dtype(dtype).kind == "c" else np.float64
+    swa = fastema.SWA(weights, shadow_dtype="float64")
+    seen = []
+    for step in range(1, n + 1):
+        weights["a"][:] = numbers(step, dtype)
+        weights["count"][:] = step
+        swa.update()
+        seen.append(weights["a"].astype(wide))
+        if step == m:
+            earlier = swa.state_dict()["shadow"][0]
+    got = fastema.mean_between(swa.shadow, n, earlier, m)
+    assert set(got) == {"a"}
+    assert got["a"].dtype == wide
+    want = np.mean(seen[m:], axis=0)
+    # Some units in the last place of a float64, as many as the windows differ.
+    np.testing.assert_allclose(got["a"], want, rtol=0, atol=8 * n / (n - m) * n * 2.0**-53)
+
+
+# -- several steps at once ------------------------------------------------------------------------
+
+CUTS = st.lists(st.integers(1, 30), min_size=1, max_size=15)
+
+
+@given(st.floats(0.3, 0.999), CUTS)
+def test_an_update_over_steps_is_decay_to_their_number(decay: float, cuts: list[int]) -> None:
+    x = numbers(0)
+    ema = fastema.EMA([x], decay)
+    truth = Loop(x, "f32", "f32")
+    for n, steps in enumerate(cuts):
+        x[...] = numbers(n + 1)
+        ema.update(steps=steps)
+        truth.step(x, 1 - decay**steps)
+    truth.check(ema.shadow["0"])
+    assert ema.num_updates == sum(cuts)
+
+
+@given(st.floats(0.02, 0.28), CUTS, st.integers(1, 5))
+def test_a_power_average_weighs_a_step_by_its_stretch_of_the_run(
+    width: float, cuts: list[int], every: int
+) -> None:
+    x = numbers(0, np.float64)
+    ema = fastema.PowerEMA([x], width, update_every=every)
+    exponent = rules.gamma_of(width) + 1
+    total, end, step = np.zeros_like(x), 0.0, 0
+    for n, steps in enumerate(cuts):
+        x[...] = numbers(n + 1, np.float64)
+        ema.update(steps=steps)
+        step += steps
+        begin, end = end, float(step // every * every)
+        total += (end**exponent - begin**exponent) * x
+    if end:
+        mean = total / end**exponent
+        np.testing.assert_allclose(ema.shadow["0"], mean, rtol=1e-9, atol=1e-9)
+
+
+def test_random_bits_are_those_of_the_step_that_is_reached() -> None:
+    before, now = (numbers(seed, np.float16, 5000) for seed in (0, 1))
+    jump, again, walk = (fastema.EMA([before], 0.9, seed=3) for _ in range(3))
+    walk.load_state_dict({**walk.state_dict(), "num_updates": 6})
+    for one in (jump, again, walk):
+        one.update([now], steps=4)
+    np.testing.assert_array_equal(again.shadow["0"], jump.shadow["0"])
+    differ = np.mean(jump.shadow["0"].view(np.uint16) != walk.shadow["0"].view(np.uint16))
+    assert 0.05 < differ < 0.95
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.0, "3", None, True, np.nan, 2**63], ids=repr)
+def test_what_is_no_number_of_steps(steps: Any) -> None:
+    x = numbers(0)
+    ema = fastema.EMA([x], 0.5)
+    x[...] = numbers(1)
+    with pytest.raises(ArgumentError, match="steps"):
+        ema.update(steps=steps)
+    with ema.swapped(), pytest.raises(StateError, match="restore"):
+        ema.update(steps=2)
+    assert ema.num_updates == 0
+    np.testing.assert_array_equal(ema.shadow["0"], numbers(0))
+
+
+@pytest.mark.parametrize("rule", [rules.constant(0.999999), rules.warmup(0.999)], ids=str)
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_count_on_a_gpu_goes_on_with_single_steps_alone(rule: rules.Rule, every: int) -> None:
+    single, uneven = (
+        fastema.EMA([np.ones(3)], rules.debiased(rule), update_every=every) for _ in range(2)
+    )
+    for _ in range(30):
+        single.update()
+    refuse_uneven(single.schedule, 30, single.state_dict()["log_decays"])
+    uneven.update()
+    uneven.update(steps=29)
+    log_decays = uneven.state_dict()["log_decays"]
+    if isinstance(rule, rules.Warmup):
+        with pytest.raises(CheckpointError, match="capturable"):
+            refuse_uneven(uneven.schedule, 30, log_decays)
+    else:  # a constant leaves the same of the beginning however the steps are cut
+        refuse_uneven(uneven.schedule, 30, log_decays)
