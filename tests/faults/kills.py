@@ -1,4 +1,4 @@
-"""Writers that are killed at random moments: ``python -m tests.faults.kills save 300 --seed 1``.
+"""Writers that are killed at random moments: ``python -m tests.faults.kills save 100 --seed 1``.
 
 What they leave is an old file or a whole new one, and the next writer clears up.
 """
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import fastema
 from fastema import checkpoint
-from fastema.checkpoint import convert, inspect, load
+from fastema.checkpoint import convert, files, inspect, load
 from fastema.checkpoint.state import read_state
 
 SIZES = (300_000, 7, 50_000)
@@ -33,81 +33,59 @@ def values(k: int) -> dict[str, np.ndarray]:
     return {f"w{i}": np.full(size, k, np.float32) for i, size in enumerate(SIZES)}
 
 
-def average_of(k: int) -> fastema.EMA:
-    return fastema.EMA(values(k), decay=0.9, seed=k)
-
-
-def save(folder: Path, k: int, wait: bool = True) -> None:
-    checkpoint.save(average_of(k), folder / "ema.safetensors", wait=wait)
+def save(path: Path, k: int, wait: bool = True) -> None:
+    checkpoint.save(fastema.EMA(values(k), decay=0.9, seed=k), path, wait=wait)
 
 
 def save_later(folder: Path, k: int) -> None:
-    save(folder, k, wait=False)
+    save(folder / "ema.safetensors", k, wait=False)
     checkpoint.wait()
 
 
-def sources(folder: Path, k: int, folders: bool = False) -> list[Path]:
-    """Two checkpoints whose mean is k everywhere."""
-    paths = []
-    for i, add in enumerate((-1, 1)):
-        path = folder / "in" / (f"{k}-{i}" if folders else f"{k}-{i}.safetensors")
-        path.parent.mkdir(exist_ok=True)
-        if folders:
-            path.mkdir(exist_ok=True)
-        tensors = {name: one + add for name, one in values(k).items()}
+def average(folder: Path, k: int, folders: bool = False) -> None:
+    """The mean of two checkpoints is a number everywhere."""
+    paths = [folder / "in" / f"{k % 3}-{i}" for i in (0, 1)]
+    if not folders:
+        paths = [path.with_suffix(".safetensors") for path in paths]
+    for path, add in zip(paths, (-1, 1), strict=True):
+        tensors = {name: one + add for name, one in values(k % 3).items()}
+        (path if folders else path.parent).mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / "model.safetensors" if folders else path)
-        paths.append(path)
-    return paths
-
-
-def average(folder: Path, k: int) -> None:
-    checkpoint.average(sources(folder, k % 3), [0.5, 0.5], folder / "mean.safetensors")
-
-
-def average_folders(folder: Path, k: int) -> None:
-    checkpoint.average(sources(folder, k % 3, folders=True), [0.5, 0.5], folder / f"mean{k}")
+    checkpoint.average(paths, [0.5, 0.5], folder / (f"mean{k}" if folders else "mean.safetensors"))
 
 
 def convert_to_weights(folder: Path, k: int) -> None:
     source = folder / "in.safetensors"
     if not source.exists():
-        checkpoint.save(average_of(k), source)
+        save(source, k)
     convert(source, folder / "weights.safetensors", to="safetensors")
 
 
 OPERATIONS: dict[str, Callable[[Path, int], None]] = {
-    "save": save,
+    "save": lambda folder, k: save(folder / "ema.safetensors", k),
     "save later": save_later,
     "average": average,
-    "average folders": average_folders,
+    "average folders": lambda folder, k: average(folder, k, folders=True),
     "convert": convert_to_weights,
 }
 
 
-def check(folder: Path) -> int:
-    """Raise unless every file that has its name is whole; how many there are."""
-    found = [*folder.glob("*.safetensors"), *folder.glob("mean*/model.safetensors")]
-    for path in found:
+def check(folder: Path) -> None:
+    """Raise unless every file that has its name is whole."""
+    for path in [*folder.glob("*.safetensors"), *folder.glob("mean*/model.safetensors")]:
         inspect(path, check=True)
-        stored = load(path)
-        if stored.library == "fastema":
-            like = np.zeros(1)
-            read = read_state(checkpoint.files.read(path), like)  # type: ignore[attr-defined]
-            assert read["seed"] == next(iter(read["shadow"][0].values())).flat[0]
+        if load(path).library == "fastema":
+            read = read_state(files.read(path), np.zeros(1))
             tensors = read["shadow"][0]
+            assert read["seed"] == next(iter(tensors.values())).flat[0]
         else:
             tensors = load_file(path)
         assert set(tensors) == set(values(0)), path
         held = {float(number) for one in tensors.values() for number in (one.min(), one.max())}
         assert len(held) == 1, (path, held)
-    return len(found)
 
 
-def leftovers(folder: Path) -> list[str]:
-    return [one.name for one in folder.iterdir() if one.name.endswith(".part")]
-
-
-def trial(operation: Callable[[Path, int], None], folder: Path, delay: float) -> bool:
+def kill_one(operation: Callable[[Path, int], None], folder: Path, delay: float) -> bool:
     """Kill a writer; whether it left something unfinished."""
     child = os.fork()
     if not child:
@@ -121,26 +99,28 @@ def trial(operation: Callable[[Path, int], None], folder: Path, delay: float) ->
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), f"the writer failed by itself: {status}"
     check(folder)
-    return bool(leftovers(folder))
+    return any(folder.glob("*.part"))
 
 
 def run(name: str, trials: int, seed: int) -> str:
     chance = random.Random(f"{seed} {name}")
-    operation, unfinished = OPERATIONS[name], 0
+    operation, unfinished, moves = OPERATIONS[name], 0, itertools.count()
     with tempfile.TemporaryDirectory() as inside:
-        folder = Path(inside)
         for number in range(trials):
             # A folder of its own each time, or the same one again and again.
-            place = folder / str(number % 7)
+            place = Path(inside, str(number % 7))
             place.mkdir(exist_ok=True)
-            for one in place.glob("mean[0-9]*"):  # of folders there is none to replace
-                one.rename(folder / f"{one.name}-{number}")
-            unfinished += trial(operation, place, chance.uniform(0.0, LONGEST))
+
+            def clear(place: Path = place) -> None:
+                for one in place.glob("mean[0-9]*"):  # of folders there is none to replace
+                    one.rename(Path(inside, f"{one.name}-{next(moves)}"))
+
+            clear()
+            unfinished += kill_one(operation, place, chance.uniform(0.0, LONGEST))
             if number % 5 == 0:
-                for one in place.glob("mean[0-9]*"):
-                    one.rename(folder / f"{one.name}-{number}-")
+                clear()
                 operation(place, 1)
-                assert leftovers(place) == [], leftovers(place)
+                assert not list(place.glob("*.part"))
     return f"{name}: {trials} killed, {unfinished} while they wrote, seed {seed}"
 
 

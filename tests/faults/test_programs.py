@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 
 NEEDS = ("safetensors", "torch")
-ROOT = Path(__file__).parents[2]
-OPERATIONS = ("save", "save later", "average", "average folders", "convert")
-
-
-SEED = random.SystemRandom().randrange(1 << 30)
+SEED = f"--seed={random.SystemRandom().randrange(1 << 30)}"
+WRITERS = ("save", "save later", "average", "average folders", "convert")
 PROGRAMS = {
-    **{f"kills {one}": ["kills", one, "25", f"--seed={SEED}"] for one in OPERATIONS},
-    "trials": ["trials", "500", f"--seed={SEED}"],
+    **{f"kills {one}": ["kills", one, "25", SEED] for one in WRITERS},
+    "trials": ["trials", "500", SEED],
     "soak": ["soak", "1000", "100"],
 }
 
@@ -28,6 +25,5 @@ PROGRAMS = {
 def test_files_stay_whole_nothing_is_lost_and_memory_stays(name: str) -> None:
     program, *arguments = PROGRAMS[name]
     command = [sys.executable, "-m", f"tests.faults.{program}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
-    print(done.stdout)
