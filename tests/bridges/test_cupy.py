@@ -26,11 +26,6 @@ def on_gpu(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: array(one) for name, one in arrays.items()}
 
 
-def fill(weights: dict[str, Any], new: dict[str, np.ndarray]) -> None:
-    for name, one in weights.items():
-        one.there[...] = new[name]
-
-
 def bits(weights: Any) -> dict[str, bytes]:
     return {name: one.there.tobytes() for name, one in weights.items()}
 
@@ -39,17 +34,13 @@ def fours() -> list[Any]:
     return [array(np.full(100, 4.0, np.float32))]
 
 
-def test_views_are_read_where_they_lie() -> None:
+def test_views_are_read_where_they_lie_and_what_cannot_be_averaged_is_named() -> None:
     whole = array(np.arange(40.0))
     rows = ndarray((4, 3), np.float64, whole.data + 16, (80, 8))
     spec = registry.describe(rows)
     assert (spec.address, spec.strides, spec.dtype) == (whole.data.ptr + 16, (10, 1), "f64")
     assert (spec.device, spec.writable, spec.owner) == ("cuda:0", True, rows)
-    ema = fastema.EMA([rows], 0.5)
-    np.testing.assert_array_equal(ema.shadow["0"].there, rows.there)
-
-
-def test_arrays_that_cannot_be_averaged() -> None:
+    np.testing.assert_array_equal(fastema.EMA([rows], 0.5).shadow["0"].there, rows.there)
     odd_steps = ndarray((3,), np.float32, array(np.ones(9)).data, (6,))
     for odd, message in ((array(np.zeros(3, "M8[s]")), "datetime64"), (odd_steps, "strides")):
         with pytest.raises((BridgeError, DTypeError), match=rf"^odd: .*{message}"):
@@ -67,7 +58,8 @@ def test_equals_a_float64_loop_and_a_swap_is_exact(weights: str, stored: str) ->
         new = numbers(n, weights)
         if n == 3:
             held.update(on_gpu(new))  # arrays that were replaced are found
-        fill(held, new)
+        for name, one in held.items():
+            one.there[...] = new[name]
         before = bits(held)
         ema.update()
         assert bits(held) == before
@@ -106,8 +98,7 @@ def test_an_update_waits_for_nothing_and_a_reader_for_it(cupy: StubDriver) -> No
     weights = fours()
     ema = fastema.EMA(weights, 0.5)
     ema.update()
-    before = Stream.waits
-    cupy.pending = []
+    before, cupy.pending = Stream.waits, []
     weights[0].there[...] = 8
     ema.update()
     assert Stream.waits == before
@@ -117,8 +108,7 @@ def test_an_update_waits_for_nothing_and_a_reader_for_it(cupy: StubDriver) -> No
 
 def test_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = fours()
-    ema = fastema.EMA(weights, 0.5)
-    counting = fastema.EMA(weights, 0.5, capturable=True)
+    ema, counting = (fastema.EMA(weights, 0.5, capturable=one) for one in (False, True))
     counting.update()
     weights[0].there[...] = 8
     with monkeypatch.context() as patch:
@@ -132,17 +122,17 @@ def test_captures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_kinds_of_memory() -> None:
-    there, here = fours()[0], np.ones(100, np.float32)
-    with pytest.raises(LayoutError, match=r"0: the average is on cpu, the weights on cuda:0"):
-        fastema.lerp_([here], [there], 0.5)
-    ema = fastema.EMA([there], 0.5)
-    with pytest.raises(DeviceError, match=r"use array\.get\(\)"):
-        ema.to("cpu")
-    with pytest.raises(LayoutError, match=r"cuda:1.*cuda:0"):
-        ema.to("cuda:1")
-    bridge = sys.modules["fastema.bridges.cupy"]
-    with pytest.raises(DeviceError, match="not on cpu"):
-        bridge.zeros(3, "f32", "cpu")
+    there = fours()[0]
+    ema, bridge = fastema.EMA([there], 0.5), sys.modules["fastema.bridges.cupy"]
+    for call, error, message in (
+        (lambda: fastema.lerp_([np.ones(100, np.float32)], [there], 0.5), LayoutError,
+         r"0: the average is on cpu, the weights on cuda:0"),
+        (lambda: ema.to("cpu"), DeviceError, r"use array\.get\(\)"),
+        (lambda: ema.to("cuda:1"), LayoutError, r"cuda:1.*cuda:0"),
+        (lambda: bridge.zeros(3, "f32", "cpu"), DeviceError, "not on cpu"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
     moved = bridge.transfer(there, "cuda:1")
     assert moved.device.id == 1
     np.testing.assert_array_equal(moved.there, there.there)

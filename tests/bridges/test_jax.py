@@ -36,18 +36,17 @@ def all_widths() -> Iterator[None]:
         jax.config.update("jax_enable_x64", before)
 
 
+def locator(container: Any) -> Locator:
+    return Locator(registry.leaves_of(container), container)
+
+
 def read(spec: TensorSpec, dtype: Any) -> np.ndarray:
     """What lies where a description says, by its address and strides alone."""
     size = np.dtype(dtype).itemsize
-    interface = {
-        "version": 3,
-        "typestr": f"|V{size}",
-        "shape": spec.shape,
-        "strides": tuple(step * size for step in spec.strides),
-        "data": (spec.address, True),
-    }
-    holder = type("Holder", (), {"__array_interface__": interface})()
-    return np.asarray(holder).copy()
+    strides = tuple(step * size for step in spec.strides)
+    held = {"typestr": f"|V{size}", "shape": spec.shape, "strides": strides, "version": 3}
+    held["data"] = spec.address, True
+    return np.asarray(type("Holder", (), {"__array_interface__": held})()).copy()
 
 
 def assert_read(array: Any) -> None:
@@ -62,17 +61,23 @@ def assert_read(array: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_dtype_is_read_where_it_lies(name: str) -> None:
-    with all_widths():
-        for i, shape in enumerate([(), (1,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,)]):
-            values = random_bits(shape, name, i)
-            array = jnp.asarray(values)
-            assert array.dtype.name == name
+def test_every_dtype_is_read_where_it_lies_and_shown_as_a_copy(name: str) -> None:
+    narrowed = name in ("float64", "int64", "uint64", "complex128")  # by JAX, as it is set up
+    for i, shape in enumerate([(), (1,), (3, 5), (2, 3, 4), (0,), (4, 0), (129,), (4096,)]):
+        values = random_bits(shape, name, i)
+        before = values.tobytes()
+        narrow = bridge.to_framework(values)
+        with all_widths():
+            array, wide = jnp.asarray(values.copy()), bridge.to_framework(values)
             assert_read(array)
-            assert np.asarray(array).tobytes() == values.tobytes()
+        values[...] = random_bits(shape, name, i + 20)
+        assert isinstance(narrow, np.ndarray if narrowed else jax.Array)
+        assert isinstance(wide, jax.Array)
+        for one in (array, narrow, wide):
+            assert (one.dtype.name, np.asarray(one).tobytes()) == (name, before)
 
 
-@pytest.mark.parametrize("order", [(1, 0), (2, 0, 1), (0, 2, 1), (3, 1, 0, 2)], ids=str)
+@pytest.mark.parametrize("order", [(1, 0), (2, 0, 1), (3, 1, 0, 2)], ids=str)
 def test_orders_of_axes_that_were_asked_for(order: tuple[int, ...]) -> None:
     array = in_order(random_bits((2, 3, 4, 5)[: len(order)], "bfloat16"), order)
     assert_read(array)
@@ -104,50 +109,40 @@ def test_deleted_and_donated_arrays() -> None:
 TRACED: dict[str, Callable[[Callable[..., Any], Any], Any]] = {
     "jit": lambda f, x: jax.jit(f)(x),
     "grad": lambda f, x: jax.grad(lambda y: f(y).sum())(x),
-    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
     "vmap": lambda f, x: jax.vmap(f)(x),
-    "eval_shape": lambda f, x: jax.eval_shape(f, x),
     "scan": lambda f, x: jax.lax.scan(lambda carry, y: (carry, f(y)), 0, x),
-    "checkpoint": lambda f, x: jax.grad(lambda y: jax.checkpoint(f)(y).sum())(x),
 }
 
 
 @pytest.mark.parametrize("transformation", TRACED)
 def test_traced_arrays_have_no_memory(transformation: str) -> None:
-    weights, seen = jnp.arange(1.0, 4.0), []
+    weights, seen = jnp.arange(1.0, 4.0), set()
     find = locator([weights])
 
     def function(x: Any) -> Any:
         with pytest.raises(BridgeError, match=r"jit, grad and vmap.*optax\.incremental_update"):
             bridge.describe(x)
-        seen.append((find.locate([x]), find.locate([weights])))
+        seen.add((find.locate([x]), find.locate([weights])))
         return x * 2.0
 
     TRACED[transformation](function, weights)
-    assert seen
-    assert set(seen) == {(None, None)}
+    assert seen == {(None, None)}
     assert_read(jnp.ones(3))  # and outside all is well again
 
 
 def test_several_devices_are_refused_by_name(python: Callable[..., str]) -> None:
     out = python(
         """
-        import jax, jax.numpy as jnp, numpy as np
+        import jax, jax.numpy as jnp, numpy as np, fastema
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        import fastema
 
-        devices = jax.devices()
-        mesh = Mesh(np.array(devices), ("x",))
-        whole = jnp.arange(8.0)
-        spread = [jax.device_put(whole, NamedSharding(mesh, spec)) for spec in (P("x"), P())]
+        mesh, whole = Mesh(np.array(jax.devices()), ("x",)), jnp.arange(8.0)
+        parts, copies = (jax.device_put(whole, NamedSharding(mesh, P(*x))) for x in ("x", ""))
         ema = fastema.EMA({"w": whole}, 0.5)
-        ema.update({"w": jax.device_put(whole + 2, devices[3])})
-        for use in (
-            *(lambda one=one: fastema.EMA({"fine": whole, "w": one}, 0.5) for one in spread),
-            lambda: ema.update({"w": spread[0]}),
-        ):
+        ema.update({"w": jax.device_put(whole + 2, jax.devices()[3])})
+        for use, array in (fastema.EMA, parts), (fastema.EMA, copies), (ema.update, parts):
             try:
-                use()
+                use({"w": array})
             except fastema.errors.BridgeError as error:
                 print(error)
         print(ema.num_updates, ema.shadow["w"].tolist())
@@ -182,10 +177,8 @@ def test_leaves_are_named_by_the_way_to_them() -> None:
         "layer": Dense(one, (one,)),
         "empty": {},
     }
-    assert registry.leaves_of(tree).names == [
-        *("layer.kernel", "layer.bias.0", "params.Dense_0.bias", "params.Dense_0.kernel"),
-        *("point.x", "point.y.0"),
-    ]
+    names = "layer.kernel layer.bias.0 params.Dense_0.bias params.Dense_0.kernel point.x point.y.0"
+    assert registry.leaves_of(tree).names == names.split()
     with pytest.raises(BridgeError, match=r"'a\.b'"):
         registry.leaves_of({"a.b": one, "a": {"b": one}})
 
@@ -193,20 +186,15 @@ def test_leaves_are_named_by_the_way_to_them() -> None:
 # -- arrays that move ------------------------------------------------------------------------------
 
 
-def locator(container: Any) -> Locator:
-    return Locator(registry.leaves_of(container), container)
-
-
 def test_other_arrays_are_not_taken_for_these() -> None:
-    tree = {"a": jnp.ones(70), "b": {"c": jnp.ones((3, 4), "bfloat16")}}
-    find = locator(tree)
-    new = {"a": jnp.zeros(70), "b": {"c": jnp.zeros((3, 4), "bfloat16")}}
+    find = locator({"a": jnp.ones(70), "b": jnp.ones((3, 4), "bfloat16")})
+    new = {"a": jnp.zeros(70), "b": jnp.zeros((3, 4), "bfloat16")}
     found = find.locate(new)
     assert found is not None
     assert found.addresses["a"] == new["a"].unsafe_buffer_pointer()
     for a in (new["a"][:-1], new["a"].reshape(10, 7), new["a"].astype("float16"), 3.0, None):
         assert find.locate({**new, "a": a}) is None
-    assert find.locate({**new, "b": {"c": in_order(new["b"]["c"], (1, 0))}}) is None
+    assert find.locate({**new, "b": in_order(new["b"], (1, 0))}) is None
 
 
 def test_results_that_are_still_being_computed_are_waited_for() -> None:
@@ -224,22 +212,3 @@ def test_results_that_are_still_being_computed_are_waited_for() -> None:
         seen = read(spec, np.float32).view(np.float32)
         np.testing.assert_array_equal(seen, np.asarray(later))
         assert (seen > 2).all()
-
-
-# -- what is shown ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_shown_is_a_copy(name: str) -> None:
-    narrowed = name in ("float64", "int64", "uint64", "complex128")  # by JAX, as it is set up
-    for shape in ((), (64,), (4096,), (3, 0)):
-        memory = random_bits(shape, name)
-        before = memory.tobytes()
-        shown = bridge.to_framework(memory)
-        with all_widths():
-            wide = bridge.to_framework(memory)
-        assert isinstance(shown, np.ndarray if narrowed else jax.Array)
-        assert isinstance(wide, jax.Array)
-        assert shown.dtype.name == wide.dtype.name == name
-        memory[...] = random_bits(shape, name, 1)
-        assert np.asarray(shown).tobytes() == np.asarray(wide).tobytes() == before

@@ -1,14 +1,11 @@
-"""The Keras bridge on each backend: models, their weights by name, and variables.
-
-The backend is taken when Keras is imported. The cases run here on the one of this process, and
-`test_on_another_backend` runs this file again with others.
-"""
+"""The Keras bridge on each backend; `test_on_another_backend` runs this file again with others."""
 
 from __future__ import annotations
 
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +67,8 @@ def plain(array: Any) -> np.ndarray:
 
 def model(seed: int = 0, names: tuple[str, str] = ("one", "two"), dtype: str = "float32") -> Any:
     layers = keras.layers
-    made = keras.Sequential(
-        [
-            layers.Input((4,)),
-            layers.Dense(4, name=names[0], dtype=dtype),
-            layers.BatchNormalization(dtype=dtype),
-            layers.Dense(4, name=names[1], dtype=dtype),
-        ]
-    )
+    one, two = (layers.Dense(4, name=name, dtype=dtype) for name in names)
+    made = keras.Sequential([layers.Input((4,)), one, layers.BatchNormalization(dtype=dtype), two])
     refresh(made, seed)
     return made
 
@@ -148,7 +139,7 @@ def test_swaps_come_back_to_the_bit(dtype: str, stored: str | None) -> None:
             ema.update()
         ema.restore()
         assert bits(made) == raw
-        assert all((shadow(ema)[n] == x).all() for n, x in average.items())
+        np.testing.assert_equal(shadow(ema), average)
     with pytest.raises(ZeroDivisionError), ema.swapped():
         made.evaluated = 1 / 0
     assert bits(made) == raw
@@ -186,25 +177,22 @@ def test_another_model_is_matched_by_name() -> None:
     raw, theirs = bits(made), bits(other)
     with ema.swapped(other):
         assert bits(made) == raw
-        for name, x in by_name(other).items():
-            np.testing.assert_array_equal(x, shadow(ema)[name])
+        np.testing.assert_equal(by_name(other), shadow(ema))
     assert bits(other) == theirs
     ema.copy_to(made)
-    for name, x in by_name(made).items():
-        np.testing.assert_array_equal(x, shadow(ema)[name])
+    np.testing.assert_equal(by_name(made), shadow(ema))
 
 
 def test_what_is_no_such_model() -> None:
     made, ema = averaged()
     before = shadow(ema)
-    changed = model()
+    changed, renamed = model(), model(2, names=("x", "two"))
     changed.pop()
-    cases = [({}, LayoutError), (made.weights, LayoutError), (3, BridgeError)]
-    for odd, error in (*cases, (model(2, names=("x", "two")), LayoutError), (changed, LayoutError)):
+    for odd in ({}, made.weights, 3, renamed, changed):
         for call in (ema.update, ema.apply_shadow):
-            with pytest.raises(error):
+            with pytest.raises(BridgeError if odd == 3 else LayoutError):
                 call(odd)
-    assert all((shadow(ema)[n] == x).all() for n, x in before.items())
+    np.testing.assert_equal(shadow(ema), before)
     assert ema.num_updates == 3
     with pytest.raises(BridgeError, match="is not built"):
         fastema.EMA(keras.Sequential([keras.layers.Dense(3)]), 0.5)
@@ -235,18 +223,15 @@ def test_containers_of_variables() -> None:
 def test_one_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     if not IMMUTABLE:
         return  # nothing is assigned
-    made, ema = averaged()
-    raw, average = bits(made), shadow(ema)
-    target = model(7)
-    theirs = bits(target)
+    (made, ema), target = averaged(), model(7)
+    raw, theirs, average = bits(made), bits(target), shadow(ema)
     original = keras.Variable.assign
     for failing in range(1, 9):
         for call in (ema.apply_shadow, lambda: ema.copy_to(target)):
-            count = [0]
+            left = iter(range(failing - 1, -1, -1))
 
-            def assign(self: Any, value: Any, count: list[int] = count, at: int = failing) -> Any:
-                count[0] += 1
-                if count[0] == at:
+            def assign(self: Any, value: Any, left: Iterator[int] = left) -> Any:
+                if next(left, None) == 0:
                     raise MemoryError("no room")
                 return original(self, value)
 
@@ -255,7 +240,7 @@ def test_one_failure_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
                 call()
             monkeypatch.undo()
             assert (bits(made), bits(target), ema.applied) == (raw, theirs, False)
-    assert all((shadow(ema)[n] == x).all() for n, x in average.items())
+    np.testing.assert_equal(shadow(ema), average)
     with ema.swapped():
         assert bits(made) != raw
     assert bits(made) == raw

@@ -26,6 +26,10 @@ MAKE: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def array(seed: int, kind: str = "jax") -> Any:
+    return MAKE[kind](np.random.default_rng(seed).normal(size=7).astype(np.float32))
+
+
 def address(array: Any) -> int:
     if isinstance(array, np.ndarray):
         return int(array.ctypes.data)
@@ -36,20 +40,14 @@ def locator(container: Any) -> Locator:
     return Locator(leaves_of(container), container)
 
 
-def values(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=7).astype(np.float32)
-
-
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_what_does_not_move_is_missed_where_it_did(kind: str) -> None:
-    stays, moves = MAKE[kind], MAKE["jax"]
-    container = {"a": stays(values(0)), "b": moves(values(1))}
+    container = {"a": array(0, kind), "b": array(1)}
     find = locator(container)
-    assert find.locate({**container, "b": moves(values(2))}) is not None
-    others = [stays(values(2)), moves(values(2)), container["a"][:-1], "text", np.array(["text"])]
-    for other in others:
+    assert find.locate({**container, "b": array(2)}) is not None
+    for other in (array(2, kind), array(2), container["a"][:-1], "text", np.array(["text"])):
         assert find.locate({**container, "a": other}) is None
-    assert find.locate({**container, "b": stays(values(2))}) is None
+    assert find.locate({**container, "b": array(2, kind)}) is None
     assert find.locate(container) is not None
 
 
@@ -66,13 +64,13 @@ STRUCTURES: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("kinds", [("jax",) * 3, ("jax", "numpy", "torch")])
 def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str, ...]) -> None:
-    arrays = [MAKE[kind](values(i)) for i, kind in enumerate(kinds)]
+    arrays = [array(i, kind) for i, kind in enumerate(kinds)]
     container = STRUCTURES[structure](*arrays)
     leaves = leaves_of(container)
-    assert leaves.structure is not None
     find = Locator(leaves, container)
     found = find.locate(container)
     assert found is not None
+    assert leaves.structure is not None
     assert found.addresses == {leaf.name: address(leaf.spec.owner) for leaf in leaves.items}
     for other, build in STRUCTURES.items():
         assert (find.locate(build(*arrays)) is not None) == (other == structure), other
@@ -82,20 +80,18 @@ def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str
 
 
 def test_one_array_under_two_names() -> None:
-    one, other = jnp.asarray(values(0)), jnp.asarray(values(1))
-    find = locator([one, other, one])
+    one, other = array(0), array(1)
+    find, apart = locator([one, other, one]), locator([one, other])
     assert find.locate([other, one, other]) is not None
     assert find.locate([one, other, other]) is None
-    assert find.locate([one, one, one]) is not None  # read only: nothing can go wrong
-    assert find.locate([one, one, one], write=True) is None
-    apart = locator([one, other])
-    assert apart.locate([one, one]) is not None
-    assert apart.locate([one, one], write=True) is None
+    for places in (find, apart):
+        same = [one] * (3 if places is find else 2)
+        assert places.locate(same) is not None  # read only: nothing can go wrong
+        assert places.locate(same, write=True) is None
 
 
 def test_memory_is_kept_as_long_as_what_was_found() -> None:
-    find = locator([jnp.asarray(values(0))])
-    tree = [jnp.asarray(values(1))]
+    find, tree = locator([array(0)]), [array(1)]
     watched, where = weakref.ref(tree[0]), address(tree[0])
     found = find.locate(tree)
     del tree
@@ -109,14 +105,13 @@ def test_memory_is_kept_as_long_as_what_was_found() -> None:
 
 
 def test_arrays_that_never_change_are_refused_a_second_time() -> None:
-    weights = [jnp.asarray(values(1)), jnp.asarray(values(2))]
+    weights = [array(1), array(2)]
     find = locator(weights)
-    located = find.locate(weights)
+    located, changed = find.locate(weights), find.locate([weights[0], array(3)])
     assert located is not None
+    assert changed is not None
     find.refuse_used(located, "here")
     find.notify_used(located)
     with pytest.raises(ArgumentError, match=r"no new arrays.*here"):
         find.refuse_used(located, "here")
-    changed = find.locate([weights[0], jnp.asarray(values(3))])
-    assert changed is not None
     find.refuse_used(changed, "here")

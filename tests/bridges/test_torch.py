@@ -38,16 +38,6 @@ def _left(nbytes: int) -> Any:
     return tensor
 
 
-def _fake() -> Any:
-    with FakeTensorMode():
-        return torch.ones(3)
-
-
-def test_a_dtype_without_kernels_is_refused() -> None:
-    with pytest.raises(DTypeError, match=r"torch\.float32"):
-        bridge.code(torch.complex32)
-
-
 UNUSABLE = {
     "sparse": lambda: torch.ones(3, 3).to_sparse(),
     "compressed": lambda: torch.ones(3, 3).to_sparse_csr(),
@@ -58,7 +48,7 @@ UNUSABLE = {
     "freed": lambda: _left(0),
     "beyond the storage": lambda: _left(64),
     "unaligned": lambda: torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1),
-    "fake": _fake,
+    "fake": lambda: FakeTensorMode().from_tensor(torch.ones(3)),
 }
 
 
@@ -68,6 +58,11 @@ def test_tensors_without_plain_memory_are_refused(case: str) -> None:
     tensor = UNUSABLE[case]()
     with pytest.raises(BridgeError):
         bridge.describe(tensor)
+
+
+def test_a_dtype_without_kernels_is_refused() -> None:
+    with pytest.raises(DTypeError, match=r"torch\.float32"):
+        bridge.code(torch.complex32)
 
 
 def test_writing_is_told_to_autograd_but_for_tensors_of_inference_mode(
@@ -125,19 +120,15 @@ def test_buffers_that_a_state_leaves_out_are_marked() -> None:
         assert {one.name for one in everything} - kept == {"1.0.cache", "1.small"}
 
 
-def _small() -> Any:
-    net = network()
-    net.register_buffer("scale", torch.ones(3, dtype=torch.uint8).view(torch.bits8))
-    return net
-
-
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_tensors_of_a_module_that_cannot_be_used() -> None:
     """A container may hold them where nobody asks for them; who does is told which one it is."""
+    odd = network()
+    odd.register_buffer("scale", torch.ones(3, dtype=torch.uint8).view(torch.bits8))
     for model, name, error, message in (
         (nn.Sequential(nn.LazyLinear(4)), "0.weight", BridgeError, "no shape yet"),
         (nn.Linear(2, 2, device="meta"), "weight", BridgeError, "no plain memory"),
-        (_small(), "scale", DTypeError, "bits8"),
+        (odd, "scale", DTypeError, "bits8"),
     ):
         leaves = bridge.walk(model)
         assert name not in leaves.names
