@@ -54,10 +54,10 @@ def _handler(code: CodeType, offset: int) -> int | None:
 
 
 class At:
-    """A tracer that sends SIGINT at the k-th place it comes to: Ctrl-C, there."""
+    """A tracer that sends SIGINT at the k-th place it comes to, or at several from there on."""
 
-    def __init__(self, k: int) -> None:
-        self.left = k
+    def __init__(self, k: int, times: int) -> None:
+        self.left, self.times = k, times
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
@@ -66,15 +66,18 @@ class At:
         frame.f_trace_opcodes = True
         if event == "opcode" and frame.f_lasti in places(frame.f_code):
             self.left -= 1
-            if self.left == 0:
+            if -self.times < self.left <= 0:
                 signal.raise_signal(signal.SIGINT)
         return self
 
 
-def interrupted(k: int, call: Callable[[], object]) -> int:
-    """Interrupt a call at its k-th place; return how many places it fell short of that."""
+def interrupted(k: int, call: Callable[[], object], times: int = 1) -> int:
+    """Interrupt a call at its k-th place; return how many places it fell short of that.
+
+    With 0 it is not interrupted, and the places are counted, negative.
+    """
     before = sys.gettrace()
-    tracer = At(k)
+    tracer = At(k, times)
     # Where the tests run in the background, a shell has SIGINT ignored.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.settrace(tracer)
@@ -88,20 +91,15 @@ def interrupted(k: int, call: Callable[[], object]) -> int:
     return tracer.left
 
 
-def count(call: Callable[[], object]) -> int:
-    """How many places a call comes to, negative."""
-    return interrupted(0, call)
-
-
-def every_place(call: Callable[[], object], check: Callable[[], object]) -> None:
+def every_place(call: Callable[[], object], check: Callable[[], object], times: int = 1) -> None:
     """Interrupt a call everywhere; of a long one's middle, at a hundred places at most."""
-    many = -count(call)
+    many = -interrupted(0, call)
     check()
     assert many > 20
     apart = max(20, many // 100)
     for k in range(1, many + 1):
         if k < NEAR_THE_ENDS or k > many - NEAR_THE_ENDS or k % apart == 0:
-            interrupted(k, call)
+            interrupted(k, call, times)
             check()
 
 

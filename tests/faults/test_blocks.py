@@ -1,9 +1,8 @@
-"""Blocks that restore: at every place where Python delivers a signal, and under timers."""
+"""Blocks that restore: whatever raises, and at every place where Python delivers a signal."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from fastema.engine.blocks import RestoringBlock, Steps
 
-from .interrupts import At, every_place
+from .interrupts import every_place
 
 
 class Held:
@@ -24,44 +23,34 @@ class Held:
     def inside(self) -> bool:
         return self.calls.count("apply") > self.calls.count("restore")
 
-    def steps(self, **changes: Any) -> Steps[str]:
+    def block(self, **changes: Any) -> RestoringBlock[str]:
         def apply() -> str:
             self.calls.append("apply")
             return "value"
 
         calls = {"apply": apply, "restore": lambda: self.calls.append("restore"), **changes}
-        return Steps(**calls)
-
-    def block(self, **changes: Any) -> RestoringBlock[str]:
-        return RestoringBlock(lambda: self.steps(**changes))
+        return RestoringBlock(lambda: Steps(**calls))
 
 
-def fail(message: str) -> Any:
-    raise ValueError(message)
+def fail() -> Any:
+    raise ValueError("planted")
 
 
-# Steps that fail, the error that comes out, and the calls that were made.
-FAILING: dict[str, tuple[dict[str, Any], str, list[str]]] = {
-    "apply": ({"apply": lambda: fail("half way")}, "half way", ["restore"]),
-    "restore": ({"restore": lambda: fail("gone")}, "gone", ["apply"]),
-    "verify": ({"verify": lambda: fail("written")}, "written", ["apply", "restore"]),
-}
+# The step that fails, and the calls that were made.
+FAILING = {"apply": ["restore"], "restore": ["apply"], "verify": ["apply", "restore"]}
 
 
 @pytest.mark.parametrize("step", FAILING)
 def test_failed_step_is_raised_after_one_restore(step: str) -> None:
-    changes, words, calls = FAILING[step]
     held = Held()
-    with pytest.raises(ValueError, match=words), held.block(**changes):
+    with pytest.raises(ValueError, match="planted"), held.block(**{step: fail}):
         pass
-    assert held.calls == calls
-    with pytest.raises(ValueError, match="checks"), RestoringBlock(lambda: fail("checks")):
-        pass
+    assert held.calls == FAILING[step]
 
 
 def test_exception_in_the_block_comes_out_after_the_restore_and_without_verification() -> None:
     held = Held()
-    with pytest.raises(StopIteration), held.block(verify=lambda: fail("not reached")):
+    with pytest.raises(StopIteration), held.block(verify=fail):
         raise StopIteration
     assert held.calls == ["apply", "restore"]
 
@@ -97,63 +86,17 @@ def test_abandoned_block_restores_when_it_is_freed_and_a_used_one_keeps_nothing_
     assert sys.getrefcount(held) == before
 
 
-# -- signals --------------------------------------------------------------------------------------
-
-
-class seen_by_handlers:
-    """What an ``except`` clause around the block sees, while the exception is still there."""
-
-    def __init__(self, held: Held) -> None:
-        self.held = held
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        if self.held.inside:
-            pytest.fail("the average is still there where the exception is handled")
-
-
-def test_interrupted_at_every_place() -> None:
+@pytest.mark.parametrize("times", [1, 3])
+def test_it_is_restored_wherever_interrupts_come_where_they_are_handled(times: int) -> None:
     held, entered = Held(), []
 
     def block() -> None:
-        with seen_by_handlers(held), held.block():
-            entered.append(held.inside)
+        try:
+            with held.block():
+                entered.append(held.inside)
+        finally:
+            assert not held.inside
 
-    def check() -> None:
-        assert not held.inside
-        held.calls.clear()
-
-    every_place(block, check)
+    every_place(block, held.calls.clear, times)
     assert entered
     assert all(entered)
-
-
-class Again(At):
-    """A tracer that interrupts at the k-th place and at the two that follow."""
-
-    def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-        before, result = self.left, super().__call__(frame, event, argument)
-        if before in (0, -1) and self.left == before - 1:
-            signal.raise_signal(signal.SIGINT)
-        return result
-
-
-def test_three_interrupts_in_a_row_are_outlasted() -> None:
-    held = Held()
-    short = 0
-    for k in range(1, 500):
-        tracer = Again(k)
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        before = sys.gettrace()
-        sys.settrace(tracer)
-        try:
-            with seen_by_handlers(held), held.block():
-                pass
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(before)
-            signal.signal(signal.SIGINT, handler)
-        short += tracer.left <= -2
-    assert 0 < short < 499
