@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import pickle
 import time
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,27 +18,131 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastema.checkpoint import average, dcp, merge, open_checkpoint, weights
-from fastema.checkpoint.files import StoredTensor
+from fastema.checkpoint import average, inspect, merge, open_checkpoint, weights
 from fastema.checkpoint.select import select
-from fastema.errors import ArgumentError, CheckpointError, StorageError
-from fastema.layout.dtypes import dtype
-
-from ..conftest import ROOT
-from .conftest import files_up_to
-from .written import (
-    SAVED,
-    STATES,
-    WEIGHTS,
-    assert_average,
-    save_dcp,
-    save_folder,
-    save_safetensors,
-    save_torch,
-    two,
-)
+from fastema.errors import ArgumentError, CheckpointError
 
 NEEDS = ("safetensors", "torch")
+
+pytestmark = pytest.mark.usefixtures("inside")
+
+WEIGHTS = [0.1, 0.2, 0.3, 0.15, 0.25]
+State = dict[str, torch.Tensor]
+
+
+def state(seed: int) -> State:
+    """Tensors of many dtypes and sizes, one larger than a piece."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "emb.weight": random(700, 131),
+        "out.weight": random(40, 30).bfloat16(),
+        "bn.running_mean": random(5).double(),
+        "bn.num_batches_tracked": torch.tensor(seed),
+        "half": random(7).half(),
+        "ids": torch.arange(9),
+        "scaled": torch.tensor([1, 2, 3]).to(torch.float8_e4m3fn),
+        "empty": torch.zeros(0, 3),
+        "scalar": random(),
+        "complex": torch.complex(random(3), random(3)),
+    }
+
+
+STATES = [state(seed) for seed in range(5)]
+
+
+def save_safetensors(path: Path, one: State) -> Path:
+    save_file(one, file := path.with_name(f"{path.name}.safetensors"))
+    return file
+
+
+def save_torch(path: Path, one: State) -> Path:
+    torch.save({"model": one, "lr": 0.1, "names": ["a", None]}, file := path.with_suffix(".pt"))
+    return file
+
+
+def save_lightning(path: Path, one: State) -> Path:
+    torch.save({"state_dict": one, "global_step": 7}, file := path.with_suffix(".ckpt"))
+    return file
+
+
+def save_in_two(path: Path, one: State, file: str, save: Callable[[Any, Any], Any]) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "optimizer.pt").write_bytes(b"")
+    names, where = list(one), {}
+    for number, some in enumerate((names[: len(one) // 2], names[len(one) // 2 :]), 1):
+        save({name: one[name] for name in some}, path / file.format(f"-0000{number}-of-00002"))
+        where |= dict.fromkeys(some, file.format(f"-0000{number}-of-00002"))
+    (path / f"{file.format('')}.index.json").write_text(json.dumps({"weight_map": where}))
+    return path
+
+
+def save_sharded(path: Path, one: State) -> Path:
+    return save_in_two(path, one, "model{}.safetensors", save_file)
+
+
+def save_sharded_torch(path: Path, one: State) -> Path:
+    return save_in_two(path, one, "pytorch_model{}.bin", torch.save)
+
+
+def save_folder(path: Path, one: State) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "tokenizer.json").write_text("[]")
+    save_file(one, path / "model.safetensors")
+    return path
+
+
+def save_dcp(path: Path, one: State, flat: bool = False) -> Path:
+    from torch.distributed import checkpoint
+
+    content = one if flat else {"model": one, "step": torch.tensor(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save(content, checkpoint_id=str(path))
+    return path
+
+
+SAVED: dict[str, tuple[Callable[[Path, State], Path], str]] = {
+    "safetensors": (save_safetensors, "safetensors"),
+    "torch.save": (save_torch, "torch"),
+    "Lightning": (save_lightning, "torch"),
+    "sharded safetensors": (save_sharded, "sharded safetensors"),
+    "sharded torch": (save_sharded_torch, "sharded torch"),
+    "Hugging Face folder": (save_folder, "safetensors"),
+    "torch.distributed": (save_dcp, "torch.distributed"),
+}
+
+
+def assert_average(out: Path, coefficients: list[float], states: list[State] = STATES) -> None:
+    """Assert that a result is the sum in float64, rounded once; the rest is the newest's."""
+    got: State = {}
+    for file in out.glob("*.safetensors") if out.is_dir() else [out]:
+        got |= load_file(file)
+    assert got.keys() == states[-1].keys()
+    for name, tensor in states[-1].items():
+        assert got[name].dtype == tensor.dtype, name
+        assert got[name].shape == tensor.shape, name
+        if tensor.dtype in (torch.int64, torch.float8_e4m3fn):
+            assert torch.equal(got[name].float(), tensor.float()), name
+            continue
+        wide = torch.complex128 if tensor.is_complex() else torch.float64
+        want = sum(c * one[name].to(wide) for c, one in zip(coefficients, states, strict=True))
+        half_ulp = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(tensor.dtype, 2.0**-24)
+        error = (got[name].to(wide) - want).abs()
+        assert (error <= want.abs() * 1.01 * half_ulp + 1e-12).all(), name
+
+
+def two(tmp_path: Path, *changes: dict[str, Any]) -> list[Path]:
+    made = []
+    for i, change in enumerate(changes):
+        one = {name: t for name, t in {**STATES[i], **change}.items() if t is not None}
+        made.append(save_safetensors(tmp_path / f"{i}", one))
+    return made
 
 
 @pytest.mark.parametrize("layout", SAVED)
@@ -44,8 +150,7 @@ def test_an_average_is_the_sum_in_float64_of_any_layout(layout: str, tmp_path: P
     save, kind = SAVED[layout]
     paths = [save(tmp_path / f"step-{100 * i}", one) for i, one in enumerate(STATES)]
     found = open_checkpoint(paths[2])
-    assert found.format == kind
-    assert found.step == (7 if layout == "Lightning" else 200)
+    assert (found.format, found.step) == (kind, 7 if layout == "Lightning" else 200)
     folder = paths[0].is_dir()
     out = tmp_path / ("out" if folder else "out.safetensors")
     read: list[int] = []
@@ -79,23 +184,6 @@ def test_several_averages_are_made_in_one_pass(tmp_path: Path) -> None:
     assert sum(read) == made.nbytes
 
 
-def test_parts_of_rows_in_a_distributed_folder_are_put_in_order(tmp_path: Path) -> None:
-    """Blocks divided along the second axis, as tensor parallel writes them."""
-    whole = np.arange(6 * 10, dtype=np.float32).reshape(6, 10)
-    chunks = []
-    for i, (rows, columns) in enumerate([((0, 4), (0, 3)), ((4, 6), (0, 3)), ((0, 6), (3, 10))]):
-        path, part = tmp_path / f"{i}.distcp", whole[slice(*rows), slice(*columns)]
-        torch.save(torch.tensor(part), path)
-        corner = rows[0], columns[0]
-        chunks.append(dcp._Chunk(corner, part.shape, path, 0, path.stat().st_size))
-    found = dcp.stretches_of("w", dcp.Chunked(StoredTensor(dtype("f32"), (6, 10)), chunks))
-    for first, count in ((0, 240), (8, 100), (36, 4), (200, 40)):
-        got = bytearray(count)
-        for path, offset, at, size in found.within(first, count):
-            got[at : at + size] = path.read_bytes()[offset : offset + size]
-        assert bytes(got) == whole.tobytes()[first : first + count]
-
-
 def test_tied_names_are_averaged_once_and_named_in_the_metadata(tmp_path: Path) -> None:
     paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
     for i, path in enumerate(paths):
@@ -109,7 +197,6 @@ def test_tied_names_are_averaged_once_and_named_in_the_metadata(tmp_path: Path) 
         assert opened.metadata()["fastema.average"] == "0.5 * 0.pt; 0.5 * 1.pt"
 
 
-@pytest.mark.usefixtures("inside")
 def test_flat_names_of_a_folder_that_begin_like_a_mapping_stay() -> None:
     tensors = {"model.embed.weight": torch.ones(2), "lm_head.weight": torch.ones(3)}
     save_dcp(Path("flat"), tensors, flat=True)
@@ -117,7 +204,6 @@ def test_flat_names_of_a_folder_that_begin_like_a_mapping_stay() -> None:
     assert load_file("out/model.safetensors").keys() == tensors.keys()
 
 
-@pytest.mark.usefixtures("inside")
 def test_a_checkpoint_of_no_weight_has_no_part() -> None:
     save_file({"a": torch.tensor([float("nan")])}, "1.safetensors")
     save_file({"a": torch.ones(1)}, "2.safetensors")
@@ -161,24 +247,18 @@ def test_checkpoints_of_a_folder_are_chosen_by_step(tmp_path: Path) -> None:
         chosen()
 
 
-STEPS = [100, 200, 450, 500, 900]
-
-
-@pytest.mark.parametrize(
-    ("found", "want"),
-    [
+def test_weights_of_five_unevenly_spaced_checkpoints() -> None:
+    steps = [100, 200, 450, 500, 900]
+    for found, want in (
         (weights.swa(5), [0.2] * 5),
         (weights.sma(5, 2), [0, 0, 0, 0.5, 0.5]),
         (weights.wma(5), [1 / 15, 2 / 15, 3 / 15, 4 / 15, 5 / 15]),
         (weights.wsm(5, "linear"), [0.2] * 5),
         (weights.wsm(5, "1-sqrt"), np.diff(np.sqrt([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]))),
-        # Each stands for the steps since the one before, as for an EMA that sees it at all of them.
-        (weights.ema(STEPS, 0.99), np.diff([0.0, *0.99 ** (900 - np.array(STEPS))])),
-    ],
-    ids=["swa", "sma", "wma", "linear", "1-sqrt", "ema"],
-)
-def test_weights_of_five_unevenly_spaced_checkpoints(found: list[float], want: list[float]) -> None:
-    np.testing.assert_allclose(found, want, rtol=1e-12)
+        # Each stands for the steps since the one before, as for an EMA that sees all of them.
+        (weights.ema(steps, 0.99), np.diff([0.0, *0.99 ** (900 - np.array(steps))])),
+    ):
+        np.testing.assert_allclose(found, want, rtol=1e-12)
 
 
 def test_weights_that_cannot_be() -> None:
@@ -190,43 +270,6 @@ def test_weights_that_cannot_be() -> None:
     ):
         with pytest.raises(ArgumentError, match=words):
             call()
-
-
-SLOWLY = """
-import sys
-from fastema.checkpoint import average
-print("ready", flush=True)
-average(sys.argv[1:4], [0.5, 0.25, 0.25], sys.argv[4])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("folder", [False, True])
-def test_a_killed_average_leaves_nothing_that_looks_finished(folder: bool, tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    save = save_folder if folder else save_safetensors
-    big = [{"w": torch.randn(6_000_000), "half": torch.ones(3).half()} for _ in range(3)]
-    paths = [save(tmp_path / f"{i}", one) for i, one in enumerate(big)]
-    killed = 0
-    for trial in range(12):
-        out = tmp_path / (f"out{trial}" if folder else f"out{trial}.safetensors")
-        command = [sys.executable, "-c", SLOWLY, *map(str, paths), str(out)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(rng.uniform(0.0, 0.6))
-            process.kill()
-        killed += not out.exists()
-        if out.exists():
-            assert_average(out, [0.5, 0.25, 0.25], big)
-    assert killed
-
-
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    paths = two(tmp_path, {}, {})
-    with files_up_to(100_000), pytest.raises(StorageError, match="cannot write"):
-        average(paths, [0.5, 0.5], tmp_path / "out.safetensors")
-    assert sorted(tmp_path.iterdir()) == paths
 
 
 @pytest.mark.slow
@@ -248,3 +291,202 @@ def test_memory_stays_below_its_bound(tmp_path: Path, python: Callable[..., str]
         str(tmp_path.with_suffix(".safetensors")),
     )
     assert int(grown) < 150 << 10  # of 640 MB
+
+
+# -- refused, in a sentence and before anything is written -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"half": None}, "'half' is in 0.safetensors, not in 1.safetensors"),
+        ({"more": torch.ones(2)}, "'more' is in 1.safetensors, not in 0.safetensors"),
+        ({"half": torch.ones(8)}, r"'half' is \[7\] in 0.safetensors, \[8\] in 1.safetensors"),
+        ({"half": torch.ones(7).int()}, "'half' is f16 in 0.safetensors, i32 in 1.safetensors"),
+        ({"ids": torch.arange(9) + 1}, r"'ids', i64\[9\]: whole numbers that differ"),
+        (
+            {"scaled": torch.tensor([1, 2, 4]).to(torch.float8_e4m3fn)},
+            r"'scaled', f8e4m3fn\[3\]: scaled or packed numbers that differ",
+        ),
+        ({"complex": torch.ones(3)}, "'complex' is complex in some"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_written(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    paths = two(tmp_path, {}, change)
+    with pytest.raises(CheckpointError, match=words):
+        average(paths, [0.5, 0.5], tmp_path / "out.safetensors")
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_odd_tensors_ties_and_names_are_refused() -> None:
+    w, v = torch.ones(2), torch.zeros(2)
+    x = torch.tensor([1 + 2j])
+    for name, content in {
+        "conj.pt": {"w": x.conj()},
+        "neg.pt": {"w": x.conj().imag},
+        "1.pt": {"a": w, "b": v, "c": w},
+        "2.pt": {"a": w, "b": v, "c": v},
+        "twice.pt": {"a": {"b": w}, "a.b": v},
+    }.items():
+        torch.save(content, name)
+    for paths, words in (
+        (["conj.pt"], "is to be changed"),
+        (["neg.pt"], "is to be changed"),
+        (["1.pt", "2.pt"], "other names are tied in 1.pt"),
+        (["twice.pt"], r"two tensors are called 'a\.b'"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            average(paths, [1 / len(paths)] * len(paths), "out.safetensors")
+
+
+def test_outputs_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    paths = two(tmp_path, {}, {})
+    folders = [save_folder(tmp_path / f"f{i}", STATES[i]) for i in range(2)]
+    (tmp_path / "link.safetensors").symlink_to(paths[0])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    before = paths[0].read_bytes()
+    for given, out, words in (
+        (paths, paths[0], "one of the checkpoints"),
+        (paths, tmp_path / "link.safetensors", "one of the checkpoints"),
+        (paths, tmp_path / "folder", "is a folder"),
+        (paths, tmp_path / "out.pt", "let its name end so"),
+        (paths, tmp_path / "none" / "out.safetensors", "there is no folder"),
+        (folders, tmp_path / "folder", "not empty"),
+        (folders, folders[0], "one of the checkpoints"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            average(given, [0.5, 0.5], out)
+    assert paths[0].read_bytes() == before
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["notes.txt"]
+
+
+def test_weights_are_exact_and_odd_ones_are_warned_of(tmp_path: Path) -> None:
+    paths = two(tmp_path, {}, {})
+    out = tmp_path / "out.safetensors"
+    for odd, words in (([0.1, 1.0], r"sum to 1\.1, not to 1"), ([-1.0, 2.0], "negative")):
+        with pytest.warns(UserWarning, match=words):
+            average(paths, odd, out)
+        assert_average(out, odd, STATES[:2])
+    for given, odd, words in (
+        (paths, [1, 1, 1], "3 weights for 2 checkpoints"),
+        (paths, [float("nan"), 1.0], "finite"),
+        ([], [], "no checkpoints"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            average(given, odd, out)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch pwned",)
+
+
+def test_a_pickle_with_code_is_refused_by_name(inside: Path) -> None:
+    torch.save({"w": torch.ones(2), "args": Evil()}, "1.pt")
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system|asks for nt\.system"):
+        open_checkpoint("1.pt")
+    (inside / "1.pt").write_bytes(pickle.dumps({"w": 1}))
+    with pytest.raises(CheckpointError):
+        open_checkpoint("1.pt")
+    assert not (inside / "pwned").exists()
+
+
+# Lists or tuples that hold the same one twice, many times within each other.
+LISTS = b"".join(b"q%c0](h%ch%ce" % (i, i, i) for i in range(40))
+TUPLES = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+PICKLES = {
+    "doubled lists": b"\x80\x02}X\x01\x00\x00\x00a]" + LISTS + b"s.",
+    "doubled tuples": b"\x80\x02})q\x00" + TUPLES + b"K\x01s.",
+    "deep tuples": b"\x80\x02}N" + b"\x85" * 300_000 + b"K\x01s.",
+    "what changes a function of ours": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__Ns\x86b."
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_small_pickles_take_no_time_and_change_nothing_of_ours(name: str) -> None:
+    with zipfile.ZipFile("x.pt", "w") as file:
+        file.writestr("x/data.pkl", PICKLES[name])
+    began = time.monotonic()
+    with pytest.raises(CheckpointError):
+        inspect("x.pt")
+    assert time.monotonic() - began < 30
+    torch.save({"w": torch.ones(2)}, "good.pt")
+    assert list(open_checkpoint("good.pt").tensors) == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "content", "words"),
+    [
+        ("data.pkl", None, "no data.pkl"),
+        ("data/0", None, "the numbers of w"),
+        ("data/0", b"12", "longer than what is"),
+        ("byteorder", b"big", "big-endian"),
+        ("deflated", None, "compressed"),
+        ("transposed", None, "w is not row-major"),
+        ("half of it", None, r"1\.pt"),
+    ],
+)
+def test_torch_files_that_cannot_be_read(entry: str, content: bytes | None, words: str) -> None:
+    w = torch.randn(5, 10)
+    torch.save({"w": w.t() if entry == "transposed" else w}, "1.pt")
+    with zipfile.ZipFile("1.pt") as archive:
+        entries = {one.filename: archive.read(one) for one in archive.infolist()}
+    how = zipfile.ZIP_DEFLATED if entry == "deflated" else zipfile.ZIP_STORED
+    with zipfile.ZipFile("1.pt", "w", how) as archive:
+        for name, old in entries.items():
+            new = content if name.endswith(entry) else old
+            if new is not None:
+                archive.writestr(name, new)
+    if entry == "half of it":
+        whole = Path("1.pt").read_bytes()
+        Path("1.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint("1.pt")
+
+
+def test_a_damaged_index_is_one_sentence(inside: Path) -> None:
+    index = inside / "model.safetensors.index.json"
+    contents = ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 5000, "\xff"]
+    for content in contents:
+        index.write_text(content, encoding="latin-1")
+        with pytest.raises(CheckpointError, match=r"no index of a checkpoint|no tensors") as caught:
+            open_checkpoint(inside)
+        assert "\n" not in str(caught.value)
+
+
+def test_parts_that_are_not_there(inside: Path) -> None:
+    index = save_sharded(inside / "1", STATES[0]) / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    for change, words in (
+        ({"ghost": where["half"]}, "'ghost' is not in the file that it names"),
+        ({"half": "gone.safetensors"}, r"gone\.safetensors, which is not there"),
+        ({"half": "../gone.safetensors"}, "is no file beside it"),
+    ):
+        index.write_text(json.dumps({"weight_map": {**where, **change}}))
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint("1")
+    next(save_dcp(inside / "2", {"w": torch.ones(2)}).glob("*.distcp")).unlink()
+    with pytest.raises(CheckpointError, match="is not whole"):
+        inspect("2")
+
+
+def test_what_is_no_checkpoint(inside: Path) -> None:
+    (inside / "empty").mkdir()
+    os.mkfifo("pipe.safetensors")
+    save_file({"a": torch.ones(1)}, "a.safetensors")
+    save_file({"a": torch.ones(1)}, "b.safetensors")
+    for path, words in (
+        ("nothing", "No such file"),
+        ("empty", "holds no checkpoint"),
+        ("pipe.safetensors", "no file and no folder"),
+        (".", "files that could be meant"),
+        ("a\0b", "cannot read"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            open_checkpoint(path)
