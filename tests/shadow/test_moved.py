@@ -17,17 +17,7 @@ import fastema
 from fastema.errors import LayoutError
 
 from .kinds import KINDS, VARIED, all_of, unchanged, which
-from .weights import (
-    Net,
-    assert_bits,
-    net,
-    poison_,
-    refresh_,
-    snapshot,
-    tensors_of,
-    train_,
-    values,
-)
+from .weights import Net, assert_bits, net, poison_, snapshot, tensors_of, train_, values
 
 pytestmark = pytest.mark.torch
 
@@ -83,20 +73,15 @@ def converted(setting: str) -> Move:
     return move
 
 
-def state_dict_assigned(model: Net) -> None:
-    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+def fresh(parameter: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone())
 
 
 def tensors_replaced(model: Net) -> None:
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
-    model.scale = nn.Parameter(model.scale.detach().clone())
+    model.head.weight = fresh(model.head.weight)
+    model.scale = fresh(model.scale)
     model.norm.running_mean = model.norm.running_mean.clone()
     model.norm.num_batches_tracked = model.norm.num_batches_tracked + 0
-
-
-def tensors_swapped(model: Net) -> None:
-    other = nn.Parameter(model.conv.weight.detach().clone())
-    torch.utils.swap_tensors(model.conv.weight, other)
 
 
 def one_big_storage(model: Net) -> None:
@@ -122,14 +107,9 @@ def called_functionally(model: Net) -> list[torch.Tensor]:
 def dicts_replaced(model: Net) -> None:
     for module in model.modules():
         module._parameters = {
-            name: None if one is None else nn.Parameter(one.detach().clone())
-            for name, one in module._parameters.items()
+            name: None if one is None else fresh(one) for name, one in module._parameters.items()
         }
         module._buffers = {name: one.clone() for name, one in module._buffers.items()}
-
-
-def dict_of_modules_replaced(model: Net) -> None:
-    model._modules = {name: copy.deepcopy(child) for name, child in model.named_children()}
 
 
 MOVES: dict[str, Move] = {
@@ -139,10 +119,14 @@ MOVES: dict[str, Move] = {
     "applied to each": lambda model: model._apply(torch.clone),
     "overwriting conversion": converted("overwrite"),
     "swapping conversion": converted("swap"),
-    "state dict assigned": state_dict_assigned,
+    "state dict assigned": lambda model: model.load_state_dict(
+        copy.deepcopy(model.state_dict()), assign=True
+    ),
     "module replaced": lambda model: setattr(model, "hidden", copy.deepcopy(model.hidden)),
     "tensors replaced": tensors_replaced,
-    "tensors swapped": tensors_swapped,
+    "tensors swapped": lambda model: torch.utils.swap_tensors(
+        model.conv.weight, fresh(model.conv.weight)
+    ),
     "same storage, other memory": lambda model: model.share_memory(),
     "channels last": lambda model: model.to(memory_format=torch.channels_last),
     "transposed": data_of("hidden.weight", lambda weight: weight.t().contiguous().t()),
@@ -150,7 +134,9 @@ MOVES: dict[str, Move] = {
     "one big storage": one_big_storage,
     "called functionally": called_functionally,
     "dicts replaced": dicts_replaced,
-    "dict of modules replaced": dict_of_modules_replaced,
+    "dict of modules replaced": lambda model: setattr(
+        model, "_modules", copy.deepcopy(model._modules)
+    ),
     "state set": lambda model: model.hidden.__setstate__(vars(copy.deepcopy(model.hidden))),
     "attributes updated": lambda model: vars(model).update(vars(copy.deepcopy(model))),
 }
@@ -198,7 +184,7 @@ def test_move_while_applied(move: str, kind: str, options: dict[str, str]) -> No
     model = net()
     average = KINDS[kind](model, **options)
     train_(model, range(1, 6), average)
-    refresh_(model, 7)
+    train_(model, [7])
     held = all_of(average)
     with unchanged(model, average), average.swapped(**which(average)):
         poison_left(model, move)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -132,13 +133,8 @@ def test_any_delays_give_the_same_average() -> None:
 def test_threads_may_update_at_once() -> None:
     _model, offloaded, _ema = build()
     offloaded._link.delay = lambda number: time.sleep(0.001)
-    threads = [
-        threading.Thread(target=lambda: [offloaded.update() for _ in range(10)]) for _ in range(3)
-    ]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: offloaded.update(), range(30)))
     assert offloaded.state_dict()["num_updates"] == 30
 
 
@@ -187,10 +183,9 @@ def test_what_cannot_be_on_the_host_is_refused(name: str) -> None:
         build_it()
 
 
-def test_its_dtype_may_change_and_it_stays_on_the_host() -> None:
+def test_its_dtype_may_change_on_the_host() -> None:
     _model, offloaded, _ema = build()
-    assert offloaded.to(torch.float64).shadow["head.weight"].dtype == torch.float64
-    assert offloaded.to("cpu") is offloaded
+    assert offloaded.to("cpu", torch.float64).shadow["head.weight"].dtype == torch.float64
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
@@ -278,10 +273,10 @@ def test_a_fork_waits_for_what_is_under_way_and_both_go_on(python: Callable[...,
         child = os.fork()
         optimizer.step()
         ema.update()
+        if child:
+            os.waitpid(child, 0)
         print(ema.state_dict()["num_updates"], ema.offload_stats.steps_skipped, flush=True)
-        if not child:
-            os._exit(0)
-        os.waitpid(child, 0)
+        os._exit(0)
         """
     )
     assert said.splitlines() == ["2 0"] * 2
