@@ -1,7 +1,5 @@
 """What tests share: numbers to compute with, guarded memory, and fresh interpreters."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

@@ -5,8 +5,6 @@ them, have to fail; with ``--full`` as ``make test-full`` does. The exit status 
 caught. All of them take a quarter of an hour on two cores.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

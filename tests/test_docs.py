@@ -1,7 +1,5 @@
 """What the documentation shows runs, its links lead somewhere, and what is generated is new."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import pkgutil

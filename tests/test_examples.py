@@ -1,7 +1,5 @@
 """The examples run, and what they say is so."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

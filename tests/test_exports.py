@@ -1,7 +1,5 @@
 """What the package says it exports is there, and is documented."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import importlib

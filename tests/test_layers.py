@@ -1,8 +1,6 @@
 """Each package and module of fastema imports only what the table allows it, wherever the import
 stands: read with ast, also within functions, under TYPE_CHECKING and by `import_module`."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """`import fastema` is light: it brings in nothing but the standard library and itself."""
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """A model of many small tensors: the work of every call grows as their number."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import product

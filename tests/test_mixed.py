@@ -1,7 +1,5 @@
 """The low-level interface and averages between frameworks, in every direction there is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

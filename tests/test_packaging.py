@@ -1,7 +1,5 @@
 """What a user installs: the sdist, the wheel built from it, and the wheel put to work elsewhere."""
 
-from __future__ import annotations
-
 import email
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The low-level interface: what people call, on the containers they have."""
 
-from __future__ import annotations
-
 import gc
 import tracemalloc
 from collections.abc import Callable

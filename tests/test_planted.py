@@ -1,7 +1,5 @@
 """The faults of planted.py stand where the sources are now."""
 
-from __future__ import annotations
-
 import pytest
 
 from .planted import FAULTS, ROOT, Fault

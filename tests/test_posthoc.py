@@ -1,7 +1,5 @@
 """Averages put together from snapshots, against the same averages tracked during the run."""
 
-from __future__ import annotations
-
 import json
 import threading
 import tracemalloc

@@ -1,7 +1,5 @@
 """The GPU check runs dry: the same lines on the CPU, with tiny tensors and the host's clock."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

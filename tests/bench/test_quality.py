@@ -1,7 +1,5 @@
 """The questions of quality and accuracy: fair pairs, exact references."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The benchmarks compare like with like: right results, right byte counts, tables that render."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +10,7 @@ import torch
 
 from bench import __main__ as command
 from bench.questions import counts, cpu
-from bench.race import (
-    baseline,
-    cases,
-    checks,
-    contest,
-    jobs,
-    machines,
-    peers,
-    report,
-    shapes,
-)
+from bench.race import baseline, cases, checks, contest, jobs, machines, peers, report, shapes
 from bench.race.flat_module import DTYPES, build, randomise_
 from bench.race.question import Question, Settings
 from bench.race.report import Row

@@ -1,7 +1,5 @@
 """Binding: matching, moved tensors, swaps."""
 
-from __future__ import annotations
-
 import signal
 from typing import Any
 

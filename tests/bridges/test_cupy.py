@@ -1,7 +1,5 @@
 """The CuPy bridge, with arrays in the memory of the host and the kernels' own code run there."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

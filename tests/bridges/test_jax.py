@@ -1,7 +1,5 @@
 """The JAX bridge: where arrays lie, what cannot be read, and arrays that move."""
 
-from __future__ import annotations
-
 import re
 from collections import namedtuple
 from collections.abc import Callable, Iterator

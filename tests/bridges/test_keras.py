@@ -1,7 +1,5 @@
 """The Keras bridge on each backend; `test_on_another_backend` runs this file again with others."""
 
-from __future__ import annotations
-
 import gc
 import os
 import sys

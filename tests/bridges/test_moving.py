@@ -1,7 +1,5 @@
 """Finding the tensors of a container again, of whatever frameworks they are."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections import namedtuple

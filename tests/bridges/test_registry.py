@@ -1,7 +1,5 @@
 """Containers and arrays of any framework: names, descriptions, numbers, refusals, new memory."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections import OrderedDict, UserDict

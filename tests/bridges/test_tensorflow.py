@@ -1,7 +1,5 @@
 """The TensorFlow bridge: tensors and variables where they lie, and writes that nobody else sees."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PyTorch's functions, in place of our kernels where a GPU has none, against those of the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product

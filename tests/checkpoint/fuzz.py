@@ -4,8 +4,6 @@ Whatever is done to a checkpoint, reading it ends soon, takes little memory, rai
 FastemaError of a line that names it, and writes nothing.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -133,7 +131,7 @@ def grown(data: bytes, chance: random.Random) -> bytes:
 
 
 DAMAGES: list[Callable[[bytes, random.Random], bytes]] = [
-    *(flip, cut, overwrite, overwrite, overwrite, header, header, described, described),
+    *(flip, cut, overwrite, overwrite, overwrite, header, header, described, described)
 ]
 
 

@@ -1,7 +1,5 @@
 """Averages of finished checkpoints: any layout in, the sum of float64 out, whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

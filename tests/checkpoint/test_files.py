@@ -1,7 +1,5 @@
 """Checkpoint files: written whole, read exactly, damage told."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

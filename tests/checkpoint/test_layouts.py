@@ -1,7 +1,5 @@
 """Averages of every library: found, described, loaded, and converted for another library."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Saving and loading averages."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

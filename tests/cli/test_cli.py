@@ -1,7 +1,5 @@
 """The commands as they are typed: version, doctor, plan, bench, average, inspect, convert."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The demo: what it prints and draws, and that a seed fixes every number but the times."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

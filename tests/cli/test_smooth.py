@@ -1,7 +1,5 @@
 """``fastema smooth``: the columns it adds are the moving averages of the others, to the bit."""
 
-from __future__ import annotations
-
 import csv
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """What the tests of the drop-in classes of ema_pytorch share: a model with everything in it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the tests of Lightning's averaging callbacks share: a small run, and averages of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A model with one of everything that an average of weights has to cope with, and the truth."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

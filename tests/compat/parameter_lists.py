@@ -1,7 +1,5 @@
 """Parameters in a list, and what their averages have to be."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An average in training, and what it has to be, for every class of a peer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

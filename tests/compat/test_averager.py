@@ -1,7 +1,5 @@
 """Averages in tensors of the user's: one call, every kind of container, no weight lost."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Composer's compute_ema, its schedule, and its checkpoints to and from a fastema.EMA."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

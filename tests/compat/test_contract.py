@@ -1,7 +1,5 @@
 """What holds for every class of a peer: numbers, states, copies and refusals."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import pickle

@@ -1,7 +1,5 @@
 """D2Go's schedule and checkpoints, to and from a fastema.EMA."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Beside diffusers itself: the same numbers, states and folders, and the training scripts' way."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """EMA of ema_pytorch: their numbers, their checkpoints, and where they are wrong."""
 
-from __future__ import annotations
-
 import copy
 import math
 import signal
@@ -13,16 +11,7 @@ import pytest
 from fastema.compat import ema_pytorch as ours
 from fastema.errors import ArgumentError, LayoutError, StateError
 
-from .ema_pytorch_case import (
-    Network,
-    assert_close,
-    floats,
-    nn,
-    pair,
-    run,
-    torch,
-    train,
-)
+from .ema_pytorch_case import Network, assert_close, floats, nn, pair, run, torch, train
 from .network import refused
 
 NEEDS = ("torch",)

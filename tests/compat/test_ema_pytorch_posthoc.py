@@ -1,7 +1,5 @@
 """KarrasEMA and PostHocEMA of ema_pytorch: widths as asked for, snapshots in both directions."""
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path
@@ -15,14 +13,7 @@ from fastema.compat import ema_pytorch as ours
 from fastema.compat.ema_pytorch import snapshots
 from fastema.errors import ArgumentError, CheckpointError
 
-from .ema_pytorch_case import (
-    Network,
-    assert_close,
-    nn,
-    pair,
-    run,
-    torch,
-)
+from .ema_pytorch_case import Network, assert_close, nn, pair, run, torch
 
 NEEDS = ("torch",)
 

@@ -1,7 +1,5 @@
 """EMAPytree of ema_pytorch: averages of tensors in lists, tuples and dicts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import ema_pytorch as theirs

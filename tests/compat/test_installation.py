@@ -1,7 +1,5 @@
 """Ours in the place of a peer's classes: everywhere, and taken back."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Whole runs of scripts that import a peer, as they are and under install(): the same averages."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module

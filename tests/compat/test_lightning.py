@@ -1,7 +1,5 @@
 """Real runs of Lightning with its averaging callbacks and with ours, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

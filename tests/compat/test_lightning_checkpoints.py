@@ -1,7 +1,5 @@
 """What Lightning saves and loads, and which weights the model has, while it is averaged."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from pathlib import Path

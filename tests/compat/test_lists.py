@@ -1,7 +1,5 @@
 """Classes that follow lists of parameters."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,11 +10,7 @@ from diffusers import training_utils
 from fastema.compat.diffusers import EMAModel
 from fastema.compat.mirrored import Mirrored
 from fastema.compat.torch_ema import ExponentialMovingAverage
-from fastema.errors import (
-    CheckpointError,
-    LayoutError,
-    StateError,
-)
+from fastema.errors import CheckpointError, LayoutError, StateError
 
 from .network import numbers, refused
 from .parameter_lists import parameters, same, trained, values, write_into

@@ -1,7 +1,5 @@
 """LitEma of latent diffusion: its state, its checkpoints, and where ours differs."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MMEngine's averaged models: their numbers, their checkpoints, and where ours differ."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

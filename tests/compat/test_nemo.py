@@ -1,7 +1,5 @@
 """NeMo's schedule and the states of its EMAOptimizer, to and from a fastema.EMA."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """optax's incremental_update, periodic_update and ema: the same numbers, trees and dtypes."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

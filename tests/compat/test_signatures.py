@@ -1,7 +1,5 @@
 """An interface is known if nothing in it differs from ours."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Beside torch.optim.swa_utils: the same numbers and state, and where it is wrong, ours is not."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

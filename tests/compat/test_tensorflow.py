@@ -1,7 +1,5 @@
 """The name under which the TensorFlow class stands beside the other drop-in classes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import tensorflow as tf

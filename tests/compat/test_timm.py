@@ -1,7 +1,5 @@
 """Beside timm.utils.model_ema: the same numbers and files, and where it is wrong, ours is not."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib

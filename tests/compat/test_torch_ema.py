@@ -1,7 +1,5 @@
 """Beside torch_ema itself: the same numbers, the same state, and where it is wrong, ours is not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

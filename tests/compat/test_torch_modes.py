@@ -1,7 +1,5 @@
 """Every class of modules and lists with what torch can switch on: TorchScript, swapped tensors."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """ModelEMA of Ultralytics: its numbers, its checkpoints, and where ours differs."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """What the tests run on every rank."""
 
-from __future__ import annotations
-
 import copy
 import os
 import threading

@@ -1,7 +1,5 @@
 """One process group for all tests of a worker."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Models divided among ranks in the ways that trainers divide them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from math import prod
@@ -13,11 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 
 class Net(nn.Module):

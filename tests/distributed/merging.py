@@ -1,7 +1,5 @@
 """Folders of all parts of an average, on every rank."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Processes that form one process group on this machine, and run functions together."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Checkpoints of averages, on every rank."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """One Hugging Face folder of an average that is divided among ranks, or was saved so."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil

@@ -1,7 +1,5 @@
 """Checkpoints of divided averages: torch.distributed.checkpoint and state dicts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Averages of models that are divided among ranks, on gloo."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path

@@ -6,8 +6,6 @@ the next one who asks as soon as the rules let it: at once on the stream that it
 after the work on those that were noted with it. A launch that then touches it is a violation.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import weakref
@@ -26,12 +24,7 @@ from fastema.engine import cuda as engine
 from fastema.engine.cubins import Key
 from fastema.kernels import table as abi
 
-from ..support.stub_gpu import (
-    StubContext,
-    StubDriver,
-    StubGpu,
-    gpu,
-)
+from ..support.stub_gpu import StubContext, StubDriver, StubGpu, gpu
 
 __all__ = ["gpu", "late"]
 

@@ -1,7 +1,5 @@
 """Launches: who works, how the work is shared, and what is left when a launch returns."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 import time

@@ -1,7 +1,5 @@
 """GPU kernels kept on disk: found again, whole or not at all, never those of other sources."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable

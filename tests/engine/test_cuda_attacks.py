@@ -1,7 +1,5 @@
 """Attacks on the host's side of CUDA launches: memory that is freed meanwhile, and exceptions."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal
@@ -14,12 +12,7 @@ import torch
 import fastema
 from fastema.rules import warmup
 
-from ..support.stub_gpu import (
-    assert_equal,
-    gpu,
-    move,
-    shadow,
-)
+from ..support.stub_gpu import assert_equal, gpu, move, shadow
 from .late_device import MAIN, SIDE, THIRD, Late, late
 
 __all__ = ["gpu", "late"]

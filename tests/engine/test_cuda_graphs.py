@@ -1,7 +1,5 @@
 """Attacks on the host's side of CUDA launches: graphs, and what their replays do."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections.abc import Callable
@@ -15,12 +13,7 @@ import fastema
 from fastema.errors import StateError
 from fastema.rules import constant, power, warmup
 
-from ..support.stub_gpu import (
-    assert_equal,
-    gpu,
-    move,
-    shadow,
-)
+from ..support.stub_gpu import assert_equal, gpu, move, shadow
 from .late_device import SIDE, Late, late
 
 __all__ = ["gpu", "late"]

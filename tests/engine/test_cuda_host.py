@@ -1,7 +1,5 @@
 """The host's side of CUDA launches, against a driver that records what it is asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, NoReturn

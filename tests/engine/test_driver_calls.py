@@ -3,8 +3,6 @@
 The scripts run in processes of their own, where ctypes loads the stub as `libcuda.so.1`.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -350,9 +348,7 @@ def test_without_a_driver_a_sentence_says_so(python: Script, tmp_path: Path) -> 
         assert "<newline>" not in message
 
 
-def test_a_fork_before_the_first_call_does_no_harm_and_one_after_it_is_refused(
-    run: Script,
-) -> None:
+def test_a_fork_before_the_first_call_does_no_harm_and_one_after_it_is_refused(run: Script) -> None:
     run("""
     def forked(child):
         pid = os.fork()

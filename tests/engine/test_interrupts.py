@@ -1,7 +1,5 @@
 """Signals that arrive while tensors are half written: later, all of them, and nothing changed."""
 
-from __future__ import annotations
-
 import ctypes
 import faulthandler
 import os

@@ -1,7 +1,5 @@
 """CPU kernels as machine code: found again, never stale, never trusted blindly, never required."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

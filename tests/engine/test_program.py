@@ -1,7 +1,5 @@
 """Whole runs through layout, threads and kernels: every dtype, every way to lie in memory."""
 
-from __future__ import annotations
-
 import gc
 import time
 import tracemalloc

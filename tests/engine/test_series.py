@@ -1,7 +1,5 @@
 """Rolling and exponential means of long series: rounded once, however they are divided."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -122,8 +120,6 @@ SHARED = """
 
 
 @pytest.mark.slow
-def test_scratch_memory_is_not_given_to_other_threads_meanwhile(
-    python: Callable[..., str],
-) -> None:
+def test_scratch_memory_is_not_given_to_other_threads_meanwhile(python: Callable[..., str]) -> None:
     """All take theirs from one place: what one thread frees the next one gets."""
     python(SHARED, MALLOC_ARENA_MAX="1")

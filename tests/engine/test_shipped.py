@@ -1,7 +1,5 @@
 """The GPU kernels of a wheel: all that are selected, found by GPU, never those of other sources."""
 
-from __future__ import annotations
-
 from itertools import product
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Every way in which a tensor can move is noticed, and nothing else is taken for one."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable

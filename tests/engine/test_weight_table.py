@@ -1,7 +1,5 @@
 """Tables of weights against the rules that they are made of, at every kind of update."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ Python runs signal handlers at certain instructions only: when a function begins
 at the end of a loop's round.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dis
 import functools

@@ -3,8 +3,6 @@
 What they leave is an old file or a whole new one, and the next writer clears up.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -4,8 +4,6 @@ Memory has to stay as it was after the first tenth, also where the average follo
 weights are re-pointed at times, and states are saved and loaded.
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 import time

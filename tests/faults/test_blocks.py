@@ -1,7 +1,5 @@
 """Blocks that restore: whatever raises, and at every place where Python delivers a signal."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Ctrl-C at any moment: average, weights and counters agree, and no thread works on unseen."""
 
-from __future__ import annotations
-
 import concurrent.futures.thread
 import itertools
 import signal

@@ -1,7 +1,5 @@
 """Processes that fork, end, or have no place to write to: updates are done all the same."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Writers that are killed at random moments, faults in any operation, and runs that are long."""
 
-from __future__ import annotations
-
 import random
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What cannot be done is refused by name, before anything is written."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Several Python threads at once, and thread pools larger than the machine."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
@@ -85,8 +83,7 @@ BUILDS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_threads_that_share_an_average(
-    build: Callable[[dict[str, np.ndarray]], Any],
-    threads: Callable[[int], None],
+    build: Callable[[dict[str, np.ndarray]], Any], threads: Callable[[int], None]
 ) -> None:
     """Every call is whole and counted, whatever else is called meanwhile."""
     threads(3)

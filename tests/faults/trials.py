@@ -6,8 +6,6 @@ before the operation or that from after it; if it is the one from before, the op
 again, and has to lead where it led the twin.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

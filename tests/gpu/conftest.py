@@ -1,7 +1,5 @@
 """The tests of the GPU; with ``FASTEMA_GPU_TESTS_ON=cpu`` those run that make sense on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Tensors on a device and their twins on the CPU, with the same numbers and the same layout."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,12 +20,7 @@ ON = os.environ.get("FASTEMA_GPU_TESTS_ON", "cuda")
 if ON == "cuda" and not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-FLOATS = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+FLOATS = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 Layout = Callable[..., Tensor]
 

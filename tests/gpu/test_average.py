@@ -1,7 +1,5 @@
 """The life of an average on a device: to the bit that of its twin on the CPU."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +12,7 @@ import torch
 import fastema
 from fastema.errors import LayoutError, NonFiniteError
 
-from .given import (
-    FLAT,
-    FLOATS,
-    LAYOUTS,
-    Given,
-    assert_all_equal,
-    assert_equal_averages,
-    host,
-    run,
-)
+from .given import FLAT, FLOATS, LAYOUTS, Given, assert_all_equal, assert_equal_averages, host, run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 

@@ -1,7 +1,5 @@
 """Several GPUs in one model, and one that is not the first."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

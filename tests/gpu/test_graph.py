@@ -1,7 +1,5 @@
 """Updates captured in CUDA graphs: replays follow the schedule as if each were a call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tensors of more elements than 32 bits count."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """An update takes no memory of the device, and a swap is in place."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Averages on the host of a model on a GPU: the same bits, and one step's weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

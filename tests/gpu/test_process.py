@@ -1,7 +1,5 @@
 """Processes: forked ones, and fresh ones that find their kernels on the disk."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 

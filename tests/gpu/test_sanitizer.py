@@ -1,7 +1,5 @@
 """Under NVIDIA's checker of memory and races, where it is installed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """On the caller's stream, without waiting, with memory that is freed while work is pending."""
 
-from __future__ import annotations
-
 import gc
 import threading
 import warnings

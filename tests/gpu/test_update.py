@@ -1,7 +1,5 @@
 """Updates of every pair of dtypes: as specified, as on the CPU, and nothing else written."""
 
-from __future__ import annotations
-
 from itertools import product
 from typing import Any
 

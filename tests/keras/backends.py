@@ -5,8 +5,6 @@ does not collect by its name, and that can be run by itself too:
 ``KERAS_BACKEND=jax pytest tests/keras/losses_cases.py``.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -19,11 +17,7 @@ import pytest
 
 from ..conftest import ROOT
 
-BACKENDS: Final = (
-    pytest.param("tensorflow", marks=pytest.mark.tensorflow),
-    "torch",
-    "jax",
-)
+BACKENDS: Final = (pytest.param("tensorflow", marks=pytest.mark.tensorflow), "torch", "jax")
 HERE: Final = Path(__file__).parent
 CASES: Final = tuple(
     HERE / f"{name}_cases.py" for name in ("weights", "evaluation", "losses", "losses_runs", "swap")

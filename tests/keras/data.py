@@ -1,7 +1,5 @@
 """What the cases for Keras are fed with, and how."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import keras

@@ -1,7 +1,5 @@
 """Tests of evaluation with EMAWeights, and of calls that raise; see test_backends.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,7 @@ from fastema.errors import StateError
 from fastema.keras import EMAWeights
 
 from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
-from .models import (
-    assert_same,
-    differ,
-    loaded,
-    model_of,
-    set_weights,
-    trained,
-    weights,
-)
+from .models import assert_same, differ, loaded, model_of, set_weights, trained, weights
 from .runs import Raising, Seen, average, fitted, recorded
 
 pytestmark = MARKS

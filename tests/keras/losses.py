@@ -1,7 +1,5 @@
 """Models whose losses can be said without Keras, and runs of them with LossAverages."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import keras

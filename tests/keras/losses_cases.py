@@ -1,7 +1,5 @@
 """Tests of what LossAverages averages, on the backend of KERAS_BACKEND; see test_backends.py."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import keras

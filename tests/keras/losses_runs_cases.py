@@ -1,7 +1,5 @@
 """Tests of LossAverages beside other callbacks, and in run after run; see test_backends.py."""
 
-from __future__ import annotations
-
 import csv
 import json
 import threading

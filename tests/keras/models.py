@@ -1,7 +1,5 @@
 """Models that are made once for all cases, and their weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs with an average and without, and the callbacks that look on or raise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

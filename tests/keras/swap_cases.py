@@ -1,7 +1,5 @@
 """Tests of fastema.compat.keras on the backend that KERAS_BACKEND names; see test_backends.py."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path

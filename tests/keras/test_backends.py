@@ -1,7 +1,5 @@
 """fastema.keras and fastema.compat.keras: some cases here, and all of them on each backend."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests of fastema.keras on the backend that KERAS_BACKEND names; see test_backends.py."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +15,7 @@ from fastema.keras import EMAWeights
 
 from .backends import on_one_backend
 from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, fit
-from .models import (
-    Weights,
-    assert_near,
-    assert_same,
-    loaded,
-    model_of,
-    set_weights,
-    weights,
-)
+from .models import Weights, assert_near, assert_same, loaded, model_of, set_weights, weights
 from .runs import Raising, Recorder, Seen, average, expected, fitted, recorded
 
 pytestmark = MARKS

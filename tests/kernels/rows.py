@@ -1,7 +1,5 @@
 """Kernels on tables made by hand, every column of which a test may set."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 It is compiled for named processors, so that every machine reads the same code.
 """
 
-from __future__ import annotations
-
 import platform
 import re
 from collections.abc import Callable

@@ -7,8 +7,6 @@ twice the rounding of that decay, 2**-53 for each step of an update. And from up
 weight stays what it is.
 """
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import functools

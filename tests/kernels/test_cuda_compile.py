@@ -1,7 +1,5 @@
 """The GPU kernels compile without a GPU: 128 bits at a time, few registers, nothing spilled."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import re

@@ -1,7 +1,5 @@
 """What a GPU's threads do, run on the host one after the other: equal to the CPU kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is measured while an average is updated, and the search for what is not finite."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Without the compiler, kernels run as plain Python and give the same bits."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 

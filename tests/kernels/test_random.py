@@ -4,8 +4,6 @@ What is random here is a function of its arguments: the same numbers in every ru
 5 or 6 standard deviations is what a few thousand draws from the null distribution stay below.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import product

@@ -1,7 +1,5 @@
 """The maths of one element, as plain Python and compiled, against the specification."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 

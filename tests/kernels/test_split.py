@@ -1,7 +1,5 @@
 """A float32 average in two halves: the nearest bfloat16, and what completes it."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Updates, copies and swaps of every pair of formats, to the bit, on rows made by hand."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

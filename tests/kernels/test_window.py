@@ -1,7 +1,5 @@
 """The windowed mean in one pass: exact at every step, for a million of them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

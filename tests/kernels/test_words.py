@@ -1,7 +1,5 @@
 """Every word means the same as plain Python and in a kernel."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from itertools import product

@@ -1,7 +1,5 @@
 """Pairs that fit, and memory that overlaps."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np
@@ -10,12 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.errors import DTypeError, LayoutError
-from fastema.layout.group import (
-    OverlapGuard,
-    Pair,
-    check_pair,
-    refuse_overlap,
-)
+from fastema.layout.group import OverlapGuard, Pair, check_pair, refuse_overlap
 from fastema.layout.spec import TensorSpec
 
 Named = list[tuple[str, TensorSpec]]

@@ -1,7 +1,5 @@
 """Dtypes and tensors as they are described."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -1,7 +1,5 @@
 """A chunk table names every pair of elements once, and nothing else."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import replace

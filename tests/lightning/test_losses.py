@@ -1,7 +1,5 @@
 """Real runs of Lightning: what its bar, loggers and checkpoints show of smoothed losses."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``fastema.lightning.EMACallback``: what is averaged, evaluated, saved and left in the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

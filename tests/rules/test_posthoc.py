@@ -1,7 +1,5 @@
 """Averages from snapshots: dot products by other means, and the averages that were really kept."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """How far back averages look, against the shares of all their values."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

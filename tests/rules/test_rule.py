@@ -1,7 +1,5 @@
 """Rules, and decays in other units: formulas, refusals, bias correction, descriptions."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """When averages are updated and with what weights."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Named arrays of the frameworks whose weights are averaged without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

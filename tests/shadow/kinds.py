@@ -1,7 +1,5 @@
 """Averages of every kind, for what has to hold for all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Tensors as the specification has them: arrays of what is stored, in the order of indices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Dtypes of averages: given, by default, and converted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Averages that follow optimizers by PyTorch's own hooks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

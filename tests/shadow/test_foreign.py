@@ -1,7 +1,5 @@
 """Files and states, of ours and of others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

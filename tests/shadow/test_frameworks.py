@@ -1,7 +1,5 @@
 """What holds for the arrays of every framework: NumPy, JAX, TensorFlow."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weights that are not finite: averaged, left out or refused, all or nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Averages of JAX pytrees: read where they lie, never written, never kept longer than a step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +9,7 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.errors import (
-    ArgumentError,
-    BridgeError,
-    LayoutError,
-    NonFiniteError,
-)
+from fastema.errors import ArgumentError, BridgeError, LayoutError, NonFiniteError
 
 from .frameworks import values
 from .truth import Loop

@@ -1,7 +1,5 @@
 """What an average costs in memory, measured: one shadow, and nothing at update or evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

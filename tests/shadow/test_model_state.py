@@ -1,7 +1,5 @@
 """The average for others: its mapping, copies of it, a model's state with it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any

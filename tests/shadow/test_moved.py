@@ -3,8 +3,6 @@
 The memory that a model had is filled with NaN, so that a stale read shows.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Callable

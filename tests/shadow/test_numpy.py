@@ -1,7 +1,5 @@
 """Averages of NumPy arrays, without any other framework."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Averages on the host, updated beside the training step."""
 
-from __future__ import annotations
-
 import os
 import random
 import threading

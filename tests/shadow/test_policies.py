@@ -1,7 +1,5 @@
 """What is averaged, copied and skipped; buffers that a state leaves out."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from typing import Any

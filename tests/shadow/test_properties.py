@@ -1,7 +1,5 @@
 """The algebra of averages, and other libraries' numbers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What an average says of itself: a report, its repr, its drift, and names of other libraries."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

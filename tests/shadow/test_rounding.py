@@ -1,7 +1,5 @@
 """Random rounding of whole averages: by definition, wherever they run, and no stalls."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import product
 

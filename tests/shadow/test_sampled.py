@@ -1,7 +1,5 @@
 """`watch="sample"`: a sixteenth of the tensors is looked at in each update."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Averages by every rule, against loops in float64 with the weights of the formulas."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """The windowed mean of weights: that of the window, at every step, for every dtype."""
 
-from __future__ import annotations
-
 import tracemalloc
 from collections.abc import Callable
 

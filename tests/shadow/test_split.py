@@ -1,7 +1,5 @@
 """Averages in two halves: a float32 run to the bit, of which one half is a bfloat16 checkpoint."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Saving and loading: strict, all or nothing, and a resumed run equal to the bit."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

@@ -1,7 +1,5 @@
 """Models of any structure: containers, ties, and tensors that come and go."""
 
-from __future__ import annotations
-
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +12,7 @@ import fastema
 from fastema.errors import LayoutError, StateError
 
 from .kinds import KINDS, PARTS, VARIED, all_of, last, trained_kind, unchanged, which
-from .weights import (
-    Net,
-    assert_bits,
-    bits,
-    net,
-    refresh_,
-    snapshot,
-    values,
-)
+from .weights import Net, assert_bits, bits, net, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
 

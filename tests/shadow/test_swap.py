@@ -1,7 +1,5 @@
 """The average in the model and back, to the bit; writes meanwhile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Averages of TensorFlow variables: written in place, and nobody else's tensors changed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Updates: several averages in one, what leaves the model alone, arguments that are refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An average as a float64 loop, and how far one that is computed and kept in floats may be off."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,19 +1,12 @@
 """Models with fresh random weights, and comparison of tensors bit by bit."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-FLOATS = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+FLOATS = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 BUFFERS = frozenset({"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"})

@@ -1,7 +1,5 @@
 """Arrays as kernels see them: numbers of every dtype, comparison by bits, watched memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Files that were damaged, or written by somebody else: values of every kind in every place."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random

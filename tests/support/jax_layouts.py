@@ -1,7 +1,5 @@
 """Arrays of JAX in an order of axes that was asked for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Trainers of the tests that run Lightning, and what Lightning warns of meanwhile."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

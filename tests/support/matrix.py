@@ -1,7 +1,5 @@
 """Which cases of wide matrices run: every pair of values, in place of every combination."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
@@ -13,10 +11,7 @@ WIDE: Final = 24
 Value = tuple[str, Hashable]
 
 
-def reduced(
-    cases: Sequence[tuple[str, Mapping[str, Any]]],
-    thin: Container[str] = (),
-) -> set[int]:
+def reduced(cases: Sequence[tuple[str, Mapping[str, Any]]], thin: Container[str] = ()) -> set[int]:
     """Numbers of the cases that are run.
 
     Of a test with three arguments or more, those that have every pair of values that occurs in

@@ -1,7 +1,5 @@
 """What tests of several frameworks together share: the same numbers in each, and the truth."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import ml_dtypes

@@ -1,7 +1,5 @@
 """The most memory that a process has had since a moment."""
 
-from __future__ import annotations
-
 import resource
 from contextlib import suppress
 from pathlib import Path

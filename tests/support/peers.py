@@ -4,8 +4,6 @@ An entry serves ours and the peer's own alike, and states the peer's schedule on
 closed form. ``tests/compat`` asks the same of all of them.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Run another process that imports the same fastema as this one."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

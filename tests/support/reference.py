@@ -9,8 +9,6 @@ Arrays are as stored: ``f64``, ``f32`` and ``f16`` are NumPy's floats, ``bf16`` 
 any other.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from fractions import Fraction

@@ -3,8 +3,6 @@
 There all dependencies are installed, and a test that is skipped would go unnoticed.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 from collections.abc import Iterator

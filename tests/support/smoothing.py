@@ -1,7 +1,5 @@
 """What curves are compared with: the averages' definitions, in float64, with nothing clever."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ What is launched is the real thing: the parameters are read from where the drive
 and the threads' own code runs on them, one thread after the other.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence

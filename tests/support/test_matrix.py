@@ -1,7 +1,5 @@
 """A reduced matrix still has every pair of values."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 from hypothesis import given

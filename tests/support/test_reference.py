@@ -1,7 +1,5 @@
 """The specification is itself checked: against fractions, and against other people's rounding."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
@@ -66,11 +64,7 @@ def _fused(w: float, d: float, z: float) -> Fraction | float:
 
 @pytest.mark.parametrize("kind", ["weights", "bits"])
 @pytest.mark.parametrize(("dst", "src"), [("f32", "f32"), ("f64", "f64"), ("f32", "bf16")])
-def test_lerp_rounds_where_it_says(
-    dst: str,
-    src: str,
-    kind: str,
-) -> None:
+def test_lerp_rounds_where_it_says(dst: str, src: str, kind: str) -> None:
     avg, x = numbers(400, dst, 5, kind), numbers(400, src, 6, kind)
     real = np.float64 if dst == "f64" else np.float32
     with np.errstate(all="ignore"):

@@ -5,8 +5,6 @@ measured number with a margin. ``u`` is a format's unit roundoff, half the dista
 next number.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Weights of a PyTorch module as they are at some time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

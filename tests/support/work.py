@@ -1,7 +1,5 @@
 """How much work a call is, as a number that no machine changes."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from types import FrameType

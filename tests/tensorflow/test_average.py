@@ -1,7 +1,5 @@
 """Values of ``fastema.tensorflow`` beside those of ``tf.train``, and their order."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

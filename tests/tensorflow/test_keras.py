@@ -1,7 +1,5 @@
 """``fastema.tensorflow`` with Keras on TensorFlow: the backend is a matter of the process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """TensorFlow beside the others: what may be written from what, and what stays as it was."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -11,13 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fastema.errors import (
-    ArgumentError,
-    BridgeError,
-    DTypeError,
-    LayoutError,
-    StateError,
-)
+from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError, StateError
 from fastema.tensorflow import ExponentialMovingAverage
 
 from .variables import CODES, SCALE, Rng, averaged, move, stored, values, variables

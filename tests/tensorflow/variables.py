@@ -1,7 +1,5 @@
 """Variables of TensorFlow, and an average of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Ways to call an update, and what it is to make of averages."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``fastema.torch.update_bn`` against torch's own, and what it does where torch's gives up."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections import UserDict, namedtuple

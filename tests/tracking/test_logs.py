@@ -1,7 +1,5 @@
 """Logs and event files of every kind come back as the curves they were written from."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Pictures of curves: what is drawn is what was measured, and its averages."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

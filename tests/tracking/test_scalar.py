@@ -1,7 +1,5 @@
 """Averages of scalars, one by one and in series, and of numbers that are read when looked at."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """Event files of TensorBoardWriter, read back by TensorBoard's own reader."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Trainers of that network with an average of its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

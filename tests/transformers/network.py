@@ -1,7 +1,5 @@
 """A network that notes what it is evaluated with, and a callback that notes its weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data and trainers of the tests that run the Hugging Face Trainer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Averages in the checkpoints of the Hugging Face Trainer: saved, resumed, and refused."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from collections.abc import Callable
@@ -20,17 +18,7 @@ from fastema.transformers import EMACallback
 
 from ..support.torch_states import assert_near, assert_same, snapshot
 from .averaged import trained, trainer
-from .network import (
-    DECAY,
-    EVERY_FOUR,
-    FILE,
-    SAVED,
-    STEPS,
-    At,
-    Network,
-    Noting,
-    average_in,
-)
+from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, At, Network, Noting, average_in
 from .runs import MARKS
 
 NEEDS = ("accelerate",)
@@ -73,9 +61,7 @@ def test_all_options_of_an_average_are_passed_on_and_resumed_to_the_bit(
         assert_same(snapshot(run.model), snapshot(begun))
 
 
-def test_checkpoints_hold_the_weights_and_the_average_in_files_of_their_own(
-    tmp_path: Path,
-) -> None:
+def test_checkpoints_hold_the_weights_and_the_average_in_files_of_their_own(tmp_path: Path) -> None:
     noting = trained(tmp_path, save_total_limit=2, **SAVED).noting
     assert sorted(one.name for one in tmp_path.iterdir()) == ["checkpoint-12", "checkpoint-8"]
     for step in (8, 12):

@@ -1,7 +1,5 @@
 """Real runs of the Hugging Face Trainer: what its logs show of smoothed losses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Real runs of the Hugging Face Trainer with a moving average of its weights."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What users write: checked by mypy and pyright in their strict modes, and not run."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor, nn
