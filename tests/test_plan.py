@@ -1,7 +1,6 @@
 """The low-level interface: what people call, on the containers they have."""
 
 import gc
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 import fastema
-from fastema.binding import binding
 from fastema.errors import ArgumentError, FastemaError
 
 nn = torch.nn
@@ -121,27 +119,6 @@ def test_a_container_that_no_longer_fits_is_refused_until_it_does() -> None:
     x["a"] = good
     plan.lerp_(0.5)
     np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
-
-
-@pytest.mark.slow
-def test_later_calls_look_nothing_up_and_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = network(7)
-    plan = fastema.Plan(averages(net), net)
-    plan.lerp_(0.5)
-    for name in ("leaves_of", "Program", "refuse_overlap"):
-        monkeypatch.setattr(binding, name, None)
-    tracemalloc.start()
-    try:
-        held = []
-        for _ in range(4):
-            for _ in range(2500):  # more than the interpreter keeps of freed tuples and the like
-                plan.lerp_(0.5)
-            gc.collect()
-            held.append(tracemalloc.get_traced_memory()[0])
-    finally:
-        tracemalloc.stop()
-    # What a call keeps, every round keeps; what else grows and shrinks, the least of them does not.
-    assert min(np.diff(held)) < 2500
 
 
 def test_random_rounding_on_request() -> None:

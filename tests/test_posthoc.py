@@ -1,8 +1,6 @@
 """Averages put together from snapshots, against the same averages tracked during the run."""
 
-import json
 import threading
-import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import fastema
 from fastema import errors, posthoc, rules
@@ -97,22 +95,6 @@ def test_a_module_with_buffers_and_frozen_parts(dtype: str | None, tmp_path: Pat
         assert not torch.equal(saved, saved.bfloat16().float())
 
 
-def test_memory_is_the_result_and_some_buffers(tmp_path: Path) -> None:
-    size = 4_000_000
-    weights = np.random.default_rng(0).standard_normal(size, np.float32)
-    ema = fastema.PowerEMA([weights], WIDTHS)
-    for _ in range(10):
-        weights += 0.1
-        ema.update()
-        posthoc.save_snapshot(ema, tmp_path)
-    posthoc.synthesize(tmp_path, sigma_rel=0.12)
-    tracemalloc.start()
-    posthoc.synthesize(tmp_path, sigma_rel=0.12)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 4 * size + (48 << 20)  # 20 files hold 320 MB
-
-
 def test_what_the_snapshots_cannot_give_warns(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,17 +171,6 @@ NO_VALUES = ["gamma 1e308", "gamma nan", "gamma -1", "step 0", "step 3.5", f"ste
 NO_VALUES += ["copied {", "copied 3", "start -1", "start 3", "every 0", "kind another"]
 
 
-@pytest.mark.parametrize("line", NO_VALUES)
-def test_values_that_no_snapshot_has_are_refused(line: str, tmp_path: Path) -> None:
-    (path,) = posthoc.save_snapshot(updated(), tmp_path)
-    whole = path.read_bytes()
-    header = header_of(whole)
-    header["__metadata__"].update([line.split()])
-    path.write_bytes(with_header(whole, json.dumps(header).encode()))
-    with pytest.raises(errors.CheckpointError, match="no snapshot of a power-function average"):
-        posthoc.synthesize(tmp_path, sigma_rel=0.07)
-
-
 WISHES: list[tuple[dict[str, float], str]] = [
     ({}, "give one of the two"),
     ({"sigma_rel": 0.1, "half_life": 3.0}, "give one of the two"),
@@ -217,25 +188,3 @@ def test_impossible_wishes(tmp_path: Path) -> None:
             posthoc.synthesize(tmp_path, **arguments)
     with pytest.raises(errors.ArgumentError, match="PowerEMA"):
         posthoc.save_snapshot(updated(fastema.EMA), tmp_path / "nowhere")
-
-
-def test_folders_without_snapshots(tmp_path: Path) -> None:
-    with pytest.raises(errors.CheckpointError, match="no snapshots"):
-        posthoc.synthesize(tmp_path, sigma_rel=0.1)
-    with pytest.raises(errors.StateError, match="after the first update"):
-        posthoc.save_snapshot(fastema.PowerEMA([np.ones(3)], start_after=5), tmp_path)
-    save_file({"w": np.ones(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(errors.StorageError, match="cannot write"):
-        posthoc.save_snapshot(updated(), tmp_path / "other.safetensors" / "within")
-    with pytest.raises(errors.CheckpointError, match=r"other\.safetensors is no snapshot"):
-        posthoc.synthesize(tmp_path, sigma_rel=0.1)
-
-
-def test_snapshots_of_different_runs(tmp_path: Path) -> None:
-    for second, every, text in ((4, 1, "'w' in step"), (3, 2, "update_every")):
-        for size, times, step in ((3, 1, 2), (second, every, 4)):
-            ema = fastema.PowerEMA({"w": np.ones(size)}, 0.05 * times, update_every=times)
-            ema.update(steps=step)
-            posthoc.save_snapshot(ema, tmp_path / text)
-        with pytest.raises(errors.CheckpointError, match=text):
-            posthoc.synthesize(tmp_path / text, sigma_rel=0.12)

@@ -10,7 +10,7 @@ from bench import __main__ as command
 from bench.gpu import cases, check, clock, peers, race, targets
 from bench.race.peers import OURS, Peer, Running
 from bench.race.question import Settings
-from bench.race.report import RESULTS, Row, load
+from bench.race.report import Row, load
 
 pytestmark = pytest.mark.torch
 
@@ -45,14 +45,6 @@ def test_stages_and_rows_of_the_dry_run(tmp_path: Path) -> None:
                 low, high = row["device_spread_ms"]
                 assert 0 < low <= row["device_ms"] <= high
                 assert row["host_us"] > 0
-
-
-def test_a_dry_run_stays_out_of_the_results_and_peers_may_fail() -> None:
-    for out in (RESULTS, RESULTS / "below"):
-        with pytest.raises(SystemExit, match="a dry run belongs elsewhere"):
-            check.refuse(replace(DRY, out=out))
-    for entry, fatal in (("torch_ema", False), ("fastema.EMA, captured", True), ("all", True)):
-        assert race.failure("t", entry, ValueError("broken")).failed is fatal
 
 
 def test_wrong_results_are_failures() -> None:

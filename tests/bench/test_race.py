@@ -93,24 +93,6 @@ def test_shares_of_the_limit_count_the_bytes_of_each_entry(monkeypatch: Any) -> 
     assert found["B"]["ms"] == 8_000
 
 
-def test_a_failed_race_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def race(case: cases.Case, peaks: dict[str, int | None]) -> list[Row]:
-        assert case.model != "bad", "it differs"
-        return [Row(case.title, peers.OURS, {"ms": 500.0})]
-
-    monkeypatch.setattr(cpu, "race", race)
-    both = [cases.Case(name, "f32/f32", tiny, 3, memory=False) for name in ("bad", "tiny")]
-    monkeypatch.setattr(cpu, "FULL", both)
-    first, *others = cpu.rows(Settings())
-    assert first.failed
-    assert "it differs" in first.missing
-    assert "it differs" in capsys.readouterr().err
-    assert [row.entry for row in others if not row.missing] == [peers.OURS]
-    assert {row.entry for row in others if row.missing} == set(jobs.refusals(both[1]))
-
-
 def test_a_race_gives_every_figure() -> None:
     case = cases.Case("tiny", "bf16/f32", tiny, 3, budget_s=0.0)
     ours, *_, one, other = cpu.race(case, {peers.OURS: 1_500_000})

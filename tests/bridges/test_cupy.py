@@ -1,6 +1,5 @@
 """The CuPy bridge, with arrays in the memory of the host and the kernels' own code run there."""
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 import fastema
 from fastema.bridges import registry
-from fastema.errors import BridgeError, DeviceError, DTypeError, LayoutError, StateError
+from fastema.errors import BridgeError, DTypeError
 
 from ..shadow.truth import Loop
 from ..support.mixed import CODES, numbers
@@ -102,49 +101,3 @@ def test_an_update_waits_for_nothing_and_a_reader_for_it(cupy: StubDriver) -> No
     assert Stream.waits == before
     np.testing.assert_array_equal(ema.shadow["0"].there, 4)
     np.testing.assert_array_equal(ema.shadow["0"].get(), 6)
-
-
-def test_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = fours()
-    ema, counting = (fastema.EMA(weights, 0.5, capturable=one) for one in (False, True))
-    counting.update()
-    weights[0].there[...] = 8
-    with monkeypatch.context() as patch:
-        patch.setattr(Stream, "captured", True)
-        with pytest.raises(StateError, match="capturable=True"):
-            ema.update()
-        counting.update()
-    np.testing.assert_array_equal(ema.shadow["0"].there, 4)
-    np.testing.assert_array_equal(counting.shadow["0"].there, 6)
-    assert counting.num_updates == 2
-
-
-def test_two_kinds_of_memory() -> None:
-    there = fours()[0]
-    ema, bridge = fastema.EMA([there], 0.5), sys.modules["fastema.bridges.cupy"]
-    for call, error, message in (
-        (lambda: fastema.lerp_([np.ones(100, np.float32)], [there], 0.5), LayoutError,
-         r"0: the average is on cpu, the weights on cuda:0"),
-        (lambda: ema.to("cpu"), DeviceError, r"use array\.get\(\)"),
-        (lambda: ema.to("cuda:1"), LayoutError, r"cuda:1.*cuda:0"),
-        (lambda: bridge.zeros(3, "f32", "cpu"), DeviceError, "not on cpu"),
-    ):  # fmt: skip
-        with pytest.raises(error, match=message):
-            call()
-    moved = bridge.transfer(there, "cuda:1")
-    assert moved.device.id == 1
-    np.testing.assert_array_equal(moved.there, there.there)
-    assert bridge.transfer(there, "cuda:0") is there
-
-
-def test_without_the_compilers_there_is_no_substitute(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastema.engine import cuda as engine
-    from fastema.engine.cubins import Unavailable
-
-    def refused(key: Any) -> Any:
-        raise Unavailable("no compiler")
-
-    monkeypatch.setattr(engine, "cubin", refused)
-    monkeypatch.setattr(engine, "_devices", {})
-    with pytest.raises(DTypeError, match=r"pip install 'fastema\[cuda\]'"):
-        fastema.EMA(fours(), 0.5)

@@ -16,12 +16,11 @@ import pytest
 from fastema.bridges import jax as bridge
 from fastema.bridges import registry
 from fastema.bridges.moving import Locator
-from fastema.errors import BridgeError, DTypeError
+from fastema.errors import BridgeError
 from fastema.layout.dtypes import NAMES
 from fastema.layout.spec import TensorSpec
 
 from ..support.arrays import random_bits
-from ..support.jax_layouts import in_order
 
 
 @contextmanager
@@ -73,23 +72,6 @@ def test_every_dtype_is_read_where_it_lies_and_shown_as_a_copy(name: str) -> Non
         assert isinstance(wide, jax.Array)
         for one in (array, narrow, wide):
             assert (one.dtype.name, np.asarray(one).tobytes()) == (name, before)
-
-
-@pytest.mark.parametrize("order", [(1, 0), (2, 0, 1), (3, 1, 0, 2)], ids=str)
-def test_orders_of_axes_that_were_asked_for(order: tuple[int, ...]) -> None:
-    array = in_order(random_bits((2, 3, 4, 5)[: len(order)], "bfloat16"), order)
-    assert_read(array)
-    assert tuple(np.argsort([-step for step in bridge.describe(array).strides])) == order
-
-
-def test_dtypes_without_kernels() -> None:
-    for odd, message in (
-        (jax.random.key(0), r"key<.*no kernel"),
-        (jnp.ones(3, jnp.float8_e4m3fn), "float8_e4m3fn"),
-        (jnp.ones(3, jnp.int4), "int4"),
-    ):
-        with pytest.raises(DTypeError, match=rf"^tree\.odd: .*{message}"):
-            registry.leaves_of({"tree": {"even": jnp.ones(2), "odd": odd}})
 
 
 def test_deleted_and_donated_arrays() -> None:
@@ -182,17 +164,6 @@ def test_leaves_are_named_by_the_way_to_them() -> None:
 
 
 # -- arrays that move ------------------------------------------------------------------------------
-
-
-def test_other_arrays_are_not_taken_for_these() -> None:
-    find = locator({"a": jnp.ones(70), "b": jnp.ones((3, 4), "bfloat16")})
-    new = {"a": jnp.zeros(70), "b": jnp.zeros((3, 4), "bfloat16")}
-    found = find.locate(new)
-    assert found is not None
-    assert found.addresses["a"] == new["a"].unsafe_buffer_pointer()
-    for a in (new["a"][:-1], new["a"].reshape(10, 7), new["a"].astype("float16"), 3.0, None):
-        assert find.locate({**new, "a": a}) is None
-    assert find.locate({**new, "b": in_order(new["b"], (1, 0))}) is None
 
 
 def test_results_that_are_still_being_computed_are_waited_for() -> None:

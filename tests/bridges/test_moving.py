@@ -1,7 +1,5 @@
 """Finding the tensors of a container again, of whatever frameworks they are."""
 
-import gc
-import weakref
 from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +11,6 @@ import torch
 
 from fastema.bridges.moving import Locator
 from fastema.bridges.registry import leaves_of
-from fastema.errors import ArgumentError
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -75,41 +72,3 @@ def test_structures_are_followed_and_told_apart(structure: str, kinds: tuple[str
     rebuilt = leaves.structure.rebuild([leaf.spec.owner for leaf in leaves.items])
     assert leaves_of(rebuilt).names == leaves.names
     assert find.locate(rebuilt) is not None
-
-
-def test_one_array_under_two_names() -> None:
-    one, other = array(0), array(1)
-    find, apart = locator([one, other, one]), locator([one, other])
-    assert find.locate([other, one, other]) is not None
-    assert find.locate([one, other, other]) is None
-    for places in (find, apart):
-        same = [one] * (3 if places is find else 2)
-        assert places.locate(same) is not None  # read only: nothing can go wrong
-        assert places.locate(same, write=True) is None
-
-
-def test_memory_is_kept_as_long_as_what_was_found() -> None:
-    find, tree = locator([array(0)]), [array(1)]
-    watched, where = weakref.ref(tree[0]), address(tree[0])
-    found = find.locate(tree)
-    del tree
-    gc.collect()
-    assert watched() is not None
-    assert found is not None
-    assert found.addresses == {"0": where}
-    del found
-    gc.collect()
-    assert watched() is None
-
-
-def test_arrays_that_never_change_are_refused_a_second_time() -> None:
-    weights = [array(1), array(2)]
-    find = locator(weights)
-    located, changed = find.locate(weights), find.locate([weights[0], array(3)])
-    assert located is not None
-    assert changed is not None
-    find.refuse_used(located, "here")
-    find.notify_used(located)
-    with pytest.raises(ArgumentError, match=r"no new arrays.*here"):
-        find.refuse_used(located, "here")
-    find.refuse_used(changed, "here")

@@ -1,6 +1,5 @@
 """The TensorFlow bridge: tensors and variables where they lie, and writes that nobody else sees."""
 
-import gc
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import fastema
 from fastema.bridges import registry
 from fastema.bridges import tensorflow as bridge
 from fastema.bridges.moving import Locator
-from fastema.errors import ArgumentError, BridgeError, DTypeError, LayoutError
+from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 
 from ..support.arrays import random_bits
@@ -83,31 +82,6 @@ def test_tensors_which_never_change_are_averaged_once_unless_given_again() -> No
     with_variable.update()
 
 
-@pytest.mark.parametrize("shape", [[None], [None, 5], [4, None], None], ids=str)
-def test_variables_of_unknown_shape(shape: Any) -> None:
-    values = np.arange(1.0, 21.0, dtype=np.float32)
-    values = values if shape == [None] else values.reshape(4, 5)
-    variable = tf.Variable(values, shape=tf.TensorShape(shape))
-    ema = fastema.EMA([variable], 0.5)
-    for n in range(1, 6):
-        variable.assign(values * (n + 1))
-        ema.update()
-    raw = variable.numpy()
-    for _ in range(4):
-        with ema.swapped():
-            np.testing.assert_array_equal(variable.numpy(), ema.shadow["0"].numpy())
-        np.testing.assert_array_equal(variable.numpy(), raw)
-    with pytest.raises(LayoutError, match=r"'0' is now \[1\], was "):
-        ema.update([tf.Variable([4.0])])
-    # Less than was there: whoever reads as much as before reads beyond it.
-    variable.assign(values[..., :2] if shape == [4, None] else values[:2])
-    with pytest.raises(LayoutError, match=r"is now \["):
-        ema.update()
-    assert ema.num_updates == 5
-    variable.assign(raw)
-    ema.update()
-
-
 def test_what_cannot_be_read_is_named() -> None:
     for odd, name in (
         (tf.Variable(["a"]), "string"),
@@ -164,63 +138,4 @@ def test_variables_of_a_module_by_their_paths() -> None:
     assert {n for n, one in found.items() if one.role == "buffer"} == {"inner.0.w", "step"}
 
 
-@pytest.mark.parametrize("updates", [0, 4])
-def test_modules_that_are_built_in_another_way(updates: int) -> None:
-    for name, value in (
-        ("a", None),
-        ("a", tf.Variable([1.0, 2.0])),
-        ("a", tf.Variable([1, 2, 3])),
-        ("more", tf.Variable([4.0, 5.0, 6.0])),
-    ):
-        module = Layers()
-        ema = fastema.EMA(module, 0.5)
-        for _ in range(updates):
-            ema.update()
-        for odd in ([module.a, module.b], {}, module.a):
-            with pytest.raises(LayoutError, match=r"'inner\.0\.w' is gone"):
-                ema.update(odd)
-        setattr(module, name, value)
-        for call in (ema.update, ema.apply_shadow):
-            with pytest.raises((LayoutError, DTypeError)):
-                call()
-        assert ema.num_updates == updates
-        np.testing.assert_array_equal(ema.shadow["a"], [4.0, 5.0, 6.0])
-
-
-def test_a_variable_that_is_made_again_is_found() -> None:
-    module = Layers()
-    ema = fastema.EMA(module, 0.5)
-    for n in range(5):
-        module.a = tf.Variable([8.0, 9.0, 10.0])
-        module.inner[1]["x"] = tf.Variable(9.0)
-        gc.collect()
-        poison = [tf.fill([3], np.float32(np.nan)) for _ in range(50)]
-        ema.update()
-        del poison
-        want = np.array([8.0, 9.0, 10.0]) - 4 * 0.5 ** (n + 1)
-        np.testing.assert_allclose(ema.shadow["a"], want, rtol=1e-6)
-
-
 # -- numbers ---------------------------------------------------------------------------------------
-
-
-def test_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in (tf.constant(2.5), tf.Variable([2.5]), tf.constant([[2.5]], tf.bfloat16)):
-        assert registry.scalar(value) == 2.5
-    with pytest.raises(BridgeError, match=r"shape \(3,\)"):
-        registry.scalar(tf.ones(3))
-
-    class OfGpu:
-        device = "/job:localhost/replica:0/task:0/device:GPU:0"
-        read = False
-
-        def numpy(self) -> np.ndarray:
-            self.read = True
-            return np.array(4.0)
-
-    on_gpu = OfGpu()
-    monkeypatch.setattr(bridge.tf, "convert_to_tensor", lambda value: on_gpu)
-    later = bridge.scalar(tf.constant(4.0))
-    assert not on_gpu.read
-    assert callable(later)
-    assert later() == 4.0

@@ -58,11 +58,6 @@ def test_tensors_without_plain_memory_are_refused(case: str) -> None:
         bridge.describe(tensor)
 
 
-def test_a_dtype_without_kernels_is_refused() -> None:
-    with pytest.raises(DTypeError, match=r"torch\.float32"):
-        bridge.code(torch.complex32)
-
-
 def test_writing_is_told_to_autograd_but_for_tensors_of_inference_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastema.bridges import torch as bridge
 from fastema.bridges import torch_foreach as foreach
 from fastema.engine.program import Program
 from fastema.errors import DTypeError
-from fastema.kernels.table import DISTANCE, MEASURES, SQUARE, STILL
 from fastema.layout.device_context import LaunchArgs
 from fastema.layout.dtypes import DTYPES
 from fastema.layout.group import Pair
@@ -194,25 +192,6 @@ def test_average_of_every_pair_of_floats(dst: str, src: str) -> None:
         assert_lerped(average_of(pair), avg, x, w, code, src, average_of(other))
 
 
-@pytest.mark.parametrize(
-    ("dst", "src"),
-    [("f64", "bf16"), ("f32", "f32"), ("bf16", "bf16"), ("c128", "c64"), (SPLIT, "f32")],
-)
-def test_terms_of_a_weighted_sum(dst: str, src: str) -> None:
-    coefficients = (0.3, -1.7, 0.9)
-    terms = [tensor(numbers(3000, src, i), src) for i in range(3)]
-    code = kept_as(dst)
-    begin = numbers(3000, code, 9)
-    first = average_pair(dst, begin, terms[0])
-    pairs = [first._replace(src=bridge.describe(x), average_index=i) for i, x in enumerate(terms)]
-    run("add", pairs, coefficients)
-    got = values_of(average_of(first), code)
-    parts = [w * values_of(stored(x), src) for w, x in zip(coefficients, terms, strict=True)]
-    parts.append(values_of(begin, code))
-    want, sizes = np.sum(parts, axis=0), np.abs(parts).sum(axis=0)
-    assert np.all(np.abs(got - want) <= 8 * unit_roundoff(reference.real_of(code)) * sizes)
-
-
 # A part of a whole tensor, whose indices may pass a multiple of 2**32: whole and offset.
 WHOLES = {
     "whole": (None, None),
@@ -281,53 +260,6 @@ def test_copies_of_every_pair_of_floats(dst: str, src: str, operation: str) -> N
     assert_same(stored(pair.src.owner), x if operation == "copy" else back, src)
     if (dst, src) == (SPLIT, "f32"):  # what is converted has other bits where it is not a number
         assert_same_bits([pair], [other])
-
-
-@pytest.mark.parametrize(
-    ("dst", "src"),
-    [
-        *(("f32", "f32"), ("f32", "bf16"), ("f64", "f32"), ("bf16~", "bf16")),
-        *(("f16~", "f32"), (SPLIT, "f32"), (SPLIT, "bf16"), ("c64", "c64")),
-    ],
-)
-def test_measures_of_each_pair(dst: str, src: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreach, "AT_ONCE", 999)
-    code, sizes = kept_as(dst), [1, 5000, 0, 37, 4000]
-    averages = [numbers(size, code, 50 + i) for i, size in enumerate(sizes)]
-    pairs = [
-        average_pair(dst, avg, tensor(numbers(len(avg), src, i), src), f"t{i}")
-        for i, avg in enumerate(averages)
-    ]
-    plain = twin(pairs)
-    found = run("lerp_measured", pairs, (2.0**-6,), 3, 4)
-    run("lerp", plain, (2.0**-6,), 3, 4)
-    assert_same_bits(pairs, plain)
-    assert (found.shape, found.dtype) == ((5, MEASURES), np.float64)
-    slack = 8 * unit_roundoff("f64" if "f64" in (dst, src) else "f32")
-    for row, (pair, avg) in enumerate(zip(pairs, averages, strict=True)):
-        new, old = values_of(average_of(pair), code), values_of(avg, code)
-        distance = values_of(stored(pair.src.owner), src) - new
-        want = [np.square(distance).sum(), np.square(new).sum()]
-        np.testing.assert_allclose(found[row, [DISTANCE, SQUARE]], want, rtol=slack)
-        assert found[row, STILL] == (new == old).sum()
-
-
-@pytest.mark.parametrize("src", [*REAL, *COMPLEX])
-def test_number_of_elements_that_are_not_finite(src: str) -> None:
-    kept = bridge.native(src if src in COMPLEX else "f32")
-    arrays = [with_specials(*[numbers(n, src, n, "bits")] * 2, src, src)[0] for n in (900, 5)]
-    arrays += [numbers(n, src, n) for n in (0, 900, 7)]
-    pairs = [pair_of(torch.zeros(len(x), dtype=kept), tensor(x, src)) for x in arrays]
-    before = twin(pairs)
-    with np.errstate(invalid="ignore"):
-        bad = [(~np.isfinite(values_of(x, src))).sum() for x in arrays]
-    np.testing.assert_array_equal(run("finite", pairs)[:, DISTANCE], bad)
-    assert np.all(np.array(bad[:2]) > 20)
-    assert not any(bad[2:])
-    assert_same_bits(pairs, before)
-    # Both sides the same tensor, as a guard has them.
-    same = [pair_of(pair.src.owner, pair.src.owner) for pair in pairs]
-    np.testing.assert_array_equal(run("finite", same)[:, DISTANCE], bad)
 
 
 # -- windowed means --------------------------------------------------------------------------------
@@ -468,62 +400,6 @@ def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: 
 
 
 # -- memory ----------------------------------------------------------------------------------------
-
-
-class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of storages that torch's functions made and that are still held."""
-
-    def __init__(self, known: Sequence[Any]) -> None:
-        super().__init__()
-        self._known = {one.untyped_storage()._cdata for one in known}
-        self._held = WeakIdKeyDictionary()
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in torch.utils._pytree.tree_leaves(out):
-            if isinstance(one, torch.Tensor):
-                self._held[one] = one.untyped_storage()
-        live = {one._cdata: one.nbytes() for one in self._held.values()}
-        self.peak = max(self.peak, sum(n for one, n in live.items() if one not in self._known))
-        return out
-
-
-EVERYTHING = [
-    *product(["lerp", "lerp_measured", "add"], ["f64", "f32", "bf16~", "f16~", SPLIT], REAL),
-    *product(["copy", "cast_back", "swap"], ["f64", "f32", "bf16", SPLIT], REAL),
-    *product(["finite"], ["f32"], REAL),
-    *product(["park", "unpark"], ["f32"], ["bf16"]),
-    *(("window", dst, src) for dst, src, *_ in WINDOWS),
-]
-
-
-@pytest.mark.parametrize(("operation", "dst", "src"), EVERYTHING)
-def test_memory_does_not_grow_with_the_tensors(
-    operation: str, dst: str, src: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    at_once = 3000
-    monkeypatch.setattr(foreach, "AT_ONCE", at_once)
-    formats = next((one for one in WINDOWS if one[:2] == (dst, src)), ())
-
-    def peak(sizes: Sequence[int]) -> int:
-        pairs = []
-        for i, size in enumerate(sizes):
-            x = tensor(numbers(size, src, i), src)
-            if operation == "window":
-                pairs.append(window_pair(formats, size, 3))
-            else:
-                pairs.append(average_pair(dst, numbers(size, kept_as(dst), 9), x))
-        once = foreach.substitute(operation, pairs)
-        with LiveBytes([one for pair in pairs for one in owners(pair)]) as live:
-            once(LaunchArgs((3.0 if operation == "window" else 0.75,), 0, 0, 3, 1, 3))
-        return live.peak
-
-    measures = 200  # a few numbers for each piece
-    parts = 2 if dst == "c64" else 1
-    assert peak([9000]) <= foreach.BYTES * at_once + measures
-    assert peak([at_once // 10] * 10) <= foreach.BYTES * at_once + 10 * measures
-    assert peak([at_once * 10]) <= peak([at_once]) + 10 * measures * parts
 
 
 def test_what_torch_has_no_functions_for_is_refused() -> None:

@@ -1,7 +1,6 @@
 """Checkpoint files: written whole, read exactly, damage told."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,15 +100,6 @@ from fastema.checkpoint import files
 files.fsync = lambda path: os._exit(9)
 files.write(sys.argv[1], {"x": describe(np.arange(1000.0))})
 """
-SLOW = """
-import sys
-from fastema.checkpoint import files
-with files.moved_into_place(sys.argv[1]) as partial:
-    with open(partial, "w") as file:
-        print("writing", flush=True)
-        sys.stdin.read()
-        file.write("all of it")
-"""
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -125,23 +115,6 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
-def test_what_another_is_writing_is_left_alone(tmp_path: Path) -> None:
-    others = [tmp_path / ".bashrc", tmp_path / ".a.fastema-1", tmp_path / "a.fastema-0.part"]
-    for other in others:
-        other.write_text("of the user")
-    slow, quick = tmp_path / "slow", tmp_path / "quick"
-    command = [sys.executable, "-c", SLOW, str(slow)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"writing\n"
-        for _ in range(2):
-            files.write(quick, {"x": describe(np.arange(4.0))})
-        process.communicate(b"", timeout=60)
-    assert slow.read_text() == "all of it"
-    files.write(quick, {"x": describe(np.arange(4.0))})
-    assert set(tmp_path.iterdir()) == {slow, quick, *others}
-
-
 def test_a_full_disk_is_our_error_and_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     files.write(path, {"x": describe(np.arange(3.0))})
@@ -152,14 +125,6 @@ def test_a_full_disk_is_our_error_and_leaves_the_old_file(tmp_path: Path) -> Non
         files.write(path, {"x": describe(large)})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
-    pipe = tmp_path / "a.safetensors"
-    os.mkfifo(pipe)
-    for path in (pipe, tmp_path):
-        with pytest.raises(CheckpointError, match="is not a file"):
-            files.read(path)
 
 
 @pytest.mark.slow

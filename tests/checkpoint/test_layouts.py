@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastema
@@ -14,8 +14,7 @@ from fastema.checkpoint import convert, inspect, load, load_into, save
 from fastema.checkpoint.conversion import LIBRARIES
 from fastema.checkpoint.transfer import tensors_of
 from fastema.errors import ArgumentError, CheckpointError
-from fastema.rules import Constant, Power
-from fastema.rules.ema import InverseGamma
+from fastema.rules import Constant
 
 from ..support.peers import PEERS
 
@@ -218,49 +217,6 @@ def test_an_average_is_found_in_a_whole_checkpoint(name: str) -> None:
         assert torch.equal(next(iter(weights.values())), next(iter(WEIGHTS.values())))
 
 
-SCHEDULES: dict[str, tuple[dict[str, Any], Any]] = {
-    "constant": ({"min_decay": 0.9, "optimization_step": 9}, Constant(0.9)),
-    "grown up": ({"decay": 0.5, "optimization_step": 100}, Constant(0.5)),
-    "growing": ({"optimization_step": 5}, None),
-    "warm-up": (
-        {"use_ema_warmup": True, "power": 0.75, "optimization_step": 5},
-        InverseGamma(0.9, 1.0, 0.75, 0.0),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_schedule_that_diffusers_goes_on_with(name: str) -> None:
-    options, rule = SCHEDULES[name]
-    torch.save({"decay": 0.9, **options, "shadow_params": [torch.ones(2)]}, "ema.pt")
-    found = load("ema.pt")
-    assert (found.schedule and found.schedule.rules[0]) == rule
-    if rule is not None:
-        average = fastema.compat.diffusers.EMAModel([torch.zeros(2)])
-        average.load_state_dict(torch.load("ema.pt", weights_only=True))
-        step = average.optimization_step + 1
-        assert rule.decay(step) == pytest.approx(average.get_decay(step), rel=1e-12)
-
-
-def test_a_folder_of_diffusers_has_names_and_counters(inside: Path) -> None:
-    (inside / "config.json").write_text(
-        '{"decay": 0.9, "min_decay": 0.9, "optimization_step": 40, "update_after_step": 0}'
-    )
-    save_file(MODEL, "diffusion_pytorch_model.safetensors")
-    found = load(inside)
-    assert (found.library, found.names, found.num_updates) == ("diffusers", "full", 40)
-    assert set(found.checkpoint.tensors) == set(MODEL)
-
-
-def test_a_snapshot_tells_its_power_and_its_lag(inside: Path) -> None:
-    model = build_model()
-    ema = trained(fastema.PowerEMA(model, 0.1), model, 30)
-    found = inspect(*fastema.posthoc.save_snapshot(ema, inside))
-    assert (found.average.library, found.average.num_updates) == ("fastema.posthoc", 30)
-    assert isinstance(found.average.schedule.rules[0], Power)
-    assert 0 < found.reach.mean_age < 30
-
-
 STATE: dict[str, Callable[[str, Any], None]] = {
     "safetensors": lambda path, ema: save(ema, path),
     "torch.save": lambda path, ema: torch.save(ema.state_dict(), path),
@@ -297,13 +253,6 @@ def test_the_weights_alone_are_streamed_with_tied_names_once() -> None:
     assert set(load_file(done.path)) == {"a.weight", "a.bias", "b.bias"}
     assert done.lost[-2:] == ["the number of updates, 1", "the schedule, mean of all weights"]
     assert b'"b.weight": "a.weight"' in done.path.read_bytes()
-
-
-def test_rounding_is_carried() -> None:
-    ema = fastema.EMA(build_model(), decay=0.5, shadow_dtype="bfloat16", rounding="nearest")
-    save(ema, "ema.safetensors")
-    convert("ema.safetensors", "again.safetensors", to="fastema")
-    assert inspect("again.safetensors").average.options["rounding"] == "nearest"
 
 
 # Source, options and words.
@@ -366,47 +315,3 @@ def test_a_flipped_byte_is_found_when_it_is_looked_for(kind: str, inside: Path) 
     assert inspect(path).checked == "sizes"
     with pytest.raises(CheckpointError, match="is damaged"):
         inspect(path, check=True)
-
-
-ONE = torch.ones(1)
-NO_SCHEDULE = {"rules": [], "update_every": 1, "start_after": 0}
-OF_COMPOSER = {"state": {"timestamp": {"Timestamp": 3}, "algorithms": [
-    ("EMA", {"ema_model": {"w": ONE}})]}}  # fmt: skip
-MALFORMED: dict[str, Any] = {
-    "a count that is none": {"n_averaged": torch.tensor(float("nan")), "module.w": ONE},
-    "a negative count": {"n_averaged": -3, "module.w": ONE},
-    "an infinite count": {"decay": ONE / 2, "num_updates": torch.tensor(float("inf")), "w": ONE},
-    "several elements for a count": {"steps": torch.ones(3), "module.w": ONE},
-    "a decay that is text": {"decay": "x", "num_updates": 1, "shadow_params": [ONE]},
-    "a huge decay": {"decay": 10**400, "num_updates": 1, "shadow_params": [ONE]},
-    "no list": {"decay": 0.9, "num_updates": 1, "shadow_params": 3},
-    "an empty list": {"decay": 0.9, "num_updates": 1, "shadow_params": []},
-    "an average of nothing": {"ema_state": {}},
-    "ema_state is a number": {"ema_state": 4},
-    "no model within": {"state": {"algorithms": [("EMA", {"ema_model": None})]}},
-    "a number for a time": OF_COMPOSER,
-    "a schedule of ours that is none": {"format": "fastema", "schedule": 3, "shadow": [{}]},
-    "a state of ours without averages": {"format": "fastema", "schedule": None},
-    "a number for averages": {"format": "fastema", "shadow": 3, "schedule": NO_SCHEDULE},
-}
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_state_is_a_line_that_names_the_file(name: str) -> None:
-    torch.save(MALFORMED[name], "odd.pt")
-    with pytest.raises(CheckpointError, match=r"odd\.pt"):
-        inspect("odd.pt")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [torch.ones(2)],
-        {1: torch.ones(2), 2: {3: ONE}},
-        {"state": {"algorithms": 4, "x": {"ema_model": ONE}}},
-    ],
-    ids=["a list", "keys that are numbers", "algorithms are a number"],
-)
-def test_other_tensors_are_a_models(content: Any) -> None:
-    torch.save(content, "odd.pt")
-    assert load("odd.pt").library == "model"

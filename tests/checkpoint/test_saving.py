@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import fastema
 from fastema import rules
-from fastema.checkpoint import convert, files, inspect, load_into, merge, save, saving, wait
+from fastema.checkpoint import files, inspect, load_into, save, saving, wait
 from fastema.checkpoint.state import read_state, write_state
 from fastema.errors import CheckpointError, StorageError
 
@@ -100,19 +98,6 @@ def test_every_failed_write_is_told_by_the_next_call() -> None:
         load_into(small, "gone/c")
 
 
-def test_an_error_at_the_end_of_the_process_is_printed(python: Callable[..., str]) -> None:
-    said = python(
-        """
-        import contextlib, io, sys, numpy as np, fastema
-        from fastema.checkpoint import save
-        sys.stderr = sys.stdout
-        save(fastema.EMA([np.ones(3)]), sys.argv[1], wait=False)
-        """,
-        str(Path("gone", "ema.safetensors").absolute()),
-    )
-    assert "fastema.checkpoint.save: cannot write" in said
-
-
 def test_a_later_save_is_not_overtaken_by_an_earlier_one() -> None:
     ema = zeros(3_000_000)
     ema.update()
@@ -142,26 +127,6 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again() -> None:
     finally:
         stop.set()
         thread.join()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
-def test_a_pipe_is_not_replaced() -> None:
-    os.mkfifo("pipe")
-    for path, said in (("pipe", "is no file"), ("a\0b", "is no name"), (".", "is no name")):
-        with pytest.raises(StorageError, match=said):
-            save(zeros(), path)
-
-
-def test_a_locked_folder_is_written_to() -> None:
-    locks = pytest.importorskip("fcntl")
-    os.mkdir("locked")
-    handle = os.open("locked", os.O_RDONLY)
-    locks.flock(handle, locks.LOCK_EX)
-    thread = threading.Thread(target=save, args=(zeros(), "locked/ema"), daemon=True)
-    thread.start()
-    thread.join(20)
-    os.close(handle)
-    assert Path("locked/ema").exists()
 
 
 def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:
@@ -229,35 +194,3 @@ def test_a_damaged_state_is_our_error_whatever_is_wrong(seed: int, inside: Path)
         np.testing.assert_equal([dict(one) for one in other.shadows], before)
     else:
         other.update()
-
-
-@pytest.mark.parametrize("way", ["save", "torch.save", "within"])
-def test_saved_averages_are_averaged_under_the_names_of_their_model(way: str) -> None:
-    model = torch.nn.Linear(3, 2)
-    ema, want = fastema.EMA(model, 0.5), []
-    paths = [f"{step}{'.safetensors' if way == 'save' else '.pt'}" for step in (1, 2)]
-    for step, path in enumerate(paths, 1):
-        with torch.no_grad():
-            model.weight.add_(step)
-        ema.update()
-        state = ema.state_dict()
-        if way == "save":
-            save(ema, path)
-        else:
-            inside = {"model": model.state_dict(), "ema": state}
-            torch.save(state if way == "torch.save" else inside, path)
-        want.append({name: tensor.clone() for name, tensor in ema.shadow.items()})
-    key = "ema" if way == "within" else None
-    found = load_file(merge.average(paths, [0.5, 0.5], "mean.safetensors", key=key))
-    assert found.keys() == want[0].keys()
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor, (want[0][name] + want[1][name]) / 2)
-
-
-def test_names_of_the_other_format_are_refused(inside: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"end in \.safetensors"):
-        save(zeros(), "ema.pt")
-    save(zeros(), "ema.safetensors")
-    with pytest.raises(CheckpointError, match=r"end in \.pt"):
-        convert("ema.safetensors", "x.safetensors", to="timm")
-    assert [path.name for path in inside.iterdir()] == ["ema.safetensors"]

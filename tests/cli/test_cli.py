@@ -94,31 +94,6 @@ def test_the_doctor_says_what_is_there_and_notices_wrong_kernels(
     assert said in fastema("doctor", code=1).err
 
 
-def test_each_way_costs_what_its_bytes_say(fastema: Any) -> None:
-    line = "plan --params 64e9 --dtype bf16 --world 64 --hbm 2000 --link 50 --host 80 --json"
-    found = {way["name"]: way for way in json.loads(fastema(line).out)}
-    whole = found["on each GPU, float32"]
-    assert (whole["gpu_bytes"], whole["moved"], whole["seconds"]) == (256e9, 640e9, 0.32)
-    part = found["sharded, float32"]
-    assert (part["gpu_bytes"], part["moved"], part["seconds"]) == (4e9, 10e9, 0.005)
-    assert found["sharded, bf16+16"]["gpu_bytes"] == 4e9
-    rough = found["sharded, bf16, rounded at random"]
-    assert (rough["gpu_bytes"], rough["moved"]) == (2e9, 6e9)
-    assert found["sharded, every 10 steps"]["seconds"] == pytest.approx(0.0005)
-    host = found["on the host, float32"]
-    assert (host["gpu_bytes"], host["host_bytes"], host["link_bytes"]) == (0.0, 6e9, 2e9)
-    assert host["seconds"] == max(2 / 50, 12 / (80 / 8))
-
-
-def test_weights_are_counted_as_people_count_them(fastema: Any) -> None:
-    for line in ("7b", "7000M", "0.007T", "7e9", "7B --world 1 --every 10", "7B --step 0.5"):
-        out = fastema(f"plan --params {line}").out
-        assert out.startswith("7,000,000,000 weights in bf16")
-    assert out.count("bf16+16") == 3
-    assert "of a step" in out
-    assert 'fastema.EMA(model, shadow_dtype="bf16+16")' in out
-
-
 @pytest.fixture
 def bench(fastema: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """``bench(options)`` where a file has a few small shapes: output, errors."""
@@ -144,22 +119,6 @@ def test_every_way_has_a_line_a_figure_and_a_place_in_the_picture(bench: Any) ->
     assert "raises RuntimeError" in ways["torch AveragedModel"]["why"]  # mixes no dtypes
 
 
-@pytest.mark.parametrize("name", [*race.WAYS, "fastema"])
-def test_a_way_does_the_update_that_it_is_timed_for(name: str) -> None:
-    package, setup = race.WAYS.get(name, ("torch", race._ours))
-    if package != "torch":
-        pytest.importorskip(package)
-    if package == "timm":
-        pytest.importorskip("torchvision")
-    model = torch.nn.ParameterList([torch.full((3, 5), 2.0), torch.full((7,), 2.0)])
-    way = setup(model, torch.float32)
-    for one in model:
-        one.data.fill_(5.0)
-    way.update()
-    for one in way.averages():
-        torch.testing.assert_close(one.detach(), torch.full_like(one, 2.003), rtol=1e-6, atol=0)
-
-
 def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any) -> None:
     tensors = {"w": torch.ones(4, 2), "n": torch.ones(3, dtype=torch.int64)}
     torch.save({"model": tensors}, "model.pt")
@@ -167,27 +126,6 @@ def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any) -> None:
     assert sum(one.numel() for one in shapes._gpt2()) == 124_439_808
     pytest.importorskip("transformers")
     assert len(shapes._of_model("transformers:GPT2Config")) == 148
-
-
-WRONG = {
-    "--model resnet50": "expected one of timm:NAME",
-    "--model transformers:NopeConfig": "transformers cannot make it",
-    "--shapes nope.json": "nope.json: No such file",
-    "--shapes empty.json": "expected JSON with shapes",
-    "--shapes text.json": "expected JSON with shapes",
-}
-
-
-@pytest.mark.parametrize("line", WRONG)
-def test_what_cannot_be_timed_is_one_line(line: str, bench: Any) -> None:
-    if ":" in line:
-        pytest.importorskip("transformers")
-    Path("empty.json").write_text("{}")
-    Path("text.json").write_text("nope")
-    out, err = bench(line, code=2)
-    assert out == ""
-    assert WRONG[line] in err
-    assert len(err.splitlines()) == 1
 
 
 # -- average ---------------------------------------------------------------------------------------

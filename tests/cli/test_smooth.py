@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,7 @@ import pytest
 
 from fastema.tracking import ExponentialMovingAverage, SimpleMovingAverage
 
-from ..support.process import run as run_command
-from ..support.process import run_python
 from ..support.requirements import require_packages
-
-SMOOTH = ("-m", "fastema", "smooth")
 
 
 def log(count: int = 200, seed: int = 0) -> str:
@@ -178,22 +173,6 @@ def test_refusals_say_why_and_write_nothing(
     assert path.read_text() == log()
 
 
-def test_values_that_are_not_finite_and_policies(path: Path, tmp_path: Path, smooth: Any) -> None:
-    cells = ["2.0", "nan", "", "1e308", "-inf", "0.5", "1e308"]
-    rows = "".join(f"{row},1,{cell}\n" for row, cell in enumerate(cells))
-    path.write_text("step,acc,loss\n" + rows)
-    for policy in ("show", "skip", "propagate"):
-        got = columns(smooth(path, "--on-nonfinite", policy, "--sma", 3, "--ema", 0.75).out)
-        assert got["loss"] == cells
-        kept: Any = {"on_nonfinite": policy}
-        assert got["loss_sma"] == written(SimpleMovingAverage(3, **kept), cells)
-        assert got["loss_ema"] == written(ExponentialMovingAverage(0.75, **kept), cells)
-    out = tmp_path / "out.csv"
-    said = smooth(path, "--on-nonfinite", "raise", "-o", out, code=2).err
-    assert f"{path}, loss: " in said
-    assert not out.exists()
-
-
 def test_a_write_that_fails_leaves_the_older_file_and_one_to_a_device_the_device(
     path: Path, monkeypatch: pytest.MonkeyPatch, smooth: Any
 ) -> None:
@@ -213,36 +192,3 @@ def test_a_write_that_fails_leaves_the_older_file_and_one_to_a_device_the_device
     path.with_name("null").symlink_to(os.devnull)
     smooth(path, "-o", path.with_name("null"))
     assert not Path(os.devnull).is_file()
-
-
-def test_whoever_reads_may_stop(path: Path) -> None:
-    path.write_text(log(20_000))
-    command = f'"{sys.executable}" -m fastema smooth "{path}" --quiet | head -n 1'
-    done = run_command("bash", "-o", "pipefail", "-c", command)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("epoch,step,loss")
-
-
-def test_standard_input_is_read_as_a_file_is() -> None:
-    def smoothed(text: bytes) -> Any:
-        ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-        command = *SMOOTH, "-", "--sma", 2
-        return run_python(*command, input=text, text=False, environment=ascii_only)
-
-    done = smoothed("\ufeffstep,µ\n0,1.0\n1,3.0\n".encode())
-    assert done.returncode == 0
-    got = columns(done.stdout.decode())
-    assert (next(iter(got)), got["µ_sma"]) == ("step", ["1.0", "2.0"])
-    done = smoothed(b"step,loss\n0,\xff\n")
-    assert done.returncode == 2
-    assert b"is no text" in done.stderr
-    assert b"Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("delimiter", [";", "\t"])
-def test_decimal_commas(delimiter: str, path: Path, smooth: Any) -> None:
-    rows = [["step", "loss"], ["1", "0,5"], ["2", "-1,25e-1"], ["3", "nan"], ["4", "2"]]
-    path.write_text("\n".join(map(delimiter.join, rows)) + "\n")
-    got = columns(smooth(path, "--sma", "1").out, delimiter)
-    assert got["loss"] == ["0,5", "-1,25e-1", "nan", "2"]
-    assert got["loss_sma"] == ["0.5", "-0.125", "nan", "2.0"]

@@ -1,6 +1,5 @@
 """What the tests of Lightning's averaging callbacks share: a small run, and averages of it."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +84,6 @@ class Alternating(Network):
         self.steps.append(snapshot(self))
 
 
-def at(hook: str, action: Callable[[Any, Any], Any]) -> Callback:
-    """A callback that does this, with the trainer and the module, in one of Lightning's hooks."""
-    callback = Callback()
-    setattr(callback, hook, lambda run, module, *args: action(run, module))
-    return callback
-
-
 def saving(folder: Path, **options: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "{epoch}", save_top_k=-1, **options)
 
@@ -136,10 +128,6 @@ def load(path: Path) -> dict[str, Any]:
 
 def snapshot(module: torch.nn.Module) -> State:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def average_in(callback: Any) -> State:
-    return callback._average_model.module.state_dict()
 
 
 def floats(state: State) -> State:

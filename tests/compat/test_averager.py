@@ -10,7 +10,7 @@ from fastema.compat.averager import ModelAverager
 from fastema.errors import LayoutError, StateError
 
 from ..support.peers import is_float, tensors
-from .network import Network, Truth, bits, numbers, refused
+from .network import Network, Truth, bits, refused
 
 nn = torch.nn
 
@@ -178,44 +178,3 @@ def test_what_moves_inside_the_block_gets_its_own_contents(
     ):
         return  # they were not lent: what is done to them is done to them
     assert_back(average, old)
-
-
-@WHERE
-def test_tied_weights_of_a_model_elsewhere() -> None:
-    net, average, averager = made(19)
-    truth, generator = Truth(average, net, is_float), numbers(20)
-    for step in range(1, 4):
-        truth.train(net, generator, 0.1, lambda model, n=step: averager.update(model, 0.1, n))
-        truth.check(average, net)
-    raw, averaged = net.embed.weight.detach().clone(), average.embed.weight.clone()
-    with averager.swapped(net):
-        assert torch.equal(net.head.weight, averaged)
-    assert torch.equal(net.head.weight, raw)
-    net.head.weight = nn.Parameter(torch.randn(7, 5))  # tied no more
-    with pytest.raises(LayoutError, match="overlap"):
-        averager.update(net, 0.1, 4)
-
-
-@WHERE
-def test_give() -> None:
-    net, average, averager = made(
-        9, torch.bfloat16, policy=lambda name, role: "skip" if name == "wide" else "average"
-    )
-    raw = net.wide.detach().clone()
-    averager.give(net)
-    assert torch.equal(net.wide, raw)
-    for name, tensor in tensors(net).items():
-        assert name == "wide" or torch.equal(tensor, tensors(average)[name].to(tensor.dtype)), name
-
-
-@WHERE
-def test_parameters_that_are_frozen_and_trained_again() -> None:
-    net, average, averager = made(
-        12, policy=lambda name, role: "skip" if role == "frozen" else "average"
-    )
-    for is_trained in (True, False, False, True):
-        net.wide.requires_grad_(is_trained)
-        old = average.wide.clone()
-        averager.update(net, 0.5, 1)
-        want = torch.lerp(old, net.wide.detach(), 0.5) if is_trained else old
-        torch.testing.assert_close(average.wide, want, rtol=1e-6, atol=1e-6)

@@ -1,9 +1,5 @@
 """What holds for every class of a peer: numbers, states, copies and refusals."""
 
-import copy
-import gc
-import pickle
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +11,7 @@ from fastema.compat.signatures import differences
 from fastema.errors import FastemaError, LayoutError
 
 from ..support.peers import PEERS, Peer, tensors
-from .network import Network, bits, numbers, repointed, through_a_file, trained
+from .network import Network, bits, repointed, through_a_file
 from .runs import Run, first_schedule
 
 NEEDS = ("diffusers", "ema_pytorch", "timm", "torch_ema")
@@ -121,27 +117,6 @@ def test_averages_are_the_reference_and_the_rest_is_copied(
         assert inside.head.weight is inside.embed.weight
 
 
-@pytest.mark.parametrize("dtype", ["mixed", "f32", "f64"])
-@pytest.mark.parametrize(
-    ("peer", "schedule"),
-    [one for one in SCHEDULES if (case := PEERS[one.values[0]]).installed and case.exact],
-)
-def test_the_peer_is_as_close_to_the_reference(peer: str, schedule: str, dtype: str) -> None:
-    """But for tied weights and integers, where some go wrong."""
-    model = Network(5, DTYPES[dtype], integers=False, tied=False)
-    run = Run(peer, model, PEERS[peer].schedules[schedule])
-    theirs = run.build("theirs")
-    run.train(16, theirs)
-    run.check()
-    run.check(theirs)
-    cached = [
-        torch.equal(tensors(run.peer.averaged_module(one))["cache"], model.cache)
-        for one in (run.average, theirs)
-        if run.peer.inside
-    ]
-    assert len(set(cached)) <= 1
-
-
 @pytest.mark.parametrize("narrow", NARROW)
 @peers(lambda peer: peer.own)
 def test_a_float32_average_of_16_bit_weights_is_the_reference(
@@ -184,46 +159,6 @@ def test_a_16_bit_average_moves_where_rounding_to_nearest_stands_still(
     assert abs(ours.double().mean().item() - expected) < bound < expected - 1
 
 
-@peers()
-def test_nan_goes_in_and_stays_where_it_was(peer: str) -> None:
-    run = Run(peer, Network(9))
-    for value in (1.0, float("nan"), 2.0):
-        with torch.no_grad():
-            run.model.wide[5] = value
-        run.peer.update(run.average, run.model, run.n)
-        run.n += 1
-    if run.peer.weight(run.n - 1, **run.options) < 1:
-        assert torch.isnan(run.averages()["wide"]).nonzero().tolist() == [[5]]
-    assert not torch.isnan(run.averages()["embed.weight"]).any()
-
-
-@peers(lambda peer: peer.installed and peer.exact and peer.averages_complex)
-def test_complex_weights_are_averaged_as_the_peer_does(peer: str) -> None:
-    case, model, generator = PEERS[peer], nn.Module(), numbers(8)
-    model.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex64, generator=generator))
-    options = first_schedule(case)
-    one, other = (case.make(case.module(kind), model, **options) for kind in ("ours", "theirs"))
-    for n in range(6):
-        with torch.no_grad():
-            model.weight.copy_(torch.randn(5, 3, dtype=torch.complex64, generator=generator))
-        for average in (one, other):
-            case.update(average, model, n)
-    got, want = (case.averages(average, model)["weight"] for average in (one, other))
-    torch.testing.assert_close(got, want)
-
-
-@peers(lambda peer: peer.wrong_integers or peer.wrong_ties)
-def test_integers_and_ties_go_wrong_in_the_peer(peer: str) -> None:
-    run = Run(peer, Network(11))
-    theirs = run.build("theirs")
-    run.train(3, theirs)
-    run.check()
-    found = run.peer.averages(theirs, run.model)
-    assert torch.equal(found["places"], run.model.places) is not run.peer.wrong_integers
-    ours = run.averages()["embed.weight"]
-    assert torch.allclose(found["embed.weight"], ours, rtol=1e-5) is not run.peer.wrong_ties
-
-
 # -- states ----------------------------------------------------------------------------------------
 
 
@@ -259,31 +194,6 @@ def test_a_resumed_16_bit_average_is_the_same_to_the_bit(peer: str, narrow: torc
         averages = {name: one for name, one in run.averages().items() if name != "cache"}
         found.append(bits(averages))
     assert all(one == found[0] for one in found)
-
-
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "file"])
-@peers(lambda peer: peer.follows and peer.ours != "composer")
-def test_a_copy_goes_on_by_itself(peer: str, way: str) -> None:
-    run = Run(peer, Network(17, torch.bfloat16))
-    run.train(4)
-    first, before = run.average, fingerprint(run.average, run)
-    if way == "deepcopy":
-        run.average = copy.deepcopy(first)
-    elif way == "pickle":
-        run.average = pickle.loads(pickle.dumps(first))
-    else:
-        run.average = through_a_file(first, weights_only=False)
-    assert type(run.average) is type(first)
-    if run.peer.ours == "swa_utils":
-        assert b"ModelAverager" not in pickle.dumps(first), "what is bound to memory"
-    assert fingerprint(run.average, run) == before
-    trained(run.model, run.generator)
-    run.truth.step(run.model, run.peer.weight(run.n, **run.options))
-    run.peer.update(run.average, run.model, run.n)
-    run.check()
-    assert fingerprint(first, run) == before != fingerprint(run.average, run)
-    run.peer.update(first, run.model, run.n)
-    assert fingerprint(first, run) == fingerprint(run.average, run), "random bits and counts"
 
 
 def fingerprint(average: Any, run: Run) -> Any:
@@ -322,18 +232,6 @@ def test_tensors_of_the_model_that_move_are_found(
     run.check()
 
 
-@pytest.mark.parametrize("change", [repointed, assigned, restrided, cast])
-@peers(lambda peer: bool(peer.inside))
-def test_tensors_of_the_average_that_move_are_found(
-    peer: str, change: Callable[[nn.Module], None]
-) -> None:
-    run = Run(peer, Network(21, torch.float32))
-    run.train(4)
-    change(run.peer.averaged_module(run.average))
-    run.train(4)
-    run.check()
-
-
 def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
 
@@ -351,60 +249,6 @@ def test_a_wrapped_model_is_averaged_as_the_model_itself(
     run.train(2, given=wrap(run.model))
     run.train(2)
     run.check()
-
-
-@WRAPPERS
-@pytest.mark.parametrize("given", ["model", "wrapped"])
-@peers(lambda peer: peer.ours in ("swa_utils", "timm"))
-def test_an_average_of_a_wrapped_model_is_that_of_the_model(
-    peer: str, given: str, wrap: Callable[[nn.Module], nn.Module]
-) -> None:
-    run = Run(peer, Network(25))
-    wrapped = wrap(run.model)
-    average = run.build(model=wrapped)
-    for n in range(4):
-        trained(run.model, run.generator)
-        run.truth.step(run.model, run.peer.weight(n, **run.options))
-        run.peer.update(average, wrapped if given == "wrapped" else run.model, n)
-    (inside,) = run.peer.averaged_module(average).children()
-    run.truth.check(inside, run.model)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-@peers(lambda peer: bool(peer.inside) and peer.own)
-def test_a_scripted_module_is_averaged_as_the_module_itself(peer: str) -> None:
-    case, found = PEERS[peer], []
-    plain = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
-    for model in (copy.deepcopy(plain), torch.jit.script(copy.deepcopy(plain))):
-        average = case.make(case.module(), model, **first_schedule(case))
-        generator = numbers(7)
-        for n in range(4):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=generator))
-            case.update(average, model, n)
-        found.append(case.averaged_module(average))
-        # Not computed from the model: no graph is kept, and none leads back to it.
-        assert all(one.is_leaf for one in found[-1].parameters())
-    one, other = (module.state_dict() for module in found)
-    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
-    assert not torch.equal(one["0.weight"], plain[0].weight)
-
-
-@pytest.mark.parametrize("wrap", [None, nn.DataParallel])
-@peers(lambda peer: peer.follows)
-def test_the_model_is_not_kept_alive(peer: str, wrap: Any) -> None:
-    run = Run(peer, Network(27))
-    case, average, model = run.peer, run.average, run.model
-    del run
-    given = model if wrap is None else wrap(model)
-    for n in range(3):
-        case.update(average, given, n)
-    gone = [weakref.ref(one) for one in [model, *tensors(model).values()]]
-    del model, given
-    gc.collect()
-    assert not any(reference() is not None for reference in gone)
 
 
 # -- refusals --------------------------------------------------------------------------------------

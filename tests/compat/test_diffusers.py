@@ -24,17 +24,6 @@ SCHEDULES = PEERS["diffusers"].schedules
 # -- the same interface ----------------------------------------------------------------------------
 
 
-def test_arguments_of_old_scripts() -> None:
-    for cls in (Ours, Theirs):
-        with pytest.warns(FutureWarning) as told:
-            ema = cls(parameters(), max_value=0.7, min_value=0.2, device="cpu")
-        assert (ema.decay, ema.min_decay) == (0.7, 0.2)
-        assert len(told) == 3
-        assert cls is Theirs or {one.filename for one in told} == {__file__}
-    with pytest.warns(UserWarning, match="ignores dacay"):
-        Ours(parameters(), dacay=0.9)
-
-
 # -- the same numbers ------------------------------------------------------------------------------
 
 

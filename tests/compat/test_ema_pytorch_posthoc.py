@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import ema_pytorch as theirs
-import numpy as np
 import pytest
 
 from fastema.compat import ema_pytorch as ours
-from fastema.compat.ema_pytorch import snapshots
 from fastema.errors import ArgumentError, CheckpointError
 
 from .ema_pytorch_case import Network, assert_close, nn, pair, run, torch
@@ -84,22 +82,6 @@ def test_the_width_is_the_one_asked_for(every: int, steps: int) -> None:
         assert found[1][0] < 0.65
 
 
-def test_16_bits_move() -> None:
-    clocks = []
-    for module in (ours, theirs):
-        linear = nn.Linear(64, 64, bias=False).bfloat16()
-        nn.init.ones_(linear.weight)
-        late = module.KarrasEMA(linear, gamma=1.0, update_every=1)
-        late.update()
-        late.step.fill_(3000)
-        nn.init.constant_(linear.weight, 1.25)
-        for _ in range(1500):
-            late.update()
-        clocks.append(late.ema_model.weight.double().mean().item())
-    assert clocks[0] == pytest.approx(1.25 - 0.25 * (3001 / 4501) ** 2, rel=0.01)
-    assert clocks[1] == 1.0
-
-
 # -- PostHocEMA -----------------------------------------------------------------------------------
 
 
@@ -134,36 +116,6 @@ def test_any_average_at_any_step(every: int, tmp_path: Path) -> None:
             assert profile(got.ema_model.moments, at) == pytest.approx(truth[width, at], rel=0.02)
             assert isinstance(got, ours.KarrasEMA)
         assert made.synthesize_ema_model(gamma=got.gamma).gamma == got.gamma
-
-
-@pytest.mark.parametrize("module", [ours, theirs], ids=["ours", "theirs"])
-def test_nothing_of_the_future_comes_in(module: Any, tmp_path: Path) -> None:
-    found = []
-    settings = {"checkpoint_every_num_steps": 20, "checkpoint_dtype": torch.float64}
-    for future in (0.0, 1e6):
-        made = several(tmp_path / str(future), module=module, **settings)
-        for step in range(1, 401):
-            made.model.tick(step if step <= 200 else future)
-            made.update()
-        found.append(made.synthesize_ema_model(sigma_rel=0.15, step=200).ema_model.moments)
-    assert torch.equal(*found) is (module is ours)
-
-
-def test_between_snapshots_it_is_the_average_of_the_one_before(tmp_path: Path) -> None:
-    made, truth = recorded(ours, tmp_path)
-    want = made.synthesize_ema_model(sigma_rel=0.07, step=380).ema_model.moments
-    assert profile(want, 380) == pytest.approx(truth[0.07, 380], rel=0.02)
-    for step in (381, 390, 399, np.int64(385), 385.0, torch.tensor(385), np.array(385)):
-        found = made.synthesize_ema_model(sigma_rel=0.07, step=step)
-        assert torch.equal(found.ema_model.moments, want)
-    last, at_the_end = (
-        made.synthesize_ema_model(sigma_rel=0.07, step=step).ema_model.moments
-        for step in (None, made.step)
-    )
-    assert torch.equal(at_the_end, last)
-    for step in (380.5, True, "380", math.nan, math.inf, torch.ones(2), -1):
-        with pytest.raises(ArgumentError, match="step"):
-            made.synthesize_ema_model(sigma_rel=0.07, step=step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -238,19 +190,3 @@ def test_what_cannot_be_put_together(tmp_path: Path) -> None:
     (tmp_path / "1.10.pt").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match=r"1\.10\.pt"):
         made.synthesize_ema_model(sigma_rel=0.1)
-
-
-def test_a_file_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = several(tmp_path)
-    made.update()
-    made.checkpoint()
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def fails(state: Any, path: str) -> None:
-        Path(path).write_bytes(b"half of")
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(snapshots.torch, "save", fails)
-    with pytest.raises(OSError, match="full"):
-        made.checkpoint()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

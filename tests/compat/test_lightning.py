@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import weight_averaging as peer
 from torch.optim import swa_utils
 
@@ -24,7 +23,6 @@ from .lightning_case import (
     State,
     assert_near,
     assert_same,
-    average_in,
     average_of,
     differ,
     fitted,
@@ -127,48 +125,7 @@ def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
     assert_near(default.state_dict(), average_of(default.steps, decays))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
-def test_validations_do_not_change_the_run(tmp_path: Path, precision: Any) -> None:
-    found = []
-    for often in (1, EPOCHS):
-        callback = ours.EMAWeightAveraging(decay=0.9)
-        module = fitted(tmp_path, callback, precision=precision, check_val_every_n_epoch=often)
-        found.append((module, average_in(callback)))
-    (module, average), (rarely, unchanged) = found
-    for one, other in zip(module.steps, rarely.steps, strict=True):
-        assert_same(one, other)
-    assert_same(average, unchanged)
-    assert_near(average, average_of(module.steps, [0.9] * COUNT))
-    dtypes = {"32-true": "float32", "bf16-true": "bfloat16", "64-true": "float64"}
-    weight = module.first.weight.detach()
-    assert weight.dtype == getattr(torch, dtypes[precision])
-    if precision == "bf16-true":  # the model became bfloat16 after the average was made of it
-        assert average["first.weight"].dtype == torch.float32
-        assert torch.equal(weight, average["first.weight"].bfloat16())
-
-
 # -- being one of theirs ---------------------------------------------------------------------------
-
-
-def test_they_are_lightnings() -> None:
-    for name in ("WeightAveraging", "EMAWeightAveraging"):
-        callback = getattr(ours, name)()
-        assert isinstance(callback, getattr(peer, name))
-        assert isinstance(callback, peer.WeightAveraging)
-        assert callback.state_key == getattr(peer, name)().state_key
-        assert "latest_update_step" in callback.state_dict()
-    assert issubclass(ours.EMAWeightAveraging, ours.WeightAveraging)
-    settings = {"update_every_n_steps": 2, "update_starting_at_step": 3}
-    callback, theirs = (
-        library.EMAWeightAveraging(decay=0.5, **settings, update_starting_at_epoch=4)
-        for library in (ours, peer)
-    )
-    for index in range(9):
-        for given in ({"step_idx": index}, {"epoch_idx": index}):
-            assert callback.should_update(**given) is theirs.should_update(**given)
-    callback.load_state_dict({"latest_update_step": 7})  # theirs
-    found = callback.state_dict()
-    assert (found["latest_update_step"], found["latest_update_epoch"]) == (7, -1)
 
 
 # -- processes, and packages of other names --------------------------------------------------------
@@ -233,19 +190,6 @@ assert torch.allclose(*found, rtol=1e-6), found
 print("as wanted")
 """
 
-OLDER = """
-import sys
-sys.modules["pytorch_lightning"] = None
-import lightning.pytorch as pl
-del pl.callbacks.WeightAveraging, pl.callbacks.EMAWeightAveraging
-"""
-
-AVERAGED = """
-module = Module()
-assert not torch.equal(fitted(EMAWeightAveraging(decay=0.5), module), module.latest)
-print("as wanted")
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.dist
@@ -259,8 +203,3 @@ def test_it_works_with_both_packages(python: Any) -> None:
     require_packages("pytorch_lightning")
     script = MODULE.format(imports="import pytorch_lightning as pl") + BOTH_PACKAGES
     assert "as wanted" in python(script, quiet=False)
-
-
-@pytest.mark.slow
-def test_it_works_with_an_older_lightning_and_with_one_alone(python: Any) -> None:
-    assert "as wanted" in python(MODULE.format(imports=OLDER) + AVERAGED, quiet=False)

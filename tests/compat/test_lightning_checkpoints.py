@@ -1,12 +1,9 @@
 """What Lightning saves and loads, and which weights the model has, while it is averaged."""
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import weight_averaging as peer
 
 from fastema.compat import lightning as ours
@@ -19,9 +16,6 @@ from .lightning_case import (
     Network,
     assert_near,
     assert_same,
-    at,
-    average_in,
-    average_of,
     differ,
     fit,
     fitted,
@@ -34,8 +28,6 @@ from .lightning_case import (
 )
 
 pytestmark = MARKS
-
-WEIGHTS_ONLY = pytest.mark.parametrize("weights_only", [False, True])
 
 
 def validate(run: Any, module: Any = None, **options: Any) -> None:
@@ -86,74 +78,7 @@ def test_an_interrupted_run_goes_on_in_either_library(
 # -- what is saved ---------------------------------------------------------------------------------
 
 
-@WEIGHTS_ONLY
-def test_what_an_exception_leaves_is_saved_alike(tmp_path: Path, weights_only: bool) -> None:
-    def stop(run: Any, module: Any) -> None:
-        if run.global_step == 7:
-            raise RuntimeError("enough")
-
-    saver = ModelCheckpoint(
-        tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1, save_on_exception=True,
-        save_weights_only=weights_only,
-    )  # fmt: skip
-    stopping = at("on_train_batch_end", stop)
-    module, other = Network(), Network()
-    run = trainer(tmp_path, ours.EMAWeightAveraging(decay=0.8), stopping, saver)
-    with pytest.raises(RuntimeError, match="enough"):
-        fit(run, module)
-    steps = [*module.steps[:6], snapshot(module)]
-    run.save_checkpoint(tmp_path / "step=7-by-hand.ckpt", weights_only=weights_only)
-    for step, name in ((6, "step=6"), (7, "step=7"), (7, "step=7-by-hand")):
-        saved = load(tmp_path / f"{name}.ckpt")
-        assert_near(saved["state_dict"], average_of(steps[:step], [0.8] * step))
-        if not weights_only:
-            assert_same(saved["current_model_state"], steps[step - 1])
-    # Another use of the trainer is none of that run.
-    validate(run, other)
-    run.save_checkpoint(tmp_path / "other.ckpt", weights_only=weights_only)
-    assert_same(load(tmp_path / "other.ckpt")["state_dict"], snapshot(other))
-
-
 # -- which weights the model has -------------------------------------------------------------------
-
-
-class Failing(Network):
-    def __init__(self, error: type[BaseException]) -> None:
-        super().__init__()
-        self.error = error
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        if self.trainer.current_epoch == 1:
-            raise self.error("in the middle")
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Lightning ignores Ctrl-C once it has seen one."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@LIBRARIES
-@pytest.mark.parametrize(
-    ("error", "raised"), [(RuntimeError, RuntimeError), (KeyboardInterrupt, SystemExit)]
-)
-@pytest.mark.usefixtures("interruptible")
-def test_a_validation_that_fails_leaves_the_weights(
-    tmp_path: Path, library: Any, error: type[BaseException], raised: type[BaseException]
-) -> None:
-    module, callback = Failing(error), library.EMAWeightAveraging(decay=0.8)
-    run = trainer(tmp_path, callback)
-    with pytest.raises(raised):
-        fit(run, module)
-    raw, average = module.steps[-1], module.validated[-1]
-    assert_same(snapshot(module), raw if library is ours else average)
-    assert_same(average_in(callback), average if library is ours else raw)
-    if library is ours:
-        run.test(module, loader(1), verbose=False)
-        assert "save_checkpoint" not in vars(run.strategy)
 
 
 @LIBRARIES

@@ -8,7 +8,6 @@ import torch_ema
 from diffusers import training_utils
 
 from fastema.compat.diffusers import EMAModel
-from fastema.compat.mirrored import Mirrored
 from fastema.compat.torch_ema import ExponentialMovingAverage
 from fastema.errors import CheckpointError, LayoutError, StateError
 
@@ -150,18 +149,3 @@ def test_a_second_store_does_not_lose_the_weights(case: Case) -> None:
     ema.restore(weights)
     ema.copy_to(weights)  # for good, by now
     ema.store(weights)
-
-
-def test_fetched_once_and_after_others_wrote(on_an_accelerator: list[float]) -> None:
-    mirror, buffer = Mirrored(), torch.tensor(3)
-    assert [mirror.read(buffer) for _ in range(3)] == [3, 3, 3]
-    mirror.count(buffer)
-    mirror.count(buffer)
-    assert (mirror.read(buffer), int(buffer)) == (5, 5)
-    assert on_an_accelerator == [3]
-    buffer.fill_(9)
-    assert mirror.read(buffer) == 9
-    assert mirror.read(buffer.clone()) == 9
-    mirror.write(buffer, 12)
-    assert mirror.read(buffer) == 12
-    assert on_an_accelerator == [3, 9, 9]

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from fastema.compat.litema import LitEma, ema_weights, with_ema_weights
-from fastema.errors import ArgumentError, CheckpointError, LayoutError, StateError
+from fastema.errors import CheckpointError, StateError
 
-from .network import Network, numbers, refused, trained
-from .parameter_lists import same, values
+from .network import Network, numbers, trained
 from .runs import Run
 
 nn = torch.nn
@@ -65,37 +64,6 @@ def test_copy_to_store_and_restore() -> None:
     assert all(torch.equal(one, raw[name]) for name, one in model.state_dict().items())
     ema.store(model.parameters())  # and again, as every evaluation does
     ema.copy_to(Network(3))  # another model: these weights are as they were
-    ema.store(model.parameters())
-
-
-def test_store_and_restore_say_what_to_do() -> None:
-    model = Network()
-    ema, weights = LitEma(model), list(model.parameters())
-    with pytest.raises(StateError, match="store"):
-        ema.restore(weights)
-    ema.store(weights)
-    kept = values(weights)
-    trained(model, numbers(2))
-    with refused(LayoutError, r"given 10 parameters, store\(\) 11: give those", weights):
-        ema.restore(weights[:-1])
-    ema.restore(weights)
-    assert same(weights, kept)
-    for call in (ema.store, ema.restore):
-        with pytest.raises(ArgumentError, match=r"model\.parameters\(\)"):
-            call(model)
-
-
-@pytest.mark.parametrize("other", [False, True])
-def test_store_refuses_to_lose_weights_that_somebody_has(other: bool) -> None:
-    model, ema = Network(), LitEma(Network(1))
-    some = list(model.parameters())[:2]
-    raw = values(some)
-    ema.store(some)  # of a part, too
-    ema.copy_to(model)
-    with pytest.raises(StateError, match="collected_params"):
-        ema.store((Network(2) if other else model).parameters())
-    assert same(raw, ema.collected_params)
-    ema.collected_params = []
     ema.store(model.parameters())
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from fastema.compat.mmengine import (
-    BaseAveragedModel,
     ExponentialMovingAverage,
     MomentumAnnealingEMA,
     StochasticWeightAverage,
@@ -62,39 +61,6 @@ def test_numbers_at_intervals_are_the_peers(kind: str, update_buffers: bool, dty
             truth.check(average.module, model)
     assert int(average.steps) == 20
     assert not update_buffers or not torch.equal(average.module.cache, model.cache)
-
-
-@pytest.mark.parametrize("kind", ["ema", "annealing"])
-def test_an_interval_keeps_the_horizon(kind: str) -> None:
-    make, weight = KINDS[kind]
-    model, generator = Network(1), numbers(2)
-    average = make(model, interval=4)
-    average.update_parameters(model)
-    truth = Truth(average.module, model, is_parameter)
-    for n in range(1, 25):
-        trained(model, generator)
-        average.update_parameters(model)
-        if n % 4 == 0:
-            truth.step(model, 1 - (1 - weight(n, 4)) ** 4)
-    truth.check(average.module, model)
-
-
-def test_interface() -> None:
-    model = Network()
-    average = ExponentialMovingAverage(model)
-    assert (average.momentum, average.interval, average.update_buffers) == (0.0002, 1, False)
-    assert isinstance(average, BaseAveragedModel)
-    assert issubclass(MomentumAnnealingEMA, ExponentialMovingAverage)
-    assert MomentumAnnealingEMA(model).gamma == 100
-    assert not any(one.requires_grad for one in average.module.parameters())
-    inside = [f"module.{name}" for name in model.state_dict()]
-    assert list(average.state_dict()) == ["steps", *inside]
-    assert average.steps.dtype == torch.int64
-    tokens = torch.tensor([1, 2])
-    assert torch.equal(average(tokens), average.module(tokens))
-    assert list(average.avg_parameters) == [name for name, _ in model.named_parameters()]
-    both = ExponentialMovingAverage(model, update_buffers=True)
-    assert list(both.avg_parameters) == list(model.state_dict())
 
 
 def hook_saves(average: Any, model: Any) -> dict[str, Any]:

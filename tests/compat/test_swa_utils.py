@@ -5,26 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import swa_utils as theirs
 
 from fastema.compat import swa_utils as ours
-from fastema.errors import LayoutError
 
-from ..support.peers import SWA_KINDS as FUNCTIONS
 from ..support.peers import is_parameter, swa_weight
 from ..support.peers import swa_function as function
-from .network import Network, Truth, bits, numbers, trained
+from .network import Network, Truth, numbers, trained
 
 pytestmark = pytest.mark.torch
 
 
 def weight(kind: str, n: int) -> float:
     return swa_weight(n, kind)
-
-
-def snapshot(averaged: nn.Module) -> tuple[dict[str, bytes], int]:
-    return bits(averaged), int(averaged.n_averaged)
 
 
 # -- the same numbers ------------------------------------------------------------------------------
@@ -91,63 +83,4 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
 # -- functions and memory --------------------------------------------------------------------------
 
 
-def test_the_same_place_is_not_the_same_tensor() -> None:
-    """Another shape, other strides and another dtype in the memory of the call before."""
-    memory = torch.randn(4, 4, generator=numbers(40))
-    apply = ours.get_ema_multi_avg_fn(0.5)
-    for new in (memory, memory.t(), memory.view(2, 8), memory.view(torch.float64)):
-        average = torch.zeros(new.shape, dtype=new.dtype)
-        for _ in range(2):
-            apply([average], [new], 1)
-        torch.testing.assert_close(average, 0.75 * new, equal_nan=True)
-    average, wide, halves = torch.zeros(4, 4), torch.zeros(4, 8), memory.view(torch.int16)
-    for written, new in (
-        (average, memory),
-        (average, memory.t()),
-        (wide, halves.view(torch.bfloat16)),
-        (wide, halves.view(torch.float16)),
-        (average, memory),
-        (average.t(), memory),
-        (average, memory),
-    ):
-        written.zero_()
-        apply([written], [new], 1)
-        torch.testing.assert_close(written, 0.5 * new.float(), equal_nan=True)
-
-
 # -- what a user brings ----------------------------------------------------------------------------
-
-
-def single(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-    return averaged + (current - averaged) / (count + 3)
-
-
-def several(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-    for one, new in zip(averaged, current, strict=True):
-        one.copy_(single(one, new, count))
-
-
-@pytest.mark.parametrize("use_buffers", [False, True], ids=["weights", "buffers"])
-@pytest.mark.parametrize(
-    "arguments",
-    [{"avg_fn": single}, {"multi_avg_fn": several}, *(function(theirs, k) for k in FUNCTIONS[1:])],
-    ids=["single", "several", *FUNCTIONS[1:]],
-)
-def test_functions_from_elsewhere_run_as_in_theirs(
-    arguments: dict[str, Any], use_buffers: bool
-) -> None:
-    model, generator = Network(43, integers=not use_buffers), numbers(44)
-    one, other = (
-        module.AveragedModel(model, use_buffers=use_buffers, **arguments)
-        for module in (ours, theirs)
-    )
-    for _ in range(5):
-        trained(model, generator)
-        one.update_parameters(model)
-        other.update_parameters(model)
-    assert snapshot(one) == snapshot(other)
-    assert torch.equal(one.module.cache, model.cache) is not use_buffers
-    model.wide = nn.Parameter(torch.zeros(3))
-    with pytest.raises(LayoutError, match="wide"):
-        one.update_parameters(model)
-    assert snapshot(one) == snapshot(other)

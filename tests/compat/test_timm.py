@@ -105,25 +105,6 @@ def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None
 # -- random bits -----------------------------------------------------------------------------------
 
 
-def test_no_two_steps_share_their_random_bits() -> None:
-    """Alone too, where nothing says the step: what is added at each of them differs."""
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
-    average = made(ours, "ModelEmaV3", model, 0.5)
-    eps = torch.finfo(torch.bfloat16).eps
-    ups = []
-    for _ in range(6):
-        with torch.no_grad():
-            average.module.weight.fill_(1)
-            model.weight.fill_(1 + eps)
-        average.update(model)
-        ups.append(average.module.weight > 1)
-    for at, one in enumerate(ups):
-        assert 0.4 < one.float().mean() < 0.6
-        for other in ups[:at]:
-            assert 0.4 < (one == other).float().mean() < 0.6
-
-
 # -- states in both directions ---------------------------------------------------------------------
 
 
@@ -170,21 +151,3 @@ def test_files_of_the_training_script(
 
 
 # -- details ---------------------------------------------------------------------------------------
-
-
-def test_subclasses_with_an_update_of_their_own() -> None:
-    def scaled(base: Any) -> Any:
-        class Scaled(base):  # type: ignore[misc]
-            def _update(self, model: nn.Module, update_fn: Any) -> None:
-                super()._update(model, lambda ema, new: 2.0 * update_fn(ema, new))
-
-        return Scaled
-
-    model = untied(11)
-    pair = [scaled(where.ModelEmaV2)(model, decay=0.75) for where in (ours, theirs)]
-    trained(model, numbers(12))
-    for name in ("update", "set"):
-        for average in pair:
-            getattr(average, name)(model)
-        one, other = (average.module.state_dict() for average in pair)
-        torch.testing.assert_close(one, other)

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch_ema
 from torch import nn
 
 from fastema.compat.torch_ema import ExponentialMovingAverage as Ours
@@ -19,9 +18,7 @@ from fastema.errors import (
 )
 
 from .network import array, numbers, refused
-from .parameter_lists import parameters, same, trained, values, write_into
-
-Theirs = torch_ema.ExponentialMovingAverage
+from .parameter_lists import parameters, same, trained, values
 
 pytestmark = pytest.mark.torch
 
@@ -32,26 +29,6 @@ pytestmark = pytest.mark.torch
 def test_a_state_without_an_entry_is_refused() -> None:
     with pytest.raises(CheckpointError, match="'num_updates', 'shadow_params'"):
         Ours(parameters(), 0.9).load_state_dict({"decay": 0.9})
-
-
-def test_a_state_saved_between_store_and_restore_can_be_loaded() -> None:
-    """Theirs keeps the weights as part of autograd's graph, and cannot copy them."""
-    weights = parameters(30)
-    theirs, ours = Theirs(weights, 0.9), Ours(weights, 0.9)
-    for ema in (theirs, ours):
-        ema.store()
-    for name, one in theirs.state_dict().items():
-        assert type(ours.state_dict()[name]) is type(one)
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        Theirs(weights, 0.9).load_state_dict(theirs.state_dict())
-    raw = values(weights)
-    trained(weights, numbers(31))
-    resumed = Ours(weights, 0.9)
-    resumed.load_state_dict(ours.state_dict())
-    resumed.restore()
-    assert same(weights, raw)
-    resumed.load_state_dict(theirs.state_dict())
-    assert same(resumed.collected_params or [], raw)
 
 
 # -- the average in the model ----------------------------------------------------------------------
@@ -82,29 +59,6 @@ def test_average_parameters(given: bool, weight: torch.dtype, average: torch.dty
     assert same(ema.shadow_params, averages)
     assert all(one is other for one, other in zip(ema.shadow_params, tensors, strict=True))
     ema.update()
-
-
-def test_a_block_in_a_block() -> None:
-    """Theirs has lost the weights after it."""
-    weights = parameters(48)
-    theirs, ema = Theirs(weights, 0.7), Ours(weights, 0.7)
-    trained(weights, numbers(49))
-    raw = values(weights)
-    with theirs.average_parameters(), theirs.average_parameters():
-        pass
-    assert not same(weights, raw)
-    write_into(weights, raw)
-    with ema.average_parameters():
-        averages = values(weights)
-        with ema.average_parameters(iter(weights)):
-            assert same(weights, averages)
-        assert same(weights, averages)
-        others = parameters(50)
-        kept = values(others)
-        with ema.average_parameters(others):
-            assert same(others, averages)
-        assert same(others, kept)
-    assert same(weights, raw)
 
 
 # -- calls that fail -------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """Every class of modules and lists with what torch can switch on: TorchScript, swapped tensors."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import fastema
@@ -24,35 +22,6 @@ def network() -> Any:
 
 
 # -- torch.utils.swap_tensors ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def swapping() -> Iterator[None]:
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-@pytest.mark.usefixtures("swapping")
-def test_diffusers_average_lets_a_model_convert_by_swapping() -> None:
-    model, twin = network(), network()
-    twin.load_state_dict(model.state_dict())
-    ema, truth = EMAModel(model.parameters(), decay=0.75, min_decay=0.75), None
-    for dtype in (torch.float32, torch.float64, torch.float32):
-        model.to(dtype)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(-1.5)
-        ema.step(model.parameters())
-        weight = model[0].weight.detach().double()
-        truth = weight if truth is None else 0.75 * truth + 0.25 * weight
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-        model.double().float()
-        ema.restore(model.parameters())
-    assert truth is not None
-    torch.testing.assert_close(ema.shadow_params[0].double(), truth, rtol=1e-6, atol=1e-7)
 
 
 # -- decays ----------------------------------------------------------------------------------------

@@ -7,42 +7,9 @@ import pytest
 from fastema.compat.ultralytics import ModelEMA, export, load
 
 from ..support.peers import tensors
-from .network import Network, bits, numbers, through_a_file, torch, trained
-
-nn = torch.nn
+from .network import Network, numbers, through_a_file, torch, trained
 
 pytestmark = pytest.mark.torch
-
-
-def test_disabled_does_nothing() -> None:
-    model = Network()
-    ema = ModelEMA(model)
-    before = bits(ema.ema)
-    trained(model, numbers(1))
-    ema.enabled = False
-    ema.update(model)
-    ema.update_attr(model)
-    assert bits(ema.ema) == before
-    assert ema.updates == 0
-
-
-def test_teacher_has_no_average() -> None:
-    class Distilled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.student_model = nn.Linear(3, 2)
-            self.teacher_model = nn.Linear(30, 20)
-
-    model = Distilled()
-    ema = ModelEMA(model, 0.5, 0.01)
-    assert ema.ema.teacher_model is None
-    old = ema.ema.student_model.weight.clone()
-    with torch.no_grad():
-        model.student_model.weight.add_(1)
-    ema.update(model)
-    torch.testing.assert_close(ema.ema.student_model.weight, old + 0.5)
-    assert list(ema.ema.state_dict()) == ["student_model.weight", "student_model.bias"]
-    assert model.teacher_model is not None
 
 
 def test_checkpoint_goes_round() -> None:

@@ -20,7 +20,6 @@ import fastema
 from fastema.bridges.torch import describe
 from fastema.errors import (
     ArgumentError,
-    CheckpointError,
     FastemaError,
     LayoutError,
     NonFiniteError,
@@ -453,23 +452,6 @@ def offloaded() -> None:
     assert (found.shape, found.device_mesh.device_type) == ((8, 3), "meta")
 
 
-def other_ranks_parts(folder: str) -> None:
-    """A part that another rank has saved by torch.save is refused."""
-    rank = dist.get_rank()
-    for model in (fully_shard(nn.Linear(8, 4)), fully_shard(nn.Linear(4, 1))):
-        ema = fastema.EMA(model)
-        torch.save(ema.state_dict(), f"{folder}/{rank}.pt")
-        dist.barrier()
-        own = torch.load(f"{folder}/{rank}.pt", weights_only=True)
-        ema.load_state_dict(own)
-        before = averages(ema)
-        other = torch.load(f"{folder}/{(rank + 1) % 4}.pt", weights_only=True)
-        if model.out_features > 1 or rank in (0, 3):  # the others have nothing, and take nothing
-            assert "of another rank" in raised(CheckpointError, ema.load_state_dict, other)
-        assert_equal(averages(ema), before)
-        dist.barrier()
-
-
 def steps_in_a_block(kind: str) -> None:
     """Writes of weights that hold the average are noticed, however they are made."""
     model = fully_shard(net())
@@ -492,35 +474,6 @@ def steps_in_a_block(kind: str) -> None:
                            value), name  # fmt: skip
     with ema.swapped():
         pass
-
-
-def between_divisions() -> list[str]:
-    """Copies between models that are divided in other ways are refused on every rank."""
-    ema = fastema.EMA(divided("fsdp 4"))
-    return [raised(LayoutError, ema.copy_to, divided("fsdp on tp"))]
-
-
-def plans() -> None:
-    """Plans write what a model has of its own, also while it holds gathered parameters."""
-    model = fully_shard(net())
-    with torch.no_grad():
-        model(torch.zeros(1, 6))
-    parts = {name: full(value) for name, value in weights(4).items()}
-    divided_parts = {
-        name: distribute_tensor(parts[name], tensor.device_mesh, tensor.placements,
-                                src_data_rank=None)
-        for name, tensor in fully_shard(net()).named_parameters()
-    }  # fmt: skip
-    fastema.copy_(model, {**divided_parts, "bias": parts["bias"]})
-    reshard(model)
-    for name, tensor in model.named_parameters():
-        assert torch.equal(full(tensor), parts[name]), name
-    swa = fastema.SWA(model)
-    swa.update()
-    first = swa.state_dict()["shadow"][0]
-    swa.update()
-    between = fastema.mean_between(swa.shadow, 2, first, 1)
-    assert isinstance(between["up.weight"], DTensor)
 
 
 def lists() -> list[str]:

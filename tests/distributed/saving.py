@@ -9,7 +9,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 import fastema
@@ -110,28 +109,6 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.ema.load_state_dict(state["ema"])
-
-
-def within_a_trainer(folder: str) -> None:
-    """A Stateful of one's own, and a model's own state while it holds the average."""
-    model = divided("fsdp 4")
-    trainer = Trainer(trained("f32", model))
-    trainer.step = 17
-    dcp.save({"trainer": trainer}, checkpoint_id=folder)
-    fresh = Trainer(MAKE["f32"](divided("fsdp 4")))
-    dcp.load({"trainer": fresh}, checkpoint_id=folder)
-    assert fresh.step == 17
-    assert_equal(averages(fresh.ema), averages(trainer.ema))
-    with trainer.ema.swapped():
-        state = get_model_state_dict(model)
-        state = {key: value.clone() for key, value in state.items()}
-    want = averages(trainer.ema)[0]
-    for key, value in state.items():
-        assert torch.equal(full(value), want[key]), key
-    other = divided("fsdp 4")
-    set_model_state_dict(other, trainer.ema.model_state_dict())
-    for key, value in get_model_state_dict(other).items():
-        assert torch.equal(full(value), want[key]), key
 
 
 def without_an_average(folder: str) -> None:

@@ -44,9 +44,5 @@ def test_a_state_of_one_process_and_a_divided_one(run: Run, kind: str, layout: s
     run(saving.whole_and_divided, layout, kind)
 
 
-def test_a_trainer_that_saves_its_own_state(run: Run, tmp_path: Path) -> None:
-    run(saving.within_a_trainer, str(tmp_path / "c"))
-
-
 def test_a_checkpoint_without_an_average(run: Run, tmp_path: Path) -> None:
     run(saving.without_an_average, str(tmp_path / "c"))

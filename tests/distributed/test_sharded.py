@@ -72,27 +72,9 @@ def test_what_cannot_be_averaged_is_refused(run: Run, tmp_path: Path) -> None:
         assert "'scale' is S(0) over (4,), its average whole on this rank" in other
 
 
-def test_a_part_of_another_rank_is_not_loaded(run: Run, tmp_path: Path) -> None:
-    run(cases.other_ranks_parts, str(tmp_path))
-
-
 @pytest.mark.parametrize("kind", ["plain", "foreach", "fused", "local"])
 def test_writes_in_a_block_are_noticed(run: Run, kind: str) -> None:
     run(cases.steps_in_a_block, kind)
-
-
-def test_copies_between_divisions_are_refused_on_every_rank(run: Run) -> None:
-    for (message,) in run(cases.between_divisions):
-        assert "not divided as its average is" in message
-
-
-def test_plans_of_a_model_that_holds_gathered_parameters(run: Run) -> None:
-    run(cases.plans)
-
-
-def test_classes_that_follow_lists_refuse_parts(run: Run) -> None:
-    for messages in run(cases.lists):
-        assert all("fastema.EMA(model)" in message for message in messages)
 
 
 def test_offloaded_parts_stay_where_they_are(run: Run) -> None:

@@ -1,15 +1,10 @@
 """GPU kernels kept on disk: found again, whole or not at all, never those of other sources."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fastema.engine import cubins, disk_cache
 from fastema.engine.cubins import INSTALL, Cubin, Key, cubin
@@ -133,91 +128,10 @@ def test_a_damaged_entry_is_compiled_again_and_made_good(kind: str, folder: Path
     compiler.check(KEY, 41)
 
 
-@given(st.data())
-def test_any_cubin_is_read_as_written_and_any_one_damage_is_seen(data: st.DataObject) -> None:
-    encodable = st.text(st.characters(codec="utf-8"), max_size=300)
-    made = Cubin(data.draw(encodable), data.draw(st.binary(max_size=3_000)))
-    body = cubins._packed(made)
-    assert cubins._unpacked(body) == made
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "entry"
-        disk_cache.write(path, body)
-        stored = path.read_bytes()
-        assert disk_cache.read(path) == body
-        place = data.draw(st.integers(0, len(stored) - 1))
-        value = data.draw(st.integers(0, 255).filter(lambda byte: byte != stored[place]))
-        for damaged in (stored[:place] + bytes([value]) + stored[place + 1 :], stored[:place]):
-            path.write_bytes(damaged)
-            assert disk_cache.read(path) is None
-
-
 # -- folders that cannot be used -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failing", ["mkstemp", "fdopen", "replace"])
-def test_a_full_disk_leaves_nothing_behind(
-    failing: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile if failing == "mkstemp" else os, failing, full)
-        Compiler().check(KEY, 1)
-        assert not list(folder.iterdir())
-
-
 # -- several processes -----------------------------------------------------------------------------
-
-WRITERS = """
-    import os, sys
-    from pathlib import Path
-    import numpy as np
-    from fastema.engine import cubins, disk_cache
-    from fastema.engine.cubins import Cubin, Key, cubin
-
-    def path(key):
-        return disk_cache.entry(*key, disk_cache.versions(*cubins._COMPILERS), suffix=".cubin")
-
-    folder = Path(sys.argv[1])
-    disk_cache.folder = lambda: folder
-    KEYS = [Key("lerp", ("f32", f), "flat", (9, 0)) for f in ("f32", "f16", "bf16")]
-    CONTENT = {
-        key: Cubin(repr(key), np.random.default_rng(number).bytes(1 << 20))
-        for number, key in enumerate(KEYS)
-    }
-"""
-
-
-def test_a_process_that_is_killed_while_it_writes_leaves_nothing_that_is_read(
-    tmp_path: Path, python: Callable[..., str]
-) -> None:
-    script = """
-    import signal
-
-    def die(*paths):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def half(*args):
-        file = opened(*args)
-        file.raw.write(b"fastema kernel 1\\n" + bytes(1000))
-        die()
-
-    opened = os.fdopen
-    for name, function in (("replace", die), ("fdopen", half)):
-        pid = os.fork()
-        if not pid:
-            setattr(os, name, function)
-            cubin(KEYS[0], CONTENT.__getitem__)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        assert not list(folder.glob("*.cubin"))
-        assert list(folder.glob("*.tmp"))
-    asked = []
-    for _ in range(2):
-        assert cubin(KEYS[0], lambda key: asked.append(key) or CONTENT[key]) == CONTENT[KEYS[0]]
-    print(len(asked))
-    """
-    assert python(WRITERS + script, str(tmp_path)).strip() == "1"
 
 
 # -- what is missing -------------------------------------------------------------------------------

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import fastema
-from fastema.bridges import torch_other
 from fastema.engine import cuda as engine
 from fastema.engine import cuda_group
-from fastema.engine.cubins import Key
 from fastema.engine.driver import DriverError
 from fastema.errors import ArgumentError, DeviceError, FastemaError, StateError
 from fastema.rules import inverse_gamma, power, warmup
@@ -211,60 +209,6 @@ def test_code_that_the_driver_refuses_is_replaced_and_memory_that_is_full_is_not
     error = DriverError("CUDA_ERROR_NO_BINARY_FOR_GPU")
     with pytest.warns(cuda_group.SlowWarning, match="NO_BINARY_FOR_GPU.*580"):
         fastema.copy_([torch.zeros(3)], [torch.ones(3).bfloat16()])
-
-
-OTHERS = [("cuda", "6.4", "ROCm"), ("mps", None, "Metal"), ("xpu", None, "Intel GPUs")]
-
-
-@pytest.mark.parametrize(("kind", "hip", "name"), OTHERS)
-def test_a_gpu_of_others_is_averaged_by_torch_and_no_cuda_is_advised(
-    gpu: StubGpu, kind: str, hip: str | None, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.version, "hip", hip)
-    context = torch_other.context_of.__wrapped__(torch.device(kind, 0))
-    assert context.device == f"{kind}:0"
-    gpu.contexts[0] = context
-    monkeypatch.setattr(context, "device", "cuda:0")  # the name that the stub gives its tensors
-    monkeypatch.setattr(engine, "_driver", lambda: pytest.fail("the driver was asked"))
-    model = Model(torch.bfloat16)
-    with pytest.warns(cuda_group.SlowWarning) as caught:
-        ema = fastema.EMA(model, 0.9, shadow_dtype="float32")
-    ema.update()  # without another warning
-    assert str(caught[0].message) == (
-        f"fastema has no kernels for {name}: PyTorch's own functions average what is on {kind}:0"
-    )
-    assert len(caught) == 1
-    raw = shadow(ema)
-    with ema.swapped():
-        pass
-    assert_equal(raw, shadow(ema))
-    with pytest.raises(ArgumentError, match=f"needs a GPU of NVIDIA: .*{name}"):
-        fastema.EMA(model, capturable=True)
-
-
-def test_without_kernels_torch_averages_and_one_warning_says_so(
-    gpu: StubGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each attempt takes the compilers a good part of a second, and guards look at each tensor."""
-    tried: list[Key] = []
-
-    def none(key: Key) -> None:
-        tried.append(key)
-        no_kernels(key)
-
-    monkeypatch.setattr(engine, "cubin", none)
-    weights = {f"w{k}": torch.randn(5) for k in range(20)}
-    with pytest.warns(cuda_group.SlowWarning, match=r"fastema\[cuda\].*cuda:0.*slower"):
-        ema = fastema.EMA(weights, 0.75, on_nonfinite="skip")
-    start = shadow(ema)
-    move(weights.values())
-    ema.update()
-    for name, tensor in weights.items():
-        torch.testing.assert_close(ema.shadow[name], start[name].lerp(tensor, 0.25))
-    weights["w3"][1] = torch.nan
-    ema.update()
-    assert ema.num_skipped == 1
-    assert len(tried) == len(set(tried))
 
 
 WITHOUT_KERNELS = {

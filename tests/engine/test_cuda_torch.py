@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -72,33 +70,3 @@ def test_a_forked_process_is_refused_the_gpu_and_averages_on_the_cpu(
     weights[0] += 1
     ema.update()
     assert ema.shadow["0"].tolist() == [0.5] * 5
-
-
-class Foreign:
-    """A tensor on a GPU whose memory torch's allocator does not know, or warns of."""
-
-    is_cuda = True
-
-    def __init__(self, known: bool) -> None:
-        self.known = known
-        self.noted: list[Any] = []
-
-    def detach(self) -> Foreign:
-        return self
-
-    def record_stream(self, stream: Any) -> None:
-        if not self.known:
-            raise RuntimeError("ptr not found in ptr_info")
-        warnings.warn("Called record_stream on tensor whose original ...", stacklevel=1)
-        self.noted.append(stream)
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_memory_of_other_allocators_is_waited_for(
-    monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
-    """As with backend:cudaMallocAsync, and weights that came by DLPack."""
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: f"stream of {index}")
-    owners = [Foreign(known), Foreign(True)]
-    assert TorchContext(1).hold(owners) == known
-    assert owners[1].noted == ["stream of 1"]

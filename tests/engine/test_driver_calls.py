@@ -274,62 +274,6 @@ def test_the_context_of_others_comes_back(run: Script) -> None:
     """)
 
 
-def test_errors_name_what_the_driver_says(run: Script) -> None:
-    run("""
-    def refused(kind, call, *words):
-        try:
-            call()
-        except kind as caught:
-            for word in words:
-                assert word in str(caught), str(caught)
-            assert type(caught) is kind
-        else:
-            raise AssertionError(f"no {kind.__name__}")
-
-    for code, word in ((100, "CUDA_ERROR_NO_DEVICE"), (803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"),
-                       (999, "CUDA_ERROR_UNKNOWN")):
-        fail("cuInit", code)
-        refused(Unavailable, lambda: device(0), word)
-    for function, code, word in (("cuDeviceGet", 101, "CUDA_ERROR_INVALID_DEVICE"),
-                                 ("cuDeviceGetAttribute", 1, "CUDA_ERROR_INVALID_VALUE"),
-                                 ("cuDevicePrimaryCtxRetain", 2, "CUDA_ERROR_OUT_OF_MEMORY")):
-        fail(function, code)
-        refused(DeviceError, lambda: device(0), word, "cuda:0")
-    refused(DeviceError, lambda: device(2), "CUDA_ERROR_INVALID_DEVICE", "cuda:2")
-    assert not engine._devices
-
-    one = device(0)
-    current = one._driver.current
-    for code, word in ((209, "CUDA_ERROR_NO_BINARY_FOR_GPU"), (218, "CUDA_ERROR_INVALID_PTX"),
-                       (222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"), (200, "INVALID_IMAGE")):
-        fail("cuModuleLoadData", code)
-        refused(Unavailable, lambda: one.function(KEY), word, "lerp", "580")
-        assert current() == 0
-    fail("cuModuleGetFunction", 500)
-    refused(DeviceError, lambda: one.function(KEY), "CUDA_ERROR_NOT_FOUND")
-    assert current() == 0
-    fail("cuCtxGetCurrent", 4)
-    refused(DeviceError, lambda: one.function(KEY), "CUDA_ERROR_DEINITIALIZED")
-
-    function = one.function(KEY)
-    launch = lambda: one.launch(function, 1, 256, 0, address)
-    for code, word in ((700, "CUDA_ERROR_ILLEGAL_ADDRESS"), (719, "CUDA_ERROR_LAUNCH_FAILED"),
-                       (701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"),
-                       (900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"),
-                       (400, "CUDA_ERROR_INVALID_HANDLE")):
-        fail("cuLaunchKernel", code)
-        refused(DeviceError, launch, word, "cuda:0", "new process")
-        assert current() == 0
-    for name in ("cuCtxGetCurrent", "cuCtxPushCurrent_v2"):
-        take()
-        fail(name, 700)
-        refused(DeviceError, launch, "CUDA_ERROR_ILLEGAL_ADDRESS")
-        assert "cuLaunchKernel" not in names()
-        assert current() == 0
-    launch()
-    """)
-
-
 def test_without_a_driver_a_sentence_says_so(python: Script, tmp_path: Path) -> None:
     (tmp_path / "libcuda.so.1").write_text("no library")
     message = python(

@@ -1,11 +1,6 @@
 """Signals that arrive while tensors are half written: later, all of them, and nothing changed."""
 
-import ctypes
-import faulthandler
-import os
 import signal
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -14,7 +9,6 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.engine import interrupts
 from fastema.engine.interrupts import defer_signals
 
 if not hasattr(signal, "SIGUSR1"):
@@ -55,13 +49,6 @@ def update() -> None:
     ema = fastema.EMA(weights, decay=0.9)
     weights["w"] += 1
     ema.update()
-
-
-def action(number: int) -> tuple[int | None, int]:
-    """What the system does on a signal: the function and the flags."""
-    now = interrupts._Action()
-    ctypes.CDLL(None).sigaction(number, None, ctypes.byref(now))
-    return now.function, now.flags
 
 
 def test_a_handler_that_raises_drops_no_other_signal(calls: list[int]) -> None:
@@ -129,34 +116,3 @@ def test_a_block_interrupted_as_it_ends_holds_nothing_back(
         assert calls == [ONE]
     assert calls == [ONE, ONE]
     assert signal.getsignal(ONE) is noting
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="sigaction is read on Linux only")
-
-
-@linux
-def test_updates_leave_a_handler_of_faulthandler_in_place(
-    calls: list[int], noting: Handler
-) -> None:
-    with tempfile.TemporaryFile() as file:
-
-        def dumps() -> int:
-            return os.pread(file.fileno(), 1 << 20, 0).count(b"most recent call first")
-
-        faulthandler.register(ONE, file=file, all_threads=False, chain=True)
-        try:
-            before = action(ONE)
-            update()
-            assert action(ONE) == before
-            signal.raise_signal(ONE)
-            assert (dumps(), calls) == (1, [ONE])
-            with defer_signals():
-                signal.raise_signal(ONE)
-                assert (dumps(), calls) == (2, [ONE])
-            assert calls == [ONE, ONE]
-            assert action(ONE) == before
-        finally:
-            faulthandler.unregister(ONE)
-    update()
-    signal.raise_signal(ONE)
-    assert calls == [ONE] * 3

@@ -53,26 +53,6 @@ def test_only_what_is_used_is_compiled_and_only_once(
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"\x7fELF junk" * 99, pytest.param(b"", marks=pytest.mark.slow), None],
-    ids=["garbage", "empty", "half"],
-)
-def test_a_damaged_entry_is_compiled_again_and_made_good_and_others_are_kept(
-    content: bytes | None, tmp_path: Path, python: Callable[..., str]
-) -> None:
-    python(UPDATES, "f2", NUMBA_CACHE_DIR=str(tmp_path), **HERE)
-    (entry,) = _files(tmp_path)
-    python(UPDATES, "f8", NUMBA_CACHE_DIR=str(tmp_path), **HERE)
-    stored = entry.read_bytes()
-    entry.write_bytes(stored[: len(stored) // 2] if content is None else content)
-    seen = [
-        python(UPDATES, "f8", "f2", NUMBA_CACHE_DIR=str(tmp_path), **HERE).split() for _ in range(2)
-    ]
-    assert seen == [["found", "compiled"], ["found", "found"]]
-    assert entry.read_bytes() == stored
-
-
 def test_code_for_another_cpu_or_of_another_compiler_lies_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastema import rules
 from fastema.engine.weight_table import evaluate, weight_table
@@ -168,37 +166,3 @@ def test_no_update_after_the_last_is_asked_for_and_its_weight_stays(
     assert_close(table, weight, np.arange(1, last + 1), 2.0**-52)
     for update in (last, last + 1, 2 * last, LAST, 2**52):
         assert evaluate(table, update) == weight(last)
-
-
-decays = st.one_of(
-    st.floats(0.0, 1.0, exclude_max=True),
-    st.floats(0.0, 15.0).map(lambda digits: 1.0 - 10.0**-digits),
-)
-inverse_gammas = st.builds(
-    lambda decay, inv_gamma, power, share: rules.inverse_gamma(
-        decay, inv_gamma, power, decay * share
-    ),
-    decays,
-    st.floats(1e-3, 1e6),
-    st.floats(0.01, 10.0),
-    st.sampled_from([0.0, 0.5, 1.0]),
-)
-direct = st.one_of(
-    st.builds(rules.Power, st.floats(0.0, 1e6)),
-    decays.map(lambda decay: rules.debiased(rules.constant(decay))),
-    st.builds(rules.window, st.integers(1, 10**9)),
-)
-rule_and_rounding = st.one_of(
-    st.tuples(st.one_of(st.builds(rules.warmup, decays), inverse_gammas), st.just(2.0**-52)),
-    st.tuples(direct, st.just(0.0)),
-)
-
-
-@settings(max_examples=100)
-@given(rule_and_rounding, st.integers(1, 1000), st.integers(0, 2**32 - 1))
-def test_any_rule_is_close(case: tuple[rules.Rule, float], every: int, seed: int) -> None:
-    rule, rounding = case
-    weight = weight_of(rule, every)
-    table = weight_table(weight)
-    updates = np.concatenate((some_updates(seed, 1000), borders(table)))
-    assert_close(table, weight, updates, every * rounding)

@@ -113,53 +113,6 @@ def test_threads_that_share_an_average(
                 np.testing.assert_array_equal(array, other[name])
 
 
-def test_threads_that_share_a_plan_and_move_its_tensors(python: Callable[..., str]) -> None:
-    # What one thread is still reading must outlive the other's rebuilding of the plan. Large enough
-    # for freed memory to go back to the system: reading it then ends the process.
-    script = """
-        import threading
-        import numpy as np
-        import fastema
-        fastema.set_num_threads(2)
-        SIZE = 12_000_000
-        avg, x = {"w": np.full(SIZE, 2, np.float32)}, {"w": np.full(SIZE, 3, np.float32)}
-        plan = fastema.Plan(avg, x)
-        stop = threading.Event()
-        def update():
-            while not stop.is_set():
-                plan.lerp_(1.0)
-        thread = threading.Thread(target=update)
-        thread.start()
-        for i in range(25):
-            x["w"] = np.full(SIZE, i + 1, np.float32)
-            plan.lerp_(1.0)
-        stop.set()
-        thread.join()
-        assert (avg["w"] == 25).all()
-    """
-    python(script)
-
-
-def test_kernels_are_asked_for_by_many_threads_at_once(python: Callable[..., str]) -> None:
-    script = """
-        import threading
-        import numpy as np
-        import fastema
-        done = []
-        def update(dtype):
-            avg = np.full(100, 2, dtype)
-            fastema.lerp_([avg], [np.full(100, 4.0, np.float32)], 0.5)
-            assert (avg == 3).all()
-            done.append(dtype)
-        dtypes = ("f4", "f8", "f2") * 2
-        threads = [threading.Thread(target=update, args=(dtype,)) for dtype in dtypes]
-        for thread in threads: thread.start()
-        for thread in threads: thread.join(50)
-        assert len(done) == 6
-    """
-    python(script, NUMBA_CACHE_DIR="")
-
-
 def test_the_gil_is_free_during_an_update(threads: Callable[[int], None]) -> None:
     threads(1)
     avg, x = numbers(SIZE, "f32", 1), numbers(SIZE, "f32", 2)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from fastema.errors import ArgumentError, NonFiniteError, StateError
+from fastema.errors import NonFiniteError, StateError
 from fastema.keras import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
@@ -122,27 +122,6 @@ def test_a_batch_that_is_not_finite_spoils_itself_only() -> None:
 
 
 # -- what is averaged ------------------------------------------------------------------------------
-
-
-def test_metrics_that_are_no_means_are_left_out() -> None:
-    class Scaled(keras.metrics.Mean):
-        def result(self) -> Any:
-            return 3.0 * super().result()
-
-        def update_state(self, y: Any, y_pred: Any, sample_weight: Any = None) -> None:
-            super().update_state(keras.ops.abs(y - y_pred))
-
-    def metrics() -> list[Any]:
-        return [keras.metrics.AUC(name="auc"), Scaled(name="scaled"), "mae"]
-
-    history = fit(build(metrics=metrics()), LossAverages(), y=LABELS).history
-    assert history.keys() == names_with("loss", "mae") | {"auc", "loss", "mae", "scaled"}
-    chosen = fit(build(metrics=metrics()), LossAverages(metrics=("mae",)), y=LABELS).history
-    assert {name for name in chosen if "_" in name} == names_with("mae")
-    with pytest.raises(ArgumentError, match=r"'auc': it is no mean .* 'loss', 'mae'"):
-        fit(build(metrics=metrics()), LossAverages(metrics=["auc"]), y=LABELS)
-    with pytest.raises(ArgumentError, match="'acc': the model logs nothing of this name"):
-        fit(build(), LossAverages(metrics=["loss", "acc"]))
 
 
 def test_a_train_function_that_goes_around_train_step_is_an_error() -> None:

@@ -2,12 +2,10 @@
 
 import csv
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import pytest
 
 from fastema.errors import ArgumentError, CheckpointError, StateError
@@ -15,19 +13,17 @@ from fastema.keras import EMAWeights, LossAverages
 
 from ..support.smoothing import assert_close, ema
 from .backends import on_one_backend
-from .data import BACKEND, MARKS
+from .data import MARKS
 from .losses import (
     BATCHES,
     COMPILED,
     Errors,
-    Seen,
     X,
     Y,
     arrays,
     assert_exact,
     build,
     fit,
-    squares_of,
 )
 
 pytestmark = MARKS
@@ -97,31 +93,6 @@ def test_files_stopping_and_rates_use_what_is_added(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     for name in ("loss", "loss_raw", "loss_sma", "loss_ema"):
         assert [float(row[name]) for row in rows] == history[name]
-
-
-@pytest.mark.parametrize("threads", [False, True])
-def test_values_keep_their_batches_in_other_threads(threads: bool) -> None:
-    """Where Keras runs callbacks so: on JAX and PyTorch."""
-
-    class Chosen(LossAverages):
-        async_safe = threads
-        seen: set[int] = set()  # noqa: RUF012
-
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            super().on_train_batch_end(batch, logs)
-            self.seen.add(threading.get_ident())
-
-    x, y = np.repeat(X, 20, 0), np.repeat(Y, 20, 0)
-    model = build(rate=0.0)
-    squares = squares_of(model, x, y)
-    losses, seen = Chosen(window_size=5), Seen()
-    model.fit(x, y, batch_size=3, epochs=2, shuffle=False, verbose=0, callbacks=[losses, seen])
-    others = losses.seen - {threading.get_ident()}
-    assert bool(others) == (threads and BACKEND != "tensorflow")
-    assert_exact(losses.history["loss_raw"], squares.reshape(-1, 3).mean(1).tolist() * 2)
-    assert len(seen.batches) == 2 * len(squares) // 3
-    for name in ("loss_raw", "loss_sma", "loss_ema"):
-        assert_close(seen.curve(name), losses.history[name])
 
 
 # -- runs ------------------------------------------------------------------------------------------

@@ -141,48 +141,6 @@ def test_validation_runs_with_the_average_and_every_bit_comes_back(policy: str) 
     assert differ(*want[0])
 
 
-def test_evaluate_and_predict_by_hand() -> None:
-    (model, (weights, averages)), swap, seen = stepped(), SwapEMAWeights(), Seen(state)
-    CALLS["evaluate"](model, swap, seen)
-    first = CALLS["predict"](model, swap, seen)
-    again = CALLS["predict"](model, swap, seen)  # the peer's has the weights now
-    plain = CALLS["predict"](model)
-    for one in seen.at["test_begin"] + seen.at["predict_begin"]:
-        assert_state(one, averages, weights)
-    assert_state(model, weights, averages)
-    np.testing.assert_array_equal(first, again)
-    assert np.abs(first - plain).max() > 1e-4
-
-
-def test_at_the_end_of_an_epoch_for_other_callbacks(tmp_path: Path) -> None:
-    want = reference(3)
-    model, seen = build(), Seen(state)
-    saved = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True)
-    fit(model, SwapEMAWeights(swap_on_epoch=True), seen, saved, epochs=3)
-    other = build()
-    for epoch, (weights, averages) in enumerate(want):
-        # The last one is as the peer's.
-        assert_state(seen.at["epoch_end"][epoch], averages, weights if epoch < 2 else averages)
-        if epoch < 2:
-            assert_state(seen.at["epoch_begin"][epoch + 1], weights, averages)
-        other.load_weights(tmp_path / f"{epoch + 1}.weights.h5")
-        assert_same(trained(other), averages)
-    assert_same(trained(model), want[2][1])
-
-
-def test_numbers_are_the_peers() -> None:
-    losses, ends = [], []
-    for kind in (SwapEMAWeights, keras.callbacks.SwapEMAWeights):
-        for on_epoch in (False, True):
-            model = build()
-            losses.append(fit(model, kind(on_epoch), epochs=3).history["val_loss"])
-            ends.append(trained(model))
-    for loss, end in zip(losses[1:], ends[1:], strict=True):
-        np.testing.assert_allclose(loss, losses[0], rtol=1e-4)
-        for name, one in end.items():
-            np.testing.assert_allclose(one, ends[0][name], rtol=1e-4, atol=1e-6)
-
-
 def test_a_failing_evaluation_gives_the_weights_back() -> None:
     ((weights, averages),) = reference(1)
     model, swap = build(), SwapEMAWeights()

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.errors import ArgumentError, CheckpointError
+from fastema.errors import ArgumentError
 from fastema.keras import EMAWeights
 
 from .backends import on_one_backend
-from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, fit
+from .data import BATCH, BATCHES, DECAY, MARKS, XV, YV, fit
 from .models import Weights, assert_near, assert_same, loaded, model_of, set_weights, weights
-from .runs import Raising, Recorder, Seen, average, expected, fitted, recorded
+from .runs import Raising, Recorder, Seen, average, expected, recorded
 
 pytestmark = MARKS
 
@@ -66,19 +66,6 @@ def test_batches_that_are_no_step_of_the_optimizer_are_not_counted(kind: str) ->
     assert ema.ema.num_updates == steps
     assert kind != "scaled" or steps == int(model.optimizer.iterations)
     assert_near(average(ema), expected(run), steps)
-
-
-def test_an_execution_of_several_steps_keeps_the_horizon() -> None:
-    if BACKEND == "torch":
-        with pytest.raises(ValueError, match="steps_per_execution"):
-            fit(model_of("several"), EMAWeights(DECAY))
-        return
-    run = recorded("several")  # executions of 4 and 2 steps
-    assert len(run.steps) == 4
-    model, ema = model_of("several"), EMAWeights(DECAY)
-    fit(model, ema)
-    assert ema.ema.num_updates == 12
-    assert_near(average(ema), expected(run, lambda n: DECAY ** [4, 2, 4, 2][n - 1]), 12)
 
 
 # -- other callbacks ------------------------------------------------------------------------------
@@ -194,31 +181,6 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     fit(model, ema, keras.callbacks.LambdaCallback(on_train_batch_end=midway), epochs=1)
     assert_same(loaded(again), kept)
     assert_same(weights(model), run.steps[-1])
-
-
-@on_one_backend
-def test_state_dicts() -> None:
-    model, ema, *_ = fitted()
-    state = ema.state_dict()
-    fit(model, ema, epochs=1)
-    want, raw = average(ema), weights(model)
-
-    model = model_of()
-    fit(model, epochs=1)
-    other = EMAWeights(0.5)
-    other.load_state_dict(state)  # before it knows of a model
-    fit(model, other, epochs=1)
-    assert_same(weights(model), raw)
-    assert_same(average(other), want)
-
-    third = EMAWeights(0.5)
-    third.load_state_dict(other.state_dict())
-    model.predict(XV, verbose=0, callbacks=[third])
-    assert_same(average(third), want)
-    state["shadow"][0]["extra"] = state["shadow"][0].pop("last/bias")
-    with pytest.raises(CheckpointError, match=r"(?s)last/bias.*missing.*extra.*unexpected"):
-        third.load_state_dict(state)
-    assert_same(average(third), want)
 
 
 # -- wrong uses -----------------------------------------------------------------------------------

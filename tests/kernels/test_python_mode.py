@@ -91,23 +91,3 @@ def test_kernels_without_the_compiler_give_the_same_bits(python: Callable[..., s
     assert len(compiled) == len(plain) > 70
     for one, other in zip(compiled, plain, strict=True):
         assert one == other
-
-
-@pytest.mark.slow
-@pytest.mark.torch
-def test_a_watch_without_the_compiler_notices_weights_that_move(python: Callable[..., str]) -> None:
-    pytest.importorskip("torch")
-    script = """
-        import torch
-        import fastema
-        net = torch.nn.Linear(3, 2)
-        avg = {name: torch.ones_like(p) for name, p in net.named_parameters()}
-        plan = fastema.Plan(avg, net)
-        plan.lerp_(1.0)
-        assert all(torch.equal(avg[name], p) for name, p in net.named_parameters())
-        net.weight.data = net.weight.data + 1
-        plan.lerp_(1.0)
-        assert all(torch.equal(avg[name], p) for name, p in net.named_parameters())
-        assert not any(side.changed() for side in plan.binding._bound.sides)
-    """
-    python(script, NUMBA_DISABLE_JIT="1")

@@ -46,20 +46,6 @@ def test_updates_are_those_of_a_float32(src: str, kind: str, steps: tuple[int, i
         of.assert_untouched()
 
 
-def test_every_kind_of_number_comes_back_to_the_bit() -> None:
-    ends = np.array([0x7F7FFFFF, 0x7F7F8000, 0x7F7F7FFF, 1, 0x8000, 0x7FFF, 0, 0x7F800000])
-    ties = np.arange(1 << 16) << 16 | 0x8000
-    all_bits = np.concatenate([ends, ends | 0x80000000, ties]).astype(np.uint32)
-    values = np.concatenate([all_bits.view(np.float32), numbers(30_000, "f32", 3, "bits")])
-    high, residual = np.zeros((2, values.size), np.uint16)
-    run("copy", (SPLIT, "f32"), [Row(high, values, residual=residual)])
-    back = np.zeros(values.size, np.float32)
-    run("cast_back", (SPLIT, "f32"), [Row(high, back, residual=residual)])
-    nan, want = np.isnan(values), values.view(np.uint32)
-    np.testing.assert_array_equal(back.view(np.uint32), np.where(nan, want | 0x400000, want))
-    np.testing.assert_array_equal([high[~nan], residual[~nan]], reference.split(values[~nan]))
-
-
 @pytest.mark.parametrize("low", [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
 def test_weights_of_float32_change_places_with_both_halves_and_no_bit_is_lost(low: int) -> None:
     """Every high half of a float32, NaNs of all kinds among them, on either side."""

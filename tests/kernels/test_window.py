@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fastema.engine.registry import kernel
 from fastema.kernels import table as abi
 from fastema.kernels.table import BLOCK
 
 from ..support import reference
 from ..support.arrays import Guarded, bits, guarded, numbers
 from ..support.tolerance import cast_bound, unit_roundoff
-from .rows import Row, run, table_of
+from .rows import Row, run
 
 # Formats of the mean, the weights, the ring and the remainder.
 FORMATS = [
@@ -151,13 +150,6 @@ def test_what_is_not_finite_passes_through_and_leaves_nothing(window: int, bad: 
         np.testing.assert_array_equal(held.rest, mirror.rest)
 
 
-UPDATES = 1_000_000
-SCALES = {
-    "steady": np.ones(UPDATES),
-    "gradual fall": 10.0 ** (-6 * np.arange(UPDATES) / UPDATES),
-    "sudden fall": np.where(np.arange(UPDATES) < UPDATES // 2, 1.0, 1e-6),
-    "spikes": np.where(np.arange(UPDATES) % 1009 == 0, 1e6, 1.0),
-}
 WINDOW, SLOT, TURN, NEXT = abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT
 
 
@@ -175,35 +167,3 @@ def steps(made, table, rows, number, numbers, control, x, mean, history, at):
             kept[number_of] = mean
             number_of += 1
     return kept
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("course", SCALES)
-@pytest.mark.parametrize("window", [10, 100])
-def test_a_million_updates_leave_no_drift(window: int, course: str) -> None:
-    history = np.random.default_rng(3).standard_normal((UPDATES, 8), np.float32)
-    history = (history * SCALES[course][:, None]).astype(np.float32)
-    x = history[0].copy()
-    held = memory(FORMATS[0], x, window, 2)
-    table, number = table_of(held.rows), np.zeros(1)
-    control = np.zeros(abi.CONTROLS, np.int64)
-    control[[abi.CLAIM, WINDOW]] = 1, window
-    # Every hundredth update or so, and all around the fall and at the end.
-    around = UPDATES // 2 + np.arange(-5, 3 * window)
-    at = np.unique(np.r_[0 : 3 * window, 0:UPDATES:97, around, UPDATES - 500 : UPDATES])
-    made = kernel("window", held.formats, "flat")
-    cells = table.ctypes.data, len(table), number, number.ctypes.data, control
-    got = steps(made, *cells, x, held.mean, history, at)
-    first, oldest = (np.maximum(at + 1 - span, 0) for span in (window, 2 * window))
-    sums = np.array([history[i : n + 1].sum(0, np.float64) for i, n in zip(first, at, strict=True)])
-    want = sums / (at + 1 - first)[:, None]
-    largest = [[np.abs(history[i : n + 1]).max()] for i, n in zip(oldest, at, strict=True)]
-    # As promised: half a unit in the last place, and 8 W u**2 of the largest in two windows.
-    u = 2.0**-24
-    bound = cast_bound(want, "f32") * (1 + u) + 8 * window * u * u * np.array(largest)
-    np.testing.assert_array_less(np.abs(got - want), bound)
-    # Where the largest and the mean are of one size, that is a few units in the last place.
-    off = np.abs(got - want) / np.spacing(np.abs(want.astype(np.float32)))
-    settled = np.broadcast_to(np.abs(want) > np.array(largest) / 1000, off.shape)
-    assert settled.mean() > 0.9 or course == "spikes"
-    assert off[settled].max() < 2

@@ -1,13 +1,12 @@
 """Every word means the same as plain Python and in a kernel."""
 
-import threading
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
-from numba import njit, types
+from numba import njit
 
 from fastema.kernels import formats, scalar, words
 
@@ -97,28 +96,6 @@ def test_fma_is_rounded_once(code: str) -> None:
         wide = [side.astype(np.float64) for side in (x, y, z)]
         want = np.array([exact(w, d[None], a[None])[0] for w, d, a in zip(*wide, strict=True)])
         check(words.fma, want.astype(kind), x, y, z)
-
-
-def test_fetch_add_is_atomic() -> None:
-    fetch_add = words.fetch_add
-    cell, threads, times = np.array([5], np.int64), 4, 20_000
-    address = cell.ctypes.data
-    assert fetch_add(address, 2) == 5
-    assert cell[0] == 7
-
-    @njit(types.void(types.int64, types.int64[:]), nogil=True)
-    def take(address, taken):
-        for i in range(len(taken)):
-            taken[i] = fetch_add(address, 1)
-
-    taken = [np.zeros(times, np.int64) for _ in range(threads)]
-    pool = [threading.Thread(target=take, args=(address, part)) for part in taken]
-    for thread in pool:
-        thread.start()
-    for thread in pool:
-        thread.join()
-    # Every number was handed out once.
-    np.testing.assert_array_equal(np.sort(np.concatenate(taken)), 7 + np.arange(threads * times))
 
 
 def test_float_to_bf16_is_the_nearest() -> None:

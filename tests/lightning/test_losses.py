@@ -203,57 +203,6 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path, stop_after: int) -
     assert_close(other.history["train_loss_ema"], resumed.curves["train_loss_ema"])
 
 
-DISTRIBUTED = """
-    import warnings
-    warnings.simplefilter("ignore")
-    import lightning.pytorch as pl, torch
-    from torch.utils.data import DataLoader, TensorDataset
-    from fastema.lightning import LossAverages
-
-    class Module(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.tensor(1.0))
-            self.seen = []
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.01)
-        def training_step(self, batch, batch_idx):
-            loss = (self.weight * batch[0] - 3.0).square().mean()
-            self.seen.append(loss.item())
-            return loss
-        def on_train_batch_end(self, outputs, batch, batch_idx):
-            assert outputs["loss"].item() == self.seen[-1]  # nobody else's loss was changed
-        def on_train_end(self):
-            found = [torch.tensor(self.seen), torch.tensor(averages.history["train_loss_raw"])]
-            found = self.all_gather(torch.stack([x.double() for x in found]))
-            if self.global_rank == 0:
-                print(found.tolist(), flush=True)
-
-    if __name__ == "__main__":
-        x = torch.arange(24.0)[:, None] / 10
-        for sync in (True, False):
-            averages = LossAverages(sync_dist=sync, record=True)
-            trainer = pl.Trainer(
-                callbacks=[averages], accelerator="cpu", devices=2, strategy="ddp_fork",
-                logger=False, max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(Module(), DataLoader(TensorDataset(x), 4))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_two_processes_smooth_their_own_losses_or_the_mean(python: Any) -> None:
-    printed = python(DISTRIBUTED, quiet=False).splitlines()
-    found = [np.array(eval(line)) for line in printed if line.startswith("[[[")]
-    for (first, second), synced in zip(found, (True, False), strict=True):
-        assert not np.allclose(first[0], second[0])
-        mean = (first[0] + second[0]) / 2
-        for losses, smoothed in (first, second):
-            np.testing.assert_allclose(smoothed, mean if synced else losses, rtol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

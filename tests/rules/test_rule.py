@@ -172,31 +172,6 @@ def test_debiased_is_the_zero_initialised_average_over_what_it_has_seen(
     assert float(average) == pytest.approx(float(zero / seen), rel=1e-9, abs=1e-9)
 
 
-@dataclass(frozen=True)
-class Slow(rules.Rule):
-    """Takes in little for long, so that the correction matters for long."""
-
-    scale: float
-
-    def decay(self, n: int) -> float:
-        return 1.0 - self.scale / (n + 10.0)
-
-
-@pytest.mark.parametrize("every", [1, 10])
-@pytest.mark.parametrize("scale", [0.3, 1e-9])
-def test_debiasing_a_growing_rule_against_exact_products(scale: float, every: int) -> None:
-    rule = Slow(scale)
-    corrected = rules.debiased(rule)
-    with localcontext() as context:
-        context.prec = 40
-        left = Decimal(1)
-        for k in range(1, 3001):
-            w = rule.weight(k * every, every)
-            left *= 1 - Decimal(w)
-            exact = float(Decimal(w) / (1 - left))
-            assert corrected.weight(k * every, every) == pytest.approx(exact, rel=1e-12, abs=0.0)
-
-
 @pytest.mark.parametrize("value", [float("nan"), -0.5, 1.5], ids=repr)
 def test_a_debiased_rule_that_gives_no_weight_is_named(value: float) -> None:
     with pytest.raises(ArgumentError, match="Given"):

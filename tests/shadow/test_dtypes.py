@@ -131,19 +131,6 @@ def test_a_dtype_in_any_place_converts_the_average(how: str, stored: str) -> Non
     assert all_of(average) == all_of(twin)
 
 
-@pytest.mark.parametrize("to", ["cpu", torch.device("cpu"), None])
-@pytest.mark.parametrize("stored", ["bf16+16", "bfloat16"])
-def test_a_device_alone_keeps_the_dtype(stored: str, to: Any) -> None:
-    model = net(0, torch.bfloat16)
-    average, twin = (fastema.EMA(model, 0.99, shadow_dtype=stored) for _ in range(2))
-    for n in range(1, 9):
-        refresh_(model, n)
-        average.to(to)
-        average.update()
-        twin.update()
-    assert all_of(average) == all_of(twin)
-
-
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "unknown name": (("foo",), {}, DeviceError, "foo"),
     "number": ((3.5,), {}, DeviceError, "3.5"),

@@ -1,7 +1,6 @@
 """Averages that follow optimizers by PyTorch's own hooks."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,16 +90,6 @@ def test_steps_that_the_scaler_skips_do_not_count(name: str, unscaled: bool) -> 
         assert all(one.isfinite().all() for one in model.parameters())
         assert all_of(ema) == all_of(other)
     assert ema.num_updates == 3
-
-
-def test_an_optimizer_within_another_object_is_found() -> None:
-    _, optimizer, ema, _ = build()
-    wrapped: Any = optimizer
-    for _ in range(2):
-        wrapped = SimpleNamespace(optimizer=wrapped, step=wrapped.step)
-    ema.follow(wrapped)
-    wrapped.step()
-    assert ema.num_updates == 1
 
 
 def test_steps_that_are_not_wanted_count_in_the_next_that_is() -> None:

@@ -14,9 +14,6 @@ from fastema.checkpoint import load_state
 from fastema.checkpoint.state import write_state
 from fastema.errors import CheckpointError
 
-from .kinds import trained_kind
-from .weights import assert_bits, net, snapshot
-
 pytestmark = pytest.mark.torch
 
 
@@ -144,15 +141,3 @@ def test_a_file_is_read_by_both_to_the_bit(tmp_path: Path, how: str) -> None:
         for mine, theirs in zip(found[part], want[part], strict=True):
             for name, tensor in theirs.items():
                 assert torch.equal(mine[name], tensor), name
-
-
-def test_the_shadow_loads_into_a_module_and_goes_through_safetensors(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    average = trained_kind("EMA")
-    want, model, other = snapshot(dict(average.shadow)), net(9), net(9)
-    model.load_state_dict(dict(average.shadow))
-    assert_bits(model, want)
-    other.load_state_dict(average.state_dict()["shadow"][0], assign=True)
-    assert_bits(other, want)
-    safetensors.save_file(dict(average.shadow), tmp_path / "average.safetensors")
-    assert_bits(safetensors.load_file(tmp_path / "average.safetensors"), want)

@@ -1,7 +1,6 @@
 """The average for others: its mapping, copies of it, a model's state with it."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 import fastema
 from fastema.errors import LayoutError, StateError
 
-from .kinds import KINDS, VARIED, all_of, last, trained_kind, unchanged, which
+from .kinds import KINDS, trained_kind, unchanged, which
 from .weights import BUFFERS, Net, assert_bits, bits, net, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
@@ -118,56 +117,3 @@ def test_copy_to_a_model_that_does_not_fit(what: str) -> None:
         ema.copy_to(target)
     assert all(name in str(caught.value) for name in names)
     assert_bits(target, before)
-
-
-def test_it_is_a_mapping_in_the_order_of_the_model() -> None:
-    model = net()
-    ema = fastema.EMA(model)
-    assert isinstance(ema.shadow, Mapping)
-    assert list(ema.shadow) == list(values(model)) == [name for name, _ in ema.shadow.items()]
-    assert len(ema.shadow) == len(values(model))
-    with pytest.raises(KeyError, match="nothing"):
-        ema.shadow["nothing"]
-    for block in (nullcontext(), ema.swapped()):
-        with block:
-            assert "scale" in ema.shadow
-            assert "nothing" not in ema.shadow
-            assert ema.shadow.get("nothing") is None
-
-
-def exchanged(tensor: torch.Tensor) -> None:
-    tensor.data = torch.full_like(tensor, 9.0)
-
-
-DONE: dict[str, Callable[[torch.Tensor], object]] = {
-    "exchanged": exchanged,
-    "reset": lambda tensor: tensor.set_(torch.full_like(tensor, 9.0)),
-    "flattened": lambda tensor: setattr(tensor, "data", tensor.data.reshape(-1)),
-    "transposed": lambda tensor: tensor.t_(),
-    "narrowed": lambda tensor: setattr(tensor, "data", tensor.data.to(torch.float16)),
-    "trained": lambda tensor: tensor.requires_grad_(True),
-}
-
-
-@pytest.mark.parametrize("kind", ["EMA", *VARIED])
-@pytest.mark.parametrize("change", DONE.values(), ids=DONE)
-def test_what_is_done_to_a_tensor_it_handed_out_is_not_done_to_the_average(
-    change: Callable[[torch.Tensor], object], kind: str
-) -> None:
-    """Other than writing its elements, which are the average's own."""
-    model, twin = net(), net()
-    average, other = KINDS[kind](model), KINDS[kind](twin)
-    change(last(average)["hidden.weight"])
-    state = average.state_dict(copy=False)
-    for tensors in (*state["shadow"], *state.get("residual", ()), *state.get("ring", ())):
-        exchanged(tensors["hidden.bias"])
-    assert all_of(average) == all_of(other)
-    for n in range(1, 6):
-        for weights, one in ((model, average), (twin, other)):
-            refresh_(weights, n)
-            one.update()
-    assert all_of(average) == all_of(other)
-    assert last(average)["hidden.weight"].shape == model.hidden.weight.shape
-    assert not last(average)["hidden.weight"].requires_grad
-    with average.swapped(**which(average)), other.swapped(**which(other)):
-        assert_bits(model, snapshot(twin))

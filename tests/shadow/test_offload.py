@@ -1,11 +1,8 @@
 """Averages on the host, updated beside the training step."""
 
 import os
-import random
 import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -112,30 +109,6 @@ def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them(
     assert events[-1] == "stepped"
 
 
-def test_any_delays_give_the_same_average() -> None:
-    chance = random.Random(4)
-    model, offloaded, ema = build(torch.bfloat16, decay=0.9, shadow_dtype="float32")
-    offloaded._link.delay = lambda number: time.sleep(chance.choice((0.0, 0.0, 0.002)))
-    for _ in range(150):
-        if chance.random() < 0.5:
-            time.sleep(chance.uniform(0.0, 0.003))
-        train(model, offloaded, ema, 1)
-        if chance.random() < 0.1:
-            with offloaded.swapped():
-                held = snapshot(model)
-            with ema.swapped():
-                assert_bits(model, held)
-    assert all_of(offloaded) == all_of(ema)
-
-
-def test_threads_may_update_at_once() -> None:
-    _model, offloaded, _ema = build()
-    offloaded._link.delay = lambda number: time.sleep(0.001)
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda _: offloaded.update(), range(30)))
-    assert offloaded.state_dict()["num_updates"] == 30
-
-
 def test_updates_are_left_out_while_it_is_behind_and_the_horizon_is_kept() -> None:
     model, offloaded, ema = build(offload="skip")
     go, _events = held_up(offloaded)
@@ -181,11 +154,6 @@ def test_what_cannot_be_on_the_host_is_refused(name: str) -> None:
         build_it()
 
 
-def test_its_dtype_may_change_on_the_host() -> None:
-    _model, offloaded, _ema = build()
-    assert offloaded.to("cpu", torch.float64).shadow["head.weight"].dtype == torch.float64
-
-
 CALLS: dict[str, Callable[[Any], Any]] = {
     "update": lambda ema: ema.update(),
     "shadow": lambda ema: ema.shadow["conv.weight"],
@@ -207,22 +175,6 @@ def test_what_the_worker_raises_the_next_call_does(call: str) -> None:
     assert all_of(offloaded) == before
     with torch.no_grad():
         model.head.weight[0, 0] = 1.0
-    offloaded.update()
-    assert offloaded.state_dict()["num_updates"] == 1
-
-
-def test_an_update_that_cannot_be_started_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    _model, offloaded, _ema = build()
-
-    def submit(*_: Any) -> Any:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("concurrent.futures.ThreadPoolExecutor.submit", submit)
-        with pytest.raises(RuntimeError, match="start new thread"):
-            offloaded.update()
-    offloaded.wait()
-    assert (offloaded.num_updates, offloaded.offload_stats.queue_depth) == (0, 0)
     offloaded.update()
     assert offloaded.state_dict()["num_updates"] == 1
 

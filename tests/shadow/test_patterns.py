@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.errors import ArgumentError, BridgeError, LayoutError
+from fastema.errors import ArgumentError, LayoutError
 
 
 class Model(nn.Module):
@@ -74,38 +74,6 @@ def test_wrong_patterns_are_refused() -> None:
         fastema.EMA(Model(), policy={"*": "skip"})
 
 
-class Quantized(torch.Tensor):
-    """A tensor whose values lie in another one, as in torchao."""
-
-    values: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, values: torch.Tensor) -> Quantized:
-        made: Quantized = torch.Tensor._make_wrapper_subclass(
-            cls, values.shape, dtype=torch.float32
-        )
-        made.values = values
-        return made
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is torch.ops.aten.detach.default:
-            return cls(args[0].values)
-        raise NotImplementedError(str(function))
-
-
-def test_tensors_that_keep_their_values_elsewhere_are_refused_by_name() -> None:
-    model = Model()
-    model.visual.weight = nn.Parameter(Quantized(torch.zeros(2, 3, dtype=torch.int8)))
-    with pytest.raises(BridgeError, match=r"visual\.weight: .*Quantized.*no memory of its own"):
-        fastema.EMA(model)
-    ema = fastema.EMA(model, policy={"visual.weight": "skip"})
-    assert "visual.weight" in ema.skipped_names
-    ema.update()
-
-
 class Adapted(nn.Module):
     """A frozen layer with low-rank adapters, as PEFT names them."""
 
@@ -141,15 +109,3 @@ def test_adapters_that_a_pattern_skips_come_and_go() -> None:
     model.add("other")
     with pytest.raises(LayoutError, match=r"'lora_A\.other' is new in the model"):
         unknown.update()
-
-
-def test_a_teacher_is_the_model_called_with_the_average() -> None:
-    model = Adapted()
-    ema = fastema.EMA(model, decay=0.5)
-    moved(model.lora_B)
-    ema.update()
-    x = torch.randn(3, 4)
-    found = torch.func.functional_call(model, dict(ema.shadow), (x,))
-    with ema.swapped():
-        assert torch.equal(found, model(x))
-    assert not torch.equal(found, model(x))

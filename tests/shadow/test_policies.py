@@ -1,6 +1,5 @@
 """What is averaged, copied and skipped; buffers that a state leaves out."""
 
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +8,7 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.bridges import torch as bridge
 from fastema.errors import DTypeError, LayoutError
-from fastema.layout.dtypes import DTYPES
 
 from .kinds import KINDS, VARIED, all_of, unchanged, which
 from .weights import BUFFERS, Net, assert_bits, bits, net, refresh_, snapshot
@@ -40,34 +37,6 @@ def test_buffers_of_every_kind(buffers: str, kind: str) -> None:
             held = shadow["norm.running_mean"]
             want = latest if buffers == "copy" else as_weights.shadows[i]["norm.running_mean"]
             assert torch.equal(bits(held), bits(want))
-
-
-SMALL = [code for code, kind in DTYPES.items() if not (kind.real or kind.whole)]
-
-
-@pytest.mark.parametrize("code", SMALL)
-def test_buffers_of_8_bits_are_copied_to_the_bit(code: str) -> None:
-    dtype = bridge.native(code)
-    model, other = net(), net(1)
-    for one in (model, other):
-        one.register_buffer("scales", torch.arange(256, dtype=torch.uint8).view(dtype))
-    raw = model.scales.view(torch.uint8)
-    ema = fastema.EMA(model, 0.5, on_nonfinite="skip")
-    raw.add_(5)
-    ema.update()
-    copied = raw.clone()
-    raw.mul_(3)
-    assert ema.shadow["scales"].dtype == dtype
-    with unchanged(model, ema), ema.swapped():
-        assert torch.equal(raw, copied)
-    file = io.BytesIO()
-    torch.save(ema.state_dict(), file)
-    file.seek(0)
-    resumed = fastema.EMA(other, 0.5)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    ema.copy_to(other)
-    for scales in (ema.shadow["scales"], resumed.shadow["scales"], other.scales):
-        assert torch.equal(scales.view(torch.uint8), copied)
 
 
 def test_weights_of_8_bits_are_refused_by_name() -> None:
@@ -112,21 +81,6 @@ CHANGES: dict[str, Change] = {
     "registered late": lambda model: late(model.conv),
     "in a new module": lambda model: setattr(model, "rotary", late(nn.Module())),
 }
-
-
-@pytest.mark.parametrize("watch", ["all", "sample"])
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_run_goes_on_as_without_them(change: Change, watch: str) -> None:
-    model, plain = cached(), net()
-    ema, want = (fastema.EMA(one, 0.75, watch=watch) for one in (model, plain))
-    for n in range(1, 5):
-        if n == 3:
-            change(model)
-        for one in (model, plain):
-            refresh_(dict(one.state_dict()), n)
-        ema.update()
-        want.update()
-    assert_bits(dict(ema.shadow), snapshot(dict(want.shadow)))
 
 
 @pytest.mark.parametrize("kind", ["EMA", *VARIED])

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 import fastema
 from fastema import rules
-from fastema.errors import ArgumentError, CheckpointError, StateError
-from fastema.shadow.schedule_counter import refuse_uneven
 
 from .truth import Loop
 
@@ -186,43 +184,3 @@ def test_a_power_average_weighs_a_step_by_its_stretch_of_the_run(
     if end:
         mean = total / end**exponent
         np.testing.assert_allclose(ema.shadow["0"], mean, rtol=1e-9, atol=1e-9)
-
-
-def test_random_bits_are_those_of_the_step_that_is_reached() -> None:
-    before, now = (numbers(seed, np.float16, 5000) for seed in (0, 1))
-    jump, again, walk = (fastema.EMA([before], 0.9, seed=3) for _ in range(3))
-    walk.load_state_dict({**walk.state_dict(), "num_updates": 6})
-    for one in (jump, again, walk):
-        one.update([now], steps=4)
-    np.testing.assert_array_equal(again.shadow["0"], jump.shadow["0"])
-    differ = np.mean(jump.shadow["0"].view(np.uint16) != walk.shadow["0"].view(np.uint16))
-    assert 0.05 < differ < 0.95
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.0, "3", None, True, np.nan, 2**63], ids=repr)
-def test_what_is_no_number_of_steps(steps: Any) -> None:
-    x = numbers(0)
-    ema = fastema.EMA([x], 0.5)
-    x[...] = numbers(1)
-    with pytest.raises(ArgumentError, match="steps"):
-        ema.update(steps=steps)
-    with ema.swapped(), pytest.raises(StateError, match="restore"):
-        ema.update(steps=2)
-    assert ema.num_updates == 0
-    np.testing.assert_array_equal(ema.shadow["0"], numbers(0))
-
-
-@pytest.mark.parametrize("rule", [rules.constant(0.999999), rules.warmup(0.999)], ids=str)
-def test_a_count_on_a_gpu_goes_on_with_single_steps_alone(rule: rules.Rule) -> None:
-    single, uneven = (fastema.EMA([np.ones(3)], rules.debiased(rule)) for _ in range(2))
-    for _ in range(30):
-        single.update()
-    refuse_uneven(single.schedule, 30, single.state_dict()["log_decays"])
-    uneven.update()
-    uneven.update(steps=29)
-    log_decays = uneven.state_dict()["log_decays"]
-    if isinstance(rule, rules.Warmup):
-        with pytest.raises(CheckpointError, match="capturable"):
-            refuse_uneven(uneven.schedule, 30, log_decays)
-    else:  # a constant leaves the same of the beginning however the steps are cut
-        refuse_uneven(uneven.schedule, 30, log_decays)

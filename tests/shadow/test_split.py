@@ -55,25 +55,3 @@ def test_the_high_half_is_a_checkpoint_and_all_that_a_bfloat16_model_takes() -> 
     with unchanged(model, ema), ema.swapped():
         assert_bits(model, snapshot(ready))
         assert_bits(residuals, held)
-
-
-def test_from_and_to_bfloat16() -> None:
-    model = net(0, torch.bfloat16)
-    ema = fastema.EMA(model, 0.97)
-    train_(model, [1], ema)
-    before = {name: exact(ema.shadow[name]).astype(np.float32) for name in ema.averaged_names}
-    ema.to(dtype=SPLIT)
-    for name, value in before.items():
-        high, residual = reference.split(value)
-        assert not residual.any()
-        np.testing.assert_array_equal(stored(ema.shadow[name]), high)
-        assert not ema.state_dict()["residual"][0][name].any()
-    wide = fastema.EMA(model, 0.97, shadow_dtype="float32")
-    wide.load_state_dict(ema.to(dtype="float32").state_dict())
-    ema.to(dtype=SPLIT)
-    train_(model, [2], ema, wide)
-    assert_is_split(ema, wide)
-    ema.to(dtype="bfloat16")
-    for name in ema.averaged_names:
-        nearest = reference.encode(exact(wide.shadow[name]), "bf16")
-        np.testing.assert_array_equal(stored(ema.shadow[name]), nearest)

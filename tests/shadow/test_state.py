@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from .weights import (
     Net,
     assert_average,
     assert_bits,
-    assert_same,
     net,
     refresh_,
     snapshot,
@@ -371,24 +369,6 @@ def test_a_state_that_does_not_fit_is_refused_whole(case: str) -> None:
     assert [part for part in messages if part not in str(caught.value)] == []
     assert (average.decay, average.schedule) == (decay, schedule)
     average.update()
-
-
-@dataclass(frozen=True)
-class Halving(rules.Rule):
-    """A rule of the user's own."""
-
-    def decay(self, n: int) -> float:
-        return 1 - 0.5**n
-
-
-def test_a_run_with_a_rule_of_the_users_own_resumes() -> None:
-    ema = trained(decay=Halving())
-    resumed = trained(0, decay=0.5)
-    resumed.load_state_dict(through_a_file(ema.state_dict()))
-    assert resumed.num_updates == 3
-    assert resumed.decay == 0.875
-    assert resumed.schedule.rules == (Halving(),)
-    assert_same(snapshot(dict(resumed.shadow)), snapshot(dict(ema.shadow)))
 
 
 JUNK: list[Any] = [

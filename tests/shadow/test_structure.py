@@ -1,6 +1,5 @@
 """Models of any structure: containers, ties, and tensors that come and go."""
 
-from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import fastema
 from fastema.errors import LayoutError, StateError
 
 from .kinds import KINDS, PARTS, VARIED, all_of, last, trained_kind, unchanged, which
-from .weights import Net, assert_bits, bits, net, refresh_, snapshot, values
+from .weights import Net, assert_bits, bits, net, refresh_, snapshot
 
 pytestmark = pytest.mark.torch
 
@@ -280,9 +279,6 @@ def test_partly_shared_memory_is_refused_by_name() -> None:
             fastema.EMA(weights)
 
 
-Pair = namedtuple("Pair", "left right")
-
-
 class Wrapper(nn.Module):
     """What ``DataParallel`` and its kind do to names."""
 
@@ -325,43 +321,6 @@ def test_wrappers_do_not_matter_to_any_kind(wrapper: str, kind: str) -> None:
     resumed = KINDS[kind](WRAPPERS[wrapper](net(5)))
     resumed.load_state_dict(twin.state_dict())
     assert all_of(resumed) == all_of(twin)
-
-
-def numbers(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape)
-
-
-CONTAINERS = {
-    "tensor": (lambda: numbers(5), ["array"]),
-    "list": (lambda: [numbers(2), numbers(3)], ["0", "1"]),
-    "tuple": (lambda: (numbers(2), numbers(3)), ["0", "1"]),
-    "namedtuple": (lambda: Pair(numbers(2), numbers(3)), ["0", "1"]),
-    "dict": (lambda: {"a": numbers(2), "b": numbers(3)}, ["a", "b"]),
-    "ordered": (lambda: OrderedDict(b=numbers(2), a=numbers(3)), ["b", "a"]),
-    "mapping": (lambda: UserDict(b=numbers(2), a=numbers(3)), ["b", "a"]),
-    "nested": (
-        lambda: {"a": [numbers(2), {"b": numbers(3)}], "c": (numbers(1), [])},
-        ["a.0", "a.1.b", "c.0"],
-    ),
-    "generator": (lambda: net().parameters(), [str(i) for i in range(8)]),
-    "map": (lambda: map(numbers, [2, 3]), ["0", "1"]),
-    "state_dict": (lambda: net().state_dict(), list(values(Net()))),
-    "ParameterList": (lambda: nn.ParameterList([numbers(2), numbers(3)]), ["0", "1"]),
-    "ParameterDict": (lambda: nn.ParameterDict({"a": numbers(2)}), ["a"]),
-}
-
-
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_containers(container: str) -> None:
-    made, names = CONTAINERS[container]
-    weights = made()
-    ema = fastema.EMA(weights, 0.5)
-    assert sorted(ema.shadow) == sorted(names)
-    for tensor in ema.shadow.values():
-        assert tensor.is_floating_point() or tensor.dtype == torch.int64
-    ema.update()
-    with ema.swapped():
-        pass
 
 
 # -- layouts --------------------------------------------------------------------------------------

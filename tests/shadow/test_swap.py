@@ -7,16 +7,15 @@ import pytest
 import torch
 
 import fastema
-from fastema.errors import ArgumentError, StateError
+from fastema.errors import StateError
 
-from .kinds import KINDS, PARTS, all_of, last, trained_kind, unchanged, which
+from .kinds import KINDS, all_of, trained_kind, unchanged, which
 from .weights import (
     FLOATS,
     Net,
     assert_bits,
     bits,
     net,
-    poison_,
     refresh_,
     snapshot,
     train_,
@@ -64,20 +63,6 @@ def test_round_trip_is_exact(kind: str, options: dict[str, str], model_dtype: st
             average.apply_shadow(which=i - len(average.shadows))
             average.restore()
     average.update()
-
-
-@pytest.mark.parametrize("call", ["apply_shadow", "swapped", "copy_to"])
-@pytest.mark.parametrize("chosen", [None, 3, -4, True, 1.0, "0"])
-def test_which_of_several_has_to_be_said(call: str, chosen: object) -> None:
-    model, average = ready("three")
-    made = getattr(average, call)
-    arguments = (model,) if call == "copy_to" else ()
-    with unchanged(model, average):
-        with pytest.raises(ArgumentError, match=r"which=.*0: .*0\.5.*1: .*0\.75.*2: .*0\.875"):
-            made(*arguments, which=chosen).__enter__()
-        for read in ("shadow", "drift"):
-            with pytest.raises(fastema.errors.FastemaError):
-                getattr(average, read)
 
 
 def every_float32() -> torch.Tensor:
@@ -183,25 +168,6 @@ def test_calls_refused_while_applied(call: str, shadow_dtype: str) -> None:
             CALLS[call](ema, model)
         assert ema.applied
         assert_bits(model, held)
-
-
-@pytest.mark.parametrize("model_dtype", FLOATS)
-@pytest.mark.parametrize(("kind", "options"), AVERAGES)
-def test_copies_taken_while_applied_are_the_average_and_not_the_model(
-    kind: str, options: dict[str, str], model_dtype: str
-) -> None:
-    model, average = ready(kind, model_dtype, **options)
-    want = [snapshot(dict(shadow)) for shadow in average.shadows]
-    with unchanged(model, average), average.swapped(**which(average)):
-        shadow, state, kept = last(average), average.state_dict(), average.state_dict()
-        assert_bits(shadow, want[-1])
-        poison_(shadow.values())
-        for tensors in (one for part in PARTS for one in state.get(part, ())):
-            poison_(tensors.values())
-    refresh_(model, 5)
-    average.update()
-    for found, expected in zip(kept["shadow"], want, strict=True):
-        assert_bits(found, expected)
 
 
 Write = Callable[[Net], object]

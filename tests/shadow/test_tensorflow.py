@@ -156,24 +156,6 @@ def test_inside_functions() -> None:
     np.testing.assert_array_equal(w, [3.0, 4.0])
 
 
-def test_called_from_a_graph() -> None:
-    w = tf.Variable([1.0, 2.0])
-    ema = fastema.EMA([w], 0.5)
-
-    @tf.function
-    def step() -> None:
-        with tf.control_dependencies([w.assign_add([2.0, 2.0])]):
-            tf.py_function(ema.update, [], [])
-
-    want, x = np.array([1.0, 2.0]), np.array([1.0, 2.0])
-    for _ in range(6):
-        step()
-        x = x + 2
-        want = (want + x) / 2
-    np.testing.assert_allclose(ema.shadow["0"], want, rtol=1e-6)
-    assert ema.num_updates == 6
-
-
 # -- all or nothing --------------------------------------------------------------------------------
 
 BAD: dict[str, Callable[[dict[str, Any]], Any]] = {

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from fastema.plan import Plan
 from fastema.tensorflow import ExponentialMovingAverage
 
 from ..support import reference
@@ -108,29 +107,6 @@ def test_an_average_in_bfloat16_moves() -> None:
 # -- tensors --------------------------------------------------------------------------------------
 
 
-def test_the_third_apply_traces_nothing_that_grows_with_the_variables(
-    rng: Rng, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = [0]
-    read = tf.raw_ops.ReadVariableOp
-
-    def counted(**arguments: Any) -> Any:
-        calls[0] += 1
-        return read(**arguments)
-
-    monkeypatch.setattr(tf.raw_ops, "ReadVariableOp", counted)
-    found = {}
-    for count in (40, 128, 512):  # the first one may trace
-        weights, ema = variables(rng, "f32", [(3, 2)] * count), ExponentialMovingAverage(0.75)
-        for _ in range(2):
-            ema.apply(weights)
-        calls[0] = 0
-        for _ in range(3):
-            ema.apply(weights)
-        found[count] = calls[0]
-    assert found[512] == found[128] < 128
-
-
 # -- order and memory -----------------------------------------------------------------------------
 
 
@@ -164,25 +140,3 @@ def test_order_within_a_function(rng: Rng) -> None:
         start = after.numpy()
         np.testing.assert_array_equal(ema.average(weight).numpy(), start)
         np.testing.assert_array_equal(weight.numpy(), first)
-
-
-def test_an_update_is_prepared_once(rng: Rng, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-
-    class Counted(Plan):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            made.append(1)
-            super().__init__(*args, **options)
-
-    monkeypatch.setattr("fastema.tensorflow.average.Plan", Counted)
-    weights = variables(rng)
-    ema = ExponentialMovingAverage(0.5)
-    made.clear()
-    for _ in range(4):
-        ema.apply(list(weights))
-    assert len(made) == 1
-    more = variables(rng)
-    for _ in range(3):
-        ema.apply(weights + more)
-    assert len(made) == 2
-    assert len(ema.shadow) == 2 * len(weights)

@@ -233,18 +233,3 @@ def test_lists_that_are_refused(error: type[Exception], words: str, given: Any, 
     assert list(ema.shadow) == ["w", "loss"]
     assert ema.average(weight).numpy().tolist() == [1.0, 2.0]
     assert ema.average("loss").numpy() == 2.0
-
-
-def test_replicas_are_refused_by_name() -> None:
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    ema = ExponentialMovingAverage(0.5)
-    weight = tf.Variable(1.0)
-    with strategy.scope():
-        mirrored = tf.Variable(1.0, name="mirrored")
-        with pytest.raises(BridgeError, match="MirroredStrategy"):
-            ema.apply([weight])
-    with pytest.raises(BridgeError, match=r"'mirrored' is a MirroredVariable"):
-        ema.apply([weight, mirrored])
-    with pytest.raises(BridgeError, match="MirroredStrategy"):
-        strategy.run(lambda: ema.apply([weight]))
-    assert not ema.shadow

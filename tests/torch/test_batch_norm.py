@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import fastema
-from fastema.errors import ArgumentError, BridgeError
+from fastema.errors import ArgumentError
 from fastema.torch import update_bn
 
 pytestmark = pytest.mark.torch
@@ -148,11 +148,6 @@ def test_what_cannot_be_used_loses_nothing(case: str, monkeypatch: pytest.Monkey
     assert not any(module.training for module in model.modules())
 
 
-def test_a_lazy_layer_is_an_error() -> None:
-    with pytest.raises(BridgeError, match="run the model once"):
-        update_bn(inputs(), nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d()))
-
-
 # -- batches of many kinds ------------------------------------------------------------------------
 
 
@@ -201,34 +196,6 @@ def test_a_mapping_is_passed_by_name(wrapper: str, kind: type) -> None:
     assert held.seen == [2.0] * 4
 
 
-def test_all_names_are_passed_to_a_model_that_takes_any() -> None:
-    class Open(nn.BatchNorm1d):
-        def forward(self, x: Tensor, **others: Any) -> Tensor:
-            seen.append(set(others))
-            return super().forward(x)
-
-    seen: list[set[str]] = []
-    update_bn([{"x": x, "label": 1, "mask": 2} for x in inputs()], Open(3))
-    assert seen == [{"label", "mask"}] * 4
-
-
-@pytest.mark.parametrize(
-    ("wrap", "forward"),
-    [
-        (lambda x: [x, "a target without a device"], None),
-        (lambda x: (x, 1), None),
-        (lambda x: Point(x, 1), None),
-        (lambda x: {"deep": [x - 1]}, lambda model, batch: model(batch["deep"][0] + 1)),
-    ],
-    ids=["list", "tuple", "named tuple", "forward"],
-)
-def test_the_first_is_the_input_and_forward_gets_all(wrap: Any, forward: Any) -> None:
-    model, loader = net(), [torch.round(x) for x in inputs()]
-    expected = by_torch(model, loader)
-    update_bn(map(wrap, loader), model, "cpu", forward=forward)
-    assert_equal(model, expected)
-
-
 def test_everything_nested_is_moved() -> None:
     """To the meta device: a move that can be seen without a second device."""
     x = torch.randn(4, 3)
@@ -249,18 +216,6 @@ def test_everything_nested_is_moved() -> None:
     assert all(one.is_meta for one in (first, deep[0], moved["mapping"]["x"], moved["point"].x))
     assert (type(deep), type(moved["point"])) == (tuple, Point)
     assert (deep[1], moved["point"].y, moved["own"]) == (1, "text", "moved to meta")
-
-
-@pytest.mark.parametrize("sized", [True, False])
-def test_progress_is_shown_on_standard_error(
-    sized: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("rich")
-    update_bn(inputs() if sized else (x for x in inputs()), net(), progress=True)
-    printed = capsys.readouterr()
-    assert "BatchNorm statistics" in printed.err
-    assert ("100%" in printed.err) == sized
-    assert printed.out == ""
 
 
 @pytest.mark.parametrize("kind", ["EMA", "SWA", "SMA"])

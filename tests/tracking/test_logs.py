@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastema.errors import ArgumentError
-from fastema.tracking.logs import Curve, from_rows, read, read_table
+from fastema.tracking.logs import Curve, read, read_table
 
 NEEDS = ("tensorboard",)
 
@@ -127,18 +127,6 @@ def test_rows_of_json(text: str) -> None:
     same(curves["eval_loss"], [10, 20], [2.25, math.nan])
     same(curves["epoch"], [10, 10, 20, 20], [0.5, 0.5, 1.0, 1.0])
     assert "note" not in curves
-
-
-def test_columns_of_json_and_values_within_rows() -> None:
-    text = json.dumps({"loss": [3, 2, 1], "val_loss": [2.5, None, 1.5], "name": ["a", "b", "c"]})
-    curves = read(io.StringIO(text))
-    assert set(curves) == {"loss", "val_loss"}
-    same(curves["loss"], [0, 1, 2], [3, 2, 1])
-    same(curves["val_loss"], [0, 2], [2.5, 1.5])
-    nested = '{"step": 1, "train": {"loss": 2.0}}\n{"step": 2, "train": {"loss": 1.0}}\n'
-    same(read(io.StringIO(nested))["train/loss"], [1, 2], [2, 1])
-    rows = [{"step": np.int64(3), "loss": np.float32(0.1)}, {"step": 4, "loss": np.float64(0.2)}]
-    same(from_rows(rows, "history").curves("step")["loss"], [3, 4], [float(np.float32(0.1)), 0.2])
 
 
 TABLE = (
@@ -254,15 +242,6 @@ def test_runs_in_folders_a_tag_called_step_and_tensors_that_are_no_scalars(tmp_p
     for seed, prefix in enumerate(("", "train/", "deep/er/")):
         assert_points(curves[f"{prefix}loss"], points(4, seed))
     assert set(read(tmp_path / "train")) == {"global_step", "loss", "step"}
-
-
-def test_a_run_that_started_again_from_an_earlier_step(tmp_path: Path) -> None:
-    first, second = points(8, 1), points(5, 2, start=5)
-    write(tmp_path, {"loss": first, "acc": first}, kind="simple")
-    write(tmp_path, {"loss": second}, kind="simple", restart=5)
-    curves = read(tmp_path)
-    assert_points(curves["loss"], [*first[:5], *second])
-    assert_points(curves["acc"], first[:5])
 
 
 def test_a_file_that_was_cut_short_or_is_damaged(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,9 +16,7 @@ from fastema.tracking import MetricSmoother
 from fastema.tracking.logs import Curve
 from fastema.tracking.plots import plot
 from fastema.tracking.plots.panels import Panel, averages, panels
-from fastema.tracking.plots.picture import thinned
 
-from ..support.process import run_python
 from ..support.requirements import require_packages
 from ..support.smoothing import ema, sma
 
@@ -183,25 +179,6 @@ def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
     assert "5 not finite" in texts(axes)
 
 
-@given(st.integers(1, 500), st.integers(1, 60), st.sets(st.integers(0, 499)), st.integers(0, 99))
-def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], seed: int) -> None:
-    values = np.random.default_rng(seed).normal(size=count)
-    values[[hole for hole in holes if hole < count]] = math.nan
-    steps, got = thinned(Curve(np.arange(count), values), buckets)
-    assert (np.diff(steps) > 0).all()
-    np.testing.assert_array_equal(got, values[steps.astype(int)])
-    assert len(got) == count if count <= 2 * buckets else len(got) <= 2 * buckets + 2
-    assert (steps[0], steps[-1]) == (0, count - 1)
-    size = -(-count // buckets)
-    for start in range(0, count, size):
-        stretch = values[start : start + size]
-        inside = got[(steps >= start) & (steps < start + size)]
-        assert np.isfinite(stretch).any() == np.isfinite(inside).any()
-        if np.isfinite(stretch).any():
-            assert np.nanmax(inside) == np.nanmax(stretch)
-            assert np.nanmin(inside) == np.nanmin(stretch)
-
-
 def test_files(tmp_path: Path) -> None:
     for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
         out = tmp_path / f"curves.{suffix}"
@@ -209,30 +186,3 @@ def test_files(tmp_path: Path) -> None:
         assert isinstance(figure, Figure)
         assert out.read_bytes().startswith(start)
         assert [text.get_text() for text in figure.texts] == ["a run"]
-
-
-def test_axes_of_another_figure_and_the_most_there_can_be() -> None:
-    figure = Figure()
-    left, right = figure.subplots(1, 2)
-    assert plot(noisy(100), ax=right, title="mine") is figure
-    assert len(drawn(right)) == 3
-    assert right.get_title(loc="left") == "mine"
-    with pytest.raises(ArgumentError, match=r"one metric, name it with metrics=: a, b"):
-        plot({"a": [1, 2], "b": [2, 1]}, ax=left)
-    assert not left.get_lines()
-    figure = plot({f"m{i}": [2.0, 1.0] for i in range(30)})
-    assert len(figure.axes) == 24
-    assert "and 6 more metrics" in figure.texts[0].get_text()
-
-
-def test_settings_of_matplotlib_are_left_alone_and_pyplot_is_not_needed(tmp_path: Path) -> None:
-    code = (
-        "import sys, matplotlib\n"
-        "before = dict(dict.items(matplotlib.rcParams))\n"  # resolves no backend
-        "from fastema.tracking import plot\n"
-        "plot([3.0, 2.0, 1.0] * 20, out=sys.argv[1])\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
-        "assert dict(dict.items(matplotlib.rcParams)) == before"
-    )
-    done = run_python("-c", code, tmp_path / "a.png")
-    assert done.returncode == 0, done.stderr

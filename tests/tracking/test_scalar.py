@@ -255,21 +255,6 @@ def test_a_state_that_does_not_fit() -> None:
         assert (made.average, made.num_updates) == (2.0, 1)
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 1.0, 2.0], [2.0, 1e100, 1e100]])
-@pytest.mark.parametrize("kind", [SimpleMovingAverage, ExponentialMovingAverage])
-@pytest.mark.parametrize("values", [[1e308, 1e308, 1e308], [1.7e308, -1.7e308, 1.7e308]])
-def test_the_largest_floats_have_averages(kind: Any, values: Any, weights: Any) -> None:
-    each = weights or [1.0] * len(values)
-    one, many = kind(), kind()
-    found = [one.update(x, w) for x, w in zip(values, each, strict=True)]
-    assert np.isfinite(found).all()
-    np.testing.assert_allclose(many.update_many(values, weights), found, rtol=1e-14)
-    if kind is SimpleMovingAverage:
-        small = np.multiply(values, 2.0**-64)
-        expected = np.average(small, weights=np.divide(each, max(each))) * 2.0**64
-        assert found[-1] == pytest.approx(expected, rel=1e-14)
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 127, 128, 129, 300])  # from 128 on, NumPy adds
 @pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan, 1e300])
 def test_what_left_the_window_leaves_no_trace(size: int, odd: float) -> None:
@@ -454,57 +439,3 @@ def test_nothing_is_read_before_somebody_looks_or_there_are_too_many(made: Any) 
     assert device.reads == 0
     average.update(device.value(4.0))
     assert device.reads == MOST_PENDING
-
-
-def failing(error: type[BaseException]) -> Any:
-    def read() -> float:
-        raise error("device lost")
-
-    return read
-
-
-def test_results_from_before_stay_what_they_were() -> None:
-    device, average = Device(), SimpleMovingAverage(2)
-    found = [average.update(device.value(4.0)), average.update(LazyFloat(failing(RuntimeError)))]
-    found.append(average.update(device.value(6.0)))
-    other = SimpleMovingAverage(2)
-    other.update(100.0)
-    average.load_state_dict(other.state_dict())
-    assert average.average == 100.0
-    average.reset()
-    assert average.num_updates == 0
-    assert (found[0], found[2]) == (4.0, 5.0)
-    with pytest.raises(RuntimeError, match="device lost"):
-        float(found[1])
-    # An interrupted read has lost nothing.
-    average.update(1.0)
-    reads = iter([failing(KeyboardInterrupt), lambda: 9.0])
-    interrupted = average.update(LazyFloat(lambda: next(reads)()))
-    with pytest.raises(KeyboardInterrupt):
-        float(interrupted)
-    assert interrupted == average.average == 5.0
-
-
-def test_a_smoother_goes_on_after_a_number_that_cannot_be_read() -> None:
-    smoother = MetricSmoother(2, None, record=True)
-    smoother.update({"loss": 1.0})
-    smoother.update({"loss": LazyFloat(failing(RuntimeError))})
-    with pytest.raises(RuntimeError, match="device lost"):
-        smoother.averages  # noqa: B018 - reading is the test
-    assert smoother.update({"loss": 3.0}) == {"loss_raw": 3.0, "loss_sma": 2.0}
-    np.testing.assert_equal(smoother.history["loss_sma"].tolist(), [1.0, math.nan, 2.0])
-
-
-@pytest.mark.parametrize("make", ["numpy array", "torch tensor", "jax.numpy array"])
-def test_arrays_and_functions_calculate_with_a_lazy_float(make: str) -> None:
-    framework = pytest.importorskip(make.split()[0])
-    x, array = Device().value(2.0), getattr(framework, make.split()[1])([1.0, 5.0])
-    assert (array - x).tolist() == [-1.0, 3.0]
-    assert (x - array).tolist() == [1.0, -3.0]
-    if "torch" in make:
-        assert framework.add(array, x, alpha=2).tolist() == [5.0, 9.0]
-    assert np.array([x, x]).dtype == np.float64
-    assert not np.isnan(x)
-    assert np.exp(x) == math.exp(2.0)
-    assert (Fraction(1, 2) + x, x + 1j) == (2.5, 2 + 1j)
-    assert (x.real, x.imag, x.item(), complex(x)) == (2.0, 0.0, 2.0, 2 + 0j)

@@ -1,10 +1,7 @@
 """Event files of TensorBoardWriter, read back by TensorBoard's own reader."""
 
 import json
-import os
-import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +16,6 @@ from tensorboard.util.tensor_util import make_ndarray
 from fastema.errors import ArgumentError, BridgeError, CheckpointError, StateError
 from fastema.tracking import TensorBoardWriter, logs
 
-from ..support.process import run_python
 from ..support.requirements import require_packages
 from ..support.smoothing import assert_close, ema, sma
 
@@ -175,32 +171,3 @@ def test_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match=r"pip install fastema\[tracking\]"):
         TensorBoardWriter(tmp_path / "never")
     assert not (tmp_path / "never").exists()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no forks")
-def test_a_fork_leaves_the_files_alone_and_what_was_written_out_survives(tmp_path: Path) -> None:
-    program = """
-    import os, signal, sys
-    sys.modules["tensorflow"] = None  # TensorBoard would take seconds to import it
-    from fastema.errors import StateError
-    from fastema.tracking import TensorBoardWriter
-    writer = TensorBoardWriter(sys.argv[1])
-    writer.add_scalar("loss", 1.5)
-    if os.fork() == 0:
-        try:
-            writer.add_scalar("loss", 9.0)
-        except StateError as error:
-            assert "fork" in str(error)
-            writer.close()
-            sys.exit(0)
-        sys.exit(1)
-    assert os.wait()[1] == 0
-    writer.add_scalar("loss", 2.5)
-    writer.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = run_python("-W", "ignore", "-c", textwrap.dedent(program), tmp_path, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    for run in ("raw", "sma", "ema"):
-        assert read(tmp_path, run).steps == [0, 1]
-    assert read(tmp_path, "raw").values == [1.5, 2.5]

@@ -154,26 +154,6 @@ def test_a_checkpoint_with_an_average_that_does_not_fit_is_refused(
             )
 
 
-@pytest.mark.parametrize("name", ["write_state", "state_dict"])
-def test_an_old_average_is_gone_before_the_weights_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    trained(tmp_path, **SAVED)
-    folder = tmp_path / "checkpoint-4"
-    (folder / f".{FILE}.0123.part").write_bytes(b"of a run that was killed")
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    holder: Any = fastema.transformers.weights if name == "write_state" else fastema.EMA
-    with monkeypatch.context() as patch:
-        patch.setattr(holder, name, killed)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path, **SAVED, learning_rate=0.3)
-    assert not [one for one in folder.iterdir() if FILE in one.name]
-    assert (folder / "model.safetensors").exists()
-
-
 @pytest.mark.parametrize("at_end", ["average", "raw"])
 @pytest.mark.parametrize("limit", [None, 1])
 def test_the_best_model_is_the_one_whose_average_is(

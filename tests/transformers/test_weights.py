@@ -14,7 +14,6 @@ from transformers import (
     BartForConditionalGeneration,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    TrainerCallback,
 )
 
 from fastema.errors import ArgumentError, StateError
@@ -22,7 +21,7 @@ from fastema.transformers import EMACallback
 
 from ..support.torch_states import State, assert_near, assert_same, differ, snapshot
 from .averaged import prepared, trained, trainer
-from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, At, Network, Noting, average_of
+from .network import DECAY, EVERY_FOUR, FILE, SAVED, STEPS, At, Network, Noting
 from .runs import MARKS, data
 
 NEEDS = ("accelerate",)
@@ -74,35 +73,6 @@ def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> 
     steps = run.trainer.state.global_step
     assert run.ema.ema.num_updates == len(run.noting.steps) == steps == 6
     assert_near(snapshot(run.model), run.noting.average())
-
-
-class Skipping(TrainerCallback):
-    """An optimizer that leaves out some steps, as the scaler of float16 does."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = kwargs["optimizer"]
-        skip = state.global_step in (2, 3)
-        optimizer._is_overflow = skip
-        if skip:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    p.grad.zero_()
-
-
-def test_steps_that_a_scaler_skips_are_not_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    monkeypatch.setattr(
-        AcceleratedOptimizer,
-        "step_was_skipped",
-        property(lambda self: getattr(self, "_is_overflow", False)),
-    )
-    run = trained(tmp_path, first=[Skipping()])
-    assert run.ema.ema.num_updates == STEPS - 2
-    counted = [step for k, step in enumerate(run.noting.steps) if k not in (2, 3)]
-    assert_near(snapshot(run.model), average_of(run.noting.begun, counted))
 
 
 # -- what could go wrong --------------------------------------------------------------------------
