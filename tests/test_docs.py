@@ -54,8 +54,6 @@ def test_examples_of_a_module(name: str) -> None:
     assert runner.tries or name not in ("fastema", "fastema.plan", "fastema.shadow.average")
 
 
-# -- Markdown -------------------------------------------------------------------------------------
-
 FENCE = re.compile(r"^```(?:python|py)\b[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # That page is run on ranks, by tests/distributed.
 WRITTEN = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]

@@ -64,8 +64,6 @@ def test_each_error_is_also_the_builtin_that_fits() -> None:
             assert (set(one.__mro__) & standard) - {Exception, BaseException, object}, one
 
 
-# -- names that are imported when they are asked for ----------------------------------------------
-
 WITHOUT_FRAMEWORKS = """
     import importlib, inspect, pydoc, sys
 
@@ -105,9 +103,6 @@ def test_packages_can_be_looked_into_where_frameworks_are_not_installed(
     imports = [one for one in conditions["TYPE_CHECKING"] if isinstance(one, ast.ImportFrom)]
     known = {alias.asname or alias.name for one in imports for alias in one.names}
     assert known == set(module._HOMES)
-
-
-# -- lists in the documentation -------------------------------------------------------------------
 
 
 # What in fastema/compat is no peer's.

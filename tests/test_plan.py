@@ -121,27 +121,6 @@ def test_a_container_that_no_longer_fits_is_refused_until_it_does() -> None:
     np.testing.assert_array_equal(avg["a"], np.full(4, 3.0))
 
 
-def test_random_rounding_on_request() -> None:
-    """Of 16-bit averages: what rounding to nearest loses is not lost on average."""
-    size, steps, weight = 20_000, 200, 1e-3
-    x = torch.full((size,), 1.0625)
-
-    def run(**options: Any) -> Any:
-        avg = torch.ones(size, dtype=torch.bfloat16)
-        plan = fastema.Plan({"w": avg}, {"w": x}, **options)
-        for _ in range(steps):
-            plan.lerp_(weight)
-        return avg
-
-    assert run().eq(1.0).all()
-    random, same, other = (run(rounding="stochastic", seed=seed) for seed in (3, 3, 4))
-    exact = 1 + 0.0625 * (1 - (1 - weight) ** steps)
-    # Each update leaves a variance of at most a quarter of the last place squared.
-    room = 6 * (steps / size) ** 0.5 * 2.0**-8
-    assert abs(random.double().mean().item() - exact) < room < (exact - 1) / 2
-    assert (torch.equal(random, same), torch.equal(random, other)) == (True, False)
-
-
 def test_policy_averages_copies_and_skips_and_is_told_the_role() -> None:
     def policy(name: str, role: str) -> Any:
         return {"skipped": "skip", "copied": "copy"}.get(name, "average")

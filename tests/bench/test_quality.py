@@ -101,8 +101,5 @@ def test_a_short_run_gives_everything(tmp_path: Path) -> None:
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
-# -- accuracy --------------------------------------------------------------------------------------
-
-
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(11)

@@ -162,8 +162,6 @@ def test_inventories() -> None:
         assert shapes.total_elements(inventory) == elements
 
 
-# -- what is compared with the baseline ------------------------------------------------------------
-
 FIGURES = {"operations": 0, "python_kb": 4, "ratio": 1.0, "ms": 3.0}
 UPDATE = "An update"
 OURS = Row(UPDATE, "fastema.EMA", FIGURES)

@@ -136,8 +136,6 @@ def test_several_devices_are_refused_by_name(python: Callable[..., str]) -> None
     assert average == f"1 {(np.arange(8.0) + 1).tolist()}"
 
 
-# -- trees -----------------------------------------------------------------------------------------
-
 Point = namedtuple("Point", ["x", "y"])
 
 
@@ -161,9 +159,6 @@ def test_leaves_are_named_by_the_way_to_them() -> None:
     assert registry.leaves_of(tree).names == names.split()
     with pytest.raises(BridgeError, match=r"'a\.b'"):
         registry.leaves_of({"a.b": one, "a": {"b": one}})
-
-
-# -- arrays that move ------------------------------------------------------------------------------
 
 
 def test_results_that_are_still_being_computed_are_waited_for() -> None:

@@ -54,9 +54,6 @@ def test_on_another_backend(backend: str, tmp_path: Path) -> None:
     assert " passed" in done.stdout
 
 
-# -- models and what they hold ---------------------------------------------------------------------
-
-
 def plain(array: Any) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(array))
 

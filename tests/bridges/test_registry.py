@@ -12,12 +12,9 @@ import pytest
 import fastema
 from fastema.bridges import dlpack
 from fastema.bridges import numpy as numpy_bridge
-from fastema.bridges.memory import allocate
 from fastema.bridges.names import plain_names
 from fastema.bridges.registry import bridge_of, describe, leaves_of, scalar
 from fastema.errors import BridgeError, DTypeError, LayoutError
-from fastema.layout.dtypes import DTYPES
-from fastema.layout.flat import ALIGNMENT
 
 ONE, TWO, THREE = np.ones(2), np.ones(3, np.float32), np.array(2.5)
 
@@ -98,9 +95,6 @@ def test_a_container_that_holds_itself_is_refused_naming_where(framework: str) -
     assert leaves_of(a).names == ["w", "b.0", "b.1"]  # all is well after
 
 
-# -- NumPy, and by DLPack frameworks we do not know ------------------------------------------------
-
-
 BASE = np.arange(1.0, 121.0, dtype=np.float32).reshape(4, 5, 6)
 ARRAYS = [
     *(BASE.T, BASE[1:, ::2, -1], BASE[::-1, :, ::-2], BASE[0, 0, 0:0], np.array(3.5)),
@@ -165,39 +159,6 @@ def test_an_average_of_arrays_of_unknown_frameworks() -> None:
     assert average_of_old.tobytes() == raw
     with pytest.raises(LayoutError, match="read-only"):
         fastema.lerp_([Old(first)], [average_of_old], 0.5)
-
-
-# -- new memory ------------------------------------------------------------------------------------
-
-# Tensors, and whether memory like them has their strides; else it is row-major.
-LIKE = [
-    *((BASE, True), (BASE.transpose(2, 0, 1), True), (np.array(2.5, np.float32), True)),
-    *((BASE[:, ::2, 1:3], False), (BASE[::-1], False), (BASE[:, :0], False)),
-    (np.broadcast_to(BASE[0, 0], (3, 6)), False),
-]
-
-
-@pytest.mark.parametrize("slots", [0, 1, 3])
-@pytest.mark.parametrize("code", ["f32", "f64", "bool"])
-def test_memory_is_like_the_tensors_it_is_for(code: str, slots: int) -> None:
-    likes = [describe(array) for array, _ in LIKE]
-    made = allocate([(like, DTYPES[code]) for like in likes], slots)
-    for number, (like, (_, kept), (array, spec)) in enumerate(zip(likes, LIKE, made, strict=True)):
-        assert spec == describe(array)
-        assert spec.dtype == code
-        assert not array.any()
-        assert spec.shape == (slots,) * bool(slots) + like.shape
-        if kept:
-            assert spec.strides[bool(slots) :] == like.strides
-        # Nothing overlaps, and no two share a cache line, nor do the slots of one.
-        array[...] = number % 2
-        for slot in [array[i, ...] for i in range(slots)] or [array]:
-            assert not slot.size or (slot.ctypes.data - array.base.ctypes.data) % ALIGNMENT == 0
-    for number, (array, _) in enumerate(made):
-        assert (array == number % 2).all()
-
-
-# -- numbers; those of TensorFlow are in test_tensorflow.py ----------------------------------------
 
 
 def test_numbers_of_the_host() -> None:

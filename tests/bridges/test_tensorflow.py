@@ -1,7 +1,5 @@
 """The TensorFlow bridge: tensors and variables where they lie, and writes that nobody else sees."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,7 +7,6 @@ import tensorflow as tf
 import fastema
 from fastema.bridges import registry
 from fastema.bridges import tensorflow as bridge
-from fastema.bridges.moving import Locator
 from fastema.errors import ArgumentError, BridgeError, DTypeError
 from fastema.layout.dtypes import NAMES
 
@@ -94,30 +91,6 @@ def test_what_cannot_be_read_is_named() -> None:
             registry.leaves_of({"even": tf.ones(2), "odd": odd})
 
 
-def test_inside_functions_nothing_is_read() -> None:
-    """They would do so once, when they are traced."""
-    variable, whole = tf.Variable([1.0, 2.0]), tf.constant([1.0])
-    find = Locator(registry.leaves_of([variable]), [variable])
-    seen: list[Any] = []
-
-    @tf.function(autograph=False)
-    def function(x: Any) -> Any:
-        for array in (variable, whole, x):
-            with pytest.raises(BridgeError, match=r"inside tf\.function this would run once"):
-                bridge.describe(array)
-        with pytest.raises(BridgeError, match="traced"):
-            registry.scalar(x[0])
-        seen.append(find.locate([variable]))
-        return x
-
-    function(tf.ones(3))
-    assert seen == [None]
-    assert find.locate([variable]) is not None
-
-
-# -- modules ---------------------------------------------------------------------------------------
-
-
 class Layers(tf.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -136,6 +109,3 @@ def test_variables_of_a_module_by_their_paths() -> None:
     assert found["inner.0.w"].spec.owner is module.inner[0].w
     assert found["inner.1.x"].spec.owner is module.inner[1]["x"]
     assert {n for n, one in found.items() if one.role == "buffer"} == {"inner.0.w", "step"}
-
-
-# -- numbers ---------------------------------------------------------------------------------------

@@ -31,9 +31,6 @@ SPLIT = "bf16+16"
 Array = np.ndarray
 
 
-# -- tensors, pairs and runs -----------------------------------------------------------------------
-
-
 def tensor(array: Array, code: str) -> Any:
     """A tensor of an array as stored; `stored` goes the other way."""
     return torch.from_numpy(array.copy()).view(bridge.native(code))
@@ -177,8 +174,6 @@ def average_of(pair: Pair) -> Array:
     return ((high - up << 16) | residual).astype(np.uint32).view(np.float32)
 
 
-# -- averages --------------------------------------------------------------------------------------
-
 WEIGHTS = [0.0, 2.0**-10, 0.3, 0.77, 1 - 2.0**-30, 1.0]
 
 
@@ -228,9 +223,6 @@ def test_random_bits_are_the_kernels(
         assert torch.equal(sides[0].view(torch.int16), again.view(torch.int16))
 
 
-# -- copies ----------------------------------------------------------------------------------------
-
-
 def halfway(code: str, size: int = 1000) -> Array:
     """Float64 numbers around the middle between two 16-bit ones, where two roundings go wrong."""
     bits = np.random.default_rng(1).integers(0x0400, 0x7400, size).astype(np.uint16)
@@ -260,9 +252,6 @@ def test_copies_of_every_pair_of_floats(dst: str, src: str, operation: str) -> N
     assert_same(stored(pair.src.owner), x if operation == "copy" else back, src)
     if (dst, src) == (SPLIT, "f32"):  # what is converted has other bits where it is not a number
         assert_same_bits([pair], [other])
-
-
-# -- windowed means --------------------------------------------------------------------------------
 
 
 # Average, weights, ring, and what rounding left.
@@ -319,8 +308,6 @@ def test_mean_of_what_is_in_the_ring(formats: tuple[str, ...], window: int, in_t
         (run_kernels if by_kernels else run)("window", [pair], *moment)
         assert_window(pair, formats, seen, window)
 
-
-# -- where tensors lie -----------------------------------------------------------------------------
 
 # Shape, then strides of both sides in elements.
 LAYOUTS = {
@@ -397,9 +384,6 @@ def test_every_way_to_lie_in_memory(operation: str, dst: str, src: str, layout: 
     for one in (one for both in (pair, other) for one in owners(both)):
         one.detach().zero_()
     assert_same_bits([pair], [other])
-
-
-# -- memory ----------------------------------------------------------------------------------------
 
 
 def test_what_torch_has_no_functions_for_is_refused() -> None:

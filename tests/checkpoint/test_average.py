@@ -264,9 +264,6 @@ def test_memory_stays_below_its_bound(tmp_path: Path, python: Callable[..., str]
     assert int(grown) < 150 << 10  # of 640 MB
 
 
-# -- refused, in a sentence and before anything is written -----------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [

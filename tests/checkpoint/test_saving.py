@@ -2,7 +2,6 @@
 
 import copy
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,26 +106,6 @@ def test_a_later_save_is_not_overtaken_by_an_earlier_one() -> None:
     save(ema, "out")
     wait()
     assert inspect("out").average.num_updates == 2
-
-
-def test_a_file_that_is_replaced_while_it_is_read_is_read_again() -> None:
-    ema, mine = zeros(1000), zeros(1000)
-    save(ema, "ema")
-    stop = threading.Event()
-
-    def write() -> None:
-        while not stop.is_set():
-            ema.update()
-            save(ema, "ema")
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        for _ in range(100):
-            load_into(mine, "ema")
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_a_file_that_does_not_fit_changes_nothing(inside: Path) -> None:

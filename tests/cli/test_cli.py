@@ -128,8 +128,6 @@ def test_shapes_of_a_checkpoint_and_of_a_config(bench: Any) -> None:
     assert len(shapes._of_model("transformers:GPT2Config")) == 148
 
 
-# -- average ---------------------------------------------------------------------------------------
-
 STEPS = (100, 200, 450, 500, 900)
 LORA = {"lora_A": torch.ones(2), "lora_B": torch.ones(1)}
 
@@ -173,27 +171,6 @@ def test_several_averages_of_a_folder_have_names_of_their_own(run: Any, tmp_path
     assert "step-900.safetensors   900" in out
 
 
-def test_a_dry_run_writes_nothing_and_odd_weights_are_warned_of(run: Any, tmp_path: Path) -> None:
-    before = sorted(tmp_path.iterdir())
-    out, err = run("--dir . --window 401 --weights=-0.25,0.75 --dry-run -o x.safetensors")
-    assert "-0.25" in out
-    assert out.endswith("would read 64 B and write x.safetensors\n")
-    assert err.splitlines() == [
-        "warning: the weights sum to 0.5, not to 1",
-        "warning: some weights are negative: the result is no average",
-    ]
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_json_says_what_was_done(run: Any) -> None:
-    found = json.loads(run("--dir . --last 2 --json -o mean.safetensors").out)
-    assert [one["step"] for one in found["checkpoints"]] == [500, 900]
-    assert found["outputs"] == [
-        {"path": "mean.safetensors", "average": "swa", "weights": [0.5, 0.5], "written": True}
-    ]
-    assert found["bytes_read"] == 64
-
-
 NO_AVERAGE = {
     "-o x.safetensors": "name checkpoints, or a folder of them: --dir DIR",
     "--dir . step-100.safetensors -o x.safetensors": "not both",
@@ -229,9 +206,6 @@ def test_snapshots_give_another_width(run: Any, tmp_path: Path) -> None:
     want = posthoc.synthesize(tmp_path / "snapshots", sigma_rel=0.07).tensors
     (got,) = load_file(tmp_path / "width.safetensors").values()
     torch.testing.assert_close(got, torch.from_numpy(next(iter(want.values()))), rtol=1e-5, atol=0)
-
-
-# -- inspect and convert --------------------------------------------------------------------------
 
 
 @pytest.fixture

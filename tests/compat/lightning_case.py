@@ -14,6 +14,9 @@ from fastema.compat import lightning as ours
 
 from ..support.lightning_runs import MARKS as RUNS
 from ..support.lightning_runs import quiet_trainer
+from ..support.torch_states import State, snapshot
+from ..support.torch_states import assert_near as all_near
+from ..support.torch_states import differ as any_differs
 
 MARKS = [
     *RUNS,
@@ -24,8 +27,6 @@ MARKS = [
 ]
 LIBRARIES = pytest.mark.parametrize("library", [peer, ours], ids=["theirs", "ours"])
 STEPS, EPOCHS = 5, 4  # steps per epoch
-
-State = dict[str, torch.Tensor]
 
 
 class Network(pl.LightningModule):
@@ -126,31 +127,17 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-def snapshot(module: torch.nn.Module) -> State:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
 def floats(state: State) -> State:
     """Without integers, which Lightning's callback truncates."""
     return {name: value for name, value in state.items() if value.is_floating_point()}
 
 
 def assert_near(found: State, want: State) -> None:
-    found, want = floats(found), floats(want)
-    assert found.keys() == want.keys()
-    for name, value in want.items():
-        torch.testing.assert_close(found[name].double(), value.double(), rtol=2e-6, atol=2e-7)
-
-
-def assert_same(found: State, want: State) -> None:
-    assert found.keys() == want.keys()
-    for name, value in want.items():
-        assert found[name].dtype == value.dtype
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+    all_near(floats(found), floats(want))
 
 
 def differ(one: State, other: State) -> bool:
-    return any(not torch.equal(one[name], other[name]) for name in floats(one))
+    return any_differs(floats(one), floats(other))
 
 
 def average_of(steps: list[State], decays: list[float | None], buffers: bool = True) -> State:

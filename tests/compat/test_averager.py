@@ -52,8 +52,6 @@ DTYPES = pytest.mark.parametrize(
 )
 WEIGHTS = pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 
-# -- updates ---------------------------------------------------------------------------------------
-
 
 def test_tensors_that_move_are_found() -> None:
     net, average, averager = made(4)
@@ -67,9 +65,6 @@ def test_tensors_that_move_are_found() -> None:
         truth.step(net, 0.5)
         averager.update(net, 0.5, step)
         truth.check(average, net)
-
-
-# -- refusals --------------------------------------------------------------------------------------
 
 
 def changed(name: str, part: Any) -> Any:
@@ -100,9 +95,6 @@ def test_another_model_is_refused_before_anything_is_written(other: Any, words: 
         averager.update(other, 0.5, 2)
     averager.update(net, 1.0, 2)  # and goes on
     assert bits(average) == bits(net)
-
-
-# -- the averages in the model ---------------------------------------------------------------------
 
 
 @DTYPES

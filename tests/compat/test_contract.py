@@ -39,8 +39,6 @@ def peers(wanted: Callable[[Peer], bool] = lambda peer: True) -> pytest.MarkDeco
     return pytest.mark.parametrize("peer", names)
 
 
-# -- interface -------------------------------------------------------------------------------------
-
 CLASSES = {
     "torch_ema": ["ExponentialMovingAverage"],
     "diffusers": ["EMAModel"],
@@ -100,9 +98,6 @@ def modules(peer: Peer, average: Any) -> list[nn.Module]:
     return list(peer.averaged_module(average).modules()) if peer.inside else []
 
 
-# -- numbers ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("peer", "schedule"), SCHEDULES)
 def test_averages_are_the_reference_and_the_rest_is_copied(
@@ -159,9 +154,6 @@ def test_a_16_bit_average_moves_where_rounding_to_nearest_stands_still(
     assert abs(ours.double().mean().item() - expected) < bound < expected - 1
 
 
-# -- states ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", ["mixed", "f32", "f64"])
 @pytest.mark.parametrize(
     ("first", "second"), [("ours", "theirs"), ("theirs", "ours"), ("ours", "ours")]
@@ -202,9 +194,6 @@ def fingerprint(average: Any, run: Run) -> Any:
     counts = [getattr(average, name, None) for name in names]
     averages = bits(run.peer.averages(average, run.model))
     return averages, [None if one is None else int(one) for one in counts]
-
-
-# -- models that change ----------------------------------------------------------------------------
 
 
 def assigned(model: nn.Module) -> None:
@@ -249,9 +238,6 @@ def test_a_wrapped_model_is_averaged_as_the_model_itself(
     run.train(2, given=wrap(run.model))
     run.train(2)
     run.check()
-
-
-# -- refusals --------------------------------------------------------------------------------------
 
 
 def smaller(model: Any) -> None:

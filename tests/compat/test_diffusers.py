@@ -21,11 +21,6 @@ pytestmark = pytest.mark.torch
 
 SCHEDULES = PEERS["diffusers"].schedules
 
-# -- the same interface ----------------------------------------------------------------------------
-
-
-# -- the same numbers ------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("turns", [False, True])
 def test_what_needs_no_gradient_is_looked_at_at_every_step(
@@ -46,9 +41,6 @@ def test_what_needs_no_gradient_is_looked_at_at_every_step(
             assert weight.requires_grad or torch.equal(one.shadow_params[at], weight)
     truth.check(one.shadow_params)
     truth.check(other.shadow_params)
-
-
-# -- folders of a diffusers model ------------------------------------------------------------------
 
 
 def unet(seed: int) -> Any:
@@ -83,9 +75,6 @@ def test_a_saved_folder_is_read_by_both(first: Any, then: Any, tmp_path: Path) -
     ema.save_pretrained(again)
     average = UNet2DModel.from_pretrained(again)
     assert same(average.parameters(), ema.shadow_params)
-
-
-# -- calls that fail -------------------------------------------------------------------------------
 
 
 def test_parameters_that_are_spread_over_processes_are_refused_with_advice() -> None:

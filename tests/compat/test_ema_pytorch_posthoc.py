@@ -9,7 +9,6 @@ import ema_pytorch as theirs
 import pytest
 
 from fastema.compat import ema_pytorch as ours
-from fastema.errors import ArgumentError, CheckpointError
 
 from .ema_pytorch_case import Network, assert_close, nn, pair, run, torch
 
@@ -46,9 +45,6 @@ def profile(moments: Any, steps: int) -> tuple[float, float]:
     return mean / steps, math.sqrt(square - mean**2) / steps
 
 
-# -- KarrasEMA ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("own", [{}, {"peer_exact": True}], ids=str)
 @pytest.mark.parametrize("settings", [{"gamma": 2.5}, {"sigma_rel": 0.1}, {"gamma": 0.0}], ids=str)
 def test_same_numbers_at_every_step(settings: Any, own: Any) -> None:
@@ -80,9 +76,6 @@ def test_the_width_is_the_one_asked_for(every: int, steps: int) -> None:
     else:
         assert found[1][1] > 0.24
         assert found[1][0] < 0.65
-
-
-# -- PostHocEMA -----------------------------------------------------------------------------------
 
 
 def recorded(
@@ -162,31 +155,3 @@ def test_resuming_in_the_other_library(tmp_path: Path) -> None:
         assert (int(other.step), other.device) == (25, torch.device("cpu"))
         for one, same in zip(other.ema_models, whole.ema_models, strict=True):
             assert_close(one.ema_model, same.ema_model, atol=1e-12)
-
-
-def test_what_cannot_be_put_together(tmp_path: Path) -> None:
-    made = several(tmp_path)
-    made.checkpoint()  # of nothing yet
-    with pytest.raises(CheckpointError, match="no snapshots"):
-        made.synthesize_ema_model(sigma_rel=0.1)
-    for step in range(1, 11):
-        made.model.tick(step)
-        made.update()
-    made.checkpoint()
-    (tmp_path / "last.pt").write_bytes(b"of something else")
-    for step in (5, 11):
-        with pytest.raises(ArgumentError, match="steps 10 to 10"):
-            made.synthesize_ema_model(sigma_rel=0.1, step=step)
-    for width in ({}, {"gamma": 1.0, "sigma_rel": 0.1}):
-        with pytest.raises(ArgumentError):
-            made.synthesize_ema_model(**width)
-    got = made.synthesize_ema_model(sigma_rel=0.1)
-    assert got.ema_model.moments[0].item() == pytest.approx(10, rel=0.15)
-
-    (tmp_path / "2.10.pt").write_bytes((tmp_path / "0.10.pt").read_bytes())
-    with pytest.raises(CheckpointError, match=r"2\.10\.pt"):
-        made.synthesize_ema_model(sigma_rel=0.1)
-    (tmp_path / "2.10.pt").unlink()
-    (tmp_path / "1.10.pt").write_bytes(b"cut short")
-    with pytest.raises(CheckpointError, match=r"1\.10\.pt"):
-        made.synthesize_ema_model(sigma_rel=0.1)

@@ -14,6 +14,7 @@ from fastema.compat import lightning as ours
 from fastema.compat.peer_horizon import lightning as same
 
 from ..support.requirements import require_packages
+from ..support.torch_states import assert_same, snapshot
 from .lightning_case import (
     EPOCHS,
     MARKS,
@@ -22,20 +23,16 @@ from .lightning_case import (
     Network,
     State,
     assert_near,
-    assert_same,
     average_of,
     differ,
     fitted,
     floats,
-    snapshot,
 )
 
 pytestmark = MARKS
 
 COUNT = STEPS * EPOCHS
 
-
-# -- the same numbers ------------------------------------------------------------------------------
 
 CONFIGURATIONS: dict[str, Callable[[Any], Any]] = {
     "mean": lambda of: of.WeightAveraging(),
@@ -124,11 +121,6 @@ def test_steps_of_several_optimizers(tmp_path: Path, every: int) -> None:
         since = 0 if fires else since
     assert_near(default.state_dict(), average_of(default.steps, decays))
 
-
-# -- being one of theirs ---------------------------------------------------------------------------
-
-
-# -- processes, and packages of other names --------------------------------------------------------
 
 MODULE = """
 import warnings

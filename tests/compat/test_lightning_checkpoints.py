@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import weight_averaging as peer
 
 from fastema.compat import lightning as ours
 
+from ..support.torch_states import assert_same, snapshot
 from .lightning_case import (
     EPOCHS,
     LIBRARIES,
@@ -15,7 +16,6 @@ from .lightning_case import (
     STEPS,
     Network,
     assert_near,
-    assert_same,
     differ,
     fit,
     fitted,
@@ -23,7 +23,6 @@ from .lightning_case import (
     loader,
     resumed,
     saving,
-    snapshot,
     trainer,
 )
 
@@ -32,9 +31,6 @@ pytestmark = MARKS
 
 def validate(run: Any, module: Any = None, **options: Any) -> None:
     run.validate(module, loader(1), verbose=False, **options)
-
-
-# -- runs that are resumed -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [peer, ours], ids=["theirs", "ours"])
@@ -73,12 +69,6 @@ def test_an_interrupted_run_goes_on_in_either_library(
         assert_near(one, other)
     if first is second is ours:
         assert_same(snapshot(module), snapshot(whole))
-
-
-# -- what is saved ---------------------------------------------------------------------------------
-
-
-# -- which weights the model has -------------------------------------------------------------------
 
 
 @LIBRARIES

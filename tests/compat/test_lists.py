@@ -47,9 +47,6 @@ CASES = {
 LISTS = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-# -- states ----------------------------------------------------------------------------------------
-
-
 WRONG: dict[str, list[tuple[dict[str, Any], Any, str]]] = {
     "torch_ema": [
         ({"num_updates": "many"}, CheckpointError, "num_updates"),
@@ -90,9 +87,6 @@ def test_a_state_that_does_not_fit_changes_nothing(
     with refused(error, words, ema.shadow_params):
         ema.load_state_dict({**case.ours(parameters(32), 0.5).state_dict(), **change})
     assert {**ema.state_dict(), "shadow_params": 0} == {**before, "shadow_params": 0}
-
-
-# -- the average in the model ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16, torch.float16])

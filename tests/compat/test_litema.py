@@ -43,9 +43,6 @@ def test_a_run_goes_on_with_the_count_and_the_decay_of_the_state() -> None:
     assert int(run.average.num_updates) == 21
 
 
-# -- the average in the model ----------------------------------------------------------------------
-
-
 def test_copy_to_store_and_restore() -> None:
     model = Network()
     ema = LitEma(model, 0.8)
@@ -67,9 +64,6 @@ def test_copy_to_store_and_restore() -> None:
     ema.store(model.parameters())
 
 
-# -- models that do not fit ------------------------------------------------------------------------
-
-
 def changed(name: str, part: Any) -> Any:
     model = Network()
     setattr(model, name, part)
@@ -82,9 +76,6 @@ OTHERS = {
     "smaller": lambda: changed("wide", None),
     "reshaped": lambda: changed("wide", nn.Parameter(torch.ones(3))),
 }
-
-
-# -- checkpoints -----------------------------------------------------------------------------------
 
 
 class Pipeline(nn.Module):

@@ -19,9 +19,6 @@ def weight(kind: str, n: int) -> float:
     return swa_weight(n, kind)
 
 
-# -- the same numbers ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("integers", [False, True], ids=["tensor", "int"])
 @pytest.mark.parametrize("kind", ["ema", "ema multi", "swa", "swa multi"])
 def test_functions_alone(kind: str, integers: bool) -> None:
@@ -47,9 +44,6 @@ def test_functions_alone(kind: str, integers: bool) -> None:
     for buffer, new in zip(averaged.buffers(), model.buffers(), strict=True):
         buffer.copy_(new)
     truth.check(averaged, model)
-
-
-# -- random bits -----------------------------------------------------------------------------------
 
 
 def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list[float]) -> None:
@@ -78,9 +72,3 @@ def test_the_count_is_read_only_when_it_may_have_changed(on_an_accelerator: list
     averaged = copy.deepcopy(averaged)
     update(6, 7)
     assert on_an_accelerator == [0, 7, 2, 11, 4, 6]
-
-
-# -- functions and memory --------------------------------------------------------------------------
-
-
-# -- what a user brings ----------------------------------------------------------------------------

@@ -77,9 +77,6 @@ def untied(seed: int = 0, dtype: torch.dtype | None = None) -> Network:
     return Network(seed, dtype, integers=False, tied=False)
 
 
-# -- the same numbers ------------------------------------------------------------------------------
-
-
 @given(
     step=st.none() | st.integers(0, 10**7),
     settings=st.fixed_dictionaries(
@@ -100,12 +97,6 @@ def test_the_decay_is_theirs(step: int | None, settings: dict[str, Any]) -> None
         module.ModelEmaV3(nn.Linear(1, 1), **settings).get_decay(step) for module in (ours, theirs)
     )
     assert math.isclose(one, other, rel_tol=4 * sys.float_info.epsilon, abs_tol=1e-15)
-
-
-# -- random bits -----------------------------------------------------------------------------------
-
-
-# -- states in both directions ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -148,6 +139,3 @@ def test_files_of_the_training_script(
     truth.train(model, numbers(35), 1 - DECAY, resumed[0].update)
     resumed[0].ema.cache.copy_(model.cache)
     truth.check(resumed[0].ema, model)
-
-
-# -- details ---------------------------------------------------------------------------------------

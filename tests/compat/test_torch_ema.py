@@ -23,15 +23,9 @@ from .parameter_lists import parameters, same, trained, values
 pytestmark = pytest.mark.torch
 
 
-# -- states ----------------------------------------------------------------------------------------
-
-
 def test_a_state_without_an_entry_is_refused() -> None:
     with pytest.raises(CheckpointError, match="'num_updates', 'shadow_params'"):
         Ours(parameters(), 0.9).load_state_dict({"decay": 0.9})
-
-
-# -- the average in the model ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "kept"])
@@ -59,9 +53,6 @@ def test_average_parameters(given: bool, weight: torch.dtype, average: torch.dty
     assert same(ema.shadow_params, averages)
     assert all(one is other for one, other in zip(ema.shadow_params, tensors, strict=True))
     ema.update()
-
-
-# -- calls that fail -------------------------------------------------------------------------------
 
 
 def wrong_lists() -> dict[str, tuple[Any, type[FastemaError], str]]:

@@ -21,12 +21,6 @@ def network() -> Any:
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
 
 
-# -- torch.utils.swap_tensors ----------------------------------------------------------------------
-
-
-# -- decays ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("wrong", [fastema.rules.warmup(0.99), "0.9", None, lambda n: 0.9])
 @pytest.mark.parametrize(
     "make",

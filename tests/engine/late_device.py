@@ -35,9 +35,6 @@ PINNED = -1
 """In the place of a stream: memory of the host is given away at once."""
 
 
-# -- a hostile device ------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class Block:
     """A stretch of the device's memory."""

@@ -95,9 +95,6 @@ def test_another_version_of_a_compiler_makes_another_kernel(
         compiler.check(KEY, asked)
 
 
-# -- damage ----------------------------------------------------------------------------------------
-
-
 def flip(stored: bytes, generator: np.random.Generator) -> bytes:
     flipped = bytearray(stored)
     flipped[int(generator.integers(len(stored)))] ^= 1 << int(generator.integers(8))
@@ -127,14 +124,6 @@ def test_a_damaged_entry_is_compiled_again_and_made_good(kind: str, folder: Path
         assert only(folder).read_bytes() == stored
     compiler.check(KEY, 41)
 
-
-# -- folders that cannot be used -------------------------------------------------------------------
-
-
-# -- several processes -----------------------------------------------------------------------------
-
-
-# -- what is missing -------------------------------------------------------------------------------
 
 ASK = """
     from fastema.engine.cubins import Key, Unavailable, cubin
@@ -208,9 +197,6 @@ def test_without_a_package_or_library_a_sentence_says_what_to_install(
         check_sentence(message, operation)
         if setup == NO_MODULE:
             assert "(ModuleNotFoundError: No module named" in message or "(ImportError" in message
-
-
-# -- the real compiler -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow

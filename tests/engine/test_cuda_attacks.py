@@ -18,9 +18,6 @@ from .late_device import MAIN, SIDE, THIRD, Late, late
 __all__ = ["gpu", "late"]
 
 
-# -- memory that is freed while it is worked on ----------------------------------------------------
-
-
 @pytest.mark.parametrize("stream", [MAIN, SIDE])
 @pytest.mark.parametrize("capturable", [False, True])
 def test_weights_that_are_freed_while_an_update_waits_are_averaged(
@@ -143,9 +140,6 @@ def test_an_average_in_the_weights_is_taken_back_on_another_stream(
     late.settle()
     assert torch.equal(weights["w"], raw)
     assert_equal(shadow(ema), average)
-
-
-# -- exceptions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

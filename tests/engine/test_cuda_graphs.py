@@ -19,9 +19,6 @@ from .late_device import SIDE, Late, late
 __all__ = ["gpu", "late"]
 
 
-# -- graphs ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("warm", [True, False], ids=["warmed up there", "fresh stream"])
 def test_a_graph_outlives_the_tables_it_was_captured_with(late: Late, warm: bool) -> None:
     """The model moves, the average looks again; the graph still has tables, and its old weights."""

@@ -290,36 +290,3 @@ def test_without_a_driver_a_sentence_says_so(python: Script, tmp_path: Path) -> 
     if message:  # there may be a driver elsewhere
         assert message.startswith("the CUDA driver ")
         assert "<newline>" not in message
-
-
-def test_a_fork_before_the_first_call_does_no_harm_and_one_after_it_is_refused(run: Script) -> None:
-    run("""
-    def forked(child):
-        pid = os.fork()
-        if not pid:
-            os._exit(0 if child() else 1)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-    assert forked(lambda: device(0).function(KEY) and names()[-1] == "cuCtxPopCurrent_v2") == 0
-    assert take() == []
-
-    one = device(0)
-    function = one.function(KEY)
-    launch = lambda: one.launch(function, 1, 256, 0, address)
-    launch()
-    take()
-
-    def refused():
-        count = 0
-        for call in (launch, lambda: one.function(KEY._replace(layout="strided"))):
-            try:
-                call()
-            except DeviceError as error:
-                count += "spawn" in str(error)
-        return count == 2 and take() == []
-
-    assert forked(refused) == 0
-    launch()
-    assert names() == ["cuCtxGetCurrent", "cuCtxPushCurrent_v2", "cuLaunchKernel",
-                       "cuCtxPopCurrent_v2"]
-    """)

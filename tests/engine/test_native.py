@@ -75,8 +75,6 @@ def test_code_for_another_cpu_or_of_another_compiler_lies_elsewhere(
         seen.add(entry())
 
 
-# -- what a wheel brings ---------------------------------------------------------------------------
-
 needs_levels = pytest.mark.skipif(
     not native.levels(), reason="a wheel has no code for this machine"
 )
@@ -165,9 +163,6 @@ def test_shipped_code_needs_no_compiler_and_counts_as_compiled_code_does(
     shutil.copytree(wheel, other)
     (other / "cpu" / "stamp").write_text("0" * 16)
     assert json.loads(python(script, str(other), NUMBA_CACHE_DIR=cache)) == [[143.0] * 2, True]
-
-
-# -- the sources, and the folder -------------------------------------------------------------------
 
 
 def test_the_stamp_covers_every_kernel_source(

@@ -51,9 +51,6 @@ def expected(operation: str, a: Array, b: Array, dst: str, src: str) -> tuple[Ar
     return after[0].reshape(shape), after[1].reshape(shape)
 
 
-# -- dtypes and layouts ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("operation", ["lerp", "copy", "swap"])
 @pytest.mark.parametrize(("dst", "src"), PAIRS)
 def test_every_pair_of_floats_is_as_specified(
@@ -76,8 +73,6 @@ def test_every_pair_of_floats_is_as_specified(
 
 # shape, then strides of both sides in elements.
 
-
-# -- random bits -----------------------------------------------------------------------------------
 
 SHAPE = (24, 10, 35)
 SEED, STEP = 2**40 + 3, 2**33 + 7
@@ -130,8 +125,6 @@ def test_random_bits_are_those_of_indices_in_the_whole_tensor(
         np.testing.assert_array_equal(got, want)
 
 
-# -- several averages, measures, guards ------------------------------------------------------------
-
 WEIGHTS = (0.3, 0.01, 0.0009765625, 1.0)
 SHAPES = [(0,), (1,), (65,), (SHARED_CHUNK - 1,), (2 * SHARED_CHUNK + 77,), (70, 40), (3, 5)]
 SPREAD = {(70, 40): (1, 70), (3, 5): (9, 1)}
@@ -171,34 +164,6 @@ def test_several_averages_in_one_run_are_those_of_a_run_each(
         to.assert_rest_untouched()
         x.assert_untouched()
 
-
-def test_what_is_not_finite_is_found_wherever_it_is(threads: Threads) -> None:
-    threads(2)
-    avg, x = numbers(3 * CHUNK, "f32", 1), numbers(3 * CHUNK, "bf16", 2)
-    other = numbers(9, "f64", 3), numbers(9, "f64", 4)
-    pairs = [
-        Pair("t", spec_of(avg, "f32"), spec_of(x, "bf16")),
-        Pair("u", *(spec_of(side, "f64") for side in other)),
-    ]
-    program, before = Program({"all": pairs}), avg.copy()
-
-    def finite() -> bool:
-        program.run({"all": "finite"})
-        return program.all_finite()
-
-    assert finite()
-    for place in (0, 63, CHUNK, 3 * CHUNK - 1):
-        for pattern in (0x7F80, 0xFF80, 0x7FC0, 0x7F81):
-            kept, x[place] = x[place], pattern
-            assert not finite(), (place, pattern)
-            x[place] = kept
-            assert finite()
-    other[1][8] = np.nan
-    assert not finite()
-    np.testing.assert_array_equal(avg, before)
-
-
-# -- tensors that move -----------------------------------------------------------------------------
 
 POISON = {"f32": np.float32(np.nan), "f16": np.float16(np.nan), "bf16": np.uint16(0x7FC0)}
 RELOCATED = {

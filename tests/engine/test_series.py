@@ -63,22 +63,6 @@ def test_rows_of_several_threads_join(
             assert abs(found[end - 1] - expected) <= math.ulp(expected), end
 
 
-@pytest.mark.parametrize("size", [5, 1_000])
-@pytest.mark.parametrize("spike", [1e30, -1e250])
-def test_a_spike_leaves_no_trace(size: int, spike: float) -> None:
-    n = 400_000
-    x = np.random.default_rng(1).uniform(1e-3, 1.0, n)
-    places = [3, size, series._ROW, 131_072, 200_001, 399_000]
-    x[places] = spike
-    found, finite = series.rolling_mean(x, NOTHING, size, divide=False)
-    assert finite
-    for place in places:
-        for end in (place + 1, place + 2, place + size, place + size + 1, place + size + 90):
-            if end <= n:
-                expected = math.fsum(x[max(0, end - size) : end])
-                assert abs(found[end - 1] - expected) <= math.ulp(expected), (place, end)
-
-
 @pytest.mark.parametrize("decay", [0.0, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9])
 def test_an_exponential_mean_is_exact_and_resumes(decay: float) -> None:
     rng = np.random.default_rng(int(decay * 1000))

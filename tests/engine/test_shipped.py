@@ -22,8 +22,6 @@ LERP = ("lerp", ("f32", "bf16"), "flat")
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "ptx")
 
 
-# -- what is shipped -------------------------------------------------------------------------------
-
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 USES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -100,9 +98,6 @@ def test_every_kernel_that_a_plan_selects_is_shipped() -> None:
     check_selected(60)
 
 
-# -- how it is found -------------------------------------------------------------------------------
-
-
 def code_for(target: str, operation: str = "lerp") -> bytes:
     return f"{target} {operation}".encode()
 
@@ -136,9 +131,6 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_gpu_gets_the_code_that_runs_on_it(capability: tuple[int, int], target: str) -> None:
     made = cubin(Key(*LERP, capability))
     assert made == ("fastema_lerp", code_for(target))
-
-
-# -- how it is made --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -143,27 +143,6 @@ def kept_of(leaves: Any) -> Any:
     return leaves.only({leaf.name for leaf in leaves.items if leaf.persistent})
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("cache", torch.ones(40)), ("cache", None), ("mask", torch.ones(3))],
-    ids=["grows", "goes", "comes"],
-)
-def test_what_a_state_leaves_out_may_change_unless_it_counts(name: str, value: Any) -> None:
-    net = model()
-    net[2].register_buffer("cache", torch.ones(3), persistent=False)
-    net[2].register_buffer("mask", None, persistent=False)
-    net[2].register_buffer("table", torch.ones(3))
-    leaves = leaves_of(net)
-    kept = kept_of(leaves)
-    counts = [watch(leaves), _ByAttributes(leaves)]
-    does_not = [watch(kept, transient=False), _ByAttributes(kept, transient=False)]
-    setattr(net[2], name, value)
-    assert all(map(noticed, counts))
-    assert not any(map(noticed, does_not))
-    net[2].table = torch.ones(3)  # beside it, in one dict
-    assert all(one.changed() for one in does_not)
-
-
 def test_watched_tensors_are_kept_alive_and_modules_and_what_may_change_are_not() -> None:
     net = model()
     net.register_buffer("cache", torch.ones(3), persistent=False)

@@ -89,9 +89,6 @@ def test_drop_in_interrupted_at_every_place_is_whole(tmp_path: Path) -> None:
     interrupt_everywhere(*sides, peer_block)
 
 
-# -- threads in kernels ----------------------------------------------------------------------------
-
-
 class InterruptAt:
     """A profiler that sends SIGINT at the n-th place where CPython looks for signals.
 

@@ -246,8 +246,6 @@ def test_updates_are_done_and_the_process_ends(case: str, python: Callable[..., 
     assert python(PREAMBLE + script, timeout=60).split() == ["updated"] * updates
 
 
-# -- nowhere to write ------------------------------------------------------------------------------
-
 NOWHERE = "/dev/null/nowhere"  # nobody can make a folder there, root neither
 BARE = dict.fromkeys(
     ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "TMPDIR", "TEMP", "TMP", "LOCALAPPDATA"]

@@ -15,16 +15,7 @@ from ..support.arrays import numbers
 pytestmark = pytest.mark.usefixtures("eager")
 
 SIZE = 700_000
-STEPS = 10
 W = 0.125
-
-
-def serial(avg: np.ndarray, x: np.ndarray, steps: int) -> np.ndarray:
-    result = avg.copy()
-    plan = fastema.Plan([result], [x])
-    for _ in range(steps):
-        plan.lerp_(W)
-    return result
 
 
 def together(tasks: list[Callable[[], None]]) -> None:
@@ -46,31 +37,6 @@ def together(tasks: list[Callable[[], None]]) -> None:
         caller.join(60)
         assert not caller.is_alive()
     assert raised == []
-
-
-@pytest.mark.parametrize("count", [1, 2, 8])
-@pytest.mark.parametrize("callers", [2, 3])
-def test_threads_with_plans_of_their_own_and_with_one_for_all(
-    callers: int, count: int, threads: Callable[[int], None]
-) -> None:
-    threads(count)
-    sides = [(numbers(SIZE, "f32", i), numbers(SIZE, "f32", 9 + i)) for i in range(callers)]
-    wanted = [serial(avg, x, STEPS) for avg, x in sides]
-    shared = numbers(SIZE, "f32", 8), numbers(SIZE, "f32", 9)
-    want = serial(*shared, callers * STEPS)
-    plan = fastema.Plan([shared[0]], [shared[1]])
-
-    def update(own: fastema.Plan) -> None:
-        for _ in range(STEPS):
-            own.lerp_(W)
-            plan.lerp_(W)
-
-    plans = [fastema.Plan([avg], [x]) for avg, x in sides]
-    together([lambda own=own: update(own) for own in plans])
-    for (avg, _), expected in zip(sides, wanted, strict=True):
-        np.testing.assert_array_equal(avg, expected)
-    # Each call is whole, whatever their order.
-    np.testing.assert_array_equal(shared[0], want)
 
 
 BUILDS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {

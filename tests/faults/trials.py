@@ -87,8 +87,6 @@ class PeerSide(Side):
         return bits_of(averages) | numbers
 
 
-# -- operations: what is done with a side, in which way by a seed ----------------------------------
-
 Op = Callable[[Any, int], None]
 
 
@@ -168,8 +166,6 @@ PEER_OPS: dict[str, Op] = {
     ),
 }
 
-
-# -- faults: how an operation is done that passes many places --------------------------------------
 
 Do = Callable[[], None]
 Fault = Callable[[Any, Do, random.Random, int], object]
@@ -294,9 +290,6 @@ REFUSALS = (FastemaError, OSError, RuntimeError, Planted)
 """What an operation may raise; an AssertionError, TypeError or the like is a find."""
 
 
-# -- subjects --------------------------------------------------------------------------------------
-
-
 class Subject(NamedTuple):
     """How a side is built, what can be done with it, and what can happen to it."""
 
@@ -340,9 +333,6 @@ def _subjects() -> dict[str, Subject]:
             ops = {**PEER_OPS, "block": peer_block} if name == "torch_ema" else PEER_OPS
             found[name] = Subject(lambda folder, name=name: PeerSide(name, folder), ops, OF_PEERS)
     return found
-
-
-# -- trials ----------------------------------------------------------------------------------------
 
 
 def differing(found: Any, before: Any, after: Any) -> list[str]:

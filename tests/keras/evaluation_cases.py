@@ -12,8 +12,8 @@ from fastema.errors import StateError
 from fastema.keras import EMAWeights
 
 from .data import BACKEND, BATCH, BATCHES, DECAY, MARKS, XV, YV, X, Y, fit
-from .models import assert_same, differ, loaded, model_of, set_weights, trained, weights
-from .runs import Raising, Seen, average, fitted, recorded
+from .models import assert_same, differ, model_of, set_weights, trained, weights
+from .runs import Seen, average, fitted, recorded
 
 pytestmark = MARKS
 
@@ -58,15 +58,6 @@ def test_evaluate_and_predict_with_the_average_and_every_bit_comes_back() -> Non
         assert model.predict(XV, verbose=0, callbacks=[ema]).tobytes() == output.tobytes()
         assert_same(weights(model), avg)
     now.assert_unchanged()
-
-
-# -- exceptions -----------------------------------------------------------------------------------
-
-
-def untouched(model: Any, *names: str) -> bool:
-    """Whether functions of the model are its own again."""
-    kinds = [type(vars(model).get(name)) for name in names]
-    return all(kind.__module__ != "fastema.keras.guards" for kind in kinds)
 
 
 @pytest.mark.parametrize("good", [0, 1])
@@ -126,47 +117,6 @@ USES: dict[str, Callable[[Any, Path], object]] = {
     "get_weights": lambda model, path: model.get_weights(),
     "set_weights": lambda model, path: model.set_weights([2 * one for one in model.get_weights()]),
 }
-
-
-def left_with_the_average(hook: str = "on_train_end") -> tuple[Any, EMAWeights]:
-    """A model whose training an error ended before its own weights came back."""
-    model, ema = model_of(), EMAWeights(DECAY, swap_on_epoch=True)
-    epochs = 2 if hook == "on_epoch_begin" else 1
-    with pytest.raises(OSError, match="planted"):
-        fit(
-            model, Raising(OSError, hook, after=epochs - 1), ema, epochs=epochs,
-            validation_data=None,
-        )  # fmt: skip
-    assert ema.applied
-    return model, ema
-
-
-@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_end"])
-@pytest.mark.parametrize("use", USES)
-def test_a_model_that_an_error_left_with_the_average_has_its_weights_when_it_is_used(
-    hook: str, use: str, tmp_path: Path
-) -> None:
-    model = model_of()
-    fit(model, epochs=1, validation_data=None)
-    raw = weights(model)
-    want_result = USES[use](model, tmp_path)
-    want = weights(model)
-    model, ema = left_with_the_average(hook)
-    assert_same(weights(model), average(ema))
-    if use == "set_weights":  # what is written stays
-        set_weights(model, {name: 2 * one for name, one in raw.items()})
-    else:
-        found = USES[use](model, tmp_path)
-        if use in ("evaluate", "predict", "get_weights"):
-            for one, other in zip(found, want_result, strict=True):  # type: ignore[call-overload]
-                np.testing.assert_array_equal(one, other)
-    assert not ema.applied
-    assert_same(weights(model), want)
-    ema.restore()
-    assert_same(weights(model), want)
-    if use == "save_weights":
-        assert_same(loaded(tmp_path / "model.weights.h5"), raw)
-    assert untouched(model, *(name for name in USES if name != "evaluate"))
 
 
 def test_a_block_refuses_what_would_train_or_overwrite_the_average(tmp_path: Path) -> None:

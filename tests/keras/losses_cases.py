@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 
-from fastema.errors import NonFiniteError, StateError
+from fastema.errors import NonFiniteError
 from fastema.keras import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
-from .data import BACKEND, MARKS
+from .data import MARKS
 from .losses import (
     BATCH,
     BATCHES,
@@ -119,25 +119,3 @@ def test_a_batch_that_is_not_finite_spoils_itself_only() -> None:
     assert_close(finite, ema(np.delete(raw, 2).tolist(), 0.5))
     with pytest.raises(NonFiniteError, match="error"):
         fit(build(metrics=[error]), LossAverages(on_nonfinite="raise"), y=y, epochs=1)
-
-
-# -- what is averaged ------------------------------------------------------------------------------
-
-
-def test_a_train_function_that_goes_around_train_step_is_an_error() -> None:
-    class Around(keras.Sequential):
-        def make_train_function(self, force: bool = False) -> None:
-            logs = {"loss": keras.ops.ones(())}
-
-            def function(state: Any, iterator: Any = None) -> Any:
-                next(iter(state if iterator is None else iterator))
-                return logs if iterator is None else (logs, state)
-
-            self.train_function = function
-
-    model = build(kind=Around)
-    if BACKEND == "torch":  # nothing is compiled: a function is as good as a step
-        fit(model, LossAverages(), epochs=1)
-        return
-    with pytest.raises(StateError, match="does not go through its train_step"):
-        fit(model, LossAverages(), epochs=1)

@@ -1,6 +1,5 @@
 """Tests of LossAverages beside other callbacks, and in run after run; see test_backends.py."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from .losses import (
 )
 
 pytestmark = MARKS
-
-# -- other callbacks -------------------------------------------------------------------------------
 
 
 @on_one_backend
@@ -72,30 +69,6 @@ def test_callbacks_that_read_the_logs_must_come_later(tmp_path: Path) -> None:
         LossAverages(),
         validation_data=(X, Y),
     )
-
-
-@on_one_backend
-def test_files_stopping_and_rates_use_what_is_added(tmp_path: Path) -> None:
-    losses = LossAverages(window_size=3)
-    stop = keras.callbacks.EarlyStopping("loss_sma", mode="max", patience=1)
-    path = tmp_path / "best.weights.h5"
-    model = build()
-    table = keras.callbacks.CSVLogger(tmp_path / "log.csv")
-    slower = keras.callbacks.ReduceLROnPlateau("loss_ema", mode="max", patience=0, factor=0.5)
-    best = keras.callbacks.ModelCheckpoint(
-        path, monitor="loss_ema", mode="min", save_best_only=True, save_weights_only=True
-    )
-    history = fit(model, losses, table, slower, best, stop, epochs=9).history
-    assert len(history["loss"]) == stop.stopped_epoch + 1 == 2  # it falls, and was to rise
-    assert float(model.optimizer.learning_rate) < 0.05
-    assert path.exists()
-    with (tmp_path / "log.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for name in ("loss", "loss_raw", "loss_sma", "loss_ema"):
-        assert [float(row[name]) for row in rows] == history[name]
-
-
-# -- runs ------------------------------------------------------------------------------------------
 
 
 def test_averages_go_on_in_the_next_fit_and_nothing_is_compiled_again() -> None:

@@ -34,9 +34,6 @@ def new(policy: str = "float32", wrap: Any = None) -> Any:
     return model
 
 
-# -- models, made once: what they are compiled to is kept, their state is not ----------------------
-
-
 class Made(NamedTuple):
     """A model, and what it was when it was new."""
 

@@ -19,7 +19,6 @@ from .losses_cases import (
 )
 from .swap_cases import (
     models_are_given_back,  # noqa: F401
-    test_evaluate_and_predict_by_hand,  # noqa: F401
     test_validation_runs_with_the_average_and_every_bit_comes_back,  # noqa: F401
 )
 from .weights_cases import (

@@ -20,7 +20,6 @@ from .runs import Raising, Recorder, Seen, average, expected, recorded
 
 pytestmark = MARKS
 
-# -- updates --------------------------------------------------------------------------------------
 
 RULES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
     "default": ({}, lambda n: 0.999),
@@ -66,9 +65,6 @@ def test_batches_that_are_no_step_of_the_optimizer_are_not_counted(kind: str) ->
     assert ema.ema.num_updates == steps
     assert kind != "scaled" or steps == int(model.optimizer.iterations)
     assert_near(average(ema), expected(run), steps)
-
-
-# -- other callbacks ------------------------------------------------------------------------------
 
 
 def test_swap_on_epoch_shows_the_average_to_later_callbacks() -> None:
@@ -161,9 +157,6 @@ def test_a_resumed_run_is_to_the_bit_that_of_one_piece(
     assert_same(weights(model), want_weights)
 
 
-# -- saving ---------------------------------------------------------------------------------------
-
-
 def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     path, again = tmp_path / "new" / "average.weights.h5", tmp_path / "again.weights.h5"
     run = recorded()
@@ -181,9 +174,6 @@ def test_saved_weights_are_the_average(tmp_path: Path) -> None:
     fit(model, ema, keras.callbacks.LambdaCallback(on_train_batch_end=midway), epochs=1)
     assert_same(loaded(again), kept)
     assert_same(weights(model), run.steps[-1])
-
-
-# -- wrong uses -----------------------------------------------------------------------------------
 
 
 @on_one_backend

@@ -28,9 +28,6 @@ def words_of(place: int, size: int, step: int = STEP, *, every: int = 1) -> Arra
     return reference.random_words(SEED, step, KEY, place + every * np.arange(size))
 
 
-# -- the definition --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("to_step", "of_step", "every"), [(1, 1, 1), (1, 3, 1), (3, 1, 5), (-2, 2, 70_000)]
 )
@@ -56,9 +53,6 @@ def test_rows_of_every_size_are_as_specified_wherever_they_lie(
         assert_same(to.array, expected, dst)
         to.assert_rest_untouched()
         of.assert_untouched()
-
-
-# -- unbiased --------------------------------------------------------------------------------------
 
 
 def rounded(values: Array, code: str, step: int = 1) -> Array:
@@ -107,12 +101,6 @@ def test_the_mean_error_is_zero_for_every_exponent(code: str) -> None:
     assert abs(sum(found)) / math.sqrt(exponents.size) < 5
     signs = list(scores(values, code, np.sign(values), step=2))
     assert max(map(abs, signs)) < 5
-
-
-# -- not patterned ---------------------------------------------------------------------------------
-
-
-# -- the ends of the range -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("src", ["f32", "f64"])

@@ -139,24 +139,3 @@ def test_an_index_is_that_of_its_place_in_runs_of_any_length() -> None:
                 rise = np.uint32((jump - int(run) * step) % 2**32)
                 args = np.uint32(first), np.uint32(step), rise, np.float32(1) / np.float32(run)
                 assert scalar.index_of(np.uint32(place), *args) == want[place]
-
-
-def test_bits_that_are_parked_or_stowed_come_back() -> None:
-    pattern = numbers(3000, "u32", 1, "bits")
-    ties = (pattern & np.uint32(0xFFFF0000)) | np.uint32(0x8000)
-    nans = (pattern & np.uint32(0x807FFFFF)) | np.uint32(0x7F800000)
-    some = numbers(500, "f32", 3).view(np.uint32)
-    avg = np.concatenate([pattern, ties, nans, nans & np.uint32(0xFF80FFFF), some])
-    for a, raw in zip(avg, numbers(len(avg), "u16", 2, "bits"), strict=True):
-        model, parked = scalar.park_model(a), scalar.park_shadow(a, raw)
-        assert model.dtype == np.uint16
-        assert scalar.unpark_model(parked) == raw
-        back = scalar.unpark_shadow(model, parked)
-        lost = 0x7F800000 < a & 0x7FFFFFFF < 0x7F810000  # no NaN that has come from arithmetic
-        assert back == (a | 0x400000 if lost else a)
-        low = np.uint16(a & 0xFFFF)
-        assert scalar.unstowed(scalar.stowed_high(a), low) == a
-        half = scalar.split_high(a.view(np.float32))  # as an average has it
-        whole = scalar.unstowed(half, low)
-        assert whole == scalar.join_halves(half, low).view(np.uint32)
-        assert scalar.stowed_high(whole) == half

@@ -125,9 +125,6 @@ def test_bits_are_moved(operation: str, raw: str, layout: str) -> None:
         of.assert_rest_untouched()
 
 
-# -- a wide average in narrow weights --------------------------------------------------------------
-
-
 def as_it_comes_back(pattern: Array) -> Array:
     """A signalling NaN that would be an infinity in 16 bits, which no arithmetic makes, quiet."""
     size = pattern & np.uint32(0x7FFFFFFF)

@@ -129,27 +129,6 @@ def test_spaced_elements_have_the_bits_of_adjacent_ones(formats: tuple[str, ...]
         side.assert_rest_untouched()
 
 
-@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize("window", [1, 2, 5, 16])
-def test_what_is_not_finite_passes_through_and_leaves_nothing(window: int, bad: float) -> None:
-    x = numbers(3 * BLOCK, "f32", 0)
-    held, clean = memory(FORMATS[0], x, window), x.copy()
-    mirror = memory(FORMATS[0], clean, window)
-    for arrival in (1, window, 2 * window + 3):
-        for turn in range(1, arrival + 2 * window + 1):
-            x[:] = clean[:] = numbers(3 * BLOCK, "f32", turn)
-            if turn == arrival:
-                x[::2] = bad
-            held.step(turn)
-            mirror.step(turn)
-            within = arrival <= turn < arrival + window
-            assert not np.isfinite(held.mean[::2]).any() or not within
-            np.testing.assert_array_equal(held.mean[1::2], mirror.mean[1::2])
-        # Two windows later nothing is left of it: neither in the mean nor in the remainder.
-        np.testing.assert_array_equal(held.mean, mirror.mean)
-        np.testing.assert_array_equal(held.rest, mirror.rest)
-
-
 WINDOW, SLOT, TURN, NEXT = abi.WINDOW, abi.SLOT, abi.TURN, abi.NEXT
 
 

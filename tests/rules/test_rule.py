@@ -46,9 +46,6 @@ class Given(rules.Rule):
         return self.value
 
 
-# -- weights and formulas --------------------------------------------------------------------------
-
-
 @given(every_rule, st.integers(1, 300))
 def test_the_weight_of_a_step_is_what_the_decay_leaves(rule: rules.Rule, n: int) -> None:
     assert rule.weight(n) == pytest.approx(1.0 - rule.decay(n), rel=1e-13, abs=2e-16)
@@ -142,8 +139,6 @@ def test_a_cumulative_mean_is_the_mean_of_what_it_saw(values: list[int], every: 
     assert float(average) == pytest.approx(sum(values) / len(values), rel=1e-12, abs=1e-6)
 
 
-# -- bias correction -------------------------------------------------------------------------------
-
 most = st.floats(0.0, 0.99999)
 
 
@@ -178,9 +173,6 @@ def test_a_debiased_rule_that_gives_no_weight_is_named(value: float) -> None:
         rules.debiased(Given(value)).weight(10)
 
 
-# -- descriptions ----------------------------------------------------------------------------------
-
-
 @given(every_rule)
 @example(Given({"first": rules.warmup(0.9), "numbers": (1, 2.5)}))
 def test_description_and_copies_rebuild_the_rule(rule: rules.Rule) -> None:
@@ -211,8 +203,6 @@ def test_descriptions_of_no_rule(plain: Any) -> None:
     with pytest.raises(ArgumentError):
         rules.rule_from_dict(plain)
 
-
-# -- what is refused -------------------------------------------------------------------------------
 
 NO_NUMBERS: list[Any] = [-1, math.nan, math.inf, None, "x", True]
 NO_DECAYS: list[Any] = [1.0, 1, -1e-9, 2.0, -math.inf, [0.5], 1j]

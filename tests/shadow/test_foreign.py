@@ -104,9 +104,6 @@ def test_a_foreign_state_is_named_with_the_call_that_reads_it(library: str) -> N
         ema.load_state_dict(make(model))
 
 
-# -- files ----------------------------------------------------------------------------------------
-
-
 def averaged(seed: int) -> tuple[Any, Any]:
     torch.manual_seed(seed)
     model = network()

@@ -72,9 +72,6 @@ def test_a_new_tree_holds_the_average_and_nothing_else_changes(
     assert ema.num_updates == 4
 
 
-# -- lifetimes -------------------------------------------------------------------------------------
-
-
 def test_arrays_that_were_donated_are_not_read() -> None:
     @jax.jit
     def fresh(n: Any) -> Any:
@@ -102,8 +99,6 @@ def test_arrays_that_were_donated_are_not_read() -> None:
     truth.check(np.asarray(ema.shadow["w"]))  # which needs no weights
     assert np.asarray(ema.averaged()["w"]).tobytes() == np.asarray(ema.shadow["w"]).tobytes()
 
-
-# -- arrays that were used already ----------------------------------------------------------------
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "EMA": lambda tree: fastema.EMA(tree, DECAY),

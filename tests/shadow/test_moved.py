@@ -4,7 +4,6 @@ The memory that a model had is filled with NaN, so that a stale read shows.
 """
 
 import copy
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -26,8 +25,6 @@ def kind_of_watch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.param == "attributes":
         monkeypatch.setattr("fastema.bridges.torch.exchange_address", lambda tensor: 0)
 
-
-# -- ways of moving a model's tensors -------------------------------------------------------------
 
 Move = Callable[[Net], object]
 
@@ -139,7 +136,6 @@ MOVES: dict[str, Move] = {
     "attributes updated": lambda model: vars(model).update(vars(copy.deepcopy(model))),
 }
 OTHER_STRIDES = {"channels last", "transposed", "a slice"}
-KEPT_BY_OTHERS = {"same storage, other memory", "called functionally"}
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -188,31 +184,6 @@ def test_move_while_applied(move: str, kind: str, options: dict[str, str]) -> No
         poison_left(model, move)
         assert all_of(average) == held
     average.update()
-
-
-@pytest.mark.parametrize("move", [move for move in MOVES if move not in KEPT_BY_OTHERS])
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("EMA", {}), ("EMA", {"on_nonfinite": "skip"}), ("SMA", {}), ("three split", {})],
-    ids=str,
-)
-def test_old_memory_is_let_go_by_the_next_update(
-    kind: str, options: dict[str, str], move: str, swapped: bool
-) -> None:
-    model = net()
-    average = KINDS[kind](model, **options)
-    average.update()
-    memory = [weakref.ref(t.untyped_storage()) for _, t in tensors_of(model)]
-    if swapped:
-        with average.swapped(**which(average)):
-            MOVES[move](model)
-    else:
-        MOVES[move](model)
-        average.update()
-    live = {t.untyped_storage().data_ptr() for _, t in tensors_of(model)}
-    kept = [ref() for ref in memory]
-    assert all(s.data_ptr() in live for s in kept if s is not None)
 
 
 def test_a_tensor_that_came_in_a_block_is_refused_after_it() -> None:

@@ -78,9 +78,6 @@ def test_it_is_the_average_to_the_bit_also_in_the_model(options: dict[str, Any])
     assert all_of(offloaded) == all_of(ema)
 
 
-# -- the order of events --------------------------------------------------------------------------
-
-
 def test_update_returns_before_the_weights_are_copied_and_a_step_waits_for_them() -> None:
     model, offloaded, ema = build()
     parameters = [one for one in model.parameters() if one.requires_grad]
@@ -127,8 +124,6 @@ def test_updates_are_left_out_while_it_is_behind_and_the_horizon_is_kept() -> No
         ema.update(steps=steps)
         assert all_of(offloaded) == all_of(ema)
 
-
-# -- what is refused ------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "NumPy": (lambda: fastema.EMA([np.ones(3)], offload=True), BridgeError, "models of PyTorch"),
@@ -204,9 +199,6 @@ def test_restore_is_refused_where_it_cannot_be_done_and_loses_nothing() -> None:
         model.float()
         assert offloaded.applied
         offloaded.restore()
-
-
-# -- the end --------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

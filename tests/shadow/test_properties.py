@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastema
 
-from .weights import FLOATS, assert_bits, bits, refresh_, snapshot, values
+from .weights import FLOATS, assert_bits, refresh_, snapshot, values
 
 pytestmark = pytest.mark.torch
 
@@ -50,7 +50,6 @@ def weights_of(*codes: str) -> st.SearchStrategy[Weights]:
 
 
 seeds = st.integers(0, 2**31)
-decays = st.floats(0.0, 0.99)
 
 
 def run(weights: Weights, seed: int, updates: int, ema: fastema.EMA) -> Iterator[Weights]:
@@ -77,31 +76,6 @@ def test_the_average_stays_between_the_weights_it_has_seen(
         room = updates * torch.finfo(average.dtype).eps * high[name].abs().maximum(low[name].abs())
         assert (average >= low[name] - room).all()
         assert (average <= high[name] + room).all()
-
-
-@small
-@given(weights_of(*MIXED), decays.map(lambda d: min(d, 0.9)), seeds, st.data())
-def test_order_and_grouping_do_not_matter(
-    weights: Weights, decay: float, seed: int, data: st.DataObject
-) -> None:
-    """One average of all tensors equals an average of each, to the bit, in whatever order."""
-    refresh_(weights, seed)
-    order = data.draw(st.permutations(list(weights)))
-    together = fastema.EMA(weights, decay)
-    shuffled = fastema.EMA({name: weights[name] for name in order}, decay)
-    alone = {  # by the same name: random bits are the tensor's own
-        name: fastema.EMA({name: tensor}, decay)
-        for name, tensor in weights.items()
-        if tensor.dtype != torch.int64
-    }
-    for _ in run(weights, seed, 3, together):
-        shuffled.update()
-        for one in alone.values():
-            one.update()
-    expected = snapshot(dict(together.shadow))
-    assert_bits({name: shuffled.shadow[name] for name in weights}, expected)
-    for name, one in alone.items():
-        assert torch.equal(bits(one.shadow[name]), expected[name])
 
 
 @small

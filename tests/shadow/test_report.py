@@ -98,9 +98,6 @@ def test_a_name_of_another_library_is_answered_with_ours(name: str, said: str) -
         assert not [name for name in hints._HINTS if hasattr(kind, name)]
 
 
-# -- how far the weights are from their average ---------------------------------------------------
-
-
 def test_drift_shows_an_average_that_stands_still() -> None:
     start = torch.randn(5000).bfloat16()
     weights = {"w": start.clone(), "equal": torch.ones(5000)}

@@ -1,11 +1,9 @@
 """Random rounding of whole averages: by definition, wherever they run, and no stalls."""
 
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 import torch
-from torch import nn
 
 import fastema
 from fastema.kernels.table import CHUNK
@@ -51,41 +49,6 @@ def test_every_tensor_is_rounded_as_specified(model: str, average: str) -> None:
         for name, one in specified.items():
             one.update(weights[name], 1 - DECAY, step)
             one.check(ema.shadow[name])
-
-
-def test_a_run_resumed_in_another_memory_format_has_the_same_bits() -> None:
-    def trained(step: int, model: nn.Module) -> None:
-        with torch.no_grad():
-            for i, p in enumerate(model.parameters()):
-                values = torch.randn(p.shape, generator=torch.Generator().manual_seed(9 * step + i))
-                p.copy_(values)
-
-    def built() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 40, 3)).bfloat16()
-
-    formats = [torch.contiguous_format, torch.channels_last]
-    results = []
-    for first, second in product(formats, formats):
-        model = built().to(memory_format=first)
-        ema = fastema.EMA(model, 0.9)
-        for step in range(4):
-            trained(step, model)
-            ema.update()
-        state = ema.state_dict()
-        model = built().to(memory_format=second)
-        ema = fastema.EMA(model, 0.9)
-        ema.load_state_dict(state)
-        for step in range(4, 8):
-            trained(step, model)
-            ema.update()
-        assert ema.shadow["1.weight"].stride() == model[1].weight.stride()
-        results.append({name: tensor.contiguous() for name, tensor in ema.shadow.items()})
-    for one in results:
-        assert same(one, results[0])
-
-
-# -- the same bits wherever and however it runs ----------------------------------------------------
 
 
 @pytest.mark.usefixtures("eager")

@@ -149,8 +149,6 @@ def test_the_mean_of_any_window_from_two_means(m: int, n: int, dtype: Any) -> No
     np.testing.assert_allclose(got["a"], want, rtol=0, atol=8 * n / (n - m) * n * 2.0**-53)
 
 
-# -- several steps at once ------------------------------------------------------------------------
-
 CUTS = st.lists(st.integers(1, 30), min_size=1, max_size=15)
 
 

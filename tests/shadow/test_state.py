@@ -60,9 +60,6 @@ def trained(updates: int = 3, dtype: torch.dtype | None = None, **options: Any) 
     return ema
 
 
-# -- resuming -------------------------------------------------------------------------------------
-
-
 def runs_of(**given: Any) -> Kind:
     return lambda weights, **options: fastema.EMA(weights, **{**given, **options})
 
@@ -154,25 +151,6 @@ def test_ones_own_schedule_is_kept_where_asked_for(what: str) -> None:
     assert_average(ema, before, values(model), 1 - 0.25**3)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_the_saved_rounding_goes_on(rounding: Any) -> None:
-    other = "nearest" if rounding == "stochastic" else "stochastic"
-
-    def build(rounding: Any) -> tuple[Net, fastema.EMA]:
-        model = net(0, torch.bfloat16)
-        return model, fastema.EMA(model, 0.9, rounding=rounding)
-
-    model, whole = build(rounding)
-    train_(model, range(1, 10), whole)
-    first_model, first = build(rounding)
-    train_(first_model, range(1, 5), first)
-    second_model, second = build(other)
-    second.load_state_dict(through_a_file(first.state_dict()))
-    train_(second_model, range(5, 10), second)
-    assert all_of(second) == all_of(whole)
-    assert second.to(torch.float32).to(torch.bfloat16).state_dict()["rounding"] == rounding
-
-
 def test_state_is_plain() -> None:
     """Nothing but what ``weights_only=True`` loads, and the head fits into JSON."""
     for average in (
@@ -208,8 +186,6 @@ def test_names_of_a_wrapped_model_load(prefix: str) -> None:
     ema.load_state_dict({**state, "shadow": [wrapped]})
     assert_bits(dict(ema.shadow), snapshot(state["shadow"][0]))
 
-
-# -- what does not fit ----------------------------------------------------------------------------
 
 Change = Callable[[State], object]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastema
-from fastema.errors import LayoutError, StateError
+from fastema.errors import LayoutError
 
 from .kinds import KINDS, PARTS, VARIED, all_of, last, trained_kind, unchanged, which
 from .weights import Net, assert_bits, bits, net, refresh_, snapshot
@@ -123,32 +123,6 @@ def test_changed_model_is_refused_by_name(change: str, call: str, kind: str) -> 
         CALLS[call](average, model)
     assert isinstance(caught.value, fastema.errors.FastemaError)
     assert [part for part in parts if part not in str(caught.value)] == []
-
-
-def ready_kind(model: nn.Module, kind: str) -> Any:
-    average = trained_kind(kind, model)
-    refresh_(model, 7)
-    return average
-
-
-@pytest.mark.parametrize("kind", ["EMA", *VARIED])
-def test_tensor_removed_while_applied(kind: str) -> None:
-    """Its raw value has nowhere to go; nothing is lost once it is there again."""
-    model = net()
-    average = ready_kind(model, kind)
-    raw, held, scale = snapshot(model), all_of(average), model.scale
-    with pytest.raises(LayoutError, match="'scale'"), average.swapped(**which(average)):
-        del model.scale
-    assert average.applied
-    with pytest.raises(LayoutError, match="'scale'"):
-        average.restore()
-    with pytest.raises(StateError):
-        average.update()
-    model.scale = scale
-    assert all_of(average) == held
-    average.restore()
-    assert_bits(model, raw)
-    assert all_of(average) == held
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -322,8 +296,6 @@ def test_wrappers_do_not_matter_to_any_kind(wrapper: str, kind: str) -> None:
     resumed.load_state_dict(twin.state_dict())
     assert all_of(resumed) == all_of(twin)
 
-
-# -- layouts --------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
     "scalar": lambda d: torch.ones((), dtype=d),

@@ -250,9 +250,6 @@ def test_reading_and_moving_is_no_writing(kind: str) -> None:
         average.state_dict()
 
 
-# -- autograd -------------------------------------------------------------------------------------
-
-
 def output(model: Net, x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x, model.head.weight).square().sum()
 

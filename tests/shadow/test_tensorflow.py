@@ -55,9 +55,6 @@ def test_a_swap_is_exact_to_the_bit(dtype: str) -> None:
         assert during.numpy().tobytes() == patterns(dtype, 0).tobytes()
 
 
-# -- nobody else's tensors -------------------------------------------------------------------------
-
-
 @given(
     st.lists(st.sampled_from(["assign", "share", "hold", "update", "swap", "tape"]), max_size=14)
 )
@@ -93,9 +90,6 @@ def test_tensors_that_somebody_holds_keep_their_values(steps: list[str]) -> None
             loops.step(wide(weights), 0.5)
         assert all(tensor.numpy().tobytes() == was for tensor, was in held)
     loops.check(wide(ema.shadow))
-
-
-# -- optimizers, threads, functions ----------------------------------------------------------------
 
 
 def test_steps_of_an_optimizer(python: Callable[..., str]) -> None:
@@ -155,8 +149,6 @@ def test_inside_functions() -> None:
     np.testing.assert_array_equal(ema.shadow["0"], [2.0, 3.0])
     np.testing.assert_array_equal(w, [3.0, 4.0])
 
-
-# -- all or nothing --------------------------------------------------------------------------------
 
 BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "shape": lambda w: {**w, "c": tf.Variable([1.0])},

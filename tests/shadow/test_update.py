@@ -10,7 +10,7 @@ import fastema
 from fastema import rules
 from fastema.errors import ArgumentError
 
-from .kinds import KINDS, all_of, unchanged, which
+from .kinds import KINDS, unchanged, which
 from .stored import same
 from .weights import Net, assert_same, net, refresh_, snapshot, train_
 
@@ -76,8 +76,6 @@ def test_arguments_that_nobody_knows(build: Callable[..., object]) -> None:
         build(net(), update_evry=3)
 
 
-# -- several averages in one ----------------------------------------------------------------------
-
 DECAYS = (0.9, 0.99, 0.5)
 MIXED = (
     *(0.9, rules.cumulative_mean(), rules.power(0.1), rules.warmup(0.99)),
@@ -117,26 +115,3 @@ def test_each_is_to_the_bit_what_it_is_alone(several: Any, options: dict[str, An
         assert together.decay == tuple(one.decay for one in alone)
     for one, shadow in zip(alone, together.shadows, strict=True):
         assert same(one.shadow, shadow)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("which", [0, 1, 2, -1])
-def test_one_is_applied_and_the_others_stay(which: int, dtype: torch.dtype) -> None:
-    model = net(0, dtype)
-    ema = fastema.EMA(model, DECAYS, shadow_dtype="float32")
-    train_(model, range(1, 6), ema)
-    before = all_of(ema)
-
-    def others() -> list[int]:
-        rest = [shadow for i, shadow in enumerate(ema.shadows) if i != which % 3]
-        return [shadow["conv.weight"].data_ptr() for shadow in rest]
-
-    places, mean = others(), ema.shadows[which]["conv.weight"].clone()
-    for _ in range(2):
-        with unchanged(model, ema), ema.swapped(which=which):
-            held = model.conv.weight.detach()
-            torch.testing.assert_close(held.float(), mean, rtol=2.0**-8, atol=0)
-            assert dtype == torch.bfloat16 or torch.equal(held, mean)
-            assert all_of(ema) == before
-            # Those that are not in the model are seen where they are, not as copies.
-            assert others() == places

@@ -87,9 +87,6 @@ class Peer:
     update: Callable[[Any, Any, int], None] = _update  # of the average, the model and n
     exact: bool = True  # the peer's own numbers are within the error bound of the reference
     follows: bool = True  # each update is given the model
-    wrong_integers: bool = False  # the peer averages integers
-    wrong_ties: bool = False  # the peer averages a tied weight twice
-    averages_complex: bool = True  # the peer averages complex numbers as real ones
     resumes: bool = True  # random bits go on from the state, with the step in it or given
     own: bool = True  # the class is ours; otherwise the peer's, with a function of ours
 
@@ -134,9 +131,6 @@ class Peer:
             getattr(average, self.inside).to(dtype)
         else:
             average.to(dtype)
-
-
-# -- schedules -------------------------------------------------------------------------------------
 
 
 def counted_weight(n: int, decay: float, use_num_updates: bool = True) -> float:
@@ -213,9 +207,6 @@ def mmengine_weight(n: int, kind: str, momentum: float = 0.1, **others: Any) -> 
     if not n or kind == "StochasticWeightAverage":
         return 1 / (n + 1)
     return momentum if kind == "ExponentialMovingAverage" else max(momentum, 3 / (3 + n))
-
-
-# -- constructors ----------------------------------------------------------------------------------
 
 
 def swa_function(module: Any, kind: str, decay: float = 0.9, **options: Any) -> Options:
@@ -339,7 +330,6 @@ PEERS: dict[str, Peer] = {
             schedules={"buffers": {"kind": kind, "use_buffers": True}},
             update=_update_parameters,
             exact=kind != "swa multi",
-            wrong_integers=kind.startswith("ema"),
         )
         for kind in SWA_KINDS
     },
@@ -366,8 +356,6 @@ PEERS: dict[str, Peer] = {
         schedules=DECAYS,
         slow={"decay": 0.9998},
         inside="ema",
-        wrong_integers=True,
-        wrong_ties=True,
         resumes=False,
     ),
     "timm ModelEmaV2": Peer(
@@ -377,8 +365,6 @@ PEERS: dict[str, Peer] = {
         weight=constant_weight,
         schedules=DECAYS,
         slow={"decay": 0.9998},
-        wrong_integers=True,
-        wrong_ties=True,
         resumes=False,
     ),
     "timm ModelEmaV3": Peer(
@@ -388,12 +374,9 @@ PEERS: dict[str, Peer] = {
         weight=constant_weight,
         schedules=DECAYS,
         slow={"decay": 0.9998},
-        wrong_ties=True,
-        averages_complex=False,
         resumes=False,
     ),
     "timm ModelEmaV3 by step": Peer(
-        averages_complex=False,
         ours="timm",
         home="timm.utils.model_ema",
         make=_of("ModelEmaV3"),
@@ -444,7 +427,6 @@ PEERS: dict[str, Peer] = {
         update=lambda average, model, n: average.update(),
         exact=False,  # decays are rounded to float32
         follows=False,
-        wrong_integers=True,
     ),
     "ema_pytorch KarrasEMA": Peer(
         ours="ema_pytorch",

@@ -17,9 +17,6 @@ from .ways import Way, assert_moves, averages
 pytestmark = pytest.mark.tensorflow
 
 
-# -- values ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("code", CODES)
 def test_values_to_the_bit(code: str, rounding: str, way: Way, rng: Rng) -> None:
@@ -102,12 +99,6 @@ def test_an_average_in_bfloat16_moves() -> None:
     assert (nearest.average(weight).numpy() == 1).all()
     mean = float(np.mean(ours.average(weight).numpy().astype(np.float64)))
     assert mean == pytest.approx(2 - 0.999**100, abs=0.01)
-
-
-# -- tensors --------------------------------------------------------------------------------------
-
-
-# -- order and memory -----------------------------------------------------------------------------
 
 
 def test_order_within_a_function(rng: Rng) -> None:

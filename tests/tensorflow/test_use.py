@@ -20,9 +20,6 @@ from .ways import Way, assert_equal, averages, eagerly, traced
 pytestmark = pytest.mark.tensorflow
 
 
-# -- names ----------------------------------------------------------------------------------------
-
-
 def test_names_as_tensorflow_gives_them() -> None:
     weights = [
         tf.Variable([1.0, 2.0], name="a/w"),
@@ -47,9 +44,6 @@ def test_names_as_tensorflow_gives_them() -> None:
     assert ours.variables_to_restore() == found
     assert len(found) == 4
     assert ours.average_name("loss") == "loss/slow_one"
-
-
-# -- checkpoints ----------------------------------------------------------------------------------
 
 
 class Trained(tf.Module):
@@ -109,9 +103,6 @@ def test_a_resumed_run_goes_on_to_the_bit(
     status.assert_consumed()
     resumed.train(5, 9)
     assert_states_equal(resumed, whole)
-
-
-# -- swapped --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -188,9 +179,6 @@ def test_an_interrupt_of_a_swap_leaves_the_weights(rng: Rng) -> None:
         assert len(calls) == 2
         assert_equal(values(weights), raw)
         ema.apply(weights)
-
-
-# -- what is refused ------------------------------------------------------------------------------
 
 
 def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], Any]]]:

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections import UserDict, namedtuple
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +18,6 @@ from fastema.torch import update_bn
 pytestmark = pytest.mark.torch
 
 DIMS = {nn.BatchNorm1d: 0, nn.SyncBatchNorm: 0, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-Point = namedtuple("Point", "x y")
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +105,6 @@ def test_each_module_keeps_its_own_mode_and_no_gradients_are_recorded() -> None:
     assert torch.is_grad_enabled()
 
 
-# -- nothing is lost ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_an_error_of_the_loader_loses_nothing(after: int, error: BaseException) -> None:
@@ -146,9 +142,6 @@ def test_what_cannot_be_used_loses_nothing(case: str, monkeypatch: pytest.Monkey
         update_bn(inputs(), model, progress=True)
     assert_equal(model, before)
     assert not any(module.training for module in model.modules())
-
-
-# -- batches of many kinds ------------------------------------------------------------------------
 
 
 class Named(nn.Module):
@@ -194,28 +187,6 @@ def test_a_mapping_is_passed_by_name(wrapper: str, kind: type) -> None:
     update_bn(loader, model)
     assert_equal(held.inner, expected)
     assert held.seen == [2.0] * 4
-
-
-def test_everything_nested_is_moved() -> None:
-    """To the meta device: a move that can be seen without a second device."""
-    x = torch.randn(4, 3)
-    own = type("Movable", (), {"to": lambda self, device: f"moved to {device}"})()
-    batch = {"list": [x, {"deep": (x, 1)}], "point": Point(x, "text"), "own": own}
-    batch["mapping"] = UserDict(x=x)
-    seen: list[Any] = []
-
-    def forward(model: nn.Module, batch: Any) -> None:
-        seen.append(batch)
-        model(x)
-
-    update_bn([batch], net(), "meta", forward=forward)
-    update_bn([batch], net(), forward=forward)
-    moved, same = seen
-    assert same is batch
-    first, deep = moved["list"][0], moved["list"][1]["deep"]
-    assert all(one.is_meta for one in (first, deep[0], moved["mapping"]["x"], moved["point"].x))
-    assert (type(deep), type(moved["point"])) == (tuple, Point)
-    assert (deep[1], moved["point"].y, moved["own"]) == (1, "text", "moved to meta")
 
 
 @pytest.mark.parametrize("kind", ["EMA", "SWA", "SMA"])

@@ -188,8 +188,6 @@ def test_columns_and_files_that_cannot_be_read(tmp_path: Path) -> None:
         read(binary)
 
 
-# -- event files -----------------------------------------------------------------------------------
-
 Points = list[tuple[int, float]]
 
 

@@ -87,30 +87,6 @@ def test_a_data_frame_and_a_log_by_its_path(tmp_path: Path) -> None:
     assert by_label(val)["raw"].values.tolist() == [3.0, 2.5]
 
 
-def test_averages_that_are_there_are_not_computed_again() -> None:
-    names = ("loss_raw", "loss", "loss_sma", "loss_ema_0.99", "acc", "lr", "val_ema", "gain_raw")
-    columns = {name: noisy(60, seed) for seed, name in enumerate(names)}
-    loss, acc, *others = panels(columns, averages=BOTH)
-    lines = by_label(loss)
-    assert list(lines) == ["raw", "as reported", "SMA", "EMA 0.99"]
-    for label, name in zip(lines, names, strict=False):
-        np.testing.assert_array_equal(lines[label].values, columns[name])
-    assert list(by_label(acc)) == ["raw", "SMA 20", "EMA 0.9"]
-    # Names that only look like averages; a rate is no metric.
-    assert [panel.name for panel in others] == ["val_ema", "gain_raw"]
-    for panel in others:
-        assert list(by_label(panel)) == ["raw", "SMA 20", "EMA 0.9"]
-        np.testing.assert_array_equal(by_label(panel)["raw"].values, columns[panel.name])
-    (loss,) = panels(columns, "loss", averages=BOTH, raw=False)
-    assert list(by_label(loss)) == ["as reported", "SMA", "EMA 0.99"]
-    several = averages([5, 9], (0.5, 0.8))
-    chosen = panels(columns, ["lr", "acc", "lr"], averages=several, raw=False)
-    assert [panel.name for panel in chosen] == ["lr", "acc"]
-    assert list(by_label(chosen[1])) == ["SMA 5", "SMA 9", "EMA 0.5", "EMA 0.8"]
-    with pytest.raises(ArgumentError, match=r"no metric los; there are\n  - loss"):
-        panels(columns, "los", averages=[])
-
-
 NO_HISTORIES: list[tuple[Any, str]] = [
     ({}, "the history is empty"),
     (SimpleNamespace(history={}, epoch=[]), "the history is empty"),

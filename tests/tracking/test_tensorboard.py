@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,27 +68,6 @@ def test_three_runs_hold_one_tag_each_as_tensorboard_reads_them(tmp_path: Path) 
             assert points.steps == list(range(0, 500, 10))
             assert before - 1 <= points.times[0] <= points.times[-1] <= time.time()
             assert_rounded(points.values, curve)
-
-
-def test_points_are_written_out_when_there_are_many_or_time_has_passed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    writer = TensorBoardWriter(tmp_path, flush_secs=10.0, max_queue=12)
-
-    def written(later: float = 0.0, then: Callable[[], object] = lambda: None) -> int:
-        clock[0] += later
-        writer.add_scalar("loss", 1.5)  # three points
-        then()
-        return len(read(tmp_path, "raw").steps)
-
-    assert [written() for _ in range(5)] == [0, 0, 0, 4, 4]
-    assert written(later=9.0) == 4
-    assert written(later=1.0) == 7
-    assert written() == 7
-    assert written(then=writer.flush) == 9
-    assert written(then=writer.close) == 10
 
 
 def test_values_on_a_device_are_read_when_they_are_written(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from transformers import Trainer
 
 from fastema.transformers import EMACallback
 
-from ..support.torch_states import assert_same, differ, snapshot
 from .network import DECAY, Network, Noting
 from .runs import quiet_trainer
 
@@ -28,12 +27,6 @@ class Run(NamedTuple):
     model: Any
     noting: Noting
     ema: EMACallback
-
-    def assert_average_is_evaluated(self) -> None:
-        """The last evaluation was of the average, which is not what the model holds."""
-        assert differ(self.model.evaluated[-1], snapshot(self.model))
-        with self.ema.swapped():
-            assert_same(snapshot(self.model), self.model.evaluated[-1])
 
 
 def prepared(

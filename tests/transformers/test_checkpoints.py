@@ -1,7 +1,6 @@
 """Averages in the checkpoints of the Hugging Face Trainer: saved, resumed, and refused."""
 
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,29 +174,3 @@ def test_the_best_model_is_the_one_whose_average_is(
     assert_same(snapshot(model), average if at_end == "average" else raw)
     assert run.evaluate()["eval_loss"] == losses[best]
     assert ema.ema.num_updates == best + 1
-
-
-def test_the_file_is_of_one_moment_while_another_thread_updates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = torch.nn.Linear(3, 2)
-    callback = EMACallback(0.5)
-    callback._ema = fastema.EMA(model, 0.5)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    callback.ema.update()
-    want = {name: one.clone() for name, one in callback.ema.shadow.items()}
-    write, threads = fastema.transformers.weights.write_state, []
-
-    def while_another_updates(*given: Any, **metadata: str) -> None:
-        threads.append(threading.Thread(target=callback.ema.update))
-        threads[-1].start()
-        threads[-1].join(0.1)  # it comes to its end here if nothing holds it back
-        write(*given, **metadata)
-
-    monkeypatch.setattr(fastema.transformers.weights, "write_state", while_another_updates)
-    callback._write(tmp_path, 1)
-    threads[0].join()
-    assert callback.ema.num_updates == 2
-    found = load_file(tmp_path / FILE)
-    assert all(torch.equal(found[f"shadow.0.{name}"], one) for name, one in want.items())

@@ -13,7 +13,6 @@ from fastema.errors import ArgumentError
 from fastema.transformers import LossAverages
 
 from ..support.smoothing import assert_close, ema, sma
-from .network import At
 from .runs import MARKS, quiet_trainer
 
 NEEDS = ("accelerate", "tensorboard")
@@ -81,23 +80,6 @@ def test_logs_and_history_hold_the_curves_of_the_definition(tmp_path: Path, caps
     assert f"'loss_ema': '{column(run, 'loss_ema')[-1]:.4g}'" in printed
     # The summary at the end of the run has no loss of a step.
     assert not {"loss_sma", "loss_ema"} & run.state.log_history[-1].keys()
-
-
-def test_a_mean_weighs_the_steps_that_it_stands_for(tmp_path: Path) -> None:
-    def log(state: Any, control: Any) -> None:
-        control.should_log = True
-
-    averages = LossAverages(WINDOW, DECAY, metrics=("loss", "grad_norm"))
-    run = trainer(tmp_path, averages, At("on_epoch_end", log), logging_first_step=True)
-    run.train()
-    at = [entry["step"] for entry in run.state.log_history if "loss" in entry]
-    assert at == [1, 4, 6, 8, 12, 16, 18]
-    weights = np.diff([0, *at])
-    for name in ("loss", "grad_norm"):
-        values = column(run, name)
-        assert_close(column(run, f"{name}_sma"), sma(values, WINDOW, weights))
-        assert_close(column(run, f"{name}_ema"), ema(values, DECAY, weights))
-        assert averages.averages[f"{name}_ema"] == column(run, f"{name}_ema")[-1]
 
 
 @pytest.mark.parametrize("restored", [False, True])

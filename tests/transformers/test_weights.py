@@ -75,9 +75,6 @@ def test_gradient_accumulation_counts_steps_of_the_optimizer(tmp_path: Path) -> 
     assert_near(snapshot(run.model), run.noting.average())
 
 
-# -- what could go wrong --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["model", "metric"])
 def test_an_evaluation_that_fails_leaves_the_weights(
@@ -120,9 +117,6 @@ def test_a_forgotten_average_is_never_trained(tmp_path: Path, event: str) -> Non
     assert len(noting.steps) == 4
     ema.ema.restore()
     assert_same(snapshot(run.model), noting.steps[-1])
-
-
-# -- models of the library ------------------------------------------------------------------------
 
 
 def words(samples: int = 16, length: int = 6) -> list[dict[str, torch.Tensor]]:

@@ -1,1 +1,0 @@
-"""Arrays of JAX in an order of axes that was asked for."""
