@@ -170,3 +170,16 @@ def test_what_moves_inside_the_block_gets_its_own_contents(
     ):
         return  # they were not lent: what is done to them is done to them
     assert_back(average, old)
+
+
+@WHERE
+def test_parameters_that_are_frozen_and_trained_again() -> None:
+    net, average, averager = made(
+        12, policy=lambda name, role: "skip" if role == "frozen" else "average"
+    )
+    for is_trained in (True, False, False, True):
+        net.wide.requires_grad_(is_trained)
+        old = average.wide.clone()
+        averager.update(net, 0.5, 1)
+        want = torch.lerp(old, net.wide.detach(), 0.5) if is_trained else old
+        torch.testing.assert_close(average.wide, want, rtol=1e-6, atol=1e-6)

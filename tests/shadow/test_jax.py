@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastema
-from fastema.errors import ArgumentError, BridgeError
+from fastema.errors import ArgumentError, BridgeError, LayoutError
 
 from .frameworks import values
 from .truth import Loop
@@ -127,6 +127,37 @@ class Network:
 
     def __init__(self, seed: int) -> None:
         self.tree = params(seed)
+
+
+def alias_of(ema: Any) -> Any:
+    """A tree that borrows the average's memory; None where it does not lie as JAX wants it."""
+    (name,) = ema.shadow
+    memory = ema.state_dict(copy=False)["shadow"][0][name]
+    borrowed = jax.device_put(memory)
+    return [borrowed] if borrowed.unsafe_buffer_pointer() == memory.ctypes.data else None
+
+
+def test_the_averages_own_memory_is_refused() -> None:
+    kept = []
+    for size in range(1000, 1200):
+        ema = fastema.EMA([jnp.arange(1.0, size)], 0.5)
+        borrowed = alias_of(ema)
+        if borrowed is not None:
+            break
+        kept.append(ema)
+    else:
+        pytest.fail("no average lies where JAX borrows it")
+    before = np.asarray(borrowed[0]).copy()
+    for _ in range(2):
+        with pytest.raises(LayoutError, match=r"average of 0 .* overlap"):
+            ema.update(borrowed)
+    assert ema.num_updates == 0
+    with pytest.raises(ArgumentError):
+        ema.update()  # the weights given last are still those of before
+    ema.update([jnp.arange(1.0, size) + 2])
+    np.testing.assert_array_equal(ema.shadow["0"], before + 1)
+    with pytest.raises(LayoutError, match="overlap"):
+        fastema.Plan(ema.state_dict(copy=False)["shadow"][0], {"0": borrowed[0]})
 
 
 jax.tree_util.register_pytree_with_keys(
