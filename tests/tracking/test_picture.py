@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,6 +18,7 @@ from fastema.tracking import MetricSmoother
 from fastema.tracking.logs import Curve
 from fastema.tracking.plots import plot
 from fastema.tracking.plots.panels import Panel, averages, panels
+from fastema.tracking.plots.picture import thinned
 
 from ..support.requirements import require_packages
 from ..support.smoothing import ema, sma
@@ -153,6 +156,25 @@ def test_gaps_and_marks_where_a_value_is_not_finite() -> None:
     points = {line.get_marker(): list(line.get_xdata()) for line in drawn(axes, "None")}
     assert points == {"o": [14.0], "v": [11.0, 12.0, 13.0, 15.0, 31.0]}
     assert "5 not finite" in texts(axes)
+
+
+@given(st.integers(1, 500), st.integers(1, 60), st.sets(st.integers(0, 499)), st.integers(0, 99))
+def test_thinning_keeps_the_outline(count: int, buckets: int, holes: set[int], seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=count)
+    values[[hole for hole in holes if hole < count]] = math.nan
+    steps, got = thinned(Curve(np.arange(count), values), buckets)
+    assert (np.diff(steps) > 0).all()
+    np.testing.assert_array_equal(got, values[steps.astype(int)])
+    assert len(got) == count if count <= 2 * buckets else len(got) <= 2 * buckets + 2
+    assert (steps[0], steps[-1]) == (0, count - 1)
+    size = -(-count // buckets)
+    for start in range(0, count, size):
+        stretch = values[start : start + size]
+        inside = got[(steps >= start) & (steps < start + size)]
+        assert np.isfinite(stretch).any() == np.isfinite(inside).any()
+        if np.isfinite(stretch).any():
+            assert np.nanmax(inside) == np.nanmax(stretch)
+            assert np.nanmin(inside) == np.nanmin(stretch)
 
 
 def test_files(tmp_path: Path) -> None:
